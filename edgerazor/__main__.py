@@ -1,0 +1,3 @@
+from edgerazor.cli import main
+
+main()

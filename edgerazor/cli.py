@@ -1,0 +1,519 @@
+"""The command line: parse, call one function, print. torch is imported only inside commands."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edgerazor import __version__
+from edgerazor.errors import FAILED, INTERRUPTED, QUALITY, UserError, usage_error
+
+if TYPE_CHECKING:
+    from edgerazor.console import Console
+    from edgerazor.recipe import Recipe
+
+app = typer.Typer(
+    name="edgerazor",
+    help="Compress a Hugging Face causal language model to 1.58-4 bits by quantization-aware distillation, "
+    "and measure what it cost.",
+    epilog="A whole job:  edgerazor distill MODEL --bits 2 --data text.jsonl && edgerazor pack "
+    "&& edgerazor eval --tasks arc,hellaswag && edgerazor bench",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Option = typer.Option
+MODEL_HELP = "A local model folder or a Hugging Face hub id."
+
+ModelArgument = Annotated[str | None, typer.Argument(help=MODEL_HELP + " Default: that of the working directory.")]
+Work = Annotated[Path, Option("--work", help="The job's folder, where the stages meet.", metavar="DIR")]
+RecipeFile = Annotated[Path | None, Option("--recipe", help="A YAML recipe; see `edgerazor show recipe`.")]
+Seed = Annotated[int | None, Option("--seed", help="Of data order, initialisation and generated text.")]
+Device = Annotated[str | None, Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Threads = Annotated[int | None, Option("--threads", help="CPU threads; all cores by default.", min=1)]
+Revision = Annotated[str | None, Option("--revision", help="Branch, tag or commit of a hub model.")]
+Remote = Annotated[bool | None, Option("--trust-remote-code", help="Run Python code that comes with the model.")]
+Json = Annotated[bool, Option("--json", help="Print the result as one JSON object on stdout.")]
+Quiet = Annotated[bool, Option("--quiet", "-q", help="Nothing on stderr but errors.")]
+Force = Annotated[bool, Option("--force", help="Do it again; throws away what is in the way.")]
+DryRun = Annotated[bool, Option("--dry-run", help="Say what would be done, how large and how long, and stop.")]
+DataFiles = Annotated[list[Path] | None, Option("--data", help="Text to learn from (.txt, .jsonl, .gz); repeatable.")]
+HeldOut = Annotated[list[Path] | None, Option("--held-out", help="Text to measure on; repeatable.")]
+Length = Annotated[int | None, Option("--sequence-length", help="Tokens per sequence.")]
+Bits = Annotated[float | None, Option("--bits", help="Nominal average of the decoder's linear layers, 1.58 to 8.")]
+GroupSize = Annotated[int | None, Option("--group-size", help="Weights of a row that share one scale.")]
+PlanName = Annotated[str | None, Option("--plan", help="How rows get their formats: interleave.")]
+KvBits = Annotated[int | None, Option("--kv-bits", help="Keys and values: 8 or 16.")]
+ActivationBits = Annotated[int | None, Option("--activation-bits", help="Inputs of linear layers: 8 or 16.")]
+Compare = Annotated[
+    list[str] | None, Option("--compare", help="NAME=FOLDER, another packed model to measure; repeatable.")
+]
+
+
+@app.command()
+def calibrate(
+    model: ModelArgument = None,
+    bits: Bits = None,
+    data: DataFiles = None,
+    held_out: HeldOut = None,
+    sequence_length: Length = None,
+    sequences: Annotated[int | None, Option("--sequences", help="Calibration sequences.")] = None,
+    group_size: GroupSize = None,
+    plan: PlanName = None,
+    kv_bits: KvBits = None,
+    activation_bits: ActivationBits = None,
+    revision: Revision = None,
+    trust_remote_code: Remote = None,
+    recipe: RecipeFile = None,
+    work: Work = Path("edgerazor-work"),
+    seed: Seed = None,
+    device: Device = None,
+    threads: Threads = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    force: Force = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Look at the teacher and plan a format for every row of every matrix.
+
+    Example: edgerazor calibrate Qwen/Qwen3-0.6B --bits 1.88 --data text.jsonl
+    """
+    values = general(model, revision, trust_remote_code, seed, device, threads)
+    values |= {"data": data_section(data, held_out, sequence_length)}
+    values |= {"calibrate": plan_section(bits, group_size, plan, kv_bits, activation_bits, sequences)}
+    stage("calibrate", values, work, recipe, json, quiet, force, dry_run)
+
+
+@app.command()
+def distill(
+    model: ModelArgument = None,
+    bits: Bits = None,
+    data: DataFiles = None,
+    held_out: HeldOut = None,
+    sequence_length: Length = None,
+    steps: Annotated[int | None, Option("--steps", help="Optimizer steps.")] = None,
+    tokens: Annotated[int | None, Option("--tokens", help="Training tokens.")] = None,
+    max_time: Annotated[float | None, Option("--max-time", help="Seconds of training, resumes included.")] = None,
+    batch_size: Annotated[int | None, Option("--batch-size", help="Sequences per forward pass and process.")] = None,
+    accumulation: Annotated[int | None, Option("--accumulation", help="Forward passes per optimizer step.")] = None,
+    learning_rate: Annotated[float | None, Option("--learning-rate", help="Peak learning rate.")] = None,
+    checkpoint_every: Annotated[int | None, Option("--checkpoint-every", help="Steps between checkpoints.")] = None,
+    group_size: GroupSize = None,
+    plan: PlanName = None,
+    kv_bits: KvBits = None,
+    activation_bits: ActivationBits = None,
+    revision: Revision = None,
+    trust_remote_code: Remote = None,
+    recipe: RecipeFile = None,
+    work: Work = Path("edgerazor-work"),
+    seed: Seed = None,
+    device: Device = None,
+    threads: Threads = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    force: Force = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Train the student; calibrates first when needed, and goes on where it was interrupted.
+
+    Example: edgerazor distill Qwen/Qwen3-0.6B --bits 2 --data text.jsonl --steps 2000
+    """
+    values = general(model, revision, trust_remote_code, seed, device, threads)
+    values |= {
+        "data": data_section(data, held_out, sequence_length),
+        "calibrate": plan_section(bits, group_size, plan, kv_bits, activation_bits, None),
+        "distill": given(
+            steps=steps,
+            tokens=tokens,
+            max_time=max_time,
+            batch_size=batch_size,
+            accumulation=accumulation,
+            learning_rate=learning_rate,
+            checkpoint_every=checkpoint_every,
+        ),
+    }
+    stage("distill", values, work, recipe, json, quiet, force, dry_run)
+
+
+@app.command()
+def pack(
+    model: Annotated[
+        str | None, typer.Argument(help=MODEL_HELP + " Given: round it to nearest, without training.")
+    ] = None,
+    bits: Bits = None,
+    student: Annotated[str | None, Option("--student", help="best or last.")] = None,
+    group_size: GroupSize = None,
+    plan: PlanName = None,
+    kv_bits: KvBits = None,
+    activation_bits: ActivationBits = None,
+    revision: Revision = None,
+    trust_remote_code: Remote = None,
+    recipe: RecipeFile = None,
+    work: Work = Path("edgerazor-work"),
+    json: Json = False,
+    quiet: Quiet = False,
+    force: Force = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Write the packed model, and verify it against what training computed.
+
+    Example: edgerazor pack            Example: edgerazor pack Qwen/Qwen3-0.6B --bits 4
+    """
+    values = general(model, revision, trust_remote_code, None, None, None)
+    section = plan_section(bits, group_size, plan, kv_bits, activation_bits, None)
+    if section and model is None and recipe is None:
+        raise usage_error(
+            f"The student's formats were decided before it was trained, so pack takes no --{next(iter(section))}.",
+            "To round without training, name the model: `edgerazor pack MODEL --bits 4`.",
+        )
+    values |= {"calibrate": section, "pack": given(student=student)}
+    if model is not None:
+        values["pack"]["source"] = "teacher"
+    elif recipe is None:
+        values["pack"]["source"] = "auto"
+    stage("pack", values, work, recipe, json, quiet, force, dry_run)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[
+        str | None, typer.Argument(help="Measure this model or packed folder alone, without a working directory.")
+    ] = None,
+    tasks: Annotated[
+        str | None, Option("--tasks", help="Comma-separated: arc, hellaswag, world, any of lm-eval.")
+    ] = None,
+    task_data: Annotated[
+        Path | None, Option("--task-data", help="Folder of TASK.jsonl files, for offline work.")
+    ] = None,
+    limit: Annotated[int | None, Option("--limit", help="Items per task.")] = None,
+    num_fewshot: Annotated[int | None, Option("--num-fewshot", help="Examples before each item.")] = None,
+    apply_chat_template: Annotated[bool | None, Option("--apply-chat-template", help="Prompts as chat.")] = None,
+    data: Annotated[list[Path] | None, Option("--data", help="Held-out text to measure on; repeatable.")] = None,
+    batch_size: Annotated[int | None, Option("--batch-size", help="Sequences per forward pass.")] = None,
+    min_retention: Annotated[
+        float | None, Option("--min-retention", help="Exit 3 when the average retention above chance is lower.")
+    ] = None,
+    compare: Compare = None,
+    revision: Revision = None,
+    trust_remote_code: Remote = None,
+    recipe: RecipeFile = None,
+    work: Work = Path("edgerazor-work"),
+    device: Device = None,
+    threads: Threads = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    force: Force = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Measure the packed model against its teacher: tasks, perplexity, KL, agreement.
+
+    Example: edgerazor eval --tasks arc,hellaswag
+    """
+    values = general(None, revision, trust_remote_code, None, device, threads)
+    values |= {"compare": compare_section(compare)} if compare else {}
+    values |= {
+        "data": {"held_out": [{"file": str(file)} for file in data]} if data else {},
+        "eval": given(
+            tasks=[name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else None,
+            task_data=None if task_data is None else str(task_data),
+            limit=limit,
+            num_fewshot=num_fewshot,
+            apply_chat_template=apply_chat_template,
+            batch_size=batch_size,
+            min_retention=min_retention,
+        ),
+    }
+    if model is None:
+        stage("eval", values, work, recipe, json, quiet, force, dry_run)
+        return
+    from edgerazor.stages import eval as stage_module
+
+    console = open_console(json, quiet)
+    asked = assemble(values, None, recipe)
+    result = stage_module.evaluate_model(model, asked, console)
+    console.result(result, *stage_module.show(result))
+    check_gates(result)
+
+
+@app.command()
+def bench(
+    prefill_tokens: Annotated[int | None, Option("--prefill-tokens", help="Prompt length.")] = None,
+    decode_tokens: Annotated[int | None, Option("--decode-tokens", help="Tokens generated.")] = None,
+    contexts: Annotated[str | None, Option("--contexts", help="Comma-separated tokens in the cache.")] = None,
+    rounds: Annotated[int | None, Option("--rounds", help="Interleaved repetitions.")] = None,
+    compare: Compare = None,
+    recipe: RecipeFile = None,
+    work: Work = Path("edgerazor-work"),
+    threads: Threads = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    force: Force = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Measure size, load time, speed and memory of the packed model beside its teacher.
+
+    Example: edgerazor bench --threads 2
+    """
+    values = general(None, None, None, None, None, threads)
+    values |= {"compare": compare_section(compare)} if compare else {}
+    values |= {
+        "bench": given(
+            prefill_tokens=prefill_tokens,
+            decode_tokens=decode_tokens,
+            contexts=None if contexts is None else integers("--contexts", contexts),
+            rounds=rounds,
+        )
+    }
+    stage("bench", values, work, recipe, json, quiet, force, dry_run)
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
+    work: Work = Path("edgerazor-work"),
+    threads: Threads = None,
+    device: Device = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    force: Force = False,
+) -> None:
+    """All five stages of a recipe, and one table of what came out.
+
+    Example: edgerazor run recipes/quickstart.yaml
+    """
+    from edgerazor import pipeline
+    from edgerazor.stages import show as show_stage
+    from edgerazor.workdir import WorkDir
+
+    console = open_console(json, quiet)
+    asked = assemble(general(None, None, None, None, device, threads), None, recipe)
+    job = WorkDir(work)
+    pipeline.run_all(asked, job, console, force)
+    summary = show_stage.summarize(job)
+    console.result(summary, *show_stage.show(summary))
+    check_gates(summary)
+
+
+@app.command()
+def show(
+    what: Annotated[str, typer.Argument(help="A working directory, a packed folder, `recipe`, or `schema`.")] = (
+        "edgerazor-work"
+    ),
+    json: Json = False,
+) -> None:
+    """Inspect a job or a packed model; print the recipe's fields or the JSON schema of results."""
+    if what == "recipe":
+        from edgerazor.recipe import explain
+
+        print(explain())
+        return
+    from edgerazor.stages import show as show_stage
+
+    console = open_console(json, False)
+    if what == "schema":
+        print(show_stage.schema())
+        return
+    found = show_stage.inspect(Path(what))
+    console.result(found, *show_stage.show(found))
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    show_version: Annotated[bool, Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if show_version:
+        print(f"edgerazor {__version__}")
+        raise typer.Exit
+
+
+# --- from options to a recipe ------------------------------------------------------------------
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """Only what the user gave."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def general(
+    model: str | None,
+    revision: str | None,
+    trust_remote_code: bool | None,
+    seed: int | None,
+    device: str | None,
+    threads: int | None,
+) -> dict[str, Any]:
+    """The top-level fields of a recipe."""
+    return given(
+        model=model,
+        revision=revision,
+        trust_remote_code=trust_remote_code or None,
+        seed=seed,
+        device=device,
+        threads=threads,
+    )
+
+
+def data_section(data: list[Path] | None, held_out: list[Path] | None, length: int | None) -> dict[str, Any]:
+    return given(
+        train=[{"file": str(file)} for file in data] if data else None,
+        held_out=[{"file": str(file)} for file in held_out] if held_out else None,
+        sequence_length=length,
+    )
+
+
+def plan_section(
+    bits: float | None,
+    group_size: int | None,
+    plan: str | None,
+    kv_bits: int | None,
+    activation_bits: int | None,
+    sequences: int | None,
+) -> dict[str, Any]:
+    return given(
+        bits=bits,
+        group_size=group_size,
+        plan=plan,
+        kv_bits=kv_bits,
+        activation_bits=activation_bits,
+        sequences=sequences,
+    )
+
+
+def compare_section(pairs: list[str]) -> dict[str, str]:
+    """`NAME=FOLDER` pairs."""
+    result = {}
+    for pair in pairs:
+        name, equals, folder = pair.partition("=")
+        if not (name and equals and folder):
+            raise usage_error(f"--compare wants NAME=FOLDER, and got {pair!r}.")
+        result[name] = folder
+    return result
+
+
+def integers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise usage_error(f"{option} wants comma-separated whole numbers, and got {text!r}.") from None
+
+
+def assemble(values: dict[str, Any], work: Path | None, recipe_file: Path | None) -> Recipe:
+    """The recipe that a command asks for (see `recipe.py` for what wins over what)."""
+    from edgerazor import recipe as recipes
+    from edgerazor.workdir import WorkDir
+
+    stored: dict[str, Any] = {}
+    where = "The command line"
+    if recipe_file is not None:
+        stored, where = recipes.load(recipe_file), f"The recipe {recipe_file}"
+    elif work is not None and WorkDir(work).recipe_file.exists():
+        stored = recipes.load(WorkDir(work).recipe_file)
+    return recipes.build(recipes.merge(stored, values), where)
+
+
+def open_console(as_json: bool, quiet: bool) -> Console:
+    from edgerazor.console import Console
+
+    return Console(as_json, quiet)
+
+
+def stage(
+    name: str,
+    values: dict[str, Any],
+    work: Path,
+    recipe_file: Path | None,
+    as_json: bool,
+    quiet: bool,
+    force: bool,
+    dry_run: bool,
+) -> None:
+    """Run one stage and print its result."""
+    asked = assemble(values, work, recipe_file)
+    if not asked.model:
+        raise usage_error(
+            f"{work} is not a working directory of edgerazor yet, and no model was named.",
+            f"Begin with `edgerazor {name if name in ('calibrate', 'distill') else 'distill'} MODEL --bits 2`.",
+        )
+    console = open_console(as_json, quiet)
+    from edgerazor import pipeline
+    from edgerazor.workdir import WorkDir
+
+    job = WorkDir(work)
+    if dry_run:
+        plan = pipeline.dry_run(name, asked, job, console)
+        console.result(plan, *(f"{key}: {value}" for key, value in plan.model_dump(mode="json").items()))
+        return
+    result = pipeline.run(name, asked, job, console, force)
+    if pipeline.is_main_process():
+        console.result(result, *pipeline.STAGES[name].show(result))
+    check_gates(result)
+
+
+def check_gates(result: Any) -> None:
+    """Exit with 3 when a quality gate is not met."""
+    failures = getattr(result, "failures", None)
+    if failures:
+        raise UserError(" ".join(failures), code=QUALITY)
+
+
+#: typer carries its own click in newer versions; its errors are those of the class that BadParameter descends from.
+ClickException: Any = next(each for each in typer.BadParameter.__mro__ if each.__name__ == "ClickException")
+
+
+# --- the way out -------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Run the command line; every failure that people can act on is one sentence and an exit code."""
+    try:
+        code = typer.main.get_command(app).main(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except UserError as error:
+        fail(error)
+    except ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        fail(UserError("Interrupted; finished stages and the last checkpoint are kept.", code=INTERRUPTED))
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(FAILED)
+    except MemoryError:
+        fail(UserError("There is not enough memory.", "Try a smaller --batch-size or --sequence-length."))
+    except Exception as error:
+        known = explain_failure(error)
+        if known is None:
+            raise
+        fail(known)
+
+
+def fail(error: UserError) -> None:
+    open_console(False, False).error(error)
+    sys.exit(error.code)
+
+
+def explain_failure(error: Exception) -> UserError | None:
+    """A sentence for failures of the machine rather than the program: a full disk, no rights, no memory."""
+    text = str(error)
+    number = getattr(error, "errno", None)
+    if number == errno.ENOSPC or "No space left on device" in text:
+        return UserError(
+            "The disk is full; nothing finished was lost.", "Free some space and run the same command again."
+        )
+    if isinstance(error, OSError) and error.filename is not None:
+        return UserError(f"{error.filename}: {error.strerror}.", "Check the path and your rights to it.")
+    if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
+        return UserError(
+            "There is not enough memory.", "Try a smaller --batch-size with more --accumulation, or --sequence-length."
+        )
+    return None
+
+
+if __name__ == "__main__":
+    main()

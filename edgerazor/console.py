@@ -1,0 +1,129 @@
+"""What people see: results on stdout, progress and logs on stderr.
+
+No colour and no live bars when stderr is not a terminal; there progress is a line now and then, so that a CI log
+stays readable. With `--json` stdout holds one JSON object and nothing else; `--quiet` silences stderr but for errors.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pydantic import BaseModel
+from rich.console import Console as RichConsole
+from rich.console import RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from edgerazor.errors import UserError
+
+#: Seconds between progress lines where there is no terminal.
+LINE_EVERY = 10.0
+
+
+class Tracker:
+    """One task's progress; `advance` moves it, `note` sets the words behind it."""
+
+    def advance(self, amount: int = 1) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+class BarTracker(Tracker):
+    def __init__(self, progress: Progress, task: int) -> None:
+        self.progress, self.task = progress, task
+
+    def advance(self, amount: int = 1) -> None:
+        self.progress.advance(self.task, amount)  # type: ignore[arg-type]
+
+    def note(self, text: str) -> None:
+        self.progress.update(self.task, note=text)  # type: ignore[arg-type]
+
+
+class LineTracker(Tracker):
+    def __init__(self, console: Console, title: str, total: int, done: int) -> None:
+        self.console, self.title, self.total, self.done = console, title, total, done
+        self.text, self.latest = "", time.monotonic()
+
+    def advance(self, amount: int = 1) -> None:
+        self.done += amount
+        now = time.monotonic()
+        if now - self.latest >= LINE_EVERY or self.done == self.total:
+            self.latest = now
+            self.console.say(f"{self.title}: {self.done}/{self.total} {self.text}".rstrip())
+
+    def note(self, text: str) -> None:
+        self.text = text
+
+
+class Console:
+    """Where a command writes.
+
+    Args:
+        as_json: print results as one JSON object.
+        quiet: nothing on stderr but errors.
+    """
+
+    def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
+        self.as_json, self.quiet = as_json, quiet
+        self.err = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+        self.out = RichConsole(highlight=False, soft_wrap=False)
+        if not self.out.is_terminal:
+            self.out.width = 160
+
+    def say(self, text: str) -> None:
+        """One line for people."""
+        if not self.quiet:
+            self.err.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        if not self.quiet:
+            self.err.print(f"Warning: {text}", style="yellow", markup=False)
+
+    def error(self, error: UserError) -> None:
+        self.err.print(f"Error: {error.message}", style="bold red", markup=False)
+        if error.hint:
+            self.err.print(error.hint, markup=False)
+
+    def result(self, result: BaseModel, *shown: RenderableType) -> None:
+        """A command's result: JSON, or what is given to be shown."""
+        if self.as_json:
+            print(json.dumps(result.model_dump(mode="json"), indent=1, allow_nan=False), file=sys.stdout, flush=True)
+        else:
+            for item in shown:
+                self.out.print(item)
+
+    @contextmanager
+    def track(self, title: str, total: int, done: int = 0) -> Iterator[Tracker]:
+        """Progress over `total` units, of which `done` are behind us."""
+        if self.quiet:
+            yield Tracker()
+        elif not self.err.is_terminal:
+            yield LineTracker(self, title, total, done)
+        else:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
+            with Progress(*columns, console=self.err, transient=True) as progress:
+                yield BarTracker(progress, progress.add_task(title, total=total, completed=done, note=""))
+
+
+def table(title: str, columns: list[str], rows: list[list[str]], caption: str = "") -> Table:
+    """A table whose first column is words and whose other columns are numbers."""
+    result = Table(title=title, title_justify="left", caption=caption or None, caption_justify="left")
+    for index, column in enumerate(columns):
+        result.add_column(column, justify="left" if index == 0 else "right", no_wrap=index > 0)
+    for row in rows:
+        result.add_row(*row)
+    return result
+
+
+def megabytes(size: float) -> str:
+    return f"{size / 1e6:.2f} MB" if size < 1e8 else f"{size / 1e6:.0f} MB"

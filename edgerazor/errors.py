@@ -1,0 +1,28 @@
+"""The one error meant for people: what is wrong, what was expected, what to run next."""
+
+from __future__ import annotations
+
+#: Exit codes of the command line.
+DONE, FAILED, USAGE, QUALITY, INTERRUPTED = 0, 1, 2, 3, 130
+
+
+class UserError(Exception):
+    """A failure the user can act on, printed as one sentence and never as a traceback.
+
+    Args:
+        message: what is wrong and what was expected, in one sentence.
+        hint: what to run or change next; printed on a line of its own.
+        code: exit code; `FAILED` when something went wrong, `USAGE` when it was asked wrongly,
+            `QUALITY` when the result misses a quality gate.
+    """
+
+    def __init__(self, message: str, hint: str = "", code: int = FAILED) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.code = code
+
+
+def usage_error(message: str, hint: str = "") -> UserError:
+    """A `UserError` for something asked wrongly (exit code 2)."""
+    return UserError(message, hint, USAGE)

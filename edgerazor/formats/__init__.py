@@ -1,0 +1,49 @@
+"""Number formats: weights <-> codes <-> bytes. Each file here whose name has no underscore is a format.
+
+Read `_base.py` first (what a format is), then `ternary.py` (the shortest real one), `_matrix.py` (rows of different
+formats) and `_activations.py`.
+"""
+
+from edgerazor import registry
+from edgerazor.formats._activations import fake_quantize_activations, fake_quantize_kv, quantize_activations
+from edgerazor.formats._base import Encoded, Format, group_count, straight_through
+from edgerazor.formats._matrix import (
+    ROW_FORMATS,
+    SCALES,
+    MatrixSpec,
+    decode_matrix,
+    digest,
+    encode_matrix,
+    fake_quantize_matrix,
+    get,
+    pack_matrix,
+    tensor_bytes,
+    unpack_matrix,
+)
+
+__all__ = [
+    "ROW_FORMATS",
+    "SCALES",
+    "Encoded",
+    "Format",
+    "MatrixSpec",
+    "decode_matrix",
+    "digest",
+    "encode_matrix",
+    "fake_quantize_activations",
+    "fake_quantize_kv",
+    "fake_quantize_matrix",
+    "get",
+    "group_count",
+    "names",
+    "pack_matrix",
+    "quantize_activations",
+    "straight_through",
+    "tensor_bytes",
+    "unpack_matrix",
+]
+
+
+def names() -> list[str]:
+    """Names of the number formats, sorted."""
+    return registry.names("formats")

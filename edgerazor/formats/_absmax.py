@@ -1,0 +1,27 @@
+"""The absmax family: symmetric integers whose largest level lies on the largest weight of the group.
+
+With `b` bits the codes run from `-(2^(b-1)-1)` to `2^(b-1)-1` (the lonely most negative code stays unused, so that `w`
+and `-w` are treated alike) and `s = max|w| / (2^(b-1)-1)`: nothing is clipped, and one large weight makes its whole
+group coarse. Source: EdgeRazor, arXiv 2605.04062, absmax quantization.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from edgerazor.formats._base import Format
+
+
+class Absmax(Format):
+    """The format `int<bits>` for 2 to 8 bits."""
+
+    def __init__(self, bits: int) -> None:
+        self.name = f"int{bits}"
+        self.nominal_bits = float(bits)
+        self.code_bits = bits
+        self.maximum = 2 ** (bits - 1) - 1
+        self.minimum = -self.maximum
+
+    def scale_rule(self, groups: Tensor) -> Tensor:
+        """`max|w| / maximum` of each group: float32 [..., group] to float32 [...]."""
+        return groups.abs().amax(dim=-1).div_(self.maximum)

@@ -1,0 +1,5 @@
+"""Eight-bit integers, -127 to 127, one a byte: for matrices that must not change."""
+
+from edgerazor.formats._absmax import Absmax
+
+FORMAT = Absmax(bits=8)

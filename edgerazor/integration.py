@@ -1,0 +1,124 @@
+"""Packed models inside transformers: `AutoModelForCausalLM.from_pretrained(folder)`, without remote code.
+
+`import edgerazor` makes transformers know the quantizer below. transformers finds its name in the folder's config.json, builds the
+model without weights, and lets the quantizer put packed modules in the place of the packed matrices. Those read their
+codes through `packed.py`, checked, at first use; everything else (norms, biases) transformers loads itself.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.quantizers import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from edgerazor import surgery
+from edgerazor.errors import UserError
+from edgerazor.models import load_tokenizer, quiet_transformers
+from edgerazor.packed import PackedModel
+
+METHOD = "edgerazor"
+
+
+class EdgeRazorConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a packed folder's config.json.
+
+    Args:
+        version: of the packed format.
+        activation_bits: 8 or 16, inputs of quantized layers.
+        kv_bits: 8 or 16, keys and values.
+        group_size: consecutive values that share a scale.
+    """
+
+    def __init__(self, version: int, activation_bits: int, kv_bits: int, group_size: int, **kwargs: Any) -> None:
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.version = version
+        self.activation_bits, self.kv_bits, self.group_size = activation_bits, kv_bits, group_size
+
+
+class EdgeRazorQuantizer(HfQuantizer):
+    """Loads packed models. They cannot be trained or saved from memory: `edgerazor pack` makes them."""
+
+    requires_calibration = True
+
+    def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
+        self.dtype = dtype or torch.float32
+        return self.dtype
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if not checkpoint_files:
+            raise ValueError("a packed model is loaded from its folder, not from a state dict")
+        packed = PackedModel.open(Path(checkpoint_files[0]).parent)
+        matrices = packed.header.matrices
+        settings = self.quantization_config
+
+        def load(name: str) -> tuple[Any, Any]:
+            matrix = packed.matrix(name)
+            return matrix.encoded, matrix.spec
+
+        surgery.install_packed(
+            model,
+            {name: (entry.shape[0], entry.shape[1]) for name, entry in matrices.items()},
+            packed.header.tied,
+            load,
+            surgery.PackedSettings(settings.activation_bits, settings.kv_bits, settings.group_size, self.dtype),
+        )
+        packed_names = "|".join(re.escape(name) for name in matrices)
+        model._keys_to_ignore_on_load_unexpected = {rf"^({packed_names})\.weight\."}
+        model.all_tied_weights_keys = {}  # there is no weight left to tie
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a folder holds a packed model of ours, by its configuration."""
+    config = folder / "config.json"
+    try:
+        return config.is_file() and f'"{METHOD}"' in config.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def load(
+    folder: Path | str,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    keep_decoded: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a packed model and its tokenizer.
+
+    Args:
+        folder: what `edgerazor pack` wrote.
+        device: where it computes.
+        dtype: of activations between the quantized layers.
+        keep_decoded: keep float32 weights in memory after first use: fast in batches, 4 bytes a weight.
+
+    Raises:
+        UserError: not a packed folder, or a damaged one.
+    """
+    folder = Path(folder)
+    if not is_packed(folder):
+        raise UserError(f"{folder} is not a packed model.", "Make one with `edgerazor pack`.")
+    PackedModel.open(folder)  # transformers would hide which file is damaged, and how
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    with quiet_transformers():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().split("\n")[0].rstrip(".")
+            raise UserError(f"The packed model {folder} cannot be loaded: {reason}.") from None
+    surgery.keep_decoded(model, keep_decoded)
+    return model.to(device).eval(), tokenizer

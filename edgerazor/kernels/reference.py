@@ -1,0 +1,113 @@
+"""The definition of what a packed matrix computes, in a few lines of torch. Every faster kernel is compared with it.
+
+The product `y = W x` of a row of W and one token's x falls apart into the groups of both: within a group the weights
+share a scale `s_w` and the activations a scale `s_x`, so that the group contributes `(s_x * s_w) * sum(q_x * q_w)`, and
+the sum is one over small integers, exact in int32. The contributions are added up in float32, in the order of the
+columns. That is `linear`. `decoded_linear` is the same up to the rounding of float32 sums: one matrix product of
+decoded numbers, much faster here for many tokens at a time.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from edgerazor.formats import (
+    Encoded,
+    MatrixSpec,
+    decode_matrix,
+    fake_quantize_activations,
+    group_count,
+    quantize_activations,
+)
+
+#: `activation_bits` that means: leave the activations as they are.
+UNQUANTIZED = 16
+
+
+def linear(
+    x: Tensor,
+    encoded: Encoded,
+    spec: MatrixSpec,
+    bias: Tensor | None = None,
+    activation_bits: int = 8,
+    activation_group: int = 256,
+) -> Tensor:
+    """`y = W x + bias` by integer sums within groups.
+
+    Args:
+        x: any floating dtype [..., in].
+        encoded: codes int8 [out, in] and scales float16 [out, groups] of W.
+        spec: formats of the rows of W and its group size.
+        bias: float32 [out].
+        activation_bits: 2 to 8, or 16 for activations as they are (then it is `decoded_linear`).
+        activation_group: features of x that share a scale; it need not be the group size of W.
+
+    Returns:
+        float32 [..., out].
+
+    Raises:
+        ValueError: x has another number of features than W has columns.
+    """
+    _check_features(x, encoded.codes.shape[1])
+    if activation_bits == UNQUANTIZED:
+        return decoded_linear(x, decode_matrix(encoded, spec), bias, UNQUANTIZED)
+    tokens = x.reshape(-1, x.shape[-1])
+    x_codes, x_scales = quantize_activations(tokens, activation_bits, activation_group)
+    levels = _levels(encoded.codes, spec)
+    y = torch.zeros(x_codes.shape[0], levels.shape[0], dtype=torch.float32, device=x.device)
+    for start, stop in _segments(levels.shape[1], spec.group_size, activation_group):
+        # float64 holds these sums exactly and has a fast product; on a device they are int32.
+        dot = x_codes[:, start:stop].double() @ levels[:, start:stop].double().T  # [tokens, out]
+        x_scale = x_scales[:, start // activation_group, None]  # [tokens, 1]
+        w_scale = encoded.scales[:, start // spec.group_size].float()  # [out]
+        y += dot.float() * (x_scale * w_scale)
+    if bias is not None:
+        y += bias.float()
+    return y.reshape(*x.shape[:-1], y.shape[1])
+
+
+def decoded_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation_bits: int = 8,
+    activation_group: int = 256,
+) -> Tensor:
+    """`linear` for decoded weights, float32 [out, in], as one product of float32 matrices.
+
+    Other arguments, result and errors: as `linear`. Equal to it up to the rounding of float32 sums.
+    """
+    _check_features(x, weight.shape[1])
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.float()
+        if activation_bits != UNQUANTIZED:
+            x = fake_quantize_activations(x, activation_bits, activation_group)
+        return torch.nn.functional.linear(x, weight, None if bias is None else bias.float())
+
+
+def embedding(ids: Tensor, encoded: Encoded, spec: MatrixSpec) -> Tensor:
+    """Rows of an encoded table, float32 [..., columns], for ids int64 [...]; only those rows are decoded."""
+    flat = ids.flatten()
+    rows = decode_matrix(Encoded(encoded.codes[flat], encoded.scales[flat]), spec.take(flat))
+    return rows.reshape(*ids.shape, rows.shape[1])
+
+
+def _levels(codes: Tensor, spec: MatrixSpec) -> Tensor:
+    """Levels of the weights in units of their scales, float32 [out, in]: the codes, in most formats."""
+    groups = group_count(codes.shape[1], spec.group_size)
+    ones = torch.ones(codes.shape[0], groups, dtype=torch.float16, device=codes.device)
+    return decode_matrix(Encoded(codes, ones), spec)
+
+
+def _segments(columns: int, *group_sizes: int) -> list[tuple[int, int]]:
+    """Runs of columns (start, stop) within which no group of any of the sizes ends."""
+    cuts = sorted({0, columns, *(cut for size in group_sizes for cut in range(size, columns, size))})
+    return list(pairwise(cuts))
+
+
+def _check_features(x: Tensor, columns: int) -> None:
+    if x.shape[-1] != columns:
+        raise ValueError(f"the matrix has {columns} columns, but its input has {x.shape[-1]} features")

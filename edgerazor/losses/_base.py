@@ -1,0 +1,156 @@
+"""What a loss sees and what it gives back.
+
+An optimizer step is made of several micro-batches, perhaps on several processes, and its loss is a mean over all of
+them. A mean of means would be wrong where micro-batches hold different numbers of tokens, so a loss returns its
+*contribution*: its micro-batch's sum, divided by the count of the whole step. Contributions simply add up, over
+micro-batches and processes, to exactly the loss of the one large batch. The counts, and whatever else the whole
+step's teacher outputs decide (`teacher_statistics`), are known before the student's first backward pass.
+
+Position `t` predicts token `t + 1`, so position `t` counts when `labels[t + 1]` is not -100, and the last position
+of a row never counts. Every loss uses this one mask (`predicting`), with the two counts that `step_counts` gives.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from edgerazor.errors import usage_error
+
+#: Label of a position that is not to be predicted (the convention of PyTorch and transformers).
+MASKED = -100
+
+
+@dataclass
+class Outputs:
+    """What a model said about one micro-batch.
+
+    Args:
+        logits: `[B, T, V]` in any floating dtype, before softmax.
+        hidden: layer number -> `[B, T, H]`; 0 is the embedding's output, `l` the output of decoder layer `l`
+            (counted from 1). Only the layers that were asked for are present.
+    """
+
+    logits: Tensor
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """Counts of the whole optimizer step: the sums of `step_counts` over its micro-batches and processes.
+
+    Args:
+        samples: rows with at least one position that counts.
+        tokens: positions that count.
+        statistics: the sums of every loss's `teacher_statistics`, divided by `samples`.
+    """
+
+    samples: int
+    tokens: int
+    statistics: dict[str, float] = field(default_factory=dict)
+
+
+class Loss(ABC):
+    """One thing the student is asked to match. A file of this folder offers one subclass as `LOSS`.
+
+    The constructor takes the loss's options from a recipe as keyword arguments with defaults, and raises `UserError`
+    for values that make no sense.
+    """
+
+    #: Whether `__call__` needs the teacher's outputs.
+    needs_teacher: bool = True
+
+    def hidden_layers(self) -> tuple[int, ...]:
+        """Layers whose hidden states it needs of student and teacher, ascending (see `Outputs.hidden`)."""
+        return ()
+
+    def teacher_statistics(self, teacher: Outputs, labels: Tensor) -> dict[str, Tensor]:
+        """Sums over the samples of a micro-batch, from the teacher alone.
+
+        The training loop adds them up over micro-batches and processes and divides by the step's samples; the
+        quotients arrive in `StepTotals.statistics` under the same names.
+
+        Args:
+            teacher: the teacher's outputs for the micro-batch.
+            labels: `[B, T]` int64, -100 where masked.
+
+        Returns:
+            name -> scalar tensor, float32 or float64, without gradient.
+        """
+        return {}
+
+    @abstractmethod
+    def __call__(self, student: Outputs, teacher: Outputs | None, labels: Tensor, totals: StepTotals) -> Tensor:
+        """This micro-batch's contribution to the step's loss.
+
+        Args:
+            student: the student's outputs; the gradient flows into these.
+            teacher: the teacher's outputs for the same micro-batch, or None where `needs_teacher` is false.
+            labels: `[B, T]` int64, -100 where masked.
+            totals: counts and statistics of the whole step.
+
+        Returns:
+            scalar, float32 (float64 for float64 inputs); 0 with zero gradient where no position counts.
+
+        Raises:
+            ValueError: an input that the loss needs is missing, or shapes do not agree.
+        """
+
+
+def predicting(labels: Tensor) -> Tensor:
+    """Which positions count: `[B, T]` bool, true at `t` where `labels[:, t + 1]` is not -100; `labels [B, T]` int64."""
+    mask = torch.zeros_like(labels, dtype=torch.bool)
+    mask[:, :-1] = labels[:, 1:] != MASKED
+    return mask
+
+
+def step_counts(labels: Tensor) -> tuple[int, int]:
+    """`(samples, tokens)` of one micro-batch, to be added up into `StepTotals`; `labels [B, T]` int64.
+
+    A sample without any position that counts is no sample: it changes neither sums nor counts.
+    """
+    mask = predicting(labels)
+    return int(mask.any(dim=1).sum()), int(mask.sum())
+
+
+def sample_weights(labels: Tensor, samples: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Weights `[B, T]` that turn a sum over positions into a mean per sample and then over the step's samples.
+
+    Args:
+        labels: `[B, T]` int64, -100 where masked.
+        samples: samples of the whole step; 1 gives sums over samples of means over their positions.
+        dtype: dtype of the result.
+    """
+    mask = predicting(labels).to(dtype)
+    return mask / mask.sum(dim=1, keepdim=True).clamp(min=1) / max(samples, 1)
+
+
+def exact(dtype: torch.dtype) -> torch.dtype:
+    """The dtype a loss is computed in: float64 for float64 inputs, float32 for everything shorter."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def require_teacher(teacher: Outputs | None, loss: Loss) -> Outputs:
+    """The teacher's outputs, which a loss with `needs_teacher` must be given.
+
+    Raises:
+        ValueError: they are missing.
+    """
+    if teacher is None:
+        raise ValueError(f"{type(loss).__name__} compares with the teacher, and no teacher outputs were given.")
+    return teacher
+
+
+def positive(name: str, value: float, above: float = 0.0) -> float:
+    """`value`, when it is a finite number greater than `above`.
+
+    Raises:
+        UserError: it is not; `name` is the option's name in the message.
+    """
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not above < value < float("inf"):
+        raise usage_error(f"The loss option {name} is {value!r}; it must be a number greater than {above:g}.")
+    return float(value)

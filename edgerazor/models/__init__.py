@@ -1,0 +1,32 @@
+"""Model families: where the layers are, what they are for; loading teacher and student.
+
+Nothing here is written per family. A decoder is recognised by its shape: a causal language model of transformers
+that holds one list of equal decoder layers, with `nn.Linear` inside, an input embedding and an output head.
+"""
+
+from edgerazor.models.hidden import capture_hidden
+from edgerazor.models.loading import (
+    describe_source,
+    fingerprint,
+    load,
+    load_config,
+    load_tokenizer,
+    quiet_transformers,
+    resolve,
+)
+from edgerazor.models.structure import Site, Structure, embedding_scale, structure
+
+__all__ = [
+    "Site",
+    "Structure",
+    "capture_hidden",
+    "describe_source",
+    "embedding_scale",
+    "fingerprint",
+    "load",
+    "load_config",
+    "load_tokenizer",
+    "quiet_transformers",
+    "resolve",
+    "structure",
+]

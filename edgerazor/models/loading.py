@@ -1,0 +1,230 @@
+"""From a name to a model in memory: local folders and the Hugging Face hub, one clear sentence when it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from edgerazor.errors import UserError, usage_error
+from edgerazor.workdir import digest_json, hash_file
+
+#: Files that make up a model: what is fetched from the hub, and what identifies a teacher.
+FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+
+
+def resolve(source: str, revision: str | None = None) -> Path:
+    """The local folder of a model: itself, or the snapshot of a hub id (downloaded on first use).
+
+    Raises:
+        UserError: no such folder and no such model on the hub, or no network.
+    """
+    if not source:
+        raise usage_error("No model was named.", "Name one: `edgerazor distill MODEL --bits 2`.")
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise UserError(f"{source} is a folder without a config.json, so it is not a Hugging Face model.")
+        return path
+    if path.exists():
+        raise UserError(f"{source} is a file; a model is a folder with config.json and safetensors weights.")
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise usage_error(f"There is no folder {source}.", "Give a local model folder or a Hugging Face hub id.")
+    return _snapshot(source, revision)
+
+
+def _snapshot(source: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=list(FILES)))
+    except (RepositoryNotFoundError, HFValidationError):
+        raise UserError(
+            f"{source} is neither a local folder nor a model of the Hugging Face hub that you may read.",
+            "Check the spelling; for a gated model log in with `hf auth login`.",
+        ) from None
+    except (LocalEntryNotFoundError, OSError) as error:
+        if "revision" in str(error).lower() and revision:
+            raise UserError(f"The hub model {source} has no revision {revision}.") from None
+        raise UserError(
+            f"{source} is not a local folder, and the Hugging Face hub could not be reached to fetch it.",
+            "Connect to the network, or give the path of a downloaded model folder.",
+        ) from None
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over the config, tokenizer and weight files of a model folder."""
+    files = sorted({file for pattern in FILES for file in folder.glob(pattern) if file.is_file()})
+    skipped = {"training.json", "generation_config.json"}
+    return digest_json({file.name: hash_file(file) for file in files if file.name not in skipped})
+
+
+def describe_source(source: str, folder: Path) -> dict[str, str]:
+    """Provenance of a teacher that does not depend on where it lies: its name, and the hub's commit if any."""
+    described = {"name": source if not Path(source).exists() else folder.resolve().name}
+    if folder.parent.name == "snapshots":
+        described["revision"] = folder.name
+    return described
+
+
+def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The configuration of a 16-bit causal language model.
+
+    Raises:
+        UserError: unreadable, unknown architecture, already quantized, or not a causal language model.
+    """
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / 'config.json'} cannot be read: {error}.") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{folder / 'config.json'} is not a model configuration.")
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "an unknown method")
+        raise UserError(
+            f"{folder} is already quantized ({method}); a 16- or 32-bit checkpoint is needed.",
+            "Give the original model. To measure a packed model, use `edgerazor eval FOLDER --tasks arc`.",
+        )
+    if raw.get("is_encoder_decoder"):
+        raise UserError(
+            f"{folder} is an encoder-decoder model; only decoder-only causal language models are supported."
+        )
+    if "auto_map" in raw and not trust_remote_code:
+        raise UserError(
+            f"{folder} needs Python code of its own (auto_map), which is not run unless you ask.",
+            "If you trust it, add --trust-remote-code.",
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        raise UserError(f"transformers cannot read the configuration of {folder}: {_first_line(error)}.") from None
+    if not _is_causal(config, raw, trust_remote_code):
+        what = ", ".join(raw.get("architectures") or [type(config).__name__])
+        raise UserError(f"{folder} ({what}) is not a causal language model, so there is nothing to distil.")
+    return config
+
+
+def _is_causal(config: Any, raw: dict, trust_remote_code: bool) -> bool:
+    """Whether transformers has a causal head for it; encoders that also have one (BERT) are told by architecture."""
+    architectures = raw.get("architectures") or []
+    if architectures and not any(
+        "CausalLM" in name or "LMHead" in name or name.endswith("ForConditionalGeneration") for name in architectures
+    ):
+        return False
+    return trust_remote_code or type(config) in AutoModelForCausalLM._model_mapping
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise UserError(f"{folder} has no tokenizer that transformers can load: {_first_line(error)}.") from None
+
+
+def load(
+    source: str | Path,
+    revision: str | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a 16-bit causal language model and its tokenizer, in evaluation mode.
+
+    Args:
+        source: local folder or hub id.
+        revision: of the hub model.
+        device: where the weights go.
+        dtype: of the weights in memory; None keeps the checkpoint's own.
+        trust_remote_code: run Python code that comes with the model.
+
+    Raises:
+        UserError: one sentence saying why the model cannot be loaded.
+    """
+    folder = resolve(str(source), revision)
+    config = load_config(folder, trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code)
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{folder} holds no safetensors weights; pickled .bin weights are not read, because loading them runs code.",
+            "Convert them once: AutoModelForCausalLM.from_pretrained(...).save_pretrained(FOLDER).",
+        )
+    with quiet_transformers():
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype or "auto",
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except Exception as error:
+            raise UserError(f"The weights of {folder} cannot be loaded: {_first_line(error)}.") from None
+    _restore_tied_embedding(model, report, folder)
+    missing = sorted(report.get("missing_keys") or ())
+    if missing:
+        raise UserError(f"The weights of {folder} lack {len(missing)} tensors, the first is {missing[0]}.")
+    _complete_tokenizer(tokenizer)
+    return model.to(device).eval(), tokenizer
+
+
+def _restore_tied_embedding(model: PreTrainedModel, report: dict, folder: Path) -> None:
+    """Some checkpoints of tied models store only `lm_head.weight`; give it to the embedding."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if not model.config.get_text_config().tie_word_embeddings or head is None:
+        return
+    names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
+    embedding_name, head_name = names[id(embedding)], names[id(head)]
+    missing, unexpected = set(report.get("missing_keys") or ()), set(report.get("unexpected_keys") or ())
+    if embedding_name not in missing and head_name not in missing:
+        return
+    stored = _find_stored(folder, {embedding_name, head_name})
+    if stored is None:
+        return
+    with torch.no_grad():
+        embedding.weight.copy_(stored.to(embedding.weight.dtype))
+    head.weight = embedding.weight
+    report["missing_keys"] = missing - {embedding_name, head_name}
+    report["unexpected_keys"] = unexpected - {head_name}
+
+
+def _find_stored(folder: Path, names: set[str]) -> torch.Tensor | None:
+    from safetensors import safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in names & set(tensors.keys()):
+                return tensors.get_tensor(name)
+    return None
+
+
+def _complete_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Batches need a padding token; one that the model has is as good as any, since padding is masked."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+
+
+class quiet_transformers:  # noqa: N801 - used as a context manager, like those of contextlib
+    """Keep transformers' progress bars and advice out of our output."""
+
+    def __enter__(self) -> None:
+        self.level = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+    def __exit__(self, *exception: object) -> None:
+        transformers_logging.set_verbosity(self.level)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().split("\n")[0].strip() or type(error).__name__
+    return text.rstrip(".")

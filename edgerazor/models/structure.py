@@ -1,0 +1,142 @@
+"""Find what can be quantized in a decoder: its linear layers, embedding and head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from edgerazor.errors import UserError
+
+Kind = Literal["linear", "embedding", "head"]
+
+#: Largest share of the matrix weights that may stay in 16 bits before we refuse the model.
+UNTOUCHED_LIMIT = 0.02
+
+
+@dataclass(frozen=True)
+class Site:
+    """A matrix that gets a low-bit format: its module's path, what it is, and its layer (0-based)."""
+
+    name: str
+    kind: Kind
+    layer: int | None
+    rows: int
+    columns: int
+
+    @property
+    def weights(self) -> int:
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What a decoder is made of.
+
+    Attributes:
+        layers_path: path of the list of decoder layers.
+        layer_count: number of decoder layers.
+        linears: the linear layers inside the decoder layers, in order.
+        embedding: the input embedding.
+        head: the output head, or None when it is tied to the embedding.
+        head_path: path of the head module, tied or not.
+    """
+
+    layers_path: str
+    layer_count: int
+    linears: tuple[Site, ...]
+    embedding: Site
+    head: Site | None
+    head_path: str
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Every matrix, the embedding first."""
+        return (self.embedding, *self.linears, *((self.head,) if self.head else ()))
+
+
+def structure(model: PreTrainedModel) -> Structure:
+    """Describe a causal decoder.
+
+    Raises:
+        UserError: not a decoder of linear layers we can handle, and what stands in the way by name.
+    """
+    family = type(model).__name__
+    layers_path, layers = _decoder_layers(model, family)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
+        raise UserError(
+            f"{family} has no token embedding and linear output head, so it is not a causal language model."
+        )
+    paths = {id(module): name for name, module in model.named_modules()}
+    linears = []
+    for index, layer in enumerate(layers):
+        for name, module in layer.named_modules():
+            if isinstance(module, nn.Linear):
+                path = f"{layers_path}.{index}.{name}"
+                linears.append(Site(path, "linear", index, module.out_features, module.in_features))
+    if not linears:
+        raise UserError(
+            f"{family} has no nn.Linear inside its decoder layers, so there is nothing to quantize.",
+            "Models of Llama, Qwen, Mistral, SmolLM, Gemma, Phi and OLMo families are built of nn.Linear.",
+        )
+    rows, columns = embedding.weight.shape
+    tied = head.weight is embedding.weight
+    head_path = paths[id(head)]
+    result = Structure(
+        layers_path=layers_path,
+        layer_count=len(layers),
+        linears=tuple(linears),
+        embedding=Site(paths[id(embedding)], "embedding", None, rows, columns),
+        head=None if tied else Site(head_path, "head", None, head.out_features, head.in_features),
+        head_path=head_path,
+    )
+    _refuse_untouched(model, result)
+    embedding_scale(embedding)
+    return result
+
+
+def _decoder_layers(model: PreTrainedModel, family: str) -> tuple[str, nn.ModuleList]:
+    """The longest list of layers of one class: the decoder."""
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == getattr(model.config, "num_hidden_layers", len(module))
+    ]
+    lists = [(name, module) for name, module in lists if len({type(layer) for layer in module}) == 1]
+    if model.config.is_encoder_decoder or not lists:
+        raise UserError(f"{family} is not a decoder-only causal language model.")
+    # The outermost list: experts of a layer form lists of their own inside it.
+    return min(lists, key=lambda item: item[0].count("."))
+
+
+def _refuse_untouched(model: PreTrainedModel, found: Structure) -> None:
+    """Stop when more than 2 % of the matrix weights would silently stay 16-bit."""
+    covered = {f"{site.name}.weight" for site in found.sites} | {f"{found.head_path}.weight"}
+    matrices = {name: p.numel() for name, p in model.named_parameters() if p.ndim > 1}
+    left = {name: size for name, size in matrices.items() if name not in covered}
+    share = sum(left.values()) / sum(matrices.values())
+    if share > UNTOUCHED_LIMIT:
+        worst = sorted(left, key=lambda name: -left[name])[:3]
+        raise UserError(
+            f"{share:.0%} of the matrix weights of {type(model).__name__} would stay 16-bit, among them "
+            f"{', '.join(worst)}, because they are not nn.Linear, embedding or head.",
+            "Models with stacked experts are not supported.",
+        )
+
+
+def embedding_scale(embedding: nn.Embedding) -> float | None:
+    """The factor that some families (Gemma 2 and later) multiply embeddings with inside the embedding module.
+
+    Raises:
+        UserError: the class does something else we do not know.
+    """
+    if type(embedding) is nn.Embedding:
+        return None
+    # The number itself, where it is kept: the buffer may be without storage while a model is being loaded.
+    scale = getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", None))
+    if scale is None:
+        raise UserError(f"The token embedding is a {type(embedding).__name__}, which is not understood.")
+    return float(scale)

@@ -1,0 +1,290 @@
+"""What was asked for: one strict, complete, printable description of a job.
+
+A recipe is YAML with the five stages as its sections. Every field has a default, written here and nowhere
+else, and a line of explanation (`edgerazor show recipe` prints them all). Unknown fields are refused.
+
+Values come from, later ones winning: the defaults, the recipe of the working directory (what earlier commands
+asked for), `--recipe FILE`, the options of the command line. A `--recipe` replaces that of the working directory.
+Paths in a recipe file are relative to the file; on the command line, to the current folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from edgerazor.errors import UserError, usage_error
+
+MINIMUM_BITS, MAXIMUM_BITS = 1.58, 8.0
+
+
+class Strict(BaseModel):
+    """A frozen model that refuses fields it does not know and numbers given as text."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Source(Strict):
+    """One source of text: a local file or a Hugging Face data set, one of the two."""
+
+    file: str | None = Field(None, description="a .txt, .json or .jsonl file, plain or .gz")
+    dataset: str | None = Field(None, description="a data set id of the Hugging Face hub")
+    config: str | None = Field(None, description="configuration of the data set")
+    split: str = Field("train", description="split of the data set")
+    column: str = Field("text", description="the text column of a JSON file or data set")
+    separator: str | None = Field(None, description="separates documents of a .txt file; found by itself when usual")
+    weight: float = Field(1.0, gt=0, description="share of this source in the mixture, relative to the others")
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Source:
+        if (self.file is None) == (self.dataset is None):
+            raise ValueError("give either `file` or `dataset`")
+        return self
+
+
+class Data(Strict):
+    """Text to learn from, and text to measure on."""
+
+    train: tuple[Source, ...] = Field((), description="mixture for calibrate and distill; empty: text of the teacher")
+    held_out: tuple[Source, ...] = Field((), description="text to measure on; empty: held_out_fraction of the mixture")
+    held_out_fraction: float = Field(0.02, gt=0, lt=0.5, description="share of each source kept for measuring")
+    sequence_length: int = Field(1024, ge=8, description="tokens per sequence (at most what the model takes)")
+
+
+class Calibrate(Strict):
+    """What the student will be: formats for every matrix, decided after looking at the teacher."""
+
+    bits: float = Field(
+        2.0, ge=MINIMUM_BITS, le=MAXIMUM_BITS, description="nominal average over the decoder's linear layers"
+    )
+    plan: Literal["interleave"] = Field("interleave", description="how rows get their formats")
+    granularity: Literal["row"] = Field("row", description="smallest unit that has a format of its own")
+    group_size: int = Field(256, ge=8, le=65536, description="consecutive weights of a row that share one scale")
+    embedding_format: Literal["int4", "int8"] = Field("int4", description="format of embeddings and head")
+    activation_bits: Literal[8, 16] = Field(
+        8, description="inputs of quantized linear layers: int8 per token and group"
+    )
+    kv_bits: Literal[8, 16] = Field(8, description="keys and values: int8 per token and head")
+    sequences: int = Field(64, ge=1, description="calibration sequences run through the teacher")
+    batch_size: int = Field(4, ge=1, description="sequences in one forward pass")
+
+
+class LossTerm(Strict):
+    """One term of the objective."""
+
+    name: str = Field(description="a file of edgerazor/losses")
+    weight: float = Field(1.0, gt=0, description="factor of this term in the sum")
+    options: dict[str, Any] = Field(default_factory=dict, description="options of this loss (temperature, k ...)")
+
+
+class Distill(Strict):
+    """Training the student. The loss weights are EdgeRazor's for Qwen3 (arXiv 2605.04062)."""
+
+    steps: int | None = Field(None, ge=1, description="optimizer steps (default 1000 when no budget is given)")
+    tokens: int | None = Field(None, ge=1, description="training tokens; stops at the first budget reached")
+    max_time: float | None = Field(None, gt=0, description="seconds of training, counted across resumes")
+    batch_size: int = Field(8, ge=1, description="sequences per process and forward pass")
+    accumulation: int = Field(1, ge=1, description="forward passes per optimizer step")
+    losses: tuple[LossTerm, ...] = Field(
+        (
+            LossTerm(name="ce", weight=0.1),
+            LossTerm(name="eakld", weight=2.0),
+            LossTerm(name="lafd", weight=0.1),
+        ),
+        min_length=1,
+        description="the objective: a weighted sum",
+    )
+    learning_rate: float = Field(2e-5, gt=0, description="peak learning rate of AdamW")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after warm-up")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps with a rising learning rate")
+    final_learning_rate: float = Field(0.0, ge=0, le=1, description="end of linear and cosine, as a share of the peak")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay rates")
+    weight_decay: float = Field(0.01, ge=0, description="on matrices only")
+    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of matrix products; auto: bf16 if fast"
+    )
+    gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, slower")
+    initialise: Literal["teacher", "random"] = Field("teacher", description="random is the control experiment")
+    checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
+    evaluate_every: int = Field(100, ge=1, description="steps between measurements on held-out text")
+    evaluate_sequences: int = Field(32, ge=1, description="held-out sequences in such a measurement")
+
+
+class Pack(Strict):
+    """Writing the packed model."""
+
+    source: Literal["auto", "student", "teacher"] = Field(
+        "auto", description="student: what distill made; teacher: round to nearest without training"
+    )
+    student: Literal["best", "last"] = Field("best", description="which of distill's two students")
+    shard_bytes: int = Field(5_000_000_000, ge=1, description="largest weight file")
+
+
+class Eval(Strict):
+    """What is measured of the packed model, against its teacher."""
+
+    tasks: tuple[str, ...] = Field((), description="lm-eval tasks, ours, or groups: arc, hellaswag, world ...")
+    task_data: str | None = Field(None, description="folder of TASK.jsonl files to use instead of the hub's data")
+    limit: int | None = Field(None, ge=1, description="items per task; all when absent")
+    num_fewshot: int | None = Field(None, ge=0, description="examples before each item; the task's own when absent")
+    apply_chat_template: bool = Field(False, description="wrap prompts in the tokenizer's chat template")
+    batch_size: int = Field(32, ge=1, description="sequences in one forward pass")
+    text_sequences: int = Field(64, ge=1, description="held-out sequences for perplexity, KL and agreement")
+    min_retention: float | None = Field(
+        None, ge=0, description="least average retention above chance; below it the exit code is 3"
+    )
+
+
+class Bench(Strict):
+    """How speed is measured."""
+
+    prefill_tokens: int = Field(256, ge=1, description="prompt length of the prefill measurement")
+    decode_tokens: int = Field(32, ge=1, description="tokens generated in the decode measurement")
+    contexts: tuple[int, ...] = Field((0,), description="tokens already in the cache when decoding starts")
+    rounds: int = Field(3, ge=1, description="interleaved repetitions; the median counts")
+
+
+class Recipe(Strict):
+    """A whole job."""
+
+    model: str = Field("", description="the teacher: a local folder or an id of the Hugging Face hub")
+    revision: str | None = Field(None, description="branch, tag or commit of the hub model")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    seed: int = Field(0, ge=0, description="of data order, initialisation and generated text")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    threads: int | None = Field(None, ge=1, description="CPU threads; all cores when absent")
+    compare: dict[str, str] = Field(default_factory=dict, description="other packed folders measured beside this one")
+    data: Data = Data()
+    calibrate: Calibrate = Calibrate()
+    distill: Distill = Distill()
+    pack: Pack = Pack()
+    eval: Eval = Eval()
+    bench: Bench = Bench()
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a recipe file into plain values, its paths made relative to the current folder.
+
+    Raises:
+        UserError: not there, not YAML, or not a mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise usage_error(f"The recipe {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+    except yaml.YAMLError as error:
+        raise usage_error(f"The recipe {path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise usage_error(f"The recipe {path} must be a mapping of fields to values.", "See `edgerazor show recipe`.")
+    _anchor_paths(values, path.parent)
+    return values
+
+
+def _anchor_paths(values: dict[str, Any], folder: Path) -> None:
+    """Make the paths of a recipe file relative to the folder it lies in (in place)."""
+
+    def anchored(value: Any) -> Any:
+        return str(folder / value) if isinstance(value, str) and value else value
+
+    model = values.get("model")
+    if isinstance(model, str) and (folder / model).exists():
+        values["model"] = anchored(model)
+    if isinstance(values.get("eval"), dict) and "task_data" in values["eval"]:
+        values["eval"]["task_data"] = anchored(values["eval"]["task_data"])
+    if isinstance(values.get("compare"), dict):
+        values["compare"] = {name: anchored(path) for name, path in values["compare"].items()}
+    data = values.get("data")
+    for key in ("train", "held_out") if isinstance(data, dict) else ():
+        for source in data.get(key) or ():
+            if isinstance(source, dict) and "file" in source:
+                source["file"] = anchored(source["file"])
+
+
+def merge(*layers: dict[str, Any]) -> dict[str, Any]:
+    """Later layers win; sections are merged field by field."""
+    result: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            if isinstance(value, dict) and isinstance(result.get(key), dict) and key != "compare":
+                result[key] = merge(result[key], value)
+            else:
+                result[key] = value
+    return result
+
+
+def build(values: dict[str, Any], where: str = "The recipe") -> Recipe:
+    """Validate plain values.
+
+    Raises:
+        UserError: the first thing that is wrong, with the field's name and, for an unknown field, the closest one.
+    """
+    try:
+        return Recipe.model_validate(_tuples(values))
+    except ValidationError as error:
+        raise _first_error(error, where) from None
+
+
+def _tuples(value: Any) -> Any:
+    """YAML lists as tuples, which strict frozen models want."""
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return tuple(_tuples(item) for item in value)
+    return value
+
+
+def _first_error(error: ValidationError, where: str) -> UserError:
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = list(_model_at(first["loc"][:-1]).model_fields)
+        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        hint = f"Did you mean {close[0]}?" if close else f"Known fields there: {', '.join(known)}."
+        return usage_error(f"{where} has an unknown field `{field}`.", hint)
+    reason = first["msg"].removeprefix("Value error, ")
+    return usage_error(f"{where}: `{field}` is {first['input']!r}, but: {reason[0].lower()}{reason[1:]}.")
+
+
+def _model_at(location: tuple[int | str, ...]) -> type[Strict]:
+    nested = {"train": Source, "held_out": Source, "losses": LossTerm}
+    model: type[Strict] = Recipe
+    for part in location:
+        if part in nested:
+            model = nested[str(part)]
+        elif isinstance(part, str) and part in model.model_fields:
+            annotation = model.model_fields[part].annotation
+            if isinstance(annotation, type) and issubclass(annotation, Strict):
+                model = annotation
+    return model
+
+
+def dump(recipe: Recipe) -> str:
+    """YAML of everything that differs from the defaults."""
+    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
+
+
+def explain(model: type[Strict] = Recipe, indent: int = 0) -> str:
+    """All fields with their defaults and explanations, as YAML with comments."""
+    lines = []
+    for name, field in model.model_fields.items():
+        annotation = field.annotation
+        pad = "  " * indent
+        if isinstance(annotation, type) and issubclass(annotation, Strict):
+            summary = (annotation.__doc__ or "").strip().split("\n")[0]
+            lines += [f"{pad}{name}:  # {summary}", explain(annotation, indent + 1)]
+            continue
+        default = field.get_default(call_default_factory=True)
+        if isinstance(default, tuple):
+            default = [
+                d.model_dump(mode="json", exclude_defaults=True) if isinstance(d, Strict) else d for d in default
+            ]
+        shown = yaml.safe_dump(default, default_flow_style=True, width=1000).strip().removesuffix("...").strip()
+        lines.append(f"{pad}{name}: {shown}  # {field.description}")
+    return "\n".join(lines)

@@ -1,0 +1,41 @@
+"""Plugins are files: `ls edgerazor/formats` is the list of formats.
+
+A folder of plugins is a package; each module in it whose name does not start with an underscore is one
+plugin and offers one object under an agreed attribute (`FORMAT`, `LOSS`). The file name is the name in a recipe.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Iterable
+from typing import Any
+
+from edgerazor.errors import UserError, usage_error
+
+
+def names(package: str) -> list[str]:
+    """Names of the plugins in a package of ours, sorted (`names("formats")`); nothing is imported but the package."""
+    module = importlib.import_module(f"edgerazor.{package}")
+    return sorted(info.name for info in pkgutil.iter_modules(module.__path__) if not info.name.startswith("_"))
+
+
+def find(package: str, name: str, attribute: str) -> Any:
+    """The object a plugin offers.
+
+    Raises:
+        UserError: there is no such plugin; the message names the closest ones.
+    """
+    known = names(package)
+    if name not in known:
+        raise unknown(package.rstrip("s"), name, known)
+    return getattr(importlib.import_module(f"edgerazor.{package}.{name}"), attribute)
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
+    """The error for a name that is not in a list, with the closest names that are."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(known)}."
+    return usage_error(f"There is no {what} called {name!r}.", hint)

@@ -1,0 +1,110 @@
+"""The resumable state of a distillation, without pickle.
+
+One folder: `state.safetensors` (master weights and AdamW's moments), `state.json` (counters, the inputs it belongs
+to, random state). It replaces the previous one only when it is complete on the disk.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from edgerazor.errors import UserError
+from edgerazor.workdir import recover_folder, replace_folder
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Progress(BaseModel):
+    """Counters of a run. The position in the data is `step`, since the order of the data is a function of it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best: float | None = None
+    best_step: int = 0
+    loss: float | None = None
+    metrics_lines: int = 0
+
+
+def save(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, inputs: dict[str, str]
+) -> None:
+    """Replace the checkpoint."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        tensors[f"weight/{name}"] = parameter.detach()
+        for moment in MOMENTS:
+            if moment in optimizer.state[parameter]:
+                tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment]
+    state = {"progress": progress.model_dump(), "inputs": inputs, "random": _random_state()}
+    with replace_folder(folder) as new:
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, new / "state.safetensors")
+        (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
+
+
+def stored_inputs(folder: Path) -> dict[str, str] | None:
+    """What the checkpoint belongs to, or None where there is none."""
+    recover_folder(folder)
+    return _state(folder)["inputs"] if folder.exists() else None
+
+
+def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress | None:
+    """Bring model and optimizer to the checkpoint, if there is one.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    recover_folder(folder)
+    if not folder.exists():
+        return None
+    state = _state(folder)
+    try:
+        tensors = load_file(folder / "state.safetensors")
+        progress = Progress.model_validate(state["progress"])
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(tensors[f"weight/{name}"])
+                moments = {key: tensors[f"{key}/{name}"].to(parameter.device) for key in MOMENTS}
+                step = torch.tensor(float(progress.step), device=parameter.device)
+                optimizer.state[parameter] = {"step": step, **moments}
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise _damaged(folder, error) from None
+    torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["random"]["cpu"])), dtype=torch.uint8))
+    for device, encoded in enumerate(state["random"]["cuda"]):
+        if device < torch.cuda.device_count():
+            buffer = bytearray(base64.b64decode(encoded))
+            torch.cuda.set_rng_state(torch.frombuffer(buffer, dtype=torch.uint8), device)
+    return progress
+
+
+def _random_state() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    encode = lambda state: base64.b64encode(state.numpy().tobytes()).decode()  # noqa: E731
+    return {"cpu": encode(torch.get_rng_state()), "cuda": [encode(state) for state in cuda]}
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return {key: state[key] for key in ("progress", "inputs", "random")}
+    except (OSError, ValueError, KeyError) as error:
+        raise _damaged(folder, error) from None
+
+
+def _damaged(folder: Path, error: BaseException) -> UserError:
+    reason = str(error).split("\n")[0].rstrip(".") or type(error).__name__
+    return UserError(
+        f"The checkpoint {folder} is damaged and cannot be resumed ({reason}).",
+        "Start the training again with `edgerazor distill --force`.",
+    )

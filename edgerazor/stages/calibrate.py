@@ -1,0 +1,236 @@
+"""Look at the teacher, then decide what the student will be.
+
+Runs calibration text through the teacher and keeps, in `stats.safetensors`,
+
+* `input_second_moment/<module>`, float32 [in]: mean of x squared over tokens, for the input of every linear layer
+  (the diagonal of the Hessian of its squared output error; GPTQ's and imatrix's quantity);
+* `layer_similarity`, float32 [layers]: mean cosine similarity of each decoder layer's output and input;
+
+and writes the plan: a format for every row of every matrix (`allocate.py`).
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from rich.console import RenderableType
+from safetensors.torch import save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from edgerazor import data, models
+from edgerazor.allocate import Plan, make_plan
+from edgerazor.console import Console, megabytes, table
+from edgerazor.losses.lafd import layer_similarity
+from edgerazor.recipe import Recipe
+from edgerazor.stages import _shared
+from edgerazor.workdir import WorkDir, make_folder, write_atomically, write_json, write_text
+
+NAME = "calibrate"
+
+#: Sampling of the text that a teacher writes itself: plain sampling keeps its own distribution.
+GENERATE_BATCH = 16
+
+
+class CalibrateResult(BaseModel):
+    """What calibrate decided."""
+
+    model: str
+    notation: str
+    nominal_bits: float
+    real_bits: float
+    bytes: int
+    formats: dict[str, int]
+    tokens: int
+    layer_similarity: list[float]
+    text: str
+
+
+class CalibrateDryRun(BaseModel):
+    """What calibrate would do."""
+
+    notation: str
+    nominal_bits: float
+    real_bits: float
+    bytes: int
+    tokens: int
+    memory_bytes: int
+    disk_bytes: int
+    seconds: float | None
+
+
+def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
+    """Everything the result depends on."""
+    return {
+        "model": _shared.teacher_fingerprint(recipe),
+        "data": _shared.data_fingerprint(recipe),
+        "data.sequence_length": str(recipe.data.sequence_length),
+        "seed": str(recipe.seed),
+        **_shared.settings("calibrate", recipe.calibrate, skip=("batch_size",)),
+    }
+
+
+def run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateResult:
+    """Write statistics and plan into the working directory."""
+    device = _shared.device_of(recipe)
+    teacher, tokenizer = _shared.load_teacher(recipe, device)
+    found = models.structure(teacher)
+    length = _shared.sequence_length(recipe, teacher)
+    make_folder(work.folder(NAME))
+    text = "the recipe's data"
+    if not recipe.data.train:
+        text = "written by the teacher, since no --data was given"
+        console.say(f"No --data was given: the teacher writes {recipe.calibrate.sequences} sequences itself (slow).")
+        write_own_text(recipe, work, teacher, tokenizer, length, console)
+    rows, _ = _shared.open_text(recipe, work, tokenizer, length)
+    moments, similarity, tokens = observe(recipe, teacher, found, rows, console)
+    tensors = {f"input_second_moment/{name}": value for name, value in moments.items()}
+    tensors["layer_similarity"] = similarity
+    write_atomically(work.statistics_file, lambda path: save_file(tensors, path))
+    plan = make_plan(found.sites, recipe.calibrate)
+    write_text(work.plan_file, plan.model_dump_json(indent=1) + "\n")
+    result = CalibrateResult(
+        model=recipe.model,
+        notation=plan.notation(),
+        nominal_bits=round(plan.nominal_bits(), 4),
+        real_bits=round(8 * plan.bytes() / plan.weights(), 4),
+        bytes=plan.bytes(),
+        formats=rows_by_format(plan),
+        tokens=tokens,
+        layer_similarity=[round(float(value), 5) for value in similarity],
+        text=text,
+    )
+    write_json(work.result_file(NAME), result.model_dump(mode="json"))
+    return result
+
+
+def observe(
+    recipe: Recipe,
+    teacher: PreTrainedModel,
+    found: models.Structure,
+    rows: data.TokenRows,
+    console: Console,
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, int]:
+    """Second moments of linear inputs (float32 [in]), layer similarity (float32 [layers]), tokens seen."""
+    sums: dict[str, torch.Tensor] = {}
+    weights = {"tokens": 0}
+    keep = torch.empty(0)
+
+    def observing(name: str) -> Any:
+        def hook(_module: Any, args: tuple) -> None:
+            x = args[0].detach()[keep].float()  # [valid tokens, in]
+            sums[name] = sums.get(name, 0) + x.square().sum(0, dtype=torch.float64)
+
+        return hook
+
+    handles = [teacher.get_submodule(s.name).register_forward_pre_hook(observing(s.name)) for s in found.linears]
+    similarity = torch.zeros(found.layer_count, dtype=torch.float64)
+    batches = list(data.sample_batches(rows, recipe.calibrate.sequences, recipe.calibrate.batch_size))
+    layers = range(found.layer_count + 1)
+    try:
+        with (
+            torch.no_grad(),
+            console.track("calibrate", len(batches)) as tracker,
+            models.capture_hidden(teacher, found, layers) as hidden,
+        ):
+            for batch in batches:
+                keep = (batch["labels"] != -100).to(teacher.device)
+                teacher(input_ids=batch["input_ids"].to(teacher.device), use_cache=False)
+                count = int(keep.sum())
+                similarity += layer_similarity(dict(hidden), keep).double().cpu() * count
+                weights["tokens"] += count
+                tracker.advance()
+    finally:
+        for handle in handles:
+            handle.remove()
+    tokens = weights["tokens"]
+    moments = {name: (value / tokens).float().cpu() for name, value in sums.items()}
+    return moments, (similarity / tokens).float(), tokens
+
+
+@torch.no_grad()
+def write_own_text(
+    recipe: Recipe,
+    work: WorkDir,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    console: Console,
+) -> None:
+    """Let the teacher write `calibrate.sequences` documents of up to `length` tokens, sampled at temperature 1."""
+    import json
+
+    torch.manual_seed(recipe.seed)
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    lines: list[str] = []
+    with console.track("the teacher writes", recipe.calibrate.sequences) as tracker:
+        while len(lines) < recipe.calibrate.sequences:
+            count = min(GENERATE_BATCH, recipe.calibrate.sequences - len(lines))
+            prompt = torch.full((count, 1), start or 0, device=teacher.device)
+            written = teacher.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=True,
+                top_k=0,
+                top_p=1.0,
+                temperature=1.0,
+                max_new_tokens=length - 1,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            lines += [json.dumps({"text": text}) for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
+            tracker.advance(count)
+    write_text(work.generated_text, "\n".join(lines) + "\n")
+
+
+def rows_by_format(plan: Plan) -> dict[str, int]:
+    """Format -> rows of the decoder's linear layers that have it."""
+    counts: dict[str, int] = {}
+    for matrix in plan.matrices:
+        if matrix.kind != "linear":
+            continue
+        for number_format, rows in matrix.spec().parts:
+            amount = matrix.rows if rows is None else len(rows)
+            counts[number_format.name] = counts.get(number_format.name, 0) + amount
+    return counts
+
+
+def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateDryRun:
+    """What would be decided, and how long it would take (from one measured forward pass)."""
+    teacher, _ = _shared.load_teacher(recipe, _shared.device_of(recipe))
+    plan = make_plan(models.structure(teacher).sites, recipe.calibrate)
+    length = _shared.sequence_length(recipe, teacher)
+    batch = min(recipe.calibrate.batch_size, recipe.calibrate.sequences)
+    ids = torch.zeros((batch, length), dtype=torch.int64, device=teacher.device)
+    began = time.monotonic()
+    with torch.no_grad():
+        teacher(input_ids=ids, use_cache=False)
+    seconds = (time.monotonic() - began) * recipe.calibrate.sequences / batch
+    size = sum(p.numel() * p.element_size() for p in teacher.parameters())
+    logits = batch * length * teacher.config.get_text_config().vocab_size * 4
+    return CalibrateDryRun(
+        notation=plan.notation(),
+        nominal_bits=round(plan.nominal_bits(), 4),
+        real_bits=round(8 * plan.bytes() / plan.weights(), 4),
+        bytes=plan.bytes(),
+        tokens=recipe.calibrate.sequences * length,
+        memory_bytes=size + logits,
+        disk_bytes=sum(m.columns * 4 for m in plan.matrices) + 2 * sum(m.rows for m in plan.matrices),
+        seconds=round(seconds, 1),
+    )
+
+
+def show(result: CalibrateResult) -> list[RenderableType]:
+    """The plan, for people."""
+    rows = [[name, f"{count:,}"] for name, count in result.formats.items()]
+    least = min(range(len(result.layer_similarity)), key=lambda i: result.layer_similarity[i])
+    return [
+        table(
+            f"Plan {result.notation}: {result.nominal_bits:.3g} nominal bits, {result.real_bits:.3g} with scales, "
+            f"embeddings and head, {megabytes(result.bytes)}",
+            ["format of decoder rows", "rows"],
+            rows,
+            caption=f"{result.tokens:,} calibration tokens; layer {least + 1} changes its input most",
+        )
+    ]

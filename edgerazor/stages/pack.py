@@ -1,0 +1,251 @@
+"""Write the packed model: encode once, pack, write, read again, and compare with what training computed.
+
+The student's float32 master weights go through `encode`, the same function that every training step called; the
+written file must then decode to exactly the codes and scales whose digests the last evaluation of the training
+recorded. Without a student, the teacher's own weights are rounded to nearest (`edgerazor pack MODEL --bits 4`).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel
+from rich.console import RenderableType
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from edgerazor import __version__, formats, models, packed
+from edgerazor.allocate import Plan, make_plan
+from edgerazor.console import Console, megabytes, table
+from edgerazor.errors import UserError
+from edgerazor.packed import PackedMatrix
+from edgerazor.recipe import Recipe
+from edgerazor.stages import _shared
+from edgerazor.workdir import WorkDir, digest_json, make_folder, replace_folder, write_json
+
+NAME = "pack"
+
+#: Files of the teacher's folder that make the packed folder usable on its own.
+COPIED = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "generation_config.json",
+)
+
+Reader = Callable[[str], Tensor]
+
+
+class PackResult(BaseModel):
+    """The packed model. `verified`: it decodes to what training computed, or, without training, to what was encoded."""
+
+    folder: str
+    source: str
+    notation: str
+    bytes: int
+    parameters: int
+    nominal_bits: float
+    real_bits: float
+    teacher_bytes: int
+    verified: bool
+    classes: list[packed.ClassSize]
+
+
+class PackDryRun(BaseModel):
+    """What pack would write."""
+
+    source: str
+    notation: str
+    bytes: int
+    nominal_bits: float
+    real_bits: float
+
+
+def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
+    """Everything the result depends on."""
+    common = {"model": _shared.teacher_fingerprint(recipe), **_shared.settings(NAME, recipe.pack, ("source",))}
+    if source_of(recipe, work) == "student":
+        distilled = work.manifest("distill")
+        return {"student": distilled.fingerprint() if distilled else "missing", **common}
+    settings = _shared.settings("calibrate", recipe.calibrate, ("sequences", "batch_size"))
+    return {"student": "the teacher, rounded to nearest", **settings, **common}
+
+
+def source_of(recipe: Recipe, work: WorkDir) -> str:
+    """`student` or `teacher`.
+
+    Raises:
+        UserError: there is no student.
+    """
+    if recipe.pack.source == "teacher":
+        return "teacher"
+    if work.manifest("distill") is None:
+        half = work.checkpoint("current").exists()
+        raise UserError(
+            f"{work.path} holds no finished student to pack" + (", only an interrupted training." if half else "."),
+            f"Run `edgerazor distill {recipe.model or 'MODEL'}`"
+            + (" again to finish it." if half else ", or round without training: `edgerazor pack MODEL --bits 4`."),
+        )
+    return "student"
+
+
+def plan_of(recipe: Recipe, work: WorkDir, sites: tuple[models.Site, ...]) -> Plan:
+    """The student's plan, or for rounding the plan of the recipe's settings."""
+    if source_of(recipe, work) == "student":
+        return Plan.model_validate_json(work.plan_file.read_text(encoding="utf-8"))
+    return make_plan(sites, recipe.calibrate)
+
+
+def run(recipe: Recipe, work: WorkDir, console: Console) -> PackResult:
+    """Write and verify the packed folder."""
+    source = source_of(recipe, work)
+    teacher_folder = models.resolve(recipe.model, recipe.revision)
+    teacher, _ = models.load(recipe.model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
+    found = models.structure(teacher)
+    plan = plan_of(recipe, work, found.sites)
+    make_folder(work.path)
+    settings = {"activation_bits": plan.activation_bits, "kv_bits": plan.kv_bits, "group_size": plan.group_size}
+    with student_weights(source, recipe, work, teacher) as (read, others, digests):
+        with replace_folder(work.folder(NAME)) as folder:
+            packed.write(
+                folder,
+                encoded(plan, read, digests if source == "teacher" else None, console),
+                others,
+                tied={} if found.head else {found.head_path: found.embedding.name},
+                settings=settings,
+                provenance=provenance(recipe, work, source, teacher_folder, plan),
+                shard_bytes=recipe.pack.shard_bytes,
+            )
+            packed.verify_digests(folder, digests)
+            accompany(folder, teacher_folder, teacher.config, settings)
+            sizes = packed.size_table(packed.PackedModel.open(folder))
+    result = PackResult(
+        folder=str(work.folder(NAME)),
+        source=source,
+        notation=plan.notation(),
+        bytes=sizes.bytes,
+        parameters=sizes.parameters,
+        nominal_bits=round(sizes.nominal_bits, 4),
+        real_bits=round(sizes.real_bits, 4),
+        teacher_bytes=sum(file.stat().st_size for file in teacher_folder.glob("*.safetensors")),
+        verified=True,
+        classes=sizes.classes,
+    )
+    write_json(work.result_file(NAME), result.model_dump(mode="json"))
+    return result
+
+
+class student_weights:  # noqa: N801 - used as a context manager, like those of contextlib
+    """The weights to pack: a reader by tensor name, the tensors that stay as they are, and recorded digests.
+
+    For a student the digests are those of training. For the teacher there are none yet: `encoded` fills them in.
+    """
+
+    def __init__(self, source: str, recipe: Recipe, work: WorkDir, teacher: torch.nn.Module) -> None:
+        self.source, self.recipe, self.work, self.teacher = source, recipe, work, teacher
+
+    def __enter__(self) -> tuple[Reader, dict[str, Tensor], dict[str, str]]:
+        quantized = {f"{site.name}.weight" for site in models.structure(self.teacher).sites}
+        quantized.add(f"{models.structure(self.teacher).head_path}.weight")
+        if self.source == "teacher":
+            state = self.teacher.state_dict()
+            others = {name: tensor.contiguous() for name, tensor in state.items() if name not in quantized}
+            return state.__getitem__, others, {}
+        folder = self.work.student(self.recipe.pack.student)
+        try:
+            self.file = safe_open(folder / "model.safetensors", framework="pt").__enter__()
+            digests = json.loads((folder / "digests.json").read_text(encoding="utf-8"))
+            names = set(self.file.keys())
+            others = {name: self.file.get_tensor(name) for name in sorted(names - quantized)}
+        except (OSError, SafetensorError, ValueError) as error:
+            raise UserError(
+                f"The student {folder} cannot be read: {str(error).rstrip('.')}.", "Run `edgerazor distill --force`."
+            ) from None
+        return self.file.get_tensor, others, digests
+
+    def __exit__(self, *exception: object) -> None:
+        if self.source == "student":
+            self.file.__exit__(None, None, None)
+
+
+def encoded(plan: Plan, read: Reader, digests: dict[str, str] | None, console: Console) -> Iterator[PackedMatrix]:
+    """Encode the matrices one by one; notes their digests where a mapping is given for them."""
+    with console.track("pack", len(plan.matrices)) as tracker:
+        for matrix in plan.matrices:
+            spec = matrix.spec()
+            codes = formats.encode_matrix(read(f"{matrix.name}.weight"), spec)
+            if digests is not None:
+                digests[matrix.name] = formats.digest(codes, spec)
+            yield PackedMatrix(matrix.name, matrix.kind, codes, spec)
+            tracker.advance()
+
+
+def provenance(recipe: Recipe, work: WorkDir, source: str, teacher_folder: Path, plan: Plan) -> dict:
+    """Where the packed model comes from; equal for equal runs."""
+    distilled = work.manifest("distill") if source == "student" else None
+    return {
+        "teacher": models.describe_source(recipe.model, teacher_folder),
+        "teacher_sha256": _shared.teacher_fingerprint(recipe),
+        "source": source,
+        "plan_sha256": digest_json(plan.model_dump(mode="json")),
+        "recipe_sha256": digest_json(distilled.inputs) if distilled else None,
+        "data_sha256": distilled.inputs["data"] if distilled else None,
+        "seed": recipe.seed,
+        "edgerazor": __version__,
+    }
+
+
+def accompany(folder: Path, teacher_folder: Path, config: object, settings: dict[str, int]) -> None:
+    """Configuration, generation settings, tokenizer and chat template."""
+    for pattern in COPIED:
+        for file in sorted(teacher_folder.glob(pattern)):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+    values = json.loads(config.to_json_string(use_diff=True))  # type: ignore[attr-defined]
+    values["dtype"] = "float32"  # of the activations between quantized layers
+    values["quantization_config"] = {"quant_method": "edgerazor", "version": packed.VERSION, **settings}
+    (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> PackDryRun:
+    """What would be written."""
+    teacher, _ = models.load(recipe.model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
+    plan = plan_of(recipe, work, models.structure(teacher).sites)
+    others = sum(p.numel() for p in teacher.parameters()) - plan.weights()
+    size = plan.bytes() + 4 * others
+    return PackDryRun(
+        source=source_of(recipe, work),
+        notation=plan.notation(),
+        bytes=size,
+        nominal_bits=round(plan.nominal_bits(), 4),
+        real_bits=round(8 * size / (plan.weights() + others), 4),
+    )
+
+
+def show(result: PackResult) -> list[RenderableType]:
+    """The size table, for people."""
+    names = {"linear": "decoder linear layers", "embedding": "embeddings", "head": "head", "other": "norms and others"}
+    rows = [
+        [names[c.kind], f"{c.weights:,}", f"{c.nominal_bits:.2f}", f"{c.real_bits:.2f}", megabytes(c.bytes)]
+        for c in result.classes
+    ]
+    rows.append(["whole file", f"{result.parameters:,}", "", f"{result.real_bits:.2f}", megabytes(result.bytes)])
+    smaller = result.teacher_bytes / result.bytes
+    return [
+        table(
+            f"Packed {result.notation}",
+            ["tensors", "weights", "nominal bits", "real bits", "size"],
+            rows,
+            caption=f"{result.folder}: {smaller:.1f} times smaller than the {megabytes(result.teacher_bytes)} teacher, "
+            "verified bit for bit",
+        )
+    ]

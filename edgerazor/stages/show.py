@@ -1,0 +1,215 @@
+"""One look at a job or a packed model: what came out, in one table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pydantic import BaseModel
+from rich.console import RenderableType
+
+from edgerazor import integration, packed
+from edgerazor.allocate import Plan
+from edgerazor.console import megabytes, table
+from edgerazor.errors import usage_error
+from edgerazor.recipe import Recipe
+from edgerazor.stages.bench import BenchResult
+from edgerazor.stages.calibrate import CalibrateResult
+from edgerazor.stages.distill import DistillResult
+from edgerazor.stages.eval import EvalResult, Measured
+from edgerazor.stages.pack import PackResult
+from edgerazor.workdir import WorkDir
+
+RESULTS = {
+    "calibrate": CalibrateResult,
+    "distill": DistillResult,
+    "pack": PackResult,
+    "eval": EvalResult,
+    "bench": BenchResult,
+}
+
+
+class ModelRow(BaseModel):
+    """One model of a job: what it knows, how large and how fast it is. Null where it was not measured."""
+
+    name: str
+    scores: dict[str, float]
+    average: float | None = None
+    retention_above_chance: float | None = None
+    perplexity: float | None = None
+    kl: float | None = None
+    real_bits: float | None = None
+    bytes: int | None = None
+    prefill_tokens_per_second: float | None = None
+    decode_tokens_per_second: float | None = None
+
+
+class Summary(BaseModel):
+    """A job: the teacher, the packed model, and what was compared with it."""
+
+    notation: str | None
+    stages: list[str]
+    models: list[ModelRow]
+    notes: list[str]
+    failures: list[str]
+
+
+class PackedSummary(BaseModel):
+    """A packed folder."""
+
+    sizes: packed.SizeTable
+    settings: dict
+    provenance: dict
+
+
+def inspect(path: Path) -> Summary | PackedSummary:
+    """Look at a working directory or a packed folder.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if integration.is_packed(path):
+        model = packed.PackedModel.open(path)
+        header = model.header
+        return PackedSummary(sizes=packed.size_table(model), settings=header.settings, provenance=header.provenance)
+    if not WorkDir(path).recipe_file.exists():
+        raise usage_error(
+            f"{path} is neither a working directory of edgerazor nor a packed model.",
+            "Begin with `edgerazor distill MODEL --bits 2`, or see `edgerazor show recipe`.",
+        )
+    return summarize(WorkDir(path))
+
+
+def summarize(work: WorkDir) -> Summary:
+    """Collect what the finished stages found."""
+    results = {name: manifest.result for name in RESULTS if (manifest := work.manifest(name))}
+    evaluated = EvalResult.model_validate(results["eval"]) if "eval" in results else None
+    benched = BenchResult.model_validate(results["bench"]) if "bench" in results else None
+    done = PackResult.model_validate(results["pack"]) if "pack" in results else None
+    rows = []
+    if evaluated:
+        rows = [teacher_row(evaluated, done), *(measured_row(n, m) for n, m in evaluated.compared.items())]
+    rows.append(measured_row("packed", evaluated or Measured()))
+    if done:
+        rows[-1].bytes, rows[-1].real_bits = done.bytes, done.real_bits
+    for row in rows:
+        add_speed(row, benched)
+        add_size(row, work)
+    plan = work.plan_file
+    notation = done.notation if done else None
+    if notation is None and plan.exists():
+        notation = Plan.model_validate_json(plan.read_text(encoding="utf-8")).notation()
+    return Summary(
+        notation=notation,
+        stages=list(results),
+        models=rows,
+        notes=(evaluated.notes if evaluated else []) + (benched.notes if benched else []),
+        failures=evaluated.failures if evaluated else [],
+    )
+
+
+def teacher_row(result: EvalResult, done: PackResult | None) -> ModelRow:
+    scores = {name: task.teacher_score for name, task in result.tasks.items() if task.teacher_score is not None}
+    return ModelRow(
+        name="teacher",
+        scores=scores,
+        average=result.average.teacher_score if result.average else None,
+        perplexity=result.text.teacher_perplexity if result.text else None,
+        real_bits=16.0 if done and done.teacher_bytes <= 2.1 * done.parameters else 32.0,
+        bytes=done.teacher_bytes if done else None,
+    )
+
+
+def measured_row(name: str, measured: Measured) -> ModelRow:
+    return ModelRow(
+        name=name,
+        scores={task: found.score for task, found in measured.tasks.items()},
+        average=measured.average.score if measured.average else None,
+        retention_above_chance=measured.average.retention_above_chance if measured.average else None,
+        perplexity=measured.text.perplexity if measured.text else None,
+        kl=measured.text.kl if measured.text else None,
+    )
+
+
+def add_speed(row: ModelRow, benched: BenchResult | None) -> None:
+    for run in benched.runs if benched else []:
+        if run.engine == row.name and run.phase == "prefill":
+            row.prefill_tokens_per_second = run.tokens_per_second
+        elif run.engine == row.name and row.decode_tokens_per_second is None:
+            row.decode_tokens_per_second = run.tokens_per_second
+
+
+def add_size(row: ModelRow, work: WorkDir) -> None:
+    """Sizes of the folders that were compared."""
+    from edgerazor import recipe
+
+    folder = recipe.load(work.recipe_file).get("compare", {}).get(row.name)
+    if row.bytes is None and folder and integration.is_packed(Path(folder)):
+        sizes = packed.size_table(packed.PackedModel.open(Path(folder)))
+        row.bytes, row.real_bits = sizes.bytes, round(sizes.real_bits, 4)
+
+
+def schema() -> str:
+    """JSON schemas of the recipe and of what `--json` prints."""
+    found = {"recipe": Recipe, **RESULTS, "show": Summary, "show PACKED": PackedSummary}
+    return json.dumps({name: model.model_json_schema() for name, model in found.items()}, indent=1)
+
+
+def show(found: Summary | PackedSummary) -> list[RenderableType]:
+    """The same for people."""
+    if isinstance(found, PackedSummary):
+        rows = [
+            [c.kind, f"{c.weights:,}", f"{c.nominal_bits:.2f}", f"{c.real_bits:.2f}", megabytes(c.bytes)]
+            for c in found.sizes.classes
+        ]
+        rows.append(
+            [
+                "whole file",
+                f"{found.sizes.parameters:,}",
+                "",
+                f"{found.sizes.real_bits:.2f}",
+                megabytes(found.sizes.bytes),
+            ]
+        )
+        lines = [f"{key}: {value}" for key, value in {**found.settings, **found.provenance}.items()]
+        return [table("Packed model", ["tensors", "weights", "nominal bits", "real bits", "size"], rows), *lines]
+    tasks = list(dict.fromkeys(task for row in found.models for task in row.scores))
+    columns = [
+        "model",
+        *tasks,
+        "above chance",
+        "perplexity",
+        "KL",
+        "real bits",
+        "size",
+        "prefill tok/s",
+        "decode tok/s",
+    ]
+    return [
+        table(
+            f"{found.notation or 'No plan yet'}; finished: {', '.join(found.stages) or 'nothing yet'}",
+            columns,
+            [summary_row(row, tasks) for row in found.models],
+            caption="above chance: share of the teacher's score above guessing that is left, over all tasks",
+        ),
+        *(f"Note: {note}" for note in found.notes),
+        *(f"Failed: {failure}" for failure in found.failures),
+    ]
+
+
+def summary_row(row: ModelRow, tasks: list[str]) -> list[str]:
+    def number(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    above = 1.0 if row.name == "teacher" and row.scores else row.retention_above_chance
+    return [
+        row.name,
+        *(number(row.scores.get(task), ".1%") for task in tasks),
+        number(above, ".1%"),
+        number(row.perplexity, ".3f"),
+        number(row.kl, ".4f"),
+        number(row.real_bits, ".2f"),
+        "" if row.bytes is None else megabytes(row.bytes),
+        number(row.prefill_tokens_per_second, ",.0f"),
+        number(row.decode_tokens_per_second, ",.1f"),
+    ]

@@ -1,0 +1,339 @@
+"""The modules that replace nn.Linear and nn.Embedding, and the functions that put them in.
+
+Training modules hold the float32 master weight and compute with `decode(encode(weight))`, so that what is trained
+is what is packed. Packed modules hold a packed matrix and call the kernels. Both quantize their inputs the same way,
+and keys and values enter attention through the same rounding, so the two compute the same numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+
+from edgerazor import formats, kernels
+from edgerazor.allocate import Plan
+from edgerazor.formats import Encoded, MatrixSpec
+from edgerazor.models import Structure, embedding_scale
+
+# --- training ----------------------------------------------------------------------------------
+
+
+class SharedActivations:
+    """Quantizes the inputs of linear layers, once for layers that share an input (q, k and v; gate and up)."""
+
+    def __init__(self, bits: int, group_size: int) -> None:
+        self.bits, self.group_size = bits, group_size
+        self._input: weakref.ref[Tensor] | None = None
+        self._state: tuple[bool, int] | None = None
+        self._output: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., features] as the packed model sees it; same dtype, straight-through gradient."""
+        if self.bits == 16:
+            return x
+        state = (torch.is_grad_enabled(), x._version)
+        if self._input is None or self._input() is not x or self._state != state or self._output is None:
+            self._output = formats.fake_quantize_activations(x, self.bits, self.group_size)
+            self._input, self._state = weakref.ref(x), state
+        return self._output
+
+    def forget(self) -> None:
+        """Let go of the last activations."""
+        self._input = self._output = None
+
+
+class TrainingMatrix(nn.Module):
+    """A master weight [rows, columns] in float32 and the formats it is trained for."""
+
+    def __init__(self, weight: nn.Parameter, spec: MatrixSpec) -> None:
+        super().__init__()
+        self.weight = weight
+        self.spec = spec
+        self.frozen: Tensor | None = None
+        self.digest = ""
+
+    def quantized_weight(self) -> Tensor:
+        """decode(encode(weight)), float32 [rows, columns], straight-through gradient."""
+        return formats.fake_quantize_matrix(self.weight, self.spec) if self.frozen is None else self.frozen
+
+    def freeze(self) -> None:
+        """Encode once for many forward passes, and keep the digest of the codes and scales they use."""
+        encoded = formats.encode_matrix(self.weight.detach(), self.spec)
+        self.digest = formats.digest(encoded, self.spec)
+        self.frozen = formats.decode_matrix(encoded, self.spec)
+
+
+class TrainingLinear(TrainingMatrix):
+    """y = W x with quantized W and x. Takes the place of nn.Linear."""
+
+    def __init__(
+        self, weight: nn.Parameter, bias: nn.Parameter | None, spec: MatrixSpec, activations: SharedActivations
+    ) -> None:
+        super().__init__(weight, spec)
+        self.bias = bias
+        self.activations = activations
+        self.out_features, self.in_features = weight.shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        weight = self.quantized_weight()
+        if not torch.is_autocast_enabled(x.device.type):
+            weight = weight.to(x.dtype)
+        return functional.linear(self.activations(x), weight, self.bias)
+
+
+class TrainingEmbedding(TrainingMatrix):
+    """Rows of a quantized table. Takes the place of nn.Embedding."""
+
+    def __init__(self, weight: nn.Parameter, spec: MatrixSpec, scale: float | None) -> None:
+        super().__init__(weight, spec)
+        self.scale = scale
+        self.num_embeddings, self.embedding_dim = weight.shape
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [...] int64 -> [..., columns]; only the rows looked up are quantized."""
+        if self.frozen is not None:
+            rows = self.frozen[ids]
+        else:
+            flat = ids.reshape(-1)
+            rows = formats.fake_quantize_matrix(functional.embedding(flat, self.weight), self.spec.take(flat))
+            rows = rows.view(*ids.shape, -1)
+        return rows if self.scale is None else rows * self.scale
+
+
+def prepare_for_training(model: PreTrainedModel, structure: Structure, plan: Plan) -> None:
+    """Put training modules in the place of every planned matrix, in place. The model must be float32."""
+    activations = SharedActivations(plan.activation_bits, plan.group_size)
+    embedding = model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    spec = plan[structure.embedding.name].spec()
+    replace(
+        model,
+        structure.embedding.name,
+        TrainingEmbedding(embedding.weight, spec, embedding_scale(embedding)),
+    )
+    head_spec = plan[structure.head.name].spec() if structure.head else spec
+    replace(model, structure.head_path, TrainingLinear(head.weight, head.bias, head_spec, activations))
+    for site in structure.linears:
+        linear = model.get_submodule(site.name)
+        replace(model, site.name, TrainingLinear(linear.weight, linear.bias, plan[site.name].spec(), activations))
+    quantize_cache(model, plan.kv_bits)
+
+
+def training_matrices(model: nn.Module) -> dict[str, TrainingMatrix]:
+    """Module path -> training module; a head tied to the embedding is left out."""
+    found: dict[str, TrainingMatrix] = {}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, TrainingMatrix) and id(module.weight) not in seen:
+            seen.add(id(module.weight))
+            found[name] = module
+    return found
+
+
+@contextlib.contextmanager
+def frozen_codes(model: nn.Module) -> Iterator[dict[str, str]]:
+    """Encode every matrix once for all forward passes inside; gives module path -> digest of what they use."""
+    matrices = training_matrices(model)
+    by_weight = {id(module.weight): module for module in matrices.values()}
+    everywhere = [module for module in model.modules() if isinstance(module, TrainingMatrix)]
+    try:
+        for module in matrices.values():
+            module.freeze()
+        for module in everywhere:
+            module.frozen = by_weight[id(module.weight)].frozen
+        yield {name: module.digest for name, module in matrices.items()}
+    finally:
+        for module in everywhere:
+            module.frozen = None
+            if isinstance(module, TrainingLinear):
+                module.activations.forget()
+
+
+# --- packed ------------------------------------------------------------------------------------
+
+
+class LazyMatrix:
+    """A packed matrix that is read and checked at first use; shared by a tied embedding and head.
+
+    Args:
+        load: gives the codes, scales and formats, checked.
+
+    Attributes:
+        keep_decoded: keep float32 weights after first use: fast in batches, 4 bytes a weight.
+    """
+
+    def __init__(self, load: Callable[[], tuple[Encoded, MatrixSpec]]) -> None:
+        self._load = load
+        self._matrix: tuple[Encoded, MatrixSpec] | None = None
+        self._decoded: Tensor | None = None
+        self.keep_decoded = False
+
+    def encoded(self, device: torch.device) -> tuple[Encoded, MatrixSpec]:
+        """Codes and scales on a device, and the formats."""
+        if self._matrix is None:
+            self._matrix = self._load()
+        codes, scales = self._matrix[0]
+        if codes.device != device:
+            self._matrix = Encoded(codes.to(device), scales.to(device)), self._matrix[1]
+        return self._matrix
+
+    def decoded(self, device: torch.device) -> Tensor:
+        """The weights as float32 [rows, columns]."""
+        if self._decoded is not None and self._decoded.device == device:
+            return self._decoded
+        weight = formats.decode_matrix(*self.encoded(device))
+        self._decoded = weight if self.keep_decoded else None
+        return weight
+
+
+class PackedMatrix(nn.Module):
+    """A module whose weight is packed; the codes are no parameters, so nothing ever casts or trains them."""
+
+    def __init__(self, lazy: LazyMatrix) -> None:
+        super().__init__()
+        self.lazy = lazy
+
+    @property
+    def weight(self) -> Tensor:
+        """What code that looks at `module.weight` expects: the decoded weights, on the CPU."""
+        return self.lazy.decoded(torch.device("cpu"))
+
+
+class PackedLinear(PackedMatrix):
+    """y = W x through the kernels. Takes the place of nn.Linear."""
+
+    def __init__(
+        self,
+        lazy: LazyMatrix,
+        bias: nn.Parameter | None,
+        shape: tuple[int, int],
+        activation_bits: int,
+        group_size: int,
+    ) -> None:
+        super().__init__(lazy)
+        self.bias = bias
+        self.out_features, self.in_features = shape
+        self.activation_bits, self.group_size = activation_bits, group_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out] in the dtype of x; computed in float32."""
+        bias = None if self.bias is None else self.bias.float()
+        if self.lazy.keep_decoded:
+            weight = self.lazy.decoded(x.device)
+            y = kernels.decoded_linear(x, weight, bias, self.activation_bits, self.group_size)
+        else:
+            y = kernels.linear(x, *self.lazy.encoded(x.device), bias, self.activation_bits, self.group_size)
+        return y.to(x.dtype)
+
+
+class PackedEmbedding(PackedMatrix):
+    """Rows of a packed table. Takes the place of nn.Embedding."""
+
+    def __init__(self, lazy: LazyMatrix, scale: float | None, shape: tuple[int, int], dtype: torch.dtype) -> None:
+        super().__init__(lazy)
+        self.scale = scale
+        self.num_embeddings, self.embedding_dim = shape
+        self.dtype = dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [...] int64 -> [..., columns]."""
+        rows = kernels.embedding(ids, *self.lazy.encoded(ids.device)).to(self.dtype)
+        return rows if self.scale is None else rows * self.scale
+
+
+def install_packed(
+    model: PreTrainedModel,
+    shapes: Mapping[str, tuple[int, int]],
+    tied: Mapping[str, str],
+    load: Callable[[str], tuple[Encoded, MatrixSpec]],
+    settings: PackedSettings,
+) -> None:
+    """Put packed modules in the place of the named matrices, in place.
+
+    Args:
+        model: its modules may be on the meta device, their weights are never looked at.
+        shapes: module path -> [rows, columns].
+        tied: path of a head -> path of the embedding whose matrix it uses.
+        load: reads the matrix of a module path.
+        settings: group size and bits of activations and cache, and the dtype of what stays in 16 bits.
+    """
+    lazy = {name: LazyMatrix(functools.partial(load, name)) for name in shapes}
+    for name, source in {**{name: name for name in shapes}, **tied}.items():
+        module, shape = model.get_submodule(name), shapes[source]
+        if isinstance(module, nn.Embedding):
+            new: nn.Module = PackedEmbedding(lazy[source], embedding_scale(module), shape, settings.dtype)
+        else:
+            new = PackedLinear(lazy[source], module.bias, shape, settings.activation_bits, settings.group_size)
+        replace(model, name, new)
+    quantize_cache(model, settings.kv_bits)
+
+
+@dataclass(frozen=True)
+class PackedSettings:
+    """How a packed model computes."""
+
+    activation_bits: int
+    kv_bits: int
+    group_size: int
+    dtype: torch.dtype
+
+
+def keep_decoded(model: nn.Module, keep: bool = True) -> None:
+    """Keep the decoded weights of a packed model in memory from their first use on."""
+    for module in model.modules():
+        if isinstance(module, PackedMatrix):
+            module.lazy.keep_decoded = keep
+
+
+# --- attention ---------------------------------------------------------------------------------
+
+
+def quantize_cache(model: PreTrainedModel, bits: int) -> None:
+    """Round keys and values to int8 per token and head where they enter attention, after the rotary embedding.
+
+    The rounding of a token does not depend on other tokens, so it is the same with and without a cache.
+    """
+    if bits == 16:
+        return
+    base = "eager" if model.config._attn_implementation == "eager" else "sdpa"
+    name = f"edgerazor_kv{bits}_{base}"
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "_attn_implementation"):
+            config._attn_implementation = name
+
+
+def _attention(bits: int, base: str) -> Callable[..., Any]:
+    def forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """query, key, value: [batch, heads, tokens, head_dim]."""
+        attend = sdpa_attention_forward
+        if base == "eager":  # each family has its own, beside its attention class
+            attend = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+        key, value = formats.fake_quantize_kv(key, bits), formats.fake_quantize_kv(value, bits)
+        return attend(module, query, key, value, *args, **kwargs)
+
+    return forward
+
+
+for _base, _mask in (("sdpa", sdpa_mask), ("eager", eager_mask)):
+    AttentionInterface.register(f"edgerazor_kv8_{_base}", _attention(8, _base))
+    AttentionMaskInterface.register(f"edgerazor_kv8_{_base}", _mask)
+
+
+def replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module at a path."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)

@@ -1,0 +1,277 @@
+"""What was made: a job is a folder, and its stages meet only there.
+
+    edgerazor-work/
+      recipe.yaml      what was asked for, all commands together
+      calibrate/  distill/  packed/  eval/  bench/
+        manifest.json  written last: what the stage read, asked, wrote, and how long it took
+
+A stage whose manifest names the same inputs as now is up to date. A folder without a manifest is unfinished
+business: only `distill` goes on from it. Every file is written under a temporary name, synced and renamed, so
+that a crash at any moment leaves either the old file or the new one. Only this module builds paths.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from edgerazor import __version__
+from edgerazor.errors import UserError
+
+DEFAULT = Path("edgerazor-work")
+#: stage -> its folder
+FOLDERS = {"calibrate": "calibrate", "distill": "distill", "pack": "packed", "eval": "eval", "bench": "bench"}
+
+
+class Manifest(BaseModel):
+    """Record of one finished stage."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    stage: str
+    inputs: dict[str, str]
+    section: dict[str, Any]
+    outputs: dict[str, str]
+    result: dict[str, Any]
+    seconds: float
+    versions: dict[str, str]
+    machine: str
+
+    def fingerprint(self) -> str:
+        """Identity of what this stage made: of its inputs and its output files, not of time or place."""
+        return digest_json({"inputs": self.inputs, "outputs": self.outputs})
+
+
+class WorkDir:
+    """The folder of one job."""
+
+    def __init__(self, path: Path | str = DEFAULT) -> None:
+        self.path = Path(path)
+
+    def folder(self, stage: str) -> Path:
+        return self.path / FOLDERS[stage]
+
+    @property
+    def recipe_file(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def plan_file(self) -> Path:
+        return self.folder("calibrate") / "plan.json"
+
+    @property
+    def statistics_file(self) -> Path:
+        return self.folder("calibrate") / "stats.safetensors"
+
+    @property
+    def generated_text(self) -> Path:
+        """Text the teacher wrote, where the user gave none."""
+        return self.folder("calibrate") / "generated.jsonl"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.folder("distill") / "metrics.jsonl"
+
+    def checkpoint(self, name: str) -> Path:
+        """Folder of the resumable state: `current`."""
+        return self.folder("distill") / "checkpoints" / name
+
+    def student(self, which: str) -> Path:
+        """Folder of the `best` or `last` student: float32 master weights and digests."""
+        return self.folder("distill") / which
+
+    def result_file(self, stage: str) -> Path:
+        return self.folder(stage) / "result.json"
+
+    def manifest(self, stage: str) -> Manifest | None:
+        """The record of a finished stage, or None when it is not finished."""
+        path = self.folder(stage) / "manifest.json"
+        if not path.exists():
+            return None
+        try:
+            return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise UserError(
+                f"{path} is damaged and cannot be read.", f"Run `edgerazor {stage} --force` to do the stage again."
+            ) from None
+
+    def up_to_date(self, stage: str, inputs: dict[str, str]) -> bool:
+        """Whether the stage is finished, was made from the same inputs, and its files are still there."""
+        manifest = self.manifest(stage)
+        if manifest is None or manifest.inputs != inputs:
+            return False
+        return all((self.folder(stage) / name).exists() for name in manifest.outputs)
+
+    def finish(
+        self, stage: str, inputs: dict[str, str], section: dict[str, Any], result: BaseModel, seconds: float
+    ) -> None:
+        """Write the manifest, last of all."""
+        folder = self.folder(stage)
+        names = ("manifest.json", "checkpoints")
+        files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.relative_to(folder).parts[0] not in names]
+        manifest = Manifest(
+            stage=stage,
+            inputs=inputs,
+            section=section,
+            outputs={str(path.relative_to(folder)): hash_file(path) for path in files},
+            result=result.model_dump(mode="json"),
+            seconds=round(seconds, 3),
+            versions=versions(),
+            machine=machine(),
+        )
+        write_json(folder / "manifest.json", manifest.model_dump(mode="json"))
+
+    def discard(self, stage: str) -> None:
+        """Throw away what a stage made."""
+        shutil.rmtree(self.folder(stage), ignore_errors=True)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the job for this process.
+
+        Raises:
+            UserError: another process is working in this folder.
+        """
+        make_folder(self.path)
+        with open(self.path / ".lock", "a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.seek(0)
+                raise UserError(
+                    f"Another edgerazor (process {file.read().strip() or 'unknown'}) is working in {self.path}.",
+                    "Wait for it, or give this run a folder of its own with --work.",
+                ) from None
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+
+
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"The folder {path} cannot be made: {error.strerror}.", "Give a folder you may write to with --work."
+        ) from None
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, sync it, and rename it to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda temporary: _write(temporary, text))
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def replace_folder(path: Path) -> Iterator[Path]:
+    """Fill a temporary folder that takes the place of `path` when all went well.
+
+    At every moment `path` is the old folder or the new one, or, between two renames, `recover_folder` brings
+    back the old one.
+    """
+    recover_folder(path)
+    new, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+        for file in new.rglob("*"):
+            sync(file)
+        sync(new)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    if path.exists():
+        os.replace(path, old)
+    os.replace(new, path)
+    sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(path: Path) -> None:
+    """Undo a `replace_folder` that was killed between its renames."""
+    old = path.with_name(f".{path.name}.old")
+    if old.exists() and not path.exists():
+        os.replace(old, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Force a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_folder(path: Path, patterns: tuple[str, ...] = ("*",)) -> str:
+    """SHA-256 over the names and contents of a folder's files (not of its sub-folders)."""
+    files = sorted({file for pattern in patterns for file in path.glob(pattern) if file.is_file()})
+    return digest_json({file.name: hash_file(file) for file in files})
+
+
+def digest_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a result."""
+    found = {"edgerazor": __version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", "lm_eval"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def machine() -> str:
+    """The processor's name, cores, and operating system."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    return f"{name}, {os.cpu_count()} cores, {platform.system()}"

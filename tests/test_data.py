@@ -1,0 +1,436 @@
+"""Rows of tokens: nothing lost, nothing twice, one order however the work is shared, and every error a sentence."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from edgerazor import data
+from edgerazor.data import Mixture, TokenRows, documents, fingerprint, open_rows, sample_batches, split_held_out
+from edgerazor.errors import UserError
+from edgerazor.recipe import Source
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "nine", "red", "kites", "over", "hills", "while", "rain"]
+
+
+def text(seed: int, words: int = 40) -> str:
+    return " ".join(random.Random(seed).choices(WORDS, k=words))
+
+
+def byte_level_bpe() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|endoftext|>", "<s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([text(seed) for seed in range(20)], trainer)
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with an end-of-text token and a context shorter than some of the texts."""
+    return PreTrainedTokenizerFast(tokenizer_object=byte_level_bpe(), eos_token="<|endoftext|>", model_max_length=16)
+
+
+@pytest.fixture
+def stories(tmp_path: Path) -> Source:
+    path = tmp_path / "stories.txt"
+    path.write_text("\n<|endoftext|>\n".join(text(seed, 10 + seed) for seed in range(30)))
+    return Source(file=str(path))
+
+
+def write(path: Path, content: str | bytes) -> Source:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return Source(file=str(path))
+
+
+def real_tokens(rows: list[data.Batch]) -> list[int]:
+    """The tokens of rows in order, without padding."""
+    return [int(token) for row in rows for token in row["labels"] if token != data.MASKED]
+
+
+def stream(size: int, first: int = 0) -> np.ndarray:
+    return np.arange(first, first + size, dtype=np.int32)
+
+
+# --- documents -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content", "options", "expected"),
+    [
+        ("a.txt", "one\n\ntwo\n", {}, ["one\n\ntwo\n"]),
+        ("a.txt", "one\n<|endoftext|>\n two\n<|endoftext|>\n\n<|endoftext|>", {}, ["one", " two"]),
+        ("a.txt", "one\n\ntwo\n\n\n", {"separator": "\n\n"}, ["one", "two"]),
+        ("a.TXT", "one<|endoftext|>two", {"separator": "##"}, ["one<|endoftext|>two"]),
+        ("a.txt", "\ufeffone", {}, ["one"]),
+        (
+            "a.jsonl",
+            '{"text": "one\\ntwo"}\n\n{"text": ""}\n{"text": "gr\\u00fcn", "id": 3}\n',
+            {},
+            ["one\ntwo", "grün"],
+        ),
+        ("a.json", '{"story": "one", "text": 5}', {"column": "story"}, ["one"]),
+        ("a.jsonl", '{"text": "line\u2028separator"}', {}, ["line\u2028separator"]),
+    ],
+)
+def test_documents_of_a_file(
+    tmp_path: Path, name: str, content: str, options: dict[str, Any], expected: list[str], compressed: bool
+) -> None:
+    raw = content.encode()
+    path = tmp_path / (name + ".gz" if compressed else name)
+    path.write_bytes(gzip.compress(raw) if compressed else raw)
+    assert list(documents(Source(file=str(path), **options))) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options", "message"),
+    [
+        ("a.txt", b"", {}, "no text to learn from in .*a.txt: 0 tokens"),
+        ("a.txt", b" \n \n", {}, "0 tokens; expected at least 2"),
+        ("a.txt", b"caf\xe9", {}, "not UTF-8 text \\(byte 0xe9\\)"),
+        ("a.txt", b"one", {"separator": ""}, "separator of .* is empty"),
+        ("a.csv", b"text\none", {}, "expected .txt, .jsonl or .json"),
+        ("a.txt.gz", b"plain", {}, "cannot be read: Not a gzipped file"),
+        ("a.txt.gz", gzip.compress(bytes(range(97, 122)) * 99)[:-9], {}, "cannot be read: Compressed file ended"),
+        ("a.jsonl", b"", {}, "0 tokens"),
+        ("a.jsonl", b'{"text": "one"}\n{"text": ', {}, "Line 2 of .*a.jsonl is not JSON"),
+        ("a.jsonl", b'{"text": "one"}\n["two"]', {}, "Line 2 of .* is a JSON list; expected an object"),
+        ("a.jsonl", b'{"text": "one"}\n{"body": "x", "id": 1}', {}, "Line 2 of .* no column 'text'; .* 'body', 'id'"),
+        ("a.jsonl", b"{}", {}, "its columns are none"),
+        ("a.jsonl", b'{"text": 3}', {}, "Line 1 of .* has int in column 'text'; expected text"),
+        ("a.jsonl", b'{"text": "\\ud800"}', {}, "surrogate"),
+        ("a.jsonl", b'{"messages": [{"role": "user", "content": "hi"}]}', {}, "chat messages, .* not supported"),
+        ("a.jsonl", b"[" * 100_000, {}, "Line 1 of .* is not JSON"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_one_sentence(
+    tmp_path: Path, tokenizer: Any, name: str, content: bytes, options: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        open_rows([Source(file=str(path), **options)], tokenizer, 8)
+    assert "\n" not in caught.value.message
+
+
+def test_missing_files_and_folders(tmp_path: Path, tokenizer: Any) -> None:
+    for use in (lambda source: open_rows([source], tokenizer, 8), lambda source: fingerprint([source])):
+        with pytest.raises(UserError, match="There is no file"):
+            use(Source(file=str(tmp_path / "none.txt")))
+        with pytest.raises(UserError, match="is a folder"):
+            use(Source(file=str(tmp_path)))
+    with pytest.raises(UserError, match="list of sources is empty"):
+        open_rows([], tokenizer, 8)
+
+
+def test_too_short_to_hold_out(tmp_path: Path, tokenizer: Any) -> None:
+    with pytest.raises(UserError, match="too little text"):
+        open_rows([write(tmp_path / "a.txt", "a cat")], tokenizer, 8, held_out_fraction=0.1)
+
+
+# --- data sets of the hub --------------------------------------------------------------------------------------------
+
+
+class FakeDataset(dict[str, list[Any]]):
+    @property
+    def column_names(self) -> list[str]:
+        return list(self)
+
+
+def test_data_set_is_loaded_by_its_fields(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load(*args: Any, **kwargs: Any) -> FakeDataset:
+        asked.append((args, kwargs))
+        return FakeDataset(story=["one", "", "two"])
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    source = Source(dataset="who/what", config="small", split="validation", column="story")
+    assert list(documents(source)) == ["one", "two"]
+    assert asked == [(("who/what", "small"), {"split": "validation"})]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"story": ["one"], "id": [1]}, "data set 'who/what' has no column 'text'; its columns are 'story', 'id'"),
+        ({"messages": [[]]}, "chat messages"),
+        ({"text": ["one", None]}, "Row 1 of the data set 'who/what' has NoneType in column 'text'"),
+    ],
+)
+def test_data_set_without_its_column(
+    monkeypatch: pytest.MonkeyPatch, columns: dict[str, list[Any]], message: str
+) -> None:
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: FakeDataset(columns))
+    with pytest.raises(UserError, match=message):
+        list(documents(Source(dataset="who/what")))
+
+
+@pytest.mark.parametrize("failure", [ConnectionError("no\nroute."), ValueError("Unknown split"), FileNotFoundError()])
+def test_data_set_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, failure: Exception) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise failure
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    monkeypatch.setattr("datasets.load_dataset_builder", fail)
+    source = Source(dataset="who/what", config="c")
+    for use in (lambda: list(documents(source)), lambda: fingerprint([source])):
+        with pytest.raises(UserError, match="'who/what' with configuration 'c', split 'train', cannot be loaded"):
+            use()
+
+
+def test_data_set_library_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A local folder is a data set too, so the library is tested without a network."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    source = Source(dataset=str(folder))
+    assert list(documents(source)) == ["one", "two"]
+    assert fingerprint([source]) == fingerprint([source])
+    with pytest.raises(UserError, match="split 'nowhere', cannot be loaded"):
+        list(documents(Source(dataset=str(folder), split="nowhere")))
+    with pytest.raises(UserError, match="no column 'body'"):
+        list(documents(Source(dataset=str(folder), column="body")))
+
+
+# --- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_token_of_every_document_once_per_epoch(stories: Source, tokenizer: Any) -> None:
+    expected: list[int] = []
+    for document in documents(stories):
+        expected += [*tokenizer.encode(document), tokenizer.eos_token_id]
+    rows, held_out = open_rows([stories], tokenizer, 16, seed=3)
+    assert held_out is None
+    assert real_tokens(list(rows.in_order())) == expected
+    assert rows.tokens == len(expected)
+    in_order = Counter(tuple(row["labels"].tolist()) for row in rows.in_order())
+    for epoch in range(3):
+        shuffled = [rows.row(epoch * len(rows) + index) for index in range(len(rows))]
+        assert Counter(tuple(row["labels"].tolist()) for row in shuffled) == in_order
+        assert real_tokens(shuffled) != expected
+
+
+def test_special_tokens_are_the_tokenizers_own() -> None:
+    """A BOS where the tokenizer adds one, an EOS where it has one, never two."""
+    plain, both = byte_level_bpe(), byte_level_bpe()
+    both.post_processor = processors.TemplateProcessing(
+        single="<s> $A <|endoftext|>", special_tokens=[("<s>", 1), ("<|endoftext|>", 0)]
+    )
+    body = plain.encode("a cat").ids
+    for backend, options, expected in (
+        (plain, {}, body),
+        (plain, {"eos_token": "<|endoftext|>"}, [*body, 0]),
+        (both, {"eos_token": "<|endoftext|>", "bos_token": "<s>"}, [1, *body, 0]),
+    ):
+        tokens, starts = data.tokenize(["a cat"] * 300, PreTrainedTokenizerFast(tokenizer_object=backend, **options))
+        assert tokens.tolist() == expected * 300
+        assert starts.tolist() == [len(expected) * index for index in range(300)]
+
+
+def test_long_texts_are_no_reason_to_warn(tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    source = write(tmp_path / "a.txt", text(1, 500))
+    with caplog.at_level(logging.WARNING):
+        rows, _ = open_rows([source], tokenizer, 8)
+    assert rows.tokens > tokenizer.model_max_length
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("size", "rows", "last"), [(8, 1, 8), (9, 1, 8), (10, 2, 2), (16, 2, 8), (17, 2, 8), (2, 1, 2)]
+)
+def test_last_row_is_padded_never_dropped(size: int, rows: int, last: int) -> None:
+    token_rows = TokenRows([stream(size, 100)], [1.0], length=8, padding=7)
+    assert len(token_rows) == rows
+    final = list(token_rows.in_order())[-1]
+    assert final["labels"].tolist()[last:] == [data.MASKED] * (8 - last)
+    assert final["input_ids"].tolist()[last:] == [7] * (8 - last)
+    assert final["input_ids"].tolist()[:last] == final["labels"].tolist()[:last]
+    kept = size if size % 8 != 1 else size - 1  # a lone token predicts nothing
+    assert real_tokens(list(token_rows.in_order())) == list(range(100, 100 + kept))
+    assert token_rows.tokens == kept
+
+
+# --- order -----------------------------------------------------------------------------------------------------------
+
+
+def three_sources(seed: int = 0) -> TokenRows:
+    return TokenRows([stream(83), stream(37, 1000), stream(9, 2000)], [3.0, 1.0, 0.5], length=8, seed=seed)
+
+
+def test_a_row_is_a_pure_function_of_its_index() -> None:
+    uninterrupted = [three_sources().row(index)["input_ids"].tolist() for index in range(60)]
+    resumed = three_sources()
+    assert [resumed.row(index)["input_ids"].tolist() for index in range(41, 60)] == uninterrupted[41:]
+    backwards = three_sources()
+    assert [backwards.row(index)["input_ids"].tolist() for index in reversed(range(60))] == uninterrupted[::-1]
+    assert [three_sources(seed=1).row(index)["input_ids"].tolist() for index in range(60)] != uninterrupted
+
+
+def test_the_order_is_the_same_in_every_version() -> None:
+    rows = TokenRows([stream(20)], [1.0], length=2, seed=5)
+    order = [int(rows.row(index)["input_ids"][0]) // 2 for index in range(20)]
+    assert order == [7, 8, 4, 3, 5, 6, 2, 0, 1, 9, 7, 1, 3, 6, 8, 9, 2, 0, 5, 4]
+
+
+def test_epochs_are_permuted_differently() -> None:
+    rows = TokenRows([stream(200)], [1.0], length=2)
+    orders = [[int(rows.row(100 * epoch + index)["input_ids"][0]) for index in range(100)] for epoch in range(3)]
+    assert all(sorted(order) == list(range(0, 200, 2)) for order in orders)
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_every_prefix_of_a_mixture_has_the_right_shares(seed: int) -> None:
+    generator = random.Random(seed)
+    weights = [generator.choice([0.01, 0.3, 1.0, 7.0]) * generator.uniform(0.5, 1) for _ in range(1 + seed)]
+    mixture, counts = Mixture(weights), [0] * len(weights)
+    for row in range(2000):
+        source, turn = mixture(row)
+        assert turn == counts[source]
+        counts[source] += 1
+        for weight, count in zip(weights, counts, strict=True):
+            assert abs(count - (row + 1) * weight / sum(weights)) < 1
+
+
+def test_equal_weights_take_turns() -> None:
+    mixture = Mixture([1.0, 1.0, 1.0, 1.0])
+    assert all(sorted(mixture(4 * turn + place)[0] for place in range(4)) == [0, 1, 2, 3] for turn in range(50))
+
+
+def test_processes_and_accumulation_only_share_out_a_steps_rows() -> None:
+    def step_rows(step: int, world: int, accumulation: int, batch_size: int) -> list[list[int]]:
+        rows = three_sources()
+        batches = [
+            rows.batch(step, micro, rank, world, batch_size, accumulation)
+            for rank in range(world)
+            for micro in range(accumulation)
+        ]
+        return sorted(torch.cat([batch["input_ids"] for batch in batches]).tolist())
+
+    for step in range(4):
+        expected = sorted(three_sources().row(index)["input_ids"].tolist() for index in range(8 * step, 8 * step + 8))
+        for world, accumulation, batch_size in ((1, 1, 8), (2, 1, 4), (1, 2, 4), (2, 2, 2), (4, 1, 2), (1, 8, 1)):
+            assert step_rows(step, world, accumulation, batch_size) == expected
+    with pytest.raises(ValueError, match="out of range"):
+        three_sources().batch(0, micro=1)
+    with pytest.raises(ValueError, match="out of range"):
+        three_sources().batch(0, rank=2, world=2)
+
+
+def test_sample_batches_are_the_first_rows_in_order() -> None:
+    batches = list(sample_batches(TokenRows([stream(80)], [1.0], length=8, seed=4), 5, 2))
+    assert [len(batch["labels"]) for batch in batches] == [2, 2, 1]
+    assert torch.cat([batch["input_ids"] for batch in batches]).tolist() == stream(40).reshape(5, 8).tolist()
+    everything = [row for batch in sample_batches(three_sources(), 999, 3) for row in batch["input_ids"].tolist()]
+    assert len(everything) == len(three_sources())
+    assert len({tuple(row) for row in everything}) == len(everything)
+    few = torch.cat([batch["input_ids"] for batch in sample_batches(three_sources(), 9, 3)])
+    assert Counter((few[:, 0] // 1000).tolist()) == {0: 6, 1: 2, 2: 1}
+
+
+def test_arguments_out_of_range_are_refused() -> None:
+    for streams, weights, length, seed in (([], [], 8, 0), ([stream(1)], [1.0], 8, 0), ([stream(9)], [0.0], 8, 0),
+                                           ([stream(9)], [1.0], 1, 0), ([stream(9)], [1.0], 8, -1)):  # fmt: skip
+        with pytest.raises(ValueError, match="out of range"):
+            TokenRows(streams, weights, length, seed)
+    with pytest.raises(ValueError, match="counted from 0"):
+        TokenRows([stream(9)], [1.0], 8).row(-1)
+
+
+# --- held out --------------------------------------------------------------------------------------------------------
+
+
+def test_held_out_is_the_end_of_each_source_in_whole_documents(tmp_path: Path, tokenizer: Any) -> None:
+    texts = [f"story {number} " + text(number) for number in range(40)]
+    source = write(tmp_path / "a.jsonl", "\n".join(json.dumps({"text": one}) for one in texts))
+    rows, held_out = open_rows([source], tokenizer, 16, held_out_fraction=0.1)
+    assert held_out is not None
+    both = [
+        tokenizer.decode(real_tokens(list(part.in_order()))).split("<|endoftext|>")[:-1] for part in (rows, held_out)
+    ]
+    assert both[0] + both[1] == texts
+    assert 4 <= len(both[1]) <= 5
+    assert 0.1 <= held_out.tokens / (rows.tokens + held_out.tokens) < 0.13
+
+
+def test_held_out_rows_come_from_every_source(tmp_path: Path, tokenizer: Any) -> None:
+    sources = [write(tmp_path / f"{name}.txt", f"{name} " * 2000) for name in ("cat", "hill")]
+    rows, held_out = open_rows(sources, tokenizer, 16, held_out_fraction=0.1)
+    assert held_out is not None
+    for source in sources:
+        alone, kept = open_rows([source], tokenizer, 16, held_out_fraction=0.1)
+        assert kept is not None
+        for whole, part in ((rows, alone), (held_out, kept)):
+            present = Counter(tuple(row["labels"].tolist()) for row in whole.in_order())
+            assert Counter(tuple(row["labels"].tolist()) for row in part.in_order()) <= present
+    assert rows.tokens + held_out.tokens == open_rows(sources, tokenizer, 16)[0].tokens
+
+
+@pytest.mark.parametrize(
+    ("starts", "fraction", "cut"),
+    [
+        ([0, 300, 940, 980], 0.05, 940),
+        ([0, 300, 950, 980], 0.05, 950),
+        ([0, 800], 0.05, 800),
+        ([0, 300], 0.05, 944),  # 70 % is too much, so through the document, between two rows of 16
+        ([0], 0.1, 896),
+        ([0, 990], 0.05, 944),
+    ],
+)
+def test_where_the_cut_is(starts: list[int], fraction: float, cut: int) -> None:
+    tokens = stream(1000)
+    train, held_out = split_held_out(tokens, np.array(starts), 16, fraction)
+    assert len(train) == cut
+    assert [*train, *held_out] == tokens.tolist()
+
+
+# --- fingerprint -----------------------------------------------------------------------------------------------------
+
+
+def test_fingerprint_follows_content_and_fields_not_names(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.txt", "one two")
+    same = write(tmp_path / "b.txt", "one two")
+    others = [
+        write(tmp_path / "c.txt", "one twO"),
+        write(tmp_path / "a.jsonl", "one two"),
+        first.model_copy(update={"weight": 2.0}),
+        first.model_copy(update={"separator": "\n"}),
+        first.model_copy(update={"column": "story"}),
+    ]
+    assert fingerprint([first]) == fingerprint([same])
+    assert len(fingerprint([first])) == 64
+    assert len({fingerprint([source]) for source in [first, *others]}) == 6
+    assert fingerprint([first, others[0]]) != fingerprint([others[0], first])
+
+
+def test_fingerprint_of_a_data_set_is_its_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Builder:
+        hash = "revision-1"
+
+    monkeypatch.setattr("datasets.load_dataset_builder", lambda *args: Builder())
+    source = Source(dataset="who/what")
+    before = fingerprint([source])
+    assert fingerprint([Source(dataset="who/what", split="test")]) != before
+    assert fingerprint([source]) == before
+    Builder.hash = "revision-2"
+    assert fingerprint([source]) != before

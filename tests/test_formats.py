@@ -1,0 +1,450 @@
+"""Laws that every number format obeys, the published rules, and golden bytes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from edgerazor import formats
+from edgerazor.errors import USAGE, UserError
+from edgerazor.formats import Encoded, MatrixSpec
+
+ALL = formats.names()
+SHAPES = [(1, 1), (3, 3), (2, 31), (5, 33), (4, 127), (3, 172), (2, 960), (7, 256), (1, 64)]
+GROUPS = [1, 5, 64, 256, 10_000]
+
+
+def weights(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_codes(name: str, rows: int, cols: int) -> Tensor:
+    number_format = formats.get(name)
+    generator = torch.Generator().manual_seed(rows * cols)
+    return torch.randint(number_format.minimum, number_format.maximum + 1, (rows, cols), generator=generator).to(
+        torch.int8
+    )
+
+
+def bits_equal(a: Tensor, b: Tensor) -> bool:
+    """Equal in every bit, so that -0.0 and 0.0 differ."""
+    return (
+        a.dtype == b.dtype and a.shape == b.shape and bytes(formats.tensor_bytes(a)) == bytes(formats.tensor_bytes(b))
+    )
+
+
+def mixed_spec(rows: int, group_size: int) -> MatrixSpec:
+    return MatrixSpec(tuple(ALL), group_size, (torch.arange(rows) * 7 % len(ALL)).to(torch.uint8))
+
+
+# Every format -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_packing_round_trip_is_exact(name: str, shape: tuple[int, int]) -> None:
+    number_format = formats.get(name)
+    codes = random_codes(name, *shape)
+    packed = number_format.pack(codes)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (shape[0], number_format.packed_columns(shape[1]))
+    assert bits_equal(number_format.unpack(packed, shape[1]), codes)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_packing_refuses_codes_out_of_range(name: str) -> None:
+    number_format = formats.get(name)
+    if number_format.maximum < 127:
+        with pytest.raises(ValueError, match="range"):
+            number_format.pack(torch.full((1, 3), number_format.maximum + 1, dtype=torch.int8))
+    with pytest.raises(ValueError, match="range"):
+        number_format.pack(torch.full((1, 3), number_format.minimum - 1, dtype=torch.int8))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_any_bytes_unpack_to_what_packs_to_them_or_are_refused(name: str) -> None:
+    number_format = formats.get(name)
+    for byte in range(256):
+        for cols in (1, 2, 3, 5):
+            packed = torch.full((1, number_format.packed_columns(cols)), byte, dtype=torch.uint8)
+            try:
+                codes = number_format.unpack(packed, cols)
+            except ValueError:
+                continue
+            assert bits_equal(number_format.pack(codes), packed)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("group_size", GROUPS)
+def test_a_group_is_encoded_as_if_it_were_alone(name: str, shape: tuple[int, int], group_size: int) -> None:
+    number_format = formats.get(name)
+    w = weights(*shape)
+    codes, scales = number_format.encode(w, group_size)
+    decoded = number_format.decode(codes, scales, group_size)
+    for group, start in enumerate(range(0, shape[1], group_size)):
+        part = w[:, start : start + group_size]
+        alone = number_format.encode(part, part.shape[1])
+        assert bits_equal(alone.codes, codes[:, start : start + group_size].contiguous())
+        assert bits_equal(alone.scales, scales[:, group : group + 1].contiguous())
+        expected = number_format.level_(alone.codes.float()) * alone.scales.float()
+        assert bits_equal(expected, decoded[:, start : start + group_size].contiguous())
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("group_size", GROUPS)
+def test_fake_quantization_is_decode_of_encode_bit_for_bit_and_its_gradient_the_identity(
+    name: str, group_size: int
+) -> None:
+    number_format = formats.get(name)
+    for dtype in (torch.float32, torch.bfloat16):
+        w = weights(5, 172).to(dtype).requires_grad_()
+        quantized = number_format.fake_quantize(w, group_size)
+        assert bits_equal(quantized, number_format.decode(*number_format.encode(w, group_size), group_size))
+        upstream = weights(5, 172, seed=1)
+        quantized.backward(upstream)
+        assert w.grad is not None
+        assert bits_equal(w.grad, upstream.to(dtype))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_blocks_do_not_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    number_format = formats.get(name)
+    w = weights(37, 130)
+    whole = number_format.encode(w, 64)
+    decoded = number_format.round_trip(w, 64)
+    monkeypatch.setattr("edgerazor.formats._base.BLOCK", 400)
+    assert all(bits_equal(a, b) for a, b in zip(whole, number_format.encode(w, 64), strict=True))
+    assert bits_equal(decoded, number_format.round_trip(w, 64))
+    assert bits_equal(decoded, number_format.decode(*whole, 64))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_threads_layout_dtype_and_autocast_do_not_show(name: str) -> None:
+    number_format = formats.get(name)
+    w = weights(64, 960).bfloat16()
+    expected = number_format.encode(w, 256)
+    threads = torch.get_num_threads()
+    variants = [w.float(), w.double(), w.t().contiguous().t(), torch.nn.Parameter(w)]
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found = [number_format.encode(variant, 256) for variant in variants]
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                found.append(number_format.encode(w.float(), 256))
+            for each in found:
+                assert bits_equal(each.codes, expected.codes)
+                assert bits_equal(each.scales, expected.scales)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_groups_without_a_scale_are_zero_and_large_ones_stay_finite(name: str) -> None:
+    number_format = formats.get(name)
+    for w in (torch.zeros(1, 7), torch.full((1, 7), 1e-12), torch.full((1, 7), -1e-40)):
+        codes, scales = number_format.encode(w, 4)
+        assert scales.tolist() == [[0, 0]]
+        assert not codes.any()
+        assert bits_equal(number_format.decode(codes, scales, 4), torch.zeros(1, 7))
+    codes, scales = number_format.encode(torch.tensor([[3e38, -3e38, 1.0]]), 3)
+    assert scales.item() == 65504.0
+    assert number_format.decode(codes, scales, 3).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_weights_that_are_not_finite_and_impossible_arguments_are_refused(name: str) -> None:
+    number_format = formats.get(name)
+    for value in (math.nan, math.inf, -math.inf):
+        w = weights(2, 9)
+        w[1, 8] = value
+        with pytest.raises(ValueError, match="not finite"):
+            number_format.encode(w, 4)
+        with pytest.raises(ValueError, match="not finite"):
+            number_format.encode(w, 4, torch.ones(2, 3))
+        with pytest.raises(ValueError, match="negative or not finite"):
+            number_format.encode(weights(2, 9), 4, torch.tensor([[1.0, 1, 1], [1, 1, value]]))
+    with pytest.raises(ValueError, match="negative"):
+        number_format.encode(weights(1, 4), 4, torch.tensor([[-1.0]]))
+    with pytest.raises(ValueError, match="scales must be"):
+        number_format.encode(weights(1, 4), 4, torch.ones(1, 2))
+    with pytest.raises(ValueError, match="group size"):
+        number_format.encode(weights(1, 4), 0)
+    with pytest.raises(ValueError, match="matrix"):
+        number_format.encode(weights(4), 4)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("group_size", [5, 256])
+def test_given_scales_are_used_as_they_are(name: str, group_size: int) -> None:
+    number_format = formats.get(name)
+    w = weights(3, 33)
+    ruled = number_format.encode(w, group_size)
+    given = number_format.encode(w, group_size, ruled.scales)
+    assert bits_equal(given.codes, ruled.codes)
+    assert bits_equal(given.scales, ruled.scales)
+    doubled = number_format.encode(2 * w, group_size, 2 * ruled.scales.float())
+    assert bits_equal(doubled.codes, ruled.codes)
+
+
+def test_an_empty_matrix_and_an_unknown_format() -> None:
+    for name in ALL:
+        codes, scales = formats.get(name).encode(torch.zeros(0, 10), 4)
+        assert (codes.shape, scales.shape) == ((0, 10), (0, 3))
+        assert formats.get(name).unpack(formats.get(name).pack(codes), 10).shape == (0, 10)
+    with pytest.raises(UserError, match="no format called 'ternery'") as failure:
+        formats.get("ternery")
+    assert failure.value.code == USAGE
+    assert "ternary" in failure.value.hint
+
+
+# The published rules ----------------------------------------------------------------------------------------------
+
+
+def test_ternary_follows_its_rule() -> None:
+    w = weights(6, 600)
+    codes, scales = formats.get("ternary").encode(w, 256)
+    for row in range(6):
+        for group, start in enumerate((0, 256, 512)):
+            part = w[row, start : start + 256].double()
+            scale = (2 * part.abs().sum() / len(part)).float().half()  # the last group has 88 weights, not 256
+            assert scales[row, group] == scale
+            expected = torch.round(part.float() / scale.float()).clamp(-1, 1)
+            assert torch.equal(codes[row, start : start + 256].float(), expected)
+    assert formats.get("ternary").nominal_bits == 1.58
+
+
+def test_ternary_zeroes_57_percent_of_gaussian_weights() -> None:
+    codes = formats.get("ternary").encode(weights(256, 1024), 256).codes
+    assert (codes == 0).float().mean().item() == pytest.approx(0.575, abs=0.01)
+
+
+def test_ternary_is_not_idempotent() -> None:
+    ternary = formats.get("ternary")
+    once = ternary.round_trip(weights(4, 256), 256)
+    twice = ternary.round_trip(once, 256)
+    assert (once[once != 0] != twice[once != 0]).all()
+
+
+@pytest.mark.parametrize(("name", "largest"), [("int4", 7), ("int8", 127)])
+def test_absmax_follows_its_rule(name: str, largest: int) -> None:
+    w = weights(6, 600)
+    codes, scales = formats.get(name).encode(w, 256)
+    for row in range(6):
+        for group, start in enumerate((0, 256, 512)):
+            part = w[row, start : start + 256]
+            scale = (part.abs().max() / largest).half()
+            assert scales[row, group] == scale
+            expected = torch.round(part / scale.float()).clamp(-largest, largest)
+            assert torch.equal(codes[row, start : start + 256].float(), expected)
+            # Half a level, and what rounding the scale to 11 bits takes off the largest level.
+            error = (expected * scale.float() - part).abs().max()
+            assert error <= scale * (0.5 + largest * 2**-11)
+
+
+def test_golden_bytes() -> None:
+    golden = {
+        # 2 + 1*3 + 0*9 + 1*27 + 2*81 = 194, then 0 + 1*3 + 1*9 + 1*27 + 1*81 = 120
+        "ternary": ([1, 0, -1, 0, 1, -1], "c278"),
+        "int4": ([7, -7, 1, 0, -1], "97010f"),
+        "int8": ([127, -127, 1, 0, -1], "7f810100ff"),
+    }
+    for name, (codes, expected) in golden.items():
+        packed = formats.get(name).pack(torch.tensor([codes], dtype=torch.int8))
+        assert bytes(packed[0].tolist()).hex() == expected
+    assert set(golden) == set(ALL), "give the new format golden bytes"
+
+
+def test_golden_matrix() -> None:
+    w = torch.tensor([[2.0, -2, 0, 0, 9, -3], [7, -3.5, 1, 0, 14, -14], [127, 1, -1, 0, 254, 2]])
+    spec = MatrixSpec(("int8", "int4", "ternary"), 4, torch.tensor([2, 1, 0], dtype=torch.uint8))
+    parts = formats.pack_matrix(formats.encode_matrix(w, spec), spec)
+    assert {name: bytes(formats.tensor_bytes(part)).hex() for name, part in parts.items()} == {
+        "ternary": "c879",  # codes 1 -1 0 0 1, 0: 2 + 0*3 + 1*9 + 1*27 + 2*81 = 200, then all digits 1
+        "int4": "c70197",  # codes 7 -4 1 0, 7 -7 (-3.5 is rounded to even)
+        "int8": "7f01ff007f01",
+        "scales": "0040004a003c0040003c0040",
+        "row_formats": "020100",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "reason", "packed", "cols"),
+    [
+        ("ternary", "byte", [243], 5),
+        ("ternary", "filling", [0], 4),
+        ("int4", "range", [0x08], 2),
+        ("int4", "unused bits", [0x10], 1),
+        ("int8", "range", [0x80], 1),
+        ("int4", "must be uint8", [0, 0], 1),
+    ],
+)
+def test_invalid_bytes_are_refused(name: str, reason: str, packed: list[int], cols: int) -> None:
+    with pytest.raises(ValueError, match=reason):
+        formats.get(name).unpack(torch.tensor([packed], dtype=torch.uint8), cols)
+
+
+# Matrices of several formats --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("group_size", [64, 256])
+def test_each_row_of_a_mixed_matrix_is_in_its_own_format(shape: tuple[int, int], group_size: int) -> None:
+    w, spec = weights(*shape), mixed_spec(shape[0], group_size)
+    encoded = formats.encode_matrix(w, spec)
+    decoded = formats.decode_matrix(encoded, spec)
+    assert spec.row_formats is not None
+    for row in range(shape[0]):
+        number_format = formats.get(ALL[int(spec.row_formats[row])])
+        alone = number_format.encode(w[row : row + 1], group_size)
+        assert bits_equal(alone.codes[0], encoded.codes[row])
+        assert bits_equal(alone.scales[0], encoded.scales[row])
+        assert bits_equal(number_format.decode(*alone, group_size)[0], decoded[row])
+    master = w.clone().requires_grad_()
+    quantized = formats.fake_quantize_matrix(master, spec)
+    assert bits_equal(quantized, decoded)
+    quantized.backward(w)
+    assert master.grad is not None
+    assert bits_equal(master.grad, w)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_packed_matrices_come_back_exactly(shape: tuple[int, int]) -> None:
+    for spec in (mixed_spec(shape[0], 64), *(MatrixSpec((name,), 64) for name in ALL)):
+        encoded = formats.encode_matrix(weights(*shape), spec)
+        parts = formats.pack_matrix(encoded, spec)
+        again, again_spec = formats.unpack_matrix(parts, spec.formats, spec.group_size, shape)
+        assert bits_equal(again.codes, encoded.codes)
+        assert bits_equal(again.scales, encoded.scales)
+        assert formats.digest(again, again_spec) == formats.digest(encoded, spec)
+
+
+def test_nominal_bits_are_those_of_the_names() -> None:
+    for every, bits in ((8, 1.8825), (2, 2.79)):
+        rows = (torch.arange(64) % every == 0).to(torch.uint8)
+        assert MatrixSpec(("ternary", "int4"), 256, rows).nominal_bits(64) == pytest.approx(bits, abs=1e-12)
+    assert MatrixSpec(("ternary",), 256).nominal_bits(64) == 1.58
+
+
+def test_the_digest_depends_on_the_numbers_and_not_on_how_they_are_held() -> None:
+    w = weights(4, 33)
+    spec = MatrixSpec(("ternary", "int4"), 8, torch.tensor([0, 1, 0, 0], dtype=torch.uint8))
+    encoded = formats.encode_matrix(w, spec)
+    original = formats.digest(encoded, spec)
+    strided = Encoded(encoded.codes.t().contiguous().t(), encoded.scales.t().contiguous().t())
+    renamed = MatrixSpec(("int8", "int4", "ternary"), 8, torch.tensor([2, 1, 2, 2], dtype=torch.uint8))
+    assert formats.digest(strided, spec) == original
+    assert formats.digest(encoded, renamed) == original
+    uniform = formats.encode_matrix(w, MatrixSpec(("int4",), 8))
+    spelled = MatrixSpec(("ternary", "int4"), 8, torch.ones(4, dtype=torch.uint8))
+    assert formats.digest(uniform, MatrixSpec(("int4",), 8)) == formats.digest(uniform, spelled)
+    other_code, other_scale = encoded.codes.clone(), encoded.scales.clone()
+    other_code[3, 32] = (other_code[3, 32] + 2) % 3 - 1
+    other_scale[3, 4] *= 1.01
+    others = [
+        formats.digest(Encoded(other_code, encoded.scales), spec),
+        formats.digest(Encoded(encoded.codes, other_scale), spec),
+        formats.digest(encoded, MatrixSpec(("int4", "ternary"), 8, spec.row_formats)),
+    ]
+    assert len({original, *others}) == 4
+
+
+def test_impossible_specifications_are_refused() -> None:
+    rows = torch.tensor([0, 1], dtype=torch.uint8)
+    for arguments in ((("int4", "ternary"), 8), (("int4", "int4"), 8, rows), ((), 8), (("int4",), 0)):
+        with pytest.raises(ValueError, match=r"format|group"):
+            MatrixSpec(*arguments)
+    with pytest.raises(ValueError, match="not below"):
+        MatrixSpec(("int4",), 8, rows)
+    with pytest.raises(ValueError, match="uint8"):
+        MatrixSpec(("int4",), 8, rows.long())
+    with pytest.raises(ValueError, match="2 rows"):
+        formats.encode_matrix(weights(3, 4), MatrixSpec(("int4", "ternary"), 8, rows))
+
+
+def test_unpacking_a_matrix_trusts_nothing() -> None:
+    spec = MatrixSpec(("ternary", "int4"), 8, torch.tensor([0, 1, 0], dtype=torch.uint8))
+    parts = formats.pack_matrix(formats.encode_matrix(weights(3, 9), spec), spec)
+
+    def changed(part: str, index: tuple[int, ...], value: float) -> dict[str, Tensor]:
+        tensor = parts[part].clone()
+        tensor[index] = value
+        return {**parts, part: tensor}
+
+    damaged = {
+        "scales is missing": {name: part for name, part in parts.items() if name != "scales"},
+        "int4 is missing": {name: part for name, part in parts.items() if name != "int4"},
+        "int8 does not belong": {**parts, "int8": parts["int4"]},
+        "part ternary must be": {**parts, "ternary": parts["ternary"][:1]},
+        "part scales must be": {**parts, "scales": parts["scales"].float()},
+        "part row_formats must be": {**parts, "row_formats": torch.zeros(4, dtype=torch.uint8)},
+        "row formats are needed": {name: part for name, part in parts.items() if name != "row_formats"},
+        "not below": changed("row_formats", (1,), 2),
+        r"uint8 \[1, 2\], got": changed("row_formats", (0,), 1),
+        "negative or not finite": changed("scales", (2, 1), math.nan),
+        "is negative": changed("scales", (0, 0), -1.0),
+        "byte is above 242": changed("ternary", (1, 0), 255),
+        "filling codes": changed("ternary", (1, 1), 0),
+        "unused bits": changed("int4", (0, 4), 0x70),
+        "range of int4": changed("int4", (0, 0), 0x88),
+    }
+    for reason, bad in damaged.items():
+        with pytest.raises(ValueError, match=reason):
+            formats.unpack_matrix(bad, spec.formats, 8, (3, 9))
+
+
+# Activations, keys and values -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("features", [1, 3, 31, 33, 127, 172, 960])
+@pytest.mark.parametrize("group_size", [64, 256])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_activations_are_code_times_scale_within_half_a_step(features: int, group_size: int, bits: int) -> None:
+    x = weights(2, 5, features)
+    codes, scales = formats.quantize_activations(x, bits, group_size)
+    assert codes.abs().max() == 2 ** (bits - 1) - 1
+    group = min(group_size, features)
+    spread = scales.repeat_interleave(group, dim=-1)[..., :features]
+    decoded = formats.fake_quantize_activations(x, bits, group_size)
+    assert torch.equal(decoded, codes * spread)
+    assert ((decoded - x).abs() <= spread * 0.5001).all()
+    assert torch.equal(formats.fake_quantize_activations(x[:, :3], bits, group_size), decoded[:, :3])
+
+
+def test_activations_keep_dtype_zeros_and_gradients() -> None:
+    x = weights(4, 100).bfloat16().requires_grad_()
+    with torch.no_grad():
+        x[1] = 0
+        x[2] = 1e-39  # subnormal in float32 after division by 127: counts as zero everywhere
+    y = formats.fake_quantize_activations(x, 8, 64)
+    assert torch.equal(y, formats.fake_quantize_activations(x.float(), 8, 64).bfloat16())
+    assert not y[1:3].any()
+    upstream = weights(4, 100, seed=2).bfloat16()
+    y.backward(upstream)
+    assert x.grad is not None
+    assert bits_equal(x.grad, upstream)
+    with pytest.raises(ValueError, match="2 to 8 bits"):
+        formats.fake_quantize_activations(x, 16, 64)
+    with pytest.raises(ValueError, match="not finite"):
+        formats.quantize_activations(torch.tensor([1.0, math.nan]))
+    assert formats.fake_quantize_activations(torch.tensor([1.0, math.nan])).isnan().all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_keys_and_values_have_a_stored_scale_per_head_vector(bits: int) -> None:
+    largest = 2 ** (bits - 1) - 1
+    x = weights(2, 3, 5, 48)
+    x[0, 0, 0] = 0
+    x[0, 0, 1] *= 1e-5  # its scale is subnormal in fp16
+    x[0, 0, 2] *= 1e9  # and this one would be infinite
+    scales = (x.abs().amax(-1, keepdim=True) / largest).clamp(max=65504.0).half().float()
+    codes = torch.where(scales > 0, x / scales, 0.0).round().clamp(-largest, largest)
+    leaf = x.clone().requires_grad_()
+    y = formats.fake_quantize_kv(leaf, bits)
+    assert torch.equal(y, codes * scales)
+    y.backward(x)
+    assert leaf.grad is not None
+    assert bits_equal(leaf.grad, x)

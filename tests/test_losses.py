@@ -1,0 +1,391 @@
+"""The laws every loss obeys, and for each loss the number its definition gives."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from edgerazor import losses, registry
+from edgerazor.errors import UserError
+from edgerazor.losses import _kl
+from edgerazor.losses._base import MASKED, Loss, Outputs, StepTotals, predicting, sample_weights, step_counts
+from edgerazor.losses.eakld import EntropyAwareKL
+from edgerazor.losses.lafd import LayerAdaptiveFeatureDistillation, layer_similarity, least_similar
+
+DEPTH, HIDDEN, VOCABULARY = 4, 6, 37
+OPTIONS: dict[str, dict[str, object]] = {"lafd": {"layers": (1, 3)}}
+VARIANTS = [
+    *((name, OPTIONS.get(name, {})) for name in registry.names("losses")),
+    ("eakld", {"temperature": 2.0, "k": 40.0}),
+    ("forward_kl", {"temperature": 3.0}),
+    ("reverse_kl", {"temperature": 0.5}),
+    ("lafd", {"layers": (1, 2, 3, 4), "select": "batch", "count": 2}),
+]
+every_loss = pytest.mark.parametrize(("name", "options"), VARIANTS, ids=[f"{n}-{o}" for n, o in VARIANTS])
+
+
+def outputs(batch: int, length: int, seed: int, dtype: torch.dtype = torch.float64, gradient: bool = False) -> Outputs:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(features: int) -> Tensor:
+        state = 2 * torch.randn(batch, length, features, generator=generator, dtype=torch.float64)
+        return state.to(dtype).requires_grad_(gradient)
+
+    return Outputs(random(VOCABULARY), {layer: random(HIDDEN) for layer in range(DEPTH + 1)})
+
+
+def labels_for(batch: int, length: int, seed: int = 5) -> Tensor:
+    """Random labels in which every sample has another number of masked positions, and sample 1 has nothing else."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, VOCABULARY, (batch, length), generator=generator)
+    for row in range(batch):
+        labels[row, : row % 3] = MASKED
+        labels[row, length - row % 4 :] = MASKED
+    if batch > 1:
+        labels[1] = MASKED
+    return labels
+
+
+def totals_of(loss: Loss, parts: list[tuple[Outputs, Tensor]]) -> StepTotals:
+    """What the training loop does before the student's first backward pass."""
+    samples = sum(step_counts(labels)[0] for _, labels in parts)
+    tokens = sum(step_counts(labels)[1] for _, labels in parts)
+    sums: dict[str, float] = {}
+    for teacher, labels in parts:
+        for key, value in loss.teacher_statistics(teacher, labels).items():
+            sums[key] = sums.get(key, 0.0) + float(value)
+    return StepTotals(samples, tokens, {key: value / max(samples, 1) for key, value in sums.items()})
+
+
+def step_loss(loss: Loss, parts: list[tuple[Outputs, Outputs, Tensor]]) -> Tensor:
+    totals = totals_of(loss, [(teacher, labels) for _, teacher, labels in parts])
+    return torch.stack([loss(student, teacher, labels, totals) for student, teacher, labels in parts]).sum()
+
+
+def cut(whole: Outputs, rows: slice) -> Outputs:
+    return Outputs(whole.logits[rows], {layer: state[rows] for layer, state in whole.hidden.items()})
+
+
+def leaves(student: Outputs) -> list[Tensor]:
+    return [student.logits, *student.hidden.values()]
+
+
+def plain(loss: Any, name: str, student: Outputs, teacher: Outputs, labels: Tensor) -> Tensor:
+    """The definitions of methods.md, one sample after the other, for autograd to differentiate."""
+    rows = [row for row in range(len(labels)) if (labels[row, 1:] != MASKED).any()]
+    keep = {row: (labels[row, 1:] != MASKED).nonzero().flatten() for row in rows}
+    if name == "ce":
+        log_p = torch.log_softmax(student.logits, -1)
+        return torch.cat([-log_p[row, keep[row], labels[row, keep[row] + 1]] for row in rows]).mean()
+    if name == "lafd":
+        layers = loss.chosen(totals_of(loss, [(teacher, labels)]))
+        errors = [student.hidden[layer] - teacher.hidden[layer] for layer in layers]
+        return torch.cat([error[row, keep[row]].square() for error in errors for row in rows]).mean()
+    temperature = loss.temperature
+    log_s = torch.log_softmax(student.logits / temperature, -1)
+    log_t = torch.log_softmax(teacher.logits / temperature, -1)
+    forward = temperature**2 * (log_t.exp() * (log_t - log_s)).sum(-1)
+    reverse = temperature**2 * (log_s.exp() * (log_s - log_t)).sum(-1)
+    gamma = {"forward_kl": 0.0, "reverse_kl": 1.0}.get(name)
+    if gamma is None:
+        p = torch.softmax(teacher.logits, -1)
+        entropy = torch.stack([-(p * p.log()).sum(-1)[r, keep[r]].mean() for r in rows]).mean()
+        gamma = float((1 - entropy / math.log(loss.k)).clamp(0, 1))
+    mixed = gamma * reverse + (1 - gamma) * forward
+    return torch.stack([mixed[r, keep[r]].mean() for r in rows]).mean()
+
+
+def confident(teacher: Outputs) -> Outputs:
+    """Sharper logits, so that EAKLD's gate is strictly between 0 and 1."""
+    return Outputs(teacher.logits.detach() * 1.2, teacher.hidden)
+
+
+@every_loss
+def test_value_and_gradient_are_those_of_the_definition(name: str, options: dict[str, object]) -> None:
+    loss = losses.make(name, **options)
+    labels = labels_for(5, 9)
+    teacher = confident(outputs(5, 9, seed=1))
+    student = outputs(5, 9, seed=2, gradient=True)
+    expected = plain(loss, name, student, teacher, labels)
+    value = step_loss(loss, [(student, teacher, labels)])
+    assert value.item() == pytest.approx(expected.item(), rel=1e-12)
+    ours = torch.autograd.grad(value, leaves(student), allow_unused=True)
+    theirs = torch.autograd.grad(expected, leaves(student), allow_unused=True)
+    for mine, reference in zip(ours, theirs, strict=True):
+        assert (mine is None) == (reference is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, reference, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize(("name", "options"), [variant for variant in VARIANTS if variant[0] != "ce"])
+def test_zero_at_equality(name: str, options: dict[str, object]) -> None:
+    loss = losses.make(name, **options)
+    student = outputs(4, 7, seed=3, gradient=True)
+    value = step_loss(loss, [(student, outputs(4, 7, seed=3), labels_for(4, 7))])
+    value.backward()
+    assert value.item() == 0.0
+    assert all(leaf.grad is None or not leaf.grad.any() for leaf in leaves(student))
+
+
+@every_loss
+def test_positive_elsewhere(name: str, options: dict[str, object]) -> None:
+    loss = losses.make(name, **options)
+    for seed in range(5):
+        parts = [(outputs(3, 6, seed), confident(outputs(3, 6, seed + 100)), labels_for(3, 6))]
+        assert step_loss(loss, parts).item() > 0.01
+
+
+@every_loss
+def test_micro_batches_add_up(name: str, options: dict[str, object]) -> None:
+    loss = losses.make(name, **options)
+    labels, teacher = labels_for(4, 9), confident(outputs(4, 9, seed=1))
+    gradients = []
+    for cuts in ([slice(0, 4)], [slice(0, 2), slice(2, 4)], [slice(0, 1), slice(1, 2), slice(2, 4)]):
+        student = outputs(4, 9, seed=2, gradient=True)
+        value = step_loss(loss, [(cut(student, rows), cut(teacher, rows), labels[rows]) for rows in cuts])
+        used = torch.autograd.grad(value, leaves(student), allow_unused=True)
+        gradients.append([value, *(grad for grad in used if grad is not None)])
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0], rtol=1e-12, atol=1e-14)
+
+
+@every_loss
+def test_padding_changes_nothing(name: str, options: dict[str, object]) -> None:
+    loss = losses.make(name, **options)
+    labels, student, teacher = labels_for(3, 6), outputs(3, 6, seed=1), confident(outputs(3, 6, seed=2))
+
+    def padded(short: Outputs, seed: int) -> Outputs:
+        noise = outputs(3, 5, seed)
+        states = {layer: torch.cat([state, noise.hidden[layer]], 1) for layer, state in short.hidden.items()}
+        return Outputs(torch.cat([short.logits, noise.logits], 1), states)
+
+    longer = torch.cat([labels, torch.full((3, 5), MASKED)], dim=1)
+    value = step_loss(loss, [(student, teacher, labels)])
+    wide = step_loss(loss, [(padded(student, 8), padded(teacher, 9), longer)])
+    assert wide.item() == pytest.approx(value.item(), rel=1e-13)
+
+
+@every_loss
+def test_nothing_to_predict_is_zero_not_nan(name: str, options: dict[str, object]) -> None:
+    loss = losses.make(name, **options)
+    student = outputs(2, 5, seed=1, gradient=True)
+    labels = torch.full((2, 5), MASKED)
+    labels[0, 0] = 3  # the first token is predicted by nobody
+    value = step_loss(loss, [(student, outputs(2, 5, seed=2), labels)])
+    value.backward()
+    assert value.item() == 0.0
+    assert any(leaf.grad is not None for leaf in leaves(student))
+    assert all(leaf.grad is None or not leaf.grad.any() for leaf in leaves(student))
+
+
+@every_loss
+def test_bfloat16_is_computed_in_float32(name: str, options: dict[str, object]) -> None:
+    loss = losses.make(name, **options)
+    labels = labels_for(4, 9)
+    short = [outputs(4, 9, seed, torch.bfloat16) for seed in (1, 2)]
+    same = [Outputs(o.logits.float(), {k: v.float() for k, v in o.hidden.items()}) for o in short]
+    value = step_loss(loss, [(short[0], short[1], labels)])
+    assert value.dtype == torch.float32
+    assert value.item() == step_loss(loss, [(same[0], same[1], labels)]).item()
+
+
+@every_loss
+def test_only_the_student_learns(name: str, options: dict[str, object]) -> None:
+    loss = losses.make(name, **options)
+    student, teacher = outputs(3, 6, 1, gradient=True), outputs(3, 6, 2, gradient=True)
+    step_loss(loss, [(student, teacher, labels_for(3, 6))]).backward()
+    assert all(leaf.grad is None for leaf in leaves(teacher))
+    assert any(leaf.grad is not None for leaf in leaves(student))
+
+
+@every_loss
+def test_missing_teacher_is_an_error(name: str, options: dict[str, object]) -> None:
+    loss = losses.make(name, **options)
+    labels = labels_for(3, 6)
+    totals = totals_of(loss, [(outputs(3, 6, 2), labels)])
+    if loss.needs_teacher:
+        with pytest.raises(ValueError, match="teacher"):
+            loss(outputs(3, 6, 1), None, labels, totals)
+    else:
+        assert loss(outputs(3, 6, 1), None, labels, totals).item() > 0
+
+
+@every_loss
+def test_hidden_layers_are_all_it_needs(name: str, options: dict[str, object]) -> None:
+    loss = losses.make(name, **options)
+    full = [outputs(3, 6, 1), outputs(3, 6, 2)]
+    bare = [Outputs(o.logits, {layer: o.hidden[layer] for layer in loss.hidden_layers()}) for o in full]
+    labels = labels_for(3, 6)
+    assert step_loss(loss, [(bare[0], bare[1], labels)]) == step_loss(loss, [(full[0], full[1], labels)])
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_mixed_kl_gradcheck(gamma: float, temperature: float) -> None:
+    student, teacher = (outputs(1, 4, seed).logits[..., :5].clone() for seed in (1, 2))
+    student.requires_grad_()
+    weights = torch.tensor([[0.5, 0.0, 2.0, 0.1]], dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda logits: _kl.mixed_kl(logits, teacher, weights, gamma, temperature), student)
+
+
+@pytest.mark.parametrize("elements", [1, 40, 100, 10**6])
+def test_mixed_kl_does_not_depend_on_the_chunks(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = outputs(2, 31, 1, gradient=True).logits, outputs(2, 31, 2).logits
+    weights = sample_weights(labels_for(2, 31), 1, torch.float64)
+    value = _kl.mixed_kl(student, teacher, weights, 0.4, 1.5)
+    (gradient,) = torch.autograd.grad(value, student)
+    monkeypatch.setitem(_kl.CHUNK_ELEMENTS, "cpu", elements)
+    other = _kl.mixed_kl(student, teacher, weights, 0.4, 1.5)
+    torch.testing.assert_close(other, value, rtol=1e-13, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(other, student)[0], gradient, rtol=1e-12, atol=1e-16)
+
+
+def test_kl_by_hand() -> None:
+    """Teacher (3/4, 1/4), student (1/2, 1/2)."""
+    teacher, student = torch.tensor([[3.0, 1.0]]).log(), torch.zeros(1, 2)
+    weights = torch.ones(1)
+    forward = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    reverse = 0.5 * math.log(2 / 3) + 0.5 * math.log(2)
+    assert _kl.mixed_kl(student, teacher, weights, 0.0).item() == pytest.approx(forward, rel=1e-6)
+    assert _kl.mixed_kl(student, teacher, weights, 1.0).item() == pytest.approx(reverse, rel=1e-6)
+    assert _kl.mixed_kl(student, teacher, weights, 0.25).item() == pytest.approx(
+        0.25 * reverse + 0.75 * forward, rel=1e-6
+    )
+
+
+def test_temperature_scales_logits_and_multiplies_by_its_square() -> None:
+    student, teacher = outputs(1, 5, 1).logits, outputs(1, 5, 2).logits
+    weights = torch.ones(1, 5, dtype=torch.float64)
+    for gamma in (0.0, 0.6, 1.0):
+        hot = _kl.mixed_kl(student, teacher, weights, gamma, 4.0)
+        assert hot.item() == pytest.approx(
+            16 * _kl.mixed_kl(student / 4, teacher / 4, weights, gamma).item(), rel=1e-12
+        )
+
+
+def test_probabilities_that_underflow_give_finite_values() -> None:
+    student = torch.tensor([[0.0, 300.0, -300.0]], requires_grad=True)
+    value = _kl.mixed_kl(student, torch.tensor([[0.0, -300.0, 300.0]]), torch.ones(1), 0.5)
+    value.backward()
+    assert value.item() == pytest.approx(600.0)
+    assert student.grad is not None
+    assert student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("extra", [(0, 5), (5, 0)])
+def test_only_the_common_vocabulary_counts(extra: tuple[int, int]) -> None:
+    student, teacher = outputs(2, 6, 1).logits, outputs(2, 6, 2).logits
+    weights = torch.ones(2, 6, dtype=torch.float64)
+    wide = [torch.nn.functional.pad(logits, (0, more), value=9.0) for logits, more in zip((student, teacher), extra)]  # noqa: B905
+    wide[0].requires_grad_()
+    value = _kl.mixed_kl(wide[0], wide[1], weights, 0.5)
+    assert value.item() == pytest.approx(_kl.mixed_kl(student, teacher, weights, 0.5).item(), rel=1e-13)
+    (gradient,) = torch.autograd.grad(value, wide[0])
+    assert not gradient[..., VOCABULARY:].any()
+
+
+def test_shapes_that_disagree_are_refused() -> None:
+    with pytest.raises(ValueError, match="do not agree"):
+        _kl.mixed_kl(torch.zeros(2, 3, 5), torch.zeros(2, 4, 5), torch.ones(2, 3), 0.5)
+    with pytest.raises(ValueError, match="gamma"):
+        _kl.mixed_kl(torch.zeros(2, 5), torch.zeros(2, 5), torch.ones(2), 1.5)
+
+
+def test_entropy_by_hand() -> None:
+    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [100.0, 0.0, 0.0, 0.0], [50.0, 50.0, 0.0, 0.0]])
+    weights = torch.tensor([1.0, 10.0, 0.5])
+    assert _kl.entropy_sum(logits, weights).item() == pytest.approx(math.log(4) + 0.5 * math.log(2), rel=1e-6)
+
+
+def test_gate_by_hand() -> None:
+    gate = EntropyAwareKL().gate
+    values = [gate(math.log(words)) for words in (1, 2, 4, 16, 1000)]
+    assert values == pytest.approx([1.0, 0.75, 0.5, 0.0, 0.0], abs=1e-12)
+    assert EntropyAwareKL(k=4).gate(math.log(2)) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("entropy", "name"), [(math.log(16), "forward_kl"), (99.0, "forward_kl"), (0.0, "reverse_kl")])
+def test_eakld_is_forward_kl_at_gamma_0_and_reverse_kl_at_1(entropy: float, name: str) -> None:
+    student, teacher, labels = outputs(4, 7, 1), outputs(4, 7, 2), labels_for(4, 7)
+    totals = StepTotals(*step_counts(labels), {"teacher_entropy": entropy})
+    value = losses.make("eakld", temperature=2.0)(student, teacher, labels, totals)
+    assert value.item() == losses.make(name, temperature=2.0)(student, teacher, labels, totals).item()
+
+
+def test_eakld_without_its_statistic_is_an_error() -> None:
+    with pytest.raises(ValueError, match="teacher_entropy"):
+        losses.make("eakld")(outputs(1, 4, 1), outputs(1, 4, 2), labels_for(1, 4), StepTotals(1, 3))
+
+
+def test_mask_and_weights_by_hand() -> None:
+    labels = torch.tensor([[1, 2, MASKED, 4], [MASKED, MASKED, MASKED, 5], [7, MASKED, MASKED, MASKED]])
+    assert predicting(labels).tolist() == [[True, False, True, False], [False, False, True, False], [False] * 4]
+    assert step_counts(labels) == (2, 3)
+    assert sample_weights(labels, 2).tolist() == [[0.25, 0, 0.25, 0], [0, 0, 0.5, 0], [0, 0, 0, 0]]
+
+
+def test_layer_similarity_by_hand() -> None:
+    start = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]])
+    turned = torch.tensor([[[0.0, 3.0], [0.0, 2.0], [-1.0, -1.0]]])  # cosines 0, 1 and, masked, -1
+    mask = torch.tensor([[1, 1, 0]])
+    similarity = layer_similarity({0: start, 1: turned, 2: -turned, 3: -2 * turned}, mask)
+    torch.testing.assert_close(similarity, torch.tensor([0.5, -1.0, 1.0]))
+    with pytest.raises(ValueError, match="Hidden states"):
+        layer_similarity({0: start, 2: turned}, mask)
+    with pytest.raises(ValueError, match="No position"):
+        layer_similarity({0: start, 1: turned}, torch.zeros(1, 3))
+
+
+def test_least_similar_by_hand() -> None:
+    assert least_similar([0.9, 0.1, 0.5, 0.1, 0.7], 3) == (2, 3, 4)
+    assert least_similar([0.5, 0.5, 0.5], 2) == (1, 2)
+    assert least_similar([0.5, 0.2], 3) == (1, 2)
+    for similarities, k in (([0.5], 0), ([], 1), ([0.5, float("nan")], 1)):
+        with pytest.raises(ValueError, match="layer"):
+            least_similar(similarities, k)
+
+
+def test_lafd_by_hand() -> None:
+    """Two layers differ by 1 and 3 in every feature: the mean of 1 and 9 is 5."""
+    logits, states = torch.zeros(2, 4, 3), torch.randn(2, 4, 8)
+    teacher = Outputs(logits, {1: states, 2: states})
+    student = Outputs(logits, {1: states + 1, 2: states - 3})
+    loss = LayerAdaptiveFeatureDistillation(layers=(2, 1))
+    assert step_loss(loss, [(student, teacher, torch.ones(2, 4, dtype=torch.int64))]).item() == pytest.approx(
+        5, rel=1e-5
+    )
+    with pytest.raises(ValueError, match="layer 2 is missing"):
+        loss(Outputs(logits, {1: states}), teacher, torch.ones(2, 4, dtype=torch.int64), StepTotals(2, 6))
+
+
+def test_lafd_chooses_by_the_samples_of_the_whole_step() -> None:
+    loss = LayerAdaptiveFeatureDistillation(layers=(1, 2, 3, 4), select="batch", count=2)
+    teacher, labels = outputs(4, 9, 1), torch.ones(4, 9, dtype=torch.int64)
+    whole = layer_similarity({k: v[:, :-1] for k, v in teacher.hidden.items()}, labels[:, :-1]).tolist()
+    assert loss.chosen(totals_of(loss, [(teacher, labels)])) == least_similar(whole, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("eakl", {}, "no losse? called 'eakl'"),
+        ("ce", {"temperature": 1.0}, "no option called 'temperature'; it has none"),
+        ("eakld", {"tau": 1.0}, "no option called 'tau'; its options are temperature, k"),
+        ("forward_kl", {"temperature": 0.0}, "temperature is 0.0; it must be a number greater than 0"),
+        ("reverse_kl", {"temperature": "hot"}, "temperature is 'hot'"),
+        ("eakld", {"k": 1}, "k is 1; it must be a number greater than 1"),
+        ("lafd", {}, "layers is \\(\\)"),
+        ("lafd", {"layers": (0, 1)}, "counted from 1"),
+        ("lafd", {"layers": 3}, "layers is 3"),
+        ("lafd", {"layers": (1,), "count": 0}, "count is 0"),
+        ("lafd", {"layers": (1,), "select": "best"}, "'calibrated' or 'batch'"),
+    ],
+)
+def test_options_that_make_no_sense_are_one_sentence(name: str, options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        losses.make(name, **options)
+    assert caught.value.code == 2
