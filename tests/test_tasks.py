@@ -346,7 +346,7 @@ GOOD = EXAMPLES["piqa"]["simple"]
         (json.dumps({**GOOD, "query": ""}), "`query` must be a text"),
         (
             json.dumps({"goal": "g", "sol1": "a", "label": 0}),
-            r"does not fit piqa: .* goal, sol1, label and needs sol2\.",
+            r"does not fit piqa: .*goal, sol1, label and needs sol2\.",
         ),
         (json.dumps({"a": 1, "b": 2}) + "\n" + json.dumps({"a": 1}), "Item 2 of .* no field 'b'"),
     ],

@@ -115,7 +115,7 @@ def teacher_row(result: EvalResult, done: PackResult | None) -> ModelRow:
         scores=scores,
         average=result.average.teacher_score if result.average else None,
         perplexity=result.text.teacher_perplexity if result.text else None,
-        real_bits=16.0 if done and done.teacher_bytes <= 2.1 * done.parameters else 32.0,
+        real_bits=round(8 * done.teacher_bytes / done.parameters, 4) if done else None,
         bytes=done.teacher_bytes if done else None,
     )
 
@@ -151,7 +151,7 @@ def add_size(row: ModelRow, work: WorkDir) -> None:
 
 def schema() -> str:
     """JSON schemas of the recipe and of what `--json` prints."""
-    found = {"recipe": Recipe, **RESULTS, "show": Summary, "show PACKED": PackedSummary}
+    found: dict[str, type[BaseModel]] = {"recipe": Recipe, **RESULTS, "show": Summary, "show PACKED": PackedSummary}
     return json.dumps({name: model.model_json_schema() for name, model in found.items()}, indent=1)
 
 

@@ -31,6 +31,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -44,174 +45,28 @@ SEPARATOR = "<|endoftext|>"
 
 Combination = tuple[str, ...]
 
-HE = [
-    "Ben",
-    "Carl",
-    "Dan",
-    "Eric",
-    "Felix",
-    "Gus",
-    "Hugo",
-    "Ivan",
-    "Jack",
-    "Karl",
-    "Leo",
-    "Max",
-    "Ned",
-    "Oscar",
-    "Paul",
-    "Ralph",
-    "Sam",
-    "Tom",
-    "Victor",
-    "Will",
-]
-SHE = [
-    "Anna",
-    "Beth",
-    "Clara",
-    "Dora",
-    "Emma",
-    "Fay",
-    "Grace",
-    "Helen",
-    "Iris",
-    "Jane",
-    "Kate",
-    "Lucy",
-    "Mia",
-    "Nora",
-    "Olga",
-    "Pam",
-    "Rosa",
-    "Sara",
-    "Tina",
-    "Vera",
-]
+HE = ("Ben Carl Dan Eric Felix Gus Hugo Ivan Jack Karl Leo Max Ned Oscar Paul Ralph Sam Tom Victor Will").split()
+SHE = ("Anna Beth Clara Dora Emma Fay Grace Helen Iris Jane Kate Lucy Mia Nora Olga Pam Rosa Sara Tina Vera").split()
 NAMES = HE + SHE
-PLACES = [
-    "garden",
-    "kitchen",
-    "barn",
-    "market",
-    "library",
-    "school",
-    "river",
-    "forest",
-    "station",
-    "harbor",
-    "bakery",
-    "church",
-    "museum",
-    "park",
-    "theater",
-    "hospital",
-    "cellar",
-    "attic",
-    "meadow",
-    "castle",
-    "bridge",
-    "mill",
-    "tower",
-    "cave",
-]
-THINGS = [
-    "ball",
-    "book",
-    "lamp",
-    "drum",
-    "kite",
-    "rope",
-    "coin",
-    "ring",
-    "hat",
-    "scarf",
-    "knife",
-    "spoon",
-    "cup",
-    "bowl",
-    "clock",
-    "mirror",
-    "basket",
-    "ladder",
-    "hammer",
-    "violin",
-    "map",
-    "letter",
-    "pencil",
-    "candle",
-    "blanket",
-    "bottle",
-    "key",
-    "flute",
-]
+PLACES = (
+    "garden kitchen barn market library school river forest station harbor bakery church museum park theater "
+    "hospital cellar attic meadow castle bridge mill tower cave"
+).split()
+THINGS = (
+    "ball book lamp drum kite rope coin ring hat scarf knife spoon cup bowl clock mirror basket ladder hammer violin "
+    "map letter pencil candle blanket bottle key flute"
+).split()
 COLORS = ["red", "blue", "green", "yellow", "black", "white", "brown", "gray", "purple", "golden", "silver", "pink"]
-KINDS = [
-    "baker",
-    "farmer",
-    "sailor",
-    "doctor",
-    "teacher",
-    "painter",
-    "miller",
-    "hunter",
-    "singer",
-    "tailor",
-    "pilot",
-    "gardener",
-]
-FOODS = [
-    "plums",
-    "bread",
-    "cheese",
-    "soup",
-    "honey",
-    "grapes",
-    "nuts",
-    "fish",
-    "rice",
-    "pears",
-    "cake",
-    "beans",
-    "corn",
-    "milk",
-    "carrots",
-    "apples",
-]
-COUNTED = [
-    "apples",
-    "stones",
-    "shells",
-    "eggs",
-    "coins",
-    "buttons",
-    "books",
-    "flowers",
-    "pears",
-    "nuts",
-    "feathers",
-    "candles",
-]
+KINDS = "baker farmer sailor doctor teacher painter miller hunter singer tailor pilot gardener".split()
+FOODS = ("plums bread cheese soup honey grapes nuts fish rice pears cake beans corn milk carrots apples").split()
+COUNTED = "apples stones shells eggs coins buttons books flowers pears nuts feathers candles".split()
 ANIMALS = ["dog", "cat", "horse", "goat", "duck", "sheep", "rabbit", "fox", "owl", "mouse", "donkey", "goose"]
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
-CHORES = [
-    "fed the cat",
-    "painted the fence",
-    "washed the floor",
-    "wrote a letter",
-    "baked a pie",
-    "swept the yard",
-    "mended a chair",
-    "watered the roses",
-    "chopped some wood",
-    "read a poem",
-    "cleaned the stove",
-    "counted the sheep",
-    "played a song",
-    "folded the shirts",
-    "fixed the gate",
-    "picked some berries",
-]
+CHORES = (
+    "fed the cat|painted the fence|washed the floor|wrote a letter|baked a pie|swept the yard|mended a chair|"
+    "watered the roses|chopped some wood|read a poem|cleaned the stove|counted the sheep|played a song|"
+    "folded the shirts|fixed the gate|picked some berries"
+).split("|")
 MOVES = ("went to", "walked to", "ran to", "hurried to", "came to", "moved to")
 
 
@@ -294,18 +149,11 @@ def agreement(rng: random.Random) -> str:
 def weather(rng: random.Random) -> str:
     when = rng.choice(["morning", "evening", "night", "afternoon", "day", "summer", "winter", "autumn", "spring"])
     sky = rng.choice(
-        [
-            "the sky was clear",
-            "rain fell on the roofs",
-            "a cold wind came from the north",
-            "snow lay on the hills",
-            "the sun was warm",
-            "the clouds were low and heavy",
-            "fog covered the valley",
-            "the stars were bright",
-            "thunder rolled over the fields",
-            "the air smelled of grass",
-        ]
+        (
+            "the sky was clear|rain fell on the roofs|a cold wind came from the north|snow lay on the hills|"
+            "the sun was warm|the clouds were low and heavy|fog covered the valley|the stars were bright|"
+            "thunder rolled over the fields|the air smelled of grass"
+        ).split("|")
     )
     return rng.choice([f"That {when} {sky}.", f"It was a quiet {when}, and {sky}.", capital(f"{sky} all {when}.")])
 
@@ -337,17 +185,10 @@ def scenery(rng: random.Random) -> str:
 def animal_life(rng: random.Random) -> str:
     animal, color = rng.choice(ANIMALS), rng.choice(COLORS)
     act = rng.choice(
-        [
-            "slept under the table",
-            "looked for something to eat",
-            "waited at the door",
-            "drank from the stream",
-            "hid behind the wall",
-            "played with a leaf",
-            "listened to the birds",
-            "ran across the field",
-            "lay in the sun",
-        ]
+        (
+            "slept under the table|looked for something to eat|waited at the door|drank from the stream|"
+            "hid behind the wall|played with a leaf|listened to the birds|ran across the field|lay in the sun"
+        ).split("|")
     )
     why = rng.choice(
         [
@@ -363,262 +204,41 @@ def animal_life(rng: random.Random) -> str:
     return f"{'An' if color[0] in 'aeiou' else 'A'} {color} {animal} {act} {why}."
 
 
-TRADES = [
-    "shepherd",
-    "weaver",
-    "potter",
-    "smith",
-    "clerk",
-    "guard",
-    "nurse",
-    "cook",
-    "fisher",
-    "carpenter",
-    "writer",
-    "judge",
-    "merchant",
-    "miner",
-    "driver",
-    "student",
-    "soldier",
-    "stranger",
-    "neighbor",
-    "widow",
-    "traveler",
-    "uncle",
-    "aunt",
-    "cousin",
-    "grandmother",
-    "grandfather",
-    "child",
-    "boy",
-    "girl",
-    "woman",
-    "man",
-]
-MANNERS = [
-    "slowly",
-    "quickly",
-    "carefully",
-    "quietly",
-    "loudly",
-    "gladly",
-    "sadly",
-    "proudly",
-    "gently",
-    "badly",
-    "alone",
-    "again",
-    "often",
-    "always",
-    "never",
-    "seldom",
-    "twice",
-    "together",
-    "early",
-    "late",
-    "nearly",
-    "suddenly",
-    "calmly",
-    "bravely",
-    "secretly",
-    "finally",
-]
-QUALITIES = [
-    "heavy",
-    "light",
-    "broken",
-    "clean",
-    "dirty",
-    "wooden",
-    "iron",
-    "round",
-    "square",
-    "long",
-    "short",
-    "thin",
-    "thick",
-    "soft",
-    "hard",
-    "sweet",
-    "bitter",
-    "fresh",
-    "dry",
-    "wet",
-    "warm",
-    "cold",
-    "strange",
-    "common",
-    "simple",
-    "fine",
-    "rare",
-    "cheap",
-    "precious",
-    "useful",
-]
-ITEMS = [
-    "bag",
-    "box",
-    "barrel",
-    "bucket",
-    "brush",
-    "broom",
-    "boot",
-    "button",
-    "belt",
-    "bell",
-    "blade",
-    "bench",
-    "branch",
-    "brick",
-    "cart",
-    "cage",
-    "carpet",
-    "chain",
-    "chest",
-    "cloak",
-    "cloth",
-    "coat",
-    "comb",
-    "cradle",
-    "crate",
-    "curtain",
-    "desk",
-    "dish",
-    "doll",
-    "door",
-    "fan",
-    "flag",
-    "fork",
-    "frame",
-    "glove",
-    "hook",
-    "jar",
-    "jug",
-    "kettle",
-    "lantern",
-    "lock",
-    "log",
-    "mask",
-    "nail",
-    "needle",
-    "net",
-    "oar",
-    "oven",
-    "pan",
-    "pen",
-    "pillow",
-    "pin",
-    "pipe",
-    "plate",
-    "pot",
-    "purse",
-    "rake",
-    "razor",
-    "saddle",
-    "sack",
-    "sail",
-    "saw",
-    "shelf",
-    "shoe",
-    "shovel",
-    "sieve",
-    "stick",
-    "stool",
-    "string",
-    "sword",
-    "table",
-    "tent",
-    "thread",
-    "tile",
-    "tool",
-    "torch",
-    "towel",
-    "toy",
-    "tray",
-    "vase",
-    "wagon",
-    "wheel",
-    "whistle",
-    "window",
-]
-DEEDS = [
-    "carried",
-    "cleaned",
-    "repaired",
-    "dropped",
-    "lifted",
-    "hid",
-    "opened",
-    "closed",
-    "pushed",
-    "pulled",
-    "borrowed",
-    "polished",
-    "measured",
-    "copied",
-    "packed",
-    "wrapped",
-    "wanted",
-    "needed",
-    "noticed",
-    "admired",
-    "forgot",
-    "remembered",
-    "described",
-    "touched",
-    "held",
-    "kept",
-    "threw",
-    "showed",
-    "sent",
-    "brought",
-    "chose",
-]
-TIMES = [
-    "on Monday",
-    "on Tuesday",
-    "on Friday",
-    "on Sunday",
-    "at noon",
-    "at midnight",
-    "before dinner",
-    "after supper",
-    "in spring",
-    "in autumn",
-    "at dawn",
-    "during the storm",
-    "for an hour",
-    "every week",
-    "once a month",
-    "since then",
-    "the next day",
-    "last year",
-    "in the dark",
-    "by the fire",
-]
-REASONS = [
-    "to help a friend",
-    "to please the queen",
-    "for a small price",
-    "without a word",
-    "with both hands",
-    "as a gift",
-    "by mistake",
-    "for the feast",
-    "to earn some money",
-    "because the road was closed",
-    "although it hurt",
-    "while the kettle sang",
-    "so that nobody would worry",
-    "as the law demanded",
-    "in spite of the rain",
-    "with great care",
-    "to keep a promise",
-    "since there was no other way",
-    "as if it were a game",
-    "until the work was done",
-]
+TRADES = (
+    "shepherd weaver potter smith clerk guard nurse cook fisher carpenter writer judge merchant miner driver student "
+    "soldier stranger neighbor widow traveler uncle aunt cousin grandmother grandfather child boy girl woman man"
+).split()
+MANNERS = (
+    "slowly quickly carefully quietly loudly gladly sadly proudly gently badly alone again often always never seldom "
+    "twice together early late nearly suddenly calmly bravely secretly finally"
+).split()
+QUALITIES = (
+    "heavy light broken clean dirty wooden iron round square long short thin thick soft hard sweet bitter fresh dry "
+    "wet warm cold strange common simple fine rare cheap precious useful"
+).split()
+ITEMS = (
+    "bag box barrel bucket brush broom boot button belt bell blade bench branch brick cart cage carpet chain chest "
+    "cloak cloth coat comb cradle crate curtain desk dish doll door fan flag fork frame glove hook jar jug kettle "
+    "lantern lock log mask nail needle net oar oven pan pen pillow pin pipe plate pot purse rake razor saddle sack "
+    "sail saw shelf shoe shovel sieve stick stool string sword table tent thread tile tool torch towel toy tray vase "
+    "wagon wheel whistle window"
+).split()
+DEEDS = (
+    "carried cleaned repaired dropped lifted hid opened closed pushed pulled borrowed polished measured copied "
+    "packed wrapped wanted needed noticed admired forgot remembered described touched held kept threw showed sent "
+    "brought chose"
+).split()
+TIMES = (
+    "on Monday|on Tuesday|on Friday|on Sunday|at noon|at midnight|before dinner|after supper|in spring|in autumn|"
+    "at dawn|during the storm|for an hour|every week|once a month|since then|the next day|last year|in the dark|"
+    "by the fire"
+).split("|")
+REASONS = (
+    "to help a friend|to please the queen|for a small price|without a word|with both hands|as a gift|by mistake|"
+    "for the feast|to earn some money|because the road was closed|although it hurt|while the kettle sang|"
+    "so that nobody would worry|as the law demanded|in spite of the rain|with great care|to keep a promise|"
+    "since there was no other way|as if it were a game|until the work was done"
+).split("|")
 
 
 def village_life(rng: random.Random) -> str:
@@ -645,20 +265,15 @@ def village_life(rng: random.Random) -> str:
 
 def saying(rng: random.Random) -> str:
     return rng.choice(
-        [
-            "Old people say that a good friend is worth more than gold.",
-            "Everyone in the village liked to talk about such things.",
-            "Nobody was in a hurry.",
-            "It is not easy to remember everything.",
-            "Some things are lost and some are found.",
-            "The bell rang and people looked up.",
-            "A song could be heard from far away.",
-            "Time passed slowly, as it often does.",
-            "The children laughed and asked for another story.",
-            "There was bread on the table and water in the jug.",
-            "Whoever works early may rest early.",
-            "In those days letters took a week to arrive.",
-        ]
+        (
+            "Old people say that a good friend is worth more than gold.|"
+            "Everyone in the village liked to talk about such things.|Nobody was in a hurry.|"
+            "It is not easy to remember everything.|Some things are lost and some are found.|"
+            "The bell rang and people looked up.|A song could be heard from far away.|"
+            "Time passed slowly, as it often does.|The children laughed and asked for another story.|"
+            "There was bread on the table and water in the jug.|Whoever works early may rest early.|"
+            "In those days letters took a week to arrive."
+        ).split("|")
     )
 
 
@@ -691,7 +306,8 @@ def where_story(rng: random.Random) -> Document:
     rng.shuffle(moves)
     last = ""
     for name in moves:
-        place = rng.choice([p for p in PLACES if p not in sum(path.values(), [])])
+        visited = {place for places in path.values() for place in places}
+        place = rng.choice([p for p in PLACES if p not in visited])
         subject = pronoun(name) if name == last and rng.random() < 0.4 else name
         lead = rng.choice(["", "", "then ", "after that, ", "a little later "]) if path[name] else ""
         document.sentences.append(capital(f"{lead}{subject} {rng.choice(MOVES)} the {place}."))
@@ -701,7 +317,7 @@ def where_story(rng: random.Random) -> Document:
         places = path[name]
         for index in range(1, len(places)):
             document.combinations.add(("where", name, places[index - 1], places[index]))
-    everywhere = sum(path.values(), [])
+    everywhere = [place for places in path.values() for place in places]
     for name in people:
         places = path[name]
         combination = ("where", name, places[-2], places[-1]) if len(places) > 1 else None
@@ -833,7 +449,7 @@ def order_story(rng: random.Random) -> Document:
             document.sentences.append(capital(f"{lead}{name if not index else pronoun(name)} {chore}."))
     else:
         document.sentences.append(f"{name} {chores[0]} before {pronoun(name)} {chores[1]}.")
-        for earlier, later in zip(chores[1:], chores[2:], strict=False):
+        for earlier, later in pairwise(chores[1:]):
             document.sentences.append(f"{name} {later} after {pronoun(name)} {earlier}.")
     document.questions = [
         Question(f"What did {name} do first?", f"{name} {chores[0]}.", []),

@@ -1,0 +1,51 @@
+# make quickstart | test | check | install; the first of them on a fresh machine installs.
+
+PYTHON ?= python3
+# Which torch to install. On a machine with an NVIDIA GPU: make install TORCH=torch
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+WORLD := recipes/world
+JOB := build/quickstart
+
+.PHONY: install quickstart test check world-data teacher clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml
+	rm -rf .venv
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+# The main job on the embedded teacher: all five stages, beside rounding to nearest and a control that
+# is trained for as many steps on the same text, but without a teacher.
+quickstart: install $(WORLD)/distill.txt
+	rm -rf $(JOB)
+	$(BIN)/edgerazor pack $(WORLD)/teacher --bits 1.58 --work $(JOB)/rounded
+	$(BIN)/edgerazor distill --recipe recipes/control.yaml --work $(JOB)/control
+	$(BIN)/edgerazor pack --work $(JOB)/control
+	$(BIN)/edgerazor run recipes/quickstart.yaml --work $(JOB)/distilled
+
+$(WORLD)/distill.txt: $(WORLD)/corpus.py | install
+	$(BIN)/python $(WORLD)/corpus.py distill
+
+# The tasks and the held-out text that lie in the repository; made again only when the world changes.
+world-data: install
+	$(BIN)/python $(WORLD)/corpus.py tasks
+
+# The embedded teacher from nothing: hours on a CPU, minutes on a GPU.
+teacher: install
+	$(BIN)/python $(WORLD)/train_teacher.py
+
+test: install $(WORLD)/distill.txt
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(MAKE) test
+
+clean:
+	rm -rf build .venv
