@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
+import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -18,8 +19,8 @@ __version__ = "0.1.0"
 _HOOKED = "transformers.quantizers.auto"
 
 
-def load(folder: str, **options: Any) -> Any:
-    """Load a packed model and its tokenizer: see `edgerazor.integration.load`."""
+def load(folder: str | os.PathLike[str], **options: Any) -> Any:
+    """Load a packed model and its tokenizer, (model, tokenizer): see `edgerazor.integration.load`."""
     from edgerazor.integration import load as load_packed
 
     return load_packed(folder, **options)
@@ -33,7 +34,6 @@ class _RegisterOnImport(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if name != _HOOKED:
             return None
-        sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         if spec is not None and spec.loader is not None:
             spec.loader = _ThenRegister(spec.loader)
@@ -41,8 +41,13 @@ class _RegisterOnImport(importlib.abc.MetaPathFinder):
 
 
 class _ThenRegister(importlib.abc.Loader):
+    """A module's own loader, and then our entries in the module."""
+
     def __init__(self, loader: Any) -> None:
         self.loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)

@@ -42,6 +42,9 @@ class MatrixPlan(BaseModel):
     def _consistent(self) -> MatrixPlan:
         if len(self.row_formats) not in (0, self.rows) or (len(self.formats) > 1) != bool(self.row_formats):
             raise ValueError(f"{self.name} has {self.rows} rows but formats for {len(self.row_formats)}")
+        digits = {str(index) for index in range(len(self.formats))}
+        if not set(self.row_formats) <= digits:
+            raise ValueError(f"{self.name} has a row format that is none of its {len(self.formats)}")
         return self
 
     def spec(self) -> MatrixSpec:
@@ -70,7 +73,15 @@ class Plan(BaseModel):
     matrices: tuple[MatrixPlan, ...]
 
     def __getitem__(self, name: str) -> MatrixPlan:
-        return next(matrix for matrix in self.matrices if matrix.name == name)
+        """The plan of a matrix by its module's path; `KeyError` if there is none."""
+        for matrix in self.matrices:
+            if matrix.name == name:
+                return matrix
+        raise KeyError(name)
+
+    def specs(self) -> dict[str, MatrixSpec]:
+        """Module path -> formats, for the modules that compute."""
+        return {matrix.name: matrix.spec() for matrix in self.matrices}
 
     def nominal_bits(self) -> float:
         """Average over the weights of the decoder's linear layers."""

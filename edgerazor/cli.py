@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +22,7 @@ app = typer.Typer(
     name="edgerazor",
     help="Compress a Hugging Face causal language model to 1.58-4 bits by quantization-aware distillation, "
     "and measure what it cost.",
-    epilog="A whole job:  edgerazor distill MODEL --bits 2 --data text.jsonl && edgerazor pack "
+    epilog="A whole job: edgerazor distill MODEL --bits 2 --data text.jsonl && edgerazor pack "
     "&& edgerazor eval --tasks arc,hellaswag && edgerazor bench",
     no_args_is_help=True,
     add_completion=False,
@@ -33,18 +35,22 @@ MODEL_HELP = "A local model folder or a Hugging Face hub id."
 
 ModelArgument = Annotated[str | None, typer.Argument(help=MODEL_HELP + " Default: that of the working directory.")]
 Work = Annotated[Path, Option("--work", help="The job's folder, where the stages meet.", metavar="DIR")]
-RecipeFile = Annotated[Path | None, Option("--recipe", help="A YAML recipe; see `edgerazor show recipe`.")]
+RecipeFile = Annotated[
+    Path | None, Option("--recipe", help="A YAML recipe; see `edgerazor show recipe`.", metavar="FILE")
+]
 Seed = Annotated[int | None, Option("--seed", help="Of data order, initialisation and generated text.")]
 Device = Annotated[str | None, Option("--device", help="auto, cpu, cuda or cuda:N.")]
-Threads = Annotated[int | None, Option("--threads", help="CPU threads; all cores by default.", min=1)]
+Threads = Annotated[int | None, Option("--threads", help="CPU threads; all cores by default.")]
 Revision = Annotated[str | None, Option("--revision", help="Branch, tag or commit of a hub model.")]
 Remote = Annotated[bool | None, Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 Json = Annotated[bool, Option("--json", help="Print the result as one JSON object on stdout.")]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="Nothing on stderr but errors.")]
 Force = Annotated[bool, Option("--force", help="Do it again; throws away what is in the way.")]
 DryRun = Annotated[bool, Option("--dry-run", help="Say what would be done, how large and how long, and stop.")]
-DataFiles = Annotated[list[Path] | None, Option("--data", help="Text to learn from (.txt, .jsonl, .gz); repeatable.")]
-HeldOut = Annotated[list[Path] | None, Option("--held-out", help="Text to measure on; repeatable.")]
+DataFiles = Annotated[
+    list[Path] | None, Option("--data", help="Text to learn from (.txt, .jsonl, .gz); repeatable.", metavar="FILE")
+]
+HeldOut = Annotated[list[Path] | None, Option("--held-out", help="Text to measure on; repeatable.", metavar="FILE")]
 Length = Annotated[int | None, Option("--sequence-length", help="Tokens per sequence.")]
 Bits = Annotated[float | None, Option("--bits", help="Nominal average of the decoder's linear layers, 1.58 to 8.")]
 GroupSize = Annotated[int | None, Option("--group-size", help="Weights of a row that share one scale.")]
@@ -52,7 +58,8 @@ PlanName = Annotated[str | None, Option("--plan", help="How rows get their forma
 KvBits = Annotated[int | None, Option("--kv-bits", help="Keys and values: 8 or 16.")]
 ActivationBits = Annotated[int | None, Option("--activation-bits", help="Inputs of linear layers: 8 or 16.")]
 Compare = Annotated[
-    list[str] | None, Option("--compare", help="NAME=FOLDER, another packed model to measure; repeatable.")
+    list[str] | None,
+    Option("--compare", help="Another packed model to measure; repeatable.", metavar="NAME=FOLDER"),
 ]
 
 
@@ -163,13 +170,16 @@ def pack(
 ) -> None:
     """Write the packed model, and verify it against what training computed.
 
-    Example: edgerazor pack            Example: edgerazor pack Qwen/Qwen3-0.6B --bits 4
+    Example: edgerazor pack
+
+    Example: edgerazor pack Qwen/Qwen3-0.6B --bits 4
     """
     values = general(model, revision, trust_remote_code, None, None, None)
     section = plan_section(bits, group_size, plan, kv_bits, activation_bits, None)
     if section and model is None and recipe is None:
+        name = next(iter(section)).replace("_", "-")
         raise usage_error(
-            f"The student's formats were decided before it was trained, so pack takes no --{next(iter(section))}.",
+            f"The student's formats were decided before it was trained, so pack takes no --{name}.",
             "To round without training, name the model: `edgerazor pack MODEL --bits 4`.",
         )
     values |= {"calibrate": section, "pack": given(student=student)}
@@ -189,12 +199,14 @@ def evaluate(
         str | None, Option("--tasks", help="Comma-separated: arc, hellaswag, world, any of lm-eval.")
     ] = None,
     task_data: Annotated[
-        Path | None, Option("--task-data", help="Folder of TASK.jsonl files, for offline work.")
+        Path | None, Option("--task-data", help="Folder of TASK.jsonl files, for offline work.", metavar="DIR")
     ] = None,
     limit: Annotated[int | None, Option("--limit", help="Items per task.")] = None,
     num_fewshot: Annotated[int | None, Option("--num-fewshot", help="Examples before each item.")] = None,
     apply_chat_template: Annotated[bool | None, Option("--apply-chat-template", help="Prompts as chat.")] = None,
-    data: Annotated[list[Path] | None, Option("--data", help="Held-out text to measure on; repeatable.")] = None,
+    data: Annotated[
+        list[Path] | None, Option("--data", help="Held-out text to measure on; repeatable.", metavar="FILE")
+    ] = None,
     batch_size: Annotated[int | None, Option("--batch-size", help="Sequences per forward pass.")] = None,
     min_retention: Annotated[
         float | None, Option("--min-retention", help="Exit 3 when the average retention above chance is lower.")
@@ -235,6 +247,8 @@ def evaluate(
     from edgerazor.stages import eval as stage_module
 
     console = open_console(json, quiet)
+    if dry_run:
+        raise usage_error("`eval MODEL` has no dry run; leave out the model for that of the working directory.")
     asked = assemble(values, None, recipe)
     result = stage_module.evaluate_model(model, asked, console)
     console.result(result, *stage_module.show(result))
@@ -277,8 +291,9 @@ def bench(
 def run(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
     work: Work = Path("edgerazor-work"),
-    threads: Threads = None,
+    seed: Seed = None,
     device: Device = None,
+    threads: Threads = None,
     json: Json = False,
     quiet: Quiet = False,
     force: Force = False,
@@ -287,17 +302,20 @@ def run(
 
     Example: edgerazor run recipes/quickstart.yaml
     """
+    asked = assemble(general(None, None, None, seed, device, threads), None, recipe)
+    require_model(asked, "run", work, recipe)
     from edgerazor import pipeline
+    from edgerazor.console import is_main_process
     from edgerazor.stages import show as show_stage
     from edgerazor.workdir import WorkDir
 
     console = open_console(json, quiet)
-    asked = assemble(general(None, None, None, None, device, threads), None, recipe)
     job = WorkDir(work)
     pipeline.run_all(asked, job, console, force)
-    summary = show_stage.summarize(job)
-    console.result(summary, *show_stage.show(summary))
-    check_gates(summary)
+    if is_main_process():
+        summary = show_stage.summarize(job)
+        console.result(summary, *show_stage.show(summary))
+        check_gates(summary)
 
 
 @app.command()
@@ -307,7 +325,12 @@ def show(
     ),
     json: Json = False,
 ) -> None:
-    """Inspect a job or a packed model; print the recipe's fields or the JSON schema of results."""
+    """Inspect a job or a packed model; print the recipe's fields or the JSON schema of results.
+
+    Example: edgerazor show
+
+    Example: edgerazor show recipe > my.yaml
+    """
     if what == "recipe":
         from edgerazor.recipe import explain
 
@@ -409,12 +432,24 @@ def assemble(values: dict[str, Any], work: Path | None, recipe_file: Path | None
     from edgerazor.workdir import WorkDir
 
     stored: dict[str, Any] = {}
-    where = "The command line"
+    if recipe_file is None and work is not None and WorkDir(work).recipe_file.exists():
+        recipe_file = WorkDir(work).recipe_file
     if recipe_file is not None:
-        stored, where = recipes.load(recipe_file), f"The recipe {recipe_file}"
-    elif work is not None and WorkDir(work).recipe_file.exists():
-        stored = recipes.load(WorkDir(work).recipe_file)
-    return recipes.build(recipes.merge(stored, values), where)
+        stored = recipes.load(recipe_file)
+        recipes.build(stored, f"The recipe {recipe_file}")
+    return recipes.build(recipes.merge(stored, recipes.anchor(values, Path.cwd())))
+
+
+def require_model(asked: Recipe, name: str, work: Path, recipe_file: Path | None) -> None:
+    """Refuse a job without a model."""
+    if asked.model:
+        return
+    if recipe_file is not None:
+        raise usage_error(f"The recipe {recipe_file} names no model.", "Add the line `model: FOLDER-OR-HUB-ID` to it.")
+    raise usage_error(
+        f"{work} is not a working directory of edgerazor yet, and no model was named.",
+        f"Begin with `edgerazor {name if name in ('calibrate', 'distill') else 'distill'} MODEL --bits 2`.",
+    )
 
 
 def open_console(as_json: bool, quiet: bool) -> Console:
@@ -435,24 +470,21 @@ def stage(
 ) -> None:
     """Run one stage and print its result."""
     asked = assemble(values, work, recipe_file)
-    if not asked.model:
-        raise usage_error(
-            f"{work} is not a working directory of edgerazor yet, and no model was named.",
-            f"Begin with `edgerazor {name if name in ('calibrate', 'distill') else 'distill'} MODEL --bits 2`.",
-        )
+    require_model(asked, name, work, recipe_file)
     console = open_console(as_json, quiet)
     from edgerazor import pipeline
+    from edgerazor.console import describe
     from edgerazor.workdir import WorkDir
 
     job = WorkDir(work)
     if dry_run:
-        plan = pipeline.dry_run(name, asked, job, console)
-        console.result(plan, *(f"{key}: {value}" for key, value in plan.model_dump(mode="json").items()))
+        plan = pipeline.dry_run(name, asked, job, console, force)
+        console.result(plan, *describe(plan))
         return
     result = pipeline.run(name, asked, job, console, force)
-    if pipeline.is_main_process():
+    if result is not None and console.is_main:
         console.result(result, *pipeline.STAGES[name].show(result))
-    check_gates(result)
+        check_gates(result)
 
 
 def check_gates(result: Any) -> None:
@@ -472,7 +504,9 @@ ClickException: Any = next(each for each in typer.BadParameter.__mro__ if each._
 def main() -> None:
     """Run the command line; every failure that people can act on is one sentence and an exit code."""
     try:
-        code = typer.main.get_command(app).main(standalone_mode=False)
+        code = typer.main.get_command(app).main(prog_name="edgerazor", standalone_mode=False)
+        if code == INTERRUPTED:  # typer has caught the KeyboardInterrupt
+            raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)
     except UserError as error:
         fail(error)
@@ -481,8 +515,8 @@ def main() -> None:
         sys.exit(error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         fail(UserError("Interrupted; finished stages and the last checkpoint are kept.", code=INTERRUPTED))
-    except BrokenPipeError:
-        sys.stderr.close()
+    except BrokenPipeError:  # whoever read our output has gone, as in `edgerazor show recipe | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(FAILED)
     except MemoryError:
         fail(UserError("There is not enough memory.", "Try a smaller --batch-size or --sequence-length."))
@@ -494,8 +528,18 @@ def main() -> None:
 
 
 def fail(error: UserError) -> None:
+    """Print the sentence and exit with its code."""
+    from edgerazor.console import is_main_process
+
+    if not is_main_process():
+        # The main process most likely says the same; the launcher then ends this one while it waits.
+        time.sleep(5)
     open_console(False, False).error(error)
     sys.exit(error.code)
+
+
+#: What is the machine's fault rather than the program's, when it comes with a file name.
+MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EDQUOT, errno.ENAMETOOLONG, errno.EMFILE)
 
 
 def explain_failure(error: Exception) -> UserError | None:
@@ -506,7 +550,7 @@ def explain_failure(error: Exception) -> UserError | None:
         return UserError(
             "The disk is full; nothing finished was lost.", "Free some space and run the same command again."
         )
-    if isinstance(error, OSError) and error.filename is not None:
+    if isinstance(error, OSError) and error.filename is not None and number in MACHINE:
         return UserError(f"{error.filename}: {error.strerror}.", "Check the path and your rights to it.")
     if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
         return UserError(

@@ -7,6 +7,7 @@ stays readable. With `--json` stdout holds one JSON object and nothing else; `--
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -22,6 +23,11 @@ from edgerazor.errors import UserError
 
 #: Seconds between progress lines where there is no terminal.
 LINE_EVERY = 10.0
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that writes and talks, where a launcher (torchrun) started several."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 class Tracker:
@@ -53,7 +59,8 @@ class LineTracker(Tracker):
         now = time.monotonic()
         if now - self.latest >= LINE_EVERY or self.done == self.total:
             self.latest = now
-            self.console.say(f"{self.title}: {self.done}/{self.total} {self.text}".rstrip())
+            done = f"{self.done}/{self.total}" if self.total else str(self.done)
+            self.console.say(f"{self.title}: {done} {self.text}".rstrip())
 
     def note(self, text: str) -> None:
         self.text = text
@@ -68,7 +75,8 @@ class Console:
     """
 
     def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
-        self.as_json, self.quiet = as_json, quiet
+        self.is_main = is_main_process()
+        self.as_json, self.quiet = as_json, quiet or not self.is_main
         self.err = RichConsole(stderr=True, highlight=False, soft_wrap=True)
         self.out = RichConsole(highlight=False, soft_wrap=False)
         if not self.out.is_terminal:
@@ -94,11 +102,11 @@ class Console:
             print(json.dumps(result.model_dump(mode="json"), indent=1, allow_nan=False), file=sys.stdout, flush=True)
         else:
             for item in shown:
-                self.out.print(item)
+                self.out.print(item, markup=False, soft_wrap=isinstance(item, str))
 
     @contextmanager
     def track(self, title: str, total: int, done: int = 0) -> Iterator[Tracker]:
-        """Progress over `total` units, of which `done` are behind us."""
+        """Progress over `total` units, of which `done` are behind us; 0 where nobody knows how many there will be."""
         if self.quiet:
             yield Tracker()
         elif not self.err.is_terminal:
@@ -112,7 +120,7 @@ class Console:
                 TextColumn("{task.fields[note]}"),
             )
             with Progress(*columns, console=self.err, transient=True) as progress:
-                yield BarTracker(progress, progress.add_task(title, total=total, completed=done, note=""))
+                yield BarTracker(progress, progress.add_task(title, total=total or None, completed=done, note=""))
 
 
 def table(title: str, columns: list[str], rows: list[list[str]], caption: str = "") -> Table:
@@ -127,3 +135,38 @@ def table(title: str, columns: list[str], rows: list[list[str]], caption: str = 
 
 def megabytes(size: float) -> str:
     return f"{size / 1e6:.2f} MB" if size < 1e8 else f"{size / 1e6:.0f} MB"
+
+
+def duration(seconds: float) -> str:
+    """12 s, 5 min, 3.4 h: as exact as an estimate deserves."""
+    for unit, length in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def describe(plan: BaseModel) -> list[str]:
+    """A dry run for people: a line per field, with units."""
+    lines = []
+    for key, value in plan.model_dump(mode="json").items():
+        name = "size" if key == "bytes" else key.removesuffix("_bytes").replace("_", " ")
+        if key.endswith("bytes"):
+            shown = "unknown" if value is None else megabytes(value)
+        elif key.startswith("seconds"):
+            shown = "unknown" if value is None else duration(value)
+        elif isinstance(value, dict):
+            shown = "; ".join(f"{item} ({_compact(about)})" for item, about in value.items()) or "none"
+        elif isinstance(value, list):
+            shown = ", ".join(map(str, value)) or "none"
+        else:
+            shown = _compact(value)
+        lines.append(f"{name}: {shown}")
+    return lines
+
+
+def _compact(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_compact(item)}" for key, item in value.items())
+    if value is None:
+        return "unknown"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

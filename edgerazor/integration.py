@@ -1,12 +1,15 @@
 """Packed models inside transformers: `AutoModelForCausalLM.from_pretrained(folder)`, without remote code.
 
-`import edgerazor` makes transformers know the quantizer below. transformers finds its name in the folder's config.json, builds the
-model without weights, and lets the quantizer put packed modules in the place of the packed matrices. Those read their
-codes through `packed.py`, checked, at first use; everything else (norms, biases) transformers loads itself.
+`import edgerazor` makes transformers know the quantizer below. transformers finds its name in the folder's
+config.json, builds the model without weights, and lets the quantizer put packed modules in the place of the packed
+matrices. Those read their codes through `packed.py`, checked, at first use; everything else (norms, biases) is checked
+at once, and transformers loads it itself.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -35,7 +38,7 @@ class EdgeRazorConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, version: int, activation_bits: int, kv_bits: int, group_size: int, **kwargs: Any) -> None:
-        self.quant_method = METHOD  # type: ignore[assignment]
+        self.quant_method = METHOD
         self.version = version
         self.activation_bits, self.kv_bits, self.group_size = activation_bits, kv_bits, group_size
 
@@ -57,6 +60,7 @@ class EdgeRazorQuantizer(HfQuantizer):
         packed = PackedModel.open(Path(checkpoint_files[0]).parent)
         matrices = packed.header.matrices
         settings = self.quantization_config
+        check_settings(settings, packed)
 
         def load(name: str) -> tuple[Any, Any]:
             matrix = packed.matrix(name)
@@ -67,31 +71,62 @@ class EdgeRazorQuantizer(HfQuantizer):
             {name: (entry.shape[0], entry.shape[1]) for name, entry in matrices.items()},
             packed.header.tied,
             load,
-            surgery.PackedSettings(settings.activation_bits, settings.kv_bits, settings.group_size, self.dtype),
+            surgery.Settings(settings.activation_bits, settings.kv_bits, settings.group_size),
+            self.dtype,
         )
+        check_others(model, packed)
         packed_names = "|".join(re.escape(name) for name in matrices)
         model._keys_to_ignore_on_load_unexpected = {rf"^({packed_names})\.weight\."}
-        model.all_tied_weights_keys = {}  # there is no weight left to tie
+        model._tied_weights_keys = model.all_tied_weights_keys = {}  # there is no weight left to tie
 
     def is_serializable(self) -> bool:
-        return False
+        raise UserError(
+            "A packed model is not saved from memory, where it has no weights to save.",
+            "Copy its folder; that is the model.",
+        )
 
     @property
     def is_trainable(self) -> bool:
         return False
 
 
+def check_settings(settings: EdgeRazorConfig, packed: PackedModel) -> None:
+    """config.json, which anyone may edit, must say what the checked header of the weights says.
+
+    Raises:
+        UserError: it does not.
+    """
+    for name, value in packed.header.settings.items():
+        said = getattr(settings, name, None)
+        if said != value:
+            raise UserError(
+                f"{packed.folder}: config.json says {name} {said}, but the weights were made for {value}.",
+                "Undo the change, or pack the model again.",
+            )
+
+
+def check_others(model: PreTrainedModel, packed: PackedModel) -> None:
+    """What transformers loads itself must be there and undamaged; it would fill in random numbers without a word.
+
+    Raises:
+        UserError: a tensor is missing or damaged.
+    """
+    missing = model.state_dict().keys() - packed.others().keys()
+    if missing:
+        raise UserError(f"{packed.folder} lacks the tensor {min(missing)}.", "Pack the model again.")
+
+
 def is_packed(folder: Path) -> bool:
     """Whether a folder holds a packed model of ours, by its configuration."""
-    config = folder / "config.json"
     try:
-        return config.is_file() and f'"{METHOD}"' in config.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+        return bool(settings["quant_method"] == METHOD)
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
 def load(
-    folder: Path | str,
+    folder: str | os.PathLike[str],
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     keep_decoded: bool = False,
@@ -117,7 +152,9 @@ def load(
     with quiet_transformers():
         try:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        except (OSError, ValueError, KeyError) as error:
+        except UserError:
+            raise
+        except Exception as error:
             reason = str(error).strip().split("\n")[0].rstrip(".")
             raise UserError(f"The packed model {folder} cannot be loaded: {reason}.") from None
     surgery.keep_decoded(model, keep_decoded)

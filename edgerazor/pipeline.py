@@ -1,31 +1,33 @@
 """The order of the stages: skip what is up to date, refuse what is stale or foreign, run a missing input.
 
 Redoing a stage that costs minutes is nothing to ask about. Training is: whatever would throw away a student, or go on
-with its checkpoint under other settings, is refused with the two values unless `--force` is given.
+with its checkpoint under other settings, is refused with the two values unless `--force` is given. What is refused
+is refused before anything is written.
+
+Where a launcher (torchrun, accelerate launch) started several processes, all of them train; the other stages are the
+main process's alone.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
-from edgerazor.console import Console
-from edgerazor.errors import UserError
-from edgerazor.recipe import Recipe, dump
-from edgerazor.stages import _checkpoint, bench, calibrate, distill, eval, pack
-from edgerazor.workdir import WorkDir, recover_folder, write_text
+from edgerazor import recipe as recipes
+from edgerazor.console import Console, is_main_process
+from edgerazor.errors import UserError, usage_error
+from edgerazor.recipe import Recipe
+from edgerazor.stages import _checkpoint, _shared, bench, calibrate, distill, eval, pack
+from edgerazor.workdir import WorkDir
 
 STAGES: dict[str, ModuleType] = {module.NAME: module for module in (calibrate, distill, pack, eval, bench)}
-#: stage -> the stages whose results it reads, and that may be run for it without asking
-NEEDS = {"calibrate": (), "distill": ("calibrate",), "pack": (), "eval": ("pack",), "bench": ("pack",)}
 
 
-def run(name: str, recipe: Recipe, work: WorkDir, console: Console, force: bool = False) -> BaseModel:
+def run(name: str, recipe: Recipe, work: WorkDir, console: Console, force: bool = False) -> BaseModel | None:
     """Run one stage, and what it needs, in a working directory.
 
     Args:
@@ -36,69 +38,94 @@ def run(name: str, recipe: Recipe, work: WorkDir, console: Console, force: bool 
         force: do the stage again although it is up to date, and throw away a student in the way.
 
     Returns:
-        the stage's result, from now or from before.
+        the stage's result, from now or from before; None on the processes that only help with training.
+
+    Raises:
+        UserError: it cannot be done as asked; then nothing has changed, unless it failed on the way.
     """
+    if name != "distill" and not is_main_process():
+        return None
+    _shared.teacher_fingerprint(recipe)  # a model that is not there is refused before a folder is made
     with work.lock() if is_main_process() else nullcontext():
-        check_owner(recipe, work)
         if is_main_process():
-            recover(work)
-            write_text(work.recipe_file, dump(recipe))
+            work.claim()
+            work.recover()
+        refuse(name, recipe, work, force)
+        if is_main_process():
+            work.write_recipe(recipes.dump(to_remember(name, recipe, work)))
         return run_needed(name, recipe, work, console, force)
 
 
-def is_main_process() -> bool:
-    """Whether this is the process that writes and talks, where a launcher started several."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def run_all(recipe: Recipe, work: WorkDir, console: Console, force: bool = False) -> dict[str, BaseModel]:
+def run_all(recipe: Recipe, work: WorkDir, console: Console, force: bool = False) -> None:
     """All five stages in order."""
-    names = [name for name in STAGES if not (recipe.pack.source == "teacher" and name in ("calibrate", "distill"))]
-    return {name: run(name, recipe, work, console, force) for name in names}
+    for name in stages_of(recipe):
+        run(name, recipe, work, console, force)
+
+
+def stages_of(recipe: Recipe) -> list[str]:
+    """The stages that a recipe needs; rounding the teacher needs no calibration and no training."""
+    return [name for name in STAGES if not (recipe.pack.source == "teacher" and name in ("calibrate", "distill"))]
 
 
 def run_needed(name: str, recipe: Recipe, work: WorkDir, console: Console, force: bool) -> BaseModel:
-    """A stage after the stages that it needs."""
-    for needed in NEEDS[name]:
-        if needed == "calibrate":
-            run_first(needed, recipe, work, console, force)
-        elif needed == "pack" and not (work.manifest("pack") and work.manifest("distill") is None):
-            # A packed model that was rounded without training stands on its own.
-            run_needed(needed, recipe, work, console, False)
+    """A stage, after the stages that it reads and that may be run without asking."""
+    if name == "distill":
+        run_first("calibrate", recipe, work, console)
+    elif name in ("eval", "bench") and not stands_alone(work):
+        run_one("pack", recipe, work, console, False)
     return run_one(name, recipe, work, console, force)
 
 
-def run_first(name: str, recipe: Recipe, work: WorkDir, console: Console, force: bool) -> None:
-    """Run a stage on the main process while the others wait."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        run_one(name, recipe, work, console, force=force and name != "calibrate")
-        return
-    from accelerate import PartialState
+def stands_alone(work: WorkDir) -> bool:
+    """Whether there is a packed model that was rounded without training, so that it needs nothing before it."""
+    packed = work.manifest("pack")
+    return packed is not None and not has_training(work) and work.up_to_date("pack", packed.inputs)
 
-    with PartialState(cpu=recipe.device in ("auto", "cpu")).main_process_first():
+
+def run_first(name: str, recipe: Recipe, work: WorkDir, console: Console) -> None:
+    """Run a stage on the main process while the others wait."""
+    if _shared.processes() > 1:
+        _shared.join_processes(_shared.device_of(recipe))
+    if is_main_process():
         run_one(name, recipe, work, console, force=False)
+    _shared.wait_for_everyone()
 
 
 def run_one(name: str, recipe: Recipe, work: WorkDir, console: Console, force: bool) -> BaseModel:
     """One stage, unless it is up to date."""
     stage = STAGES[name]
-    protect_student(name, recipe, work, force)
     inputs = stage.inputs(recipe, work)
-    manifest = work.manifest(name)
-    if not force and manifest and work.up_to_date(name, inputs):
+    if not force and (finished := earlier_result(name, inputs, work)):
         console.say(f"{name} is up to date, skipping (--force to redo)")
-        return result_model(stage).model_validate(manifest.result)
-    if name == "distill" and not force:
-        refuse_other_checkpoint(inputs, work)
-    elif name != "pack":  # pack replaces its folder whole
-        work.discard(name)
+        return finished
+    if work.damaged(name):
+        console.warn(f"{work.manifest_file(name)} is damaged, so {name} is not taken for finished.")
     began = time.monotonic()
     console.say(f"{name}: {what(name, recipe)}")
-    result: BaseModel = stage.run(recipe, work, console)
+    result: BaseModel
+    if name == "distill":
+        if not force:
+            refuse_other_plan(inputs, work)
+        result = distill.run(recipe, work, console, fresh=force)
+    else:
+        if name != "pack":  # pack replaces its folder whole
+            work.discard(name)
+        result = stage.run(recipe, work, console)
     if is_main_process():
         section = getattr(recipe, name).model_dump(mode="json")
-        work.finish(name, stage.inputs(recipe, work), section, result, time.monotonic() - began)
+        work.finish(name, inputs, section, result, time.monotonic() - began)
     return result
+
+
+def earlier_result(name: str, inputs: dict[str, str], work: WorkDir) -> BaseModel | None:
+    """The result of a stage that is up to date."""
+    manifest = work.manifest(name)
+    if manifest is None or not work.up_to_date(name, inputs):
+        return None
+    try:
+        return result_model(STAGES[name]).model_validate(manifest.result)
+    except ValidationError:  # written by another version of this program
+        return None
 
 
 def what(name: str, recipe: Recipe) -> str:
@@ -108,18 +135,8 @@ def what(name: str, recipe: Recipe) -> str:
         "distill": f"{recipe.model} at {recipe.calibrate.bits:g} bits",
         "pack": "writing the packed model",
         "eval": ", ".join(recipe.eval.tasks) or "held-out text",
-        "bench": f"{recipe.bench.rounds} rounds",
+        "bench": f"{recipe.bench.rounds} round{'s' * (recipe.bench.rounds > 1)}",
     }[name]
-
-
-def dry_run(name: str, recipe: Recipe, work: WorkDir, console: Console) -> BaseModel:
-    """What a stage would do; writes nothing but, for distill, a missing plan."""
-    check_owner(recipe, work)
-    if name == "distill" and work.manifest("calibrate") is None:
-        with work.lock():
-            run_one("calibrate", recipe, work, console, force=False)
-    result: BaseModel = STAGES[name].dry_run(recipe, work, console)
-    return result
 
 
 def result_model(stage: ModuleType) -> type[BaseModel]:
@@ -128,59 +145,117 @@ def result_model(stage: ModuleType) -> type[BaseModel]:
     return found
 
 
+def to_remember(name: str, recipe: Recipe, work: WorkDir) -> Recipe:
+    """The recipe to keep: measuring on other text does not change what a student was made from."""
+    if name in ("calibrate", "distill") or not has_training(work) or not work.recipe_file.exists():
+        return recipe
+    stored = recipes.build(recipes.load(work.recipe_file), f"The recipe {work.recipe_file}")
+    return recipe.model_copy(update={part: getattr(stored, part) for part in ("data", "calibrate", "distill")})
+
+
+# --- dry runs ----------------------------------------------------------------------------------
+
+
+def dry_run(name: str, recipe: Recipe, work: WorkDir, console: Console, force: bool = False) -> BaseModel:
+    """What a stage would do and cost; the working directory stays as it is.
+
+    Raises:
+        UserError: the stage would be refused.
+    """
+    work.claim()
+    refuse(name, recipe, work, force)
+    stage = STAGES[name]
+    before = {"distill": "calibrate", "eval": "pack", "bench": "pack"}.get(name)
+    needed = before is not None and not (before == "pack" and stands_alone(work))
+    if before and needed and earlier_result(before, STAGES[before].inputs(recipe, work), work) is None:
+        console.say(f"{before} would run first (see `edgerazor {before} --dry-run`)")
+    if not force and earlier_result(name, stage.inputs(recipe, work), work):
+        console.say(f"{name} is up to date and would be skipped; with --force it would take:")
+    result: BaseModel = stage.dry_run(recipe, work, console)
+    return result
+
+
 # --- what is refused ---------------------------------------------------------------------------
 
 
-def check_owner(recipe: Recipe, work: WorkDir) -> None:
-    """A working directory belongs to one model.
+def refuse(name: str, recipe: Recipe, work: WorkDir, force: bool) -> None:
+    """Refuse what cannot work or would do harm, before anything is written.
 
     Raises:
-        UserError: it belongs to another.
+        UserError: no such device, another model's folder, settings that differ from those of the student in it,
+            losses that the model cannot give, data that is not there, no student to pack.
     """
-    manifests = [m for m in (work.manifest(name) for name in STAGES) if m]
-    if not manifests or "model" not in manifests[0].inputs:
-        return
-    from edgerazor import models
+    _shared.device_of(recipe)
+    refuse_other_model(name, recipe, work)
+    if name in ("calibrate", "distill"):
+        if not force:
+            refuse_other_training(name, recipe, work)
+        if name == "distill":
+            distill.check_losses(recipe)
+    elif name == "pack" or not stands_alone(work):
+        pack.source_of(recipe, work)
+    STAGES[name].inputs(recipe, work)
 
-    ours = models.fingerprint(models.resolve(recipe.model, recipe.revision))
-    if manifests[0].inputs["model"] != ours:
-        raise UserError(
-            f"{work.path} belongs to another model (its weights' hash begins with {manifests[0].inputs['model'][:8]}, "
-            f"that of {recipe.model} with {ours[:8]}).",
-            f"Give this model a folder of its own: --work {work.path}-{recipe.model.rstrip('/').split('/')[-1]}",
+
+def refuse_other_model(name: str, recipe: Recipe, work: WorkDir) -> None:
+    """A working directory belongs to one model."""
+    owner = next((m.inputs["model"] for m in map(work.manifest, STAGES) if m and "model" in m.inputs), None)
+    if owner in (None, _shared.teacher_fingerprint(recipe)):
+        return
+    theirs = recipes.load(work.recipe_file).get("model") if work.recipe_file.exists() else None
+    if theirs == recipe.model:
+        raise usage_error(
+            f"The files of {recipe.model} have changed since {work.path} was begun.",
+            f"Begin again in another folder: `edgerazor {name} {recipe.model} --work NAME`, or remove {work.path}.",
         )
+    own = f"{work.path}-{recipe.model.rstrip('/').split('/')[-1]}"
+    raise usage_error(
+        f"{work.path} belongs to another model, {theirs or 'whose name is not known'}.",
+        f"Give this model a folder of its own: `edgerazor {name} {recipe.model} --work {own}`.",
+    )
 
 
-def protect_student(name: str, recipe: Recipe, work: WorkDir, force: bool) -> None:
-    """Do not let new settings of calibrate or distill throw away a training."""
-    manifest = work.manifest("distill")
-    if force or name not in ("calibrate", "distill") or manifest is None:
+def has_training(work: WorkDir) -> bool:
+    """Whether there is a student or an interrupted training."""
+    return work.manifest("distill") is not None or work.checkpoint("current").exists()
+
+
+def refuse_other_training(name: str, recipe: Recipe, work: WorkDir) -> None:
+    """Do not let new settings throw away a student, or go on with a checkpoint that was made under others."""
+    if not has_training(work):
         return
-    calibrated = work.manifest("calibrate")
-    if name == "calibrate" and calibrated:
-        refuse_difference(calibrated.inputs, calibrate.inputs(recipe, work), work, "student")
+    manifest, calibrated = work.manifest("distill"), work.manifest("calibrate")
+    thing = "a student" if manifest else "an interrupted training"
     if name == "distill":
-        refuse_difference(manifest.inputs, distill.inputs(recipe, work), work, "student")
-
-
-def refuse_other_checkpoint(inputs: dict[str, str], work: WorkDir) -> None:
-    """A checkpoint goes on only under the settings it was made with."""
-    stored = _checkpoint.stored_inputs(work.checkpoint("current"))
-    if stored is not None:
-        refuse_difference(stored, inputs, work, "interrupted training")
+        stored = manifest.inputs if manifest else _checkpoint.stored_inputs(work.checkpoint("current"))
+        refuse_difference(stored or {}, distill.inputs(recipe, work), work, thing)
+    if calibrated:
+        refuse_difference(calibrated.inputs, calibrate.inputs(recipe, work), work, thing)
 
 
 def refuse_difference(stored: dict[str, str], now: dict[str, str], work: WorkDir, thing: str) -> None:
-    for key in sorted(stored.keys() | now.keys(), key=lambda key: key in ("calibrate", "student")):
-        before, after = stored.get(key, "absent"), now.get(key, "absent")
-        if before != after:
+    for key in now:
+        before, after = stored.get(key, "absent"), now[key]
+        if before != after and key != "calibrate":  # calibrate's own inputs are compared by name
             raise UserError(
-                f"{work.path} holds the {thing} of another recipe: {key} was {before[:60]}, and is {after[:60]} now.",
-                "Ask for the same again, use a new folder (--work NAME), or throw it away with --force.",
+                f"{work.path} holds {thing} made otherwise: {key} was {shortened(before)}, and is {shortened(after)} "
+                "now.",
+                "Ask for the same again, use another folder (--work NAME), or throw it away with --force.",
             )
 
 
-def recover(work: WorkDir) -> None:
-    """Finish or undo what a killed process left half done."""
-    for folder in (work.folder("pack"), work.student("best"), work.student("last"), work.checkpoint("current")):
-        recover_folder(folder)
+def refuse_other_plan(inputs: dict[str, str], work: WorkDir) -> None:
+    """A training goes on only with the very plan and statistics that it began with."""
+    stored = _checkpoint.stored_inputs(work.checkpoint("current"))
+    if stored is not None and stored.get("calibrate") != inputs["calibrate"]:
+        raise UserError(
+            f"calibrate was done again in {work.path} with another outcome than the one the training there began with.",
+            "Use another folder (--work NAME), or start the training again with `edgerazor distill --force`.",
+        )
+
+
+def shortened(value: str) -> str:
+    """A value for a sentence: hashes by their beginning."""
+    words = [word[:12] if len(word) == 64 else word for word in value.split()]
+    text = " ".join(words)
+    return text if len(text) <= 120 else f"{text[:117]}..."

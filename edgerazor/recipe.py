@@ -5,17 +5,21 @@ else, and a line of explanation (`edgerazor show recipe` prints them all). Unkno
 
 Values come from, later ones winning: the defaults, the recipe of the working directory (what earlier commands
 asked for), `--recipe FILE`, the options of the command line. A `--recipe` replaces that of the working directory.
-Paths in a recipe file are relative to the file; on the command line, to the current folder.
+Paths in a recipe file are relative to the file; on the command line, to the current folder. In the working directory
+they are kept absolute, so that later commands work from any folder.
 """
 
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from edgerazor.errors import UserError, usage_error
 
@@ -51,7 +55,8 @@ class Data(Strict):
 
     train: tuple[Source, ...] = Field((), description="mixture for calibrate and distill; empty: text of the teacher")
     held_out: tuple[Source, ...] = Field((), description="text to measure on; empty: held_out_fraction of the mixture")
-    held_out_fraction: float = Field(0.02, gt=0, lt=0.5, description="share of each source kept for measuring")
+    generated_tokens: int = Field(65536, ge=512, description="about how many the teacher writes where train is empty")
+    held_out_fraction: float = Field(0.05, gt=0, lt=0.5, description="share of each source kept for measuring")
     sequence_length: int = Field(1024, ge=8, description="tokens per sequence (at most what the model takes)")
 
 
@@ -167,44 +172,72 @@ class Recipe(Strict):
     bench: Bench = Bench()
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: `2e-5` is a number (in YAML 1.1 it is text), and a field given twice is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        result: dict[Any, Any] = super().construct_mapping(node, deep)
+        if len(result) < len(node.value):
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise yaml.constructor.ConstructorError(problem=f"`{twice}` is given twice", problem_mark=node.start_mark)
+        return result
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
 def load(path: Path) -> dict[str, Any]:
-    """Read a recipe file into plain values, its paths made relative to the current folder.
+    """Read a recipe file into plain values, its relative paths taken from the folder that it lies in.
 
     Raises:
         UserError: not there, not YAML, or not a mapping.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
-        raise usage_error(f"The recipe {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+        reason = "it is not UTF-8 text" if isinstance(error, ValueError) else error.strerror
+        raise usage_error(f"The recipe {path} cannot be read: {reason}.") from None
     except yaml.YAMLError as error:
-        raise usage_error(f"The recipe {path} is not valid YAML: {' '.join(str(error).split())}.") from None
+        mark = getattr(error, "problem_mark", None)
+        where = f" (line {mark.line + 1})" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).split("\n")[0]
+        raise usage_error(f"The recipe {path} is not valid YAML{where}: {problem}.") from None
     if values is None:
-        values = {}
+        raise usage_error(f"The recipe {path} is empty.", "See `edgerazor show recipe` for its fields.")
     if not isinstance(values, dict):
         raise usage_error(f"The recipe {path} must be a mapping of fields to values.", "See `edgerazor show recipe`.")
-    _anchor_paths(values, path.parent)
-    return values
+    return anchor(values, path.parent)
 
 
-def _anchor_paths(values: dict[str, Any], folder: Path) -> None:
-    """Make the paths of a recipe file relative to the folder it lies in (in place)."""
+def anchor(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The same values with their relative paths made absolute, beginning at a folder; malformed parts are left alone.
+
+    `model` is a path where such a folder exists, else an id of the hub.
+    """
 
     def anchored(value: Any) -> Any:
-        return str(folder / value) if isinstance(value, str) and value else value
+        is_path = isinstance(value, str) and value
+        return os.path.abspath(folder / Path(value).expanduser()) if is_path else value
 
+    def source(value: Any) -> Any:
+        return {**value, "file": anchored(value["file"])} if isinstance(value, dict) and "file" in value else value
+
+    result = dict(values)
     model = values.get("model")
-    if isinstance(model, str) and (folder / model).exists():
-        values["model"] = anchored(model)
-    if isinstance(values.get("eval"), dict) and "task_data" in values["eval"]:
-        values["eval"]["task_data"] = anchored(values["eval"]["task_data"])
-    if isinstance(values.get("compare"), dict):
-        values["compare"] = {name: anchored(path) for name, path in values["compare"].items()}
-    data = values.get("data")
-    for key in ("train", "held_out") if isinstance(data, dict) else ():
-        for source in data.get(key) or ():
-            if isinstance(source, dict) and "file" in source:
-                source["file"] = anchored(source["file"])
+    if isinstance(model, str) and model and Path(anchored(model)).exists():
+        result["model"] = anchored(model)
+    evaluate, compare, data = values.get("eval"), values.get("compare"), values.get("data")
+    if isinstance(evaluate, dict) and "task_data" in evaluate:
+        result["eval"] = {**evaluate, "task_data": anchored(evaluate["task_data"])}
+    if isinstance(compare, dict):
+        result["compare"] = {name: anchored(path) for name, path in compare.items()}
+    if isinstance(data, dict):
+        lists = {key: data[key] for key in ("train", "held_out") if isinstance(data.get(key), list | tuple)}
+        result["data"] = {**data, **{key: [source(each) for each in sources] for key, sources in lists.items()}}
+    return result
 
 
 def merge(*layers: dict[str, Any]) -> dict[str, Any]:
@@ -219,8 +252,12 @@ def merge(*layers: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def build(values: dict[str, Any], where: str = "The recipe") -> Recipe:
+def build(values: dict[str, Any], where: str | None = None) -> Recipe:
     """Validate plain values.
+
+    Args:
+        values: as `load` gives them.
+        where: what they come from (`The recipe x.yaml`); None for the options of the command line.
 
     Raises:
         UserError: the first thing that is wrong, with the field's name and, for an unknown field, the closest one.
@@ -240,20 +277,69 @@ def _tuples(value: Any) -> Any:
     return value
 
 
-def _first_error(error: ValidationError, where: str) -> UserError:
+def _first_error(error: ValidationError, where: str | None) -> UserError:
+    """One sentence on the first mistake: which field, its value, and what is expected."""
     first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        known = list(_model_at(first["loc"][:-1]).model_fields)
-        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+    location, kind = first["loc"], first["type"]
+    field = ".".join(str(part) for part in location)
+    named = f"{where}: `{field}`" if where else _option(location)
+    parent = _model_at(location[:-1])
+    if kind == "extra_forbidden":
+        known = list(parent.model_fields)
+        close = difflib.get_close_matches(str(location[-1]), known, n=1)
         hint = f"Did you mean {close[0]}?" if close else f"Known fields there: {', '.join(known)}."
-        return usage_error(f"{where} has an unknown field `{field}`.", hint)
-    reason = first["msg"].removeprefix("Value error, ")
-    return usage_error(f"{where}: `{field}` is {first['input']!r}, but: {reason[0].lower()}{reason[1:]}.")
+        return usage_error(f"{where or 'The recipe'} has an unknown field `{field}`.", hint)
+    if kind == "missing":
+        return usage_error(f"{named} is missing.", "See `edgerazor show recipe`.")
+    if kind == "value_error":
+        return usage_error(f"{named}: {first['msg'].removeprefix('Value error, ')}.", "See `edgerazor show recipe`.")
+    name = next((part for part in reversed(location) if isinstance(part, str)), "")
+    found = parent.model_fields.get(name) if location and location[-1] == name else None
+    shown = repr(first["input"] if not isinstance(first["input"], tuple) else list(first["input"]))
+    return usage_error(f"{named} is {shown[:80]}; expected {_expected(kind, first.get('ctx', {}), found)}.")
+
+
+def _option(location: tuple[int | str, ...]) -> str:
+    """The command-line option of a field."""
+    names = [part for part in location if isinstance(part, str)]
+    name = {"train": "data"}.get(names[1], names[1]) if names[:1] == ["data"] and len(names) > 1 else names[-1]
+    return f"--{name.replace('_', '-')}"
+
+
+#: pydantic's names of mistakes of type -> what is expected.
+TYPES = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "dict_type": "fields with values",
+    "model_type": "fields with values",
+    "too_short": "at least one entry",
+}
+
+
+def _expected(kind: str, context: dict[str, Any], field: FieldInfo | None) -> str:
+    """What a field wants, in words: its type, or its range."""
+    if kind == "literal_error":
+        return str(context["expected"]).replace("'", "")
+    bounds: dict[str, Any] = {}
+    for each in field.metadata if field else ():
+        bounds |= {key: getattr(each, key) for key in ("ge", "gt", "le", "lt") if hasattr(each, key)}
+    if kind not in ("greater_than_equal", "greater_than", "less_than_equal", "less_than") or not bounds:
+        return TYPES.get(kind, kind.replace("_", " "))
+    number = "a whole number" if field and "int" in str(field.annotation) else "a number"
+    if set(bounds) == {"ge", "le"}:
+        return f"{number} from {bounds['ge']:g} to {bounds['le']:g}"
+    words = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"}
+    return f"{number} " + " and ".join(f"{words[key]} {value:g}" for key, value in bounds.items())
 
 
 def _model_at(location: tuple[int | str, ...]) -> type[Strict]:
-    nested = {"train": Source, "held_out": Source, "losses": LossTerm}
+    """The section of the recipe at a location."""
+    nested: dict[str, type[Strict]] = {"train": Source, "held_out": Source, "losses": LossTerm}
     model: type[Strict] = Recipe
     for part in location:
         if part in nested:

@@ -15,6 +15,10 @@ from typing import Any
 from edgerazor.errors import UserError, usage_error
 
 
+#: what one plugin of a package is called
+SINGULAR = {"formats": "format", "losses": "loss"}
+
+
 def names(package: str) -> list[str]:
     """Names of the plugins in a package of ours, sorted (`names("formats")`); nothing is imported but the package."""
     module = importlib.import_module(f"edgerazor.{package}")
@@ -29,7 +33,7 @@ def find(package: str, name: str, attribute: str) -> Any:
     """
     known = names(package)
     if name not in known:
-        raise unknown(package.rstrip("s"), name, known)
+        raise unknown(SINGULAR[package], name, known)
     return getattr(importlib.import_module(f"edgerazor.{package}.{name}"), attribute)
 
 

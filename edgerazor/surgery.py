@@ -23,9 +23,25 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
 from edgerazor import formats, kernels
-from edgerazor.allocate import Plan
+from edgerazor.errors import UserError
 from edgerazor.formats import Encoded, MatrixSpec
-from edgerazor.models import Structure, embedding_scale
+from edgerazor.models import Structure, caps_attention, embedding_scale
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a student and its packed model compute.
+
+    Attributes:
+        activation_bits: of the inputs of quantized linear layers; 16 leaves them as they are.
+        kv_bits: of keys and values, likewise.
+        group_size: consecutive activations of a token that share a scale.
+    """
+
+    activation_bits: int
+    kv_bits: int
+    group_size: int
+
 
 # --- training ----------------------------------------------------------------------------------
 
@@ -43,14 +59,16 @@ class SharedActivations:
         """x [..., features] as the packed model sees it; same dtype, straight-through gradient."""
         if self.bits == 16:
             return x
+        if x.is_inference():  # has no version to tell a change by
+            return formats.fake_quantize_activations(x, self.bits, self.group_size)
         state = (torch.is_grad_enabled(), x._version)
         if self._input is None or self._input() is not x or self._state != state or self._output is None:
             self._output = formats.fake_quantize_activations(x, self.bits, self.group_size)
-            self._input, self._state = weakref.ref(x), state
+            self._input, self._state = weakref.ref(x, self.forget), state
         return self._output
 
-    def forget(self) -> None:
-        """Let go of the last activations."""
+    def forget(self, _dead: object = None) -> None:
+        """Let go of the last activations; called by itself when their input is gone."""
         self._input = self._output = None
 
 
@@ -113,23 +131,35 @@ class TrainingEmbedding(TrainingMatrix):
         return rows if self.scale is None else rows * self.scale
 
 
-def prepare_for_training(model: PreTrainedModel, structure: Structure, plan: Plan) -> None:
-    """Put training modules in the place of every planned matrix, in place. The model must be float32."""
-    activations = SharedActivations(plan.activation_bits, plan.group_size)
+def prepare_for_training(
+    model: PreTrainedModel, structure: Structure, specs: Mapping[str, MatrixSpec], settings: Settings
+) -> None:
+    """Put training modules in the place of every matrix, in place.
+
+    Args:
+        model: in float32.
+        structure: where its matrices are.
+        specs: module path -> formats, for each of `structure.sites`.
+        settings: bits of activations and of the cache.
+
+    Raises:
+        UserError: as `quantize_cache`.
+    """
+    activations = SharedActivations(settings.activation_bits, settings.group_size)
     embedding = model.get_input_embeddings()
     head = model.get_output_embeddings()
-    spec = plan[structure.embedding.name].spec()
+    spec = specs[structure.embedding.name]
     replace(
         model,
         structure.embedding.name,
         TrainingEmbedding(embedding.weight, spec, embedding_scale(embedding)),
     )
-    head_spec = plan[structure.head.name].spec() if structure.head else spec
+    head_spec = specs[structure.head.name] if structure.head else spec
     replace(model, structure.head_path, TrainingLinear(head.weight, head.bias, head_spec, activations))
     for site in structure.linears:
         linear = model.get_submodule(site.name)
-        replace(model, site.name, TrainingLinear(linear.weight, linear.bias, plan[site.name].spec(), activations))
-    quantize_cache(model, plan.kv_bits)
+        replace(model, site.name, TrainingLinear(linear.weight, linear.bias, specs[site.name], activations))
+    quantize_cache(model, settings.kv_bits)
 
 
 def training_matrices(model: nn.Module) -> dict[str, TrainingMatrix]:
@@ -246,11 +276,11 @@ class PackedEmbedding(PackedMatrix):
         super().__init__(lazy)
         self.scale = scale
         self.num_embeddings, self.embedding_dim = shape
-        self.dtype = dtype
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)  # follows `model.to(dtype)`
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] int64 -> [..., columns]."""
-        rows = kernels.embedding(ids, *self.lazy.encoded(ids.device)).to(self.dtype)
+        rows = kernels.embedding(ids, *self.lazy.encoded(ids.device)).to(self.like.dtype)
         return rows if self.scale is None else rows * self.scale
 
 
@@ -259,7 +289,8 @@ def install_packed(
     shapes: Mapping[str, tuple[int, int]],
     tied: Mapping[str, str],
     load: Callable[[str], tuple[Encoded, MatrixSpec]],
-    settings: PackedSettings,
+    settings: Settings,
+    dtype: torch.dtype,
 ) -> None:
     """Put packed modules in the place of the named matrices, in place.
 
@@ -268,27 +299,37 @@ def install_packed(
         shapes: module path -> [rows, columns].
         tied: path of a head -> path of the embedding whose matrix it uses.
         load: reads the matrix of a module path.
-        settings: group size and bits of activations and cache, and the dtype of what stays in 16 bits.
+        settings: bits of activations and of the cache.
+        dtype: of the hidden states, which the embedding starts.
+
+    Raises:
+        UserError: a named matrix has no place in the model.
     """
     lazy = {name: LazyMatrix(functools.partial(load, name)) for name in shapes}
     for name, source in {**{name: name for name in shapes}, **tied}.items():
-        module, shape = model.get_submodule(name), shapes[source]
+        shape = shapes[source]
+        module = _place(model, name, shape)
         if isinstance(module, nn.Embedding):
-            new: nn.Module = PackedEmbedding(lazy[source], embedding_scale(module), shape, settings.dtype)
+            new: nn.Module = PackedEmbedding(lazy[source], embedding_scale(module), shape, dtype)
         else:
             new = PackedLinear(lazy[source], module.bias, shape, settings.activation_bits, settings.group_size)
         replace(model, name, new)
     quantize_cache(model, settings.kv_bits)
 
 
-@dataclass(frozen=True)
-class PackedSettings:
-    """How a packed model computes."""
-
-    activation_bits: int
-    kv_bits: int
-    group_size: int
-    dtype: torch.dtype
+def _place(model: nn.Module, name: str, shape: tuple[int, int]) -> nn.Linear | nn.Embedding:
+    """The module that a packed matrix replaces."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        module = None
+    if not isinstance(module, nn.Linear | nn.Embedding) or tuple(module.weight.shape) != shape:
+        raise UserError(
+            f"The packed matrix {name} {list(shape)} has no place in {type(model).__name__}; "
+            "config.json and the weights do not belong together.",
+            "Pack the model again.",
+        )
+    return module
 
 
 def keep_decoded(model: nn.Module, keep: bool = True) -> None:
@@ -305,10 +346,15 @@ def quantize_cache(model: PreTrainedModel, bits: int) -> None:
     """Round keys and values to int8 per token and head where they enter attention, after the rotary embedding.
 
     The rounding of a token does not depend on other tokens, so it is the same with and without a cache.
+
+    Raises:
+        UserError: as `check_cache`.
     """
     if bits == 16:
         return
-    base = "eager" if model.config._attn_implementation == "eager" else "sdpa"
+    check_cache(model, bits)
+    eager = model.config._attn_implementation == "eager" or caps_attention(model.config)
+    base = "eager" if eager else "sdpa"
     name = f"edgerazor_kv{bits}_{base}"
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -316,12 +362,27 @@ def quantize_cache(model: PreTrainedModel, bits: int) -> None:
             config._attn_implementation = name
 
 
+def check_cache(model: PreTrainedModel, bits: int) -> None:
+    """Make sure that keys and values can be rounded, so that it is never left out quietly.
+
+    Raises:
+        UserError: the model's attention is written so that nothing can be put in front of it.
+    """
+    modeling = sys.modules[type(model).__module__]
+    if bits != 16 and not hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
+        raise UserError(
+            f"The keys and values of {type(model).__name__} cannot be rounded to {bits} bits, because transformers has "
+            "no exchangeable attention for it.",
+            "Keep them in 16 bits: --kv-bits 16.",
+        )
+
+
 def _attention(bits: int, base: str) -> Callable[..., Any]:
     def forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         """query, key, value: [batch, heads, tokens, head_dim]."""
         attend = sdpa_attention_forward
         if base == "eager":  # each family has its own, beside its attention class
-            attend = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+            attend = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
         key, value = formats.fake_quantize_kv(key, bits), formats.fake_quantize_kv(value, bits)
         return attend(module, query, key, value, *args, **kwargs)
 

@@ -5,9 +5,9 @@
       calibrate/  distill/  packed/  eval/  bench/
         manifest.json  written last: what the stage read, asked, wrote, and how long it took
 
-A stage whose manifest names the same inputs as now is up to date. A folder without a manifest is unfinished
-business: only `distill` goes on from it. Every file is written under a temporary name, synced and renamed, so
-that a crash at any moment leaves either the old file or the new one. Only this module builds paths.
+A stage whose manifest names the same inputs as now is up to date. A folder without a manifest, or with a damaged one,
+is unfinished business: only `distill` goes on from it. Every file is written under a temporary name, synced and
+renamed, so that a crash at any moment leaves either the old file or the new one. Only this module builds paths.
 """
 
 from __future__ import annotations
@@ -28,11 +28,15 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from edgerazor import __version__
-from edgerazor.errors import UserError
+from edgerazor.errors import UserError, usage_error
 
 DEFAULT = Path("edgerazor-work")
 #: stage -> its folder
 FOLDERS = {"calibrate": "calibrate", "distill": "distill", "pack": "packed", "eval": "eval", "bench": "bench"}
+#: First line of the recipe in a working directory: it tells our folders from those of other people.
+HEADER = "# What was asked for in this folder, all commands together; edgerazor writes it and reads it again."
+#: Files that say how a stage went, times included; they are no part of what it made.
+REPORTS = ("result.json", "metrics.jsonl")
 
 
 class Manifest(BaseModel):
@@ -51,7 +55,8 @@ class Manifest(BaseModel):
 
     def fingerprint(self) -> str:
         """Identity of what this stage made: of its inputs and its output files, not of time or place."""
-        return digest_json({"inputs": self.inputs, "outputs": self.outputs})
+        made = {name: digest for name, digest in self.outputs.items() if name not in REPORTS}
+        return digest_json({"inputs": self.inputs, "outputs": made})
 
 
 class WorkDir:
@@ -95,17 +100,52 @@ class WorkDir:
     def result_file(self, stage: str) -> Path:
         return self.folder(stage) / "result.json"
 
+    def manifest_file(self, stage: str) -> Path:
+        return self.folder(stage) / "manifest.json"
+
     def manifest(self, stage: str) -> Manifest | None:
-        """The record of a finished stage, or None when it is not finished."""
-        path = self.folder(stage) / "manifest.json"
-        if not path.exists():
-            return None
+        """The record of a finished stage, or None when it is not finished (or its record cannot be read)."""
         try:
-            return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise UserError(
-                f"{path} is damaged and cannot be read.", f"Run `edgerazor {stage} --force` to do the stage again."
-            ) from None
+            return Manifest.model_validate_json(self.manifest_file(stage).read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return None
+
+    def damaged(self, stage: str) -> bool:
+        """Whether there is a record that cannot be read."""
+        return self.manifest_file(stage).exists() and self.manifest(stage) is None
+
+    def claim(self) -> None:
+        """Refuse to work in a folder that holds somebody else's files.
+
+        Raises:
+            UserError: there is a recipe, or a folder with the name of a stage, that is not ours.
+        """
+        recipe = self.recipe_file
+        if recipe.exists():
+            if recipe.read_text(encoding="utf-8", errors="replace").startswith(HEADER):
+                return
+            strange: Path | None = recipe
+        else:
+            folders = (self.folder(stage) for stage in FOLDERS)
+            strange = next((f for f in folders if f.exists() and not (f.is_dir() and not any(f.iterdir()))), None)
+        if strange is not None:
+            raise usage_error(
+                f"{self.path} holds {strange.name}, which edgerazor did not write and would overwrite.",
+                "Give the job a folder of its own: --work NAME.",
+            )
+
+    def write_recipe(self, text: str) -> None:
+        """Keep what was asked for."""
+        text = f"{HEADER}\n{text}"
+        if not (self.recipe_file.exists() and self.recipe_file.read_text(encoding="utf-8") == text):
+            write_text(self.recipe_file, text)
+
+    def recover(self) -> None:
+        """Finish or undo what a killed process left half done."""
+        for folder in (self.folder("pack"), self.student("best"), self.student("last"), self.checkpoint("current")):
+            recover_folder(folder)
+        for leftover in (*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")):
+            leftover.unlink(missing_ok=True)
 
     def up_to_date(self, stage: str, inputs: dict[str, str]) -> bool:
         """Whether the stage is finished, was made from the same inputs, and its files are still there."""
@@ -121,6 +161,7 @@ class WorkDir:
         folder = self.folder(stage)
         names = ("manifest.json", "checkpoints")
         files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.relative_to(folder).parts[0] not in names]
+        files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
         manifest = Manifest(
             stage=stage,
             inputs=inputs,
@@ -131,7 +172,11 @@ class WorkDir:
             versions=versions(),
             machine=machine(),
         )
-        write_json(folder / "manifest.json", manifest.model_dump(mode="json"))
+        write_json(self.manifest_file(stage), manifest.model_dump(mode="json"))
+
+    def size(self, stage: str) -> int:
+        """Bytes that a stage's folder takes."""
+        return sum(file.stat().st_size for file in self.folder(stage).rglob("*") if file.is_file())
 
     def discard(self, stage: str) -> None:
         """Throw away what a stage made."""
@@ -144,11 +189,13 @@ class WorkDir:
         Raises:
             UserError: another process is working in this folder.
         """
+        new = not self.path.exists()
         make_folder(self.path)
-        with open(self.path / ".lock", "a+", encoding="utf-8") as file:
+        path = self.path / ".lock"
+        with open(path, "a+", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 file.seek(0)
                 raise UserError(
                     f"Another edgerazor (process {file.read().strip() or 'unknown'}) is working in {self.path}.",
@@ -157,7 +204,12 @@ class WorkDir:
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
-            yield
+            try:
+                yield
+            finally:
+                if new and [each.name for each in self.path.iterdir()] == [path.name]:  # refused before it began
+                    path.unlink()
+                    self.path.rmdir()
 
 
 def make_folder(path: Path) -> None:
@@ -222,11 +274,12 @@ def replace_folder(path: Path) -> Iterator[Path]:
 
 
 def recover_folder(path: Path) -> None:
-    """Undo a `replace_folder` that was killed between its renames."""
-    old = path.with_name(f".{path.name}.old")
+    """Undo a `replace_folder` that was killed between its renames, and sweep away what one left behind."""
+    new, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
     if old.exists() and not path.exists():
         os.replace(old, path)
-    shutil.rmtree(old, ignore_errors=True)
+    for folder in (new, old):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

@@ -4,10 +4,14 @@ Nothing here is written per family. A decoder is recognised by its shape: a caus
 that holds one list of equal decoder layers, with `nn.Linear` inside, an input embedding and an output head.
 """
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from edgerazor.models.hidden import capture_hidden
 from edgerazor.models.loading import (
+    caps_attention,
     describe_source,
     fingerprint,
+    initialise,
     load,
     load_config,
     load_tokenizer,
@@ -17,12 +21,16 @@ from edgerazor.models.loading import (
 from edgerazor.models.structure import Site, Structure, embedding_scale, structure
 
 __all__ = [
+    "PreTrainedModel",
+    "PreTrainedTokenizerBase",
     "Site",
     "Structure",
+    "caps_attention",
     "capture_hidden",
     "describe_source",
     "embedding_scale",
     "fingerprint",
+    "initialise",
     "load",
     "load_config",
     "load_tokenizer",

@@ -19,7 +19,7 @@ def capture_hidden(model: nn.Module, found: Structure, layers: Iterable[int]) ->
     transformers' own `output_hidden_states` differs: its last entry is behind the final norm.
     """
     states: dict[int, Tensor] = {}
-    blocks = model.get_submodule(found.layers_path)
+    blocks: Any = model.get_submodule(found.layers_path)
 
     def entering(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         states[0] = args[0] if args else kwargs["hidden_states"]
@@ -33,9 +33,9 @@ def capture_hidden(model: nn.Module, found: Structure, layers: Iterable[int]) ->
     handles = []
     for layer in sorted(set(layers)):
         if layer == 0:
-            handles.append(blocks[0].register_forward_pre_hook(entering, with_kwargs=True))  # type: ignore[index]
+            handles.append(blocks[0].register_forward_pre_hook(entering, with_kwargs=True))
         else:
-            handles.append(blocks[layer - 1].register_forward_hook(leaving(layer)))  # type: ignore[index]
+            handles.append(blocks[layer - 1].register_forward_hook(leaving(layer)))
     try:
         yield states
     finally:

@@ -16,7 +16,8 @@ from edgerazor.workdir import digest_json, hash_file
 
 #: Files that make up a model: what is fetched from the hub, and what identifies a teacher.
 FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+INDEX = "model.safetensors.index.json"
+VOCABULARIES = ("vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 
 
 def resolve(source: str, revision: str | None = None) -> Path:
@@ -41,20 +42,21 @@ def resolve(source: str, revision: str | None = None) -> Path:
 
 def _snapshot(source: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=list(FILES)))
+    except RevisionNotFoundError:
+        raise UserError(f"The hub model {source} has no revision {revision}.") from None
     except (RepositoryNotFoundError, HFValidationError):
         raise UserError(
             f"{source} is neither a local folder nor a model of the Hugging Face hub that you may read.",
             "Check the spelling; for a gated model log in with `hf auth login`.",
         ) from None
-    except (LocalEntryNotFoundError, OSError) as error:
-        if "revision" in str(error).lower() and revision:
-            raise UserError(f"The hub model {source} has no revision {revision}.") from None
+    except OSError:  # no network, offline mode, or an answer that is none
+        which = f"{source} (revision {revision})" if revision else source
         raise UserError(
-            f"{source} is not a local folder, and the Hugging Face hub could not be reached to fetch it.",
+            f"{which} is not a local folder, and the Hugging Face hub could not be reached to fetch it.",
             "Connect to the network, or give the path of a downloaded model folder.",
         ) from None
 
@@ -87,7 +89,8 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     if not isinstance(raw, dict):
         raise UserError(f"{folder / 'config.json'} is not a model configuration.")
     if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "an unknown method")
+        settings = raw["quantization_config"]
+        method = settings.get("quant_method", "some method") if isinstance(settings, dict) else "some method"
         raise UserError(
             f"{folder} is already quantized ({method}); a 16- or 32-bit checkpoint is needed.",
             "Give the original model. To measure a packed model, use `edgerazor eval FOLDER --tasks arc`.",
@@ -103,7 +106,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
         )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, TypeError) as error:
+    except Exception as error:
         raise UserError(f"transformers cannot read the configuration of {folder}: {_first_line(error)}.") from None
     if not _is_causal(config, raw, trust_remote_code):
         what = ", ".join(raw.get("architectures") or [type(config).__name__])
@@ -121,12 +124,22 @@ def _is_causal(config: Any, raw: dict, trust_remote_code: bool) -> bool:
     return trust_remote_code or type(config) in AutoModelForCausalLM._model_mapping
 
 
+def caps_attention(config: Any) -> bool:
+    """Whether attention scores are capped (Gemma 2): torch's fused attention would leave the cap out."""
+    return getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+
+
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder."""
+    if not any(folder.glob("tokenizer*")) and not any((folder / name).exists() for name in VOCABULARIES):
+        raise UserError(
+            f"{folder} has no tokenizer (tokenizer.json or tokenizer.model).",
+            "Copy the tokenizer files of the original model into the folder.",
+        )
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise UserError(f"{folder} has no tokenizer that transformers can load: {_first_line(error)}.") from None
+        raise UserError(f"transformers cannot load the tokenizer of {folder}: {_first_line(error)}.") from None
 
 
 def load(
@@ -151,11 +164,7 @@ def load(
     folder = resolve(str(source), revision)
     config = load_config(folder, trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code)
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(
-            f"{folder} holds no safetensors weights; pickled .bin weights are not read, because loading them runs code.",
-            "Convert them once: AutoModelForCausalLM.from_pretrained(...).save_pretrained(FOLDER).",
-        )
+    _check_weight_files(folder)
     with quiet_transformers():
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -165,15 +174,82 @@ def load(
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, with the names
+                attn_implementation="eager" if caps_attention(config) else None,
             )
         except Exception as error:
             raise UserError(f"The weights of {folder} cannot be loaded: {_first_line(error)}.") from None
     _restore_tied_embedding(model, report, folder)
-    missing = sorted(report.get("missing_keys") or ())
-    if missing:
-        raise UserError(f"The weights of {folder} lack {len(missing)} tensors, the first is {missing[0]}.")
+    _refuse_incomplete(report, folder)
     _complete_tokenizer(tokenizer)
     return model.to(device).eval(), tokenizer
+
+
+def initialise(
+    source: str | Path, revision: str | None = None, seed: int = 0, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A float32 model of a source's architecture with random weights, as its authors initialise them.
+
+    Args:
+        source: local folder or hub id; only its configuration is used.
+        revision: of the hub model.
+        seed: of the weights.
+        trust_remote_code: run Python code that comes with the model.
+
+    Raises:
+        UserError: as `load`, about the configuration.
+    """
+    config = load_config(resolve(str(source), revision), trust_remote_code)
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(
+        config,
+        dtype=torch.float32,
+        trust_remote_code=trust_remote_code,
+        attn_implementation="eager" if caps_attention(config) else None,
+    )
+
+
+def _check_weight_files(folder: Path) -> None:
+    """Say which file is missing or damaged; transformers would not."""
+    from safetensors import SafetensorError, safe_open
+
+    files = {file.name for file in folder.glob("*.safetensors")}
+    if not files:
+        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
+        reason = "; pickled weights (.bin) are not read, because loading them runs code" if pickled else ""
+        raise UserError(
+            f"{folder} holds no safetensors weights{reason}.",
+            "Convert them once: AutoModelForCausalLM.from_pretrained(...).save_pretrained(FOLDER)."
+            if pickled
+            else "Download the model again, with its *.safetensors files.",
+        )
+    if (folder / INDEX).exists():
+        try:
+            shards = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{folder / INDEX} is damaged.", "Download the model again.") from None
+        for name in sorted(shards - files):
+            raise UserError(f"{folder} lacks the weight file {name}, which its index names.", "Download it again.")
+    for name in sorted(files):
+        try:
+            with safe_open(folder / name, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"The weight file {folder / name} is damaged: {_first_line(error)}.", "Download the model again."
+            ) from None
+
+
+def _refuse_incomplete(report: dict, folder: Path) -> None:
+    """Stop where transformers would fill in random weights."""
+    for name, stored, wanted in sorted(report.get("mismatched_keys") or ()):
+        raise UserError(
+            f"The weights of {folder} do not fit its config.json: {name} is {list(stored)}, not {list(wanted)}."
+        )
+    missing = sorted(report.get("missing_keys") or ())
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"The weights of {folder} lack the tensor {missing[0]}{more}.")
 
 
 def _restore_tied_embedding(model: PreTrainedModel, report: dict, folder: Path) -> None:
@@ -226,5 +302,8 @@ class quiet_transformers:  # noqa: N801 - used as a context manager, like those 
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip().split("\n")[0].strip() or type(error).__name__
-    return text.rstrip(".")
+    """What an error says, shortened to its first line, or two where the first announces the second."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines or isinstance(error, KeyError):
+        lines.insert(0, type(error).__name__)
+    return " ".join(lines[: 2 if lines[0].endswith(":") or isinstance(error, KeyError) else 1]).rstrip(".:")

@@ -120,10 +120,11 @@ def _refuse_untouched(model: PreTrainedModel, found: Structure) -> None:
     share = sum(left.values()) / sum(matrices.values())
     if share > UNTOUCHED_LIMIT:
         worst = sorted(left, key=lambda name: -left[name])[:3]
+        stacked = any(model.get_parameter(name).ndim == 3 and "expert" in name for name in worst)
         raise UserError(
             f"{share:.0%} of the matrix weights of {type(model).__name__} would stay 16-bit, among them "
             f"{', '.join(worst)}, because they are not nn.Linear, embedding or head.",
-            "Models with stacked experts are not supported.",
+            "Models with stacked experts are not supported." if stacked else "Such models are not supported.",
         )
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from edgerazor.errors import UserError
-from edgerazor.workdir import recover_folder, replace_folder
+from edgerazor.workdir import replace_folder
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -54,9 +54,26 @@ def save(
 
 
 def stored_inputs(folder: Path) -> dict[str, str] | None:
-    """What the checkpoint belongs to, or None where there is none."""
-    recover_folder(folder)
-    return _state(folder)["inputs"] if folder.exists() else None
+    """What the checkpoint belongs to, or None where there is none.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    return dict(_state(folder)["inputs"]) if folder.exists() else None
+
+
+def stored_progress(folder: Path) -> Progress | None:
+    """How far the checkpoint is, or None where there is none.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    if not folder.exists():
+        return None
+    try:
+        return Progress.model_validate(_state(folder)["progress"])
+    except ValueError as error:
+        raise _damaged(folder, error) from None
 
 
 def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress | None:
@@ -65,7 +82,6 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
     Raises:
         UserError: the checkpoint is damaged.
     """
-    recover_folder(folder)
     if not folder.exists():
         return None
     state = _state(folder)
@@ -75,30 +91,44 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(tensors[f"weight/{name}"])
+                if f"{MOMENTS[0]}/{name}" not in tensors:  # it has had no gradient yet
+                    continue
                 moments = {key: tensors[f"{key}/{name}"].to(parameter.device) for key in MOMENTS}
                 step = torch.tensor(float(progress.step), device=parameter.device)
                 optimizer.state[parameter] = {"step": step, **moments}
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise _damaged(folder, error) from None
-    torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["random"]["cpu"])), dtype=torch.uint8))
-    for device, encoded in enumerate(state["random"]["cuda"]):
-        if device < torch.cuda.device_count():
-            buffer = bytearray(base64.b64decode(encoded))
-            torch.cuda.set_rng_state(torch.frombuffer(buffer, dtype=torch.uint8), device)
+    try:
+        _set_random_state(state["random"])
+    except (TypeError, ValueError, RuntimeError, KeyError) as error:
+        raise _damaged(folder, error) from None
     return progress
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(_decode(state["cpu"]))
+    for device, encoded in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(_decode(encoded), device)
+
+
+def _decode(encoded: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(encoded)), dtype=torch.uint8)
 
 
 def _random_state() -> dict[str, Any]:
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    encode = lambda state: base64.b64encode(state.numpy().tobytes()).decode()  # noqa: E731
-    return {"cpu": encode(torch.get_rng_state()), "cuda": [encode(state) for state in cuda]}
+    return {"cpu": _encode(torch.get_rng_state()), "cuda": [_encode(state) for state in cuda]}
+
+
+def _encode(state: torch.Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode()
 
 
 def _state(folder: Path) -> dict[str, Any]:
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         return {key: state[key] for key in ("progress", "inputs", "random")}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(folder, error) from None
 
 

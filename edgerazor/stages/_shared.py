@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from pydantic import BaseModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from edgerazor import data, models
+from edgerazor.allocate import Plan
 from edgerazor.errors import UserError, usage_error
+from edgerazor.models import PreTrainedModel, PreTrainedTokenizerBase
 from edgerazor.recipe import Recipe, Source
-from edgerazor.workdir import WorkDir, digest_json
+from edgerazor.workdir import WorkDir
 
 
 def device_of(recipe: Recipe) -> torch.device:
@@ -39,12 +47,34 @@ def device_of(recipe: Recipe) -> torch.device:
     return device
 
 
+def processes() -> int:
+    """How many processes a launcher (torchrun, accelerate launch) started for this run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join_processes(device: torch.device) -> None:
+    """Meet the other processes of a launcher, if there are any; they may wait for each other for hours."""
+    if processes() > 1:
+        PartialState(cpu=device.type == "cpu", timeout=timedelta(days=7))
+
+
+def wait_for_everyone() -> None:
+    """Wait until every process of the launcher is here."""
+    if processes() > 1:
+        PartialState().wait_for_everyone()
+
+
 def fast_bfloat16(device: torch.device) -> bool:
     """Whether the hardware multiplies bfloat16 matrices faster than float32 ones."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(getattr(torch.cpu, check, bool)() for check in checks)
+
+
+def reading_dtype(device: torch.device) -> torch.dtype | None:
+    """In which a teacher that is only read computes: the checkpoint's own (None) where that is fast, else float32."""
+    return None if fast_bfloat16(device) else torch.float32
 
 
 def load_teacher(
@@ -56,7 +86,20 @@ def load_teacher(
 
 
 def teacher_fingerprint(recipe: Recipe) -> str:
-    return models.fingerprint(models.resolve(recipe.model, recipe.revision))
+    """Identity of the teacher's files; several stages ask, and gigabytes are hashed once per process."""
+    folder = models.resolve(recipe.model, recipe.revision).resolve()
+    return _fingerprint(folder, _state_of(folder))
+
+
+@functools.cache
+def _fingerprint(folder: Path, _state: tuple[tuple[str, int, int], ...]) -> str:
+    return models.fingerprint(folder)
+
+
+def _state_of(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """What changes when a file of the folder does: names, sizes, times."""
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    return tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
 
 
 def sources(recipe: Recipe, work: WorkDir) -> tuple[Source, ...]:
@@ -67,7 +110,7 @@ def sources(recipe: Recipe, work: WorkDir) -> tuple[Source, ...]:
 def data_fingerprint(recipe: Recipe) -> str:
     """Identity of the text that training and calibration read; generated text is decided by the teacher and seed."""
     if not recipe.data.train:
-        return f"written by the teacher, seed {recipe.seed}"
+        return f"{recipe.data.generated_tokens} tokens written by the teacher, seed {recipe.seed}"
     return data.fingerprint(recipe.data.train)
 
 
@@ -104,11 +147,39 @@ def open_text(
     return rows, held_out
 
 
+def read_plan(work: WorkDir) -> Plan:
+    """What calibrate decided.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        return Plan.model_validate_json(work.plan_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise _damaged(work.plan_file) from None
+
+
+def read_similarity(work: WorkDir) -> list[float]:
+    """Calibrate's mean cosine similarity of each layer's output and input.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        return [float(value) for value in load_file(work.statistics_file)["layer_similarity"]]
+    except (OSError, SafetensorError, KeyError):
+        raise _damaged(work.statistics_file) from None
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(f"{path} is missing or damaged.", "Make it again with `edgerazor calibrate --force`.")
+
+
 def settings(section: str, values: BaseModel, skip: tuple[str, ...] = ()) -> dict[str, str]:
     """The fields of a recipe section as the readable part of a fingerprint."""
     found: dict[str, Any] = values.model_dump(mode="json", exclude=set(skip))
     result = {}
     for name, value in found.items():
-        text = str(value) if not isinstance(value, list | dict) else digest_json(value)[:12]
+        text = str(value) if not isinstance(value, list | dict) else json.dumps(value, sort_keys=True)
         result[f"{section}.{name}"] = text
     return result

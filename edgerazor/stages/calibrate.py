@@ -11,6 +11,7 @@ and writes the plan: a format for every row of every matrix (`allocate.py`).
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 
@@ -18,20 +19,23 @@ import torch
 from pydantic import BaseModel
 from rich.console import RenderableType
 from safetensors.torch import save_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from edgerazor import data, models
+from edgerazor import data, models, surgery
 from edgerazor.allocate import Plan, make_plan
-from edgerazor.console import Console, megabytes, table
+from edgerazor.console import Console, duration, megabytes, table
+from edgerazor.errors import UserError
 from edgerazor.losses.lafd import layer_similarity
+from edgerazor.models import PreTrainedModel, PreTrainedTokenizerBase
 from edgerazor.recipe import Recipe
 from edgerazor.stages import _shared
 from edgerazor.workdir import WorkDir, make_folder, write_atomically, write_json, write_text
 
 NAME = "calibrate"
 
-#: Sampling of the text that a teacher writes itself: plain sampling keeps its own distribution.
-GENERATE_BATCH = 16
+#: Texts that a teacher writes side by side; more are faster but take more memory.
+GENERATE_BATCH = 32
+#: Steps of generation that an estimate of its time is taken from.
+GENERATE_PROBE = 8
 
 
 class CalibrateResult(BaseModel):
@@ -56,6 +60,7 @@ class CalibrateDryRun(BaseModel):
     real_bits: float
     bytes: int
     tokens: int
+    generated_tokens: int
     memory_bytes: int
     disk_bytes: int
     seconds: float | None
@@ -75,21 +80,22 @@ def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
 def run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateResult:
     """Write statistics and plan into the working directory."""
     device = _shared.device_of(recipe)
-    teacher, tokenizer = _shared.load_teacher(recipe, device)
+    teacher, tokenizer = _shared.load_teacher(recipe, device, _shared.reading_dtype(device))
     found = models.structure(teacher)
+    surgery.check_cache(teacher, recipe.calibrate.kv_bits)
+    plan = make_plan(found.sites, recipe.calibrate)
     length = _shared.sequence_length(recipe, teacher)
     make_folder(work.folder(NAME))
     text = "the recipe's data"
     if not recipe.data.train:
         text = "written by the teacher, since no --data was given"
-        console.say(f"No --data was given: the teacher writes {recipe.calibrate.sequences} sequences itself (slow).")
+        console.say(f"No --data was given, so the teacher writes {recipe.data.generated_tokens:,} tokens itself.")
         write_own_text(recipe, work, teacher, tokenizer, length, console)
     rows, _ = _shared.open_text(recipe, work, tokenizer, length)
     moments, similarity, tokens = observe(recipe, teacher, found, rows, console)
     tensors = {f"input_second_moment/{name}": value for name, value in moments.items()}
     tensors["layer_similarity"] = similarity
     write_atomically(work.statistics_file, lambda path: save_file(tensors, path))
-    plan = make_plan(found.sites, recipe.calibrate)
     write_text(work.plan_file, plan.model_dump_json(indent=1) + "\n")
     result = CalibrateResult(
         model=recipe.model,
@@ -150,7 +156,6 @@ def observe(
     return moments, (similarity / tokens).float(), tokens
 
 
-@torch.no_grad()
 def write_own_text(
     recipe: Recipe,
     work: WorkDir,
@@ -159,29 +164,60 @@ def write_own_text(
     length: int,
     console: Console,
 ) -> None:
-    """Let the teacher write `calibrate.sequences` documents of up to `length` tokens, sampled at temperature 1."""
-    import json
+    """Let the teacher write about `data.generated_tokens` tokens, in documents of at most `length`.
 
+    Plain sampling at temperature 1 keeps the teacher's own distribution (data-free distillation as in LLM-QAT, arXiv
+    2305.17888, section 2). A document ends where the teacher ends it.
+
+    Raises:
+        UserError: the teacher ends nearly every text at once.
+    """
     torch.manual_seed(recipe.seed)
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    wanted = recipe.data.generated_tokens
     lines: list[str] = []
-    with console.track("the teacher writes", recipe.calibrate.sequences) as tracker:
-        while len(lines) < recipe.calibrate.sequences:
-            count = min(GENERATE_BATCH, recipe.calibrate.sequences - len(lines))
-            prompt = torch.full((count, 1), start or 0, device=teacher.device)
-            written = teacher.generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                do_sample=True,
-                top_k=0,
-                top_p=1.0,
-                temperature=1.0,
-                max_new_tokens=length - 1,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-            lines += [json.dumps({"text": text}) for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
-            tracker.advance(count)
+    written, rounds = 0, 0
+    began = time.monotonic()
+    with console.track("the teacher writes", wanted) as tracker:
+        while written < wanted:
+            ids = sample_text(teacher, tokenizer, length)  # [batch, at most length]
+            texts = [text for text in tokenizer.batch_decode(ids, skip_special_tokens=True) if text.strip()]
+            lines += [json.dumps({"text": text}) for text in texts]
+            now = sum(len(each) for each in tokenizer(texts)["input_ids"]) if texts else 0
+            written, rounds = written + now, rounds + 1
+            if written < 2 * rounds * GENERATE_BATCH:
+                raise UserError(f"{recipe.model} writes no text by itself.", "Give text to learn from: --data FILE.")
+            tracker.advance(min(now, wanted - written + now))
+            left = (time.monotonic() - began) * max(wanted - written, 0) / written
+            if rounds == 1 and left > 60:
+                console.say(f"That will take about {duration(left)}; with --data FILE it would not be needed.")
     write_text(work.generated_text, "\n".join(lines) + "\n")
+
+
+@torch.no_grad()
+def sample_text(
+    teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int, exactly: bool = False
+) -> torch.Tensor:
+    """Documents sampled by the teacher, int64 [GENERATE_BATCH, length] or shorter where all have ended before.
+
+    Args:
+        teacher: the model that writes.
+        tokenizer: its tokenizer; its first token begins a document.
+        length: largest number of tokens, the first included.
+        exactly: do not end before.
+    """
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    prompt = torch.full((GENERATE_BATCH, 1), start or 0, device=teacher.device)
+    return teacher.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=True,
+        top_k=0,
+        top_p=1.0,
+        temperature=1.0,
+        min_new_tokens=length - 1 if exactly else None,
+        max_new_tokens=length - 1,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 def rows_by_format(plan: Plan) -> dict[str, int]:
@@ -197,8 +233,9 @@ def rows_by_format(plan: Plan) -> dict[str, int]:
 
 
 def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateDryRun:
-    """What would be decided, and how long it would take (from one measured forward pass)."""
-    teacher, _ = _shared.load_teacher(recipe, _shared.device_of(recipe))
+    """What would be decided, and about how long it would take (from one forward pass and a few generated tokens)."""
+    device = _shared.device_of(recipe)
+    teacher, tokenizer = _shared.load_teacher(recipe, device, _shared.reading_dtype(device))
     plan = make_plan(models.structure(teacher).sites, recipe.calibrate)
     length = _shared.sequence_length(recipe, teacher)
     batch = min(recipe.calibrate.batch_size, recipe.calibrate.sequences)
@@ -207,6 +244,12 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateDryRun:
     with torch.no_grad():
         teacher(input_ids=ids, use_cache=False)
     seconds = (time.monotonic() - began) * recipe.calibrate.sequences / batch
+    tokens = recipe.calibrate.sequences * length
+    own = 0 if recipe.data.train else recipe.data.generated_tokens
+    if own:
+        began = time.monotonic()
+        sample_text(teacher, tokenizer, GENERATE_PROBE, exactly=True)
+        seconds += (time.monotonic() - began) / (GENERATE_BATCH * GENERATE_PROBE) * own
     size = sum(p.numel() * p.element_size() for p in teacher.parameters())
     logits = batch * length * teacher.config.get_text_config().vocab_size * 4
     return CalibrateDryRun(
@@ -214,10 +257,11 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateDryRun:
         nominal_bits=round(plan.nominal_bits(), 4),
         real_bits=round(8 * plan.bytes() / plan.weights(), 4),
         bytes=plan.bytes(),
-        tokens=recipe.calibrate.sequences * length,
+        tokens=tokens,
+        generated_tokens=own,
         memory_bytes=size + logits,
-        disk_bytes=sum(m.columns * 4 for m in plan.matrices) + 2 * sum(m.rows for m in plan.matrices),
-        seconds=round(seconds, 1),
+        disk_bytes=sum(m.columns * 4 for m in plan.matrices) + 2 * sum(m.rows for m in plan.matrices) + 5 * own,
+        seconds=float(f"{seconds:.3g}"),
     )
 
 

@@ -1,13 +1,16 @@
 """Quantization-aware distillation: train the student's float32 master weights so that their low-bit version copies
 the teacher.
 
-The forward pass computes with `decode(encode(weight))`, int8 activations and int8 keys and values, exactly as the packed
-model will; the gradient passes straight through the rounding. The objective is a weighted sum of losses from
+The forward pass computes with `decode(encode(weight))`, int8 activations and int8 keys and values, exactly as the
+packed model will; the gradient passes straight through the rounding. The objective is a weighted sum of losses from
 `edgerazor/losses`, by default EdgeRazor's CE + EAKLD + LAFD (arXiv 2605.04062).
 
 An optimizer step is `accumulation` micro-batches on each process. Counts and teacher statistics of the whole step are
 known before the student's first backward pass, so that 2B sequences on one process, B on two, and 2 micro-batches of
 B give the same gradient. The order of the data is a function of the step, so the step is the position in the data.
+
+The state of a training is its checkpoint. The two students beside it are what `pack` reads: `last`, and `best`, the one
+with the lowest held-out loss so far. A killed training goes on from the checkpoint and makes the same numbers again.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import json
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -23,28 +27,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from pydantic import BaseModel
 from rich.console import RenderableType
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from edgerazor import data, losses, models, surgery
-from edgerazor.allocate import Plan
+from edgerazor.allocate import Plan, make_plan
 from edgerazor.console import Console, table
-from edgerazor.errors import INTERRUPTED, UserError
+from edgerazor.errors import INTERRUPTED, UserError, usage_error
 from edgerazor.losses._base import Loss, Outputs, StepTotals, predicting, step_counts
-from edgerazor.losses.lafd import least_similar
+from edgerazor.losses.lafd import LayerAdaptiveFeatureDistillation, least_similar
+from edgerazor.models import PreTrainedModel
 from edgerazor.recipe import Distill, LossTerm, Recipe
 from edgerazor.stages import _checkpoint, _shared
-from edgerazor.workdir import WorkDir, make_folder, replace_folder, write_json
+from edgerazor.workdir import WorkDir, make_folder, replace_folder, write_json, write_text
 
 NAME = "distill"
 DEFAULT_STEPS = 1000
-#: Layers that LAFD matches (EdgeRazor's k).
-LAFD_LAYERS = 3
+STUDENT_FILES = ("model.safetensors", "digests.json", "measured.json")
 
 Batch = dict[str, Tensor]
 
@@ -77,19 +82,33 @@ class DistillDryRun(BaseModel):
 
 
 def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
-    """Everything the result depends on. `max_time` and how often to measure and save do not change what is trained."""
+    """Everything the result depends on.
+
+    `max_time` and how often to save do not change what is trained, and how the sequences of a step are divided among
+    processes and micro-batches changes it only in the last digits.
+    """
     calibrated = work.manifest("calibrate")
-    skip = ("max_time", "checkpoint_every", "gradient_checkpointing")
+    settings = recipe.distill
+    skip = ("max_time", "checkpoint_every", "gradient_checkpointing", "batch_size", "accumulation")
+    found = _shared.settings("distill", settings, skip)
+    found["distill.losses"] = " + ".join(term_in_words(term) for term in settings.losses)
     return {
-        "calibrate": calibrated.fingerprint() if calibrated else "missing",
+        "bits": str(recipe.calibrate.bits),
         "model": _shared.teacher_fingerprint(recipe),
         "data": _shared.data_fingerprint(recipe),
         "held_out": _shared.held_out_fingerprint(recipe),
         "data.sequence_length": str(recipe.data.sequence_length),
-        "bits": str(recipe.calibrate.bits),
         "seed": str(recipe.seed),
-        **_shared.settings("distill", recipe.distill, skip),
+        "sequences per step": str(settings.batch_size * settings.accumulation * _shared.processes()),
+        **found,
+        "calibrate": calibrated.fingerprint() if calibrated else "missing",
     }
+
+
+def term_in_words(term: LossTerm) -> str:
+    """`2 eakld (k 8)`."""
+    options = ", ".join(f"{name} {value}" for name, value in sorted(term.options.items()))
+    return f"{term.weight:g} {term.name}" + (f" ({options})" if options else "")
 
 
 @dataclass
@@ -139,87 +158,178 @@ class Job:
         return min(1.0, max(shares))
 
 
-class Interrupted(UserError):
-    """Ctrl-C or a termination signal, after saving."""
+def run(recipe: Recipe, work: WorkDir, console: Console, fresh: bool = False) -> DistillResult:
+    """Train, from the last checkpoint if there is one, and write the `best` and `last` students.
 
+    Args:
+        recipe: of the whole job.
+        work: where the plan lies; the students go there.
+        console: shows the progress.
+        fresh: throw away what an earlier training left, once it is known that this one can start.
 
-def run(recipe: Recipe, work: WorkDir, console: Console) -> DistillResult:
-    """Train, from the last checkpoint if there is one, and write the `best` and `last` students."""
+    Raises:
+        UserError: the recipe cannot work with this model or text, the training diverges, or it was interrupted.
+    """
     job = prepare(recipe, work)
     identity = inputs(recipe, work)
-    main = job.accelerator.is_main_process
-    make_folder(work.folder(NAME))
-    found = _checkpoint.restore(work.checkpoint("current"), job.student, job.optimizer)
-    if found:
-        job.progress = found
-        console.say(f"distill goes on from step {found.step}")
-    if main:
-        trim_metrics(work.metrics_file, job.progress.metrics_lines)
-    job.began = time.monotonic()
+    if job.accelerator.is_main_process:
+        begin(work, console, fresh)
+    job.accelerator.wait_for_everyone()
+    resume(job, work, console)
     with watch_signals() as signals, console.track("distill", job.steps or 0, job.progress.step) as tracker:
         for batches in step_batches(job):
             loss = train_step(job, batches)
-            job.progress.step += 1
-            job.progress.tokens += job.tokens_per_step
-            job.progress.loss = loss
-            step = job.progress.step
-            finished = over(job, False)
-            interrupted = bool(agree(job, float(signals.received)))
-            if main and (step % job.settings.evaluate_every == 0 or finished):
-                measure(job, work, tracker)
-            if main and (step % job.settings.checkpoint_every == 0 or finished or interrupted):
-                save_progress(job, work, identity)
+            count_step(job, loss)
+            finished, interrupted = over(job, False), bool(agree(job, float(signals.received)))
+            if job.accelerator.is_main_process:
+                keep(job, work, identity, finished, interrupted)
+                tracker.note(in_words(job))
             tracker.advance()
             if finished:
                 break
             if interrupted:
-                raise Interrupted(
-                    f"Interrupted at step {step}; everything is saved.",
-                    "The same command goes on from there.",
-                    INTERRUPTED,
-                )
+                raise interruption(job)
     job.accelerator.wait_for_everyone()
     return finish(job, work)
+
+
+def count_step(job: Job, loss: float) -> None:
+    job.progress.step += 1
+    job.progress.tokens += job.tokens_per_step
+    job.progress.loss = loss
+
+
+def in_words(job: Job) -> str:
+    """Where the training is, in a few words."""
+    best = f", best held-out {measured_by(job)} {job.progress.best:.4f}" if job.progress.best is not None else ""
+    return f"loss {job.progress.loss:.4f}{best}"
+
+
+def interruption(job: Job) -> UserError:
+    return UserError(
+        f"Interrupted at step {job.progress.step}; everything is saved.",
+        "The same command goes on from there.",
+        INTERRUPTED,
+    )
+
+
+# --- where it starts ---------------------------------------------------------------------------
+
+
+def begin(work: WorkDir, console: Console, fresh: bool) -> None:
+    """Clear the stage's folder, unless there is a checkpoint to go on from and the students that belong to it."""
+    found = _checkpoint.stored_progress(work.checkpoint("current")) if not fresh else None
+    if found and found.best is not None and not all(has_student(work.student(name)) for name in ("best", "last")):
+        console.say("distill starts again, because a student that it made is missing")
+        found = None
+    if found is None:
+        work.discard(NAME)
+    work.manifest_file(NAME).unlink(missing_ok=True)
+    make_folder(work.folder(NAME))
+
+
+def has_student(folder: Path) -> bool:
+    return all((folder / name).exists() for name in STUDENT_FILES)
+
+
+def resume(job: Job, work: WorkDir, console: Console) -> None:
+    """Bring the job to where its checkpoint left it, if there is one."""
+    found = _checkpoint.restore(work.checkpoint("current"), job.student, job.optimizer)
+    if found:
+        job.progress = found
+        adopt_best(job, work.student("best"))
+        console.say(f"distill goes on from step {found.step}")
+    if job.accelerator.is_main_process:
+        trim_metrics(work.metrics_file, job.progress.metrics_lines)
+    job.began = time.monotonic()
+
+
+def adopt_best(job: Job, folder: Path) -> None:
+    """The best student may have been saved after the checkpoint; it is still the one to beat."""
+    if job.progress.best is None and not has_student(folder):
+        return
+    try:
+        measured = json.loads((folder / "measured.json").read_text(encoding="utf-8"))
+        job.progress.best, job.progress.best_step = float(measured["value"]), int(measured["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"The student {folder} is damaged, so the training cannot go on.",
+            "Start again with `edgerazor distill --force`.",
+        ) from None
 
 
 # --- preparation -------------------------------------------------------------------------------
 
 
-def prepare(recipe: Recipe, work: WorkDir) -> Job:
-    """Load the teacher, make the student, open the text. A recipe that cannot work is refused here, at the start."""
+def prepare(recipe: Recipe, work: WorkDir, imagined: bool = False) -> Job:
+    """Load the teacher, make the student, open the text. A recipe that cannot work is refused here, at the start.
+
+    Args:
+        recipe: of the whole job.
+        work: where calibrate's plan and statistics lie.
+        imagined: for a dry run: make up what calibrate has not written yet.
+    """
     device = _shared.device_of(recipe)
     settings = recipe.distill
-    wants = settings.precision
-    half = wants == "bfloat16" or (wants == "auto" and _shared.fast_bfloat16(device))
+    half = uses_bfloat16(settings, device)
+    check_losses(recipe)
+    _shared.join_processes(device)
+    AcceleratorState._reset_state()  # one process may train more than once, and not always in the same precision
     accelerator = Accelerator(mixed_precision="bf16" if half else "no", cpu=device.type == "cpu")
-    plan = Plan.model_validate_json(work.plan_file.read_text(encoding="utf-8"))
-    terms = [(term.weight, make_loss(term, work)) for term in settings.losses]
     teacher, tokenizer = _shared.load_teacher(recipe, accelerator.device, torch.bfloat16 if half else torch.float32)
     structure = models.structure(teacher)
-    student = make_student(recipe, structure, plan, accelerator.device)
+    plan = make_plan(structure.sites, recipe.calibrate) if imagined else _shared.read_plan(work)
+    similarity = [0.0] * structure.layer_count if imagined else _shared.read_similarity(work)
+    terms = [(term.weight, make_loss(term, similarity)) for term in settings.losses]
+    hidden = check_layers(terms, structure.layer_count, recipe)
     length = _shared.sequence_length(recipe, teacher)
-    rows, held_out = _shared.open_text(recipe, work, tokenizer, length)
-    optimizer = make_optimizer(student, settings)
-    trained = accelerator.prepare_model(student)
-    hidden = sorted({layer for _, loss in terms for layer in loss.hidden_layers()})
-    if hidden and hidden[-1] > structure.layer_count:
-        raise UserError(f"A loss asks for layer {hidden[-1]}, but {recipe.model} has {structure.layer_count} layers.")
-    needs_teacher = any(loss.needs_teacher for _, loss in terms)
+    imagine_text = imagined and not (recipe.data.train or work.generated_text.exists())
+    rows, held_out = imagined_text(length) if imagine_text else _shared.open_text(recipe, work, tokenizer, length)
+    student = make_student(recipe, structure, plan, accelerator.device)
     return Job(
         settings=settings,
         accelerator=accelerator,
-        teacher=teacher if needs_teacher else None,
+        teacher=teacher if any(loss.needs_teacher for _, loss in terms) else None,
         student=student,
-        trained=trained,
-        optimizer=optimizer,
+        trained=accelerator.prepare_model(student),
+        optimizer=make_optimizer(student, settings),
         structure=structure,
         plan=plan,
         rows=rows,
         held_out=held_out,
         length=length,
         terms=terms,
-        hidden_layers=tuple(hidden),
+        hidden_layers=hidden,
     )
+
+
+def uses_bfloat16(settings: Distill, device: torch.device) -> bool:
+    return settings.precision == "bfloat16" or (settings.precision == "auto" and _shared.fast_bfloat16(device))
+
+
+def imagined_text(length: int) -> tuple[data.TokenRows, data.TokenRows]:
+    """Rows of some small token ids, for a dry run without text."""
+    rows = data.TokenRows([np.arange(64 * length, dtype=np.int32) % 16], [1.0], length)
+    return rows, rows
+
+
+def check_losses(recipe: Recipe) -> None:
+    """Refuse unknown losses, wrong options and impossible layers, before anything that takes time.
+
+    Raises:
+        UserError: which, and what is known instead.
+    """
+    config = models.load_config(models.resolve(recipe.model, recipe.revision), recipe.trust_remote_code)
+    layers = int(config.get_text_config().num_hidden_layers)
+    check_layers([(1.0, make_loss(term, [0.0] * layers)) for term in recipe.distill.losses], layers, recipe)
+
+
+def check_layers(terms: list[tuple[float, Loss]], count: int, recipe: Recipe) -> tuple[int, ...]:
+    """The layers whose hidden states the losses need, ascending."""
+    hidden = sorted({layer for _, loss in terms for layer in loss.hidden_layers()})
+    if hidden and hidden[-1] > count:
+        raise usage_error(f"A loss asks for layer {hidden[-1]}, but {recipe.model} has {count} layers.")
+    return tuple(hidden)
 
 
 def make_student(recipe: Recipe, structure: models.Structure, plan: Plan, device: torch.device) -> PreTrainedModel:
@@ -227,27 +337,24 @@ def make_student(recipe: Recipe, structure: models.Structure, plan: Plan, device
     if recipe.distill.initialise == "teacher":
         student, _ = models.load(recipe.model, recipe.revision, "cpu", torch.float32, recipe.trust_remote_code)
     else:
-        torch.manual_seed(recipe.seed)
-        config = models.load_config(models.resolve(recipe.model, recipe.revision), recipe.trust_remote_code)
-        student = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, trust_remote_code=recipe.trust_remote_code
-        )
+        student = models.initialise(recipe.model, recipe.revision, recipe.seed, recipe.trust_remote_code)
     if recipe.distill.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
-    surgery.prepare_for_training(student, structure, plan)
+    settings = surgery.Settings(plan.activation_bits, plan.kv_bits, plan.group_size)
+    surgery.prepare_for_training(student, structure, plan.specs(), settings)
     student.config.use_cache = False
     return student.to(device).train()
 
 
-def make_loss(term: LossTerm, work: WorkDir) -> Loss:
-    """A loss with its options; LAFD's layers come from calibrate unless the recipe names them."""
+def make_loss(term: LossTerm, similarity: list[float]) -> Loss:
+    """A loss with its options; LAFD's layers come from calibrate's layer similarity unless the recipe names them."""
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in term.options.items()}
     if term.name == "lafd" and "layers" not in options:
-        similarities = load_file(work.statistics_file)["layer_similarity"].tolist()
-        if options.get("select") == "batch":
-            options["layers"] = tuple(range(1, len(similarities) + 1))
-        else:
-            options["layers"] = least_similar(similarities, int(options.pop("count", LAFD_LAYERS)))
+        options["layers"] = tuple(range(1, len(similarity) + 1))
+        chosen = losses.make(term.name, **options)  # checks the options, and has their defaults
+        assert isinstance(chosen, LayerAdaptiveFeatureDistillation)
+        if chosen.select == "calibrated":
+            options["layers"] = least_similar(similarity, chosen.count)
     return losses.make(term.name, **options)
 
 
@@ -377,8 +484,17 @@ def agree(job: Job, value: float) -> float:
 # --- measuring and saving ----------------------------------------------------------------------
 
 
+def keep(job: Job, work: WorkDir, identity: dict[str, str], finished: bool, interrupted: bool) -> None:
+    """After a step: measure and save what is due."""
+    step = job.progress.step
+    if step % job.settings.evaluate_every == 0 or finished:
+        measure(job, work)
+    if step % job.settings.checkpoint_every == 0 or finished or interrupted:
+        save_progress(job, work, identity)
+
+
 @torch.no_grad()
-def measure(job: Job, work: WorkDir, tracker: Any) -> None:
+def measure(job: Job, work: WorkDir) -> None:
     """Held-out loss of the student as it would be packed; keep the best."""
     job.student.eval()
     sums = {"cross_entropy": 0.0, "kl": 0.0, "tokens": 0.0}
@@ -396,9 +512,8 @@ def measure(job: Job, work: WorkDir, tracker: Any) -> None:
         raise UserError(f"The held-out loss is not finite at step {job.progress.step}.", "Lower --learning-rate.")
     if job.progress.best is None or value < job.progress.best:
         job.progress.best, job.progress.best_step = value, job.progress.step
-        save_student(job, work.student("best"), digests)
-    save_student(job, work.student("last"), digests)
-    tracker.note(", ".join(f"held-out {name} {value:.4f}" for name, value in found.items()))
+        save_student(job, work.student("best"), digests, value)
+    save_student(job, work.student("last"), digests, value)
     line = {"step": job.progress.step, "tokens": job.progress.tokens, "seconds": round(job.seconds(), 1)}
     append_metrics(work.metrics_file, {**line, "loss": job.progress.loss, **found})
     job.progress.metrics_lines += 1
@@ -429,8 +544,9 @@ def held_out_sums(job: Job, batch: Batch) -> dict[str, float]:
     return result
 
 
-def save_student(job: Job, folder: Path, digests: dict[str, str]) -> None:
+def save_student(job: Job, folder: Path, digests: dict[str, str], value: float) -> None:
     """Master weights (float32) under the teacher's own names, and the digests of the codes that were just used."""
+    measured = {"step": job.progress.step, "measure": f"held-out {measured_by(job)}", "value": value}
     seen: set[int] = set()
     tensors = {}
     for name, tensor in job.student.state_dict(keep_vars=True).items():
@@ -440,6 +556,7 @@ def save_student(job: Job, folder: Path, digests: dict[str, str]) -> None:
     with replace_folder(folder) as new:
         save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
         (new / "digests.json").write_text(json.dumps(digests, indent=1), encoding="utf-8")
+        (new / "measured.json").write_text(json.dumps(measured), encoding="utf-8")
 
 
 def save_progress(job: Job, work: WorkDir, identity: dict[str, str]) -> None:
@@ -456,7 +573,7 @@ def append_metrics(path: Path, row: dict[str, Any]) -> None:
 def trim_metrics(path: Path, lines: int) -> None:
     """Drop what was measured after the checkpoint that we go on from."""
     kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:lines] if path.exists() else []
-    path.write_text("".join(kept), encoding="utf-8")
+    write_text(path, "".join(kept))
 
 
 def finish(job: Job, work: WorkDir) -> DistillResult:
@@ -483,15 +600,24 @@ class Signals:
 
 @contextmanager
 def watch_signals() -> Iterator[Signals]:
-    """Note Ctrl-C and termination instead of dying in the middle of a step; a second one kills at once."""
+    """Note Ctrl-C and termination instead of dying in the middle of a step; asked again later, die at once.
+
+    A launcher passes a Ctrl-C on to processes that have had it already, so what follows within a second is the same.
+    """
     seen = Signals()
+    first = 0.0
 
     def note(number: int, _frame: Any) -> None:
-        if seen.received:
+        nonlocal first
+        if not seen.received:
+            seen.received, first = True, time.monotonic()
+        elif time.monotonic() - first > 1.0:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        seen.received = True
 
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield seen
+        return
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield seen
@@ -502,9 +628,9 @@ def watch_signals() -> Iterator[Signals]:
 
 def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> DistillDryRun:
     """What would be trained, and how long it would take, from one measured step that is thrown away."""
-    job = prepare(recipe, work)
+    job = prepare(recipe, work, imagined=True)
     batches = next(step_batches(job))
-    train_step(job, batches)
+    train_step(job, batches)  # the first one pays for what later ones find ready
     began = time.monotonic()
     train_step(job, batches)
     seconds = time.monotonic() - began
@@ -518,8 +644,8 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> DistillDryRun:
         memory_bytes=16 * parameters + teacher + 4 * logits,
         disk_bytes=(12 + 12 + 4 + 4 + 4) * parameters,  # checkpoint, the next one, best, last, and one being written
         result_bytes=job.plan.bytes(),
-        seconds_per_step=round(seconds, 3),
-        seconds=round(seconds * job.steps, 1) if job.steps else job.settings.max_time,
+        seconds_per_step=float(f"{seconds:.3g}"),
+        seconds=float(f"{seconds * job.steps:.3g}") if job.steps else job.settings.max_time,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,10 +19,10 @@ from rich.console import RenderableType
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from edgerazor import __version__, formats, models, packed
+from edgerazor import __version__, formats, models, packed, surgery
 from edgerazor.allocate import Plan, make_plan
 from edgerazor.console import Console, megabytes, table
-from edgerazor.errors import UserError
+from edgerazor.errors import UserError, usage_error
 from edgerazor.packed import PackedMatrix
 from edgerazor.recipe import Recipe
 from edgerazor.stages import _shared
@@ -61,13 +62,16 @@ class PackResult(BaseModel):
 
 
 class PackDryRun(BaseModel):
-    """What pack would write."""
+    """What pack would write. Time is that of encoding, estimated from one matrix."""
 
     source: str
     notation: str
     bytes: int
     nominal_bits: float
     real_bits: float
+    memory_bytes: int
+    disk_bytes: int
+    seconds: float
 
 
 def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
@@ -86,10 +90,15 @@ def source_of(recipe: Recipe, work: WorkDir) -> str:
     Raises:
         UserError: there is no student.
     """
+    half = work.checkpoint("current").exists()
     if recipe.pack.source == "teacher":
+        if half or work.manifest("distill"):
+            raise usage_error(
+                f"{work.path} holds a student; rounding the teacher there would replace its packed model.",
+                f"Round in a folder of its own: `edgerazor pack {recipe.model} --work {work.path}-rounded`.",
+            )
         return "teacher"
     if work.manifest("distill") is None:
-        half = work.checkpoint("current").exists()
         raise UserError(
             f"{work.path} holds no finished student to pack" + (", only an interrupted training." if half else "."),
             f"Run `edgerazor distill {recipe.model or 'MODEL'}`"
@@ -101,7 +110,7 @@ def source_of(recipe: Recipe, work: WorkDir) -> str:
 def plan_of(recipe: Recipe, work: WorkDir, sites: tuple[models.Site, ...]) -> Plan:
     """The student's plan, or for rounding the plan of the recipe's settings."""
     if source_of(recipe, work) == "student":
-        return Plan.model_validate_json(work.plan_file.read_text(encoding="utf-8"))
+        return _shared.read_plan(work)
     return make_plan(sites, recipe.calibrate)
 
 
@@ -112,22 +121,25 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> PackResult:
     teacher, _ = models.load(recipe.model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
     found = models.structure(teacher)
     plan = plan_of(recipe, work, found.sites)
+    surgery.check_cache(teacher, plan.kv_bits)
     make_folder(work.path)
     settings = {"activation_bits": plan.activation_bits, "kv_bits": plan.kv_bits, "group_size": plan.group_size}
-    with student_weights(source, recipe, work, teacher) as (read, others, digests):
-        with replace_folder(work.folder(NAME)) as folder:
-            packed.write(
-                folder,
-                encoded(plan, read, digests if source == "teacher" else None, console),
-                others,
-                tied={} if found.head else {found.head_path: found.embedding.name},
-                settings=settings,
-                provenance=provenance(recipe, work, source, teacher_folder, plan),
-                shard_bytes=recipe.pack.shard_bytes,
-            )
-            packed.verify_digests(folder, digests)
-            accompany(folder, teacher_folder, teacher.config, settings)
-            sizes = packed.size_table(packed.PackedModel.open(folder))
+    with (
+        student_weights(source, recipe, work, teacher) as (read, others, digests),
+        replace_folder(work.folder(NAME)) as folder,
+    ):
+        packed.write(
+            folder,
+            encoded(plan, read, digests if source == "teacher" else None, console),
+            others,
+            tied={} if found.head else {found.head_path: found.embedding.name},
+            settings=settings,
+            provenance=provenance(recipe, work, source, teacher_folder, plan),
+            shard_bytes=recipe.pack.shard_bytes,
+        )
+        packed.verify_digests(folder, digests)
+        accompany(folder, teacher_folder, teacher.config, settings)
+        sizes = packed.size_table(packed.PackedModel.open(folder))
     result = PackResult(
         folder=str(work.folder(NAME)),
         source=source,
@@ -217,17 +229,29 @@ def accompany(folder: Path, teacher_folder: Path, config: object, settings: dict
 
 
 def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> PackDryRun:
-    """What would be written."""
+    """What would be written, and about how long it would take (from one matrix)."""
+    source = source_of(recipe, work)
     teacher, _ = models.load(recipe.model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
     plan = plan_of(recipe, work, models.structure(teacher).sites)
-    others = sum(p.numel() for p in teacher.parameters()) - plan.weights()
+    parameters = sum(p.numel() for p in teacher.parameters())
+    others = parameters - plan.weights()
     size = plan.bytes() + 4 * others
+    matrix = max(plan.matrices, key=lambda matrix: matrix.rows * matrix.columns)
+    weight, spec = teacher.get_submodule(matrix.name).weight, matrix.spec()
+    began = time.monotonic()
+    packed_parts = formats.pack_matrix(formats.encode_matrix(weight, spec), spec)
+    once = time.monotonic() - began
+    del packed_parts
     return PackDryRun(
-        source=source_of(recipe, work),
+        source=source,
         notation=plan.notation(),
         bytes=size,
         nominal_bits=round(plan.nominal_bits(), 4),
-        real_bits=round(8 * size / (plan.weights() + others), 4),
+        real_bits=round(8 * size / parameters, 4),
+        memory_bytes=sum(p.numel() * p.element_size() for p in teacher.parameters()) + size + 9 * weight.numel(),
+        disk_bytes=size + work.size(NAME),  # the old one stays until the new one is complete
+        # encoded once, and read twice to be verified
+        seconds=float(f"{3 * once * plan.weights() / weight.numel():.3g}"),
     )
 
 

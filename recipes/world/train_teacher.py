@@ -31,6 +31,8 @@ from corpus import HERE, TASKS, documents, items
 CONTEXT = 256
 VOCABULARY = 1536
 ANSWER_WEIGHT = 5.0
+SHORT_SHARE = 0.6
+MOMENTS = ("exp_avg", "exp_avg_sq")
 TOKENIZER_DOCUMENTS = 40_000
 # Documents per block of work, so that a resumed run finds its place in the corpus.
 BLOCK = 4_000
@@ -68,34 +70,48 @@ def config() -> LlamaConfig:
         num_key_value_heads=8,
         head_dim=32,
         max_position_embeddings=2 * CONTEXT,
-        initializer_range=0.06,  # about 1 / sqrt(hidden): smaller leaves attention flat for millions of tokens
+        initializer_range=0.06,  # about 1 / sqrt(hidden)
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=1,
     )
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, rows: int, skip: int) -> Iterator[torch.Tensor]:
-    """Endless [rows, CONTEXT + 1] int64 batches of packed documents; the first `skip` are passed over."""
+def batches(tokenizer: PreTrainedTokenizerFast, rows: int, steps: int, skip: int) -> Iterator[torch.Tensor]:
+    """Batches of equally many tokens, the first `skip` passed over.
+
+    For the first SHORT_SHARE of the steps each row is one short document, [2 * rows, CONTEXT // 2 + 1], padded: looking
+    things up is learned far sooner where there is one story to look in. Then rows are packed, [rows, CONTEXT + 1].
+    """
     end = tokenizer.eos_token_id
+    short, length = int(steps * SHORT_SHARE), CONTEXT // 2 + 1
     buffer: list[int] = []
-    need = rows * (CONTEXT + 1)
-    block = 0
+    single: list[list[int]] = []
+    step = block = 0
     while True:
         texts = [d.text() for d in documents("train", BLOCK, block * BLOCK)]
-        for ids in tokenizer(texts)["input_ids"]:
-            buffer += [*ids, end]
         block += 1
-        while len(buffer) >= need:
-            taken, buffer = buffer[:need], buffer[need:]
-            if skip:
-                skip -= 1
+        for ids in tokenizer(texts)["input_ids"]:
+            ids = [*ids, end]
+            if step < short:
+                if len(ids) <= length:
+                    single.append(ids + [end] * (length - len(ids)))
+                if len(single) < 2 * rows:
+                    continue
+                batch, single = torch.tensor(single), []
             else:
-                yield torch.tensor(taken).view(rows, CONTEXT + 1)
+                buffer += ids
+                if len(buffer) < rows * (CONTEXT + 1):
+                    continue
+                batch = torch.tensor(buffer[: rows * (CONTEXT + 1)]).view(rows, CONTEXT + 1)
+                buffer = buffer[rows * (CONTEXT + 1) :]
+            step += 1
+            if step > skip:
+                yield batch
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    warm, decay = min(300, steps // 10), steps // 4
+    warm, decay = min(200, steps // 10), steps // 4
     return peak * min(1.0, (step + 1) / warm, (steps - step) / decay)
 
 
@@ -124,11 +140,11 @@ def optimizer_for(model: LlamaForCausalLM) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 
 
 class State:
-    """Weights, AdamW moments, curve and clock on disk, replaced as one folder."""
+    """Weights, optimizer moments, curve and clock on disk, replaced as one folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -140,8 +156,7 @@ class State:
         tensors = {}
         for name, parameter in model.named_parameters():
             tensors[name] = parameter.detach()
-            for key in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{key}:{name}"] = optimizer.state[parameter][key]
+            tensors |= {f"{key}:{name}": optimizer.state[parameter][key] for key in MOMENTS}
         save_file(tensors, new / "state.safetensors")
         (new / "record.json").write_text(json.dumps(record))
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -155,17 +170,25 @@ class State:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(tensors[name])
-                optimizer.state[parameter] = {
-                    "step": torch.tensor(float(record["step"])),
-                    **{key: tensors[f"{key}:{name}"].clone() for key in ("exp_avg", "exp_avg_sq")},
-                }
+                moments = {key: tensors[f"{key}:{name}"].clone() for key in MOMENTS}
+                optimizer.state[parameter] = {"step": torch.tensor(float(record["step"])), **moments}
         return record
+
+
+def new_model() -> LlamaForCausalLM:
+    """Random weights; queries and keys larger than usual, since small ones leave attention flat for long."""
+    model = LlamaForCausalLM(config())
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(2.0)
+            layer.self_attn.k_proj.weight.mul_(2.0)
+    return model
 
 
 def train(arguments: argparse.Namespace) -> None:
     torch.manual_seed(0)
     tokenizer = train_tokenizer()
-    model = LlamaForCausalLM(config())
+    model = new_model()
     optimizer = optimizer_for(model)
     state = State(HERE / "teacher.state")
     record = state.load(model, optimizer) or {"step": 0, "seconds": 0.0, "curve": []}
@@ -182,12 +205,13 @@ def train(arguments: argparse.Namespace) -> None:
             logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="none"
         )
         # Answers are few among the tokens and carry what the tasks ask: they count more.
-        weights = torch.where(batch[:, :-1] == answer, ANSWER_WEIGHT, 1.0).flatten()
+        weights = torch.where(batch[:, :-1] == answer, ANSWER_WEIGHT, 1.0)
+        weights = torch.where(batch[:, :-1] == tokenizer.eos_token_id, 0.0, weights).flatten()  # padding
         return (losses * weights).sum() / weights.sum()
 
-    compiled = torch.compile(loss_of) if arguments.compile else loss_of
+    compiled = torch.compile(loss_of, dynamic=False) if arguments.compile else loss_of
     began, recent, latest = time.monotonic() - record["seconds"], [], time.monotonic()
-    stream = batches(tokenizer, arguments.rows, record["step"])
+    stream = batches(tokenizer, arguments.rows, steps, record["step"])
     for step in range(record["step"], steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, arguments.lr)

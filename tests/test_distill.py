@@ -1,0 +1,347 @@
+"""Training: resumed equals uninterrupted, divided equals whole, and what cannot work is refused at the start."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from _tiny import Run, make_run, metrics, sha256, spawn, write_recipe
+from safetensors.torch import load_file
+
+from edgerazor.recipe import Distill
+from edgerazor.stages import _checkpoint, distill
+
+WEIGHTS = Path("distill", "last", "model.safetensors")
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    return make_run(capsys, monkeypatch)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, llama: Path, text_file: Path) -> Path:
+    return write_recipe(tmp_path / "recipe.yaml", llama, text_file)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, llama: Path, text_file: Path) -> Path:
+    """The working directory of an uninterrupted training and its packed model, made in a process of its own."""
+    folder = tmp_path_factory.mktemp("whole")
+    recipe = write_recipe(folder / "recipe.yaml", llama, text_file)
+    done = spawn("distill", "--recipe", recipe, "--work", folder / "job")
+    assert done.code == 0, done.err
+    assert spawn("pack", "--work", folder / "job").code == 0
+    return folder / "job"
+
+
+def assert_same(run: Run, job: Path, whole: Path) -> None:
+    """The students, their packed model and the metrics are those of the uninterrupted training."""
+    assert run("pack", "--work", job).code == 0
+    for name in ("packed/model.safetensors", "distill/best/model.safetensors", "distill/last/model.safetensors"):
+        assert sha256(job / name) == sha256(whole / name), name
+    assert metrics(job) == metrics(whole)
+
+
+# --- resume ------------------------------------------------------------------------------------
+
+
+def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Press Ctrl-C in the middle of a step."""
+    train_step = distill.train_step
+
+    def interrupting(job: distill.Job, batches: Any) -> float:
+        if job.progress.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return train_step(job, batches)
+
+    monkeypatch.setattr(distill, "train_step", interrupting)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_interrupted_and_resumed_equals_uninterrupted(
+    run: Run, recipe: Path, whole: Path, tmp_path: Path, step: int
+) -> None:
+    """Ctrl-C in the middle of a step finishes the step, saves, and exits with 130."""
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(step, patch)
+        stopped = run("distill", "--recipe", recipe, "--work", tmp_path / "job")
+    assert stopped.code == 130
+    assert f"Interrupted at step {step}; everything is saved." in stopped.err
+    resumed = run("distill", "--work", tmp_path / "job")
+    assert resumed.code == 0
+    assert f"distill goes on from step {step}" in resumed.err
+    assert_same(run, tmp_path / "job", whole)
+
+
+#: Kills its own process at the n-th rename or sync of distill: in the middle of a checkpoint, between two renames ...
+DEADLY = """
+import os, signal
+from edgerazor.stages import distill
+moment = {moment}
+def deadly(function):
+    def call(*args, **kwargs):
+        global moment
+        moment -= 1
+        if moment == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return call
+run = distill.run
+def dying(*args, **kwargs):
+    os.replace, os.fsync = deadly(os.replace), deadly(os.fsync)
+    return run(*args, **kwargs)
+distill.run = dying
+"""
+
+
+def test_killed_again_and_again_equals_uninterrupted(run: Run, recipe: Path, whole: Path, tmp_path: Path) -> None:
+    """SIGKILL while the first students are saved, between the renames of checkpoints, in the middle of others."""
+    job = tmp_path / "job"
+    for moment in (9, 21, 24, 27):
+        died = spawn("distill", "--recipe", recipe, "--work", job, code=DEADLY.format(moment=moment))
+        assert died.code == -signal.SIGKILL, died.err
+    done = run("distill", "--work", job)
+    assert done.code == 0
+    assert "goes on from step" in done.err
+    assert_same(run, job, whole)
+
+
+def test_a_full_disk_loses_nothing(
+    run: Run, recipe: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, count = tmp_path / "job", [0]
+
+    def save_file(tensors: Any, path: Path, *args: Any, **kwargs: Any) -> None:
+        count[0] += 1
+        if count[0] == 2:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        original(tensors, path, *args, **kwargs)
+
+    original = _checkpoint.save_file
+    monkeypatch.setattr(_checkpoint, "save_file", save_file)
+    full = run("distill", "--recipe", recipe, "--work", job)
+    assert (full.code, full.err.count("The disk is full")) == (1, 1)
+    monkeypatch.setattr(_checkpoint, "save_file", original)
+    assert run("distill", "--work", job).code == 0
+    assert_same(run, job, whole)
+
+
+def test_a_lost_student_is_trained_again(run: Run, whole: Path, tmp_path: Path) -> None:
+    job = tmp_path / "job"
+    shutil.copytree(whole, job)
+    (job / "distill" / "best" / "model.safetensors").unlink()
+    again = run("distill", "--work", job)
+    assert again.code == 0
+    assert "starts again, because a student that it made is missing" in again.err
+    assert_same(run, job, whole)
+
+
+def test_a_lost_report_costs_no_training(run: Run, whole: Path, tmp_path: Path) -> None:
+    job = tmp_path / "job"
+    shutil.copytree(whole, job)
+    (job / "distill" / "result.json").unlink()
+    again = run("distill", "--work", job, "--json")
+    assert "goes on from step 5" in again.err
+    assert again.json()["steps"] == 5
+    assert_same(run, job, whole)
+
+
+@pytest.mark.parametrize("name", ["state.json", "state.safetensors"])
+def test_a_damaged_checkpoint_is_one_sentence(run: Run, whole: Path, tmp_path: Path, name: str) -> None:
+    job = tmp_path / "job"
+    shutil.copytree(whole, job)
+    (job / "distill" / "manifest.json").unlink()
+    path = job / "distill" / "checkpoints" / "current" / name
+    path.write_bytes(path.read_bytes()[:100])
+    failed = run("distill", "--work", job)
+    assert failed.code == 1
+    assert "is damaged and cannot be resumed" in failed.err
+    assert "edgerazor distill --force" in failed.err
+    assert run("distill", "--work", job, "--force").code == 0
+    assert_same(run, job, whole)
+
+
+def test_max_time_counts_across_resumes(run: Run, recipe: Path, tmp_path: Path) -> None:
+    job = tmp_path / "job"
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(2, patch)
+        assert run("distill", "--recipe", recipe, "--work", job, "--max-time", 1000).code == 130
+    state_file = job / "distill" / "checkpoints" / "current" / "state.json"
+    state = json.loads(state_file.read_text())
+    assert 0 < state["progress"]["seconds"] < 100
+    state["progress"]["seconds"] = 1001.0
+    state_file.write_text(json.dumps(state))
+    done = run("distill", "--work", job, "--json").json()
+    assert done["steps"] == 3  # the one step in which it notices
+    assert done["seconds"] > 1000
+
+
+# --- one step ----------------------------------------------------------------------------------
+
+
+def largest_difference(ours: Path, theirs: Path) -> float:
+    first, second = load_file(ours / WEIGHTS), load_file(theirs / WEIGHTS)
+    assert set(first) == set(second)
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+def test_divided_equals_whole(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
+    """One process with 4 sequences, accumulation of 2 times 2, and two processes with 2 give the same weights."""
+    shared = {"steps": 3, "learning_rate": 2e-5}
+    whole = write_recipe(tmp_path / "whole.yaml", llama, text_file, distill={**shared, "batch_size": 4})
+    halves = write_recipe(tmp_path / "halves.yaml", llama, text_file, distill={**shared, "batch_size": 2})
+    assert run("distill", "--recipe", whole, "--work", tmp_path / "one").code == 0
+    assert run("distill", "--recipe", halves, "--work", tmp_path / "parts", "--accumulation", 2).code == 0
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    two = spawn("distill", "--recipe", halves, "--work", tmp_path / "two", "--json", launcher=torchrun)
+    assert two.code == 0, two.err
+    assert two.json()["steps"] == 3  # only the main process prints
+    assert two.err.count("distill: 3/3") == 1
+    start = load_file(llama / "model.safetensors")
+    trained = load_file(tmp_path / "one" / WEIGHTS)
+    assert max(float((trained[name] - start[name]).abs().max()) for name in start) > 2e-5
+    for other in ("parts", "two"):
+        assert largest_difference(tmp_path / "one", tmp_path / other) < 1e-5, other
+
+
+def test_a_training_may_go_on_with_smaller_batches(run: Run, recipe: Path, tmp_path: Path, whole: Path) -> None:
+    job = tmp_path / "job"
+    shutil.copytree(whole, job)
+    same = run("distill", "--work", job, "--batch-size", 1, "--accumulation", 2)
+    assert "distill is up to date" in same.err
+    other = run("distill", "--work", job, "--batch-size", 1, "--accumulation", 3)
+    assert other.code == 1
+    assert "sequences per step was 2, and is 3 now" in other.err
+
+
+def test_an_error_in_one_process_ends_the_others(tmp_path: Path, llama: Path, text_file: Path) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", llama, text_file)
+    break_one = "import os\nfrom edgerazor.stages import distill\nfrom edgerazor.errors import UserError\n"
+    break_one += "step = distill.train_step\n"
+    break_one += "def failing(job, batches):\n    if os.environ['RANK'] == '1': raise UserError('Only here.')\n"
+    break_one += "    return step(job, batches)\ndistill.train_step = failing\n"
+    script = tmp_path / "script.py"
+    script.write_text(break_one + "from edgerazor.cli import main\nmain()\n")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script))
+    done = subprocess.run(
+        [sys.executable, *torchrun, "distill", "--recipe", str(recipe), "--work", str(tmp_path / "job")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=90,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "Error: Only here." in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "share", "factor"),
+    [
+        ({}, 0.0, 1e-3 / 0.051),
+        ({}, 0.05, 1.0),
+        ({}, 1.0, 1.0),
+        ({"warmup": 0.0, "schedule": "linear"}, 0.25, 0.75),
+        ({"warmup": 0.2, "schedule": "linear", "final_learning_rate": 0.5}, 0.6, 0.75),
+        ({"warmup": 0.0, "schedule": "cosine"}, 0.5, 0.5),
+        ({"warmup": 0.0, "schedule": "cosine"}, 1 / 3, 0.75),
+        ({"warmup": 0.0, "schedule": "cosine", "final_learning_rate": 0.1}, 1.0, 0.1),
+    ],
+)
+def test_the_schedule(settings: dict[str, Any], share: float, factor: float) -> None:
+    assert distill.schedule(Distill(**settings), share) == pytest.approx(factor)
+
+
+def test_the_best_student_is_the_one_with_the_lowest_loss(whole: Path) -> None:
+    lines = metrics(whole)
+    assert [line["step"] for line in lines] == [2, 4, 5]
+    assert [line["tokens"] for line in lines] == [2 * 64, 4 * 64, 5 * 64]
+    best = min(lines, key=lambda line: line["kl"])
+    measured = json.loads((whole / "distill" / "best" / "measured.json").read_text())
+    assert (measured["step"], measured["value"]) == (best["step"], best["kl"])
+    result = json.loads((whole / "distill" / "result.json").read_text())
+    assert (result["best_step"], result["best"]) == (best["step"], best["kl"])
+
+
+def test_training_lowers_the_divergence(whole: Path) -> None:
+    lines = metrics(whole)
+    assert lines[-1]["kl"] < lines[0]["kl"]
+
+
+# --- without a teacher, and the control --------------------------------------------------------
+
+
+def test_training_without_a_teacher(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
+    settings = {"losses": [{"name": "ce"}], "steps": 8, "evaluate_every": 1, "learning_rate": 3e-3}
+    recipe = write_recipe(tmp_path / "r.yaml", llama, text_file, distill=settings)
+    done = run("distill", "--recipe", recipe, "--work", tmp_path / "job", "--json")
+    assert done.json()["measure"] == "held-out cross_entropy, nats per token"
+    lines = metrics(tmp_path / "job")
+    assert all("kl" not in line for line in lines)
+    assert lines[-1]["cross_entropy"] < lines[0]["cross_entropy"]
+
+
+def test_the_control_begins_at_random(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
+    settings = {"initialise": "random", "steps": 1, "learning_rate": 1e-9}
+    recipe = write_recipe(tmp_path / "r.yaml", llama, text_file, distill=settings)
+    done = run("distill", "--recipe", recipe, "--work", tmp_path / "job", "--json")
+    assert done.code == 0
+    name = "model.layers.0.self_attn.q_proj.weight"
+    student = load_file(tmp_path / "job" / WEIGHTS)[name]
+    teacher = load_file(llama / "model.safetensors")[name]
+    assert abs(float(torch.corrcoef(torch.stack([student.flatten(), teacher.flatten()]))[0, 1])) < 0.05
+    assert float(student.std()) == pytest.approx(0.02, rel=0.05)  # Llama's own initialisation
+    # a random model is about as sure as a uniform one
+    assert metrics(tmp_path / "job")[0]["cross_entropy"] == pytest.approx(math.log(300), rel=0.05)
+
+
+# --- refused at the start ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("loss", "sentence"),
+    [
+        ({"name": "eakdl"}, "called 'eakdl'"),
+        ({"name": "ce", "options": {"temprature": 2}}, "has no option called 'temprature'"),
+        ({"name": "eakld", "options": {"temperature": -1}}, "it must be a number greater than 0"),
+        ({"name": "lafd", "options": {"layers": [1, 3]}}, "A loss asks for layer 3, but"),
+        ({"name": "lafd", "options": {"count": 0}}, "count is 0"),
+        ({"name": "lafd", "options": {"select": "bach"}}, "select is 'bach'"),
+    ],
+)
+def test_an_impossible_loss_stops_before_anything_is_done(
+    run: Run, tmp_path: Path, llama: Path, text_file: Path, loss: dict[str, Any], sentence: str
+) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", llama, text_file, distill={"losses": [loss]})
+    refused = run("distill", "--recipe", recipe, "--work", tmp_path / "job")
+    assert refused.code == 2
+    assert sentence in refused.err
+    assert not (tmp_path / "job").exists()
+
+
+def test_force_throws_a_student_away_only_for_a_training_that_can_begin(
+    run: Run, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = tmp_path / "job"
+    shutil.copytree(whole, job)
+
+    def fail(*_: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(distill, "make_student", fail)
+    failed = run("distill", "--work", job, "--force")
+    assert failed.code == 1
+    assert "not enough memory" in failed.err
+    assert sha256(job / WEIGHTS) == sha256(whole / WEIGHTS)
+    assert "up to date" in run("distill", "--work", job).err

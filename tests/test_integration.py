@@ -1,0 +1,263 @@
+"""Packed folders inside transformers, and what importing edgerazor costs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import GROUP_SIZE, VOCABULARY, ModelMaker
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import edgerazor
+from edgerazor import formats, integration, models, packed, pipeline
+from edgerazor.console import Console
+from edgerazor.errors import UserError
+from edgerazor.recipe import build
+from edgerazor.surgery import PackedEmbedding, PackedLinear
+from edgerazor.workdir import WorkDir
+
+IDS = torch.randint(2, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(0))
+
+
+def pack(model: Path, work: Path) -> Path:
+    """Round a model to nearest, without training."""
+    calibrate = {"bits": 4.0, "group_size": GROUP_SIZE}
+    recipe = build({"model": str(model), "device": "cpu", "calibrate": calibrate, "pack": {"source": "teacher"}})
+    pipeline.run("pack", recipe, WorkDir(work), Console(quiet=True))
+    return WorkDir(work).folder("pack")
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3"])
+def folder(request: pytest.FixtureRequest, make_model: ModelMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed model with a tied head; Gemma 3 has an embedding class of its own."""
+    place = tmp_path_factory.mktemp(request.param)
+    make_model(place / "model", request.param, tie_word_embeddings=True)
+    return pack(place / "model", place / "work")
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(folder, tmp_path / "packed")
+
+
+def python(code: str, *arguments: str | Path) -> str:
+    """What a fresh interpreter prints."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.strip()
+
+
+# --- importing ---------------------------------------------------------------------------------
+
+LIGHT = """
+import sys, edgerazor
+print([name for name in ("torch", "transformers", "pydantic", "numpy") if name in sys.modules])
+"""
+
+
+def test_importing_edgerazor_is_light() -> None:
+    assert python(LIGHT) == "[]"
+
+
+HELP = """
+import sys
+from edgerazor import cli
+try:
+    cli.main()
+except SystemExit as end:
+    assert not end.code, end.code
+print("loaded:", [name for name in ("torch", "transformers") if name in sys.modules])
+"""
+
+
+def test_help_imports_no_torch() -> None:
+    command = [sys.executable, "-c", HELP, "--help"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip().splitlines()[-1] == "loaded: []"
+    assert "distill" in ran.stdout
+
+
+FIRST = {
+    "edgerazor_first": "import edgerazor; from transformers import AutoModelForCausalLM",
+    "transformers_first": "from transformers import AutoModelForCausalLM; import edgerazor",
+    "table_first": (
+        "import transformers.quantizers.auto; import edgerazor; from transformers import AutoModelForCausalLM"
+    ),
+    # Asking where a module is must not use up what waits for its import.
+    "asked_before": (
+        "import edgerazor, importlib.util; importlib.util.find_spec('transformers.quantizers.auto'); "
+        "from transformers import AutoModelForCausalLM"
+    ),
+}
+LOADING = """
+import sys, torch
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+ids = torch.arange(2, 22)[None]
+print(repr(float(model(input_ids=ids).logits.double().sum())))
+"""
+
+
+@pytest.mark.parametrize("order", FIRST)
+def test_both_import_orders_work(order: str, llama: Path, tmp_path: Path) -> None:
+    folder = pack(llama, tmp_path)
+    model, _ = edgerazor.load(folder)
+    with torch.no_grad():
+        expected = float(model(input_ids=torch.arange(2, 22)[None]).logits.double().sum())
+    # Sums run in another order with other numbers of threads.
+    assert float(python(FIRST[order] + LOADING, folder)) == pytest.approx(expected, rel=1e-3)
+
+
+# --- loading -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_packed_model_computes_with_its_decoded_weights(folder: Path) -> None:
+    """Against the teacher's own modules with decoded weights; activations and cache are the only difference."""
+    model, tokenizer = edgerazor.load(folder)
+    matrices = [module for module in model.modules() if isinstance(module, PackedLinear | PackedEmbedding)]
+    assert len(matrices) == 2 * 7 + 2
+    assert model.get_input_embeddings().lazy is model.get_output_embeddings().lazy
+    teacher, _ = models.load(folder.parent.parent / "model")
+    opened = packed.PackedModel.open(folder)
+    for name in opened.header.matrices:
+        matrix = opened.matrix(name)
+        teacher.get_submodule(name).weight.copy_(formats.decode_matrix(matrix.encoded, matrix.spec))
+    expected, ours = teacher(input_ids=IDS).logits, model(input_ids=IDS).logits
+    error = (ours - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt()
+    assert 0 < error < 0.05
+    assert tokenizer.decode(tokenizer("Nora took the ball.").input_ids) == "Nora took the ball."
+
+
+@torch.no_grad()
+def test_auto_model_is_the_same_as_load(folder: Path) -> None:
+    direct = AutoModelForCausalLM.from_pretrained(folder)
+    ours, _ = edgerazor.load(str(folder))
+    kept, _ = edgerazor.load(folder, keep_decoded=True)
+    assert torch.equal(direct(input_ids=IDS).logits, ours(input_ids=IDS).logits)
+    torch.testing.assert_close(kept(input_ids=IDS).logits, ours(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
+    assert not direct.training
+    assert AutoConfig.from_pretrained(folder).quantization_config["quant_method"] == "edgerazor"
+    assert len(AutoTokenizer.from_pretrained(folder)) == VOCABULARY
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(folder: Path, dtype: torch.dtype) -> None:
+    full = AutoModelForCausalLM.from_pretrained(folder)(input_ids=IDS).logits
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    moved = AutoModelForCausalLM.from_pretrained(folder).to(dtype)
+    for model in (loaded, moved):
+        half = model(input_ids=IDS).logits
+        assert half.dtype == dtype
+        assert (half.float() - full).abs().max() <= 0.1 * full.abs().max()
+        assert model.get_input_embeddings()(IDS).dtype == dtype
+
+
+@torch.no_grad()
+def test_moving_a_model_moves_no_codes(folder: Path) -> None:
+    model, _ = edgerazor.load(folder)
+    before = model(input_ids=IDS).logits
+    assert torch.equal(model.to("cpu").to(torch.float32)(input_ids=IDS).logits, before)
+    head = model.get_output_embeddings()
+    assert head.lazy.encoded(torch.device("cpu"))[0].codes.dtype == torch.int8
+    assert head.weight.dtype == torch.float32
+    model.tie_weights()  # others call it; there is nothing to tie
+    assert torch.equal(model(input_ids=IDS).logits, before)
+
+
+def test_saving_from_memory_is_refused(folder: Path, tmp_path: Path) -> None:
+    model, _ = edgerazor.load(folder)
+    with pytest.raises(UserError, match="not saved from memory") as caught:
+        model.save_pretrained(tmp_path / "saved")
+    assert "Copy its folder" in caught.value.hint
+    assert not list(tmp_path.glob("saved/*.safetensors"))
+
+
+def test_a_packed_model_is_not_packed_again(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"already quantized \(edgerazor\)") as caught:
+        models.load(folder)
+    assert "edgerazor eval" in caught.value.hint
+
+
+def test_a_teacher_is_no_packed_model(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a packed model"):
+        edgerazor.load(llama)
+    named = shutil.copytree(llama, tmp_path / "named")
+    config = json.loads((named / "config.json").read_text())
+    (named / "config.json").write_text(json.dumps({**config, "note": "edgerazor"}))
+    assert not integration.is_packed(named)
+    assert not integration.is_packed(tmp_path / "nowhere")
+
+
+# --- damage ------------------------------------------------------------------------------------
+
+
+def change_config(folder: Path, **values: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
+
+
+@pytest.mark.parametrize(("name", "value"), [("activation_bits", 16), ("kv_bits", 16), ("group_size", 64)])
+def test_config_and_weights_must_agree(copy: Path, name: str, value: int) -> None:
+    settings = json.loads((copy / "config.json").read_text())["quantization_config"]
+    change_config(copy, quantization_config={**settings, name: value})
+    for load in (edgerazor.load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(UserError, match=f"config.json says {name} {value}, but the weights were made for"):
+            load(copy)
+
+
+@pytest.mark.parametrize("missing", ["activation_bits", "version"])
+def test_an_incomplete_config_is_one_sentence(copy: Path, missing: str) -> None:
+    settings = json.loads((copy / "config.json").read_text())["quantization_config"]
+    change_config(copy, quantization_config={key: value for key, value in settings.items() if key != missing})
+    with pytest.raises(UserError, match=missing) as caught:
+        edgerazor.load(copy)
+    assert "\n" not in caught.value.message
+
+
+def test_another_architecture_is_one_sentence(copy: Path) -> None:
+    change_config(copy, intermediate_size=64)
+    with pytest.raises(UserError, match="has no place in"):
+        edgerazor.load(copy)
+    change_config(copy, intermediate_size=101, num_hidden_layers=3, layer_types=None)
+    with pytest.raises(UserError, match="lacks the tensor"):
+        edgerazor.load(copy)
+
+
+def test_damaged_norms_are_found_at_loading(copy: Path) -> None:
+    """transformers loads these tensors itself and would not look at their checksums."""
+    path = copy / "model.safetensors"
+    weights = bytearray(path.read_bytes())
+    norm = load_file(path)["model.norm.weight"].numpy().tobytes()
+    place = weights.index(norm)
+    weights[place] ^= 1
+    path.write_bytes(weights)
+    for load in (edgerazor.load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(UserError, match=r"model\.norm\.weight"):
+            load(copy)
+
+
+def test_damaged_codes_are_found_at_first_use(copy: Path) -> None:
+    path = copy / "model.safetensors"
+    weights = bytearray(path.read_bytes())
+    codes = load_file(path)["model.layers.1.mlp.down_proj.weight.int4"].numpy().tobytes()
+    weights[weights.index(codes)] ^= 1
+    path.write_bytes(weights)
+    model, _ = edgerazor.load(copy)
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.down_proj"):
+        model(input_ids=IDS)
+
+
+def test_foreign_weights_are_refused(copy: Path) -> None:
+    save_file({"model.norm.weight": torch.ones(96)}, copy / "model.safetensors", metadata={"format": "pt"})
+    for load in (edgerazor.load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(UserError):
+            load(copy)

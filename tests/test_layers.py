@@ -1,0 +1,97 @@
+"""The import rule of the house: imports point down, never up and never sideways between rooms."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import edgerazor
+
+ROOT = Path(edgerazor.__file__).parent
+
+#: From the top down; rooms of one layer do not know each other.
+LAYERS = (
+    {"__main__"},
+    {"cli"},
+    {"pipeline"},
+    {"stages"},
+    {"exports", "tasks", "integration"},
+    {"surgery", "allocate"},
+    {"packed", "models", "data"},
+    {"kernels"},
+    {"formats", "losses"},
+    {"recipe", "workdir", "console"},
+    {"registry"},
+    {"errors"},
+)
+HEIGHT = {room: len(LAYERS) - index for index, rooms in enumerate(LAYERS) for room in rooms}
+#: `formats` and `losses` see tensors only.
+TENSORS_ONLY = {"formats", "losses"}
+#: Folders of many of one kind: their files do not know each other (but `show` prints the schemas of all stages).
+PLUGINS = {"stages", "exports", "tasks", "formats", "losses"}
+KNOW_TRANSFORMERS = {"models", "data", "surgery", "integration"}
+
+
+def imports(path: Path) -> list[str]:
+    """Dotted names of all modules that a file imports, wherever in the file (`from a import b` gives `a.b`)."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide where they point"
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+def files() -> list[tuple[str, Path]]:
+    """(room, file) for every file but the package's own `__init__`, which is above all rooms."""
+    paths = [path for path in sorted(ROOT.rglob("*.py")) if path != ROOT / "__init__.py"]
+    return [(path.relative_to(ROOT).parts[0].removesuffix(".py"), path) for path in paths]
+
+
+def problem(room: str, path: Path, name: str) -> str:
+    """What is wrong with an import of ours (`edgerazor.<room>.<file>...`), or an empty string."""
+    parts = name.split(".")
+    if parts[0] != "edgerazor" or parts[1:] in ([], ["__version__"]):
+        return ""
+    target = parts[1]
+    if target == room:
+        inside = len(parts) > 2 and (ROOT / room / f"{parts[2]}.py").exists()
+        whole = path.name == "__init__.py" or path == ROOT / "stages" / "show.py" or room not in PLUGINS
+        shared = whole or not inside or parts[2].startswith("_")
+        return "" if shared else "is a plugin beside it"
+    if target not in HEIGHT:
+        return "is in no layer"
+    if room in TENSORS_ONLY and target not in {"registry", "errors"}:
+        return "is not for a room that sees tensors only"
+    return "" if HEIGHT[target] < HEIGHT[room] else "does not lie below it"
+
+
+def test_imports_point_down() -> None:
+    wrong = {
+        f"{path.relative_to(ROOT)} imports {name}, which {reason}"
+        for room, path in files()
+        for name in imports(path)
+        if (reason := problem(room, path, name))
+    }
+    assert wrong == set()
+
+
+def test_every_room_has_a_layer() -> None:
+    assert {room for room, _ in files()} <= HEIGHT.keys()
+
+
+def test_few_rooms_know_transformers() -> None:
+    knowing = {room for room, path in files() for name in imports(path) if name.split(".")[0] == "transformers"}
+    assert knowing <= KNOW_TRANSFORMERS
+
+
+def test_the_rule_is_broken_by_what_it_forbids() -> None:
+    stage = ROOT / "stages" / "pack.py"
+    assert problem("formats", ROOT / "formats" / "int4.py", "edgerazor.recipe.Recipe") != ""
+    assert problem("packed", ROOT / "packed.py", "edgerazor.surgery") != ""  # up
+    assert problem("surgery", ROOT / "surgery.py", "edgerazor.allocate.Plan") != ""  # sideways
+    assert problem("stages", stage, "edgerazor.stages.distill") != ""
+    assert problem("stages", stage, "edgerazor.stages._shared") == ""
+    assert problem("stages", stage, "edgerazor.formats") == ""

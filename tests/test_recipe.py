@@ -1,0 +1,173 @@
+"""The recipe: strict, printable, and every mistake in it is one sentence that names the field."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from edgerazor import recipe as recipes
+from edgerazor.errors import USAGE, UserError
+from edgerazor.recipe import LossTerm, Recipe, Source, Strict, build
+
+
+def all_models(model: type[Strict] = Recipe) -> list[type[Strict]]:
+    nested = [f.annotation for f in model.model_fields.values() if isinstance(f.annotation, type)]
+    return [model, *(found for each in nested if issubclass(each, Strict) for found in all_models(each))]
+
+
+def test_the_explanation_is_the_default_recipe() -> None:
+    assert build(yaml.safe_load(recipes.explain())) == Recipe()
+
+
+def test_every_field_is_explained_in_one_line() -> None:
+    for model in [*all_models(), Source, LossTerm]:
+        for name, field in model.model_fields.items():
+            nested = isinstance(field.annotation, type) and issubclass(field.annotation, Strict)
+            assert nested or (field.description and "\n" not in field.description), name
+    assert all("  # " in line for line in recipes.explain().splitlines())
+
+
+def test_what_is_dumped_loads_back(tmp_path: Path) -> None:
+    values = {
+        "model": str(tmp_path),
+        "seed": 7,
+        "data": {"train": [{"file": str(tmp_path / "a.txt"), "weight": 0.5}], "held_out": [{"dataset": "x/y"}]},
+        "distill": {"losses": [{"name": "lafd", "options": {"layers": [1, 2]}}], "betas": [0.8, 0.9]},
+        "eval": {"tasks": ["arc"], "task_data": str(tmp_path)},
+        "compare": {"rounded": str(tmp_path / "packed")},
+    }
+    recipe = build(values)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipes.dump(recipe))
+    assert build(recipes.load(path)) == recipe
+
+
+def test_numbers_are_read_as_people_write_them(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("distill: {learning_rate: 2e-5, clip: 1, final_learning_rate: 1.5E-1}")
+    settings = build(recipes.load(path)).distill
+    assert (settings.learning_rate, settings.clip, settings.final_learning_rate) == (2e-5, 1.0, 0.15)
+
+
+def test_later_layers_win_field_by_field() -> None:
+    low = {"seed": 1, "data": {"sequence_length": 8, "train": [{"file": "a"}]}, "compare": {"a": "x"}}
+    high = {"data": {"train": [{"file": "b"}]}, "compare": {"b": "y"}}
+    expected = {"seed": 1, "data": {"sequence_length": 8, "train": [{"file": "b"}]}, "compare": {"b": "y"}}
+    assert recipes.merge(low, high) == expected
+
+
+def test_paths_become_absolute_from_the_files_folder(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    values = {
+        "model": "model",
+        "data": {"train": [{"file": "../a.txt"}, {"dataset": "x/y"}], "held_out": [{"file": "/b.txt"}]},
+        "eval": {"task_data": "tasks"},
+        "compare": {"other": "packed"},
+    }
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(values))
+    found = recipes.load(path)
+    assert found["model"] == str(tmp_path / "model")
+    above = str(tmp_path.parent / "a.txt")
+    assert found["data"] == {"train": [{"file": above}, {"dataset": "x/y"}], "held_out": [{"file": "/b.txt"}]}
+    assert found["eval"]["task_data"] == str(tmp_path / "tasks")
+    assert found["compare"] == {"other": str(tmp_path / "packed")}
+    assert recipes.anchor({"model": "some/hub-id"}, tmp_path) == {"model": "some/hub-id"}
+    assert recipes.anchor({"eval": {"task_data": "~/x"}}, tmp_path)["eval"]["task_data"] == os.path.expanduser("~/x")
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"calibrate": {"bits": 9.0}}, "--bits is 9.0; expected a number from 1.58 to 8."),
+    ({"calibrate": {"bits": 1.5}}, "--bits is 1.5; expected a number from 1.58 to 8."),
+    ({"calibrate": {"bits": float("nan")}}, "--bits is nan; expected a finite number."),
+    ({"calibrate": {"kv_bits": 4}}, "--kv-bits is 4; expected 8 or 16."),
+    ({"calibrate": {"group_size": 4}}, "--group-size is 4; expected a whole number from 8 to 65536."),
+    ({"distill": {"steps": 0}}, "--steps is 0; expected a whole number of at least 1."),
+    ({"distill": {"steps": 2.5}}, "--steps is 2.5; expected a whole number."),
+    ({"distill": {"steps": "3"}}, "--steps is '3'; expected a whole number."),
+    ({"distill": {"learning_rate": 0}}, "--learning-rate is 0; expected a number above 0."),
+    ({"data": {"held_out_fraction": 0.9}}, "--held-out-fraction is 0.9; expected a number above 0 and below 0.5."),
+    ({"data": {"train": "a.txt"}}, "--data is 'a.txt'; expected a list."),
+    ({"data": {"train": ["a.txt"]}}, "--data is 'a.txt'; expected fields with values."),
+    ({"distill": 3}, "--distill is 3; expected fields with values."),
+    ({"distill": {"losses": []}}, "--losses is []; expected at least one entry."),
+    ({"trust_remote_code": "yes"}, "--trust-remote-code is 'yes'; expected true or false."),
+]
+
+
+@pytest.mark.parametrize(("values", "sentence"), WRONG, ids=[sentence[:24] for _, sentence in WRONG])
+def test_a_wrong_value_is_one_sentence_with_what_is_expected(values: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError) as wrong:
+        build(values)
+    assert wrong.value.message == sentence
+    assert wrong.value.code == USAGE
+    with pytest.raises(UserError) as wrong:
+        build(values, "The recipe x.yaml")
+    assert wrong.value.message.startswith("The recipe x.yaml: `")
+
+
+@pytest.mark.parametrize(
+    ("values", "field", "hint"),
+    [
+        ({"distil": {}}, "distil", "Did you mean distill?"),
+        ({"distill": {"stesp": 3}}, "distill.stesp", "Did you mean steps?"),
+        ({"data": {"train": [{"fiel": "a"}]}}, "data.train.0.fiel", "Did you mean file?"),
+        ({"distill": {"losses": [{"name": "ce", "weigth": 1}]}}, "distill.losses.0.weigth", "Did you mean weight?"),
+        ({"bench": {"qqq": 1}}, "bench.qqq", "Known fields there: prefill_tokens,"),
+    ],
+)
+def test_an_unknown_field_names_the_closest(values: dict[str, Any], field: str, hint: str) -> None:
+    with pytest.raises(UserError, match=f"unknown field `{field}`") as wrong:
+        build(values, "The recipe x.yaml")
+    assert wrong.value.hint.startswith(hint)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "is empty"),
+        ("# nothing\n", "is empty"),
+        ("a: [", "is not valid YAML"),
+        ("a: b: c", "is not valid YAML (line 1)"),
+        ("- a\n", "must be a mapping"),
+        ("just words", "must be a mapping"),
+        ("distill: {steps: 1, steps: 2}", "`steps` is given twice"),
+        ("!!python/object/apply:os.system ['true']", "is not valid YAML"),
+    ],
+)
+def test_garbage_is_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as wrong:
+        recipes.load(path)
+    assert sentence in wrong.value.message
+    assert "\n" not in wrong.value.message
+    assert wrong.value.code == USAGE
+
+
+@pytest.mark.parametrize("bad", ["missing", "folder", "latin"])
+def test_an_unreadable_recipe_is_one_sentence(tmp_path: Path, bad: str) -> None:
+    path = tmp_path / "r.yaml"
+    if bad == "folder":
+        path.mkdir()
+    elif bad == "latin":
+        path.write_bytes("modèle: é".encode("latin-1"))
+    with pytest.raises(UserError, match="cannot be read") as wrong:
+        recipes.load(path)
+    assert wrong.value.code == USAGE
+
+
+@pytest.mark.parametrize("values", [{"data": {"train": 5}}, {"data": 5}, {"compare": []}, {"eval": None}, {"model": 3}])
+def test_malformed_sections_pass_through_to_validation(values: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UserError):
+        build(recipes.anchor(values, tmp_path), "The recipe")
+
+
+def test_a_source_is_a_file_or_a_data_set() -> None:
+    for source in ({}, {"file": "a", "dataset": "b"}):
+        with pytest.raises(UserError, match="give either `file` or `dataset`"):
+            build({"data": {"train": [source]}}, "The recipe")
