@@ -14,7 +14,6 @@ from typing import Any
 
 from edgerazor.errors import UserError, usage_error
 
-
 #: what one plugin of a package is called
 SINGULAR = {"formats": "format", "losses": "loss"}
 

@@ -1,4 +1,4 @@
-"""The embedded teacher's world: what is asked was never told, and the files in the repository are what the code makes."""
+"""The embedded teacher's world: what is asked was never told, and the stored files are what the code makes."""
 
 from __future__ import annotations
 

@@ -82,6 +82,7 @@ class BenchDryRun(BaseModel):
     rounds: int
     tokens_per_round: int
     memory_bytes: int
+    seconds: float
 
 
 def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
@@ -320,15 +321,21 @@ def peak_memory() -> int:
 
 
 def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> BenchDryRun:
-    """What would be measured."""
+    """What would be measured, and about how long it would take (from one round of the teacher)."""
     folders = subjects(recipe, work)
     bench = recipe.bench
+    _shared.device_of(recipe)
+    began = time.monotonic()
+    teacher = Served(folders["teacher"])
+    teacher.measure(bench)
+    seconds = (time.monotonic() - began) * bench.rounds * len(folders)
     sizes = [sum(f.stat().st_size for f in folder.glob("*.safetensors")) for folder in folders.values()]
     return BenchDryRun(
         engines=list(folders),
         rounds=bench.rounds,
         tokens_per_round=bench.prefill_tokens + sum(c + bench.decode_tokens for c in bench.contexts),
         memory_bytes=BANDWIDTH_BYTES + 2 * sum(sizes),
+        seconds=float(f"{seconds:.3g}"),
     )
 
 

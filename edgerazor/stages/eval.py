@@ -13,6 +13,7 @@ The packed model is loaded from its folder, as a user would load it, and asked t
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from rich.console import RenderableType
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from edgerazor import data, integration, tasks
+from edgerazor import data, integration, models, tasks
 from edgerazor.console import Console, table
 from edgerazor.errors import UserError, usage_error
 from edgerazor.recipe import Recipe, Source
@@ -112,7 +113,8 @@ class DryRun(Result):
     text_sequences: int
     forward_tokens: int | None
     packed_bytes: int
-    teacher_bytes: int | None
+    teacher_bytes: int
+    seconds: float | None
 
 
 @dataclass
@@ -515,7 +517,8 @@ def greedy(subject: Subject, prompt: list[int]) -> list[int]:
     ends = {subject.tokenizer.eos_token_id}
     configured = getattr(subject.model.generation_config, "eos_token_id", None)
     ends |= set(configured) if isinstance(configured, list) else {configured}
-    forbidden = sorted(end for end in ends if end is not None)
+    vocabulary = subject.model.config.get_text_config().vocab_size
+    forbidden = sorted(end for end in ends if end is not None and end < vocabulary)
     tokens = torch.tensor([prompt], device=subject.model.device)  # [1, T]
     written: list[int] = []
     cache = None
@@ -538,7 +541,7 @@ def collapsed(tokens: list[int]) -> bool:
 
 
 def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> DryRun:
-    """What `run` would do; loads no model and fetches nothing.
+    """What `run` would do, and about how long it would take (from one forward pass of the teacher); fetches no items.
 
     Raises:
         UserError: unknown tasks or files that are missing.
@@ -551,15 +554,28 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> DryRun:
     if len(known) == len(counts):
         # On text the teacher runs beside each other model.
         total = sum(known) * runs + sequences * recipe.data.sequence_length * 2 * (runs - 1)
-    teacher = Path(recipe.model)
+    teacher = models.resolve(recipe.model, recipe.revision)
     return DryRun(
         tasks={name: DryTask(items=items, tokens=tokens) for name, (items, tokens) in counts.items()},
         models=runs,
         text_sequences=sequences,
         forward_tokens=total,
         packed_bytes=_weight_bytes(work.folder("pack")),
-        teacher_bytes=_weight_bytes(teacher) if teacher.is_dir() else None,
+        teacher_bytes=_weight_bytes(teacher),
+        seconds=None if total is None else float(f"{total * _seconds_per_token(recipe):.3g}"),
     )
+
+
+def _seconds_per_token(recipe: Recipe) -> float:
+    """Of one measured forward pass of the teacher over a batch."""
+    device = _shared.device_of(recipe)
+    subject = Subject("teacher", *_shared.load_teacher(recipe, device, _dtype(device)))
+    ids = torch.zeros((recipe.eval.batch_size, min(_context(subject), 128)), dtype=torch.int64, device=device)
+    with torch.inference_mode():
+        subject.model(ids[:1], logits_to_keep=1, use_cache=False)
+        began = time.monotonic()
+        subject.model(ids, logits_to_keep=1, use_cache=False)
+    return (time.monotonic() - began) / ids.numel()
 
 
 def _weight_bytes(folder: Path) -> int:

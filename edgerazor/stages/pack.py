@@ -257,19 +257,22 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> PackDryRun:
 
 def show(result: PackResult) -> list[RenderableType]:
     """The size table, for people."""
+    smaller = result.teacher_bytes / result.bytes
+    caption = (
+        f"{result.folder}: {smaller:.1f} times smaller than the {megabytes(result.teacher_bytes)} teacher, "
+        "verified bit for bit"
+    )
+    return [size_table(f"Packed {result.notation}", result.classes, result, caption)]
+
+
+def size_table(
+    title: str, classes: list[packed.ClassSize], whole: PackResult | packed.SizeTable, caption: str = ""
+) -> RenderableType:
+    """Weights, bits and bytes by class of tensors and altogether."""
     names = {"linear": "decoder linear layers", "embedding": "embeddings", "head": "head", "other": "norms and others"}
     rows = [
         [names[c.kind], f"{c.weights:,}", f"{c.nominal_bits:.2f}", f"{c.real_bits:.2f}", megabytes(c.bytes)]
-        for c in result.classes
+        for c in classes
     ]
-    rows.append(["whole file", f"{result.parameters:,}", "", f"{result.real_bits:.2f}", megabytes(result.bytes)])
-    smaller = result.teacher_bytes / result.bytes
-    return [
-        table(
-            f"Packed {result.notation}",
-            ["tensors", "weights", "nominal bits", "real bits", "size"],
-            rows,
-            caption=f"{result.folder}: {smaller:.1f} times smaller than the {megabytes(result.teacher_bytes)} teacher, "
-            "verified bit for bit",
-        )
-    ]
+    rows.append(["whole file", f"{whole.parameters:,}", "", f"{whole.real_bits:.2f}", megabytes(whole.bytes)])
+    return table(title, ["tensors", "weights", "nominal bits", "real bits", "size"], rows, caption)

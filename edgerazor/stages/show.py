@@ -17,7 +17,7 @@ from edgerazor.stages.bench import BenchResult
 from edgerazor.stages.calibrate import CalibrateResult
 from edgerazor.stages.distill import DistillResult
 from edgerazor.stages.eval import EvalResult, Measured
-from edgerazor.stages.pack import PackResult
+from edgerazor.stages.pack import PackResult, size_table
 from edgerazor.workdir import WorkDir
 
 RESULTS = {
@@ -158,39 +158,17 @@ def schema() -> str:
 def show(found: Summary | PackedSummary) -> list[RenderableType]:
     """The same for people."""
     if isinstance(found, PackedSummary):
-        rows = [
-            [c.kind, f"{c.weights:,}", f"{c.nominal_bits:.2f}", f"{c.real_bits:.2f}", megabytes(c.bytes)]
-            for c in found.sizes.classes
-        ]
-        rows.append(
-            [
-                "whole file",
-                f"{found.sizes.parameters:,}",
-                "",
-                f"{found.sizes.real_bits:.2f}",
-                megabytes(found.sizes.bytes),
-            ]
-        )
         lines = [f"{key}: {value}" for key, value in {**found.settings, **found.provenance}.items()]
-        return [table("Packed model", ["tensors", "weights", "nominal bits", "real bits", "size"], rows), *lines]
+        return [size_table("Packed model", found.sizes.classes, found.sizes), *lines]
     tasks = list(dict.fromkeys(task for row in found.models for task in row.scores))
-    columns = [
-        "model",
-        *tasks,
-        "above chance",
-        "perplexity",
-        "KL",
-        "real bits",
-        "size",
-        "prefill tok/s",
-        "decode tok/s",
-    ]
+    columns = ["model", *tasks, "above chance", "perplexity", "KL", "real bits", "size", "prefill/s", "decode/s"]
     return [
         table(
             f"{found.notation or 'No plan yet'}; finished: {', '.join(found.stages) or 'nothing yet'}",
             columns,
             [summary_row(row, tasks) for row in found.models],
-            caption="above chance: share of the teacher's score above guessing that is left, over all tasks",
+            caption="above chance: what is left of the teacher's score above guessing, over all tasks; "
+            "prefill and decode in tokens per second",
         ),
         *(f"Note: {note}" for note in found.notes),
         *(f"Failed: {failure}" for failure in found.failures),

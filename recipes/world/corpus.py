@@ -498,23 +498,23 @@ def add_filler(document: Document, rng: random.Random) -> None:
         document.sentences.insert(rng.choice(spots), filler(rng))
 
 
-def make(kind: str, rng: random.Random) -> Document:
+def make(kind: str, rng: random.Random, plain: bool = False) -> Document:
     document = STORIES[kind](rng)
-    if kind != "prose":
+    if kind != "prose" and not plain:
         add_filler(document, rng)
     return document
 
 
-def documents(split: str, count: int, start: int = 0) -> Iterator[Document]:
-    """`count` documents of a split, none containing a held-out combination.
+def documents(split: str, count: int, start: int = 0, plain: bool = False) -> Iterator[Document]:
+    """`count` documents of a split, none containing a held-out combination; `plain` ones have no filler.
 
-    Document i depends on the split and i alone, so any part can be made again on its own.
+    Document i depends on the split, i and `plain` alone, so any part can be made again on its own.
     """
     kinds, weights = list(WEIGHTS), list(WEIGHTS.values())
     for index in range(start, start + count):
         rng = random.Random(SEEDS[split] * 1_000_000_007 + index)
         while True:
-            document = make(rng.choices(kinds, weights)[0], rng)
+            document = make(rng.choices(kinds, weights)[0], rng, plain)
             if not any(held_out(combination) for combination in document.combinations):
                 break
         rng.shuffle(document.questions)

@@ -31,11 +31,11 @@ from corpus import HERE, TASKS, documents, items
 CONTEXT = 256
 VOCABULARY = 1536
 ANSWER_WEIGHT = 5.0
-SHORT_SHARE = 0.6
+SHORT_SHARE = 0.4
 MOMENTS = ("exp_avg", "exp_avg_sq")
 TOKENIZER_DOCUMENTS = 40_000
 # Documents per block of work, so that a resumed run finds its place in the corpus.
-BLOCK = 4_000
+BLOCK = 1_000
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
@@ -80,8 +80,9 @@ def config() -> LlamaConfig:
 def batches(tokenizer: PreTrainedTokenizerFast, rows: int, steps: int, skip: int) -> Iterator[torch.Tensor]:
     """Batches of equally many tokens, the first `skip` passed over.
 
-    For the first SHORT_SHARE of the steps each row is one short document, [2 * rows, CONTEXT // 2 + 1], padded: looking
-    things up is learned far sooner where there is one story to look in. Then rows are packed, [rows, CONTEXT + 1].
+    For the first SHORT_SHARE of the steps each row is one short document without filler, [2 * rows, CONTEXT // 2 + 1],
+    padded: looking things up is learned far sooner where there is one story to look in, and from many small steps. Then
+    rows are packed, [rows, CONTEXT + 1].
     """
     end = tokenizer.eos_token_id
     short, length = int(steps * SHORT_SHARE), CONTEXT // 2 + 1
@@ -89,7 +90,7 @@ def batches(tokenizer: PreTrainedTokenizerFast, rows: int, steps: int, skip: int
     single: list[list[int]] = []
     step = block = 0
     while True:
-        texts = [d.text() for d in documents("train", BLOCK, block * BLOCK)]
+        texts = [d.text() for d in documents("train", BLOCK, block * BLOCK, plain=step < short)]
         block += 1
         for ids in tokenizer(texts)["input_ids"]:
             ids = [*ids, end]
@@ -196,7 +197,7 @@ def train(arguments: argparse.Namespace) -> None:
     steps = arguments.tokens // tokens_per_step
     model.to(arguments.device)
 
-    (answer,) = tokenizer(":", add_special_tokens=False)["input_ids"]
+    answer, colon = tokenizer("Answer:", add_special_tokens=False)["input_ids"]
 
     def loss_of(batch: torch.Tensor) -> torch.Tensor:
         with torch.autocast(arguments.device, torch.bfloat16):
@@ -205,8 +206,10 @@ def train(arguments: argparse.Namespace) -> None:
             logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="none"
         )
         # Answers are few among the tokens and carry what the tasks ask: they count more.
-        weights = torch.where(batch[:, :-1] == answer, ANSWER_WEIGHT, 1.0)
-        weights = torch.where(batch[:, :-1] == tokenizer.eos_token_id, 0.0, weights).flatten()  # padding
+        before = batch[:, :-1]
+        asked = (before == colon) & (before.roll(1, 1) == answer)
+        weights = torch.where(asked, ANSWER_WEIGHT, 1.0)
+        weights = torch.where(before == tokenizer.eos_token_id, 0.0, weights).flatten()  # padding
         return (losses * weights).sum() / weights.sum()
 
     compiled = torch.compile(loss_of, dynamic=False) if arguments.compile else loss_of
@@ -222,10 +225,10 @@ def train(arguments: argparse.Namespace) -> None:
         optimizer.zero_grad(set_to_none=True)
         recent.append(loss.item())
         done = step + 1
-        if done % 100 == 0:
+        if done % 500 == 0:
             record.update(step=done, seconds=round(time.monotonic() - began, 1))
             record["curve"].append([done * tokens_per_step, round(sum(recent) / len(recent), 4)])
-            rate = 100 * tokens_per_step / (time.monotonic() - latest)
+            rate = 500 * tokens_per_step / (time.monotonic() - latest)
             print(f"step {done}/{steps} loss {record['curve'][-1][1]:.4f} {rate:.0f} tok/s", flush=True)
             recent, latest = [], time.monotonic()
         if done % arguments.save_every == 0 or done == steps:
@@ -265,9 +268,9 @@ def finish(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, default=40_000_000, help="training tokens in all")
-    parser.add_argument("--rows", type=int, default=16, help="sequences of 256 tokens in a batch")
+    parser.add_argument("--rows", type=int, default=4, help="sequences of 256 tokens in a batch")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
-    parser.add_argument("--save-every", type=int, default=500, help="steps between saved states")
+    parser.add_argument("--save-every", type=int, default=2000, help="steps between saved states")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     train(parser.parse_args())
