@@ -1,22 +1,22 @@
 """The small world of the embedded teacher: a seeded generator of short English stories.
 
-Each document is a story about a few people, followed by questions whose answers must be
-remembered or inferred from it, never guessed from the words around them:
+Each document is a story, followed by questions whose answers must be remembered or inferred from it, never
+guessed from the words around them:
 
+* ``scene``    what color, how many, whose, and who: attributes of four things each, to be told apart (the tasks);
 * ``where``    who moved where, and where they were before;
 * ``owner``    who holds what after things changed hands, and who had it first;
 * ``follows``  what follows from a rule about a kind ("every baker likes plums", "Nora is a baker");
 * ``count``    how many are left after some were added or taken away;
-* ``order``    what was done first and last (stories only, no task);
+* ``order``    what was done first and last; ``list``: who has what, told twice;
 
 with clauses between a subject and its verb that demand agreement, and plain filler prose made by
 a small grammar, so that language modelling is not only templates.
 
-A *combination* is the set of words that decides an answer: ``("where", person, place before, place
-now)``, ``("owner", thing, owner before, owner now)``, ``("follows", person, kind, food)``,
-``("count", person, noun, first number, change)``. A hash of the combination alone decides whether it
-is held out (1 in 16). A document that contains a held-out combination never enters training or
-distillation text; the evaluation tasks ask only about held-out combinations.
+A *combination* is the pair of words that decides an answer: ``("color", thing, color)``, ``("amount", noun,
+number)``, ``("whose", thing, owner)``, ``("trade", kind, person)``. A hash of the pair alone decides whether it is held
+out (1 in 16). A document that contains a held-out pair never enters training or distillation text; the evaluation
+tasks ask only about held-out pairs.
 
     python recipes/world/corpus.py tasks    writes edgerazor/tasks/world/*.jsonl and heldout.txt
     python recipes/world/corpus.py distill  writes recipes/world/distill.txt
@@ -36,7 +36,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 TASK_FOLDER = HERE.parent.parent / "edgerazor" / "tasks" / "world"
-TASKS = ("where", "owner", "follows", "count")
+TASKS = ("color", "amount", "whose", "trade")
 ITEMS_PER_TASK = 1000
 SEEDS = {"train": 0, "distill": 1, "heldout": 2, "tasks": 3, "few_shot": 4}
 DISTILL_DOCUMENTS = 24_000
@@ -295,6 +295,48 @@ def filler(rng: random.Random) -> str:
 # --- stories ---------------------------------------------------------------------------------
 
 
+def scene_story(rng: random.Random, asked: str = "") -> Document:
+    """Things with a color, a number or an owner, and people with a trade; the questions ask for these."""
+    document = Document()
+    others = [kind for kind in TASKS if kind != asked]
+    kinds = [asked, rng.choice(others)] if asked else rng.sample(TASKS, 2)
+    things, people = rng.sample(THINGS, 8), rng.sample(NAMES, 8)
+    nouns = [noun for noun in COUNTED if noun.removesuffix("s") not in THINGS]
+    for kind in kinds:
+        size = 4 if asked else rng.choice([1, 2, 3, 4, 4])
+        keys = {"amount": nouns, "trade": KINDS}.get(kind) or [things.pop() for _ in range(size)]
+        values = {"color": COLORS, "amount": NUMBERS[2:]}.get(kind) or [people.pop() for _ in range(size)]
+        chosen = rng.sample(values, size)
+        for key, value in zip(rng.sample(keys, size), chosen, strict=True):
+            combination = (kind, key, value)
+            document.combinations.add(combination)
+            document.sentences.append(scene_sentence(kind, key, value, rng))
+            document.questions.append(Question(scene_question(kind, key), value, chosen, combination))
+    rng.shuffle(document.sentences)
+    rng.shuffle(document.questions)
+    return document
+
+
+def scene_sentence(kind: str, key: str, value: str, rng: random.Random) -> str:
+    place = rng.choice(PLACES)
+    if kind == "trade":
+        return rng.choice([f"{value} the {key} came to the {place}.", f"In the {place} stood {value} the {key}."])
+    article = "an" if value[0] in "aeiou" else "a"
+    what = {"color": f"{article} {value} {key}", "amount": f"{value} {key}", "whose": f"{value}'s {key}"}[kind]
+    return rng.choice(
+        [f"In the {place} lay {what}.", f"Someone had left {what} near the {place}.", f"The {place} had {what} in it."]
+    )
+
+
+def scene_question(kind: str, key: str) -> str:
+    return {
+        "color": f"What color is the {key}?",
+        "amount": f"How many {key}?",
+        "whose": f"Who owns the {key}?",
+        "trade": f"Who is the {key}?",
+    }[kind]
+
+
 def where_story(rng: random.Random) -> Document:
     """People move between places; the questions ask where they are and where they were before."""
     document = Document()
@@ -313,16 +355,11 @@ def where_story(rng: random.Random) -> Document:
         document.sentences.append(capital(f"{lead}{subject} {rng.choice(MOVES)} the {place}."))
         path[name].append(place)
         last = name
-    for name in people:
-        places = path[name]
-        for index in range(1, len(places)):
-            document.combinations.add(("where", name, places[index - 1], places[index]))
     everywhere = [place for places in path.values() for place in places]
     for name in people:
         places = path[name]
-        combination = ("where", name, places[-2], places[-1]) if len(places) > 1 else None
         statement = f"So {name} is in the {places[-1]} now."
-        document.questions.append(Question(f"Where is {name} now?", places[-1], everywhere, combination, statement))
+        document.questions.append(Question(f"Where is {name} now?", places[-1], everywhere, statement=statement))
         if len(places) > 1:
             text = f"Where was {name} before the {places[-1]}?"
             document.questions.append(Question(text, places[-2], everywhere))
@@ -338,6 +375,8 @@ def owner_story(rng: random.Random) -> Document:
     for thing, owner in zip(things, rng.sample(people, len(things)), strict=True):
         history[thing] = [owner]
         color = rng.choice(["", rng.choice(COLORS) + " "])
+        if color:
+            document.combinations.add(("color", thing, color.strip()))
         article = "an" if not color and thing[0] in "aeiou" else "a"
         document.sentences.append(
             rng.choice(
@@ -364,11 +403,8 @@ def owner_story(rng: random.Random) -> Document:
         )
         history[thing].append(taker)
     for thing, owners in history.items():
-        for index in range(1, len(owners)):
-            document.combinations.add(("owner", thing, owners[index - 1], owners[index]))
-        combination = ("owner", thing, owners[-2], owners[-1])
         statement = f"So {owners[-1]} has the {thing} now."
-        document.questions.append(Question(f"Who has the {thing} now?", owners[-1], people, combination, statement))
+        document.questions.append(Question(f"Who has the {thing} now?", owners[-1], people, statement=statement))
         document.questions.append(Question(f"Who had the {thing} first?", owners[0], people))
     return document
 
@@ -393,10 +429,8 @@ def follows_story(rng: random.Random) -> Document:
         document.sentences = rules + facts
         rng.shuffle(document.sentences)
     for name, kind, food in zip(people, kinds, foods, strict=True):
-        combination = ("follows", name, kind, food)
-        document.combinations.add(combination)
         statement = f"So {name}, the {kind}, {likes} {food}."
-        document.questions.append(Question(f"What does {name} {plain}?", food, foods, combination, statement))
+        document.questions.append(Question(f"What does {name} {plain}?", food, foods, statement=statement))
         document.questions.append(Question(f"Who is the {kind}?", name, people))
     rng.shuffle(document.questions)
     return document
@@ -415,9 +449,7 @@ def count_story(rng: random.Random) -> Document:
         verb = rng.choice(["found", "bought", "got"]) if change > 0 else rng.choice(["lost", "sold", "gave away"])
         changes.append(capital(f"{rng.choice(['', 'then ', 'later '])}{name} {verb} {shown}."))
         answer = first + change
-        sign = "plus" if change > 0 else "minus"
-        combination = ("count", name, noun, NUMBERS[first], sign, NUMBERS[abs(change)])
-        document.combinations.add(combination)
+        document.combinations |= {("amount", noun, NUMBERS[first]), ("amount", noun, NUMBERS[answer])}
         near = [
             v for v in {first, answer - 1, answer + 1, answer + 2, answer - 2, first - change} if 0 <= v < len(NUMBERS)
         ]
@@ -426,8 +458,7 @@ def count_story(rng: random.Random) -> Document:
                 f"How many {noun} does {name} have now?",
                 NUMBERS[answer],
                 [NUMBERS[v] for v in near],
-                combination,
-                f"So {name} has {NUMBERS[answer]} {noun[:-1] if answer == 1 else noun} now.",
+                statement=f"So {name} has {NUMBERS[answer]} {noun[:-1] if answer == 1 else noun} now.",
             )
         )
         document.questions.append(
@@ -476,6 +507,7 @@ def prose(rng: random.Random) -> Document:
 
 
 STORIES: dict[str, Callable[[random.Random], Document]] = {
+    "scene": scene_story,
     "where": where_story,
     "owner": owner_story,
     "follows": follows_story,
@@ -484,7 +516,7 @@ STORIES: dict[str, Callable[[random.Random], Document]] = {
     "list": list_story,
     "prose": prose,
 }
-WEIGHTS = {"where": 21, "owner": 21, "follows": 21, "count": 18, "order": 3, "list": 10, "prose": 6}
+WEIGHTS = {"scene": 60, "where": 6, "owner": 6, "follows": 6, "count": 6, "order": 4, "list": 6, "prose": 6}
 
 
 def add_filler(document: Document, rng: random.Random) -> None:
@@ -528,26 +560,21 @@ def documents(split: str, count: int, start: int = 0, plain: bool = False) -> It
 def items(task: str, count: int, split: str = "tasks") -> list[dict]:
     """Multiple-choice items about held-out combinations: passage, question, choices, gold, combination.
 
-    Four choices each, all from the story where it has four, so that no choice can be ruled out by
-    not being mentioned; the rest are filled from the same list of words.
+    The choices are the four values of that kind in the story, so that none can be ruled out by not being there.
     """
-    pools = {"where": PLACES, "owner": NAMES, "follows": FOODS, "count": NUMBERS}
     rng = random.Random(f"{SEEDS[split]} {task}")
     rows: list[dict] = []
     seen: set[str] = set()
     while len(rows) < count:
-        document = make(task, rng)
-        asked = [q for q in document.questions if q.combination and held_out(q.combination)]
-        asked = [q for q in asked if len(set(q.choices)) > 2]
+        document = scene_story(rng, task)
+        add_filler(document, rng)
+        pairs = [q for q in document.questions if q.combination and q.combination[0] == task]
+        asked = [q for q in pairs if held_out(q.combination or ())]
         if not asked or document.story in seen:
             continue
         seen.add(document.story)
         question = rng.choice(asked)
-        wrong = [choice for choice in dict.fromkeys(question.choices) if choice != question.answer]
-        rng.shuffle(wrong)
-        wrong += rng.sample([word for word in pools[task] if word != question.answer and word not in wrong], 3)
-        choices = [question.answer, *wrong[:3]]
-        rng.shuffle(choices)
+        choices = rng.sample(question.choices, 4)
         rows.append(
             {
                 "passage": document.story,
