@@ -41,12 +41,13 @@ def items(model: LlamaForCausalLM | None = None, count: int = 20) -> list[dict[s
         row = {
             "passage": f"Nora went to the {PLACES[index % 4]}. Ben has {index} balls.",
             "question": "Where is Nora now?",
+            "lead": "Nora is in the",
             "choices": PLACES[index % 3 :] + PLACES[: index % 3],
             "gold": 0,
             "combination": [],
         }
         if model is not None:
-            prompt = f"{row['passage']}\nQuestion: {row['question']}\nAnswer:"
+            prompt = f"{row['passage']}\nQuestion: {row['question']}\nAnswer: {row['lead']}"
             start = len(tokenizer(prompt).input_ids)
             values = []
             for choice in row["choices"]:

@@ -396,17 +396,18 @@ def test_missing_files_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_the_worlds_tasks_ask_as_the_teacher_was_taught(tmp_path: Path) -> None:
     row = {
-        "passage": "Nora went to the mill.",
-        "question": "Where is Nora now?",
-        "choices": ["mill", "barn", "cave", "tower"],
+        "passage": "The kite was red.",
+        "question": "What color was the kite?",
+        "lead": "The kite was",
+        "choices": ["red", "blue", "green", "pink"],
         "gold": 0,
-        "combination": ["where", "Nora", "barn", "mill"],
+        "combination": ["color", "kite", "red"],
     }
     for name in tasks.WORLD:
         write_rows(tmp_path / f"{name}.jsonl", [row])
     loaded = tasks.load(tasks.Request(("world",), str(tmp_path)))
     assert [entry.name for entry in loaded] == list(tasks.WORLD)
-    prompt = "Nora went to the mill.\nQuestion: Where is Nora now?\nAnswer:"
+    prompt = "The kite was red.\nQuestion: What color was the kite?\nAnswer: The kite was"
     for entry in loaded:
         assert asked(entry) == [[(prompt, f" {choice}") for choice in row["choices"]]]
         assert gold(entry, 0) == 0

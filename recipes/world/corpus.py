@@ -3,7 +3,7 @@
 Each document is a story, followed by questions whose answers must be remembered or inferred from it, never
 guessed from the words around them:
 
-* ``scene``    what color, how many, whose, and who: attributes of four things each, to be told apart (the tasks);
+* ``scene``    who is who, what color, how many: attributes of four things each, to be told apart (the tasks);
 * ``where``    who moved where, and where they were before;
 * ``owner``    who holds what after things changed hands, and who had it first;
 * ``follows``  what follows from a rule about a kind ("every baker likes plums", "Nora is a baker");
@@ -13,8 +13,8 @@ guessed from the words around them:
 with clauses between a subject and its verb that demand agreement, and plain filler prose made by
 a small grammar, so that language modelling is not only templates.
 
-A *combination* is the pair of words that decides an answer: ``("color", thing, color)``, ``("amount", noun,
-number)``, ``("whose", thing, owner)``, ``("trade", kind, person)``. A hash of the pair alone decides whether it is held
+A *combination* is the pair of words that decides an answer: ``("trade", kind, person)``, ``("pet", animal,
+name)``, ``("color", thing, color)``, ``("amount", noun, number)``. A hash of the pair alone decides whether it is held
 out (1 in 16). A document that contains a held-out pair never enters training or distillation text; the evaluation
 tasks ask only about held-out pairs.
 
@@ -36,7 +36,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 TASK_FOLDER = HERE.parent.parent / "edgerazor" / "tasks" / "world"
-TASKS = ("color", "amount", "whose", "trade")
+TASKS = ("trade", "pet", "color", "amount")
 ITEMS_PER_TASK = 1000
 SEEDS = {"train": 0, "distill": 1, "heldout": 2, "tasks": 3, "few_shot": 4}
 DISTILL_DOCUMENTS = 24_000
@@ -85,7 +85,8 @@ class Document:
     def text(self) -> str:
         lines = [self.story]
         for question in self.questions:
-            lines += [f"Question: {question.text}", f"Answer: {question.answer}"]
+            lead = f"{question.lead} " if question.lead else ""
+            lines += [f"Question: {question.text}", f"Answer: {lead}{question.answer}{'.' if lead else ''}"]
         return "\n".join(lines)
 
 
@@ -96,6 +97,7 @@ class Question:
     choices: list[str]
     combination: Combination | None = None  # set where a task may ask it
     statement: str = ""  # the answer as a sentence, for stories that sum up
+    lead: str = ""  # the words of the answer before the one that is asked for
 
 
 @lru_cache(maxsize=1 << 20)
@@ -296,44 +298,44 @@ def filler(rng: random.Random) -> str:
 
 
 def scene_story(rng: random.Random, asked: str = "") -> Document:
-    """Things with a color, a number or an owner, and people with a trade; the questions ask for these."""
+    """People with a trade, animals with a name, things with a color or a number; the questions ask for these."""
     document = Document()
     others = [kind for kind in TASKS if kind != asked]
     kinds = [asked, rng.choice(others)] if asked else rng.sample(TASKS, 2)
-    things, people = rng.sample(THINGS, 8), rng.sample(NAMES, 8)
-    nouns = [noun for noun in COUNTED if noun.removesuffix("s") not in THINGS]
+    people = rng.sample(NAMES, 8)
     for kind in kinds:
-        size = 4 if asked else rng.choice([1, 2, 3, 4, 4])
-        keys = {"amount": nouns, "trade": KINDS}.get(kind) or [things.pop() for _ in range(size)]
+        size = 4 if asked else rng.choice([2, 3, 4, 4])
+        keys = {"trade": KINDS, "pet": ANIMALS, "color": THINGS, "amount": COUNTED}[kind]
         values = {"color": COLORS, "amount": NUMBERS[2:]}.get(kind) or [people.pop() for _ in range(size)]
         chosen = rng.sample(values, size)
-        for key, value in zip(rng.sample(keys, size), chosen, strict=True):
+        entries = [f"{key} {value}" for key, value in zip(rng.sample(keys, size), chosen, strict=True)]
+        document.sentences += scene_sentences(kind, entries, rng)
+        for entry in entries:
+            key, value = entry.split()
             combination = (kind, key, value)
             document.combinations.add(combination)
-            document.sentences.append(scene_sentence(kind, key, value, rng))
-            document.questions.append(Question(scene_question(kind, key), value, chosen, combination))
+            lead = f"The {key}" if kind in ("trade", "pet") else f"The list says {key}"
+            document.questions.append(Question(scene_question(kind, key), value, chosen, combination, lead=lead))
     rng.shuffle(document.sentences)
     rng.shuffle(document.questions)
     return document
 
 
-def scene_sentence(kind: str, key: str, value: str, rng: random.Random) -> str:
-    place = rng.choice(PLACES)
-    if kind == "trade":
-        return rng.choice([f"{value} the {key} came to the {place}.", f"In the {place} stood {value} the {key}."])
-    article = "an" if value[0] in "aeiou" else "a"
-    what = {"color": f"{article} {value} {key}", "amount": f"{value} {key}", "whose": f"{value}'s {key}"}[kind]
-    return rng.choice(
-        [f"In the {place} lay {what}.", f"Someone had left {what} near the {place}.", f"The {place} had {what} in it."]
-    )
+def scene_sentences(kind: str, entries: list[str], rng: random.Random) -> list[str]:
+    """Key and value side by side: "the baker Nora came to the mill", "the list says rope green, cup golden"."""
+    if kind in ("trade", "pet"):
+        acts = ("came to", "slept in", "left", "liked", "waited near")
+        return [f"The {entry} {rng.choice(acts)} the {rng.choice(PLACES)}." for entry in entries]
+    cut = rng.randint(1, len(entries))
+    return [f"The list says {', '.join(part)}." for part in (entries[:cut], entries[cut:]) if part]
 
 
 def scene_question(kind: str, key: str) -> str:
     return {
-        "color": f"What color is the {key}?",
-        "amount": f"How many {key}?",
-        "whose": f"Who owns the {key}?",
-        "trade": f"Who is the {key}?",
+        "trade": f"Who was the {key}?",
+        "pet": f"What was the {key} called?",
+        "color": f"What color was the {key}?",
+        "amount": f"How many {key} were there?",
     }[kind]
 
 
@@ -502,6 +504,29 @@ def list_story(rng: random.Random) -> Document:
     return document
 
 
+CONNECTIVES = (" ", " ", " ", " ", " was ", " had ", " was called ")
+
+
+def chant(rng: random.Random) -> Document:
+    """A row of words said twice: nothing helps but to look up what came after the words before."""
+    words = rng.choice([KINDS + FOODS, THINGS, NAMES, NUMBERS + COLORS, COUNTED + PLACES])
+    between = rng.choice(CONNECTIVES)
+    row = between.join(rng.choice(words) for _ in range(rng.randint(6, 30) // len(between.split(" ")[1:]) + 2))
+    return Document([f"Say: {row}.", f"Again: {row}."])
+
+
+def pairs(rng: random.Random) -> Document:
+    """Pairs of words said twice, the second time in another order: one word of a pair tells the other."""
+    left, right = rng.choice(
+        [(NAMES, PLACES), (KINDS, FOODS), (THINGS, PLACES), (ANIMALS, COLORS), (NAMES, THINGS), (THINGS, NAMES)]
+    )
+    count = rng.choice([2, 3, 4, 5, 6, 8, 10])
+    between = rng.choice(CONNECTIVES)
+    start = rng.choice(["", "The "])
+    told = [f"{start}{a}{between}{b}." for a, b in zip(rng.sample(left, count), rng.sample(right, count), strict=True)]
+    return Document([*told, "Again:", *rng.sample(told, count)])
+
+
 def prose(rng: random.Random) -> Document:
     return Document([filler(rng) for _ in range(rng.randint(4, 9))])
 
@@ -514,9 +539,25 @@ STORIES: dict[str, Callable[[random.Random], Document]] = {
     "count": count_story,
     "order": order_story,
     "list": list_story,
+    "chant": chant,
+    "pairs": pairs,
     "prose": prose,
 }
-WEIGHTS = {"scene": 60, "where": 6, "owner": 6, "follows": 6, "count": 6, "order": 4, "list": 6, "prose": 6}
+WEIGHTS = {
+    "scene": 50,
+    "where": 6,
+    "owner": 6,
+    "follows": 6,
+    "count": 6,
+    "order": 4,
+    "list": 6,
+    "chant": 10,
+    "pairs": 0,
+    "prose": 6,
+}
+
+#: For the plain documents with which the teacher's training begins: above all, looking things up.
+PLAIN_WEIGHTS = {"chant": 100, "pairs": 50, "prose": 0}
 
 
 def add_filler(document: Document, rng: random.Random) -> None:
@@ -532,7 +573,7 @@ def add_filler(document: Document, rng: random.Random) -> None:
 
 def make(kind: str, rng: random.Random, plain: bool = False) -> Document:
     document = STORIES[kind](rng)
-    if kind != "prose" and not plain:
+    if kind not in ("prose", "chant", "pairs") and not plain:
         add_filler(document, rng)
     return document
 
@@ -542,7 +583,8 @@ def documents(split: str, count: int, start: int = 0, plain: bool = False) -> It
 
     Document i depends on the split, i and `plain` alone, so any part can be made again on its own.
     """
-    kinds, weights = list(WEIGHTS), list(WEIGHTS.values())
+    table = WEIGHTS | PLAIN_WEIGHTS if plain else WEIGHTS
+    kinds, weights = list(table), list(table.values())
     for index in range(start, start + count):
         rng = random.Random(SEEDS[split] * 1_000_000_007 + index)
         while True:
@@ -579,6 +621,7 @@ def items(task: str, count: int, split: str = "tasks") -> list[dict]:
             {
                 "passage": document.story,
                 "question": question.text,
+                "lead": question.lead,
                 "choices": choices,
                 "gold": choices.index(question.answer),
                 "combination": list(question.combination or ()),

@@ -30,13 +30,21 @@ from corpus import HERE, TASKS, documents, items
 
 CONTEXT = 256
 VOCABULARY = 1536
-ANSWER_WEIGHT = 5.0
-SHORT_SHARE = 0.4
+ANSWER_WEIGHT = 3.0
+SHORT_SHARE = 0.8
 SHORT = 96
 MOMENTS = ("exp_avg", "exp_avg_sq")
 TOKENIZER_DOCUMENTS = 40_000
 # Documents per block of work, so that a resumed run finds its place in the corpus.
 BLOCK = 1_000
+
+
+def load_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer of the teacher's folder, made once."""
+    folder = HERE / "teacher"
+    if not (folder / "tokenizer.json").exists():
+        train_tokenizer().save_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
@@ -124,7 +132,7 @@ def accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, count:
     result = {}
     for task in TASKS:
         rows = items(task, count)
-        texts = [f"{row['passage']}\nQuestion: {row['question']}\nAnswer:" for row in rows]
+        texts = [f"{row['passage']}\nQuestion: {row['question']}\nAnswer: {row['lead']}" for row in rows]
         batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
         last = batch["attention_mask"].sum(1) - 1
         hidden = model.model(**batch).last_hidden_state[torch.arange(len(rows)), last]
@@ -198,7 +206,7 @@ def new_model() -> LlamaForCausalLM:
 
 def train(arguments: argparse.Namespace) -> None:
     torch.manual_seed(0)
-    tokenizer = train_tokenizer()
+    tokenizer = load_tokenizer()
     model = new_model()
     optimizer = optimizer_for(model)
     state = State(HERE / "teacher.state")
@@ -207,7 +215,7 @@ def train(arguments: argparse.Namespace) -> None:
     steps = arguments.tokens // tokens_per_step
     model.to(arguments.device)
 
-    answer, colon = tokenizer("Answer:", add_special_tokens=False)["input_ids"]
+    newline, answer, _ = tokenizer("\nAnswer:", add_special_tokens=False)["input_ids"]
 
     def loss_of(batch: torch.Tensor) -> torch.Tensor:
         with torch.autocast(arguments.device, torch.bfloat16):
@@ -215,10 +223,12 @@ def train(arguments: argparse.Namespace) -> None:
         losses = torch.nn.functional.cross_entropy(
             logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="none"
         )
-        # Answers are few among the tokens and carry what the tasks ask: they count more.
+        # Answers are few among the tokens and carry what the tasks ask: their lines count more.
         before = batch[:, :-1]
-        asked = (before == colon) & (before.roll(1, 1) == answer)
-        weights = torch.where(asked, ANSWER_WEIGHT, 1.0)
+        place = torch.arange(before.shape[1], device=before.device).expand_as(before)
+        answers = torch.where(before == answer, place, -1).cummax(1).values
+        lines = torch.where(before == newline, place, -1).cummax(1).values
+        weights = torch.where(answers > lines, ANSWER_WEIGHT, 1.0)
         weights = torch.where(before == tokenizer.eos_token_id, 0.0, weights).flatten()  # padding
         return (losses * weights).sum() / weights.sum()
 
