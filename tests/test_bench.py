@@ -78,6 +78,15 @@ def test_an_untied_embedding_is_not_read_while_decoding(job):
     assert engine.weight_bytes - engine.bytes_per_token == embedding
 
 
+def test_peak_memory_is_the_engines_own(llama):
+    """And not what this process held before it started the engine's."""
+    ballast = bytearray(1_500_000_000)
+    ballast[::4096] = b"x" * len(ballast[::4096])
+    with bench.worker(llama, 1) as link:
+        assert bench.ask(link, "about")["start_memory_bytes"] < 1_000_000_000
+    assert bench.peak_memory() > 1_500_000_000
+
+
 def test_a_process_that_dies_is_one_sentence(llama):
     with bench.worker(llama, 1) as link:
         link.send(("not a request",))

@@ -20,7 +20,7 @@ from edgerazor.stages.eval import EvalResult, Measured
 from edgerazor.stages.pack import PackResult, size_table
 from edgerazor.workdir import WorkDir
 
-RESULTS = {
+RESULTS: dict[str, type[BaseModel]] = {
     "calibrate": CalibrateResult,
     "distill": DistillResult,
     "pack": PackResult,
