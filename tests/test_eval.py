@@ -75,6 +75,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any]
     monkeypatch.setattr(integration, "is_packed", lambda folder: Path(folder).name in ("packed", "other"))
     monkeypatch.setattr(integration, "load", load_packed)
     monkeypatch.setattr(_shared.models, "load", lambda *_, **__: (teacher, make_tokenizer()))
+    monkeypatch.setattr(_shared.models, "resolve", lambda *_, **__: tmp_path / "teacher")
     monkeypatch.setattr(_shared, "teacher_fingerprint", lambda recipe: "teacher")
     values = {
         "model": "teacher",

@@ -387,7 +387,7 @@ def test_missing_files_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(UserError, match="not a folder"):
         tasks.load(tasks.Request(("piqa",), str(tmp_path / "nowhere")))
     monkeypatch.setattr(_catalog, "WORLD_FOLDER", tmp_path)
-    with pytest.raises(UserError, match="items of world_color are missing"):
+    with pytest.raises(UserError, match="items of world_trade are missing"):
         tasks.load(tasks.Request(("world",)))
 
 
