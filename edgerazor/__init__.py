@@ -58,7 +58,7 @@ class _ThenRegister(importlib.abc.Loader):
 
 
 def _add_quantizer(auto: Any) -> None:
-    """Put placeholders into transformers' tables that import our classes when a packed folder is loaded."""
+    """Enter our classes in transformers' tables, to be imported when a packed folder is loaded."""
 
     class Lazy:
         def __init__(self, name: str) -> None:
