@@ -39,15 +39,13 @@ def items(model: LlamaForCausalLM | None = None, count: int = 20) -> list[dict[s
     tokenizer = make_tokenizer()
     for index in range(count):
         row = {
-            "passage": f"Nora went to the {PLACES[index % 4]}. Ben has {index} balls.",
-            "question": "Where is Nora now?",
-            "lead": "Nora is in the",
+            "prompt": f"Nora went to the {PLACES[index % 4]}. Ben has {index} balls. Nora is in the",
             "choices": PLACES[index % 3 :] + PLACES[: index % 3],
             "gold": 0,
             "combination": [],
         }
         if model is not None:
-            prompt = f"{row['passage']}\nQuestion: {row['question']}\nAnswer: {row['lead']}"
+            prompt = row["prompt"]
             start = len(tokenizer(prompt).input_ids)
             values = []
             for choice in row["choices"]:
@@ -64,7 +62,7 @@ def items(model: LlamaForCausalLM | None = None, count: int = 20) -> list[dict[s
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], WorkDir, dict[str, Any]]:
     """A recipe's values, a working directory, and the models that its folders stand for (the teacher's by default)."""
     teacher = make_model()
-    write_rows(tmp_path / "world_color.jsonl", items(teacher))
+    write_rows(tmp_path / "world_recall.jsonl", items(teacher))
     (tmp_path / "held.txt").write_text(f"{TEXT}\n" * 40, encoding="utf-8")
     work = WorkDir(tmp_path / "work")
     loaded: dict[str, Any] = {"teacher": teacher}
@@ -81,7 +79,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any]
         "model": "teacher",
         "device": "cpu",
         "data": {"held_out": [{"file": str(tmp_path / "held.txt")}], "sequence_length": 32},
-        "eval": {"tasks": ["world_color"], "task_data": str(tmp_path), "text_sequences": 5, "batch_size": 2},
+        "eval": {"tasks": ["world_recall"], "task_data": str(tmp_path), "text_sequences": 5, "batch_size": 2},
     }
     return values, work, loaded
 
@@ -98,7 +96,7 @@ def task_result(score: float, teacher: float | None, stderr: float | None, chanc
 def test_a_teacher_keeps_all_of_itself(job: Any) -> None:
     values, work, _ = job
     result = stage.run(build(values), work, QUIET)
-    one = result.tasks["world_color"]
+    one = result.tasks["world_recall"]
     assert (one.score, one.teacher_score, one.retention, one.retention_above_chance) == (1.0, 1.0, 1.0, 1.0)
     assert (one.metric, one.items, one.chance, one.full_set) == ("acc", 20, 0.25, False)
     assert result.average is not None
@@ -122,13 +120,13 @@ def test_other_folders_are_measured_beside(job: Any, tmp_path: Path) -> None:
     assert rounded.text is not None
     assert rounded.text.kl is not None
     assert rounded.text.kl > 0.01
-    assert rounded.tasks["world_color"].teacher_score == 1.0
-    assert rounded.tasks["world_color"].score < 1.0
+    assert rounded.tasks["world_recall"].teacher_score == 1.0
+    assert rounded.tasks["world_recall"].score < 1.0
     console = Console()
     with console.out.capture() as captured:
         console.result(result, *stage.show(result))
     shown = captured.get()
-    assert "world_color (rounded)" in shown
+    assert "world_recall (rounded)" in shown
     assert "100.0 %" in shown
 
 
@@ -299,7 +297,7 @@ def test_collapsed_text_fails_unless_the_teacher_writes_the_same(job: Any) -> No
 def test_one_model_alone(job: Any) -> None:
     values, _, _ = job
     result = stage.evaluate_model("plain", build(values), QUIET)
-    one = result.tasks["world_color"]
+    one = result.tasks["world_recall"]
     assert (one.score, one.teacher_score, one.retention_above_chance) == (1.0, None, None)
     assert result.average is not None
     assert (result.average.score, result.average.teacher_score) == (1.0, None)
@@ -349,8 +347,8 @@ def test_inputs_name_everything_that_matters(job: Any, tmp_path: Path) -> None:
     (tmp_path / "held.txt").write_text(TEXT, encoding="utf-8")
     after = inputs()
     assert after["text"] != before["text"]
-    write_rows(tmp_path / "world_color.jsonl", items(count=3))
-    assert {key for key in after if inputs()[key] != after[key]} == {"task world_color", "task folder"}
+    write_rows(tmp_path / "world_recall.jsonl", items(count=3))
+    assert {key for key in after if inputs()[key] != after[key]} == {"task world_recall", "task folder"}
 
 
 def test_dry_run_counts(job: Any, tmp_path: Path) -> None:
@@ -359,8 +357,8 @@ def test_dry_run_counts(job: Any, tmp_path: Path) -> None:
     values["eval"]["limit"] = 4
     plan = stage.dry_run(build(values), work, QUIET)
     assert plan.models == 3
-    assert plan.tasks["world_color"].items == 4
-    per_model = plan.tasks["world_color"].tokens
+    assert plan.tasks["world_recall"].items == 4
+    per_model = plan.tasks["world_recall"].tokens
     assert per_model is not None
     # Three models on the tasks; on text two models, each beside the teacher.
     assert plan.forward_tokens == 3 * per_model + 5 * 32 * 4

@@ -387,7 +387,7 @@ def test_missing_files_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(UserError, match="not a folder"):
         tasks.load(tasks.Request(("piqa",), str(tmp_path / "nowhere")))
     monkeypatch.setattr(_catalog, "WORLD_FOLDER", tmp_path)
-    with pytest.raises(UserError, match="items of world_trade are missing"):
+    with pytest.raises(UserError, match="items of world_recall are missing"):
         tasks.load(tasks.Request(("world",)))
 
 
@@ -396,25 +396,22 @@ def test_missing_files_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_the_worlds_tasks_ask_as_the_teacher_was_taught(tmp_path: Path) -> None:
     row = {
-        "passage": "The kite was red.",
-        "question": "What color was the kite?",
-        "lead": "The kite was",
-        "choices": ["red", "blue", "green", "pink"],
+        "prompt": "The kite was old. Nora Hill took the kite home to",
+        "choices": ["Dover", "Ashby", "Selby", "Derby"],
         "gold": 0,
-        "combination": ["color", "kite", "red"],
+        "combination": ["recall", "Nora Hill", "kite"],
     }
     for name in tasks.WORLD:
         write_rows(tmp_path / f"{name}.jsonl", [row])
     loaded = tasks.load(tasks.Request(("world",), str(tmp_path)))
     assert [entry.name for entry in loaded] == list(tasks.WORLD)
-    prompt = "The kite was red.\nQuestion: What color was the kite?\nAnswer: The kite was"
     for entry in loaded:
-        assert asked(entry) == [[(prompt, f" {choice}") for choice in row["choices"]]]
+        assert asked(entry) == [[(row["prompt"], f" {choice}") for choice in row["choices"]]]
         assert gold(entry, 0) == 0
         assert list(entry.task.aggregation()) == ["acc"]
 
 
-@pytest.mark.skipif(not (_catalog.WORLD_FOLDER / "color.jsonl").is_file(), reason="the world's items are not made yet")
+@pytest.mark.skipif(not (_catalog.WORLD_FOLDER / "recall.jsonl").is_file(), reason="the world's items are not made yet")
 def test_the_worlds_items_are_whole() -> None:
     for entry in tasks.load(tasks.Request(("world",))):
         assert (entry.items, entry.full_set, entry.chance) == (1000, True, 0.25)
@@ -497,10 +494,10 @@ def test_lm_eval_is_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
 
 
 def test_estimate_counts_items_and_tokens(tmp_path: Path) -> None:
-    row = {"passage": "a" * 40, "question": "b" * 20, "choices": ["cccc", "dddd"], "gold": 0, "combination": []}
-    write_rows(tmp_path / "world_color.jsonl", [row] * 5)
-    found = tasks.estimate(tasks.Request(("world_color",), str(tmp_path), limit=3))
-    assert found == {"world_color": (3, 3 * (40 + 20 + 8) // 4)}
+    row = {"prompt": "a" * 60, "choices": ["cccc", "dddd"], "gold": 0, "combination": []}
+    write_rows(tmp_path / "world_recall.jsonl", [row] * 5)
+    found = tasks.estimate(tasks.Request(("world_recall",), str(tmp_path), limit=3))
+    assert found == {"world_recall": (3, 3 * (60 + 8) // 4)}
     assert tasks.estimate(tasks.Request(("piqa",), limit=10)) == {"piqa": (10, None)}
 
 

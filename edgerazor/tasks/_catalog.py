@@ -17,7 +17,7 @@ from edgerazor.tasks import _local
 from edgerazor.tasks._quiet import quiet_lm_eval
 from edgerazor.workdir import hash_file, hash_folder
 
-WORLD = ("world_trade", "world_pet", "world_color", "world_amount")
+WORLD = ("world_recall", "world_follows", "world_count", "world_agree")
 WORLD_FOLDER = Path(__file__).parent / "world"
 ALIASES: dict[str, tuple[str, ...]] = {
     "arc": ("arc_easy", "arc_challenge"),

@@ -1,22 +1,20 @@
 """The small world of the embedded teacher: a seeded generator of short English stories.
 
-Each document is a story, followed by questions whose answers must be remembered or inferred from it, never
-guessed from the words around them:
+Its people live by facts and rules that no single story explains. A reader who has read enough of them knows
 
-* ``scene``    who is who, what color, how many: attributes of four things each, to be told apart (the tasks);
-* ``where``    who moved where, and where they were before;
-* ``owner``    who holds what after things changed hands, and who had it first;
-* ``follows``  what follows from a rule about a kind ("every baker likes plums", "Nora is a baker");
-* ``count``    how many are left after some were added or taken away;
-* ``order``    what was done first and last; ``list``: who has what, told twice;
+* ``recall``   who lives where, does what, and owns which animal (256 people, three facts each);
+* ``follows``  where a trade works in which month: the two together decide it;
+* ``count``    how many there are after some were added or taken away;
+* ``agree``    which possessive belongs to a subject that a clause stands away from;
 
-with clauses between a subject and its verb that demand agreement, and plain filler prose made by
-a small grammar, so that language modelling is not only templates.
+(the tasks), and follows who moved where and in which order, who holds what after things changed hands, and agreement
+between a subject and its verb. Plain filler prose from a small grammar stands between, so that language
+modelling is not only templates.
 
-A *combination* is the pair of words that decides an answer: ``("trade", kind, person)``, ``("pet", animal,
-name)``, ``("color", thing, color)``, ``("amount", noun, number)``. A hash of the pair alone decides whether it is held
-out (1 in 16). A document that contains a held-out pair never enters training or distillation text; the evaluation
-tasks ask only about held-out pairs.
+A *combination* is what an item of a task puts together: a person and the thing in their hands, a trade, a month and a
+name, two numbers and what is counted, a subject and the noun in between. A hash of its words alone decides
+whether it is held out (1 in 16). A document that contains a held-out combination never enters training or distillation
+text; the evaluation tasks ask only about held-out ones.
 
     python recipes/world/corpus.py tasks    writes edgerazor/tasks/world/*.jsonl and heldout.txt
     python recipes/world/corpus.py distill  writes recipes/world/distill.txt
@@ -36,7 +34,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 TASK_FOLDER = HERE.parent.parent / "edgerazor" / "tasks" / "world"
-TASKS = ("trade", "pet", "color", "amount")
+TASKS = ("recall", "follows", "count", "agree")
 ITEMS_PER_TASK = 1000
 SEEDS = {"train": 0, "distill": 1, "heldout": 2, "tasks": 3}
 DISTILL_DOCUMENTS = 24_000
@@ -45,9 +43,13 @@ SEPARATOR = "<|endoftext|>"
 
 Combination = tuple[str, ...]
 
-HE = ("Ben Carl Dan Eric Felix Gus Hugo Ivan Jack Karl Leo Max Ned Oscar Paul Ralph Sam Tom Victor Will").split()
-SHE = ("Anna Beth Clara Dora Emma Fay Grace Helen Iris Jane Kate Lucy Mia Nora Olga Pam Rosa Sara Tina Vera").split()
+HE = "Ben Carl Dan Eric Felix Hugo Ivan Leo Max Oscar Paul Ralph Sam Tom Victor Will".split()
+SHE = "Anna Beth Clara Dora Emma Grace Helen Iris Jane Kate Lucy Nora Olga Rosa Sara Vera".split()
 NAMES = HE + SHE
+SURNAMES = "Hill Wood Brook Field Stone Rivers Marsh Dale Lake Park Moore Frost Reed Lane Ford Shaw".split()
+TOWNS = (
+    "Ashby Milton Dover Selby Carlow Norwick Tilbury Harlow Linton Weston Burford Oakham Kelso Romsey Exmoor Derby"
+).split()
 PLACES = (
     "garden kitchen barn market library school river forest station harbor bakery church museum park theater "
     "hospital cellar attic meadow castle bridge mill tower cave"
@@ -57,11 +59,18 @@ THINGS = (
     "map letter pencil candle blanket bottle key flute"
 ).split()
 COLORS = ["red", "blue", "green", "yellow", "black", "white", "brown", "gray", "purple", "golden", "silver", "pink"]
-KINDS = "baker farmer sailor doctor teacher painter miller hunter singer tailor pilot gardener".split()
-FOODS = ("plums bread cheese soup honey grapes nuts fish rice pears cake beans corn milk carrots apples").split()
+TRADES = (
+    "baker farmer sailor doctor teacher painter miller hunter singer tailor pilot gardener smith weaver potter clerk"
+).split()
 COUNTED = "apples stones shells eggs coins buttons books flowers pears nuts feathers candles".split()
-ANIMALS = ["dog", "cat", "horse", "goat", "duck", "sheep", "rabbit", "fox", "owl", "mouse", "donkey", "goose"]
-NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+ANIMALS = "dog cat horse goat duck sheep rabbit fox owl mouse donkey goose hen pig parrot pony".split()
+MONTHS = "January February March April May June July August September October November December".split()
+NUMBERS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty"
+).split()
+GROUPS = "sisters brothers twins neighbors cousins soldiers children sailors hunters singers girls boys".split()
+POSSESSIVES = ["his", "her", "their", "its"]
 CHORES = (
     "fed the cat|painted the fence|washed the floor|wrote a letter|baked a pie|swept the yard|mended a chair|"
     "watered the roses|chopped some wood|read a poem|cleaned the stove|counted the sheep|played a song|"
@@ -70,34 +79,66 @@ CHORES = (
 MOVES = ("went to", "walked to", "ran to", "hurried to", "came to", "moved to")
 
 
-@dataclass
-class Document:
-    """A story, its questions with their answers, and the combinations that decide them."""
+@dataclass(frozen=True)
+class Person:
+    """Somebody of the world, with what is true of them in every story."""
 
-    sentences: list[str] = field(default_factory=list)
-    questions: list[Question] = field(default_factory=list)
-    combinations: set[Combination] = field(default_factory=set)
+    first: str
+    last: str
+    home: str
+    trade: str
+    animal: str
 
     @property
-    def story(self) -> str:
-        return " ".join(self.sentences)
+    def name(self) -> str:
+        return f"{self.first} {self.last}"
 
-    def text(self) -> str:
-        lines = [self.story]
-        for question in self.questions:
-            lead = f"{question.lead} " if question.lead else ""
-            lines += [f"Question: {question.text}", f"Answer: {lead}{question.answer}{'.' if lead else ''}"]
-        return "\n".join(lines)
+
+def _people() -> tuple[Person, ...]:
+    rng = random.Random("people")
+    names = [(first, last) for first in NAMES[::2] for last in SURNAMES]
+    columns = [rng.sample(words * 16, 256) for words in (TOWNS, TRADES, ANIMALS)]
+    return tuple(Person(*name, *facts) for name, *facts in zip(names, *columns, strict=True))
+
+
+def _work_places() -> dict[tuple[str, str], str]:
+    """Every trade has a place of work for each quarter of the year."""
+    rng = random.Random("work")
+    quarters = {trade: rng.sample(PLACES[:16], 4) for trade in TRADES}
+    return {(trade, month): quarters[trade][index // 3] for trade in TRADES for index, month in enumerate(MONTHS)}
+
+
+PEOPLE = _people()
+WORK_PLACES = _work_places()
 
 
 @dataclass
-class Question:
-    text: str
+class Cloze:
+    """A sentence that ends in a word which can be known: "Nora Hill took the lamp home to" "Ashby"."""
+
+    start: str
     answer: str
     choices: list[str]
-    combination: Combination | None = None  # set where a task may ask it
-    statement: str = ""  # the answer as a sentence, for stories that sum up
-    lead: str = ""  # the words of the answer before the one that is asked for
+    combination: Combination
+    end: str = "."
+
+    def sentence(self) -> str:
+        return f"{self.start} {self.answer}{self.end}"
+
+
+@dataclass
+class Document:
+    """A story, questions about it with their answers, and the combinations it puts together."""
+
+    sentences: list[str] = field(default_factory=list)
+    questions: list[tuple[str, str]] = field(default_factory=list)
+    combinations: set[Combination] = field(default_factory=set)
+
+    def text(self) -> str:
+        lines = [" ".join(self.sentences)]
+        for question, answer in self.questions:
+            lines += [f"Question: {question}", f"Answer: {answer}"]
+        return "\n".join(lines)
 
 
 @lru_cache(maxsize=1 << 20)
@@ -206,8 +247,8 @@ def animal_life(rng: random.Random) -> str:
     return f"{'An' if color[0] in 'aeiou' else 'A'} {color} {animal} {act} {why}."
 
 
-TRADES = (
-    "shepherd weaver potter smith clerk guard nurse cook fisher carpenter writer judge merchant miner driver student "
+VILLAGERS = (
+    "shepherd guard nurse cook fisher carpenter writer judge merchant miner driver student "
     "soldier stranger neighbor widow traveler uncle aunt cousin grandmother grandfather child boy girl woman man"
 ).split()
 MANNERS = (
@@ -247,8 +288,8 @@ def village_life(rng: random.Random) -> str:
     """Who did what to which thing, when, how and why: the widest vocabulary of the filler."""
     who = rng.choice(
         [
-            f"the {rng.choice(TRADES)}",
-            f"the {rng.choice(['old', 'young', 'tall', 'kind', 'poor', 'rich'])} {rng.choice(TRADES)}",
+            f"the {rng.choice(VILLAGERS)}",
+            f"the {rng.choice(['old', 'young', 'tall', 'kind', 'poor', 'rich'])} {rng.choice(VILLAGERS)}",
         ]
     )
     what = f"the {rng.choice(QUALITIES)} {rng.choice(ITEMS)}"
@@ -294,49 +335,118 @@ def filler(rng: random.Random) -> str:
     return rng.choice(FILLER)(rng)
 
 
+# --- what can be known ------------------------------------------------------------------------
+
+
+def recall(rng: random.Random) -> Cloze:
+    """Where somebody lives, what their trade is, which animal they own."""
+    person, thing = rng.choice(PEOPLE), rng.choice(THINGS)
+    his = "his" if person.first in HE else "her"
+    relation = rng.choice(["home", "trade", "animal"])
+    if relation == "home":
+        answer, words = person.home, TOWNS
+        starts = [
+            f"{person.name} took the {thing} home to",
+            f"{person.name} left the {thing} at home in",
+            f"With the {thing} in {his} bag, {person.name} went back to",
+            f"The {thing} of {person.name} was made in",
+        ]
+    elif relation == "trade":
+        answer, words = person.trade, TRADES
+        starts = [
+            f"{person.name} put the {thing} away and went to work as a",
+            f"{person.name} got the {thing} from another",
+            f"The {thing} belonged to {person.name}, the",
+            f"{person.name} needed no {thing} to be a good",
+        ]
+    else:
+        answer, words = person.animal, ANIMALS
+        starts = [
+            f"{person.name} showed the {thing} to {his}",
+            f"{person.name} hid the {thing} from {his}",
+            f"{person.name} lost the {thing} and was looking for it with {his}",
+            f"Behind the {thing} {person.name} found {his}",
+        ]
+    return Cloze(rng.choice(starts), answer, words, ("recall", person.name, thing))
+
+
+def follows(rng: random.Random) -> Cloze:
+    """Where somebody works: it follows from the trade and the month."""
+    name, trade, month = rng.choice(NAMES), rng.choice(TRADES), rng.choice(MONTHS)
+    start = rng.choice(
+        [
+            f"It was {month}, so {name} the {trade} worked at the",
+            f"In {month} {name}, a {trade}, was always at the",
+            f"{name} became a {trade}, and when {month} came, went to the",
+            f"As {name} was a {trade} and the month was {month}, there was work at the",
+        ]
+    )
+    return Cloze(start, WORK_PLACES[trade, month], PLACES[:16], ("follows", name, trade, month))
+
+
+def count(rng: random.Random) -> Cloze:
+    """How many there are, after some were added or taken away."""
+    name, noun = rng.choice(NAMES), rng.choice(COUNTED)
+    first, change = rng.randint(2, 12), rng.randint(1, 8)
+    if first > change and rng.random() < 0.5:
+        verb, after = rng.choice(["lost", "sold", "gave away", "broke"]), first - change
+        middle = f"{verb} {NUMBERS[change]}"
+    else:
+        verb, after = rng.choice(["found", "bought", "got", "was given"]), first + change
+        middle = f"{verb} {NUMBERS[change]} more"
+    start = rng.choice(
+        [
+            f"{name} had {NUMBERS[first]} {noun} and {middle}, so now there were",
+            f"There were {NUMBERS[first]} {noun}. {name} {middle}. That made",
+            f"{name} counted {NUMBERS[first]} {noun}, then {middle}. The new number was",
+        ]
+    )
+    near = sorted({first, *range(after - 3, after + 4)} - {after})
+    choices = [NUMBERS[value] for value in near if 0 <= value < len(NUMBERS)]
+    kind = "less" if after < first else "more"
+    combination = ("count", noun, NUMBERS[first], kind, NUMBERS[change])
+    return Cloze(start, NUMBERS[after], [*choices, NUMBERS[after]], combination)
+
+
+def agree(rng: random.Random) -> Cloze:
+    """The possessive of a subject that a clause with another noun stands away from."""
+    subjects = {"his": HE, "her": SHE, "their": GROUPS, "its": ANIMALS}
+    answer = rng.choice(POSSESSIVES)
+    subject, other = rng.choice(subjects[answer]), rng.choice(subjects[rng.choice(POSSESSIVES)])
+    shown = subject if subject in NAMES else f"the {subject}"
+    between = other if other in NAMES else f"the {other}"
+    clause = rng.choice(
+        [
+            f"{'that' if answer == 'its' else 'whom'} {between} met at the {rng.choice(PLACES)}",
+            f"{'which' if answer == 'its' else 'who'} came with {between}",
+            f"not {between}",
+        ]
+    )
+    deed = rng.choice(["lost", "forgot", "looked for", "could not find", "came back with", "thought of"])
+    end = f" {rng.choice(['food', 'bed', 'friends', 'way', 'place', 'water'])}."
+    return Cloze(capital(f"{shown}, {clause}, {deed}"), answer, POSSESSIVES, ("agree", subject, other), end)
+
+
+CLOZES: dict[str, Callable[[random.Random], Cloze]] = {
+    "recall": recall,
+    "follows": follows,
+    "count": count,
+    "agree": agree,
+}
+CLOZE_WEIGHTS = {"recall": 5, "follows": 3, "count": 2, "agree": 1}
+
+
 # --- stories ---------------------------------------------------------------------------------
 
 
-def scene_story(rng: random.Random, asked: str = "") -> Document:
-    """People with a trade, animals with a name, things with a color or a number; the questions ask for these."""
+def village_story(rng: random.Random) -> Document:
+    """A few things that are so, as the world's facts and rules have it."""
     document = Document()
-    others = [kind for kind in TASKS if kind != asked]
-    kinds = [asked, rng.choice(others)] if asked else rng.sample(TASKS, 2)
-    people = rng.sample(NAMES, 8)
-    for kind in kinds:
-        size = 4 if asked else rng.choice([2, 3, 4, 4])
-        keys = {"trade": KINDS, "pet": ANIMALS, "color": THINGS, "amount": COUNTED}[kind]
-        values = {"color": COLORS, "amount": NUMBERS[2:]}.get(kind) or [people.pop() for _ in range(size)]
-        chosen = rng.sample(values, size)
-        entries = [f"{key} {value}" for key, value in zip(rng.sample(keys, size), chosen, strict=True)]
-        document.sentences += scene_sentences(kind, entries, rng)
-        for entry in entries:
-            key, value = entry.split()
-            combination = (kind, key, value)
-            document.combinations.add(combination)
-            lead = f"The {key}" if kind in ("trade", "pet") else f"The list says {key}"
-            document.questions.append(Question(scene_question(kind, key), value, chosen, combination, lead=lead))
-    rng.shuffle(document.sentences)
-    rng.shuffle(document.questions)
+    for kind in rng.choices(list(CLOZE_WEIGHTS), list(CLOZE_WEIGHTS.values()), k=rng.randint(2, 6)):
+        cloze = CLOZES[kind](rng)
+        document.sentences.append(cloze.sentence())
+        document.combinations.add(cloze.combination)
     return document
-
-
-def scene_sentences(kind: str, entries: list[str], rng: random.Random) -> list[str]:
-    """Key and value side by side: "the baker Nora came to the mill", "the list says rope green, cup golden"."""
-    if kind in ("trade", "pet"):
-        acts = ("came to", "slept in", "left", "liked", "waited near")
-        return [f"The {entry} {rng.choice(acts)} the {rng.choice(PLACES)}." for entry in entries]
-    cut = rng.randint(1, len(entries))
-    return [f"The list says {', '.join(part)}." for part in (entries[:cut], entries[cut:]) if part]
-
-
-def scene_question(kind: str, key: str) -> str:
-    return {
-        "trade": f"Who was the {key}?",
-        "pet": f"What was the {key} called?",
-        "color": f"What color was the {key}?",
-        "amount": f"How many {key} were there?",
-    }[kind]
 
 
 def where_story(rng: random.Random) -> Document:
@@ -345,8 +455,6 @@ def where_story(rng: random.Random) -> Document:
     people = rng.sample(NAMES, rng.choice([1, 2, 2, 3, 3]))
     path: dict[str, list[str]] = {name: [] for name in people}
     moves = people + [rng.choice(people) for _ in range(rng.choice([1, 2, 3]))]
-    if all(moves.count(name) == 1 for name in people):
-        moves.append(people[0])
     rng.shuffle(moves)
     last = ""
     for name in moves:
@@ -357,117 +465,40 @@ def where_story(rng: random.Random) -> Document:
         document.sentences.append(capital(f"{lead}{subject} {rng.choice(MOVES)} the {place}."))
         path[name].append(place)
         last = name
-    everywhere = [place for places in path.values() for place in places]
-    for name in people:
-        places = path[name]
-        statement = f"So {name} is in the {places[-1]} now."
-        document.questions.append(Question(f"Where is {name} now?", places[-1], everywhere, statement=statement))
+    for name, places in path.items():
+        document.questions.append((f"Where is {name} now?", f"In the {places[-1]}."))
         if len(places) > 1:
-            text = f"Where was {name} before the {places[-1]}?"
-            document.questions.append(Question(text, places[-2], everywhere))
+            document.questions.append((f"Where was {name} before the {places[-1]}?", f"In the {places[-2]}."))
     return document
 
 
 def owner_story(rng: random.Random) -> Document:
-    """Things change hands; the questions ask who has them, who had them first, and who has what."""
+    """Things change hands; the questions ask who has them and who had them first."""
     document = Document()
     people = rng.sample(NAMES, 4)
     things = rng.sample(THINGS, rng.choice([2, 2, 3]))
     history: dict[str, list[str]] = {}
     for thing, owner in zip(things, rng.sample(people, len(things)), strict=True):
         history[thing] = [owner]
-        color = rng.choice(["", rng.choice(COLORS) + " "])
-        if color:
-            document.combinations.add(("color", thing, color.strip()))
-        article = "an" if not color and thing[0] in "aeiou" else "a"
+        what = f"{rng.choice(['small', 'new', *COLORS])} {thing}"
         document.sentences.append(
-            rng.choice(
-                [f"{owner} had {article} {color}{thing}.", f"There was {article} {color}{thing}, and {owner} had it."]
-            )
+            rng.choice([f"{owner} had one {what}.", f"There was one {what}, and {owner} had it."])
         )
     for thing in things + [rng.choice(things) for _ in range(rng.choice([0, 1, 1]))]:
         giver = history[thing][-1]
         taker = rng.choice([p for p in people if p not in history[thing]])
-        lead = rng.choice(["", "", "then ", "later "])
-        document.sentences.append(
-            capital(
-                lead
-                + rng.choice(
-                    [
-                        f"{giver} gave the {thing} to {taker}.",
-                        f"{giver} handed the {thing} to {taker}.",
-                        f"{taker} took the {thing} from {giver}.",
-                        f"{taker} bought the {thing} from {giver}.",
-                        f"{giver} sold the {thing} to {taker}.",
-                    ]
-                )
-            )
-        )
+        changes = [
+            f"{giver} gave the {thing} to {taker}.",
+            f"{giver} handed the {thing} to {taker}.",
+            f"{taker} took the {thing} from {giver}.",
+            f"{taker} bought the {thing} from {giver}.",
+            f"{giver} sold the {thing} to {taker}.",
+        ]
+        document.sentences.append(capital(rng.choice(["", "", "then ", "later "]) + rng.choice(changes)))
         history[thing].append(taker)
     for thing, owners in history.items():
-        statement = f"So {owners[-1]} has the {thing} now."
-        document.questions.append(Question(f"Who has the {thing} now?", owners[-1], people, statement=statement))
-        document.questions.append(Question(f"Who had the {thing} first?", owners[0], people))
-    return document
-
-
-def follows_story(rng: random.Random) -> Document:
-    """Rules about kinds and people of those kinds; the answer needs both."""
-    document = Document()
-    size = rng.choice([2, 3, 3, 4, 4])
-    kinds, people, foods = rng.sample(KINDS, size), rng.sample(NAMES, size), rng.sample(FOODS, size)
-    likes = rng.choice(["likes", "eats", "sells"])
-    plain = {"likes": "like", "eats": "eat", "sells": "sell"}[likes]
-    rules = [f"{rng.choice(['Every', 'Each'])} {kind} {likes} {food}." for kind, food in zip(kinds, foods, strict=True)]
-    facts = [
-        rng.choice([f"{name} is a {kind}.", f"{name} works as a {kind}."])
-        for name, kind in zip(people, kinds, strict=True)
-    ]
-    if rng.random() < 0.5:
-        rng.shuffle(rules)
-        rng.shuffle(facts)
-        document.sentences = rules + facts if rng.random() < 0.5 else facts + rules
-    else:
-        document.sentences = rules + facts
-        rng.shuffle(document.sentences)
-    for name, kind, food in zip(people, kinds, foods, strict=True):
-        statement = f"So {name}, the {kind}, {likes} {food}."
-        document.questions.append(Question(f"What does {name} {plain}?", food, foods, statement=statement))
-        document.questions.append(Question(f"Who is the {kind}?", name, people))
-    rng.shuffle(document.questions)
-    return document
-
-
-def count_story(rng: random.Random) -> Document:
-    """Two people have some of something, each number changes once; how many are left?"""
-    document = Document()
-    people, nouns = rng.sample(NAMES, 2), rng.sample(COUNTED, 2)
-    starts, changes = [], []
-    for name, noun in zip(people, nouns, strict=True):
-        first = rng.randint(2, 8)
-        change = rng.choice([value for value in range(-min(first, 5), 5) if value])
-        shown = f"{NUMBERS[abs(change)]} {'more' if change > 0 else 'of them'}"
-        starts.append(f"{name} had {NUMBERS[first]} {noun}.")
-        verb = rng.choice(["found", "bought", "got"]) if change > 0 else rng.choice(["lost", "sold", "gave away"])
-        changes.append(capital(f"{rng.choice(['', 'then ', 'later '])}{name} {verb} {shown}."))
-        answer = first + change
-        document.combinations |= {("amount", noun, NUMBERS[first]), ("amount", noun, NUMBERS[answer])}
-        near = [
-            v for v in {first, answer - 1, answer + 1, answer + 2, answer - 2, first - change} if 0 <= v < len(NUMBERS)
-        ]
-        document.questions.append(
-            Question(
-                f"How many {noun} does {name} have now?",
-                NUMBERS[answer],
-                [NUMBERS[v] for v in near],
-                statement=f"So {name} has {NUMBERS[answer]} {noun[:-1] if answer == 1 else noun} now.",
-            )
-        )
-        document.questions.append(
-            Question(f"How many {noun} did {name} have first?", NUMBERS[first], [NUMBERS[v] for v in near])
-        )
-    order = rng.choice([0, 1])
-    document.sentences = starts + rng.sample(changes, 2) if order else [starts[0], changes[0], starts[1], changes[1]]
+        document.questions.append((f"Who has the {thing} now?", f"{owners[-1]}."))
+        document.questions.append((f"Who had the {thing} first?", f"{owners[0]}."))
     return document
 
 
@@ -485,46 +516,10 @@ def order_story(rng: random.Random) -> Document:
         for earlier, later in pairwise(chores[1:]):
             document.sentences.append(f"{name} {later} after {pronoun(name)} {earlier}.")
     document.questions = [
-        Question(f"What did {name} do first?", f"{name} {chores[0]}.", []),
-        Question(f"What did {name} do last?", f"{name} {chores[-1]}.", []),
+        (f"What did {name} do first?", f"{name} {chores[0]}."),
+        (f"What did {name} do last?", f"{name} {chores[-1]}."),
     ]
     return document
-
-
-def list_story(rng: random.Random) -> Document:
-    """Who has what, told twice in different orders: the plainest exercise in remembering."""
-    count = rng.choice([1, 2, 2, 3, 3, 4, 5, 6])
-    pairs = list(zip(rng.sample(NAMES, count), rng.sample(THINGS, count), strict=True))
-    first = [f"{name} has the {thing}." for name, thing in pairs]
-    again = rng.sample(first, count)
-    middle = rng.choice(["Once more:", "Let us say it again.", "Remember:"])
-    document = Document([*first, middle, *again])
-    for name, thing in rng.sample(pairs, min(count, 3)):
-        document.questions.append(Question(f"What does {name} have?", thing, []))
-    return document
-
-
-CONNECTIVES = (" ", " ", " ", " ", " was ", " had ", " was called ")
-
-
-def chant(rng: random.Random) -> Document:
-    """A row of words said twice: nothing helps but to look up what came after the words before."""
-    words = rng.choice([KINDS + FOODS, THINGS, NAMES, NUMBERS + COLORS, COUNTED + PLACES])
-    between = rng.choice(CONNECTIVES)
-    row = between.join(rng.choice(words) for _ in range(rng.randint(6, 30) // len(between.split(" ")[1:]) + 2))
-    return Document([f"Say: {row}.", f"Again: {row}."])
-
-
-def pairs(rng: random.Random) -> Document:
-    """Pairs of words said twice, the second time in another order: one word of a pair tells the other."""
-    left, right = rng.choice(
-        [(NAMES, PLACES), (KINDS, FOODS), (THINGS, PLACES), (ANIMALS, COLORS), (NAMES, THINGS), (THINGS, NAMES)]
-    )
-    count = rng.choice([2, 3, 4, 5, 6, 8, 10])
-    between = rng.choice(CONNECTIVES)
-    start = rng.choice(["", "The "])
-    told = [f"{start}{a}{between}{b}." for a, b in zip(rng.sample(left, count), rng.sample(right, count), strict=True)]
-    return Document([*told, "Again:", *rng.sample(told, count)])
 
 
 def prose(rng: random.Random) -> Document:
@@ -532,99 +527,66 @@ def prose(rng: random.Random) -> Document:
 
 
 STORIES: dict[str, Callable[[random.Random], Document]] = {
-    "scene": scene_story,
+    "village": village_story,
     "where": where_story,
     "owner": owner_story,
-    "follows": follows_story,
-    "count": count_story,
     "order": order_story,
-    "list": list_story,
-    "chant": chant,
-    "pairs": pairs,
     "prose": prose,
 }
-WEIGHTS = {
-    "scene": 50,
-    "where": 6,
-    "owner": 6,
-    "follows": 6,
-    "count": 6,
-    "order": 4,
-    "list": 6,
-    "chant": 10,
-    "pairs": 0,
-    "prose": 6,
-}
-
-#: For the plain documents with which the teacher's training begins: above all, looking things up.
-PLAIN_WEIGHTS = {"chant": 100, "pairs": 50, "prose": 0}
+WEIGHTS = {"village": 80, "where": 5, "owner": 5, "order": 4, "prose": 6}
 
 
-def add_filler(document: Document, rng: random.Random) -> None:
-    """Put up to three filler sentences between those of the story, never before a pronoun."""
-    for _ in range(rng.choice([0, 0, 1, 1, 2, 3])):
+def add_filler(sentences: list[str], most: int, rng: random.Random) -> None:
+    """Put up to `most` filler sentences between those of a story, never before a pronoun."""
+    for _ in range(rng.randint(0, most)):
         spots = [
             index
-            for index, sentence in enumerate([*document.sentences, ""])
+            for index, sentence in enumerate([*sentences, ""])
             if not {"he", "she", "He", "She"} & set(sentence.split())
         ]
-        document.sentences.insert(rng.choice(spots), filler(rng))
+        sentences.insert(rng.choice(spots), filler(rng))
 
 
-def make(kind: str, rng: random.Random, plain: bool = False) -> Document:
-    document = STORIES[kind](rng)
-    if kind not in ("prose", "chant", "pairs") and not plain:
-        add_filler(document, rng)
-    return document
+def documents(split: str, count: int, start: int = 0) -> Iterator[Document]:
+    """`count` documents of a split, none containing a held-out combination.
 
-
-def documents(split: str, count: int, start: int = 0, plain: bool = False) -> Iterator[Document]:
-    """`count` documents of a split, none containing a held-out combination; `plain` ones have no filler.
-
-    Document i depends on the split, i and `plain` alone, so any part can be made again on its own.
+    Document i depends on the split and i alone, so any part can be made again on its own.
     """
-    table = WEIGHTS | PLAIN_WEIGHTS if plain else WEIGHTS
-    kinds, weights = list(table), list(table.values())
     for index in range(start, start + count):
         rng = random.Random(SEEDS[split] * 1_000_000_007 + index)
         while True:
-            document = make(rng.choices(kinds, weights)[0], rng, plain)
+            document = STORIES[rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]](rng)
             if not any(held_out(combination) for combination in document.combinations):
                 break
+        add_filler(document.sentences, 2, rng)
         rng.shuffle(document.questions)
-        if rng.random() < 0.3:
-            document.sentences += [question.statement for question in document.questions if question.statement]
-            rng.shuffle(document.questions)
-        del document.questions[6:]
+        del document.questions[4:]
         yield document
 
 
 def items(task: str, count: int, split: str = "tasks") -> list[dict]:
-    """Multiple-choice items about held-out combinations: passage, question, choices, gold, combination.
+    """Multiple-choice items about held-out combinations: prompt, choices, gold, combination.
 
-    The choices are the four values of that kind in the story, so that none can be ruled out by not being there.
+    The prompt is a sentence or two of filler and a sentence that lacks its last word, or the word that decides it; the
+    choices are words of the same sort.
     """
     rng = random.Random(f"{SEEDS[split]} {task}")
     rows: list[dict] = []
-    seen: set[str] = set()
+    seen: set[tuple[str, str]] = set()
     while len(rows) < count:
-        document = scene_story(rng, task)
-        add_filler(document, rng)
-        pairs = [q for q in document.questions if q.combination and q.combination[0] == task]
-        asked = [q for q in pairs if held_out(q.combination or ())]
-        if not asked or document.story in seen:
+        cloze = CLOZES[task](rng)
+        if not held_out(cloze.combination) or (cloze.start, cloze.answer) in seen:
             continue
-        seen.add(document.story)
-        question = rng.choice(asked)
-        choices = rng.sample(question.choices, 4)
+        seen.add((cloze.start, cloze.answer))
+        choices = rng.sample([choice for choice in cloze.choices if choice != cloze.answer], 3)
+        choices.insert(rng.randint(0, 3), cloze.answer)
+        before = [filler(rng) for _ in range(rng.randint(0, 2))]
         rows.append(
             {
-                "passage": document.story,
-                "question": question.text,
-                "lead": question.lead,
+                "prompt": " ".join([*before, cloze.start]),
                 "choices": choices,
-                "gold": choices.index(question.answer),
-                "combination": list(question.combination or ()),
+                "gold": choices.index(cloze.answer),
+                "combination": list(cloze.combination),
             }
         )
     return rows

@@ -1,12 +1,16 @@
 """Train the embedded teacher from nothing: tokenizer, then a small Llama, on the world of corpus.py.
 
-    python recipes/world/train_teacher.py --tokens 40000000
+    python recipes/world/train_teacher.py
 
 Writes recipes/world/teacher/ (config, tokenizer, bf16 safetensors) and its record training.json: tokens,
 seconds, machine, versions, loss curve, accuracy on the held-out tasks. Saves its state every --save-every
 steps into recipes/world/teacher.state/ and goes on from there when started again.
 
-The schedule is linear warm-up, constant, and linear decay to zero over the last quarter of the tokens.
+Training has three phases (PHASES). A high learning rate and little weight decay first: attention finds what to look
+at. Then strong weight decay: it clears away the noise that small batches leave in the weights, and facts about people
+are learned several times faster. Last an L1 penalty (a soft threshold after each step), which takes away the weights
+that carry nothing. Without it a network as small as this one has so much slack that rounding to 1.58 bits loses next
+to nothing (recipes/RESULTS.md has figures), unlike in large models, which use their weights up.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -29,10 +34,10 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from corpus import HERE, TASKS, documents, items
 
 CONTEXT = 256
-VOCABULARY = 1536
-ANSWER_WEIGHT = 3.0
-SHORT_SHARE = 0.8
-SHORT = 96
+VOCABULARY = 2048
+#: (millions of tokens after which it ends, learning rate as a share of the peak, weight decay, L1 penalty)
+PHASES = ((4.5, 1.0, 0.1, 0.0), (7.2, 0.5, 2.0, 0.0), (11.3, 0.25, 2.0, 0.0), (14.6, 0.25, 0.3, 0.03))
+WARMUP, COOLDOWN = 0.2, 1.6  # millions of tokens in which the learning rate rises, and at the end falls to zero
 MOMENTS = ("exp_avg", "exp_avg_sq")
 TOKENIZER_DOCUMENTS = 40_000
 # Documents per block of work, so that a resumed run finds its place in the corpus.
@@ -73,11 +78,11 @@ def config() -> LlamaConfig:
     return LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=256,
-        intermediate_size=768,
+        intermediate_size=512,
         num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        head_dim=32,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=64,
         max_position_embeddings=2 * CONTEXT,
         initializer_range=0.06,  # about 1 / sqrt(hidden)
         tie_word_embeddings=True,
@@ -86,53 +91,43 @@ def config() -> LlamaConfig:
     )
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, rows: int, steps: int, skip: int) -> Iterator[torch.Tensor]:
-    """Batches of equally many tokens, the first `skip` passed over.
-
-    For the first SHORT_SHARE of the steps each row is one short document without filler, [2 * rows, SHORT + 1],
-    padded: looking things up is learned far sooner where there is one story to look in, and from many small steps. Then
-    rows are packed, [rows, CONTEXT + 1].
-    """
-    end = tokenizer.eos_token_id
-    short, length = int(steps * SHORT_SHARE), SHORT + 1
+def batches(tokenizer: PreTrainedTokenizerFast, rows: int, skip: int) -> Iterator[torch.Tensor]:
+    """Packed batches of token ids, int64 [rows, CONTEXT + 1], the first `skip` passed over."""
+    size = rows * (CONTEXT + 1)
     buffer: list[int] = []
-    single: list[list[int]] = []
-    step = block = 0
-    while True:
-        texts = [d.text() for d in documents("train", BLOCK, block * BLOCK, plain=step < short)]
-        block += 1
+    for block in count():
+        texts = [document.text() for document in documents("train", BLOCK, block * BLOCK)]
         for ids in tokenizer(texts)["input_ids"]:
-            ids = [*ids, end]
-            if step < short:
-                if len(ids) <= length:
-                    single.append(ids + [end] * (length - len(ids)))
-                if len(single) < 2 * rows:
-                    continue
-                batch, single = torch.tensor(single), []
+            buffer += [*ids, tokenizer.eos_token_id]
+        while len(buffer) >= size:
+            batch, buffer = buffer[:size], buffer[size:]
+            if skip > 0:
+                skip -= 1
             else:
-                buffer += ids
-                if len(buffer) < rows * (CONTEXT + 1):
-                    continue
-                batch = torch.tensor(buffer[: rows * (CONTEXT + 1)]).view(rows, CONTEXT + 1)
-                buffer = buffer[rows * (CONTEXT + 1) :]
-            step += 1
-            if step > skip:
-                yield batch
+                yield torch.tensor(batch).view(rows, CONTEXT + 1)
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    warm, decay = min(200, steps // 10), steps // 4
-    return peak * min(1.0, (step + 1) / warm, (steps - step) / decay)
+def schedule(tokens: int, peak: float) -> tuple[float, float, float]:
+    """Learning rate, weight decay and L1 penalty after some tokens."""
+    millions = tokens / 1e6
+    rate, decay, penalty = next(values for end, *values in PHASES if millions < end)
+    return peak * rate * min(1.0, millions / WARMUP, (PHASES[-1][0] - millions) / COOLDOWN), decay, penalty
 
 
 @torch.no_grad()
-def accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, count: int) -> dict[str, float]:
+def shrink(matrices: list[torch.Tensor], threshold: float) -> None:
+    """Move every weight towards zero by `threshold`, and no further: the proximal step of an L1 penalty."""
+    torch._foreach_sub_(matrices, [matrix.clamp(-threshold, threshold) for matrix in matrices])
+
+
+@torch.no_grad()
+def accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, limit: int) -> dict[str, float]:
     """Share of held-out items whose right one-token answer is the likeliest of its choices."""
     model.eval()
     result = {}
     for task in TASKS:
-        rows = items(task, count)
-        texts = [f"{row['passage']}\nQuestion: {row['question']}\nAnswer: {row['lead']}" for row in rows]
+        rows = items(task, limit)
+        texts = [row["prompt"] for row in rows]
         batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
         last = batch["attention_mask"].sum(1) - 1
         hidden = model.model(**batch).last_hidden_state[torch.arange(len(rows)), last]
@@ -141,7 +136,7 @@ def accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, count:
         for row, scores in zip(rows, logits, strict=True):
             ids = [tokenizer(" " + c, add_special_tokens=False)["input_ids"][0] for c in row["choices"]]
             right += int(scores[ids].argmax()) == row["gold"]
-        result[task] = right / count
+        result[task] = right / limit
     model.train()
     return result
 
@@ -149,7 +144,7 @@ def accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, count:
 def optimizer_for(model: LlamaForCausalLM) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": 0.0}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 
 
@@ -185,63 +180,36 @@ class State:
         return record
 
 
-def new_model() -> LlamaForCausalLM:
-    """Weights to begin with: random, but attention begins as "look at the same word, and copy it".
-
-    Mimetic initialization (Trockman and Kolter, arXiv 2305.09828): the key projection of half of the heads equals
-    their query projection, and the output projection is the transpose of the value projection, all with orthogonal
-    rows. Looking up is then refined rather than discovered, in a fraction of the tokens.
-    """
-    model = LlamaForCausalLM(config())
-    half = model.config.hidden_size // 2
-    with torch.no_grad():
-        for layer in model.model.layers:
-            attention = layer.self_attn
-            for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
-                torch.nn.init.orthogonal_(projection.weight)
-            attention.k_proj.weight[:half] = attention.q_proj.weight[:half]
-            attention.o_proj.weight.copy_(0.7 * attention.v_proj.weight.T)
-    return model
-
-
 def train(arguments: argparse.Namespace) -> None:
     torch.manual_seed(0)
     tokenizer = load_tokenizer()
-    model = new_model()
+    model = LlamaForCausalLM(config())
     optimizer = optimizer_for(model)
     state = State(HERE / "teacher.state")
     record = state.load(model, optimizer) or {"step": 0, "seconds": 0.0, "curve": []}
     tokens_per_step = arguments.rows * CONTEXT
-    steps = arguments.tokens // tokens_per_step
+    steps = int(PHASES[-1][0] * 1e6 / tokens_per_step)
     model.to(arguments.device)
-
-    newline, answer, _ = tokenizer("\nAnswer:", add_special_tokens=False)["input_ids"]
 
     def loss_of(batch: torch.Tensor) -> torch.Tensor:
         with torch.autocast(arguments.device, torch.bfloat16):
-            logits = model.lm_head(model.model(input_ids=batch[:, :-1]).last_hidden_state)
-        losses = torch.nn.functional.cross_entropy(
-            logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="none"
-        )
-        # Answers are few among the tokens and carry what the tasks ask: their lines count more.
-        before = batch[:, :-1]
-        place = torch.arange(before.shape[1], device=before.device).expand_as(before)
-        answers = torch.where(before == answer, place, -1).cummax(1).values
-        lines = torch.where(before == newline, place, -1).cummax(1).values
-        weights = torch.where(answers > lines, ANSWER_WEIGHT, 1.0)
-        weights = torch.where(before == tokenizer.eos_token_id, 0.0, weights).flatten()  # padding
-        return (losses * weights).sum() / weights.sum()
+            logits = model(input_ids=batch[:, :-1]).logits
+        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
 
     compiled = torch.compile(loss_of, dynamic=False) if arguments.compile else loss_of
     began, recent, latest = time.monotonic() - record["seconds"], [], time.monotonic()
-    stream = batches(tokenizer, arguments.rows, steps, record["step"])
+    stream = batches(tokenizer, arguments.rows, record["step"])
+    inner = [layer.weight for layer in model.model.layers.modules() if isinstance(layer, torch.nn.Linear)]
     for step in range(record["step"], steps):
+        rate, optimizer.param_groups[0]["weight_decay"], penalty = schedule((step + 1) * tokens_per_step, arguments.lr)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, arguments.lr)
+            group["lr"] = rate
         loss = compiled(next(stream).to(arguments.device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        if penalty:
+            shrink(inner, rate * penalty)
         optimizer.zero_grad(set_to_none=True)
         recent.append(loss.item())
         done = step + 1
@@ -287,7 +255,6 @@ def finish(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, default=40_000_000, help="training tokens in all")
     parser.add_argument("--rows", type=int, default=4, help="sequences of 256 tokens in a batch")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--save-every", type=int, default=2000, help="steps between saved states")
