@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -56,20 +57,29 @@ class SharedActivations:
         self._output: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [..., features] as the packed model sees it; same dtype, straight-through gradient."""
-        if self.bits == 16:
-            return x
+        """x [..., features] as the packed model sees it, in the dtype that products are computed in; straight-through
+        gradient."""
         if x.is_inference():  # has no version to tell a change by
-            return formats.fake_quantize_activations(x, self.bits, self.group_size)
+            return self._quantize(x)
         state = (torch.is_grad_enabled(), x._version)
         if self._input is None or self._input() is not x or self._state != state or self._output is None:
-            self._output = formats.fake_quantize_activations(x, self.bits, self.group_size)
+            self._output = self._quantize(x)
             self._input, self._state = weakref.ref(x, self.forget), state
         return self._output
+
+    def _quantize(self, x: Tensor) -> Tensor:
+        quantized = x if self.bits == 16 else formats.fake_quantize_activations(x, self.bits, self.group_size)
+        return quantized.to(product_dtype(x))
 
     def forget(self, _dead: object = None) -> None:
         """Let go of the last activations; called by itself when their input is gone."""
         self._input = self._output = None
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What matrix products with x are computed in: autocast's choice where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class TrainingMatrix(nn.Module):
@@ -82,15 +92,44 @@ class TrainingMatrix(nn.Module):
         self.frozen: Tensor | None = None
         self.digest = ""
 
-    def quantized_weight(self) -> Tensor:
-        """decode(encode(weight)), float32 [rows, columns], straight-through gradient."""
-        return formats.fake_quantize_matrix(self.weight, self.spec) if self.frozen is None else self.frozen
+    def decoded(self, dtype: torch.dtype) -> Tensor:
+        """decode(encode(weight)) [rows, columns] without gradient, computed in float32 and given in a dtype."""
+        if self.frozen is not None:
+            return self.frozen.to(dtype)
+        return formats.round_trip(self.weight.detach(), self.spec, dtype)
 
     def freeze(self) -> None:
         """Encode once for many forward passes, and keep the digest of the codes and scales they use."""
         encoded = formats.encode_matrix(self.weight.detach(), self.spec)
         self.digest = formats.digest(encoded, self.spec)
         self.frozen = formats.decode_matrix(encoded, self.spec)
+
+
+class _Product(torch.autograd.Function):
+    """`x Ŵᵀ + b` with `Ŵ = decode(encode(W))`. Not Ŵ but the master weight is kept for backward, which decodes again.
+
+    A copy of all decoded weights would be as large as the model; encoding twice costs a few percent of a step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, matrix: TrainingMatrix) -> Tensor:
+        ctx.matrix = matrix
+        ctx.save_for_backward(x, weight)
+        with torch.autocast(x.device.type, enabled=False):
+            return functional.linear(x, matrix.decoded(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        to_x, to_weight, to_bias = ctx.needs_input_grad[:3]
+        flat = gradient.flatten(0, -2)  # [n, out]
+        return (
+            gradient @ ctx.matrix.decoded(x.dtype) if to_x else None,
+            (flat.T @ x.flatten(0, -2)).to(weight.dtype) if to_weight else None,
+            flat.sum(0, dtype=weight.dtype) if to_bias else None,
+            None,
+        )
 
 
 class TrainingLinear(TrainingMatrix):
@@ -106,10 +145,16 @@ class TrainingLinear(TrainingMatrix):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        weight = self.quantized_weight()
-        if not torch.is_autocast_enabled(x.device.type):
-            weight = weight.to(x.dtype)
-        return functional.linear(self.activations(x), weight, self.bias)
+        return _Product.apply(self.activations(x), self.weight, self.bias, self)
+
+    def as_head(self, states: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """The same product for losses that make it themselves, a chunk of positions at a time.
+
+        Returns:
+            the quantized input in the dtype of the products, and `weight`, `bias` and `master` of `losses.Head`.
+        """
+        x = self.activations(states)
+        return x, {"weight": self.decoded(x.dtype), "bias": self.bias, "master": self.weight}
 
 
 class TrainingEmbedding(TrainingMatrix):

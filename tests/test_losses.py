@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -11,8 +13,8 @@ from torch import Tensor
 
 from edgerazor import losses, registry
 from edgerazor.errors import UserError
-from edgerazor.losses import _kl
-from edgerazor.losses._base import MASKED, Loss, Outputs, StepTotals, predicting, sample_weights, step_counts
+from edgerazor.losses import _kl, _rows
+from edgerazor.losses._base import MASKED, Head, Loss, Outputs, StepTotals, predicting, sample_weights, step_counts
 from edgerazor.losses.eakld import EntropyAwareKL
 from edgerazor.losses.lafd import LayerAdaptiveFeatureDistillation, layer_similarity, least_similar
 
@@ -21,10 +23,15 @@ OPTIONS: dict[str, dict[str, object]] = {"lafd": {"layers": (1, 3)}}
 VARIANTS = [
     *((name, OPTIONS.get(name, {})) for name in registry.names("losses")),
     ("eakld", {"temperature": 2.0, "k": 40.0}),
+    ("eakld", {"gate": "token"}),
+    ("cakld", {"temperature": 2.0}),
+    ("js", {"beta": 0.2, "temperature": 3.0}),
     ("forward_kl", {"temperature": 3.0}),
     ("reverse_kl", {"temperature": 0.5}),
     ("lafd", {"layers": (1, 2, 3, 4), "select": "batch", "count": 2}),
 ]
+ROW_VARIANTS = [variant for variant in VARIANTS if variant[0] != "lafd"]
+every_row_loss = pytest.mark.parametrize(("name", "options"), ROW_VARIANTS, ids=[f"{n}-{o}" for n, o in ROW_VARIANTS])
 every_loss = pytest.mark.parametrize(("name", "options"), VARIANTS, ids=[f"{n}-{o}" for n, o in VARIANTS])
 
 
@@ -67,11 +74,11 @@ def step_loss(loss: Loss, parts: list[tuple[Outputs, Outputs, Tensor]]) -> Tenso
 
 
 def cut(whole: Outputs, rows: slice) -> Outputs:
-    return Outputs(whole.logits[rows], {layer: state[rows] for layer, state in whole.hidden.items()})
+    return Outputs(whole.states[rows], {layer: state[rows] for layer, state in whole.hidden.items()})
 
 
 def leaves(student: Outputs) -> list[Tensor]:
-    return [student.logits, *student.hidden.values()]
+    return [student.states, *student.hidden.values()]
 
 
 def plain(loss: Any, name: str, student: Outputs, teacher: Outputs, labels: Tensor) -> Tensor:
@@ -79,20 +86,32 @@ def plain(loss: Any, name: str, student: Outputs, teacher: Outputs, labels: Tens
     rows = [row for row in range(len(labels)) if (labels[row, 1:] != MASKED).any()]
     keep = {row: (labels[row, 1:] != MASKED).nonzero().flatten() for row in rows}
     if name == "ce":
-        log_p = torch.log_softmax(student.logits, -1)
+        log_p = torch.log_softmax(student.states, -1)
         return torch.cat([-log_p[row, keep[row], labels[row, keep[row] + 1]] for row in rows]).mean()
     if name == "lafd":
         layers = loss.chosen(totals_of(loss, [(teacher, labels)]))
         errors = [student.hidden[layer] - teacher.hidden[layer] for layer in layers]
         return torch.cat([error[row, keep[row]].square() for error in errors for row in rows]).mean()
     temperature = loss.temperature
-    log_s = torch.log_softmax(student.logits / temperature, -1)
-    log_t = torch.log_softmax(teacher.logits / temperature, -1)
+    log_s = torch.log_softmax(student.states / temperature, -1)
+    log_t = torch.log_softmax(teacher.states / temperature, -1)
     forward = temperature**2 * (log_t.exp() * (log_t - log_s)).sum(-1)
     reverse = temperature**2 * (log_s.exp() * (log_s - log_t)).sum(-1)
-    gamma = {"forward_kl": 0.0, "reverse_kl": 1.0}.get(name)
+    gamma: Any = {"forward_kl": 0.0, "reverse_kl": 1.0}.get(name)
+    if name == "js":
+        beta = loss.beta
+        log_m = (beta * log_t.exp() + (1 - beta) * log_s.exp()).log()
+        parts = beta * log_t.exp() * (log_t - log_m) + (1 - beta) * log_s.exp() * (log_s - log_m)
+        divergence = temperature**2 * parts.sum(-1)
+        return torch.stack([divergence[r, keep[r]].mean() for r in rows]).mean()
+    if name == "cakld":
+        p = torch.softmax(teacher.states, -1)
+        gamma = torch.stack([p[r, keep[r], labels[r, keep[r] + 1]].mean() for r in rows]).mean()
+    if name == "eakld" and loss.gate == "token":
+        p = torch.softmax(teacher.states, -1)
+        gamma = (1 + (p * p.log()).sum(-1) / math.log(loss.k)).clamp(0, 1)
     if gamma is None:
-        p = torch.softmax(teacher.logits, -1)
+        p = torch.softmax(teacher.states, -1)
         entropy = torch.stack([-(p * p.log()).sum(-1)[r, keep[r]].mean() for r in rows]).mean()
         gamma = float((1 - entropy / math.log(loss.k)).clamp(0, 1))
     mixed = gamma * reverse + (1 - gamma) * forward
@@ -101,7 +120,7 @@ def plain(loss: Any, name: str, student: Outputs, teacher: Outputs, labels: Tens
 
 def confident(teacher: Outputs) -> Outputs:
     """Sharper logits, so that EAKLD's gate is strictly between 0 and 1."""
-    return Outputs(teacher.logits.detach() * 1.2, teacher.hidden)
+    return Outputs(teacher.states.detach() * 1.2, teacher.hidden)
 
 
 @every_loss
@@ -161,7 +180,7 @@ def test_padding_changes_nothing(name: str, options: dict[str, object]) -> None:
     def padded(short: Outputs, seed: int) -> Outputs:
         noise = outputs(3, 5, seed)
         states = {layer: torch.cat([state, noise.hidden[layer]], 1) for layer, state in short.hidden.items()}
-        return Outputs(torch.cat([short.logits, noise.logits], 1), states)
+        return Outputs(torch.cat([short.states, noise.states], 1), states)
 
     longer = torch.cat([labels, torch.full((3, 5), MASKED)], dim=1)
     value = step_loss(loss, [(student, teacher, labels)])
@@ -187,7 +206,7 @@ def test_bfloat16_is_computed_in_float32(name: str, options: dict[str, object]) 
     loss = losses.make(name, **options)
     labels = labels_for(4, 9)
     short = [outputs(4, 9, seed, torch.bfloat16) for seed in (1, 2)]
-    same = [Outputs(o.logits.float(), {k: v.float() for k, v in o.hidden.items()}) for o in short]
+    same = [Outputs(o.states.float(), {k: v.float() for k, v in o.hidden.items()}) for o in short]
     value = step_loss(loss, [(short[0], short[1], labels)])
     assert value.dtype == torch.float32
     assert value.item() == step_loss(loss, [(same[0], same[1], labels)]).item()
@@ -218,94 +237,167 @@ def test_missing_teacher_is_an_error(name: str, options: dict[str, object]) -> N
 def test_hidden_layers_are_all_it_needs(name: str, options: dict[str, object]) -> None:
     loss = losses.make(name, **options)
     full = [outputs(3, 6, 1), outputs(3, 6, 2)]
-    bare = [Outputs(o.logits, {layer: o.hidden[layer] for layer in loss.hidden_layers()}) for o in full]
+    bare = [Outputs(o.states, {layer: o.hidden[layer] for layer in loss.hidden_layers()}) for o in full]
     labels = labels_for(3, 6)
     assert step_loss(loss, [(bare[0], bare[1], labels)]) == step_loss(loss, [(full[0], full[1], labels)])
+
+
+class Mixed(losses.RowLoss):
+    """The mixture of both KLs with a gate of one's choice."""
+
+    def __init__(self, gamma: float, temperature: float = 1.0) -> None:
+        self.gamma, self.temperature = gamma, temperature
+
+    def rows(self, rows: losses.Rows, statistics: Mapping[str, float]) -> tuple[Tensor, Tensor]:
+        return _kl.mixed_kl(rows, self.gamma, self.temperature)
+
+
+def on_logits(loss: Loss, student: Tensor, teacher: Tensor) -> Tensor:
+    """The mean of a loss over positions of logits [n, V]; all but an appended last position count."""
+    whole = [torch.nn.functional.pad(logits, (0, 0, 0, 1)).unsqueeze(0) for logits in (student, teacher)]
+    labels = torch.zeros(whole[0].shape[:2], dtype=torch.int64)
+    return step_loss(loss, [(Outputs(whole[0]), Outputs(whole[1]), labels)])
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_mixed_kl_gradcheck(gamma: float, temperature: float) -> None:
-    student, teacher = (outputs(1, 4, seed).logits[..., :5].clone() for seed in (1, 2))
+    student, teacher = (outputs(1, 4, seed).states[0, :, :5].clone() for seed in (1, 2))
     student.requires_grad_()
-    weights = torch.tensor([[0.5, 0.0, 2.0, 0.1]], dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda logits: _kl.mixed_kl(logits, teacher, weights, gamma, temperature), student)
-
-
-@pytest.mark.parametrize("elements", [1, 40, 100, 10**6])
-def test_mixed_kl_does_not_depend_on_the_chunks(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    student, teacher = outputs(2, 31, 1, gradient=True).logits, outputs(2, 31, 2).logits
-    weights = sample_weights(labels_for(2, 31), 1, torch.float64)
-    value = _kl.mixed_kl(student, teacher, weights, 0.4, 1.5)
-    (gradient,) = torch.autograd.grad(value, student)
-    monkeypatch.setitem(_kl.CHUNK_ELEMENTS, "cpu", elements)
-    other = _kl.mixed_kl(student, teacher, weights, 0.4, 1.5)
-    torch.testing.assert_close(other, value, rtol=1e-13, atol=0)
-    torch.testing.assert_close(torch.autograd.grad(other, student)[0], gradient, rtol=1e-12, atol=1e-16)
+    assert torch.autograd.gradcheck(lambda logits: on_logits(Mixed(gamma, temperature), logits, teacher), student)
 
 
 def test_kl_by_hand() -> None:
     """Teacher (3/4, 1/4), student (1/2, 1/2)."""
     teacher, student = torch.tensor([[3.0, 1.0]]).log(), torch.zeros(1, 2)
-    weights = torch.ones(1)
     forward = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
     reverse = 0.5 * math.log(2 / 3) + 0.5 * math.log(2)
-    assert _kl.mixed_kl(student, teacher, weights, 0.0).item() == pytest.approx(forward, rel=1e-6)
-    assert _kl.mixed_kl(student, teacher, weights, 1.0).item() == pytest.approx(reverse, rel=1e-6)
-    assert _kl.mixed_kl(student, teacher, weights, 0.25).item() == pytest.approx(
-        0.25 * reverse + 0.75 * forward, rel=1e-6
-    )
+    middle = torch.tensor([0.625, 0.375])
+    halves = [0.75 * math.log(0.75 / middle[0]) + 0.25 * math.log(0.25 / middle[1])]
+    halves += [0.5 * math.log(0.5 / middle[0]) + 0.5 * math.log(0.5 / middle[1])]
+    expected = {
+        Mixed(0.0): forward,
+        Mixed(1.0): reverse,
+        Mixed(0.25): 0.25 * reverse + 0.75 * forward,
+        losses.make("js"): sum(halves) / 2,
+    }
+    for loss, value in expected.items():
+        assert on_logits(loss, student, teacher).item() == pytest.approx(value, rel=1e-6)
 
 
-def test_temperature_scales_logits_and_multiplies_by_its_square() -> None:
-    student, teacher = outputs(1, 5, 1).logits, outputs(1, 5, 2).logits
-    weights = torch.ones(1, 5, dtype=torch.float64)
-    for gamma in (0.0, 0.6, 1.0):
-        hot = _kl.mixed_kl(student, teacher, weights, gamma, 4.0)
-        assert hot.item() == pytest.approx(
-            16 * _kl.mixed_kl(student / 4, teacher / 4, weights, gamma).item(), rel=1e-12
-        )
+@pytest.mark.parametrize("loss", [Mixed(0.0), Mixed(0.6), Mixed(1.0), losses.make("js", beta=0.3)])
+def test_temperature_scales_logits_and_multiplies_by_its_square(loss: Any) -> None:
+    student, teacher = outputs(1, 5, 1).states[0], outputs(1, 5, 2).states[0]
+    hot = copy.copy(loss)
+    hot.temperature = 4.0
+    expected = 16 * on_logits(loss, student / 4, teacher / 4).item()
+    assert on_logits(hot, student, teacher).item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_probabilities_that_underflow_give_finite_values() -> None:
+@pytest.mark.parametrize("loss", [Mixed(0.5), losses.make("js")])
+def test_probabilities_that_underflow_give_finite_values(loss: Loss) -> None:
     student = torch.tensor([[0.0, 300.0, -300.0]], requires_grad=True)
-    value = _kl.mixed_kl(student, torch.tensor([[0.0, -300.0, 300.0]]), torch.ones(1), 0.5)
+    value = on_logits(loss, student, torch.tensor([[0.0, -300.0, 300.0]]))
     value.backward()
-    assert value.item() == pytest.approx(600.0)
+    assert value.item() == pytest.approx(600.0 if isinstance(loss, Mixed) else math.log(2))
     assert student.grad is not None
     assert student.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("extra", [(0, 5), (5, 0)])
-def test_only_the_common_vocabulary_counts(extra: tuple[int, int]) -> None:
-    student, teacher = outputs(2, 6, 1).logits, outputs(2, 6, 2).logits
-    weights = torch.ones(2, 6, dtype=torch.float64)
-    wide = [torch.nn.functional.pad(logits, (0, more), value=9.0) for logits, more in zip((student, teacher), extra)]  # noqa: B905
+@every_row_loss
+def test_only_the_common_vocabulary_counts(name: str, options: dict[str, object], extra: tuple[int, int]) -> None:
+    loss = losses.make(name, **options)
+    student, teacher = outputs(1, 6, 1).states[0], outputs(1, 6, 2).states[0]
+    wide = [torch.nn.functional.pad(logits, (0, more), value=-900.0) for logits, more in zip((student, teacher), extra)]  # noqa: B905
     wide[0].requires_grad_()
-    value = _kl.mixed_kl(wide[0], wide[1], weights, 0.5)
-    assert value.item() == pytest.approx(_kl.mixed_kl(student, teacher, weights, 0.5).item(), rel=1e-13)
+    value = on_logits(loss, wide[0], wide[1])
+    assert value.item() == pytest.approx(on_logits(loss, student, teacher).item(), rel=1e-13)
     (gradient,) = torch.autograd.grad(value, wide[0])
     assert not gradient[..., VOCABULARY:].any()
 
 
 def test_shapes_that_disagree_are_refused() -> None:
+    labels = torch.zeros(2, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match="do not agree"):
-        _kl.mixed_kl(torch.zeros(2, 3, 5), torch.zeros(2, 4, 5), torch.ones(2, 3), 0.5)
-    with pytest.raises(ValueError, match="gamma"):
-        _kl.mixed_kl(torch.zeros(2, 5), torch.zeros(2, 5), torch.ones(2), 1.5)
+        losses.make("forward_kl")(outputs(2, 3, 1), outputs(2, 4, 1), labels, StepTotals(2, 4))
+    with pytest.raises(ValueError, match="do not agree"):
+        losses.make("ce")(outputs(2, 4, 1), None, labels, StepTotals(2, 4))
 
 
 def test_entropy_by_hand() -> None:
     logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [100.0, 0.0, 0.0, 0.0], [50.0, 50.0, 0.0, 0.0]])
-    weights = torch.tensor([1.0, 10.0, 0.5])
-    assert _kl.entropy_sum(logits, weights).item() == pytest.approx(math.log(4) + 0.5 * math.log(2), rel=1e-6)
+    found = _kl.entropy(logits.log_softmax(-1))
+    torch.testing.assert_close(found, torch.tensor([math.log(4), 0.0, math.log(2)]))
+
+
+# --- from hidden states --------------------------------------------------------------------------
+
+
+def through_head(
+    batch: int, length: int, seed: int, size: int, vocabulary: int, **shape: Any
+) -> tuple[Outputs, Tensor]:
+    """Random final states and a head, and the whole logits that they make, for autograd to differentiate."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator, dtype=torch.float64).requires_grad_()
+
+    states, weight, bias = random(batch, length, size), random(vocabulary, size), random(vocabulary)
+    head = Head(weight.detach(), bias, master=weight, **shape)
+    logits = (states @ weight.T + bias) * head.scale
+    return Outputs(states, head=head), logits if head.cap is None else head.cap * torch.tanh(logits / head.cap)
+
+
+@pytest.mark.parametrize("shape", [{}, {"scale": 0.5}, {"cap": 3.0}])
+@every_row_loss
+def test_the_chunked_objective_is_the_plain_one(name: str, options: dict[str, object], shape: dict[str, Any]) -> None:
+    """Value, and gradients for states, head and bias, with a teacher of another hidden size."""
+    loss, labels = losses.make(name, **options), labels_for(4, 9)
+    student, logits = through_head(4, 9, 1, 6, VOCABULARY, **shape)
+    teacher, target = through_head(4, 9, 2, 10, VOCABULARY, scale=0.7)
+    expected = plain(loss, name, Outputs(logits), Outputs(target.detach()), labels)
+    value = step_loss(loss, [(student, teacher, labels)])
+    assert value.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert student.head is not None
+    inputs = (student.states, student.head.master, student.head.bias)
+    ours, theirs = torch.autograd.grad(3 * value, inputs), torch.autograd.grad(3 * expected, inputs)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("elements", [1, 40, 100])
+def test_chunks_and_blocks_change_nothing(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    terms = [(0.3, losses.make("ce")), (2.0, losses.make("eakld")), (0.7, losses.make("js"))]
+    labels = labels_for(3, 31)
+    found = []
+    for sizes in (None, (elements, elements), (10 * elements, elements)):
+        if sizes:
+            monkeypatch.setattr(_rows, "CHUNK_ELEMENTS", sizes[0])
+            monkeypatch.setattr(_rows, "HEAD_ROWS", 5)
+            monkeypatch.setitem(_rows.BLOCK_ELEMENTS, "cpu", sizes[1])
+        student, _ = through_head(3, 31, 1, 6, VOCABULARY, cap=4.0)
+        teacher, _ = through_head(3, 31, 2, 6, VOCABULARY)
+        assert student.head is not None
+        totals = totals_of(terms[1][1], [(teacher, labels)])
+        value = losses.objective(terms, student, teacher, labels, totals)
+        found.append([value, *torch.autograd.grad(value, (student.states, student.head.master, student.head.bias))])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-12, atol=1e-15)
+
+
+def test_an_objective_is_the_sum_of_its_terms() -> None:
+    labels, student, teacher = labels_for(3, 6), outputs(3, 6, 1), confident(outputs(3, 6, 2))
+    terms = [(0.1, losses.make("ce")), (2.0, losses.make("eakld")), (0.5, losses.make("lafd", layers=(1, 3)))]
+    totals = totals_of(terms[1][1], [(teacher, labels)])
+    whole = losses.objective(terms, student, teacher, labels, totals)
+    assert whole.item() == pytest.approx(sum(w * loss(student, teacher, labels, totals).item() for w, loss in terms))
 
 
 def test_gate_by_hand() -> None:
-    gate = EntropyAwareKL().gate
+    gate = EntropyAwareKL().share
     values = [gate(math.log(words)) for words in (1, 2, 4, 16, 1000)]
     assert values == pytest.approx([1.0, 0.75, 0.5, 0.0, 0.0], abs=1e-12)
-    assert EntropyAwareKL(k=4).gate(math.log(2)) == pytest.approx(0.5)
+    assert EntropyAwareKL(k=4).share(math.log(2)) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(("entropy", "name"), [(math.log(16), "forward_kl"), (99.0, "forward_kl"), (0.0, "reverse_kl")])

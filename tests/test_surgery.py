@@ -154,7 +154,7 @@ def test_training_linear_equals_packed_linear(bits: float, activation_bits: int,
             torch.testing.assert_close(packed(x), trained(x), rtol=1e-5, atol=1e-6)
         trained.freeze()
         assert trained.digest == formats.digest(encoded, spec)
-        assert torch.equal(trained.quantized_weight(), formats.decode_matrix(encoded, spec))
+        assert torch.equal(trained.decoded(torch.float32), formats.decode_matrix(encoded, spec))
 
 
 def test_training_linear_has_the_straight_through_gradient() -> None:

@@ -17,6 +17,7 @@ from edgerazor.formats._matrix import (
     fake_quantize_matrix,
     get,
     pack_matrix,
+    round_trip,
     tensor_bytes,
     unpack_matrix,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "names",
     "pack_matrix",
     "quantize_activations",
+    "round_trip",
     "straight_through",
     "tensor_bytes",
     "unpack_matrix",

@@ -128,10 +128,10 @@ class Format(ABC):
         """
         return straight_through(w, lambda w: self.round_trip(w, group_size))
 
-    def round_trip(self, w: Tensor, group_size: int) -> Tensor:
-        """`decode(encode(w))`, float32 [rows, cols], block by block."""
+    def round_trip(self, w: Tensor, group_size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """`decode(encode(w))` [rows, cols], computed in float32 block by block and given in `dtype`."""
         w, group, full = _grouping(w.detach(), group_size)
-        rounded = torch.empty(w.shape, dtype=torch.float32, device=w.device)
+        rounded = torch.empty(w.shape, dtype=dtype, device=w.device)
         for rows, cols, groups in _blocks(w, group, full):
             codes, scales = self._encode(w[rows, cols], groups.stop - groups.start, None)
             rounded[rows, cols] = self._decode_(codes, scales).flatten(1)

@@ -127,17 +127,23 @@ def fake_quantize_matrix(w: Tensor, spec: MatrixSpec) -> Tensor:
     """
     spec.check_rows(w.shape[0])
 
-    return straight_through(w, lambda w: _round_trip(w, spec))
+    return straight_through(w, lambda w: round_trip(w, spec))
 
 
-def _round_trip(w: Tensor, spec: MatrixSpec) -> Tensor:
+def round_trip(w: Tensor, spec: MatrixSpec, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`decode_matrix(encode_matrix(w))` [rows, cols] without gradient, block by block: never whole but in `dtype`.
+
+    Raises:
+        ValueError: as `encode_matrix`.
+    """
+    spec.check_rows(w.shape[0])
     if spec.row_formats is None:
-        return spec.parts[0][0].round_trip(w, spec.group_size)
-    rounded = torch.empty(w.shape, dtype=torch.float32, device=w.device)
+        return spec.parts[0][0].round_trip(w, spec.group_size, dtype)
+    rounded = torch.empty(w.shape, dtype=dtype, device=w.device)
     for number_format, rows in spec.parts:
         assert rows is not None
         for block in rows.to(w.device).split(block_rows(w)):  # gathered, rounded and put back while in the cache
-            rounded.index_copy_(0, block, number_format.round_trip(w.index_select(0, block), spec.group_size))
+            rounded.index_copy_(0, block, number_format.round_trip(w.index_select(0, block), spec.group_size, dtype))
     return rounded
 
 

@@ -6,24 +6,57 @@ Read `_base.py` first (what a loss sees and gives back), then `ce.py` (the short
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
+
+from torch import Tensor
 
 from edgerazor import registry
 from edgerazor.errors import usage_error
-from edgerazor.losses._base import MASKED, Loss, Outputs, StepTotals, predicting, step_counts
-from edgerazor.losses._kl import common_vocabulary
+from edgerazor.losses._base import MASKED, Head, Loss, Outputs, StepTotals, predicting, step_counts
+from edgerazor.losses._rows import RowLoss, Rows, chunks, row_losses
 
 __all__ = [
     "MASKED",
+    "Head",
     "Loss",
     "Outputs",
+    "RowLoss",
+    "Rows",
     "StepTotals",
-    "common_vocabulary",
+    "chunks",
     "make",
     "names",
+    "objective",
     "predicting",
     "step_counts",
 ]
+
+
+def objective(
+    terms: Sequence[tuple[float, Loss]],
+    student: Outputs,
+    teacher: Outputs | None,
+    labels: Tensor,
+    totals: StepTotals,
+) -> Tensor:
+    """`Σ weight·loss`, a scalar: a micro-batch's contribution to the loss of the step (see `Loss`).
+
+    Args:
+        terms: (weight, loss). All losses of next-token distributions share one pass over chunks of positions.
+        student: the gradient flows into its tensors and its head.
+        teacher: None where no loss needs it.
+        labels: `[B, T]` int64, -100 where masked.
+        totals: counts and statistics of the whole step.
+
+    Raises:
+        ValueError: an input that a loss needs is missing, or shapes do not agree.
+    """
+    on_rows = [(weight, loss) for weight, loss in terms if isinstance(loss, RowLoss)]
+    parts = [weight * loss(student, teacher, labels, totals) for weight, loss in terms if not isinstance(loss, RowLoss)]
+    if on_rows:
+        parts.append(row_losses(on_rows, student, teacher, labels, totals))
+    return sum(parts[1:], parts[0])
 
 
 def names() -> list[str]:

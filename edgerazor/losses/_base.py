@@ -24,18 +24,69 @@ from edgerazor.errors import usage_error
 MASKED = -100
 
 
+@dataclass(frozen=True)
+class Head:
+    """From final hidden states to logits: `z = cap·tanh(u / cap)`, `u = scale·(h Wᵀ + b)`; without a cap, `z = u`.
+
+    Args:
+        weight: `[V, H]`, any floating dtype: what the products are computed with.
+        bias: `[V]` or None.
+        scale: factor of the logits (Cohere, Granite).
+        cap: largest size of a logit (Gemma), or None.
+        master: where the gradient of the weight goes, `[V, H]` (straight through); None for nowhere.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    cap: float | None = None
+    master: Tensor | None = None
+
+    def logits(self, states: Tensor) -> Tensor:
+        """`[n, H]` -> `[n, V]` float32 (float64 for float64 weights), without gradient."""
+        weight = self.weight.detach()
+        bias = None if self.bias is None else self.bias.detach().to(weight.dtype)
+        z = torch.nn.functional.linear(states.to(weight.dtype), weight, bias).to(exact(weight.dtype))
+        if self.scale != 1.0:
+            z = z.mul_(self.scale)
+        return z if self.cap is None else z.div_(self.cap).tanh_().mul_(self.cap)
+
+    def through_(self, gradient: Tensor, logits: Tensor) -> Tensor:
+        """Gradient with respect to `h Wᵀ + b` from that with respect to `logits`, both `[n, V]`; works in place."""
+        if self.cap is not None:
+            gradient = gradient.sub_(gradient * (logits / self.cap).square_())
+        return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
+
+
 @dataclass
 class Outputs:
     """What a model said about one micro-batch.
 
     Args:
-        logits: `[B, T, V]` in any floating dtype, before softmax.
+        states: `[B, T, H]`, the final hidden states, which `head` makes logits of; without a head they are the logits
+            themselves, `[B, T, V]`. Any floating dtype.
         hidden: layer number -> `[B, T, H]`; 0 is the embedding's output, `l` the output of decoder layer `l`
             (counted from 1). Only the layers that were asked for are present.
+        head: makes logits, see above.
     """
 
-    logits: Tensor
+    states: Tensor
     hidden: dict[int, Tensor] = field(default_factory=dict)
+    head: Head | None = None
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of logits of a position."""
+        return self.states.shape[-1] if self.head is None else self.head.weight.shape[0]
+
+    def at(self, positions: Tensor) -> Tensor:
+        """The states `[n, H]` of positions `[n]` int64, counted through all samples."""
+        return self.states.detach().flatten(0, 1).index_select(0, positions)
+
+    def logits(self, positions: Tensor) -> Tensor:
+        """The logits `[n, V]` of positions `[n]`, a new tensor without gradient."""
+        states = self.at(positions)
+        return states if self.head is None else self.head.logits(states)
 
 
 @dataclass(frozen=True)

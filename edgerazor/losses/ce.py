@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
+
 from torch import Tensor
-from torch.nn import functional as F
 
-from edgerazor.losses._base import MASKED, Loss, Outputs, StepTotals, exact, predicting
+from edgerazor.losses._rows import RowLoss, Rows
 
 
-class CrossEntropy(Loss):
-    """Language modelling, the task itself; the only loss that needs no teacher."""
+class CrossEntropy(RowLoss):
+    """Language modelling, the task itself; the only loss of next tokens that needs no teacher."""
 
     needs_teacher = False
 
-    def __call__(self, student: Outputs, teacher: Outputs | None, labels: Tensor, totals: StepTotals) -> Tensor:
-        """Sum of the cross entropies of a micro-batch's tokens, divided by the tokens of the step (see `Loss`)."""
-        targets = torch.roll(labels, -1, dims=1).masked_fill(~predicting(labels), MASKED)  # [B, T]
-        logits = student.logits.to(exact(student.logits.dtype)).flatten(0, 1)  # [B·T, V]
-        total = F.cross_entropy(logits, targets.flatten(), ignore_index=MASKED, reduction="sum")
-        return total / max(totals.tokens, 1)
+    def rows(self, rows: Rows, statistics: Mapping[str, float]) -> tuple[Tensor, Tensor]:
+        """Gradient: `p_S - onehot(target)`, by the tokens of the step (see `RowLoss`)."""
+        log_p, target = rows.log_student(), rows.targets[:, None]
+        value = -log_p.gather(1, target).sum() * rows.tokens
+        gradient = log_p.exp().scatter_add_(1, target, log_p.new_full(target.shape, -1.0))
+        return value, gradient.mul_(rows.tokens)
 
 
 LOSS = CrossEntropy

@@ -13,44 +13,52 @@ words or more gives γ = 0, plain forward KL. Source: EdgeRazor, arXiv 2605.0406
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from torch import Tensor
 
-from edgerazor.losses._base import Loss, Outputs, StepTotals, exact, positive, require_teacher, sample_weights
-from edgerazor.losses._kl import entropy_sum, mixed_kl
+from edgerazor.errors import usage_error
+from edgerazor.losses._base import positive
+from edgerazor.losses._kl import entropy, mixed_kl
+from edgerazor.losses._rows import RowLoss, Rows
 
 #: Mean entropy of the teacher's next-token distribution over the step, in nats; at temperature 1.
 ENTROPY = "teacher_entropy"
 
 
-class EntropyAwareKL(Loss):
+class EntropyAwareKL(RowLoss):
     """`T²·[γ·KL(p_S ‖ p_T) + (1 - γ)·KL(p_T ‖ p_S)]`, mean per sample, then over samples; γ carries no gradient.
 
     Args:
         temperature: `T` > 0 of both divergences; the entropy is that of the teacher's own distribution (T = 1).
         k: number of equally likely words from which on the teacher counts as unsure, > 1.
+        gate: "batch" has one γ for the optimizer step, as published; "token" one for each position, from its own
+            entropy.
     """
 
-    def __init__(self, temperature: float = 1.0, k: float = 16.0) -> None:
+    def __init__(self, temperature: float = 1.0, k: float = 16.0, gate: str = "batch") -> None:
         self.temperature = positive("temperature", temperature)
         self.k = positive("k", k, above=1.0)
+        if gate not in ("batch", "token"):
+            raise usage_error(f"The loss option gate is {gate!r}; it must be 'batch' or 'token'.")
+        self.gate = gate
 
-    def gate(self, entropy: float) -> float:
+    def share(self, entropy: float) -> float:
         """γ, the share of reverse KL, from 0 to 1, for a mean entropy in nats."""
         return min(max(1.0 - entropy / math.log(self.k), 0.0), 1.0)
 
-    def teacher_statistics(self, teacher: Outputs, labels: Tensor) -> dict[str, Tensor]:
-        """Sum over samples of the mean entropy of their tokens, in nats."""
-        weights = sample_weights(labels, 1, exact(teacher.logits.dtype))
-        return {ENTROPY: entropy_sum(teacher.logits, weights)}
+    def teacher_rows(self, rows: Rows) -> dict[str, Tensor]:
+        """Weighted sum of the entropies, in nats."""
+        return {} if self.gate == "token" else {ENTROPY: (rows.samples * entropy(rows.log_teacher())).sum()}
 
-    def __call__(self, student: Outputs, teacher: Outputs | None, labels: Tensor, totals: StepTotals) -> Tensor:
-        """The micro-batch's contribution (see `Loss`); needs `teacher_entropy` in the step's statistics."""
-        logits = require_teacher(teacher, self).logits
-        if ENTROPY not in totals.statistics:
+    def rows(self, rows: Rows, statistics: Mapping[str, float]) -> tuple[Tensor, Tensor]:
+        """See `RowLoss`; the gate of the batch needs `teacher_entropy` in the step's statistics."""
+        if self.gate == "token":
+            share = (1 - entropy(rows.log_teacher()) / math.log(self.k)).clamp_(0, 1)
+            return mixed_kl(rows, share, self.temperature)
+        if ENTROPY not in statistics:
             raise ValueError(f"The step's statistics lack {ENTROPY!r}, which decides EAKLD's mixture.")
-        weights = sample_weights(labels, totals.samples, exact(student.logits.dtype))
-        return mixed_kl(student.logits, logits, weights, self.gate(totals.statistics[ENTROPY]), self.temperature)
+        return mixed_kl(rows, self.share(statistics[ENTROPY]), self.temperature)
 
 
 LOSS = EntropyAwareKL

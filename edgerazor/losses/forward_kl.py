@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
-from edgerazor.losses._base import Loss, Outputs, StepTotals, exact, positive, require_teacher, sample_weights
+from edgerazor.losses._base import positive
 from edgerazor.losses._kl import mixed_kl
+from edgerazor.losses._rows import RowLoss, Rows
 
 
-class ForwardKL(Loss):
+class ForwardKL(RowLoss):
     """Classic distillation of Hinton et al. (arXiv 1503.02531): `T²·KL(p_T ‖ p_S)`, mean per sample, then over samples.
 
     Args:
@@ -18,10 +21,9 @@ class ForwardKL(Loss):
     def __init__(self, temperature: float = 1.0) -> None:
         self.temperature = positive("temperature", temperature)
 
-    def __call__(self, student: Outputs, teacher: Outputs | None, labels: Tensor, totals: StepTotals) -> Tensor:
-        """The micro-batch's contribution (see `Loss`)."""
-        weights = sample_weights(labels, totals.samples, exact(student.logits.dtype))
-        return mixed_kl(student.logits, require_teacher(teacher, self).logits, weights, 0.0, self.temperature)
+    def rows(self, rows: Rows, statistics: Mapping[str, float]) -> tuple[Tensor, Tensor]:
+        """See `RowLoss`."""
+        return mixed_kl(rows, 0.0, self.temperature)
 
 
 LOSS = ForwardKL

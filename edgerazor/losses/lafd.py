@@ -123,7 +123,7 @@ class LayerAdaptiveFeatureDistillation(Loss):
         teacher = require_teacher(teacher, self)
         mask = predicting(labels)
         layers = self.chosen(totals)
-        total = student.logits.new_zeros((), dtype=exact(student.logits.dtype))
+        total = student.states.new_zeros((), dtype=exact(student.states.dtype))
         for layer in layers:
             ours, theirs = _state(student, layer), _state(teacher, layer)
             if ours.shape != theirs.shape:

@@ -6,7 +6,7 @@ that holds one list of equal decoder layers, with `nn.Linear` inside, an input e
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from edgerazor.models.hidden import capture_hidden
+from edgerazor.models.hidden import capture_hidden, final_states, logit_shape
 from edgerazor.models.loading import (
     caps_attention,
     describe_source,
@@ -29,11 +29,13 @@ __all__ = [
     "capture_hidden",
     "describe_source",
     "embedding_scale",
+    "final_states",
     "fingerprint",
     "initialise",
     "load",
     "load_config",
     "load_tokenizer",
+    "logit_shape",
     "quiet_transformers",
     "resolve",
     "structure",

@@ -1,4 +1,4 @@
-"""Hidden states of chosen decoder layers, taken where they leave the layers."""
+"""Hidden states of chosen decoder layers, taken where they leave the layers, and those that enter the head."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from edgerazor.models.structure import Structure
 
@@ -41,3 +42,37 @@ def capture_hidden(model: nn.Module, found: Structure, layers: Iterable[int]) ->
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def final_states(model: nn.Module, found: Structure) -> Iterator[list[Tensor]]:
+    """Collect what enters the head, [B, T, H], in forward passes inside; no logits are computed.
+
+    The model's own output is meaningless inside.
+    """
+    head = model.get_submodule(found.head_path)
+    states: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        states.append(x)
+        return x[..., :1]  # what follows (caps, scales, casts) gets something small to work on
+
+    head.forward = keep  # type: ignore[method-assign]
+    try:
+        yield states
+    finally:
+        del head.forward
+
+
+def logit_shape(model: PreTrainedModel) -> tuple[float, float | None]:
+    """What a family does to the head's output: the factor of the logits, and their cap or None.
+
+    Cohere multiplies (`logit_scale`), Granite divides (`logits_scaling`), Gemma 2 caps (`final_logit_softcapping`).
+
+    Raises:
+        UserError: the model's own logits are not what these make of its hidden states.
+    """
+    config = model.config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return scale, None if cap is None else float(cap)

@@ -40,7 +40,7 @@ from edgerazor import data, losses, models, surgery
 from edgerazor.allocate import Plan, make_plan
 from edgerazor.console import Console, table
 from edgerazor.errors import INTERRUPTED, UserError, usage_error
-from edgerazor.losses._base import Loss, Outputs, StepTotals, predicting, step_counts
+from edgerazor.losses import Head, Loss, Outputs, StepTotals, step_counts
 from edgerazor.losses.lafd import LayerAdaptiveFeatureDistillation, least_similar
 from edgerazor.models import PreTrainedModel
 from edgerazor.recipe import Distill, LossTerm, Recipe
@@ -128,6 +128,7 @@ class Job:
     length: int
     terms: list[tuple[float, Loss]]
     hidden_layers: tuple[int, ...]
+    logit_shape: tuple[float, float | None]
     progress: _checkpoint.Progress = field(default_factory=_checkpoint.Progress)
     began: float = 0.0
 
@@ -300,6 +301,7 @@ def prepare(recipe: Recipe, work: WorkDir, imagined: bool = False) -> Job:
         length=length,
         terms=terms,
         hidden_layers=hidden,
+        logit_shape=models.logit_shape(teacher),
     )
 
 
@@ -402,7 +404,7 @@ def train_step(job: Job, batches: list[Batch]) -> float:
         last = index == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(job.trained):
             student = student_outputs(job, batch)
-            loss = sum(weight * term(student, target, batch["labels"], totals) for weight, term in job.terms)
+            loss = losses.objective(job.terms, student, target, batch["labels"], totals)
             # Processes' gradients are averaged, but contributions add up.
             accelerator.backward(loss * accelerator.num_processes)
             total += loss.detach()
@@ -419,19 +421,32 @@ def train_step(job: Job, batches: list[Batch]) -> float:
 
 @torch.no_grad()
 def teacher_outputs(job: Job, batch: Batch) -> Outputs | None:
-    """Logits [B, T, V] and the hidden states that losses ask for."""
+    """The teacher's final hidden states [B, T, H], its head, and the hidden states that losses ask for."""
     if job.teacher is None:
         return None
-    with models.capture_hidden(job.teacher, job.structure, job.hidden_layers) as hidden:
-        logits = job.teacher(input_ids=batch["input_ids"], use_cache=False).logits
-    return Outputs(logits, dict(hidden))
+    with (
+        models.capture_hidden(job.teacher, job.structure, job.hidden_layers) as hidden,
+        models.final_states(job.teacher, job.structure) as final,
+    ):
+        job.teacher(input_ids=batch["input_ids"], use_cache=False)
+    head = job.teacher.get_submodule(job.structure.head_path)
+    scale, cap = job.logit_shape
+    return Outputs(final[0], dict(hidden), Head(head.weight, head.bias, scale, cap))
 
 
 def student_outputs(job: Job, batch: Batch) -> Outputs:
     """The same of the student, with gradients."""
-    with models.capture_hidden(job.student, job.structure, job.hidden_layers) as hidden, job.accelerator.autocast():
-        logits = job.trained(input_ids=batch["input_ids"], use_cache=False).logits
-    return Outputs(logits, dict(hidden))
+    with (
+        models.capture_hidden(job.student, job.structure, job.hidden_layers) as hidden,
+        models.final_states(job.student, job.structure) as final,
+        job.accelerator.autocast(),
+    ):
+        job.trained(input_ids=batch["input_ids"], use_cache=False)
+        head = job.student.get_submodule(job.structure.head_path)
+        assert isinstance(head, surgery.TrainingLinear)
+        states, matrix = head.as_head(final[0])
+    scale, cap = job.logit_shape
+    return Outputs(states, dict(hidden), Head(scale=scale, cap=cap, **matrix))
 
 
 def step_totals(job: Job, batches: list[Batch], targets: list[Outputs | None]) -> StepTotals:
@@ -527,21 +542,17 @@ def measured_by(job: Job) -> str:
 def held_out_sums(job: Job, batch: Batch) -> dict[str, float]:
     """Sums over the predicted tokens of a batch, in nats: cross entropy, KL(teacher || student); and their count."""
     batch = {key: value.to(job.accelerator.device) for key, value in batch.items()}
-    mask = predicting(batch["labels"])
-    targets = batch["labels"].roll(-1, 1)[mask]
-    with job.accelerator.autocast():
-        logits = job.student(input_ids=batch["input_ids"], use_cache=False).logits[mask]
-    student = logits.float().log_softmax(-1)
-    result = {
-        "cross_entropy": float(torch.nn.functional.nll_loss(student, targets, reduction="sum")),
-        "tokens": float(mask.sum()),
-    }
-    target = teacher_outputs(job, batch)
-    if target is not None:
-        teacher = target.logits[mask].float().log_softmax(-1)
-        size = min(teacher.shape[-1], student.shape[-1])
-        result["kl"] = float((teacher.exp() * (teacher - student[:, :size])).sum())
-    return result
+    student, teacher = student_outputs(job, batch), teacher_outputs(job, batch)
+    names = ("cross_entropy", "kl") if teacher is not None else ("cross_entropy",)
+    sums = {name: torch.zeros((), dtype=torch.float64, device=student.states.device) for name in names}
+    for chunk in losses.chunks(student, teacher, batch["labels"], StepTotals(1, 1)):
+        for _, rows in chunk.blocks():
+            sums["cross_entropy"] -= rows.log_student().gather(1, rows.targets[:, None]).sum()
+            if teacher is not None:
+                ours, theirs = rows.log_both()
+                sums["kl"] += (theirs.exp() * (theirs - ours)).sum()
+    _, tokens = step_counts(batch["labels"])
+    return {"tokens": float(tokens)} | {name: float(value) for name, value in sums.items()}
 
 
 def save_student(job: Job, folder: Path, digests: dict[str, str], value: float) -> None:

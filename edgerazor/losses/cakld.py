@@ -1,0 +1,43 @@
+"""Confidence-aware KL (CAKLD): the teacher's confidence in the text itself mixes reverse and forward KL.
+
+    γ = mean of p_T(next token)        CAKLD = γ·KL(p_S ‖ p_T) + (1 - γ)·KL(p_T ‖ p_S)
+
+The mean is per sample over its tokens, then over the step's samples. Source: BitDistiller (arXiv 2402.10631,
+section 3.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from edgerazor.losses._base import positive
+from edgerazor.losses._kl import mixed_kl
+from edgerazor.losses._rows import RowLoss, Rows
+
+#: Mean probability that the teacher gives to the tokens of the text.
+CONFIDENCE = "teacher_confidence"
+
+
+class ConfidenceAwareKL(RowLoss):
+    """`T²·[γ·KL(p_S ‖ p_T) + (1 - γ)·KL(p_T ‖ p_S)]`, mean per sample, then over samples; γ carries no gradient.
+
+    Args:
+        temperature: `T` > 0 of both divergences; the confidence is that of the teacher's own distribution (T = 1).
+    """
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        self.temperature = positive("temperature", temperature)
+
+    def teacher_rows(self, rows: Rows) -> dict[str, Tensor]:
+        """Weighted sum of the probabilities of the targets."""
+        chosen = rows.log_teacher().gather(1, rows.targets[:, None]).squeeze(1)
+        return {CONFIDENCE: (rows.samples * chosen.exp()).sum()}
+
+    def rows(self, rows: Rows, statistics: Mapping[str, float]) -> tuple[Tensor, Tensor]:
+        """See `RowLoss`; needs `teacher_confidence` in the step's statistics."""
+        return mixed_kl(rows, statistics[CONFIDENCE], self.temperature)
+
+
+LOSS = ConfidenceAwareKL
