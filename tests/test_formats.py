@@ -245,11 +245,24 @@ def test_absmax_follows_its_rule(name: str, largest: int) -> None:
             assert error <= scale * (0.5 + largest * 2**-11)
 
 
+def test_int2_has_four_levels_and_no_zero() -> None:
+    w = torch.tensor([[1.0, -1.0, 3.0, -3.0], [0.0, 0.0, 9.0, -9.0], [0.0, 0.0, 0.0, 0.0]])
+    codes, scales = formats.get("int2").encode(w, 4)
+    assert codes.tolist() == [[0, -1, 1, -2], [0, 0, 1, -2], [0, 0, 0, 0]]
+    assert scales.flatten().tolist() == [2.0, 4.5, 0.0]
+    decoded = formats.get("int2").decode(codes, scales, 4)
+    assert decoded.tolist() == [[1.0, -1.0, 3.0, -3.0], [2.25, 2.25, 6.75, -6.75], [0.0] * 4]
+
+
 def test_golden_bytes() -> None:
     golden = {
         # 2 + 1*3 + 0*9 + 1*27 + 2*81 = 194, then 0 + 1*3 + 1*9 + 1*27 + 1*81 = 120
         "ternary": ([1, 0, -1, 0, 1, -1], "c278"),
+        "int2": ([1, -2, 0, -1, 1], "c901"),  # 1 + 2*4 + 0*16 + 3*64 = 201
+        "int2z": ([1, -1, 0, -1, 1], "cd01"),
+        "int3": ([3, -3, 1, 0, -1], "6b70"),  # 3 + 5*8 + 1*64 = 107, and 7 << 12
         "int4": ([7, -7, 1, 0, -1], "97010f"),
+        "int5": ([15, -15, 1, 0, -1], "2f06f001"),
         "int8": ([127, -127, 1, 0, -1], "7f810100ff"),
     }
     for name, (codes, expected) in golden.items():

@@ -34,7 +34,11 @@ def by_definition(x: Tensor, encoded: Encoded, spec: MatrixSpec, bits: int, grou
     codes, scales = formats.quantize_activations(x, bits, group)
     column = torch.arange(x.shape[-1])
     activations = codes.double() * scales[..., column // group].double()
-    w = encoded.codes.double() * encoded.scales[:, column // spec.group_size].double()
+    offsets = {"int2": 0.5}  # levels lie between the codes
+    indices = [0] * len(encoded.codes) if spec.row_formats is None else spec.row_formats.tolist()
+    names = [spec.formats[index] for index in indices]
+    offset = torch.tensor([offsets.get(name, 0.0) for name in names])[:, None]
+    w = (encoded.codes.double() + offset) * encoded.scales[:, column // spec.group_size].double()
     return (activations[..., None, :] * w).sum(-1).float()
 
 

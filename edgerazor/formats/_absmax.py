@@ -13,10 +13,10 @@ from edgerazor.formats._base import Format
 
 
 class Absmax(Format):
-    """The format `int<bits>` for 2 to 8 bits."""
+    """The format `int<bits>` for 2 to 8 bits, or under another name."""
 
-    def __init__(self, bits: int) -> None:
-        self.name = f"int{bits}"
+    def __init__(self, bits: int, name: str | None = None) -> None:
+        self.name = name or f"int{bits}"
         self.nominal_bits = float(bits)
         self.code_bits = bits
         self.maximum = 2 ** (bits - 1) - 1

@@ -1,0 +1,37 @@
+"""Two-bit integers without a zero level: every weight is one of -3/2, -1/2, 1/2 or 3/2 times the scale.
+
+`s` is the mean of `|w|` over the group and the code `clip(floor(w / s), -2, 1)` stands for the level `code + 1/2`, in the
+middle of its interval. All four values of the two bits are used, which counts more at this width than having a zero
+(ParetoQ, arXiv 2502.02631, section 4, "stretched elastic" levels). `int2z` is the symmetric one with a zero.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from edgerazor.formats._base import Format
+
+
+class HalfOffset(Format):
+    """Codes -2 to 1, levels -1.5 to 1.5."""
+
+    name = "int2"
+    nominal_bits = 2.0
+    code_bits = 2
+    minimum, maximum = -2, 1
+
+    def scale_rule(self, groups: Tensor) -> Tensor:
+        """`mean|w|` of each group: float32 [..., group] to float64 [...]; summed in float64, as in `ternary`."""
+        return groups.abs().mean(dim=-1, dtype=torch.float64)
+
+    def choose_(self, ratios: Tensor) -> Tensor:
+        """The interval that each ratio lies in."""
+        return ratios.floor_().clamp_(self.minimum, self.maximum)
+
+    def level_(self, codes: Tensor) -> Tensor:
+        """The middle of the interval."""
+        return codes.add_(0.5)
+
+
+FORMAT = HalfOffset()

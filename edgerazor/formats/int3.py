@@ -1,0 +1,5 @@
+"""Three-bit integers, -3 to 3: where rounding alone stops being harmless. Eight codes fill three bytes."""
+
+from edgerazor.formats._absmax import Absmax
+
+FORMAT = Absmax(bits=3)
