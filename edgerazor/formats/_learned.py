@@ -13,6 +13,7 @@ gradients as large as those of all their weights together. Training starts at `s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch

@@ -57,7 +57,7 @@ def final_states(model: nn.Module, found: Structure) -> Iterator[list[Tensor]]:
         states.append(x)
         return x[..., :1]  # what follows (caps, scales, casts) gets something small to work on
 
-    head.forward = keep  # type: ignore[method-assign]
+    head.forward = keep
     try:
         yield states
     finally:

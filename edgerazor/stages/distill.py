@@ -403,7 +403,7 @@ def train_step(job: Job, batches: list[Batch]) -> float:
     for index, (batch, target) in enumerate(zip(batches, targets, strict=True)):
         last = index == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(job.trained):
-            student = student_outputs(job, batch)
+            student = student_outputs(job, batch, job.trained)
             loss = losses.objective(job.terms, student, target, batch["labels"], totals)
             # Processes' gradients are averaged, but contributions add up.
             accelerator.backward(loss * accelerator.num_processes)
@@ -434,14 +434,14 @@ def teacher_outputs(job: Job, batch: Batch) -> Outputs | None:
     return Outputs(final[0], dict(hidden), Head(head.weight, head.bias, scale, cap))
 
 
-def student_outputs(job: Job, batch: Batch) -> Outputs:
-    """The same of the student, with gradients."""
+def student_outputs(job: Job, batch: Batch, model: torch.nn.Module) -> Outputs:
+    """The same of the student, with gradients; `model` is it or what accelerate wrapped it in."""
     with (
         models.capture_hidden(job.student, job.structure, job.hidden_layers) as hidden,
         models.final_states(job.student, job.structure) as final,
         job.accelerator.autocast(),
     ):
-        job.trained(input_ids=batch["input_ids"], use_cache=False)
+        model(input_ids=batch["input_ids"], use_cache=False)
         head = job.student.get_submodule(job.structure.head_path)
         assert isinstance(head, surgery.TrainingLinear)
         states, matrix = head.as_head(final[0])
@@ -542,7 +542,7 @@ def measured_by(job: Job) -> str:
 def held_out_sums(job: Job, batch: Batch) -> dict[str, float]:
     """Sums over the predicted tokens of a batch, in nats: cross entropy, KL(teacher || student); and their count."""
     batch = {key: value.to(job.accelerator.device) for key, value in batch.items()}
-    student, teacher = student_outputs(job, batch), teacher_outputs(job, batch)
+    student, teacher = student_outputs(job, batch, job.student), teacher_outputs(job, batch)
     names = ("cross_entropy", "kl") if teacher is not None else ("cross_entropy",)
     sums = {name: torch.zeros((), dtype=torch.float64, device=student.states.device) for name in names}
     for chunk in losses.chunks(student, teacher, batch["labels"], StepTotals(1, 1)):
