@@ -33,20 +33,18 @@ def mixed_kl(rows: Rows, gamma: float | Tensor, temperature: float = 1.0) -> tup
     Returns:
         scalar, and the gradient with respect to the student's logits `[n, entries]`.
     """
-    log_s, log_t = rows.log_both(temperature)
+    (log_s, log_t), (p_s, p_t) = rows.log_both(temperature), rows.p_both(temperature)  # [n, entries]
     weight = rows.samples[:, None]  # [n, 1]
     share = gamma[:, None] if isinstance(gamma, Tensor) else gamma
-    p_s, p_t = log_s.exp(), log_t.exp()  # [n, entries]
     d = log_s - log_t
     forward = -torch.linalg.vecdot(p_t, d)[:, None]  # [n, 1]
     only_forward = isinstance(gamma, float) and gamma == 0.0
     reverse = forward if only_forward else torch.linalg.vecdot(p_s, d)[:, None]  # [n, 1]
     value = (weight * (share * reverse + (1 - share) * forward)).sum() * temperature**2
     # T·w·[γ·p_S·(d - reverse) + (1 - γ)·(p_S - p_T)], which is exactly 0 where student equals teacher
-    seek = None if only_forward else d.sub_(reverse).mul_(p_s).mul_(share)  # before p_s is overwritten
-    gradient = p_s.sub_(p_t)
-    if seek is not None:
-        gradient = gradient.mul_(1 - share).add_(seek)
+    gradient = p_s - p_t
+    if not only_forward:
+        gradient.mul_(1 - share).addcmul_(d.sub_(reverse).mul_(share), p_s)
     return value, gradient.mul_(temperature * weight)
 
 
@@ -58,8 +56,7 @@ def jensen_shannon(rows: Rows, beta: float, temperature: float = 1.0) -> tuple[T
 
     Args, returns: as `mixed_kl`; `0 < beta < 1`.
     """
-    log_s, log_t = rows.log_both(temperature)
-    p_s, p_t = log_s.exp(), log_t.exp()  # [n, entries]
+    (log_s, log_t), (p_s, p_t) = rows.log_both(temperature), rows.p_both(temperature)  # [n, entries]
     # log m from the larger of both, so that nothing overflows and equal ones give exactly their own value
     d = log_s - log_t
     share = torch.where(d > 0, d.new_tensor(beta), d.new_tensor(1 - beta))

@@ -13,7 +13,7 @@ Within a chunk the losses see a few rows at a time, which stay in the processor'
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,15 +48,20 @@ class Rows:
     targets: Tensor
     samples: Tensor
     tokens: float
-    _kept: dict[tuple[bool, int, float], Tensor] = field(default_factory=dict)
+    _kept: dict[tuple[str, int, float], Tensor] = field(default_factory=dict)
 
     def log_student(self, temperature: float = 1.0) -> Tensor:
-        """`log softmax(z_S / T)`, `[n, V]`, computed once for all losses."""
+        """`log p_S = log softmax(z_S / T)`, `[n, V]`, computed once for all losses."""
         assert self.student is not None
-        return self._log(self.student, True, self.student.shape[-1], temperature)
+        return self._log("student", self.student, self.student.shape[-1], temperature)
+
+    def log_teacher(self) -> Tensor:
+        """The teacher's own log-probabilities, `[n, V']`."""
+        assert self.teacher is not None
+        return self._log("teacher", self.teacher, self.teacher.shape[-1], 1.0)
 
     def log_both(self, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Student's and teacher's log-probabilities over the entries both vocabularies have, likewise.
+        """`log p_S` and `log p_T` over the entries both vocabularies have, likewise.
 
         Models of one family pad their vocabularies differently (Qwen does); only padding lies beyond the shorter one.
         """
@@ -64,20 +69,32 @@ class Rows:
         assert self.teacher is not None
         entries = min(self.student.shape[-1], self.teacher.shape[-1])
         return (
-            self._log(self.student, True, entries, temperature),
-            self._log(self.teacher, False, entries, temperature),
+            self._log("student", self.student, entries, temperature),
+            self._log("teacher", self.teacher, entries, temperature),
         )
 
-    def log_teacher(self) -> Tensor:
-        """The teacher's own log-probabilities, `[n, V']`."""
-        assert self.teacher is not None
-        return self._log(self.teacher, False, self.teacher.shape[-1], 1.0)
+    def p_student(self) -> Tensor:
+        """`p_S`, `[n, V]`, likewise."""
+        return self._exp("student", self.log_student(), 1.0)
 
-    def _log(self, logits: Tensor, student: bool, entries: int, temperature: float) -> Tensor:
-        key = (student, entries, temperature)
-        if key not in self._kept:
+    def p_both(self, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """`p_S` and `p_T` over the entries both vocabularies have, likewise."""
+        log_s, log_t = self.log_both(temperature)
+        return self._exp("student", log_s, temperature), self._exp("teacher", log_t, temperature)
+
+    def _log(self, who: str, logits: Tensor, entries: int, temperature: float) -> Tensor:
+        def compute() -> Tensor:
             scaled = logits[:, :entries]
-            self._kept[key] = torch.log_softmax(scaled if temperature == 1.0 else scaled / temperature, dim=-1)
+            return torch.log_softmax(scaled if temperature == 1.0 else scaled / temperature, dim=-1)
+
+        return self._once((f"log {who}", entries, temperature), compute)
+
+    def _exp(self, who: str, log_p: Tensor, temperature: float) -> Tensor:
+        return self._once((who, log_p.shape[-1], temperature), log_p.exp)
+
+    def _once(self, key: tuple[str, int, float], compute: Callable[[], Tensor]) -> Tensor:
+        if key not in self._kept:
+            self._kept[key] = compute()
         return self._kept[key]
 
 

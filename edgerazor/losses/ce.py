@@ -18,8 +18,8 @@ class CrossEntropy(RowLoss):
         """Gradient: `p_S - onehot(target)`, by the tokens of the step (see `RowLoss`)."""
         log_p, target = rows.log_student(), rows.targets[:, None]
         value = -log_p.gather(1, target).sum() * rows.tokens
-        gradient = log_p.exp().scatter_add_(1, target, log_p.new_full(target.shape, -1.0))
-        return value, gradient.mul_(rows.tokens)
+        gradient = rows.p_student() * rows.tokens
+        return value, gradient.scatter_add_(1, target, log_p.new_full(target.shape, -rows.tokens))
 
 
 LOSS = CrossEntropy
