@@ -87,7 +87,7 @@ class Plan(BaseModel):
         """Average over the weights of the decoder's linear layers."""
         linears = [matrix for matrix in self.matrices if matrix.kind == "linear"]
         weights = [matrix.rows * matrix.columns for matrix in linears]
-        bits = [matrix.spec().nominal_bits(matrix.rows) for matrix in linears]
+        bits = [matrix.spec().nominal_bits((matrix.rows, matrix.columns)) for matrix in linears]
         return sum(w * b for w, b in zip(weights, bits, strict=True)) / sum(weights)
 
     def bytes(self) -> int:

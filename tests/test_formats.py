@@ -338,8 +338,8 @@ def test_packed_matrices_come_back_exactly(shape: tuple[int, int]) -> None:
 def test_nominal_bits_are_those_of_the_names() -> None:
     for every, bits in ((8, 1.8825), (2, 2.79)):
         rows = (torch.arange(64) % every == 0).to(torch.uint8)
-        assert MatrixSpec(("ternary", "int4"), 256, rows).nominal_bits(64) == pytest.approx(bits, abs=1e-12)
-    assert MatrixSpec(("ternary",), 256).nominal_bits(64) == 1.58
+        assert MatrixSpec(("ternary", "int4"), 256, rows).nominal_bits((64, 40)) == pytest.approx(bits, abs=1e-12)
+    assert MatrixSpec(("ternary",), 256).nominal_bits((64, 40)) == 1.58
 
 
 def test_the_digest_depends_on_the_numbers_and_not_on_how_they_are_held() -> None:
