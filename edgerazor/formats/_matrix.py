@@ -124,17 +124,17 @@ class MatrixSpec:
         """
         self.check_shape(shape)
         rows, cols = shape
+        if self.block_formats is None:
+            return [Strip(slice(0, cols), slice(0, group_count(cols, self.group_size)), 1, rows, cols, self, "")]
         if (rows, cols) not in self._strips:
-            self._strips[rows, cols] = list(self._cut(rows, cols))
+            self._strips.clear()
+            self._strips[rows, cols] = list(self._cut(self.block_formats, rows, cols))
         return self._strips[rows, cols]
 
-    def _cut(self, rows: int, cols: int) -> Iterator[Strip]:
-        if self.block_formats is None:
-            yield Strip(slice(0, cols), slice(0, group_count(cols, self.group_size)), 1, rows, cols, self, "")
-            return
+    def _cut(self, block_formats: Tensor, rows: int, cols: int) -> Iterator[Strip]:
         group = min(self.group_size, cols)
         whole = cols // group
-        every = self.block_formats.expand(rows, -1)
+        every = block_formats.expand(rows, -1)
         ends = [(0, whole, group, "")]
         if cols % group:
             ends.append((whole, whole + 1, cols % group, TAIL))
@@ -145,6 +145,7 @@ class MatrixSpec:
 
     @cached_property
     def _strips(self) -> dict[tuple[int, int], list[Strip]]:
+        """Of the last shape asked for: in training it is always the same."""
         return {}
 
     @cached_property
