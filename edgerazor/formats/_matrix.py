@@ -209,7 +209,9 @@ def encode_matrix(w: Tensor, spec: MatrixSpec) -> Encoded:
     if spec.block_formats is not None:
         strips = spec.strips(w.shape)
         parts = [encode_matrix(strip.of(w.detach()), strip.spec) for strip in strips]
-        return Encoded(_join(strips, [each.codes for each in parts]), _join(strips, [each.scales for each in parts]))
+        return Encoded(
+            join_strips(strips, [each.codes for each in parts]), join_strips(strips, [each.scales for each in parts])
+        )
     spec.check_shape(w.shape)
     encoded = [(part.encode(_select(w.detach(), rows), spec.group_size), rows) for part, rows in spec.parts]
     codes = _merge([(each.codes, rows) for each, rows in encoded], (*w.shape,), torch.int8, w.device)
@@ -228,7 +230,7 @@ def decode_matrix(encoded: Encoded, spec: MatrixSpec) -> Tensor:
     if spec.block_formats is not None:
         strips = spec.strips(codes.shape)
         parts = [decode_matrix(strip.encoded(encoded), strip.spec) for strip in strips]
-        return _join(strips, parts)
+        return join_strips(strips, parts)
     spec.check_shape(codes.shape)
     decoded = [
         (part.decode(_select(codes, rows), _select(scales, rows), spec.group_size), rows) for part, rows in spec.parts
@@ -254,7 +256,7 @@ def round_trip(w: Tensor, spec: MatrixSpec, dtype: torch.dtype = torch.float32) 
     """
     if spec.block_formats is not None:
         strips = spec.strips(w.shape)
-        return _join(strips, [round_trip(strip.of(w), strip.spec, dtype) for strip in strips])
+        return join_strips(strips, [round_trip(strip.of(w), strip.spec, dtype) for strip in strips])
     spec.check_shape(w.shape)
     if spec.row_formats is None:
         return spec.parts[0][0].round_trip(w, spec.group_size, dtype)
@@ -266,7 +268,7 @@ def round_trip(w: Tensor, spec: MatrixSpec, dtype: torch.dtype = torch.float32) 
     return rounded
 
 
-def _join(strips: list[Strip], parts: list[Tensor]) -> Tensor:
+def join_strips(strips: list[Strip], parts: list[Tensor]) -> Tensor:
     """The whole matrix from its strips, or from something else of them, [rows of the strip, n]."""
     merged = [
         part.reshape(strip.rows // strip.blocks, strip.blocks * part.shape[1])
@@ -379,7 +381,7 @@ def unpack_matrix(
     extra = set(parts) - known - {SCALES, ROW_FORMATS if spec.block_formats is None else BLOCK_FORMATS}
     if extra:
         raise ValueError(f"the part {min(extra)} does not belong to it")
-    codes = _join(strips, [_unpack_codes(parts, strip, scales.device) for strip in strips])
+    codes = join_strips(strips, [_unpack_codes(parts, strip, scales.device) for strip in strips])
     return Encoded(codes, scales), spec
 
 
