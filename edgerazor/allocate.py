@@ -363,8 +363,9 @@ def _described(wide: Tensor, mixture: Mixture) -> dict[str, Any]:
         return {"formats": (mixture.high if bool(wide.any()) else mixture.low,)}
     both = {"formats": (mixture.low, mixture.high)}
     if wide.dim() == 1 or wide.shape[1] == 1:
-        return {**both, "row_formats": _digits(wide.flatten())}
-    return {**both, "block_formats": tuple(_digits(row) for row in wide)}
+        return {**both, "row_formats": _digits(wide)}
+    text, groups = _digits(wide), wide.shape[1]
+    return {**both, "block_formats": tuple(text[at : at + groups] for at in range(0, len(text), groups))}
 
 
 def _digits(wide: Tensor) -> str:

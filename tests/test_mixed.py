@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from _tiny import Run, make_run, write_recipe
+from conftest import ModelMaker
 from safetensors.torch import load_file
 
 from edgerazor import formats, models
@@ -76,6 +77,24 @@ def test_every_group_size_goes_through_all_stages(
         assert {matrix.group_size for matrix in plan.matrices} == {int(size)}
 
 
+def test_a_head_with_its_own_format_goes_through_all_stages(
+    run: Run, tmp_path: Path, make_model: ModelMaker, text_file: Path
+) -> None:
+    make_model(tmp_path / "untied", "llama", tie_word_embeddings=False)
+    plan = razored(run, tmp_path, tmp_path / "untied", text_file, embedding_format="int3", head_format="int2")
+    assert (plan["model.embed_tokens"].formats, plan["lm_head"].formats) == (("int3",), ("int2",))
+
+
+def test_a_format_for_a_head_that_is_tied_stops_the_run(
+    run: Run, tmp_path: Path, make_model: ModelMaker, text_file: Path
+) -> None:
+    make_model(tmp_path / "tied", "llama", tie_word_embeddings=True)
+    recipe = write_recipe(tmp_path / "r.yaml", tmp_path / "tied", text_file, calibrate={"head_format": "int2"})
+    done = run("calibrate", "--recipe", recipe, "--work", tmp_path / "job")
+    assert done.code == 2
+    assert "the model's head is tied to its embedding" in " ".join(done.err.split())
+
+
 def test_overrides_and_the_ends_formats_go_through_all_stages(
     run: Run, tmp_path: Path, llama: Path, text_file: Path
 ) -> None:
@@ -105,7 +124,8 @@ def test_rounding_without_training_plans_in_the_same_way(
 ) -> None:
     options = ("--plan", "variance", "--granularity", "block", "--bits", "2.5")
     recipe = write_recipe(tmp_path / "r.yaml", llama, text_file)
-    assert run("calibrate", "--recipe", recipe, "--work", tmp_path / "a", *options).code == 0
+    for words in (["calibrate"], ["distill", "--dry-run"]):
+        assert run(*words, "--recipe", recipe, "--work", tmp_path / "a", *options).code == 0
     assert run("pack", llama, "--recipe", recipe, "--work", tmp_path / "b", *options).code == 0
     plan = Plan.model_validate_json((tmp_path / "a" / "calibrate" / "plan.json").read_text())
     packed = PackedModel.open(tmp_path / "b" / "packed")

@@ -196,8 +196,11 @@ class Strip(NamedTuple):
 
     def encoded(self, encoded: Encoded) -> Encoded:
         """The strip of an encoded matrix."""
-        scales = encoded.scales[:, self.groups]
-        return Encoded(self.of(encoded.codes), scales.reshape(self.rows, group_count(self.width, self.spec.group_size)))
+        return Encoded(self.of(encoded.codes), self.scales_of(encoded.scales))
+
+    def scales_of(self, scales: Tensor) -> Tensor:
+        """The scales of the strip, from those of the whole matrix [rows, groups]."""
+        return scales[:, self.groups].reshape(self.rows, group_count(self.width, self.spec.group_size))
 
 
 def encode_matrix(w: Tensor, spec: MatrixSpec) -> Encoded:
