@@ -53,8 +53,14 @@ DataFiles = Annotated[
 HeldOut = Annotated[list[Path] | None, Option("--held-out", help="Text to measure on; repeatable.", metavar="FILE")]
 Length = Annotated[int | None, Option("--sequence-length", help="Tokens per sequence.")]
 Bits = Annotated[float | None, Option("--bits", help="Nominal average of the decoder's linear layers, 1.58 to 8.")]
-GroupSize = Annotated[int | None, Option("--group-size", help="Weights of a row that share one scale.")]
-PlanName = Annotated[str | None, Option("--plan", help="How rows get their formats: interleave.")]
+Formats = Annotated[str | None, Option("--formats", help="The two to mix, narrower first: ternary,int4.")]
+GroupSize = Annotated[
+    str | None, Option("--group-size", help="Weights of a row that share one scale; `row`: all.", metavar="N|row")
+]
+PlanName = Annotated[
+    str | None, Option("--plan", help="What gets the wider format: interleave, variance or first (units).")
+]
+Granularity = Annotated[str | None, Option("--granularity", help="Unit that has a format: row, column or block.")]
 KvBits = Annotated[int | None, Option("--kv-bits", help="Keys and values: 8 or 16.")]
 ActivationBits = Annotated[int | None, Option("--activation-bits", help="Inputs of linear layers: 8 or 16.")]
 Compare = Annotated[
@@ -71,8 +77,10 @@ def calibrate(
     held_out: HeldOut = None,
     sequence_length: Length = None,
     sequences: Annotated[int | None, Option("--sequences", help="Calibration sequences.")] = None,
+    formats: Formats = None,
     group_size: GroupSize = None,
     plan: PlanName = None,
+    granularity: Granularity = None,
     kv_bits: KvBits = None,
     activation_bits: ActivationBits = None,
     revision: Revision = None,
@@ -93,7 +101,9 @@ def calibrate(
     """
     values = general(model, revision, trust_remote_code, seed, device, threads)
     values |= {"data": data_section(data, held_out, sequence_length)}
-    values |= {"calibrate": plan_section(bits, group_size, plan, kv_bits, activation_bits, sequences)}
+    values |= {
+        "calibrate": plan_section(bits, formats, group_size, plan, granularity, kv_bits, activation_bits, sequences)
+    }
     stage("calibrate", values, work, recipe, json, quiet, force, dry_run)
 
 
@@ -111,8 +121,10 @@ def distill(
     accumulation: Annotated[int | None, Option("--accumulation", help="Forward passes per optimizer step.")] = None,
     learning_rate: Annotated[float | None, Option("--learning-rate", help="Peak learning rate.")] = None,
     checkpoint_every: Annotated[int | None, Option("--checkpoint-every", help="Steps between checkpoints.")] = None,
+    formats: Formats = None,
     group_size: GroupSize = None,
     plan: PlanName = None,
+    granularity: Granularity = None,
     kv_bits: KvBits = None,
     activation_bits: ActivationBits = None,
     revision: Revision = None,
@@ -134,7 +146,7 @@ def distill(
     values = general(model, revision, trust_remote_code, seed, device, threads)
     values |= {
         "data": data_section(data, held_out, sequence_length),
-        "calibrate": plan_section(bits, group_size, plan, kv_bits, activation_bits, None),
+        "calibrate": plan_section(bits, formats, group_size, plan, granularity, kv_bits, activation_bits, None),
         "distill": given(
             steps=steps,
             tokens=tokens,
@@ -155,8 +167,10 @@ def pack(
     ] = None,
     bits: Bits = None,
     student: Annotated[str | None, Option("--student", help="best or last.")] = None,
+    formats: Formats = None,
     group_size: GroupSize = None,
     plan: PlanName = None,
+    granularity: Granularity = None,
     kv_bits: KvBits = None,
     activation_bits: ActivationBits = None,
     revision: Revision = None,
@@ -175,7 +189,7 @@ def pack(
     Example: edgerazor pack Qwen/Qwen3-0.6B --bits 4
     """
     values = general(model, revision, trust_remote_code, None, None, None)
-    section = plan_section(bits, group_size, plan, kv_bits, activation_bits, None)
+    section = plan_section(bits, formats, group_size, plan, granularity, kv_bits, activation_bits, None)
     if section and model is None and recipe is None:
         name = next(iter(section)).replace("_", "-")
         raise usage_error(
@@ -392,16 +406,21 @@ def data_section(data: list[Path] | None, held_out: list[Path] | None, length: i
 
 def plan_section(
     bits: float | None,
-    group_size: int | None,
+    formats: str | None,
+    group_size: str | None,
     plan: str | None,
+    granularity: str | None,
     kv_bits: int | None,
     activation_bits: int | None,
     sequences: int | None,
 ) -> dict[str, Any]:
+    number = group_size is not None and group_size.removeprefix("-").isdecimal()
     return given(
         bits=bits,
-        group_size=group_size,
+        formats=None if formats is None else [name.strip() for name in formats.split(",")],
+        group_size=int(group_size) if group_size is not None and number else group_size,
         plan=plan,
+        granularity=granularity,
         kv_bits=kv_bits,
         activation_bits=activation_bits,
         sequences=sequences,

@@ -10,12 +10,21 @@ without gaps. The header ends in spaces, so that the data begin on a 64-byte bou
 
 - `P.weight.<format>`, U8 [rows of that format, packed columns]: the codes of its rows in that format, in row order.
   `ternary`: five codes a byte, the sum of (code_i + 1) * 3^i; a last byte is filled with codes 0; bytes above 242 are
-  invalid. `int<b>`: code i is the two's-complement field of bits b*i to b*i+b-1 of the row's bytes, low bits first
-  (int4: first code in the low nibble); unused bits are zero, and so is no code -2^(b-1).
+  invalid. All others: code i is the two's-complement field of bits b*i to b*i+b-1 of the row's bytes, low bits first
+  (int4: first code in the low nibble); unused bits are zero. The code -2^(b-1) is invalid but in `int2`.
 - `P.weight.scales`, F16 [rows, ceil(cols / group_size)]: finite, not negative, in the matrix's row order.
 - `P.weight.row_formats`, U8 [rows], only where rows may differ: an index into the matrix's list of formats.
 
-A weight is `level(code) * scale` in float32; for every format here the level is the code. Tensors of other kinds
+Where the format may change within a row, it does so between groups, and the first and the last give way to
+
+- `P.weight.<format>`, U8 [whole groups in that format, packed columns of a group], row by row: each group packed as if
+  it were a row, so that it begins on a byte;
+- `P.weight.<format>.tail`, U8 [rows whose shorter last group is in that format, packed columns of it], where
+  group_size does not divide cols;
+- `P.weight.block_formats`, U8 [rows, bytes], or [1, bytes] when all rows are alike: for each group of a row an index
+  into the matrix's list of formats, in 1, 2 or 4 bits (the fewest that can count the list), low bits first.
+
+A weight is `level(code) * scale` in float32; the level is the code, but `code + 1/2` in `int2`. Tensors of other kinds
 (norms, biases) stand under their own names with their own dtypes.
 
 **Header.** The `__metadata__` of the first file holds `"edgerazor"`: a JSON object, fields as in `Header` below, and
@@ -47,7 +56,7 @@ from torch import Tensor
 
 from edgerazor import formats, workdir
 from edgerazor.errors import UserError
-from edgerazor.formats import ROW_FORMATS, SCALES, Encoded, MatrixSpec
+from edgerazor.formats import BLOCK_FORMATS, ROW_FORMATS, SCALES, TAIL, Encoded, MatrixSpec
 
 VERSION = 0
 WEIGHTS_FILE = "model.safetensors"
@@ -121,7 +130,7 @@ class PackedMatrix:
         name: path of its module (`model.layers.0.mlp.down_proj`).
         kind: what the matrix is for.
         encoded: codes int8 [rows, cols] and scales float16 [rows, groups].
-        spec: formats of its rows and group size.
+        spec: formats of its rows or blocks, and group size.
     """
 
     name: str
@@ -378,14 +387,38 @@ class PackedModel:
                 found = f"{stored[name][0]} {list(stored[name][1])}"
                 raise self._broken(name, name, f"it should be {dtype} {list(shape)}, but is {found}")
         for name, entry in self.header.matrices.items():
-            rows = sum(stored[part_name(name, part)][1][0] for part in _code_parts(entry))
-            if rows != entry.shape[0]:
-                reason = f"its formats have {rows} rows together, but it has {entry.shape[0]}"
-                raise self._broken(part_name(name, SCALES), name, reason)
+            rows = {part: stored[part_name(name, part)][1][0] for part in _code_parts(entry)}
+            for kind, wanted in _code_rows(entry).items():
+                together = sum(count for part, count in rows.items() if part.endswith(TAIL) == (kind == "tails"))
+                if together != wanted:
+                    reason = f"its formats have {together} {kind} together, but it has {wanted}"
+                    raise self._broken(part_name(name, SCALES), name, reason)
 
 
 def _code_parts(entry: MatrixEntry) -> list[str]:
-    return [part for part in entry.sha256 if part not in (SCALES, ROW_FORMATS)]
+    return [part for part in entry.sha256 if part not in (SCALES, ROW_FORMATS, BLOCK_FORMATS)]
+
+
+def _code_rows(entry: MatrixEntry) -> dict[str, int]:
+    """How many rows the parts of codes have together: rows of the matrix, or its groups and tails."""
+    rows, cols = entry.shape
+    if BLOCK_FORMATS not in entry.sha256:
+        return {"rows": rows}
+    group = min(entry.group_size, cols)
+    return {"groups": rows * (cols // group), "tails": rows if cols % group else 0}
+
+
+def _code_columns(entry: MatrixEntry, part: str) -> int:
+    """Codes in a row of a part: those of a row of the matrix, or of a group."""
+    cols = entry.shape[1]
+    if BLOCK_FORMATS not in entry.sha256:
+        return cols
+    group = min(entry.group_size, cols)
+    return cols % group if part.endswith(TAIL) else group
+
+
+def _format_of(part: str) -> formats.Format:
+    return formats.get(part.removesuffix(TAIL))
 
 
 def _expected_parts(
@@ -393,15 +426,16 @@ def _expected_parts(
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Dtype and shape of each part of a matrix. How many rows have a format is known only from the rows themselves."""
     rows, cols = entry.shape
-    expected: dict[str, tuple[str, tuple[int, ...]]] = {}
+    groups = formats.group_count(cols, entry.group_size)
+    shapes: dict[str, tuple[int, ...]] = {}
     for part in _code_parts(entry):
         found = stored.get(part_name(name, part), ("", ()))[1]
-        count = found[0] if found else rows
-        expected[part_name(name, part)] = ("U8", (count, formats.get(part).packed_columns(cols)))
-    expected[part_name(name, SCALES)] = ("F16", (rows, formats.group_count(cols, entry.group_size)))
-    if ROW_FORMATS in entry.sha256:
-        expected[part_name(name, ROW_FORMATS)] = ("U8", (rows,))
-    return expected
+        shapes[part] = (found[0] if found else rows, _format_of(part).packed_columns(_code_columns(entry, part)))
+    alike = stored.get(part_name(name, BLOCK_FORMATS), ("", ()))[1][:1] == (1,)
+    shapes |= {SCALES: (rows, groups), ROW_FORMATS: (rows,)}
+    shapes[BLOCK_FORMATS] = (1 if alike else rows, formats.index_columns(groups, len(entry.formats)))
+    dtypes = dict.fromkeys(shapes, "U8") | {SCALES: "F16"}
+    return {part_name(name, part): (dtypes[part], shapes[part]) for part in shapes if part in entry.sha256}
 
 
 def _damaged(path: Path, reason: str) -> UserError:
@@ -491,12 +525,14 @@ def _matrix_problem(entry: MatrixEntry) -> str:
     unknown = [name for name in entry.formats if name not in known]
     if unknown:
         return f"it has the unknown format {unknown[0]}"
-    if len(set(entry.formats)) < len(entry.formats) or (len(entry.formats) > 1 and ROW_FORMATS not in entry.sha256):
+    choices = {ROW_FORMATS, BLOCK_FORMATS} & set(entry.sha256)
+    if len(set(entry.formats)) < len(entry.formats) or (len(entry.formats) > 1 and len(choices) != 1):
         return "its list of formats repeats one, or does not say which row has which"
     if min(entry.shape) < 1:
         return f"it has the impossible shape {list(entry.shape)}"
-    foreign = set(entry.sha256) - {*entry.formats, SCALES, ROW_FORMATS}
-    if foreign or SCALES not in entry.sha256 or not _code_parts(entry):
+    tails = {f"{name}{TAIL}" for name in entry.formats} if BLOCK_FORMATS in choices else set()
+    foreign = set(entry.sha256) - {*entry.formats, *tails, SCALES, ROW_FORMATS, BLOCK_FORMATS}
+    if len(choices) > 1 or foreign or SCALES not in entry.sha256 or not _code_parts(entry):
         return "its parts are not those of a matrix"
     return ""
 
@@ -585,10 +621,11 @@ def _sizes(model: PackedModel, kind: TensorClass) -> Iterator[tuple[int, float, 
     stored = model.tensor_shapes()
     for name, matrix in model.header.matrices.items():
         if matrix.kind == kind:
-            rows, cols = matrix.shape
-            counts = {part: stored[part_name(name, part)][1][0] for part in _code_parts(matrix)}
-            bits = sum(formats.get(part).nominal_bits * count * cols for part, count in counts.items())
-            yield rows * cols, bits, sum(_bytes(*stored[part_name(name, part)]) for part in matrix.sha256)
+            bits = 0.0
+            for part in _code_parts(matrix):
+                weights = stored[part_name(name, part)][1][0] * _code_columns(matrix, part)
+                bits += _format_of(part).nominal_bits * weights
+            yield math.prod(matrix.shape), bits, sum(_bytes(*stored[part_name(name, part)]) for part in matrix.sha256)
 
 
 def _bytes(dtype: str, shape: tuple[int, ...]) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from edgerazor import allocate
 from edgerazor import recipe as recipes
 from edgerazor.console import Console, is_main_process
 from edgerazor.errors import UserError, usage_error
@@ -182,10 +183,11 @@ def refuse(name: str, recipe: Recipe, work: WorkDir, force: bool) -> None:
     """Refuse what cannot work or would do harm, before anything is written.
 
     Raises:
-        UserError: no such device, another model's folder, settings that differ from those of the student in it,
-            losses that the model cannot give, data that is not there, no student to pack.
+        UserError: no such device, formats that cannot give the bits, another model's folder, settings that differ from
+            those of the student in it, losses that the model cannot give, data that is not there, no student to pack.
     """
     _shared.device_of(recipe)
+    allocate.check(recipe.calibrate)
     refuse_other_model(name, recipe, work)
     if name in ("calibrate", "distill"):
         if not force:

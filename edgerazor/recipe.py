@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from edgerazor.errors import UserError, usage_error
 
 MINIMUM_BITS, MAXIMUM_BITS = 1.58, 8.0
+#: A group size that no row exceeds: one scale per row, written `row`.
+WHOLE_ROW = 65536
 
 
 class Strict(BaseModel):
@@ -60,22 +62,49 @@ class Data(Strict):
     sequence_length: int = Field(1024, ge=8, description="tokens per sequence (at most what the model takes)")
 
 
+class Override(Strict):
+    """A format for the matrices of some modules, whatever the rest of the section says."""
+
+    match: str = Field(min_length=1, description="glob on module paths: *.down_proj, model.layers.0.*, lm_head")
+    format: str = Field(description="a file of edgerazor/formats")
+
+
 class Calibrate(Strict):
     """What the student will be: formats for every matrix, decided after looking at the teacher."""
 
     bits: float = Field(
         2.0, ge=MINIMUM_BITS, le=MAXIMUM_BITS, description="nominal average over the decoder's linear layers"
     )
-    plan: Literal["interleave"] = Field("interleave", description="how rows get their formats")
-    granularity: Literal["row"] = Field("row", description="smallest unit that has a format of its own")
-    group_size: int = Field(256, ge=8, le=65536, description="consecutive weights of a row that share one scale")
-    embedding_format: Literal["int4", "int8"] = Field("int4", description="format of embeddings and head")
+    formats: tuple[str, ...] = Field(
+        (), description="two to mix, narrower first; empty: ternary and int4, above 4 bits int4 and int8"
+    )
+    plan: Literal["interleave", "variance", "first"] = Field(
+        "interleave", description="what gets the wider format: units spread evenly, of highest variance, or the first"
+    )
+    granularity: Literal["row", "column", "block"] = Field(
+        "row", description="such a unit: a row, a group of columns in all rows, or a group of one row"
+    )
+    group_size: int = Field(
+        256, ge=8, le=WHOLE_ROW, description="consecutive weights of a row that share one scale; `row`: all of them"
+    )
+    embedding_format: str = Field("int4", description="format of the embedding, and of a head tied to it")
+    head_format: str | None = Field(None, description="format of a head of its own; as the embedding when absent")
+    overrides: tuple[Override, ...] = Field(
+        (), description="{match: glob, format: name}, the first that matches; bits is the average of the other linears"
+    )
     activation_bits: Literal[8, 16] = Field(
         8, description="inputs of quantized linear layers: int8 per token and group"
     )
     kv_bits: Literal[8, 16] = Field(8, description="keys and values: int8 per token and head")
     sequences: int = Field(64, ge=1, description="calibration sequences run through the teacher")
     batch_size: int = Field(4, ge=1, description="sequences in one forward pass")
+
+    @field_validator("group_size", mode="before")
+    @classmethod
+    def _whole_row(cls, value: Any) -> Any:
+        if isinstance(value, str) and value != "row":
+            raise ValueError(f"expected a whole number, or `row` for one scale per row, got {value!r}")
+        return WHOLE_ROW if value == "row" else value
 
 
 class LossTerm(Strict):
@@ -339,7 +368,12 @@ def _expected(kind: str, context: dict[str, Any], field: FieldInfo | None) -> st
 
 def _model_at(location: tuple[int | str, ...]) -> type[Strict]:
     """The section of the recipe at a location."""
-    nested: dict[str, type[Strict]] = {"train": Source, "held_out": Source, "losses": LossTerm}
+    nested: dict[str, type[Strict]] = {
+        "train": Source,
+        "held_out": Source,
+        "losses": LossTerm,
+        "overrides": Override,
+    }
     model: type[Strict] = Recipe
     for part in location:
         if part in nested:

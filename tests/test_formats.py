@@ -40,6 +40,17 @@ def mixed_spec(rows: int, group_size: int) -> MatrixSpec:
     return MatrixSpec(tuple(ALL), group_size, (torch.arange(rows) * 7 % len(ALL)).to(torch.uint8))
 
 
+def block_specs(rows: int, cols: int, group_size: int) -> list[MatrixSpec]:
+    """A format for every group of every row, and one for every group of all rows."""
+    groups = formats.group_count(cols, group_size)
+    blocks = (torch.arange(rows * groups).view(rows, groups) * 5 % len(ALL)).to(torch.uint8)
+    two = (torch.arange(groups)[None] % 3 == 0).to(torch.uint8)
+    return [
+        MatrixSpec(tuple(ALL), group_size, block_formats=blocks),
+        MatrixSpec(("ternary", "int4"), group_size, block_formats=two),
+    ]
+
+
 # Every format -----------------------------------------------------------------------------------------------------
 
 
@@ -284,6 +295,23 @@ def test_golden_matrix() -> None:
     }
 
 
+def test_golden_matrix_of_blocks() -> None:
+    w = torch.tensor([[2.0, -2, 0, 7, 1, -7, 3], [7, -3.5, 1, 2, -2, 0, -14]])
+    chosen = torch.tensor([[1, 0, 2], [0, 1, 0]], dtype=torch.uint8)
+    spec = MatrixSpec(("int4", "ternary", "int8"), 3, block_formats=chosen)
+    encoded = formats.encode_matrix(w, spec)
+    assert encoded.codes.tolist() == [[1, -1, 0, 7, 1, -7, 127], [7, -4, 1, 1, -1, 0, -7]]
+    parts = formats.pack_matrix(encoded, spec)
+    assert {name: bytes(formats.tensor_bytes(part)).hex() for name, part in parts.items()} == {
+        "ternary": "7777",  # codes 1 -1 0, filled with 0: 2 + 0*3 + 1*9 + 1*27 + 1*81 = 119 = 0x77
+        "int4": "1709c701",  # codes 7 1 -7, and 7 -4 1
+        "int4.tail": "09",
+        "int8.tail": "7f",
+        "scales": "5541003c0c26003c55410040",
+        "block_formats": "2104",  # 1 + 0*4 + 2*16, and 0 + 1*4 + 0*16
+    }
+
+
 @pytest.mark.parametrize(
     ("name", "reason", "packed", "cols"),
     [
@@ -325,10 +353,54 @@ def test_each_row_of_a_mixed_matrix_is_in_its_own_format(shape: tuple[int, int],
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("group_size", [5, 64, 10_000])
+def test_each_block_of_a_matrix_is_in_its_own_format(shape: tuple[int, int], group_size: int) -> None:
+    w = weights(*shape)
+    for spec in block_specs(*shape, group_size):
+        encoded = formats.encode_matrix(w, spec)
+        decoded = formats.decode_matrix(encoded, spec)
+        assert spec.block_formats is not None
+        blocks = spec.block_formats.expand(shape[0], -1)
+        for row in range(shape[0]):
+            for group, start in enumerate(range(0, shape[1], group_size)):
+                number_format, stop = formats.get(spec.formats[int(blocks[row, group])]), start + group_size
+                alone = number_format.encode(w[row : row + 1, start:stop], group_size)
+                assert bits_equal(alone.codes[0], encoded.codes[row, start:stop].contiguous())
+                assert bits_equal(alone.scales[0, 0], encoded.scales[row, group])
+                expected = number_format.decode(*alone, group_size)[0]
+                assert bits_equal(expected, decoded[row, start:stop].contiguous())
+        master = w.clone().requires_grad_()
+        quantized = formats.fake_quantize_matrix(master, spec)
+        assert bits_equal(quantized, decoded)
+        quantized.backward(w)
+        assert master.grad is not None
+        assert bits_equal(master.grad, w)
+        chosen = torch.tensor([shape[0] - 1, 0, 0])
+        for some in (chosen, chosen[:0]):
+            taken = Encoded(encoded.codes[some], encoded.scales[some])
+            assert bits_equal(formats.decode_matrix(taken, spec.take(some)), decoded[some])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_formats_of_rows_can_be_said_of_their_blocks(shape: tuple[int, int]) -> None:
+    w, spec = weights(*shape), mixed_spec(shape[0], 64)
+    assert spec.row_formats is not None
+    blocks = spec.row_formats[:, None].expand(-1, formats.group_count(shape[1], 64)).contiguous()
+    same = MatrixSpec(spec.formats, 64, block_formats=blocks)
+    encoded = formats.encode_matrix(w, spec)
+    assert all(bits_equal(a, b) for a, b in zip(encoded, formats.encode_matrix(w, same), strict=True))
+    assert formats.digest(encoded, spec) == formats.digest(encoded, same)
+    assert spec.nominal_bits(shape) == pytest.approx(same.nominal_bits(shape), abs=1e-12)
+    assert spec.weights_by_format(shape) == same.weights_by_format(shape)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_packed_matrices_come_back_exactly(shape: tuple[int, int]) -> None:
-    for spec in (mixed_spec(shape[0], 64), *(MatrixSpec((name,), 64) for name in ALL)):
+    blocks = [spec for group_size in (5, 64) for spec in block_specs(*shape, group_size)]
+    for spec in (mixed_spec(shape[0], 64), *blocks, *(MatrixSpec((name,), 64) for name in ALL)):
         encoded = formats.encode_matrix(weights(*shape), spec)
         parts = formats.pack_matrix(encoded, spec)
+        assert sum(part.nbytes for part in parts.values()) == spec.packed_bytes(shape)
         again, again_spec = formats.unpack_matrix(parts, spec.formats, spec.group_size, shape)
         assert bits_equal(again.codes, encoded.codes)
         assert bits_equal(again.scales, encoded.scales)
@@ -338,8 +410,8 @@ def test_packed_matrices_come_back_exactly(shape: tuple[int, int]) -> None:
 def test_nominal_bits_are_those_of_the_names() -> None:
     for every, bits in ((8, 1.8825), (2, 2.79)):
         rows = (torch.arange(64) % every == 0).to(torch.uint8)
-        assert MatrixSpec(("ternary", "int4"), 256, rows).nominal_bits(64) == pytest.approx(bits, abs=1e-12)
-    assert MatrixSpec(("ternary",), 256).nominal_bits(64) == 1.58
+        assert MatrixSpec(("ternary", "int4"), 256, rows).nominal_bits((64, 40)) == pytest.approx(bits, abs=1e-12)
+    assert MatrixSpec(("ternary",), 256).nominal_bits((64, 40)) == 1.58
 
 
 def test_the_digest_depends_on_the_numbers_and_not_on_how_they_are_held() -> None:
@@ -374,6 +446,14 @@ def test_impossible_specifications_are_refused() -> None:
         MatrixSpec(("int4",), 8, rows)
     with pytest.raises(ValueError, match="uint8"):
         MatrixSpec(("int4",), 8, rows.long())
+    blocks = torch.tensor([[0, 1], [1, 0]], dtype=torch.uint8)
+    for cols, wrong in ((4, blocks[:, :1]), (4, blocks[:, 0]), (9, blocks), (4, torch.cat([blocks, blocks]))):
+        with pytest.raises(ValueError, match=r"blocks|uint8 matrix"):
+            formats.encode_matrix(weights(2, cols), MatrixSpec(("int4", "ternary"), 3, block_formats=wrong))
+    with pytest.raises(ValueError, match="not below"):
+        MatrixSpec(("int4",), 8, block_formats=blocks)
+    with pytest.raises(ValueError, match="not both"):
+        MatrixSpec(("int4", "ternary"), 8, rows, blocks)
     with pytest.raises(ValueError, match="2 rows"):
         formats.encode_matrix(weights(3, 4), MatrixSpec(("int4", "ternary"), 8, rows))
 
@@ -407,6 +487,38 @@ def test_unpacking_a_matrix_trusts_nothing() -> None:
     for reason, bad in damaged.items():
         with pytest.raises(ValueError, match=reason):
             formats.unpack_matrix(bad, spec.formats, 8, (3, 9))
+
+
+def test_unpacking_blocks_trusts_nothing() -> None:
+    chosen = torch.tensor([[1, 0], [0, 1], [0, 0]], dtype=torch.uint8)
+    spec = MatrixSpec(("ternary", "int4"), 6, block_formats=chosen)
+    parts = formats.pack_matrix(formats.encode_matrix(weights(3, 9), spec), spec)
+    assert set(parts) == {"ternary", "ternary.tail", "int4", "int4.tail", "scales", "block_formats"}
+
+    def changed(part: str, index: tuple[int, ...], value: float) -> dict[str, Tensor]:
+        tensor = parts[part].clone()
+        tensor[index] = value
+        return {**parts, part: tensor}
+
+    damaged = {
+        "int4.tail is missing": {name: part for name, part in parts.items() if name != "int4.tail"},
+        "int8.tail does not belong": {**parts, "int8.tail": parts["int4"]},
+        "row_formats does not belong": {**parts, "row_formats": torch.zeros(3, dtype=torch.uint8)},
+        "part ternary.tail must be": {**parts, "ternary.tail": parts["ternary"]},
+        "part block_formats must be": {**parts, "block_formats": parts["block_formats"][:2]},
+        "part ternary must be": changed("block_formats", (1, 0), 3),
+        "part int4 does not belong": changed("block_formats", (0, 0), 0),
+        "end of a row of block formats": changed("block_formats", (1, 0), 6),
+        "range of int4": changed("int4.tail", (0, 0), 0x88),
+        "filling codes": changed("ternary.tail", (1, 0), 0),
+        "unused bits": changed("int4.tail", (0, 1), 0x70),
+    }
+    for reason, bad in damaged.items():
+        with pytest.raises(ValueError, match=reason):
+            formats.unpack_matrix(bad, spec.formats, 6, (3, 9))
+    three = {**parts, "block_formats": torch.full((3, 1), 0b1100, dtype=torch.uint8)}
+    with pytest.raises(ValueError, match="not below"):
+        formats.unpack_matrix(three, ("ternary", "int4", "int8"), 6, (3, 9))
 
 
 # Activations, keys and values -------------------------------------------------------------------------------------

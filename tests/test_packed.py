@@ -34,9 +34,14 @@ def matrix(name: str, kind: Any, spec: MatrixSpec, rows: int, cols: int) -> Pack
 
 def some_matrices() -> list[PackedMatrix]:
     mixed = MatrixSpec(tuple(ALL), 16, (torch.arange(7) % len(ALL)).to(torch.uint8))
+    chosen = (torch.arange(15).view(5, 3) * 5 % len(ALL)).to(torch.uint8)
+    blocks = MatrixSpec(tuple(ALL), 16, block_formats=chosen)
+    columns = MatrixSpec(("ternary", "int4"), 8, block_formats=torch.tensor([[1, 0, 0]], dtype=torch.uint8))
     return [
         matrix("model.embed_tokens", "embedding", MatrixSpec(("int4",), 16), 11, 20),
         matrix("layers.0.mixed", "linear", mixed, 7, 33),
+        matrix("layers.0.blocks", "linear", blocks, 5, 33),
+        matrix("layers.0.columns", "linear", columns, 4, 24),
         *(matrix(f"layers.0.{name}", "linear", MatrixSpec((name,), 1000), 5, 13) for name in ALL),
     ]
 
@@ -316,7 +321,7 @@ def swap_formats(header: Any) -> Any:
     return header
 
 
-M = ("matrices", "layers.0.mixed")
+M, B, C = (("matrices", f"layers.0.{name}") for name in ("mixed", "blocks", "columns"))
 LIES: dict[str, Callable[[Any], Any]] = {
     "has version 1 of the packed format": put("version", 1),
     r"wrong at version": put("version", "0"),
@@ -335,7 +340,12 @@ LIES: dict[str, Callable[[Any], Any]] = {
     "parts are not those": put("matrices", "layers.0.int8", "sha256", {}),
     "recorded digest": put(*M, "digest", "0" * 64),
     "recorded checksum": put(*M, "sha256", ALL[0], "0" * 64),
-    "part .* must be|out of range|outside the range|bytes each": swap_formats,
+    "part .* must be|out of range|outside the range|bytes each|recorded digest": swap_formats,
+    "does not say which row": put(*B, "sha256", "row_formats", "0" * 64),
+    r"blocks.weight.int2: it should be U8 \[\d, 2\]": put(*B, "group_size", 7),
+    r"blocks.weight.scales: it should be F16 \[6, 3\]": put(*B, "shape", [6, 33]),
+    r"columns.weight.block_formats: it should be U8 \[1, 2\]": put(*C, "formats", ["ternary", "int4", *ALL[:3]]),
+    "have 12 groups together, but it has 8": put(*C, "shape", [4, 23]),
     "unknown dtype": put("others", "norm.weight", "dtype", "F8"),
     r"norm.weight: it should be F16": put("others", "norm.weight", "dtype", "F16"),
     "tensor extra is missing": put("others", "extra", {"dtype": "F32", "shape": [1], "sha256": "0"}),

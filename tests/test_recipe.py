@@ -11,7 +11,7 @@ import yaml
 
 from edgerazor import recipe as recipes
 from edgerazor.errors import USAGE, UserError
-from edgerazor.recipe import LossTerm, Recipe, Source, Strict, build
+from edgerazor.recipe import LossTerm, Override, Recipe, Source, Strict, build
 
 
 def all_models(model: type[Strict] = Recipe) -> list[type[Strict]]:
@@ -24,7 +24,7 @@ def test_the_explanation_is_the_default_recipe() -> None:
 
 
 def test_every_field_is_explained_in_one_line() -> None:
-    for model in [*all_models(), Source, LossTerm]:
+    for model in [*all_models(), Source, LossTerm, Override]:
         for name, field in model.model_fields.items():
             nested = isinstance(field.annotation, type) and issubclass(field.annotation, Strict)
             assert nested or (field.description and "\n" not in field.description), name
@@ -36,6 +36,12 @@ def test_what_is_dumped_loads_back(tmp_path: Path) -> None:
         "model": str(tmp_path),
         "seed": 7,
         "data": {"train": [{"file": str(tmp_path / "a.txt"), "weight": 0.5}], "held_out": [{"dataset": "x/y"}]},
+        "calibrate": {
+            "formats": ["int2", "int4"],
+            "group_size": "row",
+            "overrides": [{"match": "*.o_proj", "format": "int8"}],
+            "head_format": "int5",
+        },
         "distill": {"losses": [{"name": "lafd", "options": {"layers": [1, 2]}}], "betas": [0.8, 0.9]},
         "eval": {"tasks": ["arc"], "task_data": str(tmp_path)},
         "compare": {"rounded": str(tmp_path / "packed")},
@@ -86,6 +92,13 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"calibrate": {"bits": float("nan")}}, "--bits is nan; expected a finite number."),
     ({"calibrate": {"kv_bits": 4}}, "--kv-bits is 4; expected 8 or 16."),
     ({"calibrate": {"group_size": 4}}, "--group-size is 4; expected a whole number from 8 to 65536."),
+    (
+        {"calibrate": {"group_size": "rows"}},
+        "--group-size: expected a whole number, or `row` for one scale per row, got 'rows'.",
+    ),
+    ({"calibrate": {"plan": "rows"}}, "--plan is 'rows'; expected interleave, variance or first."),
+    ({"calibrate": {"granularity": "tensor"}}, "--granularity is 'tensor'; expected row, column or block."),
+    ({"calibrate": {"formats": "int4"}}, "--formats is 'int4'; expected a list."),
     ({"distill": {"steps": 0}}, "--steps is 0; expected a whole number of at least 1."),
     ({"distill": {"steps": 2.5}}, "--steps is 2.5; expected a whole number."),
     ({"distill": {"steps": "3"}}, "--steps is '3'; expected a whole number."),
@@ -117,6 +130,11 @@ def test_a_wrong_value_is_one_sentence_with_what_is_expected(values: dict[str, A
         ({"distill": {"stesp": 3}}, "distill.stesp", "Did you mean steps?"),
         ({"data": {"train": [{"fiel": "a"}]}}, "data.train.0.fiel", "Did you mean file?"),
         ({"distill": {"losses": [{"name": "ce", "weigth": 1}]}}, "distill.losses.0.weigth", "Did you mean weight?"),
+        (
+            {"calibrate": {"overrides": [{"match": "*", "format": "int4", "formt": "int4"}]}},
+            "calibrate.overrides.0.formt",
+            "Did you mean format?",
+        ),
         ({"bench": {"qqq": 1}}, "bench.qqq", "Known fields there: prefill_tokens,"),
     ],
 )

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from edgerazor import formats, models, surgery
-from edgerazor.allocate import interleave, make_plan
+from edgerazor.allocate import make_plan
 from edgerazor.errors import UserError
 from edgerazor.formats import Encoded, MatrixSpec
+from edgerazor.models import Site
 from edgerazor.recipe import Calibrate
 from edgerazor.surgery import (
     LazyMatrix,
@@ -32,9 +33,8 @@ IDS = torch.randint(2, VOCABULARY, (2, 20), generator=torch.Generator().manual_s
 
 
 def spec_for(rows: int, bits: float, group_size: int = GROUP_SIZE) -> MatrixSpec:
-    names, digits = interleave(rows, bits)
-    row_formats = torch.tensor([int(digit) for digit in digits], dtype=torch.uint8) if digits else None
-    return MatrixSpec(names, group_size, row_formats)
+    site = Site("m", "linear", 0, rows, group_size)
+    return make_plan([site], Calibrate(bits=bits, group_size=group_size))["m"].spec()
 
 
 def lazy_of(encoded: Encoded, spec: MatrixSpec) -> LazyMatrix:

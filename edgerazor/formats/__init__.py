@@ -1,15 +1,18 @@
 """Number formats: weights <-> codes <-> bytes. Each file here whose name has no underscore is a format.
 
-Read `_base.py` first (what a format is), then `ternary.py` (the shortest real one), `_matrix.py` (rows of different
-formats) and `_activations.py`.
+Read `_base.py` first (what a format is), then `ternary.py` (the shortest real one), `_matrix.py` (rows
+or blocks of different formats) and `_activations.py`.
 """
 
 from edgerazor import registry
 from edgerazor.formats._activations import fake_quantize_activations, fake_quantize_kv, quantize_activations
 from edgerazor.formats._base import Encoded, Format, group_count, straight_through
+from edgerazor.formats._indices import index_columns
 from edgerazor.formats._matrix import (
+    BLOCK_FORMATS,
     ROW_FORMATS,
     SCALES,
+    TAIL,
     MatrixSpec,
     decode_matrix,
     digest,
@@ -23,8 +26,10 @@ from edgerazor.formats._matrix import (
 )
 
 __all__ = [
+    "BLOCK_FORMATS",
     "ROW_FORMATS",
     "SCALES",
+    "TAIL",
     "Encoded",
     "Format",
     "MatrixSpec",
@@ -36,6 +41,7 @@ __all__ = [
     "fake_quantize_matrix",
     "get",
     "group_count",
+    "index_columns",
     "names",
     "pack_matrix",
     "quantize_activations",

@@ -1,26 +1,35 @@
-"""One weight matrix, whose rows may have different formats.
+"""One weight matrix, whose rows or blocks may have different formats.
 
 Some rows of a matrix matter more than others; a row is the unit in which a model can spend its bits, since a row makes
 one output and its products add up in one place. A `MatrixSpec` says which format each row has. With one format for all
 rows it says only that.
+
+A *block* is a group of one row, the smallest unit that can have a format: it has a scale of its own already. Formats of
+blocks need no second way to do anything. The columns that whole groups fill, read group by group, are a matrix whose
+rows are blocks; a shorter last group of every row is another one. Such a matrix is a `Strip`, and everything below does
+to a matrix of blocks what it does to the one or two strips of it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from edgerazor import registry
 from edgerazor.formats._base import Encoded, Format, block_rows, group_count, straight_through
+from edgerazor.formats._indices import index_columns, pack_indices, unpack_indices
 
 #: Names of the parts of a packed matrix beside those of its formats.
-SCALES, ROW_FORMATS = "scales", "row_formats"
+SCALES, ROW_FORMATS, BLOCK_FORMATS = "scales", "row_formats", "block_formats"
+#: End of the name of the part that holds a format's shorter last groups, where blocks have formats.
+TAIL = ".tail"
 
 
 @cache
@@ -41,44 +50,112 @@ class MatrixSpec:
     Attributes:
         formats: format names, without repetition.
         group_size: weights of a row that share a scale; a row's length or more means whole rows.
-        row_formats: uint8 [rows], an index into `formats` for each row; None when all rows have the one format.
+        row_formats: uint8 [rows], an index into `formats` for each row.
+        block_formats: uint8 [rows, groups], one for each group of each row, or [1, groups] when all rows are alike.
+            One of the two; neither when the whole matrix has the one format.
     """
 
     formats: tuple[str, ...]
     group_size: int
     row_formats: Tensor | None = None
+    block_formats: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not self.formats or len(set(self.formats)) != len(self.formats):
             raise ValueError(f"expected one or more different format names, got {self.formats}")
         if self.group_size < 1:
             raise ValueError(f"the group size must be at least 1, got {self.group_size}")
-        if self.row_formats is None:
+        if self.row_formats is not None and self.block_formats is not None:
+            raise ValueError("either rows or blocks have formats, not both")
+        unit = "row" if self.block_formats is None else "block"
+        indices = self.row_formats if self.block_formats is None else self.block_formats
+        if indices is None:
             if len(self.formats) > 1:
                 raise ValueError(f"row formats are needed to choose between {', '.join(self.formats)}")
             return
-        if self.row_formats.dtype != torch.uint8 or self.row_formats.dim() != 1:
-            raise ValueError("row formats must be a uint8 vector")
-        if self.row_formats.numel() and int(self.row_formats.max()) >= len(self.formats):
-            raise ValueError(f"a row format index is not below the number of formats, {len(self.formats)}")
+        if indices.dtype != torch.uint8 or indices.dim() != (1 if unit == "row" else 2):
+            raise ValueError(f"{unit} formats must be a uint8 {'vector' if unit == 'row' else 'matrix'}")
+        if indices.numel() and int(indices.max()) >= len(self.formats):
+            raise ValueError(f"a {unit} format index is not below the number of formats, {len(self.formats)}")
 
-    def nominal_bits(self, rows: int) -> float:
-        """Mean nominal bits a weight over `rows` rows (of equal length)."""
-        self.check_rows(rows)
-        bits = [get(name).nominal_bits for name in self.formats]
-        if self.row_formats is None or rows == 0:
-            return bits[0]
-        counts = torch.bincount(self.row_formats.long(), minlength=len(bits)).tolist()
-        return sum(count * each for count, each in zip(counts, bits, strict=True)) / rows
+    def weights_by_format(self, shape: tuple[int, int]) -> dict[str, int]:
+        """How many weights of a matrix [rows, cols] have each format, those that have none left out."""
+        counts = dict.fromkeys(self.formats, 0)
+        for strip in self.strips(shape):
+            for number_format, rows in strip.spec.parts:
+                counts[number_format.name] += strip.width * (strip.rows if rows is None else len(rows))
+        return {name: count for name, count in counts.items() if count}
 
-    def check_rows(self, rows: int) -> None:
-        """ValueError unless the specification is one for a matrix of that many rows."""
-        if self.row_formats is not None and len(self.row_formats) != rows:
-            raise ValueError(f"there are formats for {len(self.row_formats)} rows, but the matrix has {rows}")
+    def nominal_bits(self, shape: tuple[int, int]) -> float:
+        """Mean nominal bits a weight of a matrix [rows, cols]."""
+        counts = self.weights_by_format(shape)
+        total = sum(counts.values())
+        if not total:
+            return get(self.formats[0]).nominal_bits
+        return sum(get(name).nominal_bits * count for name, count in counts.items()) / total
+
+    def packed_bytes(self, shape: tuple[int, int]) -> int:
+        """Bytes of all that `pack_matrix` stores of a matrix [rows, cols]."""
+        rows, cols = shape
+        total = rows * group_count(cols, self.group_size) * 2
+        total += 0 if self.row_formats is None else len(self.row_formats)
+        if self.block_formats is not None:
+            total += len(self.block_formats) * index_columns(self.block_formats.shape[1], len(self.formats))
+        for strip in self.strips(shape):
+            for number_format, chosen in strip.spec.parts:
+                total += number_format.packed_columns(strip.width) * (strip.rows if chosen is None else len(chosen))
+        return total
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """ValueError unless the specification is one for a matrix of that shape [rows, cols]."""
+        if self.row_formats is not None and len(self.row_formats) != shape[0]:
+            raise ValueError(f"there are formats for {len(self.row_formats)} rows, but the matrix has {shape[0]}")
+        if self.block_formats is not None:
+            expected = (shape[0], group_count(shape[1], self.group_size))
+            found = tuple(self.block_formats.shape)
+            if found not in (expected, (1, expected[1])):
+                raise ValueError(f"there are formats for {list(found)} blocks, but the matrix has {list(expected)}")
+
+    def strips(self, shape: Sequence[int]) -> list[Strip]:
+        """The matrix [rows, cols] as matrices whose rows have formats: itself, or its blocks.
+
+        Raises:
+            ValueError: the specification is for another shape.
+        """
+        self.check_shape(shape)
+        rows, cols = shape
+        if self.block_formats is None:
+            return [Strip(slice(0, cols), slice(0, group_count(cols, self.group_size)), 1, rows, cols, self, "")]
+        if (rows, cols) not in self._strips:
+            self._strips.clear()
+            self._strips[rows, cols] = list(self._cut(self.block_formats, rows, cols))
+        return self._strips[rows, cols]
+
+    def _cut(self, block_formats: Tensor, rows: int, cols: int) -> Iterator[Strip]:
+        group = min(self.group_size, cols)
+        whole = cols // group
+        every = block_formats.expand(rows, -1)
+        ends = [(0, whole, group, "")]
+        if cols % group:
+            ends.append((whole, whole + 1, cols % group, TAIL))
+        for start, stop, width, suffix in ends:
+            spec = MatrixSpec(self.formats, width, every[:, start:stop].reshape(-1))
+            columns = slice(start * group, start * group + (stop - start) * width)
+            yield Strip(columns, slice(start, stop), stop - start, rows * (stop - start), width, spec, suffix)
+
+    @cached_property
+    def _strips(self) -> dict[tuple[int, int], list[Strip]]:
+        """Of the last shape asked for: in training it is always the same."""
+        return {}
 
     @cached_property
     def parts(self) -> list[tuple[Format, Tensor | None]]:
-        """Each format that some row has, with the indices (int64, ascending) of its rows; None means all rows."""
+        """Each format that some row has, with the indices (int64, ascending) of its rows; None means all rows.
+
+        Blocks have no rows of one format: ask for those of the `strips`.
+        """
+        if self.block_formats is not None:
+            raise ValueError("the format changes within a row")
         if self.row_formats is None:
             return [(get(self.formats[0]), None)]
         found = [(name, (self.row_formats == i).nonzero().flatten()) for i, name in enumerate(self.formats)]
@@ -86,9 +163,44 @@ class MatrixSpec:
 
     def take(self, rows: Tensor) -> MatrixSpec:
         """The specification of the matrix made of these rows (int64 indices, any order, repetition allowed)."""
-        if self.row_formats is None:
+        if self.row_formats is not None:
+            return MatrixSpec(self.formats, self.group_size, self.row_formats[rows.to(self.row_formats.device)])
+        if self.block_formats is None or len(self.block_formats) == 1:
             return self
-        return MatrixSpec(self.formats, self.group_size, self.row_formats[rows.to(self.row_formats.device)])
+        chosen = self.block_formats[rows.to(self.block_formats.device)]
+        return MatrixSpec(self.formats, self.group_size, block_formats=chosen)
+
+
+class Strip(NamedTuple):
+    """Some columns of a matrix, read as a matrix [rows, width] whose rows have formats.
+
+    Attributes:
+        columns, groups: which columns of the whole matrix, and which groups of its rows.
+        blocks: rows of the strip that come from one row of the matrix.
+        rows, width: shape of the strip.
+        spec: formats of its rows.
+        suffix: of the names of its packed parts.
+    """
+
+    columns: slice
+    groups: slice
+    blocks: int
+    rows: int
+    width: int
+    spec: MatrixSpec
+    suffix: str
+
+    def of(self, matrix: Tensor) -> Tensor:
+        """The strip of a matrix [rows, cols]; a view where it can be."""
+        return matrix[:, self.columns].reshape(self.rows, self.width)
+
+    def encoded(self, encoded: Encoded) -> Encoded:
+        """The strip of an encoded matrix."""
+        return Encoded(self.of(encoded.codes), self.scales_of(encoded.scales))
+
+    def scales_of(self, scales: Tensor) -> Tensor:
+        """The scales of the strip, from those of the whole matrix [rows, groups]."""
+        return scales[:, self.groups].reshape(self.rows, group_count(self.width, self.spec.group_size))
 
 
 def encode_matrix(w: Tensor, spec: MatrixSpec) -> Encoded:
@@ -97,7 +209,13 @@ def encode_matrix(w: Tensor, spec: MatrixSpec) -> Encoded:
     Raises:
         ValueError: as `Format.encode`, or the specification is for another number of rows.
     """
-    spec.check_rows(w.shape[0])
+    if spec.block_formats is not None:
+        strips = spec.strips(w.shape)
+        parts = [encode_matrix(strip.of(w.detach()), strip.spec) for strip in strips]
+        return Encoded(
+            join_strips(strips, [each.codes for each in parts]), join_strips(strips, [each.scales for each in parts])
+        )
+    spec.check_shape(w.shape)
     encoded = [(part.encode(_select(w.detach(), rows), spec.group_size), rows) for part, rows in spec.parts]
     codes = _merge([(each.codes, rows) for each, rows in encoded], (*w.shape,), torch.int8, w.device)
     groups = group_count(w.shape[1], spec.group_size)
@@ -112,7 +230,11 @@ def decode_matrix(encoded: Encoded, spec: MatrixSpec) -> Tensor:
         ValueError: the shapes do not fit together.
     """
     codes, scales = encoded
-    spec.check_rows(codes.shape[0])
+    if spec.block_formats is not None:
+        strips = spec.strips(codes.shape)
+        parts = [decode_matrix(strip.encoded(encoded), strip.spec) for strip in strips]
+        return join_strips(strips, parts)
+    spec.check_shape(codes.shape)
     decoded = [
         (part.decode(_select(codes, rows), _select(scales, rows), spec.group_size), rows) for part, rows in spec.parts
     ]
@@ -125,8 +247,7 @@ def fake_quantize_matrix(w: Tensor, spec: MatrixSpec) -> Tensor:
     Raises:
         ValueError: as `encode_matrix`.
     """
-    spec.check_rows(w.shape[0])
-
+    spec.check_shape(w.shape)
     return straight_through(w, lambda w: round_trip(w, spec))
 
 
@@ -136,7 +257,10 @@ def round_trip(w: Tensor, spec: MatrixSpec, dtype: torch.dtype = torch.float32) 
     Raises:
         ValueError: as `encode_matrix`.
     """
-    spec.check_rows(w.shape[0])
+    if spec.block_formats is not None:
+        strips = spec.strips(w.shape)
+        return join_strips(strips, [round_trip(strip.of(w), strip.spec, dtype) for strip in strips])
+    spec.check_shape(w.shape)
     if spec.row_formats is None:
         return spec.parts[0][0].round_trip(w, spec.group_size, dtype)
     rounded = torch.empty(w.shape, dtype=dtype, device=w.device)
@@ -145,6 +269,15 @@ def round_trip(w: Tensor, spec: MatrixSpec, dtype: torch.dtype = torch.float32) 
         for block in rows.to(w.device).split(block_rows(w)):  # gathered, rounded and put back while in the cache
             rounded.index_copy_(0, block, number_format.round_trip(w.index_select(0, block), spec.group_size, dtype))
     return rounded
+
+
+def join_strips(strips: list[Strip], parts: list[Tensor]) -> Tensor:
+    """The whole matrix from its strips, or from something else of them, [rows of the strip, n]."""
+    merged = [
+        part.reshape(strip.rows // strip.blocks, strip.blocks * part.shape[1])
+        for strip, part in zip(strips, parts, strict=True)
+    ]
+    return merged[0] if len(merged) == 1 else torch.cat(merged, dim=1)
 
 
 def _select(matrix: Tensor, rows: Tensor | None) -> Tensor:
@@ -168,20 +301,30 @@ def _merge(
 def digest(encoded: Encoded, spec: MatrixSpec) -> str:
     """SHA-256 (hexadecimal) of everything that decides the decoded weights.
 
-    It covers the shape, the group size, the format of each row, the codes and the scales; it does not depend on
-    device, memory layout, or on how the specification is written down (order of formats, formats without rows).
+    It covers the shape, the group size, the format of each row or block, the codes and the scales; it does not depend
+    on device, memory layout, or on how the specification is written down (order of formats, formats that nothing has,
+    formats of blocks that are the same all along each row).
     """
     codes, scales = encoded
-    spec.check_rows(codes.shape[0])
-    used = sorted(number_format.name for number_format, _ in spec.parts)
-    row_formats = torch.zeros(codes.shape[0], dtype=torch.uint8)
-    for number_format, rows in spec.parts:
-        row_formats[slice(None) if rows is None else rows.cpu()] = used.index(number_format.name)
+    used, indices = _plainest(spec, codes.shape)
     about = {"shape": list(codes.shape), "group_size": min(spec.group_size, codes.shape[1]), "formats": used}
+    if indices.dim() == 2:
+        about["unit"] = "block"
     sha = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for tensor in (row_formats, codes, scales):
+    for tensor in (indices, codes, scales):
         sha.update(tensor_bytes(tensor))
     return sha.hexdigest()
+
+
+def _plainest(spec: MatrixSpec, shape: torch.Size) -> tuple[list[str], Tensor]:
+    """The formats in use, sorted, and an index into them as uint8 [rows], or [rows, groups] where that is needed."""
+    used = sorted({number_format.name for strip in spec.strips(shape) for number_format, _ in strip.spec.parts})
+    lookup = torch.tensor([used.index(name) if name in used else 0 for name in spec.formats], dtype=torch.uint8)
+    if spec.block_formats is None:
+        rows = torch.zeros(shape[0], dtype=torch.uint8) if spec.row_formats is None else spec.row_formats.cpu()
+        return used, lookup[rows.long()]
+    blocks = lookup[spec.block_formats.cpu().long()].expand(shape[0], -1)
+    return used, blocks[:, 0] if bool((blocks == blocks[:, :1]).all()) else blocks
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -196,18 +339,23 @@ def pack_matrix(encoded: Encoded, spec: MatrixSpec) -> dict[str, Tensor]:
     Returns:
         `{format name: uint8 [its rows, packed columns]}` with the rows of each format that some row has, in row order;
         `"scales"`: float16 [rows, groups] in the matrix's row order; `"row_formats"`: uint8 [rows] if rows may differ.
+        Where blocks have formats, `{format name: uint8 [its blocks, packed columns of a group]}`, row by row, the
+        shorter last groups apart from the others in `"<format name>.tail"`; `"block_formats"`: as `pack_indices` of
+        [rows, groups], or of [1, groups] when all rows are alike.
 
     Raises:
         ValueError: a code is out of its format's range, or the shapes do not fit together.
     """
     codes, scales = encoded
-    spec.check_rows(codes.shape[0])
     parts = {}
-    for number_format, rows in spec.parts:
-        parts[number_format.name] = number_format.pack(_select(codes, rows))
+    for strip in spec.strips(codes.shape):
+        for number_format, rows in strip.spec.parts:
+            parts[number_format.name + strip.suffix] = number_format.pack(_select(strip.of(codes), rows))
     parts[SCALES] = scales.contiguous()
     if spec.row_formats is not None:
         parts[ROW_FORMATS] = spec.row_formats.contiguous()
+    if spec.block_formats is not None:
+        parts[BLOCK_FORMATS] = pack_indices(spec.block_formats, len(spec.formats))
     return parts
 
 
@@ -218,7 +366,7 @@ def unpack_matrix(
 
     Args:
         parts: what `pack_matrix` returned, perhaps damaged.
-        formats: names of the formats, in the order that `row_formats` counts them.
+        formats: names of the formats, in the order that `row_formats` or `block_formats` counts them.
         group_size: weights of a row that share a scale.
         shape: (rows, cols) of the matrix.
 
@@ -227,20 +375,42 @@ def unpack_matrix(
             have written; one sentence.
     """
     rows, cols = shape
-    row_formats = _checked_part(parts, ROW_FORMATS, torch.uint8, (rows,)) if ROW_FORMATS in parts else None
-    spec = MatrixSpec(tuple(formats), group_size, row_formats)
+    spec = _unpack_spec(parts, formats, group_size, shape)
     scales = _checked_part(parts, SCALES, torch.float16, (rows, group_count(cols, group_size)))
     if not torch.isfinite(scales).all() or torch.signbit(scales).any():
         raise ValueError("a scale is negative or not finite")
-    extra = set(parts) - {part[0].name for part in spec.parts} - {SCALES, ROW_FORMATS}
+    strips = spec.strips(shape)
+    known = {part.name + strip.suffix for strip in strips for part, _ in strip.spec.parts}
+    extra = set(parts) - known - {SCALES, ROW_FORMATS if spec.block_formats is None else BLOCK_FORMATS}
     if extra:
         raise ValueError(f"the part {min(extra)} does not belong to it")
+    codes = join_strips(strips, [_unpack_codes(parts, strip, scales.device) for strip in strips])
+    return Encoded(codes, scales), spec
+
+
+def _unpack_spec(
+    parts: Mapping[str, Tensor], formats: Sequence[str], group_size: int, shape: tuple[int, int]
+) -> MatrixSpec:
+    rows, cols = shape
+    if BLOCK_FORMATS in parts:
+        alike = parts[BLOCK_FORMATS].shape[:1] == (1,)
+        groups = group_count(cols, group_size)
+        width = index_columns(groups, len(formats))
+        packed = _checked_part(parts, BLOCK_FORMATS, torch.uint8, (1 if alike else rows, width))
+        blocks = unpack_indices(packed, groups, len(formats))
+        return MatrixSpec(tuple(formats), group_size, block_formats=blocks)
+    row_formats = _checked_part(parts, ROW_FORMATS, torch.uint8, (rows,)) if ROW_FORMATS in parts else None
+    return MatrixSpec(tuple(formats), group_size, row_formats)
+
+
+def _unpack_codes(parts: Mapping[str, Tensor], strip: Strip, device: torch.device) -> Tensor:
+    """Codes int8 [rows, width] of a strip."""
     unpacked = []
-    for number_format, chosen in spec.parts:
-        count = rows if chosen is None else len(chosen)
-        packed = _checked_part(parts, number_format.name, torch.uint8, (count, number_format.packed_columns(cols)))
-        unpacked.append((number_format.unpack(packed, cols), chosen))
-    return Encoded(_merge(unpacked, shape, torch.int8, scales.device), scales), spec
+    for number_format, chosen in strip.spec.parts:
+        shape = (strip.rows if chosen is None else len(chosen), number_format.packed_columns(strip.width))
+        packed = _checked_part(parts, number_format.name + strip.suffix, torch.uint8, shape)
+        unpacked.append((number_format.unpack(packed, strip.width), chosen))
+    return _merge(unpacked, (strip.rows, strip.width), torch.int8, device)
 
 
 def _checked_part(parts: Mapping[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

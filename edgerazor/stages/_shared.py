@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from edgerazor import data, models
-from edgerazor.allocate import Plan
+from edgerazor.allocate import Plan, make_plan
 from edgerazor.errors import UserError, usage_error
 from edgerazor.models import PreTrainedModel, PreTrainedTokenizerBase
 from edgerazor.recipe import Recipe, Source
@@ -145,6 +145,15 @@ def open_text(
     if held_out is None:
         held_out, _ = data.open_rows(recipe.data.held_out, tokenizer, length, recipe.seed)
     return rows, held_out
+
+
+def new_plan(recipe: Recipe, teacher: PreTrainedModel, sites: tuple[models.Site, ...]) -> Plan:
+    """What the recipe's settings make of this teacher.
+
+    Raises:
+        UserError: the settings do not fit the model.
+    """
+    return make_plan(sites, recipe.calibrate, lambda name: teacher.get_submodule(name).weight)
 
 
 def read_plan(work: WorkDir) -> Plan:

@@ -6,7 +6,7 @@ Runs calibration text through the teacher and keeps, in `stats.safetensors`,
   (the diagonal of the Hessian of its squared output error; GPTQ's and imatrix's quantity);
 * `layer_similarity`, float32 [layers]: mean cosine similarity of each decoder layer's output and input;
 
-and writes the plan: a format for every row of every matrix (`allocate.py`).
+and writes the plan: a format for every row or block of every matrix (`allocate.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rich.console import RenderableType
 from safetensors.torch import save_file
 
 from edgerazor import data, models, surgery
-from edgerazor.allocate import Plan, make_plan
+from edgerazor.allocate import Plan
 from edgerazor.console import Console, duration, megabytes, table
 from edgerazor.errors import UserError
 from edgerazor.losses.lafd import layer_similarity
@@ -83,7 +83,7 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateResult:
     teacher, tokenizer = _shared.load_teacher(recipe, device, _shared.reading_dtype(device))
     found = models.structure(teacher)
     surgery.check_cache(teacher, recipe.calibrate.kv_bits)
-    plan = make_plan(found.sites, recipe.calibrate)
+    plan = _shared.new_plan(recipe, teacher, found.sites)
     length = _shared.sequence_length(recipe, teacher)
     make_folder(work.folder(NAME))
     text = "the recipe's data"
@@ -103,7 +103,7 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateResult:
         nominal_bits=round(plan.nominal_bits(), 4),
         real_bits=round(8 * plan.bytes() / plan.weights(), 4),
         bytes=plan.bytes(),
-        formats=rows_by_format(plan),
+        formats=weights_by_format(plan),
         tokens=tokens,
         layer_similarity=[round(float(value), 5) for value in similarity],
         text=text,
@@ -220,15 +220,13 @@ def sample_text(
     )
 
 
-def rows_by_format(plan: Plan) -> dict[str, int]:
-    """Format -> rows of the decoder's linear layers that have it."""
+def weights_by_format(plan: Plan) -> dict[str, int]:
+    """Format -> weights of the decoder's linear layers that have it."""
     counts: dict[str, int] = {}
     for matrix in plan.matrices:
-        if matrix.kind != "linear":
-            continue
-        for number_format, rows in matrix.spec().parts:
-            amount = matrix.rows if rows is None else len(rows)
-            counts[number_format.name] = counts.get(number_format.name, 0) + amount
+        if matrix.kind == "linear":
+            for name, count in matrix.spec().weights_by_format((matrix.rows, matrix.columns)).items():
+                counts[name] = counts.get(name, 0) + count
     return counts
 
 
@@ -236,7 +234,7 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateDryRun:
     """What would be decided, and about how long it would take (from one forward pass and a few generated tokens)."""
     device = _shared.device_of(recipe)
     teacher, tokenizer = _shared.load_teacher(recipe, device, _shared.reading_dtype(device))
-    plan = make_plan(models.structure(teacher).sites, recipe.calibrate)
+    plan = _shared.new_plan(recipe, teacher, models.structure(teacher).sites)
     length = _shared.sequence_length(recipe, teacher)
     batch = min(recipe.calibrate.batch_size, recipe.calibrate.sequences)
     ids = torch.zeros((batch, length), dtype=torch.int64, device=teacher.device)
@@ -273,7 +271,7 @@ def show(result: CalibrateResult) -> list[RenderableType]:
         table(
             f"Plan {result.notation}: {result.nominal_bits:.3g} nominal bits, {result.real_bits:.3g} with scales, "
             f"embeddings and head, {megabytes(result.bytes)}",
-            ["format of decoder rows", "rows"],
+            ["format of decoder linear layers", "weights"],
             rows,
             caption=f"{result.tokens:,} calibration tokens; layer {least + 1} changes its input most",
         )

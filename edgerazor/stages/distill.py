@@ -37,7 +37,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from edgerazor import data, losses, models, surgery
-from edgerazor.allocate import Plan, make_plan
+from edgerazor.allocate import Plan
 from edgerazor.console import Console, table
 from edgerazor.errors import INTERRUPTED, UserError, usage_error
 from edgerazor.losses import Head, Loss, Outputs, StepTotals, step_counts
@@ -279,7 +279,7 @@ def prepare(recipe: Recipe, work: WorkDir, imagined: bool = False) -> Job:
     accelerator = Accelerator(mixed_precision="bf16" if half else "no", cpu=device.type == "cpu")
     teacher, tokenizer = _shared.load_teacher(recipe, accelerator.device, torch.bfloat16 if half else torch.float32)
     structure = models.structure(teacher)
-    plan = make_plan(structure.sites, recipe.calibrate) if imagined else _shared.read_plan(work)
+    plan = _shared.new_plan(recipe, teacher, structure.sites) if imagined else _shared.read_plan(work)
     similarity = [0.0] * structure.layer_count if imagined else _shared.read_similarity(work)
     terms = [(term.weight, make_loss(term, similarity)) for term in settings.losses]
     hidden = check_layers(terms, structure.layer_count, recipe)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from edgerazor import __version__, formats, models, packed, surgery
-from edgerazor.allocate import Plan, make_plan
+from edgerazor.allocate import Plan
 from edgerazor.console import Console, megabytes, table
 from edgerazor.errors import UserError, usage_error
 from edgerazor.packed import PackedMatrix
@@ -107,11 +107,11 @@ def source_of(recipe: Recipe, work: WorkDir) -> str:
     return "student"
 
 
-def plan_of(recipe: Recipe, work: WorkDir, sites: tuple[models.Site, ...]) -> Plan:
+def plan_of(recipe: Recipe, work: WorkDir, teacher: models.PreTrainedModel) -> Plan:
     """The student's plan, or for rounding the plan of the recipe's settings."""
     if source_of(recipe, work) == "student":
         return _shared.read_plan(work)
-    return make_plan(sites, recipe.calibrate)
+    return _shared.new_plan(recipe, teacher, models.structure(teacher).sites)
 
 
 def run(recipe: Recipe, work: WorkDir, console: Console) -> PackResult:
@@ -120,7 +120,7 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> PackResult:
     teacher_folder = models.resolve(recipe.model, recipe.revision)
     teacher, _ = models.load(recipe.model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
     found = models.structure(teacher)
-    plan = plan_of(recipe, work, found.sites)
+    plan = plan_of(recipe, work, teacher)
     surgery.check_cache(teacher, plan.kv_bits)
     make_folder(work.path)
     settings = {"activation_bits": plan.activation_bits, "kv_bits": plan.kv_bits, "group_size": plan.group_size}
@@ -232,7 +232,7 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> PackDryRun:
     """What would be written, and about how long it would take (from one matrix)."""
     source = source_of(recipe, work)
     teacher, _ = models.load(recipe.model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
-    plan = plan_of(recipe, work, models.structure(teacher).sites)
+    plan = plan_of(recipe, work, teacher)
     parameters = sum(p.numel() for p in teacher.parameters())
     others = parameters - plan.weights()
     size = plan.bytes() + 4 * others
