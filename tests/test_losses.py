@@ -374,6 +374,7 @@ def test_chunks_and_blocks_change_nothing(elements: int, monkeypatch: pytest.Mon
         if sizes:
             monkeypatch.setattr(_rows, "CHUNK_ELEMENTS", sizes[0])
             monkeypatch.setattr(_rows, "HEAD_ROWS", 5)
+            monkeypatch.setattr(_rows, "BLOCK_ROWS", 1)
             monkeypatch.setitem(_rows.BLOCK_ELEMENTS, "cpu", sizes[1])
         student, _ = through_head(3, 31, 1, 6, VOCABULARY, cap=4.0)
         teacher, _ = through_head(3, 31, 2, 6, VOCABULARY)

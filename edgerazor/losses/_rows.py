@@ -25,8 +25,9 @@ from edgerazor.losses._base import Loss, Outputs, StepTotals, exact, predicting,
 
 #: Logits of one chunk of positions, in elements: enough for the products with the head to run at full speed.
 CHUNK_ELEMENTS = 1 << 25
-#: Logits that the losses work on at a time; on a CPU few enough for the cache.
+#: Logits that the losses work on at a time; on a CPU few enough for the cache, but rows enough for every thread.
 BLOCK_ELEMENTS = {"cpu": 1 << 18}
+BLOCK_ROWS = 32
 #: Rows of the head whose gradient is computed at a time.
 HEAD_ROWS = 1 << 14
 
@@ -146,7 +147,7 @@ class Chunk:
         logits = whole.student if whole.student is not None else whole.teacher
         assert logits is not None
         elements = BLOCK_ELEMENTS.get(logits.device.type, CHUNK_ELEMENTS)
-        height = max(1, elements // logits.shape[1])
+        height = max(BLOCK_ROWS, elements // logits.shape[1])
         for start in range(0, len(logits), height):
             part = slice(start, start + height)
             student, teacher = (None if each is None else each[part] for each in (whole.student, whole.teacher))
