@@ -13,11 +13,12 @@ from torch import Tensor
 
 from edgerazor import registry
 from edgerazor.errors import usage_error
-from edgerazor.losses._base import MASKED, Head, Loss, Outputs, StepTotals, predicting, step_counts
+from edgerazor.losses._base import MASKED, Attention, Head, Loss, Outputs, StepTotals, predicting, step_counts
 from edgerazor.losses._rows import RowLoss, Rows, chunks, row_losses
 
 __all__ = [
     "MASKED",
+    "Attention",
     "Head",
     "Loss",
     "Outputs",
