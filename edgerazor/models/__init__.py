@@ -6,6 +6,16 @@ that holds one list of equal decoder layers, with `nn.Linear` inside, an input e
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from edgerazor.models.attention import (
+    attend,
+    attention_base,
+    capture_attention,
+    check_attention,
+    exchangeable_attention,
+    open_attention,
+    register_attention,
+    use_attention,
+)
 from edgerazor.models.hidden import capture_hidden, final_states, logit_shape
 from edgerazor.models.loading import (
     caps_attention,
@@ -25,10 +35,15 @@ __all__ = [
     "PreTrainedTokenizerBase",
     "Site",
     "Structure",
+    "attend",
+    "attention_base",
     "caps_attention",
+    "capture_attention",
     "capture_hidden",
+    "check_attention",
     "describe_source",
     "embedding_scale",
+    "exchangeable_attention",
     "final_states",
     "fingerprint",
     "initialise",
@@ -36,7 +51,10 @@ __all__ = [
     "load_config",
     "load_tokenizer",
     "logit_shape",
+    "open_attention",
     "quiet_transformers",
+    "register_attention",
     "resolve",
     "structure",
+    "use_attention",
 ]
