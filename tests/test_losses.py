@@ -26,8 +26,9 @@ from edgerazor.losses._base import (
     sample_weights,
     step_counts,
 )
+from edgerazor.losses._layers import layer_metric
 from edgerazor.losses.eakld import EntropyAwareKL
-from edgerazor.losses.lafd import LayerAdaptiveFeatureDistillation, layer_metric, layer_similarity, least_similar
+from edgerazor.losses.lafd import LayerAdaptiveFeatureDistillation, least_similar
 
 DEPTH, HIDDEN, VOCABULARY = 4, 6, 37
 HEADS, KEY_HEADS, FEATURES, VALUES = 4, 2, 5, 3
@@ -616,12 +617,12 @@ def test_layer_similarity_by_hand() -> None:
     start = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]])
     turned = torch.tensor([[[0.0, 3.0], [0.0, 2.0], [-1.0, -1.0]]])  # cosines 0, 1 and, masked, -1
     mask = torch.tensor([[1, 1, 0]])
-    similarity = layer_similarity({0: start, 1: turned, 2: -turned, 3: -2 * turned}, mask)
+    similarity = layer_metric("cosine", {0: start, 1: turned, 2: -turned, 3: -2 * turned}, mask)
     torch.testing.assert_close(similarity, torch.tensor([0.5, -1.0, 1.0]))
     with pytest.raises(ValueError, match="Hidden states"):
-        layer_similarity({0: start, 2: turned}, mask)
+        layer_metric("cosine", {0: start, 2: turned}, mask)
     with pytest.raises(ValueError, match="No position"):
-        layer_similarity({0: start, 1: turned}, torch.zeros(1, 3))
+        layer_metric("cosine", {0: start, 1: turned}, torch.zeros(1, 3))
 
 
 def test_norm_and_variance_by_hand() -> None:
@@ -690,7 +691,7 @@ def test_lafd_by_hand() -> None:
 def test_lafd_chooses_by_the_samples_of_the_whole_step() -> None:
     loss = LayerAdaptiveFeatureDistillation(layers=(1, 2, 3, 4), select="batch", count=2)
     teacher, labels = outputs(4, 9, 1), torch.ones(4, 9, dtype=torch.int64)
-    whole = layer_similarity({k: v[:, :-1] for k, v in teacher.hidden.items()}, labels[:, :-1]).tolist()
+    whole = layer_metric("cosine", {k: v[:, :-1] for k, v in teacher.hidden.items()}, labels[:, :-1]).tolist()
     assert loss.chosen(totals_of(loss, [(teacher, labels)])) == least_similar(whole, 2)
 
 
