@@ -124,7 +124,7 @@ class Distill(Strict):
             LossTerm(name="lafd", weight=0.1),
         ),
         min_length=1,
-        description="the objective: a weighted sum",
+        description="the objective, a weighted sum: name, weight, temperature, options, schedule of each term",
     )
     teachers: tuple[str, ...] = Field(
         (), description="further teachers, whose next-token probabilities are averaged with the model's own"

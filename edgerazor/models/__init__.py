@@ -28,7 +28,7 @@ from edgerazor.models.loading import (
     quiet_transformers,
     resolve,
 )
-from edgerazor.models.structure import Site, Structure, embedding_scale, structure
+from edgerazor.models.structure import Site, Structure, embedding_scale, find_head, structure
 
 __all__ = [
     "PreTrainedModel",
@@ -45,6 +45,7 @@ __all__ = [
     "embedding_scale",
     "exchangeable_attention",
     "final_states",
+    "find_head",
     "fingerprint",
     "initialise",
     "load",

@@ -71,11 +71,8 @@ def structure(model: PreTrainedModel) -> Structure:
     family = type(model).__name__
     layers_path, layers = _decoder_layers(model, family)
     _refuse_experts(model, layers, family)
+    head_path = find_head(model)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
-        raise UserError(
-            f"{family} has no token embedding and linear output head, so it is not a causal language model."
-        )
     paths = {id(module): name for name, module in model.named_modules()}
     linears = []
     for index, layer in enumerate(layers):
@@ -90,7 +87,6 @@ def structure(model: PreTrainedModel) -> Structure:
         )
     rows, columns = embedding.weight.shape
     tied = head.weight is embedding.weight
-    head_path = paths[id(head)]
     result = Structure(
         layers_path=layers_path,
         layer_count=len(layers),
@@ -102,6 +98,21 @@ def structure(model: PreTrainedModel) -> Structure:
     _refuse_untouched(model, result)
     embedding_scale(embedding)
     return result
+
+
+def find_head(model: PreTrainedModel) -> str:
+    """Path of the output head, all that must be known of a model whose next-token distributions are asked for.
+
+    Raises:
+        UserError: it has none.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
+        raise UserError(
+            f"{type(model).__name__} has no token embedding and linear output head, so it is not a causal language "
+            "model."
+        )
+    return next(name for name, module in model.named_modules() if module is head)
 
 
 def _decoder_layers(model: PreTrainedModel, family: str) -> tuple[str, nn.ModuleList]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from edgerazor import losses, models
 from edgerazor.console import Console
 from edgerazor.errors import UserError, usage_error
 from edgerazor.losses import Attention, Head, Loss, Outputs, RowLoss
-from edgerazor.models import PreTrainedModel, PreTrainedTokenizerBase
+from edgerazor.models import PreTrainedModel
 from edgerazor.recipe import LossTerm, Recipe
 
 Terms = list[tuple[LossTerm, Loss]]
@@ -45,31 +45,40 @@ class Seen:
 
 @dataclass(frozen=True)
 class Teacher:
-    """A model to compare with."""
+    """A model to compare with.
+
+    Attributes:
+        model: in evaluation mode, without gradients.
+        structure: where its layers are; None for a further teacher, of which only next tokens are asked.
+        head_path: where its head is.
+        logit_shape: see `models.logit_shape`.
+    """
 
     model: PreTrainedModel
-    structure: models.Structure
+    structure: models.Structure | None
+    head_path: str
     logit_shape: tuple[float, float | None]
 
     @torch.no_grad()
-    def outputs(self, input_ids: Tensor, looks: Looks) -> Outputs:
+    def outputs(self, input_ids: Tensor, needed: Looks) -> Outputs:
         """Its final hidden states [B, T, H], its head, and what the losses look at."""
-        with watch(self.model, self.structure, looks) as seen:
+        with watch(self.model, self.structure, self.head_path, needed) as seen:
             self.model(input_ids=input_ids, use_cache=False)
-        head = self.model.get_submodule(self.structure.head_path)
+        head = self.model.get_submodule(self.head_path)
         scale, cap = self.logit_shape
         return Outputs(seen.final[0], seen.hidden, Head(head.weight, head.bias, scale, cap), seen.attention)
 
 
 @contextmanager
-def watch(model: PreTrainedModel, structure: models.Structure, looks: Looks) -> Iterator[Seen]:
+def watch(model: PreTrainedModel, structure: models.Structure | None, head_path: str, needed: Looks) -> Iterator[Seen]:
     """See what enters the head, and what losses look at, in a forward pass inside; no logits are computed."""
-    with (
-        models.capture_hidden(model, structure, looks.hidden) as hidden,
-        models.capture_attention(model, structure, looks.attention, looks.parts) as attention,
-        models.final_states(model, structure) as final,
-    ):
-        yield Seen(final, hidden, attention)
+    with ExitStack() as stack:
+        hidden, attention = {}, {}
+        if structure is not None:
+            hidden = stack.enter_context(models.capture_hidden(model, structure, needed.hidden))
+            captured = models.capture_attention(model, structure, needed.attention, needed.parts)
+            attention = stack.enter_context(captured)
+        yield Seen(stack.enter_context(models.final_states(model, head_path)), hidden, attention)
 
 
 # --- the losses --------------------------------------------------------------------------------
@@ -134,15 +143,26 @@ def check(recipe: Recipe) -> None:
     """Refuse unknown losses, wrong options and impossible layers, before anything that takes time.
 
     Raises:
-        UserError: which, and what is known instead.
+        UserError: which, and what is known instead; or further teachers have no use or another vocabulary.
     """
-    config = models.load_config(models.resolve(recipe.model, recipe.revision), recipe.trust_remote_code)
+    folder = models.resolve(recipe.model, recipe.revision)
+    config = models.load_config(folder, recipe.trust_remote_code)
     layers = int(config.get_text_config().num_hidden_layers)
     terms = make_terms(recipe, layers, unmeasured(layers))
     if recipe.distill.teachers and not any(averages(loss) for _, loss in terms):
         raise usage_error(
             "The recipe names further teachers, but none of its losses compares next-token distributions with them."
         )
+    for source in recipe.distill.teachers:
+        vocabularies = [
+            models.load_tokenizer(each, recipe.trust_remote_code).get_vocab()
+            for each in (folder, models.resolve(source))
+        ]
+        if vocabularies[0] != vocabularies[1]:
+            raise usage_error(
+                f"The teachers {recipe.model} and {source} have different vocabularies, so their probabilities cannot "
+                "be averaged."
+            )
 
 
 def averages(loss: Loss) -> bool:
@@ -184,29 +204,16 @@ def check_alike(student: PreTrainedModel, teacher: PreTrainedModel, needed: Look
 # --- several teachers --------------------------------------------------------------------------
 
 
-def load_others(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device, dtype: torch.dtype
-) -> list[Teacher]:
-    """The further teachers, in evaluation mode, their weights without gradients.
-
-    Args:
-        recipe: names them.
-        tokenizer: of the first teacher, which all must share.
-        device: where their weights go.
-        dtype: of their weights.
+def load_others(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> list[Teacher]:
+    """The further teachers, in evaluation mode, their weights without gradients, on a device in a dtype.
 
     Raises:
-        UserError: one cannot be loaded, or reads text with another vocabulary.
+        UserError: one cannot be loaded.
     """
     found = []
     for source in recipe.distill.teachers:
-        model, own = models.load(source, None, str(device), dtype, recipe.trust_remote_code)
-        if own.get_vocab() != tokenizer.get_vocab():
-            raise usage_error(
-                f"The teachers {recipe.model} and {source} have different vocabularies, so their probabilities cannot "
-                "be averaged."
-            )
-        found.append(Teacher(model.requires_grad_(False), models.structure(model), models.logit_shape(model)))
+        model, _ = models.load(source, None, str(device), dtype, recipe.trust_remote_code)
+        found.append(Teacher(model.requires_grad_(False), None, models.find_head(model), models.logit_shape(model)))
     return found
 
 
@@ -214,7 +221,9 @@ def say_who_teaches(recipe: Recipe, terms: Terms, console: Console) -> None:
     """With several teachers, say which losses do not see all of them."""
     alone = [term.name for term, loss in terms if loss.needs_teacher and not averages(loss)]
     if recipe.distill.teachers and alone:
-        console.say(f"{', '.join(alone)} compares with {recipe.model} alone, the other losses with all teachers' mean.")
+        console.say(
+            f"Compared with {recipe.model} alone: {', '.join(alone)}; with the mean of all teachers: the others."
+        )
 
 
 def all_outputs(teachers: Sequence[Teacher], input_ids: Tensor, needed: Looks) -> Outputs | None:

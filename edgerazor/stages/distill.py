@@ -281,8 +281,8 @@ def prepare(recipe: Recipe, work: WorkDir, imagined: bool = False) -> Job:
     measured = _objective.unmeasured(structure.layer_count) if imagined else _shared.read_layer_metrics(work)
     terms = _objective.make_terms(recipe, structure.layer_count, measured)
     comparing = [loss for _, loss in terms if loss.needs_teacher]
-    others = _objective.load_others(recipe, tokenizer, accelerator.device, dtype)
-    length = _shared.sequence_length(recipe, teacher)
+    others = _objective.load_others(recipe, accelerator.device, dtype)
+    length = min(_shared.sequence_length(recipe, each) for each in (teacher, *(other.model for other in others)))
     imagine_text = imagined and not (recipe.data.train or work.generated_text.exists())
     rows, held_out = imagined_text(length) if imagine_text else _shared.open_text(recipe, work, tokenizer, length)
     student = make_student(recipe, structure, plan, accelerator.device)
@@ -291,7 +291,7 @@ def prepare(recipe: Recipe, work: WorkDir, imagined: bool = False) -> Job:
     return Job(
         settings=settings,
         accelerator=accelerator,
-        teachers=[Teacher(teacher, structure, logit_shape), *others] if comparing else [],
+        teachers=[Teacher(teacher, structure, structure.head_path, logit_shape), *others] if comparing else [],
         student=student,
         trained=accelerator.prepare_model(student),
         optimizer=make_optimizer(student, settings),
@@ -374,7 +374,7 @@ def train_step(job: Job, batches: list[Batch]) -> float:
     """One optimizer step; returns its loss."""
     accelerator = job.accelerator
     batches = [{key: value.to(accelerator.device) for key, value in batch.items()} for batch in batches]
-    targets = [teacher_outputs(job, batch) for batch in batches]
+    targets = [teacher_outputs(job, batch, job.teacher_looks) for batch in batches]
     totals = step_totals(job, batches, targets)
     share = agree(job, job.share())
     rate = job.settings.learning_rate * schedule(job.settings, share)
@@ -385,7 +385,7 @@ def train_step(job: Job, batches: list[Batch]) -> float:
     for index, (batch, target) in enumerate(zip(batches, targets, strict=True)):
         last = index == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(job.trained):
-            student = student_outputs(job, batch, job.trained)
+            student = student_outputs(job, batch, job.trained, job.looks)
             loss = losses.objective(terms, student, target, batch["labels"], totals)
             # Processes' gradients are averaged, but contributions add up.
             accelerator.backward(loss * accelerator.num_processes)
@@ -401,14 +401,15 @@ def train_step(job: Job, batches: list[Batch]) -> float:
     return float(accelerator.reduce(total, "sum"))
 
 
-def teacher_outputs(job: Job, batch: Batch) -> Outputs | None:
+def teacher_outputs(job: Job, batch: Batch, looks: Looks) -> Outputs | None:
     """The teachers' final hidden states [B, T, H], their heads, and what losses look at in the first."""
-    return _objective.all_outputs(job.teachers, batch["input_ids"], job.teacher_looks)
+    return _objective.all_outputs(job.teachers, batch["input_ids"], looks)
 
 
-def student_outputs(job: Job, batch: Batch, model: torch.nn.Module) -> Outputs:
+def student_outputs(job: Job, batch: Batch, model: torch.nn.Module, looks: Looks) -> Outputs:
     """The same of the student, with gradients; `model` is it or what accelerate wrapped it in."""
-    with _objective.watch(job.student, job.structure, job.looks) as seen, job.accelerator.autocast():
+    watching = _objective.watch(job.student, job.structure, job.structure.head_path, looks)
+    with watching as seen, job.accelerator.autocast():
         model(input_ids=batch["input_ids"], use_cache=False)
         head = job.student.get_submodule(job.structure.head_path)
         assert isinstance(head, surgery.TrainingLinear)
@@ -510,7 +511,7 @@ def measured_by(job: Job) -> str:
 def held_out_sums(job: Job, batch: Batch) -> dict[str, float]:
     """Sums over the predicted tokens of a batch, in nats: cross entropy, KL(teacher || student); and their count."""
     batch = {key: value.to(job.accelerator.device) for key, value in batch.items()}
-    student, teacher = student_outputs(job, batch, job.student), teacher_outputs(job, batch)
+    student, teacher = student_outputs(job, batch, job.student, Looks()), teacher_outputs(job, batch, Looks())
     names = ("cross_entropy", "kl") if teacher is not None else ("cross_entropy",)
     sums = {name: torch.zeros((), dtype=torch.float64, device=student.states.device) for name in names}
     for chunk in losses.chunks(student, teacher, batch["labels"], StepTotals(1, 1)):
