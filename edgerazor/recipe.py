@@ -12,6 +12,7 @@ they are kept absolute, so that later commands work from any folder.
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 from pathlib import Path
@@ -112,7 +113,29 @@ class LossTerm(Strict):
 
     name: str = Field(description="a file of edgerazor/losses")
     weight: float = Field(1.0, gt=0, description="factor of this term in the sum")
-    options: dict[str, Any] = Field(default_factory=dict, description="options of this loss (temperature, k ...)")
+    temperature: float | None = Field(None, gt=0, description="softens both distributions, where the loss has one")
+    options: dict[str, Any] = Field(default_factory=dict, description="further options of this loss (k, layers ...)")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="how the weight changes")
+    start_factor: float = Field(1.0, ge=0, description="factor of the weight at the start, with a schedule")
+    end_factor: float = Field(0.0, ge=0, description="factor of the weight at the end of the schedule and after it")
+    schedule_share: float = Field(1.0, gt=0, le=1, description="share of the budget that the schedule takes")
+
+    @model_validator(mode="after")
+    def _said_once(self) -> LossTerm:
+        if self.temperature is not None and "temperature" in self.options:
+            raise ValueError("`temperature` is given twice, among the options too")
+        scheduled = {"start_factor", "end_factor", "schedule_share"} & self.model_fields_set
+        if scheduled and self.schedule == "constant":
+            raise ValueError(f"`{min(scheduled)}` needs `schedule: linear` or `schedule: cosine`")
+        return self
+
+    def weight_at(self, share: float) -> float:
+        """The weight when a share of the budget, 0 to 1, is used."""
+        if self.schedule == "constant":
+            return self.weight
+        done = min(share / self.schedule_share, 1.0)
+        fall = 1 - done if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+        return self.weight * (self.end_factor + (self.start_factor - self.end_factor) * fall)
 
 
 class Distill(Strict):
@@ -130,7 +153,10 @@ class Distill(Strict):
             LossTerm(name="lafd", weight=0.1),
         ),
         min_length=1,
-        description="the objective: a weighted sum",
+        description="the objective, a weighted sum: name, weight, temperature, options, schedule of each term",
+    )
+    teachers: tuple[str, ...] = Field(
+        (), description="further teachers, whose next-token probabilities are averaged with the model's own"
     )
     learning_rate: float = Field(2e-5, gt=0, description="peak learning rate of AdamW")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after warm-up")
@@ -244,7 +270,7 @@ def load(path: Path) -> dict[str, Any]:
 def anchor(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The same values with their relative paths made absolute, beginning at a folder; malformed parts are left alone.
 
-    `model` is a path where such a folder exists, else an id of the hub.
+    `model` and further teachers are paths where such a folder exists, else ids of the hub.
     """
 
     def anchored(value: Any) -> Any:
@@ -254,10 +280,15 @@ def anchor(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     def source(value: Any) -> Any:
         return {**value, "file": anchored(value["file"])} if isinstance(value, dict) and "file" in value else value
 
+    def folder_or_id(value: Any) -> Any:
+        return anchored(value) if isinstance(value, str) and value and Path(anchored(value)).exists() else value
+
     result = dict(values)
-    model = values.get("model")
-    if isinstance(model, str) and model and Path(anchored(model)).exists():
-        result["model"] = anchored(model)
+    if "model" in values:
+        result["model"] = folder_or_id(values["model"])
+    distill = values.get("distill")
+    if isinstance(distill, dict) and isinstance(distill.get("teachers"), list | tuple):
+        result["distill"] = {**distill, "teachers": [folder_or_id(each) for each in distill["teachers"]]}
     evaluate, compare, data = values.get("eval"), values.get("compare"), values.get("data")
     if isinstance(evaluate, dict) and "task_data" in evaluate:
         result["eval"] = {**evaluate, "task_data": anchored(evaluate["task_data"])}

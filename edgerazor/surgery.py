@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,14 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+from transformers import PreTrainedModel
 
-from edgerazor import formats, kernels
+from edgerazor import formats, kernels, models
 from edgerazor.errors import UserError
 from edgerazor.formats import Encoded, MatrixSpec
-from edgerazor.models import Structure, caps_attention, embedding_scale
+from edgerazor.models import Structure, embedding_scale
 
 
 @dataclass(frozen=True)
@@ -398,13 +395,7 @@ def quantize_cache(model: PreTrainedModel, bits: int) -> None:
     if bits == 16:
         return
     check_cache(model, bits)
-    eager = model.config._attn_implementation == "eager" or caps_attention(model.config)
-    base = "eager" if eager else "sdpa"
-    name = f"edgerazor_kv{bits}_{base}"
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if config is not None and hasattr(config, "_attn_implementation"):
-            config._attn_implementation = name
+    models.use_attention(model, f"edgerazor_kv{bits}_{models.attention_base(model)}")
 
 
 def check_cache(model: PreTrainedModel, bits: int) -> None:
@@ -413,8 +404,7 @@ def check_cache(model: PreTrainedModel, bits: int) -> None:
     Raises:
         UserError: the model's attention is written so that nothing can be put in front of it.
     """
-    modeling = sys.modules[type(model).__module__]
-    if bits != 16 and not hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
+    if bits != 16 and not models.exchangeable_attention(model):
         raise UserError(
             f"The keys and values of {type(model).__name__} cannot be rounded to {bits} bits, because transformers has "
             "no exchangeable attention for it.",
@@ -425,18 +415,14 @@ def check_cache(model: PreTrainedModel, bits: int) -> None:
 def _attention(bits: int, base: str) -> Callable[..., Any]:
     def forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         """query, key, value: [batch, heads, tokens, head_dim]."""
-        attend = sdpa_attention_forward
-        if base == "eager":  # each family has its own, beside its attention class
-            attend = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
         key, value = formats.fake_quantize_kv(key, bits), formats.fake_quantize_kv(value, bits)
-        return attend(module, query, key, value, *args, **kwargs)
+        return models.attend(base, module, query, key, value, *args, **kwargs)
 
     return forward
 
 
-for _base, _mask in (("sdpa", sdpa_mask), ("eager", eager_mask)):
-    AttentionInterface.register(f"edgerazor_kv8_{_base}", _attention(8, _base))
-    AttentionMaskInterface.register(f"edgerazor_kv8_{_base}", _mask)
+for _base in ("sdpa", "eager"):
+    models.register_attention(f"edgerazor_kv8_{_base}", _base, _attention(8, _base))
 
 
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -15,10 +15,14 @@ from typing import Any
 import pytest
 import torch
 from _tiny import Run, make_run, metrics, sha256, spawn, write_recipe
+from conftest import ModelMaker
 from safetensors.torch import load_file
+from transformers import GPT2Config
 
+from edgerazor import models
+from edgerazor.errors import UserError
 from edgerazor.recipe import Distill
-from edgerazor.stages import _checkpoint, distill
+from edgerazor.stages import _checkpoint, _objective, distill
 
 WEIGHTS = Path("distill", "last", "model.safetensors")
 
@@ -306,6 +310,109 @@ def test_the_control_begins_at_random(run: Run, tmp_path: Path, llama: Path, tex
     assert metrics(tmp_path / "job")[0]["cross_entropy"] == pytest.approx(math.log(300), rel=0.05)
 
 
+# --- what losses look at, schedules, several teachers -------------------------------------------
+
+GUIDED: list[dict[str, Any]] = [
+    {"name": "forward_kl", "temperature": 2.0, "schedule": "cosine", "end_factor": 0.2},
+    {"name": "attention_kl", "options": {"layers": "last"}},
+    {"name": "attention_cosine", "schedule": "linear", "start_factor": 0.0, "end_factor": 2.0, "schedule_share": 0.5},
+    {"name": "relation", "options": {"of": "both"}},
+    {"name": "qk_entropy", "weight": 0.5},
+    {"name": "lafd", "options": {"metric": "l2", "count": 1}},
+]
+
+
+@pytest.mark.parametrize("kv_bits", [8, 16])
+def test_checkpointing_and_division_change_nothing_that_losses_see(
+    run: Run, tmp_path: Path, llama: Path, text_file: Path, kv_bits: int
+) -> None:
+    shared = {"losses": GUIDED, "steps": 3, "learning_rate": 2e-5}
+    settings = {
+        "whole": {"batch_size": 4},
+        "recomputed": {"batch_size": 4, "gradient_checkpointing": True},
+        "parts": {"batch_size": 1, "accumulation": 4},
+    }
+    for name, own in settings.items():
+        recipe = write_recipe(
+            tmp_path / f"{name}.yaml", llama, text_file, calibrate={"kv_bits": kv_bits}, distill={**shared, **own}
+        )
+        assert run("distill", "--recipe", recipe, "--work", tmp_path / name).code == 0
+    assert sha256(tmp_path / "whole" / WEIGHTS) == sha256(tmp_path / "recomputed" / WEIGHTS)
+    assert largest_difference(tmp_path / "whole", tmp_path / "parts") < 1e-5
+    plain = write_recipe(tmp_path / "plain.yaml", llama, text_file, distill={**shared, "losses": GUIDED[:1]})
+    assert run("distill", "--recipe", plain, "--work", tmp_path / "plain").code == 0
+    assert largest_difference(tmp_path / "whole", tmp_path / "plain") > 2e-5
+
+
+def test_a_scheduled_training_resumes_exactly(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", llama, text_file, distill={"losses": GUIDED})
+    assert run("distill", "--recipe", recipe, "--work", tmp_path / "whole").code == 0
+    assert run("pack", "--work", tmp_path / "whole").code == 0
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(2, patch)
+        assert run("distill", "--recipe", recipe, "--work", tmp_path / "job").code == 130
+    assert run("distill", "--work", tmp_path / "job").code == 0
+    assert_same(run, tmp_path / "job", tmp_path / "whole")
+
+
+def test_a_schedule_multiplies_the_weight(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
+    for name, term in {
+        "scheduled": {"weight": 4.0, "schedule": "linear", "start_factor": 0.5, "end_factor": 0.5},
+        "constant": {"weight": 2.0},
+    }.items():
+        losses = [{"name": "ce"}, {"name": "eakld", **term}]
+        recipe = write_recipe(tmp_path / f"{name}.yaml", llama, text_file, distill={"losses": losses})
+        assert run("distill", "--recipe", recipe, "--work", tmp_path / name).code == 0
+    assert sha256(tmp_path / "scheduled" / WEIGHTS) == sha256(tmp_path / "constant" / WEIGHTS)
+
+
+def test_several_teachers(run: Run, tmp_path: Path, llama: Path, text_file: Path, make_model: ModelMaker) -> None:
+    """One more teacher that is the model itself changes nothing; one of another kind (EdgeQAT's GPT-2) does."""
+    shape = {"n_embd": 64, "n_layer": 1, "n_head": 2, "n_positions": 128, "vocab_size": 304}
+    make_model(tmp_path / "other", GPT2Config(**shape))
+    jobs: dict[str, list[str]] = {"alone": [], "twice": [str(llama)], "two": ["other"]}
+    for name, teachers in jobs.items():
+        settings = {"teachers": teachers, "steps": 2, "learning_rate": 2e-5}
+        recipe = write_recipe(tmp_path / f"{name}.yaml", llama, text_file, distill=settings)
+        done = run("distill", "--recipe", recipe, "--work", tmp_path / name)
+        assert done.code == 0, done.err
+        assert (f"Compared with {llama} alone: lafd;" in done.err) == bool(teachers)
+    assert largest_difference(tmp_path / "alone", tmp_path / "twice") < 1e-6
+    assert largest_difference(tmp_path / "alone", tmp_path / "two") > 1e-5
+    again = write_recipe(tmp_path / "two.yaml", llama, text_file, distill={"teachers": [str(llama)], "steps": 2})
+    assert "distill.teachers was" in run("distill", "--recipe", again, "--work", tmp_path / "two").err
+
+
+def test_teachers_that_cannot_be_averaged_are_refused(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
+    other = shutil.copytree(llama, tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words["zzz"] = words.pop(max(words, key=lambda word: words[word]))
+    tokenizer["model"]["merges"] = []
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    recipe = write_recipe(tmp_path / "r.yaml", llama, text_file, distill={"teachers": [str(other)]})
+    refused = run("distill", "--recipe", recipe, "--work", tmp_path / "job")
+    assert refused.code == 2
+    assert "have different vocabularies" in refused.err
+    settings = {"teachers": [str(llama)], "losses": [{"name": "ce"}, {"name": "lafd"}]}
+    recipe = write_recipe(tmp_path / "r.yaml", llama, text_file, distill=settings)
+    refused = run("distill", "--recipe", recipe, "--work", tmp_path / "other_job")
+    assert refused.code == 2
+    assert "none of its losses compares next-token distributions" in refused.err
+
+
+def test_layers_that_differ_are_not_compared(tmp_path: Path, llama: Path, make_model: ModelMaker) -> None:
+    small = make_model(tmp_path / "small", "llama", hidden_size=48)
+    narrow = make_model(tmp_path / "narrow", "llama", num_key_value_heads=3)
+    model, _ = models.load(llama)
+    _objective.check_alike(small, model, _objective.Looks(attention=(1, 2)))
+    _objective.check_alike(narrow, model, _objective.Looks(hidden=(1,)))
+    with pytest.raises(UserError, match="their hidden_size differ: 48 and 96"):
+        _objective.check_alike(small, model, _objective.Looks(hidden=(1,)))
+    with pytest.raises(UserError, match="their num_key_value_heads differ: 3 and 2"):
+        _objective.check_alike(narrow, model, _objective.Looks(attention=(2,)))
+
+
 # --- refused at the start ----------------------------------------------------------------------
 
 
@@ -318,6 +425,13 @@ def test_the_control_begins_at_random(run: Run, tmp_path: Path, llama: Path, tex
         ({"name": "lafd", "options": {"layers": [1, 3]}}, "A loss asks for layer 3, but"),
         ({"name": "lafd", "options": {"count": 0}}, "count is 0"),
         ({"name": "lafd", "options": {"select": "bach"}}, "select is 'bach'"),
+        ({"name": "lafd", "options": {"metric": "l1"}}, "metric is 'l1'"),
+        ({"name": "attention_kl", "options": {"layers": [1, 7]}}, "A loss asks for layer 7, but"),
+        ({"name": "attention_cosine", "temperature": 2.0}, "has no option called 'temperature'"),
+        ({"name": "relation", "options": {"of": "query_key"}}, "of is 'query_key'"),
+        ({"name": "eakld", "temperature": 2.0, "options": {"temperature": 2.0}}, "`temperature` is given twice"),
+        ({"name": "eakld", "end_factor": 0.5}, "`end_factor` needs `schedule: linear`"),
+        ({"name": "eakld", "schedule": "up"}, "expected constant, linear or cosine"),
     ],
 )
 def test_an_impossible_loss_stops_before_anything_is_done(

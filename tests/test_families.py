@@ -23,6 +23,8 @@ from edgerazor import integration, models, packed, pipeline, surgery
 from edgerazor.allocate import Plan
 from edgerazor.console import Console
 from edgerazor.errors import UserError
+from edgerazor.losses import Attention
+from edgerazor.models import attention
 from edgerazor.recipe import Recipe, build
 from edgerazor.workdir import WorkDir
 
@@ -240,12 +242,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "experts_mixtral": (
         "MixtralForCausalLM",
         {**SHAPE, "num_local_experts": 4},
-        ("would stay 16-bit", "model.layers.0.mlp.experts.gate_up_proj"),
+        ("is a mixture of 4 experts", "stacked matrices and router losses"),
     ),
     "experts_qwen3": (
         "Qwen3MoeForCausalLM",
         {**SHAPE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
-        ("would stay 16-bit", "model.layers.0.mlp.experts.gate_up_proj"),
+        ("is a mixture of 4 experts", "stacked matrices and router losses"),
     ),
 }
 
@@ -266,7 +268,6 @@ def test_other_models_are_refused(name: str, tmp_path: Path, tokenizer: PreTrain
     with pytest.raises(UserError) as caught:
         models.structure(models.load(tmp_path / "model")[0])
     sentence(caught.value, *words)
-    assert ("stacked experts" in caught.value.hint) == name.startswith("experts")
 
 
 def configure(**values: Any) -> Callable[[Path], None]:
@@ -469,3 +470,85 @@ def test_hidden_states_are_those_between_the_layers(llama: Path) -> None:
     hidden.clear()
     model(input_ids=IDS)
     assert hidden == {}
+
+
+# --- attention -----------------------------------------------------------------------------------
+
+
+def loaded(family: str, make_model: Any, folder: Path, implementation: str) -> Any:
+    """A family's tiny model, four layers deep, with one of transformers' attention implementations."""
+    layers = {"layer_types": ["sliding_attention", "full_attention"] * 2} if family == "gemma3" else {}
+    rotations = {"no_rope_layers": [1, 0, 1, 0]} if family == "smollm3" else {}
+    make_model(folder, family, num_hidden_layers=4, **layers, **rotations)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation=implementation).eval()
+
+
+def maps(seen: Attention) -> torch.Tensor:
+    """[B, heads, T, T], as the losses make them."""
+    assert seen.query is not None
+    assert seen.key is not None
+    key = seen.key.repeat_interleave(seen.query.shape[1] // seen.key.shape[1], 1)
+    scores = seen.query @ key.mT * seen.scale
+    scores = scores if seen.cap is None else seen.cap * torch.tanh(scores / seen.cap)
+    rows = torch.arange(scores.shape[2])
+    visible = torch.stack([seen.allowed(sample, rows, len(rows)) for sample in range(len(scores))])
+    return torch.softmax(scores.masked_fill(~visible[:, None], float("-inf")), -1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_maps_are_those_of_the_model(family: str, make_model: Any, tmp_path: Path) -> None:
+    """From queries and keys as they enter attention; a window of 8 and padding to the right are respected."""
+    model = loaded(family, make_model, tmp_path, "eager")
+    found = models.structure(model)
+    ids = torch.arange(2 * 20).view(2, 20) % 17
+    padding = torch.ones_like(ids)
+    padding[1, 15:] = 0
+    expected = model(input_ids=ids, attention_mask=padding, output_attentions=True)
+    models.open_attention(model)
+    models.check_attention(model, found, (1, 2, 3, 4))
+    with models.capture_attention(model, found, (1, 2, 4), ("query", "key")) as seen:
+        output = model(input_ids=ids, attention_mask=padding, use_cache=False)
+    assert sorted(seen) == [1, 2, 4]
+    assert torch.equal(output.logits, expected.logits)
+    for layer, each in seen.items():
+        assert each.value is None
+        torch.testing.assert_close(maps(each)[0], expected.attentions[layer - 1][0], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            maps(each)[1, :, :15], expected.attentions[layer - 1][1, :, :15], rtol=1e-4, atol=1e-6
+        )
+    if not models.caps_attention(model.config):
+        quick = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa").eval()
+        plain = quick(input_ids=ids).logits
+        models.open_attention(quick)
+        with models.capture_attention(quick, found, (1, 2, 4), ("query", "key")) as fast:
+            assert torch.equal(quick(input_ids=ids, use_cache=False).logits, plain)
+        for layer, each in fast.items():
+            torch.testing.assert_close(maps(each)[0], maps(seen[layer])[0], rtol=1e-4, atol=1e-6)
+    seen.clear()
+    model(input_ids=ids)
+    assert seen == {}
+
+
+def test_attention_that_cannot_be_seen_or_explained_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = models.load(llama)
+    found = models.structure(model)
+    modeling = sys.modules[type(model).__module__]
+    with monkeypatch.context() as patch:
+        patch.delattr(modeling, "ALL_ATTENTION_FUNCTIONS")
+        with pytest.raises(UserError) as caught:
+            models.open_attention(model)
+        sentence(caught.value, "LlamaForCausalLM", "no exchangeable attention")
+    with pytest.raises(UserError) as caught:
+        models.check_attention(model, found, (2,))  # it was not opened
+    sentence(caught.value, "layer 2 of LlamaForCausalLM cannot be looked at")
+
+    def with_sinks(*args: Any, **kwargs: Any) -> Any:
+        output, weights = transformers.integrations.sdpa_attention.sdpa_attention_forward(*args, **kwargs)
+        return 0.9 * output, weights
+
+    models.open_attention(model)
+    monkeypatch.setattr(attention, "sdpa_attention_forward", with_sinks)
+    with pytest.raises(UserError) as caught:
+        models.check_attention(model, found, (1, 2))
+    sentence(caught.value, "layer 1 of LlamaForCausalLM is not made of queries and keys alone")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -13,12 +14,26 @@ from torch import Tensor
 
 from edgerazor import losses, registry
 from edgerazor.errors import UserError
-from edgerazor.losses import _kl, _rows
-from edgerazor.losses._base import MASKED, Head, Loss, Outputs, StepTotals, predicting, sample_weights, step_counts
+from edgerazor.losses import _kl, _maps, _rows
+from edgerazor.losses._base import (
+    MASKED,
+    Attention,
+    Head,
+    Loss,
+    Outputs,
+    StepTotals,
+    predicting,
+    sample_weights,
+    step_counts,
+)
+from edgerazor.losses._layers import layer_metric
 from edgerazor.losses.eakld import EntropyAwareKL
-from edgerazor.losses.lafd import LayerAdaptiveFeatureDistillation, layer_similarity, least_similar
+from edgerazor.losses.lafd import LayerAdaptiveFeatureDistillation, least_similar
 
 DEPTH, HIDDEN, VOCABULARY = 4, 6, 37
+HEADS, KEY_HEADS, FEATURES, VALUES = 4, 2, 5, 3
+#: What calibrate might have measured; the losses make their choices by it.
+MEASURED = {"cosine": [0.9, 0.2, 0.8, 0.3], "l2": [1.0, 2.0, 5.0, 4.0], "variance": [4.0, 3.0, 2.0, 1.0]}
 OPTIONS: dict[str, dict[str, object]] = {"lafd": {"layers": (1, 3)}}
 VARIANTS = [
     *((name, OPTIONS.get(name, {})) for name in registry.names("losses")),
@@ -29,20 +44,71 @@ VARIANTS = [
     ("forward_kl", {"temperature": 3.0}),
     ("reverse_kl", {"temperature": 0.5}),
     ("lafd", {"layers": (1, 2, 3, 4), "select": "batch", "count": 2}),
+    ("lafd", {"metric": "l2", "count": 2}),
+    ("lafd", {"metric": "variance", "select": "batch", "count": 2}),
+    ("lafd", {"metric": "l2", "select": "batch", "layers": ["low", "mid", "high"], "count": 1}),
+    ("attention_kl", {"temperature": 2.0, "layers": "last"}),
+    ("attention_cosine", {"layers": (2, 3)}),
+    ("relation", {"of": "both", "temperature": 0.5}),
+    ("relation", {"of": "query", "layers": ("low", 3)}),
+    ("qk_entropy", {"beta": 2.0, "layers": 2}),
 ]
-ROW_VARIANTS = [variant for variant in VARIANTS if variant[0] != "lafd"]
+ROW_VARIANTS = [(n, o) for n, o in VARIANTS if issubclass(registry.find("losses", n, "LOSS"), losses.RowLoss)]
+#: Losses that compare with nothing; the entropy guidance may be negative.
+ALONE = {"ce", "qk_entropy"}
 every_row_loss = pytest.mark.parametrize(("name", "options"), ROW_VARIANTS, ids=[f"{n}-{o}" for n, o in ROW_VARIANTS])
 every_loss = pytest.mark.parametrize(("name", "options"), VARIANTS, ids=[f"{n}-{o}" for n, o in VARIANTS])
+
+
+def make(name: str, options: Mapping[str, object]) -> Loss:
+    """A loss as the training loop makes it."""
+    loss = losses.make(name, **options)
+    loss.choose_layers(DEPTH, MEASURED)
+    return loss
 
 
 def outputs(batch: int, length: int, seed: int, dtype: torch.dtype = torch.float64, gradient: bool = False) -> Outputs:
     generator = torch.Generator().manual_seed(seed)
 
-    def random(features: int) -> Tensor:
-        state = 2 * torch.randn(batch, length, features, generator=generator, dtype=torch.float64)
+    def random(*shape: int) -> Tensor:
+        state = 2 * torch.randn(*shape, generator=generator, dtype=torch.float64)
         return state.to(dtype).requires_grad_(gradient)
 
-    return Outputs(random(VOCABULARY), {layer: random(HIDDEN) for layer in range(DEPTH + 1)})
+    def attention(layer: int) -> Attention:
+        query = random(batch, HEADS, length, FEATURES)
+        key, value = (random(batch, KEY_HEADS, length, size) for size in (FEATURES, VALUES))
+        return Attention(query, key, value, 0.3, cap=4.0 if layer == 2 else None, mask=window(length, layer))
+
+    return Outputs(
+        random(batch, length, VOCABULARY),
+        {layer: random(batch, length, HIDDEN) for layer in range(DEPTH + 1)},
+        attention={layer: attention(layer) for layer in range(1, DEPTH + 1)},
+    )
+
+
+def window(length: int, layer: int) -> Tensor | None:
+    """Odd layers see everything before them, even ones a few tokens."""
+    if layer % 2:
+        return None
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    return ((distance >= 0) & (distance < 4))[None, None]
+
+
+def each_tensor(change: Any, outputs: Outputs, *others: Outputs) -> Outputs:
+    """Outputs whose every tensor with a batch axis is what `change(name, tensor, ...)` makes of it."""
+    attention = {}
+    for layer, found in outputs.attention.items():
+        parts = {}
+        for name in ("query", "key", "value"):
+            tensors = [getattr(o.attention[layer], name) for o in (outputs, *others)]
+            parts[name] = None if tensors[0] is None else change(name, *tensors)
+        length = next(part.shape[2] for part in parts.values() if part is not None)
+        attention[layer] = dataclasses.replace(found, **parts, mask=window(length, layer))
+    return Outputs(
+        change("states", outputs.states, *(o.states for o in others)),
+        {k: change("hidden", v, *(o.hidden[k] for o in others)) for k, v in outputs.hidden.items()},
+        attention=attention,
+    )
 
 
 def labels_for(batch: int, length: int, seed: int = 5) -> Tensor:
@@ -74,11 +140,12 @@ def step_loss(loss: Loss, parts: list[tuple[Outputs, Outputs, Tensor]]) -> Tenso
 
 
 def cut(whole: Outputs, rows: slice) -> Outputs:
-    return Outputs(whole.states[rows], {layer: state[rows] for layer, state in whole.hidden.items()})
+    return each_tensor(lambda name, tensor: tensor[rows], whole)
 
 
 def leaves(student: Outputs) -> list[Tensor]:
-    return [student.states, *student.hidden.values()]
+    seen = [[a.query, a.key, a.value] for a in student.attention.values()]
+    return [student.states, *student.hidden.values(), *(each for three in seen for each in three if each is not None)]
 
 
 def plain(loss: Any, name: str, student: Outputs, teacher: Outputs, labels: Tensor) -> Tensor:
@@ -92,6 +159,8 @@ def plain(loss: Any, name: str, student: Outputs, teacher: Outputs, labels: Tens
         layers = loss.chosen(totals_of(loss, [(teacher, labels)]))
         errors = [student.hidden[layer] - teacher.hidden[layer] for layer in layers]
         return torch.cat([error[row, keep[row]].square() for error in errors for row in rows]).mean()
+    if name in ("attention_kl", "attention_cosine", "relation", "qk_entropy"):
+        return plain_attention(loss, name, student, teacher, keep)
     temperature = loss.temperature
     log_s = torch.log_softmax(student.states / temperature, -1)
     log_t = torch.log_softmax(teacher.states / temperature, -1)
@@ -118,14 +187,50 @@ def plain(loss: Any, name: str, student: Outputs, teacher: Outputs, labels: Tens
     return torch.stack([mixed[r, keep[r]].mean() for r in rows]).mean()
 
 
+def plain_attention(loss: Any, name: str, student: Outputs, teacher: Outputs, keep: dict[int, Tensor]) -> Tensor:
+    """The losses of attention, one sample, layer and head after the other."""
+    found = []
+    for row, positions in keep.items():
+        parts = []
+        for layer in loss.layers:
+            ours, theirs = student.attention[layer], teacher.attention[layer]
+            if name == "qk_entropy":
+                parts += [(1 + x[row][:, positions].var(-1)).log().mean() for x in (ours.query, ours.key)]
+                continue
+            for left, right in loss.pairs:
+                for head in range(getattr(ours, left).shape[1]):
+                    maps = [plain_map(loss, name, each, row, head, (left, right), layer) for each in (ours, theirs)]
+                    a, b = (each[positions] for each in maps)
+                    if name == "attention_cosine":
+                        parts.append(1 - torch.cosine_similarity(a.flatten(), b.flatten(), dim=0))
+                    else:
+                        visible = b > 0
+                        divergence = (b[visible] * (b[visible].log() - a[visible].log())).sum() / len(b)
+                        parts.append(loss.temperature**2 * divergence)
+        found.append(-loss.beta * torch.stack(parts).sum().log() if name == "qk_entropy" else torch.stack(parts).mean())
+    return torch.stack(found).mean()
+
+
+def plain_map(loss: Any, name: str, seen: Any, row: int, head: int, pair: tuple[str, str], layer: int) -> Tensor:
+    """One head's map `[T, T]` of one sample."""
+    left, right = (getattr(seen, part)[row] for part in pair)
+    scores = left[head] @ right[head * len(right) // len(left)].T
+    scores = scores / math.sqrt(left.shape[-1]) if name == "relation" else scores * seen.scale
+    if seen.cap is not None and name != "relation":
+        scores = seen.cap * torch.tanh(scores / seen.cap)
+    visible = window(len(scores), layer)
+    visible = torch.ones_like(scores).tril().bool() if visible is None else visible[0, 0]
+    return torch.softmax((scores / getattr(loss, "temperature", 1.0)).masked_fill(~visible, -math.inf), -1)
+
+
 def confident(teacher: Outputs) -> Outputs:
     """Sharper logits, so that EAKLD's gate is strictly between 0 and 1."""
-    return Outputs(teacher.states.detach() * 1.2, teacher.hidden)
+    return dataclasses.replace(teacher, states=teacher.states.detach() * 1.2)
 
 
 @every_loss
 def test_value_and_gradient_are_those_of_the_definition(name: str, options: dict[str, object]) -> None:
-    loss = losses.make(name, **options)
+    loss = make(name, options)
     labels = labels_for(5, 9)
     teacher = confident(outputs(5, 9, seed=1))
     student = outputs(5, 9, seed=2, gradient=True)
@@ -140,9 +245,9 @@ def test_value_and_gradient_are_those_of_the_definition(name: str, options: dict
             torch.testing.assert_close(mine, reference, rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.parametrize(("name", "options"), [variant for variant in VARIANTS if variant[0] != "ce"])
+@pytest.mark.parametrize(("name", "options"), [variant for variant in VARIANTS if variant[0] not in ALONE])
 def test_zero_at_equality(name: str, options: dict[str, object]) -> None:
-    loss = losses.make(name, **options)
+    loss = make(name, options)
     student = outputs(4, 7, seed=3, gradient=True)
     value = step_loss(loss, [(student, outputs(4, 7, seed=3), labels_for(4, 7))])
     value.backward()
@@ -150,9 +255,9 @@ def test_zero_at_equality(name: str, options: dict[str, object]) -> None:
     assert all(leaf.grad is None or not leaf.grad.any() for leaf in leaves(student))
 
 
-@every_loss
+@pytest.mark.parametrize(("name", "options"), [variant for variant in VARIANTS if variant[0] != "qk_entropy"])
 def test_positive_elsewhere(name: str, options: dict[str, object]) -> None:
-    loss = losses.make(name, **options)
+    loss = make(name, options)
     for seed in range(5):
         parts = [(outputs(3, 6, seed), confident(outputs(3, 6, seed + 100)), labels_for(3, 6))]
         assert step_loss(loss, parts).item() > 0.01
@@ -160,7 +265,7 @@ def test_positive_elsewhere(name: str, options: dict[str, object]) -> None:
 
 @every_loss
 def test_micro_batches_add_up(name: str, options: dict[str, object]) -> None:
-    loss = losses.make(name, **options)
+    loss = make(name, options)
     labels, teacher = labels_for(4, 9), confident(outputs(4, 9, seed=1))
     gradients = []
     for cuts in ([slice(0, 4)], [slice(0, 2), slice(2, 4)], [slice(0, 1), slice(1, 2), slice(2, 4)]):
@@ -174,13 +279,11 @@ def test_micro_batches_add_up(name: str, options: dict[str, object]) -> None:
 
 @every_loss
 def test_padding_changes_nothing(name: str, options: dict[str, object]) -> None:
-    loss = losses.make(name, **options)
+    loss = make(name, options)
     labels, student, teacher = labels_for(3, 6), outputs(3, 6, seed=1), confident(outputs(3, 6, seed=2))
 
     def padded(short: Outputs, seed: int) -> Outputs:
-        noise = outputs(3, 5, seed)
-        states = {layer: torch.cat([state, noise.hidden[layer]], 1) for layer, state in short.hidden.items()}
-        return Outputs(torch.cat([short.states, noise.states], 1), states)
+        return each_tensor(lambda name, one, other: torch.cat([one, other], -2), short, outputs(3, 5, seed))
 
     longer = torch.cat([labels, torch.full((3, 5), MASKED)], dim=1)
     value = step_loss(loss, [(student, teacher, labels)])
@@ -190,7 +293,7 @@ def test_padding_changes_nothing(name: str, options: dict[str, object]) -> None:
 
 @every_loss
 def test_nothing_to_predict_is_zero_not_nan(name: str, options: dict[str, object]) -> None:
-    loss = losses.make(name, **options)
+    loss = make(name, options)
     student = outputs(2, 5, seed=1, gradient=True)
     labels = torch.full((2, 5), MASKED)
     labels[0, 0] = 3  # the first token is predicted by nobody
@@ -203,10 +306,10 @@ def test_nothing_to_predict_is_zero_not_nan(name: str, options: dict[str, object
 
 @every_loss
 def test_bfloat16_is_computed_in_float32(name: str, options: dict[str, object]) -> None:
-    loss = losses.make(name, **options)
+    loss = make(name, options)
     labels = labels_for(4, 9)
     short = [outputs(4, 9, seed, torch.bfloat16) for seed in (1, 2)]
-    same = [Outputs(o.states.float(), {k: v.float() for k, v in o.hidden.items()}) for o in short]
+    same = [each_tensor(lambda name, tensor: tensor.float(), each) for each in short]
     value = step_loss(loss, [(short[0], short[1], labels)])
     assert value.dtype == torch.float32
     assert value.item() == step_loss(loss, [(same[0], same[1], labels)]).item()
@@ -214,7 +317,7 @@ def test_bfloat16_is_computed_in_float32(name: str, options: dict[str, object]) 
 
 @every_loss
 def test_only_the_student_learns(name: str, options: dict[str, object]) -> None:
-    loss = losses.make(name, **options)
+    loss = make(name, options)
     student, teacher = outputs(3, 6, 1, gradient=True), outputs(3, 6, 2, gradient=True)
     step_loss(loss, [(student, teacher, labels_for(3, 6))]).backward()
     assert all(leaf.grad is None for leaf in leaves(teacher))
@@ -223,21 +326,29 @@ def test_only_the_student_learns(name: str, options: dict[str, object]) -> None:
 
 @every_loss
 def test_missing_teacher_is_an_error(name: str, options: dict[str, object]) -> None:
-    loss = losses.make(name, **options)
+    loss = make(name, options)
     labels = labels_for(3, 6)
     totals = totals_of(loss, [(outputs(3, 6, 2), labels)])
     if loss.needs_teacher:
         with pytest.raises(ValueError, match="teacher"):
             loss(outputs(3, 6, 1), None, labels, totals)
     else:
-        assert loss(outputs(3, 6, 1), None, labels, totals).item() > 0
+        assert loss(outputs(3, 6, 1), None, labels, totals).item() != 0
 
 
 @every_loss
-def test_hidden_layers_are_all_it_needs(name: str, options: dict[str, object]) -> None:
-    loss = losses.make(name, **options)
+def test_the_layers_and_parts_it_names_are_all_it_needs(name: str, options: dict[str, object]) -> None:
+    loss = make(name, options)
     full = [outputs(3, 6, 1), outputs(3, 6, 2)]
-    bare = [Outputs(o.states, {layer: o.hidden[layer] for layer in loss.hidden_layers()}) for o in full]
+    unused = dict.fromkeys({"query", "key", "value"} - set(loss.attention_parts))
+    bare = [
+        Outputs(
+            o.states,
+            {layer: o.hidden[layer] for layer in loss.hidden_layers()},
+            attention={k: dataclasses.replace(o.attention[k], **unused) for k in loss.attention_layers()},
+        )
+        for o in full
+    ]
     labels = labels_for(3, 6)
     assert step_loss(loss, [(bare[0], bare[1], labels)]) == step_loss(loss, [(full[0], full[1], labels)])
 
@@ -315,6 +426,88 @@ def test_only_the_common_vocabulary_counts(name: str, options: dict[str, object]
     assert value.item() == pytest.approx(on_logits(loss, student, teacher).item(), rel=1e-13)
     (gradient,) = torch.autograd.grad(value, wide[0])
     assert not gradient[..., VOCABULARY:].any()
+
+
+@pytest.mark.parametrize("name", ["attention_kl", "attention_cosine", "relation"])
+def test_blocks_of_maps_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels, teacher, found = labels_for(4, 11), outputs(4, 11, 2), []
+    for elements in (1 << 18, 1, 250):
+        monkeypatch.setitem(_maps.BLOCK_ELEMENTS, "cpu", elements)
+        student = outputs(4, 11, 1, gradient=True)
+        value = 3 * step_loss(make(name, {}), [(student, teacher, labels)])
+        gradients = torch.autograd.grad(value, leaves(student), allow_unused=True)
+        found.append([value, *(each for each in gradients if each is not None)])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", ["attention_kl", "attention_cosine", "relation"])
+def test_no_map_is_kept_for_backward(name: str) -> None:
+    """What stays of 30 x 30 maps is as large as queries, keys and values."""
+    sizes: list[int] = []
+    student, teacher = outputs(1, 30, 1, gradient=True), outputs(1, 30, 2)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: sizes.append(tensor.numel()) or tensor, lambda x: x):
+        step_loss(make(name, {}), [(student, teacher, torch.ones(1, 30, dtype=torch.int64))]).backward()
+    assert 0 < max(sizes) <= HEADS * 30 * FEATURES < KEY_HEADS * 30 * 30
+
+
+def test_attention_by_hand() -> None:
+    """Two tokens: the second row of the map is (3/4, 1/4) for the teacher and (1/2, 1/2) for the student."""
+
+    def seen(score: float) -> Outputs:
+        query = torch.tensor([[[[1.0], [1.0], [1.0]]]], dtype=torch.float64)
+        key = torch.tensor([[[[score], [0.0], [0.0]]]], dtype=torch.float64)
+        return Outputs(torch.zeros(1, 3, 4), attention={1: Attention(query, key, key)})
+
+    labels = torch.tensor([[1, MASKED, 2]])  # only the second token counts
+    student, teacher = seen(0.0), seen(math.log(3))
+    expected = {
+        "attention_kl": 0.75 * math.log(1.5) + 0.25 * math.log(0.5),
+        "attention_cosine": 1 - 1 / math.sqrt(2 * 10 / 16),
+    }
+    for name, value in expected.items():
+        loss = losses.make(name, layers=1)
+        assert step_loss(loss, [(student, teacher, labels)]).item() == pytest.approx(value, rel=1e-9)
+
+
+def test_entropy_guidance_by_hand() -> None:
+    """Queries of variance e - 1, keys of variance e² - 1: the sum of logarithms is 3 in each of two layers."""
+    vectors = [torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64) * math.sqrt(math.exp(n) - 1) for n in (1, 2)]
+    query, key = (vector.expand(1, heads, 4, 3) for vector, heads in zip(vectors, (4, 2), strict=True))
+    student = Outputs(torch.zeros(1, 4, 5), attention={layer: Attention(query, key) for layer in (1, 2)})
+    labels = torch.ones(1, 4, dtype=torch.int64)
+    loss = losses.make("qk_entropy", layers=(1, 2), beta=0.25)
+    assert step_loss(loss, [(student, student, labels)]).item() == pytest.approx(-0.25 * math.log(6), rel=1e-12)
+
+
+def test_maps_that_cannot_be_compared_are_an_error() -> None:
+    labels = labels_for(2, 5)
+    loss = losses.make("attention_kl", layers=1)
+    other = outputs(2, 5, 2)
+    other.attention[1].query = torch.zeros(2, 8, 5, FEATURES)
+    with pytest.raises(ValueError, match="cannot be compared"):
+        loss(outputs(2, 5, 1), other, labels, StepTotals(2, 8))
+    with pytest.raises(ValueError, match="layer 7 is missing"):
+        losses.make("attention_kl", layers=7)(other, other, labels, StepTotals(2, 8))
+    with pytest.raises(ValueError, match="how many layers"):
+        losses.make("attention_kl")(other, other, labels, StepTotals(2, 8))
+
+
+# --- several teachers ----------------------------------------------------------------------------
+
+
+@every_row_loss
+def test_several_teachers_are_one_with_the_mean_probabilities(name: str, options: dict[str, object]) -> None:
+    """Through heads of their own, and with vocabularies that are padded differently."""
+    loss, labels = make(name, options), labels_for(4, 9)
+    sizes = ((6, VOCABULARY), (10, VOCABULARY + 3), (4, VOCABULARY + 1))
+    made = [through_head(4, 9, seed, size, words) for seed, (size, words) in enumerate(sizes)]
+    with torch.no_grad():
+        mean = torch.stack([torch.softmax(logits[..., :VOCABULARY], -1) for _, logits in made]).mean(0)
+    teacher = dataclasses.replace(made[0][0], others=tuple(each for each, _ in made[1:]))
+    assert teacher.vocabulary == VOCABULARY
+    expected = step_loss(loss, [(outputs(4, 9, 7), Outputs(mean.log()), labels)])
+    assert step_loss(loss, [(outputs(4, 9, 7), teacher, labels)]).item() == pytest.approx(expected.item(), rel=1e-12)
 
 
 def test_shapes_that_disagree_are_refused() -> None:
@@ -425,12 +618,53 @@ def test_layer_similarity_by_hand() -> None:
     start = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]])
     turned = torch.tensor([[[0.0, 3.0], [0.0, 2.0], [-1.0, -1.0]]])  # cosines 0, 1 and, masked, -1
     mask = torch.tensor([[1, 1, 0]])
-    similarity = layer_similarity({0: start, 1: turned, 2: -turned, 3: -2 * turned}, mask)
+    similarity = layer_metric("cosine", {0: start, 1: turned, 2: -turned, 3: -2 * turned}, mask)
     torch.testing.assert_close(similarity, torch.tensor([0.5, -1.0, 1.0]))
     with pytest.raises(ValueError, match="Hidden states"):
-        layer_similarity({0: start, 2: turned}, mask)
+        layer_metric("cosine", {0: start, 2: turned}, mask)
     with pytest.raises(ValueError, match="No position"):
-        layer_similarity({0: start, 1: turned}, torch.zeros(1, 3))
+        layer_metric("cosine", {0: start, 1: turned}, torch.zeros(1, 3))
+
+
+def test_norm_and_variance_by_hand() -> None:
+    """Two samples; the last position of the second does not count."""
+    state = torch.tensor([[[3.0, 4.0], [0.0, 0.0], [6.0, 8.0]], [[1.0, 0.0], [3.0, 0.0], [99.0, 99.0]]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    hidden = {0: torch.zeros_like(state), 1: state, 2: 2 * state}
+    norms = (5 + 0 + 10 + 1 + 3) / 5
+    torch.testing.assert_close(layer_metric("l2", hidden, mask), torch.tensor([norms, 2 * norms]))
+    first, second = (9 + 16) / 2, 2 / 2  # mean over features of the variances over positions
+    spread = (3 * first + 2 * second) / 5
+    torch.testing.assert_close(layer_metric("variance", hidden, mask), torch.tensor([spread, 4 * spread]))
+
+
+@pytest.mark.parametrize(
+    ("options", "layers"),
+    [
+        ({}, (2, 3, 4)),
+        ({"count": 2}, (2, 4)),
+        ({"metric": "l2", "count": 2}, (3, 4)),
+        ({"metric": "variance", "count": 2}, (1, 2)),
+        ({"layers": "low"}, (1,)),
+        ({"layers": ["high", "mid", 1]}, (1, 2, 4)),
+        ({"select": "batch"}, (1, 2, 3, 4)),
+    ],
+)
+def test_lafd_takes_the_layers_that_it_is_asked_for(options: dict[str, object], layers: tuple[int, ...]) -> None:
+    loss = make("lafd", options)
+    assert isinstance(loss, LayerAdaptiveFeatureDistillation)
+    assert loss.layers == layers
+
+
+@pytest.mark.parametrize("metric", ["l2", "variance"])
+def test_lafd_chooses_the_largest_of_the_step(metric: str) -> None:
+    loss = make("lafd", {"metric": metric, "select": "batch", "count": 1})
+    assert isinstance(loss, LayerAdaptiveFeatureDistillation)
+    teacher, labels = outputs(4, 9, 1), labels_for(4, 9)
+    teacher.hidden[3] = teacher.hidden[3] * 1.5
+    assert loss.chosen(totals_of(loss, [(teacher, labels)])) == (3,)
+    with pytest.raises(ValueError, match=f"lack the {metric} of layers"):
+        loss.chosen(StepTotals(3, 9))
 
 
 def test_least_similar_by_hand() -> None:
@@ -458,7 +692,7 @@ def test_lafd_by_hand() -> None:
 def test_lafd_chooses_by_the_samples_of_the_whole_step() -> None:
     loss = LayerAdaptiveFeatureDistillation(layers=(1, 2, 3, 4), select="batch", count=2)
     teacher, labels = outputs(4, 9, 1), torch.ones(4, 9, dtype=torch.int64)
-    whole = layer_similarity({k: v[:, :-1] for k, v in teacher.hidden.items()}, labels[:, :-1]).tolist()
+    whole = layer_metric("cosine", {k: v[:, :-1] for k, v in teacher.hidden.items()}, labels[:, :-1]).tolist()
     assert loss.chosen(totals_of(loss, [(teacher, labels)])) == least_similar(whole, 2)
 
 
@@ -471,9 +705,15 @@ def test_lafd_chooses_by_the_samples_of_the_whole_step() -> None:
         ("forward_kl", {"temperature": 0.0}, "temperature is 0.0; it must be a number greater than 0"),
         ("reverse_kl", {"temperature": "hot"}, "temperature is 'hot'"),
         ("eakld", {"k": 1}, "k is 1; it must be a number greater than 1"),
-        ("lafd", {}, "layers is \\(\\)"),
+        ("lafd", {"layers": ()}, "layers is \\(\\)"),
         ("lafd", {"layers": (0, 1)}, "counted from 1"),
-        ("lafd", {"layers": 3}, "layers is 3"),
+        ("lafd", {"layers": (1, "top")}, "called low, mid, high, last"),
+        ("lafd", {"metric": "l1"}, "metric is 'l1'; it must be one of cosine, l2, variance"),
+        ("relation", {"of": "values"}, "of is 'values'; it must be one of query, key, value, both"),
+        ("attention_kl", {"layers": 1.5}, "layers is 1.5"),
+        ("attention_kl", {"temperature": 0}, "temperature is 0"),
+        ("attention_cosine", {"temperature": 1.0}, "no option called 'temperature'; its options are layers"),
+        ("qk_entropy", {"beta": 0}, "beta is 0"),
         ("lafd", {"layers": (1,), "count": 0}, "count is 0"),
         ("lafd", {"layers": (1,), "select": "best"}, "'calibrated' or 'batch'"),
     ],

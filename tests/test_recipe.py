@@ -189,3 +189,27 @@ def test_a_source_is_a_file_or_a_data_set() -> None:
     for source in ({}, {"file": "a", "dataset": "b"}):
         with pytest.raises(UserError, match="give either `file` or `dataset`"):
             build({"data": {"train": [source]}}, "The recipe")
+
+
+@pytest.mark.parametrize(
+    ("fields", "weights"),
+    [
+        ({}, [2, 2, 2, 2, 2]),
+        ({"schedule": "linear"}, [2, 1.5, 1, 0.5, 0]),
+        ({"schedule": "linear", "start_factor": 0.0, "end_factor": 1.0}, [0, 0.5, 1, 1.5, 2]),
+        ({"schedule": "linear", "end_factor": 0.5, "schedule_share": 0.5}, [2, 1.5, 1, 1, 1]),
+        ({"schedule": "cosine"}, [2, 1 + 0.5**0.5, 1, 1 - 0.5**0.5, 0]),
+        ({"schedule": "cosine", "start_factor": 0.0, "end_factor": 3.0, "schedule_share": 0.25}, [0, 6, 6, 6, 6]),
+    ],
+)
+def test_the_weight_of_a_loss_is_a_function_of_the_share_of_the_budget(
+    fields: dict[str, Any], weights: list[float]
+) -> None:
+    term = LossTerm(name="ce", weight=2.0, **fields)
+    assert [term.weight_at(quarter / 4) for quarter in range(5)] == pytest.approx(weights, abs=1e-12)
+
+
+def test_further_teachers_are_folders_beside_the_recipe_or_ids(tmp_path: Path) -> None:
+    (tmp_path / "big").mkdir()
+    values = recipes.anchor({"distill": {"teachers": ["big", "someone/bigger"], "steps": 3}}, tmp_path)
+    assert values["distill"] == {"teachers": [str(tmp_path / "big"), "someone/bigger"], "steps": 3}

@@ -13,11 +13,14 @@ from torch import Tensor
 
 from edgerazor import registry
 from edgerazor.errors import usage_error
-from edgerazor.losses._base import MASKED, Head, Loss, Outputs, StepTotals, predicting, step_counts
+from edgerazor.losses._base import MASKED, Attention, Head, Loss, Outputs, StepTotals, predicting, step_counts
+from edgerazor.losses._layers import METRICS, layer_metric
 from edgerazor.losses._rows import RowLoss, Rows, chunks, row_losses
 
 __all__ = [
     "MASKED",
+    "METRICS",
+    "Attention",
     "Head",
     "Loss",
     "Outputs",
@@ -25,6 +28,7 @@ __all__ = [
     "Rows",
     "StepTotals",
     "chunks",
+    "layer_metric",
     "make",
     "names",
     "objective",

@@ -12,7 +12,9 @@ of a row never counts. Every loss uses this one mask (`predicting`), with the tw
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -59,6 +61,33 @@ class Head:
 
 
 @dataclass
+class Attention:
+    """What entered one layer's attention, behind the rotary embedding and any rounding.
+
+    Args:
+        query: `[B, heads, T, d]`, any floating dtype; None where nobody asked for it.
+        key: `[B, kv heads, T, d]`; query head `h` reads key head `h // (heads / kv heads)`.
+        value: `[B, kv heads, T, d']`.
+        scale: factor of the scores `q kᵀ`.
+        cap: largest size of a score (Gemma 2), or None.
+        mask: `[B or 1, 1, T, T]` bool, true where a query (row) may look at a key; None for every key up to its own.
+    """
+
+    query: Tensor | None = None
+    key: Tensor | None = None
+    value: Tensor | None = None
+    scale: float = 1.0
+    cap: float | None = None
+    mask: Tensor | None = None
+
+    def allowed(self, sample: int, rows: Tensor, length: int) -> Tensor:
+        """Which of the first `length` keys the queries at positions `rows [n]` of a sample see, `[n, length]` bool."""
+        if self.mask is not None:
+            return self.mask[sample if len(self.mask) > 1 else 0, 0, rows, :length]
+        return rows[:, None] >= torch.arange(length, device=rows.device)
+
+
+@dataclass
 class Outputs:
     """What a model said about one micro-batch.
 
@@ -68,25 +97,46 @@ class Outputs:
         hidden: layer number -> `[B, T, H]`; 0 is the embedding's output, `l` the output of decoder layer `l`
             (counted from 1). Only the layers that were asked for are present.
         head: makes logits, see above.
+        attention: layer number, counted from 1 -> what entered its attention, of the layers that were asked for.
+        others: of further teachers. Their probabilities of the next tokens are averaged with this one's (EdgeQAT's
+            ensemble); hidden states and attention are always the first teacher's alone.
     """
 
     states: Tensor
     hidden: dict[int, Tensor] = field(default_factory=dict)
     head: Head | None = None
+    attention: dict[int, Attention] = field(default_factory=dict)
+    others: tuple[Outputs, ...] = ()
 
     @property
     def vocabulary(self) -> int:
-        """Number of logits of a position."""
-        return self.states.shape[-1] if self.head is None else self.head.weight.shape[0]
+        """Number of logits of a position: with further teachers, of those entries that all of them have."""
+        own = self.states.shape[-1] if self.head is None else self.head.weight.shape[0]
+        return min([own, *(other.vocabulary for other in self.others)])
 
     def at(self, positions: Tensor) -> Tensor:
         """The states `[n, H]` of positions `[n]` int64, counted through all samples."""
         return self.states.detach().flatten(0, 1).index_select(0, positions)
 
     def logits(self, positions: Tensor) -> Tensor:
-        """The logits `[n, V]` of positions `[n]`, a new tensor without gradient."""
+        """The logits `[n, V]` of positions `[n]`, a new tensor without gradient.
+
+        With further teachers it is the logarithm of the mean of all teachers' probabilities, one model at a time.
+        """
         states = self.at(positions)
-        return states if self.head is None else self.head.logits(states)
+        logits = states if self.head is None else self.head.logits(states)
+        if not self.others:
+            return logits
+        entries = self.vocabulary
+        total = log_probabilities(logits, entries)
+        for other in self.others:
+            total = torch.logaddexp(total, log_probabilities(other.logits(positions), entries))
+        return total.sub_(math.log(1 + len(self.others)))
+
+
+def log_probabilities(logits: Tensor, entries: int) -> Tensor:
+    """`[n, V]` -> `[n, entries]`: log softmax over the first entries, float32 (float64 for float64 logits)."""
+    return torch.log_softmax(logits[:, :entries].to(exact(logits.dtype)), dim=-1)
 
 
 @dataclass(frozen=True)
@@ -113,6 +163,20 @@ class Loss(ABC):
 
     #: Whether `__call__` needs the teacher's outputs.
     needs_teacher: bool = True
+    #: What it needs of each of its `attention_layers` (see `Attention`).
+    attention_parts: tuple[str, ...] = ()
+
+    def choose_layers(self, count: int, measured: Mapping[str, Sequence[float]]) -> None:  # noqa: B027 - most need none
+        """Decide which layers it looks at; called once, before anything else is asked.
+
+        Args:
+            count: decoder layers of the model.
+            measured: metric -> its value for each layer of the teacher, as calibrate measured it.
+        """
+
+    def attention_layers(self) -> tuple[int, ...]:
+        """Layers whose attention it needs of student and, where it needs one, teacher; counted from 1, ascending."""
+        return ()
 
     def hidden_layers(self) -> tuple[int, ...]:
         """Layers whose hidden states it needs of student and teacher, ascending (see `Outputs.hidden`)."""

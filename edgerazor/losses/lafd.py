@@ -4,46 +4,20 @@ Most layers of a transformer change their input little. The layers that change i
 lowest cosine similarity with their input, do the most work and lose the most when their weights become coarse.
 There the student's hidden states are pulled to the teacher's by mean squared error. Which layers these are is
 measured once, by `calibrate`, or anew in each optimizer step, as published. Source: EdgeRazor, arXiv 2605.04062.
+
+Its code can also rank layers by the largest norm of their hidden states or by the largest variance, or take fixed ones.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from edgerazor.errors import usage_error
 from edgerazor.losses._base import Loss, Outputs, StepTotals, exact, predicting, require_teacher, sample_weights
-
-
-def cosine(state: Tensor, previous: Tensor) -> Tensor:
-    """Cosine similarity of two hidden states position by position: `[B, T, H]`, `[B, T, H]` -> `[B, T]` float32."""
-    dtype = exact(state.dtype)
-    return torch.cosine_similarity(state.to(dtype), previous.to(dtype), dim=-1)
-
-
-def layer_similarity(hidden: dict[int, Tensor], mask: Tensor) -> Tensor:
-    """How alike each layer's output and input are.
-
-    Args:
-        hidden: layer -> `[B, T, H]` for all of 0 (the embedding's output), 1, ... L.
-        mask: `[B, T]`, nonzero at the positions that count (all but padding).
-
-    Returns:
-        `[L]` float32: mean cosine similarity of `hidden[l]` and `hidden[l - 1]` at index `l - 1`.
-
-    Raises:
-        ValueError: a layer is missing, or no position counts.
-    """
-    depth = len(hidden) - 1
-    if depth < 1 or sorted(hidden) != list(range(depth + 1)):
-        raise ValueError(f"Hidden states of layers {sorted(hidden)} were given; needed are all from 0 to the last.")
-    keep = mask.bool()
-    if not keep.any():
-        raise ValueError("No position counts, so there is no similarity to measure.")
-    return torch.stack([cosine(hidden[layer], hidden[layer - 1])[keep].mean() for layer in range(1, depth + 1)])
+from edgerazor.losses._layers import METRICS, fixed, layers_option, measure, numbered
 
 
 def least_similar(similarities: Sequence[float], k: int) -> tuple[int, ...]:
@@ -73,50 +47,79 @@ class LayerAdaptiveFeatureDistillation(Loss):
     A token's hidden state counts where the token predicts something, as in every other loss.
 
     Args:
-        layers: layer numbers, counted from 1. With `select="calibrated"` these are the layers to match, with
-            `select="batch"` the candidates (all layers, as published).
-        select: "calibrated" matches `layers`; "batch" matches the `count` of them whose teacher hidden states
-            change most over the optimizer step's samples.
-        count: how many layers "batch" chooses.
+        layers: "all", or a list of layers, counted from 1 or called low (1), mid, high. A list with
+            `select="calibrated"` is matched as it is; otherwise it holds the candidates.
+        select: "calibrated" chooses once, by what calibrate measured; "batch" anew in each optimizer step, by the
+            teacher's hidden states for its samples.
+        count: how many layers are chosen.
+        metric: by what: "cosine" (lowest similarity of a layer's output and input, as published), "l2" (largest norm)
+            or "variance" (largest variance over positions).
     """
 
-    def __init__(self, layers: tuple[int, ...] = (), select: str = "calibrated", count: int = 3) -> None:
+    def __init__(
+        self,
+        layers: str | int | tuple[int | str, ...] = "all",
+        select: str = "calibrated",
+        count: int = 3,
+        metric: str = "cosine",
+    ) -> None:
         if select not in ("calibrated", "batch"):
             raise usage_error(f"The loss option select is {select!r}; it must be 'calibrated' or 'batch'.")
-        numbers = isinstance(layers, tuple | list) and all(type(layer) is int and layer > 0 for layer in layers)
-        if not layers or not numbers:
-            raise usage_error(f"The loss option layers is {layers!r}; it must be a list of layers, counted from 1.")
+        if metric not in METRICS:
+            raise usage_error(f"The loss option metric is {metric!r}; it must be one of {', '.join(METRICS)}.")
         if type(count) is not int or count < 1:
             raise usage_error(f"The loss option count is {count!r}; it must be an integer of at least 1.")
-        self.layers = tuple(sorted(set(layers)))
+        self.wanted = layers_option(layers)
+        self.layers = fixed(self.wanted)
         self.select = select
         self.count = count
+        self.metric = metric
+
+    def choose_layers(self, count: int, measured: Mapping[str, Sequence[float]]) -> None:
+        """See `Loss`; of all layers, "calibrated" takes those with the most remarkable measurements."""
+        self.layers = numbered(self.wanted, count)
+        if self.select == "calibrated" and self.wanted is None:
+            self.layers = self._most(measured[self.metric])
+
+    def _most(self, values: Sequence[float]) -> tuple[int, ...]:
+        """The layers to match, counted from 1, by the metric's value for each layer."""
+        return least_similar([-METRICS[self.metric][1] * value for value in values], self.count)
 
     def hidden_layers(self) -> tuple[int, ...]:
-        """The chosen layers; with "batch" all candidates and the layers before them."""
-        if self.select == "calibrated":
+        """The chosen layers; with "batch" all candidates, and for "cosine" the layers before them."""
+        if self.select == "calibrated" or self.metric != "cosine":
             return self.layers
         return tuple(sorted({*self.layers, *(layer - 1 for layer in self.layers)}))
 
     def teacher_statistics(self, teacher: Outputs, labels: Tensor) -> dict[str, Tensor]:
-        """For "batch": sum over samples of each candidate layer's mean similarity with the layer before it."""
+        """For "batch": sum over samples of the mean of each candidate layer's metric."""
         if self.select == "calibrated":
             return {}
-        sums = {}
+        sums, mask = {}, predicting(labels)
         for layer in self.layers:
-            alike = cosine(_state(teacher, layer), _state(teacher, layer - 1))  # [B, T]
-            sums[_statistic(layer)] = (alike.detach() * sample_weights(labels, 1, alike.dtype)).sum()
+            state = _state(teacher, layer)
+            previous = _state(teacher, layer - 1) if self.metric == "cosine" else state
+            found = measure(self.metric, state.detach(), previous.detach(), mask)  # [B, T]
+            sums[self._statistic(layer)] = (found * sample_weights(labels, 1, found.dtype)).sum()
         return sums
 
     def chosen(self, totals: StepTotals) -> tuple[int, ...]:
         """The layers that this step matches."""
+        if not self.layers:
+            raise ValueError("LAFD has not been told how many layers the model has.")
         if self.select == "calibrated":
             return self.layers
-        missing = [layer for layer in self.layers if _statistic(layer) not in totals.statistics]
+        missing = [layer for layer in self.layers if self._statistic(layer) not in totals.statistics]
         if missing:
-            raise ValueError(f"The step's statistics lack the similarity of layers {missing}, which LAFD chooses by.")
-        picks = least_similar([totals.statistics[_statistic(layer)] for layer in self.layers], self.count)
+            raise ValueError(
+                f"The step's statistics lack the {self.metric} of layers {missing}, which LAFD chooses by."
+            )
+        picks = self._most([totals.statistics[self._statistic(layer)] for layer in self.layers])
         return tuple(self.layers[pick - 1] for pick in picks)
+
+    def _statistic(self, layer: int) -> str:
+        """Name of a layer's metric among the step's statistics."""
+        return f"{self.metric}_{layer}"
 
     def __call__(self, student: Outputs, teacher: Outputs | None, labels: Tensor, totals: StepTotals) -> Tensor:
         """The micro-batch's contribution (see `Loss`); raises ValueError for missing or different hidden states."""
@@ -132,11 +135,6 @@ class LayerAdaptiveFeatureDistillation(Loss):
             difference = ours[mask].to(dtype) - theirs.detach()[mask].to(dtype)  # [tokens, H]
             total = total + difference.square().sum() / ours.shape[-1]
         return total / (len(layers) * max(totals.tokens, 1))
-
-
-def _statistic(layer: int) -> str:
-    """Name of a layer's similarity among the step's statistics."""
-    return f"similarity_{layer}"
 
 
 def _state(outputs: Outputs, layer: int) -> Tensor:

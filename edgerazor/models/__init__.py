@@ -6,6 +6,16 @@ that holds one list of equal decoder layers, with `nn.Linear` inside, an input e
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from edgerazor.models.attention import (
+    attend,
+    attention_base,
+    capture_attention,
+    check_attention,
+    exchangeable_attention,
+    open_attention,
+    register_attention,
+    use_attention,
+)
 from edgerazor.models.hidden import capture_hidden, final_states, logit_shape
 from edgerazor.models.loading import (
     caps_attention,
@@ -18,25 +28,34 @@ from edgerazor.models.loading import (
     quiet_transformers,
     resolve,
 )
-from edgerazor.models.structure import Site, Structure, embedding_scale, structure
+from edgerazor.models.structure import Site, Structure, embedding_scale, find_head, structure
 
 __all__ = [
     "PreTrainedModel",
     "PreTrainedTokenizerBase",
     "Site",
     "Structure",
+    "attend",
+    "attention_base",
     "caps_attention",
+    "capture_attention",
     "capture_hidden",
+    "check_attention",
     "describe_source",
     "embedding_scale",
+    "exchangeable_attention",
     "final_states",
+    "find_head",
     "fingerprint",
     "initialise",
     "load",
     "load_config",
     "load_tokenizer",
     "logit_shape",
+    "open_attention",
     "quiet_transformers",
+    "register_attention",
     "resolve",
     "structure",
+    "use_attention",
 ]

@@ -45,12 +45,12 @@ def capture_hidden(model: nn.Module, found: Structure, layers: Iterable[int]) ->
 
 
 @contextlib.contextmanager
-def final_states(model: nn.Module, found: Structure) -> Iterator[list[Tensor]]:
-    """Collect what enters the head, [B, T, H], in forward passes inside; no logits are computed.
+def final_states(model: nn.Module, head_path: str) -> Iterator[list[Tensor]]:
+    """Collect what enters the head at a path, [B, T, H], in forward passes inside; no logits are computed.
 
     The model's own output is meaningless inside.
     """
-    head = model.get_submodule(found.head_path)
+    head = model.get_submodule(head_path)
     states: list[Tensor] = []
 
     def keep(x: Tensor) -> Tensor:

@@ -15,6 +15,11 @@ Kind = Literal["linear", "embedding", "head"]
 #: Largest share of the matrix weights that may stay in 16 bits before we refuse the model.
 UNTOUCHED_LIMIT = 0.02
 
+#: What transformers calls the parameters of a mixture of experts ...
+EXPERT_NAMES = ("expert", "router", "_moe.")
+#: ... and in configurations their number.
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
 
 @dataclass(frozen=True)
 class Site:
@@ -65,11 +70,9 @@ def structure(model: PreTrainedModel) -> Structure:
     """
     family = type(model).__name__
     layers_path, layers = _decoder_layers(model, family)
+    _refuse_experts(model, layers, family)
+    head_path = find_head(model)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
-        raise UserError(
-            f"{family} has no token embedding and linear output head, so it is not a causal language model."
-        )
     paths = {id(module): name for name, module in model.named_modules()}
     linears = []
     for index, layer in enumerate(layers):
@@ -84,7 +87,6 @@ def structure(model: PreTrainedModel) -> Structure:
         )
     rows, columns = embedding.weight.shape
     tied = head.weight is embedding.weight
-    head_path = paths[id(head)]
     result = Structure(
         layers_path=layers_path,
         layer_count=len(layers),
@@ -96,6 +98,21 @@ def structure(model: PreTrainedModel) -> Structure:
     _refuse_untouched(model, result)
     embedding_scale(embedding)
     return result
+
+
+def find_head(model: PreTrainedModel) -> str:
+    """Path of the output head, all that must be known of a model whose next-token distributions are asked for.
+
+    Raises:
+        UserError: it has none.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
+        raise UserError(
+            f"{type(model).__name__} has no token embedding and linear output head, so it is not a causal language "
+            "model."
+        )
+    return next(name for name, module in model.named_modules() if module is head)
 
 
 def _decoder_layers(model: PreTrainedModel, family: str) -> tuple[str, nn.ModuleList]:
@@ -112,6 +129,20 @@ def _decoder_layers(model: PreTrainedModel, family: str) -> tuple[str, nn.Module
     return min(lists, key=lambda item: item[0].count("."))
 
 
+def _refuse_experts(model: PreTrainedModel, layers: nn.ModuleList, family: str) -> None:
+    """Stop at a mixture of experts: stacked expert matrices have no format here, and its router no loss."""
+    if not any(word in name for name, _ in layers.named_parameters() for word in EXPERT_NAMES):
+        return
+    config = model.config.get_text_config()
+    counts = [getattr(config, name, None) for name in EXPERT_COUNTS]
+    experts = max([count for count in counts if isinstance(count, int)], default=0)
+    number = f"of {experts} experts" if experts > 1 else "of experts"
+    raise UserError(
+        f"{family} is a mixture {number}, whose stacked matrices and router losses are not supported.",
+        "Give a dense model.",
+    )
+
+
 def _refuse_untouched(model: PreTrainedModel, found: Structure) -> None:
     """Stop when more than 2 % of the matrix weights would silently stay 16-bit."""
     covered = {f"{site.name}.weight" for site in found.sites} | {f"{found.head_path}.weight"}
@@ -120,11 +151,10 @@ def _refuse_untouched(model: PreTrainedModel, found: Structure) -> None:
     share = sum(left.values()) / sum(matrices.values())
     if share > UNTOUCHED_LIMIT:
         worst = sorted(left, key=lambda name: -left[name])[:3]
-        stacked = any(model.get_parameter(name).ndim == 3 and "expert" in name for name in worst)
         raise UserError(
             f"{share:.0%} of the matrix weights of {type(model).__name__} would stay 16-bit, among them "
             f"{', '.join(worst)}, because they are not nn.Linear, embedding or head.",
-            "Models with stacked experts are not supported." if stacked else "Such models are not supported.",
+            "Such models are not supported.",
         )
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from edgerazor import data, models
 from edgerazor.allocate import Plan, make_plan
 from edgerazor.errors import UserError, usage_error
+from edgerazor.losses import METRICS
 from edgerazor.models import PreTrainedModel, PreTrainedTokenizerBase
 from edgerazor.recipe import Recipe, Source
 from edgerazor.workdir import WorkDir
@@ -107,6 +108,12 @@ def sources(recipe: Recipe, work: WorkDir) -> tuple[Source, ...]:
     return recipe.data.train or (Source(file=str(work.generated_text)),)
 
 
+def teachers_fingerprint(recipe: Recipe) -> str:
+    """Identity of the further teachers' files, in their order."""
+    folders = [models.resolve(source).resolve() for source in recipe.distill.teachers]
+    return " + ".join(_fingerprint(folder, _state_of(folder)) for folder in folders) or "none"
+
+
 def data_fingerprint(recipe: Recipe) -> str:
     """Identity of the text that training and calibration read; generated text is decided by the teacher and seed."""
     if not recipe.data.train:
@@ -168,14 +175,15 @@ def read_plan(work: WorkDir) -> Plan:
         raise _damaged(work.plan_file) from None
 
 
-def read_similarity(work: WorkDir) -> list[float]:
-    """Calibrate's mean cosine similarity of each layer's output and input.
+def read_layer_metrics(work: WorkDir) -> dict[str, list[float]]:
+    """What calibrate measured of each layer (see `METRICS`), by metric.
 
     Raises:
         UserError: the file is missing or damaged.
     """
     try:
-        return [float(value) for value in load_file(work.statistics_file)["layer_similarity"]]
+        stored = load_file(work.statistics_file)
+        return {metric: [float(value) for value in stored[f"layer_{metric}"]] for metric in METRICS}
     except (OSError, SafetensorError, KeyError):
         raise _damaged(work.statistics_file) from None
 

@@ -4,7 +4,8 @@ Runs calibration text through the teacher and keeps, in `stats.safetensors`,
 
 * `input_second_moment/<module>`, float32 [in]: mean of x squared over tokens, for the input of every linear layer
   (the diagonal of the Hessian of its squared output error; GPTQ's and imatrix's quantity);
-* `layer_similarity`, float32 [layers]: mean cosine similarity of each decoder layer's output and input;
+* `layer_cosine`, float32 [layers]: mean cosine similarity of each decoder layer's output and input;
+* `layer_l2` and `layer_variance`, float32 [layers]: mean norm of its output, and its variance over positions;
 
 and writes the plan: a format for every row or block of every matrix (`allocate.py`).
 """
@@ -24,7 +25,7 @@ from edgerazor import data, models, surgery
 from edgerazor.allocate import Plan
 from edgerazor.console import Console, duration, megabytes, table
 from edgerazor.errors import UserError
-from edgerazor.losses.lafd import layer_similarity
+from edgerazor.losses import METRICS, layer_metric
 from edgerazor.models import PreTrainedModel, PreTrainedTokenizerBase
 from edgerazor.recipe import Recipe
 from edgerazor.stages import _shared
@@ -92,9 +93,9 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateResult:
         console.say(f"No --data was given, so the teacher writes {recipe.data.generated_tokens:,} tokens itself.")
         write_own_text(recipe, work, teacher, tokenizer, length, console)
     rows, _ = _shared.open_text(recipe, work, tokenizer, length)
-    moments, similarity, tokens = observe(recipe, teacher, found, rows, console)
+    moments, measured, tokens = observe(recipe, teacher, found, rows, console)
     tensors = {f"input_second_moment/{name}": value for name, value in moments.items()}
-    tensors["layer_similarity"] = similarity
+    tensors |= {f"layer_{metric}": values for metric, values in measured.items()}
     write_atomically(work.statistics_file, lambda path: save_file(tensors, path))
     write_text(work.plan_file, plan.model_dump_json(indent=1) + "\n")
     result = CalibrateResult(
@@ -105,7 +106,7 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateResult:
         bytes=plan.bytes(),
         formats=weights_by_format(plan),
         tokens=tokens,
-        layer_similarity=[round(float(value), 5) for value in similarity],
+        layer_similarity=[round(float(value), 5) for value in measured["cosine"]],
         text=text,
     )
     write_json(work.result_file(NAME), result.model_dump(mode="json"))
@@ -118,8 +119,8 @@ def observe(
     found: models.Structure,
     rows: data.TokenRows,
     console: Console,
-) -> tuple[dict[str, torch.Tensor], torch.Tensor, int]:
-    """Second moments of linear inputs (float32 [in]), layer similarity (float32 [layers]), tokens seen."""
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], int]:
+    """Second moments of linear inputs (float32 [in]), metrics of layers (float32 [layers]), tokens seen."""
     sums: dict[str, torch.Tensor] = {}
     weights = {"tokens": 0}
     keep = torch.empty(0)
@@ -132,7 +133,7 @@ def observe(
         return hook
 
     handles = [teacher.get_submodule(s.name).register_forward_pre_hook(observing(s.name)) for s in found.linears]
-    similarity = torch.zeros(found.layer_count, dtype=torch.float64)
+    measured = {metric: torch.zeros(found.layer_count, dtype=torch.float64) for metric in METRICS}
     batches = list(data.sample_batches(rows, recipe.calibrate.sequences, recipe.calibrate.batch_size))
     layers = range(found.layer_count + 1)
     try:
@@ -145,7 +146,8 @@ def observe(
                 keep = (batch["labels"] != -100).to(teacher.device)
                 teacher(input_ids=batch["input_ids"].to(teacher.device), use_cache=False)
                 count = int(keep.sum())
-                similarity += layer_similarity(dict(hidden), keep).double().cpu() * count
+                for metric, values in measured.items():
+                    values += layer_metric(metric, dict(hidden), keep).double().cpu() * count
                 weights["tokens"] += count
                 tracker.advance()
     finally:
@@ -153,7 +155,7 @@ def observe(
             handle.remove()
     tokens = weights["tokens"]
     moments = {name: (value / tokens).float().cpu() for name, value in sums.items()}
-    return moments, (similarity / tokens).float(), tokens
+    return moments, {metric: (values / tokens).float() for metric, values in measured.items()}, tokens
 
 
 def write_own_text(

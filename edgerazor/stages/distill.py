@@ -39,12 +39,12 @@ from torch import Tensor
 from edgerazor import data, losses, models, surgery
 from edgerazor.allocate import Plan
 from edgerazor.console import Console, table
-from edgerazor.errors import INTERRUPTED, UserError, usage_error
-from edgerazor.losses import Head, Loss, Outputs, StepTotals, step_counts
-from edgerazor.losses.lafd import LayerAdaptiveFeatureDistillation, least_similar
+from edgerazor.errors import INTERRUPTED, UserError
+from edgerazor.losses import Head, Outputs, StepTotals, step_counts
 from edgerazor.models import PreTrainedModel
-from edgerazor.recipe import Distill, LossTerm, Recipe
-from edgerazor.stages import _checkpoint, _shared
+from edgerazor.recipe import Distill, Recipe
+from edgerazor.stages import _checkpoint, _objective, _shared
+from edgerazor.stages._objective import Looks, Teacher, Terms
 from edgerazor.workdir import WorkDir, make_folder, replace_folder, write_json, write_text
 
 NAME = "distill"
@@ -91,7 +91,8 @@ def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
     settings = recipe.distill
     skip = ("max_time", "checkpoint_every", "gradient_checkpointing", "batch_size", "accumulation")
     found = _shared.settings("distill", settings, skip)
-    found["distill.losses"] = " + ".join(term_in_words(term) for term in settings.losses)
+    found["distill.losses"] = " + ".join(_objective.term_in_words(term) for term in settings.losses)
+    found["distill.teachers"] = _shared.teachers_fingerprint(recipe)
     return {
         "bits": str(recipe.calibrate.bits),
         "model": _shared.teacher_fingerprint(recipe),
@@ -105,19 +106,13 @@ def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
     }
 
 
-def term_in_words(term: LossTerm) -> str:
-    """`2 eakld (k 8)`."""
-    options = ", ".join(f"{name} {value}" for name, value in sorted(term.options.items()))
-    return f"{term.weight:g} {term.name}" + (f" ({options})" if options else "")
-
-
 @dataclass
 class Job:
     """Everything the training loop uses."""
 
     settings: Distill
     accelerator: Accelerator
-    teacher: PreTrainedModel | None
+    teachers: list[Teacher]  # the model itself and further ones; none where no loss needs one
     student: PreTrainedModel
     trained: Any  # the student, wrapped by accelerate when there are several processes
     optimizer: torch.optim.Optimizer
@@ -126,8 +121,9 @@ class Job:
     rows: data.TokenRows
     held_out: data.TokenRows
     length: int
-    terms: list[tuple[float, Loss]]
-    hidden_layers: tuple[int, ...]
+    terms: Terms
+    looks: Looks  # what losses need of the student ...
+    teacher_looks: Looks  # ... and those that compare need of the first teacher
     logit_shape: tuple[float, float | None]
     progress: _checkpoint.Progress = field(default_factory=_checkpoint.Progress)
     began: float = 0.0
@@ -176,6 +172,7 @@ def run(recipe: Recipe, work: WorkDir, console: Console, fresh: bool = False) ->
     if job.accelerator.is_main_process:
         begin(work, console, fresh)
     job.accelerator.wait_for_everyone()
+    _objective.say_who_teaches(recipe, job.terms, console)
     resume(job, work, console)
     with watch_signals() as signals, console.track("distill", job.steps or 0, job.progress.step) as tracker:
         for batches in step_batches(job):
@@ -277,20 +274,24 @@ def prepare(recipe: Recipe, work: WorkDir, imagined: bool = False) -> Job:
     _shared.join_processes(device)
     AcceleratorState._reset_state()  # one process may train more than once, and not always in the same precision
     accelerator = Accelerator(mixed_precision="bf16" if half else "no", cpu=device.type == "cpu")
-    teacher, tokenizer = _shared.load_teacher(recipe, accelerator.device, torch.bfloat16 if half else torch.float32)
+    dtype = torch.bfloat16 if half else torch.float32
+    teacher, tokenizer = _shared.load_teacher(recipe, accelerator.device, dtype)
     structure = models.structure(teacher)
     plan = _shared.new_plan(recipe, teacher, structure.sites) if imagined else _shared.read_plan(work)
-    similarity = [0.0] * structure.layer_count if imagined else _shared.read_similarity(work)
-    terms = [(term.weight, make_loss(term, similarity)) for term in settings.losses]
-    hidden = check_layers(terms, structure.layer_count, recipe)
-    length = _shared.sequence_length(recipe, teacher)
+    measured = _objective.unmeasured(structure.layer_count) if imagined else _shared.read_layer_metrics(work)
+    terms = _objective.make_terms(recipe, structure.layer_count, measured)
+    comparing = [loss for _, loss in terms if loss.needs_teacher]
+    others = _objective.load_others(recipe, accelerator.device, dtype)
+    length = min(_shared.sequence_length(recipe, each) for each in (teacher, *(other.model for other in others)))
     imagine_text = imagined and not (recipe.data.train or work.generated_text.exists())
     rows, held_out = imagined_text(length) if imagine_text else _shared.open_text(recipe, work, tokenizer, length)
     student = make_student(recipe, structure, plan, accelerator.device)
+    _objective.open_models(student, teacher, structure, terms)
+    logit_shape = models.logit_shape(teacher)
     return Job(
         settings=settings,
         accelerator=accelerator,
-        teacher=teacher if any(loss.needs_teacher for _, loss in terms) else None,
+        teachers=[Teacher(teacher, structure, structure.head_path, logit_shape), *others] if comparing else [],
         student=student,
         trained=accelerator.prepare_model(student),
         optimizer=make_optimizer(student, settings),
@@ -300,8 +301,9 @@ def prepare(recipe: Recipe, work: WorkDir, imagined: bool = False) -> Job:
         held_out=held_out,
         length=length,
         terms=terms,
-        hidden_layers=hidden,
-        logit_shape=models.logit_shape(teacher),
+        looks=_objective.looks(loss for _, loss in terms),
+        teacher_looks=_objective.looks(comparing),
+        logit_shape=logit_shape,
     )
 
 
@@ -316,22 +318,12 @@ def imagined_text(length: int) -> tuple[data.TokenRows, data.TokenRows]:
 
 
 def check_losses(recipe: Recipe) -> None:
-    """Refuse unknown losses, wrong options and impossible layers, before anything that takes time.
+    """Refuse losses that cannot be, before anything that takes time.
 
     Raises:
-        UserError: which, and what is known instead.
+        UserError: as `_objective.check`.
     """
-    config = models.load_config(models.resolve(recipe.model, recipe.revision), recipe.trust_remote_code)
-    layers = int(config.get_text_config().num_hidden_layers)
-    check_layers([(1.0, make_loss(term, [0.0] * layers)) for term in recipe.distill.losses], layers, recipe)
-
-
-def check_layers(terms: list[tuple[float, Loss]], count: int, recipe: Recipe) -> tuple[int, ...]:
-    """The layers whose hidden states the losses need, ascending."""
-    hidden = sorted({layer for _, loss in terms for layer in loss.hidden_layers()})
-    if hidden and hidden[-1] > count:
-        raise usage_error(f"A loss asks for layer {hidden[-1]}, but {recipe.model} has {count} layers.")
-    return tuple(hidden)
+    _objective.check(recipe)
 
 
 def make_student(recipe: Recipe, structure: models.Structure, plan: Plan, device: torch.device) -> PreTrainedModel:
@@ -346,18 +338,6 @@ def make_student(recipe: Recipe, structure: models.Structure, plan: Plan, device
     surgery.prepare_for_training(student, structure, plan.specs(), settings)
     student.config.use_cache = False
     return student.to(device).train()
-
-
-def make_loss(term: LossTerm, similarity: list[float]) -> Loss:
-    """A loss with its options; LAFD's layers come from calibrate's layer similarity unless the recipe names them."""
-    options = {name: tuple(value) if isinstance(value, list) else value for name, value in term.options.items()}
-    if term.name == "lafd" and "layers" not in options:
-        options["layers"] = tuple(range(1, len(similarity) + 1))
-        chosen = losses.make(term.name, **options)  # checks the options, and has their defaults
-        assert isinstance(chosen, LayerAdaptiveFeatureDistillation)
-        if chosen.select == "calibrated":
-            options["layers"] = least_similar(similarity, chosen.count)
-    return losses.make(term.name, **options)
 
 
 def make_optimizer(student: PreTrainedModel, settings: Distill) -> torch.optim.Optimizer:
@@ -394,17 +374,19 @@ def train_step(job: Job, batches: list[Batch]) -> float:
     """One optimizer step; returns its loss."""
     accelerator = job.accelerator
     batches = [{key: value.to(accelerator.device) for key, value in batch.items()} for batch in batches]
-    targets = [teacher_outputs(job, batch) for batch in batches]
+    targets = [teacher_outputs(job, batch, job.teacher_looks) for batch in batches]
     totals = step_totals(job, batches, targets)
-    rate = job.settings.learning_rate * schedule(job.settings, job.share())
+    share = agree(job, job.share())
+    rate = job.settings.learning_rate * schedule(job.settings, share)
+    terms = [(term.weight_at(share), loss) for term, loss in job.terms]
     for group in job.optimizer.param_groups:
         group["lr"] = rate
     total = torch.zeros((), device=accelerator.device)
     for index, (batch, target) in enumerate(zip(batches, targets, strict=True)):
         last = index == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(job.trained):
-            student = student_outputs(job, batch, job.trained)
-            loss = losses.objective(job.terms, student, target, batch["labels"], totals)
+            student = student_outputs(job, batch, job.trained, job.looks)
+            loss = losses.objective(terms, student, target, batch["labels"], totals)
             # Processes' gradients are averaged, but contributions add up.
             accelerator.backward(loss * accelerator.num_processes)
             total += loss.detach()
@@ -419,34 +401,21 @@ def train_step(job: Job, batches: list[Batch]) -> float:
     return float(accelerator.reduce(total, "sum"))
 
 
-@torch.no_grad()
-def teacher_outputs(job: Job, batch: Batch) -> Outputs | None:
-    """The teacher's final hidden states [B, T, H], its head, and the hidden states that losses ask for."""
-    if job.teacher is None:
-        return None
-    with (
-        models.capture_hidden(job.teacher, job.structure, job.hidden_layers) as hidden,
-        models.final_states(job.teacher, job.structure) as final,
-    ):
-        job.teacher(input_ids=batch["input_ids"], use_cache=False)
-    head = job.teacher.get_submodule(job.structure.head_path)
-    scale, cap = job.logit_shape
-    return Outputs(final[0], dict(hidden), Head(head.weight, head.bias, scale, cap))
+def teacher_outputs(job: Job, batch: Batch, looks: Looks) -> Outputs | None:
+    """The teachers' final hidden states [B, T, H], their heads, and what losses look at in the first."""
+    return _objective.all_outputs(job.teachers, batch["input_ids"], looks)
 
 
-def student_outputs(job: Job, batch: Batch, model: torch.nn.Module) -> Outputs:
+def student_outputs(job: Job, batch: Batch, model: torch.nn.Module, looks: Looks) -> Outputs:
     """The same of the student, with gradients; `model` is it or what accelerate wrapped it in."""
-    with (
-        models.capture_hidden(job.student, job.structure, job.hidden_layers) as hidden,
-        models.final_states(job.student, job.structure) as final,
-        job.accelerator.autocast(),
-    ):
+    watching = _objective.watch(job.student, job.structure, job.structure.head_path, looks)
+    with watching as seen, job.accelerator.autocast():
         model(input_ids=batch["input_ids"], use_cache=False)
         head = job.student.get_submodule(job.structure.head_path)
         assert isinstance(head, surgery.TrainingLinear)
-        states, matrix = head.as_head(final[0])
+        states, matrix = head.as_head(seen.final[0])
     scale, cap = job.logit_shape
-    return Outputs(states, dict(hidden), Head(scale=scale, cap=cap, **matrix))
+    return Outputs(states, seen.hidden, Head(scale=scale, cap=cap, **matrix), seen.attention)
 
 
 def step_totals(job: Job, batches: list[Batch], targets: list[Outputs | None]) -> StepTotals:
@@ -459,9 +428,9 @@ def step_totals(job: Job, batches: list[Batch], targets: list[Outputs | None]) -
             "samples": torch.tensor(samples, dtype=torch.float64, device=device),
             "tokens": torch.tensor(tokens, dtype=torch.float64, device=device),
         }
-        for _, term in job.terms:
+        for _, loss in job.terms:
             if target is not None:
-                found |= term.teacher_statistics(target, batch["labels"])
+                found |= loss.teacher_statistics(target, batch["labels"])
         for name, value in found.items():
             sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=device)) + value.double()
     sums = {name: job.accelerator.reduce(value, "sum") for name, value in sums.items()}
@@ -520,7 +489,7 @@ def measure(job: Job, work: WorkDir) -> None:
     job.student.train()
     tokens = sums["tokens"]
     found = {"cross_entropy": sums["cross_entropy"] / tokens}
-    if job.teacher is not None:
+    if job.teachers:
         found["kl"] = sums["kl"] / tokens
     value = found[measured_by(job)]
     if not math.isfinite(value):
@@ -536,13 +505,13 @@ def measure(job: Job, work: WorkDir) -> None:
 
 def measured_by(job: Job) -> str:
     """What decides which student is the best."""
-    return "kl" if job.teacher is not None else "cross_entropy"
+    return "kl" if job.teachers else "cross_entropy"
 
 
 def held_out_sums(job: Job, batch: Batch) -> dict[str, float]:
     """Sums over the predicted tokens of a batch, in nats: cross entropy, KL(teacher || student); and their count."""
     batch = {key: value.to(job.accelerator.device) for key, value in batch.items()}
-    student, teacher = student_outputs(job, batch, job.student), teacher_outputs(job, batch)
+    student, teacher = student_outputs(job, batch, job.student, Looks()), teacher_outputs(job, batch, Looks())
     names = ("cross_entropy", "kl") if teacher is not None else ("cross_entropy",)
     sums = {name: torch.zeros((), dtype=torch.float64, device=student.states.device) for name in names}
     for chunk in losses.chunks(student, teacher, batch["labels"], StepTotals(1, 1)):
@@ -646,7 +615,7 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> DistillDryRun:
     train_step(job, batches)
     seconds = time.monotonic() - began
     parameters = sum(p.numel() for p in job.student.parameters())
-    teacher = sum(p.numel() * p.element_size() for p in job.teacher.parameters()) if job.teacher else 0
+    teacher = sum(p.numel() * p.element_size() for each in job.teachers for p in each.model.parameters())
     logits = job.settings.batch_size * job.length * job.student.config.get_text_config().vocab_size * 4
     return DistillDryRun(
         notation=job.plan.notation(),
