@@ -70,6 +70,7 @@ class Plan(BaseModel):
     activation_bits: int
     kv_bits: int
     group_size: int
+    scales: Literal["rule", "learned"]
     matrices: tuple[MatrixPlan, ...]
 
     def __getitem__(self, name: str) -> MatrixPlan:
@@ -132,6 +133,7 @@ def make_plan(sites: Iterable[Site], settings: Calibrate) -> Plan:
         activation_bits=settings.activation_bits,
         kv_bits=settings.kv_bits,
         group_size=settings.group_size,
+        scales=settings.scales,
         matrices=tuple(matrices),
     )
 

@@ -11,11 +11,11 @@ without gaps. The header ends in spaces, so that the data begin on a 64-byte bou
 - `P.weight.<format>`, U8 [rows of that format, packed columns]: the codes of its rows in that format, in row order.
   `ternary`: five codes a byte, the sum of (code_i + 1) * 3^i; a last byte is filled with codes 0; bytes above 242 are
   invalid. `int<b>`: code i is the two's-complement field of bits b*i to b*i+b-1 of the row's bytes, low bits first
-  (int4: first code in the low nibble); unused bits are zero, and so is no code -2^(b-1).
+  (int4: first code in the low nibble); unused bits are zero. The code -2^(b-1) occurs only with learned scales.
 - `P.weight.scales`, F16 [rows, ceil(cols / group_size)]: finite, not negative, in the matrix's row order.
 - `P.weight.row_formats`, U8 [rows], only where rows may differ: an index into the matrix's list of formats.
 
-A weight is `level(code) * scale` in float32; for every format here the level is the code. Tensors of other kinds
+A weight is `level(code) * scale` in float32; the level is the code, in `int2` the code and a half. Tensors of other kinds
 (norms, biases) stand under their own names with their own dtypes.
 
 **Header.** The `__metadata__` of the first file holds `"edgerazor"`: a JSON object, fields as in `Header` below, and

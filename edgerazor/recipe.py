@@ -69,6 +69,9 @@ class Calibrate(Strict):
     plan: Literal["interleave"] = Field("interleave", description="how rows get their formats")
     granularity: Literal["row"] = Field("row", description="smallest unit that has a format of its own")
     group_size: int = Field(256, ge=8, le=65536, description="consecutive weights of a row that share one scale")
+    scales: Literal["rule", "learned"] = Field(
+        "rule", description="scales of weights: by each format's rule, or trained like weights (LSQ)"
+    )
     embedding_format: Literal["int4", "int8"] = Field("int4", description="format of embeddings and head")
     activation_bits: Literal[8, 16] = Field(
         8, description="inputs of quantized linear layers: int8 per token and group"
@@ -92,6 +95,9 @@ class Distill(Strict):
     steps: int | None = Field(None, ge=1, description="optimizer steps (default 1000 when no budget is given)")
     tokens: int | None = Field(None, ge=1, description="training tokens; stops at the first budget reached")
     max_time: float | None = Field(None, gt=0, description="seconds of training, counted across resumes")
+    train: Literal["all", "scales"] = Field(
+        "all", description="scales: codes stay as they begin and only scales are trained, in minutes"
+    )
     batch_size: int = Field(8, ge=1, description="sequences per process and forward pass")
     accumulation: int = Field(1, ge=1, description="forward passes per optimizer step")
     losses: tuple[LossTerm, ...] = Field(

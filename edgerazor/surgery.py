@@ -37,11 +37,13 @@ class Settings:
         activation_bits: of the inputs of quantized linear layers; 16 leaves them as they are.
         kv_bits: of keys and values, likewise.
         group_size: consecutive activations of a token that share a scale.
+        learned_scales: whether the scales of weights are trained; a packed model does not ask.
     """
 
     activation_bits: int
     kv_bits: int
     group_size: int
+    learned_scales: bool = False
 
 
 # --- training ----------------------------------------------------------------------------------
@@ -83,11 +85,17 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 class TrainingMatrix(nn.Module):
-    """A master weight [rows, columns] in float32 and the formats it is trained for."""
+    """A master weight [rows, columns] and the formats it is trained for.
 
-    def __init__(self, weight: nn.Parameter, spec: MatrixSpec) -> None:
+    Attributes:
+        weight: float32; or int8, the codes, where they are fixed and only scales are trained.
+        scales: float32 [rows, groups], where they are trained; None where they follow from the weight by rule.
+    """
+
+    def __init__(self, weight: nn.Parameter, spec: MatrixSpec, scales: nn.Parameter | None = None) -> None:
         super().__init__()
         self.weight = weight
+        self.scales = scales
         self.spec = spec
         self.frozen: Tensor | None = None
         self.digest = ""
@@ -96,13 +104,43 @@ class TrainingMatrix(nn.Module):
         """decode(encode(weight)) [rows, columns] without gradient, computed in float32 and given in a dtype."""
         if self.frozen is not None:
             return self.frozen.to(dtype)
+        if self.scales is not None:
+            return formats.learned_weight(self.weight.detach(), self.scales, self.spec, dtype)
         return formats.round_trip(self.weight.detach(), self.spec, dtype)
+
+    def inlet(self) -> Tensor:
+        """Where the gradient with respect to the decoded weight goes, [rows, columns]; its value has no meaning."""
+        if self.scales is None:
+            return self.weight
+        return formats.gradient_inlet(self.weight, self.scales, self.spec)
+
+    def encoded(self) -> Encoded:
+        """The codes and scales that it computes with."""
+        return encode_trained(self.weight.detach(), self.scales, self.spec)
 
     def freeze(self) -> None:
         """Encode once for many forward passes, and keep the digest of the codes and scales they use."""
-        encoded = formats.encode_matrix(self.weight.detach(), self.spec)
+        encoded = self.encoded()
         self.digest = formats.digest(encoded, self.spec)
         self.frozen = formats.decode_matrix(encoded, self.spec)
+
+
+def encode_trained(weight: Tensor, scales: Tensor | None, spec: MatrixSpec) -> Encoded:
+    """Codes and scales of what training made.
+
+    Args:
+        weight: the master weight [rows, columns], or int8 for codes that were fixed.
+        scales: float32 [rows, groups] if they were trained.
+        spec: formats of the rows.
+
+    Raises:
+        ValueError: as `formats.encode_matrix`, or codes come without scales.
+    """
+    if weight.dtype != torch.int8:
+        return formats.encode_matrix(weight, spec, None if scales is None else formats.stored_scales(scales))
+    if scales is None:
+        raise ValueError("there are codes without scales")
+    return Encoded(weight, formats.stored_scales(scales))
 
 
 class _Product(torch.autograd.Function):
@@ -136,16 +174,21 @@ class TrainingLinear(TrainingMatrix):
     """y = W x with quantized W and x. Takes the place of nn.Linear."""
 
     def __init__(
-        self, weight: nn.Parameter, bias: nn.Parameter | None, spec: MatrixSpec, activations: SharedActivations
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        spec: MatrixSpec,
+        activations: SharedActivations,
+        scales: nn.Parameter | None = None,
     ) -> None:
-        super().__init__(weight, spec)
+        super().__init__(weight, spec, scales)
         self.bias = bias
         self.activations = activations
         self.out_features, self.in_features = weight.shape
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        return _Product.apply(self.activations(x), self.weight, self.bias, self)
+        return _Product.apply(self.activations(x), self.inlet(), self.bias, self)
 
     def as_head(self, states: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
         """The same product for losses that make it themselves, a chunk of positions at a time.
@@ -154,14 +197,16 @@ class TrainingLinear(TrainingMatrix):
             the quantized input in the dtype of the products, and `weight`, `bias` and `master` of `losses.Head`.
         """
         x = self.activations(states)
-        return x, {"weight": self.decoded(x.dtype), "bias": self.bias, "master": self.weight}
+        return x, {"weight": self.decoded(x.dtype), "bias": self.bias, "master": self.inlet()}
 
 
 class TrainingEmbedding(TrainingMatrix):
     """Rows of a quantized table. Takes the place of nn.Embedding."""
 
-    def __init__(self, weight: nn.Parameter, spec: MatrixSpec, scale: float | None) -> None:
-        super().__init__(weight, spec)
+    def __init__(
+        self, weight: nn.Parameter, spec: MatrixSpec, scale: float | None, scales: nn.Parameter | None = None
+    ) -> None:
+        super().__init__(weight, spec, scales)
         self.scale = scale
         self.num_embeddings, self.embedding_dim = weight.shape
 
@@ -170,14 +215,27 @@ class TrainingEmbedding(TrainingMatrix):
         if self.frozen is not None:
             rows = self.frozen[ids]
         else:
-            flat = ids.reshape(-1)
-            rows = formats.fake_quantize_matrix(functional.embedding(flat, self.weight), self.spec.take(flat))
-            rows = rows.view(*ids.shape, -1)
+            rows = self._looked_up(ids.reshape(-1)).view(*ids.shape, -1)
         return rows if self.scale is None else rows * self.scale
+
+    def _looked_up(self, ids: Tensor) -> Tensor:
+        """Quantized rows, float32 [n, columns], of ids [n], with gradients."""
+        spec = self.spec.take(ids)
+        if self.scales is None:
+            return formats.fake_quantize_matrix(functional.embedding(ids, self.weight), spec)
+        scales = functional.embedding(ids, self.scales)
+        fixed = self.weight.dtype == torch.int8
+        weight = self.weight[ids] if fixed else functional.embedding(ids, self.weight)
+        inlet = formats.gradient_inlet(weight, scales, spec)
+        return formats.straight_through(inlet, lambda _: formats.learned_weight(weight.detach(), scales, spec))
 
 
 def prepare_for_training(
-    model: PreTrainedModel, structure: Structure, specs: Mapping[str, MatrixSpec], settings: Settings
+    model: PreTrainedModel,
+    structure: Structure,
+    specs: Mapping[str, MatrixSpec],
+    settings: Settings,
+    scales_only: bool = False,
 ) -> None:
     """Put training modules in the place of every matrix, in place.
 
@@ -185,26 +243,44 @@ def prepare_for_training(
         model: in float32.
         structure: where its matrices are.
         specs: module path -> formats, for each of `structure.sites`.
-        settings: bits of activations and of the cache.
+        settings: bits of activations and of the cache, and whether scales are learned.
+        scales_only: fix the codes, and train nothing but scales.
 
     Raises:
         UserError: as `quantize_cache`.
     """
+    if scales_only:
+        model.requires_grad_(False)
     activations = SharedActivations(settings.activation_bits, settings.group_size)
     embedding = model.get_input_embeddings()
     head = model.get_output_embeddings()
+    trained = functools.partial(_trained, learned=settings.learned_scales, scales_only=scales_only)
     spec = specs[structure.embedding.name]
-    replace(
-        model,
-        structure.embedding.name,
-        TrainingEmbedding(embedding.weight, spec, embedding_scale(embedding)),
-    )
+    table = trained(embedding.weight, spec)
+    replace(model, structure.embedding.name, TrainingEmbedding(table[0], spec, embedding_scale(embedding), table[1]))
     head_spec = specs[structure.head.name] if structure.head else spec
-    replace(model, structure.head_path, TrainingLinear(head.weight, head.bias, head_spec, activations))
+    output = trained(head.weight, head_spec) if structure.head else table
+    replace(model, structure.head_path, TrainingLinear(output[0], head.bias, head_spec, activations, output[1]))
     for site in structure.linears:
-        linear = model.get_submodule(site.name)
-        replace(model, site.name, TrainingLinear(linear.weight, linear.bias, specs[site.name], activations))
+        linear, spec = model.get_submodule(site.name), specs[site.name]
+        weight, scales = trained(linear.weight, spec)
+        replace(model, site.name, TrainingLinear(weight, linear.bias, spec, activations, scales))
     quantize_cache(model, settings.kv_bits)
+
+
+def _trained(
+    weight: nn.Parameter, spec: MatrixSpec, learned: bool, scales_only: bool
+) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """The parameters that a training of a matrix begins with: master weight or codes, and scales if they are trained.
+
+    Learned scales begin as LSQ has them, others at their formats' rules.
+    """
+    start = formats.initial_scales(weight, spec) if learned else None
+    if scales_only:
+        encoded = formats.encode_matrix(weight, spec, start)
+        start = encoded.scales.float() if start is None else start
+        weight = nn.Parameter(encoded.codes, requires_grad=False)
+    return weight, None if start is None else nn.Parameter(start)
 
 
 def training_matrices(model: nn.Module) -> dict[str, TrainingMatrix]:

@@ -1,12 +1,13 @@
 """Number formats: weights <-> codes <-> bytes. Each file here whose name has no underscore is a format.
 
 Read `_base.py` first (what a format is), then `ternary.py` (the shortest real one), `_matrix.py` (rows of different
-formats) and `_activations.py`.
+formats), `_learned.py` (scales that are trained) and `_activations.py`.
 """
 
 from edgerazor import registry
 from edgerazor.formats._activations import fake_quantize_activations, fake_quantize_kv, quantize_activations
 from edgerazor.formats._base import Encoded, Format, group_count, straight_through
+from edgerazor.formats._learned import gradient_inlet, initial_scales, learned_weight, stored_scales
 from edgerazor.formats._matrix import (
     ROW_FORMATS,
     SCALES,
@@ -35,11 +36,15 @@ __all__ = [
     "fake_quantize_kv",
     "fake_quantize_matrix",
     "get",
+    "gradient_inlet",
     "group_count",
+    "initial_scales",
+    "learned_weight",
     "names",
     "pack_matrix",
     "quantize_activations",
     "round_trip",
+    "stored_scales",
     "straight_through",
     "tensor_bytes",
     "unpack_matrix",

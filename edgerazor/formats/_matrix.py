@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -91,18 +91,34 @@ class MatrixSpec:
         return MatrixSpec(self.formats, self.group_size, self.row_formats[rows.to(self.row_formats.device)])
 
 
-def encode_matrix(w: Tensor, spec: MatrixSpec) -> Encoded:
+def encode_matrix(w: Tensor, spec: MatrixSpec, scales: Tensor | None = None) -> Encoded:
     """Codes int8 [rows, cols] and scales float16 [rows, groups], in the matrix's own row order, of w [rows, cols].
+
+    Args:
+        w: any floating dtype [rows, cols].
+        spec: formats of the rows.
+        scales: use these, [rows, groups], instead of the formats' rules (see `Format.encode`).
 
     Raises:
         ValueError: as `Format.encode`, or the specification is for another number of rows.
     """
     spec.check_rows(w.shape[0])
-    encoded = [(part.encode(_select(w.detach(), rows), spec.group_size), rows) for part, rows in spec.parts]
+    encoded = [
+        (part.encode(_select(w.detach(), rows), spec.group_size, given), rows)
+        for part, rows, given in _with_scales(spec, scales)
+    ]
     codes = _merge([(each.codes, rows) for each, rows in encoded], (*w.shape,), torch.int8, w.device)
     groups = group_count(w.shape[1], spec.group_size)
-    scales = _merge([(each.scales, rows) for each, rows in encoded], (w.shape[0], groups), torch.float16, w.device)
-    return Encoded(codes, scales)
+    stored = _merge([(each.scales, rows) for each, rows in encoded], (w.shape[0], groups), torch.float16, w.device)
+    return Encoded(codes, stored)
+
+
+def _with_scales(
+    spec: MatrixSpec, scales: Tensor | None
+) -> Iterator[tuple[Format, Tensor | None, Tensor | None]]:
+    """Each format, its rows, and their share of the given scales [rows, groups]."""
+    for number_format, rows in spec.parts:
+        yield number_format, rows, None if scales is None else _select(scales, rows)
 
 
 def decode_matrix(encoded: Encoded, spec: MatrixSpec) -> Tensor:
@@ -130,20 +146,24 @@ def fake_quantize_matrix(w: Tensor, spec: MatrixSpec) -> Tensor:
     return straight_through(w, lambda w: round_trip(w, spec))
 
 
-def round_trip(w: Tensor, spec: MatrixSpec, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`decode_matrix(encode_matrix(w))` [rows, cols] without gradient, block by block: never whole but in `dtype`.
+def round_trip(
+    w: Tensor, spec: MatrixSpec, dtype: torch.dtype = torch.float32, scales: Tensor | None = None
+) -> Tensor:
+    """`decode_matrix(encode_matrix(w, scales))` [rows, cols] without gradient, never whole but in `dtype`.
 
     Raises:
         ValueError: as `encode_matrix`.
     """
     spec.check_rows(w.shape[0])
     if spec.row_formats is None:
-        return spec.parts[0][0].round_trip(w, spec.group_size, dtype)
+        return spec.parts[0][0].round_trip(w, spec.group_size, dtype, scales)
     rounded = torch.empty(w.shape, dtype=dtype, device=w.device)
     for number_format, rows in spec.parts:
         assert rows is not None
         for block in rows.to(w.device).split(block_rows(w)):  # gathered, rounded and put back while in the cache
-            rounded.index_copy_(0, block, number_format.round_trip(w.index_select(0, block), spec.group_size, dtype))
+            given = None if scales is None else scales.index_select(0, block)
+            part = number_format.round_trip(w.index_select(0, block), spec.group_size, dtype, given)
+            rounded.index_copy_(0, block, part)
     return rounded
 
 

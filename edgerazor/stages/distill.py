@@ -342,8 +342,8 @@ def make_student(recipe: Recipe, structure: models.Structure, plan: Plan, device
         student = models.initialise(recipe.model, recipe.revision, recipe.seed, recipe.trust_remote_code)
     if recipe.distill.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
-    settings = surgery.Settings(plan.activation_bits, plan.kv_bits, plan.group_size)
-    surgery.prepare_for_training(student, structure, plan.specs(), settings)
+    settings = surgery.Settings(plan.activation_bits, plan.kv_bits, plan.group_size, plan.scales == "learned")
+    surgery.prepare_for_training(student, structure, plan.specs(), settings, recipe.distill.train == "scales")
     student.config.use_cache = False
     return student.to(device).train()
 
@@ -361,11 +361,13 @@ def make_loss(term: LossTerm, similarity: list[float]) -> Loss:
 
 
 def make_optimizer(student: PreTrainedModel, settings: Distill) -> torch.optim.Optimizer:
-    """AdamW; weight decay on matrices only."""
+    """AdamW; weight decay on matrices only, not on their scales."""
     parameters = [p for p in student.parameters() if p.requires_grad]
+    scales = {id(matrix.scales) for matrix in surgery.training_matrices(student).values()}
+    decaying = {id(p) for p in parameters if p.ndim > 1} - scales
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in parameters if id(p) in decaying], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if id(p) not in decaying], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=True)
 
@@ -556,7 +558,11 @@ def held_out_sums(job: Job, batch: Batch) -> dict[str, float]:
 
 
 def save_student(job: Job, folder: Path, digests: dict[str, str], value: float) -> None:
-    """Master weights (float32) under the teacher's own names, and the digests of the codes that were just used."""
+    """What was trained, and the digests of the codes that were just used.
+
+    Master weights are float32 under the teacher's own names, trained scales lie beside them (`P.scales` of `P.weight`);
+    where only scales were trained, `P.weight` is the codes, int8.
+    """
     measured = {"step": job.progress.step, "measure": f"held-out {measured_by(job)}", "value": value}
     seen: set[int] = set()
     tensors = {}

@@ -1,7 +1,7 @@
 """Write the packed model: encode once, pack, write, read again, and compare with what training computed.
 
-The student's float32 master weights go through `encode`, the same function that every training step called; the
-written file must then decode to exactly the codes and scales whose digests the last evaluation of the training
+The student's float32 master weights go through `encode`, the same function that every training step called, with
+their trained scales if they have them (codes that training kept fixed are taken as they are); the written file must then decode to exactly the codes and scales whose digests the last evaluation of the training
 recorded. Without a student, the teacher's own weights are rounded to nearest (`edgerazor pack MODEL --bits 4`).
 """
 
@@ -43,7 +43,8 @@ COPIED = (
     "generation_config.json",
 )
 
-Reader = Callable[[str], Tensor]
+#: Path of a module -> its weight (float, or int8 for codes) and its scales where they were trained.
+Reader = Callable[[str], tuple[Tensor, Tensor | None]]
 
 
 class PackResult(BaseModel):
@@ -111,6 +112,11 @@ def plan_of(recipe: Recipe, work: WorkDir, sites: tuple[models.Site, ...]) -> Pl
     """The student's plan, or for rounding the plan of the recipe's settings."""
     if source_of(recipe, work) == "student":
         return _shared.read_plan(work)
+    if recipe.calibrate.scales == "learned":
+        raise usage_error(
+            "`calibrate.scales: learned` needs a training, but the teacher is rounded without one.",
+            "Use `scales: rule`, or run `edgerazor distill`.",
+        )
     return make_plan(sites, recipe.calibrate)
 
 
@@ -157,7 +163,7 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> PackResult:
 
 
 class student_weights:  # noqa: N801 - used as a context manager, like those of contextlib
-    """The weights to pack: a reader by tensor name, the tensors that stay as they are, and recorded digests.
+    """The weights to pack: a reader by module path, the tensors that stay as they are, and recorded digests.
 
     For a student the digests are those of training. For the teacher there are none yet: `encoded` fills them in.
     """
@@ -168,10 +174,11 @@ class student_weights:  # noqa: N801 - used as a context manager, like those of 
     def __enter__(self) -> tuple[Reader, dict[str, Tensor], dict[str, str]]:
         quantized = {f"{site.name}.weight" for site in models.structure(self.teacher).sites}
         quantized.add(f"{models.structure(self.teacher).head_path}.weight")
+        quantized |= {f"{name.removesuffix('weight')}scales" for name in quantized}
         if self.source == "teacher":
             state = self.teacher.state_dict()
             others = {name: tensor.contiguous() for name, tensor in state.items() if name not in quantized}
-            return state.__getitem__, others, {}
+            return lambda name: (state[f"{name}.weight"], None), others, {}
         folder = self.work.student(self.recipe.pack.student)
         try:
             self.file = safe_open(folder / "model.safetensors", framework="pt").__enter__()
@@ -182,7 +189,12 @@ class student_weights:  # noqa: N801 - used as a context manager, like those of 
             raise UserError(
                 f"The student {folder} cannot be read: {str(error).rstrip('.')}.", "Run `edgerazor distill --force`."
             ) from None
-        return self.file.get_tensor, others, digests
+
+        def read(name: str) -> tuple[Tensor, Tensor | None]:
+            scales = f"{name}.scales"
+            return self.file.get_tensor(f"{name}.weight"), self.file.get_tensor(scales) if scales in names else None
+
+        return read, others, digests
 
     def __exit__(self, *exception: object) -> None:
         if self.source == "student":
@@ -194,7 +206,7 @@ def encoded(plan: Plan, read: Reader, digests: dict[str, str] | None, console: C
     with console.track("pack", len(plan.matrices)) as tracker:
         for matrix in plan.matrices:
             spec = matrix.spec()
-            codes = formats.encode_matrix(read(f"{matrix.name}.weight"), spec)
+            codes = surgery.encode_trained(*read(matrix.name), spec)
             if digests is not None:
                 digests[matrix.name] = formats.digest(codes, spec)
             yield PackedMatrix(matrix.name, matrix.kind, codes, spec)
