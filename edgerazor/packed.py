@@ -15,8 +15,8 @@ without gaps. The header ends in spaces, so that the data begin on a 64-byte bou
 - `P.weight.scales`, F16 [rows, ceil(cols / group_size)]: finite, not negative, in the matrix's row order.
 - `P.weight.row_formats`, U8 [rows], only where rows may differ: an index into the matrix's list of formats.
 
-A weight is `level(code) * scale` in float32; the level is the code, in `int2` the code and a half. Tensors of other kinds
-(norms, biases) stand under their own names with their own dtypes.
+A weight is `level(code) * scale` in float32; the level is the code, in `int2` the code plus one half. Tensors of other
+kinds (norms, biases) stand under their own names with their own dtypes.
 
 **Header.** The `__metadata__` of the first file holds `"edgerazor"`: a JSON object, fields as in `Header` below, and
 `"edgerazor_sha256"`: the SHA-256 of that text. It names every tensor of the folder: per matrix its kind, formats, group

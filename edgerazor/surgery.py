@@ -212,14 +212,13 @@ class TrainingEmbedding(TrainingMatrix):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] int64 -> [..., columns]; only the rows looked up are quantized."""
-        if self.frozen is not None:
-            rows = self.frozen[ids]
-        else:
-            rows = self._looked_up(ids.reshape(-1)).view(*ids.shape, -1)
+        rows = self._looked_up(ids.reshape(-1)).view(*ids.shape, -1)
         return rows if self.scale is None else rows * self.scale
 
     def _looked_up(self, ids: Tensor) -> Tensor:
         """Quantized rows, float32 [n, columns], of ids [n], with gradients."""
+        if self.frozen is not None:
+            return self.frozen[ids]
         spec = self.spec.take(ids)
         if self.scales is None:
             return formats.fake_quantize_matrix(functional.embedding(ids, self.weight), spec)

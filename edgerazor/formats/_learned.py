@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from edgerazor.formats._base import Encoded, Format, _blocks, _grouping, group_count
+from edgerazor.formats._base import LARGEST_SCALE, Encoded, Format, _blocks, _grouping, group_count
 from edgerazor.formats._matrix import MatrixSpec, _merge, _select, decode_matrix, round_trip
 
 #: The smallest scale that fp16 can hold: a learned scale never reaches zero.
@@ -50,7 +50,7 @@ def highest_level(number_format: Format) -> float:
 
 def stored_scales(scales: Tensor) -> Tensor:
     """Learned scales [rows, groups] as they are stored and computed with: float16, positive."""
-    return scales.detach().float().clamp(min=SMALLEST).half()
+    return scales.detach().float().clamp(SMALLEST, LARGEST_SCALE).half()
 
 
 def learned_weight(w: Tensor, scales: Tensor, spec: MatrixSpec, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -113,9 +113,7 @@ def encode_matrix(w: Tensor, spec: MatrixSpec, scales: Tensor | None = None) -> 
     return Encoded(codes, stored)
 
 
-def _with_scales(
-    spec: MatrixSpec, scales: Tensor | None
-) -> Iterator[tuple[Format, Tensor | None, Tensor | None]]:
+def _with_scales(spec: MatrixSpec, scales: Tensor | None) -> Iterator[tuple[Format, Tensor | None, Tensor | None]]:
     """Each format, its rows, and their share of the given scales [rows, groups]."""
     for number_format, rows in spec.parts:
         yield number_format, rows, None if scales is None else _select(scales, rows)
@@ -146,9 +144,7 @@ def fake_quantize_matrix(w: Tensor, spec: MatrixSpec) -> Tensor:
     return straight_through(w, lambda w: round_trip(w, spec))
 
 
-def round_trip(
-    w: Tensor, spec: MatrixSpec, dtype: torch.dtype = torch.float32, scales: Tensor | None = None
-) -> Tensor:
+def round_trip(w: Tensor, spec: MatrixSpec, dtype: torch.dtype = torch.float32, scales: Tensor | None = None) -> Tensor:
     """`decode_matrix(encode_matrix(w, scales))` [rows, cols] without gradient, never whole but in `dtype`.
 
     Raises:

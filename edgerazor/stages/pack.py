@@ -1,8 +1,9 @@
 """Write the packed model: encode once, pack, write, read again, and compare with what training computed.
 
 The student's float32 master weights go through `encode`, the same function that every training step called, with
-their trained scales if they have them (codes that training kept fixed are taken as they are); the written file must then decode to exactly the codes and scales whose digests the last evaluation of the training
-recorded. Without a student, the teacher's own weights are rounded to nearest (`edgerazor pack MODEL --bits 4`).
+their trained scales if they have them (codes that training kept fixed are taken as they are). The written file must
+then decode to exactly the codes and scales whose digests the last evaluation of the training recorded. Without a
+student, the teacher's own weights are rounded to nearest (`edgerazor pack MODEL --bits 4`).
 """
 
 from __future__ import annotations
