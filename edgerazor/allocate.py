@@ -68,6 +68,7 @@ class Plan(BaseModel):
     requested_bits: float
     strategy: str
     activation_bits: int
+    activation_scales: Literal["dynamic", "static", "learned"]
     kv_bits: int
     group_size: int
     scales: Literal["rule", "learned"]
@@ -131,6 +132,7 @@ def make_plan(sites: Iterable[Site], settings: Calibrate) -> Plan:
         requested_bits=settings.bits,
         strategy=settings.plan,
         activation_bits=settings.activation_bits,
+        activation_scales=settings.activation_scales,
         kv_bits=settings.kv_bits,
         group_size=settings.group_size,
         scales=settings.scales,

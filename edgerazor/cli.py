@@ -55,8 +55,8 @@ Length = Annotated[int | None, Option("--sequence-length", help="Tokens per sequ
 Bits = Annotated[float | None, Option("--bits", help="Nominal average of the decoder's linear layers, 1.58 to 8.")]
 GroupSize = Annotated[int | None, Option("--group-size", help="Weights of a row that share one scale.")]
 PlanName = Annotated[str | None, Option("--plan", help="How rows get their formats: interleave.")]
-KvBits = Annotated[int | None, Option("--kv-bits", help="Keys and values: 8 or 16.")]
-ActivationBits = Annotated[int | None, Option("--activation-bits", help="Inputs of linear layers: 8 or 16.")]
+KvBits = Annotated[int | None, Option("--kv-bits", help="Keys and values: 4, 8 or 16.")]
+ActivationBits = Annotated[int | None, Option("--activation-bits", help="Inputs of linear layers: 4 to 8, or 16.")]
 Compare = Annotated[
     list[str] | None,
     Option("--compare", help="Another packed model to measure; repeatable.", metavar="NAME=FOLDER"),

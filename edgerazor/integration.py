@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from edgerazor import surgery
 from edgerazor.errors import UserError
 from edgerazor.models import load_tokenizer, quiet_transformers
-from edgerazor.packed import PackedModel
+from edgerazor.packed import INPUT_SCALE, PackedModel
 
 METHOD = "edgerazor"
 
@@ -32,8 +32,8 @@ class EdgeRazorConfig(QuantizationConfigMixin):
 
     Args:
         version: of the packed format.
-        activation_bits: 8 or 16, inputs of quantized layers.
-        kv_bits: 8 or 16, keys and values.
+        activation_bits: 4 to 8, or 16, inputs of quantized layers.
+        kv_bits: 4, 8 or 16, keys and values.
         group_size: consecutive values that share a scale.
     """
 
@@ -73,10 +73,12 @@ class EdgeRazorQuantizer(HfQuantizer):
             load,
             surgery.Settings(settings.activation_bits, settings.kv_bits, settings.group_size),
             self.dtype,
+            packed.input_scales(),
         )
         check_others(model, packed)
         packed_names = "|".join(re.escape(name) for name in matrices)
-        model._keys_to_ignore_on_load_unexpected = {rf"^({packed_names})\.weight\."}
+        ours = {rf"^({packed_names})\.weight\.", rf"\.{INPUT_SCALE}$"}
+        model._keys_to_ignore_on_load_unexpected = ours
         model._tied_weights_keys = model.all_tied_weights_keys = {}  # there is no weight left to tie
 
     def is_serializable(self) -> bool:

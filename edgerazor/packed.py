@@ -16,7 +16,8 @@ without gaps. The header ends in spaces, so that the data begin on a 64-byte bou
 - `P.weight.row_formats`, U8 [rows], only where rows may differ: an index into the matrix's list of formats.
 
 A weight is `level(code) * scale` in float32; the level is the code, in `int2` the code plus one half. Tensors of other
-kinds (norms, biases) stand under their own names with their own dtypes.
+kinds (norms, biases) stand under their own names with their own dtypes. `P.input_scale`, F32 [], is the scale of all
+inputs of the linear layer at P; where it is missing, each group of each token has its own.
 
 **Header.** The `__metadata__` of the first file holds `"edgerazor"`: a JSON object, fields as in `Header` below, and
 `"edgerazor_sha256"`: the SHA-256 of that text. It names every tensor of the folder: per matrix its kind, formats, group
@@ -55,6 +56,7 @@ INDEX_FILE = "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 SHARD_BYTES = 4 * 10**9
 ALIGNMENT = 64
+INPUT_SCALE = "input_scale"
 HEADER_KEY, HEADER_SUM_KEY = "edgerazor", "edgerazor_sha256"
 
 #: Names of dtypes in a safetensors file.
@@ -330,6 +332,23 @@ class PackedModel:
             UserError: one of them is damaged.
         """
         return {name: self._tensor(name, entry.sha256) for name, entry in self.header.others.items()}
+
+    def input_scales(self) -> dict[str, float]:
+        """Module path -> scale of its inputs, for the linear layers where it is stored.
+
+        Raises:
+            UserError: one of them is damaged.
+        """
+        found = {}
+        for name, entry in self.header.others.items():
+            module, _, last = name.rpartition(".")
+            if last != INPUT_SCALE:
+                continue
+            scale = self._tensor(name, entry.sha256)
+            if scale.dtype != torch.float32 or scale.dim() != 0 or not 0 < float(scale) < math.inf:
+                raise self._broken(name, name, "it is not a positive float32 number")
+            found[module] = float(scale)
+        return found
 
     def verify(self) -> None:
         """Read and check everything once.

@@ -73,12 +73,19 @@ class Calibrate(Strict):
         "rule", description="scales of weights: by each format's rule, or trained like weights (LSQ)"
     )
     embedding_format: Literal["int4", "int8"] = Field("int4", description="format of embeddings and head")
-    activation_bits: Literal[8, 16] = Field(
-        8, description="inputs of quantized linear layers: int8 per token and group"
+    activation_bits: Literal[4, 5, 6, 7, 8, 16] = Field(8, description="inputs of quantized linear layers")
+    activation_scales: Literal["dynamic", "static", "learned"] = Field(
+        "dynamic", description="per token and group; or one per input: from calibration text, or trained from there"
     )
-    kv_bits: Literal[8, 16] = Field(8, description="keys and values: int8 per token and head")
+    kv_bits: Literal[4, 8, 16] = Field(8, description="keys and values: integers per token and head")
     sequences: int = Field(64, ge=1, description="calibration sequences run through the teacher")
     batch_size: int = Field(4, ge=1, description="sequences in one forward pass")
+
+    @model_validator(mode="after")
+    def _scales_of_something(self) -> Calibrate:
+        if self.activation_bits == 16 and self.activation_scales != "dynamic":
+            raise ValueError(f"16-bit activations have no {self.activation_scales} scales; give `activation_bits`")
+        return self
 
 
 class LossTerm(Strict):

@@ -13,7 +13,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -37,13 +37,19 @@ class Settings:
         activation_bits: of the inputs of quantized linear layers; 16 leaves them as they are.
         kv_bits: of keys and values, likewise.
         group_size: consecutive activations of a token that share a scale.
-        learned_scales: whether the scales of weights are trained; a packed model does not ask.
+        learned_scales, learned_inputs: whether the scales of weights, and of the inputs of linear layers, are trained;
+            a packed model does not ask.
     """
 
     activation_bits: int
     kv_bits: int
     group_size: int
     learned_scales: bool = False
+    learned_inputs: bool = False
+
+
+#: The scale of a linear layer's input: a parameter where it is trained, a number where it is stored, else found anew.
+InputScale: TypeAlias = nn.Parameter | float | None
 
 
 # --- training ----------------------------------------------------------------------------------
@@ -55,22 +61,30 @@ class SharedActivations:
     def __init__(self, bits: int, group_size: int) -> None:
         self.bits, self.group_size = bits, group_size
         self._input: weakref.ref[Tensor] | None = None
-        self._state: tuple[bool, int] | None = None
+        self._state: tuple[Any, ...] | None = None
         self._output: Tensor | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [..., features] as the packed model sees it, in the dtype that products are computed in; straight-through
-        gradient."""
+    def __call__(self, x: Tensor, scale: InputScale = None) -> Tensor:
+        """x [..., features] as the packed model sees it, in the dtype that products are computed in.
+
+        The gradient is the straight-through one, or with a scale the one of `formats.fake_quantize_static`.
+        """
         if x.is_inference():  # has no version to tell a change by
-            return self._quantize(x)
-        state = (torch.is_grad_enabled(), x._version)
+            return self._quantize(x, scale)
+        with_scale = (id(scale), scale._version) if isinstance(scale, Tensor) else scale
+        state = (torch.is_grad_enabled(), x._version, with_scale)
         if self._input is None or self._input() is not x or self._state != state or self._output is None:
-            self._output = self._quantize(x)
+            self._output = self._quantize(x, scale)
             self._input, self._state = weakref.ref(x, self.forget), state
         return self._output
 
-    def _quantize(self, x: Tensor) -> Tensor:
-        quantized = x if self.bits == 16 else formats.fake_quantize_activations(x, self.bits, self.group_size)
+    def _quantize(self, x: Tensor, scale: InputScale) -> Tensor:
+        if self.bits == 16:
+            quantized = x
+        elif scale is None:
+            quantized = formats.fake_quantize_activations(x, self.bits, self.group_size)
+        else:
+            quantized = formats.fake_quantize_static(x, self.bits, scale)
         return quantized.to(product_dtype(x))
 
     def forget(self, _dead: object = None) -> None:
@@ -180,15 +194,17 @@ class TrainingLinear(TrainingMatrix):
         spec: MatrixSpec,
         activations: SharedActivations,
         scales: nn.Parameter | None = None,
+        input_scale: InputScale = None,
     ) -> None:
         super().__init__(weight, spec, scales)
         self.bias = bias
         self.activations = activations
+        self.input_scale = input_scale
         self.out_features, self.in_features = weight.shape
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        return _Product.apply(self.activations(x), self.inlet(), self.bias, self)
+        return _Product.apply(self.activations(x, self.input_scale), self.inlet(), self.bias, self)
 
     def as_head(self, states: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
         """The same product for losses that make it themselves, a chunk of positions at a time.
@@ -196,7 +212,7 @@ class TrainingLinear(TrainingMatrix):
         Returns:
             the quantized input in the dtype of the products, and `weight`, `bias` and `master` of `losses.Head`.
         """
-        x = self.activations(states)
+        x = self.activations(states, self.input_scale)
         return x, {"weight": self.decoded(x.dtype), "bias": self.bias, "master": self.inlet()}
 
 
@@ -235,6 +251,7 @@ def prepare_for_training(
     specs: Mapping[str, MatrixSpec],
     settings: Settings,
     scales_only: bool = False,
+    input_scales: Mapping[str, float] | None = None,
 ) -> None:
     """Put training modules in the place of every matrix, in place.
 
@@ -244,6 +261,7 @@ def prepare_for_training(
         specs: module path -> formats, for each of `structure.sites`.
         settings: bits of activations and of the cache, and whether scales are learned.
         scales_only: fix the codes, and train nothing but scales.
+        input_scales: module path -> scale of its input, for each linear layer and the head; None: found anew each time.
 
     Raises:
         UserError: as `quantize_cache`.
@@ -254,16 +272,23 @@ def prepare_for_training(
     embedding = model.get_input_embeddings()
     head = model.get_output_embeddings()
     trained = functools.partial(_trained, learned=settings.learned_scales, scales_only=scales_only)
+
+    def put(name: str, weight: nn.Parameter, spec: MatrixSpec, scales: nn.Parameter | None) -> None:
+        input_scale: InputScale = None if input_scales is None else input_scales[name]
+        if input_scale is not None and settings.learned_inputs:
+            input_scale = nn.Parameter(torch.tensor(input_scale))
+        bias = model.get_submodule(name).bias
+        replace(model, name, TrainingLinear(weight, bias, spec, activations, scales, input_scale))
+
     spec = specs[structure.embedding.name]
     table = trained(embedding.weight, spec)
     replace(model, structure.embedding.name, TrainingEmbedding(table[0], spec, embedding_scale(embedding), table[1]))
     head_spec = specs[structure.head.name] if structure.head else spec
     output = trained(head.weight, head_spec) if structure.head else table
-    replace(model, structure.head_path, TrainingLinear(output[0], head.bias, head_spec, activations, output[1]))
+    put(structure.head_path, output[0], head_spec, output[1])
     for site in structure.linears:
-        linear, spec = model.get_submodule(site.name), specs[site.name]
-        weight, scales = trained(linear.weight, spec)
-        replace(model, site.name, TrainingLinear(weight, linear.bias, spec, activations, scales))
+        weight, scales = trained(model.get_submodule(site.name).weight, specs[site.name])
+        put(site.name, weight, specs[site.name], scales)
     quantize_cache(model, settings.kv_bits)
 
 
@@ -372,20 +397,22 @@ class PackedLinear(PackedMatrix):
         shape: tuple[int, int],
         activation_bits: int,
         group_size: int,
+        input_scale: float | None = None,
     ) -> None:
         super().__init__(lazy)
         self.bias = bias
         self.out_features, self.in_features = shape
-        self.activation_bits, self.group_size = activation_bits, group_size
+        self.activation_bits, self.group_size, self.input_scale = activation_bits, group_size, input_scale
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out] in the dtype of x; computed in float32."""
         bias = None if self.bias is None else self.bias.float()
+        bits, group, scale = self.activation_bits, self.group_size, self.input_scale
         if self.lazy.keep_decoded:
-            weight = self.lazy.decoded(x.device)
-            y = kernels.decoded_linear(x, weight, bias, self.activation_bits, self.group_size)
+            y = kernels.decoded_linear(x, self.lazy.decoded(x.device), bias, bits, group, scale)
         else:
-            y = kernels.linear(x, *self.lazy.encoded(x.device), bias, self.activation_bits, self.group_size)
+            encoded, spec = self.lazy.encoded(x.device)
+            y = kernels.linear(x, encoded, spec, bias, bits, group, scale)
         return y.to(x.dtype)
 
 
@@ -411,6 +438,7 @@ def install_packed(
     load: Callable[[str], tuple[Encoded, MatrixSpec]],
     settings: Settings,
     dtype: torch.dtype,
+    input_scales: Mapping[str, float] | None = None,
 ) -> None:
     """Put packed modules in the place of the named matrices, in place.
 
@@ -421,6 +449,7 @@ def install_packed(
         load: reads the matrix of a module path.
         settings: bits of activations and of the cache.
         dtype: of the hidden states, which the embedding starts.
+        input_scales: module path -> scale of its input; the others are found anew each time.
 
     Raises:
         UserError: a named matrix has no place in the model.
@@ -432,7 +461,9 @@ def install_packed(
         if isinstance(module, nn.Embedding):
             new: nn.Module = PackedEmbedding(lazy[source], embedding_scale(module), shape, dtype)
         else:
-            new = PackedLinear(lazy[source], module.bias, shape, settings.activation_bits, settings.group_size)
+            input_scale = (input_scales or {}).get(name)
+            how = (settings.activation_bits, settings.group_size, input_scale)
+            new = PackedLinear(lazy[source], module.bias, shape, *how)
         replace(model, name, new)
     quantize_cache(model, settings.kv_bits)
 
@@ -463,7 +494,7 @@ def keep_decoded(model: nn.Module, keep: bool = True) -> None:
 
 
 def quantize_cache(model: PreTrainedModel, bits: int) -> None:
-    """Round keys and values to int8 per token and head where they enter attention, after the rotary embedding.
+    """Round keys and values to int8 or int4 per token and head where they enter attention, after the rotary embedding.
 
     The rounding of a token does not depend on other tokens, so it is the same with and without a cache.
 
@@ -509,9 +540,10 @@ def _attention(bits: int, base: str) -> Callable[..., Any]:
     return forward
 
 
-for _base, _mask in (("sdpa", sdpa_mask), ("eager", eager_mask)):
-    AttentionInterface.register(f"edgerazor_kv8_{_base}", _attention(8, _base))
-    AttentionMaskInterface.register(f"edgerazor_kv8_{_base}", _mask)
+for _bits in (4, 8):
+    for _base, _mask in (("sdpa", sdpa_mask), ("eager", eager_mask)):
+        AttentionInterface.register(f"edgerazor_kv{_bits}_{_base}", _attention(_bits, _base))
+        AttentionMaskInterface.register(f"edgerazor_kv{_bits}_{_base}", _mask)
 
 
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:

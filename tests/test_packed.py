@@ -335,7 +335,7 @@ LIES: dict[str, Callable[[Any], Any]] = {
     "parts are not those": put("matrices", "layers.0.int8", "sha256", {}),
     "recorded digest": put(*M, "digest", "0" * 64),
     "recorded checksum": put(*M, "sha256", ALL[0], "0" * 64),
-    "part .* must be|out of range|outside the range|bytes each": swap_formats,
+    "part .* must be|outside the range|bytes each|recorded digest.": swap_formats,
     "unknown dtype": put("others", "norm.weight", "dtype", "F8"),
     r"norm.weight: it should be F16": put("others", "norm.weight", "dtype", "F16"),
     "tensor extra is missing": put("others", "extra", {"dtype": "F32", "shape": [1], "sha256": "0"}),

@@ -22,6 +22,7 @@ from edgerazor.formats._matrix import (
     tensor_bytes,
     unpack_matrix,
 )
+from edgerazor.formats._static import calibrated_scale, fake_quantize_static, magnitude_counts, quantize_static
 
 __all__ = [
     "ROW_FORMATS",
@@ -29,20 +30,24 @@ __all__ = [
     "Encoded",
     "Format",
     "MatrixSpec",
+    "calibrated_scale",
     "decode_matrix",
     "digest",
     "encode_matrix",
     "fake_quantize_activations",
     "fake_quantize_kv",
     "fake_quantize_matrix",
+    "fake_quantize_static",
     "get",
     "gradient_inlet",
     "group_count",
     "initial_scales",
     "learned_weight",
+    "magnitude_counts",
     "names",
     "pack_matrix",
     "quantize_activations",
+    "quantize_static",
     "round_trip",
     "stored_scales",
     "straight_through",

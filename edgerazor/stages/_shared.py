@@ -171,6 +171,34 @@ def read_similarity(work: WorkDir) -> list[float]:
         raise _damaged(work.statistics_file) from None
 
 
+def input_scales(plan: Plan, found: models.Structure, work: WorkDir | None) -> dict[str, float] | None:
+    """Calibrate's scale for the input of each linear layer and the head; None where they are found anew each time.
+
+    Args:
+        plan: says whether there are any.
+        found: where the linear layers are.
+        work: where calibrate wrote them; None to make some up.
+
+    Raises:
+        UserError: the file is missing or damaged, or calibrate did not look for them.
+    """
+    if plan.activation_scales == "dynamic":
+        return None
+    names = (*(site.name for site in found.linears), found.head_path)
+    if work is None:
+        return dict.fromkeys(names, 1.0)
+    if read_plan(work).activation_bits != plan.activation_bits:
+        raise UserError(
+            f"The scales in {work.statistics_file} are not for {plan.activation_bits}-bit activations.",
+            "Run `edgerazor calibrate` first.",
+        )
+    try:
+        stored = load_file(work.statistics_file)
+        return {name: float(stored[f"input_scale/{name}"]) for name in names}
+    except (OSError, SafetensorError, KeyError):
+        raise _damaged(work.statistics_file) from None
+
+
 def _damaged(path: Path) -> UserError:
     return UserError(f"{path} is missing or damaged.", "Make it again with `edgerazor calibrate --force`.")
 

@@ -5,6 +5,8 @@ Runs calibration text through the teacher and keeps, in `stats.safetensors`,
 * `input_second_moment/<module>`, float32 [in]: mean of x squared over tokens, for the input of every linear layer
   (the diagonal of the Hessian of its squared output error; GPTQ's and imatrix's quantity);
 * `layer_similarity`, float32 [layers]: mean cosine similarity of each decoder layer's output and input;
+* `input_scale/<module>`, float32 [], where activations have stored scales: the one with the least squared error for
+  the input of a linear layer or the head;
 
 and writes the plan: a format for every row of every matrix (`allocate.py`).
 """
@@ -20,7 +22,7 @@ from pydantic import BaseModel
 from rich.console import RenderableType
 from safetensors.torch import save_file
 
-from edgerazor import data, models, surgery
+from edgerazor import data, formats, models, surgery
 from edgerazor.allocate import Plan, make_plan
 from edgerazor.console import Console, duration, megabytes, table
 from edgerazor.errors import UserError
@@ -95,6 +97,8 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateResult:
     moments, similarity, tokens = observe(recipe, teacher, found, rows, console)
     tensors = {f"input_second_moment/{name}": value for name, value in moments.items()}
     tensors["layer_similarity"] = similarity
+    if plan.activation_scales != "dynamic":
+        tensors |= find_input_scales(recipe, teacher, found, rows, console)
     write_atomically(work.statistics_file, lambda path: save_file(tensors, path))
     write_text(work.plan_file, plan.model_dump_json(indent=1) + "\n")
     result = CalibrateResult(
@@ -154,6 +158,40 @@ def observe(
     tokens = weights["tokens"]
     moments = {name: (value / tokens).float().cpu() for name, value in sums.items()}
     return moments, (similarity / tokens).float(), tokens
+
+
+@torch.no_grad()
+def find_input_scales(
+    recipe: Recipe,
+    teacher: PreTrainedModel,
+    found: models.Structure,
+    rows: data.TokenRows,
+    console: Console,
+) -> dict[str, torch.Tensor]:
+    """`input_scale/<module>` of every linear layer and the head, float32 [], from the calibration text."""
+    counts: dict[str, torch.Tensor] = {}
+    keep = torch.empty(0)
+
+    def observing(name: str) -> Any:
+        def hook(_module: Any, args: tuple) -> None:
+            counts[name] = counts.get(name, 0) + formats.magnitude_counts(args[0][keep])
+
+        return hook
+
+    names = [*(site.name for site in found.linears), found.head_path]
+    handles = [teacher.get_submodule(name).register_forward_pre_hook(observing(name)) for name in names]
+    batches = list(data.sample_batches(rows, recipe.calibrate.sequences, recipe.calibrate.batch_size))
+    try:
+        with console.track("ranges of activations", len(batches)) as tracker:
+            for batch in batches:
+                keep = (batch["labels"] != -100).to(teacher.device)
+                teacher(input_ids=batch["input_ids"].to(teacher.device), use_cache=False)
+                tracker.advance()
+    finally:
+        for handle in handles:
+            handle.remove()
+    bits = recipe.calibrate.activation_bits
+    return {f"input_scale/{name}": torch.tensor(formats.calibrated_scale(counts[name], bits)) for name in names}
 
 
 def write_own_text(

@@ -286,7 +286,8 @@ def prepare(recipe: Recipe, work: WorkDir, imagined: bool = False) -> Job:
     length = _shared.sequence_length(recipe, teacher)
     imagine_text = imagined and not (recipe.data.train or work.generated_text.exists())
     rows, held_out = imagined_text(length) if imagine_text else _shared.open_text(recipe, work, tokenizer, length)
-    student = make_student(recipe, structure, plan, accelerator.device)
+    input_scales = _shared.input_scales(plan, structure, None if imagined else work)
+    student = make_student(recipe, structure, plan, accelerator.device, input_scales)
     return Job(
         settings=settings,
         accelerator=accelerator,
@@ -334,7 +335,13 @@ def check_layers(terms: list[tuple[float, Loss]], count: int, recipe: Recipe) ->
     return tuple(hidden)
 
 
-def make_student(recipe: Recipe, structure: models.Structure, plan: Plan, device: torch.device) -> PreTrainedModel:
+def make_student(
+    recipe: Recipe,
+    structure: models.Structure,
+    plan: Plan,
+    device: torch.device,
+    input_scales: dict[str, float] | None,
+) -> PreTrainedModel:
     """A float32 copy of the teacher, or a random one for the control, with training modules in it."""
     if recipe.distill.initialise == "teacher":
         student, _ = models.load(recipe.model, recipe.revision, "cpu", torch.float32, recipe.trust_remote_code)
@@ -342,8 +349,10 @@ def make_student(recipe: Recipe, structure: models.Structure, plan: Plan, device
         student = models.initialise(recipe.model, recipe.revision, recipe.seed, recipe.trust_remote_code)
     if recipe.distill.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
-    settings = surgery.Settings(plan.activation_bits, plan.kv_bits, plan.group_size, plan.scales == "learned")
-    surgery.prepare_for_training(student, structure, plan.specs(), settings, recipe.distill.train == "scales")
+    learned = (plan.scales == "learned", plan.activation_scales == "learned")
+    settings = surgery.Settings(plan.activation_bits, plan.kv_bits, plan.group_size, *learned)
+    scales_only = recipe.distill.train == "scales"
+    surgery.prepare_for_training(student, structure, plan.specs(), settings, scales_only, input_scales)
     student.config.use_cache = False
     return student.to(device).train()
 

@@ -83,6 +83,9 @@ def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
         distilled = work.manifest("distill")
         return {"student": distilled.fingerprint() if distilled else "missing", **common}
     settings = _shared.settings("calibrate", recipe.calibrate, ("sequences", "batch_size"))
+    if recipe.calibrate.activation_scales != "dynamic":
+        calibrated = work.manifest("calibrate")
+        settings["calibrate"] = calibrated.fingerprint() if calibrated else "missing"
     return {"student": "the teacher, rounded to nearest", **settings, **common}
 
 
@@ -113,11 +116,12 @@ def plan_of(recipe: Recipe, work: WorkDir, sites: tuple[models.Site, ...]) -> Pl
     """The student's plan, or for rounding the plan of the recipe's settings."""
     if source_of(recipe, work) == "student":
         return _shared.read_plan(work)
-    if recipe.calibrate.scales == "learned":
-        raise usage_error(
-            "`calibrate.scales: learned` needs a training, but the teacher is rounded without one.",
-            "Use `scales: rule`, or run `edgerazor distill`.",
-        )
+    for field, other in (("scales", "rule"), ("activation_scales", "static")):
+        if getattr(recipe.calibrate, field) == "learned":
+            raise usage_error(
+                f"`calibrate.{field}: learned` needs a training, but the teacher is rounded without one.",
+                f"Use `{field}: {other}`, or run `edgerazor distill`.",
+            )
     return make_plan(sites, recipe.calibrate)
 
 
@@ -129,16 +133,20 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> PackResult:
     found = models.structure(teacher)
     plan = plan_of(recipe, work, found.sites)
     surgery.check_cache(teacher, plan.kv_bits)
+    input_scales = {
+        f"{name}.{packed.INPUT_SCALE}": torch.tensor(scale)
+        for name, scale in (_shared.input_scales(plan, found, work) or {}).items()
+    }
     make_folder(work.path)
     settings = {"activation_bits": plan.activation_bits, "kv_bits": plan.kv_bits, "group_size": plan.group_size}
     with (
-        student_weights(source, recipe, work, teacher) as (read, others, digests),
+        student_weights(source, recipe, work, teacher) as (read, trained, digests),
         replace_folder(work.folder(NAME)) as folder,
     ):
         packed.write(
             folder,
             encoded(plan, read, digests if source == "teacher" else None, console),
-            others,
+            input_scales | trained,
             tied={} if found.head else {found.head_path: found.embedding.name},
             settings=settings,
             provenance=provenance(recipe, work, source, teacher_folder, plan),
