@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from _tiny import Run, make_run, metrics, sha256, write_recipe
+from _tiny import Run, make_run, metrics, sha256, spawn, write_recipe
 from conftest import GROUP_SIZE, VOCABULARY, ModelMaker, family_config
 from safetensors.torch import load_file
-from test_distill import interrupt_at
+from test_distill import interrupt_at, largest_difference
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -334,6 +335,33 @@ def test_packed_equals_trained_and_resumed_equals_uninterrupted(
     for student_name in ("best", "last"):
         file = Path("distill", student_name, "model.safetensors")
         assert sha256(tmp_path / "again" / file) == sha256(job / file)
+
+
+def test_divided_equals_whole(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
+    """Two processes with half of the sequences each train the same weights, scales and input scales."""
+    shared = {"steps": 3, "learning_rate": 2e-5}
+    calibrate = {"scales": "learned", "activation_scales": "learned"}
+    whole = write_recipe(
+        tmp_path / "w.yaml", llama, text_file, calibrate=calibrate, distill={**shared, "batch_size": 4}
+    )
+    half = write_recipe(tmp_path / "h.yaml", llama, text_file, calibrate=calibrate, distill={**shared, "batch_size": 2})
+    assert run("distill", "--recipe", whole, "--work", tmp_path / "one").code == 0
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    two = spawn("distill", "--recipe", half, "--work", tmp_path / "two", launcher=torchrun)
+    assert two.code == 0, two.err
+    assert largest_difference(tmp_path / "one", tmp_path / "two") < 1e-5
+
+
+def test_gradient_checkpointing_changes_no_gradient() -> None:
+    found = []
+    for checkpointing in (False, True):
+        model = student().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(input_ids=IDS, use_cache=False).logits.square().mean().backward()
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-9)
 
 
 def test_training_scales_lowers_the_divergence(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:

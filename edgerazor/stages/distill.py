@@ -660,15 +660,17 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> DistillDryRun:
     began = time.monotonic()
     train_step(job, batches)
     seconds = time.monotonic() - began
-    parameters = sum(p.numel() for p in job.student.parameters())
+    weights = sum(p.numel() * p.element_size() for p in job.student.parameters())
+    moments = sum(8 * p.numel() for p in job.student.parameters() if p.requires_grad)
+    gradients = moments // 2
     teacher = sum(p.numel() * p.element_size() for p in job.teacher.parameters()) if job.teacher else 0
     logits = job.settings.batch_size * job.length * job.student.config.get_text_config().vocab_size * 4
     return DistillDryRun(
         notation=job.plan.notation(),
         steps=job.steps,
         tokens_per_step=job.tokens_per_step,
-        memory_bytes=16 * parameters + teacher + 4 * logits,
-        disk_bytes=(12 + 12 + 4 + 4 + 4) * parameters,  # checkpoint, the next one, best, last, and one being written
+        memory_bytes=weights + gradients + moments + teacher + 4 * logits,
+        disk_bytes=2 * (weights + moments) + 3 * weights,  # checkpoint, the next one, best, last, one being written
         result_bytes=job.plan.bytes(),
         seconds_per_step=float(f"{seconds:.3g}"),
         seconds=float(f"{seconds * job.steps:.3g}") if job.steps else job.settings.max_time,
