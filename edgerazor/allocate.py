@@ -70,6 +70,9 @@ class Plan(BaseModel):
     activation_bits: int
     activation_scales: Literal["dynamic", "static", "learned"]
     kv_bits: int
+    query_bits: int
+    probability_bits: int
+    adaptive_tokens: Literal["off", "causal", "ranked"]
     group_size: int
     scales: Literal["rule", "learned"]
     matrices: tuple[MatrixPlan, ...]
@@ -134,6 +137,9 @@ def make_plan(sites: Iterable[Site], settings: Calibrate) -> Plan:
         activation_bits=settings.activation_bits,
         activation_scales=settings.activation_scales,
         kv_bits=settings.kv_bits,
+        query_bits=settings.query_bits,
+        probability_bits=settings.probability_bits,
+        adaptive_tokens=settings.adaptive_tokens,
         group_size=settings.group_size,
         scales=settings.scales,
         matrices=tuple(matrices),

@@ -22,8 +22,8 @@ inputs of the linear layer at P; where it is missing, each group of each token h
 **Header.** The `__metadata__` of the first file holds `"edgerazor"`: a JSON object, fields as in `Header` below, and
 `"edgerazor_sha256"`: the SHA-256 of that text. It names every tensor of the folder: per matrix its kind, formats, group
 size, shape, the digest of codes and scales (`formats.digest`) and a SHA-256 of each part; dtype, shape and SHA-256 of
-every other tensor; `tied`: modules that use the matrix of another; `settings`: how to compute (bits of activations and
-of the cache); `provenance`: what it was made from. Nothing in it differs between two equal runs.
+every other tensor; `tied`: modules that use the matrix of another; `settings`: how to compute (`SETTINGS` below);
+`provenance`: what it was made from. Nothing in it differs between two equal runs.
 
 **Reading trusts nothing.** Opening checks names, dtypes, shapes and places of all tensors; a tensor's bytes, codes and
 digest are checked when it is first read. Anything wrong is a `UserError` of one sentence.
@@ -56,6 +56,16 @@ INDEX_FILE = "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 SHARD_BYTES = 4 * 10**9
 ALIGNMENT = 64
+#: How to compute, in `Header.settings`: fields of `surgery.Settings`.
+SETTINGS = (
+    "activation_bits",
+    "kv_bits",
+    "group_size",
+    "query_bits",
+    "probability_bits",
+    "adaptive_tokens",
+    "thresholds",
+)
 INPUT_SCALE = "input_scale"
 HEADER_KEY, HEADER_SUM_KEY = "edgerazor", "edgerazor_sha256"
 

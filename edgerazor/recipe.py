@@ -78,6 +78,11 @@ class Calibrate(Strict):
         "dynamic", description="per token and group; or one per input: from calibration text, or trained from there"
     )
     kv_bits: Literal[4, 8, 16] = Field(8, description="keys and values: integers per token and head")
+    query_bits: Literal[4, 8, 16] = Field(16, description="queries in attention, rounded like keys")
+    probability_bits: Literal[4, 8, 16] = Field(16, description="attention probabilities, per token and head")
+    adaptive_tokens: Literal["off", "causal", "ranked"] = Field(
+        "off", description="4-bit activations for the half of the tokens that attends least to the first (EdgeQAT)"
+    )
     sequences: int = Field(64, ge=1, description="calibration sequences run through the teacher")
     batch_size: int = Field(4, ge=1, description="sequences in one forward pass")
 
@@ -85,6 +90,8 @@ class Calibrate(Strict):
     def _scales_of_something(self) -> Calibrate:
         if self.activation_bits == 16 and self.activation_scales != "dynamic":
             raise ValueError(f"16-bit activations have no {self.activation_scales} scales; give `activation_bits`")
+        if self.adaptive_tokens != "off" and (self.activation_bits in (4, 16) or self.activation_scales != "dynamic"):
+            raise ValueError("adaptive tokens need `activation_bits` from 5 to 8 and `activation_scales: dynamic`")
         return self
 
 

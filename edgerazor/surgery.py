@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,14 +18,19 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+from transformers import PreTrainedModel
 
 from edgerazor import formats, kernels
+from edgerazor.attention import (
+    UNIMPORTANT_BITS,
+    ImportantTokens,
+    decided_by,
+    quantize_cache,
+    watch_tokens,
+)
 from edgerazor.errors import UserError
 from edgerazor.formats import Encoded, MatrixSpec
-from edgerazor.models import Structure, caps_attention, embedding_scale
+from edgerazor.models import Structure, embedding_scale
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,9 @@ class Settings:
         group_size: consecutive activations of a token that share a scale.
         learned_scales, learned_inputs: whether the scales of weights, and of the inputs of linear layers, are trained;
             a packed model does not ask.
+        query_bits, probability_bits: of attention.
+        adaptive_tokens: `causal` or `ranked` gives unimportant tokens fewer bits (see `attention.py`), `off` does not.
+        thresholds: for `causal`, by layer.
     """
 
     activation_bits: int
@@ -46,10 +53,17 @@ class Settings:
     group_size: int
     learned_scales: bool = False
     learned_inputs: bool = False
+    query_bits: int = 16
+    probability_bits: int = 16
+    adaptive_tokens: str = "off"
+    thresholds: tuple[float, ...] = ()
 
 
 #: The scale of a linear layer's input: a parameter where it is trained, a number where it is stored, else found anew.
 InputScale: TypeAlias = nn.Parameter | float | None
+
+#: Gives bool [batch, tokens]: which tokens of the current forward pass get all bits.
+Important: TypeAlias = Callable[[], Tensor]
 
 
 # --- training ----------------------------------------------------------------------------------
@@ -64,27 +78,32 @@ class SharedActivations:
         self._state: tuple[Any, ...] | None = None
         self._output: Tensor | None = None
 
-    def __call__(self, x: Tensor, scale: InputScale = None) -> Tensor:
+    def __call__(self, x: Tensor, scale: InputScale = None, important: Tensor | None = None) -> Tensor:
         """x [..., features] as the packed model sees it, in the dtype that products are computed in.
+
+        `important`, bool [...], says which tokens get all bits.
 
         The gradient is the straight-through one, or with a scale the one of `formats.fake_quantize_static`.
         """
         if x.is_inference():  # has no version to tell a change by
-            return self._quantize(x, scale)
+            return self._quantize(x, scale, important)
         with_scale = (id(scale), scale._version) if isinstance(scale, Tensor) else scale
-        state = (torch.is_grad_enabled(), x._version, with_scale)
+        state = (torch.is_grad_enabled(), x._version, with_scale, id(important))
         if self._input is None or self._input() is not x or self._state != state or self._output is None:
-            self._output = self._quantize(x, scale)
+            self._output = self._quantize(x, scale, important)
             self._input, self._state = weakref.ref(x, self.forget), state
         return self._output
 
-    def _quantize(self, x: Tensor, scale: InputScale) -> Tensor:
+    def _quantize(self, x: Tensor, scale: InputScale, important: Tensor | None) -> Tensor:
         if self.bits == 16:
             quantized = x
         elif scale is None:
             quantized = formats.fake_quantize_activations(x, self.bits, self.group_size)
         else:
             quantized = formats.fake_quantize_static(x, self.bits, scale)
+        if important is not None:
+            fewer = formats.fake_quantize_activations(x, UNIMPORTANT_BITS, self.group_size)
+            quantized = torch.where(important.unsqueeze(-1), quantized, fewer)
         return quantized.to(product_dtype(x))
 
     def forget(self, _dead: object = None) -> None:
@@ -200,11 +219,13 @@ class TrainingLinear(TrainingMatrix):
         self.bias = bias
         self.activations = activations
         self.input_scale = input_scale
+        self.important: Important | None = None
         self.out_features, self.in_features = weight.shape
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        return _Product.apply(self.activations(x, self.input_scale), self.inlet(), self.bias, self)
+        important = None if self.important is None else self.important()
+        return _Product.apply(self.activations(x, self.input_scale, important), self.inlet(), self.bias, self)
 
     def as_head(self, states: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
         """The same product for losses that make it themselves, a chunk of positions at a time.
@@ -268,6 +289,7 @@ def prepare_for_training(
     """
     if scales_only:
         model.requires_grad_(False)
+    deciding = decided_by(model) if settings.adaptive_tokens != "off" else {}
     activations = SharedActivations(settings.activation_bits, settings.group_size)
     embedding = model.get_input_embeddings()
     head = model.get_output_embeddings()
@@ -289,7 +311,17 @@ def prepare_for_training(
     for site in structure.linears:
         weight, scales = trained(model.get_submodule(site.name).weight, specs[site.name])
         put(site.name, weight, specs[site.name], scales)
-    quantize_cache(model, settings.kv_bits)
+    _prepare_attention(model, settings, deciding)
+
+
+def _prepare_attention(model: PreTrainedModel, settings: Settings, deciding: Mapping[str, int]) -> None:
+    """Round what enters attention, and tell the linear layers that depend on it which tokens are important."""
+    if deciding:
+        tokens = ImportantTokens(settings.thresholds if settings.adaptive_tokens == "causal" else None)
+        watch_tokens(model, tokens)
+        for name, layer in deciding.items():
+            model.get_submodule(name).important = functools.partial(tokens.important, layer)
+    quantize_cache(model, settings.kv_bits, settings.query_bits, settings.probability_bits)
 
 
 def _trained(
@@ -403,11 +435,21 @@ class PackedLinear(PackedMatrix):
         self.bias = bias
         self.out_features, self.in_features = shape
         self.activation_bits, self.group_size, self.input_scale = activation_bits, group_size, input_scale
+        self.important: Important | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out] in the dtype of x; computed in float32."""
+        if self.important is None:
+            return self._multiply(x, self.activation_bits)
+        important = self.important()
+        y = x.new_empty(*x.shape[:-1], self.out_features)
+        for chosen, bits in ((important, self.activation_bits), (~important, UNIMPORTANT_BITS)):
+            y[chosen] = self._multiply(x[chosen], bits)
+        return y
+
+    def _multiply(self, x: Tensor, bits: int) -> Tensor:
         bias = None if self.bias is None else self.bias.float()
-        bits, group, scale = self.activation_bits, self.group_size, self.input_scale
+        group, scale = self.group_size, self.input_scale
         if self.lazy.keep_decoded:
             y = kernels.decoded_linear(x, self.lazy.decoded(x.device), bias, bits, group, scale)
         else:
@@ -454,6 +496,7 @@ def install_packed(
     Raises:
         UserError: a named matrix has no place in the model.
     """
+    deciding = decided_by(model) if settings.adaptive_tokens != "off" else {}
     lazy = {name: LazyMatrix(functools.partial(load, name)) for name in shapes}
     for name, source in {**{name: name for name in shapes}, **tied}.items():
         shape = shapes[source]
@@ -465,7 +508,7 @@ def install_packed(
             how = (settings.activation_bits, settings.group_size, input_scale)
             new = PackedLinear(lazy[source], module.bias, shape, *how)
         replace(model, name, new)
-    quantize_cache(model, settings.kv_bits)
+    _prepare_attention(model, settings, deciding)
 
 
 def _place(model: nn.Module, name: str, shape: tuple[int, int]) -> nn.Linear | nn.Embedding:
@@ -488,62 +531,6 @@ def keep_decoded(model: nn.Module, keep: bool = True) -> None:
     for module in model.modules():
         if isinstance(module, PackedMatrix):
             module.lazy.keep_decoded = keep
-
-
-# --- attention ---------------------------------------------------------------------------------
-
-
-def quantize_cache(model: PreTrainedModel, bits: int) -> None:
-    """Round keys and values to int8 or int4 per token and head where they enter attention, after the rotary embedding.
-
-    The rounding of a token does not depend on other tokens, so it is the same with and without a cache.
-
-    Raises:
-        UserError: as `check_cache`.
-    """
-    if bits == 16:
-        return
-    check_cache(model, bits)
-    eager = model.config._attn_implementation == "eager" or caps_attention(model.config)
-    base = "eager" if eager else "sdpa"
-    name = f"edgerazor_kv{bits}_{base}"
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if config is not None and hasattr(config, "_attn_implementation"):
-            config._attn_implementation = name
-
-
-def check_cache(model: PreTrainedModel, bits: int) -> None:
-    """Make sure that keys and values can be rounded, so that it is never left out quietly.
-
-    Raises:
-        UserError: the model's attention is written so that nothing can be put in front of it.
-    """
-    modeling = sys.modules[type(model).__module__]
-    if bits != 16 and not hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
-        raise UserError(
-            f"The keys and values of {type(model).__name__} cannot be rounded to {bits} bits, because transformers has "
-            "no exchangeable attention for it.",
-            "Keep them in 16 bits: --kv-bits 16.",
-        )
-
-
-def _attention(bits: int, base: str) -> Callable[..., Any]:
-    def forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """query, key, value: [batch, heads, tokens, head_dim]."""
-        attend = sdpa_attention_forward
-        if base == "eager":  # each family has its own, beside its attention class
-            attend = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
-        key, value = formats.fake_quantize_kv(key, bits), formats.fake_quantize_kv(value, bits)
-        return attend(module, query, key, value, *args, **kwargs)
-
-    return forward
-
-
-for _bits in (4, 8):
-    for _base, _mask in (("sdpa", sdpa_mask), ("eager", eager_mask)):
-        AttentionInterface.register(f"edgerazor_kv{_bits}_{_base}", _attention(_bits, _base))
-        AttentionMaskInterface.register(f"edgerazor_kv{_bits}_{_base}", _mask)
 
 
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -298,10 +298,16 @@ def test_scales_do_not_decay() -> None:
 
 # From distill to the packed model ---------------------------------------------------------------------------------
 
-KINDS: dict[str, dict[str, Any]] = {
-    "learned": {"calibrate": {"scales": "learned"}},
-    "scales": {"distill": {"train": "scales"}},
-    "learned scales": {"calibrate": {"scales": "learned"}, "distill": {"train": "scales"}},
+LEARNED, ALONE = {"calibrate": {"scales": "learned"}}, {"distill": {"train": "scales"}}
+#: A family (Gemma scales embeddings, Phi has biases everywhere, Phi 3 fused layers) and how its scales are trained.
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "learned": ("llama", LEARNED),
+    "learned, biases": ("phi", LEARNED),
+    "learned, fused": ("phi3", LEARNED),
+    "scales": ("llama", ALONE),
+    "scales, scaled embedding": ("gemma3", ALONE),
+    "learned scales": ("qwen3", {**LEARNED, **ALONE}),
+    "learned scales, caps": ("gemma2", {**LEARNED, **ALONE}),
 }
 
 
@@ -310,18 +316,19 @@ KINDS: dict[str, dict[str, Any]] = {
 def test_packed_equals_trained_and_resumed_equals_uninterrupted(
     run: Run, tmp_path: Path, make_model: ModelMaker, text_file: Path, kind: str, tied: bool
 ) -> None:
-    make_model(tmp_path / "model", "llama", tie_word_embeddings=tied)
-    recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path / "model", text_file, **KINDS[kind])
+    family, sections = KINDS[kind]
+    make_model(tmp_path / "model", family, tie_word_embeddings=tied)
+    recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path / "model", text_file, **sections)
     job = tmp_path / "job"
     assert run("distill", "--recipe", recipe, "--work", job).code == 0
     done = run("pack", "--work", job, "--json")
     assert done.code == 0, done.err
     assert done.json()["verified"]
     stored = load_file(job / "distill" / "best" / "model.safetensors")
-    name = "model.layers.0.mlp.up_proj"
-    assert (stored[f"{name}.weight"].dtype == torch.int8) == ("distill" in KINDS[kind])
     folder = packed.PackedModel.open(job / "packed")
-    assert torch.equal(folder.matrix(name).encoded.scales, formats.stored_scales(stored[f"{name}.scales"]))
+    for name in folder.header.matrices:
+        assert (stored[f"{name}.weight"].dtype == torch.int8) == ("distill" in sections)
+        assert torch.equal(folder.matrix(name).encoded.scales, formats.stored_scales(stored[f"{name}.scales"]))
     assert not any(each.endswith(".scales") for each in folder.others())
     digests = json.loads((job / "distill" / "best" / "digests.json").read_text())
     packed.verify_digests(job / "packed", digests)

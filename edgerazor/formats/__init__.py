@@ -5,7 +5,12 @@ formats), `_learned.py` (scales that are trained) and `_activations.py`.
 """
 
 from edgerazor import registry
-from edgerazor.formats._activations import fake_quantize_activations, fake_quantize_kv, quantize_activations
+from edgerazor.formats._activations import (
+    fake_quantize_activations,
+    fake_quantize_kv,
+    fake_quantize_probabilities,
+    quantize_activations,
+)
 from edgerazor.formats._base import Encoded, Format, group_count, straight_through
 from edgerazor.formats._learned import gradient_inlet, initial_scales, learned_weight, stored_scales
 from edgerazor.formats._matrix import (
@@ -37,6 +42,7 @@ __all__ = [
     "fake_quantize_activations",
     "fake_quantize_kv",
     "fake_quantize_matrix",
+    "fake_quantize_probabilities",
     "fake_quantize_static",
     "get",
     "gradient_inlet",

@@ -7,6 +7,7 @@ Runs calibration text through the teacher and keeps, in `stats.safetensors`,
 * `layer_similarity`, float32 [layers]: mean cosine similarity of each decoder layer's output and input;
 * `input_scale/<module>`, float32 [], where activations have stored scales: the one with the least squared error for
   the input of a linear layer or the head;
+* `importance_threshold`, float32 [layers], where tokens have bits of their own: see `attention.py`;
 
 and writes the plan: a format for every row of every matrix (`allocate.py`).
 """
@@ -22,7 +23,7 @@ from pydantic import BaseModel
 from rich.console import RenderableType
 from safetensors.torch import save_file
 
-from edgerazor import data, formats, models, surgery
+from edgerazor import attention, data, formats, models
 from edgerazor.allocate import Plan, make_plan
 from edgerazor.console import Console, duration, megabytes, table
 from edgerazor.errors import UserError
@@ -84,7 +85,7 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateResult:
     device = _shared.device_of(recipe)
     teacher, tokenizer = _shared.load_teacher(recipe, device, _shared.reading_dtype(device))
     found = models.structure(teacher)
-    surgery.check_cache(teacher, recipe.calibrate.kv_bits)
+    _shared.check_attention(teacher, recipe.calibrate)
     plan = make_plan(found.sites, recipe.calibrate)
     length = _shared.sequence_length(recipe, teacher)
     make_folder(work.folder(NAME))
@@ -99,6 +100,8 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateResult:
     tensors["layer_similarity"] = similarity
     if plan.activation_scales != "dynamic":
         tensors |= find_input_scales(recipe, teacher, found, rows, console)
+    if plan.adaptive_tokens == "causal":
+        tensors["importance_threshold"] = find_thresholds(recipe, teacher, found, rows, console)
     write_atomically(work.statistics_file, lambda path: save_file(tensors, path))
     write_text(work.plan_file, plan.model_dump_json(indent=1) + "\n")
     result = CalibrateResult(
@@ -192,6 +195,31 @@ def find_input_scales(
             handle.remove()
     bits = recipe.calibrate.activation_bits
     return {f"input_scale/{name}": torch.tensor(formats.calibrated_scale(counts[name], bits)) for name in names}
+
+
+@torch.no_grad()
+def find_thresholds(
+    recipe: Recipe,
+    teacher: PreTrainedModel,
+    found: models.Structure,
+    rows: data.TokenRows,
+    console: Console,
+) -> torch.Tensor:
+    """The importance that the unimportant share of calibration tokens lies below, float32 [layers]."""
+    attention.decided_by(teacher)
+    tokens = attention.ImportantTokens(None)
+    attention.watch_tokens(teacher, tokens)
+    attention.quantize_cache(teacher, 16)
+    seen: list[list[torch.Tensor]] = [[] for _ in range(found.layer_count)]
+    batches = list(data.sample_batches(rows, recipe.calibrate.sequences, recipe.calibrate.batch_size))
+    with console.track("importance of tokens", len(batches)) as tracker:
+        for batch in batches:
+            teacher(input_ids=batch["input_ids"].to(teacher.device), use_cache=False)
+            for layer, values in enumerate(seen):
+                values.append(tokens.importance[layer][(batch["labels"] != -100).to(teacher.device)].cpu())
+            tracker.advance()
+    share = attention.UNIMPORTANT_SHARE
+    return torch.stack([torch.cat(values).sort().values[int(share * sum(map(len, values)))] for values in seen])
 
 
 def write_own_text(

@@ -286,8 +286,12 @@ def prepare(recipe: Recipe, work: WorkDir, imagined: bool = False) -> Job:
     length = _shared.sequence_length(recipe, teacher)
     imagine_text = imagined and not (recipe.data.train or work.generated_text.exists())
     rows, held_out = imagined_text(length) if imagine_text else _shared.open_text(recipe, work, tokenizer, length)
-    input_scales = _shared.input_scales(plan, structure, None if imagined else work)
-    student = make_student(recipe, structure, plan, accelerator.device, input_scales)
+    calibrated = None if imagined else work
+    how, input_scales = (
+        _shared.settings_of(plan, structure, calibrated),
+        _shared.input_scales(plan, structure, calibrated),
+    )
+    student = make_student(recipe, structure, plan, how, input_scales, accelerator.device)
     return Job(
         settings=settings,
         accelerator=accelerator,
@@ -339,8 +343,9 @@ def make_student(
     recipe: Recipe,
     structure: models.Structure,
     plan: Plan,
-    device: torch.device,
+    settings: surgery.Settings,
     input_scales: dict[str, float] | None,
+    device: torch.device,
 ) -> PreTrainedModel:
     """A float32 copy of the teacher, or a random one for the control, with training modules in it."""
     if recipe.distill.initialise == "teacher":
@@ -349,8 +354,6 @@ def make_student(
         student = models.initialise(recipe.model, recipe.revision, recipe.seed, recipe.trust_remote_code)
     if recipe.distill.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
-    learned = (plan.scales == "learned", plan.activation_scales == "learned")
-    settings = surgery.Settings(plan.activation_bits, plan.kv_bits, plan.group_size, *learned)
     scales_only = recipe.distill.train == "scales"
     surgery.prepare_for_training(student, structure, plan.specs(), settings, scales_only, input_scales)
     student.config.use_cache = False

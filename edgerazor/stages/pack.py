@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel
@@ -83,7 +84,7 @@ def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
         distilled = work.manifest("distill")
         return {"student": distilled.fingerprint() if distilled else "missing", **common}
     settings = _shared.settings("calibrate", recipe.calibrate, ("sequences", "batch_size"))
-    if recipe.calibrate.activation_scales != "dynamic":
+    if recipe.calibrate.activation_scales != "dynamic" or recipe.calibrate.adaptive_tokens == "causal":
         calibrated = work.manifest("calibrate")
         settings["calibrate"] = calibrated.fingerprint() if calibrated else "missing"
     return {"student": "the teacher, rounded to nearest", **settings, **common}
@@ -132,13 +133,14 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> PackResult:
     teacher, _ = models.load(recipe.model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
     found = models.structure(teacher)
     plan = plan_of(recipe, work, found.sites)
-    surgery.check_cache(teacher, plan.kv_bits)
+    _shared.check_attention(teacher, plan)
     input_scales = {
         f"{name}.{packed.INPUT_SCALE}": torch.tensor(scale)
         for name, scale in (_shared.input_scales(plan, found, work) or {}).items()
     }
     make_folder(work.path)
-    settings = {"activation_bits": plan.activation_bits, "kv_bits": plan.kv_bits, "group_size": plan.group_size}
+    computing = _shared.settings_of(plan, found, work)
+    settings = {name: getattr(computing, name) for name in packed.SETTINGS} | {"thresholds": list(computing.thresholds)}
     with (
         student_weights(source, recipe, work, teacher) as (read, trained, digests),
         replace_folder(work.folder(NAME)) as folder,
@@ -237,7 +239,7 @@ def provenance(recipe: Recipe, work: WorkDir, source: str, teacher_folder: Path,
     }
 
 
-def accompany(folder: Path, teacher_folder: Path, config: object, settings: dict[str, int]) -> None:
+def accompany(folder: Path, teacher_folder: Path, config: object, settings: dict[str, Any]) -> None:
     """Configuration, generation settings, tokenizer and chat template."""
     for pattern in COPIED:
         for file in sorted(teacher_folder.glob(pattern)):
