@@ -280,12 +280,12 @@ def prepare_for_training(
         model: in float32.
         structure: where its matrices are.
         specs: module path -> formats, for each of `structure.sites`.
-        settings: bits of activations and of the cache, and whether scales are learned.
+        settings: bits of activations and of attention, and whether scales are learned.
         scales_only: fix the codes, and train nothing but scales.
         input_scales: module path -> scale of its input, for each linear layer and the head; None: found anew each time.
 
     Raises:
-        UserError: as `quantize_cache`.
+        UserError: as `quantize_cache` and `decided_by`.
     """
     if scales_only:
         model.requires_grad_(False)
