@@ -94,8 +94,13 @@ class Plan(BaseModel):
     strategy: str
     granularity: str
     activation_bits: int
+    activation_scales: Literal["dynamic", "static", "learned"]
     kv_bits: int
+    query_bits: int
+    probability_bits: int
+    adaptive_tokens: Literal["off", "causal", "ranked"]
     group_size: int
+    scales: Literal["rule", "learned"]
     matrices: tuple[MatrixPlan, ...]
 
     def __getitem__(self, name: str) -> MatrixPlan:
@@ -168,8 +173,13 @@ def make_plan(sites: Iterable[Site], settings: Calibrate, weight_of: Callable[[s
         strategy=settings.plan,
         granularity=settings.granularity,
         activation_bits=settings.activation_bits,
+        activation_scales=settings.activation_scales,
         kv_bits=settings.kv_bits,
+        query_bits=settings.query_bits,
+        probability_bits=settings.probability_bits,
+        adaptive_tokens=settings.adaptive_tokens,
         group_size=settings.group_size,
+        scales=settings.scales,
         matrices=tuple(matrices),
     )
 

@@ -61,8 +61,8 @@ PlanName = Annotated[
     str | None, Option("--plan", help="What gets the wider format: interleave, variance or first (units).")
 ]
 Granularity = Annotated[str | None, Option("--granularity", help="Unit that has a format: row, column or block.")]
-KvBits = Annotated[int | None, Option("--kv-bits", help="Keys and values: 8 or 16.")]
-ActivationBits = Annotated[int | None, Option("--activation-bits", help="Inputs of linear layers: 8 or 16.")]
+KvBits = Annotated[int | None, Option("--kv-bits", help="Keys and values: 4, 8 or 16.")]
+ActivationBits = Annotated[int | None, Option("--activation-bits", help="Inputs of linear layers: 4 to 8, or 16.")]
 Compare = Annotated[
     list[str] | None,
     Option("--compare", help="Another packed model to measure; repeatable.", metavar="NAME=FOLDER"),

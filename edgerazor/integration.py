@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from edgerazor import surgery
 from edgerazor.errors import UserError
 from edgerazor.models import load_tokenizer, quiet_transformers
-from edgerazor.packed import PackedModel
+from edgerazor.packed import INPUT_SCALE, SETTINGS, PackedModel
 
 METHOD = "edgerazor"
 
@@ -32,15 +32,31 @@ class EdgeRazorConfig(QuantizationConfigMixin):
 
     Args:
         version: of the packed format.
-        activation_bits: 8 or 16, inputs of quantized layers.
-        kv_bits: 8 or 16, keys and values.
+        activation_bits: 4 to 8, or 16, inputs of quantized layers.
+        kv_bits: 4, 8 or 16, keys and values.
         group_size: consecutive values that share a scale.
+        query_bits, probability_bits: 4, 8 or 16, of attention.
+        adaptive_tokens: off, causal or ranked (see `attention.py`).
+        thresholds: of the importance of tokens, by layer, for causal.
     """
 
-    def __init__(self, version: int, activation_bits: int, kv_bits: int, group_size: int, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        version: int,
+        activation_bits: int,
+        kv_bits: int,
+        group_size: int,
+        query_bits: int,
+        probability_bits: int,
+        adaptive_tokens: str,
+        thresholds: list[float],
+        **kwargs: Any,
+    ) -> None:
         self.quant_method = METHOD
         self.version = version
         self.activation_bits, self.kv_bits, self.group_size = activation_bits, kv_bits, group_size
+        self.query_bits, self.probability_bits = query_bits, probability_bits
+        self.adaptive_tokens, self.thresholds = adaptive_tokens, thresholds
 
 
 class EdgeRazorQuantizer(HfQuantizer):
@@ -71,12 +87,14 @@ class EdgeRazorQuantizer(HfQuantizer):
             {name: (entry.shape[0], entry.shape[1]) for name, entry in matrices.items()},
             packed.header.tied,
             load,
-            surgery.Settings(settings.activation_bits, settings.kv_bits, settings.group_size),
+            surgery.Settings(**{name: getattr(settings, name) for name in SETTINGS}),
             self.dtype,
+            packed.input_scales(),
         )
         check_others(model, packed)
         packed_names = "|".join(re.escape(name) for name in matrices)
-        model._keys_to_ignore_on_load_unexpected = {rf"^({packed_names})\.weight\."}
+        ours = {rf"^({packed_names})\.weight\.", rf"\.{INPUT_SCALE}$"}
+        model._keys_to_ignore_on_load_unexpected = ours
         model._tied_weights_keys = model.all_tied_weights_keys = {}  # there is no weight left to tie
 
     def is_serializable(self) -> bool:

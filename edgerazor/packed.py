@@ -11,7 +11,8 @@ without gaps. The header ends in spaces, so that the data begin on a 64-byte bou
 - `P.weight.<format>`, U8 [rows of that format, packed columns]: the codes of its rows in that format, in row order.
   `ternary`: five codes a byte, the sum of (code_i + 1) * 3^i; a last byte is filled with codes 0; bytes above 242 are
   invalid. All others: code i is the two's-complement field of bits b*i to b*i+b-1 of the row's bytes, low bits first
-  (int4: first code in the low nibble); unused bits are zero. The code -2^(b-1) is invalid but in `int2`.
+  (int4: first code in the low nibble); unused bits are zero. Except in `int2`,
+  the code -2^(b-1) occurs only with learned scales.
 - `P.weight.scales`, F16 [rows, ceil(cols / group_size)]: finite, not negative, in the matrix's row order.
 - `P.weight.row_formats`, U8 [rows], only where rows may differ: an index into the matrix's list of formats.
 
@@ -25,13 +26,14 @@ Where the format may change within a row, it does so between groups, and the fir
   into the matrix's list of formats, in 1, 2 or 4 bits (the fewest that can count the list), low bits first.
 
 A weight is `level(code) * scale` in float32; the level is the code, but `code + 1/2` in `int2`. Tensors of other kinds
-(norms, biases) stand under their own names with their own dtypes.
+(norms, biases) stand under their own names with their own dtypes. `P.input_scale`, F32 [], is the scale of all inputs
+of the linear layer at P; where it is missing, each group of each token has its own.
 
 **Header.** The `__metadata__` of the first file holds `"edgerazor"`: a JSON object, fields as in `Header` below, and
 `"edgerazor_sha256"`: the SHA-256 of that text. It names every tensor of the folder: per matrix its kind, formats, group
 size, shape, the digest of codes and scales (`formats.digest`) and a SHA-256 of each part; dtype, shape and SHA-256 of
-every other tensor; `tied`: modules that use the matrix of another; `settings`: how to compute (bits of activations and
-of the cache); `provenance`: what it was made from. Nothing in it differs between two equal runs.
+every other tensor; `tied`: modules that use the matrix of another; `settings`: how to compute (`SETTINGS` below);
+`provenance`: what it was made from. Nothing in it differs between two equal runs.
 
 **Reading trusts nothing.** Opening checks names, dtypes, shapes and places of all tensors; a tensor's bytes, codes and
 digest are checked when it is first read. Anything wrong is a `UserError` of one sentence.
@@ -64,6 +66,17 @@ INDEX_FILE = "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 SHARD_BYTES = 4 * 10**9
 ALIGNMENT = 64
+#: How to compute, in `Header.settings`: fields of `surgery.Settings`.
+SETTINGS = (
+    "activation_bits",
+    "kv_bits",
+    "group_size",
+    "query_bits",
+    "probability_bits",
+    "adaptive_tokens",
+    "thresholds",
+)
+INPUT_SCALE = "input_scale"
 HEADER_KEY, HEADER_SUM_KEY = "edgerazor", "edgerazor_sha256"
 
 #: Names of dtypes in a safetensors file.
@@ -339,6 +352,23 @@ class PackedModel:
             UserError: one of them is damaged.
         """
         return {name: self._tensor(name, entry.sha256) for name, entry in self.header.others.items()}
+
+    def input_scales(self) -> dict[str, float]:
+        """Module path -> scale of its inputs, for the linear layers where it is stored.
+
+        Raises:
+            UserError: one of them is damaged.
+        """
+        found = {}
+        for name, entry in self.header.others.items():
+            module, _, last = name.rpartition(".")
+            if last != INPUT_SCALE:
+                continue
+            scale = self._tensor(name, entry.sha256)
+            if scale.dtype != torch.float32 or scale.dim() != 0 or not 0 < float(scale) < math.inf:
+                raise self._broken(name, name, "it is not a positive float32 number")
+            found[module] = float(scale)
+        return found
 
     def verify(self) -> None:
         """Read and check everything once.

@@ -93,10 +93,19 @@ class Calibrate(Strict):
     overrides: tuple[Override, ...] = Field(
         (), description="{match: glob, format: name}, the first that matches; bits is the average of the other linears"
     )
-    activation_bits: Literal[8, 16] = Field(
-        8, description="inputs of quantized linear layers: int8 per token and group"
+    scales: Literal["rule", "learned"] = Field(
+        "rule", description="scales of weights: by each format's rule, or trained like weights (LSQ)"
     )
-    kv_bits: Literal[8, 16] = Field(8, description="keys and values: int8 per token and head")
+    activation_bits: Literal[4, 5, 6, 7, 8, 16] = Field(8, description="inputs of quantized linear layers")
+    activation_scales: Literal["dynamic", "static", "learned"] = Field(
+        "dynamic", description="per token and group; or one per input: from calibration text, or trained from there"
+    )
+    kv_bits: Literal[4, 8, 16] = Field(8, description="keys and values: integers per token and head")
+    query_bits: Literal[4, 8, 16] = Field(16, description="queries in attention, rounded like keys")
+    probability_bits: Literal[4, 8, 16] = Field(16, description="attention probabilities, per token and head")
+    adaptive_tokens: Literal["off", "causal", "ranked"] = Field(
+        "off", description="4-bit activations for the half of the tokens that attends least to the first (EdgeQAT)"
+    )
     sequences: int = Field(64, ge=1, description="calibration sequences run through the teacher")
     batch_size: int = Field(4, ge=1, description="sequences in one forward pass")
 
@@ -106,6 +115,14 @@ class Calibrate(Strict):
         if isinstance(value, str) and value != "row":
             raise ValueError(f"expected a whole number, or `row` for one scale per row, got {value!r}")
         return WHOLE_ROW if value == "row" else value
+
+    @model_validator(mode="after")
+    def _scales_of_something(self) -> Calibrate:
+        if self.activation_bits == 16 and self.activation_scales != "dynamic":
+            raise ValueError(f"16-bit activations have no {self.activation_scales} scales; give `activation_bits`")
+        if self.adaptive_tokens != "off" and (self.activation_bits in (4, 16) or self.activation_scales != "dynamic"):
+            raise ValueError("adaptive tokens need `activation_bits` from 5 to 8 and `activation_scales: dynamic`")
+        return self
 
 
 class LossTerm(Strict):
@@ -144,6 +161,9 @@ class Distill(Strict):
     steps: int | None = Field(None, ge=1, description="optimizer steps (default 1000 when no budget is given)")
     tokens: int | None = Field(None, ge=1, description="training tokens; stops at the first budget reached")
     max_time: float | None = Field(None, gt=0, description="seconds of training, counted across resumes")
+    train: Literal["all", "scales"] = Field(
+        "all", description="scales: codes stay as they begin and only scales are trained, in minutes"
+    )
     batch_size: int = Field(8, ge=1, description="sequences per process and forward pass")
     accumulation: int = Field(1, ge=1, description="forward passes per optimizer step")
     losses: tuple[LossTerm, ...] = Field(

@@ -12,7 +12,7 @@ import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from edgerazor import formats, kernels, models
+from edgerazor import formats, kernels
+from edgerazor.attention import (
+    UNIMPORTANT_BITS,
+    ImportantTokens,
+    decided_by,
+    quantize_cache,
+    watch_tokens,
+)
 from edgerazor.errors import UserError
 from edgerazor.formats import Encoded, MatrixSpec
 from edgerazor.models import Structure, embedding_scale
@@ -34,11 +41,29 @@ class Settings:
         activation_bits: of the inputs of quantized linear layers; 16 leaves them as they are.
         kv_bits: of keys and values, likewise.
         group_size: consecutive activations of a token that share a scale.
+        learned_scales, learned_inputs: whether the scales of weights, and of the inputs of linear layers, are trained;
+            a packed model does not ask.
+        query_bits, probability_bits: of attention.
+        adaptive_tokens: `causal` or `ranked` gives unimportant tokens fewer bits (see `attention.py`), `off` does not.
+        thresholds: for `causal`, by layer.
     """
 
     activation_bits: int
     kv_bits: int
     group_size: int
+    learned_scales: bool = False
+    learned_inputs: bool = False
+    query_bits: int = 16
+    probability_bits: int = 16
+    adaptive_tokens: str = "off"
+    thresholds: tuple[float, ...] = ()
+
+
+#: The scale of a linear layer's input: a parameter where it is trained, a number where it is stored, else found anew.
+InputScale: TypeAlias = nn.Parameter | float | None
+
+#: Gives bool [batch, tokens]: which tokens of the current forward pass get all bits.
+Important: TypeAlias = Callable[[], Tensor]
 
 
 # --- training ----------------------------------------------------------------------------------
@@ -50,22 +75,35 @@ class SharedActivations:
     def __init__(self, bits: int, group_size: int) -> None:
         self.bits, self.group_size = bits, group_size
         self._input: weakref.ref[Tensor] | None = None
-        self._state: tuple[bool, int] | None = None
+        self._state: tuple[Any, ...] | None = None
         self._output: Tensor | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [..., features] as the packed model sees it, in the dtype that products are computed in; straight-through
-        gradient."""
+    def __call__(self, x: Tensor, scale: InputScale = None, important: Tensor | None = None) -> Tensor:
+        """x [..., features] as the packed model sees it, in the dtype that products are computed in.
+
+        `important`, bool [...], says which tokens get all bits.
+
+        The gradient is the straight-through one, or with a scale the one of `formats.fake_quantize_static`.
+        """
         if x.is_inference():  # has no version to tell a change by
-            return self._quantize(x)
-        state = (torch.is_grad_enabled(), x._version)
+            return self._quantize(x, scale, important)
+        with_scale = (id(scale), scale._version) if isinstance(scale, Tensor) else scale
+        state = (torch.is_grad_enabled(), x._version, with_scale, id(important))
         if self._input is None or self._input() is not x or self._state != state or self._output is None:
-            self._output = self._quantize(x)
+            self._output = self._quantize(x, scale, important)
             self._input, self._state = weakref.ref(x, self.forget), state
         return self._output
 
-    def _quantize(self, x: Tensor) -> Tensor:
-        quantized = x if self.bits == 16 else formats.fake_quantize_activations(x, self.bits, self.group_size)
+    def _quantize(self, x: Tensor, scale: InputScale, important: Tensor | None) -> Tensor:
+        if self.bits == 16:
+            quantized = x
+        elif scale is None:
+            quantized = formats.fake_quantize_activations(x, self.bits, self.group_size)
+        else:
+            quantized = formats.fake_quantize_static(x, self.bits, scale)
+        if important is not None:
+            fewer = formats.fake_quantize_activations(x, UNIMPORTANT_BITS, self.group_size)
+            quantized = torch.where(important.unsqueeze(-1), quantized, fewer)
         return quantized.to(product_dtype(x))
 
     def forget(self, _dead: object = None) -> None:
@@ -80,11 +118,17 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 class TrainingMatrix(nn.Module):
-    """A master weight [rows, columns] in float32 and the formats it is trained for."""
+    """A master weight [rows, columns] and the formats it is trained for.
 
-    def __init__(self, weight: nn.Parameter, spec: MatrixSpec) -> None:
+    Attributes:
+        weight: float32; or int8, the codes, where they are fixed and only scales are trained.
+        scales: float32 [rows, groups], where they are trained; None where they follow from the weight by rule.
+    """
+
+    def __init__(self, weight: nn.Parameter, spec: MatrixSpec, scales: nn.Parameter | None = None) -> None:
         super().__init__()
         self.weight = weight
+        self.scales = scales
         self.spec = spec
         self.frozen: Tensor | None = None
         self.digest = ""
@@ -93,13 +137,43 @@ class TrainingMatrix(nn.Module):
         """decode(encode(weight)) [rows, columns] without gradient, computed in float32 and given in a dtype."""
         if self.frozen is not None:
             return self.frozen.to(dtype)
+        if self.scales is not None:
+            return formats.learned_weight(self.weight.detach(), self.scales, self.spec, dtype)
         return formats.round_trip(self.weight.detach(), self.spec, dtype)
+
+    def inlet(self) -> Tensor:
+        """Where the gradient with respect to the decoded weight goes, [rows, columns]; its value has no meaning."""
+        if self.scales is None:
+            return self.weight
+        return formats.gradient_inlet(self.weight, self.scales, self.spec)
+
+    def encoded(self) -> Encoded:
+        """The codes and scales that it computes with."""
+        return encode_trained(self.weight.detach(), self.scales, self.spec)
 
     def freeze(self) -> None:
         """Encode once for many forward passes, and keep the digest of the codes and scales they use."""
-        encoded = formats.encode_matrix(self.weight.detach(), self.spec)
+        encoded = self.encoded()
         self.digest = formats.digest(encoded, self.spec)
         self.frozen = formats.decode_matrix(encoded, self.spec)
+
+
+def encode_trained(weight: Tensor, scales: Tensor | None, spec: MatrixSpec) -> Encoded:
+    """Codes and scales of what training made.
+
+    Args:
+        weight: the master weight [rows, columns], or int8 for codes that were fixed.
+        scales: float32 [rows, groups] if they were trained.
+        spec: formats of the rows.
+
+    Raises:
+        ValueError: as `formats.encode_matrix`, or codes come without scales.
+    """
+    if weight.dtype != torch.int8:
+        return formats.encode_matrix(weight, spec, None if scales is None else formats.stored_scales(scales))
+    if scales is None:
+        raise ValueError("there are codes without scales")
+    return Encoded(weight, formats.stored_scales(scales))
 
 
 class _Product(torch.autograd.Function):
@@ -133,16 +207,25 @@ class TrainingLinear(TrainingMatrix):
     """y = W x with quantized W and x. Takes the place of nn.Linear."""
 
     def __init__(
-        self, weight: nn.Parameter, bias: nn.Parameter | None, spec: MatrixSpec, activations: SharedActivations
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        spec: MatrixSpec,
+        activations: SharedActivations,
+        scales: nn.Parameter | None = None,
+        input_scale: InputScale = None,
     ) -> None:
-        super().__init__(weight, spec)
+        super().__init__(weight, spec, scales)
         self.bias = bias
         self.activations = activations
+        self.input_scale = input_scale
+        self.important: Important | None = None
         self.out_features, self.in_features = weight.shape
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        return _Product.apply(self.activations(x), self.weight, self.bias, self)
+        important = None if self.important is None else self.important()
+        return _Product.apply(self.activations(x, self.input_scale, important), self.inlet(), self.bias, self)
 
     def as_head(self, states: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
         """The same product for losses that make it themselves, a chunk of positions at a time.
@@ -150,31 +233,46 @@ class TrainingLinear(TrainingMatrix):
         Returns:
             the quantized input in the dtype of the products, and `weight`, `bias` and `master` of `losses.Head`.
         """
-        x = self.activations(states)
-        return x, {"weight": self.decoded(x.dtype), "bias": self.bias, "master": self.weight}
+        x = self.activations(states, self.input_scale)
+        return x, {"weight": self.decoded(x.dtype), "bias": self.bias, "master": self.inlet()}
 
 
 class TrainingEmbedding(TrainingMatrix):
     """Rows of a quantized table. Takes the place of nn.Embedding."""
 
-    def __init__(self, weight: nn.Parameter, spec: MatrixSpec, scale: float | None) -> None:
-        super().__init__(weight, spec)
+    def __init__(
+        self, weight: nn.Parameter, spec: MatrixSpec, scale: float | None, scales: nn.Parameter | None = None
+    ) -> None:
+        super().__init__(weight, spec, scales)
         self.scale = scale
         self.num_embeddings, self.embedding_dim = weight.shape
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] int64 -> [..., columns]; only the rows looked up are quantized."""
-        if self.frozen is not None:
-            rows = self.frozen[ids]
-        else:
-            flat = ids.reshape(-1)
-            rows = formats.fake_quantize_matrix(functional.embedding(flat, self.weight), self.spec.take(flat))
-            rows = rows.view(*ids.shape, -1)
+        rows = self._looked_up(ids.reshape(-1)).view(*ids.shape, -1)
         return rows if self.scale is None else rows * self.scale
+
+    def _looked_up(self, ids: Tensor) -> Tensor:
+        """Quantized rows, float32 [n, columns], of ids [n], with gradients."""
+        if self.frozen is not None:
+            return self.frozen[ids]
+        spec = self.spec.take(ids)
+        if self.scales is None:
+            return formats.fake_quantize_matrix(functional.embedding(ids, self.weight), spec)
+        scales = functional.embedding(ids, self.scales)
+        fixed = self.weight.dtype == torch.int8
+        weight = self.weight[ids] if fixed else functional.embedding(ids, self.weight)
+        inlet = formats.gradient_inlet(weight, scales, spec)
+        return formats.straight_through(inlet, lambda _: formats.learned_weight(weight.detach(), scales, spec))
 
 
 def prepare_for_training(
-    model: PreTrainedModel, structure: Structure, specs: Mapping[str, MatrixSpec], settings: Settings
+    model: PreTrainedModel,
+    structure: Structure,
+    specs: Mapping[str, MatrixSpec],
+    settings: Settings,
+    scales_only: bool = False,
+    input_scales: Mapping[str, float] | None = None,
 ) -> None:
     """Put training modules in the place of every matrix, in place.
 
@@ -182,26 +280,63 @@ def prepare_for_training(
         model: in float32.
         structure: where its matrices are.
         specs: module path -> formats, for each of `structure.sites`.
-        settings: bits of activations and of the cache.
+        settings: bits of activations and of attention, and whether scales are learned.
+        scales_only: fix the codes, and train nothing but scales.
+        input_scales: module path -> scale of its input, for each linear layer and the head; None: found anew each time.
 
     Raises:
-        UserError: as `quantize_cache`.
+        UserError: as `quantize_cache` and `decided_by`.
     """
+    if scales_only:
+        model.requires_grad_(False)
+    deciding = decided_by(model) if settings.adaptive_tokens != "off" else {}
     activations = SharedActivations(settings.activation_bits, settings.group_size)
     embedding = model.get_input_embeddings()
     head = model.get_output_embeddings()
+    trained = functools.partial(_trained, learned=settings.learned_scales, scales_only=scales_only)
+
+    def put(name: str, weight: nn.Parameter, spec: MatrixSpec, scales: nn.Parameter | None) -> None:
+        input_scale: InputScale = None if input_scales is None else input_scales[name]
+        if input_scale is not None and settings.learned_inputs:
+            input_scale = nn.Parameter(torch.tensor(input_scale))
+        bias = model.get_submodule(name).bias
+        replace(model, name, TrainingLinear(weight, bias, spec, activations, scales, input_scale))
+
     spec = specs[structure.embedding.name]
-    replace(
-        model,
-        structure.embedding.name,
-        TrainingEmbedding(embedding.weight, spec, embedding_scale(embedding)),
-    )
+    table = trained(embedding.weight, spec)
+    replace(model, structure.embedding.name, TrainingEmbedding(table[0], spec, embedding_scale(embedding), table[1]))
     head_spec = specs[structure.head.name] if structure.head else spec
-    replace(model, structure.head_path, TrainingLinear(head.weight, head.bias, head_spec, activations))
+    output = trained(head.weight, head_spec) if structure.head else table
+    put(structure.head_path, output[0], head_spec, output[1])
     for site in structure.linears:
-        linear = model.get_submodule(site.name)
-        replace(model, site.name, TrainingLinear(linear.weight, linear.bias, specs[site.name], activations))
-    quantize_cache(model, settings.kv_bits)
+        weight, scales = trained(model.get_submodule(site.name).weight, specs[site.name])
+        put(site.name, weight, specs[site.name], scales)
+    _prepare_attention(model, settings, deciding)
+
+
+def _prepare_attention(model: PreTrainedModel, settings: Settings, deciding: Mapping[str, int]) -> None:
+    """Round what enters attention, and tell the linear layers that depend on it which tokens are important."""
+    if deciding:
+        tokens = ImportantTokens(settings.thresholds if settings.adaptive_tokens == "causal" else None)
+        watch_tokens(model, tokens)
+        for name, layer in deciding.items():
+            model.get_submodule(name).important = functools.partial(tokens.important, layer)
+    quantize_cache(model, settings.kv_bits, settings.query_bits, settings.probability_bits)
+
+
+def _trained(
+    weight: nn.Parameter, spec: MatrixSpec, learned: bool, scales_only: bool
+) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """The parameters that a training of a matrix begins with: master weight or codes, and scales if they are trained.
+
+    Learned scales begin as LSQ has them, others at their formats' rules.
+    """
+    start = formats.initial_scales(weight, spec) if learned else None
+    if scales_only:
+        encoded = formats.encode_matrix(weight, spec, start)
+        start = encoded.scales.float() if start is None else start
+        weight = nn.Parameter(encoded.codes, requires_grad=False)
+    return weight, None if start is None else nn.Parameter(start)
 
 
 def training_matrices(model: nn.Module) -> dict[str, TrainingMatrix]:
@@ -294,20 +429,32 @@ class PackedLinear(PackedMatrix):
         shape: tuple[int, int],
         activation_bits: int,
         group_size: int,
+        input_scale: float | None = None,
     ) -> None:
         super().__init__(lazy)
         self.bias = bias
         self.out_features, self.in_features = shape
-        self.activation_bits, self.group_size = activation_bits, group_size
+        self.activation_bits, self.group_size, self.input_scale = activation_bits, group_size, input_scale
+        self.important: Important | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out] in the dtype of x; computed in float32."""
+        if self.important is None:
+            return self._multiply(x, self.activation_bits)
+        important = self.important()
+        y = x.new_empty(*x.shape[:-1], self.out_features)
+        for chosen, bits in ((important, self.activation_bits), (~important, UNIMPORTANT_BITS)):
+            y[chosen] = self._multiply(x[chosen], bits)
+        return y
+
+    def _multiply(self, x: Tensor, bits: int) -> Tensor:
         bias = None if self.bias is None else self.bias.float()
+        group, scale = self.group_size, self.input_scale
         if self.lazy.keep_decoded:
-            weight = self.lazy.decoded(x.device)
-            y = kernels.decoded_linear(x, weight, bias, self.activation_bits, self.group_size)
+            y = kernels.decoded_linear(x, self.lazy.decoded(x.device), bias, bits, group, scale)
         else:
-            y = kernels.linear(x, *self.lazy.encoded(x.device), bias, self.activation_bits, self.group_size)
+            encoded, spec = self.lazy.encoded(x.device)
+            y = kernels.linear(x, encoded, spec, bias, bits, group, scale)
         return y.to(x.dtype)
 
 
@@ -333,6 +480,7 @@ def install_packed(
     load: Callable[[str], tuple[Encoded, MatrixSpec]],
     settings: Settings,
     dtype: torch.dtype,
+    input_scales: Mapping[str, float] | None = None,
 ) -> None:
     """Put packed modules in the place of the named matrices, in place.
 
@@ -343,10 +491,12 @@ def install_packed(
         load: reads the matrix of a module path.
         settings: bits of activations and of the cache.
         dtype: of the hidden states, which the embedding starts.
+        input_scales: module path -> scale of its input; the others are found anew each time.
 
     Raises:
         UserError: a named matrix has no place in the model.
     """
+    deciding = decided_by(model) if settings.adaptive_tokens != "off" else {}
     lazy = {name: LazyMatrix(functools.partial(load, name)) for name in shapes}
     for name, source in {**{name: name for name in shapes}, **tied}.items():
         shape = shapes[source]
@@ -354,9 +504,11 @@ def install_packed(
         if isinstance(module, nn.Embedding):
             new: nn.Module = PackedEmbedding(lazy[source], embedding_scale(module), shape, dtype)
         else:
-            new = PackedLinear(lazy[source], module.bias, shape, settings.activation_bits, settings.group_size)
+            input_scale = (input_scales or {}).get(name)
+            how = (settings.activation_bits, settings.group_size, input_scale)
+            new = PackedLinear(lazy[source], module.bias, shape, *how)
         replace(model, name, new)
-    quantize_cache(model, settings.kv_bits)
+    _prepare_attention(model, settings, deciding)
 
 
 def _place(model: nn.Module, name: str, shape: tuple[int, int]) -> nn.Linear | nn.Embedding:
@@ -379,50 +531,6 @@ def keep_decoded(model: nn.Module, keep: bool = True) -> None:
     for module in model.modules():
         if isinstance(module, PackedMatrix):
             module.lazy.keep_decoded = keep
-
-
-# --- attention ---------------------------------------------------------------------------------
-
-
-def quantize_cache(model: PreTrainedModel, bits: int) -> None:
-    """Round keys and values to int8 per token and head where they enter attention, after the rotary embedding.
-
-    The rounding of a token does not depend on other tokens, so it is the same with and without a cache.
-
-    Raises:
-        UserError: as `check_cache`.
-    """
-    if bits == 16:
-        return
-    check_cache(model, bits)
-    models.use_attention(model, f"edgerazor_kv{bits}_{models.attention_base(model)}")
-
-
-def check_cache(model: PreTrainedModel, bits: int) -> None:
-    """Make sure that keys and values can be rounded, so that it is never left out quietly.
-
-    Raises:
-        UserError: the model's attention is written so that nothing can be put in front of it.
-    """
-    if bits != 16 and not models.exchangeable_attention(model):
-        raise UserError(
-            f"The keys and values of {type(model).__name__} cannot be rounded to {bits} bits, because transformers has "
-            "no exchangeable attention for it.",
-            "Keep them in 16 bits: --kv-bits 16.",
-        )
-
-
-def _attention(bits: int, base: str) -> Callable[..., Any]:
-    def forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """query, key, value: [batch, heads, tokens, head_dim]."""
-        key, value = formats.fake_quantize_kv(key, bits), formats.fake_quantize_kv(value, bits)
-        return models.attend(base, module, query, key, value, *args, **kwargs)
-
-    return forward
-
-
-for _base in ("sdpa", "eager"):
-    models.register_attention(f"edgerazor_kv8_{_base}", _base, _attention(8, _base))
 
 
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:

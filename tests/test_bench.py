@@ -122,7 +122,15 @@ def test_show_prints_a_job_a_packed_folder_the_recipe_and_the_schema(job):
     found = json.loads(runner.invoke(app, ["show", str(work.path), "--json"]).stdout)
     assert found["notation"] == "W4-A8-KV8"
     packed = json.loads(runner.invoke(app, ["show", str(work.folder("pack")), "--json"]).stdout)
-    assert packed["settings"] == {"activation_bits": 8, "kv_bits": 8, "group_size": 40}
+    assert packed["settings"] == {
+        "activation_bits": 8,
+        "kv_bits": 8,
+        "group_size": 40,
+        "query_bits": 16,
+        "probability_bits": 16,
+        "adaptive_tokens": "off",
+        "thresholds": [],
+    }
     schema = json.loads(runner.invoke(app, ["show", "schema"]).stdout)
     assert set(show.RESULTS) < set(schema)
     assert "calibrate:" in runner.invoke(app, ["show", "recipe"]).stdout

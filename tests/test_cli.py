@@ -151,7 +151,7 @@ def test_show_recipe_prints_a_recipe_that_loads_back(run: Run) -> None:
         (["distill", "--bits", "two"], 2, "Invalid value for '--bits'"),
         (["distill", "M", "--bits", "9"], 2, "--bits is 9.0; expected a number from 1.58 to 8."),
         (["distill", "M", "--steps", "0"], 2, "--steps is 0; expected a whole number of at least 1."),
-        (["calibrate", "M", "--kv-bits", "4"], 2, "--kv-bits is 4; expected 8 or 16."),
+        (["calibrate", "M", "--kv-bits", "5"], 2, "--kv-bits is 5; expected 4, 8 or 16."),
         (["calibrate", "M", "--plan", "magic"], 2, "--plan is 'magic'; expected interleave, variance or first."),
         (["bench", "--contexts", "1,x"], 2, "--contexts wants comma-separated whole numbers, and got '1,x'."),
         (["bench", "--compare", "x"], 2, "--compare wants NAME=FOLDER, and got 'x'."),

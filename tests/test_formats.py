@@ -24,7 +24,7 @@ def weights(*shape: int, seed: int = 0) -> Tensor:
 def random_codes(name: str, rows: int, cols: int) -> Tensor:
     number_format = formats.get(name)
     generator = torch.Generator().manual_seed(rows * cols)
-    return torch.randint(number_format.minimum, number_format.maximum + 1, (rows, cols), generator=generator).to(
+    return torch.randint(number_format.lowest, number_format.maximum + 1, (rows, cols), generator=generator).to(
         torch.int8
     )
 
@@ -71,8 +71,9 @@ def test_packing_refuses_codes_out_of_range(name: str) -> None:
     if number_format.maximum < 127:
         with pytest.raises(ValueError, match="range"):
             number_format.pack(torch.full((1, 3), number_format.maximum + 1, dtype=torch.int8))
-    with pytest.raises(ValueError, match="range"):
-        number_format.pack(torch.full((1, 3), number_format.minimum - 1, dtype=torch.int8))
+    if number_format.lowest > -128:
+        with pytest.raises(ValueError, match="range"):
+            number_format.pack(torch.full((1, 3), number_format.lowest - 1, dtype=torch.int8))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -317,9 +318,7 @@ def test_golden_matrix_of_blocks() -> None:
     [
         ("ternary", "byte", [243], 5),
         ("ternary", "filling", [0], 4),
-        ("int4", "range", [0x08], 2),
         ("int4", "unused bits", [0x10], 1),
-        ("int8", "range", [0x80], 1),
         ("int4", "must be uint8", [0, 0], 1),
     ],
 )
@@ -482,7 +481,6 @@ def test_unpacking_a_matrix_trusts_nothing() -> None:
         "byte is above 242": changed("ternary", (1, 0), 255),
         "filling codes": changed("ternary", (1, 1), 0),
         "unused bits": changed("int4", (0, 4), 0x70),
-        "range of int4": changed("int4", (0, 0), 0x88),
     }
     for reason, bad in damaged.items():
         with pytest.raises(ValueError, match=reason):

@@ -17,6 +17,7 @@ LAYERS = (
     {"stages"},
     {"exports", "tasks", "integration"},
     {"surgery", "allocate"},
+    {"attention"},
     {"packed", "models", "data"},
     {"kernels"},
     {"formats", "losses"},
@@ -29,7 +30,7 @@ HEIGHT = {room: len(LAYERS) - index for index, rooms in enumerate(LAYERS) for ro
 TENSORS_ONLY = {"formats", "losses"}
 #: Folders of many of one kind: their files do not know each other (but `show` prints the schemas of all stages).
 PLUGINS = {"stages", "exports", "tasks", "formats", "losses"}
-KNOW_TRANSFORMERS = {"models", "data", "surgery", "integration"}
+KNOW_TRANSFORMERS = {"models", "data", "attention", "surgery", "integration"}
 
 
 def imports(path: Path) -> list[str]:

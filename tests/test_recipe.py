@@ -90,7 +90,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"calibrate": {"bits": 9.0}}, "--bits is 9.0; expected a number from 1.58 to 8."),
     ({"calibrate": {"bits": 1.5}}, "--bits is 1.5; expected a number from 1.58 to 8."),
     ({"calibrate": {"bits": float("nan")}}, "--bits is nan; expected a finite number."),
-    ({"calibrate": {"kv_bits": 4}}, "--kv-bits is 4; expected 8 or 16."),
+    ({"calibrate": {"kv_bits": 5}}, "--kv-bits is 5; expected 4, 8 or 16."),
     ({"calibrate": {"group_size": 4}}, "--group-size is 4; expected a whole number from 8 to 65536."),
     (
         {"calibrate": {"group_size": "rows"}},

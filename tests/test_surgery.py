@@ -82,7 +82,9 @@ def test_shared_gradients_equal_unshared_ones(monkeypatch: pytest.MonkeyPatch) -
 
     shared = gradients()
     monkeypatch.setattr(
-        SharedActivations, "__call__", lambda self, x: formats.fake_quantize_activations(x, self.bits, self.group_size)
+        SharedActivations,
+        "__call__",
+        lambda self, x, *_: formats.fake_quantize_activations(x, self.bits, self.group_size),
     )
     alone = gradients()
     assert len(shared) == len(alone) > 10

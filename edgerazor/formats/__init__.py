@@ -1,13 +1,19 @@
 """Number formats: weights <-> codes <-> bytes. Each file here whose name has no underscore is a format.
 
-Read `_base.py` first (what a format is), then `ternary.py` (the shortest real one), `_matrix.py` (rows
-or blocks of different formats) and `_activations.py`.
+Read `_base.py` first (what a format is), then `ternary.py` (the shortest real one), `_matrix.py` (rows or blocks of
+different formats), `_learned.py` (scales that are trained) and `_activations.py`.
 """
 
 from edgerazor import registry
-from edgerazor.formats._activations import fake_quantize_activations, fake_quantize_kv, quantize_activations
+from edgerazor.formats._activations import (
+    fake_quantize_activations,
+    fake_quantize_kv,
+    fake_quantize_probabilities,
+    quantize_activations,
+)
 from edgerazor.formats._base import Encoded, Format, group_count, straight_through
 from edgerazor.formats._indices import index_columns
+from edgerazor.formats._learned import gradient_inlet, initial_scales, learned_weight, stored_scales
 from edgerazor.formats._matrix import (
     BLOCK_FORMATS,
     ROW_FORMATS,
@@ -24,6 +30,7 @@ from edgerazor.formats._matrix import (
     tensor_bytes,
     unpack_matrix,
 )
+from edgerazor.formats._static import calibrated_scale, fake_quantize_static, magnitude_counts, quantize_static
 
 __all__ = [
     "BLOCK_FORMATS",
@@ -33,19 +40,28 @@ __all__ = [
     "Encoded",
     "Format",
     "MatrixSpec",
+    "calibrated_scale",
     "decode_matrix",
     "digest",
     "encode_matrix",
     "fake_quantize_activations",
     "fake_quantize_kv",
     "fake_quantize_matrix",
+    "fake_quantize_probabilities",
+    "fake_quantize_static",
     "get",
+    "gradient_inlet",
     "group_count",
     "index_columns",
+    "initial_scales",
+    "learned_weight",
+    "magnitude_counts",
     "names",
     "pack_matrix",
     "quantize_activations",
+    "quantize_static",
     "round_trip",
+    "stored_scales",
     "straight_through",
     "tensor_bytes",
     "unpack_matrix",

@@ -2,7 +2,8 @@
 
 With `b` bits the codes run from `-(2^(b-1)-1)` to `2^(b-1)-1` (the lonely most negative code stays unused, so that `w`
 and `-w` are treated alike) and `s = max|w| / (2^(b-1)-1)`: nothing is clipped, and one large weight makes its whole
-group coarse. Source: EdgeRazor, arXiv 2605.04062, absmax quantization.
+group coarse. Source: EdgeRazor, arXiv 2605.04062, absmax quantization. A scale that does not follow from the largest
+weight (a learned one) uses the code `-2^(b-1)` too, as LSQ does (arXiv 1902.08153).
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ class Absmax(Format):
         self.code_bits = bits
         self.maximum = 2 ** (bits - 1) - 1
         self.minimum = -self.maximum
+
+    @property
+    def lowest(self) -> int:
+        """`-2^(b-1)`."""
+        return self.minimum - 1
 
     def scale_rule(self, groups: Tensor) -> Tensor:
         """`max|w| / maximum` of each group: float32 [..., group] to float32 [...]."""

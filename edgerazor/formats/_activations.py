@@ -43,6 +43,25 @@ def fake_quantize_kv(x: Tensor, bits: int = 8) -> Tensor:
     return straight_through(x, lambda x: _round_trip(x, bits, x.shape[-1], stored=True))
 
 
+def fake_quantize_probabilities(p: Tensor, bits: int = 8) -> Tensor:
+    """Attention probabilities [..., keys] in unsigned codes, 0 to 2^bits-1, with one scale for each token and head.
+
+    Dtype, shape, gradient: as `fake_quantize_activations`.
+
+    Raises:
+        ValueError: the bits are not 2 to 8.
+    """
+    if not 2 <= bits <= 8:
+        raise ValueError(f"probabilities are quantized to 2 to 8 bits, not {bits}")
+
+    def round_trip(p: Tensor) -> Tensor:
+        exact = p.float()
+        scales = exact.amax(dim=-1, keepdim=True).div_(2**bits - 1).clamp_(min=TINY)  # [..., 1]
+        return (exact / scales).round_().mul_(scales).to(p.dtype)
+
+    return straight_through(p, round_trip)
+
+
 def quantize_activations(x: Tensor, bits: int = 8, group_size: int = 256) -> tuple[Tensor, Tensor]:
     """Codes int8 [..., features] and scales float32 [..., groups]: the same numbers as `fake_quantize_activations`.
 

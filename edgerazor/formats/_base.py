@@ -51,7 +51,7 @@ class Format(ABC):
     Attributes:
         name: its name in recipes and files.
         nominal_bits: bits a weight by the name's count, without scales (ternary is exactly 1.58).
-        minimum, maximum: the smallest and largest code.
+        minimum, maximum: the smallest and largest code of weights whose scale follows from the format's rule.
         code_bits: width of the two's-complement bit field that `pack` gives to a code.
     """
 
@@ -74,9 +74,14 @@ class Format(ABC):
             float32 or float64 [...]; not finite exactly where a weight of the group is not.
         """
 
-    def choose_(self, ratios: Tensor) -> Tensor:
-        """Codes, still as float32, of the ratios `w / s` (any shape); works in place. Ties round to even."""
-        return ratios.round_().clamp_(self.minimum, self.maximum)
+    @property
+    def lowest(self) -> int:
+        """The smallest code that can be stored; a given scale may use it even where the rule's scale does not."""
+        return self.minimum
+
+    def choose_(self, ratios: Tensor, smallest: int) -> Tensor:
+        """Codes from `smallest` on, still floating, of the ratios `w / s` (any shape); works in place. Ties to even."""
+        return ratios.round_().clamp_(smallest, self.maximum)
 
     def level_(self, codes: Tensor) -> Tensor:
         """The level of each code in units of the scale (any floating dtype and shape); works in place."""
@@ -90,7 +95,8 @@ class Format(ABC):
         Args:
             w: any floating dtype [rows, cols].
             group_size: weights that share a scale; `cols` or more means whole rows.
-            scales: use these, [rows, groups], rounded to fp16, instead of the format's rule.
+            scales: use these, [rows, groups], rounded to fp16, and every code that can be stored, instead of the
+                format's rule.
 
         Raises:
             ValueError: a weight or given scale is not finite, a given scale is negative, or a shape does not fit.
@@ -128,24 +134,30 @@ class Format(ABC):
         """
         return straight_through(w, lambda w: self.round_trip(w, group_size))
 
-    def round_trip(self, w: Tensor, group_size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    def round_trip(
+        self, w: Tensor, group_size: int, dtype: torch.dtype = torch.float32, scales: Tensor | None = None
+    ) -> Tensor:
         """`decode(encode(w))` [rows, cols], computed in float32 block by block and given in `dtype`."""
         w, group, full = _grouping(w.detach(), group_size)
+        if scales is not None:
+            scales = _given_scales(w, group, scales)
         rounded = torch.empty(w.shape, dtype=dtype, device=w.device)
         for rows, cols, groups in _blocks(w, group, full):
-            codes, scales = self._encode(w[rows, cols], groups.stop - groups.start, None)
-            rounded[rows, cols] = self._decode_(codes, scales).flatten(1)
+            given = None if scales is None else scales[rows, groups]
+            codes, stored = self._encode(w[rows, cols], groups.stop - groups.start, given)
+            rounded[rows, cols] = self._decode_(codes, stored).flatten(1)
         return rounded
 
     def _encode(self, w: Tensor, groups: int, scales: Tensor | None) -> tuple[Tensor, Tensor]:
         """Codes as float32 [rows, groups, group] and scales as float16 [rows, groups] of one block, w [rows, cols]."""
         with torch.autocast(w.device.type, enabled=False):
             grouped = w.float().unflatten(1, (groups, -1))
+            smallest = self.minimum if scales is None else self.lowest
             if scales is None:
                 scales = _stored_scale(self.scale_rule(grouped))
             # Dividing by infinity where the scale is zero makes every ratio, and so every code, zero.
             divisor = scales.float().masked_fill_(scales == 0, torch.inf)
-            codes = self.choose_(grouped / divisor.unsqueeze(2))
+            codes = self.choose_(grouped / divisor.unsqueeze(2), smallest)
             return codes.add_(0.0), scales  # adding zero turns -0.0 into 0.0: as integers, codes have one zero
 
     def _decode_(self, codes: Tensor, scales: Tensor) -> Tensor:
@@ -206,8 +218,8 @@ class Format(ABC):
         """ValueError unless `codes` is an int8 matrix of codes that the format has."""
         if codes.dtype != torch.int8 or codes.dim() != 2:
             raise ValueError(f"codes must be an int8 matrix, got {codes.dtype} with {codes.dim()} dimensions")
-        if codes.numel() and (codes.min() < self.minimum or codes.max() > self.maximum):
-            raise ValueError(f"a code is outside the range of {self.name}, {self.minimum} to {self.maximum}")
+        if codes.numel() and (codes.min() < self.lowest or codes.max() > self.maximum):
+            raise ValueError(f"a code is outside the range of {self.name}, {self.lowest} to {self.maximum}")
 
     def check_packed(self, packed: Tensor, cols: int) -> None:
         """ValueError unless `packed` is a byte matrix of the width that `cols` codes take."""

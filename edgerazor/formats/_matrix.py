@@ -203,24 +203,41 @@ class Strip(NamedTuple):
         return scales[:, self.groups].reshape(self.rows, group_count(self.width, self.spec.group_size))
 
 
-def encode_matrix(w: Tensor, spec: MatrixSpec) -> Encoded:
+def encode_matrix(w: Tensor, spec: MatrixSpec, scales: Tensor | None = None) -> Encoded:
     """Codes int8 [rows, cols] and scales float16 [rows, groups], in the matrix's own row order, of w [rows, cols].
+
+    Args:
+        w: any floating dtype [rows, cols].
+        spec: formats of the rows.
+        scales: use these, [rows, groups], instead of the formats' rules (see `Format.encode`).
 
     Raises:
         ValueError: as `Format.encode`, or the specification is for another number of rows.
     """
     if spec.block_formats is not None:
         strips = spec.strips(w.shape)
-        parts = [encode_matrix(strip.of(w.detach()), strip.spec) for strip in strips]
+        parts = [
+            encode_matrix(strip.of(w.detach()), strip.spec, None if scales is None else strip.scales_of(scales))
+            for strip in strips
+        ]
         return Encoded(
             join_strips(strips, [each.codes for each in parts]), join_strips(strips, [each.scales for each in parts])
         )
     spec.check_shape(w.shape)
-    encoded = [(part.encode(_select(w.detach(), rows), spec.group_size), rows) for part, rows in spec.parts]
+    encoded = [
+        (part.encode(_select(w.detach(), rows), spec.group_size, given), rows)
+        for part, rows, given in _with_scales(spec, scales)
+    ]
     codes = _merge([(each.codes, rows) for each, rows in encoded], (*w.shape,), torch.int8, w.device)
     groups = group_count(w.shape[1], spec.group_size)
-    scales = _merge([(each.scales, rows) for each, rows in encoded], (w.shape[0], groups), torch.float16, w.device)
-    return Encoded(codes, scales)
+    stored = _merge([(each.scales, rows) for each, rows in encoded], (w.shape[0], groups), torch.float16, w.device)
+    return Encoded(codes, stored)
+
+
+def _with_scales(spec: MatrixSpec, scales: Tensor | None) -> Iterator[tuple[Format, Tensor | None, Tensor | None]]:
+    """Each format, its rows, and their share of the given scales [rows, groups]."""
+    for number_format, rows in spec.parts:
+        yield number_format, rows, None if scales is None else _select(scales, rows)
 
 
 def decode_matrix(encoded: Encoded, spec: MatrixSpec) -> Tensor:
@@ -251,23 +268,26 @@ def fake_quantize_matrix(w: Tensor, spec: MatrixSpec) -> Tensor:
     return straight_through(w, lambda w: round_trip(w, spec))
 
 
-def round_trip(w: Tensor, spec: MatrixSpec, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`decode_matrix(encode_matrix(w))` [rows, cols] without gradient, block by block: never whole but in `dtype`.
+def round_trip(w: Tensor, spec: MatrixSpec, dtype: torch.dtype = torch.float32, scales: Tensor | None = None) -> Tensor:
+    """`decode_matrix(encode_matrix(w, scales))` [rows, cols] without gradient, never whole but in `dtype`.
 
     Raises:
         ValueError: as `encode_matrix`.
     """
     if spec.block_formats is not None:
         strips = spec.strips(w.shape)
-        return join_strips(strips, [round_trip(strip.of(w), strip.spec, dtype) for strip in strips])
+        parts = [(strip, None if scales is None else strip.scales_of(scales)) for strip in strips]
+        return join_strips(strips, [round_trip(strip.of(w), strip.spec, dtype, given) for strip, given in parts])
     spec.check_shape(w.shape)
     if spec.row_formats is None:
-        return spec.parts[0][0].round_trip(w, spec.group_size, dtype)
+        return spec.parts[0][0].round_trip(w, spec.group_size, dtype, scales)
     rounded = torch.empty(w.shape, dtype=dtype, device=w.device)
     for number_format, rows in spec.parts:
         assert rows is not None
         for block in rows.to(w.device).split(block_rows(w)):  # gathered, rounded and put back while in the cache
-            rounded.index_copy_(0, block, number_format.round_trip(w.index_select(0, block), spec.group_size, dtype))
+            given = None if scales is None else scales.index_select(0, block)
+            part = number_format.round_trip(w.index_select(0, block), spec.group_size, dtype, given)
+            rounded.index_copy_(0, block, part)
     return rounded
 
 

@@ -25,9 +25,9 @@ class HalfOffset(Format):
         """`mean|w|` of each group: float32 [..., group] to float64 [...]; summed in float64, as in `ternary`."""
         return groups.abs().mean(dim=-1, dtype=torch.float64)
 
-    def choose_(self, ratios: Tensor) -> Tensor:
+    def choose_(self, ratios: Tensor, smallest: int) -> Tensor:
         """The interval that each ratio lies in."""
-        return ratios.floor_().clamp_(self.minimum, self.maximum)
+        return ratios.floor_().clamp_(smallest, self.maximum)
 
     def level_(self, codes: Tensor) -> Tensor:
         """The middle of the interval."""

@@ -27,14 +27,21 @@ VARIABLE = "EDGERAZOR_ISA"
 
 
 class _Implementation(NamedTuple):
-    linear: Callable[[Tensor, Encoded, MatrixSpec, Tensor | None, int, int], Tensor]
+    linear: Callable[[Tensor, Encoded, MatrixSpec, Tensor | None, int, int, float | None], Tensor]
     embedding: Callable[[Tensor, Encoded, MatrixSpec], Tensor]
 
 
 def _decode_and_multiply(
-    x: Tensor, encoded: Encoded, spec: MatrixSpec, bias: Tensor | None, activation_bits: int, activation_group: int
+    x: Tensor,
+    encoded: Encoded,
+    spec: MatrixSpec,
+    bias: Tensor | None,
+    activation_bits: int,
+    activation_group: int,
+    activation_scale: float | None,
 ) -> Tensor:
-    return decoded_linear(x, decode_matrix(encoded, spec), bias, activation_bits, activation_group)
+    weight = decode_matrix(encoded, spec)
+    return decoded_linear(x, weight, bias, activation_bits, activation_group, activation_scale)
 
 
 _IMPLEMENTATIONS = {
@@ -67,9 +74,11 @@ def linear(
     bias: Tensor | None = None,
     activation_bits: int = 8,
     activation_group: int = 256,
+    activation_scale: float | None = None,
 ) -> Tensor:
     """`y = W x + bias`, float32 [..., out], for x [..., in]; see `reference.linear` for arguments and errors."""
-    return _IMPLEMENTATIONS[name()].linear(x, encoded, spec, bias, activation_bits, activation_group)
+    multiply = _IMPLEMENTATIONS[name()].linear
+    return multiply(x, encoded, spec, bias, activation_bits, activation_group, activation_scale)
 
 
 def embedding(ids: Tensor, encoded: Encoded, spec: MatrixSpec) -> Tensor:

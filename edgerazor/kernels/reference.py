@@ -19,8 +19,10 @@ from edgerazor.formats import (
     MatrixSpec,
     decode_matrix,
     fake_quantize_activations,
+    fake_quantize_static,
     group_count,
     quantize_activations,
+    quantize_static,
 )
 
 #: `activation_bits` that means: leave the activations as they are.
@@ -34,6 +36,7 @@ def linear(
     bias: Tensor | None = None,
     activation_bits: int = 8,
     activation_group: int = 256,
+    activation_scale: float | None = None,
 ) -> Tensor:
     """`y = W x + bias` by integer sums within groups.
 
@@ -44,6 +47,7 @@ def linear(
         bias: float32 [out].
         activation_bits: 2 to 8, or 16 for activations as they are (then it is `decoded_linear`).
         activation_group: features of x that share a scale; it need not be the group size of W.
+        activation_scale: the scale of all of x, instead of one found for each group of each token.
 
     Returns:
         float32 [..., out].
@@ -55,7 +59,11 @@ def linear(
     if activation_bits == UNQUANTIZED:
         return decoded_linear(x, decode_matrix(encoded, spec), bias, UNQUANTIZED)
     tokens = x.reshape(-1, x.shape[-1])
-    x_codes, x_scales = quantize_activations(tokens, activation_bits, activation_group)
+    if activation_scale is None:
+        x_codes, x_scales = quantize_activations(tokens, activation_bits, activation_group)
+    else:
+        activation_group = x.shape[-1]
+        x_codes, x_scales = quantize_static(tokens, activation_bits, activation_scale)
     levels = _levels(encoded.codes, spec)
     y = torch.zeros(x_codes.shape[0], levels.shape[0], dtype=torch.float32, device=x.device)
     for start, stop in _segments(levels.shape[1], spec.group_size, activation_group):
@@ -75,6 +83,7 @@ def decoded_linear(
     bias: Tensor | None = None,
     activation_bits: int = 8,
     activation_group: int = 256,
+    activation_scale: float | None = None,
 ) -> Tensor:
     """`linear` for decoded weights, float32 [out, in], as one product of float32 matrices.
 
@@ -83,7 +92,9 @@ def decoded_linear(
     _check_features(x, weight.shape[1])
     with torch.autocast(x.device.type, enabled=False):
         x = x.float()
-        if activation_bits != UNQUANTIZED:
+        if activation_bits != UNQUANTIZED and activation_scale is not None:
+            x = fake_quantize_static(x, activation_bits, activation_scale)
+        elif activation_bits != UNQUANTIZED:
             x = fake_quantize_activations(x, activation_bits, activation_group)
         return torch.nn.functional.linear(x, weight, None if bias is None else bias.float())
 

@@ -15,12 +15,12 @@ from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from edgerazor import data, models
+from edgerazor import attention, data, models, surgery
 from edgerazor.allocate import Plan, make_plan
 from edgerazor.errors import UserError, usage_error
 from edgerazor.losses import METRICS
 from edgerazor.models import PreTrainedModel, PreTrainedTokenizerBase
-from edgerazor.recipe import Recipe, Source
+from edgerazor.recipe import Calibrate, Recipe, Source
 from edgerazor.workdir import WorkDir
 
 
@@ -181,9 +181,79 @@ def read_layer_metrics(work: WorkDir) -> dict[str, list[float]]:
     Raises:
         UserError: the file is missing or damaged.
     """
+    return {metric: _statistics(work, f"layer_{metric}") for metric in METRICS}
+
+
+def input_scales(plan: Plan, found: models.Structure, work: WorkDir | None) -> dict[str, float] | None:
+    """Calibrate's scale for the input of each linear layer and the head; None where they are found anew each time.
+
+    Args:
+        plan: says whether there are any.
+        found: where the linear layers are.
+        work: where calibrate wrote them; None to make some up.
+
+    Raises:
+        UserError: the file is missing or damaged, or calibrate did not look for them.
+    """
+    if plan.activation_scales == "dynamic":
+        return None
+    names = (*(site.name for site in found.linears), found.head_path)
+    if work is None:
+        return dict.fromkeys(names, 1.0)
+    if read_plan(work).activation_bits != plan.activation_bits:
+        raise UserError(
+            f"The scales in {work.statistics_file} are not for {plan.activation_bits}-bit activations.",
+            "Run `edgerazor calibrate` first.",
+        )
     try:
         stored = load_file(work.statistics_file)
-        return {metric: [float(value) for value in stored[f"layer_{metric}"]] for metric in METRICS}
+        return {name: float(stored[f"input_scale/{name}"]) for name in names}
+    except (OSError, SafetensorError, KeyError):
+        raise _damaged(work.statistics_file) from None
+
+
+def check_attention(model: PreTrainedModel, wanted: Plan | Calibrate) -> None:
+    """Make sure that what enters attention can be rounded as wanted, and tokens be told apart.
+
+    Raises:
+        UserError: the model's attention is not built for it.
+    """
+    attention.check_cache(model, min(wanted.kv_bits, wanted.query_bits, wanted.probability_bits))
+    if wanted.adaptive_tokens != "off":
+        attention.decided_by(model)
+
+
+def settings_of(plan: Plan, found: models.Structure, work: WorkDir | None) -> surgery.Settings:
+    """How a student of this plan computes.
+
+    Args:
+        plan: what calibrate or the recipe decided.
+        found: how many layers there are.
+        work: where calibrate wrote the importance of tokens; None to make some up.
+
+    Raises:
+        UserError: it is needed and not there.
+    """
+    thresholds: tuple[float, ...] = ()
+    if plan.adaptive_tokens == "causal":
+        thresholds = (0.5,) * found.layer_count if work is None else tuple(_statistics(work, "importance_threshold"))
+    return surgery.Settings(
+        activation_bits=plan.activation_bits,
+        kv_bits=plan.kv_bits,
+        group_size=plan.group_size,
+        learned_scales=plan.scales == "learned",
+        learned_inputs=plan.activation_scales == "learned",
+        query_bits=plan.query_bits,
+        probability_bits=plan.probability_bits,
+        adaptive_tokens=plan.adaptive_tokens,
+        thresholds=thresholds,
+    )
+
+
+def _statistics(work: WorkDir, name: str) -> list[float]:
+    """A vector that calibrate wrote."""
+    try:
+        return [float(value) for value in load_file(work.statistics_file)[name]]
     except (OSError, SafetensorError, KeyError):
         raise _damaged(work.statistics_file) from None
 

@@ -6,6 +6,9 @@ Runs calibration text through the teacher and keeps, in `stats.safetensors`,
   (the diagonal of the Hessian of its squared output error; GPTQ's and imatrix's quantity);
 * `layer_cosine`, float32 [layers]: mean cosine similarity of each decoder layer's output and input;
 * `layer_l2` and `layer_variance`, float32 [layers]: mean norm of its output, and its variance over positions;
+* `input_scale/<module>`, float32 [], where activations have stored scales: the one with the least squared error for
+  the input of a linear layer or the head;
+* `importance_threshold`, float32 [layers], where tokens have bits of their own: see `attention.py`;
 
 and writes the plan: a format for every row or block of every matrix (`allocate.py`).
 """
@@ -21,7 +24,7 @@ from pydantic import BaseModel
 from rich.console import RenderableType
 from safetensors.torch import save_file
 
-from edgerazor import data, models, surgery
+from edgerazor import attention, data, formats, models
 from edgerazor.allocate import Plan
 from edgerazor.console import Console, duration, megabytes, table
 from edgerazor.errors import UserError
@@ -83,7 +86,7 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateResult:
     device = _shared.device_of(recipe)
     teacher, tokenizer = _shared.load_teacher(recipe, device, _shared.reading_dtype(device))
     found = models.structure(teacher)
-    surgery.check_cache(teacher, recipe.calibrate.kv_bits)
+    _shared.check_attention(teacher, recipe.calibrate)
     plan = _shared.new_plan(recipe, teacher, found.sites)
     length = _shared.sequence_length(recipe, teacher)
     make_folder(work.folder(NAME))
@@ -96,6 +99,10 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateResult:
     moments, measured, tokens = observe(recipe, teacher, found, rows, console)
     tensors = {f"input_second_moment/{name}": value for name, value in moments.items()}
     tensors |= {f"layer_{metric}": values for metric, values in measured.items()}
+    if plan.activation_scales != "dynamic":
+        tensors |= find_input_scales(recipe, teacher, found, rows, console)
+    if plan.adaptive_tokens == "causal":
+        tensors["importance_threshold"] = find_thresholds(recipe, teacher, found, rows, console)
     write_atomically(work.statistics_file, lambda path: save_file(tensors, path))
     write_text(work.plan_file, plan.model_dump_json(indent=1) + "\n")
     result = CalibrateResult(
@@ -156,6 +163,65 @@ def observe(
     tokens = weights["tokens"]
     moments = {name: (value / tokens).float().cpu() for name, value in sums.items()}
     return moments, {metric: (values / tokens).float() for metric, values in measured.items()}, tokens
+
+
+@torch.no_grad()
+def find_input_scales(
+    recipe: Recipe,
+    teacher: PreTrainedModel,
+    found: models.Structure,
+    rows: data.TokenRows,
+    console: Console,
+) -> dict[str, torch.Tensor]:
+    """`input_scale/<module>` of every linear layer and the head, float32 [], from the calibration text."""
+    counts: dict[str, torch.Tensor] = {}
+    keep = torch.empty(0)
+
+    def observing(name: str) -> Any:
+        def hook(_module: Any, args: tuple) -> None:
+            counts[name] = counts.get(name, 0) + formats.magnitude_counts(args[0][keep])
+
+        return hook
+
+    names = [*(site.name for site in found.linears), found.head_path]
+    handles = [teacher.get_submodule(name).register_forward_pre_hook(observing(name)) for name in names]
+    batches = list(data.sample_batches(rows, recipe.calibrate.sequences, recipe.calibrate.batch_size))
+    try:
+        with console.track("ranges of activations", len(batches)) as tracker:
+            for batch in batches:
+                keep = (batch["labels"] != -100).to(teacher.device)
+                teacher(input_ids=batch["input_ids"].to(teacher.device), use_cache=False)
+                tracker.advance()
+    finally:
+        for handle in handles:
+            handle.remove()
+    bits = recipe.calibrate.activation_bits
+    return {f"input_scale/{name}": torch.tensor(formats.calibrated_scale(counts[name], bits)) for name in names}
+
+
+@torch.no_grad()
+def find_thresholds(
+    recipe: Recipe,
+    teacher: PreTrainedModel,
+    found: models.Structure,
+    rows: data.TokenRows,
+    console: Console,
+) -> torch.Tensor:
+    """The importance that the unimportant share of calibration tokens lies below, float32 [layers]."""
+    attention.decided_by(teacher)
+    tokens = attention.ImportantTokens(None)
+    attention.watch_tokens(teacher, tokens)
+    attention.quantize_cache(teacher, 16)
+    seen: list[list[torch.Tensor]] = [[] for _ in range(found.layer_count)]
+    batches = list(data.sample_batches(rows, recipe.calibrate.sequences, recipe.calibrate.batch_size))
+    with console.track("importance of tokens", len(batches)) as tracker:
+        for batch in batches:
+            teacher(input_ids=batch["input_ids"].to(teacher.device), use_cache=False)
+            for layer, values in enumerate(seen):
+                values.append(tokens.importance[layer][(batch["labels"] != -100).to(teacher.device)].cpu())
+            tracker.advance()
+    share = attention.UNIMPORTANT_SHARE
+    return torch.stack([torch.cat(values).sort().values[int(share * sum(map(len, values)))] for values in seen])
 
 
 def write_own_text(

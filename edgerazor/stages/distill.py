@@ -285,7 +285,12 @@ def prepare(recipe: Recipe, work: WorkDir, imagined: bool = False) -> Job:
     length = min(_shared.sequence_length(recipe, each) for each in (teacher, *(other.model for other in others)))
     imagine_text = imagined and not (recipe.data.train or work.generated_text.exists())
     rows, held_out = imagined_text(length) if imagine_text else _shared.open_text(recipe, work, tokenizer, length)
-    student = make_student(recipe, structure, plan, accelerator.device)
+    calibrated = None if imagined else work
+    how, input_scales = (
+        _shared.settings_of(plan, structure, calibrated),
+        _shared.input_scales(plan, structure, calibrated),
+    )
+    student = make_student(recipe, structure, plan, how, input_scales, accelerator.device)
     _objective.open_models(student, teacher, structure, terms)
     logit_shape = models.logit_shape(teacher)
     return Job(
@@ -326,7 +331,14 @@ def check_losses(recipe: Recipe) -> None:
     _objective.check(recipe)
 
 
-def make_student(recipe: Recipe, structure: models.Structure, plan: Plan, device: torch.device) -> PreTrainedModel:
+def make_student(
+    recipe: Recipe,
+    structure: models.Structure,
+    plan: Plan,
+    settings: surgery.Settings,
+    input_scales: dict[str, float] | None,
+    device: torch.device,
+) -> PreTrainedModel:
     """A float32 copy of the teacher, or a random one for the control, with training modules in it."""
     if recipe.distill.initialise == "teacher":
         student, _ = models.load(recipe.model, recipe.revision, "cpu", torch.float32, recipe.trust_remote_code)
@@ -334,18 +346,20 @@ def make_student(recipe: Recipe, structure: models.Structure, plan: Plan, device
         student = models.initialise(recipe.model, recipe.revision, recipe.seed, recipe.trust_remote_code)
     if recipe.distill.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
-    settings = surgery.Settings(plan.activation_bits, plan.kv_bits, plan.group_size)
-    surgery.prepare_for_training(student, structure, plan.specs(), settings)
+    scales_only = recipe.distill.train == "scales"
+    surgery.prepare_for_training(student, structure, plan.specs(), settings, scales_only, input_scales)
     student.config.use_cache = False
     return student.to(device).train()
 
 
 def make_optimizer(student: PreTrainedModel, settings: Distill) -> torch.optim.Optimizer:
-    """AdamW; weight decay on matrices only."""
+    """AdamW; weight decay on matrices only, not on their scales."""
     parameters = [p for p in student.parameters() if p.requires_grad]
+    scales = {id(matrix.scales) for matrix in surgery.training_matrices(student).values()}
+    decaying = {id(p) for p in parameters if p.ndim > 1} - scales
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in parameters if id(p) in decaying], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if id(p) not in decaying], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=True)
 
@@ -525,7 +539,11 @@ def held_out_sums(job: Job, batch: Batch) -> dict[str, float]:
 
 
 def save_student(job: Job, folder: Path, digests: dict[str, str], value: float) -> None:
-    """Master weights (float32) under the teacher's own names, and the digests of the codes that were just used."""
+    """What was trained, and the digests of the codes that were just used.
+
+    Master weights are float32 under the teacher's own names, trained scales lie beside them (`P.scales` of `P.weight`);
+    where only scales were trained, `P.weight` is the codes, int8.
+    """
     measured = {"step": job.progress.step, "measure": f"held-out {measured_by(job)}", "value": value}
     seen: set[int] = set()
     tensors = {}
@@ -614,15 +632,17 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> DistillDryRun:
     began = time.monotonic()
     train_step(job, batches)
     seconds = time.monotonic() - began
-    parameters = sum(p.numel() for p in job.student.parameters())
+    weights = sum(p.numel() * p.element_size() for p in job.student.parameters())
+    moments = sum(8 * p.numel() for p in job.student.parameters() if p.requires_grad)
+    gradients = moments // 2
     teacher = sum(p.numel() * p.element_size() for each in job.teachers for p in each.model.parameters())
     logits = job.settings.batch_size * job.length * job.student.config.get_text_config().vocab_size * 4
     return DistillDryRun(
         notation=job.plan.notation(),
         steps=job.steps,
         tokens_per_step=job.tokens_per_step,
-        memory_bytes=16 * parameters + teacher + 4 * logits,
-        disk_bytes=(12 + 12 + 4 + 4 + 4) * parameters,  # checkpoint, the next one, best, last, and one being written
+        memory_bytes=weights + gradients + moments + teacher + 4 * logits,
+        disk_bytes=2 * (weights + moments) + 3 * weights,  # checkpoint, the next one, best, last, one being written
         result_bytes=job.plan.bytes(),
         seconds_per_step=float(f"{seconds:.3g}"),
         seconds=float(f"{seconds * job.steps:.3g}") if job.steps else job.settings.max_time,

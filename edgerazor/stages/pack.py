@@ -1,8 +1,9 @@
 """Write the packed model: encode once, pack, write, read again, and compare with what training computed.
 
-The student's float32 master weights go through `encode`, the same function that every training step called; the
-written file must then decode to exactly the codes and scales whose digests the last evaluation of the training
-recorded. Without a student, the teacher's own weights are rounded to nearest (`edgerazor pack MODEL --bits 4`).
+The student's float32 master weights go through `encode`, the same function that every training step called, with
+their trained scales if they have them (codes that training kept fixed are taken as they are). The written file must
+then decode to exactly the codes and scales whose digests the last evaluation of the training recorded. Without a
+student, the teacher's own weights are rounded to nearest (`edgerazor pack MODEL --bits 4`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel
@@ -43,7 +45,8 @@ COPIED = (
     "generation_config.json",
 )
 
-Reader = Callable[[str], Tensor]
+#: Path of a module -> its weight (float, or int8 for codes) and its scales where they were trained.
+Reader = Callable[[str], tuple[Tensor, Tensor | None]]
 
 
 class PackResult(BaseModel):
@@ -81,6 +84,9 @@ def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
         distilled = work.manifest("distill")
         return {"student": distilled.fingerprint() if distilled else "missing", **common}
     settings = _shared.settings("calibrate", recipe.calibrate, ("sequences", "batch_size"))
+    if recipe.calibrate.activation_scales != "dynamic" or recipe.calibrate.adaptive_tokens == "causal":
+        calibrated = work.manifest("calibrate")
+        settings["calibrate"] = calibrated.fingerprint() if calibrated else "missing"
     return {"student": "the teacher, rounded to nearest", **settings, **common}
 
 
@@ -111,6 +117,12 @@ def plan_of(recipe: Recipe, work: WorkDir, teacher: models.PreTrainedModel) -> P
     """The student's plan, or for rounding the plan of the recipe's settings."""
     if source_of(recipe, work) == "student":
         return _shared.read_plan(work)
+    for field, other in (("scales", "rule"), ("activation_scales", "static")):
+        if getattr(recipe.calibrate, field) == "learned":
+            raise usage_error(
+                f"`calibrate.{field}: learned` needs a training, but the teacher is rounded without one.",
+                f"Use `{field}: {other}`, or run `edgerazor distill`.",
+            )
     return _shared.new_plan(recipe, teacher, models.structure(teacher).sites)
 
 
@@ -121,17 +133,22 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> PackResult:
     teacher, _ = models.load(recipe.model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
     found = models.structure(teacher)
     plan = plan_of(recipe, work, teacher)
-    surgery.check_cache(teacher, plan.kv_bits)
+    _shared.check_attention(teacher, plan)
+    input_scales = {
+        f"{name}.{packed.INPUT_SCALE}": torch.tensor(scale)
+        for name, scale in (_shared.input_scales(plan, found, work) or {}).items()
+    }
     make_folder(work.path)
-    settings = {"activation_bits": plan.activation_bits, "kv_bits": plan.kv_bits, "group_size": plan.group_size}
+    computing = _shared.settings_of(plan, found, work)
+    settings = {name: getattr(computing, name) for name in packed.SETTINGS} | {"thresholds": list(computing.thresholds)}
     with (
-        student_weights(source, recipe, work, teacher) as (read, others, digests),
+        student_weights(source, recipe, work, teacher) as (read, trained, digests),
         replace_folder(work.folder(NAME)) as folder,
     ):
         packed.write(
             folder,
             encoded(plan, read, digests if source == "teacher" else None, console),
-            others,
+            input_scales | trained,
             tied={} if found.head else {found.head_path: found.embedding.name},
             settings=settings,
             provenance=provenance(recipe, work, source, teacher_folder, plan),
@@ -157,7 +174,7 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> PackResult:
 
 
 class student_weights:  # noqa: N801 - used as a context manager, like those of contextlib
-    """The weights to pack: a reader by tensor name, the tensors that stay as they are, and recorded digests.
+    """The weights to pack: a reader by module path, the tensors that stay as they are, and recorded digests.
 
     For a student the digests are those of training. For the teacher there are none yet: `encoded` fills them in.
     """
@@ -168,10 +185,11 @@ class student_weights:  # noqa: N801 - used as a context manager, like those of 
     def __enter__(self) -> tuple[Reader, dict[str, Tensor], dict[str, str]]:
         quantized = {f"{site.name}.weight" for site in models.structure(self.teacher).sites}
         quantized.add(f"{models.structure(self.teacher).head_path}.weight")
+        quantized |= {f"{name.removesuffix('weight')}scales" for name in quantized}
         if self.source == "teacher":
             state = self.teacher.state_dict()
             others = {name: tensor.contiguous() for name, tensor in state.items() if name not in quantized}
-            return state.__getitem__, others, {}
+            return lambda name: (state[f"{name}.weight"], None), others, {}
         folder = self.work.student(self.recipe.pack.student)
         try:
             self.file = safe_open(folder / "model.safetensors", framework="pt").__enter__()
@@ -182,7 +200,12 @@ class student_weights:  # noqa: N801 - used as a context manager, like those of 
             raise UserError(
                 f"The student {folder} cannot be read: {str(error).rstrip('.')}.", "Run `edgerazor distill --force`."
             ) from None
-        return self.file.get_tensor, others, digests
+
+        def read(name: str) -> tuple[Tensor, Tensor | None]:
+            scales = f"{name}.scales"
+            return self.file.get_tensor(f"{name}.weight"), self.file.get_tensor(scales) if scales in names else None
+
+        return read, others, digests
 
     def __exit__(self, *exception: object) -> None:
         if self.source == "student":
@@ -194,7 +217,7 @@ def encoded(plan: Plan, read: Reader, digests: dict[str, str] | None, console: C
     with console.track("pack", len(plan.matrices)) as tracker:
         for matrix in plan.matrices:
             spec = matrix.spec()
-            codes = formats.encode_matrix(read(f"{matrix.name}.weight"), spec)
+            codes = surgery.encode_trained(*read(matrix.name), spec)
             if digests is not None:
                 digests[matrix.name] = formats.digest(codes, spec)
             yield PackedMatrix(matrix.name, matrix.kind, codes, spec)
@@ -216,7 +239,7 @@ def provenance(recipe: Recipe, work: WorkDir, source: str, teacher_folder: Path,
     }
 
 
-def accompany(folder: Path, teacher_folder: Path, config: object, settings: dict[str, int]) -> None:
+def accompany(folder: Path, teacher_folder: Path, config: object, settings: dict[str, Any]) -> None:
     """Configuration, generation settings, tokenizer and chat template."""
     for pattern in COPIED:
         for file in sorted(teacher_folder.glob(pattern)):

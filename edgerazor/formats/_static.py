@@ -1,0 +1,125 @@
+"""Activations with one stored scale for each linear layer's input, found beforehand or trained.
+
+A dynamic scale (`_activations.py`) needs the largest value of every group of every token before anything can be
+rounded. A stored one needs nothing at run time, but must serve all tokens: too small and the largest values are cut
+off, too large and the small ones vanish. `calibrated_scale` takes the scale with the least squared error on calibration
+text. Trained, it is LSQ's step (Esser et al., arXiv 1902.08153): with `r = x / s` and codes from `-Qp` to `Qp`,
+
+    d x' / d x = 1 where -Qp < r < Qp, else 0
+    d x' / d s = (round(r) - r where -Qp < r < Qp, else sign(r)*Qp) / sqrt(features*Qp)
+
+The scale is a float32 number in training and in the packed file.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+#: The smallest scale: a trained one never reaches zero.
+SMALLEST = 2.0**-24
+#: Magnitudes are counted in bins of equal ratio, BINS_PER_OCTAVE to a factor of two, from 2^FIRST to 2^LAST.
+FIRST, LAST, BINS_PER_OCTAVE = -24, 24, 16
+
+
+def fake_quantize_static(x: Tensor, bits: int, scale: Tensor | float) -> Tensor:
+    """Activations as the packed model computes with them, with the gradients above.
+
+    Args:
+        x: any floating dtype [..., features].
+        bits: 2 to 8.
+        scale: float32 [] or a number; below `SMALLEST` it counts as that.
+
+    Returns:
+        code times scale, computed in float32, in the dtype and shape of `x`; NaN stays NaN.
+
+    Raises:
+        ValueError: the bits are not 2 to 8.
+    """
+    step = scale if isinstance(scale, Tensor) else torch.full((), scale, dtype=torch.float32, device=x.device)
+    quantized: Tensor = _Step.apply(x, step, _largest_code(bits))
+    return quantized
+
+
+def quantize_static(x: Tensor, bits: int, scale: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Codes int8 [tokens, features] and scales float32 [tokens, 1] of x [tokens, features].
+
+    Raises:
+        ValueError: a value is not finite (integers cannot say so), or the bits are not 2 to 8.
+    """
+    if not torch.isfinite(x).all():
+        raise ValueError("an activation is not finite")
+    step = _positive(
+        scale if isinstance(scale, Tensor) else torch.full((), scale, dtype=torch.float32, device=x.device)
+    )
+    return _codes(x, step, _largest_code(bits)).to(torch.int8), step.expand(len(x), 1)
+
+
+def _largest_code(bits: int) -> int:
+    if not 2 <= bits <= 8:
+        raise ValueError(f"activations are quantized to 2 to 8 bits, not {bits}")
+    return 2 ** (bits - 1) - 1
+
+
+def _positive(scale: Tensor) -> Tensor:
+    return scale.detach().clamp(min=SMALLEST)
+
+
+def _codes(x: Tensor, step: Tensor, largest: int) -> Tensor:
+    """Codes as a new float tensor."""
+    return (x.to(step.dtype) / step).round_().clamp_(-largest, largest)
+
+
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, largest: int) -> Tensor:
+        ctx.largest = largest
+        ctx.save_for_backward(x, scale)
+        step = _positive(scale)
+        return _codes(x, step, largest).mul_(step).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, scale = ctx.saved_tensors
+        ratio = x.to(scale.dtype) / _positive(scale)
+        inside = ratio.abs() < ctx.largest
+        to_x = gradient * inside if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return to_x, None, None
+        slope = ratio.round().clamp_(-ctx.largest, ctx.largest).sub_(ratio * inside)
+        to_scale = (gradient.to(scale.dtype) * slope).sum() / (x.shape[-1] * ctx.largest) ** 0.5
+        return to_x, to_scale, None
+
+
+# Finding it -------------------------------------------------------------------------------------------------------
+
+
+def magnitude_counts(x: Tensor) -> Tensor:
+    """How many values of `x` (any floating dtype and shape) lie in each bin of magnitude: int64 [bins], to add up."""
+    bins = (LAST - FIRST) * BINS_PER_OCTAVE
+    place = x.detach().float().abs().flatten().log2().sub_(FIRST).mul_(BINS_PER_OCTAVE)  # zero goes to minus infinity
+    return torch.bincount(place.clamp_(0, bins - 1).long(), minlength=bins)
+
+
+def calibrated_scale(counts: Tensor, bits: int) -> float:
+    """The scale with the least squared error on values that were counted by `magnitude_counts`.
+
+    A value beyond the largest code is off by what is cut off, one below half a step by itself, and any other by
+    `s^2 / 12` on average. The candidates put the largest code on the upper end of a bin.
+
+    Raises:
+        ValueError: the bits are not 2 to 8.
+    """
+    largest = _largest_code(bits)
+    edges = torch.arange(FIRST * BINS_PER_OCTAVE, LAST * BINS_PER_OCTAVE + 1, dtype=torch.float64)
+    edges = (edges / BINS_PER_OCTAVE).exp2()
+    values, steps = (edges[1:] * edges[:-1]).sqrt(), edges[1:, None] / largest  # [bins], [candidates, 1]
+    error = (steps.square() / 12).expand(-1, len(values))
+    error = torch.where(values < steps / 2, values.square(), error)
+    error = torch.where(values > steps * largest, (values - steps * largest).square(), error)
+    best = (error @ counts.cpu().double()).argmin()
+    return max(float(steps[best, 0].float()), SMALLEST)
