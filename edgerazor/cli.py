@@ -290,6 +290,7 @@ def bench(
 @app.command()
 def run(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
+    bits: Bits = None,
     work: Work = Path("edgerazor-work"),
     seed: Seed = None,
     device: Device = None,
@@ -301,8 +302,11 @@ def run(
     """All five stages of a recipe, and one table of what came out.
 
     Example: edgerazor run recipes/quickstart.yaml
+
+    Example: edgerazor run recipes/qwen3-0.6b.yaml --bits 1.58
     """
-    asked = assemble(general(None, None, None, seed, device, threads), None, recipe)
+    values = general(None, None, None, seed, device, threads) | {"calibrate": given(bits=bits)}
+    asked = assemble(values, None, recipe)
     require_model(asked, "run", work, recipe)
     from edgerazor import pipeline
     from edgerazor.console import is_main_process
