@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -39,6 +40,7 @@ AUTO_ROUND_ITERATIONS = 200
 
 def gptq(model: Path, bits: int, group_size: int, rows: Rows) -> Decoded:
     """GPTQ's columns in order, each rounding error spread over the columns to come."""
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # on two cores it would start one and then ask for two
     from gptqmodel import GPTQModel, QuantizeConfig
     from safetensors import safe_open
 
