@@ -85,7 +85,10 @@ def auto_round(model: Path, bits: int, group_size: int, rows: Rows) -> Decoded:
             # the package leaves scale * integer in 16 bits; the integers are those that it would pack
             weight, scale = module.weight.detach().float(), module.scale.detach().float()
             wide = scale.reshape(len(weight), -1).repeat_interleave(group_size, 1)[:, : weight.shape[1]]  # [out, in]
-            weights[name] = (weight / wide).round().nan_to_num() * wide
+            codes = (weight / wide).round().nan_to_num()
+            if codes.amin() < -(2 ** (bits - 1)) or codes.amax() > 2 ** (bits - 1) - 1:
+                sys.exit(f"{name} holds numbers that {bits} bits cannot be.")
+            weights[name] = codes * wide
             stored += weight.numel() * bits // 8 + scale.numel() * 2 + scale.numel() * bits // 8  # its packing
     return weights, stored
 
