@@ -7,7 +7,10 @@ BIN := .venv/bin
 WORLD := recipes/world
 JOB := build/quickstart
 
-.PHONY: install quickstart test check world-data teacher clean
+# Real models and texts for `make results-methods`, beside the embedded teacher: a folder with `models` and `text`.
+REAL_DATA ?= $(wildcard ../shared/data)
+
+.PHONY: install quickstart results-methods peers test check world-data teacher clean
 
 install: .venv/installed
 
@@ -29,6 +32,19 @@ quickstart: install $(WORLD)/distill.txt
 
 $(WORLD)/distill.txt: $(WORLD)/corpus.py | install
 	$(BIN)/python $(WORLD)/corpus.py distill
+
+# The table of methods in recipes/RESULTS.md; hours, but it keeps what is finished and goes on where it was stopped.
+results-methods: install peers $(WORLD)/distill.txt
+	$(BIN)/python recipes/methods.py $(if $(REAL_DATA),--real-data $(REAL_DATA))
+
+# Published post-training methods, in an environment of their own (several GB: GPTQModel brings torch with CUDA).
+peers: build/peers/installed
+
+build/peers/installed: recipes/peers.txt
+	rm -rf build/peers
+	$(PYTHON) -m venv build/peers
+	build/peers/bin/pip install --quiet -r recipes/peers.txt
+	touch $@
 
 # The tasks and the held-out text that lie in the repository; made again only when the world changes.
 world-data: install

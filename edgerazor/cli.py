@@ -222,6 +222,12 @@ def evaluate(
         list[Path] | None, Option("--data", help="Held-out text to measure on; repeatable.", metavar="FILE")
     ] = None,
     batch_size: Annotated[int | None, Option("--batch-size", help="Sequences per forward pass.")] = None,
+    against: Annotated[
+        str | None, Option("--against", help="The teacher that MODEL is compared with.", metavar="TEACHER")
+    ] = None,
+    activation_bits: ActivationBits = None,
+    kv_bits: KvBits = None,
+    group_size: GroupSize = None,
     min_retention: Annotated[
         float | None, Option("--min-retention", help="Exit 3 when the average retention above chance is lower.")
     ] = None,
@@ -240,6 +246,8 @@ def evaluate(
     """Measure the packed model against its teacher: tasks, perplexity, KL, agreement.
 
     Example: edgerazor eval --tasks arc,hellaswag
+
+    Example: edgerazor eval MODEL --against TEACHER --tasks arc --activation-bits 8 --kv-bits 8
     """
     values = general(None, revision, trust_remote_code, None, device, threads)
     values |= {"compare": compare_section(compare)} if compare else {}
@@ -253,9 +261,19 @@ def evaluate(
             apply_chat_template=apply_chat_template,
             batch_size=batch_size,
             min_retention=min_retention,
+            against=against,
+            activation_bits=activation_bits,
+            kv_bits=kv_bits,
         ),
+        "calibrate": given(group_size=group_size),
     }
     if model is None:
+        alone = given(against=against, activation_bits=activation_bits, kv_bits=kv_bits, group_size=group_size)
+        for name in alone:
+            option = f"--{name.replace('_', '-')}"
+            raise usage_error(
+                f"{option} is for a model that is measured alone.", f"Name it: `eval MODEL {option} ...`."
+            )
         stage("eval", values, work, recipe, json, quiet, force, dry_run)
         return
     from edgerazor.stages import eval as stage_module
@@ -304,6 +322,7 @@ def bench(
 @app.command()
 def run(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
+    bits: Bits = None,
     work: Work = Path("edgerazor-work"),
     seed: Seed = None,
     device: Device = None,
@@ -315,8 +334,11 @@ def run(
     """All five stages of a recipe, and one table of what came out.
 
     Example: edgerazor run recipes/quickstart.yaml
+
+    Example: edgerazor run recipes/qwen3-0.6b.yaml --bits 1.58
     """
-    asked = assemble(general(None, None, None, seed, device, threads), None, recipe)
+    values = general(None, None, None, seed, device, threads) | {"calibrate": given(bits=bits)}
+    asked = assemble(values, None, recipe)
     require_model(asked, "run", work, recipe)
     from edgerazor import pipeline
     from edgerazor.console import is_main_process

@@ -215,6 +215,9 @@ class Eval(Strict):
     apply_chat_template: bool = Field(False, description="wrap prompts in the tokenizer's chat template")
     batch_size: int = Field(32, ge=1, description="sequences in one forward pass")
     text_sequences: int = Field(64, ge=1, description="held-out sequences for perplexity, KL and agreement")
+    against: str | None = Field(None, description="teacher of a model that is measured alone (`eval MODEL`), if any")
+    activation_bits: Literal[8, 16] = Field(16, description="of a 16-bit model measured alone: as in calibrate")
+    kv_bits: Literal[8, 16] = Field(16, description="of a 16-bit model measured alone: as in calibrate")
     min_retention: float | None = Field(
         None, ge=0, description="least average retention above chance; below it the exit code is 3"
     )
@@ -310,8 +313,11 @@ def anchor(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     if isinstance(distill, dict) and isinstance(distill.get("teachers"), list | tuple):
         result["distill"] = {**distill, "teachers": [folder_or_id(each) for each in distill["teachers"]]}
     evaluate, compare, data = values.get("eval"), values.get("compare"), values.get("data")
-    if isinstance(evaluate, dict) and "task_data" in evaluate:
-        result["eval"] = {**evaluate, "task_data": anchored(evaluate["task_data"])}
+    if isinstance(evaluate, dict):
+        result["eval"] = {**evaluate, **{key: anchored(evaluate[key]) for key in ("task_data",) if key in evaluate}}
+        against = evaluate.get("against")
+        if isinstance(against, str) and against and Path(anchored(against)).exists():
+            result["eval"]["against"] = anchored(against)
     if isinstance(compare, dict):
         result["compare"] = {name: anchored(path) for name, path in compare.items()}
     if isinstance(data, dict):

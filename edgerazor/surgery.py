@@ -369,6 +369,25 @@ def frozen_codes(model: nn.Module) -> Iterator[dict[str, str]]:
                 module.activations.forget()
 
 
+def quantize_inputs(model: PreTrainedModel, structure: Structure, settings: Settings) -> None:
+    """Round what enters a 16-bit model's linear layers and its keys and values, in place; its weights stay.
+
+    So weights that another tool rounded compute as ours do, and can be compared with them.
+
+    Args:
+        model: with nn.Linear layers.
+        structure: where they are.
+        settings: bits of activations and of the cache.
+
+    Raises:
+        UserError: as `quantize_cache`.
+    """
+    activations = SharedActivations(settings.activation_bits, settings.group_size)
+    for name in (*(site.name for site in structure.linears), structure.head_path):
+        model.get_submodule(name).register_forward_pre_hook(lambda _, inputs: (activations(inputs[0]), *inputs[1:]))
+    quantize_cache(model, settings.kv_bits)
+
+
 # --- packed ------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from edgerazor import cli, pipeline
 from edgerazor import recipe as recipes
 from edgerazor.stages import calibrate, distill
+from edgerazor.stages import eval as evaluation
 
 COMMANDS: dict[str, Any] = dict(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
 STAGES = ("calibrate", "distill", "pack", "eval", "bench")
@@ -76,7 +77,14 @@ FIELDS: dict[str, tuple[list[str], str, Any]] = {
 }
 #: Options that say how to run rather than what to make.
 MANNERS = {"--work", "--recipe", "--json", "--quiet", "--force", "--dry-run"}
-CASES = [(name, option) for name in STAGES for option in options(name) if option not in MANNERS]
+#: Options of `eval MODEL`, which has no working directory.
+ALONE = {"--against", "--activation-bits", "--kv-bits", "--group-size"}
+CASES = [
+    (name, option)
+    for name in STAGES
+    for option in options(name)
+    if option not in MANNERS and not (name == "eval" and option in ALONE)
+]
 
 
 def test_there_is_a_case_for_every_option() -> None:
@@ -106,6 +114,21 @@ def test_every_option_sets_its_field(
     assert found == value
     changed = seen[0].model_dump(exclude_defaults=True)
     assert set(changed) <= {"model", "threads", "seed", field.split(".")[0]}
+
+
+def test_options_of_a_model_measured_alone(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[tuple[str, recipes.Recipe]] = []
+    monkeypatch.setattr(evaluation, "evaluate_model", lambda model, asked, _: seen.append((model, asked)))
+    monkeypatch.setattr(evaluation, "show", lambda _: [])
+    words = ["--against", "t", "--activation-bits", "8", "--kv-bits", "8", "--group-size", "64"]
+    run("eval", "m", *words)
+    model, asked = seen[0]
+    assert (model, asked.eval.against, asked.calibrate.group_size) == ("m", "t", 64)
+    assert (asked.eval.activation_bits, asked.eval.kv_bits) == (8, 8)
+    for option, value in zip(words[::2], words[1::2], strict=True):
+        refused = run("eval", option, value, "--work", tmp_path / "job")
+        assert refused.code == 2
+        assert f"{option} is for a model that is measured alone" in refused.err
 
 
 def test_every_stage_has_the_options_that_all_have() -> None:

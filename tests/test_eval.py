@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import GROUP_SIZE
 from test_tasks import TEXT, make_model, make_tokenizer, write_rows
 from transformers import LlamaForCausalLM
 
-from edgerazor import integration, tasks
+from edgerazor import formats, integration, models, tasks
 from edgerazor.console import Console
 from edgerazor.errors import UserError
+from edgerazor.packed import PackedModel
 from edgerazor.recipe import Recipe, build
-from edgerazor.stages import _shared
+from edgerazor.stages import _shared, pack
 from edgerazor.stages import eval as stage
 from edgerazor.stages.eval import EvalResult, Subject, TaskResult
 from edgerazor.workdir import WorkDir
@@ -305,8 +307,59 @@ def test_one_model_alone(job: Any) -> None:
     assert result.text.kl is None
     assert result.sample
     values["eval"]["min_retention"] = 0.5
-    with pytest.raises(UserError, match="has none"):
+    with pytest.raises(UserError, match="compares with a teacher"):
         stage.evaluate_model("plain", build(values), QUIET)
+
+
+def test_one_model_alone_against_a_teacher(job: Any) -> None:
+    values, _, loaded = job
+    loaded["packed"] = rigged()
+    values["eval"] |= {"against": "teacher", "min_retention": 0.9}
+    result = stage.evaluate_model("plain", build(values), QUIET)
+    assert result.average is not None
+    assert (result.average.teacher_score, result.average.retention_above_chance) == (1.0, 1.0)
+    assert result.text is not None
+    assert (result.text.kl, result.failures) == (0.0, [])
+    assert any(
+        "below the 90.0 %" in failure for failure in stage.evaluate_model("packed", build(values), QUIET).failures
+    )
+    values["eval"]["kv_bits"] = 8
+    with pytest.raises(UserError, match="its activations and cache are decided"):
+        stage.evaluate_model("packed", build(values), QUIET)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_decoded_weights_with_rounded_inputs_are_the_packed_model(
+    family: str, make_model: Any, text_file: Path, tmp_path: Path
+) -> None:
+    """So what another tool rounded, saved as plain weights, is measured exactly as a packed model is."""
+    make_model(tmp_path / "teacher", family)
+    values: dict[str, Any] = {
+        "model": str(tmp_path / "teacher"),
+        "calibrate": {"bits": 2, "group_size": GROUP_SIZE},
+        "pack": {"source": "teacher"},
+        "data": {"held_out": [{"file": str(text_file)}], "sequence_length": 32},
+        "eval": {"against": str(tmp_path / "teacher"), "text_sequences": 4},
+    }
+    work = WorkDir(tmp_path / "job")
+    pack.run(build(values), work, QUIET)
+    plain, tokenizer = models.load(tmp_path / "teacher")
+    packed = PackedModel.open(work.folder("pack"))
+    for name in packed.header.matrices:
+        matrix = packed.matrix(name)
+        plain.get_submodule(name).weight.data.copy_(formats.decode_matrix(matrix.encoded, matrix.spec))
+    plain.save_pretrained(tmp_path / "plain")
+    tokenizer.save_pretrained(tmp_path / "plain")
+    expected = stage.evaluate_model(str(work.folder("pack")), build(values), QUIET).text
+    weights_only = stage.evaluate_model(str(tmp_path / "plain"), build(values), QUIET).text
+    values["eval"] |= {"activation_bits": 8, "kv_bits": 8}
+    found = stage.evaluate_model(str(tmp_path / "plain"), build(values), QUIET).text
+    assert expected is not None
+    assert found is not None
+    assert weights_only is not None
+    assert found.kl == pytest.approx(expected.kl, rel=1e-6)
+    assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-6)
+    assert abs((weights_only.kl or 0) - (expected.kl or 0)) > 1e-5
 
 
 def test_a_collapsed_packed_model_fails_alone(job: Any) -> None:

@@ -25,7 +25,7 @@ from rich.console import RenderableType
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from edgerazor import data, integration, models, tasks
+from edgerazor import data, integration, models, surgery, tasks
 from edgerazor.console import Console, table
 from edgerazor.errors import UserError, usage_error
 from edgerazor.recipe import Recipe, Source
@@ -40,6 +40,9 @@ PROMPT_TOKENS, SAMPLE_TOKENS = 16, 48
 COLLAPSED = 0.8
 #: Largest number of logits of one forward pass, and of one chunk of rows, on held-out text.
 BATCH_LOGITS, CHUNK_LOGITS = 1 << 26, 1 << 22
+
+#: Settings of `evaluate_model` alone.
+ALONE = ("against", "activation_bits", "kv_bits")
 
 Batch = dict[str, Tensor]
 
@@ -141,7 +144,7 @@ def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
         "model": _shared.teacher_fingerprint(recipe),
         "seed": str(recipe.seed),
         "device": recipe.device,
-        **_shared.settings(NAME, recipe.eval, skip=("batch_size", "task_data")),
+        **_shared.settings(NAME, recipe.eval, skip=("batch_size", "task_data", *ALONE)),
     }
     found |= {f"compare {name}": hash_folder(folder) for name, folder in _compared(recipe).items()}
     found |= {f"task {name}": digest for name, digest in tasks.fingerprint(_request(recipe)).items()}
@@ -192,36 +195,57 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> EvalResult:
 
 
 def evaluate_model(model: str, recipe: Recipe, console: Console) -> EvalResult:
-    """Measure one model without a teacher, outside any working directory.
+    """Measure one model outside any working directory, against a teacher if `eval.against` names one.
 
     Args:
-        model: a packed folder, a 16-bit model folder, or a hub id.
+        model: a packed folder, a 16-bit model folder, or a hub id. Inputs of linear layers, keys and values of a 16-bit
+            model are rounded as `eval.activation_bits` and `eval.kv_bits` say, in groups of `calibrate.group_size`.
         recipe: its `eval`, `data` and general sections.
         console: shows the progress.
 
     Raises:
-        UserError: as `run`; or a least retention was asked for, which needs a teacher.
+        UserError: as `run`; a least retention was asked for without a teacher; or other bits for a packed model.
     """
-    if recipe.eval.min_retention is not None:
-        raise usage_error("--min-retention compares with a teacher, and `eval MODEL` has none.")
+    against = recipe.eval.against
+    if recipe.eval.min_retention is not None and against is None:
+        raise usage_error("--min-retention compares with a teacher.", "Name it: `eval MODEL --against TEACHER`.")
     request = _request(recipe)
     loaded = tasks.load(request) if request.names else []
     if not loaded and not _text_sources(recipe):
         raise _nothing_to_measure()
     device = _shared.device_of(recipe)
     packed = integration.is_packed(Path(model))
-    if packed:
-        subject = Subject("packed", *_load_packed(model, device))
-    else:
-        subject = Subject(
-            "model", *_shared.load_teacher(recipe.model_copy(update={"model": model}), device, _dtype(device))
+    if packed and (recipe.eval.activation_bits, recipe.eval.kv_bits) != (16, 16):
+        raise usage_error(
+            f"{model} is packed, so the bits of its activations and cache are decided.", "Leave them out."
         )
-    text = _held_out(recipe, _text_sources(recipe), subject)
+    subject = Subject("packed", *_load_packed(model, device)) if packed else _plain(model, recipe, device)
+    teacher = _named(against, recipe, device, "teacher") if against else None
+    text = _held_out(recipe, _text_sources(recipe), teacher or subject)
     result = EvalResult()
     result.notes += _notes_on_data(loaded, text is not None)
-    result.notes += _measure(result, recipe, request, loaded, subject, None, {}, text, console)
-    _check_sample(result, subject, None, text, gate=packed)
+    scores, notes = _scores(recipe, request, loaded, teacher, console) if teacher else ({}, [])
+    result.notes += notes
+    result.notes += _measure(result, recipe, request, loaded, subject, teacher, scores, text, console)
+    _check_sample(result, subject, teacher, text, gate=packed)
+    _check_retention(result, recipe.eval.min_retention)
     return result
+
+
+def _named(model: str, recipe: Recipe, device: torch.device, title: str) -> Subject:
+    """A 16-bit model by its name."""
+    named = recipe.model_copy(update={"model": model})
+    return Subject(title, *_shared.load_teacher(named, device, _dtype(device)))
+
+
+def _plain(model: str, recipe: Recipe, device: torch.device) -> Subject:
+    """A 16-bit model, its activations and cache rounded as asked for."""
+    subject = _named(model, recipe, device, "model")
+    asked = recipe.eval
+    if (asked.activation_bits, asked.kv_bits) != (16, 16):
+        settings = surgery.Settings(asked.activation_bits, asked.kv_bits, recipe.calibrate.group_size)
+        surgery.quantize_inputs(subject.model, models.structure(subject.model), settings)
+    return subject
 
 
 def _request(recipe: Recipe) -> tasks.Request:

@@ -1,0 +1,194 @@
+"""The recipes for published models: each trains and packs a random model of its real layer shapes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from _tiny import Run, make_run
+from conftest import ModelMaker
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from edgerazor import allocate, models
+from edgerazor import recipe as recipes
+
+FOLDER = Path(__file__).parent.parent / "recipes"
+PUBLISHED_BITS = (1.58, 1.88, 2.79, 4.0)
+#: recipe -> model type and the configuration that its hub folder has, head_dim and sharing of the embedding included
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3-0.6b": (
+        "qwen3",
+        {
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 151936,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3-1.7b": (
+        "qwen3",
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 151936,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "mobilellm-350m": (
+        "llama",
+        {
+            "hidden_size": 960,
+            "intermediate_size": 2560,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 15,
+            "num_key_value_heads": 5,
+            "head_dim": 64,
+            "vocab_size": 32000,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "llama-3.2-1b": (
+        "llama",
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "vocab_size": 128256,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "smollm2-135m": (
+        "llama",
+        {
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "head_dim": 64,
+            "vocab_size": 49152,
+            "tie_word_embeddings": True,
+        },
+    ),
+}
+#: million parameters of the whole model, as its authors count them
+PARAMETERS = {"qwen3-0.6b": 596, "qwen3-1.7b": 1721, "mobilellm-350m": 345, "llama-3.2-1b": 1236, "smollm2-135m": 135}
+EVERY_RECIPE = sorted(FOLDER.glob("*.yaml"))
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    return make_run(capsys, monkeypatch)
+
+
+@pytest.mark.parametrize("path", EVERY_RECIPE, ids=lambda path: path.stem)
+def test_every_recipe_loads(path: Path) -> None:
+    assert recipes.build(recipes.load(path), f"The recipe {path}").model
+
+
+def load(name: str) -> recipes.Recipe:
+    return recipes.build(recipes.load(FOLDER / f"{name}.yaml"))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_whole_model_gets_the_published_average(name: str) -> None:
+    """On the meta device, where the real model costs no memory: bits, whole groups, and the size of the file."""
+    model_type, shape = SHAPES[name]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**shape))
+        model.tie_weights()
+    sites = models.structure(model).sites
+    settings = load(name).calibrate
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(PARAMETERS[name], abs=0.6)
+    assert all(site.columns % settings.group_size == 0 for site in sites)  # no shorter group at the end of a row
+    real = []
+    for bits in PUBLISHED_BITS:
+        plan = allocate.make_plan(sites, settings.model_copy(update={"bits": bits}))
+        assert plan.nominal_bits() == pytest.approx(bits, abs=0.01)
+        assert {plan[site.name].formats for site in sites if site.kind == "embedding"} == {("int4",)}
+        real.append(8 * plan.bytes() / plan.weights())
+    assert real == sorted(real)
+    if name == "qwen3-0.6b":  # the paper's own accounting of its 1.58 bits is 2.27
+        assert real[0] == pytest.approx(2.27, abs=0.05)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_published_settings(name: str) -> None:
+    """EdgeRazor, arXiv 2605.04062: instruct models weigh the three terms otherwise than small base models."""
+    recipe = load(name)
+    settings = recipe.distill
+    small_base = name in ("mobilellm-350m", "smollm2-135m")
+    weights = {term.name: term.weight for term in settings.losses}
+    expected = {"ce": 0.2, "eakld": 4.0, "lafd": 1.0} if small_base else {"ce": 0.1, "eakld": 2.0, "lafd": 0.1}
+    assert weights == expected
+    assert (settings.betas, settings.weight_decay, settings.learning_rate) == ((0.9, 0.95), 0.01, 2e-5)
+    assert (settings.warmup, settings.schedule, recipe.data.sequence_length) == (0.05, "constant", 1024)
+    assert recipe.calibrate.group_size == (64 if small_base else 256)
+    assert (recipe.calibrate.activation_bits, recipe.calibrate.kv_bits) == (8, 8)
+
+
+def shortened(name: str, model: Path, text: Path, path: Path) -> Path:
+    """The recipe with everything as published but the model, the text, and how long it takes."""
+    changes = {
+        "model": str(model),
+        "threads": 1,
+        "data": {"train": [{"file": str(text)}], "sequence_length": 32},
+        "calibrate": {"sequences": 2},
+        "distill": {"steps": 2, "batch_size": 1, "accumulation": 1, "evaluate_sequences": 1},
+    }
+    path.write_text(yaml.safe_dump(recipes.merge(recipes.load(FOLDER / f"{name}.yaml"), changes)), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_two_steps_and_a_packed_layer_of_the_real_shape(
+    name: str, run: Run, make_model: ModelMaker, text_file: Path, tmp_path: Path
+) -> None:
+    model_type, shape = SHAPES[name]
+    small = {**shape, "num_hidden_layers": 1, "vocab_size": 300, "bos_token_id": 0, "eos_token_id": 1}
+    make_model(tmp_path / "model", CONFIG_MAPPING[model_type](**small), dtype=torch.bfloat16)
+    recipe = shortened(name, tmp_path / "model", text_file, tmp_path / "r.yaml")
+    work = tmp_path / "job"
+    trained = run("distill", "--recipe", recipe, "--work", work, "--json")
+    assert trained.code == 0, trained.err
+    assert trained.json()["steps"] == 2
+    assert trained.json()["notation"] == "W1.88-A8-KV8"
+    packed = run("pack", "--work", work, "--json")
+    assert packed.code == 0, packed.err
+    assert packed.json()["verified"] is True
+    assert packed.json()["nominal_bits"] == pytest.approx(1.88, abs=0.01)
+    shutil.rmtree(work)  # half a gigabyte that pytest would keep
+
+
+def test_bits_of_a_recipe_on_the_command_line(
+    run: Run, llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`edgerazor run RECIPE --bits B` is the recipe at other bits."""
+    from edgerazor import pipeline
+
+    asked: list[recipes.Recipe] = []
+    monkeypatch.setattr(pipeline, "run_all", lambda recipe, *_: asked.append(recipe))
+    recipe = shortened("smollm2-135m", llama, text_file, tmp_path / "r.yaml")
+    for words in ([], ["--bits", "2.79"]):
+        run("run", recipe, "--work", tmp_path / "job", *words)
+    assert [each.calibrate.bits for each in asked] == [1.88, 2.79]
+    assert asked[0].model_copy(update={"calibrate": asked[1].calibrate}) == asked[1]
+    wrong = run("run", recipe, "--work", tmp_path / "job", "--bits", "1.2")
+    assert wrong.code == 2
+    assert "--bits is 1.2; expected a number from 1.58 to 8" in wrong.err
