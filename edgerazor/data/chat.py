@@ -8,7 +8,8 @@ an empty thinking block included; thoughts that are not empty are words.
 Templates that mark the assistant's words with `{% generation %}` say themselves where these are. For all others, the
 conversation is rendered once more for each turn, with a placeholder in the place of the assistant's words: what stands
 before and behind the placeholder is what the template writes, whatever it strips, adds, or drops from earlier turns.
-Where a thinking block is not empty, the words begin where the prompt for generating that turn ends.
+Where a thinking block is not empty, the words begin where the prompt for generating that turn ends. A turn with tool
+calls, which templates write in ways of their own, is what follows that prompt up to where the next message begins.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tokenizers import Tokenizer, processors
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from edgerazor.errors import UserError
 
@@ -30,6 +34,8 @@ Message = dict[str, Any]
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 ASSISTANT = "assistant"
 PLACEHOLDER = "PLACEHOLDER"
+#: Templates that write today's date write this one, so that the same conversation is the same tokens tomorrow.
+DATE = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday", "%a": "Fri"}
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -139,12 +145,6 @@ def render(
     Raises:
         UserError: there is no template, or it refuses the conversation.
     """
-    return str(_apply(asked, tokenizer, messages, tokenize=False, add_generation_prompt=prompt))
-
-
-def _apply(
-    asked: Conversation, tokenizer: PreTrainedTokenizerBase, messages: list[Message] | None, **options: Any
-) -> Any:
     if not tokenizer.chat_template:
         raise UserError(
             f"{asked.where} is a conversation, but the model's tokenizer has no chat template.",
@@ -153,10 +153,27 @@ def _apply(
     given = list(asked.messages) if messages is None else messages
     tools = list(asked.tools) if asked.tools else None
     try:
-        return tokenizer.apply_chat_template(given, tools=tools, **options)
+        return str(
+            tokenizer.apply_chat_template(
+                given,
+                tools=tools,
+                chat_template=_template(asked, tokenizer),
+                tokenize=False,
+                add_generation_prompt=prompt,
+            )
+        )
     except Exception as error:  # a template is a program of other people; it fails in ways of its own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(f"{asked.where} is refused by the tokenizer's chat template: {reason}.") from error
+
+
+def _template(asked: Conversation, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokenizer's template for a conversation, with a date that stands still."""
+    template = str(tokenizer.get_chat_template(tools=list(asked.tools) if asked.tools else None))
+    if "strftime_now" not in template:
+        return template
+    date = "".join(f" | replace('{letter}', '{value}')" for letter, value in DATE.items())
+    return f"{{% macro strftime_now(format) %}}{{{{ format{date} }}}}{{% endmacro %}}{template}"
 
 
 # --- to tokens ---------------------------------------------------------------------------------
@@ -176,38 +193,59 @@ def encode(asked: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[np.
         roles = ", ".join(repr(role) for role in dict.fromkeys(each["role"] for each in asked.messages)) or "none"
         raise UserError(f"{asked.where} has no assistant turn to learn from; its roles are {roles}.")
     text = render(asked, tokenizer)
+    found = _untrimmed(asked, tokenizer).encode(text, add_special_tokens=False)
+    ids = np.array(found.ids, dtype=np.int32)
+    places = np.array(found.offsets, dtype=np.int64).reshape(-1, 2)  # [N, 2]: begin, end
+    turns = _marked(asked, tokenizer, text)
+    if turns is None:
+        turns = [words_of_turn(asked, tokenizer, text, turn) for turn in asked.assistant_turns()]
+    return ids, _with_turn_ends(_placed(turns, places), ids, places, text, ending_tokens(tokenizer))
+
+
+def _untrimmed(asked: Conversation, tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """The tokenizer's engine, whose tokens say where they stand with their blanks."""
     if not tokenizer.is_fast:
         raise UserError(
             f"{asked.where} is a conversation, but the model's tokenizer cannot say which characters a token stands "
             "for, so the assistant's turns cannot be found.",
             "Give plain text (column: NAME in the recipe).",
         )
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids = np.array(encoded["input_ids"], dtype=np.int32)
-    places = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)  # [N, 2]: begin, end
-    learn = _marked(asked, tokenizer) if _marks_turns(asked, tokenizer) else _placed(asked, tokenizer, text, places)
-    return ids, _with_turn_ends(learn, ids, places, text, ending_tokens(tokenizer))
+    return _engine(tokenizer)
 
 
-def _marks_turns(asked: Conversation, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the template has {% generation %} blocks."""
-    tools = list(asked.tools) if asked.tools else None
-    return bool(GENERATION.search(tokenizer.get_chat_template(tools=tools)))
+@lru_cache(maxsize=2)
+def _engine(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    engine = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    engine.no_truncation()
+    engine.no_padding()
+    engine.post_processor = processors.Sequence([])  # it adds special tokens, which a template has, and trims blanks
+    return engine
 
 
-def _marked(asked: Conversation, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """The mask that a template with {% generation %} blocks gives."""
-    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-    return np.array(_apply(asked, tokenizer, None, **options)["assistant_masks"], dtype=bool)
+def _marked(asked: Conversation, tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]] | None:
+    """Begin and end of the {% generation %} blocks in the rendered conversation; None where a template has none.
+
+    `apply_chat_template` would make a mask of them itself, but loses blocks that begin or end with a blank.
+    """
+    template = _template(asked, tokenizer)
+    if not GENERATION.search(template):
+        return None
+    rendered, blocks = render_jinja_template(
+        conversations=[list(asked.messages)],
+        tools=list(asked.tools) if asked.tools else None,
+        chat_template=template,
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    assert rendered == [text]
+    return [(int(begin), int(end)) for begin, end in blocks[0]]
 
 
-def _placed(asked: Conversation, tokenizer: PreTrainedTokenizerBase, text: str, places: np.ndarray) -> np.ndarray:
-    """The mask `[N]` of tokens that hold any character of the assistant's words."""
+def _placed(turns: list[tuple[int, int]], places: np.ndarray) -> np.ndarray:
+    """The mask `[N]` of tokens that hold any character of the turns."""
     learn = np.zeros(len(places), dtype=bool)
-    begins, ends = places[:, 0], np.maximum(places[:, 1], places[:, 0] + 1)  # trimmed blanks have no width
-    for turn in asked.assistant_turns():
-        begin, end = words_of_turn(asked, tokenizer, text, turn)
-        learn |= (begins < end) & (ends > begin)
+    for begin, end in turns:
+        learn |= (places[:, 0] < end) & (places[:, 1] > begin)
     return learn
 
 
@@ -223,23 +261,47 @@ def words_of_turn(asked: Conversation, tokenizer: PreTrainedTokenizerBase, text:
     Raises:
         UserError: the turn cannot be found.
     """
+    for way in (
+        (_after_prefix, _around_placeholder) if asked.messages[turn].get("tool_calls") else (_around_placeholder,)
+    ):
+        try:
+            if found := way(asked, tokenizer, text, turn):
+                return found
+        except UserError:  # the conversation itself was rendered, but not what is asked of the template here
+            continue
+    raise UserError(
+        f"{asked.where} cannot be learned from: in what the tokenizer's chat template makes of it, assistant turn "
+        f"{asked.assistant_turns().index(turn) + 1} cannot be found again.",
+        "Mark the assistant's words in the template with {% generation %}.",
+    )
+
+
+def _around_placeholder(
+    asked: Conversation, tokenizer: PreTrainedTokenizerBase, text: str, turn: int
+) -> tuple[int, int] | None:
+    """What stands where a placeholder would stand that the assistant had written instead."""
     word = PLACEHOLDER
     while word in text:
         word += "0"
     messages: list[Message] = list(asked.messages)
     messages[turn] = {"role": ASSISTANT, "content": word}
     parts = render(asked, tokenizer, messages).split(word)
-    if len(parts) == 2 and text.endswith(parts[1]):
-        before, end = parts[0], len(text) - len(parts[1])
-        if not text.startswith(before):
-            before = render(asked, tokenizer, list(asked.messages[:turn]), prompt=True)
-        if text.startswith(before) and len(before) <= end:
-            return len(before), end
-    raise UserError(
-        f"{asked.where} cannot be learned from: in what the tokenizer's chat template makes of it, assistant turn "
-        f"{asked.assistant_turns().index(turn) + 1} cannot be found again.",
-        "Mark the assistant's words in the template with {% generation %}.",
-    )
+    if len(parts) != 2 or not text.endswith(parts[1]):
+        return None
+    before, end = parts[0], len(text) - len(parts[1])
+    if not text.startswith(before):
+        before = render(asked, tokenizer, list(asked.messages[:turn]), prompt=True)
+    return (len(before), end) if text.startswith(before) and len(before) <= end else None
+
+
+def _after_prefix(
+    asked: Conversation, tokenizer: PreTrainedTokenizerBase, text: str, turn: int
+) -> tuple[int, int] | None:
+    """What the turn adds to the conversation before it, with the prompt for generating it."""
+    before = render(asked, tokenizer, list(asked.messages[:turn]), prompt=True)
+    up_to = render(asked, tokenizer, list(asked.messages[: turn + 1]))
+    found = text.startswith(up_to) and up_to.startswith(before) and len(before) < len(up_to)
+    return (len(before), len(up_to)) if found else None
 
 
 def ending_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -249,18 +311,23 @@ def ending_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def _with_turn_ends(learn: np.ndarray, ids: np.ndarray, places: np.ndarray, text: str, ending: set[int]) -> np.ndarray:
-    """The mask, with the ending token behind each run of words, and the blanks between, if there is one."""
+    """The mask, in which each run of words ends with the token that ends the turn, if there is one.
+
+    That token, and blanks before it, are added where they are missing; blanks behind it are taken away.
+    """
 
     def blank(token: int) -> bool:
         return not text[slice(*places[token])].strip()
 
     result = learn.copy()
-    for first in (np.flatnonzero(learn[:-1] & ~learn[1:]) + 1).tolist():  # where runs have just ended
-        last, place = first - 1, first
+    for stop in (np.flatnonzero(learn & ~np.append(learn[1:], False)) + 1).tolist():  # where runs have just ended
+        last, place = stop - 1, stop
         while last > 0 and blank(last):
             last -= 1
         while place < len(ids) and blank(place):
             place += 1
-        if int(ids[last]) not in ending and place < len(ids) and int(ids[place]) in ending:
-            result[first : place + 1] = True
+        if learn[last] and int(ids[last]) in ending:
+            result[last + 1 : stop] = False
+        elif place < len(ids) and int(ids[place]) in ending:
+            result[stop : place + 1] = True
     return result
