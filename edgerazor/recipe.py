@@ -33,13 +33,13 @@ class Strict(BaseModel):
 
 
 class Source(Strict):
-    """One source of text: a local file or a Hugging Face data set, one of the two."""
+    """One source of text or chat: a local file or a Hugging Face data set, one of the two."""
 
     file: str | None = Field(None, description="a .txt, .json or .jsonl file, plain or .gz")
     dataset: str | None = Field(None, description="a data set id of the Hugging Face hub")
     config: str | None = Field(None, description="configuration of the data set")
     split: str = Field("train", description="split of the data set")
-    column: str = Field("text", description="the text column of a JSON file or data set")
+    column: str = Field("text", description="of a JSON file or data set; else `messages` or `conversations` is found")
     separator: str | None = Field(None, description="separates documents of a .txt file; found by itself when usual")
     weight: float = Field(1.0, gt=0, description="share of this source in the mixture, relative to the others")
 
@@ -58,6 +58,9 @@ class Data(Strict):
     generated_tokens: int = Field(65536, ge=512, description="about how many the teacher writes where train is empty")
     held_out_fraction: float = Field(0.05, gt=0, lt=0.5, description="share of each source kept for measuring")
     sequence_length: int = Field(1024, ge=8, description="tokens per sequence (at most what the model takes)")
+    packing: Literal["stream", "document"] = Field(
+        "stream", description="stream: full sequences across documents; document: one in each, padded to the longest"
+    )
 
 
 class Calibrate(Strict):

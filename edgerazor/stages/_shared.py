@@ -135,15 +135,16 @@ def open_text(
         recipe: names the mixture and the held-out text.
         work: where text of the teacher lies, if the recipe names no mixture.
         tokenizer: of the teacher.
-        length: tokens per row.
+        length: most tokens in a row.
 
     Returns:
         training rows; held-out rows, disjoint from them: the recipe's held-out text, else the end of each source.
     """
     fraction = 0.0 if recipe.data.held_out else recipe.data.held_out_fraction
-    rows, held_out = data.open_rows(sources(recipe, work), tokenizer, length, recipe.seed, fraction)
+    packing = recipe.data.packing
+    rows, held_out = data.open_rows(sources(recipe, work), tokenizer, length, recipe.seed, fraction, packing)
     if held_out is None:
-        held_out, _ = data.open_rows(recipe.data.held_out, tokenizer, length, recipe.seed)
+        held_out, _ = data.open_rows(recipe.data.held_out, tokenizer, length, recipe.seed, packing=packing)
     return rows, held_out
 
 

@@ -72,6 +72,7 @@ def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
         "model": _shared.teacher_fingerprint(recipe),
         "data": _shared.data_fingerprint(recipe),
         "data.sequence_length": str(recipe.data.sequence_length),
+        "data.packing": recipe.data.packing,
         "seed": str(recipe.seed),
         **_shared.settings("calibrate", recipe.calibrate, skip=("batch_size",)),
     }

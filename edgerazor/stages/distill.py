@@ -98,6 +98,7 @@ def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
         "data": _shared.data_fingerprint(recipe),
         "held_out": _shared.held_out_fingerprint(recipe),
         "data.sequence_length": str(recipe.data.sequence_length),
+        "data.packing": recipe.data.packing,
         "seed": str(recipe.seed),
         "sequences per step": str(settings.batch_size * settings.accumulation * _shared.processes()),
         **found,
@@ -135,7 +136,7 @@ class Job:
     @property
     def tokens_per_step(self) -> int:
         rows = self.settings.batch_size * self.settings.accumulation * self.accelerator.num_processes
-        return rows * self.length
+        return round(rows * self.rows.tokens_per_row)
 
     @property
     def steps(self) -> int | None:
