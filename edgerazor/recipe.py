@@ -63,6 +63,17 @@ class Data(Strict):
     )
 
 
+class Sampling(Strict):
+    """How the teacher writes distilled data (`edgerazor data`). The first three are EdgeRazor's (arXiv 2605.04062)."""
+
+    temperature: float = Field(0.7, ge=0, description="of the teacher's distribution; 0 takes the likeliest token")
+    top_p: float = Field(0.95, gt=0, le=1, description="least probability that the tokens to draw from have together")
+    top_k: int = Field(20, ge=0, description="tokens to draw from, the likeliest ones; 0 for all")
+    answer_tokens: int = Field(1024, ge=1, description="most tokens of an answer or a text; longer answers are dropped")
+    prompt_tokens: int = Field(64, ge=1, description="tokens of a text that the teacher goes on from")
+    batch_size: int = Field(32, ge=1, description="prompts side by side")
+
+
 class Calibrate(Strict):
     """What the student will be: formats for every matrix, decided after looking at the teacher."""
 
@@ -168,6 +179,7 @@ class Recipe(Strict):
     threads: int | None = Field(None, ge=1, description="CPU threads; all cores when absent")
     compare: dict[str, str] = Field(default_factory=dict, description="other packed folders measured beside this one")
     data: Data = Data()
+    sampling: Sampling = Sampling()
     calibrate: Calibrate = Calibrate()
     distill: Distill = Distill()
     pack: Pack = Pack()

@@ -5,7 +5,7 @@ own special tokens and an end-of-text token, a conversation as the tokenizer's c
 source are cut into rows, which are mixed, shuffled and shared out in an order that is a function of the seed.
 """
 
-from edgerazor.data.chat import Conversation
+from edgerazor.data.chat import Conversation, render, turn_ends
 from edgerazor.data.opening import open_rows
 from edgerazor.data.packing import Packing
 from edgerazor.data.rows import MASKED, Batch, Mixture, TokenRows, sample_batches
@@ -24,7 +24,9 @@ __all__ = [
     "documents",
     "fingerprint",
     "open_rows",
+    "render",
     "sample_batches",
     "split_held_out",
     "tokenize",
+    "turn_ends",
 ]

@@ -310,6 +310,22 @@ def ending_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return ids if tokenizer.bos_token_id == tokenizer.eos_token_id else ids - {tokenizer.bos_token_id}
 
 
+def turn_ends(asked: Conversation, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens with which the template ends an assistant turn: at most one.
+
+    Args:
+        asked: any conversation with a user turn.
+        tokenizer: has the template.
+
+    Raises:
+        UserError: there is no template, or it refuses the shortest of conversations.
+    """
+    question = next(each for each in asked.messages if each["role"] == "user")
+    short = Conversation((question, {"role": ASSISTANT, "content": "yes"}), None, asked.where)
+    ids, learn = encode(short, tokenizer)
+    return set(ids[learn][-1:].tolist()) & ending_tokens(tokenizer)
+
+
 def _with_turn_ends(learn: np.ndarray, ids: np.ndarray, places: np.ndarray, text: str, ending: set[int]) -> np.ndarray:
     """The mask, in which each run of words ends with the token that ends the turn, if there is one.
 

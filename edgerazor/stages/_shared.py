@@ -120,10 +120,14 @@ def held_out_fingerprint(recipe: Recipe) -> str:
     return f"the last {recipe.data.held_out_fraction:g} of {data_fingerprint(recipe)}"
 
 
+def context(model: PreTrainedModel) -> int:
+    """Tokens that the model has positions for; a very large number where it does not say."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
+
+
 def sequence_length(recipe: Recipe, model: PreTrainedModel) -> int:
     """Tokens per sequence: the recipe's, but no more than the model has positions for."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(recipe.data.sequence_length, limit or recipe.data.sequence_length)
+    return min(recipe.data.sequence_length, context(model))
 
 
 def open_text(
