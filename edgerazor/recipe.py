@@ -41,12 +41,15 @@ class Source(Strict):
     split: str = Field("train", description="split of the data set")
     column: str = Field("text", description="of a JSON file or data set; else `messages` or `conversations` is found")
     separator: str | None = Field(None, description="separates documents of a .txt file; found by itself when usual")
+    streaming: bool = Field(False, description="read the data set as it is needed instead of downloading all of it")
     weight: float = Field(1.0, gt=0, description="share of this source in the mixture, relative to the others")
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Source:
         if (self.file is None) == (self.dataset is None):
             raise ValueError("give either `file` or `dataset`")
+        if self.streaming and self.dataset is None:
+            raise ValueError("only a `dataset` can be streamed")
         return self
 
 
@@ -57,6 +60,9 @@ class Data(Strict):
     held_out: tuple[Source, ...] = Field((), description="text to measure on; empty: held_out_fraction of the mixture")
     generated_tokens: int = Field(65536, ge=512, description="about how many the teacher writes where train is empty")
     held_out_fraction: float = Field(0.05, gt=0, lt=0.5, description="share of each source kept for measuring")
+    held_out_rows: int = Field(
+        256, ge=1, description="of a streamed source, which has no end, these first ones instead"
+    )
     sequence_length: int = Field(1024, ge=8, description="tokens per sequence (at most what the model takes)")
     packing: Literal["stream", "document"] = Field(
         "stream", description="stream: full sequences across documents; document: one in each, padded to the longest"

@@ -8,9 +8,9 @@ source are cut into rows, which are mixed, shuffled and shared out in an order t
 from edgerazor.data.chat import Conversation, render, turn_ends
 from edgerazor.data.opening import open_rows
 from edgerazor.data.packing import Packing
-from edgerazor.data.rows import MASKED, Batch, Mixture, TokenRows, sample_batches
+from edgerazor.data.rows import Batch, Mixture, TokenRows, sample_batches
 from edgerazor.data.sources import END_OF_TEXT, documents, fingerprint
-from edgerazor.data.tokens import Tokens, split_held_out, tokenize
+from edgerazor.data.tokens import MASKED, Tokens, split_held_out, tokenize
 
 __all__ = [
     "END_OF_TEXT",

@@ -15,6 +15,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from itertools import count as numbers
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +23,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from edgerazor.data.packing import Packing, cuts
-from edgerazor.data.tokens import Tokens
+from edgerazor.data.streaming import StreamedRows
+from edgerazor.data.tokens import MASKED, Tokens, batch_of, permutation
 
-#: Label of a position that no loss counts (the convention of PyTorch and transformers).
-MASKED = -100
 #: Optimizer steps whose rows are sorted by length together.
 SORTED_STEPS = 16
 
@@ -59,6 +59,13 @@ class Mixture:
             self._counts[source] += 1
         return self._sources[row], self._turns[row]
 
+    def before(self, source: int, row: int) -> int:
+        """How many of the rows before a row are of a source."""
+        if len(self._shares) == 1:
+            return row
+        self(row)
+        return self._sources[:row].count(source)
+
     def _next(self, number: int) -> int:
         slack = 1 / (2 * len(self._shares) - 2)
         pairs = list(enumerate(zip(self._shares, self._counts, strict=True)))
@@ -74,11 +81,16 @@ class SourceRows:
         length: most tokens in a row, at least 2.
         packing: how it is cut into rows.
         seed: of the permutations: any non-negative numbers.
+
+    Raises:
+        ValueError: there is no row to learn from.
     """
 
     def __init__(self, tokens: Tokens, length: int, packing: Packing, seed: tuple[int, ...]) -> None:
         self._tokens = tokens
         self._cuts = cuts(tokens, length, packing)
+        if not len(self._cuts):
+            raise ValueError("A source gives no row to learn from: its tokens are out of range.")
         self._seed = seed
         self._orders: dict[int, np.ndarray] = {}
 
@@ -107,9 +119,7 @@ class SourceRows:
 
     def _cut(self, number: int) -> Batch:
         here = slice(*self._cuts[number])
-        ids = self._tokens.ids[here].astype(np.int64)
-        labels = np.where(self._tokens.learn[here], ids, MASKED)
-        return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
+        return batch_of(self._tokens.ids[here], self._tokens.learn[here])
 
     def _order(self, epoch: int) -> np.ndarray:
         """The permutation of the rows in one pass over them: `[rows]` int64."""
@@ -120,17 +130,11 @@ class SourceRows:
         return self._orders[epoch]
 
 
-def permutation(seed: tuple[int, ...], size: int) -> np.ndarray:
-    """A permutation `[size]` int64 that is the same in every version of NumPy, which promises that of raw bits only."""
-    bits = np.random.PCG64(np.random.SeedSequence(seed)).random_raw(size)
-    return np.argsort(bits, kind="stable")
-
-
 class TokenRows:
     """Rows of tokens of several sources in a fixed, endless order.
 
     Args:
-        sources: for each source its tokens: `[N]` int32 where all are to be learned; at least 2.
+        sources: for each source its tokens (`[N]` int32 where all are to be learned), at least 2; or a streamed one.
         weights: for each source its share of the rows, relative to the others, > 0.
         length: most tokens in a row, at least 2.
         seed: of the permutations, >= 0.
@@ -143,7 +147,7 @@ class TokenRows:
 
     def __init__(
         self,
-        sources: Sequence[np.ndarray | Tokens],
+        sources: Sequence[np.ndarray | Tokens | StreamedRows],
         weights: Sequence[float],
         length: int,
         seed: int = 0,
@@ -156,24 +160,25 @@ class TokenRows:
         self.seed = seed
         self.padding = padding
         self.packing = packing
-        self._sources = [
-            SourceRows(Tokens.of_text(each) if isinstance(each, np.ndarray) else each, length, packing, (seed, number))
-            for number, each in enumerate(sources)
-        ]
-        if min(map(len, self._sources)) == 0:
-            raise ValueError("A source gives no row to learn from: its tokens are out of range.")
+        self._sources = [self._rows_of(each, number) for number, each in enumerate(sources)]
         self._shares = [weight / sum(weights) for weight in weights]
         self._mixture = Mixture(weights)
         self._window: tuple[tuple[int, int], list[Batch]] | None = None
 
+    def _rows_of(self, source: np.ndarray | Tokens | StreamedRows, number: int) -> SourceRows | StreamedRows:
+        if isinstance(source, StreamedRows):
+            return source
+        tokens = Tokens.of_text(source) if isinstance(source, np.ndarray) else source
+        return SourceRows(tokens, self.length, self.packing, (self.seed, number))
+
     def __len__(self) -> int:
-        """Number of different rows, over all sources."""
-        return sum(map(len, self._sources))
+        """Number of different rows, over all sources that lie in memory."""
+        return sum(len(source) for source in self._sources if isinstance(source, SourceRows))
 
     @property
     def tokens(self) -> int:
-        """Number of different tokens, over all sources, padding not counted."""
-        return sum(source.tokens for source in self._sources)
+        """Number of different tokens, over all sources that lie in memory, padding not counted."""
+        return sum(source.tokens for source in self._sources if isinstance(source, SourceRows))
 
     @property
     def tokens_per_row(self) -> float:
@@ -222,6 +227,21 @@ class TokenRows:
         else:
             rows = self._sorted(step, each)[first : first + batch_size]
         return self._stacked(rows)
+
+    def state(self, step: int, each: int) -> dict[str, Any]:
+        """Where streamed sources are before a step of `each` rows that comes next: plain values for `restore`."""
+        first = (step if self.packing == "stream" else step // SORTED_STEPS * SORTED_STEPS) * each
+        return {
+            str(number): source.state(self._mixture.before(number, first))
+            for number, source in enumerate(self._sources)
+            if isinstance(source, StreamedRows)
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Let streamed sources go on where another run was, without reading what it read."""
+        for number, source in enumerate(self._sources):
+            if isinstance(source, StreamedRows) and str(number) in state:
+                source.restore(state[str(number)])
 
     def _sorted(self, step: int, each: int) -> list[Batch]:
         """The `each` rows of a step, sorted by length together with those of the steps around it."""

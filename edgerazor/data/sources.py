@@ -136,10 +136,13 @@ def _text_of(where: str, column: str, value: object) -> Iterator[str]:
 
 
 def _of_dataset(source: Source) -> Iterator[Document]:
-    loaded = load_dataset(source)
-    name = f"the data set {source.dataset!r}"
-    for number, record in enumerate(loaded):
-        yield from _of_record(f"Row {number} of {name}", source.column, record)
+    for number, record in enumerate(load_dataset(source)):
+        yield from of_row(source, number, record)
+
+
+def of_row(source: Source, number: int, record: Mapping[str, object]) -> Iterator[Document]:
+    """The text or the conversation of a data set's row, or nothing if it is blank."""
+    return _of_record(f"Row {number} of the data set {source.dataset!r}", source.column, record)
 
 
 def load_dataset(source: Source) -> Any:
@@ -151,15 +154,19 @@ def load_dataset(source: Source) -> Any:
     import datasets
 
     try:
-        loaded = datasets.load_dataset(source.dataset, source.config, split=source.split)
+        options = {"streaming": True} if source.streaming else {}
+        loaded = datasets.load_dataset(source.dataset, source.config, split=source.split, **options)
     except Exception as error:  # the library's and the network's own, of many kinds
-        raise _unavailable(source, error) from error
+        raise unavailable(source, error) from error
     names = loaded.column_names
+    if names is None:  # a streamed data set may not know before it is read
+        return loaded
     column = column_of(f"The data set {source.dataset!r}", source.column, names)
     return loaded.select_columns([column, "tools"] if "tools" in names and column in CHAT_COLUMNS else [column])
 
 
-def _unavailable(source: Source, error: Exception) -> UserError:
+def unavailable(source: Source, error: Exception) -> UserError:
+    """The sentence for a data set that cannot be loaded or read."""
     which = f" with configuration {source.config!r}" if source.config else ""
     return UserError(
         f"The data set {source.dataset!r}{which}, split {source.split!r}, cannot be loaded: {_first_line(error)}.",
@@ -189,6 +196,7 @@ def fingerprint(sources: Iterable[Source]) -> str:
         else:
             part |= {"dataset": source.dataset, "config": source.config, "split": source.split}
             part["revision"] = _revision(source)
+            part |= {"streaming": True} if source.streaming else {}
         parts.append(part)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -207,4 +215,4 @@ def _revision(source: Source) -> str:
     try:
         return str(datasets.load_dataset_builder(source.dataset, source.config).hash)
     except Exception as error:
-        raise _unavailable(source, error) from error
+        raise unavailable(source, error) from error

@@ -8,6 +8,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from edgerazor.data import chat
 from edgerazor.data.sources import Document
@@ -15,6 +16,8 @@ from edgerazor.data.sources import Document
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+#: Label of a position that no loss counts (the convention of PyTorch and transformers).
+MASKED = -100
 #: How much of a source may be held out so as to hold out whole documents, when less was asked for.
 LARGEST_HELD_OUT = 0.25
 #: Documents that are tokenized at once.
@@ -132,3 +135,15 @@ def split_held_out(tokens: Tokens, length: int, fraction: float) -> tuple[Tokens
     if total - cut > max(2 * fraction, LARGEST_HELD_OUT) * total:
         cut = goal // length * length or goal
     return tokens.split(cut)
+
+
+def batch_of(ids: np.ndarray, learn: np.ndarray) -> dict[str, torch.Tensor]:
+    """`input_ids` and `labels`, int64 `[n]`, of some tokens; labels are -100 where nothing is to be learned."""
+    wide = ids.astype(np.int64)
+    return {"input_ids": torch.from_numpy(wide), "labels": torch.from_numpy(np.where(learn, wide, MASKED))}
+
+
+def permutation(seed: tuple[int, ...], size: int) -> np.ndarray:
+    """A permutation `[size]` int64 that is the same in every version of NumPy, which promises that of raw bits only."""
+    bits = np.random.PCG64(np.random.SeedSequence(seed)).random_raw(size)
+    return np.argsort(bits, kind="stable")

@@ -117,7 +117,8 @@ def data_fingerprint(recipe: Recipe) -> str:
 def held_out_fingerprint(recipe: Recipe) -> str:
     if recipe.data.held_out:
         return data.fingerprint(recipe.data.held_out)
-    return f"the last {recipe.data.held_out_fraction:g} of {data_fingerprint(recipe)}"
+    streamed = f", or {recipe.data.held_out_rows} rows," if any(each.streaming for each in recipe.data.train) else ""
+    return f"the last {recipe.data.held_out_fraction:g}{streamed} of {data_fingerprint(recipe)}"
 
 
 def context(model: PreTrainedModel) -> int:
@@ -145,8 +146,8 @@ def open_text(
         training rows; held-out rows, disjoint from them: the recipe's held-out text, else the end of each source.
     """
     fraction = 0.0 if recipe.data.held_out else recipe.data.held_out_fraction
-    packing = recipe.data.packing
-    rows, held_out = data.open_rows(sources(recipe, work), tokenizer, length, recipe.seed, fraction, packing)
+    packing, first = recipe.data.packing, recipe.data.held_out_rows
+    rows, held_out = data.open_rows(sources(recipe, work), tokenizer, length, recipe.seed, fraction, packing, first)
     if held_out is None:
         held_out, _ = data.open_rows(recipe.data.held_out, tokenizer, length, recipe.seed, packing=packing)
     return rows, held_out

@@ -130,13 +130,18 @@ class Job:
     terms: list[tuple[float, Loss]]
     hidden_layers: tuple[int, ...]
     logit_shape: tuple[float, float | None]
+    tokens_per_row: float
     progress: _checkpoint.Progress = field(default_factory=_checkpoint.Progress)
     began: float = 0.0
 
     @property
+    def rows_per_step(self) -> int:
+        return self.settings.batch_size * self.settings.accumulation * self.accelerator.num_processes
+
+    @property
     def tokens_per_step(self) -> int:
-        rows = self.settings.batch_size * self.settings.accumulation * self.accelerator.num_processes
-        return round(rows * self.rows.tokens_per_row)
+        """On average, where rows are of different lengths."""
+        return round(self.rows_per_step * self.tokens_per_row)
 
     @property
     def steps(self) -> int | None:
@@ -239,6 +244,7 @@ def resume(job: Job, work: WorkDir, console: Console) -> None:
     found = _checkpoint.restore(work.checkpoint("current"), job.student, job.optimizer)
     if found:
         job.progress = found
+        job.rows.restore(found.streams)
         adopt_best(job, work.student("best"))
         console.say(f"distill goes on from step {found.step}")
     if job.accelerator.is_main_process:
@@ -303,6 +309,7 @@ def prepare(recipe: Recipe, work: WorkDir, imagined: bool = False) -> Job:
         terms=terms,
         hidden_layers=hidden,
         logit_shape=models.logit_shape(teacher),
+        tokens_per_row=rows.tokens_per_row,
     )
 
 
@@ -574,6 +581,7 @@ def save_student(job: Job, folder: Path, digests: dict[str, str], value: float) 
 def save_progress(job: Job, work: WorkDir, identity: dict[str, str]) -> None:
     """Write the checkpoint; the clock goes on from here."""
     job.progress.seconds, job.began = job.seconds(), time.monotonic()
+    job.progress.streams = job.rows.state(job.progress.step, job.rows_per_step)
     _checkpoint.save(work.checkpoint("current"), job.student, job.optimizer, job.progress, identity)
 
 
