@@ -319,6 +319,52 @@ def bench(
     stage("bench", values, work, recipe, json, quiet, force, dry_run)
 
 
+@app.command(name="data")
+def write_data(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP + " It writes.")],
+    out: Annotated[Path, Option("--out", help="The JSON lines file to write.", metavar="FILE")],
+    prompts: Annotated[
+        Path | None, Option("--prompts", help="Conversations to answer anew, or texts to go on from.", metavar="FILE")
+    ] = None,
+    tokens: Annotated[int | None, Option("--tokens", min=1, help="Stop after so many; default: all prompts.")] = None,
+    temperature: Annotated[float | None, Option("--temperature", help="0 takes the likeliest token.")] = None,
+    top_p: Annotated[float | None, Option("--top-p", help="Draw from tokens that have this probability.")] = None,
+    top_k: Annotated[int | None, Option("--top-k", help="Draw from so many tokens; 0 for all.")] = None,
+    answer_tokens: Annotated[int | None, Option("--answer-tokens", help="Most tokens of an answer or a text.")] = None,
+    prompt_tokens: Annotated[int | None, Option("--prompt-tokens", help="Tokens of a text to go on from.")] = None,
+    batch_size: Annotated[int | None, Option("--batch-size", help="Prompts side by side.")] = None,
+    revision: Revision = None,
+    trust_remote_code: Remote = None,
+    recipe: RecipeFile = None,
+    seed: Seed = None,
+    device: Device = None,
+    threads: Threads = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    force: Force = False,
+) -> None:
+    """Let the teacher write distilled data; goes on where it was interrupted.
+
+    Example: edgerazor data Qwen/Qwen3-0.6B --prompts chat.jsonl --out own.jsonl
+    """
+    values = general(model, revision, trust_remote_code, seed, device, threads)
+    values["sampling"] = given(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        answer_tokens=answer_tokens,
+        prompt_tokens=prompt_tokens,
+        batch_size=batch_size,
+    )
+    asked = assemble(values, None, recipe)
+    from edgerazor.stages import data as stage_module
+
+    console = open_console(json, quiet)
+    if console.is_main:
+        result = stage_module.run(asked, out, prompts, tokens, console, force)
+        console.result(result, *stage_module.show(result))
+
+
 @app.command()
 def run(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],

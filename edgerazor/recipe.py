@@ -36,20 +36,23 @@ class Strict(BaseModel):
 
 
 class Source(Strict):
-    """One source of text: a local file or a Hugging Face data set, one of the two."""
+    """One source of text or chat: a local file or a Hugging Face data set, one of the two."""
 
     file: str | None = Field(None, description="a .txt, .json or .jsonl file, plain or .gz")
     dataset: str | None = Field(None, description="a data set id of the Hugging Face hub")
     config: str | None = Field(None, description="configuration of the data set")
     split: str = Field("train", description="split of the data set")
-    column: str = Field("text", description="the text column of a JSON file or data set")
+    column: str = Field("text", description="of a JSON file or data set; else `messages` or `conversations` is found")
     separator: str | None = Field(None, description="separates documents of a .txt file; found by itself when usual")
+    streaming: bool = Field(False, description="read the data set as it is needed instead of downloading all of it")
     weight: float = Field(1.0, gt=0, description="share of this source in the mixture, relative to the others")
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Source:
         if (self.file is None) == (self.dataset is None):
             raise ValueError("give either `file` or `dataset`")
+        if self.streaming and self.dataset is None:
+            raise ValueError("only a `dataset` can be streamed")
         return self
 
 
@@ -60,7 +63,24 @@ class Data(Strict):
     held_out: tuple[Source, ...] = Field((), description="text to measure on; empty: held_out_fraction of the mixture")
     generated_tokens: int = Field(65536, ge=512, description="about how many the teacher writes where train is empty")
     held_out_fraction: float = Field(0.05, gt=0, lt=0.5, description="share of each source kept for measuring")
+    held_out_rows: int = Field(
+        256, ge=1, description="of a streamed source, which has no end, these first ones instead"
+    )
     sequence_length: int = Field(1024, ge=8, description="tokens per sequence (at most what the model takes)")
+    packing: Literal["stream", "document"] = Field(
+        "stream", description="stream: full sequences across documents; document: one in each, padded to the longest"
+    )
+
+
+class Sampling(Strict):
+    """How the teacher writes distilled data (`edgerazor data`). The first three are EdgeRazor's (arXiv 2605.04062)."""
+
+    temperature: float = Field(0.7, ge=0, description="of the teacher's distribution; 0 takes the likeliest token")
+    top_p: float = Field(0.95, gt=0, le=1, description="least probability that the tokens to draw from have together")
+    top_k: int = Field(20, ge=0, description="tokens to draw from, the likeliest ones; 0 for all")
+    answer_tokens: int = Field(1024, ge=1, description="most tokens of an answer or a text; longer answers are dropped")
+    prompt_tokens: int = Field(64, ge=1, description="tokens of a text that the teacher goes on from")
+    batch_size: int = Field(32, ge=1, description="prompts side by side")
 
 
 class Override(Strict):
@@ -243,6 +263,7 @@ class Recipe(Strict):
     threads: int | None = Field(None, ge=1, description="CPU threads; all cores when absent")
     compare: dict[str, str] = Field(default_factory=dict, description="other packed folders measured beside this one")
     data: Data = Data()
+    sampling: Sampling = Sampling()
     calibrate: Calibrate = Calibrate()
     distill: Distill = Distill()
     pack: Pack = Pack()

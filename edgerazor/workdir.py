@@ -212,6 +212,11 @@ class WorkDir:
                     self.path.rmdir()
 
 
+def record_of(path: Path) -> Path:
+    """The file beside a written one that says how it was made."""
+    return path.with_name(f"{path.name}.json")
+
+
 def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from edgerazor import data
-from edgerazor.data import Mixture, TokenRows, documents, fingerprint, open_rows, sample_batches, split_held_out
+from edgerazor.data import Mixture, TokenRows, Tokens, documents, fingerprint, open_rows, sample_batches, split_held_out
 from edgerazor.errors import UserError
 from edgerazor.recipe import Source
 
@@ -117,7 +118,6 @@ def test_documents_of_a_file(
         ("a.jsonl", b"{}", {}, "its columns are none"),
         ("a.jsonl", b'{"text": 3}', {}, "Line 1 of .* has int in column 'text'; expected text"),
         ("a.jsonl", b'{"text": "\\ud800"}', {}, "surrogate"),
-        ("a.jsonl", b'{"messages": [{"role": "user", "content": "hi"}]}', {}, "chat messages, .* not supported"),
         ("a.jsonl", b"[" * 100_000, {}, "Line 1 of .* is not JSON"),
     ],
 )
@@ -149,18 +149,12 @@ def test_too_short_to_hold_out(tmp_path: Path, tokenizer: Any) -> None:
 # --- data sets of the hub --------------------------------------------------------------------------------------------
 
 
-class FakeDataset(dict[str, list[Any]]):
-    @property
-    def column_names(self) -> list[str]:
-        return list(self)
-
-
 def test_data_set_is_loaded_by_its_fields(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def load(*args: Any, **kwargs: Any) -> FakeDataset:
+    def load(*args: Any, **kwargs: Any) -> Dataset:
         asked.append((args, kwargs))
-        return FakeDataset(story=["one", "", "two"])
+        return Dataset.from_dict({"story": ["one", "", "two"]})
 
     monkeypatch.setattr("datasets.load_dataset", load)
     source = Source(dataset="who/what", config="small", split="validation", column="story")
@@ -172,14 +166,13 @@ def test_data_set_is_loaded_by_its_fields(monkeypatch: pytest.MonkeyPatch) -> No
     ("columns", "message"),
     [
         ({"story": ["one"], "id": [1]}, "data set 'who/what' has no column 'text'; its columns are 'story', 'id'"),
-        ({"messages": [[]]}, "chat messages"),
         ({"text": ["one", None]}, "Row 1 of the data set 'who/what' has NoneType in column 'text'"),
     ],
 )
 def test_data_set_without_its_column(
     monkeypatch: pytest.MonkeyPatch, columns: dict[str, list[Any]], message: str
 ) -> None:
-    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: FakeDataset(columns))
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: Dataset.from_dict(columns))
     with pytest.raises(UserError, match=message):
         list(documents(Source(dataset="who/what")))
 
@@ -242,9 +235,10 @@ def test_special_tokens_are_the_tokenizers_own() -> None:
         (plain, {"eos_token": "<|endoftext|>"}, [*body, 0]),
         (both, {"eos_token": "<|endoftext|>", "bos_token": "<s>"}, [1, *body, 0]),
     ):
-        tokens, starts = data.tokenize(["a cat"] * 300, PreTrainedTokenizerFast(tokenizer_object=backend, **options))
-        assert tokens.tolist() == expected * 300
-        assert starts.tolist() == [len(expected) * index for index in range(300)]
+        tokens = data.tokenize(["a cat"] * 300, PreTrainedTokenizerFast(tokenizer_object=backend, **options))
+        assert tokens.ids.tolist() == expected * 300
+        assert tokens.learn.all()
+        assert tokens.starts.tolist() == [len(expected) * index for index in range(300)]
 
 
 def test_long_texts_are_no_reason_to_warn(tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -398,10 +392,12 @@ def test_held_out_rows_come_from_every_source(tmp_path: Path, tokenizer: Any) ->
     ],
 )
 def test_where_the_cut_is(starts: list[int], fraction: float, cut: int) -> None:
-    tokens = stream(1000)
-    train, held_out = split_held_out(tokens, np.array(starts), 16, fraction)
+    tokens = Tokens(stream(1000), np.array(starts), stream(1000) % 3 == 0)
+    train, held_out = split_held_out(tokens, 16, fraction)
     assert len(train) == cut
-    assert [*train, *held_out] == tokens.tolist()
+    assert [*train.ids, *held_out.ids] == tokens.ids.tolist()
+    assert [*train.learn, *held_out.learn] == tokens.learn.tolist()
+    assert sorted({*train.starts, *(held_out.starts + cut)}) == sorted({*starts, cut})
 
 
 # --- fingerprint -----------------------------------------------------------------------------------------------------

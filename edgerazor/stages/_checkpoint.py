@@ -24,7 +24,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Progress(BaseModel):
-    """Counters of a run. The position in the data is `step`, since the order of the data is a function of it."""
+    """Counters of a run. The position in the data is `step`, since the order of the data is a function of it.
+
+    `streams` says where streamed sources are then, so that they need not be read again from the beginning.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -35,6 +38,7 @@ class Progress(BaseModel):
     best_step: int = 0
     loss: float | None = None
     metrics_lines: int = 0
+    streams: dict[str, Any] = {}
 
 
 def save(

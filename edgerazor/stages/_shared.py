@@ -124,13 +124,18 @@ def data_fingerprint(recipe: Recipe) -> str:
 def held_out_fingerprint(recipe: Recipe) -> str:
     if recipe.data.held_out:
         return data.fingerprint(recipe.data.held_out)
-    return f"the last {recipe.data.held_out_fraction:g} of {data_fingerprint(recipe)}"
+    streamed = f", or {recipe.data.held_out_rows} rows," if any(each.streaming for each in recipe.data.train) else ""
+    return f"the last {recipe.data.held_out_fraction:g}{streamed} of {data_fingerprint(recipe)}"
+
+
+def context(model: PreTrainedModel) -> int:
+    """Tokens that the model has positions for; a very large number where it does not say."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
 
 
 def sequence_length(recipe: Recipe, model: PreTrainedModel) -> int:
     """Tokens per sequence: the recipe's, but no more than the model has positions for."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(recipe.data.sequence_length, limit or recipe.data.sequence_length)
+    return min(recipe.data.sequence_length, context(model))
 
 
 def open_text(
@@ -142,15 +147,16 @@ def open_text(
         recipe: names the mixture and the held-out text.
         work: where text of the teacher lies, if the recipe names no mixture.
         tokenizer: of the teacher.
-        length: tokens per row.
+        length: most tokens in a row.
 
     Returns:
         training rows; held-out rows, disjoint from them: the recipe's held-out text, else the end of each source.
     """
     fraction = 0.0 if recipe.data.held_out else recipe.data.held_out_fraction
-    rows, held_out = data.open_rows(sources(recipe, work), tokenizer, length, recipe.seed, fraction)
+    packing, first = recipe.data.packing, recipe.data.held_out_rows
+    rows, held_out = data.open_rows(sources(recipe, work), tokenizer, length, recipe.seed, fraction, packing, first)
     if held_out is None:
-        held_out, _ = data.open_rows(recipe.data.held_out, tokenizer, length, recipe.seed)
+        held_out, _ = data.open_rows(recipe.data.held_out, tokenizer, length, recipe.seed, packing=packing)
     return rows, held_out
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import time
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -30,14 +31,12 @@ from edgerazor.console import Console, duration, megabytes, table
 from edgerazor.errors import UserError
 from edgerazor.losses import METRICS, layer_metric
 from edgerazor.models import PreTrainedModel, PreTrainedTokenizerBase
-from edgerazor.recipe import Recipe
-from edgerazor.stages import _shared
+from edgerazor.recipe import Recipe, Sampling
+from edgerazor.stages import _shared, _writing
 from edgerazor.workdir import WorkDir, make_folder, write_atomically, write_json, write_text
 
 NAME = "calibrate"
 
-#: Texts that a teacher writes side by side; more are faster but take more memory.
-GENERATE_BATCH = 32
 #: Steps of generation that an estimate of its time is taken from.
 GENERATE_PROBE = 8
 
@@ -76,6 +75,7 @@ def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
         "model": _shared.teacher_fingerprint(recipe),
         "data": _shared.data_fingerprint(recipe),
         "data.sequence_length": str(recipe.data.sequence_length),
+        "data.packing": recipe.data.packing,
         "seed": str(recipe.seed),
         **_shared.settings("calibrate", recipe.calibrate, skip=("batch_size",)),
     }
@@ -240,52 +240,33 @@ def write_own_text(
     Raises:
         UserError: the teacher ends nearly every text at once.
     """
-    torch.manual_seed(recipe.seed)
+    writer = own_writer(recipe, teacher, tokenizer, length)
     wanted = recipe.data.generated_tokens
     lines: list[str] = []
     written, rounds = 0, 0
     began = time.monotonic()
     with console.track("the teacher writes", wanted) as tracker:
-        while written < wanted:
-            ids = sample_text(teacher, tokenizer, length)  # [batch, at most length]
-            texts = [text for text in tokenizer.batch_decode(ids, skip_special_tokens=True) if text.strip()]
-            lines += [json.dumps({"text": text}) for text in texts]
-            now = sum(len(each) for each in tokenizer(texts)["input_ids"]) if texts else 0
+        for batch in writer.batches(repeat(None)):
+            lines += [json.dumps(row.record) for row in batch if row.record]
+            now = sum(row.tokens for row in batch)
             written, rounds = written + now, rounds + 1
-            if written < 2 * rounds * GENERATE_BATCH:
+            if written < 2 * rounds * writer.sampling.batch_size:
                 raise UserError(f"{recipe.model} writes no text by itself.", "Give text to learn from: --data FILE.")
             tracker.advance(min(now, wanted - written + now))
             left = (time.monotonic() - began) * max(wanted - written, 0) / written
             if rounds == 1 and left > 60:
                 console.say(f"That will take about {duration(left)}; with --data FILE it would not be needed.")
+            if written >= wanted:
+                break
     write_text(work.generated_text, "\n".join(lines) + "\n")
 
 
-@torch.no_grad()
-def sample_text(
-    teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int, exactly: bool = False
-) -> torch.Tensor:
-    """Documents sampled by the teacher, int64 [GENERATE_BATCH, length] or shorter where all have ended before.
-
-    Args:
-        teacher: the model that writes.
-        tokenizer: its tokenizer; its first token begins a document.
-        length: largest number of tokens, the first included.
-        exactly: do not end before.
-    """
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    prompt = torch.full((GENERATE_BATCH, 1), start or 0, device=teacher.device)
-    return teacher.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        do_sample=True,
-        top_k=0,
-        top_p=1.0,
-        temperature=1.0,
-        min_new_tokens=length - 1 if exactly else None,
-        max_new_tokens=length - 1,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+def own_writer(
+    recipe: Recipe, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int
+) -> _writing.Writer:
+    """The teacher writing texts of at most `length` tokens, as it is."""
+    sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, answer_tokens=length - 1)
+    return _writing.Writer(teacher, tokenizer, sampling, recipe.seed, length)
 
 
 def weights_by_format(plan: Plan) -> dict[str, int]:
@@ -314,8 +295,9 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateDryRun:
     own = 0 if recipe.data.train else recipe.data.generated_tokens
     if own:
         began = time.monotonic()
-        sample_text(teacher, tokenizer, GENERATE_PROBE, exactly=True)
-        seconds += (time.monotonic() - began) / (GENERATE_BATCH * GENERATE_PROBE) * own
+        writer = own_writer(recipe, teacher, tokenizer, length)
+        writer.draw([[0]] * writer.sampling.batch_size, (0,), exactly=GENERATE_PROBE)
+        seconds += (time.monotonic() - began) / (writer.sampling.batch_size * GENERATE_PROBE) * own
     size = sum(p.numel() * p.element_size() for p in teacher.parameters())
     logits = batch * length * teacher.config.get_text_config().vocab_size * 4
     return CalibrateDryRun(

@@ -99,6 +99,7 @@ def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
         "data": _shared.data_fingerprint(recipe),
         "held_out": _shared.held_out_fingerprint(recipe),
         "data.sequence_length": str(recipe.data.sequence_length),
+        "data.packing": recipe.data.packing,
         "seed": str(recipe.seed),
         "sequences per step": str(settings.batch_size * settings.accumulation * _shared.processes()),
         **found,
@@ -125,13 +126,18 @@ class Job:
     looks: Looks  # what losses need of the student ...
     teacher_looks: Looks  # ... and those that compare need of the first teacher
     logit_shape: tuple[float, float | None]
+    tokens_per_row: float
     progress: _checkpoint.Progress = field(default_factory=_checkpoint.Progress)
     began: float = 0.0
 
     @property
+    def rows_per_step(self) -> int:
+        return self.settings.batch_size * self.settings.accumulation * self.accelerator.num_processes
+
+    @property
     def tokens_per_step(self) -> int:
-        rows = self.settings.batch_size * self.settings.accumulation * self.accelerator.num_processes
-        return rows * self.length
+        """On average, where rows are of different lengths."""
+        return round(self.rows_per_step * self.tokens_per_row)
 
     @property
     def steps(self) -> int | None:
@@ -235,6 +241,7 @@ def resume(job: Job, work: WorkDir, console: Console) -> None:
     found = _checkpoint.restore(work.checkpoint("current"), job.student, job.optimizer)
     if found:
         job.progress = found
+        job.rows.restore(found.streams)
         adopt_best(job, work.student("best"))
         console.say(f"distill goes on from step {found.step}")
     if job.accelerator.is_main_process:
@@ -309,6 +316,7 @@ def prepare(recipe: Recipe, work: WorkDir, imagined: bool = False) -> Job:
         looks=_objective.looks(loss for _, loss in terms),
         teacher_looks=_objective.looks(comparing),
         logit_shape=logit_shape,
+        tokens_per_row=rows.tokens_per_row,
     )
 
 
@@ -560,6 +568,7 @@ def save_student(job: Job, folder: Path, digests: dict[str, str], value: float) 
 def save_progress(job: Job, work: WorkDir, identity: dict[str, str]) -> None:
     """Write the checkpoint; the clock goes on from here."""
     job.progress.seconds, job.began = job.seconds(), time.monotonic()
+    job.progress.streams = job.rows.state(job.progress.step, job.rows_per_step)
     _checkpoint.save(work.checkpoint("current"), job.student, job.optimizer, job.progress, identity)
 
 

@@ -152,6 +152,9 @@ def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
         found["text"] = data.fingerprint(sources)
         found["text.held_out_fraction"] = "all" if recipe.data.held_out else str(recipe.data.held_out_fraction)
         found["text.sequence_length"] = str(recipe.data.sequence_length)
+        found["text.packing"] = recipe.data.packing
+        if any(source.streaming for source in sources):
+            found["text.held_out_rows"] = str(recipe.data.held_out_rows)
     return found
 
 
@@ -420,7 +423,9 @@ def _held_out(recipe: Recipe, sources: tuple[Source, ...], subject: Subject) -> 
         return None
     fraction = 0.0 if recipe.data.held_out else recipe.data.held_out_fraction
     length = _shared.sequence_length(recipe, subject.model)
-    rows, held_out = data.open_rows(sources, subject.tokenizer, length, recipe.seed, fraction)
+    rows, held_out = data.open_rows(
+        sources, subject.tokenizer, length, recipe.seed, fraction, recipe.data.packing, recipe.data.held_out_rows
+    )
     return held_out if fraction else rows
 
 

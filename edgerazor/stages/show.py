@@ -15,6 +15,7 @@ from edgerazor.errors import usage_error
 from edgerazor.recipe import Recipe
 from edgerazor.stages.bench import BenchResult
 from edgerazor.stages.calibrate import CalibrateResult
+from edgerazor.stages.data import DataResult
 from edgerazor.stages.distill import DistillResult
 from edgerazor.stages.eval import EvalResult, Measured
 from edgerazor.stages.pack import PackResult, size_table
@@ -151,7 +152,8 @@ def add_size(row: ModelRow, work: WorkDir) -> None:
 
 def schema() -> str:
     """JSON schemas of the recipe and of what `--json` prints."""
-    found: dict[str, type[BaseModel]] = {"recipe": Recipe, **RESULTS, "show": Summary, "show PACKED": PackedSummary}
+    others: dict[str, type[BaseModel]] = {"data": DataResult, "show": Summary, "show PACKED": PackedSummary}
+    found: dict[str, type[BaseModel]] = {"recipe": Recipe, **RESULTS, **others}
     return json.dumps({name: model.model_json_schema() for name, model in found.items()}, indent=1)
 
 

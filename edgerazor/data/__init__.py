@@ -1,0 +1,32 @@
+"""Text or conversations -> token batches in a fixed order.
+
+A source (a file or a data set of the hub) gives documents; a document becomes the tokenizer's tokens: a text with its
+own special tokens and an end-of-text token, a conversation as the tokenizer's chat template writes it. The tokens of a
+source are cut into rows, which are mixed, shuffled and shared out in an order that is a function of the seed.
+"""
+
+from edgerazor.data.chat import Conversation, render, turn_ends
+from edgerazor.data.opening import open_rows
+from edgerazor.data.packing import Packing
+from edgerazor.data.rows import Batch, Mixture, TokenRows, sample_batches
+from edgerazor.data.sources import END_OF_TEXT, documents, fingerprint
+from edgerazor.data.tokens import MASKED, Tokens, split_held_out, tokenize
+
+__all__ = [
+    "END_OF_TEXT",
+    "MASKED",
+    "Batch",
+    "Conversation",
+    "Mixture",
+    "Packing",
+    "TokenRows",
+    "Tokens",
+    "documents",
+    "fingerprint",
+    "open_rows",
+    "render",
+    "sample_batches",
+    "split_held_out",
+    "tokenize",
+    "turn_ends",
+]

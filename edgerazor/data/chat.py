@@ -1,0 +1,349 @@
+"""Conversations -> tokens, and which of them the assistant wrote.
+
+A conversation is rendered with the tokenizer's own chat template, and the loss falls on what the model would have to
+write itself: the assistant's words and the token that ends its turn, in every turn. System and user turns, and all
+that the template puts around them, are there to be read. So is what the template puts before the assistant's words,
+an empty thinking block included; thoughts that are not empty are words.
+
+Templates that mark the assistant's words with `{% generation %}` say themselves where these are. For all others, the
+conversation is rendered once more for each turn, with a placeholder in the place of the assistant's words: what stands
+before and behind the placeholder is what the template writes, whatever it strips, adds, or drops from earlier turns.
+Where a thinking block is not empty, the words begin where the prompt for generating that turn ends. A turn with tool
+calls, which templates write in ways of their own, is what follows that prompt up to where the next message begins.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tokenizers import Tokenizer, processors
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from edgerazor.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, Any]
+#: Roles of messages in the form `{"from": ..., "value": ...}` -> what chat templates call them.
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
+ASSISTANT = "assistant"
+PLACEHOLDER = "PLACEHOLDER"
+#: Templates that write today's date write this one, so that the same conversation is the same tokens tomorrow.
+DATE = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday", "%a": "Fri"}
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages with `role` and `content`, and what else a template may want.
+
+    Args:
+        messages: in order, at least one.
+        tools: JSON schemas of the tools that the assistant may call, or None.
+        where: the record it comes from, for error messages.
+    """
+
+    messages: tuple[Message, ...]
+    tools: tuple[Any, ...] | None = None
+    where: str = "The conversation"
+
+    def assistant_turns(self) -> list[int]:
+        """Which messages the assistant wrote."""
+        return [index for index, message in enumerate(self.messages) if message["role"] == ASSISTANT]
+
+
+# --- from a record -----------------------------------------------------------------------------
+
+
+def conversation(where: str, value: list[Any], tools: object = None) -> Conversation:
+    """A conversation from the list of messages of a record.
+
+    Args:
+        where: the record, for error messages.
+        value: `[{"role": ..., "content": ...}, ...]`, or `[{"from": ..., "value": ...}, ...]`.
+        tools: a list of JSON schemas, such a list as JSON, or None.
+
+    Raises:
+        UserError: a message is not of either form.
+    """
+    messages = tuple(_message(f"Message {index} of {_inside(where)}", each) for index, each in enumerate(value, 1))
+    return Conversation(messages, _tools(where, tools), where)
+
+
+def _inside(where: str) -> str:
+    return where[0].lower() + where[1:]
+
+
+def _message(where: str, value: object) -> Message:
+    if not isinstance(value, dict):
+        raise UserError(f"{where} is a {type(value).__name__}; expected an object with role and content.")
+    given = {key: each for key, each in value.items() if each is not None}  # data sets fill absent fields with None
+    if "role" not in given and "from" in given:
+        given["role"] = ROLES.get(given["from"], given["from"])
+        given["content"] = given.pop("value", None)
+        del given["from"]
+    if not isinstance(given.get("role"), str):
+        raise UserError(f"{where} has no role; expected role and content, or from and value.")
+    content = given.get("content")
+    if content is None and given.get("tool_calls"):
+        return {**given, "content": ""}
+    return {**given, "content": _content(where, content)}
+
+
+def _content(where: str, content: object) -> str:
+    """The text of a message, which may come in parts."""
+    if isinstance(content, list):
+        if strange := [each for each in content if not (isinstance(each, dict) and isinstance(each.get("text"), str))]:
+            kind = strange[0].get("type") if isinstance(strange[0], dict) else type(strange[0]).__name__
+            raise UserError(f"{where} holds a part of type {kind!r}; expected text only.")
+        content = "".join(each["text"] for each in content)
+    if not isinstance(content, str):
+        raise UserError(f"{where} has {type(content).__name__} as its content; expected text.")
+    try:
+        content.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where} has half of a surrogate pair in its content; expected valid text.") from error
+    return content
+
+
+def _tools(where: str, tools: object) -> tuple[Any, ...] | None:
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise UserError(f"{where} has tools that are not JSON; expected a list of JSON schemas.") from error
+    if not tools:
+        return None
+    if not isinstance(tools, list):
+        raise UserError(f"{where} has {type(tools).__name__} as its tools; expected a list of JSON schemas.")
+    return tuple(tools)
+
+
+# --- to text -----------------------------------------------------------------------------------
+
+
+def render(
+    asked: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message] | None = None,
+    prompt: bool = False,
+) -> str:
+    """A conversation as its tokenizer's template writes it.
+
+    Args:
+        asked: the conversation.
+        tokenizer: has the template.
+        messages: to render instead of the conversation's own.
+        prompt: end with what asks the assistant for its next turn.
+
+    Raises:
+        UserError: there is no template, or it refuses the conversation.
+    """
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{asked.where} is a conversation, but the model's tokenizer has no chat template.",
+            "Give plain text (column: NAME in the recipe), or an instruction-tuned model.",
+        )
+    given = list(asked.messages) if messages is None else messages
+    tools = list(asked.tools) if asked.tools else None
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                given,
+                tools=tools,
+                chat_template=_template(asked, tokenizer),
+                tokenize=False,
+                add_generation_prompt=prompt,
+            )
+        )
+    except Exception as error:  # a template is a program of other people; it fails in ways of its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UserError(f"{asked.where} is refused by the tokenizer's chat template: {reason}.") from error
+
+
+def _template(asked: Conversation, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokenizer's template for a conversation, with a date that stands still."""
+    template = str(tokenizer.get_chat_template(tools=list(asked.tools) if asked.tools else None))
+    if "strftime_now" not in template:
+        return template
+    date = "".join(f" | replace('{letter}', '{value}')" for letter, value in DATE.items())
+    return f"{{% macro strftime_now(format) %}}{{{{ format{date} }}}}{{% endmacro %}}{template}"
+
+
+# --- to tokens ---------------------------------------------------------------------------------
+
+
+def encode(asked: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of a conversation, and which of them are to be learned.
+
+    Returns:
+        `(ids [N] int32, learn [N] bool)`: true for the assistant's words and the tokens that end its turns.
+
+    Raises:
+        UserError: no template, a template that refuses the conversation or whose assistant turns cannot be found, a
+            conversation without an assistant turn, or a tokenizer that cannot say where its tokens stand.
+    """
+    if not asked.assistant_turns():
+        roles = ", ".join(repr(role) for role in dict.fromkeys(each["role"] for each in asked.messages)) or "none"
+        raise UserError(f"{asked.where} has no assistant turn to learn from; its roles are {roles}.")
+    text = render(asked, tokenizer)
+    found = _untrimmed(asked, tokenizer).encode(text, add_special_tokens=False)
+    ids = np.array(found.ids, dtype=np.int32)
+    places = np.array(found.offsets, dtype=np.int64).reshape(-1, 2)  # [N, 2]: begin, end
+    turns = _marked(asked, tokenizer, text)
+    if turns is None:
+        turns = [words_of_turn(asked, tokenizer, text, turn) for turn in asked.assistant_turns()]
+    return ids, _with_turn_ends(_placed(turns, places), ids, places, text, ending_tokens(tokenizer))
+
+
+def _untrimmed(asked: Conversation, tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """The tokenizer's engine, whose tokens say where they stand with their blanks."""
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{asked.where} is a conversation, but the model's tokenizer cannot say which characters a token stands "
+            "for, so the assistant's turns cannot be found.",
+            "Give plain text (column: NAME in the recipe).",
+        )
+    return _engine(tokenizer)
+
+
+@lru_cache(maxsize=2)
+def _engine(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    engine = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    engine.no_truncation()
+    engine.no_padding()
+    engine.post_processor = processors.Sequence([])  # it adds special tokens, which a template has, and trims blanks
+    return engine
+
+
+def _marked(asked: Conversation, tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]] | None:
+    """Begin and end of the {% generation %} blocks in the rendered conversation; None where a template has none.
+
+    `apply_chat_template` would make a mask of them itself, but loses blocks that begin or end with a blank.
+    """
+    template = _template(asked, tokenizer)
+    if not GENERATION.search(template):
+        return None
+    rendered, blocks = render_jinja_template(
+        conversations=[list(asked.messages)],
+        tools=list(asked.tools) if asked.tools else None,
+        chat_template=template,
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    assert rendered == [text]
+    return [(int(begin), int(end)) for begin, end in blocks[0]]
+
+
+def _placed(turns: list[tuple[int, int]], places: np.ndarray) -> np.ndarray:
+    """The mask `[N]` of tokens that hold any character of the turns."""
+    learn = np.zeros(len(places), dtype=bool)
+    for begin, end in turns:
+        learn |= (places[:, 0] < end) & (places[:, 1] > begin)
+    return learn
+
+
+def words_of_turn(asked: Conversation, tokenizer: PreTrainedTokenizerBase, text: str, turn: int) -> tuple[int, int]:
+    """Where in the rendered conversation the words of an assistant turn begin and end.
+
+    Args:
+        asked: the conversation.
+        tokenizer: has the template.
+        text: the conversation as the template renders it.
+        turn: number of the message.
+
+    Raises:
+        UserError: the turn cannot be found.
+    """
+    for way in (
+        (_after_prefix, _around_placeholder) if asked.messages[turn].get("tool_calls") else (_around_placeholder,)
+    ):
+        try:
+            if found := way(asked, tokenizer, text, turn):
+                return found
+        except UserError:  # the conversation itself was rendered, but not what is asked of the template here
+            continue
+    raise UserError(
+        f"{asked.where} cannot be learned from: in what the tokenizer's chat template makes of it, assistant turn "
+        f"{asked.assistant_turns().index(turn) + 1} cannot be found again.",
+        "Mark the assistant's words in the template with {% generation %}.",
+    )
+
+
+def _around_placeholder(
+    asked: Conversation, tokenizer: PreTrainedTokenizerBase, text: str, turn: int
+) -> tuple[int, int] | None:
+    """What stands where a placeholder would stand that the assistant had written instead."""
+    word = PLACEHOLDER
+    while word in text:
+        word += "0"
+    messages: list[Message] = list(asked.messages)
+    messages[turn] = {"role": ASSISTANT, "content": word}
+    parts = render(asked, tokenizer, messages).split(word)
+    if len(parts) != 2 or not text.endswith(parts[1]):
+        return None
+    before, end = parts[0], len(text) - len(parts[1])
+    if not text.startswith(before):
+        before = render(asked, tokenizer, list(asked.messages[:turn]), prompt=True)
+    return (len(before), end) if text.startswith(before) and len(before) <= end else None
+
+
+def _after_prefix(
+    asked: Conversation, tokenizer: PreTrainedTokenizerBase, text: str, turn: int
+) -> tuple[int, int] | None:
+    """What the turn adds to the conversation before it, with the prompt for generating it."""
+    before = render(asked, tokenizer, list(asked.messages[:turn]), prompt=True)
+    up_to = render(asked, tokenizer, list(asked.messages[: turn + 1]))
+    found = text.startswith(up_to) and up_to.startswith(before) and len(before) < len(up_to)
+    return (len(before), len(up_to)) if found else None
+
+
+def ending_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that may end a turn: all that stand for themselves, but for the one that begins a text."""
+    ids = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
+    return ids if tokenizer.bos_token_id == tokenizer.eos_token_id else ids - {tokenizer.bos_token_id}
+
+
+def turn_ends(asked: Conversation, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens with which the template ends an assistant turn: at most one.
+
+    Args:
+        asked: any conversation with a user turn.
+        tokenizer: has the template.
+
+    Raises:
+        UserError: there is no template, or it refuses the shortest of conversations.
+    """
+    question = next(each for each in asked.messages if each["role"] == "user")
+    short = Conversation((question, {"role": ASSISTANT, "content": "yes"}), None, asked.where)
+    ids, learn = encode(short, tokenizer)
+    return set(ids[learn][-1:].tolist()) & ending_tokens(tokenizer)
+
+
+def _with_turn_ends(learn: np.ndarray, ids: np.ndarray, places: np.ndarray, text: str, ending: set[int]) -> np.ndarray:
+    """The mask, in which each run of words ends with the token that ends the turn, if there is one.
+
+    That token, and blanks before it, are added where they are missing; blanks behind it are taken away.
+    """
+
+    def blank(token: int) -> bool:
+        return not text[slice(*places[token])].strip()
+
+    result = learn.copy()
+    for stop in (np.flatnonzero(learn & ~np.append(learn[1:], False)) + 1).tolist():  # where runs have just ended
+        last, place = stop - 1, stop
+        while last > 0 and blank(last):
+            last -= 1
+        while place < len(ids) and blank(place):
+            place += 1
+        if learn[last] and int(ids[last]) in ending:
+            result[last + 1 : stop] = False
+        elif place < len(ids) and int(ids[place]) in ending:
+            result[stop : place + 1] = True
+    return result

@@ -1,0 +1,95 @@
+"""From the sources of a recipe to rows of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from edgerazor.data.packing import Packing, cuts
+from edgerazor.data.rows import TokenRows
+from edgerazor.data.sources import documents
+from edgerazor.data.streaming import StreamedRows
+from edgerazor.data.tokens import Tokens, split_held_out, tokenize
+from edgerazor.errors import UserError, usage_error
+from edgerazor.recipe import Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def open_rows(
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    seed: int = 0,
+    held_out_fraction: float = 0.0,
+    packing: Packing = "stream",
+    held_out_rows: int = 256,
+) -> tuple[TokenRows, TokenRows | None]:
+    """Read and tokenize a mixture of sources.
+
+    Args:
+        sources: files or data sets of the hub, at least one.
+        tokenizer: a tokenizer of transformers.
+        length: most tokens in a row, at least 2.
+        seed: of the order of the rows.
+        held_out_fraction: share of each source, from its end, to keep apart for measuring; from 0 to below 1.
+        packing: how documents become rows, see `packing.py`.
+        held_out_rows: of a streamed source, the first rows instead, where the fraction is not 0.
+
+    Returns:
+        `(training rows, held-out rows)`; the latter None when the fraction is 0. No token is in both.
+
+    Raises:
+        UserError: a source cannot be read, is empty, or is too short.
+    """
+    if not sources:
+        raise usage_error("There is no text: the list of sources is empty.", "Name a text file with --data FILE.")
+    training: list[Tokens | StreamedRows] = []
+    held_out: list[Tokens] = []
+    for number, source in enumerate(sources):
+        if source.streaming:
+            kept = held_out_rows if held_out_fraction else 0
+            stream = StreamedRows(source, tokenizer, length, packing, (seed, number), kept)
+            training.append(stream)
+            held_out += [stream.held_out] if kept else []
+            continue
+        tokens, rest = _in_memory(source, tokenizer, length, held_out_fraction, packing)
+        training.append(tokens)
+        held_out += [rest] if held_out_fraction else []
+    padding = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    weights = [source.weight for source in sources]
+
+    def rows(found: Sequence[Tokens | StreamedRows]) -> TokenRows:
+        return TokenRows(found, weights, length, seed, padding, packing)
+
+    return rows(training), rows(held_out) if held_out else None
+
+
+def _in_memory(
+    source: Source, tokenizer: PreTrainedTokenizerBase, length: int, held_out_fraction: float, packing: Packing
+) -> tuple[Tokens, Tokens]:
+    """Training and held-out tokens of a source that is read whole."""
+    tokens = tokenize(documents(source), tokenizer)
+    if not len(cuts(tokens, length, packing)):
+        raise _nothing(source, len(tokens))
+    if not held_out_fraction:
+        return tokens, tokens.split(len(tokens))[1]
+    tokens, rest = split_held_out(tokens, length, held_out_fraction)
+    if not all(len(cuts(part, length, packing)) for part in (tokens, rest)):
+        raise UserError(
+            f"There is too little text in {_name(source)} to keep {held_out_fraction:.1%} of it for measuring.",
+            "Give more text, or held-out text of its own (held_out in the recipe's data section).",
+        )
+    return tokens, rest
+
+
+def _name(source: Source) -> str:
+    return source.file or f"the data set {source.dataset!r}"
+
+
+def _nothing(source: Source, count: int) -> UserError:
+    where = f"There is no text to learn from in {_name(source)}"
+    if count < 2:
+        return UserError(f"{where}: {count} tokens; expected at least 2.")
+    return UserError(f"{where}: nothing that is to be learned follows anything in its {count} tokens.")

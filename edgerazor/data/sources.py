@@ -1,0 +1,218 @@
+"""Where text comes from: the documents of a file or a data set, and what identifies them.
+
+A document is a text (`str`) or a conversation (`chat.Conversation`): in a record of a JSON file or a data set, text
+stands in the column that the source names, and a list of messages in `messages`, `conversations` or that column.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+from edgerazor.data.chat import Conversation, conversation
+from edgerazor.errors import UserError, usage_error
+from edgerazor.recipe import Source
+
+#: Separates the documents of a plain text file that says nothing else.
+END_OF_TEXT = "<|endoftext|>"
+#: Columns that hold conversations where the source names no column that is there.
+CHAT_COLUMNS = ("messages", "conversations")
+
+Document = str | Conversation
+
+
+def documents(source: Source) -> Iterator[Document]:
+    """The texts and conversations of a source in its own order, blank texts left out.
+
+    Raises:
+        UserError: the file or data set cannot be read, or does not hold what the source says.
+    """
+    if source.file is None:
+        return _of_dataset(source)
+    path = _existing(source.file)
+    kinds = {".txt": _of_text, ".json": _of_json_lines, ".jsonl": _of_json_lines}
+    kind = _kind(path)
+    if kind not in kinds:
+        raise usage_error(f"{path} is not a text file of a known kind; expected .txt, .jsonl or .json, plain or .gz.")
+    return kinds[kind](path, source)
+
+
+def _existing(file: str) -> Path:
+    path = Path(file)
+    if path.is_dir():
+        raise usage_error(f"{path} is a folder; expected a text file.", "Name the files in it one by one.")
+    if not path.exists():
+        raise usage_error(f"There is no file {path}.")
+    return path
+
+
+def _kind(path: Path) -> str:
+    """The ending that says what a file holds, with `.gz` taken off."""
+    return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[TextIO]:
+    """The file as text, decompressed; whatever is wrong with its bytes becomes one sentence."""
+    try:
+        opener = gzip.open if path.suffix.lower() == ".gz" else open
+        with opener(path, "rt", encoding="utf-8-sig") as file:
+            yield cast(TextIO, file)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte 0x{error.object[error.start]:02x}).") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read: {_first_line(error)}.") from error
+
+
+def _of_text(path: Path, source: Source) -> Iterator[str]:
+    if source.separator == "":
+        raise usage_error(f"The separator of {path} is empty; expected text between documents, such as {END_OF_TEXT}.")
+    with _reading(path) as file:
+        text = file.read()
+    separator = source.separator or END_OF_TEXT
+    if separator not in text:
+        yield from [text] if text.strip() else []
+        return
+    for part in text.split(separator):
+        if part.strip():
+            yield part.strip("\n")  # the line breaks around a separator are part of the separation
+
+
+def _of_json_lines(path: Path, source: Source) -> Iterator[Document]:
+    with _reading(path) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"Line {number} of {path}"
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{where} is not JSON; expected one JSON object on each line.") from error
+            if not isinstance(record, dict):
+                raise UserError(f"{where} is a JSON {type(record).__name__}; expected an object.")
+            yield from _of_record(where, source.column, record)
+
+
+def _of_record(where: str, column: str, record: Mapping[str, object]) -> Iterator[Document]:
+    """The text or the conversation of a record, or nothing if it is blank."""
+    column = column_of(where, column, list(record))
+    value = record[column]
+    if isinstance(value, list):
+        yield conversation(where, value, record.get("tools"))
+    else:
+        yield from _text_of(where, column, value)
+
+
+def column_of(where: str, column: str, present: list[str]) -> str:
+    """The column to read: the one that was asked for, or, where that is the usual `text`, a usual one of chat data.
+
+    Raises:
+        UserError: there is none.
+    """
+    if column in present:
+        return column
+    if column == "text" and (chat := next((each for each in CHAT_COLUMNS if each in present), None)):
+        return chat
+    names = ", ".join(map(repr, present)) or "none"
+    raise UserError(f"{where} has no column {column!r}; its columns are {names}.", "Set column: NAME in the recipe.")
+
+
+def _text_of(where: str, column: str, value: object) -> Iterator[str]:
+    """The text of a record, or nothing if it is blank."""
+    if not isinstance(value, str):
+        raise UserError(f"{where} has {type(value).__name__} in column {column!r}; expected text or messages.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where} has half of a surrogate pair in column {column!r}; expected valid text.") from error
+    if value.strip():
+        yield value
+
+
+def _of_dataset(source: Source) -> Iterator[Document]:
+    for number, record in enumerate(load_dataset(source)):
+        yield from of_row(source, number, record)
+
+
+def of_row(source: Source, number: int, record: Mapping[str, object]) -> Iterator[Document]:
+    """The text or the conversation of a data set's row, or nothing if it is blank."""
+    return _of_record(f"Row {number} of the data set {source.dataset!r}", source.column, record)
+
+
+def load_dataset(source: Source) -> Any:
+    """The data set of a source, with the columns that are of use; one that is streamed is only opened.
+
+    Raises:
+        UserError: it cannot be loaded, or does not hold what the source says.
+    """
+    import datasets
+
+    try:
+        options = {"streaming": True} if source.streaming else {}
+        loaded = datasets.load_dataset(source.dataset, source.config, split=source.split, **options)
+    except Exception as error:  # the library's and the network's own, of many kinds
+        raise unavailable(source, error) from error
+    names = loaded.column_names
+    if names is None:  # a streamed data set may not know before it is read
+        return loaded
+    column = column_of(f"The data set {source.dataset!r}", source.column, names)
+    return loaded.select_columns([column, "tools"] if "tools" in names and column in CHAT_COLUMNS else [column])
+
+
+def unavailable(source: Source, error: Exception) -> UserError:
+    """The sentence for a data set that cannot be loaded or read."""
+    which = f" with configuration {source.config!r}" if source.config else ""
+    return UserError(
+        f"The data set {source.dataset!r}{which}, split {source.split!r}, cannot be loaded: {_first_line(error)}.",
+        "Check its id, configuration and split, and the network; or give a local file.",
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def fingerprint(sources: Iterable[Source]) -> str:
+    """What would be read: sha256, in hex, over the contents of the files (or the data sets' revisions) and the fields.
+
+    A file that was only moved or renamed (keeping its ending) has the same fingerprint.
+
+    Raises:
+        UserError: a file is missing or unreadable, or a data set's revision cannot be found out.
+    """
+    parts: list[dict[str, Any]] = []
+    for source in sources:
+        part: dict[str, Any] = {"column": source.column, "separator": source.separator, "weight": source.weight}
+        if source.file is not None:
+            path = _existing(source.file)
+            part |= {"kind": _kind(path), "sha256": _file_digest(path)}
+        else:
+            part |= {"dataset": source.dataset, "config": source.config, "split": source.split}
+            part["revision"] = _revision(source)
+            part |= {"streaming": True} if source.streaming else {}
+        parts.append(part)
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {_first_line(error)}.") from error
+
+
+def _revision(source: Source) -> str:
+    import datasets
+
+    try:
+        return str(datasets.load_dataset_builder(source.dataset, source.config).hash)
+    except Exception as error:
+        raise unavailable(source, error) from error

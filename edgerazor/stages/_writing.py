@@ -1,0 +1,236 @@
+"""The teacher writes: text of its own, continuations of texts, and the assistant's turns of conversations.
+
+What a batch becomes depends on its prompts, its number and the seed, and on nothing that was written before it. So
+a run that was interrupted between two batches goes on to the same result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count, islice
+from typing import Any
+
+import numpy as np
+import torch
+
+from edgerazor import data
+from edgerazor.data import Conversation
+from edgerazor.errors import UserError
+from edgerazor.models import PreTrainedModel, PreTrainedTokenizerBase
+from edgerazor.recipe import Sampling
+
+#: What to begin with: nothing, a text, or a conversation.
+Prompt = str | Conversation | None
+#: Share of the model's context that a prompt leaves for the answer, at least.
+ROOM = 4
+
+
+@dataclass
+class Row:
+    """What came of one prompt.
+
+    Args:
+        record: for a JSON file: `text` or `messages`; None where nothing whole was written.
+        tokens: how many the teacher wrote for it.
+    """
+
+    record: dict[str, Any] | None
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Token ids that were written, and whether the teacher came to an end (whose token is not among them)."""
+
+    ids: list[int]
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A teacher that writes.
+
+    Args:
+        teacher: the model, in evaluation mode.
+        tokenizer: its tokenizer.
+        sampling: how each token is drawn, and how much is written.
+        seed: of the drawing.
+        context: most tokens that the model takes.
+    """
+
+    teacher: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    sampling: Sampling
+    seed: int
+    context: int
+
+    def batches(self, prompts: Iterator[Prompt], first: int = 0) -> Iterator[list[Row]]:
+        """Rows for `batch_size` prompts at a time.
+
+        Args:
+            prompts: from the first one on, those before the first batch included.
+            first: number of the first batch to write.
+
+        Raises:
+            UserError: a conversation is refused by the template, or cannot be answered anew.
+        """
+        size = self.sampling.batch_size
+        prompts = islice(prompts, first * size, None)
+        for number in count(first):
+            some = list(islice(prompts, size))
+            if not some:
+                return
+            yield self.write(some, number)
+
+    def write(self, prompts: Sequence[Prompt], number: int) -> list[Row]:
+        """A row for each prompt of a batch, in order; `number` of the batch decides what is drawn."""
+        talks = {place: Talk(each) for place, each in enumerate(prompts) if isinstance(each, Conversation)}
+        texts = {place: self._begin(each) for place, each in enumerate(prompts) if not isinstance(each, Conversation)}
+        rows = dict(zip(texts, self._texts(list(texts.values()), number), strict=True))
+        self._converse(list(talks.values()), number)
+        rows |= {place: talk.row() for place, talk in talks.items()}
+        return [rows[place] for place in range(len(prompts))]
+
+    def _begin(self, text: str | None) -> list[int]:
+        """The tokens that a text begins with."""
+        if text is None:
+            start = self.tokenizer.bos_token_id
+            return [int((self.tokenizer.eos_token_id if start is None else start) or 0)]
+        ids = self.tokenizer(text, verbose=False)["input_ids"]
+        if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:  # some tokenizers end every text
+            ids = ids[:-1]
+        return list(ids[: min(self.sampling.prompt_tokens, self.context // 2)])
+
+    def _texts(self, prompts: list[list[int]], number: int) -> list[Row]:
+        answers = self.draw(prompts, (number,)) if prompts else []
+        rows = []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            text = self.tokenizer.decode([*prompt, *answer.ids], skip_special_tokens=True)
+            rows.append(Row({"text": text} if text.strip() else None, len(answer.ids)))
+        return rows
+
+    def _converse(self, talks: list[Talk], number: int) -> None:
+        """Let the teacher answer every user turn, those of all conversations side by side."""
+        room = min(self.sampling.answer_tokens, self.context // ROOM)
+        for turn in count():
+            active = [talk for talk in talks if talk.next_question()]
+            if not active:
+                return
+            asked = [(talk, ids) for talk in active if len(ids := self._question(talk)) + room <= self.context]
+            fitting = [talk for talk, _ in asked]
+            for talk in active:
+                talk.closed = talk not in fitting
+            if fitting:
+                answers = self.draw(
+                    [ids for _, ids in asked], (number, turn), data.turn_ends(talks[0].asked, self.tokenizer)
+                )
+                for talk, answer in zip(fitting, answers, strict=True):
+                    talk.answer(answer, self.tokenizer.decode(answer.ids, skip_special_tokens=True))
+
+    def _question(self, talk: Talk) -> list[int]:
+        text = data.render(talk.asked, self.tokenizer, talk.messages, prompt=True)
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def draw(
+        self,
+        prompts: list[list[int]],
+        key: tuple[int, ...],
+        stops: set[int] | None = None,
+        exactly: int | None = None,
+    ) -> list[Answer]:
+        """What the teacher writes behind each prompt, all at once.
+
+        Args:
+            prompts: token ids, at least one each.
+            key: numbers that decide, with the seed, what is drawn.
+            stops: tokens that end a text, beside the model's own.
+            exactly: write so many tokens, whatever they are.
+        """
+        longest = max(map(len, prompts))
+        filled = [[self._padding()] * (longest - len(prompt)) + prompt for prompt in prompts]
+        mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        ends = self._text_ends() | (stops or set())
+        drawn = self._generate(filled, mask, key, ends, exactly)[:, longest:].tolist()
+        answers = []
+        for ids in drawn:
+            stop = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+            answers.append(Answer(ids if exactly else ids[:stop], stop < len(ids)))
+        return answers
+
+    @torch.no_grad()
+    def _generate(
+        self, ids: list[list[int]], mask: list[list[int]], key: tuple[int, ...], ends: set[int], exactly: int | None
+    ) -> torch.Tensor:
+        device, asked = self.teacher.device, self.sampling
+        drawing: dict[str, Any] = {"do_sample": False}
+        if asked.temperature > 0:
+            drawing = {"do_sample": True, "temperature": asked.temperature}
+            drawing |= {"top_p": asked.top_p, "top_k": asked.top_k}
+        room = self.context - len(ids[0])
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(int(np.random.SeedSequence((self.seed, *key)).generate_state(1)[0]))
+            return self.teacher.generate(
+                input_ids=torch.tensor(ids, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                max_new_tokens=exactly or max(1, min(asked.answer_tokens, room)),
+                min_new_tokens=exactly,
+                repetition_penalty=1.0,  # the model's own distribution, whatever its generation_config.json says
+                eos_token_id=sorted(ends) or None,
+                pad_token_id=self._padding(),
+                **drawing,
+            )
+
+    def _padding(self) -> int:
+        return int(self.tokenizer.pad_token_id or 0)
+
+    def _text_ends(self) -> set[int]:
+        """The tokens that end a text, as the model and its tokenizer know them."""
+        own = self.teacher.generation_config.eos_token_id
+        ids = own if isinstance(own, list) else [own]
+        return {int(each) for each in (*ids, self.tokenizer.eos_token_id) if each is not None}
+
+
+@dataclass(eq=False)
+class Talk:
+    """A conversation that is being written anew: all but the assistant's turns is taken from another one."""
+
+    asked: Conversation
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    tokens: int = 0
+    closed: bool = False
+    _read: int = 0
+
+    def __post_init__(self) -> None:
+        roles = [each["role"] for each in self.asked.messages]
+        if strange := [each for each in roles if each not in ("system", "developer", "user", "assistant")]:
+            raise UserError(
+                f"{self.asked.where} has a message of the role {strange[0]!r}, whose place in a new conversation is "
+                "not known; expected system, user and assistant."
+            )
+        if "user" not in roles:
+            raise UserError(f"{self.asked.where} has no user turn that could be answered.")
+
+    def next_question(self) -> bool:
+        """Read on to the next user turn; False where there is none."""
+        while not self.closed and self._read < len(self.asked.messages):
+            message = self.asked.messages[self._read]
+            self._read += 1
+            if message["role"] != "assistant":
+                self.messages.append(message)
+            if message["role"] == "user":
+                return True
+        return False
+
+    def answer(self, answer: Answer, text: str) -> None:
+        """Take an answer; one that was cut off or is blank ends the conversation before its question."""
+        self.tokens += len(answer.ids)
+        if answer.finished and text.strip():
+            self.messages.append({"role": "assistant", "content": text})
+        else:
+            self.closed = True
+
+    def row(self) -> Row:
+        """The conversation up to its last answer."""
+        last = max((place for place, each in enumerate(self.messages) if each["role"] == "assistant"), default=-1)
+        return Row({"messages": self.messages[: last + 1]} if last >= 0 else None, self.tokens)

@@ -1,0 +1,135 @@
+"""From the data to the training: what a conversation's labels are, the loss sees, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from _tiny import Run, make_run, metrics, write_recipe
+from transformers import AutoTokenizer
+
+from edgerazor import recipe as recipes
+from edgerazor.data import MASKED, documents, open_rows
+from edgerazor.recipe import Source
+from edgerazor.stages import _shared, distill
+from edgerazor.workdir import WorkDir
+
+TEMPLATE = """{% for m in messages %}{{ '[' + m.role + ']' + m.content + eos_token }}{% endfor %}
+{%- if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"""
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    return make_run(capsys, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def chatty(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama with a chat template."""
+    folder = tmp_path_factory.mktemp("models") / "chatty"
+    shutil.copytree(llama, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chat_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("chat") / "chat.jsonl"
+    words = ["Nora took the ball", "Then Ben found 3", "of them there", "to the mill"]
+    lines = []
+    for number in range(60):
+        content = [" ".join(words[: 1 + (number + turn) % 4]) for turn in range(4)]
+        roles = ("user", "assistant") * 2
+        lines.append({"messages": [{"role": r, "content": c} for r, c in zip(roles, content, strict=True)]})
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+@pytest.mark.parametrize("packing", ["stream", "document"])
+def test_distilling_conversations(run: Run, tmp_path: Path, chatty: Path, chat_file: Path, packing: str) -> None:
+    settings = {"losses": [{"name": "ce"}, {"name": "eakld"}, {"name": "lafd"}], "steps": 8, "learning_rate": 3e-4}
+    fields = {"packing": packing, "sequence_length": 64}
+    recipe = write_recipe(tmp_path / "r.yaml", chatty, chat_file, distill=settings, data=fields)
+    done = run("run", recipe, "--work", tmp_path / "job", "--json")
+    assert done.code == 0, done.err
+    lines = metrics(tmp_path / "job")
+    assert lines[-1]["kl"] < lines[0]["kl"]
+    assert lines[-1]["cross_entropy"] < lines[0]["cross_entropy"]
+
+
+@pytest.mark.parametrize("packing", ["stream", "document"])
+def test_the_loss_is_that_of_the_assistants_tokens(
+    run: Run, tmp_path: Path, chatty: Path, chat_file: Path, packing: str
+) -> None:
+    """Cross entropy and its gradient against a plain computation over the tokens that the template's masks name."""
+    settings = {"losses": [{"name": "ce"}], "steps": 1}
+    fields = {"packing": packing, "sequence_length": 64}
+    path = write_recipe(tmp_path / "r.yaml", chatty, chat_file, distill=settings, data=fields)
+    assert run("calibrate", "--recipe", path, "--work", tmp_path / "job").code == 0
+    job = distill.prepare(recipes.build(recipes.load(path)), WorkDir(tmp_path / "job"))
+    batch = job.rows.batch(0, batch_size=4)
+    totals = distill.step_totals(job, [batch], [None])
+    loss = distill.losses.objective(
+        job.terms, distill.student_outputs(job, batch, job.trained), None, batch["labels"], totals
+    )
+    loss.backward()
+    weight = job.student.get_parameter("model.layers.0.mlp.down_proj.weight")
+    found, weight.grad = weight.grad, None
+    logits = job.student(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
+    wanted = batch["labels"][:, 1:] != MASKED
+    assert 0 < int(wanted.sum()) == totals.tokens < batch["input_ids"].numel() / 2
+    every = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), batch["labels"][:, 1:], ignore_index=MASKED, reduction="none"
+    )
+    plain = every.sum() / wanted.sum()
+    plain.backward()
+    assert float(loss.detach()) == pytest.approx(float(plain.detach()), rel=1e-5)
+    torch.testing.assert_close(found, weight.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_labels_are_what_the_assistant_says(chatty: Path, chat_file: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(chatty)
+    source = Source(file=str(chat_file))
+    rows, _ = open_rows([source], tokenizer, 200, packing="document")
+    said = []
+    for row, talk in zip(rows.in_order(), documents(source), strict=True):
+        said.append(tokenizer.decode([token for token in row["labels"] if token != MASKED]))
+        assert said[-1] == "".join(m["content"] + "</s>" for m in talk.messages[1::2])  # type: ignore[union-attr]
+    assert len(said) == 60
+
+
+def test_a_model_without_a_template_is_refused(run: Run, tmp_path: Path, llama: Path, chat_file: Path) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", llama, chat_file)
+    refused = run("distill", "--recipe", recipe, "--work", tmp_path / "job")
+    assert refused.code == 1
+    assert "is a conversation, but the model's tokenizer has no chat template" in refused.err
+    assert "Traceback" not in refused.err
+
+
+def test_packing_is_part_of_what_a_student_was_made_from(
+    run: Run, tmp_path: Path, llama: Path, text_file: Path
+) -> None:
+    jobs: dict[str, Any] = {}
+    for packing in ("stream", "document"):
+        path = write_recipe(tmp_path / f"{packing}.yaml", llama, text_file, data={"packing": packing})
+        jobs[packing] = run("distill", "--recipe", path, "--work", tmp_path / "job", "--steps", 1)
+    assert jobs["stream"].code == 0
+    assert jobs["document"].code == 1
+    assert "data.packing was stream, and is document now" in jobs["document"].err
+
+
+def test_held_out_text_of_a_recipe_is_packed_alike(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    held = tmp_path / "held.jsonl"
+    held.write_text("\n".join(json.dumps({"text": "Nora took the ball. " * n}) for n in range(1, 5)))
+    values = {"model": str(llama), "data": {"train": [{"file": str(text_file)}], "held_out": [{"file": str(held)}]}}
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    for packing, count in (("stream", 1), ("document", 4)):
+        asked = recipes.build(recipes.merge(values, {"data": {"packing": packing}}))
+        _, rows = _shared.open_text(asked, WorkDir(tmp_path), tokenizer, 500)
+        assert len(rows) == count
