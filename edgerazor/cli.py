@@ -265,7 +265,7 @@ def evaluate(
             activation_bits=activation_bits,
             kv_bits=kv_bits,
         ),
-        "calibrate": given(group_size=group_size),
+        "calibrate": given(group_size=number_or_word(group_size)),
     }
     if model is None:
         alone = given(against=against, activation_bits=activation_bits, kv_bits=kv_bits, group_size=group_size)
@@ -472,6 +472,11 @@ def data_section(data: list[Path] | None, held_out: list[Path] | None, length: i
     )
 
 
+def number_or_word(value: str | None) -> int | str | None:
+    """`64` as a number, `row` as it is."""
+    return int(value) if value is not None and value.removeprefix("-").isdecimal() else value
+
+
 def plan_section(
     bits: float | None,
     formats: str | None,
@@ -482,11 +487,10 @@ def plan_section(
     activation_bits: int | None,
     sequences: int | None,
 ) -> dict[str, Any]:
-    number = group_size is not None and group_size.removeprefix("-").isdecimal()
     return given(
         bits=bits,
         formats=None if formats is None else [name.strip() for name in formats.split(",")],
-        group_size=int(group_size) if group_size is not None and number else group_size,
+        group_size=number_or_word(group_size),
         plan=plan,
         granularity=granularity,
         kv_bits=kv_bits,
