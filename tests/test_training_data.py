@@ -76,7 +76,11 @@ def test_the_loss_is_that_of_the_assistants_tokens(
     batch = job.rows.batch(0, batch_size=4)
     totals = distill.step_totals(job, [batch], [None])
     loss = distill.losses.objective(
-        job.terms, distill.student_outputs(job, batch, job.trained, job.looks), None, batch["labels"], totals
+        [(term.weight, loss) for term, loss in job.terms],
+        distill.student_outputs(job, batch, job.trained, job.looks),
+        None,
+        batch["labels"],
+        totals,
     )
     loss.backward()
     weight = job.student.get_parameter("model.layers.0.mlp.down_proj.weight")
