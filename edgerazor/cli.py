@@ -254,7 +254,7 @@ def evaluate(
     values |= {
         "data": {"held_out": [{"file": str(file)} for file in data]} if data else {},
         "eval": given(
-            tasks=[name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else None,
+            tasks=listed(tasks),
             task_data=None if task_data is None else str(task_data),
             limit=limit,
             num_fewshot=num_fewshot,
@@ -267,24 +267,13 @@ def evaluate(
         ),
         "calibrate": given(group_size=number_or_word(group_size)),
     }
-    if model is None:
-        alone = given(against=against, activation_bits=activation_bits, kv_bits=kv_bits, group_size=group_size)
-        for name in alone:
-            option = f"--{name.replace('_', '-')}"
-            raise usage_error(
-                f"{option} is for a model that is measured alone.", f"Name it: `eval MODEL {option} ...`."
-            )
-        stage("eval", values, work, recipe, json, quiet, force, dry_run)
+    if model is not None:
+        measure_alone(model, values, recipe, json, quiet, dry_run)
         return
-    from edgerazor.stages import eval as stage_module
-
-    console = open_console(json, quiet)
-    if dry_run:
-        raise usage_error("`eval MODEL` has no dry run; leave out the model for that of the working directory.")
-    asked = assemble(values, None, recipe)
-    result = stage_module.evaluate_model(model, asked, console)
-    console.result(result, *stage_module.show(result))
-    check_gates(result)
+    for name in given(against=against, activation_bits=activation_bits, kv_bits=kv_bits, group_size=group_size):
+        option = f"--{name.replace('_', '-')}"
+        raise usage_error(f"{option} is for a model that is measured alone.", f"Name it: `eval MODEL {option} ...`.")
+    stage("eval", values, work, recipe, json, quiet, force, dry_run)
 
 
 @app.command()
@@ -472,6 +461,11 @@ def data_section(data: list[Path] | None, held_out: list[Path] | None, length: i
     )
 
 
+def listed(names: str | None) -> list[str] | None:
+    """`a, b` as a list."""
+    return None if names is None else [name.strip() for name in names.split(",") if name.strip()]
+
+
 def number_or_word(value: str | None) -> int | str | None:
     """`64` as a number, `row` as it is."""
     return int(value) if value is not None and value.removeprefix("-").isdecimal() else value
@@ -489,7 +483,7 @@ def plan_section(
 ) -> dict[str, Any]:
     return given(
         bits=bits,
-        formats=None if formats is None else [name.strip() for name in formats.split(",")],
+        formats=listed(formats),
         group_size=number_or_word(group_size),
         plan=plan,
         granularity=granularity,
@@ -576,6 +570,20 @@ def stage(
     if result is not None and console.is_main:
         console.result(result, *pipeline.STAGES[name].show(result))
         check_gates(result)
+
+
+def measure_alone(
+    model: str, values: dict[str, Any], recipe: Path | None, json: bool, quiet: bool, dry_run: bool
+) -> None:
+    """`eval MODEL`: no working directory."""
+    from edgerazor.stages import eval as stage_module
+
+    if dry_run:
+        raise usage_error("`eval MODEL` has no dry run; leave out the model for that of the working directory.")
+    console = open_console(json, quiet)
+    result = stage_module.evaluate_model(model, assemble(values, None, recipe), console)
+    console.result(result, *stage_module.show(result))
+    check_gates(result)
 
 
 def check_gates(result: Any) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 from edgerazor import cli
 
@@ -33,6 +37,28 @@ SMALL: dict[str, Any] = {
     "eval": {"text_sequences": 2},
     "bench": {"rounds": 1, "prefill_tokens": 8, "decode_tokens": 2},
 }
+
+
+def load_script(path: Path) -> ModuleType:
+    """A script of recipes/ as a module of its own name."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def with_template(model: Path, folder: Path, template: str, **tokens: Any) -> Path:
+    """A copy of a model whose tokenizer has a chat template, and special tokens of its own."""
+    shutil.copytree(model, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = template
+    for name, token in tokens.items():
+        setattr(tokenizer, name, token)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def write_recipe(path: Path, model: Path, text: Path | None, **sections: Any) -> Path:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from _tiny import Run, make_run
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -64,6 +65,12 @@ def sentences(count: int, seed: int = 0) -> str:
             f"{person} took the {thing} to the {place}. Then {other} found {draw.randint(2, 9)} of them there."
         )
     return "\n".join(lines) + "\n"
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Calls the command line in this process."""
+    return make_run(capsys, monkeypatch)
 
 
 @pytest.fixture(scope="session")

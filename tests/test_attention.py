@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from _tiny import Run, make_run, write_recipe
+from _tiny import Run, write_recipe
 from conftest import GROUP_SIZE, VOCABULARY, ModelMaker, family_config
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -22,11 +22,6 @@ from edgerazor.recipe import Calibrate
 from edgerazor.surgery import LazyMatrix, PackedLinear, Settings, SharedActivations, TrainingLinear
 
 IDS = torch.randint(2, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    return make_run(capsys, monkeypatch)
 
 
 def model_of(family: str = "llama", **overrides: Any) -> PreTrainedModel:

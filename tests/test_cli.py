@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
-from _tiny import Run, make_run, write_recipe
+from _tiny import Run, write_recipe
 from typer.testing import CliRunner
 
 from edgerazor import cli, pipeline
@@ -22,11 +22,6 @@ from edgerazor.stages import eval as evaluation
 
 COMMANDS: dict[str, Any] = dict(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
 STAGES = ("calibrate", "distill", "pack", "eval", "bench")
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    return make_run(capsys, monkeypatch)
 
 
 def options(name: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from _tiny import Run, make_run, metrics, sha256, spawn, write_recipe
+from _tiny import Run, metrics, sha256, spawn, write_recipe
 from conftest import ModelMaker
 from safetensors.torch import load_file
 from transformers import GPT2Config
@@ -25,11 +25,6 @@ from edgerazor.recipe import Distill
 from edgerazor.stages import _checkpoint, _objective, distill
 
 WEIGHTS = Path("distill", "last", "model.safetensors")
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    return make_run(capsys, monkeypatch)
 
 
 @pytest.fixture

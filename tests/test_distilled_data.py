@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from itertools import repeat
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from _tiny import Run, make_run, write_recipe
+from _tiny import Run, with_template, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from edgerazor.data import documents
@@ -24,19 +23,12 @@ TEMPLATE = """{% for m in messages %}{{ '[' + m.role + ']' + m.content + '<s>' }
 {%- if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"""
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    return make_run(capsys, monkeypatch)
-
-
 @pytest.fixture(scope="module")
 def chatty(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Llama with a chat template whose turns end with a token that the model does not know to be an end."""
     folder = tmp_path_factory.mktemp("models") / "chatty"
-    shutil.copytree(llama, folder)
+    with_template(llama, folder, TEMPLATE, bos_token="Ċ")  # so that <s> may end a turn
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.bos_token = "Ċ"  # so that <s> may end a turn
     tokenizer.add_special_tokens({"additional_special_tokens": ["<s>"]})
     tokenizer.save_pretrained(folder)
     return folder

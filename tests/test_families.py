@@ -17,13 +17,13 @@ import torch
 import transformers
 from conftest import FAMILIES, GROUP_SIZE, SHAPE, VOCABULARY, ModelMaker, family_config
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from edgerazor import integration, models, packed, pipeline, surgery
 from edgerazor.allocate import Plan
 from edgerazor.console import Console
 from edgerazor.errors import UserError
-from edgerazor.losses import Attention
+from edgerazor.losses import Attention, Head
 from edgerazor.models import attention
 from edgerazor.recipe import Recipe, build
 from edgerazor.workdir import WorkDir
@@ -552,3 +552,36 @@ def test_attention_that_cannot_be_seen_or_explained_is_refused(llama: Path, monk
     with pytest.raises(UserError) as caught:
         models.check_attention(model, found, (1, 2))
     sentence(caught.value, "layer 1 of LlamaForCausalLM is not made of queries and keys alone")
+
+
+@pytest.mark.parametrize(
+    ("kind", "special"),
+    [*FAMILIES.values(), ("cohere", {"logit_scale": 0.25}), ("granite", {"logits_scaling": 4.0})],
+    ids=[*FAMILIES, "cohere", "granite"],
+)
+def test_the_heads_logits_are_the_models_own(kind: str, special: dict[str, Any]) -> None:
+    """The factor and the cap that a family puts behind its head, and dtypes that round."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SHAPE | special)).eval()
+    found = models.structure(model)
+    ids = torch.randint(0, VOCABULARY, (2, 9))
+    own = model(input_ids=ids).logits
+    with torch.no_grad(), models.final_states(model, found.head_path) as states:
+        model(input_ids=ids)
+    head = model.get_submodule(found.head_path)
+    made = Head(head.weight, head.bias, *models.logit_shape(model, found.head_path)).logits(states[0])
+    torch.testing.assert_close(made, own.detach())
+    assert models.logit_shape(model.bfloat16(), found.head_path) == models.logit_shape(model.float(), found.head_path)
+
+
+def test_logits_that_are_not_understood_are_refused(llama: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    plain = type(model).forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = plain(self, *args, **kwargs)
+        return type(output)(logits=output.logits * 1.1)
+
+    model.__class__ = type("Odd", (type(model),), {"forward": forward})
+    with pytest.raises(UserError, match="Odd changes its logits in a way that is not understood"):
+        models.logit_shape(model, "lm_head")

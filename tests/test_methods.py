@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from _tiny import load_script
 from conftest import GROUP_SIZE, ModelMaker, sentences
 
 from edgerazor import data, models
@@ -21,17 +20,7 @@ from edgerazor.errors import UserError
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
-def load_methods() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("methods", RECIPES / "methods.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["methods"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-methods = load_methods()
+methods = load_script(RECIPES / "methods.py")
 PAIRS = [("rtn", 2.0), ("eakld", 2.0), ("rtn", 4.0), ("eakld", 4.0)]
 
 

@@ -8,18 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from _tiny import Run, make_run, write_recipe
+from _tiny import Run, write_recipe
 from conftest import ModelMaker
 from safetensors.torch import load_file
 
 from edgerazor import formats, models
 from edgerazor.allocate import Plan
 from edgerazor.packed import PackedModel
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    return make_run(capsys, monkeypatch)
 
 
 def razored(run: Run, folder: Path, model: Path, text: Path, *options: str, **calibrate: Any) -> Plan:

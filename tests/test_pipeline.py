@@ -10,17 +10,12 @@ from typing import Any
 
 import pytest
 import yaml
-from _tiny import Outcome, Run, make_run, sha256, snapshot, write_recipe
+from _tiny import Outcome, Run, sha256, snapshot, write_recipe
 
 from edgerazor import pipeline
 from edgerazor import recipe as recipes
 from edgerazor.stages import _writing, bench
 from edgerazor.workdir import WorkDir
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    return make_run(capsys, monkeypatch)
 
 
 @pytest.fixture(scope="module")

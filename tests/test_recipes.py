@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from _tiny import Run, make_run
+from _tiny import Run
 from conftest import ModelMaker
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -90,11 +90,6 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 #: million parameters of the whole model, as its authors count them
 PARAMETERS = {"qwen3-0.6b": 596, "qwen3-1.7b": 1721, "mobilellm-350m": 345, "llama-3.2-1b": 1236, "smollm2-135m": 135}
 EVERY_RECIPE = sorted(FOLDER.glob("*.yaml"))
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    return make_run(capsys, monkeypatch)
 
 
 @pytest.mark.parametrize("path", EVERY_RECIPE, ids=lambda path: path.stem)

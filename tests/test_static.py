@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from _tiny import Run, make_run, metrics, sha256, write_recipe
+from _tiny import Run, metrics, sha256, write_recipe
 from conftest import GROUP_SIZE, VOCABULARY, ModelMaker, family_config
 from safetensors.torch import load_file
 from test_distill import interrupt_at
@@ -25,11 +25,6 @@ from edgerazor.surgery import Settings, SharedActivations, TrainingLinear
 from edgerazor.workdir import WorkDir
 
 IDS = torch.randint(2, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    return make_run(capsys, monkeypatch)
 
 
 def weights(*shape: int, seed: int = 0) -> Tensor:

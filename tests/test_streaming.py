@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from _tiny import Run, make_run, metrics, sha256, write_recipe
+from _tiny import Run, metrics, sha256, write_recipe
 
 from edgerazor import recipe as recipes
 from edgerazor.data import Batch, TokenRows, fingerprint, open_rows, sources, streaming
@@ -22,11 +22,6 @@ from edgerazor.recipe import Source
 from edgerazor.stages import distill
 
 FILES, LINES = 3, 40
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    return make_run(capsys, monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from _tiny import Run, make_run, metrics, write_recipe
+from _tiny import Run, metrics, with_template, write_recipe
 from transformers import AutoTokenizer
 
 from edgerazor import recipe as recipes
@@ -22,20 +21,10 @@ TEMPLATE = """{% for m in messages %}{{ '[' + m.role + ']' + m.content + eos_tok
 {%- if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"""
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    return make_run(capsys, monkeypatch)
-
-
 @pytest.fixture(scope="module")
 def chatty(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Llama with a chat template."""
-    folder = tmp_path_factory.mktemp("models") / "chatty"
-    shutil.copytree(llama, folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    return folder
+    return with_template(llama, tmp_path_factory.mktemp("models") / "chatty", TEMPLATE)
 
 
 @pytest.fixture(scope="module")

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 import re
-import sys
 from itertools import product
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from _tiny import load_script
 
 ROOT = Path(__file__).parent.parent
 WORLD = ROOT / "recipes" / "world"
 TRAINING_SAMPLE = 15_000
 
 
-def load_corpus() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("corpus", WORLD / "corpus.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["corpus"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-corpus = load_corpus()
+corpus = load_script(WORLD / "corpus.py")
 
 FULL_NAME = re.compile(rf"\b(?:{'|'.join(corpus.NAMES)}) (?:{'|'.join(corpus.SURNAMES)})\b")
 NUMBER, NOUN = "|".join(corpus.NUMBERS), "|".join(corpus.COUNTED)

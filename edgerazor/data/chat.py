@@ -105,11 +105,16 @@ def _content(where: str, content: object) -> str:
         content = "".join(each["text"] for each in content)
     if not isinstance(content, str):
         raise UserError(f"{where} has {type(content).__name__} as its content; expected text.")
-    try:
-        content.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where} has half of a surrogate pair in its content; expected valid text.") from error
+    check_encodable(where, "its content", content)
     return content
+
+
+def check_encodable(where: str, what: str, text: str) -> None:
+    """UserError for text that no tokenizer can read; JSON can hold halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where} has half of a surrogate pair in {what}; expected valid text.") from error
 
 
 def _tools(where: str, tools: object) -> tuple[Any, ...] | None:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from edgerazor.data.chat import Conversation, conversation
+from edgerazor.data.chat import Conversation, check_encodable, conversation
 from edgerazor.errors import UserError, usage_error
 from edgerazor.recipe import Source
 
@@ -127,10 +127,7 @@ def _text_of(where: str, column: str, value: object) -> Iterator[str]:
     """The text of a record, or nothing if it is blank."""
     if not isinstance(value, str):
         raise UserError(f"{where} has {type(value).__name__} in column {column!r}; expected text or messages.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where} has half of a surrogate pair in column {column!r}; expected valid text.") from error
+    check_encodable(where, f"column {column!r}", value)
     if value.strip():
         yield value
 

@@ -6,9 +6,12 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from edgerazor.errors import UserError
+from edgerazor.losses import Head
 from edgerazor.models.structure import Structure
 
 
@@ -64,10 +67,19 @@ def final_states(model: nn.Module, head_path: str) -> Iterator[list[Tensor]]:
         del head.forward
 
 
-def logit_shape(model: PreTrainedModel) -> tuple[float, float | None]:
+#: How far logits may lie from the model's own, as a share of the largest: what bfloat16 leaves.
+LOGIT_TOLERANCE = 0.02
+
+
+@torch.no_grad()
+def logit_shape(model: PreTrainedModel, head_path: str) -> tuple[float, float | None]:
     """What a family does to the head's output: the factor of the logits, and their cap or None.
 
     Cohere multiplies (`logit_scale`), Granite divides (`logits_scaling`), Gemma 2 caps (`final_logit_softcapping`).
+
+    Args:
+        model: as it was loaded; computes a few tokens.
+        head_path: where its head is.
 
     Raises:
         UserError: the model's own logits are not what these make of its hidden states.
@@ -75,4 +87,17 @@ def logit_shape(model: PreTrainedModel) -> tuple[float, float | None]:
     config = model.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     cap = getattr(config, "final_logit_softcapping", None)
-    return scale, None if cap is None else float(cap)
+    shape = scale, None if cap is None else float(cap)
+    ids = torch.arange(1, 6, device=model.device)[None]
+    own = model(input_ids=ids, use_cache=False).logits[0].float()  # [5, V]
+    with final_states(model, head_path) as states:
+        model(input_ids=ids, use_cache=False)
+    head = model.get_submodule(head_path)
+    made = Head(head.weight, head.bias, *shape).logits(states[0][0])
+    if (made - own).abs().max() > LOGIT_TOLERANCE * own.abs().max():
+        raise UserError(
+            f"{type(model).__name__} changes its logits in a way that is not understood, so no loss can be computed "
+            "from its hidden states.",
+            "Round it without training: `edgerazor pack MODEL`.",
+        )
+    return shape

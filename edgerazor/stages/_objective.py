@@ -208,12 +208,13 @@ def load_others(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> lis
     """The further teachers, in evaluation mode, their weights without gradients, on a device in a dtype.
 
     Raises:
-        UserError: one cannot be loaded.
+        UserError: one cannot be loaded, or its logits are not understood.
     """
     found = []
     for source in recipe.distill.teachers:
         model, _ = models.load(source, None, str(device), dtype, recipe.trust_remote_code)
-        found.append(Teacher(model.requires_grad_(False), None, models.find_head(model), models.logit_shape(model)))
+        head_path = models.find_head(model)
+        found.append(Teacher(model.requires_grad_(False), None, head_path, models.logit_shape(model, head_path)))
     return found
 
 

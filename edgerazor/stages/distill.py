@@ -284,6 +284,7 @@ def prepare(recipe: Recipe, work: WorkDir, imagined: bool = False) -> Job:
     dtype = torch.bfloat16 if half else torch.float32
     teacher, tokenizer = _shared.load_teacher(recipe, accelerator.device, dtype)
     structure = models.structure(teacher)
+    logit_shape = models.logit_shape(teacher, structure.head_path)
     plan = _shared.new_plan(recipe, teacher, structure.sites) if imagined else _shared.read_plan(work)
     measured = _objective.unmeasured(structure.layer_count) if imagined else _shared.read_layer_metrics(work)
     terms = _objective.make_terms(recipe, structure.layer_count, measured)
@@ -293,13 +294,10 @@ def prepare(recipe: Recipe, work: WorkDir, imagined: bool = False) -> Job:
     imagine_text = imagined and not (recipe.data.train or work.generated_text.exists())
     rows, held_out = imagined_text(length) if imagine_text else _shared.open_text(recipe, work, tokenizer, length)
     calibrated = None if imagined else work
-    how, input_scales = (
-        _shared.settings_of(plan, structure, calibrated),
-        _shared.input_scales(plan, structure, calibrated),
-    )
+    how = _shared.settings_of(plan, structure, calibrated)
+    input_scales = _shared.input_scales(plan, structure, calibrated)
     student = make_student(recipe, structure, plan, how, input_scales, accelerator.device)
     _objective.open_models(student, teacher, structure, terms)
-    logit_shape = models.logit_shape(teacher)
     return Job(
         settings=settings,
         accelerator=accelerator,
