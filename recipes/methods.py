@@ -4,11 +4,12 @@
     python recipes/methods.py --methods rtn,eakld --bits 1.88,4 --steps 200
     python recipes/methods.py --table          only the table, from the stored rows
 
-A row is a teacher, a method and a number of bits. A finished row is a JSON file with a fingerprint of everything it
-depends on: the recipe, the teacher's files, the text, the tasks, the versions of packages, the code (without its
-comments) of whatever computes it. It is made again only when that changes; a killed training goes on from its last
-checkpoint. All trained rows see the same tokens. All rows have an int4 embedding, int8 activations and int8 keys and
-values, and our group size, but for those called "own defaults": a peer's package as it comes, with its group size and
+A row is a teacher, a method and a number of bits. A finished row is a JSON file with a fingerprint of what decides it:
+the recipe, the teacher's files, the text, the tasks, the versions of packages, the code (without its comments) of
+formats, plans and the losses it uses. It is made again only when that changes, or when its file is deleted (each row
+knows the commit it was made at); a killed training goes on from its last checkpoint. All trained rows see the same
+tokens, but for those that say "4 x tokens". All rows have an int4 embedding, int8 activations and int8 keys and values,
+and our group size, but for those called "own defaults": a peer's package as it comes, with its group size and
 everything but the weights of linear layers left as it is.
 
 Columns: *above chance* is the average retention above chance; *KL* and *perplexity* are on held-out text, KL against
@@ -51,9 +52,11 @@ Values = dict[str, Any]
 Row = dict[str, Any]
 
 
-def terms(**weights: float) -> Values:
-    """Changes to a recipe: these losses."""
-    return {"distill": {"losses": [{"name": name, "weight": weight} for name, weight in weights.items()]}}
+def terms(temperature: float | None = None, **weights: float) -> Values:
+    """Changes to a recipe: these losses, those of distributions at a temperature."""
+    softened = {} if temperature is None else {"forward_kl": {"temperature": temperature}}
+    losses = [{"name": name, "weight": weight, **softened.get(name, {})} for name, weight in weights.items()]
+    return {"distill": {"losses": losses}}
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Method:
         peer: of `peers.py`.
         own: the peer's own defaults.
         bits: at which it is asked; all by default.
+        times: how many times the steps of the other rows.
     """
 
     title: str
@@ -73,13 +77,25 @@ class Method:
     peer: str | None = None
     own: bool = False
     bits: tuple[float, ...] = BITS
+    times: int = 1
 
     @property
     def trains(self) -> bool:
         return self.changes is not None
 
+    def asked_at(self, bits: float) -> bool:
+        """Whether there is such a row; what is not limited by a peer or by time can be at any bits."""
+        return bits in self.bits or self.bits == BITS
+
 
 WHOLE = (2.0, 3.0, 4.0)
+EDGERAZOR = terms(ce=0.1, eakld=2.0, lafd=0.1)
+#: EdgeQAT (arXiv 2402.10787) at this table's activations: learned steps, rounded queries and probabilities, its losses.
+EDGEQAT: Values = {
+    "calibrate": {"scales": "learned", "query_bits": 8, "probability_bits": 8},
+    **terms(2.0, ce=0.5, forward_kl=0.5, qk_entropy=1.0, attention_cosine=1.0),
+}
+SCALES: Values = recipes.merge({"distill": {"train": "scales"}}, terms(forward_kl=1.0))
 #: To add a method, add a line.
 METHODS: dict[str, Method] = {
     "rtn": Method("round to nearest"),
@@ -92,7 +108,11 @@ METHODS: dict[str, Method] = {
     "ce": Method("cross-entropy QAT", terms(ce=1.0)),
     "forward-kl": Method("forward KL", terms(forward_kl=1.0)),
     "eakld": Method("CE + EAKLD", terms(ce=0.1, eakld=2.0)),
-    "eakld-lafd": Method("CE + EAKLD + LAFD", terms(ce=0.1, eakld=2.0, lafd=0.1)),
+    "eakld-lafd": Method("CE + EAKLD + LAFD", EDGERAZOR),
+    "edgeqat": Method("EdgeQAT recipe", EDGEQAT),
+    "scales": Method("scales only, forward KL", SCALES),
+    "forward-kl-long": Method("forward KL, 4 x tokens", terms(forward_kl=1.0), bits=(1.88,), times=4),
+    "eakld-lafd-long": Method("CE + EAKLD + LAFD, 4 x tokens", EDGERAZOR, bits=(1.88,), times=4),
 }
 
 
@@ -158,10 +178,11 @@ def real_teachers(folder: Path) -> list[Teacher]:
 
 def recipe_of(teacher: Teacher, method: Method, bits: float, setting: Setting) -> Recipe:
     """The whole recipe of a row."""
+    steps = setting.steps * method.times
     asked = {
         "model": str(teacher.model),
         "calibrate": {"bits": bits, "embedding_format": "int4", "activation_bits": 8, "kv_bits": 8},
-        "distill": {"steps": setting.steps, "evaluate_every": max(1, setting.steps // 2)},
+        "distill": {"steps": steps, "evaluate_every": max(1, steps // 2)},
         "pack": {} if method.trains else {"source": "teacher"},
         "eval": {"tasks": list(teacher.tasks), "limit": setting.limit},
     }
@@ -174,8 +195,9 @@ def recipe_of(teacher: Teacher, method: Method, bits: float, setting: Setting) -
 def fingerprint(teacher: Teacher, method: Method, bits: float, setting: Setting) -> str:
     """Identity of everything that decides a row, places and times left out."""
     recipe = recipe_of(teacher, method, bits, setting)
-    settings = recipe.model_dump(mode="json", exclude={"model", "data", "bench", "compare"})
-    settings["eval"].pop("against")
+    # a field that is not set, as one that a later version adds, decides nothing
+    settings = recipe.model_dump(mode="json", exclude={"model", "data", "bench", "compare"}, exclude_none=True)
+    settings["eval"].pop("against", None)
     settings["distill"] = settings["distill"] if method.trains else None
     request = tasks.Request(teacher.tasks, None, setting.limit, None, False, recipe.seed)
     measured = data.fingerprint(recipe.data.held_out) if recipe.data.held_out else str(recipe.data.held_out_fraction)
@@ -193,11 +215,10 @@ def fingerprint(teacher: Teacher, method: Method, bits: float, setting: Setting)
 
 
 def code_digest(method: Method) -> str:
-    """Of the code that computes a row, without comments, docstrings and layout."""
-    parts = ["formats", "kernels", "models", "tasks", "allocate", "data", "integration", "packed", "surgery"]
-    parts += ["stages/_shared", "stages/eval", "stages/pack"]
+    """Of the numerics that a row is about, without comments, docstrings and layout."""
+    parts = ["formats", "allocate"]
     if method.trains:
-        parts += ["stages/calibrate", "stages/distill", "losses/_*", "losses/__init__"]
+        parts += ["losses/_*"]
         parts += [f"losses/{term['name']}" for term in (method.changes or {})["distill"].get("losses", ())]
     files = [file for part in parts for file in (*PACKAGE.glob(f"{part}.py"), *PACKAGE.glob(f"{part}/*.py"))]
     files += [HERE / "peers.py"] if method.peer else []
@@ -270,7 +291,12 @@ def make_rows(teachers: Sequence[Teacher], chosen: Iterable[tuple[str, float]], 
             folder = setting.build / teacher.name / f"{name}-{bits:g}-{identity[:8]}"
             make = peer_row if method.peer else our_row
             row = make(teacher, method, bits, setting, folder)
-            about = {"teacher": teacher.name, "method": name, "bits": bits, "steps": setting.steps * method.trains}
+            about = {
+                "teacher": teacher.name,
+                "method": name,
+                "bits": bits,
+                "steps": setting.steps * method.times * method.trains,
+            }
             where = {"machine": machine(), "versions": versions(), "commit": commit()}
             write_json(path, {**about, **row, **where, "fingerprint": identity})
             shutil.rmtree(folder, ignore_errors=True)
@@ -398,11 +424,16 @@ def teacher_table(name: str, rows: list[Row]) -> str:
     lines = [head, ["---"] * len(head), *(cells(row, rows, task_names) for row in rows)]
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     teacher = next((row["teacher_perplexity"] for row in rows if row.get("teacher_perplexity")), None)
-    facts = [f"perplexity of the teacher {number(teacher)}", f"{max(row['steps'] for row in rows)} steps where trained"]
+    facts = [f"perplexity of the teacher {number(teacher)}", f"{step_counts(rows)} steps where trained"]
     facts += sorted({row["machine"] for row in rows})
     facts += [f"commit {', '.join(sorted({row['commit'] for row in rows if row['commit']}))}"]
     facts += sorted({row["package"] for row in rows if "package" in row})
     return f"### {name}\n\n{'; '.join(facts)}.\n\n{text}"
+
+
+def step_counts(rows: list[Row]) -> str:
+    """The steps of the trained rows, the fewest first."""
+    return " or ".join(str(each) for each in sorted({row["steps"] for row in rows if row["steps"]})) or "no"
 
 
 def cells(row: Row, rows: list[Row], task_names: list[str]) -> list[str]:
@@ -473,7 +504,7 @@ def choose(methods: str | None, bits: str | None) -> list[tuple[str, float]]:
         wanted = tuple(float(each) for each in bits.split(",")) if bits else BITS
     except ValueError:
         raise usage_error(f"--bits wants comma-separated numbers, and got {bits!r}.") from None
-    pairs = [(name, each) for each in wanted for name in names if each in METHODS[name].bits or METHODS[name].trains]
+    pairs = [(name, each) for each in wanted for name in names if METHODS[name].asked_at(each)]
     if not pairs:
         raise usage_error(f"None of {', '.join(names)} is asked at {bits} bits.")
     return pairs
@@ -484,7 +515,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--teachers", help="comma-separated; default: all that are there")
     parser.add_argument("--methods", help=f"comma-separated, of {', '.join(METHODS)}")
     parser.add_argument("--bits", help="comma-separated; default: 1.58, 1.88, 2, 2.79, 3, 4")
-    parser.add_argument("--steps", type=int, default=200, help="of each training, 2,048 tokens each")
+    parser.add_argument("--steps", type=int, default=150, help="of each training, 2,048 tokens each")
     parser.add_argument("--limit", type=int, help="items per task")
     parser.add_argument("--real-data", type=Path, help="folder with `models` and `text` of real teachers")
     parser.add_argument("--rows", type=Path, default=HERE / "rows", help="folder of the finished rows")

@@ -135,6 +135,14 @@ def test_the_fingerprint_knows_what_decides_a_row(teacher: Any, setting: Any, tm
     assert now(method=rtn) == now(method=rtn, setting=replace(setting, steps=5))  # rounding has no steps
 
 
+def test_every_line_of_the_table_is_a_recipe_that_can_be(teacher: Any, setting: Any) -> None:
+    for name, method in methods.METHODS.items():
+        recipe = methods.recipe_of(teacher, method, 2.0, setting)
+        assert recipe.distill.steps == setting.steps * method.times
+        assert ("-long" in name) == (method.times > 1) == ("x tokens" in method.title)
+        assert not method.asked_at(2.5) or not method.peer
+
+
 def test_comments_do_not_change_the_code(tmp_path: Path) -> None:
     codes = [
         'def f(x):\n    """Double."""\n    return 2 * x\n',
