@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor
 
 from edgerazor import formats
+from edgerazor.attention import UNIMPORTANT_BITS
 from edgerazor.errors import UserError, usage_error
 from edgerazor.formats import MatrixSpec
 from edgerazor.models import Site
@@ -129,8 +130,9 @@ class Plan(BaseModel):
         return sum(matrix.rows * matrix.columns for matrix in self.matrices)
 
     def notation(self) -> str:
-        """The field's short name: W1.88-A8-KV8."""
-        return f"W{self.nominal_bits():.2f}-A{self.activation_bits}-KV{self.kv_bits}".replace(".00-", "-")
+        """The field's short name: W1.88-A8-KV8, or W4-A8/4-KV8 where some tokens have fewer bits."""
+        fewer = "" if self.adaptive_tokens == "off" else f"/{UNIMPORTANT_BITS}"
+        return f"W{self.nominal_bits():.2f}-A{self.activation_bits}{fewer}-KV{self.kv_bits}".replace(".00-", "-")
 
 
 class Mixture(NamedTuple):

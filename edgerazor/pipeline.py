@@ -193,7 +193,7 @@ def refuse(name: str, recipe: Recipe, work: WorkDir, force: bool) -> None:
         if not force:
             refuse_other_training(name, recipe, work)
         if name == "distill":
-            distill.check_losses(recipe)
+            distill.check(recipe)
     elif name == "pack" or not stands_alone(work):
         pack.source_of(recipe, work)
     STAGES[name].inputs(recipe, work)

@@ -175,6 +175,14 @@ class LossTerm(Strict):
         return self.weight * (self.end_factor + (self.start_factor - self.end_factor) * fall)
 
 
+class Reconstruction(Strict):
+    """Training each decoder layer by itself first, on what leaves the teacher's (EfficientQAT, arXiv 2407.11062)."""
+
+    steps: int = Field(64, ge=1, description="optimizer steps of each layer")
+    sequences: int = Field(64, ge=1, description="sequences to learn from, their hidden states kept in memory")
+    learning_rate: float | None = Field(None, gt=0, description="peak; that of the whole training when absent")
+
+
 class Distill(Strict):
     """Training the student. The loss weights are EdgeRazor's for Qwen3 (arXiv 2605.04062)."""
 
@@ -183,6 +191,9 @@ class Distill(Strict):
     max_time: float | None = Field(None, gt=0, description="seconds of training, counted across resumes")
     train: Literal["all", "scales"] = Field(
         "all", description="scales: codes stay as they begin and only scales are trained, in minutes"
+    )
+    reconstruct: Reconstruction | None = Field(
+        None, description="train layer by layer before all of it: steps, sequences, learning_rate; absent: do not"
     )
     batch_size: int = Field(8, ge=1, description="sequences per process and forward pass")
     accumulation: int = Field(1, ge=1, description="forward passes per optimizer step")

@@ -6,7 +6,7 @@
 
 A row is a teacher, a method and a number of bits. A finished row is a JSON file with a fingerprint of what decides it:
 the recipe, the teacher's files, the text, the tasks, the versions of packages, the code (without its comments) of
-formats, plans and the losses it uses. It is made again only when that changes, or when its file is deleted (each row
+formats and of the losses it uses. It is made again only when that changes, or when its file is deleted (each row
 knows the commit it was made at); a killed training goes on from its last checkpoint. All trained rows see the same
 tokens, but for those that say "4 x tokens". All rows have an int4 embedding, int8 activations and int8 keys and values,
 and our group size, but for those called "own defaults": a peer's package as it comes, with its group size and
@@ -216,7 +216,7 @@ def fingerprint(teacher: Teacher, method: Method, bits: float, setting: Setting)
 
 def code_digest(method: Method) -> str:
     """Of the numerics that a row is about, without comments, docstrings and layout."""
-    parts = ["formats", "allocate"]
+    parts = ["formats"]
     if method.trains:
         parts += ["losses/_*"]
         parts += [f"losses/{term['name']}" for term in (method.changes or {})["distill"].get("losses", ())]

@@ -23,6 +23,7 @@ from edgerazor import models
 from edgerazor.errors import UserError
 from edgerazor.recipe import Distill
 from edgerazor.stages import _checkpoint, _objective, distill
+from edgerazor.stages._optimizer import schedule
 
 WEIGHTS = Path("distill", "last", "model.safetensors")
 
@@ -259,7 +260,7 @@ def test_an_error_in_one_process_ends_the_others(tmp_path: Path, llama: Path, te
     ],
 )
 def test_the_schedule(settings: dict[str, Any], share: float, factor: float) -> None:
-    assert distill.schedule(Distill(**settings), share) == pytest.approx(factor)
+    assert schedule(Distill(**settings), share) == pytest.approx(factor)
 
 
 def test_the_best_student_is_the_one_with_the_lowest_loss(whole: Path) -> None:

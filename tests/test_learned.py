@@ -22,7 +22,7 @@ from edgerazor.allocate import make_plan
 from edgerazor.formats import MatrixSpec
 from edgerazor.losses import Head, Outputs, StepTotals, step_counts
 from edgerazor.recipe import Calibrate, Distill
-from edgerazor.stages import distill
+from edgerazor.stages._optimizer import make_optimizer
 from edgerazor.surgery import Settings, SharedActivations, TrainingEmbedding, TrainingLinear
 
 ALL = formats.names()
@@ -283,7 +283,7 @@ def test_without_learned_start_scales_alone_begin_with_the_rounded_teacher() -> 
 
 def test_scales_do_not_decay() -> None:
     model = student()
-    optimizer = distill.make_optimizer(model, Distill(weight_decay=0.5))
+    optimizer = make_optimizer(model, Distill(weight_decay=0.5))
     decaying, others = ({id(p) for p in group["params"]} for group in optimizer.param_groups)
     for name, parameter in model.named_parameters():
         scales = name.endswith(".scales")

@@ -87,6 +87,20 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+#: EdgeQAT's model, which both of its recipes are for
+BABY_LLAMA = (
+    "llama",
+    {
+        "hidden_size": 512,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 16000,
+        "tie_word_embeddings": False,
+    },
+)
 #: million parameters of the whole model, as its authors count them
 PARAMETERS = {"qwen3-0.6b": 596, "qwen3-1.7b": 1721, "mobilellm-350m": 345, "llama-3.2-1b": 1236, "smollm2-135m": 135}
 EVERY_RECIPE = sorted(FOLDER.glob("*.yaml"))
@@ -151,24 +165,56 @@ def shortened(name: str, model: Path, text: Path, path: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize("bits", PUBLISHED_BITS)
 @pytest.mark.parametrize("name", SHAPES)
 def test_two_steps_and_a_packed_layer_of_the_real_shape(
-    name: str, run: Run, make_model: ModelMaker, text_file: Path, tmp_path: Path
+    name: str, bits: float, run: Run, make_model: ModelMaker, text_file: Path, tmp_path: Path
 ) -> None:
+    """At 1.88 bits the whole layer; at the others, where only rows change their format, a narrower feed-forward."""
     model_type, shape = SHAPES[name]
+    if bits != 1.88:
+        shape = {**shape, "intermediate_size": 1024}
+    recipe = shortened(name, layer_of(model_type, shape, make_model, tmp_path), text_file, tmp_path / "r.yaml")
+    trained, packed = train_and_pack(run, recipe, tmp_path / "job", "--bits", bits)
+    assert trained["notation"] == f"W{bits:g}-A8-KV8"
+    assert packed["nominal_bits"] == pytest.approx(bits, abs=0.01)
+
+
+def layer_of(model_type: str, shape: dict[str, Any], make_model: ModelMaker, folder: Path) -> Path:
+    """A random model of one layer and a few words."""
     small = {**shape, "num_hidden_layers": 1, "vocab_size": 300, "bos_token_id": 0, "eos_token_id": 1}
-    make_model(tmp_path / "model", CONFIG_MAPPING[model_type](**small), dtype=torch.bfloat16)
-    recipe = shortened(name, tmp_path / "model", text_file, tmp_path / "r.yaml")
-    work = tmp_path / "job"
-    trained = run("distill", "--recipe", recipe, "--work", work, "--json")
+    make_model(folder / "model", CONFIG_MAPPING[model_type](**small), dtype=torch.bfloat16)
+    return folder / "model"
+
+
+def train_and_pack(run: Run, recipe: Path, work: Path, *options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two steps, and the packed model, which is verified against what was trained."""
+    trained = run("distill", "--recipe", recipe, "--work", work, "--json", *options)
     assert trained.code == 0, trained.err
     assert trained.json()["steps"] == 2
-    assert trained.json()["notation"] == "W1.88-A8-KV8"
     packed = run("pack", "--work", work, "--json")
     assert packed.code == 0, packed.err
     assert packed.json()["verified"] is True
-    assert packed.json()["nominal_bits"] == pytest.approx(1.88, abs=0.01)
     shutil.rmtree(work)  # half a gigabyte that pytest would keep
+    return trained.json(), packed.json()
+
+
+@pytest.mark.parametrize("name", ["edgeqat-w4a8", "edgeqat-w4a4"])
+def test_edgeqat(name: str, run: Run, make_model: ModelMaker, text_file: Path, tmp_path: Path) -> None:
+    """Its settings (arXiv 2402.10787 and the code of its authors), and two steps of a layer of its model's shape."""
+    settings = load(name).distill
+    terms = {term.name: (term.weight, term.temperature) for term in settings.losses}
+    assert terms == {
+        "ce": (0.5, None),
+        "forward_kl": (0.5, 2.0),
+        "qk_entropy": (1.0, None),
+        "attention_cosine": (1.0, None),
+    }
+    assert (settings.learning_rate, settings.schedule, settings.weight_decay) == (2.5e-4, "cosine", 0.1)
+    recipe = shortened(name, layer_of(*BABY_LLAMA, make_model, tmp_path), text_file, tmp_path / "r.yaml")
+    trained, packed = train_and_pack(run, recipe, tmp_path / "job")
+    assert trained["notation"] == {"edgeqat-w4a8": "W4-A8-KV8", "edgeqat-w4a4": "W4-A8/4-KV8"}[name]
+    assert packed["nominal_bits"] == pytest.approx(4, abs=0.01)
 
 
 def test_bits_of_a_recipe_on_the_command_line(

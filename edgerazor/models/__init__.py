@@ -16,6 +16,7 @@ from edgerazor.models.attention import (
     register_attention,
     use_attention,
 )
+from edgerazor.models.blocks import Blocks
 from edgerazor.models.hidden import capture_hidden, final_states, logit_shape
 from edgerazor.models.loading import (
     caps_attention,
@@ -31,6 +32,7 @@ from edgerazor.models.loading import (
 from edgerazor.models.structure import Site, Structure, embedding_scale, find_head, structure
 
 __all__ = [
+    "Blocks",
     "PreTrainedModel",
     "PreTrainedTokenizerBase",
     "Site",

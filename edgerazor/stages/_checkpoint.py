@@ -26,7 +26,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class Progress(BaseModel):
     """Counters of a run. The position in the data is `step`, since the order of the data is a function of it.
 
-    `streams` says where streamed sources are then, so that they need not be read again from the beginning.
+    `block_errors` are those of the layers reconstructed so far, before and after, and `block_seconds` the time
+    that took. `streams` says where streamed sources are, so that they need not be read again from the beginning.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -38,6 +39,8 @@ class Progress(BaseModel):
     best_step: int = 0
     loss: float | None = None
     metrics_lines: int = 0
+    block_errors: list[tuple[float, float]] = []
+    block_seconds: float = 0.0
     streams: dict[str, Any] = {}
 
 

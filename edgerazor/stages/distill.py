@@ -43,8 +43,9 @@ from edgerazor.errors import INTERRUPTED, UserError
 from edgerazor.losses import Head, Outputs, StepTotals, step_counts
 from edgerazor.models import PreTrainedModel
 from edgerazor.recipe import Distill, Recipe
-from edgerazor.stages import _checkpoint, _objective, _shared
+from edgerazor.stages import _checkpoint, _objective, _reconstruct, _shared
 from edgerazor.stages._objective import Looks, Teacher, Terms
+from edgerazor.stages._optimizer import make_optimizer, schedule, set_rate
 from edgerazor.workdir import WorkDir, make_folder, replace_folder, write_json, write_text
 
 NAME = "distill"
@@ -66,6 +67,7 @@ class DistillResult(BaseModel):
     best_step: int
     measure: str
     tokens_per_second: float
+    block_errors: list[tuple[float, float]] = []
 
 
 class DistillDryRun(BaseModel):
@@ -113,7 +115,7 @@ class Job:
 
     settings: Distill
     accelerator: Accelerator
-    teachers: list[Teacher]  # the model itself and further ones; none where no loss needs one
+    teachers: list[Teacher]  # the model itself and further ones; none where nothing needs one
     student: PreTrainedModel
     trained: Any  # the student, wrapped by accelerate when there are several processes
     optimizer: torch.optim.Optimizer
@@ -125,6 +127,7 @@ class Job:
     terms: Terms
     looks: Looks  # what losses need of the student ...
     teacher_looks: Looks  # ... and those that compare need of the first teacher
+    comparing: bool  # whether a loss needs the teachers
     logit_shape: tuple[float, float | None]
     tokens_per_row: float
     progress: _checkpoint.Progress = field(default_factory=_checkpoint.Progress)
@@ -157,7 +160,8 @@ class Job:
         """How much of the budget is used, 0 to 1."""
         shares = [self.progress.step / self.steps] if self.steps else []
         if self.settings.max_time:
-            shares.append(self.seconds() / self.settings.max_time)
+            before = self.progress.block_seconds  # the schedule begins when all layers are trained together
+            shares.append((self.seconds() - before) / max(self.settings.max_time - before, 1e-9))
         return min(1.0, max(shares))
 
 
@@ -180,7 +184,20 @@ def run(recipe: Recipe, work: WorkDir, console: Console, fresh: bool = False) ->
     job.accelerator.wait_for_everyone()
     _objective.say_who_teaches(recipe, job.terms, console)
     resume(job, work, console)
-    with watch_signals() as signals, console.track("distill", job.steps or 0, job.progress.step) as tracker:
+    with watch_signals() as signals:
+        reconstruct_blocks(job, work, identity, signals, console)
+        train(job, work, identity, signals, console)
+    job.accelerator.wait_for_everyone()
+    return finish(job, work)
+
+
+def train(job: Job, work: WorkDir, identity: dict[str, str], signals: Signals, console: Console) -> None:
+    """All steps that are left.
+
+    Raises:
+        UserError: as `run`.
+    """
+    with console.track("distill", job.steps or 0, job.progress.step) as tracker:
         for batches in step_batches(job):
             loss = train_step(job, batches)
             count_step(job, loss)
@@ -193,8 +210,42 @@ def run(recipe: Recipe, work: WorkDir, console: Console, fresh: bool = False) ->
                 break
             if interrupted:
                 raise interruption(job)
-    job.accelerator.wait_for_everyone()
-    return finish(job, work)
+
+
+def reconstruct_blocks(job: Job, work: WorkDir, identity: dict[str, str], signals: Signals, console: Console) -> None:
+    """Train the layers that are not reconstructed yet, one by one, if the recipe wants it; each is kept.
+
+    Raises:
+        UserError: it was interrupted.
+    """
+    count, done = job.structure.layer_count, len(job.progress.block_errors)
+    if job.settings.reconstruct is None or done == count:
+        return
+    found = _reconstruct.reconstruct(
+        job.student,
+        job.teachers[0].model,
+        job.structure,
+        job.rows,
+        job.settings,
+        job.accelerator,
+        done,
+        lambda: bool(agree(job, float(signals.received))),
+    )
+    with console.track("reconstruct layers", count, done) as tracker:
+        for errors in found:
+            if errors is None:
+                raise UserError(
+                    f"Interrupted while layer {len(job.progress.block_errors) + 1} of {count} was reconstructed; those "
+                    "before it are saved.",
+                    "The same command goes on from there.",
+                    INTERRUPTED,
+                )
+            job.progress.block_errors.append(errors)
+            job.progress.block_seconds = job.seconds()
+            if job.accelerator.is_main_process:
+                save_progress(job, work, identity)
+            tracker.note(f"relative error {errors[0]:.4f}, then {errors[1]:.4f}")
+            tracker.advance()
 
 
 def count_step(job: Job, loss: float) -> None:
@@ -277,7 +328,7 @@ def prepare(recipe: Recipe, work: WorkDir, imagined: bool = False) -> Job:
     device = _shared.device_of(recipe)
     settings = recipe.distill
     half = uses_bfloat16(settings, device)
-    check_losses(recipe)
+    check(recipe)
     _shared.join_processes(device)
     AcceleratorState._reset_state()  # one process may train more than once, and not always in the same precision
     accelerator = Accelerator(mixed_precision="bf16" if half else "no", cpu=device.type == "cpu")
@@ -289,6 +340,7 @@ def prepare(recipe: Recipe, work: WorkDir, imagined: bool = False) -> Job:
     measured = _objective.unmeasured(structure.layer_count) if imagined else _shared.read_layer_metrics(work)
     terms = _objective.make_terms(recipe, structure.layer_count, measured)
     comparing = [loss for _, loss in terms if loss.needs_teacher]
+    first = Teacher(teacher, structure, structure.head_path, logit_shape)
     others = _objective.load_others(recipe, accelerator.device, dtype)
     length = min(_shared.sequence_length(recipe, each) for each in (teacher, *(other.model for other in others)))
     imagine_text = imagined and not (recipe.data.train or work.generated_text.exists())
@@ -301,7 +353,7 @@ def prepare(recipe: Recipe, work: WorkDir, imagined: bool = False) -> Job:
     return Job(
         settings=settings,
         accelerator=accelerator,
-        teachers=[Teacher(teacher, structure, structure.head_path, logit_shape), *others] if comparing else [],
+        teachers=[first, *others] if comparing or settings.reconstruct else [],
         student=student,
         trained=accelerator.prepare_model(student),
         optimizer=make_optimizer(student, settings),
@@ -313,6 +365,7 @@ def prepare(recipe: Recipe, work: WorkDir, imagined: bool = False) -> Job:
         terms=terms,
         looks=_objective.looks(loss for _, loss in terms),
         teacher_looks=_objective.looks(comparing),
+        comparing=bool(comparing),
         logit_shape=logit_shape,
         tokens_per_row=rows.tokens_per_row,
     )
@@ -328,12 +381,13 @@ def imagined_text(length: int) -> tuple[data.TokenRows, data.TokenRows]:
     return rows, rows
 
 
-def check_losses(recipe: Recipe) -> None:
-    """Refuse losses that cannot be, before anything that takes time.
+def check(recipe: Recipe) -> None:
+    """Refuse losses and layers that cannot be, before anything that takes time.
 
     Raises:
-        UserError: as `_objective.check`.
+        UserError: as `_objective.check` and `_reconstruct.check`.
     """
+    _reconstruct.check(recipe)
     _objective.check(recipe)
 
 
@@ -356,18 +410,6 @@ def make_student(
     surgery.prepare_for_training(student, structure, plan.specs(), settings, scales_only, input_scales)
     student.config.use_cache = False
     return student.to(device).train()
-
-
-def make_optimizer(student: PreTrainedModel, settings: Distill) -> torch.optim.Optimizer:
-    """AdamW; weight decay on matrices only, not on their scales."""
-    parameters = [p for p in student.parameters() if p.requires_grad]
-    scales = {id(matrix.scales) for matrix in surgery.training_matrices(student).values()}
-    decaying = {id(p) for p in parameters if p.ndim > 1} - scales
-    groups = [
-        {"params": [p for p in parameters if id(p) in decaying], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if id(p) not in decaying], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=True)
 
 
 # --- one step ----------------------------------------------------------------------------------
@@ -394,13 +436,12 @@ def train_step(job: Job, batches: list[Batch]) -> float:
     """One optimizer step; returns its loss."""
     accelerator = job.accelerator
     batches = [{key: value.to(accelerator.device) for key, value in batch.items()} for batch in batches]
-    targets = [teacher_outputs(job, batch, job.teacher_looks) for batch in batches]
+    targets = [teacher_outputs(job, batch, job.teacher_looks) if job.comparing else None for batch in batches]
     totals = step_totals(job, batches, targets)
     share = agree(job, job.share())
     rate = job.settings.learning_rate * schedule(job.settings, share)
     terms = [(term.weight_at(share), loss) for term, loss in job.terms]
-    for group in job.optimizer.param_groups:
-        group["lr"] = rate
+    set_rate(job.optimizer, rate)
     total = torch.zeros((), device=accelerator.device)
     for index, (batch, target) in enumerate(zip(batches, targets, strict=True)):
         last = index == len(batches) - 1
@@ -456,17 +497,6 @@ def step_totals(job: Job, batches: list[Batch], targets: list[Outputs | None]) -
     sums = {name: job.accelerator.reduce(value, "sum") for name, value in sums.items()}
     samples, tokens = int(sums.pop("samples")), int(sums.pop("tokens"))
     return StepTotals(samples, tokens, {name: float(value) / max(samples, 1) for name, value in sums.items()})
-
-
-def schedule(settings: Distill, share: float) -> float:
-    """Learning rate as a share of its peak, when `share` of the budget is used."""
-    if share < settings.warmup:
-        return (share + 1e-3) / (settings.warmup + 1e-3)
-    if settings.schedule == "constant":
-        return 1.0
-    rest = (share - settings.warmup) / (1 - settings.warmup)
-    fall = 1 - rest if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * rest))
-    return settings.final_learning_rate + (1 - settings.final_learning_rate) * fall
 
 
 def over(job: Job, before: bool) -> bool:
@@ -593,6 +623,7 @@ def finish(job: Job, work: WorkDir) -> DistillResult:
         best_step=progress.best_step,
         measure=f"held-out {measured_by(job)}, nats per token",
         tokens_per_second=round(progress.tokens / max(progress.seconds, 1e-9), 1),
+        block_errors=[(float(f"{before:.4g}"), float(f"{after:.4g}")) for before, after in progress.block_errors],
     )
     if job.accelerator.is_main_process:
         write_json(work.result_file(NAME), result.model_dump(mode="json"))
@@ -643,21 +674,26 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> DistillDryRun:
     moments = sum(8 * p.numel() for p in job.student.parameters() if p.requires_grad)
     gradients = moments // 2
     teacher = sum(p.numel() * p.element_size() for each in job.teachers for p in each.model.parameters())
-    logits = job.settings.batch_size * job.length * job.student.config.get_text_config().vocab_size * 4
+    sizes = job.student.config.get_text_config()
+    logits = job.settings.batch_size * job.length * sizes.vocab_size * 4
+    blocks = job.settings.reconstruct
+    kept = 2 * blocks.sequences * job.length * sizes.hidden_size * 4 if blocks else 0
+    first = blocks.steps * seconds if blocks else 0.0  # a step of every layer is about one of the whole
     return DistillDryRun(
         notation=job.plan.notation(),
         steps=job.steps,
         tokens_per_step=job.tokens_per_step,
-        memory_bytes=weights + gradients + moments + teacher + 4 * logits,
+        memory_bytes=weights + gradients + moments + teacher + 4 * logits + kept,
         disk_bytes=2 * (weights + moments) + 3 * weights,  # checkpoint, the next one, best, last, one being written
         result_bytes=job.plan.bytes(),
         seconds_per_step=float(f"{seconds:.3g}"),
-        seconds=float(f"{seconds * job.steps:.3g}") if job.steps else job.settings.max_time,
+        seconds=float(f"{first + seconds * job.steps:.3g}") if job.steps else job.settings.max_time,
     )
 
 
 def show(result: DistillResult) -> list[RenderableType]:
     """The training, for people."""
+    errors = [f"{before:.3f} to {after:.3f}" for before, after in result.block_errors]
     return [
         table(
             f"Student {result.notation}",
@@ -673,5 +709,6 @@ def show(result: DistillResult) -> list[RenderableType]:
                     str(result.best_step),
                 ]
             ],
+            caption=f"Layers were reconstructed first, relative error from {', '.join(errors)}" if errors else "",
         )
     ]
