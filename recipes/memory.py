@@ -12,7 +12,7 @@ allocated. (The optimizer has no part in it and is left out, on all sides.) On a
 mark of the process, on CUDA that of the allocator. Time is that of the second step.
 
 Rows: `loss` from final hidden states to their gradient and that of the head; `step` a whole forward and backward pass;
-`step, checkpointed` the same with gradient checkpointing.
+`checkpointed` the same with gradient checkpointing. `--layers 7` takes fewer layers, for less memory and time.
 """
 
 from __future__ import annotations
@@ -176,13 +176,13 @@ def peer_loss(device: str) -> Step:
 
 
 @contextlib.contextmanager
-def random_model() -> Iterator[Path]:
+def random_model(layers: int) -> Iterator[Path]:
     """A folder with random weights in bfloat16."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        Qwen3ForCausalLM(Qwen3Config(**SHAPE)).bfloat16().save_pretrained(folder)
+        Qwen3ForCausalLM(Qwen3Config(**{**SHAPE, "num_hidden_layers": layers})).bfloat16().save_pretrained(folder)
         yield Path(folder)
 
 
@@ -294,18 +294,19 @@ def plain_step(folder: Path, device: str, checkpointed: bool) -> Step:
 # --- the command -------------------------------------------------------------------------------
 
 
-def run(side: str, work: str, device: str) -> dict[str, float]:
+def run(side: str, work: str, device: str, layers: int) -> dict[str, float]:
     """One measurement, in this process."""
     if work == "loss":
         return measure({"ours": our_loss, "plain": plain_loss, "peer": peer_loss}[side](device), device)
-    with random_model() as folder:
+    with random_model(layers) as folder:
         make = {"ours": our_step, "plain": plain_step, "peer": peer_step}[side]
         return measure(make(folder, device, work == "checkpointed"), device)
 
 
-def start(python: str, side: str, work: str, device: str, limit: float) -> dict[str, Any]:
-    """One measurement in a process of its own, which may use `limit` bytes."""
-    command = [python, __file__, "--one", side, work, "--device", device, "--limit", str(limit)]
+def start(python: str, side: str, work: str, asked: argparse.Namespace) -> dict[str, Any]:
+    """One measurement in a process of its own."""
+    command = [python, __file__, "--one", side, work, "--device", asked.device, "--limit", str(asked.limit)]
+    command += ["--layers", str(asked.layers)]
     done = subprocess.run(command, capture_output=True, text=True)
     try:
         found: dict[str, Any] = json.loads(done.stdout.strip().split("\n")[-1])
@@ -319,6 +320,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--peer", help="Python of an environment with the published edgerazor package")
     parser.add_argument("--work", nargs="*", choices=WORK, default=WORK)
+    parser.add_argument("--sides", nargs="*", choices=SIDES, default=SIDES)
+    parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"], help="of the model of a whole step")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--limit", type=float, default=0, help="bytes of address space a measurement may use; 0: any")
     parser.add_argument("--one", nargs=2, metavar=("SIDE", "WORK"), help=argparse.SUPPRESS)
@@ -326,13 +329,15 @@ def main() -> None:
     if asked.one:
         if asked.limit:
             resource.setrlimit(resource.RLIMIT_DATA, (int(asked.limit), int(asked.limit)))
-        print(json.dumps(run(*asked.one, asked.device)))
+        print(json.dumps(run(*asked.one, asked.device, asked.layers)))
         return
     print("| what | side | activation memory, GB | tokens/s |\n|---|---|---|---|")
     for work in asked.work:
-        for side in SIDES if asked.peer else SIDES[:2]:
+        for side in asked.sides:
+            if side == "peer" and not asked.peer:
+                continue
             python = asked.peer if side == "peer" else sys.executable
-            found = start(python, side, work, asked.device, asked.limit)
+            found = start(python, side, work, asked)
             if "error" in found:
                 print(f"| {work} | {side} | {found['error']} | |", flush=True)
                 continue

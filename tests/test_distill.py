@@ -379,6 +379,21 @@ def test_several_teachers(run: Run, tmp_path: Path, llama: Path, text_file: Path
     assert "distill.teachers was" in run("distill", "--recipe", again, "--work", tmp_path / "two").err
 
 
+def test_padding_of_another_teachers_vocabulary(
+    run: Run, tmp_path: Path, llama: Path, text_file: Path, make_model: ModelMaker
+) -> None:
+    """It is left out of the mean, and the user hears of it."""
+    entries = load_file(llama / "model.safetensors")["lm_head.weight"].shape[0]
+    make_model(tmp_path / "padded", "llama", vocab_size=entries + 24)
+    settings = {"teachers": [str(tmp_path / "padded")], "steps": 2, "losses": [{"name": "forward_kl"}]}
+    recipe = write_recipe(tmp_path / "r.yaml", llama, text_file, distill=settings)
+    done = run("distill", "--recipe", recipe, "--work", tmp_path / "job")
+    assert done.code == 0, done.err
+    words = " ".join(done.err.split())
+    assert f"have {entries:,} and {entries + 24:,} entries; what only one of them has is padding" in words
+    assert all(math.isfinite(line["kl"]) for line in metrics(tmp_path / "job"))
+
+
 def test_teachers_that_cannot_be_averaged_are_refused(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
     other = shutil.copytree(llama, tmp_path / "other")
     tokenizer = json.loads((other / "tokenizer.json").read_text())

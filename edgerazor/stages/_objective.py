@@ -218,8 +218,15 @@ def load_others(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> lis
     return found
 
 
-def say_who_teaches(recipe: Recipe, terms: Terms, console: Console) -> None:
-    """With several teachers, say which losses do not see all of them."""
+def say_who_teaches(recipe: Recipe, terms: Terms, teachers: Sequence[Teacher], console: Console) -> None:
+    """With several teachers, say which losses do not see all of them, and where their vocabularies are padded."""
+    sizes = [int(teacher.model.get_submodule(teacher.head_path).weight.shape[0]) for teacher in teachers]
+    for source, size in zip(recipe.distill.teachers, sizes[1:], strict=False):
+        if size != sizes[0]:
+            console.say(
+                f"The heads of {recipe.model} and {source} have {sizes[0]:,} and {size:,} entries; what only one of "
+                "them has is padding, which no loss compares."
+            )
     alone = [term.name for term, loss in terms if loss.needs_teacher and not averages(loss)]
     if recipe.distill.teachers and alone:
         console.say(

@@ -182,7 +182,7 @@ def run(recipe: Recipe, work: WorkDir, console: Console, fresh: bool = False) ->
     if job.accelerator.is_main_process:
         begin(work, console, fresh)
     job.accelerator.wait_for_everyone()
-    _objective.say_who_teaches(recipe, job.terms, console)
+    _objective.say_who_teaches(recipe, job.terms, job.teachers, console)
     resume(job, work, console)
     with watch_signals() as signals:
         reconstruct_blocks(job, work, identity, signals, console)
