@@ -95,6 +95,7 @@ EDGEQAT: Values = {
     "calibrate": {"scales": "learned", "query_bits": 8, "probability_bits": 8},
     **terms(2.0, ce=0.5, forward_kl=0.5, qk_entropy=1.0, attention_cosine=1.0),
 }
+LEARNED: Values = {"calibrate": {"scales": "learned"}, **terms(forward_kl=1.0)}
 SCALES: Values = recipes.merge({"distill": {"train": "scales"}}, terms(forward_kl=1.0))
 #: To add a method, add a line.
 METHODS: dict[str, Method] = {
@@ -110,8 +111,9 @@ METHODS: dict[str, Method] = {
     "eakld": Method("CE + EAKLD", terms(ce=0.1, eakld=2.0)),
     "eakld-lafd": Method("CE + EAKLD + LAFD", EDGERAZOR),
     "edgeqat": Method("EdgeQAT recipe", EDGEQAT),
+    "learned": Method("learned steps, forward KL", LEARNED),
     "scales": Method("scales only, forward KL", SCALES),
-    "forward-kl-long": Method("forward KL, 4 x tokens", terms(forward_kl=1.0), bits=(1.88,), times=4),
+    "learned-long": Method("learned steps, forward KL, 4 x tokens", LEARNED, bits=(1.88,), times=4),
     "eakld-lafd-long": Method("CE + EAKLD + LAFD, 4 x tokens", EDGERAZOR, bits=(1.88,), times=4),
 }
 
