@@ -236,8 +236,8 @@ def refuse_other_training(name: str, recipe: Recipe, work: WorkDir) -> None:
 
 
 def refuse_difference(stored: dict[str, str], now: dict[str, str], work: WorkDir, thing: str) -> None:
-    for key in now:
-        before, after = stored.get(key, "absent"), now[key]
+    for key in {**now, **stored}:
+        before, after = stored.get(key, "absent"), now.get(key, "absent")
         if before != after and key != "calibrate":  # calibrate's own inputs are compared by name
             raise UserError(
                 f"{work.path} holds {thing} made otherwise: {key} was {shortened(before)}, and is {shortened(after)} "

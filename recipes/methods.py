@@ -114,7 +114,6 @@ METHODS: dict[str, Method] = {
     "learned": Method("learned steps, forward KL", LEARNED),
     "scales": Method("scales only, forward KL", SCALES),
     "learned-long": Method("learned steps, forward KL, 4 x tokens", LEARNED, bits=(1.88,), times=4),
-    "eakld-lafd-long": Method("CE + EAKLD + LAFD, 4 x tokens", EDGERAZOR, bits=(1.88,), times=4),
 }
 
 

@@ -62,6 +62,10 @@ def test_reconstruction_lowers_the_error_of_every_layer(
     assert metrics(tmp_path / "job")[0]["kl"] < metrics(tmp_path / "other")[0]["kl"]
     shown = run("distill", "--recipe", recipe, "--work", tmp_path / "job")
     assert "Layers were reconstructed first" in shown.out
+    for job, other in (("job", plain), ("other", recipe)):
+        refused = run("distill", "--recipe", other, "--work", tmp_path / job)
+        assert refused.code == 1
+        assert "distill.reconstruct was" in refused.err
 
 
 @pytest.mark.parametrize("step", [3, 30])

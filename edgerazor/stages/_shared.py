@@ -269,8 +269,11 @@ def _damaged(path: Path) -> UserError:
 
 
 def settings(section: str, values: BaseModel, skip: tuple[str, ...] = ()) -> dict[str, str]:
-    """The fields of a recipe section as the readable part of a fingerprint."""
-    found: dict[str, Any] = values.model_dump(mode="json", exclude=set(skip))
+    """The fields of a recipe section as the readable part of a fingerprint.
+
+    A field that is not set is left out, so that one that a later version adds changes nothing.
+    """
+    found: dict[str, Any] = values.model_dump(mode="json", exclude=set(skip), exclude_none=True)
     result = {}
     for name, value in found.items():
         text = str(value) if not isinstance(value, list | dict) else json.dumps(value, sort_keys=True)
