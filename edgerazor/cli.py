@@ -121,6 +121,9 @@ def distill(
     accumulation: Annotated[int | None, Option("--accumulation", help="Forward passes per optimizer step.")] = None,
     learning_rate: Annotated[float | None, Option("--learning-rate", help="Peak learning rate.")] = None,
     checkpoint_every: Annotated[int | None, Option("--checkpoint-every", help="Steps between checkpoints.")] = None,
+    train: Annotated[
+        str | None, Option("--train", help="all, or scales: rounded codes stay and only their scales are trained.")
+    ] = None,
     reconstruct: Annotated[
         int | None, Option("--reconstruct", help="Train layer by layer first, each for so many steps.")
     ] = None,
@@ -158,6 +161,7 @@ def distill(
             accumulation=accumulation,
             learning_rate=learning_rate,
             checkpoint_every=checkpoint_every,
+            train=train,
             reconstruct=None if reconstruct is None else {"steps": reconstruct},
         ),
     }

@@ -57,6 +57,7 @@ FIELDS: dict[str, tuple[list[str], str, Any]] = {
     "--accumulation": (["4"], "distill.accumulation", 4),
     "--learning-rate": (["1e-4"], "distill.learning_rate", 1e-4),
     "--checkpoint-every": (["9"], "distill.checkpoint_every", 9),
+    "--train": (["scales"], "distill.train", "scales"),
     "--reconstruct": (["9"], "distill.reconstruct.steps", 9),
     "--student": (["last"], "pack.student", "last"),
     "--tasks": (["arc, hellaswag"], "eval.tasks", ["arc", "hellaswag"]),
