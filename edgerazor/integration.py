@@ -21,8 +21,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from edgerazor import surgery
 from edgerazor.errors import UserError
+from edgerazor.formats import INPUT_SCALE, LOW_INPUT_SCALE
 from edgerazor.models import load_tokenizer, quiet_transformers
-from edgerazor.packed import INPUT_SCALE, SETTINGS, PackedModel
+from edgerazor.packed import SETTINGS, PackedModel
 
 METHOD = "edgerazor"
 
@@ -93,7 +94,7 @@ class EdgeRazorQuantizer(HfQuantizer):
         )
         check_others(model, packed)
         packed_names = "|".join(re.escape(name) for name in matrices)
-        ours = {rf"^({packed_names})\.weight\.", rf"\.{INPUT_SCALE}$"}
+        ours = {rf"^({packed_names})\.weight\.", rf"\.({INPUT_SCALE}|{LOW_INPUT_SCALE})$"}
         model._keys_to_ignore_on_load_unexpected = ours
         model._tied_weights_keys = model.all_tied_weights_keys = {}  # there is no weight left to tie
 

@@ -27,7 +27,8 @@ Where the format may change within a row, it does so between groups, and the fir
 
 A weight is `level(code) * scale` in float32; the level is the code, but `code + 1/2` in `int2`. Tensors of other kinds
 (norms, biases) stand under their own names with their own dtypes. `P.input_scale`, F32 [], is the scale of all inputs
-of the linear layer at P; where it is missing, each group of each token has its own.
+of the linear layer at P, and `P.low_input_scale` that of tokens with fewer bits; where one is missing, each group of
+each such token has its own.
 
 **Header.** The `__metadata__` of the first file holds `"edgerazor"`: a JSON object, fields as in `Header` below, and
 `"edgerazor_sha256"`: the SHA-256 of that text. It names every tensor of the folder: per matrix its kind, formats, group
@@ -58,7 +59,16 @@ from torch import Tensor
 
 from edgerazor import formats, workdir
 from edgerazor.errors import UserError
-from edgerazor.formats import BLOCK_FORMATS, ROW_FORMATS, SCALES, TAIL, Encoded, MatrixSpec
+from edgerazor.formats import (
+    BLOCK_FORMATS,
+    INPUT_SCALE,
+    LOW_INPUT_SCALE,
+    ROW_FORMATS,
+    SCALES,
+    TAIL,
+    Encoded,
+    MatrixSpec,
+)
 
 VERSION = 0
 WEIGHTS_FILE = "model.safetensors"
@@ -76,7 +86,6 @@ SETTINGS = (
     "adaptive_tokens",
     "thresholds",
 )
-INPUT_SCALE = "input_scale"
 HEADER_KEY, HEADER_SUM_KEY = "edgerazor", "edgerazor_sha256"
 
 #: Names of dtypes in a safetensors file.
@@ -354,20 +363,19 @@ class PackedModel:
         return {name: self._tensor(name, entry.sha256) for name, entry in self.header.others.items()}
 
     def input_scales(self) -> dict[str, float]:
-        """Module path -> scale of its inputs, for the linear layers where it is stored.
+        """`P.input_scale` and `P.low_input_scale` of the linear layers P where they are stored.
 
         Raises:
             UserError: one of them is damaged.
         """
         found = {}
         for name, entry in self.header.others.items():
-            module, _, last = name.rpartition(".")
-            if last != INPUT_SCALE:
+            if name.rpartition(".")[2] not in (INPUT_SCALE, LOW_INPUT_SCALE):
                 continue
             scale = self._tensor(name, entry.sha256)
             if scale.dtype != torch.float32 or scale.dim() != 0 or not 0 < float(scale) < math.inf:
                 raise self._broken(name, name, "it is not a positive float32 number")
-            found[module] = float(scale)
+            found[name] = float(scale)
         return found
 
     def verify(self) -> None:

@@ -140,8 +140,8 @@ class Calibrate(Strict):
     def _scales_of_something(self) -> Calibrate:
         if self.activation_bits == 16 and self.activation_scales != "dynamic":
             raise ValueError(f"16-bit activations have no {self.activation_scales} scales; give `activation_bits`")
-        if self.adaptive_tokens != "off" and (self.activation_bits in (4, 16) or self.activation_scales != "dynamic"):
-            raise ValueError("adaptive tokens need `activation_bits` from 5 to 8 and `activation_scales: dynamic`")
+        if self.adaptive_tokens != "off" and self.activation_bits in (4, 16):
+            raise ValueError("adaptive tokens need `activation_bits` from 5 to 8")
         return self
 
 

@@ -78,37 +78,43 @@ class SharedActivations:
         self._state: tuple[Any, ...] | None = None
         self._output: Tensor | None = None
 
-    def __call__(self, x: Tensor, scale: InputScale = None, important: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, x: Tensor, scale: InputScale = None, important: Tensor | None = None, low_scale: InputScale = None
+    ) -> Tensor:
         """x [..., features] as the packed model sees it, in the dtype that products are computed in.
 
-        `important`, bool [...], says which tokens get all bits.
+        `important`, bool [...], says which tokens get all bits; `low_scale` is the scale of the others.
 
         The gradient is the straight-through one, or with a scale the one of `formats.fake_quantize_static`.
         """
         if x.is_inference():  # has no version to tell a change by
-            return self._quantize(x, scale, important)
-        with_scale = (id(scale), scale._version) if isinstance(scale, Tensor) else scale
-        state = (torch.is_grad_enabled(), x._version, with_scale, id(important))
+            return self._quantize(x, scale, important, low_scale)
+        state = (torch.is_grad_enabled(), x._version, _identity(scale), id(important), _identity(low_scale))
         if self._input is None or self._input() is not x or self._state != state or self._output is None:
-            self._output = self._quantize(x, scale, important)
+            self._output = self._quantize(x, scale, important, low_scale)
             self._input, self._state = weakref.ref(x, self.forget), state
         return self._output
 
-    def _quantize(self, x: Tensor, scale: InputScale, important: Tensor | None) -> Tensor:
-        if self.bits == 16:
-            quantized = x
-        elif scale is None:
-            quantized = formats.fake_quantize_activations(x, self.bits, self.group_size)
-        else:
-            quantized = formats.fake_quantize_static(x, self.bits, scale)
+    def _quantize(self, x: Tensor, scale: InputScale, important: Tensor | None, low_scale: InputScale) -> Tensor:
+        quantized = x if self.bits == 16 else self._rounded(x, self.bits, scale)
         if important is not None:
-            fewer = formats.fake_quantize_activations(x, UNIMPORTANT_BITS, self.group_size)
+            fewer = self._rounded(x, UNIMPORTANT_BITS, low_scale)
             quantized = torch.where(important.unsqueeze(-1), quantized, fewer)
         return quantized.to(product_dtype(x))
+
+    def _rounded(self, x: Tensor, bits: int, scale: InputScale) -> Tensor:
+        if scale is None:
+            return formats.fake_quantize_activations(x, bits, self.group_size)
+        return formats.fake_quantize_static(x, bits, scale)
 
     def forget(self, _dead: object = None) -> None:
         """Let go of the last activations; called by itself when their input is gone."""
         self._input = self._output = None
+
+
+def _identity(scale: InputScale) -> object:
+    """What changes when a scale does."""
+    return (id(scale), scale._version) if isinstance(scale, Tensor) else scale
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -214,18 +220,21 @@ class TrainingLinear(TrainingMatrix):
         activations: SharedActivations,
         scales: nn.Parameter | None = None,
         input_scale: InputScale = None,
+        low_input_scale: InputScale = None,
     ) -> None:
         super().__init__(weight, spec, scales)
         self.bias = bias
         self.activations = activations
         self.input_scale = input_scale
+        self.low_input_scale = low_input_scale
         self.important: Important | None = None
         self.out_features, self.in_features = weight.shape
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
         important = None if self.important is None else self.important()
-        return _Product.apply(self.activations(x, self.input_scale, important), self.inlet(), self.bias, self)
+        quantized = self.activations(x, self.input_scale, important, self.low_input_scale)
+        return _Product.apply(quantized, self.inlet(), self.bias, self)
 
     def as_head(self, states: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
         """The same product for losses that make it themselves, a chunk of positions at a time.
@@ -282,7 +291,8 @@ def prepare_for_training(
         specs: module path -> formats, for each of `structure.sites`.
         settings: bits of activations and of attention, and whether scales are learned.
         scales_only: fix the codes, and train nothing but scales.
-        input_scales: module path -> scale of its input, for each linear layer and the head; None: found anew each time.
+        input_scales: `P.input_scale` for each linear layer and the head P, and `P.low_input_scale` where tokens may
+            have fewer bits; None: found anew each time.
 
     Raises:
         UserError: as `quantize_cache` and `decided_by`.
@@ -296,11 +306,13 @@ def prepare_for_training(
     trained = functools.partial(_trained, learned=settings.learned_scales, scales_only=scales_only)
 
     def put(name: str, weight: nn.Parameter, spec: MatrixSpec, scales: nn.Parameter | None) -> None:
-        input_scale: InputScale = None if input_scales is None else input_scales[name]
-        if input_scale is not None and settings.learned_inputs:
-            input_scale = nn.Parameter(torch.tensor(input_scale))
         bias = model.get_submodule(name).bias
-        replace(model, name, TrainingLinear(weight, bias, spec, activations, scales, input_scale))
+        of_inputs = (input_scale(f"{name}.{each}") for each in (formats.INPUT_SCALE, formats.LOW_INPUT_SCALE))
+        replace(model, name, TrainingLinear(weight, bias, spec, activations, scales, *of_inputs))
+
+    def input_scale(path: str) -> InputScale:
+        found = (input_scales or {}).get(path)
+        return nn.Parameter(torch.tensor(found)) if found is not None and settings.learned_inputs else found
 
     spec = specs[structure.embedding.name]
     table = trained(embedding.weight, spec)
@@ -449,26 +461,28 @@ class PackedLinear(PackedMatrix):
         activation_bits: int,
         group_size: int,
         input_scale: float | None = None,
+        low_input_scale: float | None = None,
     ) -> None:
         super().__init__(lazy)
         self.bias = bias
         self.out_features, self.in_features = shape
-        self.activation_bits, self.group_size, self.input_scale = activation_bits, group_size, input_scale
+        self.activation_bits, self.group_size = activation_bits, group_size
+        self.input_scale, self.low_input_scale = input_scale, low_input_scale
         self.important: Important | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out] in the dtype of x; computed in float32."""
         if self.important is None:
-            return self._multiply(x, self.activation_bits)
+            return self._multiply(x, self.activation_bits, self.input_scale)
         important = self.important()
         y = x.new_empty(*x.shape[:-1], self.out_features)
-        for chosen, bits in ((important, self.activation_bits), (~important, UNIMPORTANT_BITS)):
-            y[chosen] = self._multiply(x[chosen], bits)
+        y[important] = self._multiply(x[important], self.activation_bits, self.input_scale)
+        y[~important] = self._multiply(x[~important], UNIMPORTANT_BITS, self.low_input_scale)
         return y
 
-    def _multiply(self, x: Tensor, bits: int) -> Tensor:
+    def _multiply(self, x: Tensor, bits: int, scale: float | None) -> Tensor:
         bias = None if self.bias is None else self.bias.float()
-        group, scale = self.group_size, self.input_scale
+        group = self.group_size
         if self.lazy.keep_decoded:
             y = kernels.decoded_linear(x, self.lazy.decoded(x.device), bias, bits, group, scale)
         else:
@@ -510,7 +524,7 @@ def install_packed(
         load: reads the matrix of a module path.
         settings: bits of activations and of the cache.
         dtype: of the hidden states, which the embedding starts.
-        input_scales: module path -> scale of its input; the others are found anew each time.
+        input_scales: `P.input_scale` and `P.low_input_scale` of a linear layer P; the others are found anew each time.
 
     Raises:
         UserError: a named matrix has no place in the model.
@@ -523,9 +537,11 @@ def install_packed(
         if isinstance(module, nn.Embedding):
             new: nn.Module = PackedEmbedding(lazy[source], embedding_scale(module), shape, dtype)
         else:
-            input_scale = (input_scales or {}).get(name)
-            how = (settings.activation_bits, settings.group_size, input_scale)
-            new = PackedLinear(lazy[source], module.bias, shape, *how)
+            of_inputs = (
+                (input_scales or {}).get(f"{name}.{each}") for each in (formats.INPUT_SCALE, formats.LOW_INPUT_SCALE)
+            )
+            how = (settings.activation_bits, settings.group_size)
+            new = PackedLinear(lazy[source], module.bias, shape, *how, *of_inputs)
         replace(model, name, new)
     _prepare_attention(model, settings, deciding)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,8 @@ CASES: dict[str, dict[str, Any]] = {
     "attention": {"query_bits": 8, "probability_bits": 8},
     "causal": {"adaptive_tokens": "causal", "query_bits": 8, "probability_bits": 4},
     "ranked": {"adaptive_tokens": "ranked", "kv_bits": 16},
+    "causal, learned steps": {"adaptive_tokens": "causal", "activation_scales": "learned"},
+    "causal, static steps": {"adaptive_tokens": "causal", "activation_scales": "static"},
 }
 
 
@@ -176,11 +179,19 @@ def test_packed_equals_trained(run: Run, tmp_path: Path, make_model: ModelMaker,
     header = packed.PackedModel.open(job / "packed").header
     how = Settings(**{name: header.settings[name] for name in packed.SETTINGS})  # type: ignore[arg-type]
     statistics = load_file(job / "calibrate" / "stats.safetensors")
-    assert ("importance_threshold" in statistics) == (case == "causal")
+    assert ("importance_threshold" in statistics) == ("causal" in case)
+    steps = {name: float(value) for name, value in statistics.items() if name.endswith("input_scale")}
+    if steps:  # layer 0's queries, keys and values, and the head, have the bits of all tokens
+        low = {name.removesuffix(".low_input_scale") for name in steps if name.endswith(".low_input_scale")}
+        assert low == set(attention.decided_by(models.load(tmp_path / "model")[0]))
+        stored = packed.PackedModel.open(job / "packed").input_scales()
+        assert stored.keys() == steps.keys()
+        assert all((stored[name] != value) == ("learned" in case) for name, value in steps.items())
+    how = replace(how, learned_inputs="learned" in case)
     student, _ = models.load(tmp_path / "model", dtype=torch.float32)
     found = models.structure(student)
     plan = make_plan(found.sites, Calibrate(bits=1.88, group_size=GROUP_SIZE))
-    surgery.prepare_for_training(student, found, plan.specs(), how)
+    surgery.prepare_for_training(student, found, plan.specs(), how, input_scales=steps or None)
     student.load_state_dict(load_file(job / "distill" / "best" / "model.safetensors"), strict=False)
     with torch.no_grad():
         trained, ours = (each.eval()(input_ids=IDS, use_cache=False).logits for each in (student, model))
@@ -214,7 +225,6 @@ def test_impossible_combinations_are_refused(run: Run, tmp_path: Path, llama: Pa
     for calibrate in (
         {"activation_bits": 16},
         {"activation_bits": 4},
-        {"activation_scales": "static"},
     ):
         fields = {**calibrate, "adaptive_tokens": "causal"}
         recipe = write_recipe(tmp_path / "r.yaml", llama, text_file, calibrate=fields)

@@ -30,10 +30,19 @@ from edgerazor.formats._matrix import (
     tensor_bytes,
     unpack_matrix,
 )
-from edgerazor.formats._static import calibrated_scale, fake_quantize_static, magnitude_counts, quantize_static
+from edgerazor.formats._static import (
+    INPUT_SCALE,
+    LOW_INPUT_SCALE,
+    calibrated_scale,
+    fake_quantize_static,
+    magnitude_counts,
+    quantize_static,
+)
 
 __all__ = [
     "BLOCK_FORMATS",
+    "INPUT_SCALE",
+    "LOW_INPUT_SCALE",
     "ROW_FORMATS",
     "SCALES",
     "TAIL",

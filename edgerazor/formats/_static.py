@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+#: What the scale of a linear layer's input is called, and the one of tokens with fewer bits, behind the layer's path.
+INPUT_SCALE, LOW_INPUT_SCALE = "input_scale", "low_input_scale"
 #: The smallest scale: a trained one never reaches zero.
 SMALLEST = 2.0**-24
 #: Magnitudes are counted in bins of equal ratio, BINS_PER_OCTAVE to a factor of two, from 2^FIRST to 2^LAST.

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from edgerazor import attention, data, models, surgery
+from edgerazor import attention, data, formats, models, surgery
 from edgerazor.allocate import Plan, make_plan
 from edgerazor.errors import UserError, usage_error
 from edgerazor.losses import METRICS
@@ -190,12 +190,38 @@ def read_layer_metrics(work: WorkDir) -> dict[str, list[float]]:
     return {metric: _statistics(work, f"layer_{metric}") for metric in METRICS}
 
 
-def input_scales(plan: Plan, found: models.Structure, work: WorkDir | None) -> dict[str, float] | None:
-    """Calibrate's scale for the input of each linear layer and the head; None where they are found anew each time.
+def stored_input_scales(
+    wanted: Plan | Calibrate, model: PreTrainedModel, found: models.Structure
+) -> dict[str, tuple[str, int]]:
+    """The scales of inputs that are not found anew each time: `P.input_scale` -> its linear layer P, and the bits.
+
+    Args:
+        wanted: says whether there are any; tokens with fewer bits have one of their own, `P.low_input_scale`.
+        model: where the linear layers are.
+        found: the same.
+
+    Raises:
+        UserError: the model's tokens cannot have bits of their own.
+    """
+    if wanted.activation_scales == "dynamic":
+        return {}
+    names = (*(site.name for site in found.linears), found.head_path)
+    scales = {f"{name}.{formats.INPUT_SCALE}": (name, wanted.activation_bits) for name in names}
+    if wanted.adaptive_tokens != "off":
+        for name in attention.decided_by(model):
+            scales[f"{name}.{formats.LOW_INPUT_SCALE}"] = (name, attention.UNIMPORTANT_BITS)
+    return scales
+
+
+def input_scales(
+    plan: Plan, model: PreTrainedModel, found: models.Structure, work: WorkDir | None
+) -> dict[str, float] | None:
+    """Calibrate's scales for the inputs of linear layers and the head; None where they are found anew each time.
 
     Args:
         plan: says whether there are any.
-        found: where the linear layers are.
+        model: where the linear layers are.
+        found: the same.
         work: where calibrate wrote them; None to make some up.
 
     Raises:
@@ -203,7 +229,7 @@ def input_scales(plan: Plan, found: models.Structure, work: WorkDir | None) -> d
     """
     if plan.activation_scales == "dynamic":
         return None
-    names = (*(site.name for site in found.linears), found.head_path)
+    names = stored_input_scales(plan, model, found)
     if work is None:
         return dict.fromkeys(names, 1.0)
     if read_plan(work).activation_bits != plan.activation_bits:
@@ -213,7 +239,7 @@ def input_scales(plan: Plan, found: models.Structure, work: WorkDir | None) -> d
         )
     try:
         stored = load_file(work.statistics_file)
-        return {name: float(stored[f"input_scale/{name}"]) for name in names}
+        return {name: float(stored[name]) for name in names}
     except (OSError, SafetensorError, KeyError):
         raise _damaged(work.statistics_file) from None
 

@@ -6,8 +6,8 @@ Runs calibration text through the teacher and keeps, in `stats.safetensors`,
   (the diagonal of the Hessian of its squared output error; GPTQ's and imatrix's quantity);
 * `layer_cosine`, float32 [layers]: mean cosine similarity of each decoder layer's output and input;
 * `layer_l2` and `layer_variance`, float32 [layers]: mean norm of its output, and its variance over positions;
-* `input_scale/<module>`, float32 [], where activations have stored scales: the one with the least squared error for
-  the input of a linear layer or the head;
+* `<module>.input_scale`, float32 [], where activations have stored scales: the one with the least squared error for
+  the input of a linear layer or the head, and `<module>.low_input_scale` at the bits of unimportant tokens;
 * `importance_threshold`, float32 [layers], where tokens have bits of their own: see `attention.py`;
 
 and writes the plan: a format for every row or block of every matrix (`allocate.py`).
@@ -173,7 +173,7 @@ def find_input_scales(
     rows: data.TokenRows,
     console: Console,
 ) -> dict[str, torch.Tensor]:
-    """`input_scale/<module>` of every linear layer and the head, float32 [], from the calibration text."""
+    """The stored scales of inputs, float32 [], from the calibration text."""
     counts: dict[str, torch.Tensor] = {}
     keep = torch.empty(0)
 
@@ -183,7 +183,8 @@ def find_input_scales(
 
         return hook
 
-    names = [*(site.name for site in found.linears), found.head_path]
+    wanted = _shared.stored_input_scales(recipe.calibrate, teacher, found)
+    names = {name for name, _ in wanted.values()}
     handles = [teacher.get_submodule(name).register_forward_pre_hook(observing(name)) for name in names]
     batches = list(data.sample_batches(rows, recipe.calibrate.sequences, recipe.calibrate.batch_size))
     try:
@@ -195,8 +196,7 @@ def find_input_scales(
     finally:
         for handle in handles:
             handle.remove()
-    bits = recipe.calibrate.activation_bits
-    return {f"input_scale/{name}": torch.tensor(formats.calibrated_scale(counts[name], bits)) for name in names}
+    return {scale: torch.tensor(formats.calibrated_scale(counts[name], bits)) for scale, (name, bits) in wanted.items()}
 
 
 @torch.no_grad()

@@ -347,7 +347,7 @@ def prepare(recipe: Recipe, work: WorkDir, imagined: bool = False) -> Job:
     rows, held_out = imagined_text(length) if imagine_text else _shared.open_text(recipe, work, tokenizer, length)
     calibrated = None if imagined else work
     how = _shared.settings_of(plan, structure, calibrated)
-    input_scales = _shared.input_scales(plan, structure, calibrated)
+    input_scales = _shared.input_scales(plan, teacher, structure, calibrated)
     student = make_student(recipe, structure, plan, how, input_scales, accelerator.device)
     _objective.open_models(student, teacher, structure, terms)
     return Job(

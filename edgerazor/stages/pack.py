@@ -134,10 +134,7 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> PackResult:
     found = models.structure(teacher)
     plan = plan_of(recipe, work, teacher)
     _shared.check_attention(teacher, plan)
-    input_scales = {
-        f"{name}.{packed.INPUT_SCALE}": torch.tensor(scale)
-        for name, scale in (_shared.input_scales(plan, found, work) or {}).items()
-    }
+    scales = _shared.input_scales(plan, teacher, found, work) or {}
     make_folder(work.path)
     computing = _shared.settings_of(plan, found, work)
     settings = {name: getattr(computing, name) for name in packed.SETTINGS} | {"thresholds": list(computing.thresholds)}
@@ -148,7 +145,7 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> PackResult:
         packed.write(
             folder,
             encoded(plan, read, digests if source == "teacher" else None, console),
-            input_scales | trained,
+            {name: torch.tensor(scale) for name, scale in scales.items()} | trained,
             tied={} if found.head else {found.head_path: found.embedding.name},
             settings=settings,
             provenance=provenance(recipe, work, source, teacher_folder, plan),
