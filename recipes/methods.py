@@ -8,7 +8,7 @@ A row is a teacher, a method and a number of bits. A finished row is a JSON file
 the recipe, the teacher's files, the text, the tasks, the versions of packages, the code (without its comments) of
 formats and of the losses it uses. It is made again only when that changes, or when its file is deleted (each row
 knows the commit it was made at); a killed training goes on from its last checkpoint. All trained rows see the same
-tokens, but for those that say "4 x tokens". All rows have an int4 embedding, int8 activations and int8 keys and values,
+tokens, but for those that say "4 x tokens"; "layer by layer" comes before them, 48 steps of each layer. All rows have an int4 embedding, int8 activations and int8 keys and values,
 and our group size, but for those called "own defaults": a peer's package as it comes, with its group size and
 everything but the weights of linear layers left as it is.
 
@@ -96,6 +96,7 @@ EDGEQAT: Values = {
     **terms(2.0, ce=0.5, forward_kl=0.5, qk_entropy=1.0, attention_cosine=1.0),
 }
 LEARNED: Values = {"calibrate": {"scales": "learned"}, **terms(forward_kl=1.0)}
+BLOCKS: Values = recipes.merge(EDGERAZOR, {"distill": {"reconstruct": {"steps": 48, "sequences": 128}}})
 SCALES: Values = recipes.merge({"distill": {"train": "scales"}}, terms(forward_kl=1.0))
 #: To add a method, add a line.
 METHODS: dict[str, Method] = {
@@ -113,6 +114,8 @@ METHODS: dict[str, Method] = {
     "edgeqat": Method("EdgeQAT recipe", EDGEQAT),
     "learned": Method("learned steps, forward KL", LEARNED),
     "scales": Method("scales only, forward KL", SCALES),
+    "blocks": Method("layer by layer, then CE + EAKLD + LAFD", BLOCKS, bits=(1.88,)),
+    "eakld-lafd-long": Method("CE + EAKLD + LAFD, 4 x tokens", EDGERAZOR, bits=(1.88,), times=4),
     "learned-long": Method("learned steps, forward KL, 4 x tokens", LEARNED, bits=(1.88,), times=4),
 }
 
