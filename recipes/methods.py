@@ -7,10 +7,11 @@
 A row is a teacher, a method and a number of bits. A finished row is a JSON file with a fingerprint of what decides it:
 the recipe, the teacher's files, the text, the tasks, the versions of packages, the code (without its comments) of
 formats and of the losses it uses. It is made again only when that changes, or when its file is deleted (each row
-knows the commit it was made at); a killed training goes on from its last checkpoint. All trained rows see the same
-tokens, but for those that say "4 x tokens"; "layer by layer" comes before them, 48 steps of each layer. All rows have an int4 embedding, int8 activations and int8 keys and values,
-and our group size, but for those called "own defaults": a peer's package as it comes, with its group size and
-everything but the weights of linear layers left as it is.
+knows the commit it was made at); a killed training goes on from its last checkpoint. All trained rows of a
+teacher see the same tokens, but for those that say "4 x tokens"; "layer by layer" are 48 more steps of each layer.
+All rows have an int4 embedding, int8 activations and int8 keys and values, and our group size, but for those called
+"own defaults": a peer's package as it comes, with its group size and everything but the weights of linear layers left
+as it is.
 
 Columns: *above chance* is the average retention above chance; *KL* and *perplexity* are on held-out text, KL against
 the teacher; *real bits* are 8 x bytes / all weights; *bytes* are those of everything stored, for peers what their own
@@ -122,21 +123,22 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True)
 class Teacher:
-    """A model with its text, its tasks, and how students of it are trained."""
+    """A model with its text, its tasks, and how, and for how many steps of 2,048 tokens, students of it are trained."""
 
     name: str
     model: Path
     recipe: Values
     tasks: tuple[str, ...] = ()
+    steps: int = 150
 
 
 @dataclass
 class Setting:
-    """Where rows lie and how they are made."""
+    """Where rows lie and how they are made; `steps` takes the place of each teacher's."""
 
     rows: Path
     build: Path
-    steps: int
+    steps: int | None
     limit: int | None
     peers_python: Path
     console: Console = field(default_factory=Console)
@@ -163,7 +165,10 @@ def real_teachers(folder: Path) -> list[Teacher]:
     """
     four = [folder / "text" / f"{name}.txt" for name in ("tinystories_slice", "wiki", "c4", "tinyshakespeare")]
     made = []
-    for name, files, group_size, held_out in (("realtext-4m", four, 256, 0.03), ("stories260K", four[:1], 64, 0.05)):
+    for name, files, group_size, held_out, steps in (
+        ("realtext-4m", four, 256, 0.03, 100),
+        ("stories260K", four[:1], 64, 0.05, 150),
+    ):
         for path in (folder / "models" / name / "config.json", *files):
             if not path.exists():
                 raise usage_error(f"There is no {path}.", "Give the folder with `models` and `text`: --real-data DIR.")
@@ -173,7 +178,7 @@ def real_teachers(folder: Path) -> list[Teacher]:
             "sequence_length": 256,
         }
         values = {"data": text, "calibrate": {"group_size": group_size}, "distill": TRAINING}
-        made.append(Teacher(name, folder / "models" / name, values))
+        made.append(Teacher(name, folder / "models" / name, values, steps=steps))
     return made
 
 
@@ -182,7 +187,7 @@ def real_teachers(folder: Path) -> list[Teacher]:
 
 def recipe_of(teacher: Teacher, method: Method, bits: float, setting: Setting) -> Recipe:
     """The whole recipe of a row."""
-    steps = setting.steps * method.times
+    steps = steps_of(teacher, method, setting)
     asked = {
         "model": str(teacher.model),
         "calibrate": {"bits": bits, "embedding_format": "int4", "activation_bits": 8, "kv_bits": 8},
@@ -194,6 +199,11 @@ def recipe_of(teacher: Teacher, method: Method, bits: float, setting: Setting) -
         rounding = {} if method.own else {"activation_bits": 8, "kv_bits": 8}
         asked["eval"] |= {"against": str(teacher.model), **rounding}
     return recipes.build(recipes.merge(teacher.recipe, asked, method.changes or {}))
+
+
+def steps_of(teacher: Teacher, method: Method, setting: Setting) -> int:
+    """Steps of a row's training."""
+    return (setting.steps or teacher.steps) * method.times
 
 
 def fingerprint(teacher: Teacher, method: Method, bits: float, setting: Setting) -> str:
@@ -299,7 +309,7 @@ def make_rows(teachers: Sequence[Teacher], chosen: Iterable[tuple[str, float]], 
                 "teacher": teacher.name,
                 "method": name,
                 "bits": bits,
-                "steps": setting.steps * method.times * method.trains,
+                "steps": steps_of(teacher, method, setting) if method.trains else 0,
             }
             where = {"machine": machine(), "versions": versions(), "commit": commit()}
             write_json(path, {**about, **row, **where, "fingerprint": identity})
@@ -519,8 +529,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--teachers", help="comma-separated; default: all that are there")
     parser.add_argument("--methods", help=f"comma-separated, of {', '.join(METHODS)}")
     parser.add_argument("--bits", help="comma-separated; default: 1.58, 1.88, 2, 2.79, 3, 4")
-    parser.add_argument("--steps", type=int, default=150, help="of each training, 2,048 tokens each")
-    parser.add_argument("--limit", type=int, help="items per task")
+    parser.add_argument("--steps", type=int, help="of each training, instead of the teacher's own 100 or 150")
+    parser.add_argument("--limit", type=int, default=250, help="items per task")
     parser.add_argument("--real-data", type=Path, help="folder with `models` and `text` of real teachers")
     parser.add_argument("--rows", type=Path, default=HERE / "rows", help="folder of the finished rows")
     parser.add_argument(

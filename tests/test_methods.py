@@ -136,6 +136,8 @@ def test_the_fingerprint_knows_what_decides_a_row(teacher: Any, setting: Any, tm
 
 
 def test_every_line_of_the_table_is_a_recipe_that_can_be(teacher: Any, setting: Any) -> None:
+    own = replace(setting, steps=None)
+    assert methods.recipe_of(teacher, methods.METHODS["ce"], 2.0, own).distill.steps == teacher.steps == 150
     for name, method in methods.METHODS.items():
         recipe = methods.recipe_of(teacher, method, 2.0, setting)
         assert recipe.distill.steps == setting.steps * method.times
