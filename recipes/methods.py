@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -347,13 +348,19 @@ def peer_row(teacher: Teacher, method: Method, bits: float, setting: Setting, fo
     words = [str(Path(word).absolute()) if isinstance(word, Path) else str(word) for word in command]
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=folder)
     if done.returncode:
-        last = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        return {"failed": last[-1][:300] if last else f"exit code {done.returncode}"}
+        return {"failed": reason(done.stderr) or f"exit code {done.returncode}"}
     report = json.loads((decoded / "peer.json").read_text(encoding="utf-8"))
     sizes = peer_sizes(method, recipe, model, decoded, report)
     measured = evaluation.evaluate_model(str(decoded), recipe, setting.console)
     about = {"package": report["package"], "group_size": report["group_size"]}
     return {**sizes, **about, "nominal_bits": bits, "seconds": report["seconds"], **scores(measured)}
+
+
+def reason(printed: str) -> str:
+    """The last error that a package printed, or the last thing it said."""
+    lines = [line.strip() for line in printed.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception): ", line)]
+    return (errors or lines or [""])[-1][:300]
 
 
 def calibration_rows(recipe: Recipe, tokenizer: Any) -> list[list[int]]:

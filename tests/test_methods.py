@@ -159,6 +159,18 @@ def test_comments_do_not_change_the_code(tmp_path: Path) -> None:
     assert dumped[0] != dumped[2]
 
 
+@pytest.mark.parametrize(
+    ("printed", "found"),
+    [
+        ("Traceback\n  here\nIndexError: too far\n    there\n", "IndexError: too far"),
+        ("working\nno luck\n\n", "no luck"),
+        ("", ""),
+    ],
+)
+def test_why_a_package_failed(printed: str, found: str) -> None:
+    assert methods.reason(printed) == found
+
+
 def row(method: str, bits: float, size: int, kl: float, above: float | None = None) -> dict[str, Any]:
     return {"method": method, "bits": bits, "bytes": size, "kl": kl, "above_chance": above}
 
