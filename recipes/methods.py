@@ -445,7 +445,7 @@ def teacher_table(name: str, rows: list[Row]) -> str:
     lines = [head, ["---"] * len(head), *(cells(row, rows, task_names) for row in rows)]
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     teacher = next((row["teacher_perplexity"] for row in rows if row.get("teacher_perplexity")), None)
-    facts = [f"perplexity of the teacher {number(teacher)}", f"{step_counts(rows)} steps where trained"]
+    facts = [f"perplexity of the teacher {number(teacher, 4)}", f"{step_counts(rows)} steps where trained"]
     facts += sorted({row["machine"] for row in rows})
     facts += [f"commit {', '.join(sorted({row['commit'] for row in rows if row['commit']}))}"]
     facts += sorted({row["package"] for row in rows if "package" in row})
@@ -464,7 +464,7 @@ def cells(row: Row, rows: list[Row], task_names: list[str]) -> list[str]:
         return [bits, title, *between, f"does not run: {row['failed'].replace('|', '/')}", *[""] * 5]
     if task_names:
         between = [percent(row["above_chance"]), *(percent(row["tasks"].get(task)) for task in task_names)]
-    numbers = [number(row["perplexity"]), number(row["kl"]), f"{row['real_bits']:.2f}", f"{row['bytes']:,}"]
+    numbers = [number(row["perplexity"], 4), number(row["kl"]), f"{row['real_bits']:.2f}", f"{row['bytes']:,}"]
     return [bits, title, *between, *numbers, f"{row['seconds'] / 60:.1f}", equal_bytes(row, rows)]
 
 
@@ -493,8 +493,8 @@ def percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f}"
 
 
-def number(value: float | None) -> str:
-    return "" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+def number(value: float | None, digits: int = 3) -> str:
+    return "" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.{digits}g}"
 
 
 def publish(text: str, path: Path) -> None:
