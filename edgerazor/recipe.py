@@ -420,7 +420,11 @@ def _first_error(error: ValidationError, where: str | None) -> UserError:
 def _option(location: tuple[int | str, ...]) -> str:
     """The command-line option of a field."""
     names = [part for part in location if isinstance(part, str)]
-    name = {"train": "data"}.get(names[1], names[1]) if names[:1] == ["data"] and len(names) > 1 else names[-1]
+    name = names[-1]
+    if names[:1] == ["data"] and len(names) > 1:
+        name = {"train": "data"}.get(names[1], names[1])
+    elif "reconstruct" in names:
+        name = "reconstruct"
     return f"--{name.replace('_', '-')}"
 
 
@@ -462,6 +466,7 @@ def _model_at(location: tuple[int | str, ...]) -> type[Strict]:
         "held_out": Source,
         "losses": LossTerm,
         "overrides": Override,
+        "reconstruct": Reconstruction,
     }
     model: type[Strict] = Recipe
     for part in location:

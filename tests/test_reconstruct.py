@@ -132,6 +132,12 @@ def test_tokens_of_other_bits_are_refused(run: Run, tmp_path: Path, llama: Path,
     assert "cannot be reconstructed one by one" in refused.err
 
 
+def test_no_steps_are_refused(run: Run, llama: Path, tmp_path: Path) -> None:
+    refused = run("distill", llama, "--bits", 2, "--reconstruct", 0, "--work", tmp_path / "job")
+    assert refused.code == 2
+    assert "--reconstruct is 0; expected a whole number of at least 1." in refused.err
+
+
 def test_a_dry_run_counts_it(run: Run, recipe: Path, tmp_path: Path, llama: Path, text_file: Path) -> None:
     plain = write_recipe(tmp_path / "plain.yaml", llama, text_file, distill={"steps": 2})
     memory = [
