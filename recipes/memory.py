@@ -177,23 +177,20 @@ def peer_loss(device: str) -> Step:
 
 @contextlib.contextmanager
 def random_model(layers: int) -> Iterator[Path]:
-    """A folder with random weights in bfloat16."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    """A folder with random weights in bfloat16, and a tokenizer whose text is never looked at."""
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         Qwen3ForCausalLM(Qwen3Config(**{**SHAPE, "num_hidden_layers": layers})).bfloat16().save_pretrained(folder)
+        AutoTokenizer.from_pretrained(Path(__file__).parent / "world" / "teacher").save_pretrained(folder)
         yield Path(folder)
 
 
 def our_step(folder: Path, device: str, checkpointed: bool) -> Step:
-    from transformers import AutoTokenizer
-
     from edgerazor import recipe, workdir
     from edgerazor.stages import distill
 
-    here = Path(__file__).parent
-    AutoTokenizer.from_pretrained(here / "world" / "teacher").save_pretrained(folder)  # its text is never looked at
     settings = {
         "batch_size": ROWS,
         "gradient_checkpointing": checkpointed,
