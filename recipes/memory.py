@@ -282,8 +282,8 @@ def plain_step(folder: Path, device: str, checkpointed: bool) -> Step:
             with torch.no_grad():
                 theirs = teacher(input_ids=ids, output_hidden_states=True, use_cache=False)
         loss = written_down(ours.logits.float(), theirs.logits.float(), ids)
-        for layer in (1, 2, 3):
-            difference = ours.hidden_states[layer].float() - theirs.hidden_states[layer].float()
+        for mine, wanted in zip(ours.hidden_states[1:4], theirs.hidden_states[1:4], strict=True):
+            difference = mine.float() - wanted.float()
             loss = loss + LOSSES["lafd"] / 3 * difference.square().mean()
         loss.backward()
 
