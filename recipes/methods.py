@@ -8,7 +8,8 @@ A row is a teacher, a method and a number of bits. A finished row is a JSON file
 the recipe, the teacher's files, the text, the tasks, the versions of packages, the code (without its comments) of
 formats and of the losses it uses. It is made again only when that changes, or when its file is deleted (each row
 knows the commit it was made at); a killed training goes on from its last checkpoint. All trained rows of a
-teacher see the same tokens, but for those that say "4 x" or "10 x tokens"; "layer by layer" are 48 more steps of each layer.
+teacher see the same tokens, but for those that say "4 x" or "10 x tokens"; "layer by layer" are 48 more steps of each
+layer.
 All rows have an int4 embedding, int8 activations and int8 keys and values, and our group size, but for those called
 "own defaults": a peer's package as it comes, with its group size and everything but the weights of linear layers left
 as it is.
