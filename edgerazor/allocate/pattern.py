@@ -1,0 +1,168 @@
+"""The same share of a wider format in every matrix, without measuring which weights matter.
+
+Every matrix gets two formats, a narrower and a wider one, and the same share `p` of its weights has the wider. Between
+1.58 and 4 bits the two are ternary and int4, above 4 bits int4 and int8, or those that the recipe names. What differs
+is which weights are lucky. A *unit* has one format: a row, a group of one row (a block), or a group of columns in all
+rows; and the units are chosen
+
+- `interleave`: spread evenly. With rows this is EdgeRazor's structural mixed precision (arXiv 2605.04062, section 3);
+- `variance`: those whose weights have the highest variance (of blocks: "dynamic" in EdgeRazor's code);
+- `first`: those that come first (of blocks: its "static", of columns: its "static column-wise").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from edgerazor import formats
+from edgerazor.allocate.plan import digits
+from edgerazor.errors import usage_error
+from edgerazor.models import Site
+from edgerazor.recipe import Calibrate
+
+#: Averages that are names of a share of int4 rows, although their exact average differs in the third digit.
+NAMED_SHARES = {1.58: 0.0, 1.88: 1 / 8, 2.79: 1 / 2, 4.0: 1.0}
+
+
+class Mixture(NamedTuple):
+    """Two formats, the narrower first, and the share of the weights that gets the wider one.
+
+    `every` is not 0 for EdgeRazor's published shares: every n-th unit, beginning with the first.
+    """
+
+    low: str
+    high: str
+    share: float
+    every: int = 0
+
+
+def mixture_of(settings: Calibrate) -> Mixture:
+    """The formats to mix for the requested bits.
+
+    Raises:
+        UserError: they are not two, one wider than the other, or the bits do not lie between theirs.
+    """
+    bits = settings.bits
+    names = settings.formats or (("ternary", "int4") if bits <= 4 else ("int4", "int8"))
+    widths = [formats.get(name).nominal_bits for name in names]
+    if len(widths) != 2 or widths[0] >= widths[1]:
+        raise usage_error(f"--formats is {','.join(names)}; expected two formats, the narrower first.")
+    (low, high), (low_bits, high_bits) = names, widths
+    if not low_bits <= bits <= high_bits:
+        raise usage_error(
+            f"--bits is {bits:g}, but mixing {low} and {high} gives {low_bits:g} to {high_bits:g} bits.",
+            "Ask for bits between, or for other --formats.",
+        )
+    if (low, high) == ("ternary", "int4") and bits in NAMED_SHARES:
+        share = NAMED_SHARES[bits]
+        return Mixture(low, high, share, int(1 / share) if share else 0)
+    return Mixture(low, high, (bits - low_bits) / (high_bits - low_bits))
+
+
+def choose(
+    site: Site, settings: Calibrate, mixture: Mixture, weight_of: Callable[[str], Tensor] | None = None
+) -> Tensor:
+    """What of a matrix gets the wider format: bool [rows], or [rows, groups], or [1, groups] when all rows are alike.
+
+    The share of its weights is that of the mixture: never more, and less by no more than one unit; but EdgeRazor's
+    published interleave may round up to a unit more.
+    """
+    weight = None
+    if settings.plan == "variance":
+        if weight_of is None:
+            raise ValueError("the strategy variance looks at weights, but was given none")
+        weight = weight_of(site.name).detach()
+    group = min(settings.group_size, site.columns)
+    wide = {"row": _choose_rows, "column": _choose_columns, "block": _choose_blocks}[settings.granularity]
+    return wide(site, group, mixture, settings.plan, weight)
+
+
+def _choose_rows(site: Site, group: int, mixture: Mixture, plan: str, weight: Tensor | None) -> Tensor:
+    if plan == "interleave":
+        return spread(site.rows, mixture)
+    ranks = -torch.arange(site.rows) if weight is None else variances(weight, site.columns)[:, 0]
+    return _highest(ranks, torch.ones(site.rows), mixture.share * site.rows)
+
+
+def _choose_blocks(site: Site, group: int, mixture: Mixture, plan: str, weight: Tensor | None) -> Tensor:
+    widths = _widths(site.columns, group)
+    if plan == "interleave":  # among the whole groups, and among the shorter last ones
+        whole = site.columns // group
+        ends = [spread(site.rows * count, mixture).view(site.rows, count) for count in (whole, len(widths) - whole)]
+        return torch.cat(ends, dim=1)
+    ranks = -torch.arange(site.rows * len(widths)) if weight is None else variances(weight, group).flatten()
+    wide = _highest(ranks, widths.repeat(site.rows), mixture.share * site.weights)
+    return wide.view(site.rows, -1)
+
+
+def _choose_columns(site: Site, group: int, mixture: Mixture, plan: str, weight: Tensor | None) -> Tensor:
+    """Whole columns of groups as far as the share goes, and the next one in as many rows as it still allows."""
+    widths = _widths(site.columns, group)
+    if weight is not None:
+        ranks = torch.stack([part.double().var(correction=0) for part in weight.split(group, dim=1)]).cpu()
+    else:
+        ranks = -torch.arange(len(widths)) if plan == "first" else spread(len(widths), mixture).long()
+    budget = mixture.share * site.columns
+    wide = _highest(ranks, widths, budget)
+    left = ranks.double().masked_fill(wide, -torch.inf)
+    if bool(wide.all()):
+        return wide[None]
+    following = int(left.argsort(descending=True, stable=True)[0])
+    rows = int((budget - float(widths[wide].sum())) / float(widths[following]) * site.rows + 1e-6)
+    if not rows:
+        return wide[None]
+    wide = wide.repeat(site.rows, 1)
+    wide[:, following] = spread(site.rows, mixture._replace(share=rows / site.rows, every=0))
+    return wide
+
+
+def spread(count: int, mixture: Mixture) -> Tensor:
+    """EdgeRazor's interleave, bool [count]: which of so many equal units get the wider format.
+
+    The published shares give it to every 1/p-th unit, beginning with the first, as published. Any other share spreads
+    `floor(p * count)` units evenly and so never exceeds its budget.
+    """
+    index = torch.arange(count)
+    if mixture.every:
+        return index % mixture.every == 0
+    steps = (torch.arange(count + 1).double() * mixture.share + 1e-9).floor()
+    return steps[1:] > steps[:-1]
+
+
+def variances(weight: Tensor, group_size: int) -> Tensor:
+    """Variance of the weights of each group, float64 [rows, groups] on the CPU, of a weight [rows, columns]."""
+    found = []
+    for rows in weight.split(1024):  # float64 copies stay small
+        parts = rows.double().split(group_size, dim=1)
+        found.append(torch.stack([part.var(dim=1, correction=0) for part in parts], dim=1).cpu())
+    return torch.cat(found)
+
+
+def _highest(ranks: Tensor, sizes: Tensor, budget: float) -> Tensor:
+    """The units of highest rank, of equals the first, as long as their sizes together fit the budget: bool [units]."""
+    order = ranks.argsort(descending=True, stable=True)
+    fit = sizes[order].double().cumsum(0) <= budget + 1e-6
+    chosen = torch.zeros(len(sizes), dtype=torch.bool)
+    chosen[order[fit]] = True
+    return chosen
+
+
+def _widths(columns: int, group: int) -> Tensor:
+    """Columns of each group, int64 [groups]."""
+    starts = torch.arange(0, columns, group)
+    return (starts + group).clamp(max=columns) - starts
+
+
+def described(wide: Tensor, mixture: Mixture) -> dict[str, Any]:
+    """A choice as fields of a `MatrixPlan`."""
+    if bool(wide.all()) or not bool(wide.any()):
+        return {"formats": (mixture.high if bool(wide.any()) else mixture.low,)}
+    both = {"formats": (mixture.low, mixture.high)}
+    if wide.dim() == 1 or wide.shape[1] == 1:
+        return {**both, "row_formats": digits(wide)}
+    text, groups = digits(wide), wide.shape[1]
+    return {**both, "block_formats": tuple(text[at : at + groups] for at in range(0, len(text), groups))}

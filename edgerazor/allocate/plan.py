@@ -1,0 +1,124 @@
+"""What the student will be: a format for every row or block of every matrix. `calibrate/plan.json`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, model_validator
+from torch import Tensor
+
+from edgerazor import formats
+from edgerazor.attention import UNIMPORTANT_BITS
+from edgerazor.formats import MatrixSpec
+
+
+class MatrixPlan(BaseModel):
+    """The formats of one matrix. A digit is an index into `formats`.
+
+    `row_formats` has a digit per row; `block_formats` a text per row, or one for all rows, with a digit per group.
+    One of the two, or neither when the matrix has one format.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    kind: Literal["linear", "embedding", "head"]
+    rows: int
+    columns: int
+    formats: tuple[str, ...]
+    row_formats: str = ""
+    block_formats: tuple[str, ...] = ()
+    group_size: int
+
+    @model_validator(mode="after")
+    def _consistent(self) -> MatrixPlan:
+        if len(self.row_formats) not in (0, self.rows) or len(self.block_formats) not in (0, 1, self.rows):
+            counted = len(self.row_formats or self.block_formats)
+            raise ValueError(f"{self.name} has {self.rows} rows but formats for {counted}")
+        if (len(self.formats) > 1) != bool(self.row_formats) + bool(self.block_formats):
+            raise ValueError(f"{self.name} does not say once what has which format")
+        groups = formats.group_count(self.columns, self.group_size)
+        if any(len(row) != groups for row in self.block_formats):
+            raise ValueError(f"{self.name} has rows of {groups} groups but formats for another number")
+        digits = {str(index) for index in range(len(self.formats))}
+        if not set(self.row_formats).union(*self.block_formats) <= digits:
+            raise ValueError(f"{self.name} has a format that is none of its {len(self.formats)}")
+        return self
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows, self.columns
+
+    def spec(self) -> MatrixSpec:
+        """The same for the number formats."""
+        rows = from_digits(self.row_formats) if self.row_formats else None
+        blocks = from_digits("".join(self.block_formats)) if self.block_formats else None
+        if blocks is not None:
+            blocks = blocks.view(len(self.block_formats), -1)
+        return MatrixSpec(self.formats, self.group_size, rows, blocks)
+
+    def bytes(self) -> int:
+        """Stored bytes of codes, scales and formats of rows or blocks."""
+        return self.spec().packed_bytes(self.shape)
+
+
+class Plan(BaseModel):
+    """What the student will be: `calibrate/plan.json`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    requested_bits: float
+    strategy: str
+    estimate: str | None = None
+    predicted_kl: float | None = None
+    granularity: str
+    activation_bits: int
+    activation_scales: Literal["dynamic", "static", "learned"]
+    kv_bits: int
+    query_bits: int
+    probability_bits: int
+    adaptive_tokens: Literal["off", "causal", "ranked"]
+    group_size: int
+    scales: Literal["rule", "learned"]
+    matrices: tuple[MatrixPlan, ...]
+
+    def __getitem__(self, name: str) -> MatrixPlan:
+        """The plan of a matrix by its module's path; `KeyError` if there is none."""
+        for matrix in self.matrices:
+            if matrix.name == name:
+                return matrix
+        raise KeyError(name)
+
+    def specs(self) -> dict[str, MatrixSpec]:
+        """Module path -> formats, for the modules that compute."""
+        return {matrix.name: matrix.spec() for matrix in self.matrices}
+
+    def nominal_bits(self) -> float:
+        """Average over the weights of the decoder's linear layers."""
+        linears = [matrix for matrix in self.matrices if matrix.kind == "linear"]
+        weights = [matrix.rows * matrix.columns for matrix in linears]
+        bits = [matrix.spec().nominal_bits(matrix.shape) for matrix in linears]
+        return sum(w * b for w, b in zip(weights, bits, strict=True)) / sum(weights)
+
+    def bytes(self) -> int:
+        """Stored bytes of all planned matrices."""
+        return sum(matrix.bytes() for matrix in self.matrices)
+
+    def weights(self) -> int:
+        return sum(matrix.rows * matrix.columns for matrix in self.matrices)
+
+    def notation(self) -> str:
+        """The field's short name: W1.88-A8-KV8, or W4-A8/4-KV8 where some tokens have fewer bits."""
+        fewer = "" if self.adaptive_tokens == "off" else f"/{UNIMPORTANT_BITS}"
+        return f"W{self.nominal_bits():.2f}-A{self.activation_bits}{fewer}-KV{self.kv_bits}".replace(".00-", "-")
+
+
+def digits(indices: Tensor) -> str:
+    """Small numbers, any shape, as text."""
+    return (indices.to(torch.uint8) + ord("0")).numpy().tobytes().decode()
+
+
+def from_digits(text: str) -> Tensor:
+    """The inverse: uint8 [n]."""
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) - ord("0")
