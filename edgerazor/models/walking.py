@@ -49,6 +49,9 @@ class Observer:
     def linear(self, path: str, x: Tensor) -> None:
         """Forwards, for each linear layer and batch, as it is called: its path in the model, its input [n, in]."""
 
+    def final(self, x: Tensor) -> None:
+        """Forwards, at the end, for each batch: what enters the head, [n, H]."""
+
     def gradient(self, path: str, weight: Tensor, x: Tensor, g: Tensor) -> None:
         """Backwards, for each linear layer and batch: its weight [out, in], its input x [n, in], and the gradient g
         [n, out] with respect to its output (bias included), as it follows from `upstream`: nothing is averaged."""
@@ -106,7 +109,7 @@ class Walk:
         """
         progress = _Progress(self.folder / "forward.safetensors", [self.identity, keep], observers)
         done, count = progress.restore(), self.found.layer_count
-        if done is None or not self._states(done).exists():
+        if done is None or not self._states(min(done, count)).exists():
             self.clear()
             self._write(self._states(0), (self._entering(number) for number in range(len(self.batches))))
             done = 0
@@ -118,6 +121,13 @@ class Walk:
                 progress.save(index + 1)
                 if not keep:
                     self._states(index).unlink()
+        if done <= count:
+            for (_, counts), states in zip(self.batches, self.leaving(), strict=True):
+                with torch.no_grad():
+                    entering_head = self.final(states)
+                for observer in observers:
+                    observer.final(counted(entering_head, counts.to(self.device)))
+            progress.save(count + 1)
 
     def backward(
         self, upstream: Upstream, *observers: Observer, name: str = "backward", title: str = "layers backwards"
@@ -145,6 +155,11 @@ class Walk:
                     self._write(self._gradients(name, index), _advancing(outputs, tracker))
                 progress.save(index)
                 self._gradients(name, index + 1).unlink()
+
+    def returned(self, name: str = "backward") -> Iterator[Tensor]:
+        """The gradient with respect to what enters the first layer, [B, T, H] for each batch; after `backward`."""
+        for number in range(len(self.batches)):
+            yield self._read(self._gradients(name, 0), number)
 
     def leaving(self) -> Iterator[Tensor]:
         """What leaves the last layer, [B, T, H] for each batch; after `forward`."""
