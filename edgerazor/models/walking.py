@@ -16,7 +16,9 @@ killed goes on behind the last finished layer, bit for bit as if nothing had hap
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,10 @@ class Observer:
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from a `state`, in a new process."""
+
+    def identity(self) -> str:
+        """What decides what is gathered, beside the walk and the class: a `state` of another one is not restored."""
+        return ""
 
 
 class Walk:
@@ -111,7 +117,7 @@ class Walk:
         done, count = progress.restore(), self.found.layer_count
         if done is None or not self._states(min(done, count)).exists():
             self.clear()
-            self._write(self._states(0), (self._entering(number) for number in range(len(self.batches))))
+            self._write(self._states(0), (self.entering(number) for number in range(len(self.batches))))
             done = 0
         with self.console.track(title, count * len(self.batches), done * len(self.batches)) as tracker:
             for index in range(done, count):
@@ -130,7 +136,12 @@ class Walk:
             progress.save(count + 1)
 
     def backward(
-        self, upstream: Upstream, *observers: Observer, name: str = "backward", title: str = "layers backwards"
+        self,
+        upstream: Upstream,
+        *observers: Observer,
+        name: str = "backward",
+        title: str = "layers backwards",
+        identity: str = "",
     ) -> None:
         """The gradient through all layers, from the last to the first; after `forward`.
 
@@ -140,8 +151,9 @@ class Walk:
             observers: their `gradient` is called; in a resumed walk they are restored first.
             name: of the files of this way back, where there are several.
             title: of the progress.
+            identity: of what decides the gradient beside the walk: a way back of another one is not gone on with.
         """
-        progress = _Progress(self.folder / f"{name}.safetensors", [self.identity, name], observers)
+        progress = _Progress(self.folder / f"{name}.safetensors", [self.identity, identity], observers)
         left, count = progress.restore(), self.found.layer_count
         if left is None or (left and not self._gradients(name, left).exists()):
             left = count
@@ -177,6 +189,36 @@ class Walk:
         module = self.blocks.layers[index]
         with brought(module, self.device, self.dtype):
             yield module
+
+    def seconds(self, batches: int) -> float:
+        """About how long a walk forwards takes for so many batches like the first, from its pass through one layer."""
+        states = self.entering(0)
+        began = time.monotonic()
+        with self.layer(0), torch.no_grad():
+            brought_in = time.monotonic() - began
+            self.blocks.through(0, states).sum().item()  # waits for the device
+            each = time.monotonic() - began - brought_in
+        return self.found.layer_count * (brought_in + batches * each)
+
+    def memory(self, whole_attention: bool = False) -> int:
+        """About how many bytes a walk needs at once, besides mapped weights: a layer's and its activations.
+
+        Args:
+            whole_attention: also attention probabilities of all tokens, where attention does not show them as it is.
+        """
+        here = self.device.type == "cpu"
+        layer = list(self.blocks.layers[0].parameters())
+        copied = sum(p.numel() for p in layer if not here or p.dtype != self.dtype) * self.dtype.itemsize
+        if not here:
+            inside = {id(p) for p in self.model.get_submodule(self.found.layers_path).parameters()}
+            copied += sum(p.numel() * p.element_size() for p in self.model.parameters() if id(p) not in inside)
+        rows, tokens = max(((ids.shape[0], ids.shape[1]) for ids, _ in self.batches), key=math.prod)
+        width = sum(site.rows + site.columns for site in self.found.linears if site.layer == 0)
+        width += 4 * self.found.embedding.columns  # what enters and leaves, and what is between attention and MLP
+        config = self.model.config.get_text_config()
+        if whole_attention or config._attn_implementation == "eager":
+            width += 3 * config.num_attention_heads * tokens
+        return copied + rows * tokens * width * self.dtype.itemsize
 
     def clear(self) -> None:
         """Remove all files of the walk, whose results are then elsewhere."""
@@ -256,10 +298,10 @@ class Walk:
     def _meet(self, number: int) -> None:
         """Make sure that layers can be called for the shape of a batch."""
         if not self.blocks.knows(self.batches[number][0]):
-            self._entering(number)
+            self.entering(number)
 
-    def _entering(self, number: int) -> Tensor:
-        """What enters the first layer."""
+    def entering(self, number: int) -> Tensor:
+        """What enters the first layer, [B, T, H], for a batch."""
         embedding: Any = self.model.get_input_embeddings()
         scale = embedding_scale(embedding)
 
@@ -343,7 +385,7 @@ class _Progress:
 
     def __init__(self, path: Path, identity: list[Any], observers: Sequence[Observer]) -> None:
         self.path, self.observers = path, observers
-        self.identity = digest_json([*identity, *(type(observer).__qualname__ for observer in observers)])
+        self.identity = digest_json([*identity, *([type(each).__qualname__, each.identity()] for each in observers)])
 
     def save(self, layer: int) -> None:
         """Replace the file."""
