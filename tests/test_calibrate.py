@@ -55,7 +55,7 @@ def whole_model(model: models.PreTrainedModel, batches: list[tuple[Tensor, Tenso
     measured = {metric: torch.zeros(found.layer_count, dtype=torch.float64) for metric in METRICS}
     layers = range(found.layer_count + 1)
     with torch.no_grad(), models.capture_hidden(model, found, layers) as hidden:
-        for ids, keep in batches:  # noqa: B007 - read by the hooks
+        for ids, keep in batches:
             model(input_ids=ids, use_cache=False)
             for metric, values in measured.items():
                 values += layer_metric(metric, dict(hidden), keep).double() * int(keep.sum())
