@@ -110,7 +110,7 @@ def run_one(name: str, recipe: Recipe, work: WorkDir, console: Console, force: b
         result = distill.run(recipe, work, console, fresh=force)
     else:
         if name != "pack":  # pack replaces its folder whole
-            work.discard(name)
+            work.discard(name, keep_progress=not force)
         result = stage.run(recipe, work, console)
     if is_main_process():
         section = getattr(recipe, name).model_dump(mode="json")

@@ -93,6 +93,10 @@ class WorkDir:
         """Folder of the resumable state: `current`."""
         return self.folder("distill") / "checkpoints" / name
 
+    def progress(self, stage: str, name: str) -> Path:
+        """A file or folder of what a stage has done so far, to go on from when it is killed; no part of its result."""
+        return self.folder(stage) / "checkpoints" / name
+
     def student(self, which: str) -> Path:
         """Folder of the `best` or `last` student: float32 master weights and digests."""
         return self.folder("distill") / which
@@ -178,9 +182,19 @@ class WorkDir:
         """Bytes that a stage's folder takes."""
         return sum(file.stat().st_size for file in self.folder(stage).rglob("*") if file.is_file())
 
-    def discard(self, stage: str) -> None:
-        """Throw away what a stage made."""
-        shutil.rmtree(self.folder(stage), ignore_errors=True)
+    def discard(self, stage: str, keep_progress: bool = False) -> None:
+        """Throw away what a stage made; `keep_progress` keeps what an interrupted one may go on from."""
+        if not keep_progress:
+            shutil.rmtree(self.folder(stage), ignore_errors=True)
+        for path in self.folder(stage).glob("*"):
+            if path.is_dir() and path.name != "checkpoints":
+                shutil.rmtree(path, ignore_errors=True)
+            elif not path.is_dir():
+                path.unlink()
+
+    def forget_progress(self, stage: str) -> None:
+        """Throw away what an interrupted stage would have gone on from."""
+        shutil.rmtree(self.folder(stage) / "checkpoints", ignore_errors=True)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

@@ -239,7 +239,7 @@ def test_json_is_one_object_and_progress_goes_to_stderr(run: Run, tmp_path: Path
     job = tmp_path / "job"
     first = run("calibrate", "--recipe", recipe, "--work", job, "--json")
     assert first.json()["notation"] == "W1.89-A8-KV8"
-    assert "calibrate: 1/1" in first.err
+    assert "calibrate: 2/2" in first.err  # layers of batches
     second = run("calibrate", "--work", job, "--json")
     assert second.json() == first.json()
     assert json.loads((job / "calibrate" / "result.json").read_text()) == first.json()

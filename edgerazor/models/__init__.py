@@ -30,13 +30,16 @@ from edgerazor.models.loading import (
     resolve,
 )
 from edgerazor.models.structure import Site, Structure, embedding_scale, find_head, structure
+from edgerazor.models.walking import Observer, Walk
 
 __all__ = [
     "Blocks",
+    "Observer",
     "PreTrainedModel",
     "PreTrainedTokenizerBase",
     "Site",
     "Structure",
+    "Walk",
     "attend",
     "attention_base",
     "caps_attention",

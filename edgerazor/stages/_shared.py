@@ -78,6 +78,12 @@ def reading_dtype(device: torch.device) -> torch.dtype | None:
     return None if fast_bfloat16(device) else torch.float32
 
 
+def walking_dtype(teacher: PreTrainedModel, device: torch.device) -> torch.dtype:
+    """In which a walk through a teacher computes; float32 for float16, whose range gradients leave."""
+    own = teacher.dtype
+    return own if fast_bfloat16(device) and own == torch.bfloat16 else torch.float32
+
+
 def load_teacher(
     recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -1,6 +1,6 @@
 """Look at the teacher, then decide what the student will be.
 
-Runs calibration text through the teacher and keeps, in `stats.safetensors`,
+Walks calibration text through the teacher, one decoder layer at a time, and keeps, in `stats.safetensors`,
 
 * `input_second_moment/<module>`, float32 [in]: mean of x squared over tokens, for the input of every linear layer
   (the diagonal of the Hessian of its squared output error; GPTQ's and imatrix's quantity);
@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import time
 from itertools import repeat
-from typing import Any
 
 import torch
 from pydantic import BaseModel
@@ -28,12 +27,11 @@ from safetensors.torch import save_file
 from edgerazor import attention, data, formats, models
 from edgerazor.allocate import Plan
 from edgerazor.console import Console, duration, megabytes, table
-from edgerazor.errors import UserError
-from edgerazor.losses import METRICS, layer_metric
+from edgerazor.errors import INTERRUPTED, UserError
 from edgerazor.models import PreTrainedModel, PreTrainedTokenizerBase
 from edgerazor.recipe import Recipe, Sampling
-from edgerazor.stages import _shared, _writing
-from edgerazor.workdir import WorkDir, make_folder, write_atomically, write_json, write_text
+from edgerazor.stages import _observers, _shared, _writing
+from edgerazor.workdir import WorkDir, digest_json, make_folder, versions, write_atomically, write_json, write_text
 
 NAME = "calibrate"
 
@@ -56,7 +54,11 @@ class CalibrateResult(BaseModel):
 
 
 class CalibrateDryRun(BaseModel):
-    """What calibrate would do."""
+    """What calibrate would do.
+
+    `memory_bytes` is what it needs at once besides the program itself; `mapped_bytes` the weights that are read in
+    place from the model's files, one layer after the other: memory that is given back where it is short.
+    """
 
     notation: str
     nominal_bits: float
@@ -65,6 +67,7 @@ class CalibrateDryRun(BaseModel):
     tokens: int
     generated_tokens: int
     memory_bytes: int
+    mapped_bytes: int
     disk_bytes: int
     seconds: float | None
 
@@ -82,9 +85,13 @@ def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
 
 
 def run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateResult:
-    """Write statistics and plan into the working directory."""
+    """Write statistics and plan into the working directory.
+
+    Raises:
+        UserError: interrupted; the same command goes on from there.
+    """
     device = _shared.device_of(recipe)
-    teacher, tokenizer = _shared.load_teacher(recipe, device, _shared.reading_dtype(device))
+    teacher, tokenizer = _shared.load_teacher(recipe, torch.device("cpu"))
     found = models.structure(teacher)
     _shared.check_attention(teacher, recipe.calibrate)
     plan = _shared.new_plan(recipe, teacher, found.sites)
@@ -93,16 +100,19 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateResult:
     text = "the recipe's data"
     if not recipe.data.train:
         text = "written by the teacher, since no --data was given"
-        console.say(f"No --data was given, so the teacher writes {recipe.data.generated_tokens:,} tokens itself.")
-        write_own_text(recipe, work, teacher, tokenizer, length, console)
+        provide_own_text(recipe, work, device, length, console)
     rows, _ = _shared.open_text(recipe, work, tokenizer, length)
-    moments, measured, tokens = observe(recipe, teacher, found, rows, console)
-    tensors = {f"input_second_moment/{name}": value for name, value in moments.items()}
-    tensors |= {f"layer_{metric}": values for metric, values in measured.items()}
-    if plan.activation_scales != "dynamic":
-        tensors |= find_input_scales(recipe, teacher, found, rows, console)
-    if plan.adaptive_tokens == "causal":
-        tensors["importance_threshold"] = find_thresholds(recipe, teacher, found, rows, console)
+    batches = batches_of(recipe, rows)
+    try:
+        tensors = observe(recipe, walk_of(recipe, work, teacher, batches, device, console))
+        if plan.adaptive_tokens == "causal":
+            tensors["importance_threshold"] = find_thresholds(recipe, work, teacher, batches, device, console)
+    except KeyboardInterrupt:
+        raise UserError(
+            "Interrupted; the layers that were finished are saved.",
+            "The same command goes on from there.",
+            code=INTERRUPTED,
+        ) from None
     write_atomically(work.statistics_file, lambda path: save_file(tensors, path))
     write_text(work.plan_file, plan.model_dump_json(indent=1) + "\n")
     result = CalibrateResult(
@@ -112,116 +122,87 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateResult:
         real_bits=round(8 * plan.bytes() / plan.weights(), 4),
         bytes=plan.bytes(),
         formats=weights_by_format(plan),
-        tokens=tokens,
-        layer_similarity=[round(float(value), 5) for value in measured["cosine"]],
+        tokens=sum(int(counts.sum()) for _, counts in batches),
+        layer_similarity=[round(float(value), 5) for value in tensors["layer_cosine"]],
         text=text,
     )
     write_json(work.result_file(NAME), result.model_dump(mode="json"))
+    work.forget_progress(NAME)
     return result
 
 
-def observe(
+def batches_of(recipe: Recipe, rows: data.TokenRows) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The calibration text: token ids int64 [B, T] and the positions that count, bool [B, T]."""
+    batches = data.sample_batches(rows, recipe.calibrate.sequences, recipe.calibrate.batch_size)
+    return [(batch["input_ids"], batch["labels"] != data.MASKED) for batch in batches]
+
+
+def walk_of(
     recipe: Recipe,
+    work: WorkDir,
     teacher: PreTrainedModel,
-    found: models.Structure,
-    rows: data.TokenRows,
+    batches: list[tuple[torch.Tensor, torch.Tensor]],
+    device: torch.device,
     console: Console,
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], int]:
-    """Second moments of linear inputs (float32 [in]), metrics of layers (float32 [layers]), tokens seen."""
-    sums: dict[str, torch.Tensor] = {}
-    weights = {"tokens": 0}
-    keep = torch.empty(0)
-
-    def observing(name: str) -> Any:
-        def hook(_module: Any, args: tuple) -> None:
-            x = args[0].detach()[keep].float()  # [valid tokens, in]
-            sums[name] = sums.get(name, 0) + x.square().sum(0, dtype=torch.float64)
-
-        return hook
-
-    handles = [teacher.get_submodule(s.name).register_forward_pre_hook(observing(s.name)) for s in found.linears]
-    measured = {metric: torch.zeros(found.layer_count, dtype=torch.float64) for metric in METRICS}
-    batches = list(data.sample_batches(rows, recipe.calibrate.sequences, recipe.calibrate.batch_size))
-    layers = range(found.layer_count + 1)
-    try:
-        with (
-            torch.no_grad(),
-            console.track("calibrate", len(batches)) as tracker,
-            models.capture_hidden(teacher, found, layers) as hidden,
-        ):
-            for batch in batches:
-                keep = (batch["labels"] != -100).to(teacher.device)
-                teacher(input_ids=batch["input_ids"].to(teacher.device), use_cache=False)
-                count = int(keep.sum())
-                for metric, values in measured.items():
-                    values += layer_metric(metric, dict(hidden), keep).double().cpu() * count
-                weights["tokens"] += count
-                tracker.advance()
-    finally:
-        for handle in handles:
-            handle.remove()
-    tokens = weights["tokens"]
-    moments = {name: (value / tokens).float().cpu() for name, value in sums.items()}
-    return moments, {metric: (values / tokens).float() for metric, values in measured.items()}, tokens
+    name: str = "walk",
+) -> models.Walk:
+    """A walk of batches through the teacher, which goes on where one of the same name was killed."""
+    dtype, folder = _shared.walking_dtype(teacher, device), work.progress(NAME, name)
+    identity = _shared.teacher_fingerprint(recipe)
+    return models.Walk(teacher, models.structure(teacher), batches, folder, dtype, device, identity, console)
 
 
-@torch.no_grad()
-def find_input_scales(
-    recipe: Recipe,
-    teacher: PreTrainedModel,
-    found: models.Structure,
-    rows: data.TokenRows,
-    console: Console,
-) -> dict[str, torch.Tensor]:
-    """The stored scales of inputs, float32 [], from the calibration text."""
-    counts: dict[str, torch.Tensor] = {}
-    keep = torch.empty(0)
-
-    def observing(name: str) -> Any:
-        def hook(_module: Any, args: tuple) -> None:
-            counts[name] = counts.get(name, 0) + formats.magnitude_counts(args[0][keep])
-
-        return hook
-
-    wanted = _shared.stored_input_scales(recipe.calibrate, teacher, found)
-    names = {name for name, _ in wanted.values()}
-    handles = [teacher.get_submodule(name).register_forward_pre_hook(observing(name)) for name in names]
-    batches = list(data.sample_batches(rows, recipe.calibrate.sequences, recipe.calibrate.batch_size))
-    try:
-        with console.track("ranges of activations", len(batches)) as tracker:
-            for batch in batches:
-                keep = (batch["labels"] != -100).to(teacher.device)
-                teacher(input_ids=batch["input_ids"].to(teacher.device), use_cache=False)
-                tracker.advance()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {scale: torch.tensor(formats.calibrated_scale(counts[name], bits)) for scale, (name, bits) in wanted.items()}
+def observe(recipe: Recipe, walk: models.Walk) -> dict[str, torch.Tensor]:
+    """Second moments of linear inputs, metrics of layers, and stored scales of inputs, as the file names them."""
+    moments, metrics = _observers.SecondMoments(), _observers.LayerMetrics(walk.found.layer_count)
+    ranges = _observers.InputRanges(walk.found.head_path)
+    wanted = _shared.stored_input_scales(recipe.calibrate, walk.model, walk.found)
+    walk.forward(moments, metrics, *([ranges] if wanted else []), keep=False, title="calibrate")
+    tokens = sum(int(counts.sum()) for _, counts in walk.batches)
+    tensors = {f"input_second_moment/{name}": value for name, value in moments.means(tokens).items()}
+    tensors |= {f"layer_{metric}": values for metric, values in metrics.means(tokens).items()}
+    for scale, (name, bits) in wanted.items():
+        tensors[scale] = torch.tensor(formats.calibrated_scale(ranges.counts[name], bits))
+    return tensors
 
 
-@torch.no_grad()
 def find_thresholds(
     recipe: Recipe,
+    work: WorkDir,
     teacher: PreTrainedModel,
-    found: models.Structure,
-    rows: data.TokenRows,
+    batches: list[tuple[torch.Tensor, torch.Tensor]],
+    device: torch.device,
     console: Console,
 ) -> torch.Tensor:
-    """The importance that the unimportant share of calibration tokens lies below, float32 [layers]."""
+    """The importance that the unimportant share of calibration tokens lies below, float32 [layers].
+
+    A walk of its own, since attention that shows its probabilities computes otherwise; the teacher keeps that.
+    """
     attention.decided_by(teacher)
     tokens = attention.ImportantTokens(None)
     attention.watch_tokens(teacher, tokens)
     attention.quantize_cache(teacher, 16)
-    seen: list[list[torch.Tensor]] = [[] for _ in range(found.layer_count)]
-    batches = list(data.sample_batches(rows, recipe.calibrate.sequences, recipe.calibrate.batch_size))
-    with console.track("importance of tokens", len(batches)) as tracker:
-        for batch in batches:
-            teacher(input_ids=batch["input_ids"].to(teacher.device), use_cache=False)
-            for layer, values in enumerate(seen):
-                values.append(tokens.importance[layer][(batch["labels"] != -100).to(teacher.device)].cpu())
-            tracker.advance()
-    share = attention.UNIMPORTANT_SHARE
-    return torch.stack([torch.cat(values).sort().values[int(share * sum(map(len, values)))] for values in seen])
+    importance = _observers.Importance(tokens)
+    walk = walk_of(recipe, work, teacher, batches, device, console, "importance")
+    walk.forward(importance, keep=False, title="importance of tokens")
+    return importance.thresholds(attention.UNIMPORTANT_SHARE)
+
+
+def provide_own_text(recipe: Recipe, work: WorkDir, device: torch.device, length: int, console: Console) -> None:
+    """Text that the teacher writes, or has written before this stage was interrupted."""
+    asked = [_shared.teacher_fingerprint(recipe), recipe.seed, recipe.data.generated_tokens, length, versions()]
+    kept = work.progress(NAME, "generated.json")
+    try:
+        before = json.loads(kept.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = None
+    if isinstance(before, dict) and before.get("asked") == digest_json(asked):
+        write_text(work.generated_text, before["text"])
+        return
+    console.say(f"No --data was given, so the teacher writes {recipe.data.generated_tokens:,} tokens itself.")
+    teacher, tokenizer = _shared.load_teacher(recipe, device, _shared.reading_dtype(device))
+    write_own_text(recipe, work, teacher, tokenizer, length, console)
+    write_json(kept, {"asked": digest_json(asked), "text": work.generated_text.read_text(encoding="utf-8")})
 
 
 def write_own_text(
@@ -280,26 +261,24 @@ def weights_by_format(plan: Plan) -> dict[str, int]:
 
 
 def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateDryRun:
-    """What would be decided, and about how long it would take (from one forward pass and a few generated tokens)."""
+    """What would be decided, and about how long it would take (from one layer's pass and a few generated tokens)."""
     device = _shared.device_of(recipe)
-    teacher, tokenizer = _shared.load_teacher(recipe, device, _shared.reading_dtype(device))
-    plan = _shared.new_plan(recipe, teacher, models.structure(teacher).sites)
+    teacher, _ = _shared.load_teacher(recipe, torch.device("cpu"))
+    found = models.structure(teacher)
+    plan = _shared.new_plan(recipe, teacher, found.sites)
     length = _shared.sequence_length(recipe, teacher)
+    size = sum(p.numel() * p.element_size() for p in teacher.parameters())
     batch = min(recipe.calibrate.batch_size, recipe.calibrate.sequences)
-    ids = torch.zeros((batch, length), dtype=torch.int64, device=teacher.device)
-    began = time.monotonic()
-    with torch.no_grad():
-        teacher(input_ids=ids, use_cache=False)
-    seconds = (time.monotonic() - began) * recipe.calibrate.sequences / batch
+    ids = torch.zeros((batch, length), dtype=torch.int64)
+    walk = walk_of(recipe, work, teacher, [(ids, torch.ones_like(ids, dtype=torch.bool))], device, console)
+    walks = 2 if plan.adaptive_tokens == "causal" else 1
+    seconds = walks * walk.seconds(-(-recipe.calibrate.sequences // batch))
+    memory = walk.memory(whole_attention=walks == 2)
     tokens = recipe.calibrate.sequences * length
     own = 0 if recipe.data.train else recipe.data.generated_tokens
     if own:
-        began = time.monotonic()
-        writer = own_writer(recipe, teacher, tokenizer, length)
-        writer.draw([[0]] * writer.sampling.batch_size, (0,), exactly=GENERATE_PROBE)
-        seconds += (time.monotonic() - began) / (writer.sampling.batch_size * GENERATE_PROBE) * own
-    size = sum(p.numel() * p.element_size() for p in teacher.parameters())
-    logits = batch * length * teacher.config.get_text_config().vocab_size * 4
+        writing = time_of_writing(recipe, device, length)
+        seconds, memory = seconds + writing[0], max(memory, writing[1])
     return CalibrateDryRun(
         notation=plan.notation(),
         nominal_bits=round(plan.nominal_bits(), 4),
@@ -307,10 +286,26 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateDryRun:
         bytes=plan.bytes(),
         tokens=tokens,
         generated_tokens=own,
-        memory_bytes=size + logits,
-        disk_bytes=sum(m.columns * 4 for m in plan.matrices) + 2 * sum(m.rows for m in plan.matrices) + 5 * own,
+        memory_bytes=memory,
+        mapped_bytes=size,
+        disk_bytes=sum(m.columns * 4 for m in plan.matrices)
+        + 2 * sum(m.rows for m in plan.matrices)
+        + 10 * own
+        + 2 * tokens * found.embedding.columns * walk.dtype.itemsize,
         seconds=float(f"{seconds:.3g}"),
     )
+
+
+def time_of_writing(recipe: Recipe, device: torch.device, length: int) -> tuple[float, int]:
+    """Seconds and bytes of memory that the teacher takes to write its own text, from a few tokens."""
+    teacher, tokenizer = _shared.load_teacher(recipe, device, _shared.reading_dtype(device))
+    writer = own_writer(recipe, teacher, tokenizer, length)
+    size = writer.sampling.batch_size
+    began = time.monotonic()
+    writer.draw([[0]] * size, (0,), exactly=GENERATE_PROBE)
+    seconds = (time.monotonic() - began) / (size * GENERATE_PROBE) * recipe.data.generated_tokens
+    weights = sum(p.numel() * p.element_size() for p in teacher.parameters())
+    return seconds, weights + size * teacher.config.get_text_config().vocab_size * 4
 
 
 def show(result: CalibrateResult) -> list[RenderableType]:

@@ -1,0 +1,197 @@
+"""Calibration that walks layer by layer: the numbers of the whole model, interrupted or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from _tiny import Run, sha256, write_recipe
+from conftest import FAMILIES, ModelMaker
+from safetensors.torch import load_file
+from torch import Tensor
+
+from edgerazor import attention, formats, models
+from edgerazor.console import Console
+from edgerazor.errors import UserError
+from edgerazor.losses import METRICS, layer_metric
+from edgerazor.recipe import Recipe, build, load
+from edgerazor.stages import _observers, calibrate
+from edgerazor.workdir import WorkDir
+
+STATISTICS = Path("calibrate", "stats.safetensors")
+
+
+def some_batches() -> list[tuple[Tensor, Tensor]]:
+    """Three batches, padded on the right, with positions that do not count."""
+    draw = torch.Generator().manual_seed(5)
+    batches = []
+    for rows, length in ((2, 19), (2, 11), (1, 19)):
+        counts = torch.ones(rows, length, dtype=torch.bool)
+        counts[0, length - 3 :] = False
+        counts[-1, :2] = False
+        batches.append((torch.randint(2, 60, (rows, length), generator=draw), counts))
+    return batches
+
+
+def whole_model(model: models.PreTrainedModel, batches: list[tuple[Tensor, Tensor]], recipe: Recipe) -> dict[str, Any]:
+    """Second moments, metrics and input scales by passes of the whole model."""
+    found = models.structure(model)
+    sums: dict[str, Tensor] = {}
+    ranges: dict[str, Tensor] = {}
+    keep = torch.empty(0)
+
+    def observing(name: str) -> Any:
+        def hook(_module: Any, args: tuple) -> None:
+            x = args[0][keep]
+            sums[name] = sums.get(name, 0) + x.float().square().sum(0, dtype=torch.float64)
+            ranges[name] = ranges.get(name, 0) + formats.magnitude_counts(x)
+
+        return hook
+
+    for name in (*(site.name for site in found.linears), found.head_path):
+        model.get_submodule(name).register_forward_pre_hook(observing(name))
+    measured = {metric: torch.zeros(found.layer_count, dtype=torch.float64) for metric in METRICS}
+    layers = range(found.layer_count + 1)
+    with torch.no_grad(), models.capture_hidden(model, found, layers) as hidden:
+        for ids, keep in batches:
+            model(input_ids=ids, use_cache=False)
+            for metric, values in measured.items():
+                values += layer_metric(metric, dict(hidden), keep).double() * int(keep.sum())
+    tokens = sum(int(counts.sum()) for _, counts in batches)
+    result = {f"input_second_moment/{site.name}": (sums[site.name] / tokens).float() for site in found.linears}
+    result |= {f"layer_{metric}": (values / tokens).float() for metric, values in measured.items()}
+    bits = recipe.calibrate.activation_bits
+    return result | {
+        f"{name}.input_scale": torch.tensor(formats.calibrated_scale(counts, bits)) for name, counts in ranges.items()
+    }
+
+
+def whole_thresholds(model: models.PreTrainedModel, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Medians of importance by passes of the whole model."""
+    tokens = attention.ImportantTokens(None)
+    attention.watch_tokens(model, tokens)
+    attention.quantize_cache(model, 16)
+    seen: list[list[Tensor]] = [[] for _ in range(models.structure(model).layer_count)]
+    for ids, counts in batches:
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=False)
+        for layer, values in enumerate(seen):
+            values.append(tokens.importance[layer][counts])
+    return torch.stack([torch.cat(values).sort().values[sum(map(len, values)) // 2] for values in seen])
+
+
+def job(folder: Path, model: Path, **settings: Any) -> tuple[Recipe, WorkDir]:
+    path = write_recipe(folder / "r.yaml", model, None, calibrate=settings)
+    return build(load(path), "the recipe"), WorkDir(folder / "job")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_walk_gives_the_numbers_of_the_whole_model(
+    make_model: ModelMaker, tmp_path: Path, family: str, dtype: torch.dtype
+) -> None:
+    make_model(tmp_path / "model", family, dtype)
+    recipe, work = job(tmp_path, tmp_path / "model", activation_scales="static")
+    teacher, _ = models.load(tmp_path / "model")
+    device, batches = torch.device("cpu"), some_batches()
+    walk = calibrate.walk_of(recipe, work, teacher, batches, device, Console(quiet=True))
+    whole, _ = models.load(tmp_path / "model", dtype=walk.dtype)
+    wanted = whole_model(whole, batches, recipe)
+    made = calibrate.observe(recipe, walk)
+    assert made.keys() == wanted.keys()
+    assert all(torch.equal(made[name], value) for name, value in wanted.items())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
+def test_importance_is_that_of_the_whole_model(make_model: ModelMaker, tmp_path: Path, family: str) -> None:
+    make_model(tmp_path / "model", family, sliding_window=None)
+    recipe, work = job(tmp_path, tmp_path / "model", adaptive_tokens="causal")
+    whole, _ = models.load(tmp_path / "model")
+    wanted = whole_thresholds(whole, some_batches())
+    teacher, _ = models.load(tmp_path / "model")
+    device = torch.device("cpu")
+    made = calibrate.find_thresholds(recipe, work, teacher, some_batches(), device, Console(quiet=True))
+    assert torch.equal(made, wanted)
+
+
+@pytest.mark.parametrize("after", [1, 16, 20])
+def test_interrupted_it_goes_on_and_ends_the_same(
+    run: Run, tmp_path: Path, llama: Path, text_file: Path, after: int
+) -> None:
+    """Two layers of seven linear layers, twice: once for moments and ranges, once for importance."""
+    settings = {"activation_scales": "static", "adaptive_tokens": "causal"}
+    recipe = write_recipe(tmp_path / "r.yaml", llama, text_file, calibrate=settings)
+    assert run("calibrate", "--recipe", recipe, "--work", tmp_path / "whole").code == 0
+    seen: list[str] = []
+
+    def interrupting(self: Any, name: str) -> None:
+        seen.append(name)
+        if len(seen) == after:
+            raise KeyboardInterrupt
+
+    class Moments(_observers.SecondMoments):
+        def linear(self, path: str, x: Tensor) -> None:
+            interrupting(self, path)
+            super().linear(path, x)
+
+    class Importance(_observers.Importance):
+        def layer(self, index: int, entering: Tensor, leaving: Tensor, counts: Tensor) -> None:
+            for _ in range(5):
+                interrupting(self, str(index))
+            super().layer(index, entering, leaving, counts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_observers, "SecondMoments", Moments)
+        patch.setattr(_observers, "Importance", Importance)
+        stopped = run("calibrate", "--work", tmp_path / "job", "--recipe", recipe)
+        assert stopped.code == 130
+        assert "Interrupted; the layers that were finished are saved." in stopped.err
+        assert (tmp_path / "job" / "calibrate" / "checkpoints").is_dir()
+        before = len(seen)
+        assert run("calibrate", "--work", tmp_path / "job").code == 0
+    spared = {1: 0, 16: 14, 20: 19}[after]
+    assert len(seen) - before == 14 + 10 - spared
+    assert sha256(tmp_path / "job" / STATISTICS) == sha256(tmp_path / "whole" / STATISTICS)
+    assert not (tmp_path / "job" / "calibrate" / "checkpoints").exists()
+
+
+def test_what_the_teacher_wrote_before_an_interruption_is_kept(
+    run: Run, tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", llama, None, data={"generated_tokens": 512})
+    assert run("calibrate", "--recipe", recipe, "--work", tmp_path / "whole").code == 0
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    observe = calibrate.observe
+    monkeypatch.setattr(calibrate, "observe", interrupted)
+    assert run("calibrate", "--recipe", recipe, "--work", tmp_path / "job").code == 130
+    monkeypatch.setattr(calibrate, "observe", observe)
+    monkeypatch.setattr(calibrate, "write_own_text", interrupted)
+    assert run("calibrate", "--work", tmp_path / "job").code == 0
+    text = Path("calibrate", "generated.jsonl")
+    for name in (text, STATISTICS):
+        assert sha256(tmp_path / "job" / name) == sha256(tmp_path / "whole" / name)
+    assert run("calibrate", "--work", tmp_path / "job", "--force").code == 130  # from the beginning
+
+
+def test_a_full_disk_loses_no_finished_layer(tmp_path: Path, llama: Path) -> None:
+    """Whatever ends a walk, what was finished is there for the next one."""
+    recipe, work = job(tmp_path, llama)
+    device, console = torch.device("cpu"), Console(quiet=True)
+    teacher, _ = models.load(llama)
+    walk = calibrate.walk_of(recipe, work, teacher, some_batches(), device, console)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_observers.LayerMetrics, "layer", fail_in_the_second)
+        with pytest.raises(UserError, match="full"):
+            calibrate.observe(recipe, walk)
+    assert (work.progress("calibrate", "walk") / "entering-1.raw").exists()
+    assert load_file(work.progress("calibrate", "walk") / "forward.safetensors")
+
+
+def fail_in_the_second(_self: Any, index: int, *_: Any) -> None:
+    if index == 1:
+        raise UserError("The disk is full.")
