@@ -105,12 +105,13 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateResult:
         tensors["importance_threshold"] = find_thresholds(recipe, teacher, found, rows, console)
     write_atomically(work.statistics_file, lambda path: save_file(tensors, path))
     write_text(work.plan_file, plan.model_dump_json(indent=1) + "\n")
+    size = _shared.packed_size(recipe, teacher, found, work=work)(plan)
     result = CalibrateResult(
         model=recipe.model,
         notation=plan.notation(),
         nominal_bits=round(plan.nominal_bits(), 4),
-        real_bits=round(8 * plan.bytes() / plan.weights(), 4),
-        bytes=plan.bytes(),
+        real_bits=round(size.real_bits, 4),
+        bytes=size.bytes,
         formats=weights_by_format(plan),
         tokens=tokens,
         layer_similarity=[round(float(value), 5) for value in measured["cosine"]],
@@ -283,7 +284,9 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateDryRun:
     """What would be decided, and about how long it would take (from one forward pass and a few generated tokens)."""
     device = _shared.device_of(recipe)
     teacher, tokenizer = _shared.load_teacher(recipe, device, _shared.reading_dtype(device))
-    plan = _shared.new_plan(recipe, teacher, models.structure(teacher).sites)
+    found = models.structure(teacher)
+    plan = _shared.new_plan(recipe, teacher, found.sites)
+    packed = _shared.packed_size(recipe, teacher, found)(plan)
     length = _shared.sequence_length(recipe, teacher)
     batch = min(recipe.calibrate.batch_size, recipe.calibrate.sequences)
     ids = torch.zeros((batch, length), dtype=torch.int64, device=teacher.device)
@@ -303,8 +306,8 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateDryRun:
     return CalibrateDryRun(
         notation=plan.notation(),
         nominal_bits=round(plan.nominal_bits(), 4),
-        real_bits=round(8 * plan.bytes() / plan.weights(), 4),
-        bytes=plan.bytes(),
+        real_bits=round(packed.real_bits, 4),
+        bytes=packed.bytes,
         tokens=tokens,
         generated_tokens=own,
         memory_bytes=size + logits,
@@ -319,8 +322,8 @@ def show(result: CalibrateResult) -> list[RenderableType]:
     least = min(range(len(result.layer_similarity)), key=lambda i: result.layer_similarity[i])
     return [
         table(
-            f"Plan {result.notation}: {result.nominal_bits:.3g} nominal bits, {result.real_bits:.3g} with scales, "
-            f"embeddings and head, {megabytes(result.bytes)}",
+            f"Plan {result.notation}: {result.nominal_bits:.3g} nominal bits, {result.real_bits:.3g} real ones in a "
+            f"packed model of {megabytes(result.bytes)}",
             ["format of decoder linear layers", "weights"],
             rows,
             caption=f"{result.tokens:,} calibration tokens; layer {least + 1} changes its input most",

@@ -130,6 +130,7 @@ class Job:
     comparing: bool  # whether a loss needs the teachers
     logit_shape: tuple[float, float | None]
     tokens_per_row: float
+    packed_bytes: int  # of what pack will write
     progress: _checkpoint.Progress = field(default_factory=_checkpoint.Progress)
     began: float = 0.0
 
@@ -368,6 +369,7 @@ def prepare(recipe: Recipe, work: WorkDir, imagined: bool = False) -> Job:
         comparing=bool(comparing),
         logit_shape=logit_shape,
         tokens_per_row=rows.tokens_per_row,
+        packed_bytes=_shared.packed_size(recipe, teacher, structure, work=calibrated)(plan).bytes,
     )
 
 
@@ -685,7 +687,7 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> DistillDryRun:
         tokens_per_step=job.tokens_per_step,
         memory_bytes=weights + gradients + moments + teacher + 4 * logits + kept,
         disk_bytes=2 * (weights + moments) + 3 * weights,  # checkpoint, the next one, best, last, one being written
-        result_bytes=job.plan.bytes(),
+        result_bytes=job.packed_bytes,
         seconds_per_step=float(f"{seconds:.3g}"),
         seconds=float(f"{first + seconds * job.steps:.3g}") if job.steps else job.settings.max_time,
     )
