@@ -94,9 +94,10 @@ def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
     skip = ("max_time", "checkpoint_every", "gradient_checkpointing", "batch_size", "accumulation")
     found = _shared.settings("distill", settings, skip)
     found["distill.losses"] = " + ".join(_objective.term_in_words(term) for term in settings.losses)
+    budget, asked = recipe.calibrate.budget()
     found["distill.teachers"] = _shared.teachers_fingerprint(recipe)
     return {
-        "bits": str(recipe.calibrate.bits),
+        budget: str(asked),
         "model": _shared.teacher_fingerprint(recipe),
         "data": _shared.data_fingerprint(recipe),
         "held_out": _shared.held_out_fingerprint(recipe),
