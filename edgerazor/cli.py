@@ -53,6 +53,12 @@ DataFiles = Annotated[
 HeldOut = Annotated[list[Path] | None, Option("--held-out", help="Text to measure on; repeatable.", metavar="FILE")]
 Length = Annotated[int | None, Option("--sequence-length", help="Tokens per sequence.")]
 Bits = Annotated[float | None, Option("--bits", help="Nominal average of the decoder's linear layers, 1.58 to 8.")]
+RealBits = Annotated[
+    float | None, Option("--real-bits", help="Instead of --bits: every byte of the weight files, per weight.")
+]
+TargetSize = Annotated[
+    str | None, Option("--target-size", help="Instead of --bits: most bytes of the weight files.", metavar="200MB")
+]
 Formats = Annotated[str | None, Option("--formats", help="The two to mix, narrower first: ternary,int4.")]
 GroupSize = Annotated[
     str | None, Option("--group-size", help="Weights of a row that share one scale; `row`: all.", metavar="N|row")
@@ -73,6 +79,8 @@ Compare = Annotated[
 def calibrate(
     model: ModelArgument = None,
     bits: Bits = None,
+    real_bits: RealBits = None,
+    target_size: TargetSize = None,
     data: DataFiles = None,
     held_out: HeldOut = None,
     sequence_length: Length = None,
@@ -98,11 +106,14 @@ def calibrate(
     """Look at the teacher and plan a format for every row of every matrix.
 
     Example: edgerazor calibrate Qwen/Qwen3-0.6B --bits 1.88 --data text.jsonl
+
+    Example: edgerazor calibrate Qwen/Qwen3-0.6B --target-size 200MB --data text.jsonl
     """
     values = general(model, revision, trust_remote_code, seed, device, threads)
     values |= {"data": data_section(data, held_out, sequence_length)}
     values |= {
-        "calibrate": plan_section(bits, formats, group_size, plan, granularity, kv_bits, activation_bits, sequences)
+        "calibrate": budget_section(bits, real_bits, target_size)
+        | plan_section(formats, group_size, plan, granularity, kv_bits, activation_bits, sequences)
     }
     stage("calibrate", values, work, recipe, json, quiet, force, dry_run)
 
@@ -111,6 +122,8 @@ def calibrate(
 def distill(
     model: ModelArgument = None,
     bits: Bits = None,
+    real_bits: RealBits = None,
+    target_size: TargetSize = None,
     data: DataFiles = None,
     held_out: HeldOut = None,
     sequence_length: Length = None,
@@ -152,7 +165,8 @@ def distill(
     values = general(model, revision, trust_remote_code, seed, device, threads)
     values |= {
         "data": data_section(data, held_out, sequence_length),
-        "calibrate": plan_section(bits, formats, group_size, plan, granularity, kv_bits, activation_bits, None),
+        "calibrate": budget_section(bits, real_bits, target_size)
+        | plan_section(formats, group_size, plan, granularity, kv_bits, activation_bits, None),
         "distill": given(
             steps=steps,
             tokens=tokens,
@@ -174,6 +188,8 @@ def pack(
         str | None, typer.Argument(help=MODEL_HELP + " Given: round it to nearest, without training.")
     ] = None,
     bits: Bits = None,
+    real_bits: RealBits = None,
+    target_size: TargetSize = None,
     student: Annotated[str | None, Option("--student", help="best or last.")] = None,
     formats: Formats = None,
     group_size: GroupSize = None,
@@ -197,7 +213,8 @@ def pack(
     Example: edgerazor pack Qwen/Qwen3-0.6B --bits 4
     """
     values = general(model, revision, trust_remote_code, None, None, None)
-    section = plan_section(bits, formats, group_size, plan, granularity, kv_bits, activation_bits, None)
+    section = budget_section(bits, real_bits, target_size)
+    section |= plan_section(formats, group_size, plan, granularity, kv_bits, activation_bits, None)
     if section and model is None and recipe is None:
         name = next(iter(section)).replace("_", "-")
         raise usage_error(
@@ -366,6 +383,8 @@ def write_data(
 def run(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
     bits: Bits = None,
+    real_bits: RealBits = None,
+    target_size: TargetSize = None,
     work: Work = Path("edgerazor-work"),
     seed: Seed = None,
     device: Device = None,
@@ -380,7 +399,8 @@ def run(
 
     Example: edgerazor run recipes/qwen3-0.6b.yaml --bits 1.58
     """
-    values = general(None, None, None, seed, device, threads) | {"calibrate": given(bits=bits)}
+    values = general(None, None, None, seed, device, threads)
+    values["calibrate"] = budget_section(bits, real_bits, target_size)
     asked = assemble(values, None, recipe)
     require_model(asked, "run", work, recipe)
     from edgerazor import pipeline
@@ -479,8 +499,11 @@ def number_or_word(value: str | None) -> int | str | None:
     return int(value) if value is not None and value.removeprefix("-").isdecimal() else value
 
 
+def budget_section(bits: float | None, real_bits: float | None, target_size: str | None) -> dict[str, Any]:
+    return given(bits=bits, real_bits=real_bits, target_size=target_size)
+
+
 def plan_section(
-    bits: float | None,
     formats: str | None,
     group_size: str | None,
     plan: str | None,
@@ -490,7 +513,6 @@ def plan_section(
     sequences: int | None,
 ) -> dict[str, Any]:
     return given(
-        bits=bits,
         formats=listed(formats),
         group_size=number_or_word(group_size),
         plan=plan,

@@ -42,6 +42,7 @@ digest are checked when it is first read. Anything wrong is a `UserError` of one
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -50,7 +51,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
@@ -87,6 +88,8 @@ SETTINGS = (
     "thresholds",
 )
 HEADER_KEY, HEADER_SUM_KEY = "edgerazor", "edgerazor_sha256"
+#: In the place of a digest or checksum where only its length matters.
+ANY_SHA256 = "0" * 64
 
 #: Names of dtypes in a safetensors file.
 DTYPES = {
@@ -105,6 +108,8 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 Kind = Literal["linear", "embedding", "head"]
 TensorClass = Literal["linear", "embedding", "head", "other"]
+#: Name of the dtype in a safetensors file, and shape.
+TensorSpec: TypeAlias = tuple[str, tuple[int, ...]]
 
 
 # What is in the header --------------------------------------------------------------------------------------------
@@ -161,6 +166,18 @@ class PackedMatrix:
     spec: MatrixSpec
 
 
+class FolderSize(NamedTuple):
+    """Size of a packed folder: `bytes` of its weight files and their index, and the number of all `weights`."""
+
+    bytes: int
+    weights: int
+
+    @property
+    def real_bits(self) -> float:
+        """8 * bytes / weights."""
+        return 8 * self.bytes / self.weights
+
+
 def part_name(matrix: str, part: str) -> str:
     """Name of the tensor that holds one part of a matrix."""
     return f"{matrix}.weight.{part}"
@@ -197,12 +214,94 @@ def write(
     entries: dict[str, MatrixEntry] = {}
     for matrix in matrices:
         parts = formats.pack_matrix(matrix.encoded, matrix.spec)
-        entries[matrix.name] = _matrix_entry(matrix, parts)
+        rows, cols = matrix.encoded.codes.shape
+        digest = formats.digest(matrix.encoded, matrix.spec)
+        sums = {part: _sha256(tensor) for part, tensor in parts.items()}
+        entries[matrix.name] = _matrix_entry(matrix.kind, matrix.spec, (rows, cols), digest, sums)
         _add(tensors, {part_name(matrix.name, part): tensor for part, tensor in parts.items()})
     _add(tensors, others)
+    about = {name: _tensor_entry(tensor_spec(name, tensor), _sha256(tensor)) for name, tensor in others.items()}
+    header = _header(entries, about, tied, settings, provenance)
+    files = _layout({name: tensor_spec(name, tensor) for name, tensor in tensors.items()}, header, shard_bytes)
+    for file in files:
+        workdir.write_atomically(folder / file.name, functools.partial(_fill, file, tensors))
+    return header
+
+
+def predict(
+    matrices: Iterable[tuple[str, Kind, MatrixSpec, tuple[int, int]]],
+    others: Mapping[str, TensorSpec],
+    *,
+    tied: Mapping[str, str],
+    settings: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    shard_bytes: int = SHARD_BYTES,
+) -> FolderSize:
+    """What `write` would write, to the byte, without any data.
+
+    Every digest and checksum has the same length, so any will do; so must those in `provenance`.
+
+    Args:
+        matrices: name, kind, formats and shape (rows, columns) of each quantized matrix.
+        others: dtype and shape of the tensors that stay as they are, by name.
+        tied, settings, provenance, shard_bytes: as for `write`.
+
+    Raises:
+        ValueError: as `write`.
+    """
+    specs: dict[str, TensorSpec] = {}
+    entries: dict[str, MatrixEntry] = {}
+    weights = 0
+    for name, kind, spec, shape in matrices:
+        parts = formats.part_shapes(spec, shape)
+        entries[name] = _matrix_entry(kind, spec, shape, ANY_SHA256, dict.fromkeys(parts, ANY_SHA256))
+        _add(specs, {part_name(name, part): (DTYPE_NAMES[dtype], size) for part, (dtype, size) in parts.items()})
+        weights += math.prod(shape)
+    _add(specs, others)
+    about = {name: _tensor_entry(spec, ANY_SHA256) for name, spec in others.items()}
+    files = _layout(specs, _header(entries, about, tied, settings, provenance), shard_bytes)
+    weights += sum(math.prod(shape) for _, shape in others.values())
+    return FolderSize(sum(len(file.beginning) + file.data for file in files), weights)
+
+
+def tensor_spec(name: str, tensor: Tensor) -> TensorSpec:
+    """Dtype and shape of a tensor to be stored under a name.
+
+    Raises:
+        ValueError: the dtype cannot be stored.
+    """
+    if tensor.dtype not in DTYPE_NAMES:
+        raise ValueError(f"{name} has the dtype {tensor.dtype}, which cannot be stored")
+    return DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)
+
+
+def _matrix_entry(
+    kind: Kind, spec: MatrixSpec, shape: tuple[int, int], digest: str, sums: Mapping[str, str]
+) -> MatrixEntry:
+    return MatrixEntry(
+        kind=kind,
+        formats=spec.formats,
+        group_size=spec.group_size,
+        shape=shape,
+        digest=digest,
+        sha256=dict(sorted(sums.items())),
+    )
+
+
+def _tensor_entry(spec: TensorSpec, sha256: str) -> TensorEntry:
+    return TensorEntry(dtype=spec[0], shape=spec[1], sha256=sha256)
+
+
+def _header(
+    matrices: Mapping[str, MatrixEntry],
+    others: Mapping[str, TensorEntry],
+    tied: Mapping[str, str],
+    settings: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+) -> Header:
     header = Header(
-        matrices=dict(sorted(entries.items())),
-        others={name: _tensor_entry(name, others[name]) for name in sorted(others)},
+        matrices=dict(sorted(matrices.items())),
+        others=dict(sorted(others.items())),
         tied=dict(sorted(tied.items())),
         settings=dict(settings),
         provenance=dict(provenance),
@@ -210,88 +309,77 @@ def write(
     problem = _header_problem(header)
     if problem:
         raise ValueError(problem)
-    _write_files(folder, tensors, header, shard_bytes)
     return header
 
 
-def _matrix_entry(matrix: PackedMatrix, parts: Mapping[str, Tensor]) -> MatrixEntry:
-    rows, cols = matrix.encoded.codes.shape
-    return MatrixEntry(
-        kind=matrix.kind,
-        formats=matrix.spec.formats,
-        group_size=matrix.spec.group_size,
-        shape=(rows, cols),
-        digest=formats.digest(matrix.encoded, matrix.spec),
-        sha256={part: _sha256(tensor) for part, tensor in sorted(parts.items())},
-    )
-
-
-def _tensor_entry(name: str, tensor: Tensor) -> TensorEntry:
-    if tensor.dtype not in DTYPE_NAMES:
-        raise ValueError(f"{name} has the dtype {tensor.dtype}, which cannot be stored")
-    return TensorEntry(dtype=DTYPE_NAMES[tensor.dtype], shape=tuple(tensor.shape), sha256=_sha256(tensor))
-
-
-def _add(tensors: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
+def _add(tensors: dict[str, Any], more: Mapping[str, Any]) -> None:
     for name, tensor in more.items():
         if name in tensors:
             raise ValueError(f"two tensors are called {name}")
         tensors[name] = tensor
 
 
-def _write_files(folder: Path, tensors: Mapping[str, Tensor], header: Header, shard_bytes: int) -> None:
+@dataclass(frozen=True)
+class _File:
+    """A weight file or the index: its beginning, and the tensors whose `data` bytes follow, in that order."""
+
+    name: str
+    beginning: bytes
+    tensors: tuple[str, ...] = ()
+    data: int = 0
+
+
+def _layout(specs: Mapping[str, TensorSpec], header: Header, shard_bytes: int) -> list[_File]:
+    """All that is written, but for the bytes of the tensors: the weight files, and their index if they are several."""
     text = json.dumps(header.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
     about = {"format": "pt", HEADER_KEY: text, HEADER_SUM_KEY: hashlib.sha256(text.encode()).hexdigest()}
-    shards = _shards(tensors, shard_bytes)
+    shards = _shards(specs, shard_bytes)
     if len(shards) == 1:
-        _write_safetensors(folder / WEIGHTS_FILE, shards[0], about)
-        return
+        return [_safetensors(WEIGHTS_FILE, shards[0], about)]
+    files: list[_File] = []
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_safetensors(folder / file, shard, about if number == 1 else {"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    workdir.write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        files.append(_safetensors(name, shard, about if number == 1 else {"format": "pt"}))
+        weight_map |= dict.fromkeys(shard, name)
+    index = {"metadata": {"total_size": sum(_bytes(*spec) for spec in specs.values())}, "weight_map": weight_map}
+    return [*files, _File(INDEX_FILE, (json.dumps(index, indent=1, allow_nan=False) + "\n").encode())]
 
 
-def _shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> list[dict[str, Tensor]]:
+def _shards(specs: Mapping[str, TensorSpec], shard_bytes: int) -> list[dict[str, TensorSpec]]:
     """The tensors by name, cut where a shard would become larger than allowed."""
-    shards: list[dict[str, Tensor]] = [{}]
+    shards: list[dict[str, TensorSpec]] = [{}]
     size = 0
-    for name in sorted(tensors):
-        if shards[-1] and size + tensors[name].nbytes > shard_bytes:
+    for name in sorted(specs):
+        if shards[-1] and size + _bytes(*specs[name]) > shard_bytes:
             shards.append({})
             size = 0
-        shards[-1][name] = tensors[name]
-        size += tensors[name].nbytes
+        shards[-1][name] = specs[name]
+        size += _bytes(*specs[name])
     return shards
 
 
-def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
+def _safetensors(name: str, specs: Mapping[str, TensorSpec], about: Mapping[str, str]) -> _File:
     """One safetensors file. (The library's writer orders metadata by chance, so equal runs would differ.)"""
     # Wide dtypes come first: then each tensor begins on a multiple of its item size.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    names = sorted(specs, key=lambda each: (-DTYPES[specs[each][0]].itemsize, each))
     entries: dict[str, Any] = {"__metadata__": dict(about)}
     offset = 0
-    for name in names:
-        tensor = tensors[name]
-        entries[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + tensor.nbytes],
-        }
-        offset += tensor.nbytes
+    for each in names:
+        dtype, shape = specs[each]
+        end = offset + _bytes(dtype, shape)
+        entries[each] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    return _File(name, struct.pack("<Q", len(text)) + text, tuple(names), offset)
 
-    def fill(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for name in names:
-                file.write(formats.tensor_bytes(tensors[name]))
 
-    workdir.write_atomically(path, fill)
+def _fill(file: _File, tensors: Mapping[str, Tensor], path: Path) -> None:
+    with path.open("wb") as opened:
+        opened.write(file.beginning)
+        for name in file.tensors:
+            opened.write(formats.tensor_bytes(tensors[name]))
 
 
 def _sha256(tensor: Tensor) -> str:
@@ -388,7 +476,7 @@ class PackedModel:
             self.matrix(name)
         self.others()
 
-    def tensor_shapes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def tensor_shapes(self) -> dict[str, TensorSpec]:
         """Safetensors dtype name and shape of every stored tensor."""
         shapes = {}
         for name, file in self._where.items():
@@ -459,9 +547,7 @@ def _format_of(part: str) -> formats.Format:
     return formats.get(part.removesuffix(TAIL))
 
 
-def _expected_parts(
-    name: str, entry: MatrixEntry, stored: Mapping[str, tuple[str, tuple[int, ...]]]
-) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _expected_parts(name: str, entry: MatrixEntry, stored: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
     """Dtype and shape of each part of a matrix. How many rows have a format is known only from the rows themselves."""
     rows, cols = entry.shape
     groups = formats.group_count(cols, entry.group_size)
@@ -620,7 +706,7 @@ class SizeTable(BaseModel):
 
     classes: list[ClassSize]
     parameters: int = Field(description="number of all weights")
-    bytes: int = Field(description="bytes of the weight files, their headers included")
+    bytes: int = Field(description="bytes of the weight files, their headers and index included")
     nominal_bits: float = Field(description="bits a weight of the linear layers by the formats' names")
     real_bits: float = Field(description="8 * bytes / parameters")
 
@@ -639,7 +725,10 @@ def size_table(model: PackedModel) -> SizeTable:
                 )
             )
     parameters = sum(each.weights for each in classes)
-    size = sum(file.stat().st_size for file in model.files())
+    files = model.files()
+    if len(files) > 1:
+        files.append(model.folder / INDEX_FILE)
+    size = sum(file.stat().st_size for file in files)
     return SizeTable(
         classes=classes,
         parameters=parameters,

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from edgerazor import allocate
 from edgerazor import recipe as recipes
-from edgerazor.console import Console, is_main_process
+from edgerazor.console import Console, is_main_process, megabytes
 from edgerazor.errors import UserError, usage_error
 from edgerazor.recipe import Recipe
 from edgerazor.stages import _checkpoint, _shared, bench, calibrate, distill, eval, pack
@@ -132,12 +132,18 @@ def earlier_result(name: str, inputs: dict[str, str], work: WorkDir) -> BaseMode
 def what(name: str, recipe: Recipe) -> str:
     """A few words about what a stage is about to do."""
     return {
-        "calibrate": f"{recipe.model} at {recipe.calibrate.bits:g} bits",
-        "distill": f"{recipe.model} at {recipe.calibrate.bits:g} bits",
+        "calibrate": f"{recipe.model} {budget(recipe)}",
+        "distill": f"{recipe.model} {budget(recipe)}",
         "pack": "writing the packed model",
         "eval": ", ".join(recipe.eval.tasks) or "held-out text",
         "bench": f"{recipe.bench.rounds} round{'s' * (recipe.bench.rounds > 1)}",
     }[name]
+
+
+def budget(recipe: Recipe) -> str:
+    """How large the packed model may be, in words."""
+    name, value = recipe.calibrate.budget()
+    return f"in {megabytes(value)}" if name == "target_size" else f"at {value:g} {name.replace('_', ' ')}"
 
 
 def result_model(stage: ModuleType) -> type[BaseModel]:

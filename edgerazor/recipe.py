@@ -15,6 +15,7 @@ import difflib
 import math
 import os
 import re
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,10 @@ from edgerazor.errors import UserError, usage_error
 MINIMUM_BITS, MAXIMUM_BITS = 1.58, 8.0
 #: A group size that no row exceeds: one scale per row, written `row`.
 WHOLE_ROW = 65536
+#: Fields of calibrate that ask for a size, each in its own way; a later layer that gives one forgets the others.
+BUDGETS = ("bits", "real_bits", "target_size")
+#: Bytes of the units of `target_size`.
+UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
 class Strict(BaseModel):
@@ -96,6 +101,12 @@ class Calibrate(Strict):
     bits: float = Field(
         2.0, ge=MINIMUM_BITS, le=MAXIMUM_BITS, description="nominal average over the decoder's linear layers"
     )
+    real_bits: float | None = Field(
+        None, gt=0, le=32, description="instead of bits: 8 x bytes of the packed weight files / all weights, at most"
+    )
+    target_size: int | None = Field(
+        None, ge=1, description="instead of bits: bytes of the packed weight files, at most: 200MB, 0.5GiB, 200000000"
+    )
     formats: tuple[str, ...] = Field(
         (), description="two to mix, narrower first; empty: ternary and int4, above 4 bits int4 and int8"
     )
@@ -136,6 +147,24 @@ class Calibrate(Strict):
             raise ValueError(f"expected a whole number, or `row` for one scale per row, got {value!r}")
         return WHOLE_ROW if value == "row" else value
 
+    @field_validator("target_size", mode="before")
+    @classmethod
+    def _size_in_bytes(cls, value: Any) -> Any:
+        return size_in_bytes(value) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Calibrate:
+        asked = [name for name in BUDGETS if name in self.model_fields_set and getattr(self, name) is not None]
+        if len(asked) > 1:
+            raise ValueError(f"`{asked[0]}` and `{asked[1]}` both say how large the model may be; give one of them")
+        return self
+
+    def budget(self) -> tuple[str, float]:
+        """Which of `BUDGETS` counts, and its value."""
+        if self.target_size is not None:
+            return "target_size", self.target_size
+        return ("bits", self.bits) if self.real_bits is None else ("real_bits", self.real_bits)
+
     @model_validator(mode="after")
     def _scales_of_something(self) -> Calibrate:
         if self.activation_bits == 16 and self.activation_scales != "dynamic":
@@ -143,6 +172,20 @@ class Calibrate(Strict):
         if self.adaptive_tokens != "off" and self.activation_bits in (4, 16):
             raise ValueError("adaptive tokens need `activation_bits` from 5 to 8")
         return self
+
+
+def size_in_bytes(text: str) -> int:
+    """`200MB` or `0.5 GiB` in whole bytes; a number without a unit is bytes.
+
+    Raises:
+        ValueError: it is not such a text; one sentence without its full stop.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    units = {name.lower(): size for name, size in UNITS.items()} | {"": 1}
+    unit = units.get(found[2].lower()) if found else None
+    if found is None or unit is None:
+        raise ValueError(f"expected a size like 200MB, in bytes or in one of {', '.join(UNITS)}, got {text!r}")
+    return int(Decimal(found[1]) * unit)
 
 
 class LossTerm(Strict):
@@ -359,12 +402,14 @@ def anchor(values: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def merge(*layers: dict[str, Any]) -> dict[str, Any]:
-    """Later layers win; sections are merged field by field."""
+    """Later layers win; sections are merged field by field, and of the fields in `BUDGETS` only the last one stays."""
     result: dict[str, Any] = {}
     for layer in layers:
         for key, value in layer.items():
             if isinstance(value, dict) and isinstance(result.get(key), dict) and key != "compare":
-                result[key] = merge(result[key], value)
+                stale = BUDGETS if key == "calibrate" and any(value.get(each) is not None for each in BUDGETS) else ()
+                earlier = {name: field for name, field in result[key].items() if name not in stale}
+                result[key] = merge(earlier, value)
             else:
                 result[key] = value
     return result
@@ -410,6 +455,8 @@ def _first_error(error: ValidationError, where: str | None) -> UserError:
     if kind == "missing":
         return usage_error(f"{named} is missing.", "See `edgerazor show recipe`.")
     if kind == "value_error":
+        if not where and len(location) == 1:  # several fields of a section together
+            named = "The command line"
         return usage_error(f"{named}: {first['msg'].removeprefix('Value error, ')}.", "See `edgerazor show recipe`.")
     name = next((part for part in reversed(location) if isinstance(part, str)), "")
     found = parent.model_fields.get(name) if location and location[-1] == name else None

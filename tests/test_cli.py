@@ -35,6 +35,8 @@ def options(name: str) -> dict[str, Any]:
 #: option -> (words behind it, field of the recipe, its value then). `eval --data` is held-out text.
 FIELDS: dict[str, tuple[list[str], str, Any]] = {
     "--bits": (["3"], "calibrate.bits", 3.0),
+    "--real-bits": (["2.5"], "calibrate.real_bits", 2.5),
+    "--target-size": (["0.2GB"], "calibrate.target_size", 200_000_000),
     "--data": (["/a.txt", "--data", "/b.txt"], "data.train", [{"file": "/a.txt"}, {"file": "/b.txt"}]),
     "--held-out": (["/c.txt"], "data.held_out", [{"file": "/c.txt"}]),
     "--sequence-length": (["77"], "data.sequence_length", 77),
@@ -173,6 +175,10 @@ def test_show_recipe_prints_a_recipe_that_loads_back(run: Run) -> None:
         (["distill", "M", "--steps", "0"], 2, "--steps is 0; expected a whole number of at least 1."),
         (["calibrate", "M", "--kv-bits", "5"], 2, "--kv-bits is 5; expected 4, 8 or 16."),
         (["calibrate", "M", "--plan", "magic"], 2, "--plan is 'magic'; expected interleave, variance or first."),
+        (["calibrate", "M", "--real-bits", "0"], 2, "--real-bits is 0.0; expected a number above 0 and of at most 32."),
+        (["distill", "M", "--target-size", "big"], 2, "--target-size: expected a size like 200MB"),
+        (["pack", "M", "--bits", "2", "--target-size", "9MB"], 2, "`bits` and `target_size` both say how large"),
+        (["pack", "--target-size", "9MB"], 2, "so pack takes no --target-size."),
         (["bench", "--contexts", "1,x"], 2, "--contexts wants comma-separated whole numbers, and got '1,x'."),
         (["bench", "--compare", "x"], 2, "--compare wants NAME=FOLDER, and got 'x'."),
         (["pack", "--group-size", "64"], 2, "so pack takes no --group-size."),

@@ -399,6 +399,7 @@ def test_packed_matrices_come_back_exactly(shape: tuple[int, int]) -> None:
     for spec in (mixed_spec(shape[0], 64), *blocks, *(MatrixSpec((name,), 64) for name in ALL)):
         encoded = formats.encode_matrix(weights(*shape), spec)
         parts = formats.pack_matrix(encoded, spec)
+        assert {name: (part.dtype, (*part.shape,)) for name, part in parts.items()} == formats.part_shapes(spec, shape)
         assert sum(part.nbytes for part in parts.values()) == spec.packed_bytes(shape)
         again, again_spec = formats.unpack_matrix(parts, spec.formats, spec.group_size, shape)
         assert bits_equal(again.codes, encoded.codes)

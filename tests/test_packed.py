@@ -219,8 +219,48 @@ def test_sizes_are_counted(tmp_path: Path, shard_bytes: int) -> None:
     assert linear.nominal_bits == table.nominal_bits == pytest.approx((1.58 * 7 / 8 + 4 / 8 + 8) / 2, abs=1e-12)
     assert (embedding.bytes, embedding.nominal_bits, embedding.real_bits) == (360, 4.0, 4.5)
     assert (other.bytes, other.nominal_bits, other.real_bits) == (288, 28.8, 28.8)
-    assert table.bytes == sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    assert table.bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
     assert table.real_bits == 8 * table.bytes / 2768
+
+
+PREDICTED: dict[str, dict[str, Any]] = {
+    "everything": {},
+    "one matrix": {"matrices": some_matrices()[1:2], "others": {}, "tied": {}},
+    "no tied head": {"tied": {}},
+    "other provenance": {"provenance": {"teacher": "Größe", "sha256": "f" * 64, "none": None}},
+    "other settings": {"settings": {**SETTINGS, "thresholds": [0.1, 1e-7]}},
+}
+
+
+@pytest.mark.parametrize("case", PREDICTED)
+@pytest.mark.parametrize("shard_bytes", [10**9, 2000, 200, 1])
+def test_the_size_is_predicted_to_the_byte(tmp_path: Path, case: str, shard_bytes: int) -> None:
+    arguments: dict[str, Any] = {
+        "matrices": some_matrices(),
+        "others": some_others(),
+        "tied": {"lm_head": "model.embed_tokens"},
+        "settings": SETTINGS,
+        "provenance": PROVENANCE,
+        **PREDICTED[case],
+    }
+    write(tmp_path, **arguments, shard_bytes=shard_bytes)
+    matrices = [(m.name, m.kind, m.spec, tuple(m.encoded.codes.shape)) for m in arguments.pop("matrices")]
+    others = {name: packed.tensor_spec(name, tensor) for name, tensor in arguments.pop("others").items()}
+    size = packed.predict(matrices, others, **arguments, shard_bytes=shard_bytes)  # type: ignore[arg-type]
+    assert size.bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
+    table = packed.size_table(PackedModel.open(tmp_path))
+    assert (size.bytes, size.weights, size.real_bits) == (table.bytes, table.parameters, table.real_bits)
+
+
+def test_what_cannot_be_written_is_not_predicted() -> None:
+    arguments: dict[str, Any] = {"tied": {}, "settings": SETTINGS, "provenance": PROVENANCE}
+    linear = ("m", "linear", MatrixSpec(("int4",), 16), (2, 16))
+    with pytest.raises(ValueError, match="two tensors are called"):
+        packed.predict([linear], {"m.weight.scales": ("F16", (2, 1))}, **arguments)  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="no quantized linear"):
+        packed.predict([], {}, **arguments)
+    with pytest.raises(ValueError, match="cannot be stored"):
+        packed.tensor_spec("x", torch.zeros(1, dtype=torch.complex64))
 
 
 # Damage -----------------------------------------------------------------------------------------------------------

@@ -66,6 +66,54 @@ def test_later_layers_win_field_by_field() -> None:
     assert recipes.merge(low, high) == expected
 
 
+SIZES = {
+    "200MB": 200_000_000,
+    "1.5 GB": 1_500_000_000,
+    "64kB": 64_000,
+    "64kb": 64_000,
+    "3KiB": 3072,
+    "0.5MiB": 524_288,
+    "2GiB": 2_147_483_648,
+    "12345": 12_345,
+    "12345 B": 12_345,
+    "0.0000019MB": 1,
+}
+
+
+@pytest.mark.parametrize("text", SIZES)
+def test_sizes_are_read_with_their_units(text: str) -> None:
+    assert build({"calibrate": {"target_size": text}}).calibrate.target_size == SIZES[text]
+    assert build({"calibrate": {"target_size": SIZES[text]}}).calibrate.target_size == SIZES[text]
+
+
+@pytest.mark.parametrize("text", ["", "MB", "-1MB", "1e6", "2 TB", "1.MB", "12,5MB", "200MBit", "two"])
+def test_a_malformed_size_is_one_sentence(text: str) -> None:
+    with pytest.raises(UserError) as wrong:
+        build({"calibrate": {"target_size": text}})
+    units = "B, kB, MB, GB, KiB, MiB, GiB"
+    expected = f"--target-size: expected a size like 200MB, in bytes or in one of {units}, got {text!r}."
+    assert (wrong.value.message, wrong.value.code) == (expected, USAGE)
+
+
+def test_of_several_budgets_the_last_asked_for_counts(tmp_path: Path) -> None:
+    asked: list[dict[str, Any]] = [{"bits": 1.88}, {"real_bits": 2.5}, {"target_size": "9MB"}]
+    values = {"bits": 1.88, "real_bits": 2.5, "target_size": 9_000_000}
+    for early in asked:
+        for late in asked:
+            merged = recipes.merge({"calibrate": {**early, "group_size": 64}}, {"calibrate": late}, {"calibrate": {}})
+            assert merged == {"calibrate": {"group_size": 64, **late}}
+            settings = build(merged).calibrate
+            (name,) = late
+            assert settings.budget() == (name, values[name])
+            path = tmp_path / "r.yaml"
+            path.write_text(recipes.dump(build(merged)))
+            assert build(recipes.load(path)).calibrate == settings
+            if early != late:
+                with pytest.raises(UserError, match="both say how large the model may be; give one of them"):
+                    build({"calibrate": {**early, **late}}, "The recipe x.yaml")
+    assert build({}).calibrate.budget() == ("bits", 2.0)
+
+
 def test_paths_become_absolute_from_the_files_folder(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     values = {

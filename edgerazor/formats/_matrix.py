@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -96,15 +97,7 @@ class MatrixSpec:
 
     def packed_bytes(self, shape: tuple[int, int]) -> int:
         """Bytes of all that `pack_matrix` stores of a matrix [rows, cols]."""
-        rows, cols = shape
-        total = rows * group_count(cols, self.group_size) * 2
-        total += 0 if self.row_formats is None else len(self.row_formats)
-        if self.block_formats is not None:
-            total += len(self.block_formats) * index_columns(self.block_formats.shape[1], len(self.formats))
-        for strip in self.strips(shape):
-            for number_format, chosen in strip.spec.parts:
-                total += number_format.packed_columns(strip.width) * (strip.rows if chosen is None else len(chosen))
-        return total
+        return sum(dtype.itemsize * math.prod(size) for dtype, size in part_shapes(self, shape).values())
 
     def check_shape(self, shape: Sequence[int]) -> None:
         """ValueError unless the specification is one for a matrix of that shape [rows, cols]."""
@@ -376,6 +369,29 @@ def pack_matrix(encoded: Encoded, spec: MatrixSpec) -> dict[str, Tensor]:
         parts[ROW_FORMATS] = spec.row_formats.contiguous()
     if spec.block_formats is not None:
         parts[BLOCK_FORMATS] = pack_indices(spec.block_formats, len(spec.formats))
+    return parts
+
+
+def part_shapes(spec: MatrixSpec, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of each part that `pack_matrix` stores of a matrix [rows, cols], by name of the part.
+
+    Raises:
+        ValueError: the specification is for another shape.
+    """
+    rows, cols = shape
+    groups = group_count(cols, spec.group_size)
+    parts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for strip in spec.strips(shape):
+        for number_format, chosen in strip.spec.parts:
+            count = strip.rows if chosen is None else len(chosen)
+            columns = number_format.packed_columns(strip.width)
+            parts[number_format.name + strip.suffix] = (torch.uint8, (count, columns))
+    parts[SCALES] = (torch.float16, (rows, groups))
+    if spec.row_formats is not None:
+        parts[ROW_FORMATS] = (torch.uint8, (rows,))
+    if spec.block_formats is not None:
+        indices = (len(spec.block_formats), index_columns(groups, len(spec.formats)))
+        parts[BLOCK_FORMATS] = (torch.uint8, indices)
     return parts
 
 

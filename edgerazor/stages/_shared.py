@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,17 @@ from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from edgerazor import attention, data, formats, models, surgery
+from edgerazor import __version__, attention, data, formats, models, packed, surgery
 from edgerazor.allocate import Plan, make_plan
 from edgerazor.errors import UserError, usage_error
 from edgerazor.losses import METRICS
 from edgerazor.models import PreTrainedModel, PreTrainedTokenizerBase
+from edgerazor.packed import FolderSize
 from edgerazor.recipe import Calibrate, Recipe, Source
-from edgerazor.workdir import WorkDir
+from edgerazor.workdir import WorkDir, digest_json
+
+#: A number below 1 that JSON needs most characters for.
+LONGEST_NUMBER = 1.2345678901234567e-05
 
 
 def device_of(recipe: Recipe) -> torch.device:
@@ -286,6 +291,94 @@ def settings_of(plan: Plan, found: models.Structure, work: WorkDir | None) -> su
         adaptive_tokens=plan.adaptive_tokens,
         thresholds=thresholds,
     )
+
+
+def packed_settings(plan: Plan, found: models.Structure, work: WorkDir | None) -> dict[str, Any]:
+    """The settings in the header of a packed model (see `settings_of`), as JSON values."""
+    computing = settings_of(plan, found, work)
+    return {name: getattr(computing, name) for name in packed.SETTINGS} | {"thresholds": list(computing.thresholds)}
+
+
+def tied_modules(found: models.Structure) -> dict[str, str]:
+    """Path of each module that uses another one's matrix -> path of that one."""
+    return {} if found.head else {found.head_path: found.embedding.name}
+
+
+def other_tensors(model: PreTrainedModel, found: models.Structure) -> dict[str, torch.Tensor]:
+    """The tensors of a model that are not quantized, by name."""
+    quantized = matrix_tensors(found)
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in quantized}
+
+
+def matrix_tensors(found: models.Structure) -> set[str]:
+    """Names of all tensors that hold quantized matrices, or their trained scales."""
+    modules = [*(site.name for site in found.sites), found.head_path]
+    return {f"{module}.{part}" for module in modules for part in ("weight", "scales")}
+
+
+def provenance(recipe: Recipe, source: str, plan: Plan, distilled: Mapping[str, str] | None) -> dict[str, Any]:
+    """Where a packed model comes from; equal for equal runs.
+
+    Args:
+        recipe: of the whole job.
+        source: `student` or `teacher`.
+        plan: its formats.
+        distilled: what the training depended on; None where there was none.
+    """
+    folder = models.resolve(recipe.model, recipe.revision)
+    return {
+        "teacher": models.describe_source(recipe.model, folder),
+        "teacher_sha256": teacher_fingerprint(recipe),
+        "source": source,
+        "plan_sha256": digest_json(plan.model_dump(mode="json")),
+        "recipe_sha256": None if distilled is None else digest_json(dict(distilled)),
+        "data_sha256": None if distilled is None else distilled["data"],
+        "seed": recipe.seed,
+        "edgerazor": __version__,
+    }
+
+
+def packed_size(
+    recipe: Recipe,
+    teacher: PreTrainedModel,
+    found: models.Structure,
+    source: str = "student",
+    work: WorkDir | None = None,
+    distilled: Mapping[str, str] | None = None,
+) -> Callable[[Plan], FolderSize]:
+    """Tells of any plan what `pack` would write, to the byte: the one meaning of real bits, planned or shown.
+
+    Only for adaptive tokens whose thresholds are not known yet (`work` is None) may less be written, by a few bytes per
+    layer: the header holds them as numbers, which are counted at their longest.
+
+    Args:
+        recipe: names model, data, seed, and the size of shards.
+        teacher: the model that is quantized; only names, shapes and dtypes of its tensors count.
+        found: its matrices.
+        source: `student`, whose other tensors are float32, or `teacher`, rounded without training.
+        work: where calibrate wrote the importance of tokens.
+        distilled: what the student's training depended on; None before it.
+    """
+    others = {name: packed.tensor_spec(name, tensor) for name, tensor in other_tensors(teacher, found).items()}
+    if source == "student":
+        floats = {name: size for name, (dtype, size) in others.items() if packed.DTYPES[dtype].is_floating_point}
+        others |= {name: ("F32", size) for name, size in floats.items()}
+        distilled = distilled or {"data": data_fingerprint(recipe)}
+
+    def size(plan: Plan) -> FolderSize:
+        settings = packed_settings(plan, found, work)
+        if work is None:
+            settings["thresholds"] = [LONGEST_NUMBER] * len(settings["thresholds"])
+        return packed.predict(
+            ((matrix.name, matrix.kind, matrix.spec(), matrix.shape) for matrix in plan.matrices),
+            others | dict.fromkeys(stored_input_scales(plan, teacher, found), ("F32", ())),
+            tied=tied_modules(found),
+            settings=settings,
+            provenance=provenance(recipe, source, plan, distilled),
+            shard_bytes=recipe.pack.shard_bytes,
+        )
+
+    return size
 
 
 def _statistics(work: WorkDir, name: str) -> list[float]:

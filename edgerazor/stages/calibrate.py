@@ -115,12 +115,13 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateResult:
         ) from None
     write_atomically(work.statistics_file, lambda path: save_file(tensors, path))
     write_text(work.plan_file, plan.model_dump_json(indent=1) + "\n")
+    size = _shared.packed_size(recipe, teacher, found, work=work)(plan)
     result = CalibrateResult(
         model=recipe.model,
         notation=plan.notation(),
         nominal_bits=round(plan.nominal_bits(), 4),
-        real_bits=round(8 * plan.bytes() / plan.weights(), 4),
-        bytes=plan.bytes(),
+        real_bits=round(size.real_bits, 4),
+        bytes=size.bytes,
         formats=weights_by_format(plan),
         tokens=sum(int(counts.sum()) for _, counts in batches),
         layer_similarity=[round(float(value), 5) for value in tensors["layer_cosine"]],
@@ -266,6 +267,7 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateDryRun:
     teacher, _ = _shared.load_teacher(recipe, torch.device("cpu"))
     found = models.structure(teacher)
     plan = _shared.new_plan(recipe, teacher, found.sites)
+    packed = _shared.packed_size(recipe, teacher, found)(plan)
     length = _shared.sequence_length(recipe, teacher)
     size = sum(p.numel() * p.element_size() for p in teacher.parameters())
     batch = min(recipe.calibrate.batch_size, recipe.calibrate.sequences)
@@ -282,8 +284,8 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateDryRun:
     return CalibrateDryRun(
         notation=plan.notation(),
         nominal_bits=round(plan.nominal_bits(), 4),
-        real_bits=round(8 * plan.bytes() / plan.weights(), 4),
-        bytes=plan.bytes(),
+        real_bits=round(packed.real_bits, 4),
+        bytes=packed.bytes,
         tokens=tokens,
         generated_tokens=own,
         memory_bytes=memory,
@@ -314,8 +316,8 @@ def show(result: CalibrateResult) -> list[RenderableType]:
     least = min(range(len(result.layer_similarity)), key=lambda i: result.layer_similarity[i])
     return [
         table(
-            f"Plan {result.notation}: {result.nominal_bits:.3g} nominal bits, {result.real_bits:.3g} with scales, "
-            f"embeddings and head, {megabytes(result.bytes)}",
+            f"Plan {result.notation}: {result.nominal_bits:.3g} nominal bits, {result.real_bits:.3g} real ones in a "
+            f"packed model of {megabytes(result.bytes)}",
             ["format of decoder linear layers", "weights"],
             rows,
             caption=f"{result.tokens:,} calibration tokens; layer {least + 1} changes its input most",

@@ -94,9 +94,10 @@ def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
     skip = ("max_time", "checkpoint_every", "gradient_checkpointing", "batch_size", "accumulation")
     found = _shared.settings("distill", settings, skip)
     found["distill.losses"] = " + ".join(_objective.term_in_words(term) for term in settings.losses)
+    budget, asked = recipe.calibrate.budget()
     found["distill.teachers"] = _shared.teachers_fingerprint(recipe)
     return {
-        "bits": str(recipe.calibrate.bits),
+        budget: str(asked),
         "model": _shared.teacher_fingerprint(recipe),
         "data": _shared.data_fingerprint(recipe),
         "held_out": _shared.held_out_fingerprint(recipe),
@@ -130,6 +131,7 @@ class Job:
     comparing: bool  # whether a loss needs the teachers
     logit_shape: tuple[float, float | None]
     tokens_per_row: float
+    packed_bytes: int  # of what pack will write
     progress: _checkpoint.Progress = field(default_factory=_checkpoint.Progress)
     began: float = 0.0
 
@@ -368,6 +370,7 @@ def prepare(recipe: Recipe, work: WorkDir, imagined: bool = False) -> Job:
         comparing=bool(comparing),
         logit_shape=logit_shape,
         tokens_per_row=rows.tokens_per_row,
+        packed_bytes=_shared.packed_size(recipe, teacher, structure, work=calibrated)(plan).bytes,
     )
 
 
@@ -685,7 +688,7 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> DistillDryRun:
         tokens_per_step=job.tokens_per_step,
         memory_bytes=weights + gradients + moments + teacher + 4 * logits + kept,
         disk_bytes=2 * (weights + moments) + 3 * weights,  # checkpoint, the next one, best, last, one being written
-        result_bytes=job.plan.bytes(),
+        result_bytes=job.packed_bytes,
         seconds_per_step=float(f"{seconds:.3g}"),
         seconds=float(f"{first + seconds * job.steps:.3g}") if job.steps else job.settings.max_time,
     )

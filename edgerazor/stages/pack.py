@@ -21,14 +21,14 @@ from rich.console import RenderableType
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from edgerazor import __version__, formats, models, packed, surgery
+from edgerazor import formats, models, packed, surgery
 from edgerazor.allocate import Plan
 from edgerazor.console import Console, megabytes, table
 from edgerazor.errors import UserError, usage_error
 from edgerazor.packed import PackedMatrix
 from edgerazor.recipe import Recipe
 from edgerazor.stages import _shared
-from edgerazor.workdir import WorkDir, digest_json, make_folder, replace_folder, write_json
+from edgerazor.workdir import WorkDir, make_folder, replace_folder, write_json
 
 NAME = "pack"
 
@@ -113,6 +113,12 @@ def source_of(recipe: Recipe, work: WorkDir) -> str:
     return "student"
 
 
+def training_of(work: WorkDir, source: str) -> dict[str, str] | None:
+    """What the student's training depended on; None without one."""
+    manifest = work.manifest("distill") if source == "student" else None
+    return manifest.inputs if manifest else None
+
+
 def plan_of(recipe: Recipe, work: WorkDir, teacher: models.PreTrainedModel) -> Plan:
     """The student's plan, or for rounding the plan of the recipe's settings."""
     if source_of(recipe, work) == "student":
@@ -136,8 +142,7 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> PackResult:
     _shared.check_attention(teacher, plan)
     scales = _shared.input_scales(plan, teacher, found, work) or {}
     make_folder(work.path)
-    computing = _shared.settings_of(plan, found, work)
-    settings = {name: getattr(computing, name) for name in packed.SETTINGS} | {"thresholds": list(computing.thresholds)}
+    settings = _shared.packed_settings(plan, found, work)
     with (
         student_weights(source, recipe, work, teacher) as (read, trained, digests),
         replace_folder(work.folder(NAME)) as folder,
@@ -146,9 +151,9 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> PackResult:
             folder,
             encoded(plan, read, digests if source == "teacher" else None, console),
             {name: torch.tensor(scale) for name, scale in scales.items()} | trained,
-            tied={} if found.head else {found.head_path: found.embedding.name},
+            tied=_shared.tied_modules(found),
             settings=settings,
-            provenance=provenance(recipe, work, source, teacher_folder, plan),
+            provenance=_shared.provenance(recipe, source, plan, training_of(work, source)),
             shard_bytes=recipe.pack.shard_bytes,
         )
         packed.verify_digests(folder, digests)
@@ -176,23 +181,21 @@ class student_weights:  # noqa: N801 - used as a context manager, like those of 
     For a student the digests are those of training. For the teacher there are none yet: `encoded` fills them in.
     """
 
-    def __init__(self, source: str, recipe: Recipe, work: WorkDir, teacher: torch.nn.Module) -> None:
+    def __init__(self, source: str, recipe: Recipe, work: WorkDir, teacher: models.PreTrainedModel) -> None:
         self.source, self.recipe, self.work, self.teacher = source, recipe, work, teacher
 
     def __enter__(self) -> tuple[Reader, dict[str, Tensor], dict[str, str]]:
-        quantized = {f"{site.name}.weight" for site in models.structure(self.teacher).sites}
-        quantized.add(f"{models.structure(self.teacher).head_path}.weight")
-        quantized |= {f"{name.removesuffix('weight')}scales" for name in quantized}
+        found = models.structure(self.teacher)
         if self.source == "teacher":
             state = self.teacher.state_dict()
-            others = {name: tensor.contiguous() for name, tensor in state.items() if name not in quantized}
+            others = {name: tensor.contiguous() for name, tensor in _shared.other_tensors(self.teacher, found).items()}
             return lambda name: (state[f"{name}.weight"], None), others, {}
         folder = self.work.student(self.recipe.pack.student)
         try:
             self.file = safe_open(folder / "model.safetensors", framework="pt").__enter__()
             digests = json.loads((folder / "digests.json").read_text(encoding="utf-8"))
             names = set(self.file.keys())
-            others = {name: self.file.get_tensor(name) for name in sorted(names - quantized)}
+            others = {name: self.file.get_tensor(name) for name in sorted(names - _shared.matrix_tensors(found))}
         except (OSError, SafetensorError, ValueError) as error:
             raise UserError(
                 f"The student {folder} cannot be read: {str(error).rstrip('.')}.", "Run `edgerazor distill --force`."
@@ -221,21 +224,6 @@ def encoded(plan: Plan, read: Reader, digests: dict[str, str] | None, console: C
             tracker.advance()
 
 
-def provenance(recipe: Recipe, work: WorkDir, source: str, teacher_folder: Path, plan: Plan) -> dict:
-    """Where the packed model comes from; equal for equal runs."""
-    distilled = work.manifest("distill") if source == "student" else None
-    return {
-        "teacher": models.describe_source(recipe.model, teacher_folder),
-        "teacher_sha256": _shared.teacher_fingerprint(recipe),
-        "source": source,
-        "plan_sha256": digest_json(plan.model_dump(mode="json")),
-        "recipe_sha256": digest_json(distilled.inputs) if distilled else None,
-        "data_sha256": distilled.inputs["data"] if distilled else None,
-        "seed": recipe.seed,
-        "edgerazor": __version__,
-    }
-
-
 def accompany(folder: Path, teacher_folder: Path, config: object, settings: dict[str, Any]) -> None:
     """Configuration, generation settings, tokenizer and chat template."""
     for pattern in COPIED:
@@ -253,9 +241,9 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> PackDryRun:
     source = source_of(recipe, work)
     teacher, _ = models.load(recipe.model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
     plan = plan_of(recipe, work, teacher)
-    parameters = sum(p.numel() for p in teacher.parameters())
-    others = parameters - plan.weights()
-    size = plan.bytes() + 4 * others
+    calibrated = work if work.statistics_file.exists() else None
+    found, training = models.structure(teacher), training_of(work, source)
+    size = _shared.packed_size(recipe, teacher, found, source, calibrated, training)(plan)
     matrix = max(plan.matrices, key=lambda matrix: matrix.rows * matrix.columns)
     weight, spec = teacher.get_submodule(matrix.name).weight, matrix.spec()
     began = time.monotonic()
@@ -265,11 +253,11 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> PackDryRun:
     return PackDryRun(
         source=source,
         notation=plan.notation(),
-        bytes=size,
+        bytes=size.bytes,
         nominal_bits=round(plan.nominal_bits(), 4),
-        real_bits=round(8 * size / parameters, 4),
-        memory_bytes=sum(p.numel() * p.element_size() for p in teacher.parameters()) + size + 9 * weight.numel(),
-        disk_bytes=size + work.size(NAME),  # the old one stays until the new one is complete
+        real_bits=round(size.real_bits, 4),
+        memory_bytes=sum(p.numel() * p.element_size() for p in teacher.parameters()) + size.bytes + 9 * weight.numel(),
+        disk_bytes=size.bytes + work.size(NAME),  # the old one stays until the new one is complete
         # encoded once, and read twice to be verified
         seconds=float(f"{3 * once * plan.weights() / weight.numel():.3g}"),
     )
