@@ -109,7 +109,9 @@ def run_one(name: str, recipe: Recipe, work: WorkDir, console: Console, force: b
             refuse_other_plan(inputs, work)
         result = distill.run(recipe, work, console, fresh=force)
     else:
-        if name != "pack":  # pack replaces its folder whole
+        if name == "calibrate" and not force:  # what it has measured serves other budgets too
+            work.manifest_file(name).unlink(missing_ok=True)
+        elif name != "pack":  # pack replaces its folder whole
             work.discard(name, keep_progress=not force)
         result = stage.run(recipe, work, console)
     if is_main_process():

@@ -95,6 +95,20 @@ class Override(Strict):
     format: str = Field(description="a file of edgerazor/formats")
 
 
+class Constraint(Strict):
+    """A limit on the formats that a plan by sensitivity may give to the matrices of some modules."""
+
+    match: str = Field(min_length=1, description="glob on module paths: *.o_proj")
+    at_least: str | None = Field(None, description="the narrowest format allowed there")
+    at_most: str | None = Field(None, description="the widest")
+
+    @model_validator(mode="after")
+    def _of_something(self) -> Constraint:
+        if self.at_least is None and self.at_most is None:
+            raise ValueError("give `at_least`, `at_most` or both")
+        return self
+
+
 class Calibrate(Strict):
     """What the student will be: formats for every matrix, decided after looking at the teacher."""
 
@@ -108,13 +122,26 @@ class Calibrate(Strict):
         None, ge=1, description="instead of bits: bytes of the packed weight files, at most: 200MB, 0.5GiB, 200000000"
     )
     formats: tuple[str, ...] = Field(
-        (), description="two to mix, narrower first; empty: ternary and int4, above 4 bits int4 and int8"
+        (),
+        description="to choose from; empty: ternary, int2, int3, int4 (above 4 bits int4, int5, int8); other plans "
+        "than sensitivity mix two, narrower first; empty: ternary and int4 (int4 and int8)",
     )
-    plan: Literal["interleave", "variance", "first"] = Field(
-        "interleave", description="what gets the wider format: units spread evenly, of highest variance, or the first"
+    plan: Literal["sensitivity", "interleave", "variance", "first"] = Field(
+        "sensitivity",
+        description="what gets wider formats: units where they save most, spread evenly, of highest "
+        "variance, or the first",
     )
-    granularity: Literal["row", "column", "block"] = Field(
-        "row", description="such a unit: a row, a group of columns in all rows, or a group of one row"
+    granularity: Literal["row", "tensor", "column", "block"] = Field(
+        "row",
+        description="such a unit: a row, a whole tensor (sensitivity alone), a group of columns in all rows, or a "
+        "group of one row",
+    )
+    sensitivity: Literal["auto", "fisher", "integrated", "hessian", "direct"] = Field(
+        "auto", description="how the damage of a format is estimated; auto: the best of three, by measured KL"
+    )
+    sensitivity_tokens: int = Field(8192, ge=1, description="about how many tokens it is estimated from")
+    constraints: tuple[Constraint, ...] = Field(
+        (), description="of a plan by sensitivity: {match: glob, at_least: format, at_most: format}"
     )
     group_size: int = Field(
         256, ge=8, le=WHOLE_ROW, description="consecutive weights of a row that share one scale; `row`: all of them"
@@ -164,6 +191,15 @@ class Calibrate(Strict):
         if self.target_size is not None:
             return "target_size", self.target_size
         return ("bits", self.bits) if self.real_bits is None else ("real_bits", self.real_bits)
+
+    @model_validator(mode="after")
+    def _units_of_the_plan(self) -> Calibrate:
+        measured = self.plan == "sensitivity"
+        if self.granularity not in (("row", "tensor") if measured else ("row", "column", "block")):
+            raise ValueError(f"`granularity: {self.granularity}` does not go with `plan: {self.plan}`")
+        if self.constraints and not measured:
+            raise ValueError(f"`constraints` do not go with `plan: {self.plan}`; use `overrides`")
+        return self
 
     @model_validator(mode="after")
     def _scales_of_something(self) -> Calibrate:
@@ -513,6 +549,7 @@ def _model_at(location: tuple[int | str, ...]) -> type[Strict]:
         "held_out": Source,
         "losses": LossTerm,
         "overrides": Override,
+        "constraints": Constraint,
         "reconstruct": Reconstruction,
     }
     model: type[Strict] = Recipe

@@ -1,17 +1,9 @@
-"""A budget of bits -> a format for every row or block of every matrix.
+"""A budget -> a format for every row, tensor or block of every matrix.
 
-Every matrix gets two formats, a narrower and a wider one, and the same share `p` of its weights has the wider. Between
-1.58 and 4 bits the two are ternary and int4, above 4 bits int4 and int8, or those that the recipe names. What differs
-is which weights are lucky. A *unit* has one format: a row, a group of one row (a block), or a group of columns in all
-rows; and the units are chosen
-
-- `interleave`: spread evenly. With rows this is EdgeRazor's structural mixed precision (arXiv 2605.04062, section 3);
-- `variance`: those whose weights have the highest variance (of blocks: "dynamic" in EdgeRazor's code);
-- `first`: those that come first (of blocks: its "static", of columns: its "static column-wise").
-
-Embedding and head have formats of their own, and so have matrices that the recipe names. Nothing here measures which
-rows matter. Another strategy is another function from (site, share, statistics) to a choice, called in `choose`;
-everything downstream reads only the plan.
+Two ways: `pattern.py` gives the same share of a wider format to every matrix, as EdgeRazor does (arXiv 2605.04062), and
+measures nothing; `measured.py` spends the budget where calibrate has found that it saves most. Embedding and head have
+formats of their own unless bytes are counted, and so have matrices that the recipe names. Everything downstream reads
+only the plan (`plan.py`).
 """
 
 from __future__ import annotations
@@ -19,45 +11,165 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-import torch
-from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor
 
 from edgerazor import formats
-from edgerazor.attention import UNIMPORTANT_BITS
+from edgerazor.allocate import measured, pattern
+from edgerazor.allocate.knapsack import Solution, solve
+from edgerazor.allocate.measured import Damages, candidates_of
+from edgerazor.allocate.pattern import NAMED_SHARES, Mixture, mixture_of, spread, variances
+from edgerazor.allocate.plan import MatrixPlan, Plan
 from edgerazor.errors import UserError, usage_error
-from edgerazor.formats import MatrixSpec
 from edgerazor.models import Site
-from edgerazor.recipe import Calibrate, Override
+from edgerazor.packed import FolderSize
+from edgerazor.recipe import MAXIMUM_BITS, MINIMUM_BITS, Calibrate, Override
 
-def make_plan(sites: Iterable[Site], settings: Calibrate, weight_of: Callable[[str], Tensor] | None = None) -> Plan:
-    """Formats for every matrix at the requested average.
+__all__ = [
+    "NAMED_SHARES",
+    "Damages",
+    "MatrixPlan",
+    "Mixture",
+    "Plan",
+    "Solution",
+    "candidates_of",
+    "check",
+    "make_plan",
+    "mixture_of",
+    "solve",
+    "spread",
+    "unmeasured",
+    "variances",
+]
+
+#: What a plan takes when packed, everything counted.
+SizeOf = Callable[[Plan], FolderSize]
+
+
+def make_plan(
+    sites: Iterable[Site],
+    settings: Calibrate,
+    weight_of: Callable[[str], Tensor] | None = None,
+    damages: Damages | None = None,
+    size_of: SizeOf | None = None,
+) -> Plan:
+    """Formats for every matrix within the budget.
 
     Args:
         sites: the matrices of the model.
-        settings: bits, formats, group size, strategy, formats of embedding and head, overrides.
+        settings: the budget, formats, group size, strategy, formats of embedding and head, overrides, constraints.
         weight_of: gives the weight [rows, columns] of a module's path; asked one matrix at a time, and only by
             strategies that look at weights.
+        damages: what calibrate found; asked for by the strategy `sensitivity`.
+        size_of: asked for where bytes are counted.
 
     Raises:
-        UserError: the settings contradict themselves (as `check`) or do not fit the model.
+        UserError: the settings contradict themselves (as `check`), do not fit the model, or the budget is too small.
     """
     sites = tuple(sites)
     check(settings)
-    mixture = mixture_of(settings)
+    counted, value = settings.budget()
+    if counted != "bits" and size_of is None:
+        raise ValueError("a budget of bytes needs to know what a plan takes")
     fixed = fixed_formats(sites, settings)
-    matrices = []
+    if settings.plan == "sensitivity":
+        if damages is None:
+            raise ValueError("the strategy sensitivity was given no damages")
+        return _measured_plan(sites, settings, fixed, damages, size_of)
+    if counted == "bits":
+        return _pattern_plan(sites, settings, fixed, weight_of)
+    assert size_of is not None
+    return _largest(lambda bits: _pattern_plan(sites, _at(settings, bits), fixed, weight_of), size_of, counted, value)
+
+
+def _measured_plan(
+    sites: tuple[Site, ...], settings: Calibrate, fixed: dict[str, str], damages: Damages, size_of: SizeOf | None
+) -> Plan:
+    choosing = [site for site in sites if site.name not in fixed]
+    alone = {name: {"formats": (format_,)} for name, format_ in fixed.items()}
+    if not choosing:
+        return _plan(sites, settings, alone)
+
+    def plan_of(choice: measured.Choice) -> Plan:
+        return _plan(sites, settings, alone | choice, damages.estimate)
+
+    def bytes_of(plan: Plan) -> int:
+        assert size_of is not None
+        return size_of(plan).bytes
+
+    limit = None
+    counted, value = settings.budget()
+    if counted != "bits":
+        assert size_of is not None
+        narrowest = {site.name: {"formats": (candidates_of(settings)[0],)} for site in choosing}
+        limit = _bytes(counted, value, size_of(plan_of(narrowest)))
+    choice, damage = measured.choose(choosing, damages, settings, plan_of, bytes_of, limit)
+    return plan_of(choice).model_copy(update={"predicted_kl": damage if damages.in_nats else None})
+
+
+def _bytes(counted: str, value: float, any_size: FolderSize) -> int:
+    """A budget of real bits or bytes in bytes."""
+    return int(value if counted == "target_size" else value * any_size.weights / 8)
+
+
+def _pattern_plan(
+    sites: tuple[Site, ...], settings: Calibrate, fixed: dict[str, str], weight_of: Callable[[str], Tensor] | None
+) -> Plan:
+    mixture = mixture_of(settings)
+    about: dict[str, dict[str, Any]] = {}
     for site in sites:
-        about: dict[str, Any] = {"formats": (fixed[site.name],)} if site.name in fixed else {}
-        if not about:
-            about = _described(choose(site, settings, mixture, weight_of), mixture)
-        about |= {"rows": site.rows, "columns": site.columns, "group_size": settings.group_size}
-        matrices.append(MatrixPlan(name=site.name, kind=site.kind, **about))
+        if site.name in fixed:
+            about[site.name] = {"formats": (fixed[site.name],)}
+        else:
+            about[site.name] = pattern.described(pattern.choose(site, settings, mixture, weight_of), mixture)
+    return _plan(sites, settings, about)
+
+
+def _largest(plan_at: Callable[[float], Plan], size_of: SizeOf, counted: str, value: float) -> Plan:
+    """The plan of the most bits that is not larger than asked for."""
+    low, high = MINIMUM_BITS, MAXIMUM_BITS
+    best = plan_at(low)
+    size = size_of(best)
+    limit = _bytes(counted, value, size)
+    if size.bytes > limit:
+        raise usage_error(
+            f"The packed model cannot be smaller than {size.bytes:,} bytes; {limit:,} were asked for.",
+            "Ask for more, or give narrower formats.",
+        )
+    for _ in range(20):
+        bits = (low + high) / 2
+        plan = plan_at(bits)
+        if size_of(plan).bytes <= limit:
+            low, best = bits, plan
+        else:
+            high = bits
+    return best
+
+
+def _at(settings: Calibrate, bits: float) -> Calibrate:
+    return settings.model_copy(update={"bits": bits, "real_bits": None, "target_size": None})
+
+
+def _plan(
+    sites: tuple[Site, ...], settings: Calibrate, about: dict[str, dict[str, Any]], estimate: str | None = None
+) -> Plan:
+    """The plan whose matrices have these formats."""
+    matrices = tuple(
+        MatrixPlan(
+            name=site.name,
+            kind=site.kind,
+            rows=site.rows,
+            columns=site.columns,
+            group_size=settings.group_size,
+            **about[site.name],
+        )
+        for site in sites
+    )
     return Plan(
         requested_bits=settings.bits,
         strategy=settings.plan,
+        estimate=estimate,
         granularity=settings.granularity,
         activation_bits=settings.activation_bits,
         activation_scales=settings.activation_scales,
@@ -67,8 +179,25 @@ def make_plan(sites: Iterable[Site], settings: Calibrate, weight_of: Callable[[s
         adaptive_tokens=settings.adaptive_tokens,
         group_size=settings.group_size,
         scales=settings.scales,
-        matrices=tuple(matrices),
+        matrices=matrices,
     )
+
+
+def unmeasured(settings: Calibrate) -> Calibrate:
+    """What to plan with while nothing has been measured: the interleave of the two formats around the bits."""
+    if settings.plan != "sensitivity":
+        return settings
+    names = sorted(settings.formats, key=lambda name: formats.get(name).nominal_bits)
+    counted, _ = settings.budget()
+    if len(names) > 2 and counted == "bits":
+        low = [name for name in names if formats.get(name).nominal_bits <= settings.bits][-1]
+        high = [name for name in names if formats.get(name).nominal_bits >= settings.bits][0]
+        index = names.index(low)
+        names = [low, high] if low != high else names[max(index - 1, 0) :][:2]
+    elif len(names) != 2:
+        names = []
+    update = {"plan": "interleave", "granularity": "row", "formats": tuple(names), "constraints": ()}
+    return settings.model_copy(update=update)
 
 
 # --- what was asked for ------------------------------------------------------------------------
@@ -78,13 +207,20 @@ def check(settings: Calibrate) -> None:
     """Refuse, without looking at a model, what cannot be planned.
 
     Raises:
-        UserError: a format that does not exist, or two that do not give the bits.
+        UserError: a format that does not exist, or formats that do not give the bits.
     """
     named = [settings.embedding_format, settings.head_format, *(each.format for each in settings.overrides)]
     for name in named:
         if name is not None:
             formats.get(name)
-    mixture_of(settings)
+    for limit in settings.constraints:
+        for name in (limit.at_least, limit.at_most):
+            if name is not None:
+                formats.get(name)
+    if settings.plan == "sensitivity":
+        candidates_of(settings)
+    elif settings.budget()[0] == "bits":
+        mixture_of(settings)
 
 
 def fixed_formats(sites: tuple[Site, ...], settings: Calibrate) -> dict[str, str]:
@@ -93,14 +229,16 @@ def fixed_formats(sites: tuple[Site, ...], settings: Calibrate) -> dict[str, str
     Raises:
         UserError: an override that changes nothing, or a format for a head that is tied to the embedding.
     """
-    fixed = {site.name: settings.embedding_format for site in sites if site.kind == "embedding"}
+    counting_bytes = settings.plan == "sensitivity" and settings.budget()[0] != "bits"
+    fixed = {site.name: settings.embedding_format for site in sites if site.kind == "embedding" and not counting_bytes}
     heads = [site.name for site in sites if site.kind == "head"]
     if settings.head_format is not None and not heads:
         raise usage_error(
             f"`head_format` is {settings.head_format}, but the model's head is tied to its embedding.",
             "Leave it out, and set `embedding_format` for both.",
         )
-    fixed |= dict.fromkeys(heads, settings.head_format or settings.embedding_format)
+    if not counting_bytes:
+        fixed |= dict.fromkeys(heads, settings.head_format or settings.embedding_format)
     left = [site.name for site in sites]
     for override in settings.overrides:
         matched = [name for name in left if fnmatchcase(name, override.match)]
@@ -129,5 +267,3 @@ def _useless(override: Override, names: list[str]) -> UserError:
         f"The override {override.match!r} matches no quantized module; the closest are {', '.join(close)}.",
         "`match` is a glob on the whole path of a module, as in *.down_proj.",
     )
-
-

@@ -47,7 +47,8 @@ class Damages:
     Attributes:
         estimate: how.
         formats: the candidates.
-        rows: module path -> float64 [formats, rows], the damage of a row in a format.
+        rows: module path -> float64 [formats, rows], the damage of a row in a format; [formats, 1] of a whole matrix
+            for embedding and head.
         in_nats: whether damages are nats of KL per token, so that their sum is a prediction.
     """
 
@@ -77,11 +78,13 @@ def candidates_of(settings: Calibrate) -> tuple[str, ...]:
     Raises:
         UserError: one does not exist, or they cannot give the bits.
     """
-    names = settings.formats or (CANDIDATES if settings.bits <= 4 else WIDE_CANDIDATES)
+    counted, _ = settings.budget()
+    usual = CANDIDATES if settings.bits <= 4 else WIDE_CANDIDATES
+    names = settings.formats or (usual if counted == "bits" else tuple(dict.fromkeys(CANDIDATES + WIDE_CANDIDATES)))
     widths = [formats.get(name).nominal_bits for name in names]
     if len(set(names)) < len(names):
         raise usage_error(f"--formats is {','.join(names)}; expected different formats.")
-    if not min(widths) <= settings.bits <= max(widths):
+    if counted == "bits" and not min(widths) <= settings.bits <= max(widths):
         raise usage_error(
             f"--bits is {settings.bits:g}, but {', '.join(names)} give {min(widths):g} to {max(widths):g} bits.",
             "Ask for bits between, or for other --formats.",
@@ -111,7 +114,7 @@ def cut(sites: Sequence[Site], damages: Damages, candidates: tuple[str, ...], gr
             chosen = each if tile is None else each[:, tile]
             names.append(site.name)
             rows.append(tile)
-            weights.append(float(chosen.shape[1] * site.columns))
+            weights.append(float(site.weights if tile is None else len(tile) * site.columns))
             found.append(chosen.sum(1).numpy())
     return Items(names, rows, np.array(weights), np.stack(found))
 
@@ -150,7 +153,7 @@ def choose(
     damages: Damages,
     settings: Calibrate,
     plan_of: Callable[[Choice], Plan],
-    bytes_of: Callable[[Plan], int] | None,
+    bytes_of: Callable[[Plan], int],
     limit: int | None,
 ) -> tuple[Choice, float]:
     """Formats of these matrices within the budget.
@@ -184,7 +187,6 @@ def choose(
                 "Ask for more bits, or loosen `constraints`.",
             )
         return _fields(items, candidates, found), found.damage
-    assert bytes_of is not None
     return _within_bytes(items, candidates, open_, sites, plan_of, bytes_of, limit)
 
 

@@ -84,6 +84,8 @@ class Walk:
         identity: of the model and of whatever else decides what is computed and observed, but for the batches, `dtype`
             and the versions of the libraries, which are added; files of a walk of another identity are ignored.
         console: where progress is shown.
+        change: gives what takes the place of the weight of a linear layer, by its path, whenever its layer is brought
+            in; the identity must say what it does.
     """
 
     def __init__(
@@ -96,7 +98,9 @@ class Walk:
         device: torch.device | str = "cpu",
         identity: str = "",
         console: Console | None = None,
+        change: Callable[[str, Tensor], Tensor] | None = None,
     ) -> None:
+        self.change = change
         self.model, self.found, self.batches, self.folder = model, found, batches, folder
         self.dtype, self.device = dtype, torch.device(device)
         self.blocks = Blocks(model, found)
@@ -179,6 +183,19 @@ class Walk:
             self._meet(number)
             yield self._read(self._states(self.found.layer_count), number)
 
+    def entered(self, index: int) -> Iterator[Tensor]:
+        """What enters a layer, [B, T, H] for each batch; after `forward`."""
+        for number in range(len(self.batches)):
+            yield self._read(self._states(index), number)
+
+    def onwards(self, index: int, number: int, states: Tensor) -> Tensor:
+        """What leaves the last layer, [B, T, H], for what enters the one of that index in a batch; keeps no files."""
+        self._meet(number)
+        for each in range(index, self.found.layer_count):
+            with self.layer(each), torch.no_grad():
+                states = self.blocks.through(each, states)
+        return states
+
     def final(self, states: Tensor) -> Tensor:
         """What enters the head, [B, T, H], for what leaves the last layer (the final norm); differentiable."""
         return self.blocks.final(states)
@@ -188,6 +205,11 @@ class Walk:
         """A layer whose weights are here, in the compute dtype, while the block lasts."""
         module = self.blocks.layers[index]
         with brought(module, self.device, self.dtype):
+            if self.change is not None:
+                for site in self.found.linears:
+                    if site.layer == index:
+                        weight = self.model.get_submodule(site.name).weight
+                        weight.data = self.change(site.name, weight.data)
             yield module
 
     def seconds(self, batches: int) -> float:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from edgerazor import __version__, attention, data, formats, models, packed, surgery
-from edgerazor.allocate import Plan, make_plan
+from edgerazor.allocate import Damages, Plan, make_plan, unmeasured
 from edgerazor.errors import UserError, usage_error
 from edgerazor.losses import METRICS
 from edgerazor.models import PreTrainedModel, PreTrainedTokenizerBase
@@ -171,13 +171,35 @@ def open_text(
     return rows, held_out
 
 
-def new_plan(recipe: Recipe, teacher: PreTrainedModel, sites: tuple[models.Site, ...]) -> Plan:
+def new_plan(
+    recipe: Recipe,
+    teacher: PreTrainedModel,
+    found: models.Structure,
+    damages: Damages | None = None,
+    source: str = "student",
+) -> Plan:
     """What the recipe's settings make of this teacher.
+
+    Args:
+        recipe: of the whole job.
+        teacher: the model, and where its matrices are.
+        found: the same.
+        damages: what calibrate has found; None plans without, by the nearest strategy that measures nothing.
+        source: of what is packed, as `packed_size` has it.
 
     Raises:
         UserError: the settings do not fit the model.
     """
-    return make_plan(sites, recipe.calibrate, lambda name: teacher.get_submodule(name).weight)
+    settings = recipe.calibrate if damages else unmeasured(recipe.calibrate)
+    size = packed_size(recipe, teacher, found, source)
+    return make_plan(found.sites, settings, lambda name: teacher.get_submodule(name).weight, damages, size)
+
+
+def is_planned(recipe: Recipe, work: WorkDir) -> bool:
+    """Whether calibrate has made a plan for this model that is just what the recipe asks for."""
+    manifest = work.manifest("calibrate")
+    asked = {"model": teacher_fingerprint(recipe)} | settings("calibrate", recipe.calibrate, ("batch_size",))
+    return manifest is not None and asked.items() <= manifest.inputs.items()
 
 
 def read_plan(work: WorkDir) -> Plan:

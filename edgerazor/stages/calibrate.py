@@ -9,28 +9,35 @@ Walks calibration text through the teacher, one decoder layer at a time, and kee
 * `<module>.input_scale`, float32 [], where activations have stored scales: the one with the least squared error for
   the input of a linear layer or the head, and `<module>.low_input_scale` at the bits of unimportant tokens;
 * `importance_threshold`, float32 [layers], where tokens have bits of their own: see `attention.py`;
+* `damage/<estimate>/<module>`, float32 [formats, rows], nats of KL per token: see `_sensitivity.py`; its metadata names
+  the formats;
 
-and writes the plan: a format for every row or block of every matrix (`allocate.py`).
+and writes the plan: a format for every row, tensor or block of every matrix (`allocate/`), with a summary of what was
+measured in `sensitivity.json`. What was measured serves every budget.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from dataclasses import dataclass
 from itertools import repeat
+from typing import Any
 
 import torch
 from pydantic import BaseModel
 from rich.console import RenderableType
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from edgerazor import attention, data, formats, models
-from edgerazor.allocate import Plan
+from edgerazor.allocate import Damages, Plan, candidates_of
 from edgerazor.console import Console, duration, megabytes, table
 from edgerazor.errors import INTERRUPTED, UserError
 from edgerazor.models import PreTrainedModel, PreTrainedTokenizerBase
 from edgerazor.recipe import Recipe, Sampling
-from edgerazor.stages import _observers, _shared, _writing
+from edgerazor.stages import _observers, _sensitivity, _shared, _writing
 from edgerazor.workdir import WorkDir, digest_json, make_folder, versions, write_atomically, write_json, write_text
 
 NAME = "calibrate"
@@ -51,6 +58,9 @@ class CalibrateResult(BaseModel):
     tokens: int
     layer_similarity: list[float]
     text: str
+    estimate: str | None = None
+    predicted_kl: float | None = None
+    measured_kl: float | None = None
 
 
 class CalibrateDryRun(BaseModel):
@@ -94,27 +104,32 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateResult:
     teacher, tokenizer = _shared.load_teacher(recipe, torch.device("cpu"))
     found = models.structure(teacher)
     _shared.check_attention(teacher, recipe.calibrate)
-    plan = _shared.new_plan(recipe, teacher, found.sites)
     length = _shared.sequence_length(recipe, teacher)
     make_folder(work.folder(NAME))
+    tensors = stored_statistics(recipe, work)
     text = "the recipe's data"
     if not recipe.data.train:
         text = "written by the teacher, since no --data was given"
-        provide_own_text(recipe, work, device, length, console)
+        if tensors is None or not work.generated_text.exists():
+            provide_own_text(recipe, work, device, length, console)
     rows, _ = _shared.open_text(recipe, work, tokenizer, length)
-    batches = batches_of(recipe, rows)
+    job = Job(recipe, work, teacher, found, rows, length, device, console)
     try:
-        tensors = observe(recipe, walk_of(recipe, work, teacher, batches, device, console))
-        if plan.adaptive_tokens == "causal":
-            tensors["importance_threshold"] = find_thresholds(recipe, work, teacher, batches, device, console)
+        if tensors is None:
+            tensors = measure(job)
+            write_statistics(recipe, work, tensors)
+        else:
+            console.say("What was measured of the teacher for another plan serves this one too.")
+        plan, study = decide(job, tensors)
     except KeyboardInterrupt:
         raise UserError(
             "Interrupted; the layers that were finished are saved.",
             "The same command goes on from there.",
             code=INTERRUPTED,
         ) from None
-    write_atomically(work.statistics_file, lambda path: save_file(tensors, path))
     write_text(work.plan_file, plan.model_dump_json(indent=1) + "\n")
+    if study:
+        write_json(work.sensitivity_file, study)
     size = _shared.packed_size(recipe, teacher, found, work=work)(plan)
     result = CalibrateResult(
         model=recipe.model,
@@ -123,37 +138,194 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateResult:
         real_bits=round(size.real_bits, 4),
         bytes=size.bytes,
         formats=weights_by_format(plan),
-        tokens=sum(int(counts.sum()) for _, counts in batches),
+        tokens=sum(int(counts.sum()) for _, counts in batches_of(recipe, rows)),
         layer_similarity=[round(float(value), 5) for value in tensors["layer_cosine"]],
         text=text,
+        estimate=plan.estimate,
+        predicted_kl=plan.predicted_kl,
+        measured_kl=study["measured_kl"].get(plan.estimate) if study else None,
     )
     write_json(work.result_file(NAME), result.model_dump(mode="json"))
     work.forget_progress(NAME)
     return result
 
 
-def batches_of(recipe: Recipe, rows: data.TokenRows) -> list[tuple[torch.Tensor, torch.Tensor]]:
+@dataclass(frozen=True)
+class Job:
+    """What the parts of a calibration share."""
+
+    recipe: Recipe
+    work: WorkDir
+    teacher: PreTrainedModel
+    found: models.Structure
+    rows: data.TokenRows
+    length: int
+    device: torch.device
+    console: Console
+
+
+# --- what is measured, for every budget --------------------------------------------------------
+
+
+def stored_statistics(recipe: Recipe, work: WorkDir) -> dict[str, Tensor] | None:
+    """What an earlier calibration measured, if it measured what this one needs."""
+    wanted = statistics_identity(recipe)
+    try:
+        with safe_open(work.statistics_file, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("identity") != wanted["identity"]:
+                return None
+            measured = json.loads(metadata["formats"])
+            needed = [measured.index(name) for name in json.loads(wanted["formats"])]
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (OSError, SafetensorError, KeyError, ValueError):  # among them a format that was not measured
+        return None
+    return {name: value[needed] if name.startswith("damage/") else value for name, value in tensors.items()}
+
+
+def write_statistics(recipe: Recipe, work: WorkDir, tensors: dict[str, Tensor]) -> None:
+    metadata = statistics_identity(recipe)
+    write_atomically(work.statistics_file, lambda path: save_file(tensors, path, metadata))
+
+
+def statistics_identity(recipe: Recipe) -> dict[str, str]:
+    """What decides the statistics, as the metadata of their file: budgets and plans do not."""
+    settings = recipe.calibrate
+    measured = settings.plan == "sensitivity"
+    names = ["group_size", "activation_bits", "activation_scales", "adaptive_tokens", "sequences", "batch_size"]
+    names += ["sensitivity", "sensitivity_tokens"] if measured else []
+    asked = {
+        "model": _shared.teacher_fingerprint(recipe),
+        "data": [_shared.data_fingerprint(recipe), recipe.data.sequence_length, recipe.data.packing],
+        "seed": recipe.seed,
+        "settings": {name: getattr(settings, name) for name in names},
+        "versions": versions(),
+    }
+    return {"identity": digest_json(asked), "formats": json.dumps(candidates_of(settings) if measured else [])}
+
+
+def measure(job: Job) -> dict[str, Tensor]:
+    """Everything in the file of statistics, by the names it has there."""
+    recipe, batches = job.recipe, batches_of(job.recipe, job.rows)
+    tensors = observe(recipe, walk_of(job, "walk", batches))
+    if recipe.calibrate.plan == "sensitivity":
+        study = study_of(job)
+        for estimate in estimates_of(recipe):
+            moments = {site.name: tensors[f"input_second_moment/{site.name}"] for site in job.found.linears}
+            damages = study.hessian(moments) if estimate == "hessian" else getattr(study, estimate)()
+            tensors |= {f"damage/{estimate}/{name}": value.float().contiguous() for name, value in damages.items()}
+    if recipe.calibrate.adaptive_tokens == "causal":
+        tensors["importance_threshold"] = find_thresholds(job, batches)
+    return tensors
+
+
+def estimates_of(recipe: Recipe) -> tuple[str, ...]:
+    """The estimates of damage to make; that of embedding and head is always `fisher`."""
+    asked = recipe.calibrate.sensitivity
+    return ("fisher", "integrated") if asked == "auto" else tuple(dict.fromkeys(("fisher", asked)))
+
+
+def study_of(job: Job) -> _sensitivity.Study:
+    """The teacher, ready to be studied on some of the text."""
+    recipe, settings = job.recipe, job.recipe.calibrate
+    count = _sensitivity.sequences_of(settings.sensitivity_tokens, job.length)
+    batches = batches_of(recipe, job.rows, count)
+
+    def walk(name: str, change: _sensitivity.Change | None) -> models.Walk:
+        return walk_of(job, f"sensitivity/{name}", batches, change)
+
+    return _sensitivity.Study(
+        model=job.teacher,
+        found=job.found,
+        batches=batches,
+        walk_of=walk,
+        folder=job.work.progress(NAME, "sensitivity"),
+        names=candidates_of(settings),
+        group_size=settings.group_size,
+        seed=recipe.seed,
+        identity=digest_json(statistics_identity(recipe)),
+        console=job.console,
+    )
+
+
+# --- what is decided, for this budget ----------------------------------------------------------
+
+
+def decide(job: Job, tensors: dict[str, Tensor]) -> tuple[Plan, dict[str, Any]]:
+    """The plan, and what `sensitivity.json` says of it (nothing where the plan measures nothing)."""
+    recipe = job.recipe
+    if recipe.calibrate.plan != "sensitivity":
+        return _shared.new_plan(recipe, job.teacher, job.found), {}
+    choices = damages_of(recipe, tensors)
+    plans = {each.estimate: _shared.new_plan(recipe, job.teacher, job.found, each) for each in choices}
+    study = study_of(job)
+    measured = {estimate: study.measure(linear_specs(plan)) for estimate, plan in plans.items()}
+    best = min(measured, key=lambda estimate: measured[estimate])
+    chosen = next(each for each in choices if each.estimate == best)
+    sites = {site.name: site for site in job.found.sites}
+    tensors_said = [
+        {
+            "name": name,
+            "kind": sites[name].kind,
+            "rows": sites[name].rows,
+            "columns": sites[name].columns,
+            "damage": {each: float(f"{value:.5g}") for each, value in zip(chosen.formats, rows.sum(1), strict=True)},
+        }
+        for name, rows in chosen.rows.items()
+    ]
+    said = {
+        "version": 1,
+        "estimate": best,
+        "tokens": study.tokens,
+        "model": recipe.model,
+        "tensors": tensors_said,
+        "kv": study.caches(),
+        "measured_kl": {estimate: float(f"{value:.5g}") for estimate, value in measured.items()},
+    }
+    return plans[best], said
+
+
+def damages_of(recipe: Recipe, tensors: dict[str, Tensor]) -> list[Damages]:
+    """The estimates to plan with."""
+    metadata = candidates_of(recipe.calibrate)
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("damage/"):
+            _, estimate, module = name.split("/", 2)
+            found.setdefault(estimate, {})[module] = value.double()
+    asked = recipe.calibrate.sensitivity
+    if asked == "auto":
+        found["mean"] = _sensitivity.geometric_mean(found["fisher"], found["integrated"])
+    others = {name: value for name, value in found["fisher"].items() if len(value[0]) == 1}
+    names = [asked] if asked != "auto" else ["fisher", "integrated", "mean"]
+    return [Damages(name, metadata, {**others, **found[name]}, name != "hessian") for name in names]
+
+
+def linear_specs(plan: Plan) -> dict[str, formats.MatrixSpec]:
+    """Module path -> formats of the decoder's linear layers."""
+    return {matrix.name: matrix.spec() for matrix in plan.matrices if matrix.kind == "linear"}
+
+
+# --- walks -------------------------------------------------------------------------------------
+
+
+def batches_of(recipe: Recipe, rows: data.TokenRows, sequences: int | None = None) -> list[tuple[Tensor, Tensor]]:
     """The calibration text: token ids int64 [B, T] and the positions that count, bool [B, T]."""
-    batches = data.sample_batches(rows, recipe.calibrate.sequences, recipe.calibrate.batch_size)
+    count = sequences or recipe.calibrate.sequences
+    batches = data.sample_batches(rows, count, recipe.calibrate.batch_size)
     return [(batch["input_ids"], batch["labels"] != data.MASKED) for batch in batches]
 
 
 def walk_of(
-    recipe: Recipe,
-    work: WorkDir,
-    teacher: PreTrainedModel,
-    batches: list[tuple[torch.Tensor, torch.Tensor]],
-    device: torch.device,
-    console: Console,
-    name: str = "walk",
+    job: Job, name: str, batches: list[tuple[Tensor, Tensor]], change: _sensitivity.Change | None = None
 ) -> models.Walk:
     """A walk of batches through the teacher, which goes on where one of the same name was killed."""
-    dtype, folder = _shared.walking_dtype(teacher, device), work.progress(NAME, name)
-    identity = _shared.teacher_fingerprint(recipe)
-    return models.Walk(teacher, models.structure(teacher), batches, folder, dtype, device, identity, console)
+    dtype, folder = _shared.walking_dtype(job.teacher, job.device), job.work.progress(NAME, name)
+    identity = f"{_shared.teacher_fingerprint(job.recipe)} {name}"
+    return models.Walk(job.teacher, job.found, batches, folder, dtype, job.device, identity, job.console, change)
 
 
-def observe(recipe: Recipe, walk: models.Walk) -> dict[str, torch.Tensor]:
+def observe(recipe: Recipe, walk: models.Walk) -> dict[str, Tensor]:
     """Second moments of linear inputs, metrics of layers, and stored scales of inputs, as the file names them."""
     moments, metrics = _observers.SecondMoments(), _observers.LayerMetrics(walk.found.layer_count)
     ranges = _observers.InputRanges(walk.found.head_path)
@@ -167,25 +339,17 @@ def observe(recipe: Recipe, walk: models.Walk) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def find_thresholds(
-    recipe: Recipe,
-    work: WorkDir,
-    teacher: PreTrainedModel,
-    batches: list[tuple[torch.Tensor, torch.Tensor]],
-    device: torch.device,
-    console: Console,
-) -> torch.Tensor:
+def find_thresholds(job: Job, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
     """The importance that the unimportant share of calibration tokens lies below, float32 [layers].
 
     A walk of its own, since attention that shows its probabilities computes otherwise; the teacher keeps that.
     """
-    attention.decided_by(teacher)
+    attention.decided_by(job.teacher)
     tokens = attention.ImportantTokens(None)
-    attention.watch_tokens(teacher, tokens)
-    attention.quantize_cache(teacher, 16)
+    attention.watch_tokens(job.teacher, tokens)
+    attention.quantize_cache(job.teacher, 16)
     importance = _observers.Importance(tokens)
-    walk = walk_of(recipe, work, teacher, batches, device, console, "importance")
-    walk.forward(importance, keep=False, title="importance of tokens")
+    walk_of(job, "importance", batches).forward(importance, keep=False, title="importance of tokens")
     return importance.thresholds(attention.UNIMPORTANT_SHARE)
 
 
@@ -266,16 +430,21 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateDryRun:
     device = _shared.device_of(recipe)
     teacher, _ = _shared.load_teacher(recipe, torch.device("cpu"))
     found = models.structure(teacher)
-    plan = _shared.new_plan(recipe, teacher, found.sites)
+    plan = _shared.new_plan(recipe, teacher, found)
     packed = _shared.packed_size(recipe, teacher, found)(plan)
     length = _shared.sequence_length(recipe, teacher)
     size = sum(p.numel() * p.element_size() for p in teacher.parameters())
     batch = min(recipe.calibrate.batch_size, recipe.calibrate.sequences)
     ids = torch.zeros((batch, length), dtype=torch.int64)
-    walk = walk_of(recipe, work, teacher, [(ids, torch.ones_like(ids, dtype=torch.bool))], device, console)
-    walks = 2 if plan.adaptive_tokens == "causal" else 1
-    seconds = walks * walk.seconds(-(-recipe.calibrate.sequences // batch))
-    memory = walk.memory(whole_attention=walks == 2)
+    job = Job(recipe, work, teacher, found, data.TokenRows([], [1.0], length), length, device, console)
+    walk = walk_of(job, "walk", [(ids, torch.ones_like(ids, dtype=torch.bool))])
+    adaptive = plan.adaptive_tokens == "causal"
+    sequences = (1 + adaptive) * recipe.calibrate.sequences
+    if recipe.calibrate.plan == "sensitivity":
+        walks = _sensitivity.walks(estimates_of(recipe), len(candidates_of(recipe.calibrate)), len(found.linears))
+        sequences += walks * _sensitivity.sequences_of(recipe.calibrate.sensitivity_tokens, length)
+    seconds = walk.seconds(-(-sequences // batch))
+    memory = walk.memory(whole_attention=adaptive)
     tokens = recipe.calibrate.sequences * length
     own = 0 if recipe.data.train else recipe.data.generated_tokens
     if own:

@@ -84,7 +84,9 @@ def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
         distilled = work.manifest("distill")
         return {"student": distilled.fingerprint() if distilled else "missing", **common}
     settings = _shared.settings("calibrate", recipe.calibrate, ("sequences", "batch_size"))
-    if recipe.calibrate.activation_scales != "dynamic" or recipe.calibrate.adaptive_tokens == "causal":
+    asked = recipe.calibrate
+    measured = asked.plan == "sensitivity" and _shared.is_planned(recipe, work)
+    if measured or asked.activation_scales != "dynamic" or asked.adaptive_tokens == "causal":
         calibrated = work.manifest("calibrate")
         settings["calibrate"] = calibrated.fingerprint() if calibrated else "missing"
     return {"student": "the teacher, rounded to nearest", **settings, **common}
@@ -129,7 +131,9 @@ def plan_of(recipe: Recipe, work: WorkDir, teacher: models.PreTrainedModel) -> P
                 f"`calibrate.{field}: learned` needs a training, but the teacher is rounded without one.",
                 f"Use `{field}: {other}`, or run `edgerazor distill`.",
             )
-    return _shared.new_plan(recipe, teacher, models.structure(teacher).sites)
+    if recipe.calibrate.plan == "sensitivity" and _shared.is_planned(recipe, work):
+        return _shared.read_plan(work)
+    return _shared.new_plan(recipe, teacher, models.structure(teacher), source="teacher")
 
 
 def run(recipe: Recipe, work: WorkDir, console: Console) -> PackResult:

@@ -1,0 +1,411 @@
+"""How much a row in a format hurts the teacher's output: estimates in nats of KL per token.
+
+Let `d` be what rounding a row changes in its output for one token, and `g` the gradient of something of the model's
+output with respect to it. Four estimates of the damage of one row in one format:
+
+* `hessian`: `E[x²] · (ŵ - w)² / 2`, the error of the layer's own output (GPTQ's and imatrix's quantity), not in nats.
+* `fisher`: `E[(g d)²] / 2`, where `g` is the gradient of the log-probability of labels drawn from the teacher. The
+  second-order expansion of KL around the teacher with the Fisher matrix for its Hessian; what is left out is that rows
+  and tokens act together. `(g d)²` is taken for each token with the actual `d`, not as a product of two means.
+* `integrated`: the gradient of the KL itself, where the weights are part of the way `w + a (ŵ - w)` from the teacher to
+  a model that has the format everywhere, times the whole way, averaged over `a` (integrated gradients; Sundararajan et
+  al., arXiv 1703.01365). The damages of all rows add up to the KL of that model, which holds however large it is; what
+  an expansion around the teacher says of a model that rounding destroys means little. But the damage of one row is
+  the small difference of large terms of both signs, so with little damage the estimate is the noisier one.
+* `direct`: one tensor at a time gets the format, and the KL is measured, shared out to its rows as `fisher` has it. The
+  truth that the others are compared with, for small models: it takes a walk for every tensor and format.
+
+`auto` makes plans with `fisher`, `integrated` and their geometric mean, measures the KL of each (embedding, head and
+activations as they are), and keeps the best.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from edgerazor import attention, formats
+from edgerazor.console import Console
+from edgerazor.formats import MatrixSpec
+from edgerazor.losses import Head
+from edgerazor.models import Observer, PreTrainedModel, Structure, Walk, logit_shape
+from edgerazor.workdir import write_atomically
+
+#: Where on the way from the teacher the gradient is taken: the midpoints of thirds.
+POINTS = (1 / 6, 1 / 2, 5 / 6)
+#: Logits in one piece of work.
+LOGITS = 1 << 24
+#: Bits of keys and values whose damage is reported.
+CACHES = (8, 4)
+
+Batches = Sequence[tuple[Tensor, Tensor]]
+#: Weight of a module's path -> what takes its place.
+Change = Callable[[str, Tensor], Tensor]
+
+
+# --- weights on the way ------------------------------------------------------------------------
+
+
+class Rounded:
+    """Changes weights of linear layers to what formats make of them, or part of the way.
+
+    Args:
+        found: the matrices.
+        specs: module path -> formats; others stay as they are.
+        share: of the way.
+    """
+
+    def __init__(self, found: Structure, specs: Mapping[str, MatrixSpec], share: float = 1.0) -> None:
+        self.specs, self.share = specs, share
+        self.layers = {site.name: site.layer for site in found.linears}
+        self.errors: dict[str, Tensor] = {}  # of the layer in work
+        self._layer: int | None = None
+
+    def __call__(self, path: str, weight: Tensor) -> Tensor:
+        """The changed weight [rows, columns], in the dtype of the given one."""
+        if path not in self.specs:
+            return weight
+        if self.layers[path] != self._layer:
+            self._layer, self.errors = self.layers[path], {}
+        self.errors[path] = formats.round_trip(weight, self.specs[path]).sub_(weight).to(weight.dtype)
+        return weight + self.share * self.errors[path]
+
+
+# --- what is gathered on the way back ----------------------------------------------------------
+
+
+class FisherDamage(Observer):
+    """`E[(g d)²] / 2` per row: path -> float64 [formats, rows], summed over tokens.
+
+    Args:
+        names: the formats.
+        group_size: weights of a row that share a scale.
+    """
+
+    def __init__(self, names: Sequence[str], group_size: int) -> None:
+        self.names, self.group_size = tuple(names), group_size
+        self.sums: dict[str, Tensor] = {}
+        self._errors: dict[str, Tensor] = {}
+
+    def gradient(self, path: str, weight: Tensor, x: Tensor, g: Tensor) -> None:
+        if path not in self._errors:
+            if len(self._errors) and _layer_of(path) != _layer_of(next(iter(self._errors))):
+                self._errors.clear()
+            self._errors[path] = torch.stack(
+                [formats.round_trip(weight, MatrixSpec((name,), self.group_size), weight.dtype) for name in self.names]
+            ).sub_(weight)
+        found = [(x @ error.T).mul_(g).float().square_().sum(0) for error in self._errors[path]]
+        self.sums[path] = self.sums.get(path, 0) + torch.stack(found).double().cpu() / 2
+
+    def state(self) -> dict[str, Tensor]:
+        return dict(self.sums)
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self.sums = dict(state)
+
+    def identity(self) -> str:
+        return f"{self.names} {self.group_size}"
+
+
+class PathDamage(Observer):
+    """`Σ g · (ŵ - w)` per row, of weights that a `Rounded` has changed: path -> float64 [rows], summed over tokens."""
+
+    def __init__(self, rounded: Rounded) -> None:
+        self.rounded = rounded
+        self.sums: dict[str, Tensor] = {}
+
+    def gradient(self, path: str, weight: Tensor, x: Tensor, g: Tensor) -> None:
+        found = (g.T @ x).float().mul_(self.rounded.errors[path]).sum(1, dtype=torch.float64)
+        self.sums[path] = self.sums.get(path, 0) + found.cpu()
+
+    def state(self) -> dict[str, Tensor]:
+        return dict(self.sums)
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self.sums = dict(state)
+
+
+def _layer_of(path: str) -> str:
+    return path.split(".")[2] if path.count(".") > 1 else path
+
+
+# --- the head ----------------------------------------------------------------------------------
+
+
+class Output:
+    """The head of a model, and what is computed from its logits, a piece at a time."""
+
+    def __init__(self, model: PreTrainedModel, found: Structure) -> None:
+        module = model.get_submodule(found.head_path)
+        self.weight, self.bias = module.weight.detach(), module.bias
+        self.shape = logit_shape(model, found.head_path)
+        self.rows = max(1, LOGITS // self.weight.shape[0])
+
+    def logits(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """float32 [n, vocabulary] of what enters the head, [n, H]."""
+        w = self.weight if weight is None else weight
+        return Head(w.to(x.dtype), self.bias, *self.shape).logits(x).float()
+
+    def drawn(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """The gradient, with respect to x [n, H], of the log-probabilities of labels drawn from the model."""
+        return self._gradient(x, lambda piece, _: self._log_drawn(piece, generator))
+
+    def _log_drawn(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        log_p = self.logits(x).log_softmax(-1)
+        labels = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(x.device)
+        return log_p.gather(1, labels).sum()
+
+    def away(self, x: Tensor, teacher: Tensor) -> Tensor:
+        """The gradient, with respect to x [n, H], of the sum of KL(teacher || model)."""
+        return self._gradient(x, lambda piece, rows: self._divergences(piece, teacher[rows]).sum())
+
+    @torch.no_grad()
+    def divergence(self, x: Tensor, teacher: Tensor) -> float:
+        """The sum of KL(teacher || model) over positions, in nats; both are what enters the head, [n, H]."""
+        return float(sum(self._divergences(x[rows], teacher[rows]).double().sum() for rows in self._pieces(x)))
+
+    def _divergences(self, x: Tensor, teacher: Tensor) -> Tensor:
+        log_t = self.logits(teacher).log_softmax(-1)
+        return (log_t.exp() * (log_t - self.logits(x).log_softmax(-1))).sum(-1)
+
+    @torch.no_grad()
+    def damages(self, x: Tensor, specs: Sequence[MatrixSpec]) -> Tensor:
+        """Half the variance of the change of logits under the model, summed over x [n, H]: float64 [formats].
+
+        That is KL to second order when the head alone is rounded, here without drawing labels.
+        """
+        found = torch.zeros(len(specs), dtype=torch.float64)
+        for index, spec in enumerate(specs):
+            rounded = formats.round_trip(self.weight, spec, x.dtype)
+            for rows in self._pieces(x):
+                logits = self.logits(x[rows])
+                p, change = logits.softmax(-1), self.logits(x[rows], rounded) - logits
+                mean = (p * change).sum(-1)
+                found[index] += float(((p * change.square()).sum(-1) - mean.square()).clamp(min=0).double().sum()) / 2
+        return found
+
+    def _gradient(self, x: Tensor, value: Callable[[Tensor, slice], Tensor]) -> Tensor:
+        gradient = torch.empty_like(x)
+        for rows in self._pieces(x):
+            with torch.enable_grad():
+                piece = x[rows].detach().requires_grad_()
+                gradient[rows] = torch.autograd.grad(value(piece, rows), piece)[0]
+        return gradient
+
+    def _pieces(self, x: Tensor) -> list[slice]:
+        return [slice(at, at + self.rows) for at in range(0, len(x), self.rows)]
+
+
+# --- the estimates -----------------------------------------------------------------------------
+
+
+@dataclass
+class Study:
+    """A teacher, some text, and where what is found is kept until all of it is.
+
+    Attributes:
+        model, found: the teacher; its cache may be rounded in between.
+        batches: token ids and the positions that count.
+        walk_of: a new walk of that name through weights that are changed.
+        folder: of what has been found so far, its own.
+        names: the candidate formats.
+        group_size: weights of a row that share a scale.
+        seed: of the labels that are drawn.
+        identity: of everything that decides what is found; what is kept of another study is not taken for this one's.
+        console: where the progress is shown.
+    """
+
+    model: PreTrainedModel
+    found: Structure
+    batches: Batches
+    walk_of: Callable[[str, Change | None], Walk]
+    folder: Path
+    names: tuple[str, ...]
+    group_size: int
+    seed: int
+    identity: str
+    console: Console
+
+    def __post_init__(self) -> None:
+        self.output = Output(self.model, self.found)
+        self.teacher = self.walk_of("teacher", None)
+        self.teacher.forward(title="sensitivity: the teacher")
+        self.tokens = sum(int(counts.sum()) for _, counts in self.batches)
+
+    def spec(self, name: str) -> MatrixSpec:
+        return MatrixSpec((name,), self.group_size)
+
+    def kept(self, name: str, find: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What was found under that name before an interruption, or is found now."""
+        path = self.folder / f"{name}.safetensors"
+        try:
+            with safe_open(path, framework="pt") as file:
+                if (file.metadata() or {}).get("identity") == self.identity:
+                    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        except (OSError, SafetensorError):
+            pass
+        found = find()
+        write_atomically(path, lambda path: save_file(found, path, {"identity": self.identity}))
+        return found
+
+    # --- each estimate: module path -> float64 [formats, rows] ([formats, 1] of embedding and head) ---
+
+    def fisher(self) -> dict[str, Tensor]:
+        """See above. The embedding's damage is that of the rows that were looked up; the head's is exact."""
+        return self.kept("fisher", self._fisher)
+
+    def _fisher(self) -> dict[str, Tensor]:
+        observer = FisherDamage(self.names, self.group_size)
+
+        def upstream(number: int, states: Tensor) -> Tensor:
+            generator = torch.Generator().manual_seed(self.seed + number)
+            return self._back(self.teacher, number, states, lambda x: self.output.drawn(x, generator))
+
+        self.teacher.backward(upstream, observer, title="sensitivity: fisher", identity=str(self.seed))
+        damages = {path: value / self.tokens for path, value in observer.sums.items()}
+        damages[self.found.embedding.name] = self._embedding()
+        head = self._head()
+        name = self.found.head.name if self.found.head else self.found.embedding.name
+        damages[name] = damages[name] + head if name in damages else head
+        return damages
+
+    def _back(self, walk: Walk, number: int, states: Tensor, of_final: Callable[[Tensor], Tensor]) -> Tensor:
+        """Through the final norm: the gradient with respect to states [B, T, H], from one of what enters the head."""
+        counts = self.batches[number][1].to(states.device)
+        with torch.enable_grad():
+            entering = states.detach().requires_grad_()
+            final = walk.final(entering)
+            flat = final.flatten(0, 1)
+            upstream = torch.zeros_like(flat)
+            upstream[counts.flatten()] = of_final(flat.detach()[counts.flatten()])
+            return torch.autograd.grad(flat, entering, upstream)[0]
+
+    def _embedding(self) -> Tensor:
+        """`E[(g · (ê - e))²] / 2` over looked up rows, float64 [formats, 1]."""
+        weight = self.model.get_submodule(self.found.embedding.name).weight
+        total = torch.zeros(len(self.names), 1, dtype=torch.float64)
+        for (ids, counts), gradient in zip(self.batches, self.teacher.returned(), strict=True):
+            rows = weight[ids[counts].to(weight.device)].float()
+            g = gradient[counts.to(gradient.device)].float().to(rows.device)
+            for index, name in enumerate(self.names):
+                error = formats.round_trip(rows, self.spec(name)) - rows
+                total[index] += float((g * error).sum(1).double().square().sum()) / 2
+        return total / self.tokens
+
+    def _head(self) -> Tensor:
+        """Float64 [formats, 1]."""
+        specs = [self.spec(name) for name in self.names]
+        return sum(self.output.damages(x, specs) for x in self._entering_head(self.teacher))[:, None] / self.tokens
+
+    def _entering_head(self, walk: Walk) -> list[Tensor]:
+        """What enters the head, [n, H] of the positions that count, for each batch."""
+        found = []
+        for (_, counts), states in zip(self.batches, walk.leaving(), strict=True):
+            with torch.no_grad():
+                found.append(walk.final(states)[counts.to(states.device)])
+        return found
+
+    def integrated(self) -> dict[str, Tensor]:
+        """See above; of linear layers only, negative damages are taken for none."""
+        of_each = [self._integrated(name) for name in self.names]
+        return {path: torch.stack([each[path] for each in of_each]).clamp(min=0) for path in of_each[0]}
+
+    def _integrated(self, name: str) -> dict[str, Tensor]:
+        """Of one format: module path -> float64 [rows]."""
+        found = [
+            self.kept(f"{name}-{number}", lambda a=a: self._on_the_way(name, a)) for number, a in enumerate(POINTS)
+        ]
+        return {path: sum(each[path] for each in found) / len(found) for path in found[0]}
+
+    def _on_the_way(self, name: str, share: float) -> dict[str, Tensor]:
+        rounded = Rounded(self.found, {site.name: self.spec(name) for site in self.found.linears}, share)
+        walk = self.walk_of(f"{name}-{share:.3f}", rounded)
+        title = f"sensitivity: {name} at {share:.0%}"
+        walk.forward(title=title)
+        observer = PathDamage(rounded)
+        teacher = self._entering_head(self.teacher)
+
+        def upstream(number: int, states: Tensor) -> Tensor:
+            return self._back(walk, number, states, lambda x: self.output.away(x, teacher[number]))
+
+        walk.backward(upstream, observer, title=title)
+        walk.clear()
+        return {path: value / self.tokens for path, value in observer.sums.items()}
+
+    def hessian(self, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See above, from the second moments of inputs, float32 [in]; not in nats."""
+        damages = {}
+        for site in self.found.linears:
+            weight = self.model.get_submodule(site.name).weight.detach().float()
+            errors = [formats.round_trip(weight, self.spec(name)).sub_(weight).square_() for name in self.names]
+            damages[site.name] = torch.stack([(error @ moments[site.name]).double() / 2 for error in errors])
+        return damages
+
+    def direct(self) -> dict[str, Tensor]:
+        """See above."""
+        fisher = self.fisher()
+        measured = self.kept("direct", self._direct)
+        shares = {path: fisher[path] / fisher[path].sum(1, keepdim=True).clamp(min=1e-30) for path in measured}
+        return {path: shares[path] * value[:, None] for path, value in measured.items()}
+
+    def _direct(self) -> dict[str, Tensor]:
+        """Module path -> float64 [formats]: KL where that tensor alone has the format."""
+        measured = {}
+        with self.console.track("sensitivity: one tensor at a time", len(self.found.linears)) as tracker:
+            for site in self.found.linears:
+                specs = [{site.name: self.spec(name)} for name in self.names]
+                values = [self.measure(each, site.layer or 0) for each in specs]
+                measured[site.name] = torch.tensor(values, dtype=torch.float64).clamp(min=0)
+                tracker.advance()
+        return measured
+
+    # --- measuring ---
+
+    @torch.no_grad()
+    def measure(self, specs: Mapping[str, MatrixSpec], first: int = 0) -> float:
+        """KL per token, in nats, to the teacher, where these linear layers are rounded, none of them before `first`."""
+        walk = self.walk_of("measure", Rounded(self.found, specs))
+        total = 0.0
+        teachers = self._entering_head(self.teacher)
+        for number, (entering, teacher) in enumerate(zip(self.teacher.entered(first), teachers, strict=True)):
+            states = walk.onwards(first, number, entering)
+            counts = self.batches[number][1].to(states.device)
+            total += self.output.divergence(walk.final(states)[counts], teacher)
+        return total / self.tokens
+
+    def caches(self) -> dict[str, float]:
+        """KL per token of keys and values in a few bits alone."""
+        found = {}
+        for bits in CACHES:
+            attention.quantize_cache(self.model, bits)
+            found[f"int{bits}"] = self.measure({})
+        attention.quantize_cache(self.model, 16)
+        return found
+
+
+def geometric_mean(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of two estimates; of modules that only the first has, that one."""
+    found = {}
+    for path, first in one.items():
+        second = other.get(path)
+        found[path] = first if second is None else (first.clamp(min=0) * second.clamp(min=0)).sqrt()
+    return found
+
+
+def sequences_of(tokens: int, length: int) -> int:
+    """How many sequences have about so many tokens."""
+    return max(1, math.ceil(tokens / length))
+
+
+def walks(estimates: Sequence[str], formats_: int, tensors: int) -> int:
+    """About how many walks forwards these estimates take the time of."""
+    each = {"fisher": 3 + formats_, "integrated": 4 * formats_ * len(POINTS), "direct": formats_ * tensors // 2}
+    return 6 + sum(each.get(estimate, 0) for estimate in estimates)
