@@ -103,6 +103,7 @@ class Plan(BaseModel):
     group_size: int
     scales: Literal["rule", "learned"]
     matrices: tuple[MatrixPlan, ...]
+    predicted_kl: float | None = None
 
     def __getitem__(self, name: str) -> MatrixPlan:
         """The plan of a matrix by its module's path; `KeyError` if there is none."""
