@@ -419,17 +419,25 @@ def run(
 
 @app.command()
 def show(
-    what: Annotated[str, typer.Argument(help="A working directory, a packed folder, `recipe`, or `schema`.")] = (
-        "edgerazor-work"
-    ),
+    what: Annotated[
+        str | None,
+        typer.Argument(help="A working directory, a packed folder, `plan`, `recipe`, or `schema`.", show_default=False),
+    ] = None,
+    work: Annotated[Path | None, Option("--work", help="Of the plan: the job's folder.", metavar="DIR")] = None,
+    png: Annotated[
+        Path | None, Option("--png", help="Of the plan: draw it into this file too.", metavar="FILE")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Inspect a job or a packed model; print the recipe's fields or the JSON schema of results.
+    """Inspect a job, its plan or a packed model; print the recipe's fields or the JSON schema of results.
 
     Example: edgerazor show
 
+    Example: edgerazor show plan --png plan.png
+
     Example: edgerazor show recipe > my.yaml
     """
+    refuse_beside_plan(what, work, png)
     if what == "recipe":
         from edgerazor.recipe import explain
 
@@ -441,7 +449,13 @@ def show(
     if what == "schema":
         print(show_stage.schema())
         return
-    found = show_stage.inspect(Path(what))
+    from edgerazor.workdir import DEFAULT, WorkDir
+
+    found: Any = None
+    if what == "plan":
+        found = show_stage.draw_plan(WorkDir(work or DEFAULT), png)
+    else:
+        found = show_stage.inspect(Path(what) if what else work or DEFAULT)
     console.result(found, *show_stage.show(found))
 
 
@@ -614,6 +628,14 @@ def measure_alone(
     result = stage_module.evaluate_model(model, assemble(values, None, recipe), console)
     console.result(result, *stage_module.show(result))
     check_gates(result)
+
+
+def refuse_beside_plan(what: str | None, work: Path | None, png: Path | None) -> None:
+    """Options of `show plan` with other words."""
+    if png is not None and what != "plan":
+        raise usage_error("--png draws a plan.", f"Say so: `edgerazor show plan --png {png}`.")
+    if work is not None and what not in (None, "plan"):
+        raise usage_error(f"show takes a folder or --work, and got {what} and {work}.", f"Use `edgerazor show {work}`.")
 
 
 def check_gates(result: Any) -> None:

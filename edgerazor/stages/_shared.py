@@ -385,7 +385,9 @@ def packed_size(
     if source == "student":
         floats = {name: size for name, (dtype, size) in others.items() if packed.DTYPES[dtype].is_floating_point}
         others |= {name: ("F32", size) for name, size in floats.items()}
-        distilled = distilled or {"data": data_fingerprint(recipe)}
+        # The fingerprint of text has always the same length; large files need not be read for it.
+        text = packed.ANY_SHA256 if recipe.data.train else data_fingerprint(recipe)
+        distilled = distilled or {"data": text}
 
     def size(plan: Plan) -> FolderSize:
         settings = packed_settings(plan, found, work)

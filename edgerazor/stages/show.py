@@ -9,10 +9,12 @@ from pydantic import BaseModel
 from rich.console import RenderableType
 
 from edgerazor import integration, packed
-from edgerazor.allocate import Plan
 from edgerazor.console import megabytes, table
 from edgerazor.errors import usage_error
 from edgerazor.recipe import Recipe
+from edgerazor.stages import _heatmap, _shared
+from edgerazor.stages._plan import PlanSummary
+from edgerazor.stages._plan import summarize as summarize_plan
 from edgerazor.stages.bench import BenchResult
 from edgerazor.stages.calibrate import CalibrateResult
 from edgerazor.stages.data import DataResult
@@ -81,6 +83,18 @@ def inspect(path: Path) -> Summary | PackedSummary:
     return summarize(WorkDir(path))
 
 
+def draw_plan(work: WorkDir, png: Path | None = None) -> PlanSummary:
+    """The plan of a working directory, also as a picture where a file is named for it.
+
+    Raises:
+        UserError: there is no plan, a file of calibrate is damaged, or `png` is a folder.
+    """
+    found = summarize_plan(work)
+    if png is not None:
+        _heatmap.write_png(found, png)
+    return found
+
+
 def summarize(work: WorkDir) -> Summary:
     """Collect what the finished stages found."""
     results = {name: manifest.result for name in RESULTS if (manifest := work.manifest(name))}
@@ -96,10 +110,9 @@ def summarize(work: WorkDir) -> Summary:
     for row in rows:
         add_speed(row, benched)
         add_size(row, work)
-    plan = work.plan_file
     notation = done.notation if done else None
-    if notation is None and plan.exists():
-        notation = Plan.model_validate_json(plan.read_text(encoding="utf-8")).notation()
+    if notation is None and work.plan_file.exists():
+        notation = _shared.read_plan(work).notation()
     return Summary(
         notation=notation,
         stages=list(results),
@@ -152,13 +165,20 @@ def add_size(row: ModelRow, work: WorkDir) -> None:
 
 def schema() -> str:
     """JSON schemas of the recipe and of what `--json` prints."""
-    others: dict[str, type[BaseModel]] = {"data": DataResult, "show": Summary, "show PACKED": PackedSummary}
+    others: dict[str, type[BaseModel]] = {
+        "data": DataResult,
+        "show": Summary,
+        "show plan": PlanSummary,
+        "show PACKED": PackedSummary,
+    }
     found: dict[str, type[BaseModel]] = {"recipe": Recipe, **RESULTS, **others}
     return json.dumps({name: model.model_json_schema() for name, model in found.items()}, indent=1)
 
 
-def show(found: Summary | PackedSummary) -> list[RenderableType]:
+def show(found: Summary | PlanSummary | PackedSummary) -> list[RenderableType]:
     """The same for people."""
+    if isinstance(found, PlanSummary):
+        return _heatmap.show(found)
     if isinstance(found, PackedSummary):
         lines = [f"{key}: {value}" for key, value in {**found.settings, **found.provenance}.items()]
         return [size_table("Packed model", found.sizes.classes, found.sizes), *lines]
