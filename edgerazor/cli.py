@@ -59,14 +59,19 @@ RealBits = Annotated[
 TargetSize = Annotated[
     str | None, Option("--target-size", help="Instead of --bits: most bytes of the weight files.", metavar="200MB")
 ]
-Formats = Annotated[str | None, Option("--formats", help="The two to mix, narrower first: ternary,int4.")]
+Formats = Annotated[str | None, Option("--formats", help="To choose from: ternary,int2,int3,int4.")]
 GroupSize = Annotated[
     str | None, Option("--group-size", help="Weights of a row that share one scale; `row`: all.", metavar="N|row")
 ]
 PlanName = Annotated[
-    str | None, Option("--plan", help="What gets the wider format: interleave, variance or first (units).")
+    str | None, Option("--plan", help="What gets wider formats: sensitivity, interleave, variance or first (units).")
 ]
-Granularity = Annotated[str | None, Option("--granularity", help="Unit that has a format: row, column or block.")]
+Granularity = Annotated[
+    str | None, Option("--granularity", help="Unit that has a format: row, tensor, column or block.")
+]
+Sensitivity = Annotated[
+    str | None, Option("--sensitivity", help="Estimate of damage: auto, fisher, integrated, hessian or direct.")
+]
 KvBits = Annotated[int | None, Option("--kv-bits", help="Keys and values: 4, 8 or 16.")]
 ActivationBits = Annotated[int | None, Option("--activation-bits", help="Inputs of linear layers: 4 to 8, or 16.")]
 Compare = Annotated[
@@ -89,6 +94,7 @@ def calibrate(
     group_size: GroupSize = None,
     plan: PlanName = None,
     granularity: Granularity = None,
+    sensitivity: Sensitivity = None,
     kv_bits: KvBits = None,
     activation_bits: ActivationBits = None,
     revision: Revision = None,
@@ -113,7 +119,7 @@ def calibrate(
     values |= {"data": data_section(data, held_out, sequence_length)}
     values |= {
         "calibrate": budget_section(bits, real_bits, target_size)
-        | plan_section(formats, group_size, plan, granularity, kv_bits, activation_bits, sequences)
+        | plan_section(formats, group_size, plan, granularity, sensitivity, kv_bits, activation_bits, sequences)
     }
     stage("calibrate", values, work, recipe, json, quiet, force, dry_run)
 
@@ -144,6 +150,7 @@ def distill(
     group_size: GroupSize = None,
     plan: PlanName = None,
     granularity: Granularity = None,
+    sensitivity: Sensitivity = None,
     kv_bits: KvBits = None,
     activation_bits: ActivationBits = None,
     revision: Revision = None,
@@ -166,7 +173,7 @@ def distill(
     values |= {
         "data": data_section(data, held_out, sequence_length),
         "calibrate": budget_section(bits, real_bits, target_size)
-        | plan_section(formats, group_size, plan, granularity, kv_bits, activation_bits, None),
+        | plan_section(formats, group_size, plan, granularity, sensitivity, kv_bits, activation_bits, None),
         "distill": given(
             steps=steps,
             tokens=tokens,
@@ -195,6 +202,7 @@ def pack(
     group_size: GroupSize = None,
     plan: PlanName = None,
     granularity: Granularity = None,
+    sensitivity: Sensitivity = None,
     kv_bits: KvBits = None,
     activation_bits: ActivationBits = None,
     revision: Revision = None,
@@ -214,7 +222,7 @@ def pack(
     """
     values = general(model, revision, trust_remote_code, None, None, None)
     section = budget_section(bits, real_bits, target_size)
-    section |= plan_section(formats, group_size, plan, granularity, kv_bits, activation_bits, None)
+    section |= plan_section(formats, group_size, plan, granularity, sensitivity, kv_bits, activation_bits, None)
     if section and model is None and recipe is None:
         name = next(iter(section)).replace("_", "-")
         raise usage_error(
@@ -522,6 +530,7 @@ def plan_section(
     group_size: str | None,
     plan: str | None,
     granularity: str | None,
+    sensitivity: str | None,
     kv_bits: int | None,
     activation_bits: int | None,
     sequences: int | None,
@@ -531,6 +540,7 @@ def plan_section(
         group_size=number_or_word(group_size),
         plan=plan,
         granularity=granularity,
+        sensitivity=sensitivity,
         kv_bits=kv_bits,
         activation_bits=activation_bits,
         sequences=sequences,

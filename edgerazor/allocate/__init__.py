@@ -191,7 +191,7 @@ def unmeasured(settings: Calibrate) -> Calibrate:
     counted, _ = settings.budget()
     if len(names) > 2 and counted == "bits":
         low = [name for name in names if formats.get(name).nominal_bits <= settings.bits][-1]
-        high = [name for name in names if formats.get(name).nominal_bits >= settings.bits][0]
+        high = next(name for name in names if formats.get(name).nominal_bits >= settings.bits)
         index = names.index(low)
         names = [low, high] if low != high else names[max(index - 1, 0) :][:2]
     elif len(names) != 2:

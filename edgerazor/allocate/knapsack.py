@@ -16,6 +16,7 @@ and Pisinger, "Knapsack Problems" (2004), chapter 11.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,7 +91,7 @@ def _hulls(costs: Floats, damages: Floats) -> tuple[list[tuple[int, int, float, 
     for item in range(len(costs)):
         hull = _hull(costs[item], damages[item])
         begin[item] = hull[0]
-        for low, high in zip(hull, hull[1:], strict=False):
+        for low, high in itertools.pairwise(hull):
             extra, saved = costs[item, high] - costs[item, low], damages[item, low] - damages[item, high]
             steps.append((item, high, float(extra), float(saved)))
     steps.sort(key=lambda step: -step[3] / step[2])  # stable: the steps of an item stay in order

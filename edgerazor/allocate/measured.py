@@ -2,8 +2,9 @@
 
 Calibrate estimates for every row and format the damage to the teacher's output (`stages/_sensitivity.py`). Damages are
 taken to add up; then the best formats are the solution of a knapsack (`knapsack.py`). At row granularity its items are
-tiles of rows of one tensor: the rows are ranked by what the widest format saves them, and cut into sixteens, so that the
-number of rows of every format is a multiple of 16, which the kernels like. At tensor granularity they are whole tensors.
+tiles of rows of one tensor: the rows are ranked by what the widest format saves them, and cut into sixteens, so that
+the number of rows of every format is a multiple of 16, which the kernels like. At tensor granularity they are whole
+tensors.
 
 Under a budget of nominal bits the items are the decoder's linear layers, and embedding and head keep formats of their
 own. Under a budget of bytes embedding and head compete too, each with one format.
@@ -199,7 +200,7 @@ def _within_bytes(
     bytes_of: Callable[[Plan], int],
     limit: int,
 ) -> tuple[Choice, float]:
-    """As `choose`. What rows cost beside their codes depends on the choice, so the budget is corrected by what it was."""
+    """As `choose`. What rows cost beside their codes depends on the choice, so the budget is corrected by that."""
     columns = {site.name: site.columns for site in sites}
     each = [[formats.get(name).packed_columns(columns[item]) for name in candidates] for item in items.names]
     rows = items.weights / np.array([columns[name] for name in items.names])

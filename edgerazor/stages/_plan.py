@@ -42,6 +42,7 @@ class Sensitivity(_Strict):
     model: str
     tensors: tuple[TensorSensitivity, ...]
     kv: dict[str, float] | None = Field(description="the same of keys and values together")
+    measured_kl: dict[str, float] = Field({}, description="estimate -> KL, measured, of the plan that it leads to")
 
 
 class PlannedMatrix(BaseModel):

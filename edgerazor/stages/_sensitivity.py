@@ -320,10 +320,8 @@ class Study:
 
     def _integrated(self, name: str) -> dict[str, Tensor]:
         """Of one format: module path -> float64 [rows]."""
-        found = [
-            self.kept(f"{name}-{number}", lambda a=a: self._on_the_way(name, a)) for number, a in enumerate(POINTS)
-        ]
-        return {path: sum(each[path] for each in found) / len(found) for path in found[0]}
+        found = [self.kept(f"{name}-{a:.3f}", functools.partial(self._on_the_way, name, a)) for a in POINTS]
+        return {path: torch.stack([each[path] for each in found]).mean(0) for path in found[0]}
 
     def _on_the_way(self, name: str, share: float) -> dict[str, Tensor]:
         rounded = Rounded(self.found, {site.name: self.spec(name) for site in self.found.linears}, share)
