@@ -81,14 +81,6 @@ class WorkDir:
         return self.folder("calibrate") / "sensitivity.json"
 
     @property
-    def statistics_file(self) -> Path:
-        return self.folder("calibrate") / "stats.safetensors"
-
-    @property
-    def sensitivity_file(self) -> Path:
-        return self.folder("calibrate") / "sensitivity.json"
-
-    @property
     def generated_text(self) -> Path:
         """Text the teacher wrote, where the user gave none."""
         return self.folder("calibrate") / "generated.jsonl"

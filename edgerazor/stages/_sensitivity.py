@@ -15,8 +15,8 @@ output with respect to it. Four estimates of the damage of one row in one format
 * `direct`: one tensor at a time gets the format, and the KL is measured, shared out to its rows as `fisher` has it. The
   truth that the others are compared with, for small models: it takes a walk for every tensor and format.
 
-`auto` makes plans with `fisher`, `integrated` and their geometric mean, measures the KL of each (embedding, head and
-activations as they are), and keeps the best.
+`auto` makes plans with `fisher`, with `integrated` and with `combined` (the damage of tensors by `integrated`, of the
+rows within them by `fisher`), measures the KL of each (embedding, head and activations as they are), and keeps the best.
 """
 
 from __future__ import annotations
@@ -351,8 +351,7 @@ class Study:
         """See above."""
         fisher = self.fisher()
         measured = self.kept("direct", self._direct)
-        shares = {path: fisher[path] / fisher[path].sum(1, keepdim=True).clamp(min=1e-30) for path in measured}
-        return {path: shares[path] * value[:, None] for path, value in measured.items()}
+        return combined(fisher, {path: value[:, None] for path, value in measured.items()})
 
     def _direct(self) -> dict[str, Tensor]:
         """Module path -> float64 [formats]: KL where that tensor alone has the format."""
@@ -389,13 +388,10 @@ class Study:
         return found
 
 
-def geometric_mean(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of two estimates; of modules that only the first has, that one."""
-    found = {}
-    for path, first in one.items():
-        second = other.get(path)
-        found[path] = first if second is None else (first.clamp(min=0) * second.clamp(min=0)).sqrt()
-    return found
+def combined(fisher: Mapping[str, Tensor], integrated: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The damage of each tensor by `integrated`, shared out to its rows as `fisher` has it."""
+    shares = {path: fisher[path] / fisher[path].sum(1, keepdim=True).clamp(min=1e-30) for path in integrated}
+    return {path: shares[path] * damage.sum(1, keepdim=True) for path, damage in integrated.items()}
 
 
 def sequences_of(tokens: int, length: int) -> int:

@@ -295,9 +295,9 @@ def damages_of(recipe: Recipe, tensors: dict[str, Tensor]) -> list[Damages]:
             found.setdefault(estimate, {})[module] = value.double()
     asked = recipe.calibrate.sensitivity
     if asked == "auto":
-        found["mean"] = _sensitivity.geometric_mean(found["fisher"], found["integrated"])
+        found["combined"] = _sensitivity.combined(found["fisher"], found["integrated"])
     others = {name: value for name, value in found["fisher"].items() if len(value[0]) == 1}
-    names = [asked] if asked != "auto" else ["fisher", "integrated", "mean"]
+    names = [asked] if asked != "auto" else ["fisher", "integrated", "combined"]
     return [Damages(name, metadata, {**others, **found[name]}, name != "hessian") for name in names]
 
 
