@@ -77,6 +77,10 @@ class WorkDir:
         return self.folder("calibrate") / "plan.json"
 
     @property
+    def statistics_file(self) -> Path:
+        return self.folder("calibrate") / "stats.safetensors"
+
+    @property
     def sensitivity_file(self) -> Path:
         return self.folder("calibrate") / "sensitivity.json"
 

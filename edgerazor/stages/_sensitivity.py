@@ -15,8 +15,9 @@ output with respect to it. Four estimates of the damage of one row in one format
 * `direct`: one tensor at a time gets the format, and the KL is measured, shared out to its rows as `fisher` has it. The
   truth that the others are compared with, for small models: it takes a walk for every tensor and format.
 
-`auto` makes plans with `fisher`, with `integrated` and with `combined` (the damage of tensors by `integrated`, of the
-rows within them by `fisher`), measures the KL of each (embedding, head and activations as they are), and keeps the best.
+`auto` makes plans with `fisher`, with `integrated` and with `combined` (the damage of tensors by `integrated`, that of
+the rows within them by `fisher`), measures the KL of each (embedding, head and activations as they are), and keeps the
+best.
 """
 
 from __future__ import annotations
