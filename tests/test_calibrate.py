@@ -195,3 +195,32 @@ def test_a_full_disk_loses_no_finished_layer(tmp_path: Path, llama: Path) -> Non
 def fail_in_the_second(_self: Any, index: int, *_: Any) -> None:
     if index == 1:
         raise UserError("The disk is full.")
+
+
+def test_a_dry_run_counts_a_layer_and_not_the_model(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", llama, text_file)
+    made = run("calibrate", "--recipe", recipe, "--work", tmp_path / "job", "--dry-run", "--json").json()
+    outputs, inputs = 96 + 32 + 32 + 96 + 101 + 101 + 96, 6 * 96 + 101
+    assert made["memory_bytes"] == 4 * 32 * (4 * (outputs + inputs + 4 * 96) + 8 * 101)  # 4 sequences of 32 tokens
+    tensors = load_file(llama / "model.safetensors")
+    assert made["mapped_bytes"] == sum(value.numel() * 4 for value in tensors.values())
+    causal = write_recipe(tmp_path / "c.yaml", llama, text_file, calibrate={"adaptive_tokens": "causal"})
+    shown = run("calibrate", "--recipe", causal, "--work", tmp_path / "job", "--dry-run", "--json").json()
+    assert shown["memory_bytes"] - made["memory_bytes"] == 3 * 4 * 6 * 32 * 32 * 4  # scores of 6 heads, three times
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_cuda_only_the_layer_in_work_is_there(make_model: ModelMaker, tmp_path: Path) -> None:
+    make_model(tmp_path / "model", "llama", num_hidden_layers=4)
+    recipe, work = job(tmp_path, tmp_path / "model", activation_scales="static")
+    batches, console = some_batches(), Console(quiet=True)
+    made = []
+    for device in (torch.device("cpu"), torch.device("cuda")):
+        teacher, _ = models.load(tmp_path / "model")
+        walk = calibrate.walk_of(recipe, work, teacher, batches, device, console)
+        made.append(calibrate.observe(recipe, walk))
+        walk.clear()
+        layers = teacher.get_submodule(walk.found.layers_path)
+        assert {parameter.device.type for parameter in layers.parameters()} == {"cpu"}
+    for name, value in made[0].items():
+        torch.testing.assert_close(made[1][name].cpu(), value, rtol=1e-2, atol=1e-3)

@@ -16,6 +16,7 @@ killed goes on behind the last finished layer, bit for bit as if nothing had hap
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import shutil
 import time
@@ -29,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from edgerazor.console import Console
+from edgerazor.console import Console, Tracker
 from edgerazor.models.blocks import Blocks
 from edgerazor.models.structure import Structure, embedding_scale
 from edgerazor.workdir import digest_json, make_folder, versions, write_atomically
@@ -222,10 +223,12 @@ class Walk:
             each = time.monotonic() - began - brought_in
         return self.found.layer_count * (brought_in + batches * each)
 
-    def memory(self, whole_attention: bool = False) -> int:
-        """About how many bytes a walk needs at once, besides mapped weights: a layer's and its activations.
+    def memory(self, backward: bool = False, whole_attention: bool = False) -> int:
+        """About how many bytes a walk needs at once, besides mapped weights: a layer's, its activations, and what an
+        observer makes of the widest of them in float32.
 
         Args:
+            backward: also on the way back (without `upstream`): activations are kept, and have gradients.
             whole_attention: also attention probabilities of all tokens, where attention does not show them as it is.
         """
         here = self.device.type == "cpu"
@@ -240,7 +243,8 @@ class Walk:
         config = self.model.config.get_text_config()
         if whole_attention or config._attn_implementation == "eager":
             width += 3 * config.num_attention_heads * tokens
-        return copied + rows * tokens * width * self.dtype.itemsize
+        seen = 2 * 4 * max(site.columns for site in self.found.linears)
+        return copied + rows * tokens * (width * self.dtype.itemsize * (2 if backward else 1) + seen)
 
     def clear(self) -> None:
         """Remove all files of the walk, whose results are then elsewhere."""
@@ -435,11 +439,18 @@ class _Progress:
         return int(metadata["layer"])
 
 
-def _advancing(tensors: Iterator[Tensor], tracker: Any) -> Iterator[Tensor]:
+def _advancing(tensors: Iterator[Tensor], tracker: Tracker) -> Iterator[Tensor]:
     """The same, each of them a step of progress."""
     for tensor in tensors:
         yield tensor
         tracker.advance()
+        _give_back()
+
+
+def _give_back() -> None:
+    """Let the C library return memory that is free; activations of all sizes would leave its heap full of holes."""
+    with contextlib.suppress(AttributeError, OSError):  # another library than GNU's
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _digest(batches: Sequence[tuple[Tensor, Tensor]]) -> str:
