@@ -24,7 +24,7 @@ from edgerazor import cli
 SMALL: dict[str, Any] = {
     "threads": 1,
     "data": {"sequence_length": 32},
-    "calibrate": {"bits": 1.88, "group_size": 40, "sequences": 4},
+    "calibrate": {"bits": 1.88, "group_size": 40, "sequences": 4, "sensitivity_tokens": 64},
     "distill": {
         "steps": 5,
         "batch_size": 2,
