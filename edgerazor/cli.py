@@ -62,6 +62,7 @@ PlanName = Annotated[
 ]
 Granularity = Annotated[str | None, Option("--granularity", help="Unit that has a format: row, column or block.")]
 KvBits = Annotated[int | None, Option("--kv-bits", help="Keys and values: 4, 8 or 16.")]
+StartName = Annotated[str | None, Option("--start", help="Codes to begin with: rule, clip or gptq.")]
 ActivationBits = Annotated[int | None, Option("--activation-bits", help="Inputs of linear layers: 4 to 8, or 16.")]
 Compare = Annotated[
     list[str] | None,
@@ -83,6 +84,7 @@ def calibrate(
     granularity: Granularity = None,
     kv_bits: KvBits = None,
     activation_bits: ActivationBits = None,
+    start: StartName = None,
     revision: Revision = None,
     trust_remote_code: Remote = None,
     recipe: RecipeFile = None,
@@ -104,6 +106,7 @@ def calibrate(
     values |= {
         "calibrate": plan_section(bits, formats, group_size, plan, granularity, kv_bits, activation_bits, sequences)
     }
+    values["calibrate"] |= given(start=start)
     stage("calibrate", values, work, recipe, json, quiet, force, dry_run)
 
 
@@ -133,6 +136,7 @@ def distill(
     granularity: Granularity = None,
     kv_bits: KvBits = None,
     activation_bits: ActivationBits = None,
+    start: StartName = None,
     revision: Revision = None,
     trust_remote_code: Remote = None,
     recipe: RecipeFile = None,
@@ -165,6 +169,7 @@ def distill(
             reconstruct=None if reconstruct is None else {"steps": reconstruct},
         ),
     }
+    values["calibrate"] |= given(start=start)
     stage("distill", values, work, recipe, json, quiet, force, dry_run)
 
 
@@ -181,6 +186,7 @@ def pack(
     granularity: Granularity = None,
     kv_bits: KvBits = None,
     activation_bits: ActivationBits = None,
+    start: StartName = None,
     revision: Revision = None,
     trust_remote_code: Remote = None,
     recipe: RecipeFile = None,
@@ -198,6 +204,7 @@ def pack(
     """
     values = general(model, revision, trust_remote_code, None, None, None)
     section = plan_section(bits, formats, group_size, plan, granularity, kv_bits, activation_bits, None)
+    section |= given(start=start)
     if section and model is None and recipe is None:
         name = next(iter(section)).replace("_", "-")
         raise usage_error(

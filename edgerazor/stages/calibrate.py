@@ -10,7 +10,8 @@ Runs calibration text through the teacher and keeps, in `stats.safetensors`,
   the input of a linear layer or the head, and `<module>.low_input_scale` at the bits of unimportant tokens;
 * `importance_threshold`, float32 [layers], where tokens have bits of their own: see `attention.py`;
 
-and writes the plan: a format for every row or block of every matrix (`allocate.py`).
+and writes the plan: a format for every row or block of every matrix (`allocate.py`). Where training is to start from
+better codes than the formats' rules give, they are made then (`_start.py`).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from edgerazor.errors import UserError
 from edgerazor.losses import METRICS, layer_metric
 from edgerazor.models import PreTrainedModel, PreTrainedTokenizerBase
 from edgerazor.recipe import Recipe, Sampling
-from edgerazor.stages import _shared, _writing
+from edgerazor.stages import _shared, _start, _writing
 from edgerazor.workdir import WorkDir, make_folder, write_atomically, write_json, write_text
 
 NAME = "calibrate"
@@ -105,6 +106,9 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateResult:
         tensors["importance_threshold"] = find_thresholds(recipe, teacher, found, rows, console)
     write_atomically(work.statistics_file, lambda path: save_file(tensors, path))
     write_text(work.plan_file, plan.model_dump_json(indent=1) + "\n")
+    if recipe.calibrate.start != "rule":
+        del teacher  # the start is made with a float32 copy
+        _start.write(recipe, work, plan, rows, console)
     result = CalibrateResult(
         model=recipe.model,
         notation=plan.notation(),
@@ -291,6 +295,7 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateDryRun:
     with torch.no_grad():
         teacher(input_ids=ids, use_cache=False)
     seconds = (time.monotonic() - began) * recipe.calibrate.sequences / batch
+    seconds *= 1 + _start.PASSES[recipe.calibrate.start]
     tokens = recipe.calibrate.sequences * length
     own = 0 if recipe.data.train else recipe.data.generated_tokens
     if own:
@@ -308,7 +313,10 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateDryRun:
         tokens=tokens,
         generated_tokens=own,
         memory_bytes=size + logits,
-        disk_bytes=sum(m.columns * 4 for m in plan.matrices) + 2 * sum(m.rows for m in plan.matrices) + 5 * own,
+        disk_bytes=sum(m.columns * 4 for m in plan.matrices)
+        + 2 * sum(m.rows for m in plan.matrices)
+        + 5 * own
+        + _start.file_bytes(recipe.calibrate.start, plan),
         seconds=float(f"{seconds:.3g}"),
     )
 
