@@ -73,6 +73,7 @@ Sensitivity = Annotated[
     str | None, Option("--sensitivity", help="Estimate of damage: auto, fisher, integrated, hessian or direct.")
 ]
 KvBits = Annotated[int | None, Option("--kv-bits", help="Keys and values: 4, 8 or 16.")]
+StartName = Annotated[str | None, Option("--start", help="Codes to begin with: rule, clip or gptq.")]
 ActivationBits = Annotated[int | None, Option("--activation-bits", help="Inputs of linear layers: 4 to 8, or 16.")]
 Compare = Annotated[
     list[str] | None,
@@ -97,6 +98,7 @@ def calibrate(
     sensitivity: Sensitivity = None,
     kv_bits: KvBits = None,
     activation_bits: ActivationBits = None,
+    start: StartName = None,
     revision: Revision = None,
     trust_remote_code: Remote = None,
     recipe: RecipeFile = None,
@@ -121,6 +123,7 @@ def calibrate(
         "calibrate": budget_section(bits, real_bits, target_size)
         | plan_section(formats, group_size, plan, granularity, sensitivity, kv_bits, activation_bits, sequences)
     }
+    values["calibrate"] |= given(start=start)
     stage("calibrate", values, work, recipe, json, quiet, force, dry_run)
 
 
@@ -153,6 +156,7 @@ def distill(
     sensitivity: Sensitivity = None,
     kv_bits: KvBits = None,
     activation_bits: ActivationBits = None,
+    start: StartName = None,
     revision: Revision = None,
     trust_remote_code: Remote = None,
     recipe: RecipeFile = None,
@@ -186,6 +190,7 @@ def distill(
             reconstruct=None if reconstruct is None else {"steps": reconstruct},
         ),
     }
+    values["calibrate"] |= given(start=start)
     stage("distill", values, work, recipe, json, quiet, force, dry_run)
 
 
@@ -205,6 +210,7 @@ def pack(
     sensitivity: Sensitivity = None,
     kv_bits: KvBits = None,
     activation_bits: ActivationBits = None,
+    start: StartName = None,
     revision: Revision = None,
     trust_remote_code: Remote = None,
     recipe: RecipeFile = None,
@@ -223,6 +229,7 @@ def pack(
     values = general(model, revision, trust_remote_code, None, None, None)
     section = budget_section(bits, real_bits, target_size)
     section |= plan_section(formats, group_size, plan, granularity, sensitivity, kv_bits, activation_bits, None)
+    section |= given(start=start)
     if section and model is None and recipe is None:
         name = next(iter(section)).replace("_", "-")
         raise usage_error(

@@ -154,6 +154,9 @@ class Calibrate(Strict):
     scales: Literal["rule", "learned"] = Field(
         "rule", description="scales of weights: by each format's rule, or trained like weights (LSQ)"
     )
+    start: Literal["rule", "clip", "gptq"] = Field(
+        "rule", description="codes to begin with: by rule; clip: scales of least error; gptq: and error-compensated"
+    )
     activation_bits: Literal[4, 5, 6, 7, 8, 16] = Field(8, description="inputs of quantized linear layers")
     activation_scales: Literal["dynamic", "static", "learned"] = Field(
         "dynamic", description="per token and group; or one per input: from calibration text, or trained from there"
@@ -207,6 +210,8 @@ class Calibrate(Strict):
             raise ValueError(f"16-bit activations have no {self.activation_scales} scales; give `activation_bits`")
         if self.adaptive_tokens != "off" and self.activation_bits in (4, 16):
             raise ValueError("adaptive tokens need `activation_bits` from 5 to 8")
+        if self.adaptive_tokens != "off" and self.start == "gptq":
+            raise ValueError("`start: gptq` looks at one layer at a time, so it cannot have adaptive tokens; use clip")
         return self
 
 

@@ -1,7 +1,8 @@
 """Number formats: weights <-> codes <-> bytes. Each file here whose name has no underscore is a format.
 
 Read `_base.py` first (what a format is), then `ternary.py` (the shortest real one), `_matrix.py` (rows or blocks of
-different formats), `_learned.py` (scales that are trained) and `_activations.py`.
+different formats), `_learned.py` (scales that are trained), `_start.py` (better ones to begin with) and
+`_activations.py`.
 """
 
 from edgerazor import registry
@@ -31,6 +32,7 @@ from edgerazor.formats._matrix import (
     tensor_bytes,
     unpack_matrix,
 )
+from edgerazor.formats._start import clipped, compensated
 from edgerazor.formats._static import (
     INPUT_SCALE,
     LOW_INPUT_SCALE,
@@ -51,6 +53,8 @@ __all__ = [
     "Format",
     "MatrixSpec",
     "calibrated_scale",
+    "clipped",
+    "compensated",
     "decode_matrix",
     "digest",
     "encode_matrix",

@@ -21,7 +21,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,11 +39,11 @@ from torch import Tensor
 from edgerazor import data, losses, models, surgery
 from edgerazor.allocate import Plan
 from edgerazor.console import Console, table
-from edgerazor.errors import INTERRUPTED, UserError
+from edgerazor.errors import INTERRUPTED, UserError, usage_error
 from edgerazor.losses import Head, Outputs, StepTotals, step_counts
 from edgerazor.models import PreTrainedModel
 from edgerazor.recipe import Distill, Recipe
-from edgerazor.stages import _checkpoint, _objective, _reconstruct, _shared
+from edgerazor.stages import _checkpoint, _objective, _reconstruct, _shared, _start
 from edgerazor.stages._objective import Looks, Teacher, Terms
 from edgerazor.stages._optimizer import make_optimizer, schedule, set_rate
 from edgerazor.workdir import WorkDir, make_folder, replace_folder, write_json, write_text
@@ -350,7 +350,8 @@ def prepare(recipe: Recipe, work: WorkDir, imagined: bool = False) -> Job:
     calibrated = None if imagined else work
     how = _shared.settings_of(plan, structure, calibrated)
     input_scales = _shared.input_scales(plan, teacher, structure, calibrated)
-    student = make_student(recipe, structure, plan, how, input_scales, accelerator.device)
+    start = None if imagined else _start.stored(recipe, work, plan)
+    student = make_student(recipe, structure, plan, how, input_scales, accelerator.device, start)
     _objective.open_models(student, teacher, structure, terms)
     return Job(
         settings=settings,
@@ -385,11 +386,16 @@ def imagined_text(length: int) -> tuple[data.TokenRows, data.TokenRows]:
 
 
 def check(recipe: Recipe) -> None:
-    """Refuse losses and layers that cannot be, before anything that takes time.
+    """Refuse losses, layers and starts that cannot be, before anything that takes time.
 
     Raises:
-        UserError: as `_objective.check` and `_reconstruct.check`.
+        UserError: as `_objective.check` and `_reconstruct.check`, or a random student is to start from the teacher.
     """
+    if recipe.distill.initialise == "random" and recipe.calibrate.start != "rule":
+        raise usage_error(
+            f"A random student cannot begin with the teacher's {recipe.calibrate.start} start.",
+            "Use `start: rule`, or leave out `distill.initialise`.",
+        )
     _reconstruct.check(recipe)
     _objective.check(recipe)
 
@@ -401,8 +407,12 @@ def make_student(
     settings: surgery.Settings,
     input_scales: dict[str, float] | None,
     device: torch.device,
+    start: Callable[[str], surgery.Start] | None = None,
 ) -> PreTrainedModel:
-    """A float32 copy of the teacher, or a random one for the control, with training modules in it."""
+    """A float32 copy of the teacher, or a random one for the control, with training modules in it.
+
+    `start` says where its matrices begin, if not at their formats' rules.
+    """
     if recipe.distill.initialise == "teacher":
         student, _ = models.load(recipe.model, recipe.revision, "cpu", torch.float32, recipe.trust_remote_code)
     else:
@@ -410,7 +420,7 @@ def make_student(
     if recipe.distill.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     scales_only = recipe.distill.train == "scales"
-    surgery.prepare_for_training(student, structure, plan.specs(), settings, scales_only, input_scales)
+    surgery.prepare_for_training(student, structure, plan.specs(), settings, scales_only, input_scales, start)
     student.config.use_cache = False
     return student.to(device).train()
 
