@@ -183,6 +183,16 @@ class Reconstruction(Strict):
     learning_rate: float | None = Field(None, gt=0, description="peak; that of the whole training when absent")
 
 
+class Rung(Strict):
+    """A part of the training, in its share of the budget; what is not given here is as in the rest of `distill`."""
+
+    train: Literal["all", "scales"] = Field("all", description="scales: codes stay while only scales are trained")
+    share: float = Field(1.0, gt=0, description="of the budget left after reconstruction, relative to the other rungs")
+    losses: tuple[LossTerm, ...] | None = Field(None, min_length=1, description="another objective")
+    learning_rate: float | None = Field(None, gt=0, description="another peak")
+    schedule: Literal["constant", "linear", "cosine"] | None = Field(None, description="another one after warm-up")
+
+
 class Distill(Strict):
     """Training the student. The loss weights are EdgeRazor's for Qwen3 (arXiv 2605.04062)."""
 
@@ -194,6 +204,12 @@ class Distill(Strict):
     )
     reconstruct: Reconstruction | None = Field(
         None, description="train layer by layer before all of it: steps, sequences, learning_rate; absent: do not"
+    )
+    rungs: tuple[Rung, ...] = Field(
+        (), description="trainings one after the other: train, share, losses, learning_rate, schedule; empty: one"
+    )
+    target_kl: float | None = Field(
+        None, gt=0, description="stop when a measurement of held-out KL to the teacher is as low, in nats per token"
     )
     batch_size: int = Field(8, ge=1, description="sequences per process and forward pass")
     accumulation: int = Field(1, ge=1, description="forward passes per optimizer step")
@@ -467,6 +483,7 @@ def _model_at(location: tuple[int | str, ...]) -> type[Strict]:
         "losses": LossTerm,
         "overrides": Override,
         "reconstruct": Reconstruction,
+        "rungs": Rung,
     }
     model: type[Strict] = Recipe
     for part in location:
