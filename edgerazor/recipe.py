@@ -4,7 +4,8 @@ A recipe is YAML with the five stages as its sections. Every field has a default
 else, and a line of explanation (`edgerazor show recipe` prints them all). Unknown fields are refused.
 
 Values come from, later ones winning: the defaults, the recipe of the working directory (what earlier commands
-asked for), `--recipe FILE`, the options of the command line. A `--recipe` replaces that of the working directory.
+asked for), `--recipe FILE`, the options of the command line. A `--recipe` replaces that of the working directory; it
+may be the bare name of one that comes with edgerazor (`--recipe ladder`).
 Paths in a recipe file are relative to the file; on the command line, to the current folder. In the working directory
 they are kept absolute, so that later commands work from any folder.
 """
@@ -15,6 +16,7 @@ import difflib
 import math
 import os
 import re
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,10 +25,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic.fields import FieldInfo
 
 from edgerazor.errors import UserError, usage_error
+from edgerazor.registry import unknown
 
 MINIMUM_BITS, MAXIMUM_BITS = 1.58, 8.0
 #: A group size that no row exceeds: one scale per row, written `row`.
 WHOLE_ROW = 65536
+#: Whose record says where an installation put the recipes that come with it (`data-files` of pyproject.toml).
+DISTRIBUTION = "edgerazor-toolchain"
 
 
 class Strict(BaseModel):
@@ -313,6 +318,38 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
+
+
+def find(path: Path) -> Path:
+    """The recipe file that is meant by a path or a bare name.
+
+    A file of that name in the current folder, with or without `.yaml`, wins over one that comes with edgerazor.
+
+    Raises:
+        UserError: a bare name that is neither; the message names the closest ones.
+    """
+    if path.name != str(path) or path.suffix in (".yaml", ".yml") or path.is_file():
+        return path
+    here = Path(f"{path}.yaml")
+    if here.is_file():
+        return here
+    known = shipped()
+    if str(path) not in known:
+        raise unknown("recipe", str(path), sorted(known))
+    return known[str(path)]
+
+
+def shipped() -> dict[str, Path]:
+    """Name -> file of the recipes that come with edgerazor: those of the checkout, or of the installed package."""
+    checkout = Path(__file__).parents[1]
+    if (checkout / "pyproject.toml").exists():
+        return {file.stem: file for file in (checkout / "recipes").glob("*.yaml")}
+    try:
+        recorded = metadata.files(DISTRIBUTION) or ()
+    except metadata.PackageNotFoundError:
+        return {}
+    found = [Path(str(each.locate())) for each in recorded if each.match("share/edgerazor/recipes/*.yaml")]
+    return {file.stem: file.resolve() for file in found}
 
 
 def load(path: Path) -> dict[str, Any]:
