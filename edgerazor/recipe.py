@@ -189,7 +189,10 @@ class Reconstruction(Strict):
 
 
 class Rung(Strict):
-    """A part of the training, in its share of the budget; what is not given here is as in the rest of `distill`."""
+    """A part of the training: its share of the budget, over which its warm-up and all schedules run.
+
+    What is not given here is as in the rest of `distill`.
+    """
 
     train: Literal["all", "scales"] = Field("all", description="scales: codes stay while only scales are trained")
     share: float = Field(1.0, gt=0, description="of the budget left after reconstruction, relative to the other rungs")
