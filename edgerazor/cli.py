@@ -36,7 +36,10 @@ MODEL_HELP = "A local model folder or a Hugging Face hub id."
 ModelArgument = Annotated[str | None, typer.Argument(help=MODEL_HELP + " Default: that of the working directory.")]
 Work = Annotated[Path, Option("--work", help="The job's folder, where the stages meet.", metavar="DIR")]
 RecipeFile = Annotated[
-    Path | None, Option("--recipe", help="A YAML recipe; see `edgerazor show recipe`.", metavar="FILE")
+    Path | None,
+    Option(
+        "--recipe", help="A YAML recipe, or the name of a shipped one; see `edgerazor show recipe`.", metavar="FILE"
+    ),
 ]
 Seed = Annotated[int | None, Option("--seed", help="Of data order, initialisation and generated text.")]
 Device = Annotated[str | None, Option("--device", help="auto, cpu, cuda or cuda:N.")]
@@ -396,7 +399,7 @@ def write_data(
 
 @app.command()
 def run(
-    recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe, or the name of a shipped one.")],
     bits: Bits = None,
     real_bits: RealBits = None,
     target_size: TargetSize = None,
@@ -581,6 +584,7 @@ def assemble(values: dict[str, Any], work: Path | None, recipe_file: Path | None
     if recipe_file is None and work is not None and WorkDir(work).recipe_file.exists():
         recipe_file = WorkDir(work).recipe_file
     if recipe_file is not None:
+        recipe_file = recipes.find(recipe_file)
         stored = recipes.load(recipe_file)
         recipes.build(stored, f"The recipe {recipe_file}")
     return recipes.build(recipes.merge(stored, recipes.anchor(values, Path.cwd())))
@@ -591,7 +595,12 @@ def require_model(asked: Recipe, name: str, work: Path, recipe_file: Path | None
     if asked.model:
         return
     if recipe_file is not None:
-        raise usage_error(f"The recipe {recipe_file} names no model.", "Add the line `model: FOLDER-OR-HUB-ID` to it.")
+        named = (
+            f", or name it: `edgerazor {name} MODEL --recipe {recipe_file}`" if name in ("calibrate", "distill") else ""
+        )
+        raise usage_error(
+            f"The recipe {recipe_file} names no model.", f"Add the line `model: FOLDER-OR-HUB-ID` to it{named}."
+        )
     raise usage_error(
         f"{work} is not a working directory of edgerazor yet, and no model was named.",
         f"Begin with `edgerazor {name if name in ('calibrate', 'distill') else 'distill'} MODEL --bits 2`.",

@@ -135,13 +135,26 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
+class Master(NamedTuple):
+    """What a matrix whose codes are fixed for a while was before.
+
+    Attributes:
+        weight: the master weight, float32 [rows, columns].
+        scales: float16 [rows, groups], at which its codes are those that were fixed.
+    """
+
+    weight: nn.Parameter
+    scales: Tensor
+
+
 class TrainingMatrix(nn.Module):
     """A master weight [rows, columns] and the formats it is trained for.
 
     Attributes:
         weight: float32; or int8, the codes, where they are fixed and only scales are trained.
-        scales: float32 [rows, groups], where they are trained, or, without gradient, stay as they began; None where
-            they follow from the weight by rule.
+            scales: float32 [rows, groups], where they are trained, or, without gradient, stay as they began; None
+                where they follow from the weight by rule.
+            master: what `release_codes` goes on from; None where codes are not fixed, or were so from the start.
     """
 
     def __init__(self, weight: nn.Parameter, spec: MatrixSpec, scales: nn.Parameter | None = None) -> None:
@@ -149,6 +162,7 @@ class TrainingMatrix(nn.Module):
         self.weight = weight
         self.scales = scales
         self.spec = spec
+        self.master: Master | None = None
         self.frozen: Tensor | None = None
         self.digest = ""
 
@@ -379,6 +393,52 @@ def _trained(
     return weight, None if scales is None else nn.Parameter(scales, requires_grad=learned or scales_only)
 
 
+def fix_codes(model: nn.Module) -> None:
+    """Fix the codes of every matrix where they are, and train nothing but scales from now on, in place.
+
+    Args:
+        model: with training modules whose scales are trained; what is fixed already stays so.
+    """
+    model.requires_grad_(False)
+    fixed: dict[int, tuple[nn.Parameter, Master]] = {}
+    for module in _all_training(model):
+        if module.weight.dtype != torch.int8:
+            if id(module.weight) not in fixed:
+                codes, scales = module.encoded()
+                master = Master(module.weight, scales)
+                fixed[id(module.weight)] = nn.Parameter(codes, requires_grad=False), master
+            module.weight, module.master = fixed[id(module.weight)]
+        for scale in (module.scales, *(getattr(module, name, None) for name in ("input_scale", "low_input_scale"))):
+            if isinstance(scale, nn.Parameter):
+                scale.requires_grad_(True)
+
+
+def release_codes(model: nn.Module) -> None:
+    """Train everything again after `fix_codes`, in place.
+
+    The master weights follow their scales, such that their codes are exactly the fixed ones: nothing that the model
+    computes changes.
+    """
+    for matrix in training_matrices(model).values():
+        if matrix.master is not None:
+            assert matrix.scales is not None
+            after = formats.stored_scales(matrix.scales)
+            weight = formats.carried_weight(
+                matrix.master.weight, matrix.weight, matrix.master.scales, after, matrix.spec
+            )
+            with torch.no_grad():
+                matrix.master.weight.copy_(weight)
+    for module in _all_training(model):
+        if module.master is not None:
+            module.weight, module.master = module.master.weight, None
+    model.requires_grad_(True)
+
+
+def _all_training(model: nn.Module) -> list[TrainingMatrix]:
+    """Every training module, a head tied to the embedding too."""
+    return [module for module in model.modules() if isinstance(module, TrainingMatrix)]
+
+
 def training_matrices(model: nn.Module) -> dict[str, TrainingMatrix]:
     """Module path -> training module; a head tied to the embedding is left out."""
     found: dict[str, TrainingMatrix] = {}
@@ -395,7 +455,7 @@ def frozen_codes(model: nn.Module) -> Iterator[dict[str, str]]:
     """Encode every matrix once for all forward passes inside; gives module path -> digest of what they use."""
     matrices = training_matrices(model)
     by_weight = {id(module.weight): module for module in matrices.values()}
-    everywhere = [module for module in model.modules() if isinstance(module, TrainingMatrix)]
+    everywhere = _all_training(model)
     try:
         for module in matrices.values():
             module.freeze()

@@ -14,7 +14,7 @@ from edgerazor.formats._activations import (
 )
 from edgerazor.formats._base import Encoded, Format, group_count, straight_through
 from edgerazor.formats._indices import index_columns
-from edgerazor.formats._learned import gradient_inlet, initial_scales, learned_weight, stored_scales
+from edgerazor.formats._learned import carried_weight, gradient_inlet, initial_scales, learned_weight, stored_scales
 from edgerazor.formats._matrix import (
     BLOCK_FORMATS,
     ROW_FORMATS,
@@ -53,6 +53,7 @@ __all__ = [
     "Format",
     "MatrixSpec",
     "calibrated_scale",
+    "carried_weight",
     "clipped",
     "compensated",
     "decode_matrix",
