@@ -312,7 +312,7 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateDryRun:
         bytes=plan.bytes(),
         tokens=tokens,
         generated_tokens=own,
-        memory_bytes=size + logits,
+        memory_bytes=max(size + logits, _start.memory_bytes(recipe, teacher, tokens)),
         disk_bytes=sum(m.columns * 4 for m in plan.matrices)
         + 2 * sum(m.rows for m in plan.matrices)
         + 5 * own
