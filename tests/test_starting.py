@@ -267,6 +267,22 @@ def test_nothing_trained_is_the_start_itself(run: Run, llama: Path, text_file: P
             assert torch.equal(ours, theirs), name
 
 
+def test_a_tied_embedding_is_clipped_for_both_its_uses(make_model: ModelMaker, tmp_path: Path) -> None:
+    make_model(tmp_path, "smollm2")
+    model, _ = models.load(tmp_path)
+    found = models.structure(model)
+    spec = MatrixSpec(("int4",), GROUP_SIZE)
+    with torch.no_grad(), models.final_states(model, found.head_path) as states:
+        model(input_ids=IDS)
+    moment = states[0].flatten(0, 1).double().square().mean(0)
+    batch = {"input_ids": IDS, "labels": IDS}
+    with torch.no_grad():
+        starts = _start.clipped_ends(model, found, {found.embedding.name: spec}, [batch])
+    expected = formats.clipped(model.get_input_embeddings().weight, spec, 1 + moment / moment.mean())
+    assert starts.keys() == {found.embedding.name}
+    assert float((starts[found.embedding.name].scales != expected).float().mean()) < 0.02
+
+
 def test_the_same_start_twice_is_the_same_file(run: Run, llama: Path, text_file: Path, tmp_path: Path) -> None:
     file = write_start(tmp_path / "r.yaml", llama, text_file, "gptq")
     for job in ("one", "two"):

@@ -8,8 +8,8 @@ distill, which trains from there, and by pack, where the teacher is rounded with
 earlier layers are done, which rounds activations, keys and values as the packed model will. Within a layer the linear
 layers are done in the order in which they are used; those that share an input (q, k and v) share what is seen of it.
 
-Embedding and head are clipped in both: the head by the mean square of the final hidden states, an embedding by nothing
-but its own weights, unless it is the head too.
+Embedding and head are clipped in both: a head by the mean squares of the final hidden states, an embedding by its own
+weights alone, and a matrix that is both by the sum of the two, their means made alike.
 
 The file holds `P.scales`, float16 [rows, groups], for every matrix P, and `P.weight`, float32, where it is compensated.
 """
@@ -111,6 +111,13 @@ def file_bytes(wanted: str, plan: Plan) -> int:
     return {"rule": 0, "clip": scales, "gptq": scales + weights}[wanted]
 
 
+def memory_bytes(recipe: Recipe, teacher: PreTrainedModel, tokens: int) -> int:
+    """What making a start needs: float32 weights, and where layers are gone through, what enters one of them."""
+    weights = sum(4 * each.numel() for each in teacher.parameters())
+    states = 4 * tokens * teacher.config.get_text_config().hidden_size
+    return {"rule": 0, "clip": weights, "gptq": weights + states}[recipe.calibrate.start]
+
+
 # --- making ------------------------------------------------------------------------------------
 
 
@@ -149,10 +156,11 @@ def clipped_ends(
     model: PreTrainedModel, found: Structure, specs: dict[str, MatrixSpec], batches: Sequence[data.Batch]
 ) -> dict[str, Start]:
     """The embedding and the head, one matrix or two, of a model that is not rounded yet."""
-    head = found.head or found.embedding
-    importance = {head.name: final_moment(model, found, batches)}
+    moment = final_moment(model, found, batches)
+    both = 1 + moment / moment.mean().clamp(min=torch.finfo(moment.dtype).tiny)
+    importance = {found.head.name: moment} if found.head else {found.embedding.name: both}
     starts = {}
-    for site in {found.embedding, head}:
+    for site in (found.embedding, *((found.head,) if found.head else ())):
         weight = model.get_submodule(site.name).weight
         starts[site.name] = Start(None, formats.clipped(weight, specs[site.name], importance.get(site.name)))
     return starts

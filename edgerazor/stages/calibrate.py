@@ -461,7 +461,7 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateDryRun:
         bytes=packed.bytes,
         tokens=tokens,
         generated_tokens=own,
-        memory_bytes=memory,
+        memory_bytes=max(memory, _start.memory_bytes(recipe, teacher, tokens)),
         mapped_bytes=size,
         disk_bytes=sum(m.columns * 4 for m in plan.matrices)
         + 2 * sum(m.rows for m in plan.matrices)
