@@ -36,7 +36,10 @@ MODEL_HELP = "A local model folder or a Hugging Face hub id."
 ModelArgument = Annotated[str | None, typer.Argument(help=MODEL_HELP + " Default: that of the working directory.")]
 Work = Annotated[Path, Option("--work", help="The job's folder, where the stages meet.", metavar="DIR")]
 RecipeFile = Annotated[
-    Path | None, Option("--recipe", help="A YAML recipe; see `edgerazor show recipe`.", metavar="FILE")
+    Path | None,
+    Option(
+        "--recipe", help="A YAML recipe, or the name of a shipped one; see `edgerazor show recipe`.", metavar="FILE"
+    ),
 ]
 Seed = Annotated[int | None, Option("--seed", help="Of data order, initialisation and generated text.")]
 Device = Annotated[str | None, Option("--device", help="auto, cpu, cuda or cuda:N.")]
@@ -73,6 +76,7 @@ Sensitivity = Annotated[
     str | None, Option("--sensitivity", help="Estimate of damage: auto, fisher, integrated, hessian or direct.")
 ]
 KvBits = Annotated[int | None, Option("--kv-bits", help="Keys and values: 4, 8 or 16.")]
+StartName = Annotated[str | None, Option("--start", help="Codes to begin with: rule, clip or gptq.")]
 ActivationBits = Annotated[int | None, Option("--activation-bits", help="Inputs of linear layers: 4 to 8, or 16.")]
 Compare = Annotated[
     list[str] | None,
@@ -97,6 +101,7 @@ def calibrate(
     sensitivity: Sensitivity = None,
     kv_bits: KvBits = None,
     activation_bits: ActivationBits = None,
+    start: StartName = None,
     revision: Revision = None,
     trust_remote_code: Remote = None,
     recipe: RecipeFile = None,
@@ -121,6 +126,7 @@ def calibrate(
         "calibrate": budget_section(bits, real_bits, target_size)
         | plan_section(formats, group_size, plan, granularity, sensitivity, kv_bits, activation_bits, sequences)
     }
+    values["calibrate"] |= given(start=start)
     stage("calibrate", values, work, recipe, json, quiet, force, dry_run)
 
 
@@ -153,6 +159,7 @@ def distill(
     sensitivity: Sensitivity = None,
     kv_bits: KvBits = None,
     activation_bits: ActivationBits = None,
+    start: StartName = None,
     revision: Revision = None,
     trust_remote_code: Remote = None,
     recipe: RecipeFile = None,
@@ -186,6 +193,7 @@ def distill(
             reconstruct=None if reconstruct is None else {"steps": reconstruct},
         ),
     }
+    values["calibrate"] |= given(start=start)
     stage("distill", values, work, recipe, json, quiet, force, dry_run)
 
 
@@ -205,6 +213,7 @@ def pack(
     sensitivity: Sensitivity = None,
     kv_bits: KvBits = None,
     activation_bits: ActivationBits = None,
+    start: StartName = None,
     revision: Revision = None,
     trust_remote_code: Remote = None,
     recipe: RecipeFile = None,
@@ -223,6 +232,7 @@ def pack(
     values = general(model, revision, trust_remote_code, None, None, None)
     section = budget_section(bits, real_bits, target_size)
     section |= plan_section(formats, group_size, plan, granularity, sensitivity, kv_bits, activation_bits, None)
+    section |= given(start=start)
     if section and model is None and recipe is None:
         name = next(iter(section)).replace("_", "-")
         raise usage_error(
@@ -389,7 +399,7 @@ def write_data(
 
 @app.command()
 def run(
-    recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe, or the name of a shipped one.")],
     bits: Bits = None,
     real_bits: RealBits = None,
     target_size: TargetSize = None,
@@ -574,6 +584,7 @@ def assemble(values: dict[str, Any], work: Path | None, recipe_file: Path | None
     if recipe_file is None and work is not None and WorkDir(work).recipe_file.exists():
         recipe_file = WorkDir(work).recipe_file
     if recipe_file is not None:
+        recipe_file = recipes.find(recipe_file)
         stored = recipes.load(recipe_file)
         recipes.build(stored, f"The recipe {recipe_file}")
     return recipes.build(recipes.merge(stored, recipes.anchor(values, Path.cwd())))
@@ -584,7 +595,12 @@ def require_model(asked: Recipe, name: str, work: Path, recipe_file: Path | None
     if asked.model:
         return
     if recipe_file is not None:
-        raise usage_error(f"The recipe {recipe_file} names no model.", "Add the line `model: FOLDER-OR-HUB-ID` to it.")
+        named = (
+            f", or name it: `edgerazor {name} MODEL --recipe {recipe_file}`" if name in ("calibrate", "distill") else ""
+        )
+        raise usage_error(
+            f"The recipe {recipe_file} names no model.", f"Add the line `model: FOLDER-OR-HUB-ID` to it{named}."
+        )
     raise usage_error(
         f"{work} is not a working directory of edgerazor yet, and no model was named.",
         f"Begin with `edgerazor {name if name in ('calibrate', 'distill') else 'distill'} MODEL --bits 2`.",

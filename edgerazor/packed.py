@@ -12,7 +12,7 @@ without gaps. The header ends in spaces, so that the data begin on a 64-byte bou
   `ternary`: five codes a byte, the sum of (code_i + 1) * 3^i; a last byte is filled with codes 0; bytes above 242 are
   invalid. All others: code i is the two's-complement field of bits b*i to b*i+b-1 of the row's bytes, low bits first
   (int4: first code in the low nibble); unused bits are zero. Except in `int2`,
-  the code -2^(b-1) occurs only with learned scales.
+  the code -2^(b-1) occurs only with scales that do not follow from the format's rule.
 - `P.weight.scales`, F16 [rows, ceil(cols / group_size)]: finite, not negative, in the matrix's row order.
 - `P.weight.row_formats`, U8 [rows], only where rows may differ: an index into the matrix's list of formats.
 

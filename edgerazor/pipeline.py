@@ -64,8 +64,11 @@ def run_all(recipe: Recipe, work: WorkDir, console: Console, force: bool = False
 
 
 def stages_of(recipe: Recipe) -> list[str]:
-    """The stages that a recipe needs; rounding the teacher needs no calibration and no training."""
-    return [name for name in STAGES if not (recipe.pack.source == "teacher" and name in ("calibrate", "distill"))]
+    """The stages that a recipe needs; rounding the teacher needs no training, and most often no calibration."""
+    if recipe.pack.source != "teacher":
+        return list(STAGES)
+    without = {"distill"} if _shared.needs_calibration(recipe.calibrate) else {"calibrate", "distill"}
+    return [name for name in STAGES if name not in without]
 
 
 def run_needed(name: str, recipe: Recipe, work: WorkDir, console: Console, force: bool) -> BaseModel:

@@ -4,7 +4,8 @@ A recipe is YAML with the five stages as its sections. Every field has a default
 else, and a line of explanation (`edgerazor show recipe` prints them all). Unknown fields are refused.
 
 Values come from, later ones winning: the defaults, the recipe of the working directory (what earlier commands
-asked for), `--recipe FILE`, the options of the command line. A `--recipe` replaces that of the working directory.
+asked for), `--recipe FILE`, the options of the command line. A `--recipe` replaces that of the working directory; it
+may be the bare name of one that comes with edgerazor (`--recipe ladder`).
 Paths in a recipe file are relative to the file; on the command line, to the current folder. In the working directory
 they are kept absolute, so that later commands work from any folder.
 """
@@ -16,6 +17,7 @@ import math
 import os
 import re
 from decimal import Decimal
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic.fields import FieldInfo
 
 from edgerazor.errors import UserError, usage_error
+from edgerazor.registry import unknown
 
 MINIMUM_BITS, MAXIMUM_BITS = 1.58, 8.0
 #: A group size that no row exceeds: one scale per row, written `row`.
@@ -32,6 +35,8 @@ WHOLE_ROW = 65536
 BUDGETS = ("bits", "real_bits", "target_size")
 #: Bytes of the units of `target_size`.
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+#: Whose record says where an installation put the recipes that come with it (`data-files` of pyproject.toml).
+DISTRIBUTION = "edgerazor-toolchain"
 
 
 class Strict(BaseModel):
@@ -154,6 +159,9 @@ class Calibrate(Strict):
     scales: Literal["rule", "learned"] = Field(
         "rule", description="scales of weights: by each format's rule, or trained like weights (LSQ)"
     )
+    start: Literal["rule", "clip", "gptq"] = Field(
+        "rule", description="codes to begin with: by rule; clip: scales of least error; gptq: and error-compensated"
+    )
     activation_bits: Literal[4, 5, 6, 7, 8, 16] = Field(8, description="inputs of quantized linear layers")
     activation_scales: Literal["dynamic", "static", "learned"] = Field(
         "dynamic", description="per token and group; or one per input: from calibration text, or trained from there"
@@ -207,6 +215,8 @@ class Calibrate(Strict):
             raise ValueError(f"16-bit activations have no {self.activation_scales} scales; give `activation_bits`")
         if self.adaptive_tokens != "off" and self.activation_bits in (4, 16):
             raise ValueError("adaptive tokens need `activation_bits` from 5 to 8")
+        if self.adaptive_tokens != "off" and self.start == "gptq":
+            raise ValueError("`start: gptq` looks at one layer at a time, so it cannot have adaptive tokens; use clip")
         return self
 
 
@@ -262,6 +272,19 @@ class Reconstruction(Strict):
     learning_rate: float | None = Field(None, gt=0, description="peak; that of the whole training when absent")
 
 
+class Rung(Strict):
+    """A part of the training: its share of the budget, over which its warm-up and all schedules run.
+
+    What is not given here is as in the rest of `distill`.
+    """
+
+    train: Literal["all", "scales"] = Field("all", description="scales: codes stay while only scales are trained")
+    share: float = Field(1.0, gt=0, description="of the budget left after reconstruction, relative to the other rungs")
+    losses: tuple[LossTerm, ...] | None = Field(None, min_length=1, description="another objective")
+    learning_rate: float | None = Field(None, gt=0, description="another peak")
+    schedule: Literal["constant", "linear", "cosine"] | None = Field(None, description="another one after warm-up")
+
+
 class Distill(Strict):
     """Training the student. The loss weights are EdgeRazor's for Qwen3 (arXiv 2605.04062)."""
 
@@ -273,6 +296,12 @@ class Distill(Strict):
     )
     reconstruct: Reconstruction | None = Field(
         None, description="train layer by layer before all of it: steps, sequences, learning_rate; absent: do not"
+    )
+    rungs: tuple[Rung, ...] = Field(
+        (), description="trainings one after the other: train, share, losses, learning_rate, schedule; empty: one"
+    )
+    target_kl: float | None = Field(
+        None, gt=0, description="stop when a measurement of held-out KL to the teacher is as low, in nats per token"
     )
     batch_size: int = Field(8, ge=1, description="sequences per process and forward pass")
     accumulation: int = Field(1, ge=1, description="forward passes per optimizer step")
@@ -376,6 +405,38 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
+
+
+def find(path: Path) -> Path:
+    """The recipe file that is meant by a path or a bare name.
+
+    A file of that name in the current folder, with or without `.yaml`, wins over one that comes with edgerazor.
+
+    Raises:
+        UserError: a bare name that is neither; the message names the closest ones.
+    """
+    if path.name != str(path) or path.suffix in (".yaml", ".yml") or path.is_file():
+        return path
+    here = Path(f"{path}.yaml")
+    if here.is_file():
+        return here
+    known = shipped()
+    if str(path) not in known:
+        raise unknown("recipe", str(path), sorted(known))
+    return known[str(path)]
+
+
+def shipped() -> dict[str, Path]:
+    """Name -> file of the recipes that come with edgerazor: those of the checkout, or of the installed package."""
+    checkout = Path(__file__).parents[1]
+    if (checkout / "pyproject.toml").exists():
+        return {file.stem: file for file in (checkout / "recipes").glob("*.yaml")}
+    try:
+        recorded = metadata.files(DISTRIBUTION) or ()
+    except metadata.PackageNotFoundError:
+        return {}
+    found = [Path(str(each.locate())) for each in recorded if each.match("share/edgerazor/recipes/*.yaml")]
+    return {file.stem: file.resolve() for file in found}
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -551,6 +612,7 @@ def _model_at(location: tuple[int | str, ...]) -> type[Strict]:
         "overrides": Override,
         "constraints": Constraint,
         "reconstruct": Reconstruction,
+        "rungs": Rung,
     }
     model: type[Strict] = Recipe
     for part in location:

@@ -12,7 +12,7 @@ import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,18 @@ class Settings:
     probability_bits: int = 16
     adaptive_tokens: str = "off"
     thresholds: tuple[float, ...] = ()
+
+
+class Start(NamedTuple):
+    """Where the training of a matrix begins, if not at the model's weight and its format's rule.
+
+    Attributes:
+        weight: the master weight, float32 [rows, columns]; None: the model's own.
+        scales: float16 [rows, groups], positive.
+    """
+
+    weight: Tensor | None
+    scales: Tensor
 
 
 #: The scale of a linear layer's input: a parameter where it is trained, a number where it is stored, else found anew.
@@ -123,12 +135,26 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
+class Master(NamedTuple):
+    """What a matrix whose codes are fixed for a while was before.
+
+    Attributes:
+        weight: the master weight, float32 [rows, columns].
+        scales: float16 [rows, groups], at which its codes are those that were fixed.
+    """
+
+    weight: nn.Parameter
+    scales: Tensor
+
+
 class TrainingMatrix(nn.Module):
     """A master weight [rows, columns] and the formats it is trained for.
 
     Attributes:
         weight: float32; or int8, the codes, where they are fixed and only scales are trained.
-        scales: float32 [rows, groups], where they are trained; None where they follow from the weight by rule.
+            scales: float32 [rows, groups], where they are trained, or, without gradient, stay as they began; None
+                where they follow from the weight by rule.
+            master: what `release_codes` goes on from; None where codes are not fixed, or were so from the start.
     """
 
     def __init__(self, weight: nn.Parameter, spec: MatrixSpec, scales: nn.Parameter | None = None) -> None:
@@ -136,6 +162,7 @@ class TrainingMatrix(nn.Module):
         self.weight = weight
         self.scales = scales
         self.spec = spec
+        self.master: Master | None = None
         self.frozen: Tensor | None = None
         self.digest = ""
 
@@ -148,8 +175,11 @@ class TrainingMatrix(nn.Module):
         return formats.round_trip(self.weight.detach(), self.spec, dtype)
 
     def inlet(self) -> Tensor:
-        """Where the gradient with respect to the decoded weight goes, [rows, columns]; its value has no meaning."""
-        if self.scales is None:
+        """Where the gradient with respect to the decoded weight goes, [rows, columns]; its value has no meaning.
+
+        Where scales are not trained it passes straight through the rounding.
+        """
+        if self.scales is None or not self.scales.requires_grad:
             return self.weight
         return formats.gradient_inlet(self.weight, self.scales, self.spec)
 
@@ -169,7 +199,7 @@ def encode_trained(weight: Tensor, scales: Tensor | None, spec: MatrixSpec) -> E
 
     Args:
         weight: the master weight [rows, columns], or int8 for codes that were fixed.
-        scales: float32 [rows, groups] if they were trained.
+        scales: float [rows, groups] if they were trained or stored.
         spec: formats of the rows.
 
     Raises:
@@ -232,9 +262,12 @@ class TrainingLinear(TrainingMatrix):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
+        return _Product.apply(self.quantized_input(x), self.inlet(), self.bias, self)
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """What the weight is multiplied with for x [..., in], the same shape."""
         important = None if self.important is None else self.important()
-        quantized = self.activations(x, self.input_scale, important, self.low_input_scale)
-        return _Product.apply(quantized, self.inlet(), self.bias, self)
+        return self.activations(x, self.input_scale, important, self.low_input_scale)
 
     def as_head(self, states: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
         """The same product for losses that make it themselves, a chunk of positions at a time.
@@ -271,7 +304,7 @@ class TrainingEmbedding(TrainingMatrix):
         scales = functional.embedding(ids, self.scales)
         fixed = self.weight.dtype == torch.int8
         weight = self.weight[ids] if fixed else functional.embedding(ids, self.weight)
-        inlet = formats.gradient_inlet(weight, scales, spec)
+        inlet = formats.gradient_inlet(weight, scales, spec) if self.scales.requires_grad else weight
         return formats.straight_through(inlet, lambda _: formats.learned_weight(weight.detach(), scales, spec))
 
 
@@ -282,6 +315,7 @@ def prepare_for_training(
     settings: Settings,
     scales_only: bool = False,
     input_scales: Mapping[str, float] | None = None,
+    start: Callable[[str], Start | None] | None = None,
 ) -> None:
     """Put training modules in the place of every matrix, in place.
 
@@ -293,6 +327,7 @@ def prepare_for_training(
         scales_only: fix the codes, and train nothing but scales.
         input_scales: `P.input_scale` for each linear layer and the head P, and `P.low_input_scale` where tokens may
             have fewer bits; None: found anew each time.
+        start: module path -> where its matrix begins, None for its own weight and its formats' rules.
 
     Raises:
         UserError: as `quantize_cache` and `decided_by`.
@@ -303,7 +338,9 @@ def prepare_for_training(
     activations = SharedActivations(settings.activation_bits, settings.group_size)
     embedding = model.get_input_embeddings()
     head = model.get_output_embeddings()
-    trained = functools.partial(_trained, learned=settings.learned_scales, scales_only=scales_only)
+
+    def trained(name: str, weight: nn.Parameter) -> tuple[nn.Parameter, nn.Parameter | None]:
+        return _trained(weight, specs[name], settings.learned_scales, scales_only, start(name) if start else None)
 
     def put(name: str, weight: nn.Parameter, spec: MatrixSpec, scales: nn.Parameter | None) -> None:
         bias = model.get_submodule(name).bias
@@ -315,13 +352,13 @@ def prepare_for_training(
         return nn.Parameter(torch.tensor(found)) if found is not None and settings.learned_inputs else found
 
     spec = specs[structure.embedding.name]
-    table = trained(embedding.weight, spec)
+    table = trained(structure.embedding.name, embedding.weight)
     replace(model, structure.embedding.name, TrainingEmbedding(table[0], spec, embedding_scale(embedding), table[1]))
     head_spec = specs[structure.head.name] if structure.head else spec
-    output = trained(head.weight, head_spec) if structure.head else table
+    output = trained(structure.head.name, head.weight) if structure.head else table
     put(structure.head_path, output[0], head_spec, output[1])
     for site in structure.linears:
-        weight, scales = trained(model.get_submodule(site.name).weight, specs[site.name])
+        weight, scales = trained(site.name, model.get_submodule(site.name).weight)
         put(site.name, weight, specs[site.name], scales)
     _prepare_attention(model, settings, deciding)
 
@@ -337,18 +374,69 @@ def _prepare_attention(model: PreTrainedModel, settings: Settings, deciding: Map
 
 
 def _trained(
-    weight: nn.Parameter, spec: MatrixSpec, learned: bool, scales_only: bool
+    weight: nn.Parameter, spec: MatrixSpec, learned: bool, scales_only: bool, start: Start | None
 ) -> tuple[nn.Parameter, nn.Parameter | None]:
-    """The parameters that a training of a matrix begins with: master weight or codes, and scales if they are trained.
+    """The parameters that a training of a matrix begins with: master weight or codes, and scales if they are stored.
 
-    Learned scales begin as LSQ has them, others at their formats' rules.
+    Without a start, learned scales begin as LSQ has them, others at their formats' rules.
     """
-    start = formats.initial_scales(weight, spec) if learned else None
+    if start is None:
+        scales = formats.initial_scales(weight, spec) if learned else None
+    else:
+        scales = start.scales.to(weight.device, torch.float32)
+        if start.weight is not None:
+            weight = nn.Parameter(start.weight.to(weight.device), requires_grad=weight.requires_grad)
     if scales_only:
-        encoded = formats.encode_matrix(weight, spec, start)
-        start = encoded.scales.float() if start is None else start
+        encoded = formats.encode_matrix(weight, spec, scales)
+        scales = encoded.scales.float() if scales is None else scales
         weight = nn.Parameter(encoded.codes, requires_grad=False)
-    return weight, None if start is None else nn.Parameter(start)
+    return weight, None if scales is None else nn.Parameter(scales, requires_grad=learned or scales_only)
+
+
+def fix_codes(model: nn.Module) -> None:
+    """Fix the codes of every matrix where they are, and train nothing but scales from now on, in place.
+
+    Args:
+        model: with training modules whose scales are trained; what is fixed already stays so.
+    """
+    model.requires_grad_(False)
+    fixed: dict[int, tuple[nn.Parameter, Master]] = {}
+    for module in _all_training(model):
+        if module.weight.dtype != torch.int8:
+            if id(module.weight) not in fixed:
+                codes, scales = module.encoded()
+                master = Master(module.weight, scales)
+                fixed[id(module.weight)] = nn.Parameter(codes, requires_grad=False), master
+            module.weight, module.master = fixed[id(module.weight)]
+        for scale in (module.scales, *(getattr(module, name, None) for name in ("input_scale", "low_input_scale"))):
+            if isinstance(scale, nn.Parameter):
+                scale.requires_grad_(True)
+
+
+def release_codes(model: nn.Module) -> None:
+    """Train everything again after `fix_codes`, in place.
+
+    The master weights follow their scales, such that their codes are exactly the fixed ones: nothing that the model
+    computes changes.
+    """
+    for matrix in training_matrices(model).values():
+        if matrix.master is not None:
+            assert matrix.scales is not None
+            after = formats.stored_scales(matrix.scales)
+            weight = formats.carried_weight(
+                matrix.master.weight, matrix.weight, matrix.master.scales, after, matrix.spec
+            )
+            with torch.no_grad():
+                matrix.master.weight.copy_(weight)
+    for module in _all_training(model):
+        if module.master is not None:
+            module.weight, module.master = module.master.weight, None
+    model.requires_grad_(True)
+
+
+def _all_training(model: nn.Module) -> list[TrainingMatrix]:
+    """Every training module, a head tied to the embedding too."""
+    return [module for module in model.modules() if isinstance(module, TrainingMatrix)]
 
 
 def training_matrices(model: nn.Module) -> dict[str, TrainingMatrix]:
@@ -367,7 +455,7 @@ def frozen_codes(model: nn.Module) -> Iterator[dict[str, str]]:
     """Encode every matrix once for all forward passes inside; gives module path -> digest of what they use."""
     matrices = training_matrices(model)
     by_weight = {id(module.weight): module for module in matrices.values()}
-    everywhere = [module for module in model.modules() if isinstance(module, TrainingMatrix)]
+    everywhere = _all_training(model)
     try:
         for module in matrices.values():
             module.freeze()

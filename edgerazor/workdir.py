@@ -85,6 +85,11 @@ class WorkDir:
         return self.folder("calibrate") / "sensitivity.json"
 
     @property
+    def start_file(self) -> Path:
+        """Scales and weights that training or rounding begins with, where the plain rule is not wanted."""
+        return self.folder("calibrate") / "start.safetensors"
+
+    @property
     def generated_text(self) -> Path:
         """Text the teacher wrote, where the user gave none."""
         return self.folder("calibrate") / "generated.jsonl"

@@ -47,6 +47,7 @@ FIELDS: dict[str, tuple[list[str], str, Any]] = {
     "--granularity": (["block"], "calibrate.granularity", "block"),
     "--kv-bits": (["16"], "calibrate.kv_bits", 16),
     "--activation-bits": (["16"], "calibrate.activation_bits", 16),
+    "--start": (["gptq"], "calibrate.start", "gptq"),
     "--revision": (["main"], "revision", "main"),
     "--trust-remote-code": ([], "trust_remote_code", True),
     "--seed": (["7"], "seed", 7),

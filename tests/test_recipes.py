@@ -1,8 +1,12 @@
-"""The recipes for published models: each trains and packs a random model of its real layer shapes."""
+"""The recipes for published models: each trains and packs a random model of its real layer shapes; and the ladder."""
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from edgerazor import allocate, models
 from edgerazor import recipe as recipes
+from edgerazor.errors import USAGE, UserError
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 PUBLISHED_BITS = (1.58, 1.88, 2.79, 4.0)
@@ -108,7 +113,7 @@ EVERY_RECIPE = sorted(FOLDER.glob("*.yaml"))
 
 @pytest.mark.parametrize("path", EVERY_RECIPE, ids=lambda path: path.stem)
 def test_every_recipe_loads(path: Path) -> None:
-    assert recipes.build(recipes.load(path), f"The recipe {path}").model
+    assert bool(recipes.build(recipes.load(path), f"The recipe {path}").model) == (path.stem != "ladder")
 
 
 def load(name: str) -> recipes.Recipe:
@@ -233,3 +238,105 @@ def test_bits_of_a_recipe_on_the_command_line(
     wrong = run("run", recipe, "--work", tmp_path / "job", "--bits", "1.2")
     assert wrong.code == 2
     assert "--bits is 1.2; expected a number from 1.58 to 8" in wrong.err
+
+
+# The ladder, and recipes by their names ---------------------------------------------------------------------------
+
+
+def test_the_ladder_by_its_name(
+    run: Run, llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model, bits and a text are all that it needs; every rung takes its part and what is made can be packed."""
+    monkeypatch.chdir(tmp_path)
+    small = ["--sequence-length", 32, "--batch-size", 1, "--accumulation", 1, "--threads", 1, "--reconstruct", 4]
+    asked = [llama, "--bits", 2, "--recipe", "ladder", "--data", text_file, "--steps", 8, *small]
+    dry = run("distill", *asked, "--dry-run", "--json").json()
+    assert {name: each["steps"] for name, each in dry["rungs"].items()} == {
+        "reconstruct": 8,
+        "1 scales": 2,
+        "2 all": 6,
+    }
+    done = run("distill", *asked, "--json")
+    assert done.code == 0, done.err
+    rungs = done.json()["rungs"]
+    assert [each["what"] for each in rungs] == ["initialise", "reconstruct", "scales", "all"]
+    assert rungs[1]["held_out"] < rungs[0]["held_out"]
+    packed = run("pack", "--json")
+    assert packed.code == 0, packed.err
+    assert packed.json()["verified"] is True
+    refused = run("distill", "--recipe", "ladder", "--work", "other")
+    assert refused.code == USAGE
+    assert "names no model" in refused.err
+    assert "edgerazor distill MODEL --recipe" in refused.err
+
+
+def test_a_file_of_that_name_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()  # a folder is no recipe
+    for name in ("ladder", "qwen3-0.6b"):
+        assert recipes.find(Path(name)) == FOLDER / f"{name}.yaml"
+    Path("ladder.yaml").touch()
+    assert recipes.find(Path("ladder")) == Path("ladder.yaml")
+    Path("ladder").touch()
+    assert recipes.find(Path("ladder")) == Path("ladder")
+    for path in ("elsewhere/ladder", "nowhere.yaml", str(tmp_path / "ladder")):
+        assert recipes.find(Path(path)) == Path(path)
+    for name, hint in (
+        ("lader", "Did you mean ladder?"),
+        ("recipes", "Known: "),
+        ("qwen3-0.6", "Did you mean qwen3-0.6b"),
+    ):
+        with pytest.raises(UserError, match=f"There is no recipe called '{name}'") as wrong:
+            recipes.find(Path(name))
+        assert wrong.value.hint.startswith(hint)
+        assert wrong.value.code == USAGE
+
+
+def stands_alone(path: Path) -> bool:
+    """Whether a recipe needs no file or folder of the checkout."""
+    recipe = recipes.build(recipes.load(path))
+    files = [source.file for source in (*recipe.data.train, *recipe.data.held_out) if source.file]
+    return not files and not os.path.isabs(recipe.model)
+
+
+def test_an_installation_finds_the_recipes_that_stand_alone(tmp_path: Path) -> None:
+    """A wheel, built from a copy because building leaves folders behind, and installed into a folder of its own."""
+    root, copy, prefix = FOLDER.parent, tmp_path / "source", tmp_path / "installed"
+    copy.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, copy)
+    shutil.copytree(root / "edgerazor", copy / "edgerazor", ignore=shutil.ignore_patterns("__pycache__", "*.jsonl"))
+    shutil.copytree(FOLDER, copy / "recipes", ignore=lambda _, names: [n for n in names if not n.endswith(".yaml")])
+    alone = sorted(path.stem for path in EVERY_RECIPE if stands_alone(path))
+    listed = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["data-files"]
+    assert sorted(Path(name).stem for names in listed.values() for name in names) == alone
+
+    def python(folder: Path, *words: str, **environment: str) -> str:
+        settings = {**os.environ, **environment}
+        done = subprocess.run(
+            [sys.executable, *words], capture_output=True, text=True, cwd=folder, env=settings, timeout=120, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    python(copy, "-c", "from setuptools import build_meta; build_meta.build_wheel('.')")
+    (wheel,) = copy.glob("*.whl")
+    python(
+        copy,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--ignore-installed",
+        "--prefix",
+        str(prefix),
+        str(wheel),
+    )
+    (site,) = prefix.glob("lib/python*/site-packages")
+    ask = "from edgerazor import recipe; print(recipe.__file__, *sorted(recipe.shipped()), recipe.shipped()['ladder'])"
+    found = python(prefix, "-c", ask, PYTHONPATH=str(site)).split()
+    assert found[0].startswith(str(prefix))
+    assert found[1:-1] == alone
+    assert Path(found[-1]).read_text() == (FOLDER / "ladder.yaml").read_text()

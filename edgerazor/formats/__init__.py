@@ -1,7 +1,8 @@
 """Number formats: weights <-> codes <-> bytes. Each file here whose name has no underscore is a format.
 
 Read `_base.py` first (what a format is), then `ternary.py` (the shortest real one), `_matrix.py` (rows or blocks of
-different formats), `_learned.py` (scales that are trained) and `_activations.py`.
+different formats), `_learned.py` (scales that are trained), `_start.py` (better ones to begin with) and
+`_activations.py`.
 """
 
 from edgerazor import registry
@@ -13,7 +14,7 @@ from edgerazor.formats._activations import (
 )
 from edgerazor.formats._base import Encoded, Format, group_count, straight_through
 from edgerazor.formats._indices import index_columns
-from edgerazor.formats._learned import gradient_inlet, initial_scales, learned_weight, stored_scales
+from edgerazor.formats._learned import carried_weight, gradient_inlet, initial_scales, learned_weight, stored_scales
 from edgerazor.formats._matrix import (
     BLOCK_FORMATS,
     ROW_FORMATS,
@@ -31,6 +32,7 @@ from edgerazor.formats._matrix import (
     tensor_bytes,
     unpack_matrix,
 )
+from edgerazor.formats._start import clipped, compensated
 from edgerazor.formats._static import (
     INPUT_SCALE,
     LOW_INPUT_SCALE,
@@ -51,6 +53,9 @@ __all__ = [
     "Format",
     "MatrixSpec",
     "calibrated_scale",
+    "carried_weight",
+    "clipped",
+    "compensated",
     "decode_matrix",
     "digest",
     "encode_matrix",

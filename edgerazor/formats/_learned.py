@@ -23,10 +23,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from edgerazor.formats._base import LARGEST_SCALE, Encoded, Format, _blocks, _grouping, group_count
-from edgerazor.formats._matrix import MatrixSpec, _merge, _select, decode_matrix, join_strips, round_trip
+from edgerazor.formats._matrix import (
+    MatrixSpec,
+    _merge,
+    _select,
+    decode_matrix,
+    encode_matrix,
+    join_strips,
+    round_trip,
+)
 
 #: The smallest scale that fp16 can hold: a learned scale never reaches zero.
 SMALLEST = 2.0**-24
+#: Floats that rounding may put between a weight and the interval of its code, with room to spare.
+NUDGES = 4
 
 
 def initial_scales(w: Tensor, spec: MatrixSpec) -> Tensor:
@@ -71,6 +81,38 @@ def learned_weight(w: Tensor, scales: Tensor, spec: MatrixSpec, dtype: torch.dty
     if w.dtype == torch.int8:
         return decode_matrix(Encoded(w, stored), spec).to(dtype)
     return round_trip(w, spec, dtype, stored)
+
+
+def carried_weight(w: Tensor, codes: Tensor, before: Tensor, after: Tensor, spec: MatrixSpec) -> Tensor:
+    """A weight float32 [rows, cols] that has the given codes at new scales, so that training can go on from there.
+
+    Every weight keeps its place between the levels: it is multiplied by new over old scale. Where the rounding of that
+    puts it into another code's interval, it moves to the nearest float inside; `encode_matrix` of the result with
+    `after` gives exactly `codes`.
+
+    Args:
+        w: float32 [rows, cols], whose codes at the scales `before` are `codes`.
+        codes: int8 [rows, cols].
+        before, after: float16 [rows, groups], as `stored_scales` gives them.
+        spec: formats of the rows.
+
+    Raises:
+        ValueError: as `encode_matrix`.
+    """
+    carried = w.detach().float().clone()
+    factor = after.float() / before.float()
+    _, group, full = _grouping(carried, spec.group_size)
+    for rows, cols, groups in _blocks(carried, group, full):
+        part = carried[rows, cols].unflatten(1, (groups.stop - groups.start, -1))
+        carried[rows, cols] = (part * factor[rows, groups].unsqueeze(2)).flatten(1)
+    for _ in range(NUDGES):
+        wrong = encode_matrix(carried, spec, after).codes != codes
+        if not wrong.any():
+            return carried
+        levels = decode_matrix(Encoded(codes, after), spec)
+        carried = torch.where(wrong, torch.nextafter(carried, levels), carried)
+    wrong = encode_matrix(carried, spec, after).codes != codes
+    return torch.where(wrong, decode_matrix(Encoded(codes, after), spec), carried)  # a level has its own code
 
 
 def gradient_inlet(w: Tensor, scales: Tensor, spec: MatrixSpec) -> Tensor:

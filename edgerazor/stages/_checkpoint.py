@@ -1,7 +1,8 @@
 """The resumable state of a distillation, without pickle.
 
-One folder: `state.safetensors` (master weights and AdamW's moments), `state.json` (counters, the inputs it belongs
-to, random state). It replaces the previous one only when it is complete on the disk.
+One folder: `state.safetensors` (master weights and AdamW's moments; where codes are fixed for a while, these and what
+they were made from), `state.json` (counters, the inputs it belongs to, random state). It replaces the previous one only
+when it is complete on the disk.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
+from edgerazor import surgery
 from edgerazor.errors import UserError
+from edgerazor.stages._ladder import RungResult
 from edgerazor.workdir import replace_folder
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -26,8 +29,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class Progress(BaseModel):
     """Counters of a run. The position in the data is `step`, since the order of the data is a function of it.
 
-    `block_errors` are those of the layers reconstructed so far, before and after, and `block_seconds` the time
-    that took. `streams` says where streamed sources are, so that they need not be read again from the beginning.
+    `block_errors` are those of the layers reconstructed so far, before and after, and `block_seconds` the time that
+    passed before the first step. `rung` is the number of the current rung, 0 before the first, and `rung_step`,
+    `rung_share` and `rung_seconds` are the step, the share of the budget and the time at which it began; `rungs` are
+    those that have ended, and `on_target` says that the quality asked for was reached. `streams` says where streamed
+    sources are, so that they need not be read again from the beginning.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -41,6 +47,12 @@ class Progress(BaseModel):
     metrics_lines: int = 0
     block_errors: list[tuple[float, float]] = []
     block_seconds: float = 0.0
+    rung: int = 0
+    rung_step: int = 0
+    rung_share: float = 0.0
+    rung_seconds: float = 0.0
+    rungs: list[RungResult] = []
+    on_target: bool = False
     streams: dict[str, Any] = {}
 
 
@@ -48,7 +60,7 @@ def save(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, inputs: dict[str, str]
 ) -> None:
     """Replace the checkpoint."""
-    tensors = {}
+    tensors = _held(model)
     for name, parameter in model.named_parameters():
         tensors[f"weight/{name}"] = parameter.detach()
         for moment in MOMENTS:
@@ -58,6 +70,16 @@ def save(
     with replace_folder(folder) as new:
         save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, new / "state.safetensors")
         (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
+
+
+def _held(model: nn.Module) -> dict[str, Tensor]:
+    """What fixed codes were made from."""
+    found = {}
+    for name, matrix in surgery.training_matrices(model).items():
+        if matrix.master is not None:
+            found[f"master/{name}"] = matrix.master.weight.detach()
+            found[f"start/{name}"] = matrix.master.scales
+    return found
 
 
 def stored_inputs(folder: Path) -> dict[str, str] | None:
@@ -84,7 +106,7 @@ def stored_progress(folder: Path) -> Progress | None:
 
 
 def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress | None:
-    """Bring model and optimizer to the checkpoint, if there is one.
+    """Bring model and optimizer to the checkpoint, if there is one; both are those of its rung.
 
     Raises:
         UserError: the checkpoint is damaged.
@@ -96,12 +118,14 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
         tensors = load_file(folder / "state.safetensors")
         progress = Progress.model_validate(state["progress"])
         with torch.no_grad():
+            for name, tensor in _held(model).items():
+                tensor.copy_(tensors[name])
             for name, parameter in model.named_parameters():
                 parameter.copy_(tensors[f"weight/{name}"])
                 if f"{MOMENTS[0]}/{name}" not in tensors:  # it has had no gradient yet
                     continue
                 moments = {key: tensors[f"{key}/{name}"].to(parameter.device) for key in MOMENTS}
-                step = torch.tensor(float(progress.step), device=parameter.device)
+                step = torch.tensor(float(progress.step - progress.rung_step), device=parameter.device)
                 optimizer.state[parameter] = {"step": step, **moments}
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise _damaged(folder, error) from None

@@ -211,7 +211,7 @@ def read_plan(work: WorkDir) -> Plan:
     try:
         return Plan.model_validate_json(work.plan_file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise _damaged(work.plan_file) from None
+        raise damaged(work.plan_file) from None
 
 
 def read_layer_metrics(work: WorkDir) -> dict[str, list[float]]:
@@ -274,7 +274,12 @@ def input_scales(
         stored = load_file(work.statistics_file)
         return {name: float(stored[name]) for name in names}
     except (OSError, SafetensorError, KeyError):
-        raise _damaged(work.statistics_file) from None
+        raise damaged(work.statistics_file) from None
+
+
+def needs_calibration(wanted: Calibrate) -> bool:
+    """Whether a model of these settings cannot be made without what calibrate measures, even without training."""
+    return wanted.activation_scales != "dynamic" or wanted.adaptive_tokens == "causal" or wanted.start != "rule"
 
 
 def check_attention(model: PreTrainedModel, wanted: Plan | Calibrate) -> None:
@@ -410,10 +415,11 @@ def _statistics(work: WorkDir, name: str) -> list[float]:
     try:
         return [float(value) for value in load_file(work.statistics_file)[name]]
     except (OSError, SafetensorError, KeyError):
-        raise _damaged(work.statistics_file) from None
+        raise damaged(work.statistics_file) from None
 
 
-def _damaged(path: Path) -> UserError:
+def damaged(path: Path) -> UserError:
+    """What to say of a file of calibrate that cannot be used."""
     return UserError(f"{path} is missing or damaged.", "Make it again with `edgerazor calibrate --force`.")
 
 

@@ -14,6 +14,7 @@ Walks calibration text through the teacher, one decoder layer at a time, and kee
 
 and writes the plan: a format for every row, tensor or block of every matrix (`allocate/`), with a summary of what was
 measured in `sensitivity.json`. What was measured serves every budget.
+Where training is to start from better codes than the formats' rules give, they are made then (`_start.py`).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from edgerazor.console import Console, duration, megabytes, table
 from edgerazor.errors import INTERRUPTED, UserError
 from edgerazor.models import PreTrainedModel, PreTrainedTokenizerBase
 from edgerazor.recipe import Recipe, Sampling
-from edgerazor.stages import _observers, _sensitivity, _shared, _writing
+from edgerazor.stages import _observers, _sensitivity, _shared, _start, _writing
 from edgerazor.workdir import WorkDir, digest_json, make_folder, versions, write_atomically, write_json, write_text
 
 NAME = "calibrate"
@@ -130,6 +131,8 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateResult:
     write_text(work.plan_file, plan.model_dump_json(indent=1) + "\n")
     if study:
         write_json(work.sensitivity_file, study)
+    if recipe.calibrate.start != "rule":
+        _start.write(recipe, work, plan, rows, console)
     size = _shared.packed_size(recipe, teacher, found, work=work)(plan)
     result = CalibrateResult(
         model=recipe.model,
@@ -443,6 +446,7 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateDryRun:
     if recipe.calibrate.plan == "sensitivity":
         walks = _sensitivity.walks(estimates_of(recipe), len(candidates_of(recipe.calibrate)), len(found.linears))
         sequences += walks * _sensitivity.sequences_of(recipe.calibrate.sensitivity_tokens, length)
+    sequences += recipe.calibrate.sequences * _start.PASSES[recipe.calibrate.start]
     seconds = walk.seconds(-(-sequences // batch))
     memory = walk.memory(whole_attention=adaptive)
     tokens = recipe.calibrate.sequences * length
@@ -457,12 +461,13 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateDryRun:
         bytes=packed.bytes,
         tokens=tokens,
         generated_tokens=own,
-        memory_bytes=memory,
+        memory_bytes=max(memory, _start.memory_bytes(recipe, teacher, tokens)),
         mapped_bytes=size,
         disk_bytes=sum(m.columns * 4 for m in plan.matrices)
         + 2 * sum(m.rows for m in plan.matrices)
         + 10 * own
-        + 2 * tokens * found.embedding.columns * walk.dtype.itemsize,
+        + 2 * tokens * found.embedding.columns * walk.dtype.itemsize
+        + _start.file_bytes(recipe.calibrate.start, plan),
         seconds=float(f"{seconds:.3g}"),
     )
 

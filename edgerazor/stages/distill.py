@@ -9,6 +9,9 @@ An optimizer step is `accumulation` micro-batches on each process. Counts and te
 known before the student's first backward pass, so that 2B sequences on one process, B on two, and 2 micro-batches of
 B give the same gradient. The order of the data is a function of the step, so the step is the position in the data.
 
+A training may have rungs (scales alone first, then everything), each with a part of the budget, an optimizer and a
+schedule of its own; the data go on from rung to rung.
+
 The state of a training is its checkpoint. The two students beside it are what `pack` reads: `last`, and `best`, the one
 with the lowest held-out loss so far. A killed training goes on from the checkpoint and makes the same numbers again.
 """
@@ -21,11 +24,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -39,11 +42,12 @@ from torch import Tensor
 from edgerazor import data, losses, models, surgery
 from edgerazor.allocate import Plan
 from edgerazor.console import Console, table
-from edgerazor.errors import INTERRUPTED, UserError
+from edgerazor.errors import INTERRUPTED, UserError, usage_error
 from edgerazor.losses import Head, Outputs, StepTotals, step_counts
 from edgerazor.models import PreTrainedModel
 from edgerazor.recipe import Distill, Recipe
-from edgerazor.stages import _checkpoint, _objective, _reconstruct, _shared
+from edgerazor.stages import _checkpoint, _ladder, _objective, _reconstruct, _shared, _start
+from edgerazor.stages._ladder import RungEstimate, RungResult
 from edgerazor.stages._objective import Looks, Teacher, Terms
 from edgerazor.stages._optimizer import make_optimizer, schedule, set_rate
 from edgerazor.workdir import WorkDir, make_folder, replace_folder, write_json, write_text
@@ -56,7 +60,7 @@ Batch = dict[str, Tensor]
 
 
 class DistillResult(BaseModel):
-    """What distill reached."""
+    """What distill reached. `stopped` says by what: the budget was used up, or the target of quality reached."""
 
     notation: str
     steps: int
@@ -68,6 +72,8 @@ class DistillResult(BaseModel):
     measure: str
     tokens_per_second: float
     block_errors: list[tuple[float, float]] = []
+    rungs: list[RungResult] = []
+    stopped: Literal["budget", "target"] = "budget"
 
 
 class DistillDryRun(BaseModel):
@@ -81,6 +87,7 @@ class DistillDryRun(BaseModel):
     result_bytes: int
     seconds_per_step: float
     seconds: float | None
+    rungs: dict[str, RungEstimate] = {}
 
 
 def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
@@ -91,8 +98,9 @@ def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
     """
     calibrated = work.manifest("calibrate")
     settings = recipe.distill
-    skip = ("max_time", "checkpoint_every", "gradient_checkpointing", "batch_size", "accumulation")
+    skip = ("max_time", "checkpoint_every", "gradient_checkpointing", "batch_size", "accumulation", "rungs")
     found = _shared.settings("distill", settings, skip)
+    found |= {"distill.rungs": _ladder.in_words(settings)} if settings.rungs else {}
     found["distill.losses"] = " + ".join(_objective.term_in_words(term) for term in settings.losses)
     budget, asked = recipe.calibrate.budget()
     found["distill.teachers"] = _shared.teachers_fingerprint(recipe)
@@ -125,15 +133,33 @@ class Job:
     rows: data.TokenRows
     held_out: data.TokenRows
     length: int
-    terms: Terms
-    looks: Looks  # what losses need of the student ...
-    teacher_looks: Looks  # ... and those that compare need of the first teacher
-    comparing: bool  # whether a loss needs the teachers
+    rungs: list[_ladder.Training]
+    terms: Terms  # of the current rung
     logit_shape: tuple[float, float | None]
     tokens_per_row: float
     packed_bytes: int  # of what pack will write
     progress: _checkpoint.Progress = field(default_factory=_checkpoint.Progress)
     began: float = 0.0
+
+    @property
+    def looks(self) -> Looks:
+        """What losses need of the student ..."""
+        return _objective.looks(loss for _, loss in self.terms)
+
+    @property
+    def teacher_looks(self) -> Looks:
+        """... and those that compare need of the first teacher."""
+        return _objective.looks(loss for _, loss in self.terms if loss.needs_teacher)
+
+    @property
+    def comparing(self) -> bool:
+        """Whether a loss needs the teachers."""
+        return any(loss.needs_teacher for _, loss in self.terms)
+
+    @property
+    def rung(self) -> _ladder.Training:
+        """The current one; the first before it has begun."""
+        return self.rungs[max(self.progress.rung, 1) - 1]
 
     @property
     def rows_per_step(self) -> int:
@@ -159,7 +185,7 @@ class Job:
         return self.progress.seconds + time.monotonic() - self.began
 
     def share(self) -> float:
-        """How much of the budget is used, 0 to 1."""
+        """How much of the budget is used, 0 to 1, all rungs together."""
         shares = [self.progress.step / self.steps] if self.steps else []
         if self.settings.max_time:
             before = self.progress.block_seconds  # the schedule begins when all layers are trained together
@@ -187,7 +213,10 @@ def run(recipe: Recipe, work: WorkDir, console: Console, fresh: bool = False) ->
     _objective.say_who_teaches(recipe, job.terms, job.teachers, console)
     resume(job, work, console)
     with watch_signals() as signals:
+        look(job, work, identity, "initialise", 0)
         reconstruct_blocks(job, work, identity, signals, console)
+        if (blocks := job.settings.reconstruct) is not None:
+            look(job, work, identity, "reconstruct", blocks.steps * job.structure.layer_count)
         train(job, work, identity, signals, console)
     job.accelerator.wait_for_everyone()
     return finish(job, work)
@@ -199,15 +228,18 @@ def train(job: Job, work: WorkDir, identity: dict[str, str], signals: Signals, c
     Raises:
         UserError: as `run`.
     """
+    if job.progress.rung == 0:
+        begin_rung(job, 1, 0.0)
     with console.track("distill", job.steps or 0, job.progress.step) as tracker:
         for batches in step_batches(job):
             loss = train_step(job, batches)
             count_step(job, loss)
             finished, interrupted = over(job, False), bool(agree(job, float(signals.received)))
-            if job.accelerator.is_main_process:
-                keep(job, work, identity, finished, interrupted)
-                tracker.note(in_words(job))
+            finished, ended = keep(job, work, identity, finished, interrupted)
+            tracker.note(in_words(job))
             tracker.advance()
+            if ended:
+                console.say(rung_in_words(job))
             if finished:
                 break
             if interrupted:
@@ -221,7 +253,7 @@ def reconstruct_blocks(job: Job, work: WorkDir, identity: dict[str, str], signal
         UserError: it was interrupted.
     """
     count, done = job.structure.layer_count, len(job.progress.block_errors)
-    if job.settings.reconstruct is None or done == count:
+    if job.settings.reconstruct is None or done == count or job.progress.on_target:
         return
     found = _reconstruct.reconstruct(
         job.student,
@@ -262,12 +294,87 @@ def in_words(job: Job) -> str:
     return f"loss {job.progress.loss:.4f}{best}"
 
 
+def rung_in_words(job: Job) -> str:
+    """What the rung that ended last has reached."""
+    ended = job.progress.rungs[-1]
+    what = f"rung {ended.rung} of {len(job.rungs)} ({ended.what})"
+    return f"{what}: {ended.steps} steps, held-out {measured_by(job)} {ended.held_out:.4f}"
+
+
 def interruption(job: Job) -> UserError:
     return UserError(
         f"Interrupted at step {job.progress.step}; everything is saved.",
         "The same command goes on from there.",
         INTERRUPTED,
     )
+
+
+# --- rungs -------------------------------------------------------------------------------------
+
+
+def begin_rung(job: Job, number: int, share: float) -> None:
+    """Go on with a rung, counted from 1, when a share of the whole budget is used."""
+    progress = job.progress
+    progress.rung, progress.rung_step, progress.rung_share = number, progress.step, share
+    if number == 1:
+        progress.block_seconds = job.seconds()
+    enter_rung(job, number)
+
+
+def enter_rung(job: Job, number: int) -> None:
+    """Train what a rung trains from now on, with a new optimizer; `prepare` does so for a training without rungs."""
+    if not job.settings.rungs:
+        return
+    rung = job.rungs[number - 1]
+    job.settings, job.terms = rung.settings, rung.terms
+    if rung.settings.train == "scales":
+        surgery.fix_codes(job.student)
+    else:
+        surgery.release_codes(job.student)
+    # what was wrapped knows the parameters that were trained when it was made
+    job.accelerator.unwrap_model(job.trained, keep_fp32_wrapper=False)
+    job.accelerator.free_memory()
+    job.trained = job.accelerator.prepare_model(job.student)
+    job.optimizer = make_optimizer(job.student, rung.settings)
+
+
+def end_rung(job: Job, held_out: float, finished: bool) -> None:
+    """Report the current rung and go on with the next that has a part of the budget left, unless that was the end."""
+    share = agree(job, job.share())
+    report(job, job.progress.rung, job.settings.train, job.progress.step - job.progress.rung_step, held_out)
+    while not finished:
+        begin_rung(job, job.progress.rung + 1, share)
+        if not job.rung.over(share) or job.progress.rung == len(job.rungs):
+            return
+        report(job, job.progress.rung, job.settings.train, 0, held_out)  # a step has used up its time too
+
+
+def report(job: Job, rung: int, what: str, steps: int, held_out: float) -> None:
+    """Note what a rung has reached, in the place of what it had reached when it ended before."""
+    progress, now = job.progress, job.seconds()
+    kept = [each for each in progress.rungs if each.rung < max(rung, 1)]
+    seconds = round(now - progress.rung_seconds, 1)
+    progress.rungs = [*kept, RungResult(rung=rung, what=what, steps=steps, seconds=seconds, held_out=held_out)]
+    progress.rung_seconds = now
+
+
+def look(job: Job, work: WorkDir, identity: dict[str, str], what: str, steps: int) -> None:
+    """Before the first step of a training with rungs or a target: measure, report and save, once."""
+    progress = job.progress
+    asked = job.settings.rungs or job.settings.target_kl is not None
+    if not asked or progress.rung or progress.on_target or any(each.what == what for each in progress.rungs):
+        return
+    held_out = measure(job, work, what)
+    report(job, 0, what, steps, held_out)
+    progress.on_target = good_enough(job, held_out)
+    if job.accelerator.is_main_process:
+        save_progress(job, work, identity)
+
+
+def good_enough(job: Job, held_out: float | None) -> bool:
+    """Whether what was just measured reaches the target, if there is one."""
+    target = job.settings.target_kl
+    return target is not None and held_out is not None and held_out <= target
 
 
 # --- where it starts ---------------------------------------------------------------------------
@@ -291,9 +398,14 @@ def has_student(folder: Path) -> bool:
 
 def resume(job: Job, work: WorkDir, console: Console) -> None:
     """Bring the job to where its checkpoint left it, if there is one."""
+    stored = _checkpoint.stored_progress(work.checkpoint("current"))
+    if stored and stored.rung:
+        enter_rung(job, stored.rung)
     found = _checkpoint.restore(work.checkpoint("current"), job.student, job.optimizer)
     if found:
         job.progress = found
+        if found.step:
+            found.rung = max(found.rung, 1)  # checkpoints did not always say that the first had begun
         job.rows.restore(found.streams)
         adopt_best(job, work.student("best"))
         console.say(f"distill goes on from step {found.step}")
@@ -340,8 +452,9 @@ def prepare(recipe: Recipe, work: WorkDir, imagined: bool = False) -> Job:
     logit_shape = models.logit_shape(teacher, structure.head_path)
     plan = _shared.new_plan(recipe, teacher, structure) if imagined else _shared.read_plan(work)
     measured = _objective.unmeasured(structure.layer_count) if imagined else _shared.read_layer_metrics(work)
-    terms = _objective.make_terms(recipe, structure.layer_count, measured)
-    comparing = [loss for _, loss in terms if loss.needs_teacher]
+    rungs = _ladder.trainings(recipe, structure.layer_count, measured)
+    terms = [term for rung in rungs for term in rung.terms]
+    teaching = any(loss.needs_teacher for _, loss in terms) or settings.reconstruct or settings.target_kl
     first = Teacher(teacher, structure, structure.head_path, logit_shape)
     others = _objective.load_others(recipe, accelerator.device, dtype)
     length = min(_shared.sequence_length(recipe, each) for each in (teacher, *(other.model for other in others)))
@@ -350,12 +463,13 @@ def prepare(recipe: Recipe, work: WorkDir, imagined: bool = False) -> Job:
     calibrated = None if imagined else work
     how = _shared.settings_of(plan, structure, calibrated)
     input_scales = _shared.input_scales(plan, teacher, structure, calibrated)
-    student = make_student(recipe, structure, plan, how, input_scales, accelerator.device)
+    start = None if imagined else _start.stored(recipe, work, plan)
+    student = make_student(recipe, structure, plan, how, input_scales, accelerator.device, start)
     _objective.open_models(student, teacher, structure, terms)
-    return Job(
+    job = Job(
         settings=settings,
         accelerator=accelerator,
-        teachers=[first, *others] if comparing or settings.reconstruct else [],
+        teachers=[first, *others] if teaching else [],
         student=student,
         trained=accelerator.prepare_model(student),
         optimizer=make_optimizer(student, settings),
@@ -364,14 +478,14 @@ def prepare(recipe: Recipe, work: WorkDir, imagined: bool = False) -> Job:
         rows=rows,
         held_out=held_out,
         length=length,
-        terms=terms,
-        looks=_objective.looks(loss for _, loss in terms),
-        teacher_looks=_objective.looks(comparing),
-        comparing=bool(comparing),
+        rungs=rungs,
+        terms=rungs[0].terms,
         logit_shape=logit_shape,
         tokens_per_row=rows.tokens_per_row,
         packed_bytes=_shared.packed_size(recipe, teacher, structure, work=calibrated)(plan).bytes,
     )
+    _ladder.check_steps(rungs, job.steps)
+    return job
 
 
 def uses_bfloat16(settings: Distill, device: torch.device) -> bool:
@@ -385,13 +499,18 @@ def imagined_text(length: int) -> tuple[data.TokenRows, data.TokenRows]:
 
 
 def check(recipe: Recipe) -> None:
-    """Refuse losses and layers that cannot be, before anything that takes time.
+    """Refuse losses, layers and starts that cannot be, before anything that takes time.
 
     Raises:
-        UserError: as `_objective.check` and `_reconstruct.check`.
+        UserError: as `_ladder.check` and `_reconstruct.check`.
     """
+    if recipe.distill.initialise == "random" and recipe.calibrate.start != "rule":
+        raise usage_error(
+            f"A random student cannot begin with the teacher's {recipe.calibrate.start} start.",
+            "Use `start: rule`, or leave out `distill.initialise`.",
+        )
     _reconstruct.check(recipe)
-    _objective.check(recipe)
+    _ladder.check(recipe)
 
 
 def make_student(
@@ -401,8 +520,12 @@ def make_student(
     settings: surgery.Settings,
     input_scales: dict[str, float] | None,
     device: torch.device,
+    start: Callable[[str], surgery.Start] | None = None,
 ) -> PreTrainedModel:
-    """A float32 copy of the teacher, or a random one for the control, with training modules in it."""
+    """A float32 copy of the teacher, or a random one for the control, with training modules in it.
+
+    `start` says where its matrices begin, if not at their formats' rules.
+    """
     if recipe.distill.initialise == "teacher":
         student, _ = models.load(recipe.model, recipe.revision, "cpu", torch.float32, recipe.trust_remote_code)
     else:
@@ -410,7 +533,7 @@ def make_student(
     if recipe.distill.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     scales_only = recipe.distill.train == "scales"
-    surgery.prepare_for_training(student, structure, plan.specs(), settings, scales_only, input_scales)
+    surgery.prepare_for_training(student, structure, plan.specs(), settings, scales_only, input_scales, start)
     student.config.use_cache = False
     return student.to(device).train()
 
@@ -421,7 +544,7 @@ def make_student(
 def step_batches(job: Job) -> Iterator[list[Batch]]:
     """The micro-batches of this process for every step, from the current one on."""
     accelerator, settings = job.accelerator, job.settings
-    while not over(job, True):
+    while not (over(job, True) or job.progress.on_target):
         yield [
             job.rows.batch(
                 step=job.progress.step,
@@ -441,7 +564,7 @@ def train_step(job: Job, batches: list[Batch]) -> float:
     batches = [{key: value.to(accelerator.device) for key, value in batch.items()} for batch in batches]
     targets = [teacher_outputs(job, batch, job.teacher_looks) if job.comparing else None for batch in batches]
     totals = step_totals(job, batches, targets)
-    share = agree(job, job.share())
+    share = job.rung.share(agree(job, job.share()), job.progress.rung_share)
     rate = job.settings.learning_rate * schedule(job.settings, share)
     terms = [(term.weight_at(share), loss) for term, loss in job.terms]
     set_rate(job.optimizer, rate)
@@ -521,18 +644,55 @@ def agree(job: Job, value: float) -> float:
 # --- measuring and saving ----------------------------------------------------------------------
 
 
-def keep(job: Job, work: WorkDir, identity: dict[str, str], finished: bool, interrupted: bool) -> None:
-    """After a step: measure and save what is due."""
-    step = job.progress.step
-    if step % job.settings.evaluate_every == 0 or finished:
-        measure(job, work)
-    if step % job.settings.checkpoint_every == 0 or finished or interrupted:
+def keep(job: Job, work: WorkDir, identity: dict[str, str], finished: bool, interrupted: bool) -> tuple[bool, bool]:
+    """After a step: measure and save what is due.
+
+    Returns:
+        whether that was the last step, because the budget is used up or the target reached; whether a rung has ended.
+    """
+    settings, step = job.settings, job.progress.step
+    ended = finished or (len(job.rungs) > 1 and job.rung.over(agree(job, job.share())))
+    if ended or step % settings.evaluate_every == 0:
+        held_out = measure(job, work, settings.train)
+        job.progress.on_target = good_enough(job, held_out)
+        finished = finished or job.progress.on_target
+        ended = bool(settings.rungs) and (ended or finished)
+        if ended:
+            end_rung(job, held_out, finished)
+    saving = ended or finished or interrupted or step % settings.checkpoint_every == 0
+    if saving and job.accelerator.is_main_process:
         save_progress(job, work, identity)
+    return finished, ended
+
+
+def measure(job: Job, work: WorkDir, what: str) -> float:
+    """Held-out loss of the student as it would be packed, measured by the main process for all; keep the best.
+
+    Args:
+        job: in training.
+        work: where students go.
+        what: was done to the student, for the metrics of a training with rungs.
+    """
+    if not job.accelerator.is_main_process:
+        return agree(job, -math.inf)
+    found, digests = held_out_losses(job)
+    value = found[measured_by(job)]
+    if not math.isfinite(value):
+        raise UserError(f"The held-out loss is not finite at step {job.progress.step}.", "Lower --learning-rate.")
+    if job.progress.best is None or value < job.progress.best:
+        job.progress.best, job.progress.best_step = value, job.progress.step
+        save_student(job, work.student("best"), digests, value)
+    save_student(job, work.student("last"), digests, value)
+    line: dict[str, Any] = {"rung": job.progress.rung, "what": what} if job.settings.rungs else {}
+    line |= {"step": job.progress.step, "tokens": job.progress.tokens, "seconds": round(job.seconds(), 1)}
+    append_metrics(work.metrics_file, {**line, "loss": job.progress.loss, **found})
+    job.progress.metrics_lines += 1
+    return agree(job, value)
 
 
 @torch.no_grad()
-def measure(job: Job, work: WorkDir) -> None:
-    """Held-out loss of the student as it would be packed; keep the best."""
+def held_out_losses(job: Job) -> tuple[dict[str, float], dict[str, str]]:
+    """In nats per token: `cross_entropy` and, where there is a teacher, `kl`; and the digests of the codes used."""
     job.student.eval()
     sums = {"cross_entropy": 0.0, "kl": 0.0, "tokens": 0.0}
     with surgery.frozen_codes(job.student) as digests:
@@ -544,16 +704,7 @@ def measure(job: Job, work: WorkDir) -> None:
     found = {"cross_entropy": sums["cross_entropy"] / tokens}
     if job.teachers:
         found["kl"] = sums["kl"] / tokens
-    value = found[measured_by(job)]
-    if not math.isfinite(value):
-        raise UserError(f"The held-out loss is not finite at step {job.progress.step}.", "Lower --learning-rate.")
-    if job.progress.best is None or value < job.progress.best:
-        job.progress.best, job.progress.best_step = value, job.progress.step
-        save_student(job, work.student("best"), digests, value)
-    save_student(job, work.student("last"), digests, value)
-    line = {"step": job.progress.step, "tokens": job.progress.tokens, "seconds": round(job.seconds(), 1)}
-    append_metrics(work.metrics_file, {**line, "loss": job.progress.loss, **found})
-    job.progress.metrics_lines += 1
+    return found, digests
 
 
 def measured_by(job: Job) -> str:
@@ -627,6 +778,8 @@ def finish(job: Job, work: WorkDir) -> DistillResult:
         measure=f"held-out {measured_by(job)}, nats per token",
         tokens_per_second=round(progress.tokens / max(progress.seconds, 1e-9), 1),
         block_errors=[(float(f"{before:.4g}"), float(f"{after:.4g}")) for before, after in progress.block_errors],
+        rungs=progress.rungs,
+        stopped="target" if progress.on_target else "budget",
     )
     if job.accelerator.is_main_process:
         write_json(work.result_file(NAME), result.model_dump(mode="json"))
@@ -666,22 +819,18 @@ def watch_signals() -> Iterator[Signals]:
 
 
 def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> DistillDryRun:
-    """What would be trained, and how long it would take, from one measured step that is thrown away."""
+    """What would be trained, and how long it would take, from one measured step of each rung that is thrown away."""
     job = prepare(recipe, work, imagined=True)
-    batches = next(step_batches(job))
-    train_step(job, batches)  # the first one pays for what later ones find ready
-    began = time.monotonic()
-    train_step(job, batches)
-    seconds = time.monotonic() - began
-    weights = sum(p.numel() * p.element_size() for p in job.student.parameters())
-    moments = sum(8 * p.numel() for p in job.student.parameters() if p.requires_grad)
+    measured = [measured_step(job, number) for number in range(1, len(job.rungs) + 1)]
+    weights, moments = (max(sizes) for sizes in zip(*(each[1:] for each in measured), strict=True))
     gradients = moments // 2
     teacher = sum(p.numel() * p.element_size() for each in job.teachers for p in each.model.parameters())
     sizes = job.student.config.get_text_config()
     logits = job.settings.batch_size * job.length * sizes.vocab_size * 4
     blocks = job.settings.reconstruct
     kept = 2 * blocks.sequences * job.length * sizes.hidden_size * 4 if blocks else 0
-    first = blocks.steps * seconds if blocks else 0.0  # a step of every layer is about one of the whole
+    rungs = estimates(job, [each[0] for each in measured])
+    seconds = [each.seconds for each in rungs.values() if each.seconds is not None] if job.steps else []
     return DistillDryRun(
         notation=job.plan.notation(),
         steps=job.steps,
@@ -689,17 +838,49 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> DistillDryRun:
         memory_bytes=weights + gradients + moments + teacher + 4 * logits + kept,
         disk_bytes=2 * (weights + moments) + 3 * weights,  # checkpoint, the next one, best, last, one being written
         result_bytes=job.packed_bytes,
-        seconds_per_step=float(f"{seconds:.3g}"),
-        seconds=float(f"{first + seconds * job.steps:.3g}") if job.steps else job.settings.max_time,
+        seconds_per_step=float(f"{measured[-1][0]:.3g}"),
+        seconds=float(f"{sum(seconds):.3g}") if job.steps else job.settings.max_time,
+        rungs=rungs if job.settings.rungs else {},
     )
+
+
+def measured_step(job: Job, number: int) -> tuple[float, int, int]:
+    """Seconds of a step of a rung, bytes of the student's weights in it, and of the optimizer's moments."""
+    enter_rung(job, number)
+    batches = next(step_batches(job))
+    train_step(job, batches)  # the first one pays for what later ones find ready
+    began = time.monotonic()
+    train_step(job, batches)
+    seconds = time.monotonic() - began
+    masters = [each.master.weight for each in surgery.training_matrices(job.student).values() if each.master]
+    weights = sum(p.numel() * p.element_size() for p in (*job.student.parameters(), *masters))
+    return seconds, weights, sum(8 * p.numel() for p in job.student.parameters() if p.requires_grad)
+
+
+def estimates(job: Job, seconds: list[float]) -> dict[str, RungEstimate]:
+    """Steps and seconds of reconstruction and every rung, from the seconds of a step of each."""
+    found, blocks, before = {}, job.settings.reconstruct, 0.0
+    if blocks:
+        # a step of every layer is about one of the whole, of all that is trained
+        before = blocks.steps * max(seconds)
+        found["reconstruct"] = RungEstimate(
+            steps=blocks.steps * job.structure.layer_count, seconds=float(f"{before:.3g}")
+        )
+    taken: list[int] | list[None] = _ladder.steps_of(job.rungs, job.steps) if job.steps else [None] * len(job.rungs)
+    left, begin = max((job.settings.max_time or 0.0) - before, 0.0), 0.0
+    for number, (rung, steps, each) in enumerate(zip(job.rungs, taken, seconds, strict=True), 1):
+        taking = left * (rung.end - begin) if steps is None else steps * each
+        found[f"{number} {rung.settings.train}"] = RungEstimate(steps=steps, seconds=float(f"{taking:.3g}"))
+        begin = rung.end
+    return found
 
 
 def show(result: DistillResult) -> list[RenderableType]:
     """The training, for people."""
     errors = [f"{before:.3f} to {after:.3f}" for before, after in result.block_errors]
-    return [
+    shown = [
         table(
-            f"Student {result.notation}",
+            f"Student {result.notation}" + (", target reached" if result.stopped == "target" else ""),
             ["steps", "tokens", "seconds", "tokens/s", "loss", result.measure, "at step"],
             [
                 [
@@ -715,3 +896,11 @@ def show(result: DistillResult) -> list[RenderableType]:
             caption=f"Layers were reconstructed first, relative error from {', '.join(errors)}" if errors else "",
         )
     ]
+    if result.rungs:
+        names = [f"{each.rung} {each.what}" if each.rung else each.what for each in result.rungs]
+        rows = [
+            [name, str(each.steps), f"{each.seconds:.0f}", f"{each.held_out:.4f}"]
+            for name, each in zip(names, result.rungs, strict=True)
+        ]
+        shown.insert(0, table("Rungs", ["rung", "steps", "seconds", f"{result.measure}, at its end"], rows))
+    return list(shown)

@@ -1,9 +1,10 @@
 """Write the packed model: encode once, pack, write, read again, and compare with what training computed.
 
 The student's float32 master weights go through `encode`, the same function that every training step called, with
-their trained scales if they have them (codes that training kept fixed are taken as they are). The written file must
-then decode to exactly the codes and scales whose digests the last evaluation of the training recorded. Without a
-student, the teacher's own weights are rounded to nearest (`edgerazor pack MODEL --bits 4`).
+their trained or stored scales if they have them (codes that training kept fixed are taken as they are). The written
+file must then decode to exactly the codes and scales whose digests the last evaluation of the training recorded.
+Without a student, the teacher's own weights are rounded to nearest (`edgerazor pack MODEL --bits 4`), or as the start
+that calibrate made of them says.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from edgerazor.console import Console, megabytes, table
 from edgerazor.errors import UserError, usage_error
 from edgerazor.packed import PackedMatrix
 from edgerazor.recipe import Recipe
-from edgerazor.stages import _shared
+from edgerazor.stages import _shared, _start
 from edgerazor.workdir import WorkDir, make_folder, replace_folder, write_json
 
 NAME = "pack"
@@ -45,7 +46,7 @@ COPIED = (
     "generation_config.json",
 )
 
-#: Path of a module -> its weight (float, or int8 for codes) and its scales where they were trained.
+#: Path of a module -> its weight (float, or int8 for codes) and its scales where they were trained or stored.
 Reader = Callable[[str], tuple[Tensor, Tensor | None]]
 
 
@@ -84,9 +85,8 @@ def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
         distilled = work.manifest("distill")
         return {"student": distilled.fingerprint() if distilled else "missing", **common}
     settings = _shared.settings("calibrate", recipe.calibrate, ("sequences", "batch_size"))
-    asked = recipe.calibrate
-    measured = asked.plan == "sensitivity" and _shared.is_planned(recipe, work)
-    if measured or asked.activation_scales != "dynamic" or asked.adaptive_tokens == "causal":
+    measured = recipe.calibrate.plan == "sensitivity" and _shared.is_planned(recipe, work)
+    if measured or _shared.needs_calibration(recipe.calibrate):
         calibrated = work.manifest("calibrate")
         settings["calibrate"] = calibrated.fingerprint() if calibrated else "missing"
     return {"student": "the teacher, rounded to nearest", **settings, **common}
@@ -145,10 +145,11 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> PackResult:
     plan = plan_of(recipe, work, teacher)
     _shared.check_attention(teacher, plan)
     scales = _shared.input_scales(plan, teacher, found, work) or {}
+    start = _start.stored(recipe, work, plan) if source == "teacher" else None
     make_folder(work.path)
     settings = _shared.packed_settings(plan, found, work)
     with (
-        student_weights(source, recipe, work, teacher) as (read, trained, digests),
+        student_weights(source, recipe, work, teacher, start) as (read, trained, digests),
         replace_folder(work.folder(NAME)) as folder,
     ):
         packed.write(
@@ -182,18 +183,26 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> PackResult:
 class student_weights:  # noqa: N801 - used as a context manager, like those of contextlib
     """The weights to pack: a reader by module path, the tensors that stay as they are, and recorded digests.
 
-    For a student the digests are those of training. For the teacher there are none yet: `encoded` fills them in.
+    For a student the digests are those of training. For the teacher, which is rounded from the start that calibrate
+    made if there is one, there are none yet: `encoded` fills them in.
     """
 
-    def __init__(self, source: str, recipe: Recipe, work: WorkDir, teacher: models.PreTrainedModel) -> None:
-        self.source, self.recipe, self.work, self.teacher = source, recipe, work, teacher
+    def __init__(
+        self,
+        source: str,
+        recipe: Recipe,
+        work: WorkDir,
+        teacher: models.PreTrainedModel,
+        start: Callable[[str], surgery.Start] | None,
+    ) -> None:
+        self.source, self.recipe, self.work, self.teacher, self.start = source, recipe, work, teacher, start
 
     def __enter__(self) -> tuple[Reader, dict[str, Tensor], dict[str, str]]:
         found = models.structure(self.teacher)
         if self.source == "teacher":
             state = self.teacher.state_dict()
             others = {name: tensor.contiguous() for name, tensor in _shared.other_tensors(self.teacher, found).items()}
-            return lambda name: (state[f"{name}.weight"], None), others, {}
+            return lambda name: self._begin(name, state[f"{name}.weight"]), others, {}
         folder = self.work.student(self.recipe.pack.student)
         try:
             self.file = safe_open(folder / "model.safetensors", framework="pt").__enter__()
@@ -210,6 +219,13 @@ class student_weights:  # noqa: N801 - used as a context manager, like those of 
             return self.file.get_tensor(f"{name}.weight"), self.file.get_tensor(scales) if scales in names else None
 
         return read, others, digests
+
+    def _begin(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Where a matrix of the teacher begins."""
+        if self.start is None:
+            return weight, None
+        begun = self.start(name)
+        return weight if begun.weight is None else begun.weight, begun.scales
 
     def __exit__(self, *exception: object) -> None:
         if self.source == "student":

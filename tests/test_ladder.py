@@ -1,0 +1,432 @@
+"""Rungs of one training: codes that are fixed for a while, and what follows them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from _tiny import Run, metrics, spawn, write_recipe
+from conftest import GROUP_SIZE, VOCABULARY, family_config
+from test_distill import DEADLY, assert_same, interrupt_at, largest_difference
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from edgerazor import formats, models, packed, surgery
+from edgerazor.allocate import make_plan
+from edgerazor.formats import MatrixSpec
+from edgerazor.recipe import Calibrate
+from edgerazor.stages import distill
+from edgerazor.surgery import Settings
+
+ALL = formats.names()
+IDS = torch.randint(2, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(0))
+
+
+# Weights that follow their scales ---------------------------------------------------------------------------------
+
+
+def specs(rows: int, cols: int, group_size: int) -> list[MatrixSpec]:
+    """Every format alone, all of them in the rows, and all of them in the blocks."""
+    groups = formats.group_count(cols, group_size)
+    mixed = (torch.arange(rows) * 3 % len(ALL)).to(torch.uint8)
+    blocks = (torch.arange(rows * groups).view(rows, groups) * 5 % len(ALL)).to(torch.uint8)
+    return [
+        *(MatrixSpec((name,), group_size) for name in ALL),
+        MatrixSpec(tuple(ALL), group_size, mixed),
+        MatrixSpec(tuple(ALL), group_size, block_formats=blocks),
+    ]
+
+
+def on_the_edges(rows: int, cols: int, scales: Tensor, group_size: int) -> Tensor:
+    """Weights on and a float beside every boundary between two codes, where one rounding decides."""
+    spread = scales.float().repeat_interleave(group_size, dim=1)[:, :cols]
+    steps = (torch.arange(rows * cols).view(rows, cols) % 37 - 18) / 2
+    weight = steps * spread
+    towards = torch.tensor([-1e9, 0.0, 1e9])[torch.arange(rows * cols).view(rows, cols) % 3]
+    return torch.where(towards == 0, weight, torch.nextafter(weight, towards))
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (13, 31), (17, 101), (40, 127)])
+@pytest.mark.parametrize("group_size", [5, 40, 1000])
+def test_a_carried_weight_has_exactly_the_fixed_codes(rows: int, cols: int, group_size: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    for spec in specs(rows, cols, group_size):
+        shape = (rows, formats.group_count(cols, group_size))
+        before = formats.stored_scales(torch.rand(shape, generator=draw) + 0.01)
+        for width in (0.01, 0.3, 4.0):
+            after = formats.stored_scales(before.float() * torch.exp(width * torch.randn(shape, generator=draw)))
+            for w in (torch.randn(rows, cols, generator=draw), on_the_edges(rows, cols, before, group_size)):
+                codes = formats.encode_matrix(w, spec, before).codes
+                carried = formats.carried_weight(w, codes, before, after, spec)
+                found = formats.encode_matrix(carried, spec, after)
+                assert torch.equal(found.codes, codes)
+                assert torch.equal(found.scales, after)
+                spread = (after.double() / before.double()).repeat_interleave(min(group_size, cols), dim=1)[:, :cols]
+                torch.testing.assert_close(carried.double(), w.double() * spread, rtol=1e-6, atol=1e-40)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_scales_that_stay_leave_weights_alone(name: str) -> None:
+    spec, w = MatrixSpec((name,), 8), torch.randn(7, 29, generator=torch.Generator().manual_seed(0))
+    scales = formats.stored_scales(formats.initial_scales(w, spec))
+    codes = formats.encode_matrix(w, spec, scales).codes
+    assert torch.equal(formats.carried_weight(w, codes, scales, scales, spec), w)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_extreme_scales(name: str) -> None:
+    """From the smallest scale to the largest and back; weights of denormal size and far out of range."""
+    spec = MatrixSpec((name,), 4)
+    w = torch.tensor([[1e-45, -1e-45, 0.0, -0.0], [1e6, -1e6, 3e-39, -3e-39]])
+    ends = [formats.stored_scales(torch.full((2, 1), value)) for value in (0.0, 1e9)]
+    for before, after in (ends, ends[::-1]):
+        codes = formats.encode_matrix(w, spec, before).codes
+        carried = formats.carried_weight(w, codes, before, after, spec)
+        assert torch.equal(formats.encode_matrix(carried, spec, after).codes, codes)
+
+
+# Modules ----------------------------------------------------------------------------------------------------------
+
+
+def student(tied: bool, **calibrate: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(family_config("llama", tie_word_embeddings=tied)).eval()
+    found = models.structure(model)
+    plan = make_plan(found.sites, Calibrate(bits=1.88, group_size=GROUP_SIZE, **calibrate))
+    surgery.prepare_for_training(model, found, plan.specs(), Settings(8, 8, GROUP_SIZE, True))
+    return model
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(input_ids=IDS, use_cache=False).logits
+    return found
+
+
+@pytest.mark.parametrize("granularity", ["row", "block", "column"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_fixing_and_releasing_codes_change_nothing_that_is_computed(tied: bool, granularity: str) -> None:
+    model = student(tied, granularity=granularity)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    first = logits(model)
+    surgery.fix_codes(model)
+    assert torch.equal(logits(model), first)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {f"{name}.scales" for name in surgery.training_matrices(model)}
+    surgery.release_codes(model)
+    for name, parameter in model.named_parameters():  # no scale has changed
+        assert parameter.requires_grad
+        assert torch.equal(parameter, before[name]), name
+
+    surgery.fix_codes(model)
+    with torch.no_grad():
+        for matrix in surgery.training_matrices(model).values():
+            assert matrix.scales is not None
+            matrix.scales.mul_(torch.exp(0.2 * torch.randn_like(matrix.scales)))
+    moved = logits(model)
+    with surgery.frozen_codes(model) as digests:
+        fixed = dict(digests)
+    surgery.fix_codes(model)  # a second time: nothing
+    surgery.release_codes(model)
+    assert not torch.equal(moved, first)
+    assert torch.equal(logits(model), moved)
+    with surgery.frozen_codes(model) as digests:
+        assert digests == fixed
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    if tied:
+        table, head = model.get_input_embeddings(), model.get_output_embeddings()
+        assert table.weight is head.weight
+
+
+# Rungs ------------------------------------------------------------------------------------------------------------
+
+RUNGS: list[dict[str, Any]] = [
+    {"train": "scales", "share": 1, "learning_rate": 3e-3, "schedule": "linear"},
+    {"train": "all", "share": 2, "losses": [{"name": "forward_kl"}]},
+    {"train": "scales", "share": 1},
+]
+
+
+def ladder(path: Path, model: Path, text: Path, calibrate: dict[str, Any] | None = None, **distill: Any) -> Path:
+    settings = {"steps": 8, "evaluate_every": 3, "checkpoint_every": 3, "rungs": RUNGS, **distill}
+    calibrated = {"scales": "learned", **(calibrate or {})}
+    return write_recipe(path, model, text, calibrate=calibrated, distill=settings)
+
+
+BLOCKS = {"reconstruct": {"steps": 4, "sequences": 4, "learning_rate": 1e-3}}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, llama: Path, text_file: Path) -> Path:
+    """The working directory of a ladder that nobody interrupted, and its packed model."""
+    folder = tmp_path_factory.mktemp("whole")
+    recipe = ladder(folder / "recipe.yaml", llama, text_file, **BLOCKS)
+    done = spawn("distill", "--recipe", recipe, "--work", folder / "job")
+    assert done.code == 0, done.err
+    assert spawn("pack", "--work", folder / "job").code == 0
+    return folder / "job"
+
+
+def test_every_rung_is_reported(whole: Path) -> None:
+    result = json.loads((whole / "distill" / "result.json").read_text())
+    assert result["stopped"] == "budget"
+    found = [(each["rung"], each["what"], each["steps"]) for each in result["rungs"]]
+    assert found == [(0, "initialise", 0), (0, "reconstruct", 8), (1, "scales", 2), (2, "all", 4), (3, "scales", 2)]
+    assert len(result["block_errors"]) == 2
+    lines = metrics(whole)
+    where = [(line["rung"], line["what"], line["step"]) for line in lines]
+    assert where == [
+        (0, "initialise", 0),
+        (0, "reconstruct", 0),
+        (1, "scales", 2),
+        (2, "all", 3),
+        (2, "all", 6),
+        (3, "scales", 8),
+    ]
+    ends = [line["kl"] for line in lines if line["step"] != 3]
+    assert [each["held_out"] for each in result["rungs"]] == ends
+    assert result["best"] == min(line["kl"] for line in lines)
+
+
+def test_what_the_last_rung_left_is_packed(whole: Path) -> None:
+    digests = json.loads((whole / "distill" / "best" / "digests.json").read_text())
+    packed.verify_digests(whole / "packed", digests)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 6, 7])
+def test_interrupted_in_any_rung_and_between_two_it_ends_the_same(
+    run: Run, whole: Path, tmp_path: Path, llama: Path, text_file: Path, step: int
+) -> None:
+    recipe, job = ladder(tmp_path / "recipe.yaml", llama, text_file, **BLOCKS), tmp_path / "job"
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(step, patch)
+        assert run("distill", "--recipe", recipe, "--work", job).code == 130
+    resumed = run("distill", "--work", job)
+    assert resumed.code == 0
+    assert f"distill goes on from step {step}" in resumed.err
+    assert_same(run, job, whole)
+    assert reported(job) == reported(whole)
+
+
+def reported(job: Path) -> list[dict[str, Any]]:
+    """The rungs of a result but for the time they took."""
+    rungs = json.loads((job / "distill" / "result.json").read_text())["rungs"]
+    return [{key: value for key, value in each.items() if key != "seconds"} for each in rungs]
+
+
+def test_killed_again_and_again_it_ends_the_same(
+    run: Run, whole: Path, tmp_path: Path, llama: Path, text_file: Path
+) -> None:
+    """SIGKILL while things are saved: before the first step, at the ends of rungs, in the middle of them."""
+    recipe, job = ladder(tmp_path / "recipe.yaml", llama, text_file, **BLOCKS), tmp_path / "job"
+    for moment in (12, 30, 33, 41, 37):
+        died = spawn("distill", "--recipe", recipe, "--work", job, code=DEADLY.format(moment=moment))
+        assert died.code == -signal.SIGKILL, died.err
+    assert run("distill", "--work", job).code == 0
+    assert_same(run, job, whole)
+    assert reported(job) == reported(whole)
+
+
+def test_the_next_rung_begins_with_exactly_what_the_last_one_made(
+    run: Run, tmp_path: Path, llama: Path, text_file: Path
+) -> None:
+    """Formats mixed in blocks, shorter last groups: a rung of everything at no learning rate computes the same."""
+    rungs = [{"train": "scales", "learning_rate": 3e-2}, {"train": "all", "learning_rate": 1e-30}]
+    settings = {"rungs": rungs, "steps": 4, "evaluate_every": 1, "weight_decay": 0.0}
+    recipe = ladder(tmp_path / "r.yaml", llama, text_file, {"granularity": "block"}, **settings)
+    assert run("distill", "--recipe", recipe, "--work", tmp_path / "job").code == 0
+    lines = metrics(tmp_path / "job")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+    assert lines[0]["kl"] != lines[2]["kl"]
+    assert lines[2]["kl"] == lines[3]["kl"] == lines[4]["kl"]
+    assert lines[2]["cross_entropy"] == lines[3]["cross_entropy"]
+
+
+def test_each_rung_has_its_schedule_and_its_optimizer(
+    run: Run, tmp_path: Path, llama: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linear falls begin again; AdamW's first step, whose size is the learning rate, comes twice."""
+    rungs = [{"train": "all", "share": 0.5}, {"train": "all", "share": 0.5, "learning_rate": 4e-4}]
+    settings = {"rungs": rungs, "warmup": 0.0, "schedule": "linear", "learning_rate": 2e-4}
+    recipe = ladder(tmp_path / "r.yaml", llama, text_file, **settings)
+    rates: list[float] = []
+    first: list[float] = []
+
+    def note(optimizer: Any, rate: float) -> None:
+        rates.append(rate)
+        state = optimizer.state[optimizer.param_groups[0]["params"][0]]
+        first.append(float(state["step"]) if state else 0.0)
+        set_rate(optimizer, rate)
+
+    set_rate = distill.set_rate
+    monkeypatch.setattr(distill, "set_rate", note)
+    assert run("distill", "--recipe", recipe, "--work", tmp_path / "job").code == 0
+    fall = [1.0, 0.75, 0.5, 0.25]
+    assert rates == pytest.approx([*(2e-4 * each for each in fall), *(4e-4 * each for each in fall)])
+    assert first == [0, 1, 2, 3, 0, 1, 2, 3]
+
+
+def test_data_go_on_from_rung_to_rung(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
+    """Two rungs of the same kind see what one training sees."""
+    seen: list[list[int]] = []
+    train_step = distill.train_step
+
+    def note(job: distill.Job, batches: Any) -> float:
+        seen.append([int(value) for batch in batches for value in batch["input_ids"].flatten()])
+        return train_step(job, batches)
+
+    settings: dict[str, Any] = {"steps": 4}
+    for name, rungs in (("one", []), ("two", [{"train": "scales"}, {"train": "all"}])):
+        recipe = ladder(tmp_path / f"{name}.yaml", llama, text_file, **settings, rungs=rungs)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(distill, "train_step", note)
+            assert run("distill", "--recipe", recipe, "--work", tmp_path / name).code == 0
+    assert seen[:4] == seen[4:]
+
+
+def test_two_processes_climb_as_one(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
+    shared = {"steps": 4, "learning_rate": 2e-5, "rungs": [{"train": "scales"}, {"train": "all"}]}
+    whole = ladder(tmp_path / "w.yaml", llama, text_file, **shared, batch_size=4)
+    halves = ladder(tmp_path / "h.yaml", llama, text_file, **shared, batch_size=2)
+    assert run("distill", "--recipe", whole, "--work", tmp_path / "one").code == 0
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    two = spawn("distill", "--recipe", halves, "--work", tmp_path / "two", launcher=torchrun)
+    assert two.code == 0, two.err
+    assert largest_difference(tmp_path / "one", tmp_path / "two") < 1e-5
+
+
+# The budget and the target ----------------------------------------------------------------------------------------
+
+
+def test_the_clock_ends_rungs(run: Run, tmp_path: Path, llama: Path, text_file: Path, monkeypatch: Any) -> None:
+    """A clock that makes every step a second long: 12 seconds are 3, 6 and 3 steps."""
+    seconds = [0.0]
+    train_step = distill.train_step
+
+    def step(job: distill.Job, batches: Any) -> float:
+        seconds[0] += 1.0
+        return train_step(job, batches)
+
+    monkeypatch.setattr(distill.time, "monotonic", lambda: seconds[0])
+    monkeypatch.setattr(distill, "train_step", step)
+    recipe = ladder(tmp_path / "r.yaml", llama, text_file, steps=None, max_time=12.0)
+    done = run("distill", "--recipe", recipe, "--work", tmp_path / "job", "--json")
+    assert done.code == 0, done.err
+    found = [(each["what"], each["steps"], each["seconds"]) for each in done.json()["rungs"]]
+    assert found == [("initialise", 0, 0.0), ("scales", 3, 3.0), ("all", 6, 6.0), ("scales", 3, 3.0)]
+
+
+def test_a_rung_that_has_no_time_left_is_reported_as_such(
+    run: Run, tmp_path: Path, llama: Path, text_file: Path, monkeypatch: Any
+) -> None:
+    seconds = [0.0]
+    train_step = distill.train_step
+
+    def step(job: distill.Job, batches: Any) -> float:
+        seconds[0] += 8.0 if job.progress.step == 0 else 1.0
+        return train_step(job, batches)
+
+    monkeypatch.setattr(distill.time, "monotonic", lambda: seconds[0])
+    monkeypatch.setattr(distill, "train_step", step)
+    rungs = [{"train": "scales"}, {"train": "all", "learning_rate": 1e-5}, {"train": "all"}]
+    recipe = ladder(tmp_path / "r.yaml", llama, text_file, steps=None, max_time=10.0, rungs=rungs)
+    done = run("distill", "--recipe", recipe, "--work", tmp_path / "job", "--json").json()
+    assert [(each["rung"], each["steps"]) for each in done["rungs"]] == [(0, 0), (1, 1), (2, 0), (3, 2)]
+
+
+@pytest.mark.parametrize(("rung", "steps"), [(0, 0), (1, 2), (2, 3)])
+def test_it_stops_at_the_target(
+    run: Run, whole: Path, tmp_path: Path, llama: Path, text_file: Path, rung: int, steps: int
+) -> None:
+    """Before the first step, at the end of a rung and inside one; a second call has nothing left to do."""
+    line = next(each for each in metrics(whole) if (each["rung"], each["step"]) == (rung, steps))
+    earlier = [each["kl"] for each in metrics(whole)[: metrics(whole).index(line)]]
+    if line["kl"] >= min(earlier, default=float("inf")):
+        pytest.skip("it was not better then")
+    recipe = ladder(tmp_path / "r.yaml", llama, text_file, **BLOCKS, target_kl=line["kl"])
+    done = run("distill", "--recipe", recipe, "--work", tmp_path / "job", "--json").json()
+    assert (done["stopped"], done["steps"], done["best"]) == ("target", steps, line["kl"])
+    assert done["rungs"][-1]["rung"] == rung
+    assert run("pack", "--work", tmp_path / "job").code == 0
+    (tmp_path / "job" / "distill" / "result.json").unlink()
+    again = run("distill", "--work", tmp_path / "job", "--json").json()
+    assert (again["stopped"], again["steps"]) == ("target", steps)
+
+
+def test_a_training_without_rungs_has_a_target_too(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
+    """Also where no loss needs the teacher: it is loaded to measure with."""
+    losses = [{"name": "ce"}]
+    for target, stopped, steps in ((1e-6, "budget", 3), (1e3, "target", 0)):
+        settings = {"steps": 3, "losses": losses, "target_kl": target}
+        recipe = write_recipe(tmp_path / "r.yaml", llama, text_file, distill=settings)
+        job = tmp_path / f"job{steps}"
+        done = run("distill", "--recipe", recipe, "--work", job, "--json").json()
+        assert (done["stopped"], done["steps"]) == (stopped, steps)
+        assert done["measure"] == "held-out kl, nats per token"
+        assert "rung" not in metrics(job)[0]
+
+
+# Asked and refused ------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_tells_rungs_and_time(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
+    recipe = ladder(tmp_path / "r.yaml", llama, text_file, **BLOCKS)
+    found = run("distill", "--recipe", recipe, "--work", tmp_path / "dry", "--dry-run", "--json").json()
+    steps = {name: each["steps"] for name, each in found["rungs"].items()}
+    assert steps == {"reconstruct": 8, "1 scales": 2, "2 all": 4, "3 scales": 2}
+    assert found["seconds"] == pytest.approx(sum(each["seconds"] for each in found["rungs"].values()), rel=0.02)
+    shown = run("distill", "--recipe", recipe, "--work", tmp_path / "dry", "--dry-run").out
+    assert "1 scales (steps 2, seconds " in " ".join(shown.split())
+    timed = ladder(tmp_path / "t.yaml", llama, text_file, steps=None, max_time=100.0)
+    found = run("distill", "--recipe", timed, "--work", tmp_path / "dry", "--dry-run", "--json").json()
+    assert [each["seconds"] for each in found["rungs"].values()] == [25.0, 50.0, 25.0]
+    assert not (tmp_path / "dry").exists()
+
+
+@pytest.mark.parametrize(
+    ("calibrate", "settings", "sentence"),
+    [
+        ({"scales": "rule"}, {}, "Rungs train scales, which `calibrate.scales: rule` does not keep."),
+        ({}, {"train": "scales"}, "each rung has a `train` of its own."),
+        ({}, {"rungs": [{"share": 0}]}, "`distill.rungs.0.share` is 0; expected a number above 0."),
+        ({}, {"rungs": [{"train": "some"}]}, "`distill.rungs.0.train` is 'some'; expected all or scales."),
+        ({}, {"rungs": [{"stride": 1}]}, "unknown field `distill.rungs.0.stride`"),
+        ({}, {"rungs": [{"losses": [{"name": "eakdl"}]}]}, "called 'eakdl'"),
+    ],
+)
+def test_rungs_that_cannot_be_are_refused(
+    run: Run,
+    tmp_path: Path,
+    llama: Path,
+    text_file: Path,
+    calibrate: dict[str, Any],
+    settings: dict[str, Any],
+    sentence: str,
+) -> None:
+    recipe = ladder(tmp_path / "r.yaml", llama, text_file, calibrate, **settings)
+    refused = run("distill", "--recipe", recipe, "--work", tmp_path / "job")
+    assert refused.code == 2
+    assert sentence in " ".join(refused.err.split())
+    assert not (tmp_path / "job").exists()
+
+
+def test_a_rung_without_a_step_is_refused(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
+    recipe = ladder(tmp_path / "r.yaml", llama, text_file, steps=2)
+    refused = run("distill", "--recipe", recipe, "--work", tmp_path / "job")
+    assert refused.code == 1
+    assert "2 steps leave none for rung 3 of 3." in refused.err
+
+
+def test_other_rungs_are_another_training(run: Run, whole: Path, tmp_path: Path, llama: Path, text_file: Path) -> None:
+    shutil.copytree(whole, tmp_path / "job")
+    other = ladder(tmp_path / "r.yaml", llama, text_file, **BLOCKS, rungs=RUNGS[:2])
+    refused = run("distill", "--recipe", other, "--work", tmp_path / "job")
+    assert refused.code == 1
+    words = " ".join(refused.err.split())
+    assert "distill.rungs was 1 scales, learning_rate 0.003, schedule linear; 2 all (1 forward_kl); 1 scales" in words
