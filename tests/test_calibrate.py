@@ -12,7 +12,7 @@ from conftest import FAMILIES, ModelMaker
 from safetensors.torch import load_file
 from torch import Tensor
 
-from edgerazor import attention, data, formats, models
+from edgerazor import attention, formats, models
 from edgerazor.console import Console
 from edgerazor.errors import UserError
 from edgerazor.losses import METRICS, layer_metric
@@ -86,9 +86,8 @@ def job(folder: Path, model: Path, device: str = "cpu", **settings: Any) -> cali
     path = write_recipe(folder / "r.yaml", model, None, calibrate=settings)
     recipe, work = build(load(path), "the recipe"), WorkDir(folder / "job")
     teacher, _ = models.load(model)
-    rows = data.TokenRows([], [1.0], 19)
     found, console = models.structure(teacher), Console(quiet=True)
-    return calibrate.Job(recipe, work, teacher, found, rows, 19, torch.device(device), console)
+    return calibrate.Job(recipe, work, teacher, found, None, 19, torch.device(device), console)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
