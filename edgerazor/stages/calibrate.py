@@ -131,6 +131,8 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateResult:
     write_text(work.plan_file, plan.model_dump_json(indent=1) + "\n")
     if study:
         write_json(work.sensitivity_file, study)
+    else:  # of an earlier plan
+        work.sensitivity_file.unlink(missing_ok=True)
     if recipe.calibrate.start != "rule":
         _start.write(recipe, work, plan, rows, console)
     size = _shared.packed_size(recipe, teacher, found, work=work)(plan)
