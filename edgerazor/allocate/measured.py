@@ -36,6 +36,8 @@ CANDIDATES = ("ternary", "int2", "int3", "int4")
 WIDE_CANDIDATES = ("int4", "int5", "int8")
 #: What a plan of rows may stay below its budget, as a share of it.
 TOLERANCE = 0.005
+#: Plans whose bytes are counted before the best of them is taken.
+ROUNDS = 16
 
 #: Path of a module -> its fields of a `MatrixPlan`.
 Choice = dict[str, dict[str, Any]]
@@ -200,36 +202,43 @@ def _within_bytes(
     bytes_of: Callable[[Plan], int],
     limit: int,
 ) -> tuple[Choice, float]:
-    """As `choose`. What rows cost beside their codes depends on the choice, so the budget is corrected by that."""
+    """As `choose`. What rows cost beside their codes depends on the choice, so the budget is corrected by that.
+
+    The bytes of codes that may be spent are bracketed: with `low` the plan was small enough, with `high` it was not.
+    """
     columns = {site.name: site.columns for site in sites}
     each = [[formats.get(name).packed_columns(columns[item]) for name in candidates] for item in items.names]
     rows = items.weights / np.array([columns[name] for name in items.names])
     costs = np.where(open_, rows[:, None] * np.array(each, dtype=np.float64), np.inf)
-    least = solve(costs, np.where(open_, costs, 0.0), float(costs.min(axis=1).sum()))
-    assert least is not None
-    smallest = bytes_of(plan_of(_fields(items, candidates, least)))
-    beside = smallest - least.cost
-    best: tuple[Choice, float] | None = None
-    for _ in range(8):
-        found = solve(costs, items.damages, limit - beside)
-        if found is None:
-            break
+    usable = np.where(open_, costs, 0.0)
+
+    def found_at(damages: np.ndarray, budget: float) -> tuple[Solution, Choice, int]:
+        found = solve(costs, damages, budget)
+        assert found is not None
         choice = _fields(items, candidates, found)
-        size = bytes_of(plan_of(choice))
-        if size <= limit:
-            best = choice, found.damage
-            if limit - size <= TOLERANCE / 10 * limit:
-                break
-            beside = min(beside, size - found.cost)
-        else:
-            beside = size - found.cost
-    if best is None:
+        return found, choice, bytes_of(plan_of(choice))
+
+    least, choice, size = found_at(usable, float(costs.min(axis=1).sum()))
+    if size > limit:
         raise UserError(
-            f"The packed model cannot be smaller than {smallest:,} bytes with the formats {', '.join(candidates)}; "
+            f"The packed model cannot be smaller than {size:,} bytes with the formats {', '.join(candidates)}; "
             f"{limit:,} were asked for.",
             "Ask for more, or give narrower --formats or fewer constraints.",
             2,
         )
+    best = choice, float(np.where(open_, items.damages, 0.0)[np.arange(len(costs)), least.choice].sum())
+    low, high, budget = least.cost, float(usable.max(axis=1).sum()), limit - (size - least.cost)
+    for _ in range(ROUNDS):
+        found, choice, size = found_at(items.damages, min(budget, high))
+        if size <= limit:
+            low, best = min(budget, high), (choice, found.damage)
+            if low >= high or limit - size <= TOLERANCE / 10 * limit:
+                break
+        else:
+            high = min(budget, high)
+        budget = limit - (size - found.cost)
+        if not low < budget < high:
+            budget = (low + high) / 2
     return best
 
 
