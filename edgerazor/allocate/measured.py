@@ -25,7 +25,7 @@ from edgerazor import formats
 from edgerazor.allocate.knapsack import Solution, solve
 from edgerazor.allocate.pattern import NAMED_SHARES
 from edgerazor.allocate.plan import Plan, digits
-from edgerazor.errors import UserError, usage_error
+from edgerazor.errors import USAGE, UserError, usage_error
 from edgerazor.models import Site
 from edgerazor.recipe import Calibrate
 
@@ -36,6 +36,9 @@ CANDIDATES = ("ternary", "int2", "int3", "int4")
 WIDE_CANDIDATES = ("int4", "int5", "int8")
 #: What a plan of rows may stay below its budget, as a share of it.
 TOLERANCE = 0.005
+
+#: Plans that are looked at to fill a budget of bytes.
+SEARCH = 20
 
 #: Path of a module -> its fields of a `MatrixPlan`.
 Choice = dict[str, dict[str, Any]]
@@ -188,7 +191,14 @@ def choose(
                 "Ask for more bits, or loosen `constraints`.",
             )
         return _fields(items, candidates, found), found.damage
-    return _within_bytes(items, candidates, open_, sites, plan_of, bytes_of, limit)
+    best = _within_bytes(items, candidates, open_, sites, plan_of, bytes_of, limit)
+    if settings.granularity == "row":  # where matrices are small, saying which row has which format takes many bytes
+        whole = cut(sites, damages, candidates, "tensor")
+        open_ = allowed(whole.names, candidates, settings)
+        best = min(
+            best, _within_bytes(whole, candidates, open_, sites, plan_of, bytes_of, limit), key=lambda each: each[1]
+        )
+    return best
 
 
 def _within_bytes(
@@ -200,35 +210,34 @@ def _within_bytes(
     bytes_of: Callable[[Plan], int],
     limit: int,
 ) -> tuple[Choice, float]:
-    """As `choose`. What rows cost beside their codes depends on the choice, so the budget is corrected by that."""
+    """As `choose`. What rows take beside their codes depends on the choice, so the budget of codes is searched for."""
     columns = {site.name: site.columns for site in sites}
     each = [[formats.get(name).packed_columns(columns[item]) for name in candidates] for item in items.names]
     rows = items.weights / np.array([columns[name] for name in items.names])
     costs = np.where(open_, rows[:, None] * np.array(each, dtype=np.float64), np.inf)
-    least = solve(costs, np.where(open_, costs, 0.0), float(costs.min(axis=1).sum()))
-    assert least is not None
-    smallest = bytes_of(plan_of(_fields(items, candidates, least)))
-    beside = smallest - least.cost
+    low = float(costs.min(axis=1).sum())
+    high = min(float(np.where(open_, costs, 0.0).max(axis=1).sum()), float(limit))
     best: tuple[Choice, float] | None = None
-    for _ in range(8):
-        found = solve(costs, items.damages, limit - beside)
-        if found is None:
-            break
+    smallest, budget = 0, low
+    for number in range(SEARCH):
+        found = solve(costs, items.damages, budget)
+        assert found is not None
         choice = _fields(items, candidates, found)
         size = bytes_of(plan_of(choice))
+        smallest = smallest or size
         if size <= limit:
-            best = choice, found.damage
-            if limit - size <= TOLERANCE / 10 * limit:
-                break
-            beside = min(beside, size - found.cost)
+            low, best = budget, (choice, found.damage)
         else:
-            beside = size - found.cost
+            high = budget
+        if best is None or limit * (1 - TOLERANCE / 10) <= size <= limit:
+            break
+        budget = high if number == 0 else (low + high) / 2
     if best is None:
         raise UserError(
             f"The packed model cannot be smaller than {smallest:,} bytes with the formats {', '.join(candidates)}; "
             f"{limit:,} were asked for.",
             "Ask for more, or give narrower --formats or fewer constraints.",
-            2,
+            USAGE,
         )
     return best
 
