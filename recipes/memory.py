@@ -202,7 +202,7 @@ def our_step(folder: Path, device: str, checkpointed: bool) -> Step:
             "model": str(folder),
             "device": device,
             "data": {"sequence_length": TOKENS},
-            "calibrate": {"bits": 1.88},
+            "calibrate": {"bits": 1.88, "plan": "interleave"},
             "distill": settings,
         }
     )
@@ -257,7 +257,7 @@ def plain_step(folder: Path, device: str, checkpointed: bool) -> Step:
     student, _ = models.load(str(folder), None, device, torch.float32)
     teacher, _ = models.load(str(folder), None, device, torch.bfloat16)
     structure = models.structure(student)
-    plan = make_plan(structure.sites, recipe.Calibrate(bits=1.88))
+    plan = make_plan(structure.sites, recipe.Calibrate(bits=1.88, plan="interleave"))
     if checkpointed:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     surgery.prepare_for_training(student, structure, plan.specs(), surgery.Settings(8, 8, plan.group_size))

@@ -193,7 +193,13 @@ def recipe_of(teacher: Teacher, method: Method, bits: float, setting: Setting) -
     steps = steps_of(teacher, method, setting)
     asked = {
         "model": str(teacher.model),
-        "calibrate": {"bits": bits, "embedding_format": "int4", "activation_bits": 8, "kv_bits": 8},
+        "calibrate": {
+            "bits": bits,
+            "plan": "interleave",
+            "embedding_format": "int4",
+            "activation_bits": 8,
+            "kv_bits": 8,
+        },
         "distill": {"steps": steps, "evaluate_every": max(1, steps // 2)},
         "pack": {} if method.trains else {"source": "teacher"},
         "eval": {"tasks": list(teacher.tasks), "limit": setting.limit},

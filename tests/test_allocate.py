@@ -43,13 +43,16 @@ def weight_of(name: str) -> Tensor:
 
 
 def plan_of(bits: float, **settings: Any) -> Plan:
-    return make_plan(SITES, Calibrate(bits=bits, **{"group_size": GROUP_SIZE, **settings}), weight_of)
+    """The plan of `SITES`, by interleave where no other strategy is named."""
+    return make_plan(
+        SITES, Calibrate(bits=bits, **{"plan": "interleave", "group_size": GROUP_SIZE, **settings}), weight_of
+    )
 
 
 def one(rows: int, bits: float, columns: int = 8, weight: Tensor | None = None, **settings: Any) -> MatrixPlan:
     """The plan of a matrix alone."""
     site = Site("m", "linear", 0, rows, columns)
-    settings = {"group_size": 8, **settings}
+    settings = {"plan": "interleave", "group_size": 8, **settings}
     return make_plan([site], Calibrate(bits=bits, **settings), None if weight is None else lambda _: weight)["m"]
 
 
@@ -215,7 +218,7 @@ def test_weights_are_asked_for_one_by_one_and_only_when_needed() -> None:
         asked.append(name)
         return weight_of(name)
 
-    make_plan(SITES, Calibrate(bits=2.0), reader)
+    make_plan(SITES, Calibrate(bits=2.0, plan="interleave"), reader)
     assert asked == []
     make_plan(SITES, Calibrate(bits=2.0, plan="variance"), reader)
     assert asked == [site.name for site in SITES if site.kind == "linear"]
@@ -248,7 +251,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("reason", REFUSED)
 def test_what_cannot_be_planned_is_refused_before_a_model_is_seen(reason: str) -> None:
     with pytest.raises(UserError, match=reason) as wrong:
-        allocate.check(Calibrate.model_validate(REFUSED[reason], strict=False))
+        allocate.check(Calibrate.model_validate({"plan": "interleave", **REFUSED[reason]}, strict=False))
     assert wrong.value.code == USAGE
     assert "\n" not in wrong.value.message
 
@@ -279,7 +282,7 @@ def test_a_head_has_its_own_format() -> None:
     plan = plan_of(2.0, embedding_format="int3", head_format="int8")
     assert (plan["embed"].formats, plan["head"].formats) == (("int3",), ("int8",))
     with pytest.raises(UserError, match="tied to its embedding") as wrong:
-        make_plan(SITES[:-1], Calibrate(head_format="int8"))
+        make_plan(SITES[:-1], Calibrate(plan="interleave", head_format="int8"))
     assert wrong.value.code == USAGE
 
 

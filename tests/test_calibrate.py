@@ -82,9 +82,12 @@ def whole_thresholds(model: models.PreTrainedModel, batches: list[tuple[Tensor, 
     return torch.stack([torch.cat(values).sort().values[sum(map(len, values)) // 2] for values in seen])
 
 
-def job(folder: Path, model: Path, **settings: Any) -> tuple[Recipe, WorkDir]:
+def job(folder: Path, model: Path, device: str = "cpu", **settings: Any) -> calibrate.Job:
     path = write_recipe(folder / "r.yaml", model, None, calibrate=settings)
-    return build(load(path), "the recipe"), WorkDir(folder / "job")
+    recipe, work = build(load(path), "the recipe"), WorkDir(folder / "job")
+    teacher, _ = models.load(model)
+    found, console = models.structure(teacher), Console(quiet=True)
+    return calibrate.Job(recipe, work, teacher, found, None, 19, torch.device(device), console)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -93,13 +96,11 @@ def test_a_walk_gives_the_numbers_of_the_whole_model(
     make_model: ModelMaker, tmp_path: Path, family: str, dtype: torch.dtype
 ) -> None:
     make_model(tmp_path / "model", family, dtype)
-    recipe, work = job(tmp_path, tmp_path / "model", activation_scales="static")
-    teacher, _ = models.load(tmp_path / "model")
-    device, batches = torch.device("cpu"), some_batches()
-    walk = calibrate.walk_of(recipe, work, teacher, batches, device, Console(quiet=True))
+    made_of, batches = job(tmp_path, tmp_path / "model", activation_scales="static"), some_batches()
+    walk = calibrate.walk_of(made_of, "walk", batches)
     whole, _ = models.load(tmp_path / "model", dtype=walk.dtype)
-    wanted = whole_model(whole, batches, recipe)
-    made = calibrate.observe(recipe, walk)
+    wanted = whole_model(whole, batches, made_of.recipe)
+    made = calibrate.observe(made_of.recipe, walk)
     assert made.keys() == wanted.keys()
     assert all(torch.equal(made[name], value) for name, value in wanted.items())
 
@@ -107,13 +108,10 @@ def test_a_walk_gives_the_numbers_of_the_whole_model(
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
 def test_importance_is_that_of_the_whole_model(make_model: ModelMaker, tmp_path: Path, family: str) -> None:
     make_model(tmp_path / "model", family, sliding_window=None)
-    recipe, work = job(tmp_path, tmp_path / "model", adaptive_tokens="causal")
     whole, _ = models.load(tmp_path / "model")
     wanted = whole_thresholds(whole, some_batches())
-    teacher, _ = models.load(tmp_path / "model")
-    device = torch.device("cpu")
-    made = calibrate.find_thresholds(recipe, work, teacher, some_batches(), device, Console(quiet=True))
-    assert torch.equal(made, wanted)
+    made_of = job(tmp_path, tmp_path / "model", adaptive_tokens="causal")
+    assert torch.equal(calibrate.find_thresholds(made_of, some_batches()), wanted)
 
 
 @pytest.mark.parametrize("after", [1, 16, 20])
@@ -180,16 +178,14 @@ def test_what_the_teacher_wrote_before_an_interruption_is_kept(
 
 def test_a_full_disk_loses_no_finished_layer(tmp_path: Path, llama: Path) -> None:
     """Whatever ends a walk, what was finished is there for the next one."""
-    recipe, work = job(tmp_path, llama)
-    device, console = torch.device("cpu"), Console(quiet=True)
-    teacher, _ = models.load(llama)
-    walk = calibrate.walk_of(recipe, work, teacher, some_batches(), device, console)
+    made_of = job(tmp_path, llama)
+    walk = calibrate.walk_of(made_of, "walk", some_batches())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_observers.LayerMetrics, "layer", fail_in_the_second)
         with pytest.raises(UserError, match="full"):
-            calibrate.observe(recipe, walk)
-    assert (work.progress("calibrate", "walk") / "entering-1.raw").exists()
-    assert load_file(work.progress("calibrate", "walk") / "forward.safetensors")
+            calibrate.observe(made_of.recipe, walk)
+    assert (made_of.work.progress("calibrate", "walk") / "entering-1.raw").exists()
+    assert load_file(made_of.work.progress("calibrate", "walk") / "forward.safetensors")
 
 
 def fail_in_the_second(_self: Any, index: int, *_: Any) -> None:
@@ -212,15 +208,13 @@ def test_a_dry_run_counts_a_layer_and_not_the_model(run: Run, tmp_path: Path, ll
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_cuda_only_the_layer_in_work_is_there(make_model: ModelMaker, tmp_path: Path) -> None:
     make_model(tmp_path / "model", "llama", num_hidden_layers=4)
-    recipe, work = job(tmp_path, tmp_path / "model", activation_scales="static")
-    batches, console = some_batches(), Console(quiet=True)
     made = []
-    for device in (torch.device("cpu"), torch.device("cuda")):
-        teacher, _ = models.load(tmp_path / "model")
-        walk = calibrate.walk_of(recipe, work, teacher, batches, device, console)
-        made.append(calibrate.observe(recipe, walk))
+    for device in ("cpu", "cuda"):
+        made_of = job(tmp_path, tmp_path / "model", device, activation_scales="static")
+        walk = calibrate.walk_of(made_of, "walk", some_batches())
+        made.append(calibrate.observe(made_of.recipe, walk))
         walk.clear()
-        layers = teacher.get_submodule(walk.found.layers_path)
+        layers = made_of.teacher.get_submodule(walk.found.layers_path)
         assert {parameter.device.type for parameter in layers.parameters()} == {"cpu"}
     for name, value in made[0].items():
         torch.testing.assert_close(made[1][name].cpu(), value, rtol=1e-2, atol=1e-3)

@@ -131,6 +131,8 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateResult:
     write_text(work.plan_file, plan.model_dump_json(indent=1) + "\n")
     if study:
         write_json(work.sensitivity_file, study)
+    else:  # of an earlier plan
+        work.sensitivity_file.unlink(missing_ok=True)
     if recipe.calibrate.start != "rule":
         _start.write(recipe, work, plan, rows, console)
     size = _shared.packed_size(recipe, teacher, found, work=work)(plan)
@@ -141,7 +143,7 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateResult:
         real_bits=round(size.real_bits, 4),
         bytes=size.bytes,
         formats=weights_by_format(plan),
-        tokens=sum(int(counts.sum()) for _, counts in batches_of(recipe, rows)),
+        tokens=sum(int(counts.sum()) for _, counts in job.batches()),
         layer_similarity=[round(float(value), 5) for value in tensors["layer_cosine"]],
         text=text,
         estimate=plan.estimate,
@@ -155,16 +157,21 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateResult:
 
 @dataclass(frozen=True)
 class Job:
-    """What the parts of a calibration share."""
+    """What the parts of a calibration share; `rows` is None where no text is read."""
 
     recipe: Recipe
     work: WorkDir
     teacher: PreTrainedModel
     found: models.Structure
-    rows: data.TokenRows
+    rows: data.TokenRows | None
     length: int
     device: torch.device
     console: Console
+
+    def batches(self, sequences: int | None = None) -> list[tuple[Tensor, Tensor]]:
+        """Some of the text, by default all that calibration reads, as `batches_of`."""
+        assert self.rows is not None
+        return batches_of(self.recipe, self.rows, sequences)
 
 
 # --- what is measured, for every budget --------------------------------------------------------
@@ -175,11 +182,10 @@ def stored_statistics(recipe: Recipe, work: WorkDir) -> dict[str, Tensor] | None
     wanted = statistics_identity(recipe)
     try:
         with safe_open(work.statistics_file, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("identity") != wanted["identity"]:
+            measured = json.loads((file.metadata() or {})["measured"])
+            if measured["identity"] != wanted["identity"]:
                 return None
-            measured = json.loads(metadata["formats"])
-            needed = [measured.index(name) for name in json.loads(wanted["formats"])]
+            needed = [measured["formats"].index(name) for name in wanted["formats"]]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError, KeyError, ValueError):  # among them a format that was not measured
         return None
@@ -187,12 +193,12 @@ def stored_statistics(recipe: Recipe, work: WorkDir) -> dict[str, Tensor] | None
 
 
 def write_statistics(recipe: Recipe, work: WorkDir, tensors: dict[str, Tensor]) -> None:
-    metadata = statistics_identity(recipe)
+    metadata = {"measured": json.dumps(statistics_identity(recipe))}  # one key: safetensors keeps no order of several
     write_atomically(work.statistics_file, lambda path: save_file(tensors, path, metadata))
 
 
-def statistics_identity(recipe: Recipe) -> dict[str, str]:
-    """What decides the statistics, as the metadata of their file: budgets and plans do not."""
+def statistics_identity(recipe: Recipe) -> dict[str, Any]:
+    """What decides the statistics, for the metadata of their file: budgets and plans do not."""
     settings = recipe.calibrate
     measured = settings.plan == "sensitivity"
     names = ["group_size", "activation_bits", "activation_scales", "adaptive_tokens", "sequences", "batch_size"]
@@ -204,12 +210,12 @@ def statistics_identity(recipe: Recipe) -> dict[str, str]:
         "settings": {name: getattr(settings, name) for name in names},
         "versions": versions(),
     }
-    return {"identity": digest_json(asked), "formats": json.dumps(candidates_of(settings) if measured else [])}
+    return {"identity": digest_json(asked), "formats": candidates_of(settings) if measured else ()}
 
 
 def measure(job: Job) -> dict[str, Tensor]:
     """Everything in the file of statistics, by the names it has there."""
-    recipe, batches = job.recipe, batches_of(job.recipe, job.rows)
+    recipe, batches = job.recipe, job.batches()
     tensors = observe(recipe, walk_of(job, "walk", batches))
     if recipe.calibrate.plan == "sensitivity":
         study = study_of(job)
@@ -232,7 +238,7 @@ def study_of(job: Job) -> _sensitivity.Study:
     """The teacher, ready to be studied on some of the text."""
     recipe, settings = job.recipe, job.recipe.calibrate
     count = _sensitivity.sequences_of(settings.sensitivity_tokens, job.length)
-    batches = batches_of(recipe, job.rows, count)
+    batches = job.batches(count)
 
     def walk(name: str, change: _sensitivity.Change | None) -> models.Walk:
         return walk_of(job, f"sensitivity/{name}", batches, change)
@@ -439,7 +445,7 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateDryRun:
     size = sum(p.numel() * p.element_size() for p in teacher.parameters())
     batch = min(recipe.calibrate.batch_size, recipe.calibrate.sequences)
     ids = torch.zeros((batch, length), dtype=torch.int64)
-    job = Job(recipe, work, teacher, found, data.TokenRows([], [1.0], length), length, device, console)
+    job = Job(recipe, work, teacher, found, None, length, device, console)
     walk = walk_of(job, "walk", [(ids, torch.ones_like(ids, dtype=torch.bool))])
     adaptive = plan.adaptive_tokens == "causal"
     sequences = (1 + adaptive) * recipe.calibrate.sequences
