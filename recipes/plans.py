@@ -131,7 +131,7 @@ def make_row(case: Case, recipe: Recipe, setting: Setting) -> Row:
     """Calibrate and distill where that is needed, pack, measure."""
     work = WorkDir(setting.build / "plans" / case.teacher.name / case.name)
     measured_plan = recipe.calibrate.plan == "sensitivity"
-    reuse_statistics(case, work, setting)
+    reuse_statistics(case, recipe, work, setting)
     stages = ("calibrate",) * (measured_plan or case.trained) + ("distill",) * case.trained + ("pack",)
     for stage in stages:
         pipeline.run(stage, recipe, work, setting.console)
@@ -154,9 +154,10 @@ def statistics_of(case: Case, setting: Setting) -> Path:
     return setting.build / "plans" / case.teacher.name / f"statistics-{case.seed}.safetensors"
 
 
-def reuse_statistics(case: Case, work: WorkDir, setting: Setting) -> None:
+def reuse_statistics(case: Case, recipe: Recipe, work: WorkDir, setting: Setting) -> None:
     kept = statistics_of(case, setting)
     if kept.exists() and not work.statistics_file.exists():
+        work.write_recipe(recipes.dump(recipe))
         work.statistics_file.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(kept, work.statistics_file)
 

@@ -25,7 +25,7 @@ from edgerazor import formats
 from edgerazor.allocate.knapsack import Solution, solve
 from edgerazor.allocate.pattern import NAMED_SHARES
 from edgerazor.allocate.plan import Plan, digits
-from edgerazor.errors import UserError, usage_error
+from edgerazor.errors import USAGE, UserError, usage_error
 from edgerazor.models import Site
 from edgerazor.recipe import Calibrate
 
@@ -36,8 +36,9 @@ CANDIDATES = ("ternary", "int2", "int3", "int4")
 WIDE_CANDIDATES = ("int4", "int5", "int8")
 #: What a plan of rows may stay below its budget, as a share of it.
 TOLERANCE = 0.005
-#: Plans whose bytes are counted before the best of them is taken.
-ROUNDS = 16
+
+#: Plans that are looked at to fill a budget of bytes.
+SEARCH = 20
 
 #: Path of a module -> its fields of a `MatrixPlan`.
 Choice = dict[str, dict[str, Any]]
@@ -190,7 +191,14 @@ def choose(
                 "Ask for more bits, or loosen `constraints`.",
             )
         return _fields(items, candidates, found), found.damage
-    return _within_bytes(items, candidates, open_, sites, plan_of, bytes_of, limit)
+    best = _within_bytes(items, candidates, open_, sites, plan_of, bytes_of, limit)
+    if settings.granularity == "row":  # where matrices are small, saying which row has which format takes many bytes
+        whole = cut(sites, damages, candidates, "tensor")
+        open_ = allowed(whole.names, candidates, settings)
+        best = min(
+            best, _within_bytes(whole, candidates, open_, sites, plan_of, bytes_of, limit), key=lambda each: each[1]
+        )
+    return best
 
 
 def _within_bytes(
@@ -202,43 +210,35 @@ def _within_bytes(
     bytes_of: Callable[[Plan], int],
     limit: int,
 ) -> tuple[Choice, float]:
-    """As `choose`. What rows cost beside their codes depends on the choice, so the budget is corrected by that.
-
-    The bytes of codes that may be spent are bracketed: with `low` the plan was small enough, with `high` it was not.
-    """
+    """As `choose`. What rows take beside their codes depends on the choice, so the budget of codes is searched for."""
     columns = {site.name: site.columns for site in sites}
     each = [[formats.get(name).packed_columns(columns[item]) for name in candidates] for item in items.names]
     rows = items.weights / np.array([columns[name] for name in items.names])
     costs = np.where(open_, rows[:, None] * np.array(each, dtype=np.float64), np.inf)
-    usable = np.where(open_, costs, 0.0)
-
-    def found_at(damages: np.ndarray, budget: float) -> tuple[Solution, Choice, int]:
-        found = solve(costs, damages, budget)
+    low = float(costs.min(axis=1).sum())
+    high = min(float(np.where(open_, costs, 0.0).max(axis=1).sum()), float(limit))
+    best: tuple[Choice, float] | None = None
+    smallest, budget = 0, low
+    for number in range(SEARCH):
+        found = solve(costs, items.damages, budget)
         assert found is not None
         choice = _fields(items, candidates, found)
-        return found, choice, bytes_of(plan_of(choice))
-
-    least, choice, size = found_at(usable, float(costs.min(axis=1).sum()))
-    if size > limit:
+        size = bytes_of(plan_of(choice))
+        smallest = smallest or size
+        if size <= limit:
+            low, best = budget, (choice, found.damage)
+        else:
+            high = budget
+        if best is None or limit * (1 - TOLERANCE / 10) <= size <= limit:
+            break
+        budget = high if number == 0 else (low + high) / 2
+    if best is None:
         raise UserError(
-            f"The packed model cannot be smaller than {size:,} bytes with the formats {', '.join(candidates)}; "
+            f"The packed model cannot be smaller than {smallest:,} bytes with the formats {', '.join(candidates)}; "
             f"{limit:,} were asked for.",
             "Ask for more, or give narrower --formats or fewer constraints.",
-            2,
+            USAGE,
         )
-    best = choice, float(np.where(open_, items.damages, 0.0)[np.arange(len(costs)), least.choice].sum())
-    low, high, budget = least.cost, float(usable.max(axis=1).sum()), limit - (size - least.cost)
-    for _ in range(ROUNDS):
-        found, choice, size = found_at(items.damages, min(budget, high))
-        if size <= limit:
-            low, best = min(budget, high), (choice, found.damage)
-            if low >= high or limit - size <= TOLERANCE / 10 * limit:
-                break
-        else:
-            high = min(budget, high)
-        budget = limit - (size - found.cost)
-        if not low < budget < high:
-            budget = (low + high) / 2
     return best
 
 
