@@ -1,0 +1,511 @@
+"""The damage of rows: what a plain pass of the whole model says, in a walk by layers, interrupted or not."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from _tiny import Run, sha256, write_recipe
+from conftest import GROUP_SIZE, ModelMaker
+from safetensors import safe_open
+from safetensors.torch import load_file
+from test_calibrate import some_batches
+from torch import Tensor
+
+from edgerazor import allocate, attention, formats, models, packed
+from edgerazor.console import Console
+from edgerazor.formats import MatrixSpec
+from edgerazor.models import PreTrainedModel, Walk
+from edgerazor.recipe import build, load
+from edgerazor.stages import _plan, _sensitivity, _shared
+from edgerazor.stages._sensitivity import Study
+from edgerazor.workdir import WorkDir
+
+#: A plain one, norms of q and k, a tied head that caps its logits, biases everywhere, fused projections.
+FAMILIES = ["llama", "qwen3", "gemma2", "phi", "phi3"]
+NAMES = ("ternary", "int3", "int4")
+SEED = 7
+
+Weights = dict[str, Tensor]
+
+
+def spec(name: str) -> MatrixSpec:
+    return MatrixSpec((name,), GROUP_SIZE)
+
+
+@pytest.fixture(scope="session")
+def teachers(make_model: ModelMaker, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folders of tiny teachers by family, whose logits are not so sure that rounding is a catastrophe."""
+
+    @functools.cache
+    def folder(family: str) -> Path:
+        path = tmp_path_factory.mktemp("teachers") / family
+        make_model(path, family)
+        return path
+
+    return folder
+
+
+def study_of(path: Path, folder: Path, **changes: Any) -> Study:
+    """A study of some padded batches."""
+    model, _ = models.load(path)
+    found, batches = models.structure(model), some_batches()
+
+    def walk_of(name: str, change: Any) -> Walk:
+        return Walk(model, found, batches, folder / "walks" / name, identity=name, change=change)
+
+    settings: dict[str, Any] = {"names": NAMES, "group_size": GROUP_SIZE, "seed": SEED, "identity": "a study"}
+    return Study(
+        model=model,
+        found=found,
+        batches=batches,
+        walk_of=walk_of,
+        folder=folder / "kept",
+        console=Console(quiet=True),
+        **(settings | changes),
+    )
+
+
+def rounded(model: PreTrainedModel, specs: dict[str, MatrixSpec]) -> PreTrainedModel:
+    """The same model with these matrices rounded, in place."""
+    with torch.no_grad():
+        for name, each in specs.items():
+            weight = model.get_submodule(name).weight
+            weight.copy_(formats.round_trip(weight, each))
+    return model
+
+
+def logits_of(model: PreTrainedModel) -> list[Tensor]:
+    """float32 [n, vocabulary] at the positions that count, batch by batch."""
+    found = []
+    for ids, counts in some_batches():
+        with torch.no_grad():
+            found.append(model(input_ids=ids, use_cache=False).logits.float()[counts])
+    return found
+
+
+def divergence(teacher: list[Tensor], student: list[Tensor]) -> float:
+    """KL(teacher || student) per token, from whole logits in float64."""
+    total, tokens = 0.0, 0
+    for one, other in zip(teacher, student, strict=True):
+        p, q = one.double().log_softmax(-1), other.double().log_softmax(-1)
+        total, tokens = total + float((p.exp() * (p - q)).sum()), tokens + len(one)
+    return total / tokens
+
+
+def plain_kl(path: Path, specs: dict[str, MatrixSpec]) -> float:
+    teacher, _ = models.load(path)
+    student, _ = models.load(path)
+    return divergence(logits_of(teacher), logits_of(rounded(student, specs)))
+
+
+def same(one: Weights, other: Weights) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+# --- fisher --------------------------------------------------------------------------------------
+
+
+def plain_fisher(path: Path) -> Weights:
+    """The same numbers from passes of the whole model with autograd: linear layers, and the embedding's lookups."""
+    model, _ = models.load(path)
+    found = models.structure(model)
+    seen: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
+
+    def watching(name: str) -> Any:
+        def hook(_module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+            inputs[name] = args[0].detach()
+            output.register_hook(lambda g: seen.__setitem__(name, g))
+
+        return hook
+
+    for site in found.linears:
+        model.get_submodule(site.name).register_forward_hook(watching(site.name))
+    embedding: Any = model.get_input_embeddings()
+    embedding.register_forward_hook(lambda _module, _args, output: output.requires_grad_())
+    embedding.register_forward_hook(
+        lambda _module, _args, output: output.register_hook(lambda g: seen.__setitem__("rows", g)) and None
+    )
+    scale = models.embedding_scale(embedding)
+    sums: Weights = {site.name: torch.zeros(len(NAMES), site.rows, dtype=torch.float64) for site in found.linears}
+    sums[found.embedding.name] = torch.zeros(len(NAMES), 1, dtype=torch.float64)
+    tokens = 0
+    for number, (ids, counts) in enumerate(some_batches()):
+        logits = model(input_ids=ids, use_cache=False).logits.float()[counts]
+        draw = torch.Generator().manual_seed(SEED + number)
+        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=draw)
+        logits.log_softmax(-1).gather(1, labels).sum().backward()
+        for site in found.linears:
+            weight = model.get_submodule(site.name).weight.detach()
+            for index, name in enumerate(NAMES):
+                change = inputs[site.name][counts] @ (formats.round_trip(weight, spec(name)) - weight).T
+                sums[site.name][index] += (change * seen[site.name][counts]).double().square().sum(0) / 2
+        rows, g = embedding.weight.detach()[ids[counts]], seen["rows"][counts]
+        for index, name in enumerate(NAMES):
+            change = (formats.round_trip(rows, spec(name)) - rows) * (1.0 if scale is None else float(scale))
+            sums[found.embedding.name][index] += float((change * g).sum(1).double().square().sum()) / 2
+        tokens += int(counts.sum())
+    return {name: value / tokens for name, value in sums.items()}
+
+
+def plain_head(path: Path) -> Tensor:
+    """Half the variance of the change of logits under the model, by hand: float64 [formats, 1]."""
+    model, _ = models.load(path)
+    found = models.structure(model)
+    entering: list[Tensor] = []
+    hook = model.get_submodule(found.head_path).register_forward_pre_hook(lambda _, args: entering.append(args[0]))
+    exact = logits_of(model)
+    hook.remove()
+    head = model.get_submodule(found.head_path)
+    scale, cap = models.logit_shape(model, found.head_path)
+    weight, bias = head.weight.detach().clone(), head.bias
+    damages, tokens = torch.zeros(len(NAMES), 1, dtype=torch.float64), sum(len(each) for each in exact)
+    for index, name in enumerate(NAMES):
+        wrong = formats.round_trip(weight, spec(name))
+        for (_, counts), before, x in zip(some_batches(), exact, entering, strict=True):
+            after = torch.nn.functional.linear(x[counts], wrong, bias) * scale
+            after = after if cap is None else (after / cap).tanh() * cap
+            p, change = before.double().softmax(-1), (after - before).double()
+            mean = (p * change).sum(-1, keepdim=True)
+            damages[index] += float((p * (change - mean).square()).sum()) / 2
+    return damages / tokens
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fisher_is_that_of_the_whole_model(teachers: Callable[[str], Path], tmp_path: Path, family: str) -> None:
+    path = teachers(family)
+    study = study_of(path, tmp_path)
+    made, wanted, head = study.fisher(), plain_fisher(path), plain_head(path)
+    if study.found.head is None:
+        wanted[study.found.embedding.name] += head
+    else:
+        wanted[study.found.head.name] = head
+    assert made.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert made[name].dtype == torch.float64
+        torch.testing.assert_close(made[name], value, rtol=2e-3, atol=1e-4 * float(value.max()))
+
+
+def test_all_positions_in_one_piece_or_in_many(teachers: Callable[[str], Path], tmp_path: Path) -> None:
+    path = teachers("llama")
+    whole = study_of(path, tmp_path / "whole").fisher()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_sensitivity, "LOGITS", 300 * 5)  # five positions at a time
+        pieces = study_of(path, tmp_path / "pieces").fisher()
+    for name, value in whole.items():
+        torch.testing.assert_close(pieces[name], value, rtol=1e-4, atol=1e-6 * float(value.max()))
+
+
+# --- measured ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_measuring_is_the_kl_of_the_whole_model(teachers: Callable[[str], Path], tmp_path: Path, family: str) -> None:
+    study = study_of(teachers(family), tmp_path)
+    every = [site.name for site in study.found.linears]
+    mixed = {name: spec(NAMES[index % len(NAMES)]) for index, name in enumerate(every)}
+    assert study.measure({}) == 0
+    for specs in (dict.fromkeys(every, spec("int4")), mixed, {every[-1]: spec("ternary")}):
+        assert study.measure(specs) == pytest.approx(plain_kl(teachers(family), specs), rel=1e-3)
+    last = {site.name: spec("ternary") for site in study.found.linears if site.layer == 1}
+    assert study.measure(last, first=1) == pytest.approx(study.measure(last), rel=1e-6)
+
+
+def test_direct_is_the_kl_of_one_tensor_swapped(teachers: Callable[[str], Path], tmp_path: Path) -> None:
+    study = study_of(teachers("qwen3"), tmp_path)
+    made, fisher = study.direct(), study.fisher()
+    assert made.keys() == {site.name for site in study.found.linears}
+    for name, value in made.items():
+        for index, number_format in enumerate(NAMES):
+            wanted = plain_kl(teachers("qwen3"), {name: spec(number_format)})
+            assert float(value[index].sum()) == pytest.approx(wanted, rel=2e-3)
+            torch.testing.assert_close(
+                value[index] / value[index].sum(), fisher[name][index] / fisher[name][index].sum()
+            )
+
+
+def test_caches_are_measured_alone_and_left_as_they_were(teachers: Callable[[str], Path], tmp_path: Path) -> None:
+    study = study_of(teachers("llama"), tmp_path)
+    found = study.caches()
+    assert list(found) == ["int8", "int4"]
+    assert 0 < found["int8"] < found["int4"]
+    assert study.measure({}) == 0
+    whole, _ = models.load(teachers("llama"))
+    exact = logits_of(whole)
+    for bits in (8, 4):
+        attention.quantize_cache(whole, bits)
+        assert found[f"int{bits}"] == pytest.approx(divergence(exact, logits_of(whole)), rel=2e-3)
+
+
+# --- integrated ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi"])
+def test_integrated_damages_add_up_to_the_kl_of_the_uniform_model(
+    teachers: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """Completeness (Sundararajan et al., proposition 1), whatever the KL is."""
+    monkeypatch.setattr(_sensitivity, "POINTS", tuple((each + 0.5) / 32 for each in range(32)))
+    study = study_of(teachers(family), tmp_path)
+    every = {site.name: spec("int4") for site in study.found.linears}
+    total = sum(float(value.sum()) for value in study._integrated("int4").values())
+    assert total == pytest.approx(study.measure(every), rel=0.02)
+
+
+def test_three_points_are_within_some_percent(teachers: Callable[[str], Path], tmp_path: Path) -> None:
+    study = study_of(teachers("llama"), tmp_path)
+    every = {site.name: spec("int4") for site in study.found.linears}
+    total = sum(float(value.sum()) for value in study._integrated("int4").values())
+    assert total == pytest.approx(study.measure(every), rel=0.1)
+    damages = study.integrated()
+    assert all(bool((value >= 0).all()) for value in damages.values())
+    assert {len(value) for value in damages.values()} == {len(NAMES)}
+
+
+def test_what_a_format_represents_is_not_damaged_by_it(tmp_path: Path, make_model: ModelMaker) -> None:
+    """Weights of int4's levels: nothing changes, so no estimate finds damage; wider formats than they need, little."""
+    model = make_model(tmp_path / "model", "llama")
+    found = models.structure(model)
+    sites = {site.name: site for site in found.sites}
+    rounded(model, dict.fromkeys(sites, spec("int4")))
+    for name in sites:  # absmax formats take their own levels back exactly
+        weight = model.get_submodule(name).weight
+        assert torch.equal(formats.round_trip(weight, spec("int4")), weight)
+    model.save_pretrained(tmp_path / "model")
+    study = study_of(tmp_path / "model", tmp_path)
+    index = NAMES.index("int4")
+    for estimate in (study.fisher, study.integrated, study.direct):
+        damages = estimate()
+        assert all(float(value[index].abs().max()) == 0 for value in damages.values())
+        assert all(float(value[0].sum()) > 0 for value in damages.values())
+    assert study.measure(dict.fromkeys((site.name for site in found.linears), spec("int4"))) == 0
+
+
+def test_hessian_is_the_weighted_error(teachers: Callable[[str], Path], tmp_path: Path) -> None:
+    study = study_of(teachers("llama"), tmp_path)
+    moments = {site.name: torch.rand(site.columns) for site in study.found.linears}
+    for name, value in study.hessian(moments).items():
+        weight = study.model.get_submodule(name).weight.double()
+        for index, number_format in enumerate(NAMES):
+            error = formats.round_trip(weight.float(), spec(number_format)).double() - weight
+            wanted = (error.square() * moments[name].double()).sum(1) / 2
+            torch.testing.assert_close(value[index], wanted, rtol=1e-4, atol=1e-9)
+
+
+def test_combined_has_the_tensors_of_one_and_the_rows_of_the_other() -> None:
+    fisher = {"a": torch.tensor([[1.0, 3.0], [0.0, 0.0]]), "embed": torch.ones(2, 1)}
+    integrated = {"a": torch.tensor([[4.0, 4.0], [1.0, 1.0]])}
+    made = _sensitivity.combined(fisher, integrated)
+    assert made.keys() == {"a"}
+    assert made["a"][0].tolist() == [2.0, 6.0]
+    assert float(made["a"][1].sum()) in (0.0, 2.0)
+
+
+# --- interrupted ---------------------------------------------------------------------------------
+
+
+def interrupting(function: Callable[..., Any], after: int) -> Callable[..., Any]:
+    """The same function until it has been called so often."""
+    calls: list[int] = []
+
+    @functools.wraps(function)
+    def called(*args: Any, **keywords: Any) -> Any:
+        calls.append(1)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return function(*args, **keywords)
+
+    return called
+
+
+#: estimate -> (what is interrupted, after how many calls): linear layers on the way back, or tensors that are swapped
+KILLS: dict[str, list[tuple[Any, str, int]]] = {
+    "fisher": [(_sensitivity.FisherDamage, "gradient", 5), (_sensitivity.FisherDamage, "gradient", 30)],
+    "integrated": [
+        (_sensitivity.PathDamage, "gradient", 4),
+        (_sensitivity.PathDamage, "gradient", 200),
+        (_sensitivity.Output, "away", 8),
+    ],
+    "direct": [(_sensitivity.FisherDamage, "gradient", 25), (Walk, "onwards", 20)],
+}
+
+
+@pytest.mark.parametrize(("estimate", "kill"), [(name, kill) for name, kills in KILLS.items() for kill in kills])
+def test_interrupted_and_resumed_it_has_the_same_bits(
+    teachers: Callable[[str], Path], tmp_path: Path, estimate: str, kill: tuple[Any, str, int]
+) -> None:
+    whole = getattr(study_of(teachers("qwen3"), tmp_path / "whole"), estimate)()
+    owner, name, after = kill
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, interrupting(getattr(owner, name), after))
+        with pytest.raises(KeyboardInterrupt):
+            getattr(study_of(teachers("qwen3"), tmp_path / "job"), estimate)()
+    resumed = getattr(study_of(teachers("qwen3"), tmp_path / "job"), estimate)()
+    assert same(whole, resumed)
+
+
+def test_what_is_kept_is_taken_only_by_the_same_study(teachers: Callable[[str], Path], tmp_path: Path) -> None:
+    before = study_of(teachers("llama"), tmp_path).fisher()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_sensitivity.FisherDamage, "gradient", interrupting(lambda *_: None, 0))
+        assert same(study_of(teachers("llama"), tmp_path).fisher(), before)  # nothing is computed
+        with pytest.raises(KeyboardInterrupt):
+            study_of(teachers("llama"), tmp_path, identity="another", seed=SEED + 1).fisher()
+    other = study_of(teachers("llama"), tmp_path, identity="another", seed=SEED + 1).fisher()
+    assert not same(other, before)
+    for file in (tmp_path / "kept").glob("*"):
+        file.write_bytes(b"damaged")
+    assert same(study_of(teachers("llama"), tmp_path).fisher(), before)
+
+
+# --- calibrate -----------------------------------------------------------------------------------
+
+MEASURED = {"plan": "sensitivity", "sensitivity_tokens": 64}
+STATISTICS = Path("calibrate", "stats.safetensors")
+SERVES = "What was measured of the teacher for another plan serves this one too."
+
+
+def test_calibrate_interrupted_in_a_study_ends_the_same(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", llama, text_file, calibrate=MEASURED)
+    assert run("calibrate", "--recipe", recipe, "--work", tmp_path / "whole").code == 0
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, after in ((_sensitivity.FisherDamage, 10), (_sensitivity.PathDamage, 50)):
+            patch.setattr(owner, "gradient", interrupting(owner.gradient, after))
+            stopped = run("calibrate", "--recipe", recipe, "--work", tmp_path / "job")
+            assert stopped.code == 130
+            assert "Interrupted; the layers that were finished are saved." in stopped.err
+            patch.undo()
+    assert run("calibrate", "--work", tmp_path / "job").code == 0
+    for name in (STATISTICS, Path("calibrate", "plan.json"), Path("calibrate", "sensitivity.json")):
+        assert sha256(tmp_path / "job" / name) == sha256(tmp_path / "whole" / name)
+    assert not (tmp_path / "job" / "calibrate" / "checkpoints").exists()
+
+
+def test_what_was_measured_serves_every_budget(
+    run: Run, tmp_path: Path, llama: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", llama, text_file, calibrate=MEASURED)
+    work = ("--recipe", recipe, "--work", tmp_path / "job")
+    assert run("calibrate", *work, "--json").code == 0
+    before, ways = sha256(tmp_path / "job" / STATISTICS), []
+    backward = Walk.backward
+    monkeypatch.setattr(Walk, "backward", lambda *args, **named: ways.append(1) or backward(*args, **named))
+    budgets: list[tuple[Any, ...]] = [
+        ("--bits", 2.5),
+        ("--bits", 3, "--granularity", "tensor"),
+        ("--real-bits", 4.6),
+        ("--bits", 2, "--formats", "ternary,int3"),  # some of the candidates
+    ]
+    for budget in budgets:
+        counted, _ = budget[0], budget[1]
+        done = run("calibrate", *work, *budget, "--json")
+        assert done.code == 0, done.err
+        if counted == "--bits":
+            assert SERVES in done.err
+            assert ways == []
+            assert sha256(tmp_path / "job" / STATISTICS) == before
+            assert done.json()["nominal_bits"] <= budget[1]
+        else:  # more candidates are measured, and then they are there for all
+            assert ways
+            before = sha256(tmp_path / "job" / STATISTICS)
+            ways.clear()
+            assert done.json()["real_bits"] <= budget[1]
+    again = run("calibrate", *work, "--bits", 2, "--group-size", 48)
+    assert again.code == 0
+    assert SERVES not in again.err
+    assert ways
+    ways.clear()
+    assert run("calibrate", *work, "--bits", 2, "--group-size", 48, "--force").code == 0
+    assert ways
+
+
+def test_the_file_says_what_was_measured(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", llama, text_file, calibrate={**MEASURED, "bits": 2.5})
+    done = run("calibrate", "--recipe", recipe, "--work", tmp_path / "job", "--json").json()
+    work, found = WorkDir(tmp_path / "job"), models.structure(models.load(llama)[0])
+    names = ["ternary", "int2", "int3", "int4"]
+    said, tensors = _plan.read_sensitivity(work), load_file(tmp_path / "job" / STATISTICS)
+    with safe_open(tmp_path / "job" / STATISTICS, framework="pt") as file:
+        assert names == json.loads(file.metadata()["measured"])["formats"]
+    for estimate in ("fisher", "integrated"):
+        for site in found.linears:
+            assert tensors[f"damage/{estimate}/{site.name}"].shape == (len(names), site.rows)
+    for site in (found.embedding, found.head):
+        assert site is not None
+        assert tensors[f"damage/fisher/{site.name}"].shape == (len(names), 1)
+        assert f"damage/integrated/{site.name}" not in tensors
+    assert said is not None
+    plan = _shared.read_plan(work)
+    assert (said.model, said.tokens, said.estimate) == (str(llama), 64, plan.estimate)
+    assert {tensor.name for tensor in said.tensors} == {site.name for site in found.sites}
+    assert list(said.measured_kl) == ["fisher", "integrated", "combined"]
+    assert said.measured_kl[said.estimate] == min(said.measured_kl.values()) == done["measured_kl"]
+    assert (done["estimate"], done["predicted_kl"]) == (plan.estimate, plan.predicted_kl)
+    assert said.kv is not None
+    assert 0 < said.kv["int8"] < said.kv["int4"]
+    total = {"fisher": "fisher", "integrated": "integrated", "combined": "integrated"}[said.estimate]
+    for tensor in said.tensors:
+        estimate = total if tensor.kind == "linear" else "fisher"
+        rows = tensors[f"damage/{estimate}/{tensor.name}"].double().sum(1)
+        assert list(tensor.damage.values()) == pytest.approx(rows.tolist(), rel=1e-4)
+    assert list(said.tensors[0].damage) == names
+    shown = run("show", "plan", "--work", tmp_path / "job", "--json").json()
+    assert shown["estimate"] == said.estimate
+
+
+@pytest.mark.parametrize("estimate", ["fisher", "integrated", "hessian", "direct"])
+def test_every_estimate_makes_a_plan_within_the_budget(
+    run: Run, tmp_path: Path, llama: Path, text_file: Path, estimate: str
+) -> None:
+    settings = {**MEASURED, "bits": 2.5, "sensitivity": estimate}
+    recipe = write_recipe(tmp_path / "r.yaml", llama, text_file, calibrate=settings)
+    done = run("calibrate", "--recipe", recipe, "--work", tmp_path / "job", "--json").json()
+    assert done["estimate"] == estimate
+    assert 2.4 < done["nominal_bits"] <= 2.5  # rows of 96 and 101 in sixteens
+    assert (done["predicted_kl"] is None) == (estimate == "hessian")
+    assert done["measured_kl"] > 0
+
+
+def test_another_plan_leaves_no_sensitivity_behind(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", llama, text_file, calibrate={**MEASURED, "sensitivity": "fisher"})
+    work = ("--recipe", recipe, "--work", tmp_path / "job")
+    assert run("calibrate", *work).code == 0
+    assert (tmp_path / "job" / "calibrate" / "sensitivity.json").exists()
+    assert run("calibrate", *work, "--plan", "interleave").code == 0
+    assert not (tmp_path / "job" / "calibrate" / "sensitivity.json").exists()
+    assert run("show", "plan", "--work", tmp_path / "job").code == 0
+
+
+def test_packing_a_teacher_uses_the_plan_that_is_there(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
+    settings = {**MEASURED, "bits": 2.5, "sensitivity": "fisher"}
+    recipe = write_recipe(tmp_path / "r.yaml", llama, text_file, calibrate=settings)
+    assert run("calibrate", "--recipe", recipe, "--work", tmp_path / "job").code == 0
+    plan = _shared.read_plan(WorkDir(tmp_path / "job"))
+
+    def formats_of(folder: Path, *words: Any) -> dict[str, MatrixSpec]:
+        done = run("pack", llama, "--recipe", recipe, "--work", folder, *words)
+        assert done.code == 0, done.err
+        model = packed.PackedModel.open(folder / "packed")
+        return {site.name: model.matrix(site.name).spec for site in models.structure(models.load(llama)[0]).sites}
+
+    def equal(one: MatrixSpec, other: MatrixSpec) -> bool:
+        rows = [torch.zeros(0) if each.row_formats is None else each.row_formats for each in (one, other)]
+        return one.formats == other.formats and torch.equal(rows[0].long(), rows[1].long())
+
+    planned = formats_of(tmp_path / "job")
+    assert all(equal(planned[name], each) for name, each in plan.specs().items())
+    without = formats_of(tmp_path / "other")
+    assert not (tmp_path / "other" / "calibrate").exists()
+    asked = allocate.unmeasured(build(load(recipe)).calibrate)
+    interleave = allocate.make_plan(models.structure(models.load(llama)[0]).linears, asked)
+    assert all(equal(without[name], each) for name, each in interleave.specs().items())
+    assert any(not equal(without[name], each) for name, each in plan.specs().items())
+    # Of another budget the plan says nothing.
+    wider = formats_of(tmp_path / "job", "--bits", 3)
+    assert any(not equal(wider[name], each) for name, each in plan.specs().items())
