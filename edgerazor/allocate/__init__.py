@@ -36,6 +36,7 @@ __all__ = [
     "candidates_of",
     "check",
     "make_plan",
+    "measures",
     "mixture_of",
     "solve",
     "spread",
@@ -73,7 +74,7 @@ def make_plan(
     if counted != "bits" and size_of is None:
         raise ValueError("a budget of bytes needs to know what a plan takes")
     fixed = fixed_formats(sites, settings)
-    if settings.plan == "sensitivity":
+    if measures(settings):
         if damages is None:
             raise ValueError("the strategy sensitivity was given no damages")
         return _measured_plan(sites, settings, fixed, damages, size_of)
@@ -183,8 +184,13 @@ def _plan(
     )
 
 
+def measures(settings: Calibrate) -> bool:
+    """Whether a plan needs damages."""
+    return settings.plan == "sensitivity" and measured.is_open(settings)
+
+
 def unmeasured(settings: Calibrate) -> Calibrate:
-    """What to plan with while nothing has been measured: the interleave of the two formats around the bits."""
+    """What to plan with where nothing has been measured: the interleave of the two formats around the bits."""
     if settings.plan != "sensitivity":
         return settings
     names = sorted(settings.formats, key=lambda name: formats.get(name).nominal_bits)
@@ -194,6 +200,8 @@ def unmeasured(settings: Calibrate) -> Calibrate:
         high = next(name for name in names if formats.get(name).nominal_bits >= settings.bits)
         index = names.index(low)
         names = [low, high] if low != high else names[max(index - 1, 0) :][:2]
+    elif len(names) == 1:  # mixed with nothing
+        names = sorted([*names, "int8" if names != ["int8"] else "int4"], key=lambda n: formats.get(n).nominal_bits)
     elif len(names) != 2:
         names = []
     update = {"plan": "interleave", "granularity": "row", "formats": tuple(names), "constraints": ()}
