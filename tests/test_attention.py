@@ -120,7 +120,7 @@ def test_a_linear_layer_gives_each_token_its_bits() -> None:
 def watched(adaptive: str, thresholds: tuple[float, ...] = ()) -> tuple[PreTrainedModel, ImportantTokens]:
     model = model_of()
     found = models.structure(model)
-    plan = make_plan(found.sites, Calibrate(bits=4.0, group_size=GROUP_SIZE))
+    plan = make_plan(found.sites, Calibrate(bits=4.0, plan="interleave", group_size=GROUP_SIZE))
     how = Settings(8, 8, GROUP_SIZE, query_bits=8, adaptive_tokens=adaptive, thresholds=thresholds)
     surgery.prepare_for_training(model, found, plan.specs(), how)
     return model, model.model.layers[0].self_attn.important_tokens
@@ -190,7 +190,7 @@ def test_packed_equals_trained(run: Run, tmp_path: Path, make_model: ModelMaker,
     how = replace(how, learned_inputs="learned" in case)
     student, _ = models.load(tmp_path / "model", dtype=torch.float32)
     found = models.structure(student)
-    plan = make_plan(found.sites, Calibrate(bits=1.88, group_size=GROUP_SIZE))
+    plan = make_plan(found.sites, Calibrate(bits=1.88, plan="interleave", group_size=GROUP_SIZE))
     surgery.prepare_for_training(student, found, plan.specs(), how, input_scales=steps or None)
     student.load_state_dict(load_file(job / "distill" / "best" / "model.safetensors"), strict=False)
     with torch.no_grad():

@@ -98,7 +98,7 @@ def student(tied: bool, **calibrate: Any) -> PreTrainedModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(family_config("llama", tie_word_embeddings=tied)).eval()
     found = models.structure(model)
-    plan = make_plan(found.sites, Calibrate(bits=1.88, group_size=GROUP_SIZE, **calibrate))
+    plan = make_plan(found.sites, Calibrate(bits=1.88, plan="interleave", group_size=GROUP_SIZE, **calibrate))
     surgery.prepare_for_training(model, found, plan.specs(), Settings(8, 8, GROUP_SIZE, True))
     return model
 

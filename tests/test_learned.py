@@ -241,7 +241,7 @@ def student(tied: bool = True, scales_only: bool = False, learned: bool = True) 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(family_config("llama", tie_word_embeddings=tied)).eval()
     found = models.structure(model)
-    plan = make_plan(found.sites, Calibrate(bits=1.88, group_size=GROUP_SIZE))
+    plan = make_plan(found.sites, Calibrate(bits=1.88, plan="interleave", group_size=GROUP_SIZE))
     settings = Settings(8, 8, GROUP_SIZE, learned)
     surgery.prepare_for_training(model, found, plan.specs(), settings, scales_only)
     return model

@@ -43,7 +43,7 @@ def started(tied: bool, learned: bool = False, scales_only: bool = False) -> tup
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(family_config("llama", tie_word_embeddings=tied))
     found = models.structure(model)
-    settings = Calibrate(bits=1.88, group_size=GROUP_SIZE)
+    settings = Calibrate(bits=1.88, plan="interleave", group_size=GROUP_SIZE)
     specs = make_plan(found.sites, settings, lambda name: model.get_submodule(name).weight).specs()
     starts = starts_of(model, specs)
     how = Settings(8, 8, GROUP_SIZE, learned)

@@ -34,7 +34,7 @@ IDS = torch.randint(2, VOCABULARY, (2, 20), generator=torch.Generator().manual_s
 
 def spec_for(rows: int, bits: float, group_size: int = GROUP_SIZE) -> MatrixSpec:
     site = Site("m", "linear", 0, rows, group_size)
-    return make_plan([site], Calibrate(bits=bits, group_size=group_size))["m"].spec()
+    return make_plan([site], Calibrate(bits=bits, plan="interleave", group_size=group_size))["m"].spec()
 
 
 def lazy_of(encoded: Encoded, spec: MatrixSpec) -> LazyMatrix:
@@ -50,7 +50,7 @@ def prepared(family: str = "llama", bits: float = 1.88, **overrides: Any) -> Pre
     """A student with training modules."""
     model = model_of(family, **overrides)
     found = models.structure(model)
-    plan = make_plan(found.sites, Calibrate(bits=bits, group_size=GROUP_SIZE))
+    plan = make_plan(found.sites, Calibrate(bits=bits, plan="interleave", group_size=GROUP_SIZE))
     surgery.prepare_for_training(model, found, plan.specs(), Settings(8, 8, GROUP_SIZE))
     return model
 
@@ -283,7 +283,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         found = models.structure(model)
-        plan = make_plan(found.sites, Calibrate(bits=2.0, group_size=GROUP_SIZE))
+        plan = make_plan(found.sites, Calibrate(bits=2.0, plan="interleave", group_size=GROUP_SIZE))
         surgery.prepare_for_training(model, found, plan.specs(), Settings(8, 8, GROUP_SIZE))
         model(input_ids=IDS, use_cache=False).logits.square().mean().backward()
         return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]

@@ -81,7 +81,13 @@ def make_plan(
     if counted == "bits":
         return _pattern_plan(sites, settings, fixed, weight_of)
     assert size_of is not None
-    return _largest(lambda bits: _pattern_plan(sites, _at(settings, bits), fixed, weight_of), size_of, counted, value)
+    widths = [formats.get(name).nominal_bits for name in settings.formats] or [MINIMUM_BITS, MAXIMUM_BITS]
+    between = widths[0], widths[-1]
+
+    def plan_at(bits: float) -> Plan:
+        return _pattern_plan(sites, _at(settings, bits), fixed, weight_of)
+
+    return _largest(plan_at, between, size_of, counted, value)
 
 
 def _measured_plan(
@@ -127,9 +133,11 @@ def _pattern_plan(
     return _plan(sites, settings, about)
 
 
-def _largest(plan_at: Callable[[float], Plan], size_of: SizeOf, counted: str, value: float) -> Plan:
+def _largest(
+    plan_at: Callable[[float], Plan], between: tuple[float, float], size_of: SizeOf, counted: str, value: float
+) -> Plan:
     """The plan of the most bits that is not larger than asked for."""
-    low, high = MINIMUM_BITS, MAXIMUM_BITS
+    low, high = between
     best = plan_at(low)
     size = size_of(best)
     limit = _bytes(counted, value, size)
