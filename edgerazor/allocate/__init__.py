@@ -38,6 +38,7 @@ __all__ = [
     "make_plan",
     "measures",
     "mixture_of",
+    "shortfall",
     "solve",
     "spread",
     "unmeasured",
@@ -195,6 +196,26 @@ def _plan(
 def measures(settings: Calibrate) -> bool:
     """Whether a plan needs damages."""
     return settings.plan == "sensitivity" and measured.is_open(settings)
+
+
+def shortfall(plan: Plan, settings: Calibrate) -> str:
+    """In words, how far a plan by sensitivity stays below its budget of bits; empty where that is next to nothing."""
+    counted, _ = settings.budget()
+    fixed = [override.match for override in settings.overrides]
+    open_ = [
+        matrix
+        for matrix in plan.matrices
+        if matrix.kind == "linear" and not any(fnmatchcase(matrix.name, match) for match in fixed)
+    ]
+    if counted != "bits" or not open_ or not measures(settings):
+        return ""
+    weights = [matrix.rows * matrix.columns for matrix in open_]
+    bits = [matrix.spec().nominal_bits(matrix.shape) for matrix in open_]
+    found = sum(w * b for w, b in zip(weights, bits, strict=True)) / sum(weights)
+    asked = measured.named_budget(settings.bits)
+    if found >= (1 - measured.TOLERANCE) * asked:
+        return ""
+    return f"No plan of whole units has {asked:g} bits; the nearest that is worth its bits has {found:.4g}."
 
 
 def unmeasured(settings: Calibrate) -> Calibrate:

@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from edgerazor import attention, data, formats, models
-from edgerazor.allocate import Damages, Plan, candidates_of, measures
+from edgerazor.allocate import Damages, Plan, candidates_of, measures, shortfall
 from edgerazor.console import Console, duration, megabytes, table
 from edgerazor.errors import INTERRUPTED, UserError
 from edgerazor.models import PreTrainedModel, PreTrainedTokenizerBase
@@ -128,6 +128,8 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateResult:
             "The same command goes on from there.",
             code=INTERRUPTED,
         ) from None
+    if below := shortfall(plan, recipe.calibrate):
+        console.say(below)
     write_text(work.plan_file, plan.model_dump_json(indent=1) + "\n")
     if study:
         write_json(work.sensitivity_file, study)
