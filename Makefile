@@ -10,7 +10,7 @@ JOB := build/quickstart
 # Real models and texts for `make results-methods`, beside the embedded teacher: a folder with `models` and `text`.
 REAL_DATA ?= $(wildcard ../shared/data)
 
-.PHONY: install quickstart results-methods peers test check world-data teacher clean
+.PHONY: install quickstart results-methods results-plans results-sensitivity peers test check world-data teacher clean
 
 install: .venv/installed
 
@@ -36,6 +36,14 @@ $(WORLD)/distill.txt: $(WORLD)/corpus.py | install
 # The table of methods in recipes/RESULTS.md; hours, but it keeps what is finished and goes on where it was stopped.
 results-methods: install peers $(WORLD)/distill.txt
 	$(BIN)/python recipes/methods.py $(if $(REAL_DATA),--real-data $(REAL_DATA))
+
+# The table of plans: bits where they are needed, at equal real bytes; likewise.
+results-plans: install $(WORLD)/distill.txt
+	$(BIN)/python recipes/plans.py $(if $(REAL_DATA),--real-data $(REAL_DATA))
+
+# What the estimates of sensitivity are worth, and what they cost; alone on the machine.
+results-sensitivity: install $(WORLD)/distill.txt
+	$(BIN)/python recipes/sensitivity.py $(if $(REAL_DATA),--real-data $(REAL_DATA))
 
 # Published post-training methods, in an environment of their own (several GB: GPTQModel brings torch with CUDA).
 peers: build/peers/installed

@@ -36,7 +36,9 @@ __all__ = [
     "candidates_of",
     "check",
     "make_plan",
+    "measures",
     "mixture_of",
+    "shortfall",
     "solve",
     "spread",
     "unmeasured",
@@ -73,7 +75,7 @@ def make_plan(
     if counted != "bits" and size_of is None:
         raise ValueError("a budget of bytes needs to know what a plan takes")
     fixed = fixed_formats(sites, settings)
-    if settings.plan == "sensitivity":
+    if measures(settings):
         if damages is None:
             raise ValueError("the strategy sensitivity was given no damages")
         return _measured_plan(sites, settings, fixed, damages, size_of)
@@ -191,8 +193,33 @@ def _plan(
     )
 
 
+def measures(settings: Calibrate) -> bool:
+    """Whether a plan needs damages."""
+    return settings.plan == "sensitivity" and measured.is_open(settings)
+
+
+def shortfall(plan: Plan, settings: Calibrate) -> str:
+    """In words, how far a plan by sensitivity stays below its budget of bits; empty where that is next to nothing."""
+    counted, _ = settings.budget()
+    fixed = [override.match for override in settings.overrides]
+    open_ = [
+        matrix
+        for matrix in plan.matrices
+        if matrix.kind == "linear" and not any(fnmatchcase(matrix.name, match) for match in fixed)
+    ]
+    if counted != "bits" or not open_ or not measures(settings):
+        return ""
+    weights = [matrix.rows * matrix.columns for matrix in open_]
+    bits = [matrix.spec().nominal_bits(matrix.shape) for matrix in open_]
+    found = sum(w * b for w, b in zip(weights, bits, strict=True)) / sum(weights)
+    asked = measured.named_budget(settings.bits)
+    if found >= (1 - measured.TOLERANCE) * asked:
+        return ""
+    return f"No plan of whole units has {asked:g} bits; the nearest that is worth its bits has {found:.4g}."
+
+
 def unmeasured(settings: Calibrate) -> Calibrate:
-    """What to plan with while nothing has been measured: the interleave of the two formats around the bits."""
+    """What to plan with where nothing has been measured: the interleave of the two formats around the bits."""
     if settings.plan != "sensitivity":
         return settings
     names = sorted(settings.formats, key=lambda name: formats.get(name).nominal_bits)
@@ -202,6 +229,8 @@ def unmeasured(settings: Calibrate) -> Calibrate:
         high = next(name for name in names if formats.get(name).nominal_bits >= settings.bits)
         index = names.index(low)
         names = [low, high] if low != high else names[max(index - 1, 0) :][:2]
+    elif len(names) == 1:  # mixed with nothing
+        names = sorted([*names, "int8" if names != ["int8"] else "int4"], key=lambda n: formats.get(n).nominal_bits)
     elif len(names) != 2:
         names = []
     update = {"plan": "interleave", "granularity": "row", "formats": tuple(names), "constraints": ()}

@@ -96,6 +96,14 @@ def candidates_of(settings: Calibrate) -> tuple[str, ...]:
     return tuple(sorted(names, key=lambda name: formats.get(name).nominal_bits))
 
 
+def is_open(settings: Calibrate) -> bool:
+    """Whether anything is to be chosen: not where the bits are those of the narrowest or the widest candidate, but for
+    constraints that may not hold there."""
+    candidates = candidates_of(settings)
+    ends = {formats.get(candidates[0]).nominal_bits, formats.get(candidates[-1]).nominal_bits}
+    return settings.budget()[0] != "bits" or settings.bits not in ends or bool(settings.constraints)
+
+
 def named_budget(bits: float) -> float:
     """Nominal bits a weight that were asked for: 1.58, 1.88, 2.79 and 4 are names, whose shares decide."""
     share = NAMED_SHARES.get(bits)

@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from edgerazor import attention, data, formats, models
-from edgerazor.allocate import Damages, Plan, candidates_of
+from edgerazor.allocate import Damages, Plan, candidates_of, measures, shortfall
 from edgerazor.console import Console, duration, megabytes, table
 from edgerazor.errors import INTERRUPTED, UserError
 from edgerazor.models import PreTrainedModel, PreTrainedTokenizerBase
@@ -128,6 +128,8 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateResult:
             "The same command goes on from there.",
             code=INTERRUPTED,
         ) from None
+    if below := shortfall(plan, recipe.calibrate):
+        console.say(below)
     write_text(work.plan_file, plan.model_dump_json(indent=1) + "\n")
     if study:
         write_json(work.sensitivity_file, study)
@@ -200,7 +202,7 @@ def write_statistics(recipe: Recipe, work: WorkDir, tensors: dict[str, Tensor]) 
 def statistics_identity(recipe: Recipe) -> dict[str, Any]:
     """What decides the statistics, for the metadata of their file: budgets and plans do not."""
     settings = recipe.calibrate
-    measured = settings.plan == "sensitivity"
+    measured = measures(settings)
     names = ["group_size", "activation_bits", "activation_scales", "adaptive_tokens", "sequences", "batch_size"]
     names += ["sensitivity", "sensitivity_tokens"] if measured else []
     asked = {
@@ -217,7 +219,7 @@ def measure(job: Job) -> dict[str, Tensor]:
     """Everything in the file of statistics, by the names it has there."""
     recipe, batches = job.recipe, job.batches()
     tensors = observe(recipe, walk_of(job, "walk", batches))
-    if recipe.calibrate.plan == "sensitivity":
+    if measures(recipe.calibrate):
         study = study_of(job)
         for estimate in estimates_of(recipe):
             moments = {site.name: tensors[f"input_second_moment/{site.name}"] for site in job.found.linears}
@@ -263,7 +265,7 @@ def study_of(job: Job) -> _sensitivity.Study:
 def decide(job: Job, tensors: dict[str, Tensor]) -> tuple[Plan, dict[str, Any]]:
     """The plan, and what `sensitivity.json` says of it (nothing where the plan measures nothing)."""
     recipe = job.recipe
-    if recipe.calibrate.plan != "sensitivity":
+    if not measures(recipe.calibrate):
         return _shared.new_plan(recipe, job.teacher, job.found), {}
     choices = damages_of(recipe, tensors)
     plans = {each.estimate: _shared.new_plan(recipe, job.teacher, job.found, each) for each in choices}
@@ -449,7 +451,7 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateDryRun:
     walk = walk_of(job, "walk", [(ids, torch.ones_like(ids, dtype=torch.bool))])
     adaptive = plan.adaptive_tokens == "causal"
     sequences = (1 + adaptive) * recipe.calibrate.sequences
-    if recipe.calibrate.plan == "sensitivity":
+    if measures(recipe.calibrate):
         walks = _sensitivity.walks(estimates_of(recipe), len(candidates_of(recipe.calibrate)), len(found.linears))
         sequences += walks * _sensitivity.sequences_of(recipe.calibrate.sensitivity_tokens, length)
     sequences += recipe.calibrate.sequences * _start.PASSES[recipe.calibrate.start]
@@ -494,12 +496,19 @@ def show(result: CalibrateResult) -> list[RenderableType]:
     """The plan, for people."""
     rows = [[name, f"{count:,}"] for name, count in result.formats.items()]
     least = min(range(len(result.layer_similarity)), key=lambda i: result.layer_similarity[i])
+    caption = f"{result.tokens:,} calibration tokens; layer {least + 1} changes its input most"
+    if result.measured_kl is not None:
+        predicted = "" if result.predicted_kl is None else f" ({result.predicted_kl:.3g} predicted)"
+        caption += (
+            f"; planned by {result.estimate}: KL {result.measured_kl:.3g}{predicted} before training, of the rounded "
+            "linear layers; draw it with `edgerazor show plan`"
+        )
     return [
         table(
             f"Plan {result.notation}: {result.nominal_bits:.3g} nominal bits, {result.real_bits:.3g} real ones in a "
             f"packed model of {megabytes(result.bytes)}",
             ["format of decoder linear layers", "weights"],
             rows,
-            caption=f"{result.tokens:,} calibration tokens; layer {least + 1} changes its input most",
+            caption=caption,
         )
     ]

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from edgerazor import formats, models, packed, surgery
-from edgerazor.allocate import Plan
+from edgerazor.allocate import Plan, measures
 from edgerazor.console import Console, megabytes, table
 from edgerazor.errors import UserError, usage_error
 from edgerazor.packed import PackedMatrix
@@ -85,7 +85,7 @@ def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
         distilled = work.manifest("distill")
         return {"student": distilled.fingerprint() if distilled else "missing", **common}
     settings = _shared.settings("calibrate", recipe.calibrate, ("sequences", "batch_size"))
-    measured = recipe.calibrate.plan == "sensitivity" and _shared.is_planned(recipe, work)
+    measured = measures(recipe.calibrate) and _shared.is_planned(recipe, work)
     if measured or _shared.needs_calibration(recipe.calibrate):
         calibrated = work.manifest("calibrate")
         settings["calibrate"] = calibrated.fingerprint() if calibrated else "missing"
@@ -131,7 +131,7 @@ def plan_of(recipe: Recipe, work: WorkDir, teacher: models.PreTrainedModel) -> P
                 f"`calibrate.{field}: learned` needs a training, but the teacher is rounded without one.",
                 f"Use `{field}: {other}`, or run `edgerazor distill`.",
             )
-    if recipe.calibrate.plan == "sensitivity" and _shared.is_planned(recipe, work):
+    if measures(recipe.calibrate) and _shared.is_planned(recipe, work):
         return _shared.read_plan(work)
     return _shared.new_plan(recipe, teacher, models.structure(teacher), source="teacher")
 
@@ -146,6 +146,11 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> PackResult:
     _shared.check_attention(teacher, plan)
     scales = _shared.input_scales(plan, teacher, found, work) or {}
     start = _start.stored(recipe, work, plan) if source == "teacher" else None
+    if source == "teacher" and measures(recipe.calibrate) and plan.strategy != "sensitivity":
+        console.say(
+            "Nothing was measured of the model here, so its rows are mixed as EdgeRazor does; for a plan by sensitivity "
+            f"run `edgerazor calibrate` with the same options and --work {work.path} first."
+        )
     make_folder(work.path)
     settings = _shared.packed_settings(plan, found, work)
     with (
