@@ -144,9 +144,9 @@ def plain_fisher(path: Path) -> Weights:
         for site in found.linears:
             weight = model.get_submodule(site.name).weight.detach()
             for index, name in enumerate(NAMES):
-                change = inputs[site.name][counts] @ (formats.round_trip(weight, spec(name)) - weight).T
-                sums[site.name][index] += (change * seen[site.name][counts]).double().square().sum(0) / 2
-        rows, g = embedding.weight.detach()[ids[counts]], seen["rows"][counts]
+                change = inputs[site.name] @ (formats.round_trip(weight, spec(name)) - weight).T
+                sums[site.name][index] += (change * seen[site.name]).double().square().flatten(0, 1).sum(0) / 2
+        rows, g = embedding.weight.detach()[ids.flatten()], seen["rows"].flatten(0, 1)
         for index, name in enumerate(NAMES):
             change = (formats.round_trip(rows, spec(name)) - rows) * (1.0 if scale is None else float(scale))
             sums[found.embedding.name][index] += float((change * g).sum(1).double().square().sum()) / 2
@@ -164,7 +164,7 @@ def plain_head(path: Path) -> Tensor:
     hook.remove()
     head = model.get_submodule(found.head_path)
     scale, cap = models.logit_shape(model, found.head_path)
-    weight, bias = head.weight.detach().clone(), head.bias
+    weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
     damages, tokens = torch.zeros(len(NAMES), 1, dtype=torch.float64), sum(len(each) for each in exact)
     for index, name in enumerate(NAMES):
         wrong = formats.round_trip(weight, spec(name))

@@ -84,9 +84,8 @@ def by_hooks(model: Any, batches: Batches) -> dict[str, Tensor]:
     def hook(path: str) -> Any:
         def forward(_module: Any, args: tuple, output: Tensor) -> None:
             seen.keep(f"input {path}", args[0][counts].detach())
-            seen.keep(f"x {path}", args[0][counts].detach())
-            mask = counts
-            output.register_hook(lambda g: seen.keep(f"g {path}", g[mask]))
+            seen.keep(f"x {path}", args[0].flatten(0, -2).detach())
+            output.register_hook(lambda g: seen.keep(f"g {path}", g.flatten(0, -2)))
 
         return forward
 

@@ -56,8 +56,9 @@ class Observer:
         """Forwards, at the end, for each batch: what enters the head, [n, H]."""
 
     def gradient(self, path: str, weight: Tensor, x: Tensor, g: Tensor) -> None:
-        """Backwards, for each linear layer and batch: its weight [out, in], its input x [n, in], and the gradient g
-        [n, out] with respect to its output (bias included), as it follows from `upstream`: nothing is averaged."""
+        """Backwards, for each linear layer and batch: its weight [out, in], its input x [B·T, in], and the gradient g
+        [B·T, out] with respect to its output (bias included), as it follows from `upstream`: nothing is averaged. All
+        positions are there, since those that count may look at those that do not; of padding g is zero."""
 
     def state(self) -> dict[str, Tensor]:
         """All that has been gathered, to be stored: tensors of any dtype under names without meaning to the walk."""
@@ -124,6 +125,7 @@ class Walk:
             self.clear()
             self._write(self._states(0), (self.entering(number) for number in range(len(self.batches))))
             done = 0
+        self._meet_all()
         with self.console.track(title, count * len(self.batches), done * len(self.batches)) as tracker:
             for index in range(done, count):
                 with self.layer(index), torch.no_grad():
@@ -165,6 +167,7 @@ class Walk:
             gradients = (upstream(number, states).detach() for number, states in enumerate(self.leaving()))
             self._write(self._gradients(name, count), gradients)
             progress.save(count)
+        self._meet_all()
         with self.console.track(title, count * len(self.batches), (count - left) * len(self.batches)) as tracker:
             for index in reversed(range(left)):
                 with self.layer(index):
@@ -180,8 +183,8 @@ class Walk:
 
     def leaving(self) -> Iterator[Tensor]:
         """What leaves the last layer, [B, T, H] for each batch; after `forward`."""
+        self._meet_all()
         for number in range(len(self.batches)):
-            self._meet(number)
             yield self._read(self._states(self.found.layer_count), number)
 
     def entered(self, index: int) -> Iterator[Tensor]:
@@ -191,7 +194,7 @@ class Walk:
 
     def onwards(self, index: int, number: int, states: Tensor) -> Tensor:
         """What leaves the last layer, [B, T, H], for what enters the one of that index in a batch; keeps no files."""
-        self._meet(number)
+        self._meet_all()
         for each in range(index, self.found.layer_count):
             with self.layer(each), torch.no_grad():
                 states = self.blocks.through(each, states)
@@ -254,7 +257,6 @@ class Walk:
 
     def _observed(self, index: int, number: int, observers: Sequence[Observer]) -> Tensor:
         """Forwards: what leaves the layer."""
-        self._meet(number)
         counts = self.batches[number][1].to(self.device)
         entering = self._read(self._states(index), number)
 
@@ -270,8 +272,6 @@ class Walk:
 
     def _returned(self, index: int, number: int, name: str, observers: Sequence[Observer]) -> Tensor:
         """Backwards: the gradient with respect to what entered the layer."""
-        self._meet(number)
-        counts = self.batches[number][1].to(self.device)
         entering = self._read(self._states(index), number).requires_grad_()
 
         def seen(path: str, x: Tensor, weight: Tensor, output: Tensor) -> None:
@@ -279,7 +279,7 @@ class Walk:
 
             def arrived(g: Tensor) -> None:
                 for observer in observers:
-                    observer.gradient(path, weight, counted(x, counts), counted(g, counts))
+                    observer.gradient(path, weight, x.flatten(0, -2), g.flatten(0, -2))
 
             output.register_hook(arrived)
 
@@ -321,18 +321,22 @@ class Walk:
                 for key, buffer in module.named_buffers(recurse=False):
                     module._buffers[key] = buffer.to(self.device)
 
-    def _meet(self, number: int) -> None:
-        """Make sure that layers can be called for the shape of a batch."""
-        if not self.blocks.knows(self.batches[number][0]):
-            self.entering(number)
+    def _meet_all(self) -> None:
+        """Make sure that layers can be called for the shapes of all batches. Not while a layer's weights are here: the
+        first layer's come for it."""
+        for number, (ids, _) in enumerate(self.batches):
+            if not self.blocks.knows(ids):
+                self.entering(number)
 
-    def entering(self, number: int) -> Tensor:
-        """What enters the first layer, [B, T, H], for a batch."""
+    def entering(self, number: int, change: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """What enters the first layer, [B, T, H], for a batch; `change` gives what takes the place of the rows of the
+        embedding, [B, T, H], before they are multiplied by anything."""
         embedding: Any = self.model.get_input_embeddings()
         scale = embedding_scale(embedding)
 
         def rows(ids: Tensor) -> Tensor:
-            found = nn.functional.embedding(ids, embedding.weight).to(self.dtype)
+            found = nn.functional.embedding(ids, embedding.weight)
+            found = (found if change is None else change(found)).to(self.dtype)
             return found if scale is None else found * torch.tensor(scale, dtype=torch.float32).to(found)
 
         embedding.forward = rows

@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from edgerazor import attention, formats
+from edgerazor import attention, formats, models
 from edgerazor.console import Console
 from edgerazor.formats import MatrixSpec
 from edgerazor.losses import Head
@@ -152,21 +152,24 @@ class Output:
 
     def logits(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """float32 [n, vocabulary] of what enters the head, [n, H]."""
-        w = self.weight if weight is None else weight
-        return Head(w.to(x.dtype), self.bias, *self.shape).logits(x).float()
+        return self._head(x.dtype, weight).logits(x).float()
+
+    def _head(self, dtype: torch.dtype, weight: Tensor | None = None) -> Head:
+        return Head((self.weight if weight is None else weight).to(dtype), self.bias, *self.shape)
 
     def drawn(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """The gradient, with respect to x [n, H], of the log-probabilities of labels drawn from the model."""
-        return self._gradient(x, lambda piece, _: self._log_drawn(piece, generator))
 
-    def _log_drawn(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        log_p = self.logits(x).log_softmax(-1)
-        labels = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(x.device)
-        return log_p.gather(1, labels).sum()
+        def change(logits: Tensor, _rows: slice) -> Tensor:
+            p = logits.softmax(-1)
+            labels = torch.multinomial(p.cpu(), 1, generator=generator).to(x.device)
+            return p.neg_().scatter_add_(1, labels, torch.ones_like(labels, dtype=p.dtype))
+
+        return self._gradient(x, change)
 
     def away(self, x: Tensor, teacher: Tensor) -> Tensor:
         """The gradient, with respect to x [n, H], of the sum of KL(teacher || model)."""
-        return self._gradient(x, lambda piece, rows: self._divergences(piece, teacher[rows]).sum())
+        return self._gradient(x, lambda logits, rows: logits.softmax(-1) - self.logits(teacher[rows]).softmax(-1))
 
     @torch.no_grad()
     def divergence(self, x: Tensor, teacher: Tensor) -> float:
@@ -193,12 +196,13 @@ class Output:
                 found[index] += float(((p * change.square()).sum(-1) - mean.square()).clamp(min=0).double().sum()) / 2
         return found
 
-    def _gradient(self, x: Tensor, value: Callable[[Tensor, slice], Tensor]) -> Tensor:
-        gradient = torch.empty_like(x)
+    @torch.no_grad()
+    def _gradient(self, x: Tensor, change: Callable[[Tensor, slice], Tensor]) -> Tensor:
+        """With respect to x [n, H], from that with respect to the logits of some of its rows, float32 [rows, V]."""
+        gradient, head = torch.empty_like(x), self._head(x.dtype)
         for rows in self._pieces(x):
-            with torch.enable_grad():
-                piece = x[rows].detach().requires_grad_()
-                gradient[rows] = torch.autograd.grad(value(piece, rows), piece)[0]
+            logits = self.logits(x[rows])
+            gradient[rows] = head.through_(change(logits, rows), logits).to(x.dtype) @ head.weight
         return gradient
 
     def _pieces(self, x: Tensor) -> list[slice]:
@@ -290,16 +294,20 @@ class Study:
             return torch.autograd.grad(flat, entering, upstream)[0]
 
     def _embedding(self) -> Tensor:
-        """`E[(g · (ê - e))²] / 2` over looked up rows, float64 [formats, 1]."""
-        weight = self.model.get_submodule(self.found.embedding.name).weight
+        """`E[(g · (ê - e))²] / 2` over looked up rows, as they enter the first layer; float64 [formats, 1]."""
         total = torch.zeros(len(self.names), 1, dtype=torch.float64)
-        for (ids, counts), gradient in zip(self.batches, self.teacher.returned(), strict=True):
-            rows = weight[ids[counts].to(weight.device)].float()
-            g = gradient[counts.to(gradient.device)].float().to(rows.device)
+        for number, gradient in enumerate(self.teacher.returned()):
+            origin = self.teacher.entering(number, torch.zeros_like)
             for index, name in enumerate(self.names):
-                error = formats.round_trip(rows, self.spec(name)) - rows
-                total[index] += float((g * error).sum(1).double().square().sum()) / 2
+                # What enters is affine in the rows: some families multiply them.
+                error = self.teacher.entering(number, functools.partial(self._row_errors, name)) - origin
+                total[index] += float((gradient * error).float().sum(-1).double().square().sum()) / 2
         return total / self.tokens
+
+    def _row_errors(self, name: str, rows: Tensor) -> Tensor:
+        """What a format changes in looked up rows [B, T, H]."""
+        flat = rows.flatten(0, 1).float()
+        return (formats.round_trip(flat, self.spec(name)) - flat).view_as(rows)
 
     def _head(self) -> Tensor:
         """Float64 [formats, 1]."""
@@ -379,13 +387,15 @@ class Study:
             total += self.output.divergence(walk.final(states)[counts], teacher)
         return total / self.tokens
 
-    def caches(self) -> dict[str, float]:
-        """KL per token of keys and values in a few bits alone."""
-        found = {}
+    def caches(self) -> dict[str, float] | None:
+        """KL per token of keys and values in a few bits alone; None where the model lets nothing be put before them."""
+        if not models.exchangeable_attention(self.model):
+            return None
+        before, found = self.model.config._attn_implementation, {}
         for bits in CACHES:
             attention.quantize_cache(self.model, bits)
             found[f"int{bits}"] = self.measure({})
-        attention.quantize_cache(self.model, 16)
+            models.use_attention(self.model, before)
         return found
 
 

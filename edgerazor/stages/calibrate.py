@@ -273,16 +273,18 @@ def decide(job: Job, tensors: dict[str, Tensor]) -> tuple[Plan, dict[str, Any]]:
     measured = {estimate: study.measure(linear_specs(plan)) for estimate, plan in plans.items()}
     best = min(measured, key=lambda estimate: measured[estimate])
     chosen = next(each for each in choices if each.estimate == best)
-    sites = {site.name: site for site in job.found.sites}
     tensors_said = [
         {
-            "name": name,
-            "kind": sites[name].kind,
-            "rows": sites[name].rows,
-            "columns": sites[name].columns,
-            "damage": {each: float(f"{value:.5g}") for each, value in zip(chosen.formats, rows.sum(1), strict=True)},
+            "name": site.name,
+            "kind": site.kind,
+            "rows": site.rows,
+            "columns": site.columns,
+            "damage": {
+                each: float(f"{value:.5g}")
+                for each, value in zip(chosen.formats, chosen.rows[site.name].sum(1), strict=True)
+            },
         }
-        for name, rows in chosen.rows.items()
+        for site in job.found.sites
     ]
     said = {
         "version": 1,
