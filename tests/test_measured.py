@@ -12,11 +12,21 @@ import pytest
 import torch
 
 from edgerazor import formats, packed
-from edgerazor.allocate import NAMED_SHARES, Damages, MatrixPlan, Plan, candidates_of, check, make_plan, unmeasured
+from edgerazor.allocate import (
+    NAMED_SHARES,
+    Damages,
+    MatrixPlan,
+    Plan,
+    candidates_of,
+    check,
+    make_plan,
+    measures,
+    unmeasured,
+)
 from edgerazor.errors import USAGE, UserError
 from edgerazor.models import Site
 from edgerazor.packed import FolderSize
-from edgerazor.recipe import Calibrate
+from edgerazor.recipe import Calibrate, Constraint
 
 #: Relative squared error of Gaussian weights, about.
 ERRORS = {"ternary": 0.19, "int2": 0.14, "int3": 0.04, "int4": 0.012, "int5": 0.003, "int8": 0.00005}
@@ -400,7 +410,8 @@ def test_the_interleave_under_bytes(budget: dict[str, Any], granularity: str) ->
         ({"bits": 1.58, "formats": ["ternary", "int2", "int3"]}, ("ternary", "int2")),
         ({"bits": 3.0, "formats": ["ternary", "int2", "int3"]}, ("int2", "int3")),
         ({"bits": 3.5, "formats": ["int8", "ternary", "int3"]}, ("int3", "int8")),
-        ({"bits": 2.0, "formats": ["int2"]}, ()),
+        ({"bits": 2.0, "formats": ["int2"]}, ("int2", "int8")),  # mixed with nothing
+        ({"bits": 8.0, "formats": ["int8"]}, ("int4", "int8")),
         ({"real_bits": 3.5, "formats": ["ternary", "int2", "int3"]}, ()),
         ({"target_size": 25_000_000}, ()),
     ],
@@ -424,6 +435,26 @@ def test_other_strategies_need_no_measuring() -> None:
     for plan in ("interleave", "variance", "first"):
         asked = Calibrate(bits=2.0, plan=plan)
         assert unmeasured(asked) is asked
+
+
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"bits": 1.58}, "ternary"),
+        ({"bits": 4.0}, "int4"),
+        ({"bits": 8.0}, "int8"),
+        ({"bits": 3, "formats": ["int3"]}, "int3"),
+    ],
+)
+def test_where_nothing_is_to_be_chosen_nothing_is_measured(
+    settings: dict[str, Any], name: str, granularity: str
+) -> None:
+    asked = Calibrate.model_validate({**settings, "granularity": granularity}, strict=False)
+    assert not measures(asked)
+    assert {matrix.formats for matrix in linears(make_plan(SITES, asked))} == {(name,)}
+    limited = asked.model_copy(update={"constraints": (Constraint(match="*.q_proj", at_most=name),)})
+    assert measures(limited)  # they may not hold of the one format
 
 
 def test_what_is_missing_is_said() -> None:

@@ -75,10 +75,11 @@ def make_plan(
     if counted != "bits" and size_of is None:
         raise ValueError("a budget of bytes needs to know what a plan takes")
     fixed = fixed_formats(sites, settings)
-    if measures(settings):
-        if damages is None:
-            raise ValueError("the strategy sensitivity was given no damages")
+    if settings.plan == "sensitivity" and damages is not None:
         return _measured_plan(sites, settings, fixed, damages, size_of)
+    if measures(settings):
+        raise ValueError("the strategy sensitivity was given no damages")
+    settings = unmeasured(settings)
     if counted == "bits":
         return _pattern_plan(sites, settings, fixed, weight_of)
     assert size_of is not None

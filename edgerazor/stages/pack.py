@@ -148,7 +148,7 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> PackResult:
     start = _start.stored(recipe, work, plan) if source == "teacher" else None
     if source == "teacher" and measures(recipe.calibrate) and plan.strategy != "sensitivity":
         console.say(
-            "Nothing was measured of the model here, so its rows are mixed as EdgeRazor does; for a plan by sensitivity "
+            "Nothing was measured of the model here, so its rows are mixed as EdgeRazor does. For one by sensitivity, "
             f"run `edgerazor calibrate` with the same options and --work {work.path} first."
         )
     make_folder(work.path)
