@@ -36,6 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import edgerazor
 from edgerazor import data, models, pipeline, tasks
 from edgerazor import recipe as recipes
 from edgerazor.console import Console
@@ -45,7 +46,7 @@ from edgerazor.stages import eval as evaluation
 from edgerazor.workdir import WorkDir, digest_json, machine, versions, write_json, write_text
 
 HERE = Path(__file__).resolve().parent
-PACKAGE = Path(data.__file__).resolve().parent
+PACKAGE = Path(edgerazor.__file__).resolve().parent
 BITS = (1.58, 1.88, 2.0, 2.79, 3.0, 4.0)
 EQUAL_BYTES = 1.02
 CALIBRATION_ROWS = 128
@@ -218,8 +219,8 @@ def steps_of(teacher: Teacher, method: Method, setting: Setting) -> int:
 def fingerprint(teacher: Teacher, method: Method, bits: float, setting: Setting) -> str:
     """Identity of everything that decides a row, places and times left out."""
     recipe = recipe_of(teacher, method, bits, setting)
-    # a field that is not set, as one that a later version adds, decides nothing
-    settings = recipe.model_dump(mode="json", exclude={"model", "data", "bench", "compare"}, exclude_none=True)
+    # a field that is as it always is, as one that a later version adds, decides nothing
+    settings = recipe.model_dump(mode="json", exclude={"model", "data", "bench", "compare"}, exclude_defaults=True)
     settings["eval"].pop("against", None)
     settings["distill"] = settings["distill"] if method.trains else None
     request = tasks.Request(teacher.tasks, None, setting.limit, None, False, recipe.seed)

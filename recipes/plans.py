@@ -110,7 +110,7 @@ def widths(name: str) -> list[str]:
 
 def fingerprint(case: Case, recipe: Recipe) -> str:
     """Identity of everything that decides a row, places and times left out."""
-    settings = recipe.model_dump(mode="json", exclude={"model", "data", "bench", "compare"}, exclude_none=True)
+    settings = recipe.model_dump(mode="json", exclude={"model", "data", "bench", "compare"}, exclude_defaults=True)
     files = ("formats", "allocate", "stages/_sensitivity.py", "losses/forward_kl.py")
     package = HERE.parent / "edgerazor"
     code = [
