@@ -25,7 +25,7 @@ from pathlib import Path
 
 from methods import HERE, Row, Setting, Teacher, code_of, commit, number, percent, real_teachers, scores, stored, world
 
-from edgerazor import data, models, pipeline
+from edgerazor import data, formats, models, pipeline
 from edgerazor import recipe as recipes
 from edgerazor.errors import UserError
 from edgerazor.recipe import Recipe
@@ -98,8 +98,8 @@ def recipe_of(case: Case, setting: Setting) -> Recipe:
                 return asked
         raise UserError("No single format is small enough.")
     granularity = {"rows": "row", "tensors": "tensor"}[case.kind]
-    formats = ["ternary", "int2", "int3", "int4"]
-    asked = {"plan": "sensitivity", "granularity": granularity, "target_size": limit, "formats": formats}
+    names = ["ternary", "int2", "int3", "int4"]
+    asked = {"plan": "sensitivity", "granularity": granularity, "target_size": limit, "formats": names}
     return recipes.build(recipes.merge(values, {"calibrate": asked}))
 
 
@@ -143,8 +143,7 @@ def make_row(case: Case, recipe: Recipe, setting: Setting) -> Row:
     sizes = {key: packed.result[key] for key in ("bytes", "nominal_bits", "real_bits")}
     found = calibrated.result if calibrated else {}
     about = {key: found.get(key) for key in ("estimate", "predicted_kl", "measured_kl")}
-    single = [name for name in UNIFORM if case.kind == "uniform" and name in recipe.calibrate.formats]
-    row = {**sizes, **about, **scores(measured), "format": single}
+    row = {**sizes, **about, **scores(measured)}
     shutil.rmtree(work.path, ignore_errors=True)
     return row
 
@@ -235,7 +234,8 @@ def cells(key: tuple[bool, float, str], rows: list[Row], others: list[Row] | Non
     against = ""
     if others and kind != "interleave":
         against = f"{100 * (mean / statistics.mean(row['kl'] for row in others) - 1):+.0f} %"
-    title = kind if kind != "uniform" else f"uniform {', '.join(rows[0]['format'][:1])}"
+    single = {formats.get(name).nominal_bits: name for name in UNIFORM}
+    title = kind if kind != "uniform" else f"uniform {single[rows[0]['nominal_bits']]}"
     estimates = sorted({row["estimate"] for row in rows if row["estimate"]})
     predicted = [row["predicted_kl"] for row in rows if row["predicted_kl"] is not None]
     line = ["after" if trained else "before", f"{bits:g}", title, f"{max(row['bytes'] for row in rows):,}"]
