@@ -144,7 +144,10 @@ class Calibrate(Strict):
     sensitivity: Literal["auto", "fisher", "integrated", "hessian", "direct"] = Field(
         "auto", description="how the damage of a format is estimated; auto: the best of three, by measured KL"
     )
-    sensitivity_tokens: int = Field(8192, ge=1, description="about how many tokens it is estimated from")
+    sensitivity_tokens: int = Field(2048, ge=1, description="about how many tokens it is estimated from")
+    sensitivity_points: int = Field(
+        1, ge=1, description="for the estimate integrated, gradients taken on the way from the teacher to a format"
+    )
     constraints: tuple[Constraint, ...] = Field(
         (), description="of a plan by sensitivity: {match: glob, at_least: format, at_most: format}"
     )
@@ -172,7 +175,7 @@ class Calibrate(Strict):
     adaptive_tokens: Literal["off", "causal", "ranked"] = Field(
         "off", description="4-bit activations for the half of the tokens that attends least to the first (EdgeQAT)"
     )
-    sequences: int = Field(64, ge=1, description="calibration sequences run through the teacher")
+    sequences: int = Field(16, ge=1, description="calibration sequences run through the teacher")
     batch_size: int = Field(4, ge=1, description="sequences in one forward pass")
 
     @field_validator("group_size", mode="before")

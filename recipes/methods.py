@@ -197,6 +197,7 @@ def recipe_of(teacher: Teacher, method: Method, bits: float, setting: Setting) -
         "calibrate": {
             "bits": bits,
             "plan": "interleave",
+            "sequences": 64,
             "embedding_format": "int4",
             "activation_bits": 8,
             "kv_bits": 8,

@@ -63,6 +63,7 @@ def base(case: Case, setting: Setting) -> dict[str, object]:
         "model": str(case.teacher.model),
         "seed": case.seed,
         "calibrate": {
+            "sequences": 64,
             "overrides": [{"match": "*embed_tokens", "format": "int4"}, {"match": "lm_head", "format": "int4"}],
         },
         "distill": {"steps": steps, "evaluate_every": steps, "losses": [{"name": "forward_kl"}]},
@@ -100,6 +101,7 @@ def recipe_of(case: Case, setting: Setting) -> Recipe:
     granularity = {"rows": "row", "tensors": "tensor"}[case.kind]
     names = ["ternary", "int2", "int3", "int4"]
     asked = {"plan": "sensitivity", "granularity": granularity, "target_size": limit, "formats": names}
+    asked |= {"sensitivity_tokens": 8192, "sensitivity_points": 3}
     return recipes.build(recipes.merge(values, {"calibrate": asked}))
 
 

@@ -50,7 +50,7 @@ def damages(teacher: Teacher, folder: Path, tokens: int) -> tuple[dict[str, Tens
     seconds: dict[str, float] = {}
     names: list[str] = []
     for estimate in ESTIMATES:
-        asked = {"sensitivity": estimate, "sensitivity_tokens": tokens, "bits": 2.0}
+        asked = {"sensitivity": estimate, "sensitivity_tokens": tokens, "sensitivity_points": 3, "bits": 2.0}
         recipe = recipes.build(recipes.merge(teacher.recipe, {"model": str(teacher.model), "calibrate": asked}))
         work = WorkDir(folder / estimate)
         began = time.monotonic()

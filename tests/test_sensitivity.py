@@ -59,7 +59,13 @@ def study_of(path: Path, folder: Path, **changes: Any) -> Study:
     def walk_of(name: str, change: Any) -> Walk:
         return Walk(model, found, batches, folder / "walks" / name, identity=name, change=change)
 
-    settings: dict[str, Any] = {"names": NAMES, "group_size": GROUP_SIZE, "seed": SEED, "identity": "a study"}
+    settings: dict[str, Any] = {
+        "names": NAMES,
+        "group_size": GROUP_SIZE,
+        "points": 3,
+        "seed": SEED,
+        "identity": "a study",
+    }
     return Study(
         model=model,
         found=found,
@@ -248,11 +254,10 @@ def test_caches_are_measured_alone_and_left_as_they_were(teachers: Callable[[str
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi"])
 def test_integrated_damages_add_up_to_the_kl_of_the_uniform_model(
-    teachers: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+    teachers: Callable[[str], Path], tmp_path: Path, family: str
 ) -> None:
     """Completeness (Sundararajan et al., proposition 1), whatever the KL is."""
-    monkeypatch.setattr(_sensitivity, "POINTS", tuple((each + 0.5) / 16 for each in range(16)))
-    study = study_of(teachers(family), tmp_path)
+    study = study_of(teachers(family), tmp_path, points=16)
     every = {site.name: spec("int4") for site in study.found.linears}
     total = sum(float(value.sum()) for value in study._integrated("int4").values())
     assert total == pytest.approx(study.measure(every), rel=0.02)

@@ -40,8 +40,6 @@ from edgerazor.losses import Head
 from edgerazor.models import Observer, PreTrainedModel, Structure, Walk, logit_shape
 from edgerazor.workdir import write_atomically
 
-#: Where on the way from the teacher the gradient is taken: the midpoints of thirds.
-POINTS = (1 / 6, 1 / 2, 5 / 6)
 #: Logits in one piece of work.
 LOGITS = 1 << 24
 #: Bits of keys and values whose damage is reported.
@@ -223,6 +221,7 @@ class Study:
         folder: of what has been found so far, its own.
         names: the candidate formats.
         group_size: weights of a row that share a scale.
+        points: where gradients are taken for `integrated`: the middles of so many equal parts of the way.
         seed: of the labels that are drawn.
         identity: of everything that decides what is found; what is kept of another study is not taken for this one's.
         console: where the progress is shown.
@@ -235,6 +234,7 @@ class Study:
     folder: Path
     names: tuple[str, ...]
     group_size: int
+    points: int
     seed: int
     identity: str
     console: Console
@@ -329,8 +329,12 @@ class Study:
 
     def _integrated(self, name: str) -> dict[str, Tensor]:
         """Of one format: module path -> float64 [rows]."""
-        found = [self.kept(f"{name}-{a:.3f}", functools.partial(self._on_the_way, name, a)) for a in POINTS]
+        found = [self.kept(f"{name}-{a:.3f}", functools.partial(self._on_the_way, name, a)) for a in self.shares()]
         return {path: torch.stack([each[path] for each in found]).mean(0) for path in found[0]}
+
+    def shares(self) -> list[float]:
+        """Of the way, where gradients are taken."""
+        return [(number + 0.5) / self.points for number in range(self.points)]
 
     def _on_the_way(self, name: str, share: float) -> dict[str, Tensor]:
         rounded = Rounded(self.found, {site.name: self.spec(name) for site in self.found.linears}, share)
@@ -410,7 +414,7 @@ def sequences_of(tokens: int, length: int) -> int:
     return max(1, math.ceil(tokens / length))
 
 
-def walks(estimates: Sequence[str], formats_: int, tensors: int) -> int:
+def walks(estimates: Sequence[str], formats_: int, tensors: int, points: int) -> int:
     """About how many walks forwards these estimates take the time of."""
-    each = {"fisher": 3 + formats_, "integrated": 4 * formats_ * len(POINTS), "direct": formats_ * tensors // 2}
+    each = {"fisher": 3 + formats_, "integrated": 4 * formats_ * points, "direct": formats_ * tensors // 2}
     return 6 + sum(each.get(estimate, 0) for estimate in estimates)

@@ -204,7 +204,7 @@ def statistics_identity(recipe: Recipe) -> dict[str, Any]:
     settings = recipe.calibrate
     measured = measures(settings)
     names = ["group_size", "activation_bits", "activation_scales", "adaptive_tokens", "sequences", "batch_size"]
-    names += ["sensitivity", "sensitivity_tokens"] if measured else []
+    names += ["sensitivity", "sensitivity_tokens", "sensitivity_points"] if measured else []
     asked = {
         "model": _shared.teacher_fingerprint(recipe),
         "data": [_shared.data_fingerprint(recipe), recipe.data.sequence_length, recipe.data.packing],
@@ -253,6 +253,7 @@ def study_of(job: Job) -> _sensitivity.Study:
         folder=job.work.progress(NAME, "sensitivity"),
         names=candidates_of(settings),
         group_size=settings.group_size,
+        points=settings.sensitivity_points,
         seed=recipe.seed,
         identity=digest_json(statistics_identity(recipe)),
         console=job.console,
@@ -454,7 +455,9 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateDryRun:
     adaptive = plan.adaptive_tokens == "causal"
     sequences = (1 + adaptive) * recipe.calibrate.sequences
     if measures(recipe.calibrate):
-        walks = _sensitivity.walks(estimates_of(recipe), len(candidates_of(recipe.calibrate)), len(found.linears))
+        settings = recipe.calibrate
+        sizes = len(candidates_of(settings)), len(found.linears), settings.sensitivity_points
+        walks = _sensitivity.walks(estimates_of(recipe), *sizes)
         sequences += walks * _sensitivity.sequences_of(recipe.calibrate.sensitivity_tokens, length)
     sequences += recipe.calibrate.sequences * _start.PASSES[recipe.calibrate.start]
     seconds = walk.seconds(-(-sequences // batch))
