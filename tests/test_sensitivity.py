@@ -69,6 +69,7 @@ def study_of(path: Path, folder: Path, **changes: Any) -> Study:
     return Study(
         model=model,
         found=found,
+        logit_shape=models.logit_shape(model, found.head_path),
         batches=batches,
         walk_of=walk_of,
         folder=folder / "kept",

@@ -37,7 +37,7 @@ from edgerazor import attention, formats, models
 from edgerazor.console import Console
 from edgerazor.formats import MatrixSpec
 from edgerazor.losses import Head
-from edgerazor.models import Observer, PreTrainedModel, Structure, Walk, logit_shape
+from edgerazor.models import Observer, PreTrainedModel, Structure, Walk
 from edgerazor.workdir import write_atomically
 
 #: Logits in one piece of work.
@@ -140,12 +140,17 @@ def _layer_of(path: str) -> str:
 
 
 class Output:
-    """The head of a model, and what is computed from its logits, a piece at a time."""
+    """The head of a model, and what is computed from its logits, a piece at a time.
 
-    def __init__(self, model: PreTrainedModel, found: Structure) -> None:
+    Args:
+        model, found: where the head is.
+        shape: what the family does to logits, as `models.logit_shape` gives it before any walk through the model.
+    """
+
+    def __init__(self, model: PreTrainedModel, found: Structure, shape: tuple[float, float | None]) -> None:
         module = model.get_submodule(found.head_path)
         self.weight, self.bias = module.weight.detach(), module.bias
-        self.shape = logit_shape(model, found.head_path)
+        self.shape = shape
         self.rows = max(1, LOGITS // self.weight.shape[0])
 
     def logits(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -153,6 +158,8 @@ class Output:
         return self._head(x.dtype, weight).logits(x).float()
 
     def _head(self, dtype: torch.dtype, weight: Tensor | None = None) -> Head:
+        if weight is None and self.weight.dtype != dtype:
+            self.weight = self.weight.to(dtype)  # once, and not for every piece
         return Head((self.weight if weight is None else weight).to(dtype), self.bias, *self.shape)
 
     def drawn(self, x: Tensor, generator: torch.Generator) -> Tensor:
@@ -216,6 +223,7 @@ class Study:
 
     Attributes:
         model, found: the teacher; its cache may be rounded in between.
+        logit_shape: what its family does to logits (see `Output`).
         batches: token ids and the positions that count.
         walk_of: a new walk of that name through weights that are changed.
         folder: of what has been found so far, its own.
@@ -229,6 +237,7 @@ class Study:
 
     model: PreTrainedModel
     found: Structure
+    logit_shape: tuple[float, float | None]
     batches: Batches
     walk_of: Callable[[str, Change | None], Walk]
     folder: Path
@@ -240,7 +249,7 @@ class Study:
     console: Console
 
     def __post_init__(self) -> None:
-        self.output = Output(self.model, self.found)
+        self.output = Output(self.model, self.found, self.logit_shape)
         self.teacher = self.walk_of("teacher", None)
         self.teacher.forward(title="sensitivity: the teacher")
         self.tokens = sum(int(counts.sum()) for _, counts in self.batches)

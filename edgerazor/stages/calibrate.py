@@ -114,7 +114,8 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateResult:
         if tensors is None or not work.generated_text.exists():
             provide_own_text(recipe, work, device, length, console)
     rows, _ = _shared.open_text(recipe, work, tokenizer, length)
-    job = Job(recipe, work, teacher, found, rows, length, device, console)
+    shape = models.logit_shape(teacher, found.head_path)  # a walk leaves a model that cannot compute as a whole
+    job = Job(recipe, work, teacher, found, rows, length, device, console, shape)
     try:
         if tensors is None:
             tensors = measure(job)
@@ -159,7 +160,7 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateResult:
 
 @dataclass(frozen=True)
 class Job:
-    """What the parts of a calibration share; `rows` is None where no text is read."""
+    """What the parts of a calibration share; `rows` is None where no text is read, and so is `logit_shape` made up."""
 
     recipe: Recipe
     work: WorkDir
@@ -169,6 +170,7 @@ class Job:
     length: int
     device: torch.device
     console: Console
+    logit_shape: tuple[float, float | None] = (1.0, None)
 
     def batches(self, sequences: int | None = None) -> list[tuple[Tensor, Tensor]]:
         """Some of the text, by default all that calibration reads, as `batches_of`."""
@@ -248,6 +250,7 @@ def study_of(job: Job) -> _sensitivity.Study:
     return _sensitivity.Study(
         model=job.teacher,
         found=job.found,
+        logit_shape=job.logit_shape,
         batches=batches,
         walk_of=walk,
         folder=job.work.progress(NAME, "sensitivity"),
