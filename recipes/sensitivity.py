@@ -35,7 +35,7 @@ from edgerazor.console import Console
 from edgerazor.workdir import WorkDir
 
 ESTIMATES = ("direct", "auto", "hessian")
-SHOWN = ("hessian", "fisher", "integrated", "combined")
+SHOWN = ("hessian", "fisher", "integrated")
 
 
 def spearman(first: Tensor, second: Tensor) -> float:
@@ -64,7 +64,6 @@ def damages(teacher: Teacher, folder: Path, tokens: int) -> tuple[dict[str, Tens
                 _, kind, module = name.split("/", 2)
                 if module in linear:
                     found.setdefault(kind, {})[module] = value.double().sum(1)
-    found["combined"] = found["integrated"]  # tensor by tensor they are the same
     modules = list(found["direct"])
     return {kind: torch.stack([each[m] for m in modules]) for kind, each in found.items()}, names, seconds
 
@@ -76,7 +75,7 @@ def correlations(teacher: Teacher, tokens: int) -> str:
     truth = found["direct"]
     lines = [["estimate", *names, "all pairs", "sum / measured sum"]]
     lines.append(["---"] * len(lines[0]))
-    for kind in SHOWN[:3]:
+    for kind in SHOWN:
         value = found[kind]
         cells = [f"{spearman(value[:, each], truth[:, each]):.3f}" for each in range(len(names))]
         ratio = number(float(value.sum() / truth.sum())) if kind != "hessian" else ""

@@ -20,7 +20,7 @@ import ctypes
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,12 +192,13 @@ class Walk:
         for number in range(len(self.batches)):
             yield self._read(self._states(index), number)
 
-    def onwards(self, index: int, number: int, states: Tensor) -> Tensor:
-        """What leaves the last layer, [B, T, H], for what enters the one of that index in a batch; keeps no files."""
+    def onwards(self, index: int, entering: Iterable[Tensor]) -> list[Tensor]:
+        """What leaves the last layer, [B, T, H] for each batch, for what enters the one of that index; no files."""
         self._meet_all()
+        states = list(entering)
         for each in range(index, self.found.layer_count):
             with self.layer(each), torch.no_grad():
-                states = self.blocks.through(each, states)
+                states = [self.blocks.through(each, batch) for batch in states]
         return states
 
     def final(self, states: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +53,23 @@ Change = Callable[[str, Tensor], Tensor]
 # --- weights on the way ------------------------------------------------------------------------
 
 
+class OfOneLayer:
+    """What was computed for the linear layers of the decoder layer in work; forgotten when another one begins."""
+
+    def __init__(self, found: Structure) -> None:
+        self._layers = {site.name: site.layer for site in found.linears}
+        self._layer: int | None = None
+        self._kept: dict[str, Tensor] = {}
+
+    def get(self, path: str, compute: Callable[[], Tensor]) -> Tensor:
+        """Of a linear layer, computed where it is not there yet."""
+        if self._layers[path] != self._layer:
+            self._layer, self._kept = self._layers[path], {}
+        if path not in self._kept:
+            self._kept[path] = compute()
+        return self._kept[path]
+
+
 class Rounded:
     """Changes weights of linear layers to what formats make of them, or part of the way.
 
@@ -64,18 +81,20 @@ class Rounded:
 
     def __init__(self, found: Structure, specs: Mapping[str, MatrixSpec], share: float = 1.0) -> None:
         self.specs, self.share = specs, share
-        self.layers = {site.name: site.layer for site in found.linears}
-        self.errors: dict[str, Tensor] = {}  # of the layer in work
-        self._layer: int | None = None
+        self._errors = OfOneLayer(found)
 
     def __call__(self, path: str, weight: Tensor) -> Tensor:
         """The changed weight [rows, columns], in the dtype of the given one."""
-        if path not in self.specs:
-            return weight
-        if self.layers[path] != self._layer:
-            self._layer, self.errors = self.layers[path], {}
-        self.errors[path] = formats.round_trip(weight, self.specs[path]).sub_(weight).to(weight.dtype)
-        return weight + self.share * self.errors[path]
+        return weight + self.share * self.error(path, weight) if path in self.specs else weight
+
+    def error(self, path: str, weight: Tensor | None = None) -> Tensor:
+        """The whole way of a weight [rows, columns], which must be given the first time that its layer is in work."""
+
+        def compute() -> Tensor:
+            assert weight is not None
+            return formats.round_trip(weight, self.specs[path]).sub_(weight).to(weight.dtype)
+
+        return self._errors.get(path, compute)
 
 
 # --- what is gathered on the way back ----------------------------------------------------------
@@ -85,23 +104,22 @@ class FisherDamage(Observer):
     """`E[(g d)²] / 2` per row: path -> float64 [formats, rows], summed over tokens.
 
     Args:
+        found: the matrices.
         names: the formats.
         group_size: weights of a row that share a scale.
     """
 
-    def __init__(self, names: Sequence[str], group_size: int) -> None:
+    def __init__(self, found: Structure, names: Sequence[str], group_size: int) -> None:
         self.names, self.group_size = tuple(names), group_size
         self.sums: dict[str, Tensor] = {}
-        self._errors: dict[str, Tensor] = {}
+        self._errors = OfOneLayer(found)
 
     def gradient(self, path: str, weight: Tensor, x: Tensor, g: Tensor) -> None:
-        if path not in self._errors:
-            if len(self._errors) and _layer_of(path) != _layer_of(next(iter(self._errors))):
-                self._errors.clear()
-            self._errors[path] = torch.stack(
-                [formats.round_trip(weight, MatrixSpec((name,), self.group_size), weight.dtype) for name in self.names]
-            ).sub_(weight)
-        found = [(x @ error.T).mul_(g).float().square_().sum(0) for error in self._errors[path]]
+        def compute() -> Tensor:
+            specs = [MatrixSpec((name,), self.group_size) for name in self.names]
+            return torch.stack([formats.round_trip(weight, spec, weight.dtype) for spec in specs]).sub_(weight)
+
+        found = [(x @ error.T).mul_(g).float().square_().sum(0) for error in self._errors.get(path, compute)]
         self.sums[path] = self.sums.get(path, 0) + torch.stack(found).double().cpu() / 2
 
     def state(self) -> dict[str, Tensor]:
@@ -122,7 +140,7 @@ class PathDamage(Observer):
         self.sums: dict[str, Tensor] = {}
 
     def gradient(self, path: str, weight: Tensor, x: Tensor, g: Tensor) -> None:
-        found = (g.T @ x).float().mul_(self.rounded.errors[path]).sum(1, dtype=torch.float64)
+        found = (g.T @ x).float().mul_(self.rounded.error(path)).sum(1, dtype=torch.float64)
         self.sums[path] = self.sums.get(path, 0) + found.cpu()
 
     def state(self) -> dict[str, Tensor]:
@@ -130,10 +148,6 @@ class PathDamage(Observer):
 
     def restore(self, state: dict[str, Tensor]) -> None:
         self.sums = dict(state)
-
-
-def _layer_of(path: str) -> str:
-    return path.split(".")[2] if path.count(".") > 1 else path
 
 
 # --- the head ----------------------------------------------------------------------------------
@@ -252,6 +266,7 @@ class Study:
         self.output = Output(self.model, self.found, self.logit_shape)
         self.teacher = self.walk_of("teacher", None)
         self.teacher.forward(title="sensitivity: the teacher")
+        self.entering_head = self._entering_head(self.teacher.leaving(), self.teacher)
         self.tokens = sum(int(counts.sum()) for _, counts in self.batches)
 
     def spec(self, name: str) -> MatrixSpec:
@@ -277,7 +292,7 @@ class Study:
         return self.kept("fisher", self._fisher)
 
     def _fisher(self) -> dict[str, Tensor]:
-        observer = FisherDamage(self.names, self.group_size)
+        observer = FisherDamage(self.found, self.names, self.group_size)
 
         def upstream(number: int, states: Tensor) -> Tensor:
             generator = torch.Generator().manual_seed(self.seed + number)
@@ -321,15 +336,13 @@ class Study:
     def _head(self) -> Tensor:
         """Float64 [formats, 1]."""
         specs = [self.spec(name) for name in self.names]
-        return sum(self.output.damages(x, specs) for x in self._entering_head(self.teacher))[:, None] / self.tokens
+        return sum(self.output.damages(x, specs) for x in self.entering_head)[:, None] / self.tokens
 
-    def _entering_head(self, walk: Walk) -> list[Tensor]:
-        """What enters the head, [n, H] of the positions that count, for each batch."""
-        found = []
-        for (_, counts), states in zip(self.batches, walk.leaving(), strict=True):
-            with torch.no_grad():
-                found.append(walk.final(states)[counts.to(states.device)])
-        return found
+    @torch.no_grad()
+    def _entering_head(self, leaving: Iterable[Tensor], walk: Walk) -> list[Tensor]:
+        """What enters the head, [n, H] of the positions that count, for what leaves the last layer in each batch."""
+        pairs = zip(self.batches, leaving, strict=True)
+        return [walk.final(states)[counts.to(states.device)] for (_, counts), states in pairs]
 
     def integrated(self) -> dict[str, Tensor]:
         """See above; of linear layers only, negative damages are taken for none."""
@@ -351,10 +364,9 @@ class Study:
         title = f"sensitivity: {name} at {share:.0%}"
         walk.forward(title=title)
         observer = PathDamage(rounded)
-        teacher = self._entering_head(self.teacher)
 
         def upstream(number: int, states: Tensor) -> Tensor:
-            return self._back(walk, number, states, lambda x: self.output.away(x, teacher[number]))
+            return self._back(walk, number, states, lambda x: self.output.away(x, self.entering_head[number]))
 
         walk.backward(upstream, observer, title=title)
         walk.clear()
@@ -392,13 +404,9 @@ class Study:
     def measure(self, specs: Mapping[str, MatrixSpec], first: int = 0) -> float:
         """KL per token, in nats, to the teacher, where these linear layers are rounded, none of them before `first`."""
         walk = self.walk_of("measure", Rounded(self.found, specs))
-        total = 0.0
-        teachers = self._entering_head(self.teacher)
-        for number, (entering, teacher) in enumerate(zip(self.teacher.entered(first), teachers, strict=True)):
-            states = walk.onwards(first, number, entering)
-            counts = self.batches[number][1].to(states.device)
-            total += self.output.divergence(walk.final(states)[counts], teacher)
-        return total / self.tokens
+        leaving = walk.onwards(first, self.teacher.entered(first))
+        pairs = zip(self._entering_head(leaving, walk), self.entering_head, strict=True)
+        return sum(self.output.divergence(ours, theirs) for ours, theirs in pairs) / self.tokens
 
     def caches(self) -> dict[str, float] | None:
         """KL per token of keys and values in a few bits alone; None where the model lets nothing be put before them."""

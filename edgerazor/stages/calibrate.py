@@ -19,6 +19,7 @@ Where training is to start from better codes than the formats' rules give, they 
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from dataclasses import dataclass
@@ -138,9 +139,17 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateResult:
         work.sensitivity_file.unlink(missing_ok=True)
     if recipe.calibrate.start != "rule":
         _start.write(recipe, work, plan, rows, console)
-    size = _shared.packed_size(recipe, teacher, found, work=work)(plan)
-    result = CalibrateResult(
-        model=recipe.model,
+    result = result_of(job, plan, study, tensors, text)
+    write_json(work.result_file(NAME), result.model_dump(mode="json"))
+    work.forget_progress(NAME)
+    return result
+
+
+def result_of(job: Job, plan: Plan, study: dict[str, Any], tensors: dict[str, Tensor], text: str) -> CalibrateResult:
+    """What was decided, from the plan, what `sensitivity.json` says, and the statistics."""
+    size = _shared.packed_size(job.recipe, job.teacher, job.found, work=job.work)(plan)
+    return CalibrateResult(
+        model=job.recipe.model,
         notation=plan.notation(),
         nominal_bits=round(plan.nominal_bits(), 4),
         real_bits=round(size.real_bits, 4),
@@ -153,9 +162,6 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateResult:
         predicted_kl=plan.predicted_kl,
         measured_kl=study["measured_kl"].get(plan.estimate) if study else None,
     )
-    write_json(work.result_file(NAME), result.model_dump(mode="json"))
-    work.forget_progress(NAME)
-    return result
 
 
 @dataclass(frozen=True)
@@ -176,6 +182,30 @@ class Job:
         """Some of the text, by default all that calibration reads, as `batches_of`."""
         assert self.rows is not None
         return batches_of(self.recipe, self.rows, sequences)
+
+    @functools.cached_property
+    def study(self) -> _sensitivity.Study:
+        """The teacher, ready to be studied on some of the text."""
+        settings = self.recipe.calibrate
+        batches = self.batches(_sensitivity.sequences_of(settings.sensitivity_tokens, self.length))
+
+        def walk(name: str, change: _sensitivity.Change | None) -> models.Walk:
+            return walk_of(self, f"sensitivity/{name}", batches, change)
+
+        return _sensitivity.Study(
+            model=self.teacher,
+            found=self.found,
+            logit_shape=self.logit_shape,
+            batches=batches,
+            walk_of=walk,
+            folder=self.work.progress(NAME, "sensitivity"),
+            names=candidates_of(settings),
+            group_size=settings.group_size,
+            points=settings.sensitivity_points,
+            seed=self.recipe.seed,
+            identity=digest_json(statistics_identity(self.recipe)),
+            console=self.console,
+        )
 
 
 # --- what is measured, for every budget --------------------------------------------------------
@@ -222,7 +252,7 @@ def measure(job: Job) -> dict[str, Tensor]:
     recipe, batches = job.recipe, job.batches()
     tensors = observe(recipe, walk_of(job, "walk", batches))
     if measures(recipe.calibrate):
-        study = study_of(job)
+        study = job.study
         for estimate in estimates_of(recipe):
             moments = {site.name: tensors[f"input_second_moment/{site.name}"] for site in job.found.linears}
             damages = study.hessian(moments) if estimate == "hessian" else getattr(study, estimate)()
@@ -238,31 +268,6 @@ def estimates_of(recipe: Recipe) -> tuple[str, ...]:
     return ("fisher", "integrated") if asked == "auto" else tuple(dict.fromkeys(("fisher", asked)))
 
 
-def study_of(job: Job) -> _sensitivity.Study:
-    """The teacher, ready to be studied on some of the text."""
-    recipe, settings = job.recipe, job.recipe.calibrate
-    count = _sensitivity.sequences_of(settings.sensitivity_tokens, job.length)
-    batches = job.batches(count)
-
-    def walk(name: str, change: _sensitivity.Change | None) -> models.Walk:
-        return walk_of(job, f"sensitivity/{name}", batches, change)
-
-    return _sensitivity.Study(
-        model=job.teacher,
-        found=job.found,
-        logit_shape=job.logit_shape,
-        batches=batches,
-        walk_of=walk,
-        folder=job.work.progress(NAME, "sensitivity"),
-        names=candidates_of(settings),
-        group_size=settings.group_size,
-        points=settings.sensitivity_points,
-        seed=recipe.seed,
-        identity=digest_json(statistics_identity(recipe)),
-        console=job.console,
-    )
-
-
 # --- what is decided, for this budget ----------------------------------------------------------
 
 
@@ -273,7 +278,7 @@ def decide(job: Job, tensors: dict[str, Tensor]) -> tuple[Plan, dict[str, Any]]:
         return _shared.new_plan(recipe, job.teacher, job.found), {}
     choices = damages_of(recipe, tensors)
     plans = {each.estimate: _shared.new_plan(recipe, job.teacher, job.found, each) for each in choices}
-    study = study_of(job)
+    study = job.study
     measured = {estimate: study.measure(linear_specs(plan)) for estimate, plan in plans.items()}
     best = min(measured, key=lambda estimate: measured[estimate])
     chosen = next(each for each in choices if each.estimate == best)
