@@ -109,7 +109,6 @@ class Case:
     Attributes:
         model: name of the model, in the table and of its folder.
         format: one of `FORMATS`.
-        folder: of the 16-bit model.
         recipe: how it is packed, and on which text both sides are measured.
         distilled: trained before it is packed.
         random: no trained model.
@@ -117,7 +116,6 @@ class Case:
 
     model: str
     format: str
-    folder: Path
     recipe: Recipe = field(repr=False)
     distilled: bool = False
     random: bool = False
@@ -183,7 +181,7 @@ def case_of(model: str, name: str, folder: Path, values: Values, distilled: bool
         asked["distill"] = {"steps": STEPS, "evaluate_every": STEPS, "losses": [{"name": "forward_kl"}]}
     else:
         asked["pack"] = {"source": "teacher"}
-    return Case(model, name, folder, recipes.build(recipes.merge(values, asked)), distilled, random)
+    return Case(model, name, recipes.build(recipes.merge(values, asked)), distilled, random)
 
 
 def trained_cases(real_data: Path | None) -> list[Case]:
@@ -219,7 +217,7 @@ def random_cases(build: Path, real_data: Path | None) -> list[Case]:
 @torch.no_grad()
 def write_random(folder: Path, kind: str, special: Values, tokenizer: Path) -> None:
     """A model that is the same every time, if it is not there yet."""
-    if (folder / "config.json").exists():
+    if (folder / "model.safetensors").exists():
         return
     words = AutoTokenizer.from_pretrained(tokenizer)
     torch.manual_seed(0)
