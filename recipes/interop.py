@@ -59,6 +59,7 @@ AWKWARD = (
     "Hello  world\n\n\tand   three spaces \n",
     " a space before, 1234567 and 3.14159, 007",
     "don't I'LL we've O'Neill's (x+y)*z != {a: [b]}; __init__ http://a.b/c?d=e",
+    "one text</s><|endoftext|><s> and the next",
     "naïve café, Ærøskøbing; Привет, мир! 你好,世界。 ٣٤٥ 🙂👩‍🚀",
 )
 STEPS = 100
@@ -220,8 +221,9 @@ def write_random(folder: Path, kind: str, special: Values, tokenizer: Path) -> N
     if (folder / "model.safetensors").exists():
         return
     words = AutoTokenizer.from_pretrained(tokenizer)
+    rows = 64 * (len(words) // 64 + 1)  # as many vocabularies, with rows that are no token
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**{**SHAPE, "vocab_size": len(words), **special}))
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**{**SHAPE, "vocab_size": rows, **special}))
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter) * (0.05 if parameter.ndim > 1 else 0.3))
     words.save_pretrained(folder)
@@ -311,7 +313,7 @@ def measure(case: Case, setting: Setting) -> Row:
     texts, prompt = [*AWKWARD, beginning], rows[0][:PROMPT]
     asked = {"texts": texts, "rows": rows, "prompt": prompt, "new_tokens": WRITTEN}
     wide, narrow = (
-        exports.write_all(folder, [name], work.path / "exports", lossy, setting.console)[0]
+        exports.write_all(folder, [name], work.path / "exports", lossy, Console(quiet=True))[0]
         for name, lossy in (("gguf-f16", True), ("gguf", False))
     )
     exact = ours(dequantized(folder), rows, prompt)
@@ -384,9 +386,10 @@ def types_of(written: ExportResult) -> str:
 
 # --- the table ---------------------------------------------------------------------------------
 
-HEAD = ("model", "packed", "GGUF", "real bits", "token ids")
-HEAD += ("16 bits: ours", "llama.cpp", "apart", "KL", "same text")
-HEAD += ("quantized: ours", "llama.cpp", "apart", "KL", "same text")
+WHAT = ("model", "packed", "GGUF", "real bits", "token ids")
+EXACTLY = ("16 bits: ours", "llama.cpp", "apart", "KL", "same text")
+ABOUT = ("quantized: ours", "llama.cpp", "apart", "KL", "same text")
+HEAD = (*WHAT, *EXACTLY, *ABOUT)
 
 
 def cells(row: Row) -> list[str]:
@@ -405,6 +408,14 @@ def cells(row: Row) -> list[str]:
 
 def percent(share: float) -> str:
     return f"{100 * share:+.3f} %"
+
+
+def show(rows: list[Row], console: Console) -> None:
+    """Two tables, because one is too wide for a terminal."""
+    lines = [cells(row) for row in rows]
+    for first, columns in ((0, WHAT + EXACTLY), (len(EXACTLY), WHAT[:3] + ABOUT)):
+        shown = [line[: len(columns) - 5] + line[len(WHAT) + first :][:5] for line in lines]
+        console.out.print(rich_table("llama.cpp and ours", list(columns), shown))
 
 
 def markdown(rows: list[Row], python: Path) -> str:
@@ -476,7 +487,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         console.error(error)
         return error.code
-    console.out.print(rich_table("llama.cpp and ours", list(HEAD), [cells(row) for row in rows]))
+    show(rows, console)
     whole = asked.models is None and asked.formats is None
     if results := asked.results or (HERE / "RESULTS.md" if whole else None):
         publish("interop", markdown(rows, setting.python), results)

@@ -5,7 +5,7 @@
 Runs in an environment of its own (`make llamacpp`), knows nothing of edgerazor and computes on the CPU, with the
 library that was built there. The request is a JSON object:
 
-    texts       list of strings, to be cut into tokens without special ones
+    texts       list of strings, to be cut into tokens; names of special tokens in them are those tokens
     rows        lists of token ids; each is a text of its own
     prompt      token ids, to be continued
     new_tokens  by how many
@@ -66,7 +66,7 @@ def answer(path: Path, asked: dict[str, Any]) -> dict[str, Any]:
         swa_full=True,
         verbose=False,
     )
-    ids = [model.tokenize(text.encode(), add_bos=False, special=False) for text in asked["texts"]]
+    ids = [model.tokenize(text.encode(), add_bos=False, special=True) for text in asked["texts"]]
     return {
         "ids": json.dumps(ids),
         "bos": json.dumps(model.tokenize(b"", add_bos=True)),
