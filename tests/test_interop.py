@@ -75,7 +75,7 @@ def test_a_tie_is_two_tokens_as_good(theirs: list[int], tie: bool) -> None:
 
 
 def test_every_bound_is_a_failure_of_its_own() -> None:
-    case = interop.Case("m", "int4", recipes.Recipe(), random=True)
+    case = interop.Case("m", "int4", recipes.Recipe())
     perfect = interop.Row(case, "Q4_0", (4.1, 4.5), True, (9.0, 9.0), 0.0, 64, False, (9.0, 9.08), 0.1, 3, 100)
     assert perfect.failures() == []
     broken: list[tuple[dict[str, Any], str]] = [
@@ -92,7 +92,6 @@ def test_every_bound_is_a_failure_of_its_own() -> None:
         assert words in line
     tie = replace(perfect, exact_greedy=63, tie=True)
     assert tie.failures() == []
-    assert len(replace(tie, case=replace(case, random=False)).failures()) == 1
     assert len(interop.cells(tie)) == len(interop.HEAD)
     assert interop.cells(tie)[interop.HEAD.index("same text")] == "63/64, tie"
 
