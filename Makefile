@@ -60,7 +60,7 @@ interop: install llamacpp $(WORLD)/distill.txt
 
 # Our packed file of a Qwen3-0.6B-shaped model beside llama.cpp's own of the same model; needs 4 GB of disk for a while.
 sizes: install llamacpp
-	$(BIN)/python recipes/sizes.py
+	$(BIN)/python recipes/sizes.py $(if $(wildcard $(REAL_DATA)/tokenizers/qwen),--tokenizer $(REAL_DATA)/tokenizers/qwen)
 
 # llama.cpp from the source package of its Python binding: its tools, and the binding, all with the same library.
 llamacpp: build/llamacpp/installed

@@ -87,17 +87,19 @@ SHAPE: Values = {
     "eos_token_id": 1,
     "pad_token_id": None,
 }
-SCALED = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROPE = {"rope_theta": 10000.0, "original_max_position_embeddings": 64}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **ROPE}
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+YARN = {"rope_type": "yarn", "factor": 8.0, **ROPE}
 #: family -> model type of transformers, and what is special about it beyond `SHAPE`
 FAMILIES: dict[str, tuple[str, Values]] = {
     "llama": ("llama", {}),
-    "llama-scaled": ("llama", {"rope_parameters": {**SCALED, "original_max_position_embeddings": 64}}),
-    "llama-linear": (
-        "llama",
-        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
-    ),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-llama3": ("llama", {"rope_parameters": LLAMA3}),
+    "llama-linear": ("llama", {"rope_parameters": LINEAR}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"head_dim": 128}),
+    "qwen3-yarn": ("qwen3", {"rope_parameters": YARN}),
     "mistral": ("mistral", {"sliding_window": None}),
     "smollm3": ("smollm3", {}),
 }
