@@ -1,0 +1,202 @@
+// AVX2, with AVX-VNNI where the unit's options allow it: a vector is two registers of 8 rows each.
+#include <immintrin.h>
+
+#include "digits.hpp"
+#include "kernels.hpp"
+#include "quantize.hpp"
+
+namespace {
+
+constexpr int kTileBlocks = 1, kTileTokens = 4, kChains = 2;
+
+struct Bytes { __m256i half[2]; };
+struct Sums { __m256i half[2]; };
+struct Floats { __m256 half[2]; };
+using Quad = __m256i;
+
+EDGERAZOR_INLINE Bytes load(const uint8_t* p) {
+    return {{_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))}};
+}
+
+EDGERAZOR_INLINE Bytes load_once(const uint8_t* p) { return load(p); }
+
+EDGERAZOR_INLINE void store(uint8_t* p, Bytes bytes) {
+    _mm256_storeu_si256((__m256i*)p, bytes.half[0]);
+    _mm256_storeu_si256((__m256i*)(p + 32), bytes.half[1]);
+}
+
+template <int shift, int width>
+EDGERAZOR_INLINE __m256i half_field(__m256i bytes) {
+    if constexpr (width == 8) return bytes;
+    const __m256i shifted = shift == 0 ? bytes : _mm256_srli_epi16(bytes, shift);
+    return _mm256_and_si256(shifted, _mm256_set1_epi8((1 << width) - 1));
+}
+
+template <int shift, int width>
+EDGERAZOR_INLINE Bytes field(Bytes bytes) {
+    return {{half_field<shift, width>(bytes.half[0]), half_field<shift, width>(bytes.half[1])}};
+}
+
+template <int shift>
+EDGERAZOR_INLINE Bytes join(Bytes low, Bytes high) {
+    return {{_mm256_or_si256(low.half[0], _mm256_slli_epi16(high.half[0], shift)),
+             _mm256_or_si256(low.half[1], _mm256_slli_epi16(high.half[1], shift))}};
+}
+
+EDGERAZOR_INLINE Quad broadcast(const int8_t* x) {
+    int32_t quad;
+    __builtin_memcpy(&quad, x, 4);
+    return _mm256_set1_epi32(quad);
+}
+
+EDGERAZOR_INLINE Sums no_sums() { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
+
+EDGERAZOR_INLINE Sums load_sums(const int32_t* p) {
+    return {{_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 8))}};
+}
+
+EDGERAZOR_INLINE void store_sums(int32_t* p, Sums sums) {
+    _mm256_storeu_si256((__m256i*)p, sums.half[0]);
+    _mm256_storeu_si256((__m256i*)(p + 8), sums.half[1]);
+}
+
+EDGERAZOR_INLINE Sums add_sums(Sums a, Sums b) {
+    return {{_mm256_add_epi32(a.half[0], b.half[0]), _mm256_add_epi32(a.half[1], b.half[1])}};
+}
+
+#ifdef __AVXVNNI__
+
+template <int largest>
+struct Accumulator {
+    static constexpr int capacity = kLongest;
+    Sums sums = no_sums();
+    EDGERAZOR_INLINE void add(Bytes u, Quad x) {
+        for (int i = 0; i < 2; i++) sums.half[i] = _mm256_dpbusd_avx_epi32(sums.half[i], u.half[i], x);
+    }
+    EDGERAZOR_INLINE void widen() {}
+    EDGERAZOR_INLINE Sums total() const { return sums; }
+};
+
+#else
+
+// Sums of adjacent 16-bit numbers.
+EDGERAZOR_INLINE __m256i pair_sums(__m256i shorts) { return _mm256_madd_epi16(shorts, _mm256_set1_epi16(1)); }
+
+// u * x in pairs, as 32-bit sums of four. `vpmaddubsw` saturates at 16 bits, so a u above 127 goes in two portions.
+template <int largest>
+EDGERAZOR_INLINE __m256i quad_sums(__m256i u, Quad x) {
+    if constexpr (largest <= 127) {
+        return pair_sums(_mm256_maddubs_epi16(u, x));
+    } else {
+        const __m256i upper = pair_sums(_mm256_maddubs_epi16(half_field<1, 7>(u), x));
+        const __m256i lowest_bit = pair_sums(_mm256_maddubs_epi16(half_field<0, 1>(u), x));
+        return _mm256_add_epi32(_mm256_add_epi32(upper, upper), lowest_bit);
+    }
+}
+
+// Small codes add up in 16 bits for a while: a pair is at most 2 * 127 * largest.
+template <int largest>
+struct Accumulator {
+    static constexpr int safe = 32767 / (2 * 127 * largest);
+    static constexpr bool narrow = safe >= kBitsQuads;
+    static constexpr int capacity = narrow ? safe : kLongest;
+    Sums sums = no_sums(), shorts = no_sums();
+
+    EDGERAZOR_INLINE void add(Bytes u, Quad x) {
+        for (int i = 0; i < 2; i++)
+            if constexpr (narrow) {
+                shorts.half[i] = _mm256_add_epi16(shorts.half[i], _mm256_maddubs_epi16(u.half[i], x));
+            } else {
+                sums.half[i] = _mm256_add_epi32(sums.half[i], quad_sums<largest>(u.half[i], x));
+            }
+    }
+
+    EDGERAZOR_INLINE void widen() {
+        if constexpr (!narrow) return;
+        for (int i = 0; i < 2; i++) sums.half[i] = _mm256_add_epi32(sums.half[i], pair_sums(shorts.half[i]));
+        shorts = no_sums();
+    }
+
+    EDGERAZOR_INLINE Sums total() const { return sums; }
+};
+
+#endif
+
+struct Trits {
+    Bytes digits[5];
+};
+
+EDGERAZOR_INLINE __m256i at_least(__m256i bytes, int bound) {
+    return _mm256_cmpeq_epi8(_mm256_max_epu8(bytes, _mm256_set1_epi8((char)bound)), bytes);
+}
+
+// Takes the digit of value `step` (and twice that) off `rest`; masks count down.
+EDGERAZOR_INLINE __m256i take_digit(__m256i& rest, int step) {
+    const __m256i one = at_least(rest, step), two = at_least(rest, 2 * step);
+    const __m256i off = _mm256_set1_epi8((char)step);
+    rest = _mm256_sub_epi8(rest, _mm256_add_epi8(_mm256_and_si256(one, off), _mm256_and_si256(two, off)));
+    return _mm256_sub_epi8(_mm256_setzero_si256(), _mm256_add_epi8(one, two));
+}
+
+EDGERAZOR_INLINE void half_trits(__m256i bytes, __m256i* digits) {
+    const __m256i is_long = at_least(bytes, kLongDigits);
+    __m256i long_rest = _mm256_sub_epi8(bytes, _mm256_set1_epi8((char)kLongDigits));
+    const __m256i long_last = take_digit(long_rest, kLongCount);
+    long_rest = _mm256_add_epi8(long_rest, _mm256_set1_epi8(64));
+    digits[4] = _mm256_blendv_epi8(half_field<6, 2>(bytes), long_last, is_long);
+    __m256i rest = _mm256_blendv_epi8(half_field<0, 6>(bytes), long_rest, is_long);
+    digits[3] = take_digit(rest, 27);
+    digits[2] = take_digit(rest, 9);
+    digits[1] = take_digit(rest, 3);
+    digits[0] = rest;
+}
+
+EDGERAZOR_INLINE Trits trits(Bytes bytes) {
+    __m256i low[5], high[5];
+    half_trits(bytes.half[0], low);
+    half_trits(bytes.half[1], high);
+    Trits five;
+    for (int f = 0; f < 5; f++) five.digits[f] = {{low[f], high[f]}};
+    return five;
+}
+
+template <int f>
+EDGERAZOR_INLINE void store_trit(const Trits& five, uint8_t* to) { store(to, five.digits[f]); }
+
+struct TernarySums {
+    Accumulator<2> sums;
+
+    template <int f>
+    EDGERAZOR_INLINE void add(const Trits& five, const int8_t* x) { sums.add(five.digits[f], broadcast(x)); }
+
+    template <int f>
+    EDGERAZOR_INLINE void add_pair(Bytes pairs, const int8_t* x) { sums.add(field<2 * f, 2>(pairs), broadcast(x)); }
+
+    EDGERAZOR_INLINE Sums take() {
+        sums.widen();
+        const Sums total = sums.total();
+        sums = Accumulator<2>();
+        return total;
+    }
+};
+
+EDGERAZOR_INLINE Floats no_floats() { return {{_mm256_setzero_ps(), _mm256_setzero_ps()}}; }
+EDGERAZOR_INLINE Floats load_floats(const float* p) { return {{_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}}; }
+
+EDGERAZOR_INLINE void store_floats(float* p, Floats floats) {
+    _mm256_storeu_ps(p, floats.half[0]);
+    _mm256_storeu_ps(p + 8, floats.half[1]);
+}
+
+EDGERAZOR_INLINE void fold(Floats& y, Sums total, int start, const uint16_t* w_scales, float x_scale) {
+    const Sums doubled = add_sums(add_sums(total, total), {{_mm256_set1_epi32(start), _mm256_set1_epi32(start)}});
+    for (int i = 0; i < 2; i++) {
+        const __m256 scales = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(w_scales + 8 * i)));
+        const __m256 product = _mm256_mul_ps(_mm256_set1_ps(x_scale), scales);
+        y.half[i] = _mm256_add_ps(y.half[i], _mm256_mul_ps(_mm256_cvtepi32_ps(doubled.half[i]), product));
+    }
+}
+
+} // namespace
+
+#include "products.hpp"
