@@ -29,16 +29,13 @@ def base3(trits: np.ndarray) -> np.ndarray:
     return np.where(r < 64, 64 * trits[..., 4] + r, 192 + 17 * trits[..., 4] + (r - 64))
 
 
-def fields(quads: np.ndarray, width: int) -> list[np.ndarray]:
-    """Vectors [lanes, 4] of bit fields of quads [n, lanes, 4]."""
+def fields(quads: np.ndarray, width: int, fill: int) -> list[np.ndarray]:
+    """Vectors [lanes, 4] of bit fields of quads [n, lanes, 4]; `fill` is in those that are left over."""
     count = 8 // width
-    found = []
-    for begin in range(0, len(quads), count):
-        vector = np.zeros(quads.shape[1:], dtype=np.int64)
-        for f, quad in enumerate(quads[begin : begin + count]):
-            vector |= quad << (f * width)
-        found.append(vector)
-    return found
+    padding = np.full((-len(quads) % count, *quads.shape[1:]), fill & (1 << width) - 1, dtype=np.int64)
+    padded = np.concatenate([quads & (1 << width) - 1, padding])
+    shifts = (np.arange(count) * width)[:, None, None]
+    return [(padded[q : q + count] << shifts).sum(0) for q in range(0, len(padded), count)]
 
 
 def chunk(quads: np.ndarray, bits: int) -> list[np.ndarray]:
@@ -46,11 +43,11 @@ def chunk(quads: np.ndarray, bits: int) -> list[np.ndarray]:
     if bits == 0:
         whole = len(quads) // 5 * 5
         found = [base3(np.moveaxis(quads[q : q + 5], 0, -1)) for q in range(0, whole, 5)]
-        return found + fields(quads[whole:], 2)
+        return found + fields(quads[whole:], 2, 1)
     planes, shift = [], 0
     for width in (8, 4, 2, 1):
         if bits & width:
-            planes += fields(quads >> shift & (1 << width) - 1, width)
+            planes += fields(quads >> shift, width, 1 << (bits - 1) >> shift)
             shift += width
     return planes
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Sequence
-from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -50,6 +50,7 @@ _SIGNATURES = {
     ),
     "edgerazor_row": (None, [c_void_p, POINTER(_Part), c_int64, c_void_p]),
     "edgerazor_expand_ternary": (None, [c_void_p, c_void_p, c_int64, c_void_p]),
+    "edgerazor_read": (c_uint64, [c_void_p, c_int64]),
 }
 
 
@@ -96,6 +97,11 @@ class Geometry:
         self.segments: int = _loaded().edgerazor_segments(self.handle)
         weakref.finalize(self, _loaded().edgerazor_geometry_free, self.handle)
 
+    def block_bytes(self, bits: int) -> int:
+        """Bytes of a block of 16 rows of codes; bits 0 is ternary."""
+        found: int = _loaded().edgerazor_block_bytes(self.handle, bits)
+        return found
+
 
 @dataclass(frozen=True, eq=False)
 class Part:
@@ -132,7 +138,7 @@ class Part:
 
     def check(self, geometry: Geometry) -> None:
         """ValueError unless the tensors have the dtypes and shapes that the geometry asks for."""
-        width = _loaded().edgerazor_block_bytes(geometry.handle, self.bits)
+        width = geometry.block_bytes(self.bits)
         wanted = [
             ("codes", self.codes, torch.uint8, (self.blocks, width)),
             ("scales", self.scales, torch.float16, (self.blocks, geometry.groups, ROWS)),
@@ -190,17 +196,30 @@ def linear(
     isa: int = -1,
 ) -> Tensor:
     """`y = W x + bias`, float32 [tokens, out], of the matrix that the parts make up; bias float32 [out]."""
-    tokens, out = len(x.codes), sum(part.count for part in parts)
-    y = torch.empty(tokens, out)
-    pointers = [each.data_ptr() for each in (x.codes, x.scales, x.sums)]
-    pointer = None if bias is None else bias.data_ptr()
+    y = torch.empty(len(x.codes), sum(part.count for part in parts))
     for part in parts:
         part.check(geometry)
-        structure = ctypes.byref(part.structure())
-        _loaded().edgerazor_linear(
-            geometry.handle, isa % len(isas()), structure, tokens, *pointers, pointer, y.data_ptr(), out, 0, part.blocks
-        )
+        product(x, geometry, part, bias, y, 0, part.blocks, isa)
     return y
+
+
+def product(
+    x: Activations, geometry: Geometry, part: Part, bias: Tensor | None, y: Tensor, first: int, last: int, isa: int = -1
+) -> None:
+    """The rows of `y` [tokens, out] that row blocks `first` to `last` of a part make, without checking anything.
+
+    Threads may call it at the same time for different blocks; the interpreter's lock is free meanwhile.
+    """
+    inputs = [each.data_ptr() for each in (x.codes, x.scales, x.sums)]
+    output = (None if bias is None else bias.data_ptr(), y.data_ptr(), y.stride(0), first, last)
+    structure = ctypes.byref(part.structure())
+    _loaded().edgerazor_linear(geometry.handle, isa % len(isas()), structure, len(x.codes), *inputs, *output)
+
+
+def read(memory: Tensor) -> int:
+    """Reads a contiguous tensor's bytes once (but for the last few): to measure the bandwidth of memory."""
+    found: int = _loaded().edgerazor_read(memory.data_ptr(), memory.nbytes // 8)
+    return found
 
 
 def row(geometry: Geometry, part: Part, index: int) -> Tensor:
@@ -214,7 +233,7 @@ def row(geometry: Geometry, part: Part, index: int) -> Tensor:
 def expand_ternary(geometry: Geometry, part: Part) -> Part:
     """A ternary part with codes of two bits: a fourth more bytes, fewer steps to decode them."""
     part.check(geometry)
-    width = _loaded().edgerazor_block_bytes(geometry.handle, 2)
+    width = geometry.block_bytes(2)
     codes = torch.empty(part.blocks, width, dtype=torch.uint8)
     _loaded().edgerazor_expand_ternary(geometry.handle, part.codes.data_ptr(), part.blocks, codes.data_ptr())
     return Part(codes, part.scales, part.count, 2, -2, part.rows)

@@ -66,18 +66,24 @@ EDGERAZOR_INLINE Sums add_sums(Sums a, Sums b) {
 
 #ifdef __AVXVNNI__
 
+constexpr int bound(int) { return 255; }
+
 template <int largest>
 struct Accumulator {
     static constexpr int capacity = kLongest;
-    Sums sums = no_sums();
+    Sums sums;
+    EDGERAZOR_INLINE void reset() { sums = no_sums(); }
     EDGERAZOR_INLINE void add(Bytes u, Quad x) {
-        for (int i = 0; i < 2; i++) sums.half[i] = _mm256_dpbusd_avx_epi32(sums.half[i], u.half[i], x);
+        sums.half[0] = _mm256_dpbusd_avx_epi32(sums.half[0], u.half[0], x);
+        sums.half[1] = _mm256_dpbusd_avx_epi32(sums.half[1], u.half[1], x);
     }
     EDGERAZOR_INLINE void widen() {}
     EDGERAZOR_INLINE Sums total() const { return sums; }
 };
 
 #else
+
+constexpr int bound(int largest) { return largest; }
 
 // Sums of adjacent 16-bit numbers.
 EDGERAZOR_INLINE __m256i pair_sums(__m256i shorts) { return _mm256_madd_epi16(shorts, _mm256_set1_epi16(1)); }
@@ -100,20 +106,22 @@ struct Accumulator {
     static constexpr int safe = 32767 / (2 * 127 * largest);
     static constexpr bool narrow = safe >= kBitsQuads;
     static constexpr int capacity = narrow ? safe : kLongest;
-    Sums sums = no_sums(), shorts = no_sums();
+    Sums sums, shorts;
+
+    EDGERAZOR_INLINE void reset() { sums = shorts = no_sums(); }
 
     EDGERAZOR_INLINE void add(Bytes u, Quad x) {
-        for (int i = 0; i < 2; i++)
-            if constexpr (narrow) {
-                shorts.half[i] = _mm256_add_epi16(shorts.half[i], _mm256_maddubs_epi16(u.half[i], x));
-            } else {
-                sums.half[i] = _mm256_add_epi32(sums.half[i], quad_sums<largest>(u.half[i], x));
-            }
+        if constexpr (narrow) {
+            shorts.half[0] = _mm256_add_epi16(shorts.half[0], _mm256_maddubs_epi16(u.half[0], x));
+            shorts.half[1] = _mm256_add_epi16(shorts.half[1], _mm256_maddubs_epi16(u.half[1], x));
+        } else {
+            sums = add_sums(sums, {{quad_sums<largest>(u.half[0], x), quad_sums<largest>(u.half[1], x)}});
+        }
     }
 
     EDGERAZOR_INLINE void widen() {
         if constexpr (!narrow) return;
-        for (int i = 0; i < 2; i++) sums.half[i] = _mm256_add_epi32(sums.half[i], pair_sums(shorts.half[i]));
+        sums = add_sums(sums, {{pair_sums(shorts.half[0]), pair_sums(shorts.half[1])}});
         shorts = no_sums();
     }
 
@@ -155,16 +163,15 @@ EDGERAZOR_INLINE Trits trits(Bytes bytes) {
     __m256i low[5], high[5];
     half_trits(bytes.half[0], low);
     half_trits(bytes.half[1], high);
-    Trits five;
-    for (int f = 0; f < 5; f++) five.digits[f] = {{low[f], high[f]}};
-    return five;
+    return {{{{low[0], high[0]}}, {{low[1], high[1]}}, {{low[2], high[2]}}, {{low[3], high[3]}}, {{low[4], high[4]}}}};
 }
 
 template <int f>
 EDGERAZOR_INLINE void store_trit(const Trits& five, uint8_t* to) { store(to, five.digits[f]); }
 
 struct TernarySums {
-    Accumulator<2> sums;
+    Accumulator<bound(2)> sums;
+    EDGERAZOR_INLINE TernarySums() { sums.reset(); }
 
     template <int f>
     EDGERAZOR_INLINE void add(const Trits& five, const int8_t* x) { sums.add(five.digits[f], broadcast(x)); }
@@ -175,7 +182,7 @@ struct TernarySums {
     EDGERAZOR_INLINE Sums take() {
         sums.widen();
         const Sums total = sums.total();
-        sums = Accumulator<2>();
+        sums.reset();
         return total;
     }
 };

@@ -55,10 +55,13 @@ EDGERAZOR_INLINE Sums load_sums(const int32_t* p) { return _mm512_load_si512(p);
 EDGERAZOR_INLINE void store_sums(int32_t* p, Sums sums) { _mm512_store_si512(p, sums); }
 EDGERAZOR_INLINE Sums add_sums(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
 
+constexpr int bound(int) { return 255; }
+
 template <int largest>
 struct Accumulator {
     static constexpr int capacity = kLongest;
-    Sums sums = no_sums();
+    Sums sums;
+    EDGERAZOR_INLINE void reset() { sums = no_sums(); }
     EDGERAZOR_INLINE void add(Bytes u, Quad x) { multiply_add(sums, u, x); }
     EDGERAZOR_INLINE void widen() {}
     EDGERAZOR_INLINE Sums total() const { return sums; }
@@ -103,7 +106,7 @@ struct TernarySums {
     EDGERAZOR_INLINE Sums take() {
         const Sums low = add_sums(sums[0], _mm512_srai_epi32(sums[1], 2));
         const Sums high = add_sums(_mm512_srai_epi32(sums[2], 4), _mm512_srai_epi32(add_sums(sums[3], sums[4]), 6));
-        for (Sums& each : sums) each = no_sums();
+        sums[0] = sums[1] = sums[2] = sums[3] = sums[4] = no_sums();
         return add_sums(low, high);
     }
 };

@@ -268,4 +268,15 @@ void edgerazor_expand_ternary(const edgerazor_geometry* opaque, const uint8_t* c
             }
 }
 
+uint64_t edgerazor_read(const uint64_t* words, int64_t count) {
+    uint64_t sums[8] = {};
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) { // a cache line
+        __builtin_prefetch(words + i + 512);
+        for (int k = 0; k < 8; k++) sums[k] ^= words[i + k];
+    }
+    for (; i < count; i++) sums[0] ^= words[i];
+    return sums[0] ^ sums[1] ^ sums[2] ^ sums[3] ^ sums[4] ^ sums[5] ^ sums[6] ^ sums[7];
+}
+
 } // extern "C"

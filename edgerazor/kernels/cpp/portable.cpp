@@ -65,10 +65,13 @@ inline Floats load_floats(const float* p) {
 
 inline void store_floats(float* p, const Floats& floats) { memcpy(p, floats.at, 64); }
 
+constexpr int bound(int) { return 255; }
+
 template <int largest>
 struct Accumulator {
-    static constexpr int capacity = 32768;
-    Sums sums = no_sums();
+    static constexpr int capacity = kLongest;
+    Sums sums;
+    inline void reset() { sums = no_sums(); }
     inline void add(const Bytes& u, const Quad& x) {
         for (int lane = 0; lane < 16; lane++)
             for (int j = 0; j < 4; j++) sums.at[lane] += u.at[4 * lane + j] * x.at[j];
@@ -96,7 +99,8 @@ template <int f>
 inline void store_trit(const Trits& five, uint8_t* to) { store(to, five.digits[f]); }
 
 struct TernarySums {
-    Accumulator<2> sums;
+    Accumulator<bound(2)> sums;
+    TernarySums() { sums.reset(); }
 
     template <int f>
     inline void add(const Trits& five, const int8_t* x) { sums.add(five.digits[f], broadcast(x)); }
@@ -106,7 +110,7 @@ struct TernarySums {
 
     inline Sums take() {
         const Sums total = sums.total();
-        sums = Accumulator<2>();
+        sums.reset();
         return total;
     }
 };

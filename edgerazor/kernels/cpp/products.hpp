@@ -4,11 +4,11 @@
 //     load, load_once (kept in a register while a tile uses it), store, field<shift, width>(bytes), join<shift>(low, high) = low | high << shift
 //   Quad broadcast(x)      four activations
 //   Sums                   16 integers: no_sums(), load_sums, store_sums, add_sums
-//   Accumulator<largest>   sums of u * x for u up to `largest`: add(Bytes, Quad), widen() at the latest every
-//                          `capacity` quads, total()
+//   Accumulator<largest>   sums of u * x for u up to `largest`: reset(), add(Bytes, Quad), widen() at the latest every
+//                          `capacity` quads, total(); bound(largest) is the `largest` that serves instead of it
 //   Trits, trits(bytes)    the base-3 digits of a vector: store_trit<f>(Trits, to)
 //   TernarySums            sums over base-3 digits, at most 64 quads: add<f>(Trits, x), add_pair<f>(Bytes of 2-bit
-//                          fields, x), take() = the total since the last take
+//                          fields, x), take() = the total since the last take or the beginning
 //   Floats                 16 numbers: no_floats(), load_floats, store_floats
 //     fold(y, total, start, w_scales, x_scale):  y += float(2 * total + start) * (x_scale * w_scales)
 //   kTileBlocks, kTileTokens, kChains   sizes of the tiles in registers, and independent sums at a time
@@ -52,8 +52,8 @@ EDGERAZOR_INLINE const uint8_t* ahead(const uint8_t* w) {
     return w;
 }
 
-// Largest u of a format.
-constexpr int largest_code(int bits) { return bits == kTernary ? 2 : (1 << bits) - 1; }
+// Largest u that the sums of a format are made for.
+constexpr int largest_code(int bits) { return bound(bits == kTernary ? 2 : (1 << bits) - 1); }
 
 // Chunks to quads ------------------------------------------------------------------------------------------------
 
@@ -177,6 +177,7 @@ template <int bits>
 EDGERAZOR_INLINE Sums bits_chunks(const uint8_t* w, const int8_t* x, int quads) {
     constexpr int vectors = chunk_vectors(bits, kBitsQuads);
     Accumulator<largest_code(bits)> sums[kChains];
+    unroll<0, kChains>(UNROLL(i) { sums[i.value].reset(); });
     for (; quads > 0; quads -= kBitsQuads, w += vectors * kVector, x += kBitsQuads * 4) {
         unroll<0, vectors>(UNROLL(v) { ahead(w + v.value * kVector); });
         unroll<0, kBitsQuads>(UNROLL(q) {
@@ -244,6 +245,7 @@ void remaining_segments(Line& line, int next) {
             const uint8_t* u = buffer + (quad - begin) * kVector;
             const int8_t* x = line.x + (int64_t)(segment.x_quad + q) * 4;
             Accumulated sums;
+            sums.reset();
             for (; q < stop; q++, u += kVector, x += 4) sums.add(load(u), broadcast(x));
             sums.widen();
             total = add_sums(total, sums.total());
@@ -295,7 +297,8 @@ struct Piece {
 template <int largest, int tokens>
 __attribute__((noinline)) void tile(const Piece& piece, float* y, int32_t* totals) {
     constexpr int blocks = kTileBlocks, width = blocks * kRows;
-    Accumulator<largest> sums[tokens][blocks];
+    Accumulator<largest> sums[tokens][blocks]; // begun by hand: a loop over them would keep them in memory
+    unroll<0, tokens>(UNROLL(t) { unroll<0, blocks>(UNROLL(b) { sums[t.value][b.value].reset(); }); });
     for (int q = 0; q < piece.quads;) {
         const int stop = q + smaller(piece.quads - q, Accumulator<largest>::capacity);
         const uint8_t* u = piece.u + (int64_t)q * blocks * kVector;
