@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from edgerazor import formats, models, packed, surgery
-from edgerazor.allocate import Plan, measures
+from edgerazor.allocate import MatrixPlan, Plan, measures
 from edgerazor.console import Console, megabytes, table
 from edgerazor.errors import UserError, usage_error
-from edgerazor.packed import PackedMatrix
+from edgerazor.packed import MatrixSource
 from edgerazor.recipe import Recipe
 from edgerazor.stages import _shared, _start
 from edgerazor.workdir import WorkDir, make_folder, replace_folder, write_json
@@ -156,17 +156,19 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> PackResult:
     with (
         student_weights(source, recipe, work, teacher, start) as (read, trained, digests),
         replace_folder(work.folder(NAME)) as folder,
+        console.track("pack", len(plan.matrices)) as tracker,
     ):
-        packed.write(
+        header = packed.write(
             folder,
-            encoded(plan, read, digests if source == "teacher" else None, console),
+            [matrix_source(matrix, read) for matrix in plan.matrices],
             {name: torch.tensor(scale) for name, scale in scales.items()} | trained,
             tied=_shared.tied_modules(found),
             settings=settings,
             provenance=_shared.provenance(recipe, source, plan, training_of(work, source)),
             shard_bytes=recipe.pack.shard_bytes,
+            done=tracker.advance,
         )
-        packed.verify_digests(folder, digests)
+        packed.verify_digests(folder, digests or {name: entry.digest for name, entry in header.matrices.items()})
         accompany(folder, teacher_folder, teacher.config, settings)
         sizes = packed.size_table(packed.PackedModel.open(folder))
     result = PackResult(
@@ -189,7 +191,7 @@ class student_weights:  # noqa: N801 - used as a context manager, like those of 
     """The weights to pack: a reader by module path, the tensors that stay as they are, and recorded digests.
 
     For a student the digests are those of training. For the teacher, which is rounded from the start that calibrate
-    made if there is one, there are none yet: `encoded` fills them in.
+    made if there is one, there are none.
     """
 
     def __init__(
@@ -237,16 +239,12 @@ class student_weights:  # noqa: N801 - used as a context manager, like those of 
             self.file.__exit__(None, None, None)
 
 
-def encoded(plan: Plan, read: Reader, digests: dict[str, str] | None, console: Console) -> Iterator[PackedMatrix]:
-    """Encode the matrices one by one; notes their digests where a mapping is given for them."""
-    with console.track("pack", len(plan.matrices)) as tracker:
-        for matrix in plan.matrices:
-            spec = matrix.spec()
-            codes = surgery.encode_trained(*read(matrix.name), spec)
-            if digests is not None:
-                digests[matrix.name] = formats.digest(codes, spec)
-            yield PackedMatrix(matrix.name, matrix.kind, codes, spec)
-            tracker.advance()
+def matrix_source(matrix: MatrixPlan, read: Reader) -> MatrixSource:
+    """A matrix of the plan, encoded when it is its turn."""
+    spec = matrix.spec()
+    return MatrixSource(
+        matrix.name, matrix.kind, spec, matrix.shape, lambda: surgery.encode_trained(*read(matrix.name), spec)
+    )
 
 
 def accompany(folder: Path, teacher_folder: Path, config: object, settings: dict[str, Any]) -> None:
