@@ -49,7 +49,7 @@ digest are checked when it is first read. Anything wrong is a `UserError` of one
 from edgerazor.packed._container import DTYPES, INDEX_FILE, SHARD_BYTES, WEIGHTS_FILE, TensorSpec, tensor_spec
 from edgerazor.packed._header import ANY_SHA256, SETTINGS, VERSION, Header, Kind, MatrixEntry, TensorEntry, part_name
 from edgerazor.packed._reading import PackedMatrix, PackedModel, verify_digests
-from edgerazor.packed._sizes import ClassSize, SizeTable, size_table
+from edgerazor.packed._sizes import ClassSize, SizeTable, TensorClass, size_table
 from edgerazor.packed._writing import FolderSize, MatrixSource, predict, write
 
 __all__ = [
@@ -69,6 +69,7 @@ __all__ = [
     "PackedMatrix",
     "PackedModel",
     "SizeTable",
+    "TensorClass",
     "TensorEntry",
     "TensorSpec",
     "part_name",
