@@ -220,7 +220,7 @@ def _within_bytes(
 ) -> tuple[Choice, float]:
     """As `choose`. What rows take beside their codes depends on the choice, so the budget of codes is searched for."""
     columns = {site.name: site.columns for site in sites}
-    each = [[formats.get(name).packed_columns(columns[item]) for name in candidates] for item in items.names]
+    each = [[formats.get(name).row_bytes(columns[item], columns[item]) for name in candidates] for item in items.names]
     rows = items.weights / np.array([columns[name] for name in items.names])
     costs = np.where(open_, rows[:, None] * np.array(each, dtype=np.float64), np.inf)
     low = float(costs.min(axis=1).sum())

@@ -14,6 +14,7 @@ from edgerazor.formats._activations import (
 )
 from edgerazor.formats._base import Encoded, Format, group_count, straight_through
 from edgerazor.formats._indices import index_columns
+from edgerazor.formats._layout import ROWS
 from edgerazor.formats._learned import carried_weight, gradient_inlet, initial_scales, learned_weight, stored_scales
 from edgerazor.formats._matrix import (
     BLOCK_FORMATS,
@@ -21,6 +22,7 @@ from edgerazor.formats._matrix import (
     SCALES,
     TAIL,
     MatrixSpec,
+    code_parts,
     decode_matrix,
     digest,
     encode_matrix,
@@ -31,6 +33,7 @@ from edgerazor.formats._matrix import (
     round_trip,
     tensor_bytes,
     unpack_matrix,
+    unpack_spec,
 )
 from edgerazor.formats._start import clipped, compensated
 from edgerazor.formats._static import (
@@ -46,6 +49,7 @@ __all__ = [
     "BLOCK_FORMATS",
     "INPUT_SCALE",
     "LOW_INPUT_SCALE",
+    "ROWS",
     "ROW_FORMATS",
     "SCALES",
     "TAIL",
@@ -55,6 +59,7 @@ __all__ = [
     "calibrated_scale",
     "carried_weight",
     "clipped",
+    "code_parts",
     "compensated",
     "decode_matrix",
     "digest",
@@ -81,6 +86,7 @@ __all__ = [
     "straight_through",
     "tensor_bytes",
     "unpack_matrix",
+    "unpack_spec",
 ]
 
 

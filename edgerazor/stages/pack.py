@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,15 @@ from rich.console import RenderableType
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from edgerazor import formats, models, packed, surgery
-from edgerazor.allocate import Plan, measures
+from edgerazor import exports, formats, models, packed, surgery
+from edgerazor.allocate import MatrixPlan, Plan, measures
 from edgerazor.console import Console, megabytes, table
 from edgerazor.errors import UserError, usage_error
-from edgerazor.packed import PackedMatrix
+from edgerazor.exports import ExportResult
+from edgerazor.packed import MatrixSource
 from edgerazor.recipe import Recipe
 from edgerazor.stages import _shared, _start
-from edgerazor.workdir import WorkDir, make_folder, replace_folder, write_json
+from edgerazor.workdir import WorkDir, exports_of, make_folder, replace_folder, write_json
 
 NAME = "pack"
 
@@ -45,6 +46,9 @@ COPIED = (
     "chat_template*",
     "generation_config.json",
 )
+
+#: Fields of the recipe that say what is made of the packed model.
+EXPORTING = ("export", "allow_lossy")
 
 #: Path of a module -> its weight (float, or int8 for codes) and its scales where they were trained or stored.
 Reader = Callable[[str], tuple[Tensor, Tensor | None]]
@@ -63,6 +67,14 @@ class PackResult(BaseModel):
     teacher_bytes: int
     verified: bool
     classes: list[packed.ClassSize]
+    exports: list[ExportResult] = []
+
+
+class ExportsResult(BaseModel):
+    """Exports of a packed folder that was given directly."""
+
+    folder: str
+    exports: list[ExportResult]
 
 
 class PackDryRun(BaseModel):
@@ -80,7 +92,10 @@ class PackDryRun(BaseModel):
 
 def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
     """Everything the result depends on."""
-    common = {"model": _shared.teacher_fingerprint(recipe), **_shared.settings(NAME, recipe.pack, ("source",))}
+    common = {
+        "model": _shared.teacher_fingerprint(recipe),
+        **_shared.settings(NAME, recipe.pack, ("source", *EXPORTING)),
+    }
     if source_of(recipe, work) == "student":
         distilled = work.manifest("distill")
         return {"student": distilled.fingerprint() if distilled else "missing", **common}
@@ -156,17 +171,19 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> PackResult:
     with (
         student_weights(source, recipe, work, teacher, start) as (read, trained, digests),
         replace_folder(work.folder(NAME)) as folder,
+        console.track("pack", len(plan.matrices)) as tracker,
     ):
-        packed.write(
+        header = packed.write(
             folder,
-            encoded(plan, read, digests if source == "teacher" else None, console),
+            [matrix_source(matrix, read) for matrix in plan.matrices],
             {name: torch.tensor(scale) for name, scale in scales.items()} | trained,
             tied=_shared.tied_modules(found),
             settings=settings,
             provenance=_shared.provenance(recipe, source, plan, training_of(work, source)),
             shard_bytes=recipe.pack.shard_bytes,
+            done=tracker.advance,
         )
-        packed.verify_digests(folder, digests)
+        packed.verify_digests(folder, digests or {name: entry.digest for name, entry in header.matrices.items()})
         accompany(folder, teacher_folder, teacher.config, settings)
         sizes = packed.size_table(packed.PackedModel.open(folder))
     result = PackResult(
@@ -185,11 +202,29 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> PackResult:
     return result
 
 
+def export(result: PackResult, recipe: Recipe, work: WorkDir, console: Console) -> PackResult:
+    """The packed model in the recipe's other formats, each written anew."""
+    folder, asked = work.folder(NAME), recipe.pack
+    written = exports.write_all(folder, asked.export, work.exports, asked.allow_lossy, console)
+    return result.model_copy(update={"exports": written})
+
+
+def export_folder(folder: Path, names: list[str], allow_lossy: bool, console: Console) -> ExportsResult:
+    """A packed folder in other formats.
+
+    Raises:
+        UserError: it is no packed folder, or an export is refused.
+    """
+    exports.check(names, folder)
+    written = exports.write_all(folder, names, exports_of(folder), allow_lossy, console)
+    return ExportsResult(folder=str(folder), exports=written)
+
+
 class student_weights:  # noqa: N801 - used as a context manager, like those of contextlib
     """The weights to pack: a reader by module path, the tensors that stay as they are, and recorded digests.
 
     For a student the digests are those of training. For the teacher, which is rounded from the start that calibrate
-    made if there is one, there are none yet: `encoded` fills them in.
+    made if there is one, there are none.
     """
 
     def __init__(
@@ -237,16 +272,12 @@ class student_weights:  # noqa: N801 - used as a context manager, like those of 
             self.file.__exit__(None, None, None)
 
 
-def encoded(plan: Plan, read: Reader, digests: dict[str, str] | None, console: Console) -> Iterator[PackedMatrix]:
-    """Encode the matrices one by one; notes their digests where a mapping is given for them."""
-    with console.track("pack", len(plan.matrices)) as tracker:
-        for matrix in plan.matrices:
-            spec = matrix.spec()
-            codes = surgery.encode_trained(*read(matrix.name), spec)
-            if digests is not None:
-                digests[matrix.name] = formats.digest(codes, spec)
-            yield PackedMatrix(matrix.name, matrix.kind, codes, spec)
-            tracker.advance()
+def matrix_source(matrix: MatrixPlan, read: Reader) -> MatrixSource:
+    """A matrix of the plan, encoded when it is its turn."""
+    spec = matrix.spec()
+    return MatrixSource(
+        matrix.name, matrix.kind, spec, matrix.shape, lambda: surgery.encode_trained(*read(matrix.name), spec)
+    )
 
 
 def accompany(folder: Path, teacher_folder: Path, config: object, settings: dict[str, Any]) -> None:
@@ -295,7 +326,18 @@ def show(result: PackResult) -> list[RenderableType]:
         f"{result.folder}: {smaller:.1f} times smaller than the {megabytes(result.teacher_bytes)} teacher, "
         "verified bit for bit"
     )
-    return [size_table(f"Packed {result.notation}", result.classes, result, caption)]
+    shown = [size_table(f"Packed {result.notation}", result.classes, result, caption)]
+    return [*shown, *show_exports(result.exports)]
+
+
+def show_exports(results: list[ExportResult]) -> list[RenderableType]:
+    """A line for each export, and its notes."""
+    lines: list[RenderableType] = []
+    for each in results:
+        kept = f"changes weights of {len(each.lossy)} tensors" if each.lossy else "every weight bit for bit"
+        lines.append(f"{each.export}: {each.file}, {megabytes(each.bytes)}, {each.real_bits:.2f} real bits, {kept}")
+        lines += [f"  {note}" for note in each.notes]
+    return lines
 
 
 def size_table(

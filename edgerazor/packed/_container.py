@@ -1,0 +1,193 @@
+"""Safetensors files: where each tensor goes, and opening them without trust."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from edgerazor.errors import UserError
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+SHARD_BYTES = 4 * 10**9
+ALIGNMENT = 64
+
+#: Names of dtypes in a safetensors file.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+#: Name of the dtype in a safetensors file, and shape.
+TensorSpec: TypeAlias = tuple[str, tuple[int, ...]]
+
+
+def tensor_spec(name: str, tensor: Tensor) -> TensorSpec:
+    """Dtype and shape of a tensor to be stored under a name.
+
+    Raises:
+        ValueError: the dtype cannot be stored.
+    """
+    if tensor.dtype not in DTYPE_NAMES:
+        raise ValueError(f"{name} has the dtype {tensor.dtype}, which cannot be stored")
+    return DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)
+
+
+def spec_bytes(spec: TensorSpec) -> int:
+    """Bytes of a tensor's data."""
+    dtype, shape = spec
+    return DTYPES[dtype].itemsize * math.prod(shape)
+
+
+# Writing ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class File:
+    """A weight file or the index: its beginning, and where the data of its tensors begin behind that."""
+
+    name: str
+    beginning: bytes
+    offsets: Mapping[str, int]
+    data: int = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return len(self.beginning) + self.data
+
+
+def arrange(specs: Mapping[str, TensorSpec], about: Mapping[str, str], shard_bytes: int) -> list[File]:
+    """All that is written but for the data: the weight files, and their index if they are several.
+
+    Args:
+        specs: of all tensors, by name.
+        about: metadata of the first file.
+        shard_bytes: largest size of a file's tensor data; a single larger tensor gets a file of its own.
+    """
+    shards = _shards(specs, shard_bytes)
+    if len(shards) == 1:
+        return [_safetensors(WEIGHTS_FILE, shards[0], about)]
+    files: list[File] = []
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        files.append(_safetensors(name, shard, about if number == 1 else {}))
+        weight_map |= dict.fromkeys(shard, name)
+    index = {"metadata": {"total_size": sum(map(spec_bytes, specs.values()))}, "weight_map": weight_map}
+    return [*files, File(INDEX_FILE, (json.dumps(index, indent=1, allow_nan=False) + "\n").encode(), {})]
+
+
+def _shards(specs: Mapping[str, TensorSpec], shard_bytes: int) -> list[dict[str, TensorSpec]]:
+    """The tensors by name, cut where a shard would become larger than allowed."""
+    shards: list[dict[str, TensorSpec]] = [{}]
+    size = 0
+    for name in sorted(specs):
+        if shards[-1] and size + spec_bytes(specs[name]) > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = specs[name]
+        size += spec_bytes(specs[name])
+    return shards
+
+
+def _safetensors(name: str, specs: Mapping[str, TensorSpec], about: Mapping[str, str]) -> File:
+    """One safetensors file. (The library's writer orders metadata by chance, so equal runs would differ.)"""
+    # What fills whole vectors comes first, then what fills half of one ...: each begins where it is fast to read.
+    names = sorted(specs, key=lambda each: (-_alignment(specs[each]), each))
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **about}}
+    offsets, end = {}, 0
+    for each in names:
+        dtype, shape = specs[each]
+        offsets[each], end = end, end + spec_bytes(specs[each])
+        entries[each] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offsets[each], end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    return File(name, struct.pack("<Q", len(text)) + text, offsets, end)
+
+
+def _alignment(spec: TensorSpec) -> int:
+    """The power of two that divides the bytes of a tensor, at most 64."""
+    return math.gcd(spec_bytes(spec), ALIGNMENT)
+
+
+# Reading ----------------------------------------------------------------------------------------------------------
+
+
+def damaged(path: Path, reason: str) -> UserError:
+    """The one sentence about a file that cannot be trusted."""
+    return UserError(f"{path} is damaged or no packed model: {reason}.", "Make it again with `edgerazor pack`.")
+
+
+def open_folder(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Open all weight files of a folder.
+
+    Returns:
+        file name -> open safetensors file, the first one first; tensor name -> file name.
+
+    Raises:
+        UserError: a file is missing, cut off or no safetensors file, or the index contradicts them.
+    """
+    index = _read_index(folder)
+    names = [WEIGHTS_FILE] if index is None else sorted(set(index.values()))
+    files = {name: _open_file(folder / name) for name in names}
+    where: dict[str, str] = {}
+    for file, opened in files.items():
+        for tensor in opened.keys():  # noqa: SIM118 (a safetensors file cannot be iterated over)
+            if tensor in where:
+                raise damaged(folder / file, f"it holds {tensor}, which {where[tensor]} holds too")
+            where[tensor] = file
+    if index is not None and index != where:
+        name = min(name for name in index.keys() | where.keys() if index.get(name) != where.get(name))
+        raise damaged(folder / INDEX_FILE, f"it and the weight files disagree about where {name} is")
+    return files, where
+
+
+def _read_index(folder: Path) -> dict[str, str] | None:
+    """Tensor name -> file name of a sharded folder; None where there is one weight file."""
+    path = folder / INDEX_FILE
+    if (folder / WEIGHTS_FILE).is_file():
+        return None
+    if not path.is_file():
+        raise UserError(f"There is no packed model in {folder}: {WEIGHTS_FILE} is missing.", "Run `edgerazor pack`.")
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        entries = {str(name): str(file) for name, file in weight_map.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise damaged(path, "it is not an index of safetensors files") from None
+    for file in entries.values():
+        if not SHARD_NAME.fullmatch(file):
+            raise damaged(path, f"{file!r} is not the name of a weight file")
+    if not entries:
+        raise damaged(path, "it names no files")
+    return entries
+
+
+def _open_file(path: Path) -> Any:
+    if not path.is_file():
+        raise damaged(path, "the file is missing")
+    try:
+        return safe_open(path, framework="pt")
+    except Exception as error:  # the library raises its own, the system's and decoding errors
+        reason = " ".join(str(error).split())
+        raise damaged(path, f"it is cut off or not a safetensors file ({reason})") from None
