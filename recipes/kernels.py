@@ -128,9 +128,7 @@ def many_tokens(name: str, group: int, arguments: argparse.Namespace, isas: list
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--isa", nargs="+", choices=native.isas(), default=list(native.isas()[1:]))
-    parser.add_argument(
-        "--formats", nargs="+", default=["ternary", EXPANDED, "int2", "int3", "int4", "int5", "int8"]
-    )
+    parser.add_argument("--formats", nargs="+", default=["ternary", EXPANDED, "int2", "int3", "int4", "int5", "int8"])
     parser.add_argument("--groups", nargs="+", type=int, default=[64, 128, 256])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--megabytes", type=int, default=1024, help="of the matrix for one token")

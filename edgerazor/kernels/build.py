@@ -4,6 +4,7 @@
 where there was no compiler at the time, or after a change of the sources. The library has a plain C interface, so it
 does not depend on the version of Python or torch. Without a compiler nothing fails: the reference is used.
 
+`python -m edgerazor.kernels.build PROGRAM SOURCE` makes a program of a source file and the library (`make test-arm`).
 `CXX` names the compiler (its machine decides what is built, so a cross compiler works too) and `CXXFLAGS` adds options.
 """
 
@@ -71,7 +72,8 @@ def build(target: Path, main: Path | None = None) -> list[str]:
     Raises:
         BuildError: there is no compiler, or it fails.
     """
-    command = [*compiler(), *OPTIONS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    command = [*compiler(), *OPTIONS]
+    added = shlex.split(os.environ.get("CXXFLAGS", ""))
     machine = _run([*compiler(), "-dumpmachine"]).strip().split("-")[0]
     with tempfile.TemporaryDirectory() as folder:
         units = [unit for unit in _UNITS.get(machine, ()) if _accepts(command, unit, Path(folder))]
@@ -83,14 +85,14 @@ def build(target: Path, main: Path | None = None) -> list[str]:
         ]
         objects = [Path(folder) / f"{name}.o" for name, _ in jobs]
         commands = [
-            [*command, *options, "-c", str(SOURCES / f"{name}.cpp"), "-o", str(output)]
+            [*command, *options, *added, "-c", str(SOURCES / f"{name}.cpp"), "-o", str(output)]
             for (name, options), output in zip(jobs, objects, strict=True)
         ]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(_run, commands))
         kind = ["-shared"] if main is None else ["-I", str(SOURCES), str(main)]
         output = Path(folder) / "output"
-        _run([*command, *kind, *map(str, objects), "-o", str(output), "-pthread"])
+        _run([*command, *added, *kind, *map(str, objects), "-o", str(output)])
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(output, target.with_name(f".{target.name}.new"))
         os.chmod(target.with_name(f".{target.name}.new"), 0o755)
@@ -120,13 +122,14 @@ def _run(command: list[str]) -> str:
 
 
 def main() -> int:
-    """Builds the library beside this file, where `native.py` finds it."""
+    """Builds the library beside this file, where `native.py` finds it; or PROGRAM from SOURCE, if they are given."""
+    target, *source = [Path(each) for each in sys.argv[1:]] or [HERE / LIBRARY]
     try:
-        found = build(HERE / LIBRARY)
+        found = build(target, *source)
     except BuildError as error:
         print(f"the kernels were not built: {error}", file=sys.stderr)
         return 1
-    print(f"{HERE / LIBRARY}: portable {' '.join(found)}")
+    print(f"{target}: portable {' '.join(found)}")
     return 0
 
 

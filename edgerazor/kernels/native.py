@@ -136,8 +136,8 @@ class Part:
         """Blocks of 16 rows."""
         return -(-self.count // ROWS)
 
-    def check(self, geometry: Geometry) -> None:
-        """ValueError unless the tensors have the dtypes and shapes that the geometry asks for."""
+    def check(self, geometry: Geometry, out: int | None = None) -> None:
+        """ValueError unless tensors have the dtypes and shapes that the geometry asks for, and rows are below `out`."""
         width = geometry.block_bytes(self.bits)
         wanted = [
             ("codes", self.codes, torch.uint8, (self.blocks, width)),
@@ -149,6 +149,13 @@ class Part:
             if tensor.dtype != dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous():
                 found = f"{tensor.dtype} {list(tensor.shape)}"
                 raise ValueError(f"{name} must be contiguous {dtype} {list(shape)}, got {found}")
+        if (
+            self.rows is not None
+            and out is not None
+            and self.count
+            and not 0 <= self.rows.min() <= self.rows.max() < out
+        ):
+            raise ValueError(f"the places of rows must be between 0 and {out - 1}")
 
     def structure(self) -> _Part:
         """The part for the library; valid while this object lives."""
@@ -196,9 +203,11 @@ def linear(
     isa: int = -1,
 ) -> Tensor:
     """`y = W x + bias`, float32 [tokens, out], of the matrix that the parts make up; bias float32 [out]."""
-    y = torch.empty(len(x.codes), sum(part.count for part in parts))
+    out = sum(part.count for part in parts)
     for part in parts:
-        part.check(geometry)
+        part.check(geometry, out)
+    y = torch.empty(len(x.codes), out)
+    for part in parts:
         product(x, geometry, part, bias, y, 0, part.blocks, isa)
     return y
 
@@ -222,11 +231,20 @@ def read(memory: Tensor) -> int:
     return found
 
 
-def row(geometry: Geometry, part: Part, index: int) -> Tensor:
-    """Decoded weights float32 [columns] of one row of a part."""
+def rows(geometry: Geometry, part: Part, indices: Tensor) -> Tensor:
+    """Decoded weights float32 [n, columns] of the rows of a part with those indices, int64 [n].
+
+    Raises:
+        ValueError: there is no such row.
+    """
     part.check(geometry)
-    weights = torch.empty(geometry.columns)
-    _loaded().edgerazor_row(geometry.handle, ctypes.byref(part.structure()), index, weights.data_ptr())
+    wanted = indices.tolist()
+    if wanted and not 0 <= min(wanted) <= max(wanted) < part.count:
+        raise ValueError(f"rows are between 0 and {part.count - 1}")
+    weights = torch.empty(len(wanted), geometry.columns)
+    structure = ctypes.byref(part.structure())
+    for index, place in zip(wanted, weights, strict=True):
+        _loaded().edgerazor_row(geometry.handle, structure, index, place.data_ptr())
     return weights
 
 
