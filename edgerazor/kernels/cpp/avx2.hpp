@@ -7,7 +7,12 @@
 
 namespace {
 
-constexpr int kTileBlocks = 1, kTileTokens = 4, kChains = 2;
+#ifdef __AVXVNNI__
+constexpr int kTileTokens = 6;
+#else
+constexpr int kTileTokens = 4;
+#endif
+constexpr int kTileBlocks = 1, kChains = 2;
 
 struct Bytes { __m256i half[2]; };
 struct Sums { __m256i half[2]; };
@@ -50,6 +55,8 @@ EDGERAZOR_INLINE Quad broadcast(const int8_t* x) {
 }
 
 EDGERAZOR_INLINE Sums no_sums() { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
+
+EDGERAZOR_INLINE Sums all(int number) { return {{_mm256_set1_epi32(number), _mm256_set1_epi32(number)}}; }
 
 EDGERAZOR_INLINE Sums load_sums(const int32_t* p) {
     return {{_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 8))}};
@@ -134,29 +141,33 @@ struct Trits {
     Bytes digits[5];
 };
 
-EDGERAZOR_INLINE __m256i at_least(__m256i bytes, int bound) {
-    return _mm256_cmpeq_epi8(_mm256_max_epu8(bytes, _mm256_set1_epi8((char)bound)), bytes);
+// A table of 16 bytes, looked up by bytes below 16: those given, then zeros.
+template <class... Numbers>
+EDGERAZOR_INLINE __m256i look_up(__m256i bytes, Numbers... numbers) {
+    const int8_t given[16] = {(int8_t)numbers...};
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)given)), bytes);
 }
 
-// Takes the digit of value `step` (and twice that) off `rest`; masks count down.
-EDGERAZOR_INLINE __m256i take_digit(__m256i& rest, int step) {
-    const __m256i one = at_least(rest, step), two = at_least(rest, 2 * step);
-    const __m256i off = _mm256_set1_epi8((char)step);
-    rest = _mm256_sub_epi8(rest, _mm256_add_epi8(_mm256_and_si256(one, off), _mm256_and_si256(two, off)));
-    return _mm256_sub_epi8(_mm256_setzero_si256(), _mm256_add_epi8(one, two));
+// bytes / step for (signed) bytes below 3 * step.
+EDGERAZOR_INLINE __m256i digit_of(__m256i bytes, int step) {
+    const __m256i one = _mm256_cmpgt_epi8(bytes, _mm256_set1_epi8((char)(step - 1)));
+    const __m256i two = _mm256_cmpgt_epi8(bytes, _mm256_set1_epi8((char)(2 * step - 1)));
+    return _mm256_abs_epi8(_mm256_add_epi8(one, two)); // a mask is -1
 }
 
 EDGERAZOR_INLINE void half_trits(__m256i bytes, __m256i* digits) {
-    const __m256i is_long = at_least(bytes, kLongDigits);
-    __m256i long_rest = _mm256_sub_epi8(bytes, _mm256_set1_epi8((char)kLongDigits));
-    const __m256i long_last = take_digit(long_rest, kLongCount);
-    long_rest = _mm256_add_epi8(long_rest, _mm256_set1_epi8(64));
+    const __m256i is_long = _mm256_cmpeq_epi8(_mm256_max_epu8(bytes, _mm256_set1_epi8((char)kLongDigits)), bytes);
+    const __m256i beyond = _mm256_sub_epi8(bytes, _mm256_set1_epi8((char)kLongDigits));
+    const __m256i long_last = digit_of(beyond, kLongCount);
+    const __m256i long_rest = _mm256_add_epi8(beyond, look_up(long_last, 64, 64 - kLongCount, 64 - 2 * kLongCount));
     digits[4] = _mm256_blendv_epi8(half_field<6, 2>(bytes), long_last, is_long);
-    __m256i rest = _mm256_blendv_epi8(half_field<0, 6>(bytes), long_rest, is_long);
-    digits[3] = take_digit(rest, 27);
-    digits[2] = take_digit(rest, 9);
-    digits[1] = take_digit(rest, 3);
-    digits[0] = rest;
+    const __m256i below_81 = _mm256_blendv_epi8(half_field<0, 6>(bytes), long_rest, is_long);
+    digits[3] = digit_of(below_81, 27);
+    const __m256i below_27 = _mm256_sub_epi8(below_81, look_up(digits[3], 0, 27, 54));
+    digits[2] = digit_of(below_27, 9);
+    const __m256i below_9 = _mm256_sub_epi8(below_27, look_up(digits[2], 0, 9, 18));
+    digits[1] = look_up(below_9, 0, 0, 0, 1, 1, 1, 2, 2, 2);
+    digits[0] = look_up(below_9, 0, 1, 2, 0, 1, 2, 0, 1, 2);
 }
 
 EDGERAZOR_INLINE Trits trits(Bytes bytes) {
@@ -195,13 +206,18 @@ EDGERAZOR_INLINE void store_floats(float* p, Floats floats) {
     _mm256_storeu_ps(p + 8, floats.half[1]);
 }
 
-EDGERAZOR_INLINE void fold(Floats& y, Sums total, int start, const uint16_t* w_scales, float x_scale) {
-    const Sums doubled = add_sums(add_sums(total, total), {{_mm256_set1_epi32(start), _mm256_set1_epi32(start)}});
-    for (int i = 0; i < 2; i++) {
-        const __m256 scales = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(w_scales + 8 * i)));
-        const __m256 product = _mm256_mul_ps(_mm256_set1_ps(x_scale), scales);
-        y.half[i] = _mm256_add_ps(y.half[i], _mm256_mul_ps(_mm256_cvtepi32_ps(doubled.half[i]), product));
-    }
+EDGERAZOR_INLINE Floats load_halves(const uint16_t* p) {
+    return {{_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))}};
+}
+
+EDGERAZOR_INLINE __m256 half_fold(__m256 y, __m256i total, __m256 w_scales, float x_scale) {
+    const __m256 scales = _mm256_mul_ps(_mm256_set1_ps(x_scale), w_scales);
+    return _mm256_add_ps(y, _mm256_mul_ps(_mm256_cvtepi32_ps(total), scales));
+}
+
+EDGERAZOR_INLINE void fold(Floats& y, Sums total, Floats w_scales, float x_scale) {
+    y.half[0] = half_fold(y.half[0], total.half[0], w_scales.half[0], x_scale);
+    y.half[1] = half_fold(y.half[1], total.half[1], w_scales.half[1], x_scale);
 }
 
 } // namespace

@@ -51,6 +51,7 @@ EDGERAZOR_INLINE void multiply_add(Sums& sums, Bytes u, const int8_t* x) {
 }
 
 EDGERAZOR_INLINE Sums no_sums() { return _mm512_setzero_si512(); }
+EDGERAZOR_INLINE Sums all(int number) { return _mm512_set1_epi32(number); }
 EDGERAZOR_INLINE Sums load_sums(const int32_t* p) { return _mm512_load_si512(p); }
 EDGERAZOR_INLINE void store_sums(int32_t* p, Sums sums) { _mm512_store_si512(p, sums); }
 EDGERAZOR_INLINE Sums add_sums(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
@@ -115,11 +116,13 @@ EDGERAZOR_INLINE Floats no_floats() { return _mm512_setzero_ps(); }
 EDGERAZOR_INLINE Floats load_floats(const float* p) { return _mm512_load_ps(p); }
 EDGERAZOR_INLINE void store_floats(float* p, Floats floats) { _mm512_store_ps(p, floats); }
 
-EDGERAZOR_INLINE void fold(Floats& y, Sums total, int start, const uint16_t* w_scales, float x_scale) {
-    const Sums doubled = add_sums(add_sums(total, total), _mm512_set1_epi32(start));
-    const Floats scales = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)w_scales));
-    const Floats product = _mm512_mul_ps(_mm512_set1_ps(x_scale), scales);
-    y = _mm512_add_ps(y, _mm512_mul_ps(_mm512_cvtepi32_ps(doubled), product));
+EDGERAZOR_INLINE Floats load_halves(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+}
+
+EDGERAZOR_INLINE void fold(Floats& y, Sums total, Floats w_scales, float x_scale) {
+    const Floats scales = _mm512_mul_ps(_mm512_set1_ps(x_scale), w_scales);
+    y = _mm512_add_ps(y, _mm512_mul_ps(_mm512_cvtepi32_ps(total), scales));
 }
 
 } // namespace

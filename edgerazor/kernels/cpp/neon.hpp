@@ -57,7 +57,12 @@ EDGERAZOR_INLINE Quad broadcast(const int8_t* x) {
     return vreinterpretq_s8_s32(vdupq_n_s32(quad));
 }
 
-EDGERAZOR_INLINE Sums no_sums() { return {{vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0)}}; }
+EDGERAZOR_INLINE Sums all(int number) {
+    const int32x4_t part = vdupq_n_s32(number);
+    return {{part, part, part, part}};
+}
+
+EDGERAZOR_INLINE Sums no_sums() { return all(0); }
 
 EDGERAZOR_INLINE Sums load_sums(const int32_t* p) {
     return {{vld1q_s32(p), vld1q_s32(p + 4), vld1q_s32(p + 8), vld1q_s32(p + 12)}};
@@ -181,17 +186,21 @@ EDGERAZOR_INLINE void store_floats(float* p, Floats floats) {
     vst1q_f32(p + 12, floats.part[3]);
 }
 
-EDGERAZOR_INLINE void part_fold(float32x4_t& y, int32x4_t total, int start, const uint16_t* w_scales, float x_scale) {
-    const int32x4_t doubled = vaddq_s32(vaddq_s32(total, total), vdupq_n_s32(start));
-    const float32x4_t scales = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(w_scales)));
-    y = vaddq_f32(y, vmulq_f32(vcvtq_f32_s32(doubled), vmulq_f32(vdupq_n_f32(x_scale), scales)));
+EDGERAZOR_INLINE float32x4_t part_halves(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+
+EDGERAZOR_INLINE Floats load_halves(const uint16_t* p) {
+    return {{part_halves(p), part_halves(p + 4), part_halves(p + 8), part_halves(p + 12)}};
 }
 
-EDGERAZOR_INLINE void fold(Floats& y, Sums total, int start, const uint16_t* w_scales, float x_scale) {
-    part_fold(y.part[0], total.part[0], start, w_scales, x_scale);
-    part_fold(y.part[1], total.part[1], start, w_scales + 4, x_scale);
-    part_fold(y.part[2], total.part[2], start, w_scales + 8, x_scale);
-    part_fold(y.part[3], total.part[3], start, w_scales + 12, x_scale);
+EDGERAZOR_INLINE float32x4_t part_fold(float32x4_t y, int32x4_t total, float32x4_t w_scales, float x_scale) {
+    return vaddq_f32(y, vmulq_f32(vcvtq_f32_s32(total), vmulq_f32(vdupq_n_f32(x_scale), w_scales)));
+}
+
+EDGERAZOR_INLINE void fold(Floats& y, Sums total, Floats w_scales, float x_scale) {
+    y.part[0] = part_fold(y.part[0], total.part[0], w_scales.part[0], x_scale);
+    y.part[1] = part_fold(y.part[1], total.part[1], w_scales.part[1], x_scale);
+    y.part[2] = part_fold(y.part[2], total.part[2], w_scales.part[2], x_scale);
+    y.part[3] = part_fold(y.part[3], total.part[3], w_scales.part[3], x_scale);
 }
 
 } // namespace

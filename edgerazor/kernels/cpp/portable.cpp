@@ -44,6 +44,12 @@ inline Quad broadcast(const int8_t* x) {
 inline Sums no_sums() { return Sums{}; }
 inline Floats no_floats() { return Floats{}; }
 
+inline Sums all(int number) {
+    Sums sums;
+    for (int32_t& each : sums.at) each = number;
+    return sums;
+}
+
 inline Sums load_sums(const int32_t* p) {
     Sums sums;
     memcpy(sums.at, p, 64);
@@ -121,9 +127,14 @@ inline float half_to_float(uint16_t half) {
     return float_of(sign | ((magnitude << 13) + 0x38000000u));
 }
 
-inline void fold(Floats& y, const Sums& total, int start, const uint16_t* w_scales, float x_scale) {
-    for (int i = 0; i < 16; i++)
-        y.at[i] += (float)(2 * total.at[i] + start) * (x_scale * half_to_float(w_scales[i]));
+inline Floats load_halves(const uint16_t* p) {
+    Floats floats;
+    for (int i = 0; i < 16; i++) floats.at[i] = half_to_float(p[i]);
+    return floats;
+}
+
+inline void fold(Floats& y, const Sums& total, const Floats& w_scales, float x_scale) {
+    for (int i = 0; i < 16; i++) y.at[i] += (float)total.at[i] * (x_scale * w_scales.at[i]);
 }
 
 } // namespace

@@ -9,8 +9,9 @@
 //   Trits, trits(bytes)    the base-3 digits of a vector: store_trit<f>(Trits, to)
 //   TernarySums            sums over base-3 digits, at most 64 quads: add<f>(Trits, x), add_pair<f>(Bytes of 2-bit
 //                          fields, x), take() = the total since the last take or the beginning
-//   Floats                 16 numbers: no_floats(), load_floats, store_floats
-//     fold(y, total, start, w_scales, x_scale):  y += float(2 * total + start) * (x_scale * w_scales)
+//   Sums all(number)       16 times the same
+//   Floats                 16 numbers: no_floats(), load_floats, store_floats, load_halves (from fp16)
+//     fold(y, total, w_scales, x_scale):  y += float(total) * (x_scale * w_scales)
 //   kTileBlocks, kTileTokens, kChains   sizes of the tiles in registers, and independent sums at a time
 //
 // Every fold is one rounding of the same numbers in the same order, so that all instruction sets, one token and many
@@ -44,6 +45,13 @@ EDGERAZOR_INLINE void unroll(Function&& function) {
         unroll<begin + 1, end>(function);
     }
 }
+
+// The sum of x * level from that of u * x, in units of `unit(lowest)`.
+EDGERAZOR_INLINE Sums settle(Sums total, int lowest, int sum) {
+    return lowest % 2 == 0 ? add_sums(total, all(lowest / 2 * sum)) : add_sums(add_sums(total, total), all(lowest * sum));
+}
+
+EDGERAZOR_INLINE float unit(int lowest) { return lowest % 2 == 0 ? 1.0f : 0.5f; }
 
 #define UNROLL(name) [&](auto name) __attribute__((always_inline))
 
@@ -128,8 +136,8 @@ struct Line {
     Floats y;
 
     EDGERAZOR_INLINE void finish(int segment, Sums total) {
-        const int group = geometry.segments[segment].group;
-        fold(y, total, lowest * sums[segment], w_scales + (int64_t)group * kRows, 0.5f * x_scales[segment]);
+        const Floats scales = load_halves(w_scales + (int64_t)geometry.segments[segment].group * kRows);
+        fold(y, settle(total, lowest, sums[segment]), scales, unit(lowest) * x_scales[segment]);
     }
 };
 
@@ -313,16 +321,18 @@ __attribute__((noinline)) void tile(const Piece& piece, float* y, int32_t* total
         }
         unroll<0, tokens>(UNROLL(t) { unroll<0, blocks>(UNROLL(b) { sums[t.value][b.value].widen(); }); });
     }
+    Floats w_scales[blocks];
+    unroll<0, blocks>(UNROLL(b) { w_scales[b.value] = load_halves(piece.w_scales[b.value]); });
     unroll<0, tokens>(UNROLL(t) {
-        const float x_scale = 0.5f * piece.x_scales[t.value * piece.x_count];
-        const int start = piece.lowest * piece.sums[t.value * piece.x_count];
+        const float x_scale = unit(piece.lowest) * piece.x_scales[t.value * piece.x_count];
+        const int sum = piece.sums[t.value * piece.x_count];
         unroll<0, blocks>(UNROLL(b) {
             constexpr int at = t.value * width + b.value * kRows;
             Sums total = sums[t.value][b.value].total();
             if (!piece.begins) total = add_sums(total, load_sums(totals + at));
             if (piece.ends) {
                 Floats results = load_floats(y + at);
-                fold(results, total, start, piece.w_scales[b.value], x_scale);
+                fold(results, settle(total, piece.lowest, sum), w_scales[b.value], x_scale);
                 store_floats(y + at, results);
             } else {
                 store_sums(totals + at, total);
