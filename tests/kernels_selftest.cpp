@@ -22,12 +22,16 @@ uint32_t draw() {
     return (uint32_t)(state >> 32);
 }
 
+struct Free {
+    void operator()(void* memory) const { free(memory); }
+};
+
 // Exactly as long as it has to be, so that a sanitizer sees a step too far.
 template <class T>
-std::unique_ptr<T[]> memory(int64_t count) {
+std::unique_ptr<T[], Free> memory(int64_t count) {
     void* found = nullptr;
     if (posix_memalign(&found, 64, count * sizeof(T)) != 0) abort();
-    return std::unique_ptr<T[]>((T*)found);
+    return std::unique_ptr<T[], Free>((T*)found);
 }
 
 struct Case {

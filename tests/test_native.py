@@ -168,14 +168,40 @@ def test_rows_of_a_table_are_the_decoded_rows() -> None:
 
 
 @needs_library
+def test_a_matrix_of_stored_parts_computes_what_the_reference_computes() -> None:
+    """With rows of all formats and of one, any shape of x, dynamic and static scales, some threads."""
+    w, x, bias = weights(200, 172), weights(2, 3, 172, seed=1), weights(200, seed=2)
+    choice = (torch.arange(200) * 5 % len(ALL)).to(torch.uint8)
+    ids = torch.tensor([[3, 199, 3], [0, 7, 16]])
+    for spec in (MatrixSpec(tuple(ALL), 64, choice), MatrixSpec(("ternary",), 256)):
+        encoded = formats.encode_matrix(w, spec)
+        matrix = native.Matrix(formats.pack_matrix(encoded, spec), spec, (200, 172))
+        for isa in range(len(ISAS)):
+            for threads in (1, 2, 3, 20):
+                for scale in (None, 0.02, 1e-9):
+                    expected = reference.linear(x, encoded, spec, bias, 8, 64, scale)
+                    assert torch.equal(matrix.linear(x, bias, 8, 64, scale, isa, threads), expected)
+        assert torch.equal(matrix.embedding(ids), reference.embedding(ids, encoded, spec))
+        assert matrix.embedding(ids[:0]).shape == (0, 3, 172)
+        assert matrix.linear(x[:0]).shape == (0, 3, 200)
+        with pytest.raises(ValueError, match="between 0 and 199"):
+            matrix.embedding(ids + 1)
+        with pytest.raises(ValueError, match="172 columns, but its input has 171"):
+            matrix.linear(x[..., 1:])
+    blocks = MatrixSpec(("int4",), 64, block_formats=torch.zeros(1, 3, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="formats of blocks"):
+        native.Matrix(formats.pack_matrix(formats.encode_matrix(w, blocks), blocks), blocks, (200, 172))
+
+
+@needs_library
 @pytest.mark.parametrize("columns", [33, 960, 1024])
 def test_expanded_ternary_codes_compute_the_same(columns: int) -> None:
     x, spec = weights(5, columns), MatrixSpec(("ternary",), 64)
     encoded = formats.encode_matrix(weights(40, columns, seed=1), spec)
     geometry = Geometry(columns, 64, 64)
     (part,) = parts_of(encoded, spec)
-    expanded = native.expand_ternary(geometry, part)
     for isa, label in enumerate(ISAS):
+        expanded = native.expand_ternary(geometry, part, isa)
         quantized = native.quantize(x, geometry, isa=isa)
         expected = native.linear(quantized, geometry, [part], None, isa)
         assert torch.equal(native.linear(quantized, geometry, [expanded], None, isa), expected), label

@@ -39,6 +39,7 @@ from edgerazor.formats._start import clipped, compensated
 from edgerazor.formats._static import (
     INPUT_SCALE,
     LOW_INPUT_SCALE,
+    SMALLEST,
     calibrated_scale,
     fake_quantize_static,
     magnitude_counts,
@@ -52,6 +53,7 @@ __all__ = [
     "ROWS",
     "ROW_FORMATS",
     "SCALES",
+    "SMALLEST",
     "TAIL",
     "Encoded",
     "Format",

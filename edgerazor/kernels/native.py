@@ -7,21 +7,24 @@ the same order, whatever the instruction set and however many tokens there are.
 from __future__ import annotations
 
 import ctypes
+import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from edgerazor.formats import Format
+from edgerazor.formats import SCALES, SMALLEST, Format, MatrixSpec
 from edgerazor.kernels.build import LIBRARY
 
-#: Rows that lie side by side in memory.
-ROWS = 16
+#: Rows that lie side by side in memory; blocks of them that are computed side by side.
+ROWS, TILE = 16, 4
 
 
 class _Part(ctypes.Structure):
@@ -49,7 +52,7 @@ _SIGNATURES = {
         [c_void_p, c_int, POINTER(_Part), c_int64, *[c_void_p] * 5, c_int64, c_int64, c_int64],
     ),
     "edgerazor_row": (None, [c_void_p, POINTER(_Part), c_int64, c_void_p]),
-    "edgerazor_expand_ternary": (None, [c_void_p, c_void_p, c_int64, c_void_p]),
+    "edgerazor_expand_ternary": (None, [c_void_p, c_int, c_void_p, c_int64, c_void_p]),
     "edgerazor_read": (c_uint64, [c_void_p, c_int64]),
 }
 
@@ -248,10 +251,111 @@ def rows(geometry: Geometry, part: Part, indices: Tensor) -> Tensor:
     return weights
 
 
-def expand_ternary(geometry: Geometry, part: Part) -> Part:
+class Matrix:
+    """A packed matrix as it is stored, to multiply by: `reference.linear` and `reference.embedding` without decoding.
+
+    Args:
+        parts: what `formats.pack_matrix` gives, in memory that stays.
+        spec: its formats, which must be those of rows.
+        shape: rows and columns.
+
+    Raises:
+        ValueError: the formats are those of blocks, or a part does not fit.
+    """
+
+    def __init__(self, parts: Mapping[str, Tensor], spec: MatrixSpec, shape: tuple[int, int]) -> None:
+        if spec.block_formats is not None:
+            raise ValueError("formats of blocks are for the reference to compute with")
+        spec.check_shape(shape)
+        self.out, self.columns = shape
+        self.group_size = spec.group_size
+        self.parts = []
+        for number_format, rows in spec.parts:
+            places = None if rows is None else rows.to(torch.int32)
+            count = self.out if rows is None else len(rows)
+            codes, scales = parts[number_format.name], parts[number_format.name + SCALES]
+            self.parts.append(Part.of(codes, scales, count, number_format, places))
+        self._geometries: dict[int, Geometry] = {}
+        for part in self.parts:
+            part.check(self.geometry(self.group_size), self.out)
+
+    def geometry(self, activation_group: int) -> Geometry:
+        """How its rows are cut for activations in groups of that size."""
+        if activation_group not in self._geometries:
+            self._geometries[activation_group] = Geometry(self.columns, self.group_size, activation_group)
+        return self._geometries[activation_group]
+
+    def linear(
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        activation_bits: int = 8,
+        activation_group: int = 256,
+        activation_scale: float | None = None,
+        isa: int = -1,
+        threads: int = 1,
+    ) -> Tensor:
+        """`y = W x + bias`, float32 [..., out]; arguments and errors as of `reference.linear`, but at most 8 bits.
+
+        The result does not depend on `isa`, the number of an instruction set, nor on `threads`.
+        """
+        if x.shape[-1] != self.columns:
+            raise ValueError(f"the matrix has {self.columns} columns, but its input has {x.shape[-1]} features")
+        geometry = self.geometry(activation_group if activation_scale is None else self.columns)
+        tokens = x.reshape(-1, self.columns)
+        scale = None if activation_scale is None else max(activation_scale, SMALLEST)
+        quantized = quantize(tokens, geometry, activation_bits, scale, isa)
+        bias = None if bias is None else bias.float().contiguous()
+        y = torch.empty(len(tokens), self.out)
+        work = [
+            functools.partial(product, quantized, geometry, part, bias, y, *blocks, isa)
+            for part in self.parts
+            for blocks in _shares(part.blocks, threads)
+        ]
+        if threads == 1:
+            for each in work:
+                each()
+        else:
+            list(_pool(threads).map(lambda each: each(), work))
+        return y.reshape(*x.shape[:-1], self.out)
+
+    def embedding(self, ids: Tensor) -> Tensor:
+        """Rows of the matrix, float32 [..., columns], for ids int64 [...].
+
+        Raises:
+            ValueError: there is no such row.
+        """
+        flat = ids.flatten()
+        if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < self.out:
+            raise ValueError(f"rows are between 0 and {self.out - 1}")
+        found = torch.empty(len(flat), self.columns)
+        for part in self.parts:
+            place = flat if part.rows is None else torch.searchsorted(part.rows, flat.to(torch.int32))
+            of_part = place < part.count
+            if part.rows is not None:
+                of_part &= part.rows[place.clamp(max=part.count - 1)] == flat
+            found[of_part] = rows(self.geometry(self.group_size), part, place[of_part])
+        return found.reshape(*ids.shape, self.columns)
+
+
+def _shares(blocks: int, threads: int) -> list[tuple[int, int]]:
+    """Row blocks shared out among threads, in whole tiles of four."""
+    cuts = sorted({min(blocks, -(-blocks * i // threads // TILE) * TILE) for i in range(threads + 1)})
+    return list(pairwise(cuts))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads that sleep between products, so that they never compete with torch's."""
+    return ThreadPoolExecutor(threads, "edgerazor")
+
+
+def expand_ternary(geometry: Geometry, part: Part, isa: int = -1) -> Part:
     """A ternary part with codes of two bits: a fourth more bytes, fewer steps to decode them."""
     part.check(geometry)
     width = geometry.block_bytes(2)
     codes = torch.empty(part.blocks, width, dtype=torch.uint8)
-    _loaded().edgerazor_expand_ternary(geometry.handle, part.codes.data_ptr(), part.blocks, codes.data_ptr())
+    _loaded().edgerazor_expand_ternary(
+        geometry.handle, isa % len(isas()), part.codes.data_ptr(), part.blocks, codes.data_ptr()
+    )
     return Part(codes, part.scales, part.count, 2, -2, part.rows)

@@ -90,7 +90,7 @@ struct Accumulator {
 
 #else
 
-constexpr int bound(int largest) { return largest; }
+constexpr int bound(int largest) { return largest <= 3 ? largest : largest <= 15 ? 15 : largest <= 127 ? 127 : 255; }
 
 // Sums of adjacent 16-bit numbers.
 EDGERAZOR_INLINE __m256i pair_sums(__m256i shorts) { return _mm256_madd_epi16(shorts, _mm256_set1_epi16(1)); }

@@ -254,18 +254,9 @@ void edgerazor_row(const edgerazor_geometry* opaque, const edgerazor_part* opaqu
     }
 }
 
-void edgerazor_expand_ternary(const edgerazor_geometry* opaque, const uint8_t* codes, int64_t blocks, uint8_t* out) {
-    const Geometry& geometry = known(opaque);
-    const Part part = {codes, nullptr, nullptr, 0, kTernary, 0};
-    const int64_t from = codes_bytes(kTernary, geometry.quads), to = codes_bytes(2, geometry.quads);
-    memset(out, 0, blocks * to);
-    for (int64_t block = 0; block < blocks; block++)
-        for (int lane = 0; lane < kRows; lane++)
-            for (int q = 0; q < geometry.quads; q++) {
-                uint8_t u[4];
-                row_quad(geometry, part, codes + block * from + lane * 4, q, u);
-                for (int j = 0; j < 4; j++) out[block * to + q / 4 * kVector + lane * 4 + j] |= u[j] << q % 4 * 2;
-            }
+void edgerazor_expand_ternary(const edgerazor_geometry* geometry, int isa, const uint8_t* codes, int64_t blocks,
+                              uint8_t* out) {
+    kernels()[isa]->expand_ternary(known(geometry), codes, blocks, out);
 }
 
 uint64_t edgerazor_read(const uint64_t* words, int64_t count) {

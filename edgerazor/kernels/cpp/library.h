@@ -57,8 +57,8 @@ EDGERAZOR_API void edgerazor_row(const edgerazor_geometry* geometry, const edger
 
 /* Row blocks of ternary codes as those of 2-bit codes (bits = 2, lowest = -2): a fourth more bytes, fewer steps to
    decode them. */
-EDGERAZOR_API void edgerazor_expand_ternary(const edgerazor_geometry* geometry, const uint8_t* codes, int64_t blocks,
-                                            uint8_t* out);
+EDGERAZOR_API void edgerazor_expand_ternary(const edgerazor_geometry* geometry, int isa, const uint8_t* codes,
+                                            int64_t blocks, uint8_t* out);
 
 /* Reads memory once, as fast as it comes, and returns something that depends on every byte: to measure bandwidth. */
 EDGERAZOR_API uint64_t edgerazor_read(const uint64_t* words, int64_t count);

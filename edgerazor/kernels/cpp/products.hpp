@@ -427,6 +427,28 @@ void many_tokens(const Geometry& geometry, const Part& part, const Activations& 
     free(work);
 }
 
+// Ternary codes of 2 bits ------------------------------------------------------------------------------------------
+
+// Row blocks of base-3 codes as those of 2-bit codes, for machines on which taking digits apart costs more than bytes.
+void expand_ternary(const Geometry& geometry, const uint8_t* codes, int64_t blocks, uint8_t* out) {
+    const int64_t block_bytes = codes_bytes(kTernary, geometry.quads);
+    alignas(kVector) uint8_t slab[kSlab * kVector];
+    for (int64_t block = 0; block < blocks; block++, codes += block_bytes)
+        for (int begin = 0; begin < geometry.quads; begin += kSlab) {
+            const int end = smaller(begin + kSlab, geometry.quads);
+            memset(slab, 0, sizeof slab);
+            unpack<kTernary>(codes, begin, end, slab, kVector);
+            for (int q = 0; q < end - begin; q += 4, out += kVector) {
+                const uint8_t* u = slab + q * kVector;
+                const Bytes high = join<2>(load(u + 2 * kVector), load(u + 3 * kVector));
+                const Bytes fields = join<2>(load(u), join<2>(load(u + kVector), high));
+                alignas(kVector) uint8_t vector[kVector];
+                store(vector, fields);
+                memcpy(out, vector, kVector);
+            }
+        }
+}
+
 // By format --------------------------------------------------------------------------------------------------------
 
 template <int bits>
