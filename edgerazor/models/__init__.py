@@ -30,7 +30,7 @@ from edgerazor.models.loading import (
     resolve,
 )
 from edgerazor.models.structure import Site, Structure, embedding_scale, find_head, structure
-from edgerazor.models.walking import Observer, Walk
+from edgerazor.models.walking import Observer, Walk, drop_pages
 
 __all__ = [
     "Blocks",
@@ -47,6 +47,7 @@ __all__ = [
     "capture_hidden",
     "check_attention",
     "describe_source",
+    "drop_pages",
     "embedding_scale",
     "exchangeable_attention",
     "final_states",

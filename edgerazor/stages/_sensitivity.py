@@ -188,7 +188,7 @@ class Output:
 
     def away(self, x: Tensor, teacher: Tensor) -> Tensor:
         """The gradient, with respect to x [n, H], of the sum of KL(teacher || model)."""
-        return self._gradient(x, lambda logits, rows: logits.softmax(-1) - self.logits(teacher[rows]).softmax(-1))
+        return self._gradient(x, lambda logits, rows: logits.softmax(-1).sub_(self.logits(teacher[rows]).softmax(-1)))
 
     @torch.no_grad()
     def divergence(self, x: Tensor, teacher: Tensor) -> float:
@@ -197,7 +197,8 @@ class Output:
 
     def _divergences(self, x: Tensor, teacher: Tensor) -> Tensor:
         log_t = self.logits(teacher).log_softmax(-1)
-        return (log_t.exp() * (log_t - self.logits(x).log_softmax(-1))).sum(-1)
+        p = log_t.exp()
+        return p.mul_(log_t.sub_(self.logits(x).log_softmax(-1))).sum(-1)
 
     @torch.no_grad()
     def damages(self, x: Tensor, specs: Sequence[MatrixSpec]) -> Tensor:
@@ -209,11 +210,16 @@ class Output:
         for index, spec in enumerate(specs):
             rounded = formats.round_trip(self.weight, spec, x.dtype)
             for rows in self._pieces(x):
-                logits = self.logits(x[rows])
-                p, change = logits.softmax(-1), self.logits(x[rows], rounded) - logits
-                mean = (p * change).sum(-1)
-                found[index] += float(((p * change.square()).sum(-1) - mean.square()).clamp(min=0).double().sum()) / 2
+                found[index] += float(self._variances(x[rows], rounded).double().sum()) / 2
         return found
+
+    def _variances(self, x: Tensor, rounded: Tensor) -> Tensor:
+        """Of the change of logits that a rounded weight makes, under the model: float32 [n] for x [n, H]."""
+        logits = self.logits(x)
+        change, p = self.logits(x, rounded).sub_(logits), logits.softmax(-1)
+        del logits  # as large as all the others
+        mean = (p * change).sum(-1)
+        return (change.square_().mul_(p).sum(-1) - mean.square()).clamp(min=0)
 
     @torch.no_grad()
     def _gradient(self, x: Tensor, change: Callable[[Tensor, slice], Tensor]) -> Tensor:
