@@ -31,7 +31,7 @@ from edgerazor.models.loading import (
     resolve,
 )
 from edgerazor.models.structure import Site, Structure, embedding_scale, find_head, structure
-from edgerazor.models.walking import Observer, Walk
+from edgerazor.models.walking import Observer, Walk, drop_pages
 
 __all__ = [
     "Blocks",
@@ -49,6 +49,7 @@ __all__ = [
     "check_attention",
     "complete_config",
     "describe_source",
+    "drop_pages",
     "embedding_scale",
     "exchangeable_attention",
     "final_states",
