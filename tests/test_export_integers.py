@@ -10,7 +10,7 @@ from torch import Tensor
 
 from edgerazor import formats
 from edgerazor.exports import _exact, _integers
-from edgerazor.exports._integers import Integers, Unfit
+from edgerazor.exports._integers import Integers, UnfitError
 from edgerazor.formats import Encoded, MatrixSpec
 
 ALL = formats.names()
@@ -58,7 +58,7 @@ def test_half_of_a_scale_that_is_no_float16_number_is_refused() -> None:
     spec = MatrixSpec(("int2",), 4)
     tiny = torch.tensor([[2.0**-24], [1.0]], dtype=torch.float16)  # the smallest subnormal
     encoded = Encoded(torch.zeros(2, 4, dtype=torch.int8), tiny)
-    with pytest.raises(Unfit, match="half of its smallest scale"):
+    with pytest.raises(UnfitError, match="half of its smallest scale"):
         _integers.integers(encoded, spec)
     whole = MatrixSpec(("ternary",), 4)
     assert torch.equal(_integers.integers(encoded, whole).decoded(), formats.decode_matrix(encoded, whole))
@@ -70,7 +70,7 @@ def test_common_groups() -> None:
     cases |= {(300, 1000): 300, (128, 128): 128, (3072, 96): 32, (240, 48): 48}
     for (columns, group), expected in cases.items():
         assert _integers.common_group(columns, group, known) == expected
-    with pytest.raises(Unfit, match="rows of 101 weights are no whole groups of 40") as refused:
+    with pytest.raises(UnfitError, match="rows of 101 weights are no whole groups of 40") as refused:
         _integers.common_group(101, 40, known)
     assert "--group-size" in refused.value.remedy
 

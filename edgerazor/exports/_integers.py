@@ -2,7 +2,7 @@
 
 Most formats are that already. `int2` has half levels, so its integers are the odd numbers `2 * code + 1` at half the
 scale. Rows and blocks of different formats simply have integers of different ranges. Nothing is rounded: what has no
-such integers is refused with `Unfit`.
+such integers is refused with `UnfitError`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from edgerazor.formats import Encoded, Format, MatrixSpec, group_count
 SMALLEST_GROUP = 16
 
 
-class Unfit(ValueError):
+class UnfitError(ValueError):
     """A matrix cannot be held exactly; the reason, and what to do about it."""
 
     def __init__(self, reason: str, remedy: str) -> None:
@@ -66,7 +66,7 @@ def integers(encoded: Encoded, spec: MatrixSpec) -> Integers:
         spec: formats of its rows or blocks, of any kind.
 
     Raises:
-        Unfit: half of a scale of a format with half levels is no float16 number.
+        UnfitError: half of a scale of a format with half levels is no float16 number.
     """
     codes, scales = encoded
     halved = _halved(spec, codes.shape, scales.shape)
@@ -74,7 +74,9 @@ def integers(encoded: Encoded, spec: MatrixSpec) -> Integers:
         return Integers(codes, scales, min(spec.group_size, codes.shape[1]))
     halves = torch.where(halved, scales / 2, scales)
     if not torch.equal(torch.where(halved, halves * 2, halves), scales):
-        raise Unfit("half of its smallest scale is no float16 number", "leave formats without a zero level (int2) out")
+        raise UnfitError(
+            "half of its smallest scale is no float16 number", "leave formats without a zero level (int2) out"
+        )
     each = halved[:, torch.arange(codes.shape[1]) // spec.group_size]
     return Integers(torch.where(each, 2 * codes + 1, codes), halves, min(spec.group_size, codes.shape[1]))
 
@@ -103,13 +105,13 @@ def common_group(columns: int, group_size: int, known: Sequence[int]) -> int:
         a row. Each of our groups is some whole ones of these, with the same scale.
 
     Raises:
-        Unfit: only a very small number divides both.
+        UnfitError: only a very small number divides both.
     """
     if group_size >= columns:
         return columns
     common = math.gcd(columns, group_size)
     if common < SMALLEST_GROUP:
-        raise Unfit(
+        raise UnfitError(
             f"its rows of {columns} weights are no whole groups of {group_size}",
             f"pack with a --group-size that divides {columns}, or `--group-size row`",
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,18 @@ from edgerazor.workdir import digest_json, hash_file
 #: Files that make up a model: what is fetched from the hub, and what identifies a teacher.
 FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 INDEX = "model.safetensors.index.json"
+#: Files beside config.json and weights that make a folder usable on its own: tokenizer, chat template, generation.
+COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "generation_config.json",
+)
 VOCABULARIES = ("vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 
 
@@ -59,6 +72,14 @@ def _snapshot(source: str, revision: str | None) -> Path:
             f"{which} is not a local folder, and the Hugging Face hub could not be reached to fetch it.",
             "Connect to the network, or give the path of a downloaded model folder.",
         ) from None
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy tokenizer, chat template and generation settings from one model folder into another."""
+    for pattern in COMPANIONS:
+        for file in sorted(source.glob(pattern)):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
 
 
 def fingerprint(folder: Path) -> str:

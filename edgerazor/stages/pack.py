@@ -10,7 +10,6 @@ that calibrate made of them says.
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,19 +31,6 @@ from edgerazor.stages import _shared, _start
 from edgerazor.workdir import WorkDir, make_folder, replace_folder, write_json
 
 NAME = "pack"
-
-#: Files of the teacher's folder that make the packed folder usable on its own.
-COPIED = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-    "generation_config.json",
-)
 
 #: Path of a module -> its weight (float, or int8 for codes) and its scales where they were trained or stored.
 Reader = Callable[[str], tuple[Tensor, Tensor | None]]
@@ -251,10 +237,7 @@ def encoded(plan: Plan, read: Reader, digests: dict[str, str] | None, console: C
 
 def accompany(folder: Path, teacher_folder: Path, config: object, settings: dict[str, Any]) -> None:
     """Configuration, generation settings, tokenizer and chat template."""
-    for pattern in COPIED:
-        for file in sorted(teacher_folder.glob(pattern)):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
+    models.copy_companions(teacher_folder, folder)
     values = json.loads(config.to_json_string(use_diff=True))  # type: ignore[attr-defined]
     values["dtype"] = "float32"  # of the activations between quantized layers
     values["quantization_config"] = {"quant_method": "edgerazor", "version": packed.VERSION, **settings}
