@@ -1,8 +1,7 @@
 """Plugins are files: `ls edgerazor/formats` is the list of formats.
 
-A folder of plugins is a package; each module in it whose name does not start with an underscore is one
-plugin and offers one object under an agreed attribute (`FORMAT`, `LOSS`, `EXPORT`). The file name is the name in a
-recipe.
+A folder of plugins is a package; each module in it whose name does not start with an underscore is one plugin and
+offers one object under an agreed attribute (`FORMAT`, `LOSS`, `EXPORT`). The file name is the name in a recipe.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from edgerazor.models.blocks import Blocks
 from edgerazor.models.hidden import capture_hidden, final_states, logit_shape
 from edgerazor.models.loading import (
     caps_attention,
+    complete_config,
     copy_companions,
     describe_source,
     fingerprint,
@@ -47,6 +48,7 @@ __all__ = [
     "capture_attention",
     "capture_hidden",
     "check_attention",
+    "complete_config",
     "copy_companions",
     "describe_source",
     "embedding_scale",
