@@ -92,5 +92,5 @@ def mixed(group_size: int = 32) -> Choose:
 
 def suitable_model(make_model: ModelMaker, folder: Path, family: str = "llama", **overrides: Any) -> Path:
     """A tiny model of a family on the disk."""
-    make_model(folder, family, **SUITABLE, **overrides)
+    make_model(folder, family, **{**SUITABLE, **overrides})
     return folder

@@ -243,6 +243,52 @@ def initialise(
     )
 
 
+def completed(values: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with every field, those at their defaults included.
+
+    Args:
+        values: some of its fields, `model_type` among them.
+
+    Raises:
+        UserError: transformers knows no such configuration.
+    """
+    given = {name: value for name, value in values.items() if name != "model_type"}
+    try:
+        found: dict[str, Any] = AutoConfig.for_model(str(values.get("model_type")), **given).to_dict()
+    except Exception as error:
+        raise UserError(f"transformers knows no such configuration: {_first_line(error)}.") from None
+    return found
+
+
+def skeleton(values: dict[str, Any]) -> PreTrainedModel:
+    """The modules of a configuration's causal language model, without weights (on the meta device).
+
+    Raises:
+        UserError: transformers has none.
+    """
+    try:
+        config = AutoConfig.for_model(**values)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except Exception as error:
+        raise UserError(f"transformers has no causal language model for it: {_first_line(error)}.") from None
+
+
+def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that transformers makes of a GGUF file's metadata.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except Exception as error:
+        raise UserError(
+            f"transformers cannot make a tokenizer of the metadata of {file}: {_first_line(error)}.",
+            "Put tokenizer.json and tokenizer_config.json of the original model beside the file.",
+        ) from None
+
+
 def _check_weight_files(folder: Path) -> None:
     """Say which file is missing or damaged; transformers would not."""
     from safetensors import SafetensorError, safe_open
