@@ -123,11 +123,14 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, ends: list[int]) -
         if about["model"].get(name):
             raise _refused(f"it has a {name}")
     pieces = about["model"]["vocab"]
-    added = {each["id"]: each for each in about["added_tokens"]}
-    if max(max(pieces.values()), *added, 0) >= size:
-        raise _refused(f"it has a token beyond the {size} rows of the embedding")
+    added = {each["id"]: each for each in about["added_tokens"] if each["id"] < size}
+    special = {each["content"] for each in about["added_tokens"]}
+    if max((number for piece, number in pieces.items() if piece not in special), default=0) >= size:
+        raise _refused(f"it has pieces beyond the {size} rows of the embedding")
     make = _sentencepiece if _is_sentencepiece(about) else _byte_level
     found = make(about, pieces)
+    if len(added) < len(about["added_tokens"]):
+        found.notes.append(f"Special tokens beyond the {size} rows of the embedding are left out.")
     _fill(found, pieces, added, size)
     found.add_bos, found.add_eos = _ends(about, tokenizer)
     found.special = _special(tokenizer, ends, size)
