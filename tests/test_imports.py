@@ -35,6 +35,11 @@ ALL = formats.names()
 WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "head_dim": 32}
 IDS = torch.randint(2, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(0))
 CONSOLE = Console(quiet=True)
+#: How the tokenizer of Llama 3 cuts text into words.
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def read(path: Path, target: Path, **changes: Any) -> PackedModel:
@@ -262,6 +267,36 @@ def ternary(make_model: ModelMaker, tmp_path_factory: pytest.TempPathFactory) ->
     file = export(opened, place / "out")
     models.copy_companions(model, file.parent)
     return file
+
+
+def test_a_tokenizer_is_rebuilt_from_metadata(make_model: ModelMaker, tmp_path: Path) -> None:
+    """Byte-level BPE whose pattern comes back; with another pattern, or as SentencePiece, it is refused."""
+    model = suitable_model(make_model, tmp_path / "model", "llama", **WIDE)
+    raw = json.loads((model / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"Regex": LLAMA_3}, "behavior": "Isolated", "invert": False}
+    bytes_only = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    raw["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, bytes_only]}
+    raw["model"]["ignore_merges"] = True
+    (model / "tokenizer.json").write_text(json.dumps(raw))
+    opened = write_packed(tmp_path / "packed", model, all_of("ternary", 256))
+    file = export(opened, tmp_path / "out")
+    read(file, tmp_path / "back")
+    ours, back = (AutoTokenizer.from_pretrained(folder) for folder in (model, tmp_path / "back"))
+    for text in ("Nora took the ball to the mill.  12345 of them\n\n", " été </s> <s>", ""):
+        assert back(text).input_ids == ours(text).input_ids
+    assert (back.bos_token_id, back.eos_token_id) == (0, 1)
+    content = file.read_bytes()
+    changed = tmp_path / "changed.gguf"
+    for old, new, reason in (
+        (b"\x09\0\0\0\0\0\0\0llama-bpe", b"\x09\0\0\0\0\0\0\0other-bpe", "its pre would be another one"),
+        (b"\x04\0\0\0\0\0\0\0gpt2", b"\x04\0\0\0\0\0\0\0bert", "only byte-level BPE"),
+    ):
+        assert old in content
+        changed.write_bytes(content.replace(old, new))
+        with pytest.raises(UserError, match=f"cannot be rebuilt|cannot make a tokenizer|{reason}") as refused:
+            read(changed, tmp_path / "no")
+        assert "tokenizer.json" in refused.value.hint
+        assert not (tmp_path / "no").exists()
 
 
 def test_type_42_is_told_by_its_size(ternary: Path, tmp_path: Path) -> None:

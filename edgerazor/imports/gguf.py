@@ -13,6 +13,7 @@ Sources: ggml-quants.c (`dequantize_row_*`) and ggml-common.h of llama.cpp.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgerazor import models
+from edgerazor import models, workdir
 from edgerazor.errors import UserError
 from edgerazor.exports import _gguf_families as families
 from edgerazor.exports import _gguf_tokens as tokens
@@ -107,16 +108,17 @@ class GgufSource(Source):
         if any(folder.glob("tokenizer*")):
             return
         tokenizer = models.gguf_tokenizer(self.file.path)
-        problem = _tokenizer_problem(tokenizer, self.config, self.file.metadata)
+        template = self.file.metadata.get("tokenizer.chat_template")
+        if isinstance(template, str):
+            tokenizer.chat_template = template
+        tokenizer.save_pretrained(folder)
+        _set_pattern(folder / "tokenizer.json", str(self.file.metadata.get("tokenizer.ggml.pre")))
+        problem = _tokenizer_problem(models.load_tokenizer(folder), self.config, self.file.metadata)
         if problem:
             raise UserError(
                 f"The tokenizer of {self.file.path} cannot be rebuilt from its metadata: {problem}.",
                 "Put tokenizer.json and tokenizer_config.json of the original model beside the file.",
             )
-        template = self.file.metadata.get("tokenizer.chat_template")
-        if isinstance(template, str):
-            tokenizer.chat_template = template
-        tokenizer.save_pretrained(folder)
 
 
 def _matrix(blocks: Bytes, decode: Decoder, rows: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -221,16 +223,44 @@ def _check_factors(file: GgufFile, config: dict[str, Any]) -> None:
     )
 
 
+def _set_pattern(file: Path, pre: str) -> None:
+    """Cut text into words as the metadata say; transformers goes by the architecture alone."""
+    found = next((key for key, name in tokens.PATTERNS.items() if name == pre), None)
+    if found is None or not file.is_file():
+        return
+    steps, whole_words = found
+    about = json.loads(file.read_text(encoding="utf-8"))
+    if about["model"]["type"] != "BPE":
+        return
+    cut: list[dict[str, Any]] = [
+        {"type": "Digits", "individual_digits": True}
+        if step == "digits"
+        else {"type": "Split", "pattern": {"Regex": step}, "behavior": "Isolated", "invert": False}
+        for step in steps
+    ]
+    cut.append({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False})
+    about["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": cut}
+    about["model"]["ignore_merges"] = whole_words
+    workdir.write_text(file, json.dumps(about, ensure_ascii=False))
+
+
 def _tokenizer_problem(tokenizer: Any, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
-    """What of a rebuilt tokenizer is not as the metadata say, or an empty string."""
+    """What of a rebuilt tokenizer is not as the metadata say, or an empty string.
+
+    Only byte-level BPE (`gpt2`) comes back as it was: the metadata of a SentencePiece vocabulary leave open how text is
+    normalised before it, and transformers guesses.
+    """
+    if metadata.get("tokenizer.ggml.model") != "gpt2":
+        return f"its model is {metadata.get('tokenizer.ggml.model')!r}, and only byte-level BPE can be rebuilt exactly"
     try:
         again = tokens.vocabulary(tokenizer, int(config["vocab_size"]), [])
     except UserError as error:
         return error.message.rstrip(".")
-    said = {name: metadata.get(f"tokenizer.ggml.{name}") for name in ("model", "pre", "tokens", "merges")}
-    for name, value in said.items():
+    names = {name: name for name in ("model", "pre", "tokens", "merges")} | {"add_bos": "add_bos_token"}
+    for name, key in names.items():
+        value = metadata.get(f"tokenizer.ggml.{key}")
         if value is not None and getattr(again, name) != value:
-            return f"its {name} would be other ones"
+            return f"its {name} would be another one"
     return ""
 
 
