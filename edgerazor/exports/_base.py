@@ -33,6 +33,7 @@ class PlannedTensor(_Record):
     type: str = Field(description="type of the export's format that it is stored in")
     weights: int = Field(description="number of weights")
     bytes: int = Field(description="bytes of its data")
+    packed_bits: float = Field(0.0, description="bits a weight of codes and scales, where it is quantized")
     reason: str = Field("", description="why it is not exact; empty when every weight is kept bit for bit")
 
     @property

@@ -8,7 +8,6 @@ import gguf
 
 from edgerazor.console import megabytes
 from edgerazor.exports._base import PlannedTensor
-from edgerazor.formats import group_count
 from edgerazor.packed import MatrixEntry, PackedModel
 
 #: Bits a weight that a type may take beyond the format's nominal bits and scales without an explanation: Q2_K takes
@@ -26,21 +25,18 @@ def causes(model: PackedModel, tensors: Sequence[PlannedTensor], metadata: int) 
         tensors: of the plan.
         metadata: bytes before the first tensor.
     """
-    groups: dict[tuple[str, str], list[tuple[PlannedTensor, float]]] = {}
+    groups: dict[tuple[str, str], list[PlannedTensor]] = {}
     for tensor in tensors:
         entry = model.header.matrices.get(tensor.name.removesuffix(".weight"))
-        if entry is None:
-            continue
-        packed = _packed_bits(entry)
-        if 8 * tensor.bytes / tensor.weights > packed + USUAL:
-            groups.setdefault(_cause(entry, tensor.type), []).append((tensor, packed))
+        if entry is not None and 8 * tensor.bytes / tensor.weights > tensor.packed_bits + USUAL:
+            groups.setdefault(_cause(entry, tensor.type), []).append(tensor)
     for (cause, remedy), found in sorted(groups.items(), key=lambda item: -_excess(item[1])):
-        weights = sum(tensor.weights for tensor, _ in found)
-        bits = 8 * sum(tensor.bytes for tensor, _ in found) / weights
-        packed = sum(tensor.weights * packed for tensor, packed in found) / weights
-        types = ", ".join(sorted({tensor.type for tensor, _ in found}))
+        weights = sum(tensor.weights for tensor in found)
+        bits = 8 * sum(tensor.bytes for tensor in found) / weights
+        packed = sum(tensor.weights * tensor.packed_bits for tensor in found) / weights
+        types = ", ".join(sorted({tensor.type for tensor in found}))
         yield (
-            f"{len(found)} matrices take {types}, {bits:.2f} bits a weight instead of about {packed:.2f}, because "
+            f"{len(found)} matrices take {types}, {bits:.2f} bits a weight instead of {packed:.2f}, because "
             f"{cause}{remedy}."
         )
     data = sum(tensor.bytes for tensor in tensors)
@@ -48,17 +44,9 @@ def causes(model: PackedModel, tensors: Sequence[PlannedTensor], metadata: int) 
         yield f"The vocabulary and other metadata take {megabytes(metadata)} in the same file."
 
 
-def _excess(found: Sequence[tuple[PlannedTensor, float]]) -> float:
+def _excess(found: Sequence[PlannedTensor]) -> float:
     """Bits more than packed."""
-    return sum(8 * tensor.bytes - packed * tensor.weights for tensor, packed in found)
-
-
-def _packed_bits(entry: MatrixEntry) -> float:
-    """About the bits a weight in the packed model: the formats' fewest where rows differ, and the scales."""
-    from edgerazor.formats import get
-
-    nominal = [get(name).nominal_bits for name in entry.formats]
-    return min(nominal) + 16 * group_count(entry.shape[1], entry.group_size) / entry.shape[1]
+    return sum(8 * tensor.bytes - tensor.packed_bits * tensor.weights for tensor in found)
 
 
 def _cause(entry: MatrixEntry, chosen: str) -> tuple[str, str]:

@@ -133,7 +133,9 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, ends: list[int]) -
         found.notes.append(f"Special tokens beyond the {size} rows of the embedding are left out.")
     _fill(found, pieces, added, size)
     found.add_bos, found.add_eos = _ends(about, tokenizer)
-    found.special = _special(tokenizer, ends, size)
+    ends = [number for number in ends if number < size]
+    found.special = {role: number for role, number in _special(tokenizer, ends).items() if number < size}
+    _add_ends(found, ends)
     template = tokenizer.chat_template
     found.chat_template = template if isinstance(template, str) else (template or {}).get("default", "")
     return found
@@ -193,13 +195,26 @@ def _ends(about: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[bo
     return bool(before), bool(after)
 
 
-def _special(tokenizer: PreTrainedTokenizerBase, ends: list[int], size: int) -> dict[str, int]:
+def _special(tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> dict[str, int]:
     """Ids of the special tokens by role."""
     found = {role: getattr(tokenizer, f"{role}_token_id", None) for role in ("bos", "eos", "unk", "pad")}
-    others = [number for number in ends if number != found["eos"]]
-    if len(others) == 1:
-        found["eot"] = others[0]
-    return {role: number for role, number in found.items() if number is not None and number < size}
+    if found["eos"] is None and ends:
+        found["eos"] = ends[0]
+    return {role: number for role, number in found.items() if number is not None}
+
+
+#: Tokens that llama.cpp takes for the end of a turn by their text.
+KNOWN_ENDS = {"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>"}
+
+
+def _add_ends(found: Vocabulary, ends: list[int]) -> None:
+    """The end of a turn, where it is another token than the end of the text and llama.cpp does not find it itself."""
+    others = [each for each in ends if each != found.special.get("eos") and found.tokens[each] not in KNOWN_ENDS]
+    if others:
+        found.special["eot"] = others[0]
+    if len(others) > 1:
+        left = ", ".join(found.tokens[each] for each in others[1:])
+        found.notes.append(f"llama.cpp does not stop at {left}, as the generation settings ask.")
 
 
 # Byte-level BPE ---------------------------------------------------------------------------------------------------

@@ -123,10 +123,12 @@ class Gguf(Export):
     def _planned(self, model: PackedModel, source: Source, config: dict[str, Any]) -> PlannedTensor:
         """The type of one tensor."""
         kind: TensorClass = "other"
+        bits = 0.0
         if source.matrix is not None:
             packed = model.matrix(source.matrix)
             kind, matrix = packed.kind, blocks.Matrix(packed.encoded, packed.spec)
             count = math.prod(matrix.shape)
+            bits = packed.spec.nominal_bits(matrix.shape) + 16 * packed.encoded.scales.numel() / count
             tests: Tests = [(each.type, functools.partial(blocks.check_blocks, each, matrix)) for each in self.blocks]
             tests += [(each, functools.partial(blocks.check_floats, each, matrix)) for each in self.floats]
         else:
@@ -143,6 +145,7 @@ class Gguf(Export):
             type=chosen.name,
             weights=count,
             bytes=count // size * width,
+            packed_bits=bits,
             reason=reason,
         )
 
