@@ -236,6 +236,8 @@ def pack(
     Example: edgerazor pack Qwen/Qwen3-0.6B --bits 4
 
     Example: edgerazor pack --export gguf
+
+    Example: edgerazor pack model.gguf --work imported
     """
     values = general(model, revision, trust_remote_code, None, None, None)
     section = budget_section(bits, real_bits, target_size)
@@ -243,6 +245,19 @@ def pack(
     section |= given(start=start)
     if model is not None and is_packed_folder(model):
         export_packed(model, section | given(student=student), listed(export), bool(allow_lossy), json, quiet)
+        return
+    if model is not None and is_foreign(model):
+        import_foreign(
+            Path(model),
+            section | given(student=student),
+            listed(export),
+            bool(allow_lossy),
+            work,
+            json,
+            quiet,
+            force,
+            dry_run,
+        )
         return
     if section and model is None and recipe is None:
         name = next(iter(section)).replace("_", "-")
@@ -690,6 +705,44 @@ def export_packed(
     console = open_console(json, quiet)
     result = stage_module.export_folder(Path(folder), names, allow_lossy, console)
     console.result(result, *stage_module.show_exports(result.exports))
+
+
+def is_foreign(model: str) -> bool:
+    """Whether a model that was named is somebody else's quantized one."""
+    if not Path(model).exists():
+        return False
+    from edgerazor.imports import importer_of
+
+    return importer_of(Path(model)) is not None
+
+
+def import_foreign(
+    path: Path,
+    options: dict[str, Any],
+    names: list[str] | None,
+    allow_lossy: bool,
+    work: Path,
+    json: bool,
+    quiet: bool,
+    force: bool,
+    dry_run: bool,
+) -> None:
+    """`pack FILE.gguf`, or a folder that others quantized: their codes become ours."""
+    computing = {name: options[name] for name in ("activation_bits", "kv_bits") if name in options}
+    others = [name.replace("_", "-") for name in options if name not in computing]
+    if others or dry_run:
+        raise usage_error(
+            f"{path} is quantized already, and its codes are taken as they are, so pack takes no "
+            f"--{(others or ['dry-run'])[0]} with it.",
+            "Leave it out, or name the original model.",
+        )
+    asked = assemble({"calibrate": computing, "pack": given(export=names, allow_lossy=allow_lossy)}, None, None)
+    from edgerazor.stages import pack as stage_module
+    from edgerazor.workdir import WorkDir
+
+    console = open_console(json, quiet)
+    result = stage_module.read_foreign(path, asked, WorkDir(work), console, force)
+    console.result(result, *stage_module.show_foreign(result))
 
 
 def refuse_beside_plan(what: str | None, work: Path | None, png: Path | None) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from _packed_folders import all_of, decoded_model, suitable_model, write_packed
+from _tiny import Run
 from conftest import VOCABULARY, ModelMaker
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -492,3 +493,46 @@ def test_scales_that_are_no_float16_numbers(make_model: ModelMaker, tmp_path: Pa
     assert "--allow-lossy" in refused.value.hint
     back = read(tmp_path / "mlx", tmp_path / "back", lossy=True)
     assert back.matrix(name).encoded.scales.unique().tolist() == [float(torch.tensor(1 / 3).half())]
+    again = imports.read(tmp_path / "mlx", tmp_path / "again", CONSOLE, activation_bits=8, kv_bits=8, lossy=True)
+    assert again.lossy == [name]
+
+
+# The command ------------------------------------------------------------------------------------------------------
+
+
+def test_pack_reads_a_gguf_file_and_exports_it(run: Run, ternary: Path, tmp_path: Path) -> None:
+    """There and back, and out again: the last file has the bytes of the first one's tensors."""
+    work = tmp_path / "work"
+    done = run("pack", ternary, "--work", work, "--export", "gguf,compressed-tensors", "--json")
+    assert done.code == 0, done.err
+    result = done.json()
+    assert (result["importer"], result["lossy"]) == ("gguf", [])
+    assert result["formats"].keys() == {"ternary", "floating"}
+    assert [each["export"] for each in result["exports"]] == ["gguf", "compressed-tensors"]
+    first, last = (GgufFile(file) for file in (ternary, Path(result["exports"][0]["file"])))
+    assert first.tensors == last.tensors
+    assert all(np.array_equal(first.blocks(name), last.blocks(name)) for name in first.tensors)
+    header = PackedModel.open(work / "packed").header
+    assert (header.settings["activation_bits"], header.settings["kv_bits"]) == (8, 8)
+    assert header.provenance["source"] == "import"
+    said = run("pack", ternary, "--work", work, "--activation-bits", 16, "--quiet")  # over an import of before
+    assert said.code == 0
+    assert "every weight as it was" in said.out
+    assert PackedModel.open(work / "packed").header.settings["activation_bits"] == 16
+    assert run("show", work / "packed").code == 0
+    out = run("pack", work / "packed", "--export", "hf-f32", "--json").json()["exports"][0]
+    assert AutoModelForCausalLM.from_pretrained(out["file"]).dtype == torch.float32
+
+
+def test_pack_takes_no_plan_with_foreign_codes(run: Run, ternary: Path, llama: Path, tmp_path: Path) -> None:
+    for option, value in (("--bits", "4"), ("--group-size", "64"), ("--student", "best")):
+        said = run("pack", ternary, "--work", tmp_path / "work", option, value)
+        assert said.code == 2
+        assert f"takes no {option}" in said.err
+    assert run("pack", ternary, "--work", tmp_path / "work", "--dry-run").code == 2
+    assert not (tmp_path / "work").exists()
+    job = tmp_path / "job"
+    assert run("pack", llama, "--work", job, "--bits", 4, "--quiet").code == 0
+    said = run("pack", ternary, "--work", job, "--force")
+    assert said.code == 2
+    assert "holds another job" in said.err

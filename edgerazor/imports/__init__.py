@@ -16,6 +16,7 @@ from torch import Tensor
 from edgerazor import __version__, formats, models, packed, registry, workdir
 from edgerazor.console import Console
 from edgerazor.errors import UserError
+from edgerazor.formats import Encoded, MatrixSpec
 from edgerazor.imports._base import Importer, Integers, MisfitError, Source, fitted
 from edgerazor.packed import PackedMatrix
 
@@ -33,6 +34,7 @@ class ImportResult(BaseModel):
     importer: str = Field(description="format of the source")
     formats: dict[str, int] = Field(description="number format -> weights that got it; `floating` for the others")
     sizes: packed.SizeTable
+    lossy: list[str] = Field(description="matrices of which some scale was rounded")
     notes: list[str] = Field(description="what could not be taken over")
 
 
@@ -88,6 +90,7 @@ def read(
         importer=importer.name,
         formats=dict(sorted(reading.counts.items())),
         sizes=sizes,
+        lossy=reading.rounded,
         notes=list(source.notes),
     )
 
@@ -116,6 +119,7 @@ class _Reading:
         tied: modules that use the packed matrix of another.
         counts: number format -> weights that have got it so far.
         digests: matrix -> digest of what was read.
+        rounded: matrices of which some scale was rounded.
     """
 
     def __init__(self, path: Path, source: Source, lossy: bool) -> None:
@@ -125,6 +129,7 @@ class _Reading:
         self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         self.counts: dict[str, int] = {}
         self.digests: dict[str, str] = {}
+        self.rounded: list[str] = []
         head, embedding = f"{self.found.head_path}.weight", f"{self.found.embedding.name}.weight"
         #: tensor -> the one whose numbers it has, where the head is tied to the embedding
         self.same = {} if self.found.head else {head: embedding}
@@ -152,14 +157,23 @@ class _Reading:
             for site in self.sites:
                 stored = self._read(f"{site.name}.weight")
                 assert isinstance(stored, Integers)
-                try:
-                    encoded, spec = fitted(stored, self.lossy)
-                except MisfitError as error:
-                    raise self._refused(f"{site.name}.weight", error) from None
+                encoded, spec = self._fitted(site.name, stored)
                 self.counts[spec.formats[0]] = self.counts.get(spec.formats[0], 0) + site.weights
                 self.digests[site.name] = formats.digest(encoded, spec)
                 yield PackedMatrix(site.name, site.kind, encoded, spec)
                 tracker.advance()
+
+    def _fitted(self, name: str, stored: Integers) -> tuple[Encoded, MatrixSpec]:
+        """Exactly, or with rounded scales where that is allowed."""
+        for lossy in (False, True)[: 1 + self.lossy]:
+            try:
+                found = fitted(stored, lossy)
+            except MisfitError as error:
+                reason = error
+            else:
+                self.rounded += [name] * lossy
+                return found
+        raise self._refused(f"{name}.weight", reason)
 
     def others(self) -> dict[str, Tensor]:
         """What is not quantized, as it is stored."""

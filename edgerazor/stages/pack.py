@@ -16,16 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from rich.console import RenderableType
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from edgerazor import exports, formats, models, packed, surgery
+from edgerazor import exports, formats, imports, models, packed, surgery
 from edgerazor.allocate import Plan, measures
 from edgerazor.console import Console, megabytes, table
 from edgerazor.errors import UserError, usage_error
 from edgerazor.exports import ExportResult
+from edgerazor.imports import ImportResult
 from edgerazor.packed import PackedMatrix
 from edgerazor.recipe import Recipe
 from edgerazor.stages import _shared, _start
@@ -61,6 +62,12 @@ class ExportsResult(BaseModel):
 
     folder: str
     exports: list[ExportResult]
+
+
+class ForeignResult(ImportResult):
+    """A packed model made of somebody else's, and its exports."""
+
+    exports: list[ExportResult] = Field(default_factory=list)
 
 
 class PackDryRun(BaseModel):
@@ -202,6 +209,57 @@ def export_folder(folder: Path, names: list[str], allow_lossy: bool, console: Co
     exports.check(names, folder)
     written = exports.write_all(folder, names, exports_of(folder), allow_lossy, console)
     return ExportsResult(folder=str(folder), exports=written)
+
+
+def read_foreign(path: Path, recipe: Recipe, work: WorkDir, console: Console, force: bool) -> ForeignResult:
+    """A packed folder of somebody else's quantized model, and its exports.
+
+    Args:
+        path: what they wrote.
+        recipe: how the packed model computes, and what is exported.
+        work: its packed folder is written, but it does not become a job: there is no teacher.
+        console: where to say what is done.
+        force: replace a packed folder that is not an import.
+
+    Raises:
+        UserError: it is refused, or there is something else in the way.
+    """
+    target = work.folder(NAME)
+    if work.recipe_file.exists() or (target.exists() and not (force or _is_import(target))):
+        raise usage_error(
+            f"{work.path} holds another job or packed model, which this one would replace.",
+            f"Give it a folder of its own: `edgerazor pack {path} --work NAME`.",
+        )
+    asked = recipe.calibrate
+    make_folder(work.path)
+    with work.lock():
+        found = imports.read(
+            path,
+            target,
+            console,
+            activation_bits=asked.activation_bits,
+            kv_bits=asked.kv_bits,
+            lossy=recipe.pack.allow_lossy,
+        )
+        written = exports.write_all(target, recipe.pack.export, work.exports, recipe.pack.allow_lossy, console)
+    return ForeignResult(**dict(found), exports=written)
+
+
+def _is_import(folder: Path) -> bool:
+    """Whether a packed folder was made of somebody else's model."""
+    try:
+        return packed.PackedModel.open(folder).header.provenance.get("source") == "import"
+    except UserError:
+        return False
+
+
+def show_foreign(result: ForeignResult) -> list[RenderableType]:
+    """The size table, for people."""
+    said = [f"{name} {weights:,}" for name, weights in result.formats.items()]
+    kept = f"scales of {len(result.lossy)} matrices rounded" if result.lossy else "every weight as it was"
+    caption = f"{result.folder}, made of {result.source}: {', '.join(said)} weights; {kept}"
+    shown = [size_table("Packed", result.sizes.classes, result.sizes, caption), *result.notes]
+    return [*shown, *show_exports(result.exports)]
 
 
 class student_weights:  # noqa: N801 - used as a context manager, like those of contextlib
