@@ -244,7 +244,8 @@ def pack(
     section |= plan_section(formats, group_size, plan, granularity, sensitivity, kv_bits, activation_bits, None)
     section |= given(start=start)
     if model is not None and is_packed_folder(model):
-        export_packed(model, section | given(student=student), listed(export), bool(allow_lossy), json, quiet)
+        options = section | given(student=student)
+        export_packed(model, options, listed(export), bool(allow_lossy), json, quiet, dry_run)
         return
     if model is not None and is_foreign(model):
         import_foreign(
@@ -692,7 +693,13 @@ def is_packed_folder(model: str) -> bool:
 
 
 def export_packed(
-    folder: str, options: dict[str, Any], names: list[str] | None, allow_lossy: bool, json: bool, quiet: bool
+    folder: str,
+    options: dict[str, Any],
+    names: list[str] | None,
+    allow_lossy: bool,
+    json: bool,
+    quiet: bool,
+    dry_run: bool,
 ) -> None:
     """`pack FOLDER --export NAME` of a packed folder: nothing is packed again."""
     if options:
@@ -703,6 +710,10 @@ def export_packed(
     from edgerazor.stages import pack as stage_module
 
     console = open_console(json, quiet)
+    if dry_run:
+        sizes = stage_module.export_dry_run(Path(folder), names, allow_lossy, console)
+        console.result(sizes, *(f"{name}: {bits:.2f} real bits" for name, bits in sizes.real_bits.items()))
+        return
     result = stage_module.export_folder(Path(folder), names, allow_lossy, console)
     console.result(result, *stage_module.show_exports(result.exports))
 

@@ -159,9 +159,11 @@ def rebuilt_config(file: GgufFile, architecture: str) -> dict[str, Any]:
         "rms_norm_eps": _short(get.value("attention.layer_norm_rms_epsilon", 1e-6)),
         "rope_parameters": _rope(get),
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
-        "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
     }
+    # transformers has these of all four matrices of attention; qwen2's biases of three need no word.
+    for field, part in (("attention_bias", "attn_output"), ("mlp_bias", "ffn_up")):
+        if f"blk.0.{part}.bias" in file.tensors:
+            config[field] = True
     for name in ("bos", "eos", "pad"):
         key = {"pad": "padding"}.get(name, name)
         config[f"{name}_token_id"] = file.metadata.get(f"tokenizer.ggml.{key}_token_id")

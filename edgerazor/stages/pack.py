@@ -70,8 +70,15 @@ class ForeignResult(ImportResult):
     exports: list[ExportResult] = Field(default_factory=list)
 
 
+class ExportDryRun(BaseModel):
+    """What exports of a packed model would take."""
+
+    bytes: dict[str, int]
+    real_bits: dict[str, float]
+
+
 class PackDryRun(BaseModel):
-    """What pack would write. Time is that of encoding, estimated from one matrix."""
+    """What pack would write, but for exports. Time is that of encoding, estimated from one matrix."""
 
     source: str
     notation: str
@@ -206,7 +213,6 @@ def export_folder(folder: Path, names: list[str], allow_lossy: bool, console: Co
     Raises:
         UserError: it is no packed folder, or an export is refused.
     """
-    exports.check(names, folder)
     written = exports.write_all(folder, names, exports_of(folder), allow_lossy, console)
     return ExportsResult(folder=str(folder), exports=written)
 
@@ -260,6 +266,15 @@ def show_foreign(result: ForeignResult) -> list[RenderableType]:
     caption = f"{result.folder}, made of {result.source}: {', '.join(said)} weights; {kept}"
     shown = [size_table("Packed", result.sizes.classes, result.sizes, caption), *result.notes]
     return [*shown, *show_exports(result.exports)]
+
+
+def export_dry_run(folder: Path, names: list[str], allow_lossy: bool, console: Console) -> ExportDryRun:
+    """The size of a packed folder in other formats."""
+    plans = exports.plan_all(folder, names, allow_lossy, console)
+    return ExportDryRun(
+        bytes={plan.export: plan.bytes for plan in plans},
+        real_bits={plan.export: round(plan.real_bits, 4) for plan in plans},
+    )
 
 
 class student_weights:  # noqa: N801 - used as a context manager, like those of contextlib
