@@ -247,7 +247,7 @@ def pack(
         options = section | given(student=student)
         export_packed(model, options, listed(export), bool(allow_lossy), json, quiet, dry_run)
         return
-    if model is not None and is_foreign(model):
+    if model is not None and is_foreign(model, bool(section.keys() - COMPUTING)):
         import_foreign(
             Path(model),
             section | given(student=student),
@@ -718,13 +718,18 @@ def export_packed(
     console.result(result, *stage_module.show_exports(result.exports))
 
 
-def is_foreign(model: str) -> bool:
-    """Whether a model that was named is somebody else's quantized one."""
+#: Options of pack that do not decide about weights.
+COMPUTING = {"activation_bits", "kv_bits"}
+
+
+def is_foreign(model: str, rounding: bool) -> bool:
+    """Whether a model that was named is somebody else's quantized one, and not to be rounded."""
     if not Path(model).exists():
         return False
     from edgerazor.imports import importer_of
 
-    return importer_of(Path(model)) is not None
+    importer = importer_of(Path(model))
+    return importer is not None and (importer.only or not rounding)
 
 
 def import_foreign(
@@ -739,7 +744,7 @@ def import_foreign(
     dry_run: bool,
 ) -> None:
     """`pack FILE.gguf`, or a folder that others quantized: their codes become ours."""
-    computing = {name: options[name] for name in ("activation_bits", "kv_bits") if name in options}
+    computing = {name: value for name, value in options.items() if name in COMPUTING}
     others = [name.replace("_", "-") for name in options if name not in computing]
     if others or dry_run:
         raise usage_error(

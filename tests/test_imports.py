@@ -479,7 +479,7 @@ def test_bitnet_folders(make_model: ModelMaker, tmp_path: Path, linear_class: st
     if linear_class == "autobitlinear":  # transformers compiles the other one's functions
         theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         ours, _ = edgerazor.load(tmp_path / "back")
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiling takes longer than all else here
             torch.testing.assert_close(ours(input_ids=IDS).logits, theirs(input_ids=IDS).logits, rtol=0.02, atol=0.02)
 
 
@@ -498,6 +498,56 @@ def test_scales_that_are_no_float16_numbers(make_model: ModelMaker, tmp_path: Pa
     assert back.matrix(name).encoded.scales.unique().tolist() == [float(torch.tensor(1 / 3).half())]
     again = imports.read(tmp_path / "mlx", tmp_path / "again", CONSOLE, activation_bits=8, kv_bits=8, lossy=True)
     assert again.lossy == [name]
+
+
+# Dequantized ternary models ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_ternary_weights_in_16_bits(make_model: ModelMaker, tmp_path: Path, dtype: torch.dtype) -> None:
+    """Groups of 128, which nobody says; the embedding is no ternary one."""
+    model = suitable_model(make_model, tmp_path / "model", "qwen3", **{**WIDE, "hidden_size": 320})
+    stored = load_file(model / "model.safetensors")
+    expected = {}
+    for name, tensor in stored.items():
+        if "_proj" in name:
+            codes, scales = formats.get("ternary").encode(tensor, 128)
+            scales = scales.bfloat16().half() if dtype == torch.bfloat16 else scales
+            expected[name.removesuffix(".weight")] = codes, scales
+            tensor = formats.get("ternary").decode(codes, scales, 128)
+        stored[name] = tensor.to(dtype)
+    save_file(stored, model / "model.safetensors", metadata={"format": "pt"})
+    back = read(model, tmp_path / "back")
+    assert back.header.matrices.keys() == expected.keys()
+    for name, (codes, scales) in expected.items():
+        matrix = back.matrix(name)
+        assert (matrix.spec.formats, matrix.spec.group_size) == (("ternary",), 128)
+        assert torch.equal(matrix.encoded.codes, codes)
+        assert torch.equal(matrix.encoded.scales, scales)
+    assert back.others()["lm_head.weight"].dtype == dtype
+
+
+def test_ternary_weights_in_16_bits_are_rounded_on_demand(run: Run, make_model: ModelMaker, tmp_path: Path) -> None:
+    model = suitable_model(make_model, tmp_path / "model", "llama", **WIDE)
+    stored = load_file(model / "model.safetensors")
+    ternary = {key: formats.get("ternary").round_trip(each, 128) for key, each in stored.items() if "_proj" in key}
+    save_file({**stored, **ternary}, model / "model.safetensors", metadata={"format": "pt"})
+    kept = run("pack", model, "--work", tmp_path / "kept", "--json").json()
+    assert kept["importer"] == "levels"
+    assert kept["formats"]["ternary"] == sum(each.numel() for each in ternary.values())
+    rounded = run("pack", model, "--work", tmp_path / "rounded", "--bits", 4, "--json").json()
+    assert rounded["nominal_bits"] == 4
+
+
+def test_one_matrix_with_more_levels_is_named(make_model: ModelMaker, tmp_path: Path) -> None:
+    model = suitable_model(make_model, tmp_path / "model", "llama", **WIDE)
+    assert imports.importer_of(model) is None
+    stored = load_file(model / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    ternary = {key: formats.get("ternary").round_trip(each, 128) for key, each in stored.items() if "_proj" in key}
+    save_file({**stored, **ternary, name: stored[name]}, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"{name}: its weights are not 0 and plus or minus one number"):
+        read(model, tmp_path / "back")
 
 
 # The command ------------------------------------------------------------------------------------------------------

@@ -79,10 +79,12 @@ class Importer(ABC):
     Attributes:
         name: of its file.
         describe: what it is, in a few words.
+        only: whether there is no other way to pack such a model; else one that is to be rounded is not imported.
     """
 
     name: str
     describe: str
+    only: bool = True
 
     @abstractmethod
     def recognises(self, path: Path) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from edgerazor import models
 from edgerazor.errors import UserError
-from edgerazor.imports._base import Source
+from edgerazor.imports._base import Source, Stored
 
 
 def settings(path: Path) -> dict[str, Any]:
@@ -53,6 +53,22 @@ class FolderSource(Source):
         """One stored tensor."""
         found: Tensor = self.files[name].get_tensor(name)
         return found
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Its shape, without reading it."""
+        return tuple(self.files[name].get_slice(name).get_shape())
+
+    def names(self) -> set[str]:
+        """Names of all of them."""
+        return set(self.files)
+
+    def quantized(self, name: str) -> bool:
+        """None is, if nobody knows better."""
+        return False
+
+    def read(self, name: str) -> Stored:
+        """As it is stored, if nobody knows better."""
+        return self.tensor(name)
 
     def write_tokenizer(self, folder: Path) -> None:
         """Copy it."""
