@@ -209,9 +209,7 @@ def pack(
     export: Annotated[
         str | None, Option("--export", help="Comma-separated formats to write, too: gguf, gguf-f16 ...")
     ] = None,
-    allow_lossy: Annotated[
-        bool | None, Option("--allow-lossy/--no-allow-lossy", help="Export also what changes weights.")
-    ] = None,
+    allow_lossy: Annotated[bool | None, Option("--allow-lossy", help="Export also what changes weights.")] = None,
     formats: Formats = None,
     group_size: GroupSize = None,
     plan: PlanName = None,
@@ -266,10 +264,12 @@ def pack(
             f"The student's formats were decided before it was trained, so pack takes no --{name}.",
             "To round without training, name the model: `edgerazor pack MODEL --bits 4`.",
         )
+    if export is not None:  # what was once allowed for another export is not for this one
+        allow_lossy = bool(allow_lossy)
     values |= {"calibrate": section, "pack": given(student=student, export=listed(export), allow_lossy=allow_lossy)}
     if model is not None:
         values["pack"]["source"] = "teacher"
-    elif recipe is None:
+    elif recipe is None and not (export is not None and is_rounded(work)):
         values["pack"]["source"] = "auto"
     stage("pack", values, work, recipe, json, quiet, force, dry_run)
 
@@ -681,6 +681,14 @@ def measure_alone(
     result = stage_module.evaluate_model(model, assemble(values, None, recipe), console)
     console.result(result, *stage_module.show(result))
     check_gates(result)
+
+
+def is_rounded(work: Path) -> bool:
+    """Whether a job's packed model was made without training, so that it can be exported without a student."""
+    from edgerazor import pipeline
+    from edgerazor.workdir import WorkDir
+
+    return pipeline.stands_alone(WorkDir(work))
 
 
 def is_packed_folder(model: str) -> bool:

@@ -469,6 +469,10 @@ def test_pack_exports_also_when_it_is_up_to_date(run: Run, llama: Path, tmp_path
     assert [each["export"] for each in again.json()["exports"]] == ["gguf", "gguf-f32"]
     assert sha256(Path(done["file"])) == digest
     assert sorted(each.name for each in (work / "exports").iterdir()) == ["gguf", "gguf-f32"]
+    assert run("pack", "--work", work, "--export", "gguf-f16", "--allow-lossy").code == 0
+    refused = run("pack", "--work", work, "--export", "gguf-f16")  # what was allowed once is not for ever
+    assert refused.code == 1
+    assert "would change weights" in refused.err
 
 
 def test_a_packed_folder_is_exported_directly(run: Run, packed: Any, tmp_path: Path) -> None:
