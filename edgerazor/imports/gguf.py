@@ -14,6 +14,7 @@ Sources: ggml-quants.c (`dequantize_row_*`) and ggml-common.h of llama.cpp.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,8 @@ def rebuilt_config(file: GgufFile, architecture: str) -> dict[str, Any]:
         raise UserError(f"{file.path} is of the architecture {architecture}, which is not known here.")
     get = _Metadata(file, architecture)
     heads, width = get.number("attention.head_count"), get.number("embedding_length")
+    if get.number("block_count") > len(file.tensors):
+        raise file.damaged("it has fewer tensors than layers")
     head = get.number("attention.key_length", get.number("rope.dimension_count", width // heads))
     config: dict[str, Any] = {
         "model_type": architecture,
@@ -156,7 +159,7 @@ def rebuilt_config(file: GgufFile, architecture: str) -> dict[str, Any]:
         "num_key_value_heads": get.number("attention.head_count_kv", heads),
         "head_dim": head,
         "max_position_embeddings": get.number("context_length"),
-        "rms_norm_eps": _short(get.value("attention.layer_norm_rms_epsilon", 1e-6)),
+        "rms_norm_eps": get.decimal("attention.layer_norm_rms_epsilon", 1e-6),
         "rope_parameters": _rope(get),
         "tie_word_embeddings": "output.weight" not in file.tensors,
     }
@@ -189,18 +192,20 @@ class _Metadata:
             raise self.file.damaged(f"its {self.architecture}.{key} is {found!r}")
         return found
 
-
-def _short(number: float) -> float:
-    """A float32 number as it was written in decimals."""
-    return float(f"{number:.7g}")
+    def decimal(self, key: str, default: float | None = None) -> float:
+        """A float32 number as it was written in decimals."""
+        found = self.value(key, default)
+        if not isinstance(found, float) or not 0 < found < math.inf:
+            raise self.file.damaged(f"its {self.architecture}.{key} is {found!r}")
+        return float(f"{found:.7g}")
 
 
 def _rope(get: _Metadata) -> dict[str, Any]:
     kind = get.value("rope.scaling.type", "none")
-    found: dict[str, Any] = {"rope_type": "default", "rope_theta": _short(get.value("rope.freq_base", 10000.0))}
+    found: dict[str, Any] = {"rope_type": "default", "rope_theta": get.decimal("rope.freq_base", 10000.0)}
     if kind == "none":
         return found
-    found |= {"rope_type": kind, "factor": _short(get.value("rope.scaling.factor"))}
+    found |= {"rope_type": kind, "factor": get.decimal("rope.scaling.factor")}
     if kind == "yarn":
         found["original_max_position_embeddings"] = get.number("rope.scaling.original_context_length")
     return found
@@ -210,6 +215,8 @@ def _check_factors(file: GgufFile, config: dict[str, Any]) -> None:
     """Take positions scaled as in the Llama 3 models from their factors, in place; refuse other factors."""
     if families.ROPE_FACTORS not in file.tensors:
         return
+    if file.type_name(families.ROPE_FACTORS) != "F32":
+        raise file.damaged(f"{families.ROPE_FACTORS} is not F32")
     stored = torch.from_numpy(np.array(file.blocks(families.ROPE_FACTORS))).view(torch.float32).flatten()
     for factor in (8.0, 32.0):  # Llama 3.1, 3.2
         parameters = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

@@ -51,6 +51,9 @@ class MlxSource(FolderSource):
             raise UserError(f"{path} is quantized in MLX's mode {quantization['mode']!r}, and only affine is read.")
         self.bits = {name: each for name, each in quantization.items() if isinstance(each, dict)}
         self.default = {key: quantization[key] for key in ("group_size", "bits")}
+        for said in (self.default, *self.bits.values()):
+            if any(not isinstance(value, int) or value < 1 for key, value in said.items() if key in self.default):
+                raise UserError(f"{path / 'config.json'} has a group size or number of bits that is none.")
 
     def names(self) -> set[str]:
         """All but scales and biases of quantized modules."""
@@ -71,10 +74,13 @@ class MlxSource(FolderSource):
             raise MisfitError(f"it has {said['bits']} bits, or no biases")
         words = self.tensor(name)
         scales, biases = self.tensor(f"{module}.{SCALES}"), self.tensor(f"{module}.{BIASES}")
-        fields = unpacked(words, int(said["bits"]))
-        if words.dtype != torch.uint32 or fields.shape[1] != scales.shape[1] * said["group_size"]:
+        columns = words.shape[-1] * 32 // said["bits"]
+        expected = (words.shape[0], columns // said["group_size"])
+        if words.dtype != torch.uint32 or words.dim() != 2 or columns % said["group_size"]:
             raise MisfitError("its shape does not go with its settings")
-        return affine(fields, scales, biases, int(said["group_size"]))
+        if tuple(scales.shape) != expected or tuple(biases.shape) != expected:
+            raise MisfitError("its scales or biases do not go with its shape")
+        return affine(unpacked(words, said["bits"]), scales, biases, said["group_size"])
 
 
 def unpacked(words: Tensor, bits: int) -> Tensor:
