@@ -165,7 +165,7 @@ def test_the_package_decodes_every_format(model: Path, tmp_path: Path, number_fo
     bits = 8 if number_format in ("int5", "int8") else 4
     assert {each["weights"]["num_bits"] for each in groups.values()} == {bits}
     sizes = {each["weights"]["group_size"] for each in groups.values()}
-    assert sizes == {32: {32}, 64: {32}, 128: {None, 32}, 1000: {None}}[group]  # of rows of 96 and of 160
+    assert sizes == {32: {32}, 64: {32}, 128: {32}, 1000: {None}}[group]  # of rows of 96 and of 160
 
 
 @torch.no_grad()
@@ -346,6 +346,19 @@ def test_fused_sets() -> None:
     assert sets == [{"q_proj", "k_proj", "v_proj"}] * 2 + [{"up_proj", "gate_proj"}]
     assert Layout(bits=4, group_size=96).known_group(96) is None
     assert Layout(bits=4, group_size=32).known_group(32) == 32
+
+
+def test_layers_agree_on_a_group_size() -> None:
+    """Whole rows of 256 and groups of 64 of 960 columns become groups of 64, rows of 144 do not."""
+    columns = {"a": 256, "b": 960, "c": 512, "d": 144}
+    layouts = {"a": Layout(bits=4, group_size=256), "b": Layout(bits=2, group_size=64)}
+    layouts |= {"c": Layout(bits=4, group_size=128), "d": Layout(bits=4, group_size=144)}
+    _grouped._agree(layouts, columns)
+    assert {name: layout.group_size for name, layout in layouts.items()} == {"a": 64, "b": 64, "c": 64, "d": 144}
+    assert layouts["b"].bits == 2
+    whole = {"a": Layout(bits=4, group_size=256), "d": Layout(bits=4, group_size=144)}
+    _grouped._agree(whole, columns)
+    assert [layout.group_size for layout in whole.values()] == [256, 144]
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 200, 10**6])

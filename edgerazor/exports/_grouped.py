@@ -3,8 +3,8 @@
 The programs that read such folders have kernels for a few widths and group sizes, so each matrix gets the fewest bits
 that hold its codes and the largest known group that divides its own; both are exact. They also fuse layers that share
 an input, q, k and v, and gate and up, into one matrix, which has one width and one group size: layers of a fused set
-get the same. Embeddings and heads stay floating, in the smallest dtype that is exact, because few of these programs
-read them otherwise; so does a layer that does not fit.
+get the same, and all layers the same group size where that is possible. Embeddings and heads stay floating, in the
+smallest dtype that is exact, because few of these programs read them otherwise; so does a layer that does not fit.
 """
 
 from __future__ import annotations
@@ -142,6 +142,7 @@ class GroupedExport(Export):
                 unfit[name] = error
         for names in fused_sets(model.header.matrices):
             _share(names, fitting, unfit)
+        _agree(fitting, {name: entry.shape[1] for name, entry in model.header.matrices.items()})
         return fitting, unfit
 
     def _layout(self, model: PackedModel, name: str) -> Layout:
@@ -204,6 +205,18 @@ def _share(names: Sequence[str], fitting: dict[str, Layout], unfit: dict[str, Un
     fitting.update(dict.fromkeys(names, shared))
 
 
+def _agree(layouts: dict[str, Layout], columns: Mapping[str, int]) -> None:
+    """Give all layers the smallest group size that occurs, where it fills their own, in place.
+
+    Not all programs know group sizes that differ between layers. Whole rows stay whole where all layers have them.
+    """
+    groups = [group for name, layout in layouts.items() if (group := layout.known_group(columns[name]))]
+    smallest = min(groups, default=0)
+    for name, layout in layouts.items():
+        if smallest and layout.group_size % smallest == 0:
+            layouts[name] = Layout(bits=layout.bits, group_size=smallest)
+
+
 def _causes(layouts: Mapping[str, Layout], floats: Mapping[str, str], unfit: Mapping[str, UnfitError]) -> Iterable[str]:
     """Why the export is larger than the packed model, and what helps."""
     for bits in sorted({layout.bits for layout in layouts.values()}):
@@ -211,7 +224,8 @@ def _causes(layouts: Mapping[str, Layout], floats: Mapping[str, str], unfit: Map
         yield f"{count} linear layers take {bits} bits a weight, the fewest of the format that hold all of their rows."
     wide = [name for name, dtype in floats.items() if name not in unfit]
     if wide:
-        yield f"{listed(wide)} stay floating ({', '.join(sorted({floats[name] for name in wide}))})."
+        dtypes = ", ".join(sorted({floats[name] for name in wide}))
+        yield f"{listed(wide)} stay floating ({dtypes}), since few readers of the format take it quantized."
     for reason in sorted({error.reason for error in unfit.values()}):
         names = [name for name, error in unfit.items() if error.reason == reason]
         yield f"{listed(names)} stay floating: {reason}; {unfit[names[0]].remedy}."
