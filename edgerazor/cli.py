@@ -829,16 +829,21 @@ def fail(error: UserError) -> None:
 
 
 #: What is the machine's fault rather than the program's, when it comes with a file name.
-MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EDQUOT, errno.ENAMETOOLONG, errno.EMFILE)
+MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENAMETOOLONG, errno.EMFILE)
 
 
 def explain_failure(error: Exception) -> UserError | None:
     """A sentence for failures of the machine rather than the program: a full disk, no rights, no memory."""
     text = str(error)
     number = getattr(error, "errno", None)
-    if number == errno.ENOSPC or "No space left on device" in text:
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
         return UserError(
             "The disk is full; nothing finished was lost.", "Free some space and run the same command again."
+        )
+    if number == errno.EFBIG:
+        return UserError(
+            "A file would be larger than the file system, or `ulimit -f`, allows; nothing finished was lost.",
+            "Use another disk (--work), or for pack a smaller `pack.shard_bytes`.",
         )
     if isinstance(error, OSError) and error.filename is not None and number in MACHINE:
         return UserError(f"{error.filename}: {error.strerror}.", "Check the path and your rights to it.")
