@@ -206,6 +206,12 @@ def pack(
     real_bits: RealBits = None,
     target_size: TargetSize = None,
     student: Annotated[str | None, Option("--student", help="best or last.")] = None,
+    export: Annotated[
+        str | None, Option("--export", help="Comma-separated formats to write, too: gguf, gguf-f16 ...")
+    ] = None,
+    allow_lossy: Annotated[
+        bool | None, Option("--allow-lossy/--no-allow-lossy", help="Export also what changes weights.")
+    ] = None,
     formats: Formats = None,
     group_size: GroupSize = None,
     plan: PlanName = None,
@@ -228,18 +234,23 @@ def pack(
     Example: edgerazor pack
 
     Example: edgerazor pack Qwen/Qwen3-0.6B --bits 4
+
+    Example: edgerazor pack --export gguf
     """
     values = general(model, revision, trust_remote_code, None, None, None)
     section = budget_section(bits, real_bits, target_size)
     section |= plan_section(formats, group_size, plan, granularity, sensitivity, kv_bits, activation_bits, None)
     section |= given(start=start)
+    if model is not None and is_packed_folder(model):
+        export_packed(model, section | given(student=student), listed(export), bool(allow_lossy), json, quiet)
+        return
     if section and model is None and recipe is None:
         name = next(iter(section)).replace("_", "-")
         raise usage_error(
             f"The student's formats were decided before it was trained, so pack takes no --{name}.",
             "To round without training, name the model: `edgerazor pack MODEL --bits 4`.",
         )
-    values |= {"calibrate": section, "pack": given(student=student)}
+    values |= {"calibrate": section, "pack": given(student=student, export=listed(export), allow_lossy=allow_lossy)}
     if model is not None:
         values["pack"]["source"] = "teacher"
     elif recipe is None:
@@ -654,6 +665,31 @@ def measure_alone(
     result = stage_module.evaluate_model(model, assemble(values, None, recipe), console)
     console.result(result, *stage_module.show(result))
     check_gates(result)
+
+
+def is_packed_folder(model: str) -> bool:
+    """Whether a model that was named is a packed folder."""
+    if not Path(model).is_dir():
+        return False
+    from edgerazor.integration import is_packed
+
+    return is_packed(Path(model))
+
+
+def export_packed(
+    folder: str, options: dict[str, Any], names: list[str] | None, allow_lossy: bool, json: bool, quiet: bool
+) -> None:
+    """`pack FOLDER --export NAME` of a packed folder: nothing is packed again."""
+    if options:
+        name = next(iter(options)).replace("_", "-")
+        raise usage_error(f"{folder} is packed already, so --{name} cannot change it.", "Leave the option out.")
+    if not names:
+        raise usage_error(f"{folder} is packed already.", f"Export it: `edgerazor pack {folder} --export gguf`.")
+    from edgerazor.stages import pack as stage_module
+
+    console = open_console(json, quiet)
+    result = stage_module.export_folder(Path(folder), names, allow_lossy, console)
+    console.result(result, *stage_module.show_exports(result.exports))
 
 
 def refuse_beside_plan(what: str | None, work: Path | None, png: Path | None) -> None:

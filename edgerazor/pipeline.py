@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from edgerazor import allocate
+from edgerazor import allocate, exports, models
 from edgerazor import recipe as recipes
 from edgerazor.console import Console, is_main_process, megabytes
 from edgerazor.errors import UserError, usage_error
@@ -54,7 +54,10 @@ def run(name: str, recipe: Recipe, work: WorkDir, console: Console, force: bool 
         refuse(name, recipe, work, force)
         if is_main_process():
             work.write_recipe(recipes.dump(to_remember(name, recipe, work)))
-        return run_needed(name, recipe, work, console, force)
+        result = run_needed(name, recipe, work, console, force)
+        if name == "pack" and recipe.pack.export and isinstance(result, pack.PackResult):
+            return pack.export(result, recipe, work, console)
+        return result
 
 
 def run_all(recipe: Recipe, work: WorkDir, console: Console, force: bool = False) -> None:
@@ -199,6 +202,8 @@ def refuse(name: str, recipe: Recipe, work: WorkDir, force: bool) -> None:
     """
     _shared.device_of(recipe)
     allocate.check(recipe.calibrate)
+    if recipe.pack.export:
+        exports.check(recipe.pack.export, models.resolve(recipe.model, recipe.revision))
     refuse_other_model(name, recipe, work)
     if name in ("calibrate", "distill"):
         if not force:

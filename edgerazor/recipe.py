@@ -345,6 +345,8 @@ class Pack(Strict):
     )
     student: Literal["best", "last"] = Field("best", description="which of distill's two students")
     shard_bytes: int = Field(5_000_000_000, ge=1, description="largest weight file")
+    export: tuple[str, ...] = Field((), description="other people's formats to write, too: gguf, gguf-f16 ...")
+    allow_lossy: bool = Field(False, description="export also what changes weights, instead of refusing it")
 
 
 class Eval(Strict):

@@ -1,7 +1,7 @@
 """Plugins are files: `ls edgerazor/formats` is the list of formats.
 
-A folder of plugins is a package; each module in it whose name does not start with an underscore is one
-plugin and offers one object under an agreed attribute (`FORMAT`, `LOSS`). The file name is the name in a recipe.
+A folder of plugins is a package; each module in it whose name does not start with an underscore is one plugin and
+offers one object under an agreed attribute (`FORMAT`, `LOSS`, `EXPORT`). The file name is the name in a recipe.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from edgerazor.errors import UserError, usage_error
 
 #: what one plugin of a package is called
-SINGULAR = {"formats": "format", "losses": "loss"}
+SINGULAR = {"formats": "format", "losses": "loss", "exports": "export"}
 
 
 def names(package: str) -> list[str]:

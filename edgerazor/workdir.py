@@ -69,6 +69,11 @@ class WorkDir:
         return self.path / FOLDERS[stage]
 
     @property
+    def exports(self) -> Path:
+        """Folder of the packed model in other people's formats."""
+        return self.path / "exports"
+
+    @property
     def recipe_file(self) -> Path:
         return self.path / "recipe.yaml"
 
@@ -233,6 +238,14 @@ class WorkDir:
                 if new and [each.name for each in self.path.iterdir()] == [path.name]:  # refused before it began
                     path.unlink()
                     self.path.rmdir()
+
+
+def exports_of(packed: Path) -> Path:
+    """Where the exports of a packed folder go: into its working directory, or beside a folder that has none."""
+    packed = Path(os.path.abspath(packed))
+    if packed.name == FOLDERS["pack"]:
+        return WorkDir(packed.parent).exports
+    return packed.with_name(f"{packed.name}-exports")
 
 
 def record_of(path: Path) -> Path:

@@ -20,6 +20,7 @@ from edgerazor.models.blocks import Blocks
 from edgerazor.models.hidden import capture_hidden, final_states, logit_shape
 from edgerazor.models.loading import (
     caps_attention,
+    complete_config,
     describe_source,
     fingerprint,
     initialise,
@@ -46,6 +47,7 @@ __all__ = [
     "capture_attention",
     "capture_hidden",
     "check_attention",
+    "complete_config",
     "describe_source",
     "embedding_scale",
     "exchangeable_attention",

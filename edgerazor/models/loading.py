@@ -114,6 +114,19 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     return config
 
 
+def complete_config(folder: Path) -> dict[str, Any]:
+    """Every field of a model's or packed model's configuration, those at their defaults included.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        found: dict[str, Any] = AutoConfig.from_pretrained(folder).to_dict()
+    except Exception as error:
+        raise UserError(f"transformers cannot read the configuration of {folder}: {_first_line(error)}.") from None
+    return found
+
+
 def _is_causal(config: Any, raw: dict, trust_remote_code: bool) -> bool:
     """Whether transformers has a causal head for it; encoders that also have one (BERT) are told by architecture."""
     architectures = raw.get("architectures") or []

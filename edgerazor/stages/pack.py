@@ -22,14 +22,15 @@ from rich.console import RenderableType
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from edgerazor import formats, models, packed, surgery
+from edgerazor import exports, formats, models, packed, surgery
 from edgerazor.allocate import MatrixPlan, Plan, measures
 from edgerazor.console import Console, megabytes, table
 from edgerazor.errors import UserError, usage_error
+from edgerazor.exports import ExportResult
 from edgerazor.packed import MatrixSource
 from edgerazor.recipe import Recipe
 from edgerazor.stages import _shared, _start
-from edgerazor.workdir import WorkDir, make_folder, replace_folder, write_json
+from edgerazor.workdir import WorkDir, exports_of, make_folder, replace_folder, write_json
 
 NAME = "pack"
 
@@ -45,6 +46,9 @@ COPIED = (
     "chat_template*",
     "generation_config.json",
 )
+
+#: Fields of the recipe that say what is made of the packed model.
+EXPORTING = ("export", "allow_lossy")
 
 #: Path of a module -> its weight (float, or int8 for codes) and its scales where they were trained or stored.
 Reader = Callable[[str], tuple[Tensor, Tensor | None]]
@@ -63,6 +67,14 @@ class PackResult(BaseModel):
     teacher_bytes: int
     verified: bool
     classes: list[packed.ClassSize]
+    exports: list[ExportResult] = []
+
+
+class ExportsResult(BaseModel):
+    """Exports of a packed folder that was given directly."""
+
+    folder: str
+    exports: list[ExportResult]
 
 
 class PackDryRun(BaseModel):
@@ -80,7 +92,10 @@ class PackDryRun(BaseModel):
 
 def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
     """Everything the result depends on."""
-    common = {"model": _shared.teacher_fingerprint(recipe), **_shared.settings(NAME, recipe.pack, ("source",))}
+    common = {
+        "model": _shared.teacher_fingerprint(recipe),
+        **_shared.settings(NAME, recipe.pack, ("source", *EXPORTING)),
+    }
     if source_of(recipe, work) == "student":
         distilled = work.manifest("distill")
         return {"student": distilled.fingerprint() if distilled else "missing", **common}
@@ -185,6 +200,24 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> PackResult:
     )
     write_json(work.result_file(NAME), result.model_dump(mode="json"))
     return result
+
+
+def export(result: PackResult, recipe: Recipe, work: WorkDir, console: Console) -> PackResult:
+    """The packed model in the recipe's other formats, each written anew."""
+    folder, asked = work.folder(NAME), recipe.pack
+    written = exports.write_all(folder, asked.export, work.exports, asked.allow_lossy, console)
+    return result.model_copy(update={"exports": written})
+
+
+def export_folder(folder: Path, names: list[str], allow_lossy: bool, console: Console) -> ExportsResult:
+    """A packed folder in other formats.
+
+    Raises:
+        UserError: it is no packed folder, or an export is refused.
+    """
+    exports.check(names, folder)
+    written = exports.write_all(folder, names, exports_of(folder), allow_lossy, console)
+    return ExportsResult(folder=str(folder), exports=written)
 
 
 class student_weights:  # noqa: N801 - used as a context manager, like those of contextlib
@@ -293,7 +326,18 @@ def show(result: PackResult) -> list[RenderableType]:
         f"{result.folder}: {smaller:.1f} times smaller than the {megabytes(result.teacher_bytes)} teacher, "
         "verified bit for bit"
     )
-    return [size_table(f"Packed {result.notation}", result.classes, result, caption)]
+    shown = [size_table(f"Packed {result.notation}", result.classes, result, caption)]
+    return [*shown, *show_exports(result.exports)]
+
+
+def show_exports(results: list[ExportResult]) -> list[RenderableType]:
+    """A line for each export, and its notes."""
+    lines: list[RenderableType] = []
+    for each in results:
+        kept = f"changes weights of {len(each.lossy)} tensors" if each.lossy else "every weight bit for bit"
+        lines.append(f"{each.export}: {each.file}, {megabytes(each.bytes)}, {each.real_bits:.2f} real bits, {kept}")
+        lines += [f"  {note}" for note in each.notes]
+    return lines
 
 
 def size_table(
