@@ -209,9 +209,7 @@ def pack(
     export: Annotated[
         str | None, Option("--export", help="Comma-separated formats to write, too: gguf, gguf-f16 ...")
     ] = None,
-    allow_lossy: Annotated[
-        bool | None, Option("--allow-lossy/--no-allow-lossy", help="Export also what changes weights.")
-    ] = None,
+    allow_lossy: Annotated[bool | None, Option("--allow-lossy", help="Export also what changes weights.")] = None,
     formats: Formats = None,
     group_size: GroupSize = None,
     plan: PlanName = None,
@@ -242,7 +240,8 @@ def pack(
     section |= plan_section(formats, group_size, plan, granularity, sensitivity, kv_bits, activation_bits, None)
     section |= given(start=start)
     if model is not None and is_packed_folder(model):
-        export_packed(model, section | given(student=student), listed(export), bool(allow_lossy), json, quiet)
+        options = section | given(student=student)
+        export_packed(model, options, listed(export), bool(allow_lossy), json, quiet, dry_run)
         return
     if section and model is None and recipe is None:
         name = next(iter(section)).replace("_", "-")
@@ -250,10 +249,12 @@ def pack(
             f"The student's formats were decided before it was trained, so pack takes no --{name}.",
             "To round without training, name the model: `edgerazor pack MODEL --bits 4`.",
         )
+    if export is not None:  # what was once allowed for another export is not for this one
+        allow_lossy = bool(allow_lossy)
     values |= {"calibrate": section, "pack": given(student=student, export=listed(export), allow_lossy=allow_lossy)}
     if model is not None:
         values["pack"]["source"] = "teacher"
-    elif recipe is None:
+    elif recipe is None and not (export is not None and is_rounded(work)):
         values["pack"]["source"] = "auto"
     stage("pack", values, work, recipe, json, quiet, force, dry_run)
 
@@ -667,6 +668,14 @@ def measure_alone(
     check_gates(result)
 
 
+def is_rounded(work: Path) -> bool:
+    """Whether a job's packed model was made without training, so that it can be exported without a student."""
+    from edgerazor import pipeline
+    from edgerazor.workdir import WorkDir
+
+    return pipeline.stands_alone(WorkDir(work))
+
+
 def is_packed_folder(model: str) -> bool:
     """Whether a model that was named is a packed folder."""
     if not Path(model).is_dir():
@@ -677,7 +686,13 @@ def is_packed_folder(model: str) -> bool:
 
 
 def export_packed(
-    folder: str, options: dict[str, Any], names: list[str] | None, allow_lossy: bool, json: bool, quiet: bool
+    folder: str,
+    options: dict[str, Any],
+    names: list[str] | None,
+    allow_lossy: bool,
+    json: bool,
+    quiet: bool,
+    dry_run: bool,
 ) -> None:
     """`pack FOLDER --export NAME` of a packed folder: nothing is packed again."""
     if options:
@@ -688,6 +703,10 @@ def export_packed(
     from edgerazor.stages import pack as stage_module
 
     console = open_console(json, quiet)
+    if dry_run:
+        sizes = stage_module.export_dry_run(Path(folder), names, allow_lossy, console)
+        console.result(sizes, *(f"{name}: {bits:.2f} real bits" for name, bits in sizes.real_bits.items()))
+        return
     result = stage_module.export_folder(Path(folder), names, allow_lossy, console)
     console.result(result, *stage_module.show_exports(result.exports))
 

@@ -77,8 +77,15 @@ class ExportsResult(BaseModel):
     exports: list[ExportResult]
 
 
+class ExportDryRun(BaseModel):
+    """What exports of a packed model would take."""
+
+    bytes: dict[str, int]
+    real_bits: dict[str, float]
+
+
 class PackDryRun(BaseModel):
-    """What pack would write. Time is that of encoding, estimated from one matrix."""
+    """What pack would write, but for exports. Time is that of encoding, estimated from one matrix."""
 
     source: str
     notation: str
@@ -215,9 +222,17 @@ def export_folder(folder: Path, names: list[str], allow_lossy: bool, console: Co
     Raises:
         UserError: it is no packed folder, or an export is refused.
     """
-    exports.check(names, folder)
     written = exports.write_all(folder, names, exports_of(folder), allow_lossy, console)
     return ExportsResult(folder=str(folder), exports=written)
+
+
+def export_dry_run(folder: Path, names: list[str], allow_lossy: bool, console: Console) -> ExportDryRun:
+    """The size of a packed folder in other formats."""
+    plans = exports.plan_all(folder, names, allow_lossy, console)
+    return ExportDryRun(
+        bytes={plan.export: plan.bytes for plan in plans},
+        real_bits={plan.export: round(plan.real_bits, 4) for plan in plans},
+    )
 
 
 class student_weights:  # noqa: N801 - used as a context manager, like those of contextlib
