@@ -47,9 +47,11 @@ digest are checked when it is first read. Anything wrong is a `UserError` of one
 """
 
 from edgerazor.packed._container import DTYPES, INDEX_FILE, SHARD_BYTES, WEIGHTS_FILE, TensorSpec, tensor_spec
+from edgerazor.packed._entropy import matrix_entropy_bytes
 from edgerazor.packed._header import ANY_SHA256, SETTINGS, VERSION, Header, Kind, MatrixEntry, TensorEntry, part_name
 from edgerazor.packed._reading import PackedMatrix, PackedModel, verify_digests
-from edgerazor.packed._sizes import ClassSize, SizeTable, size_table
+from edgerazor.packed._rewriting import rewrite
+from edgerazor.packed._sizes import ClassSize, SizeTable, TensorClass, size_table
 from edgerazor.packed._writing import FolderSize, MatrixSource, predict, write
 
 __all__ = [
@@ -69,10 +71,13 @@ __all__ = [
     "PackedMatrix",
     "PackedModel",
     "SizeTable",
+    "TensorClass",
     "TensorEntry",
     "TensorSpec",
+    "matrix_entropy_bytes",
     "part_name",
     "predict",
+    "rewrite",
     "size_table",
     "tensor_spec",
     "verify_digests",
