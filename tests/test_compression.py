@@ -242,7 +242,7 @@ def test_wrong_frames_are_refused_before_they_take_memory() -> None:
         "a dictionary": (zstandard.ZstdCompressor(dict_data=trained).compress(data), size),
         "not a zstd frame of 2048": (unsized.compress(data) + unsized.flush(), size),
         "less than 1/256": (bomb, 1 << 20),
-        "not one zstd frame .*memory": (window.compress(noise) + window.flush(), 1 << 25),
+        "a window of more than 131072 bytes": (window.compress(noise) + window.flush(), 1 << 25),
     }
     for reason, (frame, claimed) in wrong.items():
         with pytest.raises(ValueError, match=reason):
@@ -311,11 +311,10 @@ def test_no_flipped_bit_changes_a_weight_unnoticed(tmp_path: Path) -> None:
         path.write_bytes(flipped)
         try:
             found = PackedModel.open(tmp_path).parts("m")
-        except UserError as error:
-            assert "is damaged or no packed model: " in error.message
-        else:  # zstd itself ignores some bits
-            assert all(torch.equal(found[part], tensor) for part, tensor in parts.items())
-            harmless += 1
+        except UserError:
+            continue
+        assert all(torch.equal(found[part], tensor) for part, tensor in parts.items())
+        harmless += 1  # zstd itself ignores some bits
     assert harmless < 0.05 * (len(content) - length)
 
 

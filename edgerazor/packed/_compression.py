@@ -48,7 +48,7 @@ def decompress(frame: Tensor, size: int) -> Tensor:
     """The streams of a frame, uint8 [n], one behind the other, uint8 [size].
 
     Raises:
-        ValueError: it is not exactly one zstd frame of that many bytes, or a frame that needs more memory than that.
+        ValueError: it is not exactly one zstd frame of that many bytes, or one that takes more memory than we allow.
     """
     data = formats.tensor_bytes(frame)
     try:
@@ -59,8 +59,9 @@ def decompress(frame: Tensor, size: int) -> Tensor:
             raise ValueError("its zstd frame needs a dictionary")
         if len(data) * LARGEST_RATIO < size:
             raise ValueError(f"its zstd frame is less than 1/{LARGEST_RATIO} of {size} bytes")
-        decompressor = ZstdDecompressor(max_window_size=1 << WINDOW_LOG)
-        content = decompressor.decompress(data, max_output_size=size, allow_extra_data=False)
+        if about.window_size > 1 << WINDOW_LOG:
+            raise ValueError(f"its zstd frame has a window of more than {1 << WINDOW_LOG} bytes")
+        content = ZstdDecompressor().decompress(data, max_output_size=size, allow_extra_data=False)
     except ZstdError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"it is not one zstd frame ({reason})") from None
