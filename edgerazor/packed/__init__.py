@@ -55,8 +55,10 @@ from edgerazor.packed._container import (
     TensorSpec,
     tensor_spec,
 )
+from edgerazor.packed._entropy import matrix_entropy_bytes
 from edgerazor.packed._header import ANY_SHA256, SETTINGS, VERSION, Header, Kind, MatrixEntry, TensorEntry, part_name
 from edgerazor.packed._reading import PackedMatrix, PackedModel, verify_digests
+from edgerazor.packed._rewriting import rewrite
 from edgerazor.packed._sizes import ClassSize, SizeTable, TensorClass, size_table
 from edgerazor.packed._writing import FolderSize, MatrixSource, predict, write
 
@@ -81,8 +83,10 @@ __all__ = [
     "TensorClass",
     "TensorEntry",
     "TensorSpec",
+    "matrix_entropy_bytes",
     "part_name",
     "predict",
+    "rewrite",
     "size_table",
     "tensor_spec",
     "verify_digests",

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -81,53 +81,80 @@ class File:
         return len(self.beginning) + self.data
 
 
-def arrange(specs: Mapping[str, TensorSpec], about: Mapping[str, str], shard_bytes: int) -> list[File]:
+def arrange(
+    specs: Mapping[str, TensorSpec], about: Mapping[str, str], shards: Mapping[str, Sequence[str]]
+) -> list[File]:
     """All that is written but for the data: the weight files, and their index if they are several.
 
     Args:
         specs: of all tensors, by name.
         about: metadata of the first file.
-        shard_bytes: largest size of a file's tensor data; a single larger tensor gets a file of its own.
+        shards: file name -> names of its tensors, as of `cut`.
     """
-    shards = _shards(specs, shard_bytes)
-    if len(shards) == 1:
-        return [_safetensors(WEIGHTS_FILE, shards[0], about)]
-    files: list[File] = []
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        files.append(_safetensors(name, shard, about if number == 1 else {}))
-        weight_map |= dict.fromkeys(shard, name)
-    index = {"metadata": {"total_size": sum(map(spec_bytes, specs.values()))}, "weight_map": weight_map}
-    return [*files, File(INDEX_FILE, (json.dumps(index, indent=1, allow_nan=False) + "\n").encode(), {})]
+    files = [
+        _safetensors(file, {name: specs[name] for name in names}, {} if number else about)
+        for number, (file, names) in enumerate(shards.items())
+    ]
+    if len(files) == 1:
+        return files
+    return [*files, File(INDEX_FILE, index_of(shards, sum(map(spec_bytes, specs.values()))), {})]
 
 
-def _shards(specs: Mapping[str, TensorSpec], shard_bytes: int) -> list[dict[str, TensorSpec]]:
-    """The tensors by name, cut where a shard would become larger than allowed."""
-    shards: list[dict[str, TensorSpec]] = [{}]
+def index_of(shards: Mapping[str, Sequence[str]], total: int) -> bytes:
+    """The index of several weight files: which tensor is in which, and the bytes of all."""
+    weight_map = {name: file for file, names in shards.items() for name in names}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return (json.dumps(index, indent=1, allow_nan=False) + "\n").encode()
+
+
+def cut(specs: Mapping[str, TensorSpec], shard_bytes: int) -> dict[str, list[str]]:
+    """File name -> the names of its tensors, all in order, cut where a file would become larger than allowed."""
+    shards: list[list[str]] = [[]]
     size = 0
     for name in sorted(specs):
         if shards[-1] and size + spec_bytes(specs[name]) > shard_bytes:
-            shards.append({})
+            shards.append([])
             size = 0
-        shards[-1][name] = specs[name]
+        shards[-1].append(name)
         size += spec_bytes(specs[name])
-    return shards
+    if len(shards) == 1:
+        return {WEIGHTS_FILE: shards[0]}
+    return {
+        f"model-{number:05d}-of-{len(shards):05d}.safetensors": names for number, names in enumerate(shards, start=1)
+    }
 
 
 def _safetensors(name: str, specs: Mapping[str, TensorSpec], about: Mapping[str, str]) -> File:
-    """One safetensors file. (The library's writer orders metadata by chance, so equal runs would differ.)"""
-    # What fills whole vectors comes first, then what fills half of one ...: each begins where it is fast to read.
+    """One safetensors file. (The library's writer orders metadata by chance, so equal runs would differ.)
+
+    What fills whole vectors comes first, then what fills half of one ...: each begins where it is fast to read.
+    """
     names = sorted(specs, key=lambda each: (-_alignment(specs[each]), each))
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **about}}
     offsets, end = {}, 0
     for each in names:
-        dtype, shape = specs[each]
         offsets[each], end = end, end + spec_bytes(specs[each])
-        entries[each] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offsets[each], end]}
+    return File(name, beginning({each: specs[each] for each in names}, offsets, about), offsets, end)
+
+
+def beginning(
+    specs: Mapping[str, TensorSpec], offsets: Mapping[str, int], about: Mapping[str, str], size: int = 0
+) -> bytes:
+    """What stands before the data of a safetensors file: so many bytes, or, without a size, as many as are needed.
+
+    Args:
+        specs: of the tensors, in the order of their data.
+        offsets: where the data of each begin.
+        about: metadata.
+        size: at least what is needed, a multiple of 64; spaces fill it.
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **about}}
+    for each, spec in specs.items():
+        place = [offsets[each], offsets[each] + spec_bytes(spec)]
+        entries[each] = {"dtype": spec[0], "shape": list(spec[1]), "data_offsets": place}
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    return File(name, struct.pack("<Q", len(text)) + text, offsets, end)
+    text += b" " * (size - 8 - len(text) if size else -(8 + len(text)) % ALIGNMENT)
+    assert not size or 8 + len(text) == size
+    return struct.pack("<Q", len(text)) + text
 
 
 def _alignment(spec: TensorSpec) -> int:
