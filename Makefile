@@ -11,8 +11,8 @@ SELFTEST := tests/kernels_selftest.cpp
 # Real models and texts for `make results-methods`, beside the embedded teacher: a folder with `models` and `text`.
 REAL_DATA ?= $(wildcard ../shared/data)
 
-.PHONY: install quickstart results-methods results-plans results-sensitivity peers test check world-data teacher clean
-.PHONY: kernels test-arm test-sanitizers
+.PHONY: install quickstart test check world-data teacher clean kernels test-arm test-sanitizers
+.PHONY: results-methods results-plans results-sensitivity peers interop sizes llamacpp
 
 install: .venv/installed
 
@@ -54,6 +54,38 @@ build/peers/installed: recipes/peers.txt
 	rm -rf build/peers
 	$(PYTHON) -m venv build/peers
 	build/peers/bin/pip install --quiet -r recipes/peers.txt
+	touch $@
+
+# Whether llama.cpp says of the exported files what we say of the packed models; the table in recipes/RESULTS.md.
+interop: install llamacpp $(WORLD)/distill.txt
+	$(BIN)/python recipes/interop.py $(if $(REAL_DATA),--real-data $(REAL_DATA))
+
+# Our packed file of a Qwen3-0.6B-shaped model beside llama.cpp's own of the same model; needs 4 GB of disk for a while.
+sizes: install llamacpp
+	$(BIN)/python recipes/sizes.py $(if $(wildcard $(REAL_DATA)/tokenizers/qwen),--tokenizer $(REAL_DATA)/tokenizers/qwen)
+
+# llama.cpp from the source package of its Python binding: its tools, and the binding, all with the same library.
+llamacpp: build/llamacpp/installed
+
+LLAMACPP := build/llamacpp
+# llama.cpp's code for Intel's AMX crashes on some machines (its issue 20824), so it is left out.
+LLAMACPP_FLAGS := $(if $(filter x86_64,$(shell uname -m)),-mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
+LLAMACPP_OPTIONS := -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DLLAMA_BUILD_TOOLS=ON -DLLAMA_BUILD_TESTS=OFF \
+	-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_OPENSSL=OFF \
+	'-DCMAKE_C_FLAGS=$(LLAMACPP_FLAGS)' '-DCMAKE_CXX_FLAGS=$(LLAMACPP_FLAGS)' \
+	-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON '-DCMAKE_INSTALL_RPATH=$$ORIGIN'
+LLAMACPP_TOOLS := llama-quantize llama-bench llama-perplexity llama-completion llama-tokenize
+
+build/llamacpp/installed: recipes/interop.txt
+	rm -rf $(LLAMACPP)
+	$(PYTHON) -m venv $(LLAMACPP)
+	CMAKE_ARGS=-DLLAMA_BUILD=OFF $(LLAMACPP)/bin/pip install --quiet -r recipes/interop.txt
+	$(LLAMACPP)/bin/pip download --quiet --no-deps --dest $(LLAMACPP)/source -r recipes/interop.txt
+	tar -xzf $(LLAMACPP)/source/llama_cpp_python-*.tar.gz -C $(LLAMACPP)/source --strip-components 1
+	PATH="$(CURDIR)/$(LLAMACPP)/bin:$$PATH" cmake -G Ninja -S $(LLAMACPP)/source/vendor/llama.cpp -B $(LLAMACPP)/made $(LLAMACPP_OPTIONS)
+	PATH="$(CURDIR)/$(LLAMACPP)/bin:$$PATH" cmake --build $(LLAMACPP)/made --target $(LLAMACPP_TOOLS)
+	mv $(LLAMACPP)/made/bin $(LLAMACPP)/tools
+	rm -rf $(LLAMACPP)/made $(LLAMACPP)/source
 	touch $@
 
 # The tasks and the held-out text that lie in the repository; made again only when the world changes.

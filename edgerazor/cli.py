@@ -209,9 +209,7 @@ def pack(
     export: Annotated[
         str | None, Option("--export", help="Comma-separated formats to write, too: gguf, gguf-f16 ...")
     ] = None,
-    allow_lossy: Annotated[
-        bool | None, Option("--allow-lossy/--no-allow-lossy", help="Export also what changes weights.")
-    ] = None,
+    allow_lossy: Annotated[bool | None, Option("--allow-lossy", help="Export also what changes weights.")] = None,
     formats: Formats = None,
     group_size: GroupSize = None,
     plan: PlanName = None,
@@ -236,13 +234,29 @@ def pack(
     Example: edgerazor pack Qwen/Qwen3-0.6B --bits 4
 
     Example: edgerazor pack --export gguf
+
+    Example: edgerazor pack model.gguf --work imported
     """
     values = general(model, revision, trust_remote_code, None, None, None)
     section = budget_section(bits, real_bits, target_size)
     section |= plan_section(formats, group_size, plan, granularity, sensitivity, kv_bits, activation_bits, None)
     section |= given(start=start)
     if model is not None and is_packed_folder(model):
-        export_packed(model, section | given(student=student), listed(export), bool(allow_lossy), json, quiet)
+        options = section | given(student=student)
+        export_packed(model, options, listed(export), bool(allow_lossy), json, quiet, dry_run)
+        return
+    if model is not None and is_foreign(model, bool(section.keys() - COMPUTING)):
+        import_foreign(
+            Path(model),
+            section | given(student=student),
+            listed(export),
+            bool(allow_lossy),
+            work,
+            json,
+            quiet,
+            force,
+            dry_run,
+        )
         return
     if section and model is None and recipe is None:
         name = next(iter(section)).replace("_", "-")
@@ -250,10 +264,12 @@ def pack(
             f"The student's formats were decided before it was trained, so pack takes no --{name}.",
             "To round without training, name the model: `edgerazor pack MODEL --bits 4`.",
         )
+    if export is not None:  # what was once allowed for another export is not for this one
+        allow_lossy = bool(allow_lossy)
     values |= {"calibrate": section, "pack": given(student=student, export=listed(export), allow_lossy=allow_lossy)}
     if model is not None:
         values["pack"]["source"] = "teacher"
-    elif recipe is None:
+    elif recipe is None and not (export is not None and is_rounded(work)):
         values["pack"]["source"] = "auto"
     stage("pack", values, work, recipe, json, quiet, force, dry_run)
 
@@ -667,6 +683,14 @@ def measure_alone(
     check_gates(result)
 
 
+def is_rounded(work: Path) -> bool:
+    """Whether a job's packed model was made without training, so that it can be exported without a student."""
+    from edgerazor import pipeline
+    from edgerazor.workdir import WorkDir
+
+    return pipeline.stands_alone(WorkDir(work))
+
+
 def is_packed_folder(model: str) -> bool:
     """Whether a model that was named is a packed folder."""
     if not Path(model).is_dir():
@@ -677,7 +701,13 @@ def is_packed_folder(model: str) -> bool:
 
 
 def export_packed(
-    folder: str, options: dict[str, Any], names: list[str] | None, allow_lossy: bool, json: bool, quiet: bool
+    folder: str,
+    options: dict[str, Any],
+    names: list[str] | None,
+    allow_lossy: bool,
+    json: bool,
+    quiet: bool,
+    dry_run: bool,
 ) -> None:
     """`pack FOLDER --export NAME` of a packed folder: nothing is packed again."""
     if options:
@@ -688,8 +718,55 @@ def export_packed(
     from edgerazor.stages import pack as stage_module
 
     console = open_console(json, quiet)
+    if dry_run:
+        sizes = stage_module.export_dry_run(Path(folder), names, allow_lossy, console)
+        console.result(sizes, *(f"{name}: {bits:.2f} real bits" for name, bits in sizes.real_bits.items()))
+        return
     result = stage_module.export_folder(Path(folder), names, allow_lossy, console)
     console.result(result, *stage_module.show_exports(result.exports))
+
+
+#: Options of pack that do not decide about weights.
+COMPUTING = {"activation_bits", "kv_bits"}
+
+
+def is_foreign(model: str, rounding: bool) -> bool:
+    """Whether a model that was named is somebody else's quantized one, and not to be rounded."""
+    if not Path(model).exists():
+        return False
+    from edgerazor.imports import importer_of
+
+    importer = importer_of(Path(model))
+    return importer is not None and (importer.only or not rounding)
+
+
+def import_foreign(
+    path: Path,
+    options: dict[str, Any],
+    names: list[str] | None,
+    allow_lossy: bool,
+    work: Path,
+    json: bool,
+    quiet: bool,
+    force: bool,
+    dry_run: bool,
+) -> None:
+    """`pack FILE.gguf`, or a folder that others quantized: their codes become ours."""
+    computing = {name: value for name, value in options.items() if name in COMPUTING}
+    others = [name.replace("_", "-") for name in options if name not in computing]
+    if others or dry_run:
+        raise usage_error(
+            f"{path} is quantized already, and its codes are taken as they are, so pack takes no "
+            f"--{(others or ['dry-run'])[0]} with it.",
+            "Leave it out, or name the original model.",
+        )
+    asked = assemble({"calibrate": computing, "pack": given(export=names, allow_lossy=allow_lossy)}, None, None)
+    from edgerazor.stages import pack as stage_module
+    from edgerazor.workdir import WorkDir
+
+    console = open_console(json, quiet)
+    result = stage_module.read_foreign(path, asked, WorkDir(work), console, force)
+    console.result(result, *stage_module.show_foreign(result))
 
 
 def refuse_beside_plan(what: str | None, work: Path | None, png: Path | None) -> None:
@@ -752,16 +829,21 @@ def fail(error: UserError) -> None:
 
 
 #: What is the machine's fault rather than the program's, when it comes with a file name.
-MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EDQUOT, errno.ENAMETOOLONG, errno.EMFILE)
+MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENAMETOOLONG, errno.EMFILE)
 
 
 def explain_failure(error: Exception) -> UserError | None:
     """A sentence for failures of the machine rather than the program: a full disk, no rights, no memory."""
     text = str(error)
     number = getattr(error, "errno", None)
-    if number == errno.ENOSPC or "No space left on device" in text:
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
         return UserError(
             "The disk is full; nothing finished was lost.", "Free some space and run the same command again."
+        )
+    if number == errno.EFBIG:
+        return UserError(
+            "A file would be larger than the file system, or `ulimit -f`, allows; nothing finished was lost.",
+            "Use another disk (--work), or for pack a smaller `pack.shard_bytes`.",
         )
     if isinstance(error, OSError) and error.filename is not None and number in MACHINE:
         return UserError(f"{error.filename}: {error.strerror}.", "Check the path and your rights to it.")

@@ -64,6 +64,8 @@ FIELDS: dict[str, tuple[list[str], str, Any]] = {
     "--train": (["scales"], "distill.train", "scales"),
     "--reconstruct": (["9"], "distill.reconstruct.steps", 9),
     "--student": (["last"], "pack.student", "last"),
+    "--export": (["gguf, gguf-f16"], "pack.export", ["gguf", "gguf-f16"]),
+    "--allow-lossy": ([], "pack.allow_lossy", True),
     "--tasks": (["arc, hellaswag"], "eval.tasks", ["arc", "hellaswag"]),
     "--task-data": (["/tasks"], "eval.task_data", "/tasks"),
     "--limit": (["10"], "eval.limit", 10),

@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from _tiny import Run, sha256, with_template
+from _tiny import Run, sha256, snapshot, with_template
 from conftest import ModelMaker, family_config
 from torch import Tensor
 from transformers import LlamaConfig
@@ -397,6 +397,9 @@ def test_what_llama_cpp_would_leave_out_is_refused() -> None:
     assert "activation 'gelu'" in refusal(hidden_act="gelu")
     assert "every fourth" in refusal(model_type="smollm3", no_rope_layers=[1, 0])
     assert "as wide as the model" in refusal(model_type="qwen2", head_dim=64)
+    assert "no biases as attention_bias asks" in refusal(model_type="qwen3", attention_bias=True)
+    llama3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 2.0}
+    assert "'llama3', which its architecture does not know" in refusal(model_type="qwen3", rope_parameters=llama3)
     assert "'dynamic'" in refusal(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "mscale": 0.7}
     assert "YaRN scaling has mscale" in refusal(rope_parameters=yarn)
@@ -466,6 +469,10 @@ def test_pack_exports_also_when_it_is_up_to_date(run: Run, llama: Path, tmp_path
     assert [each["export"] for each in again.json()["exports"]] == ["gguf", "gguf-f32"]
     assert sha256(Path(done["file"])) == digest
     assert sorted(each.name for each in (work / "exports").iterdir()) == ["gguf", "gguf-f32"]
+    assert run("pack", "--work", work, "--export", "gguf-f16", "--allow-lossy").code == 0
+    refused = run("pack", "--work", work, "--export", "gguf-f16")  # what was allowed once is not for ever
+    assert refused.code == 1
+    assert "would change weights" in refused.err
 
 
 def test_a_packed_folder_is_exported_directly(run: Run, packed: Any, tmp_path: Path) -> None:
@@ -485,6 +492,11 @@ def test_a_packed_folder_is_exported_directly(run: Run, packed: Any, tmp_path: P
         refused = run("pack", *words)
         assert refused.code == USAGE
         assert sentence in refused.err
+    before = snapshot(folder.parent)
+    dry = run("pack", folder, "--export", "gguf,gguf-f32", "--dry-run", "--json")
+    assert dry.json()["bytes"]["gguf"] == done.json()["exports"][0]["bytes"]
+    assert dry.json()["real_bits"]["gguf-f32"] > 32
+    assert snapshot(folder.parent) == before
     lossy = run("pack", folder, "--export", "gguf,gguf-f16")
     assert lossy.code == 1
     assert "--allow-lossy" in lossy.err

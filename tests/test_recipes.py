@@ -340,3 +340,32 @@ def test_an_installation_finds_the_recipes_that_stand_alone(tmp_path: Path) -> N
     assert found[0].startswith(str(prefix))
     assert found[1:-1] == alone
     assert Path(found[-1]).read_text() == (FOLDER / "ladder.yaml").read_text()
+
+
+# Recipes made for GGUF --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_recipe_made_for_gguf(name: str, run: Run, make_model: ModelMaker, text_file: Path, tmp_path: Path) -> None:
+    """Where all rows are multiples of 256 every matrix has one format, whose type takes about the packed bits; where
+    they are not, int4 in blocks of 32 is what the smallest exact type stores. Training is as in the other recipe."""
+    recipe, plain = load(f"{name}-gguf"), load(name)
+    assert recipe.model_copy(update={"calibrate": plain.calibrate, "pack": plain.pack}) == plain
+    model_type, shape = SHAPES[name]
+    small = {**shape, "intermediate_size": 1024}
+    path = shortened(f"{name}-gguf", layer_of(model_type, small, make_model, tmp_path), text_file, tmp_path / "r.yaml")
+    quick = {"calibrate": {"sensitivity": "fisher", "sensitivity_tokens": 32}} if recipe.calibrate.bits < 4 else {}
+    short = tmp_path / "short.yaml"
+    short.write_text(yaml.safe_dump(recipes.merge(recipes.load(path), quick)), encoding="utf-8")
+    assert run("distill", "--recipe", short, "--work", tmp_path / "job", "--quiet").code == 0
+    packed = run("pack", "--work", tmp_path / "job", "--json")
+    assert packed.code == 0, packed.err
+    (export,) = packed.json()["exports"]
+    assert export["lossy"] == []
+    whole = shape["hidden_size"] % 256 == 0
+    assert set(export["types"]["linear"]) <= ({"TQ1_0", "Q2_K", "Q3_K", "Q4_0"} if whole else {"Q4_0"})
+    assert ("TQ1_0" in export["types"]["linear"]) == whole
+    assert set(export["types"]["embedding"]) == {"Q4_0"}
+    assert export["real_bits"] < 1.2 * export["packed_real_bits"]
+    assert "mix" not in packed.err
+    shutil.rmtree(tmp_path / "job")

@@ -22,6 +22,7 @@ __all__ = [
     "available",
     "check",
     "find",
+    "plan_all",
     "refuse_lossy",
     "write_all",
 ]
@@ -65,6 +66,22 @@ def check(names: Sequence[str], folder: Path) -> None:
         find(name).check(folder)
 
 
+def plan_all(folder: Path, names: Sequence[str], allow_lossy: bool, console: Console) -> list[ExportPlan]:
+    """What exports of a packed model would be; says where one is noticeably larger.
+
+    Raises:
+        UserError: an export is unknown, cannot hold the model, or would change some of its weights.
+    """
+    check(names, folder)
+    model = PackedModel.open(folder)
+    plans = [find(name).plan(model) for name in names]
+    for plan in plans:
+        if not allow_lossy:
+            refuse_lossy(plan)
+        warn_of_size(plan, console)
+    return plans
+
+
 def write_all(
     folder: Path, names: Sequence[str], target: Path, allow_lossy: bool, console: Console
 ) -> list[ExportResult]:
@@ -78,23 +95,16 @@ def write_all(
         console: where to say what an export will be before it is written.
 
     Raises:
-        UserError: an export is unknown, cannot hold the model, or would change some of its weights.
+        UserError: as `plan_all`; then nothing is written.
     """
-    exports = [find(name) for name in names]
+    plans = plan_all(folder, names, allow_lossy, console)
     model = PackedModel.open(folder)
-    for export in exports:
-        export.check(folder)
-    plans = [export.plan(model) for export in exports]
-    for plan in plans:
-        if not allow_lossy:
-            refuse_lossy(plan)
-        warn_of_size(plan, console)
     results = []
-    for export, plan in zip(exports, plans, strict=True):
-        console.say(f"{export.name}: writing {megabytes(plan.bytes)}")
-        with workdir.replace_folder(target / export.name) as temporary:
-            result = export.write(model, temporary, plan)
-        results.append(result.moved(temporary, target / export.name))
+    for plan in plans:
+        console.say(f"{plan.export}: writing {megabytes(plan.bytes)}")
+        with workdir.replace_folder(target / plan.export) as temporary:
+            result = find(plan.export).write(model, temporary, plan)
+        results.append(result.moved(temporary, target / plan.export))
     return results
 
 

@@ -95,9 +95,15 @@ def family_of(config: dict[str, Any]) -> Family:
         raise _refused(f"its family {model_type!r} is not among {', '.join(sorted(FAMILIES))}")
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise _refused(f"its activation {config['hidden_act']!r} is not silu")
-    if problem := family.check(config) or _rope_problem(rope(config)):
+    if problem := family.check(config) or _bias_problem(family, config) or _rope_problem(family, rope(config)):
         raise _refused(problem)
     return family
+
+
+def _bias_problem(family: Family, config: dict[str, Any]) -> str:
+    fields = {"attention_bias": "attn_output", "mlp_bias": "ffn_up"}
+    asked = [field for field, part in fields.items() if config.get(field) and part not in family.biases]
+    return f"llama.cpp's {family.architecture} reads no biases as {asked[0]} asks" if asked else ""
 
 
 def _refused(reason: str) -> UserError:
@@ -120,10 +126,11 @@ def rope(config: dict[str, Any]) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": 10000.0, **found}
 
 
-def _rope_problem(parameters: dict[str, Any]) -> str:
+def _rope_problem(family: Family, parameters: dict[str, Any]) -> str:
     kind = parameters["rope_type"]
-    if kind not in ("default", "linear", "llama3", "yarn"):
-        return f"its rotary positions are scaled in the way {kind!r}"
+    known = ("default", "linear", "yarn", *(("llama3",) if family.architecture == "llama" else ()))
+    if kind not in known:
+        return f"its rotary positions are scaled in the way {kind!r}, which its architecture does not know"
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
         return "only a part of each head is rotated"
     usual = {"beta_fast": 32, "beta_slow": 1, "truncate": True}

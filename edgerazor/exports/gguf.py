@@ -44,11 +44,41 @@ GgmlType = gguf.GGMLQuantizationType
 
 
 @dataclass(frozen=True)
+class Subject:
+    """A packed model and what llama.cpp must know about it.
+
+    Attributes:
+        model: the packed model.
+        config: its whole configuration.
+        family: its architecture.
+        vocabulary: its tokenizer.
+        others: tensors that are not quantized; under an empty name, factors of its rotary frequencies, if any.
+    """
+
+    model: PackedModel
+    config: dict[str, Any]
+    family: families.Family
+    vocabulary: tokens.Vocabulary
+    others: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, model: PackedModel) -> Subject:
+        """UserError where llama.cpp does not know such a model."""
+        config = models.complete_config(model.folder)
+        family = families.family_of(config)
+        others = model.others()
+        factors = families.rope_factors(config)
+        if factors is not None:
+            others[""] = factors
+        return cls(model, config, family, _vocabulary(model.folder, config), others)
+
+
+@dataclass(frozen=True)
 class Source:
     """A tensor of the packed model and what becomes of it.
 
     Attributes:
-        name: of the weight, as in the packed model's state.
+        name: of the weight, as in the packed model's state; empty for the factors of rotary frequencies.
         target: llama.cpp's name.
         matrix: path of the quantized matrix, or None for other tensors.
         order: which row stands at each place, or None.
@@ -87,18 +117,17 @@ class Gguf(Export):
 
     def plan(self, model: PackedModel) -> ExportPlan:
         """Types by the codes themselves: every matrix is read once."""
-        config = models.complete_config(model.folder)
-        tensors = tuple(self._planned(model, source, config) for source in _sources(model, config))
-        metadata = _metadata_bytes(model, config, tensors)
-        size = metadata + sum(_padded(tensor.bytes) for tensor in tensors)
+        subject = Subject.of(model)
+        tensors = tuple(self._planned(subject, source) for source in _sources(subject))
+        metadata = _metadata_bytes(subject, tensors)
         return ExportPlan(
             export=self.name,
             tensors=tensors,
-            bytes=size,
+            bytes=metadata + sum(_padded(tensor.bytes) for tensor in tensors),
             packed_bytes=sum(file.stat().st_size for file in model.files()),
             weights=sum(tensor.weights for tensor in tensors if tensor.name),
             causes=tuple(causes(model, tensors, metadata) if self.blocks else (DECODED,)),
-            notes=tuple(_notes(model, config)),
+            notes=tuple(_notes(subject)),
         )
 
     def write(self, model: PackedModel, folder: Path, plan: ExportPlan) -> ExportResult:
@@ -111,28 +140,28 @@ class Gguf(Export):
         return ExportResult.of(plan, file, file.stat().st_size)
 
     def _fill(self, model: PackedModel, plan: ExportPlan, path: Path) -> None:
-        config = models.complete_config(model.folder)
-        sources = {source.target: source for source in _sources(model, config)}
-        writer = _begin(path, model, config, plan.tensors)
+        subject = Subject.of(model)
+        sources = {source.target: source for source in _sources(subject)}
+        writer = _begin(path, subject, plan.tensors)
         try:
             for tensor in plan.tensors:
-                writer.write_tensor_data(_tensor_bytes(model, sources[tensor.target], tensor, config))
+                writer.write_tensor_data(_tensor_bytes(subject, sources[tensor.target], tensor))
         finally:
             writer.close()
 
-    def _planned(self, model: PackedModel, source: Source, config: dict[str, Any]) -> PlannedTensor:
+    def _planned(self, subject: Subject, source: Source) -> PlannedTensor:
         """The type of one tensor."""
         kind: TensorClass = "other"
         bits = 0.0
         if source.matrix is not None:
-            packed = model.matrix(source.matrix)
+            packed = subject.model.matrix(source.matrix)
             kind, matrix = packed.kind, blocks.Matrix(packed.encoded, packed.spec)
             count = math.prod(matrix.shape)
             bits = packed.spec.nominal_bits(matrix.shape) + 16 * packed.encoded.scales.numel() / count
             tests: Tests = [(each.type, functools.partial(blocks.check_blocks, each, matrix)) for each in self.blocks]
             tests += [(each, functools.partial(blocks.check_floats, each, matrix)) for each in self.floats]
         else:
-            values = _values(model, source, config)
+            values = subject.others[source.name]
             count = values.numel()
             wide = (GgmlType.F32,) if values.dim() < 2 else self.floats  # llama.cpp wants norms and biases so
             tests = [(each, functools.partial(blocks.float_bytes, each, values)) for each in wide]
@@ -200,58 +229,46 @@ def export(
 # What is in the file ----------------------------------------------------------------------------------------------
 
 
-def _sources(model: PackedModel, config: dict[str, Any]) -> list[Source]:
+def _sources(subject: Subject) -> list[Source]:
     """All tensors of the file, in its order."""
-    family = families.family_of(config)
-    matrices = {f"{name}.weight": name for name in model.header.matrices}
+    matrices = {f"{name}.weight": name for name in subject.model.header.matrices}
     scales = (INPUT_SCALE, LOW_INPUT_SCALE)
-    names = [*matrices, *(name for name in model.header.others if name.rpartition(".")[2] not in scales)]
     found = []
-    for name in names:
-        target = families.target_name(family, name)
-        found.append(Source(name, target, matrices.get(name), families.row_order(family, config, target)))
-    if families.rope_factors(config) is not None:
-        found.append(Source("", families.ROPE_FACTORS, None, None))
+    for name in (*matrices, *(each for each in subject.others if each.rpartition(".")[2] not in scales)):
+        target = families.target_name(subject.family, name) if name else families.ROPE_FACTORS
+        order = families.row_order(subject.family, subject.config, target)
+        found.append(Source(name, target, matrices.get(name), order))
     return sorted(found, key=lambda source: families.place(source.target))
 
 
-def _values(model: PackedModel, source: Source, config: dict[str, Any]) -> Tensor:
-    """A tensor that is not quantized: of the model, or what llama.cpp wants and the model computes."""
-    if source.name:
-        return model.others()[source.name]
-    factors = families.rope_factors(config)
-    assert factors is not None
-    return factors
-
-
-def _tensor_bytes(model: PackedModel, source: Source, planned: PlannedTensor, config: dict[str, Any]) -> blocks.Bytes:
+def _tensor_bytes(subject: Subject, source: Source, planned: PlannedTensor) -> blocks.Bytes:
     """The data of one tensor, as planned."""
     chosen, lossy = gguf.GGMLQuantizationType[planned.type], not planned.exact
     if source.matrix is not None:
-        packed = model.matrix(source.matrix)
+        packed = subject.model.matrix(source.matrix)
         matrix = blocks.Matrix(packed.encoded, packed.spec, source.order)
         if chosen in blocks.FLOATS:
             return blocks.write_floats(chosen, matrix, lossy)
         return blocks.write_blocks(next(each for each in blocks.BLOCKS if each.type == chosen), matrix)
-    values = _values(model, source, config)
+    values = subject.others[source.name]
     if source.order is not None:
         values = values[source.order]
     return blocks.float_bytes(chosen, values, lossy)
 
 
-def _begin(path: Path, model: PackedModel, config: dict[str, Any], tensors: Sequence[PlannedTensor]) -> gguf.GGUFWriter:
+def _begin(path: Path, subject: Subject, tensors: Sequence[PlannedTensor]) -> gguf.GGUFWriter:
     """A file with all but the data of the tensors."""
-    writer = gguf.GGUFWriter(path, families.family_of(config).architecture)
-    teacher = model.header.provenance.get("teacher")
+    writer = gguf.GGUFWriter(path, subject.family.architecture)
+    teacher = subject.model.header.provenance.get("teacher")
     name = teacher.get("name") if isinstance(teacher, dict) else None
     writer.add_name(str(name or "model").rstrip("/").split("/")[-1])
     writer.add_description(f"written by edgerazor {__version__} from codes and scales")
     writer.add_file_type(_file_type(tensors))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    families.add_metadata(writer, config)
-    _vocabulary(model.folder, config).add_to(writer)
+    families.add_metadata(writer, subject.config)
+    subject.vocabulary.add_to(writer)
     for tensor in tensors:
-        shape = _byte_shape(model, tensor)
+        shape = _byte_shape(subject, tensor)
         writer.add_tensor_info(tensor.target, shape, _UINT8, tensor.bytes, gguf.GGMLQuantizationType[tensor.type])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -262,16 +279,11 @@ def _begin(path: Path, model: PackedModel, config: dict[str, Any], tensors: Sequ
 _UINT8 = torch.empty(0, dtype=torch.uint8).numpy().dtype
 
 
-def _byte_shape(model: PackedModel, tensor: PlannedTensor) -> tuple[int, ...]:
+def _byte_shape(subject: Subject, tensor: PlannedTensor) -> tuple[int, ...]:
     """Shape of a tensor in bytes, rows first."""
-    module = tensor.name.removesuffix(".weight")
-    if module in model.header.matrices:
-        rows = model.header.matrices[module].shape[0]
-    elif tensor.name and len(model.header.others[tensor.name].shape) > 1:
-        rows = model.header.others[tensor.name].shape[0]
-    else:
-        return (tensor.bytes,)
-    return (rows, tensor.bytes // rows)
+    entry = subject.model.header.matrices.get(tensor.name.removesuffix(".weight"))
+    shape = entry.shape if entry else tuple(subject.others[tensor.name].shape)
+    return (*shape[:-1], tensor.bytes // math.prod(shape[:-1]))
 
 
 def _file_type(tensors: Sequence[PlannedTensor]) -> gguf.LlamaFileType:
@@ -299,17 +311,17 @@ def _padded(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def _metadata_bytes(model: PackedModel, config: dict[str, Any], tensors: Sequence[PlannedTensor]) -> int:
+def _metadata_bytes(subject: Subject, tensors: Sequence[PlannedTensor]) -> int:
     """Bytes before the data of the first tensor."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / FILE
-        _begin(path, model, config, tensors).close()
+        _begin(path, subject, tensors).close()
         return _padded(path.stat().st_size)
 
 
-def _notes(model: PackedModel, config: dict[str, Any]) -> Iterator[str]:
+def _notes(subject: Subject) -> Iterator[str]:
     """What the file cannot say."""
-    settings = model.header.settings
+    settings = subject.model.header.settings
     bits = ", ".join(
         f"{name.replace('_', ' ')} {value}"
         for name, value in settings.items()
@@ -320,10 +332,10 @@ def _notes(model: PackedModel, config: dict[str, Any]) -> Iterator[str]:
             f"The packed model computes with {bits}; GGUF has no place for that: llama.cpp rounds inputs of quantized "
             "matrices to 8 bits in its own way, and the cache as its options --cache-type-k and --cache-type-v say."
         )
-    if any(name.endswith(INPUT_SCALE) for name in model.header.others):
+    if any(name.endswith(INPUT_SCALE) for name in subject.others):
         yield "Stored scales of inputs are left out: llama.cpp finds a scale for each block of inputs itself."
-    yield from filter(None, [families.context_length(config)[1]])
-    yield from _vocabulary(model.folder, config).notes
+    yield from filter(None, [families.context_length(subject.config)[1]])
+    yield from subject.vocabulary.notes
 
 
 _BLOCKS = [each for each in blocks.BLOCKS if each.type != GgmlType.TQ2_0]

@@ -26,6 +26,7 @@ from edgerazor.formats._matrix import (
     decode_matrix,
     digest,
     encode_matrix,
+    encoded_parts,
     fake_quantize_matrix,
     get,
     pack_matrix,
@@ -45,6 +46,7 @@ from edgerazor.formats._static import (
     magnitude_counts,
     quantize_static,
 )
+from edgerazor.formats._streams import from_streams, stream_bytes, to_streams
 
 __all__ = [
     "BLOCK_FORMATS",
@@ -66,11 +68,13 @@ __all__ = [
     "decode_matrix",
     "digest",
     "encode_matrix",
+    "encoded_parts",
     "fake_quantize_activations",
     "fake_quantize_kv",
     "fake_quantize_matrix",
     "fake_quantize_probabilities",
     "fake_quantize_static",
+    "from_streams",
     "get",
     "gradient_inlet",
     "group_count",
@@ -86,7 +90,9 @@ __all__ = [
     "round_trip",
     "stored_scales",
     "straight_through",
+    "stream_bytes",
     "tensor_bytes",
+    "to_streams",
     "unpack_matrix",
     "unpack_spec",
 ]

@@ -345,7 +345,8 @@ def _plainest(spec: MatrixSpec, shape: torch.Size) -> tuple[list[str], Tensor]:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor in row-major, little-endian order, wherever and however it is stored."""
-    flat = tensor.detach().cpu().contiguous().view(-1)
+    dense = tensor.detach().cpu().contiguous()
+    flat = dense.as_strided((dense.numel(),), (1,))  # a single number may say that the next one is far away
     return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
 
 
@@ -364,13 +365,19 @@ def pack_matrix(encoded: Encoded, spec: MatrixSpec) -> dict[str, Tensor]:
         ValueError: a code is out of its format's range, or the shapes do not fit together.
     """
     parts = {}
+    for part, number_format, group_size, (codes, scales) in encoded_parts(encoded, spec):
+        parts[part] = number_format.pack(codes, group_size)
+        parts[part + SCALES] = _layout.pack_scales(scales)
+    return parts | _choices(spec)
+
+
+def encoded_parts(encoded: Encoded, spec: MatrixSpec) -> Iterator[tuple[str, Format, int, Encoded]]:
+    """Name, format, group size, and codes and scales [rows or blocks in the part, ...] of each part of codes."""
     for strip in spec.strips(encoded.codes.shape):
         codes, scales = strip.encoded(encoded)
         for number_format, rows in strip.spec.parts:
-            part = number_format.name + strip.suffix
-            parts[part] = number_format.pack(_select(codes, rows), strip.spec.group_size)
-            parts[part + SCALES] = _layout.pack_scales(_select(scales, rows))
-    return parts | _choices(spec)
+            selected = Encoded(_select(codes, rows), _select(scales, rows))
+            yield number_format.name + strip.suffix, number_format, strip.spec.group_size, selected
 
 
 def _choices(spec: MatrixSpec) -> dict[str, Tensor]:

@@ -46,15 +46,26 @@ would misread raises the version; what it may ignore goes under `extras`, and th
 digest are checked when it is first read. Anything wrong is a `UserError` of one sentence.
 """
 
-from edgerazor.packed._container import DTYPES, INDEX_FILE, SHARD_BYTES, WEIGHTS_FILE, TensorSpec, tensor_spec
+from edgerazor.packed._container import (
+    DTYPE_NAMES,
+    DTYPES,
+    INDEX_FILE,
+    SHARD_BYTES,
+    WEIGHTS_FILE,
+    TensorSpec,
+    tensor_spec,
+)
+from edgerazor.packed._entropy import matrix_entropy_bytes
 from edgerazor.packed._header import ANY_SHA256, SETTINGS, VERSION, Header, Kind, MatrixEntry, TensorEntry, part_name
 from edgerazor.packed._reading import PackedMatrix, PackedModel, verify_digests
+from edgerazor.packed._rewriting import rewrite
 from edgerazor.packed._sizes import ClassSize, SizeTable, TensorClass, size_table
 from edgerazor.packed._writing import FolderSize, MatrixSource, predict, write
 
 __all__ = [
     "ANY_SHA256",
     "DTYPES",
+    "DTYPE_NAMES",
     "INDEX_FILE",
     "SETTINGS",
     "SHARD_BYTES",
@@ -72,8 +83,10 @@ __all__ = [
     "TensorClass",
     "TensorEntry",
     "TensorSpec",
+    "matrix_entropy_bytes",
     "part_name",
     "predict",
+    "rewrite",
     "size_table",
     "tensor_spec",
     "verify_digests",

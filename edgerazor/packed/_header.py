@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,20 +14,29 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from edgerazor import formats
 from edgerazor.errors import UserError
 from edgerazor.formats import BLOCK_FORMATS, ROW_FORMATS, SCALES, TAIL
-from edgerazor.packed._container import DTYPES, TensorSpec, damaged
+from edgerazor.packed._compression import LARGEST_RATIO, NARROWEST
+from edgerazor.packed._container import DTYPES, TensorSpec, damaged, parse_json, spec_bytes
 
 VERSION = 1
-#: How to compute, in `Header.settings`: fields of `surgery.Settings`.
-SETTINGS = (
-    "activation_bits",
-    "kv_bits",
-    "group_size",
-    "query_bits",
-    "probability_bits",
-    "adaptive_tokens",
-    "thresholds",
-)
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1 << 62
+
+
+#: How to compute, in `Header.settings`: fields of `surgery.Settings`, and whether it can be so.
+SETTINGS: dict[str, Callable[[Any], bool]] = {
+    "activation_bits": lambda bits: type(bits) is int and bits in (4, 5, 6, 7, 8, 16),
+    "kv_bits": lambda bits: type(bits) is int and bits in (4, 8, 16),
+    "group_size": lambda size: type(size) is int and 0 < size < 1 << 62,
+    "query_bits": lambda bits: type(bits) is int and bits in (4, 8, 16),
+    "probability_bits": lambda bits: type(bits) is int and bits in (4, 8, 16),
+    "adaptive_tokens": lambda how: how in ("off", "causal", "ranked"),
+    "thresholds": lambda found: isinstance(found, list) and all(map(_number, found)),
+}
 HEADER_KEY, HEADER_SUM_KEY = "edgerazor", "edgerazor_sha256"
+#: End of the name of a tensor that holds a compressed part.
+FRAME = ".zst"
 #: In the place of a digest or checksum where only its length matters.
 ANY_SHA256 = "0" * 64
 
@@ -77,6 +86,13 @@ class TensorEntry(_Strict):
     sha256: str
 
 
+class Compression(_Strict):
+    """How the parts of codes and scales are compressed. `filter`: version of the streams, `formats/_streams.py`."""
+
+    method: Literal["zstd"] = "zstd"
+    filter: Literal[1] = 1
+
+
 class Header(_Strict):
     """What the folder holds and how it came about."""
 
@@ -87,6 +103,16 @@ class Header(_Strict):
     settings: dict[str, JsonValue]
     provenance: dict[str, JsonValue]
     extras: dict[str, JsonValue] = Field({}, description="what a program of this version may ignore")
+    compression: Compression | None = Field(None, description="left out where nothing is compressed")
+
+    def tensor_name(self, matrix: str, part: str) -> str:
+        """Name of the tensor that holds a part of a matrix as it is stored here."""
+        return part_name(matrix, part) + (FRAME if self.compression and is_compressed(part) else "")
+
+
+def is_compressed(part: str) -> bool:
+    """Whether a part is a frame in a compressed folder: the choices of formats, which say how large others are, not."""
+    return part not in (ROW_FORMATS, BLOCK_FORMATS)
 
 
 def part_name(matrix: str, part: str) -> str:
@@ -100,6 +126,8 @@ def make_header(
     tied: Mapping[str, str],
     settings: Mapping[str, Any],
     provenance: Mapping[str, Any],
+    extras: Mapping[str, Any] | None = None,
+    compression: Compression | None = None,
 ) -> Header:
     """A header in its one order.
 
@@ -112,6 +140,8 @@ def make_header(
         tied=dict(sorted(tied.items())),
         settings=dict(settings),
         provenance=dict(provenance),
+        extras=dict(extras or {}),
+        compression=compression,
     )
     problem = _header_problem(header)
     if problem:
@@ -121,7 +151,8 @@ def make_header(
 
 def header_metadata(header: Header) -> dict[str, str]:
     """The metadata of the first weight file that hold a header."""
-    text = json.dumps(header.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    values = header.model_dump(mode="json", exclude=None if header.compression else {"compression"})
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return {HEADER_KEY: text, HEADER_SUM_KEY: hashlib.sha256(text.encode()).hexdigest()}
 
 
@@ -135,9 +166,9 @@ def read_header(path: Path, about: Mapping[str, str]) -> Header:
     if text is None:
         raise damaged(path, f"it has no {HEADER_KEY} header")
     try:
-        raw = json.loads(text)
-    except (ValueError, RecursionError):
-        raise damaged(path, "its header is not JSON") from None
+        raw = parse_json(text)
+    except ValueError as error:
+        raise damaged(path, f"its header is not JSON ({error})") from None
     version = raw.get("version") if isinstance(raw, dict) else None
     if hashlib.sha256(text.encode()).hexdigest() != about.get(HEADER_SUM_KEY):
         raise damaged(path, "its header does not have the recorded checksum")
@@ -146,6 +177,7 @@ def read_header(path: Path, about: Mapping[str, str]) -> Header:
             f"{path} has version {version} of the packed format, but this program reads version {VERSION}.",
             "Install a newer edgerazor." if version > VERSION else "Pack the model again.",
         )
+    _check_compression(path, raw)
     try:
         header = Header.model_validate_json(text)
     except (ValidationError, RecursionError) as error:
@@ -156,6 +188,17 @@ def read_header(path: Path, about: Mapping[str, str]) -> Header:
     if problem:
         raise damaged(path, problem)
     return header
+
+
+def _check_compression(path: Path, raw: Any) -> None:
+    """Say of a compression that is not known what it is, rather than that the file is damaged."""
+    found = raw.get("compression") if isinstance(raw, dict) else None
+    if isinstance(found, dict) and found != Compression().model_dump():
+        said = ", ".join(f"{key} {value}" for key, value in found.items())
+        raise UserError(
+            f"{path} is compressed in a way that this program does not know ({said[:100]}).",
+            "Install a newer edgerazor.",
+        )
 
 
 def expected_tensors(header: Header, stored: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
@@ -175,17 +218,21 @@ def expected_tensors(header: Header, stored: Mapping[str, TensorSpec]) -> dict[s
             for each, (dtype, shape) in formats.code_parts(
                 part, (blocks, entry.code_columns(part)), entry.group_size
             ).items():
-                parts[each] = ("U8" if dtype.itemsize == 1 else "F16", shape)
+                frame = stored.get(part_name(name, each) + FRAME, ("", ()))[1]
+                plain = ("U8" if dtype.itemsize == 1 else "F16", shape)
+                parts[each] = ("U8", (math.prod(frame),)) if header.compression else plain
         alike = stored.get(part_name(name, BLOCK_FORMATS), ("", ()))[1][:1] == (1,)
         groups = formats.group_count(cols, entry.group_size)
         parts[ROW_FORMATS] = ("U8", (1, formats.index_columns(rows, len(entry.formats))))
         parts[BLOCK_FORMATS] = ("U8", (1 if alike else rows, formats.index_columns(groups, len(entry.formats))))
-        expected |= {part_name(name, part): parts[part] for part in entry.sha256 if part in parts}
+        expected |= {header.tensor_name(name, part): parts[part] for part in entry.sha256 if part in parts}
     return expected
 
 
 def rows_problem(entry: MatrixEntry, stored: Mapping[str, TensorSpec], name: str) -> str:
     """What is wrong with the numbers of row blocks of a matrix's parts, or an empty string."""
+    if part_name(name, entry.code_parts()[0]) + FRAME in stored:
+        return _frames_problem(entry, stored, name)
     blocks = {part: stored[part_name(name, part)][1][0] for part in entry.code_parts()}
     for kind, wanted in entry.code_rows().items():
         counts = [count for part, count in blocks.items() if part.endswith(TAIL) == (kind == "tails")]
@@ -194,6 +241,16 @@ def rows_problem(entry: MatrixEntry, stored: Mapping[str, TensorSpec], name: str
         if not most - len(counts) * (formats.ROWS - 1) <= wanted <= most or 0 in counts:
             return f"its formats have {sum(counts)} blocks of {kind} together, but it has {wanted} {kind}"
     return ""
+
+
+def _frames_problem(entry: MatrixEntry, stored: Mapping[str, TensorSpec], name: str) -> str:
+    """What is wrong with the sizes of a matrix's frames, or an empty string.
+
+    How many rows are in each is known later; here they are all of one format, the narrowest.
+    """
+    frames = sum(spec_bytes(stored[part_name(name, part) + FRAME]) for part in entry.sha256 if is_compressed(part))
+    least = math.prod(entry.shape) // NARROWEST
+    return f"its frames are too small for {math.prod(entry.shape)} codes" if frames * LARGEST_RATIO < least else ""
 
 
 def _header_problem(header: Header) -> str:
@@ -208,12 +265,15 @@ def _header_problem(header: Header) -> str:
             return f"{name} has the unknown dtype {other.dtype}"
         if any(size < 0 for size in other.shape):
             return f"{name} has the impossible shape {list(other.shape)}"
-    parts = {part_name(name, part) for name, entry in header.matrices.items() for part in entry.sha256}
+    parts = {header.tensor_name(name, part) for name, entry in header.matrices.items() for part in entry.sha256}
     for name in sorted(parts & header.others.keys()):
         return f"{name} is both a part of a matrix and a tensor of its own"
     for name, target in header.tied.items():
         if target not in header.matrices or name in header.matrices:
             return f"{name} is tied to {target}, but only a matrix can be shared, by a module that has none"
+    for name, value in header.settings.items():
+        if name not in SETTINGS or not SETTINGS[name](value):
+            return f"its setting {name} cannot be {str(value)[:50]}"
     return ""
 
 
@@ -227,7 +287,8 @@ def _matrix_problem(entry: MatrixEntry) -> str:
         return "its list of formats repeats one, or does not say which row has which"
     if min(entry.shape) < 1 or math.prod(entry.shape) >= 1 << 62 or entry.group_size >= 1 << 62:
         return f"it has the impossible shape {list(entry.shape)}, or group size {entry.group_size}"
-    tails = {f"{name}{TAIL}" for name in entry.formats} if BLOCK_FORMATS in choices else set()
+    cut = BLOCK_FORMATS in choices and entry.shape[1] % min(entry.group_size, entry.shape[1])
+    tails = {f"{name}{TAIL}" for name in entry.formats} if cut else set()
     codes = set(entry.code_parts())
     scales = {part + SCALES for part in codes}
     if (

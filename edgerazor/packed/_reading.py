@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,18 @@ from torch import Tensor
 from edgerazor import formats
 from edgerazor.errors import UserError
 from edgerazor.formats import INPUT_SCALE, LOW_INPUT_SCALE, Encoded, MatrixSpec
+from edgerazor.packed._compression import decompress
 from edgerazor.packed._container import TensorSpec, damaged, open_folder
-from edgerazor.packed._header import Header, Kind, MatrixEntry, expected_tensors, part_name, read_header, rows_problem
+from edgerazor.packed._header import (
+    Header,
+    Kind,
+    MatrixEntry,
+    expected_tensors,
+    is_compressed,
+    part_name,
+    read_header,
+    rows_problem,
+)
 from edgerazor.packed._threads import in_parallel
 from edgerazor.packed._writing import MatrixSource
 
@@ -85,13 +95,37 @@ class PackedModel:
         return PackedMatrix(name, entry.kind, encoded, spec)
 
     def parts(self, name: str) -> dict[str, Tensor]:
-        """The parts of a matrix as they are stored, mapped from disk, their checksums checked.
+        """The parts of a matrix, mapped from disk or decompressed into memory, their checksums checked.
 
         Raises:
             UserError: one of them is damaged.
             ValueError: there is no matrix of that name.
         """
-        return {part: self._tensor(part_name(name, part), sha) for part, sha in self._entry(name).sha256.items()}
+        sums = self._entry(name).sha256
+        if self.header.compression is None:
+            return {part: self._tensor(part_name(name, part), sha) for part, sha in sums.items()}
+        parts = self._decompressed(name)
+        for part in sums:
+            if part not in parts:  # a choice of formats: it is stored as it is
+                parts[part] = self._tensor(part_name(name, part), sums[part])
+        return parts
+
+    def _decompressed(self, name: str) -> dict[str, Tensor]:
+        """The parts of codes and scales of a matrix, whose sizes follow from its formats, never from a frame."""
+        entry, spec = self._entry(name), self.spec(name)
+        try:
+            sizes = formats.stream_bytes(spec, entry.shape)
+            if sizes.keys() != {part for part in entry.sha256 if is_compressed(part)}:
+                raise ValueError("its parts are not those of its formats")
+            frames = {part: self._stored(self.header.tensor_name(name, part)) for part in sizes}
+            streams = {part: decompress(frames[part], size) for part, size in sizes.items()}
+            parts = formats.from_streams(streams, spec, entry.shape)
+        except ValueError as error:
+            raise self._broken(name, str(error)) from None
+        for part, tensor in parts.items():
+            if hashlib.sha256(formats.tensor_bytes(tensor)).hexdigest() != entry.sha256[part]:
+                raise self._broken(self.header.tensor_name(name, part), "its bytes do not have the recorded checksum")
+        return parts
 
     def spec(self, name: str) -> MatrixSpec:
         """Formats of the rows or blocks of a matrix, without reading its codes.
@@ -134,15 +168,30 @@ class PackedModel:
             found[name] = float(scale)
         return found
 
-    def verify(self) -> None:
+    def verify(self, done: Callable[[], None] | None = None) -> None:
         """Read and check everything once, on all cores.
+
+        Args:
+            done: called behind each matrix, from any thread.
 
         Raises:
             UserError: something is damaged.
         """
         entries = self.header.matrices.items()
-        in_parallel([(math.prod(entry.shape), functools.partial(self.matrix, name)) for name, entry in entries])
+        in_parallel([(math.prod(entry.shape), functools.partial(self.matrix, name)) for name, entry in entries], done)
         self.others()
+
+    def shards(self) -> dict[str, list[str]]:
+        """File name -> names of its tensors, as they are called where nothing is compressed."""
+        plain = {
+            self.header.tensor_name(name, part): part_name(name, part)
+            for name, entry in self.header.matrices.items()
+            for part in entry.sha256
+        }
+        shards: dict[str, list[str]] = {file: [] for file in self._files}
+        for name, file in self._where.items():
+            shards[file].append(plain.get(name, name))
+        return {file: sorted(names) for file, names in shards.items()}
 
     def tensor_shapes(self) -> dict[str, TensorSpec]:
         """Safetensors dtype name and shape of every stored tensor."""
@@ -162,17 +211,20 @@ class PackedModel:
         return self.header.matrices[name]
 
     def _tensor(self, name: str, sha256: str) -> Tensor:
-        tensor: Tensor = self._files[self._where[name]].get_tensor(name)
+        tensor = self._stored(name)
         if hashlib.sha256(formats.tensor_bytes(tensor)).hexdigest() != sha256:
             raise self._broken(name, "its bytes do not have the recorded checksum")
+        return tensor
+
+    def _stored(self, name: str) -> Tensor:
+        tensor: Tensor = self._files[self._where[name]].get_tensor(name)
         return tensor
 
     def _broken(self, name: str, reason: str) -> UserError:
         """About a tensor, or about a matrix, whose first part then says which file it is in."""
         if name in self.header.matrices:
-            return damaged(
-                self.folder / self._where[part_name(name, min(self._entry(name).sha256))], f"{name}: {reason}"
-            )
+            first = self.header.tensor_name(name, min(self._entry(name).sha256))
+            return damaged(self.folder / self._where[first], f"{name}: {reason}")
         return damaged(self.folder / self._where[name], f"{name}: {reason}")
 
     def _check_tensors(self) -> None:

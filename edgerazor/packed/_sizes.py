@@ -9,7 +9,6 @@ from typing import Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from edgerazor.packed._container import DTYPES, INDEX_FILE, spec_bytes
-from edgerazor.packed._header import part_name
 from edgerazor.packed._reading import PackedModel
 
 TensorClass = Literal["linear", "embedding", "head", "other"]
@@ -77,5 +76,5 @@ def _sizes(model: PackedModel, kind: TensorClass) -> Iterator[tuple[int, float, 
     for name, matrix in model.header.matrices.items():
         if matrix.kind == kind:
             weights = math.prod(matrix.shape)
-            size = sum(spec_bytes(stored[part_name(name, part)]) for part in matrix.sha256)
+            size = sum(spec_bytes(stored[model.header.tensor_name(name, part)]) for part in matrix.sha256)
             yield weights, weights * model.spec(name).nominal_bits(matrix.shape), size

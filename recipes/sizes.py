@@ -1,0 +1,154 @@
+"""Our packed file beside llama.cpp's own files of the same model: bytes, everything counted.
+
+    make sizes                       the table in recipes/RESULTS.md
+    python recipes/sizes.py --layers 2 --results none
+
+The model has the shapes of Qwen3-0.6B and Gaussian weights, as transformers draws them. It is packed at 1.58 bits with
+an int4 embedding, groups of 256. llama.cpp's files are made by its own `llama-quantize` from the float16 export of that
+packed model (a file's size does not depend on what the weights are), with the tool's own choice of types for the
+embedding, which is also the head. *Export* is our own GGUF file of the same codes.
+
+*Real bits* are 8 x bytes / weights, of whole files; of ours, the weight files. A GGUF file also holds the vocabulary,
+which in our folder is the tokenizer's own file, so *tensors alone* are given too. About 4 GB of disk for a while.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from gguf import GGUFReader
+from interop import built, publish, version
+from memory import SHAPE
+from methods import HERE, commit
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from edgerazor import exports, packed, pipeline
+from edgerazor import recipe as recipes
+from edgerazor.console import Console
+from edgerazor.console import table as rich_table
+from edgerazor.errors import UserError
+from edgerazor.packed import PackedModel
+from edgerazor.workdir import WorkDir, machine
+
+TYPES = ("TQ1_0", "TQ2_0", "Q2_K", "Q4_0")
+HEAD = ("file", "linear layers", "embedding", "bytes", "real bits", "tensors alone")
+
+
+@dataclass(frozen=True)
+class File:
+    """A line of the table: types of the linear layers and of the embedding, bytes of the file and of its tensors."""
+
+    name: str
+    linear: str
+    embedding: str
+    bytes: int
+    tensors: int
+
+    def cells(self, weights: int) -> list[str]:
+        bits = [f"{8 * size / weights:.3f}" for size in (self.bytes, self.tensors)]
+        return [self.name, self.linear, self.embedding, f"{self.bytes:,}", *bits]
+
+
+def write_gaussian(folder: Path, layers: int, tokenizer: Path) -> None:
+    """The 16-bit model."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(Qwen3Config(**{**SHAPE, "num_hidden_layers": layers}))
+    model = model.bfloat16().to_empty(device="cpu")
+    for module in model.modules():
+        model._init_weights(module)
+    model.tie_weights()
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+
+
+def ours(folder: Path) -> File:
+    """The packed model."""
+    opened = PackedModel.open(folder)
+    names = {kind: set[str]() for kind in ("linear", "embedding")}
+    for entry in opened.header.matrices.values():
+        names[entry.kind] |= set(entry.formats)
+    sizes = packed.size_table(opened)
+    data = sum(each.bytes for each in sizes.classes)
+    return File("edgerazor", *("+".join(sorted(names[kind])) for kind in names), sizes.bytes, data)
+
+
+def theirs(name: str, path: Path) -> File:
+    """A GGUF file, by what is in it."""
+    found: dict[str, dict[str, int]] = {"embedding": {}, "linear": {}}
+    data = 0
+    for tensor in GGUFReader(path).tensors:
+        data += int(tensor.n_bytes)
+        if len(tensor.shape) > 1:
+            types = found["embedding" if tensor.name.startswith("token_embd") else "linear"]
+            kind = tensor.tensor_type.name
+            types[kind] = types.get(kind, 0) + int(tensor.n_elements)
+    words = ("+".join(sorted(types, key=lambda kind: -types[kind])) for types in (found["linear"], found["embedding"]))
+    return File(name, *words, path.stat().st_size, data)
+
+
+def files(work: WorkDir, tools: Path, threads: int, console: Console) -> Iterator[File]:
+    """All lines, each file made, measured and deleted."""
+    yield ours(work.folder("pack"))
+    target = work.path / "exports"
+    (quantized,) = exports.write_all(work.folder("pack"), ["gguf"], target, False, console)
+    yield theirs("edgerazor, export", Path(quantized.file))
+    (wide,) = exports.write_all(work.folder("pack"), ["gguf-f16"], target, True, console)
+    for kind in TYPES:
+        made = target / f"{kind}.gguf"
+        console.say(f"llama-quantize {kind}")
+        words = [str(tools / "llama-quantize"), wide.file, str(made), kind, str(threads)]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UserError(f"llama-quantize fails: {' '.join(done.stderr.split()[-20:])}")
+        yield theirs(f"llama.cpp {kind}", made)
+        made.unlink()
+    yield theirs("llama.cpp F16", Path(wide.file))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument(
+        "--tokenizer", type=Path, default=HERE / "world" / "teacher", help="whose vocabulary is written"
+    )
+    parser.add_argument("--build", type=Path, default=HERE.parent / "build" / "sizes", help="deleted afterwards")
+    parser.add_argument("--llamacpp", type=Path, default=HERE.parent / "build" / "llamacpp")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--results", default=str(HERE / "RESULTS.md"), help="where the table goes, or `none`")
+    asked = parser.parse_args(arguments)
+    console = Console()
+    try:
+        python = built(asked.llamacpp / "bin" / "python")
+        write_gaussian(asked.build / "model", asked.layers, asked.tokenizer)
+        values = {"bits": 1.58, "plan": "interleave", "group_size": 256}
+        recipe = recipes.build(
+            {"model": str(asked.build / "model"), "calibrate": values, "pack": {"source": "teacher"}}
+        )
+        work = WorkDir(asked.build / "work")
+        pipeline.run("pack", recipe, work, console)
+        weights = packed.size_table(PackedModel.open(work.folder("pack"))).parameters
+        rows = [file.cells(weights) for file in files(work, asked.llamacpp / "tools", asked.threads, console)]
+    except UserError as error:
+        console.error(error)
+        return error.code
+    finally:
+        shutil.rmtree(asked.build, ignore_errors=True)
+    console.out.print(rich_table(f"{weights:,} weights", list(HEAD), rows))
+    if asked.results != "none":
+        lines = [list(HEAD), ["---"] * len(HEAD), *rows]
+        text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        facts = f"{weights:,} weights; {version(python)}; {machine()}; commit {commit()}."
+        publish("sizes", f"{facts}\n\n{text}", Path(asked.results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
