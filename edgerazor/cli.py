@@ -234,6 +234,8 @@ def pack(
     Example: edgerazor pack Qwen/Qwen3-0.6B --bits 4
 
     Example: edgerazor pack --export gguf
+
+    Example: edgerazor pack model.gguf --work imported
     """
     values = general(model, revision, trust_remote_code, None, None, None)
     section = budget_section(bits, real_bits, target_size)
@@ -242,6 +244,19 @@ def pack(
     if model is not None and is_packed_folder(model):
         options = section | given(student=student)
         export_packed(model, options, listed(export), bool(allow_lossy), json, quiet, dry_run)
+        return
+    if model is not None and is_foreign(model, bool(section.keys() - COMPUTING)):
+        import_foreign(
+            Path(model),
+            section | given(student=student),
+            listed(export),
+            bool(allow_lossy),
+            work,
+            json,
+            quiet,
+            force,
+            dry_run,
+        )
         return
     if section and model is None and recipe is None:
         name = next(iter(section)).replace("_", "-")
@@ -711,6 +726,49 @@ def export_packed(
     console.result(result, *stage_module.show_exports(result.exports))
 
 
+#: Options of pack that do not decide about weights.
+COMPUTING = {"activation_bits", "kv_bits"}
+
+
+def is_foreign(model: str, rounding: bool) -> bool:
+    """Whether a model that was named is somebody else's quantized one, and not to be rounded."""
+    if not Path(model).exists():
+        return False
+    from edgerazor.imports import importer_of
+
+    importer = importer_of(Path(model))
+    return importer is not None and (importer.only or not rounding)
+
+
+def import_foreign(
+    path: Path,
+    options: dict[str, Any],
+    names: list[str] | None,
+    allow_lossy: bool,
+    work: Path,
+    json: bool,
+    quiet: bool,
+    force: bool,
+    dry_run: bool,
+) -> None:
+    """`pack FILE.gguf`, or a folder that others quantized: their codes become ours."""
+    computing = {name: value for name, value in options.items() if name in COMPUTING}
+    others = [name.replace("_", "-") for name in options if name not in computing]
+    if others or dry_run:
+        raise usage_error(
+            f"{path} is quantized already, and its codes are taken as they are, so pack takes no "
+            f"--{(others or ['dry-run'])[0]} with it.",
+            "Leave it out, or name the original model.",
+        )
+    asked = assemble({"calibrate": computing, "pack": given(export=names, allow_lossy=allow_lossy)}, None, None)
+    from edgerazor.stages import pack as stage_module
+    from edgerazor.workdir import WorkDir
+
+    console = open_console(json, quiet)
+    result = stage_module.read_foreign(path, asked, WorkDir(work), console, force)
+    console.result(result, *stage_module.show_foreign(result))
+
+
 def refuse_beside_plan(what: str | None, work: Path | None, png: Path | None) -> None:
     """Options of `show plan` with other words."""
     if png is not None and what != "plan":
@@ -771,16 +829,21 @@ def fail(error: UserError) -> None:
 
 
 #: What is the machine's fault rather than the program's, when it comes with a file name.
-MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EDQUOT, errno.ENAMETOOLONG, errno.EMFILE)
+MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENAMETOOLONG, errno.EMFILE)
 
 
 def explain_failure(error: Exception) -> UserError | None:
     """A sentence for failures of the machine rather than the program: a full disk, no rights, no memory."""
     text = str(error)
     number = getattr(error, "errno", None)
-    if number == errno.ENOSPC or "No space left on device" in text:
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
         return UserError(
             "The disk is full; nothing finished was lost.", "Free some space and run the same command again."
+        )
+    if number == errno.EFBIG:
+        return UserError(
+            "A file would be larger than the file system, or `ulimit -f`, allows; nothing finished was lost.",
+            "Use another disk (--work), or for pack a smaller `pack.shard_bytes`.",
         )
     if isinstance(error, OSError) and error.filename is not None and number in MACHINE:
         return UserError(f"{error.filename}: {error.strerror}.", "Check the path and your rights to it.")

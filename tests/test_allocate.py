@@ -354,7 +354,7 @@ def test_planned_bytes_are_written_bytes(bits: float, group_size: int, granulari
             for m in plan.matrices
         ]
 
-    packed.write(tmp_path, matrices(), {}, tied={}, settings={}, provenance={})
+    packed.write(tmp_path, [each.source() for each in matrices()], {}, tied={}, settings={}, provenance={})
     model = packed.PackedModel.open(tmp_path)
     sizes = packed.size_table(model)
     assert sum(each.bytes for each in sizes.classes) == plan.bytes()

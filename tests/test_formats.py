@@ -54,15 +54,89 @@ def block_specs(rows: int, cols: int, group_size: int) -> list[MatrixSpec]:
 # Every format -----------------------------------------------------------------------------------------------------
 
 
+def described(name: str, codes: Tensor, group_size: int) -> list[list[int]]:
+    """Packed bytes of each row block, written down from the specification in `packed`, a byte at a time."""
+    number_format = formats.get(name)
+    (rows, cols), lowest = codes.shape, number_format.lowest
+    group = min(group_size, cols)
+    columns = []
+    for start in range(0, cols, group):
+        columns += range(start, min(start + group, cols))
+        columns += [None] * (-len(columns) % 4)
+    quads = len(columns) // 4
+
+    def stored(row: int, quad: int, j: int) -> int:
+        column = columns[4 * quad + j] if quad < quads else None
+        return -lowest if column is None or row >= rows else int(codes[row, column]) - lowest
+
+    def five(t: list[int]) -> int:
+        r = t[0] + 3 * t[1] + 9 * t[2] + 27 * t[3]
+        return 64 * t[4] + r if r < 64 else 192 + 17 * t[4] + (r - 64)
+
+    ternary = name == "ternary"
+    bits = {"ternary": 2, "int2z": 2}.get(name) or int(name.removeprefix("int"))
+    widths = [8] if bits == 8 else [width for width in (4, 2, 1) if bits & width]
+    blocks: list[list[int]] = []
+    for top in range(0, rows, 16):
+        blocks.append([])
+        size = 64 if ternary else 8
+        for first in range(0, quads, size):
+            count = min(size, quads - first)
+            fives = count // 5 if ternary else 0
+            for v in range(fives):
+                for lane in range(16):
+                    for j in range(4):
+                        blocks[-1].append(five([stored(top + lane, first + 5 * v + f, j) for f in range(5)]))
+            shift, left = 0, count - 5 * fives
+            for width in widths:
+                for v in range(-(-left * width // 8)):
+                    for lane in range(16):
+                        for j in range(4):
+                            byte = 0
+                            for f in range(8 // width):
+                                quad = 5 * fives + v * (8 // width) + f
+                                u = stored(top + lane, first + quad if quad < count else quads, j)
+                                byte |= (u >> shift & (2**width - 1)) << (f * width)
+                            blocks[-1].append(byte)
+                shift += width
+    return blocks
+
+
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_packing_round_trip_is_exact(name: str, shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("group_size", [5, 8, 64, 1000])
+def test_packing_round_trip_is_exact(name: str, shape: tuple[int, int], group_size: int) -> None:
     number_format = formats.get(name)
     codes = random_codes(name, *shape)
-    packed = number_format.pack(codes)
+    packed = number_format.pack(codes, group_size)
     assert packed.dtype == torch.uint8
-    assert packed.shape == (shape[0], number_format.packed_columns(shape[1]))
-    assert bits_equal(number_format.unpack(packed, shape[1]), codes)
+    assert packed.shape == number_format.packed_shape(*shape, group_size)
+    assert bits_equal(number_format.unpack(packed, shape, group_size), codes)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    ("shape", "group_size"),
+    [((1, 1), 8), ((3, 31), 8), ((17, 172), 256), ((33, 50), 30), ((2, 345), 100), ((16, 256), 256), ((1, 333), 64)],
+)
+def test_packed_bytes_lie_where_the_specification_says(name: str, shape: tuple[int, int], group_size: int) -> None:
+    codes = random_codes(name, *shape)
+    assert formats.get(name).pack(codes, group_size).tolist() == described(name, codes, group_size)
+
+
+def test_packed_bits_a_weight() -> None:
+    bits = {  # of 1024 rows in groups of 64, 256, and of a whole row
+        ("ternary", 1024): (1.625, 1.625, 1.625),
+        ("ternary", 960): (1.6 + 1 / 30, 1.6 + 1 / 30, 1.6 + 1 / 30),
+        ("ternary", 172): (9 / 43 * 8, 9 / 43 * 8, 9 / 43 * 8),
+        ("int3", 1024): (3, 3, 3),
+        ("int5", 960): (5, 5, 5),
+        ("int4", 172): (4 + 4 / 43, 4 + 4 / 43, 4 + 4 / 43),
+    }
+    for (name, cols), expected in bits.items():
+        number_format = formats.get(name)
+        found = [8 * number_format.row_bytes(cols, group_size) / cols for group_size in (64, 256, cols)]
+        assert found == pytest.approx(expected), name
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -70,23 +144,23 @@ def test_packing_refuses_codes_out_of_range(name: str) -> None:
     number_format = formats.get(name)
     if number_format.maximum < 127:
         with pytest.raises(ValueError, match="range"):
-            number_format.pack(torch.full((1, 3), number_format.maximum + 1, dtype=torch.int8))
+            number_format.pack(torch.full((1, 3), number_format.maximum + 1, dtype=torch.int8), 8)
     if number_format.lowest > -128:
         with pytest.raises(ValueError, match="range"):
-            number_format.pack(torch.full((1, 3), number_format.lowest - 1, dtype=torch.int8))
+            number_format.pack(torch.full((1, 3), number_format.lowest - 1, dtype=torch.int8), 8)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_any_bytes_unpack_to_what_packs_to_them_or_are_refused(name: str) -> None:
     number_format = formats.get(name)
     for byte in range(256):
-        for cols in (1, 2, 3, 5):
-            packed = torch.full((1, number_format.packed_columns(cols)), byte, dtype=torch.uint8)
+        for cols in (1, 4, 20, 24, 32):
+            packed = torch.full(number_format.packed_shape(16, cols, 8), byte, dtype=torch.uint8)
             try:
-                codes = number_format.unpack(packed, cols)
+                codes = number_format.unpack(packed, (16, cols), 8)
             except ValueError:
                 continue
-            assert bits_equal(number_format.pack(codes), packed)
+            assert bits_equal(number_format.pack(codes, 8), packed)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -206,7 +280,7 @@ def test_an_empty_matrix_and_an_unknown_format() -> None:
     for name in ALL:
         codes, scales = formats.get(name).encode(torch.zeros(0, 10), 4)
         assert (codes.shape, scales.shape) == ((0, 10), (0, 3))
-        assert formats.get(name).unpack(formats.get(name).pack(codes), 10).shape == (0, 10)
+        assert formats.get(name).unpack(formats.get(name).pack(codes, 4), (0, 10), 4).shape == (0, 10)
     with pytest.raises(UserError, match="no format called 'ternery'") as failure:
         formats.get("ternery")
     assert failure.value.code == USAGE
@@ -266,34 +340,60 @@ def test_int2_has_four_levels_and_no_zero() -> None:
     assert decoded.tolist() == [[1.0, -1.0, 3.0, -3.0], [2.25, 2.25, 6.75, -6.75], [0.0] * 4]
 
 
+def first_bytes(packed: Tensor, lanes: int = 1) -> str:
+    """The bytes of the first row or rows of a block in each of its vectors, in hex."""
+    return bytes(packed.reshape(-1, 64)[:, : 4 * lanes].flatten().tolist()).hex(" ", 4 * lanes)
+
+
 def test_golden_bytes() -> None:
     golden = {
-        # 2 + 1*3 + 0*9 + 1*27 + 2*81 = 194, then 0 + 1*3 + 1*9 + 1*27 + 1*81 = 120
-        "ternary": ([1, 0, -1, 0, 1, -1], "c278"),
-        "int2": ([1, -2, 0, -1, 1], "c901"),  # 1 + 2*4 + 0*16 + 3*64 = 201
-        "int2z": ([1, -1, 0, -1, 1], "cd01"),
-        "int3": ([3, -3, 1, 0, -1], "6b70"),  # 3 + 5*8 + 1*64 = 107, and 7 << 12
-        "int4": ([7, -7, 1, 0, -1], "97010f"),
-        "int5": ([15, -15, 1, 0, -1], "2f06f001"),
-        "int8": ([127, -127, 1, 0, -1], "7f810100ff"),
+        # Columns 0 and 4 share a byte of 2-bit fields: 2 + 2*4 + (padding) 1*16 + 1*64 = 90; 0, 1, 1 are alone.
+        "ternary": ([1, -1, 0, 0, 1], "5a545555"),
+        "int2": ([1, -2, 0, -1, 1], "afa8aaa9"),  # 3 + 3*4 + 2*16 + 2*64 = 175
+        "int2z": ([1, -1, 0, -1, 1], "afa9aaa9"),
+        "int3": ([3, -3, 1, 0, -1], "0f010100 fdfeffff"),  # low bits of 7 and 3: 3 + 3*4; high bits, padding 1s
+        "int4": ([7, -7, 1, 0, -1], "7f818988"),
+        "int5": ([15, -15, 1, 0, -1], "ff010100 fdfeffff"),
+        "int8": ([127, -127, 1, 0, -1], "ff018180 7f808080"),
     }
     for name, (codes, expected) in golden.items():
-        packed = formats.get(name).pack(torch.tensor([codes], dtype=torch.int8))
-        assert bytes(packed[0].tolist()).hex() == expected
+        packed = formats.get(name).pack(torch.tensor([codes], dtype=torch.int8), 8)
+        assert first_bytes(packed) == expected, name
     assert set(golden) == set(ALL), "give the new format golden bytes"
+
+
+def test_golden_bytes_of_base_3() -> None:
+    rows = [[1, 1, 1, 0, -1], [1, 1, 1, 1, 0], [0, 0, 1, 1, 1], [-1] * 5, [1] * 5]
+    digits = torch.tensor(rows, dtype=torch.int8)
+    # 2 + 6 + 18 + 27 = 53; 80 -> 192 + 17 + 16; 1 + 3 + 18 + 54 = 76 -> 192 + 34 + 12; 0; 192 + 34 + 16
+    codes = torch.stack([digits, *[torch.zeros_like(digits)] * 3], dim=2).flatten(1)  # column j of each quad
+    packed = formats.get("ternary").pack(codes, 256)
+    assert packed.view(-1, 4)[:5, 0].tolist() == [53, 225, 238, 0, 242]
+    assert packed.view(-1, 4)[5:].unique().tolist() == [121 - 81 + 64]  # 1 + 3 + 9 + 27 = 40, and a fifth 1
 
 
 def test_golden_matrix() -> None:
     w = torch.tensor([[2.0, -2, 0, 0, 9, -3], [7, -3.5, 1, 0, 14, -14], [127, 1, -1, 0, 254, 2]])
     spec = MatrixSpec(("int8", "int4", "ternary"), 4, torch.tensor([2, 1, 0], dtype=torch.uint8))
     parts = formats.pack_matrix(formats.encode_matrix(w, spec), spec)
-    assert {name: bytes(formats.tensor_bytes(part)).hex() for name, part in parts.items()} == {
-        "ternary": "c879",  # codes 1 -1 0 0 1, 0: 2 + 0*3 + 1*9 + 1*27 + 2*81 = 200, then all digits 1
-        "int4": "c70197",  # codes 7 -4 1 0, 7 -7 (-3.5 is rounded to even)
-        "int8": "7f01ff007f01",
-        "scales": "0040004a003c0040003c0040",
-        "row_formats": "020100",
+    bytes_of = {name: bytes(formats.tensor_bytes(part)) for name, part in parts.items()}
+    padding = {"ternary": b"\x55", "int4": b"\x88", "int8": b"\x80"}
+    beginnings = {
+        "ternary": "5a545555",  # codes 1 -1 0 0, 1 0: 2 + 2*4 + 1*16 + 1*64 = 90
+        "int4": "ff148988",  # codes 7 -4 1 0, 7 -7 (-3.5 is rounded to even): 15 + 15*16, 4 + 1*16
+        "int8": "ff817f80",
     }
+    for name, expected in beginnings.items():
+        assert bytes_of[name][:4].hex() == expected, name
+        assert bytes_of[name][4:64] == padding[name] * 60
+    assert bytes_of["int8"][64:68].hex() == "ff818080"
+    halves = {"ternary": [2.0, 12.0], "int4": [1.0, 2.0], "int8": [1.0, 2.0]}
+    for name, (first, second) in halves.items():
+        scales = parts[f"{name}.scales"]
+        assert scales.shape == (1, 2, 16)
+        assert scales[0, :, 0].tolist() == [first, second]
+        assert not scales[0, :, 1:].any()
+    assert bytes_of["row_formats"].hex() == "06"  # 2 + 1*4 + 0*16
 
 
 def test_golden_matrix_of_blocks() -> None:
@@ -303,28 +403,44 @@ def test_golden_matrix_of_blocks() -> None:
     encoded = formats.encode_matrix(w, spec)
     assert encoded.codes.tolist() == [[1, -1, 0, 7, 1, -7, 127], [7, -4, 1, 1, -1, 0, -7]]
     parts = formats.pack_matrix(encoded, spec)
-    assert {name: bytes(formats.tensor_bytes(part)).hex() for name, part in parts.items()} == {
-        "ternary": "7777",  # codes 1 -1 0, filled with 0: 2 + 0*3 + 1*9 + 1*27 + 1*81 = 119 = 0x77
-        "int4": "1709c701",  # codes 7 1 -7, and 7 -4 1
-        "int4.tail": "09",
-        "int8.tail": "7f",
-        "scales": "5541003c0c26003c55410040",
-        "block_formats": "2104",  # 1 + 0*4 + 2*16, and 0 + 1*4 + 0*16
+    assert {name: first_bytes(part, 3) for name, part in parts.items() if part.shape[1] == 64} == {
+        "ternary": "565455555654555555555555",  # codes 1 -1 0, twice, each filled with a column of 0
+        "int4": "8f8981888f84898888888888",  # codes 7 1 -7, and 7 -4 1
+        "int4.tail": "818888888888888888888888",
+        "int8.tail": "ff8080808080808080808080",
+    }
+    assert parts["block_formats"].tolist() == [[1 + 0 * 4 + 2 * 16], [0 + 1 * 4 + 0 * 16]]
+    scales = {name: part[0, 0, :2].tolist() for name, part in parts.items() if name.endswith("scales")}
+    assert scales == {
+        "ternary.scales": pytest.approx([8 / 3, 8 / 3], rel=1e-3),
+        "int4.scales": [1.0, 1.0],
+        "int4.tail.scales": [2.0, 0.0],
+        "int8.tail.scales": pytest.approx([3 / 127, 0.0], rel=1e-3),
     }
 
 
 @pytest.mark.parametrize(
-    ("name", "reason", "packed", "cols"),
+    ("name", "reason", "index", "value", "cols"),
     [
-        ("ternary", "byte", [243], 5),
-        ("ternary", "filling", [0], 4),
-        ("int4", "unused bits", [0x10], 1),
-        ("int4", "must be uint8", [0, 0], 1),
+        ("ternary", "byte", 0, 243, 20),
+        ("ternary", "only fills up a vector", 0, 0x15, 4),  # the second quad of two-bit fields
+        ("ternary", "only fills up a row", 3, 0x54, 3),
+        ("ternary", "only fills up a row", 4, 0x54, 4),  # the second lane, where there is one row
+        ("ternary", "range", 0, 0x57, 4),
+        ("int4", "only fills up a vector", 0, 0x78, 1),
+        ("int3", "only fills up a vector", 64, 0x7F, 4),
     ],
 )
-def test_invalid_bytes_are_refused(name: str, reason: str, packed: list[int], cols: int) -> None:
+def test_invalid_bytes_are_refused(name: str, reason: str, index: int, value: int, cols: int) -> None:
+    packed = formats.get(name).pack(torch.zeros(1, cols, dtype=torch.int8), 256)
+    packed[0, index] = value
     with pytest.raises(ValueError, match=reason):
-        formats.get(name).unpack(torch.tensor([packed], dtype=torch.uint8), cols)
+        formats.get(name).unpack(packed, (1, cols), 256)
+
+
+def test_packed_codes_of_another_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match="must be uint8"):
+        formats.get("int4").unpack(torch.zeros(1, 128, dtype=torch.uint8), (1, 8), 8)
 
 
 # Matrices of several formats --------------------------------------------------------------------------------------
@@ -468,20 +584,20 @@ def test_unpacking_a_matrix_trusts_nothing() -> None:
         return {**parts, part: tensor}
 
     damaged = {
-        "scales is missing": {name: part for name, part in parts.items() if name != "scales"},
+        "int4.scales is missing": {name: part for name, part in parts.items() if name != "int4.scales"},
         "int4 is missing": {name: part for name, part in parts.items() if name != "int4"},
         "int8 does not belong": {**parts, "int8": parts["int4"]},
-        "part ternary must be": {**parts, "ternary": parts["ternary"][:1]},
-        "part scales must be": {**parts, "scales": parts["scales"].float()},
+        "part ternary must be": {**parts, "ternary": parts["ternary"][:, :-1]},
+        "part int4.scales must be": {**parts, "int4.scales": parts["int4.scales"].float()},
         "part row_formats must be": {**parts, "row_formats": torch.zeros(4, dtype=torch.uint8)},
         "row formats are needed": {name: part for name, part in parts.items() if name != "row_formats"},
-        "not below": changed("row_formats", (1,), 2),
-        r"uint8 \[1, 2\], got": changed("row_formats", (0,), 1),
-        "negative or not finite": changed("scales", (2, 1), math.nan),
-        "is negative": changed("scales", (0, 0), -1.0),
-        "byte is above 242": changed("ternary", (1, 0), 255),
-        "filling codes": changed("ternary", (1, 1), 0),
-        "unused bits": changed("int4", (0, 4), 0x70),
+        "unused bits": changed("row_formats", (0, 0), 8),
+        "part ternary is missing": {name: part for name, part in parts.items() if name != "ternary"},
+        "negative or not finite": changed("ternary.scales", (0, 1, 1), math.nan),
+        "is negative": changed("int4.scales", (0, 0, 0), -1.0),
+        "scale that only fills up": changed("int4.scales", (0, 0, 1), 1.0),
+        "a code that only fills up a row": changed("ternary", (0, 63), 0x54),
+        "fills up a vector": changed("int4", (0, 64), 0),
     }
     for reason, bad in damaged.items():
         with pytest.raises(ValueError, match=reason):
@@ -492,7 +608,8 @@ def test_unpacking_blocks_trusts_nothing() -> None:
     chosen = torch.tensor([[1, 0], [0, 1], [0, 0]], dtype=torch.uint8)
     spec = MatrixSpec(("ternary", "int4"), 6, block_formats=chosen)
     parts = formats.pack_matrix(formats.encode_matrix(weights(3, 9), spec), spec)
-    assert set(parts) == {"ternary", "ternary.tail", "int4", "int4.tail", "scales", "block_formats"}
+    codes = {"ternary", "ternary.tail", "int4", "int4.tail"}
+    assert set(parts) == {*codes, *(f"{each}.scales" for each in codes), "block_formats"}
 
     def changed(part: str, index: tuple[int, ...], value: float) -> dict[str, Tensor]:
         tensor = parts[part].clone()
@@ -503,13 +620,12 @@ def test_unpacking_blocks_trusts_nothing() -> None:
         "int4.tail is missing": {name: part for name, part in parts.items() if name != "int4.tail"},
         "int8.tail does not belong": {**parts, "int8.tail": parts["int4"]},
         "row_formats does not belong": {**parts, "row_formats": torch.zeros(3, dtype=torch.uint8)},
-        "part ternary.tail must be": {**parts, "ternary.tail": parts["ternary"]},
+        "part ternary.tail must be": {**parts, "ternary.tail": parts["ternary"][:, 1:]},
         "part block_formats must be": {**parts, "block_formats": parts["block_formats"][:2]},
-        "part ternary must be": changed("block_formats", (1, 0), 3),
         "part int4 does not belong": changed("block_formats", (0, 0), 0),
         "end of a row of block formats": changed("block_formats", (1, 0), 6),
-        "filling codes": changed("ternary.tail", (1, 0), 0),
-        "unused bits": changed("int4.tail", (0, 1), 0x70),
+        "only fills up a row": changed("ternary.tail", (0, 3), 0x54),
+        "only fills up a vector": changed("int4.tail", (0, 0), 0x78),
     }
     for reason, bad in damaged.items():
         with pytest.raises(ValueError, match=reason):

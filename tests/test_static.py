@@ -279,7 +279,7 @@ def test_an_impossible_stored_scale_is_refused(run: Run, tmp_path: Path, llama: 
     assert run("calibrate", "--recipe", recipe, "--work", tmp_path / "job").code == 0
     assert run("pack", llama, "--recipe", recipe, "--work", tmp_path / "job").code == 0
     source = packed.PackedModel.open(tmp_path / "job" / "packed")
-    matrices = [source.matrix(name) for name in source.header.matrices]
+    matrices = [source.matrix(name).source() for name in source.header.matrices]
     for bad in (torch.tensor(0.0), torch.tensor(torch.inf), torch.ones(1), torch.tensor(1.0, dtype=torch.float16)):
         folder = shutil.copytree(source.folder, tmp_path / "bad", dirs_exist_ok=True)
         others = {**source.others(), "lm_head.input_scale": bad}

@@ -14,6 +14,7 @@ from edgerazor.formats._activations import (
 )
 from edgerazor.formats._base import Encoded, Format, group_count, straight_through
 from edgerazor.formats._indices import index_columns
+from edgerazor.formats._layout import ROWS
 from edgerazor.formats._learned import carried_weight, gradient_inlet, initial_scales, learned_weight, stored_scales
 from edgerazor.formats._matrix import (
     BLOCK_FORMATS,
@@ -21,9 +22,11 @@ from edgerazor.formats._matrix import (
     SCALES,
     TAIL,
     MatrixSpec,
+    code_parts,
     decode_matrix,
     digest,
     encode_matrix,
+    encoded_parts,
     fake_quantize_matrix,
     get,
     pack_matrix,
@@ -31,23 +34,28 @@ from edgerazor.formats._matrix import (
     round_trip,
     tensor_bytes,
     unpack_matrix,
+    unpack_spec,
 )
 from edgerazor.formats._start import clipped, compensated
 from edgerazor.formats._static import (
     INPUT_SCALE,
     LOW_INPUT_SCALE,
+    SMALLEST,
     calibrated_scale,
     fake_quantize_static,
     magnitude_counts,
     quantize_static,
 )
+from edgerazor.formats._streams import from_streams, stream_bytes, to_streams
 
 __all__ = [
     "BLOCK_FORMATS",
     "INPUT_SCALE",
     "LOW_INPUT_SCALE",
+    "ROWS",
     "ROW_FORMATS",
     "SCALES",
+    "SMALLEST",
     "TAIL",
     "Encoded",
     "Format",
@@ -55,15 +63,18 @@ __all__ = [
     "calibrated_scale",
     "carried_weight",
     "clipped",
+    "code_parts",
     "compensated",
     "decode_matrix",
     "digest",
     "encode_matrix",
+    "encoded_parts",
     "fake_quantize_activations",
     "fake_quantize_kv",
     "fake_quantize_matrix",
     "fake_quantize_probabilities",
     "fake_quantize_static",
+    "from_streams",
     "get",
     "gradient_inlet",
     "group_count",
@@ -79,8 +90,11 @@ __all__ = [
     "round_trip",
     "stored_scales",
     "straight_through",
+    "stream_bytes",
     "tensor_bytes",
+    "to_streams",
     "unpack_matrix",
+    "unpack_spec",
 ]
 
 

@@ -19,18 +19,23 @@ a rule for the scale and, where it is not plain rounding or plain bit fields, a 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from edgerazor.formats import _layout
+
 #: Largest finite fp16 number: a scale is never stored as infinity.
 LARGEST_SCALE = 65504.0
 
-#: Weights worked on at a time: small enough that the passes over one block find it in the processor's cache.
+#: Weights worked on at a time: small enough that the passes over one block find it in the processor's cache ...
 BLOCK = 1 << 17
+#: ... and codes to be packed, which are smaller.
+PACKED_BLOCK = 1 << 19
 
 
 class Encoded(NamedTuple):
@@ -52,7 +57,7 @@ class Format(ABC):
         name: its name in recipes and files.
         nominal_bits: bits a weight by the name's count, without scales (ternary is exactly 1.58).
         minimum, maximum: the smallest and largest code of weights whose scale follows from the format's rule.
-        code_bits: width of the two's-complement bit field that `pack` gives to a code.
+        code_bits: width of a stored code, `code - lowest` as an unsigned number.
     """
 
     name: str
@@ -151,13 +156,13 @@ class Format(ABC):
     def _encode(self, w: Tensor, groups: int, scales: Tensor | None) -> tuple[Tensor, Tensor]:
         """Codes as float32 [rows, groups, group] and scales as float16 [rows, groups] of one block, w [rows, cols]."""
         with torch.autocast(w.device.type, enabled=False):
-            grouped = w.float().unflatten(1, (groups, -1))
+            own = w.to(torch.float32, copy=True).unflatten(1, (groups, -1))
             smallest = self.minimum if scales is None else self.lowest
             if scales is None:
-                scales = _stored_scale(self.scale_rule(grouped))
+                scales = _stored_scale(self.scale_rule(own))
             # Dividing by infinity where the scale is zero makes every ratio, and so every code, zero.
             divisor = scales.float().masked_fill_(scales == 0, torch.inf)
-            codes = self.choose_(grouped / divisor.unsqueeze(2), smallest)
+            codes = self.choose_(own.div_(divisor.unsqueeze(2)), smallest)
             return codes.add_(0.0), scales  # adding zero turns -0.0 into 0.0: as integers, codes have one zero
 
     def _decode_(self, codes: Tensor, scales: Tensor) -> Tensor:
@@ -166,66 +171,113 @@ class Format(ABC):
 
     # Codes <-> bytes ----------------------------------------------------------------------------------------------
 
-    def packed_columns(self, cols: int) -> int:
-        """Bytes of a packed row of `cols` codes."""
-        return -(-cols * self.code_bits // 8)
+    #: Quads of a row that share vectors among themselves (see `_layout.py`).
+    chunk = 8
 
-    def pack(self, codes: Tensor) -> Tensor:
-        """Codes int8 [rows, cols] as bytes uint8 [rows, packed_columns(cols)].
+    @property
+    def offset(self) -> int:
+        """What is added to a code to store it as an unsigned number."""
+        return -self.lowest
 
-        Code `i` of a row is the two's-complement field of bits `i * code_bits` onwards of the row's bytes, low bits
-        first (so int4 has its first code in the low nibble); the unused bits of the last byte are zero.
+    def vectors(self, quads: int) -> int:
+        """Vectors of 64 bytes that `quads` quads of a row block fill."""
+        whole, rest = divmod(quads, self.chunk)
+        return whole * self.chunk_vectors(self.chunk) + self.chunk_vectors(rest)
+
+    def chunk_vectors(self, quads: int) -> int:
+        """Vectors of a chunk of that many quads."""
+        return sum(_layout.plane_vectors(quads, width) for width in _layout.planes(self.code_bits))
+
+    def row_bytes(self, cols: int, group_size: int) -> int:
+        """Bytes that the codes of one row of a full block take."""
+        return self.vectors(_layout.quad_count(cols, group_size)) * _layout.VECTOR // _layout.ROWS
+
+    def packed_shape(self, rows: int, cols: int, group_size: int) -> tuple[int, int]:
+        """Shape of packed codes: row blocks, and bytes of one."""
+        return _layout.row_blocks(rows), self.row_bytes(cols, group_size) * _layout.ROWS
+
+    def pack(self, codes: Tensor, group_size: int) -> Tensor:
+        """Codes int8 [rows, cols] as bytes uint8 [row blocks, bytes of a block], laid out as `_layout.py` says.
 
         Raises:
             ValueError: a code is out of the format's range.
         """
         self.check_codes(codes)
-        cols = codes.shape[1]
-        fields = torch.nn.functional.pad(codes, (0, -cols % 8)).unflatten(1, (-1, 8))  # eight codes fill whole bytes
-        words = torch.zeros(fields.shape[:2], dtype=torch.int64, device=codes.device)
-        for i in range(8):
-            words |= (fields[..., i].long() & self._mask) << (i * self.code_bits)
-        octets = [(words >> (8 * j) & 255).to(torch.uint8) for j in range(self.code_bits)]
-        return torch.stack(octets, dim=2).flatten(1)[:, : self.packed_columns(cols)].contiguous()
+        shape = (codes.shape[0], codes.shape[1])
+        packed = torch.empty(self.packed_shape(*shape, group_size), dtype=torch.uint8, device=codes.device)
+        for rows, blocks in _row_blocks(shape):
+            stored = codes[rows].view(torch.uint8) + self.offset
+            words = _layout.to_quads(stored, group_size, self.offset)
+            whole = words.shape[1] - words.shape[1] % self.chunk
+            chunks = [self.pack_quads(words[:, :whole].unflatten(1, (-1, self.chunk))).flatten(1, 2)] if whole else []
+            if whole < words.shape[1]:
+                chunks.append(self.pack_quads(words[:, whole:]))
+            packed[blocks] = torch.cat(chunks, dim=1).flatten().view(torch.uint8).view(-1, packed.shape[1])
+        return packed
 
-    def unpack(self, packed: Tensor, cols: int) -> Tensor:
-        """The inverse of `pack`: bytes uint8 [rows, packed_columns(cols)] as codes int8 [rows, cols].
+    def unpack(self, packed: Tensor, shape: tuple[int, int], group_size: int) -> Tensor:
+        """The inverse of `pack`: codes int8 [rows, cols] of that shape.
 
         Raises:
-            ValueError: the shape does not fit, a code is out of range, or the unused bits are not zero.
+            ValueError: the shape does not fit, a code is out of range, or something that pads is not zero.
         """
-        self.check_packed(packed, cols)
-        octets = torch.nn.functional.pad(packed, (0, -packed.shape[1] % self.code_bits)).unflatten(
-            1, (-1, self.code_bits)
-        )
-        words = torch.zeros(octets.shape[:2], dtype=torch.int64, device=packed.device)
-        for j in range(self.code_bits):
-            words |= octets[..., j].long() << (8 * j)
-        sign = 1 << (self.code_bits - 1)
-        fields = [(((words >> (i * self.code_bits) & self._mask) ^ sign) - sign).to(torch.int8) for i in range(8)]
-        codes = torch.stack(fields, dim=2).flatten(1)
-        if codes[:, cols:].any():
-            raise ValueError(f"the unused bits at the end of a packed {self.name} row are not zero")
-        codes = codes[:, :cols].contiguous()
+        self.check_packed(packed, shape, group_size)
+        codes = torch.empty(shape, dtype=torch.int8, device=packed.device)
+        quads = _layout.quad_count(shape[1], group_size)
+        whole = quads // self.chunk
+        for rows, blocks in _row_blocks(shape):
+            block = packed[blocks]
+            words = block.flatten().view(torch.int64).view(len(block), -1, _layout.WORDS)
+            split = whole * self.chunk_vectors(self.chunk)
+            chunks = []
+            if whole:
+                chunked = words[:, :split].unflatten(1, (whole, -1))
+                chunks.append(self.unpack_quads(chunked, self.chunk).flatten(1, 2))
+            if quads % self.chunk:
+                chunks.append(self.unpack_quads(words[:, split:], quads % self.chunk))
+            height = min(rows.stop, shape[0]) - rows.start
+            stored = _layout.from_quads(torch.cat(chunks, dim=1), (height, shape[1]), group_size, self.offset)
+            codes[rows] = stored.sub_(self.offset).view(torch.int8)
         self.check_codes(codes)
         return codes
 
-    @property
-    def _mask(self) -> int:
-        return (1 << self.code_bits) - 1
+    def pack_quads(self, words: Tensor) -> Tensor:
+        """A chunk of quads, stored codes as words int64 [..., quads, 8], as vectors [..., chunk_vectors(quads), 8]."""
+        shift, parts = 0, []
+        for width in _layout.planes(self.code_bits):
+            parts.append(_layout.pack_plane(words, shift, width, self.offset))
+            shift += width
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
+
+    def unpack_quads(self, packed: Tensor, quads: int) -> Tensor:
+        """The inverse of `pack_quads`: vectors [..., chunk_vectors(quads), 8] as words [..., quads, 8].
+
+        Raises:
+            ValueError: something that pads is not zero.
+        """
+        words, shift, start = torch.zeros((), dtype=torch.int64, device=packed.device), 0, 0
+        for width in _layout.planes(self.code_bits):
+            stop = start + _layout.plane_vectors(quads, width)
+            fill = self.offset >> shift & ((1 << width) - 1)
+            words = words | _layout.unpack_plane(packed[..., start:stop, :], quads, width, fill) << shift
+            shift, start = shift + width, stop
+        return words
 
     def check_codes(self, codes: Tensor) -> None:
         """ValueError unless `codes` is an int8 matrix of codes that the format has."""
         if codes.dtype != torch.int8 or codes.dim() != 2:
             raise ValueError(f"codes must be an int8 matrix, got {codes.dtype} with {codes.dim()} dimensions")
-        if codes.numel() and (codes.min() < self.lowest or codes.max() > self.maximum):
-            raise ValueError(f"a code is outside the range of {self.name}, {self.lowest} to {self.maximum}")
+        if codes.numel():
+            smallest, largest = codes.aminmax()
+            if smallest < self.lowest or largest > self.maximum:
+                raise ValueError(f"a code is outside the range of {self.name}, {self.lowest} to {self.maximum}")
 
-    def check_packed(self, packed: Tensor, cols: int) -> None:
-        """ValueError unless `packed` is a byte matrix of the width that `cols` codes take."""
-        if packed.dtype != torch.uint8 or packed.dim() != 2 or packed.shape[1] != self.packed_columns(cols):
+    def check_packed(self, packed: Tensor, shape: tuple[int, int], group_size: int) -> None:
+        """ValueError unless `packed` is a byte matrix of the shape that the codes of a matrix take."""
+        expected = self.packed_shape(*shape, group_size)
+        if packed.dtype != torch.uint8 or tuple(packed.shape) != expected:
             raise ValueError(
-                f"packed {self.name} rows of {cols} codes must be uint8 with {self.packed_columns(cols)} bytes each, "
+                f"packed {self.name} codes of a {list(shape)} matrix must be uint8 {list(expected)}, "
                 f"got {packed.dtype} {list(packed.shape)}"
             )
 
@@ -272,6 +324,14 @@ def block_rows(matrix: Tensor) -> int:
     return max(1, BLOCK // cols if matrix.device.type == "cpu" else rows)
 
 
+def _row_blocks(shape: Sequence[int]) -> Iterator[tuple[slice, slice]]:
+    """A matrix [rows, cols] in pieces that stay in the cache, as (rows, blocks of 16 rows)."""
+    rows, cols = shape
+    height = max(1, PACKED_BLOCK // max(1, cols) // _layout.ROWS)
+    for block in range(0, _layout.row_blocks(rows), height):
+        yield slice(block * _layout.ROWS, (block + height) * _layout.ROWS), slice(block, block + height)
+
+
 def _blocks(matrix: Tensor, group: int, full: int) -> list[tuple[slice, slice, slice]]:
     """Blocks of a matrix as (rows, columns, groups): some rows of its whole groups, then some of its shorter ones."""
     rows, cols = matrix.shape
@@ -284,7 +344,7 @@ def _blocks(matrix: Tensor, group: int, full: int) -> list[tuple[slice, slice, s
 
 def _stored_scale(scale: Tensor) -> Tensor:
     """Round ideal scales [rows, groups] to float16."""
-    if not torch.isfinite(scale).all():
+    if not math.isfinite(scale.amax()):  # a NaN is the largest of all
         raise ValueError("a weight is not finite")
     return scale.float().clamp_(max=LARGEST_SCALE).half()
 

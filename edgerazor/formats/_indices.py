@@ -39,5 +39,5 @@ def unpack_indices(packed: Tensor, columns: int, count: int) -> Tensor:
     fields = [packed >> (i * bits) & ((1 << bits) - 1) for i in range(8 // bits)]
     indices = torch.stack(fields, dim=2).flatten(1)
     if indices[:, columns:].any():
-        raise ValueError("the unused bits at the end of a row of block formats are not zero")
+        raise ValueError("the unused bits at the end of a row are not zero")
     return indices[:, :columns].contiguous()

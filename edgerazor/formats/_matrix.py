@@ -24,11 +24,14 @@ import torch
 from torch import Tensor
 
 from edgerazor import registry
+from edgerazor.formats import _layout
 from edgerazor.formats._base import Encoded, Format, block_rows, group_count, straight_through
 from edgerazor.formats._indices import index_columns, pack_indices, unpack_indices
 
 #: Names of the parts of a packed matrix beside those of its formats.
-SCALES, ROW_FORMATS, BLOCK_FORMATS = "scales", "row_formats", "block_formats"
+ROW_FORMATS, BLOCK_FORMATS = "row_formats", "block_formats"
+#: End of the name of the part that holds the scales of another.
+SCALES = ".scales"
 #: End of the name of the part that holds a format's shorter last groups, where blocks have formats.
 TAIL = ".tail"
 
@@ -342,7 +345,8 @@ def _plainest(spec: MatrixSpec, shape: torch.Size) -> tuple[list[str], Tensor]:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor in row-major, little-endian order, wherever and however it is stored."""
-    flat = tensor.detach().cpu().contiguous().view(-1)
+    dense = tensor.detach().cpu().contiguous()
+    flat = dense.as_strided((dense.numel(),), (1,))  # a single number may say that the next one is far away
     return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
 
 
@@ -350,26 +354,39 @@ def pack_matrix(encoded: Encoded, spec: MatrixSpec) -> dict[str, Tensor]:
     """The parts of a matrix as they are stored.
 
     Returns:
-        `{format name: uint8 [its rows, packed columns]}` with the rows of each format that some row has, in row order;
-        `"scales"`: float16 [rows, groups] in the matrix's row order; `"row_formats"`: uint8 [rows] if rows may differ.
-        Where blocks have formats, `{format name: uint8 [its blocks, packed columns of a group]}`, row by row, the
-        shorter last groups apart from the others in `"<format name>.tail"`; `"block_formats"`: as `pack_indices` of
+        For each format that some row has, `{format name: uint8 [row blocks, bytes]}`, the codes of its rows, in row
+        order, and `{"<format name>.scales": float16 [row blocks, groups, 16]}`, their scales, both laid out as
+        `_layout.py` says; `"row_formats"`: as `pack_indices` of [1, rows], if rows may differ. Where blocks have
+        formats, they take the place of rows, row by row, and the shorter last groups are apart from the others in
+        `"<format name>.tail"` and `"<format name>.tail.scales"`; `"block_formats"`: as `pack_indices` of
         [rows, groups], or of [1, groups] when all rows are alike.
 
     Raises:
         ValueError: a code is out of its format's range, or the shapes do not fit together.
     """
-    codes, scales = encoded
     parts = {}
-    for strip in spec.strips(codes.shape):
+    for part, number_format, group_size, (codes, scales) in encoded_parts(encoded, spec):
+        parts[part] = number_format.pack(codes, group_size)
+        parts[part + SCALES] = _layout.pack_scales(scales)
+    return parts | _choices(spec)
+
+
+def encoded_parts(encoded: Encoded, spec: MatrixSpec) -> Iterator[tuple[str, Format, int, Encoded]]:
+    """Name, format, group size, and codes and scales [rows or blocks in the part, ...] of each part of codes."""
+    for strip in spec.strips(encoded.codes.shape):
+        codes, scales = strip.encoded(encoded)
         for number_format, rows in strip.spec.parts:
-            parts[number_format.name + strip.suffix] = number_format.pack(_select(strip.of(codes), rows))
-    parts[SCALES] = scales.contiguous()
+            selected = Encoded(_select(codes, rows), _select(scales, rows))
+            yield number_format.name + strip.suffix, number_format, strip.spec.group_size, selected
+
+
+def _choices(spec: MatrixSpec) -> dict[str, Tensor]:
+    """The part that says which row or block has which format, if one does."""
     if spec.row_formats is not None:
-        parts[ROW_FORMATS] = spec.row_formats.contiguous()
+        return {ROW_FORMATS: pack_indices(spec.row_formats[None], len(spec.formats))}
     if spec.block_formats is not None:
-        parts[BLOCK_FORMATS] = pack_indices(spec.block_formats, len(spec.formats))
-    return parts
+        return {BLOCK_FORMATS: pack_indices(spec.block_formats, len(spec.formats))}
+    return {}
 
 
 def part_shapes(spec: MatrixSpec, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -378,21 +395,33 @@ def part_shapes(spec: MatrixSpec, shape: tuple[int, int]) -> dict[str, tuple[tor
     Raises:
         ValueError: the specification is for another shape.
     """
-    rows, cols = shape
-    groups = group_count(cols, spec.group_size)
     parts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for strip in spec.strips(shape):
         for number_format, chosen in strip.spec.parts:
-            count = strip.rows if chosen is None else len(chosen)
-            columns = number_format.packed_columns(strip.width)
-            parts[number_format.name + strip.suffix] = (torch.uint8, (count, columns))
-    parts[SCALES] = (torch.float16, (rows, groups))
-    if spec.row_formats is not None:
-        parts[ROW_FORMATS] = (torch.uint8, (rows,))
-    if spec.block_formats is not None:
-        indices = (len(spec.block_formats), index_columns(groups, len(spec.formats)))
-        parts[BLOCK_FORMATS] = (torch.uint8, indices)
+            part = number_format.name + strip.suffix
+            parts |= code_parts(part, (strip.rows if chosen is None else len(chosen), strip.width), spec.group_size)
+    for name, indices in (ROW_FORMATS, spec.row_formats), (BLOCK_FORMATS, spec.block_formats):
+        if indices is not None:
+            rows, columns = indices.shape if indices.dim() == 2 else (1, len(indices))
+            parts[name] = (torch.uint8, (rows, index_columns(columns, len(spec.formats))))
     return parts
+
+
+def code_parts(part: str, shape: tuple[int, int], group_size: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of the part of that name, a format's with or without `.tail`, and of its scales.
+
+    Args:
+        part: its name.
+        shape: rows of the matrix that are in it, or blocks, and columns of each.
+        group_size: columns that share a scale.
+    """
+    rows, cols = shape
+    number_format = get(part.removesuffix(TAIL))
+    scales = (_layout.row_blocks(rows), group_count(cols, group_size), _layout.ROWS)
+    return {
+        part: (torch.uint8, number_format.packed_shape(rows, cols, group_size)),
+        part + SCALES: (torch.float16, scales),
+    }
 
 
 def unpack_matrix(
@@ -410,43 +439,66 @@ def unpack_matrix(
         ValueError: a part is missing, unknown, of a wrong shape or dtype, or holds a value that `pack_matrix` cannot
             have written; one sentence.
     """
-    rows, cols = shape
-    spec = _unpack_spec(parts, formats, group_size, shape)
-    scales = _checked_part(parts, SCALES, torch.float16, (rows, group_count(cols, group_size)))
-    if not torch.isfinite(scales).all() or torch.signbit(scales).any():
-        raise ValueError("a scale is negative or not finite")
+    spec = unpack_spec(parts, formats, group_size, shape)
     strips = spec.strips(shape)
     known = {part.name + strip.suffix for strip in strips for part, _ in strip.spec.parts}
-    extra = set(parts) - known - {SCALES, ROW_FORMATS if spec.block_formats is None else BLOCK_FORMATS}
-    if extra:
+    known |= {part + SCALES for part in known} | _choices(spec).keys()
+    if extra := set(parts) - known:
         raise ValueError(f"the part {min(extra)} does not belong to it")
-    codes = join_strips(strips, [_unpack_codes(parts, strip, scales.device) for strip in strips])
-    return Encoded(codes, scales), spec
+    unpacked = [_unpack_strip(parts, strip) for strip in strips]
+    codes = join_strips(strips, [each.codes for each in unpacked])
+    return Encoded(codes, join_strips(strips, [each.scales for each in unpacked])), spec
 
 
-def _unpack_spec(
+def unpack_spec(
     parts: Mapping[str, Tensor], formats: Sequence[str], group_size: int, shape: tuple[int, int]
 ) -> MatrixSpec:
+    """The specification of a matrix, from the part that says which row or block has which format, if there is one.
+
+    Args:
+        parts: as of `unpack_matrix`; only that one is looked at.
+        formats, group_size, shape: as of `unpack_matrix`.
+
+    Raises:
+        ValueError: as `unpack_matrix`.
+    """
     rows, cols = shape
     if BLOCK_FORMATS in parts:
-        alike = parts[BLOCK_FORMATS].shape[:1] == (1,)
         groups = group_count(cols, group_size)
-        width = index_columns(groups, len(formats))
-        packed = _checked_part(parts, BLOCK_FORMATS, torch.uint8, (1 if alike else rows, width))
-        blocks = unpack_indices(packed, groups, len(formats))
+        alike = parts[BLOCK_FORMATS].shape[:1] == (1,)
+        blocks = _unpack_choice(parts, BLOCK_FORMATS, (1 if alike else rows, groups), len(formats))
         return MatrixSpec(tuple(formats), group_size, block_formats=blocks)
-    row_formats = _checked_part(parts, ROW_FORMATS, torch.uint8, (rows,)) if ROW_FORMATS in parts else None
-    return MatrixSpec(tuple(formats), group_size, row_formats)
+    if ROW_FORMATS in parts:
+        chosen = _unpack_choice(parts, ROW_FORMATS, (1, rows), len(formats))[0]
+        return MatrixSpec(tuple(formats), group_size, row_formats=chosen)
+    return MatrixSpec(tuple(formats), group_size)
 
 
-def _unpack_codes(parts: Mapping[str, Tensor], strip: Strip, device: torch.device) -> Tensor:
-    """Codes int8 [rows, width] of a strip."""
-    unpacked = []
+def _unpack_choice(parts: Mapping[str, Tensor], name: str, shape: tuple[int, int], count: int) -> Tensor:
+    packed = _checked_part(parts, name, torch.uint8, (shape[0], index_columns(shape[1], count)))
+    return unpack_indices(packed, shape[1], count)
+
+
+def _unpack_strip(parts: Mapping[str, Tensor], strip: Strip) -> Encoded:
+    """Codes int8 [rows, width] and scales float16 [rows, groups] of a strip."""
+    codes, scales = [], []
+    group_size = strip.spec.group_size
     for number_format, chosen in strip.spec.parts:
-        shape = (strip.rows if chosen is None else len(chosen), number_format.packed_columns(strip.width))
-        packed = _checked_part(parts, number_format.name + strip.suffix, torch.uint8, shape)
-        unpacked.append((number_format.unpack(packed, strip.width), chosen))
-    return _merge(unpacked, (strip.rows, strip.width), torch.int8, device)
+        part = number_format.name + strip.suffix
+        shape = (strip.rows if chosen is None else len(chosen), strip.width)
+        stored = {
+            name: _checked_part(parts, name, *about) for name, about in code_parts(part, shape, group_size).items()
+        }
+        if not torch.isfinite(stored[part + SCALES]).all() or torch.signbit(stored[part + SCALES]).any():
+            raise ValueError("a scale is negative or not finite")
+        codes.append((number_format.unpack(stored[part], shape, group_size), chosen))
+        scales.append((_layout.unpack_scales(stored[part + SCALES], shape[0]), chosen))
+    device = codes[0][0].device
+    groups = group_count(strip.width, group_size)
+    return Encoded(
+        _merge(codes, (strip.rows, strip.width), torch.int8, device),
+        _merge(scales, (strip.rows, groups), torch.float16, device),
+    )
 
 
 def _checked_part(parts: Mapping[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

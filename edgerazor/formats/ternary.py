@@ -4,7 +4,10 @@
 weights about 57 % of them. A multiplication by such a matrix needs no multiplications, only additions and subtractions
 and one product with `s` per group. Source: EdgeRazor, arXiv 2605.04062, the "clip" rule.
 
-Five codes make one byte, as digits of a number in base 3 (3^5 = 243 of 256 values are used, so 1.6 bits a weight).
+Five codes make one byte, as digits of a number in base 3 (3^5 = 243 of 256 values are used, so 1.6 bits a weight); the
+four quads that are left of 64 (256 columns, the usual group) share one more vector in fields of two bits. Of the five
+digits, the first four make r = t0 + 3 t1 + 9 t2 + 27 t3, at most 80. Where r < 64 the byte is 64 t4 + r, so that a
+table of 64 entries finds the four by the low six bits, and t4 is there to see; 192 + 17 t4 + (r - 64) has the rest.
 The rule is not idempotent: encoding decoded weights again gives another scale. Encode once, keep the codes.
 """
 
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor
 
 from edgerazor.formats._base import Format
+from edgerazor.formats._layout import every_byte, pack_plane, unpack_plane
 
 DIGITS = 5  # base-3 digits that a byte holds
 LARGEST_BYTE = 3**DIGITS - 1
@@ -33,40 +37,58 @@ class Ternary(Format):
         """
         return groups.abs().sum(dim=-1, dtype=torch.float64).mul_(2 / groups.shape[-1])
 
-    def packed_columns(self, cols: int) -> int:
-        """Bytes of a packed row of `cols` codes."""
-        return -(-cols // DIGITS)
+    # Codes <-> bytes: of the eight bytes of a word at a time ---------------------------------------------------------
 
-    def pack(self, codes: Tensor) -> Tensor:
-        """Codes int8 [rows, cols] as uint8 [rows, ceil(cols / 5)]: byte = sum over i of (code_i + 1) * 3^i.
+    chunk = 64
+    code_bits = 2
 
-        A last byte with fewer than five codes is filled with codes 0.
+    def chunk_vectors(self, quads: int) -> int:
+        """As many vectors of five quads as there are, and one of the others in fields of two bits."""
+        return -(-quads // DIGITS)
+
+    def pack_quads(self, words: Tensor) -> Tensor:
+        """A chunk of quads, codes + 1 as words int64 [..., quads, 8], as vectors [..., chunk_vectors(quads), 8]."""
+        whole = words.shape[-2] - words.shape[-2] % DIGITS
+        t = words[..., :whole, :].unflatten(-2, (-1, DIGITS))
+        r = t[..., 3, :] * 27
+        for i, power in enumerate((1, 3, 9)):
+            r += t[..., i, :] * power
+        large = r + every_byte(128 - 64) >> 7 & every_byte(1)  # 1 where r >= 64
+        t4 = t[..., 4, :]
+        packed = r + (t4 << 6) - (t4 & large * 3) * (64 - 17) + (large << 7)
+        if whole == words.shape[-2]:
+            return packed
+        return torch.cat([packed, pack_plane(words[..., whole:, :], 0, 2, self.offset)], dim=-2)
+
+    def unpack_quads(self, packed: Tensor, quads: int) -> Tensor:
+        """The inverse of `pack_quads`: vectors [..., chunk_vectors(quads), 8] as words [..., quads, 8].
 
         Raises:
-            ValueError: a code is not -1, 0 or 1.
+            ValueError: a byte of five digits is above 242, or a code that only fills up a vector is not 0.
         """
-        self.check_codes(codes)
-        digits = torch.nn.functional.pad(codes, (0, -codes.shape[1] % DIGITS)).add_(1).to(torch.uint8)
-        digits = digits.unflatten(1, (-1, DIGITS))
-        packed = digits[..., DIGITS - 1].clone()
-        for i in reversed(range(DIGITS - 1)):
-            packed.mul_(3).add_(digits[..., i])
-        return packed
-
-    def unpack(self, packed: Tensor, cols: int) -> Tensor:
-        """The inverse of `pack`: uint8 [rows, ceil(cols / 5)] as codes int8 [rows, cols].
-
-        Raises:
-            ValueError: the shape does not fit, a byte is above 242, or a filling code is not 0.
-        """
-        self.check_packed(packed, cols)
-        if packed.numel() and packed.max() > LARGEST_BYTE:
+        count, rest = divmod(quads, DIGITS)
+        five = packed[..., :count, :]
+        if five.numel() and five.reshape(-1).view(torch.uint8).max() > LARGEST_BYTE:
             raise ValueError(f"a packed ternary byte is above {LARGEST_BYTE}")
-        digits = [(packed // 3**i % 3).to(torch.int8).sub_(1) for i in range(DIGITS)]
-        codes = torch.stack(digits, dim=2).flatten(1)
-        if codes[:, cols:].any():
-            raise ValueError("the filling codes at the end of a packed ternary row are not zero")
-        return codes[:, :cols].contiguous()
+        large = five >> 7 & five >> 6 & every_byte(1)  # 1 where the byte is 192 or more
+        low = five & every_byte(63)
+        t4 = (five >> 6 & every_byte(3)) - large * 3 + _reaches(low, 17, large) + _reaches(low, 34, large)
+        r = low + large * 64 - (t4 & large * 3) * 17
+        digits = []
+        for power in (27, 9, 3):
+            digit = _reaches(r, power) + _reaches(r, 2 * power)
+            r = r - digit * power
+            digits.append(digit)
+        words = torch.stack([r, *reversed(digits), t4], dim=-2).flatten(-3, -2)
+        if not rest:
+            return words
+        return torch.cat([words, unpack_plane(packed[..., count:, :], rest, 2, self.offset)], dim=-2)
+
+
+def _reaches(words: Tensor, bound: int, mask: Tensor | None = None) -> Tensor:
+    """1 in each byte (below 128) that is at least `bound`, and where the mask is 1 if there is one."""
+    reached = words + every_byte(128 - bound) >> 7 & every_byte(1)
+    return reached if mask is None else reached & mask
 
 
 FORMAT = Ternary()

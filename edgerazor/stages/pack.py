@@ -10,42 +10,29 @@ that calibrate made of them says.
 from __future__ import annotations
 
 import json
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from rich.console import RenderableType
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from edgerazor import exports, formats, models, packed, surgery
-from edgerazor.allocate import Plan, measures
+from edgerazor import exports, formats, imports, models, packed, surgery
+from edgerazor.allocate import MatrixPlan, Plan, measures
 from edgerazor.console import Console, megabytes, table
 from edgerazor.errors import UserError, usage_error
 from edgerazor.exports import ExportResult
-from edgerazor.packed import PackedMatrix
+from edgerazor.imports import ImportResult
+from edgerazor.packed import MatrixSource
 from edgerazor.recipe import Recipe
 from edgerazor.stages import _shared, _start
 from edgerazor.workdir import WorkDir, exports_of, make_folder, replace_folder, write_json
 
 NAME = "pack"
-
-#: Files of the teacher's folder that make the packed folder usable on its own.
-COPIED = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-    "generation_config.json",
-)
 
 #: Fields of the recipe that say what is made of the packed model.
 EXPORTING = ("export", "allow_lossy")
@@ -75,6 +62,12 @@ class ExportsResult(BaseModel):
 
     folder: str
     exports: list[ExportResult]
+
+
+class ForeignResult(ImportResult):
+    """A packed model made of somebody else's, and its exports."""
+
+    exports: list[ExportResult] = Field(default_factory=list)
 
 
 class ExportDryRun(BaseModel):
@@ -178,17 +171,19 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> PackResult:
     with (
         student_weights(source, recipe, work, teacher, start) as (read, trained, digests),
         replace_folder(work.folder(NAME)) as folder,
+        console.track("pack", len(plan.matrices)) as tracker,
     ):
-        packed.write(
+        header = packed.write(
             folder,
-            encoded(plan, read, digests if source == "teacher" else None, console),
+            [matrix_source(matrix, read) for matrix in plan.matrices],
             {name: torch.tensor(scale) for name, scale in scales.items()} | trained,
             tied=_shared.tied_modules(found),
             settings=settings,
             provenance=_shared.provenance(recipe, source, plan, training_of(work, source)),
             shard_bytes=recipe.pack.shard_bytes,
+            done=tracker.advance,
         )
-        packed.verify_digests(folder, digests)
+        packed.verify_digests(folder, digests or {name: entry.digest for name, entry in header.matrices.items()})
         accompany(folder, teacher_folder, teacher.config, settings)
         sizes = packed.size_table(packed.PackedModel.open(folder))
     result = PackResult(
@@ -224,6 +219,57 @@ def export_folder(folder: Path, names: list[str], allow_lossy: bool, console: Co
     return ExportsResult(folder=str(folder), exports=written)
 
 
+def read_foreign(path: Path, recipe: Recipe, work: WorkDir, console: Console, force: bool) -> ForeignResult:
+    """A packed folder of somebody else's quantized model, and its exports.
+
+    Args:
+        path: what they wrote.
+        recipe: how the packed model computes, and what is exported.
+        work: its packed folder is written, but it does not become a job: there is no teacher.
+        console: where to say what is done.
+        force: replace a packed folder that is not an import.
+
+    Raises:
+        UserError: it is refused, or there is something else in the way.
+    """
+    target = work.folder(NAME)
+    if work.recipe_file.exists() or (target.exists() and not (force or _is_import(target))):
+        raise usage_error(
+            f"{work.path} holds another job or packed model, which this one would replace.",
+            f"Give it a folder of its own: `edgerazor pack {path} --work NAME`.",
+        )
+    asked = recipe.calibrate
+    make_folder(work.path)
+    with work.lock():
+        found = imports.read(
+            path,
+            target,
+            console,
+            activation_bits=asked.activation_bits,
+            kv_bits=asked.kv_bits,
+            lossy=recipe.pack.allow_lossy,
+        )
+        written = exports.write_all(target, recipe.pack.export, work.exports, recipe.pack.allow_lossy, console)
+    return ForeignResult(**dict(found), exports=written)
+
+
+def _is_import(folder: Path) -> bool:
+    """Whether a packed folder was made of somebody else's model."""
+    try:
+        return packed.PackedModel.open(folder).header.provenance.get("source") == "import"
+    except UserError:
+        return False
+
+
+def show_foreign(result: ForeignResult) -> list[RenderableType]:
+    """The size table, for people."""
+    said = [f"{name} {weights:,}" for name, weights in result.formats.items()]
+    kept = f"scales of {len(result.lossy)} matrices rounded" if result.lossy else "every weight as it was"
+    caption = f"{result.folder}, made of {result.source}: {', '.join(said)} weights; {kept}"
+    shown = [size_table("Packed", result.sizes.classes, result.sizes, caption), *result.notes]
+    return [*shown, *show_exports(result.exports)]
+
+
 def export_dry_run(folder: Path, names: list[str], allow_lossy: bool, console: Console) -> ExportDryRun:
     """The size of a packed folder in other formats."""
     plans = exports.plan_all(folder, names, allow_lossy, console)
@@ -237,7 +283,7 @@ class student_weights:  # noqa: N801 - used as a context manager, like those of 
     """The weights to pack: a reader by module path, the tensors that stay as they are, and recorded digests.
 
     For a student the digests are those of training. For the teacher, which is rounded from the start that calibrate
-    made if there is one, there are none yet: `encoded` fills them in.
+    made if there is one, there are none.
     """
 
     def __init__(
@@ -285,24 +331,17 @@ class student_weights:  # noqa: N801 - used as a context manager, like those of 
             self.file.__exit__(None, None, None)
 
 
-def encoded(plan: Plan, read: Reader, digests: dict[str, str] | None, console: Console) -> Iterator[PackedMatrix]:
-    """Encode the matrices one by one; notes their digests where a mapping is given for them."""
-    with console.track("pack", len(plan.matrices)) as tracker:
-        for matrix in plan.matrices:
-            spec = matrix.spec()
-            codes = surgery.encode_trained(*read(matrix.name), spec)
-            if digests is not None:
-                digests[matrix.name] = formats.digest(codes, spec)
-            yield PackedMatrix(matrix.name, matrix.kind, codes, spec)
-            tracker.advance()
+def matrix_source(matrix: MatrixPlan, read: Reader) -> MatrixSource:
+    """A matrix of the plan, encoded when it is its turn."""
+    spec = matrix.spec()
+    return MatrixSource(
+        matrix.name, matrix.kind, spec, matrix.shape, lambda: surgery.encode_trained(*read(matrix.name), spec)
+    )
 
 
 def accompany(folder: Path, teacher_folder: Path, config: object, settings: dict[str, Any]) -> None:
     """Configuration, generation settings, tokenizer and chat template."""
-    for pattern in COPIED:
-        for file in sorted(teacher_folder.glob(pattern)):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
+    models.copy_companions(teacher_folder, folder)
     values = json.loads(config.to_json_string(use_diff=True))  # type: ignore[attr-defined]
     values["dtype"] = "float32"  # of the activations between quantized layers
     values["quantization_config"] = {"quant_method": "edgerazor", "version": packed.VERSION, **settings}

@@ -1,0 +1,94 @@
+"""The packed model folder, format version 1.
+
+**Container.** `model.safetensors`, or, when larger than the shard size, `model-00001-of-0000N.safetensors` ... with the
+usual `model.safetensors.index.json` beside them. The safetensors format is 8 bytes of little-endian header length, a
+JSON header with dtype, shape and place of every tensor, then the bytes of the tensors, row-major and little-endian,
+without gaps. The JSON ends in spaces, so that the data begin on a multiple of 64 bytes; tensors that fill whole
+vectors of 64 bytes come first, so that each part of codes begins on one, then those that fill half of one (some
+scales), and so on. Nothing is repacked to compute with it.
+
+**Matrices.** A quantized weight matrix [rows, cols] of the module at path P has for each of its formats
+
+- `P.weight.<format>`, U8 [row blocks, bytes of a block]: the codes of its rows in that format, in row order, 16 rows to
+  a block. A code is stored as `u = code - lowest`, unsigned: lowest is -1 in `ternary`, -2^(b-1) in b bits. A row is
+  cut into quads of four columns (each group begins with a new one), a row's quads into chunks of 8, in `ternary` of
+  64. A chunk is some vectors of 64 bytes: byte `4 * r + j` of a vector belongs to row r of the block and to column j
+  of some quads. In b bits, u is cut into fields of 8, or else of 4, 2 and 1 bits, low bits into the widest; all first
+  fields of a chunk, then all second ones, fill vectors, 8 / width quads to a vector, the first in the lowest bits. In
+  `ternary` five quads make a vector: with u of the five as t0 to t4 and r = t0 + 3 t1 + 9 t2 + 27 t3 the byte is
+  `64 t4 + r` if r < 64, else `192 + 17 t4 + (r - 64)`; up to four quads that are left make one more, in fields of 2
+  bits.
+- `P.weight.<format>.scales`, F16 [row blocks, groups, 16]: their scales, finite, not negative. Group i is columns
+  `i * group_size` to `(i + 1) * group_size - 1`; the last may be shorter.
+
+Rows that fill a block, columns that fill a quad, quads that fill a vector have code 0, rows that fill a block scale 0.
+Where rows may differ, `P.weight.row_formats`, U8 [1, bytes], holds for each row an index into the matrix's list of
+formats, in 1, 2 or 4 bits (the fewest that can count the list), low bits first. Where blocks (a group of a row) may,
+`P.weight.block_formats`, U8 [rows, bytes], or [1, bytes] when all rows are alike, holds one for each group of a row;
+then the parts above hold whole groups in place of rows, row by row, and `P.weight.<format>.tail` and
+`P.weight.<format>.tail.scales` the shorter last ones.
+
+A weight is `level(code) * scale` in float32; the level is the code, but `code + 1/2` in `int2`. Tensors of other kinds
+(norms, biases) stand under their own names with their own dtypes. `P.input_scale`, F32 [], is the scale of all inputs
+of the linear layer at P, and `P.low_input_scale` that of tokens with fewer bits; where one is missing, each group of
+each such token has its own.
+
+**Header.** The `__metadata__` of the first file holds `"edgerazor"`: a JSON object, fields as in `Header`, and
+`"edgerazor_sha256"`: the SHA-256 of that text. It names every tensor of the folder: per matrix its kind, formats, group
+size, shape, the digest of codes and scales (`formats.digest`) and a SHA-256 of each part; dtype, shape and SHA-256 of
+every other tensor; `tied`: modules that use the matrix of another; `settings`: how to compute (`SETTINGS`);
+`provenance`: what it was made from. Nothing in it differs between two equal runs.
+
+**Versions.** A program reads every version from 1 to its own, and refuses later ones by name. Whatever an older program
+would misread raises the version; what it may ignore goes under `extras`, and the version stays.
+
+**Reading trusts nothing.** Opening checks names, dtypes, shapes and places of all tensors; a tensor's bytes, codes and
+digest are checked when it is first read. Anything wrong is a `UserError` of one sentence.
+"""
+
+from edgerazor.packed._container import (
+    DTYPE_NAMES,
+    DTYPES,
+    INDEX_FILE,
+    SHARD_BYTES,
+    WEIGHTS_FILE,
+    TensorSpec,
+    tensor_spec,
+)
+from edgerazor.packed._entropy import matrix_entropy_bytes
+from edgerazor.packed._header import ANY_SHA256, SETTINGS, VERSION, Header, Kind, MatrixEntry, TensorEntry, part_name
+from edgerazor.packed._reading import PackedMatrix, PackedModel, verify_digests
+from edgerazor.packed._rewriting import rewrite
+from edgerazor.packed._sizes import ClassSize, SizeTable, TensorClass, size_table
+from edgerazor.packed._writing import FolderSize, MatrixSource, predict, write
+
+__all__ = [
+    "ANY_SHA256",
+    "DTYPES",
+    "DTYPE_NAMES",
+    "INDEX_FILE",
+    "SETTINGS",
+    "SHARD_BYTES",
+    "VERSION",
+    "WEIGHTS_FILE",
+    "ClassSize",
+    "FolderSize",
+    "Header",
+    "Kind",
+    "MatrixEntry",
+    "MatrixSource",
+    "PackedMatrix",
+    "PackedModel",
+    "SizeTable",
+    "TensorClass",
+    "TensorEntry",
+    "TensorSpec",
+    "matrix_entropy_bytes",
+    "part_name",
+    "predict",
+    "rewrite",
+    "size_table",
+    "tensor_spec",
+    "verify_digests",
+    "write",
+]

@@ -1,0 +1,112 @@
+"""zstd frames of the streams of a part (`formats/_streams.py`): small to write, safe to read.
+
+zstd finds repetitions and codes what is left, byte by byte, with a Huffman table for each 128 KB block. Codes of
+weights repeat only by chance, and a chance repetition costs more to describe than it saves; so the search for them is
+the cheapest there is, for seven bytes and more. (It still finds whole equal rows, such as those of tokens that training
+has never seen.) Where a peaked distribution makes even those too many, the optimal parser, which knows what everything
+costs, takes its time.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+import zstandard
+from torch import Tensor
+from zstandard import ZstdCompressionParameters, ZstdCompressor, ZstdDecompressor, ZstdError
+
+from edgerazor import formats
+
+#: A frame has at least this share of the bytes that it stands for, so that no small file can fill the memory.
+LARGEST_RATIO = 256
+#: Codes that a byte of a stream holds, at most.
+NARROWEST = 4
+#: Repetitions are looked for in so many bytes, and nobody has to remember more.
+WINDOW_LOG = 17
+
+_MAGIC = b"\x28\xb5\x2f\xfd"
+#: So far above the entropy of the bytes, and false repetitions are the likely reason.
+_ACCEPTED = 1.02
+
+
+def compress(streams: Sequence[Tensor]) -> bytes:
+    """One frame of all streams, uint8 [n] each; equal streams give equal bytes. Each stream begins with a new block."""
+    size = sum(stream.numel() for stream in streams)
+    frame = _frame(streams, size, zstandard.STRATEGY_FAST)
+    if len(frame) > _ACCEPTED * sum(map(entropy_bytes, streams)) + 256:
+        frame = min(frame, _frame(streams, size, zstandard.STRATEGY_BTULTRA), key=len)
+    if len(frame) * LARGEST_RATIO < size:  # short blocks have a length of their own
+        block = 2 * LARGEST_RATIO
+        frame = _frame([piece for stream in streams for piece in stream.split(block)], size, zstandard.STRATEGY_FAST)
+    return frame
+
+
+def decompress(frame: Tensor, size: int) -> Tensor:
+    """The streams of a frame, uint8 [n], one behind the other, uint8 [size].
+
+    Raises:
+        ValueError: it is not exactly one zstd frame of that many bytes, or one that takes more memory than we allow.
+    """
+    data = formats.tensor_bytes(frame)
+    try:
+        about = zstandard.get_frame_parameters(data)
+        if data[:4] != _MAGIC or about.content_size != size:
+            raise ValueError(f"it is not a zstd frame of {size} bytes")
+        if about.dict_id:
+            raise ValueError("its zstd frame needs a dictionary")
+        if len(data) * LARGEST_RATIO < size:
+            raise ValueError(f"its zstd frame is less than 1/{LARGEST_RATIO} of {size} bytes")
+        if about.window_size > 1 << WINDOW_LOG:
+            raise ValueError(f"its zstd frame has a window of more than {1 << WINDOW_LOG} bytes")
+        content = ZstdDecompressor().decompress(data, max_output_size=size, allow_extra_data=False)
+    except ZstdError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"it is not one zstd frame ({reason})") from None
+    if len(content) != size:
+        raise ValueError(f"its zstd frame does not hold {size} bytes")
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def largest_frame(size: int) -> int:
+    """Most bytes that `compress` makes of `size` bytes: three for each block, which may be short, and a header."""
+    return size + 3 * (size // (2 * LARGEST_RATIO) + 8) + 32
+
+
+def entropy_bytes(symbols: Tensor) -> float:
+    """Shannon entropy (order 0) of all symbols together, in bytes; of integers from 0 on, any shape."""
+    counts = torch.bincount(symbols.flatten())
+    counts = counts[counts > 0].double()
+    total = float(counts.sum())
+    return (total * math.log2(total) - float((counts * counts.log2()).sum())) / 8 if total else 0.0
+
+
+def _frame(streams: Sequence[Tensor], size: int, strategy: int) -> bytes:
+    job = ZstdCompressor(compression_params=_parameters(strategy)).compressobj(size=size)
+    parts = []
+    for index, stream in enumerate(streams):
+        parts.append(job.compress(formats.tensor_bytes(stream)))
+        if index < len(streams) - 1:
+            parts.append(job.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
+    parts.append(job.flush())
+    return b"".join(parts)
+
+
+@functools.cache
+def _parameters(strategy: int) -> ZstdCompressionParameters:
+    """Everything is given, so that no default of a version of zstd counts."""
+    return ZstdCompressionParameters(
+        format=zstandard.FORMAT_ZSTD1,
+        window_log=WINDOW_LOG,
+        hash_log=14,
+        chain_log=14,
+        search_log=1,
+        min_match=7,
+        target_length=0 if strategy == zstandard.STRATEGY_FAST else 64,
+        strategy=strategy,
+        write_content_size=True,
+        write_checksum=False,
+        write_dict_id=False,
+    )

@@ -1,0 +1,268 @@
+"""Safetensors files: where each tensor goes, and opening them without trust."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from edgerazor.errors import UserError
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+SHARD_BYTES = 4 * 10**9
+ALIGNMENT = 64
+#: Most bytes of JSON that are read of a file: many times what a large model needs.
+MOST_JSON = 1 << 24
+#: Letters of a reason that may come from the file itself.
+MOST_LETTERS = 400
+
+#: Names of dtypes in a safetensors file.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+#: Name of the dtype in a safetensors file, and shape.
+TensorSpec: TypeAlias = tuple[str, tuple[int, ...]]
+
+
+def tensor_spec(name: str, tensor: Tensor) -> TensorSpec:
+    """Dtype and shape of a tensor to be stored under a name.
+
+    Raises:
+        ValueError: the dtype cannot be stored.
+    """
+    if tensor.dtype not in DTYPE_NAMES:
+        raise ValueError(f"{name} has the dtype {tensor.dtype}, which cannot be stored")
+    return DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)
+
+
+def spec_bytes(spec: TensorSpec) -> int:
+    """Bytes of a tensor's data."""
+    dtype, shape = spec
+    return DTYPES[dtype].itemsize * math.prod(shape)
+
+
+# Writing ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class File:
+    """A weight file or the index: its beginning, and where the data of its tensors begin behind that."""
+
+    name: str
+    beginning: bytes
+    offsets: Mapping[str, int]
+    data: int = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return len(self.beginning) + self.data
+
+
+def arrange(
+    specs: Mapping[str, TensorSpec], about: Mapping[str, str], shards: Mapping[str, Sequence[str]]
+) -> list[File]:
+    """All that is written but for the data: the weight files, and their index if they are several.
+
+    Args:
+        specs: of all tensors, by name.
+        about: metadata of the first file.
+        shards: file name -> names of its tensors, as of `cut`.
+    """
+    files = [
+        _safetensors(file, {name: specs[name] for name in names}, {} if number else about)
+        for number, (file, names) in enumerate(shards.items())
+    ]
+    if len(files) == 1:
+        return files
+    return [*files, File(INDEX_FILE, index_of(shards, sum(map(spec_bytes, specs.values()))), {})]
+
+
+def index_of(shards: Mapping[str, Sequence[str]], total: int) -> bytes:
+    """The index of several weight files: which tensor is in which, and the bytes of all."""
+    weight_map = {name: file for file, names in shards.items() for name in names}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return (json.dumps(index, indent=1, allow_nan=False) + "\n").encode()
+
+
+def cut(specs: Mapping[str, TensorSpec], shard_bytes: int) -> dict[str, list[str]]:
+    """File name -> the names of its tensors, all in order, cut where a file would become larger than allowed."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name in sorted(specs):
+        if shards[-1] and size + spec_bytes(specs[name]) > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += spec_bytes(specs[name])
+    if len(shards) == 1:
+        return {WEIGHTS_FILE: shards[0]}
+    return {
+        f"model-{number:05d}-of-{len(shards):05d}.safetensors": names for number, names in enumerate(shards, start=1)
+    }
+
+
+def _safetensors(name: str, specs: Mapping[str, TensorSpec], about: Mapping[str, str]) -> File:
+    """One safetensors file. (The library's writer orders metadata by chance, so equal runs would differ.)
+
+    What fills whole vectors comes first, then what fills half of one ...: each begins where it is fast to read.
+    """
+    names = sorted(specs, key=lambda each: (-_alignment(specs[each]), each))
+    offsets, end = {}, 0
+    for each in names:
+        offsets[each], end = end, end + spec_bytes(specs[each])
+    return File(name, beginning({each: specs[each] for each in names}, offsets, about), offsets, end)
+
+
+def beginning(
+    specs: Mapping[str, TensorSpec], offsets: Mapping[str, int], about: Mapping[str, str], size: int = 0
+) -> bytes:
+    """What stands before the data of a safetensors file: so many bytes, or, without a size, as many as are needed.
+
+    Args:
+        specs: of the tensors, in the order of their data.
+        offsets: where the data of each begin.
+        about: metadata.
+        size: at least what is needed, a multiple of 64; spaces fill it.
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **about}}
+    for each, spec in specs.items():
+        place = [offsets[each], offsets[each] + spec_bytes(spec)]
+        entries[each] = {"dtype": spec[0], "shape": list(spec[1]), "data_offsets": place}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (size - 8 - len(text) if size else -(8 + len(text)) % ALIGNMENT)
+    assert not size or 8 + len(text) == size
+    return struct.pack("<Q", len(text)) + text
+
+
+def _alignment(spec: TensorSpec) -> int:
+    """The power of two that divides the bytes of a tensor, at most 64."""
+    return math.gcd(spec_bytes(spec), ALIGNMENT)
+
+
+# Reading ----------------------------------------------------------------------------------------------------------
+
+
+def damaged(path: Path, reason: str) -> UserError:
+    """The one sentence about a file that cannot be trusted; names that it holds cannot make more of it."""
+    reason = "".join(each if each.isprintable() else "?" for each in reason[:MOST_LETTERS].rstrip("."))
+    return UserError(f"{path} is damaged or no packed model: {reason}.", "Make it again with `edgerazor pack`.")
+
+
+def parse_json(text: bytes | str) -> Any:
+    """What JSON in UTF-8 says, where it says it once: readers differ in what they make of a name that is there twice.
+
+    Raises:
+        ValueError: it is something else; the reason.
+    """
+    try:
+        return json.loads(
+            text if isinstance(text, str) else text.decode(),
+            object_pairs_hook=_unique,
+            parse_constant=_finite,
+            parse_float=_finite,
+        )
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has {next(name for name in names if names.count(name) > 1)!r} twice")
+    return found
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"it has the number {text}")
+    return number
+
+
+def open_folder(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Open all weight files of a folder.
+
+    Returns:
+        file name -> open safetensors file, the first one first; tensor name -> file name.
+
+    Raises:
+        UserError: a file is missing, cut off or no safetensors file, or the index contradicts them.
+    """
+    index = _read_index(folder)
+    names = [WEIGHTS_FILE] if index is None else sorted(set(index.values()))
+    files = {name: _open_file(folder / name) for name in names}
+    where: dict[str, str] = {}
+    for file, opened in files.items():
+        for tensor in opened.keys():  # noqa: SIM118 (a safetensors file cannot be iterated over)
+            if tensor in where:
+                raise damaged(folder / file, f"it holds {tensor}, which {where[tensor]} holds too")
+            where[tensor] = file
+    if index is not None and index != where:
+        name = min(name for name in index.keys() | where.keys() if index.get(name) != where.get(name))
+        raise damaged(folder / INDEX_FILE, f"it and the weight files disagree about where {name} is")
+    return files, where
+
+
+def _read_index(folder: Path) -> dict[str, str] | None:
+    """Tensor name -> file name of a sharded folder; None where there is one weight file."""
+    path = folder / INDEX_FILE
+    if (folder / WEIGHTS_FILE).is_file():
+        return None
+    if not path.is_file():
+        raise UserError(f"There is no packed model in {folder}: {WEIGHTS_FILE} is missing.", "Run `edgerazor pack`.")
+    if path.stat().st_size > MOST_JSON:
+        raise damaged(path, f"it is larger than {MOST_JSON} bytes")
+    try:
+        weight_map = parse_json(path.read_bytes())["weight_map"]
+        entries = {str(name): str(file) for name, file in weight_map.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        raise damaged(path, "it is not an index of safetensors files") from None
+    for file in entries.values():
+        if not SHARD_NAME.fullmatch(file):
+            raise damaged(path, f"{file!r} is not the name of a weight file")
+    if not entries:
+        raise damaged(path, "it names no files")
+    return entries
+
+
+def _open_file(path: Path) -> Any:
+    if not path.is_file():
+        raise damaged(path, "the file is missing")
+    try:
+        _check_beginning(path)
+        return safe_open(path, framework="pt")
+    except Exception as error:  # the library raises its own, the system's and decoding errors
+        reason = " ".join(str(error).split())
+        raise damaged(path, f"it is cut off or not a safetensors file ({reason})") from None
+
+
+def _check_beginning(path: Path) -> None:
+    """What the library does not look at: names that are there twice, and a header that would fill the memory."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > MOST_JSON:
+            raise ValueError(f"its header would have {length} bytes")
+        parse_json(file.read(length))

@@ -1,0 +1,301 @@
+"""What the header of a packed folder says, and whether it contradicts itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from edgerazor import formats
+from edgerazor.errors import UserError
+from edgerazor.formats import BLOCK_FORMATS, ROW_FORMATS, SCALES, TAIL
+from edgerazor.packed._compression import LARGEST_RATIO, NARROWEST
+from edgerazor.packed._container import DTYPES, TensorSpec, damaged, parse_json, spec_bytes
+
+VERSION = 1
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1 << 62
+
+
+#: How to compute, in `Header.settings`: fields of `surgery.Settings`, and whether it can be so.
+SETTINGS: dict[str, Callable[[Any], bool]] = {
+    "activation_bits": lambda bits: type(bits) is int and bits in (4, 5, 6, 7, 8, 16),
+    "kv_bits": lambda bits: type(bits) is int and bits in (4, 8, 16),
+    "group_size": lambda size: type(size) is int and 0 < size < 1 << 62,
+    "query_bits": lambda bits: type(bits) is int and bits in (4, 8, 16),
+    "probability_bits": lambda bits: type(bits) is int and bits in (4, 8, 16),
+    "adaptive_tokens": lambda how: how in ("off", "causal", "ranked"),
+    "thresholds": lambda found: isinstance(found, list) and all(map(_number, found)),
+}
+HEADER_KEY, HEADER_SUM_KEY = "edgerazor", "edgerazor_sha256"
+#: End of the name of a tensor that holds a compressed part.
+FRAME = ".zst"
+#: In the place of a digest or checksum where only its length matters.
+ANY_SHA256 = "0" * 64
+
+Kind = Literal["linear", "embedding", "head"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class MatrixEntry(_Strict):
+    """One quantized matrix."""
+
+    kind: Kind
+    formats: tuple[str, ...] = Field(min_length=1)
+    group_size: int = Field(ge=1)
+    shape: tuple[int, int]
+    digest: str
+    sha256: dict[str, str]
+
+    def code_parts(self) -> list[str]:
+        """Names of the parts that hold codes."""
+        return [part for part in self.sha256 if not part.endswith(SCALES) and part not in (ROW_FORMATS, BLOCK_FORMATS)]
+
+    def code_rows(self) -> dict[str, int]:
+        """How many rows the parts of codes have together: rows of the matrix, or its groups and tails."""
+        rows, cols = self.shape
+        if BLOCK_FORMATS not in self.sha256:
+            return {"rows": rows}
+        group = min(self.group_size, cols)
+        return {"groups": rows * (cols // group), "tails": rows if cols % group else 0}
+
+    def code_columns(self, part: str) -> int:
+        """Codes in a row of a part: those of a row of the matrix, or of a group."""
+        cols = self.shape[1]
+        if BLOCK_FORMATS not in self.sha256:
+            return cols
+        group = min(self.group_size, cols)
+        return cols % group if part.endswith(TAIL) else group
+
+
+class TensorEntry(_Strict):
+    """One tensor that is not quantized."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+
+
+class Compression(_Strict):
+    """How the parts of codes and scales are compressed. `filter`: version of the streams, `formats/_streams.py`."""
+
+    method: Literal["zstd"] = "zstd"
+    filter: Literal[1] = 1
+
+
+class Header(_Strict):
+    """What the folder holds and how it came about."""
+
+    version: Literal[1] = 1
+    matrices: dict[str, MatrixEntry]
+    others: dict[str, TensorEntry]
+    tied: dict[str, str]
+    settings: dict[str, JsonValue]
+    provenance: dict[str, JsonValue]
+    extras: dict[str, JsonValue] = Field({}, description="what a program of this version may ignore")
+    compression: Compression | None = Field(None, description="left out where nothing is compressed")
+
+    def tensor_name(self, matrix: str, part: str) -> str:
+        """Name of the tensor that holds a part of a matrix as it is stored here."""
+        return part_name(matrix, part) + (FRAME if self.compression and is_compressed(part) else "")
+
+
+def is_compressed(part: str) -> bool:
+    """Whether a part is a frame in a compressed folder: the choices of formats, which say how large others are, not."""
+    return part not in (ROW_FORMATS, BLOCK_FORMATS)
+
+
+def part_name(matrix: str, part: str) -> str:
+    """Name of the tensor that holds one part of a matrix."""
+    return f"{matrix}.weight.{part}"
+
+
+def make_header(
+    matrices: Mapping[str, MatrixEntry],
+    others: Mapping[str, TensorEntry],
+    tied: Mapping[str, str],
+    settings: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    extras: Mapping[str, Any] | None = None,
+    compression: Compression | None = None,
+) -> Header:
+    """A header in its one order.
+
+    Raises:
+        ValueError: it contradicts itself.
+    """
+    header = Header(
+        matrices=dict(sorted(matrices.items())),
+        others=dict(sorted(others.items())),
+        tied=dict(sorted(tied.items())),
+        settings=dict(settings),
+        provenance=dict(provenance),
+        extras=dict(extras or {}),
+        compression=compression,
+    )
+    problem = _header_problem(header)
+    if problem:
+        raise ValueError(problem)
+    return header
+
+
+def header_metadata(header: Header) -> dict[str, str]:
+    """The metadata of the first weight file that hold a header."""
+    values = header.model_dump(mode="json", exclude=None if header.compression else {"compression"})
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return {HEADER_KEY: text, HEADER_SUM_KEY: hashlib.sha256(text.encode()).hexdigest()}
+
+
+def read_header(path: Path, about: Mapping[str, str]) -> Header:
+    """The header in the metadata of the first weight file.
+
+    Raises:
+        UserError: it is missing, damaged, contradicts itself, or is of a later version.
+    """
+    text = about.get(HEADER_KEY)
+    if text is None:
+        raise damaged(path, f"it has no {HEADER_KEY} header")
+    try:
+        raw = parse_json(text)
+    except ValueError as error:
+        raise damaged(path, f"its header is not JSON ({error})") from None
+    version = raw.get("version") if isinstance(raw, dict) else None
+    if hashlib.sha256(text.encode()).hexdigest() != about.get(HEADER_SUM_KEY):
+        raise damaged(path, "its header does not have the recorded checksum")
+    if isinstance(version, int) and version != VERSION:
+        raise UserError(
+            f"{path} has version {version} of the packed format, but this program reads version {VERSION}.",
+            "Install a newer edgerazor." if version > VERSION else "Pack the model again.",
+        )
+    _check_compression(path, raw)
+    try:
+        header = Header.model_validate_json(text)
+    except (ValidationError, RecursionError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": "too deeply nested"}
+        place = ".".join(str(step) for step in first["loc"])
+        raise damaged(path, f"its header is wrong at {place or 'the top'} ({first['msg']})") from None
+    problem = _header_problem(header)
+    if problem:
+        raise damaged(path, problem)
+    return header
+
+
+def _check_compression(path: Path, raw: Any) -> None:
+    """Say of a compression that is not known what it is, rather than that the file is damaged."""
+    found = raw.get("compression") if isinstance(raw, dict) else None
+    if isinstance(found, dict) and found != Compression().model_dump():
+        said = ", ".join(f"{key} {value}" for key, value in found.items())
+        raise UserError(
+            f"{path} is compressed in a way that this program does not know ({said[:100]}).",
+            "Install a newer edgerazor.",
+        )
+
+
+def expected_tensors(header: Header, stored: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """Dtype and shape of each tensor that a header describes.
+
+    Args:
+        header: of the folder.
+        stored: what is in the files; how many rows have a format is known only from there, so it is checked apart.
+    """
+    expected = {name: (entry.dtype, entry.shape) for name, entry in header.others.items()}
+    for name, entry in header.matrices.items():
+        parts: dict[str, TensorSpec] = {}
+        rows, cols = entry.shape
+        for part in entry.code_parts():
+            found = stored.get(part_name(name, part), ("", ()))[1]
+            blocks = (found[0] if found else 0) * formats.ROWS
+            for each, (dtype, shape) in formats.code_parts(
+                part, (blocks, entry.code_columns(part)), entry.group_size
+            ).items():
+                frame = stored.get(part_name(name, each) + FRAME, ("", ()))[1]
+                plain = ("U8" if dtype.itemsize == 1 else "F16", shape)
+                parts[each] = ("U8", (math.prod(frame),)) if header.compression else plain
+        alike = stored.get(part_name(name, BLOCK_FORMATS), ("", ()))[1][:1] == (1,)
+        groups = formats.group_count(cols, entry.group_size)
+        parts[ROW_FORMATS] = ("U8", (1, formats.index_columns(rows, len(entry.formats))))
+        parts[BLOCK_FORMATS] = ("U8", (1 if alike else rows, formats.index_columns(groups, len(entry.formats))))
+        expected |= {header.tensor_name(name, part): parts[part] for part in entry.sha256 if part in parts}
+    return expected
+
+
+def rows_problem(entry: MatrixEntry, stored: Mapping[str, TensorSpec], name: str) -> str:
+    """What is wrong with the numbers of row blocks of a matrix's parts, or an empty string."""
+    if part_name(name, entry.code_parts()[0]) + FRAME in stored:
+        return _frames_problem(entry, stored, name)
+    blocks = {part: stored[part_name(name, part)][1][0] for part in entry.code_parts()}
+    for kind, wanted in entry.code_rows().items():
+        counts = [count for part, count in blocks.items() if part.endswith(TAIL) == (kind == "tails")]
+        most = sum(counts) * formats.ROWS
+        # Each part ends in a block that may hold from one row to all.
+        if not most - len(counts) * (formats.ROWS - 1) <= wanted <= most or 0 in counts:
+            return f"its formats have {sum(counts)} blocks of {kind} together, but it has {wanted} {kind}"
+    return ""
+
+
+def _frames_problem(entry: MatrixEntry, stored: Mapping[str, TensorSpec], name: str) -> str:
+    """What is wrong with the sizes of a matrix's frames, or an empty string.
+
+    How many rows are in each is known later; here they are all of one format, the narrowest.
+    """
+    frames = sum(spec_bytes(stored[part_name(name, part) + FRAME]) for part in entry.sha256 if is_compressed(part))
+    least = math.prod(entry.shape) // NARROWEST
+    return f"its frames are too small for {math.prod(entry.shape)} codes" if frames * LARGEST_RATIO < least else ""
+
+
+def _header_problem(header: Header) -> str:
+    """What makes a header contradict itself, or an empty string."""
+    for name, entry in header.matrices.items():
+        if problem := _matrix_problem(entry):
+            return f"{name}: {problem}"
+    if all(entry.kind != "linear" for entry in header.matrices.values()):
+        return "it has no quantized linear layer"
+    for name, other in header.others.items():
+        if other.dtype not in DTYPES:
+            return f"{name} has the unknown dtype {other.dtype}"
+        if any(size < 0 for size in other.shape):
+            return f"{name} has the impossible shape {list(other.shape)}"
+    parts = {header.tensor_name(name, part) for name, entry in header.matrices.items() for part in entry.sha256}
+    for name in sorted(parts & header.others.keys()):
+        return f"{name} is both a part of a matrix and a tensor of its own"
+    for name, target in header.tied.items():
+        if target not in header.matrices or name in header.matrices:
+            return f"{name} is tied to {target}, but only a matrix can be shared, by a module that has none"
+    for name, value in header.settings.items():
+        if name not in SETTINGS or not SETTINGS[name](value):
+            return f"its setting {name} cannot be {str(value)[:50]}"
+    return ""
+
+
+def _matrix_problem(entry: MatrixEntry) -> str:
+    known = formats.names()
+    unknown = [name for name in entry.formats if name not in known]
+    if unknown:
+        return f"it has the unknown format {unknown[0]}"
+    choices = {ROW_FORMATS, BLOCK_FORMATS} & set(entry.sha256)
+    if len(set(entry.formats)) < len(entry.formats) or (len(entry.formats) > 1 and len(choices) != 1):
+        return "its list of formats repeats one, or does not say which row has which"
+    if min(entry.shape) < 1 or math.prod(entry.shape) >= 1 << 62 or entry.group_size >= 1 << 62:
+        return f"it has the impossible shape {list(entry.shape)}, or group size {entry.group_size}"
+    cut = BLOCK_FORMATS in choices and entry.shape[1] % min(entry.group_size, entry.shape[1])
+    tails = {f"{name}{TAIL}" for name in entry.formats} if cut else set()
+    codes = set(entry.code_parts())
+    scales = {part + SCALES for part in codes}
+    if (
+        len(choices) > 1
+        or not codes
+        or codes - {*entry.formats, *tails}
+        or set(entry.sha256) != codes | scales | choices
+    ):
+        return "its parts are not those of a matrix"
+    return ""

@@ -1,0 +1,81 @@
+"""The same work on many matrices, on all cores, without holding them all in memory."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+
+import torch
+
+#: Weights that may be worked on at the same time, unless a single matrix has more.
+IN_WORK = 1 << 26
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_parallel(tasks: Sequence[tuple[int, Callable[[], object]]], done: Callable[[], None] | None = None) -> None:
+    """Run tasks, each (its number of weights, what to do), largest first; the first exception ends all.
+
+    Each runs on one core: many matrices at a time keep caches fuller than many cores at one matrix.
+
+    Args:
+        tasks: their results are dropped.
+        done: is called in this thread's place of work behind each; must be thread-safe.
+    """
+    ordered = sorted(tasks, key=lambda task: -task[0])
+    count = min(cores(), len(ordered))
+    if count <= 1:
+        for _, work in ordered:
+            work()
+            if done:
+                done()
+        return
+    budget = _Budget(max(IN_WORK, ordered[0][0]))
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        futures: list[Future] = []
+        try:
+            for size, work in ordered:
+                budget.take(size)
+                if any(future.done() and future.exception() for future in futures):
+                    break
+                futures.append(pool.submit(_run, work, size, budget, done))
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            torch.set_num_threads(threads)
+    for future in futures:
+        if not future.cancelled():
+            future.result()
+
+
+def _run(work: Callable[[], object], size: int, budget: _Budget, done: Callable[[], None] | None) -> None:
+    try:
+        work()
+        if done:
+            done()
+    finally:
+        budget.give_back(size)
+
+
+class _Budget:
+    """So many weights at the same time; a task waits until there is room for it."""
+
+    def __init__(self, size: int) -> None:
+        self.left = size
+        self.room = threading.Condition()
+
+    def take(self, size: int) -> None:
+        with self.room:
+            self.room.wait_for(lambda: self.left >= size)
+            self.left -= size
+
+    def give_back(self, size: int) -> None:
+        with self.room:
+            self.left += size
+            self.room.notify_all()
