@@ -206,6 +206,10 @@ def pack(
     real_bits: RealBits = None,
     target_size: TargetSize = None,
     student: Annotated[str | None, Option("--student", help="best or last.")] = None,
+    compress: Annotated[
+        bool | None,
+        Option("--compress/--no-compress", help="Smaller, for shipping; of a packed folder: make it so, or undo it."),
+    ] = None,
     export: Annotated[
         str | None, Option("--export", help="Comma-separated formats to write, too: gguf, gguf-f16 ...")
     ] = None,
@@ -234,6 +238,8 @@ def pack(
     Example: edgerazor pack Qwen/Qwen3-0.6B --bits 4
 
     Example: edgerazor pack --export gguf
+
+    Example: edgerazor pack FOLDER --compress
     """
     values = general(model, revision, trust_remote_code, None, None, None)
     section = budget_section(bits, real_bits, target_size)
@@ -241,6 +247,9 @@ def pack(
     section |= given(start=start)
     if model is not None and is_packed_folder(model):
         options = section | given(student=student)
+        if compress is not None:
+            recompress_packed(model, options | given(export=export, dry_run=dry_run or None), compress, json, quiet)
+            return
         export_packed(model, options, listed(export), bool(allow_lossy), json, quiet, dry_run)
         return
     if section and model is None and recipe is None:
@@ -251,7 +260,8 @@ def pack(
         )
     if export is not None:  # what was once allowed for another export is not for this one
         allow_lossy = bool(allow_lossy)
-    values |= {"calibrate": section, "pack": given(student=student, export=listed(export), allow_lossy=allow_lossy)}
+    values |= {"calibrate": section, "pack": given(student=student, compress=compress)}
+    values["pack"] |= given(export=listed(export), allow_lossy=allow_lossy)
     if model is not None:
         values["pack"]["source"] = "teacher"
     elif recipe is None and not (export is not None and is_rounded(work)):
@@ -699,7 +709,10 @@ def export_packed(
         name = next(iter(options)).replace("_", "-")
         raise usage_error(f"{folder} is packed already, so --{name} cannot change it.", "Leave the option out.")
     if not names:
-        raise usage_error(f"{folder} is packed already.", f"Export it: `edgerazor pack {folder} --export gguf`.")
+        raise usage_error(
+            f"{folder} is packed already.",
+            f"Export it: `edgerazor pack {folder} --export gguf`; or compress it: `edgerazor pack {folder} --compress`.",
+        )
     from edgerazor.stages import pack as stage_module
 
     console = open_console(json, quiet)
@@ -709,6 +722,19 @@ def export_packed(
         return
     result = stage_module.export_folder(Path(folder), names, allow_lossy, console)
     console.result(result, *stage_module.show_exports(result.exports))
+
+
+def recompress_packed(folder: str, options: dict[str, Any], compress: bool, json: bool, quiet: bool) -> None:
+    """`pack FOLDER --compress` or `--no-compress`: its files are written again, its weights stay."""
+    if options:
+        name = next(iter(options)).replace("_", "-")
+        asked = f"--{'' if compress else 'no-'}compress"
+        raise usage_error(f"{folder} is packed already, and {asked} goes with no --{name}.", "Leave one of them out.")
+    from edgerazor.stages import _shipping
+
+    console = open_console(json, quiet)
+    result = _shipping.recompress(Path(folder), compress, console)
+    console.result(result, *_shipping.show(result))
 
 
 def refuse_beside_plan(what: str | None, work: Path | None, png: Path | None) -> None:
