@@ -6,11 +6,13 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 WORLD := recipes/world
 JOB := build/quickstart
+SELFTEST := tests/kernels_selftest.cpp
 
 # Real models and texts for `make results-methods`, beside the embedded teacher: a folder with `models` and `text`.
 REAL_DATA ?= $(wildcard ../shared/data)
 
-.PHONY: install quickstart results-methods results-plans results-sensitivity peers interop sizes llamacpp test check world-data teacher clean
+.PHONY: install quickstart test check world-data teacher clean kernels test-arm test-sanitizers
+.PHONY: results-methods results-plans results-sensitivity peers interop sizes llamacpp
 
 install: .venv/installed
 
@@ -102,6 +104,21 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(MAKE) test
+
+# The library of kernels again, after a change of its sources; its tests on the machines of others.
+kernels: install
+	$(BIN)/python -m edgerazor.kernels.build
+
+# AArch64 under emulation: Debian's g++-aarch64-linux-gnu and qemu-user.
+test-arm: install
+	CXX=aarch64-linux-gnu-g++ CXXFLAGS=-static $(BIN)/python -m edgerazor.kernels.build build/selftest-arm $(SELFTEST)
+	qemu-aarch64 -cpu max build/selftest-arm
+
+# Every access and every shift checked.
+test-sanitizers: install
+	CXXFLAGS='-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all' \
+		$(BIN)/python -m edgerazor.kernels.build build/selftest-sanitizers $(SELFTEST)
+	build/selftest-sanitizers
 
 clean:
 	rm -rf build .venv

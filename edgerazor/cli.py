@@ -239,6 +239,8 @@ def pack(
 
     Example: edgerazor pack --export gguf
 
+    Example: edgerazor pack model.gguf --work imported
+
     Example: edgerazor pack FOLDER --compress
     """
     values = general(model, revision, trust_remote_code, None, None, None)
@@ -251,6 +253,19 @@ def pack(
             recompress_packed(model, options | given(export=export, dry_run=dry_run or None), compress, json, quiet)
             return
         export_packed(model, options, listed(export), bool(allow_lossy), json, quiet, dry_run)
+        return
+    if model is not None and is_foreign(model, bool(section.keys() - COMPUTING)):
+        import_foreign(
+            Path(model),
+            section | given(student=student, compress=compress),
+            listed(export),
+            bool(allow_lossy),
+            work,
+            json,
+            quiet,
+            force,
+            dry_run,
+        )
         return
     if section and model is None and recipe is None:
         name = next(iter(section)).replace("_", "-")
@@ -711,7 +726,7 @@ def export_packed(
     if not names:
         raise usage_error(
             f"{folder} is packed already.",
-            f"Export it: `edgerazor pack {folder} --export gguf`; or compress it: `edgerazor pack {folder} --compress`.",
+            f"Export it: `edgerazor pack {folder} --export gguf`. Compress it: `edgerazor pack {folder} --compress`.",
         )
     from edgerazor.stages import pack as stage_module
 
@@ -735,6 +750,49 @@ def recompress_packed(folder: str, options: dict[str, Any], compress: bool, json
     console = open_console(json, quiet)
     result = _shipping.recompress(Path(folder), compress, console)
     console.result(result, *_shipping.show(result))
+
+
+#: Options of pack that do not decide about weights.
+COMPUTING = {"activation_bits", "kv_bits"}
+
+
+def is_foreign(model: str, rounding: bool) -> bool:
+    """Whether a model that was named is somebody else's quantized one, and not to be rounded."""
+    if not Path(model).exists():
+        return False
+    from edgerazor.imports import importer_of
+
+    importer = importer_of(Path(model))
+    return importer is not None and (importer.only or not rounding)
+
+
+def import_foreign(
+    path: Path,
+    options: dict[str, Any],
+    names: list[str] | None,
+    allow_lossy: bool,
+    work: Path,
+    json: bool,
+    quiet: bool,
+    force: bool,
+    dry_run: bool,
+) -> None:
+    """`pack FILE.gguf`, or a folder that others quantized: their codes become ours."""
+    computing = {name: value for name, value in options.items() if name in COMPUTING}
+    others = [name.replace("_", "-") for name in options if name not in computing]
+    if others or dry_run:
+        raise usage_error(
+            f"{path} is quantized already, and its codes are taken as they are, so pack takes no "
+            f"--{(others or ['dry-run'])[0]} with it.",
+            "Leave it out, or name the original model.",
+        )
+    asked = assemble({"calibrate": computing, "pack": given(export=names, allow_lossy=allow_lossy)}, None, None)
+    from edgerazor.stages import pack as stage_module
+    from edgerazor.workdir import WorkDir
+
+    console = open_console(json, quiet)
+    result = stage_module.read_foreign(path, asked, WorkDir(work), console, force)
+    console.result(result, *stage_module.show_foreign(result))
 
 
 def refuse_beside_plan(what: str | None, work: Path | None, png: Path | None) -> None:
@@ -797,16 +855,21 @@ def fail(error: UserError) -> None:
 
 
 #: What is the machine's fault rather than the program's, when it comes with a file name.
-MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EDQUOT, errno.ENAMETOOLONG, errno.EMFILE)
+MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENAMETOOLONG, errno.EMFILE)
 
 
 def explain_failure(error: Exception) -> UserError | None:
     """A sentence for failures of the machine rather than the program: a full disk, no rights, no memory."""
     text = str(error)
     number = getattr(error, "errno", None)
-    if number == errno.ENOSPC or "No space left on device" in text:
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
         return UserError(
             "The disk is full; nothing finished was lost.", "Free some space and run the same command again."
+        )
+    if number == errno.EFBIG:
+        return UserError(
+            "A file would be larger than the file system, or `ulimit -f`, allows; nothing finished was lost.",
+            "Use another disk (--work), or for pack a smaller `pack.shard_bytes`.",
         )
     if isinstance(error, OSError) and error.filename is not None and number in MACHINE:
         return UserError(f"{error.filename}: {error.strerror}.", "Check the path and your rights to it.")

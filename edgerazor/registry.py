@@ -15,7 +15,7 @@ from typing import Any
 from edgerazor.errors import UserError, usage_error
 
 #: what one plugin of a package is called
-SINGULAR = {"formats": "format", "losses": "loss", "exports": "export"}
+SINGULAR = {"formats": "format", "losses": "loss", "exports": "export", "imports": "import"}
 
 
 def names(package: str) -> list[str]:

@@ -4,6 +4,7 @@
       recipe.yaml      what was asked for, all commands together
       calibrate/  distill/  packed/  eval/  bench/
         manifest.json  written last: what the stage read, asked, wrote, and how long it took
+      exports/         the packed model in other people's formats, a folder each
 
 A stage whose manifest names the same inputs as now is up to date. A folder without a manifest, or with a damaged one,
 is unfinished business: only `distill` goes on from it. Every file is written under a temporary name, synced and

@@ -59,7 +59,6 @@ AWKWARD = (
     "Hello  world\n\n\tand   three spaces \n",
     " a space before, 1234567 and 3.14159, 007",
     "don't I'LL we've O'Neill's (x+y)*z != {a: [b]}; __init__ http://a.b/c?d=e",
-    "one text</s><|endoftext|><s> and the next",
     "naïve café, Ærøskøbing; Привет, мир! 你好,世界。 ٣٤٥ 🙂👩‍🚀",
 )
 STEPS = 100
@@ -313,7 +312,8 @@ def measure(case: Case, setting: Setting) -> Row:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     vocabulary = AutoConfig.from_pretrained(folder).vocab_size
     rows, beginning = text_of(case, tokenizer, max(1, min(ROWS, LOGITS // (ROW * vocabulary))))
-    texts, prompt = [*AWKWARD, beginning], rows[0][:PROMPT]
+    texts = [*AWKWARD, f"one text{''.join(tokenizer.all_special_tokens)} and the next", beginning]
+    prompt = rows[0][:PROMPT]
     asked = {"texts": texts, "rows": rows, "prompt": prompt, "new_tokens": WRITTEN}
     wide, narrow = (
         exports.write_all(folder, [name], work.path / "exports", lossy, Console(quiet=True))[0]

@@ -101,6 +101,10 @@ EDGEQAT: Values = {
 }
 LEARNED: Values = {"calibrate": {"scales": "learned"}, **terms(forward_kl=1.0)}
 BLOCKS: Values = recipes.merge(EDGERAZOR, {"distill": {"reconstruct": {"steps": 48, "sequences": 128}}})
+CLIPPED: Values = recipes.merge(LEARNED, {"calibrate": {"start": "clip"}})
+COMPENSATED: Values = recipes.merge(LEARNED, {"calibrate": {"start": "gptq"}})
+RUNGS: Values = {"rungs": [{"train": "scales", "share": 0.15}, {"train": "all", "share": 0.85}]}
+LADDER: Values = recipes.merge(COMPENSATED, {"distill": {"reconstruct": {"steps": 48, "sequences": 128}, **RUNGS}})
 SCALES: Values = recipes.merge({"distill": {"train": "scales"}}, terms(forward_kl=1.0))
 #: To add a method, add a line.
 METHODS: dict[str, Method] = {
@@ -117,6 +121,9 @@ METHODS: dict[str, Method] = {
     "eakld-lafd": Method("CE + EAKLD + LAFD", EDGERAZOR),
     "edgeqat": Method("EdgeQAT recipe", EDGEQAT),
     "learned": Method("learned steps, forward KL", LEARNED),
+    "clipped": Method("learned steps from clipped ones, forward KL", CLIPPED, bits=(1.58, 1.88)),
+    "compensated": Method("learned steps from GPTQ's codes, forward KL", COMPENSATED, bits=(1.58, 1.88)),
+    "ladder": Method("ladder: GPTQ's codes, layer by layer, scales, all", LADDER, bits=(1.58, 1.88)),
     "scales": Method("scales only, forward KL", SCALES),
     "blocks": Method("layer by layer, then CE + EAKLD + LAFD", BLOCKS, bits=(1.88,)),
     "eakld-lafd-long": Method("CE + EAKLD + LAFD, 4 x tokens", EDGERAZOR, bits=(1.88,), times=4),

@@ -35,7 +35,7 @@ from edgerazor.console import Console
 from edgerazor.workdir import WorkDir
 
 ESTIMATES = ("direct", "auto", "hessian")
-SHOWN = ("hessian", "fisher", "integrated")
+SHOWN = ("hessian", "fisher", "integrated", "alone")
 
 
 def spearman(first: Tensor, second: Tensor) -> float:
@@ -64,6 +64,8 @@ def damages(teacher: Teacher, folder: Path, tokens: int) -> tuple[dict[str, Tens
                 _, kind, module = name.split("/", 2)
                 if module in linear:
                     found.setdefault(kind, {})[module] = value.double().sum(1)
+            elif name.startswith("alone/") and (module := name.removeprefix("alone/")) in linear:
+                found.setdefault("alone", {})[module] = value.double()
     modules = list(found["direct"])
     return {kind: torch.stack([each[m] for m in modules]) for kind, each in found.items()}, names, seconds
 

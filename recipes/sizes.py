@@ -35,7 +35,7 @@ from edgerazor.console import Console
 from edgerazor.console import table as rich_table
 from edgerazor.errors import UserError
 from edgerazor.packed import PackedModel
-from edgerazor.workdir import WorkDir
+from edgerazor.workdir import WorkDir, machine
 
 TYPES = ("TQ1_0", "TQ2_0", "Q2_K", "Q4_0")
 HEAD = ("file", "linear layers", "embedding", "bytes", "real bits", "tensors alone")
@@ -145,7 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
     if asked.results != "none":
         lines = [list(HEAD), ["---"] * len(HEAD), *rows]
         text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        facts = f"{weights:,} weights; {version(python)}; commit {commit()}."
+        facts = f"{weights:,} weights; {version(python)}; {machine()}; commit {commit()}."
         publish("sizes", f"{facts}\n\n{text}", Path(asked.results))
     return 0
 

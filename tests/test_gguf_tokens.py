@@ -96,6 +96,14 @@ def test_text_that_is_normalized_is_said() -> None:
     assert "NFC" in note
 
 
+def test_ordinary_tokens_that_llama_cpp_takes_for_an_end_are_said() -> None:
+    about = json.loads(byte_level(WORDS).backend_tokenizer.to_str())
+    about["model"]["vocab"]["</s>"] = len(about["model"]["vocab"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(about)), eos_token="<s>")
+    (note,) = tokens.vocabulary(tokenizer, 300, []).notes
+    assert note == "llama.cpp takes the ordinary token </s> for the end of a text."
+
+
 def test_first_and_last_token() -> None:
     for template, ends in (("$A", (False, False)), ("<s> $A", (True, False)), ("<s> $A </s>", (True, True))):
         tokenizer = byte_level(WORDS)

@@ -15,6 +15,7 @@ LAYERS = (
     {"cli"},
     {"pipeline"},
     {"stages"},
+    {"imports"},  # reads with the names that exports write
     {"exports", "tasks", "integration"},
     {"surgery", "allocate"},
     {"attention"},
@@ -29,7 +30,7 @@ HEIGHT = {room: len(LAYERS) - index for index, rooms in enumerate(LAYERS) for ro
 #: `formats` and `losses` see tensors only.
 TENSORS_ONLY = {"formats", "losses"}
 #: Folders of many of one kind: their files do not know each other (but `show` prints the schemas of all stages).
-PLUGINS = {"stages", "exports", "tasks", "formats", "losses"}
+PLUGINS = {"stages", "imports", "exports", "tasks", "formats", "losses"}
 KNOW_TRANSFORMERS = {"models", "data", "attention", "surgery", "integration"}
 
 

@@ -119,7 +119,8 @@ def same(one: Weights, other: Weights) -> bool:
 
 
 def plain_fisher(path: Path) -> Weights:
-    """The same numbers from passes of the whole model with autograd: linear layers, and the embedding's lookups."""
+    """The same numbers from passes of the whole model with autograd: linear layers (also whole ones, behind `alone/`),
+    and the embedding's lookups."""
     model, _ = models.load(path)
     found = models.structure(model)
     seen: dict[str, Tensor] = {}
@@ -141,6 +142,7 @@ def plain_fisher(path: Path) -> Weights:
     )
     scale = models.embedding_scale(embedding)
     sums: Weights = {site.name: torch.zeros(len(NAMES), site.rows, dtype=torch.float64) for site in found.linears}
+    sums |= {f"alone/{site.name}": torch.zeros(len(NAMES), dtype=torch.float64) for site in found.linears}
     sums[found.embedding.name] = torch.zeros(len(NAMES), 1, dtype=torch.float64)
     tokens = 0
     for number, (ids, counts) in enumerate(some_batches()):
@@ -152,7 +154,9 @@ def plain_fisher(path: Path) -> Weights:
             weight = model.get_submodule(site.name).weight.detach()
             for index, name in enumerate(NAMES):
                 change = inputs[site.name] @ (formats.round_trip(weight, spec(name)) - weight).T
-                sums[site.name][index] += (change * seen[site.name]).double().square().flatten(0, 1).sum(0) / 2
+                damage = (change * seen[site.name]).double().flatten(0, 1)  # [tokens, rows]
+                sums[site.name][index] += damage.square().sum(0) / 2
+                sums[f"alone/{site.name}"][index] += damage.sum(1).square().sum() / 2
         rows, g = embedding.weight.detach()[ids.flatten()], seen["rows"].flatten(0, 1)
         for index, name in enumerate(NAMES):
             change = (formats.round_trip(rows, spec(name)) - rows) * (1.0 if scale is None else float(scale))
@@ -188,11 +192,15 @@ def plain_head(path: Path) -> Tensor:
 def test_fisher_is_that_of_the_whole_model(teachers: Callable[[str], Path], tmp_path: Path, family: str) -> None:
     path = teachers(family)
     study = study_of(path, tmp_path)
-    made, wanted, head = study.fisher(), plain_fisher(path), plain_head(path)
+    wanted, whole = _sensitivity.parted(plain_fisher(path))
+    made, head = study.fisher(), plain_head(path)
     if study.found.head is None:
         wanted[study.found.embedding.name] += head
     else:
         wanted[study.found.head.name] = head
+    whole |= {name: value[:, 0] for name, value in wanted.items() if name not in whole}
+    alone = {f"alone/{name}": value for name, value in study.alone().items()}
+    made, wanted = made | alone, wanted | {f"alone/{name}": value for name, value in whole.items()}
     assert made.keys() == wanted.keys()
     for name, value in wanted.items():
         assert made[name].dtype == torch.float64
@@ -460,6 +468,7 @@ def test_the_file_says_what_was_measured(run: Run, tmp_path: Path, llama: Path, 
         estimate = total if tensor.kind == "linear" else "fisher"
         rows = tensors[f"damage/{estimate}/{tensor.name}"].double().sum(1)
         assert list(tensor.damage.values()) == pytest.approx(rows.tolist(), rel=1e-4)
+        assert list(tensor.alone.values()) == pytest.approx(tensors[f"alone/{tensor.name}"].tolist(), rel=1e-4)
     assert list(said.tensors[0].damage) == names
     shown = run("show", "plan", "--work", tmp_path / "job", "--json").json()
     assert shown["estimate"] == said.estimate

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, ModelMaker
@@ -256,3 +258,33 @@ def test_without_a_way_back_the_states_of_two_layers_are_on_the_disk_at_most(lla
     assert [path.name for path in (tmp_path / "walk").glob("*.raw")] == ["entering-2.raw"]
     walk.clear()
     assert not (tmp_path / "walk").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="asks Linux what its pages of memory are")
+def test_pages_of_a_mapped_weight_are_given_back_and_nothing_is_lost(tmp_path: Path) -> None:
+    values = torch.arange(1 << 18, dtype=torch.float32)
+    values.numpy().tofile(tmp_path / "weights")
+
+    def mapped() -> Tensor:
+        return torch.from_file(str(tmp_path / "weights"), shared=False, size=len(values)).view(512, 512)
+
+    def in_memory(weight: Tensor) -> int:
+        """Bytes of it that this process holds."""
+        first, pages = weight.data_ptr() // mmap.PAGESIZE, weight.nbytes // mmap.PAGESIZE
+        with open("/proc/self/pagemap", "rb") as file:
+            file.seek(8 * first)
+            return int((np.frombuffer(file.read(8 * pages), np.uint64) >> np.uint64(63)).sum()) * mmap.PAGESIZE
+
+    weight = mapped()
+    assert torch.equal(weight.flatten(), values)
+    assert in_memory(weight) == weight.nbytes
+    models.drop_pages(weight)
+    assert in_memory(weight) == 0
+    assert torch.equal(weight.flatten(), values)
+    written, own = mapped(), values.clone()
+    written[100, 100] = 7
+    models.drop_pages(written)
+    models.drop_pages(own)
+    models.drop_pages(weight[3:5, 1:])  # no whole matrix
+    assert written[100, 100] == 7
+    assert torch.equal(own, values)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from edgerazor import formats
 from edgerazor.allocate import measured, pattern
+from edgerazor.allocate.filling import fill
 from edgerazor.allocate.knapsack import Solution, solve
 from edgerazor.allocate.measured import Damages, candidates_of
 from edgerazor.allocate.pattern import NAMED_SHARES, Mixture, mixture_of, spread, variances
@@ -139,23 +140,18 @@ def _largest(
     plan_at: Callable[[float], Plan], between: tuple[float, float], size_of: SizeOf, counted: str, value: float
 ) -> Plan:
     """The plan of the most bits that is not larger than asked for."""
-    low, high = between
-    best = plan_at(low)
-    size = size_of(best)
-    limit = _bytes(counted, value, size)
-    if size.bytes > limit:
-        raise usage_error(
-            f"The packed model cannot be smaller than {size.bytes:,} bytes; {limit:,} were asked for.",
+    limit = _bytes(counted, value, size_of(plan_at(between[0])))
+
+    def size(plan: Plan) -> int:
+        return size_of(plan).bytes
+
+    def refused(smallest: int) -> UserError:
+        return usage_error(
+            f"The packed model cannot be smaller than {smallest:,} bytes; {limit:,} were asked for.",
             "Ask for more, or give narrower formats.",
         )
-    for _ in range(20):
-        bits = (low + high) / 2
-        plan = plan_at(bits)
-        if size_of(plan).bytes <= limit:
-            low, best = bits, plan
-        else:
-            high = bits
-    return best
+
+    return fill(plan_at, between, size, limit, refused)
 
 
 def _at(settings: Calibrate, bits: float) -> Calibrate:

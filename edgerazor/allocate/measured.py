@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from edgerazor import formats
+from edgerazor.allocate.filling import fill
 from edgerazor.allocate.knapsack import Solution, solve
 from edgerazor.allocate.pattern import NAMED_SHARES
 from edgerazor.allocate.plan import Plan, digits
-from edgerazor.errors import USAGE, UserError, usage_error
+from edgerazor.errors import UserError, usage_error
 from edgerazor.models import Site
 from edgerazor.recipe import Calibrate
 
@@ -36,9 +37,6 @@ CANDIDATES = ("ternary", "int2", "int3", "int4")
 WIDE_CANDIDATES = ("int4", "int5", "int8")
 #: What a plan of rows may stay below its budget, as a share of it.
 TOLERANCE = 0.005
-
-#: Plans that are looked at to fill a budget of bytes.
-SEARCH = 20
 
 #: Path of a module -> its fields of a `MatrixPlan`.
 Choice = dict[str, dict[str, Any]]
@@ -225,29 +223,23 @@ def _within_bytes(
     costs = np.where(open_, rows[:, None] * np.array(each, dtype=np.float64), np.inf)
     low = float(costs.min(axis=1).sum())
     high = min(float(np.where(open_, costs, 0.0).max(axis=1).sum()), float(limit))
-    best: tuple[Choice, float] | None = None
-    smallest, budget = 0, low
-    for number in range(SEARCH):
+
+    def at(budget: float) -> tuple[Choice, float]:
         found = solve(costs, items.damages, budget)
         assert found is not None
-        choice = _fields(items, candidates, found)
-        size = bytes_of(plan_of(choice))
-        smallest = smallest or size
-        if size <= limit:
-            low, best = budget, (choice, found.damage)
-        else:
-            high = budget
-        if best is None or limit * (1 - TOLERANCE / 10) <= size <= limit:
-            break
-        budget = high if number == 0 else (low + high) / 2
-    if best is None:
-        raise UserError(
+        return _fields(items, candidates, found), found.damage
+
+    def size(found: tuple[Choice, float]) -> int:
+        return bytes_of(plan_of(found[0]))
+
+    def refused(smallest: int) -> UserError:
+        return usage_error(
             f"The packed model cannot be smaller than {smallest:,} bytes with the formats {', '.join(candidates)}; "
             f"{limit:,} were asked for.",
             "Ask for more, or give narrower --formats or fewer constraints.",
-            USAGE,
         )
-    return best
+
+    return fill(at, (low, high), size, limit, refused, TOLERANCE / 10)
 
 
 def _fields(items: Items, candidates: tuple[str, ...], found: Solution) -> Choice:

@@ -43,6 +43,12 @@ PATTERNS: dict[tuple[tuple[str, ...], bool], str] = {
     ((_cased("") + r"|\p{N}" + _CASED_REST,), True): "tekken",
     ((_cased(_CONTRACTIONS + "?") + r"|\p{N}{1,3}" + _CASED_REST,), False): "gpt-4o",
 }
+#: Names that llama.cpp takes for the end of a text, whatever type the file gives them (Qwen's vocabulary has a `</s>`).
+ENDS = frozenset(
+    """<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|>
+    <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response>
+    <\uff5cend\u2581of\u2581sentence\uff5c> [e~[""".split()
+)
 #: Score of pieces that no merge makes.
 UNREACHED = -1e6
 
@@ -132,6 +138,8 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, ends: list[int]) -
     if len(added) < len(about["added_tokens"]):
         found.notes.append(f"Special tokens beyond the {size} rows of the embedding are left out.")
     _fill(found, pieces, added, size)
+    if ordinary := sorted((pieces.keys() - special) & ENDS):
+        found.notes.append(f"llama.cpp takes the ordinary token {', '.join(ordinary)} for the end of a text.")
     found.add_bos, found.add_eos = _ends(about, tokenizer)
     ends = [number for number in ends if number < size]
     found.special = {role: number for role, number in _special(tokenizer, ends).items() if number < size}

@@ -19,6 +19,7 @@ a rule for the scale and, where it is not plain rounding or plain bit fields, a 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -31,8 +32,10 @@ from edgerazor.formats import _layout
 #: Largest finite fp16 number: a scale is never stored as infinity.
 LARGEST_SCALE = 65504.0
 
-#: Weights worked on at a time: small enough that the passes over one block find it in the processor's cache.
+#: Weights worked on at a time: small enough that the passes over one block find it in the processor's cache ...
 BLOCK = 1 << 17
+#: ... and codes to be packed, which are smaller.
+PACKED_BLOCK = 1 << 19
 
 
 class Encoded(NamedTuple):
@@ -153,13 +156,13 @@ class Format(ABC):
     def _encode(self, w: Tensor, groups: int, scales: Tensor | None) -> tuple[Tensor, Tensor]:
         """Codes as float32 [rows, groups, group] and scales as float16 [rows, groups] of one block, w [rows, cols]."""
         with torch.autocast(w.device.type, enabled=False):
-            grouped = w.float().unflatten(1, (groups, -1))
+            own = w.to(torch.float32, copy=True).unflatten(1, (groups, -1))
             smallest = self.minimum if scales is None else self.lowest
             if scales is None:
-                scales = _stored_scale(self.scale_rule(grouped))
+                scales = _stored_scale(self.scale_rule(own))
             # Dividing by infinity where the scale is zero makes every ratio, and so every code, zero.
             divisor = scales.float().masked_fill_(scales == 0, torch.inf)
-            codes = self.choose_(grouped / divisor.unsqueeze(2), smallest)
+            codes = self.choose_(own.div_(divisor.unsqueeze(2)), smallest)
             return codes.add_(0.0), scales  # adding zero turns -0.0 into 0.0: as integers, codes have one zero
 
     def _decode_(self, codes: Tensor, scales: Tensor) -> Tensor:
@@ -324,7 +327,7 @@ def block_rows(matrix: Tensor) -> int:
 def _row_blocks(shape: Sequence[int]) -> Iterator[tuple[slice, slice]]:
     """A matrix [rows, cols] in pieces that stay in the cache, as (rows, blocks of 16 rows)."""
     rows, cols = shape
-    height = max(1, BLOCK // max(1, cols) // _layout.ROWS)
+    height = max(1, PACKED_BLOCK // max(1, cols) // _layout.ROWS)
     for block in range(0, _layout.row_blocks(rows), height):
         yield slice(block * _layout.ROWS, (block + height) * _layout.ROWS), slice(block, block + height)
 
@@ -341,7 +344,7 @@ def _blocks(matrix: Tensor, group: int, full: int) -> list[tuple[slice, slice, s
 
 def _stored_scale(scale: Tensor) -> Tensor:
     """Round ideal scales [rows, groups] to float16."""
-    if not torch.isfinite(scale).all():
+    if not math.isfinite(scale.amax()):  # a NaN is the largest of all
         raise ValueError("a weight is not finite")
     return scale.float().clamp_(max=LARGEST_SCALE).half()
 

@@ -21,17 +21,21 @@ from edgerazor.models.hidden import capture_hidden, final_states, logit_shape
 from edgerazor.models.loading import (
     caps_attention,
     complete_config,
+    completed,
+    copy_companions,
     describe_source,
     fingerprint,
+    gguf_tokenizer,
     initialise,
     load,
     load_config,
     load_tokenizer,
     quiet_transformers,
     resolve,
+    skeleton,
 )
 from edgerazor.models.structure import Site, Structure, embedding_scale, find_head, structure
-from edgerazor.models.walking import Observer, Walk
+from edgerazor.models.walking import Observer, Walk, drop_pages
 
 __all__ = [
     "Blocks",
@@ -48,12 +52,16 @@ __all__ = [
     "capture_hidden",
     "check_attention",
     "complete_config",
+    "completed",
+    "copy_companions",
     "describe_source",
+    "drop_pages",
     "embedding_scale",
     "exchangeable_attention",
     "final_states",
     "find_head",
     "fingerprint",
+    "gguf_tokenizer",
     "initialise",
     "load",
     "load_config",
@@ -63,6 +71,7 @@ __all__ = [
     "quiet_transformers",
     "register_attention",
     "resolve",
+    "skeleton",
     "structure",
     "use_attention",
 ]

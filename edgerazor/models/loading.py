@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,18 @@ from edgerazor.workdir import digest_json, hash_file
 #: Files that make up a model: what is fetched from the hub, and what identifies a teacher.
 FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 INDEX = "model.safetensors.index.json"
+#: Files beside config.json and weights that make a folder usable on its own: tokenizer, chat template, generation.
+COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "generation_config.json",
+)
 VOCABULARIES = ("vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 
 
@@ -59,6 +72,14 @@ def _snapshot(source: str, revision: str | None) -> Path:
             f"{which} is not a local folder, and the Hugging Face hub could not be reached to fetch it.",
             "Connect to the network, or give the path of a downloaded model folder.",
         ) from None
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy tokenizer, chat template and generation settings from one model folder into another."""
+    for pattern in COMPANIONS:
+        for file in sorted(source.glob(pattern)):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
 
 
 def fingerprint(folder: Path) -> str:
@@ -220,6 +241,52 @@ def initialise(
         trust_remote_code=trust_remote_code,
         attn_implementation="eager" if caps_attention(config) else None,
     )
+
+
+def completed(values: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with every field, those at their defaults included.
+
+    Args:
+        values: some of its fields, `model_type` among them.
+
+    Raises:
+        UserError: transformers knows no such configuration.
+    """
+    given = {name: value for name, value in values.items() if name != "model_type"}
+    try:
+        found: dict[str, Any] = AutoConfig.for_model(str(values.get("model_type")), **given).to_dict()
+    except Exception as error:
+        raise UserError(f"transformers knows no such configuration: {_first_line(error)}.") from None
+    return found
+
+
+def skeleton(values: dict[str, Any]) -> PreTrainedModel:
+    """The modules of a configuration's causal language model, without weights (on the meta device).
+
+    Raises:
+        UserError: transformers has none.
+    """
+    try:
+        config = AutoConfig.for_model(**values)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except Exception as error:
+        raise UserError(f"transformers has no causal language model for it: {_first_line(error)}.") from None
+
+
+def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that transformers makes of a GGUF file's metadata.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except Exception as error:
+        raise UserError(
+            f"transformers cannot make a tokenizer of the metadata of {file}: {_first_line(error)}.",
+            "Put tokenizer.json and tokenizer_config.json of the original model beside the file.",
+        ) from None
 
 
 def _check_weight_files(folder: Path) -> None:

@@ -18,12 +18,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
+import mmap
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -216,6 +218,8 @@ class Walk:
                         weight = self.model.get_submodule(site.name).weight
                         weight.data = self.change(site.name, weight.data)
             yield module
+        for parameter in module.parameters():
+            drop_pages(parameter.data)
 
     def seconds(self, batches: int) -> float:
         """About how long a walk forwards takes for so many batches like the first, from its pass through one layer."""
@@ -397,6 +401,26 @@ def brought(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Iter
             parameter.data = data
         for each, key, value in buffers:
             each._buffers[key] = value
+
+
+def drop_pages(weight: Tensor) -> None:
+    """Give the memory of a weight that is mapped from its file back to the system; it is read again when it is used.
+
+    Of other weights, and of mapped ones that were written to, nothing is given back. Nor is anything where the system
+    is not Linux, or does not say what its pages of memory are.
+    """
+    page = mmap.PAGESIZE
+    first, end = -(-weight.data_ptr() // page), (weight.data_ptr() + weight.nbytes) // page  # whole pages
+    if weight.device.type != "cpu" or not weight.is_contiguous() or first >= end:
+        return
+    with contextlib.suppress(OSError), open("/proc/self/pagemap", "rb") as pages:
+        pages.seek(8 * first)
+        entries = np.frombuffer(pages.read(8 * (end - first)), dtype=np.uint64)
+        held = entries >> np.uint64(62) != 0  # in memory or swapped out
+        same = entries >> np.uint64(61) & np.uint64(1) == 1  # of a file, and as it is there
+        if len(entries) == end - first and bool((same | ~held).all()):
+            length = (end - first) * page
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first * page), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
 
 
 def counted(x: Tensor, counts: Tensor) -> Tensor:

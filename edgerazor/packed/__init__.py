@@ -46,7 +46,15 @@ would misread raises the version; what it may ignore goes under `extras`, and th
 digest are checked when it is first read. Anything wrong is a `UserError` of one sentence.
 """
 
-from edgerazor.packed._container import DTYPES, INDEX_FILE, SHARD_BYTES, WEIGHTS_FILE, TensorSpec, tensor_spec
+from edgerazor.packed._container import (
+    DTYPE_NAMES,
+    DTYPES,
+    INDEX_FILE,
+    SHARD_BYTES,
+    WEIGHTS_FILE,
+    TensorSpec,
+    tensor_spec,
+)
 from edgerazor.packed._entropy import matrix_entropy_bytes
 from edgerazor.packed._header import ANY_SHA256, SETTINGS, VERSION, Header, Kind, MatrixEntry, TensorEntry, part_name
 from edgerazor.packed._reading import PackedMatrix, PackedModel, verify_digests
@@ -57,6 +65,7 @@ from edgerazor.packed._writing import FolderSize, MatrixSource, predict, write
 __all__ = [
     "ANY_SHA256",
     "DTYPES",
+    "DTYPE_NAMES",
     "INDEX_FILE",
     "SETTINGS",
     "SHARD_BYTES",

@@ -22,6 +22,10 @@ INDEX_FILE = "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 SHARD_BYTES = 4 * 10**9
 ALIGNMENT = 64
+#: Most bytes of JSON that are read of a file: many times what a large model needs.
+MOST_JSON = 1 << 24
+#: Letters of a reason that may come from the file itself.
+MOST_LETTERS = 400
 
 #: Names of dtypes in a safetensors file.
 DTYPES = {
@@ -162,8 +166,40 @@ def _alignment(spec: TensorSpec) -> int:
 
 
 def damaged(path: Path, reason: str) -> UserError:
-    """The one sentence about a file that cannot be trusted."""
+    """The one sentence about a file that cannot be trusted; names that it holds cannot make more of it."""
+    reason = "".join(each if each.isprintable() else "?" for each in reason[:MOST_LETTERS].rstrip("."))
     return UserError(f"{path} is damaged or no packed model: {reason}.", "Make it again with `edgerazor pack`.")
+
+
+def parse_json(text: bytes | str) -> Any:
+    """What JSON in UTF-8 says, where it says it once: readers differ in what they make of a name that is there twice.
+
+    Raises:
+        ValueError: it is something else; the reason.
+    """
+    try:
+        return json.loads(
+            text if isinstance(text, str) else text.decode(),
+            object_pairs_hook=_unique,
+            parse_constant=_finite,
+            parse_float=_finite,
+        )
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has {next(name for name in names if names.count(name) > 1)!r} twice")
+    return found
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"it has the number {text}")
+    return number
 
 
 def open_folder(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -197,10 +233,12 @@ def _read_index(folder: Path) -> dict[str, str] | None:
         return None
     if not path.is_file():
         raise UserError(f"There is no packed model in {folder}: {WEIGHTS_FILE} is missing.", "Run `edgerazor pack`.")
+    if path.stat().st_size > MOST_JSON:
+        raise damaged(path, f"it is larger than {MOST_JSON} bytes")
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = parse_json(path.read_bytes())["weight_map"]
         entries = {str(name): str(file) for name, file in weight_map.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         raise damaged(path, "it is not an index of safetensors files") from None
     for file in entries.values():
         if not SHARD_NAME.fullmatch(file):
@@ -214,7 +252,17 @@ def _open_file(path: Path) -> Any:
     if not path.is_file():
         raise damaged(path, "the file is missing")
     try:
+        _check_beginning(path)
         return safe_open(path, framework="pt")
     except Exception as error:  # the library raises its own, the system's and decoding errors
         reason = " ".join(str(error).split())
         raise damaged(path, f"it is cut off or not a safetensors file ({reason})") from None
+
+
+def _check_beginning(path: Path) -> None:
+    """What the library does not look at: names that are there twice, and a header that would fill the memory."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > MOST_JSON:
+            raise ValueError(f"its header would have {length} bytes")
+        parse_json(file.read(length))

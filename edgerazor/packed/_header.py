@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,19 +15,25 @@ from edgerazor import formats
 from edgerazor.errors import UserError
 from edgerazor.formats import BLOCK_FORMATS, ROW_FORMATS, SCALES, TAIL
 from edgerazor.packed._compression import LARGEST_RATIO, NARROWEST
-from edgerazor.packed._container import DTYPES, TensorSpec, damaged, spec_bytes
+from edgerazor.packed._container import DTYPES, TensorSpec, damaged, parse_json, spec_bytes
 
 VERSION = 1
-#: How to compute, in `Header.settings`: fields of `surgery.Settings`.
-SETTINGS = (
-    "activation_bits",
-    "kv_bits",
-    "group_size",
-    "query_bits",
-    "probability_bits",
-    "adaptive_tokens",
-    "thresholds",
-)
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1 << 62
+
+
+#: How to compute, in `Header.settings`: fields of `surgery.Settings`, and whether it can be so.
+SETTINGS: dict[str, Callable[[Any], bool]] = {
+    "activation_bits": lambda bits: type(bits) is int and bits in (4, 5, 6, 7, 8, 16),
+    "kv_bits": lambda bits: type(bits) is int and bits in (4, 8, 16),
+    "group_size": lambda size: type(size) is int and 0 < size < 1 << 62,
+    "query_bits": lambda bits: type(bits) is int and bits in (4, 8, 16),
+    "probability_bits": lambda bits: type(bits) is int and bits in (4, 8, 16),
+    "adaptive_tokens": lambda how: how in ("off", "causal", "ranked"),
+    "thresholds": lambda found: isinstance(found, list) and all(map(_number, found)),
+}
 HEADER_KEY, HEADER_SUM_KEY = "edgerazor", "edgerazor_sha256"
 #: End of the name of a tensor that holds a compressed part.
 FRAME = ".zst"
@@ -160,9 +166,9 @@ def read_header(path: Path, about: Mapping[str, str]) -> Header:
     if text is None:
         raise damaged(path, f"it has no {HEADER_KEY} header")
     try:
-        raw = json.loads(text)
-    except (ValueError, RecursionError):
-        raise damaged(path, "its header is not JSON") from None
+        raw = parse_json(text)
+    except ValueError as error:
+        raise damaged(path, f"its header is not JSON ({error})") from None
     version = raw.get("version") if isinstance(raw, dict) else None
     if hashlib.sha256(text.encode()).hexdigest() != about.get(HEADER_SUM_KEY):
         raise damaged(path, "its header does not have the recorded checksum")
@@ -265,6 +271,9 @@ def _header_problem(header: Header) -> str:
     for name, target in header.tied.items():
         if target not in header.matrices or name in header.matrices:
             return f"{name} is tied to {target}, but only a matrix can be shared, by a module that has none"
+    for name, value in header.settings.items():
+        if name not in SETTINGS or not SETTINGS[name](value):
+            return f"its setting {name} cannot be {str(value)[:50]}"
     return ""
 
 
@@ -278,7 +287,8 @@ def _matrix_problem(entry: MatrixEntry) -> str:
         return "its list of formats repeats one, or does not say which row has which"
     if min(entry.shape) < 1 or math.prod(entry.shape) >= 1 << 62 or entry.group_size >= 1 << 62:
         return f"it has the impossible shape {list(entry.shape)}, or group size {entry.group_size}"
-    tails = {f"{name}{TAIL}" for name in entry.formats} if BLOCK_FORMATS in choices else set()
+    cut = BLOCK_FORMATS in choices and entry.shape[1] % min(entry.group_size, entry.shape[1])
+    tails = {f"{name}{TAIL}" for name in entry.formats} if cut else set()
     codes = set(entry.code_parts())
     scales = {part + SCALES for part in codes}
     if (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import functools
 import hashlib
 import math
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from edgerazor import formats, workdir
+from edgerazor.errors import UserError
 from edgerazor.formats import Encoded, MatrixSpec
 from edgerazor.packed._compression import compress as compressed
 from edgerazor.packed._compression import largest_frame
@@ -102,6 +104,7 @@ def write(
     Raises:
         ValueError: two tensors have the same name, there is no linear matrix, or a dtype cannot be stored.
         OSError: the disk is full or cannot be written; nothing is left behind.
+        UserError: another process is writing there.
     """
     plain = {name: tensor_spec(name, tensor) for name, tensor in others.items()}
     about = [(each.name, each.kind, each.spec, each.shape) for each in matrices]
@@ -297,23 +300,45 @@ def _opened(folder: Path, files: Sequence[File]) -> Iterator[_Places]:
     """Open temporary files of their full sizes; at the end they are synced and get their names, or disappear."""
     temporary = {file.name: folder / f".{file.name}.tmp" for file in files}
     descriptors: dict[str, int] = {}
+    named: list[Path] = []
+    with _alone(folder):
+        try:
+            for file in files:
+                descriptors[file.name] = os.open(temporary[file.name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+                _reserve(descriptors[file.name], file.size)
+            yield _Places(files, descriptors)
+            for descriptor in descriptors.values():
+                os.fsync(descriptor)
+            for name, path in temporary.items():
+                os.replace(path, folder / name)
+                named.append(folder / name)
+            workdir.sync(folder)
+        except BaseException as error:
+            for path in (*temporary.values(), *named):
+                path.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.filename is None:
+                error.filename = str(folder)  # of a descriptor the system does not know the name
+            raise
+        finally:
+            for descriptor in descriptors.values():
+                os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Write into a folder as the only process."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        for file in files:
-            descriptors[file.name] = os.open(temporary[file.name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-            _reserve(descriptors[file.name], file.size)
-        yield _Places(files, descriptors)
-        for descriptor in descriptors.values():
-            os.fsync(descriptor)
-        for name, path in temporary.items():
-            os.replace(path, folder / name)
-        workdir.sync(folder)
-    except BaseException:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
-        raise
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"Another process is writing a packed model into {folder}.", "Wait for it.") from None
+    except OSError:  # file systems that cannot lock a folder
+        pass
+    try:
+        yield
     finally:
-        for descriptor in descriptors.values():
-            os.close(descriptor)
+        os.close(descriptor)
 
 
 def _reserve(descriptor: int, size: int) -> None:

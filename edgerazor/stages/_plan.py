@@ -29,7 +29,10 @@ class TensorSensitivity(_Strict):
     rows: int = Field(ge=1)
     columns: int = Field(ge=1)
     damage: dict[str, float] = Field(
-        min_length=1, description="format -> nats of KL per token if the whole matrix had that format alone"
+        min_length=1, description="format -> its share of the KL per token that plans are made with, in nats"
+    )
+    alone: dict[str, float] = Field(
+        {}, description="format -> nats of KL per token expected if this matrix alone had that format"
     )
 
 
@@ -63,7 +66,7 @@ class SensitiveMatrix(BaseModel):
 
     name: str
     bits: float | None = Field(description="in the plan; null where it is not in it")
-    damage: dict[str, float] = Field(description="format -> nats of KL per token")
+    damage: dict[str, float] = Field(description="format -> its share of the KL per token, in nats")
 
 
 class PlanSummary(BaseModel):

@@ -15,6 +15,10 @@ output with respect to it. Four estimates of the damage of one row in one format
 * `direct`: one tensor at a time gets the format, and the KL is measured, shared out to its rows as `fisher` has it. The
   truth that the others are compared with, for small models: it takes a walk for every tensor and format.
 
+What a whole matrix does alone is another question, since its rows act together on a token: `alone` is `E[(Σ g d)²] / 2`
+with the sum over its rows, from the same way back as `fisher`. It says how matrices compare, and plans are not made of
+it: rows of one matrix in several formats do not act as one.
+
 `auto` makes plans with `fisher`, with `integrated` and with `combined` (the damage of tensors by `integrated`, that of
 the rows within them by `fisher`), measures the KL of each (embedding, head and activations as they are), and keeps the
 best.
@@ -42,6 +46,8 @@ from edgerazor.workdir import write_atomically
 
 #: Logits in one piece of work.
 LOGITS = 1 << 24
+#: What the names of damages of whole matrices begin with.
+ALONE = "alone/"
 #: Bits of keys and values whose damage is reported.
 CACHES = (8, 4)
 
@@ -101,7 +107,7 @@ class Rounded:
 
 
 class FisherDamage(Observer):
-    """`E[(g d)²] / 2` per row: path -> float64 [formats, rows], summed over tokens.
+    """`E[(g d)²] / 2`, summed over tokens: `sums`, path -> float64 [formats, rows]; `alone`, path -> float64 [formats].
 
     Args:
         found: the matrices.
@@ -112,6 +118,7 @@ class FisherDamage(Observer):
     def __init__(self, found: Structure, names: Sequence[str], group_size: int) -> None:
         self.names, self.group_size = tuple(names), group_size
         self.sums: dict[str, Tensor] = {}
+        self.alone: dict[str, Tensor] = {}
         self._errors = OfOneLayer(found)
 
     def gradient(self, path: str, weight: Tensor, x: Tensor, g: Tensor) -> None:
@@ -119,17 +126,28 @@ class FisherDamage(Observer):
             specs = [MatrixSpec((name,), self.group_size) for name in self.names]
             return torch.stack([formats.round_trip(weight, spec, weight.dtype) for spec in specs]).sub_(weight)
 
-        found = [(x @ error.T).mul_(g).float().square_().sum(0) for error in self._errors.get(path, compute)]
-        self.sums[path] = self.sums.get(path, 0) + torch.stack(found).double().cpu() / 2
+        rows, together = [], []
+        for error in self._errors.get(path, compute):
+            change = (x @ error.T).mul_(g).float()
+            together.append(change.sum(1).square_().sum())
+            rows.append(change.square_().sum(0))
+        self.sums[path] = self.sums.get(path, 0) + torch.stack(rows).double().cpu() / 2
+        self.alone[path] = self.alone.get(path, 0) + torch.stack(together).double().cpu() / 2
 
     def state(self) -> dict[str, Tensor]:
-        return dict(self.sums)
+        return self.sums | {ALONE + path: value for path, value in self.alone.items()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        self.sums = dict(state)
+        self.sums, self.alone = parted(state)
 
     def identity(self) -> str:
         return f"{self.names} {self.group_size}"
+
+
+def parted(damages: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Damages of rows, and those of whole matrices, both by the module's path."""
+    rows = {name: value for name, value in damages.items() if not name.startswith(ALONE)}
+    return rows, {name.removeprefix(ALONE): value for name, value in damages.items() if name not in rows}
 
 
 class PathDamage(Observer):
@@ -188,7 +206,7 @@ class Output:
 
     def away(self, x: Tensor, teacher: Tensor) -> Tensor:
         """The gradient, with respect to x [n, H], of the sum of KL(teacher || model)."""
-        return self._gradient(x, lambda logits, rows: logits.softmax(-1) - self.logits(teacher[rows]).softmax(-1))
+        return self._gradient(x, lambda logits, rows: logits.softmax(-1).sub_(self.logits(teacher[rows]).softmax(-1)))
 
     @torch.no_grad()
     def divergence(self, x: Tensor, teacher: Tensor) -> float:
@@ -197,7 +215,8 @@ class Output:
 
     def _divergences(self, x: Tensor, teacher: Tensor) -> Tensor:
         log_t = self.logits(teacher).log_softmax(-1)
-        return (log_t.exp() * (log_t - self.logits(x).log_softmax(-1))).sum(-1)
+        p = log_t.exp()
+        return p.mul_(log_t.sub_(self.logits(x).log_softmax(-1))).sum(-1)
 
     @torch.no_grad()
     def damages(self, x: Tensor, specs: Sequence[MatrixSpec]) -> Tensor:
@@ -209,11 +228,16 @@ class Output:
         for index, spec in enumerate(specs):
             rounded = formats.round_trip(self.weight, spec, x.dtype)
             for rows in self._pieces(x):
-                logits = self.logits(x[rows])
-                p, change = logits.softmax(-1), self.logits(x[rows], rounded) - logits
-                mean = (p * change).sum(-1)
-                found[index] += float(((p * change.square()).sum(-1) - mean.square()).clamp(min=0).double().sum()) / 2
+                found[index] += float(self._variances(x[rows], rounded).double().sum()) / 2
         return found
+
+    def _variances(self, x: Tensor, rounded: Tensor) -> Tensor:
+        """Of the change of logits that a rounded weight makes, under the model: float32 [n] for x [n, H]."""
+        logits = self.logits(x)
+        change, p = self.logits(x, rounded).sub_(logits), logits.softmax(-1)
+        del logits  # as large as all the others
+        mean = (p * change).sum(-1)
+        return (change.square_().mul_(p).sum(-1) - mean.square()).clamp(min=0)
 
     @torch.no_grad()
     def _gradient(self, x: Tensor, change: Callable[[Tensor, slice], Tensor]) -> Tensor:
@@ -289,9 +313,14 @@ class Study:
 
     def fisher(self) -> dict[str, Tensor]:
         """See above. The embedding's damage is that of the rows that were looked up; the head's is exact."""
-        return self.kept("fisher", self._fisher)
+        return parted(self.kept("fisher", self._fisher))[0]
+
+    def alone(self) -> dict[str, Tensor]:
+        """See above: module path -> float64 [formats], also of embedding and head."""
+        return parted(self.kept("fisher", self._fisher))[1]
 
     def _fisher(self) -> dict[str, Tensor]:
+        """Damages of rows and of whole matrices, as `parted` takes them."""
         observer = FisherDamage(self.found, self.names, self.group_size)
 
         def upstream(number: int, states: Tensor) -> Tensor:
@@ -304,7 +333,9 @@ class Study:
         head = self._head()
         name = self.found.head.name if self.found.head else self.found.embedding.name
         damages[name] = damages[name] + head if name in damages else head
-        return damages
+        whole = {path: value / self.tokens for path, value in observer.alone.items()}
+        whole |= {path: value[:, 0].clone() for path, value in damages.items() if path not in whole}
+        return damages | {ALONE + path: value for path, value in whole.items()}
 
     def _back(self, walk: Walk, number: int, states: Tensor, of_final: Callable[[Tensor], Tensor]) -> Tensor:
         """Through the final norm: the gradient with respect to states [B, T, H], from one of what enters the head."""

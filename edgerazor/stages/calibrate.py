@@ -11,6 +11,7 @@ Walks calibration text through the teacher, one decoder layer at a time, and kee
 * `importance_threshold`, float32 [layers], where tokens have bits of their own: see `attention.py`;
 * `damage/<estimate>/<module>`, float32 [formats, rows], nats of KL per token: see `_sensitivity.py`; its metadata names
   the formats;
+* `alone/<module>`, float32 [formats], the same of the whole module when nothing else is rounded;
 
 and writes the plan: a format for every row, tensor or block of every matrix (`allocate/`), with a summary of what was
 measured in `sensitivity.json`. What was measured serves every budget.
@@ -223,7 +224,8 @@ def stored_statistics(recipe: Recipe, work: WorkDir) -> dict[str, Tensor] | None
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError, KeyError, ValueError):  # among them a format that was not measured
         return None
-    return {name: value[needed] if name.startswith("damage/") else value for name, value in tensors.items()}
+    of_formats = ("damage/", _sensitivity.ALONE)
+    return {name: value[needed] if name.startswith(of_formats) else value for name, value in tensors.items()}
 
 
 def write_statistics(recipe: Recipe, work: WorkDir, tensors: dict[str, Tensor]) -> None:
@@ -242,6 +244,7 @@ def statistics_identity(recipe: Recipe) -> dict[str, Any]:
         "data": [_shared.data_fingerprint(recipe), recipe.data.sequence_length, recipe.data.packing],
         "seed": recipe.seed,
         "settings": {name: getattr(settings, name) for name in names},
+        "holds": ["damage", "alone"] if measured else [],
         "versions": versions(),
     }
     return {"identity": digest_json(asked), "formats": candidates_of(settings) if measured else ()}
@@ -257,6 +260,7 @@ def measure(job: Job) -> dict[str, Tensor]:
             moments = {site.name: tensors[f"input_second_moment/{site.name}"] for site in job.found.linears}
             damages = study.hessian(moments) if estimate == "hessian" else getattr(study, estimate)()
             tensors |= {f"damage/{estimate}/{name}": value.float().contiguous() for name, value in damages.items()}
+        tensors |= {_sensitivity.ALONE + name: value.float() for name, value in study.alone().items()}
     if recipe.calibrate.adaptive_tokens == "causal":
         tensors["importance_threshold"] = find_thresholds(job, batches)
     return tensors
@@ -282,16 +286,18 @@ def decide(job: Job, tensors: dict[str, Tensor]) -> tuple[Plan, dict[str, Any]]:
     measured = {estimate: study.measure(linear_specs(plan)) for estimate, plan in plans.items()}
     best = min(measured, key=lambda estimate: measured[estimate])
     chosen = next(each for each in choices if each.estimate == best)
+
+    def by_format(values: Tensor) -> dict[str, float]:
+        return {name: float(f"{value:.5g}") for name, value in zip(chosen.formats, values, strict=True)}
+
     tensors_said = [
         {
             "name": site.name,
             "kind": site.kind,
             "rows": site.rows,
             "columns": site.columns,
-            "damage": {
-                each: float(f"{value:.5g}")
-                for each, value in zip(chosen.formats, chosen.rows[site.name].sum(1), strict=True)
-            },
+            "damage": by_format(chosen.rows[site.name].sum(1)),
+            "alone": by_format(tensors[_sensitivity.ALONE + site.name]),
         }
         for site in job.found.sites
     ]

@@ -10,42 +10,29 @@ that calibrate made of them says.
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from rich.console import RenderableType
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from edgerazor import exports, formats, models, packed, surgery
+from edgerazor import exports, formats, imports, models, packed, surgery
 from edgerazor.allocate import MatrixPlan, Plan, measures
 from edgerazor.console import Console, megabytes, table
 from edgerazor.errors import UserError, usage_error
 from edgerazor.exports import ExportResult
+from edgerazor.imports import ImportResult
 from edgerazor.packed import MatrixSource
 from edgerazor.recipe import Recipe
 from edgerazor.stages import _shared, _start
 from edgerazor.workdir import WorkDir, exports_of, make_folder, replace_folder, write_json
 
 NAME = "pack"
-
-#: Files of the teacher's folder that make the packed folder usable on its own.
-COPIED = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-    "generation_config.json",
-)
 
 #: Fields of the recipe that say what is made of the packed model.
 EXPORTING = ("export", "allow_lossy")
@@ -77,6 +64,12 @@ class ExportsResult(BaseModel):
     exports: list[ExportResult]
 
 
+class ForeignResult(ImportResult):
+    """A packed model made of somebody else's, and its exports."""
+
+    exports: list[ExportResult] = Field(default_factory=list)
+
+
 class ExportDryRun(BaseModel):
     """What exports of a packed model would take."""
 
@@ -85,7 +78,7 @@ class ExportDryRun(BaseModel):
 
 
 class PackDryRun(BaseModel):
-    """What pack would write, but for exports, and before it is compressed. Time is that of encoding, estimated from one matrix."""
+    """What pack would write, but for exports and compression. Time is that of encoding, estimated from one matrix."""
 
     source: str
     notation: str
@@ -227,6 +220,57 @@ def export_folder(folder: Path, names: list[str], allow_lossy: bool, console: Co
     return ExportsResult(folder=str(folder), exports=written)
 
 
+def read_foreign(path: Path, recipe: Recipe, work: WorkDir, console: Console, force: bool) -> ForeignResult:
+    """A packed folder of somebody else's quantized model, and its exports.
+
+    Args:
+        path: what they wrote.
+        recipe: how the packed model computes, and what is exported.
+        work: its packed folder is written, but it does not become a job: there is no teacher.
+        console: where to say what is done.
+        force: replace a packed folder that is not an import.
+
+    Raises:
+        UserError: it is refused, or there is something else in the way.
+    """
+    target = work.folder(NAME)
+    if work.recipe_file.exists() or (target.exists() and not (force or _is_import(target))):
+        raise usage_error(
+            f"{work.path} holds another job or packed model, which this one would replace.",
+            f"Give it a folder of its own: `edgerazor pack {path} --work NAME`.",
+        )
+    asked = recipe.calibrate
+    make_folder(work.path)
+    with work.lock():
+        found = imports.read(
+            path,
+            target,
+            console,
+            activation_bits=asked.activation_bits,
+            kv_bits=asked.kv_bits,
+            lossy=recipe.pack.allow_lossy,
+        )
+        written = exports.write_all(target, recipe.pack.export, work.exports, recipe.pack.allow_lossy, console)
+    return ForeignResult(**dict(found), exports=written)
+
+
+def _is_import(folder: Path) -> bool:
+    """Whether a packed folder was made of somebody else's model."""
+    try:
+        return packed.PackedModel.open(folder).header.provenance.get("source") == "import"
+    except UserError:
+        return False
+
+
+def show_foreign(result: ForeignResult) -> list[RenderableType]:
+    """The size table, for people."""
+    said = [f"{name} {weights:,}" for name, weights in result.formats.items()]
+    kept = f"scales of {len(result.lossy)} matrices rounded" if result.lossy else "every weight as it was"
+    caption = f"{result.folder}, made of {result.source}: {', '.join(said)} weights; {kept}"
+    shown = [size_table("Packed", result.sizes.classes, result.sizes, caption), *result.notes]
+    return [*shown, *show_exports(result.exports)]
+
+
 def export_dry_run(folder: Path, names: list[str], allow_lossy: bool, console: Console) -> ExportDryRun:
     """The size of a packed folder in other formats."""
     plans = exports.plan_all(folder, names, allow_lossy, console)
@@ -298,10 +342,7 @@ def matrix_source(matrix: MatrixPlan, read: Reader) -> MatrixSource:
 
 def accompany(folder: Path, teacher_folder: Path, config: object, settings: dict[str, Any]) -> None:
     """Configuration, generation settings, tokenizer and chat template."""
-    for pattern in COPIED:
-        for file in sorted(teacher_folder.glob(pattern)):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
+    models.copy_companions(teacher_folder, folder)
     values = json.loads(config.to_json_string(use_diff=True))  # type: ignore[attr-defined]
     values["dtype"] = "float32"  # of the activations between quantized layers
     values["quantization_config"] = {"quant_method": "edgerazor", "version": packed.VERSION, **settings}

@@ -20,7 +20,7 @@ from edgerazor.stages.calibrate import CalibrateResult
 from edgerazor.stages.data import DataResult
 from edgerazor.stages.distill import DistillResult
 from edgerazor.stages.eval import EvalResult, Measured
-from edgerazor.stages.pack import PackResult, size_table
+from edgerazor.stages.pack import ForeignResult, PackResult, size_table
 from edgerazor.workdir import WorkDir
 
 RESULTS: dict[str, type[BaseModel]] = {
@@ -170,6 +170,7 @@ def schema() -> str:
         "show": Summary,
         "show plan": PlanSummary,
         "show PACKED": PackedSummary,
+        "pack FOREIGN": ForeignResult,
     }
     found: dict[str, type[BaseModel]] = {"recipe": Recipe, **RESULTS, **others}
     return json.dumps({name: model.model_json_schema() for name, model in found.items()}, indent=1)

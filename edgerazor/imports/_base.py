@@ -1,0 +1,168 @@
+"""What an import is: somebody else's quantized weights as our codes and scales, exactly, or a refusal by name.
+
+Others' formats come down to integers times a scale for each group of a row, too; an importer only has to take them out
+of their bytes (`Integers`). What number format of ours holds them is found here, for all importers alike: the one of
+fewest bits whose codes include the integers, and the largest groups within which the scale does not change.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from edgerazor import formats
+from edgerazor.formats import Encoded, MatrixSpec
+
+
+class MisfitError(ValueError):
+    """Weights that no format of ours holds exactly; one sentence that goes on after the tensor's name."""
+
+
+class Integers(NamedTuple):
+    """A matrix: `values` int16 [rows, cols]; `scales` floating [rows, groups of `group_size` columns], of any sign."""
+
+    values: Tensor
+    scales: Tensor
+    group_size: int
+
+
+#: What a weight is stored as: integers and scales, or floating numbers as they are.
+Stored: TypeAlias = Integers | Tensor
+
+
+class Source(ABC):
+    """Somebody else's model, opened.
+
+    Attributes:
+        config: its configuration as transformers has it, without settings of any quantization.
+        activation_group: consecutive inputs of a linear layer that share a scale where they are rounded; None if it
+            does not say.
+        notes: what cannot be taken over.
+    """
+
+    config: dict[str, Any]
+    activation_group: int | None = None
+    notes: tuple[str, ...] = ()
+
+    @abstractmethod
+    def names(self) -> set[str]:
+        """Names of the tensors, as transformers has them (`model.layers.0.mlp.up_proj.weight`)."""
+
+    @abstractmethod
+    def quantized(self, name: str) -> bool:
+        """Whether `read` gives integers for one of them."""
+
+    @abstractmethod
+    def read(self, name: str) -> Stored:
+        """One of them.
+
+        Raises:
+            MisfitError: it is stored in a way that is not understood.
+        """
+
+    @abstractmethod
+    def write_tokenizer(self, folder: Path) -> None:
+        """Write tokenizer, chat template and generation settings into a folder.
+
+        Raises:
+            UserError: there is no usable one.
+        """
+
+
+class Importer(ABC):
+    """One format of others.
+
+    Attributes:
+        name: of its file.
+        describe: what it is, in a few words.
+        only: whether there is no other way to pack such a model; else one that is to be rounded is not imported.
+    """
+
+    name: str
+    describe: str
+    only: bool = True
+
+    @abstractmethod
+    def recognises(self, path: Path) -> bool:
+        """Whether a file or folder is one, at a glance."""
+
+    @abstractmethod
+    def open(self, path: Path) -> Source:
+        """Read all but the tensors.
+
+        Raises:
+            UserError: it is damaged, or of a family that is not understood.
+        """
+
+
+# Integers in our formats ------------------------------------------------------------------------------------------
+
+
+def fitted(matrix: Integers, lossy: bool = False) -> tuple[Encoded, MatrixSpec]:
+    """Codes, scales and format of a matrix of integers.
+
+    Args:
+        matrix: its integers and scales.
+        lossy: round scales to float16 where they are none.
+
+    Raises:
+        MisfitError: no format holds the integers, or a scale is no float16 number and may not be rounded.
+    """
+    values, scales = _positive(matrix)
+    group, scales = _coarsest(scales, matrix.group_size, values.shape[1])
+    used = values[_columns(scales != 0, group, values.shape[1])]
+    low, high = (int(used.min()), int(used.max())) if used.numel() else (0, 0)
+    name, codes, unit = _in_format(values, used, low, high)
+    stored = scales.double() * unit
+    rounded = stored.half()
+    if not torch.isfinite(rounded).all():
+        raise MisfitError("a scale is too large for float16")
+    if not lossy and not torch.equal(rounded.double(), stored):
+        raise MisfitError("a scale is no float16 number")
+    codes = codes * _columns(rounded != 0, group, codes.shape[1])
+    return Encoded(codes.to(torch.int8), rounded), MatrixSpec((name,), group)
+
+
+def _positive(matrix: Integers) -> tuple[Tensor, Tensor]:
+    """Values and scales without negative ones: both change their signs."""
+    if not torch.isfinite(matrix.scales).all():
+        raise MisfitError("a scale is not finite")
+    if bool((matrix.scales >= 0).all()):
+        return matrix.values, matrix.scales.abs()  # no negative zero either
+    signs = torch.where(matrix.scales < 0, -1, 1).to(torch.int16)
+    columns = torch.arange(matrix.values.shape[1]) // matrix.group_size
+    return matrix.values * signs[:, columns], matrix.scales.abs()
+
+
+def _coarsest(scales: Tensor, group: int, columns: int) -> tuple[int, Tensor]:
+    """The largest groups, whole rows or some doubling of those given, that have one scale each, and these scales."""
+    if torch.equal(scales, scales[:, :1].expand_as(scales)):
+        return columns, scales[:, :1].contiguous()
+    while scales.shape[1] > 1:
+        left, right = scales[:, ::2], scales[:, 1::2]
+        if not torch.equal(left[:, : right.shape[1]], right):
+            break
+        group, scales = 2 * group, left
+    return group, scales.contiguous()
+
+
+def _columns(of_groups: Tensor, group: int, columns: int) -> Tensor:
+    """[rows, groups] repeated for each column of the groups: [rows, columns]."""
+    return of_groups[:, torch.arange(columns) // group]
+
+
+def _in_format(values: Tensor, used: Tensor, low: int, high: int) -> tuple[str, Tensor, float]:
+    """The format of fewest bits that holds some integers, their codes, and what a scale is multiplied with."""
+    for number_format in sorted(map(formats.get, formats.names()), key=lambda each: each.nominal_bits):
+        ends = torch.tensor([number_format.lowest, number_format.maximum], dtype=torch.float32)
+        levels = number_format.level_(ends.clone())
+        if bool((levels % 1 == 0).all()):
+            if number_format.lowest <= low and high <= number_format.maximum:
+                return number_format.name, values, 1.0
+        elif bool((used % 2 != 0).all()) and 2 * levels[0] <= low and high <= 2 * levels[1]:
+            return number_format.name, torch.div(values - 1, 2, rounding_mode="floor"), 2.0
+    raise MisfitError(f"its integers go from {low} to {high}, which no number format here holds")

@@ -1,0 +1,3 @@
+#include "avx2.hpp"
+
+const Kernels edgerazor::avx2vnni_kernels = {"avx2vnni", quantize, linear};

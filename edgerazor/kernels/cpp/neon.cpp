@@ -1,0 +1,3 @@
+#include "neon.hpp"
+
+const Kernels edgerazor::neon_kernels = {"neon", quantize, linear};

@@ -1,0 +1,257 @@
+"""The library of kernels, through ctypes: products with the parts of a packed matrix as they are stored.
+
+What the library computes is `reference.linear`, to the bit: the same integer sums, and the same float32 operations in
+the same order, whatever the instruction set and however many tokens there are.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Sequence
+from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from edgerazor.formats import Format
+from edgerazor.kernels.build import LIBRARY
+
+#: Rows that lie side by side in memory.
+ROWS = 16
+
+
+class _Part(ctypes.Structure):
+    _fields_ = (
+        ("codes", c_void_p),
+        ("scales", c_void_p),
+        ("rows", c_void_p),
+        ("count", c_int64),
+        ("bits", c_int32),
+        ("lowest", c_int32),
+    )
+
+
+_SIGNATURES = {
+    "edgerazor_isa_count": (c_int, []),
+    "edgerazor_isa_name": (c_char_p, [c_int]),
+    "edgerazor_geometry_new": (c_void_p, [c_int32, c_int32, c_int32]),
+    "edgerazor_geometry_free": (None, [c_void_p]),
+    "edgerazor_activation_bytes": (c_int64, [c_void_p]),
+    "edgerazor_segments": (c_int64, [c_void_p]),
+    "edgerazor_block_bytes": (c_int64, [c_void_p, c_int32]),
+    "edgerazor_quantize": (c_int64, [c_void_p, c_int, c_void_p, c_int64, c_int32, c_float, *[c_void_p] * 3]),
+    "edgerazor_linear": (
+        None,
+        [c_void_p, c_int, POINTER(_Part), c_int64, *[c_void_p] * 5, c_int64, c_int64, c_int64],
+    ),
+    "edgerazor_row": (None, [c_void_p, POINTER(_Part), c_int64, c_void_p]),
+    "edgerazor_expand_ternary": (None, [c_void_p, c_void_p, c_int64, c_void_p]),
+    "edgerazor_read": (c_uint64, [c_void_p, c_int64]),
+}
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The library, or None where none was built."""
+    path = Path(__file__).with_name(LIBRARY)
+    if not path.exists():
+        return None
+    found = ctypes.CDLL(str(path))
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(found, name)
+        function.restype, function.argtypes = result, arguments
+    return found
+
+
+def _loaded() -> ctypes.CDLL:
+    found = library()
+    if found is None:
+        raise RuntimeError("the library of kernels is not built: run python -m edgerazor.kernels.build")
+    return found
+
+
+@cache
+def isas() -> tuple[str, ...]:
+    """Names of the instruction sets that this machine can run, the best one last; none without the library."""
+    found = library()
+    if found is None:
+        return ()
+    return tuple(found.edgerazor_isa_name(i).decode() for i in range(found.edgerazor_isa_count()))
+
+
+class Geometry:
+    """How the rows of matrices of `columns` columns are cut, for groups of weights and of activations."""
+
+    def __init__(self, columns: int, group_size: int, activation_group: int) -> None:
+        if min(columns, group_size, activation_group) < 1:
+            raise ValueError(f"columns and groups must be at least 1: {columns}, {group_size}, {activation_group}")
+        self.columns = columns
+        self.groups = -(-columns // group_size)
+        sizes = (min(each, columns) for each in (group_size, activation_group))
+        self.handle = c_void_p(_loaded().edgerazor_geometry_new(columns, *sizes))
+        self.activation_bytes: int = _loaded().edgerazor_activation_bytes(self.handle)
+        self.segments: int = _loaded().edgerazor_segments(self.handle)
+        weakref.finalize(self, _loaded().edgerazor_geometry_free, self.handle)
+
+    def block_bytes(self, bits: int) -> int:
+        """Bytes of a block of 16 rows of codes; bits 0 is ternary."""
+        found: int = _loaded().edgerazor_block_bytes(self.handle, bits)
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The rows of a matrix that have one format, as they are stored.
+
+    Attributes:
+        codes: uint8 [row blocks, bytes of a block].
+        scales: float16 [row blocks, groups, 16].
+        count: rows.
+        bits: 0 for ternary (base 3), else 1 to 8.
+        lowest: twice the level of the lowest code.
+        rows: int32 [count], the place of each row in the matrix; None when these are all its rows.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    count: int
+    bits: int
+    lowest: int
+    rows: Tensor | None = None
+
+    @classmethod
+    def of(cls, codes: Tensor, scales: Tensor, count: int, number_format: Format, rows: Tensor | None = None) -> Part:
+        """A part in the bytes of that format."""
+        bits = 0 if number_format.name == "ternary" else number_format.code_bits
+        lowest = -1 if bits == 0 else -(1 << (bits - 1))
+        level = number_format.level_(torch.tensor([float(lowest)]))
+        return cls(codes, scales, count, bits, round(2 * float(level)), rows)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of 16 rows."""
+        return -(-self.count // ROWS)
+
+    def check(self, geometry: Geometry, out: int | None = None) -> None:
+        """ValueError unless tensors have the dtypes and shapes that the geometry asks for, and rows are below `out`."""
+        width = geometry.block_bytes(self.bits)
+        wanted = [
+            ("codes", self.codes, torch.uint8, (self.blocks, width)),
+            ("scales", self.scales, torch.float16, (self.blocks, geometry.groups, ROWS)),
+        ]
+        if self.rows is not None:
+            wanted.append(("rows", self.rows, torch.int32, (self.count,)))
+        for name, tensor, dtype, shape in wanted:
+            if tensor.dtype != dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous():
+                found = f"{tensor.dtype} {list(tensor.shape)}"
+                raise ValueError(f"{name} must be contiguous {dtype} {list(shape)}, got {found}")
+        if (
+            self.rows is not None
+            and out is not None
+            and self.count
+            and not 0 <= self.rows.min() <= self.rows.max() < out
+        ):
+            raise ValueError(f"the places of rows must be between 0 and {out - 1}")
+
+    def structure(self) -> _Part:
+        """The part for the library; valid while this object lives."""
+        rows = None if self.rows is None else self.rows.data_ptr()
+        return _Part(self.codes.data_ptr(), self.scales.data_ptr(), rows, self.count, self.bits, self.lowest)
+
+
+@dataclass(frozen=True, eq=False)
+class Activations:
+    """Quantized activations: codes int8 [tokens, bytes], scales float32 and sums int32 [tokens, segments]."""
+
+    codes: Tensor
+    scales: Tensor
+    sums: Tensor
+
+
+def quantize(x: Tensor, geometry: Geometry, bits: int = 8, scale: float | None = None, isa: int = -1) -> Activations:
+    """Activations float32 [tokens, columns] as products with such matrices take them.
+
+    Raises:
+        ValueError: a value is not finite, the bits are not 2 to 8, or x has another number of features.
+    """
+    if not 2 <= bits <= 8:
+        raise ValueError(f"activations are quantized to 2 to 8 bits, not {bits}")
+    if x.shape[1] != geometry.columns:
+        raise ValueError(f"the matrix has {geometry.columns} columns, but its input has {x.shape[1]} features")
+    x = x.float().contiguous()
+    codes = torch.empty(len(x), geometry.activation_bytes, dtype=torch.int8)
+    scales = torch.empty(len(x), geometry.segments)
+    sums = torch.empty(len(x), geometry.segments, dtype=torch.int32)
+    pointers = (codes.data_ptr(), scales.data_ptr(), sums.data_ptr())
+    wrong = _loaded().edgerazor_quantize(
+        geometry.handle, isa % len(isas()), x.data_ptr(), len(x), bits, scale or 0.0, *pointers
+    )
+    if wrong >= 0:
+        raise ValueError("an activation is not finite")
+    return Activations(codes, scales, sums)
+
+
+def linear(
+    x: Activations,
+    geometry: Geometry,
+    parts: Sequence[Part],
+    bias: Tensor | None = None,
+    isa: int = -1,
+) -> Tensor:
+    """`y = W x + bias`, float32 [tokens, out], of the matrix that the parts make up; bias float32 [out]."""
+    out = sum(part.count for part in parts)
+    for part in parts:
+        part.check(geometry, out)
+    y = torch.empty(len(x.codes), out)
+    for part in parts:
+        product(x, geometry, part, bias, y, 0, part.blocks, isa)
+    return y
+
+
+def product(
+    x: Activations, geometry: Geometry, part: Part, bias: Tensor | None, y: Tensor, first: int, last: int, isa: int = -1
+) -> None:
+    """The rows of `y` [tokens, out] that row blocks `first` to `last` of a part make, without checking anything.
+
+    Threads may call it at the same time for different blocks; the interpreter's lock is free meanwhile.
+    """
+    inputs = [each.data_ptr() for each in (x.codes, x.scales, x.sums)]
+    output = (None if bias is None else bias.data_ptr(), y.data_ptr(), y.stride(0), first, last)
+    structure = ctypes.byref(part.structure())
+    _loaded().edgerazor_linear(geometry.handle, isa % len(isas()), structure, len(x.codes), *inputs, *output)
+
+
+def read(memory: Tensor) -> int:
+    """Reads a contiguous tensor's bytes once (but for the last few): to measure the bandwidth of memory."""
+    found: int = _loaded().edgerazor_read(memory.data_ptr(), memory.nbytes // 8)
+    return found
+
+
+def rows(geometry: Geometry, part: Part, indices: Tensor) -> Tensor:
+    """Decoded weights float32 [n, columns] of the rows of a part with those indices, int64 [n].
+
+    Raises:
+        ValueError: there is no such row.
+    """
+    part.check(geometry)
+    wanted = indices.tolist()
+    if wanted and not 0 <= min(wanted) <= max(wanted) < part.count:
+        raise ValueError(f"rows are between 0 and {part.count - 1}")
+    weights = torch.empty(len(wanted), geometry.columns)
+    structure = ctypes.byref(part.structure())
+    for index, place in zip(wanted, weights, strict=True):
+        _loaded().edgerazor_row(geometry.handle, structure, index, place.data_ptr())
+    return weights
+
+
+def expand_ternary(geometry: Geometry, part: Part) -> Part:
+    """A ternary part with codes of two bits: a fourth more bytes, fewer steps to decode them."""
+    part.check(geometry)
+    width = geometry.block_bytes(2)
+    codes = torch.empty(part.blocks, width, dtype=torch.uint8)
+    _loaded().edgerazor_expand_ternary(geometry.handle, part.codes.data_ptr(), part.blocks, codes.data_ptr())
+    return Part(codes, part.scales, part.count, 2, -2, part.rows)

@@ -1,0 +1,605 @@
+"""Packed folders, damaged in every way we could think of: the reader refuses them, or finds all as it was.
+
+    make fuzz                              100,000 damaged folders (N=...), or as many as FUZZ_SECONDS=... allow
+    python tests/fuzz_packed.py --only 4711           one of them again, with a traceback
+
+Small folders of every kind (mixed rows, blocks, tails, tied matrices, shards, stored scales of inputs) lie in memory; a
+worker process changes one, writes it to a folder, and opens and verifies it there. *The law*: `PackedModel.open`,
+`verify` and `input_scales` either succeed with exactly what was written, or raise a `UserError` of one sentence with
+exit code 1. Where the header's checksum was made again to fit the change, the header may describe another model, but
+its matrices must decode to what their recorded digests say. Nothing may crash, hang, or take 1 GB of memory: the worker
+runs under a limit, and a watcher restarts it behind whatever ended it.
+
+Each damaged folder follows from its number alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgerazor import formats, packed
+from edgerazor.errors import FAILED, UserError
+from edgerazor.formats import MatrixSpec
+from edgerazor.packed import INDEX_FILE, WEIGHTS_FILE, PackedModel
+from edgerazor.packed._header import HEADER_KEY, HEADER_SUM_KEY
+
+MEMORY = 10**9
+#: Seconds after which a folder counts as hanging; and the whole process, where even a signal does not help.
+PATIENCE, LAST_PATIENCE = 10, 60
+LONGEST_SENTENCE = 1000
+#: That are worth reading.
+MOST_FAILURES = 20
+
+
+# Folders to damage ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Folder:
+    """A packed folder in memory; `special` makes files that are no files; `lies`: the header's checksum was renewed."""
+
+    kind: str
+    files: dict[str, bytes]
+    header: packed.Header
+    special: dict[str, Callable[[Path], None]] = field(default_factory=dict)
+    lies: bool = False
+
+    def copy(self) -> Folder:
+        return Folder(self.kind, dict(self.files), self.header)
+
+    def weights(self) -> list[str]:
+        return sorted(name for name in self.files if name.endswith(".safetensors"))
+
+
+def specs() -> dict[str, tuple[MatrixSpec, int, int]]:
+    """kind of matrix -> specification, rows, columns."""
+    every = tuple(formats.names())
+    rows = (torch.arange(19) % len(every)).to(torch.uint8)
+    blocks = (torch.arange(15).view(5, 3) * 5 % len(every)).to(torch.uint8)
+    columns = torch.tensor([[1, 0, 0]], dtype=torch.uint8)
+    return {
+        "mixed": (MatrixSpec(every, 16, rows), 19, 33),
+        "blocks": (MatrixSpec(every[:3], 16, block_formats=blocks % 3), 5, 33),
+        "columns": (MatrixSpec(("ternary", "int4"), 8, block_formats=columns), 4, 24),
+        "rows": (MatrixSpec(("ternary", "int4"), 8, (torch.arange(17) % 8 == 0).to(torch.uint8)), 17, 22),
+        **{name: (MatrixSpec((name,), 8), 5, 13) for name in every},
+    }
+
+
+#: kind of folder -> kinds of its matrices, and whether it is cut into shards. A compressed kind belongs here too.
+KINDS: dict[str, tuple[tuple[str, ...], bool]] = {
+    "plain": (("ternary", "int4"), False),
+    "bits": (("int3", "int8", "int2"), False),
+    "mixed": (("mixed",), False),
+    "rows": (("rows", "int4"), False),
+    "blocks": (("blocks", "columns"), False),
+    "sharded": (("ternary", "rows"), True),
+}
+
+
+def make_folders(place: Path) -> list[Folder]:
+    """One of each kind, all with a tied embedding, other tensors, and scales of inputs."""
+    known, made = specs(), []
+    for kind, (names, sharded) in KINDS.items():
+        folder = place / kind
+        folder.mkdir()
+        matrices = []
+        for name, role in [("int4", "embedding"), *((name, "linear") for name in names)]:
+            spec, rows, cols = known[name]
+            w = torch.randn(rows, cols, generator=torch.Generator().manual_seed(len(matrices)))
+            path = "model.embed" if role == "embedding" else f"layers.{name}"
+            encoded = formats.encode_matrix(w, spec)
+            matrices.append(packed.PackedMatrix(path, role, encoded, spec).source())  # type: ignore[arg-type]
+        others = {"norm.weight": torch.randn(9).bfloat16(), f"layers.{names[0]}.input_scale": torch.tensor(0.25)}
+        header = packed.write(
+            folder,
+            matrices,
+            others,
+            tied={"lm_head": "model.embed"},
+            settings={"activation_bits": 8, "kv_bits": 8, "thresholds": []},
+            provenance={"teacher": {"name": "tiny"}, "seed": 1},
+            shard_bytes=700 if sharded else 10**9,
+        )
+        made.append(Folder(kind, {file.name: file.read_bytes() for file in folder.iterdir()}, header))
+    return made
+
+
+# Bytes and JSON ---------------------------------------------------------------------------------------------------
+
+
+class Twice:
+    """Stands in the place of a dictionary that has a name twice."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        self.pairs = pairs
+
+
+class Raw(str):
+    """JSON, or what claims to be."""
+
+
+def dump(tree: Any) -> str:
+    """JSON that may be wrong."""
+    if isinstance(tree, Raw):
+        return str(tree)
+    if isinstance(tree, dict | Twice):
+        pairs = tree.pairs if isinstance(tree, Twice) else list(tree.items())
+        return "{" + ",".join(f"{json.dumps(key)}:{dump(value)}" for key, value in pairs) + "}"
+    if isinstance(tree, list):
+        return "[" + ",".join(map(dump, tree)) + "]"
+    return json.dumps(tree)
+
+
+def split(content: bytes) -> tuple[Any, bytes]:
+    """Header of a safetensors file, and its data."""
+    (length,) = struct.unpack("<Q", content[:8])
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def join(text: bytes, data: bytes) -> bytes:
+    text += b" " * (-(8 + len(text)) % 64)
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def paths(tree: Any, here: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Paths of everything in a tree but its top."""
+    items: Any = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in items:
+        yield (*here, key)
+        yield from paths(value, (*here, key))
+
+
+def at(tree: Any, path: tuple[Any, ...]) -> Any:
+    for step in path:
+        tree = tree[step]
+    return tree
+
+
+RAW = ["NaN", "Infinity", "-Infinity", "1e400", "-0", "0x10", "01", "1" * 5000, "", "'", "nul", '"\\x"', '"\\ud800"']
+RAW += ["[" * 5000, "[" * 300 + "]" * 300, '{"a":' * 2000 + "1" + "}" * 2000, "\x00", "//", '"\n"']
+NASTY: list[Any] = [None, True, False, 0, 1, -1, 1.5, 1e308, 2**31, 2**53, 2**62, 2**63, 2**64, 10**30]
+NASTY += ["", "x", "\x00", "../../x", "/dev/zero", "a\nb\x1b[31m", "\ud800", "é" * 200, "y" * 100_000, "ternary", "F64"]
+NASTY += [[], {}, [[]], [1, 2, 3], [-1, 4], [2**40, 2**40], {"a": 1}, [0], ["int4", "int4"], {"": ""}]
+
+
+def nasty(draw: random.Random, old: Any, tree: Any, places: list[tuple[Any, ...]]) -> Any:
+    """Something in the place of `old`: near it, of another place, or strange."""
+    choice = draw.random()
+    if isinstance(old, int) and choice < 0.4:
+        return draw.choice(
+            [old + 1, old - 1, 2 * old, old // 2, -old, old + 64, old ^ 1 << draw.randrange(40), float(old)]
+        )
+    if isinstance(old, str) and choice < 0.2:
+        return draw.choice([old + "x", old[1:], old.upper(), old + "\n", f" {old}", old[::-1], old * 2])
+    if isinstance(old, list) and choice < 0.3:
+        return draw.choice([old + old, old[1:], old[::-1], [old], [*old, 1], [each for each in old if each]])
+    if choice < 0.6:
+        return copy.deepcopy(at(tree, draw.choice(places)))
+    return Raw(draw.choice(RAW)) if choice < 0.7 else copy.deepcopy(draw.choice(NASTY))
+
+
+def change_tree(draw: random.Random, tree: Any) -> Any:
+    """A changed copy of a JSON tree."""
+    tree = copy.deepcopy(tree)
+    if draw.random() < 0.02:
+        return copy.deepcopy(draw.choice(NASTY))
+    for _ in range(draw.choice([1, 1, 1, 2, 5])):
+        places = list(paths(tree))
+        if not places:
+            break
+        *above, key = draw.choice(places)
+        place = at(tree, tuple(above))
+        act = draw.random()
+        if act < 0.6:
+            place[key] = nasty(draw, place[key], tree, places)
+        elif act < 0.7:
+            del place[key]
+        elif act < 0.8 and isinstance(place, dict):
+            name = draw.choice(["", "new", f"{key}x", "a\nb", "\ud800", "__metadata__", *map(str, place)])
+            place[name] = copy.deepcopy(place[key])
+            if draw.random() < 0.5 and name != key:
+                del place[key]
+        elif isinstance(place, dict) and above:
+            pairs = [*place.items(), (key, nasty(draw, place[key], tree, places))]
+            draw.shuffle(pairs)
+            at(tree, tuple(above[:-1]))[above[-1]] = Twice(pairs)
+            break  # what is there twice has no paths
+        elif isinstance(place, list):
+            place.insert(draw.randrange(len(place) + 1), copy.deepcopy(draw.choice(NASTY)))
+    return tree
+
+
+# Damages: each changes a folder in memory -------------------------------------------------------------------------
+
+
+def flip_bits(draw: random.Random, folder: Folder) -> None:
+    name = draw.choice(sorted(folder.files))
+    content = bytearray(folder.files[name])
+    for _ in range(draw.choice([1, 1, 1, 2, 10, 100])):
+        bit = draw.randrange(8 * len(content))
+        content[bit // 8] ^= 1 << bit % 8
+    folder.files[name] = bytes(content)
+
+
+def rewrite_bytes(draw: random.Random, folder: Folder) -> None:
+    """Cut, lengthen, leave out, double, overwrite, shuffle."""
+    name = draw.choice(sorted(folder.files))
+    content = folder.files[name]
+    start = draw.randrange(len(content) + 1)
+    if draw.random() < 0.3:  # where something begins or ends
+        start = draw.choice([0, 7, 8, 9, 64, len(content) - 1, len(content)])
+    stop = min(len(content), start + draw.choice([1, 2, 8, 64, 10**6]))
+    piece, noise = content[start:stop], draw.randbytes(draw.choice([1, 8, 64, 1000]))
+    folder.files[name] = draw.choice(
+        [
+            content[:start],
+            content + noise,
+            content + b"\0" * len(noise),
+            content[:start] + content[stop:],
+            content[:stop] + piece + content[stop:],
+            content[:start] + noise + content[stop:],
+            content[:start] + noise + content[start:],
+            content[:start] + b"\0" * len(piece) + content[stop:],
+            content[:start] + b"\xff" * len(piece) + content[stop:],
+            noise,
+            b"",
+        ]
+    )
+
+
+def lie_about_length(draw: random.Random, folder: Folder) -> None:
+    """The eight bytes that say how long a safetensors header is."""
+    name = draw.choice(folder.weights())
+    content = folder.files[name]
+    (length,) = struct.unpack("<Q", content[:8])
+    lengths = [0, 1, 2, 7, length - 1, length + 1, length + 64, len(content), len(content) - 8, 10**8, 10**8 + 1]
+    lengths += [2**31, 2**32 + length, 2**63 - 1, 2**63, 2**64 - 1, 2**64 - 8, draw.randrange(2**64)]
+    folder.files[name] = struct.pack("<Q", draw.choice(lengths)) + content[8:]
+
+
+def change_entries(draw: random.Random, folder: Folder) -> None:
+    """The JSON of a safetensors file: dtypes, shapes, places, names, metadata."""
+    name = draw.choice(folder.weights())
+    entries, data = split(folder.files[name])
+    folder.files[name] = join(encoded(draw, dump(change_tree(draw, entries))), data)
+
+
+def change_header(draw: random.Random, folder: Folder) -> None:
+    """Our header, most often with a checksum that fits."""
+    name = folder.weights()[0]
+    entries, data = split(folder.files[name])
+    header = dump(change_tree(draw, json.loads(entries["__metadata__"][HEADER_KEY])))
+    put_header(draw, folder, entries, data, header)
+
+
+def put_header(draw: random.Random, folder: Folder, entries: Any, data: bytes, header: str) -> None:
+    about = entries["__metadata__"]
+    about[HEADER_KEY] = header
+    if draw.random() < 0.9:
+        about[HEADER_SUM_KEY] = hashlib.sha256(header.encode(errors="surrogatepass")).hexdigest()
+        folder.lies = True
+    folder.files[folder.weights()[0]] = join(encoded(draw, dump(entries)), data)
+
+
+def encoded(draw: random.Random, text: str) -> bytes:
+    """UTF-8, or now and then something else."""
+    if draw.random() < 0.02:
+        return text.encode(draw.choice(["utf-16", "utf-8-sig", "utf-32"]), errors="surrogatepass")
+    raw = text.encode(errors="surrogatepass")
+    return raw.replace(b"norm", b"no\xffm", draw.randrange(3)) if draw.random() < 0.02 else raw
+
+
+def change_data_and_checksum(draw: random.Random, folder: Folder) -> None:
+    """Bytes of a tensor, with a checksum of it that fits: codes out of range, scales that are no numbers."""
+    contents = {name: split(folder.files[name]) for name in folder.weights()}
+    first = folder.weights()[0]
+    header = json.loads(contents[first][0]["__metadata__"][HEADER_KEY])
+    name = draw.choice(list(contents))
+    entries, data = contents[name]
+    tensor = draw.choice([each for each in entries if each != "__metadata__"])
+    start, stop = entries[tensor]["data_offsets"]
+    changed = bytearray(data)
+    for _ in range(draw.choice([1, 1, 3, 50])):
+        place = draw.randrange(start, stop)
+        changed[place] = draw.choice([0, 0xFF, 0x7F, 0x80, draw.randrange(256)])
+    if draw.random() < 0.2:
+        changed[start:stop] = draw.choice([b"\0", b"\xff", b"\x00\x7c", b"\x01\x80"]) * (stop - start)
+        del changed[len(data) :]
+    sha = hashlib.sha256(changed[start:stop]).hexdigest()
+    for matrix, entry in header["matrices"].items():
+        part = tensor.removeprefix(f"{matrix}.weight.")
+        if part in entry["sha256"] and part != tensor:
+            entry["sha256"][part] = sha
+    if tensor in header["others"]:
+        header["others"][tensor]["sha256"] = sha
+    folder.files[name] = join(dump(entries).encode(), bytes(changed))
+    entries, data = split(folder.files[first])
+    put_header(draw, folder, entries, data, dump(header))
+
+
+def change_index(draw: random.Random, folder: Folder) -> None:
+    """The list of shards, or one beside a folder that has none."""
+    index = json.loads(folder.files.get(INDEX_FILE, b'{"weight_map": {"norm.weight": "model.safetensors"}}'))
+    tricks = ["../model.safetensors", "/etc/passwd", "model.bin", "", ".", "model-00001-of-00001.safetensors\n"]
+    tricks += ["model-00099-of-00099.safetensors", "model-00001-of-00003.safetensors", "\x00", "a" * 5000, "\ud800"]
+    if draw.random() < 0.5:
+        key = draw.choice(list(index["weight_map"]))
+        index["weight_map"][key] = draw.choice(tricks)
+    else:
+        index = change_tree(draw, index)
+    folder.files[INDEX_FILE] = encoded(draw, dump(index))
+
+
+def exchange_files(draw: random.Random, folder: Folder) -> None:
+    """Missing files, and files with each other's names."""
+    first, second = draw.choices(sorted(folder.files), k=2)
+    if draw.random() < 0.5 or first == second:
+        del folder.files[first]
+    elif draw.random() < 0.5:
+        folder.files[first], folder.files[second] = folder.files[second], folder.files[first]
+    else:
+        folder.files[first] = folder.files[second]
+
+
+def make_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as opened, contextlib.chdir(path.parent):
+        opened.bind(path.name)
+
+
+SPECIAL: list[Callable[[Path], None]] = [
+    os.mkfifo,
+    Path.mkdir,
+    make_socket,
+    lambda path: path.symlink_to(path.name),
+    lambda path: path.symlink_to("/nowhere/at/all"),
+    lambda path: path.symlink_to("/dev/zero"),
+    lambda path: path.symlink_to("/dev/null"),
+    lambda path: path.symlink_to(path.parent),
+]
+
+
+def replace_by_no_file(draw: random.Random, folder: Folder) -> None:
+    """A pipe, a folder, a socket, a device, or a link that leads nowhere."""
+    name = draw.choice([*folder.files, INDEX_FILE, WEIGHTS_FILE])
+    folder.files.pop(name, None)
+    folder.special[name] = draw.choice(SPECIAL)
+
+
+#: damage -> how often
+DAMAGES: dict[Callable[[random.Random, Folder], None], int] = {
+    flip_bits: 15,
+    rewrite_bytes: 15,
+    lie_about_length: 5,
+    change_entries: 20,
+    change_header: 25,
+    change_data_and_checksum: 10,
+    change_index: 6,
+    exchange_files: 2,
+    replace_by_no_file: 2,
+}
+
+
+# The law ----------------------------------------------------------------------------------------------------------
+
+
+def check(path: Path, folder: Folder) -> str:
+    """`refused`, `unharmed`, or `other` for another model under a renewed checksum.
+
+    Raises:
+        AssertionError: the law is broken.
+    """
+    try:
+        model = PackedModel.open(path)
+        model.verify()
+        model.input_scales()
+    except UserError as error:
+        check_sentence(error)
+        return "refused"
+    if model.header == folder.header:
+        return "unharmed"
+    assert folder.lies, "something is not as it was written, and nobody noticed"
+    for name, entry in model.header.matrices.items():
+        matrix = model.matrix(name)
+        assert formats.digest(matrix.encoded, matrix.spec) == entry.digest
+    return "other"
+
+
+def check_sentence(error: UserError) -> None:
+    assert error.code == FAILED, f"exit code {error.code}"
+    for text in (error.message, error.hint):
+        assert text.isprintable(), f"no sentence: {text!r}"
+        text.encode()
+    assert len(error.message) <= LONGEST_SENTENCE, f"no sentence, but {len(error.message)} letters"
+    assert error.message.endswith("."), f"no sentence: {error.message}"
+
+
+def damaged_folder(number: int, seed: int, folders: list[Folder]) -> tuple[Folder, str]:
+    """The folder of that number, and what was done to it."""
+    draw = random.Random(f"{seed} {number}")
+    folder = draw.choice(folders).copy()
+    (damage,) = draw.choices(list(DAMAGES), list(DAMAGES.values()))
+    damage(draw, folder)
+    return folder, damage.__name__
+
+
+def put(folder: Folder, before: Folder | None, path: Path) -> None:
+    """Write a folder; files that are there already, of `before`, are left."""
+    old = before.files if before and not before.special else {}
+    if before and before.special:
+        shutil.rmtree(path)
+        path.mkdir()
+    for name in old.keys() - folder.files.keys():
+        (path / name).unlink()
+    for name, content in folder.files.items():
+        if old.get(name) is not content:
+            (path / name).write_bytes(content)
+    for name, make in folder.special.items():
+        make(path / name)
+
+
+# Processes --------------------------------------------------------------------------------------------------------
+
+
+class Hang(BaseException):
+    """Nothing may catch it."""
+
+
+def give_up(*_: object) -> None:
+    raise Hang
+
+
+def limit_memory() -> None:
+    """Of this process, to what one has that has imported everything and reads a model."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    size, resident = (int(status[name].split()[0]) * 1024 for name in ("VmSize", "VmRSS"))
+    resource.setrlimit(resource.RLIMIT_AS, (size - resident + MEMORY,) * 2)
+
+
+def work(first: int, stop: int, seed: int, deadline: float, loud: bool) -> None:
+    """Check some folders; a line of JSON to stdout before each, behind each failure, and at the end."""
+    torch.set_num_threads(1)
+    with contextlib.suppress(AttributeError, OSError):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # many at a time: a core for each
+    signal.signal(signal.SIGALRM, give_up)
+    ram = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=ram if os.access(ram, os.W_OK) else None) as place:
+        folders, path, before = make_folders(Path(place)), Path(place) / "damaged", None
+        path.mkdir()
+        for folder in folders:
+            put(folder, before, path)
+            assert check(path, folder) == "unharmed", folder.kind
+            before = folder
+        limit_memory()
+        counts: Counter[str] = Counter()
+        failures = 0
+        for number in range(first, stop):
+            if time.time() > deadline or failures == MOST_FAILURES:
+                break
+            print(json.dumps({"at": number}), flush=True)
+            folder, damage = damaged_folder(number, seed, folders)
+            put(folder, before, path)
+            before = folder
+            signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+            try:
+                outcome = check(path, folder)
+            except BaseException as error:
+                outcome, failures = "failed", failures + 1
+                what = "".join(traceback.format_exception(error)) if loud else f"{type(error).__name__}: {error}"
+                print(json.dumps({"failed": number, "kind": folder.kind, "damage": damage, "what": what[:4000]}))
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            counts[f"{damage} {outcome}"] += 1
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps({"counts": counts, "peak": peak}), flush=True)
+
+
+@dataclass
+class Outcome:
+    """What came of it: `counts` of `damage outcome`, sentences about failures, peak of resident memory in bytes."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+    peak: int = 0
+    seconds: float = 0.0
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+
+def fuzz(count: int, seconds: float | None = None, seed: int = 0, first: int = 0, loud: bool = False) -> Outcome:
+    """Damage `count` folders, or as many as `seconds` allow, in worker processes."""
+    began = time.time()
+    outcome, deadline = Outcome(), began + (seconds or 10**9)
+    while first < count and time.time() < deadline and len(outcome.failures) < MOST_FAILURES:
+        first = 1 + watch(first, count, seed, deadline, loud, outcome)
+    outcome.seconds = time.time() - began
+    return outcome
+
+
+def watch(first: int, stop: int, seed: int, deadline: float, loud: bool, outcome: Outcome) -> int:
+    """One worker; the number of the last folder that it came to."""
+    words = [sys.executable, __file__, "--work", *map(str, (first, stop, seed, deadline, int(loud)))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    number, finished = first, False
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        signal.signal(signal.SIGALRM, lambda *_: process.kill())
+        for line in process.stdout:
+            signal.alarm(LAST_PATIENCE)
+            said = json.loads(line)
+            number = said.get("at", number)
+            if "failed" in said:
+                outcome.failures.append("number {failed} ({damage}, {kind}): {what}".format(**said))
+            if "counts" in said:
+                outcome.counts += Counter(said["counts"])
+                outcome.peak = max(outcome.peak, said["peak"])
+                finished = True
+        signal.alarm(0)
+        code = process.wait()
+    if not finished:
+        outcome.failures.append(f"number {number}: the process ended with code {code}")
+        return number
+    return stop
+
+
+def report(outcome: Outcome) -> None:
+    by_damage: dict[str, dict[str, int]] = {}
+    for name, count in sorted(outcome.counts.items()):
+        damage, _, what = name.partition(" ")
+        by_damage.setdefault(damage, {})[what] = count
+    for damage, counts in by_damage.items():
+        print(f"{damage.replace('_', ' ')}: " + ", ".join(f"{count:,} {what}" for what, count in counts.items()))
+    for failure in outcome.failures:
+        print(f"FAILED {failure[:2000]}")
+    rate = outcome.total / max(outcome.seconds, 1e-9)
+    print(
+        f"{outcome.total:,} damaged folders in {outcome.seconds:.0f} s ({rate:.0f} a second), "
+        f"{len(outcome.failures)} failures, at most {outcome.peak / 1e6:.0f} MB of memory"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("count", type=int, nargs="?", default=100_000, help="how many folders")
+    parser.add_argument("--seconds", type=float, help="stop after so many")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", type=int, metavar="NUMBER", help="this folder alone, with a traceback")
+    parser.add_argument("--work", nargs=5, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.work:
+        first, stop, seed, deadline, loud = asked.work
+        work(int(first), int(stop), int(seed), float(deadline), loud == "1")
+        return
+    single = asked.only is not None
+    first, stop = (asked.only, asked.only + 1) if single else (0, asked.count)
+    outcome = fuzz(stop, asked.seconds, asked.seed, first, loud=single)
+    report(outcome)
+    sys.exit(1 if outcome.failures or outcome.peak > MEMORY else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+// Every instruction set of the library that this machine can run, against sums written down by their definition: one
+// code at a time through `edgerazor_row`. For machines without Python: `make test-arm` runs it in an emulator, `make
+// test-sanitizers` under sanitizers. (`tests/test_native.py` compares the same functions with numpy and torch.)
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <memory>
+#include <vector>
+
+#include "library.h"
+
+namespace {
+
+uint64_t state = 88172645463325252u;
+
+uint32_t draw() {
+    state ^= state << 13;
+    state ^= state >> 7;
+    state ^= state << 17;
+    return (uint32_t)(state >> 32);
+}
+
+// Exactly as long as it has to be, so that a sanitizer sees a step too far.
+template <class T>
+std::unique_ptr<T[]> memory(int64_t count) {
+    void* found = nullptr;
+    if (posix_memalign(&found, 64, count * sizeof(T)) != 0) abort();
+    return std::unique_ptr<T[]>((T*)found);
+}
+
+struct Case {
+    int columns, group, activation_group, rows, tokens, bits, lowest, x_bits;
+};
+
+// Bytes that stand for codes everywhere: base-3 bytes are 0 to 242, and 2-bit fields of ternary 0 to 2.
+uint8_t random_byte(const Case& c) {
+    if (c.bits != 0) return (uint8_t)draw();
+    static const uint8_t both[] = {0, 1, 2, 4, 5, 6, 8, 9, 10, 16, 17, 18, 20, 21, 22, 32, 33, 34, 36, 37, 38, 40,
+                                   41, 42, 64, 65, 66, 128, 129, 130, 132, 133, 134, 136, 137, 138, 144, 145, 160};
+    return both[draw() % sizeof both];
+}
+
+void fill_base3(uint8_t* codes, int64_t blocks, int64_t block_bytes) {
+    for (int64_t block = 0; block < blocks; block++)
+        for (int64_t chunk = 0; chunk + 832 <= block_bytes; chunk += 832)
+            for (int i = 0; i < 768; i++) codes[block * block_bytes + chunk + i] = (uint8_t)(draw() % 243);
+}
+
+int wrong = 0, checks = 0;
+
+void check(const Case& c) {
+    edgerazor_geometry* geometry = edgerazor_geometry_new(c.columns, c.group, c.activation_group);
+    const int64_t blocks = (c.rows + 15) / 16, block_bytes = edgerazor_block_bytes(geometry, c.bits);
+    const int group = c.group < c.columns ? c.group : c.columns, groups = (c.columns + group - 1) / group;
+    auto codes = memory<uint8_t>(blocks * block_bytes);
+    auto scales = memory<uint16_t>(blocks * groups * 16);
+    auto rows = memory<int32_t>(c.rows);
+    auto bias = memory<float>(c.rows);
+    auto x = memory<float>((int64_t)c.tokens * c.columns);
+    for (int64_t i = 0; i < blocks * block_bytes; i++) codes[i] = random_byte(c);
+    if (c.bits == 0) fill_base3(codes.get(), blocks, block_bytes);
+    for (int64_t i = 0; i < blocks * groups * 16; i++) scales[i] = (uint16_t)(draw() % 0x4000); // below 2
+    for (int i = 0; i < c.rows; i++) rows[i] = c.rows - 1 - i, bias[i] = (float)(draw() % 100);
+    for (int i = 0; i < c.tokens * c.columns; i++) x[i] = (float)(int32_t)draw() * 1e-9f;
+    const edgerazor_part part = {codes.get(), scales.get(), rows.get(), c.rows, c.bits, c.lowest};
+
+    const int64_t width = edgerazor_activation_bytes(geometry), segments = edgerazor_segments(geometry);
+    std::vector<float> first;
+    for (int isa = 0; isa < edgerazor_isa_count(); isa++) {
+        auto x_codes = memory<int8_t>(c.tokens * width);
+        auto x_scales = memory<float>(c.tokens * segments);
+        auto sums = memory<int32_t>(c.tokens * segments);
+        auto y = memory<float>((int64_t)c.tokens * c.rows);
+        edgerazor_quantize(geometry, isa, x.get(), c.tokens, c.x_bits, 0, x_codes.get(), x_scales.get(), sums.get());
+        edgerazor_linear(geometry, isa, &part, c.tokens, x_codes.get(), x_scales.get(), sums.get(), bias.get(),
+                         y.get(), c.rows, 0, blocks);
+        if (isa == 0) first.assign(y.get(), y.get() + c.tokens * c.rows);
+        checks++;
+        if (memcmp(first.data(), y.get(), first.size() * sizeof(float)) != 0) {
+            wrong++;
+            printf("%s is not portable: %d columns, groups %d and %d, %d rows, %d tokens, %d bits\n",
+                   edgerazor_isa_name(isa), c.columns, c.group, c.activation_group, c.rows, c.tokens, c.bits);
+        }
+    }
+    // The plain way against float64 sums of decoded rows.
+    auto weights = memory<float>(c.columns);
+    for (int row = 0; row < c.rows; row++) {
+        edgerazor_row(geometry, &part, row, weights.get());
+        for (int token = 0; token < c.tokens; token++) {
+            const float* values = x.get() + (int64_t)token * c.columns;
+            double sum = 0, size = 0;
+            for (int begin = 0; begin < c.columns; begin += c.activation_group) {
+                const int end = begin + c.activation_group < c.columns ? begin + c.activation_group : c.columns;
+                float largest = 0;
+                for (int i = begin; i < end; i++) largest = fmaxf(largest, fabsf(values[i]));
+                const float scale = largest / (float)((1 << (c.x_bits - 1)) - 1);
+                for (int i = begin; i < end; i++) {
+                    const double product = (double)weights[i] * scale * nearbyintf(values[i] / scale);
+                    sum += product;
+                    size += fabs(product);
+                }
+            }
+            const double found = first[token * c.rows + c.rows - 1 - row] - bias[c.rows - 1 - row];
+            checks++;
+            if (fabs(found - sum) > 1e-5 * size + 1e-5) {
+                wrong++;
+                printf("row %d, token %d: %g, not %g (%d columns, %d bits)\n", row, token, found, sum, c.columns, c.bits);
+            }
+        }
+    }
+    edgerazor_geometry_free(geometry);
+}
+
+} // namespace
+
+int main() {
+    const int columns[] = {1, 3, 31, 33, 127, 172, 256, 960, 1300}, groups[] = {32, 33, 64, 100, 128, 256, 512, 5000};
+    const int lowest[] = {-2, -1, -3, -8, -16, -32, -64, -128, -256};
+    for (int bits = 0; bits <= 8; bits++)
+        for (int c : columns)
+            for (int g : groups)
+                check({c, g, draw() % 2 ? g : groups[draw() % 8], (int)(1 + draw() % 70), (int)(1 + draw() % 9), bits,
+                       lowest[bits], (int)(2 + draw() % 7)});
+    for (int isa = 0; isa < edgerazor_isa_count(); isa++) printf("%s ", edgerazor_isa_name(isa));
+    printf(": %d checks, %d wrong\n", checks, wrong);
+    return wrong != 0;
+}

@@ -1,0 +1,219 @@
+"""The library of kernels, on every instruction set that this machine can run: to the bit what `reference.linear` says.
+
+`kernels_selftest.cpp` compares the same functions where there is no Python: other processors, sanitizers.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from edgerazor import formats
+from edgerazor.formats import Encoded, MatrixSpec
+from edgerazor.kernels import build, native, reference
+from edgerazor.kernels.native import Geometry, Part
+
+ALL = formats.names()
+COLUMNS = [1, 3, 31, 33, 127, 172, 960]
+GROUPS = [32, 64, 100, 128, 256, 10**6]
+ISAS = native.isas()
+
+needs_library = pytest.mark.skipif(not ISAS, reason="no library: there was no C++ compiler")
+
+
+def weights(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def parts_of(encoded: Encoded, spec: MatrixSpec) -> list[Part]:
+    """The stored parts of a matrix whose rows have formats."""
+    stored = formats.pack_matrix(encoded, spec)
+    found = []
+    for number_format, rows in spec.parts:
+        name = number_format.name
+        count = len(encoded.codes) if rows is None else len(rows)
+        places = None if rows is None else rows.to(torch.int32)
+        found.append(Part.of(stored[name], stored[f"{name}.scales"], count, number_format, places))
+    return found
+
+
+def product(
+    x: Tensor, encoded: Encoded, spec: MatrixSpec, isa: int, group: int, bias: Tensor | None = None, bits: int = 8
+) -> Tensor:
+    geometry = Geometry(x.shape[1], spec.group_size, group)
+    return native.linear(native.quantize(x, geometry, bits, None, isa), geometry, parts_of(encoded, spec), bias, isa)
+
+
+def test_the_library_is_built_where_there_is_a_compiler() -> None:
+    try:
+        build.compiler()
+    except build.BuildError:
+        pytest.skip("no C++ compiler")
+    assert ISAS[:1] == ("portable",), "run python -m edgerazor.kernels.build"
+
+
+@needs_library
+@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize("group", GROUPS)
+def test_products_are_the_references_to_the_bit(columns: int, group: int) -> None:
+    """Every format, rows that fill no block, other groups of activations, a token alone and among others."""
+    x = weights(7, columns)
+    for name in ALL:
+        for rows, activation_group in ((1, group), (31, 64), (33, 100), (70, 33)):
+            spec = MatrixSpec((name,), group)
+            encoded = formats.encode_matrix(weights(rows, columns, seed=1), spec)
+            expected = reference.linear(x, encoded, spec, None, 8, activation_group)
+            for isa, label in enumerate(ISAS):
+                found = product(x, encoded, spec, isa, activation_group)
+                assert torch.equal(found, expected), (label, name, rows)
+                alone = product(x[2:3], encoded, spec, isa, activation_group)
+                assert torch.equal(alone, expected[2:3]), (label, name, rows)
+
+
+@needs_library
+@pytest.mark.parametrize("columns", [172, 960])
+def test_mixed_rows_bias_and_few_bits(columns: int) -> None:
+    x, w, bias = weights(5, columns), weights(83, columns, seed=1), weights(83, seed=2)
+    spec = MatrixSpec(tuple(ALL), 64, (torch.arange(83) * 5 % len(ALL)).to(torch.uint8))
+    encoded = formats.encode_matrix(w, spec)
+    for bits in (2, 4, 8):
+        expected = reference.linear(x, encoded, spec, bias, bits, 64)
+        for isa, label in enumerate(ISAS):
+            assert torch.equal(product(x, encoded, spec, isa, 64, bias, bits), expected), label
+
+
+@needs_library
+def test_extreme_codes_stay_exact() -> None:
+    """The largest sums: every code the lowest or the highest of its format, every activation -127 or 127."""
+    x = torch.full((3, 512), 127.0)
+    x[1] = -127
+    x[2, ::2] = -127
+    for name in ALL:
+        number_format = formats.get(name)
+        for code in (number_format.lowest, number_format.maximum):
+            codes = torch.full((17, 512), code, dtype=torch.int8)
+            for group in (64, 256, 512):
+                scales = torch.ones(17, 512 // group, dtype=torch.float16)
+                level = float(number_format.level_(torch.tensor([float(code)])))
+                expected = (x.double().sum(1, keepdim=True) * level).float().expand(3, 17)
+                for isa, label in enumerate(ISAS):
+                    found = product(x, Encoded(codes, scales), MatrixSpec((name,), group), isa, group)
+                    assert torch.equal(found, expected), (label, name, code)
+
+
+@needs_library
+def test_segments_are_cut_before_sums_leave_32_bits() -> None:
+    """A row of 100,000 columns in one group: the sums of int8 with int8 are beyond 2^31 together."""
+    columns = 100_000
+    codes = torch.full((2, columns), 127, dtype=torch.int8)
+    encoded = Encoded(codes, torch.ones(2, 1, dtype=torch.float16))
+    x = torch.full((2, columns), 127.0)
+    for isa, label in enumerate(ISAS):
+        found = product(x, encoded, MatrixSpec(("int8",), columns), isa, columns)
+        assert torch.allclose(found, torch.tensor(127.0 * 127 * columns), rtol=1e-6), label
+
+
+@needs_library
+@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize("group", [32, 33, 256])
+def test_activations_are_quantized_as_in_formats(columns: int, group: int) -> None:
+    """Codes, scales and sums; ties, zero groups, tiny numbers and huge ones among them."""
+    x = weights(9, columns)
+    x[1] = 0
+    x[2, ::2] = 0.5
+    x[2, 0] = 127  # the scale is 1: halves are ties
+    x[3] *= 1e-40
+    x[4] *= 3e37
+    x[5, : columns // 2] = 0
+    geometry = Geometry(columns, 64, group)
+    cuts = sorted({0, columns, *range(64, columns, 64), *range(group, columns, group)})
+    for bits in (2, 5, 8):
+        codes, scales = formats.quantize_activations(x, bits, group)
+        sums = torch.stack([codes[:, a:b].sum(1, dtype=torch.int32) for a, b in pairwise(cuts)], dim=1)
+        for isa, label in enumerate(ISAS):
+            found = native.quantize(x, geometry, bits, None, isa)
+            assert torch.equal(found.scales, scales[:, [a // group for a, _ in pairwise(cuts)]]), label
+            assert torch.equal(found.sums, sums), label
+            if group != 33:
+                assert torch.equal(found.codes[:, :columns], codes), label
+                assert not found.codes[:, columns:].any()
+
+
+@needs_library
+def test_one_scale_for_all_activations() -> None:
+    x, w, spec = weights(6, 200), weights(20, 200, seed=1), MatrixSpec(("ternary",), 64)
+    encoded = formats.encode_matrix(w, spec)
+    geometry = Geometry(200, 64, 200)
+    for scale in (0.01, 0.03, 2.0):
+        expected = reference.linear(x, encoded, spec, None, 8, 64, scale)
+        for isa, label in enumerate(ISAS):
+            quantized = native.quantize(x, geometry, 8, scale, isa)
+            assert torch.equal(native.linear(quantized, geometry, parts_of(encoded, spec), None, isa), expected), label
+
+
+@needs_library
+def test_rows_of_a_table_are_the_decoded_rows() -> None:
+    for name in ALL:
+        for columns, group in ((960, 64), (172, 256), (33, 10), (300, 300)):
+            spec = MatrixSpec((name,), group)
+            encoded = formats.encode_matrix(weights(35, columns), spec)
+            table, (part,) = formats.decode_matrix(encoded, spec), parts_of(encoded, spec)
+            geometry = Geometry(columns, group, group)
+            ids = torch.tensor([0, 34, 16, 16])
+            assert torch.equal(native.rows(geometry, part, ids), table[ids]), name
+
+
+@needs_library
+@pytest.mark.parametrize("columns", [33, 960, 1024])
+def test_expanded_ternary_codes_compute_the_same(columns: int) -> None:
+    x, spec = weights(5, columns), MatrixSpec(("ternary",), 64)
+    encoded = formats.encode_matrix(weights(40, columns, seed=1), spec)
+    geometry = Geometry(columns, 64, 64)
+    (part,) = parts_of(encoded, spec)
+    expanded = native.expand_ternary(geometry, part)
+    for isa, label in enumerate(ISAS):
+        quantized = native.quantize(x, geometry, isa=isa)
+        expected = native.linear(quantized, geometry, [part], None, isa)
+        assert torch.equal(native.linear(quantized, geometry, [expanded], None, isa), expected), label
+
+
+@needs_library
+def test_what_does_not_fit_is_refused() -> None:
+    spec = MatrixSpec(("int4",), 64)
+    encoded = formats.encode_matrix(weights(20, 100), spec)
+    (part,) = parts_of(encoded, spec)
+    geometry = Geometry(100, 64, 64)
+    with pytest.raises(ValueError, match="not finite"):
+        native.quantize(torch.full((1, 100), float("nan")), geometry)
+    with pytest.raises(ValueError, match="100 columns, but its input has 99"):
+        native.quantize(torch.zeros(1, 99), geometry)
+    with pytest.raises(ValueError, match="2 to 8 bits, not 9"):
+        native.quantize(torch.zeros(1, 100), geometry, 9)
+    quantized = native.quantize(torch.zeros(1, 100), geometry)
+    for wrong in (
+        Part(part.codes[:, :-1], part.scales, part.count, part.bits, part.lowest),
+        Part(part.codes, part.scales.float(), part.count, part.bits, part.lowest),
+        Part(part.codes, part.scales, part.count + 16, part.bits, part.lowest),
+        Part(part.codes, part.scales, part.count, 5, part.lowest),
+        Part(part.codes, part.scales, 20, 4, -16, torch.full((20,), 20, dtype=torch.int32)),
+    ):
+        with pytest.raises(ValueError, match="must be"):
+            native.linear(quantized, geometry, [wrong])
+    with pytest.raises(ValueError, match="between 0 and 19"):
+        native.rows(geometry, part, torch.tensor([20]))
+
+
+def test_numpy_agrees_on_what_a_segment_sums() -> None:
+    """By hand: one row, one group, codes 1 0 -1 1 with scale 2 and activations 127 -1 64 -127."""
+    if not ISAS:
+        pytest.skip("no library: there was no C++ compiler")
+    codes = np.array([[1, 0, -1, 1]], dtype=np.int8)
+    encoded = Encoded(torch.from_numpy(codes), torch.full((1, 1), 2.0, dtype=torch.float16))
+    x = np.array([127.0, -1.0, 64.0, -127.0], dtype=np.float32)
+    for isa in range(len(ISAS)):
+        found = product(torch.from_numpy(x)[None], encoded, MatrixSpec(("ternary",), 4), isa, 4)
+        assert float(found) == 2 * float(codes[0] @ x) == -128

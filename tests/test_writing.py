@@ -1,0 +1,249 @@
+"""Packing that fails, is killed, or meets another: a whole model or none under the final names, and one sentence."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from _tiny import Run, write_recipe
+
+from edgerazor import formats, packed, pipeline
+from edgerazor import recipe as recipes
+from edgerazor.console import Console
+from edgerazor.errors import UserError
+from edgerazor.formats import MatrixSpec
+from edgerazor.packed import MatrixSource, PackedModel
+from edgerazor.recipe import Recipe
+from edgerazor.workdir import WorkDir, recover_folder, replace_folder
+
+KILLED = 9
+
+#: All that packing does to the file system.
+DEEDS: list[tuple[Any, str]] = [
+    (os, "open"),
+    (os, "pwrite"),
+    (os, "posix_fallocate"),
+    (os, "fsync"),
+    (os, "replace"),
+    (os, "close"),
+    (os, "mkdir"),
+    (shutil, "rmtree"),
+    (shutil, "copyfile"),
+    (Path, "write_text"),
+    (Path, "unlink"),
+]
+
+
+def die_at(moment: int, act: Callable[[], object]) -> bool:
+    """Run `act` in a forked process that is killed at its n-th dealing with the file system; whether it was."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == KILLED
+    try:
+        count(lambda: os._exit(KILLED), moment)
+        act()
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def count(then: Callable[[], object], moment: int) -> None:
+    """Let something happen before the n-th deed, in whatever thread."""
+    seen, lock = [0], threading.Lock()
+
+    def guarded(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with lock:
+                seen[0] += 1
+                due = seen[0] == moment
+            if due:
+                then()
+            return function(*args, **kwargs)
+
+        return call
+
+    for module, name in DEEDS:
+        setattr(module, name, guarded(getattr(module, name)))
+
+
+def source(name: str, seed: int) -> MatrixSource:
+    spec = MatrixSpec(("ternary", "int4"), 16, (torch.arange(20) % 4 == 0).to(torch.uint8))
+    w = torch.randn(20, 40, generator=torch.Generator().manual_seed(seed))
+    return MatrixSource(name, "linear", spec, (20, 40), lambda: formats.encode_matrix(w, spec))
+
+
+def write(folder: Path, seed: int = 0, shard_bytes: int = 10**9) -> None:
+    matrices = [source(f"layers.{i}", seed + i) for i in range(3)]
+    packed.write(
+        folder,
+        matrices,
+        {"norm": torch.ones(7)},
+        tied={},
+        settings={},
+        provenance={"seed": seed},
+        shard_bytes=shard_bytes,
+    )
+
+
+def seed_of(folder: Path) -> Any:
+    """Which of the models made here lies in a folder, every byte of it checked."""
+    model = PackedModel.open(folder)
+    model.verify()
+    return model.header.provenance["seed"]
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 1500])
+def test_a_packed_folder_is_the_old_or_the_new_one_whenever_it_is_killed(tmp_path: Path, shard_bytes: int) -> None:
+    def fill(seed: int) -> None:
+        with replace_folder(tmp_path / "packed") as new:
+            write(new, seed, shard_bytes)
+
+    fill(1)
+    moment, seen = 1, set()
+    while die_at(moment, lambda: fill(2)):
+        recover_folder(tmp_path / "packed")
+        assert [path.name for path in tmp_path.iterdir()] == ["packed"]
+        assert not list((tmp_path / "packed").glob(".*"))
+        seen.add(seed_of(tmp_path / "packed"))
+        fill(1)
+        moment += 1 if shard_bytes > 10**6 else 3  # of shards there are many alike
+    assert moment > 30
+    assert seen == {1, 2}
+    assert seed_of(tmp_path / "packed") == 2
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 1500])
+def test_final_names_never_hold_half_a_file(tmp_path: Path, shard_bytes: int) -> None:
+    """`write` alone, into a folder of its own: killed anywhere, it opens as a whole or is refused as incomplete."""
+    folder = tmp_path / "packed"
+    folder.mkdir()
+    moment, outcomes = 1, set()
+    while die_at(moment, lambda: write(folder, 5, shard_bytes)):
+        if any(folder.glob("[!.]*.json")) or (folder / "model.safetensors").exists():
+            outcomes.add(seed_of(folder))
+        else:
+            with pytest.raises(UserError, match="There is no packed model"):
+                PackedModel.open(folder)
+            outcomes.add(None)
+        write(folder, 6, shard_bytes)  # what was left is in nobody's way
+        assert seed_of(folder) == 6
+        assert not list(folder.glob(".*"))
+        for file in folder.iterdir():
+            file.unlink()
+        moment += 1 if shard_bytes > 10**6 else 3
+    assert outcomes == {None, 5}
+
+
+@pytest.fixture
+def job(llama: Path) -> Recipe:
+    return recipes.build({"model": str(llama), "pack": {"source": "teacher"}, "calibrate": {"plan": "interleave"}})
+
+
+@pytest.mark.slow
+def test_the_command_is_killed_at_every_write(job: Recipe, tmp_path: Path) -> None:
+    """Whatever moment it is killed at: no half model, nothing left behind, and the next run finishes the work."""
+    work = WorkDir(tmp_path / "work")
+
+    def run(force: bool = False) -> None:
+        pipeline.run("pack", job, work, Console(quiet=True), force)
+
+    run()
+    expected = packed.PackedModel.open(work.folder("pack")).header
+    first = {file.name: file.read_bytes() for file in work.folder("pack").iterdir() if file.name != "manifest.json"}
+    moment = 1
+    while die_at(moment, lambda: run(force=True)):
+        work.recover()
+        assert {path.name for path in work.path.iterdir()} <= {".lock", "recipe.yaml", "packed"}, moment
+        model = PackedModel.open(work.folder("pack"))
+        model.verify()
+        assert model.header == expected
+        assert not list(work.folder("pack").glob(".*")), moment
+        moment += 5  # a prime step apart, each kind of deed is met
+    assert moment > 50
+    run(force=True)
+    assert work.manifest("pack") is not None
+    assert first == {
+        file.name: file.read_bytes() for file in work.folder("pack").iterdir() if file.name != "manifest.json"
+    }
+
+
+FAILURES = {
+    "a full disk": (errno.ENOSPC, "The disk is full"),
+    "a quota": (errno.EDQUOT, "The disk is full"),
+    "a limit of files": (errno.EFBIG, "A file would be larger"),
+    "a broken disk": (errno.EIO, "Input/output error"),
+    "a read-only disk": (errno.EROFS, "Read-only file system"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failing_disk_is_one_sentence(
+    name: str, llama: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each deed of writing the weights fails; the packed model from before stays."""
+    number, sentence = FAILURES[name]
+    work = tmp_path / "work"
+    asked = ("pack", llama, "--bits", 2, "--work", work, "--recipe", write_recipe(tmp_path / "r.yaml", llama, None))
+    assert run(*asked).code == 0
+    before = {file.name: file.read_bytes() for file in (work / "packed").iterdir()}
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    for deed in ("pwrite", "posix_fallocate", "fsync"):
+        with monkeypatch.context() as patched:
+            patched.setattr(os, deed, fail)
+            outcome = run(*asked, "--force")
+        assert (outcome.code, outcome.err.count(sentence), outcome.out) == (1, 1, ""), (deed, outcome.err)
+        assert "Traceback" not in outcome.err
+        assert {path.name for path in work.iterdir()} == {".lock", "recipe.yaml", "packed"}, deed
+        assert {file.name: file.read_bytes() for file in (work / "packed").iterdir()} == before, deed
+
+
+def test_two_writers_do_not_mix(tmp_path: Path) -> None:
+    inside, go_on = threading.Event(), threading.Event()
+    slow = source("layers.0", 1)
+
+    def encode() -> Any:
+        inside.set()
+        go_on.wait(20)
+        return slow.encode()
+
+    waiting = MatrixSource(slow.name, "linear", slow.spec, slow.shape, encode)
+
+    def first() -> None:
+        packed.write(tmp_path, [waiting], {}, tied={}, settings={}, provenance={"seed": 1})
+
+    writer = threading.Thread(target=first)
+    writer.start()
+    assert inside.wait(20)
+    with pytest.raises(UserError, match="Another process is writing a packed model into"):
+        write(tmp_path, 2)
+    go_on.set()
+    writer.join()
+    assert seed_of(tmp_path) == 1
+    write(tmp_path, 2)
+    assert seed_of(tmp_path) == 2
+
+
+def test_what_has_a_name_disappears_with_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that breaks between the names of two shards leaves none of them."""
+    replace, seen = os.replace, []
+
+    def second_fails(*paths: Any) -> None:
+        seen.append(paths)
+        if len(seen) == 2:
+            raise OSError(errno.EIO, "Input/output error", str(paths[0]))
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", second_fails)
+    with pytest.raises(OSError, match="Input/output error"):
+        write(tmp_path, 1, 1500)
+    assert list(tmp_path.iterdir()) == []
