@@ -476,23 +476,35 @@ def run(
 def show(
     what: Annotated[
         str | None,
-        typer.Argument(help="A working directory, a packed folder, `plan`, `recipe`, or `schema`.", show_default=False),
+        typer.Argument(
+            help="A working directory, a packed folder, `plan`, `recipe`, `schema` or `format`.", show_default=False
+        ),
     ] = None,
     work: Annotated[Path | None, Option("--work", help="Of the plan: the job's folder.", metavar="DIR")] = None,
     png: Annotated[
         Path | None, Option("--png", help="Of the plan: draw it into this file too.", metavar="FILE")
     ] = None,
+    verify: Annotated[
+        bool, Option("--verify", help="Of a packed folder: check every checksum, code and digest.")
+    ] = False,
+    against: Annotated[
+        Path | None, Option("--against", help="Another packed folder: tell what differs.", metavar="PACKED")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Inspect a job, its plan or a packed model; print the recipe's fields or the JSON schema of results.
+    """Inspect a job, its plan or a packed model; print the recipe's fields, the JSON schema of results or the format.
 
     Example: edgerazor show
 
     Example: edgerazor show plan --png plan.png
 
+    Example: edgerazor show edgerazor-work/packed --verify
+
     Example: edgerazor show recipe > my.yaml
     """
     refuse_beside_plan(what, work, png)
+    if what in ("plan", "recipe", "schema", "format") and (verify or against):
+        raise usage_error(f"{'--verify' if verify else '--against'} is for packed models.", "Name one: its folder.")
     if what == "recipe":
         from edgerazor.recipe import explain
 
@@ -504,13 +516,17 @@ def show(
     if what == "schema":
         print(show_stage.schema())
         return
+    if what == "format":
+        for part in show_stage.show_format():
+            console.out.print(part)
+        return
     from edgerazor.workdir import DEFAULT, WorkDir
 
     found: Any = None
     if what == "plan":
         found = show_stage.draw_plan(WorkDir(work or DEFAULT), png)
     else:
-        found = show_stage.inspect(Path(what) if what else work or DEFAULT)
+        found = show_stage.inspect(Path(what) if what else work or DEFAULT, console, verify, against)
     console.result(found, *show_stage.show(found))
 
 

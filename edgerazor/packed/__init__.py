@@ -55,11 +55,12 @@ from edgerazor.packed._container import (
     TensorSpec,
     tensor_spec,
 )
-from edgerazor.packed._entropy import matrix_entropy_bytes
+from edgerazor.packed._entropy import ClassBits, bits_table, matrix_entropy_bytes
 from edgerazor.packed._header import ANY_SHA256, SETTINGS, VERSION, Header, Kind, MatrixEntry, TensorEntry, part_name
 from edgerazor.packed._reading import PackedMatrix, PackedModel, verify_digests
 from edgerazor.packed._rewriting import rewrite
 from edgerazor.packed._sizes import ClassSize, SizeTable, TensorClass, size_table
+from edgerazor.packed._threads import in_parallel
 from edgerazor.packed._writing import FolderSize, MatrixSource, predict, write
 
 __all__ = [
@@ -71,6 +72,7 @@ __all__ = [
     "SHARD_BYTES",
     "VERSION",
     "WEIGHTS_FILE",
+    "ClassBits",
     "ClassSize",
     "FolderSize",
     "Header",
@@ -83,6 +85,8 @@ __all__ = [
     "TensorClass",
     "TensorEntry",
     "TensorSpec",
+    "bits_table",
+    "in_parallel",
     "matrix_entropy_bytes",
     "part_name",
     "predict",
