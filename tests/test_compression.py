@@ -97,7 +97,9 @@ def test_streams_are_as_specified() -> None:
     scales = torch.tensor([[1.0], [1.5], [16.0]], dtype=torch.float16)  # 0x3c00, 0x3e00, 0x4c00
     codes = torch.tensor([[-4, 3, 0], [1, -1, 2], [0, 0, 0]], dtype=torch.int8)
     streams = formats.to_streams(Encoded(codes, scales), spec)
-    assert [stream.tolist() for stream in streams["int3"]] == [[0x70, 0x04, 0x35, 0x06, 0x44, 0x04]]
+    assert [stream.tolist() for stream in streams["int3"]] == [[0 + 8 * 7, 4, 5 + 8 * 3, 6, 4 + 8 * 4, 4]]
+    ternary = formats.to_streams(Encoded(codes.sign(), scales), MatrixSpec(("ternary",), 4))["ternary"]
+    assert [stream.tolist() for stream in ternary] == [[0 + 3 * 2 + 9 * 1, 2 + 3 * 0 + 9 * 2, 1 + 3 * 1 + 9 * 1]]
     assert [stream.tolist() for stream in streams["int3.scales"]] == [[0, 0, 1], [0, 0x20, 0x00], [0x00, 0x3C, 0, 0]]
 
 
