@@ -268,8 +268,9 @@ def change_header(folder: Path, change: Callable[[dict[str, Any], dict[str, Any]
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"compression": {"method": "brotli", "filter": 1}}, "does not know .method brotli, filter 1."),
-        ({"compression": {"method": "zstd", "filter": 2}}, "does not know .method zstd, filter 2."),
+        ({"compression": {"method": "brotli", "filter": 1}}, "does not know .filter 1, method 'brotli'."),
+        ({"compression": {"method": "zstd", "filter": 2}}, "does not know .filter 2, method 'zstd'."),
+        ({"compression": {"method": "zstd", "filter": 1, "level": 3}}, "its header is wrong at compression.level"),
         ({"compression": "zstd"}, "its header is wrong at compression"),
         ({}, "tensor .* is missing"),
     ],
