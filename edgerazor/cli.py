@@ -206,6 +206,10 @@ def pack(
     real_bits: RealBits = None,
     target_size: TargetSize = None,
     student: Annotated[str | None, Option("--student", help="best or last.")] = None,
+    compress: Annotated[
+        bool | None,
+        Option("--compress/--no-compress", help="Smaller, for shipping; of a packed folder: make it so, or undo it."),
+    ] = None,
     export: Annotated[
         str | None, Option("--export", help="Comma-separated formats to write, too: gguf, gguf-f16 ...")
     ] = None,
@@ -236,6 +240,8 @@ def pack(
     Example: edgerazor pack --export gguf
 
     Example: edgerazor pack model.gguf --work imported
+
+    Example: edgerazor pack FOLDER --compress
     """
     values = general(model, revision, trust_remote_code, None, None, None)
     section = budget_section(bits, real_bits, target_size)
@@ -243,12 +249,15 @@ def pack(
     section |= given(start=start)
     if model is not None and is_packed_folder(model):
         options = section | given(student=student)
+        if compress is not None:
+            recompress_packed(model, options | given(export=export, dry_run=dry_run or None), compress, json, quiet)
+            return
         export_packed(model, options, listed(export), bool(allow_lossy), json, quiet, dry_run)
         return
     if model is not None and is_foreign(model, bool(section.keys() - COMPUTING)):
         import_foreign(
             Path(model),
-            section | given(student=student),
+            section | given(student=student, compress=compress),
             listed(export),
             bool(allow_lossy),
             work,
@@ -266,7 +275,8 @@ def pack(
         )
     if export is not None:  # what was once allowed for another export is not for this one
         allow_lossy = bool(allow_lossy)
-    values |= {"calibrate": section, "pack": given(student=student, export=listed(export), allow_lossy=allow_lossy)}
+    values |= {"calibrate": section, "pack": given(student=student, compress=compress)}
+    values["pack"] |= given(export=listed(export), allow_lossy=allow_lossy)
     if model is not None:
         values["pack"]["source"] = "teacher"
     elif recipe is None and not (export is not None and is_rounded(work)):
@@ -466,23 +476,35 @@ def run(
 def show(
     what: Annotated[
         str | None,
-        typer.Argument(help="A working directory, a packed folder, `plan`, `recipe`, or `schema`.", show_default=False),
+        typer.Argument(
+            help="A working directory, a packed folder, `plan`, `recipe`, `schema` or `format`.", show_default=False
+        ),
     ] = None,
     work: Annotated[Path | None, Option("--work", help="Of the plan: the job's folder.", metavar="DIR")] = None,
     png: Annotated[
         Path | None, Option("--png", help="Of the plan: draw it into this file too.", metavar="FILE")
     ] = None,
+    verify: Annotated[
+        bool, Option("--verify", help="Of a packed folder: check every checksum, code and digest.")
+    ] = False,
+    against: Annotated[
+        Path | None, Option("--against", help="Another packed folder: tell what differs.", metavar="PACKED")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Inspect a job, its plan or a packed model; print the recipe's fields or the JSON schema of results.
+    """Inspect a job, its plan or a packed model; print the recipe's fields, the JSON schema of results or the format.
 
     Example: edgerazor show
 
     Example: edgerazor show plan --png plan.png
 
+    Example: edgerazor show edgerazor-work/packed --verify
+
     Example: edgerazor show recipe > my.yaml
     """
     refuse_beside_plan(what, work, png)
+    if what in ("plan", "recipe", "schema", "format") and (verify or against):
+        raise usage_error(f"{'--verify' if verify else '--against'} is for packed models.", "Name one: its folder.")
     if what == "recipe":
         from edgerazor.recipe import explain
 
@@ -494,13 +516,17 @@ def show(
     if what == "schema":
         print(show_stage.schema())
         return
+    if what == "format":
+        for part in show_stage.show_format():
+            console.out.print(part)
+        return
     from edgerazor.workdir import DEFAULT, WorkDir
 
     found: Any = None
     if what == "plan":
         found = show_stage.draw_plan(WorkDir(work or DEFAULT), png)
     else:
-        found = show_stage.inspect(Path(what) if what else work or DEFAULT)
+        found = show_stage.inspect(Path(what) if what else work or DEFAULT, console, verify, against)
     console.result(found, *show_stage.show(found))
 
 
@@ -714,7 +740,10 @@ def export_packed(
         name = next(iter(options)).replace("_", "-")
         raise usage_error(f"{folder} is packed already, so --{name} cannot change it.", "Leave the option out.")
     if not names:
-        raise usage_error(f"{folder} is packed already.", f"Export it: `edgerazor pack {folder} --export gguf`.")
+        raise usage_error(
+            f"{folder} is packed already.",
+            f"Export it: `edgerazor pack {folder} --export gguf`. Compress it: `edgerazor pack {folder} --compress`.",
+        )
     from edgerazor.stages import pack as stage_module
 
     console = open_console(json, quiet)
@@ -724,6 +753,19 @@ def export_packed(
         return
     result = stage_module.export_folder(Path(folder), names, allow_lossy, console)
     console.result(result, *stage_module.show_exports(result.exports))
+
+
+def recompress_packed(folder: str, options: dict[str, Any], compress: bool, json: bool, quiet: bool) -> None:
+    """`pack FOLDER --compress` or `--no-compress`: its files are written again, its weights stay."""
+    if options:
+        name = next(iter(options)).replace("_", "-")
+        asked = f"--{'' if compress else 'no-'}compress"
+        raise usage_error(f"{folder} is packed already, and {asked} goes with no --{name}.", "Leave one of them out.")
+    from edgerazor.stages import _shipping
+
+    console = open_console(json, quiet)
+    result = _shipping.recompress(Path(folder), compress, console)
+    console.result(result, *_shipping.show(result))
 
 
 #: Options of pack that do not decide about weights.

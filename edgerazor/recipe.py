@@ -345,6 +345,7 @@ class Pack(Strict):
     )
     student: Literal["best", "last"] = Field("best", description="which of distill's two students")
     shard_bytes: int = Field(5_000_000_000, ge=1, description="largest weight file")
+    compress: bool = Field(False, description="for shipping: zstd frames, decompressed into memory when it is loaded")
     export: tuple[str, ...] = Field((), description="other people's formats to write, too: gguf, gguf-f16 ...")
     allow_lossy: bool = Field(False, description="export also what changes weights, instead of refusing it")
 

@@ -249,6 +249,13 @@ def exports_of(packed: Path) -> Path:
     return packed.with_name(f"{packed.name}-exports")
 
 
+def job_of(packed: Path) -> WorkDir | None:
+    """The job whose packed folder this is."""
+    packed = Path(os.path.abspath(packed))
+    job = WorkDir(packed.parent)
+    return job if packed.name == FOLDERS["pack"] and job.recipe_file.exists() else None
+
+
 def record_of(path: Path) -> Path:
     """The file beside a written one that says how it was made."""
     return path.with_name(f"{path.name}.json")

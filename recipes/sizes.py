@@ -2,11 +2,13 @@
 
     make sizes                       the table in recipes/RESULTS.md
     python recipes/sizes.py --layers 2 --results none
+    python recipes/sizes.py --llamacpp none         ours alone, without llama.cpp
 
 The model has the shapes of Qwen3-0.6B and Gaussian weights, as transformers draws them. It is packed at 1.58 bits with
 an int4 embedding, groups of 256. llama.cpp's files are made by its own `llama-quantize` from the float16 export of that
 packed model (a file's size does not depend on what the weights are), with the tool's own choice of types for the
-embedding, which is also the head. *Export* is our own GGUF file of the same codes.
+embedding, which is also the head. *Export* is our own GGUF file of the same codes, *compressed* our packed model as
+`pack --compress` writes it (which does depend on what the weights are).
 
 *Real bits* are 8 x bytes / weights, of whole files; of ours, the weight files. A GGUF file also holds the vocabulary,
 which in our folder is the tokenizer's own file, so *tensors alone* are given too. About 4 GB of disk for a while.
@@ -33,11 +35,13 @@ from edgerazor import exports, packed, pipeline
 from edgerazor import recipe as recipes
 from edgerazor.console import Console
 from edgerazor.console import table as rich_table
-from edgerazor.errors import UserError
+from edgerazor.errors import FAILED, UserError
 from edgerazor.packed import PackedModel
 from edgerazor.workdir import WorkDir, machine
 
 TYPES = ("TQ1_0", "TQ2_0", "Q2_K", "Q4_0")
+#: Real bits that were promised of the whole model, packed and compressed.
+MOST = (2.31, 2.00)
 HEAD = ("file", "linear layers", "embedding", "bytes", "real bits", "tensors alone")
 
 
@@ -69,15 +73,15 @@ def write_gaussian(folder: Path, layers: int, tokenizer: Path) -> None:
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
 
 
-def ours(folder: Path) -> File:
-    """The packed model."""
+def ours(folder: Path, name: str = "edgerazor") -> File:
+    """A packed model."""
     opened = PackedModel.open(folder)
     names = {kind: set[str]() for kind in ("linear", "embedding")}
     for entry in opened.header.matrices.values():
         names[entry.kind] |= set(entry.formats)
     sizes = packed.size_table(opened)
     data = sum(each.bytes for each in sizes.classes)
-    return File("edgerazor", *("+".join(sorted(names[kind])) for kind in names), sizes.bytes, data)
+    return File(name, *("+".join(sorted(names[kind])) for kind in names), sizes.bytes, data)
 
 
 def theirs(name: str, path: Path) -> File:
@@ -94,9 +98,26 @@ def theirs(name: str, path: Path) -> File:
     return File(name, *words, path.stat().st_size, data)
 
 
+def our_files(work: WorkDir, console: Console) -> Iterator[File]:
+    """The packed model, as it is and compressed."""
+    model = PackedModel.open(work.folder("pack"))
+    yield ours(model.folder)
+    target = work.path / "compressed"
+    target.mkdir()
+    with console.track("compress", len(model.header.matrices)) as tracker:
+        packed.rewrite(model, target, compress=True, done=tracker.advance)
+    PackedModel.open(target).verify()
+    yield ours(target, "edgerazor, compressed")
+
+
+def too_large(ours: list[File], weights: int) -> list[str]:
+    """What takes more real bits than was promised."""
+    found = [(file.name, 8 * file.bytes / weights, most) for file, most in zip(ours, MOST, strict=True)]
+    return [f"{name} takes {bits:.3f} real bits, more than {most}." for name, bits, most in found if bits > most]
+
+
 def files(work: WorkDir, tools: Path, threads: int, console: Console) -> Iterator[File]:
-    """All lines, each file made, measured and deleted."""
-    yield ours(work.folder("pack"))
+    """Exports and llama.cpp's own files, each made, measured and deleted."""
     target = work.path / "exports"
     (quantized,) = exports.write_all(work.folder("pack"), ["gguf"], target, False, console)
     yield theirs("edgerazor, export", Path(quantized.file))
@@ -120,13 +141,16 @@ def main(arguments: list[str] | None = None) -> int:
         "--tokenizer", type=Path, default=HERE / "world" / "teacher", help="whose vocabulary is written"
     )
     parser.add_argument("--build", type=Path, default=HERE.parent / "build" / "sizes", help="deleted afterwards")
-    parser.add_argument("--llamacpp", type=Path, default=HERE.parent / "build" / "llamacpp")
+    parser.add_argument(
+        "--llamacpp", type=Path, default=HERE.parent / "build" / "llamacpp", help="what `make llamacpp` made, or `none`"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--results", default=str(HERE / "RESULTS.md"), help="where the table goes, or `none`")
     asked = parser.parse_args(arguments)
     console = Console()
     try:
-        python = built(asked.llamacpp / "bin" / "python")
+        alone = str(asked.llamacpp) == "none"
+        python = None if alone else built(asked.llamacpp / "bin" / "python")
         write_gaussian(asked.build / "model", asked.layers, asked.tokenizer)
         values = {"bits": 1.58, "plan": "interleave", "group_size": 256}
         recipe = recipes.build(
@@ -135,19 +159,24 @@ def main(arguments: list[str] | None = None) -> int:
         work = WorkDir(asked.build / "work")
         pipeline.run("pack", recipe, work, console)
         weights = packed.size_table(PackedModel.open(work.folder("pack"))).parameters
-        rows = [file.cells(weights) for file in files(work, asked.llamacpp / "tools", asked.threads, console)]
+        own = list(our_files(work, console))
+        others = [] if alone else list(files(work, asked.llamacpp / "tools", asked.threads, console))
+        rows = [file.cells(weights) for file in (*own, *others)]
+        wrong = too_large(own, weights) if asked.layers == 28 else []
     except UserError as error:
         console.error(error)
         return error.code
     finally:
         shutil.rmtree(asked.build, ignore_errors=True)
     console.out.print(rich_table(f"{weights:,} weights", list(HEAD), rows))
-    if asked.results != "none":
+    if asked.results != "none" and python is not None:
         lines = [list(HEAD), ["---"] * len(HEAD), *rows]
         text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
         facts = f"{weights:,} weights; {version(python)}; {machine()}; commit {commit()}."
         publish("sizes", f"{facts}\n\n{text}", Path(asked.results))
-    return 0
+    for sentence in wrong:
+        console.error(UserError(sentence))
+    return FAILED if wrong else 0
 
 
 if __name__ == "__main__":

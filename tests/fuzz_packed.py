@@ -89,7 +89,7 @@ def specs() -> dict[str, tuple[MatrixSpec, int, int]]:
     }
 
 
-#: kind of folder -> kinds of its matrices, and whether it is cut into shards. A compressed kind belongs here too.
+#: kind of folder -> kinds of its matrices, and whether it is cut into shards; of `compressed` ones, before that.
 KINDS: dict[str, tuple[tuple[str, ...], bool]] = {
     "plain": (("ternary", "int4"), False),
     "bits": (("int3", "int8", "int2"), False),
@@ -97,6 +97,9 @@ KINDS: dict[str, tuple[tuple[str, ...], bool]] = {
     "rows": (("rows", "int4"), False),
     "blocks": (("blocks", "columns"), False),
     "sharded": (("ternary", "rows"), True),
+    "compressed": (("ternary", "int4", "int3"), False),
+    "compressed mixed": (("mixed", "blocks"), False),
+    "compressed shards": (("rows", "columns"), True),
 }
 
 
@@ -122,6 +125,7 @@ def make_folders(place: Path) -> list[Folder]:
             settings={"activation_bits": 8, "kv_bits": 8, "thresholds": []},
             provenance={"teacher": {"name": "tiny"}, "seed": 1},
             shard_bytes=700 if sharded else 10**9,
+            compress=kind.startswith("compressed"),
         )
         made.append(Folder(kind, {file.name: file.read_bytes() for file in folder.iterdir()}, header))
     return made

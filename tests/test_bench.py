@@ -138,4 +138,4 @@ def test_show_prints_a_job_a_packed_folder_the_recipe_and_the_schema(job):
 
 def test_show_refuses_what_is_neither(tmp_path):
     with pytest.raises(UserError, match="neither a working directory"):
-        show.inspect(tmp_path)
+        show.inspect(tmp_path, Console(quiet=True))

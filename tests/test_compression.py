@@ -65,7 +65,7 @@ def write(folder: Path, **changes: Any) -> packed.Header:
         "matrices": sources(),
         "others": {"norm.weight": weights(9).bfloat16(), "scalar": torch.tensor(3.5), "flags": torch.tensor([True])},
         "tied": {"lm_head": "layers.rows"},
-        "settings": {"kv_bits": 8, "thresholds": []},
+        "settings": {"kv_bits": 8, "activation_bits": 8},
         "provenance": {"seed": 1},
         **changes,
     }
@@ -97,7 +97,9 @@ def test_streams_are_as_specified() -> None:
     scales = torch.tensor([[1.0], [1.5], [16.0]], dtype=torch.float16)  # 0x3c00, 0x3e00, 0x4c00
     codes = torch.tensor([[-4, 3, 0], [1, -1, 2], [0, 0, 0]], dtype=torch.int8)
     streams = formats.to_streams(Encoded(codes, scales), spec)
-    assert [stream.tolist() for stream in streams["int3"]] == [[0x70, 0x04, 0x35, 0x06, 0x44, 0x04]]
+    assert [stream.tolist() for stream in streams["int3"]] == [[0 + 8 * 7, 4, 5 + 8 * 3, 6, 4 + 8 * 4, 4]]
+    ternary = formats.to_streams(Encoded(codes.sign(), scales), MatrixSpec(("ternary",), 4))["ternary"]
+    assert [stream.tolist() for stream in ternary] == [[0 + 3 * 2 + 9 * 1, 2 + 3 * 0 + 9 * 2, 1 + 3 * 1 + 9 * 1]]
     assert [stream.tolist() for stream in streams["int3.scales"]] == [[0, 0, 1], [0, 0x20, 0x00], [0x00, 0x3C, 0, 0]]
 
 
@@ -266,8 +268,9 @@ def change_header(folder: Path, change: Callable[[dict[str, Any], dict[str, Any]
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"compression": {"method": "brotli", "filter": 1}}, "does not know .method brotli, filter 1."),
-        ({"compression": {"method": "zstd", "filter": 2}}, "does not know .method zstd, filter 2."),
+        ({"compression": {"method": "brotli", "filter": 1}}, "does not know .filter 1, method 'brotli'."),
+        ({"compression": {"method": "zstd", "filter": 2}}, "does not know .filter 2, method 'zstd'."),
+        ({"compression": {"method": "zstd", "filter": 1, "level": 3}}, "its header is wrong at compression.level"),
         ({"compression": "zstd"}, "its header is wrong at compression"),
         ({}, "tensor .* is missing"),
     ],
@@ -352,10 +355,10 @@ def test_nobody_waits_for_a_task_that_failed() -> None:
 
 def test_a_failing_matrix_leaves_nothing_behind(tmp_path: Path) -> None:
     def fail() -> Encoded:
-        raise OSError("broken")
+        raise RuntimeError("broken")
 
     first = sources()[0]
     broken = MatrixSource("layers.broken", "linear", first.spec, first.shape, fail)
-    with pytest.raises(OSError, match="broken"):
+    with pytest.raises(RuntimeError, match="broken"):
         write(tmp_path, matrices=[*sources(), broken], compress=True)
     assert list(tmp_path.iterdir()) == []

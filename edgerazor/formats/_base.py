@@ -84,6 +84,11 @@ class Format(ABC):
         """The smallest code that can be stored; a given scale may use it even where the rule's scale does not."""
         return self.minimum
 
+    @property
+    def levels(self) -> int:
+        """How many codes can be stored."""
+        return self.maximum - self.lowest + 1
+
     def choose_(self, ratios: Tensor, smallest: int) -> Tensor:
         """Codes from `smallest` on, still floating, of the ratios `w / s` (any shape); works in place. Ties to even."""
         return ratios.round_().clamp_(smallest, self.maximum)

@@ -4,8 +4,9 @@ The layout that kernels read (`_layout.py`) interleaves rows, fills up blocks, a
 An entropy coder of bytes finds none of that useful: planes of one code depend on each other, and filling costs bits. So
 what is compressed is
 
-- of codes: `code - lowest`, row by row, in fields of 2, 4 or 8 bits, the narrowest that hold one, low bits first; each
-  row begins with a new byte. A byte of such fields has the entropy of its codes, since neighbours tell nothing;
+- of codes: `code - lowest`, row by row, four, two or one to a byte (as many as there is room for in fields of equal
+  width), as digits in the base that is the number of codes, the first the lowest; each row begins with a new byte. Such
+  a byte has the entropy of its codes, since neighbours tell nothing;
 - of scales, row by row: with d the distance of each one's bits (float16, as an integer) to the smallest, first the
   bits 12 to 15 of all d, each in a byte; then bits 4 to 11, likewise; then the smallest itself in 2 bytes and bits 0 to
   3, two to a byte. Scales of one matrix differ little: the first are nearly always zero, the second have a peak, and
@@ -16,6 +17,7 @@ Each of these runs of bytes is a *stream*, with statistics of its own. The strea
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from edgerazor.formats import _layout
 from edgerazor.formats._base import Encoded, Format, block_rows, group_count
-from edgerazor.formats._indices import index_columns, pack_indices, unpack_indices
+from edgerazor.formats._indices import index_bits, index_columns, pack_indices, unpack_indices
 from edgerazor.formats._matrix import SCALES, MatrixSpec, encoded_parts
 
 #: Fields of the low bits of scales: this many values.
@@ -91,7 +93,7 @@ def _code_stream(codes: Tensor, number_format: Format) -> Tensor:
     height = block_rows(codes)
     for row in range(0, len(codes), height):
         stored = codes[row : row + height].view(torch.uint8) + number_format.offset
-        stream[row : row + height] = pack_indices(stored, count)
+        stream[row : row + height] = _take(_digits(count, number_format.levels), pack_indices(stored, count))
     return stream.flatten()
 
 
@@ -102,9 +104,26 @@ def _codes(stream: Tensor, shape: tuple[int, int], number_format: Format) -> Ten
     codes = torch.empty(shape, dtype=torch.int8)
     height = block_rows(codes)
     for row in range(0, len(codes), height):
-        stored = unpack_indices(rows[row : row + height], shape[1], count)
+        fields = _take(_digits(count, number_format.levels).argsort().byte(), rows[row : row + height])
+        stored = unpack_indices(fields, shape[1], count)
         codes[row : row + height] = (stored - number_format.offset).view(torch.int8)
     return codes
+
+
+@functools.cache
+def _digits(count: int, base: int) -> Tensor:
+    """Fields of a byte (indices below `count`) as digits: a permutation uint8 [256] with the possible ones first."""
+    bits = index_bits(count)
+    fields = torch.arange(256)[:, None] >> torch.arange(0, 8, bits) & (1 << bits) - 1
+    values = (fields * base ** torch.arange(8 // bits)).sum(dim=1)
+    possible = (fields < base).all(dim=1)
+    order = torch.where(possible, values, values + 256 * 256)  # those that no code can make come behind
+    return order.argsort(stable=True).argsort().byte()
+
+
+def _take(table: Tensor, values: Tensor) -> Tensor:
+    """`table[values]` of bytes; the identity costs nothing."""
+    return values if bool((table == torch.arange(256)).all()) else table[values.int()]
 
 
 def _scale_streams(scales: Tensor) -> list[Tensor]:

@@ -33,6 +33,20 @@ A weight is `level(code) * scale` in float32; the level is the code, but `code +
 of the linear layer at P, and `P.low_input_scale` that of tokens with fewer bits; where one is missing, each group of
 each such token has its own.
 
+**Compression**, for shipping, leaves everything else as it is. Where the header has `compression` with the method
+`zstd` and the filter 1, `NAME.zst`, U8 [bytes], stands in the place of each tensor NAME of codes or scales: one zstd
+frame (RFC 8878) of known content size, without a dictionary, with a window of at most 2^17 bytes, not smaller than
+1/256 of its content. The content is, without anything that pads,
+
+- of codes: `u`, row by row, as digits in the base that is the number of codes (3 in `ternary`, else 2^b), the first the
+  lowest, as many to a byte as fields of 2, 4 or 8 bits would be (4 in `ternary` and two bits, 2 in `int3` and `int4`,
+  else 1); each row begins with a new byte;
+- of scales, row by row, d being the distance of the 16 bits of each, as an unsigned number, to the smallest: bits 12 to
+  15 of every d, a byte each; bits 4 to 11, likewise; the smallest itself, 2 bytes; bits 0 to 3, two to a byte.
+
+Its size follows from formats and shapes. Checksums are those of the tensors that it stands for. `NAME.zst` come behind
+all other tensors of a file, matrix by matrix, the largest first, beginning at any byte.
+
 **Header.** The `__metadata__` of the first file holds `"edgerazor"`: a JSON object, fields as in `Header`, and
 `"edgerazor_sha256"`: the SHA-256 of that text. It names every tensor of the folder: per matrix its kind, formats, group
 size, shape, the digest of codes and scales (`formats.digest`) and a SHA-256 of each part; dtype, shape and SHA-256 of
@@ -40,7 +54,8 @@ every other tensor; `tied`: modules that use the matrix of another; `settings`: 
 `provenance`: what it was made from. Nothing in it differs between two equal runs.
 
 **Versions.** A program reads every version from 1 to its own, and refuses later ones by name. Whatever an older program
-would misread raises the version; what it may ignore goes under `extras`, and the version stays.
+would misread raises the version; what it may ignore goes under `extras`, and the version stays. Another method or
+filter of `compression` is one that an older program refuses by name, so the version stays then, too.
 
 **Reading trusts nothing.** Opening checks names, dtypes, shapes and places of all tensors; a tensor's bytes, codes and
 digest are checked when it is first read. Anything wrong is a `UserError` of one sentence.
@@ -55,11 +70,12 @@ from edgerazor.packed._container import (
     TensorSpec,
     tensor_spec,
 )
-from edgerazor.packed._entropy import matrix_entropy_bytes
+from edgerazor.packed._entropy import ClassBits, bits_table, matrix_entropy_bytes
 from edgerazor.packed._header import ANY_SHA256, SETTINGS, VERSION, Header, Kind, MatrixEntry, TensorEntry, part_name
 from edgerazor.packed._reading import PackedMatrix, PackedModel, verify_digests
 from edgerazor.packed._rewriting import rewrite
 from edgerazor.packed._sizes import ClassSize, SizeTable, TensorClass, size_table
+from edgerazor.packed._threads import in_parallel
 from edgerazor.packed._writing import FolderSize, MatrixSource, predict, write
 
 __all__ = [
@@ -71,6 +87,7 @@ __all__ = [
     "SHARD_BYTES",
     "VERSION",
     "WEIGHTS_FILE",
+    "ClassBits",
     "ClassSize",
     "FolderSize",
     "Header",
@@ -83,6 +100,8 @@ __all__ = [
     "TensorClass",
     "TensorEntry",
     "TensorSpec",
+    "bits_table",
+    "in_parallel",
     "matrix_entropy_bytes",
     "part_name",
     "predict",

@@ -193,10 +193,11 @@ def read_header(path: Path, about: Mapping[str, str]) -> Header:
 def _check_compression(path: Path, raw: Any) -> None:
     """Say of a compression that is not known what it is, rather than that the file is damaged."""
     found = raw.get("compression") if isinstance(raw, dict) else None
-    if isinstance(found, dict) and found != Compression().model_dump():
-        said = ", ".join(f"{key} {value}" for key, value in found.items())
+    known = Compression().model_dump()
+    if isinstance(found, dict) and found.keys() == known.keys() and found != known:
+        said = ", ".join(f"{key} {value!r:.40}" for key, value in sorted(found.items()))
         raise UserError(
-            f"{path} is compressed in a way that this program does not know ({said[:100]}).",
+            f"{path} is compressed in a way that this program does not know ({said}).",
             "Install a newer edgerazor.",
         )
 

@@ -42,7 +42,7 @@ def size_table(model: PackedModel) -> SizeTable:
     """Sizes by class of tensors (those that the model has) and altogether; reads no codes."""
     classes = []
     for kind in get_args(TensorClass):
-        sizes = list(_sizes(model, kind))
+        sizes = list(class_sizes(model, kind))
         weights = sum(each[0] for each in sizes)
         if weights:
             bits, size = sum(each[1] for each in sizes), sum(each[2] for each in sizes)
@@ -65,7 +65,7 @@ def size_table(model: PackedModel) -> SizeTable:
     )
 
 
-def _sizes(model: PackedModel, kind: TensorClass) -> Iterator[tuple[int, float, int]]:
+def class_sizes(model: PackedModel, kind: TensorClass) -> Iterator[tuple[int, float, int]]:
     """(weights, weights times nominal bits, bytes) of each matrix or tensor of a class."""
     if kind == "other":
         for entry in model.header.others.values():

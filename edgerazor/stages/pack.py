@@ -78,7 +78,7 @@ class ExportDryRun(BaseModel):
 
 
 class PackDryRun(BaseModel):
-    """What pack would write, but for exports. Time is that of encoding, estimated from one matrix."""
+    """What pack would write, but for exports and compression. Time is that of encoding, estimated from one matrix."""
 
     source: str
     notation: str
@@ -182,6 +182,7 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> PackResult:
             provenance=_shared.provenance(recipe, source, plan, training_of(work, source)),
             shard_bytes=recipe.pack.shard_bytes,
             done=tracker.advance,
+            compress=recipe.pack.compress,
         )
         packed.verify_digests(folder, digests or {name: entry.digest for name, entry in header.matrices.items()})
         accompany(folder, teacher_folder, teacher.config, settings)

@@ -9,19 +9,24 @@ from pydantic import BaseModel
 from rich.console import RenderableType
 
 from edgerazor import integration, packed
-from edgerazor.console import megabytes, table
+from edgerazor.console import Console, megabytes, table
 from edgerazor.errors import usage_error
 from edgerazor.recipe import Recipe
-from edgerazor.stages import _heatmap, _shared
+from edgerazor.stages import _differences, _heatmap, _inspection, _shared
+from edgerazor.stages._differences import Differences
+from edgerazor.stages._inspection import PackedSummary, show_format
 from edgerazor.stages._plan import PlanSummary
 from edgerazor.stages._plan import summarize as summarize_plan
+from edgerazor.stages._shipping import CompressResult
 from edgerazor.stages.bench import BenchResult
 from edgerazor.stages.calibrate import CalibrateResult
 from edgerazor.stages.data import DataResult
 from edgerazor.stages.distill import DistillResult
 from edgerazor.stages.eval import EvalResult, Measured
-from edgerazor.stages.pack import ForeignResult, PackResult, size_table
+from edgerazor.stages.pack import ForeignResult, PackResult
 from edgerazor.workdir import WorkDir
+
+__all__ = ["draw_plan", "inspect", "schema", "show", "show_format", "summarize"]
 
 RESULTS: dict[str, type[BaseModel]] = {
     "calibrate": CalibrateResult,
@@ -57,30 +62,43 @@ class Summary(BaseModel):
     failures: list[str]
 
 
-class PackedSummary(BaseModel):
-    """A packed folder."""
+def inspect(
+    path: Path, console: Console, verify: bool = False, against: Path | None = None
+) -> Summary | PackedSummary | Differences:
+    """Look at a working directory, or at a packed folder or a weight file in it.
 
-    sizes: packed.SizeTable
-    settings: dict
-    provenance: dict
-
-
-def inspect(path: Path) -> Summary | PackedSummary:
-    """Look at a working directory or a packed folder.
+    Args:
+        path: of one of them.
+        console: where progress is shown.
+        verify: check every byte of the packed folder.
+        against: another packed folder: tell what differs.
 
     Raises:
-        UserError: it is neither.
+        UserError: it is none of them, or damaged.
     """
+    path, against = folder_of(path), folder_of(against) if against else None
+    if not integration.is_packed(path) and (verify or against):
+        raise usage_error(
+            f"{path} is not a packed model, and {'--verify' if verify else '--against'} is for those.",
+            f"Name the folder that pack wrote, such as {WorkDir(path).folder('pack')}.",
+        )
+    if against:
+        if not integration.is_packed(against):
+            raise usage_error(f"{against} is not a packed model to compare with.", "Make one with `edgerazor pack`.")
+        return _differences.compare(path, against, console, verify)
     if integration.is_packed(path):
-        model = packed.PackedModel.open(path)
-        header = model.header
-        return PackedSummary(sizes=packed.size_table(model), settings=header.settings, provenance=header.provenance)
+        return _inspection.look_into(path, verify, console)
     if not WorkDir(path).recipe_file.exists():
         raise usage_error(
             f"{path} is neither a working directory of edgerazor nor a packed model.",
             "Begin with `edgerazor distill MODEL --bits 2`, or see `edgerazor show recipe`.",
         )
     return summarize(WorkDir(path))
+
+
+def folder_of(path: Path) -> Path:
+    """The folder of a weight file; anything else is its own."""
+    return path.parent if path.is_file() and path.suffix == ".safetensors" else path
 
 
 def draw_plan(work: WorkDir, png: Path | None = None) -> PlanSummary:
@@ -170,19 +188,22 @@ def schema() -> str:
         "show": Summary,
         "show plan": PlanSummary,
         "show PACKED": PackedSummary,
+        "show PACKED --against": Differences,
+        "pack PACKED --compress": CompressResult,
         "pack FOREIGN": ForeignResult,
     }
     found: dict[str, type[BaseModel]] = {"recipe": Recipe, **RESULTS, **others}
     return json.dumps({name: model.model_json_schema() for name, model in found.items()}, indent=1)
 
 
-def show(found: Summary | PlanSummary | PackedSummary) -> list[RenderableType]:
+def show(found: Summary | PlanSummary | PackedSummary | Differences) -> list[RenderableType]:
     """The same for people."""
     if isinstance(found, PlanSummary):
         return _heatmap.show(found)
     if isinstance(found, PackedSummary):
-        lines = [f"{key}: {value}" for key, value in {**found.settings, **found.provenance}.items()]
-        return [size_table("Packed model", found.sizes.classes, found.sizes), *lines]
+        return _inspection.show(found)
+    if isinstance(found, Differences):
+        return _differences.show(found)
     tasks = list(dict.fromkeys(task for row in found.models for task in row.scores))
     columns = ["model", *tasks, "above chance", "perplexity", "KL", "real bits", "size", "prefill/s", "decode/s"]
     return [

@@ -1,0 +1,198 @@
+"""What differs between two packed models: `edgerazor show A --against B`."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, Field
+from rich.console import RenderableType
+from torch import Tensor
+
+from edgerazor import formats
+from edgerazor.console import Console, table
+from edgerazor.formats import Encoded, MatrixSpec
+from edgerazor.packed import MatrixEntry, PackedMatrix, PackedModel, in_parallel
+
+#: Weights that are decoded at a time.
+BLOCK = 1 << 22
+
+
+class MatrixDifference(BaseModel):
+    """One matrix, in two models. Null is what cannot be compared, because shapes or group sizes differ."""
+
+    name: str
+    about: dict[str, tuple[Any, Any]] = Field(
+        description="kind, shape, group size, weights by format: those that differ"
+    )
+    formats: float | None = Field(description="share of groups of weights that have another format")
+    codes: float | None = Field(description="share of codes that differ")
+    scales: float | None = Field(description="share of scales that differ")
+    weights: float | None = Field(description="norm of the difference of the decoded weights, by the norm of the first")
+
+
+class Differences(BaseModel):
+    """Two packed models. `same`: they compute the same; how they are stored and made may differ."""
+
+    folder: str
+    against: str
+    same: bool
+    settings: dict[str, tuple[Any, Any]]
+    tied: dict[str, tuple[Any, Any]]
+    provenance: dict[str, tuple[Any, Any]]
+    compressed: tuple[bool, bool]
+    equal_matrices: int
+    matrices: list[MatrixDifference]
+    others: list[str] = Field(description="tensors that are not quantized and differ, or are only in one")
+    only_in_folder: list[str] = Field(description="matrices")
+    only_in_against: list[str] = Field(description="matrices")
+
+
+def compare(folder: Path, against: Path, console: Console, verify: bool = False) -> Differences:
+    """Find what differs; matrices whose recorded digests are equal are not read, unless everything is verified.
+
+    Raises:
+        UserError: one of them is damaged.
+    """
+    first, second = PackedModel.open(folder), PackedModel.open(against)
+    a, b = first.header, second.header
+    if verify:
+        with console.track("verify", len(a.matrices) + len(b.matrices)) as tracker:
+            first.verify(tracker.advance)
+            second.verify(tracker.advance)
+    shared = a.matrices.keys() & b.matrices.keys()
+    changed = [n for n in sorted(shared) if _identity(a.matrices[n]) != _identity(b.matrices[n])]
+    found: dict[str, MatrixDifference] = {}
+
+    def work(name: str) -> None:
+        found[name] = _compare(first.matrix(name), second.matrix(name))
+
+    with console.track("compare", len(changed)) as tracker:
+        tasks = [(2 * math.prod(a.matrices[name].shape), functools.partial(work, name)) for name in changed]
+        in_parallel(tasks, tracker.advance)
+    others = sorted(name for name in a.others.keys() | b.others.keys() if a.others.get(name) != b.others.get(name))
+    only_a, only_b = sorted(a.matrices.keys() - shared), sorted(b.matrices.keys() - shared)
+    settings, tied = _unequal(a.settings, b.settings), _unequal(a.tied, b.tied)
+    return Differences(
+        folder=str(folder),
+        against=str(against),
+        same=not (changed or others or only_a or only_b or settings or tied),
+        settings=settings,
+        tied=tied,
+        provenance=_unequal(_flat(a.provenance), _flat(b.provenance)),
+        compressed=(a.compression is not None, b.compression is not None),
+        equal_matrices=len(shared) - len(changed),
+        matrices=[found[name] for name in changed],
+        others=others,
+        only_in_folder=only_a,
+        only_in_against=only_b,
+    )
+
+
+def _identity(entry: MatrixEntry) -> tuple[str, str]:
+    """What decides about decoded weights, and what they are for."""
+    return entry.kind, entry.digest
+
+
+def _unequal(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    return {name: (a.get(name), b.get(name)) for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)}
+
+
+def _flat(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """`{"recipe": {"seed": 1}}` as `{"recipe.seed": 1}`."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= _flat(value, f"{path}{name}.") if isinstance(value, dict) else {f"{path}{name}": value}
+    return found
+
+
+def _compare(a: PackedMatrix, b: PackedMatrix) -> MatrixDifference:
+    shapes = tuple((int(each.encoded.codes.shape[0]), int(each.encoded.codes.shape[1])) for each in (a, b))
+    about = _unequal(_about(a, shapes[0]), _about(b, shapes[1]))
+    fits = shapes[0] == shapes[1]
+    grouped = fits and a.encoded.scales.shape == b.encoded.scales.shape
+    return MatrixDifference(
+        name=a.name,
+        about=about,
+        formats=_share(_format_map(a.spec, shapes[0]) != _format_map(b.spec, shapes[1])) if grouped else None,
+        codes=_share(a.encoded.codes != b.encoded.codes) if fits else None,
+        scales=_share(a.encoded.scales != b.encoded.scales) if grouped else None,
+        weights=_relative(a, b) if fits else None,
+    )
+
+
+def _about(matrix: PackedMatrix, shape: tuple[int, int]) -> dict[str, Any]:
+    return {
+        "kind": matrix.kind,
+        "shape": list(shape),
+        "group size": min(matrix.spec.group_size, shape[1]),
+        "formats": matrix.spec.weights_by_format(shape),
+    }
+
+
+def _share(differs: Tensor) -> float:
+    return float(differs.sum()) / differs.numel()
+
+
+def _format_map(spec: MatrixSpec, shape: tuple[int, int]) -> Tensor:
+    """Index of the format of each group of each row in the list of all, uint8 [rows, groups]."""
+    number = torch.tensor([formats.names().index(name) for name in spec.formats], dtype=torch.uint8)
+    groups = formats.group_count(shape[1], spec.group_size)
+    if spec.block_formats is not None:
+        return number[spec.block_formats.long()].expand(shape[0], groups)
+    rows = torch.zeros(shape[0], dtype=torch.uint8) if spec.row_formats is None else spec.row_formats
+    return number[rows.long()][:, None].expand(shape[0], groups)
+
+
+def _relative(a: PackedMatrix, b: PackedMatrix) -> float:
+    """|A - B| / |A| of decoded weights, some rows at a time, in float64."""
+    height = max(1, BLOCK // a.encoded.codes.shape[1])
+    difference = norm = 0.0
+    for rows in torch.arange(len(a.encoded.codes)).split(height):
+        w, v = (
+            formats.decode_matrix(
+                Encoded(each.encoded.codes[rows], each.encoded.scales[rows]), each.spec.take(rows)
+            ).double()
+            for each in (a, b)
+        )
+        difference, norm = difference + float((w - v).square().sum()), norm + float(w.square().sum())
+    return math.sqrt(difference / norm) if norm else float(difference > 0)
+
+
+def show(found: Differences) -> list[RenderableType]:
+    """The same for people."""
+    lines: list[RenderableType] = []
+    for title, pairs in (("settings", found.settings), ("tied", found.tied), ("provenance", found.provenance)):
+        lines += [f"{title}, {name}: {_word(a)} | {_word(b)}" for name, (a, b) in pairs.items()]
+    for where, names in ((found.folder, found.only_in_folder), (found.against, found.only_in_against)):
+        lines += [f"only in {where}: {name}" for name in names]
+    lines += [f"differs: {name}" for name in found.others]
+    if found.compressed[0] != found.compressed[1]:
+        lines.append(f"compressed: {' | '.join('yes' if each else 'no' for each in found.compressed)}")
+    if found.matrices:
+        rows = [
+            [each.name, *(_percent(share) for share in (each.formats, each.codes, each.scales, each.weights))]
+            for each in found.matrices
+        ]
+        caption = f"shares of groups, codes and scales; weights: |A - B| / |A|; {found.equal_matrices} others are equal"
+        lines.append(table("Matrices that differ", ["matrix", "formats", "codes", "scales", "weights"], rows, caption))
+        for each in found.matrices:
+            lines += [f"{each.name}, {what}: {_word(a)} | {_word(b)}" for what, (a, b) in each.about.items()]
+    if found.same:
+        lines.append(
+            f"no difference: {found.equal_matrices} matrices and all other tensors of {found.folder} and "
+            f"{found.against} are equal"
+        )
+    return lines
+
+
+def _word(value: Any) -> str:
+    return ", ".join(f"{key} {item:,}" for key, item in value.items()) if isinstance(value, dict) else str(value)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.2%}"

@@ -1,0 +1,81 @@
+"""What is in a packed model: sizes, what it was made from, whether every byte is as it was written."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+from pydantic import BaseModel
+from rich.console import RenderableType
+from rich.markdown import Markdown
+
+from edgerazor import packed
+from edgerazor.console import Console, megabytes, table
+from edgerazor.packed import ClassBits, PackedModel
+
+NAMES = {
+    "linear": "decoder linear layers",
+    "embedding": "embeddings",
+    "head": "head",
+    "other": "norms and others",
+    None: "all tensors",
+}
+
+
+class PackedSummary(BaseModel):
+    """A packed folder. `verified`: every checksum, code and digest was checked, which `--verify` asks for."""
+
+    folder: str
+    compressed: bool
+    sizes: packed.SizeTable
+    bits: list[ClassBits]
+    settings: dict
+    provenance: dict
+    verified: bool
+
+
+def look_into(folder: Path, verify: bool, console: Console) -> PackedSummary:
+    """Read a packed folder once, every matrix of it.
+
+    Raises:
+        UserError: something is damaged.
+    """
+    model = PackedModel.open(folder)
+    header = model.header
+    with console.track("verify" if verify else "read", len(header.matrices)) as tracker:
+        bits = packed.bits_table(model, tracker.advance)
+    if verify:
+        model.others()
+        model.input_scales()
+    return PackedSummary(
+        folder=str(folder),
+        compressed=header.compression is not None,
+        sizes=packed.size_table(model),
+        bits=bits,
+        settings=header.settings,
+        provenance=header.provenance,
+        verified=verify,
+    )
+
+
+def show_format() -> list[RenderableType]:
+    """The specification of the packed format, for a terminal."""
+    return [Markdown(inspect.cleandoc(packed.__doc__ or ""))]
+
+
+def show(found: PackedSummary) -> list[RenderableType]:
+    """The same for people."""
+    rows = [
+        [NAMES[each.kind], f"{each.weights:,}"]
+        + [f"{bits:.3f}" for bits in (each.nominal_bits, each.packed_bits, each.entropy_bits, each.stored_bits)]
+        for each in found.bits
+    ]
+    how = "compressed, " if found.compressed else ""
+    sizes = found.sizes
+    caption = f"whole files: {megabytes(sizes.bytes)}, {sizes.real_bits:.3f} real bits; all in bits a weight"
+    columns = ["tensors", "weights", "nominal", "packed", "entropy bound", "stored"]
+    lines: list[RenderableType] = [table(f"Packed model, {how}{found.folder}", columns, rows, caption)]
+    lines += [f"{key}: {value}" for key, value in {**found.settings, **found.provenance}.items()]
+    if found.verified:
+        lines.append("verified: every checksum, code and digest")
+    return lines

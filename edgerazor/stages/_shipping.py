@@ -1,0 +1,79 @@
+"""A packed folder made smaller for shipping, and back: `edgerazor pack FOLDER --compress` and `--no-compress`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from pydantic import BaseModel, Field
+
+from edgerazor import packed
+from edgerazor.console import Console, megabytes
+from edgerazor.errors import usage_error
+from edgerazor.packed import INDEX_FILE, PackedModel
+from edgerazor.workdir import job_of, replace_folder
+
+
+class CompressResult(BaseModel):
+    """A packed folder that was compressed, or restored."""
+
+    folder: str
+    compressed: bool
+    changed: bool = Field(description="false where it was so already")
+    bytes_before: int
+    bytes: int
+    real_bits: float
+
+
+def recompress(folder: Path, compress: bool, console: Console) -> CompressResult:
+    """Write the weight files of a packed folder again, compressed or not; other files stay as they are.
+
+    Raises:
+        UserError: it is no packed folder, is damaged, or is part of a job.
+    """
+    option = f"--{'' if compress else 'no-'}compress"
+    job = job_of(folder)
+    if job is not None:
+        raise usage_error(
+            f"{folder} is part of the job {job.path}, whose records name its files.",
+            f"Say it to the job: `edgerazor pack {option} --work {job.path}`.",
+        )
+    folder = folder.resolve()
+    model = PackedModel.open(folder)
+    before = packed.size_table(model).bytes
+    changed = (model.header.compression is not None) != compress
+    if changed:
+        with (
+            replace_folder(folder) as new,
+            console.track("compress" if compress else "decompress", len(model.header.matrices)) as tracker,
+        ):
+            _copy_others(folder, new, {file.name for file in model.files()} | {INDEX_FILE})
+            packed.rewrite(model, new, compress=compress, done=tracker.advance)
+            packed.verify_digests(new, {name: entry.digest for name, entry in model.header.matrices.items()})
+    sizes = packed.size_table(PackedModel.open(folder))
+    return CompressResult(
+        folder=str(folder),
+        compressed=compress,
+        changed=changed,
+        bytes_before=before,
+        bytes=sizes.bytes,
+        real_bits=round(sizes.real_bits, 4),
+    )
+
+
+def _copy_others(folder: Path, new: Path, weights: set[str]) -> None:
+    """Everything but the weight files."""
+    for each in sorted(folder.iterdir()):
+        if each.is_dir():
+            shutil.copytree(each, new / each.name)
+        elif each.name not in weights:
+            shutil.copy2(each, new / each.name)
+
+
+def show(result: CompressResult) -> list[str]:
+    """The same for people."""
+    how = "compressed" if result.compressed else "not compressed"
+    if not result.changed:
+        return [f"{result.folder} is {how} already: {megabytes(result.bytes)}, {result.real_bits:.2f} real bits"]
+    sizes = f"{megabytes(result.bytes_before)} became {megabytes(result.bytes)}, {result.real_bits:.2f} real bits"
+    return [f"{result.folder} is {how}: {sizes}, verified bit for bit"]
