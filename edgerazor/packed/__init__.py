@@ -50,7 +50,8 @@ from edgerazor.packed._container import DTYPES, INDEX_FILE, SHARD_BYTES, WEIGHTS
 from edgerazor.packed._header import ANY_SHA256, SETTINGS, VERSION, Header, Kind, MatrixEntry, TensorEntry, part_name
 from edgerazor.packed._reading import PackedMatrix, PackedModel, verify_digests
 from edgerazor.packed._sizes import ClassSize, SizeTable, size_table
-from edgerazor.packed._writing import FolderSize, MatrixSource, predict, write
+from edgerazor.packed._threads import cores
+from edgerazor.packed._writing import FolderSize, MatrixSource, predict, working_memory, write
 
 __all__ = [
     "ANY_SHA256",
@@ -71,10 +72,12 @@ __all__ = [
     "SizeTable",
     "TensorEntry",
     "TensorSpec",
+    "cores",
     "part_name",
     "predict",
     "size_table",
     "tensor_spec",
     "verify_digests",
+    "working_memory",
     "write",
 ]
