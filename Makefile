@@ -47,6 +47,16 @@ results-plans: install $(WORLD)/distill.txt
 results-sensitivity: install $(WORLD)/distill.txt
 	$(BIN)/python recipes/sensitivity.py $(if $(REAL_DATA),--real-data $(REAL_DATA))
 
+# What packing costs in memory and time, and how fast a packed model opens; alone on the machine, 6 GB of disk.
+.PHONY: results-packing
+results-packing: install
+	$(BIN)/python recipes/packing.py
+
+# Damaged packed folders, N of them or as many as FUZZ_SECONDS allow: all refused in one sentence, or unharmed.
+.PHONY: fuzz
+fuzz: install
+	$(BIN)/python tests/fuzz_packed.py $(or $(N),100000) $(if $(FUZZ_SECONDS),--seconds $(FUZZ_SECONDS))
+
 # Published post-training methods, in an environment of their own (several GB: GPTQModel brings torch with CUDA).
 peers: build/peers/installed
 

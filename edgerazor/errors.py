@@ -26,3 +26,10 @@ class UserError(Exception):
 def usage_error(message: str, hint: str = "") -> UserError:
     """A `UserError` for something asked wrongly (exit code 2)."""
     return UserError(message, hint, USAGE)
+
+
+def plain(text: object, most: int = 400) -> str:
+    """What came out of a file, as part of a sentence: cut, and without control characters or new lines."""
+    words = str(text)
+    words = words if len(words) <= most else f"{words[:most]}..."
+    return "".join(each if each.isprintable() else "?" for each in words)

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from edgerazor import surgery
-from edgerazor.errors import UserError
+from edgerazor.errors import UserError, plain
 from edgerazor.formats import INPUT_SCALE, LOW_INPUT_SCALE
 from edgerazor.models import load_tokenizer, quiet_transformers
 from edgerazor.packed import SETTINGS, PackedModel
@@ -115,13 +115,33 @@ def check_settings(settings: EdgeRazorConfig, packed: PackedModel) -> None:
     Raises:
         UserError: it does not.
     """
-    for name, value in packed.header.settings.items():
-        said = getattr(settings, name, None)
+    for name in SETTINGS:
+        said, value = getattr(settings, name, None), packed.header.settings.get(name)
         if said != value:
             raise UserError(
-                f"{packed.folder}: config.json says {name} {said}, but the weights were made for {value}.",
+                f"{packed.folder}: config.json says {name} {plain(said, 50)}, but the weights were made for "
+                f"{plain(value, 50)}.",
                 "Undo the change, or pack the model again.",
             )
+
+
+def check_layers(config: Any, packed: PackedModel) -> None:
+    """config.json must not ask for more layers than there are weights of; building them could take forever.
+
+    Raises:
+        UserError: it does, or there are thresholds for another number of layers.
+    """
+    count = config.get_text_config().num_hidden_layers
+    most = sum(entry.kind == "linear" for entry in packed.header.matrices.values())
+    settings = packed.header.settings
+    thresholds = settings.get("thresholds")
+    causal = settings.get("adaptive_tokens") == "causal"
+    if not isinstance(count, int) or count > most or (causal and len(thresholds or []) != count):  # type: ignore[arg-type]
+        raise UserError(
+            f"{packed.folder}: config.json says num_hidden_layers {plain(count, 50)}, but there are not the weights "
+            "or settings of so many.",
+            "Undo the change, or pack the model again.",
+        )
 
 
 def check_others(model: PreTrainedModel, packed: PackedModel) -> None:
@@ -136,12 +156,33 @@ def check_others(model: PreTrainedModel, packed: PackedModel) -> None:
 
 
 def is_packed(folder: Path) -> bool:
-    """Whether a folder holds a packed model of ours, by its configuration."""
-    try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-        return bool(settings["quant_method"] == METHOD)
-    except (OSError, ValueError, KeyError, TypeError):
+    """Whether a folder holds a packed model of ours, by its configuration.
+
+    Raises:
+        UserError: its config.json is damaged.
+    """
+    path = folder / "config.json"
+    if not os.path.lexists(path):
         return False
+    if not path.is_file():
+        raise UserError(f"{path} is not a file.", "Copy or pack the model again.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} is damaged: it is not JSON.", "Copy or pack the model again.") from None
+    settings = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(settings, dict) and settings.get("quant_method") == METHOD
+
+
+def check_files(folder: Path) -> None:
+    """Nothing that a library may wait for, or follow to nowhere, stands in the place of a file.
+
+    Raises:
+        UserError: something does.
+    """
+    for path in sorted(folder.iterdir()):
+        if not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path} is no file, but a pipe, a device, or a link to nowhere.", "Remove it.")
 
 
 def load(
@@ -164,7 +205,14 @@ def load(
     folder = Path(folder)
     if not is_packed(folder):
         raise UserError(f"{folder} is not a packed model.", "Make one with `edgerazor pack`.")
-    PackedModel.open(folder)  # transformers would hide which file is damaged, and how
+    check_files(folder)
+    packed = PackedModel.open(folder)  # transformers would hide which file is damaged, and how
+    try:
+        check_layers(AutoConfig.from_pretrained(folder), packed)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"transformers cannot read {folder / 'config.json'}: {_first_line(error)}.") from None
     tokenizer = load_tokenizer(folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
@@ -174,7 +222,11 @@ def load(
         except UserError:
             raise
         except Exception as error:
-            reason = str(error).strip().split("\n")[0].rstrip(".")
-            raise UserError(f"The packed model {folder} cannot be loaded: {reason}.") from None
+            raise UserError(f"The packed model {folder} cannot be loaded: {_first_line(error)}.") from None
     surgery.keep_decoded(model, keep_decoded)
     return model.to(device).eval(), tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().split("\n")
+    return plain(lines[0].rstrip(".") or type(error).__name__)

@@ -551,7 +551,7 @@ def watch(first: int, stop: int, seed: int, deadline: float, loud: bool, outcome
     number, finished = first, False
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
-        signal.signal(signal.SIGALRM, lambda *_: process.kill())
+        before = signal.signal(signal.SIGALRM, lambda *_: process.kill())
         for line in process.stdout:
             signal.alarm(LAST_PATIENCE)
             said = json.loads(line)
@@ -563,6 +563,7 @@ def watch(first: int, stop: int, seed: int, deadline: float, loud: bool, outcome
                 outcome.peak = max(outcome.peak, said["peak"])
                 finished = True
         signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
         code = process.wait()
     if not finished:
         outcome.failures.append(f"number {number}: the process ended with code {code}")

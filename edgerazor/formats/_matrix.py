@@ -220,20 +220,19 @@ def encode_matrix(w: Tensor, spec: MatrixSpec, scales: Tensor | None = None) -> 
             join_strips(strips, [each.codes for each in parts]), join_strips(strips, [each.scales for each in parts])
         )
     spec.check_shape(w.shape)
-    encoded = [
-        (part.encode(_select(w.detach(), rows), spec.group_size, given), rows)
-        for part, rows, given in _with_scales(spec, scales)
-    ]
-    codes = _merge([(each.codes, rows) for each, rows in encoded], (*w.shape,), torch.int8, w.device)
-    groups = group_count(w.shape[1], spec.group_size)
-    stored = _merge([(each.scales, rows) for each, rows in encoded], (w.shape[0], groups), torch.float16, w.device)
-    return Encoded(codes, stored)
-
-
-def _with_scales(spec: MatrixSpec, scales: Tensor | None) -> Iterator[tuple[Format, Tensor | None, Tensor | None]]:
-    """Each format, its rows, and their share of the given scales [rows, groups]."""
+    w = w.detach()
+    if spec.row_formats is None:
+        return spec.parts[0][0].encode(w, spec.group_size, scales)
+    codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
+    stored = torch.empty(w.shape[0], group_count(w.shape[1], spec.group_size), dtype=torch.float16, device=w.device)
     for number_format, rows in spec.parts:
-        yield number_format, rows, None if scales is None else _select(scales, rows)
+        assert rows is not None
+        for block in rows.to(w.device).split(block_rows(w)):  # gathered, encoded and put back while in the cache
+            given = None if scales is None else scales.index_select(0, block)
+            part = number_format.encode(w.index_select(0, block), spec.group_size, given)
+            codes.index_copy_(0, block, part.codes)
+            stored.index_copy_(0, block, part.scales)
+    return Encoded(codes, stored)
 
 
 def decode_matrix(encoded: Encoded, spec: MatrixSpec) -> Tensor:

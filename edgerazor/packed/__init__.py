@@ -75,8 +75,8 @@ from edgerazor.packed._header import ANY_SHA256, SETTINGS, VERSION, Header, Kind
 from edgerazor.packed._reading import PackedMatrix, PackedModel, verify_digests
 from edgerazor.packed._rewriting import rewrite
 from edgerazor.packed._sizes import ClassSize, SizeTable, TensorClass, size_table
-from edgerazor.packed._threads import in_parallel
-from edgerazor.packed._writing import FolderSize, MatrixSource, predict, write
+from edgerazor.packed._threads import cores, in_parallel
+from edgerazor.packed._writing import FolderSize, MatrixSource, predict, working_memory, write
 
 __all__ = [
     "ANY_SHA256",
@@ -101,6 +101,7 @@ __all__ = [
     "TensorEntry",
     "TensorSpec",
     "bits_table",
+    "cores",
     "in_parallel",
     "matrix_entropy_bytes",
     "part_name",
@@ -109,5 +110,6 @@ __all__ = [
     "size_table",
     "tensor_spec",
     "verify_digests",
+    "working_memory",
     "write",
 ]

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from edgerazor.errors import UserError
+from edgerazor.errors import UserError, plain
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -24,8 +24,6 @@ SHARD_BYTES = 4 * 10**9
 ALIGNMENT = 64
 #: Most bytes of JSON that are read of a file: many times what a large model needs.
 MOST_JSON = 1 << 24
-#: Letters of a reason that may come from the file itself.
-MOST_LETTERS = 400
 
 #: Names of dtypes in a safetensors file.
 DTYPES = {
@@ -167,7 +165,7 @@ def _alignment(spec: TensorSpec) -> int:
 
 def damaged(path: Path, reason: str) -> UserError:
     """The one sentence about a file that cannot be trusted; names that it holds cannot make more of it."""
-    reason = "".join(each if each.isprintable() else "?" for each in reason[:MOST_LETTERS].rstrip("."))
+    reason = plain(reason.rstrip("."))
     return UserError(f"{path} is damaged or no packed model: {reason}.", "Make it again with `edgerazor pack`.")
 
 

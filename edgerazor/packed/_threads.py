@@ -54,6 +54,17 @@ def in_parallel(tasks: Sequence[tuple[int, Callable[[], object]]], done: Callabl
             future.result()
 
 
+def at_once(tasks: Sequence[tuple[int, int]]) -> int:
+    """The bytes that tasks hold together at most in `in_parallel`, each given as (its number of weights, its bytes)."""
+    ordered = sorted(tasks, reverse=True)[: cores()]
+    left, held = max([IN_WORK, *(size for size, _ in ordered[:1])]), 0
+    for size, bytes_ in ordered:
+        if size > left:
+            break
+        left, held = left - size, held + bytes_
+    return held
+
+
 def _run(work: Callable[[], object], size: int, budget: _Budget, done: Callable[[], None] | None) -> None:
     try:
         work()

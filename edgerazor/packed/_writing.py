@@ -36,7 +36,7 @@ from edgerazor.packed._header import (
     make_header,
     part_name,
 )
-from edgerazor.packed._threads import in_parallel
+from edgerazor.packed._threads import at_once, in_parallel
 
 
 @dataclass(frozen=True)
@@ -171,6 +171,17 @@ def predict(
     files = arrange(specs, header_metadata(header), cut(specs, shard_bytes))
     weights = sum(math.prod(e.shape) for e in entries.values()) + sum(math.prod(e.shape) for e in about.values())
     return FolderSize(sum(file.size for file in files), weights)
+
+
+def working_memory(matrices: Iterable[tuple[MatrixSpec, tuple[int, int]]]) -> int:
+    """Bytes that writing and verifying matrices of these formats and shapes takes at once, mapped files apart."""
+    tasks = []
+    for spec, shape in matrices:
+        weights = math.prod(shape)
+        uniform = spec.row_formats is None and spec.block_formats is None
+        # The codes, int8; those of the rows of one format again; what is written.
+        tasks.append((weights, weights * (1 if uniform else 2) + spec.packed_bytes(shape)))
+    return at_once(tasks)
 
 
 def _tensors(

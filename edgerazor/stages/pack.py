@@ -10,6 +10,7 @@ that calibrate made of them says.
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -78,7 +79,11 @@ class ExportDryRun(BaseModel):
 
 
 class PackDryRun(BaseModel):
-    """What pack would write, but for exports and compression. Time is that of encoding, estimated from one matrix."""
+    """What pack would write, but for exports and compression.
+
+    Time is estimated from some rows of each kind of matrix, written and verified. `memory_bytes` is what it needs at
+    once besides the program itself; `mapped_bytes` the weights that are read in place. `disk_bytes` are free ones.
+    """
 
     source: str
     notation: str
@@ -86,6 +91,7 @@ class PackDryRun(BaseModel):
     nominal_bits: float
     real_bits: float
     memory_bytes: int
+    mapped_bytes: int
     disk_bytes: int
     seconds: float
 
@@ -350,30 +356,62 @@ def accompany(folder: Path, teacher_folder: Path, config: object, settings: dict
 
 
 def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> PackDryRun:
-    """What would be written, and about how long it would take (from one matrix)."""
+    """What would be written, and about how long it would take."""
     source = source_of(recipe, work)
     teacher, _ = models.load(recipe.model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
     plan = plan_of(recipe, work, teacher)
     calibrated = work if work.statistics_file.exists() else None
     found, training = models.structure(teacher), training_of(work, source)
     size = _shared.packed_size(recipe, teacher, found, source, calibrated, training)(plan)
-    matrix = max(plan.matrices, key=lambda matrix: matrix.rows * matrix.columns)
-    weight, spec = teacher.get_submodule(matrix.name).weight, matrix.spec()
-    began = time.monotonic()
-    packed_parts = formats.pack_matrix(formats.encode_matrix(weight, spec), spec)
-    once = time.monotonic() - began
-    del packed_parts
+    mapped = sum(p.numel() * p.element_size() for p in teacher.parameters())
+    if source == "student":
+        mapped += (work.student(recipe.pack.student) / "model.safetensors").stat().st_size
     return PackDryRun(
         source=source,
         notation=plan.notation(),
         bytes=size.bytes,
         nominal_bits=round(plan.nominal_bits(), 4),
         real_bits=round(size.real_bits, 4),
-        memory_bytes=sum(p.numel() * p.element_size() for p in teacher.parameters()) + size.bytes + 9 * weight.numel(),
-        disk_bytes=size.bytes + work.size(NAME),  # the old one stays until the new one is complete
-        # encoded once, and read twice to be verified
-        seconds=float(f"{3 * once * plan.weights() / weight.numel():.3g}"),
+        memory_bytes=packed.working_memory((matrix.spec(), matrix.shape) for matrix in plan.matrices),
+        mapped_bytes=mapped,
+        disk_bytes=size.bytes,  # beside the old one, which stays until the new one is complete
+        seconds=float(f"{estimated_seconds(plan, teacher):.3g}"),
     )
+
+
+#: Weights of each kind that a dry run packs.
+SAMPLE = 1 << 22
+
+
+def estimated_seconds(plan: Plan, teacher: models.PreTrainedModel) -> float:
+    """How long all cores take to write and verify the matrices of a plan, from some rows of each kind."""
+    total, longest = 0.0, 0.0
+    for kind in sorted({matrix.kind for matrix in plan.matrices}):
+        weights = {matrix.name: matrix.rows * matrix.columns for matrix in plan.matrices if matrix.kind == kind}
+        largest = max((matrix for matrix in plan.matrices if matrix.kind == kind), key=lambda each: weights[each.name])
+        once = seconds_per_weight(largest, teacher.get_submodule(largest.name).weight)
+        total += once * sum(weights.values())
+        longest = max(longest, once * weights[largest.name])
+    return max(longest, total / min(packed.cores(), len(plan.matrices)))  # a matrix is one core's
+
+
+def seconds_per_weight(matrix: MatrixPlan, weight: Tensor) -> float:
+    """Of one core that packs and verifies the first rows of a matrix."""
+    rows = min(matrix.rows, max(1, SAMPLE // matrix.columns))
+    spec = matrix.spec().take(torch.arange(rows))
+    sample = MatrixSource(
+        "rows", "linear", spec, (rows, matrix.columns), lambda: formats.encode_matrix(weight[:rows], spec)
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            began = time.monotonic()
+            packed.write(Path(folder), [sample], {}, tied={}, settings={}, provenance={})
+            packed.PackedModel.open(Path(folder)).verify()
+            return (time.monotonic() - began) / (rows * matrix.columns)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def show(result: PackResult) -> list[RenderableType]:

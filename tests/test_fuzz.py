@@ -1,0 +1,91 @@
+"""Some of the damaged folders of `make fuzz`, and that the fuzzer would notice."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import fuzz_packed
+import pytest
+from fuzz_packed import DAMAGES, KINDS, MEMORY, damaged_folder, fuzz, make_folders, put
+
+from edgerazor.errors import UserError
+from edgerazor.packed import PackedModel
+
+
+@pytest.mark.slow
+def test_damaged_folders_are_refused_or_unharmed() -> None:
+    outcome = fuzz(2500, seconds=20, seed=5)
+    assert outcome.failures == []
+    assert outcome.total > 100
+    assert outcome.peak < MEMORY
+    outcomes = {name.rpartition(" ")[2] for name in outcome.counts}
+    assert outcomes == {"refused", "unharmed", "other"}
+
+
+def test_every_damage_changes_every_kind(tmp_path: Path) -> None:
+    folders = make_folders(tmp_path)
+    assert [folder.kind for folder in folders] == list(KINDS)
+    draw = random.Random(0)
+    for damage in DAMAGES:
+        for folder in folders:
+            changed = 0
+            for _ in range(10):
+                copy = folder.copy()
+                damage(draw, copy)
+                changed += copy.files != folder.files or bool(copy.special)
+            assert changed >= 5, (damage.__name__, folder.kind)
+
+
+def test_a_number_is_always_the_same_folder(tmp_path: Path) -> None:
+    folders = make_folders(tmp_path)
+    for number in range(50):
+        first, second = (damaged_folder(number, 1, folders) for _ in range(2))
+        assert (first[0].files, first[1]) == (second[0].files, second[1])
+
+
+def test_the_law_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader that lets damage pass, says too much, or asks for another exit code, is noticed."""
+    (folder, *_) = make_folders(tmp_path)
+    path = tmp_path / "damaged"
+    path.mkdir()
+    put(folder, None, path)
+    assert fuzz_packed.check(path, folder) == "unharmed"
+    other = make_folders_again(tmp_path / "again")
+    with pytest.raises(AssertionError, match="nobody noticed"):
+        fuzz_packed.check(path, other)
+    for error in (
+        UserError("Two\nlines."),
+        UserError("x" * 5000 + "."),
+        UserError("No end"),
+        UserError("Usage.", code=2),
+    ):
+
+        def refuse(_: Path, error: UserError = error) -> PackedModel:
+            raise error
+
+        monkeypatch.setattr(PackedModel, "open", refuse)
+        with pytest.raises(AssertionError):
+            fuzz_packed.check(path, folder)
+
+
+def make_folders_again(place: Path) -> fuzz_packed.Folder:
+    """A folder of another kind."""
+    place.mkdir()
+    return make_folders(place)[1]
+
+
+def test_a_hanging_and_a_dying_worker_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import json, os, sys\n"
+        "first, stop = int(sys.argv[2]), int(sys.argv[3])\n"
+        "for number in range(first, stop):\n"
+        "    print(json.dumps({'at': number}), flush=True)\n"
+        "    if number in (3, 5): os.kill(os.getpid(), 11)\n"
+        "print(json.dumps({'counts': {'x refused': 1}, 'peak': 7}))\n"
+    )
+    monkeypatch.setattr(fuzz_packed, "__file__", str(script))
+    outcome = fuzz(8)
+    assert outcome.failures == [f"number {n}: the process ended with code -11" for n in (3, 5)]
+    assert (outcome.total, outcome.peak) == (1, 7)
