@@ -260,7 +260,11 @@ def dequantized(folder: Path) -> PreTrainedModel:
     opened = PackedModel.open(folder)
     config = AutoConfig.from_pretrained(folder)
     del config.quantization_config
-    state = {name: tensor for name, tensor in opened.others().items() if name.rpartition(".")[2] not in INPUT_SCALES}
+    state = {
+        name: tensor
+        for name, tensor in opened.others().items()
+        if name.rpartition(".")[2] not in (INPUT_SCALE, LOW_INPUT_SCALE)
+    }
     for name in opened.header.matrices:
         matrix = opened.matrix(name)
         state[f"{name}.weight"] = formats.decode_matrix(matrix.encoded, matrix.spec)
@@ -268,9 +272,6 @@ def dequantized(folder: Path) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(state)
     return model.eval()
-
-
-INPUT_SCALES = (INPUT_SCALE, LOW_INPUT_SCALE)
 
 
 @torch.inference_mode()

@@ -65,7 +65,7 @@ def write(folder: Path, **changes: Any) -> packed.Header:
         "matrices": sources(),
         "others": {"norm.weight": weights(9).bfloat16(), "scalar": torch.tensor(3.5), "flags": torch.tensor([True])},
         "tied": {"lm_head": "layers.rows"},
-        "settings": {"kv_bits": 8, "thresholds": None},
+        "settings": {"kv_bits": 8, "thresholds": []},
         "provenance": {"seed": 1},
         **changes,
     }

@@ -316,7 +316,7 @@ def _opened(folder: Path, files: Sequence[File]) -> Iterator[_Places]:
         except BaseException as error:
             for path in (*temporary.values(), *named):
                 path.unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.filename is None:
+            if isinstance(error, OSError) and error.errno and error.filename is None:
                 error.filename = str(folder)  # of a descriptor the system does not know the name
             raise
         finally:
