@@ -208,6 +208,16 @@ def test_expanded_ternary_codes_compute_the_same(columns: int) -> None:
 
 
 @needs_library
+@pytest.mark.parametrize("words", [0, 1, 7, 8, 1003])
+def test_reading_looks_at_every_word(words: int) -> None:
+    memory = torch.randint(-(2**63), 2**63 - 1, (words,), generator=torch.Generator().manual_seed(0))
+    expected = 0
+    for each in memory.tolist():
+        expected ^= each & (2**64 - 1)
+    assert native.read(memory) == expected
+
+
+@needs_library
 def test_what_does_not_fit_is_refused() -> None:
     spec = MatrixSpec(("int4",), 64)
     encoded = formats.encode_matrix(weights(20, 100), spec)

@@ -53,7 +53,7 @@ _SIGNATURES = {
     ),
     "edgerazor_row": (None, [c_void_p, POINTER(_Part), c_int64, c_void_p]),
     "edgerazor_expand_ternary": (None, [c_void_p, c_int, c_void_p, c_int64, c_void_p]),
-    "edgerazor_read": (c_uint64, [c_void_p, c_int64]),
+    "edgerazor_read": (c_uint64, [c_int, c_void_p, c_int64]),
 }
 
 
@@ -229,8 +229,8 @@ def product(
 
 
 def read(memory: Tensor) -> int:
-    """Reads a contiguous tensor's bytes once (but for the last few): to measure the bandwidth of memory."""
-    found: int = _loaded().edgerazor_read(memory.data_ptr(), memory.nbytes // 8)
+    """Reads a contiguous tensor's 64-bit words once, to measure the bandwidth of memory; gives their exclusive or."""
+    found: int = _loaded().edgerazor_read(len(isas()) - 1, memory.data_ptr(), memory.nbytes // 8)
     return found
 
 

@@ -48,10 +48,15 @@ EDGERAZOR_INLINE Bytes join(Bytes low, Bytes high) {
              _mm256_or_si256(low.half[1], _mm256_slli_epi16(high.half[1], shift))}};
 }
 
+// Keeps gcc from loading all that a tile needs first, for which there are too few registers.
+EDGERAZOR_INLINE void in_order(__m256i& value) { asm volatile("" : "+x"(value)); }
+
 EDGERAZOR_INLINE Quad broadcast(const int8_t* x) {
-    int32_t quad;
-    __builtin_memcpy(&quad, x, 4);
-    return _mm256_set1_epi32(quad);
+    int32_t number;
+    __builtin_memcpy(&number, x, 4);
+    Quad quad = _mm256_set1_epi32(number);
+    in_order(quad);
+    return quad;
 }
 
 EDGERAZOR_INLINE Sums no_sums() { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
@@ -121,6 +126,7 @@ struct Accumulator {
         if constexpr (narrow) {
             shorts.half[0] = _mm256_add_epi16(shorts.half[0], _mm256_maddubs_epi16(u.half[0], x));
             shorts.half[1] = _mm256_add_epi16(shorts.half[1], _mm256_maddubs_epi16(u.half[1], x));
+            in_order(shorts.half[1]);
         } else {
             sums = add_sums(sums, {{quad_sums<largest>(u.half[0], x), quad_sums<largest>(u.half[1], x)}});
         }
@@ -141,11 +147,16 @@ struct Trits {
     Bytes digits[5];
 };
 
-// A table of 16 bytes, looked up by bytes below 16: those given, then zeros.
-template <class... Numbers>
-EDGERAZOR_INLINE __m256i look_up(__m256i bytes, Numbers... numbers) {
-    const int8_t given[16] = {(int8_t)numbers...};
-    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)given)), bytes);
+template <int... numbers>
+struct Table {
+    alignas(16) static constexpr int8_t at[16] = {numbers...}; // then zeros
+};
+
+// The numbers at places below 16.
+template <int... numbers>
+EDGERAZOR_INLINE __m256i look_up(__m256i places) {
+    const __m128i table = _mm_load_si128((const __m128i*)Table<numbers...>::at);
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), places);
 }
 
 // bytes / step for (signed) bytes below 3 * step.
@@ -159,15 +170,15 @@ EDGERAZOR_INLINE void half_trits(__m256i bytes, __m256i* digits) {
     const __m256i is_long = _mm256_cmpeq_epi8(_mm256_max_epu8(bytes, _mm256_set1_epi8((char)kLongDigits)), bytes);
     const __m256i beyond = _mm256_sub_epi8(bytes, _mm256_set1_epi8((char)kLongDigits));
     const __m256i long_last = digit_of(beyond, kLongCount);
-    const __m256i long_rest = _mm256_add_epi8(beyond, look_up(long_last, 64, 64 - kLongCount, 64 - 2 * kLongCount));
+    const __m256i long_rest = _mm256_add_epi8(beyond, look_up<64, 64 - kLongCount, 64 - 2 * kLongCount>(long_last));
     digits[4] = _mm256_blendv_epi8(half_field<6, 2>(bytes), long_last, is_long);
     const __m256i below_81 = _mm256_blendv_epi8(half_field<0, 6>(bytes), long_rest, is_long);
     digits[3] = digit_of(below_81, 27);
-    const __m256i below_27 = _mm256_sub_epi8(below_81, look_up(digits[3], 0, 27, 54));
+    const __m256i below_27 = _mm256_sub_epi8(below_81, look_up<0, 27, 54>(digits[3]));
     digits[2] = digit_of(below_27, 9);
-    const __m256i below_9 = _mm256_sub_epi8(below_27, look_up(digits[2], 0, 9, 18));
-    digits[1] = look_up(below_9, 0, 0, 0, 1, 1, 1, 2, 2, 2);
-    digits[0] = look_up(below_9, 0, 1, 2, 0, 1, 2, 0, 1, 2);
+    const __m256i below_9 = _mm256_sub_epi8(below_27, look_up<0, 9, 18>(digits[2]));
+    digits[1] = look_up<0, 0, 0, 1, 1, 1, 2, 2, 2>(below_9);
+    digits[0] = look_up<0, 1, 2, 0, 1, 2, 0, 1, 2>(below_9);
 }
 
 EDGERAZOR_INLINE Trits trits(Bytes bytes) {

@@ -80,6 +80,7 @@ struct Kernels {
     bool (*quantize)(const Geometry&, const float* x, int bits, float scale, int8_t* codes, float* scales, int32_t* sums);
     void (*linear)(const Geometry&, const Part&, const Activations&, const Output&, int64_t first_block, int64_t last_block);
     void (*expand_ternary)(const Geometry&, const uint8_t* codes, int64_t blocks, uint8_t* out);
+    uint64_t (*read)(const uint64_t* words, int64_t count);
 };
 
 // Vectors that a chunk of `quads` takes.

@@ -259,15 +259,6 @@ void edgerazor_expand_ternary(const edgerazor_geometry* geometry, int isa, const
     kernels()[isa]->expand_ternary(known(geometry), codes, blocks, out);
 }
 
-uint64_t edgerazor_read(const uint64_t* words, int64_t count) {
-    uint64_t sums[8] = {};
-    int64_t i = 0;
-    for (; i + 8 <= count; i += 8) { // a cache line
-        __builtin_prefetch(words + i + 512);
-        for (int k = 0; k < 8; k++) sums[k] ^= words[i + k];
-    }
-    for (; i < count; i++) sums[0] ^= words[i];
-    return sums[0] ^ sums[1] ^ sums[2] ^ sums[3] ^ sums[4] ^ sums[5] ^ sums[6] ^ sums[7];
-}
+uint64_t edgerazor_read(int isa, const uint64_t* words, int64_t count) { return kernels()[isa]->read(words, count); }
 
 } // extern "C"

@@ -61,7 +61,7 @@ EDGERAZOR_API void edgerazor_expand_ternary(const edgerazor_geometry* geometry, 
                                             int64_t blocks, uint8_t* out);
 
 /* Reads memory once, as fast as it comes, and returns something that depends on every byte: to measure bandwidth. */
-EDGERAZOR_API uint64_t edgerazor_read(const uint64_t* words, int64_t count);
+EDGERAZOR_API uint64_t edgerazor_read(int isa, const uint64_t* words, int64_t count);
 
 #ifdef __cplusplus
 }

@@ -1,3 +1,3 @@
 #include "neon.hpp"
 
-const Kernels edgerazor::neon_kernels = {"neon", quantize, linear, expand_ternary};
+const Kernels edgerazor::neon_kernels = {"neon", quantize, linear, expand_ternary, read};

@@ -449,6 +449,18 @@ void expand_ternary(const Geometry& geometry, const uint8_t* codes, int64_t bloc
         }
 }
 
+// To measure bandwidth: every word is looked at, with the loads and prefetches of the products.
+uint64_t read(const uint64_t* words, int64_t count) {
+    uint64_t sums[8] = {};
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) { // a vector
+        ahead((const uint8_t*)(words + i));
+        for (int k = 0; k < 8; k++) sums[k] ^= words[i + k];
+    }
+    for (; i < count; i++) sums[0] ^= words[i];
+    return sums[0] ^ sums[1] ^ sums[2] ^ sums[3] ^ sums[4] ^ sums[5] ^ sums[6] ^ sums[7];
+}
+
 // By format --------------------------------------------------------------------------------------------------------
 
 template <int bits>
