@@ -7,6 +7,7 @@ BIN := .venv/bin
 WORLD := recipes/world
 JOB := build/quickstart
 SELFTEST := tests/kernels_selftest.cpp
+KERNELS := edgerazor/kernels/libedgerazor.so
 
 # Real models and texts for `make results-methods`, beside the embedded teacher: a folder with `models` and `text`.
 REAL_DATA ?= $(wildcard ../shared/data)
@@ -106,7 +107,7 @@ world-data: install
 teacher: install
 	$(BIN)/python $(WORLD)/train_teacher.py
 
-test: install $(WORLD)/distill.txt
+test: install $(KERNELS) $(WORLD)/distill.txt
 	$(BIN)/python -m pytest
 
 check: install
@@ -118,6 +119,9 @@ check: install
 # The library of kernels again, after a change of its sources; its tests on the machines of others.
 kernels: install
 	$(BIN)/python -m edgerazor.kernels.build
+
+$(KERNELS): $(wildcard edgerazor/kernels/cpp/*) | install
+	-$(BIN)/python -m edgerazor.kernels.build
 
 # AArch64 under emulation: Debian's g++-aarch64-linux-gnu and qemu-user.
 test-arm: install

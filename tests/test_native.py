@@ -48,6 +48,11 @@ def product(
     return native.linear(native.quantize(x, geometry, bits, None, isa), geometry, parts_of(encoded, spec), bias, isa)
 
 
+def test_a_library_of_another_interface_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "interface", lambda: "0" * 16)
+    assert native.library.__wrapped__() is None
+
+
 def test_the_library_is_built_where_there_is_a_compiler() -> None:
     try:
         build.compiler()

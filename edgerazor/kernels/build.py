@@ -10,6 +10,7 @@ does not depend on the version of Python or torch. Without a compiler nothing fa
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
 import shutil
@@ -63,6 +64,11 @@ def compiler() -> list[str]:
     raise BuildError(f"no C++ compiler found ({os.environ.get('CXX') or ', '.join(COMPILERS)})")
 
 
+def interface() -> str:
+    """A digest of the C interface, which a library says of itself too: one built from another is not called."""
+    return hashlib.sha256((SOURCES / "library.h").read_bytes()).hexdigest()[:16]
+
+
 def build(target: Path, main: Path | None = None) -> list[str]:
     """Compiles the library to `target`, or, with a source file `main`, a program that contains it.
 
@@ -79,7 +85,7 @@ def build(target: Path, main: Path | None = None) -> list[str]:
         units = [unit for unit in _UNITS.get(machine, ()) if _accepts(command, unit, Path(folder))]
         have = [f"-DEDGERAZOR_HAVE_{unit.name.upper()}" for unit in units]
         jobs = [
-            ("library", ["-O2", *have]),
+            ("library", ["-O2", *have, f'-DEDGERAZOR_INTERFACE="{interface()}"']),
             ("portable", ["-O2"]),
             *((unit.name, unit.options.split()) for unit in units),
         ]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from edgerazor.formats import SCALES, SMALLEST, Format, MatrixSpec
-from edgerazor.kernels.build import LIBRARY
+from edgerazor.kernels.build import LIBRARY, interface
 
 #: Rows that lie side by side in memory; blocks of them that are computed side by side.
 ROWS, TILE = 16, 4
@@ -59,11 +59,17 @@ _SIGNATURES = {
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The library, or None where none was built."""
+    """The library, or None where none was built, or one of another version of this file's interface."""
     path = Path(__file__).with_name(LIBRARY)
     if not path.exists():
         return None
     found = ctypes.CDLL(str(path))
+    said = getattr(found, "edgerazor_interface", None)
+    if said is None:
+        return None
+    said.restype = c_char_p
+    if said().decode() != interface():
+        return None
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(found, name)
         function.restype, function.argtypes = result, arguments
