@@ -279,7 +279,7 @@ def pack(
     values["pack"] |= given(export=listed(export), allow_lossy=allow_lossy)
     if model is not None:
         values["pack"]["source"] = "teacher"
-    elif recipe is None and not (export is not None and is_rounded(work)):
+    elif recipe is None and not ((export or compress is not None) and is_rounded(work)):
         values["pack"]["source"] = "auto"
     stage("pack", values, work, recipe, json, quiet, force, dry_run)
 
