@@ -3,9 +3,9 @@
     make compression                 the table in recipes/RESULTS.md
     python recipes/compression.py --results none
 
-*Entropy* is that of single codes (order 0), and of single scales, of one matrix; *above*: how much larger the zstd frames
-are. Speeds are of one core, in millions of weights a second, best of `--rounds`: `write` makes frames of codes and scales,
-`read` makes of frames the parts that kernels read. Neither has the checksums in it.
+*Entropy* is that of single codes (order 0), and of single scales, of one matrix; *above*: how much larger the zstd
+frames are. Speeds are of one core, in millions of weights a second, best of `--rounds`: `write` makes frames of codes
+and scales, `read` makes of frames the parts that kernels read. Neither has the checksums in it.
 """
 
 from __future__ import annotations
