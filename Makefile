@@ -13,7 +13,7 @@ KERNELS := edgerazor/kernels/libedgerazor.so
 REAL_DATA ?= $(wildcard ../shared/data)
 
 .PHONY: install quickstart test check world-data teacher clean kernels test-arm test-sanitizers
-.PHONY: results-methods results-plans results-sensitivity peers interop sizes llamacpp
+.PHONY: results-methods results-plans results-sensitivity peers interop sizes compression llamacpp
 
 install: .venv/installed
 
@@ -74,6 +74,10 @@ interop: install llamacpp $(WORLD)/distill.txt
 # Our packed file of a Qwen3-0.6B-shaped model beside llama.cpp's own of the same model; needs 4 GB of disk for a while.
 sizes: install llamacpp
 	$(BIN)/python recipes/sizes.py $(if $(wildcard $(REAL_DATA)/tokenizers/qwen),--tokenizer $(REAL_DATA)/tokenizers/qwen)
+
+# What `pack --compress` stores of Gaussian weights, beside their entropy; alone on the machine, for its speeds.
+compression: install
+	$(BIN)/python recipes/compression.py
 
 # llama.cpp from the source package of its Python binding: its tools, and the binding, all with the same library.
 llamacpp: build/llamacpp/installed

@@ -279,7 +279,7 @@ def pack(
     values["pack"] |= given(export=listed(export), allow_lossy=allow_lossy)
     if model is not None:
         values["pack"]["source"] = "teacher"
-    elif recipe is None and not (export is not None and is_rounded(work)):
+    elif recipe is None and not ((export is not None or compress is not None) and is_rounded(work)):
         values["pack"]["source"] = "auto"
     stage("pack", values, work, recipe, json, quiet, force, dry_run)
 
@@ -710,7 +710,7 @@ def measure_alone(
 
 
 def is_rounded(work: Path) -> bool:
-    """Whether a job's packed model was made without training, so that it can be exported without a student."""
+    """Whether a job's packed model was made without training, so that it can be made again without a student."""
     from edgerazor import pipeline
     from edgerazor.workdir import WorkDir
 

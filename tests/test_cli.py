@@ -64,6 +64,7 @@ FIELDS: dict[str, tuple[list[str], str, Any]] = {
     "--train": (["scales"], "distill.train", "scales"),
     "--reconstruct": (["9"], "distill.reconstruct.steps", 9),
     "--student": (["last"], "pack.student", "last"),
+    "--compress": ([], "pack.compress", True),
     "--export": (["gguf, gguf-f16"], "pack.export", ["gguf", "gguf-f16"]),
     "--allow-lossy": ([], "pack.allow_lossy", True),
     "--tasks": (["arc, hellaswag"], "eval.tasks", ["arc", "hellaswag"]),

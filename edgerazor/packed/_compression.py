@@ -28,6 +28,8 @@ NARROWEST = 4
 WINDOW_LOG = 17
 
 _MAGIC = b"\x28\xb5\x2f\xfd"
+#: Symbols counted at a time, in integers of 64 bits.
+_COUNTED = 1 << 20
 #: So far above the entropy of the bytes, and false repetitions are the likely reason.
 _ACCEPTED = 1.02
 
@@ -77,10 +79,16 @@ def largest_frame(size: int) -> int:
 
 def entropy_bytes(symbols: Tensor) -> float:
     """Shannon entropy (order 0) of all symbols together, in bytes; of integers from 0 on, any shape."""
-    counts = torch.bincount(symbols.flatten())
+    if not symbols.numel():
+        return 0.0
+    largest = int(symbols.max())
+    pieces = symbols.flatten().split(_COUNTED)
+    counts = sum(
+        (torch.bincount(piece, minlength=largest + 1) for piece in pieces), torch.zeros(largest + 1, dtype=torch.int64)
+    )
     counts = counts[counts > 0].double()
     total = float(counts.sum())
-    return (total * math.log2(total) - float((counts * counts.log2()).sum())) / 8 if total else 0.0
+    return (total * math.log2(total) - float((counts * counts.log2()).sum())) / 8
 
 
 def _frame(streams: Sequence[Tensor], size: int, strategy: int) -> bytes:

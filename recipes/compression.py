@@ -1,0 +1,85 @@
+"""What `pack --compress` stores of Gaussian weights, beside their Shannon entropy, and how fast.
+
+    make compression                 the table in recipes/RESULTS.md
+    python recipes/compression.py --results none
+
+*Entropy* is that of single codes (order 0), and of single scales, of one matrix; *above*: how much larger the zstd
+frames are. Speeds are of one core, in millions of weights a second, best of `--rounds`: `write` makes frames of codes
+and scales, `read` makes of frames the parts that kernels read. Neither has the checksums in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from interop import publish
+from methods import HERE, commit
+
+from edgerazor import formats, packed
+from edgerazor.console import Console
+from edgerazor.console import table as rich_table
+from edgerazor.formats import MatrixSpec
+from edgerazor.packed._compression import compress, decompress
+from edgerazor.workdir import machine
+
+HEAD = ("format", "matrix", "group", "packed bits", "entropy", "stored", "above", "write", "read")
+MATRICES = [
+    *((name, (1024, 3072), 256) for name in ("ternary", "int2", "int2z", "int3", "int4", "int5", "int8")),
+    *((name, (1024, 960), 64) for name in ("ternary", "int4")),
+    *((name, (256, 256), 256) for name in ("ternary", "int4")),
+]
+
+
+def seconds(work: Callable[[], object], rounds: int) -> float:
+    """The shortest of some runs."""
+    found = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - began)
+    return min(found)
+
+
+def row(name: str, shape: tuple[int, int], group_size: int, rounds: int) -> list[str]:
+    """One line of the table."""
+    spec = MatrixSpec((name,), group_size)
+    generator = torch.Generator().manual_seed(0)
+    encoded = formats.encode_matrix(0.02 * torch.randn(shape, generator=generator), spec)
+    weights, sizes = encoded.codes.numel(), formats.stream_bytes(spec, shape)
+
+    def write() -> dict[str, bytes]:
+        return {part: compress(streams) for part, streams in formats.to_streams(encoded, spec).items()}
+
+    frames = {part: torch.frombuffer(bytearray(frame), dtype=torch.uint8) for part, frame in write().items()}
+
+    def read() -> object:
+        streams = {part: decompress(frame, sizes[part]) for part, frame in frames.items()}
+        return formats.from_streams(streams, spec, shape)
+
+    entropy = packed.matrix_entropy_bytes(encoded, spec)
+    stored = sum(frame.numel() for frame in frames.values())
+    bits = [f"{8 * size / weights:.3f}" for size in (spec.packed_bytes(shape), entropy, stored)]
+    speeds = [f"{weights / seconds(work, rounds) / 1e6:.0f}" for work in (write, read)]
+    return [name, f"{shape[0]} x {shape[1]}", str(group_size), *bits, f"{stored / entropy - 1:.2%}", *speeds]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--results", default=str(HERE / "RESULTS.md"), help="where the table goes, or `none`")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = [row(name, shape, group_size, asked.rounds) for name, shape, group_size in MATRICES]
+    Console().out.print(rich_table("Gaussian weights, compressed", list(HEAD), rows))
+    if asked.results != "none":
+        lines = [list(HEAD), ["---"] * len(HEAD), *rows]
+        text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        publish("compression", f"{machine()}; commit {commit()}.\n\n{text}", Path(asked.results))
+
+
+if __name__ == "__main__":
+    main()
