@@ -155,9 +155,9 @@ class Format(ABC):
         return rounded
 
     def _encode(self, w: Tensor, groups: int, scales: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Codes as float32 [rows, groups, group] (zeros of either sign) and scales as float16 [rows, groups] of one block.
+        """Codes as float32 [rows, groups, group], zeros of either sign, and scales as float16 [rows, groups].
 
-        w [rows, cols] is left as it is.
+        Of one block, w [rows, cols], which is left as it is.
         """
         with torch.autocast(w.device.type, enabled=False):
             own = w.to(torch.float32, copy=True).unflatten(1, (groups, -1))
