@@ -43,7 +43,8 @@ every other tensor; `tied`: modules that use the matrix of another; `settings`: 
 would misread raises the version; what it may ignore goes under `extras`, and the version stays.
 
 **Reading trusts nothing.** Opening checks names, dtypes, shapes and places of all tensors; a tensor's bytes, codes and
-digest are checked when it is first read. Anything wrong is a `UserError` of one sentence.
+digest are checked when it is first read. Anything wrong is a `UserError` of one sentence. (Only a file that is cut
+while it is mapped ends the process, as the system has it: replace files, never rewrite them.)
 """
 
 from edgerazor.packed._container import DTYPES, INDEX_FILE, SHARD_BYTES, WEIGHTS_FILE, TensorSpec, tensor_spec
