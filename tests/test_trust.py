@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -156,3 +157,22 @@ def test_truncated_weights(size: int, folder: Path, run: Run) -> None:
     path = folder / "model.safetensors"
     os.truncate(path, size if size >= 0 else path.stat().st_size + size)
     refused(folder, run, (("show", folder), ("show", folder, "--json")))
+
+
+def test_a_terminal_is_not_written_to(folder: Path, run: Run) -> None:
+    """Provenance may say anything, but not to the terminal."""
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    entries = json.loads(content[8 : 8 + length])
+    header = json.loads(entries["__metadata__"]["edgerazor"])
+    header["provenance"]["teacher"] = {"name": "\x1b]0;owned\x07\n\x9b2J"}
+    header["provenance"]["a\x1b[2Jb"] = "\x1b[2J"
+    text = json.dumps(header)
+    entries["__metadata__"] |= {"edgerazor": text, "edgerazor_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    new = json.dumps(entries).encode()
+    path.write_bytes(len(new).to_bytes(8, "little") + new + content[8 + length :])
+    shown = run("show", folder)
+    assert shown.code == 0
+    assert not set("\x1b\x07\x9b") & set(shown.out + shown.err)
+    assert run("show", folder, "--json").json()["provenance"]["teacher"] == header["provenance"]["teacher"]

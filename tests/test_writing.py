@@ -247,3 +247,35 @@ def test_what_has_a_name_disappears_with_the_others(tmp_path: Path, monkeypatch:
     with pytest.raises(OSError, match="Input/output error"):
         write(tmp_path, 1, 1500)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_is_foretold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand, on two cores: codes, those of the rows of one format again where formats mix, and what is written."""
+    from edgerazor.packed import _threads
+
+    monkeypatch.setattr(_threads, "cores", lambda: 2)
+    uniform = MatrixSpec(("int8",), 64)
+    mixed = MatrixSpec(("int8", "int4"), 64, (torch.arange(32) % 2).to(torch.uint8))
+    small, large = (uniform, (16, 64)), (mixed, (32, 64))
+    least = 1024 + (1024 + 2 * 16)  # codes; packed codes and scales
+    most = 2 * 2048 + (1024 + 2 * 16) + (512 + 2 * 16) + 32 // 8  # twice the codes; int8, int4, formats of rows
+    assert packed.working_memory([small]) == least
+    assert packed.working_memory([small] * 3) == 2 * least
+    assert packed.working_memory([small, large, small]) == most + least
+    monkeypatch.setattr(_threads, "IN_WORK", 3071)  # too few for the small one beside the large one
+    assert packed.working_memory([small, large, small]) == most
+    monkeypatch.setattr(_threads, "IN_WORK", 1)
+    assert packed.working_memory([small] * 3) == least
+
+
+def test_a_dry_run_writes_nothing_and_knows_the_size(llama: Path, tmp_path: Path, run: Run) -> None:
+    asked = ("pack", llama, "--bits", 2, "--work", tmp_path / "work", "--json")
+    foretold = run(*asked, "--dry-run").json()
+    assert not (tmp_path / "work").exists()
+    done = run(*asked).json()
+    for name in ("bytes", "nominal_bits", "real_bits", "notation", "source"):
+        assert foretold[name] == done[name]
+    assert foretold["disk_bytes"] == done["bytes"]
+    assert foretold["mapped_bytes"] == done["parameters"] * 4  # float32
+    assert 0 < foretold["memory_bytes"] < 3 * done["parameters"]
+    assert 0 < foretold["seconds"] < 60

@@ -155,11 +155,15 @@ class Format(ABC):
         for rows, cols, groups in _blocks(w, group, full):
             given = None if scales is None else scales[rows, groups]
             codes, stored = self._encode(w[rows, cols], groups.stop - groups.start, given)
+            codes.add_(0.0)  # turns -0.0 into 0.0: as integers, codes have one zero
             rounded[rows, cols] = self._decode_(codes, stored).flatten(1)
         return rounded
 
     def _encode(self, w: Tensor, groups: int, scales: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Codes as float32 [rows, groups, group] and scales as float16 [rows, groups] of one block, w [rows, cols]."""
+        """Codes as float32 [rows, groups, group], zeros of either sign, and scales as float16 [rows, groups].
+
+        Of one block, w [rows, cols], which is left as it is.
+        """
         with torch.autocast(w.device.type, enabled=False):
             own = w.to(torch.float32, copy=True).unflatten(1, (groups, -1))
             smallest = self.minimum if scales is None else self.lowest
@@ -167,8 +171,7 @@ class Format(ABC):
                 scales = _stored_scale(self.scale_rule(own))
             # Dividing by infinity where the scale is zero makes every ratio, and so every code, zero.
             divisor = scales.float().masked_fill_(scales == 0, torch.inf)
-            codes = self.choose_(own.div_(divisor.unsqueeze(2)), smallest)
-            return codes.add_(0.0), scales  # adding zero turns -0.0 into 0.0: as integers, codes have one zero
+            return self.choose_(own.div_(divisor.unsqueeze(2)), smallest), scales
 
     def _decode_(self, codes: Tensor, scales: Tensor) -> Tensor:
         """Weights float32 [rows, groups, group] of one block of codes as float32, in place of them."""
@@ -345,6 +348,16 @@ def _blocks(matrix: Tensor, group: int, full: int) -> list[tuple[slice, slice, s
     if full < cols:
         parts.append((slice(full, cols), slice(full // group, full // group + 1)))
     return [(slice(row, row + height), *part) for part in parts for row in range(0, rows, height)]
+
+
+def absolute_sum(groups: Tensor) -> Tensor:
+    """The sum of `|w|` of each group, float32 [..., group] to float64 [...].
+
+    It runs in float64, so that the order in which threads or vector units add does not show in fp16.
+    """
+    if groups.device.type != "cpu":
+        return groups.abs().sum(dim=-1, dtype=torch.float64)
+    return groups.double().abs_().sum(dim=-1)  # of a block in the cache: faster than converting one by one
 
 
 def _stored_scale(scale: Tensor) -> Tensor:

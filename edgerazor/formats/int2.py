@@ -7,10 +7,9 @@ zero (ParetoQ, arXiv 2502.02631, section 4, "stretched elastic" levels). `int2z`
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from edgerazor.formats._base import Format
+from edgerazor.formats._base import Format, absolute_sum
 
 
 class HalfOffset(Format):
@@ -22,8 +21,8 @@ class HalfOffset(Format):
     minimum, maximum = -2, 1
 
     def scale_rule(self, groups: Tensor) -> Tensor:
-        """`mean|w|` of each group: float32 [..., group] to float64 [...]; summed in float64, as in `ternary`."""
-        return groups.abs().mean(dim=-1, dtype=torch.float64)
+        """`mean|w|` of each group: float32 [..., group] to float64 [...]."""
+        return absolute_sum(groups).div_(groups.shape[-1])
 
     def choose_(self, ratios: Tensor, smallest: int) -> Tensor:
         """The interval that each ratio lies in."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from edgerazor.formats._base import Format
+from edgerazor.formats._base import Format, absolute_sum
 from edgerazor.formats._layout import every_byte, pack_plane, unpack_plane
 
 DIGITS = 5  # base-3 digits that a byte holds
@@ -31,11 +31,8 @@ class Ternary(Format):
     minimum, maximum = -1, 1
 
     def scale_rule(self, groups: Tensor) -> Tensor:
-        """`2 * mean|w|` of each group: float32 [..., group] to float64 [...].
-
-        The sum runs in float64, so that the order in which threads or vector units add does not show in fp16.
-        """
-        return groups.abs().sum(dim=-1, dtype=torch.float64).mul_(2 / groups.shape[-1])
+        """`2 * mean|w|` of each group: float32 [..., group] to float64 [...]."""
+        return absolute_sum(groups).mul_(2 / groups.shape[-1])
 
     # Codes <-> bytes: of the eight bytes of a word at a time ---------------------------------------------------------
 

@@ -58,7 +58,8 @@ would misread raises the version; what it may ignore goes under `extras`, and th
 filter of `compression` is one that an older program refuses by name, so the version stays then, too.
 
 **Reading trusts nothing.** Opening checks names, dtypes, shapes and places of all tensors; a tensor's bytes, codes and
-digest are checked when it is first read. Anything wrong is a `UserError` of one sentence.
+digest are checked when it is first read. Anything wrong is a `UserError` of one sentence. (Only a file that is cut
+while it is mapped ends the process, as the system has it: replace files, never rewrite them.)
 """
 
 from edgerazor.packed._container import (

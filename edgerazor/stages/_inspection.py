@@ -11,6 +11,7 @@ from rich.markdown import Markdown
 
 from edgerazor import packed
 from edgerazor.console import Console, megabytes, table
+from edgerazor.errors import plain
 from edgerazor.packed import ClassBits, PackedModel
 
 NAMES = {
@@ -75,7 +76,7 @@ def show(found: PackedSummary) -> list[RenderableType]:
     caption = f"whole files: {megabytes(sizes.bytes)}, {sizes.real_bits:.3f} real bits; all in bits a weight"
     columns = ["tensors", "weights", "nominal", "packed", "entropy bound", "stored"]
     lines: list[RenderableType] = [table(f"Packed model, {how}{found.folder}", columns, rows, caption)]
-    lines += [f"{key}: {value}" for key, value in {**found.settings, **found.provenance}.items()]
+    lines += [plain(f"{key}: {value}", 2000) for key, value in {**found.settings, **found.provenance}.items()]
     if found.verified:
         lines.append("verified: every checksum, code and digest")
     return lines
