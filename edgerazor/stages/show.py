@@ -10,7 +10,7 @@ from rich.console import RenderableType
 
 from edgerazor import integration, packed
 from edgerazor.console import megabytes, table
-from edgerazor.errors import plain, usage_error
+from edgerazor.errors import usage_error
 from edgerazor.recipe import Recipe
 from edgerazor.stages import _heatmap, _shared
 from edgerazor.stages._plan import PlanSummary
@@ -180,7 +180,7 @@ def show(found: Summary | PlanSummary | PackedSummary) -> list[RenderableType]:
     if isinstance(found, PlanSummary):
         return _heatmap.show(found)
     if isinstance(found, PackedSummary):
-        lines = [plain(f"{key}: {value}", 2000) for key, value in {**found.settings, **found.provenance}.items()]
+        lines = [f"{key}: {value}" for key, value in {**found.settings, **found.provenance}.items()]
         return [size_table("Packed model", found.sizes.classes, found.sizes), *lines]
     tasks = list(dict.fromkeys(task for row in found.models for task in row.scores))
     columns = ["model", *tasks, "above chance", "perplexity", "KL", "real bits", "size", "prefill/s", "decode/s"]
