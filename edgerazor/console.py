@@ -102,6 +102,8 @@ class Console:
             print(json.dumps(result.model_dump(mode="json"), indent=1, allow_nan=False), file=sys.stdout, flush=True)
         else:
             for item in shown:
+                if isinstance(item, str):  # perhaps out of a file: that commands no terminal
+                    item = "".join(each if each.isprintable() or each == "\n" else "?" for each in item)
                 self.out.print(item, markup=False, soft_wrap=isinstance(item, str))
 
     @contextmanager
