@@ -287,6 +287,16 @@ def test_a_header_that_does_not_fit_is_refused(tmp_path: Path, change: dict[str,
         PackedModel.open(tmp_path)
 
 
+def test_names_that_look_compressed_do_not_matter(tmp_path: Path) -> None:
+    spec = MatrixSpec(("ternary", "int4"), 64, chosen(20, count=2))
+    encoded = formats.encode_matrix(weights(20, 70), spec)
+    source = MatrixSource("m", "linear", spec, (20, 70), lambda: encoded)
+    write(tmp_path, matrices=[source], others={"m.weight.int4.zst": torch.zeros(3)}, tied={})
+    PackedModel.open(tmp_path).verify()
+    with pytest.raises(ValueError, match=r"two tensors are called|both a part of a matrix"):
+        write(tmp_path / "small", matrices=[source], others={"m.weight.int4.zst": weights(3)}, tied={}, compress=True)
+
+
 def test_a_small_file_cannot_fill_the_memory(tmp_path: Path) -> None:
     spec = MatrixSpec(("ternary",), 256)
     encoded = formats.encode_matrix(weights(64, 256), spec)

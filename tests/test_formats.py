@@ -623,7 +623,7 @@ def test_unpacking_blocks_trusts_nothing() -> None:
         "part ternary.tail must be": {**parts, "ternary.tail": parts["ternary"][:, 1:]},
         "part block_formats must be": {**parts, "block_formats": parts["block_formats"][:2]},
         "part int4 does not belong": changed("block_formats", (0, 0), 0),
-        "end of a row of block formats": changed("block_formats", (1, 0), 6),
+        "unused bits at the end of a row": changed("block_formats", (1, 0), 6),
         "only fills up a row": changed("ternary.tail", (0, 3), 0x54),
         "only fills up a vector": changed("int4.tail", (0, 0), 0x78),
     }

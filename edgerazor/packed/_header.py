@@ -232,8 +232,6 @@ def expected_tensors(header: Header, stored: Mapping[str, TensorSpec]) -> dict[s
 
 def rows_problem(entry: MatrixEntry, stored: Mapping[str, TensorSpec], name: str) -> str:
     """What is wrong with the numbers of row blocks of a matrix's parts, or an empty string."""
-    if part_name(name, entry.code_parts()[0]) + FRAME in stored:
-        return _frames_problem(entry, stored, name)
     blocks = {part: stored[part_name(name, part)][1][0] for part in entry.code_parts()}
     for kind, wanted in entry.code_rows().items():
         counts = [count for part, count in blocks.items() if part.endswith(TAIL) == (kind == "tails")]
@@ -244,7 +242,7 @@ def rows_problem(entry: MatrixEntry, stored: Mapping[str, TensorSpec], name: str
     return ""
 
 
-def _frames_problem(entry: MatrixEntry, stored: Mapping[str, TensorSpec], name: str) -> str:
+def frames_problem(entry: MatrixEntry, stored: Mapping[str, TensorSpec], name: str) -> str:
     """What is wrong with the sizes of a matrix's frames, or an empty string.
 
     How many rows are in each is known later; here they are all of one format, the narrowest.

@@ -23,6 +23,7 @@ from edgerazor.packed._header import (
     Kind,
     MatrixEntry,
     expected_tensors,
+    frames_problem,
     is_compressed,
     part_name,
     read_header,
@@ -241,7 +242,8 @@ class PackedModel:
                 found = f"{stored[name][0]} {list(stored[name][1])}"
                 raise self._broken(name, f"it should be {dtype} {list(shape)}, but is {found}")
         for name, entry in self.header.matrices.items():
-            if problem := rows_problem(entry, stored, name):
+            check = frames_problem if self.header.compression else rows_problem
+            if problem := check(entry, stored, name):
                 raise self._broken(name, problem)
 
 
