@@ -45,6 +45,7 @@ from edgerazor.errors import FAILED, UserError
 from edgerazor.formats import MatrixSpec
 from edgerazor.packed import INDEX_FILE, WEIGHTS_FILE, PackedModel
 from edgerazor.packed._header import HEADER_KEY, HEADER_SUM_KEY
+from edgerazor.stages.bench import peak_memory
 
 MEMORY = 10**9
 #: Seconds after which a folder counts as hanging; and the whole process, where even a signal does not help.
@@ -516,8 +517,7 @@ def work(first: int, stop: int, seed: int, deadline: float, loud: bool) -> None:
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
             counts[f"{damage} {outcome}"] += 1
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"counts": counts, "peak": peak}), flush=True)
+        print(json.dumps({"counts": counts, "peak": peak_memory()}), flush=True)
 
 
 @dataclass

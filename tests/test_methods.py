@@ -16,6 +16,7 @@ from conftest import GROUP_SIZE, ModelMaker, sentences
 from edgerazor import data, models
 from edgerazor.console import Console
 from edgerazor.errors import UserError
+from edgerazor.formats import ROWS
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -255,7 +256,7 @@ def test_a_peers_row_is_measured_like_ours(
     assert own["bytes"] == linears + 4 * (parameters - linears)  # a float32 teacher, its embedding untouched
     tables = [site for site in found.sites if site.kind != "linear"]
     groups = -(-tables[0].columns // GROUP_SIZE)
-    int4 = sum(site.rows * (site.columns // 2 + 2 * groups) for site in tables)
+    int4 = sum(-(-site.rows // ROWS) * ROWS * (site.columns // 2 + 2 * groups) for site in tables)
     others = parameters - linears - sum(site.weights for site in tables)
     assert ours["bytes"] == linears + int4 + 4 * others
     assert (ours["group_size"], own["group_size"]) == (str(GROUP_SIZE), None)
