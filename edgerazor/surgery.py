@@ -499,8 +499,8 @@ class LazyMatrix:
         load_stored: gives the matrix as it is stored, checked, or None where native kernels cannot compute with it.
 
     Attributes:
-        keep_decoded: keep float32 weights after first use, 4 bytes a weight, where they are faster in batches than the
-            kernels in use.
+        keep_decoded: where no native kernels are in use, keep float32 weights after first use: fast in batches, 4 bytes
+            a weight.
     """
 
     def __init__(
@@ -592,7 +592,7 @@ class PackedLinear(PackedMatrix):
         bias = None if self.bias is None else self.bias.float()
         group = self.group_size
         stored = self.lazy.stored(x.device)
-        if stored is not None and (kernels.native_in_batches() or not self.lazy.keep_decoded):
+        if stored is not None:
             y = stored.linear(x, bias, bits, group, scale)
         elif self.lazy.keep_decoded:
             y = kernels.decoded_linear(x, self.lazy.decoded(x.device), bias, bits, group, scale)
@@ -683,7 +683,7 @@ def kernels_of(model: PreTrainedModel) -> str:
 
 
 def keep_decoded(model: nn.Module, keep: bool = True) -> None:
-    """Keep the decoded weights of a packed model in memory, from their first use on, where that is faster."""
+    """Keep the decoded weights of a packed model in memory, from their first use on, where kernels are not native."""
     for module in model.modules():
         if isinstance(module, PackedMatrix):
             module.lazy.keep_decoded = keep

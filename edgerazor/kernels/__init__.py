@@ -4,10 +4,12 @@ This file chooses. The last implementation that the machine can run is the best,
 `EDGERAZOR_ISA` asks for one by name:
 
 - `integer`: the definition to the letter, integer sums within groups; slow, to compare with;
+- `portable`: the native library in plain C++, for tests of it; slower than `reference` for many tokens;
 - `reference`: decodes the matrix and multiplies in float32; the default where nothing faster is built;
-- `portable`, `avx2`, `avx2vnni`, `avx512`, `neon`, `i8mm`: the native library's, by the instructions that they need.
-  They compute with matrices as they are stored (`StoredMatrix`), on a CPU, and give the bits of `integer`. What they
-  cannot take (formats of blocks, 16-bit activations, other devices) is computed as by `reference`.
+- `avx2`, `avx2vnni`, `avx512`, `neon`, `i8mm`: the native library with the instructions of these names.
+
+Native kernels compute with matrices as they are stored (`StoredMatrix`), on a CPU, and give the bits of `integer`. What
+they cannot take (formats of blocks, 16-bit activations, other devices) is computed as by `reference`.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ __all__ = [
     "linear",
     "name",
     "names",
-    "native_in_batches",
+    "note",
 ]
 
 VARIABLE = "EDGERAZOR_ISA"
@@ -74,7 +76,8 @@ _IMPLEMENTATIONS = {
 
 def names() -> list[str]:
     """Names of the implementations that this machine can run, the best one last."""
-    return [*_IMPLEMENTATIONS, *native.isas()]
+    found = native.isas()
+    return ["integer", *found[:1], "reference", *found[1:]]
 
 
 def name() -> str:
@@ -94,9 +97,20 @@ def is_native() -> bool:
     return name() not in NOT_NATIVE
 
 
-def native_in_batches() -> bool:
-    """Whether the implementation in use multiplies many tokens faster than a float32 product of decoded weights."""
-    return name() not in (*NOT_NATIVE, "portable")
+def note(used: str) -> str | None:
+    """What to say of a model that computed with kernels of these names, if they are not as fast as they could be."""
+    if "reference" not in used:
+        return None
+    slow = (
+        "Reference kernels were used, which decode weights in PyTorch: sizes are real, speeds not what they could be. "
+    )
+    if is_native():
+        return slow + "The native ones compute neither formats of blocks nor 16-bit activations, and on CPUs alone."
+    if native.library() is None:
+        return slow + "Build the native ones with `python -m edgerazor.kernels.build`; it needs a C++ compiler."
+    if os.environ.get(VARIABLE):
+        return slow + f"{VARIABLE} asks for them."
+    return slow + "The native ones need AVX2, or an Arm processor with dot products."
 
 
 def linear(
