@@ -57,6 +57,13 @@ def test_the_library_is_built_where_there_is_a_compiler() -> None:
 
 
 @needs_library
+def test_a_library_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native.library.__wrapped__() is not None
+    monkeypatch.setattr(build, "fingerprint", lambda: "another")
+    assert native.library.__wrapped__() is None
+
+
+@needs_library
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("group", GROUPS)
 def test_products_are_the_references_to_the_bit(columns: int, group: int) -> None:

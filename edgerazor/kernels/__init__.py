@@ -107,7 +107,7 @@ def note(used: str) -> str | None:
     if is_native():
         return slow + "The native ones compute neither formats of blocks nor 16-bit activations, and on CPUs alone."
     if native.library() is None:
-        return slow + "Build the native ones with `python -m edgerazor.kernels.build`; it needs a C++ compiler."
+        return slow + "Build the native ones (again) with `python -m edgerazor.kernels.build`; it needs a C++ compiler."
     if os.environ.get(VARIABLE):
         return slow + f"{VARIABLE} asks for them."
     return slow + "The native ones need AVX2, or an Arm processor with dot products."

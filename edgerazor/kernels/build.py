@@ -10,6 +10,7 @@ does not depend on the version of Python or torch. Without a compiler nothing fa
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
 import shutil
@@ -63,6 +64,14 @@ def compiler() -> list[str]:
     raise BuildError(f"no C++ compiler found ({os.environ.get('CXX') or ', '.join(COMPILERS)})")
 
 
+def fingerprint() -> str:
+    """SHA-256 of the sources; a library says which ones it was built from."""
+    digest = hashlib.sha256()
+    for path in sorted(SOURCES.iterdir()):
+        digest.update(f"{path.name}\n{path.stat().st_size}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def build(target: Path, main: Path | None = None) -> list[str]:
     """Compiles the library to `target`, or, with a source file `main`, a program that contains it.
 
@@ -79,7 +88,7 @@ def build(target: Path, main: Path | None = None) -> list[str]:
         units = [unit for unit in _UNITS.get(machine, ()) if _accepts(command, unit, Path(folder))]
         have = [f"-DEDGERAZOR_HAVE_{unit.name.upper()}" for unit in units]
         jobs = [
-            ("library", ["-O2", *have]),
+            ("library", ["-O2", *have, f'-DEDGERAZOR_SOURCES="{fingerprint()}"']),
             ("portable", ["-O2"]),
             *((unit.name, unit.options.split()) for unit in units),
         ]

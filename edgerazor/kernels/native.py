@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from edgerazor.formats import SCALES, SMALLEST, Format, MatrixSpec
-from edgerazor.kernels.build import LIBRARY
 
 #: Rows that lie side by side in memory; blocks of them that are computed side by side.
 ROWS, TILE = 16, 4
@@ -64,11 +63,19 @@ _SIGNATURES = {
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The library, or None where none was built."""
-    path = Path(__file__).with_name(LIBRARY)
+    """The library, or None where none was built, or not from these sources: calling another one could do anything."""
+    from edgerazor.kernels import build  # which may be the program that runs: no import of the package imports it
+
+    path = Path(__file__).with_name(build.LIBRARY)
     if not path.exists():
         return None
     found = ctypes.CDLL(str(path))
+    sources = getattr(found, "edgerazor_sources", None)
+    if sources is None:
+        return None
+    sources.restype, sources.argtypes = c_char_p, []
+    if sources().decode() != build.fingerprint():
+        return None
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(found, name)
         function.restype, function.argtypes = result, arguments

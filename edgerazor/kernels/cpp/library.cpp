@@ -176,6 +176,8 @@ Part part_of(const edgerazor_part& part) {
 
 extern "C" {
 
+const char* edgerazor_sources(void) { return EDGERAZOR_SOURCES; }
+
 int edgerazor_isa_count(void) { return (int)kernels().size(); }
 
 const char* edgerazor_isa_name(int isa) { return kernels()[isa]->name; }
