@@ -2,12 +2,13 @@
 
 `import edgerazor` makes transformers know the quantizer below. transformers finds its name in the folder's
 config.json, builds the model without weights, and lets the quantizer put packed modules in the place of the packed
-matrices. Those read their codes through `packed.py`, checked, at first use; everything else (norms, biases) is checked
-at once, and transformers loads it itself.
+matrices. Those read their codes through `packed`, checked, at first use: on a CPU with native kernels as they are
+stored, mapped from the file. Everything else (norms, biases) is checked at once, and transformers loads it itself.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -22,6 +23,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from edgerazor import surgery
 from edgerazor.errors import UserError, plain
 from edgerazor.formats import INPUT_SCALE, LOW_INPUT_SCALE
+from edgerazor.kernels import StoredMatrix
+from edgerazor.kernels.reference import UNQUANTIZED
 from edgerazor.models import load_tokenizer, quiet_transformers
 from edgerazor.packed import SETTINGS, PackedModel
 
@@ -91,6 +94,7 @@ class EdgeRazorQuantizer(HfQuantizer):
             surgery.Settings(**{name: getattr(settings, name) for name in SETTINGS}),
             self.dtype,
             packed.input_scales(),
+            functools.partial(stored_matrix, packed),
         )
         check_others(model, packed)
         packed_names = "|".join(re.escape(name) for name in matrices)
@@ -107,6 +111,21 @@ class EdgeRazorQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def stored_matrix(packed: PackedModel, name: str) -> StoredMatrix | None:
+    """A matrix as native kernels compute with it, its checksums and scales checked; None where they cannot.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    entry, spec = packed.header.matrices[name], packed.spec(name)
+    if spec.block_formats is not None or packed.header.settings["activation_bits"] == UNQUANTIZED:
+        return None
+    try:
+        return StoredMatrix(packed.parts(name), spec, (entry.shape[0], entry.shape[1]))
+    except ValueError as error:
+        raise UserError(f"{packed.folder}: {name}: {error}.", "Copy or pack the model again.") from None
 
 
 def check_settings(settings: EdgeRazorConfig, packed: PackedModel) -> None:
@@ -197,7 +216,8 @@ def load(
         folder: what `edgerazor pack` wrote.
         device: where it computes.
         dtype: of activations between the quantized layers.
-        keep_decoded: keep float32 weights in memory after first use: fast in batches, 4 bytes a weight.
+        keep_decoded: keep float32 weights in memory after first use, 4 bytes a weight, where that is faster in batches
+            (not with native kernels).
 
     Raises:
         UserError: not a packed folder, or a damaged one.

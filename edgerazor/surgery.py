@@ -496,16 +496,36 @@ class LazyMatrix:
 
     Args:
         load: gives the codes, scales and formats, checked.
+        load_stored: gives the matrix as it is stored, checked, or None where native kernels cannot compute with it.
 
     Attributes:
-        keep_decoded: keep float32 weights after first use: fast in batches, 4 bytes a weight.
+        keep_decoded: where no native kernels are in use, keep float32 weights after first use: fast in batches, 4 bytes
+            a weight.
     """
 
-    def __init__(self, load: Callable[[], tuple[Encoded, MatrixSpec]]) -> None:
-        self._load = load
+    def __init__(
+        self,
+        load: Callable[[], tuple[Encoded, MatrixSpec]],
+        load_stored: Callable[[], kernels.StoredMatrix | None] = lambda: None,
+    ) -> None:
+        self._load, self._load_stored = load, load_stored
         self._matrix: tuple[Encoded, MatrixSpec] | None = None
+        self._stored: tuple[kernels.StoredMatrix | None] | None = None  # None: not asked for yet
         self._decoded: Tensor | None = None
         self.keep_decoded = False
+
+    def stored(self, device: torch.device) -> kernels.StoredMatrix | None:
+        """The matrix as it is stored, where the native kernels are in use and can compute with it."""
+        if device.type != "cpu" or not kernels.is_native():
+            return None
+        if self._stored is None:
+            self._stored = (self._load_stored(),)
+        return self._stored[0]
+
+    def kernel(self, device: torch.device) -> str:
+        """Name of what computes with it on a device."""
+        able = not kernels.is_native() or self.stored(device) is not None
+        return kernels.name() if able else "reference"
 
     def encoded(self, device: torch.device) -> tuple[Encoded, MatrixSpec]:
         """Codes and scales on a device, and the formats."""
@@ -571,7 +591,10 @@ class PackedLinear(PackedMatrix):
     def _multiply(self, x: Tensor, bits: int, scale: float | None) -> Tensor:
         bias = None if self.bias is None else self.bias.float()
         group = self.group_size
-        if self.lazy.keep_decoded:
+        stored = self.lazy.stored(x.device)
+        if stored is not None:
+            y = stored.linear(x, bias, bits, group, scale)
+        elif self.lazy.keep_decoded:
             y = kernels.decoded_linear(x, self.lazy.decoded(x.device), bias, bits, group, scale)
         else:
             encoded, spec = self.lazy.encoded(x.device)
@@ -590,7 +613,9 @@ class PackedEmbedding(PackedMatrix):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] int64 -> [..., columns]."""
-        rows = kernels.embedding(ids, *self.lazy.encoded(ids.device)).to(self.like.dtype)
+        stored = self.lazy.stored(ids.device)
+        rows = stored.embedding(ids) if stored else kernels.embedding(ids, *self.lazy.encoded(ids.device))
+        rows = rows.to(self.like.dtype)
         return rows if self.scale is None else rows * self.scale
 
 
@@ -602,6 +627,7 @@ def install_packed(
     settings: Settings,
     dtype: torch.dtype,
     input_scales: Mapping[str, float] | None = None,
+    load_stored: Callable[[str], kernels.StoredMatrix | None] = lambda _: None,
 ) -> None:
     """Put packed modules in the place of the named matrices, in place.
 
@@ -613,12 +639,13 @@ def install_packed(
         settings: bits of activations and of the cache.
         dtype: of the hidden states, which the embedding starts.
         input_scales: `P.input_scale` and `P.low_input_scale` of a linear layer P; the others are found anew each time.
+        load_stored: reads the matrix of a module path as native kernels take it, None where they cannot.
 
     Raises:
         UserError: a named matrix has no place in the model.
     """
     deciding = decided_by(model) if settings.adaptive_tokens != "off" else {}
-    lazy = {name: LazyMatrix(functools.partial(load, name)) for name in shapes}
+    lazy = {name: LazyMatrix(functools.partial(load, name), functools.partial(load_stored, name)) for name in shapes}
     for name, source in {**{name: name for name in shapes}, **tied}.items():
         shape = shapes[source]
         module = _place(model, name, shape)
@@ -649,8 +676,14 @@ def _place(model: nn.Module, name: str, shape: tuple[int, int]) -> nn.Linear | n
     return module
 
 
+def kernels_of(model: PreTrainedModel) -> str:
+    """Names of the kernels that a packed model computes with, `avx512` or `avx512, reference`; reads its matrices."""
+    matrices = (module for module in model.modules() if isinstance(module, PackedMatrix))
+    return ", ".join(sorted({module.lazy.kernel(model.device) for module in matrices}))
+
+
 def keep_decoded(model: nn.Module, keep: bool = True) -> None:
-    """Keep the decoded weights of a packed model in memory from their first use on."""
+    """Keep the decoded weights of a packed model in memory, from their first use on, where kernels are not native."""
     for module in model.modules():
         if isinstance(module, PackedMatrix):
             module.lazy.keep_decoded = keep

@@ -73,6 +73,12 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     return make_run(capsys, monkeypatch)
 
 
+@pytest.fixture
+def reference_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A packed model multiplies exactly as training does: decoded weights, float32 sums."""
+    monkeypatch.setenv("EDGERAZOR_ISA", "reference")
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with `VOCABULARY` entries, trained on `sentences`."""

@@ -13,7 +13,7 @@ from conftest import GROUP_SIZE
 from test_tasks import TEXT, make_model, make_tokenizer, write_rows
 from transformers import LlamaForCausalLM
 
-from edgerazor import formats, integration, models, tasks
+from edgerazor import formats, integration, kernels, models, tasks
 from edgerazor.console import Console
 from edgerazor.errors import UserError
 from edgerazor.packed import PackedModel
@@ -330,7 +330,7 @@ def test_one_model_alone_against_a_teacher(job: Any) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
 def test_decoded_weights_with_rounded_inputs_are_the_packed_model(
-    family: str, make_model: Any, text_file: Path, tmp_path: Path
+    family: str, make_model: Any, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So what another tool rounded, saved as plain weights, is measured exactly as a packed model is."""
     make_model(tmp_path / "teacher", family)
@@ -350,7 +350,16 @@ def test_decoded_weights_with_rounded_inputs_are_the_packed_model(
         plain.get_submodule(name).weight.data.copy_(formats.decode_matrix(matrix.encoded, matrix.spec))
     plain.save_pretrained(tmp_path / "plain")
     tokenizer.save_pretrained(tmp_path / "plain")
-    expected = stage.evaluate_model(str(work.folder("pack")), build(values), QUIET).text
+    result = stage.evaluate_model(str(work.folder("pack")), build(values), QUIET)
+    assert result.kernel == kernels.name()
+    assert [note for note in result.notes if "kernels" in note] == (
+        [] if kernels.is_native() else [kernels.note("reference")]
+    )
+    monkeypatch.setenv("EDGERAZOR_ISA", "reference")  # native sums have another order
+    slow = stage.evaluate_model(str(work.folder("pack")), build(values), QUIET)
+    assert slow.kernel == "reference"
+    assert kernels.note("reference") in slow.notes
+    expected = slow.text
     weights_only = stage.evaluate_model(str(tmp_path / "plain"), build(values), QUIET).text
     values["eval"] |= {"activation_bits": 8, "kv_bits": 8}
     found = stage.evaluate_model(str(tmp_path / "plain"), build(values), QUIET).text
@@ -359,6 +368,8 @@ def test_decoded_weights_with_rounded_inputs_are_the_packed_model(
     assert weights_only is not None
     assert found.kl == pytest.approx(expected.kl, rel=1e-6)
     assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-6)
+    assert result.text is not None
+    assert result.text.kl == pytest.approx(expected.kl, rel=0.01)
     assert abs((weights_only.kl or 0) - (expected.kl or 0)) > 1e-5
 
 

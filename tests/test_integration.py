@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import edgerazor
-from edgerazor import formats, integration, models, packed, pipeline
+from edgerazor import formats, integration, kernels, models, packed, pipeline, surgery
 from edgerazor.console import Console
 from edgerazor.errors import UserError
+from edgerazor.kernels import native, reference
 from edgerazor.recipe import build
 from edgerazor.surgery import PackedEmbedding, PackedLinear
 from edgerazor.workdir import WorkDir
@@ -171,6 +172,67 @@ def test_moving_a_model_moves_no_codes(folder: Path) -> None:
     assert head.weight.dtype == torch.float32
     model.tie_weights()  # others call it; there is nothing to tie
     assert torch.equal(model(input_ids=IDS).logits, before)
+
+
+def native_or_skip() -> None:
+    if not kernels.is_native():
+        pytest.skip("no native kernels")
+
+
+@torch.no_grad()
+def test_every_layer_computes_the_bits_of_the_definition(folder: Path) -> None:
+    """Fed what it gets in the model: `reference.linear` to the bit, and decoded weights up to rounding."""
+    native_or_skip()
+    model, _ = edgerazor.load(folder)
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            module.register_forward_hook(
+                lambda _, inputs, y, name=name: seen.__setitem__(name, (inputs[0].clone(), y.clone()))
+            )
+    before = model(input_ids=IDS).logits
+    assert torch.equal(model(input_ids=IDS).logits, before)
+    opened = packed.PackedModel.open(folder)
+    assert len(seen) == 2 * 7 + 1
+    for name, (x, y) in seen.items():
+        matrix, module = opened.matrix(opened.header.tied.get(name, name)), model.get_submodule(name)
+        assert module.lazy._matrix is None, "codes were decoded"
+        how = (matrix.encoded, matrix.spec, module.bias, 8, GROUP_SIZE)
+        assert torch.equal(y, reference.linear(x, *how)), name
+        alone = torch.stack([module(x[:, i : i + 1]) for i in range(x.shape[1])], dim=1).squeeze(2)
+        assert torch.equal(alone, y), name
+        decoded = reference.decoded_linear(x, formats.decode_matrix(matrix.encoded, matrix.spec), *how[2:])
+        assert (y - decoded).abs().max() <= 1e-5 * y.abs().max(), name
+
+
+@torch.no_grad()
+def test_all_kernels_agree_on_a_model(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Native ones to the bit, from a compressed folder too; others up to an activation's step now and then."""
+    small = shutil.copytree(folder, tmp_path / "small", ignore=shutil.ignore_patterns("*.safetensors"))
+    packed.rewrite(packed.PackedModel.open(folder), small, compress=True)
+    found = {}
+    for name in kernels.names():
+        monkeypatch.setenv("EDGERAZOR_ISA", name)
+        for place in (folder, small):
+            model, _ = edgerazor.load(place)
+            found[name, place] = model(input_ids=IDS).logits
+            assert surgery.kernels_of(model) == name
+    expected = found["integer", folder]
+    for (name, _), logits in found.items():
+        if name in (*native.isas(), "integer"):
+            assert torch.equal(logits, expected), name
+        assert (logits - expected).norm() <= 0.02 * expected.norm(), name
+
+
+@torch.no_grad()
+def test_what_native_kernels_cannot_take_is_computed_by_the_reference(llama: Path, tmp_path: Path) -> None:
+    native_or_skip()
+    calibrate = {"bits": 4.0, "group_size": GROUP_SIZE, "activation_bits": 16}
+    recipe = build({"model": str(llama), "device": "cpu", "calibrate": calibrate, "pack": {"source": "teacher"}})
+    pipeline.run("pack", recipe, WorkDir(tmp_path), Console(quiet=True))
+    model, _ = edgerazor.load(WorkDir(tmp_path).folder("pack"))
+    assert model(input_ids=IDS).logits.isfinite().all()
+    assert surgery.kernels_of(model) == "reference"
 
 
 def test_saving_from_memory_is_refused(folder: Path, tmp_path: Path) -> None:

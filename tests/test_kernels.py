@@ -9,7 +9,7 @@ from torch import Tensor
 from edgerazor import formats, kernels
 from edgerazor.errors import USAGE, UserError
 from edgerazor.formats import Encoded, MatrixSpec
-from edgerazor.kernels import reference
+from edgerazor.kernels import StoredMatrix, native, reference
 
 ALL = formats.names()
 SIZES = [1, 3, 31, 33, 127, 172, 960]
@@ -119,9 +119,68 @@ def test_embedding_rows_are_the_decoded_rows() -> None:
             assert torch.equal(kernels.embedding(each, encoded, spec), table[each])
 
 
+def test_slow_kernels_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGERAZOR_ISA", "reference")
+    assert kernels.note("avx512") is None
+    if native.isas():
+        assert "EDGERAZOR_ISA asks for them" in str(kernels.note("reference"))
+        monkeypatch.setenv("EDGERAZOR_ISA", "portable")
+        assert "neither formats of blocks nor 16-bit activations" in str(kernels.note("portable, reference"))
+    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native, "isas", lambda: ())
+    monkeypatch.delenv("EDGERAZOR_ISA")
+    assert kernels.name() == "reference"
+    assert "with `python -m edgerazor.kernels.build`" in str(kernels.note("reference"))
+
+
+@pytest.mark.skipif(not native.isas(), reason="no library: there was no C++ compiler")
+@pytest.mark.parametrize("name", native.isas())
+def test_stored_matrices_follow_the_definition_to_the_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ternary codes among others, of which some machines keep other bytes; stored scales; many tokens and one."""
+    monkeypatch.setenv("EDGERAZOR_ISA", name)
+    x, w, bias = weights(2, 3, 172), weights(83, 172, seed=1), weights(83, seed=2)
+    mixed = (torch.arange(83) * 5 % len(ALL)).to(torch.uint8)
+    for spec in (MatrixSpec(tuple(ALL), 64, mixed), MatrixSpec(("ternary",), 64)):
+        encoded = formats.encode_matrix(w, spec)
+        matrix = StoredMatrix(formats.pack_matrix(encoded, spec), spec, (83, 172))
+        for bits, scale in ((8, None), (4, None), (8, 0.02)):
+            expected = reference.linear(x, encoded, spec, bias, bits, 64, scale)
+            assert torch.equal(matrix.linear(x, bias, bits, 64, scale), expected)
+            assert torch.equal(matrix.linear(x[1, 2], bias, bits, 64, scale), expected[1, 2])
+        assert torch.equal(
+            matrix.linear(x.bfloat16(), None, 8, 64), reference.linear(x.bfloat16(), encoded, spec, None, 8, 64)
+        )
+        ids = torch.tensor([[3, 82], [0, 7]])
+        assert torch.equal(matrix.embedding(ids), reference.embedding(ids, encoded, spec))
+
+
+@pytest.mark.skipif(not native.isas(), reason="no library: there was no C++ compiler")
+def test_stored_matrices_give_nan_for_tokens_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGERAZOR_ISA", native.isas()[-1])
+    spec = MatrixSpec(("int4",), 64)
+    parts = formats.pack_matrix(formats.encode_matrix(weights(20, 100), spec), spec)
+    matrix, x = StoredMatrix(parts, spec, (20, 100)), weights(4, 100, seed=1)
+    expected = matrix.linear(x, None, 8, 64)
+    x[1, 7], x[3, 99] = torch.nan, torch.inf
+    found = matrix.linear(x, None, 8, 64)
+    assert found[1::2].isnan().all()
+    assert torch.equal(found[::2], expected[::2])
+    for wrong in (-1.0, torch.nan, torch.inf):
+        scales = parts["int4.scales"].clone()
+        scales[1, 0, 2] = wrong
+        with pytest.raises(ValueError, match="a scale is negative or not finite"):
+            StoredMatrix({**parts, "int4.scales": scales}, spec, (20, 100))
+
+
 def test_the_environment_chooses_the_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EDGERAZOR_ISA", raising=False)
-    assert kernels.name() == "reference"
+    assert kernels.name() == kernels.names()[-1]
+    assert kernels.is_native() == (len(native.isas()) > 1)
+    assert kernels.names()[: 2 + len(native.isas()[:1])] == ["integer", *native.isas()[:1], "reference"]
+    for name in native.isas():
+        monkeypatch.setenv("EDGERAZOR_ISA", name)
+        assert kernels.name() == name
+        assert kernels.is_native()
     monkeypatch.setenv("EDGERAZOR_ISA", "integer")
     assert kernels.name() == "integer"
     monkeypatch.setenv("EDGERAZOR_ISA", "refrence")

@@ -48,17 +48,19 @@ def product(
     return native.linear(native.quantize(x, geometry, bits, None, isa), geometry, parts_of(encoded, spec), bias, isa)
 
 
-def test_a_library_of_another_interface_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "interface", lambda: "0" * 16)
-    assert native.library.__wrapped__() is None
-
-
 def test_the_library_is_built_where_there_is_a_compiler() -> None:
     try:
         build.compiler()
     except build.BuildError:
         pytest.skip("no C++ compiler")
     assert ISAS[:1] == ("portable",), "run python -m edgerazor.kernels.build"
+
+
+@needs_library
+def test_a_library_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native.library.__wrapped__() is not None
+    monkeypatch.setattr(build, "fingerprint", lambda: "another")
+    assert native.library.__wrapped__() is None
 
 
 @needs_library
@@ -210,6 +212,35 @@ def test_expanded_ternary_codes_compute_the_same(columns: int) -> None:
         quantized = native.quantize(x, geometry, isa=isa)
         expected = native.linear(quantized, geometry, [part], None, isa)
         assert torch.equal(native.linear(quantized, geometry, [expanded], None, isa), expected), label
+
+
+@needs_library
+@pytest.mark.parametrize("columns", [33, 960, 1300])
+def test_bytes_that_stand_for_no_codes_are_harmless(columns: int) -> None:
+    """Base-3 bytes above 242 and ternary fields of 3, in files with checksums to match: numbers, and in their place."""
+    geometry, count = Geometry(columns, 64, 64), 40
+    generator = torch.Generator().manual_seed(0)
+    for bits, lowest in ((0, -2), (2, -4), (3, -8), (4, -16)):
+        shape = (3, geometry.block_bytes(bits))
+        for codes in (
+            torch.randint(0, 256, shape, generator=generator).to(torch.uint8),
+            torch.full(shape, 255, dtype=torch.uint8),
+        ):
+            part = Part(codes, torch.ones(3, geometry.groups, 16, dtype=torch.float16), count, bits, lowest)
+            for isa, label in enumerate(ISAS):
+                for tokens in (1, 9):
+                    y = torch.full((tokens, count + 8), 7.0)
+                    x = native.quantize(weights(tokens, columns), geometry, isa=isa)
+                    native.product(x, geometry, part, None, y, 0, part.blocks, isa)
+                    assert y.isfinite().all(), label
+                    assert (y[:, count:] == 7).all(), label
+                if bits == 0:
+                    assert (
+                        native.rows(geometry, native.expand_ternary(geometry, part, isa), torch.arange(count))
+                        .isfinite()
+                        .all()
+                    )
+            assert native.rows(geometry, part, torch.arange(count)).isfinite().all()
 
 
 @needs_library

@@ -174,6 +174,7 @@ CASES: list[tuple[str, int, int, bool]] = [
 ]
 
 
+@pytest.mark.usefixtures("reference_kernels")
 @pytest.mark.parametrize(("scales", "bits", "kv_bits", "tied"), CASES)
 def test_packed_equals_trained(
     run: Run, tmp_path: Path, make_model: ModelMaker, text_file: Path, scales: str, bits: int, kv_bits: int, tied: bool

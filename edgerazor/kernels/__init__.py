@@ -1,29 +1,53 @@
 """The multiplication by a packed matrix: one definition (`reference.py`) and, where they are built, faster twins of it.
 
-This file chooses. An implementation is a pair of functions with the signatures of `reference.linear` and
-`reference.embedding`, under the name of the instruction set that it needs; the last one that the machine can run is
-the best. The environment variable `EDGERAZOR_ISA` asks for one by name:
+This file chooses. The last implementation that the machine can run is the best, and the environment variable
+`EDGERAZOR_ISA` asks for one by name:
 
+- `integer`: the definition to the letter, integer sums within groups; slow, to compare with;
+- `portable`: the native library in plain C++, for tests of it; slower than `reference` for many tokens;
 - `reference`: decodes the matrix and multiplies in float32; the default where nothing faster is built;
-- `integer`: the definition to the letter, integer sums within groups; slow, to compare with.
+- `avx2`, `avx2vnni`, `avx512`, `neon`, `i8mm`: the native library with the instructions of these names.
+
+Native kernels compute with matrices as they are stored (`StoredMatrix`), on a CPU, and give the bits of `integer`. What
+they cannot take (formats of blocks, 16-bit activations, other devices) is computed as by `reference`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from edgerazor import registry
 from edgerazor.formats import Encoded, MatrixSpec, decode_matrix
-from edgerazor.kernels import reference
+from edgerazor.kernels import native, reference
 from edgerazor.kernels.reference import decoded_linear
 
-__all__ = ["decoded_linear", "embedding", "linear", "name", "names"]
+__all__ = [
+    "NOT_NATIVE",
+    "StoredMatrix",
+    "decoded_linear",
+    "embedding",
+    "is_native",
+    "linear",
+    "name",
+    "names",
+    "note",
+]
 
 VARIABLE = "EDGERAZOR_ISA"
+
+#: Names of implementations in Python.
+NOT_NATIVE = ("integer", "reference")
+
+#: Instruction sets for which decoding five base-3 digits takes longer than reading a byte in four of their 2-bit codes.
+_EXPANDED = ("avx2", "avx2vnni")
+
+#: Products of numbers that a thread should have to do before another one is worth waking.
+_PRODUCTS_PER_THREAD = 1 << 21
 
 
 class _Implementation(NamedTuple):
@@ -52,7 +76,8 @@ _IMPLEMENTATIONS = {
 
 def names() -> list[str]:
     """Names of the implementations that this machine can run, the best one last."""
-    return list(_IMPLEMENTATIONS)
+    found = native.isas()
+    return ["integer", *found[:1], "reference", *found[1:]]
 
 
 def name() -> str:
@@ -62,9 +87,30 @@ def name() -> str:
         UserError: there is none of that name here.
     """
     wanted = os.environ.get(VARIABLE) or names()[-1]
-    if wanted not in _IMPLEMENTATIONS:
+    if wanted not in names():
         raise registry.unknown(f"kernel ({VARIABLE})", wanted, names())
     return wanted
+
+
+def is_native() -> bool:
+    """Whether the implementation in use is one of the native library."""
+    return name() not in NOT_NATIVE
+
+
+def note(used: str) -> str | None:
+    """What to say of a model that computed with kernels of these names, if they are not as fast as they could be."""
+    if "reference" not in used:
+        return None
+    slow = (
+        "Reference kernels were used, which decode weights in PyTorch: sizes are real, speeds not what they could be. "
+    )
+    if is_native():
+        return slow + "The native ones compute neither formats of blocks nor 16-bit activations, and on CPUs alone."
+    if native.library() is None:
+        return slow + "Build the native ones (again) with `python -m edgerazor.kernels.build`; it needs a C++ compiler."
+    if os.environ.get(VARIABLE):
+        return slow + f"{VARIABLE} asks for them."
+    return slow + "The native ones need AVX2, or an Arm processor with dot products."
 
 
 def linear(
@@ -77,10 +123,69 @@ def linear(
     activation_scale: float | None = None,
 ) -> Tensor:
     """`y = W x + bias`, float32 [..., out], for x [..., in]; see `reference.linear` for arguments and errors."""
-    multiply = _IMPLEMENTATIONS[name()].linear
+    multiply = _of_codes().linear
     return multiply(x, encoded, spec, bias, activation_bits, activation_group, activation_scale)
 
 
 def embedding(ids: Tensor, encoded: Encoded, spec: MatrixSpec) -> Tensor:
     """Rows of a packed table, float32 [..., columns], for ids int64 [...]."""
-    return _IMPLEMENTATIONS[name()].embedding(ids, encoded, spec)
+    return _of_codes().embedding(ids, encoded, spec)
+
+
+def _of_codes() -> _Implementation:
+    """What computes with decoded codes: native kernels do not."""
+    return _IMPLEMENTATIONS["reference" if is_native() else name()]
+
+
+class StoredMatrix:
+    """A packed matrix as it is stored, for the native kernels; nothing is decoded.
+
+    Args:
+        parts: as `formats.pack_matrix` gives them, in memory that stays (a mapped file).
+        spec: formats of its rows.
+        shape: rows and columns.
+
+    Raises:
+        ValueError: the formats are those of blocks, or a part does not fit or holds a scale that is not one.
+    """
+
+    def __init__(self, parts: Mapping[str, Tensor], spec: MatrixSpec, shape: tuple[int, int]) -> None:
+        self._stored = native.Matrix(parts, spec, shape)
+        self._expanded: native.Matrix | None = None
+
+    def linear(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        activation_bits: int,
+        activation_group: int,
+        activation_scale: float | None = None,
+    ) -> Tensor:
+        """`y = W x + bias`, float32 [..., out] without gradient, for x [..., in]: the bits of `reference.linear`.
+
+        A token with a value that is not finite gives NaN, as in `decoded_linear`. Arguments: as of `reference.linear`,
+        but at most 8 bits.
+        """
+        isa = native.isas().index(name())
+        matrix = self._matrix(name())
+        products = x.numel() * matrix.out
+        threads = max(1, min(torch.get_num_threads(), products // _PRODUCTS_PER_THREAD))
+        how = (bias, activation_bits, activation_group, activation_scale, isa, threads)
+        x = x.detach()
+        try:
+            return matrix.linear(x, *how)
+        except native.NotFiniteError:
+            wrong = ~torch.isfinite(x.float()).all(-1, keepdim=True)
+            return matrix.linear(x.masked_fill(wrong, 0), *how).masked_fill(wrong, torch.nan)
+
+    def embedding(self, ids: Tensor) -> Tensor:
+        """Rows of the matrix, float32 [..., columns], for ids int64 [...]: the bits of `reference.embedding`."""
+        return self._stored.embedding(ids)
+
+    def _matrix(self, isa: str) -> native.Matrix:
+        """The matrix in the codes that are fastest with these instructions."""
+        if isa not in _EXPANDED:
+            return self._stored
+        if self._expanded is None:
+            self._expanded = self._stored.expanded()
+        return self._expanded

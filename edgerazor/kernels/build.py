@@ -64,9 +64,12 @@ def compiler() -> list[str]:
     raise BuildError(f"no C++ compiler found ({os.environ.get('CXX') or ', '.join(COMPILERS)})")
 
 
-def interface() -> str:
-    """A digest of the C interface, which a library says of itself too: one built from another is not called."""
-    return hashlib.sha256((SOURCES / "library.h").read_bytes()).hexdigest()[:16]
+def fingerprint() -> str:
+    """SHA-256 of the sources; a library says which ones it was built from."""
+    digest = hashlib.sha256()
+    for path in sorted(SOURCES.iterdir()):
+        digest.update(f"{path.name}\n{path.stat().st_size}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def build(target: Path, main: Path | None = None) -> list[str]:
@@ -85,7 +88,7 @@ def build(target: Path, main: Path | None = None) -> list[str]:
         units = [unit for unit in _UNITS.get(machine, ()) if _accepts(command, unit, Path(folder))]
         have = [f"-DEDGERAZOR_HAVE_{unit.name.upper()}" for unit in units]
         jobs = [
-            ("library", ["-O2", *have, f'-DEDGERAZOR_INTERFACE="{interface()}"']),
+            ("library", ["-O2", *have, f'-DEDGERAZOR_SOURCES="{fingerprint()}"']),
             ("portable", ["-O2"]),
             *((unit.name, unit.options.split()) for unit in units),
         ]

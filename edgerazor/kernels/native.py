@@ -6,10 +6,11 @@ the same order, whatever the instruction set and however many tokens there are.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
 from dataclasses import dataclass
@@ -21,10 +22,13 @@ import torch
 from torch import Tensor
 
 from edgerazor.formats import SCALES, SMALLEST, Format, MatrixSpec
-from edgerazor.kernels.build import LIBRARY, interface
 
 #: Rows that lie side by side in memory; blocks of them that are computed side by side.
 ROWS, TILE = 16, 4
+
+
+class NotFiniteError(ValueError):
+    """An activation is infinite or not a number."""
 
 
 class _Part(ctypes.Structure):
@@ -59,16 +63,18 @@ _SIGNATURES = {
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The library, or None where none was built, or one of another version of this file's interface."""
-    path = Path(__file__).with_name(LIBRARY)
+    """The library, or None where none was built, or not from these sources: calling another one could do anything."""
+    from edgerazor.kernels import build  # which may be the program that runs: no import of the package imports it
+
+    path = Path(__file__).with_name(build.LIBRARY)
     if not path.exists():
         return None
     found = ctypes.CDLL(str(path))
-    said = getattr(found, "edgerazor_interface", None)
-    if said is None:
+    sources = getattr(found, "edgerazor_sources", None)
+    if sources is None:
         return None
-    said.restype = c_char_p
-    if said().decode() != interface():
+    sources.restype, sources.argtypes = c_char_p, []
+    if sources().decode() != build.fingerprint():
         return None
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(found, name)
@@ -185,7 +191,8 @@ def quantize(x: Tensor, geometry: Geometry, bits: int = 8, scale: float | None =
     """Activations float32 [tokens, columns] as products with such matrices take them.
 
     Raises:
-        ValueError: a value is not finite, the bits are not 2 to 8, or x has another number of features.
+        NotFiniteError: a value is infinite or not a number.
+        ValueError: the bits are not 2 to 8, or x has another number of features.
     """
     if not 2 <= bits <= 8:
         raise ValueError(f"activations are quantized to 2 to 8 bits, not {bits}")
@@ -200,7 +207,7 @@ def quantize(x: Tensor, geometry: Geometry, bits: int = 8, scale: float | None =
         geometry.handle, isa % len(isas()), x.data_ptr(), len(x), bits, scale or 0.0, *pointers
     )
     if wrong >= 0:
-        raise ValueError("an activation is not finite")
+        raise NotFiniteError("an activation is not finite")
     return Activations(codes, scales, sums)
 
 
@@ -266,7 +273,7 @@ class Matrix:
         shape: rows and columns.
 
     Raises:
-        ValueError: the formats are those of blocks, or a part does not fit.
+        ValueError: the formats are those of blocks, or a part does not fit, or a scale is negative or not finite.
     """
 
     def __init__(self, parts: Mapping[str, Tensor], spec: MatrixSpec, shape: tuple[int, int]) -> None:
@@ -284,6 +291,15 @@ class Matrix:
         self._geometries: dict[int, Geometry] = {}
         for part in self.parts:
             part.check(self.geometry(self.group_size), self.out)
+            if not torch.isfinite(part.scales).all() or torch.signbit(part.scales).any():
+                raise ValueError("a scale is negative or not finite")
+
+    def expanded(self) -> Matrix:
+        """The same matrix with ternary codes of two bits, for machines that compute faster with them."""
+        other = copy.copy(self)
+        geometry = self.geometry(self.group_size)
+        other.parts = [expand_ternary(geometry, part) if part.bits == 0 else part for part in self.parts]
+        return other
 
     def geometry(self, activation_group: int) -> Geometry:
         """How its rows are cut for activations in groups of that size."""
@@ -318,11 +334,7 @@ class Matrix:
             for part in self.parts
             for blocks in _shares(part.blocks, threads)
         ]
-        if threads == 1:
-            for each in work:
-                each()
-        else:
-            list(_pool(threads).map(lambda each: each(), work))
+        _share_out(work, threads)
         return y.reshape(*x.shape[:-1], self.out)
 
     def embedding(self, ids: Tensor) -> Tensor:
@@ -348,6 +360,20 @@ def _shares(blocks: int, threads: int) -> list[tuple[int, int]]:
     """Row blocks shared out among threads, in whole tiles of four."""
     cuts = sorted({min(blocks, -(-blocks * i // threads // TILE) * TILE) for i in range(threads + 1)})
     return list(pairwise(cuts))
+
+
+def _share_out(work: Sequence[Callable[[], None]], threads: int) -> None:
+    """Does everything, this thread its share."""
+    waiting = iter(work)
+
+    def help_out() -> None:
+        for each in waiting:  # the interpreter's lock hands each of them to one thread
+            each()
+
+    others = [_pool(threads - 1).submit(help_out) for _ in range(min(threads, len(work)) - 1)]
+    help_out()
+    for other in others:
+        other.result()
 
 
 @cache

@@ -25,7 +25,7 @@ import torch
 from pydantic import BaseModel
 from rich.console import RenderableType
 
-from edgerazor import kernels, models
+from edgerazor import kernels, models, surgery
 from edgerazor.console import Console, megabytes, table
 from edgerazor.errors import UserError
 from edgerazor.recipe import Bench, Recipe
@@ -135,7 +135,7 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> BenchResult:
         machine=machine(),
         engines=engines,
         runs=[one_run(key, rates, threads, about, speed) for key, rates in speeds.items()],
-        notes=notes(),
+        notes=[note] if (note := kernels.note(engines[0].kernel)) else [],
     )
     make_folder(work.folder(NAME))
     write_json(work.result_file(NAME), result.model_dump(mode="json"))
@@ -156,15 +156,6 @@ def one_run(
         tokens_per_second=round(rate, 2),
         bandwidth_share=None if share is None else round(share, 4),
     )
-
-
-def notes() -> list[str]:
-    if kernels.name() != "reference":
-        return []
-    return [
-        "The packed model ran through the reference kernels, which decode every weight in PyTorch before each use: "
-        "its size is real, its speed is not yet what the format allows."
-    ]
 
 
 def measure_bandwidth() -> float:
@@ -260,8 +251,9 @@ class Served:
 
     def about(self) -> dict[str, Any]:
         files = sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
+        dtype = str(self.model.dtype).removeprefix("torch.")
         return {
-            "kernel": kernels.name() if self.packed else f"transformers {str(self.model.dtype).removeprefix('torch.')}",
+            "kernel": surgery.kernels_of(self.model) if self.packed else f"transformers {dtype}",
             "weight_bytes": files,
             "bytes_per_token": files - self._unread_embedding(),
             "load_seconds": round(self.load_seconds, 3),

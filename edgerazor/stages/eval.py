@@ -25,7 +25,7 @@ from rich.console import RenderableType
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from edgerazor import data, integration, models, surgery, tasks
+from edgerazor import data, integration, kernels, models, surgery, tasks
 from edgerazor.console import Console, table
 from edgerazor.errors import UserError, usage_error
 from edgerazor.recipe import Recipe, Source
@@ -95,8 +95,12 @@ class Measured(Result):
 
 
 class EvalResult(Measured):
-    """The packed model's measurements, those of the folders beside it, and what failed a gate."""
+    """The packed model's measurements, those of the folders beside it, and what failed a gate.
 
+    `kernel` names what the packed model computed with, null where the model is not packed.
+    """
+
+    kernel: str | None = None
     compared: dict[str, Measured] = {}
     sample: str | None = None
     notes: list[str] = []
@@ -144,6 +148,7 @@ def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
         "model": _shared.teacher_fingerprint(recipe),
         "seed": str(recipe.seed),
         "device": recipe.device,
+        "kernel": kernels.name(),
         **_shared.settings(NAME, recipe.eval, skip=("batch_size", "task_data", *ALONE)),
     }
     found |= {f"compare {name}": hash_folder(folder) for name, folder in _compared(recipe).items()}
@@ -188,6 +193,7 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> EvalResult:
         measured = result if name == "packed" else Measured()
         result.notes += _measure(measured, recipe, request, loaded, subject, teacher, teacher_scores, text, console)
         if name == "packed":
+            _note_kernels(result, subject)
             _check_sample(result, subject, teacher, text)
         else:
             result.compared[name] = measured
@@ -230,6 +236,8 @@ def evaluate_model(model: str, recipe: Recipe, console: Console) -> EvalResult:
     scores, notes = _scores(recipe, request, loaded, teacher, console) if teacher else ({}, [])
     result.notes += notes
     result.notes += _measure(result, recipe, request, loaded, subject, teacher, scores, text, console)
+    if packed:
+        _note_kernels(result, subject)
     _check_sample(result, subject, teacher, text, gate=packed)
     _check_retention(result, recipe.eval.min_retention)
     return result
@@ -274,6 +282,12 @@ def _dtype(device: torch.device) -> torch.dtype | None:
 
 def _load_packed(folder: Path | str, device: torch.device) -> tuple[Any, Any]:
     return integration.load(folder, str(device), _dtype(device) or torch.bfloat16, keep_decoded=True)
+
+
+def _note_kernels(result: EvalResult, subject: Subject) -> None:
+    result.kernel = surgery.kernels_of(subject.model)
+    if note := kernels.note(result.kernel):
+        result.notes.append(note)
 
 
 def _nothing_to_measure() -> UserError:
@@ -619,6 +633,8 @@ def show(result: EvalResult) -> list[RenderableType]:
         shown.append(_task_table(everyone))
     if any(measured.text for measured in everyone.values()):
         shown.append(_text_table(everyone))
+    if result.kernel:
+        shown.append(f"Kernels: {result.kernel}")
     shown += [f"Note: {note}" for note in result.notes]
     shown += [f"Failed: {failure}" for failure in result.failures]
     return shown

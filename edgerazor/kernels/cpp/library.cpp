@@ -176,7 +176,7 @@ Part part_of(const edgerazor_part& part) {
 
 extern "C" {
 
-const char* edgerazor_interface(void) { return EDGERAZOR_INTERFACE; }
+const char* edgerazor_sources(void) { return EDGERAZOR_SOURCES; }
 
 int edgerazor_isa_count(void) { return (int)kernels().size(); }
 

@@ -26,8 +26,8 @@ typedef struct {
     int32_t lowest;         /* twice the level of the lowest code: -2 for ternary, -3 for int2, -16 for int4 */
 } edgerazor_part;
 
-/* A digest of this file as it was when the library was built. */
-EDGERAZOR_API const char* edgerazor_interface(void);
+/* SHA-256 of the sources it was built from, as `build.fingerprint` finds it. */
+EDGERAZOR_API const char* edgerazor_sources(void);
 
 EDGERAZOR_API int edgerazor_isa_count(void);
 EDGERAZOR_API const char* edgerazor_isa_name(int isa);
