@@ -318,6 +318,21 @@ def test_damaged_codes_are_found_at_first_use(copy: Path) -> None:
         model(input_ids=IDS)
 
 
+def test_scales_that_are_none_are_refused_by_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a file whose checksums were made to match."""
+    read = packed.PackedModel.parts
+
+    def parts(model: packed.PackedModel, name: str) -> dict[str, torch.Tensor]:
+        return {part: -tensor if part.endswith(".scales") else tensor for part, tensor in read(model, name).items()}
+
+    monkeypatch.setattr(packed.PackedModel, "parts", parts)
+    for kernel in kernels.names():
+        monkeypatch.setenv("EDGERAZOR_ISA", kernel)
+        model, _ = edgerazor.load(folder)
+        with pytest.raises(UserError, match=r"embed_tokens: a scale is negative or not finite"):
+            model(input_ids=IDS)
+
+
 def test_foreign_weights_are_refused(copy: Path) -> None:
     save_file({"model.norm.weight": torch.ones(96)}, copy / "model.safetensors", metadata={"format": "pt"})
     for load in (edgerazor.load, AutoModelForCausalLM.from_pretrained):
