@@ -189,7 +189,7 @@ def test_differences_are_told_in_numbers(folders: Path, tmp_path: Path, run: Run
     assert not found["same"]
     assert found["settings"] == {"kv_bits": [8, 4]}
     assert found["provenance"] == {"recipe.seed": [None, 1]}
-    assert found["others"] == ["model.norm.weight"]
+    assert found["others"] == {"model.norm.weight": "other numbers"}
     assert (found["only_in_folder"], found["only_in_against"]) == ([gone], [])
     (matrix,) = found["matrices"]
     assert (matrix["name"], matrix["about"], matrix["formats"]) == (name, {}, 0)

@@ -47,7 +47,7 @@ class Differences(BaseModel):
     compressed: tuple[bool, bool]
     equal_matrices: int
     matrices: list[MatrixDifference]
-    others: list[str] = Field(description="tensors that are not quantized and differ, or are only in one")
+    others: dict[str, str] = Field(description="tensors that are not quantized and differ -> in what")
     only_in_folder: list[str] = Field(description="matrices")
     only_in_against: list[str] = Field(description="matrices")
 
@@ -74,7 +74,7 @@ def compare(folder: Path, against: Path, console: Console, verify: bool = False)
     with console.track("compare", len(changed)) as tracker:
         tasks = [(2 * math.prod(a.matrices[name].shape), functools.partial(work, name)) for name in changed]
         in_parallel(tasks, tracker.advance)
-    others = sorted(name for name in a.others.keys() | b.others.keys() if a.others.get(name) != b.others.get(name))
+    others = _others(first, second)
     only_a, only_b = sorted(a.matrices.keys() - shared), sorted(b.matrices.keys() - shared)
     settings, tied = _unequal(a.settings, b.settings), _unequal(a.tied, b.tied)
     return Differences(
@@ -91,6 +91,26 @@ def compare(folder: Path, against: Path, console: Console, verify: bool = False)
         only_in_folder=only_a,
         only_in_against=only_b,
     )
+
+
+def _others(first: PackedModel, second: PackedModel) -> dict[str, str]:
+    """Tensors that are not quantized and differ, and in what."""
+    a, b = first.header.others, second.header.others
+    unequal = sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+    if not unequal:
+        return {}
+    tensors = first.others(), second.others()
+    return {name: _difference(*(each.get(name) for each in tensors)) for name in unequal}
+
+
+def _difference(a: Tensor | None, b: Tensor | None) -> str:
+    if a is None or b is None:
+        return f"only in {'the other' if a is None else 'the first'}"
+    if a.shape != b.shape:
+        return f"shape {list(a.shape)} | {list(b.shape)}"
+    names = [str(each.dtype).removeprefix("torch.") for each in (a, b)]
+    what = "" if a.dtype == b.dtype else f"{' | '.join(names)}, "
+    return what + ("equal numbers" if torch.equal(a.double(), b.double()) else "other numbers")
 
 
 def _identity(entry: MatrixEntry) -> tuple[str, str]:
@@ -170,7 +190,7 @@ def show(found: Differences) -> list[RenderableType]:
         lines += [f"{title}, {name}: {_word(a)} | {_word(b)}" for name, (a, b) in pairs.items()]
     for where, names in ((found.folder, found.only_in_folder), (found.against, found.only_in_against)):
         lines += [f"only in {where}: {name}" for name in names]
-    lines += [f"differs: {name}" for name in found.others]
+    lines += [f"{name}: {what}" for name, what in found.others.items()]
     if found.compressed[0] != found.compressed[1]:
         lines.append(f"compressed: {' | '.join('yes' if each else 'no' for each in found.compressed)}")
     if found.matrices:
