@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgerazor import formats
+from edgerazor.exports._integers import UnfitError, integers
 from edgerazor.formats import Encoded, MatrixSpec
 
 #: Weights converted at a time.
@@ -99,21 +100,14 @@ class Matrix:
         Raises:
             Misfit: a unit is no fp16 number.
         """
-        codes = self.encoded.codes[rows].to(torch.int16)
-        scales = self.encoded.scales[rows]
-        odd = self._odd(rows)
-        if odd is None:
-            units = scales
-        else:
-            halves = scales / 2
-            if not torch.equal(torch.where(odd, halves.float() * 2, 0), torch.where(odd, scales.float(), 0)):
-                raise Misfit("half of a scale is below what fp16 can hold")
-            units = torch.where(odd, halves, scales)
-            offset = odd.to(torch.int16).repeat_interleave(self.group, dim=1)[:, : codes.shape[1]]
-            codes = codes * (1 + offset) + offset
-        if bool((scales == 0).any()):
-            codes = codes * self._columns(scales != 0).to(torch.int16)
-        return codes.numpy(), units.numpy()
+        try:
+            found = integers(Encoded(self.encoded.codes[rows], self.encoded.scales[rows]), self.spec.take(rows))
+        except UnfitError as error:
+            raise Misfit(error.reason) from None
+        values = found.values.to(torch.int16)
+        if bool((found.scales == 0).any()):
+            values = values * self._columns(found.scales != 0).to(torch.int16)
+        return values.numpy(), found.scales.numpy()
 
     def decode(self, rows: Tensor) -> Tensor:
         """The weights of these rows, float32 [len(rows), cols]."""
@@ -128,27 +122,6 @@ class Matrix:
     def _columns(self, of_groups: Tensor) -> Tensor:
         """[rows, groups] repeated for every column of the groups."""
         return of_groups.repeat_interleave(self.group, dim=1)[:, : self.shape[1]]
-
-    def _odd(self, rows: Tensor) -> Tensor | None:
-        """Which groups have levels between the whole numbers, bool [len(rows), groups]; None where none has."""
-        offsets = torch.tensor([_offset(name) for name in self.spec.formats]) != 0
-        if not offsets.any():
-            return None
-        groups = self.encoded.scales.shape[1]
-        spec = self.spec.take(rows)
-        if spec.block_formats is not None:
-            return offsets[spec.block_formats.long()].expand(len(rows), groups)
-        if spec.row_formats is not None:
-            return offsets[spec.row_formats.long()].unsqueeze(1).expand(len(rows), groups)
-        return offsets.expand(len(rows), groups)
-
-
-def _offset(name: str) -> float:
-    """What a format's levels are beyond its codes: 0 or 1/2."""
-    zero, one = formats.get(name).level_(torch.tensor([0.0, 1.0])).tolist()
-    if (zero, one) not in ((0.0, 1.0), (0.5, 1.5)):
-        raise ValueError(f"the levels of {name} are not its codes, or these and a half")
-    return zero
 
 
 def block_units(levels: Levels, units: Units, group: int, size: int) -> Units:

@@ -106,9 +106,8 @@ def write(
         OSError: the disk is full or cannot be written; nothing is left behind.
         UserError: another process is writing there.
     """
-    plain = {name: tensor_spec(name, tensor) for name, tensor in others.items()}
     about = [(each.name, each.kind, each.spec, each.shape) for each in matrices]
-    specs, entries = _tensors(about, plain)
+    specs, entries = _tensors(about, {name: tensor_spec(name, tensor) for name, tensor in others.items()})
     shards = shards or cut(specs, shard_bytes)
     make = functools.partial(
         make_header,
@@ -118,8 +117,7 @@ def write(
         extras=extras,
         compression=Compression() if compress else None,
     )
-    sums = {name: hashlib.sha256(formats.tensor_bytes(tensor)).hexdigest() for name, tensor in others.items()}
-    tensors = {name: TensorEntry(dtype=dtype, shape=shape, sha256=sums[name]) for name, (dtype, shape) in plain.items()}
+    tensors = {name: _tensor_entry(*specs[name], _sha256(tensor)) for name, tensor in others.items()}
     header = make(entries, tensors)
     growing = _growing(matrices, specs, shards, header) if compress else None
 
@@ -166,7 +164,7 @@ def predict(
         ValueError: as `write`.
     """
     specs, entries = _tensors(matrices, others)
-    about = {name: TensorEntry(dtype=dtype, shape=shape, sha256=ANY_SHA256) for name, (dtype, shape) in others.items()}
+    about = {name: _tensor_entry(*spec, ANY_SHA256) for name, spec in others.items()}
     header = make_header(entries, about, tied, settings, provenance)
     files = arrange(specs, header_metadata(header), cut(specs, shard_bytes))
     weights = sum(math.prod(e.shape) for e in entries.values()) + sum(math.prod(e.shape) for e in about.values())
@@ -216,6 +214,14 @@ def _entry(kind: Kind, spec: MatrixSpec, shape: tuple[int, int], digest: str, su
     )
 
 
+def _tensor_entry(dtype: str, shape: tuple[int, ...], sha256: str) -> TensorEntry:
+    return TensorEntry(dtype=dtype, shape=shape, sha256=sha256)
+
+
+def _sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(formats.tensor_bytes(tensor)).hexdigest()
+
+
 def _growing(
     matrices: Iterable[MatrixSource],
     specs: Mapping[str, TensorSpec],
@@ -239,7 +245,7 @@ def _write_matrix(number: int, matrix: MatrixSource, put: _Parts | _Frames) -> M
     encoded = matrix.encode()
     digest = formats.digest(encoded, matrix.spec)
     parts = formats.pack_matrix(encoded, matrix.spec)
-    sums = {part: hashlib.sha256(formats.tensor_bytes(tensor)).hexdigest() for part, tensor in parts.items()}
+    sums = {part: _sha256(tensor) for part, tensor in parts.items()}
     put(number, matrix, encoded, parts)
     return _entry(matrix.kind, matrix.spec, matrix.shape, digest, sums)
 
