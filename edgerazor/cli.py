@@ -267,20 +267,15 @@ def pack(
             dry_run,
         )
         return
-    if section and model is None and recipe is None:
-        name = next(iter(section)).replace("_", "-")
-        raise usage_error(
-            f"The student's formats were decided before it was trained, so pack takes no --{name}.",
-            "To round without training, name the model: `edgerazor pack MODEL --bits 4`.",
-        )
+    refuse_settings_of_student(section, model, recipe)
     if export is not None:  # what was once allowed for another export is not for this one
         allow_lossy = bool(allow_lossy)
-    values |= {"calibrate": section, "pack": given(student=student, compress=compress)}
-    values["pack"] |= given(export=listed(export), allow_lossy=allow_lossy)
+    asked = given(student=student, compress=compress, export=listed(export), allow_lossy=allow_lossy)
     if model is not None:
-        values["pack"]["source"] = "teacher"
+        asked["source"] = "teacher"
     elif recipe is None and not ((export is not None or compress is not None) and is_rounded(work)):
-        values["pack"]["source"] = "auto"
+        asked["source"] = "auto"
+    values |= {"calibrate": section, "pack": asked}
     stage("pack", values, work, recipe, json, quiet, force, dry_run)
 
 
@@ -715,6 +710,16 @@ def is_rounded(work: Path) -> bool:
     from edgerazor.workdir import WorkDir
 
     return pipeline.stands_alone(WorkDir(work))
+
+
+def refuse_settings_of_student(section: dict[str, Any], model: str | None, recipe: Path | None) -> None:
+    """Options of `pack` that say how to round, where what is packed was trained."""
+    if section and model is None and recipe is None:
+        name = next(iter(section)).replace("_", "-")
+        raise usage_error(
+            f"The student's formats were decided before it was trained, so pack takes no --{name}.",
+            "To round without training, name the model: `edgerazor pack MODEL --bits 4`.",
+        )
 
 
 def is_packed_folder(model: str) -> bool:
