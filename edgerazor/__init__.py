@@ -20,10 +20,10 @@ _HOOKED = "transformers.quantizers.auto"
 
 
 def load(folder: str | os.PathLike[str], **options: Any) -> Any:
-    """Load a packed model and its tokenizer, (model, tokenizer): see `edgerazor.integration.load`."""
-    from edgerazor.integration import load as load_packed
+    """Load a packed model to run it: see `edgerazor.runtime.load`."""
+    from edgerazor import runtime
 
-    return load_packed(folder, **options)
+    return runtime.load(folder, **options)
 
 
 class _RegisterOnImport(importlib.abc.MetaPathFinder):

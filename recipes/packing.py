@@ -247,7 +247,7 @@ def opening_times(folder: Path) -> dict[str, float]:
     """Seconds, the best of five, in which no matrix is read."""
     from transformers import AutoModelForCausalLM
 
-    import edgerazor
+    from edgerazor import integration
     from edgerazor.surgery import PackedMatrix
 
     def unread(model: torch.nn.Module) -> None:
@@ -257,7 +257,7 @@ def opening_times(folder: Path) -> dict[str, float]:
 
     ways: dict[str, Callable[[], object]] = {
         "PackedModel.open(folder)": lambda: packed.PackedModel.open(folder),
-        "edgerazor.load(folder)": lambda: unread(edgerazor.load(folder)[0]),
+        "integration.load(folder)": lambda: unread(integration.load(folder)[0]),
         "AutoModelForCausalLM.from_pretrained(folder)": lambda: unread(AutoModelForCausalLM.from_pretrained(folder)),
     }
     return {name: min(seconds_of(way) for _ in range(5)) for name, way in ways.items()}

@@ -20,8 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import edgerazor
-from edgerazor import exports, formats, imports, models
+from edgerazor import exports, formats, imports, integration, models
 from edgerazor.console import Console
 from edgerazor.errors import UserError
 from edgerazor.imports import _base
@@ -201,7 +200,7 @@ def test_ternary_to_gguf_and_back(make_model: ModelMaker, tmp_path: Path, family
     for name, tensor in back.others().items():
         assert torch.equal(tensor, opened.others()[name])
     expected = decoded_model(model, opened)(input_ids=IDS).logits
-    loaded, tokenizer = edgerazor.load(tmp_path / "back")
+    loaded, tokenizer = integration.load(tmp_path / "back")
     with torch.no_grad():
         torch.testing.assert_close(loaded(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-4)
     assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(model).get_vocab()
@@ -239,7 +238,7 @@ def test_floating_gguf_matrices_stay_floating(make_model: ModelMaker, tmp_path: 
     assert torch.equal(others["lm_head.weight"], others["model.embed_tokens.weight"])
     with torch.no_grad():
         expected = decoded_model(model, opened)(input_ids=IDS).logits
-        loaded, _ = edgerazor.load(tmp_path / "back")
+        loaded, _ = integration.load(tmp_path / "back")
         torch.testing.assert_close(loaded(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -424,7 +423,7 @@ def test_mlx_folders(make_model: ModelMaker, tmp_path: Path, bits: int, zero: fl
     for name, entry in back.header.matrices.items():
         assert (entry.formats, entry.group_size) == ((number_format,), 128)
         assert torch.equal(weight(back, name), expected[name])
-    assert edgerazor.load(tmp_path / "back")[0].get_submodule("lm_head").lazy is not None
+    assert integration.load(tmp_path / "back")[0].get_submodule("lm_head").lazy is not None
 
 
 def test_mlx_folders_with_biases_of_their_own_are_refused(make_model: ModelMaker, tmp_path: Path) -> None:
@@ -478,7 +477,7 @@ def test_bitnet_folders(make_model: ModelMaker, tmp_path: Path, linear_class: st
         assert torch.equal(weight(back, name), expected[name])
     if linear_class == "autobitlinear":  # transformers compiles the other one's functions
         theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        ours, _ = edgerazor.load(tmp_path / "back")
+        ours, _ = integration.load(tmp_path / "back")
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiling takes longer than all else here
             torch.testing.assert_close(ours(input_ids=IDS).logits, theirs(input_ids=IDS).logits, rtol=0.02, atol=0.02)
 

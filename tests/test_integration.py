@@ -14,7 +14,6 @@ from conftest import GROUP_SIZE, VOCABULARY, ModelMaker
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import edgerazor
 from edgerazor import formats, integration, kernels, models, packed, pipeline, surgery
 from edgerazor.console import Console
 from edgerazor.errors import UserError
@@ -109,7 +108,7 @@ print(repr(float(model(input_ids=ids).logits.double().sum())))
 @pytest.mark.parametrize("order", FIRST)
 def test_both_import_orders_work(order: str, llama: Path, tmp_path: Path) -> None:
     folder = pack(llama, tmp_path)
-    model, _ = edgerazor.load(folder)
+    model, _ = integration.load(folder)
     with torch.no_grad():
         expected = float(model(input_ids=torch.arange(2, 22)[None]).logits.double().sum())
     # Sums run in another order with other numbers of threads.
@@ -122,7 +121,7 @@ def test_both_import_orders_work(order: str, llama: Path, tmp_path: Path) -> Non
 @torch.no_grad()
 def test_a_packed_model_computes_with_its_decoded_weights(folder: Path) -> None:
     """Against the teacher's own modules with decoded weights; activations and cache are the only difference."""
-    model, tokenizer = edgerazor.load(folder)
+    model, tokenizer = integration.load(folder)
     matrices = [module for module in model.modules() if isinstance(module, PackedLinear | PackedEmbedding)]
     assert len(matrices) == 2 * 7 + 2
     assert model.get_input_embeddings().lazy is model.get_output_embeddings().lazy
@@ -140,8 +139,8 @@ def test_a_packed_model_computes_with_its_decoded_weights(folder: Path) -> None:
 @torch.no_grad()
 def test_auto_model_is_the_same_as_load(folder: Path) -> None:
     direct = AutoModelForCausalLM.from_pretrained(folder)
-    ours, _ = edgerazor.load(str(folder))
-    kept, _ = edgerazor.load(folder, keep_decoded=True)
+    ours, _ = integration.load(str(folder))
+    kept, _ = integration.load(folder, keep_decoded=True)
     assert torch.equal(direct(input_ids=IDS).logits, ours(input_ids=IDS).logits)
     torch.testing.assert_close(kept(input_ids=IDS).logits, ours(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
     assert not direct.training
@@ -164,7 +163,7 @@ def test_half_precision(folder: Path, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def test_moving_a_model_moves_no_codes(folder: Path) -> None:
-    model, _ = edgerazor.load(folder)
+    model, _ = integration.load(folder)
     before = model(input_ids=IDS).logits
     assert torch.equal(model.to("cpu").to(torch.float32)(input_ids=IDS).logits, before)
     head = model.get_output_embeddings()
@@ -183,7 +182,7 @@ def native_or_skip() -> None:
 def test_every_layer_computes_the_bits_of_the_definition(folder: Path) -> None:
     """Fed what it gets in the model: `reference.linear` to the bit, and decoded weights up to rounding."""
     native_or_skip()
-    model, _ = edgerazor.load(folder)
+    model, _ = integration.load(folder)
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear):
@@ -214,7 +213,7 @@ def test_all_kernels_agree_on_a_model(folder: Path, tmp_path: Path, monkeypatch:
     for name in kernels.names():
         monkeypatch.setenv("EDGERAZOR_ISA", name)
         for place in (folder, small):
-            model, _ = edgerazor.load(place)
+            model, _ = integration.load(place)
             found[name, place] = model(input_ids=IDS).logits
             assert surgery.kernels_of(model) == name
     expected = found["integer", folder]
@@ -230,13 +229,13 @@ def test_what_native_kernels_cannot_take_is_computed_by_the_reference(llama: Pat
     calibrate = {"bits": 4.0, "group_size": GROUP_SIZE, "activation_bits": 16}
     recipe = build({"model": str(llama), "device": "cpu", "calibrate": calibrate, "pack": {"source": "teacher"}})
     pipeline.run("pack", recipe, WorkDir(tmp_path), Console(quiet=True))
-    model, _ = edgerazor.load(WorkDir(tmp_path).folder("pack"))
+    model, _ = integration.load(WorkDir(tmp_path).folder("pack"))
     assert model(input_ids=IDS).logits.isfinite().all()
     assert surgery.kernels_of(model) == "reference"
 
 
 def test_saving_from_memory_is_refused(folder: Path, tmp_path: Path) -> None:
-    model, _ = edgerazor.load(folder)
+    model, _ = integration.load(folder)
     with pytest.raises(UserError, match="not saved from memory") as caught:
         model.save_pretrained(tmp_path / "saved")
     assert "Copy its folder" in caught.value.hint
@@ -251,7 +250,7 @@ def test_a_packed_model_is_not_packed_again(folder: Path) -> None:
 
 def test_a_teacher_is_no_packed_model(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a packed model"):
-        edgerazor.load(llama)
+        integration.load(llama)
     named = shutil.copytree(llama, tmp_path / "named")
     config = json.loads((named / "config.json").read_text())
     (named / "config.json").write_text(json.dumps({**config, "note": "edgerazor"}))
@@ -271,7 +270,7 @@ def change_config(folder: Path, **values: object) -> None:
 def test_config_and_weights_must_agree(copy: Path, name: str, value: int) -> None:
     settings = json.loads((copy / "config.json").read_text())["quantization_config"]
     change_config(copy, quantization_config={**settings, name: value})
-    for load in (edgerazor.load, AutoModelForCausalLM.from_pretrained):
+    for load in (integration.load, AutoModelForCausalLM.from_pretrained):
         with pytest.raises(UserError, match=f"config.json says {name} {value}, but the weights were made for"):
             load(copy)
 
@@ -281,17 +280,17 @@ def test_an_incomplete_config_is_one_sentence(copy: Path, missing: str) -> None:
     settings = json.loads((copy / "config.json").read_text())["quantization_config"]
     change_config(copy, quantization_config={key: value for key, value in settings.items() if key != missing})
     with pytest.raises(UserError, match=missing) as caught:
-        edgerazor.load(copy)
+        integration.load(copy)
     assert "\n" not in caught.value.message
 
 
 def test_another_architecture_is_one_sentence(copy: Path) -> None:
     change_config(copy, intermediate_size=64)
     with pytest.raises(UserError, match="has no place in"):
-        edgerazor.load(copy)
+        integration.load(copy)
     change_config(copy, intermediate_size=101, num_hidden_layers=3, layer_types=None)
     with pytest.raises(UserError, match="lacks the tensor"):
-        edgerazor.load(copy)
+        integration.load(copy)
 
 
 def test_damaged_norms_are_found_at_loading(copy: Path) -> None:
@@ -302,7 +301,7 @@ def test_damaged_norms_are_found_at_loading(copy: Path) -> None:
     place = weights.index(norm)
     weights[place] ^= 1
     path.write_bytes(weights)
-    for load in (edgerazor.load, AutoModelForCausalLM.from_pretrained):
+    for load in (integration.load, AutoModelForCausalLM.from_pretrained):
         with pytest.raises(UserError, match=r"model\.norm\.weight"):
             load(copy)
 
@@ -313,7 +312,7 @@ def test_damaged_codes_are_found_at_first_use(copy: Path) -> None:
     codes = load_file(path)["model.layers.1.mlp.down_proj.weight.int4"].numpy().tobytes()
     weights[weights.index(codes)] ^= 1
     path.write_bytes(weights)
-    model, _ = edgerazor.load(copy)
+    model, _ = integration.load(copy)
     with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.down_proj"):
         model(input_ids=IDS)
 
@@ -328,13 +327,13 @@ def test_scales_that_are_none_are_refused_by_name(folder: Path, monkeypatch: pyt
     monkeypatch.setattr(packed.PackedModel, "parts", parts)
     for kernel in kernels.names():
         monkeypatch.setenv("EDGERAZOR_ISA", kernel)
-        model, _ = edgerazor.load(folder)
+        model, _ = integration.load(folder)
         with pytest.raises(UserError, match=r"embed_tokens: a scale is negative or not finite"):
             model(input_ids=IDS)
 
 
 def test_foreign_weights_are_refused(copy: Path) -> None:
     save_file({"model.norm.weight": torch.ones(96)}, copy / "model.safetensors", metadata={"format": "pt"})
-    for load in (edgerazor.load, AutoModelForCausalLM.from_pretrained):
+    for load in (integration.load, AutoModelForCausalLM.from_pretrained):
         with pytest.raises(UserError):
             load(copy)

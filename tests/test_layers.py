@@ -15,7 +15,7 @@ LAYERS = (
     {"cli"},
     {"pipeline"},
     {"stages"},
-    {"imports"},  # reads with the names that exports write
+    {"imports", "runtime"},  # imports reads with the names that exports write
     {"exports", "tasks", "integration"},
     {"surgery", "allocate"},
     {"attention"},
@@ -31,7 +31,7 @@ HEIGHT = {room: len(LAYERS) - index for index, rooms in enumerate(LAYERS) for ro
 TENSORS_ONLY = {"formats", "losses"}
 #: Folders of many of one kind: their files do not know each other (but `show` prints the schemas of all stages).
 PLUGINS = {"stages", "imports", "exports", "tasks", "formats", "losses"}
-KNOW_TRANSFORMERS = {"models", "data", "attention", "surgery", "integration"}
+KNOW_TRANSFORMERS = {"models", "data", "attention", "surgery", "integration", "runtime"}
 
 
 def imports(path: Path) -> list[str]:

@@ -13,8 +13,7 @@ from _packed_folders import all_of, decoded_model, mixed, suitable_model, write_
 from _tiny import Run
 from conftest import ModelMaker
 
-import edgerazor
-from edgerazor import formats, packed
+from edgerazor import formats, integration, packed
 from edgerazor.packed import PackedModel
 
 
@@ -76,8 +75,8 @@ def test_a_job_compresses_what_it_packs(llama: Path, tmp_path: Path, run: Run) -
 
 def test_a_compressed_model_computes_the_same(folders: Path, small: Path) -> None:
     tokens = torch.arange(12)[None]
-    plain, _ = edgerazor.load(folders / "mixed")
-    model, _ = edgerazor.load(small)
+    plain, _ = integration.load(folders / "mixed")
+    model, _ = integration.load(small)
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, plain(tokens).logits)
 

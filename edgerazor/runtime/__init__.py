@@ -1,0 +1,43 @@
+"""Packed models, running: logits, scores of continuations, sequences with a cache.
+
+Two engines compute the same. `native` is a decoder in C++ from the embedding to the head; it knows the families of
+`_families.py`. `transformers` knows every model and every setting; `Model.note` then says why it had to be.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from edgerazor.errors import usage_error
+from edgerazor.runtime._base import Model, Score, Session
+from edgerazor.runtime._transformers import TransformersModel
+
+__all__ = ["ENGINES", "Model", "Score", "Session", "load"]
+
+ENGINES = ("native", "transformers")
+
+
+def load(
+    folder: str | os.PathLike[str], threads: int | None = None, mmap: bool = False, engine: str | None = None
+) -> Model:
+    """Load a packed model to run it on a CPU.
+
+    Args:
+        folder: what `edgerazor pack` wrote.
+        threads: to compute with; None for as many as torch has.
+        mmap: read weights in place, from the mapped file, for machines with little memory; else they are copied once
+            into memory with huge pages, which is faster.
+        engine: one of `ENGINES`; None for `native` where it can.
+
+    Raises:
+        UserError: not a packed folder, or a damaged one; or the engine cannot compute it.
+    """
+    if engine is not None and engine not in ENGINES:
+        raise usage_error(f"There is no engine called {engine!r}.", f"Known: {', '.join(ENGINES)}.")
+    threads = torch.get_num_threads() if threads is None else threads
+    if threads < 1:
+        raise usage_error(f"A model runs on at least 1 thread, not {threads}.")
+    return TransformersModel(Path(folder), threads, None)

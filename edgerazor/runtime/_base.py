@@ -1,0 +1,230 @@
+"""What every engine offers: logits, scores of continuations, and sequences with a cache."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from edgerazor.errors import usage_error
+from edgerazor.models import PreTrainedTokenizerBase
+
+#: Tokens, one sequence.
+Ids: TypeAlias = Sequence[int] | Tensor
+
+
+class Score(NamedTuple):
+    """How probable a continuation is.
+
+    Attributes:
+        log_probability: natural, of all its tokens together.
+        greedy: whether each of them is the most probable one (the first of equal ones) at its place.
+    """
+
+    log_probability: float
+    greedy: bool
+
+
+class Model(ABC):
+    """A packed model, ready to compute. Computes in float32 between quantized products, on a CPU, without gradients.
+
+    Attributes:
+        folder: where it is from.
+        tokenizer: of transformers.
+        threads: that compute.
+        engine: `native` or `transformers`.
+        note: why the native engine is not used and what to do about it, in a sentence or two; None where it is.
+        vocabulary: columns of logits.
+        max_positions: tokens that a sequence can have.
+        weight_bytes: that the weights take in memory.
+        bytes_per_token: of weights that are read to decode a token, without the cache.
+        cache_bytes_per_token: that a token of a sequence adds to its cache.
+    """
+
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    threads: int
+    engine: str
+    note: str | None
+    vocabulary: int
+    max_positions: int
+    weight_bytes: int
+    bytes_per_token: int
+    cache_bytes_per_token: int
+
+    @property
+    @abstractmethod
+    def kernel(self) -> str:
+        """Names of the kernels that multiply, as `edgerazor.kernels.name` has them: `avx512`, `avx512, reference`."""
+
+    @abstractmethod
+    def session(self) -> Session:
+        """A new sequence, without tokens."""
+
+    def logits(self, ids: Ids | Sequence[Sequence[int]], last: int | None = None) -> Tensor:
+        """Logits float32 [..., T, V]; of the last tokens [..., last, V] alone where `last` is given.
+
+        Args:
+            ids: int64 [T] or [B, T], or lists of that shape; at least one token.
+            last: 1 to T.
+
+        Raises:
+            UserError: there is no token, or no such token, or there are more than `max_positions`.
+        """
+        tokens = torch.as_tensor(ids, dtype=torch.int64)
+        if tokens.dim() not in (1, 2) or tokens.numel() == 0:
+            raise usage_error(f"Tokens have the shape [T] or [B, T], each at least 1, not {list(tokens.shape)}.")
+        self.check(tokens)
+        count = tokens.shape[-1] if last is None else last
+        if not 1 <= count <= tokens.shape[-1]:
+            raise usage_error(f"There are no logits of the last {last} of {tokens.shape[-1]} tokens.")
+        found = self._logits(tokens.reshape(-1, tokens.shape[-1]), count)
+        return found.reshape(*tokens.shape[:-1], count, self.vocabulary)
+
+    def score(self, requests: Sequence[tuple[Ids, Sequence[Ids]]]) -> list[list[Score]]:
+        """How probable continuations are.
+
+        Args:
+            requests: each a prefix of at least one token, and its continuations, likewise.
+
+        Returns:
+            a score for each continuation of each request.
+
+        Raises:
+            UserError: as `logits`.
+        """
+        plain = [(as_list(prefix), [as_list(each) for each in continuations]) for prefix, continuations in requests]
+        for prefix, continuations in plain:
+            if not prefix or not all(continuations):
+                raise usage_error("A prefix and its continuations need at least one token each.")
+            for each in continuations or [[]]:
+                self.check([*prefix, *each])
+        return self._score(plain)
+
+    def check(self, tokens: Ids, before: int = 0) -> None:
+        """Make sure that tokens [T] or [B, T] are of the vocabulary, and no more than fit behind those before.
+
+        Raises:
+            UserError: they are not.
+        """
+        found = torch.as_tensor(tokens, dtype=torch.int64)
+        if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < self.vocabulary:
+            wrong = next(each for each in found.flatten().tolist() if not 0 <= each < self.vocabulary)
+            raise usage_error(f"There is no token {wrong}: the model knows {self.vocabulary}.")
+        if before + found.shape[-1] > self.max_positions:
+            raise usage_error(
+                f"A sequence of {before + found.shape[-1]} tokens is too long: the model has positions for "
+                f"{self.max_positions}."
+            )
+
+    @abstractmethod
+    def _logits(self, tokens: Tensor, last: int) -> Tensor:
+        """Logits [B, last, V] of checked tokens [B, T]."""
+
+    @abstractmethod
+    def _score(self, requests: list[tuple[list[int], list[list[int]]]]) -> list[list[Score]]:
+        """`score` of checked requests."""
+
+
+class Session(ABC):
+    """A sequence and its cache.
+
+    Attributes:
+        model: what computes.
+        ids: its tokens so far.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.ids: list[int] = []
+        self._computed = 0  # tokens in the cache: all of them, or all but those written last
+        self._best: int | None = None  # the most probable token after `ids`, where it is known
+
+    @property
+    def position(self) -> int:
+        """Tokens so far."""
+        return len(self.ids)
+
+    def feed(self, ids: Ids) -> Tensor:
+        """Append tokens, at least one; float32 [V], the logits after the last of them.
+
+        Raises:
+            UserError: as `Model.logits`; the sequence is then as it was.
+        """
+        tokens = as_list(ids)
+        if not tokens:
+            raise usage_error("There is no token to feed.")
+        self.model.check(tokens, self.position)
+        logits = self._compute(self._computed, [*self.ids[self._computed :], *tokens])
+        self.ids += tokens
+        self._computed = self.position
+        self._best = int(logits.argmax())
+        return logits
+
+    def greedy(self, count: int, stops: Collection[int] = ()) -> list[int]:
+        """Append the most probable token (the first of equal ones), again and again.
+
+        Args:
+            count: of tokens, at most; fewer where the positions end.
+            stops: tokens behind which to stop.
+
+        Returns:
+            the new tokens, a stop at their end too.
+
+        Raises:
+            UserError: there is nothing to continue.
+        """
+        if not self.ids:
+            raise usage_error("There is nothing to continue: feed at least one token first.")
+        start = self.position
+        end = min(start + count, self.model.max_positions)
+        if self._best is not None and start < end:
+            self.ids.append(self._best)
+            self._best = None
+        while self.position < end and (self.position == start or self.ids[-1] not in stops):
+            self.ids += self._greedy(self._computed, self.ids[self._computed :], end - self.position, stops)
+            self._computed = self.position - 1
+        return self.ids[start:]
+
+    def rewind(self, position: int) -> None:
+        """Forget the tokens from a position on, 0 for all.
+
+        Raises:
+            UserError: the sequence has not come that far.
+        """
+        if not 0 <= position <= self.position:
+            raise usage_error(f"A sequence of {self.position} tokens cannot go back to {position}.")
+        if position < self.position:
+            del self.ids[position:]
+            self._computed = min(self._computed, max(position - 1, 0))  # the last one again, for the logits after it
+            self._best = None
+
+    @abstractmethod
+    def _compute(self, start: int, tokens: list[int]) -> Tensor:
+        """Logits [V] after the last of tokens whose first has the position `start`; the cache holds those before it.
+
+        The cache may hold more, which is to be forgotten.
+        """
+
+    def _greedy(self, start: int, tokens: list[int], count: int, stops: Collection[int]) -> list[int]:
+        """At least one token, at most `count`, that follow tokens from the position `start` on.
+
+        Stops behind one of `stops`. The cache then holds all tokens but the last.
+        """
+        return [int(self._compute(start, tokens).argmax())]
+
+
+def as_list(ids: Ids) -> list[int]:
+    """Plain numbers.
+
+    Raises:
+        UserError: they are not tokens of one sequence.
+    """
+    found = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+    if not isinstance(found, list) or not all(type(each) is int for each in found):
+        raise usage_error("Tokens of a sequence are whole numbers, [T].")
+    return found

@@ -1,0 +1,143 @@
+"""A packed model in transformers: every architecture that transformers has, every setting that a recipe can ask for.
+
+Slow beside the native engine, because Python and torch take longer than the kernels to decode a token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgerazor import integration, surgery
+from edgerazor.packed import PackedModel, size_table
+from edgerazor.runtime._base import Model, Score, Session
+from edgerazor.runtime._positions import max_positions
+
+#: Tokens that are computed at a time to score them.
+BATCH_TOKENS = 1024
+
+#: A sequence to score: its request, its continuation there, and the tokens of both.
+_Job = tuple[int, int, list[int]]
+
+
+class TransformersModel(Model):
+    """A packed model that transformers computes, with packed layers.
+
+    Args:
+        folder: packed.
+        threads: that torch computes with.
+        note: why it is not the native engine.
+
+    Raises:
+        UserError: not a packed folder, or a damaged one.
+    """
+
+    engine = "transformers"
+
+    def __init__(self, folder: Path, threads: int, note: str | None) -> None:
+        self.folder, self.threads, self.note = folder, threads, note
+        self.model, self.tokenizer = integration.load(folder)
+        config = self.model.config.get_text_config()
+        self.vocabulary = self.model.get_output_embeddings().out_features
+        self.max_positions = max_positions(config)
+        packed = PackedModel.open(folder)
+        classes = {each.kind: each.bytes for each in size_table(packed).classes}
+        self.weight_bytes = sum(classes.values())
+        unread = 0 if packed.header.tied else classes.get("embedding", 0)  # but for a row of it
+        self.bytes_per_token = self.weight_bytes - unread
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        itemsize = torch.float32.itemsize
+        self.cache_bytes_per_token = 2 * config.num_hidden_layers * heads * width * itemsize
+
+    @functools.cached_property
+    def kernel(self) -> str:
+        return surgery.kernels_of(self.model)
+
+    def session(self) -> TransformersSession:
+        return TransformersSession(self)
+
+    def forward(self, tokens: Tensor, **options: Any) -> Any:
+        """What the model of transformers gives for tokens [B, T]."""
+        with _threads(self.threads), torch.inference_mode():
+            return self.model(input_ids=tokens, **options)
+
+    def _logits(self, tokens: Tensor, last: int) -> Tensor:
+        found = self.forward(tokens, use_cache=False, logits_to_keep=last).logits
+        return found[:, -last:].float()  # some models keep all
+
+    def _score(self, requests: list[tuple[list[int], list[list[int]]]]) -> list[list[Score]]:
+        scores = [[Score(0.0, True)] * len(continuations) for _, continuations in requests]
+        jobs = [
+            (request, index, [*prefix, *continuation])
+            for request, (prefix, continuations) in enumerate(requests)
+            for index, continuation in enumerate(continuations)
+        ]
+        for batch in _batches(jobs):
+            firsts = [len(requests[request][0]) for request, _, _ in batch]
+            tokens = torch.tensor([each for _, _, each in batch])  # [B, T + 1]
+            last = tokens.shape[1] - min(firsts)
+            chances = self._logits(tokens[:, :-1], last).log_softmax(-1)  # [B, last, V]
+            for (request, index, _), first, target, chance in zip(batch, firsts, tokens, chances, strict=True):
+                wanted = target[first:]  # [n]
+                of_wanted = chance[last - len(wanted) :]  # [n, V]
+                value = float(of_wanted.gather(1, wanted[:, None]).double().sum())
+                scores[request][index] = Score(value, bool((of_wanted.argmax(-1) == wanted).all()))
+        return scores
+
+
+def _batches(jobs: list[_Job]) -> Iterator[list[_Job]]:
+    """Batches of equal lengths, so that nothing has to be padded; the longest first."""
+    by_length = sorted(jobs, key=lambda job: -len(job[2]))
+    for length, group in itertools.groupby(by_length, key=lambda job: len(job[2])):
+        same = list(group)
+        size = max(1, BATCH_TOKENS // length)
+        for start in range(0, len(same), size):
+            yield same[start : start + size]
+
+
+class TransformersSession(Session):
+    """A sequence and its cache in transformers."""
+
+    model: TransformersModel
+
+    def __init__(self, model: TransformersModel) -> None:
+        super().__init__(model)
+        self._cache: Any = None
+        self._cached = 0
+
+    def _compute(self, start: int, tokens: list[int]) -> Tensor:
+        self._forget(start)
+        missing = self.ids[self._cached : start]
+        out = self.model.forward(
+            torch.tensor([[*missing, *tokens]]), past_key_values=self._cache, use_cache=True, logits_to_keep=1
+        )
+        self._cache, self._cached = out.past_key_values, start + len(tokens)
+        return out.logits[0, -1].float()
+
+    def _forget(self, start: int) -> None:
+        """Drop what the cache holds from `start` on, or all of it where it has lost what then would be seen."""
+        try:
+            if self._cached > start:
+                self._cache.crop(start - self._cached)
+                self._cached = start
+        except (RuntimeError, ValueError, AttributeError):  # a sliding window, a recurrent state
+            self._cache, self._cached = None, 0
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """So many threads of torch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
