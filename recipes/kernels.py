@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import mmap
 import statistics
 import sys
 import time
@@ -20,23 +19,13 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import torch
-from torch import Tensor
 
 from edgerazor import formats
 from edgerazor.kernels import native
+from edgerazor.stages._bandwidth import in_huge_pages
 
-HUGE_PAGE = 1 << 21
 #: A ternary part as it is once expanded to codes of two bits.
 EXPANDED = "ternary2"
-
-
-def in_huge_pages(size: int) -> Tensor:
-    """Zeroed uint8 [size] in pages of 2 MB, where the system has them."""
-    area = mmap.mmap(-1, size + HUGE_PAGE)
-    area.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(area, dtype=torch.uint8)
-    start = -whole.data_ptr() % HUGE_PAGE
-    return whole[start : start + size]
 
 
 def random_part(name: str, geometry: native.Geometry, rows: int) -> native.Part:
