@@ -568,6 +568,7 @@ void edgerazor_decoder::forward(const edgerazor_run* runs, int64_t run_count, co
             const View view = this->view(thread, count);
             embed(view, tokens + first);
             for (int i = 0; i < model.layer_count; i++) run_layer(view, i);
+            if (view.shared) threads.meet(); // wanted tokens are shared out anew
             finish(view);
         });
     }
