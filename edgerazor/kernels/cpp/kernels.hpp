@@ -104,4 +104,7 @@ constexpr int64_t row_blocks(int64_t rows) { return (rows + kRows - 1) / kRows; 
 
 extern const Kernels portable_kernels, avx2_kernels, avx2vnni_kernels, avx512_kernels, neon_kernels, i8mm_kernels;
 
+// Of an instruction set that this machine can run, by its number.
+const Kernels& kernels_at(int isa);
+
 } // namespace edgerazor
