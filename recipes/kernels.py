@@ -22,7 +22,7 @@ import torch
 
 from edgerazor import formats
 from edgerazor.kernels import native
-from edgerazor.stages._bandwidth import in_huge_pages
+from edgerazor.runtime._weights import huge_memory
 
 #: A ternary part as it is once expanded to codes of two bits.
 EXPANDED = "ternary2"
@@ -33,9 +33,9 @@ def random_part(name: str, geometry: native.Geometry, rows: int) -> native.Part:
     number_format = formats.get("int2z" if name == EXPANDED else name)
     bits = 0 if name == "ternary" else number_format.code_bits
     blocks, width = -(-rows // native.ROWS), geometry.block_bytes(bits)
-    codes = in_huge_pages(blocks * width).view(blocks, width)
+    codes = huge_memory(blocks * width).view(blocks, width)
     codes[:] = torch.randint(0, 243, (1, width), dtype=torch.uint8)
-    scales = in_huge_pages(blocks * geometry.groups * native.ROWS * 2).view(torch.float16)
+    scales = huge_memory(blocks * geometry.groups * native.ROWS * 2).view(torch.float16)
     scales.fill_(0.01)
     return native.Part.of(codes, scales.view(blocks, geometry.groups, native.ROWS), rows, number_format)
 

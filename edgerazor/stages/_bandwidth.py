@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import mmap
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from torch import Tensor
 
 from edgerazor.kernels import native
+from edgerazor.runtime._weights import huge_memory
 
 #: Bytes read in one measurement.
 BYTES = 512 * 1024 * 1024
-HUGE_PAGE = 1 << 21
 #: Passes of a measurement; the fastest counts, because whatever else the machine does makes a pass slower.
 PASSES = 3
-
-
-def in_huge_pages(size: int) -> Tensor:
-    """Zeroed uint8 [size] in pages of 2 MB, where the system has them."""
-    area = mmap.mmap(-1, size + HUGE_PAGE)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        area.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(area, dtype=torch.uint8)
-    start = -whole.data_ptr() % HUGE_PAGE
-    return whole[start : start + size]
 
 
 class Bandwidth:
@@ -37,7 +25,7 @@ class Bandwidth:
 
     def __init__(self) -> None:
         self.native = native.library() is not None
-        self.memory = in_huge_pages(BYTES).fill_(1)
+        self.memory = huge_memory(BYTES).fill_(1)
         self.how = f"{'the native library' if self.native else 'torch.sum'}, {BYTES >> 20} MB in huge pages"
 
     def measure(self, threads: int) -> float:
