@@ -167,6 +167,8 @@ def run_table(table: Table, log: Log, bandwidth: Bandwidth, setting: Setting) ->
                 try:
                     engines[entry] = opened(entry, table, threads, log, stack)
                 except UserError as error:
+                    if entry.program is None:
+                        raise
                     log.note(f"{entry.name}: {error}")
             for number in missing:
                 setting.console.say(f"{table.name}: {threads} thread{'s' * (threads > 1)}, round {number + 1}")
