@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from edgerazor.errors import usage_error
 from edgerazor.models import PreTrainedTokenizerBase
@@ -27,6 +30,18 @@ class Score(NamedTuple):
 
     log_probability: float
     greedy: bool
+
+
+#: What `Model.score` is asked: a prefix, its continuations, and perhaps counts of their last tokens.
+Request: TypeAlias = tuple[Ids, Sequence[Ids]] | tuple[Ids, Sequence[Ids], Sequence[int]]
+
+
+class Asked(NamedTuple):
+    """A checked request: how probable the last `counts` tokens of the continuations are."""
+
+    prefix: list[int]
+    continuations: list[list[int]]
+    counts: list[int]
 
 
 class Model(ABC):
@@ -61,6 +76,18 @@ class Model(ABC):
     def kernel(self) -> str:
         """Names of the kernels that multiply, as `edgerazor.kernels.name` has them: `avx512`, `avx512, reference`."""
 
+    @functools.cached_property
+    def config(self) -> PreTrainedConfig:
+        """The folder's configuration."""
+        return AutoConfig.from_pretrained(self.folder)
+
+    @functools.cached_property
+    def generation_config(self) -> GenerationConfig:
+        """What ends a text, and other defaults of transformers' `generate`."""
+        if (self.folder / GENERATION_CONFIG_NAME).exists():
+            return GenerationConfig.from_pretrained(self.folder)
+        return GenerationConfig.from_model_config(self.config)
+
     @abstractmethod
     def session(self) -> Session:
         """A new sequence, without tokens."""
@@ -85,25 +112,40 @@ class Model(ABC):
         found = self._logits(tokens.reshape(-1, tokens.shape[-1]), count)
         return found.reshape(*tokens.shape[:-1], count, self.vocabulary)
 
-    def score(self, requests: Sequence[tuple[Ids, Sequence[Ids]]]) -> list[list[Score]]:
+    def score(self, requests: Sequence[Request]) -> list[list[Score]]:
         """How probable continuations are.
 
         Args:
-            requests: each a prefix of at least one token, and its continuations, likewise.
+            requests: each a prefix of at least one token, and its continuations, likewise; and perhaps how many of the
+                last tokens of each continuation count, all if not given. What is before them is then read but not
+                scored, as where a continuation is a question with its answer, and the prefix is what all questions
+                have before them. The last token of a continuation is not read, and needs no position.
 
         Returns:
             a score for each continuation of each request.
 
         Raises:
-            UserError: as `logits`.
+            UserError: as `logits`; or a count is not from 1 to the tokens of its continuation.
         """
-        plain = [(as_list(prefix), [as_list(each) for each in continuations]) for prefix, continuations in requests]
-        for prefix, continuations in plain:
-            if not prefix or not all(continuations):
-                raise usage_error("A prefix and its continuations need at least one token each.")
-            for each in continuations or [[]]:
-                self.check([*prefix, *each])
+        plain = []
+        for prefix, continuations, *counts in requests:
+            tokens = [as_list(each) for each in continuations]
+            plain.append(Asked(as_list(prefix), tokens, list(*counts) if counts else [len(each) for each in tokens]))
+        for asked in plain:
+            self._check_asked(asked)
         return self._score(plain)
+
+    def _check_asked(self, asked: Asked) -> None:
+        if not asked.prefix or not all(asked.continuations):
+            raise usage_error("A prefix and its continuations need at least one token each.")
+        self.check(asked.prefix)
+        if len(asked.counts) != len(asked.continuations):
+            raise usage_error(f"There are {len(asked.counts)} counts for {len(asked.continuations)} continuations.")
+        for tokens, count in zip(asked.continuations, asked.counts, strict=True):
+            self.check(tokens[-1:])
+            self.check(tokens[:-1], len(asked.prefix))
+            if not 1 <= count <= len(tokens):
+                raise usage_error(f"There are no last {count} of the {len(tokens)} tokens of a continuation.")
 
     def check(self, tokens: Ids, before: int = 0) -> None:
         """Make sure that tokens [T] or [B, T] are of the vocabulary, and no more than fit behind those before.
@@ -126,7 +168,7 @@ class Model(ABC):
         """Logits [B, last, V] of checked tokens [B, T]."""
 
     @abstractmethod
-    def _score(self, requests: list[tuple[list[int], list[list[int]]]]) -> list[list[Score]]:
+    def _score(self, requests: list[Asked]) -> list[list[Score]]:
         """`score` of checked requests."""
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from edgerazor import integration, surgery
 from edgerazor.packed import PackedModel, size_table
-from edgerazor.runtime._base import Model, Score, Session
+from edgerazor.runtime._base import Asked, Model, Score, Session
 from edgerazor.runtime._positions import max_positions
 
 #: Tokens that are computed at a time to score them.
@@ -73,21 +73,20 @@ class TransformersModel(Model):
         found = self.forward(tokens, use_cache=False, logits_to_keep=last).logits
         return found[:, -last:].float()  # some models keep all
 
-    def _score(self, requests: list[tuple[list[int], list[list[int]]]]) -> list[list[Score]]:
-        scores = [[Score(0.0, True)] * len(continuations) for _, continuations in requests]
+    def _score(self, requests: list[Asked]) -> list[list[Score]]:
+        scores = [[Score(0.0, True)] * len(asked.continuations) for asked in requests]
         jobs = [
-            (request, index, [*prefix, *continuation])
-            for request, (prefix, continuations) in enumerate(requests)
-            for index, continuation in enumerate(continuations)
+            (request, index, [*asked.prefix, *continuation])
+            for request, asked in enumerate(requests)
+            for index, continuation in enumerate(asked.continuations)
         ]
         for batch in _batches(jobs):
-            firsts = [len(requests[request][0]) for request, _, _ in batch]
+            counts = [requests[request].counts[index] for request, index, _ in batch]
             tokens = torch.tensor([each for _, _, each in batch])  # [B, T + 1]
-            last = tokens.shape[1] - min(firsts)
-            chances = self._logits(tokens[:, :-1], last).log_softmax(-1)  # [B, last, V]
-            for (request, index, _), first, target, chance in zip(batch, firsts, tokens, chances, strict=True):
-                wanted = target[first:]  # [n]
-                of_wanted = chance[last - len(wanted) :]  # [n, V]
+            chances = self._logits(tokens[:, :-1], max(counts)).log_softmax(-1)  # [B, most, V]
+            for (request, index, _), count, target, chance in zip(batch, counts, tokens, chances, strict=True):
+                wanted = target[-count:]  # [n]
+                of_wanted = chance[-count:]  # [n, V]
                 value = float(of_wanted.gather(1, wanted[:, None]).double().sum())
                 scores[request][index] = Score(value, bool((of_wanted.argmax(-1) == wanted).all()))
         return scores
