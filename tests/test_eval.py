@@ -22,6 +22,8 @@ from edgerazor.recipe import Recipe, build
 from edgerazor.stages import _shared, pack
 from edgerazor.stages import eval as stage
 from edgerazor.stages.eval import EvalResult, Subject, TaskResult
+from edgerazor.tasks._quiet import quiet_lm_eval
+from edgerazor.tasks._scorer import EngineScorer, Scorer
 from edgerazor.workdir import WorkDir
 
 QUIET = Console(quiet=True)
@@ -375,6 +377,55 @@ def test_decoded_weights_with_rounded_inputs_are_the_packed_model(
     assert result.text is not None
     assert result.text.kl == pytest.approx(expected.kl, rel=0.01)
     assert abs((weights_only.kl or 0) - (expected.kl or 0)) > 1e-5
+
+
+def scores_of(model: Any, tokenizer: Any) -> list[tuple[float, bool]]:
+    """Log-probability of a token of each choice of `items`, the mean, and whether they are the most probable."""
+    requests = [
+        (None, tokenizer(row["prompt"]).input_ids, tokenizer(f" {choice}", add_special_tokens=False).input_ids)
+        for row in items()
+        for choice in row["choices"]
+    ]
+    with quiet_lm_eval():
+        scorer = (EngineScorer if isinstance(model, runtime.Model) else Scorer)(model, tokenizer, 2, QUIET, "m")
+        found = scorer._loglikelihood_tokens(requests)
+    return [(value / len(tokens), greedy) for (value, greedy), (_, _, tokens) in zip(found, requests, strict=True)]
+
+
+@pytest.mark.parametrize(("bits", "close"), [(8, 1e-2), (16, 1e-4)])
+def test_the_runtime_measures_what_transformers_measures(
+    bits: int, close: float, make_model: Any, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model(tmp_path / "teacher", "qwen3")
+    write_rows(tmp_path / "world_recall.jsonl", items())
+    values: dict[str, Any] = {
+        "model": str(tmp_path / "teacher"),
+        "device": "cpu",
+        "calibrate": {"bits": 4, "group_size": GROUP_SIZE, "activation_bits": bits, "kv_bits": bits},
+        "pack": {"source": "teacher"},
+        "data": {"held_out": [{"file": str(text_file)}], "sequence_length": 32},
+        "eval": {"against": str(tmp_path / "teacher"), "text_sequences": 4, "tasks": ["world_recall"]},
+    }
+    values["eval"]["task_data"] = str(tmp_path)
+    folder = WorkDir(tmp_path / "job").folder("pack")
+    pack.run(build(values), WorkDir(tmp_path / "job"), QUIET)
+    model = runtime.load(folder)
+    plain, tokenizer = integration.load(folder)
+    expected_scores = scores_of(plain, tokenizer)
+    assert scores_of(model, tokenizer) == [
+        (pytest.approx(value, abs=close), greedy) for value, greedy in expected_scores
+    ]
+    result = stage.evaluate_model(str(folder), build(values), QUIET)
+    assert result.engine == model.engine
+    load = runtime.load
+    monkeypatch.setattr(runtime, "load", lambda folder, threads: load(folder, threads, engine="transformers"))
+    expected = stage.evaluate_model(str(folder), build(values), QUIET)
+    assert (expected.engine, expected.kernel) == ("transformers", result.kernel)
+    assert result.tasks == expected.tasks
+    assert result.text is not None
+    assert expected.text is not None
+    assert result.text.perplexity == pytest.approx(expected.text.perplexity, rel=close)
+    assert result.text.kl == pytest.approx(expected.text.kl, rel=close, abs=close * 0.01)
 
 
 def test_a_collapsed_packed_model_fails_alone(job: Any) -> None:
