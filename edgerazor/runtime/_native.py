@@ -261,7 +261,7 @@ class _Call:
             self.asked += [_Asked(place, target, (number, index)) for place, target in asked]
 
     def _run(self, prefix_cell: int, prefix: int, tokens: list[int], own: int = 0) -> tuple[int, int]:
-        """Adds a run of tokens, all but the first `own`, which its cells hold; its cell, the number of its first token."""
+        """Adds a run of the tokens behind `own` that its cells hold; its cell, and the number of its first token."""
         place = self.cells, len(self.tokens)
         self.runs.append(Run(prefix_cell, prefix, self.cells, own, len(tokens) - own))
         self.tokens += tokens[own:]
