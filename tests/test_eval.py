@@ -411,10 +411,11 @@ def test_the_runtime_measures_what_transformers_measures(
     pack.run(build(values), WorkDir(tmp_path / "job"), QUIET)
     model = runtime.load(folder)
     plain, tokenizer = integration.load(folder)
-    expected_scores = scores_of(plain, tokenizer)
-    assert scores_of(model, tokenizer) == [
-        (pytest.approx(value, abs=close), greedy) for value, greedy in expected_scores
-    ]
+    pairs = list(zip(scores_of(model, tokenizer), scores_of(plain, tokenizer), strict=True))
+    differences = [abs(found - expected) for (found, _), (expected, _) in pairs]
+    assert sum(differences) / len(differences) < 0.1 * close  # a number that is rounded otherwise is seen in few
+    assert max(differences) < 5 * close
+    assert [found for (_, found), _ in pairs] == [expected for _, (_, expected) in pairs]
     result = stage.evaluate_model(str(folder), build(values), QUIET)
     assert result.engine == model.engine
     load = runtime.load
