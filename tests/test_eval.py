@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -104,6 +105,7 @@ def task_result(score: float, teacher: float | None, stderr: float | None, chanc
 def test_a_teacher_keeps_all_of_itself(job: Any) -> None:
     values, work, _ = job
     result = stage.run(build(values), work, QUIET)
+    assert result.engine == runtime.load(Path("packed")).engine
     one = result.tasks["world_recall"]
     assert (one.score, one.teacher_score, one.retention, one.retention_above_chance) == (1.0, 1.0, 1.0, 1.0)
     assert (one.metric, one.items, one.chance, one.full_set) == ("acc", 20, 0.25, False)
@@ -438,6 +440,31 @@ def test_a_collapsed_packed_model_fails_alone(job: Any) -> None:
     result = stage.evaluate_model("plain", build(values), QUIET)
     assert result.failures == []
     assert any("collapsed" in note for note in result.notes)
+
+
+@pytest.mark.parametrize(
+    ("task", "own", "reason"),
+    [
+        (None, {"repetition_penalty": 1.1}, None),  # nothing is written
+        ({"until": ["x"], "do_sample": False}, {"temperature": 0.6, "top_k": 20, "repetition_penalty": 1.0}, None),
+        ({"until": ["x"]}, {"repetition_penalty": 1.1}, "generation_config.json sets repetition_penalty"),
+        ({"until": ["x"], "do_sample": True, "temperature": 0.7}, {}, "the answers of written are not greedy text"),
+    ],
+)
+def test_what_is_not_greedy_text_is_for_transformers(
+    job: Any, task: dict[str, Any] | None, own: dict[str, Any], reason: str | None
+) -> None:
+    values, _, loaded = job
+    for name, value in own.items():
+        setattr(loaded["teacher"].generation_config, name, value)
+    kind = "multiple_choice" if task is None else "generate_until"
+    asked = SimpleNamespace(OUTPUT_TYPE=kind, config=SimpleNamespace(generation_kwargs=task))
+    entry = tasks.LoadedTask("written", asked, "t.jsonl", 100, True, None, "")
+    engine = runtime.load(Path("packed")).engine
+    subject, notes = stage._load_packed("packed", Path("packed"), build(values), torch.device("cpu"), [entry])
+    assert isinstance(subject.model, runtime.Model) == (engine == "native" and reason is None)
+    assert len(notes) == (engine == "native" and reason is not None)
+    assert all(str(reason) in note for note in notes)
 
 
 # --- the stage's other duties ----------------------------------------------------------------
