@@ -181,6 +181,11 @@ class Run:
     count: int
 
     @property
+    def numbers(self) -> tuple[int, int, int, int, int]:
+        """All of them, in order."""
+        return self.prefix_cell, self.prefix, self.cell, self.own, self.count
+
+    @property
     def end(self) -> int:
         """Position behind its last token."""
         return self.prefix + self.own + self.count
@@ -514,7 +519,7 @@ class Decoder:
             raise ValueError("there are no runs")
         rotates = any(layer.rotary for layer in self.network.layers)
         for run in runs:
-            if run.count < 1 or min(dataclasses.astuple(run)) < 0 or run.cell % CELLS or run.prefix_cell % CELLS:
+            if run.count < 1 or min(run.numbers) < 0 or run.cell % CELLS or run.prefix_cell % CELLS:
                 raise ValueError(f"impossible run: {run}")
             if max(run.prefix_cell + run.prefix, run.written[1]) > self.cells:
                 raise ValueError(f"of {self.cells} reserved cells there are not those of {run}")
@@ -530,7 +535,7 @@ def _free(handle: c_void_p, network: Network) -> None:
 
 
 def _structures(runs: Sequence[Run]) -> ctypes.Array[_Run]:
-    return (_Run * len(runs))(*(_Run(*dataclasses.astuple(run)) for run in runs))
+    return (_Run * len(runs))(*(_Run(*run.numbers) for run in runs))
 
 
 def _int32(numbers: Sequence[int] | Tensor) -> Tensor:

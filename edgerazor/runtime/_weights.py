@@ -139,7 +139,8 @@ def _moved(matrix: native.Matrix, places: _Places, spec: MatrixSpec) -> native.M
 
 def huge_memory(size: int) -> Tensor:
     """Zeroed memory, uint8 [size], that begins with a huge page where the system has such; it asks for more of them."""
-    memory = mmap.mmap(-1, max(size, 1) + HUGE_PAGE)
+    # Python's default are shared pages, which are not huge.
+    memory = mmap.mmap(-1, max(size, 1) + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     tensor = torch.frombuffer(memory, dtype=torch.uint8)
     start = -tensor.data_ptr() % HUGE_PAGE
     if hasattr(mmap, "MADV_HUGEPAGE"):
