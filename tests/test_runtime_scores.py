@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
-from conftest import ModelMaker
-from test_runtime import IDS, pack
+from conftest import GROUP_SIZE, VOCABULARY, ModelMaker
 
-from edgerazor import runtime
+from edgerazor import pipeline, runtime
+from edgerazor.console import Console
 from edgerazor.errors import USAGE, UserError
+from edgerazor.recipe import build
 from edgerazor.runtime import _native
+from edgerazor.workdir import WorkDir
 
-TOKENS = IDS[0].tolist()
+TOKENS = random.Random(0).choices(range(2, VOCABULARY), k=24)
 #: Two differ in their last token, two are the same but for what counts, one has a token.
 CONTINUATIONS = [TOKENS[5:12], TOKENS[5:9], TOKENS[7:16], [*TOKENS[5:11], 7], [*TOKENS[5:11], 8], [9], TOKENS[5:9]]
 COUNTS = [1, 4, 3, 2, 1, 1, 2]
@@ -22,7 +25,10 @@ COUNTS = [1, 4, 3, 2, 1, 1, 2]
 def folder(make_model: ModelMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("scores")
     make_model(place / "model", "qwen3")
-    return pack(place / "model", place / "work", bits=4.0)
+    values = {"model": str(place / "model"), "device": "cpu", "pack": {"source": "teacher"}}
+    recipe = build({**values, "calibrate": {"bits": 4, "group_size": GROUP_SIZE}})
+    pipeline.run("pack", recipe, WorkDir(place / "work"), Console(quiet=True))
+    return WorkDir(place / "work").folder("pack")
 
 
 @pytest.fixture(scope="module", params=runtime.ENGINES)
