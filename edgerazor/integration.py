@@ -26,7 +26,7 @@ from edgerazor.formats import INPUT_SCALE, LOW_INPUT_SCALE
 from edgerazor.kernels import StoredMatrix
 from edgerazor.kernels.reference import UNQUANTIZED
 from edgerazor.models import load_tokenizer, quiet_transformers
-from edgerazor.packed import SETTINGS, PackedModel
+from edgerazor.packed import CHECKSUMS, SETTINGS, PackedModel
 
 METHOD = "edgerazor"
 
@@ -98,7 +98,7 @@ class EdgeRazorQuantizer(HfQuantizer):
         )
         check_others(model, packed)
         packed_names = "|".join(re.escape(name) for name in matrices)
-        ours = {rf"^({packed_names})\.weight\.", rf"\.({INPUT_SCALE}|{LOW_INPUT_SCALE})$"}
+        ours = {rf"^({packed_names})\.weight\.", rf"\.({INPUT_SCALE}|{LOW_INPUT_SCALE})$", f"^{re.escape(CHECKSUMS)}$"}
         model._keys_to_ignore_on_load_unexpected = ours
         model._tied_weights_keys = model.all_tied_weights_keys = {}  # there is no weight left to tie
 

@@ -303,7 +303,7 @@ def test_a_small_file_cannot_fill_the_memory(tmp_path: Path) -> None:
     write(tmp_path, matrices=[MatrixSource("m", "linear", spec, (64, 256), lambda: encoded)], tied={}, compress=True)
 
     def changed(entries: dict[str, Any], header: dict[str, Any]) -> None:
-        header["matrices"]["m"]["shape"] = [1 << 30, 1 << 30]
+        header["matrices"][0]["shape"] = [1 << 30, 1 << 30]
 
     change_header(tmp_path, changed)
     with pytest.raises(UserError, match="m: its frames are too small for 1152921504606846976 codes"):

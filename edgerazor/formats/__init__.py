@@ -14,6 +14,7 @@ from edgerazor.formats._activations import (
 )
 from edgerazor.formats._base import Encoded, Format, group_count, straight_through
 from edgerazor.formats._indices import index_columns
+from edgerazor.formats._joined import joined, joined_blocks, separated
 from edgerazor.formats._layout import ROWS
 from edgerazor.formats._learned import carried_weight, gradient_inlet, initial_scales, learned_weight, stored_scales
 from edgerazor.formats._matrix import (
@@ -29,9 +30,11 @@ from edgerazor.formats._matrix import (
     encoded_parts,
     fake_quantize_matrix,
     get,
+    joined_bytes,
     pack_matrix,
     part_shapes,
     round_trip,
+    stored_shapes,
     tensor_bytes,
     unpack_matrix,
     unpack_spec,
@@ -80,6 +83,9 @@ __all__ = [
     "group_count",
     "index_columns",
     "initial_scales",
+    "joined",
+    "joined_blocks",
+    "joined_bytes",
     "learned_weight",
     "magnitude_counts",
     "names",
@@ -88,7 +94,9 @@ __all__ = [
     "quantize_activations",
     "quantize_static",
     "round_trip",
+    "separated",
     "stored_scales",
+    "stored_shapes",
     "straight_through",
     "stream_bytes",
     "tensor_bytes",
