@@ -54,7 +54,7 @@ def row(name: str, shape: tuple[int, int], group_size: int, rounds: int) -> list
     weights, sizes = encoded.codes.numel(), formats.stream_bytes(spec, shape)
 
     def write() -> dict[str, bytes]:
-        return {part: compress(*streams) for part, streams in formats.to_streams(encoded, spec).items()}
+        return {part: compress(streams) for part, streams in formats.to_streams(encoded, spec).items()}
 
     frames = {part: torch.frombuffer(bytearray(frame), dtype=torch.uint8) for part, frame in write().items()}
 

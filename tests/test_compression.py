@@ -18,7 +18,7 @@ from torch import Tensor
 
 from edgerazor import formats, packed
 from edgerazor.errors import UserError
-from edgerazor.formats import Encoded, MatrixSpec
+from edgerazor.formats import Encoded, MatrixSpec, Streams
 from edgerazor.packed import MatrixSource, PackedModel
 from edgerazor.packed._compression import LARGEST_RATIO, NARROWEST, compress, decompress, entropy_bytes, largest_frame
 from edgerazor.packed._growing import Turns
@@ -121,7 +121,7 @@ def test_sparse_codes_come_back_and_take_little_more_than_their_entropy(name: st
     codes = torch.where(torch.rand(shape, generator=generator) < zeros, 0, codes).to(torch.int8)
     spec, encoded = MatrixSpec((name,), 256), Encoded(codes, torch.ones(96, 8, dtype=torch.float16))
     sizes, streams = formats.stream_bytes(spec, shape), formats.to_streams(encoded, spec)
-    frames = {part: as_tensor(compress(*found)) for part, found in streams.items()}
+    frames = {part: as_tensor(compress(found)) for part, found in streams.items()}
     assert frames[name].numel() * LARGEST_RATIO * NARROWEST >= codes.numel()
     parts = formats.pack_matrix(encoded, spec)
     back = formats.from_streams({part: decompress(frame, sizes[part]) for part, frame in frames.items()}, spec, shape)
@@ -258,7 +258,7 @@ def test_gaussian_weights_take_little_more_than_their_entropy(
 ) -> None:
     spec = MatrixSpec((name,), group_size)
     encoded = formats.encode_matrix(weights(*shape), spec)
-    found = {part: len(compress(*streams)) for part, streams in formats.to_streams(encoded, spec).items()}
+    found = {part: len(compress(streams)) for part, streams in formats.to_streams(encoded, spec).items()}
     assert 1 <= sum(found.values()) / packed.matrix_entropy_bytes(encoded, spec) <= most
     codes = entropy_bytes(encoded.codes.view(torch.uint8) + formats.get(name).offset)
     assert 1 <= found[name] / codes <= min(most, 1.015)
@@ -276,7 +276,7 @@ def test_entropy_by_hand() -> None:
 def test_equal_rows_take_less_than_their_entropy() -> None:
     spec = MatrixSpec(("int4",), 256)
     encoded = formats.encode_matrix(weights(4, 256).repeat(128, 1), spec)
-    found = sum(len(compress(*streams)) for streams in formats.to_streams(encoded, spec).values())
+    found = sum(len(compress(streams)) for streams in formats.to_streams(encoded, spec).values())
     assert found < 0.1 * packed.matrix_entropy_bytes(encoded, spec)
 
 
@@ -292,7 +292,7 @@ def as_tensor(frame: bytes) -> Tensor:
 def test_a_frame_is_neither_too_small_nor_too_large(size: int, kind: str) -> None:
     noise = torch.randint(256, (size,), generator=torch.Generator().manual_seed(0)).byte()
     stream = torch.zeros(size, dtype=torch.uint8) if kind == "zero" else noise
-    frame = compress([[stream, stream]])
+    frame = compress(Streams([[stream, stream]]))
     assert 2 * size / LARGEST_RATIO <= len(frame) <= largest_frame(2 * size)
     assert torch.equal(decompress(as_tensor(frame), 2 * size), torch.cat([stream, stream]))
 

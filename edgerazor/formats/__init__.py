@@ -46,7 +46,7 @@ from edgerazor.formats._static import (
     magnitude_counts,
     quantize_static,
 )
-from edgerazor.formats._streams import from_streams, stream_bytes, to_streams
+from edgerazor.formats._streams import Streams, from_streams, stream_bytes, to_streams
 
 __all__ = [
     "BLOCK_FORMATS",
@@ -60,6 +60,7 @@ __all__ = [
     "Encoded",
     "Format",
     "MatrixSpec",
+    "Streams",
     "calibrated_scale",
     "carried_weight",
     "clipped",

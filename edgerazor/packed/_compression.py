@@ -19,6 +19,7 @@ from torch import Tensor
 from zstandard import ZstdCompressionParameters, ZstdCompressor, ZstdDecompressor, ZstdError
 
 from edgerazor import formats
+from edgerazor.formats import Streams
 
 #: A frame has at least this share of the bytes that it stands for, so that no small file can fill the memory.
 LARGEST_RATIO = 256
@@ -36,16 +37,17 @@ _COUNTED = 1 << 20
 _ACCEPTED = 1.02
 
 
-def compress(ways: Sequence[Sequence[Tensor]], codes: int = 0) -> bytes:
-    """One frame of the streams, uint8 [n] each, of the way that takes fewest bytes; equal streams give equal bytes.
+def compress(*parts: Streams) -> bytes:
+    """One frame of some parts, each in the way that takes fewest bytes; equal streams give equal bytes.
 
     Each stream begins with a new block. A frame of many codes is never so small that its reader would refuse it.
     """
-    frame, streams = min(((_frame(way, zstandard.STRATEGY_FAST), way) for way in ways), key=lambda one: len(one[0]))
+    streams = [stream for part in parts for stream in _smallest(part.ways)]
+    frame = _frame(streams, zstandard.STRATEGY_FAST)
     if len(frame) > _ACCEPTED * sum(map(entropy_bytes, streams)) + 256:
         frame = min(frame, _frame(streams, zstandard.STRATEGY_BTULTRA), key=len)
     size = sum(stream.numel() for stream in streams)
-    least = max(-(-size // LARGEST_RATIO), -(-codes // (LARGEST_RATIO * NARROWEST)))
+    least = max(-(-size // LARGEST_RATIO), -(-sum(part.codes for part in parts) // (LARGEST_RATIO * NARROWEST)))
     if len(frame) < least:  # short blocks have a length of their own
         block = max(1, _SHORTEST_BLOCK * size // least)
         frame = _frame([piece for stream in streams for piece in stream.split(block)], zstandard.STRATEGY_FAST)
@@ -96,6 +98,10 @@ def entropy_bytes(symbols: Tensor) -> float:
     counts = counts[counts > 0].double()
     total = float(counts.sum())
     return (total * math.log2(total) - float((counts * counts.log2()).sum())) / 8
+
+
+def _smallest(ways: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
+    return ways[0] if len(ways) == 1 else min(ways, key=lambda way: len(_frame(way, zstandard.STRATEGY_FAST)))
 
 
 def _frame(streams: Sequence[Tensor], strategy: int) -> bytes:

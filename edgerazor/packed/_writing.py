@@ -268,7 +268,7 @@ class _Frames:
         self.files, self.place, self.turns = files, place, Turns()
 
     def __call__(self, number: int, matrix: MatrixSource, encoded: Encoded, parts: dict[str, Tensor]) -> None:
-        frames = {part: compressed(*streams) for part, streams in formats.to_streams(encoded, matrix.spec).items()}
+        frames = {part: compressed(streams) for part, streams in formats.to_streams(encoded, matrix.spec).items()}
         with self.turns.turn(number):
             for part in sorted(parts):
                 name = part_name(matrix.name, part)
