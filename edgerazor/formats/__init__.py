@@ -49,7 +49,7 @@ from edgerazor.formats._static import (
     magnitude_counts,
     quantize_static,
 )
-from edgerazor.formats._streams import from_streams, stream_bytes, to_streams
+from edgerazor.formats._streams import Streams, from_streams, scale_stream_bytes, stream_bytes, to_streams
 
 __all__ = [
     "BLOCK_FORMATS",
@@ -63,6 +63,7 @@ __all__ = [
     "Encoded",
     "Format",
     "MatrixSpec",
+    "Streams",
     "calibrated_scale",
     "carried_weight",
     "clipped",
@@ -94,6 +95,7 @@ __all__ = [
     "quantize_activations",
     "quantize_static",
     "round_trip",
+    "scale_stream_bytes",
     "separated",
     "stored_scales",
     "stored_shapes",

@@ -37,17 +37,19 @@ each such token has its own.
 **Compression**, for shipping, leaves everything else as it is. Where the header has `compression` with the method
 `zstd` and the filter 1, `NAME.zst`, U8 [bytes], stands in the place of each tensor NAME of codes and scales: one zstd
 frame (RFC 8878) of known content size, without a dictionary, with a window of at most 2^17 bytes, not smaller than
-1/256 of its content. The content is, without anything that pads,
+1/256 of its content, nor than a byte for 1024 codes. The content is, without anything that pads,
 
-- of the codes: `u`, row by row, as digits in the base that is the number of codes (3 in `ternary`, else 2^b), the first
-  the lowest, as many to a byte as fields of 2, 4 or 8 bits would be (4 in `ternary` and two bits, 2 in `int3` and
-  `int4`, else 1); each row begins with a new byte;
-- behind them, of the scales, row by row, d being the distance of the 16 bits of each, as an unsigned number, to the
-  smallest: bits 12 to 15 of every d, a byte each; bits 4 to 11, likewise; the smallest itself, 2 bytes; bits 0 to 3,
-  two to a byte.
+- of the scales, row by row, d being the distance of the 16 bits of each, as an unsigned number, to the smallest: a byte
+  m, 4, 6 or 8; the smallest, 2 bytes; the lowest m bits of every d, low bits first, without gaps; the next 8 bits of
+  every d, a byte each; the bits above, likewise;
+- behind them, of the codes, in one of two ways. Either a first byte k, 1 to 4, then `u`, row by row, as digits in the
+  base that is the number of codes (3 in `ternary`, else 2^b), k to a byte, no more than fields of 2, 4 or 8 bits would
+  be (4 in `ternary` and two bits, 2 in `int3` and `int4`, else 1), the first the lowest; each row begins with a new
+  byte. Or a first byte 0, a second one n, then all codes, row by row, and one code 1 more: a byte 0 is n codes 0, a
+  byte `1 + n * i + r` is r codes 0, r < n, and the i-th of 1, -1, 2, -2, ..., as far as the format has them.
 
-Its size follows from formats and shapes. Checksums are those of the tensors that it stands for. `NAME.zst` come behind
-all other tensors of a file, matrix by matrix, the largest first, beginning at any byte.
+That of codes has at most as many bytes as codes, and three. Checksums are those of the tensors that it stands for.
+`NAME.zst` come behind all other tensors of a file, matrix by matrix, the largest first, beginning at any byte.
 
 **Header.** The `__metadata__` of the first file holds `"edgerazor"`: a JSON object, fields as in `Description`, and
 `"edgerazor_sha256"`: the SHA-256 of that text. It names every tensor of the folder, alike ones together: `matrices`,

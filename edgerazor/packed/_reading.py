@@ -166,9 +166,10 @@ class PackedModel:
             if {part for part in sizes if not part.endswith(SCALES)} != set(entry.code_parts()):
                 raise ValueError("its parts are not those of its formats")
             for part in entry.code_parts():
-                both = sizes[part], sizes[part + SCALES]
-                content = decompress(self._stored(self.header.tensor_name(name, part)), sum(both))
-                streams[part], streams[part + SCALES] = content.split(both)
+                most = sizes[part] + sizes[part + SCALES]
+                content = decompress(self._stored(self.header.tensor_name(name, part)), most)
+                scales = formats.scale_stream_bytes(content, sizes[part + SCALES])
+                streams[part + SCALES], streams[part] = content[:scales], content[scales:]
             parts = formats.from_streams(streams, spec, entry.shape)
         except ValueError as error:
             raise self._broken(name, str(error)) from None

@@ -272,7 +272,7 @@ class _Frames:
 
     def __call__(self, number: int, matrix: MatrixSource, encoded: Encoded, parts: dict[str, list[memoryview]]) -> None:
         streams = formats.to_streams(encoded, matrix.spec)
-        frames = {part: compressed(streams[part] + streams[part + SCALES]) for part in parts if part in streams}
+        frames = {part: compressed(streams[part + SCALES], streams[part]) for part in parts if part in streams}
         with self.turns.turn(number):
             for part in sorted(parts):
                 name = part_name(matrix.name, part)
