@@ -13,9 +13,10 @@ import torch
 
 from edgerazor.errors import usage_error
 from edgerazor.runtime._base import Model, Score, Session
+from edgerazor.runtime._generation import Chat, Generation, Stream
 from edgerazor.runtime._transformers import TransformersModel
 
-__all__ = ["ENGINES", "Model", "Score", "Session", "load"]
+__all__ = ["ENGINES", "Chat", "Generation", "Model", "Score", "Session", "Stream", "load"]
 
 ENGINES = ("native", "transformers")
 

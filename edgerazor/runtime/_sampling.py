@@ -136,7 +136,7 @@ def check(highest: np.float32) -> None:
 
 
 def draw(weights: Scores, share: float) -> int:
-    """The index where weights [N] summed up exceed a share of all, from 0 to below 1: as probable as its weight says."""
+    """The index where weights [N] summed up exceed a share (0 to below 1) of all: as probable as its weight."""
     ends = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), BLOCK), dtype=np.float64))
     wanted = share * ends[-1]
     block = min(int(np.searchsorted(ends, wanted, side="right")), len(ends) - 1)
