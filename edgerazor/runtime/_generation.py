@@ -41,7 +41,7 @@ class Generation:
 
     Args:
         text: behind the prompt, without the stop string that ended it.
-        tokens: those written, without the end-of-text token that ended them.
+        tokens: those written, of a stop string too, but without the end-of-text token.
         finish_reason: `stop`: a stop string came up; `eos`: the model ended the text; `length`: `max_tokens`;
             `context`: the model has no more positions; None: it is not finished.
         prompt_tokens: of the prompt, special ones included.
@@ -187,9 +187,13 @@ class Chat:
         model: answers.
         asked: how; its `system` message is the first.
         seed: of the drawing.
+
+    Raises:
+        UserError: there is no chat template.
     """
 
     def __init__(self, model: Model, asked: Generate, seed: int) -> None:
+        check_template(model.tokenizer)
         self.model, self.asked = model, asked
         self.messages: list[dict[str, Any]] = []
         self.sampler = Sampler(asked, seed, model.vocabulary)
@@ -200,7 +204,7 @@ class Chat:
         """The answer to a question, as it is written; one that is broken off stays as far as it came.
 
         Raises:
-            UserError: there is no chat template, or it refuses the conversation, or there is no room for an answer.
+            UserError: the chat template refuses the conversation, or there is no room for an answer.
         """
         if self._latest is not None:
             answer = self._latest.generation
@@ -288,8 +292,7 @@ def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, asked: Generate) -> str:
     """A chat as its template writes it, up to where the assistant's turn begins."""
-    if not tokenizer.chat_template:
-        raise usage_error("The model's tokenizer has no chat template.", "Leave out `chat`: it goes on from any text.")
+    check_template(tokenizer)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if not messages:
         raise usage_error("There is no message to answer.")
@@ -298,6 +301,16 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, asked: Generate) 
     for each in messages:
         check_text(each.get("content") if isinstance(each, dict) else None)
     return data.render(Conversation(tuple(messages), None, "The prompt"), tokenizer, prompt=True)
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make sure that there can be a chat.
+
+    Raises:
+        UserError: there is no template.
+    """
+    if not tokenizer.chat_template:
+        raise usage_error("The model's tokenizer has no chat template.", "Leave out `chat`: it goes on from any text.")
 
 
 def check_text(text: object) -> None:
