@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 WORLD := recipes/world
 JOB := build/quickstart
-SELFTEST := tests/kernels_selftest.cpp
+SELFTESTS := kernels decoder
 KERNELS := edgerazor/kernels/libedgerazor.so
 
 # Real models and texts for `make results-methods`, beside the embedded teacher: a folder with `models` and `text`.
@@ -129,14 +129,18 @@ $(KERNELS): $(wildcard edgerazor/kernels/cpp/*) | install
 
 # AArch64 under emulation: Debian's g++-aarch64-linux-gnu and qemu-user.
 test-arm: install
-	CXX=aarch64-linux-gnu-g++ CXXFLAGS=-static $(BIN)/python -m edgerazor.kernels.build build/selftest-arm $(SELFTEST)
-	qemu-aarch64 -cpu max build/selftest-arm
+	for each in $(SELFTESTS); do \
+		CXX=aarch64-linux-gnu-g++ CXXFLAGS=-static $(BIN)/python -m edgerazor.kernels.build \
+			build/$$each-arm tests/$${each}_selftest.cpp && qemu-aarch64 -cpu max build/$$each-arm || exit 1; \
+	done
 
 # Every access to what is handed over and every shift checked (not the registers' copies on the stack: too many).
+SANITIZE := -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all --param asan-stack=0
 test-sanitizers: install
-	CXXFLAGS='-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all --param asan-stack=0' \
-		$(BIN)/python -m edgerazor.kernels.build build/selftest-sanitizers $(SELFTEST)
-	build/selftest-sanitizers
+	for each in $(SELFTESTS); do \
+		CXXFLAGS='$(SANITIZE)' $(BIN)/python -m edgerazor.kernels.build \
+			build/$$each-sanitizers tests/$${each}_selftest.cpp && build/$$each-sanitizers || exit 1; \
+	done
 
 clean:
 	rm -rf build .venv

@@ -128,7 +128,7 @@ def stored_matrix(packed: PackedModel, name: str) -> StoredMatrix | None:
         raise UserError(f"{packed.folder}: {name}: {error}.", "Copy or pack the model again.") from None
 
 
-def check_settings(settings: EdgeRazorConfig, packed: PackedModel) -> None:
+def check_settings(settings: Any, packed: PackedModel) -> None:
     """config.json, which anyone may edit, must say what the checked header of the weights says.
 
     Raises:
@@ -204,6 +204,26 @@ def check_files(folder: Path) -> None:
             raise UserError(f"{path} is no file, but a pipe, a device, or a link to nowhere.", "Remove it.")
 
 
+def open_folder(folder: Path) -> tuple[PackedModel, Any]:
+    """A packed model and its configuration, checked one against the other.
+
+    Raises:
+        UserError: not a packed folder, or a damaged one.
+    """
+    if not is_packed(folder):
+        raise UserError(f"{folder} is not a packed model.", "Make one with `edgerazor pack`.")
+    check_files(folder)
+    packed = PackedModel.open(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        check_layers(config, packed)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"transformers cannot read {folder / 'config.json'}: {_first_line(error)}.") from None
+    return packed, config
+
+
 def load(
     folder: str | os.PathLike[str],
     device: str = "cpu",
@@ -223,16 +243,7 @@ def load(
         UserError: not a packed folder, or a damaged one.
     """
     folder = Path(folder)
-    if not is_packed(folder):
-        raise UserError(f"{folder} is not a packed model.", "Make one with `edgerazor pack`.")
-    check_files(folder)
-    packed = PackedModel.open(folder)  # transformers would hide which file is damaged, and how
-    try:
-        check_layers(AutoConfig.from_pretrained(folder), packed)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"transformers cannot read {folder / 'config.json'}: {_first_line(error)}.") from None
+    open_folder(folder)  # transformers would hide which file is damaged, and how
     tokenizer = load_tokenizer(folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)

@@ -27,6 +27,7 @@ from edgerazor.kernels import native, reference
 from edgerazor.kernels.reference import decoded_linear
 
 __all__ = [
+    "EXPANDED",
     "NOT_NATIVE",
     "StoredMatrix",
     "decoded_linear",
@@ -44,7 +45,7 @@ VARIABLE = "EDGERAZOR_ISA"
 NOT_NATIVE = ("integer", "reference")
 
 #: Instruction sets for which decoding five base-3 digits takes longer than reading a byte in four of their 2-bit codes.
-_EXPANDED = ("avx2", "avx2vnni")
+EXPANDED = ("avx2", "avx2vnni")
 
 #: Products of numbers that a thread should have to do before another one is worth waking.
 _PRODUCTS_PER_THREAD = 1 << 21
@@ -184,7 +185,7 @@ class StoredMatrix:
 
     def _matrix(self, isa: str) -> native.Matrix:
         """The matrix in the codes that are fastest with these instructions."""
-        if isa not in _EXPANDED:
+        if isa not in EXPANDED:
             return self._stored
         if self._expanded is None:
             self._expanded = self._stored.expanded()

@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 SOURCES = HERE / "cpp"
 LIBRARY = "libedgerazor.so"
 COMPILERS = ("c++", "g++", "clang++")
-OPTIONS = "-std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno".split()
+OPTIONS = "-std=c++17 -pthread -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno".split()
 
 
 class Unit(NamedTuple):
@@ -89,6 +89,7 @@ def build(target: Path, main: Path | None = None) -> list[str]:
         have = [f"-DEDGERAZOR_HAVE_{unit.name.upper()}" for unit in units]
         jobs = [
             ("library", ["-O2", *have, f'-DEDGERAZOR_SOURCES="{fingerprint()}"']),
+            ("decoder", ["-O2"]),
             ("portable", ["-O2"]),
             *((unit.name, unit.options.split()) for unit in units),
         ]

@@ -31,7 +31,9 @@ class NotFiniteError(ValueError):
     """An activation is infinite or not a number."""
 
 
-class _Part(ctypes.Structure):
+class PartStructure(ctypes.Structure):
+    """`edgerazor_part` of `cpp/library.h`."""
+
     _fields_ = (
         ("codes", c_void_p),
         ("scales", c_void_p),
@@ -53,9 +55,9 @@ _SIGNATURES = {
     "edgerazor_quantize": (c_int64, [c_void_p, c_int, c_void_p, c_int64, c_int32, c_float, *[c_void_p] * 3]),
     "edgerazor_linear": (
         None,
-        [c_void_p, c_int, POINTER(_Part), c_int64, *[c_void_p] * 5, c_int64, c_int64, c_int64],
+        [c_void_p, c_int, POINTER(PartStructure), c_int64, *[c_void_p] * 5, c_int64, c_int64, c_int64],
     ),
-    "edgerazor_row": (None, [c_void_p, POINTER(_Part), c_int64, c_void_p]),
+    "edgerazor_row": (None, [c_void_p, POINTER(PartStructure), c_int64, c_void_p]),
     "edgerazor_expand_ternary": (None, [c_void_p, c_int, c_void_p, c_int64, c_void_p]),
     "edgerazor_read": (c_uint64, [c_int, c_void_p, c_int64]),
 }
@@ -82,7 +84,12 @@ def library() -> ctypes.CDLL | None:
     return found
 
 
-def _loaded() -> ctypes.CDLL:
+def loaded() -> ctypes.CDLL:
+    """The library.
+
+    Raises:
+        RuntimeError: there is none.
+    """
     found = library()
     if found is None:
         raise RuntimeError("the library of kernels is not built: run python -m edgerazor.kernels.build")
@@ -107,14 +114,14 @@ class Geometry:
         self.columns = columns
         self.groups = -(-columns // group_size)
         sizes = (min(each, columns) for each in (group_size, activation_group))
-        self.handle = c_void_p(_loaded().edgerazor_geometry_new(columns, *sizes))
-        self.activation_bytes: int = _loaded().edgerazor_activation_bytes(self.handle)
-        self.segments: int = _loaded().edgerazor_segments(self.handle)
-        weakref.finalize(self, _loaded().edgerazor_geometry_free, self.handle)
+        self.handle = c_void_p(loaded().edgerazor_geometry_new(columns, *sizes))
+        self.activation_bytes: int = loaded().edgerazor_activation_bytes(self.handle)
+        self.segments: int = loaded().edgerazor_segments(self.handle)
+        weakref.finalize(self, loaded().edgerazor_geometry_free, self.handle)
 
     def block_bytes(self, bits: int) -> int:
         """Bytes of a block of 16 rows of codes; bits 0 is ternary."""
-        found: int = _loaded().edgerazor_block_bytes(self.handle, bits)
+        found: int = loaded().edgerazor_block_bytes(self.handle, bits)
         return found
 
 
@@ -172,10 +179,10 @@ class Part:
         ):
             raise ValueError(f"the places of rows must be between 0 and {out - 1}")
 
-    def structure(self) -> _Part:
+    def structure(self) -> PartStructure:
         """The part for the library; valid while this object lives."""
         rows = None if self.rows is None else self.rows.data_ptr()
-        return _Part(self.codes.data_ptr(), self.scales.data_ptr(), rows, self.count, self.bits, self.lowest)
+        return PartStructure(self.codes.data_ptr(), self.scales.data_ptr(), rows, self.count, self.bits, self.lowest)
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,7 +210,7 @@ def quantize(x: Tensor, geometry: Geometry, bits: int = 8, scale: float | None =
     scales = torch.empty(len(x), geometry.segments)
     sums = torch.empty(len(x), geometry.segments, dtype=torch.int32)
     pointers = (codes.data_ptr(), scales.data_ptr(), sums.data_ptr())
-    wrong = _loaded().edgerazor_quantize(
+    wrong = loaded().edgerazor_quantize(
         geometry.handle, isa % len(isas()), x.data_ptr(), len(x), bits, scale or 0.0, *pointers
     )
     if wrong >= 0:
@@ -238,12 +245,12 @@ def product(
     inputs = [each.data_ptr() for each in (x.codes, x.scales, x.sums)]
     output = (None if bias is None else bias.data_ptr(), y.data_ptr(), y.stride(0), first, last)
     structure = ctypes.byref(part.structure())
-    _loaded().edgerazor_linear(geometry.handle, isa % len(isas()), structure, len(x.codes), *inputs, *output)
+    loaded().edgerazor_linear(geometry.handle, isa % len(isas()), structure, len(x.codes), *inputs, *output)
 
 
 def read(memory: Tensor) -> int:
     """Reads a contiguous tensor's 64-bit words once, to measure the bandwidth of memory; gives their exclusive or."""
-    found: int = _loaded().edgerazor_read(len(isas()) - 1, memory.data_ptr(), memory.nbytes // 8)
+    found: int = loaded().edgerazor_read(len(isas()) - 1, memory.data_ptr(), memory.nbytes // 8)
     return found
 
 
@@ -260,7 +267,7 @@ def rows(geometry: Geometry, part: Part, indices: Tensor) -> Tensor:
     weights = torch.empty(len(wanted), geometry.columns)
     structure = ctypes.byref(part.structure())
     for index, place in zip(wanted, weights, strict=True):
-        _loaded().edgerazor_row(geometry.handle, structure, index, place.data_ptr())
+        loaded().edgerazor_row(geometry.handle, structure, index, place.data_ptr())
     return weights
 
 
@@ -387,7 +394,7 @@ def expand_ternary(geometry: Geometry, part: Part, isa: int = -1) -> Part:
     part.check(geometry)
     width = geometry.block_bytes(2)
     codes = torch.empty(part.blocks, width, dtype=torch.uint8)
-    _loaded().edgerazor_expand_ternary(
+    loaded().edgerazor_expand_ternary(
         geometry.handle, isa % len(isas()), part.codes.data_ptr(), part.blocks, codes.data_ptr()
     )
     return Part(codes, part.scales, part.count, 2, -2, part.rows)

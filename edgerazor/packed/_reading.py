@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import math
@@ -31,6 +32,9 @@ from edgerazor.packed._header import (
 )
 from edgerazor.packed._threads import in_parallel
 from edgerazor.packed._writing import MatrixSource
+
+#: Bytes that are hashed and copied while they are in a core's cache.
+COPIED = 1 << 18
 
 
 @dataclass
@@ -110,6 +114,27 @@ class PackedModel:
             if part not in parts:  # a choice of formats: it is stored as it is
                 parts[part] = self._tensor(part_name(name, part), sums[part])
         return parts
+
+    def copy_parts(self, name: str, places: Mapping[str, Tensor]) -> None:
+        """Copy parts of a matrix into memory, their checksums checked; every byte is read once.
+
+        Args:
+            name: of the matrix.
+            places: part -> contiguous uint8, as large as the part.
+
+        Raises:
+            UserError: one of them is damaged.
+            ValueError: there is no matrix of that name, or a place has another size than its part.
+        """
+        decompressed = self.parts(name) if self.header.compression else {}
+        for part, place in places.items():
+            from_file = part not in decompressed
+            source = self._stored(part_name(name, part)) if from_file else decompressed[part]
+            if not source.nbytes == place.nbytes == place.numel() or not source.is_contiguous():
+                raise ValueError(f"{part} of {name} has {source.nbytes} bytes, its place {place.nbytes}")
+            checksum = _copy(source, place)
+            if from_file and checksum != self._entry(name).sha256[part]:
+                raise self._broken(part_name(name, part), "its bytes do not have the recorded checksum")
 
     def _decompressed(self, name: str) -> dict[str, Tensor]:
         """The parts of codes and scales of a matrix, whose sizes follow from its formats, never from a frame."""
@@ -245,6 +270,16 @@ class PackedModel:
             check = frames_problem if self.header.compression else rows_problem
             if problem := check(entry, stored, name):
                 raise self._broken(name, problem)
+
+
+def _copy(source: Tensor, place: Tensor) -> str:
+    """Copies the bytes of a contiguous tensor and gives their SHA-256; the interpreter's lock is free meanwhile."""
+    found, view = hashlib.sha256(), formats.tensor_bytes(source)
+    for start in range(0, len(view), COPIED):
+        piece = view[start : start + COPIED]
+        found.update(piece)
+        ctypes.memmove(place.data_ptr() + start, source.data_ptr() + start, len(piece))
+    return found.hexdigest()
 
 
 def verify_digests(folder: Path, digests: Mapping[str, str]) -> None:

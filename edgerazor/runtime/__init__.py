@@ -11,9 +11,12 @@ from pathlib import Path
 
 import torch
 
+from edgerazor import integration
 from edgerazor.errors import usage_error
 from edgerazor.runtime._base import Model, Score, Session
+from edgerazor.runtime._families import NotNativeError
 from edgerazor.runtime._generation import Chat, Generation, Stream
+from edgerazor.runtime._native import NativeModel
 from edgerazor.runtime._transformers import TransformersModel
 
 __all__ = ["ENGINES", "Chat", "Generation", "Model", "Score", "Session", "Stream", "load"]
@@ -41,4 +44,13 @@ def load(
     threads = torch.get_num_threads() if threads is None else threads
     if threads < 1:
         raise usage_error(f"A model runs on at least 1 thread, not {threads}.")
-    return TransformersModel(Path(folder), threads, None)
+    folder = Path(folder)
+    if engine == "transformers":
+        return TransformersModel(folder, threads, None)
+    try:
+        return NativeModel(*integration.open_folder(folder), threads, mmap)
+    except NotNativeError as error:
+        if engine == "native":
+            raise usage_error(f"The native engine cannot run {folder}: {error.reason}.", error.hint) from None
+        note = f"transformers runs this model, much slower than the native engine, because {error.reason}. {error.hint}"
+        return TransformersModel(folder, threads, note.rstrip())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -190,7 +191,7 @@ class Session(ABC):
         logits = self._compute(self._computed, [*self.ids[self._computed :], *tokens])
         self.ids += tokens
         self._computed = self.position
-        self._best = int(logits.argmax())
+        self._best = int(logits.numpy().argmax())  # NumPy's: torch's threads would spin beside the native ones
         return logits
 
     def greedy(self, count: int, stops: Collection[int] = ()) -> list[int]:
@@ -256,3 +257,49 @@ def as_list(ids: Ids) -> list[int]:
     if not isinstance(found, list) or not all(type(each) is int for each in found):
         raise usage_error("Tokens of a sequence are whole numbers, [T].")
     return found
+
+
+# Scores of whole sequences ------------------------------------------------------------------------------------------
+
+#: Tokens that are computed at a time to score them.
+BATCH_TOKENS = 1024
+
+#: A sequence to score: its request, its continuation there, and the tokens of both.
+_Job: TypeAlias = tuple[int, int, list[int]]
+
+
+def score_whole(
+    requests: list[tuple[list[int], list[list[int]]]], logits: Callable[[Tensor, int], Tensor]
+) -> list[list[Score]]:
+    """`Model.score` of checked requests by computing each prefix again with each of its continuations.
+
+    Args:
+        logits: gives those of the last tokens of a batch, as `Model.logits`.
+    """
+    scores = [[Score(0.0, True)] * len(continuations) for _, continuations in requests]
+    jobs = [
+        (request, index, [*prefix, *continuation])
+        for request, (prefix, continuations) in enumerate(requests)
+        for index, continuation in enumerate(continuations)
+    ]
+    for batch in _batches(jobs):
+        firsts = [len(requests[request][0]) for request, _, _ in batch]
+        tokens = torch.tensor([each for _, _, each in batch])  # [B, T + 1]
+        last = tokens.shape[1] - min(firsts)
+        chances = logits(tokens[:, :-1], last).log_softmax(-1)  # [B, last, V]
+        for (request, index, _), first, target, chance in zip(batch, firsts, tokens, chances, strict=True):
+            wanted = target[first:]  # [n]
+            of_wanted = chance[last - len(wanted) :]  # [n, V]
+            value = float(of_wanted.gather(1, wanted[:, None]).double().sum())
+            scores[request][index] = Score(value, bool((of_wanted.argmax(-1) == wanted).all()))
+    return scores
+
+
+def _batches(jobs: list[_Job]) -> Iterator[list[_Job]]:
+    """Batches of equal lengths, so that nothing has to be padded; the longest first."""
+    by_length = sorted(jobs, key=lambda job: -len(job[2]))
+    for length, group in itertools.groupby(by_length, key=lambda job: len(job[2])):
+        same = list(group)
+        size = max(1, BATCH_TOKENS // length)
+        for start in range(0, len(same), size):
+            yield same[start : start + size]

@@ -1,13 +1,19 @@
-"""How many positions a model has."""
+"""How many positions a model has, and the rotary embedding of each."""
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
+
+import torch
+from torch import Tensor
 
 #: Where the configuration does not say.
 ENDLESS = 1 << 30
 #: Kinds of rotary embeddings whose factor the configuration's positions do not include.
 _STRETCHED = ("linear", "dynamic", "yarn")
+#: Positions of the first table; later ones have twice as many as the one before.
+_FIRST = 1024
 
 
 def max_positions(config: Any) -> int:
@@ -21,3 +27,60 @@ def max_positions(config: Any) -> int:
         original = rope.get("original_max_position_embeddings") or most
         return max(most, int(original * rope["factor"]))
     return most
+
+
+class Rotary:
+    """Tables of cosines and sines, computed by transformers' own module of a family.
+
+    Dynamic embeddings and LongRoPE have other frequencies in calls whose last position is beyond the positions of
+    training. The modules keep the frequencies of the longest sequence they have seen; here they depend on the call
+    alone.
+
+    Args:
+        config: of a family's model.
+        name: of the module's class.
+    """
+
+    def __init__(self, config: Any, name: str) -> None:
+        kind = config.model_type
+        self._class = getattr(importlib.import_module(f"transformers.models.{kind}.modeling_{kind}"), name)
+        self._config = config
+        self._most = max_positions(config)
+        rope = config.rope_parameters
+        self._varies_beyond: int | None = None
+        if "dynamic" in rope["rope_type"]:
+            self._varies_beyond = config.max_position_embeddings
+        elif rope["rope_type"] == "longrope":
+            self._varies_beyond = rope["original_max_position_embeddings"]
+        self._table = self._compute(0, min(self._most, self._varies_beyond or _FIRST, _FIRST))
+
+    @property
+    def features(self) -> int:
+        """Of a head, that are turned."""
+        return 2 * self._table[0].shape[1]
+
+    def varies(self, length: int) -> bool:
+        """Whether frequencies depend on the length of a sequence when it is so long."""
+        return self._varies_beyond is not None and length > self._varies_beyond
+
+    def tables(self, start: int, length: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines float32 [at least length, features / 2] for a call with positions `start` to `length`.
+
+        Rows before `start` may hold anything.
+        """
+        if self.varies(length):
+            cosines, sines = (torch.empty(length, self.features // 2) for _ in range(2))
+            cosines[start:], sines[start:] = self._compute(start, length)
+            return cosines, sines
+        if length > len(self._table[0]):
+            rows = min(max(length, 2 * len(self._table[0])), self._varies_beyond or self._most)
+            self._table = self._compute(0, rows)
+        return self._table
+
+    def _compute(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Rows of positions [start, end) where a call ends at `end`."""
+        with torch.no_grad():
+            module = self._class(self._config)
+            cosines, sines = module(torch.empty(0), torch.arange(start, end)[None])  # [1, positions, features]
+        half = cosines.shape[-1] // 2
+        return cosines[0, :, :half].float().contiguous(), sines[0, :, :half].float().contiguous()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,8 @@ from torch import Tensor
 
 from edgerazor import integration, surgery
 from edgerazor.packed import PackedModel, size_table
-from edgerazor.runtime._base import Model, Score, Session
+from edgerazor.runtime._base import Model, Score, Session, score_whole
 from edgerazor.runtime._positions import max_positions
-
-#: Tokens that are computed at a time to score them.
-BATCH_TOKENS = 1024
-
-#: A sequence to score: its request, its continuation there, and the tokens of both.
-_Job = tuple[int, int, list[int]]
 
 
 class TransformersModel(Model):
@@ -74,33 +67,7 @@ class TransformersModel(Model):
         return found[:, -last:].float()  # some models keep all
 
     def _score(self, requests: list[tuple[list[int], list[list[int]]]]) -> list[list[Score]]:
-        scores = [[Score(0.0, True)] * len(continuations) for _, continuations in requests]
-        jobs = [
-            (request, index, [*prefix, *continuation])
-            for request, (prefix, continuations) in enumerate(requests)
-            for index, continuation in enumerate(continuations)
-        ]
-        for batch in _batches(jobs):
-            firsts = [len(requests[request][0]) for request, _, _ in batch]
-            tokens = torch.tensor([each for _, _, each in batch])  # [B, T + 1]
-            last = tokens.shape[1] - min(firsts)
-            chances = self._logits(tokens[:, :-1], last).log_softmax(-1)  # [B, last, V]
-            for (request, index, _), first, target, chance in zip(batch, firsts, tokens, chances, strict=True):
-                wanted = target[first:]  # [n]
-                of_wanted = chance[last - len(wanted) :]  # [n, V]
-                value = float(of_wanted.gather(1, wanted[:, None]).double().sum())
-                scores[request][index] = Score(value, bool((of_wanted.argmax(-1) == wanted).all()))
-        return scores
-
-
-def _batches(jobs: list[_Job]) -> Iterator[list[_Job]]:
-    """Batches of equal lengths, so that nothing has to be padded; the longest first."""
-    by_length = sorted(jobs, key=lambda job: -len(job[2]))
-    for length, group in itertools.groupby(by_length, key=lambda job: len(job[2])):
-        same = list(group)
-        size = max(1, BATCH_TOKENS // length)
-        for start in range(0, len(same), size):
-            yield same[start : start + size]
+        return score_whole(requests, self._logits)
 
 
 class TransformersSession(Session):

@@ -18,6 +18,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "library.h"
+
 #define EDGERAZOR_INLINE inline __attribute__((always_inline))
 
 namespace edgerazor {
@@ -81,6 +83,8 @@ struct Kernels {
     void (*linear)(const Geometry&, const Part&, const Activations&, const Output&, int64_t first_block, int64_t last_block);
     void (*expand_ternary)(const Geometry&, const uint8_t* codes, int64_t blocks, uint8_t* out);
     uint64_t (*read)(const uint64_t* words, int64_t count);
+    // y = W x + bias in float32, x [tokens, columns]: for activations that are not quantized.
+    void (*linear_float)(const Geometry&, const Part&, int64_t tokens, const float* x, const Output&, int64_t first_block, int64_t last_block);
 };
 
 // Vectors that a chunk of `quads` takes.
@@ -103,5 +107,13 @@ constexpr int64_t codes_bytes(int bits, int quads) {
 constexpr int64_t row_blocks(int64_t rows) { return (rows + kRows - 1) / kRows; }
 
 extern const Kernels portable_kernels, avx2_kernels, avx2vnni_kernels, avx512_kernels, neon_kernels, i8mm_kernels;
+
+// What other files need of `library.cpp`.
+struct Floats;
+const Kernels& kernels_at(int isa);
+const Floats& floats_at(int isa);
+const Geometry& known(const edgerazor_geometry* geometry);
+Part part_of(const edgerazor_part& part);
+void decode_row(const Geometry& geometry, const Part& part, int64_t row, float* weights);
 
 } // namespace edgerazor

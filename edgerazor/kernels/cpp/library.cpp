@@ -1,6 +1,4 @@
 // The functions that others call: geometry, choice of the instruction set, products, rows of a table.
-#include "library.h"
-
 #include <stdlib.h>
 #include <string.h>
 
@@ -9,6 +7,7 @@
 #include <vector>
 
 #include "digits.hpp"
+#include "floats.hpp"
 #include "kernels.hpp"
 
 #if defined(__x86_64__)
@@ -56,29 +55,34 @@ bool has_dot_product() { return has_feature("hw.optional.arm.FEAT_DotProd"); }
 bool has_i8mm() { return has_feature("hw.optional.arm.FEAT_I8MM"); }
 #endif
 
+struct Unit {
+    const Kernels* kernels;
+    const Floats* floats;
+};
+
 // The best one last; EDGERAZOR_HAVE_* says which units were compiled.
-std::vector<const Kernels*> runnable() {
-    std::vector<const Kernels*> found = {&portable_kernels};
+std::vector<Unit> runnable() {
+    std::vector<Unit> found = {{&portable_kernels, &portable_floats}};
 #ifdef EDGERAZOR_HAVE_AVX2
-    if (has_avx2()) found.push_back(&avx2_kernels);
+    if (has_avx2()) found.push_back({&avx2_kernels, &avx2_floats});
 #endif
 #ifdef EDGERAZOR_HAVE_AVX2VNNI
-    if (has_avx2vnni()) found.push_back(&avx2vnni_kernels);
+    if (has_avx2vnni()) found.push_back({&avx2vnni_kernels, &avx2vnni_floats});
 #endif
 #ifdef EDGERAZOR_HAVE_AVX512
-    if (has_avx512()) found.push_back(&avx512_kernels);
+    if (has_avx512()) found.push_back({&avx512_kernels, &avx512_floats});
 #endif
 #ifdef EDGERAZOR_HAVE_NEON
-    if (has_dot_product()) found.push_back(&neon_kernels);
+    if (has_dot_product()) found.push_back({&neon_kernels, &neon_floats});
 #endif
 #ifdef EDGERAZOR_HAVE_I8MM
-    if (has_i8mm()) found.push_back(&i8mm_kernels);
+    if (has_i8mm()) found.push_back({&i8mm_kernels, &i8mm_floats});
 #endif
     return found;
 }
 
-const std::vector<const Kernels*>& kernels() {
-    static const std::vector<const Kernels*> found = runnable();
+const std::vector<Unit>& units() {
+    static const std::vector<Unit> found = runnable();
     return found;
 }
 
@@ -168,19 +172,42 @@ float half_to_float(uint16_t half) {
     return half & 0x8000 ? -value : value;
 }
 
-Part part_of(const edgerazor_part& part) {
+} // namespace
+
+const Kernels& edgerazor::kernels_at(int isa) { return *units()[isa].kernels; }
+
+const Floats& edgerazor::floats_at(int isa) { return *units()[isa].floats; }
+
+const Geometry& edgerazor::known(const edgerazor_geometry* geometry) { return *reinterpret_cast<const Geometry*>(geometry); }
+
+Part edgerazor::part_of(const edgerazor_part& part) {
     return {part.codes, part.scales, part.rows, part.count, part.bits, part.lowest};
 }
 
-} // namespace
+void edgerazor::decode_row(const Geometry& geometry, const Part& part, int64_t row, float* weights) {
+    const int64_t block = row / kRows, lane = row % kRows;
+    const uint8_t* w = part.codes + block * codes_bytes(part.bits, geometry.quads) + lane * 4;
+    const uint16_t* scales = part.scales + block * geometry.groups * kRows + lane;
+    int quad = 0;
+    for (int group = 0; group < geometry.groups; group++) {
+        const int begin = group * geometry.group, end = std::min(begin + geometry.group, geometry.columns);
+        const float scale = half_to_float(scales[(int64_t)group * kRows]);
+        for (int column = begin; column < end; column += 4, quad++) {
+            uint8_t u[4];
+            row_quad(geometry, part, w, quad, u);
+            for (int j = 0; j < std::min(4, end - column); j++)
+                weights[column + j] = 0.5f * (float)(2 * u[j] + part.lowest) * scale;
+        }
+    }
+}
 
 extern "C" {
 
 const char* edgerazor_sources(void) { return EDGERAZOR_SOURCES; }
 
-int edgerazor_isa_count(void) { return (int)kernels().size(); }
+int edgerazor_isa_count(void) { return (int)units().size(); }
 
-const char* edgerazor_isa_name(int isa) { return kernels()[isa]->name; }
+const char* edgerazor_isa_name(int isa) { return kernels_at(isa).name; }
 
 edgerazor_geometry* edgerazor_geometry_new(int32_t columns, int32_t group, int32_t activation_group) {
     Geometry* geometry = new (std::nothrow) Geometry{};
@@ -208,8 +235,6 @@ void edgerazor_geometry_free(edgerazor_geometry* opaque) {
     delete geometry;
 }
 
-static const Geometry& known(const edgerazor_geometry* opaque) { return *reinterpret_cast<const Geometry*>(opaque); }
-
 int64_t edgerazor_activation_bytes(const edgerazor_geometry* geometry) { return (int64_t)known(geometry).x_quads * 4; }
 
 int64_t edgerazor_segments(const edgerazor_geometry* geometry) { return known(geometry).count; }
@@ -223,7 +248,7 @@ int64_t edgerazor_quantize(const edgerazor_geometry* opaque, int isa, const floa
     const Geometry& geometry = known(opaque);
     for (int64_t token = 0; token < tokens; token++) {
         const int64_t segment = token * geometry.count;
-        if (!kernels()[isa]->quantize(geometry, x + token * geometry.columns, bits, scale,
+        if (!kernels_at(isa).quantize(geometry, x + token * geometry.columns, bits, scale,
                                       codes + token * geometry.x_quads * 4, scales + segment, sums + segment))
             return token;
     }
@@ -233,34 +258,19 @@ int64_t edgerazor_quantize(const edgerazor_geometry* opaque, int isa, const floa
 void edgerazor_linear(const edgerazor_geometry* geometry, int isa, const edgerazor_part* part, int64_t tokens,
                       const int8_t* codes, const float* scales, const int32_t* sums, const float* bias, float* y,
                       int64_t stride, int64_t first_block, int64_t last_block) {
-    kernels()[isa]->linear(known(geometry), part_of(*part), {tokens, codes, scales, sums}, {y, stride, bias},
+    kernels_at(isa).linear(known(geometry), part_of(*part), {tokens, codes, scales, sums}, {y, stride, bias},
                            first_block, last_block);
 }
 
-void edgerazor_row(const edgerazor_geometry* opaque, const edgerazor_part* opaque_part, int64_t row, float* weights) {
-    const Geometry& geometry = known(opaque);
-    const Part part = part_of(*opaque_part);
-    const int64_t block = row / kRows, lane = row % kRows;
-    const uint8_t* w = part.codes + block * codes_bytes(part.bits, geometry.quads) + lane * 4;
-    const uint16_t* scales = part.scales + block * geometry.groups * kRows + lane;
-    int quad = 0;
-    for (int group = 0; group < geometry.groups; group++) {
-        const int begin = group * geometry.group, end = std::min(begin + geometry.group, geometry.columns);
-        const float scale = half_to_float(scales[(int64_t)group * kRows]);
-        for (int column = begin; column < end; column += 4, quad++) {
-            uint8_t u[4];
-            row_quad(geometry, part, w, quad, u);
-            for (int j = 0; j < std::min(4, end - column); j++)
-                weights[column + j] = 0.5f * (float)(2 * u[j] + part.lowest) * scale;
-        }
-    }
+void edgerazor_row(const edgerazor_geometry* geometry, const edgerazor_part* part, int64_t row, float* weights) {
+    decode_row(known(geometry), part_of(*part), row, weights);
 }
 
 void edgerazor_expand_ternary(const edgerazor_geometry* geometry, int isa, const uint8_t* codes, int64_t blocks,
                               uint8_t* out) {
-    kernels()[isa]->expand_ternary(known(geometry), codes, blocks, out);
+    kernels_at(isa).expand_ternary(known(geometry), codes, blocks, out);
 }
 
-uint64_t edgerazor_read(int isa, const uint64_t* words, int64_t count) { return kernels()[isa]->read(words, count); }
+uint64_t edgerazor_read(int isa, const uint64_t* words, int64_t count) { return kernels_at(isa).read(words, count); }
 
 } // extern "C"

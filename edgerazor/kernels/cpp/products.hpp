@@ -413,8 +413,11 @@ void many_tokens(const Geometry& geometry, const Part& part, const Activations& 
     Workspace* work;
     if (posix_memalign((void**)&work, kVector, sizeof(Workspace)) != 0) abort();
     memset(work->slab, 0, sizeof work->slab);
-    for (int64_t token = 0; token < x.tokens; token += kTokenBlock) {
-        const int tokens = x.tokens - token < kTokenBlock ? (int)(x.tokens - token) : kTokenBlock;
+    // Token blocks of about equal length, in whole tiles: each of them unpacks all weights.
+    const int64_t token_blocks = (x.tokens + kTokenBlock - 1) / kTokenBlock, tiles_each = token_blocks * kTileTokens;
+    const int64_t most = (x.tokens + tiles_each - 1) / tiles_each * kTileTokens;
+    for (int64_t token = 0; token < x.tokens; token += most) {
+        const int tokens = x.tokens - token < most ? (int)(x.tokens - token) : (int)most;
         for (int64_t block = first; block < last; block += kTileBlocks) {
             const int blocks = last - block < kTileBlocks ? (int)(last - block) : kTileBlocks;
             row_blocks_times_tokens<bits>(geometry, part, x, block, blocks, token, tokens, *work);

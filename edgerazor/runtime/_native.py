@@ -1,0 +1,261 @@
+"""A packed model in the decoder of the native library: no Python and no torch between the tokens."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Collection, Iterator
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from edgerazor import integration, kernels
+from edgerazor.errors import UserError, plain
+from edgerazor.kernels import native
+from edgerazor.kernels.decoder import Decoder, NotFiniteError, Run, round_up
+from edgerazor.models import load_tokenizer
+from edgerazor.packed import PackedModel
+from edgerazor.runtime._base import Model, Score, Session, score_whole
+from edgerazor.runtime._families import EMBEDDING, HEAD, family_of, matrix_names, network
+from edgerazor.runtime._positions import Rotary, max_positions
+from edgerazor.runtime._weights import load_matrices, matrix_bytes
+
+#: Tokens that are computed in one call, as many as the decoder takes through its layers at a time.
+CALL_TOKENS = 512
+#: Tokens that greedy decoding has cells for at a time.
+GREEDY_TOKENS = 256
+
+_Request = tuple[list[int], list[list[int]]]
+
+
+class NativeModel(Model):
+    """A packed model that the native decoder computes.
+
+    Args:
+        packed: of a folder.
+        config: of transformers.
+        threads: that compute.
+        mapped: use the weights where the file is mapped.
+
+    Raises:
+        NotNativeError: it cannot be.
+        UserError: the folder is damaged.
+    """
+
+    engine = "native"
+    note = None
+
+    def __init__(self, packed: PackedModel, config: Any, threads: int, mapped: bool) -> None:
+        family = family_of(config, packed)
+        self.folder, self.threads = packed.folder, threads
+        self._kernel = kernels.name()
+        settings = getattr(config, "quantization_config", None) or {}
+        integration.check_settings(SimpleNamespace(**settings), packed)
+        matrices = load_matrices(packed, matrix_names(config, packed), mapped, self._kernel in kernels.EXPANDED)
+        with _plainly(packed):
+            self.rotary = Rotary(config, family.rotary)
+            self.network = network(config, family, packed, matrices, self.rotary.features)
+            self.network.check()
+        self.tokenizer = load_tokenizer(packed.folder)
+        self.vocabulary, self.max_positions = self.network.vocabulary, max_positions(config)
+        self.cache_bytes_per_token = self.network.cell_bytes()
+        sizes = {name: matrix_bytes(matrix) for name, matrix in matrices.items()}
+        others = sum(tensor.nbytes for tensor in packed.others().values())
+        self.weight_bytes = sum(sizes.values()) + others
+        self.bytes_per_token = self.weight_bytes - (0 if HEAD in packed.header.tied else sizes[EMBEDDING])
+        self._lock = threading.Lock()
+
+    @property
+    def kernel(self) -> str:
+        return self._kernel
+
+    def session(self) -> NativeSession:
+        return NativeSession(self)
+
+    def decoder(self) -> Decoder:
+        """A decoder with a cache of its own; the weights are shared."""
+        with self.plainly():
+            return Decoder(self.network, self.threads, native.isas().index(self._kernel))
+
+    @functools.cached_property
+    def _scratch(self) -> Decoder:
+        """What computes logits and scores, whose cache is of no use afterwards."""
+        return self.decoder()
+
+    def _logits(self, tokens: Tensor, last: int) -> Tensor:
+        count, length = tokens.shape
+        found = torch.empty(count, last, self.vocabulary)
+        at_once = max(1, CALL_TOKENS // length)
+        with self._lock, self.plainly():
+            prepare(self._scratch, self.rotary, 0, length, at_once * round_up(length))
+            for start in range(0, count, at_once):
+                some = tokens[start : start + at_once]
+                runs = [Run(0, 0, row * round_up(length), 0, length) for row in range(len(some))]
+                wanted = torch.arange(some.numel()).view(some.shape)[:, -last:].flatten()
+                logits = self._scratch.logits(runs, some.flatten(), wanted)
+                found[start : start + at_once] = logits.view(len(some), last, self.vocabulary)
+        return found
+
+    def _score(self, requests: list[_Request]) -> list[list[Score]]:
+        long = [self.rotary.varies(_length(request)) for request in requests]
+        whole = iter(score_whole([each for each, is_long in zip(requests, long, strict=True) if is_long], self._logits))
+        packed = iter(self._score_packed([each for each, is_long in zip(requests, long, strict=True) if not is_long]))
+        return [next(whole if is_long else packed) for is_long in long]
+
+    def _score_packed(self, requests: list[_Request]) -> list[list[Score]]:
+        """Scores of requests whose frequencies depend on positions alone, so that continuations share prefixes."""
+        found: list[list[Score]] = []
+        with self._lock, self.plainly():
+            for some in _calls(requests):
+                call = _Call(some)
+                prepare(self._scratch, self.rotary, 0, max(map(_length, some)), call.cells)
+                found += call.scores(self._scratch)
+        return found
+
+    @contextlib.contextmanager
+    def plainly(self) -> Iterator[None]:
+        """Turns what the kernels say into errors for people."""
+        try:
+            yield
+        except NotFiniteError:
+            raise UserError(
+                f"{self.folder} computes numbers that are infinite or none at all.",
+                "Its weights are of no use; distill it again with a lower learning rate.",
+            ) from None
+        except MemoryError as error:
+            raise UserError(f"{plain(error)}.".capitalize(), "Use shorter sequences, or a smaller model.") from None
+
+
+class NativeSession(Session):
+    """A sequence with a decoder, and so a cache, of its own."""
+
+    model: NativeModel
+
+    def __init__(self, model: NativeModel) -> None:
+        super().__init__(model)
+        self._decoder = model.decoder()
+
+    def _compute(self, start: int, tokens: list[int]) -> Tensor:
+        return self._feed(start, tokens, [len(tokens) - 1])[0]
+
+    def _greedy(self, start: int, tokens: list[int], count: int, stops: Collection[int]) -> list[int]:
+        last = start + len(tokens) - 1
+        count = min(count, GREEDY_TOKENS)
+        if self.model.rotary.varies(last + count):
+            return super()._greedy(start, tokens, count, stops)
+        if len(tokens) > 1:
+            self._feed(start, tokens[:-1], [])
+        with self.model.plainly():
+            prepare(self._decoder, self.model.rotary, last, last + count, last + count)
+            return self._decoder.greedy(Run(0, 0, 0, last, 1), tokens[-1], count, sorted(stops))
+
+    def _feed(self, start: int, tokens: list[int], wanted: list[int]) -> Tensor:
+        end = start + len(tokens)
+        with self.model.plainly():
+            prepare(self._decoder, self.model.rotary, start, end, end)
+            return self._decoder.logits([Run(0, 0, 0, start, len(tokens))], tokens, wanted)
+
+
+def prepare(decoder: Decoder, rotary: Rotary, start: int, length: int, cells: int) -> None:
+    """Make a decoder ready for a call with positions `start` to `length`, in so many cells."""
+    decoder.rotary(*rotary.tables(start, length))
+    decoder.reserve(cells)
+
+
+# Scores -------------------------------------------------------------------------------------------------------------
+
+
+def _length(request: _Request) -> int:
+    """Tokens of the longest sequence of a request."""
+    prefix, continuations = request
+    return len(prefix) + max(map(len, continuations), default=0)
+
+
+def _calls(requests: list[_Request]) -> Iterator[list[_Request]]:
+    """Requests that are computed together: as many as there is room for, at least one."""
+    some: list[_Request] = []
+    taken = 0
+    for request in requests:
+        size = len(request[0]) + sum(len(each) - 1 for each in {tuple(each[:-1]): each for each in request[1]}.values())
+        if some and taken + size > CALL_TOKENS:
+            yield some
+            some, taken = [], 0
+        some.append(request)
+        taken += size
+    if some:
+        yield some
+
+
+class _Asked(NamedTuple):
+    """After which token of a call which one is asked for, and for which continuation."""
+
+    after: int
+    target: int
+    score: tuple[int, int]
+
+
+class _Call:
+    """One call of the decoder: prefixes, and behind each the runs of its continuations, which see it.
+
+    The first token of a continuation follows the last one of the prefix, and nothing follows its own last token: a
+    continuation of one token has no run, and those that differ in their last tokens share one.
+    """
+
+    def __init__(self, requests: list[_Request]) -> None:
+        self.runs: list[Run] = []
+        self.tokens: list[int] = []
+        self.asked: list[_Asked] = []
+        self.cells = 0
+        self.counts = [len(continuations) for _, continuations in requests]
+        for number, (prefix, continuations) in enumerate(requests):
+            self._add(number, prefix, continuations)
+
+    def _add(self, number: int, prefix: list[int], continuations: list[list[int]]) -> None:
+        if not continuations:
+            return
+        cell, _ = self._run(0, 0, prefix)
+        last = len(self.tokens) - 1
+        firsts: dict[tuple[int, ...], int] = {}  # tokens of a run -> its first token's number
+        for index, tokens in enumerate(continuations):
+            body = tuple(tokens[:-1])
+            if body and body not in firsts:
+                firsts[body] = self._run(cell, len(prefix), tokens[:-1])[1]
+            places = [last, *range(firsts[body], firsts[body] + len(body))] if body else [last]
+            self.asked += [_Asked(place, target, (number, index)) for place, target in zip(places, tokens, strict=True)]
+
+    def _run(self, prefix_cell: int, prefix: int, tokens: list[int]) -> tuple[int, int]:
+        """Adds a run; its cell and the number of its first token."""
+        place = self.cells, len(self.tokens)
+        self.runs.append(Run(prefix_cell, prefix, self.cells, 0, len(tokens)))
+        self.tokens += tokens
+        self.cells += round_up(len(tokens))
+        return place
+
+    def scores(self, decoder: Decoder) -> list[list[Score]]:
+        """By request and continuation."""
+        found = [[Score(0.0, True)] * count for count in self.counts]
+        if not self.asked:
+            return found
+        after, targets = [each.after for each in self.asked], [each.target for each in self.asked]
+        chances, best = decoder.scores(self.runs, self.tokens, after, targets)
+        for asked, chance, token in zip(self.asked, chances.tolist(), best.tolist(), strict=True):
+            number, index = asked.score
+            before = found[number][index]
+            found[number][index] = Score(before.log_probability + chance, before.greedy and token == asked.target)
+        return found
+
+
+@contextlib.contextmanager
+def _plainly(packed: PackedModel) -> Iterator[None]:
+    """What a configuration that is not one leads to, in a sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().split("\n")
+        reason = plain(lines[0].rstrip(".") or type(error).__name__)
+        raise UserError(f"The packed model {packed.folder} cannot be loaded: {reason}.") from None

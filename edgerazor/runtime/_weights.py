@@ -1,0 +1,154 @@
+"""The matrices of a packed folder in memory, where the kernels read them fastest.
+
+Decoding a token reads every matrix once, in the same order, faster from huge pages by a fifth: so all of them are
+copied once, in that order, into anonymous memory that asks for such pages (mappings of files get none). The copy costs
+little, because checksums have to be computed anyway and the bytes are copied while they are in a core's cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import mmap
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from edgerazor import formats
+from edgerazor.errors import UserError
+from edgerazor.formats import MatrixSpec
+from edgerazor.kernels import native
+from edgerazor.packed import PackedModel, cores
+
+HUGE_PAGE = 1 << 21
+#: Where tensors begin: lines of cache, and whole vectors.
+ALIGNMENT = 64
+TERNARY = "ternary"
+
+
+def load_matrices(packed: PackedModel, names: Sequence[str], mapped: bool, expanded: bool) -> dict[str, native.Matrix]:
+    """Matrices for the native kernels, their checksums and scales checked.
+
+    Args:
+        packed: where they are.
+        names: of matrices whose formats are those of rows, in the order in which they are read.
+        mapped: leave them in the mapped file.
+        expanded: give ternary codes two bits each, where that is faster.
+
+    Raises:
+        UserError: one of them is damaged.
+    """
+    load = _mapped if mapped else _copied(packed, names, expanded)
+
+    def one(name: str) -> native.Matrix:
+        try:
+            return load(packed, name, expanded)
+        except ValueError as error:
+            raise UserError(f"{packed.folder}: {name}: {error}.", "Copy or pack the model again.") from None
+
+    def weights(name: str) -> int:
+        rows, columns = packed.header.matrices[name].shape
+        return rows * columns
+
+    threads = torch.get_num_threads()
+    largest_first = sorted(names, key=weights, reverse=True)
+    with ThreadPoolExecutor(cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            found = dict(zip(largest_first, pool.map(one, largest_first), strict=True))
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)
+    return {name: found[name] for name in names}
+
+
+def matrix_bytes(matrix: native.Matrix) -> int:
+    """Memory that a product with it reads."""
+    return sum(
+        part.codes.nbytes + part.scales.nbytes + (0 if part.rows is None else part.rows.nbytes) for part in matrix.parts
+    )
+
+
+def _mapped(packed: PackedModel, name: str, expanded: bool) -> native.Matrix:
+    matrix = native.Matrix(packed.parts(name), packed.spec(name), packed.header.matrices[name].shape)
+    return matrix.expanded() if expanded else matrix
+
+
+# In memory ----------------------------------------------------------------------------------------------------------
+
+
+#: Part of a matrix -> where it goes.
+_Places: TypeAlias = dict[str, Tensor]
+
+
+def _copied(
+    packed: PackedModel, names: Sequence[str], expanded: bool
+) -> Callable[[PackedModel, str, bool], native.Matrix]:
+    """What loads a matrix into its place in new memory."""
+    specs = {name: packed.spec(name) for name in names}
+    shapes = {name: _shapes(specs[name], packed.header.matrices[name].shape, expanded) for name in names}
+    places = _arranged(shapes)
+
+    def load(packed: PackedModel, name: str, expanded: bool) -> native.Matrix:
+        if expanded and TERNARY in places[name]:
+            return _moved(_mapped(packed, name, expanded), places[name], specs[name])
+        packed.copy_parts(name, {part: place.flatten().view(torch.uint8) for part, place in places[name].items()})
+        return native.Matrix(places[name], specs[name], packed.header.matrices[name].shape)
+
+    return load
+
+
+def _shapes(spec: MatrixSpec, shape: tuple[int, int], expanded: bool) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtypes and shapes of the parts of codes and scales of a matrix, as they will be in memory."""
+    shapes = formats.part_shapes(spec, shape)
+    shapes.pop(formats.ROW_FORMATS, None)
+    if expanded and TERNARY in shapes:
+        geometry = native.Geometry(shape[1], spec.group_size, spec.group_size)
+        shapes[TERNARY] = torch.uint8, (shapes[TERNARY][1][0], geometry.block_bytes(2))
+    return shapes
+
+
+def _arranged(shapes: Mapping[str, Mapping[str, tuple[torch.dtype, tuple[int, ...]]]]) -> dict[str, _Places]:
+    """Places of the parts of matrices, one behind the other."""
+    starts, end = {}, 0
+    for name, parts in shapes.items():
+        for part, (dtype, shape) in parts.items():
+            starts[name, part] = end
+            end += -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+    memory = huge_memory(end)
+    return {
+        name: {
+            part: memory[starts[name, part] :][: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+            for part, (dtype, shape) in parts.items()
+        }
+        for name, parts in shapes.items()
+    }
+
+
+def _moved(matrix: native.Matrix, places: _Places, spec: MatrixSpec) -> native.Matrix:
+    """The same matrix in other memory."""
+    for index, (number_format, _) in enumerate(spec.parts):
+        codes, scales = places[number_format.name], places[number_format.name + formats.SCALES]
+        codes.copy_(matrix.parts[index].codes)
+        scales.copy_(matrix.parts[index].scales)
+        matrix.parts[index] = dataclasses.replace(matrix.parts[index], codes=codes, scales=scales)
+    return matrix
+
+
+def huge_memory(size: int) -> Tensor:
+    """Zeroed memory, uint8 [size], that begins with a huge page where the system has such; it asks for more of them."""
+    memory = mmap.mmap(-1, max(size, 1) + HUGE_PAGE)
+    tensor = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -tensor.data_ptr() % HUGE_PAGE
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        _advise(memory, start, size)
+    return tensor[start : start + size]
+
+
+def _advise(memory: Any, start: int, size: int) -> None:
+    try:
+        memory.madvise(mmap.MADV_HUGEPAGE, start, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
+    except OSError:  # a kernel without them
+        return

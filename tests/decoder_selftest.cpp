@@ -1,0 +1,241 @@
+// A small random transformer through the decoder, in every instruction set that this machine can run: a prompt at once
+// and token by token, one thread and several, prefixes that sequences share, greedy text. For machines without Python
+// (`make test-arm`) and for sanitizers (`make test-sanitizers`); `tests/test_runtime.py` compares with transformers.
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <memory>
+#include <vector>
+
+#include "decoder.h"
+
+namespace {
+
+uint64_t state = 88172645463325252u;
+
+uint32_t draw() {
+    state ^= state << 13;
+    state ^= state >> 7;
+    state ^= state << 17;
+    return (uint32_t)(state >> 32);
+}
+
+float uniform() { return (float)(int32_t)draw() * 4.656612873077393e-10f; } // -1 to 1
+
+std::vector<float> random_floats(int64_t count, float around = 0) {
+    std::vector<float> found(count);
+    for (float& each : found) each = around + 0.5f * uniform();
+    return found;
+}
+
+struct Config {
+    int hidden, heads, kv_heads, head_dim, intermediate, vocabulary, layers, group, bits, activation_bits, kv_bits;
+    int rotary, window, norm_all_heads, post_norms, norm;
+};
+
+// Weights of one matrix: rows in two parts where there are enough of them, ternary and `bits`.
+struct Weights {
+    struct Free {
+        void operator()(void* memory) const { free(memory); }
+    };
+
+    edgerazor_geometry* geometry;
+    std::vector<std::unique_ptr<uint8_t, Free>> codes;
+    std::vector<std::vector<uint16_t>> scales;
+    std::vector<std::vector<int32_t>> places;
+    std::vector<edgerazor_part> parts;
+    std::vector<float> bias;
+    int rows;
+
+    Weights(int rows, int columns, int bits, const Config& c, bool with_bias) : rows(rows) {
+        geometry = edgerazor_geometry_new(columns, c.group, c.group);
+        places.resize(2);
+        for (int row = 0; row < rows; row++) places[rows > 20 && row % 3 == 0].push_back(row);
+        for (int p = 0; p < (rows > 20 ? 2 : 1); p++) add_part(p == 0 ? bits : 0, p);
+        if (with_bias) bias = random_floats(rows);
+    }
+
+    Weights(const Weights&) = delete;
+    ~Weights() { edgerazor_geometry_free(geometry); }
+
+    void add_part(int part_bits, int p) {
+        const int64_t count = (int64_t)places[p].size(), blocks = (count + 15) / 16;
+        const int64_t bytes = blocks * edgerazor_block_bytes(geometry, part_bits);
+        void* memory = nullptr;
+        if (posix_memalign(&memory, 64, bytes) != 0) abort();
+        uint8_t* u = (uint8_t*)memory;
+        for (int64_t i = 0; i < bytes; i++) u[i] = part_bits == 0 ? (uint8_t)(draw() % 3 * 85) : (uint8_t)draw();
+        codes.emplace_back(u);
+        scales.emplace_back(blocks * 16 * 1024);
+        for (uint16_t& scale : scales.back()) scale = (uint16_t)(0x2800 + draw() % 0x400); // about 1/32
+        const int lowest = part_bits == 0 ? -2 : -(2 << (part_bits - 1));
+        parts.push_back({u, scales.back().data(), places[p].data(), count, part_bits, lowest});
+    }
+
+    edgerazor_matrix matrix() const {
+        return {geometry, parts.data(), (int32_t)parts.size(), rows, bias.empty() ? nullptr : bias.data(), 0};
+    }
+};
+
+struct Model {
+    Config c;
+    std::vector<std::unique_ptr<Weights>> weights;
+    std::vector<std::vector<float>> vectors;
+    std::vector<edgerazor_layer> layers;
+    std::vector<float> cosines, sines;
+    edgerazor_model model;
+
+    edgerazor_matrix random(int rows, int columns, bool bias = false) {
+        weights.push_back(std::make_unique<Weights>(rows, columns, c.bits, c, bias));
+        return weights.back()->matrix();
+    }
+
+    edgerazor_norm norm(int features, bool there = true) {
+        if (!there) return {EDGERAZOR_NO_NORM, 0, nullptr, nullptr};
+        vectors.push_back(random_floats(features, 1));
+        return {c.norm, 1e-6f, vectors.back().data(), nullptr};
+    }
+
+    explicit Model(const Config& config) : c(config) {
+        vectors.reserve(1000);
+        const int q = c.heads * c.head_dim, kv = c.kv_heads * c.head_dim;
+        for (int i = 0; i < c.layers; i++) {
+            edgerazor_layer layer;
+            layer.q = random(q, c.hidden, true), layer.k = random(kv, c.hidden, true), layer.v = random(kv, c.hidden);
+            layer.o = random(c.hidden, q);
+            layer.gate = random(c.intermediate, c.hidden), layer.up = random(c.intermediate, c.hidden);
+            layer.down = random(c.hidden, c.intermediate);
+            layer.before_attention = norm(c.hidden, !c.post_norms), layer.before_mlp = norm(c.hidden, !c.post_norms);
+            layer.after_attention = norm(c.hidden, c.post_norms), layer.after_mlp = norm(c.hidden, c.post_norms);
+            layer.q_norm = norm(c.norm_all_heads ? q : c.head_dim), layer.k_norm = norm(c.norm_all_heads ? kv : c.head_dim);
+            layer.rotary = i % 2 ? 0 : c.rotary;
+            layer.window = i % 2 ? 0 : c.window;
+            layers.push_back(layer);
+        }
+        for (int position = 0; position < 1024; position++)
+            for (int i = 0; i < c.rotary / 2; i++) {
+                const double angle = position * pow(10000, -2.0 * i / c.rotary);
+                cosines.push_back((float)cos(angle));
+                sines.push_back((float)sin(angle));
+            }
+        model = {c.hidden, c.heads, c.kv_heads, c.head_dim, c.intermediate, c.vocabulary, c.norm_all_heads,
+                 c.activation_bits, c.kv_bits, 1 / sqrtf((float)c.head_dim), 1.5f, 0.5f, c.rotary,
+                 random(c.vocabulary, c.hidden), {}, norm(c.hidden), layers.data(), c.layers};
+        model.head = model.embedding;
+    }
+};
+
+struct Close {
+    void operator()(edgerazor_decoder* decoder) const { edgerazor_decoder_free(decoder); }
+};
+
+using Decoder = std::unique_ptr<edgerazor_decoder, Close>;
+
+int wrong = 0, checks = 0;
+
+Decoder open(const Model& model, int isa, int threads) {
+    Decoder decoder(edgerazor_decoder_new(&model.model, isa, threads));
+    edgerazor_decoder_rotary(decoder.get(), model.cosines.data(), model.sines.data());
+    if (edgerazor_decoder_reserve(decoder.get(), 2000) != EDGERAZOR_OK) abort();
+    return decoder;
+}
+
+std::vector<float> logits(const Model& model, const Decoder& decoder, const std::vector<edgerazor_run>& runs,
+                          const std::vector<int32_t>& tokens, const std::vector<int64_t>& wanted) {
+    std::vector<float> found(wanted.size() * model.c.vocabulary);
+    const int status = edgerazor_decoder_logits(decoder.get(), runs.data(), (int64_t)runs.size(), tokens.data(),
+                                                wanted.data(), (int64_t)wanted.size(), found.data());
+    checks++;
+    if (status != EDGERAZOR_OK) wrong++, printf("status %d\n", status);
+    return found;
+}
+
+// The relative distance of two sets of logits.
+double distance(const std::vector<float>& a, const std::vector<float>& b) {
+    double difference = 0, size = 0;
+    for (size_t i = 0; i < a.size(); i++) {
+        difference += ((double)a[i] - b[i]) * ((double)a[i] - b[i]);
+        size += (double)b[i] * b[i];
+    }
+    return sqrt(difference / size);
+}
+
+void expect(bool right, const char* what, const Config& c, int isa, double found = 0) {
+    checks++;
+    if (right) return;
+    wrong++;
+    printf("%s: %s (%g): hidden %d, %d bits, activations %d, cache %d, window %d\n", edgerazor_isa_name(isa), what,
+           found, c.hidden, c.bits, c.activation_bits, c.kv_bits, c.window);
+}
+
+void check(const Config& c) {
+    const Model model(c);
+    const int64_t length = 600; // more than a pass
+    std::vector<int32_t> tokens(length);
+    for (int32_t& token : tokens) token = (int32_t)(draw() % c.vocabulary);
+    const std::vector<int64_t> wanted = {length - 1, 3, 3, 599, 40};
+    // Roundings that fall the other way in sums of another order move quantized activations by a step.
+    const double near = c.activation_bits == 16 && c.kv_bits == 16 ? 1e-5 : 0.05;
+    std::vector<float> first;
+    for (int isa = 0; isa < edgerazor_isa_count(); isa++) {
+        const Decoder one = open(model, isa, 1), three = open(model, isa, 3);
+        const std::vector<float> whole = logits(model, one, {{0, 0, 0, 0, length}}, tokens, wanted);
+        const std::vector<float> side = logits(model, three, {{0, 0, 0, 0, length}}, tokens, wanted);
+        expect(memcmp(whole.data(), side.data(), whole.size() * sizeof(float)) == 0, "threads change the result", c, isa);
+        if (isa == 0) first = whole;
+        expect(distance(whole, first) < near, "another result than portable", c, isa, distance(whole, first));
+        // A prefix, and two sequences that go on from it, in one call; then the same tokens one by one.
+        const std::vector<int32_t> begun(tokens.begin(), tokens.begin() + 50);
+        const std::vector<edgerazor_run> runs = {{0, 0, 0, 0, 30}, {0, 30, 1024, 0, 10}, {0, 30, 1040, 0, 10}};
+        std::vector<int32_t> twice(begun.begin(), begun.begin() + 40);
+        twice.insert(twice.end(), begun.begin() + 30, begun.begin() + 40);
+        const std::vector<float> shared = logits(model, three, runs, twice, {39, 49});
+        std::vector<float> step;
+        for (int64_t i = 0; i < 40; i++) step = logits(model, three, {{0, 0, 0, i, 1}}, {begun[i]}, {0});
+        const std::vector<float> left(shared.begin(), shared.begin() + c.vocabulary);
+        const std::vector<float> right(shared.begin() + c.vocabulary, shared.end());
+        expect(left == right, "equal sequences differ", c, isa);
+        expect(distance(left, step) < near, "a shared prefix changes the result", c, isa, distance(left, step));
+        // Greedy text.
+        std::vector<int32_t> text(20), again;
+        int64_t written = 0;
+        const edgerazor_run run = {0, 0, 0, 39, 1};
+        edgerazor_decoder_greedy(three.get(), &run, begun[39], nullptr, 0, 20, text.data(), &written);
+        for (int64_t i = 0; i < 20; i++) {
+            step = logits(model, three, {{0, 0, 0, 39 + i, 1}}, {i == 0 ? begun[39] : again.back()}, {0});
+            int32_t best = 0;
+            for (int32_t t = 1; t < c.vocabulary; t++)
+                if (step[t] > step[best]) best = t;
+            again.push_back(best);
+        }
+        expect(written == 20 && text == again, "greedy text is not the most probable", c, isa);
+        float log_probability = 0;
+        int32_t best = -1;
+        const int64_t last = 0;
+        const edgerazor_run end = {0, 0, 0, 58, 1};
+        edgerazor_decoder_scores(three.get(), &end, 1, &again[18], &last, &again[19], 1, &log_probability, &best);
+        double sum = 0;
+        for (const float each : step) sum += exp((double)each - step[again[19]]);
+        expect(best == again[19] && fabs(log_probability + log(sum)) < 1e-4, "a score is wrong", c, isa, log_probability);
+    }
+}
+
+} // namespace
+
+int main() {
+    // hidden, heads, kv heads, head_dim, intermediate, vocabulary, layers, group, bits, activations, cache, rotary, window,
+    // norm of all heads, norms behind, kind of norm
+    const Config configs[] = {
+        {64, 4, 2, 16, 96, 300, 2, 32, 4, 8, 8, 16, 0, 0, 0, EDGERAZOR_RMS_NORM},
+        {64, 4, 2, 16, 96, 300, 2, 32, 4, 16, 16, 16, 0, 0, 0, EDGERAZOR_RMS_NORM},
+        {96, 3, 1, 20, 100, 77, 3, 64, 2, 16, 16, 8, 40, 1, 1, EDGERAZOR_RMS_NORM},
+        {40, 5, 5, 7, 33, 50, 2, 33, 3, 8, 4, 6, 100, 0, 0, EDGERAZOR_LAYER_NORM},
+        {128, 2, 1, 64, 256, 1000, 1, 128, 0, 16, 8, 64, 17, 0, 0, EDGERAZOR_RMS_NORM},
+    };
+    for (const Config& config : configs) check(config);
+    for (int isa = 0; isa < edgerazor_isa_count(); isa++) printf("%s ", edgerazor_isa_name(isa));
+    printf(": %d checks of the decoder, %d wrong\n", checks, wrong);
+    return wrong != 0;
+}
