@@ -35,6 +35,17 @@ class Unit(NamedTuple):
     options: str
 
 
+class Job(NamedTuple):
+    """A compilation: the name of its source file, its options, and the name of the object file if it is another one."""
+
+    source: str
+    options: list[str]
+    output: str = ""
+
+
+#: `floats.cpp` is compiled for each unit. Its sums have no order to keep to: products and sums may be fused.
+_FLOATS = "-O3 -ffp-contract=fast".split()
+
 _AVX2 = "-O3 -mavx2 -mfma -mf16c"
 _UNITS = {
     "x86_64": (
@@ -87,16 +98,16 @@ def build(target: Path, main: Path | None = None) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         units = [unit for unit in _UNITS.get(machine, ()) if _accepts(command, unit, Path(folder))]
         have = [f"-DEDGERAZOR_HAVE_{unit.name.upper()}" for unit in units]
-        jobs = [
-            ("library", ["-O2", *have, f'-DEDGERAZOR_SOURCES="{fingerprint()}"']),
-            ("decoder", ["-O2"]),
-            ("portable", ["-O2"]),
-            *((unit.name, unit.options.split()) for unit in units),
-        ]
-        objects = [Path(folder) / f"{name}.o" for name, _ in jobs]
+        about = [*have, f'-DEDGERAZOR_SOURCES="{fingerprint()}"']
+        jobs = [Job("library", ["-O2", *about]), Job("decoder", ["-O2"])]
+        for name, options in (Unit("portable", "-O2"), *units):
+            jobs.append(Job(name, options.split()))
+            floats = [*options.split(), *_FLOATS, f"-DEDGERAZOR_UNIT={name}"]
+            jobs.append(Job("floats", floats, f"floats_{name}"))
+        objects = [Path(folder) / f"{job.output or job.source}.o" for job in jobs]
         commands = [
-            [*command, *options, *added, "-c", str(SOURCES / f"{name}.cpp"), "-o", str(output)]
-            for (name, options), output in zip(jobs, objects, strict=True)
+            [*command, *job.options, *added, "-c", str(SOURCES / f"{job.source}.cpp"), "-o", str(output)]
+            for job, output in zip(jobs, objects, strict=True)
         ]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(_run, commands))

@@ -66,4 +66,7 @@ struct Floats {
 
 extern const Floats portable_floats, avx2_floats, avx2vnni_floats, avx512_floats, neon_floats, i8mm_floats;
 
+// Of an instruction set that this machine can run, by its number.
+const Floats& floats_at(int isa);
+
 } // namespace edgerazor

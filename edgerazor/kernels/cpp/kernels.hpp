@@ -109,9 +109,7 @@ constexpr int64_t row_blocks(int64_t rows) { return (rows + kRows - 1) / kRows; 
 extern const Kernels portable_kernels, avx2_kernels, avx2vnni_kernels, avx512_kernels, neon_kernels, i8mm_kernels;
 
 // What other files need of `library.cpp`.
-struct Floats;
-const Kernels& kernels_at(int isa);
-const Floats& floats_at(int isa);
+const Kernels& kernels_at(int isa); // of an instruction set that this machine can run, by its number
 const Geometry& known(const edgerazor_geometry* geometry);
 Part part_of(const edgerazor_part& part);
 void decode_row(const Geometry& geometry, const Part& part, int64_t row, float* weights);

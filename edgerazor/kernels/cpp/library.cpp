@@ -55,6 +55,7 @@ bool has_dot_product() { return has_feature("hw.optional.arm.FEAT_DotProd"); }
 bool has_i8mm() { return has_feature("hw.optional.arm.FEAT_I8MM"); }
 #endif
 
+// What there is for an instruction set.
 struct Unit {
     const Kernels* kernels;
     const Floats* floats;
@@ -270,6 +271,8 @@ void edgerazor_expand_ternary(const edgerazor_geometry* geometry, int isa, const
                               uint8_t* out) {
     kernels_at(isa).expand_ternary(known(geometry), codes, blocks, out);
 }
+
+const void* edgerazor_floats(int isa) { return &floats_at(isa); }
 
 uint64_t edgerazor_read(int isa, const uint64_t* words, int64_t count) { return kernels_at(isa).read(words, count); }
 

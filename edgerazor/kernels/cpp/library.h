@@ -63,6 +63,9 @@ EDGERAZOR_API void edgerazor_row(const edgerazor_geometry* geometry, const edger
 EDGERAZOR_API void edgerazor_expand_ternary(const edgerazor_geometry* geometry, int isa, const uint8_t* codes,
                                             int64_t blocks, uint8_t* out);
 
+/* The table of functions of an instruction set, a `Floats` of floats.hpp. For tests. */
+EDGERAZOR_API const void* edgerazor_floats(int isa);
+
 /* Reads memory once, as fast as it comes, and returns something that depends on every byte: to measure bandwidth. */
 EDGERAZOR_API uint64_t edgerazor_read(int isa, const uint64_t* words, int64_t count);
 

@@ -21,6 +21,7 @@
 #include <string.h>
 
 #include "kernels.hpp"
+#include "unroll.hpp"
 
 namespace {
 
@@ -32,28 +33,12 @@ constexpr int kTokenBlock = 240; // tokens whose sums stay in the cache: a multi
 EDGERAZOR_INLINE int smaller(int a, int b) { return a < b ? a : b; }
 EDGERAZOR_INLINE int larger(int a, int b) { return a > b ? a : b; }
 
-template <int N>
-struct Constant {
-    static constexpr int value = N;
-};
-
-// function(Constant<begin>), ..., function(Constant<end - 1>).
-template <int begin, int end, class Function>
-EDGERAZOR_INLINE void unroll(Function&& function) {
-    if constexpr (begin < end) {
-        function(Constant<begin>{});
-        unroll<begin + 1, end>(function);
-    }
-}
-
 // The sum of x * level from that of u * x, in units of `unit(lowest)`.
 EDGERAZOR_INLINE Sums settle(Sums total, int lowest, int sum) {
     return lowest % 2 == 0 ? add_sums(total, all(lowest / 2 * sum)) : add_sums(add_sums(total, total), all(lowest * sum));
 }
 
 EDGERAZOR_INLINE float unit(int lowest) { return lowest % 2 == 0 ? 1.0f : 0.5f; }
-
-#define UNROLL(name) [&](auto name) __attribute__((always_inline))
 
 EDGERAZOR_INLINE const uint8_t* ahead(const uint8_t* w) {
     __builtin_prefetch(w + kPrefetch);

@@ -63,7 +63,7 @@ class Threads {
 
   private:
     using Call = void (*)(const void* work, int thread);
-    static constexpr int kIdleLooks = 1000, kPatience = 20000;
+    static constexpr int kIdleLooks = 1000, kPatience = 1000;
 
     template <class Condition>
     static void wait(const Condition& condition) {
