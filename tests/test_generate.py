@@ -28,7 +28,8 @@ from edgerazor.stages import generate as stage
 from edgerazor.stages.generate import GenerateResult
 
 PROMPT = "Nora took the ball"
-POSITIONS = 4096
+#: So many that a text of all of them takes some time, and does not fit into a pipe.
+POSITIONS = 100_000
 TEMPLATE = """{% for m in messages %}{{ m.role + ':' + m.content + '</s>' }}{% endfor %}
 {%- if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"""
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from edgerazor import integration, runtime
-from edgerazor.console import Console
+from edgerazor.console import Console, duration
 from edgerazor.errors import INTERRUPTED, UserError, usage_error
 from edgerazor.recipe import Recipe
 from edgerazor.runtime import Generation, Model, Stream
@@ -147,11 +147,11 @@ def timings(made: Generation, model: Model) -> str:
     """What it took, in one line."""
     new = made.prompt_tokens - made.cached_tokens
     cached = f" ({made.cached_tokens:,} more known)" if made.cached_tokens else ""
-    parts = [f"{new:,} prompt tokens{cached} in {made.prefill_seconds:.2f} s"]
+    parts = [f"{new:,} prompt tokens{cached} in {duration(made.prefill_seconds)}"]
     speed = f", {made.tokens_per_second:.1f} a second" if made.tokens_per_second is not None else ""
-    parts.append(f"{len(made.tokens):,} tokens in {made.decode_seconds:.2f} s{speed}")
+    parts.append(f"{len(made.tokens):,} tokens in {duration(made.decode_seconds)}{speed}")
     if made.first_token_seconds is not None:
-        parts.append(f"the first after {made.first_token_seconds:.2f} s")
+        parts.append(f"the first after {duration(made.first_token_seconds)}")
     threads = f"{model.threads} thread{'s' if model.threads > 1 else ''}"
     return f"{'; '.join(parts)}; {model.engine} engine, {model.kernel}, {threads}; {ending(made)}"
 
