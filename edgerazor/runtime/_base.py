@@ -7,7 +7,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from edgerazor.errors import usage_error
 from edgerazor.models import PreTrainedTokenizerBase
+from edgerazor.runtime import _generation
+from edgerazor.runtime._generation import Chat, Generation, Prompt, Stream
 
 #: Tokens, one sequence.
 Ids: TypeAlias = Sequence[int] | Tensor
@@ -148,6 +150,32 @@ class Model(ABC):
             if not 1 <= count <= len(tokens):
                 raise usage_error(f"There are no last {count} of the {len(tokens)} tokens of a continuation.")
 
+    def generate(self, prompt: Prompt, seed: int = 0, **options: Any) -> Generation:
+        """Write a text that goes on from a prompt, or answers it.
+
+        Args:
+            prompt: a text; with `chat=True` the user's turn, or all messages so far.
+            seed: of the drawing.
+            options: fields of a recipe's `generate` section (`edgerazor show recipe` explains them): max_tokens,
+                temperature, top_k, top_p, min_p, repetition_penalty, stop, chat, system.
+
+        Raises:
+            UserError: an option is unknown or has a wrong value; the prompt is too long, or no text; there is no chat
+                template, or it refuses the messages.
+        """
+        stream = self.stream(prompt, seed, **options)
+        for _ in stream:
+            pass
+        return stream.generation
+
+    def stream(self, prompt: Prompt, seed: int = 0, **options: Any) -> Stream:
+        """The same in pieces, as they are written; its `generation` has all of it in the end."""
+        return _generation.stream(self, prompt, *_generation.options(seed, **options))
+
+    def chat(self, seed: int = 0, **options: Any) -> Chat:
+        """A conversation, whose `ask` gives the answers; options as of `generate`."""
+        return Chat(self, *_generation.options(seed, **{**options, "chat": True}))
+
     def check(self, tokens: Ids, before: int = 0) -> None:
         """Make sure that tokens [T] or [B, T] are of the vocabulary, and no more than fit behind those before.
 
@@ -205,7 +233,7 @@ class Session(ABC):
         logits = self._compute(self._computed, [*self.ids[self._computed :], *tokens])
         self.ids += tokens
         self._computed = self.position
-        self._best = int(logits.numpy().argmax())  # faster than torch's
+        self._best = int(logits.numpy().argmax())  # NumPy's: torch's threads would spin beside the native ones
         return logits
 
     def greedy(self, count: int, stops: Collection[int] = ()) -> list[int]:
