@@ -29,6 +29,7 @@ constexpr int kLanes = 4, kAccumulators = 12;
 constexpr int kParts = 16 / kLanes;
 
 typedef float Lanes __attribute__((vector_size(4 * kLanes)));
+typedef float AnyLanes __attribute__((vector_size(4 * kLanes), aligned(4), may_alias)); // in memory
 typedef int32_t IntLanes __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t UnsignedLanes __attribute__((vector_size(4 * kLanes)));
 
@@ -113,20 +114,21 @@ EDGERAZOR_INLINE float largest_of(Sixteen x) {
 #endif
 }
 
+// Part by part: gcc copies the whole through memory in smaller pieces.
+EDGERAZOR_INLINE Sixteen load(const float* p) {
+    return in_parts(UNROLL(i) { return *(const AnyLanes*)(p + i.value * kLanes); });
+}
+
+EDGERAZOR_INLINE void store(float* p, Sixteen x) {
+    unroll<0, kParts>(UNROLL(i) { *(AnyLanes*)(p + i.value * kLanes) = x.part[i.value]; });
+}
+
 EDGERAZOR_INLINE float sum_of(Sixteen x) {
     float each[16], sum = 0;
-    memcpy(each, &x, sizeof each);
+    store(each, x);
     for (int i = 0; i < 16; i++) sum += each[i];
     return sum;
 }
-
-EDGERAZOR_INLINE Sixteen load(const float* p) {
-    Sixteen x;
-    memcpy(&x, p, sizeof x);
-    return x;
-}
-
-EDGERAZOR_INLINE void store(float* p, Sixteen x) { memcpy(p, &x, sizeof x); }
 
 EDGERAZOR_INLINE Sixteen load(const int8_t* p) {
 #if defined(__AVX512F__)
@@ -145,9 +147,9 @@ EDGERAZOR_INLINE Sixteen load(const int8_t* p) {
 #endif
 }
 
-EDGERAZOR_INLINE SixteenInts load_ints(const void* p) {
+EDGERAZOR_INLINE SixteenInts load_ints(const int32_t* p) {
     SixteenInts x;
-    memcpy(&x, p, sizeof x);
+    unroll<0, kParts>(UNROLL(i) { x.part[i.value] = (IntLanes) * (const AnyLanes*)(p + i.value * kLanes); });
     return x;
 }
 
