@@ -211,10 +211,6 @@ Block block_at(const Attention& work, int range, int64_t begin) {
     return {range, begin, seen, (int)count, (int)(cell % kPage), work.pages + cell / kPage};
 }
 
-int64_t bytes_before(const Attention& work, const Block& block) {
-    return block.cell * key_bytes(work.bits, work.head_dim);
-}
-
 // Features as they are computed with. Of 4 bits first the even ones, then the odd ones, as halves of bytes give them;
 // of an odd number one more, which is 0.
 int features_of(const Attention& work) { return work.bits == 4 ? (work.head_dim + 1) / 2 * 2 : work.head_dim; }
@@ -223,16 +219,14 @@ int place_of(const Attention& work, int feature) {
     return work.bits == 4 ? feature / 2 + feature % 2 * (features_of(work) / 2) : feature;
 }
 
-// Bytes from what a block has in the cache to what another one has there: while one is in use the next is prefetched.
-struct Ahead {
-    int64_t keys, values;
+// What a block has in the cache. While one is in use the next is prefetched.
+struct Stored {
+    const uint8_t *keys, *values;
 };
 
-Ahead ahead_of(const Attention& work, const Block& block, const Block& next) {
-    if (next.count == 0) return {};
-    const int64_t change = bytes_before(work, next) - bytes_before(work, block);
-    return {(intptr_t)next.page->keys - (intptr_t)block.page->keys + change,
-            (intptr_t)next.page->values - (intptr_t)block.page->values + change};
+Stored stored_at(const Attention& work, const Block& block) {
+    const int64_t before = block.cell * key_bytes(work.bits, work.head_dim);
+    return {(const uint8_t*)block.page->keys + before, (const uint8_t*)block.page->values + before};
 }
 
 // A block as products take it: T is float, or int8_t for codes.
@@ -241,11 +235,16 @@ struct Cells {
     const T* keys;                        // [columns, features, 16]
     const T* values;                      // [cells, value_step]
     int64_t features, value_step;
-    Ahead ahead;
+    Stored next; // to prefetch; what is in the scratch is in the cache as it is
     int columns;                          // of 16 keys that can be read
     alignas(64) float key_scales[kCells]; // times the scale of q * k; 0 behind the last cell
     alignas(64) float value_scales[kCells];
 };
+
+template <class T>
+Cells<T> in_scratch(const T* keys, const T* values, int64_t features, int64_t value_step) {
+    return {keys, values, features, value_step, {(const uint8_t*)keys, (const uint8_t*)values}};
+}
 
 // Buffers of a call.
 struct Scratch {
@@ -285,33 +284,40 @@ int64_t attention_scratch(int head_dim, int heads, int tokens) {
     return scratch_at(nullptr, head_dim, smaller(kBlockRows, (int64_t)heads * tokens)).bytes;
 }
 
-// Rows of `count` bytes with two codes of 4 bits: those of the low halves, then those of the high ones.
-void split(const uint8_t* pairs, int rows, int64_t count, int64_t ahead, int8_t* codes) {
-    for (int row = 0; row < rows; row++, pairs += count, codes += 2 * count) {
-        for (int64_t i = 0; i < count; i += 64) __builtin_prefetch(pairs + i + ahead);
-        for (int64_t i = 0; i < count; i++) codes[i] = (int8_t)((pairs[i] & 15) - 8);
-        for (int64_t i = 0; i < count; i++) codes[count + i] = (int8_t)((pairs[i] >> 4) - 8);
+typedef uint8_t ByteLanes __attribute__((vector_size(4 * kLanes)));
+typedef uint8_t EightBytes __attribute__((vector_size(8)));
+
+// Bytes with two codes of 4 bits each: those of the low halves as int8, and those of the high ones.
+template <class Bytes>
+EDGERAZOR_INLINE void split_some(const uint8_t* pairs, int8_t* low, int8_t* high) {
+    Bytes both;
+    memcpy(&both, pairs, sizeof both);
+    const Bytes first = (both & 15) - 8, second = (both >> 4) - 8;
+    memcpy(low, &first, sizeof first);
+    memcpy(high, &second, sizeof second);
+}
+
+// Rows of `count` bytes with two codes each: those of the low halves, then those of the high ones.
+void split(const uint8_t* pairs, int rows, int64_t count, const uint8_t* next, int8_t* codes) {
+    for (int row = 0; row < rows; row++, pairs += count, next += count, codes += 2 * count) {
+        int64_t i = 0;
+        for (; i + (int)sizeof(ByteLanes) <= count; i += sizeof(ByteLanes)) {
+            __builtin_prefetch(next + i);
+            split_some<ByteLanes>(pairs + i, codes + i, codes + count + i);
+        }
+        for (; i + 8 <= count; i += 8) split_some<EightBytes>(pairs + i, codes + i, codes + count + i);
+        for (; i < count; i++) split_some<uint8_t>(pairs + i, codes + i, codes + count + i);
     }
 }
 
 // The codes of a block: where they are, or, of 4 bits, a byte each in the scratch.
-Cells<int8_t> codes_of(const Attention& work, const Block& block, int columns, Ahead ahead, const Scratch& scratch) {
-    const int64_t before = bytes_before(work, block), features = features_of(work);
-    const uint8_t *keys = (const uint8_t*)block.page->keys + before, *values = (const uint8_t*)block.page->values + before;
-    Cells<int8_t> cells;
-    cells.features = cells.value_step = features;
-    if (work.bits == 8) {
-        cells.keys = (const int8_t*)keys;
-        cells.values = (const int8_t*)values;
-        cells.ahead = ahead;
-    } else {
-        split(keys, columns, features / 2 * kKeys, ahead.keys, scratch.key_codes);
-        split(values, block.count, features / 2, ahead.values, scratch.value_codes);
-        cells.keys = scratch.key_codes;
-        cells.values = scratch.value_codes;
-        cells.ahead = {};
-    }
-    return cells;
+Cells<int8_t> codes_of(const Attention& work, const Stored& now, const Stored& next, int columns, int count,
+                       const Scratch& scratch) {
+    const int64_t features = features_of(work);
+    if (work.bits == 8) return {(const int8_t*)now.keys, (const int8_t*)now.values, features, features, next};
+    split(now.keys, columns, features / 2 * kKeys, next.keys, scratch.key_codes);
+    split(now.values, count, features / 2, next.values, scratch.value_codes);
+    return in_scratch(scratch.key_codes, scratch.value_codes, features, features);
 }
 
 // Rows [rows, features] as [rows, width] floats; the numbers behind the features are 0.
@@ -326,31 +332,19 @@ void widen(const T* x, int rows, int64_t features, float* out) {
 }
 
 // A block as floats in the scratch; those of 16 bits stay where they are if they can.
-Cells<float> floats_of(const Attention& work, const Block& block, int columns, Ahead ahead, const Scratch& scratch) {
-    const int64_t features = features_of(work);
-    Cells<float> cells;
-    cells.features = features;
-    cells.value_step = width_of(features);
-    cells.ahead = {};
-    cells.keys = scratch.keys;
-    cells.values = scratch.values;
+Cells<float> floats_of(const Attention& work, const Stored& now, const Stored& next, int columns, int count,
+                       const Scratch& scratch) {
+    const int64_t features = features_of(work), width = width_of(features);
+    if (work.bits == 16 && width == features)
+        return {(const float*)now.keys, (const float*)now.values, features, width, next};
     if (work.bits == 16) {
-        const int64_t before = bytes_before(work, block) / (int64_t)sizeof(float);
-        const float* values = (const float*)block.page->values + before;
-        cells.keys = (const float*)block.page->keys + before;
-        cells.ahead.keys = ahead.keys;
-        if (cells.value_step > features) {
-            widen(values, block.count, features, scratch.values);
-        } else {
-            cells.values = values;
-            cells.ahead.values = ahead.values;
-        }
-    } else {
-        const Cells<int8_t> codes = codes_of(work, block, columns, ahead, scratch);
-        widen(codes.keys, columns, features * kKeys, scratch.keys);
-        widen(codes.values, block.count, features, scratch.values);
+        widen((const float*)now.values, count, features, scratch.values);
+        return {(const float*)now.keys, scratch.values, features, width, {next.keys, (const uint8_t*)scratch.values}};
     }
-    return cells;
+    const Cells<int8_t> codes = codes_of(work, now, next, columns, count, scratch);
+    widen(codes.keys, columns, features * kKeys, scratch.keys);
+    widen(codes.values, count, features, scratch.values);
+    return in_scratch(scratch.keys, scratch.values, features, width);
 }
 
 template <class T>
@@ -379,7 +373,8 @@ EDGERAZOR_INLINE void score_columns(const Cells<T>& cells, int column, const flo
     Sixteen sums[rows][columns];
     unroll<0, rows>(UNROLL(r) { unroll<0, columns>(UNROLL(c) { sums[r.value][c.value] = fill(0); }); });
     const int64_t size = cells.features * kKeys;
-    multiply<1, rows>(queries, cells.keys + column * size, size, kKeys, cells.features, cells.ahead.keys, sums);
+    multiply<1, rows>(queries, cells.keys + column * size, size, kKeys, cells.features,
+                      cells.next.keys + column * size * sizeof(T), sums);
     unroll<0, rows>(UNROLL(r) {
         unroll<0, columns>(UNROLL(c) { store(scores + r.value * kCells + (column + c.value) * 16, sums[r.value][c.value]); });
     });
@@ -442,7 +437,7 @@ EDGERAZOR_INLINE void add_values(const Cells<T>& cells, const float* probabiliti
         });
     });
     multiply<kCells, 1>(probabilities + from, cells.values + from * cells.value_step + feature, 16, cells.value_step,
-                        to - from, cells.ahead.values, sums);
+                        to - from, cells.next.values + feature * (to - from) * sizeof(T), sums);
     unroll<0, rows>(UNROLL(r) {
         unroll<0, columns>(UNROLL(c) {
             store(results + r.value * width + feature + c.value * 16, sums[r.value][c.value]);
@@ -530,7 +525,7 @@ void finish(const Rows& rows) {
 
 // All rows see a block.
 template <class T>
-void see_block(const Rows& rows, const Block& block, int columns, Cells<T> cells) {
+void see_block(const Rows& rows, const Block& block, int columns, Cells<T>&& cells) {
     describe(rows.work, block, columns, cells);
     for (int row = 0; row < rows.count; row += kTileRows) {
         const int count = (int)smaller(kTileRows, rows.count - row);
@@ -554,11 +549,11 @@ void attend_rows(const Rows& rows) {
         if (block.seen + block.count > rows.low(0) && block.seen < rows.high(rows.count - 1)) {
             // A whole block of keys can be read from its beginning, whatever the number of cells in use.
             const int columns = block.cell % kCells == 0 ? kCells / kKeys : (block.count + kKeys - 1) / kKeys;
-            const Ahead ahead = ahead_of(work, block, next);
+            const Stored now = stored_at(work, block), then = next.count > 0 ? stored_at(work, next) : now;
             if (work.bits != 16 && few)
-                see_block(rows, block, columns, codes_of(work, block, columns, ahead, rows.scratch));
+                see_block(rows, block, columns, codes_of(work, now, then, columns, block.count, rows.scratch));
             else
-                see_block(rows, block, columns, floats_of(work, block, columns, ahead, rows.scratch));
+                see_block(rows, block, columns, floats_of(work, now, then, columns, block.count, rows.scratch));
         }
         block = next;
     }

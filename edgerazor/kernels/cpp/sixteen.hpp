@@ -165,17 +165,17 @@ constexpr int tile_columns(int rows) {
     return most >= 4 ? 4 : most >= 2 ? 2 : 1;
 }
 
-// sums[r][c] += x[r * x_row + k * x_step] * y[c * y_column + k * y_step], 16 numbers of y each, for k < depth. What lies
-// `ahead` bytes from y is prefetched.
+// sums[r][c] += x[r * x_row + k * x_step] * y[c * y_column + k * y_step], 16 numbers of y each, for k < depth. As many
+// bytes as are read of y are prefetched at `next`, one after the other.
 template <int x_row, int x_step, int rows, int columns, class T>
 EDGERAZOR_INLINE void multiply(const float* x, const T* y, int64_t y_column, int64_t y_step, int64_t depth,
-                               int64_t ahead, Sixteen (&sums)[rows][columns]) {
-    for (int64_t k = 0; k < depth; k++, x += x_step, y += y_step) {
+                               const void* next, Sixteen (&sums)[rows][columns]) {
+    constexpr int bytes = columns * 16 * (int)sizeof(T), lines = (bytes + 63) / 64;
+    const char* line = (const char*)next;
+    for (int64_t k = 0; k < depth; k++, x += x_step, y += y_step, line += bytes) {
+        unroll<0, lines>(UNROLL(i) { __builtin_prefetch(line + i.value * 64); });
         Sixteen column[columns];
-        unroll<0, columns>(UNROLL(c) {
-            column[c.value] = load(y + c.value * y_column);
-            __builtin_prefetch((const char*)(y + c.value * y_column) + ahead);
-        });
+        unroll<0, columns>(UNROLL(c) { column[c.value] = load(y + c.value * y_column); });
         unroll<0, rows>(UNROLL(r) {
             const Sixteen same = fill(x[r.value * x_row]);
             unroll<0, columns>(UNROLL(c) {
