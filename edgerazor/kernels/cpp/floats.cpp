@@ -371,9 +371,9 @@ struct Tile {
 template <int rows, int columns, class T>
 EDGERAZOR_INLINE void score_columns(const Cells<T>& cells, int column, const float* queries, float* scores) {
     Sixteen sums[rows][columns];
-    unroll<0, rows>(UNROLL(r) { unroll<0, columns>(UNROLL(c) { sums[r.value][c.value] = fill(0); }); });
+    clear(sums);
     const int64_t size = cells.features * kKeys;
-    multiply<1, rows>(queries, cells.keys + column * size, size, kKeys, cells.features,
+    multiply(queries, 1, rows, cells.keys + column * size, size, kKeys, cells.features,
                       cells.next.keys + column * size * sizeof(T), sums);
     unroll<0, rows>(UNROLL(r) {
         unroll<0, columns>(UNROLL(c) { store(scores + r.value * kCells + (column + c.value) * 16, sums[r.value][c.value]); });
@@ -436,7 +436,7 @@ EDGERAZOR_INLINE void add_values(const Cells<T>& cells, const float* probabiliti
             sums[r.value][c.value] = load(results + r.value * width + feature + c.value * 16) * correction;
         });
     });
-    multiply<kCells, 1>(probabilities + from, cells.values + from * cells.value_step + feature, 16, cells.value_step,
+    multiply(probabilities + from, kCells, 1, cells.values + from * cells.value_step + feature, 16, cells.value_step,
                         to - from, cells.next.values + feature * (to - from) * sizeof(T), sums);
     unroll<0, rows>(UNROLL(r) {
         unroll<0, columns>(UNROLL(c) {

@@ -147,9 +147,9 @@ EDGERAZOR_INLINE Sixteen load(const int8_t* p) {
 #endif
 }
 
-EDGERAZOR_INLINE SixteenInts load_ints(const int32_t* p) {
+EDGERAZOR_INLINE SixteenInts load_ints(const void* p) {
     SixteenInts x;
-    unroll<0, kParts>(UNROLL(i) { x.part[i.value] = (IntLanes) * (const AnyLanes*)(p + i.value * kLanes); });
+    unroll<0, kParts>(UNROLL(i) { x.part[i.value] = (IntLanes)((const AnyLanes*)p)[i.value]; });
     return x;
 }
 
@@ -166,14 +166,14 @@ constexpr int tile_columns(int rows) {
 }
 
 // sums[r][c] += x[r * x_row + k * x_step] * y[c * y_column + k * y_step], 16 numbers of y each, for k < depth. As many
-// bytes as are read of y are prefetched at `next`, one after the other.
-template <int x_row, int x_step, int rows, int columns, class T>
-EDGERAZOR_INLINE void multiply(const float* x, const T* y, int64_t y_column, int64_t y_step, int64_t depth,
-                               const void* next, Sixteen (&sums)[rows][columns]) {
+// bytes as are read of y are prefetched at `next`, one after the other; null: none.
+template <int rows, int columns, class T>
+EDGERAZOR_INLINE void multiply(const float* x, int64_t x_row, int64_t x_step, const T* y, int64_t y_column,
+                               int64_t y_step, int64_t depth, const void* next, Sixteen (&sums)[rows][columns]) {
     constexpr int bytes = columns * 16 * (int)sizeof(T), lines = (bytes + 63) / 64;
-    const char* line = (const char*)next;
-    for (int64_t k = 0; k < depth; k++, x += x_step, y += y_step, line += bytes) {
-        unroll<0, lines>(UNROLL(i) { __builtin_prefetch(line + i.value * 64); });
+    for (int64_t k = 0; k < depth; k++, x += x_step, y += y_step) {
+        if (next != nullptr)
+            unroll<0, lines>(UNROLL(i) { __builtin_prefetch((const char*)next + k * bytes + i.value * 64); });
         Sixteen column[columns];
         unroll<0, columns>(UNROLL(c) { column[c.value] = load(y + c.value * y_column); });
         unroll<0, rows>(UNROLL(r) {
@@ -183,6 +183,11 @@ EDGERAZOR_INLINE void multiply(const float* x, const T* y, int64_t y_column, int
             });
         });
     }
+}
+
+template <int rows, int columns>
+EDGERAZOR_INLINE void clear(Sixteen (&sums)[rows][columns]) {
+    unroll<0, rows>(UNROLL(r) { unroll<0, columns>(UNROLL(c) { sums[r.value][c.value] = fill(0); }); });
 }
 
 } // namespace
