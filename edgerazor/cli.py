@@ -397,6 +397,82 @@ def bench(
     stage("bench", values, work, recipe, json, quiet, force, dry_run)
 
 
+@app.command()
+def generate(
+    prompt: Annotated[
+        str | None,
+        typer.Argument(help="What to go on from; `-`, or nothing behind a pipe: standard input.", show_default=False),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        Option("--model", help="A packed folder; default: that of the working directory.", metavar="FOLDER"),
+    ] = None,
+    max_tokens: Annotated[int | None, Option("--max-tokens", help="Most tokens of the text.")] = None,
+    temperature: Annotated[
+        float | None, Option("--temperature", help="Of drawing; 0 takes the likeliest token.")
+    ] = None,
+    top_k: Annotated[int | None, Option("--top-k", help="Draw from so many tokens; 0 for all.")] = None,
+    top_p: Annotated[float | None, Option("--top-p", help="Draw from tokens that have this probability.")] = None,
+    min_p: Annotated[
+        float | None, Option("--min-p", help="Draw from tokens of this share of the highest probability.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, Option("--repetition-penalty", help="Above 1: tokens that occurred are less likely.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None, Option("--stop", help="End before this text; repeatable.", metavar="TEXT")
+    ] = None,
+    chat: Annotated[
+        bool | None,
+        Option("--chat/--no-chat", help="The prompt is a user's turn; without one: talk in the terminal."),
+    ] = None,
+    system: Annotated[str | None, Option("--system", help="Of a chat: the system's message.", metavar="TEXT")] = None,
+    mmap: Annotated[bool, Option("--mmap", help="Read weights in place: less memory, slower.")] = False,
+    recipe: RecipeFile = None,
+    work: Annotated[Path | None, Option("--work", help="The job's folder.", metavar="DIR")] = None,
+    seed: Seed = None,
+    threads: Threads = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Let a packed model write; the text goes to stdout as it comes.
+
+    Example: edgerazor generate "Once upon a time" --max-tokens 64
+
+    Example: echo "Why is the sky blue?" | edgerazor generate --model FOLDER --chat --temperature 0.7 --top-p 0.9
+    """
+    if model is not None and work is not None:
+        raise usage_error("--model and --work both name a packed model.", "Leave one of them out.")
+    from edgerazor.workdir import DEFAULT, WorkDir
+
+    values = general(None, None, None, seed, None, threads)
+    values["generate"] = given(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=stop or None,
+        chat=chat,
+        system=system,
+    )
+    job = WorkDir(work or DEFAULT)
+    asked = assemble(values, None if model else job.path, recipe)
+    from edgerazor.stages import generate as stage_module
+
+    console = open_console(json, quiet)
+    folder = stage_module.packed_folder(model, job)
+    text = stage_module.read_prompt(prompt)
+    if text is not None:
+        result = stage_module.run(folder, text, asked, console, mmap)
+        console.result(result)
+    elif json or not asked.generate.chat:
+        raise usage_error("There is no prompt.", 'Give one: `edgerazor generate "Once upon"`; or talk: --chat.')
+    else:
+        stage_module.converse(folder, asked, console, mmap)
+
+
 @app.command(name="data")
 def write_data(
     model: Annotated[str, typer.Argument(help=MODEL_HELP + " It writes.")],

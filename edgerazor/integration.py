@@ -24,9 +24,8 @@ from edgerazor import surgery
 from edgerazor.errors import UserError, plain
 from edgerazor.formats import INPUT_SCALE, LOW_INPUT_SCALE
 from edgerazor.kernels import StoredMatrix
-from edgerazor.kernels.reference import UNQUANTIZED
 from edgerazor.models import load_tokenizer, quiet_transformers
-from edgerazor.packed import SETTINGS, PackedModel
+from edgerazor.packed import CHECKSUMS, SETTINGS, PackedModel
 
 METHOD = "edgerazor"
 
@@ -98,7 +97,7 @@ class EdgeRazorQuantizer(HfQuantizer):
         )
         check_others(model, packed)
         packed_names = "|".join(re.escape(name) for name in matrices)
-        ours = {rf"^({packed_names})\.weight\.", rf"\.({INPUT_SCALE}|{LOW_INPUT_SCALE})$"}
+        ours = {rf"^({packed_names})\.weight\.", rf"\.({INPUT_SCALE}|{LOW_INPUT_SCALE})$", f"^{re.escape(CHECKSUMS)}$"}
         model._keys_to_ignore_on_load_unexpected = ours
         model._tied_weights_keys = model.all_tied_weights_keys = {}  # there is no weight left to tie
 
@@ -120,7 +119,7 @@ def stored_matrix(packed: PackedModel, name: str) -> StoredMatrix | None:
         UserError: it is damaged.
     """
     entry, spec = packed.header.matrices[name], packed.spec(name)
-    if spec.block_formats is not None or packed.header.settings["activation_bits"] == UNQUANTIZED:
+    if spec.block_formats is not None:
         return None
     try:
         return StoredMatrix(packed.parts(name), spec, (entry.shape[0], entry.shape[1]))

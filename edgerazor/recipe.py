@@ -358,7 +358,7 @@ class Eval(Strict):
     limit: int | None = Field(None, ge=1, description="items per task; all when absent")
     num_fewshot: int | None = Field(None, ge=0, description="examples before each item; the task's own when absent")
     apply_chat_template: bool = Field(False, description="wrap prompts in the tokenizer's chat template")
-    batch_size: int = Field(32, ge=1, description="sequences in one forward pass")
+    batch_size: int = Field(32, ge=1, description="sequences in one forward pass of transformers")
     text_sequences: int = Field(64, ge=1, description="held-out sequences for perplexity, KL and agreement")
     against: str | None = Field(None, description="teacher of a model that is measured alone (`eval MODEL`), if any")
     activation_bits: Literal[8, 16] = Field(16, description="of a 16-bit model measured alone: as in calibrate")
@@ -394,6 +394,44 @@ class Bench(Strict):
         return tuple(sorted(set(value)))
 
 
+class Generate(Strict):
+    """How a packed model writes text (`edgerazor generate`), with the meaning that these have in transformers."""
+
+    max_tokens: int = Field(128, ge=1, description="most tokens of the text")
+    temperature: float = Field(
+        0.0, ge=0, description="of the distribution that tokens are drawn from; 0: the likeliest"
+    )
+    top_k: int = Field(0, ge=0, description="draw from so many of the likeliest tokens; 0 for all")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="draw from the likeliest tokens that have this probability together"
+    )
+    min_p: float = Field(
+        0.0, ge=0, le=1, description="draw from tokens of at least this share of the highest probability"
+    )
+    repetition_penalty: float = Field(
+        1.0, gt=0, description="logits of tokens that occurred are divided by it (negative ones multiplied); 1: off"
+    )
+    stop: tuple[str, ...] = Field((), description="the text ends before the first of these that comes up")
+    chat: bool = Field(False, description="the prompt is a user's turn, as the tokenizer's chat template writes it")
+    system: str | None = Field(None, description="of a chat: the system's message before it")
+
+    @model_validator(mode="after")
+    def _to_some_effect(self) -> Generate:
+        if "" in self.stop:
+            raise ValueError("`stop` is empty text, which comes up at once; leave it out")
+        if self.system is not None and not self.chat:
+            raise ValueError("`system` is a message of a chat; give `chat` too")
+        drawing = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) != Generate.default(name)]
+        if self.temperature == 0 and drawing:
+            raise ValueError(f"`{drawing[0]}` draws tokens, and temperature 0 takes the likeliest; give `temperature`")
+        return self
+
+    @classmethod
+    def default(cls, name: str) -> Any:
+        """Of a field."""
+        return cls.model_fields[name].default
+
+
 class Recipe(Strict):
     """A whole job."""
 
@@ -411,6 +449,7 @@ class Recipe(Strict):
     pack: Pack = Pack()
     eval: Eval = Eval()
     bench: Bench = Bench()
+    generate: Generate = Generate()
 
 
 class _Loader(yaml.SafeLoader):

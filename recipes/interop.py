@@ -3,19 +3,22 @@
     make interop                                 all models, then the table in recipes/RESULTS.md
     python recipes/interop.py --models world --formats ternary,int4
 
-Each model is packed (where rounding alone would destroy it, distilled before) and exported twice. Both sides then get
-the same token ids of held-out text, and perplexity is computed here, from the logits of both:
+Each model is packed (where rounding alone would destroy it, distilled before) and exported three times. Both sides then
+get the same token ids of held-out text, and perplexity is computed here, from the logits of both:
 
 * *16 bits*: the file with every matrix in float16, in llama.cpp, against transformers computing in float32 with the
   dequantized weights of the packed model. Perplexities differ by at most 0.1 %, the mean KL of the distributions is at
   most 1e-4, and the greedy text of 64 tokens is the same.
+* *32 bits*: the file with every matrix in float32, in llama.cpp with keys and values in float32. The file is exact, and
+  so is the computation but for the order of sums: the mean KL is at most 1e-9, and the greedy text is always the same.
 * *quantized*: the file with the codes as they are, in llama.cpp, against our packed model with its own 8-bit
   activations, keys and values. llama.cpp rounds activations to 8 bits in blocks of its own and keeps keys and values
   in 16 bits, so perplexities differ by at most 1 %, and greedy texts may part.
 * *token ids*: llama.cpp cuts the held-out text and some awkward lines into the same ids as the Hugging Face tokenizer.
 
-Exit code 3 when one of these is not so. Float16 decides otherwise where two tokens are as good as each other: where a
-greedy text parts at two tokens whose logits differ by less than 0.01 in ours, the table says *tie*, and that is no
+Exit code 3 when one of these is not so. Float16 (to which llama.cpp also rounds the activations that it multiplies with
+weights of 16 bits, and keys and values) decides otherwise where two tokens are as good as each other: where the greedy
+text of 16 bits parts at two tokens whose logits differ by less than 0.01 in ours, the table says *tie*, and that is no
 failure. The random models of each family have no text to be good at; they show that the architecture is understood:
 their weights are wide enough that every part of the model matters, which KL sees.
 """
@@ -50,7 +53,7 @@ from edgerazor.recipe import Recipe
 from edgerazor.workdir import WorkDir, machine, write_text
 
 EXACT, ROUNDED = 0.001, 0.01  # how far perplexities may differ
-EXACT_KL, TIE = 1e-4, 0.01  # in nats
+EXACT_KL, FULL_KL, TIE = 1e-4, 1e-9, 0.01  # in nats
 ROW, ROWS = 256, 8
 #: Most numbers in the logits of one side.
 LOGITS = 64_000_000
@@ -158,6 +161,8 @@ class Row:
     rounded: tuple[float, float]  # our packed model, llama.cpp with the quantized file
     rounded_kl: float
     rounded_greedy: int
+    full_kl: float  # of the 32-bit file
+    full_greedy: int
     tokens: int
 
     def failures(self) -> list[str]:
@@ -171,6 +176,10 @@ class Row:
             found.append(f"{who}: the distributions of the 16-bit file are {self.exact_kl:.1e} nats from ours")
         if self.exact_greedy < WRITTEN and not self.tie:
             found.append(f"{who}: the greedy text of the 16-bit file parts after {self.exact_greedy} tokens")
+        if not self.full_kl <= FULL_KL:
+            found.append(f"{who}: the distributions of the 32-bit file are {self.full_kl:.1e} nats from ours")
+        if self.full_greedy < WRITTEN:
+            found.append(f"{who}: the greedy text of the 32-bit file parts after {self.full_greedy} tokens")
         return found
 
 
@@ -286,14 +295,14 @@ def ours(model: PreTrainedModel, rows: list[list[int]], prompt: list[int]) -> Si
     return Side(logits, [int(step.argmax()) for step in steps], torch.stack(steps))
 
 
-def theirs(file: Path, asked: Values, setting: Setting) -> tuple[Side, Values]:
+def theirs(file: Path, asked: Values, setting: Setting, cache_bits: int = 16) -> tuple[Side, Values]:
     """What llama.cpp computes, and the token ids that it makes of texts.
 
     Raises:
         UserError: it cannot load or compute the file.
     """
     request, answer = file.with_suffix(".request.json"), file.with_suffix(".answer.npz")
-    request.write_text(json.dumps({**asked, "threads": setting.threads}), encoding="utf-8")
+    request.write_text(json.dumps({**asked, "cache_bits": cache_bits, "threads": setting.threads}), encoding="utf-8")
     words = [str(setting.python), str(HERE / "llamacpp.py"), str(file), str(request), str(answer)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -307,7 +316,7 @@ def theirs(file: Path, asked: Values, setting: Setting) -> tuple[Side, Values]:
 
 
 def measure(case: Case, setting: Setting) -> Row:
-    """Pack, export twice, let both sides compute, compare."""
+    """Pack, export three times, let both sides compute, compare."""
     work = pack(case, setting)
     folder = work.folder("pack")
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -316,12 +325,13 @@ def measure(case: Case, setting: Setting) -> Row:
     texts = [*AWKWARD, f"one text{''.join(tokenizer.all_special_tokens)} and the next", beginning]
     prompt = rows[0][:PROMPT]
     asked = {"texts": texts, "rows": rows, "prompt": prompt, "new_tokens": WRITTEN}
-    wide, narrow = (
+    full, wide, narrow = (
         exports.write_all(folder, [name], work.path / "exports", lossy, Console(quiet=True))[0]
-        for name, lossy in (("gguf-f16", True), (case.export, False))
+        for name, lossy in (("gguf-f32", False), ("gguf-f16", True), (case.export, False))
     )
     exact = ours(dequantized(folder), rows, prompt)
     rounded = ours(integration.load(folder, keep_decoded=True)[0], rows, prompt)
+    full_side, _ = theirs(Path(full.file), asked, setting, cache_bits=32)
     wide_side, said = theirs(Path(wide.file), asked, setting)
     narrow_side, _ = theirs(Path(narrow.file), asked, setting)
     mine = {
@@ -340,6 +350,8 @@ def measure(case: Case, setting: Setting) -> Row:
         rounded=(perplexity(rounded, rows), perplexity(narrow_side, rows)),
         rounded_kl=divergence(rounded, narrow_side),
         rounded_greedy=common(rounded.greedy, narrow_side.greedy),
+        full_kl=divergence(exact, full_side),
+        full_greedy=common(exact.greedy, full_side.greedy),
         tokens=sum(len(row) - 1 for row in rows),
     )
 
@@ -393,7 +405,8 @@ def types_of(written: ExportResult) -> str:
 WHAT = ("model", "packed", "GGUF", "real bits", "token ids")
 EXACTLY = ("16 bits: ours", "llama.cpp", "apart", "KL", "same text")
 ABOUT = ("quantized: ours", "llama.cpp", "apart", "KL", "same text")
-HEAD = (*WHAT, *EXACTLY, *ABOUT)
+FULLY = ("32 bits: KL", "same text")
+HEAD = (*WHAT, *EXACTLY, *ABOUT, *FULLY)
 
 
 def cells(row: Row) -> list[str]:
@@ -407,7 +420,7 @@ def cells(row: Row) -> list[str]:
         line += [number(pair[0], 5), number(pair[1], 5), percent(apart(pair)), f"{kl:.1e}", f"{greedy}/{WRITTEN}"]
     if row.tie:
         line[HEAD.index("same text")] += ", tie"
-    return line
+    return [*line, f"{row.full_kl:.1e}", f"{row.full_greedy}/{WRITTEN}"]
 
 
 def percent(share: float) -> str:
@@ -415,11 +428,13 @@ def percent(share: float) -> str:
 
 
 def show(rows: list[Row], console: Console) -> None:
-    """Two tables, because one is too wide for a terminal."""
+    """Some tables, because one is too wide for a terminal."""
     lines = [cells(row) for row in rows]
-    for first, columns in ((0, WHAT + EXACTLY), (len(EXACTLY), WHAT[:3] + ABOUT)):
-        shown = [line[: len(columns) - 5] + line[len(WHAT) + first :][:5] for line in lines]
-        console.out.print(rich_table("llama.cpp and ours", list(columns), shown))
+    first = len(WHAT)
+    for what, columns in ((WHAT, EXACTLY), (WHAT[:3], ABOUT), (WHAT[:3], FULLY)):
+        shown = [line[: len(what)] + line[first : first + len(columns)] for line in lines]
+        console.out.print(rich_table("llama.cpp and ours", [*what, *columns], shown))
+        first += len(columns)
 
 
 def markdown(rows: list[Row], python: Path) -> str:

@@ -9,11 +9,12 @@ library that was built there. The request is a JSON object:
     rows        lists of token ids; each is a text of its own
     prompt      token ids, to be continued
     new_tokens  by how many
+    cache_bits  16 or 32: of each number in the cache of keys and values
     threads     to compute with
 
 The answer holds `ids` (JSON), `bos` (JSON: ids of an empty text with the special tokens that the model asks for),
 `greedy` int32 [new_tokens], `logits` float32 [all tokens of all rows, vocabulary] and `about` (the library's words
-about its build). Keys and values are kept in 16 bits.
+about its build).
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ os.environ.setdefault(
 )
 
 import llama_cpp
+
+CACHE_TYPES = {16: llama_cpp.GGML_TYPE_F16, 32: llama_cpp.GGML_TYPE_F32}
 
 
 def logits_of(model: Any, row: list[int]) -> np.ndarray:
@@ -64,6 +67,8 @@ def answer(path: Path, asked: dict[str, Any]) -> dict[str, Any]:
         n_threads_batch=threads,
         logits_all=True,
         swa_full=True,
+        type_k=CACHE_TYPES[asked["cache_bits"]],
+        type_v=CACHE_TYPES[asked["cache_bits"]],
         verbose=False,
     )
     ids = [model.tokenize(text.encode(), add_bos=False, special=True) for text in asked["texts"]]

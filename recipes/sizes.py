@@ -111,11 +111,9 @@ def our_files(work: WorkDir, console: Console) -> Iterator[File]:
 
 
 def too_large(ours: list[File], weights: int) -> list[str]:
-    """What takes more real bits than was promised, in two decimals."""
+    """What takes more real bits than was promised."""
     found = [(file.name, 8 * file.bytes / weights, most) for file, most in zip(ours, MOST, strict=True)]
-    return [
-        f"{name} takes {bits:.3f} real bits, more than {most}." for name, bits, most in found if round(bits, 2) > most
-    ]
+    return [f"{name} takes {bits:.4f} real bits, more than {most}." for name, bits, most in found if bits > most]
 
 
 def files(work: WorkDir, tools: Path, threads: int, console: Console) -> Iterator[File]:

@@ -43,8 +43,8 @@ import torch
 from edgerazor import formats, packed
 from edgerazor.errors import FAILED, UserError
 from edgerazor.formats import MatrixSpec
-from edgerazor.packed import INDEX_FILE, WEIGHTS_FILE, PackedModel
-from edgerazor.packed._header import HEADER_KEY, HEADER_SUM_KEY
+from edgerazor.packed import CHECKSUMS, INDEX_FILE, WEIGHTS_FILE, PackedModel
+from edgerazor.packed._description import HEADER_KEY, HEADER_SUM_KEY
 from edgerazor.stages.bench import peak_memory
 
 MEMORY = 10**9
@@ -187,6 +187,7 @@ RAW = ["NaN", "Infinity", "-Infinity", "1e400", "-0", "0x10", "01", "1" * 5000, 
 RAW += ["[" * 5000, "[" * 300 + "]" * 300, '{"a":' * 2000 + "1" + "}" * 2000, "\x00", "//", '"\n"']
 NASTY: list[Any] = [None, True, False, 0, 1, -1, 1.5, 1e308, 2**31, 2**53, 2**62, 2**63, 2**64, 10**30]
 NASTY += ["", "x", "\x00", "../../x", "/dev/zero", "a\nb\x1b[31m", "\ud800", "é" * 200, "y" * 100_000, "ternary", "F64"]
+NASTY += ["layers.0-1", "0-999999999." * 9, "layers.3-2.x"]
 NASTY += [[], {}, [[]], [1, 2, 3], [-1, 4], [2**40, 2**40], {"a": 1}, [0], ["int4", "int4"], {"": ""}]
 
 
@@ -320,8 +321,6 @@ def encoded(draw: random.Random, text: str) -> bytes:
 def change_data_and_checksum(draw: random.Random, folder: Folder) -> None:
     """Bytes of a tensor, with a checksum of it that fits: codes out of range, scales that are no numbers."""
     contents = {name: split(folder.files[name]) for name in folder.weights()}
-    first = folder.weights()[0]
-    header = json.loads(contents[first][0]["__metadata__"][HEADER_KEY])
     name = draw.choice(list(contents))
     entries, data = contents[name]
     tensor = draw.choice([each for each in entries if each != "__metadata__"])
@@ -333,15 +332,63 @@ def change_data_and_checksum(draw: random.Random, folder: Folder) -> None:
     if draw.random() < 0.2:
         changed[start:stop] = draw.choice([b"\0", b"\xff", b"\x00\x7c", b"\x01\x80"]) * (stop - start)
         del changed[len(data) :]
-    sha = hashlib.sha256(changed[start:stop]).hexdigest()
-    for matrix, entry in header["matrices"].items():
-        part = tensor.removeprefix(f"{matrix}.weight.")
-        if part in entry["sha256"] and part != tensor:
-            entry["sha256"][part] = sha
-    if tensor in header["others"]:
-        header["others"][tensor]["sha256"] = sha
     folder.files[name] = join(dump(entries).encode(), bytes(changed))
-    entries, data = split(folder.files[first])
+    rows = checksum_rows(folder.header)
+    if tensor in rows:
+        put_checksum(folder, rows.index(tensor), hashlib.sha256(changed[start:stop]).digest())
+    refer_to_checksums(draw, folder)
+
+
+def change_checksums(draw: random.Random, folder: Folder) -> None:
+    """The tensor of checksums, which then has a checksum that fits: others, or in another order."""
+    rows = checksum_rows(folder.header)
+    for _ in range(draw.choice([1, 1, 3])):
+        first, second = (draw.randrange(len(rows)) for _ in range(2))
+        found = checksum(folder, first), checksum(folder, second)
+        if draw.random() < 0.5 and first != second:
+            put_checksum(folder, first, found[1])
+            put_checksum(folder, second, found[0])
+        else:
+            put_checksum(folder, first, draw.choice([found[1], bytes(32), draw.randbytes(32)]))
+    refer_to_checksums(draw, folder)
+
+
+def checksum_rows(header: packed.Header) -> list[str]:
+    """What each checksum is of: the name of a stored tensor, or nothing where it is the digest of a matrix."""
+    rows = []
+    for name, entry in header.matrices.items():
+        rows += ["", *(header.tensor_name(name, part) for part in entry.sha256)]
+    return [*rows, *header.others]
+
+
+def checksum_place(folder: Folder) -> tuple[str, int, int]:
+    """The file that has the checksums, and where they begin and end in it."""
+    for name in folder.weights():
+        entries, data = split(folder.files[name])
+        if CHECKSUMS in entries:
+            begin, end = entries[CHECKSUMS]["data_offsets"]
+            before = len(folder.files[name]) - len(data)
+            return name, before + begin, before + end
+    raise AssertionError("there are no checksums")
+
+
+def checksum(folder: Folder, row: int) -> bytes:
+    name, begin, _ = checksum_place(folder)
+    return folder.files[name][begin + 32 * row : begin + 32 * row + 32]
+
+
+def put_checksum(folder: Folder, row: int, value: bytes) -> None:
+    name, begin, _ = checksum_place(folder)
+    content = folder.files[name]
+    folder.files[name] = content[: begin + 32 * row] + value + content[begin + 32 * row + 32 :]
+
+
+def refer_to_checksums(draw: random.Random, folder: Folder) -> None:
+    """A header with the checksum of the checksums."""
+    name, begin, end = checksum_place(folder)
+    entries, data = split(folder.files[folder.weights()[0]])
+    header = json.loads(entries["__metadata__"][HEADER_KEY])
+    header["sha256"] = hashlib.sha256(folder.files[name][begin:end]).hexdigest()
     put_header(draw, folder, entries, data, dump(header))
 
 
@@ -401,6 +448,7 @@ DAMAGES: dict[Callable[[random.Random, Folder], None], int] = {
     change_entries: 20,
     change_header: 25,
     change_data_and_checksum: 10,
+    change_checksums: 3,
     change_index: 6,
     exchange_files: 2,
     replace_by_no_file: 2,

@@ -516,11 +516,36 @@ def test_packed_matrices_come_back_exactly(shape: tuple[int, int]) -> None:
         encoded = formats.encode_matrix(weights(*shape), spec)
         parts = formats.pack_matrix(encoded, spec)
         assert {name: (part.dtype, (*part.shape,)) for name, part in parts.items()} == formats.part_shapes(spec, shape)
-        assert sum(part.nbytes for part in parts.values()) == spec.packed_bytes(shape)
+        stored = {name: b"".join(pieces) for name, pieces in formats.joined(parts).items()}
+        assert {name: len(each) for name, each in stored.items()} == {
+            name: math.prod(size) for name, size in formats.stored_shapes(spec, shape).items()
+        }
+        assert sum(map(len, stored.values())) == spec.packed_bytes(shape)
+        assert all(len(each) % 64 == 0 for name, each in stored.items() if f"{name}.scales" in parts)
         again, again_spec = formats.unpack_matrix(parts, spec.formats, spec.group_size, shape)
         assert bits_equal(again.codes, encoded.codes)
         assert bits_equal(again.scales, encoded.scales)
         assert formats.digest(again, again_spec) == formats.digest(encoded, spec)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("group_size", [1, 64])
+def test_codes_and_scales_are_joined_and_separated(shape: tuple[int, int], group_size: int) -> None:
+    for name in ALL:
+        spec = MatrixSpec((name,), group_size)
+        parts = formats.pack_matrix(formats.encode_matrix(weights(*shape), spec), spec)
+        (pieces,) = formats.joined(parts).values()
+        stored = torch.frombuffer(bytearray(b"".join(pieces)), dtype=torch.uint8)
+        for start in (0, 1, 2):  # wherever the bytes begin
+            found = formats.separated(torch.cat([stored[:start], stored])[start:], name, shape[1], group_size)
+            assert found.keys() == parts.keys()
+            assert all(bits_equal(found[part], tensor) for part, tensor in parts.items())
+        with pytest.raises(ValueError, match="whole blocks of rows"):
+            formats.separated(stored[:-1], name, shape[1], group_size)
+        if len(pieces[2]):
+            stored[-1] = 1
+            with pytest.raises(ValueError, match="only fills up"):
+                formats.separated(stored, name, shape[1], group_size)
 
 
 def test_nominal_bits_are_those_of_the_names() -> None:

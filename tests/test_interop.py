@@ -76,7 +76,9 @@ def test_a_tie_is_two_tokens_as_good(theirs: list[int], tie: bool) -> None:
 
 def test_every_bound_is_a_failure_of_its_own() -> None:
     case = interop.Case("m", "int4", recipes.Recipe())
-    perfect = interop.Row(case, "Q4_0", (4.1, 4.5), True, (9.0, 9.0), 0.0, 64, False, (9.0, 9.08), 0.1, 3, 100)
+    perfect = interop.Row(
+        case, "Q4_0", (4.1, 4.5), True, (9.0, 9.0), 0.0, 64, False, (9.0, 9.08), 0.1, 3, 1e-10, 64, 100
+    )
     assert perfect.failures() == []
     broken: list[tuple[dict[str, Any], str]] = [
         ({"same_ids": False}, "token ids"),
@@ -84,6 +86,8 @@ def test_every_bound_is_a_failure_of_its_own() -> None:
         ({"exact": (9.0, math.nan)}, "perplexity of the 16-bit file"),
         ({"exact_kl": 2e-4}, "2.0e-04 nats"),
         ({"exact_greedy": 63}, "parts after 63 tokens"),
+        ({"full_kl": 2e-9}, "32-bit file are 2.0e-09 nats"),
+        ({"full_greedy": 63, "tie": True}, "32-bit file parts after 63 tokens"),
         ({"rounded": (9.0, 8.9)}, "perplexity of the quantized file is -1.111 %"),
     ]
     for change, words in broken:

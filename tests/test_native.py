@@ -289,3 +289,42 @@ def test_numpy_agrees_on_what_a_segment_sums() -> None:
     for isa in range(len(ISAS)):
         found = product(torch.from_numpy(x)[None], encoded, MatrixSpec(("ternary",), 4), isa, 4)
         assert float(found) == 2 * float(codes[0] @ x) == -128
+
+
+@needs_library
+@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize("group", [32, 33, 64, 100, 256, 300, 10**6])
+def test_products_with_activations_as_they_are(columns: int, group: int) -> None:
+    """Every format, bias, some threads, a token alone and among others: float64 products up to float32 rounding."""
+    x, bias = weights(2, 5, columns), weights(83, seed=2)
+    rows = (torch.arange(83) * 5 % len(ALL)).to(torch.uint8)
+    for spec in (MatrixSpec(tuple(ALL), group, rows), *(MatrixSpec((name,), group) for name in ALL)):
+        encoded = formats.encode_matrix(weights(83, columns, seed=1), spec)
+        matrix = native.Matrix(formats.pack_matrix(encoded, spec), spec, (83, columns))
+        exact = x.double() @ formats.decode_matrix(encoded, spec).double().T
+        size = exact.norm(dim=-1, keepdim=True)
+        for isa, label in enumerate(ISAS):
+            found = matrix.linear_float(x, bias, isa, threads=3)
+            assert found.dtype == torch.float32
+            assert (((found - bias) - exact).abs() <= 1e-6 * size + 1e-6).all(), (label, spec.formats)
+            alone = matrix.linear_float(x[1, 3], None, isa)
+            assert ((alone - exact[1, 3]).abs() <= 1e-6 * size[1, 3]).all(), (label, spec.formats)
+
+
+@needs_library
+def test_many_tokens_and_no_tokens_as_they_are() -> None:
+    x, spec = weights(500, 100), MatrixSpec(("int3",), 50)
+    encoded = formats.encode_matrix(weights(150, 100, seed=1), spec)
+    matrix = native.Matrix(formats.pack_matrix(encoded, spec), spec, (150, 100))
+    exact = x.double() @ formats.decode_matrix(encoded, spec).double().T
+    for isa, label in enumerate(ISAS):
+        found = matrix.linear_float(x, None, isa, 2)
+        assert (found - exact).norm() <= 1e-6 * exact.norm(), label
+        assert matrix.linear_float(x[:0], None, isa).shape == (0, 150)
+        wrong = x.clone()
+        wrong[3, 7] = torch.nan
+        bad = matrix.linear_float(wrong, None, isa)
+        assert bad[3].isnan().all()
+        assert torch.equal(bad[4:], matrix.linear_float(x[4:], None, isa))
+    with pytest.raises(ValueError, match="100 columns, but its input has 99"):
+        matrix.linear_float(x[:, 1:])

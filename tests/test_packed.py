@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 import struct
 from collections.abc import Callable
@@ -140,17 +141,43 @@ def test_golden_file(tmp_path: Path) -> None:
     assert (8 + length) % 64 == 0
     data = content[8 + length :]
     codes = {"ff148988": 0x88, "ff817f80": 0x80, "ff818080": 0x80, "5a545555": 0x55}  # int4, int8 twice, ternary
-    for start, (first, padding) in zip((0, 128, 192, 320), codes.items(), strict=True):  # scales between them
+    for start, (first, padding) in zip((192, 320, 384, 512), codes.items(), strict=True):  # scales between them
         assert data[start : start + 64] == bytes.fromhex(first) + bytes([padding]) * 60
-    scales = [data[start : start + 2].hex() for start in (64, 96, 256, 288, 384, 416)]
+    scales = [data[start : start + 2].hex() for start in (256, 288, 448, 480, 576, 608)]
     assert scales == ["003c", "0040", "003c", "0040", "0040", "004a"]  # 1 2 of int4, 1 2 of int8, 2 12 of ternary
-    assert data[448:].hex() == "0000803f000000c0" + "06"  # norm, float32; row_formats: 2 + 1*4 + 0*16
-    names = json.loads(content[8 : 8 + length])
-    assert [name for name in names if name != "__metadata__"] == [
-        *(f"m.weight.{part}" for part in ("int4", "int4.scales", "int8", "int8.scales", "ternary", "ternary.scales")),
+    assert data[640:].hex() == "0000803f000000c0" + "06"  # norm, float32; row_formats: 2 + 1*4 + 0*16
+    tensors = (data[192:320], data[320:512], data[640 + 8 :], data[512:640], data[640 : 640 + 8])
+    digest = bytes.fromhex(formats.digest(formats.encode_matrix(w, spec), spec))
+    sums = digest + b"".join(hashlib.sha256(each).digest() for each in tensors)
+    assert data[:192] == sums
+    entries = json.loads(content[8 : 8 + length])
+    about = entries.pop("__metadata__")
+    assert list(entries) == [
+        "edgerazor.sha256",
+        *(f"m.weight.{part}" for part in ("int4", "int8", "ternary")),
         "norm",
         "m.weight.row_formats",
     ]
+    assert about["edgerazor_sha256"] == hashlib.sha256(about["edgerazor"].encode()).hexdigest()
+    assert json.loads(about["edgerazor"]) == {
+        "version": 1,
+        "matrices": [
+            {
+                "kind": "linear",
+                "formats": ["int8", "int4", "ternary"],
+                "group_size": 4,
+                "shape": [3, 6],
+                "parts": ["int4", "int8", "row_formats", "ternary"],
+                "names": ["m"],
+            }
+        ],
+        "others": [{"dtype": "F32", "shape": [2], "names": ["norm"]}],
+        "tied": {},
+        "settings": SETTINGS,
+        "provenance": PROVENANCE,
+        "extras": {},
+        "sha256": hashlib.sha256(sums).hexdigest(),
+    }
 
 
 def test_other_programs_read_the_file(tmp_path: Path) -> None:
@@ -160,15 +187,57 @@ def test_other_programs_read_the_file(tmp_path: Path) -> None:
     loaded = load_file(tmp_path / "model.safetensors")
     assert all(same(loaded[name], tensor) for name, tensor in some_others().items())
     for each in some_matrices():
-        for part, tensor in formats.pack_matrix(each.encoded, each.spec).items():
-            assert same(loaded[packed.part_name(each.name, part)], tensor)
+        for part, pieces in formats.joined(formats.pack_matrix(each.encoded, each.spec)).items():
+            stored = loaded[packed.part_name(each.name, part)]
+            assert stored.dtype == torch.uint8
+            assert stored.numpy().tobytes() == b"".join(pieces)
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 200])
+def test_codes_and_scales_are_read_where_they_lie(tmp_path: Path, shard_bytes: int) -> None:
+    """Each part of codes begins on a vector, and codes and scales are views of one tensor."""
+    write(tmp_path, shard_bytes=shard_bytes)
+    model = PackedModel.open(tmp_path)
+    for path in model.files():
+        content = path.read_bytes()
+        (length,) = struct.unpack("<Q", content[:8])
+        assert (8 + length) % 64 == 0
+        entries = json.loads(content[8 : 8 + length])
+        parts = [name for name in entries if ".weight." in name and not name.endswith("_formats")]
+        assert all(entries[name]["data_offsets"][0] % 64 == 0 for name in parts)
+    for each in some_matrices():
+        found, expected = model.parts(each.name), formats.pack_matrix(each.encoded, each.spec)
+        assert found.keys() == expected.keys()
+        assert all(same(found[part], tensor) for part, tensor in expected.items())
+        for part in (name for name in found if f"{name}.scales" in found):
+            assert found[part].untyped_storage().data_ptr() == found[f"{part}.scales"].untyped_storage().data_ptr()
+
+
+def test_a_file_that_another_program_has_rewritten_is_read(tmp_path: Path) -> None:
+    """Its tensors may lie in another order, and begin anywhere."""
+    write(tmp_path)
+    path = tmp_path / "model.safetensors"
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    entries, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+    about, moved = entries.pop("__metadata__"), b""
+    for name, entry in sorted(entries.items(), key=lambda each: each[1]["data_offsets"][1] % 2 == 0):
+        begin, end = entry["data_offsets"]
+        entries[name] = {**entry, "data_offsets": [len(moved), len(moved) + end - begin]}
+        moved += data[begin:end]
+    text = json.dumps({"__metadata__": about, **entries}).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + moved)
+    model = PackedModel.open(tmp_path)
+    model.verify()
+    assert holds_what_was_written(model)
 
 
 def test_wrong_use_is_refused(tmp_path: Path) -> None:
     linear = some_matrices()[1]
     wrong: dict[str, dict[str, Any]] = {
-        "two tensors are called": {"others": {"layers.0.mixed.weight.int4.scales": weights(1)}},
+        "two tensors are called": {"others": {"layers.0.mixed.weight.int4": weights(1)}},
         "no quantized linear": {"matrices": some_matrices()[:1]},
+        "looks like a range": {"others": {"layers.3-4": weights(1)}},
         "is tied to": {"tied": {"lm_head": "nothing"}},
         "cannot be stored": {"others": {"x": torch.zeros(1, dtype=torch.complex64)}},
     }
@@ -225,6 +294,31 @@ def test_sizes_are_counted(tmp_path: Path, shard_bytes: int) -> None:
     assert table.real_bits == 8 * table.bytes / 2768
 
 
+def test_a_small_model_has_the_real_bits_that_were_promised() -> None:
+    """The shapes of Qwen3-0.6B: at most 2.31 bits, of which the tensors alone take 2.309."""
+    hidden, wide, heads, keys, vocabulary = 1024, 3072, 2048, 1024, 151936
+    shapes = {"self_attn.q_proj": (heads, hidden), "self_attn.k_proj": (keys, hidden)}
+    shapes |= {"self_attn.v_proj": (keys, hidden), "self_attn.o_proj": (hidden, heads)}
+    shapes |= {"mlp.gate_proj": (wide, hidden), "mlp.up_proj": (wide, hidden), "mlp.down_proj": (hidden, wide)}
+    norms = {"self_attn.q_norm": 128, "self_attn.k_norm": 128, "input_layernorm": hidden}
+    norms |= {"post_attention_layernorm": hidden}
+    layers = [f"model.layers.{number}" for number in range(28)]
+    ternary, int4 = MatrixSpec(("ternary",), 256), MatrixSpec(("int4",), 256)
+    matrices: list[Any] = [("model.embed_tokens", "embedding", int4, (vocabulary, hidden))]
+    matrices += [(f"{layer}.{name}", "linear", ternary, shape) for layer in layers for name, shape in shapes.items()]
+    others: dict[str, packed.TensorSpec] = {"model.norm.weight": ("BF16", (hidden,))}
+    others |= {f"{layer}.{name}.weight": ("BF16", (size,)) for layer in layers for name, size in norms.items()}
+    about = {f"fact {number}": "f" * 64 for number in range(20)}
+    tied = {"lm_head": "model.embed_tokens"}
+    size = packed.predict(matrices, others, tied=tied, settings=SETTINGS, provenance=about)
+    tensors = sum(spec.packed_bytes(shape) for _, _, spec, shape in matrices)
+    tensors += sum(2 * math.prod(shape) for _, shape in others.values())
+    assert size.weights == 596_049_920
+    assert 8 * tensors / size.weights == pytest.approx(2.3090, abs=5e-5)
+    assert size.bytes - tensors < 60_000
+    assert size.real_bits < 2.3098
+
+
 PREDICTED: dict[str, dict[str, Any]] = {
     "everything": {},
     "one matrix": {"matrices": some_matrices()[1:2], "others": {}, "tied": {}},
@@ -258,7 +352,7 @@ def test_what_cannot_be_written_is_not_predicted() -> None:
     arguments: dict[str, Any] = {"tied": {}, "settings": SETTINGS, "provenance": PROVENANCE}
     linear = ("m", "linear", MatrixSpec(("int4",), 16), (2, 16))
     with pytest.raises(ValueError, match="two tensors are called"):
-        packed.predict([linear], {"m.weight.int4.scales": ("F16", (2, 1))}, **arguments)  # type: ignore[list-item]
+        packed.predict([linear], {"m.weight.int4": ("F16", (2, 1))}, **arguments)  # type: ignore[list-item]
     with pytest.raises(ValueError, match="no quantized linear"):
         packed.predict([], {}, **arguments)
     with pytest.raises(ValueError, match="cannot be stored"):
@@ -345,13 +439,13 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], None], change_header:
 
 
 def put(*path_and_value: Any) -> Callable[[Any], Any]:
-    """A change of one place in nested dictionaries."""
+    """A change of one place in nested dictionaries; of a list of groups, in the one of that name."""
     *path, last, value = path_and_value
 
     def change(tree: Any) -> Any:
         place = tree
         for step in path:
-            place = place[step]
+            place = next(each for each in place if step in each["names"]) if isinstance(place, list) else place[step]
         place[last] = value
         return tree
 
@@ -360,11 +454,21 @@ def put(*path_and_value: Any) -> Callable[[Any], Any]:
 
 def swap_formats(header: Any) -> Any:
     """The same formats in another order: then the rows have other ones."""
-    header["matrices"]["layers.0.mixed"]["formats"].reverse()
+    (mixed,) = (group for group in header["matrices"] if "layers.0.mixed" in group["names"])
+    mixed["formats"].reverse()
+    return header
+
+
+def choice_apart(header: Any) -> Any:
+    """The formats of blocks as a tensor of its own."""
+    (blocks,) = (group for group in header["matrices"] if "layers.0.blocks" in group["names"])
+    blocks["parts"].remove("block_formats")
+    header["others"].append({"dtype": "U8", "shape": [5, 2], "names": ["layers.0.blocks.weight.block_formats"]})
     return header
 
 
 M, B, C = (("matrices", f"layers.0.{name}") for name in ("mixed", "blocks", "columns"))
+NORM = ("others", "norm.weight")
 LIES: dict[str, Callable[[Any], Any]] = {
     "has version 2 of the packed format": put("version", 2),
     "has version 0 of the packed format": put("version", 0),
@@ -372,32 +476,39 @@ LIES: dict[str, Callable[[Any], Any]] = {
     "wrong at surprise": put("surprise", 1),
     "wrong at tied": put("tied", 3),
     r"wrong at the top": lambda header: [header],
-    "wrong at matrices.layers.0.mixed.shape": put(*M, "shape", [7, "33"]),
-    "wrong at matrices.layers.0.mixed.group_size": put(*M, "group_size", 0),
-    "wrong at matrices.layers.0.mixed.kind": put(*M, "kind", "other"),
+    r"wrong at matrices.\d.shape": put(*M, "shape", [7, "33"]),
+    r"wrong at matrices.\d.group_size": put(*M, "group_size", 0),
+    r"wrong at matrices.\d.kind": put(*M, "kind", "other"),
+    r"wrong at matrices.\d.parts": put(*M, "parts", []),
     "impossible shape": put(*M, "shape", [7, -33]),
-    r"should be F16 \[1, 1, 16\]": put(*M, "group_size", 33),
-    "should be U8": put(*M, "shape", [7, 32]),
+    r"should be U8 \[256\], but is U8 \[320\]": put(*M, "group_size", 33),
+    "should be U8": put(*M, "shape", [7, 24]),
     "must be|recorded digest": put(*M, "shape", [8, 33]),
     "have 1 blocks of rows together, but it has 17 rows": put("matrices", "model.embed_tokens", "shape", [17, 20]),
     "impossible shape .* group size": put(*M, "group_size", 1 << 62),
     "unknown format int99": put(*M, "formats", ["int99", *ALL[1:]]),
     "repeats one": put(*M, "formats", [ALL[0], *ALL]),
-    "parts are not those": put("matrices", "layers.0.int8", "sha256", {}),
-    "recorded digest": put(*M, "digest", "0" * 64),
-    "recorded checksum": put(*M, "sha256", ALL[0], "0" * 64),
+    "list of parts repeats one": put(*M, "parts", [ALL[0], ALL[0]]),
+    "parts are not those": put("matrices", "layers.0.int8", "formats", ["int4"]),
     "part .* must be|out of range|outside the range|bytes each|recorded digest": swap_formats,
-    "does not say which row": put(*B, "sha256", "row_formats", "0" * 64),
+    "does not say which row": choice_apart,
     r"blocks.weight.block_formats: it should be U8 \[5, 3\]": put(*B, "group_size", 7),
     r"blocks.weight.block_formats: it should be U8 \[6, 2\]": put(*B, "shape", [6, 33]),
     r"columns.weight.block_formats: it should be U8 \[1, 2\]": put(*C, "formats", ["ternary", "int4", *ALL[:3]]),
     "have 0 blocks of tails together, but it has 4": put(*C, "shape", [4, 23]),
-    "unknown dtype": put("others", "norm.weight", "dtype", "F8"),
-    r"norm.weight: it should be F16": put("others", "norm.weight", "dtype", "F16"),
-    "tensor extra is missing": put("others", "extra", {"dtype": "F32", "shape": [1], "sha256": "0"}),
-    "layers.0.bias does not belong": put("others", {}),
-    "both a part of": put("others", "layers.0.mixed.weight.int4", {"dtype": "U8", "shape": [7, 3], "sha256": "0"}),
+    "unknown dtype": put(*NORM, "dtype", "F8"),
+    r"norm.weight: it should be F16": put(*NORM, "dtype", "F16"),
+    "tensor extra is missing": put(*NORM, "names", ["extra"]),
+    "layers.0.mixed.weight.int4.tail is missing": put(*M, "parts", ["int4.tail"]),
+    r"edgerazor.sha256: it should be U8 \[\d+, 32\]": put("others", []),
+    "describes norm.weight twice": put(*NORM, "names", ["norm.weight", "norm.weight"]),
+    "describes layers.0.int8 twice": put(*M, "names", ["layers.0.int8"]),
+    "more tensors than there are": put(*NORM, "names", ["0-999999999." * 9 + "weight"]),
+    "9-3 is no range": put(*NORM, "names", ["layers.9-3"]),
+    "both a part of": put("others", "layers.0.bias", "names", ["layers.0.mixed.weight.int4"]),
+    "is the name of the checksums": put("others", "layers.0.bias", "names", ["edgerazor.sha256"]),
     "only a matrix can be shared": put("tied", {"lm_head": "norm"}),
+    "checksums do not have the recorded checksum": put("sha256", "0" * 64),
 }
 
 
@@ -405,6 +516,49 @@ LIES: dict[str, Callable[[Any], Any]] = {
 def test_a_header_that_lies_is_refused(tmp_path: Path, reason: str) -> None:
     write(tmp_path)
     rewrite(tmp_path / "model.safetensors", lambda entries: None, LIES[reason])
+    refused(tmp_path, reason)
+
+
+def test_tensors_that_the_header_does_not_know_are_refused(tmp_path: Path) -> None:
+    write(tmp_path)
+    path = tmp_path / "model.safetensors"
+
+    def add(entries: dict[str, Any]) -> None:
+        end = max(entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__")
+        entries["ghost"] = {"dtype": "U8", "shape": [0], "data_offsets": [end, end]}
+
+    rewrite(path, add, lambda header: header)
+    refused(tmp_path, "the tensor ghost does not belong to it")
+
+
+def put_checksum(folder: Path, of: str, value: bytes) -> None:
+    """Another checksum, of a stored tensor or (`matrix:digest`) of a matrix, with all that must fit it."""
+    header, rows = PackedModel.open(folder).header, []
+    for name, entry in header.matrices.items():
+        rows += [f"{name}:digest", *(header.tensor_name(name, part) for part in entry.sha256)]
+    row = [*rows, *header.others].index(of)
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    length = struct.unpack("<Q", content[:8])[0]
+    begin, end = (8 + length + each for each in json.loads(content[8 : 8 + length])["edgerazor.sha256"]["data_offsets"])
+    content[begin + 32 * row : begin + 32 * row + 32] = value
+    path.write_bytes(content)
+    sha = hashlib.sha256(content[begin:end]).hexdigest()
+    rewrite(path, lambda entries: None, put("sha256", sha))
+
+
+@pytest.mark.parametrize(
+    ("of", "reason"),
+    [
+        ("layers.0.mixed:digest", "layers.0.mixed: its codes and scales do not have the recorded digest"),
+        ("layers.0.mixed.weight.int4", "layers.0.mixed.weight.int4: its bytes do not have the recorded checksum"),
+        ("layers.0.mixed.weight.row_formats", "mixed.weight.row_formats: its bytes do not have the recorded checksum"),
+        ("layers.0.flags", "layers.0.flags: its bytes do not have the recorded checksum"),
+    ],
+)
+def test_a_checksum_that_lies_is_noticed(tmp_path: Path, of: str, reason: str) -> None:
+    write(tmp_path)
+    put_checksum(tmp_path, of, bytes(32))
     refused(tmp_path, reason)
 
 
@@ -423,17 +577,24 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         refused(tmp_path, reason)
 
 
-def test_an_invalid_code_with_fitting_checksums_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("place", "value", "reason"),
+    [
+        (0, 3, "layers.0.ternary: a code is outside the range of ternary"),
+        (-1, 1, "layers.0.ternary.weight.ternary: what only fills up the part ternary is not zero"),
+        (-33, 0x80, "layers.0.ternary: a scale is negative or not finite|a scale that only fills up"),
+    ],
+)
+def test_invalid_bytes_with_fitting_checksums_are_refused(tmp_path: Path, place: int, value: int, reason: str) -> None:
     write(tmp_path)
-    path = tmp_path / "model.safetensors"
+    path, name = tmp_path / "model.safetensors", "layers.0.ternary.weight.ternary"
     content = bytearray(path.read_bytes())
     length = struct.unpack("<Q", content[:8])[0]
-    begin, end = json.loads(content[8 : 8 + length])["layers.0.ternary.weight.ternary"]["data_offsets"]
-    content[8 + length + begin] |= 3
+    begin, end = (8 + length + each for each in json.loads(content[8 : 8 + length])[name]["data_offsets"])
+    content[(begin if place >= 0 else end) + place] |= value
     path.write_bytes(content)
-    sha = hashlib.sha256(content[8 + length + begin : 8 + length + end]).hexdigest()
-    rewrite(path, lambda entries: None, put("matrices", "layers.0.ternary", "sha256", "ternary", sha))
-    refused(tmp_path, "layers.0.ternary: a code is outside the range of ternary")
+    put_checksum(tmp_path, name, hashlib.sha256(content[begin:end]).digest())
+    refused(tmp_path, reason)
 
 
 def test_an_index_cannot_lead_elsewhere(tmp_path: Path) -> None:

@@ -456,9 +456,10 @@ def test_scales_that_are_none_are_refused_by_name(packer: Packer, monkeypatch: p
     """As in a file whose checksums were made to match."""
     copy = packed.PackedModel.copy_parts
 
-    def wrong(model: packed.PackedModel, name: str, places: dict[str, Tensor]) -> None:
-        copy(model, name, places)
-        next(place for part, place in places.items() if part.endswith(".scales"))[1] = 0x80
+    def wrong(model: packed.PackedModel, name: str, places: dict[str, Tensor]) -> dict[str, Tensor]:
+        parts = copy(model, name, places)
+        next(scales for part, scales in parts.items() if part.endswith(".scales"))[0, 0, 0] = -1
+        return parts
 
     monkeypatch.setattr(packed.PackedModel, "copy_parts", wrong)
     with pytest.raises(UserError, match=r"a scale is negative or not finite"):

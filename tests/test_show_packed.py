@@ -230,7 +230,8 @@ def test_the_specification_is_printed(run: Run) -> None:
     text = " ".join(done.out.split())
     for words in (
         "The packed model folder, format version 1.",
-        "P.weight.<format>.scales",
+        "P.weight.<format>, U8 [bytes], that holds, one behind the other,",
+        "the tensor edgerazor.sha256, U8 [n, 32]",
         "one zstd frame (RFC 8878)",
     ):
         assert words in text

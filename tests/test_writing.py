@@ -257,8 +257,8 @@ def test_memory_is_foretold(monkeypatch: pytest.MonkeyPatch) -> None:
     uniform = MatrixSpec(("int8",), 64)
     mixed = MatrixSpec(("int8", "int4"), 64, (torch.arange(32) % 2).to(torch.uint8))
     small, large = (uniform, (16, 64)), (mixed, (32, 64))
-    least = 1024 + (1024 + 2 * 16)  # codes; packed codes and scales
-    most = 2 * 2048 + (1024 + 2 * 16) + (512 + 2 * 16) + 32 // 8  # twice the codes; int8, int4, formats of rows
+    least = 1024 + (1024 + 64)  # codes; packed codes, and scales with what fills a vector
+    most = 2 * 2048 + (1024 + 64) + (512 + 64) + 32 // 8  # twice the codes; int8, int4, formats of rows
     assert packed.working_memory([small]) == least
     assert packed.working_memory([small] * 3) == 2 * least
     assert packed.working_memory([small, large, small]) == most + least

@@ -14,6 +14,7 @@ from edgerazor.formats._activations import (
 )
 from edgerazor.formats._base import Encoded, Format, group_count, straight_through
 from edgerazor.formats._indices import index_columns
+from edgerazor.formats._joined import joined, joined_blocks, separated
 from edgerazor.formats._layout import ROWS
 from edgerazor.formats._learned import carried_weight, gradient_inlet, initial_scales, learned_weight, stored_scales
 from edgerazor.formats._matrix import (
@@ -29,9 +30,11 @@ from edgerazor.formats._matrix import (
     encoded_parts,
     fake_quantize_matrix,
     get,
+    joined_bytes,
     pack_matrix,
     part_shapes,
     round_trip,
+    stored_shapes,
     tensor_bytes,
     unpack_matrix,
     unpack_spec,
@@ -46,7 +49,7 @@ from edgerazor.formats._static import (
     magnitude_counts,
     quantize_static,
 )
-from edgerazor.formats._streams import from_streams, stream_bytes, to_streams
+from edgerazor.formats._streams import Streams, from_streams, scale_stream_bytes, stream_bytes, to_streams
 
 __all__ = [
     "BLOCK_FORMATS",
@@ -60,6 +63,7 @@ __all__ = [
     "Encoded",
     "Format",
     "MatrixSpec",
+    "Streams",
     "calibrated_scale",
     "carried_weight",
     "clipped",
@@ -80,6 +84,9 @@ __all__ = [
     "group_count",
     "index_columns",
     "initial_scales",
+    "joined",
+    "joined_blocks",
+    "joined_bytes",
     "learned_weight",
     "magnitude_counts",
     "names",
@@ -88,7 +95,10 @@ __all__ = [
     "quantize_activations",
     "quantize_static",
     "round_trip",
+    "scale_stream_bytes",
+    "separated",
     "stored_scales",
+    "stored_shapes",
     "straight_through",
     "stream_bytes",
     "tensor_bytes",

@@ -99,8 +99,8 @@ class MatrixSpec:
         return sum(get(name).nominal_bits * count for name, count in counts.items()) / total
 
     def packed_bytes(self, shape: tuple[int, int]) -> int:
-        """Bytes of all that `pack_matrix` stores of a matrix [rows, cols]."""
-        return sum(dtype.itemsize * math.prod(size) for dtype, size in part_shapes(self, shape).values())
+        """Bytes of all that is stored of a matrix [rows, cols]."""
+        return sum(math.prod(size) for size in stored_shapes(self, shape).values())
 
     def check_shape(self, shape: Sequence[int]) -> None:
         """ValueError unless the specification is one for a matrix of that shape [rows, cols]."""
@@ -404,6 +404,26 @@ def part_shapes(spec: MatrixSpec, shape: tuple[int, int]) -> dict[str, tuple[tor
             rows, columns = indices.shape if indices.dim() == 2 else (1, len(indices))
             parts[name] = (torch.uint8, (rows, index_columns(columns, len(spec.formats))))
     return parts
+
+
+def stored_shapes(spec: MatrixSpec, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of bytes that is stored of a matrix [rows, cols], by name of the part (see `_joined.py`).
+
+    Raises:
+        ValueError: the specification is for another shape.
+    """
+    shapes = part_shapes(spec, shape)
+    sizes = {part: dtype.itemsize * math.prod(size) for part, (dtype, size) in shapes.items()}
+    return {
+        part: (joined_bytes(sizes[part] + sizes[part + SCALES]),) if part + SCALES in shapes else size
+        for part, (_, size) in shapes.items()
+        if not part.endswith(SCALES)
+    }
+
+
+def joined_bytes(size: int) -> int:
+    """Bytes that codes and scales of `size` bytes take together in a file: whole vectors."""
+    return -(-size // _layout.VECTOR) * _layout.VECTOR
 
 
 def code_parts(part: str, shape: tuple[int, int], group_size: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

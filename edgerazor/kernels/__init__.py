@@ -8,8 +8,9 @@ This file chooses. The last implementation that the machine can run is the best,
 - `reference`: decodes the matrix and multiplies in float32; the default where nothing faster is built;
 - `avx2`, `avx2vnni`, `avx512`, `neon`, `i8mm`: the native library with the instructions of these names.
 
-Native kernels compute with matrices as they are stored (`StoredMatrix`), on a CPU, and give the bits of `integer`. What
-they cannot take (formats of blocks, 16-bit activations, other devices) is computed as by `reference`.
+Native kernels compute with matrices as they are stored (`StoredMatrix`), on a CPU, and give the bits of `integer`, or
+with 16-bit activations the numbers of `reference` up to the rounding of float32 sums. What they cannot take (formats of
+blocks, other devices) is computed as by `reference`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 from edgerazor import registry
 from edgerazor.formats import Encoded, MatrixSpec, decode_matrix
 from edgerazor.kernels import native, reference
-from edgerazor.kernels.reference import decoded_linear
+from edgerazor.kernels.reference import UNQUANTIZED, decoded_linear
 
 __all__ = [
     "EXPANDED",
@@ -106,7 +107,7 @@ def note(used: str) -> str | None:
         "Reference kernels were used, which decode weights in PyTorch: sizes are real, speeds not what they could be. "
     )
     if is_native():
-        return slow + "The native ones compute neither formats of blocks nor 16-bit activations, and on CPUs alone."
+        return slow + "The native ones do not compute formats of blocks, and compute on CPUs alone."
     if native.library() is None:
         return slow + "Build the native ones (again) with `python -m edgerazor.kernels.build`; it needs a C++ compiler."
     if os.environ.get(VARIABLE):
@@ -162,17 +163,19 @@ class StoredMatrix:
         activation_group: int,
         activation_scale: float | None = None,
     ) -> Tensor:
-        """`y = W x + bias`, float32 [..., out] without gradient, for x [..., in]: the bits of `reference.linear`.
+        """`y = W x + bias`, float32 [..., out] without gradient, for x [..., in]; arguments as of `reference.linear`.
 
-        A token with a value that is not finite gives NaN, as in `decoded_linear`. Arguments: as of `reference.linear`,
-        but at most 8 bits.
+        The bits of `reference.linear`, but for 16-bit activations, where the order of float32 sums is another one. A
+        token with a value that is not finite gives NaN, as in `decoded_linear`.
         """
         isa = native.isas().index(name())
         matrix = self._matrix(name())
         products = x.numel() * matrix.out
         threads = max(1, min(torch.get_num_threads(), products // _PRODUCTS_PER_THREAD))
-        how = (bias, activation_bits, activation_group, activation_scale, isa, threads)
         x = x.detach()
+        if activation_bits == UNQUANTIZED:
+            return matrix.linear_float(x, bias, isa, threads)
+        how = (bias, activation_bits, activation_group, activation_scale, isa, threads)
         try:
             return matrix.linear(x, *how)
         except native.NotFiniteError:

@@ -1,7 +1,8 @@
 """The library of kernels, through ctypes: products with the parts of a packed matrix as they are stored.
 
 What the library computes is `reference.linear`, to the bit: the same integer sums, and the same float32 operations in
-the same order, whatever the instruction set and however many tokens there are.
+the same order, whatever the instruction set and however many tokens there are. (With activations as they are there are
+no integer sums, and it is `reference.decoded_linear` up to the rounding of float32 sums.)
 """
 
 from __future__ import annotations
@@ -56,6 +57,10 @@ _SIGNATURES = {
     "edgerazor_linear": (
         None,
         [c_void_p, c_int, POINTER(PartStructure), c_int64, *[c_void_p] * 5, c_int64, c_int64, c_int64],
+    ),
+    "edgerazor_linear_float": (
+        None,
+        [c_void_p, c_int, POINTER(PartStructure), c_int64, *[c_void_p] * 3, c_int64, c_int64, c_int64],
     ),
     "edgerazor_row": (None, [c_void_p, POINTER(PartStructure), c_int64, c_void_p]),
     "edgerazor_expand_ternary": (None, [c_void_p, c_int, c_void_p, c_int64, c_void_p]),
@@ -248,6 +253,15 @@ def product(
     loaded().edgerazor_linear(geometry.handle, isa % len(isas()), structure, len(x.codes), *inputs, *output)
 
 
+def float_product(
+    x: Tensor, geometry: Geometry, part: Part, bias: Tensor | None, y: Tensor, first: int, last: int, isa: int = -1
+) -> None:
+    """`product` with activations as they are: x contiguous float32 [tokens, columns]."""
+    output = (None if bias is None else bias.data_ptr(), y.data_ptr(), y.stride(0), first, last)
+    structure = ctypes.byref(part.structure())
+    loaded().edgerazor_linear_float(geometry.handle, isa % len(isas()), structure, len(x), x.data_ptr(), *output)
+
+
 def read(memory: Tensor) -> int:
     """Reads a contiguous tensor's 64-bit words once, to measure the bandwidth of memory; gives their exclusive or."""
     found: int = loaded().edgerazor_read(len(isas()) - 1, memory.data_ptr(), memory.nbytes // 8)
@@ -328,21 +342,40 @@ class Matrix:
 
         The result does not depend on `isa`, the number of an instruction set, nor on `threads`.
         """
-        if x.shape[-1] != self.columns:
-            raise ValueError(f"the matrix has {self.columns} columns, but its input has {x.shape[-1]} features")
+        tokens = self._tokens(x)
         geometry = self.geometry(activation_group if activation_scale is None else self.columns)
-        tokens = x.reshape(-1, self.columns)
         scale = None if activation_scale is None else max(activation_scale, SMALLEST)
         quantized = quantize(tokens, geometry, activation_bits, scale, isa)
-        bias = None if bias is None else bias.float().contiguous()
         y = torch.empty(len(tokens), self.out)
+        self._multiply(functools.partial(product, quantized, geometry), bias, y, isa, threads)
+        return y.reshape(*x.shape[:-1], self.out)
+
+    def linear_float(self, x: Tensor, bias: Tensor | None = None, isa: int = -1, threads: int = 1) -> Tensor:
+        """`linear` with activations as they are, in float32; what is not finite in x goes into the sums.
+
+        The result depends on `isa` by the rounding of float32 sums.
+        """
+        tokens = self._tokens(x).float().contiguous()
+        y = torch.empty(len(tokens), self.out)
+        geometry = self.geometry(self.columns)
+        self._multiply(functools.partial(float_product, tokens, geometry), bias, y, isa, threads)
+        return y.reshape(*x.shape[:-1], self.out)
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """x as [tokens, columns]."""
+        if x.shape[-1] != self.columns:
+            raise ValueError(f"the matrix has {self.columns} columns, but its input has {x.shape[-1]} features")
+        return x.reshape(-1, self.columns)
+
+    def _multiply(self, multiply: Callable[..., None], bias: Tensor | None, y: Tensor, isa: int, threads: int) -> None:
+        """Shares out multiply(part, bias, y, first block, last block, isa) of all parts among threads."""
+        bias = None if bias is None else bias.float().contiguous()
         work = [
-            functools.partial(product, quantized, geometry, part, bias, y, *blocks, isa)
+            functools.partial(multiply, part, bias, y, *blocks, isa)
             for part in self.parts
             for blocks in _shares(part.blocks, threads)
         ]
         _share_out(work, threads)
-        return y.reshape(*x.shape[:-1], self.out)
 
     def embedding(self, ids: Tensor) -> Tensor:
         """Rows of the matrix, float32 [..., columns], for ids int64 [...].

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -59,6 +60,14 @@ def spec_bytes(spec: TensorSpec) -> int:
     """Bytes of a tensor's data."""
     dtype, shape = spec
     return DTYPES[dtype].itemsize * math.prod(shape)
+
+
+def sha256(pieces: Iterable[memoryview]) -> str:
+    """SHA-256 (hexadecimal) of bytes that follow one another."""
+    found = hashlib.sha256()
+    for piece in pieces:
+        found.update(piece)
+    return found.hexdigest()
 
 
 # Writing ----------------------------------------------------------------------------------------------------------

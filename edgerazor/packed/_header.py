@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from edgerazor import formats
-from edgerazor.errors import UserError
-from edgerazor.formats import BLOCK_FORMATS, ROW_FORMATS, SCALES, TAIL
+from edgerazor.formats import BLOCK_FORMATS, ROW_FORMATS, TAIL
 from edgerazor.packed._compression import LARGEST_RATIO, NARROWEST
-from edgerazor.packed._container import DTYPES, TensorSpec, damaged, parse_json, spec_bytes
+from edgerazor.packed._container import DTYPES, TensorSpec, spec_bytes
 
 VERSION = 1
 
@@ -34,21 +30,24 @@ SETTINGS: dict[str, Callable[[Any], bool]] = {
     "adaptive_tokens": lambda how: how in ("off", "causal", "ranked"),
     "thresholds": lambda found: isinstance(found, list) and all(map(_number, found)),
 }
-HEADER_KEY, HEADER_SUM_KEY = "edgerazor", "edgerazor_sha256"
+#: Name of the tensor that holds all digests and checksums, and bytes of each.
+CHECKSUMS, SHA256_BYTES = "edgerazor.sha256", 32
 #: End of the name of a tensor that holds a compressed part.
 FRAME = ".zst"
 #: In the place of a digest or checksum where only its length matters.
-ANY_SHA256 = "0" * 64
+ANY_SHA256 = "0" * 2 * SHA256_BYTES
 
 Kind = Literal["linear", "embedding", "head"]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """As it was written, or not at all."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class MatrixEntry(_Strict):
-    """One quantized matrix."""
+class MatrixEntry(Strict):
+    """One quantized matrix. `sha256`: of each part, codes with their scales, as it is where nothing is compressed."""
 
     kind: Kind
     formats: tuple[str, ...] = Field(min_length=1)
@@ -59,7 +58,7 @@ class MatrixEntry(_Strict):
 
     def code_parts(self) -> list[str]:
         """Names of the parts that hold codes."""
-        return [part for part in self.sha256 if not part.endswith(SCALES) and part not in (ROW_FORMATS, BLOCK_FORMATS)]
+        return [part for part in self.sha256 if is_compressed(part)]
 
     def code_rows(self) -> dict[str, int]:
         """How many rows the parts of codes have together: rows of the matrix, or its groups and tails."""
@@ -78,7 +77,7 @@ class MatrixEntry(_Strict):
         return cols % group if part.endswith(TAIL) else group
 
 
-class TensorEntry(_Strict):
+class TensorEntry(Strict):
     """One tensor that is not quantized."""
 
     dtype: str
@@ -86,19 +85,17 @@ class TensorEntry(_Strict):
     sha256: str
 
 
-class Compression(_Strict):
+class Compression(Strict):
     """How the parts of codes and scales are compressed. `filter`: version of the streams, `formats/_streams.py`."""
 
     method: Literal["zstd"] = "zstd"
     filter: Literal[1] = 1
 
 
-class Header(_Strict):
-    """What the folder holds and how it came about."""
+class About(Strict):
+    """What a header says of the whole model."""
 
     version: Literal[1] = 1
-    matrices: dict[str, MatrixEntry]
-    others: dict[str, TensorEntry]
     tied: dict[str, str]
     settings: dict[str, JsonValue]
     provenance: dict[str, JsonValue]
@@ -110,8 +107,16 @@ class Header(_Strict):
         return part_name(matrix, part) + (FRAME if self.compression and is_compressed(part) else "")
 
 
+class Header(About):
+    """What the folder holds and how it came about: what its first file says, and the checksums."""
+
+    matrices: dict[str, MatrixEntry]
+    others: dict[str, TensorEntry]
+
+
 def is_compressed(part: str) -> bool:
-    """Whether a part is a frame in a compressed folder: the choices of formats, which say how large others are, not."""
+    """Whether a part holds codes and scales, and is a frame where the folder is compressed; else it is a choice of
+    formats, which says how large the others are."""
     return part not in (ROW_FORMATS, BLOCK_FORMATS)
 
 
@@ -143,67 +148,14 @@ def make_header(
         extras=dict(extras or {}),
         compression=compression,
     )
-    problem = _header_problem(header)
+    problem = header_problem(header)
     if problem:
         raise ValueError(problem)
     return header
 
 
-def header_metadata(header: Header) -> dict[str, str]:
-    """The metadata of the first weight file that hold a header."""
-    values = header.model_dump(mode="json", exclude=None if header.compression else {"compression"})
-    text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return {HEADER_KEY: text, HEADER_SUM_KEY: hashlib.sha256(text.encode()).hexdigest()}
-
-
-def read_header(path: Path, about: Mapping[str, str]) -> Header:
-    """The header in the metadata of the first weight file.
-
-    Raises:
-        UserError: it is missing, damaged, contradicts itself, or is of a later version.
-    """
-    text = about.get(HEADER_KEY)
-    if text is None:
-        raise damaged(path, f"it has no {HEADER_KEY} header")
-    try:
-        raw = parse_json(text)
-    except ValueError as error:
-        raise damaged(path, f"its header is not JSON ({error})") from None
-    version = raw.get("version") if isinstance(raw, dict) else None
-    if hashlib.sha256(text.encode()).hexdigest() != about.get(HEADER_SUM_KEY):
-        raise damaged(path, "its header does not have the recorded checksum")
-    if isinstance(version, int) and version != VERSION:
-        raise UserError(
-            f"{path} has version {version} of the packed format, but this program reads version {VERSION}.",
-            "Install a newer edgerazor." if version > VERSION else "Pack the model again.",
-        )
-    _check_compression(path, raw)
-    try:
-        header = Header.model_validate_json(text)
-    except (ValidationError, RecursionError) as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": "too deeply nested"}
-        place = ".".join(str(step) for step in first["loc"])
-        raise damaged(path, f"its header is wrong at {place or 'the top'} ({first['msg']})") from None
-    problem = _header_problem(header)
-    if problem:
-        raise damaged(path, problem)
-    return header
-
-
-def _check_compression(path: Path, raw: Any) -> None:
-    """Say of a compression that is not known what it is, rather than that the file is damaged."""
-    found = raw.get("compression") if isinstance(raw, dict) else None
-    known = Compression().model_dump()
-    if isinstance(found, dict) and found.keys() == known.keys() and found != known:
-        said = ", ".join(f"{key} {value!r:.40}" for key, value in sorted(found.items()))
-        raise UserError(
-            f"{path} is compressed in a way that this program does not know ({said}).",
-            "Install a newer edgerazor.",
-        )
-
-
 def expected_tensors(header: Header, stored: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """Dtype and shape of each tensor that a header describes.
+    """Dtype and shape of each tensor that a header describes, but for that of checksums.
 
     Args:
         header: of the folder.
@@ -211,28 +163,28 @@ def expected_tensors(header: Header, stored: Mapping[str, TensorSpec]) -> dict[s
     """
     expected = {name: (entry.dtype, entry.shape) for name, entry in header.others.items()}
     for name, entry in header.matrices.items():
-        parts: dict[str, TensorSpec] = {}
         rows, cols = entry.shape
-        for part in entry.code_parts():
-            found = stored.get(part_name(name, part), ("", ()))[1]
-            blocks = (found[0] if found else 0) * formats.ROWS
-            for each, (dtype, shape) in formats.code_parts(
-                part, (blocks, entry.code_columns(part)), entry.group_size
-            ).items():
-                frame = stored.get(part_name(name, each) + FRAME, ("", ()))[1]
-                plain = ("U8" if dtype.itemsize == 1 else "F16", shape)
-                parts[each] = ("U8", (math.prod(frame),)) if header.compression else plain
         alike = stored.get(part_name(name, BLOCK_FORMATS), ("", ()))[1][:1] == (1,)
         groups = formats.group_count(cols, entry.group_size)
-        parts[ROW_FORMATS] = ("U8", (1, formats.index_columns(rows, len(entry.formats))))
-        parts[BLOCK_FORMATS] = ("U8", (1 if alike else rows, formats.index_columns(groups, len(entry.formats))))
-        expected |= {header.tensor_name(name, part): parts[part] for part in entry.sha256 if part in parts}
+        parts: dict[str, tuple[int, ...]] = {
+            ROW_FORMATS: (1, formats.index_columns(rows, len(entry.formats))),
+            BLOCK_FORMATS: (1 if alike else rows, formats.index_columns(groups, len(entry.formats))),
+        }
+        for part in entry.code_parts():
+            found = math.prod(stored.get(header.tensor_name(name, part), ("", ()))[1])
+            parts[part] = (found if header.compression else _blocks(entry, part, found)[1],)
+        expected |= {header.tensor_name(name, part): ("U8", parts[part]) for part in entry.sha256}
     return expected
+
+
+def _blocks(entry: MatrixEntry, part: str, size: int) -> tuple[int, int]:
+    """Row blocks of a part that is stored in `size` bytes, and the bytes that so many should take."""
+    return formats.joined_blocks(size, part, entry.code_columns(part), entry.group_size)
 
 
 def rows_problem(entry: MatrixEntry, stored: Mapping[str, TensorSpec], name: str) -> str:
     """What is wrong with the numbers of row blocks of a matrix's parts, or an empty string."""
-    blocks = {part: stored[part_name(name, part)][1][0] for part in entry.code_parts()}
+    blocks = {part: _blocks(entry, part, spec_bytes(stored[part_name(name, part)]))[0] for part in entry.code_parts()}
     for kind, wanted in entry.code_rows().items():
         counts = [count for part, count in blocks.items() if part.endswith(TAIL) == (kind == "tails")]
         most = sum(counts) * formats.ROWS
@@ -247,12 +199,12 @@ def frames_problem(entry: MatrixEntry, stored: Mapping[str, TensorSpec], name: s
 
     How many rows are in each is known later; here they are all of one format, the narrowest.
     """
-    frames = sum(spec_bytes(stored[part_name(name, part) + FRAME]) for part in entry.sha256 if is_compressed(part))
+    frames = sum(spec_bytes(stored[part_name(name, part) + FRAME]) for part in entry.code_parts())
     least = math.prod(entry.shape) // NARROWEST
     return f"its frames are too small for {math.prod(entry.shape)} codes" if frames * LARGEST_RATIO < least else ""
 
 
-def _header_problem(header: Header) -> str:
+def header_problem(header: Header) -> str:
     """What makes a header contradict itself, or an empty string."""
     for name, entry in header.matrices.items():
         if problem := _matrix_problem(entry):
@@ -265,6 +217,8 @@ def _header_problem(header: Header) -> str:
         if any(size < 0 for size in other.shape):
             return f"{name} has the impossible shape {list(other.shape)}"
     parts = {header.tensor_name(name, part) for name, entry in header.matrices.items() for part in entry.sha256}
+    if CHECKSUMS in header.others:
+        return f"{CHECKSUMS} is the name of the checksums, not of a tensor of its own"
     for name in sorted(parts & header.others.keys()):
         return f"{name} is both a part of a matrix and a tensor of its own"
     for name, target in header.tied.items():
@@ -289,12 +243,6 @@ def _matrix_problem(entry: MatrixEntry) -> str:
     cut = BLOCK_FORMATS in choices and entry.shape[1] % min(entry.group_size, entry.shape[1])
     tails = {f"{name}{TAIL}" for name in entry.formats} if cut else set()
     codes = set(entry.code_parts())
-    scales = {part + SCALES for part in codes}
-    if (
-        len(choices) > 1
-        or not codes
-        or codes - {*entry.formats, *tails}
-        or set(entry.sha256) != codes | scales | choices
-    ):
+    if len(choices) > 1 or not codes or codes - {*entry.formats, *tails}:
         return "its parts are not those of a matrix"
     return ""

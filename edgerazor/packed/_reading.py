@@ -16,10 +16,13 @@ from torch import Tensor
 
 from edgerazor import formats
 from edgerazor.errors import UserError
-from edgerazor.formats import INPUT_SCALE, LOW_INPUT_SCALE, Encoded, MatrixSpec
+from edgerazor.formats import INPUT_SCALE, LOW_INPUT_SCALE, SCALES, Encoded, MatrixSpec
 from edgerazor.packed._compression import decompress
-from edgerazor.packed._container import TensorSpec, damaged, open_folder
+from edgerazor.packed._container import TensorSpec, damaged, open_folder, sha256
+from edgerazor.packed._description import read_header
 from edgerazor.packed._header import (
+    CHECKSUMS,
+    SHA256_BYTES,
     Header,
     Kind,
     MatrixEntry,
@@ -27,7 +30,6 @@ from edgerazor.packed._header import (
     frames_problem,
     is_compressed,
     part_name,
-    read_header,
     rows_problem,
 )
 from edgerazor.packed._threads import in_parallel
@@ -79,7 +81,9 @@ class PackedModel:
         """
         files, where = open_folder(folder)
         first, opened = next(iter(files.items()))
-        model = cls(folder, read_header(folder / first, opened.metadata() or {}), files, where)
+        about = opened.metadata() or {}
+        header = read_header(folder / first, about, where.keys(), functools.partial(_checksums, files, where))
+        model = cls(folder, header, files, where)
         model._check_tensors()
         return model
 
@@ -106,50 +110,71 @@ class PackedModel:
             UserError: one of them is damaged.
             ValueError: there is no matrix of that name.
         """
-        sums = self._entry(name).sha256
-        if self.header.compression is None:
-            return {part: self._tensor(part_name(name, part), sha) for part, sha in sums.items()}
-        parts = self._decompressed(name)
-        for part in sums:
-            if part not in parts:  # a choice of formats: it is stored as it is
-                parts[part] = self._tensor(part_name(name, part), sums[part])
-        return parts
+        entry = self._entry(name)
+        found = self._decompressed(name) if self.header.compression else {}
+        for part, sha in entry.sha256.items():
+            if self.header.compression and is_compressed(part):
+                continue
+            stored = self._tensor(part_name(name, part), sha)
+            found |= self._separated(name, part, stored) if is_compressed(part) else {part: stored}
+        return found
 
-    def copy_parts(self, name: str, places: Mapping[str, Tensor]) -> None:
-        """Copy parts of a matrix into memory, their checksums checked; every byte is read once.
+    def _separated(self, name: str, part: str, stored: Tensor) -> dict[str, Tensor]:
+        entry = self._entry(name)
+        try:
+            return formats.separated(stored, part, entry.code_columns(part), entry.group_size)
+        except ValueError as error:
+            raise self._broken(part_name(name, part), str(error)) from None
+
+    def copy_parts(self, name: str, places: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parts of codes and scales of a matrix, copied into memory; every byte is read once, for copy and checksum.
 
         Args:
             name: of the matrix.
-            places: part -> contiguous uint8, as large as the part.
+            places: part of codes -> contiguous uint8, as many bytes as `formats.stored_shapes` says of the part.
+
+        Returns:
+            the parts as `parts` gives them, views of the places.
 
         Raises:
             UserError: one of them is damaged.
             ValueError: there is no matrix of that name, or a place has another size than its part.
         """
         decompressed = self.parts(name) if self.header.compression else {}
+        found: dict[str, Tensor] = {}
         for part, place in places.items():
-            from_file = part not in decompressed
-            source = self._stored(part_name(name, part)) if from_file else decompressed[part]
-            if not source.nbytes == place.nbytes == place.numel() or not source.is_contiguous():
-                raise ValueError(f"{part} of {name} has {source.nbytes} bytes, its place {place.nbytes}")
-            checksum = _copy(source, place)
-            if from_file and checksum != self._entry(name).sha256[part]:
-                raise self._broken(part_name(name, part), "its bytes do not have the recorded checksum")
+            if decompressed:
+                views = self._separated(name, part, place.zero_())
+                for each, view in views.items():
+                    view.copy_(decompressed[each])
+            else:
+                source = self._stored(part_name(name, part))
+                if not source.nbytes == place.nbytes == place.numel() or not source.is_contiguous():
+                    raise ValueError(f"{part} of {name} has {source.nbytes} bytes, its place {place.nbytes}")
+                if _copy(source, place) != self._entry(name).sha256[part]:
+                    raise self._broken(part_name(name, part), "its bytes do not have the recorded checksum")
+                views = self._separated(name, part, place)
+            found |= views
+        return found
 
     def _decompressed(self, name: str) -> dict[str, Tensor]:
         """The parts of codes and scales of a matrix, whose sizes follow from its formats, never from a frame."""
         entry, spec = self._entry(name), self.spec(name)
+        streams: dict[str, Tensor] = {}
         try:
             sizes = formats.stream_bytes(spec, entry.shape)
-            if sizes.keys() != {part for part in entry.sha256 if is_compressed(part)}:
+            if {part for part in sizes if not part.endswith(SCALES)} != set(entry.code_parts()):
                 raise ValueError("its parts are not those of its formats")
-            frames = {part: self._stored(self.header.tensor_name(name, part)) for part in sizes}
-            streams = {part: decompress(frames[part], size) for part, size in sizes.items()}
+            for part in entry.code_parts():
+                most = sizes[part] + sizes[part + SCALES]
+                content = decompress(self._stored(self.header.tensor_name(name, part)), most)
+                scales = formats.scale_stream_bytes(content, sizes[part + SCALES])
+                streams[part + SCALES], streams[part] = content[:scales], content[scales:]
             parts = formats.from_streams(streams, spec, entry.shape)
         except ValueError as error:
             raise self._broken(name, str(error)) from None
-        for part, tensor in parts.items():
-            if hashlib.sha256(formats.tensor_bytes(tensor)).hexdigest() != entry.sha256[part]:
+        for part, pieces in formats.joined(parts).items():
+            if sha256(pieces) != entry.sha256[part]:
                 raise self._broken(self.header.tensor_name(name, part), "its bytes do not have the recorded checksum")
         return parts
 
@@ -223,8 +248,7 @@ class PackedModel:
         """Safetensors dtype name and shape of every stored tensor."""
         shapes = {}
         for name, file in self._where.items():
-            view = self._files[file].get_slice(name)
-            shapes[name] = (str(view.get_dtype()), tuple(view.get_shape()))
+            shapes[name] = _spec(self._files[file], name)
         return shapes
 
     def files(self) -> list[Path]:
@@ -236,9 +260,9 @@ class PackedModel:
             raise ValueError(f"the packed model has no matrix called {name}")
         return self.header.matrices[name]
 
-    def _tensor(self, name: str, sha256: str) -> Tensor:
+    def _tensor(self, name: str, recorded: str) -> Tensor:
         tensor = self._stored(name)
-        if hashlib.sha256(formats.tensor_bytes(tensor)).hexdigest() != sha256:
+        if sha256([formats.tensor_bytes(tensor)]) != recorded:
             raise self._broken(name, "its bytes do not have the recorded checksum")
         return tensor
 
@@ -257,15 +281,11 @@ class PackedModel:
         """Names, dtypes and shapes of the stored tensors are those that the header describes."""
         stored = self.tensor_shapes()
         expected = expected_tensors(self.header, stored)
-        first = self.folder / next(iter(self._files))
-        for name in sorted(expected.keys() - stored.keys()):
-            raise damaged(first, f"the tensor {name} is missing")
-        for name in sorted(stored.keys() - expected.keys()):
+        for name in sorted(stored.keys() - expected.keys() - {CHECKSUMS}):
             raise damaged(self.folder / self._where[name], f"the tensor {name} does not belong to it")
-        for name, (dtype, shape) in expected.items():
-            if stored[name] != (dtype, shape):
-                found = f"{stored[name][0]} {list(stored[name][1])}"
-                raise self._broken(name, f"it should be {dtype} {list(shape)}, but is {found}")
+        for name, wanted in expected.items():
+            if stored[name] != wanted:
+                raise self._broken(name, _unlike(stored[name], wanted))
         for name, entry in self.header.matrices.items():
             check = frames_problem if self.header.compression else rows_problem
             if problem := check(entry, stored, name):
@@ -280,6 +300,31 @@ def _copy(source: Tensor, place: Tensor) -> str:
         found.update(piece)
         ctypes.memmove(place.data_ptr() + start, source.data_ptr() + start, len(piece))
     return found.hexdigest()
+
+
+def _checksums(files: Mapping[str, Any], where: Mapping[str, str], count: int) -> Tensor:
+    """The tensor of so many checksums, uint8 [n, 32].
+
+    Raises:
+        ValueError: it is missing, or one of another dtype or shape.
+    """
+    if CHECKSUMS not in where:
+        raise ValueError(f"the tensor {CHECKSUMS} is missing")
+    opened, wanted = files[where[CHECKSUMS]], ("U8", (count, SHA256_BYTES))
+    found = _spec(opened, CHECKSUMS)
+    if found != wanted:
+        raise ValueError(f"{CHECKSUMS}: {_unlike(found, wanted)}")
+    checksums: Tensor = opened.get_tensor(CHECKSUMS)
+    return checksums
+
+
+def _spec(opened: Any, name: str) -> TensorSpec:
+    view = opened.get_slice(name)
+    return str(view.get_dtype()), tuple(view.get_shape())
+
+
+def _unlike(found: TensorSpec, wanted: TensorSpec) -> str:
+    return f"it should be {wanted[0]} {list(wanted[1])}, but is {found[0]} {list(found[1])}"
 
 
 def verify_digests(folder: Path, digests: Mapping[str, str]) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import fcntl
 import functools
-import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,25 +13,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from edgerazor import formats, workdir
 from edgerazor.errors import UserError
-from edgerazor.formats import Encoded, MatrixSpec
+from edgerazor.formats import SCALES, Encoded, MatrixSpec
 from edgerazor.packed._compression import compress as compressed
 from edgerazor.packed._compression import largest_frame
-from edgerazor.packed._container import DTYPE_NAMES, SHARD_BYTES, File, TensorSpec, arrange, cut, tensor_spec
+from edgerazor.packed._container import SHARD_BYTES, File, TensorSpec, arrange, cut, sha256, tensor_spec
+from edgerazor.packed._description import checksums, header_metadata
 from edgerazor.packed._growing import GrowingFiles, Turns
 from edgerazor.packed._header import (
     ANY_SHA256,
+    CHECKSUMS,
     FRAME,
+    SHA256_BYTES,
     Compression,
     Header,
     Kind,
     MatrixEntry,
     TensorEntry,
-    header_metadata,
     make_header,
     part_name,
 )
@@ -117,7 +117,9 @@ def write(
         extras=extras,
         compression=Compression() if compress else None,
     )
-    tensors = {name: _tensor_entry(*specs[name], _sha256(tensor)) for name, tensor in others.items()}
+    tensors = {
+        name: _tensor_entry(*specs[name], sha256([formats.tensor_bytes(tensor)])) for name, tensor in others.items()
+    }
     header = make(entries, tensors)
     growing = _growing(matrices, specs, shards, header) if compress else None
 
@@ -127,7 +129,7 @@ def write(
 
     with _opened(folder, files()) as place:
         for name, tensor in others.items():
-            place(name, tensor)
+            place(name, [formats.tensor_bytes(tensor)])
         put = _Frames(growing, place) if growing else _Parts(place)
 
         def work(number: int, matrix: MatrixSource) -> None:
@@ -138,6 +140,7 @@ def write(
         tasks = enumerate(ordered)
         in_parallel([(math.prod(each.shape), functools.partial(work, number, each)) for number, each in tasks], done)
         header = make(entries, tensors)  # as long as before, now with true checksums
+        place(CHECKSUMS, [formats.tensor_bytes(checksums(header))])
         place.begin(files())
     return header
 
@@ -185,14 +188,16 @@ def working_memory(matrices: Iterable[tuple[MatrixSpec, tuple[int, int]]]) -> in
 def _tensors(
     matrices: Iterable[tuple[str, Kind, MatrixSpec, tuple[int, int]]], others: Mapping[str, TensorSpec]
 ) -> tuple[dict[str, TensorSpec], dict[str, MatrixEntry]]:
-    """All tensors of the folder, and the entries of its matrices with any checksums."""
+    """All tensors of the folder, and the entries of its matrices with any checksums, all of which have one length."""
     specs: dict[str, TensorSpec] = {}
     entries: dict[str, MatrixEntry] = {}
     for name, kind, spec, shape in matrices:
-        parts = formats.part_shapes(spec, shape)
+        parts = formats.stored_shapes(spec, shape)
         entries[name] = _entry(kind, spec, shape, ANY_SHA256, dict.fromkeys(parts, ANY_SHA256))
-        _add(specs, {part_name(name, part): (DTYPE_NAMES[dtype], size) for part, (dtype, size) in parts.items()})
+        _add(specs, {part_name(name, part): ("U8", size) for part, size in parts.items()})
+    count = len(specs) + len(entries) + len(others)
     _add(specs, others)
+    _add(specs, {CHECKSUMS: ("U8", (count, SHA256_BYTES))})
     return specs, entries
 
 
@@ -218,10 +223,6 @@ def _tensor_entry(dtype: str, shape: tuple[int, ...], sha256: str) -> TensorEntr
     return TensorEntry(dtype=dtype, shape=shape, sha256=sha256)
 
 
-def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(formats.tensor_bytes(tensor)).hexdigest()
-
-
 def _growing(
     matrices: Iterable[MatrixSource],
     specs: Mapping[str, TensorSpec],
@@ -232,9 +233,11 @@ def _growing(
     stored = {name: name for name in specs}
     largest: dict[str, int] = {}
     for each in matrices:
-        for part, size in formats.stream_bytes(each.spec, each.shape).items():
+        sizes = formats.stream_bytes(each.spec, each.shape)
+        for part in header.matrices[each.name].code_parts():
             frame = header.tensor_name(each.name, part)
-            stored[part_name(each.name, part)], largest[frame] = frame, largest_frame(size)
+            stored[part_name(each.name, part)] = frame
+            largest[frame] = largest_frame(sizes[part] + sizes[part + SCALES])
     known = {name: spec for name, spec in specs.items() if stored[name] == name}
     renamed = {file: [stored[name] for name in names] for file, names in shards.items()}
     return GrowingFiles(known, largest, renamed, header_metadata(header))
@@ -244,8 +247,8 @@ def _write_matrix(number: int, matrix: MatrixSource, put: _Parts | _Frames) -> M
     """Encode a matrix, the one of that number, and write its parts; its entry in the header."""
     encoded = matrix.encode()
     digest = formats.digest(encoded, matrix.spec)
-    parts = formats.pack_matrix(encoded, matrix.spec)
-    sums = {part: _sha256(tensor) for part, tensor in parts.items()}
+    parts = formats.joined(formats.pack_matrix(encoded, matrix.spec))
+    sums = {part: sha256(pieces) for part, pieces in parts.items()}
     put(number, matrix, encoded, parts)
     return _entry(matrix.kind, matrix.spec, matrix.shape, digest, sums)
 
@@ -256,19 +259,20 @@ class _Parts:
     def __init__(self, place: _Places) -> None:
         self.place, self.turns = place, Turns()
 
-    def __call__(self, number: int, matrix: MatrixSource, encoded: Encoded, parts: dict[str, Tensor]) -> None:
-        for part, tensor in parts.items():
-            self.place(part_name(matrix.name, part), tensor)
+    def __call__(self, number: int, matrix: MatrixSource, encoded: Encoded, parts: dict[str, list[memoryview]]) -> None:
+        for part, pieces in parts.items():
+            self.place(part_name(matrix.name, part), pieces)
 
 
 class _Frames:
-    """Compresses parts, and appends them in the order of the matrices' numbers."""
+    """Compresses parts, codes with their scales, and appends them in the order of the matrices' numbers."""
 
     def __init__(self, files: GrowingFiles, place: _Places) -> None:
         self.files, self.place, self.turns = files, place, Turns()
 
-    def __call__(self, number: int, matrix: MatrixSource, encoded: Encoded, parts: dict[str, Tensor]) -> None:
-        frames = {part: compressed(streams) for part, streams in formats.to_streams(encoded, matrix.spec).items()}
+    def __call__(self, number: int, matrix: MatrixSource, encoded: Encoded, parts: dict[str, list[memoryview]]) -> None:
+        streams = formats.to_streams(encoded, matrix.spec)
+        frames = {part: compressed(streams[part + SCALES], streams[part]) for part in parts if part in streams}
         with self.turns.turn(number):
             for part in sorted(parts):
                 name = part_name(matrix.name, part)
@@ -276,7 +280,7 @@ class _Frames:
                     self.place(name, parts[part])
                     continue
                 self.place.add(name + FRAME, *self.files.append(name + FRAME, len(frames[part])))
-                self.place(name + FRAME, torch.frombuffer(bytearray(frames[part]), dtype=torch.uint8))
+                self.place(name + FRAME, [memoryview(frames[part])])
 
 
 class _Places:
@@ -291,9 +295,11 @@ class _Places:
             for name, offset in file.offsets.items()
         }
 
-    def __call__(self, name: str, tensor: Tensor) -> None:
+    def __call__(self, name: str, pieces: Iterable[memoryview]) -> None:
         descriptor, offset = self.places[name]
-        _write_at(descriptor, formats.tensor_bytes(tensor), offset)
+        for piece in pieces:
+            _write_at(descriptor, piece, offset)
+            offset += len(piece)
 
     def add(self, name: str, file: str, offset: int) -> None:
         """One more tensor, whose data begin there behind the header of that file."""

@@ -15,10 +15,11 @@ from edgerazor import integration
 from edgerazor.errors import usage_error
 from edgerazor.runtime._base import Model, Score, Session
 from edgerazor.runtime._families import NotNativeError
+from edgerazor.runtime._generation import Chat, Generation, Stream
 from edgerazor.runtime._native import NativeModel
 from edgerazor.runtime._transformers import TransformersModel
 
-__all__ = ["ENGINES", "Model", "Score", "Session", "load"]
+__all__ = ["ENGINES", "Chat", "Generation", "Model", "Score", "Session", "Stream", "load"]
 
 ENGINES = ("native", "transformers")
 

@@ -79,7 +79,7 @@ def _mapped(packed: PackedModel, name: str, expanded: bool) -> native.Matrix:
 # In memory ----------------------------------------------------------------------------------------------------------
 
 
-#: Part of a matrix -> where it goes.
+#: Part of codes of a matrix -> where it goes, its scales behind it: uint8 [bytes].
 _Places: TypeAlias = dict[str, Tensor]
 
 
@@ -88,52 +88,51 @@ def _copied(
 ) -> Callable[[PackedModel, str, bool], native.Matrix]:
     """What loads a matrix into its place in new memory."""
     specs = {name: packed.spec(name) for name in names}
-    shapes = {name: _shapes(specs[name], packed.header.matrices[name].shape, expanded) for name in names}
-    places = _arranged(shapes)
+    places = _arranged({name: _sizes(specs[name], packed.header.matrices[name].shape, expanded) for name in names})
 
     def load(packed: PackedModel, name: str, expanded: bool) -> native.Matrix:
         if expanded and TERNARY in places[name]:
             return _moved(_mapped(packed, name, expanded), places[name], specs[name])
-        packed.copy_parts(name, {part: place.flatten().view(torch.uint8) for part, place in places[name].items()})
-        return native.Matrix(places[name], specs[name], packed.header.matrices[name].shape)
+        parts = packed.copy_parts(name, places[name])
+        return native.Matrix(parts, specs[name], packed.header.matrices[name].shape)
 
     return load
 
 
-def _shapes(spec: MatrixSpec, shape: tuple[int, int], expanded: bool) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtypes and shapes of the parts of codes and scales of a matrix, as they will be in memory."""
-    shapes = formats.part_shapes(spec, shape)
-    shapes.pop(formats.ROW_FORMATS, None)
-    if expanded and TERNARY in shapes:
+def _sizes(spec: MatrixSpec, shape: tuple[int, int], expanded: bool) -> dict[str, int]:
+    """Bytes of the parts of codes, with their scales, as they will be in memory."""
+    sizes = {part: math.prod(stored) for part, stored in formats.stored_shapes(spec, shape).items()}
+    sizes.pop(formats.ROW_FORMATS, None)
+    if expanded and TERNARY in sizes:
         geometry = native.Geometry(shape[1], spec.group_size, spec.group_size)
-        shapes[TERNARY] = torch.uint8, (shapes[TERNARY][1][0], geometry.block_bytes(2))
-    return shapes
+        blocks = formats.part_shapes(spec, shape)[TERNARY][1][0]
+        sizes[TERNARY] = blocks * (geometry.block_bytes(2) + 2 * native.ROWS * geometry.groups)
+    return sizes
 
 
-def _arranged(shapes: Mapping[str, Mapping[str, tuple[torch.dtype, tuple[int, ...]]]]) -> dict[str, _Places]:
+def _arranged(sizes: Mapping[str, Mapping[str, int]]) -> dict[str, _Places]:
     """Places of the parts of matrices, one behind the other."""
     starts, end = {}, 0
-    for name, parts in shapes.items():
-        for part, (dtype, shape) in parts.items():
+    for name, parts in sizes.items():
+        for part, size in parts.items():
             starts[name, part] = end
-            end += -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+            end += -(-size // ALIGNMENT) * ALIGNMENT
     memory = huge_memory(end)
     return {
-        name: {
-            part: memory[starts[name, part] :][: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
-            for part, (dtype, shape) in parts.items()
-        }
-        for name, parts in shapes.items()
+        name: {part: memory[starts[name, part] :][:size] for part, size in parts.items()}
+        for name, parts in sizes.items()
     }
 
 
 def _moved(matrix: native.Matrix, places: _Places, spec: MatrixSpec) -> native.Matrix:
     """The same matrix in other memory."""
     for index, (number_format, _) in enumerate(spec.parts):
-        codes, scales = places[number_format.name], places[number_format.name + formats.SCALES]
-        codes.copy_(matrix.parts[index].codes)
-        scales.copy_(matrix.parts[index].scales)
-        matrix.parts[index] = dataclasses.replace(matrix.parts[index], codes=codes, scales=scales)
+        place, part = places[number_format.name], matrix.parts[index]
+        codes = place[: part.codes.nbytes].view(part.codes.shape)
+        scales = place[part.codes.nbytes :][: part.scales.nbytes].view(torch.float16).view(part.scales.shape)
+        codes.copy_(part.codes)
+        scales.copy_(part.scales)
+        matrix.parts[index] = dataclasses.replace(part, codes=codes, scales=scales)
     return matrix
 
 

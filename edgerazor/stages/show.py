@@ -23,6 +23,7 @@ from edgerazor.stages.calibrate import CalibrateResult
 from edgerazor.stages.data import DataResult
 from edgerazor.stages.distill import DistillResult
 from edgerazor.stages.eval import EvalResult, Measured
+from edgerazor.stages.generate import GenerateResult
 from edgerazor.stages.pack import ForeignResult, PackResult
 from edgerazor.workdir import WorkDir
 
@@ -189,6 +190,7 @@ def schema() -> str:
     """JSON schemas of the recipe and of what `--json` prints."""
     others: dict[str, type[BaseModel]] = {
         "data": DataResult,
+        "generate": GenerateResult,
         "show": Summary,
         "show plan": PlanSummary,
         "show PACKED": PackedSummary,

@@ -1,3 +1,3 @@
 #include "avx2.hpp"
 
-const Kernels edgerazor::avx2vnni_kernels = {"avx2vnni", quantize, linear, expand_ternary, read};
+const Kernels edgerazor::avx2vnni_kernels = {"avx2vnni", quantize, linear, linear_float, expand_ternary, read};

@@ -129,4 +129,4 @@ EDGERAZOR_INLINE void fold(Floats& y, Sums total, Floats w_scales, float x_scale
 
 #include "products.hpp"
 
-const Kernels edgerazor::avx512_kernels = {"avx512", quantize, linear, expand_ternary, read};
+const Kernels edgerazor::avx512_kernels = {"avx512", quantize, linear, linear_float, expand_ternary, read};

@@ -211,35 +211,53 @@ Block block_at(const Attention& work, int range, int64_t begin) {
     return {range, begin, seen, (int)count, (int)(cell % kPage), work.pages + cell / kPage};
 }
 
-int64_t bytes_before(const Attention& work, const Block& block) {
-    return block.cell * key_bytes(work.bits, work.head_dim);
+// Features as they are computed with. Of 4 bits first the even ones, then the odd ones, as halves of bytes give them;
+// of an odd number one more, which is 0.
+int features_of(const Attention& work) { return work.bits == 4 ? (work.head_dim + 1) / 2 * 2 : work.head_dim; }
+
+int place_of(const Attention& work, int feature) {
+    return work.bits == 4 ? feature / 2 + feature % 2 * (features_of(work) / 2) : feature;
+}
+
+// What a block has in the cache. While one is in use the next is prefetched.
+struct Stored {
+    const uint8_t *keys, *values;
+};
+
+Stored stored_at(const Attention& work, const Block& block) {
+    const int64_t before = block.cell * key_bytes(work.bits, work.head_dim);
+    return {(const uint8_t*)block.page->keys + before, (const uint8_t*)block.page->values + before};
 }
 
 // A block as products take it: T is float, or int8_t for codes.
 template <class T>
 struct Cells {
-    const T* keys; // [columns, head_dim, 16]
-    const T* values;
-    int64_t key_column, value_step;       // numbers from one 16 keys, or one value, to the next
-    int64_t keys_ahead, values_ahead;     // bytes to the next block
+    const T* keys;                        // [columns, features, 16]
+    const T* values;                      // [cells, value_step]
+    int64_t features, value_step;
+    Stored next; // to prefetch; what is in the scratch is in the cache as it is
     int columns;                          // of 16 keys that can be read
     alignas(64) float key_scales[kCells]; // times the scale of q * k; 0 behind the last cell
     alignas(64) float value_scales[kCells];
 };
 
+template <class T>
+Cells<T> in_scratch(const T* keys, const T* values, int64_t features, int64_t value_step) {
+    return {keys, values, features, value_step, {(const uint8_t*)keys, (const uint8_t*)values}};
+}
+
 // Buffers of a call.
 struct Scratch {
-    float* queries;             // [tiles, head_dim, rows of the tile]
-    float* results;             // [rows, width]
-    float* totals;              // [rows, 16]
-    float* maxima;              // [rows]
-    float *keys, *values;       // of a block: [columns, head_dim, 16] and [kCells, width]
-    int8_t *key_codes, *value_codes; // of 4 bits: [columns, head_dim, 16] and [kCells, head_dim], head_dim made even
+    float* queries;                  // [tiles, features, rows of the tile]
+    float* results;                  // [rows, width]
+    float* totals;                   // [rows, 16]
+    float* maxima;                   // [rows]
+    float *keys, *values;            // of a block: [columns, features, 16] and [kCells, width]
+    int8_t *key_codes, *value_codes; // of 4 bits: [columns, features, 16] and [kCells, features]
     int64_t bytes;
 };
 
-constexpr int64_t width_of(int head_dim) { return (head_dim + 15) / 16 * 16; }
-constexpr int64_t even(int head_dim) { return (head_dim + 1) / 2 * 2; }
+constexpr int64_t width_of(int64_t features) { return (features + 15) / 16 * 16; }
 
 Scratch scratch_at(void* memory, int head_dim, int64_t rows) {
     uintptr_t end = (uintptr_t)memory;
@@ -248,16 +266,16 @@ Scratch scratch_at(void* memory, int head_dim, int64_t rows) {
         end += (bytes + 63) / 64 * 64;
         return begin;
     };
-    constexpr int64_t number = sizeof(float);
+    const int64_t width = width_of(head_dim), number = sizeof(float);
     Scratch scratch;
-    scratch.queries = (float*)take(number * rows * head_dim);
-    scratch.results = (float*)take(number * rows * width_of(head_dim));
+    scratch.queries = (float*)take(number * rows * width);
+    scratch.results = (float*)take(number * rows * width);
     scratch.totals = (float*)take(number * rows * 16);
     scratch.maxima = (float*)take(number * rows);
-    scratch.keys = (float*)take(number * kCells * head_dim);
-    scratch.values = (float*)take(number * kCells * width_of(head_dim));
-    scratch.key_codes = (int8_t*)take(kCells * even(head_dim));
-    scratch.value_codes = (int8_t*)take(kCells * even(head_dim));
+    scratch.keys = (float*)take(number * kCells * width);
+    scratch.values = (float*)take(number * kCells * width);
+    scratch.key_codes = (int8_t*)take(kCells * width);
+    scratch.value_codes = (int8_t*)take(kCells * width);
     scratch.bytes = (int64_t)(end - (uintptr_t)memory);
     return scratch;
 }
@@ -266,81 +284,67 @@ int64_t attention_scratch(int head_dim, int heads, int tokens) {
     return scratch_at(nullptr, head_dim, smaller(kBlockRows, (int64_t)heads * tokens)).bytes;
 }
 
-// Two codes of 4 bits in a byte, to bytes `apart` from one another, of `count` pairs side by side.
-EDGERAZOR_INLINE void split_keys(const uint8_t* pairs, int64_t count, int8_t* codes) {
-    for (int64_t i = 0; i < count; i++, pairs += kKeys, codes += 2 * kKeys)
-        for (int lane = 0; lane < kKeys; lane++) {
-            codes[lane] = (int8_t)((pairs[lane] & 15) - 8);
-            codes[kKeys + lane] = (int8_t)((pairs[lane] >> 4) - 8);
-        }
+typedef uint8_t ByteLanes __attribute__((vector_size(4 * kLanes)));
+typedef uint8_t EightBytes __attribute__((vector_size(8)));
+
+// Bytes with two codes of 4 bits each: those of the low halves as int8, and those of the high ones.
+template <class Bytes>
+EDGERAZOR_INLINE void split_some(const uint8_t* pairs, int8_t* low, int8_t* high) {
+    Bytes both;
+    memcpy(&both, pairs, sizeof both);
+    const Bytes first = (both & 15) - 8, second = (both >> 4) - 8;
+    memcpy(low, &first, sizeof first);
+    memcpy(high, &second, sizeof second);
 }
 
-EDGERAZOR_INLINE void split_values(const uint8_t* pairs, int64_t count, int8_t* codes) {
-    for (int64_t i = 0; i < count; i++) {
-        const uint16_t both = (uint16_t)((pairs[i] | pairs[i] << 4) & 0x0f0f); // the low byte comes first
-        codes[2 * i] = (int8_t)((both & 15) - 8);
-        codes[2 * i + 1] = (int8_t)((both >> 8) - 8);
+// Rows of `count` bytes with two codes each: those of the low halves, then those of the high ones.
+void split(const uint8_t* pairs, int rows, int64_t count, const uint8_t* next, int8_t* codes) {
+    for (int row = 0; row < rows; row++, pairs += count, next += count, codes += 2 * count) {
+        int64_t i = 0;
+        for (; i + (int)sizeof(ByteLanes) <= count; i += sizeof(ByteLanes)) {
+            __builtin_prefetch(next + i);
+            split_some<ByteLanes>(pairs + i, codes + i, codes + count + i);
+        }
+        for (; i + 8 <= count; i += 8) split_some<EightBytes>(pairs + i, codes + i, codes + count + i);
+        for (; i < count; i++) split_some<uint8_t>(pairs + i, codes + i, codes + count + i);
     }
 }
 
 // The codes of a block: where they are, or, of 4 bits, a byte each in the scratch.
-Cells<int8_t> codes_of(const Attention& work, const Block& block, int columns, const Scratch& scratch) {
-    const int64_t before = bytes_before(work, block), pairs = even(work.head_dim) / 2;
-    const uint8_t *keys = (const uint8_t*)block.page->keys + before, *values = (const uint8_t*)block.page->values + before;
-    Cells<int8_t> cells;
-    cells.keys_ahead = cells.values_ahead = 0;
-    if (work.bits == 8) {
-        cells.keys = (const int8_t*)keys;
-        cells.values = (const int8_t*)values;
-        cells.key_column = (int64_t)work.head_dim * kKeys;
-        cells.value_step = work.head_dim;
-    } else {
-        split_keys(keys, columns * pairs, scratch.key_codes);
-        split_values(values, block.count * pairs, scratch.value_codes);
-        cells.keys = scratch.key_codes;
-        cells.values = scratch.value_codes;
-        cells.key_column = 2 * pairs * kKeys;
-        cells.value_step = 2 * pairs;
-    }
-    return cells;
+Cells<int8_t> codes_of(const Attention& work, const Stored& now, const Stored& next, int columns, int count,
+                       const Scratch& scratch) {
+    const int64_t features = features_of(work);
+    if (work.bits == 8) return {(const int8_t*)now.keys, (const int8_t*)now.values, features, features, next};
+    split(now.keys, columns, features / 2 * kKeys, next.keys, scratch.key_codes);
+    split(now.values, count, features / 2, next.values, scratch.value_codes);
+    return in_scratch(scratch.key_codes, scratch.value_codes, features, features);
 }
 
-// Rows [rows, head_dim] as [rows, width] floats; the numbers behind head_dim are 0.
+// Rows [rows, features] as [rows, width] floats; the numbers behind the features are 0.
 template <class T>
-void widen(const T* x, int64_t step, int rows, int head_dim, float* out) {
-    const int64_t width = width_of(head_dim);
-    for (int row = 0; row < rows; row++, x += step, out += width) {
-        int i = 0;
-        for (; i + 16 <= head_dim; i += 16) store(out + i, load(x + i));
-        for (; i < width; i++) out[i] = i < head_dim ? (float)x[i] : 0.0f;
+void widen(const T* x, int rows, int64_t features, float* out) {
+    const int64_t width = width_of(features);
+    for (int row = 0; row < rows; row++, x += features, out += width) {
+        int64_t i = 0;
+        for (; i + 16 <= features; i += 16) store(out + i, load(x + i));
+        for (; i < width; i++) out[i] = i < features ? (float)x[i] : 0.0f;
     }
 }
 
 // A block as floats in the scratch; those of 16 bits stay where they are if they can.
-Cells<float> floats_of(const Attention& work, const Block& block, int columns, const Scratch& scratch) {
-    const int head_dim = work.head_dim;
-    Cells<float> cells;
-    cells.keys_ahead = cells.values_ahead = 0;
-    cells.keys = scratch.keys;
-    cells.values = scratch.values;
-    cells.key_column = (int64_t)head_dim * kKeys;
-    cells.value_step = width_of(head_dim);
+Cells<float> floats_of(const Attention& work, const Stored& now, const Stored& next, int columns, int count,
+                       const Scratch& scratch) {
+    const int64_t features = features_of(work), width = width_of(features);
+    if (work.bits == 16 && width == features)
+        return {(const float*)now.keys, (const float*)now.values, features, width, next};
     if (work.bits == 16) {
-        const int64_t before = bytes_before(work, block) / (int64_t)sizeof(float);
-        const float* values = (const float*)block.page->values + before;
-        cells.keys = (const float*)block.page->keys + before;
-        if (cells.value_step == head_dim)
-            cells.values = values;
-        else
-            widen(values, head_dim, block.count, head_dim, scratch.values);
-    } else {
-        const Cells<int8_t> codes = codes_of(work, block, columns, scratch);
-        for (int i = 0; i < columns; i++)
-            for (int64_t k = 0; k < cells.key_column; k += 16)
-                store(scratch.keys + i * cells.key_column + k, load(codes.keys + i * codes.key_column + k));
-        widen(codes.values, codes.value_step, block.count, head_dim, scratch.values);
+        widen((const float*)now.values, count, features, scratch.values);
+        return {(const float*)now.keys, scratch.values, features, width, {next.keys, (const uint8_t*)scratch.values}};
     }
-    return cells;
+    const Cells<int8_t> codes = codes_of(work, now, next, columns, count, scratch);
+    widen(codes.keys, columns, features * kKeys, scratch.keys);
+    widen(codes.values, count, features, scratch.values);
+    return in_scratch(scratch.keys, scratch.values, features, width);
 }
 
 template <class T>
@@ -357,7 +361,7 @@ void describe(const Attention& work, const Block& block, int columns, Cells<T>& 
 
 // Query rows whose sums stay in registers.
 struct Tile {
-    const float* queries; // [head_dim, rows]
+    const float* queries; // [features, rows]
     float* results;       // [rows, width]
     float* totals;        // [rows, 16]
     float* maxima;        // [rows]
@@ -365,11 +369,12 @@ struct Tile {
 };
 
 template <int rows, int columns, class T>
-EDGERAZOR_INLINE void score_columns(const Cells<T>& cells, int column, const float* queries, int head_dim, float* scores) {
+EDGERAZOR_INLINE void score_columns(const Cells<T>& cells, int column, const float* queries, float* scores) {
     Sixteen sums[rows][columns];
-    unroll<0, rows>(UNROLL(r) { unroll<0, columns>(UNROLL(c) { sums[r.value][c.value] = fill(0); }); });
-    multiply<1, rows>(queries, cells.keys + column * cells.key_column, cells.key_column, kKeys, head_dim,
-                      cells.keys_ahead, sums);
+    clear(sums);
+    const int64_t size = cells.features * kKeys;
+    multiply(queries, 1, rows, cells.keys + column * size, size, kKeys, cells.features,
+                      cells.next.keys + column * size * sizeof(T), sums);
     unroll<0, rows>(UNROLL(r) {
         unroll<0, columns>(UNROLL(c) { store(scores + r.value * kCells + (column + c.value) * 16, sums[r.value][c.value]); });
     });
@@ -431,8 +436,8 @@ EDGERAZOR_INLINE void add_values(const Cells<T>& cells, const float* probabiliti
             sums[r.value][c.value] = load(results + r.value * width + feature + c.value * 16) * correction;
         });
     });
-    multiply<kCells, 1>(probabilities + from, cells.values + from * cells.value_step + feature, 16, cells.value_step,
-                        to - from, cells.values_ahead, sums);
+    multiply(probabilities + from, kCells, 1, cells.values + from * cells.value_step + feature, 16, cells.value_step,
+                        to - from, cells.next.values + feature * (to - from) * sizeof(T), sums);
     unroll<0, rows>(UNROLL(r) {
         unroll<0, columns>(UNROLL(c) {
             store(results + r.value * width + feature + c.value * 16, sums[r.value][c.value]);
@@ -441,17 +446,17 @@ EDGERAZOR_INLINE void add_values(const Cells<T>& cells, const float* probabiliti
 }
 
 template <int rows, class T>
-__attribute__((noinline)) void see(const Cells<T>& cells, const Tile& tile, int head_dim) {
+__attribute__((noinline)) void see(const Cells<T>& cells, const Tile& tile) {
     constexpr int wide = tile_columns(rows);
     const int from = tile.from[0], to = tile.to[rows - 1], columns = (to + 15) / 16;
     if (from >= to) return;
     alignas(64) float scores[rows * kCells], corrections[16];
     int column = 0;
     for (; column < columns && column + wide <= cells.columns; column += wide)
-        score_columns<rows, wide>(cells, column, tile.queries, head_dim, scores);
-    for (; column < columns; column++) score_columns<rows, 1>(cells, column, tile.queries, head_dim, scores);
+        score_columns<rows, wide>(cells, column, tile.queries, scores);
+    for (; column < columns; column++) score_columns<rows, 1>(cells, column, tile.queries, scores);
     soften<rows>(cells, tile, columns, scores, corrections);
-    const int64_t width = width_of(head_dim);
+    const int64_t width = width_of(cells.features);
     int64_t feature = 0;
     for (; feature + 16 * wide <= width; feature += 16 * wide)
         add_values<rows, wide>(cells, scores, corrections, from, to, feature, width, tile.results);
@@ -487,8 +492,8 @@ struct Rows {
 
     Tile tile(int row) const {
         Tile tile;
-        tile.queries = scratch.queries + (int64_t)row * work.head_dim;
-        tile.results = scratch.results + row * width_of(work.head_dim);
+        tile.queries = scratch.queries + (int64_t)row * features_of(work);
+        tile.results = scratch.results + row * width_of(features_of(work));
         tile.totals = scratch.totals + (int64_t)row * 16;
         tile.maxima = scratch.maxima + row;
         return tile;
@@ -496,33 +501,32 @@ struct Rows {
 };
 
 void begin(const Rows& rows) {
-    const int head_dim = rows.work.head_dim;
-    for (int row = 0; row < rows.count; row += kTileRows) {
-        const int count = (int)smaller(kTileRows, rows.count - row);
-        float* packed = rows.scratch.queries + (int64_t)row * head_dim;
-        for (int r = 0; r < count; r++) {
-            const float* query = rows.query(row + r);
-            for (int i = 0; i < head_dim; i++) packed[i * count + r] = query[i];
-        }
+    const int64_t features = features_of(rows.work);
+    memset(rows.scratch.queries, 0, sizeof(float) * features * rows.count);
+    for (int row = 0; row < rows.count; row++) {
+        const int r = row % kTileRows, count = (int)smaller(kTileRows, rows.count - (row - r));
+        float* packed = rows.scratch.queries + (row - r) * features + r;
+        const float* query = rows.query(row);
+        for (int i = 0; i < rows.work.head_dim; i++) packed[place_of(rows.work, i) * count] = query[i];
+        rows.scratch.maxima[row] = -kMost;
     }
-    for (int row = 0; row < rows.count; row++) rows.scratch.maxima[row] = -kMost;
     memset(rows.scratch.totals, 0, sizeof(float) * 16 * rows.count);
-    memset(rows.scratch.results, 0, sizeof(float) * width_of(head_dim) * rows.count);
+    memset(rows.scratch.results, 0, sizeof(float) * width_of(features) * rows.count);
 }
 
 void finish(const Rows& rows) {
-    const int head_dim = rows.work.head_dim;
     for (int row = 0; row < rows.count; row++) {
-        const float* results = rows.scratch.results + row * width_of(head_dim);
+        const float* results = rows.scratch.results + row * width_of(features_of(rows.work));
         const float factor = 1.0f / sum_of(load(rows.scratch.totals + (int64_t)row * 16));
         float* out = rows.out(row);
-        for (int i = 0; i < head_dim; i++) out[i] = results[i] * factor;
+        for (int i = 0; i < rows.work.head_dim; i++) out[i] = results[place_of(rows.work, i)] * factor;
     }
 }
 
 // All rows see a block.
 template <class T>
-void see_block(const Rows& rows, const Block& block, const Cells<T>& cells) {
+void see_block(const Rows& rows, const Block& block, int columns, Cells<T>&& cells) {
+    describe(rows.work, block, columns, cells);
     for (int row = 0; row < rows.count; row += kTileRows) {
         const int count = (int)smaller(kTileRows, rows.count - row);
         Tile tile = rows.tile(row);
@@ -531,40 +535,25 @@ void see_block(const Rows& rows, const Block& block, const Cells<T>& cells) {
             tile.to[r] = (int)larger(0, smaller(rows.high(row + r) - block.seen, block.count));
         }
         unroll<1, kTileRows + 1>(UNROLL(n) {
-            if (count == n.value) see<n.value>(cells, tile, rows.work.head_dim);
+            if (count == n.value) see<n.value>(cells, tile);
         });
     }
 }
 
-// What lies where the codes or numbers do in the cache is prefetched while the block before it is in use.
-template <class T>
-void look_ahead(const Attention& work, const Block& block, const Block& next, Cells<T>& cells) {
-    if (next.count == 0) return;
-    const int64_t change = bytes_before(work, next) - bytes_before(work, block);
-    cells.keys_ahead = (intptr_t)next.page->keys - (intptr_t)block.page->keys + change;
-    cells.values_ahead = (intptr_t)next.page->values - (intptr_t)block.page->values + change;
-}
-
 void attend_rows(const Rows& rows) {
     const Attention& work = rows.work;
-    const bool whole = work.head_dim % 16 == 0; // vectors of values
+    const bool few = rows.count <= kTileRows && features_of(work) % 16 == 0; // a vector of codes is read but once
     begin(rows);
     for (Block block = block_at(work, 0, 0); block.count > 0;) {
         const Block next = block_at(work, block.range, block.begin + block.count);
         if (block.seen + block.count > rows.low(0) && block.seen < rows.high(rows.count - 1)) {
             // A whole block of keys can be read from its beginning, whatever the number of cells in use.
-            const int columns = block.cell % kCells == 0 && work.bits != 4 ? kCells / kKeys : (block.count + kKeys - 1) / kKeys;
-            if (work.bits != 16 && whole && rows.count <= kTileRows) {
-                Cells<int8_t> cells = codes_of(work, block, columns, rows.scratch);
-                describe(work, block, columns, cells);
-                if (work.bits == 8) look_ahead(work, block, next, cells);
-                see_block(rows, block, cells);
-            } else {
-                Cells<float> cells = floats_of(work, block, columns, rows.scratch);
-                describe(work, block, columns, cells);
-                if (work.bits == 16 && whole) look_ahead(work, block, next, cells);
-                see_block(rows, block, cells);
-            }
+            const int columns = block.cell % kCells == 0 ? kCells / kKeys : (block.count + kKeys - 1) / kKeys;
+            const Stored now = stored_at(work, block), then = next.count > 0 ? stored_at(work, next) : now;
+            if (work.bits != 16 && few)
+                see_block(rows, block, columns, codes_of(work, now, then, columns, block.count, rows.scratch));
+            else
+                see_block(rows, block, columns, floats_of(work, now, then, columns, block.count, rows.scratch));
         }
         block = next;
     }

@@ -81,6 +81,9 @@ struct Kernels {
     const char* name;
     bool (*quantize)(const Geometry&, const float* x, int bits, float scale, int8_t* codes, float* scales, int32_t* sums);
     void (*linear)(const Geometry&, const Part&, const Activations&, const Output&, int64_t first_block, int64_t last_block);
+    // y = W x + bias for x [tokens, columns] as it is; the order of sums is free.
+    void (*linear_float)(const Geometry&, const Part&, int64_t tokens, const float* x, const Output&,
+                         int64_t first_block, int64_t last_block);
     void (*expand_ternary)(const Geometry&, const uint8_t* codes, int64_t blocks, uint8_t* out);
     uint64_t (*read)(const uint64_t* words, int64_t count);
     // y = W x + bias in float32, x [tokens, columns]: for activations that are not quantized.

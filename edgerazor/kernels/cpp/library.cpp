@@ -263,6 +263,12 @@ void edgerazor_linear(const edgerazor_geometry* geometry, int isa, const edgeraz
                            first_block, last_block);
 }
 
+void edgerazor_linear_float(const edgerazor_geometry* geometry, int isa, const edgerazor_part* part, int64_t tokens,
+                            const float* x, const float* bias, float* y, int64_t stride, int64_t first_block,
+                            int64_t last_block) {
+    kernels_at(isa).linear_float(known(geometry), part_of(*part), tokens, x, {y, stride, bias}, first_block, last_block);
+}
+
 void edgerazor_row(const edgerazor_geometry* geometry, const edgerazor_part* part, int64_t row, float* weights) {
     decode_row(known(geometry), part_of(*part), row, weights);
 }

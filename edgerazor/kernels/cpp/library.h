@@ -54,6 +54,11 @@ EDGERAZOR_API void edgerazor_linear(const edgerazor_geometry* geometry, int isa,
                                     const float* bias, float* y, int64_t stride, int64_t first_block,
                                     int64_t last_block);
 
+/* The same for x [tokens, columns] as it is, in float32 with sums in any order: not to the bit the same on all machines. */
+EDGERAZOR_API void edgerazor_linear_float(const edgerazor_geometry* geometry, int isa, const edgerazor_part* part,
+                                          int64_t tokens, const float* x, const float* bias, float* y, int64_t stride,
+                                          int64_t first_block, int64_t last_block);
+
 /* weights [columns] of the row-th row of the part (an embedding). */
 EDGERAZOR_API void edgerazor_row(const edgerazor_geometry* geometry, const edgerazor_part* part, int64_t row,
                                  float* weights);

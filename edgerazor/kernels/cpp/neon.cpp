@@ -1,3 +1,3 @@
 #include "neon.hpp"
 
-const Kernels edgerazor::neon_kernels = {"neon", quantize, linear, expand_ternary, read};
+const Kernels edgerazor::neon_kernels = {"neon", quantize, linear, linear_float, expand_ternary, read};

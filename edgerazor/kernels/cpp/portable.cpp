@@ -141,4 +141,4 @@ inline void fold(Floats& y, const Sums& total, const Floats& w_scales, float x_s
 
 #include "products.hpp"
 
-const Kernels edgerazor::portable_kernels = {"portable", quantize, linear, expand_ternary, read};
+const Kernels edgerazor::portable_kernels = {"portable", quantize, linear, linear_float, expand_ternary, read};

@@ -470,3 +470,5 @@ void linear(const Geometry& geometry, const Part& part, const Activations& x, co
 }
 
 } // namespace
+
+#include "products_float.hpp"

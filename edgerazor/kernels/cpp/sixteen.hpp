@@ -29,6 +29,7 @@ constexpr int kLanes = 4, kAccumulators = 12;
 constexpr int kParts = 16 / kLanes;
 
 typedef float Lanes __attribute__((vector_size(4 * kLanes)));
+typedef float AnyLanes __attribute__((vector_size(4 * kLanes), aligned(4), may_alias)); // in memory
 typedef int32_t IntLanes __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t UnsignedLanes __attribute__((vector_size(4 * kLanes)));
 
@@ -113,20 +114,21 @@ EDGERAZOR_INLINE float largest_of(Sixteen x) {
 #endif
 }
 
+// Part by part: gcc copies the whole through memory in smaller pieces.
+EDGERAZOR_INLINE Sixteen load(const float* p) {
+    return in_parts(UNROLL(i) { return *(const AnyLanes*)(p + i.value * kLanes); });
+}
+
+EDGERAZOR_INLINE void store(float* p, Sixteen x) {
+    unroll<0, kParts>(UNROLL(i) { *(AnyLanes*)(p + i.value * kLanes) = x.part[i.value]; });
+}
+
 EDGERAZOR_INLINE float sum_of(Sixteen x) {
     float each[16], sum = 0;
-    memcpy(each, &x, sizeof each);
+    store(each, x);
     for (int i = 0; i < 16; i++) sum += each[i];
     return sum;
 }
-
-EDGERAZOR_INLINE Sixteen load(const float* p) {
-    Sixteen x;
-    memcpy(&x, p, sizeof x);
-    return x;
-}
-
-EDGERAZOR_INLINE void store(float* p, Sixteen x) { memcpy(p, &x, sizeof x); }
 
 EDGERAZOR_INLINE Sixteen load(const int8_t* p) {
 #if defined(__AVX512F__)
@@ -147,7 +149,7 @@ EDGERAZOR_INLINE Sixteen load(const int8_t* p) {
 
 EDGERAZOR_INLINE SixteenInts load_ints(const void* p) {
     SixteenInts x;
-    memcpy(&x, p, sizeof x);
+    unroll<0, kParts>(UNROLL(i) { x.part[i.value] = (IntLanes)((const AnyLanes*)p)[i.value]; });
     return x;
 }
 
@@ -163,17 +165,17 @@ constexpr int tile_columns(int rows) {
     return most >= 4 ? 4 : most >= 2 ? 2 : 1;
 }
 
-// sums[r][c] += x[r * x_row + k * x_step] * y[c * y_column + k * y_step], 16 numbers of y each, for k < depth. What lies
-// `ahead` bytes from y is prefetched.
-template <int x_row, int x_step, int rows, int columns, class T>
-EDGERAZOR_INLINE void multiply(const float* x, const T* y, int64_t y_column, int64_t y_step, int64_t depth,
-                               int64_t ahead, Sixteen (&sums)[rows][columns]) {
+// sums[r][c] += x[r * x_row + k * x_step] * y[c * y_column + k * y_step], 16 numbers of y each, for k < depth. As many
+// bytes as are read of y are prefetched at `next`, one after the other; null: none.
+template <int rows, int columns, class T>
+EDGERAZOR_INLINE void multiply(const float* x, int64_t x_row, int64_t x_step, const T* y, int64_t y_column,
+                               int64_t y_step, int64_t depth, const void* next, Sixteen (&sums)[rows][columns]) {
+    constexpr int bytes = columns * 16 * (int)sizeof(T), lines = (bytes + 63) / 64;
     for (int64_t k = 0; k < depth; k++, x += x_step, y += y_step) {
+        if (next != nullptr)
+            unroll<0, lines>(UNROLL(i) { __builtin_prefetch((const char*)next + k * bytes + i.value * 64); });
         Sixteen column[columns];
-        unroll<0, columns>(UNROLL(c) {
-            column[c.value] = load(y + c.value * y_column);
-            __builtin_prefetch((const char*)(y + c.value * y_column) + ahead);
-        });
+        unroll<0, columns>(UNROLL(c) { column[c.value] = load(y + c.value * y_column); });
         unroll<0, rows>(UNROLL(r) {
             const Sixteen same = fill(x[r.value * x_row]);
             unroll<0, columns>(UNROLL(c) {
@@ -181,6 +183,11 @@ EDGERAZOR_INLINE void multiply(const float* x, const T* y, int64_t y_column, int
             });
         });
     }
+}
+
+template <int rows, int columns>
+EDGERAZOR_INLINE void clear(Sixteen (&sums)[rows][columns]) {
+    unroll<0, rows>(UNROLL(r) { unroll<0, columns>(UNROLL(c) { sums[r.value][c.value] = fill(0); }); });
 }
 
 } // namespace

@@ -1,0 +1,180 @@
+"""Which token comes next: the likeliest, or one drawn from the model's distribution, narrowed down on the way.
+
+With a temperature above 0 these follow one another, each on what the one before it left. Their order and meaning are
+those of transformers' `generate`:
+
+1. *repetition penalty* r (arXiv 1909.05858, section 4.1): a logit of a token that occurred, in the prompt or since, is
+   divided by r where it is positive, and multiplied by r where it is negative;
+2. *temperature* T: logits / T;
+3. *top-k*: tokens whose logit is below the k-th highest are out (equal ones stay);
+4. *top-p* (nucleus, arXiv 1904.09751): the likeliest tokens stay, as few as have the probability p together;
+5. *min-p* (arXiv 2407.01082): tokens less likely than p times the likeliest are out;
+6. one of those that are left is drawn, by their probabilities. That takes one number of the generator for every token,
+   whatever is left, so that a seed and the same logits always give the same tokens.
+
+At temperature 0 it is the likeliest after the repetition penalty, the first of equal ones, and nothing is drawn.
+
+All of it is NumPy in one thread, a few passes over the logits: the threads of torch would wait, spinning, beside those
+of the native engine. Nothing sorts the vocabulary: the k-th highest logit comes from a partition, the nucleus from a
+histogram.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgerazor.errors import UserError
+from edgerazor.recipe import Generate
+
+#: Tokens whose weights are summed before one of them is looked for, and parts of the range of scores, likewise.
+BLOCK, BINS = 1024, 4096
+#: A range of scores too narrow to be divided.
+EQUAL = 1e-6
+#: The least divisor that float32 holds at full precision; a temperature below it would divide 0 by 0.
+LEAST = float(np.finfo(np.float32).tiny)
+
+Scores = NDArray[np.float32]
+
+
+class Sampler:
+    """Chooses the tokens of one text.
+
+    Args:
+        asked: how.
+        seed: of the drawing.
+        vocabulary: number of logits.
+    """
+
+    def __init__(self, asked: Generate, seed: int, vocabulary: int) -> None:
+        self.asked = asked
+        self.random = np.random.default_rng(seed)
+        self.seen = np.zeros(vocabulary, dtype=bool)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is always the token of the highest logit."""
+        return self.asked.temperature == 0 and self.asked.repetition_penalty == 1
+
+    def see(self, ids: Sequence[int]) -> None:
+        """These tokens have occurred."""
+        known = np.asarray(ids, dtype=np.int64)
+        self.seen[known[known < len(self.seen)]] = True  # a tokenizer may have tokens that the head has not
+
+    def choose(self, logits: Any) -> int:
+        """The next token, which `see` is not told of.
+
+        Args:
+            logits: float32 [vocabulary], an array or a tensor on the CPU; left as they are.
+
+        Raises:
+            UserError: they are not finite.
+        """
+        if self.asked.temperature == 0:
+            scores = self._penalized(logits)
+            check(scores.max())
+            return int(scores.argmax())
+        ids, weights = self._candidates(logits)
+        place = draw(weights, self.random.random())
+        return place if ids is None else int(ids[place])
+
+    def distribution(self, logits: Any) -> NDArray[np.float64]:
+        """The probabilities [vocabulary] that the next token is drawn by; at temperature 0, 1 for the likeliest."""
+        result = np.zeros(len(self.seen))
+        if self.asked.temperature == 0:
+            result[self.choose(logits)] = 1
+            return result
+        ids, weights = self._candidates(logits)
+        result[slice(None) if ids is None else ids] = weights / weights.sum(dtype=np.float64)
+        return result
+
+    def _penalized(self, logits: Any) -> Scores:
+        """The logits after the repetition penalty: themselves where there is none."""
+        scores = np.asarray(logits, dtype=np.float32)
+        penalty = self.asked.repetition_penalty
+        if penalty == 1:
+            return scores
+        ids = np.flatnonzero(self.seen)
+        known = scores[ids]
+        scores = scores.copy()
+        scores[ids] = np.where(known < 0, known * penalty, known / penalty)
+        return scores
+
+    def _candidates(self, logits: Any) -> tuple[NDArray[np.int64] | None, Scores]:
+        """The tokens left to draw from, ascending (None: all), and their probabilities, the highest of which is 1."""
+        asked = self.asked
+        scores = self._penalized(logits)
+        highest = scores.max()
+        check(highest)
+        with np.errstate(over="ignore"):  # to -inf, the limit of temperatures towards 0
+            scores = (scores - highest) / np.float32(max(asked.temperature, LEAST))
+        ids = None
+        if 0 < asked.top_k < len(scores):
+            ids = np.flatnonzero(scores >= np.partition(scores, -asked.top_k)[-asked.top_k])
+            scores = scores[ids]
+        weights = np.exp(scores)
+        if asked.top_p < 1:
+            kept = nucleus(scores, weights, asked.top_p)
+            ids, weights = kept if ids is None else ids[kept], weights[kept]
+        if asked.min_p > 0:
+            kept = np.flatnonzero(weights >= asked.min_p)
+            ids, weights = kept if ids is None else ids[kept], weights[kept]
+        return ids, weights
+
+
+def check(highest: np.float32) -> None:
+    """Refuse logits by their highest (which is NaN where one of them is).
+
+    Raises:
+        UserError: there is no likeliest token.
+    """
+    if not np.isfinite(highest):
+        raise UserError("The model's logits are not finite, so no token is likelier than another.", "Pack it again.")
+
+
+def draw(weights: Scores, share: float) -> int:
+    """The index where weights [N] summed up exceed a share (0 to below 1) of all: as probable as its weight."""
+    ends = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), BLOCK), dtype=np.float64))
+    wanted = share * ends[-1]
+    block = min(int(np.searchsorted(ends, wanted, side="right")), len(ends) - 1)
+    part = weights[block * BLOCK : (block + 1) * BLOCK]
+    reached = np.cumsum(part, dtype=np.float64) + (ends[block - 1] if block else 0.0)
+    return block * BLOCK + min(int(np.searchsorted(reached, wanted, side="right")), len(part) - 1)
+
+
+def nucleus(scores: Scores, weights: Scores, share: float) -> NDArray[np.int64]:
+    """The fewest of the likeliest tokens whose weights reach a share of the sum; of equal ones, the first.
+
+    A token is in it when the weights of all likelier ones stay below that share. Those below (1 - share) / N of the sum
+    are out: all of them together do not make up the rest. Of the others, the weights of each of `BINS` equal parts of
+    the range of scores are summed, and only in the part where the share is reached are tokens looked at one by one.
+
+    Args:
+        scores: [N], from 0 for the likeliest downwards.
+        weights: [N], rising with the scores.
+        share: above 0, below 1.
+
+    Returns:
+        Indices, ascending.
+    """
+    total = weights.sum(dtype=np.float64)
+    wanted = share * total
+    likely = np.flatnonzero(weights > (1 - share) * total / len(weights))
+    scores, weights = scores[likely], weights[likely]
+    lowest = scores.min()
+    bins = np.zeros(len(likely), dtype=np.int64)
+    if lowest < -EQUAL:
+        bins = (scores * np.float32((BINS - 1) / lowest)).astype(np.int64)
+    reached = np.cumsum(np.bincount(bins, weights, BINS))
+    last = int(np.searchsorted(reached, wanted))
+    undecided = np.flatnonzero(bins == last)
+    undecided = undecided[np.argsort(-scores[undecided], kind="stable")]
+    of_each = weights[undecided].astype(np.float64)
+    before = np.cumsum(of_each) - of_each + (reached[last - 1] if last else 0.0)
+    kept = bins < last
+    kept[undecided[before < wanted]] = True
+    found: NDArray[np.int64] = likely[kept]
+    return found
