@@ -71,6 +71,12 @@ build/peers/installed: recipes/peers.txt
 interop: install llamacpp $(WORLD)/distill.txt
 	$(BIN)/python recipes/interop.py $(if $(REAL_DATA),--real-data $(REAL_DATA))
 
+# How long lm-eval takes on a CPU, in our runtime and in transformers; alone on the machine.
+.PHONY: results-eval
+results-eval: install
+	$(BIN)/python recipes/evaluating.py $(if $(REAL_DATA),--real-data $(REAL_DATA)) \
+		$(if $(wildcard $(REAL_DATA)/tokenizers/qwen),--tokenizer $(REAL_DATA)/tokenizers/qwen)
+
 # Our packed file of a Qwen3-0.6B-shaped model beside llama.cpp's own of the same model; needs 4 GB of disk for a while.
 sizes: install llamacpp
 	$(BIN)/python recipes/sizes.py $(if $(wildcard $(REAL_DATA)/tokenizers/qwen),--tokenizer $(REAL_DATA)/tokenizers/qwen)

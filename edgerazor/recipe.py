@@ -358,7 +358,7 @@ class Eval(Strict):
     limit: int | None = Field(None, ge=1, description="items per task; all when absent")
     num_fewshot: int | None = Field(None, ge=0, description="examples before each item; the task's own when absent")
     apply_chat_template: bool = Field(False, description="wrap prompts in the tokenizer's chat template")
-    batch_size: int = Field(32, ge=1, description="sequences in one forward pass")
+    batch_size: int = Field(32, ge=1, description="sequences in one forward pass of transformers")
     text_sequences: int = Field(64, ge=1, description="held-out sequences for perplexity, KL and agreement")
     against: str | None = Field(None, description="teacher of a model that is measured alone (`eval MODEL`), if any")
     activation_bits: Literal[8, 16] = Field(16, description="of a 16-bit model measured alone: as in calibrate")

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from _engines import Engine
 from conftest import GROUP_SIZE
 from test_tasks import TEXT, make_model, make_tokenizer, write_rows
 from transformers import LlamaForCausalLM
 
-from edgerazor import formats, integration, kernels, models, tasks
+from edgerazor import formats, integration, kernels, models, runtime, tasks
 from edgerazor.console import Console
 from edgerazor.errors import UserError
 from edgerazor.packed import PackedModel
@@ -21,6 +23,8 @@ from edgerazor.recipe import Recipe, build
 from edgerazor.stages import _shared, pack
 from edgerazor.stages import eval as stage
 from edgerazor.stages.eval import EvalResult, Subject, TaskResult
+from edgerazor.tasks._quiet import quiet_lm_eval
+from edgerazor.tasks._scorer import EngineScorer, Scorer
 from edgerazor.workdir import WorkDir
 
 QUIET = Console(quiet=True)
@@ -60,8 +64,10 @@ def items(model: LlamaForCausalLM | None = None, count: int = 20) -> list[dict[s
     return rows
 
 
-@pytest.fixture
-def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], WorkDir, dict[str, Any]]:
+@pytest.fixture(params=["native", "transformers"])
+def job(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[dict[str, Any], WorkDir, dict[str, Any]]:
     """A recipe's values, a working directory, and the models that its folders stand for (the teacher's by default)."""
     teacher = make_model()
     write_rows(tmp_path / "world_recall.jsonl", items(teacher))
@@ -74,6 +80,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any]
 
     monkeypatch.setattr(integration, "is_packed", lambda folder: Path(folder).name in ("packed", "other"))
     monkeypatch.setattr(integration, "load", load_packed)
+    monkeypatch.setattr(runtime, "load", lambda folder, **_: Engine(*load_packed(folder), request.param))
     monkeypatch.setattr(_shared.models, "load", lambda *_, **__: (teacher, make_tokenizer()))
     monkeypatch.setattr(_shared.models, "resolve", lambda *_, **__: tmp_path / "teacher")
     monkeypatch.setattr(_shared, "teacher_fingerprint", lambda recipe: "teacher")
@@ -98,14 +105,15 @@ def task_result(score: float, teacher: float | None, stderr: float | None, chanc
 def test_a_teacher_keeps_all_of_itself(job: Any) -> None:
     values, work, _ = job
     result = stage.run(build(values), work, QUIET)
+    assert result.engine == runtime.load(Path("packed")).engine
     one = result.tasks["world_recall"]
     assert (one.score, one.teacher_score, one.retention, one.retention_above_chance) == (1.0, 1.0, 1.0, 1.0)
     assert (one.metric, one.items, one.chance, one.full_set) == ("acc", 20, 0.25, False)
     assert result.average is not None
     assert result.average.retention_above_chance == 1.0
     assert result.text is not None
-    assert (result.text.kl, result.text.top1_agreement) == (0.0, 1.0)
-    assert result.text.perplexity == result.text.teacher_perplexity
+    assert (result.text.kl, result.text.top1_agreement) == (pytest.approx(0.0, abs=1e-7), 1.0)
+    assert result.text.perplexity == pytest.approx(result.text.teacher_perplexity, rel=1e-6)
     assert result.text.tokens == 5 * 31
     assert json.loads(work.result_file("eval").read_text()) == result.model_dump(mode="json")
     assert any("20 items" in note and "not the full set" in note for note in result.notes)
@@ -118,7 +126,7 @@ def test_other_folders_are_measured_beside(job: Any, tmp_path: Path) -> None:
     result = stage.run(build(values), work, QUIET)
     rounded = result.compared["rounded"]
     assert result.text is not None
-    assert result.text.kl == 0.0
+    assert result.text.kl == pytest.approx(0.0, abs=1e-7)
     assert rounded.text is not None
     assert rounded.text.kl is not None
     assert rounded.text.kl > 0.01
@@ -373,6 +381,56 @@ def test_decoded_weights_with_rounded_inputs_are_the_packed_model(
     assert abs((weights_only.kl or 0) - (expected.kl or 0)) > 1e-5
 
 
+def scores_of(model: Any, tokenizer: Any) -> list[tuple[float, bool]]:
+    """Log-probability of a token of each choice of `items`, the mean, and whether they are the most probable."""
+    requests = [
+        (None, tokenizer(row["prompt"]).input_ids, tokenizer(f" {choice}", add_special_tokens=False).input_ids)
+        for row in items()
+        for choice in row["choices"]
+    ]
+    with quiet_lm_eval():
+        scorer = (EngineScorer if isinstance(model, runtime.Model) else Scorer)(model, tokenizer, 2, QUIET, "m")
+        found = scorer._loglikelihood_tokens(requests)
+    return [(value / len(tokens), greedy) for (value, greedy), (_, _, tokens) in zip(found, requests, strict=True)]
+
+
+@pytest.mark.parametrize(("bits", "close"), [(8, 1e-2), (16, 1e-4)])
+def test_the_runtime_measures_what_transformers_measures(
+    bits: int, close: float, make_model: Any, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model(tmp_path / "teacher", "qwen3")
+    write_rows(tmp_path / "world_recall.jsonl", items())
+    values: dict[str, Any] = {
+        "model": str(tmp_path / "teacher"),
+        "device": "cpu",
+        "calibrate": {"bits": 4, "group_size": GROUP_SIZE, "activation_bits": bits, "kv_bits": bits},
+        "pack": {"source": "teacher"},
+        "data": {"held_out": [{"file": str(text_file)}], "sequence_length": 32},
+        "eval": {"against": str(tmp_path / "teacher"), "text_sequences": 4, "tasks": ["world_recall"]},
+    }
+    values["eval"]["task_data"] = str(tmp_path)
+    folder = WorkDir(tmp_path / "job").folder("pack")
+    pack.run(build(values), WorkDir(tmp_path / "job"), QUIET)
+    model = runtime.load(folder)
+    plain, tokenizer = integration.load(folder)
+    pairs = list(zip(scores_of(model, tokenizer), scores_of(plain, tokenizer), strict=True))
+    differences = [abs(found - expected) for (found, _), (expected, _) in pairs]
+    assert sum(differences) / len(differences) < 0.1 * close  # a number that is rounded otherwise is seen in few
+    assert max(differences) < 5 * close
+    assert [found for (_, found), _ in pairs] == [expected for _, (_, expected) in pairs]
+    result = stage.evaluate_model(str(folder), build(values), QUIET)
+    assert result.engine == model.engine
+    load = runtime.load
+    monkeypatch.setattr(runtime, "load", lambda folder, threads: load(folder, threads, engine="transformers"))
+    expected = stage.evaluate_model(str(folder), build(values), QUIET)
+    assert (expected.engine, expected.kernel) == ("transformers", result.kernel)
+    assert result.tasks == expected.tasks
+    assert result.text is not None
+    assert expected.text is not None
+    assert result.text.perplexity == pytest.approx(expected.text.perplexity, rel=close)
+    assert result.text.kl == pytest.approx(expected.text.kl, rel=close, abs=close * 0.01)
+
+
 def test_a_collapsed_packed_model_fails_alone(job: Any) -> None:
     values, _, loaded = job
     loaded["packed"] = rigged()
@@ -382,6 +440,31 @@ def test_a_collapsed_packed_model_fails_alone(job: Any) -> None:
     result = stage.evaluate_model("plain", build(values), QUIET)
     assert result.failures == []
     assert any("collapsed" in note for note in result.notes)
+
+
+@pytest.mark.parametrize(
+    ("task", "own", "reason"),
+    [
+        (None, {"repetition_penalty": 1.1}, None),  # nothing is written
+        ({"until": ["x"], "do_sample": False}, {"temperature": 0.6, "top_k": 20, "repetition_penalty": 1.0}, None),
+        ({"until": ["x"]}, {"repetition_penalty": 1.1}, "generation_config.json sets repetition_penalty"),
+        ({"until": ["x"], "do_sample": True, "temperature": 0.7}, {}, "the answers of written are not greedy text"),
+    ],
+)
+def test_what_is_not_greedy_text_is_for_transformers(
+    job: Any, task: dict[str, Any] | None, own: dict[str, Any], reason: str | None
+) -> None:
+    values, _, loaded = job
+    for name, value in own.items():
+        setattr(loaded["teacher"].generation_config, name, value)
+    kind = "multiple_choice" if task is None else "generate_until"
+    asked = SimpleNamespace(OUTPUT_TYPE=kind, config=SimpleNamespace(generation_kwargs=task))
+    entry = tasks.LoadedTask("written", asked, "t.jsonl", 100, True, None, "")
+    engine = runtime.load(Path("packed")).engine
+    subject, notes = stage._load_packed("packed", Path("packed"), build(values), torch.device("cpu"), [entry])
+    assert isinstance(subject.model, runtime.Model) == (engine == "native" and reason is None)
+    assert len(notes) == (engine == "native" and reason is not None)
+    assert all(str(reason) in note for note in notes)
 
 
 # --- the stage's other duties ----------------------------------------------------------------

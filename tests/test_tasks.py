@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from _engines import Engine
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -420,28 +421,124 @@ def test_the_worlds_items_are_whole() -> None:
 # --- scoring ---------------------------------------------------------------------------------
 
 
-def test_scores_equal_lm_evals_own_class() -> None:
-    from lm_eval.api.instance import Instance
+PAIRS = [
+    (context, continuation)
+    for context in ("", "Where is", "Nora went to the mill. " * 9, TEXT, TEXT * 9)
+    for continuation in (" mill", " barn", " the red ball", " the red cave", "?")
+]
+
+
+def scorer_of(kind: str, batch_size: int, model: Any = None, tokenizer: Any = None) -> Any:
     from lm_eval.models.huggingface import HFLM
 
-    from edgerazor.tasks._scorer import Scorer
+    from edgerazor.tasks._scorer import EngineScorer, Scorer
 
-    pairs = [
-        (context, continuation)
-        for context in ("", "Where is", "Nora went to the mill. " * 9, TEXT, TEXT * 9)
-        for continuation in (" mill", " barn", " the red ball", " the red cave", "?")
-    ]
-    requests = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
+    model, tokenizer = model or make_model(), tokenizer or make_tokenizer()
+    if kind == "lm-eval":
+        return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    if kind == "engine":
+        return EngineScorer(Engine(model, tokenizer), tokenizer, batch_size, Console(quiet=True), "tiny")
+    return Scorer(model, tokenizer, batch_size, Console(quiet=True), "tiny")
+
+
+def instances(kind: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
+    from lm_eval.api.instance import Instance
+
+    return [Instance(kind, {}, each, 0) for each in arguments]
+
+
+@pytest.mark.parametrize("kind", ["transformers", "engine"])
+def test_scores_equal_lm_evals_own_class(kind: str) -> None:
+    requests = instances("loglikelihood", PAIRS)
     model, tokenizer = make_model(), make_tokenizer()
     with quiet_lm_eval():
-        expected = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3).loglikelihood(requests)
+        expected = scorer_of("lm-eval", 3, model).loglikelihood(requests)
         for size in (1, 4, 64):
-            scorer = Scorer(model, tokenizer, size, Console(quiet=True), "tiny")
+            scorer = scorer_of(kind, size, model)
             found = scorer.loglikelihood(requests)
             assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
             assert [v for v, _ in found] == pytest.approx([v for v, _ in expected], abs=1e-4)
-    assert scorer.truncated == sum(len(tokenizer(a + b).input_ids) > 97 for a, b in pairs) > 0
+    assert scorer.truncated == sum(len(tokenizer(a + b).input_ids) > 97 for a, b in PAIRS) > 0
     model.tie_weights()  # put back after lm-eval was kept from calling it
+
+
+@pytest.mark.parametrize("kind", ["transformers", "engine"])
+def test_long_texts_equal_lm_evals_own_class(kind: str) -> None:
+    requests = instances("loglikelihood_rolling", [(TEXT * 9,), ("mill",), (TEXT,)])
+    with quiet_lm_eval():
+        expected = scorer_of("lm-eval", 2).loglikelihood_rolling(requests)
+        assert scorer_of(kind, 2).loglikelihood_rolling(requests) == pytest.approx(expected, abs=1e-3)
+
+
+def test_an_engine_is_asked_for_the_same_tokens_and_for_few() -> None:
+    """Inputs, predicted tokens, their number; and a prompt once for all its choices."""
+    from edgerazor.tasks._scorer import EngineScorer
+
+    model, tokenizer = make_model(), make_tokenizer()
+    with quiet_lm_eval():
+        plain = scorer_of("lm-eval", 1, model, tokenizer)
+        expected: list[tuple[list[int], list[int]]] = []
+        plain._loglikelihood_tokens = lambda requests, **_: expected.extend(
+            ((a + b)[-97:-1], b) for _, a, b in requests
+        )
+        plain.loglikelihood(instances("loglikelihood", PAIRS))
+        engine = Engine(model, tokenizer)
+        EngineScorer(engine, tokenizer, 4, Console(quiet=True), "tiny").loglikelihood(instances("loglikelihood", PAIRS))
+    (asked,) = engine.asked
+    found = [
+        ([*each.prefix, *tokens][:-1], tokens[-count:])
+        for each in asked
+        for tokens, count in zip(each.continuations, each.counts, strict=True)
+    ]
+    assert sorted(found) == sorted(expected)
+    computed = sum(len(each.prefix) + sum(len(c) - 1 for c in each.continuations) for each in asked)
+    assert computed < 0.6 * sum(len(tokens) for tokens, _ in expected)  # truncated ones share nothing
+
+
+def test_examples_before_all_prompts_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgerazor.tasks import _scorer
+
+    pairs = [(f"{TEXT}\n\nWhere is {who}?", f" {place}") for who in ("Ida", "Ben", "Tom") for place in ("mill", "hut")]
+    requests = instances("loglikelihood", pairs)
+    model, tokenizer = make_model(), make_tokenizer()
+    with quiet_lm_eval():
+        expected = scorer_of("lm-eval", 3, model).loglikelihood(requests)
+        for tokens, calls in ((4096, 1), (1, 6)):  # in pieces: as many calls as inputs, each with the prefix again
+            monkeypatch.setattr(_scorer, "CALL_TOKENS", tokens)
+            monkeypatch.setattr(_scorer, "CALL_PREFIXES", 0)
+            engine = Engine(model, tokenizer)
+            found = _scorer.EngineScorer(engine, tokenizer, 4, Console(quiet=True), "tiny").loglikelihood(requests)
+            assert found == [(pytest.approx(value, abs=1e-4), greedy) for value, greedy in expected]
+            assert [len(each) for each in engine.asked] == [1] * calls
+    whole = tokenizer(f"{TEXT}\n\nWhere is ").input_ids
+    assert {tuple(call[0].prefix[: len(whole) - 1]) for call in engine.asked} == {tuple(whole[:-1])}
+
+
+@pytest.mark.parametrize("ends", [1, [1, 40]])
+def test_written_answers_equal_lm_evals_own_class(ends: int | list[int]) -> None:
+    from edgerazor.tasks import _scorer
+
+    model, tokenizer = make_model(seed=3), make_tokenizer()
+    model.generation_config.eos_token_id = ends
+    contexts = ["", "Where is", TEXT, TEXT * 9, "Nora went to the mill. " * 2]
+    stops: list[dict[str, Any]] = [
+        {"until": ["\n"], "max_gen_toks": 40},
+        {"until": [], "max_gen_toks": 25, "do_sample": False, "temperature": 0.0},
+        {"until": [tokenizer.decode([41])], "max_gen_toks": 40},
+    ]
+    requests = instances("generate_until", [(each, options) for options in stops for each in contexts[1:]])
+    with quiet_lm_eval():
+        expected = scorer_of("lm-eval", 1, model).generate_until(requests)
+        for size in (1, 3):
+            assert scorer_of("engine", size, model).generate_until(requests) == expected
+    assert len(set(map(len, expected))) > 3
+    assert _scorer.is_greedy({"until": ["x"], "max_gen_toks": 3, "temperature": 0, "top_p": 0.9})
+    for options in ({"do_sample": True, "temperature": 0.7}, {"temperature": 0.7}, {"repetition_penalty": 1.1}):
+        assert not _scorer.is_greedy(options)
+        with pytest.raises(ValueError, match="plain greedy text"), quiet_lm_eval():
+            scorer_of("engine", 1).generate_until(
+                instances("generate_until", [("Where", {"until": [], "max_gen_toks": 9, **options})])
+            )
 
 
 def test_scores_and_standard_errors_by_hand(tmp_path: Path) -> None:

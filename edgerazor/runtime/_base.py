@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -10,6 +11,8 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from edgerazor.errors import usage_error
 from edgerazor.models import PreTrainedTokenizerBase
@@ -28,6 +31,18 @@ class Score(NamedTuple):
 
     log_probability: float
     greedy: bool
+
+
+#: What `Model.score` is asked: a prefix, its continuations, and perhaps counts of their last tokens.
+Request: TypeAlias = tuple[Ids, Sequence[Ids]] | tuple[Ids, Sequence[Ids], Sequence[int]]
+
+
+class Asked(NamedTuple):
+    """A checked request: how probable the last `counts` tokens of the continuations are."""
+
+    prefix: list[int]
+    continuations: list[list[int]]
+    counts: list[int]
 
 
 class Model(ABC):
@@ -62,6 +77,18 @@ class Model(ABC):
     def kernel(self) -> str:
         """Names of the kernels that multiply, as `edgerazor.kernels.name` has them: `avx512`, `avx512, reference`."""
 
+    @functools.cached_property
+    def config(self) -> PreTrainedConfig:
+        """The folder's configuration."""
+        return AutoConfig.from_pretrained(self.folder)
+
+    @functools.cached_property
+    def generation_config(self) -> GenerationConfig:
+        """What ends a text, and other defaults of transformers' `generate`."""
+        if (self.folder / GENERATION_CONFIG_NAME).exists():
+            return GenerationConfig.from_pretrained(self.folder)
+        return GenerationConfig.from_model_config(self.config)
+
     @abstractmethod
     def session(self) -> Session:
         """A new sequence, without tokens."""
@@ -86,25 +113,40 @@ class Model(ABC):
         found = self._logits(tokens.reshape(-1, tokens.shape[-1]), count)
         return found.reshape(*tokens.shape[:-1], count, self.vocabulary)
 
-    def score(self, requests: Sequence[tuple[Ids, Sequence[Ids]]]) -> list[list[Score]]:
+    def score(self, requests: Sequence[Request]) -> list[list[Score]]:
         """How probable continuations are.
 
         Args:
-            requests: each a prefix of at least one token, and its continuations, likewise.
+            requests: each a prefix of at least one token, and its continuations, likewise; and perhaps how many of the
+                last tokens of each continuation count, all if not given. What is before them is then read but not
+                scored, as where a continuation is a question with its answer, and the prefix is what all questions
+                have before them. The last token of a continuation is not read, and needs no position.
 
         Returns:
             a score for each continuation of each request.
 
         Raises:
-            UserError: as `logits`.
+            UserError: as `logits`; or a count is not from 1 to the tokens of its continuation.
         """
-        plain = [(as_list(prefix), [as_list(each) for each in continuations]) for prefix, continuations in requests]
-        for prefix, continuations in plain:
-            if not prefix or not all(continuations):
-                raise usage_error("A prefix and its continuations need at least one token each.")
-            for each in continuations or [[]]:
-                self.check([*prefix, *each])
+        plain = []
+        for prefix, continuations, *counts in requests:
+            tokens = [as_list(each) for each in continuations]
+            plain.append(Asked(as_list(prefix), tokens, list(*counts) if counts else [len(each) for each in tokens]))
+        for asked in plain:
+            self._check_asked(asked)
         return self._score(plain)
+
+    def _check_asked(self, asked: Asked) -> None:
+        if not asked.prefix or not all(asked.continuations):
+            raise usage_error("A prefix and its continuations need at least one token each.")
+        self.check(asked.prefix)
+        if len(asked.counts) != len(asked.continuations):
+            raise usage_error(f"There are {len(asked.counts)} counts for {len(asked.continuations)} continuations.")
+        for tokens, count in zip(asked.continuations, asked.counts, strict=True):
+            self.check(tokens[-1:])
+            self.check(tokens[:-1], len(asked.prefix))
+            if not 1 <= count <= len(tokens):
+                raise usage_error(f"There are no last {count} of the {len(tokens)} tokens of a continuation.")
 
     def check(self, tokens: Ids, before: int = 0) -> None:
         """Make sure that tokens [T] or [B, T] are of the vocabulary, and no more than fit behind those before.
@@ -127,7 +169,7 @@ class Model(ABC):
         """Logits [B, last, V] of checked tokens [B, T]."""
 
     @abstractmethod
-    def _score(self, requests: list[tuple[list[int], list[list[int]]]]) -> list[list[Score]]:
+    def _score(self, requests: list[Asked]) -> list[list[Score]]:
         """`score` of checked requests."""
 
 
@@ -240,28 +282,25 @@ BATCH_TOKENS = 1024
 _Job: TypeAlias = tuple[int, int, list[int]]
 
 
-def score_whole(
-    requests: list[tuple[list[int], list[list[int]]]], logits: Callable[[Tensor, int], Tensor]
-) -> list[list[Score]]:
+def score_whole(requests: list[Asked], logits: Callable[[Tensor, int], Tensor]) -> list[list[Score]]:
     """`Model.score` of checked requests by computing each prefix again with each of its continuations.
 
     Args:
         logits: gives those of the last tokens of a batch, as `Model.logits`.
     """
-    scores = [[Score(0.0, True)] * len(continuations) for _, continuations in requests]
+    scores = [[Score(0.0, True)] * len(asked.continuations) for asked in requests]
     jobs = [
-        (request, index, [*prefix, *continuation])
-        for request, (prefix, continuations) in enumerate(requests)
-        for index, continuation in enumerate(continuations)
+        (request, index, [*asked.prefix, *continuation])
+        for request, asked in enumerate(requests)
+        for index, continuation in enumerate(asked.continuations)
     ]
     for batch in _batches(jobs):
-        firsts = [len(requests[request][0]) for request, _, _ in batch]
+        counts = [requests[request].counts[index] for request, index, _ in batch]
         tokens = torch.tensor([each for _, _, each in batch])  # [B, T + 1]
-        last = tokens.shape[1] - min(firsts)
-        chances = logits(tokens[:, :-1], last).log_softmax(-1)  # [B, last, V]
-        for (request, index, _), first, target, chance in zip(batch, firsts, tokens, chances, strict=True):
-            wanted = target[first:]  # [n]
-            of_wanted = chance[last - len(wanted) :]  # [n, V]
+        chances = logits(tokens[:, :-1], max(counts)).log_softmax(-1)  # [B, most, V]
+        for (request, index, _), count, target, chance in zip(batch, counts, tokens, chances, strict=True):
+            wanted = target[-count:]  # [n]
+            of_wanted = chance[-count:]  # [n, V]
             value = float(of_wanted.gather(1, wanted[:, None]).double().sum())
             scores[request][index] = Score(value, bool((of_wanted.argmax(-1) == wanted).all()))
     return scores

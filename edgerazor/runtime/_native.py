@@ -18,7 +18,7 @@ from edgerazor.kernels import native
 from edgerazor.kernels.decoder import Decoder, NotFiniteError, Run, round_up
 from edgerazor.models import load_tokenizer
 from edgerazor.packed import PackedModel
-from edgerazor.runtime._base import Model, Score, Session, score_whole
+from edgerazor.runtime._base import Asked, Model, Score, Session, score_whole
 from edgerazor.runtime._families import EMBEDDING, HEAD, family_of, matrix_names, network
 from edgerazor.runtime._positions import Rotary, max_positions
 from edgerazor.runtime._weights import load_matrices, matrix_bytes
@@ -27,8 +27,6 @@ from edgerazor.runtime._weights import load_matrices, matrix_bytes
 CALL_TOKENS = 512
 #: Tokens that greedy decoding has cells for at a time.
 GREEDY_TOKENS = 256
-
-_Request = tuple[list[int], list[list[int]]]
 
 
 class NativeModel(Model):
@@ -99,20 +97,24 @@ class NativeModel(Model):
                 found[start : start + at_once] = logits.view(len(some), last, self.vocabulary)
         return found
 
-    def _score(self, requests: list[_Request]) -> list[list[Score]]:
+    def _score(self, requests: list[Asked]) -> list[list[Score]]:
         long = [self.rotary.varies(_length(request)) for request in requests]
         whole = iter(score_whole([each for each, is_long in zip(requests, long, strict=True) if is_long], self._logits))
         packed = iter(self._score_packed([each for each, is_long in zip(requests, long, strict=True) if not is_long]))
         return [next(whole if is_long else packed) for is_long in long]
 
-    def _score_packed(self, requests: list[_Request]) -> list[list[Score]]:
+    def _score_packed(self, requests: list[Asked]) -> list[list[Score]]:
         """Scores of requests whose frequencies depend on positions alone, so that continuations share prefixes."""
         found: list[list[Score]] = []
         with self._lock, self.plainly():
-            for some in _calls(requests):
-                call = _Call(some)
+            for some, kept in _calls(requests):
+                call = _Call(some, kept)
                 prepare(self._scratch, self.rotary, 0, max(map(_length, some)), call.cells)
-                found += call.scores(self._scratch)
+                first, *others = call.scores(self._scratch)
+                if kept:
+                    found[-1] += first
+                else:
+                    found += [first, *others]
         return found
 
     @contextlib.contextmanager
@@ -168,25 +170,51 @@ def prepare(decoder: Decoder, rotary: Rotary, start: int, length: int, cells: in
 # Scores -------------------------------------------------------------------------------------------------------------
 
 
-def _length(request: _Request) -> int:
+def _length(request: Asked) -> int:
     """Tokens of the longest sequence of a request."""
-    prefix, continuations = request
-    return len(prefix) + max(map(len, continuations), default=0)
+    return len(request.prefix) + max(map(len, request.continuations), default=0)
 
 
-def _calls(requests: list[_Request]) -> Iterator[list[_Request]]:
-    """Requests that are computed together: as many as there is room for, at least one."""
-    some: list[_Request] = []
+def _calls(requests: list[Asked]) -> Iterator[tuple[list[Asked], bool]]:
+    """Requests that are computed together, as many as there is room for; those with no room alone in pieces.
+
+    A piece says so when the cells of the call before hold its prefix, but for the last token.
+    """
+    some: list[Asked] = []
     taken = 0
     for request in requests:
-        size = len(request[0]) + sum(len(each) - 1 for each in {tuple(each[:-1]): each for each in request[1]}.values())
-        if some and taken + size > CALL_TOKENS:
-            yield some
+        pieces = list(_pieces(request))
+        size = len(request.prefix) + _tokens(request.continuations)
+        if some and (len(pieces) > 1 or taken + size > CALL_TOKENS):
+            yield some, False
             some, taken = [], 0
-        some.append(request)
-        taken += size
+        if len(pieces) > 1:
+            yield from (([piece], number > 0) for number, piece in enumerate(pieces))
+        else:
+            some, taken = [*some, request], taken + size
     if some:
-        yield some
+        yield some, False
+
+
+def _pieces(request: Asked) -> Iterator[Asked]:
+    """A request with some of its continuations at a time, but at least one."""
+    start, taken = 0, len(request.prefix)
+    bodies: set[tuple[int, ...]] = set()
+    for index, tokens in enumerate(request.continuations):
+        body = tuple(tokens[:-1])
+        new = 0 if body in bodies else len(body)
+        if taken + new > CALL_TOKENS and index > start:
+            yield Asked(request.prefix, request.continuations[start:index], request.counts[start:index])
+            start, taken, new = index, 1, len(body)
+            bodies = set()
+        taken += new
+        bodies.add(body)
+    yield Asked(request.prefix, request.continuations[start:], request.counts[start:])
+
+
+def _tokens(continuations: list[list[int]]) -> int:
+    """That are computed: not the last ones, and once where all but the last are equal."""
+    return sum(map(len, {tuple(each[:-1]) for each in continuations}))
 
 
 class _Asked(NamedTuple):
@@ -200,43 +228,49 @@ class _Asked(NamedTuple):
 class _Call:
     """One call of the decoder: prefixes, and behind each the runs of its continuations, which see it.
 
+    Args:
+        requests: of the call.
+        kept: the first cells already hold the first prefix but for its last token, after which is asked.
+
     The first token of a continuation follows the last one of the prefix, and nothing follows its own last token: a
     continuation of one token has no run, and those that differ in their last tokens share one.
     """
 
-    def __init__(self, requests: list[_Request]) -> None:
+    def __init__(self, requests: list[Asked], kept: bool) -> None:
         self.runs: list[Run] = []
         self.tokens: list[int] = []
         self.asked: list[_Asked] = []
         self.cells = 0
-        self.counts = [len(continuations) for _, continuations in requests]
-        for number, (prefix, continuations) in enumerate(requests):
-            self._add(number, prefix, continuations)
+        self.sizes = [len(request.continuations) for request in requests]
+        for number, request in enumerate(requests):
+            self._add(number, request, kept and number == 0)
 
-    def _add(self, number: int, prefix: list[int], continuations: list[list[int]]) -> None:
+    def _add(self, number: int, request: Asked, kept: bool) -> None:
+        prefix, continuations, counts = request
         if not continuations:
             return
-        cell, _ = self._run(0, 0, prefix)
+        cell, _ = self._run(0, 0, prefix, len(prefix) - 1 if kept else 0)
         last = len(self.tokens) - 1
         firsts: dict[tuple[int, ...], int] = {}  # tokens of a run -> its first token's number
-        for index, tokens in enumerate(continuations):
+        for index, (tokens, count) in enumerate(zip(continuations, counts, strict=True)):
             body = tuple(tokens[:-1])
             if body and body not in firsts:
                 firsts[body] = self._run(cell, len(prefix), tokens[:-1])[1]
             places = [last, *range(firsts[body], firsts[body] + len(body))] if body else [last]
-            self.asked += [_Asked(place, target, (number, index)) for place, target in zip(places, tokens, strict=True)]
+            asked = list(zip(places, tokens, strict=True))[-count:]
+            self.asked += [_Asked(place, target, (number, index)) for place, target in asked]
 
-    def _run(self, prefix_cell: int, prefix: int, tokens: list[int]) -> tuple[int, int]:
-        """Adds a run; its cell and the number of its first token."""
+    def _run(self, prefix_cell: int, prefix: int, tokens: list[int], own: int = 0) -> tuple[int, int]:
+        """Adds a run of the tokens behind `own` that its cells hold; its cell, and the number of its first token."""
         place = self.cells, len(self.tokens)
-        self.runs.append(Run(prefix_cell, prefix, self.cells, 0, len(tokens)))
-        self.tokens += tokens
+        self.runs.append(Run(prefix_cell, prefix, self.cells, own, len(tokens) - own))
+        self.tokens += tokens[own:]
         self.cells += round_up(len(tokens))
         return place
 
     def scores(self, decoder: Decoder) -> list[list[Score]]:
         """By request and continuation."""
-        found = [[Score(0.0, True)] * count for count in self.counts]
+        found = [[Score(0.0, True)] * count for count in self.sizes]
         if not self.asked:
             return found
         after, targets = [each.after for each in self.asked], [each.target for each in self.asked]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from edgerazor import integration, surgery
 from edgerazor.packed import PackedModel, size_table
-from edgerazor.runtime._base import Model, Score, Session, score_whole
+from edgerazor.runtime._base import Asked, Model, Score, Session, score_whole
 from edgerazor.runtime._positions import max_positions
 
 
@@ -66,7 +66,7 @@ class TransformersModel(Model):
         found = self.forward(tokens, use_cache=False, logits_to_keep=last).logits
         return found[:, -last:].float()  # some models keep all
 
-    def _score(self, requests: list[tuple[list[int], list[list[int]]]]) -> list[list[Score]]:
+    def _score(self, requests: list[Asked]) -> list[list[Score]]:
         return score_whole(requests, self._logits)
 
 

@@ -1,6 +1,7 @@
 """What razoring cost: the packed model against its 16-bit teacher.
 
-The packed model is loaded from its folder, as a user would load it, and asked the same as the teacher:
+The packed model is loaded from its folder, as a user would load it, and asked the same as the teacher. On a CPU the
+runtime computes it, natively where it can; the teacher, and packed models on other devices, transformers does.
 
 * *tasks*: the score of each, and how much of the teacher's score is left. Raw retention, score / teacher, flatters
   where guessing already scores much; *retention above chance*, (score - chance) / (teacher - chance), does not.
@@ -25,7 +26,7 @@ from rich.console import RenderableType
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from edgerazor import data, integration, kernels, models, surgery, tasks
+from edgerazor import data, integration, kernels, models, runtime, surgery, tasks
 from edgerazor.console import Console, table
 from edgerazor.errors import UserError, usage_error
 from edgerazor.recipe import Recipe, Source
@@ -41,6 +42,18 @@ COLLAPSED = 0.8
 #: Largest number of logits of one forward pass, and of one chunk of rows, on held-out text.
 BATCH_LOGITS, CHUNK_LOGITS = 1 << 26, 1 << 22
 
+#: What changes the greedy text that transformers writes, and the values that do not.
+PLAIN_GREEDY = {
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "guidance_scale": 1.0,
+    **dict.fromkeys(("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias")),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty")),
+    **dict.fromkeys(("penalty_alpha", "dola_layers", "watermarking_config", "stop_strings")),
+}
 #: Settings of `evaluate_model` alone.
 ALONE = ("against", "activation_bits", "kv_bits")
 
@@ -97,9 +110,11 @@ class Measured(Result):
 class EvalResult(Measured):
     """The packed model's measurements, those of the folders beside it, and what failed a gate.
 
-    `kernel` names what the packed model computed with, null where the model is not packed.
+    `engine` (native or transformers) computed the packed model, with the products of `kernel`; both are null where the
+    model is not packed.
     """
 
+    engine: str | None = None
     kernel: str | None = None
     compared: dict[str, Measured] = {}
     sample: str | None = None
@@ -126,7 +141,7 @@ class DryRun(Result):
 
 @dataclass
 class Subject:
-    """A model in memory."""
+    """A model in memory: of transformers, or of the runtime."""
 
     title: str
     model: Any
@@ -189,7 +204,8 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> EvalResult:
     teacher_scores, notes = _scores(recipe, request, loaded, teacher, console)
     result.notes += notes
     for name, folder in folders.items():
-        subject = Subject(name, *_load_packed(folder, device))
+        subject, notes = _load_packed(name, folder, recipe, device, loaded)
+        result.notes += [f"{name}: {note}" for note in notes] if name != "packed" else notes
         measured = result if name == "packed" else Measured()
         result.notes += _measure(measured, recipe, request, loaded, subject, teacher, teacher_scores, text, console)
         if name == "packed":
@@ -228,10 +244,13 @@ def evaluate_model(model: str, recipe: Recipe, console: Console) -> EvalResult:
         raise usage_error(
             f"{model} is packed, so the bits of its activations and cache are decided.", "Leave them out."
         )
-    subject = Subject("packed", *_load_packed(model, device)) if packed else _plain(model, recipe, device)
+    result = EvalResult()
+    if packed:
+        subject, result.notes = _load_packed("packed", Path(model), recipe, device, loaded)
+    else:
+        subject = _plain(model, recipe, device)
     teacher = _named(against, recipe, device, "teacher") if against else None
     text = _held_out(recipe, _text_sources(recipe), teacher or subject)
-    result = EvalResult()
     result.notes += _notes_on_data(loaded, text is not None)
     scores, notes = _scores(recipe, request, loaded, teacher, console) if teacher else ({}, [])
     result.notes += notes
@@ -280,13 +299,39 @@ def _dtype(device: torch.device) -> torch.dtype | None:
     return torch.float32 if device.type == "cpu" else None
 
 
-def _load_packed(folder: Path | str, device: torch.device) -> tuple[Any, Any]:
-    return integration.load(folder, str(device), _dtype(device) or torch.bfloat16, keep_decoded=True)
+def _load_packed(
+    title: str, folder: Path, recipe: Recipe, device: torch.device, loaded: list[tasks.LoadedTask]
+) -> tuple[Subject, list[str]]:
+    """A packed model, natively if that is possible here; else with the reason."""
+    if device.type == "cpu":
+        model = runtime.load(folder, threads=recipe.threads)
+        note = model.note
+        if model.engine == "native":
+            note = _beyond_greedy(model, loaded)
+            if note is None:
+                return Subject(title, model, model.tokenizer), []
+        del model
+        notes = [note] if note else []
+        return Subject(title, *integration.load(folder, dtype=torch.float32, keep_decoded=True)), notes
+    return Subject(title, *integration.load(folder, str(device), torch.bfloat16, keep_decoded=True)), []
+
+
+def _beyond_greedy(model: runtime.Model, loaded: list[tasks.LoadedTask]) -> str | None:
+    """Why the tasks need transformers' `generate`, if they do."""
+    if names := tasks.beyond_greedy(loaded):
+        return f"transformers computes the packed model: the answers of {', '.join(names)} are not greedy text."
+    own = model.generation_config
+    changed = [name for name, plain in PLAIN_GREEDY.items() if getattr(own, name, None) not in (None, plain)]
+    if changed and any(map(tasks.writes, loaded)):
+        return f"transformers computes the packed model: its generation_config.json sets {changed[0]}."
+    return None
 
 
 def _note_kernels(result: EvalResult, subject: Subject) -> None:
-    result.kernel = surgery.kernels_of(subject.model)
-    if note := kernels.note(result.kernel):
+    native = isinstance(subject.model, runtime.Model)
+    result.engine = "native" if native else "transformers"
+    result.kernel = subject.model.kernel if native else surgery.kernels_of(subject.model)
+    if (note := kernels.note(result.kernel)) and note not in result.notes:
         result.notes.append(note)
 
 
@@ -487,9 +532,22 @@ def text_metrics(subject: Subject, teacher: Subject | None, batches: Iterator[Ba
 
 def _logits(subject: Subject, input_ids: Tensor, wanted: Tensor) -> Tensor:
     """Logits [N, V] at the N positions [B, T - 1] that predict a token."""
+    if isinstance(subject.model, runtime.Model):
+        rows = zip(input_ids, wanted, strict=True)
+        return torch.cat([_logits_of_row(subject.model, ids, predicting) for ids, predicting in rows])
     device = subject.model.device
     logits = subject.model(input_ids.to(device), use_cache=False).logits  # [B, T, V]
     return logits[:, :-1][wanted.to(device)]
+
+
+def _logits_of_row(model: runtime.Model, ids: Tensor, predicting: Tensor) -> Tensor:
+    """Logits [N, V] of a sequence [T] at the N positions [T - 1] that predict a token, from the first to the last."""
+    positions = predicting.nonzero().flatten()
+    if not len(positions):
+        return torch.empty(0, model.vocabulary)
+    first, end = int(positions[0]), int(positions[-1]) + 1
+    logits = model.logits(ids[:end], last=end - first)
+    return logits if len(positions) == end - first else logits[positions - first]
 
 
 def _sums(logits: list[Tensor], targets: Tensor) -> Tensor:
@@ -562,17 +620,30 @@ def greedy(subject: Subject, prompt: list[int]) -> list[int]:
     ends |= set(configured) if isinstance(configured, list) else {configured}
     vocabulary = subject.model.config.get_text_config().vocab_size
     forbidden = sorted(end for end in ends if end is not None and end < vocabulary)
-    tokens = torch.tensor([prompt], device=subject.model.device)  # [1, T]
+    native = isinstance(subject.model, runtime.Model)
+    feed = subject.model.session().feed if native else _Fed(subject.model)
+    tokens = prompt
     written: list[int] = []
-    cache = None
-    with torch.inference_mode():
-        while len(written) < min(SAMPLE_TOKENS, _context(subject) - len(prompt)):
-            output = subject.model(tokens, past_key_values=cache, use_cache=True)
-            cache, logits = output.past_key_values, output.logits[0, -1].float()  # [V]
-            logits[forbidden] = -torch.inf
-            tokens = logits.argmax().view(1, 1)
-            written.append(int(tokens))
+    while len(written) < min(SAMPLE_TOKENS, _context(subject) - len(prompt)):
+        logits = feed(tokens).clone()  # [V]
+        logits[forbidden] = -torch.inf
+        tokens = [int(logits.argmax())]
+        written += tokens
     return written
+
+
+class _Fed:
+    """A sequence that a model of transformers is given piece by piece."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.cache = model, None
+
+    @torch.inference_mode()
+    def __call__(self, ids: list[int]) -> Tensor:
+        """Logits float32 [V] after the last of the next tokens."""
+        output = self.model(torch.tensor([ids], device=self.model.device), past_key_values=self.cache, use_cache=True)
+        self.cache = output.past_key_values
+        return output.logits[0, -1].float()
 
 
 def collapsed(tokens: list[int]) -> bool:
@@ -634,7 +705,7 @@ def show(result: EvalResult) -> list[RenderableType]:
     if any(measured.text for measured in everyone.values()):
         shown.append(_text_table(everyone))
     if result.kernel:
-        shown.append(f"Kernels: {result.kernel}")
+        shown.append(f"Engine: {result.engine}, kernels: {result.kernel}")
     shown += [f"Note: {note}" for note in result.notes]
     shown += [f"Failed: {failure}" for failure in result.failures]
     return shown

@@ -13,7 +13,7 @@ by its length in characters first (Gao et al., the Language Model Evaluation Har
 from __future__ import annotations
 
 from edgerazor.tasks._catalog import ALIASES, WORLD, LoadedTask, Request, estimate, expand, fingerprint, load
-from edgerazor.tasks._score import Score, evaluate
+from edgerazor.tasks._score import Score, beyond_greedy, evaluate, writes
 
 __all__ = [
     "ALIASES",
@@ -21,9 +21,11 @@ __all__ = [
     "LoadedTask",
     "Request",
     "Score",
+    "beyond_greedy",
     "estimate",
     "evaluate",
     "expand",
     "fingerprint",
     "load",
+    "writes",
 ]

@@ -38,7 +38,8 @@ def evaluate(
     """Score a model.
 
     Args:
-        model: a causal language model of transformers, in evaluation mode.
+        model: a causal language model of transformers, in evaluation mode, or one that scores continuations itself, a
+            `runtime.Model`, for tasks that are not `beyond_greedy`.
         tokenizer: its tokenizer.
         loaded: the tasks.
         request: limit, chat template and seed.
@@ -56,10 +57,10 @@ def evaluate(
         raise usage_error(f"The tokenizer of {title} has no chat template.", "Leave --apply-chat-template out.")
     from lm_eval.evaluator import evaluate as run
 
-    from edgerazor.tasks._scorer import Scorer
+    from edgerazor.tasks._scorer import EngineScorer, Scorer
 
     with quiet_lm_eval():
-        scorer = Scorer(model, tokenizer, batch_size, console, title)
+        scorer = (EngineScorer if hasattr(model, "score") else Scorer)(model, tokenizer, batch_size, console, title)
         for entry in loaded:
             entry.task.set_fewshot_seed(seed=request.seed)  # every model sees the same examples
         try:
@@ -81,6 +82,19 @@ def evaluate(
             f"{title}: {scorer.truncated} prompts were longer than the model's context and lost their beginning."
         )
     return {entry.name: _main(report["results"][entry.name], entry.task) for entry in loaded}, notes
+
+
+def beyond_greedy(loaded: Sequence[LoadedTask]) -> list[str]:
+    """Tasks whose answers are written, but not with the most probable tokens alone."""
+    from edgerazor.tasks._scorer import is_greedy
+
+    written = [entry for entry in loaded if writes(entry)]
+    return [entry.name for entry in written if not is_greedy(entry.task.config.generation_kwargs or {})]
+
+
+def writes(entry: LoadedTask) -> bool:
+    """Whether a task's answers are written, rather than chosen."""
+    return bool(entry.task.OUTPUT_TYPE == "generate_until")
 
 
 def _main(results: dict[str, Any], task: Any) -> Score:

@@ -1,0 +1,26 @@
+"""A model of transformers behind the interface of the runtime's engines, for tests of what uses them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from edgerazor.runtime._base import Asked, Score
+from edgerazor.runtime._transformers import TransformersModel
+
+
+class Engine(TransformersModel):
+    """A 16-bit model, called `native` or `transformers`; it remembers what it was asked to score."""
+
+    def __init__(self, model: Any, tokenizer: Any, engine: str = "native") -> None:
+        self.folder, self.threads, self.note = Path(), 1, None
+        self.engine, self.kernel = engine, "none"
+        self.model, self.tokenizer = model, tokenizer
+        self.config, self.generation_config = model.config, model.generation_config
+        self.vocabulary = model.config.vocab_size
+        self.max_positions = model.config.max_position_embeddings
+        self.asked: list[list[Asked]] = []
+
+    def _score(self, requests: list[Asked]) -> list[list[Score]]:
+        self.asked.append(requests)
+        return super()._score(requests)
