@@ -238,10 +238,10 @@ def test_all_kernels_agree_with_activations_as_they_are(
 ) -> None:
     folder = rounded(llama, WorkDir(tmp_path), bits=4.0, activation_bits=16, kv_bits=16)
     monkeypatch.setenv("EDGERAZOR_ISA", "reference")
-    expected = edgerazor.load(folder)[0](input_ids=IDS).logits
+    expected = integration.load(folder)[0](input_ids=IDS).logits
     for name in kernels.names():
         monkeypatch.setenv("EDGERAZOR_ISA", name)
-        model, _ = edgerazor.load(folder)
+        model, _ = integration.load(folder)
         assert (model(input_ids=IDS).logits - expected).norm() <= 1e-5 * expected.norm(), name
         assert surgery.kernels_of(model) == name
 

@@ -183,7 +183,7 @@ def check_scores(
     assert [len(each) for each in scores] == [len(continuations) for _, continuations in requests]
     for (prefix, continuations), found in zip(requests, scores, strict=True):
         for continuation, score in zip(continuations, found, strict=True):
-            chances = model.logits([*prefix, *continuation], last=len(continuation) + 1)[:-1].log_softmax(-1)
+            chances = model.logits([*prefix, *continuation[:-1]], last=len(continuation)).log_softmax(-1)
             expected = sum(float(chance[token]) for chance, token in zip(chances, continuation, strict=True))
             assert score.log_probability == pytest.approx(expected, rel=tolerance, abs=tolerance)
             assert score.greedy == (chances.argmax(-1).tolist() == continuation)

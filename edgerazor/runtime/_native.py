@@ -171,8 +171,8 @@ def prepare(decoder: Decoder, rotary: Rotary, start: int, length: int, cells: in
 
 
 def _length(request: Asked) -> int:
-    """Tokens of the longest sequence of a request."""
-    return len(request.prefix) + max(map(len, request.continuations), default=0)
+    """Tokens of the longest sequence that a request computes; the last ones of continuations are not read."""
+    return len(request.prefix) + max((len(each) - 1 for each in request.continuations), default=0)
 
 
 def _calls(requests: list[Asked]) -> Iterator[tuple[list[Asked], bool]]:

@@ -86,8 +86,6 @@ struct Kernels {
                          int64_t first_block, int64_t last_block);
     void (*expand_ternary)(const Geometry&, const uint8_t* codes, int64_t blocks, uint8_t* out);
     uint64_t (*read)(const uint64_t* words, int64_t count);
-    // y = W x + bias in float32, x [tokens, columns]: for activations that are not quantized.
-    void (*linear_float)(const Geometry&, const Part&, int64_t tokens, const float* x, const Output&, int64_t first_block, int64_t last_block);
 };
 
 // Vectors that a chunk of `quads` takes.

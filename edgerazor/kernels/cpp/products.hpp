@@ -395,6 +395,7 @@ void row_blocks_times_tokens(const Geometry& geometry, const Part& part, const A
 template <int bits>
 void many_tokens(const Geometry& geometry, const Part& part, const Activations& x, const Output& output, int64_t first,
                  int64_t last) {
+    if (x.tokens == 0) return;
     Workspace* work;
     if (posix_memalign((void**)&work, kVector, sizeof(Workspace)) != 0) abort();
     memset(work->slab, 0, sizeof work->slab);
