@@ -172,9 +172,10 @@ def gguf(place: Place, shape: str, kind: str, program: Program, head: bool = Fal
         try:
             subprocess.run([str(word) for word in words], capture_output=True, text=True, check=True)
         except OSError as error:
-            raise UserError(f"{quantize} does not start: {error.strerror}.") from None
+            raise UserError(f"llama-quantize of {program.name} does not start: {error.strerror}.") from None
         except subprocess.CalledProcessError as error:
-            raise UserError(f"{quantize} makes no {kind}: {' '.join(error.stderr.split()[-20:])}") from None
+            why = error.stderr.strip().rpartition("\n")[2]
+            raise UserError(f"llama-quantize of {program.name} makes no {kind}: {why}.") from None
 
     path = once(place.folder / shape / f"{program.name} {name}", make) / "model.gguf"
     sizes = {tensor.name: int(tensor.n_bytes) for tensor in GGUFReader(path).tensors}

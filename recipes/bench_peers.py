@@ -273,7 +273,7 @@ def main(arguments: list[str] | None = None) -> int:
         console.error(error)
         return error.code
     text, wrong = tables.all_tables(log, SHAPES)
-    text = f"{facts(setting)}; memory read by {bandwidth.how}; {asked.rounds} rounds.\n\n{text}"
+    text = f"{facts(setting)}; memory read by {bandwidth.how}; at most {asked.rounds} rounds.\n\n{text}"
     print(text)
     if asked.results != "none":
         place_of = Path(asked.results)

@@ -134,13 +134,14 @@ class Claim(NamedTuple):
         return [self.text, *words, " / ".join(dict.fromkeys(promised)) if any(self.least) else "", self.verdict()]
 
     def verdict(self) -> str:
-        if not any(self.least) or not any(self.values):
+        if not any(self.least):
             return ""
         return "yes" if self.holds() else "**no**"
 
     def holds(self) -> bool:
+        """What is promised and was not measured does not hold."""
         pairs = zip(self.values, self.least, strict=True)
-        return all(value >= least for value, least in pairs if value is not None and least is not None)
+        return all(least is None or (value is not None and value >= least) for value, least in pairs)
 
 
 def claims(log: Log, shape: str, first: bool) -> list[Claim]:
@@ -172,7 +173,7 @@ def claims(log: Log, shape: str, first: bool) -> list[Claim]:
             percent=True,
         ),
     ]
-    return [each for each in found if any(each.values)]
+    return [each for each in found if any(each.values) or any(each.least)]
 
 
 def cliffs(log: Log) -> list[Claim]:

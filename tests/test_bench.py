@@ -194,7 +194,7 @@ FAKE = """#!{python}
 import json, pathlib, sys
 words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 with open(pathlib.Path(__file__).with_suffix(".log"), "a") as log:
-    print(json.dumps(sys.argv[1:]), file=log)
+    print(json.dumps([str(pathlib.Path(sys.argv[2]).absolute()), *sys.argv[3:]]), file=log)
 prompt, gen = int(words["-p"]), int(words["-n"])
 tests = [dict(n_prompt=prompt, n_gen=0, n_depth=0, avg_ns=10**8 * prompt)] if prompt else []
 depths = [int(each) for each in words.get("-d", "0").split(",")]
@@ -241,20 +241,20 @@ def test_programs_of_others_take_turns_on_files_of_the_same_model(ternary, run: 
         assert engine.load_seconds is engine.peak_memory_bytes is None
         assert engine.cache_bytes_per_token == 2 * 2 * 2 * 64 * 2  # of float16
     always = ["-t", "1", "-ngl", "0", "-r", "1", "-o", "json"]
-    assert [words[2:] for words in calls(llama)[:2]] == [
+    assert [words[1:] for words in calls(llama)[:2]] == [
         [*always, "-p", "16", "-n", "4"],
         [*always, "-p", "0", "-n", "4", "-d", "8,16"],
     ]
-    assert calls(ik)[1][2:] == [*always, "-p", "0", "-n", "0", "-gp", "8,4", "-gp", "16,4"]
+    assert calls(ik)[1][1:] == [*always, "-p", "0", "-n", "0", "-gp", "8,4", "-gp", "16,4"]
     assert len(calls(llama)) == len(calls(ik)) == 2 * 2 * 2  # rounds, files, calls
     one, two = result.engines[2:4]
-    assert Path(calls(llama)[0][1]).stat().st_size == one.weight_bytes > one.bytes_per_token
+    assert Path(calls(llama)[0][0]).stat().st_size == one.weight_bytes > one.bytes_per_token
     weights = sum(each.numel() for name, each in linear_weights(ternary.path.parent / "model"))
     assert two.bytes_per_token - one.bytes_per_token == weights // 256 * (66 - 54)  # bytes of their blocks
-    file = Path(calls(llama)[0][1])
+    file = Path(calls(llama)[0][0])
     before, manifest = file.stat().st_mtime_ns, ternary.manifest("pack")
     kept = _peers.files(ternary.folder("pack"), file.parent.parent, manifest.fingerprint())
-    assert [each.path for each in kept] == [file, Path(calls(llama)[2][1])]
+    assert [each.path for each in kept] == [file, Path(calls(llama)[2][0])]
     assert file.stat().st_mtime_ns == before
     _peers.files(ternary.folder("pack"), file.parent.parent, "another packed model")
     assert file.stat().st_mtime_ns > before

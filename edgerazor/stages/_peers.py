@@ -160,11 +160,11 @@ def measure(program: Program, file: GgufFile, asked: Round) -> list[Speed]:
 
 def _run(program: Program, file: GgufFile, threads: int, words: Iterable[Any]) -> Any:
     """What the program prints, on the CPU."""
-    always = ["-m", file.path, "-t", threads, "-ngl", 0, "-r", 1, "-o", "json"]
+    # beside the file, because it takes a comma in a path for the end of a name
+    always = ["-m", file.path.name, "-t", threads, "-ngl", 0, "-r", 1, "-o", "json"]
+    command = [str(each) for each in (program.path.absolute(), *always, *words)]
     try:
-        done = subprocess.run(
-            [str(program.path), *map(str, [*always, *words])], capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=file.path.parent)
     except OSError as error:
         raise UserError(f"{program.name} does not start: {error.strerror}.") from None
     if done.returncode:
