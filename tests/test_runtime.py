@@ -250,8 +250,9 @@ def test_sizes(folder: Path, model: runtime.Model) -> None:
     assert edgerazor.load(folder).folder == folder
     classes = {each.kind: each.bytes for each in packed.size_table(packed.PackedModel.open(folder)).classes}
     if model.kernel not in kernels.EXPANDED:
-        assert model.weight_bytes - model.bytes_per_token == classes["embedding"]
-        assert sum(classes.values()) <= model.weight_bytes <= 1.1 * sum(classes.values())  # places of rows
+        filled = classes["embedding"] - (model.weight_bytes - model.bytes_per_token)
+        assert 0 <= filled < 64 * 2  # up to whole vectors, in each part of the file
+        assert 0.99 * sum(classes.values()) <= model.weight_bytes <= 1.1 * sum(classes.values())  # places of rows
     # 2 layers, 2 heads of 16 features: keys and values of 8 bits with a float32 scale, or float32.
     assert model.cache_bytes_per_token == 2 * 2 * 2 * (16 + 4 if model.engine == "native" else 64)
     assert model.kernel == kernels.name()
@@ -273,10 +274,13 @@ def test_with_16_bits(packer: Packer, name: str) -> None:
 @pytest.mark.parametrize("bits", [EIGHT, FOUR], ids=["kv8", "kv4"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_with_rounded_activations_and_cache(packer: Packer, name: str, bits: tuple[int, int]) -> None:
-    """A number at the boundary between two codes may go either way, and then all that follows differs a little."""
+    """A number at the boundary between two codes may go either way, and then all that follows differs a little.
+
+    More where codes are of 4 bits, of which one is a seventh of the largest number.
+    """
     ours, theirs = both(packer(name, bits=bits))
     found, expected = ours.logits(IDS), theirs.logits(IDS)
-    assert relative(found, expected) < 1e-2
+    assert relative(found, expected) < (1e-2 if bits == EIGHT else 3e-2)
     chances, of_ours = expected.log_softmax(-1), found.log_softmax(-1)
     assert float((chances.exp() * (chances - of_ours)).sum(-1).mean()) < 1e-3
 
