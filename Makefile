@@ -13,7 +13,7 @@ KERNELS := edgerazor/kernels/libedgerazor.so
 REAL_DATA ?= $(wildcard ../shared/data)
 
 .PHONY: install quickstart test check world-data teacher clean kernels test-arm test-sanitizers
-.PHONY: results-methods results-plans results-sensitivity peers interop sizes compression llamacpp
+.PHONY: results-methods results-plans results-sensitivity peers interop sizes compression llamacpp llamacpp-avx2 bench-peers
 
 install: .venv/installed
 
@@ -91,23 +91,41 @@ llamacpp: build/llamacpp/installed
 LLAMACPP := build/llamacpp
 # llama.cpp's code for Intel's AMX crashes on some machines (its issue 20824), so it is left out.
 LLAMACPP_FLAGS := $(if $(filter x86_64,$(shell uname -m)),-mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
-LLAMACPP_OPTIONS := -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DLLAMA_BUILD_TOOLS=ON -DLLAMA_BUILD_TESTS=OFF \
+LLAMACPP_OPTIONS := -DCMAKE_BUILD_TYPE=Release -DLLAMA_BUILD_TOOLS=ON -DLLAMA_BUILD_TESTS=OFF \
 	-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_OPENSSL=OFF \
 	'-DCMAKE_C_FLAGS=$(LLAMACPP_FLAGS)' '-DCMAKE_CXX_FLAGS=$(LLAMACPP_FLAGS)' \
 	-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON '-DCMAKE_INSTALL_RPATH=$$ORIGIN'
 LLAMACPP_TOOLS := llama-quantize llama-bench llama-perplexity llama-completion llama-tokenize
+LLAMACPP_AVX2 := -DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_AVX512=OFF
+
+# Its programs in FOLDER/tools: $(call build-llamacpp,FOLDER,OPTIONS,PROGRAMS), with cmake and ninja of $(LLAMACPP)/bin.
+define build-llamacpp
+	rm -rf $(1)/source $(1)/made $(1)/tools
+	$(LLAMACPP)/bin/pip download --quiet --no-deps --dest $(1)/source -r recipes/interop.txt
+	tar -xzf $(1)/source/llama_cpp_python-*.tar.gz -C $(1)/source --strip-components 1
+	PATH="$(abspath $(LLAMACPP))/bin:$$PATH" cmake -G Ninja -S $(1)/source/vendor/llama.cpp -B $(1)/made $(LLAMACPP_OPTIONS) $(2)
+	PATH="$(abspath $(LLAMACPP))/bin:$$PATH" cmake --build $(1)/made --target $(3)
+	mv $(1)/made/bin $(1)/tools
+	rm -rf $(1)/made $(1)/source
+	touch $(1)/installed
+endef
 
 build/llamacpp/installed: recipes/interop.txt
 	rm -rf $(LLAMACPP)
 	$(PYTHON) -m venv $(LLAMACPP)
 	CMAKE_ARGS=-DLLAMA_BUILD=OFF $(LLAMACPP)/bin/pip install --quiet -r recipes/interop.txt
-	$(LLAMACPP)/bin/pip download --quiet --no-deps --dest $(LLAMACPP)/source -r recipes/interop.txt
-	tar -xzf $(LLAMACPP)/source/llama_cpp_python-*.tar.gz -C $(LLAMACPP)/source --strip-components 1
-	PATH="$(CURDIR)/$(LLAMACPP)/bin:$$PATH" cmake -G Ninja -S $(LLAMACPP)/source/vendor/llama.cpp -B $(LLAMACPP)/made $(LLAMACPP_OPTIONS)
-	PATH="$(CURDIR)/$(LLAMACPP)/bin:$$PATH" cmake --build $(LLAMACPP)/made --target $(LLAMACPP_TOOLS)
-	mv $(LLAMACPP)/made/bin $(LLAMACPP)/tools
-	rm -rf $(LLAMACPP)/made $(LLAMACPP)/source
-	touch $@
+	$(call build-llamacpp,$(LLAMACPP),-DGGML_NATIVE=ON,$(LLAMACPP_TOOLS))
+
+# The same for processors without AVX-512, to compare our AVX2 kernels with.
+llamacpp-avx2: build/llamacpp-avx2/installed
+
+build/llamacpp-avx2/installed: recipes/interop.txt | llamacpp
+	$(call build-llamacpp,build/llamacpp-avx2,$(LLAMACPP_AVX2),llama-quantize llama-bench)
+
+# Speed beside llama.cpp, and beside ik_llama.cpp where IK_LLAMA_BENCH is the path of its llama-bench (with its
+# llama-quantize beside it): tables and a plot in recipes/. About 25 minutes, alone on the machine; 16 GB of disk.
+bench-peers: install $(KERNELS) llamacpp $(if $(filter x86_64,$(shell uname -m)),llamacpp-avx2)
+	$(BIN)/python recipes/bench_peers.py $(if $(IK_LLAMA_BENCH),--ik-llama-bench $(IK_LLAMA_BENCH))
 
 # The tasks and the held-out text that lie in the repository; made again only when the world changes.
 world-data: install

@@ -357,27 +357,41 @@ def bench(
     decode_tokens: Annotated[int | None, Option("--decode-tokens", help="Tokens generated.")] = None,
     contexts: Annotated[str | None, Option("--contexts", help="Comma-separated tokens in the cache.")] = None,
     rounds: Annotated[int | None, Option("--rounds", help="Interleaved repetitions.")] = None,
+    mmap: Annotated[bool | None, Option("--mmap", help="Measure also with weights read in place.")] = None,
+    llama_bench: Annotated[
+        str | None,
+        Option("--llama-bench", help="llama.cpp's, or none; default: where it is found on the PATH.", metavar="PATH"),
+    ] = None,
+    ik_llama_bench: Annotated[
+        str | None, Option("--ik-llama-bench", help="llama-bench of ik_llama.cpp.", metavar="PATH")
+    ] = None,
     compare: Compare = None,
     recipe: RecipeFile = None,
     work: Work = Path("edgerazor-work"),
-    threads: Threads = None,
+    threads: Annotated[
+        list[str] | None,
+        Option("--threads", help="CPU threads, comma-separated or repeated; all cores by default.", metavar="N[,N...]"),
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
     force: Force = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Measure size, load time, speed and memory of the packed model beside its teacher.
+    """Measure size, load time, speed and memory of the packed model beside its teacher, and llama.cpp where it is.
 
-    Example: edgerazor bench --threads 2
+    Example: edgerazor bench --threads 1,2 --llama-bench llama.cpp/build/bin/llama-bench
     """
-    values = general(None, None, None, None, None, threads)
-    values |= {"compare": compare_section(compare)} if compare else {}
+    values: dict[str, Any] = {"compare": compare_section(compare)} if compare else {}
     values |= {
         "bench": given(
             prefill_tokens=prefill_tokens,
             decode_tokens=decode_tokens,
             contexts=None if contexts is None else integers("--contexts", contexts),
             rounds=rounds,
+            threads=None if threads is None else integers("--threads", ",".join(threads)),
+            mmap=mmap,
+            llama_bench=llama_bench,
+            ik_llama_bench=ik_llama_bench,
         )
     }
     stage("bench", values, work, recipe, json, quiet, force, dry_run)

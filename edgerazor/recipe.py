@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from edgerazor.errors import UserError, usage_error
@@ -373,8 +373,25 @@ class Bench(Strict):
 
     prefill_tokens: int = Field(256, ge=1, description="prompt length of the prefill measurement")
     decode_tokens: int = Field(32, ge=1, description="tokens generated in the decode measurement")
-    contexts: tuple[int, ...] = Field((0,), description="tokens already in the cache when decoding starts")
+    contexts: tuple[int, ...] = Field(
+        (0, 1024, 4096), description="tokens already in the cache when decoding starts, as far as there are positions"
+    )
     rounds: int = Field(3, ge=1, description="interleaved repetitions; the median counts")
+    threads: tuple[int, ...] = Field((), description="numbers of CPU threads to measure with; `threads` when empty")
+    mmap: bool = Field(False, description="measure also with weights read in place, from the mapped file")
+    llama_bench: str | None = Field(
+        None, description="bench program of llama.cpp to measure beside it, or none; absent: llama-bench on the PATH"
+    )
+    ik_llama_bench: str | None = Field(None, description="bench program of ik_llama.cpp to measure beside it")
+
+    @field_validator("contexts", "threads")
+    @classmethod
+    def _counts(cls, value: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        """In order, each once."""
+        least = 1 if info.field_name == "threads" else 0
+        if any(each < least for each in value):
+            raise ValueError(f"each of {', '.join(map(str, value))} must be at least {least}")
+        return tuple(sorted(set(value)))
 
 
 class Generate(Strict):
@@ -535,6 +552,12 @@ def anchor(values: dict[str, Any], folder: Path) -> dict[str, Any]:
         against = evaluate.get("against")
         if isinstance(against, str) and against and Path(anchored(against)).exists():
             result["eval"]["against"] = anchored(against)
+    bench = values.get("bench")
+    if isinstance(bench, dict):
+        programs = {
+            key: bench[key] for key in ("llama_bench", "ik_llama_bench") if bench.get(key) not in (None, "none")
+        }
+        result["bench"] = {**bench, **{key: anchored(path) for key, path in programs.items()}}
     if isinstance(compare, dict):
         result["compare"] = {name: anchored(path) for name, path in compare.items()}
     if isinstance(data, dict):

@@ -78,6 +78,9 @@ FIELDS: dict[str, tuple[list[str], str, Any]] = {
     "--decode-tokens": (["16"], "bench.decode_tokens", 16),
     "--contexts": (["0,128"], "bench.contexts", [0, 128]),
     "--rounds": (["5"], "bench.rounds", 5),
+    "--mmap": ([], "bench.mmap", True),
+    "--llama-bench": (["/bin/llama-bench"], "bench.llama_bench", "/bin/llama-bench"),
+    "--ik-llama-bench": (["/bin/ik"], "bench.ik_llama_bench", "/bin/ik"),
 }
 #: Options that say how to run rather than what to make.
 MANNERS = {"--work", "--recipe", "--json", "--quiet", "--force", "--dry-run"}
@@ -102,6 +105,8 @@ def test_every_option_sets_its_field(
     words, field, value = FIELDS[option]
     if name == "eval" and option in ("--data", "--batch-size"):
         field = {"--data": "data.held_out", "--batch-size": "eval.batch_size"}[option]
+    if name == "bench" and option == "--threads":
+        words, field, value = ["2,1", "--threads", "4"], "bench.threads", [1, 2, 4]
     seen: list[recipes.Recipe] = []
 
     def remember(_name: str, asked: recipes.Recipe, *_: Any) -> None:
@@ -189,6 +194,8 @@ def test_show_recipe_prints_a_recipe_that_loads_back(run: Run) -> None:
         (["pack", "M", "--bits", "2", "--target-size", "9MB"], 2, "`bits` and `target_size` both say how large"),
         (["pack", "--target-size", "9MB"], 2, "so pack takes no --target-size."),
         (["bench", "--contexts", "1,x"], 2, "--contexts wants comma-separated whole numbers, and got '1,x'."),
+        (["bench", "--threads", "0,1"], 2, "--threads: each of 0, 1 must be at least 1."),
+        (["bench", "--contexts", "0,-1"], 2, "--contexts: each of 0, -1 must be at least 0."),
         (["bench", "--compare", "x"], 2, "--compare wants NAME=FOLDER, and got 'x'."),
         (["pack", "--group-size", "64"], 2, "so pack takes no --group-size."),
         (["distill"], 2, "no model was named"),

@@ -281,7 +281,10 @@ def test_with_16_bits(packer: Packer, name: str) -> None:
 @pytest.mark.parametrize("bits", [EIGHT, FOUR], ids=["kv8", "kv4"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_with_rounded_activations_and_cache(packer: Packer, name: str, bits: tuple[int, int]) -> None:
-    """A number at the boundary between two codes may go either way, and then all that follows differs a little."""
+    """A number at the boundary between two codes may go either way, and then all that follows differs a little.
+
+    More where codes are of 4 bits, of which one is a seventh of the largest number.
+    """
     ours, theirs = both(packer(name, bits=bits))
     found, expected = ours.logits(IDS), theirs.logits(IDS)
     assert relative(found, expected) < (1e-2 if bits == EIGHT else 3e-2)

@@ -1,41 +1,39 @@
-"""How large, how fast, how much memory: the packed model beside its 16-bit teacher.
+"""How large, how fast, how much memory: the packed model beside its 16-bit teacher, and beside llama.cpp where it is.
 
 Every engine lives in a process of its own, so that load time and peak memory are its alone, and they take turns,
-round by round, with a measurement of the machine's memory bandwidth in the same rounds: these machines are noisy, and
-only what was measured side by side can be compared. The median of the rounds counts.
+round by round, with a measurement of the machine's memory bandwidth in the same rounds and with as many threads: these
+machines are noisy, and only what was measured side by side can be compared. The median of the rounds counts.
 
-Decoding one token reads every weight once, so tokens per second times bytes per token is bandwidth, and its share of
-what the machine can do says how much room is left.
+Decoding one token reads every weight once, and the keys and values of all tokens before it, so tokens per second times
+these bytes is bandwidth, and its share of what the machine can do says how much room is left.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import resource
 import statistics
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from rich.console import RenderableType
 
-from edgerazor import kernels, models, surgery
-from edgerazor.console import Console, megabytes, table
+from edgerazor import integration, kernels, models
+from edgerazor.console import Console, Tracker, megabytes, table
 from edgerazor.errors import UserError
-from edgerazor.recipe import Bench, Recipe
-from edgerazor.stages import _shared
+from edgerazor.recipe import Recipe
+from edgerazor.stages import _peers, _shared
+from edgerazor.stages._bandwidth import BYTES, Bandwidth
+from edgerazor.stages._engines import Phase, Round, Served, Speed, Start, ask, worker
 from edgerazor.workdir import WorkDir, hash_folder, machine, make_folder, write_json
 
 NAME = "bench"
-
-#: Bytes read in one measurement of memory bandwidth; far more than any cache.
-BANDWIDTH_BYTES = 512 * 1024 * 1024
+PACKED, MAPPED, TEACHER = "packed", "packed, mmap", "teacher"
 
 
 class Run(BaseModel):
@@ -43,32 +41,52 @@ class Run(BaseModel):
 
     engine: str
     threads: int
-    phase: Literal["prefill", "decode"]
+    phase: Phase
     context: int
     tokens_per_second: float
-    bandwidth_share: float | None = None
+    bytes_per_token: int | None = Field(
+        None, description="read to decode a token: weights, and the cache's at `context`"
+    )
+    bandwidth_share: float | None = Field(
+        None, description="bytes read a second, of the machine's with as many threads"
+    )
 
 
 class Engine(BaseModel):
-    """What one engine took."""
+    """An engine, and what it took. What the programs of others take to load is not measured."""
 
     name: str
+    threads: int = Field(description="that it was loaded with")
     kernel: str
     weight_bytes: int
-    bytes_per_token: int
-    load_seconds: float
-    peak_memory_bytes: int
-    start_memory_bytes: int
+    bytes_per_token: int = Field(description="of weights, read to decode a token")
+    cache_bytes_per_token: int = Field(description="that a token adds to the cache")
+    load_seconds: float | None = Field(None, description="until the first token is computed")
+    peak_memory_bytes: int | None = Field(None, description="of its process, the caches of all contexts included")
+    start_memory_bytes: int | None = Field(None, description="of its process before it loaded anything")
+
+
+class MeasuredBandwidth(BaseModel):
+    """Reading memory, the median over the rounds."""
+
+    threads: int
+    bytes_per_second: float
 
 
 class BenchResult(BaseModel):
-    """Sizes and speeds. `bytes`, `load_seconds` and `peak_memory_bytes` are the packed model's."""
+    """Sizes and speeds.
+
+    `bytes`, `load_seconds` and `peak_memory_bytes` are the packed model's, they and `bandwidth_bytes_per_second` with
+    the most threads.
+    """
 
     bytes: int
     load_seconds: float
     peak_memory_bytes: int
     bandwidth_bytes_per_second: float
-    threads: int
+    threads: list[int]
+    bandwidths: list[MeasuredBandwidth]
+    bandwidth_of: str = Field(description="how memory was read")
     machine: str
     engines: list[Engine]
     runs: list[Run]
@@ -79,10 +97,38 @@ class BenchDryRun(BaseModel):
     """What bench would measure."""
 
     engines: list[str]
+    threads: list[int]
     rounds: int
     tokens_per_round: int
     memory_bytes: int
     seconds: float
+
+
+@dataclass
+class Subject:
+    """An engine under measurement.
+
+    Attributes:
+        name: in the result.
+        threads: numbers of threads that it is measured with.
+        measure: one round.
+        about: what is known of it, as `Engine` has it, and more.
+        foreign: a program of others, which may fail.
+    """
+
+    name: str
+    threads: tuple[int, ...]
+    measure: Callable[[Round], list[Speed]]
+    about: Callable[[], dict[str, Any]]
+    foreign: bool = False
+
+
+class Measured:
+    """What the rounds gave: bytes a second by threads, tokens a second by engine, threads, phase and context."""
+
+    def __init__(self) -> None:
+        self.bandwidth: dict[int, list[float]] = {}
+        self.rates: dict[tuple[str, int, Phase, int], list[float]] = {}
 
 
 def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
@@ -94,281 +140,222 @@ def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
         "threads": str(recipe.threads or "all"),
         "machine": machine(),
         "kernel": kernels.name(),
+        **{each.name: str(each.path) for each in _peers.programs(recipe.bench)},
         **{f"compare {name}": hash_folder(Path(folder)) for name, folder in recipe.compare.items()},
         **_shared.settings(NAME, recipe.bench),
     }
 
 
-def subjects(recipe: Recipe, work: WorkDir) -> dict[str, Path]:
+def folders_of(recipe: Recipe, work: WorkDir) -> dict[str, Path]:
     """Engine name -> model folder; the packed model first, the teacher last."""
-    folders = {"packed": work.folder("pack")}
+    folders = {PACKED: work.folder("pack")}
+    folders |= {MAPPED: work.folder("pack")} if recipe.bench.mmap else {}
     folders |= {name: Path(folder) for name, folder in recipe.compare.items()}
-    folders["teacher"] = models.resolve(recipe.model, recipe.revision)
+    folders[TEACHER] = models.resolve(recipe.model, recipe.revision)
     return folders
+
+
+def thread_counts(recipe: Recipe) -> tuple[int, ...]:
+    """Numbers of threads to measure with."""
+    return recipe.bench.threads or (recipe.threads or torch.get_num_threads(),)
 
 
 def run(recipe: Recipe, work: WorkDir, console: Console) -> BenchResult:
     """Measure all engines in turns."""
-    threads = recipe.threads or torch.get_num_threads()
-    torch.set_num_threads(threads)
-    folders = subjects(recipe, work)
-    speeds: dict[tuple[str, str, int], list[float]] = {}
-    bandwidth: list[float] = []
+    counts = thread_counts(recipe)
+    bandwidth = Bandwidth()
+    notes: list[str] = []
     with ExitStack() as stack:
-        workers = {name: stack.enter_context(worker(folder, threads)) for name, folder in folders.items()}
-        with console.track("bench", recipe.bench.rounds * len(workers)) as tracker:
+        subjects = [*started(recipe, work, stack, notes), *peers(recipe, work, notes)]
+        limit = subjects[0].about()["max_positions"]
+        asked = [Round.of(recipe.bench, threads, limit) for threads in counts]
+        measured = Measured()
+        with console.track("bench", recipe.bench.rounds * sum(len(each.threads) for each in subjects)) as tracker:
             for _ in range(recipe.bench.rounds):
-                bandwidth.append(measure_bandwidth())
-                for name, link in workers.items():
-                    for phase, context, rate in ask(link, recipe.bench):
-                        speeds.setdefault((name, phase, context), []).append(rate)
-                    tracker.advance()
-        about = {name: ask(link, "about") for name, link in workers.items()}
-    speed = statistics.median(bandwidth)
-    engines = [Engine(name=name, **found) for name, found in about.items()]
-    result = BenchResult(
-        bytes=engines[0].weight_bytes,
-        load_seconds=engines[0].load_seconds,
-        peak_memory_bytes=engines[0].peak_memory_bytes,
-        bandwidth_bytes_per_second=round(speed),
-        threads=threads,
-        machine=machine(),
-        engines=engines,
-        runs=[one_run(key, rates, threads, about, speed) for key, rates in speeds.items()],
-        notes=[note] if (note := kernels.note(engines[0].kernel)) else [],
-    )
+                one_round(subjects, asked, bandwidth, measured, notes, tracker)
+        engines = [Engine(name=each.name, threads=max(each.threads), **each.about()) for each in subjects]
+    result = summary(engines, measured, bandwidth.how, notes)
     make_folder(work.folder(NAME))
     write_json(work.result_file(NAME), result.model_dump(mode="json"))
     return result
 
 
-def one_run(
-    key: tuple[str, str, int], rates: list[float], threads: int, about: dict[str, Any], bandwidth: float
-) -> Run:
-    engine, phase, context = key
-    rate = statistics.median(rates)
-    share = rate * about[engine]["bytes_per_token"] / bandwidth if phase == "decode" else None
-    return Run(
-        engine=engine,
-        threads=threads,
-        phase="prefill" if phase == "prefill" else "decode",
-        context=context,
-        tokens_per_second=round(rate, 2),
-        bandwidth_share=None if share is None else round(share, 4),
+# --- what is measured --------------------------------------------------------------------------
+
+
+def started(recipe: Recipe, work: WorkDir, stack: ExitStack, notes: list[str]) -> Iterator[Subject]:
+    """Our engines, loaded: a packed model once for each number of threads, one in 16 bits for all of them."""
+    counts = thread_counts(recipe)
+    in_place = True
+    for name, folder in folders_of(recipe, work).items():
+        if name == MAPPED and not in_place:
+            notes.append("Only the native engine can choose to read weights in place, so --mmap measures nothing more.")
+            continue
+        for threads in [(each,) for each in counts] if integration.is_packed(folder) else [counts]:
+            link = stack.enter_context(worker(Start(folder, max(threads), mmap=name == MAPPED)))
+            about = ask(link, "about")
+            in_place = in_place and about["engine"] == "native"
+            if about["note"] and about["note"] not in notes:
+                notes.append(about["note"])
+            yield Subject(name, threads, partial(ask, link), partial(ask, link, "about"))
+
+
+def peers(recipe: Recipe, work: WorkDir, notes: list[str]) -> Iterator[Subject]:
+    """Programs of others that are here, with each of the files that hold the packed model."""
+    programs = _peers.programs(recipe.bench)
+    if not programs:
+        return
+    packed = work.manifest("pack")
+    assert packed is not None
+    try:
+        files = _peers.files(work.folder("pack"), work.progress(NAME, "gguf"), packed.fingerprint())
+    except UserError as error:
+        notes.append(f"Not beside {' and '.join(each.name for each in programs)}: {error}")
+        return
+    for program in programs:
+        for file in files:
+            name = f"{program.name} {file.type}"
+            measure = partial(_peers.measure, program, file)
+            yield Subject(name, thread_counts(recipe), measure, partial(_peers.about, program, file), foreign=True)
+
+
+def one_round(
+    subjects: list[Subject],
+    asked: list[Round],
+    bandwidth: Bandwidth,
+    measured: Measured,
+    notes: list[str],
+    tracker: Tracker,
+) -> None:
+    """All engines in turns, for each number of threads; one that fails is left out from then on, if it is not ours."""
+    for each in asked:
+        measured.bandwidth.setdefault(each.threads, []).append(bandwidth.measure(each.threads))
+        for subject in [one for one in subjects if each.threads in one.threads]:
+            try:
+                speeds = subject.measure(each)
+            except UserError as error:
+                if not subject.foreign:
+                    raise
+                notes.append(str(error))
+                subjects.remove(subject)
+                continue
+            for phase, context, rate in speeds:
+                measured.rates.setdefault((subject.name, each.threads, phase, context), []).append(rate)
+            tracker.advance()
+
+
+def summary(engines: list[Engine], measured: Measured, how: str, notes: list[str]) -> BenchResult:
+    """Medians, and what follows from them."""
+    bandwidth = {threads: statistics.median(each) for threads, each in measured.bandwidth.items()}
+    most = max(bandwidth)
+    about = {(each.name, each.threads): each for each in engines}
+    runs = []
+    for (name, threads, phase, context), rates in measured.rates.items():
+        engine = about.get((name, threads)) or about.get((name, most))
+        if engine is not None:
+            runs.append(one_run(engine, threads, phase, context, statistics.median(rates), bandwidth[threads]))
+    first = about[PACKED, most]
+    slow = kernels.note(first.kernel)
+    return BenchResult(
+        bytes=first.weight_bytes,
+        load_seconds=first.load_seconds or 0.0,
+        peak_memory_bytes=first.peak_memory_bytes or 0,
+        bandwidth_bytes_per_second=round(bandwidth[most]),
+        threads=list(bandwidth),
+        bandwidths=[
+            MeasuredBandwidth(threads=each, bytes_per_second=round(value)) for each, value in bandwidth.items()
+        ],
+        bandwidth_of=how,
+        machine=machine(),
+        engines=engines,
+        runs=runs,
+        notes=notes if slow is None or slow in notes else [slow, *notes],
     )
 
 
-def measure_bandwidth() -> float:
-    """Bytes a second of reading memory, with torch's threads; the best of three passes."""
-    block = torch.ones(BANDWIDTH_BYTES // 4, dtype=torch.float32)
-    rates = []
-    for _ in range(3):
-        began = time.perf_counter()
-        block.sum()
-        rates.append(BANDWIDTH_BYTES / (time.perf_counter() - began))
-    return max(rates)
+def one_run(engine: Engine, threads: int, phase: Phase, context: int, rate: float, bandwidth: float) -> Run:
+    """A speed, and for decoding the bytes that it moves."""
+    moved = engine.bytes_per_token + context * engine.cache_bytes_per_token
+    return Run(
+        engine=engine.name,
+        threads=threads,
+        phase=phase,
+        context=context,
+        tokens_per_second=round(rate, 2),
+        bytes_per_token=moved if phase == "decode" else None,
+        bandwidth_share=round(rate * moved / bandwidth, 4) if phase == "decode" else None,
+    )
 
 
-# --- an engine in its own process --------------------------------------------------------------
-
-
-@contextmanager
-def worker(folder: Path, threads: int) -> Iterator[Connection]:
-    """A process that has loaded a model and answers on a connection."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=serve, args=(there, str(folder), threads), daemon=True)
-    process.start()
-    there.close()
-    try:
-        ask(here, "load")
-        yield here
-    finally:
-        here.close()
-        process.join(timeout=5)
-        if process.is_alive():
-            process.terminate()
-
-
-def ask(link: Connection, request: Any) -> Any:
-    """Send a request and wait for the answer.
-
-    Raises:
-        UserError: the engine failed, with its reason.
-    """
-    try:
-        link.send(request)
-        answer = link.recv()
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        raise UserError("A benchmark process ended by itself; it probably ran out of memory.") from None
-    if isinstance(answer, UserError):
-        raise answer
-    if isinstance(answer, Exception):
-        raise UserError(f"A benchmark process failed: {type(answer).__name__}: {answer}.")
-    return answer
-
-
-def serve(link: Connection, folder: str, threads: int) -> None:
-    """The engine's process: load, then measure when asked."""
-    torch.set_num_threads(threads)
-    state: Served | None = None
-    while True:
-        try:
-            request = link.recv()
-        except (EOFError, KeyboardInterrupt):
-            return
-        try:
-            if request == "load":
-                state = Served(Path(folder))
-                link.send("loaded")
-            elif request == "about":
-                assert state is not None
-                link.send(state.about())
-            else:
-                assert state is not None
-                link.send(state.measure(request))
-        except Exception as error:  # becomes one sentence in the parent
-            link.send(error if isinstance(error, UserError) else RuntimeError(f"{type(error).__name__}: {error}"))
-
-
-class Served:
-    """A loaded model and its measurements."""
-
-    def __init__(self, folder: Path) -> None:
-        from edgerazor import integration
-
-        self.start_memory = peak_memory()
-        began = time.perf_counter()
-        self.packed = integration.is_packed(folder)
-        if self.packed:
-            self.model, _ = integration.load(folder)
-        else:
-            self.model, _ = models.load(folder)
-        with torch.inference_mode():  # packed matrices are read at their first use
-            self.model(input_ids=torch.zeros((1, 1), dtype=torch.int64))
-        self.load_seconds = time.perf_counter() - began
-        self.folder = folder
-
-    def about(self) -> dict[str, Any]:
-        files = sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
-        dtype = str(self.model.dtype).removeprefix("torch.")
-        return {
-            "kernel": surgery.kernels_of(self.model) if self.packed else f"transformers {dtype}",
-            "weight_bytes": files,
-            "bytes_per_token": files - self._unread_embedding(),
-            "load_seconds": round(self.load_seconds, 3),
-            "peak_memory_bytes": peak_memory(),
-            "start_memory_bytes": self.start_memory,
-        }
-
-    def _unread_embedding(self) -> int:
-        """Bytes of an embedding table that is not also the head: decoding reads one row of it."""
-        if self.packed:
-            from edgerazor.packed import PackedModel, size_table
-
-            model = PackedModel.open(self.folder)
-            classes = {row.kind: row.bytes for row in size_table(model).classes}
-            return 0 if model.header.tied else classes.get("embedding", 0)
-        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
-        if embedding.weight is head.weight:
-            return 0
-        return embedding.weight.numel() * embedding.weight.element_size()
-
-    @torch.inference_mode()
-    def measure(self, settings: Bench) -> list[tuple[str, int, float]]:
-        """(phase, context, tokens per second) of one round."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-        prefill = min(settings.prefill_tokens, limit)
-        results = [("prefill", 0, prefill / self._seconds_of(self._ids(prefill)))]
-        for context in settings.contexts:
-            if context + settings.decode_tokens > limit:
-                continue
-            results.append(("decode", context, self._decode(context, settings.decode_tokens)))
-        return results
-
-    def _ids(self, count: int) -> torch.Tensor:
-        vocabulary = self.model.config.get_text_config().vocab_size
-        return (torch.arange(count) * 7919 % vocabulary).unsqueeze(0)
-
-    def _seconds_of(self, ids: torch.Tensor) -> float:
-        began = time.perf_counter()
-        self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        return time.perf_counter() - began
-
-    def _decode(self, context: int, count: int) -> float:
-        """Tokens per second when `context` tokens are in the cache (one, where 0 is asked: something must start)."""
-        out = self.model(input_ids=self._ids(max(context, 1)), use_cache=True, logits_to_keep=1)
-        token = out.logits[:, -1:].argmax(-1)
-        began = time.perf_counter()
-        for _ in range(count):
-            out = self.model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
-            token = out.logits[:, -1:].argmax(-1)
-        return count / (time.perf_counter() - began)
-
-
-def peak_memory() -> int:
-    """Largest resident memory of this process so far, in bytes.
-
-    Linux's getrusage counts what the parent held before the process was started, so its own mark is read instead.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+# --- dry runs and tables -----------------------------------------------------------------------
 
 
 def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> BenchDryRun:
     """What would be measured, and about how long it would take (from one round of the teacher)."""
-    folders = subjects(recipe, work)
+    folders, counts = folders_of(recipe, work), thread_counts(recipe)
+    programs = _peers.programs(recipe.bench)
     bench = recipe.bench
-    _shared.device_of(recipe)
     began = time.monotonic()
-    teacher = Served(folders["teacher"])
-    teacher.measure(bench)
-    seconds = (time.monotonic() - began) * bench.rounds * len(folders)
+    teacher = Served(Start(folders[TEACHER], max(counts)))
+    asked = Round.of(bench, max(counts), teacher.model.max_positions)
+    teacher.measure(asked)
+    engines = [*folders, *(each.name for each in programs)]
+    seconds = (time.monotonic() - began) * bench.rounds * len(engines) * len(counts)
     sizes = [sum(f.stat().st_size for f in folder.glob("*.safetensors")) for folder in folders.values()]
     return BenchDryRun(
-        engines=list(folders),
+        engines=engines,
+        threads=list(counts),
         rounds=bench.rounds,
-        tokens_per_round=bench.prefill_tokens + sum(c + bench.decode_tokens for c in bench.contexts),
-        memory_bytes=BANDWIDTH_BYTES + 2 * sum(sizes),
+        tokens_per_round=asked.prefill + sum(each + asked.decode for each in asked.contexts),
+        memory_bytes=BYTES + 2 * sum(sizes),
         seconds=float(f"{seconds:.3g}"),
     )
 
 
 def show(result: BenchResult) -> list[RenderableType]:
     """Sizes and speeds, for people."""
-    speeds = [
-        [
-            run.engine,
-            run.phase,
-            str(run.context),
-            f"{run.tokens_per_second:,.1f}",
-            "" if run.bandwidth_share is None else f"{run.bandwidth_share:.1%}",
-        ]
-        for run in result.runs
-    ]
     sizes = [
         [
             engine.name,
+            str(engine.threads),
             engine.kernel,
             megabytes(engine.weight_bytes),
-            f"{engine.load_seconds:.2f}",
-            megabytes(engine.peak_memory_bytes - engine.start_memory_bytes),
+            "" if engine.load_seconds is None else f"{engine.load_seconds:.2f}",
+            above_imports(engine),
         ]
         for engine in result.engines
     ]
-    bandwidth = result.bandwidth_bytes_per_second / 1e9
+    speeds = [
+        [
+            run.engine,
+            str(run.threads),
+            run.phase,
+            str(run.context),
+            f"{run.tokens_per_second:,.1f}",
+            "" if run.bytes_per_token is None else megabytes(run.bytes_per_token),
+            "" if run.bandwidth_share is None else f"{run.bandwidth_share:.1%}",
+        ]
+        for run in sorted(result.runs, key=lambda run: run.threads)
+    ]
+    read = [f"{each.bytes_per_second / 1e9:.1f} GB/s with {_threads(each.threads)}" for each in result.bandwidths]
     return [
-        table("Size", ["engine", "kernel", "weights", "load seconds", "memory above imports"], sizes),
+        table("Size", ["engine", "threads", "kernel", "weights", "load seconds", "memory above imports"], sizes),
         table(
-            f"Speed, {result.threads} threads, {result.machine}",
-            ["engine", "phase", "context", "tokens/s", "share of bandwidth"],
+            f"Speed, {result.machine}",
+            ["engine", "threads", "phase", "context", "tokens/s", "bytes a token", "share of bandwidth"],
             speeds,
-            caption=f"memory bandwidth in the same rounds: {bandwidth:.1f} GB/s",
+            caption=f"memory bandwidth in the same rounds ({result.bandwidth_of}): {', '.join(read)}",
         ),
         *result.notes,
     ]
+
+
+def above_imports(engine: Engine) -> str:
+    """Memory that the model and its caches took, where it is known."""
+    if engine.peak_memory_bytes is None or engine.start_memory_bytes is None:
+        return ""
+    return megabytes(engine.peak_memory_bytes - engine.start_memory_bytes)
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' * (count > 1)}"

@@ -165,10 +165,14 @@ def measured_row(name: str, measured: Measured) -> ModelRow:
 
 
 def add_speed(row: ModelRow, benched: BenchResult | None) -> None:
-    for run in benched.runs if benched else []:
-        if run.engine == row.name and run.phase == "prefill":
+    """Of the most threads, and of decoding with the shortest context."""
+    if benched is None:
+        return
+    most = max(benched.threads)
+    for run in (each for each in benched.runs if (each.engine, each.threads) == (row.name, most)):
+        if run.phase == "prefill":
             row.prefill_tokens_per_second = run.tokens_per_second
-        elif run.engine == row.name and row.decode_tokens_per_second is None:
+        elif row.decode_tokens_per_second is None:
             row.decode_tokens_per_second = run.tokens_per_second
 
 

@@ -1,6 +1,6 @@
 """How fast the products with packed matrices are: one token against the bandwidth of memory, many against arithmetic.
 
-    python recipes/kernels.py [--isa NAME ...] [--formats NAME ...] [--groups N ...] [--megabytes N] [--json]
+    python recipes/products.py [--isa NAME ...] [--formats NAME ...] [--groups N ...] [--megabytes N] [--json]
 
 One token: a matrix larger than the caches is read once a product; GB/s are its bytes, scales included, and the share is
 that of the bandwidth measured in the same rounds, with as many threads. Many tokens: products with a matrix that fits
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import mmap
 import statistics
 import sys
 import time
@@ -20,23 +19,13 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import torch
-from torch import Tensor
 
 from edgerazor import formats
 from edgerazor.kernels import native
+from edgerazor.runtime._weights import huge_memory
 
-HUGE_PAGE = 1 << 21
 #: A ternary part as it is once expanded to codes of two bits.
 EXPANDED = "ternary2"
-
-
-def in_huge_pages(size: int) -> Tensor:
-    """Zeroed uint8 [size] in pages of 2 MB, where the system has them."""
-    area = mmap.mmap(-1, size + HUGE_PAGE)
-    area.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(area, dtype=torch.uint8)
-    start = -whole.data_ptr() % HUGE_PAGE
-    return whole[start : start + size]
 
 
 def random_part(name: str, geometry: native.Geometry, rows: int) -> native.Part:
@@ -44,9 +33,9 @@ def random_part(name: str, geometry: native.Geometry, rows: int) -> native.Part:
     number_format = formats.get("int2z" if name == EXPANDED else name)
     bits = 0 if name == "ternary" else number_format.code_bits
     blocks, width = -(-rows // native.ROWS), geometry.block_bytes(bits)
-    codes = in_huge_pages(blocks * width).view(blocks, width)
+    codes = huge_memory(blocks * width).view(blocks, width)
     codes[:] = torch.randint(0, 243, (1, width), dtype=torch.uint8)
-    scales = in_huge_pages(blocks * geometry.groups * native.ROWS * 2).view(torch.float16)
+    scales = huge_memory(blocks * geometry.groups * native.ROWS * 2).view(torch.float16)
     scales.fill_(0.01)
     return native.Part.of(codes, scales.view(blocks, geometry.groups, native.ROWS), rows, number_format)
 
