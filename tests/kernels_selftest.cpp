@@ -9,6 +9,7 @@
 #include <memory>
 #include <vector>
 
+#include "floats.hpp"
 #include "library.h"
 
 namespace {
@@ -53,6 +54,30 @@ void fill_base3(uint8_t* codes, int64_t blocks, int64_t block_bytes) {
 }
 
 int wrong = 0, checks = 0;
+
+// The product with activations as they are, against float64 sums of decoded rows.
+void check_floats_of(const Case& c, const edgerazor_geometry* geometry, const edgerazor_part& part, const float* x) {
+    auto weights = memory<float>(c.columns), y = memory<float>((int64_t)c.tokens * c.rows);
+    for (int isa = 0; isa < edgerazor_isa_count(); isa++) {
+        edgerazor_linear_float(geometry, isa, &part, c.tokens, x, nullptr, y.get(), c.rows, 0, (c.rows + 15) / 16);
+        for (int row = 0; row < c.rows; row++) {
+            edgerazor_row(geometry, &part, row, weights.get());
+            for (int token = 0; token < c.tokens; token++) {
+                double sum = 0, size = 0;
+                for (int i = 0; i < c.columns; i++) {
+                    const double product = (double)weights[i] * x[(int64_t)token * c.columns + i];
+                    sum += product;
+                    size += fabs(product);
+                }
+                checks++;
+                if (fabs(y[token * c.rows + c.rows - 1 - row] - sum) <= 2e-6 * size) continue;
+                wrong++;
+                printf("%s in floats: row %d, token %d: %g, not %g (%d columns, %d bits)\n", edgerazor_isa_name(isa), row,
+                       token, y[token * c.rows + c.rows - 1 - row], sum, c.columns, c.bits);
+            }
+        }
+    }
+}
 
 void check(const Case& c) {
     edgerazor_geometry* geometry = edgerazor_geometry_new(c.columns, c.group, c.activation_group);
@@ -114,6 +139,7 @@ void check(const Case& c) {
             }
         }
     }
+    check_floats_of(c, geometry, part, x.get());
     edgerazor_geometry_free(geometry);
 }
 
@@ -140,6 +166,7 @@ void check_any_bytes(int columns, int group, int bits, int lowest) {
             for (int count : {1, tokens})
                 edgerazor_linear(geometry, isa, &part, count, x_codes.get(), x_scales.get(), sums.get(), nullptr,
                                  y.get(), rows, 0, blocks);
+            if (draw() % 2) edgerazor_linear_float(geometry, isa, &part, tokens, x.get(), nullptr, y.get(), rows, 0, blocks);
             for (int row = 0; row < rows; row++) edgerazor_row(geometry, &part, row, weights.get());
             checks++;
             for (int i = 0; i < tokens * rows; i++)
@@ -156,6 +183,154 @@ void check_any_bytes(int columns, int group, int bits, int lowest) {
     edgerazor_geometry_free(geometry);
 }
 
+// Pages of one head.
+struct Cache {
+    int bits, head_dim;
+    std::vector<edgerazor::HeadPage> pages;
+    std::vector<std::unique_ptr<char[], Free>> keys, values;
+    std::vector<std::unique_ptr<float[], Free>> scales;
+
+    Cache(int bits, int head_dim, int count) : bits(bits), head_dim(head_dim) {
+        const int64_t bytes = edgerazor::key_bytes(bits, head_dim) * edgerazor::kPage;
+        for (int i = 0; i < count; i++) {
+            keys.push_back(memory<char>(bytes));
+            values.push_back(memory<char>(bytes));
+            for (int k = 0; k < 2; k++) scales.push_back(memory<float>(edgerazor::kPage));
+            memset(keys.back().get(), 255, bytes); // numbers that are none, where nothing is stored
+            memset(values.back().get(), 255, bytes);
+            for (int k = 0; k < edgerazor::kPage; k++) scales[2 * i][k] = scales[2 * i + 1][k] = NAN;
+            pages.push_back({keys.back().get(), values.back().get(), scales[2 * i].get(), scales[2 * i + 1].get()});
+        }
+    }
+
+    double number(const void* memory, const float* scales, int cell, int64_t at, int64_t pair, bool high) const {
+        if (bits == 16) return ((const float*)memory)[at];
+        if (bits == 8) return (double)((const int8_t*)memory)[at] * scales[cell];
+        const int both = ((const uint8_t*)memory)[pair];
+        return (double)((high ? both >> 4 : both & 15) - 8) * scales[cell];
+    }
+
+    double key(int64_t where, int feature) const {
+        const edgerazor::HeadPage& page = pages[where / edgerazor::kPage];
+        const int cell = (int)(where % edgerazor::kPage), sixteen = cell / 16, lane = cell % 16;
+        return number(page.keys, page.key_scales, cell, ((int64_t)sixteen * head_dim + feature) * 16 + lane,
+                      ((int64_t)sixteen * ((head_dim + 1) / 2) + feature / 2) * 16 + lane, feature % 2);
+    }
+
+    double value(int64_t where, int feature) const {
+        const edgerazor::HeadPage& page = pages[where / edgerazor::kPage];
+        const int cell = (int)(where % edgerazor::kPage);
+        return number(page.values, page.value_scales, cell, (int64_t)cell * head_dim + feature,
+                      (int64_t)cell * ((head_dim + 1) / 2) + feature / 2, feature % 2);
+    }
+};
+
+struct Sight {
+    int bits, head_dim, heads, tokens;
+    edgerazor::Range prefix, own;
+    int window;
+};
+
+// One query against the cells that its token sees, in float64.
+void attend_exactly(const Sight& c, const Cache& cache, const float* query, int token, std::vector<double>& out) {
+    const int64_t last = c.prefix.count + c.own.count - (c.tokens - 1 - token);
+    const int64_t first = c.window > 0 && last > c.window ? last - c.window : 0;
+    double total = 0;
+    out.assign(c.head_dim, 0);
+    for (int64_t i = first; i < last; i++) {
+        const int64_t cell = i < c.prefix.count ? c.prefix.cell + i : c.own.cell + i - c.prefix.count;
+        double score = 0;
+        for (int k = 0; k < c.head_dim; k++) score += query[k] * cache.key(cell, k);
+        const double weight = exp(score / sqrt(c.head_dim));
+        total += weight;
+        for (int k = 0; k < c.head_dim; k++) out[k] += weight * cache.value(cell, k);
+    }
+    for (double& each : out) each /= total;
+}
+
+void check_attention(const Sight& c) {
+    const int64_t ends[] = {c.prefix.cell + c.prefix.count, c.own.cell + c.own.count};
+    const int pages = (int)((ends[0] > ends[1] ? ends[0] : ends[1]) - 1) / edgerazor::kPage + 1;
+    const int64_t width = (int64_t)c.heads * c.head_dim;
+    auto queries = memory<float>(c.tokens * width), out = memory<float>(c.tokens * width), key = memory<float>(c.head_dim);
+    const auto fill = [](float* x, int64_t count) {
+        for (int64_t i = 0; i < count; i++) x[i] = (float)(int32_t)draw() * 1e-9f;
+    };
+    fill(queries.get(), c.tokens * width);
+    for (int isa = 0; isa < edgerazor_isa_count(); isa++) {
+        const edgerazor::Floats& floats = *(const edgerazor::Floats*)edgerazor_floats(isa);
+        Cache cache(c.bits, c.head_dim, pages);
+        for (const edgerazor::Range& range : {c.prefix, c.own})
+            for (int64_t cell = range.cell; cell < range.cell + range.count; cell++) {
+                fill(key.get(), c.head_dim);
+                auto value = memory<float>(c.head_dim);
+                fill(value.get(), c.head_dim);
+                floats.store(cache.pages[cell / edgerazor::kPage], (int)(cell % edgerazor::kPage), c.bits, c.head_dim,
+                             key.get(), value.get());
+            }
+        auto scratch = memory<char>(floats.attention_scratch(c.head_dim, c.heads, c.tokens));
+        floats.attend({c.bits, c.head_dim, 1 / sqrtf((float)c.head_dim), cache.pages.data(), queries.get(), width, c.heads,
+                       c.tokens, {c.prefix, c.own}, c.window, out.get(), width, scratch.get()});
+        std::vector<double> expected;
+        for (int token = 0; token < c.tokens; token++)
+            for (int head = 0; head < c.heads; head++) {
+                const int64_t at = token * width + head * c.head_dim;
+                attend_exactly(c, cache, queries.get() + at, token, expected);
+                for (int k = 0; k < c.head_dim; k++) {
+                    checks++;
+                    if (fabs(out[at + k] - expected[k]) <= 5e-6) continue;
+                    wrong++;
+                    printf("%s: attention, %d bits, head_dim %d, %d heads, token %d of %d: %g, not %g\n",
+                           edgerazor_isa_name(isa), c.bits, c.head_dim, c.heads, token, c.tokens, out[at + k], expected[k]);
+                    return;
+                }
+            }
+    }
+}
+
+// Norms, rotation, SwiGLU and sums of vectors of `count` numbers.
+void check_vectors(int count) {
+    auto x = memory<float>(count), y = memory<float>(count), out = memory<float>(count);
+    double squares = 0, mean = 0, exponentials = 0;
+    int largest = 0;
+    for (int i = 0; i < count; i++) {
+        x[i] = (float)(int32_t)draw() * 2e-9f;
+        y[i] = (float)(int32_t)draw() * 1e-9f;
+        squares += (double)x[i] * x[i] / count;
+        mean += (double)x[i] / count;
+        exponentials += exp(x[i]);
+        if (x[i] > x[largest]) largest = i;
+    }
+    const double deviation = sqrt(squares - mean * mean + 1e-5);
+    for (int isa = 0; isa < edgerazor_isa_count(); isa++) {
+        const edgerazor::Floats& floats = *(const edgerazor::Floats*)edgerazor_floats(isa);
+        const auto expect = [&](const char* name, double found, double expected) {
+            checks++;
+            if (fabs(found - expected) <= 1e-5) return;
+            wrong++;
+            printf("%s: %s of %d numbers: %g, not %g\n", edgerazor_isa_name(isa), name, count, found, expected);
+        };
+        floats.rms_norm(x.get(), count, 1e-5f, y.get(), out.get());
+        for (int i = 0; i < count; i++) expect("rms_norm", out[i], x[i] / sqrt(squares + 1e-5) * y[i]);
+        floats.layer_norm(x.get(), count, 1e-5f, y.get(), x.get(), out.get());
+        for (int i = 0; i < count && count > 1; i++) expect("layer_norm", out[i], (x[i] - mean) / deviation * y[i] + x[i]);
+        floats.swiglu(x.get(), y.get(), count, out.get());
+        for (int i = 0; i < count; i++) expect("swiglu", out[i], x[i] / (1 + exp(-(double)x[i])) * y[i]);
+        memcpy(out.get(), x.get(), sizeof(float) * count);
+        floats.add(out.get(), y.get(), count);
+        for (int i = 0; i < count; i++) expect("add", out[i], (double)x[i] + y[i]);
+        memcpy(out.get(), x.get(), sizeof(float) * count);
+        const int half = count / 2;
+        floats.rotate(out.get(), 2 * half, y.get(), y.get() + half);
+        for (int i = 0; i < half; i++) {
+            expect("rotate", out[i], (double)x[i] * y[i] - (double)x[half + i] * y[half + i]);
+            expect("rotate", out[half + i], (double)x[half + i] * y[i] + (double)x[i] * y[half + i]);
+        }
+        expect("largest", floats.largest(x.get(), count), largest);
+        expect("log_sum_exp", floats.log_sum_exp(x.get(), count), log(exponentials));
+    }
+}
+
 } // namespace
 
 int main() {
@@ -169,6 +344,15 @@ int main() {
     for (int bits : {0, 2, 3, 4})
         for (int c : columns)
             for (int g : groups) check_any_bytes(c, g, bits, lowest[bits]);
+    for (int count : {1, 7, 16, 33, 128, 1000}) check_vectors(count);
+    for (int bits : {4, 8, 16})
+        for (int head_dim : {1, 5, 31, 64, 80, 128}) {
+            check_attention({bits, head_dim, 1, 1, {0, 0}, {0, 1}, 0});
+            check_attention({bits, head_dim, 2, 1, {0, 0}, {240, 300}, 0});
+            check_attention({bits, head_dim, 3, 9, {512, 70}, {16, 60}, 0});
+            check_attention({bits, head_dim, 7, 20, {0, 17}, {256, 20}, 0});
+            check_attention({bits, head_dim, 1, 33, {0, 0}, {0, 270}, 40});
+        }
     for (int isa = 0; isa < edgerazor_isa_count(); isa++) printf("%s ", edgerazor_isa_name(isa));
     printf(": %d checks, %d wrong\n", checks, wrong);
     return wrong != 0;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -175,30 +176,34 @@ def test_numbers_that_are_none_are_an_error() -> None:
         one.greedy(Run(0, 0, 0, 0, 1), 3, 5)
 
 
-NETWORKS: dict[str, tuple[dict[str, Any], str]] = {
-    "heads": ({"heads": 3}, "impossible sizes"),
-    "no layers' size": ({"intermediate": INNER + 1}, "gate must be"),
-    "activation bits": ({"activation_bits": 9}, "2 to 8 or 16 bits"),
-    "cache bits": ({"kv_bits": 6}, "4, 8 or 16 bits"),
-    "odd rotary": ({"rotary_features": 3}, "in pairs"),
-    "long rotary": ({"rotary_features": 8}, "in pairs"),
-    "other rotary": ({"rotary_features": 2}, "turns all 2 features or none, not 4"),
-    "embedding": ({"embedding": linear(VOCABULARY + 1, HIDDEN, 1)}, "embedding must be"),
-    "head": ({"head": linear(VOCABULARY, HIDDEN + 1, 1)}, "head must be"),
-    "norm": ({"final_norm": norm(HIDDEN + 1, 1)}, "weight of final_norm must be"),
-    "kind": ({"final_norm": Norm(7, 1e-6)}, "no norm that we know"),
-    "bias of rms": ({"final_norm": Norm(RMS, 1e-6, None, torch.zeros(HIDDEN))}, "no norm that we know"),
-    "epsilon": ({"final_norm": Norm(RMS, float("nan"))}, "no norm that we know"),
-    "q": ({"layers": [layer(1, q=linear(HEADS * HEAD_DIM + 1, HIDDEN, 1))]}, "q must be"),
-    "window": ({"layers": [layer(1, window=-1)]}, "a window cannot have"),
-    "q norm": ({"layers": [layer(1, q_norm=norm(HEAD_DIM + 1, 1))]}, "weight of q_norm"),
-    "all heads": ({"layers": [layer(1, q_norm=norm(HEAD_DIM, 1))], "norm_all_heads": True}, "weight of q_norm"),
+NETWORKS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
+    "heads": (lambda: {"heads": 3}, "impossible sizes"),
+    "no layers' size": (lambda: {"intermediate": INNER + 1}, "gate must be"),
+    "activation bits": (lambda: {"activation_bits": 9}, "2 to 8 or 16 bits"),
+    "cache bits": (lambda: {"kv_bits": 6}, "4, 8 or 16 bits"),
+    "odd rotary": (lambda: {"rotary_features": 3}, "in pairs"),
+    "long rotary": (lambda: {"rotary_features": 8}, "in pairs"),
+    "other rotary": (lambda: {"rotary_features": 2}, "turns all 2 features or none, not 4"),
+    "embedding": (lambda: {"embedding": linear(VOCABULARY + 1, HIDDEN, 1)}, "embedding must be"),
+    "head": (lambda: {"head": linear(VOCABULARY, HIDDEN + 1, 1)}, "head must be"),
+    "norm": (lambda: {"final_norm": norm(HIDDEN + 1, 1)}, "weight of final_norm must be"),
+    "kind": (lambda: {"final_norm": Norm(7, 1e-6)}, "no norm that we know"),
+    "bias of rms": (lambda: {"final_norm": Norm(RMS, 1e-6, None, torch.zeros(HIDDEN))}, "no norm that we know"),
+    "epsilon": (lambda: {"final_norm": Norm(RMS, float("nan"))}, "no norm that we know"),
+    "q": (lambda: {"layers": [layer(1, q=linear(HEADS * HEAD_DIM + 1, HIDDEN, 1))]}, "q must be"),
+    "window": (lambda: {"layers": [layer(1, window=-1)]}, "a window cannot have"),
+    "q norm": (lambda: {"layers": [layer(1, q_norm=norm(HEAD_DIM + 1, 1))]}, "weight of q_norm"),
+    "all heads": (lambda: {"layers": [layer(1, q_norm=norm(HEAD_DIM, 1))], "norm_all_heads": True}, "weight of q_norm"),
     "scale": (
-        {"head": dataclasses.replace(linear(VOCABULARY, HIDDEN, 1), scale=float("inf"))},
+        lambda: {"head": dataclasses.replace(linear(VOCABULARY, HIDDEN, 1), scale=float("inf"))},
         "head has the scale inf",
     ),
     "bias": (
-        {"head": dataclasses.replace(linear(VOCABULARY, HIDDEN, 1), bias=torch.zeros(VOCABULARY, dtype=torch.float64))},
+        lambda: {
+            "head": dataclasses.replace(
+                linear(VOCABULARY, HIDDEN, 1), bias=torch.zeros(VOCABULARY, dtype=torch.float64)
+            )
+        },
         "bias of head",
     ),
 }
@@ -208,7 +213,7 @@ NETWORKS: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_network_that_does_not_fit_is_refused(name: str) -> None:
     changes, about = NETWORKS[name]
     with pytest.raises(ValueError, match=about):
-        Decoder(network(**changes))
+        Decoder(network(**changes()))
     with pytest.raises(ValueError, match="at least 1 thread"):
         Decoder(network(), 0)
 

@@ -237,3 +237,145 @@ def test_attention_of_one_token_and_of_many(table: Floats, bits: int, head_dim: 
     for heads, tokens, own in ((1, 1, 1), (2, 1, 300), (3, 7, 7), (1, 70, 130), (7, 20, 65)):
         case = Case(bits, head_dim, heads, tokens, (0, 0), (0, own))
         assert attention_error(table, case) < 1e-6, case
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize(
+    "ranges",
+    [
+        ((0, 0), (16, 700)),  # from within a block, over borders of pages
+        ((512, 300), (240, 260)),  # a prefix, and own cells across a border
+        ((0, 5), (256, 64)),  # a prefix that fills no 16 cells
+        ((0, 1), (272, 40)),
+        ((1024, 256), (0, 33)),
+    ],
+)
+def test_attention_over_two_ranges_and_borders_of_pages(table: Floats, bits: int, ranges: tuple[Pair, Pair]) -> None:
+    for head_dim, heads, tokens in ((64, 2, 1), (48, 3, 5), (17, 1, 33)):
+        case = Case(bits, head_dim, heads, tokens, *ranges)
+        assert attention_error(table, case) < 1e-6, case
+
+
+@pytest.mark.parametrize("window", [1, 2, 15, 16, 63, 64, 65, 200, 10**6])
+def test_attention_with_a_sliding_window(table: Floats, window: int) -> None:
+    for bits, tokens, prefix, own in (
+        (8, 1, (0, 0), (0, 300)),
+        (8, 100, (0, 0), (0, 100)),
+        (4, 40, (256, 90), (16, 120)),
+        (16, 7, (512, 70), (0, 7)),
+    ):
+        case = Case(bits, 32, 2, tokens, prefix, own, window)
+        assert attention_error(table, case) < 1e-6, case
+
+
+def test_attention_of_more_query_rows_than_are_computed_together(table: Floats) -> None:
+    for heads, tokens in ((1, 96), (1, 97), (8, 32), (5, 61)):
+        case = Case(8, 64, heads, tokens, (0, 0), (0, tokens + 3))
+        assert attention_error(table, case) < 1e-6, case
+
+
+def test_attention_of_one_cell_is_its_value(table: Floats) -> None:
+    """With softmax of one number, whatever the scores; and of scores far apart, the value of the largest."""
+    cache, key = Cache(table, 1, 16, 8), torch.zeros(8)
+    values = numbers(3, 8)
+    for cell in range(3):
+        key[0] = 1000.0 * cell
+        assert cache.store(cell, key, values[cell])
+    query, out = torch.tensor([1.0] + 7 * [0.0]), torch.empty(8)
+    scratch = aligned(table.attention_scratch(8, 1, 1), torch.uint8)
+    for sign, count, expected in ((1, 1, 0), (1, 2, 1), (1, 3, 2), (-1, 3, 0)):
+        asked = sign * query
+        work = Attention(16, 8, 1.0, cache.pages, asked.data_ptr(), 8, 1, 1)
+        work.ranges[1] = Range(0, count)
+        work.out, work.out_stride, work.scratch = out.data_ptr(), 8, scratch.data_ptr()
+        table.attend(byref(work))
+        assert torch.equal(out, values[expected])
+
+
+# Norms and other functions of vectors ------------------------------------------------------------------------------
+
+COUNTS = [1, 3, 16, 31, 64, 100, 1024, 3000]
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_norms(table: Floats, count: int) -> None:
+    x, weight, bias = 3 * numbers(count) + 1, numbers(count, seed=1), numbers(count, seed=2)
+    out = torch.empty(count)
+    where = x.data_ptr(), count, 1e-6
+    for each in (weight, None):
+        w = torch.ones(count) if each is None else each
+        table.rms_norm(*where, None if each is None else each.data_ptr(), out.data_ptr())
+        expected = x.double() * (x.double().square().mean() + 1e-6).rsqrt() * w.double()
+        assert error(out, expected) < 1e-6
+    in_place = x.clone()
+    table.rms_norm(in_place.data_ptr(), *where[1:], None, in_place.data_ptr())
+    assert torch.equal(in_place, out)
+    for w, b in ((weight, bias), (None, None), (weight, None)):
+        table.layer_norm(
+            x.data_ptr(), count, 1e-5, *(None if each is None else each.data_ptr() for each in (w, b)), out.data_ptr()
+        )
+        double = [None if each is None else each.double() for each in (w, b)]
+        normal = torch.nn.functional.layer_norm(x.double(), (count,), *double, 1e-5)
+        assert ((out - normal).abs() <= 1e-6 * (1 + normal.abs())).all()
+
+
+def test_a_layer_norm_of_a_large_mean(table: Floats) -> None:
+    x, out = 1000 + numbers(300), torch.empty(300)
+    table.layer_norm(x.data_ptr(), 300, 1e-5, None, None, out.data_ptr())
+    assert error(out, torch.nn.functional.layer_norm(x.double(), (300,), None, None, 1e-5)) < 1e-4
+
+
+@pytest.mark.parametrize(("head_dim", "rotary"), [(128, 128), (64, 32), (80, 20), (6, 2)])
+def test_rotation_is_that_of_transformers(table: Floats, head_dim: int, rotary: int) -> None:
+    head, angles = numbers(head_dim), numbers(rotary // 2, seed=1)
+    cosines, sines = angles.cos(), angles.sin()
+    expected, turned = head.double(), head[:rotary].double()
+    halves = torch.cat([-turned[rotary // 2 :], turned[: rotary // 2]])
+    expected[:rotary] = turned * cosines.double().repeat(2) + halves * sines.double().repeat(2)
+    table.rotate(head.data_ptr(), rotary, cosines.data_ptr(), sines.data_ptr())
+    assert error(head, expected) < 1e-6
+    assert torch.equal(head[rotary:].double(), expected[rotary:])
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_swiglu_and_sums(table: Floats, count: int) -> None:
+    gate, up, out = 4 * numbers(count), numbers(count, seed=1), torch.empty(count)
+    table.swiglu(gate.data_ptr(), up.data_ptr(), count, out.data_ptr())
+    assert error(out, torch.nn.functional.silu(gate.double()) * up.double()) < 3e-7
+    expected = gate + up
+    table.add(gate.data_ptr(), up.data_ptr(), count)
+    assert torch.equal(gate, expected)
+
+
+def test_swiglu_relative_to_each_number_and_at_the_extremes(table: Floats) -> None:
+    gate = torch.linspace(-80, 80, 40_001)
+    up, out = torch.ones_like(gate), torch.empty_like(gate)
+    table.swiglu(gate.data_ptr(), up.data_ptr(), len(gate), out.data_ptr())
+    expected = torch.nn.functional.silu(gate.double())
+    assert ((out - expected).abs() <= 3e-7 * expected.abs()).all()
+    gate = torch.tensor([1e38, -1e38, -200.0, -95.0, 200.0, 0.0, torch.nan, torch.inf, -3e38, -87.5, -88.5])
+    up = torch.ones(len(gate))
+    table.swiglu(gate.data_ptr(), up.data_ptr(), len(gate), out.data_ptr())
+    expected = torch.nn.functional.silu(gate.double())
+    finite = expected.isfinite()
+    assert torch.allclose(out[: len(gate)][finite].double(), expected[finite], rtol=3e-7, atol=1e-36)
+    assert out[6].isnan()
+    assert out[7] == torch.inf
+
+
+@pytest.mark.parametrize("count", [*COUNTS, 151_936])
+def test_largest_and_log_sum_exp(table: Floats, count: int) -> None:
+    x = 5 * numbers(count)
+    assert table.largest(x.data_ptr(), count) == int(x.argmax())
+    for shift in (0.0, 1000.0, -1000.0):
+        moved = x + shift
+        found = table.log_sum_exp(moved.data_ptr(), count)
+        assert found == pytest.approx(float(moved.double().logsumexp(0)), rel=1e-6, abs=2e-6)
+    x[:] = -1e30
+    x[count // 2 :] = 7
+    assert table.largest(x.data_ptr(), count) == count // 2
+    x[:] = -torch.inf
+    assert table.log_sum_exp(x.data_ptr(), count) == -torch.inf
+    assert 0 <= table.largest(x.data_ptr(), count) < count
+    x[0] = torch.nan
+    assert 0 <= table.largest(x.data_ptr(), count) < count

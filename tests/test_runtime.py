@@ -248,10 +248,18 @@ def test_loading_is_asked_wrongly(folder: Path, llama: Path) -> None:
 
 def test_sizes(folder: Path, model: runtime.Model) -> None:
     assert edgerazor.load(folder).folder == folder
-    classes = {each.kind: each.bytes for each in packed.size_table(packed.PackedModel.open(folder)).classes}
-    if model.kernel not in kernels.EXPANDED:
-        assert model.weight_bytes - model.bytes_per_token == classes["embedding"]
-        assert sum(classes.values()) <= model.weight_bytes <= 1.1 * sum(classes.values())  # places of rows
+    if model.engine == "native" and model.kernel not in kernels.EXPANDED:
+        opened = packed.PackedModel.open(folder)
+        held = {
+            name: sum(part.nbytes for key, part in opened.parts(name).items() if key != formats.ROW_FORMATS)
+            for name in opened.header.matrices
+        }
+        assert model.weight_bytes - model.bytes_per_token == held["model.embed_tokens"]
+        rest = model.weight_bytes - sum(held.values()) - sum(each.nbytes for each in opened.others().values())
+        assert rest == 4 * sum(  # the places of rows
+            opened.header.matrices[name].shape[0] for name in held if opened.spec(name).row_formats is not None
+        )
+    assert 0 < model.bytes_per_token < model.weight_bytes
     # 2 layers, 2 heads of 16 features: keys and values of 8 bits with a float32 scale, or float32.
     assert model.cache_bytes_per_token == 2 * 2 * 2 * (16 + 4 if model.engine == "native" else 64)
     assert model.kernel == kernels.name()
@@ -273,10 +281,13 @@ def test_with_16_bits(packer: Packer, name: str) -> None:
 @pytest.mark.parametrize("bits", [EIGHT, FOUR], ids=["kv8", "kv4"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_with_rounded_activations_and_cache(packer: Packer, name: str, bits: tuple[int, int]) -> None:
-    """A number at the boundary between two codes may go either way, and then all that follows differs a little."""
+    """A number at the boundary between two codes may go either way, and then all that follows differs a little.
+
+    More where codes are of 4 bits, of which one is a seventh of the largest number.
+    """
     ours, theirs = both(packer(name, bits=bits))
     found, expected = ours.logits(IDS), theirs.logits(IDS)
-    assert relative(found, expected) < 1e-2
+    assert relative(found, expected) < (1e-2 if bits == EIGHT else 3e-2)
     chances, of_ours = expected.log_softmax(-1), found.log_softmax(-1)
     assert float((chances.exp() * (chances - of_ours)).sum(-1).mean()) < 1e-3
 

@@ -135,7 +135,8 @@ float log_sum_exp(const float* x, int64_t count) {
 
 // The nearest fp16 number of x, 0 to 65504; ties to even.
 float round_to_half(float x) {
-    if (x < 6.103515625e-5f) return (x + 0.5f) - 0.5f; // 2^-14: below it, fp16 counts in steps of 2^-24, as float at 0.5
+    constexpr float kNormal = 6.103515625e-5f; // 2^-14: below it, fp16 counts in steps of 2^-24, as float does at 0.5
+    if (x < kNormal) return (x + 0.5f) - 0.5f;
     const uint32_t bits = bits_of(x);
     return float_of((bits + 0xfff + (bits >> 13 & 1)) & ~0x1fffu);
 }
@@ -235,7 +236,7 @@ struct Cells {
     const T* keys;                        // [columns, features, 16]
     const T* values;                      // [cells, value_step]
     int64_t features, value_step;
-    Stored next; // to prefetch; what is in the scratch is in the cache as it is
+    Stored next;                          // to prefetch: the next block, or these if they are in the scratch
     int columns;                          // of 16 keys that can be read
     alignas(64) float key_scales[kCells]; // times the scale of q * k; 0 behind the last cell
     alignas(64) float value_scales[kCells];
@@ -376,7 +377,9 @@ EDGERAZOR_INLINE void score_columns(const Cells<T>& cells, int column, const flo
     multiply(queries, 1, rows, cells.keys + column * size, size, kKeys, cells.features,
                       cells.next.keys + column * size * sizeof(T), sums);
     unroll<0, rows>(UNROLL(r) {
-        unroll<0, columns>(UNROLL(c) { store(scores + r.value * kCells + (column + c.value) * 16, sums[r.value][c.value]); });
+        unroll<0, columns>(UNROLL(c) {
+            store(scores + r.value * kCells + (column + c.value) * 16, sums[r.value][c.value]);
+        });
     });
 }
 

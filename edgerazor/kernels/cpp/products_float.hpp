@@ -5,7 +5,7 @@
 
 namespace {
 
-constexpr int kFloatBlocks = 4;            // row blocks side by side
+constexpr int kFloatBlocks = 4; // row blocks side by side
 constexpr int kSlabColumns = 4 * kSlab;
 
 struct FloatWorkspace {
@@ -64,16 +64,17 @@ EDGERAZOR_INLINE void float_blocks(const float* x, int64_t stride, const float* 
 template <int tokens>
 __attribute__((noinline)) void float_tile(const float* x, int64_t stride, const float* levels, int depth,
                                           const float* scales, int blocks, float* y) {
-    constexpr int wide = tile_columns(tokens);
+    constexpr int wide = tile_columns(tokens), size = kSlabColumns * kRows;
     int b = 0;
     for (; b + wide <= blocks; b += wide)
-        float_blocks<tokens, wide>(x, stride, levels + b * kSlabColumns * kRows, depth, scales + b * kRows, y + b * kRows);
+        float_blocks<tokens, wide>(x, stride, levels + b * size, depth, scales + b * kRows, y + b * kRows);
     for (; b < blocks; b++)
-        float_blocks<tokens, 1>(x, stride, levels + b * kSlabColumns * kRows, depth, scales + b * kRows, y + b * kRows);
+        float_blocks<tokens, 1>(x, stride, levels + b * size, depth, scales + b * kRows, y + b * kRows);
 }
 
 // The columns of quads [first, last), all of one group, which lie in the workspace from quad `begin` on.
-void float_tiles(const FloatActivations& x, int begin, int first, int last, int tokens, int blocks, FloatWorkspace& work) {
+void float_tiles(const FloatActivations& x, int begin, int first, int last, int tokens, int blocks,
+                 FloatWorkspace& work) {
     const float* levels = work.levels + (int64_t)(first - begin) * 4 * kRows;
     for (int token = 0; token < tokens; token += kTileRows) {
         const int now = smaller(kTileRows, tokens - token);

@@ -22,7 +22,7 @@ constexpr int kLanes = 16, kAccumulators = 24; // of 32 registers
 #elif defined(__AVX2__)
 constexpr int kLanes = 8, kAccumulators = 12; // of 16
 #elif defined(__aarch64__)
-constexpr int kLanes = 4, kAccumulators = 24;
+constexpr int kLanes = 4, kAccumulators = 20; // of 32, of which broadcast numbers take some
 #else
 constexpr int kLanes = 4, kAccumulators = 12;
 #endif
@@ -134,7 +134,10 @@ EDGERAZOR_INLINE Sixteen load(const int8_t* p) {
 #if defined(__AVX512F__)
     return {{_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))}};
 #elif defined(__AVX2__)
-    return in_parts(UNROLL(i) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8 * i.value)))); });
+    return in_parts(UNROLL(i) {
+        const __m128i codes = _mm_loadl_epi64((const __m128i*)(p + 8 * i.value));
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
+    });
 #elif defined(__aarch64__)
     const int8x16_t codes = vld1q_s8(p);
     const int16x8_t low = vmovl_s8(vget_low_s8(codes)), high = vmovl_s8(vget_high_s8(codes));
