@@ -27,7 +27,7 @@ namespace {
 
 using namespace edgerazor;
 
-constexpr int kPrefetch = 2048; // bytes ahead
+constexpr int kNear = 1024, kFar = 8192; // bytes ahead, into the first cache and into the second: across pages
 constexpr int kTokenBlock = 240; // tokens whose sums stay in the cache: a multiple of all tile sizes
 
 EDGERAZOR_INLINE int smaller(int a, int b) { return a < b ? a : b; }
@@ -41,7 +41,8 @@ EDGERAZOR_INLINE Sums settle(Sums total, int lowest, int sum) {
 EDGERAZOR_INLINE float unit(int lowest) { return lowest % 2 == 0 ? 1.0f : 0.5f; }
 
 EDGERAZOR_INLINE const uint8_t* ahead(const uint8_t* w) {
-    __builtin_prefetch(w + kPrefetch);
+    __builtin_prefetch(w + kNear);
+    __builtin_prefetch(w + kFar, 0, 2);
     return w;
 }
 
