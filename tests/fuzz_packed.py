@@ -45,7 +45,7 @@ from edgerazor.errors import FAILED, UserError
 from edgerazor.formats import MatrixSpec
 from edgerazor.packed import CHECKSUMS, INDEX_FILE, WEIGHTS_FILE, PackedModel
 from edgerazor.packed._description import HEADER_KEY, HEADER_SUM_KEY
-from edgerazor.stages.bench import peak_memory
+from edgerazor.stages._engines import peak_memory
 
 MEMORY = 10**9
 #: Seconds after which a folder counts as hanging; and the whole process, where even a signal does not help.
