@@ -85,6 +85,7 @@ class Setting:
 
     place: Place
     rounds: int
+    long: int
     llama: Program
     llama_avx2: Program | None
     ik: Program | None
@@ -96,7 +97,8 @@ class Setting:
 
 def peers_table(shape: str, setting: Setting) -> Table:
     """Everybody. The second shape, twice as large, in fewer rounds; so are those that nothing is promised beside."""
-    rounds, long = (setting.rounds, 2) if shape == SHAPES[0] else (min(setting.rounds, 3), 1)
+    rounds, most = (setting.rounds, 2) if shape == SHAPES[0] else (min(setting.rounds, 3), 1)
+    long = min(most, setting.long)
     place, few = setting.place, min(rounds, 3)
 
     def ours(name: str, kind: str, **more: Any) -> Entry:
@@ -237,6 +239,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     avx2 = build / "llamacpp-avx2" / "tools" / "llama-bench"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--long-rounds", type=int, default=2, help="most rounds with contexts of thousands of tokens")
+    parser.add_argument("--tables", nargs="+", help="measure these alone: a shape, 'no cliffs' or AVX2")
     parser.add_argument("--llama-bench", type=Path, default=build / "llamacpp" / "tools" / "llama-bench")
     parser.add_argument("--llama-bench-avx2", type=Path, default=avx2 if avx2.exists() else None)
     parser.add_argument("--ik-llama-bench", type=Path, help="llama-bench of ik_llama.cpp, its llama-quantize beside it")
@@ -264,11 +268,12 @@ def main(arguments: list[str] | None = None) -> int:
         assert llama is not None
         avx2, ik = program(_peers.LLAMA, asked.llama_bench_avx2), program(_peers.IK, asked.ik_llama_bench)
         place = Place(asked.build / "models", asked.layers, asked.vocabulary)
-        setting = Setting(place, asked.rounds, llama, avx2, ik, console)
+        setting = Setting(place, asked.rounds, asked.long_rounds, llama, avx2, ik, console)
         decides = {"facts": facts(setting), "layers": asked.layers, "vocabulary": asked.vocabulary}
         log, bandwidth = Log(asked.build / "rounds.json", decides), Bandwidth()
         for table in all_tables(setting):
-            run_table(table, log, bandwidth, setting)
+            if asked.tables is None or table.name in asked.tables:
+                run_table(table, log, bandwidth, setting)
     except UserError as error:
         console.error(error)
         return error.code
