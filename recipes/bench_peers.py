@@ -277,12 +277,13 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         console.error(error)
         return error.code
-    text, wrong = tables.all_tables(log, SHAPES)
+    shapes = [shape for shape in SHAPES if asked.tables is None or shape in asked.tables]
+    text, wrong = tables.all_tables(log, shapes)
     text = f"{facts(setting)}; memory read by {bandwidth.how}; at most {asked.rounds} rounds.\n\n{text}"
     print(text)
     if asked.results != "none":
         place_of = Path(asked.results)
-        tables.plot(log, SHAPES, place_of / "bench-peers", f"{machine()}; commit {commit()}")
+        tables.plot(log, shapes, place_of / "bench-peers", f"{machine()}; commit {commit()}")
         if (place_of / "RESULTS.md").exists():
             publish("bench-peers", f"{text}\n\n![Speed beside others](bench-peers.png)", place_of / "RESULTS.md")
     if not asked.keep:

@@ -315,8 +315,8 @@ def plot(log: Log, shapes: Sequence[str], path: Path, facts: str) -> None:
                 axis.set_title(f"{shape}: {phase}, tokens per second", loc="left", fontsize=10, fontweight="bold")
             row[1].set_yticklabels([])
         figure.supxlabel(f"upper bar: 1 thread, lower bar: 2 threads. {facts}", fontsize=7.5, color="#57606a")
-        figure.savefig(path.with_suffix(".png"), dpi=150, metadata={"Software": None})
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+        figure.savefig(path.with_suffix(".png"), dpi=150, metadata={"Software": None}, bbox_inches="tight")
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None}, bbox_inches="tight")
 
 
 def draw(axis: Any, names: Sequence[str], of: Callable[[str, int], float | None]) -> None:
