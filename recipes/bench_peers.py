@@ -1,6 +1,6 @@
 """Speed beside llama.cpp, ik_llama.cpp and transformers: one table for each shape, and a plot.
 
-    make bench-peers                           everything, into recipes/RESULTS.md and recipes/bench-peers.png and .svg
+    make bench-peers                           everything, into recipes/RESULTS.md and recipes/bench-peers.png
     make bench-peers IK_LLAMA_BENCH=/path/to/ik_llama.cpp/build/bin/llama-bench
     python recipes/bench_peers.py --layers 1 --vocabulary 4096 --rounds 1 --results none      to try it
 
@@ -283,7 +283,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(text)
     if asked.results != "none":
         place_of = Path(asked.results)
-        tables.plot(log, shapes, place_of / "bench-peers", f"{machine()}; commit {commit()}")
+        tables.plot(log, shapes, place_of / "bench-peers.png", f"{machine()}; commit {commit()}")
         if (place_of / "RESULTS.md").exists():
             publish("bench-peers", f"{text}\n\n![Speed beside others](bench-peers.png)", place_of / "RESULTS.md")
     if not asked.keep:

@@ -292,19 +292,19 @@ COLOURS = {True: ("#8fc1e8", "#1f6fb2"), False: ("#d0d4d9", "#8b929b")}
 
 
 def plot(log: Log, shapes: Sequence[str], path: Path, facts: str) -> None:
-    """Bars of decode and prefill for each shape, as PNG and SVG beside each other.
+    """Bars of decode and prefill for each shape, as PNG.
 
     Args:
         log: of all rounds.
         shapes: a row of the plot each.
-        path: without its ending.
+        path: of the picture.
         facts: a line below.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     height = sum(0.42 * len(entries_of(log, shape)) + 0.9 for shape in shapes)
-    with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 9, "text.color": INK, "svg.hashsalt": "edgerazor"}):
+    with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 9, "text.color": INK}):
         figure = Figure(figsize=(11, height + 0.5), layout="constrained")
         ratios = [len(entries_of(log, shape)) for shape in shapes]
         axes = figure.subplots(len(shapes), 2, squeeze=False, height_ratios=ratios)
@@ -315,8 +315,7 @@ def plot(log: Log, shapes: Sequence[str], path: Path, facts: str) -> None:
                 axis.set_title(f"{shape}: {phase}, tokens per second", loc="left", fontsize=10, fontweight="bold")
             row[1].set_yticklabels([])
         figure.supxlabel(f"upper bar: 1 thread, lower bar: 2 threads. {facts}", fontsize=7.5, color="#57606a")
-        figure.savefig(path.with_suffix(".png"), dpi=150, metadata={"Software": None}, bbox_inches="tight")
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None}, bbox_inches="tight")
+        figure.savefig(path, dpi=150, metadata={"Software": None}, bbox_inches="tight")
 
 
 def draw(axis: Any, names: Sequence[str], of: Callable[[str, int], float | None]) -> None:

@@ -22,7 +22,7 @@ import torch
 
 from edgerazor import formats
 from edgerazor.kernels import native
-from edgerazor.runtime._weights import huge_memory
+from edgerazor.kernels.memory import huge_memory
 
 #: A ternary part as it is once expanded to codes of two bits.
 EXPANDED = "ternary2"

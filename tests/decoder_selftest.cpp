@@ -10,17 +10,9 @@
 #include <vector>
 
 #include "decoder.h"
+#include "selftest.hpp"
 
 namespace {
-
-uint64_t state = 88172645463325252u;
-
-uint32_t draw() {
-    state ^= state << 13;
-    state ^= state >> 7;
-    state ^= state << 17;
-    return (uint32_t)(state >> 32);
-}
 
 float uniform() { return (float)(int32_t)draw() * 4.656612873077393e-10f; } // -1 to 1
 
@@ -37,12 +29,8 @@ struct Config {
 
 // Weights of one matrix: rows in two parts where there are enough of them, ternary and `bits`.
 struct Weights {
-    struct Free {
-        void operator()(void* memory) const { free(memory); }
-    };
-
     edgerazor_geometry* geometry;
-    std::vector<std::unique_ptr<uint8_t, Free>> codes;
+    std::vector<std::unique_ptr<uint8_t[], Free>> codes;
     std::vector<std::vector<uint16_t>> scales;
     std::vector<std::vector<int32_t>> places;
     std::vector<edgerazor_part> parts;
@@ -63,11 +51,9 @@ struct Weights {
     void add_part(int part_bits, int p) {
         const int64_t count = (int64_t)places[p].size(), blocks = (count + 15) / 16;
         const int64_t bytes = blocks * edgerazor_block_bytes(geometry, part_bits);
-        void* memory = nullptr;
-        if (posix_memalign(&memory, 64, bytes) != 0) abort();
-        uint8_t* u = (uint8_t*)memory;
+        codes.push_back(memory<uint8_t>(bytes));
+        uint8_t* u = codes.back().get();
         for (int64_t i = 0; i < bytes; i++) u[i] = part_bits == 0 ? (uint8_t)(draw() % 3 * 85) : (uint8_t)draw();
-        codes.emplace_back(u);
         scales.emplace_back(blocks * 16 * 1024);
         for (uint16_t& scale : scales.back()) scale = (uint16_t)(0x2800 + draw() % 0x400); // about 1/32
         const int lowest = part_bits == 0 ? -2 : -(2 << (part_bits - 1));

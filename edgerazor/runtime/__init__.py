@@ -17,9 +17,21 @@ from edgerazor.runtime._base import Model, Score, Session
 from edgerazor.runtime._families import NotNativeError
 from edgerazor.runtime._generation import Chat, Generation, Stream
 from edgerazor.runtime._native import NativeModel
+from edgerazor.runtime._positions import max_positions
 from edgerazor.runtime._transformers import TransformersModel
 
-__all__ = ["ENGINES", "Chat", "Generation", "Model", "Score", "Session", "Stream", "load"]
+__all__ = [
+    "ENGINES",
+    "Chat",
+    "Generation",
+    "Model",
+    "Score",
+    "Session",
+    "Stream",
+    "TransformersModel",
+    "load",
+    "max_positions",
+]
 
 ENGINES = ("native", "transformers")
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import mmap
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,9 +20,9 @@ from edgerazor import formats
 from edgerazor.errors import UserError
 from edgerazor.formats import MatrixSpec
 from edgerazor.kernels import native
+from edgerazor.kernels.memory import huge_memory
 from edgerazor.packed import PackedModel, cores
 
-HUGE_PAGE = 1 << 21
 #: Where tensors begin: lines of cache, and whole vectors.
 ALIGNMENT = 64
 TERNARY = "ternary"
@@ -134,21 +133,3 @@ def _moved(matrix: native.Matrix, places: _Places, spec: MatrixSpec) -> native.M
         scales.copy_(part.scales)
         matrix.parts[index] = dataclasses.replace(part, codes=codes, scales=scales)
     return matrix
-
-
-def huge_memory(size: int) -> Tensor:
-    """Zeroed memory, uint8 [size], that begins with a huge page where the system has such; it asks for more of them."""
-    # Python's default are shared pages, which are not huge.
-    memory = mmap.mmap(-1, max(size, 1) + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    tensor = torch.frombuffer(memory, dtype=torch.uint8)
-    start = -tensor.data_ptr() % HUGE_PAGE
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        _advise(memory, start, size)
-    return tensor[start : start + size]
-
-
-def _advise(memory: Any, start: int, size: int) -> None:
-    try:
-        memory.madvise(mmap.MADV_HUGEPAGE, start, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
-    except OSError:  # a kernel without them
-        return

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from edgerazor.kernels import native
-from edgerazor.runtime._weights import huge_memory
+from edgerazor.kernels.memory import huge_memory
 
 #: Bytes read in one measurement.
 BYTES = 512 * 1024 * 1024

@@ -21,9 +21,7 @@ from typing import Any, Literal, NamedTuple
 from edgerazor import integration, kernels, models, runtime
 from edgerazor.errors import UserError
 from edgerazor.recipe import Bench
-from edgerazor.runtime import Model, Session
-from edgerazor.runtime._positions import max_positions
-from edgerazor.runtime._transformers import TransformersModel
+from edgerazor.runtime import Model, Session, TransformersModel, max_positions
 
 Phase = Literal["prefill", "decode"]
 

@@ -227,7 +227,8 @@ struct edgerazor_decoder {
     Cache cache;
     const float *cosines = nullptr, *sines = nullptr;
 
-    int64_t widest = 0; // features of an input of a product
+    int64_t widest = 0;           // features of an input of a product
+    int64_t one = 0, many = 0;    // tokens that there is memory for: of passes of one, and of several
     size_t most_inputs = 0;
     Desk shared;
     std::vector<Desk> own;                                // of threads
@@ -293,6 +294,8 @@ edgerazor_decoder::edgerazor_decoder(const edgerazor_model& from, int isa, int c
 
 // Memory for a pass of so many tokens, so that nothing has to be found while threads work.
 void edgerazor_decoder::prepare(int64_t tokens) {
+    int64_t& prepared = tokens > 1 ? many : one;
+    if (tokens <= prepared) return;
     const auto furnish = [&](Desk& desk, int64_t count) {
         desk.states.reserve(count * model.hidden);
         desk.x.reserve(count * widest);
@@ -319,6 +322,7 @@ void edgerazor_decoder::prepare(int64_t tokens) {
     const int group = model.heads / model.kv_heads;
     for (Buffer<char>& each : scratch)
         each.reserve(floats.attention_scratch(model.head_dim, group, (int)std::min(tokens, kTile)));
+    prepared = tokens;
 }
 
 View edgerazor_decoder::view(int thread, int64_t tokens) {
@@ -536,7 +540,7 @@ void edgerazor_decoder::begin_pass(const edgerazor_run* runs, int64_t run_count,
     }
     piece_of.clear();
     for (const Piece& piece : pieces) piece_of.insert(piece_of.end(), piece.count, &piece);
-    make_tasks();
+    if (count > 1) make_tasks();
 }
 
 // Those that see the most come first, so that no thread begins a long one last.
