@@ -24,6 +24,7 @@ from edgerazor.errors import FAILED, USAGE, UserError
 from edgerazor.formats import MatrixSpec
 from edgerazor.kernels import native
 from edgerazor.kernels.decoder import Run
+from edgerazor.kernels.memory import HUGE_PAGE
 from edgerazor.recipe import build
 from edgerazor.runtime import _families, _weights
 from edgerazor.runtime._native import NativeModel
@@ -427,7 +428,7 @@ def test_matrices_lie_in_the_order_of_their_use(packer: Packer) -> None:
     places = [each.data_ptr() for name in names for part in matrices[name].parts for each in (part.codes, part.scales)]
     assert places == sorted(places)
     assert all(place % 64 == 0 for place in places)
-    assert places[0] % _weights.HUGE_PAGE == 0
+    assert places[0] % HUGE_PAGE == 0
     mapped = _weights.load_matrices(opened, names, mapped=True, expanded=False)
     expanded = _weights.load_matrices(opened, names, mapped=False, expanded=True)
     x = torch.randn(3, 96)
