@@ -1,4 +1,4 @@
-// Loops that the compiler has to write out, so that what they index can live in registers.
+// Loops that the compiler has to write out, so that what they index can live in registers; and those that it must not.
 #pragma once
 #include "kernels.hpp"
 
@@ -19,6 +19,13 @@ EDGERAZOR_INLINE void unroll(Function&& function) {
 }
 
 } // namespace
+
+// In front of a loop that the compiler must leave one.
+#if defined(__clang__)
+#define EDGERAZOR_ROLLED _Pragma("clang loop unroll(disable)")
+#else
+#define EDGERAZOR_ROLLED _Pragma("GCC unroll 1")
+#endif
 
 // The function of `unroll`, with the name of its Constant.
 #define UNROLL(name) [&](auto name) __attribute__((always_inline))
