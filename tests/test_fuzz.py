@@ -7,7 +7,8 @@ from pathlib import Path
 
 import fuzz_packed
 import pytest
-from fuzz_packed import DAMAGES, KINDS, MEMORY, damaged_folder, fuzz, make_folders, put
+from _fuzzing import MEMORY, Folder, fuzz, put
+from fuzz_packed import DAMAGES, KINDS, SUBJECT, damaged_folder, make_folders
 
 from edgerazor.errors import UserError
 from edgerazor.packed import PackedModel
@@ -15,7 +16,7 @@ from edgerazor.packed import PackedModel
 
 @pytest.mark.slow
 def test_damaged_folders_are_refused_or_unharmed() -> None:
-    outcome = fuzz(2500, seconds=20, seed=5)
+    outcome = fuzz(SUBJECT, 2500, seconds=20, seed=5)
     assert outcome.failures == []
     assert outcome.total > 100
     assert outcome.peak < MEMORY
@@ -69,13 +70,13 @@ def test_the_law_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             fuzz_packed.check(path, folder)
 
 
-def make_folders_again(place: Path) -> fuzz_packed.Folder:
+def make_folders_again(place: Path) -> Folder:
     """A folder of another kind."""
     place.mkdir()
     return make_folders(place)[1]
 
 
-def test_a_hanging_and_a_dying_worker_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_hanging_and_a_dying_worker_are_reported(tmp_path: Path) -> None:
     script = tmp_path / "worker.py"
     script.write_text(
         "import json, os, sys\n"
@@ -85,7 +86,6 @@ def test_a_hanging_and_a_dying_worker_are_reported(monkeypatch: pytest.MonkeyPat
         "    if number in (3, 5): os.kill(os.getpid(), 11)\n"
         "print(json.dumps({'counts': {'x refused': 1}, 'peak': 7}))\n"
     )
-    monkeypatch.setattr(fuzz_packed, "__file__", str(script))
-    outcome = fuzz(8)
+    outcome = fuzz(SUBJECT._replace(script=str(script)), 8)
     assert outcome.failures == [f"number {n}: the process ended with code -11" for n in (3, 5)]
     assert (outcome.total, outcome.peak) == (1, 7)
