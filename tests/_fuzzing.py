@@ -119,6 +119,8 @@ def limit_memory(memory: int) -> None:
 
 def work(subject: Subject, first: int, stop: int, seed: int, deadline: float, loud: bool) -> None:
     """Check some folders; a line of JSON to stdout before each, behind each failure, and at the end."""
+    told = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries may print
     torch.set_num_threads(1)
     with contextlib.suppress(AttributeError, OSError):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # many at a time: a core for each
@@ -138,7 +140,7 @@ def work(subject: Subject, first: int, stop: int, seed: int, deadline: float, lo
         for number in range(first, stop):
             if time.time() > deadline or failures == MOST_FAILURES:
                 break
-            print(json.dumps({"at": number}), flush=True)
+            print(json.dumps({"at": number}), file=told, flush=True)
             folder, damage = subject.damage(number, seed, folders)
             put(folder, before, path)
             before = folder
@@ -149,11 +151,11 @@ def work(subject: Subject, first: int, stop: int, seed: int, deadline: float, lo
                 outcome, failures = "failed", failures + 1
                 short = f"{type(error).__name__}: {error}"[:2000]
                 what = "".join(traceback.format_exception(error)) if loud else short
-                print(json.dumps({"failed": number, "kind": folder.kind, "damage": damage, "what": what}))
+                print(json.dumps({"failed": number, "kind": folder.kind, "damage": damage, "what": what}), file=told)
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
             counts[f"{damage} {outcome}"] += 1
-        print(json.dumps({"counts": counts, "peak": peak_memory()}), flush=True)
+        print(json.dumps({"counts": counts, "peak": peak_memory()}), file=told, flush=True)
 
 
 @dataclass

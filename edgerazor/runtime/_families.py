@@ -284,7 +284,10 @@ class _Pieces:
         found = self.others[name]
         if tuple(found.shape) != (size,) or not found.is_floating_point():
             raise _misfit(self.packed, name)
-        return found.to(torch.float32).contiguous()
+        found = found.to(torch.float32).contiguous()
+        return (
+            found.clone() if found.data_ptr() % found.itemsize else found
+        )  # a file that was rewritten: see `separated`
 
 
 def _misfit(packed: PackedModel, name: str) -> UserError:
