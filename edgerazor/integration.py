@@ -282,4 +282,5 @@ def load(
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().split("\n")
-    return plain(lines[0].rstrip(".") or type(error).__name__)
+    said = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+    return plain(said.rstrip(".:") or type(error).__name__)

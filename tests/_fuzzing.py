@@ -188,6 +188,7 @@ def watch(subject: Subject, first: int, stop: int, seed: int, deadline: float, l
     """One worker; the number of the last folder that it came to."""
     words = [sys.executable, subject.script, "--work", *map(str, (first, stop, seed, deadline, int(loud)))]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     number, finished = first, False
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None

@@ -1,6 +1,6 @@
 """Damaged packed models, run: the runtime refuses them, or computes with what they say and no byte beyond it.
 
-    make test-sanitizers                   some thousand folders (LOADS=...), the library built with sanitizers
+    make test-sanitizers                   1,500 folders (LOADS=...), the library built with sanitizers
     python tests/fuzz_loader.py --only 4711           one of them again, with a traceback
 
 Where `fuzz_packed.py` ends, native code begins: it trusts sizes and pointers, so Python has to have checked them. Tiny
@@ -30,8 +30,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 import fuzz_packed
 import torch
 from _fuzzing import MEMORY, Folder, Subject, check_sentence, main
@@ -42,12 +40,12 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils import logging
 
 from edgerazor import formats, kernels, models, packed, runtime
 from edgerazor.errors import UserError
 from edgerazor.formats import INPUT_SCALE, MatrixSpec
 from edgerazor.kernels import native
+from edgerazor.kernels.build import LIBRARY
 from edgerazor.packed import PackedMatrix, PackedModel
 from edgerazor.runtime import _native, _weights
 
@@ -186,7 +184,6 @@ def pack(kind: str, pieces: Pieces, place: Path) -> Folder:
 
 def make_folders(place: Path) -> list[Folder]:
     """One of each kind; what they compute is remembered."""
-    logging.set_verbosity_error()
     guard_tensors()
     for kind in KINDS:
         folder = place / kind
@@ -475,6 +472,7 @@ def guard_tensors() -> None:
     """With the sanitizer loaded, memory of its own for what native code reads."""
     if not SANITIZED:
         return
+    assert b"__asan_report" in Path(native.__file__).with_name(LIBRARY).read_bytes(), "a library without sanitizers"
     load = _weights.load_matrices
 
     def guarded(opened: PackedModel, names: Sequence[str], mapped: bool, expanded: bool) -> Mapping[str, native.Matrix]:

@@ -1,17 +1,22 @@
-"""Some of the damaged folders of `make fuzz`, and that the fuzzer would notice."""
+"""Some of the damaged folders of `make fuzz` and `make test-sanitizers`, and that the fuzzers would notice."""
 
 from __future__ import annotations
 
 import random
 from pathlib import Path
 
+import fuzz_loader
 import fuzz_packed
 import pytest
 from _fuzzing import MEMORY, Folder, fuzz, put
 from fuzz_packed import DAMAGES, KINDS, SUBJECT, damaged_folder, make_folders
 
+from edgerazor import kernels
 from edgerazor.errors import UserError
+from edgerazor.kernels import native
 from edgerazor.packed import PackedModel
+
+needs_native = pytest.mark.skipif(native.library() is None, reason="the native library is not built")
 
 
 @pytest.mark.slow
@@ -22,6 +27,16 @@ def test_damaged_folders_are_refused_or_unharmed() -> None:
     assert outcome.peak < MEMORY
     outcomes = {name.rpartition(" ")[2] for name in outcome.counts}
     assert outcomes == {"refused", "unharmed", "other"}
+
+
+@pytest.mark.slow
+@needs_native
+def test_damaged_models_are_refused_or_run() -> None:
+    outcome = fuzz(fuzz_loader.SUBJECT, 60, seed=6)
+    assert outcome.failures == []
+    assert outcome.total == 60
+    assert outcome.peak < MEMORY
+    assert {name.rpartition(" ")[2] for name in outcome.counts} >= {"refused", "unharmed", "other"}
 
 
 def test_every_damage_changes_every_kind(tmp_path: Path) -> None:
@@ -68,6 +83,27 @@ def test_the_law_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(PackedModel, "open", refuse)
         with pytest.raises(AssertionError):
             fuzz_packed.check(path, folder)
+
+
+@needs_native
+def test_models_that_compute_something_else_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(kernels.VARIABLE, kernels.name())  # what the fuzzer sets goes with the test
+    folders = {folder.kind: folder for folder in fuzz_loader.make_folders(tmp_path)}
+    assert list(folders) == list(fuzz_loader.KINDS)
+    assert fuzz_loader.check(tmp_path / "qwen3", folders["qwen3"]) == "unharmed"
+    with pytest.raises(AssertionError, match="nobody noticed"):
+        fuzz_loader.check(tmp_path / "olmo2", folders["qwen3"])
+    changed = folders["qwen3"].copy()
+    changed.lies = True
+    assert fuzz_loader.check(tmp_path / "olmo2", changed) == "other"
+    draw = random.Random(0)
+    for damage in fuzz_loader.DAMAGES:
+        changes = 0
+        for folder in folders.values():
+            copy = folder.copy()
+            damage(draw, copy)
+            changes += copy.files != folder.files or bool(copy.special)
+        assert changes > len(folders) // 2, damage.__name__
 
 
 def make_folders_again(place: Path) -> Folder:

@@ -135,7 +135,8 @@ class Network:
     def check(self) -> None:
         """ValueError unless shapes fit together, numbers are in range, and tensors are float32 and contiguous."""
         sizes = (self.hidden, self.heads, self.kv_heads, self.head_dim, self.intermediate)
-        if not all(1 <= size <= _LARGEST for size in sizes) or self.heads % self.kv_heads:
+        whole = all(isinstance(size, int) and 1 <= size <= _LARGEST for size in sizes)
+        if not whole or self.heads % self.kv_heads:
             raise ValueError(f"impossible sizes: {sizes}")
         if self.activation_bits != 16 and not 2 <= self.activation_bits <= 8:
             raise ValueError(f"activations have 2 to 8 or 16 bits, not {self.activation_bits}")
@@ -166,7 +167,7 @@ class Network:
         _check_norm("k_norm", layer.k_norm, key if self.norm_all_heads else self.head_dim)
         if layer.rotary not in (0, self.rotary_features):
             raise ValueError(f"a layer turns all {self.rotary_features} features or none, not {layer.rotary}")
-        if not 0 <= layer.window <= _LARGEST:
+        if not isinstance(layer.window, int) or not 0 <= layer.window <= _LARGEST:
             raise ValueError(f"a window cannot have {layer.window} positions")
 
 

@@ -14,18 +14,25 @@ ENDLESS = 1 << 30
 _STRETCHED = ("linear", "dynamic", "yarn")
 #: Positions of the first table; later ones have twice as many as the one before.
 _FIRST = 1024
+#: Features of a head, many more than any model has: tables of what a wrong configuration says would fill the memory.
+_MOST_FEATURES = 1 << 13
 
 
 def max_positions(config: Any) -> int:
     """Tokens that a sequence can have, by the configuration of a text model.
 
     Rotary embeddings that stretch positions by a factor count from the positions before that.
+
+    Raises:
+        ValueError: the configuration says something else than a number.
     """
-    most: int = getattr(config, "max_position_embeddings", None) or ENDLESS
+    most = getattr(config, "max_position_embeddings", None) or ENDLESS
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") in _STRETCHED and rope.get("factor"):
         original = rope.get("original_max_position_embeddings") or most
-        return max(most, int(original * rope["factor"]))
+        most = max(most, int(original * rope["factor"]))
+    if not isinstance(most, int):
+        raise ValueError("max_position_embeddings is not a whole number")
     return most
 
 
@@ -39,6 +46,9 @@ class Rotary:
     Args:
         config: of a family's model.
         name: of the module's class.
+
+    Raises:
+        ValueError: heads have more features than there are.
     """
 
     def __init__(self, config: Any, name: str) -> None:
@@ -47,6 +57,9 @@ class Rotary:
         self._config = config
         self._most = max_positions(config)
         rope = config.rope_parameters
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        if max(head_dim, head_dim * rope.get("partial_rotary_factor", 1.0)) > _MOST_FEATURES:
+            raise ValueError("a head cannot have so many features")
         self._varies_beyond: int | None = None
         if "dynamic" in rope["rope_type"]:
             self._varies_beyond = config.max_position_embeddings
