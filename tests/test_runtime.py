@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -497,6 +498,23 @@ def test_settings_that_are_not_said(packer: Packer, tmp_path: Path, name: str) -
     with pytest.raises(UserError, match=rf"do not say for which {name} they were made\.$") as caught:
         NativeModel(model, config, 1, False)
     assert caught.value.code == FAILED
+
+
+@pytest.mark.parametrize("most", [1.5, -1, "many", [8]])
+@pytest.mark.parametrize("rope", [{}, {"rope_type": "linear", "factor": 2.0}], ids=["default", "linear"])
+def test_positions_that_are_no_number(most: Any, rope: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="how many positions there are"):
+        runtime.max_positions(SimpleNamespace(max_position_embeddings=most, rope_parameters=rope))
+    assert runtime.max_positions(SimpleNamespace(max_position_embeddings=8, rope_parameters=rope)) == (
+        16 if rope else 8
+    )
+
+
+@pytest.mark.parametrize("factor", [float("inf"), float("nan"), "a", [2]])
+def test_factors_of_positions_that_are_no_number(factor: Any) -> None:
+    rope = {"rope_type": "yarn", "factor": factor}
+    with pytest.raises(UserError, match="how many positions there are"):
+        runtime.max_positions(SimpleNamespace(max_position_embeddings=8, rope_parameters=rope))
 
 
 @needs_native

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from edgerazor.errors import UserError
 
 #: Where the configuration does not say.
 ENDLESS = 1 << 30
@@ -24,15 +27,22 @@ def max_positions(config: Any) -> int:
     Rotary embeddings that stretch positions by a factor count from the positions before that.
 
     Raises:
-        ValueError: the configuration says something else than a number.
+        UserError: the configuration says no such number.
     """
-    most = getattr(config, "max_position_embeddings", None) or ENDLESS
+    most: int = getattr(config, "max_position_embeddings", None) or ENDLESS
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in _STRETCHED and rope.get("factor"):
-        original = rope.get("original_max_position_embeddings") or most
-        most = max(most, int(original * rope["factor"]))
-    if not isinstance(most, int):
-        raise ValueError("max_position_embeddings is not a whole number")
+    try:
+        most = operator.index(most)
+        if rope.get("rope_type") in _STRETCHED and rope.get("factor"):
+            original = rope.get("original_max_position_embeddings") or most
+            most = max(most, int(original * rope["factor"]))
+    except (TypeError, ValueError, OverflowError):
+        most = 0
+    if most < 1:
+        raise UserError(
+            "The max_position_embeddings or rope_parameters of config.json do not say how many positions there are.",
+            "Copy or pack the model again.",
+        )
     return most
 
 
@@ -48,7 +58,8 @@ class Rotary:
         name: of the module's class.
 
     Raises:
-        ValueError: heads have more features than there are.
+        UserError: as `max_positions`.
+        ValueError: heads have more features than those of any model.
     """
 
     def __init__(self, config: Any, name: str) -> None:
