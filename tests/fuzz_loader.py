@@ -324,7 +324,7 @@ def change_other(draw: random.Random, pieces: Pieces) -> None:
         tensor.reshape(draw.choice([(size, 1), (1, size), (1, 1, size)])),
         torch.tensor(0.5),
         tensor.to(draw.choice(types)),
-        torch.full_like(tensor, number),
+        torch.full(tensor.shape, number, dtype=torch.float64).to(tensor.dtype),
     ]
     if draw.random() < 0.8:
         pieces.others[name if draw.random() < 0.9 else draw.choice(list(pieces.others))] = draw.choice(others)
