@@ -177,7 +177,7 @@ fuzz-sanitizers: install
 	CXXFLAGS='$(SANITIZE)' $(BIN)/python -m edgerazor.kernels.build build/sanitizers/$(KERNELS)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=1000:quarantine_size_mb=32 \
-		UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitizers $(BIN)/python tests/fuzz_loader.py $(or $(LOADS),4000)
+		UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitizers $(BIN)/python tests/fuzz_loader.py $(or $(LOADS),3000)
 
 clean:
 	rm -rf build .venv

@@ -1,6 +1,6 @@
 """Damaged packed models, run: the runtime refuses them, or computes with what they say and no byte beyond it.
 
-    make test-sanitizers                   4,000 folders (LOADS=...), the library built with sanitizers
+    make test-sanitizers                   3,000 folders (LOADS=...), the library built with sanitizers
     python tests/fuzz_loader.py --only 4711           one of them again, with a traceback
 
 Where `fuzz_packed.py` ends, native code begins: it trusts sizes and pointers, so Python has to have checked them. Tiny
@@ -504,4 +504,4 @@ SUBJECT = Subject(
 )
 
 if __name__ == "__main__":
-    main(SUBJECT, __doc__, 4000)
+    main(SUBJECT, __doc__, 3000)
