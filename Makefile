@@ -165,6 +165,19 @@ test-sanitizers: install
 		CXXFLAGS='$(SANITIZE)' $(BIN)/python -m edgerazor.kernels.build \
 			build/$$each-sanitizers tests/$${each}_selftest.cpp && build/$$each-sanitizers || exit 1; \
 	done
+	$(MAKE) fuzz-sanitizers
+
+# The runtime on damaged models, LOADS of them, in a copy of the package whose library gcc built with sanitizers.
+# No leaks: Python keeps things. Exceptions of C++ need its library loaded before, too.
+.PHONY: fuzz-sanitizers
+fuzz-sanitizers: install
+	rm -rf build/sanitizers
+	mkdir -p build/sanitizers
+	cp -R edgerazor build/sanitizers
+	CXXFLAGS='$(SANITIZE)' $(BIN)/python -m edgerazor.kernels.build build/sanitizers/$(KERNELS)
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=1000:quarantine_size_mb=32 \
+		UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitizers $(BIN)/python tests/fuzz_loader.py $(or $(LOADS),3000)
 
 clean:
 	rm -rf build .venv

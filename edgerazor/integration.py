@@ -135,6 +135,10 @@ def check_settings(settings: Any, packed: PackedModel) -> None:
     """
     for name in SETTINGS:
         said, value = getattr(settings, name, None), packed.header.settings.get(name)
+        if value is None:
+            raise UserError(
+                f"{packed.folder}: the weights do not say for which {name} they were made.", "Pack it again."
+            )
         if said != value:
             raise UserError(
                 f"{packed.folder}: config.json says {name} {plain(said, 50)}, but the weights were made for "
@@ -171,6 +175,24 @@ def check_others(model: PreTrainedModel, packed: PackedModel) -> None:
     missing = model.state_dict().keys() - packed.others().keys()
     if missing:
         raise UserError(f"{packed.folder} lacks the tensor {min(missing)}.", "Pack the model again.")
+
+
+#: Entries of a list that a configuration may ask for; a language model has fewer layers, experts, heads, labels.
+MOST_ENTRIES = 1 << 16
+
+
+def check_counts(folder: Path, config: Any) -> None:
+    """transformers makes lists as long as config.json says, of layers and labels, before anyone else can object.
+
+    Raises:
+        UserError: they would fill the memory.
+    """
+    if not isinstance(config, dict):
+        return
+    for name, value in config.items():
+        check_counts(folder, value)
+        if name.startswith("num_") and isinstance(value, int | float) and value > MOST_ENTRIES:
+            raise UserError(f"{folder}: config.json cannot say {plain(name, 50)} {plain(value, 50)}.", "Copy it again.")
 
 
 def is_packed(folder: Path) -> bool:
@@ -212,6 +234,7 @@ def open_folder(folder: Path) -> tuple[PackedModel, Any]:
     if not is_packed(folder):
         raise UserError(f"{folder} is not a packed model.", "Make one with `edgerazor pack`.")
     check_files(folder)
+    check_counts(folder, json.loads((folder / "config.json").read_text(encoding="utf-8")))
     packed = PackedModel.open(folder)
     try:
         config = AutoConfig.from_pretrained(folder)
@@ -259,4 +282,5 @@ def load(
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().split("\n")
-    return plain(lines[0].rstrip(".") or type(error).__name__)
+    said = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+    return plain(said.rstrip(".:") or type(error).__name__)

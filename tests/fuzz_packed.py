@@ -15,64 +15,28 @@ Each damaged folder follows from its number alone.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import hashlib
 import json
 import os
 import random
-import resource
-import shutil
-import signal
 import socket
 import struct
-import subprocess
-import sys
-import tempfile
-import time
-import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from _fuzzing import Folder, Subject, check_sentence, main
 
 from edgerazor import formats, packed
-from edgerazor.errors import FAILED, UserError
+from edgerazor.errors import UserError
 from edgerazor.formats import MatrixSpec
 from edgerazor.packed import CHECKSUMS, INDEX_FILE, WEIGHTS_FILE, PackedModel
 from edgerazor.packed._description import HEADER_KEY, HEADER_SUM_KEY
-from edgerazor.stages._engines import peak_memory
-
-MEMORY = 10**9
-#: Seconds after which a folder counts as hanging; and the whole process, where even a signal does not help.
-PATIENCE, LAST_PATIENCE = 10, 60
-LONGEST_SENTENCE = 1000
-#: That are worth reading.
-MOST_FAILURES = 20
-
 
 # Folders to damage ------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Folder:
-    """A packed folder in memory; `special` makes files that are no files; `lies`: the header's checksum was renewed."""
-
-    kind: str
-    files: dict[str, bytes]
-    header: packed.Header
-    special: dict[str, Callable[[Path], None]] = field(default_factory=dict)
-    lies: bool = False
-
-    def copy(self) -> Folder:
-        return Folder(self.kind, dict(self.files), self.header)
-
-    def weights(self) -> list[str]:
-        return sorted(name for name in self.files if name.endswith(".safetensors"))
 
 
 def specs() -> dict[str, tuple[MatrixSpec, int, int]]:
@@ -480,15 +444,6 @@ def check(path: Path, folder: Folder) -> str:
     return "other"
 
 
-def check_sentence(error: UserError) -> None:
-    assert error.code == FAILED, f"exit code {error.code}"
-    for text in (error.message, error.hint):
-        assert text.isprintable(), f"no sentence: {text!r}"
-        text.encode()
-    assert len(error.message) <= LONGEST_SENTENCE, f"no sentence, but {len(error.message)} letters"
-    assert error.message.endswith("."), f"no sentence: {error.message}"
-
-
 def damaged_folder(number: int, seed: int, folders: list[Folder]) -> tuple[Folder, str]:
     """The folder of that number, and what was done to it."""
     draw = random.Random(f"{seed} {number}")
@@ -498,161 +453,7 @@ def damaged_folder(number: int, seed: int, folders: list[Folder]) -> tuple[Folde
     return folder, damage.__name__
 
 
-def put(folder: Folder, before: Folder | None, path: Path) -> None:
-    """Write a folder; files that are there already, of `before`, are left."""
-    old = before.files if before and not before.special else {}
-    if before and before.special:
-        shutil.rmtree(path)
-        path.mkdir()
-    for name in old.keys() - folder.files.keys():
-        (path / name).unlink()
-    for name, content in folder.files.items():
-        if old.get(name) is not content:
-            (path / name).write_bytes(content)
-    for name, make in folder.special.items():
-        make(path / name)
-
-
-# Processes --------------------------------------------------------------------------------------------------------
-
-
-class Hang(BaseException):
-    """Nothing may catch it."""
-
-
-def give_up(*_: object) -> None:
-    raise Hang
-
-
-def limit_memory() -> None:
-    """Of this process, to what one has that has imported everything and reads a model."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    size, resident = (int(status[name].split()[0]) * 1024 for name in ("VmSize", "VmRSS"))
-    resource.setrlimit(resource.RLIMIT_AS, (size - resident + MEMORY,) * 2)
-
-
-def work(first: int, stop: int, seed: int, deadline: float, loud: bool) -> None:
-    """Check some folders; a line of JSON to stdout before each, behind each failure, and at the end."""
-    torch.set_num_threads(1)
-    with contextlib.suppress(AttributeError, OSError):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # many at a time: a core for each
-    signal.signal(signal.SIGALRM, give_up)
-    ram = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=ram if os.access(ram, os.W_OK) else None) as place:
-        folders, path, before = make_folders(Path(place)), Path(place) / "damaged", None
-        path.mkdir()
-        for folder in folders:
-            put(folder, before, path)
-            assert check(path, folder) == "unharmed", folder.kind
-            before = folder
-        limit_memory()
-        counts: Counter[str] = Counter()
-        failures = 0
-        for number in range(first, stop):
-            if time.time() > deadline or failures == MOST_FAILURES:
-                break
-            print(json.dumps({"at": number}), flush=True)
-            folder, damage = damaged_folder(number, seed, folders)
-            put(folder, before, path)
-            before = folder
-            signal.setitimer(signal.ITIMER_REAL, PATIENCE)
-            try:
-                outcome = check(path, folder)
-            except BaseException as error:
-                outcome, failures = "failed", failures + 1
-                what = "".join(traceback.format_exception(error)) if loud else f"{type(error).__name__}: {error}"
-                print(json.dumps({"failed": number, "kind": folder.kind, "damage": damage, "what": what[:4000]}))
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            counts[f"{damage} {outcome}"] += 1
-        print(json.dumps({"counts": counts, "peak": peak_memory()}), flush=True)
-
-
-@dataclass
-class Outcome:
-    """What came of it: `counts` of `damage outcome`, sentences about failures, peak of resident memory in bytes."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    failures: list[str] = field(default_factory=list)
-    peak: int = 0
-    seconds: float = 0.0
-
-    @property
-    def total(self) -> int:
-        return sum(self.counts.values())
-
-
-def fuzz(count: int, seconds: float | None = None, seed: int = 0, first: int = 0, loud: bool = False) -> Outcome:
-    """Damage `count` folders, or as many as `seconds` allow, in worker processes."""
-    began = time.time()
-    outcome, deadline = Outcome(), began + (seconds or 10**9)
-    while first < count and time.time() < deadline and len(outcome.failures) < MOST_FAILURES:
-        first = 1 + watch(first, count, seed, deadline, loud, outcome)
-    outcome.seconds = time.time() - began
-    return outcome
-
-
-def watch(first: int, stop: int, seed: int, deadline: float, loud: bool, outcome: Outcome) -> int:
-    """One worker; the number of the last folder that it came to."""
-    words = [sys.executable, __file__, "--work", *map(str, (first, stop, seed, deadline, int(loud)))]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    number, finished = first, False
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stdout is not None
-        before = signal.signal(signal.SIGALRM, lambda *_: process.kill())
-        for line in process.stdout:
-            signal.alarm(LAST_PATIENCE)
-            said = json.loads(line)
-            number = said.get("at", number)
-            if "failed" in said:
-                outcome.failures.append("number {failed} ({damage}, {kind}): {what}".format(**said))
-            if "counts" in said:
-                outcome.counts += Counter(said["counts"])
-                outcome.peak = max(outcome.peak, said["peak"])
-                finished = True
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-        code = process.wait()
-    if not finished:
-        outcome.failures.append(f"number {number}: the process ended with code {code}")
-        return number
-    return stop
-
-
-def report(outcome: Outcome) -> None:
-    by_damage: dict[str, dict[str, int]] = {}
-    for name, count in sorted(outcome.counts.items()):
-        damage, _, what = name.partition(" ")
-        by_damage.setdefault(damage, {})[what] = count
-    for damage, counts in by_damage.items():
-        print(f"{damage.replace('_', ' ')}: " + ", ".join(f"{count:,} {what}" for what, count in counts.items()))
-    for failure in outcome.failures:
-        print(f"FAILED {failure[:2000]}")
-    rate = outcome.total / max(outcome.seconds, 1e-9)
-    print(
-        f"{outcome.total:,} damaged folders in {outcome.seconds:.0f} s ({rate:.0f} a second), "
-        f"{len(outcome.failures)} failures, at most {outcome.peak / 1e6:.0f} MB of memory"
-    )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("count", type=int, nargs="?", default=100_000, help="how many folders")
-    parser.add_argument("--seconds", type=float, help="stop after so many")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, metavar="NUMBER", help="this folder alone, with a traceback")
-    parser.add_argument("--work", nargs=5, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.work:
-        first, stop, seed, deadline, loud = asked.work
-        work(int(first), int(stop), int(seed), float(deadline), loud == "1")
-        return
-    single = asked.only is not None
-    first, stop = (asked.only, asked.only + 1) if single else (0, asked.count)
-    outcome = fuzz(stop, asked.seconds, asked.seed, first, loud=single)
-    report(outcome)
-    sys.exit(1 if outcome.failures or outcome.peak > MEMORY else 0)
-
+SUBJECT = Subject(__file__, make_folders, damaged_folder, check)
 
 if __name__ == "__main__":
-    main()
+    main(SUBJECT, __doc__, 100_000)

@@ -192,6 +192,8 @@ NETWORKS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "epsilon": (lambda: {"final_norm": Norm(RMS, float("nan"))}, "no norm that we know"),
     "q": (lambda: {"layers": [layer(1, q=linear(HEADS * HEAD_DIM + 1, HIDDEN, 1))]}, "q must be"),
     "window": (lambda: {"layers": [layer(1, window=-1)]}, "a window cannot have"),
+    "window, broken": (lambda: {"layers": [layer(1, window=1.5)]}, "a window cannot have"),
+    "heads, broken": (lambda: {"heads": 2.0}, "impossible sizes"),
     "q norm": (lambda: {"layers": [layer(1, q_norm=norm(HEAD_DIM + 1, 1))]}, "weight of q_norm"),
     "all heads": (lambda: {"layers": [layer(1, q_norm=norm(HEAD_DIM, 1))], "norm_all_heads": True}, "weight of q_norm"),
     "scale": (

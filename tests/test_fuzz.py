@@ -1,26 +1,42 @@
-"""Some of the damaged folders of `make fuzz`, and that the fuzzer would notice."""
+"""Some of the damaged folders of `make fuzz` and `make test-sanitizers`, and that the fuzzers would notice."""
 
 from __future__ import annotations
 
 import random
 from pathlib import Path
 
+import fuzz_loader
 import fuzz_packed
 import pytest
-from fuzz_packed import DAMAGES, KINDS, MEMORY, damaged_folder, fuzz, make_folders, put
+from _fuzzing import MEMORY, Folder, fuzz, put
+from fuzz_packed import DAMAGES, KINDS, SUBJECT, damaged_folder, make_folders
 
+from edgerazor import kernels
 from edgerazor.errors import UserError
+from edgerazor.kernels import native
 from edgerazor.packed import PackedModel
+
+needs_native = pytest.mark.skipif(native.library() is None, reason="the native library is not built")
 
 
 @pytest.mark.slow
 def test_damaged_folders_are_refused_or_unharmed() -> None:
-    outcome = fuzz(2500, seconds=20, seed=5)
+    outcome = fuzz(SUBJECT, 2500, seconds=20, seed=5)
     assert outcome.failures == []
     assert outcome.total > 100
     assert outcome.peak < MEMORY
     outcomes = {name.rpartition(" ")[2] for name in outcome.counts}
     assert outcomes == {"refused", "unharmed", "other"}
+
+
+@pytest.mark.slow
+@needs_native
+def test_damaged_models_are_refused_or_run() -> None:
+    outcome = fuzz(fuzz_loader.SUBJECT, 60, seed=6)
+    assert outcome.failures == []
+    assert outcome.total == 60
+    assert outcome.peak < MEMORY
+    assert {name.rpartition(" ")[2] for name in outcome.counts} >= {"refused", "unharmed", "other"}
 
 
 def test_every_damage_changes_every_kind(tmp_path: Path) -> None:
@@ -69,13 +85,34 @@ def test_the_law_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             fuzz_packed.check(path, folder)
 
 
-def make_folders_again(place: Path) -> fuzz_packed.Folder:
+@needs_native
+def test_models_that_compute_something_else_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(kernels.VARIABLE, kernels.name())  # what the fuzzer sets goes with the test
+    folders = {folder.kind: folder for folder in fuzz_loader.make_folders(tmp_path)}
+    assert list(folders) == list(fuzz_loader.KINDS)
+    assert fuzz_loader.check(tmp_path / "qwen3", folders["qwen3"]) == "unharmed"
+    with pytest.raises(AssertionError, match="nobody noticed"):
+        fuzz_loader.check(tmp_path / "olmo2", folders["qwen3"])
+    changed = folders["qwen3"].copy()
+    changed.lies = True
+    assert fuzz_loader.check(tmp_path / "olmo2", changed) == "other"
+    draw = random.Random(0)
+    for damage in fuzz_loader.DAMAGES:
+        changes = 0
+        for folder in folders.values():
+            copy = folder.copy()
+            damage(draw, copy)
+            changes += copy.files != folder.files or bool(copy.special)
+        assert changes > len(folders) // 2, damage.__name__
+
+
+def make_folders_again(place: Path) -> Folder:
     """A folder of another kind."""
     place.mkdir()
     return make_folders(place)[1]
 
 
-def test_a_hanging_and_a_dying_worker_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_hanging_and_a_dying_worker_are_reported(tmp_path: Path) -> None:
     script = tmp_path / "worker.py"
     script.write_text(
         "import json, os, sys\n"
@@ -85,7 +122,6 @@ def test_a_hanging_and_a_dying_worker_are_reported(monkeypatch: pytest.MonkeyPat
         "    if number in (3, 5): os.kill(os.getpid(), 11)\n"
         "print(json.dumps({'counts': {'x refused': 1}, 'peak': 7}))\n"
     )
-    monkeypatch.setattr(fuzz_packed, "__file__", str(script))
-    outcome = fuzz(8)
+    outcome = fuzz(SUBJECT._replace(script=str(script)), 8)
     assert outcome.failures == [f"number {n}: the process ended with code -11" for n in (3, 5)]
     assert (outcome.total, outcome.peak) == (1, 7)

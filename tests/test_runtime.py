@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -461,6 +462,73 @@ def test_a_compressed_model_computes_the_same(packer: Packer, tmp_path: Path, ma
     ours, small = (runtime.load(each, 1, mapped, "native") for each in (folder, tmp_path / "small"))
     assert torch.equal(small.logits(IDS), ours.logits(IDS))
     assert small.weight_bytes == ours.weight_bytes
+
+
+@needs_native
+@pytest.mark.parametrize("mapped", [True, False])
+@pytest.mark.parametrize("start", [1, 2, 3])
+def test_numbers_that_begin_anywhere_in_a_file(packer: Packer, tmp_path: Path, mapped: bool, start: int) -> None:
+    """Native code reads those that a processor may read: tensors of a file that another program wrote are copied."""
+    folder = shutil.copytree(packer("llama"), tmp_path / "packed")
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    assert length % 8 == 0
+    path.write_bytes(
+        (length + start).to_bytes(8, "little") + content[8 : 8 + length] + b" " * start + content[8 + length :]
+    )
+    ours, moved = (runtime.load(each, 1, mapped, "native") for each in (packer("llama"), folder))
+    assert isinstance(moved, NativeModel)
+    layer = moved.network.layers[0]
+    assert layer.before_mlp is not None
+    assert layer.before_mlp.weight is not None
+    assert layer.before_mlp.weight.data_ptr() % 4 == 0
+    assert all(part.scales.data_ptr() % 2 == 0 for part in (*layer.q.matrix.parts, *layer.down.matrix.parts))
+    assert torch.equal(moved.logits(IDS), ours.logits(IDS))
+
+
+@needs_native
+@pytest.mark.parametrize("name", packed.SETTINGS)
+def test_settings_that_are_not_said(packer: Packer, tmp_path: Path, name: str) -> None:
+    model = packed.PackedModel.open(packer("llama"))
+    header = model.header.model_copy(update={"settings": {**model.header.settings}})
+    config = integration.open_folder(packer("llama"))[1]
+    del header.settings[name], config.quantization_config[name]
+    model.header = header
+    with pytest.raises(UserError, match=rf"do not say for which {name} they were made\.$") as caught:
+        NativeModel(model, config, 1, False)
+    assert caught.value.code == FAILED
+
+
+@pytest.mark.parametrize("most", [1.5, -1, "many", [8]])
+@pytest.mark.parametrize("rope", [{}, {"rope_type": "linear", "factor": 2.0}], ids=["default", "linear"])
+def test_positions_that_are_no_number(most: Any, rope: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="how many positions there are"):
+        runtime.max_positions(SimpleNamespace(max_position_embeddings=most, rope_parameters=rope))
+    assert runtime.max_positions(SimpleNamespace(max_position_embeddings=8, rope_parameters=rope)) == (
+        16 if rope else 8
+    )
+
+
+@pytest.mark.parametrize("factor", [float("inf"), float("nan"), "a", [2]])
+def test_factors_of_positions_that_are_no_number(factor: Any) -> None:
+    rope = {"rope_type": "yarn", "factor": factor}
+    with pytest.raises(UserError, match="how many positions there are"):
+        runtime.max_positions(SimpleNamespace(max_position_embeddings=8, rope_parameters=rope))
+
+
+@needs_native
+@pytest.mark.parametrize("change", [{"head_dim": 1 << 33}, {"partial": 1e9}], ids=["heads", "partial"])
+def test_heads_that_would_fill_the_memory(packer: Packer, tmp_path: Path, change: dict[str, Any]) -> None:
+    folder = shutil.copytree(packer("llama"), tmp_path / "packed")
+    config = json.loads((folder / "config.json").read_text())
+    if "partial" in change:
+        config["rope_parameters"]["partial_rotary_factor"] = change["partial"]
+    else:
+        config |= change
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"a head cannot have so many features\.$"):
+        runtime.load(folder, 1)
 
 
 @needs_native

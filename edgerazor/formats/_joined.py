@@ -61,7 +61,8 @@ def separated(stored: Tensor, part: str, cols: int, group_size: int) -> dict[str
         raise ValueError(f"the part {part} is not made of whole blocks of rows")
     if bool(stored[end:].any()):
         raise ValueError(f"what only fills up the part {part} is not zero")
-    if stored.storage_offset() % 2:  # a file that another program has rewritten: numbers cannot begin there
+    # A file that another program has rewritten: numbers cannot begin there.
+    if stored.storage_offset() % 2 or stored.data_ptr() % 2:
         stored = stored.clone()
     return {
         part: stored[:middle].view(blocks, codes),

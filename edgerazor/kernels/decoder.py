@@ -20,7 +20,7 @@ from torch import Tensor
 
 from edgerazor.formats import SMALLEST
 from edgerazor.kernels import native
-from edgerazor.kernels.native import NotFiniteError
+from edgerazor.kernels.native import LARGEST, NotFiniteError
 
 __all__ = ["CELLS", "RMS", "Decoder", "Layer", "Linear", "Network", "Norm", "NotFiniteError", "Run", "round_up"]
 
@@ -29,7 +29,6 @@ CELLS = 16
 #: Kinds of norms.
 NO_NORM, RMS, LAYER = 0, 1, 2
 _OK, _NO_MEMORY, _NOT_FINITE = 0, 1, 2
-_LARGEST = (1 << 31) - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +134,8 @@ class Network:
     def check(self) -> None:
         """ValueError unless shapes fit together, numbers are in range, and tensors are float32 and contiguous."""
         sizes = (self.hidden, self.heads, self.kv_heads, self.head_dim, self.intermediate)
-        if not all(1 <= size <= _LARGEST for size in sizes) or self.heads % self.kv_heads:
+        whole = all(isinstance(size, int) and 1 <= size <= LARGEST for size in sizes)
+        if not whole or self.heads % self.kv_heads:
             raise ValueError(f"impossible sizes: {sizes}")
         if self.activation_bits != 16 and not 2 <= self.activation_bits <= 8:
             raise ValueError(f"activations have 2 to 8 or 16 bits, not {self.activation_bits}")
@@ -166,7 +166,7 @@ class Network:
         _check_norm("k_norm", layer.k_norm, key if self.norm_all_heads else self.head_dim)
         if layer.rotary not in (0, self.rotary_features):
             raise ValueError(f"a layer turns all {self.rotary_features} features or none, not {layer.rotary}")
-        if not 0 <= layer.window <= _LARGEST:
+        if not isinstance(layer.window, int) or not 0 <= layer.window <= LARGEST:
             raise ValueError(f"a window cannot have {layer.window} positions")
 
 
@@ -375,7 +375,7 @@ class Decoder:
         self._cosines = self._sines = torch.empty(0, network.rotary_features // 2)
         structures = _Structures(network)
         handle = _loaded().edgerazor_decoder_new(
-            ctypes.byref(structures.network), isa % len(native.isas()), min(threads, _LARGEST)
+            ctypes.byref(structures.network), isa % len(native.isas()), min(threads, LARGEST)
         )
         if not handle:
             raise MemoryError("there is not enough memory for a decoder")
@@ -542,7 +542,7 @@ def _int32(numbers: Sequence[int] | Tensor) -> Tensor:
     found = torch.as_tensor(numbers, dtype=torch.int64)
     if found.dim() != 1:
         raise ValueError(f"tokens must be in a row, not {list(found.shape)}")
-    _check_range("tokens", found, _LARGEST)
+    _check_range("tokens", found, LARGEST)
     return found.to(torch.int32).contiguous()
 
 

@@ -26,6 +26,8 @@ from edgerazor.formats import SCALES, SMALLEST, Format, MatrixSpec
 
 #: Rows that lie side by side in memory; blocks of them that are computed side by side.
 ROWS, TILE = 16, 4
+#: Rows or columns of a matrix, and other sizes that the library takes: int32.
+LARGEST = (1 << 31) - 1
 
 
 class NotFiniteError(ValueError):
@@ -116,10 +118,14 @@ class Geometry:
     def __init__(self, columns: int, group_size: int, activation_group: int) -> None:
         if min(columns, group_size, activation_group) < 1:
             raise ValueError(f"columns and groups must be at least 1: {columns}, {group_size}, {activation_group}")
+        if columns > LARGEST:
+            raise ValueError(f"there are no matrices of {columns} columns")
         self.columns = columns
         self.groups = -(-columns // group_size)
         sizes = (min(each, columns) for each in (group_size, activation_group))
         self.handle = c_void_p(loaded().edgerazor_geometry_new(columns, *sizes))
+        if not self.handle:
+            raise MemoryError("there is not enough memory for a matrix")
         self.activation_bytes: int = loaded().edgerazor_activation_bytes(self.handle)
         self.segments: int = loaded().edgerazor_segments(self.handle)
         weakref.finalize(self, loaded().edgerazor_geometry_free, self.handle)
@@ -301,6 +307,8 @@ class Matrix:
         if spec.block_formats is not None:
             raise ValueError("formats of blocks are for the reference to compute with")
         spec.check_shape(shape)
+        if max(shape) > LARGEST:
+            raise ValueError(f"a matrix cannot be {list(shape)}")
         self.out, self.columns = shape
         self.group_size = spec.group_size
         self.parts = []

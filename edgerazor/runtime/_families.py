@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from edgerazor import kernels
-from edgerazor.errors import UserError
+from edgerazor.errors import UserError, plain
 from edgerazor.formats import INPUT_SCALE
 from edgerazor.kernels import decoder, native
 from edgerazor.kernels.decoder import Layer, Linear, Network, Norm
@@ -153,7 +153,7 @@ def family_of(config: Any, packed: PackedModel) -> Family:
         raise NotNativeError(f"there is no native code for models of type {config.model_type}")
     family = FAMILIES[config.model_type]
     if config.hidden_act != "silu":
-        raise NotNativeError(f"there is no native code for the activation function {config.hidden_act}")
+        raise NotNativeError(f"there is no native code for the activation function {plain(config.hidden_act, 50)}")
     if unknown := family.unknown(config):
         raise NotNativeError(f"there is no native code for {unknown}")
     _check_settings(packed)
@@ -275,7 +275,7 @@ class _Pieces:
     def norm(self, name: str, features: int) -> Norm:
         family = self.family
         epsilon = family.epsilon if isinstance(family.epsilon, float) else getattr(self.config, family.epsilon)
-        return Norm(family.kind, epsilon, *(self.vector(f"{name}.{each}", features) for each in family.affine))
+        return Norm(family.kind, float(epsilon), *(self.vector(f"{name}.{each}", features) for each in family.affine))
 
     def vector(self, name: str, size: int) -> Tensor:
         """A norm's or a layer's parameter, float32."""
@@ -284,7 +284,10 @@ class _Pieces:
         found = self.others[name]
         if tuple(found.shape) != (size,) or not found.is_floating_point():
             raise _misfit(self.packed, name)
-        return found.to(torch.float32).contiguous()
+        found = found.to(torch.float32).contiguous()
+        return (
+            found.clone() if found.data_ptr() % found.itemsize else found
+        )  # a file that was rewritten: see `separated`
 
 
 def _misfit(packed: PackedModel, name: str) -> UserError:

@@ -47,11 +47,11 @@ class NativeModel(Model):
     note = None
 
     def __init__(self, packed: PackedModel, config: Any, threads: int, mapped: bool) -> None:
+        settings = getattr(config, "quantization_config", None) or {}
+        integration.check_settings(SimpleNamespace(**settings), packed)
         family = family_of(config, packed)
         self.folder, self.threads = packed.folder, threads
         self._kernel = kernels.name()
-        settings = getattr(config, "quantization_config", None) or {}
-        integration.check_settings(SimpleNamespace(**settings), packed)
         matrices = load_matrices(packed, matrix_names(config, packed), mapped, self._kernel in kernels.EXPANDED)
         with _plainly(packed):
             self.rotary = Rotary(config, family.rotary)

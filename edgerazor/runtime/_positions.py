@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from edgerazor.errors import UserError
 
 #: Where the configuration does not say.
 ENDLESS = 1 << 30
@@ -14,18 +17,32 @@ ENDLESS = 1 << 30
 _STRETCHED = ("linear", "dynamic", "yarn")
 #: Positions of the first table; later ones have twice as many as the one before.
 _FIRST = 1024
+#: Features of a head, many more than any model has: tables of what a wrong configuration says would fill the memory.
+_MOST_FEATURES = 1 << 13
 
 
 def max_positions(config: Any) -> int:
     """Tokens that a sequence can have, by the configuration of a text model.
 
     Rotary embeddings that stretch positions by a factor count from the positions before that.
+
+    Raises:
+        UserError: the configuration says no such number.
     """
     most: int = getattr(config, "max_position_embeddings", None) or ENDLESS
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in _STRETCHED and rope.get("factor"):
-        original = rope.get("original_max_position_embeddings") or most
-        return max(most, int(original * rope["factor"]))
+    try:
+        most = operator.index(most)
+        if rope.get("rope_type") in _STRETCHED and rope.get("factor"):
+            original = rope.get("original_max_position_embeddings") or most
+            most = max(most, int(original * rope["factor"]))
+    except (TypeError, ValueError, OverflowError):
+        most = 0
+    if most < 1:
+        raise UserError(
+            "The max_position_embeddings or rope_parameters of config.json do not say how many positions there are.",
+            "Copy or pack the model again.",
+        )
     return most
 
 
@@ -39,6 +56,10 @@ class Rotary:
     Args:
         config: of a family's model.
         name: of the module's class.
+
+    Raises:
+        UserError: as `max_positions`.
+        ValueError: heads have more features than those of any model.
     """
 
     def __init__(self, config: Any, name: str) -> None:
@@ -47,6 +68,9 @@ class Rotary:
         self._config = config
         self._most = max_positions(config)
         rope = config.rope_parameters
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        if max(head_dim, head_dim * rope.get("partial_rotary_factor", 1.0)) > _MOST_FEATURES:
+            raise ValueError("a head cannot have so many features")
         self._varies_beyond: int | None = None
         if "dynamic" in rope["rope_type"]:
             self._varies_beyond = config.max_position_embeddings
