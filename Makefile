@@ -71,6 +71,11 @@ build/peers/installed: recipes/peers.txt
 interop: install llamacpp $(WORLD)/distill.txt
 	$(BIN)/python recipes/interop.py $(if $(REAL_DATA),--real-data $(REAL_DATA))
 
+# Whether both engines write the same, for the student of the quickstart or other packed folders (MODELS='...').
+.PHONY: results-engines
+results-engines: install
+	$(BIN)/python recipes/engines.py $(or $(MODELS),$(JOB)/distilled/packed)
+
 # How long lm-eval takes on a CPU, in our runtime and in transformers; alone on the machine.
 .PHONY: results-eval
 results-eval: install

@@ -177,12 +177,12 @@ def check_others(model: PreTrainedModel, packed: PackedModel) -> None:
         raise UserError(f"{packed.folder} lacks the tensor {min(missing)}.", "Pack the model again.")
 
 
-#: Entries of a list that a configuration may ask for; a language model has fewer layers, experts, heads, labels.
-MOST_ENTRIES = 1 << 16
+#: Of what transformers makes lists, and the most that any model has of it.
+LISTED, MOST_LISTED = ("_layers", "_labels", "_experts", "_heads"), 1 << 16
 
 
 def check_counts(folder: Path, config: Any) -> None:
-    """transformers makes lists as long as config.json says, of layers and labels, before anyone else can object.
+    """transformers makes lists as long as config.json says before anyone else can object.
 
     Raises:
         UserError: they would fill the memory.
@@ -191,7 +191,7 @@ def check_counts(folder: Path, config: Any) -> None:
         return
     for name, value in config.items():
         check_counts(folder, value)
-        if name.startswith("num_") and isinstance(value, int | float) and value > MOST_ENTRIES:
+        if name.endswith(LISTED) and isinstance(value, int | float) and value > MOST_LISTED:
             raise UserError(f"{folder}: config.json cannot say {plain(name, 50)} {plain(value, 50)}.", "Copy it again.")
 
 

@@ -285,9 +285,8 @@ class _Pieces:
         if tuple(found.shape) != (size,) or not found.is_floating_point():
             raise _misfit(self.packed, name)
         found = found.to(torch.float32).contiguous()
-        return (
-            found.clone() if found.data_ptr() % found.itemsize else found
-        )  # a file that was rewritten: see `separated`
+        # In a file that another program has rewritten, numbers may begin anywhere.
+        return found.clone() if found.data_ptr() % found.itemsize else found
 
 
 def _misfit(packed: PackedModel, name: str) -> UserError:
