@@ -200,7 +200,51 @@ EDGERAZOR_INLINE Sums bits_chunks(const uint8_t* w, const int8_t* x, int quads) 
     return total;
 }
 
-// Segments of whole chunks, from the first on; returns how many.
+template <int bits>
+EDGERAZOR_INLINE Sums whole_chunks(const uint8_t* w, const int8_t* x, int quads) {
+    if constexpr (bits == kTernary) {
+        return ternary_chunks(w, x, quads);
+    } else {
+        return bits_chunks<bits>(w, x, quads);
+    }
+}
+
+// Of a row's last chunk, which is shorter than the others.
+template <int bits>
+EDGERAZOR_INLINE Sums last_chunk(const uint8_t* w, const int8_t* x, int quads) {
+    if constexpr (bits == kTernary) {
+        TernarySums sums;
+        EDGERAZOR_ROLLED for (; quads >= 5; quads -= 5, w += kVector, x += 20) {
+            const Trits five = trits(load(ahead(w)));
+            unroll<0, 5>(UNROLL(f) { sums.template add<f.value>(five, x + f.value * 4); });
+        }
+        if (quads == 0) return sums.take();
+        const Bytes pairs = load(w);
+        unroll<0, 4>(UNROLL(f) {
+            if (f.value < quads) sums.template add_pair<f.value>(pairs, x + f.value * 4);
+        });
+        return sums.take();
+    } else {
+        alignas(kVector) uint8_t buffer[kBitsQuads * kVector];
+        unpack_bits_tail(bits, w, quads, buffer, kVector);
+        Accumulator<largest_code(bits)> sums;
+        sums.reset();
+        for (int q = 0; q < quads; q++) sums.add(load(buffer + q * kVector), broadcast(x + q * 4));
+        sums.widen();
+        return sums.total();
+    }
+}
+
+// A segment that ends with such a chunk; not in the loop over the others, which would get slower.
+template <int bits>
+__attribute__((noinline)) Sums last_segment(const uint8_t* w, const int8_t* x, int quads) {
+    constexpr int chunk = chunk_quads(bits), bytes = chunk_vectors(bits, chunk) * kVector;
+    const int rest = quads % chunk, whole = quads - rest;
+    return add_sums(whole_chunks<bits>(w, x, whole),
+                    last_chunk<bits>(w + (int64_t)(whole / chunk) * bytes, x + whole * 4, rest));
+}
+
+// All segments, where each begins with a chunk; returns how many.
 template <int bits>
 int whole_segments(Line& line) {
     constexpr int chunk = chunk_quads(bits), bytes = chunk_vectors(bits, chunk) * kVector;
@@ -209,14 +253,14 @@ int whole_segments(Line& line) {
     for (int i = 0; i < count; i++) {
         const Segment& segment = geometry.segments[i];
         const uint8_t* w = line.w + (int64_t)(segment.first_quad / chunk) * bytes;
-        const int8_t* x = line.x + (int64_t)segment.first_quad * 4;
-        if constexpr (bits == kTernary) {
-            line.finish(i, ternary_chunks(w, x, segment.quads));
-        } else {
-            line.finish(i, bits_chunks<bits>(w, x, segment.quads));
-        }
+        line.finish(i, whole_chunks<bits>(w, line.x + (int64_t)segment.first_quad * 4, segment.quads));
     }
-    return count;
+    if (count < geometry.count) {
+        const Segment& segment = geometry.segments[count];
+        const uint8_t* w = line.w + (int64_t)(segment.first_quad / chunk) * bytes;
+        line.finish(count, last_segment<bits>(w, line.x + (int64_t)segment.first_quad * 4, segment.quads));
+    }
+    return geometry.count;
 }
 
 // The segments that the ways without a buffer serve, from the first on; returns how many.
@@ -248,6 +292,8 @@ void remaining_segments(Line& line, int next) {
             if (quad < begin || quad >= end) {
                 begin = quad - quad % chunk;
                 end = smaller(begin + kSlab, geometry.quads);
+                const uint8_t* const behind = line.w + codes_bytes(bits, end);
+                EDGERAZOR_ROLLED for (const uint8_t* w = line.w + codes_bytes(bits, begin); w < behind; w += kVector) ahead(w);
                 unpack<bits>(line.w, begin, end, buffer, kVector);
             }
             using Accumulated = Accumulator<largest_code(bits)>;

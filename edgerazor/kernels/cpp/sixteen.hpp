@@ -168,15 +168,19 @@ constexpr int tile_columns(int rows) {
     return most >= 4 ? 4 : most >= 2 ? 2 : 1;
 }
 
+constexpr int kSoon = 1024; // bytes ahead of those in use that go on from the second cache into the first
+
 // sums[r][c] += x[r * x_row + k * x_step] * y[c * y_column + k * y_step], 16 numbers of y each, for k < depth. As many
-// bytes as are read of y are prefetched at `next`, one after the other; null: none.
+// bytes as are read of y are fetched into the second cache at `next`, one after the other; null: none.
 template <int rows, int columns, class T>
 EDGERAZOR_INLINE void multiply(const float* x, int64_t x_row, int64_t x_step, const T* y, int64_t y_column,
                                int64_t y_step, int64_t depth, const void* next, Sixteen (&sums)[rows][columns]) {
     constexpr int bytes = columns * 16 * (int)sizeof(T), lines = (bytes + 63) / 64;
     for (int64_t k = 0; k < depth; k++, x += x_step, y += y_step) {
-        if (next != nullptr)
-            unroll<0, lines>(UNROLL(i) { __builtin_prefetch((const char*)next + k * bytes + i.value * 64); });
+        if (next != nullptr) {
+            __builtin_prefetch((const char*)(y + k % columns * y_column) + kSoon);
+            unroll<0, lines>(UNROLL(i) { __builtin_prefetch((const char*)next + k * bytes + i.value * 64, 0, 2); });
+        }
         Sixteen column[columns];
         unroll<0, columns>(UNROLL(c) { column[c.value] = load(y + c.value * y_column); });
         unroll<0, rows>(UNROLL(r) {
