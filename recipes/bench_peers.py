@@ -34,8 +34,9 @@ from typing import Any
 import bench_tables as tables
 from bench_models import Place, gguf, packed, wide
 from bench_tables import LONG, THREADS, Log
-from interop import publish, version
+from interop import version
 from methods import HERE, commit
+from results import publish
 
 from edgerazor.console import Console
 from edgerazor.errors import QUALITY, UserError, usage_error

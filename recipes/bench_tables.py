@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from results import markdown
+
 from edgerazor.stages._engines import Speed
 from edgerazor.workdir import write_json
 
@@ -215,11 +217,6 @@ def number(value: float | None, digits: int = 1, percent: bool = False) -> str:
 
 def rate(value: float | None) -> str:
     return number(value, 0 if value and value >= 100 else 1)
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def entries_of(log: Log, table: str) -> list[str]:

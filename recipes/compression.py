@@ -18,8 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from interop import publish
 from methods import HERE, commit
+from results import markdown, publish
 
 from edgerazor import formats, packed
 from edgerazor.console import Console
@@ -81,9 +81,7 @@ def main() -> None:
     rows = [row(name, shape, group_size, asked.rounds) for name, shape, group_size in MATRICES]
     Console().out.print(rich_table("Gaussian weights, compressed", list(HEAD), rows))
     if asked.results != "none":
-        lines = [list(HEAD), ["---"] * len(HEAD), *rows]
-        text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        publish("compression", f"{machine()}; commit {commit()}.\n\n{text}", Path(asked.results))
+        publish("compression", f"{machine()}; commit {commit()}.\n\n{markdown(HEAD, rows)}", Path(asked.results))
 
 
 if __name__ == "__main__":

@@ -21,15 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from interop import publish
 from methods import HERE, commit
+from results import markdown, packages, publish
 from torch import Tensor
 
 from edgerazor import runtime
 from edgerazor.console import Console
 from edgerazor.console import table as rich_table
 from edgerazor.errors import UserError
-from edgerazor.workdir import machine, versions
+from edgerazor.workdir import machine
 
 HEAD = ("model", "a", "b", "logits, at most", "KL, mean", "same text", "apart by, at most")
 #: Words of a held-out text that are gone on from.
@@ -140,10 +140,8 @@ def main(arguments: list[str] | None = None) -> int:
     what = f"{len(texts)} texts, {asked.tokens} tokens each"
     console.out.print(rich_table(what, list(HEAD), rows))
     if asked.results != "none":
-        lines = [list(HEAD), ["---"] * len(HEAD), *rows]
-        text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        known = ", ".join(f"{name} {version}" for name, version in versions().items())
-        publish("engines", f"{what}; {machine()}; {known}; commit {commit()}.\n\n{text}", Path(asked.results))
+        facts = f"{what}; {machine()}; {packages()}; commit {commit()}."
+        publish("engines", f"{facts}\n\n{markdown(HEAD, rows)}", Path(asked.results))
     return 0
 
 

@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from interop import publish
 from methods import HERE, commit
+from results import markdown, packages, publish
 from sizes import write_gaussian
 
 from edgerazor import integration, models, pipeline, runtime, surgery, tasks
@@ -38,7 +38,7 @@ from edgerazor import recipe as recipes
 from edgerazor.console import Console
 from edgerazor.console import table as rich_table
 from edgerazor.errors import QUALITY, UserError
-from edgerazor.workdir import WorkDir, machine, versions
+from edgerazor.workdir import WorkDir, machine
 
 NATIVE, BASE = "packed, native", "bfloat16, transformers"
 BOUND = 1 / 3
@@ -173,10 +173,8 @@ def main(arguments: list[str] | None = None) -> int:
     what = f"{count} items of {rounds[0][0].name}, {asked.layers} layers, {asked.threads} threads"
     console.out.print(rich_table(what, list(HEAD), rows))
     if asked.results != "none":
-        lines = [list(HEAD), ["---"] * len(HEAD), *rows]
-        text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        known = ", ".join(f"{name} {version}" for name, version in versions().items())
-        publish("eval", f"{what}; {machine()}; {known}; commit {commit()}.\n\n{text}", Path(asked.results))
+        facts = f"{what}; {machine()}; {packages()}; commit {commit()}."
+        publish("eval", f"{facts}\n\n{markdown(HEAD, rows)}", Path(asked.results))
     slow = too_slow(all_ways) if (asked.layers, count) == (LAYERS, ITEMS) else None
     if slow:
         console.error(UserError(slow))

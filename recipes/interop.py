@@ -37,6 +37,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from methods import HERE, Values, commit, number, real_teachers, world
+from results import markdown, publish
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -50,7 +51,7 @@ from edgerazor.exports import ExportResult
 from edgerazor.formats import INPUT_SCALE, LOW_INPUT_SCALE
 from edgerazor.packed import PackedModel
 from edgerazor.recipe import Recipe
-from edgerazor.workdir import WorkDir, machine, write_text
+from edgerazor.workdir import WorkDir, machine
 
 EXACT, ROUNDED = 0.001, 0.01  # how far perplexities may differ
 EXACT_KL, FULL_KL, TIE = 1e-4, 1e-9, 0.01  # in nats
@@ -437,12 +438,11 @@ def show(rows: list[Row], console: Console) -> None:
         first += len(columns)
 
 
-def markdown(rows: list[Row], python: Path) -> str:
+def described(rows: list[Row], python: Path) -> str:
     """The facts and the table."""
-    lines = [list(HEAD), ["---"] * len(HEAD), *(cells(row) for row in rows)]
     tokens = sorted({row.tokens for row in rows})
     facts = [f"{' or '.join(f'{each:,}' for each in tokens)} tokens", version(python), machine(), f"commit {commit()}"]
-    return f"{'; '.join(facts)}.\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{'; '.join(facts)}.\n\n{markdown(HEAD, [cells(row) for row in rows])}"
 
 
 def version(python: Path) -> str:
@@ -450,13 +450,6 @@ def version(python: Path) -> str:
     words = [str(python), "-c", "import importlib.metadata as m; print(m.version('llama_cpp_python'))"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     return f"llama.cpp of llama-cpp-python {done.stdout.strip()}"
-
-
-def publish(name: str, text: str, results: Path) -> None:
-    """Put a text between the marks of its name."""
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    before, rest = results.read_text(encoding="utf-8").split(begin)
-    write_text(results, f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
 
 
 # --- the command line --------------------------------------------------------------------------
@@ -509,7 +502,7 @@ def main(arguments: list[str] | None = None) -> int:
     show(rows, console)
     whole = asked.models is None and asked.formats is None
     if results := asked.results or (HERE / "RESULTS.md" if whole else None):
-        publish("interop", markdown(rows, setting.python), results)
+        publish("interop", described(rows, setting.python), results)
     failures = [line for row in rows for line in row.failures()]
     for line in failures:
         console.error(UserError(line))

@@ -36,6 +36,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import results
+
 import edgerazor
 from edgerazor import data, models, pipeline, tasks
 from edgerazor import recipe as recipes
@@ -459,8 +461,7 @@ def teacher_table(name: str, rows: list[Row]) -> str:
     task_names = list(next((row["tasks"] for row in rows if row.get("tasks")), {}))
     head = ["bits", "method", *(["above chance"] if task_names else []), *(shortened(task) for task in task_names)]
     head += ["perplexity", "KL", "real bits", "bytes", "minutes", "at equal bytes"]
-    lines = [head, ["---"] * len(head), *(cells(row, rows, task_names) for row in rows)]
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    text = results.markdown(head, [cells(row, rows, task_names) for row in rows])
     teacher = next((row["teacher_perplexity"] for row in rows if row.get("teacher_perplexity")), None)
     facts = [f"perplexity of the teacher {number(teacher, 4)}", f"{step_counts(rows)} steps where trained"]
     facts += sorted({row["machine"] for row in rows})
@@ -518,9 +519,8 @@ def publish(text: str, path: Path) -> None:
     """Put the table between its two marks in a Markdown file, at its end where they are missing."""
     old = path.read_text(encoding="utf-8") if path.exists() else "# Results\n"
     if BEGIN not in old:
-        old = f"{old.rstrip()}\n\n## Methods (`make results-methods`)\n\n{BEGIN}\n{END}\n"
-    before, _, rest = old.partition(BEGIN)
-    write_text(path, f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+        write_text(path, f"{old.rstrip()}\n\n## Methods (`make results-methods`)\n\n{BEGIN}\n{END}\n")
+    results.publish("methods", text, path)
 
 
 # --- the command line --------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 from memory import SHAPE
+from results import markdown, publish
 from safetensors.torch import save_file
 
 from edgerazor import formats, packed, workdir
@@ -42,7 +43,6 @@ from edgerazor.packed import MatrixSource
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "RESULTS.md"
-BEGIN, END = "<!-- packing: begin -->", "<!-- packing: end -->"
 TOKENIZER = HERE / "world" / "teacher"
 WORK = ("memory", "speed", "loading")
 
@@ -162,7 +162,7 @@ def memory(place: Path) -> str:
         rows.append([name, *cells, f"{seconds:.0f}", holds(peak - before <= bound)])
         shutil.rmtree(model)
         shutil.rmtree(place / "work")
-    return f"{table(rows)}\n\nA process that has imported everything has {before / MB:,.0f} MB."
+    return f"{markdown(rows[0], rows[1:])}\n\nA process that has imported everything has {before / MB:,.0f} MB."
 
 
 # Speed ------------------------------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ def speed(place: Path) -> str:
         bound = f"{SPEED} MB/s" if name == "ternary" else ""
         cells = [f"{size / writing:,.0f} MB/s", f"{syncing / writing:.0%}", f"{size / verifying:,.0f} MB/s", bound]
         rows.append([name, *cells, holds(size / writing >= SPEED) if bound else ""])
-    return table(rows)
+    return markdown(rows[0], rows[1:])
 
 
 def seconds_with(weights: list[torch.Tensor], folder: Path, spec: MatrixSpec) -> tuple[float, float, float]:
@@ -240,7 +240,7 @@ def loading(place: Path) -> str:
     rows = [["opened by", "seconds", "bound", "holds"]]
     for name, seconds in opening_times(place / "work" / "packed").items():
         rows.append([f"`{name}`", f"{seconds:.3f}", f"{SECONDS:g} s", holds(seconds <= SECONDS)])
-    return table(rows)
+    return markdown(rows[0], rows[1:])
 
 
 def opening_times(folder: Path) -> dict[str, float]:
@@ -276,19 +276,6 @@ def holds(fact: bool) -> str:
     return "yes" if fact else "**no**"
 
 
-def table(rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]]
-    return "\n".join(lines)
-
-
-def record(text: str) -> None:
-    """Put the tables between the marks in RESULTS.md."""
-    whole = RESULTS.read_text(encoding="utf-8")
-    before, _, rest = whole.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    workdir.write_text(RESULTS, f"{before}{BEGIN}\n{text}\n{END}{after}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", nargs="+", choices=WORK, default=WORK)
@@ -302,8 +289,9 @@ def main() -> None:
         print(parts[-1], end="\n\n", flush=True)
     if not asked.dry and tuple(asked.work) == WORK:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
-        record(
-            "\n\n".join([*parts, f"{workdir.machine()}; torch {torch.__version__}; commit {commit.stdout.strip()}."])
+        publish(
+            "packing",
+            "\n\n".join([*parts, f"{workdir.machine()}; torch {torch.__version__}; commit {commit.stdout.strip()}."]),
         )
 
 

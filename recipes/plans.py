@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from methods import HERE, Row, Setting, Teacher, code_of, commit, number, percent, real_teachers, scores, stored, world
+from results import markdown, publish
 
 from edgerazor import data, formats, models, pipeline
 from edgerazor import recipe as recipes
@@ -31,14 +32,13 @@ from edgerazor.errors import UserError
 from edgerazor.recipe import Recipe
 from edgerazor.stages import _shared
 from edgerazor.stages import eval as evaluation
-from edgerazor.workdir import WorkDir, digest_json, machine, versions, write_json, write_text
+from edgerazor.workdir import WorkDir, digest_json, machine, versions, write_json
 
 BEFORE, AFTER = (1.7, 1.88, 2.0, 2.5, 3.0), (1.88, 2.5)
 SEEDS = (0, 1, 2)
 STEPS = {"world": 100, "realtext-4m": 60, "stories260K": 100}
 KINDS = ("interleave", "rows", "tensors", "uniform")
 UNIFORM = ("int4", "int3", "int2", "ternary")
-BEGIN, END = "<!-- plans: begin -->", "<!-- plans: end -->"
 
 
 @dataclass(frozen=True)
@@ -220,10 +220,10 @@ def teacher_table(name: str, rows: list[Row]) -> str:
     has_tasks = any(row["tasks"] for row in rows)
     head = ["", "bits", "plan", "bytes", "KL", "against interleave", "perplexity"]
     head += ["above chance"] * has_tasks + ["estimate", "predicted"]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for key in sorted(groups, key=lambda key: (key[0], key[1], KINDS.index(key[2]))):
         lines.append(cells(key, groups[key], groups.get((key[0], key[1], "interleave")), has_tasks))
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    text = markdown(head, lines)
     facts = [f"perplexity of the teacher {number(rows[0]['teacher_perplexity'], 4)}"]
     facts += [f"{max(row['steps'] for row in rows)} steps where trained", *sorted({row["machine"] for row in rows})]
     facts += [f"commit {', '.join(sorted({row['commit'] for row in rows if row['commit']}))}"]
@@ -252,12 +252,6 @@ def spread(values: list[float], digits: int = 3) -> str:
     return mean if len(values) == 1 else f"{mean} ± {number(max(values) - min(values), 2)}"
 
 
-def publish(text: str, results: Path) -> None:
-    """Put the table between its two marks."""
-    before, rest = results.read_text(encoding="utf-8").split(BEGIN)
-    write_text(results, f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teachers", help="comma-separated; default: all that are there")
@@ -278,7 +272,7 @@ def main() -> None:
     if not asked.table:
         bits = None if asked.bits is None else [float(each) for each in asked.bits.split(",")]
         make_rows(cases(teachers, asked.kinds.split(","), bits), setting)
-    publish(table(asked.rows), asked.results)
+    publish("plans", table(asked.rows), asked.results)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from memory import random_model
 from methods import HERE, Teacher, number, real_teachers, world
+from results import markdown
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -75,15 +76,14 @@ def correlations(teacher: Teacher, tokens: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         found, names, seconds = damages(teacher, Path(folder), tokens)
     truth = found["direct"]
-    lines = [["estimate", *names, "all pairs", "sum / measured sum"]]
-    lines.append(["---"] * len(lines[0]))
+    head, lines = ["estimate", *names, "all pairs", "sum / measured sum"], []
     for kind in SHOWN:
         value = found[kind]
         cells = [f"{spearman(value[:, each], truth[:, each]):.3f}" for each in range(len(names))]
         ratio = number(float(value.sum() / truth.sum())) if kind != "hessian" else ""
         lines.append([kind, *cells, f"{spearman(value.flatten(), truth.flatten()):.3f}", ratio])
     took = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    text = markdown(head, lines)
     return f"{teacher.name}, {len(truth)} tensors, {tokens:,} tokens (whole calibrations: {took}):\n\n{text}"
 
 

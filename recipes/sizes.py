@@ -26,9 +26,10 @@ from pathlib import Path
 
 import torch
 from gguf import GGUFReader
-from interop import built, publish, version
+from interop import built, version
 from memory import SHAPE
 from methods import HERE, commit
+from results import markdown, publish
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from edgerazor import exports, packed, pipeline
@@ -170,10 +171,8 @@ def main(arguments: list[str] | None = None) -> int:
         shutil.rmtree(asked.build, ignore_errors=True)
     console.out.print(rich_table(f"{weights:,} weights", list(HEAD), rows))
     if asked.results != "none" and python is not None:
-        lines = [list(HEAD), ["---"] * len(HEAD), *rows]
-        text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
         facts = f"{weights:,} weights; {version(python)}; {machine()}; commit {commit()}."
-        publish("sizes", f"{facts}\n\n{text}", Path(asked.results))
+        publish("sizes", f"{facts}\n\n{markdown(HEAD, rows)}", Path(asked.results))
     for sentence in wrong:
         console.error(UserError(sentence))
     return FAILED if wrong else 0

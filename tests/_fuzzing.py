@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import os
+import random
 import resource
 import shutil
 import signal
@@ -19,7 +20,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -59,7 +60,7 @@ class Subject(NamedTuple):
     Attributes:
         script: that runs `main` of this file with the subject; workers are started with it.
         make: one folder of each kind, given a place to write them to.
-        damage: the folder of a number, of a seed, and what was done to it.
+        damages: what is done to a folder, and how often beside the others.
         check: what came of a folder at a path in a word, `unharmed` if nothing; an error if the law is broken.
         patience: seconds after which a folder counts as hanging.
         last_patience: after which the whole process does, where even a signal does not help.
@@ -68,11 +69,19 @@ class Subject(NamedTuple):
 
     script: str
     make: Callable[[Path], list[Folder]]
-    damage: Callable[[int, int, list[Folder]], tuple[Folder, str]]
+    damages: Mapping[Callable[[random.Random, Folder], None], int]
     check: Callable[[Path, Folder], str]
     patience: int = 10
     last_patience: int = 60
     memory: int | None = MEMORY
+
+    def damaged(self, number: int, seed: int, folders: list[Folder]) -> tuple[Folder, str]:
+        """The folder of that number, and what was done to it."""
+        draw = random.Random(f"{seed} {number}")
+        folder = draw.choice(folders).copy()
+        (damage,) = draw.choices(list(self.damages), list(self.damages.values()))
+        damage(draw, folder)
+        return folder, damage.__name__
 
 
 def check_sentence(error: UserError) -> None:
@@ -141,7 +150,7 @@ def work(subject: Subject, first: int, stop: int, seed: int, deadline: float, lo
             if time.time() > deadline or failures == MOST_FAILURES:
                 break
             print(json.dumps({"at": number}), file=told, flush=True)
-            folder, damage = subject.damage(number, seed, folders)
+            folder, damage = subject.damaged(number, seed, folders)
             put(folder, before, path)
             before = folder
             signal.setitimer(signal.ITIMER_REAL, subject.patience)

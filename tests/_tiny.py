@@ -41,7 +41,9 @@ SMALL: dict[str, Any] = {
 
 
 def load_script(path: Path) -> ModuleType:
-    """A script of recipes/ as a module of its own name."""
+    """A script of recipes/ as a module of its own name, which finds those beside it."""
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None

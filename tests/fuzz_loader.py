@@ -400,15 +400,6 @@ DAMAGES: dict[Callable[[random.Random, Folder], None], int] = {
 }
 
 
-def damaged_folder(number: int, seed: int, folders: list[Folder]) -> tuple[Folder, str]:
-    """The folder of that number, and what was done to it."""
-    draw = random.Random(f"{seed} {number}")
-    folder = draw.choice(folders).copy()
-    (damage,) = draw.choices(list(DAMAGES), list(DAMAGES.values()))
-    damage(draw, folder)
-    return folder, damage.__name__
-
-
 # The law ----------------------------------------------------------------------------------------------------------
 
 
@@ -500,7 +491,7 @@ def at_end(tensor: Tensor) -> Tensor:
 
 
 SUBJECT = Subject(
-    __file__, make_folders, damaged_folder, check, patience=60, last_patience=360, memory=None if SANITIZED else MEMORY
+    __file__, make_folders, DAMAGES, check, patience=60, last_patience=360, memory=None if SANITIZED else MEMORY
 )
 
 if __name__ == "__main__":

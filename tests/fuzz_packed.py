@@ -444,16 +444,7 @@ def check(path: Path, folder: Folder) -> str:
     return "other"
 
 
-def damaged_folder(number: int, seed: int, folders: list[Folder]) -> tuple[Folder, str]:
-    """The folder of that number, and what was done to it."""
-    draw = random.Random(f"{seed} {number}")
-    folder = draw.choice(folders).copy()
-    (damage,) = draw.choices(list(DAMAGES), list(DAMAGES.values()))
-    damage(draw, folder)
-    return folder, damage.__name__
-
-
-SUBJECT = Subject(__file__, make_folders, damaged_folder, check)
+SUBJECT = Subject(__file__, make_folders, DAMAGES, check)
 
 if __name__ == "__main__":
     main(SUBJECT, __doc__, 100_000)

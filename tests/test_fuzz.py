@@ -9,7 +9,7 @@ import fuzz_loader
 import fuzz_packed
 import pytest
 from _fuzzing import MEMORY, Folder, fuzz, put
-from fuzz_packed import DAMAGES, KINDS, SUBJECT, damaged_folder, make_folders
+from fuzz_packed import DAMAGES, KINDS, SUBJECT, make_folders
 
 from edgerazor import kernels
 from edgerazor.errors import UserError
@@ -56,7 +56,7 @@ def test_every_damage_changes_every_kind(tmp_path: Path) -> None:
 def test_a_number_is_always_the_same_folder(tmp_path: Path) -> None:
     folders = make_folders(tmp_path)
     for number in range(50):
-        first, second = (damaged_folder(number, 1, folders) for _ in range(2))
+        first, second = (SUBJECT.damaged(number, 1, folders) for _ in range(2))
         assert (first[0].files, first[1]) == (second[0].files, second[1])
 
 

@@ -23,6 +23,7 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 for needed in ("methods", "memory"):
     load_script(RECIPES / f"{needed}.py")
 interop = load_script(RECIPES / "interop.py")
+results = load_script(RECIPES / "results.py")
 sizes = load_script(RECIPES / "sizes.py")
 IDS = torch.randint(2, VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(0))
 
@@ -110,8 +111,8 @@ def test_random_models_are_the_same_every_time(tmp_path: Path) -> None:
 def test_a_table_goes_between_its_marks(tmp_path: Path) -> None:
     path = tmp_path / "RESULTS.md"
     path.write_text("a\n<!-- one: begin -->\nold\n<!-- one: end -->\nb\n<!-- two: begin -->\n<!-- two: end -->\n")
-    interop.publish("one", "new", path)
-    interop.publish("one", "newer", path)
+    results.publish("one", "new", path)
+    results.publish("one", "newer", path)
     expected = "a\n<!-- one: begin -->\nnewer\n<!-- one: end -->\nb\n<!-- two: begin -->\n<!-- two: end -->\n"
     assert path.read_text() == expected
 
