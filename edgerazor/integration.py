@@ -76,7 +76,11 @@ class EdgeRazorQuantizer(HfQuantizer):
     ) -> None:
         if not checkpoint_files:
             raise ValueError("a packed model is loaded from its folder, not from a state dict")
-        packed = PackedModel.open(Path(checkpoint_files[0]).parent)
+        with torch.device("cpu"):  # older transformers call this where tensors are made without data
+            self._install(model, PackedModel.open(Path(checkpoint_files[0]).parent))
+
+    def _install(self, model: PreTrainedModel, packed: PackedModel) -> None:
+        """Put a packed model's matrices in the place of a skeleton's modules."""
         matrices = packed.header.matrices
         settings = self.quantization_config
         check_settings(settings, packed)

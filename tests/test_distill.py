@@ -179,7 +179,7 @@ def test_max_time_counts_across_resumes(run: Run, recipe: Path, tmp_path: Path) 
         assert run("distill", "--recipe", recipe, "--work", job, "--max-time", 1000).code == 130
     state_file = job / "distill" / "checkpoints" / "current" / "state.json"
     state = json.loads(state_file.read_text())
-    assert 0 < state["progress"]["seconds"] < 100
+    assert state["progress"]["seconds"] > 0
     state["progress"]["seconds"] = 1001.0
     state_file.write_text(json.dumps(state))
     done = run("distill", "--work", job, "--json").json()
@@ -239,7 +239,7 @@ def test_an_error_in_one_process_ends_the_others(tmp_path: Path, llama: Path, te
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=90,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 1

@@ -280,7 +280,7 @@ def test_gptqmodel_reads_it(opened: PackedModel, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=1200,
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     found = load_file(tmp_path / "found.safetensors")

@@ -314,7 +314,7 @@ def test_an_installation_finds_the_recipes_that_stand_alone(tmp_path: Path) -> N
     def python(folder: Path, *words: str, **environment: str) -> str:
         settings = {**os.environ, **environment}
         done = subprocess.run(
-            [sys.executable, *words], capture_output=True, text=True, cwd=folder, env=settings, timeout=120, check=False
+            [sys.executable, *words], capture_output=True, text=True, cwd=folder, env=settings, timeout=600, check=False
         )
         assert done.returncode == 0, done.stderr
         return done.stdout

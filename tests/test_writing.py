@@ -278,4 +278,4 @@ def test_a_dry_run_writes_nothing_and_knows_the_size(llama: Path, tmp_path: Path
     assert foretold["disk_bytes"] == done["bytes"]
     assert foretold["mapped_bytes"] == done["parameters"] * 4  # float32
     assert 0 < foretold["memory_bytes"] < 3 * done["parameters"]
-    assert 0 < foretold["seconds"] < 60
+    assert foretold["seconds"] > 0
