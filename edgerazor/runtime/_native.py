@@ -58,6 +58,7 @@ class NativeModel(Model):
             self.network = network(config, family, packed, matrices, self.rotary.features)
             self.network.check()
         self.tokenizer = load_tokenizer(packed.folder)
+        vocabulary.limit(self.tokenizer, self.network.vocabulary)
         self.vocabulary, self.max_positions = self.network.vocabulary, max_positions(config)
         self.cache_bytes_per_token = self.network.cell_bytes()
         sizes = {name: matrix_bytes(matrix) for name, matrix in matrices.items()}
