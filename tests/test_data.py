@@ -7,6 +7,7 @@ import json
 import logging
 import random
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 

@@ -169,10 +169,21 @@ def test_the_package_decodes_every_format(model: Path, tmp_path: Path, number_fo
     for name, decoded in found.items():
         assert torch.equal(decoded, weight(opened, name)), name
     groups = config(folder)["quantization_config"]["config_groups"]
-    bits = 8 if number_format in ("int5", "int8") else 4
-    assert {each["weights"]["num_bits"] for each in groups.values()} == {bits}
+    bits = {"ternary": 2, "int2z": 2, "int2": 3, "int3": 3, "int4": 4, "int5": 5, "int8": 8}
+    assert {each["weights"]["num_bits"] for each in groups.values()} == {bits[number_format]}
     sizes = {each["weights"]["group_size"] for each in groups.values()}
     assert sizes == {32: {32}, 64: {32}, 128: {32}, 1000: {None}}[group]  # of rows of 96 and of 160
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_an_untied_head_is_not_said_to_be_tied(model: Path, tmp_path: Path, name: str) -> None:
+    """A packed folder that still says so, as those of before did."""
+    opened = write_packed(tmp_path / "packed", model, all_of("int4"))
+    assert "lm_head" in opened.header.matrices
+    values = config(opened.folder) | {"tie_word_embeddings": True}
+    (opened.folder / "config.json").write_text(json.dumps(values))
+    folder = export(opened, name, tmp_path / "out")
+    assert config(folder)["tie_word_embeddings"] is False
 
 
 @torch.no_grad()

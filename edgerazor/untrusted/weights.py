@@ -50,7 +50,9 @@ def weight_files(folder: Path) -> list[Path]:
             "code.",
             "Convert them once: AutoModelForCausalLM.from_pretrained(...).save_pretrained(FOLDER).",
         )
-    raise UserError(f"{folder} holds no safetensors weights.", "Download the model again, with its *.safetensors files.")
+    raise UserError(
+        f"{folder} holds no safetensors weights.", "Download the model again, with its *.safetensors files."
+    )
 
 
 def read_index(folder: Path) -> dict[str, str]:
