@@ -377,7 +377,7 @@ def test_an_architecture_that_is_not_known_has_a_remedy(ternary: Path, tmp_path:
     file = tmp_path / "model.gguf"
     old, new = (struct.pack("<Q", 5) + name for name in (b"llama", b"mamba"))
     file.write_bytes(ternary.read_bytes().replace(old, new))
-    with pytest.raises(UserError, match="architecture mamba, and only .*llama") as refused:
+    with pytest.raises(UserError, match=r"architecture mamba, and only .*llama") as refused:
         read(file, tmp_path / "back")
     assert "pack MODEL --bits 4" in refused.value.hint
 

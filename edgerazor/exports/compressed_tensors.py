@@ -1,4 +1,4 @@
-"""compressed-tensors, the layout `pack-quantized`, for vLLM, SGLang and transformers: integers of 2 to 8 bits in groups.
+"""compressed-tensors, layout `pack-quantized`, for vLLM, SGLang and transformers: integers of 2 to 8 bits in groups.
 
 A linear layer [rows, cols] at path P becomes
 
@@ -8,7 +8,8 @@ A linear layer [rows, cols] at path P becomes
 
 Source: `PackedQuantizationCompressor` of the compressed-tensors package, version 0.20: 32 integers fill exactly `bits`
 words, whatever the width. vLLM takes group sizes of 32, 64, 128 or whole rows; it has had kernels for widths of 4 and 8
-for long, and since June 2026 for 2, 3, 5, 6 and 7, too (its pull requests 34556 and 46389). Scales are exact where the model computes in float16 (config.json asks for it) or float32; bfloat16 would round them.
+for long, and since June 2026 for 2, 3, 5, 6 and 7, too (its pull requests 34556 and 46389). Scales are exact where the
+model computes in float16 (config.json asks for it) or float32; bfloat16 would round them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """GGUF files of llama.cpp whose blocks are integers times one scale: ternary, Q4_0, Q8_0, and others by their content.
 
-`TQ1_0`, `TQ2_0`, `PTQ1_0`, `Q1_0`, `Q2_0`, `Q4_0`, `Q5_0` and `Q8_0` always are. `Q2_K` and `Q3_K` have sub-scales of their own:
-where these are whole multiples of one number, as in files that we wrote, the weights are integers times that; files of
-llama.cpp's quantizer seldom fit, and are refused by name. Floating tensors stay as they are.
+`TQ1_0`, `TQ2_0`, `PTQ1_0`, `Q1_0`, `Q2_0`, `Q4_0`, `Q5_0` and `Q8_0` always are. `Q2_K` and `Q3_K` have sub-scales of
+their own: where these are whole multiples of one number, as in files that we wrote, the weights are integers times
+that; files of llama.cpp's quantizer seldom fit, and are refused by name. Floating tensors stay as they are.
 
 Configuration and tokenizer come from `config.json` and `tokenizer.json` beside the file, if they are there, as those of
 the original model. Else they are rebuilt from the metadata, and what would compute otherwise is refused: scaled

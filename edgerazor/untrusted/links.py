@@ -1,4 +1,4 @@
-"""Links in a model's folder: one that leaves it would have somebody's other files read, and copied into what is made."""
+"""Links in a model's folder: one that leaves it would have other files read, and copied into what is made."""
 
 from __future__ import annotations
 
