@@ -113,6 +113,8 @@ class GgufFile:
                 "Give a file without rotation, or round the original model: `edgerazor pack MODEL --bits 4`.",
             )
         self.tensors: Mapping[str, Tensor] = self._infos(count)
+        if not self.tensors:
+            raise ValueError("it holds no tensors")
         alignment = self.metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise ValueError("its alignment is no power of two")
