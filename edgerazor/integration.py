@@ -26,6 +26,7 @@ from edgerazor.formats import INPUT_SCALE, LOW_INPUT_SCALE
 from edgerazor.kernels import StoredMatrix
 from edgerazor.models import load_tokenizer, quiet_transformers
 from edgerazor.packed import CHECKSUMS, SETTINGS, PackedModel
+from edgerazor.untrusted import vocabulary
 
 METHOD = "edgerazor"
 
@@ -271,8 +272,6 @@ def load(
     folder = Path(folder)
     open_folder(folder)  # transformers would hide which file is damaged, and how
     tokenizer = load_tokenizer(folder)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     with quiet_transformers():
         try:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
@@ -280,6 +279,7 @@ def load(
             raise
         except Exception as error:
             raise UserError(f"The packed model {folder} cannot be loaded: {_first_line(error)}.") from None
+    vocabulary.limit(tokenizer, model.get_input_embeddings().num_embeddings)
     surgery.keep_decoded(model, keep_decoded)
     return model.to(device).eval(), tokenizer
 

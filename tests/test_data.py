@@ -7,6 +7,7 @@ import json
 import logging
 import random
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,7 @@ def test_data_set_is_loaded_by_its_fields(monkeypatch: pytest.MonkeyPatch) -> No
     ("columns", "message"),
     [
         ({"story": ["one"], "id": [1]}, "data set 'who/what' has no column 'text'; its columns are 'story', 'id'"),
-        ({"text": ["one", None]}, "Row 1 of the data set 'who/what' has NoneType in column 'text'"),
+        ({"text": ["one", None]}, "Row 1 of the data set 'who/what' has nothing in column 'text'"),
     ],
 )
 def test_data_set_without_its_column(
@@ -175,6 +176,44 @@ def test_data_set_without_its_column(
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: Dataset.from_dict(columns))
     with pytest.raises(UserError, match=message):
         list(documents(Source(dataset="who/what")))
+
+
+TALK = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Nora."}]
+#: Rows of two kinds in one file: what a row does not have is null, or empty.
+BOTH_KINDS = [
+    {"messages": TALK, "text": None},
+    {"messages": None, "text": "one"},
+    {"messages": [], "text": "two"},
+    {"messages": TALK, "text": ""},
+    {"messages": None, "text": " "},  # a blank text, left out as ever
+]
+
+
+def kinds(found: Iterable[Any]) -> list[Any]:
+    return [each if isinstance(each, str) else [dict(message) for message in each.messages] for each in found]
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_null_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: str) -> None:
+    rows = [{column: row["messages"], "text": row["text"], "id": 1} for row in BOTH_KINDS]
+    (tmp_path / "both.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert kinds(documents(Source(file=str(tmp_path / "both.jsonl")))) == [TALK, "one", "two", TALK]
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: Dataset.from_list(rows))
+    assert kinds(documents(Source(dataset="who/what"))) == [TALK, "one", "two", TALK]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"text": None}, "Line 1 of .* has nothing in column 'text'"),
+        ({"text": None, "messages": None}, "Line 1 of .* has nothing in column 'text'"),
+        ({"messages": None, "id": 1}, "Line 1 of .* has nothing in column 'messages'"),
+    ],
+)
+def test_a_row_with_nothing_is_refused(tmp_path: Path, record: dict[str, Any], message: str) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=message):
+        list(documents(Source(file=str(tmp_path / "a.jsonl"))))
 
 
 @pytest.mark.parametrize("failure", [ConnectionError("no\nroute."), ValueError("Unknown split"), FileNotFoundError()])

@@ -23,6 +23,7 @@ LAYERS = (
     {"kernels"},
     {"formats", "losses"},
     {"recipe", "workdir", "console"},
+    {"untrusted"},
     {"registry"},
     {"errors"},
 )

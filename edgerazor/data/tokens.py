@@ -12,6 +12,7 @@ import torch
 
 from edgerazor.data import chat
 from edgerazor.data.sources import Document
+from edgerazor.untrusted import vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,7 +82,7 @@ def encode(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) ->
         `(ids [n] int32, learn [n] bool)` for each document.
 
     Raises:
-        UserError: a conversation cannot be encoded (see `chat.encode`).
+        UserError: a conversation cannot be encoded (see `chat.encode`), or the model does not know a token.
     """
     texts = iter(_encode_texts([each for each in documents if isinstance(each, str)], tokenizer))
     found = []
@@ -93,6 +94,7 @@ def encode(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) ->
             ids, learn = chat.encode(document, tokenizer)
             learn[:1] = False
             found.append((ids, learn))
+        vocabulary.check(tokenizer, found[-1][0])
     return found
 
 

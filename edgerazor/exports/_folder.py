@@ -78,9 +78,15 @@ def _made(piece: Piece) -> dict[str, Tensor]:
 
 
 def write_companions(model: PackedModel, folder: Path, **changes: Any) -> None:
-    """Write config.json, with changes in the place of our `quantization_config`, tokenizer and chat template."""
+    """Write config.json, with changes in the place of our `quantization_config`, tokenizer and chat template.
+
+    It says that the head is tied exactly where no matrix of its own is written.
+    """
     values = json.loads((model.folder / "config.json").read_text(encoding="utf-8"))
     values.pop("quantization_config", None)
+    for section in (values, values.get("text_config")):
+        if isinstance(section, dict):
+            section["tie_word_embeddings"] = bool(model.header.tied)
     write_json(folder / "config.json", dict(sorted((values | changes).items())))
     models.copy_companions(model.folder, folder)
 

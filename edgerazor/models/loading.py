@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from edgerazor.errors import UserError, usage_error
+from edgerazor.models.walking import drop_pages
+from edgerazor.untrusted import links, vocabulary, weights
 from edgerazor.workdir import digest_json, hash_file
 
 #: Files that make up a model: what is fetched from the hub, and what identifies a teacher.
 FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
-INDEX = "model.safetensors.index.json"
 #: Files beside config.json and weights that make a folder usable on its own: tokenizer, chat template, generation.
 COMPANIONS = (
     "tokenizer*",
@@ -75,11 +77,25 @@ def _snapshot(source: str, revision: str | None) -> Path:
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """Copy tokenizer, chat template and generation settings from one model folder into another."""
-    for pattern in COMPANIONS:
-        for file in sorted(source.glob(pattern)):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
+    """Copy tokenizer, chat template and generation settings from one model folder into another.
+
+    Raises:
+        UserError: one of them is a link that leaves the folder.
+    """
+    for file in _companions(source):
+        if file.is_file():
+            shutil.copyfile(file, folder / file.name)
+
+
+def _companions(folder: Path) -> list[Path]:
+    """Tokenizer, chat template and generation settings of a model folder.
+
+    Raises:
+        UserError: one of them is a link that leaves the folder.
+    """
+    found = sorted({file for pattern in COMPANIONS for file in folder.glob(pattern)})
+    links.refuse_leaving(folder, found)
+    return found
 
 
 def fingerprint(folder: Path) -> str:
@@ -170,6 +186,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
             f"{folder} has no tokenizer (tokenizer.json or tokenizer.model).",
             "Copy the tokenizer files of the original model into the folder.",
         )
+    _companions(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
@@ -198,7 +215,8 @@ def load(
     folder = resolve(str(source), revision)
     config = load_config(folder, trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code)
-    _check_weight_files(folder)
+    stored = weights.holders(folder)
+    weights.refuse_encoded(folder, stored)
     with quiet_transformers():
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -213,9 +231,11 @@ def load(
             )
         except Exception as error:
             raise UserError(f"The weights of {folder} cannot be loaded: {_first_line(error)}.") from None
-    _restore_tied_embedding(model, report, folder)
+    _restore_tied_embedding(model, report, stored)
     _refuse_incomplete(report, folder)
-    _complete_tokenizer(tokenizer)
+    weights.refuse_not_finite(folder, _mapped(model))
+    _say_untied(model)
+    vocabulary.limit(tokenizer, model.get_input_embeddings().num_embeddings)
     return model.to(device).eval(), tokenizer
 
 
@@ -289,37 +309,6 @@ def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
         ) from None
 
 
-def _check_weight_files(folder: Path) -> None:
-    """Say which file is missing or damaged; transformers would not."""
-    from safetensors import SafetensorError, safe_open
-
-    files = {file.name for file in folder.glob("*.safetensors")}
-    if not files:
-        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
-        reason = "; pickled weights (.bin) are not read, because loading them runs code" if pickled else ""
-        raise UserError(
-            f"{folder} holds no safetensors weights{reason}.",
-            "Convert them once: AutoModelForCausalLM.from_pretrained(...).save_pretrained(FOLDER)."
-            if pickled
-            else "Download the model again, with its *.safetensors files.",
-        )
-    if (folder / INDEX).exists():
-        try:
-            shards = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{folder / INDEX} is damaged.", "Download the model again.") from None
-        for name in sorted(shards - files):
-            raise UserError(f"{folder} lacks the weight file {name}, which its index names.", "Download it again.")
-    for name in sorted(files):
-        try:
-            with safe_open(folder / name, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"The weight file {folder / name} is damaged: {_first_line(error)}.", "Download the model again."
-            ) from None
-
-
 def _refuse_incomplete(report: dict, folder: Path) -> None:
     """Stop where transformers would fill in random weights."""
     for name, stored, wanted in sorted(report.get("mismatched_keys") or ()):
@@ -332,7 +321,7 @@ def _refuse_incomplete(report: dict, folder: Path) -> None:
         raise UserError(f"The weights of {folder} lack the tensor {missing[0]}{more}.")
 
 
-def _restore_tied_embedding(model: PreTrainedModel, report: dict, folder: Path) -> None:
+def _restore_tied_embedding(model: PreTrainedModel, report: dict, tensors: Mapping[str, Any]) -> None:
     """Some checkpoints of tied models store only `lm_head.weight`; give it to the embedding."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not model.config.get_text_config().tie_word_embeddings or head is None:
@@ -342,9 +331,10 @@ def _restore_tied_embedding(model: PreTrainedModel, report: dict, folder: Path) 
     missing, unexpected = set(report.get("missing_keys") or ()), set(report.get("unexpected_keys") or ())
     if embedding_name not in missing and head_name not in missing:
         return
-    stored = _find_stored(folder, {embedding_name, head_name})
-    if stored is None:
+    found = next((name for name in (embedding_name, head_name) if name in tensors), None)
+    if found is None:
         return
+    stored = tensors[found].get_tensor(found)
     with torch.no_grad():
         embedding.weight.copy_(stored.to(embedding.weight.dtype))
     head.weight = embedding.weight
@@ -352,20 +342,23 @@ def _restore_tied_embedding(model: PreTrainedModel, report: dict, folder: Path) 
     report["unexpected_keys"] = unexpected - {head_name}
 
 
-def _find_stored(folder: Path, names: set[str]) -> torch.Tensor | None:
-    from safetensors import safe_open
-
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in names & set(tensors.keys()):
-                return tensors.get_tensor(name)
-    return None
+def _mapped(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor of each parameter and stored buffer; what is mapped from its file leaves the memory again."""
+    for name, tensor in model.state_dict().items():
+        yield name, tensor
+        drop_pages(tensor)
 
 
-def _complete_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Batches need a padding token; one that the model has is as good as any, since padding is masked."""
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+def _say_untied(model: PreTrainedModel) -> None:
+    """Let the configuration say so where head and embedding are stored apart with different numbers, in place.
+
+    transformers then ties neither to the other, whatever the configuration says; other programs obey it.
+    """
+    head = model.get_output_embeddings()
+    if head is None or head.weight is model.get_input_embeddings().weight:
+        return
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
 
 
 class quiet_transformers:  # noqa: N801 - used as a context manager, like those of contextlib

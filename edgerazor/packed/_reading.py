@@ -34,6 +34,7 @@ from edgerazor.packed._header import (
 )
 from edgerazor.packed._threads import in_parallel
 from edgerazor.packed._writing import MatrixSource
+from edgerazor.untrusted import weights
 
 #: Bytes that are hashed and copied while they are in a core's cache.
 COPIED = 1 << 18
@@ -199,9 +200,11 @@ class PackedModel:
         """Read all tensors that are not quantized, checking their checksums.
 
         Raises:
-            UserError: one of them is damaged.
+            UserError: one of them is damaged, or holds a NaN or an infinity.
         """
-        return {name: self._tensor(name, entry.sha256) for name, entry in self.header.others.items()}
+        found = {name: self._tensor(name, entry.sha256) for name, entry in self.header.others.items()}
+        weights.refuse_not_finite(self.folder, found.items())
+        return found
 
     def input_scales(self) -> dict[str, float]:
         """`P.input_scale` and `P.low_input_scale` of the linear layers P where they are stored.

@@ -21,6 +21,7 @@ from edgerazor.models import PreTrainedTokenizerBase
 from edgerazor.recipe import Generate
 from edgerazor.runtime._sampling import Sampler
 from edgerazor.runtime._text import Detokenizer, Stops
+from edgerazor.untrusted import vocabulary
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -269,6 +270,7 @@ def encode(model: Model, prompt: Prompt, asked: Generate) -> list[int]:
         ids = text_tokens(tokenizer, prompt)
     else:
         raise usage_error("A prompt is text; messages are for a chat.", "Give `chat` too.")
+    vocabulary.check(tokenizer, ids)
     if not ids:
         raise usage_error("The prompt has no tokens, and the tokenizer has none that begins a text.")
     if len(ids) >= model.max_positions:

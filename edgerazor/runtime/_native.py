@@ -22,6 +22,7 @@ from edgerazor.runtime._base import Asked, Model, Score, Session, score_whole
 from edgerazor.runtime._families import EMBEDDING, HEAD, family_of, matrix_names, network
 from edgerazor.runtime._positions import Rotary, max_positions
 from edgerazor.runtime._weights import load_matrices, matrix_bytes
+from edgerazor.untrusted import vocabulary
 
 #: Tokens that are computed in one call, as many as the decoder takes through its layers at a time.
 CALL_TOKENS = 512
@@ -58,6 +59,7 @@ class NativeModel(Model):
             self.network = network(config, family, packed, matrices, self.rotary.features)
             self.network.check()
         self.tokenizer = load_tokenizer(packed.folder)
+        vocabulary.limit(self.tokenizer, self.network.vocabulary)
         self.vocabulary, self.max_positions = self.network.vocabulary, max_positions(config)
         self.cache_bytes_per_token = self.network.cell_bytes()
         sizes = {name: matrix_bytes(matrix) for name, matrix in matrices.items()}

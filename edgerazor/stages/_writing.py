@@ -19,6 +19,7 @@ from edgerazor.data import Conversation
 from edgerazor.errors import UserError
 from edgerazor.models import PreTrainedModel, PreTrainedTokenizerBase
 from edgerazor.recipe import Sampling
+from edgerazor.untrusted import vocabulary
 
 #: What to begin with: nothing, a text, or a conversation.
 Prompt = str | Conversation | None
@@ -147,6 +148,8 @@ class Writer:
             stops: tokens that end a text, beside the model's own.
             exactly: write so many tokens, whatever they are.
         """
+        for prompt in prompts:
+            vocabulary.check(self.tokenizer, prompt)
         longest = max(map(len, prompts))
         filled = [[self._padding()] * (longest - len(prompt)) + prompt for prompt in prompts]
         mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]

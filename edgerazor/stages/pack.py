@@ -29,7 +29,7 @@ from edgerazor.errors import UserError, usage_error
 from edgerazor.exports import ExportResult
 from edgerazor.imports import ImportResult
 from edgerazor.packed import MatrixSource
-from edgerazor.recipe import Recipe
+from edgerazor.recipe import Calibrate, Recipe
 from edgerazor.stages import _shared, _start
 from edgerazor.workdir import WorkDir, exports_of, make_folder, replace_folder, write_json
 
@@ -252,12 +252,17 @@ def read_foreign(path: Path, recipe: Recipe, work: WorkDir, console: Console, fo
             path,
             target,
             console,
-            activation_bits=asked.activation_bits,
-            kv_bits=asked.kv_bits,
+            activation_bits=_asked(asked, "activation_bits"),
+            kv_bits=_asked(asked, "kv_bits"),
             lossy=recipe.pack.allow_lossy,
         )
         written = exports.write_all(target, recipe.pack.export, work.exports, recipe.pack.allow_lossy, console)
     return ForeignResult(**dict(found), exports=written)
+
+
+def _asked(wanted: Calibrate, field: str) -> int | None:
+    """Bits that the user asked for; None where it is only the default for models that are trained here."""
+    return getattr(wanted, field) if field in wanted.model_fields_set else None
 
 
 def _is_import(folder: Path) -> bool:
