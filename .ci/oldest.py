@@ -1,6 +1,6 @@
 """The oldest versions that pyproject.toml allows, as requirements: `python .ci/oldest.py > requirements.txt`.
 
-Of every dependency, those of development included, the lower bound of its range; what they need in turn is pip's choice.
+Of every dependency, those of development included, the lower bound; what they need in turn is pip's choice.
 """
 
 from __future__ import annotations
