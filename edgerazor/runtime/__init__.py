@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from edgerazor import integration
-from edgerazor.errors import usage_error
+from edgerazor.errors import MOST_THREADS, plain, usage_error
 from edgerazor.runtime._base import Model, Score, Session
 from edgerazor.runtime._families import NotNativeError
 from edgerazor.runtime._generation import Chat, Generation, Stream
@@ -53,9 +53,9 @@ def load(
     """
     if engine is not None and engine not in ENGINES:
         raise usage_error(f"There is no engine called {engine!r}.", f"Known: {', '.join(ENGINES)}.")
-    threads = torch.get_num_threads() if threads is None else threads
-    if threads < 1:
-        raise usage_error(f"A model runs on at least 1 thread, not {threads}.")
+    threads = min(torch.get_num_threads(), MOST_THREADS) if threads is None else threads
+    if type(threads) is not int or not 1 <= threads <= MOST_THREADS:
+        raise usage_error(f"A model runs on 1 to {MOST_THREADS} threads, not {plain(threads, 50)}.")
     folder = Path(folder)
     if engine == "transformers":
         return TransformersModel(folder, threads, None)
