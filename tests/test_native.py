@@ -115,7 +115,8 @@ def test_a_build_that_cannot_be_written_is_a_sentence(tmp_path, monkeypatch, cap
     monkeypatch.setattr(build, "_run", lambda command: "x86_64-linux-gnu")
     assert build.main() == 1
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2 and all(line.startswith("the kernels were not built: ") for line in said)
+    assert len(said) == 2
+    assert all(line.startswith("the kernels were not built: ") for line in said)
 
 
 @needs_library

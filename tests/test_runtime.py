@@ -643,7 +643,7 @@ def test_numbers_that_are_none(packer: Packer, make_model: ModelMaker, tmp_path:
 
 
 def in_child(work: Callable[[], bool]) -> int:
-    """The exit code of a fork that does this: 0 where it is so, 1 where not, 2 for another error; killed if it hangs."""
+    """The exit code of a fork that does this: 0 where it is so, 1 where not, 2 for an error; killed if it hangs."""
     child = os.fork()
     if child == 0:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -714,7 +714,8 @@ def test_norms_and_biases_are_not_read_from_the_file_again(packer: Packer, tmp_p
         kept = ours.network.layers[0]  # type: ignore[attr-defined]
         mapped = packed.PackedModel.open(tmp_path / "packed").others()
         assert torch.equal(kept.q.bias, mapped["model.layers.0.self_attn.q_proj.bias"])
-        assert "packed" not in regions_of(kept.q.bias) and "packed" not in regions_of(kept.before_mlp.weight)
+        assert "packed" not in regions_of(kept.q.bias)
+        assert "packed" not in regions_of(kept.before_mlp.weight)
 
 
 @needs_native
@@ -723,6 +724,14 @@ def test_absurd_numbers_of_threads(packer: Packer, threads: Any) -> None:
     with pytest.raises(UserError, match="runs on 1 to 1024 threads") as caught:
         runtime.load(packer("llama"), threads=threads)
     assert caught.value.code == USAGE
+
+
+@pytest.mark.parametrize("threads", [0, 1025, 1_000_000, 10**20])
+def test_absurd_numbers_of_threads_in_a_recipe(threads: int) -> None:
+    for values in ({"threads": threads}, {"bench": {"threads": [threads]}}):
+        with pytest.raises(UserError) as caught:
+            build(values, "The recipe")
+        assert caught.value.code == USAGE
 
 
 @pytest.mark.parametrize("engine", runtime.ENGINES)
@@ -740,7 +749,8 @@ def test_what_is_no_token_is_refused(packer: Packer, engine: str) -> None:
         for call in (ours.logits, session.feed, lambda ids: ours.score([(ids, [[1]])])):
             with pytest.raises(UserError) as caught:
                 call(ids)
-            assert caught.value.code == USAGE and len(caught.value.message) < 300
+            assert caught.value.code == USAGE
+            assert len(caught.value.message) < 300
     for last in (0, 3, -1, 1.0, True, "1"):
         with pytest.raises(UserError, match="no logits of the last"):
             ours.logits([1, 2], last=last)  # type: ignore[arg-type]
@@ -778,5 +788,5 @@ def test_logits_that_are_not_finite_at_sixteen_bits(packer: Packer, make_model: 
         lambda: ours.generate("Nora took", max_tokens=2),
     ]
     for call in calls:
-        with pytest.raises(UserError, match="infinite or none|not finite"):
+        with pytest.raises(UserError, match=r"infinite or none|not finite"):
             call()

@@ -331,10 +331,10 @@ def as_list(ids: Ids) -> list[int]:
     Raises:
         UserError: they are not tokens of one sequence.
     """
-    found = ids.tolist() if isinstance(ids, Tensor) else list(ids)
-    if not isinstance(found, list) or not all(type(each) is int for each in found):
+    found = as_tensor(ids)
+    if found.dim() != 1:
         raise usage_error("Tokens of a sequence are whole numbers, [T].")
-    return found
+    return found.tolist()
 
 
 # Scores of whole sequences ------------------------------------------------------------------------------------------
