@@ -45,7 +45,9 @@ def load(
         folder: what `edgerazor pack` wrote.
         threads: to compute with; None for as many as torch has.
         mmap: read weights in place, from the mapped file, for machines with little memory; else they are copied once
-            into memory with huge pages, which is faster.
+            into memory with huge pages, which is faster, and the native engine reads nothing of the file any more. A
+            mapped file must stay as it is: where another program cuts it, the system ends the process (SIGBUS).
+            Replacing it by renaming another one is safe. The transformers engine always maps, as does a teacher.
         engine: one of `ENGINES`; None for `native` where it can.
 
     Raises:
