@@ -334,7 +334,8 @@ def as_list(ids: Ids) -> list[int]:
     found = as_tensor(ids)
     if found.dim() != 1:
         raise usage_error("Tokens of a sequence are whole numbers, [T].")
-    return found.tolist()
+    tokens: list[int] = found.tolist()
+    return tokens
 
 
 # Scores of whole sequences ------------------------------------------------------------------------------------------
