@@ -5,6 +5,9 @@ from __future__ import annotations
 #: Exit codes of the command line.
 DONE, FAILED, USAGE, QUALITY, INTERRUPTED = 0, 1, 2, 3, 130
 
+#: Threads that may be asked for: more than the cores of any machine, and few enough to be created on all of them.
+MOST_THREADS = 1024
+
 
 class UserError(Exception):
     """A failure the user can act on, printed as one sentence and never as a traceback.

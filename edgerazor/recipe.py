@@ -25,7 +25,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from edgerazor.errors import UserError, usage_error
+from edgerazor.errors import MOST_THREADS, UserError, usage_error
 from edgerazor.registry import unknown
 
 MINIMUM_BITS, MAXIMUM_BITS = 1.58, 8.0
@@ -391,6 +391,8 @@ class Bench(Strict):
         least = 1 if info.field_name == "threads" else 0
         if any(each < least for each in value):
             raise ValueError(f"each of {', '.join(map(str, value))} must be at least {least}")
+        if info.field_name == "threads" and any(each > MOST_THREADS for each in value):
+            raise ValueError(f"each must be at most {MOST_THREADS}")
         return tuple(sorted(set(value)))
 
 
@@ -440,7 +442,7 @@ class Recipe(Strict):
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     seed: int = Field(0, ge=0, description="of data order, initialisation and generated text")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    threads: int | None = Field(None, ge=1, description="CPU threads; all cores when absent")
+    threads: int | None = Field(None, ge=1, le=MOST_THREADS, description="CPU threads; all cores when absent")
     compare: dict[str, str] = Field(default_factory=dict, description="other packed folders measured beside this one")
     data: Data = Data()
     sampling: Sampling = Sampling()
