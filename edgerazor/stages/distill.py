@@ -111,6 +111,7 @@ def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
         "held_out": _shared.held_out_fingerprint(recipe),
         "data.sequence_length": str(recipe.data.sequence_length),
         "data.packing": recipe.data.packing,
+        **_shared.template_settings(recipe),
         "seed": str(recipe.seed),
         "sequences per step": str(settings.batch_size * settings.accumulation * _shared.processes()),
         **found,
@@ -459,7 +460,8 @@ def prepare(recipe: Recipe, work: WorkDir, imagined: bool = False) -> Job:
     others = _objective.load_others(recipe, accelerator.device, dtype)
     length = min(_shared.sequence_length(recipe, each) for each in (teacher, *(other.model for other in others)))
     imagine_text = imagined and not (recipe.data.train or work.generated_text.exists())
-    rows, held_out = imagined_text(length) if imagine_text else _shared.open_text(recipe, work, tokenizer, length)
+    kept = _shared.sequence_length(recipe, teacher)  # by which `eval` will know what was held out
+    rows, held_out = imagined_text(length) if imagine_text else _shared.open_text(recipe, work, tokenizer, length, kept)
     calibrated = None if imagined else work
     how = _shared.settings_of(plan, structure, calibrated)
     input_scales = _shared.input_scales(plan, teacher, structure, calibrated)
