@@ -82,6 +82,10 @@ class Data(Strict):
     packing: Literal["stream", "document"] = Field(
         "stream", description="stream: full sequences across documents; document: one in each, padded to the longest"
     )
+    bos: Literal["auto", "text"] = Field(
+        "auto",
+        description="auto: every sequence begins with BOS if the tokenizer adds one; text: only where a text begins",
+    )
     template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="what chat templates are given beside messages: {enable_thinking: false}"
     )
@@ -96,9 +100,7 @@ class Sampling(Strict):
     answer_tokens: int = Field(1024, ge=1, description="most tokens of an answer or a text; longer answers are dropped")
     prompt_tokens: int = Field(64, ge=1, description="tokens of a text that the teacher goes on from")
     batch_size: int = Field(32, ge=1, description="prompts side by side")
-    thinking: bool = Field(
-        False, description="let the assistant think before it answers, where its template can say so"
-    )
+    thinking: bool = Field(False, description="let the assistant think first, where its template can say so")
 
 
 class Override(Strict):
@@ -299,7 +301,7 @@ class Rung(Strict):
 class Distill(Strict):
     """Training the student. The loss weights are EdgeRazor's for Qwen3 (arXiv 2605.04062)."""
 
-    steps: int | None = Field(None, ge=1, description="optimizer steps (default 1000 when no budget is given)")
+    steps: int | None = Field(None, ge=1, description="optimizer steps (no budget: 1000, or 16 passes over the data)")
     tokens: int | None = Field(None, ge=1, description="training tokens; stops at the first budget reached")
     max_time: float | None = Field(None, gt=0, description="seconds of training, counted across resumes")
     train: Literal["all", "scales"] = Field(

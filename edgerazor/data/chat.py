@@ -200,7 +200,7 @@ def names_in(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     for template in found.values() if isinstance(found, dict) else [found] if found else []:
         before = ""
         try:
-            for _, kind, word in jinja2.Environment().lex(str(template)):  # noqa: S701 (nothing is rendered)
+            for _, kind, word in jinja2.Environment().lex(str(template)):
                 if kind == "name" and before != ".":
                     names.add(word)
                 before = word if kind != "whitespace" else before
@@ -224,7 +224,7 @@ def check_options(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
         if name not in known:
             raise usage_error(
                 f"`data.template_kwargs` sets {plain(name)}, which the tokenizer's chat template does not know.",
-                "Take it out, or spell it as the model's template does (chat_template.jinja, or tokenizer_config.json).",
+                "Take it out, or spell it as the template does (chat_template.jinja or tokenizer_config.json).",
             )
 
 

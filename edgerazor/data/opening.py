@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from edgerazor.data import chat
 from edgerazor.data.held_out import split_held_out
@@ -11,7 +11,7 @@ from edgerazor.data.packing import Packing, cuts
 from edgerazor.data.rows import TokenRows
 from edgerazor.data.sources import documents
 from edgerazor.data.streaming import StreamedRows
-from edgerazor.data.tokens import Tokens, tokenize
+from edgerazor.data.tokens import Tokens, prefix_of, tokenize
 from edgerazor.errors import UserError, usage_error
 from edgerazor.recipe import Source
 
@@ -29,6 +29,7 @@ def open_rows(
     held_out_rows: int = 256,
     template_kwargs: Mapping[str, Any] | None = None,
     held_out_length: int | None = None,
+    bos: Literal["auto", "text"] = "auto",
 ) -> tuple[TokenRows, TokenRows | None]:
     """Read and tokenize a mixture of sources.
 
@@ -42,6 +43,7 @@ def open_rows(
         held_out_rows: of a streamed source, the first rows instead, where the fraction is not 0.
         template_kwargs: what the chat template is given beside the messages.
         held_out_length: the length by which the held-out share is chosen; of the rows where it is None.
+        bos: `auto`: every row begins with the BOS of a tokenizer that adds one; `text`: rows where a text begins.
 
     Returns:
         `(training rows, held-out rows)`; the latter None when the fraction is 0. No token is in both.
@@ -53,16 +55,17 @@ def open_rows(
         raise usage_error("There is no text: the list of sources is empty.", "Name a text file with --data FILE.")
     options = dict(template_kwargs or {})
     chat.check_options(tokenizer, options)
+    prefix = prefix_of(tokenizer) if bos == "auto" else ()
     training: list[Tokens | StreamedRows] = []
     held_out: list[Tokens] = []
     for number, source in enumerate(sources):
         if source.streaming:
             kept = held_out_rows if held_out_fraction else 0
-            stream = StreamedRows(source, tokenizer, length, packing, (seed, number), kept, options)
+            stream = StreamedRows(source, tokenizer, length, packing, (seed, number), kept, options, prefix)
             training.append(stream)
             held_out += [stream.held_out] if kept else []
             continue
-        tokens = tokenize(documents(source), tokenizer, options)
+        tokens = tokenize(documents(source), tokenizer, options, prefix)
         if not len(cuts(tokens, length, packing)):
             raise _nothing(source, len(tokens))
         if held_out_fraction:

@@ -38,7 +38,7 @@ def cuts(tokens: Tokens, length: int, packing: Packing) -> np.ndarray:
 
 
 def pieces(tokens: Tokens, length: int, packing: Packing) -> np.ndarray:
-    """All tokens in pieces of at most a row, `[P, 2]` int64 as above: also those from which nothing can be predicted."""
+    """All tokens in pieces of at most a row, `[P, 2]` int64: also those from which nothing can be predicted."""
     starts = tokens.starts if packing == "document" else np.zeros(min(1, len(tokens)), dtype=np.int64)
     stops = np.append(starts[1:], len(tokens))[: len(starts)]
     if tokens.prefix:

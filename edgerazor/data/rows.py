@@ -181,6 +181,15 @@ class TokenRows:
         """Number of different tokens, over all sources that lie in memory, padding not counted."""
         return sum(source.tokens for source in self._sources if isinstance(source, SourceRows))
 
+    def passes(self, count: int) -> float:
+        """How often the first `count >= 0` training rows go through the source that they repeat most; 0 of streams."""
+        found = [
+            count * share / len(source)
+            for share, source in zip(self._shares, self._sources, strict=True)
+            if isinstance(source, SourceRows)
+        ]
+        return max(found, default=0.0)
+
     @property
     def tokens_per_row(self) -> float:
         """Tokens that a training row takes: the full length in `stream` packing, on average in `document` packing."""

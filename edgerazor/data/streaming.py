@@ -52,6 +52,7 @@ class StreamedRows:
         seed: of the order within a block: any non-negative numbers.
         held_out_rows: rows at the beginning of the stream that training never sees.
         options: what the chat template is given beside the messages.
+        prefix: what every row begins with; by default `prefix_of`.
 
     Raises:
         UserError: the data set cannot be read, or holds nothing beyond the held-out rows.
@@ -66,10 +67,12 @@ class StreamedRows:
         seed: tuple[int, ...],
         held_out_rows: int = 0,
         options: Mapping[str, Any] | None = None,
+        prefix: tuple[int, ...] | None = None,
     ) -> None:
         self._source, self._tokenizer = source, tokenizer
         self._length, self._packing, self._seed = length, packing, seed
-        self._prefix, self._options = prefix_of(tokenizer), options
+        self._prefix = prefix_of(tokenizer) if prefix is None else prefix
+        self._options = options
         rows = self._read(BEGINNING)
         self._held_out = [piece for _, piece in islice(rows, held_out_rows)]
         first = next(rows, None)

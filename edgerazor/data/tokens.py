@@ -98,14 +98,17 @@ def prefix_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 def tokenize(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any] | None = None
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    options: Mapping[str, Any] | None = None,
+    prefix: tuple[int, ...] | None = None,
 ) -> Tokens:
-    """All documents as one stream of tokens (see `encode`)."""
+    """All documents as one stream of tokens (see `encode`), whose rows begin with `prefix` (by default `prefix_of`)."""
     pieces: list[tuple[np.ndarray, np.ndarray]] = []
     documents = iter(documents)
     while some := list(islice(documents, TOGETHER)):
         pieces += encode(some, tokenizer, options)
-    return Tokens.of(pieces, prefix_of(tokenizer))
+    return Tokens.of(pieces, prefix_of(tokenizer) if prefix is None else prefix)
 
 
 def encode(

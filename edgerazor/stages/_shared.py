@@ -139,16 +139,17 @@ def held_out_fingerprint(recipe: Recipe) -> str:
     return f"{recipe.data.held_out_fraction:g}{streamed} of {data_fingerprint(recipe)}, spread over it"
 
 
-def template_settings(recipe: Recipe) -> dict[str, str]:
-    """What chat templates are given, as the readable part of a fingerprint; nothing where nothing is given."""
-    given = recipe.data.template_kwargs
-    return {"data.template_kwargs": json.dumps(given, sort_keys=True, default=str)} if given else {}
+def text_settings(recipe: Recipe) -> dict[str, str]:
+    """What decides how text becomes tokens, as the readable part of a fingerprint; nothing where all is as usual."""
+    given, bos = recipe.data.template_kwargs, recipe.data.bos
+    found = {"data.template_kwargs": json.dumps(given, sort_keys=True, default=str)} if given else {}
+    return found if bos == "auto" else {**found, "data.bos": bos}
 
 
 def row_settings(recipe: Recipe) -> dict[str, str]:
     """What, beside sources, packing and length, decides which rows are trained on, as part of a fingerprint."""
     kept = {} if recipe.data.held_out else {"data.held_out_fraction": f"{recipe.data.held_out_fraction:g}, spread"}
-    return kept | template_settings(recipe)
+    return kept | text_settings(recipe)
 
 
 def context(model: PreTrainedModel) -> int:
@@ -188,10 +189,17 @@ def open_text(
         asked.held_out_rows,
         options,
         held_out_length,
+        asked.bos,
     )
     if held_out is None:
         held_out, _ = data.open_rows(
-            asked.held_out, tokenizer, length, recipe.seed, packing=asked.packing, template_kwargs=options
+            asked.held_out,
+            tokenizer,
+            length,
+            recipe.seed,
+            packing=asked.packing,
+            template_kwargs=options,
+            bos=asked.bos,
         )
     return rows, held_out
 

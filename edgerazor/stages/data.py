@@ -180,7 +180,7 @@ def settings(recipe: Recipe, source: Source | None) -> dict[str, str]:
         "prompts": data.fingerprint([source]) if source else "none",
         "seed": str(recipe.seed),
         **_shared.settings("sampling", recipe.sampling),
-        **_shared.template_settings(recipe),
+        **_shared.text_settings(recipe),
     }
 
 

@@ -173,7 +173,7 @@ def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
         found["text.held_out_fraction"] = "all" if recipe.data.held_out else f"{recipe.data.held_out_fraction}, spread"
         found["text.sequence_length"] = str(recipe.data.sequence_length)
         found["text.packing"] = recipe.data.packing
-        found |= _shared.template_settings(recipe)
+        found |= _shared.text_settings(recipe)
         if any(source.streaming for source in sources):
             found["text.held_out_rows"] = str(recipe.data.held_out_rows)
     return found
@@ -493,6 +493,7 @@ def _held_out(recipe: Recipe, sources: tuple[Source, ...], subject: Subject) -> 
         asked.packing,
         asked.held_out_rows,
         asked.template_kwargs,
+        bos=asked.bos,
     )
     return held_out if fraction else rows
 
