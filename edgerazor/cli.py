@@ -487,6 +487,9 @@ def write_data(
     answer_tokens: Annotated[int | None, Option("--answer-tokens", help="Most tokens of an answer or a text.")] = None,
     prompt_tokens: Annotated[int | None, Option("--prompt-tokens", help="Tokens of a text to go on from.")] = None,
     batch_size: Annotated[int | None, Option("--batch-size", help="Prompts side by side.")] = None,
+    thinking: Annotated[
+        bool | None, Option("--thinking/--no-thinking", help="Think before an answer, if the template can say so.")
+    ] = None,
     revision: Revision = None,
     trust_remote_code: Remote = None,
     recipe: RecipeFile = None,
@@ -509,6 +512,7 @@ def write_data(
         answer_tokens=answer_tokens,
         prompt_tokens=prompt_tokens,
         batch_size=batch_size,
+        thinking=thinking,
     )
     asked = assemble(values, None, recipe)
     from edgerazor.stages import data as stage_module

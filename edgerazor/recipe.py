@@ -72,13 +72,22 @@ class Data(Strict):
     train: tuple[Source, ...] = Field((), description="mixture for calibrate and distill; empty: text of the teacher")
     held_out: tuple[Source, ...] = Field((), description="text to measure on; empty: held_out_fraction of the mixture")
     generated_tokens: int = Field(65536, ge=512, description="about how many the teacher writes where train is empty")
-    held_out_fraction: float = Field(0.05, gt=0, lt=0.5, description="share of each source kept for measuring")
+    held_out_fraction: float = Field(
+        0.05, gt=0, lt=0.5, description="share of each source kept for measuring, spread over it"
+    )
     held_out_rows: int = Field(
         256, ge=1, description="of a streamed source, which has no end, these first ones instead"
     )
     sequence_length: int = Field(1024, ge=8, description="tokens per sequence (at most what the model takes)")
     packing: Literal["stream", "document"] = Field(
         "stream", description="stream: full sequences across documents; document: one in each, padded to the longest"
+    )
+    bos: Literal["auto", "text"] = Field(
+        "auto",
+        description="auto: every sequence begins with BOS if the tokenizer adds one; text: only where a text begins",
+    )
+    template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="what chat templates are given beside messages: {enable_thinking: false}"
     )
 
 
@@ -91,6 +100,7 @@ class Sampling(Strict):
     answer_tokens: int = Field(1024, ge=1, description="most tokens of an answer or a text; longer answers are dropped")
     prompt_tokens: int = Field(64, ge=1, description="tokens of a text that the teacher goes on from")
     batch_size: int = Field(32, ge=1, description="prompts side by side")
+    thinking: bool = Field(False, description="let the assistant think first, where its template can say so")
 
 
 class Override(Strict):
@@ -291,7 +301,7 @@ class Rung(Strict):
 class Distill(Strict):
     """Training the student. The loss weights are EdgeRazor's for Qwen3 (arXiv 2605.04062)."""
 
-    steps: int | None = Field(None, ge=1, description="optimizer steps (default 1000 when no budget is given)")
+    steps: int | None = Field(None, ge=1, description="optimizer steps (no budget: 1000, or 16 passes over the data)")
     tokens: int | None = Field(None, ge=1, description="training tokens; stops at the first budget reached")
     max_time: float | None = Field(None, gt=0, description="seconds of training, counted across resumes")
     train: Literal["all", "scales"] = Field(

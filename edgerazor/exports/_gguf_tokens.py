@@ -17,6 +17,7 @@ from typing import Any
 
 import gguf
 
+from edgerazor.data import around_text
 from edgerazor.errors import UserError
 from edgerazor.models import PreTrainedTokenizerBase
 
@@ -194,11 +195,8 @@ def _fill(found: Vocabulary, pieces: dict[str, int], added: dict[int, Any], size
 
 def _ends(about: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
     """Whether one text gets a first and a last special token."""
-    ids = tokenizer("a")["input_ids"]
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    at = next((i for i in range(len(ids)) if ids[i : i + len(bare)] == bare), 0)
-    before, after = ids[:at], ids[at + len(bare) :]
-    if before not in ([], [tokenizer.bos_token_id]) or after not in ([], [tokenizer.eos_token_id]):
+    before, after = around_text(tokenizer)
+    if before not in ((), (tokenizer.bos_token_id,)) or after not in ((), (tokenizer.eos_token_id,)):
         raise _refused("it puts other tokens than the first and the last one around a text")
     return bool(before), bool(after)
 

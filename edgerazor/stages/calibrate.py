@@ -92,6 +92,7 @@ def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
         "data": _shared.data_fingerprint(recipe),
         "data.sequence_length": str(recipe.data.sequence_length),
         "data.packing": recipe.data.packing,
+        **_shared.row_settings(recipe),
         "seed": str(recipe.seed),
         **_shared.settings("calibrate", recipe.calibrate, skip=("batch_size",)),
     }
@@ -242,6 +243,7 @@ def statistics_identity(recipe: Recipe) -> dict[str, Any]:
     asked = {
         "model": _shared.teacher_fingerprint(recipe),
         "data": [_shared.data_fingerprint(recipe), recipe.data.sequence_length, recipe.data.packing],
+        **_shared.row_settings(recipe),
         "seed": recipe.seed,
         "settings": {name: getattr(settings, name) for name in names},
         "holds": ["damage", "alone"] if measured else [],

@@ -84,7 +84,9 @@ def run(
     began = time.monotonic()
     teacher, tokenizer = _shared.load_teacher(recipe, device, _shared.reading_dtype(device))
     context = _shared.context(teacher)
-    writer = _writing.Writer(teacher, tokenizer, recipe.sampling, recipe.seed, context)
+    data.check_options(tokenizer, recipe.data.template_kwargs)
+    options = {**data.thinking_options(tokenizer, recipe.sampling.thinking), **recipe.data.template_kwargs}
+    writer = _writing.Writer(teacher, tokenizer, recipe.sampling, recipe.seed, context, options)
     make_folder(out.parent)
     done = Written() if force else whole_batches(out, recipe.sampling.batch_size)
     if done.batches:
@@ -178,6 +180,7 @@ def settings(recipe: Recipe, source: Source | None) -> dict[str, str]:
         "prompts": data.fingerprint([source]) if source else "none",
         "seed": str(recipe.seed),
         **_shared.settings("sampling", recipe.sampling),
+        **_shared.text_settings(recipe),
     }
 
 

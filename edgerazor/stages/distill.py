@@ -53,7 +53,10 @@ from edgerazor.stages._optimizer import make_optimizer, schedule, set_rate
 from edgerazor.workdir import WorkDir, make_folder, replace_folder, write_json, write_text
 
 NAME = "distill"
-DEFAULT_STEPS = 1000
+#: Steps where no budget is given; fewer of them where the data would be read more often than so many times.
+DEFAULT_STEPS, DEFAULT_PASSES = 1000, 16
+#: Passes over the data up to which they are about as good as new data (Muennighoff et al., arXiv 2305.16264).
+GOOD_PASSES = 4
 STUDENT_FILES = ("model.safetensors", "digests.json", "measured.json")
 
 Batch = dict[str, Tensor]
@@ -111,6 +114,7 @@ def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
         "held_out": _shared.held_out_fingerprint(recipe),
         "data.sequence_length": str(recipe.data.sequence_length),
         "data.packing": recipe.data.packing,
+        **_shared.text_settings(recipe),
         "seed": str(recipe.seed),
         "sequences per step": str(settings.batch_size * settings.accumulation * _shared.processes()),
         **found,
@@ -177,8 +181,13 @@ class Job:
         if self.settings.tokens:
             limits.append(math.ceil(self.settings.tokens / self.tokens_per_step))
         if not limits and not self.settings.max_time:
-            limits.append(DEFAULT_STEPS)
+            limits.append(self.default_steps())
         return min(limits) if limits else None
+
+    def default_steps(self) -> int:
+        """Without a budget: 1000, but no more than read the smallest source 16 times."""
+        passes = self.rows.passes(DEFAULT_STEPS * self.rows_per_step)
+        return DEFAULT_STEPS if passes <= DEFAULT_PASSES else max(1, int(DEFAULT_STEPS * DEFAULT_PASSES / passes))
 
     def seconds(self) -> float:
         """Training time so far, resumes included."""
@@ -211,6 +220,7 @@ def run(recipe: Recipe, work: WorkDir, console: Console, fresh: bool = False) ->
         begin(work, console, fresh)
     job.accelerator.wait_for_everyone()
     _objective.say_who_teaches(recipe, job.terms, job.teachers, console)
+    say_passes(job, console)
     resume(job, work, console)
     with watch_signals() as signals:
         look(job, work, identity, "initialise", 0)
@@ -220,6 +230,18 @@ def run(recipe: Recipe, work: WorkDir, console: Console, fresh: bool = False) ->
         train(job, work, identity, signals, console)
     job.accelerator.wait_for_everyone()
     return finish(job, work)
+
+
+def say_passes(job: Job, console: Console) -> None:
+    """How often the training reads its data; a warning where that is more than a few times."""
+    if not (job.steps and len(job.rows)):  # limited by the clock alone, or a stream
+        return
+    passes = job.rows.passes(job.steps * job.rows_per_step)
+    said = f"{job.steps:,} steps read the {len(job.rows):,} sequences of the data {passes:.1f} times"
+    if passes > GOOD_PASSES:
+        console.warn(f"{said}; more text (--data FILE) would teach more than repeating it over {GOOD_PASSES} times.")
+    else:
+        console.say(f"{said}.")
 
 
 def train(job: Job, work: WorkDir, identity: dict[str, str], signals: Signals, console: Console) -> None:
@@ -459,7 +481,11 @@ def prepare(recipe: Recipe, work: WorkDir, imagined: bool = False) -> Job:
     others = _objective.load_others(recipe, accelerator.device, dtype)
     length = min(_shared.sequence_length(recipe, each) for each in (teacher, *(other.model for other in others)))
     imagine_text = imagined and not (recipe.data.train or work.generated_text.exists())
-    rows, held_out = imagined_text(length) if imagine_text else _shared.open_text(recipe, work, tokenizer, length)
+    kept = _shared.sequence_length(recipe, teacher)  # by which `eval` will know what was held out
+    if imagine_text:
+        rows, held_out = imagined_text(length, recipe.data.generated_tokens)
+    else:
+        rows, held_out = _shared.open_text(recipe, work, tokenizer, length, kept)
     calibrated = None if imagined else work
     how = _shared.settings_of(plan, structure, calibrated)
     input_scales = _shared.input_scales(plan, teacher, structure, calibrated)
@@ -492,9 +518,9 @@ def uses_bfloat16(settings: Distill, device: torch.device) -> bool:
     return settings.precision == "bfloat16" or (settings.precision == "auto" and _shared.fast_bfloat16(device))
 
 
-def imagined_text(length: int) -> tuple[data.TokenRows, data.TokenRows]:
-    """Rows of some small token ids, for a dry run without text."""
-    rows = data.TokenRows([np.arange(64 * length, dtype=np.int32) % 16], [1.0], length)
+def imagined_text(length: int, tokens: int) -> tuple[data.TokenRows, data.TokenRows]:
+    """Rows of some small token ids, as many as the teacher would write, for a dry run without text."""
+    rows = data.TokenRows([np.arange(max(length, tokens), dtype=np.int32) % 16], [1.0], length)
     return rows, rows
 
 
