@@ -103,6 +103,10 @@ class LayerAdaptiveFeatureDistillation(Loss):
             sums[self._statistic(layer)] = (found * sample_weights(labels, 1, found.dtype)).sum()
         return sums
 
+    def compared_layers(self, totals: StepTotals) -> tuple[int, ...]:
+        """See `Loss`."""
+        return self.chosen(totals)
+
     def chosen(self, totals: StepTotals) -> tuple[int, ...]:
         """The layers that this step matches."""
         if not self.layers:
