@@ -548,7 +548,7 @@ def test_edgeqat_weighs_its_losses_as_published() -> None:
 
 def test_logits_that_are_kept_are_those_that_would_be_made() -> None:
     labels = labels_for(4, 9)
-    teacher, _ = through_head(4, 9, 3)
+    teacher, _ = through_head(4, 9, 3, 6, VOCABULARY)
     kept, positions = dataclasses.replace(teacher), predicting(labels).flatten().nonzero().flatten()
     kept.keep_logits(positions, len(positions) * VOCABULARY - 1)
     assert kept._kept is None  # too many
