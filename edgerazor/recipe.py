@@ -281,7 +281,9 @@ class Rung(Strict):
     What is not given here is as in the rest of `distill`.
     """
 
-    train: Literal["all", "scales"] = Field("all", description="scales: codes stay; scales, norm gains, biases are trained")
+    train: Literal["all", "scales"] = Field(
+        "all", description="scales: codes stay; scales, norm gains, biases are trained"
+    )
     share: float = Field(1.0, gt=0, description="of the budget left after reconstruction, relative to the other rungs")
     losses: tuple[LossTerm, ...] | None = Field(None, min_length=1, description="another objective")
     learning_rate: float | None = Field(None, gt=0, description="another peak")

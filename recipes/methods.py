@@ -100,7 +100,13 @@ EDGERAZOR = terms(ce=0.1, eakld=2.0, lafd=0.1)
 #: whose KL is a sum over the tokens of a sequence.
 EDGEQAT: Values = {
     "calibrate": {"scales": "learned", "query_bits": 8, "probability_bits": 8},
-    **terms({"temperature": 2.0, "options": {"reduction": "sum"}}, ce=0.5, forward_kl=0.5, qk_entropy=1.0, attention_cosine=1.0),
+    **terms(
+        {"temperature": 2.0, "options": {"reduction": "sum"}},
+        ce=0.5,
+        forward_kl=0.5,
+        qk_entropy=1.0,
+        attention_cosine=1.0,
+    ),
 }
 LEARNED: Values = {"calibrate": {"scales": "learned"}, **terms(forward_kl=1.0)}
 BLOCKS: Values = recipes.merge(EDGERAZOR, {"distill": {"reconstruct": {"steps": 48, "sequences": 128}}})

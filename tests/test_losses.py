@@ -516,6 +516,17 @@ def test_several_teachers_are_one_with_the_mean_probabilities(name: str, options
     assert step_loss(loss, [(outputs(4, 9, 7), teacher, labels)]).item() == pytest.approx(expected.item(), rel=1e-12)
 
 
+def test_a_gate_of_each_token_asks_for_no_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor makes logits for them."""
+    monkeypatch.setattr(Outputs, "logits", lambda *_: pytest.fail("logits were made"))
+    teacher, labels = outputs(4, 9, 3), labels_for(4, 9)
+    for loss in (make("eakld", {"gate": "token"}), make("forward_kl", {}), make("ce", {})):
+        assert not loss.looks_twice()
+        assert loss.teacher_statistics(teacher, labels) == {}
+    assert make("eakld", {}).looks_twice()
+    assert make("cakld", {}).looks_twice()
+
+
 @every_row_loss
 def test_several_teachers_are_one_with_the_mean_logits(name: str, options: dict[str, object]) -> None:
     """As EdgeQAT's code averages them, `softmax(mean(z) / T)`."""
@@ -553,11 +564,11 @@ def test_logits_that_are_kept_are_those_that_would_be_made() -> None:
     kept.keep_logits(positions, len(positions) * VOCABULARY - 1)
     assert kept._kept is None  # too many
     kept.keep_logits(positions, len(positions) * VOCABULARY)
-    assert torch.equal(kept.logits(positions[3:5]), teacher.logits(positions[3:5]))
+    torch.testing.assert_close(kept.logits(positions[3:5]), teacher.logits(positions[3:5]), rtol=1e-12, atol=1e-12)
     kept.states = torch.full_like(kept.states, math.nan)  # not looked at again
     loss, student = make("eakld", {}), outputs(4, 9, 7)
     expected = step_loss(loss, [(student, teacher, labels)])
-    assert torch.equal(step_loss(loss, [(student, kept, labels)]), expected)
+    torch.testing.assert_close(step_loss(loss, [(student, kept, labels)]), expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
