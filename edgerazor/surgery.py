@@ -441,7 +441,7 @@ def _trained(
 
 
 def fix_codes(model: nn.Module) -> None:
-    """Fix the codes of every matrix where they are, and train scales, norm gains and biases alone from now on, in place.
+    """Fix the codes of every matrix where they are, in place; from now on scales, norm gains and biases are trained.
 
     Args:
         model: with training modules whose scales are trained; what is fixed already stays so.

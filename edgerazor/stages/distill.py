@@ -2,10 +2,11 @@
 the teacher.
 
 The forward pass computes with `decode(encode(weight))`, int8 activations and int8 keys and values, as the packed model
-will: the codes and scales are exactly those that are packed, products are in `precision` (float32 as packed, or bfloat16
-between the layers, with logits in float32), and held-out text is measured in the same. The gradient passes straight
-through the rounding; nothing is dropped out, whatever the checkpoint's configuration says of its pre-training. The objective is a weighted sum of losses from
-`edgerazor/losses`, by default EdgeRazor's CE + EAKLD + LAFD (arXiv 2605.04062).
+will: codes and scales are exactly those that are packed, products are in `precision` (float32 as packed, or bfloat16
+between the layers and float32 for logits), and held-out text is measured in the same. The gradient passes straight
+through the rounding; nothing is dropped out, whatever the checkpoint's configuration says of its pre-training. The
+objective is a weighted sum of losses from `edgerazor/losses`, by default EdgeRazor's CE + EAKLD + LAFD (arXiv
+2605.04062).
 
 An optimizer step is `accumulation` micro-batches on each process. Counts and teacher statistics of the whole step are
 known before the student's first backward pass, so that 2B sequences on one process, B on two, and 2 micro-batches of
