@@ -102,8 +102,8 @@ def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
     calibrated = work.manifest("calibrate")
     settings = recipe.distill
     skip = ("max_time", "checkpoint_every", "gradient_checkpointing", "batch_size", "accumulation", "rungs")
-    skip += () if settings.teachers else ("teacher_average",)
-    found = _shared.settings("distill", settings, skip)
+    alone = () if settings.teachers else ("teacher_average",)
+    found = _shared.settings("distill", settings, skip + alone)
     found |= {"distill.rungs": _ladder.in_words(settings)} if settings.rungs else {}
     found["distill.losses"] = " + ".join(_objective.term_in_words(term) for term in settings.losses)
     budget, asked = recipe.calibrate.budget()
