@@ -291,7 +291,9 @@ class Rung(Strict):
     What is not given here is as in the rest of `distill`.
     """
 
-    train: Literal["all", "scales"] = Field("all", description="scales: codes stay while only scales are trained")
+    train: Literal["all", "scales"] = Field(
+        "all", description="scales: codes stay; scales, norm gains, biases are trained"
+    )
     share: float = Field(1.0, gt=0, description="of the budget left after reconstruction, relative to the other rungs")
     losses: tuple[LossTerm, ...] | None = Field(None, min_length=1, description="another objective")
     learning_rate: float | None = Field(None, gt=0, description="another peak")
@@ -305,7 +307,7 @@ class Distill(Strict):
     tokens: int | None = Field(None, ge=1, description="training tokens; stops at the first budget reached")
     max_time: float | None = Field(None, gt=0, description="seconds of training, counted across resumes")
     train: Literal["all", "scales"] = Field(
-        "all", description="scales: codes stay as they begin and only scales are trained, in minutes"
+        "all", description="scales: codes stay as they begin; scales, norm gains and biases are trained, in minutes"
     )
     reconstruct: Reconstruction | None = Field(
         None, description="train layer by layer before all of it: steps, sequences, learning_rate; absent: do not"
@@ -328,7 +330,10 @@ class Distill(Strict):
         description="the objective, a weighted sum: name, weight, temperature, options, schedule of each term",
     )
     teachers: tuple[str, ...] = Field(
-        (), description="further teachers, whose next-token probabilities are averaged with the model's own"
+        (), description="further teachers, whose next tokens are averaged with the model's own"
+    )
+    teacher_average: Literal["probabilities", "logits"] = Field(
+        "probabilities", description="of several teachers: what of next tokens is averaged (EdgeQAT: logits)"
     )
     learning_rate: float = Field(2e-5, gt=0, description="peak learning rate of AdamW")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after warm-up")

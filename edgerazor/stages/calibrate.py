@@ -357,7 +357,7 @@ def walk_of(
 
 def observe(recipe: Recipe, walk: models.Walk) -> dict[str, Tensor]:
     """Second moments of linear inputs, metrics of layers, and stored scales of inputs, as the file names them."""
-    moments, metrics = _observers.SecondMoments(), _observers.LayerMetrics(walk.found.layer_count)
+    moments, metrics = _observers.SecondMoments(), _observers.LayerMetrics(walk.found.layer_count, walk.final)
     ranges = _observers.InputRanges(walk.found.head_path)
     wanted = _shared.stored_input_scales(recipe.calibrate, walk.model, walk.found)
     walk.forward(moments, metrics, *([ranges] if wanted else []), keep=False, title="calibrate")

@@ -1,9 +1,12 @@
 """Quantization-aware distillation: train the student's float32 master weights so that their low-bit version copies
 the teacher.
 
-The forward pass computes with `decode(encode(weight))`, int8 activations and int8 keys and values, exactly as the
-packed model will; the gradient passes straight through the rounding. The objective is a weighted sum of losses from
-`edgerazor/losses`, by default EdgeRazor's CE + EAKLD + LAFD (arXiv 2605.04062).
+The forward pass computes with `decode(encode(weight))`, int8 activations and int8 keys and values, as the packed model
+will: codes and scales are exactly those that are packed, products are in `precision` (float32 as packed, or bfloat16
+between the layers and float32 for logits), and held-out text is measured in the same. The gradient passes straight
+through the rounding; nothing is dropped out, whatever the checkpoint's configuration says of its pre-training. The
+objective is a weighted sum of losses from `edgerazor/losses`, by default EdgeRazor's CE + EAKLD + LAFD (arXiv
+2605.04062).
 
 An optimizer step is `accumulation` micro-batches on each process. Counts and teacher statistics of the whole step are
 known before the student's first backward pass, so that 2B sequences on one process, B on two, and 2 micro-batches of
@@ -102,7 +105,8 @@ def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
     calibrated = work.manifest("calibrate")
     settings = recipe.distill
     skip = ("max_time", "checkpoint_every", "gradient_checkpointing", "batch_size", "accumulation", "rungs")
-    found = _shared.settings("distill", settings, skip)
+    alone = () if settings.teachers else ("teacher_average",)
+    found = _shared.settings("distill", settings, skip + alone)
     found |= {"distill.rungs": _ladder.in_words(settings)} if settings.rungs else {}
     found["distill.losses"] = " + ".join(_objective.term_in_words(term) for term in settings.losses)
     budget, asked = recipe.calibrate.budget()
@@ -589,7 +593,9 @@ def train_step(job: Job, batches: list[Batch]) -> float:
     accelerator = job.accelerator
     batches = [{key: value.to(accelerator.device) for key, value in batch.items()} for batch in batches]
     targets = [teacher_outputs(job, batch, job.teacher_looks) if job.comparing else None for batch in batches]
+    _objective.keep_logits(targets, [batch["labels"] for batch in batches], job.terms)
     totals = step_totals(job, batches, targets)
+    _objective.forget_layers(targets, job.terms, totals)
     share = job.rung.share(agree(job, job.share()), job.progress.rung_share)
     rate = job.settings.learning_rate * schedule(job.settings, share)
     terms = [(term.weight_at(share), loss) for term, loss in job.terms]
@@ -616,7 +622,7 @@ def train_step(job: Job, batches: list[Batch]) -> float:
 
 def teacher_outputs(job: Job, batch: Batch, looks: Looks) -> Outputs | None:
     """The teachers' final hidden states [B, T, H], their heads, and what losses look at in the first."""
-    return _objective.all_outputs(job.teachers, batch["input_ids"], looks)
+    return _objective.all_outputs(job.teachers, batch["input_ids"], looks, job.settings.teacher_average)
 
 
 def student_outputs(job: Job, batch: Batch, model: torch.nn.Module, looks: Looks) -> Outputs:
