@@ -115,9 +115,10 @@ def build(target: Path, main: Path | None = None) -> list[str]:
         output = Path(folder) / "output"
         _run([*command, *added, *kind, *map(str, objects), "-o", str(output)])
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(output, target.with_name(f".{target.name}.new"))
-        os.chmod(target.with_name(f".{target.name}.new"), 0o755)
-        os.replace(target.with_name(f".{target.name}.new"), target)
+        built = target.with_name(f".{target.name}.{os.getpid()}.new")  # two may build it at once
+        shutil.copyfile(output, built)
+        os.chmod(built, 0o755)
+        os.replace(built, target)
     return [unit.name for unit in units]
 
 
