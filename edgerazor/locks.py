@@ -17,7 +17,7 @@ import fcntl
 import os
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from edgerazor.errors import UserError, plain
@@ -33,14 +33,14 @@ class HeldError(UserError):
 
 
 @contextlib.contextmanager
-def hold(path: Path, doing: str, hint: str, keep: bool = False) -> Iterator[None]:
+def hold(path: Path, doing: str, hint: str, keep: Callable[[], bool] | None = None) -> Iterator[None]:
     """Hold a lock as the only process, and in it as the only thread.
 
     Args:
         path: the lock file; its folder is made where there is none.
         doing: what the holder does, for others ("is writing FILE").
         hint: what those may do.
-        keep: leave the file there at the end.
+        keep: asked at the end, whether the file stays there; None for no.
 
     Raises:
         HeldError: another process, or thread, holds it.
@@ -50,7 +50,7 @@ def hold(path: Path, doing: str, hint: str, keep: bool = False) -> Iterator[None
     try:
         yield
     finally:
-        if not keep:
+        if keep is None or not keep():
             path.unlink(missing_ok=True)  # while it is held: nobody else can mean this file
         _owner(path).unlink(missing_ok=True)
         os.close(descriptor)

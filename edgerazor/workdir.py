@@ -242,14 +242,17 @@ class WorkDir:
         make_folder(self.path)
         path = self.path / ".lock"
         hint = "Wait for it, or give this run a folder of its own with --work."
-        with locks.hold(path, f"is working in {self.path}", hint, keep=True):
-            try:
+
+        def begun() -> bool:
+            return not new or any(not each.name.startswith(path.name) for each in self.path.iterdir())
+
+        try:
+            with locks.hold(path, f"is working in {self.path}", hint, keep=begun):
                 yield
-            finally:
-                if new and [each.name for each in self.path.iterdir()] == [path.name]:  # refused before it began
-                    path.unlink()
-                    with contextlib.suppress(OSError):  # another one has begun there
-                        self.path.rmdir()
+        finally:
+            if new:
+                with contextlib.suppress(OSError):  # it is not empty
+                    self.path.rmdir()
 
 
 def exports_of(packed: Path) -> Path:
