@@ -92,6 +92,11 @@ results-packing: install
 fuzz: install
 	$(BIN)/python tests/fuzz_packed.py $(or $(N),100000) $(if $(FUZZ_SECONDS),--seconds $(FUZZ_SECONDS))
 
+# Three writers of one target at once, N rounds of each command: nothing is lost, and who comes too late is told so.
+.PHONY: race
+race: install
+	$(BIN)/python tests/race_writers.py $(or $(N),20)
+
 # Published post-training methods, in an environment of their own (several GB: GPTQModel brings torch with CUDA).
 peers: build/peers/installed
 

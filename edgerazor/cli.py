@@ -818,7 +818,9 @@ def refuse_settings_of_student(section: dict[str, Any], model: str | None, recip
 
 def is_packed_folder(model: str) -> bool:
     """Whether a model that was named is a packed folder."""
-    if not Path(model).is_dir():
+    from edgerazor.workdir import find_folder
+
+    if not find_folder(Path(model)).is_dir():
         return False
     from edgerazor.integration import is_packed
 

@@ -27,6 +27,7 @@ from edgerazor.kernels import StoredMatrix
 from edgerazor.models import load_tokenizer, quiet_transformers
 from edgerazor.packed import CHECKSUMS, SETTINGS, PackedModel
 from edgerazor.untrusted import vocabulary
+from edgerazor.workdir import find_folder, read_whole
 
 METHOD = "edgerazor"
 
@@ -206,7 +207,7 @@ def is_packed(folder: Path) -> bool:
     Raises:
         UserError: its config.json is damaged.
     """
-    path = folder / "config.json"
+    path = find_folder(folder) / "config.json"
     if not os.path.lexists(path):
         return False
     if not path.is_file():
@@ -233,9 +234,15 @@ def check_files(folder: Path) -> None:
 def open_folder(folder: Path) -> tuple[PackedModel, Any]:
     """A packed model and its configuration, checked one against the other.
 
+    Where another process is replacing the folder, both are of the old one or of the new one.
+
     Raises:
         UserError: not a packed folder, or a damaged one.
     """
+    return read_whole(folder, _open_folder)
+
+
+def _open_folder(folder: Path) -> tuple[PackedModel, Any]:
     if not is_packed(folder):
         raise UserError(f"{folder} is not a packed model.", "Make one with `edgerazor pack`.")
     check_files(folder)

@@ -24,7 +24,7 @@ LAYERS = (
     {"formats", "losses"},
     {"recipe", "workdir", "console"},
     {"untrusted"},
-    {"registry"},
+    {"registry", "locks"},
     {"errors"},
 )
 HEIGHT = {room: len(LAYERS) - index for index, rooms in enumerate(LAYERS) for room in rooms}

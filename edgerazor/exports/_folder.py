@@ -14,7 +14,7 @@ from torch import Tensor
 from edgerazor import formats, models
 from edgerazor.formats import INPUT_SCALE, LOW_INPUT_SCALE
 from edgerazor.packed import DTYPES, INDEX_FILE, WEIGHTS_FILE, PackedModel, TensorSpec
-from edgerazor.workdir import write_json
+from edgerazor.workdir import write_atomically, write_json
 
 #: Largest file of weights, and about the memory that writing takes; a single larger piece gets a file of its own.
 SHARD_BYTES = 2 * 10**9
@@ -50,11 +50,15 @@ def write_weights(folder: Path, pieces: Iterable[Piece], shard_bytes: int = SHAR
     for number, shard in enumerate(shards, start=1):
         file = WEIGHTS_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: tensor for piece in shard for name, tensor in _made(piece).items()}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        _save(tensors, folder / file)
         weight_map |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
         total = sum(piece.bytes for shard in shards for piece in shard)
         write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
 
 
 def _shards(pieces: Iterable[Piece], shard_bytes: int) -> list[list[Piece]]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgerazor import formats
+from edgerazor import formats, workdir
 from edgerazor.errors import UserError
 from edgerazor.formats import INPUT_SCALE, LOW_INPUT_SCALE, SCALES, Encoded, MatrixSpec
 from edgerazor.packed._compression import decompress
@@ -76,10 +76,16 @@ class PackedModel:
     def open(cls, folder: Path) -> PackedModel:
         """Open a packed folder, checking everything but the bytes of the tensors.
 
+        Where another process is replacing it, that is the old one or the new one.
+
         Raises:
             UserError: a file is missing, cut off or no safetensors file, or what it holds is not a packed model of
                 this version or contradicts its header.
         """
+        return workdir.read_whole(folder, cls._open)
+
+    @classmethod
+    def _open(cls, folder: Path) -> PackedModel:
         files, where = open_folder(folder)
         first, opened = next(iter(files.items()))
         about = opened.metadata() or {}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from edgerazor import surgery
 from edgerazor.errors import UserError
 from edgerazor.stages._ladder import RungResult
-from edgerazor.workdir import replace_folder
+from edgerazor.workdir import replace_folder, write_atomically
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -68,7 +68,8 @@ def save(
                 tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment]
     state = {"progress": progress.model_dump(), "inputs": inputs, "random": _random_state()}
     with replace_folder(folder) as new:
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, new / "state.safetensors")
+        stored = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+        write_atomically(new / "state.safetensors", lambda path: save_file(stored, path))
         (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
 

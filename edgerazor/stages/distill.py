@@ -53,7 +53,7 @@ from edgerazor.stages import _checkpoint, _ladder, _objective, _reconstruct, _sh
 from edgerazor.stages._ladder import RungEstimate, RungResult
 from edgerazor.stages._objective import Looks, Teacher, Terms
 from edgerazor.stages._optimizer import make_optimizer, schedule, set_rate
-from edgerazor.workdir import WorkDir, make_folder, replace_folder, write_json, write_text
+from edgerazor.workdir import WorkDir, make_folder, replace_folder, write_atomically, write_json, write_text
 
 NAME = "distill"
 #: Steps where no budget is given; fewer of them where the data would be read more often than so many times.
@@ -774,7 +774,7 @@ def save_student(job: Job, folder: Path, digests: dict[str, str], value: float) 
             seen.add(tensor.data_ptr())
             tensors[name] = tensor.detach().contiguous().cpu()
     with replace_folder(folder) as new:
-        save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
+        write_atomically(new / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
         (new / "digests.json").write_text(json.dumps(digests, indent=1), encoding="utf-8")
         (new / "measured.json").write_text(json.dumps(measured), encoding="utf-8")
 

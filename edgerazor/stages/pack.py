@@ -31,7 +31,7 @@ from edgerazor.imports import ImportResult
 from edgerazor.packed import MatrixSource
 from edgerazor.recipe import Calibrate, Recipe
 from edgerazor.stages import _shared, _start
-from edgerazor.workdir import WorkDir, exports_of, make_folder, replace_folder, write_json
+from edgerazor.workdir import WorkDir, exports_of, make_folder, recover_folder, replace_folder, write_json
 
 NAME = "pack"
 
@@ -240,14 +240,14 @@ def read_foreign(path: Path, recipe: Recipe, work: WorkDir, console: Console, fo
         UserError: it is refused, or there is something else in the way.
     """
     target = work.folder(NAME)
-    if work.recipe_file.exists() or (target.exists() and not (force or _is_import(target))):
-        raise usage_error(
-            f"{work.path} holds another job or packed model, which this one would replace.",
-            f"Give it a folder of its own: `edgerazor pack {path} --work NAME`.",
-        )
     asked = recipe.calibrate
-    make_folder(work.path)
     with work.lock():
+        recover_folder(target)
+        if work.recipe_file.exists() or (target.exists() and not (force or _is_import(target))):
+            raise usage_error(
+                f"{work.path} holds another job or packed model, which this one would replace.",
+                f"Give it a folder of its own: `edgerazor pack {path} --work NAME`.",
+            )
         found = imports.read(
             path,
             target,
