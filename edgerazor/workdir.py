@@ -28,7 +28,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from edgerazor import __version__
+from edgerazor import __version__, untrusted
 from edgerazor.errors import UserError, usage_error
 
 DEFAULT = Path("edgerazor-work")
@@ -125,8 +125,8 @@ class WorkDir:
     def manifest(self, stage: str) -> Manifest | None:
         """The record of a finished stage, or None when it is not finished (or its record cannot be read)."""
         try:
-            return Manifest.model_validate_json(self.manifest_file(stage).read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return untrusted.load_model(self.manifest_file(stage), Manifest)
+        except (OSError, ValueError):
             return None
 
     def damaged(self, stage: str) -> bool:

@@ -23,7 +23,7 @@ LAYERS = (
     {"kernels"},
     {"formats", "losses"},
     {"recipe", "workdir", "console"},
-    {"registry"},
+    {"registry", "untrusted"},
     {"errors"},
 )
 HEIGHT = {room: len(LAYERS) - index for index, rooms in enumerate(LAYERS) for room in rooms}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,15 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
-from edgerazor.errors import UserError, usage_error
+from edgerazor import untrusted
+from edgerazor.errors import UserError, plain, usage_error
 from edgerazor.workdir import digest_json, hash_file
 
 #: Files that make up a model: what is fetched from the hub, and what identifies a teacher.
 FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 INDEX = "model.safetensors.index.json"
+#: Most bytes of an index; those of the largest models have about ten million.
+MOST_INDEX_BYTES = 1 << 26
 #: Files beside config.json and weights that make a folder usable on its own: tokenizer, chat template, generation.
 COMPANIONS = (
     "tokenizer*",
@@ -75,10 +88,22 @@ def _snapshot(source: str, revision: str | None) -> Path:
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """Copy tokenizer, chat template and generation settings from one model folder into another."""
+    """Copy tokenizer, chat template and generation settings from one model folder into another.
+
+    Fields that name Python code stay behind: it is not copied, and no packed model may ask for any.
+
+    Raises:
+        UserError: a file that may have such fields cannot be read.
+    """
     for pattern in COMPANIONS:
         for file in sorted(source.glob(pattern)):
-            if file.is_file():
+            if not file.is_file():
+                continue
+            values = untrusted.read_json(file, None) if file.name in untrusted.CODE_FILES else None
+            if any(untrusted.code_fields(values)):
+                text = json.dumps(untrusted.without_code(values), indent=2, ensure_ascii=False) + "\n"
+                (folder / file.name).write_text(text, encoding="utf-8")
+            else:
                 shutil.copyfile(file, folder / file.name)
 
 
@@ -103,12 +128,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     Raises:
         UserError: unreadable, unknown architecture, already quantized, or not a causal language model.
     """
-    try:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be read: {error}.") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{folder / 'config.json'} is not a model configuration.")
+    raw = untrusted.read_configuration(folder)
     if raw.get("quantization_config"):
         settings = raw["quantization_config"]
         method = settings.get("quant_method", "some method") if isinstance(settings, dict) else "some method"
@@ -120,19 +140,43 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
         raise UserError(
             f"{folder} is an encoder-decoder model; only decoder-only causal language models are supported."
         )
-    if "auto_map" in raw and not trust_remote_code:
-        raise UserError(
-            f"{folder} needs Python code of its own (auto_map), which is not run unless you ask.",
-            "If you trust it, add --trust-remote-code.",
-        )
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise UserError(f"transformers cannot read the configuration of {folder}: {_first_line(error)}.") from None
+    if not trust_remote_code:
+        untrusted.refuse_code(folder, "If you trust it, add --trust-remote-code.")
+    untrusted.check_shapes(folder / "config.json", raw, stored_shapes(folder))
+    config = auto_config(folder, trust_remote_code)
     if not _is_causal(config, raw, trust_remote_code):
         what = ", ".join(raw.get("architectures") or [type(config).__name__])
         raise UserError(f"{folder} ({what}) is not a causal language model, so there is nothing to distil.")
     return config
+
+
+def auto_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The configuration of a model folder, whatever it is of. Without trust no code of the folder is run or offered.
+
+    Raises:
+        UserError: transformers cannot read it.
+    """
+    untrusted.read_configuration(folder)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise UserError(f"transformers cannot read the configuration of {folder}: {_first_line(error)}.") from None
+
+
+def generation_config(folder: Path) -> GenerationConfig | None:
+    """What a model folder says of generation; None where it does not.
+
+    Raises:
+        UserError: transformers cannot read it.
+    """
+    path = folder / GENERATION_CONFIG_NAME
+    if not path.exists():
+        return None
+    untrusted.check_configuration(path, untrusted.read_json(path, hint="Copy the model again."))
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except Exception as error:
+        raise UserError(f"transformers cannot read {path}: {_first_line(error)}.") from None
 
 
 def complete_config(folder: Path) -> dict[str, Any]:
@@ -141,10 +185,16 @@ def complete_config(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read.
     """
-    try:
-        found: dict[str, Any] = AutoConfig.from_pretrained(folder).to_dict()
-    except Exception as error:
-        raise UserError(f"transformers cannot read the configuration of {folder}: {_first_line(error)}.") from None
+    found: dict[str, Any] = auto_config(folder).to_dict()
+    return found
+
+
+def stored_shapes(folder: Path) -> list[tuple[int, ...]]:
+    """Shapes of all tensors in the weight files of a folder; empty where there are none, or none that can be read."""
+    found: list[tuple[int, ...]] = []
+    for file in sorted(folder.glob("*.safetensors")):
+        with contextlib.suppress(SafetensorError, OSError), safe_open(file, framework="pt") as tensors:
+            found += [tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()]  # noqa: SIM118
     return found
 
 
@@ -253,6 +303,7 @@ def completed(values: dict[str, Any]) -> dict[str, Any]:
         UserError: transformers knows no such configuration.
     """
     given = {name: value for name, value in values.items() if name != "model_type"}
+    untrusted.check_configuration(Path("config.json"), values)
     try:
         found: dict[str, Any] = AutoConfig.for_model(str(values.get("model_type")), **given).to_dict()
     except Exception as error:
@@ -281,7 +332,7 @@ def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
         UserError: it cannot.
     """
     try:
-        return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     except Exception as error:
         raise UserError(
             f"transformers cannot make a tokenizer of the metadata of {file}: {_first_line(error)}.",
@@ -291,8 +342,6 @@ def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
 
 def _check_weight_files(folder: Path) -> None:
     """Say which file is missing or damaged; transformers would not."""
-    from safetensors import SafetensorError, safe_open
-
     files = {file.name for file in folder.glob("*.safetensors")}
     if not files:
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
@@ -305,11 +354,15 @@ def _check_weight_files(folder: Path) -> None:
         )
     if (folder / INDEX).exists():
         try:
-            shards = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+            shards = set(untrusted.load_json(folder / INDEX, most_bytes=MOST_INDEX_BYTES)["weight_map"].values())
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{folder / INDEX} is damaged.", "Download the model again.") from None
+        if strange := [name for name in shards if not isinstance(name, str)]:
+            raise UserError(f"{folder / INDEX} is damaged: {plain(strange[0], 50)} is no file name.")
         for name in sorted(shards - files):
-            raise UserError(f"{folder} lacks the weight file {name}, which its index names.", "Download it again.")
+            raise UserError(
+                f"{folder} lacks the weight file {plain(name, 100)}, which its index names.", "Download it again."
+            )
     for name in sorted(files):
         try:
             with safe_open(folder / name, framework="pt"):
@@ -353,8 +406,6 @@ def _restore_tied_embedding(model: PreTrainedModel, report: dict, folder: Path) 
 
 
 def _find_stored(folder: Path, names: set[str]) -> torch.Tensor | None:
-    from safetensors import safe_open
-
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             for name in names & set(tensors.keys()):
