@@ -216,8 +216,8 @@ def open_folder(folder: Path) -> tuple[PackedModel, Any]:
     if not is_packed(folder):
         raise UserError(f"{folder} is not a packed model.", "Make one with `edgerazor pack`.")
     check_files(folder)
-    values = untrusted.read_configuration(folder, "Undo the change, or pack the model again.")
     untrusted.refuse_code(folder, NO_CODE)
+    values = untrusted.read_configuration(folder, "Undo the change, or pack the model again.")
     packed = PackedModel.open(folder)
     shapes = [entry.shape for entry in packed.header.matrices.values()]
     untrusted.check_shapes(folder / "config.json", values, shapes)

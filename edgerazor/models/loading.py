@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -128,10 +127,10 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     Raises:
         UserError: unreadable, unknown architecture, already quantized, or not a causal language model.
     """
-    raw = untrusted.read_configuration(folder)
+    raw = untrusted.read_json(folder / "config.json", hint="Download the model again.")
     if raw.get("quantization_config"):
         settings = raw["quantization_config"]
-        method = settings.get("quant_method", "some method") if isinstance(settings, dict) else "some method"
+        method = plain(settings.get("quant_method", "some method"), 50) if isinstance(settings, dict) else "some method"
         raise UserError(
             f"{folder} is already quantized ({method}); a 16- or 32-bit checkpoint is needed.",
             "Give the original model. To measure a packed model, use `edgerazor eval FOLDER --tasks arc`.",
@@ -142,6 +141,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
         )
     if not trust_remote_code:
         untrusted.refuse_code(folder, "If you trust it, add --trust-remote-code.")
+    untrusted.check_configuration(folder / "config.json", raw)
     untrusted.check_shapes(folder / "config.json", raw, stored_shapes(folder))
     config = auto_config(folder, trust_remote_code)
     if not _is_causal(config, raw, trust_remote_code):
@@ -190,10 +190,14 @@ def complete_config(folder: Path) -> dict[str, Any]:
 
 
 def stored_shapes(folder: Path) -> list[tuple[int, ...]]:
-    """Shapes of all tensors in the weight files of a folder; empty where there are none, or none that can be read."""
+    """Shapes of all tensors in the weight files of a folder; none where a file is missing or damaged."""
     found: list[tuple[int, ...]] = []
+    try:
+        _check_weight_files(folder)
+    except UserError:
+        return found
     for file in sorted(folder.glob("*.safetensors")):
-        with contextlib.suppress(SafetensorError, OSError), safe_open(file, framework="pt") as tensors:
+        with safe_open(file, framework="pt") as tensors:
             found += [tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()]  # noqa: SIM118
     return found
 

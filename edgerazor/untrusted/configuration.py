@@ -67,12 +67,14 @@ def check_shapes(path: Path, values: dict[str, Any], shapes: Iterable[Sequence[i
     Args:
         path: where it is from.
         values: as `check_configuration` has checked them.
-        shapes: of all stored tensors.
+        shapes: of all stored tensors; nothing is checked where there are none.
 
     Raises:
         UserError: more layers than tensors, or a size that no tensor has.
     """
     known = list(shapes)
+    if not known:
+        return
     largest = max((size for shape in known for size in shape), default=0)
     parts = [values, *(values[name] for name in TEXT_PARTS if isinstance(values.get(name), dict))]
     for part in parts:

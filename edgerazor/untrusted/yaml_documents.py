@@ -31,11 +31,14 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         mark = self.peek_event().start_mark
+        repeated = self.check_event(yaml.AliasEvent)
         self.level += 1
         if self.level > MOST_LEVELS:
             raise _mistake(f"it is nested deeper than {MOST_LEVELS} levels", mark)
         node: Any = super().compose_node(parent, index)
         self.level -= 1
+        if repeated and id(node) not in self.extents:  # it is still being composed
+            raise _mistake("a part of it repeats itself", mark)
         if id(node) not in self.extents:
             self.extents[id(node)] = self.extent(node, mark)
         return node
@@ -48,9 +51,6 @@ class _Loader(yaml.SafeLoader):
             _check_scalar(node)
             return 1, 1
         children = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
-        # One that has no extent yet is being composed: it holds this node, and is repeated within itself.
-        if any(id(child) not in self.extents for child in children):
-            raise _mistake("a part of it repeats itself", mark)
         extents = [self.extents[id(child)] for child in children]
         count, levels = 1 + sum(nodes for nodes, _ in extents), 1 + max((deep for _, deep in extents), default=0)
         if count > MOST_NODES:
