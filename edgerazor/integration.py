@@ -27,8 +27,6 @@ from edgerazor.models import auto_config, load_tokenizer, quiet_transformers
 from edgerazor.packed import CHECKSUMS, SETTINGS, PackedModel
 
 METHOD = "edgerazor"
-#: What to do about a packed folder that names code.
-NO_CODE = "No packed model needs any: pack the original again, and do not trust who made this one."
 
 
 class EdgeRazorConfig(QuantizationConfigMixin):
@@ -78,7 +76,6 @@ class EdgeRazorQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise ValueError("a packed model is loaded from its folder, not from a state dict")
         folder = Path(checkpoint_files[0]).parent
-        untrusted.refuse_code(folder, NO_CODE)
         packed = PackedModel.open(folder)
         matrices = packed.header.matrices
         settings = self.quantization_config
@@ -216,9 +213,8 @@ def open_folder(folder: Path) -> tuple[PackedModel, Any]:
     if not is_packed(folder):
         raise UserError(f"{folder} is not a packed model.", "Make one with `edgerazor pack`.")
     check_files(folder)
-    untrusted.refuse_code(folder, NO_CODE)
-    values = untrusted.read_configuration(folder, "Undo the change, or pack the model again.")
     packed = PackedModel.open(folder)
+    values = untrusted.read_configuration(folder, "Undo the change, or pack the model again.")
     shapes = [entry.shape for entry in packed.header.matrices.values()]
     untrusted.check_shapes(folder / "config.json", values, shapes)
     config = auto_config(folder)

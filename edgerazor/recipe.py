@@ -510,6 +510,13 @@ def load(path: Path) -> dict[str, Any]:
     return anchor(values, path.parent)
 
 
+def runs(recipe: Recipe) -> list[str]:
+    """What a recipe makes run that is not edgerazor: programs, and code of models. In words."""
+    programs = [getattr(recipe.bench, name) for name in ("llama_bench", "ik_llama_bench")]
+    found = [f"the program {plain(each, 200)}" for each in programs if each not in (None, "none")]
+    return [*found, *(["the Python code that comes with its models"] if recipe.trust_remote_code else [])]
+
+
 def anchor(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The same values with their relative paths made absolute, beginning at a folder; malformed parts are left alone.
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgerazor import formats
+from edgerazor import formats, untrusted
 from edgerazor.errors import UserError
 from edgerazor.formats import INPUT_SCALE, LOW_INPUT_SCALE, SCALES, Encoded, MatrixSpec
 from edgerazor.packed._compression import decompress
@@ -34,6 +34,9 @@ from edgerazor.packed._header import (
 )
 from edgerazor.packed._threads import in_parallel
 from edgerazor.packed._writing import MatrixSource
+
+#: What to do about a packed folder that names code.
+NO_CODE = "No packed model needs any: pack the original again, and do not trust who made this one."
 
 #: Bytes that are hashed and copied while they are in a core's cache.
 COPIED = 1 << 18
@@ -77,8 +80,9 @@ class PackedModel:
 
         Raises:
             UserError: a file is missing, cut off or no safetensors file, or what it holds is not a packed model of
-                this version or contradicts its header.
+                this version or contradicts its header; or a file beside the weights names Python code.
         """
+        untrusted.refuse_code(folder, NO_CODE)
         files, where = open_folder(folder)
         first, opened = next(iter(files.items()))
         about = opened.metadata() or {}
