@@ -728,7 +728,9 @@ def assemble(values: dict[str, Any], work: Path | None, recipe_file: Path | None
     if recipe_file is not None:
         recipe_file = recipes.find(recipe_file)
         stored = recipes.load(recipe_file)
-        recipes.build(stored, f"The recipe {recipe_file}")
+        named = recipes.runs(recipes.build(stored, f"The recipe {recipe_file}"))
+        if named:  # whoever wrote it may be a stranger
+            open_console(False, False).warn(f"The recipe {recipe_file} runs {', and '.join(named)}.")
     return recipes.build(recipes.merge(stored, recipes.anchor(values, Path.cwd())))
 
 

@@ -25,12 +25,15 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from edgerazor.errors import MOST_THREADS, UserError, usage_error
+from edgerazor import untrusted
+from edgerazor.errors import MOST_THREADS, UserError, plain, usage_error
 from edgerazor.registry import unknown
 
 MINIMUM_BITS, MAXIMUM_BITS = 1.58, 8.0
 #: A group size that no row exceeds: one scale per row, written `row`.
 WHOLE_ROW = 65536
+#: Most bytes of a recipe.
+MOST_BYTES = 1 << 20
 #: Fields of calibrate that ask for a size, each in its own way; a later layer that gives one forgets the others.
 BUDGETS = ("bits", "real_bits", "target_size")
 #: Bytes of the units of `target_size`.
@@ -469,23 +472,6 @@ class Recipe(Strict):
     generate: Generate = Generate()
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: `2e-5` is a number (in YAML 1.1 it is text), and a field given twice is a mistake."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        result: dict[Any, Any] = super().construct_mapping(node, deep)
-        if len(result) < len(node.value):
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise yaml.constructor.ConstructorError(problem=f"`{twice}` is given twice", problem_mark=node.start_mark)
-        return result
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
 def find(path: Path) -> Path:
     """The recipe file that is meant by a path or a bare name.
 
@@ -525,20 +511,27 @@ def load(path: Path) -> dict[str, Any]:
         UserError: not there, not YAML, or not a mapping.
     """
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "it is not UTF-8 text" if isinstance(error, ValueError) else error.strerror
+        values = untrusted.parse_yaml(untrusted.read_bytes(path, MOST_BYTES, pipes=True).decode())
+    except untrusted.YamlError as error:
+        where = f" (line {error.line})" if error.line else ""
+        raise usage_error(f"The recipe {path} is not valid YAML{where}: {error}.") from None
+    except OSError as error:
+        raise usage_error(f"The recipe {path} cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error
         raise usage_error(f"The recipe {path} cannot be read: {reason}.") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" (line {mark.line + 1})" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).split("\n")[0]
-        raise usage_error(f"The recipe {path} is not valid YAML{where}: {problem}.") from None
     if values is None:
         raise usage_error(f"The recipe {path} is empty.", "See `edgerazor show recipe` for its fields.")
     if not isinstance(values, dict):
         raise usage_error(f"The recipe {path} must be a mapping of fields to values.", "See `edgerazor show recipe`.")
     return anchor(values, path.parent)
+
+
+def runs(recipe: Recipe) -> list[str]:
+    """What a recipe makes run that is not edgerazor: programs, and code of models. In words."""
+    programs = [getattr(recipe.bench, name) for name in ("llama_bench", "ik_llama_bench")]
+    found = [f"the program {plain(each, 200)}" for each in programs if each not in (None, "none")]
+    return [*found, *(["the Python code that comes with its models"] if recipe.trust_remote_code else [])]
 
 
 def anchor(values: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -549,7 +542,7 @@ def anchor(values: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     def anchored(value: Any) -> Any:
         is_path = isinstance(value, str) and value
-        return os.path.abspath(folder / Path(value).expanduser()) if is_path else value
+        return os.path.abspath(folder / _at_home(value)) if is_path else value
 
     def source(value: Any) -> Any:
         return {**value, "file": anchored(value["file"])} if isinstance(value, dict) and "file" in value else value
@@ -581,6 +574,20 @@ def anchor(values: dict[str, Any], folder: Path) -> dict[str, Any]:
         lists = {key: data[key] for key in ("train", "held_out") if isinstance(data.get(key), list | tuple)}
         result["data"] = {**data, **{key: [source(each) for each in sources] for key, sources in lists.items()}}
     return result
+
+
+def _at_home(path: str) -> Path:
+    """A path with `~` and `~name` as the folder that they stand for.
+
+    Raises:
+        UserError: nobody here has that name.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise usage_error(
+            f"{plain(path, 100)} begins with the home folder of nobody who is known here.", "Write the whole path."
+        ) from None
 
 
 def merge(*layers: dict[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from edgerazor import __version__, locks
+from edgerazor import __version__, locks, untrusted
 from edgerazor.errors import UserError, usage_error
 
 _T = TypeVar("_T")
@@ -135,8 +135,8 @@ class WorkDir:
         """The record of a finished stage, or None when it is not finished (or its record cannot be read)."""
         find_folder(self.folder(stage))
         try:
-            return Manifest.model_validate_json(self.manifest_file(stage).read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return untrusted.load_model(self.manifest_file(stage), Manifest)
+        except (OSError, ValueError):
             return None
 
     def damaged(self, stage: str) -> bool:

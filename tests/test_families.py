@@ -325,7 +325,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "bad_rotation": (configure(rope_parameters={"rope_type": "odd"}), ("odd",)),
     "no_config": (lambda folder: (folder / "config.json").unlink(), ("without a config.json",)),
     "no_json": (write("config.json", '{"model_type": '), ("config.json cannot be read",)),
-    "json_list": (write("config.json", "[]"), ("not a model configuration",)),
+    "json_list": (write("config.json", "[]"), ("config.json cannot be read: it holds a list",)),
     "no_weights": (lambda folder: (folder / "model.safetensors").unlink(), ("no safetensors weights.",)),
     "pickled": (pickle_only, ("pickled weights (.bin) are not read",)),
     "cut_off": (cut, ("model.safetensors is damaged",)),

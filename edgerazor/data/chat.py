@@ -15,7 +15,6 @@ calls, which templates write in ways of their own, is what follows that prompt u
 from __future__ import annotations
 
 import inspect
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ import numpy as np
 from tokenizers import Tokenizer, processors
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from edgerazor import untrusted
 from edgerazor.errors import UserError, plain, usage_error
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def check_encodable(where: str, what: str, text: str) -> None:
 def _tools(where: str, tools: object) -> tuple[Any, ...] | None:
     if isinstance(tools, str) and tools.strip():
         try:
-            tools = json.loads(tools)
+            tools = untrusted.parse_json(tools)
         except ValueError as error:
             raise UserError(f"{where} has tools that are not JSON; expected a list of JSON schemas.") from error
     if not tools:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO, cast
 
+from edgerazor import untrusted
 from edgerazor.data.chat import Conversation, check_encodable, conversation
 from edgerazor.errors import UserError, usage_error
 from edgerazor.recipe import Source
@@ -91,8 +92,8 @@ def _of_json_lines(path: Path, source: Source) -> Iterator[Document]:
                 continue
             where = f"Line {number} of {path}"
             try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
+                record = untrusted.parse_json(line)
+            except ValueError as error:
                 raise UserError(f"{where} is not JSON; expected one JSON object on each line.") from error
             if not isinstance(record, dict):
                 raise UserError(f"{where} is a JSON {type(record).__name__}; expected an object.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 from safetensors.torch import save_file
 from torch import Tensor
 
-from edgerazor import formats, models
+from edgerazor import formats, models, untrusted
 from edgerazor.formats import INPUT_SCALE, LOW_INPUT_SCALE
 from edgerazor.packed import DTYPES, INDEX_FILE, WEIGHTS_FILE, PackedModel, TensorSpec
 from edgerazor.workdir import write_atomically, write_json
@@ -86,7 +85,7 @@ def write_companions(model: PackedModel, folder: Path, **changes: Any) -> None:
 
     It says that the head is tied exactly where no matrix of its own is written.
     """
-    values = json.loads((model.folder / "config.json").read_text(encoding="utf-8"))
+    values = untrusted.read_configuration(model.folder)
     values.pop("quantization_config", None)
     for section in (values, values.get("text_config")):
         if isinstance(section, dict):

@@ -11,12 +11,12 @@ Sources: `src/llama-vocab.cpp` of llama.cpp (patterns and algorithms), `conversi
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
 import gguf
 
+from edgerazor import untrusted
 from edgerazor.data import around_text
 from edgerazor.errors import UserError
 from edgerazor.models import PreTrainedTokenizerBase
@@ -123,7 +123,7 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, ends: list[int]) -
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise _refused("it has no tokenizer.json form")
-    about = json.loads(backend.to_str())
+    about = untrusted.parse_json(backend.to_str(), dict, most_entries=untrusted.MOST_ENTRIES_OF_TOKENIZERS)
     if about["model"]["type"] != "BPE":
         raise _refused(f"it is a {about['model']['type']} model, and not BPE")
     for name in ("continuing_subword_prefix", "end_of_word_suffix"):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from edgerazor import models
+from edgerazor import models, untrusted
 from edgerazor.errors import UserError
 from edgerazor.imports._base import Source, Stored
 from edgerazor.untrusted import weights
@@ -17,10 +16,10 @@ from edgerazor.untrusted import weights
 def settings(path: Path) -> dict[str, Any]:
     """config.json of a folder as it stands; empty where there is none that can be read."""
     try:
-        found = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found: dict[str, Any] = untrusted.load_json(path / "config.json")
+    except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return found
 
 
 class FolderSource(Source):
@@ -35,6 +34,9 @@ class FolderSource(Source):
     """
 
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
+        untrusted.check_configuration(path / "config.json", config)
+        untrusted.refuse_code(path, "Give a model that transformers knows.")
+        untrusted.check_shapes(path / "config.json", config, models.stored_shapes(path))
         self.path, self.config = path, models.completed(config)
         self.files = weights.holders(path)
 

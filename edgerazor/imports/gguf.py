@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgerazor import models, workdir
+from edgerazor import models, untrusted, workdir
 from edgerazor.errors import UserError, plain
 from edgerazor.exports import _gguf_families as families
 from edgerazor.exports import _gguf_tokens as tokens
@@ -243,7 +243,7 @@ def _set_pattern(file: Path, pre: str) -> None:
     if found is None or not file.is_file():
         return
     steps, whole_words = found
-    about = json.loads(file.read_text(encoding="utf-8"))
+    about = untrusted.read_json(file, most_bytes=untrusted.MOST_BYTES_OF_OURS)
     if about["model"]["type"] != "BPE":
         return
     cut: list[dict[str, Any]] = [

@@ -10,10 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
-from edgerazor.errors import UserError, usage_error
+from edgerazor import untrusted
+from edgerazor.errors import UserError, plain, usage_error
 from edgerazor.models.walking import drop_pages
 from edgerazor.untrusted import links, vocabulary, weights
 from edgerazor.workdir import digest_json, hash_file
@@ -79,11 +88,19 @@ def _snapshot(source: str, revision: str | None) -> Path:
 def copy_companions(source: Path, folder: Path) -> None:
     """Copy tokenizer, chat template and generation settings from one model folder into another.
 
+    Fields that name Python code stay behind: it is not copied, and no packed model may ask for any.
+
     Raises:
-        UserError: one of them is a link that leaves the folder.
+        UserError: one of them is a link that leaves the folder, or a file that may have such fields cannot be read.
     """
     for file in _companions(source):
-        if file.is_file():
+        if not file.is_file():
+            continue
+        values = untrusted.read_json(file, None) if file.name in untrusted.CODE_FILES else None
+        if any(untrusted.code_fields(values)):
+            text = json.dumps(untrusted.without_code(values), indent=2, ensure_ascii=False) + "\n"
+            (folder / file.name).write_text(text, encoding="utf-8")
+        else:
             shutil.copyfile(file, folder / file.name)
 
 
@@ -119,15 +136,10 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     Raises:
         UserError: unreadable, unknown architecture, already quantized, or not a causal language model.
     """
-    try:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be read: {error}.") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{folder / 'config.json'} is not a model configuration.")
+    raw = untrusted.read_json(folder / "config.json", hint="Download the model again.")
     if raw.get("quantization_config"):
         settings = raw["quantization_config"]
-        method = settings.get("quant_method", "some method") if isinstance(settings, dict) else "some method"
+        method = plain(settings.get("quant_method", "some method"), 50) if isinstance(settings, dict) else "some method"
         raise UserError(
             f"{folder} is already quantized ({method}); a 16- or 32-bit checkpoint is needed.",
             "Give the original model. To measure a packed model, use `edgerazor eval FOLDER --tasks arc`.",
@@ -136,19 +148,44 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
         raise UserError(
             f"{folder} is an encoder-decoder model; only decoder-only causal language models are supported."
         )
-    if "auto_map" in raw and not trust_remote_code:
-        raise UserError(
-            f"{folder} needs Python code of its own (auto_map), which is not run unless you ask.",
-            "If you trust it, add --trust-remote-code.",
-        )
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise UserError(f"transformers cannot read the configuration of {folder}: {_first_line(error)}.") from None
+    if not trust_remote_code:
+        untrusted.refuse_code(folder, "If you trust it, add --trust-remote-code.")
+    untrusted.check_configuration(folder / "config.json", raw)
+    untrusted.check_shapes(folder / "config.json", raw, stored_shapes(folder))
+    config = auto_config(folder, trust_remote_code)
     if not _is_causal(config, raw, trust_remote_code):
         what = ", ".join(raw.get("architectures") or [type(config).__name__])
         raise UserError(f"{folder} ({what}) is not a causal language model, so there is nothing to distil.")
     return config
+
+
+def auto_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The configuration of a model folder, whatever it is of. Without trust no code of the folder is run or offered.
+
+    Raises:
+        UserError: transformers cannot read it.
+    """
+    untrusted.read_configuration(folder)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise UserError(f"transformers cannot read the configuration of {folder}: {_first_line(error)}.") from None
+
+
+def generation_config(folder: Path) -> GenerationConfig | None:
+    """What a model folder says of generation; None where it does not.
+
+    Raises:
+        UserError: transformers cannot read it.
+    """
+    path = folder / GENERATION_CONFIG_NAME
+    if not path.exists():
+        return None
+    untrusted.check_configuration(path, untrusted.read_json(path, hint="Copy the model again."))
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except Exception as error:
+        raise UserError(f"transformers cannot read {path}: {_first_line(error)}.") from None
 
 
 def complete_config(folder: Path) -> dict[str, Any]:
@@ -157,11 +194,17 @@ def complete_config(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read.
     """
-    try:
-        found: dict[str, Any] = AutoConfig.from_pretrained(folder).to_dict()
-    except Exception as error:
-        raise UserError(f"transformers cannot read the configuration of {folder}: {_first_line(error)}.") from None
+    found: dict[str, Any] = auto_config(folder).to_dict()
     return found
+
+
+def stored_shapes(folder: Path) -> list[tuple[int, ...]]:
+    """Shapes of all tensors in the weight files of a folder; none where a file is missing or damaged."""
+    try:
+        files = weights.opened_files(weights.weight_files(folder)).values()
+    except UserError:
+        return []
+    return [tuple(file.get_slice(name).get_shape()) for file in files for name in file.keys()]  # noqa: SIM118
 
 
 def _is_causal(config: Any, raw: dict, trust_remote_code: bool) -> bool:
@@ -273,6 +316,7 @@ def completed(values: dict[str, Any]) -> dict[str, Any]:
         UserError: transformers knows no such configuration.
     """
     given = {name: value for name, value in values.items() if name != "model_type"}
+    untrusted.check_configuration(Path("config.json"), values)
     try:
         found: dict[str, Any] = AutoConfig.for_model(str(values.get("model_type")), **given).to_dict()
     except Exception as error:
@@ -301,7 +345,7 @@ def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
         UserError: it cannot.
     """
     try:
-        return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     except Exception as error:
         raise UserError(
             f"transformers cannot make a tokenizer of the metadata of {file}: {_first_line(error)}.",

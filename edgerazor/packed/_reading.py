@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgerazor import formats, workdir
+from edgerazor import formats, untrusted, workdir
 from edgerazor.errors import UserError
 from edgerazor.formats import INPUT_SCALE, LOW_INPUT_SCALE, SCALES, Encoded, MatrixSpec
 from edgerazor.packed._compression import decompress
@@ -35,6 +35,9 @@ from edgerazor.packed._header import (
 from edgerazor.packed._threads import in_parallel
 from edgerazor.packed._writing import MatrixSource
 from edgerazor.untrusted import weights
+
+#: What to do about a packed folder that names code.
+NO_CODE = "No packed model needs any: pack the original again, and do not trust who made this one."
 
 #: Bytes that are hashed and copied while they are in a core's cache.
 COPIED = 1 << 18
@@ -80,12 +83,13 @@ class PackedModel:
 
         Raises:
             UserError: a file is missing, cut off or no safetensors file, or what it holds is not a packed model of
-                this version or contradicts its header.
+                this version or contradicts its header; or a file beside the weights names Python code.
         """
         return workdir.read_whole(folder, cls._open)
 
     @classmethod
     def _open(cls, folder: Path) -> PackedModel:
+        untrusted.refuse_code(folder, NO_CODE)
         files, where = open_folder(folder)
         first, opened = next(iter(files.items()))
         about = opened.metadata() or {}

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers import GenerationConfig, PreTrainedConfig
 
+from edgerazor import models
 from edgerazor.errors import UserError, plain, usage_error
 from edgerazor.models import PreTrainedTokenizerBase
 from edgerazor.runtime import _generation
@@ -84,14 +84,13 @@ class Model(ABC):
     @functools.cached_property
     def config(self) -> PreTrainedConfig:
         """The folder's configuration."""
-        return AutoConfig.from_pretrained(self.folder)
+        found: PreTrainedConfig = models.auto_config(self.folder)
+        return found
 
     @functools.cached_property
     def generation_config(self) -> GenerationConfig:
         """What ends a text, and other defaults of transformers' `generate`."""
-        if (self.folder / GENERATION_CONFIG_NAME).exists():
-            return GenerationConfig.from_pretrained(self.folder)
-        return GenerationConfig.from_model_config(self.config)
+        return models.generation_config(self.folder) or GenerationConfig.from_model_config(self.config)
 
     @abstractmethod
     def session(self) -> Session:

@@ -7,16 +7,14 @@ many as fit into the time between two pictures of a terminal.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from edgerazor import data, recipe
+from edgerazor import data, recipe, untrusted
 from edgerazor.data import Conversation
-from edgerazor.errors import UserError, plain, usage_error
+from edgerazor.errors import UserError, usage_error
 from edgerazor.models import PreTrainedTokenizerBase
 from edgerazor.recipe import Generate
 from edgerazor.runtime._sampling import Sampler
@@ -338,27 +336,12 @@ def end_tokens(model: Model) -> frozenset[int]:
     found = {model.tokenizer.eos_token_id}
     for name in ("generation_config.json", "config.json"):
         path = model.folder / name
-        values = read_object(path) if path.exists() else {}
+        values = untrusted.read_json(path, hint="Copy or pack the model again.") if path.exists() else {}
         nested = values.get("text_config")
         for section in (values, nested if isinstance(nested, dict) else {}):
             own = section.get("eos_token_id")
             found |= set(own) if isinstance(own, list) else {own}
     return frozenset(each for each in found if isinstance(each, int))
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
-
-    Raises:
-        UserError: it does not.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {plain(error)}.", "Copy or pack the model again.") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged: it holds no object.", "Copy or pack the model again.")
-    return values
 
 
 def turn_ends(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from edgerazor import __version__, attention, data, formats, models, packed, surgery
+from edgerazor import __version__, attention, data, formats, models, packed, surgery, untrusted
 from edgerazor.allocate import Damages, Plan, make_plan, unmeasured
 from edgerazor.errors import UserError, usage_error
 from edgerazor.losses import METRICS
@@ -242,7 +242,7 @@ def read_plan(work: WorkDir) -> Plan:
         UserError: the file is missing or damaged.
     """
     try:
-        return Plan.model_validate_json(work.plan_file.read_text(encoding="utf-8"))
+        return untrusted.load_model(work.plan_file, Plan)
     except (OSError, ValueError):
         raise damaged(work.plan_file) from None
 

@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from edgerazor import attention, data, formats, models
+from edgerazor import attention, data, formats, models, untrusted
 from edgerazor.allocate import Damages, Plan, candidates_of, measures, shortfall
 from edgerazor.console import Console, duration, megabytes, table
 from edgerazor.errors import INTERRUPTED, UserError
@@ -218,12 +218,19 @@ def stored_statistics(recipe: Recipe, work: WorkDir) -> dict[str, Tensor] | None
     wanted = statistics_identity(recipe)
     try:
         with safe_open(work.statistics_file, framework="pt") as file:
-            measured = json.loads((file.metadata() or {})["measured"])
+            measured = untrusted.parse_json((file.metadata() or {})["measured"], dict)
             if measured["identity"] != wanted["identity"]:
                 return None
             needed = [measured["formats"].index(name) for name in wanted["formats"]]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (OSError, SafetensorError, KeyError, ValueError):  # among them a format that was not measured
+    except (
+        OSError,
+        SafetensorError,
+        KeyError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ):  # among them a format that was not measured
         return None
     of_formats = ("damage/", _sensitivity.ALONE)
     return {name: value[needed] if name.startswith(of_formats) else value for name, value in tensors.items()}
@@ -388,10 +395,10 @@ def provide_own_text(recipe: Recipe, work: WorkDir, device: torch.device, length
     asked = [_shared.teacher_fingerprint(recipe), recipe.seed, recipe.data.generated_tokens, length, versions()]
     kept = work.progress(NAME, "generated.json")
     try:
-        before = json.loads(kept.read_text(encoding="utf-8"))
+        before = untrusted.load_json(kept, most_bytes=untrusted.MOST_BYTES_OF_OURS)
     except (OSError, ValueError):
-        before = None
-    if isinstance(before, dict) and before.get("asked") == digest_json(asked):
+        before = {}
+    if before.get("asked") == digest_json(asked) and isinstance(before.get("text"), str):
         write_text(work.generated_text, before["text"])
         return
     console.say(f"No --data was given, so the teacher writes {recipe.data.generated_tokens:,} tokens itself.")

@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import BaseModel
 from rich.console import RenderableType
 
-from edgerazor import data
+from edgerazor import data, untrusted
 from edgerazor.console import Console
 from edgerazor.errors import UserError, usage_error
 from edgerazor.recipe import Recipe, Source
@@ -174,7 +174,7 @@ def whole_batches(out: Path, size: int) -> Written:
     with open(out, "rb") as file:
         for line in file:
             try:
-                row = json.loads(line)
+                row = untrusted.parse_json(line, dict)
                 batch, tokens = int(row["prompt"]) // size, int(row["tokens"])
             except (ValueError, KeyError, TypeError):
                 break
@@ -208,7 +208,7 @@ def check_record(out: Path, asked: dict[str, str], wanted: int | None) -> DataRe
     if not out.exists():
         return None
     try:
-        record: dict[str, Any] = json.loads(record_of(out).read_text(encoding="utf-8"))
+        record: dict[str, Any] = untrusted.load_json(record_of(out))
         stored = dict(record["settings"])
         result = DataResult.model_validate(record["result"]) if "result" in record else None
         record.setdefault("wanted")

@@ -42,7 +42,7 @@ from rich.console import RenderableType
 from safetensors.torch import save_file
 from torch import Tensor
 
-from edgerazor import data, losses, models, surgery
+from edgerazor import data, losses, models, surgery, untrusted
 from edgerazor.allocate import Plan
 from edgerazor.console import Console, table
 from edgerazor.errors import INTERRUPTED, UserError, usage_error
@@ -445,7 +445,7 @@ def adopt_best(job: Job, folder: Path) -> None:
     if job.progress.best is None and not has_student(folder):
         return
     try:
-        measured = json.loads((folder / "measured.json").read_text(encoding="utf-8"))
+        measured = untrusted.load_json(folder / "measured.json")
         job.progress.best, job.progress.best_step = float(measured["value"]), int(measured["step"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(

@@ -22,7 +22,7 @@ from rich.console import RenderableType
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from edgerazor import exports, formats, imports, models, packed, surgery
+from edgerazor import exports, formats, imports, models, packed, surgery, untrusted
 from edgerazor.allocate import MatrixPlan, Plan, measures
 from edgerazor.console import Console, megabytes, table
 from edgerazor.errors import UserError, usage_error
@@ -317,7 +317,9 @@ class student_weights:  # noqa: N801 - used as a context manager, like those of 
         folder = self.work.student(self.recipe.pack.student)
         try:
             self.file = safe_open(folder / "model.safetensors", framework="pt").__enter__()
-            digests = json.loads((folder / "digests.json").read_text(encoding="utf-8"))
+            digests = untrusted.load_json(folder / "digests.json")
+            if not all(isinstance(digest, str) for digest in digests.values()):
+                raise ValueError("digests.json holds something else than digests")
             names = set(self.file.keys())
             others = {name: self.file.get_tensor(name) for name in sorted(names - _shared.matrix_tensors(found))}
         except (OSError, SafetensorError, ValueError) as error:
@@ -354,7 +356,7 @@ def matrix_source(matrix: MatrixPlan, read: Reader) -> MatrixSource:
 def accompany(folder: Path, teacher_folder: Path, config: object, settings: dict[str, Any]) -> None:
     """Configuration, generation settings, tokenizer and chat template."""
     models.copy_companions(teacher_folder, folder)
-    values = json.loads(config.to_json_string(use_diff=True))  # type: ignore[attr-defined]
+    values = untrusted.without_code(json.loads(config.to_json_string(use_diff=True)))  # type: ignore[attr-defined]
     values["dtype"] = "float32"  # of the activations between quantized layers
     values["quantization_config"] = {"quant_method": "edgerazor", "version": packed.VERSION, **settings}
     (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

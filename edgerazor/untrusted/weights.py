@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from edgerazor.errors import UserError, plain
+from edgerazor.untrusted.documents import load_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+#: Most bytes of an index; those of the largest models have about ten million.
+MOST_INDEX_BYTES = 1 << 26
 AGAIN = "Download the model again."
 #: What a safetensors file calls the dtypes that weights may have where nothing says how they were quantized.
 FLOATING = ("F64", "F32", "F16", "BF16")
@@ -63,7 +65,7 @@ def read_index(folder: Path) -> dict[str, str]:
     """
     path = folder / INDEX
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["weight_map"].items()
+        found = load_json(path, most_bytes=MOST_INDEX_BYTES)["weight_map"].items()
         index = {name: file for name, file in found if file and file == Path(file).name}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path} is damaged.", AGAIN) from None
