@@ -58,6 +58,12 @@ results-packing: install
 fuzz: install
 	$(BIN)/python tests/fuzz_packed.py $(or $(N),100000) $(if $(FUZZ_SECONDS),--seconds $(FUZZ_SECONDS))
 
+# Damaged configurations, tokenizers, templates, recipes, texts, indices, GGUF and MLX files, given to the commands that
+# read them: an answer or one sentence, whatever is in them.
+.PHONY: fuzz-inputs
+fuzz-inputs: install
+	$(BIN)/python tests/fuzz_inputs.py $(or $(N),20000) $(if $(FUZZ_SECONDS),--seconds $(FUZZ_SECONDS))
+
 # Published post-training methods, in an environment of their own (several GB: GPTQModel brings torch with CUDA).
 peers: build/peers/installed
 
