@@ -97,6 +97,12 @@ fuzz: install
 race: install
 	$(BIN)/python tests/race_writers.py $(or $(N),20)
 
+# Damaged configurations, tokenizers, templates, recipes, texts, indices, GGUF and MLX files, given to the commands that
+# read them: an answer or one sentence, whatever is in them.
+.PHONY: fuzz-inputs
+fuzz-inputs: install
+	$(BIN)/python tests/fuzz_inputs.py $(or $(N),20000) $(if $(FUZZ_SECONDS),--seconds $(FUZZ_SECONDS))
+
 # Published post-training methods, in an environment of their own (several GB: GPTQModel brings torch with CUDA).
 peers: build/peers/installed
 

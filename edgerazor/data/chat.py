@@ -28,6 +28,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from edgerazor import untrusted
 from edgerazor.errors import UserError, plain, usage_error
+from edgerazor.untrusted.tokenizer import bound_templates, reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -164,6 +165,7 @@ def render(
         )
     given = list(asked.messages) if messages is None else messages
     tools = list(asked.tools) if asked.tools else None
+    bound_templates()
     try:
         return str(
             tokenizer.apply_chat_template(
@@ -176,7 +178,7 @@ def render(
             )
         )
     except Exception as error:  # a template is a program of other people; it fails in ways of its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = plain((str(error).strip().splitlines() or [type(error).__name__])[0].rstrip("."), 200)
         raise UserError(f"{asked.where} is refused by the tokenizer's chat template: {reason}.") from error
 
 
@@ -250,7 +252,8 @@ def encode(asked: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[np.
         roles = ", ".join(repr(role) for role in dict.fromkeys(each["role"] for each in asked.messages)) or "none"
         raise UserError(f"{asked.where} has no assistant turn to learn from; its roles are {roles}.")
     text = render(asked, tokenizer)
-    found = _untrimmed(asked, tokenizer).encode(text, add_special_tokens=False)
+    with reading(_inside(asked.where)):
+        found = _untrimmed(asked, tokenizer).encode(text, add_special_tokens=False)
     ids = np.array(found.ids, dtype=np.int32)
     places = np.array(found.offsets, dtype=np.int64).reshape(-1, 2)  # [N, 2]: begin, end
     turns = _marked(asked, tokenizer, text)

@@ -13,6 +13,7 @@ import torch
 from edgerazor.data import chat
 from edgerazor.data.sources import Document
 from edgerazor.untrusted import vocabulary
+from edgerazor.untrusted.tokenizer import reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -146,13 +147,14 @@ def _encode_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[
     if not texts:
         return []
     eos = tokenizer.eos_token_id
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,  # rows are cut later, so texts longer than the model's context are no reason to warn
-    )
+    with reading():
+        encoded = tokenizer(
+            texts,
+            add_special_tokens=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # rows are cut later, so texts longer than the model's context are no reason to warn
+        )
     pieces = []
     for ids in encoded["input_ids"]:
         ended = eos is None or (len(ids) > 0 and ids[-1] == eos)

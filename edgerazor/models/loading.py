@@ -13,7 +13,6 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -25,6 +24,7 @@ from edgerazor import untrusted
 from edgerazor.errors import UserError, plain, usage_error
 from edgerazor.models.walking import drop_pages
 from edgerazor.untrusted import links, vocabulary, weights
+from edgerazor.untrusted.tokenizer import open_tokenizer
 from edgerazor.workdir import digest_json, hash_file
 
 #: Files that make up a model: what is fetched from the hub, and what identifies a teacher.
@@ -231,7 +231,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
         )
     _companions(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return open_tokenizer(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise UserError(f"transformers cannot load the tokenizer of {folder}: {_first_line(error)}.") from None
 
@@ -345,7 +345,7 @@ def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
         UserError: it cannot.
     """
     try:
-        return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+        return open_tokenizer(file.parent, gguf_file=file.name, trust_remote_code=False)
     except Exception as error:
         raise UserError(
             f"transformers cannot make a tokenizer of the metadata of {file}: {_first_line(error)}.",
@@ -423,4 +423,5 @@ def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines or isinstance(error, KeyError):
         lines.insert(0, type(error).__name__)
-    return " ".join(lines[: 2 if lines[0].endswith(":") or isinstance(error, KeyError) else 1]).rstrip(".:")
+    said = " ".join(lines[: 2 if lines[0].endswith(":") or isinstance(error, KeyError) else 1])
+    return plain(said).rstrip(".:")

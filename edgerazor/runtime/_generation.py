@@ -20,6 +20,7 @@ from edgerazor.recipe import Generate
 from edgerazor.runtime._sampling import Sampler
 from edgerazor.runtime._text import Detokenizer, Stops
 from edgerazor.untrusted import vocabulary
+from edgerazor.untrusted.tokenizer import reading
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -262,7 +263,8 @@ def encode(model: Model, prompt: Prompt, asked: Generate) -> list[int]:
     tokenizer = model.tokenizer
     if asked.chat:
         text = render(tokenizer, prompt, asked)
-        ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        with reading("the prompt"):
+            ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     elif isinstance(prompt, str):
         check_text(prompt)
         ids = text_tokens(tokenizer, prompt)
@@ -282,7 +284,8 @@ def encode(model: Model, prompt: Prompt, asked: Generate) -> list[int]:
 
 def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The tokens of a text that is to be gone on with; of an empty one, what a text begins with."""
-    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    with reading("the prompt"):
+        ids = list(tokenizer(text, verbose=False)["input_ids"])
     if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
         return ids[:-1]
     if not ids:
@@ -340,8 +343,9 @@ def end_tokens(model: Model) -> frozenset[int]:
         nested = values.get("text_config")
         for section in (values, nested if isinstance(nested, dict) else {}):
             own = section.get("eos_token_id")
-            found |= set(own) if isinstance(own, list) else {own}
-    return frozenset(each for each in found if isinstance(each, int))
+            own = own if isinstance(own, list) else [own]
+            found |= {each for each in own if isinstance(each, int)}
+    return frozenset(each for each in found if each is not None)
 
 
 def turn_ends(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from edgerazor import __version__, attention, data, formats, models, packed, surgery, untrusted
 from edgerazor.allocate import Damages, Plan, make_plan, unmeasured
+from edgerazor.console import launched
 from edgerazor.errors import UserError, usage_error
 from edgerazor.losses import METRICS
 from edgerazor.models import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,7 +39,7 @@ def device_of(recipe: Recipe) -> torch.device:
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     elif "LOCAL_WORLD_SIZE" in os.environ:  # several processes share the cores
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, launched("LOCAL_WORLD_SIZE", 1))))
     name = recipe.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,7 +56,7 @@ def device_of(recipe: Recipe) -> torch.device:
 
 def processes() -> int:
     """How many processes a launcher (torchrun, accelerate launch) started for this run."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return launched("WORLD_SIZE", 1)
 
 
 def join_processes(device: torch.device) -> None:
