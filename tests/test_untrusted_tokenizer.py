@@ -155,10 +155,13 @@ def test_time_is_a_bound_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 TEMPLATES = [
     "{% for m in messages %}{{ loop.index }}{{ loop.last }} {{ m.role }}: {{ m['content'] | trim }}\n{% endfor %}",
-    "{%- for m in messages -%}\n{% if loop.first %}a{% elif m.role == 'x' %}b{% else %}c{% endif %} {{ m | tojson }}{%- endfor %}",
-    "{% macro f(m, x=1) %}[{{ m.role }}{{ x }}]{% endmacro %}{% for m in messages if m.content %}{{ f(m, x=2) }}{% break %}{% endfor %}",
+    "{%- for m in messages -%}\n{% if loop.first %}a{% elif m.role == 'x' %}b{% else %}c{% endif %} "
+    "{{ m | tojson }}{%- endfor %}",
+    "{% macro f(m, x=1) %}[{{ m.role }}{{ x }}]{% endmacro %}"
+    "{% for m in messages if m.content %}{{ f(m, x=2) }}{% break %}{% endfor %}",
     "{% set a, b = 1, 'x' %}{% set c %}block{% endset %}{{ a }}{{ b * 3 }}{{ c }}{% filter upper %}abc{% endfilter %}",
-    "{% set n = namespace(i=0) %}{% for m in messages | reverse %}{% set n.i = n.i + 1 %}{{ '%02d' % n.i }}{% endfor %}",
+    "{% set n = namespace(i=0) %}"
+    "{% for m in messages | reverse %}{% set n.i = n.i + 1 %}{{ '%02d' % n.i }}{% endfor %}",
     "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}none{% endfor %}",
     "{% call(x) messages.__len__() %}{% endcall %}",
 ]
