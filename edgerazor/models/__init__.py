@@ -17,6 +17,7 @@ from edgerazor.models.attention import (
     use_attention,
 )
 from edgerazor.models.blocks import Blocks
+from edgerazor.models.cache import cache_name, with_cache
 from edgerazor.models.hidden import capture_hidden, final_states, logit_shape
 from edgerazor.models.loading import (
     auto_config,
@@ -51,6 +52,7 @@ __all__ = [
     "attend",
     "attention_base",
     "auto_config",
+    "cache_name",
     "caps_attention",
     "capture_attention",
     "capture_hidden",
@@ -80,4 +82,5 @@ __all__ = [
     "stored_shapes",
     "structure",
     "use_attention",
+    "with_cache",
 ]

@@ -651,8 +651,9 @@ class _Fed:
     @torch.inference_mode()
     def __call__(self, ids: list[int]) -> Tensor:
         """Logits float32 [V] after the last of the next tokens."""
-        output = self.model(torch.tensor([ids], device=self.model.device), past_key_values=self.cache, use_cache=True)
-        self.cache = output.past_key_values
+        tokens = torch.tensor([ids], device=self.model.device)
+        output = self.model(tokens, **models.with_cache(self.model, self.cache))
+        self.cache = output[models.cache_name(self.model)]
         return output.logits[0, -1].float()
 
 
