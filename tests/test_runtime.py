@@ -244,7 +244,7 @@ def test_what_is_asked_wrongly(model: runtime.Model) -> None:
 def test_loading_is_asked_wrongly(folder: Path, llama: Path) -> None:
     asked: list[tuple[Callable[[], Any], str]] = [
         (lambda: edgerazor.load(folder, engine="fast"), "no engine called 'fast'"),
-        (lambda: edgerazor.load(folder, threads=0), "at least 1 thread"),
+        (lambda: edgerazor.load(folder, threads=0), "1 to 1024 threads, not 0"),
         (lambda: edgerazor.load(llama), "not a packed model"),
     ]
     for ask, about in asked:
@@ -531,7 +531,9 @@ def test_heads_that_would_fill_the_memory(packer: Packer, tmp_path: Path, change
     else:
         config |= change
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"a head cannot have so many features\.$"):
+    with pytest.raises(
+        UserError, match=r"a head cannot have so many features\.$|says head_dim 8589934592; expected at most"
+    ):
         runtime.load(folder, 1)
 
 

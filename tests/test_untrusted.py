@@ -17,6 +17,7 @@ from _tiny import Run
 import edgerazor
 from edgerazor import models, recipe, untrusted
 from edgerazor.errors import FAILED, USAGE, UserError
+from edgerazor.untrusted import weights
 from edgerazor.untrusted.documents import MOST_ENTRIES
 from edgerazor.workdir import WorkDir
 
@@ -392,7 +393,7 @@ def test_an_index_of_mixed_types(llama: Path, tmp_path: Path) -> None:
         "{}",
         "5",
     ):
-        (folder / models.loading.INDEX).write_text(text)
+        (folder / weights.INDEX).write_text(text)
         with pytest.raises(UserError, match=r"index\.json is damaged"):
             models.load(folder)
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 from edgerazor import data, models
-from edgerazor.data import Conversation
+from edgerazor.data import Conversation, tokens
 from edgerazor.errors import UserError
 from edgerazor.untrusted import tokenizer as untrusted
 
@@ -87,7 +87,7 @@ def test_words_that_a_tokenizer_does_not_know(tmp_path: Path, kind: str) -> None
     except UserError:
         return
     with pytest.raises(UserError, match="The model's tokenizer cannot read the text"):
-        data.encode(["unheard of"], found)
+        tokens.encode(["unheard of"], found)
 
 
 def test_panics_are_errors(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

@@ -93,7 +93,7 @@ def _message(where: str, value: object) -> Message:
         raise UserError(f"{where} is a {type(value).__name__}; expected an object with role and content.")
     given = {key: each for key, each in value.items() if each is not None}  # data sets fill absent fields with None
     if "role" not in given and "from" in given:
-        given["role"] = ROLES.get(given["from"], given["from"])
+        given["role"] = ROLES.get(given["from"], given["from"]) if isinstance(given["from"], str) else None
         given["content"] = given.pop("value", None)
         del given["from"]
     if not isinstance(given.get("role"), str):

@@ -595,7 +595,11 @@ def _check_sample(
 ) -> None:
     """Write a greedy text into the result; one that has collapsed, unlike the teacher's, is a failure."""
     prompt = _prompt(subject, text)
-    written = greedy(subject, prompt)
+    try:
+        written = greedy(subject, prompt)
+    except UserError as error:  # logits that are no numbers
+        result.failures.append(error.message)
+        return
     result.sample = subject.tokenizer.decode(prompt + written, skip_special_tokens=True)
     if not collapsed(written):
         return

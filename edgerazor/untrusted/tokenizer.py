@@ -44,12 +44,13 @@ MOST_MEMORY = 256 * 2**20
 # Tokenizers -------------------------------------------------------------------------------------------------------
 
 
-def open_tokenizer(folder: Path, **options: Any) -> PreTrainedTokenizerBase:
+def open_tokenizer(folder: Path, *, trust_remote_code: bool, **options: Any) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, or with `gguf_file` of a file in it, as transformers opens it.
 
     Args:
         folder: with the tokenizer's files.
-        options: of `AutoTokenizer.from_pretrained`.
+        trust_remote_code: run Python code that comes with it.
+        options: others of `AutoTokenizer.from_pretrained`.
 
     Raises:
         ValueError: it is larger than any, says a size that cannot be, or made the library panic.
@@ -63,7 +64,7 @@ def open_tokenizer(folder: Path, **options: Any) -> PreTrainedTokenizerBase:
         if (folder / "tokenizer.json").is_file():
             check(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
     with without_panics():
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         number = getattr(tokenizer, name)
         if not (number is None or isinstance(number, int)):
