@@ -244,7 +244,7 @@ def say_passes(job: Job, console: Console) -> None:
     said = f"{job.steps:,} steps read the {len(job.rows):,} sequences of the data {passes:.1f} times"
     if passes > GOOD_PASSES:
         console.warn(f"{said}; more text (--data FILE) would teach more than repeating it over {GOOD_PASSES} times.")
-    else:
+    elif passes > 1:
         console.say(f"{said}.")
 
 
