@@ -386,6 +386,7 @@ def test_a_damaged_checkpoint(text: str, tmp_path: Path) -> None:
 
 def test_an_index_of_mixed_types(llama: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(llama, tmp_path / "model")
+    (folder / weights.WEIGHTS).rename(folder / "model-1.safetensors")  # a single file would be read without its index
     for text in (
         '{"weight_map": {"a": 1, "b": "x", "c": null}}',
         '{"weight_map": {"a": ["x"]}}',
