@@ -948,6 +948,7 @@ def main() -> None:
 def run_command() -> None:
     """One command; ends with SystemExit, or with a bug's exception."""
     try:
+        refuse_removed_folder()
         code = typer.main.get_command(app).main(prog_name="edgerazor", standalone_mode=False)
         if code == INTERRUPTED:  # typer has caught the KeyboardInterrupt
             raise KeyboardInterrupt
@@ -972,6 +973,14 @@ def run_command() -> None:
         if known is None:
             raise
         fail(known)
+
+
+def refuse_removed_folder() -> None:
+    """Where there is no current folder, importing torch ends the process without a word of ours."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise usage_error("The current folder has been removed.", "Change into one that is there: `cd`.") from None
 
 
 def show_usage(error: Any) -> None:
@@ -1030,10 +1039,6 @@ def explain_failure(error: BaseException) -> UserError | None:
 
 def explain_file(error: OSError) -> UserError | None:
     """The same for a file or folder; what is merely not there, where it was expected, is a bug."""
-    try:
-        os.getcwd()
-    except OSError:
-        return usage_error("The current folder has been removed.", "Change into one that is there: `cd`.")
     if error.errno == errno.ENOMEM:
         return UserError("There is not enough memory.", "Close other programs, or raise the limit (`ulimit -v`).")
     if error.filename is None:

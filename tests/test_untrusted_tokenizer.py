@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 from edgerazor import data, models
-from edgerazor.data import Conversation
+from edgerazor.data import Conversation, tokens
 from edgerazor.errors import UserError
 from edgerazor.untrusted import tokenizer as untrusted
 
@@ -67,7 +67,10 @@ def test_files_larger_than_any(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
         models.load_tokenizer(folder)
 
 
-@pytest.mark.parametrize("content", ["[1]", "[" * 100_000, "{", '{"model": null}', "\x1b", '{"model": {"vocab": {"a": []}}}'])
+NONE = ["[1]", "[" * 100_000, "{", '{"model": null}', "\x1b", '{"model": {"vocab": {"a": []}}}']
+
+
+@pytest.mark.parametrize("content", NONE)
 def test_files_that_are_no_tokenizers(folder: Path, content: str) -> None:
     (folder / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match="cannot load the tokenizer") as caught:
@@ -85,7 +88,7 @@ def test_words_that_a_tokenizer_does_not_know(tmp_path: Path, kind: str) -> None
     except UserError:
         return
     with pytest.raises(UserError, match="The model's tokenizer cannot read the text"):
-        data.encode(["unheard of"], found)
+        tokens._encode_texts(["unheard of"], found)
 
 
 def test_panics_are_errors(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
@@ -95,8 +98,9 @@ def test_panics_are_errors(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd:
         os.write(2, b"thread '<unnamed>' panicked at \x1b[31m\n")
         raise PanicException("index out of bounds")
 
-    with pytest.raises(UserError, match="cannot read the prompt: the library that reads it gave up"), untrusted.reading(
-        "the prompt"
+    with (
+        pytest.raises(UserError, match="cannot read the prompt: the library that reads it gave up"),
+        untrusted.reading("the prompt"),
     ):
         panic()
     monkeypatch.setattr(untrusted.AutoTokenizer, "from_pretrained", panic)
@@ -152,8 +156,10 @@ def test_time_is_a_bound_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 TEMPLATES = [
     "{% for m in messages %}{{ loop.index }}{{ loop.last }} {{ m.role }}: {{ m['content'] | trim }}\n{% endfor %}",
-    "{%- for m in messages -%}\n{% if loop.first %}a{% elif m.role == 'x' %}b{% else %}c{% endif %} {{ m | tojson }}{%- endfor %}",
-    "{% macro f(m, x=1) %}[{{ m.role }}{{ x }}]{% endmacro %}{% for m in messages if m.content %}{{ f(m, x=2) }}{% break %}{% endfor %}",
+    "{%- for m in messages -%}\n{% if loop.first %}a{% elif m.role == 'x' %}b{% else %}c{% endif %} {{ m | tojson }}"
+    "{%- endfor %}",
+    "{% macro f(m, x=1) %}[{{ m.role }}{{ x }}]{% endmacro %}"
+    "{% for m in messages if m.content %}{{ f(m, x=2) }}{% break %}{% endfor %}",
     "{% set a, b = 1, 'x' %}{% set c %}block{% endset %}{{ a }}{{ b * 3 }}{{ c }}{% filter upper %}abc{% endfilter %}",
     "{% set n = namespace(i=0) %}{% for m in messages | reverse %}{% set n.i = n.i + 1 %}{{ '%02d' % n.i }}{% endfor %}",
     "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}none{% endfor %}",
