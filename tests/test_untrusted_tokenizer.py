@@ -161,7 +161,8 @@ TEMPLATES = [
     "{% macro f(m, x=1) %}[{{ m.role }}{{ x }}]{% endmacro %}"
     "{% for m in messages if m.content %}{{ f(m, x=2) }}{% break %}{% endfor %}",
     "{% set a, b = 1, 'x' %}{% set c %}block{% endset %}{{ a }}{{ b * 3 }}{{ c }}{% filter upper %}abc{% endfilter %}",
-    "{% set n = namespace(i=0) %}{% for m in messages | reverse %}{% set n.i = n.i + 1 %}{{ '%02d' % n.i }}{% endfor %}",
+    "{% set n = namespace(i=0) %}"
+    "{% for m in messages | reverse %}{% set n.i = n.i + 1 %}{{ '%02d' % n.i }}{% endfor %}",
     "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}none{% endfor %}",
     "{% call(x) messages.__len__() %}{% endcall %}",
 ]
