@@ -1007,7 +1007,15 @@ def fail(error: UserError) -> None:
 
 
 #: What is the machine's fault rather than the program's, when it comes with a file name.
-MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE)
+MACHINE: tuple[int, ...] = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EIO,
+    errno.ENAMETOOLONG,
+    errno.EMFILE,
+    errno.ENFILE,
+)
 MACHINE += (errno.ELOOP, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.EBUSY, errno.ETXTBSY)
 #: In errors of libraries that found no room for themselves.
 NO_ROOM = ("DefaultCPUAllocator", "Cannot allocate memory", "failed to map segment", "bad allocation", "std::bad_alloc")

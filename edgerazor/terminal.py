@@ -70,7 +70,7 @@ def prepare() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # letters that an ASCII or Latin-1 terminal does not have
     if not isinstance(sys.stderr, Guarded):
-        sys.stderr = Guarded(sys.stderr)  # type: ignore[assignment]
+        sys.stderr = Guarded(sys.stderr)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not under nohup
         signal.signal(signal.SIGINT, _interrupt)
 

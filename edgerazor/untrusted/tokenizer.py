@@ -331,7 +331,7 @@ def _environment(theirs: Any) -> BoundedEnvironment:
     ours.step = _budget.step
     ours.globals = {name: value for name, value in theirs.globals.items() if name != "lipsum"}
     ours.filters = {name: _checked(function) for name, function in theirs.filters.items()} | {"bounded": _bounded}
-    return ours  # type: ignore[no-any-return]
+    return ours
 
 
 def _compile(environment: BoundedEnvironment, source: str) -> Template:
