@@ -943,6 +943,8 @@ def main() -> None:
         run_command()
     except KeyboardInterrupt:  # a second one, while what had happened was being told
         terminal.end_interrupted()
+    except MemoryError:  # not even for a sentence
+        terminal.end_without_memory()
 
 
 def run_command() -> None:
