@@ -160,6 +160,12 @@ def test_bugs_stay_bugs(tmp_path: Path) -> None:
         assert cli.explain_failure(error) is None
 
 
+def test_no_memory_for_a_sentence(tmp_path: Path) -> None:
+    code = "from edgerazor import cli\ncli.run_command = lambda: [][0:0] + [0] * 10**18\ncli.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "Error: There is not enough memory.\n")
+
+
 # --- Ctrl-C ----------------------------------------------------------------------------------------------------------
 
 
