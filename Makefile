@@ -13,6 +13,7 @@ BIN := .venv/bin
 WORLD := recipes/world
 JOB := build/quickstart
 SELFTESTS := kernels decoder
+PARALLEL := --numprocesses auto --dist loadfile
 KERNELS := edgerazor/kernels/libedgerazor.so
 
 # Real models and texts for `make results-methods`, beside the embedded teacher: a folder with `models` and `text`.
@@ -47,7 +48,7 @@ test-newest: $(KERNELS) $(WORLD)/distill.txt
 	$(PYTHON) -m venv build/newest
 	build/newest/bin/pip install --quiet $(TORCH_NEWEST)
 	build/newest/bin/pip install --quiet --editable '.[dev]'
-	build/newest/bin/python -m pytest
+	build/newest/bin/python -m pytest $(PARALLEL)
 
 test-oldest: $(KERNELS) $(WORLD)/distill.txt
 	rm -rf build/oldest
@@ -56,7 +57,7 @@ test-oldest: $(KERNELS) $(WORLD)/distill.txt
 	$(PYTHON) .ci/oldest.py > build/oldest/requirements.txt
 	build/oldest/bin/pip install --quiet --requirement build/oldest/requirements.txt
 	build/oldest/bin/pip install --quiet --no-deps --editable .
-	build/oldest/bin/python -m pytest
+	build/oldest/bin/python -m pytest $(PARALLEL)
 
 # The main job on the embedded teacher: all five stages, beside rounding to nearest and a control that
 # is trained for as many steps on the same text, but without a teacher.
@@ -185,8 +186,9 @@ world-data: install
 teacher: install
 	$(BIN)/python $(WORLD)/train_teacher.py
 
+# A process for each core, each with whole files, since their fixtures are shared.
 test: install $(KERNELS) $(WORLD)/distill.txt
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 check: install
 	$(BIN)/ruff check .

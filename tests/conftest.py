@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,12 @@ def sentences(count: int, seed: int = 0) -> str:
             f"{person} took the {thing} to the {place}. Then {other} found {draw.randint(2, 9)} of them there."
         )
     return "\n".join(lines) + "\n"
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c() -> None:
+    """Interrupts what a test starts, too, where the tests run in the background of a script, which ignores it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ CONSTRAINTS = ROOT / ".ci" / "constraints.txt"
 #: Only of environments that are made for them (`make peers`, `make llamacpp`).
 PEERS = {"gptqmodel", "auto-round", "hqq", "optimum", "llama-cpp"}
 #: Used through a command or a plugin, so nothing imports them.
-COMMANDS = {"mypy", "ruff", "types-pyyaml"}
+COMMANDS = {"mypy", "pytest-xdist", "ruff", "types-pyyaml"}
 
 
 def normal(name: str) -> str:

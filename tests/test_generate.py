@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import select
 import shutil
 import signal
 import subprocess
@@ -30,6 +31,8 @@ from edgerazor.stages.generate import GenerateResult
 PROMPT = "Nora took the ball"
 #: So many that a text of all of them takes some time, and does not fit into a pipe.
 POSITIONS = 100_000
+#: Seconds without a word from a terminal after which none is awaited any more.
+PATIENCE = 300
 TEMPLATE = """{% for m in messages %}{{ m.role + ':' + m.content + '</s>' }}{% endfor %}
 {%- if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"""
 
@@ -432,12 +435,19 @@ class Terminal:
     def until(self, text: str) -> str:
         """What is seen until a text comes up."""
         while text not in self.seen:
-            try:
-                self.seen += os.read(self.file, 4096).decode("utf-8", "replace")
-            except OSError:  # it is closed
-                raise AssertionError(f"{text!r} did not come up in {self.seen!r}") from None
+            self.read(text)
         before, _, self.seen = self.seen.partition(text)
         return before
+
+    def read(self, text: str) -> None:
+        """See more, where a text is still to come."""
+        ready, _, _ = select.select([self.file], [], [], PATIENCE)
+        try:
+            assert ready
+            self.seen += os.read(self.file, 4096).decode("utf-8", "replace")
+        except (AssertionError, OSError):  # nothing comes, or it is closed
+            self.process.kill()
+            raise AssertionError(f"{text!r} did not come up in {self.seen!r}") from None
 
     def type(self, text: str) -> None:
         os.write(self.file, text.encode())
@@ -463,7 +473,7 @@ def test_ctrl_c_breaks_off_an_answer_and_then_the_chat(packed: Path) -> None:
     user.type("Who?\n")
     user.until("Who?")
     while len(user.seen) < 20:
-        user.seen += os.read(user.file, 4096).decode("utf-8", "replace")
+        user.read("an answer")
     user.process.send_signal(signal.SIGINT)
     user.until("interrupted")
     user.until("> ")

@@ -330,6 +330,9 @@ def _environment(theirs: Any) -> BoundedEnvironment:
     ours.template_class = BoundedTemplate
     ours.intercepted_binops = BoundedEnvironment.intercepted_binops
     ours.step = _budget.step
+    for extension in ours.extensions.values():
+        if hasattr(extension, "activate_tracker"):  # of {% generation %} blocks: of the copy, which is what renders
+            ours.activate_tracker = extension.activate_tracker
     ours.globals = {name: value for name, value in theirs.globals.items() if name != "lipsum"}
     ours.filters = {name: _checked(function) for name, function in theirs.filters.items()} | {"bounded": _bounded}
     return ours
