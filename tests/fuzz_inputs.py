@@ -4,9 +4,14 @@
     python tests/fuzz_inputs.py --only 4711           one of them again; prints the command and where its input lies
 
 Real inputs lie in memory: a tiny model's folder, its packed, GGUF and MLX forms, a recipe, texts and chats, items of a
-task. A worker process damages one of them, writes it, and forks a child that calls the command line as the console
-script does, with a command that only reads it. *The law*: exit code 0, 1 or 2; at most 3 KB on stderr, without control
-characters or a traceback; an answer within 20 seconds of CPU time; less than 1 GB of memory more than before.
+task. A worker process per core damages one of them, writes it, and forks a child that calls the command line as the
+console script does, with a command that only reads it. *The law*: exit code 0, 1 or 2; at most 3 KB on stderr, without
+control characters or a traceback; an answer within 15 seconds, which with the imports that a worker has behind it
+makes 20; less than 1 GB of memory more than before. The seconds are those of the child's own CPU time, so that other
+work on the machine does not count.
+
+A worker has run every command once, on whole inputs of another name, before it forks: what is imported, compiled and
+registered at first use is there already, and what a child costs is reading its input.
 
 Each damaged input follows from its number and the seed alone.
 """
@@ -14,6 +19,7 @@ Each damaged input follows from its number and the seed alone.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -24,9 +30,9 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from edgerazor import terminal
 
@@ -34,15 +40,16 @@ if __name__ == "__main__":
     terminal.prepare()  # before libraries keep stderr for themselves, as the console script does
 
 import conftest
+import typer
 from _fuzzing import Folder, Subject, main
 from fuzz_packed import NASTY, change_tree, dump, encoded, rewrite_bytes
 
 from edgerazor import cli
-from edgerazor.stages import _engines
 
 #: Seconds of CPU time for a command, and of waiting for a child that neither computes nor ends.
-SECONDS, PATIENCE = 20, 120
-MEMORY = 10**9
+SECONDS, PATIENCE = 15, 120
+#: Bytes that a command may take, and addresses that the machine is kept from giving it for the sake of its other users.
+MEMORY, ADDRESSES = 10**9, 4 * 10**9
 LONGEST = 3000
 #: Header of a folder in memory that has none.
 NO_HEADER: Any = None
@@ -77,6 +84,7 @@ def make_base(place: Path) -> None:
     tokenizer = conftest.tokenizer.__wrapped__()  # type: ignore[attr-defined]
     tokenizer.chat_template = CHAT
     conftest.make_model.__wrapped__(tokenizer)(base / MODEL, "llama")  # type: ignore[attr-defined]
+    end_often(base / MODEL / "model.safetensors")
     with contextlib.chdir(base):
         quietly(
             "pack", MODEL, "--bits", "4", "--group-size", "32", "--work", "job", "--export", "gguf", "--allow-lossy"
@@ -94,16 +102,37 @@ def make_base(place: Path) -> None:
         Path("tasks/arc_easy.jsonl").write_text((json.dumps(ITEM) + "\n") * 3)
 
 
-def import_everything() -> None:
-    """Once, for all children."""
+def end_often(weights: Path) -> None:
+    """A model that ends its answers soon, so that `data` has some to write."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(weights)
+    tensors["lm_head.weight"][conftest.SHAPE["eos_token_id"]] *= 40
+    save_file(tensors, weights, {"format": "pt"})
+
+
+def warm_up(place: Path) -> None:
+    """All that happens at first use, once for all children; under other names, so that nothing of an input is known."""
     import datasets  # noqa: F401
     import lm_eval.evaluator
     import lm_eval.models.huggingface
     import lm_eval.tasks  # noqa: F401
+    import tqdm
 
     from edgerazor import imports, pipeline, runtime, tasks  # noqa: F401
     from edgerazor.stages import _shipping, data, generate, pack, show  # noqa: F401
 
+    tqdm.tqdm.monitor_interval = 0  # a thread, which no child would have
+    typer.main.get_command = functools.cache(typer.main.get_command)
+    shutil.copytree(place / BASE, place / "whole", symlinks=True)
+    known = [words for commands in KINDS.values() for words in commands]
+    for words in {tuple(each): each for each in known}.values():
+        with contextlib.chdir(place / "whole"):
+            quietly(*words)
+            shutil.rmtree("job", ignore_errors=True)
+            for file in Path().glob("out.jsonl*"):
+                file.unlink()
+    shutil.rmtree(place / "whole")
     gc.collect()
     gc.freeze()  # children do not touch, and copy, what they do not use
 
@@ -138,7 +167,7 @@ KINDS: dict[str, list[list[str]]] = {
         ["pack", MODEL, "--bits", "4", "--group-size", "32", "--work", "job"],
         ["calibrate", "--recipe", "recipe.yaml", "--work", "job", "--dry-run"],
         ["distill", "--recipe", "recipe.yaml", "--work", "job", "--dry-run"],
-        ["data", MODEL, "--prompts", "chat.jsonl", "--tokens", "4", "--answer-tokens", "9", "--out", "out.jsonl"],
+        ["data", MODEL, "--prompts", "chat.jsonl", "--tokens", "4", "--answer-tokens", "40", "--out", "out.jsonl"],
     ],
     PACKED: [
         ["show", PACKED],
@@ -157,7 +186,7 @@ KINDS: dict[str, list[list[str]]] = {
     "text.jsonl": [["calibrate", "--recipe", "recipe.yaml", "--work", "job", "--dry-run"]],
     "chat.jsonl": [
         ["distill", "--recipe", "recipe.yaml", "--work", "job", "--dry-run"],
-        ["data", MODEL, "--prompts", "chat.jsonl", "--tokens", "4", "--answer-tokens", "9", "--out", "out.jsonl"],
+        ["data", MODEL, "--prompts", "chat.jsonl", "--tokens", "4", "--answer-tokens", "40", "--out", "out.jsonl"],
     ],
     "text.txt": [["eval", PACKED, "--data", "text.txt"]],
     "tasks": [["eval", PACKED, "--tasks", "arc_easy", "--task-data", "tasks", "--limit", "2"]],
@@ -173,8 +202,12 @@ def make_folders(place: Path) -> list[Folder]:
         finally:
             os._exit(0)
     os.waitpid(child, 0)
-    import_everything()
-    base, made = place / BASE, []
+    warm_up(place)
+    return read_folders(place / BASE)
+
+
+def read_folders(base: Path) -> list[Folder]:
+    made = []
     for kind in KINDS:
         path = base / kind
         files = [path] if path.is_file() else sorted(path.iterdir())
@@ -306,16 +339,34 @@ DAMAGES: dict[Callable[[random.Random, Folder], None], int] = {
 
 
 def quietly(*words: str) -> None:
-    """A command in this process, which must succeed."""
-    before, sys.argv = sys.argv, ["edgerazor", *words, "--quiet"]
+    """A command in this process, which must succeed; what it says goes nowhere."""
+    before, sys.argv = sys.argv, ["edgerazor", *words]
     try:
-        with contextlib.redirect_stdout(None):
+        with devnull():
             cli.main()
     except SystemExit as ended:
         if ended.code not in (0, None):
             raise RuntimeError(f"{words} ended with {ended.code}") from None
     finally:
         sys.argv = before
+
+
+@contextlib.contextmanager
+def devnull() -> Iterator[None]:
+    """What is written to files 1 and 2 goes nowhere."""
+    kept = [os.dup(number) for number in (1, 2)]
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    try:
+        for number in (1, 2):
+            os.dup2(nowhere, number)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, before in zip((1, 2), kept, strict=True):
+            os.dup2(before, number)
+            os.close(before)
+        os.close(nowhere)
 
 
 def command(folder: Folder) -> list[str]:
@@ -341,10 +392,38 @@ def check(path: Path, folder: Folder) -> str:
     else:
         (place / folder.kind).symlink_to(path)
     words = command(folder)
-    code, said, peak = in_a_child(place, words)
-    if code == -signal.SIGKILL:  # perhaps a fork at a bad moment, which happens once; what hangs, hangs again
-        code, said, peak = in_a_child(place, words)
-    about = " ".join(words)
+    answer = in_a_child(place, words)
+    if answer.code == -signal.SIGKILL:  # perhaps a fork at a bad moment, which happens once; what hangs, hangs again
+        answer = in_a_child(place, words)
+    check_answer(answer, " ".join(words))
+    base = path.parent / BASE / folder.kind
+    if all(
+        (each := base / name if base.is_dir() else base).exists() and each.read_bytes() == content
+        for name, content in folder.files.items()
+    ):
+        assert answer.code == 0, f"{' '.join(words)}: exit code {answer.code} of a whole input: {answer.said!r}"
+        return "unharmed"
+    return "refused" if answer.code else "done"
+
+
+class Answer(NamedTuple):
+    """What a command left.
+
+    Attributes:
+        code: its exit code; negative: the signal that ended it.
+        said: what it wrote to stderr.
+        memory: bytes that it grew by.
+    """
+
+    code: int
+    said: bytes
+    memory: int
+
+
+def check_answer(answer: Answer, about: str) -> None:
+    """AssertionError where the law is broken by the command that `about` names."""
+    code, said, memory = answer
+    assert code != -signal.SIGXCPU, f"{about}: no answer within {SECONDS} seconds of CPU time: {said[-1500:]!r}"
     assert code in (0, 1, 2), f"{about}: exit code {code}: {said[-1500:]!r}"
     assert len(said) <= LONGEST, f"{about}: {len(said)} bytes on stderr: {said[:300]!r} ... {said[-300:]!r}"
     text = said.decode("utf-8")
@@ -352,22 +431,16 @@ def check(path: Path, folder: Folder) -> str:
     strange = {each for each in text if not (each.isprintable() or each == "\n")}
     assert not strange, f"{about}: {strange} in {text!r}"
     assert code == 0 or "Error" in text, f"{about}: exit code {code} without a sentence: {text!r}"
-    assert peak < MEMORY, f"{about}: {peak / 1e6:.0f} MB of memory"
-    base = path.parent / BASE / folder.kind
-    if all(
-        (each := base / name if base.is_dir() else base).exists() and each.read_bytes() == content
-        for name, content in folder.files.items()
-    ):
-        return "unharmed"
-    return "refused" if code else "done"
+    assert memory < MEMORY, f"{about}: {memory / 1e6:.0f} MB of memory"
+    assert "There is not enough memory" not in text, f"{about}: {ADDRESSES / 1e9:.0f} GB of addresses: {text!r}"
 
 
-def in_a_child(place: Path, words: list[str]) -> tuple[int, bytes, int]:
-    """Exit code of a command (negative: the signal that ended it), what it wrote to stderr, and bytes it grew by."""
+def in_a_child(place: Path, words: list[str]) -> Answer:
+    """What a command in a process of its own, and a group of its own, leaves."""
     signal.setitimer(signal.ITIMER_REAL, 0)  # that of the worker; here CPU time counts
     reader, writer = os.pipe()
     sys.stderr.flush()
-    before = _engines.peak_memory()
+    before = resident()
     child = os.fork()
     if child == 0:
         os.close(reader)
@@ -381,17 +454,27 @@ def in_a_child(place: Path, words: list[str]) -> tuple[int, bytes, int]:
                     break
                 said += piece
         else:
+            with contextlib.suppress(ProcessLookupError):  # it has made no group yet
+                os.killpg(child, signal.SIGKILL)
             os.kill(child, signal.SIGKILL)
     _, status, used = os.wait4(child, 0)
-    return os.waitstatus_to_exitcode(status), said, used.ru_maxrss * 1024 - before
+    return Answer(os.waitstatus_to_exitcode(status), said, used.ru_maxrss * 1024 - before)
+
+
+def resident() -> int:
+    """Bytes of memory of this process; those of a child that is forked now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def run_child(place: Path, words: list[str], stderr: int) -> None:
     """The command, in a process of its own; never returns."""
     code = 70
     try:
+        os.setpgid(0, 0)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + ADDRESSES,) * 2)
         os.dup2(stderr, 2)
         os.dup2(os.open(os.devnull, os.O_RDWR), 1)
         os.dup2(1, 0)
@@ -414,4 +497,4 @@ SUBJECT = Subject(__file__, make_folders, DAMAGES, check, patience=PATIENCE, las
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    main(SUBJECT, __doc__, 20_000)
+    main(SUBJECT, __doc__, 20_000, workers=len(os.sched_getaffinity(0)))
