@@ -4,14 +4,15 @@
     python tests/fuzz_inputs.py --only 4711           one of them again; prints the command and where its input lies
 
 Real inputs lie in memory: a tiny model's folder, its packed, GGUF and MLX forms, a recipe, texts and chats, items of a
-task. A worker process per core damages one of them, writes it, and forks a child that calls the command line as the
+task. A worker process per core damages one of them, writes it, and has a child of it call the command line as the
 console script does, with a command that only reads it. *The law*: exit code 0, 1 or 2; at most 3 KB on stderr, without
 control characters or a traceback; an answer within 15 seconds, which with the imports that a worker has behind it
 makes 20; less than 1 GB of memory more than before. The seconds are those of the child's own CPU time, so that other
 work on the machine does not count.
 
 A worker has run every command once, on whole inputs of another name, before it forks: what is imported, compiled and
-registered at first use is there already, and what a child costs is reading its input.
+registered at first use is there already. A child runs some commands one after the other, until one of them ends it or
+breaks the law; that one is run again in a child of its own, and counts as it behaves there.
 
 Each damaged input follows from its number and the seed alone.
 """
@@ -30,7 +31,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +50,8 @@ from edgerazor import cli
 
 #: Seconds of CPU time for a command, and of waiting for a child that neither computes nor ends.
 SECONDS, PATIENCE = 15, 120
+#: Commands that run in one process, one after the other; a breach of the law counts when it happens alone, too.
+SHARED = 25
 #: Bytes that a command may take, and addresses that the machine is kept from giving it for the sake of its other users.
 MEMORY, ADDRESSES = 10**9, 4 * 10**9
 LONGEST = 3000
@@ -180,7 +184,7 @@ KINDS: dict[str, list[list[str]]] = {
     GGUF: [["pack", GGUF, "--work", "job"]],
     MLX: [["pack", MLX, "--work", "job"]],
     "recipe.yaml": [
-        ["calibrate", "--recipe", "recipe.yaml", "--work", "job", "--dry-run"],
+        *[["calibrate", "--recipe", "recipe.yaml", "--work", "job", "--dry-run"]] * 3,
         ["distill", "--recipe", "recipe.yaml", "--work", "job", "--dry-run"],
     ],
     "text.jsonl": [["calibrate", "--recipe", "recipe.yaml", "--work", "job", "--dry-run"]],
@@ -392,10 +396,14 @@ def check(path: Path, folder: Folder) -> str:
     else:
         (place / folder.kind).symlink_to(path)
     words = command(folder)
-    answer = in_a_child(place, words)
-    if answer.code == -signal.SIGKILL:  # perhaps a fork at a bad moment, which happens once; what hangs, hangs again
-        answer = in_a_child(place, words)
-    check_answer(answer, " ".join(words))
+    answer = RUNNER.run(place, words)
+    try:
+        check_answer(answer, " ".join(words))
+    except AssertionError:
+        RUNNER.end()  # once more alone: it is not to answer for what others before it have left
+        answer = RUNNER.run(place, words)
+        RUNNER.end()
+        check_answer(answer, " ".join(words))
     base = path.parent / BASE / folder.kind
     if all(
         (each := base / name if base.is_dir() else base).exists() and each.read_bytes() == content
@@ -435,30 +443,63 @@ def check_answer(answer: Answer, about: str) -> None:
     assert "There is not enough memory" not in text, f"{about}: {ADDRESSES / 1e9:.0f} GB of addresses: {text!r}"
 
 
-def in_a_child(place: Path, words: list[str]) -> Answer:
-    """What a command in a process of its own, and a group of its own, leaves."""
-    signal.setitimer(signal.ITIMER_REAL, 0)  # that of the worker; here CPU time counts
-    reader, writer = os.pipe()
-    sys.stderr.flush()
-    before = resident()
-    child = os.fork()
-    if child == 0:
-        os.close(reader)
-        run_child(place, words, writer)
-    os.close(writer)
-    said, deadline = b"", time.monotonic() + PATIENCE
-    with os.fdopen(reader, "rb", buffering=0) as file:
-        while time.monotonic() < deadline and len(said) < 10**6:
-            if select.select([file], [], [], 1.0)[0]:
-                if not (piece := file.read(65536)):
-                    break
-                said += piece
-        else:
-            with contextlib.suppress(ProcessLookupError):  # it has made no group yet
-                os.killpg(child, signal.SIGKILL)
-            os.kill(child, signal.SIGKILL)
-    _, status, used = os.wait4(child, 0)
-    return Answer(os.waitstatus_to_exitcode(status), said, used.ru_maxrss * 1024 - before)
+class Runner:
+    """Runs commands in a child of this process, which another takes the place of after `SHARED` commands."""
+
+    def __init__(self) -> None:
+        self.child, self.done = 0, 0
+
+    def run(self, place: Path, words: list[str]) -> Answer:
+        """What a command leaves, in a folder."""
+        signal.setitimer(signal.ITIMER_REAL, 0)  # that of the worker; here CPU time counts
+        if self.done == SHARED:
+            self.end()
+        if not self.child:
+            self.start()
+        os.write(self.asks, json.dumps([str(place), words]).encode() + b"\n")
+        said, deadline = b"", time.monotonic() + PATIENCE
+        while not said.endswith(b"\n"):
+            if not select.select([self.answers], [], [], max(deadline - time.monotonic(), 0))[0]:
+                os.killpg(self.child, signal.SIGKILL)
+            if not (piece := os.read(self.answers, 1 << 20)):
+                return self.end()
+            said += piece
+        self.done += 1
+        code, text, memory = json.loads(said)
+        return Answer(code, text.encode("latin-1"), memory)
+
+    def start(self) -> None:
+        """A child, in a group of its own."""
+        heard, self.asks = os.pipe()
+        self.answers, answer = os.pipe()
+        self.stderr = os.memfd_create("stderr")
+        sys.stderr.flush()
+        self.child, self.done = os.fork(), 0
+        if self.child == 0:
+            try:
+                os.setpgid(0, 0)
+                os.close(self.asks)
+                os.close(self.answers)
+                run_commands(os.fdopen(heard), answer, self.stderr)
+            finally:
+                os._exit(70)
+        with contextlib.suppress(PermissionError):  # it has done so itself
+            os.setpgid(self.child, self.child)
+        os.close(heard)
+        os.close(answer)
+
+    def end(self) -> Answer:
+        """End the child, which may have ended by itself; what it left last."""
+        if not self.child:
+            return Answer(0, b"", 0)
+        os.close(self.asks)
+        _, status, used = os.wait4(self.child, 0)
+        os.close(self.answers)
+        with os.fdopen(self.stderr, "rb") as file:
+            file.seek(0)
+            said = file.read(10**6)
+        self.child = 0
+        return Answer(os.waitstatus_to_exitcode(status), said, used.ru_maxrss * 1024 - resident())
 
 
 def resident() -> int:
@@ -466,33 +507,43 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def run_child(place: Path, words: list[str], stderr: int) -> None:
-    """The command, in a process of its own; never returns."""
-    code = 70
-    try:
-        os.setpgid(0, 0)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
-        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (size + ADDRESSES,) * 2)
-        os.dup2(stderr, 2)
-        os.dup2(os.open(os.devnull, os.O_RDWR), 1)
-        os.dup2(1, 0)
+def run_commands(asked: Iterable[str], answers: int, stderr: int) -> None:
+    """Commands as the console script runs them, one after the other; a line of JSON about each."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    before = resident()
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + ADDRESSES,) * 2)
+    os.dup2(os.open(os.devnull, os.O_RDWR), 1)
+    os.dup2(1, 0)
+    os.dup2(stderr, 2)
+    for line in asked:
+        place, words = json.loads(line)
+        os.ftruncate(2, 0)
+        os.lseek(2, 0, os.SEEK_SET)
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + 1 + SECONDS, -1))
         os.chdir(place)
-        sys.argv = ["edgerazor", *words]
-        try:
-            cli.main()
-        except SystemExit as ended:
-            code = ended.code if isinstance(ended.code, int) else 0
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
+        code = run_command(words)
         sys.stderr.flush()
-    finally:
-        os._exit(code)
+        said = os.pread(2, 10**6, 0).decode("latin-1")
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+        os.write(answers, json.dumps([code, said, memory]).encode() + b"\n")
 
 
+def run_command(words: list[str]) -> int:
+    """The exit code of a command in this process."""
+    sys.argv = ["edgerazor", *words]
+    try:
+        cli.main()
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else 0
+    except BaseException:
+        traceback.print_exc()
+        return 70
+    return 0
+
+
+RUNNER = Runner()
 SUBJECT = Subject(__file__, make_folders, DAMAGES, check, patience=PATIENCE, last_patience=3 * PATIENCE, memory=None)
 
 if __name__ == "__main__":
