@@ -37,6 +37,8 @@ MEMORY = 10**9
 LONGEST_SENTENCE = 1000
 #: That are worth reading.
 MOST_FAILURES = 20
+#: Folders between two words about how far a worker is.
+TOLD = 500
 
 
 @dataclass
@@ -167,6 +169,9 @@ def work(subject: Subject, numbers: range, seed: int, deadline: float, loud: boo
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
             counts[f"{damage} {outcome}"] += 1
+            if counts.total() == TOLD:
+                print(json.dumps({"counts": counts}), file=told, flush=True)
+                counts.clear()
         print(json.dumps({"counts": counts, "peak": peak_memory()}), file=told, flush=True)
 
 
@@ -224,8 +229,11 @@ def watch(subject: Subject, part: range, seed: int, deadline: float, loud: bool,
             number = said.get("at", number)
             if "failed" in said:
                 outcome.failures.append("number {failed} ({damage}, {kind}): {what}".format(**said))
+                print(f"FAILED {outcome.failures[-1]}", file=sys.stderr, flush=True)
             if "counts" in said:
                 outcome.counts += Counter(said["counts"])
+                print(f"{outcome.total:,} so far", file=sys.stderr, flush=True)
+            if "peak" in said:
                 outcome.peak = max(outcome.peak, said["peak"])
                 finished = True
         code = process.wait()
