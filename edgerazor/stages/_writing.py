@@ -200,7 +200,7 @@ class Writer:
         """The tokens that end a text, as the model and its tokenizer know them."""
         own = self.teacher.generation_config.eos_token_id
         ids = own if isinstance(own, list) else [own]
-        return {int(each) for each in (*ids, self.tokenizer.eos_token_id) if each is not None}
+        return {each for each in (*ids, self.tokenizer.eos_token_id) if each is not None}
 
 
 @dataclass(eq=False)

@@ -293,7 +293,9 @@ def _stepping(template: nodes.Template) -> nodes.Template:
     for parent in [template, *template.find_all(nodes.Node)]:
         for field in ("body", "else_"):
             statements = getattr(parent, field, None)
-            if isinstance(statements, list):
+            if field == "body" and isinstance(parent, nodes.For) and not statements:
+                parent.body = [_step(parent.lineno)]
+            elif isinstance(statements, list):
                 setattr(parent, field, [part for each in statements for part in (_step(each.lineno), each)])
     return template
 
