@@ -226,6 +226,13 @@ def _open_folder(folder: Path) -> tuple[PackedModel, Any]:
     check_files(folder)
     packed = PackedModel.open(folder)
     values = untrusted.read_configuration(folder, "Undo the change, or pack the model again.")
+    try:
+        EdgeRazorConfig(**values["quantization_config"])
+    except TypeError as error:  # as transformers makes it, wherever it meets such a configuration
+        raise UserError(
+            f"{folder / 'config.json'} does not describe a packed model: {_first_line(error)}.",
+            "Undo the change, or pack the model again.",
+        ) from None
     shapes = [entry.shape for entry in packed.header.matrices.values()]
     untrusted.check_shapes(folder / "config.json", values, shapes)
     config = auto_config(folder)

@@ -11,7 +11,7 @@ main process's alone.
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -109,21 +109,26 @@ def run_one(name: str, recipe: Recipe, work: WorkDir, console: Console, force: b
         console.warn(f"{work.manifest_file(name)} is damaged, so {name} is not taken for finished.")
     began = time.monotonic()
     console.say(f"{name}: {what(name, recipe)}")
-    result: BaseModel
-    if name == "distill":
-        if not force:
-            refuse_other_plan(inputs, work)
-        result = distill.run(recipe, work, console, fresh=force)
-    else:
-        if name == "calibrate" and not force:  # what it has measured serves other budgets too
-            work.manifest_file(name).unlink(missing_ok=True)
-        elif name != "pack":  # pack replaces its folder whole
-            work.discard(name, keep_progress=not force)
-        result = stage.run(recipe, work, console)
-    if is_main_process():
-        section = getattr(recipe, name).model_dump(mode="json")
-        work.finish(name, inputs, section, result, time.monotonic() - began)
+    if name == "distill" and not force:
+        refuse_other_plan(inputs, work)
+    with making(name, work, force) as job:
+        result: BaseModel = (
+            distill.run(recipe, job, console, fresh=force) if name == "distill" else stage.run(recipe, job, console)
+        )
+        if is_main_process():
+            section = getattr(recipe, name).model_dump(mode="json")
+            job.finish(name, inputs, section, result, time.monotonic() - began)
     return result
+
+
+def making(name: str, work: WorkDir, force: bool) -> AbstractContextManager[WorkDir]:
+    """The job in which a stage is done again; what it made before stays in its place until that is whole."""
+    if name in ("distill", "pack"):  # the one goes on in its folder, the other replaces its own
+        return nullcontext(work)
+    if force:
+        work.forget_progress(name)
+    carry = calibrate.CARRIED if name == "calibrate" and not force else ()
+    return work.replacing(name, carry, keep_progress=name == "bench")
 
 
 def earlier_result(name: str, inputs: dict[str, str], work: WorkDir) -> BaseModel | None:

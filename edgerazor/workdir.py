@@ -28,7 +28,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -70,13 +70,14 @@ class Manifest(BaseModel):
 
 
 class WorkDir:
-    """The folder of one job."""
+    """The folder of one job; `made` holds the folders of stages that are being made beside those that they replace."""
 
-    def __init__(self, path: Path | str = DEFAULT) -> None:
+    def __init__(self, path: Path | str = DEFAULT, made: Mapping[str, Path] | None = None) -> None:
         self.path = Path(path)
+        self._made = dict(made or {})
 
     def folder(self, stage: str) -> Path:
-        return self.path / FOLDERS[stage]
+        return self._made.get(stage, self.path / FOLDERS[stage])
 
     @property
     def exports(self) -> Path:
@@ -119,7 +120,11 @@ class WorkDir:
 
     def progress(self, stage: str, name: str) -> Path:
         """A file or folder of what a stage has done so far, to go on from when it is killed; no part of its result."""
-        return self.folder(stage) / "checkpoints" / name
+        return self._progress(stage) / name
+
+    def _progress(self, stage: str) -> Path:
+        """It stays in its place while the stage's folder is made anew."""
+        return self.path / FOLDERS[stage] / "checkpoints"
 
     def student(self, which: str) -> Path:
         """Folder of the `best` or `last` student: float32 master weights and digests."""
@@ -184,7 +189,8 @@ class WorkDir:
 
     def _replaced(self) -> list[Path]:
         """The folders that are replaced as a whole."""
-        return [self.folder("pack"), self.student("best"), self.student("last"), self.checkpoint("current")]
+        whole = [self.folder(stage) for stage in FOLDERS if stage != "distill"]
+        return [*whole, self.student("best"), self.student("last"), self.checkpoint("current")]
 
     def up_to_date(self, stage: str, inputs: dict[str, str]) -> bool:
         """Whether the stage is finished, was made from the same inputs, and its files are still there."""
@@ -217,19 +223,33 @@ class WorkDir:
         """Bytes that a stage's folder takes."""
         return sum(file.stat().st_size for file in self.folder(stage).rglob("*") if file.is_file())
 
-    def discard(self, stage: str, keep_progress: bool = False) -> None:
-        """Throw away what a stage made; `keep_progress` keeps what an interrupted one may go on from."""
-        if not keep_progress:
-            shutil.rmtree(self.folder(stage), ignore_errors=True)
-        for path in self.folder(stage).glob("*"):
-            if path.is_dir() and path.name != "checkpoints":
-                shutil.rmtree(path, ignore_errors=True)
-            elif not path.is_dir():
-                path.unlink()
+    def discard(self, stage: str) -> None:
+        """Throw away what a stage made, and what an interrupted one would have gone on from."""
+        shutil.rmtree(self.folder(stage), ignore_errors=True)
 
     def forget_progress(self, stage: str) -> None:
         """Throw away what an interrupted stage would have gone on from."""
-        shutil.rmtree(self.folder(stage) / "checkpoints", ignore_errors=True)
+        shutil.rmtree(self._progress(stage), ignore_errors=True)
+
+    @contextlib.contextmanager
+    def replacing(self, stage: str, carry: Iterable[str] = (), keep_progress: bool = False) -> Iterator[WorkDir]:
+        """This job with a new folder for a stage, which takes the place of the old one when all went well.
+
+        Args:
+            stage: that is done again, up to its manifest.
+            carry: names of files that the new folder begins with, where the old one has them.
+            keep_progress: what the stage goes on from stays behind it, too.
+
+        Raises:
+            UserError: as `replace_folder`.
+        """
+        with replace_folder(self.folder(stage)) as new:
+            for name in carry:
+                if (self.folder(stage) / name).is_file():
+                    share(self.folder(stage) / name, new / name)
+            yield WorkDir(self.path, {stage: new})
+            if keep_progress and self._progress(stage).is_dir():
+                os.replace(self._progress(stage), new / "checkpoints")
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -391,6 +411,15 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def share(source: Path, target: Path) -> None:
+    """A second name for a file that is only ever replaced, never changed; a copy where the disk has no such names."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 @contextlib.contextmanager

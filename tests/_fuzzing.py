@@ -12,6 +12,7 @@ import json
 import os
 import random
 import resource
+import select
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,8 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +37,8 @@ MEMORY = 10**9
 LONGEST_SENTENCE = 1000
 #: That are worth reading.
 MOST_FAILURES = 20
+#: Folders between two words about how far a worker is.
+TOLD = 500
 
 
 @dataclass
@@ -126,13 +130,14 @@ def limit_memory(memory: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (size - resident + memory,) * 2)
 
 
-def work(subject: Subject, first: int, stop: int, seed: int, deadline: float, loud: bool) -> None:
+def work(subject: Subject, numbers: range, seed: int, deadline: float, loud: bool) -> None:
     """Check some folders; a line of JSON to stdout before each, behind each failure, and at the end."""
     told = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries may print
     torch.set_num_threads(1)
     with contextlib.suppress(AttributeError, OSError):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # many at a time: a core for each
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[numbers.start % numbers.step % len(cores)]})  # many at a time: a core for each
     signal.signal(signal.SIGALRM, give_up)
     ram = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=ram if os.access(ram, os.W_OK) else None) as place:
@@ -146,7 +151,7 @@ def work(subject: Subject, first: int, stop: int, seed: int, deadline: float, lo
             limit_memory(subject.memory)
         counts: Counter[str] = Counter()
         failures = 0
-        for number in range(first, stop):
+        for number in numbers:
             if time.time() > deadline or failures == MOST_FAILURES:
                 break
             print(json.dumps({"at": number}), file=told, flush=True)
@@ -164,6 +169,9 @@ def work(subject: Subject, first: int, stop: int, seed: int, deadline: float, lo
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
             counts[f"{damage} {outcome}"] += 1
+            if counts.total() == TOLD:
+                print(json.dumps({"counts": counts}), file=told, flush=True)
+                counts.clear()
         print(json.dumps({"counts": counts, "peak": peak_memory()}), file=told, flush=True)
 
 
@@ -182,43 +190,73 @@ class Outcome:
 
 
 def fuzz(
-    subject: Subject, count: int, seconds: float | None = None, seed: int = 0, first: int = 0, loud: bool = False
+    subject: Subject,
+    count: int,
+    seconds: float | None = None,
+    seed: int = 0,
+    first: int = 0,
+    loud: bool = False,
+    workers: int = 1,
 ) -> Outcome:
-    """Damage `count` folders, or as many as `seconds` allow, in worker processes."""
+    """Damage `count` folders, or as many as `seconds` allow, in so many worker processes at a time."""
     began = time.time()
     outcome, deadline = Outcome(), began + (seconds or 10**9)
-    while first < count and time.time() < deadline and len(outcome.failures) < MOST_FAILURES:
-        first = 1 + watch(subject, first, count, seed, deadline, loud, outcome)
+
+    def take(part: range) -> None:
+        while part and time.time() < deadline and len(outcome.failures) < MOST_FAILURES:
+            part = watch(subject, part, seed, deadline, loud, outcome)
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(take, [range(start, count, workers) for start in range(first, first + workers)]))
     outcome.seconds = time.time() - began
     return outcome
 
 
-def watch(subject: Subject, first: int, stop: int, seed: int, deadline: float, loud: bool, outcome: Outcome) -> int:
-    """One worker; the number of the last folder that it came to."""
-    words = [sys.executable, subject.script, "--work", *map(str, (first, stop, seed, deadline, int(loud)))]
+def watch(subject: Subject, part: range, seed: int, deadline: float, loud: bool, outcome: Outcome) -> range:
+    """One worker; the numbers that it did not come to.
+
+    Raises:
+        RuntimeError: it failed before the first.
+    """
+    words = [sys.executable, subject.script, "--work"]
+    words += map(str, (part.start, part.stop, part.step, seed, deadline, int(loud)))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    number, finished = first, False
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stdout is not None
-        before = signal.signal(signal.SIGALRM, lambda *_: process.kill())
-        for line in process.stdout:
-            signal.alarm(subject.last_patience)
+    environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+    number, finished = None, False
+    with subprocess.Popen(words, stdout=subprocess.PIPE, env=environment) as process:
+        for line in said_in_time(process, subject.last_patience):
             said = json.loads(line)
             number = said.get("at", number)
             if "failed" in said:
                 outcome.failures.append("number {failed} ({damage}, {kind}): {what}".format(**said))
+                print(f"FAILED {outcome.failures[-1]}", file=sys.stderr, flush=True)
             if "counts" in said:
                 outcome.counts += Counter(said["counts"])
+                print(f"{outcome.total:,} so far", file=sys.stderr, flush=True)
+            if "peak" in said:
                 outcome.peak = max(outcome.peak, said["peak"])
                 finished = True
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
         code = process.wait()
+    if number is None and not finished:
+        raise RuntimeError(f"a worker ended with code {code} before its first folder")
     if not finished:
         outcome.failures.append(f"number {number}: the process ended with code {code}")
-        return number
-    return stop
+        return range(number + part.step, part.stop, part.step)
+    return range(0)
+
+
+def said_in_time(process: subprocess.Popen[bytes], patience: float) -> Iterator[bytes]:
+    """Lines of a worker, which is killed when it is silent for so many seconds."""
+    assert process.stdout is not None
+    rest = b""
+    while True:
+        if not select.select([process.stdout], [], [], patience)[0]:
+            process.kill()
+        piece = os.read(process.stdout.fileno(), 1 << 16)
+        if not piece:
+            return
+        *lines, rest = (rest + piece).split(b"\n")
+        yield from lines
 
 
 def report(outcome: Outcome) -> None:
@@ -237,21 +275,22 @@ def report(outcome: Outcome) -> None:
     )
 
 
-def main(subject: Subject, about: str | None, count: int) -> None:
+def main(subject: Subject, about: str | None, count: int, workers: int = 1) -> None:
     """The command line of a fuzzer that checks `count` folders unless asked for another number."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("count", type=int, nargs="?", default=count, help="how many folders")
     parser.add_argument("--seconds", type=float, help="stop after so many")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=workers, help="processes at a time")
     parser.add_argument("--only", type=int, metavar="NUMBER", help="this folder alone, with a traceback")
-    parser.add_argument("--work", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--work", nargs=6, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.work:
-        first, stop, seed, deadline, loud = asked.work
-        work(subject, int(first), int(stop), int(seed), float(deadline), loud == "1")
+        first, stop, step, seed, deadline, loud = asked.work
+        work(subject, range(int(first), int(stop), int(step)), int(seed), float(deadline), loud == "1")
         return
     single = asked.only is not None
     first, stop = (asked.only, asked.only + 1) if single else (0, asked.count)
-    outcome = fuzz(subject, stop, asked.seconds, asked.seed, first, loud=single)
+    outcome = fuzz(subject, stop, asked.seconds, asked.seed, first, single, 1 if single else asked.workers)
     report(outcome)
     sys.exit(1 if outcome.failures or (subject.memory is not None and outcome.peak > subject.memory) else 0)

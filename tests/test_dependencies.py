@@ -71,3 +71,21 @@ def test_what_was_tested_is_within_the_ranges(requirement: str) -> None:
 
 def numbers(version: str) -> tuple[int, ...]:
     return tuple(int(each) for each in version.split(".") if each.isdigit())
+
+
+def test_a_source_distribution_holds_what_its_tests_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Helpers and recipes as well as tests, and nothing that was built or downloaded."""
+    egg_info = pytest.importorskip("setuptools.command.egg_info")
+    monkeypatch.chdir(ROOT)
+    chosen = egg_info.FileList()
+    for line in (ROOT / "MANIFEST.in").read_text().splitlines():
+        if line and not line.startswith("#"):
+            chosen.process_template_line(line)
+    files = {Path(file) for file in chosen.files}
+    needed = {path.relative_to(ROOT) for path in (ROOT / "tests").iterdir() if path.is_file()}
+    needed |= {path.relative_to(ROOT) for path in (ROOT / "recipes").rglob("*.py")}
+    needed |= {path.relative_to(ROOT) for path in (ROOT / "recipes").rglob("*.yaml")}
+    needed |= {Path("Makefile"), Path(".ci/constraints.txt"), Path("recipes/world/teacher/model.safetensors")}
+    assert needed <= files
+    assert not {path for path in files if "__pycache__" in path.parts or path.suffix in (".so", ".pyc")}
+    assert not {path for path in files if path.name == "distill.txt"}

@@ -116,8 +116,7 @@ def test_a_hanging_and_a_dying_worker_are_reported(tmp_path: Path) -> None:
     script = tmp_path / "worker.py"
     script.write_text(
         "import json, os, sys\n"
-        "first, stop = int(sys.argv[2]), int(sys.argv[3])\n"
-        "for number in range(first, stop):\n"
+        "for number in range(*map(int, sys.argv[2:5])):\n"
         "    print(json.dumps({'at': number}), flush=True)\n"
         "    if number in (3, 5): os.kill(os.getpid(), 11)\n"
         "print(json.dumps({'counts': {'x refused': 1}, 'peak': 7}))\n"

@@ -15,7 +15,7 @@ from conftest import GROUP_SIZE, VOCABULARY, ModelMaker
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from edgerazor import formats, integration, kernels, models, packed, pipeline, surgery
+from edgerazor import formats, integration, kernels, models, packed, pipeline, runtime, surgery
 from edgerazor.console import Console
 from edgerazor.errors import UserError
 from edgerazor.kernels import native, reference
@@ -300,9 +300,10 @@ def test_config_and_weights_must_agree(copy: Path, name: str, value: int) -> Non
 def test_an_incomplete_config_is_one_sentence(copy: Path, missing: str) -> None:
     settings = json.loads((copy / "config.json").read_text())["quantization_config"]
     change_config(copy, quantization_config={key: value for key, value in settings.items() if key != missing})
-    with pytest.raises(UserError, match=missing) as caught:
-        integration.load(copy)
-    assert "\n" not in caught.value.message
+    for load in (integration.load, runtime.load):
+        with pytest.raises(UserError, match=missing) as caught:
+            load(copy)
+        assert "\n" not in caught.value.message
 
 
 def test_another_architecture_is_one_sentence(copy: Path) -> None:

@@ -359,6 +359,28 @@ def test_wrong_items_are_named(text: str, message: str, tmp_path: Path) -> None:
     assert "\n" not in error.value.message
 
 
+ARC = EXAMPLES["arc_easy"]["hub"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"choices": {"text": [], "label": []}}, "."),
+        ({"choices": {"text": None, "label": ["1", "2", "3"]}}, "choices are not a list of texts"),
+        ({"choices": {"text": [1, 2], "label": ["1", "2"]}}, "."),
+        ({"choices": {"label": ["1", "2"]}}, "."),
+        ({"choices": "iron"}, "."),
+        ({"answerKey": "9"}, "."),
+        ({"choices": {"text": ["iron", "oxygen"], "label": ["1", "3", "2"]}}, "its answer is none of its 2 choices"),
+    ],
+)
+def test_items_that_their_task_cannot_take_are_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """lm-eval believes what it finds: it would fail without a word of ours, or count the item as wrong."""
+    write_rows(tmp_path / "arc_easy.jsonl", [ARC, {**ARC, **change}])
+    with pytest.raises(UserError, match=rf"(Item 2 of )?.*arc_easy\.jsonl does not fit arc_easy: .*{message}"):
+        tasks.load(tasks.Request(("arc_easy",), str(tmp_path)))
+
+
 def test_other_tasks_take_their_own_fields_only(tmp_path: Path) -> None:
     write_rows(tmp_path / "winogrande.jsonl", [GOOD])
     with pytest.raises(UserError, match="not for winogrande"):

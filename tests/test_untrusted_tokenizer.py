@@ -61,6 +61,24 @@ def test_sizes_that_cannot_be(folder: Path, lie: dict[str, Any]) -> None:
     assert "\n" not in caught.value.message
 
 
+@pytest.mark.parametrize("longest", ["128", [128], True, {}])
+def test_a_length_that_is_no_number(folder: Path, longest: Any) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": longest}))
+    with pytest.raises(UserError, match="its model_max_length is"):
+        models.load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [("[" * 70 + "]" * 70, "nested deeper than 64 levels"), ('{"model": ' + "9" * 50 + "}", "a number of 50 digits")],
+)
+def test_files_that_are_read_like_all_json(folder: Path, content: str, reason: str) -> None:
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=reason):
+        models.load_tokenizer(folder)
+
+
 def test_files_larger_than_any(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(untrusted, "MOST_BYTES", 1000)
     with pytest.raises(UserError, match=r"tokenizer\.json has .* bytes; expected at most 1,000"):

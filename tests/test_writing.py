@@ -13,6 +13,7 @@ import torch
 from _killing import die_at
 from _packed_folders import all_of, write_packed
 from _tiny import Run, write_recipe
+from pydantic import BaseModel
 
 from edgerazor import exports, formats, packed, pipeline
 from edgerazor import recipe as recipes
@@ -23,7 +24,15 @@ from edgerazor.packed import MatrixSource, PackedModel
 from edgerazor.recipe import Recipe
 from edgerazor.stages import _checkpoint, _shared, _shipping
 from edgerazor.stages import data as data_stage
-from edgerazor.workdir import WorkDir, find_folder, record_of, recover_folder, replace_folder
+from edgerazor.workdir import (
+    WorkDir,
+    find_folder,
+    record_of,
+    recover_folder,
+    replace_folder,
+    share,
+    write_json,
+)
 
 
 def source(name: str, seed: int) -> MatrixSource:
@@ -267,6 +276,61 @@ def test_a_stage_that_is_killed_is_finished_by_the_same_command(
         assert not [path for path in work.path.rglob(".*") if path.name != ".lock"], moment
         moment += 7 if name == "calibrate" else 29
     assert moment > 20
+
+
+class Measured(BaseModel):
+    """Stands for a stage's result."""
+
+    value: int
+
+
+@pytest.mark.parametrize(
+    ("name", "force"), [("calibrate", False), ("calibrate", True), ("eval", False), ("bench", False)]
+)
+def test_results_stay_until_the_new_ones_are_whole(
+    name: str, force: bool, job: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at whatever deed: all files of the old result, with its manifest, or all of the new one."""
+    work, value = WorkDir(tmp_path), [0]
+
+    def measure(_: Recipe, here: WorkDir, __: Console) -> Measured:
+        write_json(here.progress(name, "half.json"), value[0])
+        if name == "calibrate":
+            share(here.progress(name, "half.json"), here.statistics_file)
+        write_json(here.result_file(name), value[0])
+        return Measured(value=value[0])
+
+    stage = pipeline.STAGES[name]
+    monkeypatch.setattr("edgerazor.workdir.versions", dict)  # which takes longer than all that is killed here
+    monkeypatch.setattr(stage, "run", measure)
+    monkeypatch.setattr(stage, f"{name.capitalize()}Result", Measured)
+    monkeypatch.setattr(stage, "inputs", lambda *_: {"value": str(value[0])})
+
+    def run(number: int) -> None:
+        value[0] = number
+        pipeline.run_one(name, job, work, Console(quiet=True), force)
+
+    def found() -> int:
+        manifest = work.manifest(name)
+        assert manifest is not None
+        results = [work.result_file(name), *([work.statistics_file] if name == "calibrate" else [])]
+        values = {int(manifest.inputs["value"]), manifest.result["value"], *(int(each.read_text()) for each in results)}
+        assert len(values) == 1
+        return values.pop()
+
+    moment, seen = 1, []
+    run(1)
+    while die_at(moment, lambda: run(2)):
+        work.recover()
+        seen.append(found())
+        run(2)
+        assert (found(), [path.name for path in tmp_path.iterdir()]) == (2, [name])
+        kept = work.progress(name, "half.json").exists()
+        assert kept == (name == "bench")
+        run(1)
+        moment = stride(moment)
+    assert moment > 20
+    assert set(seen) == {1, 2}
 
 
 FAILURES = {

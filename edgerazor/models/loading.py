@@ -181,11 +181,16 @@ def generation_config(folder: Path) -> GenerationConfig | None:
     path = folder / GENERATION_CONFIG_NAME
     if not path.exists():
         return None
-    untrusted.check_configuration(path, untrusted.read_json(path, hint="Copy the model again."))
+    check_generation_config(path)
     try:
         return GenerationConfig.from_pretrained(folder)
     except Exception as error:
         raise UserError(f"transformers cannot read {path}: {_first_line(error)}.") from None
+
+
+def check_generation_config(path: Path) -> None:
+    """UserError where a file of settings of generation cannot be read, or names as tokens what are none."""
+    untrusted.check_configuration(path, untrusted.read_json(path, hint="Copy the model again."))
 
 
 def complete_config(folder: Path) -> dict[str, Any]:
@@ -257,6 +262,8 @@ def load(
     """
     folder = resolve(str(source), revision)
     config = load_config(folder, trust_remote_code)
+    if (folder / GENERATION_CONFIG_NAME).exists():
+        check_generation_config(folder / GENERATION_CONFIG_NAME)
     tokenizer = load_tokenizer(folder, trust_remote_code)
     stored = weights.holders(folder)
     weights.refuse_encoded(folder, stored)

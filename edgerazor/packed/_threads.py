@@ -39,19 +39,24 @@ def in_parallel(tasks: Sequence[tuple[int, Callable[[], object]]], done: Callabl
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         futures: list[Future] = []
+        begun: list[_Task] = []
         try:
             for size, work in ordered:
                 budget.take(size)
-                if any(future.done() and future.exception() for future in futures):
+                if any(task.error for task in begun):
                     break
-                futures.append(pool.submit(_run, work, size, budget, done))
+                begun.append(_Task(work, size, budget, done))
+                try:
+                    futures.append(pool.submit(begun[-1]))
+                except RuntimeError:  # the system has no more threads: this one does it
+                    begun[-1]()
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
             torch.set_num_threads(threads)
-    for future in futures:
-        if not future.cancelled():
-            future.result()
+    for task in begun:
+        if task.error:
+            raise task.error
 
 
 def at_once(tasks: Sequence[tuple[int, int]]) -> int:
@@ -65,13 +70,26 @@ def at_once(tasks: Sequence[tuple[int, int]]) -> int:
     return held
 
 
-def _run(work: Callable[[], object], size: int, budget: _Budget, done: Callable[[], None] | None) -> None:
-    try:
-        work()
-        if done:
-            done()
-    finally:
-        budget.give_back(size)
+class _Task:
+    """Work that is done once, by whoever comes to it first: a pool keeps what it found no thread for."""
+
+    def __init__(self, work: Callable[[], object], size: int, budget: _Budget, done: Callable[[], None] | None) -> None:
+        self.work, self.size, self.budget, self.done = work, size, budget, done
+        self.first = threading.Lock()
+        self.error: BaseException | None = None
+
+    def __call__(self) -> None:
+        if not self.first.acquire(blocking=False):
+            return
+        try:
+            self.work()
+            if self.done:
+                self.done()
+        except BaseException as error:
+            self.error = error
+            raise
+        finally:
+            self.budget.give_back(self.size)
 
 
 class _Budget:

@@ -54,13 +54,17 @@ def load_matrices(packed: PackedModel, names: Sequence[str], mapped: bool, expan
 
     threads = torch.get_num_threads()
     largest_first = sorted(names, key=weights, reverse=True)
+    found: dict[str, native.Matrix] = {}
     with ThreadPoolExecutor(cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
             found = dict(zip(largest_first, pool.map(one, largest_first), strict=True))
+        except RuntimeError as error:
+            if "start new thread" not in str(error):
+                raise
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)
-    return {name: found[name] for name in names}
+    return {name: found[name] if found else one(name) for name in names}  # one by one where there are no threads
 
 
 def matrix_bytes(matrix: native.Matrix) -> int:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from edgerazor.errors import UserError
 from edgerazor.kernels import native
 from edgerazor.kernels.memory import huge_memory
 
@@ -29,9 +30,21 @@ class Bandwidth:
         self.how = f"{'the native library' if self.native else 'torch.sum'}, {BYTES >> 20} MB in huge pages"
 
     def measure(self, threads: int) -> float:
-        """Bytes a second that so many threads read."""
+        """Bytes a second that so many threads read.
+
+        Raises:
+            UserError: the system does not give us so many.
+        """
         with ThreadPoolExecutor(threads) as pool:
-            return max(BYTES / self._seconds(pool, threads) for _ in range(PASSES))
+            try:
+                return max(BYTES / self._seconds(pool, threads) for _ in range(PASSES))
+            except RuntimeError as error:
+                if "start new thread" not in str(error):
+                    raise
+                raise UserError(
+                    f"The system gives this process no {threads} threads to measure with.",
+                    "Ask for fewer: --threads 1.",
+                ) from None
 
     def _seconds(self, pool: ThreadPoolExecutor, threads: int) -> float:
         if self.native:

@@ -20,6 +20,7 @@ from edgerazor.errors import UserError
 from edgerazor.models import PreTrainedModel, PreTrainedTokenizerBase
 from edgerazor.recipe import Sampling
 from edgerazor.untrusted import vocabulary
+from edgerazor.untrusted.tokenizer import reading
 
 #: What to begin with: nothing, a text, or a conversation.
 Prompt = str | Conversation | None
@@ -104,7 +105,8 @@ class Writer:
         if text is None:
             start = self.tokenizer.bos_token_id
             return [int((self.tokenizer.eos_token_id if start is None else start) or 0)]
-        ids = self.tokenizer(text, verbose=False)["input_ids"]
+        with reading("the text that is gone on with"):
+            ids = self.tokenizer(text, verbose=False)["input_ids"]
         if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:  # some tokenizers end every text
             ids = ids[:-1]
         return list(ids[: min(self.sampling.prompt_tokens, self.context // 2)])
@@ -137,7 +139,8 @@ class Writer:
 
     def _question(self, talk: Talk) -> list[int]:
         text = data.render(talk.asked, self.tokenizer, talk.messages, prompt=True)
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        with reading("the conversation that is written anew"):
+            return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def draw(
         self,
@@ -197,7 +200,7 @@ class Writer:
         """The tokens that end a text, as the model and its tokenizer know them."""
         own = self.teacher.generation_config.eos_token_id
         ids = own if isinstance(own, list) else [own]
-        return {int(each) for each in (*ids, self.tokenizer.eos_token_id) if each is not None}
+        return {each for each in (*ids, self.tokenizer.eos_token_id) if each is not None}
 
 
 @dataclass(eq=False)

@@ -25,6 +25,7 @@ import json
 import time
 from dataclasses import dataclass
 from itertools import repeat
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,10 +42,21 @@ from edgerazor.errors import INTERRUPTED, UserError
 from edgerazor.models import PreTrainedModel, PreTrainedTokenizerBase
 from edgerazor.recipe import Recipe, Sampling
 from edgerazor.stages import _observers, _sensitivity, _shared, _start, _writing
-from edgerazor.workdir import WorkDir, digest_json, make_folder, versions, write_atomically, write_json, write_text
+from edgerazor.workdir import (
+    WorkDir,
+    digest_json,
+    make_folder,
+    share,
+    versions,
+    write_atomically,
+    write_json,
+    write_text,
+)
 
 NAME = "calibrate"
 
+#: Files of an earlier calibration that may serve another plan.
+CARRIED = ("stats.safetensors", "generated.jsonl")
 #: Steps of generation that an estimate of its time is taken from.
 GENERATE_PROBE = 8
 
@@ -143,7 +155,6 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateResult:
         _start.write(recipe, work, plan, rows, console)
     result = result_of(job, plan, study, tensors, text)
     write_json(work.result_file(NAME), result.model_dump(mode="json"))
-    work.forget_progress(NAME)
     return result
 
 
@@ -214,10 +225,19 @@ class Job:
 
 
 def stored_statistics(recipe: Recipe, work: WorkDir) -> dict[str, Tensor] | None:
-    """What an earlier calibration measured, if it measured what this one needs."""
+    """What an earlier calibration measured, or this one before it was interrupted, if it is what this one needs."""
+    kept = work.progress(NAME, work.statistics_file.name)
+    found = statistics_in(work.statistics_file, recipe)
+    if found is None and (found := statistics_in(kept, recipe)) is not None:
+        share(kept, work.statistics_file)
+    return found
+
+
+def statistics_in(path: Path, recipe: Recipe) -> dict[str, Tensor] | None:
+    """What a file of statistics holds, if it is what the recipe needs."""
     wanted = statistics_identity(recipe)
     try:
-        with safe_open(work.statistics_file, framework="pt") as file:
+        with safe_open(path, framework="pt") as file:
             measured = untrusted.parse_json((file.metadata() or {})["measured"], dict)
             if measured["identity"] != wanted["identity"]:
                 return None
@@ -238,7 +258,9 @@ def stored_statistics(recipe: Recipe, work: WorkDir) -> dict[str, Tensor] | None
 
 def write_statistics(recipe: Recipe, work: WorkDir, tensors: dict[str, Tensor]) -> None:
     metadata = {"measured": json.dumps(statistics_identity(recipe))}  # one key: safetensors keeps no order of several
-    write_atomically(work.statistics_file, lambda path: save_file(tensors, path, metadata))
+    kept = work.progress(NAME, work.statistics_file.name)
+    write_atomically(kept, lambda path: save_file(tensors, path, metadata))
+    share(kept, work.statistics_file)
 
 
 def statistics_identity(recipe: Recipe) -> dict[str, Any]:

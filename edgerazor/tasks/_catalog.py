@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgerazor.errors import UserError, usage_error
+from edgerazor.errors import UserError, plain, usage_error
 from edgerazor.tasks import _local
 from edgerazor.tasks._quiet import quiet_lm_eval
 from edgerazor.workdir import hash_file, hash_folder
@@ -279,9 +279,34 @@ def _prepare(task: Any, name: str, request: Request, path: Path | None, note: st
     full_set = False if items < available else None if known is None else available == known
     data = str(path) if path is not None else str(task.config.dataset_path or "lm-eval")
     chance = None
+    if path is not None:
+        for number in range(items):
+            _check_item(task, documents[number], f"Item {number + 1} of {path} does not fit {name}")
     if task.OUTPUT_TYPE == "multiple_choice":
         chance = sum(1 / len(task.doc_to_choice(documents[index])) for index in range(items)) / items
     return LoadedTask(name, task, data, items, full_set, chance, "; ".join(filter(None, notes)))
+
+
+def _check_item(task: Any, document: Any, misfit: str) -> None:
+    """Render a local item as lm-eval will, which believes what it finds.
+
+    Raises:
+        UserError: it cannot, or the answer is none of the choices; begins with `misfit`.
+    """
+    try:
+        question, answer = task.doc_to_text(document), task.doc_to_target(document)
+        chosen = task.OUTPUT_TYPE == "multiple_choice"
+        choices = task.doc_to_choice(document) if chosen else None
+    except Exception as error:  # a task's templates and functions fail in ways of their own
+        raise UserError(f"{misfit}: {plain(_first_line(error), 200)}.") from None
+    if not chosen:
+        return
+    if not (isinstance(choices, list) and choices and all(isinstance(each, str) and each for each in choices)):
+        raise UserError(f"{misfit}: its choices are not a list of texts.")
+    right = question if task.multiple_input else answer
+    for each in right if isinstance(right, list) else [right]:
+        if each not in (range(len(choices)) if isinstance(each, int) else choices):
+            raise UserError(f"{misfit}: its answer is none of its {len(choices)} choices.")
 
 
 def _settle_examples(task: Any, name: str, available: int, request: Request, local: bool) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import functools
-import json
 import os
 import resource
 import struct
@@ -30,6 +29,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
 from edgerazor.errors import UserError, plain
+from edgerazor.untrusted.documents import MOST_ENTRIES_OF_TOKENIZERS, parse_json, read_bytes
 
 #: Bytes of a tokenizer's files; the largest that we know have 35 MB.
 MOST_BYTES = 200_000_000
@@ -62,13 +62,17 @@ def open_tokenizer(folder: Path, *, trust_remote_code: bool, **options: Any) -> 
             if file.is_file() and file.name.startswith(("tokenizer", "vocab", "merges", "added_", "special_", "chat_")):
                 check_size(file)
         if (folder / "tokenizer.json").is_file():
-            check(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
+            content = read_bytes(folder / "tokenizer.json", MOST_BYTES)
+            check(parse_json(content, most_entries=MOST_ENTRIES_OF_TOKENIZERS))
     with without_panics():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         number = getattr(tokenizer, name)
         if not (number is None or isinstance(number, int)):
             raise ValueError(f"its {name} is {plain(number, 40)}")
+    longest = tokenizer.model_max_length
+    if isinstance(longest, bool) or not isinstance(longest, int | float):
+        raise ValueError(f"its model_max_length is {plain(longest, 40)}")
     return tokenizer
 
 
@@ -289,7 +293,9 @@ def _stepping(template: nodes.Template) -> nodes.Template:
     for parent in [template, *template.find_all(nodes.Node)]:
         for field in ("body", "else_"):
             statements = getattr(parent, field, None)
-            if isinstance(statements, list):
+            if field == "body" and isinstance(parent, nodes.For) and not statements:
+                parent.body = [_step(parent.lineno)]
+            elif isinstance(statements, list):
                 setattr(parent, field, [part for each in statements for part in (_step(each.lineno), each)])
     return template
 

@@ -1,0 +1,75 @@
+"""Where the system gives no more threads, the work is done by those that there are, or refused in one sentence."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from _packed_folders import all_of, write_packed
+
+from edgerazor import runtime
+from edgerazor.errors import UserError
+from edgerazor.kernels import native
+from edgerazor.packed import _threads
+from edgerazor.runtime import _weights
+from edgerazor.stages import _bandwidth
+
+
+@pytest.fixture(params=[0, 1])
+def few_threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many start, and no more."""
+    start, left = threading.Thread.start, [request.param]
+
+    def refuse(thread: threading.Thread) -> None:
+        if not left[0]:
+            raise RuntimeError("can't start new thread")
+        left[0] -= 1
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    for module in (_threads, _weights):
+        monkeypatch.setattr(module, "cores", lambda: 3)
+
+
+@pytest.mark.usefixtures("few_threads")
+def test_work_is_done_once_and_failures_are_told() -> None:
+    seen: list[int] = []
+    done: list[None] = []
+    before = torch.get_num_threads()
+    _threads.in_parallel([(1, lambda each=each: seen.append(each)) for each in range(9)], lambda: done.append(None))  # type: ignore[misc]
+    assert (sorted(seen), len(done)) == (list(range(9)), 9)
+    assert torch.get_num_threads() == before
+
+    def fail() -> None:
+        raise UserError("No.")
+
+    with pytest.raises(UserError, match="No"):
+        _threads.in_parallel([(1, fail), (1, lambda: None), (1, fail)])
+
+
+@pytest.fixture(scope="module")
+def folder(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("packed") / "model"
+    write_packed(path, llama, all_of("int4"))
+    return path
+
+
+@pytest.mark.skipif(native.library() is None, reason="the native library is not built")
+def test_a_model_is_loaded(folder: Path, few_threads: None) -> None:
+    model = runtime.load(folder, threads=1)
+    assert (model.engine, model.logits([0, 1]).shape[0]) == ("native", 2)
+
+
+@pytest.mark.usefixtures("few_threads")
+def test_bandwidth_of_threads_that_there_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_bandwidth, "BYTES", 1 << 16)
+    monkeypatch.setattr(native, "library", lambda: object())
+
+    def read(_: Any) -> None: ...
+
+    monkeypatch.setattr(native, "read", read)
+    with pytest.raises(UserError, match="no 3 threads to measure with"):
+        _bandwidth.Bandwidth().measure(3)
