@@ -261,6 +261,14 @@ class LossTerm(Strict):
     start_factor: float = Field(1.0, ge=0, description="factor of the weight at the start, with a schedule")
     end_factor: float = Field(0.0, ge=0, description="factor of the weight at the end of the schedule and after it")
     schedule_share: float = Field(1.0, gt=0, le=1, description="share of the budget that the schedule takes")
+    from_bits: float | None = Field(None, description="count this term only for students of so many nominal bits on")
+    below_bits: float | None = Field(None, description="count this term only for students of fewer nominal bits")
+
+    def counts_at(self, bits: float) -> bool:
+        """Whether it is part of the objective of a student of so many nominal bits."""
+        return (self.from_bits is None or bits >= self.from_bits) and (
+            self.below_bits is None or bits < self.below_bits
+        )
 
     @model_validator(mode="after")
     def _said_once(self) -> LossTerm:

@@ -102,18 +102,34 @@ def watch(model: PreTrainedModel, structure: models.Structure | None, head_path:
 # --- the losses --------------------------------------------------------------------------------
 
 
-def make_terms(recipe: Recipe, layers: int, measured: dict[str, list[float]]) -> Terms:
+def counted(terms: Sequence[LossTerm], bits: float | None) -> list[LossTerm]:
+    """Those that count for a student of so many nominal bits; all of them where that is None.
+
+    Raises:
+        UserError: none of them does.
+    """
+    found = [term for term in terms if bits is None or term.counts_at(bits)]
+    if not found:
+        raise usage_error(
+            f"None of the recipe's losses counts at {bits:g} bits.",
+            "See `from_bits` and `below_bits` of `distill.losses`.",
+        )
+    return found
+
+
+def make_terms(recipe: Recipe, layers: int, measured: dict[str, list[float]], bits: float | None = None) -> Terms:
     """The recipe's losses, for a model with so many layers.
 
     Args:
         recipe: names them.
         layers: decoder layers of the model.
         measured: metric -> its value for each layer, as calibrate measured it.
+        bits: nominal ones of the student, by which some may not count; None for all of them.
 
     Raises:
-        UserError: a loss is not known, an option makes no sense, or there is no such layer.
+        UserError: a loss is not known, none counts, an option makes no sense, or there is no such layer.
     """
-    terms = [(term, losses.make(term.name, **_options(term))) for term in recipe.distill.losses]
+    terms = [(term, losses.make(term.name, **_options(term))) for term in counted(recipe.distill.losses, bits)]
     for _, loss in terms:
         loss.choose_layers(layers, measured)
         highest = max((*loss.hidden_layers(), *loss.attention_layers()), default=0)
@@ -141,6 +157,11 @@ def looks(found: Iterable[Loss]) -> Looks:
         attention=tuple(sorted({layer for loss in all_of for layer in loss.attention_layers()})),
         parts=tuple(sorted({part for loss in all_of for part in loss.attention_parts})),
     )
+
+
+def in_words(terms: Sequence[LossTerm], bits: float) -> str:
+    """`0.1 ce + 2 eakld`: the objective of a student of so many nominal bits."""
+    return " + ".join(term_in_words(term) for term in counted(terms, bits))
 
 
 def term_in_words(term: LossTerm) -> str:

@@ -311,6 +311,13 @@ def input_scales(
         raise damaged(work.statistics_file) from None
 
 
+def bits_of(recipe: Recipe, plan: Plan | None) -> float:
+    """The nominal bits that losses may depend on: what the recipe asks for, or what its plan made of a size in bytes."""
+    if plan is None or recipe.calibrate.budget()[0] == "bits":
+        return recipe.calibrate.bits
+    return plan.nominal_bits()
+
+
 def needs_calibration(wanted: Calibrate) -> bool:
     """Whether a model of these settings cannot be made without what calibrate measures, even without training."""
     return wanted.activation_scales != "dynamic" or wanted.adaptive_tokens == "causal" or wanted.start != "rule"

@@ -107,8 +107,9 @@ def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
     skip = ("max_time", "checkpoint_every", "gradient_checkpointing", "batch_size", "accumulation", "rungs")
     alone = () if settings.teachers else ("teacher_average",)
     found = _shared.settings("distill", settings, skip + alone)
-    found |= {"distill.rungs": _ladder.in_words(settings)} if settings.rungs else {}
-    found["distill.losses"] = " + ".join(_objective.term_in_words(term) for term in settings.losses)
+    bits = _shared.bits_of(recipe, _shared.read_plan(work) if calibrated else None)
+    found |= {"distill.rungs": _ladder.in_words(settings, bits)} if settings.rungs else {}
+    found["distill.losses"] = _objective.in_words(settings.losses, bits)
     budget, asked = recipe.calibrate.budget()
     found["distill.teachers"] = _shared.teachers_fingerprint(recipe)
     return {
@@ -478,7 +479,7 @@ def prepare(recipe: Recipe, work: WorkDir, imagined: bool = False) -> Job:
     logit_shape = models.logit_shape(teacher, structure.head_path)
     plan = _shared.new_plan(recipe, teacher, structure) if imagined else _shared.read_plan(work)
     measured = _objective.unmeasured(structure.layer_count) if imagined else _shared.read_layer_metrics(work)
-    rungs = _ladder.trainings(recipe, structure.layer_count, measured)
+    rungs = _ladder.trainings(recipe, structure.layer_count, measured, _shared.bits_of(recipe, plan))
     terms = [term for rung in rungs for term in rung.terms]
     teaching = any(loss.needs_teacher for _, loss in terms) or settings.reconstruct or settings.target_kl
     first = Teacher(teacher, structure, structure.head_path, logit_shape)
