@@ -130,7 +130,7 @@ def check_steps(rungs: list[Training], steps: int | None) -> None:
 
 
 def in_words(settings: Distill, bits: float) -> str:
-    """What decides the rungs of a student of so many nominal bits: `1 scales, learning_rate 0.001; 3 all (1 forward_kl)`."""
+    """What decides the rungs at so many nominal bits: `1 scales, learning_rate 0.001; 3 all (1 forward_kl)`."""
     words = []
     for rung in settings.rungs:
         losses = f" ({_objective.in_words(rung.losses, bits)})" if rung.losses else ""

@@ -312,7 +312,7 @@ def input_scales(
 
 
 def bits_of(recipe: Recipe, plan: Plan | None) -> float:
-    """The nominal bits that losses may depend on: what the recipe asks for, or what its plan made of a size in bytes."""
+    """The nominal bits that losses may depend on: what the recipe asks for, or what its plan made of a size."""
     if plan is None or recipe.calibrate.budget()[0] == "bits":
         return recipe.calibrate.bits
     return plan.nominal_bits()
