@@ -179,8 +179,10 @@ class Calibrate(Strict):
         "rule", description="codes to begin with: by rule; clip: scales of least error; gptq: and error-compensated"
     )
     activation_bits: Literal[4, 5, 6, 7, 8, 16] = Field(8, description="inputs of quantized linear layers")
-    activation_scales: Literal["dynamic", "static", "learned"] = Field(
-        "dynamic", description="per token and group; or one per input: from calibration text, or trained from there"
+    activation_scales: Literal["dynamic", "static", "learned", "asymmetric"] = Field(
+        "dynamic",
+        description="per token and group; or one per input: from calibration text, trained from there, or trained with "
+        "a zero point (EdgeQAT)",
     )
     kv_bits: Literal[4, 8, 16] = Field(8, description="keys and values: integers per token and head")
     query_bits: Literal[4, 8, 16] = Field(16, description="queries in attention, rounded like keys")

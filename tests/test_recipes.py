@@ -294,6 +294,8 @@ def test_edgeqat(name: str, run: Run, make_model: ModelMaker, text_file: Path, t
         "attention_cosine": (1.0, None),
     }
     assert (settings.learning_rate, settings.schedule, settings.weight_decay) == (2.5e-4, "cosine", 0.1)
+    calibrate = load(name).calibrate
+    assert (calibrate.scales, calibrate.activation_scales, calibrate.activation_bits) == ("learned", "asymmetric", 8)
     recipe = shortened(name, layer_of(*BABY_LLAMA, make_model, tmp_path), text_file, tmp_path / "r.yaml")
     trained, packed = train_and_pack(run, recipe, tmp_path / "job")
     assert trained["notation"] == {"edgeqat-w4a8": "W4-A8-KV8", "edgeqat-w4a4": "W4-A8/4-KV8"}[name]
