@@ -96,7 +96,7 @@ class Method:
 
 WHOLE = (2.0, 3.0, 4.0)
 EDGERAZOR = terms(ce=0.1, eakld=2.0, lafd=0.1)
-#: EdgeQAT (arXiv 2402.10787) at this table's bits: learned steps of weights, learned steps and zero points of activations,
+#: EdgeQAT (arXiv 2402.10787) at these bits: learned steps of weights, learned steps and zero points of activations,
 #: rounded queries and probabilities, its losses, whose KL is a sum over the tokens of a sequence.
 EDGEQAT: Values = {
     "calibrate": {"scales": "learned", "activation_scales": "asymmetric", "query_bits": 8, "probability_bits": 8},
