@@ -70,7 +70,7 @@ def test_the_loss_is_that_of_the_assistants_tokens(
     assert run("calibrate", "--recipe", path, "--work", tmp_path / "job").code == 0
     job = distill.prepare(recipes.build(recipes.load(path)), WorkDir(tmp_path / "job"))
     batch = job.rows.batch(0, batch_size=4)
-    totals = distill.step_totals(job, [batch], [None])
+    totals = distill.step_totals(job, [distill.statistics(job, batch, None)])
     loss = distill.losses.objective(
         [(term.weight, loss) for term, loss in job.terms],
         distill.student_outputs(job, batch, job.trained, job.looks),

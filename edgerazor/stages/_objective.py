@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -292,22 +292,28 @@ def all_outputs(
     return outputs
 
 
-def keep_logits(targets: Sequence[Outputs | None], labels: Sequence[Tensor], terms: Terms) -> None:
+def keep_logits(target: Outputs, labels: Tensor, terms: Terms, count: int) -> None:
     """Compute the teachers' logits once where losses look at them twice, before the student's pass and after it.
 
-    Only where all of a step are at most `KEPT_LOGITS`: those of large vocabularies and batches are made again.
+    Only where all of a step, of `count` micro-batches, are at most `KEPT_LOGITS`: those of large vocabularies and
+    batches are made again.
     """
-    if not any(loss.looks_twice() for _, loss in terms):
-        return
-    for target, each in zip(targets, labels, strict=True):
-        if target is not None:
-            positions = predicting(each).flatten().nonzero().flatten()
-            target.keep_logits(positions, KEPT_LOGITS // len(targets))
+    if any(loss.looks_twice() for _, loss in terms):
+        positions = predicting(labels).flatten().nonzero().flatten()
+        target.keep_logits(positions, KEPT_LOGITS // count)
 
 
-def forget_layers(targets: Sequence[Outputs | None], terms: Terms, totals: StepTotals) -> None:
-    """Let go of the teachers' hidden states that no loss compares with, once the step's statistics are known."""
-    compared = {layer for _, loss in terms for layer in loss.compared_layers(totals)}
-    for target in targets:
-        if target is not None:
-            target.hidden = {layer: state for layer, state in target.hidden.items() if layer in compared}
+def sure_layers(terms: Terms) -> set[int]:
+    """Layers whose hidden states are compared whatever the step's statistics are."""
+    compared = (loss for _, loss in terms if loss.needs_teacher and not loss.chooses_anew())
+    return {layer for loss in compared for layer in loss.hidden_layers()}
+
+
+def compared_layers(terms: Terms, totals: StepTotals) -> set[int]:
+    """Layers whose hidden states are compared in a step of these statistics."""
+    return {layer for _, loss in terms if loss.needs_teacher for layer in loss.compared_layers(totals)}
+
+
+def keep_layers(target: Outputs, layers: Collection[int]) -> None:
+    """Let go of a teacher's hidden states of all other layers."""
+    target.hidden = {layer: state for layer, state in target.hidden.items() if layer in layers}
