@@ -157,7 +157,9 @@ class Calibrate(Strict):
     sensitivity: Literal["auto", "fisher", "integrated", "hessian", "direct"] = Field(
         "auto", description="how the damage of a format is estimated; auto: the best of three, by measured KL"
     )
-    sensitivity_tokens: int = Field(2048, ge=1, description="about how many tokens it is estimated from")
+    sensitivity_tokens: int | None = Field(
+        None, ge=1, description="about how many tokens it is estimated from; absent: 65,536, fewer for larger models"
+    )
     sensitivity_points: int = Field(
         1, ge=1, description="for the estimate integrated, gradients taken on the way from the teacher to a format"
     )

@@ -380,6 +380,16 @@ def test_what_is_kept_is_taken_only_by_the_same_study(teachers: Callable[[str], 
 
 # --- calibrate -----------------------------------------------------------------------------------
 
+
+@pytest.mark.parametrize(
+    ("weights", "device", "tokens"),
+    [(3_000_000, "cpu", 65536), (60_000_000, "cpu", 20480), (10**9, "cpu", 2048), (10**9, "cuda", 19660)],
+)
+def test_how_many_tokens_are_studied_where_nobody_says(weights: int, device: str, tokens: int) -> None:
+    """64k where a model is small; as many as take the time of 2,048 tokens of 600 million weights; not below 2,048."""
+    assert _sensitivity.affordable_tokens(weights, torch.device(device)) == tokens
+
+
 MEASURED = {"plan": "sensitivity", "sensitivity_tokens": 64}
 STATISTICS = Path("calibrate", "stats.safetensors")
 SERVES = "What was measured of the teacher for another plan serves this one too."
