@@ -158,7 +158,10 @@ class Calibrate(Strict):
         "auto", description="how the damage of a format is estimated; auto: the best of three, by measured KL"
     )
     sensitivity_tokens: int | None = Field(
-        None, ge=1, description="about how many tokens it is estimated from; absent: 65,536, fewer for larger models"
+        None,
+        ge=1,
+        description="about how many tokens it is estimated from; absent: 2,048 to 16,384 (65,536 on a GPU) by the "
+        "model's size",
     )
     sensitivity_points: int = Field(
         1, ge=1, description="for the estimate integrated, gradients taken on the way from the teacher to a format"

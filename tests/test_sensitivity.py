@@ -383,10 +383,16 @@ def test_what_is_kept_is_taken_only_by_the_same_study(teachers: Callable[[str], 
 
 @pytest.mark.parametrize(
     ("weights", "device", "tokens"),
-    [(3_000_000, "cpu", 65536), (60_000_000, "cpu", 20480), (10**9, "cpu", 2048), (10**9, "cuda", 19660)],
+    [
+        (3_000_000, "cpu", 16384),
+        (120_000_000, "cpu", 10240),
+        (10**9, "cpu", 2048),
+        (3_000_000, "cuda", 65536),
+        (10**9, "cuda", 19660),
+    ],
 )
 def test_how_many_tokens_are_studied_where_nobody_says(weights: int, device: str, tokens: int) -> None:
-    """64k where a model is small; as many as take the time of 2,048 tokens of 600 million weights; not below 2,048."""
+    """As many as take the time of 2,048 tokens of 600 million weights, within 2,048 and 16k, or 64k on a GPU."""
     assert _sensitivity.affordable_tokens(weights, torch.device(device)) == tokens
 
 
