@@ -64,6 +64,7 @@ RealBits = Annotated[
 TargetSize = Annotated[
     str | None, Option("--target-size", help="Instead of --bits: most bytes of the weight files.", metavar="200MB")
 ]
+Steps = Annotated[int | None, Option("--steps", help="Optimizer steps.")]
 Formats = Annotated[str | None, Option("--formats", help="To choose from: ternary,int2,int3,int4.")]
 GroupSize = Annotated[
     str | None, Option("--group-size", help="Weights of a row that share one scale; `row`: all.", metavar="N|row")
@@ -141,7 +142,7 @@ def distill(
     data: DataFiles = None,
     held_out: HeldOut = None,
     sequence_length: Length = None,
-    steps: Annotated[int | None, Option("--steps", help="Optimizer steps.")] = None,
+    steps: Steps = None,
     tokens: Annotated[int | None, Option("--tokens", help="Training tokens.")] = None,
     max_time: Annotated[float | None, Option("--max-time", help="Seconds of training, resumes included.")] = None,
     batch_size: Annotated[int | None, Option("--batch-size", help="Sequences per forward pass and process.")] = None,
@@ -532,6 +533,7 @@ def run(
     bits: Bits = None,
     real_bits: RealBits = None,
     target_size: TargetSize = None,
+    steps: Steps = None,
     work: Work = Path("edgerazor-work"),
     seed: Seed = None,
     device: Device = None,
@@ -544,10 +546,11 @@ def run(
 
     Example: edgerazor run recipes/quickstart.yaml
 
-    Example: edgerazor run recipes/qwen3-0.6b.yaml --bits 1.58
+    Example: edgerazor run recipes/qwen3-0.6b.yaml --bits 4 --steps 2000
     """
     values = general(None, None, None, seed, device, threads)
     values["calibrate"] = budget_section(bits, real_bits, target_size)
+    values["distill"] = given(steps=steps)
     asked = assemble(values, None, recipe)
     require_model(asked, "run", work, recipe)
     from edgerazor import pipeline

@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from edgerazor import surgery, untrusted
 from edgerazor.errors import UserError, plain
-from edgerazor.formats import INPUT_SCALE, LOW_INPUT_SCALE
+from edgerazor.formats import OF_INPUTS
 from edgerazor.kernels import StoredMatrix
 from edgerazor.models import auto_config, load_tokenizer, quiet_transformers
 from edgerazor.packed import CHECKSUMS, SETTINGS, PackedModel
@@ -102,7 +102,7 @@ class EdgeRazorQuantizer(HfQuantizer):
         )
         check_others(model, packed)
         packed_names = "|".join(re.escape(name) for name in matrices)
-        ours = {rf"^({packed_names})\.weight\.", rf"\.({INPUT_SCALE}|{LOW_INPUT_SCALE})$", f"^{re.escape(CHECKSUMS)}$"}
+        ours = {rf"^({packed_names})\.weight\.", rf"\.({'|'.join(OF_INPUTS)})$", f"^{re.escape(CHECKSUMS)}$"}
         model._keys_to_ignore_on_load_unexpected = ours
         model._tied_weights_keys = model.all_tied_weights_keys = {}  # there is no weight left to tie
 

@@ -157,7 +157,12 @@ class Calibrate(Strict):
     sensitivity: Literal["auto", "fisher", "integrated", "hessian", "direct"] = Field(
         "auto", description="how the damage of a format is estimated; auto: the best of three, by measured KL"
     )
-    sensitivity_tokens: int = Field(2048, ge=1, description="about how many tokens it is estimated from")
+    sensitivity_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="about how many tokens it is estimated from; absent: 2,048 to 16,384 (65,536 on a GPU) by the "
+        "model's size",
+    )
     sensitivity_points: int = Field(
         1, ge=1, description="for the estimate integrated, gradients taken on the way from the teacher to a format"
     )
@@ -179,8 +184,10 @@ class Calibrate(Strict):
         "rule", description="codes to begin with: by rule; clip: scales of least error; gptq: and error-compensated"
     )
     activation_bits: Literal[4, 5, 6, 7, 8, 16] = Field(8, description="inputs of quantized linear layers")
-    activation_scales: Literal["dynamic", "static", "learned"] = Field(
-        "dynamic", description="per token and group; or one per input: from calibration text, or trained from there"
+    activation_scales: Literal["dynamic", "static", "learned", "asymmetric"] = Field(
+        "dynamic",
+        description="per token and group; or one per input: from calibration text, trained from there, or trained with "
+        "a zero point (EdgeQAT)",
     )
     kv_bits: Literal[4, 8, 16] = Field(8, description="keys and values: integers per token and head")
     query_bits: Literal[4, 8, 16] = Field(16, description="queries in attention, rounded like keys")
@@ -261,6 +268,14 @@ class LossTerm(Strict):
     start_factor: float = Field(1.0, ge=0, description="factor of the weight at the start, with a schedule")
     end_factor: float = Field(0.0, ge=0, description="factor of the weight at the end of the schedule and after it")
     schedule_share: float = Field(1.0, gt=0, le=1, description="share of the budget that the schedule takes")
+    from_bits: float | None = Field(None, description="count this term only for students of so many nominal bits on")
+    below_bits: float | None = Field(None, description="count this term only for students of fewer nominal bits")
+
+    def counts_at(self, bits: float) -> bool:
+        """Whether it is part of the objective of a student of so many nominal bits."""
+        return (self.from_bits is None or bits >= self.from_bits) and (
+            self.below_bits is None or bits < self.below_bits
+        )
 
     @model_validator(mode="after")
     def _said_once(self) -> LossTerm:

@@ -43,6 +43,7 @@ class Settings:
         group_size: consecutive activations of a token that share a scale.
         learned_scales, learned_inputs: whether the scales of weights, and of the inputs of linear layers, are trained;
             a packed model does not ask.
+        learned_zero_points: whether these scales of inputs have zero points, which are trained with them.
         query_bits, probability_bits: of attention.
         adaptive_tokens: `causal` or `ranked` gives unimportant tokens fewer bits (see `attention.py`), `off` does not.
         thresholds: for `causal`, by layer.
@@ -57,6 +58,7 @@ class Settings:
     probability_bits: int = 16
     adaptive_tokens: str = "off"
     thresholds: tuple[float, ...] = ()
+    learned_zero_points: bool = False
 
 
 class Start(NamedTuple):
@@ -73,6 +75,8 @@ class Start(NamedTuple):
 
 #: The scale of a linear layer's input: a parameter where it is trained, a number where it is stored, else found anew.
 InputScale: TypeAlias = nn.Parameter | float | None
+#: Its zero point; None where codes are symmetric.
+ZeroPoint: TypeAlias = nn.Parameter | float | None
 
 #: Gives bool [batch, tokens]: which tokens of the current forward pass get all bits.
 Important: TypeAlias = Callable[[], Tensor]
@@ -91,37 +95,52 @@ class SharedActivations:
         self._output: Tensor | None = None
 
     def __call__(
-        self, x: Tensor, scale: InputScale = None, important: Tensor | None = None, low_scale: InputScale = None
+        self,
+        x: Tensor,
+        scale: InputScale = None,
+        important: Tensor | None = None,
+        low_scale: InputScale = None,
+        zero_point: ZeroPoint = None,
+        low_zero_point: ZeroPoint = None,
     ) -> Tensor:
         """x [..., features] as the packed model sees it, in the dtype that products are computed in.
 
-        `important`, bool [...], says which tokens get all bits; `low_scale` is the scale of the others.
+        `important`, bool [...], says which tokens get all bits; `low_scale`, `low_zero_point` are those of the others.
 
         The gradient is the straight-through one, or with a scale the one of `formats.fake_quantize_static`.
         """
+        steps = (scale, zero_point, low_scale, low_zero_point)
         if x.is_inference():  # has no version to tell a change by
-            return self._quantize(x, scale, important, low_scale)
-        state = (torch.is_grad_enabled(), x._version, _identity(scale), id(important), _identity(low_scale))
+            return self._quantize(x, important, *steps)
+        state = (torch.is_grad_enabled(), x._version, id(important), *map(_identity, steps))
         if self._input is not None and self._input() is x and self._state == state and self._output is not None:
             return self._output
-        output = self._quantize(x, scale, important, low_scale)
+        output = self._quantize(x, important, *steps)
         # first, because the last output may be all that keeps its own input, whose end calls `forget`
         self.forget()
         if output is not x:  # nothing was rounded: keeping it would only keep its memory
             self._input, self._state, self._output = weakref.ref(x, self.forget), state, output
         return output
 
-    def _quantize(self, x: Tensor, scale: InputScale, important: Tensor | None, low_scale: InputScale) -> Tensor:
-        quantized = x if self.bits == 16 else self._rounded(x, self.bits, scale)
+    def _quantize(
+        self,
+        x: Tensor,
+        important: Tensor | None,
+        scale: InputScale,
+        zero_point: ZeroPoint,
+        low_scale: InputScale,
+        low_zero_point: ZeroPoint,
+    ) -> Tensor:
+        quantized = x if self.bits == 16 else self._rounded(x, self.bits, scale, zero_point)
         if important is not None:
-            fewer = self._rounded(x, UNIMPORTANT_BITS, low_scale)
+            fewer = self._rounded(x, UNIMPORTANT_BITS, low_scale, low_zero_point)
             quantized = torch.where(important.unsqueeze(-1), quantized, fewer)
         return quantized.to(product_dtype(x))
 
-    def _rounded(self, x: Tensor, bits: int, scale: InputScale) -> Tensor:
+    def _rounded(self, x: Tensor, bits: int, scale: InputScale, zero_point: ZeroPoint) -> Tensor:
         if scale is None:
             return formats.fake_quantize_activations(x, bits, self.group_size)
-        return formats.fake_quantize_static(x, bits, scale)
+        return formats.fake_quantize_static(x, bits, scale, zero_point)
 
     def forget(self, _dead: object = None) -> None:
         """Let go of the last activations; called by itself when their input is gone."""
@@ -255,12 +274,16 @@ class TrainingLinear(TrainingMatrix):
         scales: nn.Parameter | None = None,
         input_scale: InputScale = None,
         low_input_scale: InputScale = None,
+        input_zero_point: ZeroPoint = None,
+        low_input_zero_point: ZeroPoint = None,
     ) -> None:
         super().__init__(weight, spec, scales)
         self.bias = bias
         self.activations = activations
         self.input_scale = input_scale
         self.low_input_scale = low_input_scale
+        self.input_zero_point = input_zero_point
+        self.low_input_zero_point = low_input_zero_point
         self.important: Important | None = None
         self.out_features, self.in_features = weight.shape
 
@@ -271,7 +294,8 @@ class TrainingLinear(TrainingMatrix):
     def quantized_input(self, x: Tensor) -> Tensor:
         """What the weight is multiplied with for x [..., in], the same shape."""
         important = None if self.important is None else self.important()
-        return self.activations(x, self.input_scale, important, self.low_input_scale)
+        zero_points = (self.input_zero_point, self.low_input_zero_point)
+        return self.activations(x, self.input_scale, important, self.low_input_scale, *zero_points)
 
     def as_head(self, states: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
         """The same product for losses that make it themselves, a chunk of positions at a time.
@@ -279,7 +303,7 @@ class TrainingLinear(TrainingMatrix):
         Returns:
             the quantized input in the dtype of the products, and `weight`, `bias` and `master` of `losses.Head`.
         """
-        x = self.activations(states, self.input_scale)
+        x = self.activations(states, self.input_scale, zero_point=self.input_zero_point)
         return x, {"weight": self.decoded(x.dtype), "bias": self.bias, "master": self.inlet()}
 
 
@@ -347,12 +371,17 @@ def prepare_for_training(
 
     def put(name: str, weight: nn.Parameter, spec: MatrixSpec, scales: nn.Parameter | None) -> None:
         bias = model.get_submodule(name).bias
-        of_inputs = (input_scale(f"{name}.{each}") for each in (formats.INPUT_SCALE, formats.LOW_INPUT_SCALE))
-        replace(model, name, TrainingLinear(weight, bias, spec, activations, scales, *of_inputs))
+        of_inputs = [input_scale(f"{name}.{each}") for each in (formats.INPUT_SCALE, formats.LOW_INPUT_SCALE)]
+        zero_points = [zero_point(scale) for scale in of_inputs]
+        replace(model, name, TrainingLinear(weight, bias, spec, activations, scales, *of_inputs, *zero_points))
 
     def input_scale(path: str) -> InputScale:
         found = (input_scales or {}).get(path)
         return nn.Parameter(torch.tensor(found)) if found is not None and settings.learned_inputs else found
+
+    def zero_point(scale: InputScale) -> ZeroPoint:
+        """It begins at 0, where codes are those that calibrate found the scale for."""
+        return None if scale is None or not settings.learned_zero_points else nn.Parameter(torch.tensor(0.0))
 
     spec = specs[structure.embedding.name]
     table = trained(structure.embedding.name, embedding.weight)
@@ -614,36 +643,54 @@ class PackedLinear(PackedMatrix):
         group_size: int,
         input_scale: float | None = None,
         low_input_scale: float | None = None,
+        input_zero_point: float | None = None,
+        low_input_zero_point: float | None = None,
     ) -> None:
         super().__init__(lazy)
         self.bias = bias
         self.out_features, self.in_features = shape
         self.activation_bits, self.group_size = activation_bits, group_size
         self.input_scale, self.low_input_scale = input_scale, low_input_scale
+        self.input_zero_point, self.low_input_zero_point = input_zero_point, low_input_zero_point
         self.important: Important | None = None
+        self._row_sums: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out] in the dtype of x; computed in float32."""
+        full = (self.activation_bits, self.input_scale, self.input_zero_point)
         if self.important is None:
-            return self._multiply(x, self.activation_bits, self.input_scale)
+            return self._multiply(x, *full)
         important = self.important()
         y = x.new_empty(*x.shape[:-1], self.out_features)
-        y[important] = self._multiply(x[important], self.activation_bits, self.input_scale)
-        y[~important] = self._multiply(x[~important], UNIMPORTANT_BITS, self.low_input_scale)
+        y[important] = self._multiply(x[important], *full)
+        y[~important] = self._multiply(x[~important], UNIMPORTANT_BITS, self.low_input_scale, self.low_input_zero_point)
         return y
 
-    def _multiply(self, x: Tensor, bits: int, scale: float | None) -> Tensor:
+    def _multiply(self, x: Tensor, bits: int, scale: float | None, zero_point: float | None) -> Tensor:
         bias = None if self.bias is None else self.bias.float()
+        if scale is None or not zero_point:
+            return self._product(x, bias, bits, scale).to(x.dtype)
+        shift = zero_point * scale  # codes are those of x + shift, and what it adds to every product is taken off again
+        added = shift * self.row_sums(x.device)
+        return self._product(x.float() + shift, -added if bias is None else bias - added, bits, scale).to(x.dtype)
+
+    def row_sums(self, device: torch.device) -> Tensor:
+        """Of the decoded weights, float32 [out]; read once."""
+        if self._row_sums is None or self._row_sums.device != device:
+            ones = torch.ones(1, self.in_features, device=device)
+            self._row_sums = self._product(ones, None, kernels.UNQUANTIZED, None)[0]
+        return self._row_sums
+
+    def _product(self, x: Tensor, bias: Tensor | None, bits: int, scale: float | None) -> Tensor:
+        """The product with x as the kernels round it, float32 [..., out]."""
         group = self.group_size
         stored = self.lazy.stored(x.device)
         if stored is not None:
-            y = stored.linear(x, bias, bits, group, scale)
-        elif self.lazy.keep_decoded:
-            y = kernels.decoded_linear(x, self.lazy.decoded(x.device), bias, bits, group, scale)
-        else:
-            encoded, spec = self.lazy.encoded(x.device)
-            y = kernels.linear(x, encoded, spec, bias, bits, group, scale)
-        return y.to(x.dtype)
+            return stored.linear(x, bias, bits, group, scale)
+        if self.lazy.keep_decoded:
+            return kernels.decoded_linear(x, self.lazy.decoded(x.device), bias, bits, group, scale)
+        encoded, spec = self.lazy.encoded(x.device)
+        return kernels.linear(x, encoded, spec, bias, bits, group, scale)
 
 
 class PackedEmbedding(PackedMatrix):
@@ -682,7 +729,8 @@ def install_packed(
         load: reads the matrix of a module path.
         settings: bits of activations and of the cache.
         dtype: of the hidden states, which the embedding starts.
-        input_scales: `P.input_scale` and `P.low_input_scale` of a linear layer P; the others are found anew each time.
+        input_scales: `P.input_scale` and `P.low_input_scale` of a linear layer P, and their zero points; the others are
+            found anew each time, and symmetric.
         load_stored: reads the matrix of a module path as native kernels take it, None where they cannot.
 
     Raises:
@@ -696,9 +744,7 @@ def install_packed(
         if isinstance(module, nn.Embedding):
             new: nn.Module = PackedEmbedding(lazy[source], embedding_scale(module), shape, dtype)
         else:
-            of_inputs = (
-                (input_scales or {}).get(f"{name}.{each}") for each in (formats.INPUT_SCALE, formats.LOW_INPUT_SCALE)
-            )
+            of_inputs = ((input_scales or {}).get(f"{name}.{each}") for each in formats.OF_INPUTS)
             how = (settings.activation_bits, settings.group_size)
             new = PackedLinear(lazy[source], module.bias, shape, *how, *of_inputs)
         replace(model, name, new)

@@ -48,7 +48,7 @@ from edgerazor.console import Console
 from edgerazor.console import table as rich_table
 from edgerazor.errors import QUALITY, UserError, usage_error
 from edgerazor.exports import ExportResult
-from edgerazor.formats import INPUT_SCALE, LOW_INPUT_SCALE
+from edgerazor.formats import OF_INPUTS
 from edgerazor.packed import PackedModel
 from edgerazor.recipe import Recipe
 from edgerazor.workdir import WorkDir, machine
@@ -270,11 +270,7 @@ def dequantized(folder: Path) -> PreTrainedModel:
     opened = PackedModel.open(folder)
     config = AutoConfig.from_pretrained(folder)
     del config.quantization_config
-    state = {
-        name: tensor
-        for name, tensor in opened.others().items()
-        if name.rpartition(".")[2] not in (INPUT_SCALE, LOW_INPUT_SCALE)
-    }
+    state = {name: tensor for name, tensor in opened.others().items() if name.rpartition(".")[2] not in OF_INPUTS}
     for name in opened.header.matrices:
         matrix = opened.matrix(name)
         state[f"{name}.weight"] = formats.decode_matrix(matrix.encoded, matrix.spec)

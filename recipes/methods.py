@@ -31,6 +31,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,10 +97,10 @@ class Method:
 
 WHOLE = (2.0, 3.0, 4.0)
 EDGERAZOR = terms(ce=0.1, eakld=2.0, lafd=0.1)
-#: EdgeQAT (arXiv 2402.10787) at this table's activations: learned steps, rounded queries and probabilities, its losses,
-#: whose KL is a sum over the tokens of a sequence.
+#: EdgeQAT (arXiv 2402.10787) at these bits: learned steps of weights, learned steps and zero points of activations,
+#: rounded queries and probabilities, its losses, whose KL is a sum over the tokens of a sequence.
 EDGEQAT: Values = {
-    "calibrate": {"scales": "learned", "query_bits": 8, "probability_bits": 8},
+    "calibrate": {"scales": "learned", "activation_scales": "asymmetric", "query_bits": 8, "probability_bits": 8},
     **terms(
         {"temperature": 2.0, "options": {"reduction": "sum"}},
         ce=0.5,
@@ -469,12 +470,25 @@ def teacher_table(name: str, rows: list[Row]) -> str:
     head = ["bits", "method", *(["above chance"] if task_names else []), *(shortened(task) for task in task_names)]
     head += ["perplexity", "KL", "real bits", "bytes", "minutes", "at equal bytes"]
     text = results.markdown(head, [cells(row, rows, task_names) for row in rows])
-    teacher = next((row["teacher_perplexity"] for row in rows if row.get("teacher_perplexity")), None)
-    facts = [f"perplexity of the teacher {number(teacher, 4)}", f"{step_counts(rows)} steps where trained"]
+    facts = [f"perplexity of the teacher {teacher_perplexities(rows)}", f"{step_counts(rows)} steps where trained"]
     facts += sorted({row["machine"] for row in rows})
     facts += [f"commit {', '.join(sorted({row['commit'] for row in rows if row['commit']}))}"]
     facts += sorted({row["package"] for row in rows if "package" in row})
     return f"### {name}\n\n{'; '.join(facts)}.\n\n{text}"
+
+
+def teacher_perplexities(rows: list[Row]) -> str:
+    """The teacher's; where rows were measured on other held-out text than most, theirs and the methods' names, too."""
+    titles: dict[str, dict[str, None]] = {}
+    counts: Counter[str] = Counter()
+    for row in rows:
+        if row.get("teacher_perplexity"):
+            perplexity = number(row["teacher_perplexity"], 4)
+            titles.setdefault(perplexity, {})[METHODS[row["method"]].title] = None
+            counts[perplexity] += 1
+    (usual, _), *others = counts.most_common() or [("unknown", 0)]
+    said = [f"{each} on the other held-out text of new rows ({', '.join(titles[each])})" for each, _ in others]
+    return ", ".join([usual, *said])
 
 
 def step_counts(rows: list[Row]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from _tiny import Run, write_recipe
+from _tiny import Run, move_zero_points, write_recipe
 from conftest import GROUP_SIZE, VOCABULARY, ModelMaker, family_config
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -164,6 +164,7 @@ CASES: dict[str, dict[str, Any]] = {
     "causal": {"adaptive_tokens": "causal", "query_bits": 8, "probability_bits": 4},
     "ranked": {"adaptive_tokens": "ranked", "kv_bits": 16},
     "causal, learned steps": {"adaptive_tokens": "causal", "activation_scales": "learned"},
+    "causal, asymmetric steps": {"adaptive_tokens": "causal", "activation_scales": "asymmetric"},
     "causal, static steps": {"adaptive_tokens": "causal", "activation_scales": "static"},
 }
 
@@ -176,6 +177,9 @@ def test_packed_equals_trained(run: Run, tmp_path: Path, make_model: ModelMaker,
     job = tmp_path / "job"
     done = run("distill", "--recipe", recipe, "--work", job)
     assert done.code == 0, done.err
+    trained = "learned" in case or "asymmetric" in case
+    if "asymmetric" in case:
+        move_zero_points(job)
     assert run("pack", "--work", job).code == 0
     model, _ = integration.load(job / "packed")
     header = packed.PackedModel.open(job / "packed").header
@@ -187,17 +191,18 @@ def test_packed_equals_trained(run: Run, tmp_path: Path, make_model: ModelMaker,
         low = {name.removesuffix(".low_input_scale") for name in steps if name.endswith(".low_input_scale")}
         assert low == set(attention.decided_by(models.load(tmp_path / "model")[0]))
         stored = packed.PackedModel.open(job / "packed").input_scales()
-        assert stored.keys() == steps.keys()
-        assert all((stored[name] != value) == ("learned" in case) for name, value in steps.items())
-    how = replace(how, learned_inputs="learned" in case)
+        zero_points = {name.replace("scale", "zero_point") for name in steps} if "asymmetric" in case else set()
+        assert stored.keys() == steps.keys() | zero_points
+        assert all((stored[name] != value) == trained for name, value in steps.items())
+    how = replace(how, learned_inputs=trained, learned_zero_points="asymmetric" in case)
     student, _ = models.load(tmp_path / "model", dtype=torch.float32)
     found = models.structure(student)
     plan = make_plan(found.sites, Calibrate(bits=1.88, plan="interleave", group_size=GROUP_SIZE))
     surgery.prepare_for_training(student, found, plan.specs(), how, input_scales=steps or None)
     student.load_state_dict(load_file(job / "distill" / "best" / "model.safetensors"), strict=False)
     with torch.no_grad():
-        trained, ours = (each.eval()(input_ids=IDS, use_cache=False).logits for each in (student, model))
-    assert (trained - ours).abs().max() <= 1e-5 * trained.abs().max()
+        theirs, ours = (each.eval()(input_ids=IDS, use_cache=False).logits for each in (student, model))
+    assert (theirs - ours).abs().max() <= 1e-5 * theirs.abs().max()
     if case != "ranked":
         check_cache(model)
     if case == "causal":

@@ -19,7 +19,7 @@ from conftest import ModelMaker
 from safetensors.torch import load_file
 from transformers import GPT2Config
 
-from edgerazor import models
+from edgerazor import losses, models
 from edgerazor.errors import UserError
 from edgerazor.recipe import Distill
 from edgerazor.stages import _checkpoint, _objective, distill
@@ -383,25 +383,71 @@ def test_losses_see_hidden_states_as_transformers_returns_them(llama: Path) -> N
             assert torch.equal(hidden[layer], state), layer
 
 
-def test_only_layers_that_are_compared_are_kept_for_the_students_pass(
+def test_hidden_states_of_all_layers_are_never_kept_for_two_micro_batches(
     run: Run, tmp_path: Path, llama: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """LAFD that chooses anew in each step looks at all layers of the teacher, and lets go of those it does not take."""
+    """LAFD that chooses anew in each step looks at all layers of the teacher. Of the micro-batches before the current
+    one only the layers are there that were compared last, and the student's pass sees what it would see of all."""
     kept: list[list[int]] = []
-    objective = distill.losses.objective
+    waiting: list[int] = []
+    objective, statistics = distill.losses.objective, distill.statistics
+    targets: list[Any] = []
 
     def noting(terms: Any, student: Any, teacher: Any, labels: Any, totals: Any) -> Any:
         kept.append(sorted(teacher.hidden))
+        targets.clear()
         return objective(terms, student, teacher, labels, totals)
 
+    def counting(job: Any, batch: Any, target: Any) -> Any:
+        assert len(target.hidden) == 3  # the embedding's output and two layers
+        waiting.extend(len(each.hidden) for each in targets)
+        targets.append(target)
+        return statistics(job, batch, target)
+
     monkeypatch.setattr(distill.losses, "objective", noting)
+    monkeypatch.setattr(distill, "statistics", counting)
     terms = [{"name": "eakld"}, {"name": "lafd", "options": {"select": "batch", "count": 1}}]
-    settings = {"losses": terms, "steps": 1, "accumulation": 2, "evaluate_every": 9}
+    settings = {"losses": terms, "steps": 3, "accumulation": 3, "evaluate_every": 9}
     recipe = write_recipe(tmp_path / "r.yaml", llama, text_file, distill=settings)
     assert run("distill", "--recipe", recipe, "--work", tmp_path / "job").code == 0
-    assert len(kept) == 2
-    assert kept[0] == kept[1]
-    assert len(kept[0]) == 1
+    assert len(kept) == 9
+    assert {len(each) for each in kept} == {1}
+    assert waiting == [0, 0, 0, *[1] * 6]  # (1, 2) micro-batches wait in each of three steps
+    found = metrics(tmp_path / "job")
+    monkeypatch.setattr(distill._objective, "keep_layers", lambda target, layers: None)
+    assert run("distill", "--recipe", recipe, "--work", tmp_path / "all").code == 0
+    assert len(kept[-1]) == 3
+    assert metrics(tmp_path / "all") == found
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_teachers_head_multiplies_each_position_once_in_a_step(
+    run: Run, tmp_path: Path, llama: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, accumulation: int
+) -> None:
+    """EAKLD looks at the teacher's next tokens before the student's pass, for its gate, and after it."""
+    rows: dict[bool, int] = {True: 0, False: 0}
+    logits, step = losses.Head.logits, distill.train_step
+    steps: list[tuple[int, int, int]] = []
+
+    def counting(self: Any, states: torch.Tensor) -> torch.Tensor:
+        rows[self.master is None] += len(states)
+        return logits(self, states)
+
+    def stepping(job: Any, batches: Any) -> float:
+        rows.update({True: 0, False: 0})
+        loss = step(job, batches)
+        predicted = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+        steps.append((rows[True], rows[False], predicted))
+        return loss
+
+    monkeypatch.setattr(losses.Head, "logits", counting)
+    monkeypatch.setattr(distill, "train_step", stepping)
+    terms = [{"name": "ce", "weight": 0.1}, {"name": "eakld", "weight": 2.0}, {"name": "lafd", "weight": 0.1}]
+    settings = {"losses": terms, "steps": 2, "accumulation": accumulation, "evaluate_every": 9}
+    recipe = write_recipe(tmp_path / "r.yaml", llama, text_file, distill=settings)
+    assert run("distill", "--recipe", recipe, "--work", tmp_path / "job").code == 0
+    assert len(steps) == 2
+    assert all(teacher == predicted == student > 0 for teacher, student, predicted in steps)
 
 
 def test_a_scheduled_training_resumes_exactly(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:

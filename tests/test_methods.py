@@ -22,6 +22,7 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 methods = load_script(RECIPES / "methods.py")
+sinks = load_script(RECIPES / "sinks.py")
 PAIRS = [("rtn", 2.0), ("eakld", 2.0), ("rtn", 4.0), ("eakld", 4.0)]
 
 
@@ -182,6 +183,34 @@ def test_at_equal_bytes_is_the_best_post_training_row_that_is_no_larger() -> Non
     assert methods.equal_bytes(row("eakld", 2, 98, 0.2), rows) == "none so small"
     assert methods.equal_bytes(row("eakld", 4, 200, 0.2), rows) == "GPTQ (GPTQModel) 3: KL 0.1"
     assert methods.equal_bytes(rows[0], rows) == ""
+
+
+def test_rows_on_other_held_out_text_are_named() -> None:
+    """The perplexity of the teacher tells: that of most rows comes first."""
+    rows = [{"method": "rtn", "teacher_perplexity": 6.0}, {"method": "rtn", "teacher_perplexity": 6.0}]
+    assert methods.teacher_perplexities(rows) == "6"
+    rows = [{"method": "edgeqat", "teacher_perplexity": 5.5}, *rows, {"method": "gptq", "failed": "no"}]
+    assert methods.teacher_perplexities(rows) == "6, 5.5 on the other held-out text of new rows (EdgeQAT recipe)"
+
+
+def test_the_share_of_few_tokens(teacher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of errors that are known; and every token has some of every error that is measured."""
+    ids = torch.full((2, 50), 7)
+    ids[1, 3] = 0
+    error = torch.ones(2, 50)
+    error[0, 0], error[1, 3] = 50.0, 51.0  # of 199 together
+    monkeypatch.setattr(sinks, "errors", lambda _: ({"features": error}, ids, 0))
+    first, second = sinks.shares(teacher)
+    assert first[2:] == ["2.00", "1.00", "1"]
+    assert [float(each) for each in second[2:]] == pytest.approx(
+        [100 * 51 / 199, 100 * 51 / 199, 100 * 51 / 199], abs=0.01
+    )
+    monkeypatch.undo()
+    monkeypatch.setattr(sinks, "ROWS", 3)
+    found, ids, _ = sinks.errors(teacher)
+    assert list(found) == ["features", "reconstruction", "length"]
+    assert ids.shape == (3, 32)
+    assert all(each.shape == ids.shape and (each > 0).all() for each in found.values())
 
 
 def test_the_table_takes_the_place_of_the_last_one(tmp_path: Path) -> None:

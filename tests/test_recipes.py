@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -20,7 +21,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from edgerazor import allocate, models
 from edgerazor import recipe as recipes
+from edgerazor.data import open_rows, streaming
 from edgerazor.errors import USAGE, UserError
+from edgerazor.recipe import Calibrate
+from edgerazor.stages import _ladder, _objective, _shared
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 PUBLISHED_BITS = (1.58, 1.88, 2.79, 4.0)
@@ -62,7 +66,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_key_value_heads": 5,
             "head_dim": 64,
             "vocab_size": 32000,
-            "tie_word_embeddings": True,
+            "tie_word_embeddings": False,
         },
     ),
     "llama-3.2-1b": (
@@ -107,7 +111,7 @@ BABY_LLAMA = (
     },
 )
 #: million parameters of the whole model, as its authors count them
-PARAMETERS = {"qwen3-0.6b": 596, "qwen3-1.7b": 1721, "mobilellm-350m": 345, "llama-3.2-1b": 1236, "smollm2-135m": 135}
+PARAMETERS = {"qwen3-0.6b": 596, "qwen3-1.7b": 1721, "mobilellm-350m": 376, "llama-3.2-1b": 1236, "smollm2-135m": 135}
 EVERY_RECIPE = sorted(FOLDER.glob("*.yaml"))
 
 
@@ -142,20 +146,93 @@ def test_the_whole_model_gets_the_published_average(name: str) -> None:
         assert real[0] == pytest.approx(2.27, abs=0.05)
 
 
+#: bits -> weights of ce, eakld and lafd, as in the training settings of EdgeRazor's authors (at their commit 77c3524)
+QWEN3 = dict.fromkeys((1.58, 1.88, 2.79), (0.1, 2.0, 0.1)) | {4.0: (0.05, 2.0, 0.5)}
+MOBILELLM = dict.fromkeys((1.58, 1.88), (0.2, 4.0, 1.0)) | dict.fromkeys((2.79, 4.0), (0.5, 2.0, 0.1))
+#: recipe -> those weights, group size, warm-up, schedule, sequences in a step, and steps or tokens; ours for the two
+#: models that they do not have, but for weights and group size
+PUBLISHED: dict[str, tuple[dict[float, tuple[float, ...]], int, float, str, int, int]] = {
+    "qwen3-0.6b": (QWEN3, 256, 0.05, "constant", 1024, 10_900),
+    "qwen3-1.7b": (QWEN3, 256, 0.05, "constant", 1536, 14_500),
+    "mobilellm-350m": (MOBILELLM, 64, 0.01, "cosine", 1920, 4_480),
+    "llama-3.2-1b": (QWEN3, 256, 0.05, "constant", 32, 200_000_000),
+    "smollm2-135m": (MOBILELLM, 64, 0.05, "constant", 32, 200_000_000),
+}
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_published_settings(name: str) -> None:
-    """EdgeRazor, arXiv 2605.04062: instruct models weigh the three terms otherwise than small base models."""
+    """EdgeRazor, arXiv 2605.04062: loss weights differ from model to model and with the bits."""
     recipe = load(name)
-    settings = recipe.distill
-    small_base = name in ("mobilellm-350m", "smollm2-135m")
-    weights = {term.name: term.weight for term in settings.losses}
-    expected = {"ce": 0.2, "eakld": 4.0, "lafd": 1.0} if small_base else {"ce": 0.1, "eakld": 2.0, "lafd": 0.1}
-    assert weights == expected
+    settings, calibrate = recipe.distill, recipe.calibrate
+    by_bits, *others = PUBLISHED[name]
+    for bits, weights in by_bits.items():
+        (training,) = _ladder.trainings(recipe, 4, _objective.unmeasured(4), bits)
+        assert [(term.name, term.weight) for term, _ in training.terms] == list(
+            zip(("ce", "eakld", "lafd"), weights, strict=True)
+        )
+    sequences = settings.batch_size * settings.accumulation
+    found = [calibrate.group_size, settings.warmup, settings.schedule, sequences, settings.steps or settings.tokens]
+    assert found == others
     assert (settings.betas, settings.weight_decay, settings.learning_rate) == ((0.9, 0.95), 0.01, 2e-5)
-    schedule = (0.01, "cosine") if name == "mobilellm-350m" else (0.05, "constant")
-    assert (settings.warmup, settings.schedule, recipe.data.sequence_length) == (*schedule, 1024)
-    assert recipe.calibrate.group_size == (64 if small_base else 256)
-    assert (recipe.calibrate.activation_bits, recipe.calibrate.kv_bits) == (8, 8)
+    assert (settings.clip, settings.final_learning_rate, recipe.data.sequence_length) == (1.0, 0.0, 1024)
+    assert (calibrate.activation_bits, calibrate.kv_bits) == (8, 8)
+
+
+def test_what_the_weights_of_losses_depend_on(run: Run, llama: Path, text_file: Path, tmp_path: Path) -> None:
+    """The bits that are asked for; where a size is, those that the plan made of it; and the recipe says so alone."""
+    recipe = load("qwen3-0.6b")
+    sized = recipe.model_copy(update={"calibrate": recipe.calibrate.model_copy(update={"target_size": 10**9})})
+    plan = allocate.make_plan([models.Site("a", "linear", 0, 8, 8)], Calibrate(bits=4.0, plan="interleave"))
+    assert (_shared.bits_of(recipe, plan), _shared.bits_of(sized, plan), _shared.bits_of(sized, None)) == (
+        1.88,
+        4,
+        1.88,
+    )
+    assert _objective.in_words(recipe.distill.losses, 4) != _objective.in_words(recipe.distill.losses, 3.99)
+    never = {"losses": [{"name": "ce", "from_bits": 6}]}
+    path = shortened("smollm2-135m", llama, text_file, tmp_path / "r.yaml")
+    path.write_text(yaml.safe_dump(recipes.merge(recipes.load(path), {"distill": never})), encoding="utf-8")
+    refused = run("distill", "--recipe", path, "--work", tmp_path / "job")
+    assert refused.code == USAGE
+    assert "None of the recipe's losses counts at 1.88 bits" in refused.err
+
+
+def test_the_published_conversations(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The data section of a recipe over a stand-in: data sets of the hub's shape, with configurations, in folders."""
+    monkeypatch.setattr(
+        tokenizer, "chat_template", "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
+    )
+    turns = [{"from": "human", "value": "who are you?"}, {"from": "gpt", "value": "a model"}]
+    talk = [{"role": "user", "content": "what is two and two?"}, {"role": "assistant", "content": "four"}]
+    rows = {"7M": {"id": 1, "conversations": turns}, "Gen": {"id": 2, "conversations": turns, "label": "x"}}
+    write_hub_folder(tmp_path / "BAAI" / "Infinity-Instruct", rows)
+    write_hub_folder(tmp_path / "allenai" / "tulu-v3.1-mix-preview-4096-OLMoE", {"default": {"messages": talk}})
+    monkeypatch.chdir(tmp_path)  # an id of the hub is a folder here
+    monkeypatch.setattr(streaming, "BLOCK", 8)
+    asked = load("qwen3-0.6b").data
+    assert [(source.dataset, source.config) for source in asked.train] == [
+        ("BAAI/Infinity-Instruct", "7M"),
+        ("BAAI/Infinity-Instruct", "Gen"),
+        ("allenai/tulu-v3.1-mix-preview-4096-OLMoE", None),
+    ]
+    found, held_out = open_rows(asked.train, tokenizer, 64, 0, 0.05, asked.packing, held_out_rows=2)
+    assert held_out is not None
+    batches = [found.row(index) for index in range(32)]
+    assert {tokenizer.decode(each["labels"][each["labels"] != -100]) for each in batches} == {"a model</s>", "four</s>"}
+    assert {tokenizer.decode(each["input_ids"]) for each in batches} == {
+        "[user]who are you?</s>[assistant]a model</s>",
+        "[user]what is two and two?</s>[assistant]four</s>",
+    }
+
+
+def write_hub_folder(folder: Path, rows: dict[str, dict[str, Any]]) -> None:
+    """A data set as the hub keeps it: configuration -> a row, which it has 40 times."""
+    folder.mkdir(parents=True)
+    configs = [{"config_name": name, "data_files": f"{name}.jsonl"} for name in rows]
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n")
+    for name, row in rows.items():
+        (folder / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * 40)
 
 
 def shortened(name: str, model: Path, text: Path, path: Path) -> Path:
@@ -217,6 +294,8 @@ def test_edgeqat(name: str, run: Run, make_model: ModelMaker, text_file: Path, t
         "attention_cosine": (1.0, None),
     }
     assert (settings.learning_rate, settings.schedule, settings.weight_decay) == (2.5e-4, "cosine", 0.1)
+    calibrate = load(name).calibrate
+    assert (calibrate.scales, calibrate.activation_scales, calibrate.activation_bits) == ("learned", "asymmetric", 8)
     recipe = shortened(name, layer_of(*BABY_LLAMA, make_model, tmp_path), text_file, tmp_path / "r.yaml")
     trained, packed = train_and_pack(run, recipe, tmp_path / "job")
     assert trained["notation"] == {"edgeqat-w4a8": "W4-A8-KV8", "edgeqat-w4a4": "W4-A8/4-KV8"}[name]
@@ -236,6 +315,8 @@ def test_bits_of_a_recipe_on_the_command_line(
         run("run", recipe, "--work", tmp_path / "job", *words)
     assert [each.calibrate.bits for each in asked] == [1.88, 2.79]
     assert asked[0].model_copy(update={"calibrate": asked[1].calibrate}) == asked[1]
+    run("run", recipe, "--work", tmp_path / "job", "--bits", "4", "--steps", "3")
+    assert (asked[2].calibrate.bits, asked[2].distill.steps) == (4, 3)
     wrong = run("run", recipe, "--work", tmp_path / "job", "--bits", "1.2")
     assert wrong.code == 2
     assert "--bits is 1.2; expected a number from 1.58 to 8" in wrong.err

@@ -380,6 +380,22 @@ def test_what_is_kept_is_taken_only_by_the_same_study(teachers: Callable[[str], 
 
 # --- calibrate -----------------------------------------------------------------------------------
 
+
+@pytest.mark.parametrize(
+    ("weights", "device", "tokens"),
+    [
+        (3_000_000, "cpu", 16384),
+        (120_000_000, "cpu", 10240),
+        (10**9, "cpu", 2048),
+        (3_000_000, "cuda", 65536),
+        (10**9, "cuda", 19660),
+    ],
+)
+def test_how_many_tokens_are_studied_where_nobody_says(weights: int, device: str, tokens: int) -> None:
+    """As many as take the time of 2,048 tokens of 600 million weights, within 2,048 and 16k, or 64k on a GPU."""
+    assert _sensitivity.affordable_tokens(weights, torch.device(device)) == tokens
+
+
 MEASURED = {"plan": "sensitivity", "sensitivity_tokens": 64}
 STATISTICS = Path("calibrate", "stats.safetensors")
 SERVES = "What was measured of the teacher for another plan serves this one too."

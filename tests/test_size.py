@@ -28,6 +28,7 @@ STUDENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "columns, biases": ("phi", {"calibrate": {"granularity": "column", "plan": "first", "bits": 2.3}}),
     "one format, several files": ("qwen3", {"calibrate": {"bits": 4.0}, "pack": {"shard_bytes": 20_000}}),
     "trained scales": ("gemma", {"calibrate": {"scales": "learned", "activation_scales": "learned"}}),
+    "zero points": ("llama", {"calibrate": {"adaptive_tokens": "causal", "activation_scales": "asymmetric"}}),
     "scales only": ("llama", {"distill": {"train": "scales"}, "pack": {"shard_bytes": 1}}),
     "stored input scales": ("qwen2", {"calibrate": {"activation_scales": "static", "head_format": "int8"}}),
     "adaptive tokens": ("llama", {"calibrate": {"adaptive_tokens": "causal", "activation_scales": "static"}}),

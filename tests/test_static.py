@@ -9,19 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from _tiny import Run, metrics, sha256, write_recipe
+from _tiny import Run, metrics, move_zero_points, sha256, write_recipe
 from conftest import GROUP_SIZE, VOCABULARY, ModelMaker, family_config
 from safetensors.torch import load_file
 from test_distill import interrupt_at
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from edgerazor import formats, integration, kernels, models, packed, surgery
+from edgerazor import formats, integration, kernels, models, packed, runtime, surgery
 from edgerazor.allocate import Plan
 from edgerazor.errors import UserError
 from edgerazor.formats import MatrixSpec
 from edgerazor.kernels import reference
-from edgerazor.surgery import Settings, SharedActivations, TrainingLinear
+from edgerazor.stages import _shared
+from edgerazor.surgery import SharedActivations, TrainingLinear
 from edgerazor.workdir import WorkDir
 
 IDS = torch.randint(2, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -69,6 +70,40 @@ def test_the_gradient_is_lsqs(bits: int, shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
     if x.numel() > 1:
         assert (found[0] == 0).any()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("zero", [0.0, 1.4, -3.6, 200.0])
+def test_the_gradient_of_a_zero_point_is_edgeqats(bits: int, zero: float) -> None:
+    """Against the quantizer of EdgeQAT's code (arXiv 2402.10787) by autograd, in float64, where its codes reach from
+    -2^(b-1) to 2^(b-1)-1 and ours are symmetric: `x' = (round(clamp(x/s + z)) - z)*s`, z a rounded parameter."""
+    largest = 2 ** (bits - 1) - 1
+    x = (weights(3, 127) + 0.3).double().requires_grad_()
+    scale = torch.tensor(2.0 / largest, dtype=torch.float64, requires_grad=True)
+    point = torch.tensor(zero, dtype=torch.float64, requires_grad=True)
+    upstream, factor = weights(3, 127, seed=1).double(), (127 * largest) ** -0.5
+    s, z = (each * factor + (each * (1 - factor)).detach() for each in (scale, point))
+    z = z + (z.round().clamp(-largest, largest) - z).detach()
+    code = (x / s + z).clamp(-largest, largest)
+    plain = (code + (code.round() - code).detach() - z) * s
+    ours = formats.fake_quantize_static(x, bits, scale, point)
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+    found, expected = (torch.autograd.grad(each, (x, scale, point), upstream) for each in (ours, plain))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    assert (found[0] == 0).any()
+    assert found[2] != 0
+
+
+def test_zero_points_by_hand() -> None:
+    """Codes of 4 bits, -7 to 7, with zero point 2, stand for -9 to 5 steps, and 0 stays exact."""
+    x = torch.tensor([[0.0, 0.4, -0.6, 9.0, -4.4, -9.0]])
+    expected = torch.tensor([[0.0, 0.5, -0.5, 2.5, -4.5, -4.5]])
+    for zero in (2.0, 1.6, torch.tensor(2.3)):
+        assert torch.equal(formats.fake_quantize_static(x, 4, 0.5, zero), expected)
+    assert torch.equal(formats.fake_quantize_static(x, 4, 0.5, 0.2), formats.fake_quantize_static(x, 4, 0.5))
+    found = [float(formats.whole_zero_point(torch.tensor(each), 4)) for each in (2.5, -0.6, 9.0, -1e9)]
+    assert found == [2, -1, 7, -7]
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8])
@@ -146,6 +181,23 @@ def test_a_linear_layer_trains_the_scale_of_its_input() -> None:
     assert torch.equal(states, quantized)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_packed_layer_takes_a_zero_point(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w, bias = weights(2, 3, 127) + 0.4, weights(9, 127, seed=1), nn.Parameter(weights(9, seed=2))
+    spec = MatrixSpec(("int4",), 64)
+    encoded = formats.encode_matrix(w, spec)
+    parts = formats.pack_matrix(encoded, spec)
+    quantized = formats.fake_quantize_static(x, bits, 0.11, -5.0)
+    expected = quantized.double() @ formats.decode_matrix(encoded, spec).double().T + bias
+    for name in kernels.names():
+        monkeypatch.setenv("EDGERAZOR_ISA", name)
+        for keep in (False, True):
+            lazy = surgery.LazyMatrix(lambda: (encoded, spec), lambda: kernels.StoredMatrix(parts, spec, (9, 127)))
+            lazy.keep_decoded = keep
+            layer = surgery.PackedLinear(lazy, bias, (9, 127), bits, 40, 0.11, input_zero_point=-5.0)
+            torch.testing.assert_close(layer(x).double(), expected, rtol=0, atol=1e-4, msg=name)
+
+
 # From calibrate to the packed model -------------------------------------------------------------------------------
 
 
@@ -157,7 +209,7 @@ def student_of(teacher: Path, job: Path) -> PreTrainedModel:
     found = models.structure(model)
     statistics = load_file(work.statistics_file)
     scales = {name: float(value) for name, value in statistics.items() if name.endswith("input_scale")}
-    settings = Settings(plan.activation_bits, plan.kv_bits, plan.group_size, False, plan.activation_scales == "learned")
+    settings = _shared.settings_of(plan, found, work)
     surgery.prepare_for_training(model, found, plan.specs(), settings, input_scales=scales or None)
     _, unexpected = model.load_state_dict(load_file(work.student("best") / "model.safetensors"), strict=False)
     assert unexpected == []
@@ -169,6 +221,8 @@ CASES: list[tuple[str, int, int, bool]] = [
     ("static", 4, 4, False),
     ("learned", 4, 8, True),
     ("learned", 8, 4, False),
+    ("asymmetric", 8, 8, True),
+    ("asymmetric", 4, 16, False),
     ("dynamic", 4, 4, True),
     ("dynamic", 6, 16, False),
 ]
@@ -184,15 +238,23 @@ def test_packed_equals_trained(
     recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path / "model", text_file, calibrate=calibrate)
     job = tmp_path / "job"
     assert run("distill", "--recipe", recipe, "--work", job).code == 0
+    if scales == "asymmetric":
+        shutil.copytree(job, tmp_path / "uninterrupted")
+        move_zero_points(job)
     assert run("pack", "--work", job).code == 0
-    stored = packed.PackedModel.open(job / "packed").input_scales()
+    everything = packed.PackedModel.open(job / "packed").input_scales()
+    stored = {name: value for name, value in everything.items() if name.endswith("scale")}
     model, _ = integration.load(job / "packed")
     linears = {name for name, module in model.named_modules() if isinstance(module, surgery.PackedLinear)}
     assert stored.keys() == (set() if scales == "dynamic" else {f"{name}.input_scale" for name in linears})
+    zero_points = {f"{name}.input_zero_point" for name in linears} if scales == "asymmetric" else set()
+    assert everything.keys() - stored.keys() == zero_points
+    assert {everything[name] for name in zero_points} == ({2, -3, 0, 90 if bits == 8 else 7} if zero_points else set())
+    assert packed.PackedModel.open(job / "packed").header.version == (2 if zero_points else 1)
     assert "lm_head" in linears
     calibrated = load_file(job / "calibrate" / "stats.safetensors")
     moved = [name for name, value in stored.items() if value != float(calibrated[name])]
-    assert len(moved) == (len(stored) if scales == "learned" else 0)
+    assert len(moved) == (len(stored) if scales in ("learned", "asymmetric") else 0)
     student = student_of(tmp_path / "model", job)
     with torch.no_grad():
         trained = student(input_ids=IDS, use_cache=False).logits
@@ -210,6 +272,7 @@ def test_packed_equals_trained(
     assert run("distill", "--work", tmp_path / "again").code == 0
     assert metrics(tmp_path / "again") == metrics(job)
     file = Path("distill", "last", "model.safetensors")
+    job = tmp_path / "uninterrupted" if scales == "asymmetric" else job
     assert sha256(tmp_path / "again" / file) == sha256(job / file)
 
 
@@ -254,11 +317,11 @@ def test_rounding_with_stored_scales_needs_a_calibration_for_them(
     other = run("pack", llama, "--recipe", recipe, "--work", job, "--activation-bits", 8)
     assert other.code == 1
     assert "are not for 8-bit activations" in other.err
-    learned = {**calibrate, "activation_scales": "learned"}
-    recipe = write_recipe(tmp_path / "l.yaml", llama, text_file, calibrate=learned)
-    refused = run("pack", llama, "--recipe", recipe, "--work", tmp_path / "other")
-    assert refused.code == 2
-    assert "activation_scales: learned` needs a training" in refused.err
+    for how in ("learned", "asymmetric"):
+        recipe = write_recipe(tmp_path / "l.yaml", llama, text_file, calibrate={**calibrate, "activation_scales": how})
+        refused = run("pack", llama, "--recipe", recipe, "--work", tmp_path / "other")
+        assert refused.code == 2
+        assert f"activation_scales: {how}` needs a training" in refused.err
 
 
 def test_sixteen_bits_have_no_stored_scales(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
@@ -288,4 +351,17 @@ def test_an_impossible_stored_scale_is_refused(run: Run, tmp_path: Path, llama: 
         packed.write(folder, matrices, others, tied=source.header.tied, settings=source.header.settings, provenance={})
         with pytest.raises(UserError, match=r"lm_head\.input_scale: it is not a positive float32 number"):
             integration.load(folder)
+    for bad in (torch.tensor(0.5), torch.tensor(128.0), torch.tensor(torch.inf), torch.ones(1), torch.tensor(1)):
+        folder = shutil.copytree(source.folder, tmp_path / "bad", dirs_exist_ok=True)
+        others = {**source.others(), "lm_head.input_zero_point": bad}
+        (folder / "model.safetensors").unlink()
+        packed.write(folder, matrices, others, tied=source.header.tied, settings=source.header.settings, provenance={})
+        with pytest.raises(UserError, match=r"lm_head\.input_zero_point: it is not a whole float32 number"):
+            integration.load(folder)
+    if kernels.is_native():
+        (folder / "model.safetensors").unlink()
+        others["lm_head.input_zero_point"] = torch.tensor(3.0)
+        packed.write(folder, matrices, others, tied=source.header.tied, settings=source.header.settings, provenance={})
+        with pytest.raises(UserError, match="there is no native code for activations with zero points"):
+            runtime.load(folder, engine="native")
     assert json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"] == "edgerazor"

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from _tiny import Run, metrics, with_template, write_recipe
 from transformers import AutoTokenizer
 
 from edgerazor import recipe as recipes
-from edgerazor.data import MASKED, documents, open_rows
+from edgerazor.console import Console
+from edgerazor.data import MASKED, TokenRows, documents, open_rows, render, thinking_options
+from edgerazor.data.chat import conversation
+from edgerazor.errors import UserError
 from edgerazor.recipe import Source
-from edgerazor.stages import _shared, distill
+from edgerazor.stages import _shared, _writing, distill
 from edgerazor.workdir import WorkDir
 
 TEMPLATE = """{% for m in messages %}{{ '[' + m.role + ']' + m.content + eos_token }}{% endfor %}
@@ -63,7 +70,7 @@ def test_the_loss_is_that_of_the_assistants_tokens(
     assert run("calibrate", "--recipe", path, "--work", tmp_path / "job").code == 0
     job = distill.prepare(recipes.build(recipes.load(path)), WorkDir(tmp_path / "job"))
     batch = job.rows.batch(0, batch_size=4)
-    totals = distill.step_totals(job, [batch], [None])
+    totals = distill.step_totals(job, [distill.statistics(job, batch, None)])
     loss = distill.losses.objective(
         [(term.weight, loss) for term, loss in job.terms],
         distill.student_outputs(job, batch, job.trained, job.looks),
@@ -126,3 +133,96 @@ def test_held_out_text_of_a_recipe_is_packed_alike(llama: Path, text_file: Path,
         asked = recipes.build(recipes.merge(values, {"data": {"packing": packing}}))
         _, rows = _shared.open_text(asked, WorkDir(tmp_path), tokenizer, 500)
         assert len(rows) == count
+
+
+# How often data are read ------------------------------------------------------------------------------------------
+
+
+def a_job(rows_per_step: int, steps: int | None) -> Any:
+    """Two sources of 8 and 2 rows, of which three rows come from the first for one of the second."""
+    rows = TokenRows([np.arange(8 * 16, dtype=np.int32), np.arange(1000, 1032, dtype=np.int32)], [3.0, 1.0], 16)
+    return SimpleNamespace(rows=rows, rows_per_step=rows_per_step, steps=steps)
+
+
+def test_passes_are_those_of_the_source_that_is_repeated_most() -> None:
+    rows = a_job(1, None).rows
+    assert [rows.passes(count) for count in (0, 8, 32)] == [0, 1, 4]  # a fourth of 32 rows are 4 times 2
+    first = [tuple(rows.row(index)["input_ids"].tolist()) for index in range(32)]
+    assert sorted(Counter(first).values()) == [3] * 8 + [4, 4]  # three fourths of 32 are 3 times 8
+
+
+@pytest.mark.parametrize(
+    ("rows_per_step", "steps"),
+    [(1, 128), (2, 64), (1000, 1)],  # 16 times 2 rows are a fourth of 128; at least one step
+)
+def test_the_default_number_of_steps_reads_the_data_sixteen_times(rows_per_step: int, steps: int) -> None:
+    assert distill.Job.default_steps(a_job(rows_per_step, None)) == steps
+    many = SimpleNamespace(rows=TokenRows([np.arange(16 * 1000, dtype=np.int32)], [1.0], 16), rows_per_step=16)
+    assert distill.Job.default_steps(many) == 1000
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        (None, ""),
+        (8, ""),
+        (12, "12 steps read the 10 sequences of the data 1.5 times."),
+        (32, "32 steps read the 10 sequences of the data 4.0 times."),
+        (36, "Warning: 36 steps read the 10 sequences of the data 4.5 times; more text (--data FILE) would teach more"),
+    ],
+)
+def test_how_often_data_are_read_is_said(steps: int | None, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    distill.say_passes(a_job(1, steps), Console())
+    found = " ".join(capsys.readouterr().err.split())
+    assert found.startswith(said)
+    assert bool(found) == bool(said)
+
+
+# Thinking ---------------------------------------------------------------------------------------------------------
+
+SWITCHES = {
+    "qwen3": "{% if enable_thinking is defined and enable_thinking is false %}[quiet]{% endif %}",
+    "granite": "{% if thinking %}[thoughts]{% endif %}",
+    "without a switch": "",
+}
+
+
+@pytest.mark.parametrize(
+    ("template", "asked", "given"),
+    [
+        ("qwen3", [], {"enable_thinking": False}),
+        ("qwen3", ["--thinking"], {"enable_thinking": True}),
+        ("granite", [], {"thinking": False}),
+        ("without a switch", [], {}),
+        ("without a switch", ["--thinking"], {}),
+    ],
+)
+def test_the_teacher_does_not_think_unless_asked(
+    run: Run,
+    llama: Path,
+    chat_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    template: str,
+    asked: list[str],
+    given: dict[str, bool],
+) -> None:
+    """EdgeRazor's distilled data are written with `enable_thinking=False` where the template knows it."""
+    teacher = with_template(llama, tmp_path / "model", TEMPLATE + SWITCHES[template])
+    seen: list[Any] = []
+
+    def writer(*arguments: Any) -> Any:
+        seen.append(arguments[5])
+        raise UserError("enough")
+
+    monkeypatch.setattr(_writing, "Writer", writer)
+    run("data", teacher, "--prompts", chat_file, "--out", tmp_path / "own.jsonl", *asked)
+    assert seen == [given]
+
+
+def test_the_switch_reaches_the_prompt(llama: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(with_template(llama, tmp_path / "model", TEMPLATE + SWITCHES["qwen3"]))
+    talk = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    for thinking, ending in ((False, "[assistant][quiet]"), (True, "[assistant]")):
+        asked = replace(conversation("here", talk), options=thinking_options(tokenizer, thinking))
+        assert render(asked, tokenizer, talk[:1], prompt=True).endswith(ending)

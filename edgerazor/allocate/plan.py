@@ -74,7 +74,7 @@ class Plan(BaseModel):
     predicted_kl: float | None = None
     granularity: str
     activation_bits: int
-    activation_scales: Literal["dynamic", "static", "learned"]
+    activation_scales: Literal["dynamic", "static", "learned", "asymmetric"]
     kv_bits: int
     query_bits: int
     probability_bits: int

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from edgerazor import formats, models, untrusted
-from edgerazor.formats import INPUT_SCALE, LOW_INPUT_SCALE
+from edgerazor.formats import OF_INPUTS
 from edgerazor.packed import DTYPES, INDEX_FILE, WEIGHTS_FILE, PackedModel, TensorSpec
 from edgerazor.workdir import write_atomically, write_json
 
@@ -95,11 +95,11 @@ def write_companions(model: PackedModel, folder: Path, **changes: Any) -> None:
 
 
 def others(model: PackedModel) -> dict[str, TensorSpec]:
-    """The tensors that are not quantized and that other programs know: not the stored scales of inputs."""
+    """The tensors that are not quantized and that other programs know: not what is stored of inputs."""
     return {
         name: (entry.dtype, entry.shape)
         for name, entry in model.header.others.items()
-        if name.rpartition(".")[2] not in (INPUT_SCALE, LOW_INPUT_SCALE)
+        if name.rpartition(".")[2] not in OF_INPUTS
     }
 
 

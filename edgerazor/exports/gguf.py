@@ -32,8 +32,8 @@ from edgerazor.exports import _gguf_tokens as tokens
 from edgerazor.exports._base import Export, ExportPlan, ExportResult, PlannedTensor, refuse_lossy
 from edgerazor.exports._gguf_blocks import Misfit
 from edgerazor.exports._gguf_sizes import causes
-from edgerazor.formats import INPUT_SCALE, LOW_INPUT_SCALE
-from edgerazor.packed import PackedModel, TensorClass
+from edgerazor.formats import INPUT_SCALE, OF_INPUTS
+from edgerazor.packed import PackedModel, TensorClass, has_zero_points
 
 FILE = "model.gguf"
 #: Why an export of decoded weights is large.
@@ -231,9 +231,8 @@ def export(
 def _sources(subject: Subject) -> list[Source]:
     """All tensors of the file, in its order."""
     matrices = {f"{name}.weight": name for name in subject.model.header.matrices}
-    scales = (INPUT_SCALE, LOW_INPUT_SCALE)
     found = []
-    for name in (*matrices, *(each for each in subject.others if each.rpartition(".")[2] not in scales)):
+    for name in (*matrices, *(each for each in subject.others if each.rpartition(".")[2] not in OF_INPUTS)):
         target = families.target_name(subject.family, name) if name else families.ROPE_FACTORS
         order = families.row_order(subject.family, subject.config, target)
         found.append(Source(name, target, matrices.get(name), order))
@@ -332,7 +331,8 @@ def _notes(subject: Subject) -> Iterator[str]:
             "matrices to 8 bits in its own way, and the cache as its options --cache-type-k and --cache-type-v say."
         )
     if any(name.endswith(INPUT_SCALE) for name in subject.others):
-        yield "Stored scales of inputs are left out: llama.cpp finds a scale for each block of inputs itself."
+        what = "scales and zero points" if has_zero_points(subject.others) else "scales"
+        yield f"Stored {what} of inputs are left out: llama.cpp finds a scale for each block of inputs itself."
     yield from filter(None, [families.context_length(subject.config)[1]])
     yield from subject.vocabulary.notes
 

@@ -42,19 +42,26 @@ from edgerazor.formats._matrix import (
 from edgerazor.formats._start import clipped, compensated
 from edgerazor.formats._static import (
     INPUT_SCALE,
+    INPUT_ZERO_POINT,
     LOW_INPUT_SCALE,
+    LOW_INPUT_ZERO_POINT,
+    OF_INPUTS,
     SMALLEST,
     calibrated_scale,
     fake_quantize_static,
     magnitude_counts,
     quantize_static,
+    whole_zero_point,
 )
 from edgerazor.formats._streams import Streams, from_streams, scale_stream_bytes, stream_bytes, to_streams
 
 __all__ = [
     "BLOCK_FORMATS",
     "INPUT_SCALE",
+    "INPUT_ZERO_POINT",
     "LOW_INPUT_SCALE",
+    "LOW_INPUT_ZERO_POINT",
+    "OF_INPUTS",
     "ROWS",
     "ROW_FORMATS",
     "SCALES",
@@ -105,6 +112,7 @@ __all__ = [
     "to_streams",
     "unpack_matrix",
     "unpack_spec",
+    "whole_zero_point",
 ]
 
 

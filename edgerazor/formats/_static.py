@@ -9,6 +9,13 @@ text. Trained, it is LSQ's step (Esser et al., arXiv 1902.08153): with `r = x / 
     d x' / d s = (round(r) - r where -Qp < r < Qp, else sign(r)*Qp) / sqrt(features*Qp)
 
 The scale is a float32 number in training and in the packed file.
+
+An input that is not symmetric may have a zero point z, too, a whole number from `-Qp` to `Qp`, so that 0 stays exact:
+the code is `q = round(x / s + z)` within `-Qp` to `Qp`, and `x' = s*(q - z)`. Trained (EdgeQAT, arXiv 2402.10787, the
+quantizer of its code), z is a float that is rounded where it is used, with
+
+    d x' / d s = (q - z - r where -Qp < r + z < Qp, else q - z) / sqrt(features*Qp)
+    d x' / d z = (0 where -Qp < r + z < Qp, else -s) / sqrt(features*Qp)
 """
 
 from __future__ import annotations
@@ -21,19 +28,26 @@ from torch.autograd.function import once_differentiable
 
 #: What the scale of a linear layer's input is called, and the one of tokens with fewer bits, behind the layer's path.
 INPUT_SCALE, LOW_INPUT_SCALE = "input_scale", "low_input_scale"
+#: The same of their zero points.
+INPUT_ZERO_POINT, LOW_INPUT_ZERO_POINT = "input_zero_point", "low_input_zero_point"
+#: All that is stored of inputs.
+OF_INPUTS = (INPUT_SCALE, LOW_INPUT_SCALE, INPUT_ZERO_POINT, LOW_INPUT_ZERO_POINT)
 #: The smallest scale: a trained one never reaches zero.
 SMALLEST = 2.0**-24
 #: Magnitudes are counted in bins of equal ratio, BINS_PER_OCTAVE to a factor of two, from 2^FIRST to 2^LAST.
 FIRST, LAST, BINS_PER_OCTAVE = -24, 24, 16
 
 
-def fake_quantize_static(x: Tensor, bits: int, scale: Tensor | float) -> Tensor:
+def fake_quantize_static(
+    x: Tensor, bits: int, scale: Tensor | float, zero_point: Tensor | float | None = None
+) -> Tensor:
     """Activations as the packed model computes with them, with the gradients above.
 
     Args:
         x: any floating dtype [..., features].
         bits: 2 to 8.
         scale: float32 [] or a number; below `SMALLEST` it counts as that.
+        zero_point: float32 [] or a number, see `whole_zero_point`; None for symmetric codes.
 
     Returns:
         code times scale, computed in float32, in the dtype and shape of `x`; NaN stays NaN.
@@ -41,9 +55,23 @@ def fake_quantize_static(x: Tensor, bits: int, scale: Tensor | float) -> Tensor:
     Raises:
         ValueError: the bits are not 2 to 8.
     """
-    step = scale if isinstance(scale, Tensor) else torch.full((), scale, dtype=torch.float32, device=x.device)
-    quantized: Tensor = _Step.apply(x, step, _largest_code(bits))
+    largest, step = _largest_code(bits), _number(scale, x)
+    if zero_point is None:
+        symmetric: Tensor = _Step.apply(x, step, largest)
+        return symmetric
+    quantized: Tensor = _Affine.apply(x, step, _number(zero_point, x), largest)
     return quantized
+
+
+def whole_zero_point(zero_point: Tensor, bits: int) -> Tensor:
+    """The zero point that a trained one, float [], stands for: the nearest whole number from `-Qp` to `Qp`."""
+    largest = _largest_code(bits)
+    return zero_point.detach().round().clamp_(-largest, largest)
+
+
+def _number(value: Tensor | float, x: Tensor) -> Tensor:
+    """A number as float32 [] on the device of x."""
+    return value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float32, device=x.device)
 
 
 def quantize_static(x: Tensor, bits: int, scale: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -54,9 +82,7 @@ def quantize_static(x: Tensor, bits: int, scale: Tensor | float) -> tuple[Tensor
     """
     if not torch.isfinite(x).all():
         raise ValueError("an activation is not finite")
-    step = _positive(
-        scale if isinstance(scale, Tensor) else torch.full((), scale, dtype=torch.float32, device=x.device)
-    )
+    step = _positive(_number(scale, x))
     return _codes(x, step, _largest_code(bits)).to(torch.int8), step.expand(len(x), 1)
 
 
@@ -95,6 +121,32 @@ class _Step(torch.autograd.Function):
         slope = ratio.round().clamp_(-ctx.largest, ctx.largest).sub_(ratio * inside)
         to_scale = (gradient.to(scale.dtype) * slope).sum() / (x.shape[-1] * ctx.largest) ** 0.5
         return to_x, to_scale, None
+
+
+class _Affine(torch.autograd.Function):
+    """`_Step` with a zero point: the codes of `x + s*z`, which packed models give to the same kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, largest: int) -> Tensor:
+        ctx.largest = largest
+        ctx.save_for_backward(x, scale, zero_point)
+        step, zero = _positive(scale), zero_point.detach().round().clamp_(-largest, largest)
+        return _codes(x.to(step.dtype) + step * zero, step, largest).sub_(zero).mul_(step).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, scale, zero_point = ctx.saved_tensors
+        largest, step = ctx.largest, _positive(scale)
+        zero = zero_point.round().clamp_(-largest, largest)
+        shifted = (x.to(step.dtype) + step * zero) / step
+        inside = shifted.abs() < largest
+        upstream, factor = gradient.to(scale.dtype), (x.shape[-1] * largest) ** -0.5
+        to_x = gradient * inside if ctx.needs_input_grad[0] else None
+        slope = shifted.round().clamp_(-largest, largest).sub_(zero).sub_((shifted - zero) * inside)
+        to_scale = (upstream * slope).sum() * factor if ctx.needs_input_grad[1] else None
+        to_zero = (upstream * ~inside).sum() * -step * factor if ctx.needs_input_grad[2] else None
+        return to_x, to_scale, to_zero, None
 
 
 # Finding it -------------------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def read(
             provenance=_provenance(path, importer),
         )
         values = {**source.config, "dtype": "float32"}
-        values["quantization_config"] = {"quant_method": "edgerazor", "version": packed.VERSION, **settings}
+        values["quantization_config"] = {"quant_method": "edgerazor", "version": header.version, **settings}
         workdir.write_json(folder / "config.json", dict(sorted(values.items())))
         opened = packed.PackedModel.open(folder)
         packed.verify_digests(folder, {name: entry.digest for name, entry in header.matrices.items()})

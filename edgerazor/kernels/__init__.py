@@ -30,6 +30,7 @@ from edgerazor.kernels.reference import UNQUANTIZED, decoded_linear
 __all__ = [
     "EXPANDED",
     "NOT_NATIVE",
+    "UNQUANTIZED",
     "StoredMatrix",
     "decoded_linear",
     "embedding",

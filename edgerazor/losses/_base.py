@@ -235,6 +235,10 @@ class Loss(ABC):
         """Those of them that it still needs when the step's statistics are known."""
         return self.hidden_layers()
 
+    def chooses_anew(self) -> bool:
+        """Whether that differs from step to step."""
+        return False
+
     def looks_twice(self) -> bool:
         """Whether `teacher_statistics` looks at the teacher's next-token distributions, before `__call__` does."""
         return False

@@ -106,6 +106,10 @@ class LayerAdaptiveFeatureDistillation(Loss):
             sums[self._statistic(layer)] = (found * sample_weights(labels, 1, found.dtype)).sum()
         return sums
 
+    def chooses_anew(self) -> bool:
+        """See `Loss`."""
+        return self.select == "batch"
+
     def compared_layers(self, totals: StepTotals) -> tuple[int, ...]:
         """See `Loss`."""
         return self.chosen(totals)

@@ -1,4 +1,4 @@
-"""The packed model folder, format version 1.
+"""The packed model folder, format versions 1 and 2.
 
 **Container.** `model.safetensors`, or, when larger than the shard size, `model-00001-of-0000N.safetensors` ... with the
 usual `model.safetensors.index.json` beside them. The safetensors format is 8 bytes of little-endian header length, a
@@ -32,7 +32,9 @@ ones. All these tensors are the *parts* of the matrix, called by what stands beh
 A weight is `level(code) * scale` in float32; the level is the code, but `code + 1/2` in `int2`. Tensors of other kinds
 (norms, biases) stand under their own names with their own dtypes. `P.input_scale`, F32 [], is the scale of all inputs
 of the linear layer at P, and `P.low_input_scale` that of tokens with fewer bits; where one is missing, each group of
-each such token has its own.
+each such token has its own. `P.input_zero_point` and `P.low_input_zero_point`, F32 [], whole numbers no larger than the
+largest code, are the zero points of these scales: a code q is worth `scale * (q - zero_point)`; it is 0 where there is
+none. Where there are any the version is 2, else 1.
 
 **Compression**, for shipping, leaves everything else as it is. Where the header has `compression` with the method
 `zstd` and the filter 1, `NAME.zst`, U8 [bytes], stands in the place of each tensor NAME of codes and scales: one zstd
@@ -89,6 +91,7 @@ from edgerazor.packed._header import (
     Kind,
     MatrixEntry,
     TensorEntry,
+    has_zero_points,
     part_name,
 )
 from edgerazor.packed._reading import PackedMatrix, PackedModel, verify_digests
@@ -122,6 +125,7 @@ __all__ = [
     "TensorSpec",
     "bits_table",
     "cores",
+    "has_zero_points",
     "in_parallel",
     "matrix_entropy_bytes",
     "part_name",

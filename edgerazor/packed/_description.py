@@ -169,9 +169,9 @@ def _read_description(path: Path, about: Mapping[str, str]) -> Description:
         raise damaged(path, "its header does not have the recorded checksum")
     if type(version) not in (int, type(None)):
         raise damaged(path, f"its version is {version!r}, which is no whole number")
-    if isinstance(version, int) and version != VERSION:
+    if isinstance(version, int) and not 1 <= version <= VERSION:
         raise UserError(
-            f"{path} has version {version} of the packed format, but this program reads version {VERSION}.",
+            f"{path} has version {version} of the packed format, but this program reads versions 1 to {VERSION}.",
             "Install a newer edgerazor." if version > VERSION else "Pack the model again.",
         )
     _check_compression(path, raw)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
@@ -13,7 +13,8 @@ from edgerazor.formats import BLOCK_FORMATS, ROW_FORMATS, TAIL
 from edgerazor.packed._compression import LARGEST_RATIO, NARROWEST
 from edgerazor.packed._container import DTYPES, TensorSpec, spec_bytes
 
-VERSION = 1
+#: The latest version that this program reads and writes.
+VERSION = 2
 
 
 def _number(value: Any) -> bool:
@@ -95,7 +96,7 @@ class Compression(Strict):
 class About(Strict):
     """What a header says of the whole model."""
 
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 1
     tied: dict[str, str]
     settings: dict[str, JsonValue]
     provenance: dict[str, JsonValue]
@@ -112,6 +113,11 @@ class Header(About):
 
     matrices: dict[str, MatrixEntry]
     others: dict[str, TensorEntry]
+
+
+def has_zero_points(others: Iterable[str]) -> bool:
+    """Whether tensors of these names hold zero points of inputs, which a program of version 1 would leave out."""
+    return any(name.rpartition(".")[2] in (formats.INPUT_ZERO_POINT, formats.LOW_INPUT_ZERO_POINT) for name in others)
 
 
 def is_compressed(part: str) -> bool:
@@ -140,6 +146,7 @@ def make_header(
         ValueError: it contradicts itself.
     """
     header = Header(
+        version=2 if has_zero_points(others) else 1,
         matrices=dict(sorted(matrices.items())),
         others=dict(sorted(others.items())),
         tied=dict(sorted(tied.items())),
@@ -217,6 +224,8 @@ def header_problem(header: Header) -> str:
         if any(size < 0 for size in other.shape):
             return f"{name} has the impossible shape {list(other.shape)}"
     parts = {header.tensor_name(name, part) for name, entry in header.matrices.items() for part in entry.sha256}
+    if header.version == 1 and has_zero_points(header.others):
+        return "it has zero points of inputs, which version 1 does not know"
     if CHECKSUMS in header.others:
         return f"{CHECKSUMS} is the name of the checksums, not of a tensor of its own"
     for name in sorted(parts & header.others.keys()):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from edgerazor import formats, untrusted, workdir
 from edgerazor.errors import UserError
-from edgerazor.formats import INPUT_SCALE, LOW_INPUT_SCALE, SCALES, Encoded, MatrixSpec
+from edgerazor.formats import INPUT_SCALE, LOW_INPUT_SCALE, OF_INPUTS, SCALES, Encoded, MatrixSpec
 from edgerazor.packed._compression import decompress
 from edgerazor.packed._container import TensorSpec, damaged, open_folder, sha256
 from edgerazor.packed._description import read_header
@@ -41,6 +41,10 @@ NO_CODE = "No packed model needs any: pack the original again, and do not trust 
 
 #: Bytes that are hashed and copied while they are in a core's cache.
 COPIED = 1 << 18
+
+
+#: Largest magnitude of a zero point: that of an activation's code.
+LARGEST_ZERO_POINT = 127
 
 
 @dataclass
@@ -217,19 +221,24 @@ class PackedModel:
         return found
 
     def input_scales(self) -> dict[str, float]:
-        """`P.input_scale` and `P.low_input_scale` of the linear layers P where they are stored.
+        """`P.input_scale` and `P.low_input_scale` of the linear layers P where they are stored, and their zero points.
 
         Raises:
             UserError: one of them is damaged.
         """
         found = {}
         for name, entry in self.header.others.items():
-            if name.rpartition(".")[2] not in (INPUT_SCALE, LOW_INPUT_SCALE):
+            kind = name.rpartition(".")[2]
+            if kind not in OF_INPUTS:
                 continue
-            scale = self._tensor(name, entry.sha256)
-            if scale.dtype != torch.float32 or scale.dim() != 0 or not 0 < float(scale) < math.inf:
-                raise self._broken(name, "it is not a positive float32 number")
-            found[name] = float(scale)
+            tensor = self._tensor(name, entry.sha256)
+            value = float(tensor) if tensor.dtype == torch.float32 and tensor.dim() == 0 else math.nan
+            if kind in (INPUT_SCALE, LOW_INPUT_SCALE):
+                if not 0 < value < math.inf:
+                    raise self._broken(name, "it is not a positive float32 number")
+            elif not (abs(value) <= LARGEST_ZERO_POINT and value.is_integer()):
+                raise self._broken(name, f"it is not a whole float32 number of at most {LARGEST_ZERO_POINT}")
+            found[name] = value
         return found
 
     def verify(self, done: Callable[[], None] | None = None) -> None:

@@ -19,7 +19,7 @@ from edgerazor.errors import UserError, plain
 from edgerazor.formats import INPUT_SCALE
 from edgerazor.kernels import decoder, native
 from edgerazor.kernels.decoder import Layer, Linear, Network, Norm
-from edgerazor.packed import PackedModel
+from edgerazor.packed import PackedModel, has_zero_points
 
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens", "lm_head", "model.norm"
 #: Linear layers of a decoder layer, in the order in which a token meets them.
@@ -181,6 +181,8 @@ def _check_settings(packed: PackedModel) -> None:
             raise NotNativeError(f"there is no native code for {what} in {settings[name]} bits")
     if settings["adaptive_tokens"] != "off":
         raise NotNativeError("there is no native code for tokens with bits of their own")
+    if has_zero_points(packed.header.others):
+        raise NotNativeError("there is no native code for activations with zero points")
     for name, entry in packed.header.matrices.items():
         if packed.spec(name).block_formats is not None:
             raise NotNativeError(f"there is no native code for formats of blocks, as in {name}")

@@ -69,7 +69,7 @@ class Training:
         return used >= self.end - TINY
 
 
-def trainings(recipe: Recipe, layers: int, measured: dict[str, list[float]]) -> list[Training]:
+def trainings(recipe: Recipe, layers: int, measured: dict[str, list[float]], bits: float) -> list[Training]:
     """The rungs of a recipe, or the one training where it has none; arguments and errors as `_objective.make_terms`."""
     asked = recipe.distill
     whole = sum(rung.share for rung in asked.rungs)
@@ -79,12 +79,12 @@ def trainings(recipe: Recipe, layers: int, measured: dict[str, list[float]]) -> 
         settings = asked.model_copy(update={**own, "losses": rung.losses or asked.losses})
         used += rung.share
         end = 1.0 if rung is asked.rungs[-1] else used / whole
-        found.append(Training(settings, _terms(recipe, settings, layers, measured), end))
-    return found or [Training(asked, _terms(recipe, asked, layers, measured), 1.0)]
+        found.append(Training(settings, _terms(recipe, settings, layers, measured, bits), end))
+    return found or [Training(asked, _terms(recipe, asked, layers, measured, bits), 1.0)]
 
 
-def _terms(recipe: Recipe, settings: Distill, layers: int, measured: dict[str, list[float]]) -> Terms:
-    return _objective.make_terms(recipe.model_copy(update={"distill": settings}), layers, measured)
+def _terms(recipe: Recipe, settings: Distill, layers: int, measured: dict[str, list[float]], bits: float) -> Terms:
+    return _objective.make_terms(recipe.model_copy(update={"distill": settings}), layers, measured, bits)
 
 
 def steps_of(rungs: list[Training], steps: int) -> list[int]:
@@ -129,11 +129,11 @@ def check_steps(rungs: list[Training], steps: int | None) -> None:
             )
 
 
-def in_words(settings: Distill) -> str:
-    """What decides the rungs: `1 scales, learning_rate 0.001; 3 all (1 forward_kl)`."""
+def in_words(settings: Distill, bits: float) -> str:
+    """What decides the rungs at so many nominal bits: `1 scales, learning_rate 0.001; 3 all (1 forward_kl)`."""
     words = []
     for rung in settings.rungs:
-        losses = f" ({' + '.join(_objective.term_in_words(term) for term in rung.losses)})" if rung.losses else ""
+        losses = f" ({_objective.in_words(rung.losses, bits)})" if rung.losses else ""
         own = {name: getattr(rung, name) for name in ("learning_rate", "schedule") if getattr(rung, name) is not None}
         words.append(", ".join([f"{rung.share:g} {rung.train}{losses}", *(f"{key} {own[key]}" for key in own)]))
     return "; ".join(words)

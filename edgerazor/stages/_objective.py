@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -102,18 +102,34 @@ def watch(model: PreTrainedModel, structure: models.Structure | None, head_path:
 # --- the losses --------------------------------------------------------------------------------
 
 
-def make_terms(recipe: Recipe, layers: int, measured: dict[str, list[float]]) -> Terms:
+def counted(terms: Sequence[LossTerm], bits: float | None) -> list[LossTerm]:
+    """Those that count for a student of so many nominal bits; all of them where that is None.
+
+    Raises:
+        UserError: none of them does.
+    """
+    found = [term for term in terms if bits is None or term.counts_at(bits)]
+    if not found:
+        raise usage_error(
+            f"None of the recipe's losses counts at {bits:g} bits.",
+            "See `from_bits` and `below_bits` of `distill.losses`.",
+        )
+    return found
+
+
+def make_terms(recipe: Recipe, layers: int, measured: dict[str, list[float]], bits: float | None = None) -> Terms:
     """The recipe's losses, for a model with so many layers.
 
     Args:
         recipe: names them.
         layers: decoder layers of the model.
         measured: metric -> its value for each layer, as calibrate measured it.
+        bits: nominal ones of the student, by which some may not count; None for all of them.
 
     Raises:
-        UserError: a loss is not known, an option makes no sense, or there is no such layer.
+        UserError: a loss is not known, none counts, an option makes no sense, or there is no such layer.
     """
-    terms = [(term, losses.make(term.name, **_options(term))) for term in recipe.distill.losses]
+    terms = [(term, losses.make(term.name, **_options(term))) for term in counted(recipe.distill.losses, bits)]
     for _, loss in terms:
         loss.choose_layers(layers, measured)
         highest = max((*loss.hidden_layers(), *loss.attention_layers()), default=0)
@@ -141,6 +157,11 @@ def looks(found: Iterable[Loss]) -> Looks:
         attention=tuple(sorted({layer for loss in all_of for layer in loss.attention_layers()})),
         parts=tuple(sorted({part for loss in all_of for part in loss.attention_parts})),
     )
+
+
+def in_words(terms: Sequence[LossTerm], bits: float) -> str:
+    """`0.1 ce + 2 eakld`: the objective of a student of so many nominal bits."""
+    return " + ".join(term_in_words(term) for term in counted(terms, bits))
 
 
 def term_in_words(term: LossTerm) -> str:
@@ -271,22 +292,28 @@ def all_outputs(
     return outputs
 
 
-def keep_logits(targets: Sequence[Outputs | None], labels: Sequence[Tensor], terms: Terms) -> None:
+def keep_logits(target: Outputs, labels: Tensor, terms: Terms, count: int) -> None:
     """Compute the teachers' logits once where losses look at them twice, before the student's pass and after it.
 
-    Only where all of a step are at most `KEPT_LOGITS`: those of large vocabularies and batches are made again.
+    Only where all of a step, of `count` micro-batches, are at most `KEPT_LOGITS`: those of large vocabularies and
+    batches are made again.
     """
-    if not any(loss.looks_twice() for _, loss in terms):
-        return
-    for target, each in zip(targets, labels, strict=True):
-        if target is not None:
-            positions = predicting(each).flatten().nonzero().flatten()
-            target.keep_logits(positions, KEPT_LOGITS // len(targets))
+    if any(loss.looks_twice() for _, loss in terms):
+        positions = predicting(labels).flatten().nonzero().flatten()
+        target.keep_logits(positions, KEPT_LOGITS // count)
 
 
-def forget_layers(targets: Sequence[Outputs | None], terms: Terms, totals: StepTotals) -> None:
-    """Let go of the teachers' hidden states that no loss compares with, once the step's statistics are known."""
-    compared = {layer for _, loss in terms for layer in loss.compared_layers(totals)}
-    for target in targets:
-        if target is not None:
-            target.hidden = {layer: state for layer, state in target.hidden.items() if layer in compared}
+def sure_layers(terms: Terms) -> set[int]:
+    """Layers whose hidden states are compared whatever the step's statistics are."""
+    compared = (loss for _, loss in terms if loss.needs_teacher and not loss.chooses_anew())
+    return {layer for loss in compared for layer in loss.hidden_layers()}
+
+
+def compared_layers(terms: Terms, totals: StepTotals) -> set[int]:
+    """Layers whose hidden states are compared in a step of these statistics."""
+    return {layer for _, loss in terms if loss.needs_teacher for layer in loss.compared_layers(totals)}
+
+
+def keep_layers(target: Outputs, layers: Collection[int]) -> None:
+    """Let go of a teacher's hidden states of all other layers."""
+    target.hidden = {layer: state for layer, state in target.hidden.items() if layer in layers}

@@ -46,6 +46,11 @@ from edgerazor.workdir import write_atomically
 
 #: Logits in one piece of work.
 LOGITS = 1 << 24
+#: Tokens to study a model on where nobody says how many: on a CPU, on a GPU.
+MOST_TOKENS, MOST_ON_GPU, FEWEST_TOKENS = 1 << 14, 1 << 16, 1 << 11
+#: Between these, tokens times weights on a CPU (2,048 tokens of 600 million weights: four minutes of two cores), and
+#: how many times that on a GPU.
+AFFORDABLE, FASTER = (1 << 11) * 600_000_000, 16
 #: What the names of damages of whole matrices begin with.
 ALONE = "alone/"
 #: Bits of keys and values whose damage is reported.
@@ -455,6 +460,12 @@ def combined(fisher: Mapping[str, Tensor], integrated: Mapping[str, Tensor]) -> 
     """The damage of each tensor by `integrated`, shared out to its rows as `fisher` has it."""
     shares = {path: fisher[path] / fisher[path].sum(1, keepdim=True).clamp(min=1e-30) for path in integrated}
     return {path: shares[path] * damage.sum(1, keepdim=True) for path, damage in integrated.items()}
+
+
+def affordable_tokens(weights: int, device: torch.device) -> int:
+    """How many tokens a model of so many weights is studied on where nobody says: minutes on two cores."""
+    most, affordable = (MOST_TOKENS, AFFORDABLE) if device.type == "cpu" else (MOST_ON_GPU, FASTER * AFFORDABLE)
+    return min(most, max(FEWEST_TOKENS, affordable // weights))
 
 
 def sequences_of(tokens: int, length: int) -> int:

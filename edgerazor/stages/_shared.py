@@ -280,6 +280,18 @@ def stored_input_scales(
     return scales
 
 
+def _stored_of_inputs(plan: Plan, model: PreTrainedModel, found: models.Structure) -> list[str]:
+    """Names of all that is stored of inputs: scales, and their zero points where there are any."""
+    scales = list(stored_input_scales(plan, model, found))
+    if plan.activation_scales != "asymmetric":
+        return scales
+    zero_points = {formats.INPUT_SCALE: formats.INPUT_ZERO_POINT, formats.LOW_INPUT_SCALE: formats.LOW_INPUT_ZERO_POINT}
+    return [
+        *scales,
+        *(f"{module}.{zero_points[kind]}" for module, _, kind in (name.rpartition(".") for name in scales)),
+    ]
+
+
 def input_scales(
     plan: Plan, model: PreTrainedModel, found: models.Structure, work: WorkDir | None
 ) -> dict[str, float] | None:
@@ -309,6 +321,13 @@ def input_scales(
         return {name: float(stored[name]) for name in names}
     except (OSError, SafetensorError, KeyError):
         raise damaged(work.statistics_file) from None
+
+
+def bits_of(recipe: Recipe, plan: Plan | None) -> float:
+    """The nominal bits that losses may depend on: what the recipe asks for, or what its plan made of a size."""
+    if plan is None or recipe.calibrate.budget()[0] == "bits":
+        return recipe.calibrate.bits
+    return plan.nominal_bits()
 
 
 def needs_calibration(wanted: Calibrate) -> bool:
@@ -346,7 +365,8 @@ def settings_of(plan: Plan, found: models.Structure, work: WorkDir | None) -> su
         kv_bits=plan.kv_bits,
         group_size=plan.group_size,
         learned_scales=plan.scales == "learned",
-        learned_inputs=plan.activation_scales == "learned",
+        learned_inputs=plan.activation_scales in ("learned", "asymmetric"),
+        learned_zero_points=plan.activation_scales == "asymmetric",
         query_bits=plan.query_bits,
         probability_bits=plan.probability_bits,
         adaptive_tokens=plan.adaptive_tokens,
@@ -434,7 +454,7 @@ def packed_size(
             settings["thresholds"] = [LONGEST_NUMBER] * len(settings["thresholds"])
         return packed.predict(
             ((matrix.name, matrix.kind, matrix.spec(), matrix.shape) for matrix in plan.matrices),
-            others | dict.fromkeys(stored_input_scales(plan, teacher, found), ("F32", ())),
+            others | dict.fromkeys(_stored_of_inputs(plan, teacher, found), ("F32", ())),
             tied=tied_modules(found),
             settings=settings,
             provenance=provenance(recipe, source, plan, distilled),

@@ -196,11 +196,19 @@ class Job:
         assert self.rows is not None
         return batches_of(self.recipe, self.rows, sequences)
 
+    @property
+    def studied_sequences(self) -> int:
+        """How many sequences sensitivity is asked to be estimated from; of little text there are fewer."""
+        weights = sum(p.numel() for p in self.teacher.parameters())
+        tokens = self.recipe.calibrate.sensitivity_tokens
+        return _sensitivity.sequences_of(tokens or _sensitivity.affordable_tokens(weights, self.device), self.length)
+
     @functools.cached_property
     def study(self) -> _sensitivity.Study:
         """The teacher, ready to be studied on some of the text."""
         settings = self.recipe.calibrate
-        batches = self.batches(_sensitivity.sequences_of(settings.sensitivity_tokens, self.length))
+        assert self.rows is not None
+        batches = self.batches(min(self.studied_sequences, len(self.rows) or self.studied_sequences))
 
         def walk(name: str, change: _sensitivity.Change | None) -> models.Walk:
             return walk_of(self, f"sensitivity/{name}", batches, change)
@@ -503,7 +511,7 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateDryRun:
         settings = recipe.calibrate
         sizes = len(candidates_of(settings)), len(found.linears), settings.sensitivity_points
         walks = _sensitivity.walks(estimates_of(recipe), *sizes)
-        sequences += walks * _sensitivity.sequences_of(recipe.calibrate.sensitivity_tokens, length)
+        sequences += walks * job.studied_sequences
     sequences += recipe.calibrate.sequences * _start.PASSES[recipe.calibrate.start]
     seconds = walk.seconds(-(-sequences // batch))
     memory = walk.memory(whole_attention=adaptive)

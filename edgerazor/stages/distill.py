@@ -107,8 +107,9 @@ def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
     skip = ("max_time", "checkpoint_every", "gradient_checkpointing", "batch_size", "accumulation", "rungs")
     alone = () if settings.teachers else ("teacher_average",)
     found = _shared.settings("distill", settings, skip + alone)
-    found |= {"distill.rungs": _ladder.in_words(settings)} if settings.rungs else {}
-    found["distill.losses"] = " + ".join(_objective.term_in_words(term) for term in settings.losses)
+    bits = _shared.bits_of(recipe, _shared.read_plan(work) if calibrated else None)
+    found |= {"distill.rungs": _ladder.in_words(settings, bits)} if settings.rungs else {}
+    found["distill.losses"] = _objective.in_words(settings.losses, bits)
     budget, asked = recipe.calibrate.budget()
     found["distill.teachers"] = _shared.teachers_fingerprint(recipe)
     return {
@@ -146,6 +147,7 @@ class Job:
     logit_shape: tuple[float, float | None]
     tokens_per_row: float
     packed_bytes: int  # of what pack will write
+    compared: set[int] = field(default_factory=set)  # layers whose hidden states the last step compared
     progress: _checkpoint.Progress = field(default_factory=_checkpoint.Progress)
     began: float = 0.0
 
@@ -478,7 +480,7 @@ def prepare(recipe: Recipe, work: WorkDir, imagined: bool = False) -> Job:
     logit_shape = models.logit_shape(teacher, structure.head_path)
     plan = _shared.new_plan(recipe, teacher, structure) if imagined else _shared.read_plan(work)
     measured = _objective.unmeasured(structure.layer_count) if imagined else _shared.read_layer_metrics(work)
-    rungs = _ladder.trainings(recipe, structure.layer_count, measured)
+    rungs = _ladder.trainings(recipe, structure.layer_count, measured, _shared.bits_of(recipe, plan))
     terms = [term for rung in rungs for term in rung.terms]
     teaching = any(loss.needs_teacher for _, loss in terms) or settings.reconstruct or settings.target_kl
     first = Teacher(teacher, structure, structure.head_path, logit_shape)
@@ -592,10 +594,7 @@ def train_step(job: Job, batches: list[Batch]) -> float:
     """One optimizer step; returns its loss."""
     accelerator = job.accelerator
     batches = [{key: value.to(accelerator.device) for key, value in batch.items()} for batch in batches]
-    targets = [teacher_outputs(job, batch, job.teacher_looks) if job.comparing else None for batch in batches]
-    _objective.keep_logits(targets, [batch["labels"] for batch in batches], job.terms)
-    totals = step_totals(job, batches, targets)
-    _objective.forget_layers(targets, job.terms, totals)
+    targets, totals = taught(job, batches)
     share = job.rung.share(agree(job, job.share()), job.progress.rung_share)
     rate = job.settings.learning_rate * schedule(job.settings, share)
     terms = [(term.weight_at(share), loss) for term, loss in job.terms]
@@ -620,6 +619,35 @@ def train_step(job: Job, batches: list[Batch]) -> float:
     return float(accelerator.reduce(total, "sum"))
 
 
+def taught(job: Job, batches: list[Batch]) -> tuple[list[Outputs | None], StepTotals]:
+    """What the teachers say of each micro-batch of a step, and the step's totals.
+
+    Which layers are compared may depend on all micro-batches, and the hidden states of all layers of all of them may be
+    more than fits in memory. So those are kept that the last step compared, which are nearly always the same; where
+    they are not, the teacher reads the micro-batch again.
+    """
+    kept = _objective.sure_layers(job.terms) | job.compared
+    targets, found = [], []
+    for batch in batches:
+        target = teacher_outputs(job, batch, job.teacher_looks) if job.comparing else None
+        if target is not None:
+            _objective.keep_logits(target, batch["labels"], job.terms, len(batches))
+        found.append(statistics(job, batch, target))
+        if target is not None:
+            _objective.keep_layers(target, kept)
+        targets.append(target)
+    totals = step_totals(job, found)
+    job.compared = _objective.compared_layers(job.terms, totals)
+    for batch, target in zip(batches, targets, strict=True):
+        if target is None:
+            continue
+        _objective.keep_layers(target, job.compared)
+        if missing := sorted(job.compared - target.hidden.keys()):
+            again = job.teachers[0].outputs(batch["input_ids"], Looks(hidden=tuple(missing)))
+            target.hidden |= again.hidden
+    return targets, totals
+
+
 def teacher_outputs(job: Job, batch: Batch, looks: Looks) -> Outputs | None:
     """The teachers' final hidden states [B, T, H], their heads, and what losses look at in the first."""
     return _objective.all_outputs(job.teachers, batch["input_ids"], looks, job.settings.teacher_average)
@@ -637,20 +665,26 @@ def student_outputs(job: Job, batch: Batch, model: torch.nn.Module, looks: Looks
     return Outputs(states, seen.hidden, Head(scale=scale, cap=cap, **matrix), seen.attention)
 
 
-def step_totals(job: Job, batches: list[Batch], targets: list[Outputs | None]) -> StepTotals:
-    """Counts and teacher statistics over all micro-batches and processes of the step."""
+def statistics(job: Job, batch: Batch, target: Outputs | None) -> dict[str, Tensor]:
+    """Counts and teacher statistics of a micro-batch, to add up: name -> []."""
+    samples, tokens = step_counts(batch["labels"])
+    device = job.accelerator.device
+    found = {
+        "samples": torch.tensor(samples, dtype=torch.float64, device=device),
+        "tokens": torch.tensor(tokens, dtype=torch.float64, device=device),
+    }
+    for _, loss in job.terms:
+        if target is not None:
+            found |= loss.teacher_statistics(target, batch["labels"])
+    return found
+
+
+def step_totals(job: Job, found: list[dict[str, Tensor]]) -> StepTotals:
+    """The sums of the statistics of a step's micro-batches, over all processes."""
     sums: dict[str, Tensor] = {}
     device = job.accelerator.device
-    for batch, target in zip(batches, targets, strict=True):
-        samples, tokens = step_counts(batch["labels"])
-        found = {
-            "samples": torch.tensor(samples, dtype=torch.float64, device=device),
-            "tokens": torch.tensor(tokens, dtype=torch.float64, device=device),
-        }
-        for _, loss in job.terms:
-            if target is not None:
-                found |= loss.teacher_statistics(target, batch["labels"])
-        for name, value in found.items():
+    for each in found:
+        for name, value in each.items():
             sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=device)) + value.double()
     sums = {name: job.accelerator.reduce(value, "sum") for name, value in sums.items()}
     samples, tokens = int(sums.pop("samples")), int(sums.pop("tokens"))

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from edgerazor import exports, formats, imports, models, packed, surgery, untrusted
 from edgerazor.allocate import MatrixPlan, Plan, measures
+from edgerazor.attention import UNIMPORTANT_BITS
 from edgerazor.console import Console, megabytes, table
 from edgerazor.errors import UserError, usage_error
 from edgerazor.exports import ExportResult
@@ -147,9 +148,10 @@ def plan_of(recipe: Recipe, work: WorkDir, teacher: models.PreTrainedModel) -> P
     if source_of(recipe, work) == "student":
         return _shared.read_plan(work)
     for field, other in (("scales", "rule"), ("activation_scales", "static")):
-        if getattr(recipe.calibrate, field) == "learned":
+        value = getattr(recipe.calibrate, field)
+        if value in ("learned", "asymmetric"):
             raise usage_error(
-                f"`calibrate.{field}: learned` needs a training, but the teacher is rounded without one.",
+                f"`calibrate.{field}: {value}` needs a training, but the teacher is rounded without one.",
                 f"Use `{field}: {other}`, or run `edgerazor distill`.",
             )
     if measures(recipe.calibrate) and _shared.is_planned(recipe, work):
@@ -182,7 +184,7 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> PackResult:
         header = packed.write(
             folder,
             [matrix_source(matrix, read) for matrix in plan.matrices],
-            {name: torch.tensor(scale) for name, scale in scales.items()} | trained,
+            {name: torch.tensor(scale) for name, scale in scales.items()} | whole_zero_points(trained, plan),
             tied=_shared.tied_modules(found),
             settings=settings,
             provenance=_shared.provenance(recipe, source, plan, training_of(work, source)),
@@ -191,7 +193,7 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> PackResult:
             compress=recipe.pack.compress,
         )
         packed.verify_digests(folder, digests or {name: entry.digest for name, entry in header.matrices.items()})
-        accompany(folder, teacher_folder, teacher.config, settings)
+        accompany(folder, teacher_folder, teacher.config, {"version": header.version, **settings})
         sizes = packed.size_table(packed.PackedModel.open(folder))
     result = PackResult(
         folder=str(work.folder(NAME)),
@@ -353,12 +355,22 @@ def matrix_source(matrix: MatrixPlan, read: Reader) -> MatrixSource:
     )
 
 
+def whole_zero_points(tensors: dict[str, Tensor], plan: Plan) -> dict[str, Tensor]:
+    """The tensors of a student, with trained zero points of inputs as the whole numbers that it computes with."""
+    bits = {formats.INPUT_ZERO_POINT: plan.activation_bits, formats.LOW_INPUT_ZERO_POINT: UNIMPORTANT_BITS}
+    kinds = {name: name.rpartition(".")[2] for name in tensors}
+    return {
+        name: formats.whole_zero_point(tensor, bits[kinds[name]]) if kinds[name] in bits else tensor
+        for name, tensor in tensors.items()
+    }
+
+
 def accompany(folder: Path, teacher_folder: Path, config: object, settings: dict[str, Any]) -> None:
     """Configuration, generation settings, tokenizer and chat template."""
     models.copy_companions(teacher_folder, folder)
     values = untrusted.without_code(json.loads(config.to_json_string(use_diff=True)))  # type: ignore[attr-defined]
     values["dtype"] = "float32"  # of the activations between quantized layers
-    values["quantization_config"] = {"quant_method": "edgerazor", "version": packed.VERSION, **settings}
+    values["quantization_config"] = {"quant_method": "edgerazor", **settings}
     (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
