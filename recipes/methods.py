@@ -98,7 +98,7 @@ WHOLE = (2.0, 3.0, 4.0)
 EDGERAZOR = terms(ce=0.1, eakld=2.0, lafd=0.1)
 #: EdgeQAT (arXiv 2402.10787) at this table's activations: learned steps, rounded queries and probabilities, its losses.
 EDGEQAT: Values = {
-    "calibrate": {"scales": "learned", "query_bits": 8, "probability_bits": 8},
+    "calibrate": {"scales": "learned", "start": "rule", "query_bits": 8, "probability_bits": 8},
     **terms(2.0, ce=0.5, forward_kl=0.5, qk_entropy=1.0, attention_cosine=1.0),
 }
 LEARNED: Values = {"calibrate": {"scales": "learned"}, **terms(forward_kl=1.0)}

@@ -11,6 +11,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from edgerazor.formats._base import Format
+from edgerazor.formats._least_error import Ladder, geometric
+
+#: By bits: the more levels, the more a few thousandths of the scale decide which of them fit a group best.
+LADDERS = {
+    2: Ladder(geometric(0.85, 1.8, 6), spread=1.0, reaching=False),
+    3: Ladder(geometric(0.3, 1.0, 12), spread=2.0, reaching=True),
+    4: Ladder(geometric(0.42, 1.16, 15), spread=1.0, reaching=True),
+    5: Ladder(geometric(0.64, 1.2, 22), spread=0.5, reaching=True),
+    8: Ladder(geometric(0.97, 1.2, 52), spread=0.1, reaching=True),
+}
 
 
 class Absmax(Format):
@@ -22,6 +32,7 @@ class Absmax(Format):
         self.code_bits = bits
         self.maximum = 2 ** (bits - 1) - 1
         self.minimum = -self.maximum
+        self.ladder = LADDERS[bits]
 
     @property
     def lowest(self) -> int:

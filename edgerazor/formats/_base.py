@@ -4,7 +4,8 @@ A weight matrix is cut into *groups*: `group_size` consecutive weights of one ro
 shorter). A group shares one *scale* `s`; each of its weights becomes a small integer *code* `q`, and is worth `s * q`
 from then on. Storing a weight so costs a few bits instead of sixteen; choosing `s` and `q` well is the whole art:
 
-    scale   s = fp16(rule(group))            one number per group: 2*mean|w| for ternary, max|w|/7 for int4
+    scale   s = fp16(search(group))          one number per group, the one of least squared error (`_least_error.py`),
+                                             or fp16(rule(group)), as published: 2*mean|w| for ternary
     encode  q = clip(round(w / s), lo, hi)   the nearest level that the format has
     decode  w' = s * q                       what the model computes with
 
@@ -22,15 +23,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from edgerazor.formats import _layout
-
-#: Largest finite fp16 number: a scale is never stored as infinity.
-LARGEST_SCALE = 65504.0
+from edgerazor.formats._least_error import LARGEST_SCALE, Ladder, least_error_scales
 
 #: Weights worked on at a time: small enough that the passes over one block find it in the processor's cache ...
 BLOCK = 1 << 17
@@ -56,8 +56,9 @@ class Format(ABC):
     Attributes:
         name: its name in recipes and files.
         nominal_bits: bits a weight by the name's count, without scales (ternary is exactly 1.58).
-        minimum, maximum: the smallest and largest code of weights whose scale follows from the format's rule.
+        minimum, maximum: the smallest and largest code of weights whose scale follows from the format's published rule.
         code_bits: width of a stored code, `code - lowest` as an unsigned number.
+        ladder: the scales that the search for the one of least error tries.
     """
 
     name: str
@@ -65,12 +66,13 @@ class Format(ABC):
     minimum: int
     maximum: int
     code_bits: int
+    ladder: Ladder
 
     # What a format decides ----------------------------------------------------------------------------------------
 
     @abstractmethod
     def scale_rule(self, groups: Tensor) -> Tensor:
-        """The ideal scale of each group, before it is rounded to fp16.
+        """The scale of each group by the published rule, before it is rounded to fp16.
 
         Args:
             groups: float32 [..., group].
@@ -83,6 +85,11 @@ class Format(ABC):
     def lowest(self) -> int:
         """The smallest code that can be stored; a given scale may use it even where the rule's scale does not."""
         return self.minimum
+
+    @cached_property
+    def highest(self) -> float:
+        """The level of the largest code, in units of the scale."""
+        return float(self.level_(torch.tensor([float(self.maximum)])))
 
     @property
     def levels(self) -> int:
@@ -99,14 +106,15 @@ class Format(ABC):
 
     # Weights <-> codes --------------------------------------------------------------------------------------------
 
-    def encode(self, w: Tensor, group_size: int, scales: Tensor | None = None) -> Encoded:
+    def encode(self, w: Tensor, group_size: int, scales: Tensor | None = None, published: bool = False) -> Encoded:
         """Codes and scales of a weight matrix; computed in float32, outside autocast.
 
         Args:
             w: any floating dtype [rows, cols].
             group_size: weights that share a scale; `cols` or more means whole rows.
-            scales: use these, [rows, groups], rounded to fp16, and every code that can be stored, instead of the
-                format's rule.
+            scales: use these, [rows, groups], rounded to fp16, and every code that can be stored, instead of those of
+                least squared error.
+            published: use those of the format's published rule instead, and the codes from `minimum` on.
 
         Raises:
             ValueError: a weight or given scale is not finite, a given scale is negative, or a shape does not fit.
@@ -118,7 +126,7 @@ class Format(ABC):
         stored = torch.empty(w.shape[0], group_count(w.shape[1], group), dtype=torch.float16, device=w.device)
         for rows, cols, groups in _blocks(w, group, full):
             given = None if scales is None else scales[rows, groups]
-            chosen, stored[rows, groups] = self._encode(w[rows, cols], groups.stop - groups.start, given)
+            chosen, stored[rows, groups] = self._encode(w[rows, cols], groups.stop - groups.start, given, published)
             codes[rows, cols] = chosen.flatten(1)
         return Encoded(codes, stored)
 
@@ -136,16 +144,21 @@ class Format(ABC):
             w[rows, cols] = self._decode_(grouped, scales[rows, groups]).flatten(1)
         return w
 
-    def fake_quantize(self, w: Tensor, group_size: int) -> Tensor:
+    def fake_quantize(self, w: Tensor, group_size: int, published: bool = False) -> Tensor:
         """`decode(encode(w))`, float32 [rows, cols], for training: the gradient passes to `w` unchanged.
 
         Raises:
             ValueError: as `encode`.
         """
-        return straight_through(w, lambda w: self.round_trip(w, group_size))
+        return straight_through(w, lambda w: self.round_trip(w, group_size, published=published))
 
     def round_trip(
-        self, w: Tensor, group_size: int, dtype: torch.dtype = torch.float32, scales: Tensor | None = None
+        self,
+        w: Tensor,
+        group_size: int,
+        dtype: torch.dtype = torch.float32,
+        scales: Tensor | None = None,
+        published: bool = False,
     ) -> Tensor:
         """`decode(encode(w))` [rows, cols], computed in float32 block by block and given in `dtype`."""
         w, group, full = _grouping(w.detach(), group_size)
@@ -154,21 +167,23 @@ class Format(ABC):
         rounded = torch.empty(w.shape, dtype=dtype, device=w.device)
         for rows, cols, groups in _blocks(w, group, full):
             given = None if scales is None else scales[rows, groups]
-            codes, stored = self._encode(w[rows, cols], groups.stop - groups.start, given)
+            codes, stored = self._encode(w[rows, cols], groups.stop - groups.start, given, published)
             codes.add_(0.0)  # turns -0.0 into 0.0: as integers, codes have one zero
             rounded[rows, cols] = self._decode_(codes, stored).flatten(1)
         return rounded
 
-    def _encode(self, w: Tensor, groups: int, scales: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _encode(self, w: Tensor, groups: int, scales: Tensor | None, published: bool = False) -> tuple[Tensor, Tensor]:
         """Codes as float32 [rows, groups, group], zeros of either sign, and scales as float16 [rows, groups].
 
         Of one block, w [rows, cols], which is left as it is.
         """
         with torch.autocast(w.device.type, enabled=False):
             own = w.to(torch.float32, copy=True).unflatten(1, (groups, -1))
-            smallest = self.minimum if scales is None else self.lowest
-            if scales is None:
-                scales = _stored_scale(self.scale_rule(own))
+            smallest = self.lowest
+            if scales is None and published:
+                scales, smallest = _stored_scale(self.scale_rule(own)), self.minimum
+            elif scales is None:
+                scales = least_error_scales(self, own)
             # Dividing by infinity where the scale is zero makes every ratio, and so every code, zero.
             divisor = scales.float().masked_fill_(scales == 0, torch.inf)
             return self.choose_(own.div_(divisor.unsqueeze(2)), smallest), scales

@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from edgerazor.formats._base import Format, absolute_sum
+from edgerazor.formats._least_error import Ladder, geometric
 
 
 class HalfOffset(Format):
@@ -19,6 +20,7 @@ class HalfOffset(Format):
     nominal_bits = 2.0
     code_bits = 2
     minimum, maximum = -2, 1
+    ladder = Ladder(geometric(0.85, 1.2, 4), spread=1.0, reaching=False)
 
     def scale_rule(self, groups: Tensor) -> Tensor:
         """`mean|w|` of each group: float32 [..., group] to float64 [...]."""

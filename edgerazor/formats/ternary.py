@@ -18,6 +18,7 @@ from torch import Tensor
 
 from edgerazor.formats._base import Format, absolute_sum
 from edgerazor.formats._layout import every_byte, pack_plane, unpack_plane
+from edgerazor.formats._least_error import Ladder, geometric
 
 DIGITS = 5  # base-3 digits that a byte holds
 LARGEST_BYTE = 3**DIGITS - 1
@@ -29,6 +30,7 @@ class Ternary(Format):
     name = "ternary"
     nominal_bits = 1.58  # by convention exactly this
     minimum, maximum = -1, 1
+    ladder = Ladder(geometric(1.1, 2.6, 4), spread=1.0, reaching=False, refinements=2)
 
     def scale_rule(self, groups: Tensor) -> Tensor:
         """`2 * mean|w|` of each group: float32 [..., group] to float64 [...]."""

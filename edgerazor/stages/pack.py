@@ -146,7 +146,7 @@ def plan_of(recipe: Recipe, work: WorkDir, teacher: models.PreTrainedModel) -> P
     """The student's plan, or for rounding the plan of the recipe's settings."""
     if source_of(recipe, work) == "student":
         return _shared.read_plan(work)
-    for field, other in (("scales", "rule"), ("activation_scales", "static")):
+    for field, other in (("scales", "computed"), ("activation_scales", "static")):
         if getattr(recipe.calibrate, field) == "learned":
             raise usage_error(
                 f"`calibrate.{field}: learned` needs a training, but the teacher is rounded without one.",
