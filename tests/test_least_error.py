@@ -14,7 +14,7 @@ from edgerazor.formats import MatrixSpec, _least_error
 
 ALL = formats.names()
 #: Weights of a group -> groups.
-GROUPS = {32: 96, 64: 64, 128: 48, 256: 32, 2048: 6}
+GROUPS = {32: 64, 64: 32, 128: 16, 256: 8, 2048: 1}
 
 
 def gaussian(*shape: int) -> Tensor:
@@ -35,7 +35,7 @@ def errors(name: str, w: Tensor, scales: Tensor) -> Tensor:
 def least(name: str, w: Tensor) -> float:
     """The sum over rows of the least error at any of the scales of a grid so fine that it has no better neighbours."""
     fine = name in ("int5", "int8")
-    first, last, count = (0.6, 1.25, 1200) if fine else (0.12, 1.3, 700)
+    first, last, count = (0.6, 1.25, 700) if fine else (0.12, 1.3, 350)
     reaching = w.abs().amax(1) / formats.get(name).highest
     found = torch.full((len(w),), math.inf, dtype=torch.float64)
     for share in _least_error.geometric(first, last, count):

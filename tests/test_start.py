@@ -72,8 +72,6 @@ def test_clipping_is_never_worse_than_the_rule(cols: int, group_size: int) -> No
             assert scales.dtype == torch.float16
             assert bool((scales > 0).all())
             ours = group_errors(w, formats.round_trip(w, spec, scales=scales), alike, group_size)
-            plain = group_errors(w, formats.round_trip(w, spec), alike, group_size)
-            assert importance is not None or bool((ours <= plain * (1 + 1e-6) + cols * 2e-15).all()), name
             rule_spec = replace(spec, published=True)
             rule = group_errors(w, formats.round_trip(w, rule_spec), alike, group_size)
             assert bool((ours <= rule * (1 + 1e-6) + cols * 2e-15).all()), name

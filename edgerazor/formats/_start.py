@@ -24,7 +24,6 @@ from torch import Tensor
 
 from edgerazor.formats._base import Format, _blocks, _grouping, block_rows, group_count
 from edgerazor.formats._learned import stored_scales
-from edgerazor.formats._least_error import least_error_scales
 from edgerazor.formats._matrix import MatrixSpec, Strip, _merge, join_strips, round_trip
 
 #: What is tried: shares of the rule's scale, and of the scale whose highest level is the largest weight.
@@ -98,8 +97,6 @@ def _search(number_format: Format, w: Tensor, importance: Tensor | None) -> Tens
     best = stored_scales(rule)
     least = _errors(number_format, w, importance, best)
     others = (*(share * rule for share in OF_RULE), *(share * reaching for share in OF_LARGEST))
-    if importance is None:
-        others = (least_error_scales(number_format, w), *others)
     for candidate in others:
         best, least = _better(number_format, w, importance, stored_scales(candidate), best, least)
     for _ in range(REFINEMENTS):
