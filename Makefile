@@ -3,6 +3,12 @@
 PYTHON ?= python3
 # Which torch to install. On a machine with an NVIDIA GPU: make install TORCH=torch
 TORCH ?= torch==2.13.0
+# For the tests of both ends of the ranges in pyproject.toml: the builds with CUDA take gigabytes, name others at will.
+TORCH_NEWEST ?= torch
+TORCH_OLDEST ?= $(shell $(PYTHON) .ci/oldest.py | grep '^torch==')
+CONSTRAINTS := .ci/constraints.txt
+# What was tested, for the packages of a build, too (two names: of older and newer pip).
+TESTED := PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS)
 BIN := .venv/bin
 WORLD := recipes/world
 JOB := build/quickstart
@@ -17,12 +23,40 @@ REAL_DATA ?= $(wildcard ../shared/data)
 
 install: .venv/installed
 
-.venv/installed: pyproject.toml
+.venv/installed: pyproject.toml $(CONSTRAINTS)
 	rm -rf .venv
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(TESTED) $(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
+
+# The newest of everything that pyproject.toml allows becomes what is installed; run the tests before it is committed.
+.PHONY: update-constraints test-newest test-oldest
+update-constraints:
+	rm -rf build/update
+	$(PYTHON) -m venv build/update
+	build/update/bin/pip install --quiet --upgrade setuptools $(TORCH)
+	build/update/bin/pip install --quiet --upgrade --upgrade-strategy eager '.[dev]' $(TORCH)
+	build/update/bin/python .ci/freeze.py > build/constraints.txt
+	mv build/constraints.txt $(CONSTRAINTS)
+	rm -rf build/update
+
+# The tests with both ends of the ranges in pyproject.toml, each in an environment of its own.
+test-newest: $(KERNELS) $(WORLD)/distill.txt
+	rm -rf build/newest
+	$(PYTHON) -m venv build/newest
+	build/newest/bin/pip install --quiet $(TORCH_NEWEST)
+	build/newest/bin/pip install --quiet --editable '.[dev]'
+	build/newest/bin/python -m pytest
+
+test-oldest: $(KERNELS) $(WORLD)/distill.txt
+	rm -rf build/oldest
+	$(PYTHON) -m venv build/oldest
+	build/oldest/bin/pip install --quiet '$(TORCH_OLDEST)'
+	$(PYTHON) .ci/oldest.py > build/oldest/requirements.txt
+	build/oldest/bin/pip install --quiet --requirement build/oldest/requirements.txt
+	build/oldest/bin/pip install --quiet --no-deps --editable .
+	build/oldest/bin/python -m pytest
 
 # The main job on the embedded teacher: all five stages, beside rounding to nearest and a control that
 # is trained for as many steps on the same text, but without a teacher.
@@ -57,6 +91,17 @@ results-packing: install
 .PHONY: fuzz
 fuzz: install
 	$(BIN)/python tests/fuzz_packed.py $(or $(N),100000) $(if $(FUZZ_SECONDS),--seconds $(FUZZ_SECONDS))
+
+# Three writers of one target at once, N rounds of each command: nothing is lost, and who comes too late is told so.
+.PHONY: race
+race: install
+	$(BIN)/python tests/race_writers.py $(or $(N),20)
+
+# Damaged configurations, tokenizers, templates, recipes, texts, indices, GGUF and MLX files, given to the commands that
+# read them: an answer or one sentence, whatever is in them.
+.PHONY: fuzz-inputs
+fuzz-inputs: install
+	$(BIN)/python tests/fuzz_inputs.py $(or $(N),20000) $(if $(FUZZ_SECONDS),--seconds $(FUZZ_SECONDS))
 
 # Published post-training methods, in an environment of their own (several GB: GPTQModel brings torch with CUDA).
 peers: build/peers/installed

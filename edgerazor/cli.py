@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgerazor import __version__
-from edgerazor.errors import FAILED, INTERRUPTED, QUALITY, UserError, usage_error
+from edgerazor import __version__, terminal
+from edgerazor.errors import FAILED, INTERRUPTED, QUALITY, UserError, plain, usage_error
 
 if TYPE_CHECKING:
     from edgerazor.console import Console
@@ -463,6 +465,7 @@ def generate(
     asked = assemble(values, None if model else job.path, recipe)
     from edgerazor.stages import generate as stage_module
 
+    refuse_closed_stdout()
     console = open_console(json, quiet)
     folder = stage_module.packed_folder(model, job)
     text = stage_module.read_prompt(prompt)
@@ -489,6 +492,9 @@ def write_data(
     answer_tokens: Annotated[int | None, Option("--answer-tokens", help="Most tokens of an answer or a text.")] = None,
     prompt_tokens: Annotated[int | None, Option("--prompt-tokens", help="Tokens of a text to go on from.")] = None,
     batch_size: Annotated[int | None, Option("--batch-size", help="Prompts side by side.")] = None,
+    thinking: Annotated[
+        bool | None, Option("--thinking/--no-thinking", help="Think before an answer, if the template can say so.")
+    ] = None,
     revision: Revision = None,
     trust_remote_code: Remote = None,
     recipe: RecipeFile = None,
@@ -511,6 +517,7 @@ def write_data(
         answer_tokens=answer_tokens,
         prompt_tokens=prompt_tokens,
         batch_size=batch_size,
+        thinking=thinking,
     )
     asked = assemble(values, None, recipe)
     from edgerazor.stages import data as stage_module
@@ -726,7 +733,9 @@ def assemble(values: dict[str, Any], work: Path | None, recipe_file: Path | None
     if recipe_file is not None:
         recipe_file = recipes.find(recipe_file)
         stored = recipes.load(recipe_file)
-        recipes.build(stored, f"The recipe {recipe_file}")
+        named = recipes.runs(recipes.build(stored, f"The recipe {recipe_file}"))
+        if named:  # whoever wrote it may be a stranger
+            open_console(False, False).warn(f"The recipe {recipe_file} runs {', and '.join(named)}.")
     return recipes.build(recipes.merge(stored, recipes.anchor(values, Path.cwd())))
 
 
@@ -816,7 +825,9 @@ def refuse_settings_of_student(section: dict[str, Any], model: str | None, recip
 
 def is_packed_folder(model: str) -> bool:
     """Whether a model that was named is a packed folder."""
-    if not Path(model).is_dir():
+    from edgerazor.workdir import find_folder
+
+    if not find_folder(Path(model)).is_dir():
         return False
     from edgerazor.integration import is_packed
 
@@ -908,6 +919,12 @@ def import_foreign(
     console.result(result, *stage_module.show_foreign(result))
 
 
+def refuse_closed_stdout() -> None:
+    """Nobody would see what a model writes."""
+    if sys.stdout is None:
+        raise usage_error("Standard output is closed, and the text would go there.", "Leave out `>&-`.")
+
+
 def refuse_beside_plan(what: str | None, work: Path | None, png: Path | None) -> None:
     """Options of `show plan` with other words."""
     if png is not None and what != "plan":
@@ -933,6 +950,14 @@ ClickException: Any = next(each for each in typer.BadParameter.__mro__ if each._
 def main() -> None:
     """Run the command line; every failure that people can act on is one sentence and an exit code."""
     try:
+        run_command()
+    except KeyboardInterrupt:  # a second one, while what had happened was being told
+        terminal.end_interrupted()
+
+
+def run_command() -> None:
+    """One command; ends with SystemExit, or with a bug's exception."""
+    try:
         code = typer.main.get_command(app).main(prog_name="edgerazor", standalone_mode=False)
         if code == INTERRUPTED:  # typer has caught the KeyboardInterrupt
             raise KeyboardInterrupt
@@ -940,27 +965,42 @@ def main() -> None:
     except UserError as error:
         fail(error)
     except ClickException as error:
-        error.show()
+        show_usage(error)
         sys.exit(error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
+        terminal.leave()
         fail(UserError("Interrupted; finished stages and the last checkpoint are kept.", code=INTERRUPTED))
     except BrokenPipeError:  # whoever read our output has gone, as in `edgerazor show recipe | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(FAILED)
     except MemoryError:
         fail(UserError("There is not enough memory.", "Try a smaller --batch-size or --sequence-length."))
-    except Exception as error:
+    except SystemExit:
+        raise
+    except BaseException as error:  # panics of libraries in Rust are no Exceptions
         known = explain_failure(error)
         if known is None:
             raise
         fail(known)
 
 
+def show_usage(error: Any) -> None:
+    """What click says of a command line, which quotes it."""
+    said = io.StringIO()
+    error.show(file=said)
+    open_console(False, False).tell(said.getvalue())
+
+
 def fail(error: UserError) -> None:
     """Print the sentence and exit with its code."""
     from edgerazor.console import is_main_process
 
-    if not is_main_process():
+    try:
+        is_main = is_main_process()
+    except UserError as wrong:
+        error, is_main = wrong, True
+        os.environ["RANK"] = "0"
+    if not is_main:
         # The main process most likely says the same; the launcher then ends this one while it waits.
         time.sleep(5)
     open_console(False, False).error(error)
@@ -968,13 +1008,20 @@ def fail(error: UserError) -> None:
 
 
 #: What is the machine's fault rather than the program's, when it comes with a file name.
-MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENAMETOOLONG, errno.EMFILE)
+MACHINE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE),
+    *(errno.ELOOP, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.EBUSY, errno.ETXTBSY),
+)
+#: In errors of libraries that found no room for themselves.
+NO_ROOM = ("DefaultCPUAllocator", "Cannot allocate memory", "failed to map segment", "bad allocation", "std::bad_alloc")
 
 
-def explain_failure(error: Exception) -> UserError | None:
+def explain_failure(error: BaseException) -> UserError | None:
     """A sentence for failures of the machine rather than the program: a full disk, no rights, no memory."""
     text = str(error)
     number = getattr(error, "errno", None)
+    if terminal.interrupted and isinstance(error, ImportError | SystemError):  # in the C code of what was imported
+        return UserError("Interrupted.", code=INTERRUPTED)
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
         return UserError(
             "The disk is full; nothing finished was lost.", "Free some space and run the same command again."
@@ -984,11 +1031,50 @@ def explain_failure(error: Exception) -> UserError | None:
             "A file would be larger than the file system, or `ulimit -f`, allows; nothing finished was lost.",
             "Use another disk (--work), or for pack a smaller `pack.shard_bytes`.",
         )
-    if isinstance(error, OSError) and error.filename is not None and number in MACHINE:
-        return UserError(f"{error.filename}: {error.strerror}.", "Check the path and your rights to it.")
-    if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
+    if isinstance(error, OSError):
+        return explain_file(error)
+    if type(error).__name__ == "OutOfMemoryError" or any(each in text for each in NO_ROOM):
         return UserError(
             "There is not enough memory.", "Try a smaller --batch-size with more --accumulation, or --sequence-length."
+        )
+    return explain_tokenizer(error)
+
+
+def explain_file(error: OSError) -> UserError | None:
+    """The same for a file or folder; what is merely not there, where it was expected, is a bug."""
+    try:
+        os.getcwd()
+    except OSError:
+        return usage_error("The current folder has been removed.", "Change into one that is there: `cd`.")
+    if error.errno == errno.ENOMEM:
+        return UserError("There is not enough memory.", "Close other programs, or raise the limit (`ulimit -v`).")
+    if error.filename is None:
+        known = error.errno in (errno.EIO, errno.ESTALE)
+        return UserError(f"The disk failed: {error.strerror}.", "Try another one with --work.") if known else None
+    if error.errno in MACHINE:
+        return UserError(f"{error.filename}: {error.strerror}.", "Check the path and your rights to it.")
+    if error.errno in (errno.ENOENT, errno.ENOTDIR) and cannot_hold(Path(os.fsdecode(error.filename)).parent):
+        return UserError(f"{error.filename} cannot be made: {error.strerror}.", "Name a folder that can hold it.")
+    return None
+
+
+def cannot_hold(folder: Path) -> bool:
+    """Whether nothing can be made in a folder: it is none, or of a file system without room (/proc)."""
+    try:
+        return not folder.is_dir() or os.statvfs(folder).f_blocks == 0
+    except OSError:
+        return True
+
+
+def explain_tokenizer(error: BaseException) -> UserError | None:
+    """The same for what no border has caught of a library in Rust: a panic, or a tokenizer that cannot read a text."""
+    panicked = type(error).__name__ == "PanicException"
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    inside = last and Path(last[0].filename).name.startswith(("tokenization_", "chat.py"))
+    if panicked or (type(error) is Exception and inside):
+        return UserError(
+            f"A library gave up on the model's files or the text: {plain(error, 200).rstrip('.')}.",
+            "Most likely the model's tokenizer.json is damaged; copy or download it again.",
         )
     return None
 

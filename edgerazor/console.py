@@ -10,24 +10,58 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from pydantic import BaseModel
 from rich.console import Console as RichConsole
-from rich.console import RenderableType
+from rich.console import ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Table
 
-from edgerazor.errors import UserError
+from edgerazor.errors import UserError, harmless, plain, usage_error
 
 #: Seconds between progress lines where there is no terminal.
 LINE_EVERY = 10.0
+#: Most bytes of an error's sentence and of its hint, and of any other line for people.
+LONGEST_ERROR, LONGEST_HINT, LONGEST_LINE = 1500, 500, 1000
 
 
 def is_main_process() -> bool:
     """Whether this is the process that writes and talks, where a launcher (torchrun) started several."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return launched("RANK", 0) == 0
+
+
+def launched(name: str, default: int) -> int:
+    """A number that a launcher puts into the environment.
+
+    Raises:
+        UserError: it is none.
+    """
+    said = os.environ.get(name, str(default))
+    if not (said.isascii() and said.isdecimal() and len(said) < 10):
+        raise usage_error(
+            f"The environment says {name}={plain(said, 40)}, which is no number of processes.",
+            f"Launchers (torchrun) set it; without one: `unset {name}`.",
+        )
+    return int(said)
+
+
+class Terminal(RichConsole):
+    """A console whose words are words: whatever is shown (a line, a cell, a bar's title), nothing in it is a command.
+
+    Strangers' texts reach us in more places than anybody can list, so it is here, at the end, that they are made
+    harmless. No markup either: `[/x]` in the name of a file is a part of it.
+    """
+
+    def __init__(self, stderr: bool = False, soft_wrap: bool = False) -> None:
+        super().__init__(stderr=stderr, soft_wrap=soft_wrap, highlight=False, markup=False, emoji=False)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for each in super().render(renderable, options):
+            text = each.text
+            yield each if each.control or text.isprintable() else Segment(harmless(text), each.style)
 
 
 class Tracker:
@@ -77,34 +111,38 @@ class Console:
     def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
         self.is_main = is_main_process()
         self.as_json, self.quiet = as_json, quiet or not self.is_main
-        self.err = RichConsole(stderr=True, highlight=False, soft_wrap=True)
-        self.out = RichConsole(highlight=False, soft_wrap=False)
+        self.err = Terminal(stderr=True, soft_wrap=True)
+        self.out = Terminal()
         if not self.out.is_terminal:
             self.out.width = 160
 
     def say(self, text: str) -> None:
         """One line for people."""
         if not self.quiet:
-            self.err.print(text, markup=False)
+            self.err.print(harmless(text, LONGEST_LINE))
 
     def warn(self, text: str) -> None:
         if not self.quiet:
-            self.err.print(f"Warning: {text}", style="yellow", markup=False)
+            self.err.print(f"Warning: {harmless(text, LONGEST_LINE)}", style="yellow")
+
+    def tell(self, text: str) -> None:
+        """Lines that are said even when quiet is asked for: how a command is to be called."""
+        self.err.print(harmless(text, LONGEST_ERROR), end="")
 
     def error(self, error: UserError) -> None:
-        self.err.print(f"Error: {error.message}", style="bold red", markup=False)
+        self.err.print(f"Error: {harmless(error.message, LONGEST_ERROR)}", style="bold red")
         if error.hint:
-            self.err.print(error.hint, markup=False)
+            self.err.print(harmless(error.hint, LONGEST_HINT))
 
     def result(self, result: BaseModel, *shown: RenderableType) -> None:
         """A command's result: JSON, or what is given to be shown."""
         if self.as_json:
-            print(json.dumps(result.model_dump(mode="json"), indent=1, allow_nan=False), file=sys.stdout, flush=True)
+            text = json.dumps(result.model_dump(mode="json"), indent=1, allow_nan=False)
+            print(text.replace("\x7f", "\\u007f"), file=sys.stdout, flush=True)  # the one that JSON leaves as it is
         else:
             for item in shown:
-                if isinstance(item, str):  # perhaps out of a file: that commands no terminal
-                    item = "".join(each if each.isprintable() or each == "\n" else "?" for each in item)
-                self.out.print(item, markup=False, soft_wrap=isinstance(item, str))
+                item = harmless(item) if isinstance(item, str) else item
+                self.out.print(item, soft_wrap=isinstance(item, str))
 
     @contextmanager
     def track(self, title: str, total: int, done: int = 0) -> Iterator[Tracker]:
@@ -115,11 +153,11 @@ class Console:
             yield LineTracker(self, title, total, done)
         else:
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
             )
             with Progress(*columns, console=self.err, transient=True) as progress:
                 yield BarTracker(progress, progress.add_task(title, total=total or None, completed=done, note=""))

@@ -5,6 +5,9 @@ from __future__ import annotations
 #: Exit codes of the command line.
 DONE, FAILED, USAGE, QUALITY, INTERRUPTED = 0, 1, 2, 3, 130
 
+#: Threads that may be asked for: more than the cores of any machine, and few enough to be created on all of them.
+MOST_THREADS = 1024
+
 
 class UserError(Exception):
     """A failure the user can act on, printed as one sentence and never as a traceback.
@@ -32,4 +35,22 @@ def plain(text: object, most: int = 400) -> str:
     """What came out of a file, as part of a sentence: cut, and without control characters or new lines."""
     words = str(text)
     words = words if len(words) <= most else f"{words[:most]}..."
-    return "".join(each if each.isprintable() else "?" for each in words)
+    return _printable(words)
+
+
+def harmless(text: str, most: int | None = None) -> str:
+    """Lines for a terminal: no character but a new line commands it, hides, or turns the direction of writing.
+
+    Args:
+        text: words of ours, perhaps with those of a stranger in them.
+        most: bytes in UTF-8 that may come of it; where it is cut, it says so.
+    """
+    if most is not None and len(text) > most // 4:
+        raw = text[: most + 1].encode("utf-8", "replace")
+        if len(raw) > most:
+            text = raw[:most].decode("utf-8", "ignore").rstrip() + "..." + "\n" * text.endswith("\n")
+    return "\n".join(map(_printable, text.split("\n")))
+
+
+def _printable(words: str) -> str:
+    return words if words.isprintable() else "".join(each if each.isprintable() else "?" for each in words)

@@ -9,23 +9,24 @@ stored, mapped from the file. Everything else (norms, biases) is checked at once
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from edgerazor import surgery
+from edgerazor import surgery, untrusted
 from edgerazor.errors import UserError, plain
 from edgerazor.formats import INPUT_SCALE, LOW_INPUT_SCALE
 from edgerazor.kernels import StoredMatrix
-from edgerazor.models import load_tokenizer, quiet_transformers
+from edgerazor.models import auto_config, load_tokenizer, quiet_transformers
 from edgerazor.packed import CHECKSUMS, SETTINGS, PackedModel
+from edgerazor.untrusted import vocabulary
+from edgerazor.workdir import find_folder, read_whole
 
 METHOD = "edgerazor"
 
@@ -76,7 +77,11 @@ class EdgeRazorQuantizer(HfQuantizer):
     ) -> None:
         if not checkpoint_files:
             raise ValueError("a packed model is loaded from its folder, not from a state dict")
-        packed = PackedModel.open(Path(checkpoint_files[0]).parent)
+        with torch.device("cpu"):  # older transformers call this where tensors are made without data
+            self._install(model, PackedModel.open(Path(checkpoint_files[0]).parent))
+
+    def _install(self, model: PreTrainedModel, packed: PackedModel) -> None:
+        """Put a packed model's matrices in the place of a skeleton's modules."""
         matrices = packed.header.matrices
         settings = self.quantization_config
         check_settings(settings, packed)
@@ -177,39 +182,18 @@ def check_others(model: PreTrainedModel, packed: PackedModel) -> None:
         raise UserError(f"{packed.folder} lacks the tensor {min(missing)}.", "Pack the model again.")
 
 
-#: Of what transformers makes lists, and the most that any model has of it.
-LISTED, MOST_LISTED = ("_layers", "_labels", "_experts", "_heads"), 1 << 16
-
-
-def check_counts(folder: Path, config: Any) -> None:
-    """transformers makes lists as long as config.json says before anyone else can object.
-
-    Raises:
-        UserError: they would fill the memory.
-    """
-    if not isinstance(config, dict):
-        return
-    for name, value in config.items():
-        check_counts(folder, value)
-        if name.endswith(LISTED) and isinstance(value, int | float) and value > MOST_LISTED:
-            raise UserError(f"{folder}: config.json cannot say {plain(name, 50)} {plain(value, 50)}.", "Copy it again.")
-
-
 def is_packed(folder: Path) -> bool:
     """Whether a folder holds a packed model of ours, by its configuration.
 
     Raises:
         UserError: its config.json is damaged.
     """
-    path = folder / "config.json"
+    path = find_folder(folder) / "config.json"
     if not os.path.lexists(path):
         return False
     if not path.is_file():
         raise UserError(f"{path} is not a file.", "Copy or pack the model again.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        raise UserError(f"{path} is damaged: it is not JSON.", "Copy or pack the model again.") from None
+    config = untrusted.read_json(path, None, hint="Copy or pack the model again.")
     settings = config.get("quantization_config") if isinstance(config, dict) else None
     return isinstance(settings, dict) and settings.get("quant_method") == METHOD
 
@@ -228,21 +212,24 @@ def check_files(folder: Path) -> None:
 def open_folder(folder: Path) -> tuple[PackedModel, Any]:
     """A packed model and its configuration, checked one against the other.
 
+    Where another process is replacing the folder, both are of the old one or of the new one.
+
     Raises:
         UserError: not a packed folder, or a damaged one.
     """
+    return read_whole(folder, _open_folder)
+
+
+def _open_folder(folder: Path) -> tuple[PackedModel, Any]:
     if not is_packed(folder):
         raise UserError(f"{folder} is not a packed model.", "Make one with `edgerazor pack`.")
     check_files(folder)
-    check_counts(folder, json.loads((folder / "config.json").read_text(encoding="utf-8")))
     packed = PackedModel.open(folder)
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        check_layers(config, packed)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"transformers cannot read {folder / 'config.json'}: {_first_line(error)}.") from None
+    values = untrusted.read_configuration(folder, "Undo the change, or pack the model again.")
+    shapes = [entry.shape for entry in packed.header.matrices.values()]
+    untrusted.check_shapes(folder / "config.json", values, shapes)
+    config = auto_config(folder)
+    check_layers(config, packed)
     return packed, config
 
 
@@ -267,15 +254,14 @@ def load(
     folder = Path(folder)
     open_folder(folder)  # transformers would hide which file is damaged, and how
     tokenizer = load_tokenizer(folder)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     with quiet_transformers():
         try:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
         except UserError:
             raise
         except Exception as error:
             raise UserError(f"The packed model {folder} cannot be loaded: {_first_line(error)}.") from None
+    vocabulary.limit(tokenizer, model.get_input_embeddings().num_embeddings)
     surgery.keep_decoded(model, keep_decoded)
     return model.to(device).eval(), tokenizer
 

@@ -178,6 +178,7 @@ def dry_run(name: str, recipe: Recipe, work: WorkDir, console: Console, force: b
         UserError: the stage would be refused.
     """
     work.claim()
+    work.find()
     refuse(name, recipe, work, force)
     stage = STAGES[name]
     before = {"distill": "calibrate", "eval": "pack", "bench": "pack"}.get(name)

@@ -25,12 +25,15 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from edgerazor.errors import UserError, usage_error
+from edgerazor import untrusted
+from edgerazor.errors import MOST_THREADS, UserError, plain, usage_error
 from edgerazor.registry import unknown
 
 MINIMUM_BITS, MAXIMUM_BITS = 1.58, 8.0
 #: A group size that no row exceeds: one scale per row, written `row`.
 WHOLE_ROW = 65536
+#: Most bytes of a recipe.
+MOST_BYTES = 1 << 20
 #: Fields of calibrate that ask for a size, each in its own way; a later layer that gives one forgets the others.
 BUDGETS = ("bits", "real_bits", "target_size")
 #: Bytes of the units of `target_size`.
@@ -72,13 +75,22 @@ class Data(Strict):
     train: tuple[Source, ...] = Field((), description="mixture for calibrate and distill; empty: text of the teacher")
     held_out: tuple[Source, ...] = Field((), description="text to measure on; empty: held_out_fraction of the mixture")
     generated_tokens: int = Field(65536, ge=512, description="about how many the teacher writes where train is empty")
-    held_out_fraction: float = Field(0.05, gt=0, lt=0.5, description="share of each source kept for measuring")
+    held_out_fraction: float = Field(
+        0.05, gt=0, lt=0.5, description="share of each source kept for measuring, spread over it"
+    )
     held_out_rows: int = Field(
         256, ge=1, description="of a streamed source, which has no end, these first ones instead"
     )
     sequence_length: int = Field(1024, ge=8, description="tokens per sequence (at most what the model takes)")
     packing: Literal["stream", "document"] = Field(
         "stream", description="stream: full sequences across documents; document: one in each, padded to the longest"
+    )
+    bos: Literal["auto", "text"] = Field(
+        "auto",
+        description="auto: every sequence begins with BOS if the tokenizer adds one; text: only where a text begins",
+    )
+    template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="what chat templates are given beside messages: {enable_thinking: false}"
     )
 
 
@@ -91,6 +103,7 @@ class Sampling(Strict):
     answer_tokens: int = Field(1024, ge=1, description="most tokens of an answer or a text; longer answers are dropped")
     prompt_tokens: int = Field(64, ge=1, description="tokens of a text that the teacher goes on from")
     batch_size: int = Field(32, ge=1, description="prompts side by side")
+    thinking: bool = Field(False, description="let the assistant think first, where its template can say so")
 
 
 class Override(Strict):
@@ -284,7 +297,9 @@ class Rung(Strict):
     What is not given here is as in the rest of `distill`.
     """
 
-    train: Literal["all", "scales"] = Field("all", description="scales: codes stay while only scales are trained")
+    train: Literal["all", "scales"] = Field(
+        "all", description="scales: codes stay; scales, norm gains, biases are trained"
+    )
     share: float = Field(1.0, gt=0, description="of the budget left after reconstruction, relative to the other rungs")
     losses: tuple[LossTerm, ...] | None = Field(None, min_length=1, description="another objective")
     learning_rate: float | None = Field(None, gt=0, description="another peak")
@@ -294,11 +309,11 @@ class Rung(Strict):
 class Distill(Strict):
     """Training the student. The loss weights are EdgeRazor's for Qwen3 (arXiv 2605.04062)."""
 
-    steps: int | None = Field(None, ge=1, description="optimizer steps (default 1000 when no budget is given)")
+    steps: int | None = Field(None, ge=1, description="optimizer steps (no budget: 1000, or 16 passes over the data)")
     tokens: int | None = Field(None, ge=1, description="training tokens; stops at the first budget reached")
     max_time: float | None = Field(None, gt=0, description="seconds of training, counted across resumes")
     train: Literal["all", "scales"] = Field(
-        "all", description="scales: codes stay as they begin and only scales are trained, in minutes"
+        "all", description="scales: codes stay as they begin; scales, norm gains and biases are trained, in minutes"
     )
     reconstruct: Reconstruction | None = Field(
         None, description="train layer by layer before all of it: steps, sequences, learning_rate; absent: do not"
@@ -321,7 +336,10 @@ class Distill(Strict):
         description="the objective, a weighted sum: name, weight, temperature, options, schedule of each term",
     )
     teachers: tuple[str, ...] = Field(
-        (), description="further teachers, whose next-token probabilities are averaged with the model's own"
+        (), description="further teachers, whose next tokens are averaged with the model's own"
+    )
+    teacher_average: Literal["probabilities", "logits"] = Field(
+        "probabilities", description="of several teachers: what of next tokens is averaged (EdgeQAT: logits)"
     )
     learning_rate: float = Field(2e-5, gt=0, description="peak learning rate of AdamW")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after warm-up")
@@ -394,6 +412,8 @@ class Bench(Strict):
         least = 1 if info.field_name == "threads" else 0
         if any(each < least for each in value):
             raise ValueError(f"each of {', '.join(map(str, value))} must be at least {least}")
+        if info.field_name == "threads" and any(each > MOST_THREADS for each in value):
+            raise ValueError(f"each must be at most {MOST_THREADS}")
         return tuple(sorted(set(value)))
 
 
@@ -443,7 +463,7 @@ class Recipe(Strict):
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     seed: int = Field(0, ge=0, description="of data order, initialisation and generated text")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    threads: int | None = Field(None, ge=1, description="CPU threads; all cores when absent")
+    threads: int | None = Field(None, ge=1, le=MOST_THREADS, description="CPU threads; all cores when absent")
     compare: dict[str, str] = Field(default_factory=dict, description="other packed folders measured beside this one")
     data: Data = Data()
     sampling: Sampling = Sampling()
@@ -453,23 +473,6 @@ class Recipe(Strict):
     eval: Eval = Eval()
     bench: Bench = Bench()
     generate: Generate = Generate()
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: `2e-5` is a number (in YAML 1.1 it is text), and a field given twice is a mistake."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        result: dict[Any, Any] = super().construct_mapping(node, deep)
-        if len(result) < len(node.value):
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise yaml.constructor.ConstructorError(problem=f"`{twice}` is given twice", problem_mark=node.start_mark)
-        return result
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
 
 
 def find(path: Path) -> Path:
@@ -511,20 +514,27 @@ def load(path: Path) -> dict[str, Any]:
         UserError: not there, not YAML, or not a mapping.
     """
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "it is not UTF-8 text" if isinstance(error, ValueError) else error.strerror
+        values = untrusted.parse_yaml(untrusted.read_bytes(path, MOST_BYTES, pipes=True).decode())
+    except untrusted.YamlError as error:
+        where = f" (line {error.line})" if error.line else ""
+        raise usage_error(f"The recipe {path} is not valid YAML{where}: {error}.") from None
+    except OSError as error:
+        raise usage_error(f"The recipe {path} cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error
         raise usage_error(f"The recipe {path} cannot be read: {reason}.") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" (line {mark.line + 1})" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).split("\n")[0]
-        raise usage_error(f"The recipe {path} is not valid YAML{where}: {problem}.") from None
     if values is None:
         raise usage_error(f"The recipe {path} is empty.", "See `edgerazor show recipe` for its fields.")
     if not isinstance(values, dict):
         raise usage_error(f"The recipe {path} must be a mapping of fields to values.", "See `edgerazor show recipe`.")
     return anchor(values, path.parent)
+
+
+def runs(recipe: Recipe) -> list[str]:
+    """What a recipe makes run that is not edgerazor: programs, and code of models. In words."""
+    programs = [getattr(recipe.bench, name) for name in ("llama_bench", "ik_llama_bench")]
+    found = [f"the program {plain(each, 200)}" for each in programs if each not in (None, "none")]
+    return [*found, *(["the Python code that comes with its models"] if recipe.trust_remote_code else [])]
 
 
 def anchor(values: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -535,7 +545,7 @@ def anchor(values: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     def anchored(value: Any) -> Any:
         is_path = isinstance(value, str) and value
-        return os.path.abspath(folder / Path(value).expanduser()) if is_path else value
+        return os.path.abspath(folder / _at_home(value)) if is_path else value
 
     def source(value: Any) -> Any:
         return {**value, "file": anchored(value["file"])} if isinstance(value, dict) and "file" in value else value
@@ -567,6 +577,20 @@ def anchor(values: dict[str, Any], folder: Path) -> dict[str, Any]:
         lists = {key: data[key] for key in ("train", "held_out") if isinstance(data.get(key), list | tuple)}
         result["data"] = {**data, **{key: [source(each) for each in sources] for key, sources in lists.items()}}
     return result
+
+
+def _at_home(path: str) -> Path:
+    """A path with `~` and `~name` as the folder that they stand for.
+
+    Raises:
+        UserError: nobody here has that name.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise usage_error(
+            f"{plain(path, 100)} begins with the home folder of nobody who is known here.", "Write the whole path."
+        ) from None
 
 
 def merge(*layers: dict[str, Any]) -> dict[str, Any]:

@@ -102,10 +102,14 @@ class SharedActivations:
         if x.is_inference():  # has no version to tell a change by
             return self._quantize(x, scale, important, low_scale)
         state = (torch.is_grad_enabled(), x._version, _identity(scale), id(important), _identity(low_scale))
-        if self._input is None or self._input() is not x or self._state != state or self._output is None:
-            self._output = self._quantize(x, scale, important, low_scale)
-            self._input, self._state = weakref.ref(x, self.forget), state
-        return self._output
+        if self._input is not None and self._input() is x and self._state == state and self._output is not None:
+            return self._output
+        output = self._quantize(x, scale, important, low_scale)
+        # first, because the last output may be all that keeps its own input, whose end calls `forget`
+        self.forget()
+        if output is not x:  # nothing was rounded: keeping it would only keep its memory
+            self._input, self._state, self._output = weakref.ref(x, self.forget), state, output
+        return output
 
     def _quantize(self, x: Tensor, scale: InputScale, important: Tensor | None, low_scale: InputScale) -> Tensor:
         quantized = x if self.bits == 16 else self._rounded(x, self.bits, scale)
@@ -324,7 +328,7 @@ def prepare_for_training(
         structure: where its matrices are.
         specs: module path -> formats, for each of `structure.sites`.
         settings: bits of activations and of attention, and whether scales are learned.
-        scales_only: fix the codes, and train nothing but scales.
+        scales_only: fix the codes, and train scales, norm gains and biases alone.
         input_scales: `P.input_scale` for each linear layer and the head P, and `P.low_input_scale` where tokens may
             have fewer bits; None: found anew each time.
         start: module path -> where its matrix begins, None for its own weight and the scales that its spec says.
@@ -332,8 +336,7 @@ def prepare_for_training(
     Raises:
         UserError: as `quantize_cache` and `decided_by`.
     """
-    if scales_only:
-        model.requires_grad_(False)
+    without_dropout(model)
     deciding = decided_by(model) if settings.adaptive_tokens != "off" else {}
     activations = SharedActivations(settings.activation_bits, settings.group_size)
     embedding = model.get_input_embeddings()
@@ -361,6 +364,50 @@ def prepare_for_training(
         weight, scales = trained(site.name, model.get_submodule(site.name).weight)
         put(site.name, weight, specs[site.name], scales)
     _prepare_attention(model, settings, deciding)
+    if scales_only:
+        _train_vectors_alone(model)
+
+
+def without_dropout(model: PreTrainedModel) -> None:
+    """Switch off every random choice of a model's training mode, in place.
+
+    The student copies what the teacher says when nothing is left out, dropped activations are noise of the size of what
+    is to be learned, and random numbers would make a resumed training another one. Configurations keep such rates from
+    pre-training: Phi 0.1, GPT-2, OPT and its skipped layers, Mixtral's noise of the router.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if _is_random_rate(name, value):
+                setattr(module, name, 0.0)
+    for config in {id(each): each for each in (model.config, model.config.get_text_config())}.values():
+        for name, value in list(vars(config).items()):
+            if _is_random_rate(name, value):
+                setattr(config, name, 0.0)
+
+
+#: Parts of the names that transformers gives to rates of random choices: attention_dropout, dropout, resid_pdrop,
+#: layerdrop, router_jitter_noise.
+RANDOM_RATES = ("dropout", "pdrop", "layerdrop", "jitter_noise")
+
+
+def _is_random_rate(name: str, value: object) -> bool:
+    """Whether an attribute is the rate of a random choice and not 0."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and value != 0 and any(part in name for part in RANDOM_RATES)
+
+
+def _train_vectors_alone(model: nn.Module) -> None:
+    """Train what is no weight of a matrix: scales, norm gains and biases.
+
+    They are a thousandth of the parameters, and gains and biases mend what scales cannot: a shift of the outputs.
+    """
+    matrices = {id(module.weight) for module in _all_training(model)}
+    scales = {id(module.scales) for module in _all_training(model)}
+    for parameter in model.parameters():
+        trained = id(parameter) in scales or parameter.ndim < 2
+        parameter.requires_grad_(id(parameter) not in matrices and trained)
 
 
 def _prepare_attention(model: PreTrainedModel, settings: Settings, deciding: Mapping[str, int]) -> None:
@@ -394,12 +441,11 @@ def _trained(
 
 
 def fix_codes(model: nn.Module) -> None:
-    """Fix the codes of every matrix where they are, and train nothing but scales from now on, in place.
+    """Fix the codes of every matrix where they are, in place; from now on scales, norm gains and biases are trained.
 
     Args:
         model: with training modules whose scales are trained; what is fixed already stays so.
     """
-    model.requires_grad_(False)
     fixed: dict[int, tuple[nn.Parameter, Master]] = {}
     for module in _all_training(model):
         if module.weight.dtype != torch.int8:
@@ -408,9 +454,7 @@ def fix_codes(model: nn.Module) -> None:
                 master = Master(module.weight, scales)
                 fixed[id(module.weight)] = nn.Parameter(codes, requires_grad=False), master
             module.weight, module.master = fixed[id(module.weight)]
-        for scale in (module.scales, *(getattr(module, name, None) for name in ("input_scale", "low_input_scale"))):
-            if isinstance(scale, nn.Parameter):
-                scale.requires_grad_(True)
+    _train_vectors_alone(model)
 
 
 def release_codes(model: nn.Module) -> None:

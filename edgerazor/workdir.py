@@ -7,29 +7,38 @@
       exports/         the packed model in other people's formats, a folder each
 
 A stage whose manifest names the same inputs as now is up to date. A folder without a manifest, or with a damaged one,
-is unfinished business: only `distill` goes on from it. Every file is written under a temporary name, synced and
-renamed, so that a crash at any moment leaves either the old file or the new one. Only this module builds paths.
+is unfinished business: only `distill` goes on from it. Only this module builds paths.
+
+**Replacing.** A file or folder is written under a temporary name of its own, synced and renamed, so that a crash at any
+moment leaves either the old one or the new one. A folder takes two renames, with the old one as `.NAME.old` between
+them: whoever reads or writes next puts it back (`find_folder`, `alone`). Who replaces a folder, or a file outside a
+job, holds `.NAME.lock` beside it, so two never write the same; a second one is refused in a sentence.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import platform
+import re
+import secrets
 import shutil
+import stat
+import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from edgerazor import __version__
+from edgerazor import __version__, locks, untrusted
 from edgerazor.errors import UserError, usage_error
+
+_T = TypeVar("_T")
 
 DEFAULT = Path("edgerazor-work")
 #: stage -> its folder
@@ -124,9 +133,10 @@ class WorkDir:
 
     def manifest(self, stage: str) -> Manifest | None:
         """The record of a finished stage, or None when it is not finished (or its record cannot be read)."""
+        find_folder(self.folder(stage))
         try:
-            return Manifest.model_validate_json(self.manifest_file(stage).read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return untrusted.load_model(self.manifest_file(stage), Manifest)
+        except (OSError, ValueError):
             return None
 
     def damaged(self, stage: str) -> bool:
@@ -160,11 +170,21 @@ class WorkDir:
             write_text(self.recipe_file, text)
 
     def recover(self) -> None:
-        """Finish or undo what a killed process left half done."""
-        for folder in (self.folder("pack"), self.student("best"), self.student("last"), self.checkpoint("current")):
+        """Undo what a killed process left half done; by the holder of the lock."""
+        for folder in self._replaced():
             recover_folder(folder)
-        for leftover in (*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")):
+        inside = (file for stage in FOLDERS for file in self.folder(stage).rglob(".*.tmp"))
+        for leftover in (*self.path.glob(".*.tmp"), *inside):
             leftover.unlink(missing_ok=True)
+
+    def find(self) -> None:
+        """Before reading without the lock: put back the folders that a killed process took away."""
+        for folder in self._replaced():
+            find_folder(folder)
+
+    def _replaced(self) -> list[Path]:
+        """The folders that are replaced as a whole."""
+        return [self.folder("pack"), self.student("best"), self.student("last"), self.checkpoint("current")]
 
     def up_to_date(self, stage: str, inputs: dict[str, str]) -> bool:
         """Whether the stage is finished, was made from the same inputs, and its files are still there."""
@@ -221,23 +241,17 @@ class WorkDir:
         new = not self.path.exists()
         make_folder(self.path)
         path = self.path / ".lock"
-        with open(path, "a+", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                raise UserError(
-                    f"Another edgerazor (process {file.read().strip() or 'unknown'}) is working in {self.path}.",
-                    "Wait for it, or give this run a folder of its own with --work.",
-                ) from None
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-            try:
+        hint = "Wait for it, or give this run a folder of its own with --work."
+
+        def begun() -> bool:
+            return not new or any(not each.name.startswith(path.name) for each in self.path.iterdir())
+
+        try:
+            with locks.hold(path, f"is working in {self.path}", hint, keep=begun):
                 yield
-            finally:
-                if new and [each.name for each in self.path.iterdir()] == [path.name]:  # refused before it began
-                    path.unlink()
+        finally:
+            if new:
+                with contextlib.suppress(OSError):  # it is not empty
                     self.path.rmdir()
 
 
@@ -266,30 +280,113 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"The folder {path} cannot be made: {error.strerror}.", "Give a folder you may write to with --work."
+            f"The folder {path} cannot be made: {error.strerror}.", "Name a folder you may write to (--work, --out)."
         ) from None
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, sync it, and rename it to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(temporary)
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+# --- replacing files and folders ---------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Be the only writer of a file or folder; what a killed one left is put right first.
+
+    Raises:
+        UserError: another process is writing it, or nothing can be written there.
+    """
+    make_folder(path.parent)
+    with locks.hold(_beside(path, "lock"), f"is writing {path}", "Wait for it, or name another place."):
+        sweep(path)
+        yield
+
+
+def sweep(path: Path) -> None:
+    """Put back a folder that a killed process took away, and remove what it left; by the only writer."""
+    old = _beside(path, "old")
+    if os.path.lexists(old):
+        if os.path.lexists(path):
+            _remove_folder(old)
+        else:
+            os.replace(old, path)
+    for leftover in _leftovers(path):
+        _remove(leftover)
+
+
+def recover_folder(path: Path) -> None:
+    """`sweep`, unless somebody is writing there now."""
+    if path.parent.is_dir() and (os.path.lexists(_beside(path, "old")) or _leftovers(path, "|lock")):
+        with contextlib.suppress(locks.HeldError), alone(path):
+            pass
+
+
+def find_folder(path: Path) -> Path:
+    """Where a folder can be read: in its place, where it is put back first if a killed process took it away.
+
+    While a living one is between its two renames, that is where the old one lies.
+    """
+    old = _beside(path, "old")
+    for _ in range(100):
+        if os.path.lexists(path) or not os.path.lexists(old):
+            return path
+        with contextlib.suppress(UserError, OSError):  # where nothing can be written, the old one is read as it is
+            recover_folder(path)
+        if not os.path.lexists(path):
+            time.sleep(0.005)
+    return old
+
+
+def read_whole(path: Path, read: Callable[[Path], _T]) -> _T:
+    """What `read` makes of a folder that others may replace meanwhile: of the old one or of the new one, not of both.
+
+    Raises:
+        UserError, OSError: as `read` does of a folder that stays the same.
+    """
+    for _ in range(20):
+        place = find_folder(path)
+        before = _identity(place)
+        try:
+            found = read(place)
+        except (UserError, OSError):
+            if _identity(find_folder(path)) == before:
+                raise
+        else:
+            if _identity(find_folder(path)) == before:
+                return found
+    return read(path)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    with contextlib.suppress(OSError):
+        found = path.stat()
+        return found.st_dev, found.st_ino
+    return None
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, sync it, and rename it to `path`.
+
+    It gets the rights that the umask gives a new file, whatever `write` does.
+    """
+    make_folder(path.parent)
+    temporary = _temporary(path, "tmp")
+    with _named_failures(path):
+        try:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+            os.close(descriptor)
+            write(temporary)
+            if stat.S_IMODE(temporary.stat().st_mode) != mode:
+                temporary.chmod(mode)
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda temporary: _write(temporary, text))
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -300,47 +397,101 @@ def write_json(path: Path, value: Any) -> None:
 def replace_folder(path: Path) -> Iterator[Path]:
     """Fill a temporary folder that takes the place of `path` when all went well.
 
-    At every moment `path` is the old folder or the new one, or, between two renames, `recover_folder` brings
-    back the old one.
+    At every moment `path` is the old folder or the new one, or, between two renames, `find_folder` finds the old one.
+
+    Raises:
+        UserError: another process is replacing it, or something else than a folder is in its place.
     """
-    recover_folder(path)
-    new, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
+    with alone(path), _named_failures(path):
+        if os.path.lexists(path) and not path.is_dir():
+            raise UserError(f"{path} is in the way: it should be a folder.", "Move it, or name another place.")
+        new = _temporary(path, "new")
+        try:
+            new.mkdir()
+            yield new
+            for file in new.rglob("*"):
+                sync(file)
+            sync(new)
+            _put_in_place(new, path)
+        except BaseException:
+            _remove(new)
+            raise
+
+
+def _put_in_place(new: Path, path: Path) -> None:
+    old = _beside(path, "old")
+    if not os.path.lexists(path):
+        os.replace(new, path)
+        sync(path.parent)
+        return
+    os.replace(path, old)
     try:
-        yield new
-        for file in new.rglob("*"):
-            sync(file)
-        sync(new)
+        os.replace(new, path)
     except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-    if path.exists():
-        os.replace(path, old)
-    os.replace(new, path)
-    sync(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def recover_folder(path: Path) -> None:
-    """Undo a `replace_folder` that was killed between its renames, and sweep away what one left behind."""
-    new, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
-    if old.exists() and not path.exists():
         os.replace(old, path)
-    for folder in (new, old):
-        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    sync(path.parent)
+    _remove_folder(old)
+
+
+def _remove_folder(old: Path) -> None:
+    """Remove an old folder; one half removed is never taken for it."""
+    gone = _temporary(old.with_name(old.name.removeprefix(".").removesuffix(".old")), "tmp")
+    os.replace(old, gone)
+    _remove(gone)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _beside(path: Path, what: str) -> Path:
+    return path.parent / f".{path.name}.{what}"
+
+
+def _temporary(path: Path, what: str) -> Path:
+    """A name that no other process, on whatever host, has."""
+    return _beside(path, f"{secrets.token_hex(4)}.{what}")
+
+
+def _leftovers(path: Path, more: str = "") -> list[Path]:
+    """What is there beside `path` under a temporary name of it."""
+    name = re.compile(rf"\.{re.escape(path.name)}(\.[0-9a-f]{{8}})?\.(new|tmp{more})")
+    with os.scandir(path.parent) as entries:
+        return [Path(each.path) for each in entries if name.fullmatch(each.name)]
+
+
+@contextlib.contextmanager
+def _named_failures(path: Path) -> Iterator[None]:
+    """Failures of the system say what they are about: those of an open file do not by themselves."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def sync(path: Path) -> None:
     """Force a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    with _named_failures(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            sync_open(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def sync_open(descriptor: int) -> None:
+    """The same of an open one, except on file systems that cannot."""
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot sync a folder
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
-    finally:
-        os.close(descriptor)
 
 
 def hash_file(path: Path) -> str:

@@ -290,9 +290,9 @@ def ours(model: PreTrainedModel, rows: list[list[int]], prompt: list[int]) -> Si
     logits = torch.cat([model(torch.tensor([row]), use_cache=False).logits[0].float() for row in rows])
     tokens, cache, steps = torch.tensor([prompt]), None, []
     while len(steps) < WRITTEN:
-        output = model(tokens, past_key_values=cache, use_cache=True)
+        output = model(tokens, **models.with_cache(model, cache))
         steps.append(output.logits[0, -1].float())
-        cache, tokens = output.past_key_values, steps[-1].argmax().view(1, 1)
+        cache, tokens = output[models.cache_name(model)], steps[-1].argmax().view(1, 1)
     return Side(logits, [int(step.argmax()) for step in steps], torch.stack(steps))
 
 

@@ -58,10 +58,10 @@ Values = dict[str, Any]
 Row = dict[str, Any]
 
 
-def terms(temperature: float | None = None, **weights: float) -> Values:
-    """Changes to a recipe: these losses, those of distributions at a temperature."""
-    softened = {} if temperature is None else {"forward_kl": {"temperature": temperature}}
-    losses = [{"name": name, "weight": weight, **softened.get(name, {})} for name, weight in weights.items()]
+def terms(forward: Values | None = None, **weights: float) -> Values:
+    """Changes to a recipe: these losses, and what else is said of `forward_kl`."""
+    said = {"forward_kl": forward or {}}
+    losses = [{"name": name, "weight": weight, **said.get(name, {})} for name, weight in weights.items()]
     return {"distill": {"losses": losses}}
 
 
@@ -96,10 +96,17 @@ class Method:
 
 WHOLE = (2.0, 3.0, 4.0)
 EDGERAZOR = terms(ce=0.1, eakld=2.0, lafd=0.1)
-#: EdgeQAT (arXiv 2402.10787) at this table's activations: learned steps, rounded queries and probabilities, its losses.
+#: EdgeQAT (arXiv 2402.10787) at this table's activations: learned steps, rounded queries and probabilities, its losses,
+#: whose KL is a sum over the tokens of a sequence.
 EDGEQAT: Values = {
     "calibrate": {"scales": "learned", "start": "rule", "query_bits": 8, "probability_bits": 8},
-    **terms(2.0, ce=0.5, forward_kl=0.5, qk_entropy=1.0, attention_cosine=1.0),
+    **terms(
+        {"temperature": 2.0, "options": {"reduction": "sum"}},
+        ce=0.5,
+        forward_kl=0.5,
+        qk_entropy=1.0,
+        attention_cosine=1.0,
+    ),
 }
 LEARNED: Values = {"calibrate": {"scales": "learned"}, **terms(forward_kl=1.0)}
 BLOCKS: Values = recipes.merge(EDGERAZOR, {"distill": {"reconstruct": {"steps": 48, "sequences": 128}}})

@@ -71,8 +71,8 @@ class Subject(NamedTuple):
     make: Callable[[Path], list[Folder]]
     damages: Mapping[Callable[[random.Random, Folder], None], int]
     check: Callable[[Path, Folder], str]
-    patience: int = 10
-    last_patience: int = 60
+    patience: int = 60
+    last_patience: int = 360
     memory: int | None = MEMORY
 
     def damaged(self, number: int, seed: int, folders: list[Folder]) -> tuple[Folder, str]:

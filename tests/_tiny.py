@@ -111,7 +111,7 @@ def spawn(*words: Any, code: str = "", launcher: tuple[str, ...] = (), cwd: Path
     command = [sys.executable, *launcher, *entry, *map(str, words)] if not launcher else [*launcher, *entry]
     command += map(str, words) if launcher else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=600, check=False)
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 

@@ -6,11 +6,15 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <atomic>
 #include <memory>
+#include <system_error>
+#include <thread>
 #include <vector>
 
 #include "decoder.h"
 #include "selftest.hpp"
+#include "threads.hpp"
 
 namespace {
 
@@ -208,9 +212,60 @@ void check(const Config& c) {
     }
 }
 
+// A thread of which the system has only `left` more to give.
+struct Scarce {
+    static int left;
+    static std::atomic<int> alive;
+    std::thread thread;
+
+    template <class Work>
+    explicit Scarce(const Work& work) {
+        if (left-- <= 0) throw std::system_error(std::make_error_code(std::errc::resource_unavailable_try_again));
+        thread = std::thread([work] {
+            alive++;
+            work();
+            alive--;
+        });
+    }
+
+    Scarce(Scarce&&) = default;
+
+    void join() { thread.join(); }
+};
+
+int Scarce::left = 0;
+std::atomic<int> Scarce::alive{0};
+
+// Where a thread cannot be created, those before it end, and the caller hears signals again.
+void check_scarce_threads() {
+    const Config c = {};
+    for (int left = 0; left <= 4; left++) {
+        for (int repeat = 0; repeat < 20; repeat++) {
+            Scarce::left = left;
+            bool refused = false;
+            int done = 0;
+            try {
+                edgerazor::ThreadsOf<Scarce> threads(5);
+                std::atomic<int> sum{0};
+                threads.run([&](int thread) { sum += 1 << thread; });
+                done = sum;
+            } catch (const std::system_error&) {
+                refused = true;
+            }
+            expect(refused == (left < 4), "a thread that cannot be created is not refused", c, 0, left);
+            expect(refused || done == 31, "not all threads work", c, 0, left);
+            expect(Scarce::alive == 0, "a thread is left behind", c, 0, left);
+            sigset_t ignored;
+            pthread_sigmask(SIG_SETMASK, nullptr, &ignored);
+            expect(!sigismember(&ignored, SIGINT), "signals are ignored", c, 0, left);
+        }
+    }
+}
+
 } // namespace
 
 int main() {
+    check_scarce_threads();
     // hidden, heads, kv heads, head_dim, intermediate, vocabulary, layers, group, bits, activations, cache, rotary, window,
     // norm of all heads, norms behind, kind of norm
     const Config configs[] = {

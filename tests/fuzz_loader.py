@@ -490,9 +490,7 @@ def at_end(tensor: Tensor) -> Tensor:
     return place.copy_(content).view(tensor.dtype).view(tensor.shape)
 
 
-SUBJECT = Subject(
-    __file__, make_folders, DAMAGES, check, patience=60, last_patience=360, memory=None if SANITIZED else MEMORY
-)
+SUBJECT = Subject(__file__, make_folders, DAMAGES, check, memory=None if SANITIZED else MEMORY)
 
 if __name__ == "__main__":
     main(SUBJECT, __doc__, 3000)

@@ -136,7 +136,7 @@ def test_decoding_begins_behind_its_context_and_counts_tokens_that_were_computed
     forward = served.model.forward
 
     def spy(tokens: torch.Tensor, **options: Any) -> Any:
-        cache = options.get("past_key_values")
+        cache = options.get(models.cache_name(served.model.model))
         seen.append((cache.get_seq_length() if cache is not None else 0, tokens.shape[1]))
         return forward(tokens, **options)
 

@@ -53,12 +53,12 @@ def whole_model(model: models.PreTrainedModel, batches: list[tuple[Tensor, Tenso
     for name in (*(site.name for site in found.linears), found.head_path):
         model.get_submodule(name).register_forward_pre_hook(observing(name))
     measured = {metric: torch.zeros(found.layer_count, dtype=torch.float64) for metric in METRICS}
-    layers = range(found.layer_count + 1)
-    with torch.no_grad(), models.capture_hidden(model, found, layers) as hidden:
+    with torch.no_grad():
         for ids, keep in batches:
-            model(input_ids=ids, use_cache=False)
+            hidden = dict(enumerate(model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states))
+            assert len(hidden) == found.layer_count + 1
             for metric, values in measured.items():
-                values += layer_metric(metric, dict(hidden), keep).double() * int(keep.sum())
+                values += layer_metric(metric, hidden, keep).double() * int(keep.sum())
     tokens = sum(int(counts.sum()) for _, counts in batches)
     result = {f"input_second_moment/{site.name}": (sums[site.name] / tokens).float() for site in found.linears}
     result |= {f"layer_{metric}": (values / tokens).float() for metric, values in measured.items()}

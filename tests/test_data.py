@@ -7,6 +7,7 @@ import json
 import logging
 import random
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,7 @@ def test_data_set_is_loaded_by_its_fields(monkeypatch: pytest.MonkeyPatch) -> No
     ("columns", "message"),
     [
         ({"story": ["one"], "id": [1]}, "data set 'who/what' has no column 'text'; its columns are 'story', 'id'"),
-        ({"text": ["one", None]}, "Row 1 of the data set 'who/what' has NoneType in column 'text'"),
+        ({"text": ["one", None]}, "Row 1 of the data set 'who/what' has nothing in column 'text'"),
     ],
 )
 def test_data_set_without_its_column(
@@ -175,6 +176,44 @@ def test_data_set_without_its_column(
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: Dataset.from_dict(columns))
     with pytest.raises(UserError, match=message):
         list(documents(Source(dataset="who/what")))
+
+
+TALK = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Nora."}]
+#: Rows of two kinds in one file: what a row does not have is null, or empty.
+BOTH_KINDS = [
+    {"messages": TALK, "text": None},
+    {"messages": None, "text": "one"},
+    {"messages": [], "text": "two"},
+    {"messages": TALK, "text": ""},
+    {"messages": None, "text": " "},  # a blank text, left out as ever
+]
+
+
+def kinds(found: Iterable[Any]) -> list[Any]:
+    return [each if isinstance(each, str) else [dict(message) for message in each.messages] for each in found]
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_null_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: str) -> None:
+    rows = [{column: row["messages"], "text": row["text"], "id": 1} for row in BOTH_KINDS]
+    (tmp_path / "both.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert kinds(documents(Source(file=str(tmp_path / "both.jsonl")))) == [TALK, "one", "two", TALK]
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: Dataset.from_list(rows))
+    assert kinds(documents(Source(dataset="who/what"))) == [TALK, "one", "two", TALK]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"text": None}, "Line 1 of .* has nothing in column 'text'"),
+        ({"text": None, "messages": None}, "Line 1 of .* has nothing in column 'text'"),
+        ({"messages": None, "id": 1}, "Line 1 of .* has nothing in column 'messages'"),
+    ],
+)
+def test_a_row_with_nothing_is_refused(tmp_path: Path, record: dict[str, Any], message: str) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=message):
+        list(documents(Source(file=str(tmp_path / "a.jsonl"))))
 
 
 @pytest.mark.parametrize("failure", [ConnectionError("no\nroute."), ValueError("Unknown split"), FileNotFoundError()])
@@ -354,50 +393,128 @@ def test_arguments_out_of_range_are_refused() -> None:
 # --- held out --------------------------------------------------------------------------------------------------------
 
 
-def test_held_out_is_the_end_of_each_source_in_whole_documents(tmp_path: Path, tokenizer: Any) -> None:
+def test_held_out_is_whole_documents_spread_over_each_source(tmp_path: Path, tokenizer: Any) -> None:
     texts = [f"story {number} " + text(number) for number in range(40)]
     source = write(tmp_path / "a.jsonl", "\n".join(json.dumps({"text": one}) for one in texts))
-    rows, held_out = open_rows([source], tokenizer, 16, held_out_fraction=0.1)
-    assert held_out is not None
-    both = [
-        tokenizer.decode(real_tokens(list(part.in_order()))).split("<|endoftext|>")[:-1] for part in (rows, held_out)
-    ]
-    assert both[0] + both[1] == texts
-    assert 4 <= len(both[1]) <= 5
-    assert 0.1 <= held_out.tokens / (rows.tokens + held_out.tokens) < 0.13
+    for seed in (0, 1):
+        rows, held_out = open_rows([source], tokenizer, 16, seed, held_out_fraction=0.1)
+        assert held_out is not None
+        trained, kept = (
+            tokenizer.decode(real_tokens(list(part.in_order()))).split("<|endoftext|>")[:-1]
+            for part in (rows, held_out)
+        )
+        assert trained == [each for each in texts if each not in kept]
+        assert sorted(trained + kept) == sorted(texts)
+        assert sorted(texts.index(each) // 10 for each in kept) == [0, 1, 2, 3]  # one of every quarter
+
+
+def test_held_out_depends_on_the_seed_alone(tmp_path: Path, tokenizer: Any) -> None:
+    source = write(tmp_path / "a.txt", text(3, 3000))
+    found = {}
+    for seed in (0, 0, 1):
+        _, held_out = open_rows([source], tokenizer, 16, seed, held_out_fraction=0.1)
+        assert held_out is not None
+        found.setdefault(seed, []).append([row["input_ids"].tolist() for row in held_out.in_order()])
+    assert found[0][0] == found[0][1]
+    assert found[0][0] != found[1][0]
 
 
 def test_held_out_rows_come_from_every_source(tmp_path: Path, tokenizer: Any) -> None:
     sources = [write(tmp_path / f"{name}.txt", f"{name} " * 2000) for name in ("cat", "hill")]
     rows, held_out = open_rows(sources, tokenizer, 16, held_out_fraction=0.1)
     assert held_out is not None
-    for source in sources:
-        alone, kept = open_rows([source], tokenizer, 16, held_out_fraction=0.1)
-        assert kept is not None
-        for whole, part in ((rows, alone), (held_out, kept)):
-            present = Counter(tuple(row["labels"].tolist()) for row in whole.in_order())
-            assert Counter(tuple(row["labels"].tolist()) for row in part.in_order()) <= present
+    said = [tokenizer.decode(row["input_ids"]) for row in held_out.in_order()]
+    cats, hills = (sum(word in each for each in said) for word in ("cat", "hill"))
+    assert cats + hills == len(said)
+    assert min(cats, hills) > 0.2 * len(said)
     assert rows.tokens + held_out.tokens == open_rows(sources, tokenizer, 16)[0].tokens
 
 
+@pytest.mark.parametrize("prefix", [(), (5000,)])
 @pytest.mark.parametrize(
-    ("starts", "fraction", "cut"),
-    [
-        ([0, 300, 940, 980], 0.05, 940),
-        ([0, 300, 950, 980], 0.05, 950),
-        ([0, 800], 0.05, 800),
-        ([0, 300], 0.05, 944),  # 70 % is too much, so through the document, between two rows of 16
-        ([0], 0.1, 896),
-        ([0, 990], 0.05, 944),
-    ],
+    ("starts", "fraction"),
+    [([0], 0.05), ([0, 300], 0.05), ([0, 500, 990], 0.1), (list(range(0, 1000, 20)), 0.1), ([0, 3, 6, 9], 0.3)],
 )
-def test_where_the_cut_is(starts: list[int], fraction: float, cut: int) -> None:
-    tokens = Tokens(stream(1000), np.array(starts), stream(1000) % 3 == 0)
+def test_what_is_held_out_and_what_is_left(starts: list[int], fraction: float, prefix: tuple[int, ...]) -> None:
+    """Every token in one of the two, parts whole, spread over the source, and no row across a gap as one document."""
+    tokens = Tokens(stream(1000), np.array(starts), np.ones(1000, dtype=bool), prefix)
     train, held_out = split_held_out(tokens, 16, fraction)
-    assert len(train) == cut
-    assert [*train.ids, *held_out.ids] == tokens.ids.tolist()
-    assert [*train.learn, *held_out.learn] == tokens.learn.tolist()
-    assert sorted({*train.starts, *(held_out.starts + cut)}) == sorted({*starts, cut})
+    assert sorted([*train.ids, *held_out.ids]) == list(range(1000))
+    assert train.ids.tolist() == sorted(train.ids)
+    assert 0.6 * fraction <= len(held_out) / 1000 <= 1.5 * fraction
+    parts = np.split(held_out.ids, held_out.starts[1:])
+    assert all(part.tolist() == list(range(part[0], part[0] + len(part))) for part in parts)
+    places = sorted(int(part[0]) for part in parts)
+    count = len(places)
+    assert all(place // (1000 // count) in (n - 1, n, n + 1) for n, place in enumerate(places))
+    for document in np.split(train.ids, train.starts[1:]):
+        assert document.tolist() == list(range(document[0], document[0] + len(document)))
+    assert train.prefix == held_out.prefix == prefix
+
+
+def test_the_first_held_out_rows_are_from_everywhere() -> None:
+    tokens = Tokens.of_text(stream(160_000))
+    _, held_out = split_held_out(tokens, 16, 0.1)
+    first = TokenRows([held_out], [1.0], 16)
+    quarters = Counter(int(row["input_ids"][0]) // 40_000 for row in first.in_order(64))
+    assert min(quarters[each] for each in range(4)) >= 8
+
+
+# --- BOS ---------------------------------------------------------------------------------------------------------
+
+
+def with_bos(backend: Tokenizer) -> PreTrainedTokenizerFast:
+    """The same tokenizer, which puts <s> before every text."""
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="<|endoftext|>")
+
+
+def test_whether_bos_is_added_is_what_the_tokenizer_does() -> None:
+    assert data.prefix_of(with_bos(byte_level_bpe())) == (1,)
+    plain = PreTrainedTokenizerFast(tokenizer_object=byte_level_bpe(), bos_token="<s>", eos_token="<|endoftext|>")
+    assert data.prefix_of(plain) == ()  # it has a BOS, and does not add it
+    both = byte_level_bpe()
+    both.post_processor = processors.TemplateProcessing(
+        single="<s> <s> $A <|endoftext|>", special_tokens=[("<s>", 1), ("<|endoftext|>", 0)]
+    )
+    assert data.around_text(PreTrainedTokenizerFast(tokenizer_object=both)) == ((1, 1), (0,))
+
+
+@pytest.mark.parametrize("packing", ["stream", "document"])
+def test_every_window_begins_with_bos(tmp_path: Path, packing: Any) -> None:
+    """Against a plain loop over the same tokens; the BOS counts in the length, and what follows it is predicted."""
+    tokenizer = with_bos(byte_level_bpe())
+    texts = [text(number, 10 + 7 * number) for number in range(12)]
+    source = write(tmp_path / "a.txt", "\n<|endoftext|>\n".join(texts))
+    documents = [[*tokenizer(each)["input_ids"], 0] for each in texts]
+    expected = []
+    for whole in documents if packing == "document" else [[each for one in documents for each in one]]:
+        place = 0
+        while place < len(whole):
+            size = 16 if whole[place] == 1 else 15
+            window = whole[place : place + size]
+            expected.append(window if window[0] == 1 else [1, *window])
+            place += size
+    expected = [each for each in expected if len(each) > 1]
+    rows, _ = open_rows([source], tokenizer, 16, packing=packing)
+    found = list(rows.in_order())
+    assert [row["input_ids"].tolist()[: len(each)] for row, each in zip(found, expected, strict=True)] == expected
+    assert [row["labels"].tolist()[1 : len(each)] for row, each in zip(found, expected, strict=True)] == [
+        each[1:] for each in expected
+    ]
+    assert rows.tokens == sum(map(len, expected))
+    assert {int(rows.row(turn)["input_ids"][0]) for turn in range(2 * len(rows))} == {1}
+    trained, held_out = open_rows([source], tokenizer, 16, held_out_fraction=0.2, packing=packing)
+    assert held_out is not None
+    for part in (trained, held_out):
+        assert {int(row["input_ids"][0]) for row in part.in_order()} == {1}
+        assert max(len(row["input_ids"]) for row in part.in_order()) == 16
+
+
+def test_without_bos_windows_are_the_tokens_and_nothing_else(stories: Source, tokenizer: Any) -> None:
+    expected = [token for each in documents(stories) for token in (*tokenizer.encode(each), tokenizer.eos_token_id)]
+    rows, _ = open_rows([stories], tokenizer, 16)
+    assert real_tokens(list(rows.in_order())) == expected
 
 
 # --- fingerprint -----------------------------------------------------------------------------------------------------

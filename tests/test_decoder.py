@@ -216,7 +216,7 @@ def test_a_network_that_does_not_fit_is_refused(name: str) -> None:
     changes, about = NETWORKS[name]
     with pytest.raises(ValueError, match=about):
         Decoder(network(**changes()))
-    with pytest.raises(ValueError, match="at least 1 thread"):
+    with pytest.raises(ValueError, match="1 to 1024 threads"):
         Decoder(network(), 0)
 
 
@@ -258,3 +258,26 @@ def test_calls_that_do_not_fit_are_refused() -> None:
     for wrong in (torch.zeros(5, 3), torch.zeros(5, 2, dtype=torch.float64), torch.zeros(2, 5).T):
         with pytest.raises(ValueError, match="tables of the rotary embedding"):
             one.rotary(wrong, wrong)
+
+
+@pytest.mark.parametrize("cells", [-1, 2**31, 2**64, 2**64 + 1, 1.5, None])
+def test_absurd_numbers_of_cells(cells: Any) -> None:
+    """What C would cut off to 64 bits never gets there."""
+    ours = Decoder(network())
+    with pytest.raises(ValueError, match="a cache has 0 to"):
+        ours.reserve(cells)
+    assert ours.cells == 0
+
+
+def test_a_cache_larger_than_the_machine_is_refused_before_it_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = Decoder(network())
+    monkeypatch.setattr(decoder, "memory_bytes", lambda: 1 << 20)
+    with pytest.raises(MemoryError, match="a cache of 1000000 tokens"):
+        ours.reserve(1_000_000)
+    assert ours.cells == 0
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1025, 10**20])
+def test_absurd_numbers_of_threads(threads: int) -> None:
+    with pytest.raises(ValueError, match="1 to 1024 threads"):
+        Decoder(network(), threads=threads)

@@ -107,7 +107,7 @@ distill.run = dying
 def test_killed_again_and_again_equals_uninterrupted(run: Run, recipe: Path, whole: Path, tmp_path: Path) -> None:
     """SIGKILL while the first students are saved, between the renames of checkpoints, in the middle of others."""
     job = tmp_path / "job"
-    for moment in (9, 21, 24, 27):
+    for moment in (12, 59, 28, 24):
         died = spawn("distill", "--recipe", recipe, "--work", job, code=DEADLY.format(moment=moment))
         assert died.code == -signal.SIGKILL, died.err
     done = run("distill", "--work", job)
@@ -179,7 +179,7 @@ def test_max_time_counts_across_resumes(run: Run, recipe: Path, tmp_path: Path) 
         assert run("distill", "--recipe", recipe, "--work", job, "--max-time", 1000).code == 130
     state_file = job / "distill" / "checkpoints" / "current" / "state.json"
     state = json.loads(state_file.read_text())
-    assert 0 < state["progress"]["seconds"] < 100
+    assert state["progress"]["seconds"] > 0
     state["progress"]["seconds"] = 1001.0
     state_file.write_text(json.dumps(state))
     done = run("distill", "--work", job, "--json").json()
@@ -239,7 +239,7 @@ def test_an_error_in_one_process_ends_the_others(tmp_path: Path, llama: Path, te
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=90,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 1
@@ -338,6 +338,70 @@ def test_checkpointing_and_division_change_nothing_that_losses_see(
     plain = write_recipe(tmp_path / "plain.yaml", llama, text_file, distill={**shared, "losses": GUIDED[:1]})
     assert run("distill", "--recipe", plain, "--work", tmp_path / "plain").code == 0
     assert largest_difference(tmp_path / "whole", tmp_path / "plain") > 2e-5
+
+
+@pytest.mark.parametrize("family", ["phi", "llama"])
+def test_a_teacher_with_dropout_makes_a_student_that_resumes_exactly(
+    family: str, run: Run, tmp_path: Path, make_model: ModelMaker, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = {"attention_dropout": 0.4} | ({"resid_pdrop": 0.4, "embd_pdrop": 0.4} if family == "phi" else {})
+    make_model(tmp_path / "model", family, **rates)
+    recipe = write_recipe(tmp_path / "r.yaml", tmp_path / "model", text_file, distill={"steps": 4})
+    assert run("distill", "--recipe", recipe, "--work", tmp_path / "whole").code == 0
+    with monkeypatch.context() as patch:
+        interrupt_at(3, patch)
+        assert run("distill", "--recipe", recipe, "--work", tmp_path / "job").code == 130
+    torch.manual_seed(1234)  # the random state of another process
+    assert run("distill", "--recipe", recipe, "--work", tmp_path / "job").code == 0
+    assert sha256(tmp_path / "job" / WEIGHTS) == sha256(tmp_path / "whole" / WEIGHTS)
+    assert metrics(tmp_path / "job") == metrics(tmp_path / "whole")
+
+
+def test_activations_of_sixteen_bits_train_from_end_to_end(
+    run: Run, tmp_path: Path, llama: Path, text_file: Path
+) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", llama, text_file, calibrate={"activation_bits": 16})
+    done = run("distill", "--recipe", recipe, "--work", tmp_path / "job", "--json")
+    assert done.code == 0, done.err
+    assert done.json()["steps"] == 5
+    assert run("pack", "--work", tmp_path / "job", "--json").json()["verified"] is True
+
+
+def test_losses_see_hidden_states_as_transformers_returns_them(llama: Path) -> None:
+    """The last one is behind the final norm; of student and teacher."""
+    model, _ = models.load(str(llama))
+    found, ids = models.structure(model), torch.arange(4, 20)[None]
+    layers = tuple(range(found.layer_count + 1))
+    teacher = _objective.Teacher(model, found, found.head_path, (1.0, None))
+    with torch.no_grad():
+        expected = model(input_ids=ids, output_hidden_states=True).hidden_states
+        with _objective.watch(model, found, found.head_path, _objective.Looks(hidden=layers)) as seen:
+            model(input_ids=ids, use_cache=False)
+    for hidden in (seen.hidden, teacher.outputs(ids, _objective.Looks(hidden=layers)).hidden):
+        assert sorted(hidden) == list(layers)
+        for layer, state in enumerate(expected):
+            assert torch.equal(hidden[layer], state), layer
+
+
+def test_only_layers_that_are_compared_are_kept_for_the_students_pass(
+    run: Run, tmp_path: Path, llama: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LAFD that chooses anew in each step looks at all layers of the teacher, and lets go of those it does not take."""
+    kept: list[list[int]] = []
+    objective = distill.losses.objective
+
+    def noting(terms: Any, student: Any, teacher: Any, labels: Any, totals: Any) -> Any:
+        kept.append(sorted(teacher.hidden))
+        return objective(terms, student, teacher, labels, totals)
+
+    monkeypatch.setattr(distill.losses, "objective", noting)
+    terms = [{"name": "eakld"}, {"name": "lafd", "options": {"select": "batch", "count": 1}}]
+    settings = {"losses": terms, "steps": 1, "accumulation": 2, "evaluate_every": 9}
+    recipe = write_recipe(tmp_path / "r.yaml", llama, text_file, distill=settings)
+    assert run("distill", "--recipe", recipe, "--work", tmp_path / "job").code == 0
+    assert len(kept) == 2
+    assert kept[0] == kept[1]
+    assert len(kept[0]) == 1
 
 
 def test_a_scheduled_training_resumes_exactly(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:

@@ -21,9 +21,9 @@ needs_native = pytest.mark.skipif(native.library() is None, reason="the native l
 
 @pytest.mark.slow
 def test_damaged_folders_are_refused_or_unharmed() -> None:
-    outcome = fuzz(SUBJECT, 2500, seconds=20, seed=5)
+    outcome = fuzz(SUBJECT, 1500, seed=5)
     assert outcome.failures == []
-    assert outcome.total > 100
+    assert outcome.total == 1500
     assert outcome.peak < MEMORY
     outcomes = {name.rpartition(" ")[2] for name in outcome.counts}
     assert outcomes == {"refused", "unharmed", "other"}

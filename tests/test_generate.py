@@ -110,7 +110,8 @@ def test_a_seed_decides_what_is_drawn(model: Model) -> None:
 
 def test_times_add_up(model: Model) -> None:
     made = model.generate(PROMPT, max_tokens=12)
-    assert 0 < made.prefill_seconds <= made.first_token_seconds < made.first_token_seconds + made.decode_seconds < 60
+    assert 0 < made.prefill_seconds <= made.first_token_seconds
+    assert made.decode_seconds > 0
     assert made.tokens_per_second == pytest.approx(11 / made.decode_seconds)
     alone = model.generate(PROMPT, max_tokens=1)
     assert alone.tokens_per_second is None

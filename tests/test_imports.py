@@ -127,7 +127,7 @@ def test_what_fits_nowhere_is_refused() -> None:
 
 
 #: Types that `gguf` does not decode: they are tested by their definitions.
-UNDECODED = {"Q1_0", "Q2_0", "PQ2_0"}
+UNDECODED = {"Q1_0", "Q2_0", "PQ2_0", "PTQ1_0"}
 
 
 @pytest.mark.parametrize("name", sorted(gguf_import.DECODERS.keys() - UNDECODED))
@@ -373,6 +373,69 @@ def test_gguf_that_is_not_understood_is_refused(ternary: Path, tmp_path: Path) -
             read(file, tmp_path / "back")
 
 
+def test_an_architecture_that_is_not_known_has_a_remedy(ternary: Path, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    old, new = (struct.pack("<Q", 5) + name for name in (b"llama", b"mamba"))
+    file.write_bytes(ternary.read_bytes().replace(old, new))
+    with pytest.raises(UserError, match=r"architecture mamba, and only .*llama") as refused:
+        read(file, tmp_path / "back")
+    assert "pack MODEL --bits 4" in refused.value.hint
+
+
+def metadata_only(path: Path, *pairs: bytes) -> Path:
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, len(pairs)) + b"".join(pairs))
+    return path
+
+
+def test_rotated_weights_are_refused_by_their_key(tmp_path: Path) -> None:
+    key = b"prism.hadamard.block_size"
+    file = metadata_only(tmp_path / "a.gguf", struct.pack("<Q", len(key)) + key + struct.pack("<II", 4, 1024))
+    with pytest.raises(UserError, match=r"rotated basis .*prism\.hadamard"):
+        GgufFile(file)
+
+
+@pytest.mark.parametrize("kind", [8, 9])
+def test_entries_of_gguf_are_bounded(tmp_path: Path, kind: int) -> None:
+    """Ten million empty strings, or lists; what is read is not."""
+    count = 10_000_000
+    empty = b"\0" * (8 if kind == 8 else 12)
+    file = metadata_only(tmp_path / "a.gguf", struct.pack("<Q1sIIQ", 1, b"k", 9, kind, count), empty * count)
+    with pytest.raises(UserError, match="more than 2,097,152 keys, tensors and strings"):
+        GgufFile(file)
+
+
+def test_ptq1_0_weight_by_weight() -> None:
+    """Of each stage of c bytes, byte m holds the weights m, m + c, m + 2c ..., its highest digit first."""
+    draw = np.random.default_rng(0)
+    weights = draw.integers(-1, 2, 128)
+    stages = [(16, 0, 5, 0), (8, 80, 5, 16), (2, 120, 4, 24)]  # bytes, first weight, digits, first byte
+    block = np.zeros((1, 28), dtype=np.uint8)
+    for count, first, digits, place in stages:
+        for byte in range(count):
+            number = sum((weights[first + byte + n * count] + 1) * 3 ** (4 - n) for n in range(digits))
+            block[0, place + byte] = -(-int(number) * 256 // 243)
+    block[0, 26:] = np.frombuffer(struct.pack("<e", 0.75), dtype=np.uint8)
+    values, units = gguf_import.DECODERS["PTQ1_0"](block)
+    assert values[0].tolist() == weights.tolist()
+    assert units.tolist() == [0.75]
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"quantization": {"group_size": 64, "bits": 4}}, r"quantized \(MLX\), but no matrix .* scales and biases"),
+        ({"quantization_config": {"quant_method": "bitnet"}}, r"quantized \(BitNet\), but no matrix .* weight_scale"),
+    ],
+)
+def test_a_claim_over_plain_weights_is_refused(llama: Path, tmp_path: Path, entry: dict[str, Any], said: str) -> None:
+    shutil.copytree(llama, tmp_path / "model")
+    values = json.loads((llama / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(values | entry))
+    with pytest.raises(UserError, match=said):
+        read(tmp_path / "model", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
 # MLX --------------------------------------------------------------------------------------------------------------
 
 
@@ -565,12 +628,13 @@ def test_pack_reads_a_gguf_file_and_exports_it(run: Run, ternary: Path, tmp_path
     assert first.tensors == last.tensors
     assert all(np.array_equal(first.blocks(name), last.blocks(name)) for name in first.tensors)
     header = PackedModel.open(work / "packed").header
-    assert (header.settings["activation_bits"], header.settings["kv_bits"]) == (8, 8)
+    assert (header.settings["activation_bits"], header.settings["kv_bits"]) == (16, 16)
     assert header.provenance["source"] == "import"
-    said = run("pack", ternary, "--work", work, "--activation-bits", 16, "--quiet")  # over an import of before
+    said = run("pack", ternary, "--work", work, "--activation-bits", 8, "--quiet")  # over an import of before
     assert said.code == 0
     assert "every weight as it was" in said.out
-    assert PackedModel.open(work / "packed").header.settings["activation_bits"] == 16
+    assert PackedModel.open(work / "packed").header.settings["activation_bits"] == 8
+    assert "8-bit inputs of linear layers and a 16-bit cache; --kv-bits 8 is faster" in " ".join(said.out.split())
     assert run("show", work / "packed").code == 0
     out = run("pack", work / "packed", "--export", "hf-f32", "--json").json()["exports"][0]
     assert AutoModelForCausalLM.from_pretrained(out["file"]).dtype == torch.float32

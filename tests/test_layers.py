@@ -23,7 +23,8 @@ LAYERS = (
     {"kernels"},
     {"formats", "losses"},
     {"recipe", "workdir", "console"},
-    {"registry"},
+    {"untrusted"},
+    {"registry", "locks", "terminal"},
     {"errors"},
 )
 HEIGHT = {room: len(LAYERS) - index for index, rooms in enumerate(LAYERS) for room in rooms}
@@ -31,7 +32,7 @@ HEIGHT = {room: len(LAYERS) - index for index, rooms in enumerate(LAYERS) for ro
 TENSORS_ONLY = {"formats", "losses"}
 #: Folders of many of one kind: their files do not know each other (but `show` prints the schemas of all stages).
 PLUGINS = {"stages", "imports", "exports", "tasks", "formats", "losses"}
-KNOW_TRANSFORMERS = {"models", "data", "attention", "surgery", "integration", "runtime"}
+KNOW_TRANSFORMERS = {"models", "data", "attention", "surgery", "integration", "runtime", "untrusted"}
 
 
 def imports(path: Path) -> list[str]:

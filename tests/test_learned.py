@@ -259,10 +259,15 @@ def test_a_tied_head_shares_its_scales() -> None:
 
 @pytest.mark.parametrize("learned", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
-def test_training_scales_alone_leaves_everything_else_alone(learned: bool, tied: bool) -> None:
+def test_training_scales_leaves_codes_alone(learned: bool, tied: bool) -> None:
+    """Norm gains (and biases) are trained with the scales."""
     model = student(tied, scales_only=True, learned=learned)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trained == {f"{name}.scales" for name in surgery.training_matrices(model)}
+    norms = {
+        f"model.layers.{layer}.{which}_layernorm.weight" for layer in (0, 1) for which in ("input", "post_attention")
+    }
+    scales = {f"{name}.scales" for name in surgery.training_matrices(model)}
+    assert trained == scales | norms | {"model.norm.weight"}
     model(input_ids=IDS, use_cache=False).logits.square().mean().backward()
     for name, module in surgery.training_matrices(model).items():
         assert module.scales is not None

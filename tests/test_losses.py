@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 from edgerazor import losses, registry
+from edgerazor import recipe as recipes
 from edgerazor.errors import UserError
-from edgerazor.losses import _kl, _maps, _rows
+from edgerazor.losses import _base, _kl, _maps, _rows
 from edgerazor.losses._base import (
     MASKED,
     Attention,
@@ -29,6 +31,7 @@ from edgerazor.losses._base import (
 from edgerazor.losses._layers import layer_metric
 from edgerazor.losses.eakld import EntropyAwareKL
 from edgerazor.losses.lafd import LayerAdaptiveFeatureDistillation, least_similar
+from edgerazor.stages import _objective
 
 DEPTH, HIDDEN, VOCABULARY = 4, 6, 37
 HEADS, KEY_HEADS, FEATURES, VALUES = 4, 2, 5, 3
@@ -42,6 +45,7 @@ VARIANTS = [
     ("cakld", {"temperature": 2.0}),
     ("js", {"beta": 0.2, "temperature": 3.0}),
     ("forward_kl", {"temperature": 3.0}),
+    ("forward_kl", {"temperature": 2.0, "reduction": "sum"}),
     ("reverse_kl", {"temperature": 0.5}),
     ("lafd", {"layers": (1, 2, 3, 4), "select": "batch", "count": 2}),
     ("lafd", {"metric": "l2", "count": 2}),
@@ -184,6 +188,8 @@ def plain(loss: Any, name: str, student: Outputs, teacher: Outputs, labels: Tens
         entropy = torch.stack([-(p * p.log()).sum(-1)[r, keep[r]].mean() for r in rows]).mean()
         gamma = float((1 - entropy / math.log(loss.k)).clamp(0, 1))
     mixed = gamma * reverse + (1 - gamma) * forward
+    if getattr(loss, "reduction", "mean") == "sum":
+        return torch.stack([mixed[r, keep[r]].sum() for r in rows]).mean()
     return torch.stack([mixed[r, keep[r]].mean() for r in rows]).mean()
 
 
@@ -508,6 +514,74 @@ def test_several_teachers_are_one_with_the_mean_probabilities(name: str, options
     assert teacher.vocabulary == VOCABULARY
     expected = step_loss(loss, [(outputs(4, 9, 7), Outputs(mean.log()), labels)])
     assert step_loss(loss, [(outputs(4, 9, 7), teacher, labels)]).item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_a_gate_of_each_token_asks_for_no_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor makes logits for them."""
+    monkeypatch.setattr(Outputs, "logits", lambda *_: pytest.fail("logits were made"))
+    teacher, labels = outputs(4, 9, 3), labels_for(4, 9)
+    for loss in (make("eakld", {"gate": "token"}), make("forward_kl", {}), make("ce", {})):
+        assert not loss.looks_twice()
+        assert loss.teacher_statistics(teacher, labels) == {}
+    assert make("eakld", {}).looks_twice()
+    assert make("cakld", {}).looks_twice()
+
+
+@every_row_loss
+def test_several_teachers_are_one_with_the_mean_logits(name: str, options: dict[str, object]) -> None:
+    """As EdgeQAT's code averages them, `softmax(mean(z) / T)`."""
+    loss, labels = make(name, options), labels_for(4, 9)
+    made = [through_head(4, 9, seed, size, VOCABULARY) for seed, size in enumerate((6, 10, 4))]
+    mean = torch.stack([logits.detach() for _, logits in made]).mean(0)
+    teacher = dataclasses.replace(made[0][0], others=tuple(each for each, _ in made[1:]), averaging="logits")
+    expected = step_loss(loss, [(outputs(4, 9, 7), Outputs(mean), labels)])
+    assert step_loss(loss, [(outputs(4, 9, 7), teacher, labels)]).item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_edgeqat_weighs_its_losses_as_published() -> None:
+    """Half of the cross entropy, half of PyTorch's `batchmean` divergence at T = 2, times T²; teachers' mean logits."""
+    generator = torch.Generator().manual_seed(3)
+    student, *teachers = (torch.randn(4, 129, VOCABULARY, dtype=torch.float64, generator=generator) for _ in range(3))
+    labels = torch.randint(0, VOCABULARY, (4, 129), generator=generator)
+    flat, words = student[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    divergence = torch.nn.KLDivLoss(reduction="batchmean")(
+        torch.log_softmax(student[:, :-1] / 2, -1), torch.softmax(torch.stack(teachers).mean(0)[:, :-1] / 2, -1)
+    )
+    published = 0.5 * torch.nn.functional.cross_entropy(flat, words) + 0.5 * divergence * 4
+    recipe = recipes.build(recipes.load(Path(__file__).parents[1] / "recipes" / "edgeqat-w4a8.yaml"))
+    assert recipe.distill.teacher_average == "logits"
+    terms = [term for term in recipe.distill.losses if term.name in ("ce", "forward_kl")]
+    weighted: Any = [(term.weight, losses.make(term.name, **_objective._options(term))) for term in terms]
+    teacher = Outputs(teachers[0], others=(Outputs(teachers[1]),), averaging="logits")
+    ours = losses.objective(weighted, Outputs(student), teacher, labels, StepTotals(4, 4 * 128))
+    assert ours.item() == pytest.approx(published.item(), rel=1e-12)
+
+
+def test_logits_that_are_kept_are_those_that_would_be_made() -> None:
+    labels = labels_for(4, 9)
+    teacher, _ = through_head(4, 9, 3, 6, VOCABULARY)
+    kept, positions = dataclasses.replace(teacher), predicting(labels).flatten().nonzero().flatten()
+    kept.keep_logits(positions, len(positions) * VOCABULARY - 1)
+    assert kept._kept is None  # too many
+    kept.keep_logits(positions, len(positions) * VOCABULARY)
+    torch.testing.assert_close(kept.logits(positions[3:5]), teacher.logits(positions[3:5]), rtol=1e-12, atol=1e-12)
+    kept.states = torch.full_like(kept.states, math.nan)  # not looked at again
+    loss, student = make("eakld", {}), outputs(4, 9, 7)
+    expected = step_loss(loss, [(student, teacher, labels)])
+    torch.testing.assert_close(step_loss(loss, [(student, kept, labels)]), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_are_never_rounded_to_sixteen_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of 16-bit factors, summed in float32: the same as in float64 but for float32's own rounding."""
+    monkeypatch.setattr(_base, "WIDENED_ROWS", 7)
+    generator = torch.Generator().manual_seed(0)
+    weight, states = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((VOCABULARY, 300), (5, 300)))
+    bias = torch.randn(VOCABULARY, generator=generator)
+    found = Head(weight, bias).logits(states)
+    assert found.dtype == torch.float32
+    exact = states.double() @ weight.double().T + bias.double()
+    assert (found - exact).abs().max() < 1e-4 < (found - found.to(dtype).float()).abs().max()
 
 
 def test_shapes_that_disagree_are_refused() -> None:

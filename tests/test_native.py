@@ -5,7 +5,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,9 +63,81 @@ def test_the_library_is_built_where_there_is_a_compiler() -> None:
 
 @needs_library
 def test_a_library_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert native.library.__wrapped__() is not None
+    assert native._opened.__wrapped__()[0] is not None
     monkeypatch.setattr(build, "fingerprint", lambda: "another")
-    assert native.library.__wrapped__() is None
+    assert native._opened.__wrapped__() == (None, "the native library was built from other sources")
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda whole: b"", "is an empty file"),
+        (lambda whole: b"no library\n", "is no library"),
+        (lambda whole: whole[:100], "is cut off"),
+        (lambda whole: whole[: len(whole) // 2], "is cut off"),
+        (lambda whole: whole[:-1], "is cut off"),
+        (lambda whole: whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:], "is cut off, or was changed"),
+        (lambda whole: build.sealed(build.ELF), "cannot be loaded"),
+    ],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="libraries of other systems have no seal")
+def test_a_damaged_library_is_not_loaded(damage, said, tmp_path, monkeypatch) -> None:
+    """A cut one ends the process when the system loads it, so it is looked at first."""
+    whole = Path(native.__file__).with_name(build.LIBRARY).read_bytes()
+    (tmp_path / build.LIBRARY).write_bytes(damage(whole))
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    found, reason = native._opened.__wrapped__()
+    assert found is None
+    assert said in reason
+    (tmp_path / build.LIBRARY).write_bytes(whole)
+    assert native._opened.__wrapped__()[0] is not None
+
+
+def test_only_sources_are_sources(tmp_path, monkeypatch) -> None:
+    """A folder, or what an editor leaves behind, is none; a change of a source is another library."""
+    (tmp_path / "a.cpp").write_text("int a;")
+    monkeypatch.setattr(build, "SOURCES", tmp_path)
+    before = build.fingerprint()
+    (tmp_path / "folder.cpp").mkdir()
+    (tmp_path / ".a.cpp.swp").write_text("int")
+    assert build.fingerprint() == before
+    (tmp_path / "b.h").write_text("int b;")
+    assert build.fingerprint() != before
+
+
+def test_a_build_that_cannot_be_written_is_a_sentence(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("CXX", "'")
+    monkeypatch.setattr(sys, "argv", ["build"])
+    assert build.main() == 1
+    monkeypatch.setenv("CXX", "c++")
+    monkeypatch.setattr(build, "SOURCES", tmp_path / "missing")
+    monkeypatch.setattr(build, "_run", lambda command: "x86_64-linux-gnu")
+    assert build.main() == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert all(line.startswith("the kernels were not built: ") for line in said)
+
+
+@needs_library
+def test_products_in_a_child_process_and_without_threads(monkeypatch) -> None:
+    """A pool does not survive a fork; where the system has no more threads, those that there are do the work."""
+    spec = MatrixSpec(("int4",), 32)
+    encoded = formats.encode_matrix(weights(300, 64), spec)
+    matrix = native.Matrix(formats.pack_matrix(encoded, spec), spec, (300, 64))
+    x = weights(2, 64, seed=1)
+    expected = matrix.linear(x, threads=3)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        os._exit(0 if torch.equal(matrix.linear(x, threads=3), expected) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+    def no_thread(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", no_thread)
+    assert torch.equal(matrix.linear(x, threads=3), expected)
 
 
 @needs_library

@@ -472,7 +472,7 @@ NORM = ("others", "norm.weight")
 LIES: dict[str, Callable[[Any], Any]] = {
     "has version 2 of the packed format": put("version", 2),
     "has version 0 of the packed format": put("version", 0),
-    r"wrong at version": put("version", "0"),
+    "which is no whole number": put("version", "0"),
     "wrong at surprise": put("surprise", 1),
     "wrong at tied": put("tied", 3),
     r"wrong at the top": lambda header: [header],

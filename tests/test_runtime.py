@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from _packed_folders import SETTINGS, all_of, suitable_model, write_packed
@@ -240,7 +244,7 @@ def test_what_is_asked_wrongly(model: runtime.Model) -> None:
 def test_loading_is_asked_wrongly(folder: Path, llama: Path) -> None:
     asked: list[tuple[Callable[[], Any], str]] = [
         (lambda: edgerazor.load(folder, engine="fast"), "no engine called 'fast'"),
-        (lambda: edgerazor.load(folder, threads=0), "at least 1 thread"),
+        (lambda: edgerazor.load(folder, threads=0), "1 to 1024 threads, not 0"),
         (lambda: edgerazor.load(llama), "not a packed model"),
     ]
     for ask, about in asked:
@@ -527,7 +531,9 @@ def test_heads_that_would_fill_the_memory(packer: Packer, tmp_path: Path, change
     else:
         config |= change
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"a head cannot have so many features\.$"):
+    with pytest.raises(
+        UserError, match=r"a head cannot have so many features\.$|says head_dim 8589934592; expected at most"
+    ):
         runtime.load(folder, 1)
 
 
@@ -633,3 +639,156 @@ def test_numbers_that_are_none(packer: Packer, make_model: ModelMaker, tmp_path:
     for ask in (lambda: ours.logits(IDS), lambda: ours.session().feed([3]), lambda: ours.score([([2], [[3]])])):
         with pytest.raises(UserError, match="infinite or none at all"):
             ask()
+
+
+# What must neither hang nor end the process --------------------------------------------------------------------------
+
+
+def in_child(work: Callable[[], bool]) -> int:
+    """The exit code of a fork that does this: 0 where it is so, 1 where not, 2 for an error; killed if it hangs."""
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(120)
+        code = 2
+        try:
+            code = 0 if work() else 1
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@needs_native
+def test_a_fork_computes_with_threads_of_its_own_and_refuses_sessions_of_its_parent(packer: Packer) -> None:
+    ours = runtime.load(packer("llama"), threads=3, engine="native")
+    tokens = IDS[0].tolist()
+    expected = ours.logits(tokens)
+    scores = ours.score([(tokens[:5], [tokens[5:9]])])
+    session = ours.session()
+    last = session.feed(tokens)
+
+    def refused(call: Callable[[], Any]) -> bool:
+        try:
+            call()
+        except UserError as error:
+            return "belongs to the process that began it" in error.message
+        return False
+
+    def child() -> bool:
+        well = refused(lambda: session.feed([3])) and refused(lambda: session.greedy(2))
+        well &= torch.equal(ours.logits(tokens), expected)
+        well &= ours.score([(tokens[:5], [tokens[5:9]])]) == scores
+        own = ours.session()
+        well &= torch.equal(own.feed(tokens), last)
+        session._decoder = own._decoder  # type: ignore[attr-defined]  # the last reference to the parent's goes
+        gc.collect()
+        return well
+
+    assert in_child(child) == 0
+    assert torch.equal(ours.logits(tokens), expected)
+    assert len(session.greedy(2)) == 2
+
+
+def regions_of(tensor: Tensor) -> str:
+    """What the system says of the memory that a tensor begins in: the mapped file's name, where it is one."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, _, end = line.split()[0].partition("-")
+        if int(start, 16) <= tensor.data_ptr() < int(end, 16):
+            return line
+    return ""
+
+
+@needs_native
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux to tell where memory is from")
+@pytest.mark.parametrize("mmap", [False, True])
+def test_norms_and_biases_are_not_read_from_the_file_again(packer: Packer, tmp_path: Path, mmap: bool) -> None:
+    """A copied model needs nothing of its file; a mapped one reads matrices alone from it."""
+    shutil.copytree(packer("llama, biases"), tmp_path / "packed")
+    ours = runtime.load(tmp_path / "packed", threads=2, mmap=mmap, engine="native")
+    expected, text = ours.logits(IDS), ours.session()
+    if not mmap:
+        for path in (tmp_path / "packed").glob("*.safetensors"):
+            os.truncate(path, 0)
+        assert torch.equal(ours.logits(IDS), expected)
+        assert text.feed(IDS[0]).isfinite().all()
+        assert ours.generate("Nora took", max_tokens=3).tokens
+    else:
+        kept = ours.network.layers[0]  # type: ignore[attr-defined]
+        mapped = packed.PackedModel.open(tmp_path / "packed").others()
+        assert torch.equal(kept.q.bias, mapped["model.layers.0.self_attn.q_proj.bias"])
+        assert "packed" not in regions_of(kept.q.bias)
+        assert "packed" not in regions_of(kept.before_mlp.weight)
+
+
+@needs_native
+@pytest.mark.parametrize("threads", [0, -1, 1_000_000, 10**20, 2.0, True, "2"])
+def test_absurd_numbers_of_threads(packer: Packer, threads: Any) -> None:
+    with pytest.raises(UserError, match="runs on 1 to 1024 threads") as caught:
+        runtime.load(packer("llama"), threads=threads)
+    assert caught.value.code == USAGE
+
+
+@pytest.mark.parametrize("threads", [0, 1025, 1_000_000, 10**20])
+def test_absurd_numbers_of_threads_in_a_recipe(threads: int) -> None:
+    for values in ({"threads": threads}, {"bench": {"threads": [threads]}}):
+        with pytest.raises(UserError) as caught:
+            build(values, "The recipe")
+        assert caught.value.code == USAGE
+
+
+@pytest.mark.parametrize("engine", runtime.ENGINES)
+def test_what_is_no_token_is_refused(packer: Packer, engine: str) -> None:
+    if engine == "native" and native.library() is None:
+        pytest.skip("the native library is not built")
+    ours = runtime.load(packer("llama"), threads=1, engine=engine)
+    session = ours.session()
+    session.feed([2, 3])
+    wrong: list[Any] = [
+        *([0, 2**64], [0, 2**63], [-1], [-(2**64)], [VOCABULARY], [1.0], [True], ["1"], [None], [], 3, None, "12"),
+        *(torch.tensor([1.5]), torch.tensor([True]), torch.tensor(3), [[1, 2], [3]], [[[1]]], [[1], 2], [float("nan")]),
+    ]
+    for ids in wrong:
+        for call in (ours.logits, session.feed, lambda ids: ours.score([(ids, [[1]])])):
+            with pytest.raises(UserError) as caught:
+                call(ids)
+            assert caught.value.code == USAGE
+            assert len(caught.value.message) < 300
+    for last in (0, 3, -1, 1.0, True, "1"):
+        with pytest.raises(UserError, match="no logits of the last"):
+            ours.logits([1, 2], last=last)  # type: ignore[arg-type]
+    for call in (lambda: session.greedy(-1), lambda: session.greedy(1.5), lambda: session.rewind(0.5)):  # type: ignore
+        with pytest.raises(UserError):
+            call()
+    nan = float("nan")
+    for options in ({"temperature": nan}, {"temperature": float("inf")}, {"temperature": 1.0, "top_p": nan}):
+        with pytest.raises(UserError):
+            ours.generate("Nora", **options)
+    for options in ({"max_tokens": 0}, {"max_tokens": True}, {"max_tokens": 1.5}, {"repetition_penalty": nan}):
+        with pytest.raises(UserError):
+            ours.generate("Nora", **options)
+    assert session.ids == [2, 3]
+    assert ours.logits(np.array([2, 3])).shape == (2, VOCABULARY)
+
+
+@needs_native
+def test_logits_that_are_not_finite_at_sixteen_bits(packer: Packer, make_model: ModelMaker, tmp_path: Path) -> None:
+    kind, special = VARIANTS["llama"]
+    model = make_model(tmp_path / "model", CONFIG_MAPPING[kind](**{**SHAPE, **special}))
+    with torch.no_grad():
+        model.model.norm.weight.fill_(3e38)
+    model.save_pretrained(tmp_path / "model")
+    settings = {"bits": 4.0, "group_size": GROUP_SIZE, "activation_bits": 16, "kv_bits": 16}
+    pack(tmp_path / "model", WorkDir(tmp_path / "work"), settings)
+    ours = runtime.load(WorkDir(tmp_path / "work").folder("pack"), threads=2, engine="native")
+    session = ours.session()
+    session.ids = [2]
+    calls: list[Callable[[], Any]] = [
+        lambda: ours.logits([2, 3]),
+        lambda: ours.score([([2, 3], [[4]])]),
+        lambda: ours.session().feed([2, 3]),
+        lambda: session.greedy(3),
+        lambda: ours.generate("Nora took", max_tokens=2),
+    ]
+    for call in calls:
+        with pytest.raises(UserError, match=r"infinite or none|not finite"):
+            call()

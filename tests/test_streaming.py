@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 from _tiny import Run, metrics, sha256, write_recipe
+from tokenizers import Tokenizer, processors
+from transformers import PreTrainedTokenizerFast
 
 from edgerazor import recipe as recipes
 from edgerazor.data import Batch, TokenRows, fingerprint, open_rows, sources, streaming
@@ -74,6 +76,26 @@ def test_streamed_rows_are_those_of_the_data_read_whole(folder: Path, tokenizer:
     assert tokens_of(streamed.in_order()) == expected
     assert tokens_of(streamed.in_order(5)) == expected[:5]
     assert len(expected) > 60
+
+
+@pytest.mark.parametrize("packing", ["stream", "document"])
+def test_streamed_rows_begin_with_bos(folder: Path, tokenizer: PreTrainedTokenizerFast, packing: Any) -> None:
+    """Where the tokenizer adds one: the rows of the data read whole, held out, trained on and resumed."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    adding = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    source = Source(dataset=str(folder), streaming=True)
+    whole, _ = open_rows([Source(dataset=str(folder))], adding, 16, packing=packing)
+    expected = tokens_of(whole.in_order())
+    rows, held_out = open_rows([source], adding, 16, 0, 0.1, packing, 7)
+    assert held_out is not None
+    assert tokens_of(held_out.in_order()) == expected[:7]
+    assert tokens_of(rows.in_order()) == expected[7:]
+    assert {int(row["input_ids"][0]) for row in [*held_out.in_order(), *rows.in_order()]} == {0}
+    first, second = (StreamedRows(source, adding, 16, packing, (0, 0), 7) for _ in range(2))
+    trained = tokens_of(first.row(turn) for turn in range(30))
+    second.restore(json.loads(json.dumps(first.state(20))))
+    assert tokens_of(second.row(turn) for turn in range(20, 30)) == trained[20:]
 
 
 @pytest.mark.parametrize("packing", ["stream", "document"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from conftest import FAMILIES, GROUP_SIZE, VOCABULARY, family_config
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, OPTConfig, PreTrainedModel
 
 from edgerazor import formats, models, surgery
 from edgerazor.allocate import make_plan
@@ -46,12 +47,12 @@ def model_of(family: str, **overrides: Any) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(family_config(family, **overrides)).eval()
 
 
-def prepared(family: str = "llama", bits: float = 1.88, **overrides: Any) -> PreTrainedModel:
+def prepared(family: str = "llama", bits: float = 1.88, activation_bits: int = 8, **overrides: Any) -> PreTrainedModel:
     """A student with training modules."""
     model = model_of(family, **overrides)
     found = models.structure(model)
     plan = make_plan(found.sites, Calibrate(bits=bits, plan="interleave", group_size=GROUP_SIZE))
-    surgery.prepare_for_training(model, found, plan.specs(), Settings(8, 8, GROUP_SIZE))
+    surgery.prepare_for_training(model, found, plan.specs(), Settings(activation_bits, 8, GROUP_SIZE))
     return model
 
 
@@ -131,7 +132,65 @@ def test_activations_are_let_go_with_their_input() -> None:
 
 def test_sixteen_bits_leave_activations_alone() -> None:
     x = torch.randn(3, 64)
-    assert SharedActivations(16, 32)(x) is x
+    share = SharedActivations(16, 32)
+    assert share(x) is x
+    died = weakref.ref(x)
+    del x
+    assert died() is None  # and are not kept
+    assert share(torch.randn(3, 64)) is not None
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi", "gemma2"])
+def test_activations_of_sixteen_bits_train(family: str) -> None:
+    """Passes without gradients, where nothing else keeps a layer's input, and with them: as without our activations."""
+    model, plain = prepared(family, activation_bits=16), prepared(family, activation_bits=16)
+    for module in plain.modules():
+        if isinstance(module, TrainingLinear):
+            module.activations = lambda x, *_: x
+    with torch.no_grad():
+        for _ in range(2):
+            found, expected = (each(input_ids=IDS, use_cache=False).logits for each in (model, plain))
+            assert torch.equal(found, expected)
+    for each in (model, plain):
+        each(input_ids=IDS, use_cache=False).logits.square().mean().backward()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert (ours.grad is None and theirs.grad is None) or torch.equal(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        family_config("llama", attention_dropout=0.3),
+        family_config("phi", attention_dropout=0.3, resid_pdrop=0.3, embd_pdrop=0.3),
+        OPTConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=40,
+            word_embed_proj_dim=40,
+            ffn_dim=80,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            dropout=0.3,
+            attention_dropout=0.3,
+            layerdrop=0.5,
+        ),
+    ],
+    ids=["llama", "phi", "opt"],
+)
+def test_a_student_drops_nothing_out(config: Any) -> None:
+    """Two passes in training are equal, and equal to one that is not, whatever the configuration says."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).train()
+    before = [model(input_ids=IDS, use_cache=False).logits for _ in range(2)]
+    assert not torch.equal(*before)
+    surgery.without_dropout(model)
+    seed = torch.get_rng_state()
+    with torch.no_grad():
+        one, other = (model(input_ids=IDS, use_cache=False).logits for _ in range(2))
+        whole = model.eval()(input_ids=IDS, use_cache=False).logits
+    assert torch.equal(one, other)
+    torch.testing.assert_close(one, whole, rtol=1e-5, atol=1e-6)
+    assert torch.equal(torch.get_rng_state(), seed)  # nothing is drawn
 
 
 # --- modules -----------------------------------------------------------------------------------

@@ -5,12 +5,13 @@ own special tokens and an end-of-text token, a conversation as the tokenizer's c
 source are cut into rows, which are mixed, shuffled and shared out in an order that is a function of the seed.
 """
 
-from edgerazor.data.chat import Conversation, render, turn_ends
+from edgerazor.data.chat import Conversation, check_options, render, thinking_options, turn_ends
+from edgerazor.data.held_out import split_held_out
 from edgerazor.data.opening import open_rows
 from edgerazor.data.packing import Packing
 from edgerazor.data.rows import Batch, Mixture, TokenRows, sample_batches
 from edgerazor.data.sources import END_OF_TEXT, documents, fingerprint
-from edgerazor.data.tokens import MASKED, Tokens, split_held_out, tokenize
+from edgerazor.data.tokens import MASKED, Tokens, around_text, prefix_of, tokenize
 
 __all__ = [
     "END_OF_TEXT",
@@ -21,12 +22,16 @@ __all__ = [
     "Packing",
     "TokenRows",
     "Tokens",
+    "around_text",
+    "check_options",
     "documents",
     "fingerprint",
     "open_rows",
+    "prefix_of",
     "render",
     "sample_batches",
     "split_held_out",
+    "thinking_options",
     "tokenize",
     "turn_ends",
 ]

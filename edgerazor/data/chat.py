@@ -14,17 +14,21 @@ calls, which templates write in ways of their own, is what follows that prompt u
 
 from __future__ import annotations
 
-import json
+import inspect
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import jinja2
 import numpy as np
 from tokenizers import Tokenizer, processors
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from edgerazor.errors import UserError
+from edgerazor import untrusted
+from edgerazor.errors import UserError, plain, usage_error
+from edgerazor.untrusted.tokenizer import bound_templates, reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,6 +40,8 @@ ASSISTANT = "assistant"
 PLACEHOLDER = "PLACEHOLDER"
 #: Templates that write today's date write this one, so that the same conversation is the same tokens tomorrow.
 DATE = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday", "%a": "Fri"}
+#: What a template is given to switch thinking on or off, by family: Qwen3, SmolLM3 ...; Granite, DeepSeek.
+THINKING = {"enable_thinking", "thinking"}
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -47,11 +53,13 @@ class Conversation:
         messages: in order, at least one.
         tools: JSON schemas of the tools that the assistant may call, or None.
         where: the record it comes from, for error messages.
+        options: what the template is given beside messages and tools, such as `enable_thinking`.
     """
 
     messages: tuple[Message, ...]
     tools: tuple[Any, ...] | None = None
     where: str = "The conversation"
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def assistant_turns(self) -> list[int]:
         """Which messages the assistant wrote."""
@@ -85,7 +93,7 @@ def _message(where: str, value: object) -> Message:
         raise UserError(f"{where} is a {type(value).__name__}; expected an object with role and content.")
     given = {key: each for key, each in value.items() if each is not None}  # data sets fill absent fields with None
     if "role" not in given and "from" in given:
-        given["role"] = ROLES.get(given["from"], given["from"])
+        given["role"] = ROLES.get(given["from"], given["from"]) if isinstance(given["from"], str) else None
         given["content"] = given.pop("value", None)
         del given["from"]
     if not isinstance(given.get("role"), str):
@@ -120,7 +128,7 @@ def check_encodable(where: str, what: str, text: str) -> None:
 def _tools(where: str, tools: object) -> tuple[Any, ...] | None:
     if isinstance(tools, str) and tools.strip():
         try:
-            tools = json.loads(tools)
+            tools = untrusted.parse_json(tools)
         except ValueError as error:
             raise UserError(f"{where} has tools that are not JSON; expected a list of JSON schemas.") from error
     if not tools:
@@ -157,6 +165,7 @@ def render(
         )
     given = list(asked.messages) if messages is None else messages
     tools = list(asked.tools) if asked.tools else None
+    bound_templates()
     try:
         return str(
             tokenizer.apply_chat_template(
@@ -165,10 +174,11 @@ def render(
                 chat_template=_template(asked, tokenizer),
                 tokenize=False,
                 add_generation_prompt=prompt,
+                **asked.options,
             )
         )
     except Exception as error:  # a template is a program of other people; it fails in ways of its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = plain((str(error).strip().splitlines() or [type(error).__name__])[0].rstrip("."), 200)
         raise UserError(f"{asked.where} is refused by the tokenizer's chat template: {reason}.") from error
 
 
@@ -179,6 +189,50 @@ def _template(asked: Conversation, tokenizer: PreTrainedTokenizerBase) -> str:
         return template
     date = "".join(f" | replace('{letter}', '{value}')" for letter, value in DATE.items())
     return f"{{% macro strftime_now(format) %}}{{{{ format{date} }}}}{{% endmacro %}}{template}"
+
+
+def names_in(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """The names that stand in the tokenizer's chat templates, `enable_thinking` for one; not those of attributes.
+
+    Raises:
+        UserError: a template is not Jinja.
+    """
+    found = tokenizer.chat_template
+    names = set()
+    for template in found.values() if isinstance(found, dict) else [found] if found else []:
+        before = ""
+        try:
+            for _, kind, word in jinja2.Environment().lex(str(template)):
+                if kind == "name" and before != ".":
+                    names.add(word)
+                before = word if kind != "whitespace" else before
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(f"The tokenizer's chat template is not Jinja: {plain(error.message)}.") from error
+    return names
+
+
+def check_options(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> None:
+    """Refuse options that the tokenizer's chat template does not ask for, or that are not the recipe's to give.
+
+    Raises:
+        UserError: with the option's name.
+    """
+    if not (options and tokenizer.chat_template):
+        return
+    known, given = names_in(tokenizer), {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters}
+    for name in options:
+        if name in given:
+            raise usage_error(f"`data.template_kwargs` cannot set {name}, which every chat template is given.")
+        if name not in known:
+            raise usage_error(
+                f"`data.template_kwargs` sets {plain(name)}, which the tokenizer's chat template does not know.",
+                "Take it out, or spell it as the template does (chat_template.jinja or tokenizer_config.json).",
+            )
+
+
+def thinking_options(tokenizer: PreTrainedTokenizerBase, thinking: bool) -> dict[str, bool]:
+    """What switches the assistant's thinking on or off; nothing where the template has no such switch."""
+    return dict.fromkeys(sorted(names_in(tokenizer) & THINKING), thinking)
 
 
 # --- to tokens ---------------------------------------------------------------------------------
@@ -198,7 +252,8 @@ def encode(asked: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[np.
         roles = ", ".join(repr(role) for role in dict.fromkeys(each["role"] for each in asked.messages)) or "none"
         raise UserError(f"{asked.where} has no assistant turn to learn from; its roles are {roles}.")
     text = render(asked, tokenizer)
-    found = _untrimmed(asked, tokenizer).encode(text, add_special_tokens=False)
+    with reading(_inside(asked.where)):
+        found = _untrimmed(asked, tokenizer).encode(text, add_special_tokens=False)
     ids = np.array(found.ids, dtype=np.int32)
     places = np.array(found.offsets, dtype=np.int64).reshape(-1, 2)  # [N, 2]: begin, end
     turns = _marked(asked, tokenizer, text)
@@ -240,7 +295,7 @@ def _marked(asked: Conversation, tokenizer: PreTrainedTokenizerBase, text: str) 
         tools=list(asked.tools) if asked.tools else None,
         chat_template=template,
         return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
+        **{**tokenizer.special_tokens_map, **asked.options},
     )
     assert rendered == [text]
     return [(int(begin), int(end)) for begin, end in blocks[0]]
@@ -326,7 +381,7 @@ def turn_ends(asked: Conversation, tokenizer: PreTrainedTokenizerBase) -> set[in
         UserError: there is no template, or it refuses the shortest of conversations.
     """
     question = next(each for each in asked.messages if each["role"] == "user")
-    short = Conversation((question, {"role": ASSISTANT, "content": "yes"}), None, asked.where)
+    short = Conversation((question, {"role": ASSISTANT, "content": "yes"}), None, asked.where, asked.options)
     ids, learn = encode(short, tokenizer)
     return set(ids[learn][-1:].tolist()) & ending_tokens(tokenizer)
 

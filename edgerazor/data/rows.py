@@ -100,8 +100,9 @@ class SourceRows:
 
     @property
     def tokens(self) -> int:
-        """Number of different tokens."""
-        return int((self._cuts[:, 1] - self._cuts[:, 0]).sum())
+        """Number of different tokens, prefixes that were added to rows included."""
+        added = int((~self._tokens.has_prefix()[self._cuts[:, 0]]).sum()) * len(self._tokens.prefix)
+        return int((self._cuts[:, 1] - self._cuts[:, 0]).sum()) + added
 
     @property
     def mean_length(self) -> float:
@@ -118,8 +119,8 @@ class SourceRows:
         return map(self._cut, range(len(self)))
 
     def _cut(self, number: int) -> Batch:
-        here = slice(*self._cuts[number])
-        return batch_of(self._tokens.ids[here], self._tokens.learn[here])
+        begin, end = self._cuts[number]
+        return batch_of(*self._tokens.row(begin, end))
 
     def _order(self, epoch: int) -> np.ndarray:
         """The permutation of the rows in one pass over them: `[rows]` int64."""
@@ -179,6 +180,15 @@ class TokenRows:
     def tokens(self) -> int:
         """Number of different tokens, over all sources that lie in memory, padding not counted."""
         return sum(source.tokens for source in self._sources if isinstance(source, SourceRows))
+
+    def passes(self, count: int) -> float:
+        """How often the first `count >= 0` training rows go through the source that they repeat most; 0 of streams."""
+        found = [
+            count * share / len(source)
+            for share, source in zip(self._shares, self._sources, strict=True)
+            if isinstance(source, SourceRows)
+        ]
+        return max(found, default=0.0)
 
     @property
     def tokens_per_row(self) -> float:

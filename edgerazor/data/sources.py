@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO, cast
 
+from edgerazor import untrusted
 from edgerazor.data.chat import Conversation, check_encodable, conversation
 from edgerazor.errors import UserError, usage_error
 from edgerazor.recipe import Source
@@ -91,8 +92,8 @@ def _of_json_lines(path: Path, source: Source) -> Iterator[Document]:
                 continue
             where = f"Line {number} of {path}"
             try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
+                record = untrusted.parse_json(line)
+            except ValueError as error:
                 raise UserError(f"{where} is not JSON; expected one JSON object on each line.") from error
             if not isinstance(record, dict):
                 raise UserError(f"{where} is a JSON {type(record).__name__}; expected an object.")
@@ -101,12 +102,24 @@ def _of_json_lines(path: Path, source: Source) -> Iterator[Document]:
 
 def _of_record(where: str, column: str, record: Mapping[str, object]) -> Iterator[Document]:
     """The text or the conversation of a record, or nothing if it is blank."""
-    column = column_of(where, column, list(record))
+    given = [name for name, value in record.items() if not _is_absent(value)]
+    # of a row with an empty text and messages, the messages; of one with neither, what is there in place of them
+    column = column_of(where, column, given if _is_known(column, given) else list(record))
     value = record[column]
     if isinstance(value, list):
         yield conversation(where, value, record.get("tools"))
     else:
         yield from _text_of(where, column, value)
+
+
+def _is_known(column: str, present: list[str]) -> bool:
+    """Whether `column_of` finds a column among those that are present."""
+    return column in present or (column == "text" and any(each in present for each in CHAT_COLUMNS))
+
+
+def _is_absent(value: object) -> bool:
+    """Whether a field says nothing: files and data sets that mix rows of two kinds fill so what a row does not have."""
+    return value is None or (isinstance(value, str) and not value.strip()) or value == []
 
 
 def column_of(where: str, column: str, present: list[str]) -> str:
@@ -117,8 +130,8 @@ def column_of(where: str, column: str, present: list[str]) -> str:
     """
     if column in present:
         return column
-    if column == "text" and (chat := next((each for each in CHAT_COLUMNS if each in present), None)):
-        return chat
+    if _is_known(column, present):
+        return next(each for each in CHAT_COLUMNS if each in present)
     names = ", ".join(map(repr, present)) or "none"
     raise UserError(f"{where} has no column {column!r}; its columns are {names}.", "Set column: NAME in the recipe.")
 
@@ -126,7 +139,8 @@ def column_of(where: str, column: str, present: list[str]) -> str:
 def _text_of(where: str, column: str, value: object) -> Iterator[str]:
     """The text of a record, or nothing if it is blank."""
     if not isinstance(value, str):
-        raise UserError(f"{where} has {type(value).__name__} in column {column!r}; expected text or messages.")
+        kind = "nothing" if value is None else type(value).__name__
+        raise UserError(f"{where} has {kind} in column {column!r}; expected text or messages.")
     check_encodable(where, f"column {column!r}", value)
     if value.strip():
         yield value
@@ -158,8 +172,12 @@ def load_dataset(source: Source) -> Any:
     names = loaded.column_names
     if names is None:  # a streamed data set may not know before it is read
         return loaded
-    column = column_of(f"The data set {source.dataset!r}", source.column, names)
-    return loaded.select_columns([column, "tools"] if "tools" in names and column in CHAT_COLUMNS else [column])
+    chosen = {column_of(f"The data set {source.dataset!r}", source.column, names)}
+    if source.column == "text":  # rows may have one or the other
+        chosen |= {name for name in CHAT_COLUMNS if name in names}
+    if not chosen.isdisjoint(CHAT_COLUMNS):
+        chosen.add("tools")
+    return loaded.select_columns([name for name in names if name in chosen])
 
 
 def unavailable(source: Source, error: Exception) -> UserError:

@@ -14,7 +14,7 @@ At the end of the stream it begins again. Every process reads the whole stream a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from edgerazor.data.packing import Packing
 from edgerazor.data.sources import Document, load_dataset, of_row, unavailable
-from edgerazor.data.tokens import Tokens, batch_of, encode, permutation
+from edgerazor.data.tokens import Tokens, batch_of, encode, permutation, prefix_of, with_prefix
 from edgerazor.errors import UserError
 from edgerazor.recipe import Source
 
@@ -51,6 +51,8 @@ class StreamedRows:
         packing: how documents become rows, see `packing.py`.
         seed: of the order within a block: any non-negative numbers.
         held_out_rows: rows at the beginning of the stream that training never sees.
+        options: what the chat template is given beside the messages.
+        prefix: what every row begins with; by default `prefix_of`.
 
     Raises:
         UserError: the data set cannot be read, or holds nothing beyond the held-out rows.
@@ -64,9 +66,13 @@ class StreamedRows:
         packing: Packing,
         seed: tuple[int, ...],
         held_out_rows: int = 0,
+        options: Mapping[str, Any] | None = None,
+        prefix: tuple[int, ...] | None = None,
     ) -> None:
         self._source, self._tokenizer = source, tokenizer
         self._length, self._packing, self._seed = length, packing, seed
+        self._prefix = prefix_of(tokenizer) if prefix is None else prefix
+        self._options = options
         rows = self._read(BEGINNING)
         self._held_out = [piece for _, piece in islice(rows, held_out_rows)]
         first = next(rows, None)
@@ -88,7 +94,7 @@ class StreamedRows:
     @property
     def held_out(self) -> Tokens:
         """The tokens of the held-out rows."""
-        return Tokens.of(self._held_out)
+        return Tokens.of(self._held_out, self._prefix)
 
     @property
     def mean_length(self) -> float:
@@ -164,7 +170,11 @@ class StreamedRows:
             needed += 1
         ids = np.concatenate([each for _, each, _ in held[:needed]])[used:end]
         learn = np.concatenate([each for _, _, each in held[:needed]])[used:end]
-        used += len(ids)
+        taken = len(ids)
+        ids, learn = with_prefix(ids, learn, self._prefix)
+        taken -= max(0, len(ids) - self._length)  # an added prefix is counted in the length
+        ids, learn = ids[: self._length], learn[: self._length]
+        used += taken
         while held and used >= len(held[0][1]):
             used -= len(held.pop(0)[1])
         return ([(bookmark, (ids, learn))] if learn[1:].any() else []), used
@@ -173,7 +183,7 @@ class StreamedRows:
         """The tokens of each document, with a bookmark before it."""
         documents = self._documents(bookmark)
         while some := list(islice(documents, TOGETHER)):
-            pieces = encode([document for _, document in some], self._tokenizer)
+            pieces = encode([document for _, document in some], self._tokenizer, self._options)
             yield from zip((place for place, _ in some), pieces, strict=True)
 
     def _documents(self, bookmark: Bookmark) -> Iterator[tuple[Bookmark, Document]]:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from edgerazor.data import chat
 from edgerazor.data.sources import Document
+from edgerazor.untrusted import vocabulary
+from edgerazor.untrusted.tokenizer import reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 #: Label of a position that no loss counts (the convention of PyTorch and transformers).
 MASKED = -100
-#: How much of a source may be held out so as to hold out whole documents, when less was asked for.
-LARGEST_HELD_OUT = 0.25
 #: Documents that are tokenized at once.
 TOGETHER = 256
 
@@ -32,19 +32,21 @@ class Tokens:
         ids: `[N]` int32.
         starts: `[D]` int64, ascending from 0: where in `ids` each document begins.
         learn: `[N]` bool: which tokens are to be predicted; the others are only read.
+        prefix: what every row begins with (see `prefix_of`).
     """
 
     ids: np.ndarray
     starts: np.ndarray
     learn: np.ndarray
+    prefix: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, pieces: Sequence[tuple[np.ndarray, np.ndarray]]) -> Tokens:
+    def of(cls, pieces: Sequence[tuple[np.ndarray, np.ndarray]], prefix: tuple[int, ...] = ()) -> Tokens:
         """Documents `(ids [n], learn [n])` one after another."""
         lengths = np.array([len(ids) for ids, _ in pieces], dtype=np.int64)
         ids = np.concatenate([ids for ids, _ in pieces]) if pieces else np.empty(0, dtype=np.int32)
         learn = np.concatenate([learn for _, learn in pieces]) if pieces else np.empty(0, dtype=bool)
-        return cls(ids, np.cumsum(lengths) - lengths, learn)
+        return cls(ids, np.cumsum(lengths) - lengths, learn, prefix)
 
     @classmethod
     def of_text(cls, ids: np.ndarray) -> Tokens:
@@ -54,34 +56,78 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def split(self, at: int) -> tuple[Tokens, Tokens]:
-        """The first `at` tokens, and the rest."""
-        before, after = self.starts[self.starts < at], self.starts[self.starts > at] - at
-        rest = np.concatenate([np.zeros(min(1, len(self) - at), dtype=np.int64), after])
-        return Tokens(self.ids[:at], before, self.learn[:at]), Tokens(self.ids[at:], rest, self.learn[at:])
+    def row(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """`(ids [n] int32, learn [n] bool)` of a row that holds the tokens `begin` to `end`, with its prefix."""
+        return with_prefix(self.ids[begin:end], self.learn[begin:end], self.prefix)
+
+    def has_prefix(self) -> np.ndarray:
+        """`[N]` bool: where the prefix stands in the tokens already, as at the beginning of a text."""
+        found = np.ones(len(self), dtype=bool)
+        for place, token in enumerate(self.prefix):
+            found[len(self) - place :] = False
+            found[: len(self) - place] &= self.ids[place:] == token
+        return found
 
 
-def tokenize(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    """All documents as one stream of tokens (see `encode`)."""
+def with_prefix(ids: np.ndarray, learn: np.ndarray, prefix: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The ids and the mask of a row, which begins with the prefix; added where it is missing, it is not learned."""
+    if tuple(ids[: len(prefix)].tolist()) == prefix:
+        return ids, learn
+    return (
+        np.concatenate([np.array(prefix, dtype=ids.dtype), ids]),
+        np.concatenate([np.zeros(len(prefix), dtype=bool), learn]),
+    )
+
+
+def around_text(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The special tokens that a tokenizer puts before and behind a text: what it does, whatever its settings say."""
+    ids = list(tokenizer("a")["input_ids"])
+    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    if not bare:  # it has no token for this letter
+        end = len(ids) - (ids[-1:] == [tokenizer.eos_token_id])
+        return tuple(ids[:end]), tuple(ids[end:])
+    at = next((i for i in range(len(ids)) if ids[i : i + len(bare)] == bare), 0)
+    return tuple(ids[:at]), tuple(ids[at + len(bare) :])
+
+
+def prefix_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """What every row begins with: the BOS of a tokenizer that puts one before a text, else nothing.
+
+    A model that has seen BOS before every text gives its attention to it, and is lost without: a window from the middle
+    of a text needs it as much as the text's beginning.
+    """
+    return around_text(tokenizer)[0]
+
+
+def tokenize(
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    options: Mapping[str, Any] | None = None,
+    prefix: tuple[int, ...] | None = None,
+) -> Tokens:
+    """All documents as one stream of tokens (see `encode`), whose rows begin with `prefix` (by default `prefix_of`)."""
     pieces: list[tuple[np.ndarray, np.ndarray]] = []
     documents = iter(documents)
     while some := list(islice(documents, TOGETHER)):
-        pieces += encode(some, tokenizer)
-    return Tokens.of(pieces)
+        pieces += encode(some, tokenizer, options)
+    return Tokens.of(pieces, prefix_of(tokenizer) if prefix is None else prefix)
 
 
-def encode(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> list[tuple[np.ndarray, np.ndarray]]:
+def encode(
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any] | None = None
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """The tokens of each document, and which of them are to be learned.
 
     A text gets the special tokens that the tokenizer adds (a BOS where it has one), and the tokenizer's EOS at its end
     where it has one and did not add it. All of it is learned; of a conversation, the assistant's turns. Its first token
-    never is: where documents follow one another, it would be predicted from the end of another one.
+    never is: where documents follow one another, it would be predicted from the end of another one. Chat templates are
+    given `options` beside the messages.
 
     Returns:
         `(ids [n] int32, learn [n] bool)` for each document.
 
     Raises:
-        UserError: a conversation cannot be encoded (see `chat.encode`).
+        UserError: a conversation cannot be encoded (see `chat.encode`), or the model does not know a token.
     """
     texts = iter(_encode_texts([each for each in documents if isinstance(each, str)], tokenizer))
     found = []
@@ -90,9 +136,10 @@ def encode(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) ->
             ids = next(texts)
             found.append((ids, np.ones(len(ids), dtype=bool)))
         else:
-            ids, learn = chat.encode(document, tokenizer)
+            ids, learn = chat.encode(replace(document, options=options or {}), tokenizer)
             learn[:1] = False
             found.append((ids, learn))
+        vocabulary.check(tokenizer, found[-1][0])
     return found
 
 
@@ -100,41 +147,19 @@ def _encode_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[
     if not texts:
         return []
     eos = tokenizer.eos_token_id
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,  # rows are cut later, so texts longer than the model's context are no reason to warn
-    )
+    with reading():
+        encoded = tokenizer(
+            texts,
+            add_special_tokens=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # rows are cut later, so texts longer than the model's context are no reason to warn
+        )
     pieces = []
     for ids in encoded["input_ids"]:
         ended = eos is None or (len(ids) > 0 and ids[-1] == eos)
         pieces.append(np.array(ids if ended else [*ids, eos], dtype=np.int32))
     return pieces
-
-
-def split_held_out(tokens: Tokens, length: int, fraction: float) -> tuple[Tokens, Tokens]:
-    """Cut the end off a source, for measuring on text that training never sees.
-
-    The cut is at the start of the last document that leaves at least `fraction` behind it. Where whole documents would
-    take far more than asked for (one long document, for one), the cut goes through a document, between two rows.
-
-    Args:
-        tokens: of the source, N of them.
-        length: tokens in a row.
-        fraction: share of the tokens to hold out, above 0 and below 1.
-
-    Returns:
-        training and held-out tokens, views of `tokens`.
-    """
-    total = len(tokens)
-    goal = int(total * (1 - fraction))
-    candidates = tokens.starts[(tokens.starts > 0) & (tokens.starts <= goal)]
-    cut = int(candidates[-1]) if len(candidates) else 0
-    if total - cut > max(2 * fraction, LARGEST_HELD_OUT) * total:
-        cut = goal // length * length or goal
-    return tokens.split(cut)
 
 
 def batch_of(ids: np.ndarray, learn: np.ndarray) -> dict[str, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import Any, NamedTuple
 from safetensors.torch import save_file
 from torch import Tensor
 
-from edgerazor import formats, models
+from edgerazor import formats, models, untrusted
 from edgerazor.formats import INPUT_SCALE, LOW_INPUT_SCALE
 from edgerazor.packed import DTYPES, INDEX_FILE, WEIGHTS_FILE, PackedModel, TensorSpec
-from edgerazor.workdir import write_json
+from edgerazor.workdir import write_atomically, write_json
 
 #: Largest file of weights, and about the memory that writing takes; a single larger piece gets a file of its own.
 SHARD_BYTES = 2 * 10**9
@@ -50,11 +49,15 @@ def write_weights(folder: Path, pieces: Iterable[Piece], shard_bytes: int = SHAR
     for number, shard in enumerate(shards, start=1):
         file = WEIGHTS_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: tensor for piece in shard for name, tensor in _made(piece).items()}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        _save(tensors, folder / file)
         weight_map |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
         total = sum(piece.bytes for shard in shards for piece in shard)
         write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
 
 
 def _shards(pieces: Iterable[Piece], shard_bytes: int) -> list[list[Piece]]:
@@ -78,9 +81,15 @@ def _made(piece: Piece) -> dict[str, Tensor]:
 
 
 def write_companions(model: PackedModel, folder: Path, **changes: Any) -> None:
-    """Write config.json, with changes in the place of our `quantization_config`, tokenizer and chat template."""
-    values = json.loads((model.folder / "config.json").read_text(encoding="utf-8"))
+    """Write config.json, with changes in the place of our `quantization_config`, tokenizer and chat template.
+
+    It says that the head is tied exactly where no matrix of its own is written.
+    """
+    values = untrusted.read_configuration(model.folder)
     values.pop("quantization_config", None)
+    for section in (values, values.get("text_config")):
+        if isinstance(section, dict):
+            section["tie_word_embeddings"] = bool(model.header.tied)
     write_json(folder / "config.json", dict(sorted((values | changes).items())))
     models.copy_companions(model.folder, folder)
 

@@ -11,12 +11,13 @@ Sources: `src/llama-vocab.cpp` of llama.cpp (patterns and algorithms), `conversi
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
 import gguf
 
+from edgerazor import untrusted
+from edgerazor.data import around_text
 from edgerazor.errors import UserError
 from edgerazor.models import PreTrainedTokenizerBase
 
@@ -122,7 +123,7 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, ends: list[int]) -
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise _refused("it has no tokenizer.json form")
-    about = json.loads(backend.to_str())
+    about = untrusted.parse_json(backend.to_str(), dict, most_entries=untrusted.MOST_ENTRIES_OF_TOKENIZERS)
     if about["model"]["type"] != "BPE":
         raise _refused(f"it is a {about['model']['type']} model, and not BPE")
     for name in ("continuing_subword_prefix", "end_of_word_suffix"):
@@ -194,11 +195,8 @@ def _fill(found: Vocabulary, pieces: dict[str, int], added: dict[int, Any], size
 
 def _ends(about: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
     """Whether one text gets a first and a last special token."""
-    ids = tokenizer("a")["input_ids"]
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    at = next((i for i in range(len(ids)) if ids[i : i + len(bare)] == bare), 0)
-    before, after = ids[:at], ids[at + len(bare) :]
-    if before not in ([], [tokenizer.bos_token_id]) or after not in ([], [tokenizer.eos_token_id]):
+    before, after = around_text(tokenizer)
+    if before not in ((), (tokenizer.bos_token_id,)) or after not in ((), (tokenizer.eos_token_id,)):
         raise _refused("it puts other tokens than the first and the last one around a text")
     return bool(before), bool(after)
 

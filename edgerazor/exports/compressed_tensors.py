@@ -1,4 +1,4 @@
-"""compressed-tensors, the layout `pack-quantized`, for vLLM, SGLang and transformers: int4 and int8 in groups.
+"""compressed-tensors, layout `pack-quantized`, for vLLM, SGLang and transformers: integers of 2 to 8 bits in groups.
 
 A linear layer [rows, cols] at path P becomes
 
@@ -6,9 +6,10 @@ A linear layer [rows, cols] at path P becomes
 - `P.weight_scale`, float16 [rows, groups], or [rows, 1] for one scale a row;
 - `P.weight_shape`, int64 [2]: rows and cols.
 
-Source: `PackedQuantizationCompressor` of the compressed-tensors package, version 0.20. vLLM takes widths of 4 and 8 and
-group sizes of 32, 64, 128 or whole rows; other widths that the package itself could pack have no kernel there. Scales
-are exact where the model computes in float16 (config.json asks for it) or float32; bfloat16 would round them.
+Source: `PackedQuantizationCompressor` of the compressed-tensors package, version 0.20: 32 integers fill exactly `bits`
+words, whatever the width. vLLM takes group sizes of 32, 64, 128 or whole rows; it has had kernels for widths of 4 and 8
+for long, and since June 2026 for 2, 3, 5, 6 and 7, too (its pull requests 34556 and 46389). Scales are exact where the
+model computes in float16 (config.json asks for it) or float32; bfloat16 would round them.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class CompressedTensors(GroupedExport):
     """Layers of one layout form one config group."""
 
     name = "compressed-tensors"
-    describe = "compressed-tensors (pack-quantized int4 and int8) for vLLM and transformers"
-    widths = (4, 8)
+    describe = "compressed-tensors (pack-quantized, 2 to 8 bits) for vLLM and transformers"
+    widths = (2, 3, 4, 5, 6, 7, 8)
 
     def specs(self, name: str, shape: tuple[int, int], layout: Layout) -> dict[str, TensorSpec]:
         """Packed integers, scales and shape."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +25,7 @@ import gguf
 import torch
 from torch import Tensor
 
-from edgerazor import __version__, models, workdir
+from edgerazor import __version__, models, untrusted, workdir
 from edgerazor.exports import _gguf_blocks as blocks
 from edgerazor.exports import _gguf_families as families
 from edgerazor.exports import _gguf_tokens as tokens
@@ -300,8 +299,8 @@ def _file_type(tensors: Sequence[PlannedTensor]) -> gguf.LlamaFileType:
 def _vocabulary(folder: Path, config: dict[str, Any]) -> tokens.Vocabulary:
     """The tokenizer of a folder, as llama.cpp's."""
     ends: Any = None
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # it may be missing
-        ends = json.loads((folder / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
+    with contextlib.suppress(OSError, ValueError):  # it may be missing
+        ends = untrusted.load_json(folder / "generation_config.json").get("eos_token_id")
     listed = ends if isinstance(ends, list) else [ends]
     numbers = [number for number in listed if isinstance(number, int)]
     return tokens.vocabulary(models.load_tokenizer(folder), config["vocab_size"], numbers)

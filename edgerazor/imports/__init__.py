@@ -19,11 +19,14 @@ from edgerazor.errors import UserError
 from edgerazor.formats import Encoded, MatrixSpec
 from edgerazor.imports._base import Importer, Integers, MisfitError, Source, fitted
 from edgerazor.packed import MatrixSource
+from edgerazor.untrusted import weights
 
 __all__ = ["ImportResult", "importer_of", "read"]
 
 #: Consecutive inputs of a linear layer that share a scale, at most, where a model does not say.
 ACTIVATION_GROUP = 256
+#: Bits of what is not rounded.
+UNROUNDED = 16
 
 
 class ImportResult(BaseModel):
@@ -48,7 +51,13 @@ def importer_of(path: Path) -> Importer | None:
 
 
 def read(
-    path: Path, target: Path, console: Console, *, activation_bits: int, kv_bits: int, lossy: bool = False
+    path: Path,
+    target: Path,
+    console: Console,
+    *,
+    activation_bits: int | None = None,
+    kv_bits: int | None = None,
+    lossy: bool = False,
 ) -> ImportResult:
     """Read a model into a packed folder.
 
@@ -56,7 +65,8 @@ def read(
         path: a file or folder that an import recognises.
         target: the packed folder to write.
         console: where to say what is read.
-        activation_bits, kv_bits: how the packed model computes, which most formats do not say.
+        activation_bits, kv_bits: how the packed model computes; None for what the model was made for, which is 16 bits
+            where its format does not round inputs, keys and values.
         lossy: round scales to float16 where they are none, instead of refusing them.
 
     Raises:
@@ -67,7 +77,7 @@ def read(
         raise UserError(f"{path} is of no format that can be read.", "Give a GGUF file or a model folder.")
     source = importer.open(path)
     reading = _Reading(path, source, lossy)
-    settings = _settings(source, activation_bits, kv_bits)
+    settings = _settings(source, activation_bits or source.activation_bits, kv_bits or UNROUNDED)
     with workdir.replace_folder(target) as folder:
         source.write_tokenizer(folder)
         header = packed.write(
@@ -91,7 +101,7 @@ def read(
         formats=dict(sorted(reading.counts.items())),
         sizes=sizes,
         lossy=reading.rounded,
-        notes=list(source.notes),
+        notes=[*source.notes, *_computing(settings)],
     )
 
 
@@ -110,6 +120,15 @@ def _settings(source: Source, activation_bits: int, kv_bits: int) -> dict[str, A
     said = {"activation_bits": activation_bits, "kv_bits": kv_bits, "adaptive_tokens": "off", "thresholds": []}
     said |= {"group_size": source.activation_group or ACTIVATION_GROUP, "query_bits": 16, "probability_bits": 16}
     return {name: said[name] for name in packed.SETTINGS}
+
+
+def _computing(settings: dict[str, Any]) -> list[str]:
+    """How many bits inputs and cache have, for people; what is not rounded can be, which is faster."""
+    activations, cache = settings["activation_bits"], settings["kv_bits"]
+    said = f"It computes with {activations}-bit inputs of linear layers and a {cache}-bit cache"
+    whole = {"--activation-bits 8": activations, "--kv-bits 8": cache}
+    faster = [option for option, bits in whole.items() if bits == UNROUNDED]
+    return [f"{said}; {' '.join(faster)} is faster and rounds them." if faster else f"{said}."]
 
 
 class _Reading:
@@ -188,6 +207,7 @@ class _Reading:
             tensor = self._read(self.same.get(name, name))
             if isinstance(tensor, Integers):
                 raise self._refused(name, MisfitError("it is quantized, but no linear layer or embedding"))
+            weights.refuse_not_finite(self.path, [(name, tensor)])
             found[name] = tensor.contiguous().clone()
             self.counts["floating"] = self.counts.get("floating", 0) + tensor.numel()
         return found

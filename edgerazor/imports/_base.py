@@ -41,11 +41,14 @@ class Source(ABC):
         config: its configuration as transformers has it, without settings of any quantization.
         activation_group: consecutive inputs of a linear layer that share a scale where they are rounded; None if it
             does not say.
+        activation_bits: of the inputs of linear layers where nobody asks for others: those that the model was made
+            for, 16 where its format does not round them.
         notes: what cannot be taken over.
     """
 
     config: dict[str, Any]
     activation_group: int | None = None
+    activation_bits: int = 16
     notes: tuple[str, ...] = ()
 
     @abstractmethod

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
-from edgerazor import models
+from edgerazor import models, untrusted
 from edgerazor.errors import UserError
 from edgerazor.imports._base import Source, Stored
+from edgerazor.untrusted import weights
 
 
 def settings(path: Path) -> dict[str, Any]:
     """config.json of a folder as it stands; empty where there is none that can be read."""
     try:
-        found = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found: dict[str, Any] = untrusted.load_json(path / "config.json")
+    except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return found
 
 
 class FolderSource(Source):
@@ -31,23 +30,32 @@ class FolderSource(Source):
         config: its configuration without settings of a quantization.
 
     Raises:
-        UserError: a weight file is missing or damaged, or two hold the same tensor.
+        UserError: a weight file is missing or damaged, or two hold different numbers for a tensor.
     """
 
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
+        untrusted.check_configuration(path / "config.json", config)
+        untrusted.refuse_code(path, "Give a model that transformers knows.")
+        untrusted.check_shapes(path / "config.json", config, models.stored_shapes(path))
         self.path, self.config = path, models.completed(config)
-        self.files: dict[str, Any] = {}
-        for file in sorted(path.glob("*.safetensors")):
-            try:
-                opened = safe_open(file, framework="pt")
-            except Exception as error:  # the library raises its own, the system's and decoding errors
-                raise UserError(f"The weight file {file} is damaged: {error}.", "Download it again.") from None
-            for name in opened.keys():  # noqa: SIM118 (a safetensors file cannot be iterated over)
-                if name in self.files:
-                    raise UserError(f"{file} holds {name}, which another file of the folder holds, too.")
-                self.files[name] = opened
-        if not self.files:
-            raise UserError(f"{path} holds no safetensors weights.", "Download it again.")
+        self.files = weights.holders(path)
+
+    def refuse_plain(self, what: str, parts: str) -> None:
+        """Refuse a folder whose configuration says that it is quantized, where nothing in it is.
+
+        Args:
+            what: the configuration says.
+            parts: of a matrix that is quantized, as its tensors are called.
+
+        Raises:
+            UserError: no tensor is quantized.
+        """
+        if not any(self.quantized(name) for name in self.names()):
+            raise UserError(
+                f"{self.path / 'config.json'} says that the weights are quantized ({what}), but no matrix in the "
+                f"folder has {parts}: they are plain weights, or some are missing.",
+                "Remove that entry from config.json if the weights are plain, or download the model again.",
+            )
 
     def tensor(self, name: str) -> Tensor:
         """One stored tensor."""

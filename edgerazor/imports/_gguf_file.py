@@ -31,8 +31,13 @@ TYPES: dict[int, tuple[str, int, int]] = {
     41: ("Q1_0", 128, 18),
     42: ("Q2_0", 64, 18),
     142: ("PQ2_0", 128, 34),
+    143: ("PTQ1_0", 128, 28),
 }
 Q2_0, PQ2_0 = 42, 142
+#: Keys, tensors and strings that are read of a file, together: more than twice what the largest vocabularies need.
+MOST_ENTRIES = 1 << 21
+#: Metadata of a fork whose weights are in a rotated basis, and need each input rotated before the product.
+ROTATED = "prism.hadamard."
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,10 @@ class GgufFile:
         """
         self.path = path
         try:
-            self._data: NDArray[np.uint8] = np.memmap(path, dtype=np.uint8, mode="r")
+            self._data: NDArray[np.uint8] = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
             self._read()
+        except UserError:
+            raise
         except (OSError, ValueError, OverflowError, struct.error, RecursionError) as error:
             raise self.damaged(str(error) or type(error).__name__) from None
 
@@ -93,20 +100,35 @@ class GgufFile:
     def _read(self) -> None:
         if bytes(self._data[:4]) != MAGIC:
             raise ValueError("it does not begin with GGUF")
-        self._place = 4
+        self._place, self._entries = 4, 0
         version = self._scalar("<I")
         if version not in VERSIONS:
             raise ValueError(f"it has version {version}, and versions 2 and 3 are read")
         count, keys = self._scalar("<Q"), self._scalar("<Q")
         self.metadata: Mapping[str, Any] = self._pairs(keys)
+        if any(key.startswith(ROTATED) for key in self.metadata):
+            raise UserError(
+                f"{self.path} holds weights in a rotated basis (its metadata have {ROTATED}* keys), whose inputs would "
+                "have to be rotated, too, and that is not supported.",
+                "Give a file without rotation, or round the original model: `edgerazor pack MODEL --bits 4`.",
+            )
         self.tensors: Mapping[str, Tensor] = self._infos(count)
+        if not self.tensors:
+            raise ValueError("it holds no tensors")
         alignment = self.metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise ValueError("its alignment is no power of two")
         self._start = -(-self._place // alignment) * alignment
         self._settle_q2_0()
 
+    def _count(self, entries: int) -> None:
+        """Take note of keys, tensors or strings that come next."""
+        self._entries += entries
+        if self._entries > MOST_ENTRIES:
+            raise ValueError(f"it has more than {MOST_ENTRIES:,} keys, tensors and strings")
+
     def _pairs(self, count: int) -> dict[str, Any]:
+        self._count(count)
         found: dict[str, Any] = {}
         for _ in range(count):
             key = self._string()
@@ -116,6 +138,7 @@ class GgufFile:
         return found
 
     def _infos(self, count: int) -> dict[str, Tensor]:
+        self._count(count)
         found: dict[str, Tensor] = {}
         for _ in range(count):
             name = self._string()
@@ -165,4 +188,5 @@ class GgufFile:
             return np.frombuffer(raw, dtype=np.dtype(layout)).tolist()
         if count > len(self._data) - self._place:  # each takes a byte at least
             raise ValueError("it ends too early")
+        self._count(count)
         return [self._value(inner) for _ in range(count)]

@@ -38,7 +38,9 @@ class BitNet(Importer):
 
 
 class BitNetSource(FolderSource):
-    """Weights and scales."""
+    """Weights and scales; the model was trained with inputs of 8 bits."""
+
+    activation_bits = 8
 
     def __init__(self, path: Path, values: dict[str, Any]) -> None:
         said = values.pop("quantization_config")
@@ -48,6 +50,7 @@ class BitNetSource(FolderSource):
                 "Give a checkpoint with packed weights (quantization_mode offline, use_rms_norm false).",
             )
         super().__init__(path, values)
+        self.refuse_plain("BitNet", f"a {SCALE}")
         self.divides = said.get("linear_class", "bitlinear") == "bitlinear"
         self.activation_group = max(int(self.config[key]) for key in ("hidden_size", "intermediate_size"))
 

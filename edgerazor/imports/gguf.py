@@ -1,8 +1,8 @@
 """GGUF files of llama.cpp whose blocks are integers times one scale: ternary, Q4_0, Q8_0, and others by their content.
 
-`TQ1_0`, `TQ2_0`, `Q1_0`, `Q2_0`, `Q4_0`, `Q5_0` and `Q8_0` always are. `Q2_K` and `Q3_K` have sub-scales of their own:
-where these are whole multiples of one number, as in files that we wrote, the weights are integers times that; files of
-llama.cpp's quantizer seldom fit, and are refused by name. Floating tensors stay as they are.
+`TQ1_0`, `TQ2_0`, `PTQ1_0`, `Q1_0`, `Q2_0`, `Q4_0`, `Q5_0` and `Q8_0` always are. `Q2_K` and `Q3_K` have sub-scales of
+their own: where these are whole multiples of one number, as in files that we wrote, the weights are integers times
+that; files of llama.cpp's quantizer seldom fit, and are refused by name. Floating tensors stay as they are.
 
 Configuration and tokenizer come from `config.json` and `tokenizer.json` beside the file, if they are there, as those of
 the original model. Else they are rebuilt from the metadata, and what would compute otherwise is refused: scaled
@@ -24,8 +24,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgerazor import models, workdir
-from edgerazor.errors import UserError
+from edgerazor import models, untrusted, workdir
+from edgerazor.errors import UserError, plain
 from edgerazor.exports import _gguf_families as families
 from edgerazor.exports import _gguf_tokens as tokens
 from edgerazor.imports._base import Importer, Integers, MisfitError, Source, Stored
@@ -143,7 +143,12 @@ def rebuilt_config(file: GgufFile, architecture: str) -> dict[str, Any]:
         UserError: of a family that is not known, incomplete, or with positions that metadata does not describe.
     """
     if architecture not in {family.architecture for family in families.FAMILIES.values()}:
-        raise UserError(f"{file.path} is of the architecture {architecture}, which is not known here.")
+        known = ", ".join(sorted({family.architecture for family in families.FAMILIES.values()}))
+        raise UserError(
+            f"{file.path} is of the architecture {plain(architecture)}, and only {known} can be read from GGUF.",
+            "Round the original model, from the folder or hub id that the file was made of: `edgerazor pack MODEL "
+            "--bits 4`.",
+        )
     get = _Metadata(file, architecture)
     heads, width = get.number("attention.head_count"), get.number("embedding_length")
     if get.number("block_count") > len(file.tensors):
@@ -238,7 +243,7 @@ def _set_pattern(file: Path, pre: str) -> None:
     if found is None or not file.is_file():
         return
     steps, whole_words = found
-    about = json.loads(file.read_text(encoding="utf-8"))
+    about = untrusted.read_json(file, most_bytes=untrusted.MOST_BYTES_OF_OURS)
     if about["model"]["type"] != "BPE":
         return
     cut: list[dict[str, Any]] = [
@@ -300,6 +305,12 @@ def _tq1_0(blocks: Bytes) -> tuple[Values, NDArray[np.float32]]:
     return np.concatenate(parts, axis=1) - np.int16(1), _half(blocks[:, 52:])
 
 
+def _ptq1_0(blocks: Bytes) -> tuple[Values, NDArray[np.float32]]:
+    """As TQ1_0 with half the weights: runs of 16, 8 and 2 bytes."""
+    parts = [_trits(blocks[:, :16], 5, 16), _trits(blocks[:, 16:24], 5, 8), _trits(blocks[:, 24:26], 4, 2)]
+    return np.concatenate(parts, axis=1) - np.int16(1), _half(blocks[:, 26:])
+
+
 def _tq2_0(blocks: Bytes) -> tuple[Values, NDArray[np.float32]]:
     return _fields(blocks[:, :64], 2, 32) - np.int16(1), _half(blocks[:, 64:])
 
@@ -349,6 +360,7 @@ def _q3_k(blocks: Bytes) -> tuple[Values, NDArray[np.float32]]:
 DECODERS: dict[str, Decoder] = {
     "TQ1_0": _tq1_0,
     "TQ2_0": _tq2_0,
+    "PTQ1_0": _ptq1_0,
     "Q1_0": _q1_0,
     "Q2_0": _q2_0,
     "PQ2_0": _q2_0,

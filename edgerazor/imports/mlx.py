@@ -54,6 +54,7 @@ class MlxSource(FolderSource):
         for said in (self.default, *self.bits.values()):
             if any(not isinstance(value, int) or value < 1 for key, value in said.items() if key in self.default):
                 raise UserError(f"{path / 'config.json'} has a group size or number of bits that is none.")
+        self.refuse_plain("MLX", "scales and biases")
 
     def names(self) -> set[str]:
         """All but scales and biases of quantized modules."""

@@ -42,6 +42,9 @@ __all__ = [
 
 VARIABLE = "EDGERAZOR_ISA"
 
+#: What to do where there is no library.
+BUILD = "Build it (again) with `python -m edgerazor.kernels.build`; that needs a C++ compiler."
+
 #: Names of implementations in Python.
 NOT_NATIVE = ("integer", "reference")
 
@@ -109,7 +112,7 @@ def note(used: str) -> str | None:
     if is_native():
         return slow + "The native ones do not compute formats of blocks, and compute on CPUs alone."
     if native.library() is None:
-        return slow + "Build the native ones (again) with `python -m edgerazor.kernels.build`; it needs a C++ compiler."
+        return f"{slow}{native.missing()[0].upper()}{native.missing()[1:]}. {BUILD}"
     if os.environ.get(VARIABLE):
         return slow + f"{VARIABLE} asks for them."
     return slow + "The native ones need AVX2, or an Arm processor with dot products."

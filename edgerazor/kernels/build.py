@@ -4,6 +4,10 @@
 where there was no compiler at the time, or after a change of the sources. The library has a plain C interface, so it
 does not depend on the version of Python or torch. Without a compiler nothing fails: the reference is used.
 
+To load a library that was cut off, or changed on the way, can end the process; so a library ends with a seal, the
+SHA-256 of all that is before it, which `native.py` checks first. (What is behind the sections of an ELF file is left
+alone by those who load it. On macOS, where a signature ends the file, there is none, and the system checks instead.)
+
 `python -m edgerazor.kernels.build PROGRAM SOURCE` makes a program of a source file and the library (`make test-arm`).
 `CXX` names the compiler (its machine decides what is built, so a cross compiler works too) and `CXXFLAGS` adds options.
 """
@@ -25,6 +29,10 @@ HERE = Path(__file__).resolve().parent
 SOURCES = HERE / "cpp"
 LIBRARY = "libedgerazor.so"
 COMPILERS = ("c++", "g++", "clang++")
+#: The kinds of files in `SOURCES` that are sources; whatever else lies there is none of ours.
+SUFFIXES = (".cpp", ".hpp", ".h")
+#: What a sealed file begins with, and the words before the digest at its end.
+ELF, SEAL = b"\x7fELF", b"\nedgerazor sha256 "
 OPTIONS = "-std=c++17 -pthread -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno".split()
 
 
@@ -68,7 +76,7 @@ def compiler() -> list[str]:
     Raises:
         BuildError: there is none.
     """
-    given = shlex.split(os.environ.get("CXX", ""))
+    given = _words("CXX")
     for command in [given] if given else [[name] for name in COMPILERS]:
         if shutil.which(command[0]):
             return command
@@ -79,8 +87,27 @@ def fingerprint() -> str:
     """SHA-256 of the sources; a library says which ones it was built from."""
     digest = hashlib.sha256()
     for path in sorted(SOURCES.iterdir()):
-        digest.update(f"{path.name}\n{path.stat().st_size}\n".encode() + path.read_bytes())
+        if path.suffix in SUFFIXES and path.is_file():
+            content = path.read_bytes()
+            digest.update(f"{path.name}\n{len(content)}\n".encode() + content)
     return digest.hexdigest()
+
+
+def sealed(content: bytes) -> bytes:
+    """The bytes of a library with a seal at their end, which `problem` knows; those of no ELF file as they are."""
+    return content + SEAL + hashlib.sha256(content).hexdigest().encode() if content.startswith(ELF) else content
+
+
+def problem(content: bytes) -> str | None:
+    """What is wrong with the bytes of a library, the end of a sentence about it; None: nothing, as far as is known."""
+    if not content:
+        return "is an empty file"
+    if not content.startswith(ELF):
+        return "is no library" if sys.platform == "linux" else None
+    body, _, digest = content.rpartition(SEAL)
+    if hashlib.sha256(body).hexdigest().encode() != digest:
+        return "is cut off, or was changed since it was built"
+    return None
 
 
 def build(target: Path, main: Path | None = None) -> list[str]:
@@ -90,10 +117,17 @@ def build(target: Path, main: Path | None = None) -> list[str]:
         The instruction sets in it, beside plain C++. One whose options the compiler does not know is left out.
 
     Raises:
-        BuildError: there is no compiler, or it fails.
+        BuildError: there is no compiler, or it fails, or a file cannot be read or written.
     """
+    try:
+        return _build(target, main)
+    except OSError as error:
+        raise BuildError(str(error)) from error
+
+
+def _build(target: Path, main: Path | None) -> list[str]:
     command = [*compiler(), *OPTIONS]
-    added = shlex.split(os.environ.get("CXXFLAGS", ""))
+    added = _words("CXXFLAGS")
     machine = _run([*compiler(), "-dumpmachine"]).strip().split("-")[0]
     with tempfile.TemporaryDirectory() as folder:
         units = [unit for unit in _UNITS.get(machine, ()) if _accepts(command, unit, Path(folder))]
@@ -115,10 +149,27 @@ def build(target: Path, main: Path | None = None) -> list[str]:
         output = Path(folder) / "output"
         _run([*command, *added, *kind, *map(str, objects), "-o", str(output)])
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(output, target.with_name(f".{target.name}.new"))
-        os.chmod(target.with_name(f".{target.name}.new"), 0o755)
-        os.replace(target.with_name(f".{target.name}.new"), target)
+        content = output.read_bytes()
+        new = target.with_name(f".{target.name}.{os.getpid()}.new")  # two builds at a time are no harm
+        try:
+            new.write_bytes(sealed(content) if main is None else content)
+            new.chmod(0o755)
+            new.replace(target)
+        finally:
+            new.unlink(missing_ok=True)
     return [unit.name for unit in units]
+
+
+def _words(variable: str) -> list[str]:
+    """The words of an environment variable.
+
+    Raises:
+        BuildError: a quotation in it has no end.
+    """
+    try:
+        return shlex.split(os.environ.get(variable, ""))
+    except ValueError as error:
+        raise BuildError(f"{variable} is no command line: {error}") from None
 
 
 def _accepts(command: list[str], unit: Unit, folder: Path) -> bool:
@@ -145,6 +196,9 @@ def _run(command: list[str]) -> str:
 def main() -> int:
     """Builds the library beside this file, where `native.py` finds it; or PROGRAM from SOURCE, if they are given."""
     target, *source = [Path(each) for each in sys.argv[1:]] or [HERE / LIBRARY]
+    if len(source) > 1:
+        print("usage: python -m edgerazor.kernels.build [PROGRAM SOURCE]", file=sys.stderr)
+        return 2
     try:
         found = build(target, *source)
     except BuildError as error:

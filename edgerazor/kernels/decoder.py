@@ -5,11 +5,13 @@ What is described here is checked here; the C++ code (`cpp/decoder.h`, which say
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
+import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -18,16 +20,36 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from edgerazor.errors import MOST_THREADS
 from edgerazor.formats import SMALLEST
 from edgerazor.kernels import native
+from edgerazor.kernels.memory import memory_bytes
 from edgerazor.kernels.native import LARGEST, NotFiniteError
 
-__all__ = ["CELLS", "RMS", "Decoder", "Layer", "Linear", "Network", "Norm", "NotFiniteError", "Run", "round_up"]
+__all__ = [
+    "CELLS",
+    "RMS",
+    "Decoder",
+    "Layer",
+    "Linear",
+    "Network",
+    "Norm",
+    "NotFiniteError",
+    "OtherProcessError",
+    "Run",
+    "round_up",
+]
 
 #: Ranges of cells of the cache begin at multiples of this.
 CELLS = 16
 #: Kinds of norms.
 NO_NORM, RMS, LAYER = 0, 1, 2
+
+
+class OtherProcessError(RuntimeError):
+    """A decoder was made in another process: a fork copies its memory, but not its threads."""
+
+
 _OK, _NO_MEMORY, _NOT_FINITE = 0, 1, 2
 
 
@@ -355,6 +377,9 @@ def _pointer(tensor: Tensor | None) -> int | None:
 class Decoder:
     """A network with a cache and threads of its own. Calls from several threads wait for one another.
 
+    Threads do not survive a fork: a child that has a copy of it cannot call it (`OtherProcessError`), and lets its
+    memory be.
+
     Args:
         network: what to compute.
         threads: at least 1, the caller's own among them.
@@ -362,26 +387,37 @@ class Decoder:
 
     Raises:
         ValueError: the network does not fit together.
-        MemoryError: there is not enough.
+        MemoryError: there is not enough, or the system has no more threads.
     """
 
     def __init__(self, network: Network, threads: int = 1, isa: int = -1) -> None:
         network.check()
-        if threads < 1:
-            raise ValueError(f"there is at least 1 thread, not {threads}")
+        if not 1 <= threads <= MOST_THREADS:
+            raise ValueError(f"there are 1 to {MOST_THREADS} threads, not {threads}")
         self.network = network
         self.cells = 0
+        self.process = os.getpid()
         self._lock = threading.Lock()
         self._cosines = self._sines = torch.empty(0, network.rotary_features // 2)
         structures = _Structures(network)
-        handle = _loaded().edgerazor_decoder_new(
-            ctypes.byref(structures.network), isa % len(native.isas()), min(threads, LARGEST)
-        )
+        handle = _loaded().edgerazor_decoder_new(ctypes.byref(structures.network), isa % len(native.isas()), threads)
         if not handle:
-            raise MemoryError("there is not enough memory for a decoder")
+            raise MemoryError(f"there is not enough memory, or are not enough threads, for a decoder with {threads}")
         self._handle = c_void_p(handle)
         # The weights stay until the library has let go of them.
-        weakref.finalize(self, _free, self._handle, network)
+        weakref.finalize(self, _free, self._handle, network, self.process)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other thread calls the library meanwhile.
+
+        Raises:
+            OtherProcessError: this is not the process that made the decoder.
+        """
+        if os.getpid() != self.process:  # before the lock, which a thread may have held that is not here
+            raise OtherProcessError("a decoder belongs to the process that made it")
+        with self._lock:
+            yield
 
     def rotary(self, cosines: Tensor, sines: Tensor) -> None:
         """Tables of the next calls, float32 [positions, rotary_features / 2]."""
@@ -389,7 +425,7 @@ class Decoder:
         for table in (cosines, sines):
             if table.dtype != torch.float32 or tuple(table.shape) != shape or not table.is_contiguous():
                 raise ValueError(f"tables of the rotary embedding must be contiguous float32 {list(shape)}")
-        with self._lock:
+        with self._alone():
             self._cosines, self._sines = cosines, sines
             _loaded().edgerazor_decoder_rotary(self._handle, cosines.data_ptr(), sines.data_ptr())
 
@@ -399,8 +435,12 @@ class Decoder:
         Raises:
             MemoryError: there is not enough.
         """
+        if not isinstance(cells, int) or not 0 <= cells <= LARGEST:
+            raise ValueError(f"a cache has 0 to {LARGEST} cells, not {cells}")
         if cells > self.cells:
-            with self._lock:
+            if cells * self.network.cell_bytes() > memory_bytes():
+                raise MemoryError(f"there is not enough memory for a cache of {cells} tokens")
+            with self._alone():
                 _done(_loaded().edgerazor_decoder_reserve(self._handle, round_up(cells)))
             self.cells = round_up(cells)
 
@@ -461,7 +501,7 @@ class Decoder:
         _check_range("tokens", _int32([token]), self.network.vocabulary)
         known = [each for each in stops if 0 <= each < self.network.vocabulary]
         ends, out, written = _int32(known), torch.empty(count, dtype=torch.int32), c_int64()
-        with self._lock:
+        with self._alone():
             code = _loaded().edgerazor_decoder_greedy(
                 self._handle,
                 _structures([run]),
@@ -488,7 +528,7 @@ class Decoder:
         if tuple(states.shape) != shape:
             raise ValueError(f"states must be {list(shape)}, not {list(states.shape)}")
         found = states.to(torch.float32, copy=True).contiguous()
-        with self._lock:
+        with self._alone():
             code = _loaded().edgerazor_decoder_layer(
                 self._handle, index, _structures(runs), len(runs), found.data_ptr()
             )
@@ -497,7 +537,7 @@ class Decoder:
 
     def _call(self, name: str, runs: Sequence[Run], *arguments: int) -> None:
         function = getattr(_loaded(), f"edgerazor_decoder_{name}")
-        with self._lock:
+        with self._alone():
             code = function(self._handle, _structures(runs), len(runs), *arguments)
         _done(code)
 
@@ -530,8 +570,9 @@ class Decoder:
             raise ValueError("two runs write to the same cell")
 
 
-def _free(handle: c_void_p, network: Network) -> None:
-    _loaded().edgerazor_decoder_free(handle)
+def _free(handle: c_void_p, network: Network, process: int) -> None:
+    if os.getpid() == process:  # a child would wait for threads that it has not
+        _loaded().edgerazor_decoder_free(handle)
 
 
 def _structures(runs: Sequence[Run]) -> ctypes.Array[_Run]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from typing import Any
 
 import torch
@@ -27,3 +28,8 @@ def _advise(memory: Any, start: int, size: int) -> None:
         memory.madvise(mmap.MADV_HUGEPAGE, start, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
     except OSError:  # a kernel without them
         return
+
+
+def memory_bytes() -> int:
+    """Memory of the machine, in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import functools
+import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,12 +23,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from edgerazor.errors import plain
 from edgerazor.formats import SCALES, SMALLEST, Format, MatrixSpec
 
 #: Rows that lie side by side in memory; blocks of them that are computed side by side.
 ROWS, TILE = 16, 4
 #: Rows or columns of a matrix, and other sizes that the library takes: int32.
 LARGEST = (1 << 31) - 1
+NOT_BUILT = "the native library is not built"
 
 
 class NotFiniteError(ValueError):
@@ -70,25 +73,40 @@ _SIGNATURES = {
 }
 
 
-@cache
 def library() -> ctypes.CDLL | None:
-    """The library, or None where none was built, or not from these sources: calling another one could do anything."""
+    """The library, or None where there is none to use; `missing` says why."""
+    return _opened()[0]
+
+
+def missing() -> str:
+    """Why `library` gives none: what can end a sentence about it."""
+    return _opened()[1] or NOT_BUILT
+
+
+@cache
+def _opened() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or what is wrong: calling a damaged one, or one built from other sources, could do anything."""
     from edgerazor.kernels import build  # which may be the program that runs: no import of the package imports it
 
     path = Path(__file__).with_name(build.LIBRARY)
-    if not path.exists():
-        return None
-    found = ctypes.CDLL(str(path))
+    try:
+        if not path.exists():
+            return None, NOT_BUILT
+        if problem := build.problem(path.read_bytes()):
+            return None, f"the native library {path} {problem}"
+        found = ctypes.CDLL(str(path))
+        fingerprint = build.fingerprint()
+    except OSError as error:
+        return None, f"the native library {path} cannot be loaded ({plain(error)})"
     sources = getattr(found, "edgerazor_sources", None)
-    if sources is None:
-        return None
-    sources.restype, sources.argtypes = c_char_p, []
-    if sources().decode() != build.fingerprint():
-        return None
+    if sources is not None:
+        sources.restype, sources.argtypes = c_char_p, []
+    if sources is None or sources().decode() != fingerprint:
+        return None, "the native library was built from other sources"
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(found, name)
         function.restype, function.argtypes = result, arguments
-    return found
+    return found, ""
 
 
 def loaded() -> ctypes.CDLL:
@@ -99,7 +117,7 @@ def loaded() -> ctypes.CDLL:
     """
     found = library()
     if found is None:
-        raise RuntimeError("the library of kernels is not built: run python -m edgerazor.kernels.build")
+        raise RuntimeError(f"{missing()}: run python -m edgerazor.kernels.build")
     return found
 
 
@@ -418,15 +436,20 @@ def _share_out(work: Sequence[Callable[[], None]], threads: int) -> None:
         for each in waiting:  # the interpreter's lock hands each of them to one thread
             each()
 
-    others = [_pool(threads - 1).submit(help_out) for _ in range(min(threads, len(work)) - 1)]
+    others = []
+    for _ in range(min(threads, len(work)) - 1):
+        try:
+            others.append(_pool(threads - 1, os.getpid()).submit(help_out))
+        except RuntimeError:  # the system has no more threads: those that there are do it
+            break
     help_out()
     for other in others:
         other.result()
 
 
 @cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads that sleep between products, so that they never compete with torch's."""
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """Threads that sleep between products, so that they never compete with torch's; a process has its own."""
     return ThreadPoolExecutor(threads, "edgerazor")
 
 

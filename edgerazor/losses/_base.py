@@ -47,8 +47,9 @@ class Head:
     def logits(self, states: Tensor) -> Tensor:
         """`[n, H]` -> `[n, V]` float32 (float64 for float64 weights), without gradient."""
         weight = self.weight.detach()
-        bias = None if self.bias is None else self.bias.detach().to(weight.dtype)
-        z = torch.nn.functional.linear(states.to(weight.dtype), weight, bias).to(exact(weight.dtype))
+        z = _exact_product(states.to(weight.dtype), weight)
+        if self.bias is not None:
+            z = z.add_(self.bias.detach())
         if self.scale != 1.0:
             z = z.mul_(self.scale)
         return z if self.cap is None else z.div_(self.cap).tanh_().mul_(self.cap)
@@ -58,6 +59,29 @@ class Head:
         if self.cap is not None:
             gradient = gradient.sub_(gradient * (logits / self.cap).square_())
         return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
+
+
+#: Rows of a short head that are widened at a time, where products of short numbers cannot give long ones.
+WIDENED_ROWS = 1 << 14
+
+
+def _exact_product(states: Tensor, weight: Tensor) -> Tensor:
+    """`states [n, H]` times `weight [V, H]` transposed, `[n, V]` float32 (float64 for float64 factors).
+
+    Factors of 16 bits are multiplied as they are and added up in float32, and the sum is never rounded to 16 bits: a
+    logit of 20 in bfloat16 is known to 1/16 only, which alone is a divergence of more than 1e-4 nats.
+    """
+    wide = exact(weight.dtype)
+    if weight.dtype == wide:
+        return states @ weight.T
+    if weight.is_cuda:
+        return torch.mm(states, weight.T, out_dtype=wide)
+    states = states.to(wide)
+    z = states.new_empty(len(states), len(weight))
+    for start in range(0, len(weight), WIDENED_ROWS):
+        part = slice(start, start + WIDENED_ROWS)
+        torch.mm(states, weight[part].T.to(wide), out=z[:, part])
+    return z
 
 
 @dataclass
@@ -95,11 +119,13 @@ class Outputs:
         states: `[B, T, H]`, the final hidden states, which `head` makes logits of; without a head they are the logits
             themselves, `[B, T, V]`. Any floating dtype.
         hidden: layer number -> `[B, T, H]`; 0 is the embedding's output, `l` the output of decoder layer `l`
-            (counted from 1). Only the layers that were asked for are present.
+            (counted from 1), that of the last layer behind the final norm, as `hidden_states` of transformers. Only the
+            layers that were asked for are present.
         head: makes logits, see above.
         attention: layer number, counted from 1 -> what entered its attention, of the layers that were asked for.
-        others: of further teachers. Their probabilities of the next tokens are averaged with this one's (EdgeQAT's
+        others: of further teachers. What they say of the next tokens is averaged with what this one says (EdgeQAT's
             ensemble); hidden states and attention are always the first teacher's alone.
+        averaging: what of them is averaged: their "probabilities", or as EdgeQAT their "logits".
     """
 
     states: Tensor
@@ -107,6 +133,8 @@ class Outputs:
     head: Head | None = None
     attention: dict[int, Attention] = field(default_factory=dict)
     others: tuple[Outputs, ...] = ()
+    averaging: str = "probabilities"
+    _kept: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
 
     @property
     def vocabulary(self) -> int:
@@ -118,16 +146,37 @@ class Outputs:
         """The states `[n, H]` of positions `[n]` int64, counted through all samples."""
         return self.states.detach().flatten(0, 1).index_select(0, positions)
 
+    def keep_logits(self, positions: Tensor, elements: int) -> None:
+        """Compute the logits of positions `[n]` now and keep them, so that a second look at them costs nothing.
+
+        Args:
+            positions: all that will be asked for, ascending.
+            elements: how many numbers may be kept; where there are more, nothing is.
+        """
+        if self._kept is None and 0 < len(positions) * self.vocabulary <= elements:
+            place = torch.empty(self.states.shape[:2].numel(), dtype=torch.int64, device=positions.device)
+            place[positions] = torch.arange(len(positions), device=positions.device)
+            self._kept = place, self.logits(positions)
+
     def logits(self, positions: Tensor) -> Tensor:
         """The logits `[n, V]` of positions `[n]`, a new tensor without gradient.
 
-        With further teachers it is the logarithm of the mean of all teachers' probabilities, one model at a time.
+        With further teachers it is the mean of all teachers' logits, or the logarithm of that of their probabilities,
+        one model at a time.
         """
+        if self._kept is not None:
+            place, logits = self._kept
+            return logits[place[positions]]
         states = self.at(positions)
         logits = states if self.head is None else self.head.logits(states)
         if not self.others:
             return logits
         entries = self.vocabulary
+        if self.averaging == "logits":
+            mean = logits[:, :entries].to(exact(logits.dtype)).clone()
+            for other in self.others:
+                mean += other.logits(positions)[:, :entries]
+            return mean.div_(1 + len(self.others))
         total = log_probabilities(logits, entries)
         for other in self.others:
             total = torch.logaddexp(total, log_probabilities(other.logits(positions), entries))
@@ -181,6 +230,14 @@ class Loss(ABC):
     def hidden_layers(self) -> tuple[int, ...]:
         """Layers whose hidden states it needs of student and teacher, ascending (see `Outputs.hidden`)."""
         return ()
+
+    def compared_layers(self, totals: StepTotals) -> tuple[int, ...]:
+        """Those of them that it still needs when the step's statistics are known."""
+        return self.hidden_layers()
+
+    def looks_twice(self) -> bool:
+        """Whether `teacher_statistics` looks at the teacher's next-token distributions, before `__call__` does."""
+        return False
 
     def teacher_statistics(self, teacher: Outputs, labels: Tensor) -> dict[str, Tensor]:
         """Sums over the samples of a micro-batch, from the teacher alone.

@@ -19,22 +19,24 @@ from torch import Tensor
 from edgerazor.losses._rows import Rows
 
 
-def mixed_kl(rows: Rows, gamma: float | Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def mixed_kl(
+    rows: Rows, gamma: float | Tensor, temperature: float = 1.0, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """`T² Σ_i w_i [γ_i·KL(p_S ‖ p_T) + (1 - γ_i)·KL(p_T ‖ p_S)]` over positions `i`, and its gradient.
 
     Source: the two terms of EdgeRazor's logits distillation (arXiv 2605.04062); γ = 0 is forward, γ = 1 reverse KL.
 
     Args:
-        rows: the positions; `w` are their `samples` weights. Where the vocabularies differ, the entries both share
-            count.
+        rows: the positions. Where the vocabularies differ, the entries both share count.
         gamma: share of reverse KL, from 0 to 1, one for all or `[n]`.
         temperature: `T` > 0.
+        weights: `w`, `[n]`; `rows.samples` when absent.
 
     Returns:
         scalar, and the gradient with respect to the student's logits `[n, entries]`.
     """
     (log_s, log_t), (p_s, p_t) = rows.log_both(temperature), rows.p_both(temperature)  # [n, entries]
-    weight = rows.samples[:, None]  # [n, 1]
+    weight = (rows.samples if weights is None else weights)[:, None]  # [n, 1]
     share = gamma[:, None] if isinstance(gamma, Tensor) else gamma
     d = log_s - log_t
     forward = -torch.linalg.vecdot(p_t, d)[:, None]  # [n, 1]

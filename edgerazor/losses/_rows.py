@@ -42,6 +42,7 @@ class Rows:
         targets: int64 `[n]`, the tokens to predict.
         samples: `[n]`, weights that turn a sum over positions into a mean per sample, then over the step's samples.
         tokens: the factor that turns a sum over positions into the mean over the step's tokens.
+        batch: the one that makes of it the sum over a sample's positions, then the mean over the step's samples.
     """
 
     student: Tensor | None
@@ -49,6 +50,7 @@ class Rows:
     targets: Tensor
     samples: Tensor
     tokens: float
+    batch: float
     _kept: dict[tuple[str, int, float], Tensor] = field(default_factory=dict)
 
     def log_student(self, temperature: float = 1.0) -> Tensor:
@@ -118,10 +120,14 @@ class RowLoss(Loss):
         """What some positions add to `teacher_statistics`; here `rows.samples` gives the mean of one sample."""
         return {}
 
+    def looks_twice(self) -> bool:
+        """Whether `teacher_rows` has anything to add."""
+        return type(self).teacher_rows is not RowLoss.teacher_rows
+
     def teacher_statistics(self, teacher: Outputs, labels: Tensor) -> dict[str, Tensor]:
         """Sums over the samples of a micro-batch (see `Loss`)."""
         sums: dict[str, Tensor] = {}
-        if type(self).teacher_rows is RowLoss.teacher_rows:
+        if not self.looks_twice():
             return sums
         for chunk in chunks(None, teacher, labels, StepTotals(1, 1)):
             for _, rows in chunk.blocks():
@@ -151,7 +157,7 @@ class Chunk:
         for start in range(0, len(logits), height):
             part = slice(start, start + height)
             student, teacher = (None if each is None else each[part] for each in (whole.student, whole.teacher))
-            yield part, Rows(student, teacher, whole.targets[part], whole.samples[part], whole.tokens)
+            yield part, Rows(student, teacher, whole.targets[part], whole.samples[part], whole.tokens, whole.batch)
 
 
 def chunks(student: Outputs | None, teacher: Outputs | None, labels: Tensor, totals: StepTotals) -> Iterator[Chunk]:
@@ -177,7 +183,8 @@ def chunks(student: Outputs | None, teacher: Outputs | None, labels: Tensor, tot
     targets, samples = labels.roll(-1, 1).flatten(), sample_weights(labels, totals.samples, dtype).flatten()
     for chosen in positions.split(max(1, CHUNK_ELEMENTS // models[0].vocabulary)):
         ours, theirs = (None if each is None else each.logits(chosen).to(dtype) for each in (student, teacher))
-        yield Chunk(chosen, Rows(ours, theirs, targets[chosen], samples[chosen], 1 / max(totals.tokens, 1)))
+        factors = 1 / max(totals.tokens, 1), 1 / max(totals.samples, 1)
+        yield Chunk(chosen, Rows(ours, theirs, targets[chosen], samples[chosen], *factors))
 
 
 def row_losses(

@@ -49,7 +49,11 @@ class EntropyAwareKL(RowLoss):
 
     def teacher_rows(self, rows: Rows) -> dict[str, Tensor]:
         """Weighted sum of the entropies, in nats."""
-        return {} if self.gate == "token" else {ENTROPY: (rows.samples * entropy(rows.log_teacher())).sum()}
+        return {ENTROPY: (rows.samples * entropy(rows.log_teacher())).sum()}
+
+    def looks_twice(self) -> bool:
+        """See `RowLoss`; a gate of each token asks for nothing beforehand."""
+        return self.gate == "batch"
 
     def rows(self, rows: Rows, statistics: Mapping[str, float]) -> tuple[Tensor, Tensor]:
         """See `RowLoss`; the gate of the batch needs `teacher_entropy` in the step's statistics."""

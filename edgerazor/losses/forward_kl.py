@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
+from edgerazor.errors import usage_error
 from edgerazor.losses._base import positive
 from edgerazor.losses._kl import mixed_kl
 from edgerazor.losses._rows import RowLoss, Rows
@@ -16,14 +18,20 @@ class ForwardKL(RowLoss):
 
     Args:
         temperature: `T` > 0; both distributions are softened by it.
+        reduction: over the positions of a sample, "mean", or "sum" as EdgeQAT has it (`batchmean` of PyTorch; arXiv
+            2402.10787, its code). A sum weighs as many times more against other losses as a sample has positions.
     """
 
-    def __init__(self, temperature: float = 1.0) -> None:
+    def __init__(self, temperature: float = 1.0, reduction: str = "mean") -> None:
         self.temperature = positive("temperature", temperature)
+        if reduction not in ("mean", "sum"):
+            raise usage_error(f"The loss option reduction is {reduction!r}; it must be 'mean' or 'sum'.")
+        self.reduction = reduction
 
     def rows(self, rows: Rows, statistics: Mapping[str, float]) -> tuple[Tensor, Tensor]:
         """See `RowLoss`."""
-        return mixed_kl(rows, 0.0, self.temperature)
+        weights = torch.full_like(rows.samples, rows.batch) if self.reduction == "sum" else None
+        return mixed_kl(rows, 0.0, self.temperature, weights)
 
 
 LOSS = ForwardKL

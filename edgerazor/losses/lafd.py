@@ -5,6 +5,9 @@ lowest cosine similarity with their input, do the most work and lose the most wh
 There the student's hidden states are pulled to the teacher's by mean squared error. Which layers these are is
 measured once, by `calibrate`, or anew in each optimizer step, as published. Source: EdgeRazor, arXiv 2605.04062.
 
+A hidden state is what transformers returns as such: what leaves a layer, but behind the final norm for the last one.
+There the norm has made its features comparable, and what is matched is what the head sees.
+
 Its code can also rank layers by the largest norm of their hidden states or by the largest variance, or take fixed ones.
 """
 
@@ -102,6 +105,10 @@ class LayerAdaptiveFeatureDistillation(Loss):
             found = measure(self.metric, state.detach(), previous.detach(), mask)  # [B, T]
             sums[self._statistic(layer)] = (found * sample_weights(labels, 1, found.dtype)).sum()
         return sums
+
+    def compared_layers(self, totals: StepTotals) -> tuple[int, ...]:
+        """See `Loss`."""
+        return self.chosen(totals)
 
     def chosen(self, totals: StepTotals) -> tuple[int, ...]:
         """The layers that this step matches."""

@@ -17,14 +17,17 @@ from edgerazor.models.attention import (
     use_attention,
 )
 from edgerazor.models.blocks import Blocks
+from edgerazor.models.cache import cache_name, with_cache
 from edgerazor.models.hidden import capture_hidden, final_states, logit_shape
 from edgerazor.models.loading import (
+    auto_config,
     caps_attention,
     complete_config,
     completed,
     copy_companions,
     describe_source,
     fingerprint,
+    generation_config,
     gguf_tokenizer,
     initialise,
     load,
@@ -33,6 +36,7 @@ from edgerazor.models.loading import (
     quiet_transformers,
     resolve,
     skeleton,
+    stored_shapes,
 )
 from edgerazor.models.structure import Site, Structure, embedding_scale, find_head, structure
 from edgerazor.models.walking import Observer, Walk, drop_pages
@@ -47,6 +51,8 @@ __all__ = [
     "Walk",
     "attend",
     "attention_base",
+    "auto_config",
+    "cache_name",
     "caps_attention",
     "capture_attention",
     "capture_hidden",
@@ -61,6 +67,7 @@ __all__ = [
     "final_states",
     "find_head",
     "fingerprint",
+    "generation_config",
     "gguf_tokenizer",
     "initialise",
     "load",
@@ -72,6 +79,8 @@ __all__ = [
     "register_attention",
     "resolve",
     "skeleton",
+    "stored_shapes",
     "structure",
     "use_attention",
+    "with_cache",
 ]

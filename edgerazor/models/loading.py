@@ -5,19 +5,30 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
-from edgerazor.errors import UserError, usage_error
+from edgerazor import untrusted
+from edgerazor.errors import UserError, plain, usage_error
+from edgerazor.models.walking import drop_pages
+from edgerazor.untrusted import links, vocabulary, weights
+from edgerazor.untrusted.tokenizer import open_tokenizer
 from edgerazor.workdir import digest_json, hash_file
 
 #: Files that make up a model: what is fetched from the hub, and what identifies a teacher.
 FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
-INDEX = "model.safetensors.index.json"
 #: Files beside config.json and weights that make a folder usable on its own: tokenizer, chat template, generation.
 COMPANIONS = (
     "tokenizer*",
@@ -75,11 +86,33 @@ def _snapshot(source: str, revision: str | None) -> Path:
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """Copy tokenizer, chat template and generation settings from one model folder into another."""
-    for pattern in COMPANIONS:
-        for file in sorted(source.glob(pattern)):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
+    """Copy tokenizer, chat template and generation settings from one model folder into another.
+
+    Fields that name Python code stay behind: it is not copied, and no packed model may ask for any.
+
+    Raises:
+        UserError: one of them is a link that leaves the folder, or a file that may have such fields cannot be read.
+    """
+    for file in _companions(source):
+        if not file.is_file():
+            continue
+        values = untrusted.read_json(file, None) if file.name in untrusted.CODE_FILES else None
+        if any(untrusted.code_fields(values)):
+            text = json.dumps(untrusted.without_code(values), indent=2, ensure_ascii=False) + "\n"
+            (folder / file.name).write_text(text, encoding="utf-8")
+        else:
+            shutil.copyfile(file, folder / file.name)
+
+
+def _companions(folder: Path) -> list[Path]:
+    """Tokenizer, chat template and generation settings of a model folder.
+
+    Raises:
+        UserError: one of them is a link that leaves the folder.
+    """
+    found = sorted({file for pattern in COMPANIONS for file in folder.glob(pattern)})
+    links.refuse_leaving(folder, found)
+    return found
 
 
 def fingerprint(folder: Path) -> str:
@@ -103,15 +136,10 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     Raises:
         UserError: unreadable, unknown architecture, already quantized, or not a causal language model.
     """
-    try:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be read: {error}.") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{folder / 'config.json'} is not a model configuration.")
+    raw = untrusted.read_json(folder / "config.json", hint="Download the model again.")
     if raw.get("quantization_config"):
         settings = raw["quantization_config"]
-        method = settings.get("quant_method", "some method") if isinstance(settings, dict) else "some method"
+        method = plain(settings.get("quant_method", "some method"), 50) if isinstance(settings, dict) else "some method"
         raise UserError(
             f"{folder} is already quantized ({method}); a 16- or 32-bit checkpoint is needed.",
             "Give the original model. To measure a packed model, use `edgerazor eval FOLDER --tasks arc`.",
@@ -120,19 +148,44 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
         raise UserError(
             f"{folder} is an encoder-decoder model; only decoder-only causal language models are supported."
         )
-    if "auto_map" in raw and not trust_remote_code:
-        raise UserError(
-            f"{folder} needs Python code of its own (auto_map), which is not run unless you ask.",
-            "If you trust it, add --trust-remote-code.",
-        )
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise UserError(f"transformers cannot read the configuration of {folder}: {_first_line(error)}.") from None
+    if not trust_remote_code:
+        untrusted.refuse_code(folder, "If you trust it, add --trust-remote-code.")
+    untrusted.check_configuration(folder / "config.json", raw)
+    untrusted.check_shapes(folder / "config.json", raw, stored_shapes(folder))
+    config = auto_config(folder, trust_remote_code)
     if not _is_causal(config, raw, trust_remote_code):
         what = ", ".join(raw.get("architectures") or [type(config).__name__])
         raise UserError(f"{folder} ({what}) is not a causal language model, so there is nothing to distil.")
     return config
+
+
+def auto_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The configuration of a model folder, whatever it is of. Without trust no code of the folder is run or offered.
+
+    Raises:
+        UserError: transformers cannot read it.
+    """
+    untrusted.read_configuration(folder)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise UserError(f"transformers cannot read the configuration of {folder}: {_first_line(error)}.") from None
+
+
+def generation_config(folder: Path) -> GenerationConfig | None:
+    """What a model folder says of generation; None where it does not.
+
+    Raises:
+        UserError: transformers cannot read it.
+    """
+    path = folder / GENERATION_CONFIG_NAME
+    if not path.exists():
+        return None
+    untrusted.check_configuration(path, untrusted.read_json(path, hint="Copy the model again."))
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except Exception as error:
+        raise UserError(f"transformers cannot read {path}: {_first_line(error)}.") from None
 
 
 def complete_config(folder: Path) -> dict[str, Any]:
@@ -141,11 +194,17 @@ def complete_config(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read.
     """
-    try:
-        found: dict[str, Any] = AutoConfig.from_pretrained(folder).to_dict()
-    except Exception as error:
-        raise UserError(f"transformers cannot read the configuration of {folder}: {_first_line(error)}.") from None
+    found: dict[str, Any] = auto_config(folder).to_dict()
     return found
+
+
+def stored_shapes(folder: Path) -> list[tuple[int, ...]]:
+    """Shapes of all tensors in the weight files of a folder; none where a file is missing or damaged."""
+    try:
+        files = weights.opened_files(weights.weight_files(folder)).values()
+    except UserError:
+        return []
+    return [tuple(file.get_slice(name).get_shape()) for file in files for name in file.keys()]  # noqa: SIM118
 
 
 def _is_causal(config: Any, raw: dict, trust_remote_code: bool) -> bool:
@@ -170,8 +229,9 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
             f"{folder} has no tokenizer (tokenizer.json or tokenizer.model).",
             "Copy the tokenizer files of the original model into the folder.",
         )
+    _companions(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return open_tokenizer(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise UserError(f"transformers cannot load the tokenizer of {folder}: {_first_line(error)}.") from None
 
@@ -198,7 +258,8 @@ def load(
     folder = resolve(str(source), revision)
     config = load_config(folder, trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code)
-    _check_weight_files(folder)
+    stored = weights.holders(folder)
+    weights.refuse_encoded(folder, stored)
     with quiet_transformers():
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -213,9 +274,11 @@ def load(
             )
         except Exception as error:
             raise UserError(f"The weights of {folder} cannot be loaded: {_first_line(error)}.") from None
-    _restore_tied_embedding(model, report, folder)
+    _restore_tied_embedding(model, report, stored)
     _refuse_incomplete(report, folder)
-    _complete_tokenizer(tokenizer)
+    weights.refuse_not_finite(folder, _mapped(model))
+    _say_untied(model)
+    vocabulary.limit(tokenizer, model.get_input_embeddings().num_embeddings)
     return model.to(device).eval(), tokenizer
 
 
@@ -253,6 +316,7 @@ def completed(values: dict[str, Any]) -> dict[str, Any]:
         UserError: transformers knows no such configuration.
     """
     given = {name: value for name, value in values.items() if name != "model_type"}
+    untrusted.check_configuration(Path("config.json"), values)
     try:
         found: dict[str, Any] = AutoConfig.for_model(str(values.get("model_type")), **given).to_dict()
     except Exception as error:
@@ -281,43 +345,12 @@ def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
         UserError: it cannot.
     """
     try:
-        return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        return open_tokenizer(file.parent, gguf_file=file.name, trust_remote_code=False)
     except Exception as error:
         raise UserError(
             f"transformers cannot make a tokenizer of the metadata of {file}: {_first_line(error)}.",
             "Put tokenizer.json and tokenizer_config.json of the original model beside the file.",
         ) from None
-
-
-def _check_weight_files(folder: Path) -> None:
-    """Say which file is missing or damaged; transformers would not."""
-    from safetensors import SafetensorError, safe_open
-
-    files = {file.name for file in folder.glob("*.safetensors")}
-    if not files:
-        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
-        reason = "; pickled weights (.bin) are not read, because loading them runs code" if pickled else ""
-        raise UserError(
-            f"{folder} holds no safetensors weights{reason}.",
-            "Convert them once: AutoModelForCausalLM.from_pretrained(...).save_pretrained(FOLDER)."
-            if pickled
-            else "Download the model again, with its *.safetensors files.",
-        )
-    if (folder / INDEX).exists():
-        try:
-            shards = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{folder / INDEX} is damaged.", "Download the model again.") from None
-        for name in sorted(shards - files):
-            raise UserError(f"{folder} lacks the weight file {name}, which its index names.", "Download it again.")
-    for name in sorted(files):
-        try:
-            with safe_open(folder / name, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"The weight file {folder / name} is damaged: {_first_line(error)}.", "Download the model again."
-            ) from None
 
 
 def _refuse_incomplete(report: dict, folder: Path) -> None:
@@ -332,7 +365,7 @@ def _refuse_incomplete(report: dict, folder: Path) -> None:
         raise UserError(f"The weights of {folder} lack the tensor {missing[0]}{more}.")
 
 
-def _restore_tied_embedding(model: PreTrainedModel, report: dict, folder: Path) -> None:
+def _restore_tied_embedding(model: PreTrainedModel, report: dict, tensors: Mapping[str, Any]) -> None:
     """Some checkpoints of tied models store only `lm_head.weight`; give it to the embedding."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not model.config.get_text_config().tie_word_embeddings or head is None:
@@ -342,9 +375,10 @@ def _restore_tied_embedding(model: PreTrainedModel, report: dict, folder: Path) 
     missing, unexpected = set(report.get("missing_keys") or ()), set(report.get("unexpected_keys") or ())
     if embedding_name not in missing and head_name not in missing:
         return
-    stored = _find_stored(folder, {embedding_name, head_name})
-    if stored is None:
+    found = next((name for name in (embedding_name, head_name) if name in tensors), None)
+    if found is None:
         return
+    stored = tensors[found].get_tensor(found)
     with torch.no_grad():
         embedding.weight.copy_(stored.to(embedding.weight.dtype))
     head.weight = embedding.weight
@@ -352,20 +386,23 @@ def _restore_tied_embedding(model: PreTrainedModel, report: dict, folder: Path) 
     report["unexpected_keys"] = unexpected - {head_name}
 
 
-def _find_stored(folder: Path, names: set[str]) -> torch.Tensor | None:
-    from safetensors import safe_open
-
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in names & set(tensors.keys()):
-                return tensors.get_tensor(name)
-    return None
+def _mapped(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor of each parameter and stored buffer; what is mapped from its file leaves the memory again."""
+    for name, tensor in model.state_dict().items():
+        yield name, tensor
+        drop_pages(tensor)
 
 
-def _complete_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Batches need a padding token; one that the model has is as good as any, since padding is masked."""
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+def _say_untied(model: PreTrainedModel) -> None:
+    """Let the configuration say so where head and embedding are stored apart with different numbers, in place.
+
+    transformers then ties neither to the other, whatever the configuration says; other programs obey it.
+    """
+    head = model.get_output_embeddings()
+    if head is None or head.weight is model.get_input_embeddings().weight:
+        return
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
 
 
 class quiet_transformers:  # noqa: N801 - used as a context manager, like those of contextlib
@@ -386,4 +423,5 @@ def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines or isinstance(error, KeyError):
         lines.insert(0, type(error).__name__)
-    return " ".join(lines[: 2 if lines[0].endswith(":") or isinstance(error, KeyError) else 1]).rstrip(".:")
+    said = " ".join(lines[: 2 if lines[0].endswith(":") or isinstance(error, KeyError) else 1])
+    return plain(said).rstrip(".:")

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from edgerazor import untrusted
 from edgerazor.errors import UserError, plain
 
 WEIGHTS_FILE = "model.safetensors"
@@ -178,37 +179,6 @@ def damaged(path: Path, reason: str) -> UserError:
     return UserError(f"{path} is damaged or no packed model: {reason}.", "Make it again with `edgerazor pack`.")
 
 
-def parse_json(text: bytes | str) -> Any:
-    """What JSON in UTF-8 says, where it says it once: readers differ in what they make of a name that is there twice.
-
-    Raises:
-        ValueError: it is something else; the reason.
-    """
-    try:
-        return json.loads(
-            text if isinstance(text, str) else text.decode(),
-            object_pairs_hook=_unique,
-            parse_constant=_finite,
-            parse_float=_finite,
-        )
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"it has {next(name for name in names if names.count(name) > 1)!r} twice")
-    return found
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(number := float(text)):
-        raise ValueError(f"it has the number {text}")
-    return number
-
-
 def open_folder(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Open all weight files of a folder.
 
@@ -240,10 +210,8 @@ def _read_index(folder: Path) -> dict[str, str] | None:
         return None
     if not path.is_file():
         raise UserError(f"There is no packed model in {folder}: {WEIGHTS_FILE} is missing.", "Run `edgerazor pack`.")
-    if path.stat().st_size > MOST_JSON:
-        raise damaged(path, f"it is larger than {MOST_JSON} bytes")
     try:
-        weight_map = parse_json(path.read_bytes())["weight_map"]
+        weight_map = untrusted.load_json(path, unambiguous=True, most_bytes=MOST_JSON)["weight_map"]
         entries = {str(name): str(file) for name, file in weight_map.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         raise damaged(path, "it is not an index of safetensors files") from None
@@ -272,4 +240,4 @@ def _check_beginning(path: Path) -> None:
         length = int.from_bytes(file.read(8), "little")
         if length > MOST_JSON:
             raise ValueError(f"its header would have {length} bytes")
-        parse_json(file.read(length))
+        untrusted.parse_json(file.read(length), unambiguous=True)

@@ -15,9 +15,9 @@ import torch
 from pydantic import Field, ValidationError
 from torch import Tensor
 
-from edgerazor import formats
+from edgerazor import formats, untrusted
 from edgerazor.errors import UserError
-from edgerazor.packed._container import damaged, parse_json, sha256
+from edgerazor.packed._container import damaged, sha256
 from edgerazor.packed._header import (
     SHA256_BYTES,
     VERSION,
@@ -161,12 +161,14 @@ def _read_description(path: Path, about: Mapping[str, str]) -> Description:
     if text is None:
         raise damaged(path, f"it has no {HEADER_KEY} header")
     try:
-        raw = parse_json(text)
+        raw = untrusted.parse_json(text, unambiguous=True)
     except ValueError as error:
         raise damaged(path, f"its header is not JSON ({error})") from None
     version = raw.get("version") if isinstance(raw, dict) else None
     if sha256([memoryview(text.encode())]) != about.get(HEADER_SUM_KEY):
         raise damaged(path, "its header does not have the recorded checksum")
+    if type(version) not in (int, type(None)):
+        raise damaged(path, f"its version is {version!r}, which is no whole number")
     if isinstance(version, int) and version != VERSION:
         raise UserError(
             f"{path} has version {version} of the packed format, but this program reads version {VERSION}.",

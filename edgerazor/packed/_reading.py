@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgerazor import formats
+from edgerazor import formats, untrusted, workdir
 from edgerazor.errors import UserError
 from edgerazor.formats import INPUT_SCALE, LOW_INPUT_SCALE, SCALES, Encoded, MatrixSpec
 from edgerazor.packed._compression import decompress
@@ -34,6 +34,10 @@ from edgerazor.packed._header import (
 )
 from edgerazor.packed._threads import in_parallel
 from edgerazor.packed._writing import MatrixSource
+from edgerazor.untrusted import weights
+
+#: What to do about a packed folder that names code.
+NO_CODE = "No packed model needs any: pack the original again, and do not trust who made this one."
 
 #: Bytes that are hashed and copied while they are in a core's cache.
 COPIED = 1 << 18
@@ -75,10 +79,17 @@ class PackedModel:
     def open(cls, folder: Path) -> PackedModel:
         """Open a packed folder, checking everything but the bytes of the tensors.
 
+        Where another process is replacing it, that is the old one or the new one.
+
         Raises:
             UserError: a file is missing, cut off or no safetensors file, or what it holds is not a packed model of
-                this version or contradicts its header.
+                this version or contradicts its header; or a file beside the weights names Python code.
         """
+        return workdir.read_whole(folder, cls._open)
+
+    @classmethod
+    def _open(cls, folder: Path) -> PackedModel:
+        untrusted.refuse_code(folder, NO_CODE)
         files, where = open_folder(folder)
         first, opened = next(iter(files.items()))
         about = opened.metadata() or {}
@@ -199,9 +210,11 @@ class PackedModel:
         """Read all tensors that are not quantized, checking their checksums.
 
         Raises:
-            UserError: one of them is damaged.
+            UserError: one of them is damaged, or holds a NaN or an infinity.
         """
-        return {name: self._tensor(name, entry.sha256) for name, entry in self.header.others.items()}
+        found = {name: self._tensor(name, entry.sha256) for name, entry in self.header.others.items()}
+        weights.refuse_not_finite(self.folder, found.items())
+        return found
 
     def input_scales(self) -> dict[str, float]:
         """`P.input_scale` and `P.low_input_scale` of the linear layers P where they are stored.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import functools
 import math
 import os
@@ -16,11 +15,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from edgerazor import formats, workdir
-from edgerazor.errors import UserError
 from edgerazor.formats import SCALES, Encoded, MatrixSpec
 from edgerazor.packed._compression import compress as compressed
 from edgerazor.packed._compression import largest_frame
-from edgerazor.packed._container import SHARD_BYTES, File, TensorSpec, arrange, cut, sha256, tensor_spec
+from edgerazor.packed._container import SHARD_BYTES, WEIGHTS_FILE, File, TensorSpec, arrange, cut, sha256, tensor_spec
 from edgerazor.packed._description import checksums, header_metadata
 from edgerazor.packed._growing import GrowingFiles, Turns
 from edgerazor.packed._header import (
@@ -324,7 +322,7 @@ def _opened(folder: Path, files: Sequence[File]) -> Iterator[_Places]:
     temporary = {file.name: folder / f".{file.name}.tmp" for file in files}
     descriptors: dict[str, int] = {}
     named: list[Path] = []
-    with _alone(folder):
+    with workdir.alone(folder / WEIGHTS_FILE):
         try:
             for file in files:
                 descriptors[file.name] = os.open(temporary[file.name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
@@ -345,23 +343,6 @@ def _opened(folder: Path, files: Sequence[File]) -> Iterator[_Places]:
         finally:
             for descriptor in descriptors.values():
                 os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Write into a folder as the only process."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(f"Another process is writing a packed model into {folder}.", "Wait for it.") from None
-    except OSError:  # file systems that cannot lock a folder
-        pass
-    try:
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _reserve(descriptor: int, size: int) -> None:

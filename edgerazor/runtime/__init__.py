@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from edgerazor import integration
-from edgerazor.errors import usage_error
+from edgerazor.errors import MOST_THREADS, plain, usage_error
 from edgerazor.runtime._base import Model, Score, Session
 from edgerazor.runtime._families import NotNativeError
 from edgerazor.runtime._generation import Chat, Generation, Stream
@@ -45,7 +45,9 @@ def load(
         folder: what `edgerazor pack` wrote.
         threads: to compute with; None for as many as torch has.
         mmap: read weights in place, from the mapped file, for machines with little memory; else they are copied once
-            into memory with huge pages, which is faster.
+            into memory with huge pages, which is faster, and the native engine reads nothing of the file any more. A
+            mapped file must stay as it is: where another program cuts it, the system ends the process (SIGBUS).
+            Replacing it by renaming another one is safe. The transformers engine always maps, as does a teacher.
         engine: one of `ENGINES`; None for `native` where it can.
 
     Raises:
@@ -53,9 +55,9 @@ def load(
     """
     if engine is not None and engine not in ENGINES:
         raise usage_error(f"There is no engine called {engine!r}.", f"Known: {', '.join(ENGINES)}.")
-    threads = torch.get_num_threads() if threads is None else threads
-    if threads < 1:
-        raise usage_error(f"A model runs on at least 1 thread, not {threads}.")
+    threads = min(torch.get_num_threads(), MOST_THREADS) if threads is None else threads
+    if type(threads) is not int or not 1 <= threads <= MOST_THREADS:
+        raise usage_error(f"A model runs on 1 to {MOST_THREADS} threads, not {plain(threads, 50)}.")
     folder = Path(folder)
     if engine == "transformers":
         return TransformersModel(folder, threads, None)

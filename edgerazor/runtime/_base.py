@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers import GenerationConfig, PreTrainedConfig
 
-from edgerazor.errors import usage_error
+from edgerazor import models
+from edgerazor.errors import UserError, plain, usage_error
 from edgerazor.models import PreTrainedTokenizerBase
 from edgerazor.runtime import _generation
 from edgerazor.runtime._generation import Chat, Generation, Prompt, Stream
@@ -82,14 +84,13 @@ class Model(ABC):
     @functools.cached_property
     def config(self) -> PreTrainedConfig:
         """The folder's configuration."""
-        return AutoConfig.from_pretrained(self.folder)
+        found: PreTrainedConfig = models.auto_config(self.folder)
+        return found
 
     @functools.cached_property
     def generation_config(self) -> GenerationConfig:
         """What ends a text, and other defaults of transformers' `generate`."""
-        if (self.folder / GENERATION_CONFIG_NAME).exists():
-            return GenerationConfig.from_pretrained(self.folder)
-        return GenerationConfig.from_model_config(self.config)
+        return models.generation_config(self.folder) or GenerationConfig.from_model_config(self.config)
 
     @abstractmethod
     def session(self) -> Session:
@@ -105,12 +106,12 @@ class Model(ABC):
         Raises:
             UserError: there is no token, or no such token, or there are more than `max_positions`.
         """
-        tokens = torch.as_tensor(ids, dtype=torch.int64)
+        tokens = as_tensor(ids)
         if tokens.dim() not in (1, 2) or tokens.numel() == 0:
             raise usage_error(f"Tokens have the shape [T] or [B, T], each at least 1, not {list(tokens.shape)}.")
         self.check(tokens)
         count = tokens.shape[-1] if last is None else last
-        if not 1 <= count <= tokens.shape[-1]:
+        if type(count) is not int or not 1 <= count <= tokens.shape[-1]:
             raise usage_error(f"There are no logits of the last {last} of {tokens.shape[-1]} tokens.")
         found = self._logits(tokens.reshape(-1, tokens.shape[-1]), count)
         return found.reshape(*tokens.shape[:-1], count, self.vocabulary)
@@ -147,7 +148,7 @@ class Model(ABC):
         for tokens, count in zip(asked.continuations, asked.counts, strict=True):
             self.check(tokens[-1:])
             self.check(tokens[:-1], len(asked.prefix))
-            if not 1 <= count <= len(tokens):
+            if type(count) is not int or not 1 <= count <= len(tokens):
                 raise usage_error(f"There are no last {count} of the {len(tokens)} tokens of a continuation.")
 
     def generate(self, prompt: Prompt, seed: int = 0, **options: Any) -> Generation:
@@ -182,7 +183,7 @@ class Model(ABC):
         Raises:
             UserError: they are not.
         """
-        found = torch.as_tensor(tokens, dtype=torch.int64)
+        found = as_tensor(tokens)
         if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < self.vocabulary:
             wrong = next(each for each in found.flatten().tolist() if not 0 <= each < self.vocabulary)
             raise usage_error(f"There is no token {wrong}: the model knows {self.vocabulary}.")
@@ -234,6 +235,9 @@ class Session(ABC):
         self.ids += tokens
         self._computed = self.position
         self._best = int(logits.numpy().argmax())  # NumPy's: torch's threads would spin beside the native ones
+        if not math.isfinite(logits[self._best]):  # it is the first that is none, where there is one
+            self._best = None
+            raise UserError(f"{self.model.folder} computes logits that are not finite.", "Pack the model again.")
         return logits
 
     def greedy(self, count: int, stops: Collection[int] = ()) -> list[int]:
@@ -249,6 +253,8 @@ class Session(ABC):
         Raises:
             UserError: there is nothing to continue.
         """
+        if type(count) is not int or count < 0:
+            raise usage_error(f"A number of tokens is a whole one, at least 0, not {plain(count, 50)}.")
         if not self.ids:
             raise usage_error("There is nothing to continue: feed at least one token first.")
         start = self.position
@@ -267,7 +273,7 @@ class Session(ABC):
         Raises:
             UserError: the sequence has not come that far.
         """
-        if not 0 <= position <= self.position:
+        if type(position) is not int or not 0 <= position <= self.position:
             raise usage_error(f"A sequence of {self.position} tokens cannot go back to {position}.")
         if position < self.position:
             del self.ids[position:]
@@ -289,16 +295,46 @@ class Session(ABC):
         return [int(self._compute(start, tokens).argmax())]
 
 
+def as_tensor(ids: Any) -> Tensor:
+    """Tokens as int64, of the shape that they have.
+
+    Raises:
+        UserError: one of them is no whole number, or too large for one; or rows differ in length.
+    """
+    wrong = usage_error("Tokens are whole numbers, [T] or [B, T].")
+    if isinstance(ids, Tensor):
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise wrong
+        return ids.to(torch.int64)
+    if isinstance(ids, np.ndarray):
+        return as_tensor(torch.from_numpy(ids))
+    try:
+        rows = list(ids)
+        nested = bool(rows) and not isinstance(rows[0], int)
+        rows = [each.tolist() if isinstance(each, Tensor) else list(each) for each in rows] if nested else [rows]
+    except TypeError:
+        raise wrong from None
+    flat = list(itertools.chain.from_iterable(rows))
+    if not all(type(each) is int for each in flat) or len({len(row) for row in rows}) > 1:
+        raise wrong
+    for each in flat:
+        if each.bit_length() > 63:
+            raise usage_error(f"There is no token {plain(each, 50)}.")
+    found = torch.tensor(flat, dtype=torch.int64)
+    return found.reshape(len(rows), -1) if nested and flat else found
+
+
 def as_list(ids: Ids) -> list[int]:
     """Plain numbers.
 
     Raises:
         UserError: they are not tokens of one sequence.
     """
-    found = ids.tolist() if isinstance(ids, Tensor) else list(ids)
-    if not isinstance(found, list) or not all(type(each) is int for each in found):
+    found = as_tensor(ids)
+    if found.dim() != 1:
         raise usage_error("Tokens of a sequence are whole numbers, [T].")
-    return found
+    tokens: list[int] = found.tolist()
+    return tokens
 
 
 # Scores of whole sequences ------------------------------------------------------------------------------------------

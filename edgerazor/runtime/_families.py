@@ -169,8 +169,7 @@ def family_of(config: Any, packed: PackedModel) -> Family:
 
 def _check_kernels() -> None:
     if native.library() is None:
-        build = "Build it (again) with `python -m edgerazor.kernels.build`; that needs a C++ compiler."
-        raise NotNativeError("the native library is not built", build)
+        raise NotNativeError(native.missing(), kernels.BUILD)
     if not kernels.is_native():
         raise NotNativeError(f"{kernels.VARIABLE} asks for the kernels {kernels.name()}")
 
@@ -284,9 +283,8 @@ class _Pieces:
         found = self.others[name]
         if tuple(found.shape) != (size,) or not found.is_floating_point():
             raise _misfit(self.packed, name)
-        found = found.to(torch.float32).contiguous()
-        # In a file that another program has rewritten, numbers may begin anywhere.
-        return found.clone() if found.data_ptr() % found.itemsize else found
+        # A copy: the file may change later, and where another program has rewritten it, numbers begin anywhere.
+        return found.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
 def _misfit(packed: PackedModel, name: str) -> UserError:

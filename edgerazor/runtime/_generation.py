@@ -7,20 +7,20 @@ many as fit into the time between two pictures of a terminal.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from edgerazor import data, recipe
+from edgerazor import data, recipe, untrusted
 from edgerazor.data import Conversation
-from edgerazor.errors import UserError, plain, usage_error
+from edgerazor.errors import UserError, usage_error
 from edgerazor.models import PreTrainedTokenizerBase
 from edgerazor.recipe import Generate
 from edgerazor.runtime._sampling import Sampler
 from edgerazor.runtime._text import Detokenizer, Stops
+from edgerazor.untrusted import vocabulary
+from edgerazor.untrusted.tokenizer import reading
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -263,12 +263,14 @@ def encode(model: Model, prompt: Prompt, asked: Generate) -> list[int]:
     tokenizer = model.tokenizer
     if asked.chat:
         text = render(tokenizer, prompt, asked)
-        ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        with reading("the prompt"):
+            ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     elif isinstance(prompt, str):
         check_text(prompt)
         ids = text_tokens(tokenizer, prompt)
     else:
         raise usage_error("A prompt is text; messages are for a chat.", "Give `chat` too.")
+    vocabulary.check(tokenizer, ids)
     if not ids:
         raise usage_error("The prompt has no tokens, and the tokenizer has none that begins a text.")
     if len(ids) >= model.max_positions:
@@ -282,7 +284,8 @@ def encode(model: Model, prompt: Prompt, asked: Generate) -> list[int]:
 
 def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The tokens of a text that is to be gone on with; of an empty one, what a text begins with."""
-    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    with reading("the prompt"):
+        ids = list(tokenizer(text, verbose=False)["input_ids"])
     if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
         return ids[:-1]
     if not ids:
@@ -336,27 +339,13 @@ def end_tokens(model: Model) -> frozenset[int]:
     found = {model.tokenizer.eos_token_id}
     for name in ("generation_config.json", "config.json"):
         path = model.folder / name
-        values = read_object(path) if path.exists() else {}
+        values = untrusted.read_json(path, hint="Copy or pack the model again.") if path.exists() else {}
         nested = values.get("text_config")
         for section in (values, nested if isinstance(nested, dict) else {}):
             own = section.get("eos_token_id")
-            found |= set(own) if isinstance(own, list) else {own}
-    return frozenset(each for each in found if isinstance(each, int))
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
-
-    Raises:
-        UserError: it does not.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {plain(error)}.", "Copy or pack the model again.") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged: it holds no object.", "Copy or pack the model again.")
-    return values
+            own = own if isinstance(own, list) else [own]
+            found |= {each for each in own if isinstance(each, int)}
+    return frozenset(each for each in found if each is not None)
 
 
 def turn_ends(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -3,30 +3,45 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import os
 import threading
 from collections.abc import Collection, Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from edgerazor import integration, kernels
 from edgerazor.errors import UserError, plain
 from edgerazor.kernels import native
-from edgerazor.kernels.decoder import Decoder, NotFiniteError, Run, round_up
+from edgerazor.kernels.decoder import Decoder, NotFiniteError, OtherProcessError, Run, round_up
 from edgerazor.models import load_tokenizer
 from edgerazor.packed import PackedModel
 from edgerazor.runtime._base import Asked, Model, Score, Session, score_whole
 from edgerazor.runtime._families import EMBEDDING, HEAD, family_of, matrix_names, network
 from edgerazor.runtime._positions import Rotary, max_positions
 from edgerazor.runtime._weights import load_matrices, matrix_bytes
+from edgerazor.untrusted import vocabulary
 
 #: Tokens that are computed in one call, as many as the decoder takes through its layers at a time.
 CALL_TOKENS = 512
 #: Tokens that greedy decoding has cells for at a time.
 GREEDY_TOKENS = 256
+
+
+#: What to do where memory or threads do not suffice.
+LESS = "Use shorter sequences, fewer threads, or a smaller model."
+
+
+class _Scratch:
+    """What a process computes logits and scores with."""
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+        self.lock = threading.Lock()
+        self.decoder: Decoder | None = None
 
 
 class NativeModel(Model):
@@ -58,13 +73,14 @@ class NativeModel(Model):
             self.network = network(config, family, packed, matrices, self.rotary.features)
             self.network.check()
         self.tokenizer = load_tokenizer(packed.folder)
+        vocabulary.limit(self.tokenizer, self.network.vocabulary)
         self.vocabulary, self.max_positions = self.network.vocabulary, max_positions(config)
         self.cache_bytes_per_token = self.network.cell_bytes()
         sizes = {name: matrix_bytes(matrix) for name, matrix in matrices.items()}
         others = sum(tensor.nbytes for tensor in packed.others().values())
         self.weight_bytes = sum(sizes.values()) + others
         self.bytes_per_token = self.weight_bytes - (0 if HEAD in packed.header.tied else sizes[EMBEDDING])
-        self._lock = threading.Lock()
+        self._own = _Scratch()
 
     @property
     def kernel(self) -> str:
@@ -78,22 +94,29 @@ class NativeModel(Model):
         with self.plainly():
             return Decoder(self.network, self.threads, native.isas().index(self._kernel))
 
-    @functools.cached_property
-    def _scratch(self) -> Decoder:
-        """What computes logits and scores, whose cache is of no use afterwards."""
-        return self.decoder()
+    @contextlib.contextmanager
+    def _scratch(self) -> Iterator[Decoder]:
+        """What computes logits and scores, for one thread at a time; its cache is of no use afterwards."""
+        if self._own.process != os.getpid():  # a child has neither the threads nor those that hold the lock
+            self._own = _Scratch()
+        own = self._own
+        with own.lock, self.plainly():
+            own.decoder = own.decoder or self.decoder()
+            yield own.decoder
 
     def _logits(self, tokens: Tensor, last: int) -> Tensor:
         count, length = tokens.shape
-        found = torch.empty(count, last, self.vocabulary)
         at_once = max(1, CALL_TOKENS // length)
-        with self._lock, self.plainly():
-            prepare(self._scratch, self.rotary, 0, length, at_once * round_up(length))
+        with self._scratch() as decoder:
+            found = torch.empty(count, last, self.vocabulary)
+            prepare(decoder, self.rotary, 0, length, at_once * round_up(length))
             for start in range(0, count, at_once):
                 some = tokens[start : start + at_once]
                 runs = [Run(0, 0, row * round_up(length), 0, length) for row in range(len(some))]
                 wanted = torch.arange(some.numel()).view(some.shape)[:, -last:].flatten()
-                logits = self._scratch.logits(runs, some.flatten(), wanted)
+                logits = decoder.logits(runs, some.flatten(), wanted)
+                if not np.isfinite(logits.numpy()).all():  # NumPy's: torch's threads would spin beside ours
+                    raise NotFiniteError("a logit is not finite")
                 found[start : start + at_once] = logits.view(len(some), last, self.vocabulary)
         return found
 
@@ -106,11 +129,11 @@ class NativeModel(Model):
     def _score_packed(self, requests: list[Asked]) -> list[list[Score]]:
         """Scores of requests whose frequencies depend on positions alone, so that continuations share prefixes."""
         found: list[list[Score]] = []
-        with self._lock, self.plainly():
+        with self._scratch() as decoder:
             for some, kept in _calls(requests):
                 call = _Call(some, kept)
-                prepare(self._scratch, self.rotary, 0, max(map(_length, some)), call.cells)
-                first, *others = call.scores(self._scratch)
+                prepare(decoder, self.rotary, 0, max(map(_length, some)), call.cells)
+                first, *others = call.scores(decoder)
                 if kept:
                     found[-1] += first
                 else:
@@ -127,8 +150,17 @@ class NativeModel(Model):
                 f"{self.folder} computes numbers that are infinite or none at all.",
                 "Its weights are of no use; distill it again with a lower learning rate.",
             ) from None
+        except OtherProcessError:
+            raise UserError(
+                "A session belongs to the process that began it, and this is another one, a fork of it.",
+                "Begin a new session in this process: `model.session()`.",
+            ) from None
         except MemoryError as error:
-            raise UserError(f"{plain(error)}.".capitalize(), "Use shorter sequences, or a smaller model.") from None
+            raise UserError(f"{plain(error)}.".capitalize(), LESS) from None
+        except RuntimeError as error:
+            if "DefaultCPUAllocator" not in str(error):  # torch's MemoryError
+                raise
+            raise UserError("There is not enough memory for so many logits.", LESS) from None
 
 
 class NativeSession(Session):

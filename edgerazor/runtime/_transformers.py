@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgerazor import integration, surgery
+from edgerazor import integration, models, surgery
 from edgerazor.packed import PackedModel, size_table
 from edgerazor.runtime._base import Asked, Model, Score, Session, score_whole
 from edgerazor.runtime._positions import max_positions
@@ -83,10 +83,10 @@ class TransformersSession(Session):
     def _compute(self, start: int, tokens: list[int]) -> Tensor:
         self._forget(start)
         missing = self.ids[self._cached : start]
-        out = self.model.forward(
-            torch.tensor([[*missing, *tokens]]), past_key_values=self._cache, use_cache=True, logits_to_keep=1
-        )
-        self._cache, self._cached = out.past_key_values, start + len(tokens)
+        model = self.model.model
+        options = models.with_cache(model, self._cache)
+        out = self.model.forward(torch.tensor([[*missing, *tokens]]), logits_to_keep=1, **options)
+        self._cache, self._cached = out[models.cache_name(model)], start + len(tokens)
         return out.logits[0, -1].float()
 
     def _forget(self, start: int) -> None:

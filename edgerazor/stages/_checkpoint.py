@@ -18,10 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from edgerazor import surgery
-from edgerazor.errors import UserError
+from edgerazor import surgery, untrusted
+from edgerazor.errors import UserError, plain
 from edgerazor.stages._ladder import RungResult
-from edgerazor.workdir import replace_folder
+from edgerazor.workdir import replace_folder, write_atomically
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -68,7 +68,8 @@ def save(
                 tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment]
     state = {"progress": progress.model_dump(), "inputs": inputs, "random": _random_state()}
     with replace_folder(folder) as new:
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, new / "state.safetensors")
+        stored = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+        write_atomically(new / "state.safetensors", lambda path: save_file(stored, path))
         (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
 
@@ -157,14 +158,18 @@ def _encode(state: torch.Tensor) -> str:
 
 def _state(folder: Path) -> dict[str, Any]:
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        return {key: state[key] for key in ("progress", "inputs", "random")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        state = untrusted.load_json(folder / "state.json", most_bytes=untrusted.MOST_BYTES_OF_OURS)
+        found = {key: state[key] for key in ("progress", "inputs", "random")}
+    except (OSError, ValueError, KeyError) as error:
         raise _damaged(folder, error) from None
+    for key, value in found.items():
+        if not isinstance(value, dict):
+            raise _damaged(folder, ValueError(f"its {key} is {plain(value, 50)}"))
+    return found
 
 
 def _damaged(folder: Path, error: BaseException) -> UserError:
-    reason = str(error).split("\n")[0].rstrip(".") or type(error).__name__
+    reason = plain(error).split("\n")[0].rstrip(".") or type(error).__name__
     return UserError(
         f"The checkpoint {folder} is damaged and cannot be resumed ({reason}).",
         "Start the training again with `edgerazor distill --force`.",

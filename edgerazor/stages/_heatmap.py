@@ -16,7 +16,7 @@ from edgerazor import formats
 from edgerazor.console import megabytes
 from edgerazor.errors import usage_error
 from edgerazor.stages._plan import PlannedMatrix, PlanSummary
-from edgerazor.workdir import write_atomically
+from edgerazor.workdir import alone, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -252,7 +252,8 @@ def write_png(plan: PlanSummary, path: Path) -> None:
     if path.is_dir():
         raise usage_error(f"--png wants the name of a file, but {path} is a folder.")
     drawn = figure(plan)
-    write_atomically(path, lambda temporary: drawn.savefig(temporary, format="png", dpi=120))
+    with alone(path):
+        write_atomically(path, lambda temporary: drawn.savefig(temporary, format="png", dpi=120))
 
 
 def figure(plan: PlanSummary) -> Figure:

@@ -12,11 +12,14 @@ from torch import Tensor
 from edgerazor import losses, models
 from edgerazor.console import Console
 from edgerazor.errors import UserError, usage_error
-from edgerazor.losses import Attention, Head, Loss, Outputs, RowLoss
+from edgerazor.losses import Attention, Head, Loss, Outputs, RowLoss, StepTotals, predicting
 from edgerazor.models import PreTrainedModel
 from edgerazor.recipe import LossTerm, Recipe
 
 Terms = list[tuple[LossTerm, Loss]]
+
+#: Logits of the teachers that a step may keep, in elements of 4 bytes: 256 MB.
+KEPT_LOGITS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,24 @@ class Looks:
 
 @dataclass
 class Seen:
-    """What a forward pass showed: final hidden states, hidden states and attention of layers."""
+    """What a forward pass showed.
+
+    Attributes:
+        final: `[B, T, H]`, what entered the head.
+        leaving: layer -> `[B, T, H]`, what left the layers that were asked for, but for the last.
+        attention: of layers.
+        last: number of the last layer, if it was asked for.
+    """
 
     final: list[Tensor]
-    hidden: dict[int, Tensor]
+    leaving: dict[int, Tensor]
     attention: dict[int, Attention]
+    last: int | None
+
+    @property
+    def hidden(self) -> dict[int, Tensor]:
+        """What `Outputs.hidden` holds: the last layer's state is taken behind the final norm, as published."""
+        return self.leaving if self.last is None else {**self.leaving, self.last: self.final[0]}
 
 
 @dataclass(frozen=True)
@@ -73,12 +89,14 @@ class Teacher:
 def watch(model: PreTrainedModel, structure: models.Structure | None, head_path: str, needed: Looks) -> Iterator[Seen]:
     """See what enters the head, and what losses look at, in a forward pass inside; no logits are computed."""
     with ExitStack() as stack:
-        hidden, attention = {}, {}
+        leaving, attention, last = {}, {}, None
         if structure is not None:
-            hidden = stack.enter_context(models.capture_hidden(model, structure, needed.hidden))
+            last = structure.layer_count if structure.layer_count in needed.hidden else None
+            before = [layer for layer in needed.hidden if layer != last]
+            leaving = stack.enter_context(models.capture_hidden(model, structure, before))
             captured = models.capture_attention(model, structure, needed.attention, needed.parts)
             attention = stack.enter_context(captured)
-        yield Seen(stack.enter_context(models.final_states(model, head_path)), hidden, attention)
+        yield Seen(stack.enter_context(models.final_states(model, head_path)), leaving, attention, last)
 
 
 # --- the losses --------------------------------------------------------------------------------
@@ -166,7 +184,7 @@ def check(recipe: Recipe) -> None:
 
 
 def averages(loss: Loss) -> bool:
-    """Whether a loss uses the mean of all teachers' probabilities; the others see the first teacher alone."""
+    """Whether a loss uses the mean of all teachers' next tokens; the others see the first teacher alone."""
     return isinstance(loss, RowLoss) and loss.needs_teacher
 
 
@@ -234,10 +252,41 @@ def say_who_teaches(recipe: Recipe, terms: Terms, teachers: Sequence[Teacher], c
         )
 
 
-def all_outputs(teachers: Sequence[Teacher], input_ids: Tensor, needed: Looks) -> Outputs | None:
-    """What the teachers say: all of the first, next-token distributions of the others; None without teachers."""
+def all_outputs(
+    teachers: Sequence[Teacher], input_ids: Tensor, needed: Looks, averaging: str = "probabilities"
+) -> Outputs | None:
+    """What the teachers say: all of the first, next-token distributions of the others; None without teachers.
+
+    Args:
+        teachers: the model's own and further ones.
+        input_ids: `[B, T]` int64.
+        needed: what losses look at in the first.
+        averaging: what of their next tokens is averaged (see `Outputs`).
+    """
     if not teachers:
         return None
     outputs = teachers[0].outputs(input_ids, needed)
     outputs.others = tuple(each.outputs(input_ids, Looks()) for each in teachers[1:])
+    outputs.averaging = averaging
     return outputs
+
+
+def keep_logits(targets: Sequence[Outputs | None], labels: Sequence[Tensor], terms: Terms) -> None:
+    """Compute the teachers' logits once where losses look at them twice, before the student's pass and after it.
+
+    Only where all of a step are at most `KEPT_LOGITS`: those of large vocabularies and batches are made again.
+    """
+    if not any(loss.looks_twice() for _, loss in terms):
+        return
+    for target, each in zip(targets, labels, strict=True):
+        if target is not None:
+            positions = predicting(each).flatten().nonzero().flatten()
+            target.keep_logits(positions, KEPT_LOGITS // len(targets))
+
+
+def forget_layers(targets: Sequence[Outputs | None], terms: Terms, totals: StepTotals) -> None:
+    """Let go of the teachers' hidden states that no loss compares with, once the step's statistics are known."""
+    compared = {layer for _, loss in terms for layer in loss.compared_layers(totals)}
+    for target in targets:
+        if target is not None:
+            target.hidden = {layer: state for layer, state in target.hidden.items() if layer in compared}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -33,16 +33,24 @@ class SecondMoments(Observer):
 
 
 class LayerMetrics(Observer):
-    """`METRICS` of decoder layers, summed over positions: metric -> float64 [layers]."""
+    """`METRICS` of decoder layers, summed over positions: metric -> float64 [layers].
 
-    def __init__(self, layers: int) -> None:
+    Args:
+        layers: how many there are.
+        final: makes what enters the head, [B, T, H], of what leaves the last one, whose state is the former (see
+            `losses.Outputs.hidden`).
+    """
+
+    def __init__(self, layers: int, final: Callable[[Tensor], Tensor]) -> None:
+        self.last, self.final_norm = layers - 1, final
         self.sums = {metric: torch.zeros(layers, dtype=torch.float64) for metric in METRICS}
 
     def layer(self, index: int, entering: Tensor, leaving: Tensor, counts: Tensor) -> None:
         count = int(counts.sum())
         if count:
+            state = leaving if index < self.last else self.final_norm(leaving)
             for metric, values in self.sums.items():
-                values[index] += layer_metric(metric, {0: entering, 1: leaving}, counts)[0].double().cpu() * count
+                values[index] += layer_metric(metric, {0: entering, 1: state}, counts)[0].double().cpu() * count
 
     def means(self, tokens: int) -> dict[str, Tensor]:
         """Means over the positions that count, float32 [layers]."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from edgerazor import exports, models
+from edgerazor import exports, models, untrusted
 from edgerazor.errors import UserError, usage_error
 from edgerazor.exports import Export, ExportPlan
 from edgerazor.packed import PackedModel
@@ -95,7 +95,7 @@ def files(packed: Path, folder: Path, fingerprint: str) -> list[GgufFile]:
     """
     record = folder / "files.json"
     try:
-        stored = json.loads(record.read_text(encoding="utf-8"))
+        stored = untrusted.load_json(record)
         if stored["packed"] == fingerprint:
             return _FILES.validate_python(stored["files"])
     except (OSError, ValueError, KeyError):
@@ -173,7 +173,7 @@ def _run(program: Program, file: GgufFile, threads: int, words: Iterable[Any]) -
         how = f"signal {-done.returncode}" if done.returncode < 0 else f"code {done.returncode}"
         raise UserError(f"{program.name} ended with {how} on {file.type}: {why[:200].rstrip('.')}.")
     try:
-        return json.loads(done.stdout)
+        return untrusted.parse_json(done.stdout)
     except ValueError:
         raise UserError(f"{program.name} printed no JSON on {file.type}.") from None
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from edgerazor import formats
+from edgerazor import formats, untrusted
 from edgerazor.allocate import MatrixPlan
 from edgerazor.errors import UserError, usage_error
 from edgerazor.stages import _shared
@@ -153,7 +153,7 @@ def read_sensitivity(work: WorkDir) -> Sensitivity | None:
     """
     path = work.sensitivity_file
     try:
-        return Sensitivity.model_validate_json(path.read_text(encoding="utf-8"))
+        return untrusted.load_model(path, Sensitivity)
     except FileNotFoundError:
         return None
     except ValidationError as error:

@@ -16,8 +16,9 @@ from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from edgerazor import __version__, attention, data, formats, models, packed, surgery
+from edgerazor import __version__, attention, data, formats, models, packed, surgery, untrusted
 from edgerazor.allocate import Damages, Plan, make_plan, unmeasured
+from edgerazor.console import launched
 from edgerazor.errors import UserError, usage_error
 from edgerazor.losses import METRICS
 from edgerazor.models import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,7 +41,7 @@ def device_of(recipe: Recipe) -> torch.device:
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     elif "LOCAL_WORLD_SIZE" in os.environ:  # several processes share the cores
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, launched("LOCAL_WORLD_SIZE", 1))))
     name = recipe.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -57,7 +58,7 @@ def device_of(recipe: Recipe) -> torch.device:
 
 def processes() -> int:
     """How many processes a launcher (torchrun, accelerate launch) started for this run."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return launched("WORLD_SIZE", 1)
 
 
 def join_processes(device: torch.device) -> None:
@@ -138,7 +139,20 @@ def held_out_fingerprint(recipe: Recipe) -> str:
     if recipe.data.held_out:
         return data.fingerprint(recipe.data.held_out)
     streamed = f", or {recipe.data.held_out_rows} rows," if any(each.streaming for each in recipe.data.train) else ""
-    return f"the last {recipe.data.held_out_fraction:g}{streamed} of {data_fingerprint(recipe)}"
+    return f"{recipe.data.held_out_fraction:g}{streamed} of {data_fingerprint(recipe)}, spread over it"
+
+
+def text_settings(recipe: Recipe) -> dict[str, str]:
+    """What decides how text becomes tokens, as the readable part of a fingerprint; nothing where all is as usual."""
+    given, bos = recipe.data.template_kwargs, recipe.data.bos
+    found = {"data.template_kwargs": json.dumps(given, sort_keys=True, default=str)} if given else {}
+    return found if bos == "auto" else {**found, "data.bos": bos}
+
+
+def row_settings(recipe: Recipe) -> dict[str, str]:
+    """What, beside sources, packing and length, decides which rows are trained on, as part of a fingerprint."""
+    kept = {} if recipe.data.held_out else {"data.held_out_fraction": f"{recipe.data.held_out_fraction:g}, spread"}
+    return kept | text_settings(recipe)
 
 
 def context(model: PreTrainedModel) -> int:
@@ -152,7 +166,7 @@ def sequence_length(recipe: Recipe, model: PreTrainedModel) -> int:
 
 
 def open_text(
-    recipe: Recipe, work: WorkDir, tokenizer: PreTrainedTokenizerBase, length: int
+    recipe: Recipe, work: WorkDir, tokenizer: PreTrainedTokenizerBase, length: int, held_out_length: int | None = None
 ) -> tuple[data.TokenRows, data.TokenRows]:
     """Rows to train on and rows to measure on.
 
@@ -161,15 +175,35 @@ def open_text(
         work: where text of the teacher lies, if the recipe names no mixture.
         tokenizer: of the teacher.
         length: most tokens in a row.
+        held_out_length: the length that decides what is held out, as `eval` will have it; else that of the rows.
 
     Returns:
-        training rows; held-out rows, disjoint from them: the recipe's held-out text, else the end of each source.
+        training rows; held-out rows, disjoint from them: the recipe's held-out text, else a share of each source.
     """
     fraction = 0.0 if recipe.data.held_out else recipe.data.held_out_fraction
-    packing, first = recipe.data.packing, recipe.data.held_out_rows
-    rows, held_out = data.open_rows(sources(recipe, work), tokenizer, length, recipe.seed, fraction, packing, first)
+    asked, options = recipe.data, recipe.data.template_kwargs
+    rows, held_out = data.open_rows(
+        sources(recipe, work),
+        tokenizer,
+        length,
+        recipe.seed,
+        fraction,
+        asked.packing,
+        asked.held_out_rows,
+        options,
+        held_out_length,
+        asked.bos,
+    )
     if held_out is None:
-        held_out, _ = data.open_rows(recipe.data.held_out, tokenizer, length, recipe.seed, packing=packing)
+        held_out, _ = data.open_rows(
+            asked.held_out,
+            tokenizer,
+            length,
+            recipe.seed,
+            packing=asked.packing,
+            template_kwargs=options,
+            bos=asked.bos,
+        )
     return rows, held_out
 
 
@@ -211,7 +245,7 @@ def read_plan(work: WorkDir) -> Plan:
         UserError: the file is missing or damaged.
     """
     try:
-        return Plan.model_validate_json(work.plan_file.read_text(encoding="utf-8"))
+        return untrusted.load_model(work.plan_file, Plan)
     except (OSError, ValueError):
         raise damaged(work.plan_file) from None
 

@@ -11,7 +11,7 @@ from edgerazor import packed
 from edgerazor.console import Console, megabytes
 from edgerazor.errors import usage_error
 from edgerazor.packed import INDEX_FILE, PackedModel
-from edgerazor.workdir import job_of, replace_folder
+from edgerazor.workdir import find_folder, job_of, replace_folder
 
 
 class CompressResult(BaseModel):
@@ -29,7 +29,7 @@ def recompress(folder: Path, compress: bool, console: Console) -> CompressResult
     """Write the weight files of a packed folder again, compressed or not; other files stay as they are.
 
     Raises:
-        UserError: it is no packed folder, is damaged, or is part of a job.
+        UserError: it is no packed folder, is damaged, is part of a job, or another process is writing it.
     """
     option = f"--{'' if compress else 'no-'}compress"
     job = job_of(folder)
@@ -38,18 +38,24 @@ def recompress(folder: Path, compress: bool, console: Console) -> CompressResult
             f"{folder} is part of the job {job.path}, whose records name its files.",
             f"Say it to the job: `edgerazor pack {option} --work {job.path}`.",
         )
-    folder = folder.resolve()
-    model = PackedModel.open(folder)
-    before = packed.size_table(model).bytes
-    changed = (model.header.compression is not None) != compress
-    if changed:
-        with (
-            replace_folder(folder) as new,
-            console.track("compress" if compress else "decompress", len(model.header.matrices)) as tracker,
-        ):
+    folder = find_folder(folder).resolve()
+    if _is_compressed(folder) == compress:  # nothing is written, so another may be writing
+        return _result(folder, compress, False, packed.size_table(PackedModel.open(folder)).bytes)
+    with replace_folder(folder) as new:
+        model = PackedModel.open(folder)  # now that nobody else writes it
+        before = packed.size_table(model).bytes
+        with console.track("compress" if compress else "decompress", len(model.header.matrices)) as tracker:
             _copy_others(folder, new, {file.name for file in model.files()} | {INDEX_FILE})
             packed.rewrite(model, new, compress=compress, done=tracker.advance)
             packed.verify_digests(new, {name: entry.digest for name, entry in model.header.matrices.items()})
+    return _result(folder, compress, True, before)
+
+
+def _is_compressed(folder: Path) -> bool:
+    return PackedModel.open(folder).header.compression is not None
+
+
+def _result(folder: Path, compress: bool, changed: bool, before: int) -> CompressResult:
     sizes = packed.size_table(PackedModel.open(folder))
     return CompressResult(
         folder=str(folder),

@@ -6,8 +6,8 @@ a run that was interrupted between two batches goes on to the same result.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from typing import Any
 
@@ -19,6 +19,7 @@ from edgerazor.data import Conversation
 from edgerazor.errors import UserError
 from edgerazor.models import PreTrainedModel, PreTrainedTokenizerBase
 from edgerazor.recipe import Sampling
+from edgerazor.untrusted import vocabulary
 
 #: What to begin with: nothing, a text, or a conversation.
 Prompt = str | Conversation | None
@@ -57,6 +58,7 @@ class Writer:
         sampling: how each token is drawn, and how much is written.
         seed: of the drawing.
         context: most tokens that the model takes.
+        options: what the chat template is given beside the messages.
     """
 
     teacher: PreTrainedModel
@@ -64,6 +66,7 @@ class Writer:
     sampling: Sampling
     seed: int
     context: int
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def batches(self, prompts: Iterator[Prompt], first: int = 0) -> Iterator[list[Row]]:
         """Rows for `batch_size` prompts at a time.
@@ -85,7 +88,11 @@ class Writer:
 
     def write(self, prompts: Sequence[Prompt], number: int) -> list[Row]:
         """A row for each prompt of a batch, in order; `number` of the batch decides what is drawn."""
-        talks = {place: Talk(each) for place, each in enumerate(prompts) if isinstance(each, Conversation)}
+        talks = {
+            place: Talk(replace(each, options=self.options))
+            for place, each in enumerate(prompts)
+            if isinstance(each, Conversation)
+        }
         texts = {place: self._begin(each) for place, each in enumerate(prompts) if not isinstance(each, Conversation)}
         rows = dict(zip(texts, self._texts(list(texts.values()), number), strict=True))
         self._converse(list(talks.values()), number)
@@ -147,6 +154,8 @@ class Writer:
             stops: tokens that end a text, beside the model's own.
             exactly: write so many tokens, whatever they are.
         """
+        for prompt in prompts:
+            vocabulary.check(self.tokenizer, prompt)
         longest = max(map(len, prompts))
         filled = [[self._padding()] * (longest - len(prompt)) + prompt for prompt in prompts]
         mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]

@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from edgerazor import attention, data, formats, models
+from edgerazor import attention, data, formats, models, untrusted
 from edgerazor.allocate import Damages, Plan, candidates_of, measures, shortfall
 from edgerazor.console import Console, duration, megabytes, table
 from edgerazor.errors import INTERRUPTED, UserError
@@ -92,6 +92,7 @@ def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
         "data": _shared.data_fingerprint(recipe),
         "data.sequence_length": str(recipe.data.sequence_length),
         "data.packing": recipe.data.packing,
+        **_shared.row_settings(recipe),
         "seed": str(recipe.seed),
         **_shared.settings("calibrate", recipe.calibrate, skip=("batch_size",)),
     }
@@ -218,12 +219,19 @@ def stored_statistics(recipe: Recipe, work: WorkDir) -> dict[str, Tensor] | None
     wanted = statistics_identity(recipe)
     try:
         with safe_open(work.statistics_file, framework="pt") as file:
-            measured = json.loads((file.metadata() or {})["measured"])
+            measured = untrusted.parse_json((file.metadata() or {})["measured"], dict)
             if measured["identity"] != wanted["identity"]:
                 return None
             needed = [measured["formats"].index(name) for name in wanted["formats"]]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (OSError, SafetensorError, KeyError, ValueError):  # among them a format that was not measured
+    except (
+        OSError,
+        SafetensorError,
+        KeyError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ):  # among them a format that was not measured
         return None
     of_formats = ("damage/", _sensitivity.ALONE)
     return {name: value[needed] if name.startswith(of_formats) else value for name, value in tensors.items()}
@@ -243,6 +251,7 @@ def statistics_identity(recipe: Recipe) -> dict[str, Any]:
     asked = {
         "model": _shared.teacher_fingerprint(recipe),
         "data": [_shared.data_fingerprint(recipe), recipe.data.sequence_length, recipe.data.packing],
+        **_shared.row_settings(recipe),
         "seed": recipe.seed,
         "settings": {name: getattr(settings, name) for name in names},
         "published": measured and settings.start == "rule",
@@ -357,7 +366,7 @@ def walk_of(
 
 def observe(recipe: Recipe, walk: models.Walk) -> dict[str, Tensor]:
     """Second moments of linear inputs, metrics of layers, and stored scales of inputs, as the file names them."""
-    moments, metrics = _observers.SecondMoments(), _observers.LayerMetrics(walk.found.layer_count)
+    moments, metrics = _observers.SecondMoments(), _observers.LayerMetrics(walk.found.layer_count, walk.final)
     ranges = _observers.InputRanges(walk.found.head_path)
     wanted = _shared.stored_input_scales(recipe.calibrate, walk.model, walk.found)
     walk.forward(moments, metrics, *([ranges] if wanted else []), keep=False, title="calibrate")
@@ -388,10 +397,10 @@ def provide_own_text(recipe: Recipe, work: WorkDir, device: torch.device, length
     asked = [_shared.teacher_fingerprint(recipe), recipe.seed, recipe.data.generated_tokens, length, versions()]
     kept = work.progress(NAME, "generated.json")
     try:
-        before = json.loads(kept.read_text(encoding="utf-8"))
+        before = untrusted.load_json(kept, most_bytes=untrusted.MOST_BYTES_OF_OURS)
     except (OSError, ValueError):
-        before = None
-    if isinstance(before, dict) and before.get("asked") == digest_json(asked):
+        before = {}
+    if before.get("asked") == digest_json(asked) and isinstance(before.get("text"), str):
         write_text(work.generated_text, before["text"])
         return
     console.say(f"No --data was given, so the teacher writes {recipe.data.generated_tokens:,} tokens itself.")

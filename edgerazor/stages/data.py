@@ -12,7 +12,6 @@ made.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from itertools import repeat
@@ -22,12 +21,12 @@ from typing import Any
 from pydantic import BaseModel
 from rich.console import RenderableType
 
-from edgerazor import data
+from edgerazor import data, untrusted
 from edgerazor.console import Console
 from edgerazor.errors import UserError, usage_error
 from edgerazor.recipe import Recipe, Source
 from edgerazor.stages import _shared, _writing
-from edgerazor.workdir import make_folder, record_of, sync, versions, write_json
+from edgerazor.workdir import alone, record_of, sweep, sync, sync_open, versions, write_json
 
 
 class DataResult(BaseModel):
@@ -69,23 +68,41 @@ def run(
         force: write again what another command wrote to this file.
 
     Raises:
-        UserError: the file holds something else, or there is nothing to write from.
+        UserError: the file holds something else, there is nothing to write from, or another process is writing it.
     """
-    device = _shared.device_of(recipe)
     source = None if prompts is None else Source(file=str(prompts))
     asked = settings(recipe, source)
     wanted = tokens if source or tokens else recipe.data.generated_tokens
+    with alone(out):
+        sweep(record_of(out))
+        return _run(recipe, out, source, asked, wanted, console, force)
+
+
+def _run(
+    recipe: Recipe,
+    out: Path,
+    source: Source | None,
+    asked: dict[str, str],
+    wanted: int | None,
+    console: Console,
+    force: bool,
+) -> DataResult:
+    """The same as the only writer of the file; `asked` and `wanted` are what its record will say."""
+    device = _shared.device_of(recipe)
     if not force and (finished := check_record(out, asked, wanted)):
         console.say(f"{out} is up to date, skipping (--force to write it again)")
         return finished
     first = next(begin_from(source), "") if source else None
     if first == "":
-        raise UserError(f"There are no prompts in {prompts}; expected texts or conversations.")
+        raise UserError(f"There are no prompts in {source and source.file}; expected texts or conversations.")
     began = time.monotonic()
     teacher, tokenizer = _shared.load_teacher(recipe, device, _shared.reading_dtype(device))
     context = _shared.context(teacher)
-    writer = _writing.Writer(teacher, tokenizer, recipe.sampling, recipe.seed, context)
-    make_folder(out.parent)
+    data.check_options(tokenizer, recipe.data.template_kwargs)
+    options = {**data.thinking_options(tokenizer, recipe.sampling.thinking), **recipe.data.template_kwargs}
+    writer = _writing.Writer(teacher, tokenizer, recipe.sampling, recipe.seed, context, options)
+    if force:
+        out.unlink(missing_ok=True)  # before the record: killed in between, its rows are nobody's
     done = Written() if force else whole_batches(out, recipe.sampling.batch_size)
     if done.batches:
         console.say(f"{out} has {done.rows:,} rows, and is gone on with")
@@ -137,7 +154,7 @@ def append(
                     done.tokens += row.tokens
                 number += 1
             file.flush()
-            os.fsync(file.fileno())
+            sync_open(file.fileno())
             tracker.note(f"{done.rows:,} rows")
             tracker.advance(sum(row.tokens for row in batch if row.record is not None))
             if wanted is not None and done.tokens >= wanted:
@@ -157,7 +174,7 @@ def whole_batches(out: Path, size: int) -> Written:
     with open(out, "rb") as file:
         for line in file:
             try:
-                row = json.loads(line)
+                row = untrusted.parse_json(line, dict)
                 batch, tokens = int(row["prompt"]) // size, int(row["tokens"])
             except (ValueError, KeyError, TypeError):
                 break
@@ -178,6 +195,7 @@ def settings(recipe: Recipe, source: Source | None) -> dict[str, str]:
         "prompts": data.fingerprint([source]) if source else "none",
         "seed": str(recipe.seed),
         **_shared.settings("sampling", recipe.sampling),
+        **_shared.text_settings(recipe),
     }
 
 
@@ -190,7 +208,7 @@ def check_record(out: Path, asked: dict[str, str], wanted: int | None) -> DataRe
     if not out.exists():
         return None
     try:
-        record: dict[str, Any] = json.loads(record_of(out).read_text(encoding="utf-8"))
+        record: dict[str, Any] = untrusted.load_json(record_of(out))
         stored = dict(record["settings"])
         result = DataResult.model_validate(record["result"]) if "result" in record else None
         record.setdefault("wanted")

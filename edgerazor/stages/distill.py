@@ -1,9 +1,12 @@
 """Quantization-aware distillation: train the student's float32 master weights so that their low-bit version copies
 the teacher.
 
-The forward pass computes with `decode(encode(weight))`, int8 activations and int8 keys and values, exactly as the
-packed model will; the gradient passes straight through the rounding. The objective is a weighted sum of losses from
-`edgerazor/losses`, by default EdgeRazor's CE + EAKLD + LAFD (arXiv 2605.04062).
+The forward pass computes with `decode(encode(weight))`, int8 activations and int8 keys and values, as the packed model
+will: codes and scales are exactly those that are packed, products are in `precision` (float32 as packed, or bfloat16
+between the layers and float32 for logits), and held-out text is measured in the same. The gradient passes straight
+through the rounding; nothing is dropped out, whatever the checkpoint's configuration says of its pre-training. The
+objective is a weighted sum of losses from `edgerazor/losses`, by default EdgeRazor's CE + EAKLD + LAFD (arXiv
+2605.04062).
 
 An optimizer step is `accumulation` micro-batches on each process. Counts and teacher statistics of the whole step are
 known before the student's first backward pass, so that 2B sequences on one process, B on two, and 2 micro-batches of
@@ -39,7 +42,7 @@ from rich.console import RenderableType
 from safetensors.torch import save_file
 from torch import Tensor
 
-from edgerazor import data, losses, models, surgery
+from edgerazor import data, losses, models, surgery, untrusted
 from edgerazor.allocate import Plan
 from edgerazor.console import Console, table
 from edgerazor.errors import INTERRUPTED, UserError, usage_error
@@ -50,10 +53,13 @@ from edgerazor.stages import _checkpoint, _ladder, _objective, _reconstruct, _sh
 from edgerazor.stages._ladder import RungEstimate, RungResult
 from edgerazor.stages._objective import Looks, Teacher, Terms
 from edgerazor.stages._optimizer import make_optimizer, schedule, set_rate
-from edgerazor.workdir import WorkDir, make_folder, replace_folder, write_json, write_text
+from edgerazor.workdir import WorkDir, make_folder, replace_folder, write_atomically, write_json, write_text
 
 NAME = "distill"
-DEFAULT_STEPS = 1000
+#: Steps where no budget is given; fewer of them where the data would be read more often than so many times.
+DEFAULT_STEPS, DEFAULT_PASSES = 1000, 16
+#: Passes over the data up to which they are about as good as new data (Muennighoff et al., arXiv 2305.16264).
+GOOD_PASSES = 4
 STUDENT_FILES = ("model.safetensors", "digests.json", "measured.json")
 
 Batch = dict[str, Tensor]
@@ -99,7 +105,8 @@ def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
     calibrated = work.manifest("calibrate")
     settings = recipe.distill
     skip = ("max_time", "checkpoint_every", "gradient_checkpointing", "batch_size", "accumulation", "rungs")
-    found = _shared.settings("distill", settings, skip)
+    alone = () if settings.teachers else ("teacher_average",)
+    found = _shared.settings("distill", settings, skip + alone)
     found |= {"distill.rungs": _ladder.in_words(settings)} if settings.rungs else {}
     found["distill.losses"] = " + ".join(_objective.term_in_words(term) for term in settings.losses)
     budget, asked = recipe.calibrate.budget()
@@ -111,6 +118,7 @@ def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
         "held_out": _shared.held_out_fingerprint(recipe),
         "data.sequence_length": str(recipe.data.sequence_length),
         "data.packing": recipe.data.packing,
+        **_shared.text_settings(recipe),
         "seed": str(recipe.seed),
         "sequences per step": str(settings.batch_size * settings.accumulation * _shared.processes()),
         **found,
@@ -177,8 +185,13 @@ class Job:
         if self.settings.tokens:
             limits.append(math.ceil(self.settings.tokens / self.tokens_per_step))
         if not limits and not self.settings.max_time:
-            limits.append(DEFAULT_STEPS)
+            limits.append(self.default_steps())
         return min(limits) if limits else None
+
+    def default_steps(self) -> int:
+        """Without a budget: 1000, but no more than read the smallest source 16 times."""
+        passes = self.rows.passes(DEFAULT_STEPS * self.rows_per_step)
+        return DEFAULT_STEPS if passes <= DEFAULT_PASSES else max(1, int(DEFAULT_STEPS * DEFAULT_PASSES / passes))
 
     def seconds(self) -> float:
         """Training time so far, resumes included."""
@@ -211,6 +224,7 @@ def run(recipe: Recipe, work: WorkDir, console: Console, fresh: bool = False) ->
         begin(work, console, fresh)
     job.accelerator.wait_for_everyone()
     _objective.say_who_teaches(recipe, job.terms, job.teachers, console)
+    say_passes(job, console)
     resume(job, work, console)
     with watch_signals() as signals:
         look(job, work, identity, "initialise", 0)
@@ -220,6 +234,18 @@ def run(recipe: Recipe, work: WorkDir, console: Console, fresh: bool = False) ->
         train(job, work, identity, signals, console)
     job.accelerator.wait_for_everyone()
     return finish(job, work)
+
+
+def say_passes(job: Job, console: Console) -> None:
+    """How often the training reads its data; a warning where that is more than a few times."""
+    if not (job.steps and len(job.rows)):  # limited by the clock alone, or a stream
+        return
+    passes = job.rows.passes(job.steps * job.rows_per_step)
+    said = f"{job.steps:,} steps read the {len(job.rows):,} sequences of the data {passes:.1f} times"
+    if passes > GOOD_PASSES:
+        console.warn(f"{said}; more text (--data FILE) would teach more than repeating it over {GOOD_PASSES} times.")
+    elif passes > 1:
+        console.say(f"{said}.")
 
 
 def train(job: Job, work: WorkDir, identity: dict[str, str], signals: Signals, console: Console) -> None:
@@ -419,7 +445,7 @@ def adopt_best(job: Job, folder: Path) -> None:
     if job.progress.best is None and not has_student(folder):
         return
     try:
-        measured = json.loads((folder / "measured.json").read_text(encoding="utf-8"))
+        measured = untrusted.load_json(folder / "measured.json")
         job.progress.best, job.progress.best_step = float(measured["value"]), int(measured["step"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
@@ -459,7 +485,11 @@ def prepare(recipe: Recipe, work: WorkDir, imagined: bool = False) -> Job:
     others = _objective.load_others(recipe, accelerator.device, dtype)
     length = min(_shared.sequence_length(recipe, each) for each in (teacher, *(other.model for other in others)))
     imagine_text = imagined and not (recipe.data.train or work.generated_text.exists())
-    rows, held_out = imagined_text(length) if imagine_text else _shared.open_text(recipe, work, tokenizer, length)
+    kept = _shared.sequence_length(recipe, teacher)  # by which `eval` will know what was held out
+    if imagine_text:
+        rows, held_out = imagined_text(length, recipe.data.generated_tokens)
+    else:
+        rows, held_out = _shared.open_text(recipe, work, tokenizer, length, kept)
     calibrated = None if imagined else work
     how = _shared.settings_of(plan, structure, calibrated)
     input_scales = _shared.input_scales(plan, teacher, structure, calibrated)
@@ -492,9 +522,9 @@ def uses_bfloat16(settings: Distill, device: torch.device) -> bool:
     return settings.precision == "bfloat16" or (settings.precision == "auto" and _shared.fast_bfloat16(device))
 
 
-def imagined_text(length: int) -> tuple[data.TokenRows, data.TokenRows]:
-    """Rows of some small token ids, for a dry run without text."""
-    rows = data.TokenRows([np.arange(64 * length, dtype=np.int32) % 16], [1.0], length)
+def imagined_text(length: int, tokens: int) -> tuple[data.TokenRows, data.TokenRows]:
+    """Rows of some small token ids, as many as the teacher would write, for a dry run without text."""
+    rows = data.TokenRows([np.arange(max(length, tokens), dtype=np.int32) % 16], [1.0], length)
     return rows, rows
 
 
@@ -563,7 +593,9 @@ def train_step(job: Job, batches: list[Batch]) -> float:
     accelerator = job.accelerator
     batches = [{key: value.to(accelerator.device) for key, value in batch.items()} for batch in batches]
     targets = [teacher_outputs(job, batch, job.teacher_looks) if job.comparing else None for batch in batches]
+    _objective.keep_logits(targets, [batch["labels"] for batch in batches], job.terms)
     totals = step_totals(job, batches, targets)
+    _objective.forget_layers(targets, job.terms, totals)
     share = job.rung.share(agree(job, job.share()), job.progress.rung_share)
     rate = job.settings.learning_rate * schedule(job.settings, share)
     terms = [(term.weight_at(share), loss) for term, loss in job.terms]
@@ -590,7 +622,7 @@ def train_step(job: Job, batches: list[Batch]) -> float:
 
 def teacher_outputs(job: Job, batch: Batch, looks: Looks) -> Outputs | None:
     """The teachers' final hidden states [B, T, H], their heads, and what losses look at in the first."""
-    return _objective.all_outputs(job.teachers, batch["input_ids"], looks)
+    return _objective.all_outputs(job.teachers, batch["input_ids"], looks, job.settings.teacher_average)
 
 
 def student_outputs(job: Job, batch: Batch, model: torch.nn.Module, looks: Looks) -> Outputs:
@@ -742,7 +774,7 @@ def save_student(job: Job, folder: Path, digests: dict[str, str], value: float) 
             seen.add(tensor.data_ptr())
             tensors[name] = tensor.detach().contiguous().cpu()
     with replace_folder(folder) as new:
-        save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
+        write_atomically(new / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
         (new / "digests.json").write_text(json.dumps(digests, indent=1), encoding="utf-8")
         (new / "measured.json").write_text(json.dumps(measured), encoding="utf-8")
 

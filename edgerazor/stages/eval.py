@@ -170,9 +170,10 @@ def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
     found |= {f"task {name}": digest for name, digest in tasks.fingerprint(_request(recipe)).items()}
     if sources := _text_sources(recipe, work):
         found["text"] = data.fingerprint(sources)
-        found["text.held_out_fraction"] = "all" if recipe.data.held_out else str(recipe.data.held_out_fraction)
+        found["text.held_out_fraction"] = "all" if recipe.data.held_out else f"{recipe.data.held_out_fraction}, spread"
         found["text.sequence_length"] = str(recipe.data.sequence_length)
         found["text.packing"] = recipe.data.packing
+        found |= _shared.text_settings(recipe)
         if any(source.streaming for source in sources):
             found["text.held_out_rows"] = str(recipe.data.held_out_rows)
     return found
@@ -482,8 +483,17 @@ def _held_out(recipe: Recipe, sources: tuple[Source, ...], subject: Subject) -> 
         return None
     fraction = 0.0 if recipe.data.held_out else recipe.data.held_out_fraction
     length = _shared.sequence_length(recipe, subject.model)
+    asked = recipe.data
     rows, held_out = data.open_rows(
-        sources, subject.tokenizer, length, recipe.seed, fraction, recipe.data.packing, recipe.data.held_out_rows
+        sources,
+        subject.tokenizer,
+        length,
+        recipe.seed,
+        fraction,
+        asked.packing,
+        asked.held_out_rows,
+        asked.template_kwargs,
+        bos=asked.bos,
     )
     return held_out if fraction else rows
 
@@ -585,7 +595,11 @@ def _check_sample(
 ) -> None:
     """Write a greedy text into the result; one that has collapsed, unlike the teacher's, is a failure."""
     prompt = _prompt(subject, text)
-    written = greedy(subject, prompt)
+    try:
+        written = greedy(subject, prompt)
+    except UserError as error:  # logits that are no numbers
+        result.failures.append(error.message)
+        return
     result.sample = subject.tokenizer.decode(prompt + written, skip_special_tokens=True)
     if not collapsed(written):
         return
@@ -641,8 +655,9 @@ class _Fed:
     @torch.inference_mode()
     def __call__(self, ids: list[int]) -> Tensor:
         """Logits float32 [V] after the last of the next tokens."""
-        output = self.model(torch.tensor([ids], device=self.model.device), past_key_values=self.cache, use_cache=True)
-        self.cache = output.past_key_values
+        tokens = torch.tensor([ids], device=self.model.device)
+        output = self.model(tokens, **models.with_cache(self.model, self.cache))
+        self.cache = output[models.cache_name(self.model)]
         return output.logits[0, -1].float()
 
 

@@ -18,7 +18,7 @@ from edgerazor.console import Console, duration
 from edgerazor.errors import INTERRUPTED, UserError, usage_error
 from edgerazor.recipe import Recipe
 from edgerazor.runtime import Generation, Model, Stream
-from edgerazor.workdir import WorkDir
+from edgerazor.workdir import WorkDir, find_folder
 
 #: What a terminal would take as a command, if a model wrote it; a carriage return before a line end is left out.
 CONTROL = dict.fromkeys((*range(32), *range(127, 160)), "?") | {ord("\n"): "\n", ord("\t"): "\t", ord("\r"): ""}
@@ -177,6 +177,7 @@ def packed_folder(named: Path | None, work: WorkDir) -> Path:
         UserError: there is none.
     """
     folder = named or work.folder("pack")
+    find_folder(folder)
     if named is None and not folder.exists():
         raise usage_error(
             f"{work.path} holds no packed model.",

@@ -22,16 +22,16 @@ from rich.console import RenderableType
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from edgerazor import exports, formats, imports, models, packed, surgery
+from edgerazor import exports, formats, imports, models, packed, surgery, untrusted
 from edgerazor.allocate import MatrixPlan, Plan, measures
 from edgerazor.console import Console, megabytes, table
 from edgerazor.errors import UserError, usage_error
 from edgerazor.exports import ExportResult
 from edgerazor.imports import ImportResult
 from edgerazor.packed import MatrixSource
-from edgerazor.recipe import Recipe
+from edgerazor.recipe import Calibrate, Recipe
 from edgerazor.stages import _shared, _start
-from edgerazor.workdir import WorkDir, exports_of, make_folder, replace_folder, write_json
+from edgerazor.workdir import WorkDir, exports_of, make_folder, recover_folder, replace_folder, write_json
 
 NAME = "pack"
 
@@ -240,24 +240,29 @@ def read_foreign(path: Path, recipe: Recipe, work: WorkDir, console: Console, fo
         UserError: it is refused, or there is something else in the way.
     """
     target = work.folder(NAME)
-    if work.recipe_file.exists() or (target.exists() and not (force or _is_import(target))):
-        raise usage_error(
-            f"{work.path} holds another job or packed model, which this one would replace.",
-            f"Give it a folder of its own: `edgerazor pack {path} --work NAME`.",
-        )
     asked = recipe.calibrate
-    make_folder(work.path)
     with work.lock():
+        recover_folder(target)
+        if work.recipe_file.exists() or (target.exists() and not (force or _is_import(target))):
+            raise usage_error(
+                f"{work.path} holds another job or packed model, which this one would replace.",
+                f"Give it a folder of its own: `edgerazor pack {path} --work NAME`.",
+            )
         found = imports.read(
             path,
             target,
             console,
-            activation_bits=asked.activation_bits,
-            kv_bits=asked.kv_bits,
+            activation_bits=_asked(asked, "activation_bits"),
+            kv_bits=_asked(asked, "kv_bits"),
             lossy=recipe.pack.allow_lossy,
         )
         written = exports.write_all(target, recipe.pack.export, work.exports, recipe.pack.allow_lossy, console)
     return ForeignResult(**dict(found), exports=written)
+
+
+def _asked(wanted: Calibrate, field: str) -> int | None:
+    """Bits that the user asked for; None where it is only the default for models that are trained here."""
+    return getattr(wanted, field) if field in wanted.model_fields_set else None
 
 
 def _is_import(folder: Path) -> bool:
@@ -312,7 +317,9 @@ class student_weights:  # noqa: N801 - used as a context manager, like those of 
         folder = self.work.student(self.recipe.pack.student)
         try:
             self.file = safe_open(folder / "model.safetensors", framework="pt").__enter__()
-            digests = json.loads((folder / "digests.json").read_text(encoding="utf-8"))
+            digests = untrusted.load_json(folder / "digests.json")
+            if not all(isinstance(digest, str) for digest in digests.values()):
+                raise ValueError("digests.json holds something else than digests")
             names = set(self.file.keys())
             others = {name: self.file.get_tensor(name) for name in sorted(names - _shared.matrix_tensors(found))}
         except (OSError, SafetensorError, ValueError) as error:
@@ -349,7 +356,7 @@ def matrix_source(matrix: MatrixPlan, read: Reader) -> MatrixSource:
 def accompany(folder: Path, teacher_folder: Path, config: object, settings: dict[str, Any]) -> None:
     """Configuration, generation settings, tokenizer and chat template."""
     models.copy_companions(teacher_folder, folder)
-    values = json.loads(config.to_json_string(use_diff=True))  # type: ignore[attr-defined]
+    values = untrusted.without_code(json.loads(config.to_json_string(use_diff=True)))  # type: ignore[attr-defined]
     values["dtype"] = "float32"  # of the activations between quantized layers
     values["quantization_config"] = {"quant_method": "edgerazor", "version": packed.VERSION, **settings}
     (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -25,7 +25,7 @@ from edgerazor.stages.distill import DistillResult
 from edgerazor.stages.eval import EvalResult, Measured
 from edgerazor.stages.generate import GenerateResult
 from edgerazor.stages.pack import ForeignResult, PackResult
-from edgerazor.workdir import WorkDir
+from edgerazor.workdir import WorkDir, find_folder
 
 __all__ = ["draw_plan", "inspect", "schema", "show", "show_format", "summarize"]
 
@@ -98,7 +98,8 @@ def inspect(
 
 
 def folder_of(path: Path) -> Path:
-    """The folder of a weight file; anything else is its own."""
+    """The folder of a weight file; anything else is its own. Put back first where a killed process took it away."""
+    find_folder(path.parent if path.suffix == ".safetensors" else path)
     return path.parent if path.is_file() and path.suffix == ".safetensors" else path
 
 
@@ -116,6 +117,7 @@ def draw_plan(work: WorkDir, png: Path | None = None) -> PlanSummary:
 
 def summarize(work: WorkDir) -> Summary:
     """Collect what the finished stages found."""
+    work.find()
     results = {name: manifest.result for name in RESULTS if (manifest := work.manifest(name))}
     evaluated = EvalResult.model_validate(results["eval"]) if "eval" in results else None
     benched = BenchResult.model_validate(results["bench"]) if "bench" in results else None

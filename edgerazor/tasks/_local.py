@@ -12,12 +12,12 @@ into the query (ARC, PIQA) or break the line after it (PIQA) do not have it twic
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgerazor import untrusted
 from edgerazor.errors import UserError
 
 SIMPLE = ("query", "choices", "gold")
@@ -118,7 +118,7 @@ def read_rows(path: Path) -> list[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = untrusted.parse_json(line)
         except ValueError:
             raise UserError(f"Line {number} of {path} is not valid JSON.") from None
         if not isinstance(row, dict):

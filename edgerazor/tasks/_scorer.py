@@ -30,6 +30,7 @@ from torch.nn.functional import log_softmax
 
 from edgerazor.console import Console, Tracker
 from edgerazor.tasks._sharing import Group, share
+from edgerazor.untrusted import vocabulary
 
 #: ((context, continuation), context's tokens, continuation's tokens)
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -59,6 +60,7 @@ class _Scorer(HFLM):
         """Input tokens, all but the last and no more than the model has positions for -> requests with these."""
         groups: dict[tuple[int, ...], list[int]] = {}
         for index, (_, context, continuation) in enumerate(requests):
+            vocabulary.check(self.tokenizer, [*context, *continuation])
             whole = (context + continuation)[-(self.max_length + 1) :]
             self.truncated += len(whole) < len(context) + len(continuation)
             groups.setdefault(tuple(whole[:-1]), []).append(index)

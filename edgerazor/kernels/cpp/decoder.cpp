@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <memory>
 #include <new>
 #include <vector>
@@ -654,6 +655,7 @@ struct Scores : Wanted {
             const int64_t vocabulary = decoder.model.vocabulary;
             const float all = decoder.floats.log_sum_exp(logits, vocabulary);
             const int32_t largest = decoder.floats.largest(logits, vocabulary);
+            if (!std::isfinite(all)) decoder.finite.store(false, std::memory_order_relaxed);
             for (const int64_t place : places[row]) {
                 log_probabilities[place] = logits[targets[place]] - all;
                 best[place] = largest;
@@ -686,6 +688,7 @@ struct Greedy {
         int32_t found = -1;
         for (const int32_t each : best)
             if (each >= 0 && (found < 0 || decoder.logits.get()[each] > decoder.logits.get()[found])) found = each;
+        if (found < 0 || !std::isfinite(decoder.logits.get()[found])) decoder.finite.store(false, std::memory_order_relaxed);
         return found;
     }
 };
@@ -696,7 +699,7 @@ int guarded(edgerazor_decoder* decoder, const Work& work) {
     decoder->finite.store(true, std::memory_order_relaxed);
     try {
         work();
-    } catch (const std::bad_alloc&) {
+    } catch (const std::exception&) { // no memory, or a size that no memory has
         return EDGERAZOR_NO_MEMORY;
     }
     return decoder->finite.load(std::memory_order_relaxed) ? EDGERAZOR_OK : EDGERAZOR_NOT_FINITE;
@@ -752,7 +755,9 @@ int edgerazor_decoder_greedy(edgerazor_decoder* decoder, const edgerazor_run* fr
         edgerazor_run run = *from;
         while (*written < count && decoder->finite.load(std::memory_order_relaxed)) {
             decoder->forward(&run, 1, &token, finish);
-            token = out[(*written)++] = finish.found();
+            const int32_t found = finish.found();
+            if (found < 0) break;
+            token = out[(*written)++] = found;
             run.own++;
             if (std::find(stops, stops + stop_count, token) != stops + stop_count) break;
         }

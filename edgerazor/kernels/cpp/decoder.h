@@ -1,7 +1,8 @@
 /* The plain C interface of the decoder: a whole transformer on packed matrices, with its cache and its threads.
 
    A decoder keeps pointers to weights, which must stay; it copies everything else. Arguments are not checked here;
-   `kernels/decoder.py` does that. One thread at a time may call a decoder. */
+   `kernels/decoder.py` does that. One thread at a time may call a decoder, of the process that made it alone: its threads
+   do not survive a fork, and a child that calls it, or frees it, waits for them forever. */
 #ifndef EDGERAZOR_DECODER_H
 #define EDGERAZOR_DECODER_H
 #include "library.h"
@@ -69,7 +70,7 @@ typedef struct edgerazor_decoder edgerazor_decoder;
 
 enum { EDGERAZOR_OK = 0, EDGERAZOR_NO_MEMORY = 1, EDGERAZOR_NOT_FINITE = 2 };
 
-/* Null without memory. `threads` counts the caller's own. */
+/* Null where there is no memory, or a thread cannot be created. `threads` counts the caller's own. */
 EDGERAZOR_API edgerazor_decoder* edgerazor_decoder_new(const edgerazor_model* model, int isa, int threads);
 EDGERAZOR_API void edgerazor_decoder_free(edgerazor_decoder* decoder);
 

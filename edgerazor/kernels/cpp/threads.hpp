@@ -20,24 +20,45 @@ inline void pause() {
 #endif
 }
 
+// The calling thread ignores signals, and so do threads that it starts: signals are for threads that know Python.
+class NoSignals {
+  public:
+    NoSignals() {
+        sigset_t all;
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &before_);
+    }
+
+    NoSignals(const NoSignals&) = delete;
+
+    ~NoSignals() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+
+  private:
+    sigset_t before_;
+};
+
 // Between calls a thread looks for work for some 50 microseconds, so that the next token finds it awake, then sleeps: it
 // never takes a core from torch's threads for longer. Within a call all wait for one another often and shortly.
-class Threads {
+//
+// Threads do not survive a fork: in the child nothing of this may be called, the destructor neither.
+template <class Thread>
+class ThreadsOf {
   public:
-    explicit Threads(int count) : count_(count) {
-        sigset_t all, before; // signals are for threads that know Python
-        sigfillset(&all);
-        pthread_sigmask(SIG_SETMASK, &all, &before);
-        for (int i = 1; i < count; i++) others_.emplace_back([this, i] { serve(i); });
-        pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    // Throws std::system_error or std::bad_alloc where a thread cannot be created; none is left then.
+    explicit ThreadsOf(int count) : count_(count) {
+        const NoSignals signals;
+        try {
+            others_.reserve(count - 1);
+            for (int i = 1; i < count; i++) others_.emplace_back([this, i] { serve(i); });
+        } catch (...) { // the destructor of an object that was never whole is not called
+            stop();
+            throw;
+        }
     }
 
-    Threads(const Threads&) = delete;
+    ThreadsOf(const ThreadsOf&) = delete;
 
-    ~Threads() {
-        begin(nullptr, nullptr);
-        for (std::thread& other : others_) other.join();
-    }
+    ~ThreadsOf() { stop(); }
 
     int count() const { return count_; }
 
@@ -73,6 +94,11 @@ class Threads {
         }
     }
 
+    void stop() {
+        begin(nullptr, nullptr);
+        for (Thread& other : others_) other.join();
+    }
+
     void begin(Call call, const void* work) {
         if (count_ == 1) return;
         done_.store(0, std::memory_order_relaxed);
@@ -100,7 +126,7 @@ class Threads {
     }
 
     const int count_;
-    std::vector<std::thread> others_;
+    std::vector<Thread> others_;
     std::mutex mutex_;
     std::condition_variable wake_;
     Call call_ = nullptr;
@@ -110,6 +136,8 @@ class Threads {
     alignas(64) std::atomic<int> arrived_{0};
     alignas(64) std::atomic<unsigned> round_{0};
 };
+
+using Threads = ThreadsOf<std::thread>;
 
 // [first, last) of `count` things, in whole multiples of `unit`, for one of `threads` threads.
 struct Share {

@@ -1,0 +1,406 @@
+"""Damaged inputs of every kind, given to the commands that read them: an answer, or one sentence.
+
+    make fuzz-inputs                       20,000 damaged inputs (N=...), or as many as FUZZ_SECONDS=... allow
+    python tests/fuzz_inputs.py --only 4711           one of them again; prints the command and where its input lies
+
+Real inputs lie in memory: a tiny model's folder, its packed, GGUF and MLX forms, a recipe, texts and chats, items of a
+task. A worker process damages one of them, writes it, and forks a child that calls the command line as the console
+script does, with a command that only reads it. *The law*: exit code 0, 1 or 2; at most 3 KB on stderr, without control
+characters or a traceback; an answer within 20 seconds of CPU time; less than 1 GB of memory more than before.
+
+Each damaged input follows from its number and the seed alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import random
+import resource
+import select
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from edgerazor import terminal
+
+if __name__ == "__main__":
+    terminal.prepare()  # before libraries keep stderr for themselves, as the console script does
+
+import conftest
+from _fuzzing import Folder, Subject, main
+from fuzz_packed import NASTY, change_tree, dump, encoded, rewrite_bytes
+
+from edgerazor import cli
+from edgerazor.stages import _engines
+
+#: Seconds of CPU time for a command, and of waiting for a child that neither computes nor ends.
+SECONDS, PATIENCE = 20, 120
+MEMORY = 10**9
+LONGEST = 3000
+#: Header of a folder in memory that has none.
+NO_HEADER: Any = None
+
+# What is damaged --------------------------------------------------------------------------------------------------
+
+MODEL, PACKED, GGUF, MLX = "model", "packed", "model.gguf", "mlx"
+CHAT = (
+    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] | trim }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+RECIPE = """model: model
+threads: 1
+data:
+  train:
+    - {file: text.jsonl, column: text}
+    - {file: chat.jsonl, weight: 0.5}
+  sequence_length: 16
+calibrate: {bits: 4, plan: interleave, group_size: 40, sequences: 2, sensitivity_tokens: 32}
+distill: {steps: 2, batch_size: 2}
+eval: {tasks: [arc_easy], task_data: tasks, limit: 2}
+"""
+TALK = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Nora."}]
+ITEM = {"id": "1", "question": "Where?", "choices": {"text": ["mill", "barn"], "label": ["A", "B"]}, "answerKey": "A"}
+BASE = Path("base")  # in the place of a worker: what the others refer to
+
+
+def make_base(place: Path) -> Path:
+    """The whole inputs, all of one tiny model."""
+    base = place / BASE
+    base.mkdir()
+    tokenizer = conftest.tokenizer.__wrapped__()  # type: ignore[attr-defined]
+    tokenizer.chat_template = CHAT
+    conftest.make_model.__wrapped__(tokenizer)(base / MODEL, "llama")  # type: ignore[attr-defined]
+    with contextlib.chdir(base):
+        quietly(
+            "pack", MODEL, "--bits", "4", "--group-size", "32", "--work", "job", "--export", "gguf", "--allow-lossy"
+        )
+        shutil.move("job/packed", PACKED)
+        for file in Path("job").rglob("*.gguf"):
+            shutil.move(file, GGUF)
+        shutil.rmtree("job")
+        make_mlx()
+        Path("text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines(40)))
+        Path("chat.jsonl").write_text(json.dumps({"messages": TALK}) + "\n" + json.dumps({"messages": TALK * 3}) + "\n")
+        Path("text.txt").write_text("\n".join(lines(40)))
+        Path("recipe.yaml").write_text(RECIPE)
+        Path("tasks").mkdir()
+        Path("tasks/arc_easy.jsonl").write_text((json.dumps(ITEM) + "\n") * 3)
+    return base
+
+
+def import_everything() -> None:
+    """Once, for all children."""
+    import datasets  # noqa: F401
+    import lm_eval.evaluator
+    import lm_eval.models.huggingface
+    import lm_eval.tasks  # noqa: F401
+
+    from edgerazor import imports, pipeline, runtime, tasks  # noqa: F401
+    from edgerazor.stages import _shipping, data, generate, pack, show  # noqa: F401
+
+    gc.collect()
+    gc.freeze()  # children do not touch, and copy, what they do not use
+
+
+def lines(count: int) -> list[str]:
+    return conftest.sentences(count).splitlines()
+
+
+def make_mlx() -> None:
+    """A folder as MLX writes it: the model's, with some matrices in its format of 4 bits."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(MODEL, MLX)
+    tensors = load_file(Path(MODEL) / "model.safetensors")
+    for name in [each for each in tensors if each.endswith(("q_proj.weight", "embed_tokens.weight"))]:
+        rows, cols = tensors[name].shape
+        bare = name.removesuffix(".weight")
+        tensors[name] = torch.randint(2**30, (rows, cols // 8), dtype=torch.int32).view(torch.uint32)
+        tensors[f"{bare}.scales"] = torch.full((rows, cols // 32), 0.01, dtype=torch.float16)
+        tensors[f"{bare}.biases"] = torch.full((rows, cols // 32), -0.08, dtype=torch.float16)
+    save_file(tensors, Path(MLX) / "model.safetensors", {"format": "mlx"})
+    config = json.loads((Path(MLX) / "config.json").read_text())
+    config["quantization"] = {"group_size": 32, "bits": 4}
+    (Path(MLX) / "config.json").write_text(json.dumps(config))
+
+
+#: kind -> commands that read it; they run beside the whole inputs, with the damaged one in its place.
+KINDS: dict[str, list[list[str]]] = {
+    MODEL: [
+        ["pack", MODEL, "--bits", "4", "--group-size", "32", "--work", "job", "--dry-run"],
+        ["pack", MODEL, "--bits", "4", "--group-size", "32", "--work", "job"],
+        ["calibrate", "--recipe", "recipe.yaml", "--work", "job", "--dry-run"],
+        ["distill", "--recipe", "recipe.yaml", "--work", "job", "--dry-run"],
+        ["data", MODEL, "--prompts", "chat.jsonl", "--tokens", "4", "--answer-tokens", "9", "--out", "out.jsonl"],
+    ],
+    PACKED: [
+        ["show", PACKED],
+        ["show", PACKED, "--verify"],
+        ["generate", "Nora", "--model", PACKED, "--max-tokens", "4", "--threads", "1"],
+        ["generate", "Nora", "--model", PACKED, "--chat", "--max-tokens", "4", "--threads", "1"],
+        ["eval", PACKED, "--tasks", "arc_easy", "--task-data", "tasks", "--limit", "1"],
+        ["pack", PACKED, "--export", "gguf", "--dry-run"],
+    ],
+    GGUF: [["pack", GGUF, "--work", "job"]],
+    MLX: [["pack", MLX, "--work", "job"]],
+    "recipe.yaml": [
+        ["calibrate", "--recipe", "recipe.yaml", "--work", "job", "--dry-run"],
+        ["distill", "--recipe", "recipe.yaml", "--work", "job", "--dry-run"],
+    ],
+    "text.jsonl": [["calibrate", "--recipe", "recipe.yaml", "--work", "job", "--dry-run"]],
+    "chat.jsonl": [
+        ["distill", "--recipe", "recipe.yaml", "--work", "job", "--dry-run"],
+        ["data", MODEL, "--prompts", "chat.jsonl", "--tokens", "4", "--answer-tokens", "9", "--out", "out.jsonl"],
+    ],
+    "text.txt": [["eval", PACKED, "--data", "text.txt"]],
+    "tasks": [["eval", PACKED, "--tasks", "arc_easy", "--task-data", "tasks", "--limit", "2"]],
+}
+
+
+def make_folders(place: Path) -> list[Folder]:
+    """One of each kind, and the whole inputs beside them."""
+    import_everything()
+    base, made = make_base(place), []
+    for kind in KINDS:
+        path = base / kind
+        files = [path] if path.is_file() else sorted(path.iterdir())
+        made.append(Folder(kind, {file.name: file.read_bytes() for file in files}, NO_HEADER))
+    return made
+
+
+# Damages ----------------------------------------------------------------------------------------------------------
+
+
+def pick(draw: random.Random, folder: Folder) -> str:
+    """A file to damage; weights, which have a fuzzer of their own, seldom."""
+    names = sorted(folder.files)
+    return draw.choices(names, [1 if name.endswith(".safetensors") else 5 for name in names])[0]
+
+
+def change_bytes(draw: random.Random, folder: Folder) -> None:
+    name = pick(draw, folder)
+    alone = Folder(folder.kind, {name: folder.files[name]}, NO_HEADER)
+    rewrite_bytes(draw, alone)
+    folder.files |= alone.files
+
+
+def change_json(draw: random.Random, folder: Folder) -> None:
+    """A value, name or item of a JSON or JSONL file or of a recipe; another file's bytes where there is neither."""
+    name = pick(draw, folder)
+    content = folder.files[name]
+    if name.endswith(".json"):
+        folder.files[name] = encoded(draw, dump(change_tree(draw, json.loads(content))))
+    elif name.endswith(".jsonl"):
+        rows = content.splitlines()
+        place = draw.randrange(len(rows))
+        rows[place] = encoded(draw, dump(change_tree(draw, json.loads(rows[place]))))
+        folder.files[name] = b"\n".join(rows)
+    elif name.endswith(".yaml"):
+        import yaml
+
+        folder.files[name] = encoded(draw, dump(change_tree(draw, yaml.safe_load(content))))
+    else:
+        change_bytes(draw, folder)
+
+
+def insert_text(draw: random.Random, folder: Folder) -> None:
+    """Strange letters, commands for a terminal, and languages' own tricks, in a file of any kind."""
+    name = pick(draw, folder)
+    content = folder.files[name]
+    start = draw.randrange(len(content) + 1)
+    tricks = [str(each).encode(errors="surrogatepass") for each in NASTY if isinstance(each, str)]
+    tricks += [
+        b"\x1b[31m",
+        b"\xc2\x9b2J",
+        "\u202e".encode(),
+        b"\r",
+        b"&a [*a]",
+        b"!!int abc",
+        b"2001-99-99",
+        b"9" * 5000,
+    ]
+    tricks += [b"{% raw", b"{{ 9**9**9 }}", b"[" * 5000, b"<<: *x", b"\xff\xfe", b'"\\ud800"', b"{" * 5000]
+    folder.files[name] = content[:start] + draw.choice(tricks) + content[start:]
+
+
+def change_template(draw: random.Random, folder: Folder) -> None:
+    """A chat template that refuses, fails, loops or grows; where there is a tokenizer."""
+    loops = "".join("{% for x in range(99999) %}" for _ in range(4)) + "{% endfor %}" * 4
+    templates = [
+        loops,
+        "{{ raise_exception('\x1b[31m' + 'x' * 9999) }}",
+        "{{ 'a' * 10**9 }}",
+        "{{ x.y.z }}",
+        "{% if",
+        "",
+    ]
+    templates += [
+        "{% set n = namespace(x='aa') %}{% for i in range(90) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}"
+    ]
+    templates += [
+        "{{ 'x'.__class__.__mro__ }}",
+        "{{ messages[7].content }}",
+        "{{ '%999999999d' | format(1) }}",
+        "\x1b[2J",
+    ]
+    name = "tokenizer_config.json"
+    if name not in folder.files:
+        change_bytes(draw, folder)
+        return
+    template: Any = draw.choice(templates)
+    if draw.random() < 0.1:
+        template = draw.choice([1, [], {}, [{"name": "default", "template": loops}], {"default": 1}])
+    if "chat_template.jinja" in folder.files and isinstance(template, str):
+        folder.files["chat_template.jinja"] = template.encode(errors="surrogatepass")
+    else:
+        folder.files.pop("chat_template.jinja", None)
+        folder.files[name] = json.dumps(json.loads(folder.files[name]) | {"chat_template": template}).encode()
+
+
+def change_index(draw: random.Random, folder: Folder) -> None:
+    """An index of shards beside weights; right but for one change, or wholly wrong."""
+    if "model.safetensors" not in folder.files:
+        change_bytes(draw, folder)
+        return
+    tricks = [
+        "../model.safetensors",
+        "/etc/passwd",
+        "model.bin",
+        "",
+        ".",
+        "\x1b[31m",
+        "a" * 5000,
+        1,
+        None,
+        [],
+        "\ud800",
+    ]
+    tree: Any = {"metadata": {"total_size": 1}, "weight_map": {"lm_head.weight": "model.safetensors"}}
+    tree["weight_map"]["model.norm.weight"] = draw.choice(["model.safetensors", *tricks])
+    folder.files["model.safetensors.index.json"] = encoded(draw, dump(change_tree(draw, tree)))
+
+
+DAMAGES: dict[Callable[[random.Random, Folder], None], int] = {
+    change_json: 10,
+    change_bytes: 3,
+    insert_text: 4,
+    change_template: 2,
+    change_index: 1,
+}
+
+# Commands ---------------------------------------------------------------------------------------------------------
+
+
+def quietly(*words: str) -> None:
+    """A command in this process, which must succeed."""
+    before, sys.argv = sys.argv, ["edgerazor", *words, "--quiet"]
+    try:
+        with contextlib.redirect_stdout(None):
+            cli.main()
+    except SystemExit as ended:
+        if ended.code not in (0, None):
+            raise RuntimeError(f"{words} ended with {ended.code}") from None
+    finally:
+        sys.argv = before
+
+
+def command(folder: Folder) -> list[str]:
+    """The command for an input, which follows from its bytes."""
+    known = KINDS[folder.kind]
+    return known[sum(map(len, folder.files.values())) % len(known)]
+
+
+def check(path: Path, folder: Folder) -> str:
+    """`done` or `refused`, of the command for a damaged input; `unharmed` where it is whole and done.
+
+    Raises:
+        AssertionError: the law is broken.
+    """
+    place = path.parent / "run"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    for each in (path.parent / BASE).iterdir():
+        (place / each.name).symlink_to(each)
+    (place / folder.kind).unlink()
+    if (path.parent / BASE / folder.kind).is_file():
+        shutil.copyfile(path / folder.kind, place / folder.kind)
+    else:
+        (place / folder.kind).symlink_to(path)
+    words = command(folder)
+    code, said, peak = in_a_child(place, words)
+    about = " ".join(words)
+    assert code in (0, 1, 2), f"{about}: exit code {code}: {said[-1500:]!r}"
+    assert len(said) <= LONGEST, f"{about}: {len(said)} bytes on stderr: {said[:300]!r} ... {said[-300:]!r}"
+    text = said.decode("utf-8")
+    assert "Traceback" not in text, f"{about}: {text[-1500:]}"
+    strange = {each for each in text if not (each.isprintable() or each == "\n")}
+    assert not strange, f"{about}: {strange} in {text!r}"
+    assert code == 0 or "Error" in text, f"{about}: exit code {code} without a sentence: {text!r}"
+    assert peak < MEMORY, f"{about}: {peak / 1e6:.0f} MB of memory"
+    if code == 0:
+        whole = all((path.parent / BASE / folder.kind / name).exists() for name in folder.files)
+        return "done" if folder.lies or not whole else "unharmed"
+    return "refused"
+
+
+def in_a_child(place: Path, words: list[str]) -> tuple[int, bytes, int]:
+    """Exit code of a command (negative: the signal that ended it), what it wrote to stderr, and bytes it grew by."""
+    signal.setitimer(signal.ITIMER_REAL, 0)  # that of the worker; here CPU time counts
+    reader, writer = os.pipe()
+    sys.stderr.flush()
+    before = _engines.peak_memory()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        run_child(place, words, writer)
+    os.close(writer)
+    said, deadline = b"", time.monotonic() + PATIENCE
+    with os.fdopen(reader, "rb", buffering=0) as file:
+        while time.monotonic() < deadline and len(said) < 10**6:
+            if select.select([file], [], [], 1.0)[0]:
+                if not (piece := file.read(65536)):
+                    break
+                said += piece
+        else:
+            os.kill(child, signal.SIGKILL)
+    _, status, used = os.wait4(child, 0)
+    return os.waitstatus_to_exitcode(status), said, used.ru_maxrss * 1024 - before
+
+
+def run_child(place: Path, words: list[str], stderr: int) -> None:
+    """The command, in a process of its own; never returns."""
+    code = 70
+    try:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
+        os.dup2(stderr, 2)
+        os.dup2(os.open(os.devnull, os.O_RDWR), 1)
+        os.dup2(1, 0)
+        os.chdir(place)
+        sys.argv = ["edgerazor", *words]
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else 0
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+SUBJECT = Subject(__file__, make_folders, DAMAGES, check, patience=PATIENCE, last_patience=3 * PATIENCE, memory=None)
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main(SUBJECT, __doc__, 20_000)

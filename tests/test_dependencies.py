@@ -1,0 +1,73 @@
+"""What pyproject.toml declares is what the code imports, and what was tested is within what it declares."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CONSTRAINTS = ROOT / ".ci" / "constraints.txt"
+#: Only of environments that are made for them (`make peers`, `make llamacpp`).
+PEERS = {"gptqmodel", "auto-round", "hqq", "optimum", "llama-cpp"}
+#: Used through a command or a plugin, so nothing imports them.
+COMMANDS = {"mypy", "ruff", "types-pyyaml"}
+
+
+def normal(name: str) -> str:
+    """A distribution's name as package registries compare it (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def declared(requirements: Iterable[str]) -> set[str]:
+    return {normal(re.match(r"[A-Za-z0-9._-]+", each)[0]) for each in requirements}  # type: ignore[index]
+
+
+def imported(folders: Iterable[str], but: str = "") -> set[str]:
+    """Distributions of other people that the files of folders import, at any depth."""
+    owners = metadata.packages_distributions()
+    files = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    ours = {"edgerazor", *(path.stem for path in files if "edgerazor" not in path.relative_to(ROOT).parts)}
+    names: set[str] = set()
+    for path in files:
+        if path.name == but:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {each.name.partition(".")[0] for each in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names.add(str(node.module).partition(".")[0])
+    others = names - set(sys.stdlib_module_names) - ours
+    return {normal(owners.get(name, [name])[0]) for name in others}
+
+
+def test_the_package_imports_what_it_declares() -> None:
+    assert imported(["edgerazor"], but="_install.py") == declared(PROJECT["dependencies"])
+
+
+def test_tests_and_recipes_import_what_is_declared() -> None:
+    everything = declared([*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]])
+    assert imported(["tests", "recipes", ".ci"]) - everything <= PEERS
+    used = imported(["edgerazor", "tests", "recipes"])
+    assert everything - used <= COMMANDS
+
+
+@pytest.mark.parametrize("requirement", [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]])
+def test_what_was_tested_is_within_the_ranges(requirement: str) -> None:
+    tested = dict(line.split("==") for line in CONSTRAINTS.read_text().splitlines() if not line.startswith("#"))
+    found = re.fullmatch(r"([A-Za-z0-9._-]+)>=([0-9.]+)(?:,<([0-9.]+))?", requirement)
+    assert found, f"{requirement}: no range"
+    version = numbers(tested[normal(found[1])])
+    assert numbers(found[2]) <= version
+    assert found[3] is None or version < numbers(found[3])
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(each) for each in version.split(".") if each.isdigit())
