@@ -953,11 +953,14 @@ def main() -> None:
         run_command()
     except KeyboardInterrupt:  # a second one, while what had happened was being told
         terminal.end_interrupted()
+    except MemoryError:  # not even for a sentence
+        terminal.end_without_memory()
 
 
 def run_command() -> None:
     """One command; ends with SystemExit, or with a bug's exception."""
     try:
+        refuse_removed_folder()
         code = typer.main.get_command(app).main(prog_name="edgerazor", standalone_mode=False)
         if code == INTERRUPTED:  # typer has caught the KeyboardInterrupt
             raise KeyboardInterrupt
@@ -984,6 +987,14 @@ def run_command() -> None:
         fail(known)
 
 
+def refuse_removed_folder() -> None:
+    """Where there is no current folder, importing torch ends the process without a word of ours."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise usage_error("The current folder has been removed.", "Change into one that is there: `cd`.") from None
+
+
 def show_usage(error: Any) -> None:
     """What click says of a command line, which quotes it."""
     said = io.StringIO()
@@ -1008,7 +1019,7 @@ def fail(error: UserError) -> None:
 
 
 #: What is the machine's fault rather than the program's, when it comes with a file name.
-MACHINE = (
+MACHINE: tuple[int, ...] = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE),
     *(errno.ELOOP, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.EBUSY, errno.ETXTBSY),
 )
@@ -1042,10 +1053,6 @@ def explain_failure(error: BaseException) -> UserError | None:
 
 def explain_file(error: OSError) -> UserError | None:
     """The same for a file or folder; what is merely not there, where it was expected, is a bug."""
-    try:
-        os.getcwd()
-    except OSError:
-        return usage_error("The current folder has been removed.", "Change into one that is there: `cd`.")
     if error.errno == errno.ENOMEM:
         return UserError("There is not enough memory.", "Close other programs, or raise the limit (`ulimit -v`).")
     if error.filename is None:

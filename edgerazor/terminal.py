@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from edgerazor.errors import INTERRUPTED, harmless
+from edgerazor.errors import FAILED, INTERRUPTED, harmless
 
 #: Bytes of one thing that a library says: a stranger's file may have made it as long as it likes.
 LONGEST = 1500
@@ -92,3 +92,10 @@ def end_interrupted() -> NoReturn:
     leave()
     sys.stderr.write("Error: Interrupted.\n")
     sys.exit(INTERRUPTED)
+
+
+def end_without_memory() -> NoReturn:
+    """At once: what Python and its libraries do at their end needs memory, too."""
+    with contextlib.suppress(OSError):
+        os.write(2, b"Error: There is not enough memory.\n")
+    os._exit(FAILED)

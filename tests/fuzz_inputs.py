@@ -70,7 +70,7 @@ ITEM = {"id": "1", "question": "Where?", "choices": {"text": ["mill", "barn"], "
 BASE = Path("base")  # in the place of a worker: what the others refer to
 
 
-def make_base(place: Path) -> Path:
+def make_base(place: Path) -> None:
     """The whole inputs, all of one tiny model."""
     base = place / BASE
     base.mkdir()
@@ -92,7 +92,6 @@ def make_base(place: Path) -> Path:
         Path("recipe.yaml").write_text(RECIPE)
         Path("tasks").mkdir()
         Path("tasks/arc_easy.jsonl").write_text((json.dumps(ITEM) + "\n") * 3)
-    return base
 
 
 def import_everything() -> None:
@@ -167,8 +166,15 @@ KINDS: dict[str, list[list[str]]] = {
 
 def make_folders(place: Path) -> list[Folder]:
     """One of each kind, and the whole inputs beside them."""
+    child = os.fork()  # what it computes, and the threads that it takes, are not to be there when the others fork
+    if child == 0:
+        try:
+            make_base(place)
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
     import_everything()
-    base, made = make_base(place), []
+    base, made = place / BASE, []
     for kind in KINDS:
         path = base / kind
         files = [path] if path.is_file() else sorted(path.iterdir())
@@ -193,7 +199,7 @@ def change_bytes(draw: random.Random, folder: Folder) -> None:
 
 
 def change_json(draw: random.Random, folder: Folder) -> None:
-    """A value, name or item of a JSON or JSONL file or of a recipe; another file's bytes where there is neither."""
+    """A value, name or item of a JSON, JSONL or YAML file; bytes of any other."""
     name = pick(draw, folder)
     content = folder.files[name]
     if name.endswith(".json"):
@@ -319,7 +325,7 @@ def command(folder: Folder) -> list[str]:
 
 
 def check(path: Path, folder: Folder) -> str:
-    """`done` or `refused`, of the command for a damaged input; `unharmed` where it is whole and done.
+    """`done` or `refused`, of the command for a damaged input; `unharmed` where nothing is damaged.
 
     Raises:
         AssertionError: the law is broken.
@@ -336,6 +342,8 @@ def check(path: Path, folder: Folder) -> str:
         (place / folder.kind).symlink_to(path)
     words = command(folder)
     code, said, peak = in_a_child(place, words)
+    if code == -signal.SIGKILL:  # perhaps a fork at a bad moment, which happens once; what hangs, hangs again
+        code, said, peak = in_a_child(place, words)
     about = " ".join(words)
     assert code in (0, 1, 2), f"{about}: exit code {code}: {said[-1500:]!r}"
     assert len(said) <= LONGEST, f"{about}: {len(said)} bytes on stderr: {said[:300]!r} ... {said[-300:]!r}"
@@ -345,10 +353,13 @@ def check(path: Path, folder: Folder) -> str:
     assert not strange, f"{about}: {strange} in {text!r}"
     assert code == 0 or "Error" in text, f"{about}: exit code {code} without a sentence: {text!r}"
     assert peak < MEMORY, f"{about}: {peak / 1e6:.0f} MB of memory"
-    if code == 0:
-        whole = all((path.parent / BASE / folder.kind / name).exists() for name in folder.files)
-        return "done" if folder.lies or not whole else "unharmed"
-    return "refused"
+    base = path.parent / BASE / folder.kind
+    if all(
+        (each := base / name if base.is_dir() else base).exists() and each.read_bytes() == content
+        for name, content in folder.files.items()
+    ):
+        return "unharmed"
+    return "refused" if code else "done"
 
 
 def in_a_child(place: Path, words: list[str]) -> tuple[int, bytes, int]:

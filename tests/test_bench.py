@@ -184,7 +184,7 @@ def test_without_the_library_bench_says_how_to_build_it(llama, tmp_path, monkeyp
     assert found["engines"][0]["kernel"] == "reference"
     assert found["bandwidth_of"].startswith("torch.sum")
     (note,) = [note for note in found["notes"] if "Reference kernels were used" in note]
-    assert "`python -m edgerazor.kernels.build`; it needs a C++ compiler" in note
+    assert "`python -m edgerazor.kernels.build`; that needs a C++ compiler" in note
 
 
 # --- programs of others ------------------------------------------------------------------------

@@ -160,12 +160,20 @@ def test_bugs_stay_bugs(tmp_path: Path) -> None:
         assert cli.explain_failure(error) is None
 
 
+def test_no_memory_for_a_sentence(tmp_path: Path) -> None:
+    code = "from edgerazor import cli\ncli.run_command = lambda: [][0:0] + [0] * 10**18\ncli.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "Error: There is not enough memory.\n")
+
+
 # --- Ctrl-C ----------------------------------------------------------------------------------------------------------
 
 
 def test_ctrl_c_during_imports(tmp_path: Path) -> None:
     (tmp_path / "typer.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nfrom edgerazor.__main__ import main\nmain()"
+    code = "import signal, sys\n"
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # jobs in the background ignore it
+    code += f"sys.path.insert(0, {str(tmp_path)!r})\nfrom edgerazor.__main__ import main\nmain()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "Error: Interrupted.\n")
 

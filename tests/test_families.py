@@ -313,6 +313,12 @@ def write(name: str, text: str) -> Callable[[Path], None]:
     return change
 
 
+def damaged_index(folder: Path) -> None:
+    """Without the single file, beside which no index is read."""
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    (folder / "model.safetensors.index.json").write_text("[]")
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "gptq": (configure(quantization_config={"quant_method": "gptq", "bits": 4}), ("already quantized (gptq)",)),
     "packed": (configure(quantization_config={"quant_method": "edgerazor"}), ("already quantized (edgerazor)",)),
@@ -330,7 +336,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "pickled": (pickle_only, ("pickled weights (.bin) are not read",)),
     "cut_off": (cut, ("model.safetensors is damaged",)),
     "lost_shard": (lose_shard, ("lacks the weight file model-00002-of",)),
-    "damaged_index": (write("model.safetensors.index.json", "[]"), ("index.json is damaged",)),
+    "damaged_index": (damaged_index, ("index.json is damaged",)),
     "missing_tensor": (
         lambda folder: edit_weights(folder, lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight")),
         ("lack the tensor model.layers.1.mlp.up_proj.weight.",),

@@ -319,7 +319,7 @@ def test_a_pipe_gives_the_prompt(
         ([PROMPT, "--top-p", 0.5], b"", "`top_p` draws tokens, and temperature 0 takes the likeliest"),
         ([PROMPT, "--stop", ""], b"", "`stop` is empty text"),
         ([PROMPT, "--system", "Be"], b"", "`system` is a message of a chat"),
-        ([PROMPT, "--threads", 0], b"", "--threads is 0; expected a whole number of at least 1"),
+        ([PROMPT, "--threads", 0], b"", "--threads is 0; expected a whole number from 1 to 1024"),
         ([PROMPT, "--seed", -1], b"", "--seed is -1"),
         ([], b"", "There is no prompt: standard input is empty"),
         (["-"], b"\n", "There is no prompt: standard input is empty"),

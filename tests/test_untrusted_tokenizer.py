@@ -67,9 +67,10 @@ def test_files_larger_than_any(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
         models.load_tokenizer(folder)
 
 
-@pytest.mark.parametrize(
-    "content", ["[1]", "[" * 100_000, "{", '{"model": null}', "\x1b", '{"model": {"vocab": {"a": []}}}']
-)
+NONE = ["[1]", "[" * 100_000, "{", '{"model": null}', "\x1b", '{"model": {"vocab": {"a": []}}}']
+
+
+@pytest.mark.parametrize("content", NONE)
 def test_files_that_are_no_tokenizers(folder: Path, content: str) -> None:
     (folder / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match="cannot load the tokenizer") as caught:

@@ -17,7 +17,7 @@ from edgerazor.models.attention import (
     use_attention,
 )
 from edgerazor.models.blocks import Blocks
-from edgerazor.models.cache import cache_name, with_cache
+from edgerazor.models.compatibility import cache_name, checkpoint_activations, with_cache
 from edgerazor.models.hidden import capture_hidden, final_states, logit_shape
 from edgerazor.models.loading import (
     auto_config,
@@ -57,6 +57,7 @@ __all__ = [
     "capture_attention",
     "capture_hidden",
     "check_attention",
+    "checkpoint_activations",
     "complete_config",
     "completed",
     "copy_companions",

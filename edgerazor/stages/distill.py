@@ -561,7 +561,7 @@ def make_student(
     else:
         student = models.initialise(recipe.model, recipe.revision, recipe.seed, recipe.trust_remote_code)
     if recipe.distill.gradient_checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
+        models.checkpoint_activations(student)
     scales_only = recipe.distill.train == "scales"
     surgery.prepare_for_training(student, structure, plan.specs(), settings, scales_only, input_scales, start)
     student.config.use_cache = False

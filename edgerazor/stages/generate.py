@@ -6,6 +6,9 @@ goes to stderr. It ends with a line end, as texts do.
 
 from __future__ import annotations
 
+import os
+import select
+import signal
 import sys
 import time
 from pathlib import Path
@@ -224,8 +227,26 @@ def read_prompt(word: str | None) -> str | None:
 
 def ask() -> str | None:
     """What the user says in a chat; None at the end of the input."""
-    try:
-        return input("> " if sys.stdout.isatty() else "")
-    except EOFError:
+    if sys.stdin is None:
+        return None
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return next_line(sys.stdin.readline())
+    write("> ")
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    try:  # a Ctrl-C just before the waiting begins ends it, too
+        select.select([sys.stdin, reader], [], [])
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(reader)
+        os.close(writer)
+    return next_line(sys.stdin.readline())
+
+
+def next_line(line: str) -> str | None:
+    """A line without its end; at the end of the input, None and a new line on the terminal."""
+    if not line:
         write("\n")
         return None
+    return line.removesuffix("\n")

@@ -1,4 +1,4 @@
-"""The KV cache of a model of transformers, under the name that the installed transformers has for it."""
+"""What transformers renamed, under the name that the installed version has for it: no warning reaches a user."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 
 def cache_name(model: nn.Module) -> str:
@@ -19,3 +20,12 @@ def cache_name(model: nn.Module) -> str:
 def with_cache(model: nn.Module, cache: Any) -> dict[str, Any]:
     """Arguments of a forward pass that goes on from a cache, or makes one where it is None."""
     return {cache_name(model): cache, "use_cache": True}
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Let a model compute activations again in the backward pass instead of keeping them (not the reentrant way).
+
+    transformers 5.24 renamed `gradient_checkpointing_enable` to `activation_checkpointing_enable`.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
