@@ -24,13 +24,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from edgerazor.formats import _layout
-from edgerazor.formats._least_error import LARGEST_SCALE, Ladder, least_error_scales
+from edgerazor.formats._least_error import LARGEST_SCALE, Ladder, exact_sum, least_error_scales
 
 #: Weights worked on at a time: small enough that the passes over one block find it in the processor's cache ...
 BLOCK = 1 << 17
@@ -59,6 +59,8 @@ class Format(ABC):
         minimum, maximum: the smallest and largest code of weights whose scale follows from the format's published rule.
         code_bits: width of a stored code, `code - lowest` as an unsigned number.
         ladder: the scales that the search for the one of least error tries.
+        rounding: how `choose_` and `level_` work, for a search outside PyTorch: a code is the "nearest" level, or its
+            level is the "middle" of the interval from it to the next code; None: in another way.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Format(ABC):
     maximum: int
     code_bits: int
     ladder: Ladder
+    rounding: Literal["nearest", "middle"] | None = "nearest"
 
     # What a format decides ----------------------------------------------------------------------------------------
 
@@ -370,9 +373,7 @@ def absolute_sum(groups: Tensor) -> Tensor:
 
     It runs in float64, so that the order in which threads or vector units add does not show in fp16.
     """
-    if groups.device.type != "cpu":
-        return groups.abs().sum(dim=-1, dtype=torch.float64)
-    return groups.double().abs_().sum(dim=-1)  # of a block in the cache: faster than converting one by one
+    return exact_sum(groups.abs())
 
 
 def _stored_scale(scale: Tensor) -> Tensor:

@@ -6,13 +6,16 @@ of a ladder are tried, fixed shares of the group's root mean square or of the sc
 weight; the codes with the largest `A^2 / B` win and give the scale, which is refined in the same way. The ladder of a
 format is as fine as it takes to come within 1 % of the least error, for groups of 32 weights to whole rows.
 
-Scales are rounded to fp16 before they are tried. What is compared are float64 sums of products that float64 holds
-exactly, so the order in which threads or vector units add does not show. A group that is all zero has the scale 0.
+Every machine finds the same scales, in whatever order it adds: weights are measured in whole units, the largest of a
+group is `RESOLUTION` of them, so that sums are sums of integers (of halves, for int2) that float64 holds exactly, and
+float32 as long as there are no more than 16 of them. A scale is rounded to fp16 before it is tried. A group that is
+all zero has the scale 0. What the native library computes faster is this, to the bit (`kernels/cpp/scales.cpp`).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -23,6 +26,14 @@ if TYPE_CHECKING:
 
 #: Largest finite fp16 number: a scale is never stored as infinity.
 LARGEST_SCALE = 65504.0
+#: Units in the largest weight of a group: 16 products of such a number and a level, at most 128, are exact in float32.
+RESOLUTION = 8192
+#: A group of weights below this has no better scale than 0: fp16 begins at 2^-24, and the lowest level is half of it.
+SMALLEST_WEIGHT = 2.0**-26
+
+#: Finds scales as `least_error_scales` does, or gives None where it cannot.
+Search = Callable[["Format", Tensor], Tensor | None]
+_faster: list[Search] = []
 
 
 class Ladder(NamedTuple):
@@ -46,43 +57,65 @@ def geometric(first: float, last: float, count: int) -> tuple[float, ...]:
     return tuple(first * (last / first) ** (index / (count - 1)) for index in range(count))
 
 
+def reaching_units(number_format: Format) -> float:
+    """The scale whose highest level is the largest weight of the group, in units; 0 where the ladder ignores it."""
+    return RESOLUTION / number_format.highest if number_format.ladder.reaching else 0.0
+
+
+def search_with(search: Search) -> None:
+    """From now on this is asked first; what it finds must be the same to the bit."""
+    _faster[:] = [search]
+
+
 def least_error_scales(number_format: Format, groups: Tensor) -> Tensor:
     """The scales, float16 [...], of groups float32 [..., group].
 
     Raises:
         ValueError: a weight is not finite.
     """
-    found = _search(number_format, groups)
-    if not math.isfinite(found.amax()):  # a NaN is the largest of all
+    for search in _faster:
+        found = search(number_format, groups)
+        if found is not None:
+            return found
+    return reference(number_format, groups)
+
+
+def reference(number_format: Format, groups: Tensor) -> Tensor:
+    """`least_error_scales` by its definition, on any device."""
+    largest = groups.abs().amax(-1)
+    if not math.isfinite(largest.amax()):  # a NaN is the largest of all
         raise ValueError("a weight is not finite")
-    return found.half()
+    unit = largest / RESOLUTION
+    units = (RESOLUTION / largest).masked_fill_(largest < SMALLEST_WEIGHT, 0)
+    return _search(number_format, (groups * units.unsqueeze(-1)).round_(), unit).half()
 
 
-def _search(number_format: Format, groups: Tensor) -> Tensor:
-    """Scales float32 [...] that fp16 holds, of groups float32 [..., group]; NaN where one is not finite."""
-    ladder, exact = number_format.ladder, groups.double()
-    spread = (exact.square().sum(-1) / groups.shape[-1]).sqrt_().float()
-    base = spread * ladder.spread
-    reaching = groups.abs().amax(-1) / number_format.highest
-    if ladder.reaching:
-        base = torch.minimum(base, reaching)
-    best, found = torch.zeros_like(base, dtype=torch.float64), torch.zeros_like(base)
+def _search(number_format: Format, groups: Tensor, unit: Tensor) -> Tensor:
+    """Scales float32 [...] that fp16 holds, of groups float32 [..., group] in units float32 [...]."""
+    ladder, reaching = number_format.ladder, reaching_units(number_format)
+    base = (exact_sum(groups.square()) / groups.shape[-1]).sqrt_().float() * ladder.spread
+    if reaching:
+        base.clamp_(max=reaching)
+    products = torch.zeros(unit.shape, dtype=torch.float64, device=unit.device)
+    squares = torch.ones_like(products)
 
     def attempt(scale: Tensor) -> None:
-        nonlocal best, found
-        products, squares = _sums(number_format, groups, exact, scale)
-        explained = products * products / squares
-        better = explained > best
-        best = torch.where(better, explained, best)
-        found = torch.where(better, _stored((products / squares).float()), found)
+        nonlocal products, squares
+        new_products, new_squares = _sums(number_format, groups, unit, scale)
+        better = new_products.square() * squares > products.square() * new_squares
+        products = torch.where(better, new_products, products)
+        squares = torch.where(better, new_squares, squares)
+
+    def found() -> Tensor:
+        return _stored((products / squares).float() * unit)
 
     for share in ladder.shares:
-        attempt(_stored(base * share))
-    if ladder.reaching:
-        attempt(_stored(reaching))
+        attempt(_stored(base * share * unit))
+    if reaching:
+        attempt(_stored(unit * reaching))
     for _ in range(ladder.refinements):
-        attempt(found)
-    return found.masked_fill_(~torch.isfinite(spread), torch.nan)
+        attempt(found())
+    return found()
 
 
 def _stored(scale: Tensor) -> Tensor:
@@ -90,10 +123,17 @@ def _stored(scale: Tensor) -> Tensor:
     return scale.clamp(max=LARGEST_SCALE).half().float()
 
 
-def _sums(number_format: Format, groups: Tensor, exact: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """`sum w l` and `sum l^2`, float64 [...], of the codes at a scale; where that is 0, 0 and 1."""
-    ratios = groups * (1 / scale).unsqueeze(-1)
-    levels = number_format.level_(number_format.choose_(ratios, number_format.lowest)).double()
+def _sums(number_format: Format, groups: Tensor, unit: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """`sum w l` and `sum l^2`, float64 [...], of the codes at a scale; 0 and 1 where that is 0."""
     none = scale == 0
-    products = (levels * exact).sum(-1).masked_fill_(none, 0)
-    return products, levels.square_().sum(-1).masked_fill_(none, 1).clamp_(min=torch.finfo(torch.float64).tiny)
+    ratios = groups * (unit / scale).masked_fill_(none, 0).unsqueeze(-1)
+    levels = number_format.level_(number_format.choose_(ratios, number_format.lowest))
+    products = exact_sum(levels * groups).masked_fill_(none, 0)
+    return products, exact_sum(levels.square_()).masked_fill_(none, 1).clamp_(min=torch.finfo(torch.float64).tiny)
+
+
+def exact_sum(groups: Tensor) -> Tensor:
+    """The sum of each group, float32 [..., group] to float64 [...]."""
+    if groups.device.type != "cpu":
+        return groups.sum(dim=-1, dtype=torch.float64)
+    return groups.double().sum(dim=-1)  # of a block in the cache: faster than converting one by one

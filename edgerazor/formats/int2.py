@@ -20,6 +20,7 @@ class HalfOffset(Format):
     nominal_bits = 2.0
     code_bits = 2
     minimum, maximum = -2, 1
+    rounding = "middle"
     ladder = Ladder(geometric(0.85, 1.2, 4), spread=1.0, reaching=False)
 
     def scale_rule(self, groups: Tensor) -> Tensor:
