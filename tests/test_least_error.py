@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import pytest
@@ -10,11 +9,19 @@ import torch
 from torch import Tensor
 
 from edgerazor import formats
-from edgerazor.formats import MatrixSpec, _least_error
+from edgerazor.formats import Format, MatrixSpec, _least_error
+from edgerazor.formats._least_error import Ladder
+from edgerazor.kernels import native
 
 ALL = formats.names()
 #: Weights of a group -> groups.
 GROUPS = {32: 64, 64: 32, 128: 16, 256: 8, 2048: 1}
+
+
+SIZES = [1, 3, 31, 33, 127, 256, 960, 5000]
+ISAS = native.isas()
+
+needs_library = pytest.mark.skipif(not ISAS, reason="no library: there was no C++ compiler")
 
 
 def gaussian(*shape: int) -> Tensor:
@@ -36,11 +43,9 @@ def least(name: str, w: Tensor) -> float:
     """The sum over rows of the least error at any of the scales of a grid so fine that it has no better neighbours."""
     fine = name in ("int5", "int8")
     first, last, count = (0.6, 1.25, 700) if fine else (0.12, 1.3, 350)
-    reaching = w.abs().amax(1) / formats.get(name).highest
-    found = torch.full((len(w),), math.inf, dtype=torch.float64)
-    for share in _least_error.geometric(first, last, count):
-        found = torch.minimum(found, errors(name, w, reaching * share))
-    return float(found.sum())
+    shares = torch.tensor(_least_error.geometric(first, last, count))
+    scales = torch.outer(shares, w.abs().amax(1) / formats.get(name).highest)
+    return float(errors(name, w.repeat(count, 1), scales.flatten()).view(count, -1).amin(0).sum())
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -104,3 +109,102 @@ def test_a_power_of_two_and_the_order_of_weights_do_not_show(name: str) -> None:
     scales = formats.encode_matrix(w, spec).scales
     assert torch.equal(formats.encode_matrix(w * 2.0**-3, spec).scales, scales * 2.0**-3)
     assert torch.equal(formats.encode_matrix(w[:, torch.randperm(96)], spec).scales, scales)
+
+
+# The native search ------------------------------------------------------------------------------------------------
+
+
+def awkward(size: int) -> dict[str, Tensor]:
+    """Groups [9, size] of all kinds."""
+    zeros = gaussian(9, size)
+    zeros[2] = 0
+    zeros[5, 1:] = 0
+    return {
+        "gaussian": gaussian(9, size) * 0.02,
+        "laplace": laplace(9, size),
+        "bfloat16": gaussian(9, size).bfloat16().float(),
+        "zeros": zeros,
+        "outliers": gaussian(9, size) ** 7,
+        "equal": torch.full((9, size), -0.7),
+        "tiny": gaussian(9, size) * 2.0**-21,
+        "denormal": gaussian(9, size) * 1e-41,
+        "large": gaussian(9, size) * 2e4,
+        "huge": gaussian(9, size) * 5e37,
+    }
+
+
+@needs_library
+@pytest.mark.parametrize("isa", range(len(ISAS)), ids=ISAS)
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("size", SIZES)
+def test_the_native_search_finds_the_same_scales_to_the_bit(isa: int, name: str, size: int) -> None:
+    number_format = formats.get(name)
+    for title, groups in awkward(size).items():
+        expected = _least_error.reference(number_format, groups)
+        assert torch.equal(native.least_error_scales(number_format, groups, isa), expected), title
+
+
+@needs_library
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_ladders_of_any_length(count: int) -> None:
+    class Other(Format):
+        name, nominal_bits, code_bits = "other", 4.0, 4
+        minimum, maximum = -7, 7
+        ladder = Ladder(_least_error.geometric(0.5, 1.1, 5)[:count], spread=1.0, reaching=count == 2, refinements=count)
+
+        def scale_rule(self, groups: Tensor) -> Tensor:
+            return groups.abs().amax(-1) / 7
+
+    groups = laplace(20, 70)
+    expected = _least_error.reference(Other(), groups)
+    assert torch.equal(native.least_error_scales(Other(), groups), expected)
+
+
+@needs_library
+def test_threads_shapes_and_strides_of_the_native_search() -> None:
+    number_format = formats.get("int4")
+    groups = gaussian(6, 7, 48)
+    expected = _least_error.reference(number_format, groups)
+    for threads in (1, 2, 5, 100):
+        assert torch.equal(native.least_error_scales(number_format, groups, threads=threads), expected)
+    turned = groups.transpose(0, 1)
+    assert torch.equal(native.least_error_scales(number_format, turned), expected.transpose(0, 1))
+    assert native.least_error_scales(number_format, groups[:0]).shape == (0, 7)
+    assert native.least_error_scales(number_format, groups[0, 0]) == expected[0, 0]
+
+
+@needs_library
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, 40, 99])
+def test_what_is_not_finite_has_no_scale(wrong: float, place: int) -> None:
+    number_format = formats.get("ternary")
+    groups = gaussian(12, 100)
+    groups[7, place] = wrong
+    with pytest.raises(ValueError, match="a weight is not finite"):
+        _least_error.reference(number_format, groups)
+    for isa in range(len(ISAS)):
+        with pytest.raises(ValueError, match="a weight is not finite"):
+            native.least_error_scales(number_format, groups, isa, threads=3)
+
+
+@needs_library
+@pytest.mark.parametrize("groups", [torch.zeros(()), torch.zeros(3, 0), torch.zeros(3, 4).double()])
+def test_groups_that_the_native_search_does_not_take(groups: Tensor) -> None:
+    with pytest.raises(ValueError, match="groups must be float32"):
+        native.least_error_scales(formats.get("int4"), groups)
+
+
+@needs_library
+def test_formats_search_natively_where_kernels_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And in PyTorch where `EDGERAZOR_ISA` asks for it, or where a format rounds in a way of its own."""
+    number_format, groups = formats.get("int3"), gaussian(4, 64)
+    monkeypatch.setattr(native, "least_error_scales", lambda *arguments: "native")
+    monkeypatch.delenv("EDGERAZOR_ISA", raising=False)
+    monkeypatch.setenv("EDGERAZOR_ISA", "portable")
+    assert _least_error.least_error_scales(number_format, groups) == "native"
+    expected = _least_error.reference(number_format, groups)
+    monkeypatch.setenv("EDGERAZOR_ISA", "reference")
+    assert torch.equal(_least_error.least_error_scales(number_format, groups), expected)
+    monkeypatch.setenv("EDGERAZOR_ISA", "portable")
+    monkeypatch.setattr(type(number_format), "rounding", None)
+    assert torch.equal(_least_error.least_error_scales(number_format, groups), expected)

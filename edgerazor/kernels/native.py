@@ -317,16 +317,14 @@ def least_error_scales(number_format: Format, groups: Tensor, isa: int = -1, thr
     scales = torch.empty(groups.shape[:-1], dtype=torch.float16)
     size, ladder = groups.shape[-1], _ladder(number_format)
 
-    def search(first: int, last: int) -> int:
-        places = (groups.data_ptr() + first * size * groups.itemsize, last - first, size)
-        found: int = loaded().edgerazor_least_error(
-            isa % len(isas()), ctypes.byref(ladder), *places, scales.data_ptr() + first * scales.itemsize
-        )
-        return found
-
     found: list[int] = []
-    work = [functools.partial(lambda *share: found.append(search(*share)), *share) for share in _shares(scales.numel(), threads)]
-    _share_out(work, threads)
+
+    def search(first: int, last: int) -> None:
+        groups_at, scales_at = (each.data_ptr() + first * step for each, step in ((groups, 4 * size), (scales, 2)))
+        where = (groups_at, last - first, size, scales_at)
+        found.append(loaded().edgerazor_least_error(isa % len(isas()), ctypes.byref(ladder), *where))
+
+    _share_out([functools.partial(search, *share) for share in _shares(scales.numel(), threads)], threads)
     if min(found, default=-1) < -1:
         raise MemoryError("there is not enough memory to find scales")
     if max(found, default=-1) >= 0:

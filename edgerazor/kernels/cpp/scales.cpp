@@ -14,23 +14,36 @@ constexpr float kLargestScale = 65504.0f;                 // fp16
 constexpr float kShift = 12582912.0f;                     // 1.5 * 2^23: added to a small number, it rounds it
 constexpr int kSteps = 16;                                // of a lane: 16 * 8192 * 128 = 2^24
 
-// Sums of 16 lanes of whole numbers, at most 2^24 in a lane.
-EDGERAZOR_INLINE int32_t sum_of_whole(Sixteen x) {
-    IntLanes lanes = __builtin_convertvector(x.part[0], IntLanes);
-    unroll<1, kParts>(UNROLL(i) { lanes += __builtin_convertvector(x.part[i.value], IntLanes); });
+// Of each of some: the sum of 16 lanes of whole numbers, at most 2^24 in a lane.
+template <int count>
+EDGERAZOR_INLINE void sums_of_whole(const Sixteen (&x)[count], int32_t* sums) {
+    IntLanes lanes[count];
+    unroll<0, count>(UNROLL(k) {
+        lanes[k.value] = __builtin_convertvector(x[k.value].part[0], IntLanes);
+        unroll<1, kParts>(UNROLL(i) { lanes[k.value] += __builtin_convertvector(x[k.value].part[i.value], IntLanes); });
+    });
+#if defined(__AVX2__)
+    __m256i eight[count];
+    unroll<0, count>(UNROLL(k) {
 #if defined(__AVX512F__)
-    return _mm512_reduce_add_epi32((__m512i)lanes);
-#elif defined(__AVX2__)
-    const __m256i eight = (__m256i)lanes;
-    const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
-    const __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
-    return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 1)));
-#elif defined(__aarch64__)
-    return vaddvq_s32((int32x4_t)lanes);
+        const __m512i all = (__m512i)lanes[k.value];
+        eight[k.value] = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
 #else
-    int32_t sum = 0;
-    for (int i = 0; i < kLanes; i++) sum += lanes[i];
-    return sum;
+        eight[k.value] = (__m256i)lanes[k.value];
+#endif
+    });
+    unroll<0, count / 2>(UNROLL(k) {
+        const __m256i fours = _mm256_hadd_epi32(eight[2 * k.value], eight[2 * k.value + 1]);
+        const __m128i twos = _mm_add_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
+        _mm_storel_epi64((__m128i*)(sums + 2 * k.value), _mm_hadd_epi32(twos, twos));
+    });
+#elif defined(__aarch64__)
+    unroll<0, count>(UNROLL(k) { sums[k.value] = vaddvq_s32((int32x4_t)lanes[k.value]); });
+#else
+    for (int k = 0; k < count; k++) {
+        sums[k] = 0;
+        for (int i = 0; i < kLanes; i++) sums[k] += lanes[k][i];
+    }
 #endif
 }
 
@@ -48,28 +61,38 @@ EDGERAZOR_INLINE Sixteen levels(Sixteen ratios, float low, float high) {
     });
 }
 
-// Of the codes at a scale: sum of w * level and of level * level.
+// Of the codes at some scales: sums of w * level and of level * level.
 struct Sums {
     double products, squares;
 };
 
-template <bool middle>
-Sums sums_of(const float* units, int64_t size, float factor, float low, float high) {
+// At as many scales, which are `factors` of the group's unit.
+template <bool middle, int count>
+EDGERAZOR_INLINE void sums_at(const float* units, int64_t size, const float* factors, float low, float high,
+                              Sums* sums) {
     const int64_t padded = workspace_floats(size);
-    double products = 0, squares = 0;
+    double totals[2 * count] = {};
     for (int64_t begin = 0; begin < padded; begin += 16 * kSteps) {
         const int64_t end = padded - begin < 16 * kSteps ? padded : begin + 16 * kSteps;
-        Sixteen p = fill(0), s = fill(0);
+        Sixteen each[2 * count];
+        unroll<0, 2 * count>(UNROLL(k) { each[k.value] = fill(0); });
         for (int64_t i = begin; i < end; i += 16) {
-            const Sixteen w = load(units + i), level = levels<middle>(w * fill(factor), low, high);
-            p = multiply_add(w, level, p);
-            s = multiply_add(level, level, s);
+            const Sixteen w = load(units + i);
+            unroll<0, count>(UNROLL(k) {
+                const Sixteen level = levels<middle>(w * fill(factors[k.value]), low, high);
+                each[2 * k.value] = multiply_add(w, level, each[2 * k.value]);
+                each[2 * k.value + 1] = multiply_add(level, level, each[2 * k.value + 1]);
+            });
         }
-        products += sum_of_whole(p);
-        squares += sum_of_whole(s);
+        int32_t whole[2 * count];
+        sums_of_whole(each, whole);
+        for (int k = 0; k < 2 * count; k++) totals[k] += whole[k];
     }
-    if (!middle) return {products, squares};
-    return {0.5 * products, 0.25 * (squares - (double)(padded - size))}; // a weight of 0 has a level, too
+    const double pads = (double)(padded - size); // a weight of 0 has a level between whole numbers, too
+    for (int k = 0; k < count; k++) {
+        const double products = totals[2 * k], squares = totals[2 * k + 1];
+        sums[k] = middle ? Sums{0.5 * products, 0.25 * (squares - pads)} : Sums{products, squares};
+    }
 }
 
 EDGERAZOR_INLINE float stored(float scale) { return round_to_half(scale < kLargestScale ? scale : kLargestScale); }
@@ -81,31 +104,45 @@ EDGERAZOR_INLINE uint16_t half_bits(float half) {
 
 // Weights in units, zeros behind them, and the sum of their squares.
 double measure(const float* weights, int64_t size, float factor, float* units) {
-    double squares = 0;
     const int64_t padded = workspace_floats(size);
     for (int64_t i = size; i < padded; i++) units[i] = 0;
     for (int64_t i = 0; i < size; i++) units[i] = (weights[i] * factor + kShift) - kShift;
-    for (int64_t begin = 0; begin < padded; begin += 16) {
-        int32_t sum = 0;
-        for (int64_t i = begin; i < begin + 16; i++) sum += (int32_t)(units[i] * units[i]); // 16 * 2^26
-        squares += sum;
+    double squares = 0;
+    for (int64_t begin = 0; begin < padded; begin += 16 * kSteps) {
+        const int64_t end = padded - begin < 16 * kSteps ? padded : begin + 16 * kSteps;
+        int32_t sums[16] = {};
+        for (int64_t i = begin; i < end; i += 16)
+            for (int k = 0; k < 16; k++) sums[k] += (int32_t)(units[i + k] * units[i + k]); // 16 * 2^26
+        int64_t sum = 0;
+        for (int k = 0; k < 16; k++) sum += sums[k];
+        squares += (double)sum;
     }
     return squares;
 }
 
-// The scales of a ladder for one group, the best one kept.
+// A group and the best codes so far.
 template <bool middle>
 struct Search {
     const edgerazor_ladder& ladder;
     const float* units;
     int64_t size;
     float unit;
-    Sums best = {0, 1};
+    Sums best;
 
-    EDGERAZOR_INLINE void attempt(float scale) {
-        if (scale == 0) return;
-        const Sums sums = sums_of<middle>(units, size, unit / scale, ladder.lowest, ladder.highest);
-        if (sums.products * sums.products * best.squares > best.products * best.products * sums.squares) best = sums;
+    template <int count>
+    EDGERAZOR_INLINE void attempt(const float (&scales)[count]) {
+        Sums sums[count];
+        float factors[count];
+        for (int k = 0; k < count; k++) factors[k] = scales[k] > 0 ? unit / scales[k] : 0;
+        sums_at<middle, count>(units, size, factors, ladder.lowest, ladder.highest, sums);
+        for (int k = 0; k < count; k++) keep(sums[k], scales[k]);
+    }
+
+    EDGERAZOR_INLINE void keep(const Sums& sums, float scale) {
+        const double products = scale > 0 ? sums.products : 0;
+        const bool better = products * products * best.squares > best.products * best.products * sums.squares;
+        best.products = better ? products : best.products;
+        best.squares = better ? sums.squares : best.squares;
     }
 
     EDGERAZOR_INLINE float found() const { return stored((float)(best.products / best.squares) * unit); }
@@ -113,12 +150,15 @@ struct Search {
 
 template <bool middle>
 float scale_of(const edgerazor_ladder& ladder, const float* units, int64_t size, float unit, double squares) {
-    Search<middle> search{ladder, units, size, unit};
-    float base = (float)__builtin_sqrt(squares / (double)size) * ladder.spread;
-    if (ladder.reaching > 0 && base > ladder.reaching) base = ladder.reaching;
-    for (int i = 0; i < ladder.count; i++) search.attempt(stored(base * ladder.shares[i] * unit));
-    if (ladder.reaching > 0) search.attempt(stored(unit * ladder.reaching));
-    for (int i = 0; i < ladder.refinements; i++) search.attempt(search.found());
+    Search<middle> search{ladder, units, size, unit, {0, 1}};
+    const float spread = (float)__builtin_sqrt(squares / (double)size) * ladder.spread;
+    const float base = ladder.reaching > 0 && spread > ladder.reaching ? ladder.reaching : spread;
+    int i = 0;
+    for (; i + 1 < ladder.count; i += 2)
+        search.attempt({stored(base * ladder.shares[i] * unit), stored(base * ladder.shares[i + 1] * unit)});
+    for (; i < ladder.count; i++) search.attempt({stored(base * ladder.shares[i] * unit)});
+    if (ladder.reaching > 0) search.attempt({stored(unit * ladder.reaching)});
+    for (i = 0; i < ladder.refinements; i++) search.attempt({search.found()});
     return search.found();
 }
 
