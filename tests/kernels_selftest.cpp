@@ -359,6 +359,12 @@ double half_to_double(uint16_t half) {
     return exponent == 0 ? ldexp(fraction, -24) : ldexp(1024 + fraction, exponent - 25);
 }
 
+int nearest_code(const edgerazor_ladder& ladder, float w, float scale) {
+    if (scale == 0) return 0;
+    const float ratio = fminf(fmaxf(w / scale, ladder.lowest), ladder.highest);
+    return (int)(ladder.middle ? floorf(ratio) : nearbyintf(ratio));
+}
+
 // Scales of least error of groups of `size` weights, of all magnitudes.
 void check_scales(int size) {
     constexpr int kGroups = 12;
@@ -369,6 +375,7 @@ void check_scales(int size) {
     };
     auto w = memory<float>((int64_t)kGroups * size);
     auto scales = memory<uint16_t>(kGroups);
+    auto codes = memory<int8_t>((int64_t)kGroups * size);
     for (int group = 0; group < kGroups; group++) {
         const float magnitude = ldexpf(1, group == 0 ? 120 : group == 1 ? -150 : (int)(draw() % 45) - 28);
         for (int i = 0; i < size; i++)
@@ -376,7 +383,9 @@ void check_scales(int size) {
     }
     for (const edgerazor_ladder& ladder : ladders)
         for (int isa = 0; isa < edgerazor_isa_count(); isa++) {
-            if (edgerazor_least_error(isa, &ladder, w.get(), kGroups, size, scales.get()) != -1) wrong++;
+            if (edgerazor_least_error(isa, &ladder, w.get(), kGroups, size, scales.get(), codes.get()) != -1) wrong++;
+            for (int i = 0; i < kGroups * size; i++, checks++)
+                if (codes[i] != nearest_code(ladder, w[i], (float)half_to_double(scales[i / size]))) wrong++;
             for (int group = 0; group < kGroups; group++) {
                 const double expected = least_error_scale(ladder, w.get() + group * size, size);
                 checks++;
@@ -389,7 +398,7 @@ void check_scales(int size) {
     w[5 * size + size / 2] = NAN;
     w[7 * size] = INFINITY;
     for (int isa = 0; isa < edgerazor_isa_count(); isa++)
-        if (edgerazor_least_error(isa, ladders, w.get(), kGroups, size, scales.get()) != 5) wrong++;
+        if (edgerazor_least_error(isa, ladders, w.get(), kGroups, size, scales.get(), nullptr) != 5) wrong++;
 }
 
 } // namespace

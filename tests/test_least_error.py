@@ -141,7 +141,11 @@ def test_the_native_search_finds_the_same_scales_to_the_bit(isa: int, name: str,
     number_format = formats.get(name)
     for title, groups in awkward(size).items():
         expected = _least_error.reference(number_format, groups)
-        assert torch.equal(native.least_error_scales(number_format, groups, isa), expected), title
+        codes = torch.empty(groups.shape, dtype=torch.int8)
+        assert torch.equal(native.least_error(number_format, groups, codes, isa), expected), title
+        assert torch.equal(native.least_error(number_format, groups, None, isa), expected), title
+        chosen, _ = number_format._encode(groups, 1, expected[:, None])
+        assert torch.equal(codes, chosen[:, 0].to(torch.int8)), title
 
 
 @needs_library
@@ -157,7 +161,7 @@ def test_ladders_of_any_length(count: int) -> None:
 
     groups = laplace(20, 70)
     expected = _least_error.reference(Other(), groups)
-    assert torch.equal(native.least_error_scales(Other(), groups), expected)
+    assert torch.equal(native.least_error(Other(), groups), expected)
 
 
 @needs_library
@@ -166,11 +170,11 @@ def test_threads_shapes_and_strides_of_the_native_search() -> None:
     groups = gaussian(6, 7, 48)
     expected = _least_error.reference(number_format, groups)
     for threads in (1, 2, 5, 100):
-        assert torch.equal(native.least_error_scales(number_format, groups, threads=threads), expected)
+        assert torch.equal(native.least_error(number_format, groups, threads=threads), expected)
     turned = groups.transpose(0, 1)
-    assert torch.equal(native.least_error_scales(number_format, turned), expected.transpose(0, 1))
-    assert native.least_error_scales(number_format, groups[:0]).shape == (0, 7)
-    assert native.least_error_scales(number_format, groups[0, 0]) == expected[0, 0]
+    assert torch.equal(native.least_error(number_format, turned), expected.transpose(0, 1))
+    assert native.least_error(number_format, groups[:0]).shape == (0, 7)
+    assert native.least_error(number_format, groups[0, 0]) == expected[0, 0]
 
 
 @needs_library
@@ -184,27 +188,47 @@ def test_what_is_not_finite_has_no_scale(wrong: float, place: int) -> None:
         _least_error.reference(number_format, groups)
     for isa in range(len(ISAS)):
         with pytest.raises(ValueError, match="a weight is not finite"):
-            native.least_error_scales(number_format, groups, isa, threads=3)
+            native.least_error(number_format, groups, isa=isa, threads=3)
 
 
 @needs_library
 @pytest.mark.parametrize("groups", [torch.zeros(()), torch.zeros(3, 0), torch.zeros(3, 4).double()])
 def test_groups_that_the_native_search_does_not_take(groups: Tensor) -> None:
     with pytest.raises(ValueError, match="groups must be float32"):
-        native.least_error_scales(formats.get("int4"), groups)
+        native.least_error(formats.get("int4"), groups)
+
+
+@needs_library
+def test_codes_have_the_shape_of_their_groups() -> None:
+    with pytest.raises(ValueError, match="codes must be contiguous int8"):
+        native.least_error(formats.get("int4"), gaussian(3, 5), torch.empty(5, 3, dtype=torch.int8).T)
+    with pytest.raises(ValueError, match="codes must be contiguous int8"):
+        native.least_error(formats.get("int4"), gaussian(3, 5), torch.empty(3, 4, dtype=torch.int8))
 
 
 @needs_library
 def test_formats_search_natively_where_kernels_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """And in PyTorch where `EDGERAZOR_ISA` asks for it, or where a format rounds in a way of its own."""
     number_format, groups = formats.get("int3"), gaussian(4, 64)
-    monkeypatch.setattr(native, "least_error_scales", lambda *arguments: "native")
+    monkeypatch.setattr(native, "least_error", lambda *arguments: "native")
     monkeypatch.delenv("EDGERAZOR_ISA", raising=False)
     monkeypatch.setenv("EDGERAZOR_ISA", "portable")
-    assert _least_error.least_error_scales(number_format, groups) == "native"
-    expected = _least_error.reference(number_format, groups)
+    assert _least_error.faster(number_format, groups) == "native"
     monkeypatch.setenv("EDGERAZOR_ISA", "reference")
-    assert torch.equal(_least_error.least_error_scales(number_format, groups), expected)
+    assert _least_error.faster(number_format, groups) is None
     monkeypatch.setenv("EDGERAZOR_ISA", "portable")
     monkeypatch.setattr(type(number_format), "rounding", None)
-    assert torch.equal(_least_error.least_error_scales(number_format, groups), expected)
+    assert _least_error.faster(number_format, groups) is None
+
+
+@needs_library
+@pytest.mark.parametrize("name", ALL)
+def test_a_matrix_is_the_same_with_and_without_the_library(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    w, found = laplace(40, 100).bfloat16(), {}
+    w[7, 64:] = 0
+    for isa in ("portable", "reference"):
+        monkeypatch.setenv("EDGERAZOR_ISA", isa)
+        encoded = formats.encode_matrix(w, MatrixSpec((name,), 64))
+        found[isa] = (*encoded, formats.round_trip(w, MatrixSpec((name,), 64)))
+    for native_one, other in zip(*found.values(), strict=True):
+        assert torch.equal(native_one, other)

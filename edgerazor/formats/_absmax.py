@@ -1,9 +1,10 @@
-"""The absmax family: symmetric integers whose largest level lies on the largest weight of the group.
+"""The absmax family: symmetric integers with a level at zero.
 
-With `b` bits the codes run from `-(2^(b-1)-1)` to `2^(b-1)-1` (the lonely most negative code stays unused, so that `w`
-and `-w` are treated alike) and `s = max|w| / (2^(b-1)-1)`: nothing is clipped, and one large weight makes its whole
-group coarse. Source: EdgeRazor, arXiv 2605.04062, absmax quantization. A scale that does not follow from the largest
-weight (a learned one) uses the code `-2^(b-1)` too, as LSQ does (arXiv 1902.08153).
+By the published rule the largest level lies on the largest weight of the group: with `b` bits the codes run from
+`-(2^(b-1)-1)` to `2^(b-1)-1` (the lonely most negative code stays unused, so that `w` and `-w` are treated alike) and
+`s = max|w| / (2^(b-1)-1)`: nothing is clipped, and one large weight makes its whole group coarse. Source: EdgeRazor,
+arXiv 2605.04062, absmax quantization. A scale that does not follow from the largest weight (of least squared error, or
+a learned one) uses the code `-2^(b-1)` too, as LSQ does (arXiv 1902.08153).
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from edgerazor.formats import _layout
-from edgerazor.formats._least_error import LARGEST_SCALE, Ladder, exact_sum, least_error_scales
+from edgerazor.formats._least_error import LARGEST_SCALE, Ladder, exact_sum, faster, reference
 
 #: Weights worked on at a time: small enough that the passes over one block find it in the processor's cache ...
 BLOCK = 1 << 17
@@ -129,7 +129,7 @@ class Format(ABC):
         stored = torch.empty(w.shape[0], group_count(w.shape[1], group), dtype=torch.float16, device=w.device)
         for rows, cols, groups in _blocks(w, group, full):
             given = None if scales is None else scales[rows, groups]
-            chosen, stored[rows, groups] = self._encode(w[rows, cols], groups.stop - groups.start, given, published)
+            chosen, stored[rows, groups] = self._chosen(w[rows, cols], groups.stop - groups.start, given, published)
             codes[rows, cols] = chosen.flatten(1)
         return Encoded(codes, stored)
 
@@ -170,10 +170,21 @@ class Format(ABC):
         rounded = torch.empty(w.shape, dtype=dtype, device=w.device)
         for rows, cols, groups in _blocks(w, group, full):
             given = None if scales is None else scales[rows, groups]
-            codes, stored = self._encode(w[rows, cols], groups.stop - groups.start, given, published)
-            codes.add_(0.0)  # turns -0.0 into 0.0: as integers, codes have one zero
+            codes, stored = self._chosen(w[rows, cols], groups.stop - groups.start, given, published)
+            # Adding turns -0.0 into 0.0: as integers, codes have one zero.
+            codes = codes.float() if codes.dtype == torch.int8 else codes.add_(0.0)
             rounded[rows, cols] = self._decode_(codes, stored).flatten(1)
         return rounded
+
+    def _chosen(self, w: Tensor, groups: int, scales: Tensor | None, published: bool) -> tuple[Tensor, Tensor]:
+        """`_encode`, or the same with codes as int8 where they are found elsewhere."""
+        if scales is None and not published:
+            own = w.float().unflatten(1, (groups, -1))
+            codes = torch.empty(own.shape, dtype=torch.int8, device=w.device)
+            found = faster(self, own, codes)
+            if found is not None:
+                return codes, found
+        return self._encode(w, groups, scales, published)
 
     def _encode(self, w: Tensor, groups: int, scales: Tensor | None, published: bool = False) -> tuple[Tensor, Tensor]:
         """Codes as float32 [rows, groups, group], zeros of either sign, and scales as float16 [rows, groups].
@@ -186,7 +197,7 @@ class Format(ABC):
             if scales is None and published:
                 scales, smallest = _stored_scale(self.scale_rule(own)), self.minimum
             elif scales is None:
-                scales = least_error_scales(self, own)
+                scales = reference(self, own)
             # Dividing by infinity where the scale is zero makes every ratio, and so every code, zero.
             divisor = scales.float().masked_fill_(scales == 0, torch.inf)
             return self.choose_(own.div_(divisor.unsqueeze(2)), smallest), scales

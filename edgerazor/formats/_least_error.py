@@ -31,8 +31,9 @@ RESOLUTION = 8192
 #: A group of weights below this has no better scale than 0: fp16 begins at 2^-24, and the lowest level is half of it.
 SMALLEST_WEIGHT = 2.0**-26
 
-#: Finds scales as `least_error_scales` does, or gives None where it cannot.
-Search = Callable[["Format", Tensor], Tensor | None]
+#: Finds scales as `reference` does, and writes the codes that they choose, int8 [..., group], if asked to; or
+#: gives None where it cannot.
+Search = Callable[["Format", Tensor, Tensor | None], Tensor | None]
 _faster: list[Search] = []
 
 
@@ -67,21 +68,17 @@ def search_with(search: Search) -> None:
     _faster[:] = [search]
 
 
-def least_error_scales(number_format: Format, groups: Tensor) -> Tensor:
-    """The scales, float16 [...], of groups float32 [..., group].
+def faster(number_format: Format, groups: Tensor, codes: Tensor | None = None) -> Tensor | None:
+    """What is found elsewhere, if there is something that can; the arguments of `Search`."""
+    return next((search(number_format, groups, codes) for search in _faster), None)
+
+
+def reference(number_format: Format, groups: Tensor) -> Tensor:
+    """The scales, float16 [...], of groups float32 [..., group], by the definition.
 
     Raises:
         ValueError: a weight is not finite.
     """
-    for search in _faster:
-        found = search(number_format, groups)
-        if found is not None:
-            return found
-    return reference(number_format, groups)
-
-
-def reference(number_format: Format, groups: Tensor) -> Tensor:
-    """`least_error_scales` by its definition, on any device."""
     largest = groups.abs().amax(-1)
     if not math.isfinite(largest.amax()):  # a NaN is the largest of all
         raise ValueError("a weight is not finite")

@@ -1,8 +1,8 @@
 """Two-bit integers without a zero level: every weight is one of -3/2, -1/2, 1/2 or 3/2 times the scale.
 
-`s` is the mean of `|w|` over the group and the code `clip(floor(w / s), -2, 1)` stands for the level `code + 1/2`, in
-the middle of its interval. All four values of the two bits are used, which counts more at this width than having a
-zero (ParetoQ, arXiv 2502.02631, section 4, "stretched elastic" levels). `int2z` is the symmetric one with a zero.
+The code `clip(floor(w / s), -2, 1)` stands for the level `code + 1/2`, in the middle of its interval; by the published
+rule `s` is the mean of `|w|` over the group. All four values of the two bits are used, which counts more at this width
+than having a zero (ParetoQ, arXiv 2502.02631, section 4, "stretched elastic" levels). `int2z` is the one with a zero.
 """
 
 from __future__ import annotations

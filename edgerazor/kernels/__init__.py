@@ -139,15 +139,15 @@ def embedding(ids: Tensor, encoded: Encoded, spec: MatrixSpec) -> Tensor:
     return _of_codes().embedding(ids, encoded, spec)
 
 
-def _least_error_scales(number_format: Format, groups: Tensor) -> Tensor | None:
-    """`formats.least_error_scales` of the native library, where it is in use, for groups that it takes."""
+def _least_error(number_format: Format, groups: Tensor, codes: Tensor | None) -> Tensor | None:
+    """Scales of least error by the native library, where it is in use, of groups that it takes."""
     if groups.device.type != "cpu" or number_format.rounding is None or not is_native():
         return None
     threads = max(1, min(torch.get_num_threads(), groups.numel() // _WEIGHTS_PER_THREAD))
-    return native.least_error_scales(number_format, groups, native.isas().index(name()), threads)
+    return native.least_error(number_format, groups, codes, native.isas().index(name()), threads)
 
 
-search_with(_least_error_scales)
+search_with(_least_error)
 
 
 def _of_codes() -> _Implementation:

@@ -51,7 +51,7 @@ class Job(NamedTuple):
     output: str = ""
 
 
-#: `floats.cpp` and `scales.cpp` are compiled for each unit. The sums of the first have no order to keep to: products and
+#: `floats.cpp` and `scales.cpp` are compiled for each unit. Sums of the first have no order to keep to: products and
 #: sums may be fused.
 _FLOATS = "-O3 -ffp-contract=fast".split()
 

@@ -84,7 +84,7 @@ _SIGNATURES = {
     ),
     "edgerazor_row": (None, [c_void_p, POINTER(PartStructure), c_int64, c_void_p]),
     "edgerazor_expand_ternary": (None, [c_void_p, c_int, c_void_p, c_int64, c_void_p]),
-    "edgerazor_least_error": (c_int64, [c_int, POINTER(LadderStructure), c_void_p, c_int64, c_int64, c_void_p]),
+    "edgerazor_least_error": (c_int64, [c_int, POINTER(LadderStructure), c_void_p, c_int64, c_int64, *[c_void_p] * 2]),
     "edgerazor_read": (c_uint64, [c_int, c_void_p, c_int64]),
 }
 
@@ -302,27 +302,41 @@ def float_product(
     loaded().edgerazor_linear_float(geometry.handle, isa % len(isas()), structure, len(x), x.data_ptr(), *output)
 
 
-def least_error_scales(number_format: Format, groups: Tensor, isa: int = -1, threads: int = 1) -> Tensor:
+def least_error(
+    number_format: Format, groups: Tensor, codes: Tensor | None = None, isa: int = -1, threads: int = 1
+) -> Tensor:
     """The scales of least squared error, float16 [...], of groups float32 [..., group] on the CPU.
 
     To the bit what PyTorch finds for a format whose `rounding` is not None; `isa` and `threads` do not show.
 
+    Args:
+        number_format: whose scales.
+        groups: the weights.
+        codes: contiguous int8 [..., group], to write the codes into.
+        isa: number of the instruction set.
+        threads: that share the groups.
+
     Raises:
-        ValueError: a weight is not finite, or the groups are not as said here.
+        ValueError: a weight is not finite, or a tensor is not as said here.
         MemoryError: there is not enough memory for one more group.
     """
     if groups.dtype != torch.float32 or groups.device.type != "cpu" or not groups.dim() or not groups.shape[-1]:
         raise ValueError(f"groups must be float32 on the CPU, not empty, got {groups.dtype} {list(groups.shape)}")
+    if codes is not None and (codes.dtype != torch.int8 or codes.shape != groups.shape or not codes.is_contiguous()):
+        raise ValueError(f"codes must be contiguous int8 {list(groups.shape)}, got {codes.dtype} {list(codes.shape)}")
     groups = groups.contiguous()
     scales = torch.empty(groups.shape[:-1], dtype=torch.float16)
     size, ladder = groups.shape[-1], _ladder(number_format)
-
     found: list[int] = []
 
     def search(first: int, last: int) -> None:
-        groups_at, scales_at = (each.data_ptr() + first * step for each, step in ((groups, 4 * size), (scales, 2)))
-        where = (groups_at, last - first, size, scales_at)
-        found.append(loaded().edgerazor_least_error(isa % len(isas()), ctypes.byref(ladder), *where))
+        weights = groups.data_ptr() + first * size * groups.itemsize
+        outputs = (scales.data_ptr() + first * 2, None if codes is None else codes.data_ptr() + first * size)
+        found.append(
+            loaded().edgerazor_least_error(
+                isa % len(isas()), ctypes.byref(ladder), weights, last - first, size, *outputs
+            )
+        )
 
     _share_out([functools.partial(search, *share) for share in _shares(scales.numel(), threads)], threads)
     if min(found, default=-1) < -1:

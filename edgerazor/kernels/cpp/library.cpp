@@ -281,10 +281,10 @@ void edgerazor_expand_ternary(const edgerazor_geometry* geometry, int isa, const
 }
 
 int64_t edgerazor_least_error(int isa, const edgerazor_ladder* ladder, const float* weights, int64_t groups,
-                              int64_t size, uint16_t* scales) {
+                              int64_t size, uint16_t* scales, int8_t* codes) {
     void* workspace = nullptr;
     if (posix_memalign(&workspace, kVector, sizeof(float) * workspace_floats(size)) != 0) return -2;
-    const int64_t wrong = units()[isa].scales(*ladder, weights, groups, size, (float*)workspace, scales);
+    const int64_t wrong = units()[isa].scales(*ladder, weights, groups, size, (float*)workspace, scales, codes);
     free(workspace);
     return wrong;
 }

@@ -81,10 +81,11 @@ EDGERAZOR_API void edgerazor_row(const edgerazor_geometry* geometry, const edger
 EDGERAZOR_API void edgerazor_expand_ternary(const edgerazor_geometry* geometry, int isa, const uint8_t* codes,
                                             int64_t blocks, uint8_t* out);
 
-/* The fp16 scales [groups] of groups [groups, size] of weights, as `formats._least_error.reference` finds them. Returns
-   -1, the first group with a weight that is not finite, or -2 where there is no memory for `size` floats. */
+/* The fp16 scales [groups] of groups [groups, size] of weights, as `formats._least_error.reference` finds them, and the
+   codes [groups, size] that they choose, unless that is null. Returns -1, the first group with a weight that is not
+   finite, or -2 where there is no memory for `size` floats. */
 EDGERAZOR_API int64_t edgerazor_least_error(int isa, const edgerazor_ladder* ladder, const float* weights,
-                                            int64_t groups, int64_t size, uint16_t* scales);
+                                            int64_t groups, int64_t size, uint16_t* scales, int8_t* codes);
 
 /* The table of functions of an instruction set, a `Floats` of floats.hpp. For tests. */
 EDGERAZOR_API const void* edgerazor_floats(int isa);

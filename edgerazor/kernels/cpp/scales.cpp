@@ -162,6 +162,28 @@ float scale_of(const edgerazor_ladder& ladder, const float* units, int64_t size,
     return search.found();
 }
 
+// The codes of weights at a scale: levels of quotients, as `Format.choose_` finds them.
+template <bool middle>
+void write_codes(const float* weights, int64_t size, float scale, float low, float high, int8_t* codes) {
+    for (int64_t i = 0; i < size; i++) {
+        float ratio = weights[i] / scale;
+        ratio = ratio > high ? high : ratio;
+        ratio = ratio < low ? low : ratio;
+        const float nearest = (ratio + kShift) - kShift;
+        codes[i] = (int8_t)((int32_t)nearest - (int32_t)(middle && nearest > ratio));
+    }
+}
+
+// The scale of one group of finite weights, of which the largest is not too small.
+template <bool middle>
+float encode_group(const edgerazor_ladder& ladder, const float* weights, int64_t size, float largest, float* workspace,
+                   int8_t* codes) {
+    const double squares = measure(weights, size, kResolution / largest, workspace);
+    const float scale = scale_of<middle>(ladder, workspace, size, largest / kResolution, squares);
+    if (codes != nullptr && scale > 0) write_codes<middle>(weights, size, scale, ladder.lowest, ladder.highest, codes);
+    return scale;
+}
+
 // As `largest_magnitude`, of any number of weights.
 float largest_weight(const float* weights, int64_t size) {
     constexpr int64_t kMost = 1 << 30;
@@ -180,17 +202,15 @@ float largest_weight(const float* weights, int64_t size) {
 
 int64_t edgerazor::EDGERAZOR_NAME(EDGERAZOR_UNIT, _scales)(const edgerazor_ladder& ladder, const float* weights,
                                                            int64_t groups, int64_t size, float* workspace,
-                                                           uint16_t* scales) {
+                                                           uint16_t* scales, int8_t* codes) {
     for (int64_t group = 0; group < groups; group++, weights += size) {
-        const float largest = largest_weight(weights, size), unit = largest / kResolution;
+        const float largest = largest_weight(weights, size);
         if (!(largest <= 3.40282347e38f)) return group;
-        if (largest < kSmallest) {
-            scales[group] = 0;
-            continue;
-        }
-        const double squares = measure(weights, size, kResolution / largest, workspace);
-        scales[group] = half_bits(ladder.middle ? scale_of<true>(ladder, workspace, size, unit, squares)
-                                                : scale_of<false>(ladder, workspace, size, unit, squares));
+        int8_t* own = codes == nullptr ? nullptr : codes + group * size;
+        const auto encode = ladder.middle ? encode_group<true> : encode_group<false>;
+        const float scale = largest < kSmallest ? 0 : encode(ladder, weights, size, largest, workspace, own);
+        if (own != nullptr && scale == 0) memset(own, 0, (size_t)size);
+        scales[group] = half_bits(scale);
     }
     return -1;
 }
