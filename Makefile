@@ -88,6 +88,11 @@ results-sensitivity: install $(WORLD)/distill.txt
 results-packing: install
 	$(BIN)/python recipes/packing.py
 
+# Scales of least error beside the published rules: what they keep, and how fast they are found; alone on the machine.
+.PHONY: results-least-error
+results-least-error: install
+	$(BIN)/python recipes/least_error.py --real-data $(REAL_DATA)
+
 # Damaged packed folders, N of them or as many as FUZZ_SECONDS allow: all refused in one sentence, or unharmed.
 .PHONY: fuzz
 fuzz: install

@@ -79,7 +79,9 @@ Sensitivity = Annotated[
     str | None, Option("--sensitivity", help="Estimate of damage: auto, fisher, integrated, hessian or direct.")
 ]
 KvBits = Annotated[int | None, Option("--kv-bits", help="Keys and values: 4, 8 or 16.")]
-StartName = Annotated[str | None, Option("--start", help="Codes to begin with: rule, clip or gptq.")]
+StartName = Annotated[
+    str | None, Option("--start", help="Scales and codes to begin with: least_error, rule, clip or gptq.")
+]
 ActivationBits = Annotated[int | None, Option("--activation-bits", help="Inputs of linear layers: 4 to 8, or 16.")]
 Compare = Annotated[
     list[str] | None,

@@ -177,11 +177,14 @@ class Calibrate(Strict):
     overrides: tuple[Override, ...] = Field(
         (), description="{match: glob, format: name}, the first that matches; bits is the average of the other linears"
     )
-    scales: Literal["rule", "learned"] = Field(
-        "rule", description="scales of weights: by each format's rule, or trained like weights (LSQ)"
+    scales: Literal["computed", "learned"] = Field(
+        "computed", description="scales of weights: as `start` says, or trained like weights (LSQ) from there"
     )
-    start: Literal["rule", "clip", "gptq"] = Field(
-        "rule", description="codes to begin with: by rule; clip: scales of least error; gptq: and error-compensated"
+    start: Literal["least_error", "rule", "clip", "gptq"] = Field(
+        "least_error",
+        description="scales to round and to begin with: of least squared error; rule: each format's published rule "
+        "(EdgeRazor's; LSQ's where scales are learned); clip: of least error by the size of inputs; gptq: and codes "
+        "error-compensated",
     )
     activation_bits: Literal[4, 5, 6, 7, 8, 16] = Field(8, description="inputs of quantized linear layers")
     activation_scales: Literal["dynamic", "static", "learned", "asymmetric"] = Field(

@@ -62,7 +62,7 @@ class Settings:
 
 
 class Start(NamedTuple):
-    """Where the training of a matrix begins, if not at the model's weight and its format's rule.
+    """Where the training of a matrix begins, if not at the model's weight and the scales that follow from it.
 
     Attributes:
         weight: the master weight, float32 [rows, columns]; None: the model's own.
@@ -176,7 +176,7 @@ class TrainingMatrix(nn.Module):
     Attributes:
         weight: float32; or int8, the codes, where they are fixed and only scales are trained.
             scales: float32 [rows, groups], where they are trained, or, without gradient, stay as they began; None
-                where they follow from the weight by rule.
+                where they follow from the weight, as the spec says.
             master: what `release_codes` goes on from; None where codes are not fixed, or were so from the start.
     """
 
@@ -355,7 +355,7 @@ def prepare_for_training(
         scales_only: fix the codes, and train scales, norm gains and biases alone.
         input_scales: `P.input_scale` for each linear layer and the head P, and `P.low_input_scale` where tokens may
             have fewer bits; None: found anew each time.
-        start: module path -> where its matrix begins, None for its own weight and its formats' rules.
+        start: module path -> where its matrix begins, None for its own weight and the scales that its spec says.
 
     Raises:
         UserError: as `quantize_cache` and `decided_by`.
@@ -454,7 +454,7 @@ def _trained(
 ) -> tuple[nn.Parameter, nn.Parameter | None]:
     """The parameters that a training of a matrix begins with: master weight or codes, and scales if they are stored.
 
-    Without a start, learned scales begin as LSQ has them, others at their formats' rules.
+    Without a start, learned scales begin where `formats.initial_scales` says, others follow from the weight.
     """
     if start is None:
         scales = formats.initial_scales(weight, spec) if learned else None

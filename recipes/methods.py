@@ -100,7 +100,13 @@ EDGERAZOR = terms(ce=0.1, eakld=2.0, lafd=0.1)
 #: EdgeQAT (arXiv 2402.10787) at these bits: learned steps of weights, learned steps and zero points of activations,
 #: rounded queries and probabilities, its losses, whose KL is a sum over the tokens of a sequence.
 EDGEQAT: Values = {
-    "calibrate": {"scales": "learned", "activation_scales": "asymmetric", "query_bits": 8, "probability_bits": 8},
+    "calibrate": {
+        "scales": "learned",
+        "activation_scales": "asymmetric",
+        "start": "rule",
+        "query_bits": 8,
+        "probability_bits": 8,
+    },
     **terms(
         {"temperature": 2.0, "options": {"reduction": "sum"}},
         ce=0.5,

@@ -37,7 +37,7 @@ from memory import SHAPE
 from results import markdown, publish
 from safetensors.torch import save_file
 
-from edgerazor import formats, packed, workdir
+from edgerazor import formats, kernels, packed, workdir
 from edgerazor.formats import MatrixSpec
 from edgerazor.packed import MatrixSource
 
@@ -177,7 +177,7 @@ def speed(place: Path) -> str:
     for name, spec in {
         "ternary": MatrixSpec(("ternary",), 256),
         "ternary and every 8th row int4": mixed,
-        **{name: MatrixSpec((name,), 256) for name in ("int2", "int3", "int4", "int8")},
+        **{name: MatrixSpec((name,), 256) for name in ("int2", "int3", "int4", "int5", "int8")},
     }.items():
         writing, syncing, verifying = min(seconds_with(weights, place / "packed", spec) for _ in range(5))
         bound = f"{SPEED} MB/s" if name == "ternary" else ""
@@ -289,10 +289,8 @@ def main() -> None:
         print(parts[-1], end="\n\n", flush=True)
     if not asked.dry and tuple(asked.work) == WORK:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
-        publish(
-            "packing",
-            "\n\n".join([*parts, f"{workdir.machine()}; torch {torch.__version__}; commit {commit.stdout.strip()}."]),
-        )
+        about = [workdir.machine(), f"torch {torch.__version__}", f"kernels {kernels.name()}"]
+        publish("packing", "\n\n".join([*parts, f"{'; '.join(about)}; commit {commit.stdout.strip()}."]), RESULTS)
 
 
 if __name__ == "__main__":

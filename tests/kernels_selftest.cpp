@@ -311,6 +311,96 @@ void check_vectors(int count) {
     }
 }
 
+double nearest_half(float x) {
+    if (x <= 0) return 0;
+    const double bounded = x < 65504.0f ? x : 65504.0f;
+    const double step = ldexp(1, (ilogb(bounded) > -14 ? ilogb(bounded) : -14) - 10);
+    return nearbyint(bounded / step) * step;
+}
+
+// The scale of a group by the definition in formats/_least_error.py, with sums of integers.
+double least_error_scale(const edgerazor_ladder& ladder, const float* w, int size) {
+    float largest = 0;
+    for (int i = 0; i < size; i++) largest = fmaxf(largest, fabsf(w[i]));
+    if (largest < ldexpf(1, -26)) return 0;
+    const float unit = largest / 8192.0f, units = 8192.0f / largest;
+    double square = 0, products = 0, squares = 1;
+    std::vector<float> whole(size);
+    for (int i = 0; i < size; i++) {
+        whole[i] = nearbyintf(w[i] * units);
+        square += whole[i] * whole[i];
+    }
+    const auto attempt = [&](float ideal) {
+        const float scale = (float)nearest_half(ideal);
+        if (scale == 0) return;
+        const float factor = unit / scale;
+        int64_t wl = 0, ll = 0; // of doubled levels
+        for (int i = 0; i < size; i++) {
+            const float ratio = fminf(fmaxf(whole[i] * factor, ladder.lowest), ladder.highest);
+            const int64_t level = ladder.middle ? 2 * (int64_t)floorf(ratio) + 1 : 2 * (int64_t)nearbyintf(ratio);
+            wl += level * (int64_t)whole[i];
+            ll += level * level;
+        }
+        const double p = 0.5 * (double)wl, s = 0.25 * (double)ll;
+        if (!(p * p * squares > products * products * s)) return;
+        products = p;
+        squares = s;
+    };
+    const float spread = (float)sqrt(square / size) * ladder.spread;
+    const float base = ladder.reaching > 0 ? fminf(spread, ladder.reaching) : spread;
+    for (int i = 0; i < ladder.count; i++) attempt(base * ladder.shares[i] * unit);
+    if (ladder.reaching > 0) attempt(unit * ladder.reaching);
+    for (int i = 0; i < ladder.refinements; i++) attempt((float)(products / squares) * unit);
+    return nearest_half((float)(products / squares) * unit);
+}
+
+double half_to_double(uint16_t half) {
+    const int exponent = half >> 10 & 31, fraction = half & 1023;
+    return exponent == 0 ? ldexp(fraction, -24) : ldexp(1024 + fraction, exponent - 25);
+}
+
+int nearest_code(const edgerazor_ladder& ladder, float w, float scale) {
+    if (scale == 0) return 0;
+    const float ratio = fminf(fmaxf(w / scale, ladder.lowest), ladder.highest);
+    return (int)(ladder.middle ? floorf(ratio) : nearbyintf(ratio));
+}
+
+// Scales of least error of groups of `size` weights, of all magnitudes.
+void check_scales(int size) {
+    constexpr int kGroups = 12;
+    const float shares[] = {0.5f, 0.62f, 0.77f, 0.95f, 1.2f};
+    const edgerazor_ladder ladders[] = {
+        {shares, 4, 2, 2.0f, 0, -1, 1, 0},   {shares, 5, 1, 1.0f, 0, -2, 1, 1}, {shares, 5, 1, 1.0f, 8192 / 7.0f, -8, 7, 0},
+        {shares, 1, 0, 1.0f, 0, -2, 1, 0},   {shares, 5, 1, 0.1f, 8192 / 127.0f, -128, 127, 0},
+    };
+    auto w = memory<float>((int64_t)kGroups * size);
+    auto scales = memory<uint16_t>(kGroups);
+    auto codes = memory<int8_t>((int64_t)kGroups * size);
+    for (int group = 0; group < kGroups; group++) {
+        const float magnitude = ldexpf(1, group == 0 ? 120 : group == 1 ? -150 : (int)(draw() % 45) - 28);
+        for (int i = 0; i < size; i++)
+            w[group * size + i] = draw() % 8 == 0 ? 0 : (float)(int32_t)draw() * 2e-9f * magnitude;
+    }
+    for (const edgerazor_ladder& ladder : ladders)
+        for (int isa = 0; isa < edgerazor_isa_count(); isa++) {
+            if (edgerazor_least_error(isa, &ladder, w.get(), kGroups, size, scales.get(), codes.get()) != -1) wrong++;
+            for (int i = 0; i < kGroups * size; i++, checks++)
+                if (codes[i] != nearest_code(ladder, w[i], (float)half_to_double(scales[i / size]))) wrong++;
+            for (int group = 0; group < kGroups; group++) {
+                const double expected = least_error_scale(ladder, w.get() + group * size, size);
+                checks++;
+                if (half_to_double(scales[group]) == expected) continue;
+                wrong++;
+                printf("%s: scale of %d weights: %g, not %g\n", edgerazor_isa_name(isa), size,
+                       half_to_double(scales[group]), expected);
+            }
+        }
+    w[5 * size + size / 2] = NAN;
+    w[7 * size] = INFINITY;
+    for (int isa = 0; isa < edgerazor_isa_count(); isa++)
+        if (edgerazor_least_error(isa, ladders, w.get(), kGroups, size, scales.get(), nullptr) != 5) wrong++;
+}
+
 } // namespace
 
 int main() {
@@ -325,6 +415,7 @@ int main() {
         for (int c : columns)
             for (int g : groups) check_any_bytes(c, g, bits, lowest[bits]);
     for (int count : {1, 7, 16, 33, 128, 1000}) check_vectors(count);
+    for (int size : {1, 3, 16, 31, 33, 127, 256, 257, 960, 5000}) check_scales(size);
     for (int bits : {4, 8, 16})
         for (int head_dim : {1, 5, 31, 64, 80, 128}) {
             check_attention({bits, head_dim, 1, 1, {0, 0}, {0, 1}, 0});

@@ -393,7 +393,7 @@ def test_a_dry_run_tells_rungs_and_time(run: Run, tmp_path: Path, llama: Path, t
 @pytest.mark.parametrize(
     ("calibrate", "settings", "sentence"),
     [
-        ({"scales": "rule"}, {}, "Rungs train scales, which `calibrate.scales: rule` does not keep."),
+        ({"scales": "computed"}, {}, "Rungs train scales, which `calibrate.scales: computed` does not keep."),
         ({}, {"train": "scales"}, "each rung has a `train` of its own."),
         ({}, {"rungs": [{"share": 0}]}, "`distill.rungs.0.share` is 0; expected a number above 0."),
         ({}, {"rungs": [{"train": "some"}]}, "`distill.rungs.0.train` is 'some'; expected all or scales."),

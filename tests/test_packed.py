@@ -129,7 +129,7 @@ def test_equal_runs_write_equal_bytes(tmp_path: Path, shard_bytes: int) -> None:
 
 def test_golden_file(tmp_path: Path) -> None:
     w = torch.tensor([[2.0, -2, 0, 0, 9, -3], [7, -3.5, 1, 0, 14, -14], [127, 1, -1, 0, 254, 2]])
-    spec = MatrixSpec(("int8", "int4", "ternary"), 4, torch.tensor([2, 1, 0], dtype=torch.uint8))
+    spec = MatrixSpec(("int8", "int4", "ternary"), 4, torch.tensor([2, 1, 0], dtype=torch.uint8), published=True)
     write(
         tmp_path,
         matrices=[PackedMatrix("m", "linear", formats.encode_matrix(w, spec), spec)],

@@ -356,7 +356,7 @@ def test_a_student_keeps_its_start(run: Run, llama: Path, text_file: Path, tmp_p
 @pytest.mark.parametrize(
     ("sections", "sentence"),
     [
-        ({"calibrate": {"start": "awq"}}, "`calibrate.start` is 'awq'; expected rule, clip or gptq."),
+        ({"calibrate": {"start": "awq"}}, "`calibrate.start` is 'awq'; expected least_error, rule, clip or gptq."),
         ({"calibrate": {"adaptive_tokens": "causal"}}, "looks at one layer at a time"),
         ({"distill": {"initialise": "random"}}, "A random student cannot begin with the teacher's gptq start."),
     ],

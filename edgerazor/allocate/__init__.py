@@ -169,6 +169,7 @@ def _plan(
             rows=site.rows,
             columns=site.columns,
             group_size=settings.group_size,
+            published=settings.start == "rule",
             **about[site.name],
         )
         for site in sites

@@ -17,7 +17,7 @@ class MatrixPlan(BaseModel):
     """The formats of one matrix. A digit is an index into `formats`.
 
     `row_formats` has a digit per row; `block_formats` a text per row, or one for all rows, with a digit per group.
-    One of the two, or neither when the matrix has one format.
+    One of the two, or neither when the matrix has one format. `published`: scales by the formats' published rules.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -30,6 +30,7 @@ class MatrixPlan(BaseModel):
     row_formats: str = ""
     block_formats: tuple[str, ...] = ()
     group_size: int
+    published: bool = False
 
     @model_validator(mode="after")
     def _consistent(self) -> MatrixPlan:
@@ -56,7 +57,7 @@ class MatrixPlan(BaseModel):
         blocks = from_digits("".join(self.block_formats)) if self.block_formats else None
         if blocks is not None:
             blocks = blocks.view(len(self.block_formats), -1)
-        return MatrixSpec(self.formats, self.group_size, rows, blocks)
+        return MatrixSpec(self.formats, self.group_size, rows, blocks, self.published)
 
     def bytes(self) -> int:
         """Stored bytes of codes, scales and formats of rows or blocks."""
@@ -80,7 +81,7 @@ class Plan(BaseModel):
     probability_bits: int
     adaptive_tokens: Literal["off", "causal", "ranked"]
     group_size: int
-    scales: Literal["rule", "learned"]
+    scales: Literal["computed", "learned"]
     matrices: tuple[MatrixPlan, ...]
 
     def __getitem__(self, name: str) -> MatrixPlan:

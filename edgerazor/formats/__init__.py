@@ -17,6 +17,7 @@ from edgerazor.formats._indices import index_columns
 from edgerazor.formats._joined import joined, joined_blocks, separated
 from edgerazor.formats._layout import ROWS
 from edgerazor.formats._learned import carried_weight, gradient_inlet, initial_scales, learned_weight, stored_scales
+from edgerazor.formats._least_error import reaching_units, search_with
 from edgerazor.formats._matrix import (
     BLOCK_FORMATS,
     ROW_FORMATS,
@@ -101,8 +102,10 @@ __all__ = [
     "part_shapes",
     "quantize_activations",
     "quantize_static",
+    "reaching_units",
     "round_trip",
     "scale_stream_bytes",
+    "search_with",
     "separated",
     "stored_scales",
     "stored_shapes",

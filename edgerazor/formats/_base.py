@@ -4,7 +4,8 @@ A weight matrix is cut into *groups*: `group_size` consecutive weights of one ro
 shorter). A group shares one *scale* `s`; each of its weights becomes a small integer *code* `q`, and is worth `s * q`
 from then on. Storing a weight so costs a few bits instead of sixteen; choosing `s` and `q` well is the whole art:
 
-    scale   s = fp16(rule(group))            one number per group: 2*mean|w| for ternary, max|w|/7 for int4
+    scale   s = fp16(search(group))          one number per group, the one of least squared error (`_least_error.py`),
+                                             or fp16(rule(group)), as published: 2*mean|w| for ternary
     encode  q = clip(round(w / s), lo, hi)   the nearest level that the format has
     decode  w' = s * q                       what the model computes with
 
@@ -22,15 +23,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from edgerazor.formats import _layout
-
-#: Largest finite fp16 number: a scale is never stored as infinity.
-LARGEST_SCALE = 65504.0
+from edgerazor.formats._least_error import LARGEST_SCALE, Ladder, exact_sum, faster, reference
 
 #: Weights worked on at a time: small enough that the passes over one block find it in the processor's cache ...
 BLOCK = 1 << 17
@@ -56,8 +56,11 @@ class Format(ABC):
     Attributes:
         name: its name in recipes and files.
         nominal_bits: bits a weight by the name's count, without scales (ternary is exactly 1.58).
-        minimum, maximum: the smallest and largest code of weights whose scale follows from the format's rule.
+        minimum, maximum: the smallest and largest code of weights whose scale follows from the format's published rule.
         code_bits: width of a stored code, `code - lowest` as an unsigned number.
+        ladder: the scales that the search for the one of least error tries.
+        rounding: how `choose_` and `level_` work, for a search outside PyTorch: a code is the "nearest" level, or its
+            level is the "middle" of the interval from it to the next code; None: in another way.
     """
 
     name: str
@@ -65,12 +68,14 @@ class Format(ABC):
     minimum: int
     maximum: int
     code_bits: int
+    ladder: Ladder
+    rounding: Literal["nearest", "middle"] | None = "nearest"
 
     # What a format decides ----------------------------------------------------------------------------------------
 
     @abstractmethod
     def scale_rule(self, groups: Tensor) -> Tensor:
-        """The ideal scale of each group, before it is rounded to fp16.
+        """The scale of each group by the published rule, before it is rounded to fp16.
 
         Args:
             groups: float32 [..., group].
@@ -83,6 +88,11 @@ class Format(ABC):
     def lowest(self) -> int:
         """The smallest code that can be stored; a given scale may use it even where the rule's scale does not."""
         return self.minimum
+
+    @cached_property
+    def highest(self) -> float:
+        """The level of the largest code, in units of the scale."""
+        return float(self.level_(torch.tensor([float(self.maximum)])))
 
     @property
     def levels(self) -> int:
@@ -99,14 +109,15 @@ class Format(ABC):
 
     # Weights <-> codes --------------------------------------------------------------------------------------------
 
-    def encode(self, w: Tensor, group_size: int, scales: Tensor | None = None) -> Encoded:
+    def encode(self, w: Tensor, group_size: int, scales: Tensor | None = None, published: bool = False) -> Encoded:
         """Codes and scales of a weight matrix; computed in float32, outside autocast.
 
         Args:
             w: any floating dtype [rows, cols].
             group_size: weights that share a scale; `cols` or more means whole rows.
-            scales: use these, [rows, groups], rounded to fp16, and every code that can be stored, instead of the
-                format's rule.
+            scales: use these, [rows, groups], rounded to fp16, and every code that can be stored, instead of those of
+                least squared error.
+            published: use those of the format's published rule instead, and the codes from `minimum` on.
 
         Raises:
             ValueError: a weight or given scale is not finite, a given scale is negative, or a shape does not fit.
@@ -118,7 +129,7 @@ class Format(ABC):
         stored = torch.empty(w.shape[0], group_count(w.shape[1], group), dtype=torch.float16, device=w.device)
         for rows, cols, groups in _blocks(w, group, full):
             given = None if scales is None else scales[rows, groups]
-            chosen, stored[rows, groups] = self._encode(w[rows, cols], groups.stop - groups.start, given)
+            chosen, stored[rows, groups] = self._chosen(w[rows, cols], groups.stop - groups.start, given, published)
             codes[rows, cols] = chosen.flatten(1)
         return Encoded(codes, stored)
 
@@ -136,16 +147,21 @@ class Format(ABC):
             w[rows, cols] = self._decode_(grouped, scales[rows, groups]).flatten(1)
         return w
 
-    def fake_quantize(self, w: Tensor, group_size: int) -> Tensor:
+    def fake_quantize(self, w: Tensor, group_size: int, published: bool = False) -> Tensor:
         """`decode(encode(w))`, float32 [rows, cols], for training: the gradient passes to `w` unchanged.
 
         Raises:
             ValueError: as `encode`.
         """
-        return straight_through(w, lambda w: self.round_trip(w, group_size))
+        return straight_through(w, lambda w: self.round_trip(w, group_size, published=published))
 
     def round_trip(
-        self, w: Tensor, group_size: int, dtype: torch.dtype = torch.float32, scales: Tensor | None = None
+        self,
+        w: Tensor,
+        group_size: int,
+        dtype: torch.dtype = torch.float32,
+        scales: Tensor | None = None,
+        published: bool = False,
     ) -> Tensor:
         """`decode(encode(w))` [rows, cols], computed in float32 block by block and given in `dtype`."""
         w, group, full = _grouping(w.detach(), group_size)
@@ -154,21 +170,34 @@ class Format(ABC):
         rounded = torch.empty(w.shape, dtype=dtype, device=w.device)
         for rows, cols, groups in _blocks(w, group, full):
             given = None if scales is None else scales[rows, groups]
-            codes, stored = self._encode(w[rows, cols], groups.stop - groups.start, given)
-            codes.add_(0.0)  # turns -0.0 into 0.0: as integers, codes have one zero
+            codes, stored = self._chosen(w[rows, cols], groups.stop - groups.start, given, published)
+            # Adding turns -0.0 into 0.0: as integers, codes have one zero.
+            codes = codes.float() if codes.dtype == torch.int8 else codes.add_(0.0)
             rounded[rows, cols] = self._decode_(codes, stored).flatten(1)
         return rounded
 
-    def _encode(self, w: Tensor, groups: int, scales: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _chosen(self, w: Tensor, groups: int, scales: Tensor | None, published: bool) -> tuple[Tensor, Tensor]:
+        """`_encode`, or the same with codes as int8 where they are found elsewhere."""
+        if scales is None and not published:
+            own = w.float().unflatten(1, (groups, -1))
+            codes = torch.empty(own.shape, dtype=torch.int8, device=w.device)
+            found = faster(self, own, codes)
+            if found is not None:
+                return codes, found
+        return self._encode(w, groups, scales, published)
+
+    def _encode(self, w: Tensor, groups: int, scales: Tensor | None, published: bool = False) -> tuple[Tensor, Tensor]:
         """Codes as float32 [rows, groups, group], zeros of either sign, and scales as float16 [rows, groups].
 
         Of one block, w [rows, cols], which is left as it is.
         """
         with torch.autocast(w.device.type, enabled=False):
             own = w.to(torch.float32, copy=True).unflatten(1, (groups, -1))
-            smallest = self.minimum if scales is None else self.lowest
-            if scales is None:
-                scales = _stored_scale(self.scale_rule(own))
+            smallest = self.lowest
+            if scales is None and published:
+                scales, smallest = _stored_scale(self.scale_rule(own)), self.minimum
+            elif scales is None:
+                scales = reference(self, own)
             # Dividing by infinity where the scale is zero makes every ratio, and so every code, zero.
             divisor = scales.float().masked_fill_(scales == 0, torch.inf)
             return self.choose_(own.div_(divisor.unsqueeze(2)), smallest), scales
@@ -355,9 +384,7 @@ def absolute_sum(groups: Tensor) -> Tensor:
 
     It runs in float64, so that the order in which threads or vector units add does not show in fp16.
     """
-    if groups.device.type != "cpu":
-        return groups.abs().sum(dim=-1, dtype=torch.float64)
-    return groups.double().abs_().sum(dim=-1)  # of a block in the cache: faster than converting one by one
+    return exact_sum(groups.abs())
 
 
 def _stored_scale(scale: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ can be stored, `lo` to `hi`. Backward, with `r = w / s` (Esser et al., "Learned 
     d w' / d s = (level(r) - r where lo < r < hi, else level(r)) / sqrt(N*Qp)
 
 where `N` is the number of weights of the group and `Qp` the largest level: without the factor the few scales would get
-gradients as large as those of all their weights together. Training starts at `s = 2*mean|w| / sqrt(Qp)`.
+gradients as large as those of all their weights together. The published start is `s = 2*mean|w| / sqrt(Qp)`;
+ours is the scale of least error.
 
 Where the codes are fixed and only scales are trained, `w' = s * level` is a product like any other, and so is its
 gradient: `d w' / d s = level`.
@@ -40,7 +41,12 @@ NUDGES = 4
 
 
 def initial_scales(w: Tensor, spec: MatrixSpec) -> Tensor:
-    """The published start, `2*mean|w| / sqrt(Qp)`, float32 [rows, groups] for w [rows, cols]."""
+    """Where training begins, float32 [rows, groups], positive, for w [rows, cols].
+
+    The scales of least squared error, or the published start, `2*mean|w| / sqrt(Qp)`, where the specification says so.
+    """
+    if not spec.published:
+        return stored_scales(encode_matrix(w, spec).scales).float()
     if spec.block_formats is not None:
         strips = spec.strips(w.shape)
         return join_strips(strips, [initial_scales(strip.of(w), strip.spec) for strip in strips])
@@ -52,13 +58,8 @@ def initial_scales(w: Tensor, spec: MatrixSpec) -> Tensor:
         for height, cols, groups in _blocks(chosen, group, full):
             grouped = chosen[height, cols].unflatten(1, (groups.stop - groups.start, -1))
             means[height, groups] = grouped.abs().mean(dim=2, dtype=torch.float64)
-        parts.append(((2 * means / highest_level(number_format) ** 0.5).float().clamp_(min=SMALLEST), rows))
+        parts.append(((2 * means / number_format.highest**0.5).float().clamp_(min=SMALLEST), rows))
     return _merge(parts, (w.shape[0], group_count(w.shape[1], spec.group_size)), torch.float32, w.device)
-
-
-def highest_level(number_format: Format) -> float:
-    """`Qp`, the largest level of a format in units of its scale."""
-    return float(number_format.level_(torch.tensor([float(number_format.maximum)])))
 
 
 def stored_scales(scales: Tensor) -> Tensor:
@@ -161,7 +162,7 @@ def _through_step(
     number_format: Format, gradient: Tensor, w: Tensor, step: Tensor, group_size: int
 ) -> tuple[Tensor, Tensor]:
     """LSQ's gradients of w [rows, cols] and of the steps [rows, groups]."""
-    top = highest_level(number_format)
+    top = number_format.highest
     low, high = number_format.lowest, 2 * top - number_format.maximum  # what is beyond the outer levels' intervals
     to_w, to_step = torch.empty_like(w), torch.empty_like(step)
     _, group, full = _grouping(w, group_size)

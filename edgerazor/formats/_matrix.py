@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import NamedTuple
 
@@ -57,12 +57,15 @@ class MatrixSpec:
         row_formats: uint8 [rows], an index into `formats` for each row.
         block_formats: uint8 [rows, groups], one for each group of each row, or [1, groups] when all rows are alike.
             One of the two; neither when the whole matrix has the one format.
+        published: scales follow from the formats' published rules, not from a search for the least squared error.
+            Says how to encode, and nothing of what is stored.
     """
 
     formats: tuple[str, ...]
     group_size: int
     row_formats: Tensor | None = None
     block_formats: Tensor | None = None
+    published: bool = False
 
     def __post_init__(self) -> None:
         if not self.formats or len(set(self.formats)) != len(self.formats):
@@ -135,7 +138,7 @@ class MatrixSpec:
         if cols % group:
             ends.append((whole, whole + 1, cols % group, TAIL))
         for start, stop, width, suffix in ends:
-            spec = MatrixSpec(self.formats, width, every[:, start:stop].reshape(-1))
+            spec = replace(self, group_size=width, row_formats=every[:, start:stop].reshape(-1), block_formats=None)
             columns = slice(start * group, start * group + (stop - start) * width)
             yield Strip(columns, slice(start, stop), stop - start, rows * (stop - start), width, spec, suffix)
 
@@ -160,11 +163,10 @@ class MatrixSpec:
     def take(self, rows: Tensor) -> MatrixSpec:
         """The specification of the matrix made of these rows (int64 indices, any order, repetition allowed)."""
         if self.row_formats is not None:
-            return MatrixSpec(self.formats, self.group_size, self.row_formats[rows.to(self.row_formats.device)])
+            return replace(self, row_formats=self.row_formats[rows.to(self.row_formats.device)])
         if self.block_formats is None or len(self.block_formats) == 1:
             return self
-        chosen = self.block_formats[rows.to(self.block_formats.device)]
-        return MatrixSpec(self.formats, self.group_size, block_formats=chosen)
+        return replace(self, block_formats=self.block_formats[rows.to(self.block_formats.device)])
 
 
 class Strip(NamedTuple):
@@ -205,7 +207,7 @@ def encode_matrix(w: Tensor, spec: MatrixSpec, scales: Tensor | None = None) -> 
     Args:
         w: any floating dtype [rows, cols].
         spec: formats of the rows.
-        scales: use these, [rows, groups], instead of the formats' rules (see `Format.encode`).
+        scales: use these, [rows, groups], instead of those that the specification asks for (see `Format.encode`).
 
     Raises:
         ValueError: as `Format.encode`, or the specification is for another number of rows.
@@ -222,14 +224,14 @@ def encode_matrix(w: Tensor, spec: MatrixSpec, scales: Tensor | None = None) -> 
     spec.check_shape(w.shape)
     w = w.detach()
     if spec.row_formats is None:
-        return spec.parts[0][0].encode(w, spec.group_size, scales)
+        return spec.parts[0][0].encode(w, spec.group_size, scales, spec.published)
     codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
     stored = torch.empty(w.shape[0], group_count(w.shape[1], spec.group_size), dtype=torch.float16, device=w.device)
     for number_format, rows in spec.parts:
         assert rows is not None
         for block in rows.to(w.device).split(block_rows(w)):  # gathered, encoded and put back while in the cache
             given = None if scales is None else scales.index_select(0, block)
-            part = number_format.encode(w.index_select(0, block), spec.group_size, given)
+            part = number_format.encode(w.index_select(0, block), spec.group_size, given, spec.published)
             codes.index_copy_(0, block, part.codes)
             stored.index_copy_(0, block, part.scales)
     return Encoded(codes, stored)
@@ -275,13 +277,13 @@ def round_trip(w: Tensor, spec: MatrixSpec, dtype: torch.dtype = torch.float32, 
         return join_strips(strips, [round_trip(strip.of(w), strip.spec, dtype, given) for strip, given in parts])
     spec.check_shape(w.shape)
     if spec.row_formats is None:
-        return spec.parts[0][0].round_trip(w, spec.group_size, dtype, scales)
+        return spec.parts[0][0].round_trip(w, spec.group_size, dtype, scales, spec.published)
     rounded = torch.empty(w.shape, dtype=dtype, device=w.device)
     for number_format, rows in spec.parts:
         assert rows is not None
         for block in rows.to(w.device).split(block_rows(w)):  # gathered, rounded and put back while in the cache
             given = None if scales is None else scales.index_select(0, block)
-            part = number_format.round_trip(w.index_select(0, block), spec.group_size, dtype, given)
+            part = number_format.round_trip(w.index_select(0, block), spec.group_size, dtype, given, spec.published)
             rounded.index_copy_(0, block, part)
     return rounded
 

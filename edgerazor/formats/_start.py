@@ -1,11 +1,12 @@
-"""Where a training may start instead of the plain rule: scales found by search, and weights that make up for rounding.
+"""Where a training may start instead of the weights' own least error: by inputs, or compensated.
 
-A format's rule looks at a group alone. Two things know more, from the inputs `x` that the weights will meet:
+The search for the least error looks at a group alone. Two things know more, from the inputs `x` of the weights:
 
 *Clipping.* An error in a weight whose input is always small does no harm. So each group takes the scale that has the
-least `sum_i h_i (w_i - w'_i)^2`, where `h_i` is the mean of `x_i^2`: some shares of the rule's scale and of the one
-that just reaches the largest weight are tried, and the best is refined. For given codes the best scale is the quotient
-`sum h w level / sum h level^2`, for a given scale the best codes are the nearest, and taking turns only gets better.
+least `sum_i h_i (w_i - w'_i)^2`, where `h_i` is the mean of `x_i^2`: some shares of the published rule's scale and
+of the one that just reaches the largest weight are tried, and the best is refined. For given codes the best is the
+quotient `sum h w level / sum h level^2`, for a given scale the best codes are the nearest, and taking turns only gets
+better.
 
 *Compensation* (GPTQ; Frantar et al., arXiv 2210.17323). Inputs go together, so the error of one weight can be undone
 by those that are not rounded yet. With `H` the mean of `x x^T`, a row's damage is `dw H dw^T`. Columns are rounded in
@@ -16,12 +17,13 @@ before it was rounded, is kept: rounding all of them at once, at the scales foun
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from edgerazor.formats._base import Format, _blocks, _grouping, block_rows, group_count
-from edgerazor.formats._learned import highest_level, stored_scales
+from edgerazor.formats._learned import stored_scales
 from edgerazor.formats._matrix import MatrixSpec, Strip, _merge, join_strips, round_trip
 
 #: What is tried: shares of the rule's scale, and of the scale whose highest level is the largest weight.
@@ -36,7 +38,7 @@ LAZY = 128
 
 
 def clipped(w: Tensor, spec: MatrixSpec, importance: Tensor | None = None) -> Tensor:
-    """The scales with nearly the least weighted squared error, and never more than those of the formats' rules.
+    """The scales with nearly the least weighted squared error, and never more than that of the published ones.
 
     Args:
         w: any floating dtype [rows, cols].
@@ -91,10 +93,11 @@ def _search(number_format: Format, w: Tensor, importance: Tensor | None) -> Tens
     rule = number_format.scale_rule(w)
     if not torch.isfinite(rule).all():
         raise ValueError("a weight is not finite")
-    reaching = w.abs().amax(2) / highest_level(number_format)
+    reaching = w.abs().amax(2) / number_format.highest
     best = stored_scales(rule)
     least = _errors(number_format, w, importance, best)
-    for candidate in (*(share * rule for share in OF_RULE), *(share * reaching for share in OF_LARGEST)):
+    others = (*(share * rule for share in OF_RULE), *(share * reaching for share in OF_LARGEST))
+    for candidate in others:
         best, least = _better(number_format, w, importance, stored_scales(candidate), best, least)
     for _ in range(REFINEMENTS):
         candidate = _for_codes(number_format, w, importance, best)
@@ -198,4 +201,4 @@ def _group_spec(spec: MatrixSpec, index: int, rows: int) -> MatrixSpec:
     """The formats of the rows of one group of columns."""
     if spec.block_formats is None:
         return spec
-    return MatrixSpec(spec.formats, spec.group_size, spec.block_formats[:, index].expand(rows).contiguous())
+    return replace(spec, row_formats=spec.block_formats[:, index].expand(rows).contiguous(), block_formats=None)

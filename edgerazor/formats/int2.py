@@ -1,8 +1,8 @@
 """Two-bit integers without a zero level: every weight is one of -3/2, -1/2, 1/2 or 3/2 times the scale.
 
-`s` is the mean of `|w|` over the group and the code `clip(floor(w / s), -2, 1)` stands for the level `code + 1/2`, in
-the middle of its interval. All four values of the two bits are used, which counts more at this width than having a
-zero (ParetoQ, arXiv 2502.02631, section 4, "stretched elastic" levels). `int2z` is the symmetric one with a zero.
+The code `clip(floor(w / s), -2, 1)` stands for the level `code + 1/2`, in the middle of its interval; by the published
+rule `s` is the mean of `|w|` over the group. All four values of the two bits are used, which counts more at this width
+than having a zero (ParetoQ, arXiv 2502.02631, section 4, "stretched elastic" levels). `int2z` is the one with a zero.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from edgerazor.formats._base import Format, absolute_sum
+from edgerazor.formats._least_error import Ladder, geometric
 
 
 class HalfOffset(Format):
@@ -19,6 +20,8 @@ class HalfOffset(Format):
     nominal_bits = 2.0
     code_bits = 2
     minimum, maximum = -2, 1
+    rounding = "middle"
+    ladder = Ladder(geometric(0.85, 1.2, 4), spread=1.0, reaching=False)
 
     def scale_rule(self, groups: Tensor) -> Tensor:
         """`mean|w|` of each group: float32 [..., group] to float64 [...]."""

@@ -1,4 +1,4 @@
-"""Two-bit integers with a zero level, -1 to 1: absmax at its coarsest. One of the four codes is never used."""
+"""Two-bit integers with a zero level, -2 to 1: absmax at its coarsest, whose published rule never uses -2."""
 
 from edgerazor.formats._absmax import Absmax
 

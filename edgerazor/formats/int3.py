@@ -1,4 +1,4 @@
-"""Three-bit integers, -3 to 3: where rounding alone stops being harmless. Eight codes fill three bytes."""
+"""Three-bit integers, -4 to 3: where rounding alone stops being harmless. Eight codes fill three bytes."""
 
 from edgerazor.formats._absmax import Absmax
 

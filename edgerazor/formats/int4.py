@@ -1,4 +1,4 @@
-"""Four-bit integers, -7 to 7: near lossless after training, and what embeddings and heads are stored in. Two a byte."""
+"""Four-bit integers, -8 to 7: near lossless after training, and what embeddings and heads are stored in. Two a byte."""
 
 from edgerazor.formats._absmax import Absmax
 

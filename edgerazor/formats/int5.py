@@ -1,4 +1,4 @@
-"""Five-bit integers, -15 to 15: for what four bits would still hurt. Eight codes fill five bytes."""
+"""Five-bit integers, -16 to 15: for what four bits would still hurt. Eight codes fill five bytes."""
 
 from edgerazor.formats._absmax import Absmax
 

@@ -1,4 +1,4 @@
-"""Eight-bit integers, -127 to 127, one a byte: for matrices that must not change."""
+"""Eight-bit integers, -128 to 127, one a byte: for matrices that must not change."""
 
 from edgerazor.formats._absmax import Absmax
 

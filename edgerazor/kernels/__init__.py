@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from edgerazor import registry
-from edgerazor.formats import Encoded, MatrixSpec, decode_matrix
+from edgerazor.formats import Encoded, Format, MatrixSpec, decode_matrix, search_with
 from edgerazor.kernels import native, reference
 from edgerazor.kernels.reference import UNQUANTIZED, decoded_linear
 
@@ -54,6 +54,8 @@ EXPANDED = ("avx2", "avx2vnni")
 
 #: Products of numbers that a thread should have to do before another one is worth waking.
 _PRODUCTS_PER_THREAD = 1 << 21
+#: Weights of which a thread should have to find the scales.
+_WEIGHTS_PER_THREAD = 1 << 15
 
 
 class _Implementation(NamedTuple):
@@ -136,6 +138,17 @@ def linear(
 def embedding(ids: Tensor, encoded: Encoded, spec: MatrixSpec) -> Tensor:
     """Rows of a packed table, float32 [..., columns], for ids int64 [...]."""
     return _of_codes().embedding(ids, encoded, spec)
+
+
+def _least_error(number_format: Format, groups: Tensor, codes: Tensor | None) -> Tensor | None:
+    """Scales of least error by the native library, where it is in use, of groups that it takes."""
+    if groups.device.type != "cpu" or number_format.rounding is None or not is_native():
+        return None
+    threads = max(1, min(torch.get_num_threads(), groups.numel() // _WEIGHTS_PER_THREAD))
+    return native.least_error(number_format, groups, codes, native.isas().index(name()), threads)
+
+
+search_with(_least_error)
 
 
 def _of_codes() -> _Implementation:

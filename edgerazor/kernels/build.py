@@ -51,7 +51,8 @@ class Job(NamedTuple):
     output: str = ""
 
 
-#: `floats.cpp` is compiled for each unit. Its sums have no order to keep to: products and sums may be fused.
+#: `floats.cpp` and `scales.cpp` are compiled for each unit. Sums of the first have no order to keep to: products and
+#: sums may be fused.
 _FLOATS = "-O3 -ffp-contract=fast".split()
 
 _AVX2 = "-O3 -mavx2 -mfma -mf16c"
@@ -138,6 +139,8 @@ def _build(target: Path, main: Path | None) -> list[str]:
             jobs.append(Job(name, options.split()))
             floats = [*options.split(), *_FLOATS, f"-DEDGERAZOR_UNIT={name}"]
             jobs.append(Job("floats", floats, f"floats_{name}"))
+            scales = [*options.split(), "-O3", f"-DEDGERAZOR_UNIT={name}"]
+            jobs.append(Job("scales", scales, f"scales_{name}"))
         objects = [Path(folder) / f"{job.output or job.source}.o" for job in jobs]
         commands = [
             [*command, *job.options, *added, "-c", str(SOURCES / f"{job.source}.cpp"), "-o", str(output)]

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from edgerazor.errors import plain
-from edgerazor.formats import SCALES, SMALLEST, Format, MatrixSpec
+from edgerazor.formats import SCALES, SMALLEST, Format, MatrixSpec, reaching_units
 
 #: Rows that lie side by side in memory; blocks of them that are computed side by side.
 ROWS, TILE = 16, 4
@@ -50,6 +50,21 @@ class PartStructure(ctypes.Structure):
     )
 
 
+class LadderStructure(ctypes.Structure):
+    """`edgerazor_ladder` of `cpp/library.h`."""
+
+    _fields_ = (
+        ("shares", POINTER(c_float)),
+        ("count", c_int32),
+        ("refinements", c_int32),
+        ("spread", c_float),
+        ("reaching", c_float),
+        ("lowest", c_float),
+        ("highest", c_float),
+        ("middle", c_int32),
+    )
+
+
 _SIGNATURES = {
     "edgerazor_isa_count": (c_int, []),
     "edgerazor_isa_name": (c_char_p, [c_int]),
@@ -69,6 +84,7 @@ _SIGNATURES = {
     ),
     "edgerazor_row": (None, [c_void_p, POINTER(PartStructure), c_int64, c_void_p]),
     "edgerazor_expand_ternary": (None, [c_void_p, c_int, c_void_p, c_int64, c_void_p]),
+    "edgerazor_least_error": (c_int64, [c_int, POINTER(LadderStructure), c_void_p, c_int64, c_int64, *[c_void_p] * 2]),
     "edgerazor_read": (c_uint64, [c_int, c_void_p, c_int64]),
 }
 
@@ -284,6 +300,66 @@ def float_product(
     output = (None if bias is None else bias.data_ptr(), y.data_ptr(), y.stride(0), first, last)
     structure = ctypes.byref(part.structure())
     loaded().edgerazor_linear_float(geometry.handle, isa % len(isas()), structure, len(x), x.data_ptr(), *output)
+
+
+def least_error(
+    number_format: Format, groups: Tensor, codes: Tensor | None = None, isa: int = -1, threads: int = 1
+) -> Tensor:
+    """The scales of least squared error, float16 [...], of groups float32 [..., group] on the CPU.
+
+    To the bit what PyTorch finds for a format whose `rounding` is not None; `isa` and `threads` do not show.
+
+    Args:
+        number_format: whose scales.
+        groups: the weights.
+        codes: contiguous int8 [..., group], to write the codes into.
+        isa: number of the instruction set.
+        threads: that share the groups.
+
+    Raises:
+        ValueError: a weight is not finite, or a tensor is not as said here.
+        MemoryError: there is not enough memory for one more group.
+    """
+    if groups.dtype != torch.float32 or groups.device.type != "cpu" or not groups.dim() or not groups.shape[-1]:
+        raise ValueError(f"groups must be float32 on the CPU, not empty, got {groups.dtype} {list(groups.shape)}")
+    if codes is not None and (codes.dtype != torch.int8 or codes.shape != groups.shape or not codes.is_contiguous()):
+        raise ValueError(f"codes must be contiguous int8 {list(groups.shape)}, got {codes.dtype} {list(codes.shape)}")
+    groups = groups.contiguous()
+    scales = torch.empty(groups.shape[:-1], dtype=torch.float16)
+    size, ladder = groups.shape[-1], _ladder(number_format)
+    found: list[int] = []
+
+    def search(first: int, last: int) -> None:
+        weights = groups.data_ptr() + first * size * groups.itemsize
+        outputs = (scales.data_ptr() + first * 2, None if codes is None else codes.data_ptr() + first * size)
+        found.append(
+            loaded().edgerazor_least_error(
+                isa % len(isas()), ctypes.byref(ladder), weights, last - first, size, *outputs
+            )
+        )
+
+    _share_out([functools.partial(search, *share) for share in _shares(scales.numel(), threads)], threads)
+    if min(found, default=-1) < -1:
+        raise MemoryError("there is not enough memory to find scales")
+    if max(found, default=-1) >= 0:
+        raise ValueError("a weight is not finite")
+    return scales
+
+
+@cache
+def _ladder(number_format: Format) -> LadderStructure:
+    """The format's for the library."""
+    ladder = number_format.ladder
+    return LadderStructure(
+        (c_float * len(ladder.shares))(*ladder.shares),
+        len(ladder.shares),
+        ladder.refinements,
+        ladder.spread,
+        reaching_units(number_format),
+        number_format.lowest,
+        number_format.maximum,
+        number_format.rounding == "middle",
+    )
 
 
 def read(memory: Tensor) -> int:

@@ -107,7 +107,7 @@ def check(recipe: Recipe) -> None:
         )
     if settings.rungs and recipe.calibrate.scales != "learned":
         raise usage_error(
-            "Rungs train scales, which `calibrate.scales: rule` does not keep.", "Set `calibrate.scales: learned`."
+            "Rungs train scales, which `calibrate.scales: computed` does not keep.", "Set `calibrate.scales: learned`."
         )
     used = [settings.losses] if not settings.rungs else [rung.losses or settings.losses for rung in settings.rungs]
     every = tuple(term for terms in used for term in terms)

@@ -116,20 +116,18 @@ class FisherDamage(Observer):
 
     Args:
         found: the matrices.
-        names: the formats.
-        group_size: weights of a row that share a scale.
+        specs: a matrix all in one format, for each of the formats.
     """
 
-    def __init__(self, found: Structure, names: Sequence[str], group_size: int) -> None:
-        self.names, self.group_size = tuple(names), group_size
+    def __init__(self, found: Structure, specs: Sequence[MatrixSpec]) -> None:
+        self.specs = tuple(specs)
         self.sums: dict[str, Tensor] = {}
         self.alone: dict[str, Tensor] = {}
         self._errors = OfOneLayer(found)
 
     def gradient(self, path: str, weight: Tensor, x: Tensor, g: Tensor) -> None:
         def compute() -> Tensor:
-            specs = [MatrixSpec((name,), self.group_size) for name in self.names]
-            return torch.stack([formats.round_trip(weight, spec, weight.dtype) for spec in specs]).sub_(weight)
+            return torch.stack([formats.round_trip(weight, spec, weight.dtype) for spec in self.specs]).sub_(weight)
 
         rows, together = [], []
         for error in self._errors.get(path, compute):
@@ -146,7 +144,7 @@ class FisherDamage(Observer):
         self.sums, self.alone = parted(state)
 
     def identity(self) -> str:
-        return f"{self.names} {self.group_size}"
+        return str([(spec.formats, spec.group_size, spec.published) for spec in self.specs])
 
 
 def parted(damages: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -276,6 +274,7 @@ class Study:
         seed: of the labels that are drawn.
         identity: of everything that decides what is found; what is kept of another study is not taken for this one's.
         console: where the progress is shown.
+        published: round at the scales of the formats' published rules.
     """
 
     model: PreTrainedModel
@@ -290,6 +289,7 @@ class Study:
     seed: int
     identity: str
     console: Console
+    published: bool = False
 
     def __post_init__(self) -> None:
         self.output = Output(self.model, self.found, self.logit_shape)
@@ -299,7 +299,7 @@ class Study:
         self.tokens = sum(int(counts.sum()) for _, counts in self.batches)
 
     def spec(self, name: str) -> MatrixSpec:
-        return MatrixSpec((name,), self.group_size)
+        return MatrixSpec((name,), self.group_size, published=self.published)
 
     def kept(self, name: str, find: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What was found under that name before an interruption, or is found now."""
@@ -326,7 +326,7 @@ class Study:
 
     def _fisher(self) -> dict[str, Tensor]:
         """Damages of rows and of whole matrices, as `parted` takes them."""
-        observer = FisherDamage(self.found, self.names, self.group_size)
+        observer = FisherDamage(self.found, [self.spec(name) for name in self.names])
 
         def upstream(number: int, states: Tensor) -> Tensor:
             generator = torch.Generator().manual_seed(self.seed + number)

@@ -1,7 +1,7 @@
-"""Starts that lose less than rounding by the formats' rules: made in calibrate, once the plan is known, and read by
+"""Starts that lose less than rounding by the weights alone: made in calibrate, once the plan is known, and read by
 distill, which trains from there, and by pack, where the teacher is rounded without training.
 
-*clip* gives each group the scale with the least error, an error weighing as much as its input is large on average.
+*clip* gives each group the scale with the least error, where an error weighs as much as its input is large on average.
 
 *gptq* goes through the decoder layer by layer and rounds each linear layer so that errors make up for each other
 (`formats.compensated`). What a layer's inputs have to do with each other is seen where they are: in a student whose
@@ -38,7 +38,7 @@ from edgerazor.surgery import Start, TrainingLinear
 from edgerazor.workdir import WorkDir, write_atomically
 
 #: About how many forward passes over the calibration text a start takes.
-PASSES = {"rule": 0, "clip": 1, "gptq": 5}
+PASSES = {"least_error": 0, "rule": 0, "clip": 1, "gptq": 5}
 
 WEIGHT, SCALES = ".weight", ".scales"
 
@@ -72,13 +72,13 @@ def stored(recipe: Recipe, work: WorkDir, plan: Plan) -> Callable[[str], Start] 
         plan: that it is wanted for.
 
     Returns:
-        module path -> where its matrix begins; None where all begin at their formats' rules.
+        module path -> where its matrix begins; None where all begin at the scales that the plan says.
 
     Raises:
         UserError: calibrate has not made this start for this plan, or its file is damaged.
     """
     wanted = recipe.calibrate.start
-    if wanted == "rule":
+    if wanted not in _shared.MADE_STARTS:
         return None
     missing = UserError(
         f"{work.path} holds no {wanted} start for these settings.",
@@ -108,14 +108,14 @@ def file_bytes(wanted: str, plan: Plan) -> int:
     """Size of the file that a start makes."""
     scales = sum(2 * each.rows * formats.group_count(each.columns, plan.group_size) for each in plan.matrices)
     weights = sum(4 * each.rows * each.columns for each in plan.matrices if each.kind == "linear")
-    return {"rule": 0, "clip": scales, "gptq": scales + weights}[wanted]
+    return {"clip": scales, "gptq": scales + weights}.get(wanted, 0)
 
 
 def memory_bytes(recipe: Recipe, teacher: PreTrainedModel, tokens: int) -> int:
     """What making a start needs: float32 weights, and where layers are gone through, what enters one of them."""
     weights = sum(4 * each.numel() for each in teacher.parameters())
     states = 4 * tokens * teacher.config.get_text_config().hidden_size
-    return {"rule": 0, "clip": weights, "gptq": weights + states}[recipe.calibrate.start]
+    return {"clip": weights, "gptq": weights + states}.get(recipe.calibrate.start, 0)
 
 
 # --- making ------------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ def in_order_of_use(blocks: Blocks, index: int, sequences: Sequences) -> list[li
     if sum(map(len, groups)) < len(linears):
         raise UserError(
             f"Layer {index} of {type(blocks.model).__name__} has linear layers that it does not use.",
-            "Take another start: `--start clip` or `--start rule`.",
+            "Take another start: `--start clip` or `--start least_error`.",
         )
     return groups
 
@@ -277,7 +277,7 @@ def compensate(module: TrainingLinear, hessian: Tensor, name: str) -> Start:
         weight, scales = formats.compensated(module.weight, module.spec, hessian)
     except ValueError as error:
         raise UserError(
-            f"{name} cannot be compensated: {error}.", "Take another start: `--start clip` or `--start rule`."
+            f"{name} cannot be compensated: {error}.", "Take another start: `--start clip` or `--start least_error`."
         ) from None
     module.weight = nn.Parameter(weight, requires_grad=False)
     module.scales = nn.Parameter(scales.float(), requires_grad=False)

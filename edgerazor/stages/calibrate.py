@@ -15,7 +15,7 @@ Walks calibration text through the teacher, one decoder layer at a time, and kee
 
 and writes the plan: a format for every row, tensor or block of every matrix (`allocate/`), with a summary of what was
 measured in `sensitivity.json`. What was measured serves every budget.
-Where training is to start from better codes than the formats' rules give, they are made then (`_start.py`).
+Where training is to start from codes that take text to find, they are made then (`_start.py`).
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateResult:
         write_json(work.sensitivity_file, study)
     else:  # of an earlier plan
         work.sensitivity_file.unlink(missing_ok=True)
-    if recipe.calibrate.start != "rule":
+    if recipe.calibrate.start in _shared.MADE_STARTS:
         _start.write(recipe, work, plan, rows, console)
     result = result_of(job, plan, study, tensors, text)
     write_json(work.result_file(NAME), result.model_dump(mode="json"))
@@ -226,6 +226,7 @@ class Job:
             seed=self.recipe.seed,
             identity=digest_json(statistics_identity(self.recipe)),
             console=self.console,
+            published=settings.start == "rule",
         )
 
 
@@ -283,6 +284,7 @@ def statistics_identity(recipe: Recipe) -> dict[str, Any]:
         **_shared.row_settings(recipe),
         "seed": recipe.seed,
         "settings": {name: getattr(settings, name) for name in names},
+        "published": measured and settings.start == "rule",
         "holds": ["damage", "alone"] if measured else [],
         "versions": versions(),
     }

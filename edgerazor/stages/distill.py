@@ -536,10 +536,10 @@ def check(recipe: Recipe) -> None:
     Raises:
         UserError: as `_ladder.check` and `_reconstruct.check`.
     """
-    if recipe.distill.initialise == "random" and recipe.calibrate.start != "rule":
+    if recipe.distill.initialise == "random" and recipe.calibrate.start in _shared.MADE_STARTS:
         raise usage_error(
             f"A random student cannot begin with the teacher's {recipe.calibrate.start} start.",
-            "Use `start: rule`, or leave out `distill.initialise`.",
+            "Leave out `calibrate.start`, or leave out `distill.initialise`.",
         )
     _reconstruct.check(recipe)
     _ladder.check(recipe)
@@ -556,7 +556,7 @@ def make_student(
 ) -> PreTrainedModel:
     """A float32 copy of the teacher, or a random one for the control, with training modules in it.
 
-    `start` says where its matrices begin, if not at their formats' rules.
+    `start` says where its matrices begin, if not at the scales that the plan says.
     """
     if recipe.distill.initialise == "teacher":
         student, _ = models.load(recipe.model, recipe.revision, "cpu", torch.float32, recipe.trust_remote_code)

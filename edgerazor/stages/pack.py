@@ -147,7 +147,7 @@ def plan_of(recipe: Recipe, work: WorkDir, teacher: models.PreTrainedModel) -> P
     """The student's plan, or for rounding the plan of the recipe's settings."""
     if source_of(recipe, work) == "student":
         return _shared.read_plan(work)
-    for field, other in (("scales", "rule"), ("activation_scales", "static")):
+    for field, other in (("scales", "computed"), ("activation_scales", "static")):
         value = getattr(recipe.calibrate, field)
         if value in ("learned", "asymmetric"):
             raise usage_error(

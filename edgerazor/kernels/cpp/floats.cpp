@@ -133,14 +133,6 @@ float log_sum_exp(const float* x, int64_t count) {
 
 // Into the cache ---------------------------------------------------------------------------------------------------
 
-// The nearest fp16 number of x, 0 to 65504; ties to even.
-float round_to_half(float x) {
-    constexpr float kNormal = 6.103515625e-5f; // 2^-14: below it, fp16 counts in steps of 2^-24, as float does at 0.5
-    if (x < kNormal) return (x + 0.5f) - 0.5f;
-    const uint32_t bits = bits_of(x);
-    return float_of((bits + 0xfff + (bits >> 13 & 1)) & ~0x1fffu);
-}
-
 // Hands the codes of a key or value to keep(first feature, count, codes), some at a time; false where a number is not
 // finite. The rules are those of `formats.fake_quantize_kv`.
 template <class Keep>

@@ -9,6 +9,7 @@
 #include "digits.hpp"
 #include "floats.hpp"
 #include "kernels.hpp"
+#include "scales.hpp"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -59,25 +60,26 @@ bool has_i8mm() { return has_feature("hw.optional.arm.FEAT_I8MM"); }
 struct Unit {
     const Kernels* kernels;
     const Floats* floats;
+    LeastError scales;
 };
 
 // The best one last; EDGERAZOR_HAVE_* says which units were compiled.
 std::vector<Unit> runnable() {
-    std::vector<Unit> found = {{&portable_kernels, &portable_floats}};
+    std::vector<Unit> found = {{&portable_kernels, &portable_floats, portable_scales}};
 #ifdef EDGERAZOR_HAVE_AVX2
-    if (has_avx2()) found.push_back({&avx2_kernels, &avx2_floats});
+    if (has_avx2()) found.push_back({&avx2_kernels, &avx2_floats, avx2_scales});
 #endif
 #ifdef EDGERAZOR_HAVE_AVX2VNNI
-    if (has_avx2vnni()) found.push_back({&avx2vnni_kernels, &avx2vnni_floats});
+    if (has_avx2vnni()) found.push_back({&avx2vnni_kernels, &avx2vnni_floats, avx2vnni_scales});
 #endif
 #ifdef EDGERAZOR_HAVE_AVX512
-    if (has_avx512()) found.push_back({&avx512_kernels, &avx512_floats});
+    if (has_avx512()) found.push_back({&avx512_kernels, &avx512_floats, avx512_scales});
 #endif
 #ifdef EDGERAZOR_HAVE_NEON
-    if (has_dot_product()) found.push_back({&neon_kernels, &neon_floats});
+    if (has_dot_product()) found.push_back({&neon_kernels, &neon_floats, neon_scales});
 #endif
 #ifdef EDGERAZOR_HAVE_I8MM
-    if (has_i8mm()) found.push_back({&i8mm_kernels, &i8mm_floats});
+    if (has_i8mm()) found.push_back({&i8mm_kernels, &i8mm_floats, i8mm_scales});
 #endif
     return found;
 }
@@ -276,6 +278,15 @@ void edgerazor_row(const edgerazor_geometry* geometry, const edgerazor_part* par
 void edgerazor_expand_ternary(const edgerazor_geometry* geometry, int isa, const uint8_t* codes, int64_t blocks,
                               uint8_t* out) {
     kernels_at(isa).expand_ternary(known(geometry), codes, blocks, out);
+}
+
+int64_t edgerazor_least_error(int isa, const edgerazor_ladder* ladder, const float* weights, int64_t groups,
+                              int64_t size, uint16_t* scales, int8_t* codes) {
+    void* workspace = nullptr;
+    if (posix_memalign(&workspace, kVector, sizeof(float) * workspace_floats(size)) != 0) return -2;
+    const int64_t wrong = units()[isa].scales(*ladder, weights, groups, size, (float*)workspace, scales, codes);
+    free(workspace);
+    return wrong;
 }
 
 const void* edgerazor_floats(int isa) { return &floats_at(isa); }

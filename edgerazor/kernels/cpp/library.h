@@ -26,6 +26,19 @@ typedef struct {
     int32_t lowest;         /* twice the level of the lowest code: -2 for ternary, -3 for int2, -16 for int4 */
 } edgerazor_part;
 
+/* How a format searches for the scales of least squared error: `Ladder` of formats/_least_error.py. */
+typedef struct {
+    const float* shares;   /* [count] of the base */
+    int32_t count;
+    int32_t refinements;   /* of the best */
+    float spread;          /* the base is at most this many root mean squares of the group */
+    float reaching;        /* units of the scale whose highest level is the largest weight, which the base does not
+                              exceed and which is tried; 0: as large as it comes */
+    float lowest, highest; /* codes, from -128 to 127 */
+    int32_t middle;        /* 0: the level of a code is the code, the nearest one is taken; 1: it is the middle of the
+                              interval from the code to the next, in which the weight lies */
+} edgerazor_ladder;
+
 /* SHA-256 of the sources it was built from, as `build.fingerprint` finds it. */
 EDGERAZOR_API const char* edgerazor_sources(void);
 
@@ -67,6 +80,12 @@ EDGERAZOR_API void edgerazor_row(const edgerazor_geometry* geometry, const edger
    decode them. */
 EDGERAZOR_API void edgerazor_expand_ternary(const edgerazor_geometry* geometry, int isa, const uint8_t* codes,
                                             int64_t blocks, uint8_t* out);
+
+/* The fp16 scales [groups] of groups [groups, size] of weights, as `formats._least_error.reference` finds them, and the
+   codes [groups, size] that they choose, unless that is null. Returns -1, the first group with a weight that is not
+   finite, or -2 where there is no memory for `size` floats. */
+EDGERAZOR_API int64_t edgerazor_least_error(int isa, const edgerazor_ladder* ladder, const float* weights,
+                                            int64_t groups, int64_t size, uint16_t* scales, int8_t* codes);
 
 /* The table of functions of an instruction set, a `Floats` of floats.hpp. For tests. */
 EDGERAZOR_API const void* edgerazor_floats(int isa);

@@ -21,6 +21,14 @@ EDGERAZOR_INLINE float float_of(uint32_t bits) {
     return value;
 }
 
+// The nearest fp16 number of x, 0 to 65504; ties to even.
+inline float round_to_half(float x) {
+    constexpr float kNormal = 6.103515625e-5f; // 2^-14: below it, fp16 counts in steps of 2^-24, as float does at 0.5
+    if (x < kNormal) return (x + 0.5f) - 0.5f;
+    const uint32_t bits = bits_of(x);
+    return float_of((bits + 0xfff + (bits >> 13 & 1)) & ~0x1fffu);
+}
+
 constexpr uint32_t kMagnitude = 0x7fffffffu, kInfinity = 0x7f800000u;
 
 // The bits of the largest magnitude: as integers they are in the order of the numbers, infinities and NaN at the top.
