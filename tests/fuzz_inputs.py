@@ -199,15 +199,20 @@ KINDS: dict[str, list[list[str]]] = {
 
 def make_folders(place: Path) -> list[Folder]:
     """One of each kind, and the whole inputs beside them."""
-    child = os.fork()  # what it computes, and the threads that it takes, are not to be there when the others fork
+    make_base_apart(place)
+    warm_up(place)
+    return read_folders(place / BASE)
+
+
+def make_base_apart(place: Path) -> None:
+    """In a child: what it computes, and the threads that it takes, are not to be there when the others fork."""
+    child = os.fork()
     if child == 0:
         try:
             make_base(place)
         finally:
             os._exit(0)
     os.waitpid(child, 0)
-    warm_up(place)
-    return read_folders(place / BASE)
 
 
 def read_folders(base: Path) -> list[Folder]:

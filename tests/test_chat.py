@@ -279,6 +279,8 @@ def test_tools_reach_the_template() -> None:
         ({"messages": TWO}, "{% for m in messages", "refused by the tokenizer's chat template: "),
         ({"messages": ["hi"]}, "chatml", "Message 1 of line 1 of .* is a str; expected an object with role"),
         ({"messages": [{"content": "hi"}]}, "chatml", "Message 1 of line 1 of .* has no role"),
+        ({"messages": [{"from": ["x"], "value": "hi"}]}, "chatml", "Message 1 of line 1 of .* has no role"),
+        ({"messages": [{"from": {"a": 1}, "value": "hi"}]}, "chatml", "Message 1 of line 1 of .* has no role"),
         ({"messages": [{"role": "user"}]}, "chatml", "Message 1 of .* has NoneType as its content; expected text"),
         ({"messages": [*TWO, {"role": "user", "content": 3}]}, "chatml", "Message 5 of .* has int as its content"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "chatml", "a part of type 'image'"),

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fuzz_inputs
 import fuzz_loader
 import fuzz_packed
 import pytest
@@ -124,3 +130,94 @@ def test_a_hanging_and_a_dying_worker_are_reported(tmp_path: Path) -> None:
     outcome = fuzz(SUBJECT._replace(script=str(script)), 8)
     assert outcome.failures == [f"number {n}: the process ended with code -11" for n in (3, 5)]
     assert (outcome.total, outcome.peak) == (1, 7)
+
+
+# What is given to commands --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def runner() -> Iterator[fuzz_inputs.Runner]:
+    found = fuzz_inputs.Runner()
+    yield found
+    found.end()
+
+
+def run(runner: fuzz_inputs.Runner, place: Path, monkeypatch: pytest.MonkeyPatch) -> fuzz_inputs.Answer:
+    """A command whose stderr is file 2, not what pytest puts in its place."""
+    with open(2, "w", closefd=False) as stderr, monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", stderr)
+        return runner.run(place, ["show"])
+
+
+def says(text: str, code: int) -> Callable[[], None]:
+    def act() -> None:
+        os.write(2, text.encode())
+        sys.exit(code)
+
+    return act
+
+
+def fails() -> None:
+    raise ZeroDivisionError
+
+
+def fills_memory() -> None:
+    b"x" * 50_000_000  # noqa: B018
+
+
+def computes() -> None:
+    while True:
+        pass
+
+
+BREACHES: dict[str, tuple[Callable[[], None], str]] = {
+    "a bug": (fails, "exit code 70: .*ZeroDivision"),
+    "a traceback that is printed": (says("Error: x\nTraceback (most recent call last)", 1), "Traceback"),
+    "a control character": (says("Error: \x1b[31m.\n", 1), r"\{'\\x1b'\} in"),
+    "too many words": (says("Error: " + "x" * 4000, 1), "4007 bytes on stderr"),
+    "a code of its own": (says("Error: x.\n", 5), "exit code 5"),
+    "no sentence": (says("", 1), "without a sentence"),
+    "a signal": (lambda: os.kill(os.getpid(), signal.SIGSEGV), "exit code -11"),
+    "a large answer": (fills_memory, "MB of memory"),
+    "no answer": (computes, "no answer within"),
+    "a hang": (lambda: time.sleep(1000), "exit code -9"),
+}
+
+
+@pytest.mark.parametrize("name", BREACHES)
+def test_breaches_of_the_law_are_noticed(
+    name: str, runner: fuzz_inputs.Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    act, reason = BREACHES[name]
+    monkeypatch.setattr(fuzz_inputs.cli, "main", act)
+    monkeypatch.setattr(fuzz_inputs, "MEMORY", 20_000_000)
+    monkeypatch.setattr(fuzz_inputs, "SECONDS", 0 if name == "no answer" else 15)
+    monkeypatch.setattr(fuzz_inputs, "PATIENCE", 0.1 if name == "a hang" else 120)
+    answer = run(runner, tmp_path, monkeypatch)
+    with pytest.raises(AssertionError, match=reason):
+        fuzz_inputs.check_answer(answer, "show")
+
+
+@pytest.mark.parametrize("act", [says("", 0), says("Error: it is damaged.\nCopy it again.\n", 1)])
+def test_what_is_lawful_passes(
+    act: Callable[[], None], runner: fuzz_inputs.Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fuzz_inputs.cli, "main", act)
+    fuzz_inputs.check_answer(run(runner, tmp_path, monkeypatch), "show")
+
+
+def test_some_damaged_inputs(runner: fuzz_inputs.Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the kinds whose commands import the least."""
+    stderr = open(2, "w", closefd=False)  # noqa: SIM115 - as long as the child of the runner lives
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setattr(fuzz_inputs, "RUNNER", runner)
+    fuzz_inputs.make_base_apart(tmp_path)
+    kinds = (fuzz_inputs.GGUF, fuzz_inputs.MLX, "recipe.yaml", "text.jsonl")
+    folders = [each for each in fuzz_inputs.read_folders(tmp_path / fuzz_inputs.BASE) if each.kind in kinds]
+    (path := tmp_path / "damaged").mkdir()
+    before = None
+    for number in range(10):
+        folder, _ = fuzz_inputs.SUBJECT.damaged(number, 3, folders)
+        put(folder, before, path)
+        before = folder
+        assert fuzz_inputs.check(path, folder) in ("done", "refused", "unharmed")

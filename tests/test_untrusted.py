@@ -17,6 +17,7 @@ from _tiny import Run
 import edgerazor
 from edgerazor import models, recipe, untrusted
 from edgerazor.errors import FAILED, USAGE, UserError
+from edgerazor.stages import _engines
 from edgerazor.untrusted import weights
 from edgerazor.untrusted.documents import MOST_ENTRIES
 from edgerazor.workdir import WorkDir
@@ -416,3 +417,24 @@ def test_a_version_that_is_no_whole_number(packed_folder: Path, tmp_path: Path) 
         path.write_bytes(len(new).to_bytes(8, "little") + new + content[8 + length :])
         with pytest.raises(UserError, match=r"version is .*no whole number"):
             PackedModel.open(folder)
+
+
+@pytest.mark.parametrize("ends", [[[1]], "1", {"a": 1}, [1.5]])
+def test_settings_of_generation_are_checked_when_a_model_is_loaded(llama: Path, tmp_path: Path, ends: Any) -> None:
+    """Tokens that end a text are what `data` and own text go by."""
+    folder = tmp_path / "model"
+    shutil.copytree(llama, folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    with pytest.raises(UserError, match=r"generation_config\.json says eos_token_id .*; expected a token"):
+        models.load(folder)
+
+
+def test_bench_runs_no_code_of_a_model(llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(llama, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "x", "auto_map": {"AutoConfig": "x.C"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "x.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(UserError, match="code"):
+        _engines.Teacher(folder, 1)
+    assert not (tmp_path / "ran").exists()
