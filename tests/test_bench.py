@@ -38,7 +38,7 @@ def job(llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) 
             "model": str(llama),
             "threads": 1,
             "data": {"held_out": [{"file": str(text_file)}], "sequence_length": 32},
-            "calibrate": {"bits": 4.0, "group_size": 40},
+            "calibrate": {"bits": 4.0, "group_size": 40, "sensitivity_tokens": 64},
             "pack": {"source": "teacher"},
             "eval": {"text_sequences": 4},
             "bench": {

@@ -38,7 +38,7 @@ def recipe_of(model: Path, text: Path, bits: float = 2.0) -> Recipe:
             "model": str(model),
             "device": "cpu",
             "data": {"train": [{"file": str(text)}], "sequence_length": 32},
-            "calibrate": {"bits": bits, "group_size": GROUP_SIZE, "sequences": 4},
+            "calibrate": {"bits": bits, "group_size": GROUP_SIZE, "sequences": 4, "sensitivity_tokens": 64},
             "distill": {
                 "steps": 2,
                 "batch_size": 2,

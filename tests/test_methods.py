@@ -34,7 +34,7 @@ def teacher(make_model: ModelMaker, tmp_path_factory: pytest.TempPathFactory) ->
     values = {
         "threads": 1,
         "data": {"train": [{"file": str(folder / "text.txt")}], "sequence_length": 32},
-        "calibrate": {"group_size": GROUP_SIZE, "sequences": 4},
+        "calibrate": {"group_size": GROUP_SIZE, "sequences": 4, "sensitivity_tokens": 64},
         "distill": {"batch_size": 2, "evaluate_sequences": 2, "precision": "float32", "learning_rate": 1e-3},
         "eval": {"text_sequences": 2},
     }

@@ -241,7 +241,7 @@ def shortened(name: str, model: Path, text: Path, path: Path) -> Path:
         "model": str(model),
         "threads": 1,
         "data": {"train": [{"file": str(text)}], "sequence_length": 32},
-        "calibrate": {"sequences": 2},
+        "calibrate": {"sequences": 2, "sensitivity_tokens": 64},
         "distill": {"steps": 2, "batch_size": 1, "accumulation": 1, "evaluate_sequences": 1},
     }
     path.write_text(yaml.safe_dump(recipes.merge(recipes.load(FOLDER / f"{name}.yaml"), changes)), encoding="utf-8")
@@ -330,11 +330,11 @@ def test_the_ladder_by_its_name(
 ) -> None:
     """A model, bits and a text are all that it needs; every rung takes its part and what is made can be packed."""
     monkeypatch.chdir(tmp_path)
-    small = ["--sequence-length", 32, "--batch-size", 1, "--accumulation", 1, "--threads", 1, "--reconstruct", 4]
+    small = ["--sequence-length", 32, "--batch-size", 1, "--accumulation", 1, "--threads", 1, "--reconstruct", 16]
     asked = [llama, "--bits", 2, "--recipe", "ladder", "--data", text_file, "--steps", 8, *small]
     dry = run("distill", *asked, "--dry-run", "--json").json()
     assert {name: each["steps"] for name, each in dry["rungs"].items()} == {
-        "reconstruct": 8,
+        "reconstruct": 32,
         "1 scales": 2,
         "2 all": 6,
     }
