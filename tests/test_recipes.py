@@ -382,7 +382,7 @@ def stands_alone(path: Path) -> bool:
 
 
 def test_an_installation_finds_the_recipes_that_stand_alone(tmp_path: Path) -> None:
-    """A wheel without kernels, built from a copy because building leaves folders behind, installed into its own folder."""
+    """A wheel, built from a copy because building leaves folders behind, and installed into a folder of its own."""
     root, copy, prefix = FOLDER.parent, tmp_path / "source", tmp_path / "installed"
     copy.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -401,7 +401,8 @@ def test_an_installation_finds_the_recipes_that_stand_alone(tmp_path: Path) -> N
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    python(copy, "-c", "from setuptools import build_meta; build_meta.build_wheel('.')", CXX="none")  # kernels take minutes
+    # without kernels, which take minutes
+    python(copy, "-c", "from setuptools import build_meta; build_meta.build_wheel('.')", CXX="none")
     (wheel,) = copy.glob("*.whl")
     python(
         copy,
