@@ -121,12 +121,11 @@ def warm_up(place: Path) -> None:
     import lm_eval.evaluator
     import lm_eval.models.huggingface
     import lm_eval.tasks  # noqa: F401
-    import tqdm
 
     from edgerazor import imports, pipeline, runtime, tasks  # noqa: F401
     from edgerazor.stages import _shipping, data, generate, pack, show  # noqa: F401
 
-    tqdm.tqdm.monitor_interval = 0  # a thread, which no child would have
+    sys.modules["tqdm"].tqdm.monitor_interval = 0  # of transformers: a thread, which no child would have
     typer.main.get_command = functools.cache(typer.main.get_command)
     shutil.copytree(place / BASE, place / "whole", symlinks=True)
     known = [words for commands in KINDS.values() for words in commands]

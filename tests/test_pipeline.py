@@ -342,7 +342,7 @@ def test_run_does_all_five(run: Run, job: Path, monkeypatch: pytest.MonkeyPatch)
 
     def measure(recipe: Any, work: Any, console: Any) -> Any:
         called.append("bench")
-        work.folder("bench").mkdir()
+        work.folder("bench").mkdir(exist_ok=True)
         return bench.BenchResult(
             bytes=1,
             load_seconds=1,
