@@ -19,7 +19,7 @@ KERNELS := edgerazor/kernels/libedgerazor.so
 # Real models and texts for `make results-methods`, beside the embedded teacher: a folder with `models` and `text`.
 REAL_DATA ?= $(wildcard ../shared/data)
 
-.PHONY: install quickstart test check world-data teacher clean kernels test-arm test-sanitizers
+.PHONY: install quickstart test test-all check world-data teacher clean kernels test-arm test-sanitizers
 .PHONY: results-methods results-plans results-sensitivity peers interop sizes compression llamacpp llamacpp-avx2 bench-peers
 
 install: .venv/installed
@@ -193,13 +193,17 @@ teacher: install
 
 # A process for each core, each with whole files, since their fixtures are shared.
 test: install $(KERNELS) $(WORLD)/distill.txt
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow'
+
+# With those that are marked slow: over ten seconds of a core each.
+test-all: install $(KERNELS) $(WORLD)/distill.txt
 	$(BIN)/python -m pytest $(PARALLEL)
 
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(MAKE) test
+	$(MAKE) test-all
 
 # The library of kernels again, after a change of its sources; its tests on the machines of others.
 kernels: install

@@ -169,6 +169,7 @@ def test_bandwidth_is_read_with_the_library_where_it_is_built(monkeypatch):
         assert torch.get_num_threads() == before
 
 
+@pytest.mark.slow
 def test_without_the_library_bench_says_how_to_build_it(llama, tmp_path, monkeypatch):
     """As after an installation without a compiler."""
     package = Path(edgerazor.__file__).parent
@@ -226,6 +227,7 @@ def ternary(make_model: ModelMaker, tmp_path_factory: pytest.TempPathFactory) ->
     return WorkDir(folder / "work")
 
 
+@pytest.mark.slow
 def test_programs_of_others_take_turns_on_files_of_the_same_model(ternary, run: Run, tmp_path):
     llama, ik = program(tmp_path / "llama-bench", FAKE), program(tmp_path / "ik-bench", FAKE)
     small = ("--rounds", 2, "--prefill-tokens", 16, "--decode-tokens", 4, "--contexts", "0,8,16", "--threads", 1)

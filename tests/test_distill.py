@@ -104,6 +104,7 @@ distill.run = dying
 """
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_equals_uninterrupted(run: Run, recipe: Path, whole: Path, tmp_path: Path) -> None:
     """SIGKILL while the first students are saved, between the renames of checkpoints, in the middle of others."""
     job = tmp_path / "job"
@@ -225,6 +226,7 @@ def test_a_training_may_go_on_with_smaller_batches(run: Run, recipe: Path, tmp_p
     assert "sequences per step was 2, and is 3 now" in other.err
 
 
+@pytest.mark.slow
 def test_an_error_in_one_process_ends_the_others(tmp_path: Path, llama: Path, text_file: Path) -> None:
     recipe = write_recipe(tmp_path / "r.yaml", llama, text_file)
     break_one = "import os\nfrom edgerazor.stages import distill\nfrom edgerazor.errors import UserError\n"

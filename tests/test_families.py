@@ -155,6 +155,7 @@ def test_later_tokens_change_no_earlier_ones(done: Razored) -> None:
     assert (whole - part).abs().max() <= 0.02 * whole.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3", "gemma2"])
 def test_bench_measures_what_was_packed(family: str, make_model: ModelMaker, text_file: Path, tmp_path: Path) -> None:
     make_model(tmp_path / "model", family)

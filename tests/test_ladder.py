@@ -221,6 +221,7 @@ def reported(job: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in each.items() if key != "seconds"} for each in rungs]
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_ends_the_same(
     run: Run, whole: Path, tmp_path: Path, llama: Path, text_file: Path
 ) -> None:
@@ -291,6 +292,7 @@ def test_data_go_on_from_rung_to_rung(run: Run, tmp_path: Path, llama: Path, tex
     assert seen[:4] == seen[4:]
 
 
+@pytest.mark.slow
 def test_two_processes_climb_as_one(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
     shared = {"steps": 4, "learning_rate": 2e-5, "rungs": [{"train": "scales"}, {"train": "all"}]}
     whole = ladder(tmp_path / "w.yaml", llama, text_file, **shared, batch_size=4)

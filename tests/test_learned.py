@@ -345,6 +345,7 @@ def test_packed_equals_trained_and_resumed_equals_uninterrupted(
         assert sha256(tmp_path / "again" / file) == sha256(job / file)
 
 
+@pytest.mark.slow
 def test_divided_equals_whole(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
     """Two processes with half of the sequences each train the same weights, scales and input scales."""
     shared = {"steps": 3, "learning_rate": 2e-5}

@@ -268,6 +268,7 @@ report = {"linear_bytes": weights, "linear_weights": weights, "group_size": aske
 """
 
 
+@pytest.mark.slow
 def test_a_peers_row_is_measured_like_ours(
     teacher: Any, setting: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

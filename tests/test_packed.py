@@ -394,6 +394,7 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
         refused(tmp_path)
 
 
+@pytest.mark.slow
 def test_no_flipped_bit_changes_the_model_unnoticed(tmp_path: Path) -> None:
     write(tmp_path, shard_bytes=400)
     assert len(PackedModel.open(tmp_path).files()) > 1

@@ -211,6 +211,7 @@ def test_somebody_elses_folder(run: Run, tmp_path: Path, llama: Path, text_file:
 # --- remembered --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_later_commands_know_what_was_asked_from_any_folder(
     run: Run, tmp_path: Path, llama: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

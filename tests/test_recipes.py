@@ -248,6 +248,7 @@ def shortened(name: str, model: Path, text: Path, path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", PUBLISHED_BITS)
 @pytest.mark.parametrize("name", SHAPES)
 def test_two_steps_and_a_packed_layer_of_the_real_shape(
@@ -325,6 +326,7 @@ def test_bits_of_a_recipe_on_the_command_line(
 # The ladder, and recipes by their names ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_ladder_by_its_name(
     run: Run, llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

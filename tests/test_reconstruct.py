@@ -91,6 +91,7 @@ def test_interrupted_in_a_layer_it_goes_on_and_ends_the_same(run: Run, recipe: P
     assert metrics(tmp_path / "job") == metrics(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_divided_equals_whole(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
     """One process, accumulation, and two processes of which one has less text in the last step."""
     shared = {"steps": 1, "reconstruct": {"steps": 4, "sequences": 6, "learning_rate": 1e-5}, "learning_rate": 1e-5}

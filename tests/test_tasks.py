@@ -250,6 +250,7 @@ def test_every_conversion_has_an_example() -> None:
     assert set(EXAMPLES) == set(_local.CONVERSIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared evaluation files are not here")
 def test_shared_files_give_the_registrys_bytes() -> None:
     loaded = {entry.name: entry for entry in tasks.load(tasks.Request(("arc", "piqa", "openbookqa"), str(SHARED)))}

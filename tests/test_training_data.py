@@ -47,6 +47,7 @@ def chat_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", ["stream", "document"])
 def test_distilling_conversations(run: Run, tmp_path: Path, chatty: Path, chat_file: Path, packing: str) -> None:
     settings = {"losses": [{"name": "ce"}, {"name": "eakld"}, {"name": "lafd"}], "steps": 8, "learning_rate": 3e-4}

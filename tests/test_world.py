@@ -93,6 +93,7 @@ def test_the_reader_sees_what_items_ask(items):
             assert tuple(row["combination"]) in combinations_in(row["prompt"])
 
 
+@pytest.mark.slow
 def test_no_combination_of_a_task_occurs_in_training_or_distillation_text(items):
     asked = {tuple(row["combination"]) for rows in items.values() for row in rows}
     assert len(asked) > 100

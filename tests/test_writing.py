@@ -151,6 +151,7 @@ def packed_folder(llama: Path, tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compress", [True, False])
 def test_compressing_is_killed_at_every_deed(packed_folder: Path, tmp_path: Path, compress: bool) -> None:
     """A reader finds the old model or the new one; the same command again finishes, and nothing is left behind."""
