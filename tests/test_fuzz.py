@@ -27,9 +27,9 @@ needs_native = pytest.mark.skipif(native.library() is None, reason="the native l
 
 @pytest.mark.slow
 def test_damaged_folders_are_refused_or_unharmed() -> None:
-    outcome = fuzz(SUBJECT, 500, seed=5)
+    outcome = fuzz(SUBJECT, 1500, seed=5)
     assert outcome.failures == []
-    assert outcome.total == 500
+    assert outcome.total == 1500
     assert outcome.peak < MEMORY
     outcomes = {name.rpartition(" ")[2] for name in outcome.counts}
     assert outcomes == {"refused", "unharmed", "other"}
@@ -38,9 +38,9 @@ def test_damaged_folders_are_refused_or_unharmed() -> None:
 @pytest.mark.slow
 @needs_native
 def test_damaged_models_are_refused_or_run() -> None:
-    outcome = fuzz(fuzz_loader.SUBJECT, 30, seed=6)
+    outcome = fuzz(fuzz_loader.SUBJECT, 60, seed=6)
     assert outcome.failures == []
-    assert outcome.total == 30
+    assert outcome.total == 60
     assert outcome.peak < MEMORY
     assert {name.rpartition(" ")[2] for name in outcome.counts} >= {"refused", "unharmed", "other"}
 
