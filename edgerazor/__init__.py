@@ -65,14 +65,14 @@ def _add_quantizer(auto: Any) -> None:
             self.name = name
 
         def __getattr__(self, attribute: str) -> Any:
-            from edgerazor import integration
+            from edgerazor import transformers_plugin
 
-            return getattr(getattr(integration, self.name), attribute)
+            return getattr(getattr(transformers_plugin, self.name), attribute)
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            from edgerazor import integration
+            from edgerazor import transformers_plugin
 
-            return getattr(integration, self.name)(*args, **kwargs)
+            return getattr(transformers_plugin, self.name)(*args, **kwargs)
 
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault("edgerazor", Lazy("EdgeRazorConfig"))
     auto.AUTO_QUANTIZER_MAPPING.setdefault("edgerazor", Lazy("EdgeRazorQuantizer"))

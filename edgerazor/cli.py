@@ -521,7 +521,7 @@ def write_data(
         thinking=thinking,
     )
     asked = assemble(values, None, recipe)
-    from edgerazor.stages import data as stage_module
+    from edgerazor.stages import write_data as stage_module
 
     console = open_console(json, quiet)
     if console.is_main:
@@ -832,7 +832,7 @@ def is_packed_folder(model: str) -> bool:
 
     if not find_folder(Path(model)).is_dir():
         return False
-    from edgerazor.integration import is_packed
+    from edgerazor.transformers_plugin import is_packed
 
     return is_packed(Path(model))
 
@@ -872,11 +872,11 @@ def recompress_packed(folder: str, options: dict[str, Any], compress: bool, json
         name = next(iter(options)).replace("_", "-")
         asked = f"--{'' if compress else 'no-'}compress"
         raise usage_error(f"{folder} is packed already, and {asked} goes with no --{name}.", "Leave one of them out.")
-    from edgerazor.stages import _shipping
+    from edgerazor.packed import shipping
 
     console = open_console(json, quiet)
-    result = _shipping.recompress(Path(folder), compress, console)
-    console.result(result, *_shipping.show(result))
+    result = shipping.recompress(Path(folder), compress, console)
+    console.result(result, *shipping.show(result))
 
 
 #: Options of pack that do not decide about weights.
@@ -887,7 +887,7 @@ def is_foreign(model: str, rounding: bool) -> bool:
     """Whether a model that was named is somebody else's quantized one, and not to be rounded."""
     if not Path(model).exists():
         return False
-    from edgerazor.imports import importer_of
+    from edgerazor.importers import importer_of
 
     importer = importer_of(Path(model))
     return importer is not None and (importer.only or not rounding)

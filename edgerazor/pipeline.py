@@ -17,12 +17,14 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from edgerazor import allocate, exports, models
+from edgerazor import allocate, exporters, models
+from edgerazor import job as jobs
 from edgerazor import recipe as recipes
 from edgerazor.console import Console, is_main_process, megabytes
 from edgerazor.errors import UserError, usage_error
 from edgerazor.recipe import Recipe
-from edgerazor.stages import _checkpoint, _shared, bench, calibrate, distill, eval, pack
+from edgerazor.stages import bench, calibrate, distill, eval, pack
+from edgerazor.training import checkpoint
 from edgerazor.workdir import WorkDir
 
 STAGES: dict[str, ModuleType] = {module.NAME: module for module in (calibrate, distill, pack, eval, bench)}
@@ -46,7 +48,7 @@ def run(name: str, recipe: Recipe, work: WorkDir, console: Console, force: bool 
     """
     if name != "distill" and not is_main_process():
         return None
-    _shared.teacher_fingerprint(recipe)  # a model that is not there is refused before a folder is made
+    jobs.teacher_fingerprint(recipe)  # a model that is not there is refused before a folder is made
     with work.lock() if is_main_process() else nullcontext():
         if is_main_process():
             work.claim()
@@ -70,7 +72,7 @@ def stages_of(recipe: Recipe) -> list[str]:
     """The stages that a recipe needs; rounding the teacher needs no training, and most often no calibration."""
     if recipe.pack.source != "teacher":
         return list(STAGES)
-    without = {"distill"} if _shared.needs_calibration(recipe.calibrate) else {"calibrate", "distill"}
+    without = {"distill"} if jobs.needs_calibration(recipe.calibrate) else {"calibrate", "distill"}
     return [name for name in STAGES if name not in without]
 
 
@@ -91,11 +93,11 @@ def stands_alone(work: WorkDir) -> bool:
 
 def run_first(name: str, recipe: Recipe, work: WorkDir, console: Console) -> None:
     """Run a stage on the main process while the others wait."""
-    if _shared.processes() > 1:
-        _shared.join_processes(_shared.device_of(recipe))
+    if jobs.processes() > 1:
+        jobs.join_processes(jobs.device_of(recipe))
     if is_main_process():
         run_one(name, recipe, work, console, force=False)
-    _shared.wait_for_everyone()
+    jobs.wait_for_everyone()
 
 
 def run_one(name: str, recipe: Recipe, work: WorkDir, console: Console, force: bool) -> BaseModel:
@@ -206,10 +208,10 @@ def refuse(name: str, recipe: Recipe, work: WorkDir, force: bool) -> None:
         UserError: no such device, formats that cannot give the bits, another model's folder, settings that differ from
             those of the student in it, losses that the model cannot give, data that is not there, no student to pack.
     """
-    _shared.device_of(recipe)
+    jobs.device_of(recipe)
     allocate.check(recipe.calibrate)
     if recipe.pack.export:
-        exports.check(recipe.pack.export, models.resolve(recipe.model, recipe.revision))
+        exporters.check(recipe.pack.export, models.resolve(recipe.model, recipe.revision))
     refuse_other_model(name, recipe, work)
     if name in ("calibrate", "distill"):
         if not force:
@@ -224,7 +226,7 @@ def refuse(name: str, recipe: Recipe, work: WorkDir, force: bool) -> None:
 def refuse_other_model(name: str, recipe: Recipe, work: WorkDir) -> None:
     """A working directory belongs to one model."""
     owner = next((m.inputs["model"] for m in map(work.manifest, STAGES) if m and "model" in m.inputs), None)
-    if owner in (None, _shared.teacher_fingerprint(recipe)):
+    if owner in (None, jobs.teacher_fingerprint(recipe)):
         return
     theirs = recipes.load(work.recipe_file).get("model") if work.recipe_file.exists() else None
     if theirs == recipe.model:
@@ -251,7 +253,7 @@ def refuse_other_training(name: str, recipe: Recipe, work: WorkDir) -> None:
     manifest, calibrated = work.manifest("distill"), work.manifest("calibrate")
     thing = "a student" if manifest else "an interrupted training"
     if name == "distill":
-        stored = manifest.inputs if manifest else _checkpoint.stored_inputs(work.checkpoint("current"))
+        stored = manifest.inputs if manifest else checkpoint.stored_inputs(work.checkpoint("current"))
         refuse_difference(stored or {}, distill.inputs(recipe, work), work, thing)
     if calibrated:
         refuse_difference(calibrated.inputs, calibrate.inputs(recipe, work), work, thing)
@@ -270,7 +272,7 @@ def refuse_difference(stored: dict[str, str], now: dict[str, str], work: WorkDir
 
 def refuse_other_plan(inputs: dict[str, str], work: WorkDir) -> None:
     """A training goes on only with the very plan and statistics that it began with."""
-    stored = _checkpoint.stored_inputs(work.checkpoint("current"))
+    stored = checkpoint.stored_inputs(work.checkpoint("current"))
     if stored is not None and stored.get("calibrate") != inputs["calibrate"]:
         raise UserError(
             f"calibrate was done again in {work.path} with another outcome than the one the training there began with.",

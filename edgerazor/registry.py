@@ -1,7 +1,8 @@
 """Plugins are files: `ls edgerazor/formats` is the list of formats.
 
-A folder of plugins is a package; each module in it whose name does not start with an underscore is one plugin and
-offers one object under an agreed attribute (`FORMAT`, `LOSS`, `EXPORT`). The file name is the name in a recipe.
+A folder of plugins is a package; each module in it is one plugin and offers one object under an agreed attribute
+(`FORMAT`, `LOSS`, `EXPORT`). The file name is the name in a recipe. What plugins share lies in a package of its own,
+`core`.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from typing import Any
 from edgerazor.errors import UserError, usage_error
 
 #: what one plugin of a package is called
-SINGULAR = {"formats": "format", "losses": "loss", "exports": "export", "imports": "import"}
+SINGULAR = {"formats": "format", "losses": "loss", "exporters": "export", "importers": "import"}
 
 
 def names(package: str) -> list[str]:
     """Names of the plugins in a package of ours, sorted (`names("formats")`); nothing is imported but the package."""
     module = importlib.import_module(f"edgerazor.{package}")
-    return sorted(info.name for info in pkgutil.iter_modules(module.__path__) if not info.name.startswith("_"))
+    return sorted(info.name for info in pkgutil.iter_modules(module.__path__) if not info.ispkg)
 
 
 def find(package: str, name: str, attribute: str) -> Any:

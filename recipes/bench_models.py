@@ -23,12 +23,12 @@ from transformers import AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from edgerazor import exports, models, pipeline
+from edgerazor import exporters, models, pipeline
 from edgerazor import recipe as recipes
+from edgerazor.benchmark.engines import cached_numbers
+from edgerazor.benchmark.peers import GgufFile, Program
 from edgerazor.console import Console
 from edgerazor.errors import UserError
-from edgerazor.stages._engines import cached_numbers
-from edgerazor.stages._peers import GgufFile, Program
 from edgerazor.workdir import WorkDir, replace_folder
 
 TOKENIZER = Path(__file__).parent / "world" / "teacher"
@@ -186,7 +186,7 @@ def gguf(place: Place, shape: str, kind: str, program: Program, head: bool = Fal
 
 
 def _write_f16(packed_folder: Path, target: Path) -> None:
-    (written,) = exports.write_all(packed_folder, ["gguf-f16"], target / "exports", True, Console(quiet=True))
+    (written,) = exporters.write_all(packed_folder, ["gguf-f16"], target / "exports", True, Console(quiet=True))
     Path(written.file).rename(target / "model.gguf")
     shutil.rmtree(target / "exports")
 

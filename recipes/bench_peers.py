@@ -38,12 +38,12 @@ from interop import version
 from methods import HERE, commit
 from results import publish
 
+from edgerazor.benchmark import peers
+from edgerazor.benchmark.bandwidth import Bandwidth
+from edgerazor.benchmark.engines import Round, Speed, Start, ask, worker
+from edgerazor.benchmark.peers import GgufFile, Program
 from edgerazor.console import Console
 from edgerazor.errors import QUALITY, UserError, usage_error
-from edgerazor.stages import _peers
-from edgerazor.stages._bandwidth import Bandwidth
-from edgerazor.stages._engines import Round, Speed, Start, ask, worker
-from edgerazor.stages._peers import GgufFile, Program
 from edgerazor.workdir import machine, versions
 
 SHAPES = ("Qwen3-0.6B", "Llama-3.2-1B")
@@ -183,8 +183,8 @@ def opened(entry: Entry, table: Table, threads: int, log: Log, stack: ExitStack)
     model = entry.make()
     if isinstance(model, GgufFile):
         assert entry.program is not None
-        log.describe(table.name, entry.name, _peers.about(entry.program, model))
-        return partial(_peers.measure, entry.program, model)
+        log.describe(table.name, entry.name, peers.about(entry.program, model))
+        return partial(peers.measure, entry.program, model)
     link = stack.enter_context(worker(Start(model, threads, isa=entry.isa)))
     about = ask(link, "about")
     log.describe(table.name, entry.name, about)
@@ -265,9 +265,9 @@ def main(arguments: list[str] | None = None) -> int:
     asked = parse(arguments)
     console = Console()
     try:
-        llama = program(_peers.LLAMA, asked.llama_bench)
+        llama = program(peers.LLAMA, asked.llama_bench)
         assert llama is not None
-        avx2, ik = program(_peers.LLAMA, asked.llama_bench_avx2), program(_peers.IK, asked.ik_llama_bench)
+        avx2, ik = program(peers.LLAMA, asked.llama_bench_avx2), program(peers.IK, asked.ik_llama_bench)
         place = Place(asked.build / "models", asked.layers, asked.vocabulary)
         setting = Setting(place, asked.rounds, asked.long_rounds, llama, avx2, ik, console)
         decides = {"facts": facts(setting), "layers": asked.layers, "vocabulary": asked.vocabulary}

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from results import markdown
 
-from edgerazor.stages._engines import Speed
+from edgerazor.benchmark.engines import Speed
 from edgerazor.workdir import write_json
 
 THREADS = (1, 2)

@@ -25,7 +25,7 @@ from edgerazor import formats, packed
 from edgerazor.console import Console
 from edgerazor.console import table as rich_table
 from edgerazor.formats import MatrixSpec
-from edgerazor.packed._compression import compress, decompress, entropy_bytes
+from edgerazor.packed.compression import compress, decompress, entropy_bytes
 from edgerazor.workdir import machine
 
 HEAD = ("format", "matrix", "group", "packed bits", "entropy", "stored", "above", "codes above", "write", "read")

@@ -33,7 +33,7 @@ from methods import HERE, commit
 from results import markdown, packages, publish
 from sizes import write_gaussian
 
-from edgerazor import integration, models, pipeline, runtime, surgery, tasks
+from edgerazor import models, modules, pipeline, runtime, tasks, transformers_plugin
 from edgerazor import recipe as recipes
 from edgerazor.console import Console
 from edgerazor.console import table as rich_table
@@ -66,8 +66,8 @@ def ways(model: Path, packed: Path, threads: int) -> dict[str, Way]:
         return found, found.tokenizer, found.kernel if found.engine == "native" else f"engine: {found.engine}"
 
     def in_transformers() -> tuple[Any, Any, str]:
-        found, tokenizer = integration.load(packed, keep_decoded=True)
-        return found, tokenizer, surgery.kernels_of(found)
+        found, tokenizer = transformers_plugin.load(packed, keep_decoded=True)
+        return found, tokenizer, modules.kernels_of(found)
 
     def plain(dtype: torch.dtype) -> Callable[[], tuple[Any, Any, str]]:
         return lambda: (*models.load(model, dtype=dtype), "torch")

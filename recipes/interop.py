@@ -42,12 +42,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from edgerazor import data, exports, formats, integration, models, pipeline
+from edgerazor import data, exporters, formats, models, pipeline, transformers_plugin
 from edgerazor import recipe as recipes
 from edgerazor.console import Console
 from edgerazor.console import table as rich_table
 from edgerazor.errors import QUALITY, UserError, usage_error
-from edgerazor.exports import ExportResult
+from edgerazor.exporters import ExportResult
 from edgerazor.formats import OF_INPUTS
 from edgerazor.packed import PackedModel
 from edgerazor.recipe import Recipe
@@ -323,11 +323,11 @@ def measure(case: Case, setting: Setting) -> Row:
     prompt = rows[0][:PROMPT]
     asked = {"texts": texts, "rows": rows, "prompt": prompt, "new_tokens": WRITTEN}
     full, wide, narrow = (
-        exports.write_all(folder, [name], work.path / "exports", lossy, Console(quiet=True))[0]
+        exporters.write_all(folder, [name], work.path / "exports", lossy, Console(quiet=True))[0]
         for name, lossy in (("gguf-f32", False), ("gguf-f16", True), (case.export, False))
     )
     exact = ours(dequantized(folder), rows, prompt)
-    rounded = ours(integration.load(folder, keep_decoded=True)[0], rows, prompt)
+    rounded = ours(transformers_plugin.load(folder, keep_decoded=True)[0], rows, prompt)
     full_side, _ = theirs(Path(full.file), asked, setting, cache_bits=32)
     wide_side, said = theirs(Path(wide.file), asked, setting)
     narrow_side, _ = theirs(Path(narrow.file), asked, setting)

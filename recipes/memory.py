@@ -251,7 +251,7 @@ def peer_step(folder: Path, device: str, checkpointed: bool) -> Step:
 
 def plain_step(folder: Path, device: str, checkpointed: bool) -> Step:
     """The same student, but autograd keeps its decoded weights, and the losses are written down on whole logits."""
-    from edgerazor import formats, models, recipe, surgery
+    from edgerazor import formats, models, modules, recipe
     from edgerazor.allocate import make_plan
 
     student, _ = models.load(str(folder), None, device, torch.float32)
@@ -260,11 +260,11 @@ def plain_step(folder: Path, device: str, checkpointed: bool) -> Step:
     plan = make_plan(structure.sites, recipe.Calibrate(bits=1.88, plan="interleave"))
     if checkpointed:
         student.gradient_checkpointing_enable({"use_reentrant": False})
-    surgery.prepare_for_training(student, structure, plan.specs(), surgery.Settings(8, 8, plan.group_size))
+    modules.prepare_for_training(student, structure, plan.specs(), modules.Settings(8, 8, plan.group_size))
     student.config.use_cache = False
     student.train()
 
-    def product(module: surgery.TrainingLinear) -> Callable[[torch.Tensor], torch.Tensor]:
+    def product(module: modules.TrainingLinear) -> Callable[[torch.Tensor], torch.Tensor]:
         def forward(x: torch.Tensor) -> torch.Tensor:
             weight = formats.fake_quantize_matrix(module.weight, module.spec)
             return torch.nn.functional.linear(module.activations(x), weight, module.bias)
@@ -272,7 +272,7 @@ def plain_step(folder: Path, device: str, checkpointed: bool) -> Step:
         return forward
 
     for module in student.modules():
-        if isinstance(module, surgery.TrainingLinear):
+        if isinstance(module, modules.TrainingLinear):
             module.forward = product(module)  # type: ignore[method-assign]
     ids = torch.randint(0, int(SHAPE["vocab_size"]), (ROWS, TOKENS), device=device)
 

@@ -247,8 +247,8 @@ def opening_times(folder: Path) -> dict[str, float]:
     """Seconds, the best of five, in which no matrix is read."""
     from transformers import AutoModelForCausalLM
 
-    from edgerazor import integration
-    from edgerazor.surgery import PackedMatrix
+    from edgerazor import transformers_plugin
+    from edgerazor.modules import PackedMatrix
 
     def unread(model: torch.nn.Module) -> None:
         matrices = [module for module in model.modules() if isinstance(module, PackedMatrix)]
@@ -257,7 +257,7 @@ def opening_times(folder: Path) -> dict[str, float]:
 
     ways: dict[str, Callable[[], object]] = {
         "PackedModel.open(folder)": lambda: packed.PackedModel.open(folder),
-        "integration.load(folder)": lambda: unread(integration.load(folder)[0]),
+        "integration.load(folder)": lambda: unread(transformers_plugin.load(folder)[0]),
         "AutoModelForCausalLM.from_pretrained(folder)": lambda: unread(AutoModelForCausalLM.from_pretrained(folder)),
     }
     return {name: min(seconds_of(way) for _ in range(5)) for name, way in ways.items()}

@@ -26,11 +26,10 @@ from pathlib import Path
 from methods import HERE, Row, Setting, Teacher, code_of, commit, number, percent, real_teachers, scores, stored, world
 from results import markdown, publish
 
-from edgerazor import data, formats, models, pipeline
+from edgerazor import data, formats, job, models, pipeline
 from edgerazor import recipe as recipes
 from edgerazor.errors import UserError
 from edgerazor.recipe import Recipe
-from edgerazor.stages import _shared
 from edgerazor.stages import eval as evaluation
 from edgerazor.workdir import WorkDir, digest_json, machine, versions, write_json
 
@@ -85,8 +84,8 @@ def recipe_of(case: Case, setting: Setting) -> Recipe:
         return interleave
     teacher, _ = models.load(case.teacher.model)
     found = models.structure(teacher)
-    size = _shared.packed_size(interleave, teacher, found, "student" if case.trained else "teacher")
-    limit = size(_shared.new_plan(interleave, teacher, found)).bytes
+    size = job.packed_size(interleave, teacher, found, "student" if case.trained else "teacher")
+    limit = size(job.new_plan(interleave, teacher, found)).bytes
     if case.kind == "uniform":
         for name in UNIFORM:
             wide = {
@@ -95,7 +94,7 @@ def recipe_of(case: Case, setting: Setting) -> Recipe:
                 "bits": 1.58 if name == "ternary" else float(name[3:]),
             }
             asked = recipes.build(recipes.merge(values, {"calibrate": wide}))
-            if size(_shared.new_plan(asked, teacher, found)).bytes <= limit:
+            if size(job.new_plan(asked, teacher, found)).bytes <= limit:
                 return asked
         raise UserError("No single format is small enough.")
     granularity = {"rows": "row", "tensors": "tensor"}[case.kind]
@@ -113,7 +112,7 @@ def widths(name: str) -> list[str]:
 def fingerprint(case: Case, recipe: Recipe) -> str:
     """Identity of everything that decides a row, places and times left out."""
     settings = recipe.model_dump(mode="json", exclude={"model", "data", "bench", "compare"}, exclude_defaults=True)
-    files = ("formats", "allocate", "stages/_sensitivity.py", "losses/forward_kl.py")
+    files = ("formats", "allocate", "sensitivity/analysis.py", "losses/forward_kl.py")
     package = HERE.parent / "edgerazor"
     code = [
         file for name in files for file in ([package / name] if name.endswith(".py") else package.glob(f"{name}/*"))

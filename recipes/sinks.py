@@ -25,7 +25,7 @@ from methods import Teacher, real_teachers, world
 from results import markdown
 from torch import Tensor
 
-from edgerazor import allocate, data, models, surgery
+from edgerazor import allocate, data, models, modules
 from edgerazor import recipe as recipes
 from edgerazor.losses import layer_metric
 from edgerazor.losses.lafd import least_similar
@@ -55,8 +55,8 @@ def errors(teacher: Teacher) -> tuple[dict[str, Tensor], Tensor, int | None]:
     student, _ = models.load(teacher.model, dtype=torch.float32)
     found = models.structure(model)
     plan = allocate.make_plan(found.sites, recipe.calibrate)
-    how = surgery.Settings(plan.activation_bits, plan.kv_bits, plan.group_size)
-    surgery.prepare_for_training(student, found, plan.specs(), how)
+    how = modules.Settings(plan.activation_bits, plan.kv_bits, plan.group_size)
+    modules.prepare_for_training(student, found, plan.specs(), how)
     rows, _ = data.open_rows(recipe.data.train, tokenizer, recipe.data.sequence_length, bos=recipe.data.bos)
     ids = torch.stack([rows.row(index)["input_ids"] for index in range(ROWS)])
     (theirs, theirs_last), (ours, ours_last) = (states(each.eval(), found, ids) for each in (model, student))

@@ -32,7 +32,7 @@ from methods import HERE, commit
 from results import markdown, publish
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from edgerazor import exports, packed, pipeline
+from edgerazor import exporters, packed, pipeline
 from edgerazor import recipe as recipes
 from edgerazor.console import Console
 from edgerazor.console import table as rich_table
@@ -120,9 +120,9 @@ def too_large(ours: list[File], weights: int) -> list[str]:
 def files(work: WorkDir, tools: Path, threads: int, console: Console) -> Iterator[File]:
     """Exports and llama.cpp's own files, each made, measured and deleted."""
     target = work.path / "exports"
-    (quantized,) = exports.write_all(work.folder("pack"), ["gguf"], target, False, console)
+    (quantized,) = exporters.write_all(work.folder("pack"), ["gguf"], target, False, console)
     yield theirs("edgerazor, export", Path(quantized.file))
-    (wide,) = exports.write_all(work.folder("pack"), ["gguf-f16"], target, True, console)
+    (wide,) = exporters.write_all(work.folder("pack"), ["gguf-f16"], target, True, console)
     for kind in TYPES:
         made = target / f"{kind}.gguf"
         console.say(f"llama-quantize {kind}")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from edgerazor.runtime._base import Asked, Score
-from edgerazor.runtime._transformers import TransformersModel
+from edgerazor.runtime.engine import Asked, Score
+from edgerazor.runtime.transformers_model import TransformersModel
 
 
 class Engine(TransformersModel):

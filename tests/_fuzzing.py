@@ -30,8 +30,8 @@ from typing import NamedTuple
 import torch
 
 from edgerazor import packed
+from edgerazor.benchmark.engines import peak_memory
 from edgerazor.errors import FAILED, UserError
-from edgerazor.stages._engines import peak_memory
 
 MEMORY = 10**9
 LONGEST_SENTENCE = 1000

@@ -122,8 +122,9 @@ def warm_up(place: Path) -> None:
     import lm_eval.models.huggingface
     import lm_eval.tasks  # noqa: F401
 
-    from edgerazor import imports, pipeline, runtime, tasks  # noqa: F401
-    from edgerazor.stages import _shipping, data, generate, pack, show  # noqa: F401
+    from edgerazor import importers, pipeline, runtime, tasks  # noqa: F401
+    from edgerazor.packed import shipping  # noqa: F401
+    from edgerazor.stages import generate, pack, show, write_data  # noqa: F401
 
     sys.modules["tqdm"].tqdm.monitor_interval = 0  # of transformers: a thread, which no child would have
     typer.main.get_command = functools.cache(typer.main.get_command)

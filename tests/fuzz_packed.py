@@ -34,7 +34,7 @@ from edgerazor import formats, packed
 from edgerazor.errors import UserError
 from edgerazor.formats import MatrixSpec
 from edgerazor.packed import CHECKSUMS, INDEX_FILE, WEIGHTS_FILE, PackedModel
-from edgerazor.packed._description import HEADER_KEY, HEADER_SUM_KEY
+from edgerazor.packed.description import HEADER_KEY, HEADER_SUM_KEY
 
 # Folders to damage ------------------------------------------------------------------------------------------------
 

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from edgerazor import attention, formats, integration, kernels, models, packed, surgery
+from edgerazor import formats, kernels, models, modules, packed, transformers_plugin
 from edgerazor.allocate import make_plan
-from edgerazor.attention import ImportantTokens
 from edgerazor.errors import UserError
 from edgerazor.formats import MatrixSpec
+from edgerazor.modules import LazyMatrix, PackedLinear, Settings, SharedActivations, TrainingLinear, attention
+from edgerazor.modules.attention import ImportantTokens
 from edgerazor.recipe import Calibrate
-from edgerazor.surgery import LazyMatrix, PackedLinear, Settings, SharedActivations, TrainingLinear
 
 IDS = torch.randint(2, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -123,7 +123,7 @@ def watched(adaptive: str, thresholds: tuple[float, ...] = ()) -> tuple[PreTrain
     found = models.structure(model)
     plan = make_plan(found.sites, Calibrate(bits=4.0, plan="interleave", group_size=GROUP_SIZE))
     how = Settings(8, 8, GROUP_SIZE, query_bits=8, adaptive_tokens=adaptive, thresholds=thresholds)
-    surgery.prepare_for_training(model, found, plan.specs(), how)
+    modules.prepare_for_training(model, found, plan.specs(), how)
     return model, model.model.layers[0].self_attn.important_tokens
 
 
@@ -181,7 +181,7 @@ def test_packed_equals_trained(run: Run, tmp_path: Path, make_model: ModelMaker,
     if "asymmetric" in case:
         move_zero_points(job)
     assert run("pack", "--work", job).code == 0
-    model, _ = integration.load(job / "packed")
+    model, _ = transformers_plugin.load(job / "packed")
     header = packed.PackedModel.open(job / "packed").header
     how = Settings(**{name: header.settings[name] for name in packed.SETTINGS})  # type: ignore[arg-type]
     statistics = load_file(job / "calibrate" / "stats.safetensors")
@@ -198,7 +198,7 @@ def test_packed_equals_trained(run: Run, tmp_path: Path, make_model: ModelMaker,
     student, _ = models.load(tmp_path / "model", dtype=torch.float32)
     found = models.structure(student)
     plan = make_plan(found.sites, Calibrate(bits=1.88, plan="interleave", group_size=GROUP_SIZE))
-    surgery.prepare_for_training(student, found, plan.specs(), how, input_scales=steps or None)
+    modules.prepare_for_training(student, found, plan.specs(), how, input_scales=steps or None)
     student.load_state_dict(load_file(job / "distill" / "best" / "model.safetensors"), strict=False)
     with torch.no_grad():
         theirs, ours = (each.eval()(input_ids=IDS, use_cache=False).logits for each in (student, model))

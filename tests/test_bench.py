@@ -20,12 +20,15 @@ from typer.testing import CliRunner
 
 import edgerazor
 from edgerazor import kernels, models, pipeline, recipe
+from edgerazor.benchmark import bandwidth as bandwidth_
+from edgerazor.benchmark import engines as engines_
+from edgerazor.benchmark import peers
+from edgerazor.benchmark.engines import Round, Speed, Start
 from edgerazor.cli import app
 from edgerazor.console import Console, Tracker
 from edgerazor.errors import UserError
 from edgerazor.kernels import native
-from edgerazor.stages import _bandwidth, _engines, _peers, bench, show
-from edgerazor.stages._engines import Round, Speed, Start
+from edgerazor.stages import bench, show
 from edgerazor.workdir import WorkDir
 
 
@@ -111,14 +114,14 @@ def test_peak_memory_is_the_engines_own(llama):
     ballast[::4096] = b"x" * len(ballast[::4096])
     with bench.worker(Start(llama, 1)) as link:
         assert bench.ask(link, "about")["start_memory_bytes"] < 1_000_000_000
-    assert _engines.peak_memory() > 1_500_000_000
+    assert engines_.peak_memory() > 1_500_000_000
 
 
 def test_a_process_that_dies_is_one_sentence(llama):
     with bench.worker(Start(llama, 1)) as link:
         link.send(("not a request",))
         assert isinstance(link.recv(), Exception)
-        for child in _engines.multiprocessing.active_children():
+        for child in engines_.multiprocessing.active_children():
             os.kill(child.pid, signal.SIGKILL)
         with pytest.raises(UserError, match="ended by itself"):
             bench.ask(link, "about")
@@ -131,7 +134,7 @@ def test_a_folder_that_cannot_be_loaded_is_one_sentence(tmp_path):
 
 def test_decoding_begins_behind_its_context_and_counts_tokens_that_were_computed(llama, monkeypatch):
     """In every round: what was decoded in the one before is forgotten."""
-    served = _engines.Served(Start(llama, 1))
+    served = engines_.Served(Start(llama, 1))
     seen: list[tuple[int, int]] = []
     forward = served.model.forward
 
@@ -158,10 +161,10 @@ def test_nothing_is_measured_beyond_the_positions(limit, prefill, contexts):
 
 
 def test_bandwidth_is_read_with_the_library_where_it_is_built(monkeypatch):
-    monkeypatch.setattr(_bandwidth, "BYTES", 1 << 22)
+    monkeypatch.setattr(bandwidth_, "BYTES", 1 << 22)
     for library, how in ((native.library, "the native library" if native.library() else "torch.sum"), (None, "torch")):
         monkeypatch.setattr(native, "library", library or (lambda: None))
-        bandwidth = _bandwidth.Bandwidth()
+        bandwidth = bandwidth_.Bandwidth()
         assert bandwidth.how.startswith(how)
         assert bandwidth.memory.data_ptr() % (1 << 21) == 0
         before = torch.get_num_threads()
@@ -255,10 +258,10 @@ def test_programs_of_others_take_turns_on_files_of_the_same_model(ternary, run: 
     assert two.bytes_per_token - one.bytes_per_token == weights // 256 * (66 - 54)  # bytes of their blocks
     file = Path(calls(llama)[0][0])
     before, manifest = file.stat().st_mtime_ns, ternary.manifest("pack")
-    kept = _peers.files(ternary.folder("pack"), file.parent.parent, manifest.fingerprint())
+    kept = peers.files(ternary.folder("pack"), file.parent.parent, manifest.fingerprint())
     assert [each.path for each in kept] == [file, Path(calls(llama)[2][0])]
     assert file.stat().st_mtime_ns == before
-    _peers.files(ternary.folder("pack"), file.parent.parent, "another packed model")
+    peers.files(ternary.folder("pack"), file.parent.parent, "another packed model")
     assert file.stat().st_mtime_ns > before
 
 
@@ -280,14 +283,14 @@ def linear_weights(folder: Path) -> list[tuple[str, torch.Tensor]]:
 )
 def test_a_program_that_fails_is_one_sentence(text, why, tmp_path):
     path = program(tmp_path / "llama-bench", text)
-    file = _peers.GgufFile(path=path, type="Q4_0", bytes=1, bytes_per_token=1, cache_bytes_per_token=1)
+    file = peers.GgufFile(path=path, type="Q4_0", bytes=1, bytes_per_token=1, cache_bytes_per_token=1)
     with pytest.raises(UserError) as raised:
-        _peers.measure(_peers.Program(name="llama.cpp", path=path), file, Round(1, 4, 1, (0,)))
+        peers.measure(peers.Program(name="llama.cpp", path=path), file, Round(1, 4, 1, (0,)))
     assert why in str(raised.value)
 
 
 def test_a_program_that_fails_is_a_note_and_left_out_and_ours_a_failure(monkeypatch):
-    monkeypatch.setattr(_bandwidth, "BYTES", 1 << 22)
+    monkeypatch.setattr(bandwidth_, "BYTES", 1 << 22)
 
     def fail(_: Round) -> list[Speed]:
         raise UserError("It fails.")
@@ -296,27 +299,27 @@ def test_a_program_that_fails_is_a_note_and_left_out_and_ours_a_failure(monkeypa
     subjects, notes, measured = [bench.Subject("theirs", (1, 2), fail, dict, foreign=True), fine], [], bench.Measured()
     rounds = [Round(1, 4, 1, ()), Round(2, 4, 1, ())]
     for _ in range(2):
-        bench.one_round(subjects, rounds, _bandwidth.Bandwidth(), measured, notes, Tracker())
+        bench.one_round(subjects, rounds, bandwidth_.Bandwidth(), measured, notes, Tracker())
     assert notes == ["It fails."]
     assert subjects == [fine]
     assert measured.rates == {("packed", threads, "prefill", 0): [8.0, 8.0] for threads in (1, 2)}
     assert {threads: len(each) for threads, each in measured.bandwidth.items()} == {1: 2, 2: 2}
     with pytest.raises(UserError, match="It fails"):
         bench.one_round(
-            [bench.Subject("packed", (1,), fail, dict)], rounds, _bandwidth.Bandwidth(), measured, notes, Tracker()
+            [bench.Subject("packed", (1,), fail, dict)], rounds, bandwidth_.Bandwidth(), measured, notes, Tracker()
         )
 
 
 def test_a_program_is_where_it_is_said_or_on_the_path(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert _peers.programs(recipe.Bench()) == []
+    assert peers.programs(recipe.Bench()) == []
     path = program(tmp_path / "llama-bench", FAKE)
-    assert _peers.programs(recipe.Bench()) == [_peers.Program(name="llama.cpp", path=path)]
-    assert _peers.programs(recipe.Bench(llama_bench="none")) == []
+    assert peers.programs(recipe.Bench()) == [peers.Program(name="llama.cpp", path=path)]
+    assert peers.programs(recipe.Bench(llama_bench="none")) == []
     ik = recipe.Bench(llama_bench="none", ik_llama_bench=str(path))
-    assert [each.name for each in _peers.programs(ik)] == ["ik_llama.cpp"]
+    assert [each.name for each in peers.programs(ik)] == ["ik_llama.cpp"]
     with pytest.raises(UserError, match=r"no bench program of ik_llama\.cpp at /nowhere"):
-        _peers.programs(recipe.Bench(ik_llama_bench="/nowhere"))
+        peers.programs(recipe.Bench(ik_llama_bench="/nowhere"))
 
 
 def test_a_model_that_llama_cpp_does_not_know_is_a_note(job, tmp_path, monkeypatch):
@@ -325,7 +328,7 @@ def test_a_model_that_llama_cpp_does_not_know_is_a_note(job, tmp_path, monkeypat
     def refuse(*_: Any) -> None:
         raise UserError("llama.cpp knows no such model.")
 
-    monkeypatch.setattr(_peers, "files", refuse)
+    monkeypatch.setattr(peers, "files", refuse)
     section = asked.bench.model_copy(update={"llama_bench": str(program(tmp_path / "llama-bench", FAKE))})
     notes: list[str] = []
     assert list(bench.peers(asked.model_copy(update={"bench": section}), work, notes)) == []
@@ -339,7 +342,7 @@ def test_speeds_are_tokens_by_nanoseconds():
         {"n_prompt": 4096, "n_gen": 16, "avg_ns": 10**9},  # -gp of ik_llama.cpp: the prompt is not timed
     ]
     expected = [Speed("prefill", 0, 128.0), Speed("decode", 1024, 32.0), Speed("decode", 4096, 16.0)]
-    assert _peers.speeds_of(printed) == expected
+    assert peers.speeds_of(printed) == expected
 
 
 def test_show_collects_what_the_stages_found(job, llama):

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from _tiny import load_script
 
+from edgerazor.benchmark.engines import Round, Speed
+from edgerazor.benchmark.peers import Program
 from edgerazor.errors import UserError
 from edgerazor.packed import PackedModel, size_table
-from edgerazor.stages._engines import Round, Speed
-from edgerazor.stages._peers import Program
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 for needed in ("methods", "memory", "packing", "interop", "bench_tables", "bench_models"):

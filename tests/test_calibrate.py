@@ -12,12 +12,14 @@ from conftest import FAMILIES, ModelMaker
 from safetensors.torch import load_file
 from torch import Tensor
 
-from edgerazor import attention, formats, models
+from edgerazor import formats, models
+from edgerazor.calibration import observers
 from edgerazor.console import Console
 from edgerazor.errors import UserError
 from edgerazor.losses import METRICS, layer_metric
+from edgerazor.modules import attention
 from edgerazor.recipe import Recipe, build, load
-from edgerazor.stages import _observers, calibrate
+from edgerazor.stages import calibrate
 from edgerazor.workdir import WorkDir
 
 STATISTICS = Path("calibrate", "stats.safetensors")
@@ -129,20 +131,20 @@ def test_interrupted_it_goes_on_and_ends_the_same(
         if len(seen) == after:
             raise KeyboardInterrupt
 
-    class Moments(_observers.SecondMoments):
+    class Moments(observers.SecondMoments):
         def linear(self, path: str, x: Tensor) -> None:
             interrupting(self, path)
             super().linear(path, x)
 
-    class Importance(_observers.Importance):
+    class Importance(observers.Importance):
         def layer(self, index: int, entering: Tensor, leaving: Tensor, counts: Tensor) -> None:
             for _ in range(5):
                 interrupting(self, str(index))
             super().layer(index, entering, leaving, counts)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_observers, "SecondMoments", Moments)
-        patch.setattr(_observers, "Importance", Importance)
+        patch.setattr(observers, "SecondMoments", Moments)
+        patch.setattr(observers, "Importance", Importance)
         stopped = run("calibrate", "--work", tmp_path / "job", "--recipe", recipe)
         assert stopped.code == 130
         assert "Interrupted; the layers that were finished are saved." in stopped.err
@@ -181,7 +183,7 @@ def test_a_full_disk_loses_no_finished_layer(tmp_path: Path, llama: Path) -> Non
     made_of = job(tmp_path, llama)
     walk = calibrate.walk_of(made_of, "walk", some_batches())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_observers.LayerMetrics, "layer", fail_in_the_second)
+        patch.setattr(observers.LayerMetrics, "layer", fail_in_the_second)
         with pytest.raises(UserError, match="full"):
             calibrate.observe(made_of.recipe, walk)
     assert (made_of.work.progress("calibrate", "walk") / "entering-1.raw").exists()

@@ -20,8 +20,8 @@ from edgerazor import formats, packed
 from edgerazor.errors import UserError
 from edgerazor.formats import Encoded, MatrixSpec, Streams
 from edgerazor.packed import MatrixSource, PackedModel
-from edgerazor.packed._compression import LARGEST_RATIO, NARROWEST, compress, decompress, entropy_bytes, largest_frame
-from edgerazor.packed._growing import Turns
+from edgerazor.packed.compression import LARGEST_RATIO, NARROWEST, compress, decompress, entropy_bytes, largest_frame
+from edgerazor.packed.growing import Turns
 
 ALL = formats.names()
 

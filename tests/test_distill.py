@@ -22,8 +22,10 @@ from transformers import GPT2Config
 from edgerazor import losses, models
 from edgerazor.errors import UserError
 from edgerazor.recipe import Distill
-from edgerazor.stages import _checkpoint, _objective, distill
-from edgerazor.stages._optimizer import schedule
+from edgerazor.stages import distill
+from edgerazor.training import checkpoint
+from edgerazor.training import objective as objective_
+from edgerazor.training.optimizer import schedule
 
 WEIGHTS = Path("distill", "last", "model.safetensors")
 
@@ -129,11 +131,11 @@ def test_a_full_disk_loses_nothing(
             raise OSError(28, "No space left on device")
         original(tensors, path, *args, **kwargs)
 
-    original = _checkpoint.save_file
-    monkeypatch.setattr(_checkpoint, "save_file", save_file)
+    original = checkpoint.save_file
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
     full = run("distill", "--recipe", recipe, "--work", job)
     assert (full.code, full.err.count("The disk is full")) == (1, 1)
-    monkeypatch.setattr(_checkpoint, "save_file", original)
+    monkeypatch.setattr(checkpoint, "save_file", original)
     assert run("distill", "--work", job).code == 0
     assert_same(run, job, whole)
 
@@ -374,12 +376,12 @@ def test_losses_see_hidden_states_as_transformers_returns_them(llama: Path) -> N
     model, _ = models.load(str(llama))
     found, ids = models.structure(model), torch.arange(4, 20)[None]
     layers = tuple(range(found.layer_count + 1))
-    teacher = _objective.Teacher(model, found, found.head_path, (1.0, None))
+    teacher = objective_.Teacher(model, found, found.head_path, (1.0, None))
     with torch.no_grad():
         expected = model(input_ids=ids, output_hidden_states=True).hidden_states
-        with _objective.watch(model, found, found.head_path, _objective.Looks(hidden=layers)) as seen:
+        with objective_.watch(model, found, found.head_path, objective_.Looks(hidden=layers)) as seen:
             model(input_ids=ids, use_cache=False)
-    for hidden in (seen.hidden, teacher.outputs(ids, _objective.Looks(hidden=layers)).hidden):
+    for hidden in (seen.hidden, teacher.outputs(ids, objective_.Looks(hidden=layers)).hidden):
         assert sorted(hidden) == list(layers)
         for layer, state in enumerate(expected):
             assert torch.equal(hidden[layer], state), layer
@@ -528,12 +530,12 @@ def test_layers_that_differ_are_not_compared(tmp_path: Path, llama: Path, make_m
     small = make_model(tmp_path / "small", "llama", hidden_size=48)
     narrow = make_model(tmp_path / "narrow", "llama", num_key_value_heads=3)
     model, _ = models.load(llama)
-    _objective.check_alike(small, model, _objective.Looks(attention=(1, 2)))
-    _objective.check_alike(narrow, model, _objective.Looks(hidden=(1,)))
+    objective_.check_alike(small, model, objective_.Looks(attention=(1, 2)))
+    objective_.check_alike(narrow, model, objective_.Looks(hidden=(1,)))
     with pytest.raises(UserError, match="their hidden_size differ: 48 and 96"):
-        _objective.check_alike(small, model, _objective.Looks(hidden=(1,)))
+        objective_.check_alike(small, model, objective_.Looks(hidden=(1,)))
     with pytest.raises(UserError, match="their num_key_value_heads differ: 3 and 2"):
-        _objective.check_alike(narrow, model, _objective.Looks(attention=(2,)))
+        objective_.check_alike(narrow, model, objective_.Looks(attention=(2,)))
 
 
 # --- refused at the start ----------------------------------------------------------------------

@@ -13,11 +13,11 @@ import torch
 from _tiny import Run, with_template, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from edgerazor.calibration import generated_text
 from edgerazor.data import documents
 from edgerazor.data.chat import conversation
 from edgerazor.errors import UserError
 from edgerazor.recipe import Sampling, Source
-from edgerazor.stages import _writing
 
 TEMPLATE = """{% for m in messages %}{{ '[' + m.role + ']' + m.content + '<s>' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"""
@@ -47,23 +47,23 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def writer_of(folder: Path, context: int = 128, **sampling: Any) -> _writing.Writer:
+def writer_of(folder: Path, context: int = 128, **sampling: Any) -> generated_text.Writer:
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    return _writing.Writer(model, AutoTokenizer.from_pretrained(folder), Sampling(**sampling), 3, context)
+    return generated_text.Writer(model, AutoTokenizer.from_pretrained(folder), Sampling(**sampling), 3, context)
 
 
 @pytest.fixture
 def sure_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is drawn becomes two or three tokens and the end of the turn, as of a teacher that answers briefly."""
-    generate = _writing.Writer._generate
+    generate = generated_text.Writer._generate
 
-    def brief(self: _writing.Writer, ids: Any, mask: Any, key: Any, ends: set[int], exactly: Any) -> torch.Tensor:
+    def brief(self: generated_text.Writer, ids: Any, mask: Any, key: Any, ends: set[int], exactly: Any) -> torch.Tensor:
         found = generate(self, ids, mask, key, ends, exactly)[:, : len(ids[0]) + 4]
         found[:, len(ids[0]) :].clamp_(min=50)
         found[:, -1] = max(ends - {1}, default=1)
         return found
 
-    monkeypatch.setattr(_writing.Writer, "_generate", brief)
+    monkeypatch.setattr(generated_text.Writer, "_generate", brief)
 
 
 # --- drawing -----------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def test_without_temperature_the_likeliest_token_is_taken(llama: Path) -> None:
 
 
 def test_a_batch_depends_on_its_number_and_the_seed_alone(llama: Path) -> None:
-    def texts(writer: _writing.Writer, numbers: Iterator[int]) -> list[Any]:
+    def texts(writer: generated_text.Writer, numbers: Iterator[int]) -> list[Any]:
         return [[row.record for row in writer.write(["Nora took", None], number)] for number in numbers]
 
     writer = writer_of(llama, answer_tokens=12)
@@ -113,7 +113,7 @@ def test_a_batch_depends_on_its_number_and_the_seed_alone(llama: Path) -> None:
     assert texts(writer, iter(reversed(range(4)))) == forwards[::-1]
     assert torch.equal(torch.get_rng_state(), before)  # what else is drawn at random is not touched
     assert len({json.dumps(each) for each in forwards}) == 4
-    other = _writing.Writer(writer.teacher, writer.tokenizer, writer.sampling, 4, 128)
+    other = generated_text.Writer(writer.teacher, writer.tokenizer, writer.sampling, 4, 128)
     assert texts(other, iter(range(4))) != forwards
 
 
@@ -147,12 +147,12 @@ def test_an_answer_is_conditioned_on_the_template(chatty: Path, monkeypatch: pyt
     seen: list[list[str]] = []
     tokenizer = AutoTokenizer.from_pretrained(chatty)
 
-    def answering(self: Any, prompts: list[list[int]], key: Any, stops: set[int]) -> list[_writing.Answer]:
+    def answering(self: Any, prompts: list[list[int]], key: Any, stops: set[int]) -> list[generated_text.Answer]:
         seen.append([tokenizer.decode(each) for each in prompts])
         assert stops == {tokenizer.convert_tokens_to_ids("<s>")}
-        return [_writing.Answer(tokenizer(f"yes {key[1]}")["input_ids"], True) for _ in prompts]
+        return [generated_text.Answer(tokenizer(f"yes {key[1]}")["input_ids"], True) for _ in prompts]
 
-    monkeypatch.setattr(_writing.Writer, "draw", answering)
+    monkeypatch.setattr(generated_text.Writer, "draw", answering)
     user = [{"role": "user", "content": text} for text in "abc"]
     old = {"role": "assistant", "content": "old"}
     rows = writer_of(chatty).write(
@@ -171,9 +171,9 @@ def test_answers_that_are_cut_off_or_blank_are_not_kept(chatty: Path, monkeypatc
     outcomes = iter([[(True, "yes"), (False, "yes"), (True, " ")], [(False, "and")]])
     tokenizer = AutoTokenizer.from_pretrained(chatty)
     monkeypatch.setattr(
-        _writing.Writer,
+        generated_text.Writer,
         "draw",
-        lambda *_: [_writing.Answer(tokenizer(text)["input_ids"], done) for done, text in next(outcomes)],
+        lambda *_: [generated_text.Answer(tokenizer(text)["input_ids"], done) for done, text in next(outcomes)],
     )
     talk = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
     rows = writer_of(chatty).write([conversation("A", talk)] * 3, 0)

@@ -15,16 +15,17 @@ from conftest import GROUP_SIZE
 from test_tasks import TEXT, make_model, make_tokenizer, write_rows
 from transformers import LlamaForCausalLM
 
-from edgerazor import formats, integration, kernels, models, runtime, tasks
+from edgerazor import formats, kernels, models, runtime, tasks, transformers_plugin
+from edgerazor import job as jobs
 from edgerazor.console import Console
 from edgerazor.errors import UserError
 from edgerazor.packed import PackedModel
 from edgerazor.recipe import Recipe, build
-from edgerazor.stages import _shared, pack
 from edgerazor.stages import eval as stage
+from edgerazor.stages import pack
 from edgerazor.stages.eval import EvalResult, Subject, TaskResult
-from edgerazor.tasks._quiet import quiet_lm_eval
-from edgerazor.tasks._scorer import EngineScorer, Scorer
+from edgerazor.tasks.quiet import quiet_lm_eval
+from edgerazor.tasks.scorer import EngineScorer, Scorer
 from edgerazor.workdir import WorkDir
 
 QUIET = Console(quiet=True)
@@ -78,12 +79,12 @@ def job(
     def load_packed(folder: Path | str, *_: Any, **__: Any) -> Any:
         return loaded.get(Path(folder).name, teacher), make_tokenizer()
 
-    monkeypatch.setattr(integration, "is_packed", lambda folder: Path(folder).name in ("packed", "other"))
-    monkeypatch.setattr(integration, "load", load_packed)
+    monkeypatch.setattr(transformers_plugin, "is_packed", lambda folder: Path(folder).name in ("packed", "other"))
+    monkeypatch.setattr(transformers_plugin, "load", load_packed)
     monkeypatch.setattr(runtime, "load", lambda folder, **_: Engine(*load_packed(folder), request.param))
-    monkeypatch.setattr(_shared.models, "load", lambda *_, **__: (teacher, make_tokenizer()))
-    monkeypatch.setattr(_shared.models, "resolve", lambda *_, **__: tmp_path / "teacher")
-    monkeypatch.setattr(_shared, "teacher_fingerprint", lambda recipe: "teacher")
+    monkeypatch.setattr(jobs.models, "load", lambda *_, **__: (teacher, make_tokenizer()))
+    monkeypatch.setattr(jobs.models, "resolve", lambda *_, **__: tmp_path / "teacher")
+    monkeypatch.setattr(jobs, "teacher_fingerprint", lambda recipe: "teacher")
     values = {
         "model": "teacher",
         "device": "cpu",
@@ -412,7 +413,7 @@ def test_the_runtime_measures_what_transformers_measures(
     folder = WorkDir(tmp_path / "job").folder("pack")
     pack.run(build(values), WorkDir(tmp_path / "job"), QUIET)
     model = runtime.load(folder)
-    plain, tokenizer = integration.load(folder)
+    plain, tokenizer = transformers_plugin.load(folder)
     pairs = list(zip(scores_of(model, tokenizer), scores_of(plain, tokenizer), strict=True))
     differences = [abs(found - expected) for (found, _), (expected, _) in pairs]
     assert sum(differences) / len(differences) < 0.1 * close  # a number that is rounded otherwise is seen in few

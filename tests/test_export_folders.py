@@ -17,12 +17,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from edgerazor import exports, formats, packed
+from edgerazor import exporters, formats, packed
 from edgerazor.console import Console
 from edgerazor.errors import UserError
-from edgerazor.exports import _folder, _grouped
-from edgerazor.exports._folder import Piece
-from edgerazor.exports._grouped import Layout
+from edgerazor.exporters.core import folder as folder_
+from edgerazor.exporters.core import grouped
+from edgerazor.exporters.core.folder import Piece
+from edgerazor.exporters.core.grouped import Layout
 from edgerazor.packed import PackedMatrix, PackedModel
 
 ALL = formats.names()
@@ -46,7 +47,7 @@ def opened(model: Path, tmp_path_factory: pytest.TempPathFactory) -> PackedModel
 
 def export(opened: PackedModel, name: str, target: Path, allow_lossy: bool = False) -> Path:
     """Where the export is."""
-    [result] = exports.write_all(opened.folder, [name], target, allow_lossy, Console(quiet=True))
+    [result] = exporters.write_all(opened.folder, [name], target, allow_lossy, Console(quiet=True))
     folder = Path(result.file)
     assert folder == target / name
     assert result.bytes == sum(file.stat().st_size for file in folder.glob("*.safetensors*"))
@@ -90,7 +91,7 @@ def test_hf_is_exact_where_float16_holds_everything(model: Path, tmp_path: Path)
     for name in opened.header.matrices:
         assert torch.equal(loaded.get_submodule(name).weight.float(), weight(opened, name))
     state = loaded.state_dict()
-    assert all(torch.equal(state[name], opened.others()[name]) for name in _folder.others(opened))
+    assert all(torch.equal(state[name], opened.others()[name]) for name in folder_.others(opened))
 
 
 def test_hf_takes_bfloat16_where_only_that_is_exact(model: Path, tmp_path: Path) -> None:
@@ -114,7 +115,7 @@ def test_hf_takes_bfloat16_where_only_that_is_exact(model: Path, tmp_path: Path)
             settings=opened.header.settings,
             provenance={},
         )
-        plan = exports.find("hf").plan(PackedModel.open(folder))
+        plan = exporters.find("hf").plan(PackedModel.open(folder))
         assert not plan.lossy
         found[small] = {tensor.type for tensor in plan.tensors}
     assert found == {1.0: {"F16"}, 2.0**-30: {"BF16"}}
@@ -322,8 +323,8 @@ def test_what_is_not_quantized_is_kept(opened: PackedModel, tmp_path: Path, name
 def test_what_does_not_fit_stays_floating_with_its_reason(model: Path, tmp_path: Path, name: str) -> None:
     """Groups of 40 divide the 160 columns of down_proj, but not the others' 96."""
     opened = write_packed(tmp_path / "packed", model, all_of("ternary", 40))
-    plan = exports.find(name).plan(opened)
-    assert isinstance(plan, _grouped.GroupedPlan)
+    plan = exporters.find(name).plan(opened)
+    assert isinstance(plan, grouped.GroupedPlan)
     assert {each.rpartition(".")[2] for each in plan.layouts} == {"down_proj"}
     assert any("rows of 96 weights are no whole groups of 40" in cause for cause in plan.causes)
     assert not plan.lossy
@@ -350,7 +351,7 @@ def test_a_model_that_fits_nowhere_is_refused(model: Path, tmp_path: Path, name:
 
 def test_plans_tell_the_bytes(opened: PackedModel, tmp_path: Path) -> None:
     for name in FOLDERS:
-        plan = exports.find(name).plan(opened)
+        plan = exporters.find(name).plan(opened)
         folder = export(opened, name, tmp_path)
         with safe_open(folder / "model.safetensors", framework="pt") as file:
             data = sum(file.get_tensor(key).nbytes for key in file.keys())  # noqa: SIM118
@@ -360,7 +361,7 @@ def test_plans_tell_the_bytes(opened: PackedModel, tmp_path: Path) -> None:
 
 def test_fused_sets() -> None:
     names = [f"a.{n}.attn.{each}_proj" for n in (0, 1) for each in "qkvo"] + ["a.0.mlp.up_proj", "a.0.mlp.gate_proj"]
-    sets = [{name.rpartition(".")[2] for name in each} for each in _grouped.fused_sets(names)]
+    sets = [{name.rpartition(".")[2] for name in each} for each in grouped.fused_sets(names)]
     assert sets == [{"q_proj", "k_proj", "v_proj"}] * 2 + [{"up_proj", "gate_proj"}]
     assert Layout(bits=4, group_size=96).known_group(96) is None
     assert Layout(bits=4, group_size=32).known_group(32) == 32
@@ -371,11 +372,11 @@ def test_layers_agree_on_a_group_size() -> None:
     columns = {"a": 256, "b": 960, "c": 512, "d": 144}
     layouts = {"a": Layout(bits=4, group_size=256), "b": Layout(bits=2, group_size=64)}
     layouts |= {"c": Layout(bits=4, group_size=128), "d": Layout(bits=4, group_size=144)}
-    _grouped._agree(layouts, columns)
+    grouped._agree(layouts, columns)
     assert {name: layout.group_size for name, layout in layouts.items()} == {"a": 64, "b": 64, "c": 64, "d": 144}
     assert layouts["b"].bits == 2
     whole = {"a": Layout(bits=4, group_size=256), "d": Layout(bits=4, group_size=144)}
-    _grouped._agree(whole, columns)
+    grouped._agree(whole, columns)
     assert [layout.group_size for layout in whole.values()] == [256, 144]
 
 
@@ -383,7 +384,7 @@ def test_layers_agree_on_a_group_size() -> None:
 def test_shards_are_those_of_transformers(tmp_path: Path, shard_bytes: int) -> None:
     tensors = {f"t{i}": torch.arange(10 * i, 10 * i + 10, dtype=torch.float32) for i in range(10)}
     pieces = [Piece({name: ("F32", (10,))}, lambda name=name: {name: tensors[name]}) for name in tensors]
-    _folder.write_weights(tmp_path, pieces, shard_bytes)
+    folder_.write_weights(tmp_path, pieces, shard_bytes)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) == {1: 10, 200: 2, 10**6: 1}[shard_bytes]
     found: dict[str, Tensor] = {}
@@ -396,6 +397,6 @@ def test_shards_are_those_of_transformers(tmp_path: Path, shard_bytes: int) -> N
         assert index["metadata"] == {"total_size": 400}
         assert all(name in load_file(tmp_path / file) for name, file in index["weight_map"].items())
     with pytest.raises(ValueError, match="two tensors are called t0"):
-        _folder.write_weights(tmp_path, pieces + pieces[:1])
+        folder_.write_weights(tmp_path, pieces + pieces[:1])
     with pytest.raises(ValueError, match="should be"):
-        _folder.write_weights(tmp_path, [Piece({"x": ("F16", (1,))}, lambda: {"x": torch.zeros(1)})])
+        folder_.write_weights(tmp_path, [Piece({"x": ("F16", (1,))}, lambda: {"x": torch.zeros(1)})])

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from edgerazor import formats
-from edgerazor.exports import _exact, _integers
-from edgerazor.exports._integers import Integers, UnfitError
+from edgerazor.exporters.core import exact as exact_
+from edgerazor.exporters.core import integers
+from edgerazor.exporters.core.integers import Integers, UnfitError
 from edgerazor.formats import Encoded, MatrixSpec
 
 ALL = formats.names()
@@ -42,16 +43,16 @@ def test_integers_are_the_same_weights(cols: int, group: int) -> None:
     w[2, : min(group, cols)] = 0  # a group without a scale
     for spec in specs(9, cols, group):
         encoded = formats.encode_matrix(w, spec)
-        found = _integers.integers(encoded, spec)
+        found = integers.integers(encoded, spec)
         assert torch.equal(found.decoded(), formats.decode_matrix(encoded, spec)), spec.formats
-        width = _integers.bits(spec.formats)
+        width = integers.bits(spec.formats)
         assert -(2 ** (width - 1)) <= int(found.values.min())
         assert int(found.values.max()) < 2 ** (width - 1)
 
 
 def test_bits_of_formats() -> None:
-    assert {name: _integers.bits([name]) for name in ALL} == BITS
-    assert _integers.bits(["ternary", "int4", "int2"]) == 4
+    assert {name: integers.bits([name]) for name in ALL} == BITS
+    assert integers.bits(["ternary", "int4", "int2"]) == 4
 
 
 def test_half_of_a_scale_that_is_no_float16_number_is_refused() -> None:
@@ -59,9 +60,9 @@ def test_half_of_a_scale_that_is_no_float16_number_is_refused() -> None:
     tiny = torch.tensor([[2.0**-24], [1.0]], dtype=torch.float16)  # the smallest subnormal
     encoded = Encoded(torch.zeros(2, 4, dtype=torch.int8), tiny)
     with pytest.raises(UnfitError, match="half of its smallest scale"):
-        _integers.integers(encoded, spec)
+        integers.integers(encoded, spec)
     whole = MatrixSpec(("ternary",), 4)
-    assert torch.equal(_integers.integers(encoded, whole).decoded(), formats.decode_matrix(encoded, whole))
+    assert torch.equal(integers.integers(encoded, whole).decoded(), formats.decode_matrix(encoded, whole))
 
 
 def test_common_groups() -> None:
@@ -69,17 +70,17 @@ def test_common_groups() -> None:
     cases = {(1024, 256): 128, (960, 256): 64, (96, 64): 32, (1024, 64): 64, (100, 20): 20, (300, 300): 300}
     cases |= {(300, 1000): 300, (128, 128): 128, (3072, 96): 32, (240, 48): 48}
     for (columns, group), expected in cases.items():
-        assert _integers.common_group(columns, group, known) == expected
+        assert integers.common_group(columns, group, known) == expected
     with pytest.raises(UnfitError, match="rows of 101 weights are no whole groups of 40") as refused:
-        _integers.common_group(101, 40, known)
+        integers.common_group(101, 40, known)
     assert "--group-size" in refused.value.remedy
 
 
 @pytest.mark.parametrize(("cols", "group", "new"), [(96, 64, 32), (96, 64, 16), (96, 96, 32), (100, 40, 20), (5, 5, 1)])
 def test_smaller_groups_are_the_same_weights(cols: int, group: int, new: int) -> None:
     spec = MatrixSpec(("int4",), group)
-    found = _integers.integers(formats.encode_matrix(weights(3, cols), spec), spec)
-    regrouped = _integers.regrouped(found, new)
+    found = integers.integers(formats.encode_matrix(weights(3, cols), spec), spec)
+    regrouped = integers.regrouped(found, new)
     assert regrouped.scales.shape == (3, -(-cols // new))
     assert torch.equal(regrouped.decoded(), found.decoded())
 
@@ -87,7 +88,7 @@ def test_smaller_groups_are_the_same_weights(cols: int, group: int, new: int) ->
 def test_groups_that_do_not_fill_ours_are_refused() -> None:
     zeros = Integers(torch.zeros(1, 96, dtype=torch.int8), torch.ones(1, 2, dtype=torch.float16), 64)
     with pytest.raises(ValueError, match="do not fill groups of 64"):
-        _integers.regrouped(zeros, 48)
+        integers.regrouped(zeros, 48)
 
 
 @pytest.mark.parametrize("width", range(1, 9))
@@ -95,7 +96,7 @@ def test_words_are_one_stream_of_bits(width: int) -> None:
     for count in (1, 31, 32, 33, 70):
         values = torch.randint(0, 2**width, (3, count), generator=torch.Generator().manual_seed(count))
         values[0] = 2**width - 1
-        found = _integers.words(values, width)
+        found = integers.words(values, width)
         assert found.dtype == torch.int32
         assert found.shape == (3, -(-count * width // 32))
         for row, numbers in enumerate(values.tolist()):
@@ -112,7 +113,7 @@ def test_exact_floats() -> None:
     }
     for dtype, numbers in exact.items():
         for number in numbers:
-            assert _exact.smallest_float(torch.tensor([1.0, number])) == dtype, number
+            assert exact_.smallest_float(torch.tensor([1.0, number])) == dtype, number
     for codes, scale in itertools.product((-128, -127, 1, 127), (2.0**-24, 1 + 2.0**-10, 65504.0)):
         product = torch.tensor(codes, dtype=torch.float64) * torch.tensor(scale, dtype=torch.float64)
-        assert _exact.holds(torch.float32, product)
+        assert exact_.holds(torch.float32, product)

@@ -19,12 +19,12 @@ from conftest import FAMILIES, GROUP_SIZE, SHAPE, VOCABULARY, ModelMaker, family
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from edgerazor import integration, models, packed, pipeline, surgery
+from edgerazor import models, modules, packed, pipeline, transformers_plugin
 from edgerazor.allocate import Plan
 from edgerazor.console import Console
 from edgerazor.errors import UserError
 from edgerazor.losses import Attention, Head
-from edgerazor.models import attention
+from edgerazor.models import attention_capture
 from edgerazor.recipe import Recipe, build
 from edgerazor.workdir import WorkDir
 
@@ -72,8 +72,8 @@ class Razored:
         """The training modules over the saved master weights."""
         student, _ = models.load(self.teacher, dtype=torch.float32)
         plan = self.plan()
-        settings = surgery.Settings(plan.activation_bits, plan.kv_bits, plan.group_size)
-        surgery.prepare_for_training(student, models.structure(student), plan.specs(), settings)
+        settings = modules.Settings(plan.activation_bits, plan.kv_bits, plan.group_size)
+        modules.prepare_for_training(student, models.structure(student), plan.specs(), settings)
         missing, unexpected = student.load_state_dict(
             load_file(self.work.student("best") / "model.safetensors"), strict=False
         )
@@ -97,8 +97,8 @@ def razor(teacher: Path, text: Path, work: Path, bits: float = 2.0) -> Razored:
 def check_exact(done: Razored) -> None:
     """Packed equals trained: the digests, the logits, and what eval saw."""
     student = done.student()
-    model, _ = integration.load(done.folder)
-    with torch.no_grad(), surgery.frozen_codes(student) as digests, pytest.MonkeyPatch.context() as patch:
+    model, _ = transformers_plugin.load(done.folder)
+    with torch.no_grad(), modules.frozen_codes(student) as digests, pytest.MonkeyPatch.context() as patch:
         trained = student(input_ids=IDS, use_cache=False).logits
         native = model(input_ids=IDS, use_cache=False).logits
         patch.setenv("EDGERAZOR_ISA", "reference")
@@ -137,7 +137,7 @@ def test_packed_equals_trained(done: Razored) -> None:
 @torch.no_grad()
 def test_a_cache_changes_nothing(done: Razored) -> None:
     """Keys and values are rounded token by token, so greedy text with a cache is greedy text without one."""
-    model, _ = integration.load(done.folder, keep_decoded=True)
+    model, _ = transformers_plugin.load(done.folder, keep_decoded=True)
     options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 1, "eos_token_id": None}
     text = model.generate(IDS, attention_mask=torch.ones_like(IDS), use_cache=True, **options)
     logits = model(input_ids=text, use_cache=False).logits[:, 23:-1]  # [2, 12, vocabulary]
@@ -150,7 +150,7 @@ def test_a_cache_changes_nothing(done: Razored) -> None:
 
 @torch.no_grad()
 def test_later_tokens_change_no_earlier_ones(done: Razored) -> None:
-    model, _ = integration.load(done.folder, keep_decoded=True)
+    model, _ = transformers_plugin.load(done.folder, keep_decoded=True)
     whole, part = model(input_ids=IDS).logits[:, :10], model(input_ids=IDS[:, :10]).logits
     assert (whole - part).abs().max() <= 0.02 * whole.abs().max()
 
@@ -568,7 +568,7 @@ def test_attention_that_cannot_be_seen_or_explained_is_refused(llama: Path, monk
         return 0.9 * output, weights
 
     models.open_attention(model)
-    monkeypatch.setattr(attention, "sdpa_attention_forward", with_sinks)
+    monkeypatch.setattr(attention_capture, "sdpa_attention_forward", with_sinks)
     with pytest.raises(UserError) as caught:
         models.check_attention(model, found, (1, 2))
     sentence(caught.value, "layer 1 of LlamaForCausalLM is not made of queries and keys alone")

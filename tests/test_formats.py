@@ -202,7 +202,7 @@ def test_blocks_do_not_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     w = weights(37, 130)
     whole = number_format.encode(w, 64)
     decoded = number_format.round_trip(w, 64)
-    monkeypatch.setattr("edgerazor.formats._base.BLOCK", 400)
+    monkeypatch.setattr("edgerazor.formats.core.base.BLOCK", 400)
     assert all(bits_equal(a, b) for a, b in zip(whole, number_format.encode(w, 64), strict=True))
     assert bits_equal(decoded, number_format.round_trip(w, 64))
     assert bits_equal(decoded, number_format.decode(*whole, 64))

@@ -21,7 +21,7 @@ from _tiny import Run, spawn, with_template
 from conftest import VOCABULARY, ModelMaker
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from edgerazor import integration, runtime
+from edgerazor import runtime, transformers_plugin
 from edgerazor.cli import main
 from edgerazor.errors import FAILED, INTERRUPTED, USAGE, UserError
 from edgerazor.runtime import Generation, Model
@@ -79,7 +79,7 @@ def with_files(folder: Path, copy: Path, **files: dict[str, Any]) -> Model:
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 @torch.no_grad()
 def test_greedy_text_is_that_of_transformers(packed: Path, model: Model, penalty: float) -> None:
-    theirs, tokenizer = integration.load(packed)
+    theirs, tokenizer = transformers_plugin.load(packed)
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     found = theirs.generate(ids, max_new_tokens=30, do_sample=False, repetition_penalty=penalty, eos_token_id=1)
     made = model.generate(PROMPT, max_tokens=30, repetition_penalty=penalty)

@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from edgerazor import exports, formats, models
+from edgerazor import exporters, formats, models
 from edgerazor.errors import USAGE, UserError
-from edgerazor.exports import _gguf_blocks as blocks
-from edgerazor.exports import _gguf_families as families
-from edgerazor.exports import gguf as exporter
+from edgerazor.exporters import gguf as exporter
+from edgerazor.exporters.core import gguf_blocks as blocks
+from edgerazor.exporters.core import gguf_families as families
 from edgerazor.formats import Encoded, MatrixSpec
 from edgerazor.packed import PackedModel
 
@@ -233,7 +233,7 @@ def rotated_pairs(heads: int, size: int) -> list[int]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_tensor_of_every_family(family: str, variant: str, run: Run, packed: Any, tmp_path: Path) -> None:
     folder = packed(run, family)
-    export = exports.find(variant)
+    export = exporters.find(variant)
     model = PackedModel.open(folder)
     plan = export.plan(model)
     result = export.write(model, tmp_path, plan)
@@ -263,13 +263,13 @@ def test_ternary_of_whole_blocks(run: Run, packed: Any, tmp_path: Path) -> None:
     folder = packed(run, "llama", ("--bits", 1.58, "--group-size", 256), **shape)
     model = PackedModel.open(folder)
     for variant, kind, bits in (("gguf", "TQ1_0", 1.6875), ("gguf-tq2", "TQ2_0", 2.0625)):
-        plan = exports.find(variant).plan(model)
+        plan = exporters.find(variant).plan(model)
         assert {tensor.type for tensor in plan.tensors if tensor.kind == "linear"} == {kind}
         assert {tensor.type for tensor in plan.tensors if tensor.kind in ("embedding", "head")} == {"Q4_0"}
         linear = [tensor for tensor in plan.tensors if tensor.kind == "linear"]
         assert 8 * sum(tensor.bytes for tensor in linear) == bits * sum(tensor.weights for tensor in linear)
         assert all("metadata" in cause for cause in plan.causes)
-        reader = read(Path(exports.find(variant).write(model, tmp_path / variant, plan).file))
+        reader = read(Path(exporters.find(variant).write(model, tmp_path / variant, plan).file))
         assert values(reader)["general.file_type"] == gguf.LlamaFileType[f"MOSTLY_{kind}"]
 
 

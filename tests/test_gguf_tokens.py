@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from edgerazor import models
 from edgerazor.errors import UserError
-from edgerazor.exports import _gguf_tokens as tokens
+from edgerazor.exporters.core import gguf_tokens as tokens
 
 TEACHER = Path(__file__).parent.parent / "recipes" / "world" / "teacher"
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"

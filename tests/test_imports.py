@@ -20,14 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from edgerazor import exports, formats, imports, integration, models
+from edgerazor import exporters, formats, importers, models, transformers_plugin
 from edgerazor.console import Console
 from edgerazor.errors import UserError
-from edgerazor.imports import _base
-from edgerazor.imports import gguf as gguf_import
-from edgerazor.imports import mlx as mlx_import
-from edgerazor.imports._base import Integers, MisfitError
-from edgerazor.imports._gguf_file import GgufFile
+from edgerazor.importers import gguf as gguf_import
+from edgerazor.importers import mlx as mlx_import
+from edgerazor.importers.core import base
+from edgerazor.importers.core.base import Integers, MisfitError
+from edgerazor.importers.core.gguf_file import GgufFile
 from edgerazor.packed import PackedModel
 
 ALL = formats.names()
@@ -43,7 +43,7 @@ LLAMA_3 = (
 
 
 def read(path: Path, target: Path, **changes: Any) -> PackedModel:
-    result = imports.read(path, target, CONSOLE, **{"activation_bits": 16, "kv_bits": 16, **changes})
+    result = importers.read(path, target, CONSOLE, **{"activation_bits": 16, "kv_bits": 16, **changes})
     assert result.folder == str(target)
     return PackedModel.open(target)
 
@@ -69,7 +69,7 @@ def test_our_own_codes_come_back(name: str, group: int) -> None:
     codes, scales = number_format.encode(w, group)
     level = number_format.level_(codes.float())
     twice = bool((level % 1 != 0).any())
-    found, spec = _base.fitted(Integers((level * (1 + twice)).short(), scales.float() / (1 + twice), group))
+    found, spec = base.fitted(Integers((level * (1 + twice)).short(), scales.float() / (1 + twice), group))
     assert torch.equal(formats.decode_matrix(found, spec), number_format.decode(codes, scales, group))
     assert torch.equal(found.codes, codes)
     assert torch.equal(found.scales, scales)
@@ -82,7 +82,7 @@ def test_formats_by_hand() -> None:
     cases = {(-1, 0, 1): "ternary", (-1, 1): "ternary", (-3, -1, 1, 3): "int2", (-2, -1): "int2z"}
     cases |= {(-3, 0): "int3", (-4, 3): "int3", (-8, 7): "int4", (8, 0): "int5", (-128, 127): "int8", (0, 0): "ternary"}
     for values, name in cases.items():
-        found, spec = _base.fitted(Integers(torch.tensor([values], dtype=torch.int16), ones / 8, len(values)))
+        found, spec = base.fitted(Integers(torch.tensor([values], dtype=torch.int16), ones / 8, len(values)))
         assert spec.formats == (name,), values
         assert formats.decode_matrix(found, spec).tolist() == [[value / 8 for value in values]]
 
@@ -90,7 +90,7 @@ def test_formats_by_hand() -> None:
 def test_negative_scales_change_the_signs() -> None:
     values = torch.tensor([[-1, 0, 1, 1], [-8, 7, 3, 0]], dtype=torch.int16)
     scales = torch.tensor([[-0.5, 0.25], [-1.0, 2.0]])
-    found, spec = _base.fitted(Integers(values, scales, 2))
+    found, spec = base.fitted(Integers(values, scales, 2))
     assert spec.formats == ("int5",)  # 8 is beyond int4
     assert formats.decode_matrix(found, spec).tolist() == [[0.5, 0, 0.25, 0.25], [8, -7, 6, 0]]
 
@@ -102,7 +102,7 @@ def test_groups_become_as_large_as_they_can() -> None:
         ([[1, 1, 2], [3, 3, 4]], 8),
         ([[1, 1, 2], [3, 4, 4]], 4),
     ):
-        found, spec = _base.fitted(Integers(values, torch.tensor(scales).float(), 4))
+        found, spec = base.fitted(Integers(values, torch.tensor(scales).float(), 4))
         assert spec.group_size == size
         assert formats.decode_matrix(found, spec).tolist() == [[row[i // 4] for i in range(12)] for row in scales]
 
@@ -110,7 +110,7 @@ def test_groups_become_as_large_as_they_can() -> None:
 def test_what_fits_nowhere_is_refused() -> None:
     def attempt(values: list[int], scale: float, lossy: bool = False) -> Tensor:
         matrix = Integers(torch.tensor([values], dtype=torch.int16), torch.tensor([[scale]]), len(values))
-        return formats.decode_matrix(*_base.fitted(matrix, lossy))
+        return formats.decode_matrix(*base.fitted(matrix, lossy))
 
     with pytest.raises(MisfitError, match="from -129 to 0, which no number format"):
         attempt([-129, 0], 1.0)
@@ -171,7 +171,7 @@ def test_blocks_of_llama_cpps_own_quantizer_are_refused() -> None:
 
 
 def export(opened: PackedModel, target: Path, name: str = "gguf") -> Path:
-    [result] = exports.write_all(opened.folder, [name], target, False, CONSOLE)
+    [result] = exporters.write_all(opened.folder, [name], target, False, CONSOLE)
     return Path(result.file)
 
 
@@ -200,7 +200,7 @@ def test_ternary_to_gguf_and_back(make_model: ModelMaker, tmp_path: Path, family
     for name, tensor in back.others().items():
         assert torch.equal(tensor, opened.others()[name])
     expected = decoded_model(model, opened)(input_ids=IDS).logits
-    loaded, tokenizer = integration.load(tmp_path / "back")
+    loaded, tokenizer = transformers_plugin.load(tmp_path / "back")
     with torch.no_grad():
         torch.testing.assert_close(loaded(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-4)
     assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(model).get_vocab()
@@ -237,7 +237,7 @@ def test_floating_gguf_matrices_stay_floating(make_model: ModelMaker, tmp_path: 
     assert torch.equal(others["lm_head.weight"], others["model.embed_tokens.weight"])
     with torch.no_grad():
         expected = decoded_model(model, opened)(input_ids=IDS).logits
-        loaded, _ = integration.load(tmp_path / "back")
+        loaded, _ = transformers_plugin.load(tmp_path / "back")
         torch.testing.assert_close(loaded(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -485,7 +485,7 @@ def test_mlx_folders(make_model: ModelMaker, tmp_path: Path, bits: int, zero: fl
     for name, entry in back.header.matrices.items():
         assert (entry.formats, entry.group_size) == ((number_format,), 128)
         assert torch.equal(weight(back, name), expected[name])
-    assert integration.load(tmp_path / "back")[0].get_submodule("lm_head").lazy is not None
+    assert transformers_plugin.load(tmp_path / "back")[0].get_submodule("lm_head").lazy is not None
 
 
 def test_mlx_folders_with_biases_of_their_own_are_refused(make_model: ModelMaker, tmp_path: Path) -> None:
@@ -539,7 +539,7 @@ def test_bitnet_folders(make_model: ModelMaker, tmp_path: Path, linear_class: st
         assert torch.equal(weight(back, name), expected[name])
     if linear_class == "autobitlinear":  # transformers compiles the other one's functions
         theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        ours, _ = integration.load(tmp_path / "back")
+        ours, _ = transformers_plugin.load(tmp_path / "back")
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiling takes longer than all else here
             torch.testing.assert_close(ours(input_ids=IDS).logits, theirs(input_ids=IDS).logits, rtol=0.02, atol=0.02)
 
@@ -557,7 +557,7 @@ def test_scales_that_are_no_float16_numbers(make_model: ModelMaker, tmp_path: Pa
     assert "--allow-lossy" in refused.value.hint
     back = read(tmp_path / "mlx", tmp_path / "back", lossy=True)
     assert back.matrix(name).encoded.scales.unique().tolist() == [float(torch.tensor(1 / 3).half())]
-    again = imports.read(tmp_path / "mlx", tmp_path / "again", CONSOLE, activation_bits=8, kv_bits=8, lossy=True)
+    again = importers.read(tmp_path / "mlx", tmp_path / "again", CONSOLE, activation_bits=8, kv_bits=8, lossy=True)
     assert again.lossy == [name]
 
 
@@ -602,7 +602,7 @@ def test_ternary_weights_in_16_bits_are_rounded_on_demand(run: Run, make_model: 
 
 def test_one_matrix_with_more_levels_is_named(make_model: ModelMaker, tmp_path: Path) -> None:
     model = suitable_model(make_model, tmp_path / "model", "llama", **WIDE)
-    assert imports.importer_of(model) is None
+    assert importers.importer_of(model) is None
     stored = load_file(model / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
     ternary = {key: formats.get("ternary").round_trip(each, 128) for key, each in stored.items() if "_proj" in key}

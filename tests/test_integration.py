@@ -15,12 +15,12 @@ from conftest import GROUP_SIZE, VOCABULARY, ModelMaker
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from edgerazor import formats, integration, kernels, models, packed, pipeline, runtime, surgery
+from edgerazor import formats, kernels, models, modules, packed, pipeline, runtime, transformers_plugin
 from edgerazor.console import Console
 from edgerazor.errors import UserError
 from edgerazor.kernels import native, reference
+from edgerazor.modules import PackedEmbedding, PackedLinear
 from edgerazor.recipe import build
-from edgerazor.surgery import PackedEmbedding, PackedLinear
 from edgerazor.workdir import WorkDir
 
 IDS = torch.randint(2, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -109,7 +109,7 @@ print(repr(float(model(input_ids=ids).logits.double().sum())))
 @pytest.mark.parametrize("order", FIRST)
 def test_both_import_orders_work(order: str, llama: Path, tmp_path: Path) -> None:
     folder = pack(llama, tmp_path)
-    model, _ = integration.load(folder)
+    model, _ = transformers_plugin.load(folder)
     with torch.no_grad():
         expected = float(model(input_ids=torch.arange(2, 22)[None]).logits.double().sum())
     # Sums run in another order with other numbers of threads.
@@ -122,7 +122,7 @@ def test_both_import_orders_work(order: str, llama: Path, tmp_path: Path) -> Non
 @torch.no_grad()
 def test_a_packed_model_computes_with_its_decoded_weights(folder: Path) -> None:
     """Against the teacher's own modules with decoded weights; activations and cache are the only difference."""
-    model, tokenizer = integration.load(folder)
+    model, tokenizer = transformers_plugin.load(folder)
     matrices = [module for module in model.modules() if isinstance(module, PackedLinear | PackedEmbedding)]
     assert len(matrices) == 2 * 7 + 2
     assert model.get_input_embeddings().lazy is model.get_output_embeddings().lazy
@@ -140,8 +140,8 @@ def test_a_packed_model_computes_with_its_decoded_weights(folder: Path) -> None:
 @torch.no_grad()
 def test_auto_model_is_the_same_as_load(folder: Path) -> None:
     direct = AutoModelForCausalLM.from_pretrained(folder)
-    ours, _ = integration.load(str(folder))
-    kept, _ = integration.load(folder, keep_decoded=True)
+    ours, _ = transformers_plugin.load(str(folder))
+    kept, _ = transformers_plugin.load(folder, keep_decoded=True)
     assert torch.equal(direct(input_ids=IDS).logits, ours(input_ids=IDS).logits)
     torch.testing.assert_close(kept(input_ids=IDS).logits, ours(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
     assert not direct.training
@@ -164,7 +164,7 @@ def test_half_precision(folder: Path, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def test_moving_a_model_moves_no_codes(folder: Path) -> None:
-    model, _ = integration.load(folder)
+    model, _ = transformers_plugin.load(folder)
     before = model(input_ids=IDS).logits
     assert torch.equal(model.to("cpu").to(torch.float32)(input_ids=IDS).logits, before)
     head = model.get_output_embeddings()
@@ -183,7 +183,7 @@ def native_or_skip() -> None:
 def test_every_layer_computes_the_bits_of_the_definition(folder: Path) -> None:
     """Fed what it gets in the model: `reference.linear` to the bit, and decoded weights up to rounding."""
     native_or_skip()
-    model, _ = integration.load(folder)
+    model, _ = transformers_plugin.load(folder)
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear):
@@ -214,9 +214,9 @@ def test_all_kernels_agree_on_a_model(folder: Path, tmp_path: Path, monkeypatch:
     for name in kernels.names():
         monkeypatch.setenv("EDGERAZOR_ISA", name)
         for place in (folder, small):
-            model, _ = integration.load(place)
+            model, _ = transformers_plugin.load(place)
             found[name, place] = model(input_ids=IDS).logits
-            assert surgery.kernels_of(model) == name
+            assert modules.kernels_of(model) == name
     expected = found["integer", folder]
     for (name, _), logits in found.items():
         if name in (*native.isas(), "integer"):
@@ -238,25 +238,25 @@ def test_all_kernels_agree_with_activations_as_they_are(
 ) -> None:
     folder = rounded(llama, WorkDir(tmp_path), bits=4.0, activation_bits=16, kv_bits=16)
     monkeypatch.setenv("EDGERAZOR_ISA", "reference")
-    expected = integration.load(folder)[0](input_ids=IDS).logits
+    expected = transformers_plugin.load(folder)[0](input_ids=IDS).logits
     for name in kernels.names():
         monkeypatch.setenv("EDGERAZOR_ISA", name)
-        model, _ = integration.load(folder)
+        model, _ = transformers_plugin.load(folder)
         assert (model(input_ids=IDS).logits - expected).norm() <= 1e-5 * expected.norm(), name
-        assert surgery.kernels_of(model) == name
+        assert modules.kernels_of(model) == name
 
 
 @torch.no_grad()
 def test_what_native_kernels_cannot_take_is_computed_by_the_reference(llama: Path, tmp_path: Path) -> None:
     native_or_skip()
     blocks = {"granularity": "block", "formats": ["int2", "int4"], "plan": "interleave"}
-    model, _ = integration.load(rounded(llama, WorkDir(tmp_path), bits=3.0, **blocks))
+    model, _ = transformers_plugin.load(rounded(llama, WorkDir(tmp_path), bits=3.0, **blocks))
     assert model(input_ids=IDS).logits.isfinite().all()
-    assert "reference" in surgery.kernels_of(model)
+    assert "reference" in modules.kernels_of(model)
 
 
 def test_saving_from_memory_is_refused(folder: Path, tmp_path: Path) -> None:
-    model, _ = integration.load(folder)
+    model, _ = transformers_plugin.load(folder)
     with pytest.raises(UserError, match="not saved from memory") as caught:
         model.save_pretrained(tmp_path / "saved")
     assert "Copy its folder" in caught.value.hint
@@ -271,12 +271,12 @@ def test_a_packed_model_is_not_packed_again(folder: Path) -> None:
 
 def test_a_teacher_is_no_packed_model(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a packed model"):
-        integration.load(llama)
+        transformers_plugin.load(llama)
     named = shutil.copytree(llama, tmp_path / "named")
     config = json.loads((named / "config.json").read_text())
     (named / "config.json").write_text(json.dumps({**config, "note": "edgerazor"}))
-    assert not integration.is_packed(named)
-    assert not integration.is_packed(tmp_path / "nowhere")
+    assert not transformers_plugin.is_packed(named)
+    assert not transformers_plugin.is_packed(tmp_path / "nowhere")
 
 
 # --- damage ------------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ def change_config(folder: Path, **values: object) -> None:
 def test_config_and_weights_must_agree(copy: Path, name: str, value: int) -> None:
     settings = json.loads((copy / "config.json").read_text())["quantization_config"]
     change_config(copy, quantization_config={**settings, name: value})
-    for load in (integration.load, AutoModelForCausalLM.from_pretrained):
+    for load in (transformers_plugin.load, AutoModelForCausalLM.from_pretrained):
         with pytest.raises(UserError, match=f"config.json says {name} {value}, but the weights were made for"):
             load(copy)
 
@@ -300,7 +300,7 @@ def test_config_and_weights_must_agree(copy: Path, name: str, value: int) -> Non
 def test_an_incomplete_config_is_one_sentence(copy: Path, missing: str) -> None:
     settings = json.loads((copy / "config.json").read_text())["quantization_config"]
     change_config(copy, quantization_config={key: value for key, value in settings.items() if key != missing})
-    for load in (integration.load, runtime.load):
+    for load in (transformers_plugin.load, runtime.load):
         with pytest.raises(UserError, match=missing) as caught:
             load(copy)
         assert "\n" not in caught.value.message
@@ -309,10 +309,10 @@ def test_an_incomplete_config_is_one_sentence(copy: Path, missing: str) -> None:
 def test_another_architecture_is_one_sentence(copy: Path) -> None:
     change_config(copy, intermediate_size=64)
     with pytest.raises(UserError, match="has no place in"):
-        integration.load(copy)
+        transformers_plugin.load(copy)
     change_config(copy, intermediate_size=101, num_hidden_layers=3, layer_types=None)
     with pytest.raises(UserError, match="lacks the tensor"):
-        integration.load(copy)
+        transformers_plugin.load(copy)
 
 
 def test_damaged_norms_are_found_at_loading(copy: Path) -> None:
@@ -323,7 +323,7 @@ def test_damaged_norms_are_found_at_loading(copy: Path) -> None:
     place = weights.index(norm)
     weights[place] ^= 1
     path.write_bytes(weights)
-    for load in (integration.load, AutoModelForCausalLM.from_pretrained):
+    for load in (transformers_plugin.load, AutoModelForCausalLM.from_pretrained):
         with pytest.raises(UserError, match=r"model\.norm\.weight"):
             load(copy)
 
@@ -334,7 +334,7 @@ def test_damaged_codes_are_found_at_first_use(copy: Path) -> None:
     codes = load_file(path)["model.layers.1.mlp.down_proj.weight.int4"].numpy().tobytes()
     weights[weights.index(codes)] ^= 1
     path.write_bytes(weights)
-    model, _ = integration.load(copy)
+    model, _ = transformers_plugin.load(copy)
     with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.down_proj"):
         model(input_ids=IDS)
 
@@ -349,13 +349,13 @@ def test_scales_that_are_none_are_refused_by_name(folder: Path, monkeypatch: pyt
     monkeypatch.setattr(packed.PackedModel, "parts", parts)
     for kernel in kernels.names():
         monkeypatch.setenv("EDGERAZOR_ISA", kernel)
-        model, _ = integration.load(folder)
+        model, _ = transformers_plugin.load(folder)
         with pytest.raises(UserError, match=r"embed_tokens: a scale is negative or not finite"):
             model(input_ids=IDS)
 
 
 def test_foreign_weights_are_refused(copy: Path) -> None:
     save_file({"model.norm.weight": torch.ones(96)}, copy / "model.safetensors", metadata={"format": "pt"})
-    for load in (integration.load, AutoModelForCausalLM.from_pretrained):
+    for load in (transformers_plugin.load, AutoModelForCausalLM.from_pretrained):
         with pytest.raises(UserError):
             load(copy)

@@ -14,7 +14,7 @@ from _tiny import load_script
 from conftest import GROUP_SIZE, VOCABULARY, ModelMaker
 from gguf import GGMLQuantizationType, GGUFWriter
 
-from edgerazor import integration, pipeline
+from edgerazor import pipeline, transformers_plugin
 from edgerazor import recipe as recipes
 from edgerazor.console import Console
 from edgerazor.workdir import WorkDir
@@ -44,7 +44,7 @@ def test_dequantized_models_are_packed_ones_with_16_bit_activations(
     family: str, tied: bool, make_model: ModelMaker, tmp_path: Path
 ) -> None:
     folder = packed(make_model, tmp_path, family, tied, activation_bits=16, kv_bits=16)
-    expected = integration.load(folder)[0](input_ids=IDS, use_cache=False).logits
+    expected = transformers_plugin.load(folder)[0](input_ids=IDS, use_cache=False).logits
     found = interop.dequantized(folder)
     torch.testing.assert_close(found(input_ids=IDS, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)
     side = interop.ours(found, [IDS[0].tolist()], IDS[0, :4].tolist())

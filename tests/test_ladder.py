@@ -17,12 +17,12 @@ from test_distill import DEADLY, assert_same, interrupt_at, largest_difference
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from edgerazor import formats, models, packed, surgery
+from edgerazor import formats, models, modules, packed
 from edgerazor.allocate import make_plan
 from edgerazor.formats import MatrixSpec
+from edgerazor.modules import Settings
 from edgerazor.recipe import Calibrate
 from edgerazor.stages import distill
-from edgerazor.surgery import Settings
 
 ALL = formats.names()
 IDS = torch.randint(2, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -99,7 +99,7 @@ def student(tied: bool, **calibrate: Any) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(family_config("llama", tie_word_embeddings=tied)).eval()
     found = models.structure(model)
     plan = make_plan(found.sites, Calibrate(bits=1.88, plan="interleave", group_size=GROUP_SIZE, **calibrate))
-    surgery.prepare_for_training(model, found, plan.specs(), Settings(8, 8, GROUP_SIZE, True))
+    modules.prepare_for_training(model, found, plan.specs(), Settings(8, 8, GROUP_SIZE, True))
     return model
 
 
@@ -115,29 +115,29 @@ def test_fixing_and_releasing_codes_change_nothing_that_is_computed(tied: bool, 
     model = student(tied, granularity=granularity)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     first = logits(model)
-    surgery.fix_codes(model)
+    modules.fix_codes(model)
     assert torch.equal(logits(model), first)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    scales = {f"{name}.scales" for name in surgery.training_matrices(model)}
+    scales = {f"{name}.scales" for name in modules.training_matrices(model)}
     assert trained == scales | {name for name, parameter in model.named_parameters() if parameter.ndim == 1}
-    surgery.release_codes(model)
+    modules.release_codes(model)
     for name, parameter in model.named_parameters():  # no scale has changed
         assert parameter.requires_grad
         assert torch.equal(parameter, before[name]), name
 
-    surgery.fix_codes(model)
+    modules.fix_codes(model)
     with torch.no_grad():
-        for matrix in surgery.training_matrices(model).values():
+        for matrix in modules.training_matrices(model).values():
             assert matrix.scales is not None
             matrix.scales.mul_(torch.exp(0.2 * torch.randn_like(matrix.scales)))
     moved = logits(model)
-    with surgery.frozen_codes(model) as digests:
+    with modules.frozen_codes(model) as digests:
         fixed = dict(digests)
-    surgery.fix_codes(model)  # a second time: nothing
-    surgery.release_codes(model)
+    modules.fix_codes(model)  # a second time: nothing
+    modules.release_codes(model)
     assert not torch.equal(moved, first)
     assert torch.equal(logits(model), moved)
-    with surgery.frozen_codes(model) as digests:
+    with modules.frozen_codes(model) as digests:
         assert digests == fixed
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     if tied:

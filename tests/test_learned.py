@@ -18,13 +18,13 @@ from test_distill import interrupt_at, largest_difference
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from edgerazor import formats, integration, losses, models, packed, surgery
+from edgerazor import formats, losses, models, modules, packed, transformers_plugin
 from edgerazor.allocate import make_plan
 from edgerazor.formats import MatrixSpec
 from edgerazor.losses import Head, Outputs, StepTotals, step_counts
+from edgerazor.modules import Settings, SharedActivations, TrainingEmbedding, TrainingLinear
 from edgerazor.recipe import Calibrate, Distill
-from edgerazor.stages._optimizer import make_optimizer
-from edgerazor.surgery import Settings, SharedActivations, TrainingEmbedding, TrainingLinear
+from edgerazor.training.optimizer import make_optimizer
 
 ALL = formats.names()
 IDS = torch.randint(2, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -168,7 +168,7 @@ def learned_linear(rows: int = 33, columns: int = 101) -> TrainingLinear:
     return TrainingLinear(linear.weight, linear.bias, spec, SharedActivations(8, GROUP_SIZE), scales)
 
 
-def gradients_by_autograd(module: surgery.TrainingMatrix, upstream: Tensor) -> tuple[Tensor, ...]:
+def gradients_by_autograd(module: modules.TrainingMatrix, upstream: Tensor) -> tuple[Tensor, ...]:
     """Of weight and scales, for a gradient of the decoded weight, through the plain formulation."""
     assert module.scales is not None
     w = module.weight.detach().double().requires_grad_()
@@ -176,7 +176,7 @@ def gradients_by_autograd(module: surgery.TrainingMatrix, upstream: Tensor) -> t
     return torch.autograd.grad(plain_step(w, s, module.spec), (w, s), upstream.double())
 
 
-def assert_gradients(module: surgery.TrainingMatrix, upstream: Tensor) -> None:
+def assert_gradients(module: modules.TrainingMatrix, upstream: Tensor) -> None:
     assert module.scales is not None
     expected = gradients_by_autograd(module, upstream)
     for parameter, gradient in zip((module.weight, module.scales), expected, strict=True):
@@ -244,7 +244,7 @@ def student(tied: bool = True, scales_only: bool = False, learned: bool = True) 
     found = models.structure(model)
     plan = make_plan(found.sites, Calibrate(bits=1.88, plan="interleave", group_size=GROUP_SIZE))
     settings = Settings(8, 8, GROUP_SIZE, learned)
-    surgery.prepare_for_training(model, found, plan.specs(), settings, scales_only)
+    modules.prepare_for_training(model, found, plan.specs(), settings, scales_only)
     return model
 
 
@@ -266,10 +266,10 @@ def test_training_scales_leaves_codes_alone(learned: bool, tied: bool) -> None:
     norms = {
         f"model.layers.{layer}.{which}_layernorm.weight" for layer in (0, 1) for which in ("input", "post_attention")
     }
-    scales = {f"{name}.scales" for name in surgery.training_matrices(model)}
+    scales = {f"{name}.scales" for name in modules.training_matrices(model)}
     assert trained == scales | norms | {"model.norm.weight"}
     model(input_ids=IDS, use_cache=False).logits.square().mean().backward()
-    for name, module in surgery.training_matrices(model).items():
+    for name, module in modules.training_matrices(model).items():
         assert module.scales is not None
         assert module.scales.grad is not None, name
         assert module.weight.dtype == torch.int8
@@ -333,7 +333,7 @@ def test_packed_equals_trained_and_resumed_equals_uninterrupted(
     assert not any(each.endswith(".scales") for each in folder.others())
     digests = json.loads((job / "distill" / "best" / "digests.json").read_text())
     packed.verify_digests(job / "packed", digests)
-    model, _ = integration.load(job / "packed")
+    model, _ = transformers_plugin.load(job / "packed")
     assert torch.isfinite(model(input_ids=IDS).logits).all()
     with pytest.MonkeyPatch.context() as patch:
         interrupt_at(3, patch)
@@ -391,4 +391,4 @@ def test_rounding_without_training_has_no_learned_scales(
 
 def test_codes_without_scales_are_refused() -> None:
     with pytest.raises(ValueError, match="codes without scales"):
-        surgery.encode_trained(torch.zeros(2, 4, dtype=torch.int8), None, MatrixSpec(("int4",), 4))
+        modules.encode_trained(torch.zeros(2, 4, dtype=torch.int8), None, MatrixSpec(("int4",), 4))

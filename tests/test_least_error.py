@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from edgerazor import formats
-from edgerazor.formats import Format, MatrixSpec, _least_error
-from edgerazor.formats._least_error import Ladder
+from edgerazor.formats import Format, MatrixSpec
+from edgerazor.formats.core import least_error
+from edgerazor.formats.core.least_error import Ladder
 from edgerazor.kernels import native
 
 ALL = formats.names()
@@ -43,7 +44,7 @@ def least(name: str, w: Tensor) -> float:
     """The sum over rows of the least error at any of the scales of a grid so fine that it has no better neighbours."""
     fine = name in ("int5", "int8")
     first, last, count = (0.6, 1.25, 700) if fine else (0.12, 1.3, 350)
-    shares = torch.tensor(_least_error.geometric(first, last, count))
+    shares = torch.tensor(least_error.geometric(first, last, count))
     scales = torch.outer(shares, w.abs().amax(1) / formats.get(name).highest)
     return float(errors(name, w.repeat(count, 1), scales.flatten()).view(count, -1).amin(0).sum())
 
@@ -140,7 +141,7 @@ def awkward(size: int) -> dict[str, Tensor]:
 def test_the_native_search_finds_the_same_scales_to_the_bit(isa: int, name: str, size: int) -> None:
     number_format = formats.get(name)
     for title, groups in awkward(size).items():
-        expected = _least_error.reference(number_format, groups)
+        expected = least_error.reference(number_format, groups)
         codes = torch.empty(groups.shape, dtype=torch.int8)
         assert torch.equal(native.least_error(number_format, groups, codes, isa), expected), title
         assert torch.equal(native.least_error(number_format, groups, None, isa), expected), title
@@ -154,13 +155,13 @@ def test_ladders_of_any_length(count: int) -> None:
     class Other(Format):
         name, nominal_bits, code_bits = "other", 4.0, 4
         minimum, maximum = -7, 7
-        ladder = Ladder(_least_error.geometric(0.5, 1.1, 5)[:count], spread=1.0, reaching=count == 2, refinements=count)
+        ladder = Ladder(least_error.geometric(0.5, 1.1, 5)[:count], spread=1.0, reaching=count == 2, refinements=count)
 
         def scale_rule(self, groups: Tensor) -> Tensor:
             return groups.abs().amax(-1) / 7
 
     groups = laplace(20, 70)
-    expected = _least_error.reference(Other(), groups)
+    expected = least_error.reference(Other(), groups)
     assert torch.equal(native.least_error(Other(), groups), expected)
 
 
@@ -168,7 +169,7 @@ def test_ladders_of_any_length(count: int) -> None:
 def test_threads_shapes_and_strides_of_the_native_search() -> None:
     number_format = formats.get("int4")
     groups = gaussian(6, 7, 48)
-    expected = _least_error.reference(number_format, groups)
+    expected = least_error.reference(number_format, groups)
     for threads in (1, 2, 5, 100):
         assert torch.equal(native.least_error(number_format, groups, threads=threads), expected)
     turned = groups.transpose(0, 1)
@@ -185,7 +186,7 @@ def test_what_is_not_finite_has_no_scale(wrong: float, place: int) -> None:
     groups = gaussian(12, 100)
     groups[7, place] = wrong
     with pytest.raises(ValueError, match="a weight is not finite"):
-        _least_error.reference(number_format, groups)
+        least_error.reference(number_format, groups)
     for isa in range(len(ISAS)):
         with pytest.raises(ValueError, match="a weight is not finite"):
             native.least_error(number_format, groups, isa=isa, threads=3)
@@ -213,12 +214,12 @@ def test_formats_search_natively_where_kernels_are(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(native, "least_error", lambda *arguments: "native")
     monkeypatch.delenv("EDGERAZOR_ISA", raising=False)
     monkeypatch.setenv("EDGERAZOR_ISA", "portable")
-    assert _least_error.faster(number_format, groups) == "native"
+    assert least_error.faster(number_format, groups) == "native"
     monkeypatch.setenv("EDGERAZOR_ISA", "reference")
-    assert _least_error.faster(number_format, groups) is None
+    assert least_error.faster(number_format, groups) is None
     monkeypatch.setenv("EDGERAZOR_ISA", "portable")
     monkeypatch.setattr(type(number_format), "rounding", None)
-    assert _least_error.faster(number_format, groups) is None
+    assert least_error.faster(number_format, groups) is None
 
 
 @needs_library

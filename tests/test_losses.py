@@ -16,8 +16,10 @@ from torch import Tensor
 from edgerazor import losses, registry
 from edgerazor import recipe as recipes
 from edgerazor.errors import UserError
-from edgerazor.losses import _base, _kl, _maps, _rows
-from edgerazor.losses._base import (
+from edgerazor.losses.core import base, kl
+from edgerazor.losses.core import maps as maps_
+from edgerazor.losses.core import rows as rows_
+from edgerazor.losses.core.base import (
     MASKED,
     Attention,
     Head,
@@ -28,10 +30,10 @@ from edgerazor.losses._base import (
     sample_weights,
     step_counts,
 )
-from edgerazor.losses._layers import layer_metric
+from edgerazor.losses.core.layers import layer_metric
 from edgerazor.losses.eakld import EntropyAwareKL
 from edgerazor.losses.lafd import LayerAdaptiveFeatureDistillation, least_similar
-from edgerazor.stages import _objective
+from edgerazor.training import objective
 
 DEPTH, HIDDEN, VOCABULARY = 4, 6, 37
 HEADS, KEY_HEADS, FEATURES, VALUES = 4, 2, 5, 3
@@ -366,7 +368,7 @@ class Mixed(losses.RowLoss):
         self.gamma, self.temperature = gamma, temperature
 
     def rows(self, rows: losses.Rows, statistics: Mapping[str, float]) -> tuple[Tensor, Tensor]:
-        return _kl.mixed_kl(rows, self.gamma, self.temperature)
+        return kl.mixed_kl(rows, self.gamma, self.temperature)
 
 
 def on_logits(loss: Loss, student: Tensor, teacher: Tensor) -> Tensor:
@@ -438,7 +440,7 @@ def test_only_the_common_vocabulary_counts(name: str, options: dict[str, object]
 def test_blocks_of_maps_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     labels, teacher, found = labels_for(4, 11), outputs(4, 11, 2), []
     for elements in (1 << 18, 1, 250):
-        monkeypatch.setitem(_maps.BLOCK_ELEMENTS, "cpu", elements)
+        monkeypatch.setitem(maps_.BLOCK_ELEMENTS, "cpu", elements)
         student = outputs(4, 11, 1, gradient=True)
         value = 3 * step_loss(make(name, {}), [(student, teacher, labels)])
         gradients = torch.autograd.grad(value, leaves(student), allow_unused=True)
@@ -551,7 +553,7 @@ def test_edgeqat_weighs_its_losses_as_published() -> None:
     recipe = recipes.build(recipes.load(Path(__file__).parents[1] / "recipes" / "edgeqat-w4a8.yaml"))
     assert recipe.distill.teacher_average == "logits"
     terms = [term for term in recipe.distill.losses if term.name in ("ce", "forward_kl")]
-    weighted: Any = [(term.weight, losses.make(term.name, **_objective._options(term))) for term in terms]
+    weighted: Any = [(term.weight, losses.make(term.name, **objective._options(term))) for term in terms]
     teacher = Outputs(teachers[0], others=(Outputs(teachers[1]),), averaging="logits")
     ours = losses.objective(weighted, Outputs(student), teacher, labels, StepTotals(4, 4 * 128))
     assert ours.item() == pytest.approx(published.item(), rel=1e-12)
@@ -574,7 +576,7 @@ def test_logits_that_are_kept_are_those_that_would_be_made() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_logits_are_never_rounded_to_sixteen_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products of 16-bit factors, summed in float32: the same as in float64 but for float32's own rounding."""
-    monkeypatch.setattr(_base, "WIDENED_ROWS", 7)
+    monkeypatch.setattr(base, "WIDENED_ROWS", 7)
     generator = torch.Generator().manual_seed(0)
     weight, states = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((VOCABULARY, 300), (5, 300)))
     bias = torch.randn(VOCABULARY, generator=generator)
@@ -594,7 +596,7 @@ def test_shapes_that_disagree_are_refused() -> None:
 
 def test_entropy_by_hand() -> None:
     logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [100.0, 0.0, 0.0, 0.0], [50.0, 50.0, 0.0, 0.0]])
-    found = _kl.entropy(logits.log_softmax(-1))
+    found = kl.entropy(logits.log_softmax(-1))
     torch.testing.assert_close(found, torch.tensor([math.log(4), 0.0, math.log(2)]))
 
 
@@ -639,10 +641,10 @@ def test_chunks_and_blocks_change_nothing(elements: int, monkeypatch: pytest.Mon
     found = []
     for sizes in (None, (elements, elements), (10 * elements, elements)):
         if sizes:
-            monkeypatch.setattr(_rows, "CHUNK_ELEMENTS", sizes[0])
-            monkeypatch.setattr(_rows, "HEAD_ROWS", 5)
-            monkeypatch.setattr(_rows, "BLOCK_ROWS", 1)
-            monkeypatch.setitem(_rows.BLOCK_ELEMENTS, "cpu", sizes[1])
+            monkeypatch.setattr(rows_, "CHUNK_ELEMENTS", sizes[0])
+            monkeypatch.setattr(rows_, "HEAD_ROWS", 5)
+            monkeypatch.setattr(rows_, "BLOCK_ROWS", 1)
+            monkeypatch.setitem(rows_.BLOCK_ELEMENTS, "cpu", sizes[1])
         student, _ = through_head(3, 31, 1, 6, VOCABULARY, cap=4.0)
         teacher, _ = through_head(3, 31, 2, 6, VOCABULARY)
         assert student.head is not None

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from edgerazor.packed._names import fold, unfold
+from edgerazor.packed.names import fold, unfold
 
 MODEL = [f"model.layers.{layer}.mlp.{name}_proj" for layer in range(28) for name in ("down", "gate", "up")]
 EXPERTS = [f"layers.{layer}.experts.{expert}.up" for layer in range(1, 12) for expert in range(64)]

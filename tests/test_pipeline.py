@@ -14,7 +14,8 @@ from _tiny import Outcome, Run, sha256, snapshot, write_recipe
 
 from edgerazor import pipeline
 from edgerazor import recipe as recipes
-from edgerazor.stages import _writing, bench
+from edgerazor.calibration import generated_text
+from edgerazor.stages import bench
 from edgerazor.workdir import WorkDir
 
 
@@ -281,7 +282,7 @@ def test_a_teacher_without_words_is_refused(
 ) -> None:
     import torch
 
-    monkeypatch.setattr(_writing.Writer, "_generate", lambda *_: torch.tensor([[0, 1]] * 32))
+    monkeypatch.setattr(generated_text.Writer, "_generate", lambda *_: torch.tensor([[0, 1]] * 32))
     recipe = write_recipe(tmp_path / "r.yaml", llama, None)
     refused(run("calibrate", "--recipe", recipe, "--work", tmp_path / "job"), "writes no text by itself", "--data FILE")
 

@@ -19,12 +19,12 @@ from conftest import ModelMaker
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from edgerazor import allocate, models
+from edgerazor import allocate, job, models
 from edgerazor import recipe as recipes
 from edgerazor.data import open_rows, streaming
 from edgerazor.errors import USAGE, UserError
 from edgerazor.recipe import Calibrate
-from edgerazor.stages import _ladder, _objective, _shared
+from edgerazor.training import objective, phases
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 PUBLISHED_BITS = (1.58, 1.88, 2.79, 4.0)
@@ -167,7 +167,7 @@ def test_the_published_settings(name: str) -> None:
     settings, calibrate = recipe.distill, recipe.calibrate
     by_bits, *others = PUBLISHED[name]
     for bits, weights in by_bits.items():
-        (training,) = _ladder.trainings(recipe, 4, _objective.unmeasured(4), bits)
+        (training,) = phases.trainings(recipe, 4, objective.unmeasured(4), bits)
         assert [(term.name, term.weight) for term, _ in training.terms] == list(
             zip(("ce", "eakld", "lafd"), weights, strict=True)
         )
@@ -184,12 +184,12 @@ def test_what_the_weights_of_losses_depend_on(run: Run, llama: Path, text_file: 
     recipe = load("qwen3-0.6b")
     sized = recipe.model_copy(update={"calibrate": recipe.calibrate.model_copy(update={"target_size": 10**9})})
     plan = allocate.make_plan([models.Site("a", "linear", 0, 8, 8)], Calibrate(bits=4.0, plan="interleave"))
-    assert (_shared.bits_of(recipe, plan), _shared.bits_of(sized, plan), _shared.bits_of(sized, None)) == (
+    assert (job.bits_of(recipe, plan), job.bits_of(sized, plan), job.bits_of(sized, None)) == (
         1.88,
         4,
         1.88,
     )
-    assert _objective.in_words(recipe.distill.losses, 4) != _objective.in_words(recipe.distill.losses, 3.99)
+    assert objective.in_words(recipe.distill.losses, 4) != objective.in_words(recipe.distill.losses, 3.99)
     never = {"losses": [{"name": "ce", "from_bits": 6}]}
     path = shortened("smollm2-135m", llama, text_file, tmp_path / "r.yaml")
     path.write_text(yaml.safe_dump(recipes.merge(recipes.load(path), {"distill": never})), encoding="utf-8")

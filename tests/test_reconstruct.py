@@ -15,7 +15,7 @@ from conftest import FAMILIES, ModelMaker
 from safetensors.torch import load_file
 
 from edgerazor import models
-from edgerazor.stages import _reconstruct
+from edgerazor.training import reconstruction
 
 WEIGHTS = Path("distill", "last", "model.safetensors")
 
@@ -79,9 +79,9 @@ def test_interrupted_in_a_layer_it_goes_on_and_ends_the_same(run: Run, recipe: P
             os.kill(os.getpid(), signal.SIGINT)
         set_rate(optimizer, rate)
 
-    set_rate = _reconstruct.set_rate
+    set_rate = reconstruction.set_rate
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_reconstruct, "set_rate", interrupting)
+        patch.setattr(reconstruction, "set_rate", interrupting)
         stopped = run("distill", "--recipe", recipe, "--work", tmp_path / "job")
     assert stopped.code == 130
     assert f"Interrupted while layer {1 + step // 24} of 2 was reconstructed" in stopped.err

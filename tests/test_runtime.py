@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import edgerazor
-from edgerazor import formats, integration, kernels, packed, pipeline, runtime
+from edgerazor import formats, kernels, packed, pipeline, runtime, transformers_plugin
 from edgerazor.console import Console
 from edgerazor.errors import FAILED, USAGE, UserError
 from edgerazor.formats import MatrixSpec
@@ -31,8 +31,9 @@ from edgerazor.kernels import native
 from edgerazor.kernels.decoder import Run
 from edgerazor.kernels.memory import HUGE_PAGE
 from edgerazor.recipe import build
-from edgerazor.runtime import _families, _weights
-from edgerazor.runtime._native import NativeModel
+from edgerazor.runtime import families
+from edgerazor.runtime import weights as weights_
+from edgerazor.runtime.native_model import NativeModel
 from edgerazor.workdir import WorkDir
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -138,7 +139,7 @@ def model(request: pytest.FixtureRequest, folder: Path) -> runtime.Model:
 
 @torch.no_grad()
 def test_logits_are_those_of_transformers(folder: Path, model: runtime.Model) -> None:
-    expected = integration.load(folder)[0](input_ids=IDS, use_cache=False).logits
+    expected = transformers_plugin.load(folder)[0](input_ids=IDS, use_cache=False).logits
     assert relative(model.logits(IDS), expected) < 1e-2
     assert relative(model.logits(IDS[0].tolist(), last=3), expected[0, -3:]) < 1e-2
     assert model.logits(IDS[0].tolist(), last=3).shape == (3, VOCABULARY)
@@ -323,7 +324,7 @@ def test_each_layer_alone(packer: Packer, name: str, bits: tuple[int, int]) -> N
     decoder.rotary(*ours.rotary.tables(0, 24))
     decoder.reserve(64)
     runs = [Run(0, 0, 0, 0, 24), Run(0, 0, 32, 0, 24)]
-    for index, (before, expected) in enumerate(layers_of(integration.load(folder)[0], IDS)):
+    for index, (before, expected) in enumerate(layers_of(transformers_plugin.load(folder)[0], IDS)):
         found = decoder.layer(index, runs, before.flatten(0, 1)).view(expected.shape)
         errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)  # [B, T]
         # A code that goes the other way shows in its token, and in those that see it.
@@ -427,15 +428,15 @@ def test_greedy_text_of_the_worlds_student(tmp_path: Path, bits: float) -> None:
 
 @needs_native
 def test_matrices_lie_in_the_order_of_their_use(packer: Packer) -> None:
-    opened, config = integration.open_folder(packer("qwen3"))
-    names = _families.matrix_names(config, opened)
-    matrices = _weights.load_matrices(opened, names, mapped=False, expanded=False)
+    opened, config = transformers_plugin.open_folder(packer("qwen3"))
+    names = families.matrix_names(config, opened)
+    matrices = weights_.load_matrices(opened, names, mapped=False, expanded=False)
     places = [each.data_ptr() for name in names for part in matrices[name].parts for each in (part.codes, part.scales)]
     assert places == sorted(places)
     assert all(place % 64 == 0 for place in places)
     assert places[0] % HUGE_PAGE == 0
-    mapped = _weights.load_matrices(opened, names, mapped=True, expanded=False)
-    expanded = _weights.load_matrices(opened, names, mapped=False, expanded=True)
+    mapped = weights_.load_matrices(opened, names, mapped=True, expanded=False)
+    expanded = weights_.load_matrices(opened, names, mapped=False, expanded=True)
     x = torch.randn(3, 96)
     for name in names[:3]:
         assert torch.equal(matrices[name].linear(x), mapped[name].linear(x))
@@ -496,7 +497,7 @@ def test_numbers_that_begin_anywhere_in_a_file(packer: Packer, tmp_path: Path, m
 def test_settings_that_are_not_said(packer: Packer, tmp_path: Path, name: str) -> None:
     model = packed.PackedModel.open(packer("llama"))
     header = model.header.model_copy(update={"settings": {**model.header.settings}})
-    config = integration.open_folder(packer("llama"))[1]
+    config = transformers_plugin.open_folder(packer("llama"))[1]
     del header.settings[name], config.quantization_config[name]
     model.header = header
     with pytest.raises(UserError, match=rf"do not say for which {name} they were made\.$") as caught:

@@ -12,7 +12,7 @@ from edgerazor import pipeline, runtime
 from edgerazor.console import Console
 from edgerazor.errors import USAGE, UserError
 from edgerazor.recipe import build
-from edgerazor.runtime import _native
+from edgerazor.runtime import native_model
 from edgerazor.workdir import WorkDir
 
 TOKENS = random.Random(0).choices(range(2, VOCABULARY), k=24)
@@ -50,7 +50,7 @@ def by_logits(model: runtime.Model, prefix: list[int], tokens: list[int], count:
 def test_last_tokens_count_and_pieces_are_the_whole(
     model: runtime.Model, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_native, "CALL_TOKENS", at_once)
+    monkeypatch.setattr(native_model, "CALL_TOKENS", at_once)
     requests = [
         (TOKENS[:3], [TOKENS[3:5]], [2]),
         (TOKENS[:5], CONTINUATIONS, COUNTS),

@@ -21,7 +21,7 @@ from transformers.generation.logits_process import (
 
 from edgerazor.errors import UserError
 from edgerazor.recipe import Generate
-from edgerazor.runtime._sampling import BLOCK, Sampler, draw, nucleus
+from edgerazor.runtime.sampling import BLOCK, Sampler, draw, nucleus
 
 TEMPERATURES, TOP_K, TOP_P = (0.3, 1.0, 2.5), (0, 1, 7, 5000), (1.0, 0.999, 0.9, 0.35, 1e-6)
 MIN_P, PENALTIES = (0.0, 0.02, 1.0), (1.0, 1.3, 0.8)

@@ -17,13 +17,15 @@ from safetensors.torch import load_file
 from test_calibrate import some_batches
 from torch import Tensor
 
-from edgerazor import allocate, attention, formats, models, packed
+from edgerazor import allocate, formats, job, models, packed
 from edgerazor.console import Console
 from edgerazor.formats import MatrixSpec
 from edgerazor.models import PreTrainedModel, Walk
+from edgerazor.modules import attention
 from edgerazor.recipe import build, load
-from edgerazor.stages import _plan, _sensitivity, _shared
-from edgerazor.stages._sensitivity import Study
+from edgerazor.report import plan as plan_
+from edgerazor.sensitivity import analysis
+from edgerazor.sensitivity.analysis import Study
 from edgerazor.workdir import WorkDir
 
 #: A plain one, norms of q and k, a tied head that caps its logits, biases everywhere, fused projections.
@@ -192,7 +194,7 @@ def plain_head(path: Path) -> Tensor:
 def test_fisher_is_that_of_the_whole_model(teachers: Callable[[str], Path], tmp_path: Path, family: str) -> None:
     path = teachers(family)
     study = study_of(path, tmp_path)
-    wanted, whole = _sensitivity.parted(plain_fisher(path))
+    wanted, whole = analysis.parted(plain_fisher(path))
     made, head = study.fisher(), plain_head(path)
     if study.found.head is None:
         wanted[study.found.embedding.name] += head
@@ -211,7 +213,7 @@ def test_all_positions_in_one_piece_or_in_many(teachers: Callable[[str], Path], 
     path = teachers("llama")
     whole = study_of(path, tmp_path / "whole").fisher()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_sensitivity, "LOGITS", 300 * 5)  # five positions at a time
+        patch.setattr(analysis, "LOGITS", 300 * 5)  # five positions at a time
         pieces = study_of(path, tmp_path / "pieces").fisher()
     for name, value in whole.items():
         torch.testing.assert_close(pieces[name], value, rtol=1e-4, atol=1e-6 * float(value.max()))
@@ -315,7 +317,7 @@ def test_hessian_is_the_weighted_error(teachers: Callable[[str], Path], tmp_path
 def test_combined_has_the_tensors_of_one_and_the_rows_of_the_other() -> None:
     fisher = {"a": torch.tensor([[1.0, 3.0], [0.0, 0.0]]), "embed": torch.ones(2, 1)}
     integrated = {"a": torch.tensor([[4.0, 4.0], [1.0, 1.0]])}
-    made = _sensitivity.combined(fisher, integrated)
+    made = analysis.combined(fisher, integrated)
     assert made.keys() == {"a"}
     assert made["a"][0].tolist() == [2.0, 6.0]
     assert float(made["a"][1].sum()) in (0.0, 2.0)
@@ -340,13 +342,13 @@ def interrupting(function: Callable[..., Any], after: int) -> Callable[..., Any]
 
 #: estimate -> (what is interrupted, after how many calls): linear layers on the way back, or tensors that are swapped
 KILLS: dict[str, list[tuple[Any, str, int]]] = {
-    "fisher": [(_sensitivity.FisherDamage, "gradient", 5), (_sensitivity.FisherDamage, "gradient", 30)],
+    "fisher": [(analysis.FisherDamage, "gradient", 5), (analysis.FisherDamage, "gradient", 30)],
     "integrated": [
-        (_sensitivity.PathDamage, "gradient", 4),
-        (_sensitivity.PathDamage, "gradient", 200),
-        (_sensitivity.Output, "away", 8),
+        (analysis.PathDamage, "gradient", 4),
+        (analysis.PathDamage, "gradient", 200),
+        (analysis.Output, "away", 8),
     ],
-    "direct": [(_sensitivity.FisherDamage, "gradient", 25), (Walk, "onwards", 20)],
+    "direct": [(analysis.FisherDamage, "gradient", 25), (Walk, "onwards", 20)],
 }
 
 
@@ -367,7 +369,7 @@ def test_interrupted_and_resumed_it_has_the_same_bits(
 def test_what_is_kept_is_taken_only_by_the_same_study(teachers: Callable[[str], Path], tmp_path: Path) -> None:
     before = study_of(teachers("llama"), tmp_path).fisher()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_sensitivity.FisherDamage, "gradient", interrupting(lambda *_: None, 0))
+        patch.setattr(analysis.FisherDamage, "gradient", interrupting(lambda *_: None, 0))
         assert same(study_of(teachers("llama"), tmp_path).fisher(), before)  # nothing is computed
         with pytest.raises(KeyboardInterrupt):
             study_of(teachers("llama"), tmp_path, identity="another", seed=SEED + 1).fisher()
@@ -393,7 +395,7 @@ def test_what_is_kept_is_taken_only_by_the_same_study(teachers: Callable[[str], 
 )
 def test_how_many_tokens_are_studied_where_nobody_says(weights: int, device: str, tokens: int) -> None:
     """As many as take the time of 2,048 tokens of 600 million weights, within 2,048 and 16k, or 64k on a GPU."""
-    assert _sensitivity.affordable_tokens(weights, torch.device(device)) == tokens
+    assert analysis.affordable_tokens(weights, torch.device(device)) == tokens
 
 
 MEASURED = {"plan": "sensitivity", "sensitivity_tokens": 64}
@@ -405,7 +407,7 @@ def test_calibrate_interrupted_in_a_study_ends_the_same(run: Run, tmp_path: Path
     recipe = write_recipe(tmp_path / "r.yaml", llama, text_file, calibrate=MEASURED)
     assert run("calibrate", "--recipe", recipe, "--work", tmp_path / "whole").code == 0
     with pytest.MonkeyPatch.context() as patch:
-        for owner, after in ((_sensitivity.FisherDamage, 10), (_sensitivity.PathDamage, 50)):
+        for owner, after in ((analysis.FisherDamage, 10), (analysis.PathDamage, 50)):
             patch.setattr(owner, "gradient", interrupting(owner.gradient, after))
             stopped = run("calibrate", "--recipe", recipe, "--work", tmp_path / "job")
             assert stopped.code == 130
@@ -460,7 +462,7 @@ def test_the_file_says_what_was_measured(run: Run, tmp_path: Path, llama: Path, 
     done = run("calibrate", "--recipe", recipe, "--work", tmp_path / "job", "--json").json()
     work, found = WorkDir(tmp_path / "job"), models.structure(models.load(llama)[0])
     names = ["ternary", "int2", "int3", "int4"]
-    said, tensors = _plan.read_sensitivity(work), load_file(tmp_path / "job" / STATISTICS)
+    said, tensors = plan_.read_sensitivity(work), load_file(tmp_path / "job" / STATISTICS)
     with safe_open(tmp_path / "job" / STATISTICS, framework="pt") as file:
         assert names == json.loads(file.metadata()["measured"])["formats"]
     for estimate in ("fisher", "integrated"):
@@ -471,7 +473,7 @@ def test_the_file_says_what_was_measured(run: Run, tmp_path: Path, llama: Path, 
         assert tensors[f"damage/fisher/{site.name}"].shape == (len(names), 1)
         assert f"damage/integrated/{site.name}" not in tensors
     assert said is not None
-    plan = _shared.read_plan(work)
+    plan = job.read_plan(work)
     assert (said.model, said.tokens, said.estimate) == (str(llama), 64, plan.estimate)
     assert {tensor.name for tensor in said.tensors} == {site.name for site in found.sites}
     assert list(said.measured_kl) == ["fisher", "integrated", "combined"]
@@ -517,7 +519,7 @@ def test_packing_a_teacher_uses_the_plan_that_is_there(run: Run, tmp_path: Path,
     settings = {**MEASURED, "bits": 2.5, "sensitivity": "fisher"}
     recipe = write_recipe(tmp_path / "r.yaml", llama, text_file, calibrate=settings)
     assert run("calibrate", "--recipe", recipe, "--work", tmp_path / "job").code == 0
-    plan = _shared.read_plan(WorkDir(tmp_path / "job"))
+    plan = job.read_plan(WorkDir(tmp_path / "job"))
 
     def formats_of(folder: Path, *words: Any) -> dict[str, MatrixSpec]:
         done = run("pack", llama, "--recipe", recipe, "--work", folder, *words)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 
-from edgerazor.tasks._sharing import Group, share
+from edgerazor.tasks.sharing import Group, share
 
 
 def tokens(inputs: Sequence[Sequence[int]], groups: Sequence[Group]) -> int:

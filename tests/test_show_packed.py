@@ -13,7 +13,7 @@ from _packed_folders import all_of, decoded_model, mixed, suitable_model, write_
 from _tiny import Run
 from conftest import ModelMaker
 
-from edgerazor import formats, integration, packed
+from edgerazor import formats, packed, transformers_plugin
 from edgerazor.packed import PackedModel
 
 
@@ -75,8 +75,8 @@ def test_a_job_compresses_what_it_packs(llama: Path, tmp_path: Path, run: Run) -
 
 def test_a_compressed_model_computes_the_same(folders: Path, small: Path) -> None:
     tokens = torch.arange(12)[None]
-    plain, _ = integration.load(folders / "mixed")
-    model, _ = integration.load(small)
+    plain, _ = transformers_plugin.load(folders / "mixed")
+    model, _ = transformers_plugin.load(small)
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, plain(tokens).logits)
 

@@ -15,10 +15,12 @@ from _tiny import Run, write_recipe
 from conftest import ModelMaker
 from rich.console import Console
 
+from edgerazor import job as jobs
 from edgerazor import pipeline
 from edgerazor import recipe as recipes
-from edgerazor.stages import _heatmap, _plan, _shared
-from edgerazor.stages._plan import PlannedMatrix, PlanSummary, SensitiveMatrix
+from edgerazor.report import heatmap
+from edgerazor.report import plan as plan_
+from edgerazor.report.plan import PlannedMatrix, PlanSummary, SensitiveMatrix
 from edgerazor.workdir import WorkDir
 
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -78,7 +80,7 @@ def imagined(layers: int, roles: list[str], sensitive: bool = False) -> PlanSumm
 def printed(plan: PlanSummary, width: int, colours: bool = False) -> str:
     system: Any = "truecolor" if colours else None
     console = Console(width=width, record=True, file=io.StringIO(), color_system=system, highlight=False)
-    for item in _heatmap.show(plan):
+    for item in heatmap.show(plan):
         console.print(item, markup=False, soft_wrap=isinstance(item, str))
     return console.export_text(styles=colours)
 
@@ -104,7 +106,7 @@ def test_the_numbers_are_those_of_the_plan(
     recipe = write_recipe(tmp_path / "r.yaml", tmp_path / "model", text_file, calibrate=settings)
     assert run("calibrate", "--recipe", recipe, "--work", tmp_path / "job", "--quiet").code == 0
     found = run("show", "plan", "--work", tmp_path / "job", "--json").json()
-    plan = _shared.read_plan(WorkDir(tmp_path / "job"))
+    plan = jobs.read_plan(WorkDir(tmp_path / "job"))
     weights = sum(m.rows * m.columns for m in plan.matrices if m.kind == "linear")
     assert [each["name"] for each in found["matrices"]] == [each.name for each in plan.matrices]
     average = sum(m["bits"] * m["rows"] * m["columns"] for m in found["matrices"] if m["kind"] == "linear") / weights
@@ -124,16 +126,16 @@ def test_the_numbers_are_those_of_the_plan(
 
 def test_places_are_layers_and_roles() -> None:
     names = [f"model.layers.{i}.{end}" for i in (0, 1, 10) for end in ("self_attn.q_proj", "mlp.experts.3.up_proj")]
-    assert _plan.places(names)["model.layers.10.mlp.experts.3.up_proj"] == (10, "up_proj")
+    assert plan_.places(names)["model.layers.10.mlp.experts.3.up_proj"] == (10, "up_proj")
     alike = ["h.0.attn.dense", "h.0.mlp.dense", "h.1.attn.dense", "h.1.mlp.dense", "h.1.mlp.fc"]
-    assert list(_plan.places(alike).values()) == [
+    assert list(plan_.places(alike).values()) == [
         (0, "attn.dense"),
         (0, "mlp.dense"),
         (1, "attn.dense"),
         (1, "mlp.dense"),
         (1, "fc"),
     ]
-    assert _plan.places(["a.q", "b.0.q"]) == {"a.q": (0, "a.q"), "b.0.q": (0, "b.0.q")}
+    assert plan_.places(["a.q", "b.0.q"]) == {"a.q": (0, "a.q"), "b.0.q": (0, "b.0.q")}
 
 
 def test_the_most_sensitive_come_first(run: Run, work: Path) -> None:
@@ -198,18 +200,18 @@ def test_a_layer_without_a_role_has_no_cell() -> None:
 
 
 def test_colours_follow_the_bits_and_letters_stand_out() -> None:
-    assert _heatmap.luminance((255, 255, 255)) == pytest.approx(1)
-    assert _heatmap.luminance((0, 0, 0)) == 0
-    ends = (_heatmap.colour(1.58, 1.58, 4), _heatmap.colour(4, 1.58, 4))
-    assert ends == (_heatmap.COLOURS[0], _heatmap.COLOURS[-1])
-    assert _heatmap.colour(4, 4, 4) == _heatmap.COLOURS[4]
-    shades = [sum(_heatmap.colour(bits / 100, 1.58, 8)) for bits in range(158, 801)]
+    assert heatmap.luminance((255, 255, 255)) == pytest.approx(1)
+    assert heatmap.luminance((0, 0, 0)) == 0
+    ends = (heatmap.colour(1.58, 1.58, 4), heatmap.colour(4, 1.58, 4))
+    assert ends == (heatmap.COLOURS[0], heatmap.COLOURS[-1])
+    assert heatmap.colour(4, 4, 4) == heatmap.COLOURS[4]
+    shades = [sum(heatmap.colour(bits / 100, 1.58, 8)) for bits in range(158, 801)]
     assert all(later <= earlier + 2 for earlier, later in pairwise(shades))  # but for rounding
 
     for bits in range(158, 801):
-        rgb = _heatmap.colour(bits / 100, 1.58, 8)
-        letters = 0.0 if _heatmap.is_light(rgb) else 1.0
-        low, high = sorted((_heatmap.luminance(rgb), letters))
+        rgb = heatmap.colour(bits / 100, 1.58, 8)
+        letters = 0.0 if heatmap.is_light(rgb) else 1.0
+        low, high = sorted((heatmap.luminance(rgb), letters))
         assert (high + 0.05) / (low + 0.05) >= 4.5  # what WCAG 2 asks of text
 
 
@@ -219,7 +221,7 @@ def test_colours_follow_the_bits_and_letters_stand_out() -> None:
 @pytest.mark.parametrize(("layers", "sensitive"), [(1, False), (3, True), (40, True)])
 def test_the_picture_holds_the_same_map(tmp_path: Path, layers: int, sensitive: bool) -> None:
     plan = imagined(layers, LLAMA, sensitive)
-    drawn = _heatmap.figure(plan)
+    drawn = heatmap.figure(plan)
     maps = [axes.images[0] for axes in drawn.axes if axes.images]
     expected = [[plan.grid()[layer, role] for role in LLAMA] for layer in range(layers)]
     assert maps[0].get_array().tolist() == expected
@@ -230,9 +232,9 @@ def test_the_picture_holds_the_same_map(tmp_path: Path, layers: int, sensitive: 
     assert lengths == [0.25] * 10 * sensitive
     for row, bits in enumerate(expected[0]):
         assert [round(255 * part) for part in maps[0].to_rgba(bits)[:3]] == pytest.approx(
-            _heatmap.colour(bits, 1.58, 4), abs=3
+            heatmap.colour(bits, 1.58, 4), abs=3
         ), row
-    _heatmap.write_png(plan, tmp_path / "new" / "plan.png")
+    heatmap.write_png(plan, tmp_path / "new" / "plan.png")
     assert (tmp_path / "new" / "plan.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 

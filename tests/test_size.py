@@ -11,8 +11,8 @@ import torch
 from _tiny import Run, write_recipe
 from conftest import GROUP_SIZE, ModelMaker
 
+from edgerazor import job
 from edgerazor import recipe as recipes
-from edgerazor.stages import _shared
 from edgerazor.workdir import WorkDir
 
 
@@ -86,10 +86,10 @@ def test_unknown_thresholds_are_counted_at_their_longest(
     path = write_recipe(tmp_path / "r.yaml", llama, text_file, calibrate={"adaptive_tokens": "causal"})
     assert run("calibrate", "--recipe", path, "--work", tmp_path / "job").code == 0
     recipe, work = recipes.build(recipes.load(path)), WorkDir(tmp_path / "job")
-    teacher, _ = _shared.load_teacher(recipe, torch.device("cpu"))
-    found, plan = _shared.models.structure(teacher), _shared.read_plan(work)
-    before = _shared.packed_size(recipe, teacher, found)(plan).bytes
-    after = _shared.packed_size(recipe, teacher, found, work=work)(plan).bytes
+    teacher, _ = job.load_teacher(recipe, torch.device("cpu"))
+    found, plan = job.models.structure(teacher), job.read_plan(work)
+    before = job.packed_size(recipe, teacher, found)(plan).bytes
+    after = job.packed_size(recipe, teacher, found, work=work)(plan).bytes
     assert 0 <= before - after <= 64
     draws = torch.rand(2000) ** torch.randint(1, 30, (2000,))
-    assert max(len(json.dumps(float(each))) for each in draws) <= len(json.dumps(_shared.LONGEST_NUMBER))
+    assert max(len(json.dumps(float(each))) for each in draws) <= len(json.dumps(job.LONGEST_NUMBER))

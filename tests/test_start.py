@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from edgerazor import formats
-from edgerazor.formats import Encoded, MatrixSpec, _start
+from edgerazor.formats import Encoded, MatrixSpec
+from edgerazor.formats.core import gptq as gptq_
 
 ALL = formats.names()
 ROWS = 18
@@ -126,7 +127,7 @@ def test_blocks_are_clipped_like_matrices_of_their_own() -> None:
 def test_small_blocks_of_memory_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     w, importance, each = weights(ROWS, 101), weights(101, seed=1).square(), specs(101, 40)
     whole = {name: formats.clipped(w, spec, importance) for name, spec in each.items()}
-    monkeypatch.setattr("edgerazor.formats._base.BLOCK", 256)
+    monkeypatch.setattr("edgerazor.formats.core.base.BLOCK", 256)
     assert all(torch.equal(formats.clipped(w, spec, importance), whole[name]) for name, spec in each.items())
 
 
@@ -177,7 +178,7 @@ def test_rounding_the_master_gives_gptqs_codes(cols: int, group_size: int, monke
             return formats.decode_matrix(encoded, of_column)
 
         with monkeypatch.context() as patch:
-            patch.setattr(_start, "round_trip", noting)
+            patch.setattr(gptq_, "round_trip", noting)
             master, scales = formats.compensated(w, spec, hessian)
         assert (master.dtype, scales.dtype) == (torch.float32, torch.float16)
         again = formats.encode_matrix(master, spec, scales)

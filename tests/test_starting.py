@@ -15,13 +15,14 @@ from test_distill import interrupt_at
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from edgerazor import data, formats, integration, models, packed, pipeline, surgery
+from edgerazor import data, formats, models, modules, packed, pipeline, transformers_plugin
+from edgerazor import job as jobs
 from edgerazor import recipe as recipes
 from edgerazor.allocate import make_plan
+from edgerazor.calibration import initialization
 from edgerazor.formats import MatrixSpec
+from edgerazor.modules import Settings, Start
 from edgerazor.recipe import Calibrate
-from edgerazor.stages import _shared, _start
-from edgerazor.surgery import Settings, Start
 from edgerazor.workdir import WorkDir
 
 IDS = torch.randint(2, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -47,7 +48,7 @@ def started(tied: bool, learned: bool = False, scales_only: bool = False) -> tup
     specs = make_plan(found.sites, settings, lambda name: model.get_submodule(name).weight).specs()
     starts = starts_of(model, specs)
     how = Settings(8, 8, GROUP_SIZE, learned)
-    surgery.prepare_for_training(model, found, specs, how, scales_only, start=starts.get)
+    modules.prepare_for_training(model, found, specs, how, scales_only, start=starts.get)
     return model, starts
 
 
@@ -56,7 +57,7 @@ def started(tied: bool, learned: bool = False, scales_only: bool = False) -> tup
 @pytest.mark.parametrize("scales_only", [True, False])
 def test_a_training_begins_with_the_codes_of_its_start(tied: bool, learned: bool, scales_only: bool) -> None:
     model, starts = started(tied, learned, scales_only)
-    matrices = surgery.training_matrices(model)
+    matrices = modules.training_matrices(model)
     assert matrices.keys() == starts.keys()
     for name, module in matrices.items():
         codes, scales = module.encoded()
@@ -78,8 +79,8 @@ def test_fixed_scales_let_the_gradient_straight_through() -> None:
     """Also that of weights that are clipped: it is the gradient with respect to the decoded weight."""
     model, _ = started(tied=False)
     embedding, linear = model.get_input_embeddings(), model.get_submodule("model.layers.1.self_attn.q_proj")
-    assert isinstance(embedding, surgery.TrainingEmbedding)
-    assert isinstance(linear, surgery.TrainingLinear)
+    assert isinstance(embedding, modules.TrainingEmbedding)
+    assert isinstance(linear, modules.TrainingLinear)
     table = embedding.decoded(torch.float32).requires_grad_()
     torch.nn.functional.embedding(IDS, table).square().sum().backward()
     embedding(IDS).square().sum().backward()
@@ -107,8 +108,8 @@ def job_of(folder: Path) -> tuple[recipes.Recipe, WorkDir]:
 
 def hessians(recipe: recipes.Recipe, work: WorkDir, linears: set[str]) -> dict[str, Tensor]:
     """What linear layers of the packed model multiply their weights with, `x^T x / n` in float64."""
-    model, tokenizer = integration.load(work.folder("pack"))
-    rows, _ = _shared.open_text(recipe, work, tokenizer, recipe.data.sequence_length)
+    model, tokenizer = transformers_plugin.load(work.folder("pack"))
+    rows, _ = jobs.open_text(recipe, work, tokenizer, recipe.data.sequence_length)
     sums = dict.fromkeys(linears, torch.zeros((), dtype=torch.float64))
     counts = torch.empty(0)
 
@@ -143,7 +144,7 @@ def test_each_layer_was_compensated_for_what_it_sees_when_packed(
     recipe, work = job_of(tmp_path / "job")
     teacher, _ = models.load(tmp_path / "model", dtype=torch.float32)
     linears = {site.name for site in models.structure(teacher).linears}
-    specs, folder = _shared.read_plan(work).specs(), packed.PackedModel.open(work.folder("pack"))
+    specs, folder = jobs.read_plan(work).specs(), packed.PackedModel.open(work.folder("pack"))
     for name, hessian in hessians(recipe, work, linears).items():
         master, scales = formats.compensated(teacher.get_submodule(name).weight, specs[name], hessian)
         expected, found = formats.encode_matrix(master, specs[name], scales), folder.matrix(name).encoded
@@ -164,8 +165,8 @@ def test_what_the_file_holds(run: Run, llama: Path, text_file: Path, tmp_path: P
     assert {start: promised[start] - promised["rule"] for start in promised} == sizes
     recipe, work = job_of(tmp_path / "clip")
     teacher, tokenizer = models.load(llama)
-    found, specs = models.structure(teacher), _shared.read_plan(work).specs()
-    rows, _ = _shared.open_text(recipe, work, tokenizer, 32)
+    found, specs = models.structure(teacher), jobs.read_plan(work).specs()
+    rows, _ = jobs.open_text(recipe, work, tokenizer, 32)
     states = []
     for batch in data.sample_batches(rows, 16, 4):
         with torch.no_grad(), models.final_states(teacher, "lm_head") as final:
@@ -277,7 +278,7 @@ def test_a_tied_embedding_is_clipped_for_both_its_uses(make_model: ModelMaker, t
     moment = states[0].flatten(0, 1).double().square().mean(0)
     batch = {"input_ids": IDS, "labels": IDS}
     with torch.no_grad():
-        starts = _start.clipped_ends(model, found, {found.embedding.name: spec}, [batch])
+        starts = initialization.clipped_ends(model, found, {found.embedding.name: spec}, [batch])
     expected = formats.clipped(model.get_input_embeddings().weight, spec, 1 + moment / moment.mean())
     assert starts.keys() == {found.embedding.name}
     assert float((starts[found.embedding.name].scales != expected).float().mean()) < 0.02
@@ -374,14 +375,14 @@ def test_wrong_values_are_one_sentence(
 def test_a_layer_that_is_not_used_cannot_be_compensated(
     run: Run, llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    in_order = _start.in_order_of_use
+    in_order = initialization.in_order_of_use
 
-    def forgetting(blocks: models.Blocks, index: int, sequences: _start.Sequences) -> Any:
+    def forgetting(blocks: models.Blocks, index: int, sequences: initialization.Sequences) -> Any:
         attention = blocks.layers[index].self_attn
         monkeypatch.setattr(attention, "forward", lambda hidden_states, **_: (hidden_states, None))
         return in_order(blocks, index, sequences)
 
-    monkeypatch.setattr(_start, "in_order_of_use", forgetting)
+    monkeypatch.setattr(initialization, "in_order_of_use", forgetting)
     file = write_start(tmp_path / "r.yaml", llama, text_file, "gptq")
     refused = run("calibrate", "--recipe", file, "--work", tmp_path / "job")
     assert refused.code == 1

@@ -16,13 +16,13 @@ from test_distill import interrupt_at
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from edgerazor import formats, integration, kernels, models, packed, runtime, surgery
+from edgerazor import formats, kernels, models, modules, packed, runtime, transformers_plugin
+from edgerazor import job as jobs
 from edgerazor.allocate import Plan
 from edgerazor.errors import UserError
 from edgerazor.formats import MatrixSpec
 from edgerazor.kernels import reference
-from edgerazor.stages import _shared
-from edgerazor.surgery import SharedActivations, TrainingLinear
+from edgerazor.modules import SharedActivations, TrainingLinear
 from edgerazor.workdir import WorkDir
 
 IDS = torch.randint(2, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -192,9 +192,9 @@ def test_a_packed_layer_takes_a_zero_point(bits: int, monkeypatch: pytest.Monkey
     for name in kernels.names():
         monkeypatch.setenv("EDGERAZOR_ISA", name)
         for keep in (False, True):
-            lazy = surgery.LazyMatrix(lambda: (encoded, spec), lambda: kernels.StoredMatrix(parts, spec, (9, 127)))
+            lazy = modules.LazyMatrix(lambda: (encoded, spec), lambda: kernels.StoredMatrix(parts, spec, (9, 127)))
             lazy.keep_decoded = keep
-            layer = surgery.PackedLinear(lazy, bias, (9, 127), bits, 40, 0.11, input_zero_point=-5.0)
+            layer = modules.PackedLinear(lazy, bias, (9, 127), bits, 40, 0.11, input_zero_point=-5.0)
             torch.testing.assert_close(layer(x).double(), expected, rtol=0, atol=1e-4, msg=name)
 
 
@@ -209,8 +209,8 @@ def student_of(teacher: Path, job: Path) -> PreTrainedModel:
     found = models.structure(model)
     statistics = load_file(work.statistics_file)
     scales = {name: float(value) for name, value in statistics.items() if name.endswith("input_scale")}
-    settings = _shared.settings_of(plan, found, work)
-    surgery.prepare_for_training(model, found, plan.specs(), settings, input_scales=scales or None)
+    settings = jobs.settings_of(plan, found, work)
+    modules.prepare_for_training(model, found, plan.specs(), settings, input_scales=scales or None)
     _, unexpected = model.load_state_dict(load_file(work.student("best") / "model.safetensors"), strict=False)
     assert unexpected == []
     return model.eval()
@@ -244,8 +244,8 @@ def test_packed_equals_trained(
     assert run("pack", "--work", job).code == 0
     everything = packed.PackedModel.open(job / "packed").input_scales()
     stored = {name: value for name, value in everything.items() if name.endswith("scale")}
-    model, _ = integration.load(job / "packed")
-    linears = {name for name, module in model.named_modules() if isinstance(module, surgery.PackedLinear)}
+    model, _ = transformers_plugin.load(job / "packed")
+    linears = {name for name, module in model.named_modules() if isinstance(module, modules.PackedLinear)}
     assert stored.keys() == (set() if scales == "dynamic" else {f"{name}.input_scale" for name in linears})
     zero_points = {f"{name}.input_zero_point" for name in linears} if scales == "asymmetric" else set()
     assert everything.keys() - stored.keys() == zero_points
@@ -260,7 +260,7 @@ def test_packed_equals_trained(
         trained = student(input_ids=IDS, use_cache=False).logits
         ours = model(input_ids=IDS, use_cache=False).logits
         assert (trained - ours).abs().max() <= 1e-5 * trained.abs().max()
-        half, _ = integration.load(job / "packed", dtype=torch.bfloat16)
+        half, _ = transformers_plugin.load(job / "packed", dtype=torch.bfloat16)
         for name in stored:
             assert (
                 half.get_submodule(name.rpartition(".")[0]).input_scale == stored[name]
@@ -297,7 +297,7 @@ def test_keys_and_values_are_rounded_to_their_bits(bits: int) -> None:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
         plain = model(input_ids=IDS).logits
-        surgery.quantize_cache(model, bits)
+        modules.quantize_cache(model, bits)
         rounded = model(input_ids=IDS).logits
     change = float((rounded - plain).norm() / plain.norm())
     assert 0.3 < change * (2 ** (bits - 1) - 1) < 3  # about half a step of each value, whatever the bits
@@ -350,14 +350,14 @@ def test_an_impossible_stored_scale_is_refused(run: Run, tmp_path: Path, llama: 
         (folder / "model.safetensors").unlink()
         packed.write(folder, matrices, others, tied=source.header.tied, settings=source.header.settings, provenance={})
         with pytest.raises(UserError, match=r"lm_head\.input_scale: it is not a positive float32 number"):
-            integration.load(folder)
+            transformers_plugin.load(folder)
     for bad in (torch.tensor(0.5), torch.tensor(128.0), torch.tensor(torch.inf), torch.ones(1), torch.tensor(1)):
         folder = shutil.copytree(source.folder, tmp_path / "bad", dirs_exist_ok=True)
         others = {**source.others(), "lm_head.input_zero_point": bad}
         (folder / "model.safetensors").unlink()
         packed.write(folder, matrices, others, tied=source.header.tied, settings=source.header.settings, provenance={})
         with pytest.raises(UserError, match=r"lm_head\.input_zero_point: it is not a whole float32 number"):
-            integration.load(folder)
+            transformers_plugin.load(folder)
     if kernels.is_native():
         (folder / "model.safetensors").unlink()
         others["lm_head.input_zero_point"] = torch.tensor(3.0)

@@ -14,13 +14,12 @@ from conftest import FAMILIES, GROUP_SIZE, VOCABULARY, family_config
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, OPTConfig, PreTrainedModel
 
-from edgerazor import formats, models, surgery
+from edgerazor import formats, models, modules
 from edgerazor.allocate import make_plan
 from edgerazor.errors import UserError
 from edgerazor.formats import Encoded, MatrixSpec
 from edgerazor.models import Site
-from edgerazor.recipe import Calibrate
-from edgerazor.surgery import (
+from edgerazor.modules import (
     LazyMatrix,
     PackedEmbedding,
     PackedLinear,
@@ -29,6 +28,7 @@ from edgerazor.surgery import (
     TrainingEmbedding,
     TrainingLinear,
 )
+from edgerazor.recipe import Calibrate
 
 IDS = torch.randint(2, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(0))
 
@@ -52,7 +52,7 @@ def prepared(family: str = "llama", bits: float = 1.88, activation_bits: int = 8
     model = model_of(family, **overrides)
     found = models.structure(model)
     plan = make_plan(found.sites, Calibrate(bits=bits, plan="interleave", group_size=GROUP_SIZE))
-    surgery.prepare_for_training(model, found, plan.specs(), Settings(activation_bits, 8, GROUP_SIZE))
+    modules.prepare_for_training(model, found, plan.specs(), Settings(activation_bits, 8, GROUP_SIZE))
     return model
 
 
@@ -183,7 +183,7 @@ def test_a_student_drops_nothing_out(config: Any) -> None:
     model = AutoModelForCausalLM.from_config(config).train()
     before = [model(input_ids=IDS, use_cache=False).logits for _ in range(2)]
     assert not torch.equal(*before)
-    surgery.without_dropout(model)
+    modules.without_dropout(model)
     seed = torch.get_rng_state()
     with torch.no_grad():
         one, other = (model(input_ids=IDS, use_cache=False).logits for _ in range(2))
@@ -294,11 +294,11 @@ def test_a_packed_matrix_is_read_once_when_first_needed() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_frozen_codes_are_those_of_the_master_weights(family: str, tied: bool) -> None:
     model = prepared(family, tie_word_embeddings=tied)
-    matrices = surgery.training_matrices(model)
+    matrices = modules.training_matrices(model)
     assert ("lm_head" in matrices) == (not tied)
     with torch.no_grad():
         before = model(input_ids=IDS, use_cache=False).logits
-        with surgery.frozen_codes(model) as digests:
+        with modules.frozen_codes(model) as digests:
             frozen = model(input_ids=IDS, use_cache=False).logits
             for module in matrices.values():
                 module.weight.mul_(1.7)  # frozen is frozen
@@ -308,16 +308,16 @@ def test_frozen_codes_are_those_of_the_master_weights(family: str, tied: bool) -
     assert digests.keys() == matrices.keys()
     assert all(module.frozen is None for module in matrices.values())
     fresh = prepared(family, tie_word_embeddings=tied)
-    for name, module in surgery.training_matrices(fresh).items():
+    for name, module in modules.training_matrices(fresh).items():
         encoded = formats.encode_matrix(module.weight.detach(), module.spec)
         assert digests[name] == formats.digest(encoded, module.spec)
 
 
 def test_frozen_codes_thaw_after_an_error() -> None:
     model = prepared()
-    with pytest.raises(RuntimeError), surgery.frozen_codes(model):
+    with pytest.raises(RuntimeError), modules.frozen_codes(model):
         raise RuntimeError
-    assert all(module.frozen is None for module in surgery.training_matrices(model).values())
+    assert all(module.frozen is None for module in modules.training_matrices(model).values())
 
 
 def test_a_tied_weight_collects_the_gradients_of_both_uses() -> None:
@@ -344,7 +344,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         found = models.structure(model)
         plan = make_plan(found.sites, Calibrate(bits=2.0, plan="interleave", group_size=GROUP_SIZE))
-        surgery.prepare_for_training(model, found, plan.specs(), Settings(8, 8, GROUP_SIZE))
+        modules.prepare_for_training(model, found, plan.specs(), Settings(8, 8, GROUP_SIZE))
         model(input_ids=IDS, use_cache=False).logits.square().mean().backward()
         return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
@@ -375,7 +375,7 @@ def test_only_keys_and_values_are_changed(family: str, monkeypatch: pytest.Monke
         before = [call() for call in calls]
         rounding = formats.fake_quantize_kv
         monkeypatch.setattr(formats, "fake_quantize_kv", nothing)
-        surgery.quantize_cache(model, 8)
+        modules.quantize_cache(model, 8)
         for call, expected in zip(calls, before, strict=True):
             torch.testing.assert_close(call(), expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
         heads = model.config.num_key_value_heads
@@ -390,10 +390,10 @@ def test_only_keys_and_values_are_changed(family: str, monkeypatch: pytest.Monke
 def test_capped_scores_need_eager_attention() -> None:
     model = model_of("gemma2")
     model.config._attn_implementation = "sdpa"
-    surgery.quantize_cache(model, 8)
+    modules.quantize_cache(model, 8)
     assert model.config._attn_implementation == "edgerazor_kv8_eager"
     plain = model_of("llama")
-    surgery.quantize_cache(plain, 16)
+    modules.quantize_cache(plain, 16)
     assert plain.config._attn_implementation == "sdpa"
 
 
@@ -407,12 +407,12 @@ def test_a_matrix_without_a_place_is_named() -> None:
         ("model.norm", (96, 1)),
     ):
         with pytest.raises(UserError, match=f"packed matrix {name} .* has no place in LlamaForCausalLM"):
-            surgery.install_packed(model_of("llama"), {name: shape}, {}, load, Settings(8, 8, 40), torch.float32)
+            modules.install_packed(model_of("llama"), {name: shape}, {}, load, Settings(8, 8, 40), torch.float32)
 
 
 def test_replace_puts_a_module_where_the_old_one_was(llama: Path) -> None:
     model, _ = models.load(llama)
     new = nn.Linear(96, 101, bias=False)
-    surgery.replace(model, "model.layers.1.mlp.up_proj", new)
+    modules.replace(model, "model.layers.1.mlp.up_proj", new)
     assert model.model.layers[1].mlp.up_proj is new
     assert "model.layers.1.mlp.up_proj.weight" in dict(model.named_parameters())

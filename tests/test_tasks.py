@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from edgerazor import tasks
 from edgerazor.console import Console
 from edgerazor.errors import UserError
-from edgerazor.tasks import _catalog, _local
-from edgerazor.tasks._quiet import LOGGERS, quiet_lm_eval
+from edgerazor.tasks import catalog, offline
+from edgerazor.tasks.quiet import LOGGERS, quiet_lm_eval
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "eval"
 TEXT = "Nora went to the mill. Ben has the red ball. Question: Where is Nora now? Answer: mill barn cave tower"
@@ -247,7 +247,7 @@ def test_local_items_give_the_registrys_bytes(name: str, form: str, tmp_path: Pa
 
 
 def test_every_conversion_has_an_example() -> None:
-    assert set(EXAMPLES) == set(_local.CONVERSIONS)
+    assert set(EXAMPLES) == set(offline.CONVERSIONS)
 
 
 @pytest.mark.slow
@@ -260,7 +260,7 @@ def test_shared_files_give_the_registrys_bytes() -> None:
         assert loaded_items.task.doc_to_text(document) == text
         assert [" " + choice for choice in loaded_items.task.doc_to_choice(document)] == continuations
         assert gold(loaded_items, 0) == right
-        assert loaded_items.items == _catalog.FULL_SIZES[name]
+        assert loaded_items.items == catalog.FULL_SIZES[name]
         assert loaded_items.full_set is True
         for index in range(1, loaded_items.items, 97):  # nothing is doubled anywhere in the file
             prompt = loaded_items.task.doc_to_text(loaded_items.task.eval_docs[index])
@@ -410,7 +410,7 @@ def test_missing_files_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert error.value.code == 2
     with pytest.raises(UserError, match="not a folder"):
         tasks.load(tasks.Request(("piqa",), str(tmp_path / "nowhere")))
-    monkeypatch.setattr(_catalog, "WORLD_FOLDER", tmp_path)
+    monkeypatch.setattr(catalog, "WORLD_FOLDER", tmp_path)
     with pytest.raises(UserError, match="items of world_recall are missing"):
         tasks.load(tasks.Request(("world",)))
 
@@ -435,7 +435,7 @@ def test_the_worlds_tasks_ask_as_the_teacher_was_taught(tmp_path: Path) -> None:
         assert list(entry.task.aggregation()) == ["acc"]
 
 
-@pytest.mark.skipif(not (_catalog.WORLD_FOLDER / "recall.jsonl").is_file(), reason="the world's items are not made yet")
+@pytest.mark.skipif(not (catalog.WORLD_FOLDER / "recall.jsonl").is_file(), reason="the world's items are not made yet")
 def test_the_worlds_items_are_whole() -> None:
     for entry in tasks.load(tasks.Request(("world",))):
         assert (entry.items, entry.full_set, entry.chance) == (1000, True, 0.25)
@@ -454,7 +454,7 @@ PAIRS = [
 def scorer_of(kind: str, batch_size: int, model: Any = None, tokenizer: Any = None) -> Any:
     from lm_eval.models.huggingface import HFLM
 
-    from edgerazor.tasks._scorer import EngineScorer, Scorer
+    from edgerazor.tasks.scorer import EngineScorer, Scorer
 
     model, tokenizer = model or make_model(), tokenizer or make_tokenizer()
     if kind == "lm-eval":
@@ -495,7 +495,7 @@ def test_long_texts_equal_lm_evals_own_class(kind: str) -> None:
 
 def test_an_engine_is_asked_for_the_same_tokens_and_for_few() -> None:
     """Inputs, predicted tokens, their number; and a prompt once for all its choices."""
-    from edgerazor.tasks._scorer import EngineScorer
+    from edgerazor.tasks.scorer import EngineScorer
 
     model, tokenizer = make_model(), make_tokenizer()
     with quiet_lm_eval():
@@ -519,7 +519,7 @@ def test_an_engine_is_asked_for_the_same_tokens_and_for_few() -> None:
 
 
 def test_examples_before_all_prompts_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgerazor.tasks import _scorer
+    from edgerazor.tasks import scorer as scorer_
 
     pairs = [(f"{TEXT}\n\nWhere is {who}?", f" {place}") for who in ("Ida", "Ben", "Tom") for place in ("mill", "hut")]
     requests = instances("loglikelihood", pairs)
@@ -527,10 +527,10 @@ def test_examples_before_all_prompts_are_computed_once(monkeypatch: pytest.Monke
     with quiet_lm_eval():
         expected = scorer_of("lm-eval", 3, model).loglikelihood(requests)
         for tokens, calls in ((4096, 1), (1, 6)):  # in pieces: as many calls as inputs, each with the prefix again
-            monkeypatch.setattr(_scorer, "CALL_TOKENS", tokens)
-            monkeypatch.setattr(_scorer, "CALL_PREFIXES", 0)
+            monkeypatch.setattr(scorer_, "CALL_TOKENS", tokens)
+            monkeypatch.setattr(scorer_, "CALL_PREFIXES", 0)
             engine = Engine(model, tokenizer)
-            found = _scorer.EngineScorer(engine, tokenizer, 4, Console(quiet=True), "tiny").loglikelihood(requests)
+            found = scorer_.EngineScorer(engine, tokenizer, 4, Console(quiet=True), "tiny").loglikelihood(requests)
             assert found == [(pytest.approx(value, abs=1e-4), greedy) for value, greedy in expected]
             assert [len(each) for each in engine.asked] == [1] * calls
     whole = tokenizer(f"{TEXT}\n\nWhere is ").input_ids
@@ -539,7 +539,7 @@ def test_examples_before_all_prompts_are_computed_once(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("ends", [1, [1, 40]])
 def test_written_answers_equal_lm_evals_own_class(ends: int | list[int]) -> None:
-    from edgerazor.tasks import _scorer
+    from edgerazor.tasks import scorer as scorer_
 
     model, tokenizer = make_model(seed=3), make_tokenizer()
     model.generation_config.eos_token_id = ends
@@ -555,9 +555,9 @@ def test_written_answers_equal_lm_evals_own_class(ends: int | list[int]) -> None
         for size in (1, 3):
             assert scorer_of("engine", size, model).generate_until(requests) == expected
     assert len(set(map(len, expected))) > 3
-    assert _scorer.is_greedy({"until": ["x"], "max_gen_toks": 3, "temperature": 0, "top_p": 0.9})
+    assert scorer_.is_greedy({"until": ["x"], "max_gen_toks": 3, "temperature": 0, "top_p": 0.9})
     for options in ({"do_sample": True, "temperature": 0.7}, {"temperature": 0.7}, {"repetition_penalty": 1.1}):
-        assert not _scorer.is_greedy(options)
+        assert not scorer_.is_greedy(options)
         with pytest.raises(ValueError, match="plain greedy text"), quiet_lm_eval():
             scorer_of("engine", 1).generate_until(
                 instances("generate_until", [("Where", {"until": [], "max_gen_toks": 9, **options})])

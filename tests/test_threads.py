@@ -11,11 +11,11 @@ import torch
 from _packed_folders import all_of, write_packed
 
 from edgerazor import runtime
+from edgerazor.benchmark import bandwidth
 from edgerazor.errors import UserError
 from edgerazor.kernels import native
-from edgerazor.packed import _threads
-from edgerazor.runtime import _weights
-from edgerazor.stages import _bandwidth
+from edgerazor.packed import threads
+from edgerazor.runtime import weights
 
 
 @pytest.fixture(params=[0, 1])
@@ -30,7 +30,7 @@ def few_threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    for module in (_threads, _weights):
+    for module in (threads, weights):
         monkeypatch.setattr(module, "cores", lambda: 3)
 
 
@@ -39,7 +39,7 @@ def test_work_is_done_once_and_failures_are_told() -> None:
     seen: list[int] = []
     done: list[None] = []
     before = torch.get_num_threads()
-    _threads.in_parallel([(1, lambda each=each: seen.append(each)) for each in range(9)], lambda: done.append(None))  # type: ignore[misc]
+    threads.in_parallel([(1, lambda each=each: seen.append(each)) for each in range(9)], lambda: done.append(None))  # type: ignore[misc]
     assert (sorted(seen), len(done)) == (list(range(9)), 9)
     assert torch.get_num_threads() == before
 
@@ -47,7 +47,7 @@ def test_work_is_done_once_and_failures_are_told() -> None:
         raise UserError("No.")
 
     with pytest.raises(UserError, match="No"):
-        _threads.in_parallel([(1, fail), (1, lambda: None), (1, fail)])
+        threads.in_parallel([(1, fail), (1, lambda: None), (1, fail)])
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +65,11 @@ def test_a_model_is_loaded(folder: Path, few_threads: None) -> None:
 
 @pytest.mark.usefixtures("few_threads")
 def test_bandwidth_of_threads_that_there_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_bandwidth, "BYTES", 1 << 16)
+    monkeypatch.setattr(bandwidth, "BYTES", 1 << 16)
     monkeypatch.setattr(native, "library", lambda: object())
 
     def read(_: Any) -> None: ...
 
     monkeypatch.setattr(native, "read", read)
     with pytest.raises(UserError, match="no 3 threads to measure with"):
-        _bandwidth.Bandwidth().measure(3)
+        bandwidth.Bandwidth().measure(3)

@@ -15,13 +15,15 @@ import torch
 from _tiny import Run, metrics, with_template, write_recipe
 from transformers import AutoTokenizer
 
+from edgerazor import job as jobs
 from edgerazor import recipe as recipes
+from edgerazor.calibration import generated_text
 from edgerazor.console import Console
 from edgerazor.data import MASKED, TokenRows, documents, open_rows, render, thinking_options
 from edgerazor.data.chat import conversation
 from edgerazor.errors import UserError
 from edgerazor.recipe import Source
-from edgerazor.stages import _shared, _writing, distill
+from edgerazor.stages import distill
 from edgerazor.workdir import WorkDir
 
 TEMPLATE = """{% for m in messages %}{{ '[' + m.role + ']' + m.content + eos_token }}{% endfor %}
@@ -132,7 +134,7 @@ def test_held_out_text_of_a_recipe_is_packed_alike(llama: Path, text_file: Path,
     tokenizer = AutoTokenizer.from_pretrained(llama)
     for packing, count in (("stream", 1), ("document", 4)):
         asked = recipes.build(recipes.merge(values, {"data": {"packing": packing}}))
-        _, rows = _shared.open_text(asked, WorkDir(tmp_path), tokenizer, 500)
+        _, rows = jobs.open_text(asked, WorkDir(tmp_path), tokenizer, 500)
         assert len(rows) == count
 
 
@@ -216,7 +218,7 @@ def test_the_teacher_does_not_think_unless_asked(
         seen.append(arguments[5])
         raise UserError("enough")
 
-    monkeypatch.setattr(_writing, "Writer", writer)
+    monkeypatch.setattr(generated_text, "Writer", writer)
     run("data", teacher, "--prompts", chat_file, "--out", tmp_path / "own.jsonl", *asked)
     assert seen == [given]
 

@@ -16,8 +16,8 @@ from _tiny import Run
 
 import edgerazor
 from edgerazor import models, recipe, untrusted
+from edgerazor.benchmark import engines
 from edgerazor.errors import FAILED, USAGE, UserError
-from edgerazor.stages import _engines
 from edgerazor.untrusted import weights
 from edgerazor.untrusted.documents import MOST_ENTRIES
 from edgerazor.workdir import WorkDir
@@ -376,10 +376,10 @@ def test_a_damaged_record_is_not_a_finished_stage(damage: str, tmp_path: Path) -
     [*DAMAGES.values(), '{"progress": {}, "inputs": [1], "random": {}}', '{"progress": 1, "inputs": {}, "random": {}}'],
 )
 def test_a_damaged_checkpoint(text: str, tmp_path: Path) -> None:
-    from edgerazor.stages import _checkpoint
+    from edgerazor.training import checkpoint
 
     (tmp_path / "state.json").write_text(text)
-    for read in (_checkpoint.stored_inputs, _checkpoint.stored_progress):
+    for read in (checkpoint.stored_inputs, checkpoint.stored_progress):
         with pytest.raises(UserError, match="is damaged and cannot be resumed") as wrong:
             read(tmp_path)
         assert "distill --force" in wrong.value.hint
@@ -436,5 +436,5 @@ def test_bench_runs_no_code_of_a_model(llama: Path, tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "x.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     with pytest.raises(UserError, match="code"):
-        _engines.Teacher(folder, 1)
+        engines.Teacher(folder, 1)
     assert not (tmp_path / "ran").exists()

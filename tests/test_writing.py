@@ -15,24 +15,17 @@ from _packed_folders import all_of, write_packed
 from _tiny import Run, write_recipe
 from pydantic import BaseModel
 
-from edgerazor import exports, formats, packed, pipeline
+from edgerazor import exporters, formats, packed, pipeline
+from edgerazor import job as jobs
 from edgerazor import recipe as recipes
 from edgerazor.console import Console
 from edgerazor.errors import UserError
 from edgerazor.formats import MatrixSpec
-from edgerazor.packed import MatrixSource, PackedModel
+from edgerazor.packed import MatrixSource, PackedModel, shipping
 from edgerazor.recipe import Recipe
-from edgerazor.stages import _checkpoint, _shared, _shipping
-from edgerazor.stages import data as data_stage
-from edgerazor.workdir import (
-    WorkDir,
-    find_folder,
-    record_of,
-    recover_folder,
-    replace_folder,
-    share,
-    write_json,
-)
+from edgerazor.stages import write_data as data_stage
+from edgerazor.training import checkpoint
+from edgerazor.workdir import WorkDir, find_folder, record_of, recover_folder, replace_folder, share, write_json
 
 
 def source(name: str, seed: int) -> MatrixSource:
@@ -156,21 +149,21 @@ def packed_folder(llama: Path, tmp_path: Path) -> Path:
 def test_compressing_is_killed_at_every_deed(packed_folder: Path, tmp_path: Path, compress: bool) -> None:
     """A reader finds the old model or the new one; the same command again finishes, and nothing is left behind."""
     quiet = Console(quiet=True)
-    _shipping.recompress(packed_folder, True, quiet)
+    shipping.recompress(packed_folder, True, quiet)
     compressed = files_of(packed_folder)
-    _shipping.recompress(packed_folder, False, quiet)
+    shipping.recompress(packed_folder, False, quiet)
     plain = files_of(packed_folder)
     old, new = (plain, compressed) if compress else (compressed, plain)
     moment, seen = 1, []
     while True:
-        _shipping.recompress(packed_folder, not compress, quiet)
-        if not die_at(moment, lambda: _shipping.recompress(packed_folder, compress, quiet)):
+        shipping.recompress(packed_folder, not compress, quiet)
+        if not die_at(moment, lambda: shipping.recompress(packed_folder, compress, quiet)):
             break
         PackedModel.open(packed_folder).verify()  # as `show` and `generate` do
         found = files_of(packed_folder)
         assert found in (old, new), moment
         seen.append(found == new)
-        _shipping.recompress(packed_folder, compress, quiet)
+        shipping.recompress(packed_folder, compress, quiet)
         assert files_of(packed_folder) == new
         moment = stride(moment)
     assert set(seen) == {True, False}
@@ -182,7 +175,7 @@ def test_exporting_is_killed_at_every_deed(packed_folder: Path, tmp_path: Path, 
     target = tmp_path / "exports"
 
     def export() -> None:
-        exports.write_all(packed_folder, [name], target, True, Console(quiet=True))
+        exporters.write_all(packed_folder, [name], target, True, Console(quiet=True))
 
     export()
     new, old = files_of(target / name), {"old": b"old"}
@@ -205,8 +198,8 @@ def test_exporting_is_killed_at_every_deed(packed_folder: Path, tmp_path: Path, 
 def test_distilled_data_are_killed_at_every_deed(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same command again goes on, and the file becomes the same."""
     recipe = recipes.build({"model": str(llama), "sampling": {"batch_size": 2, "answer_tokens": 6}})
-    teacher = _shared.load_teacher(recipe, torch.device("cpu"), torch.float32)
-    monkeypatch.setattr(_shared, "load_teacher", lambda *_: teacher)
+    teacher = jobs.load_teacher(recipe, torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(jobs, "load_teacher", lambda *_: teacher)
     out = tmp_path / "out" / "rows.jsonl"
 
     def write(to: Path = out) -> None:
@@ -233,7 +226,7 @@ def test_a_checkpoint_is_killed_at_every_deed(tmp_path: Path) -> None:
     folder = work.checkpoint("current")
 
     def save(step: int) -> None:
-        _checkpoint.save(folder, model, optimizer, _checkpoint.Progress(step=step), {})
+        checkpoint.save(folder, model, optimizer, checkpoint.Progress(step=step), {})
 
     moment, seen = 1, []
     while True:
@@ -241,7 +234,7 @@ def test_a_checkpoint_is_killed_at_every_deed(tmp_path: Path) -> None:
         if not die_at(moment, lambda: save(2)):
             break
         work.recover()
-        progress = _checkpoint.restore(folder, model, optimizer)
+        progress = checkpoint.restore(folder, model, optimizer)
         assert progress is not None
         seen.append(progress.step)
         assert [path.name for path in folder.parent.iterdir()] == ["current"]
@@ -411,9 +404,9 @@ def test_what_has_a_name_disappears_with_the_others(tmp_path: Path, monkeypatch:
 
 def test_memory_is_foretold(monkeypatch: pytest.MonkeyPatch) -> None:
     """By hand, on two cores: codes, those of the rows of one format again where formats mix, and what is written."""
-    from edgerazor.packed import _threads
+    from edgerazor.packed import threads
 
-    monkeypatch.setattr(_threads, "cores", lambda: 2)
+    monkeypatch.setattr(threads, "cores", lambda: 2)
     uniform = MatrixSpec(("int8",), 64)
     mixed = MatrixSpec(("int8", "int4"), 64, (torch.arange(32) % 2).to(torch.uint8))
     small, large = (uniform, (16, 64)), (mixed, (32, 64))
@@ -422,9 +415,9 @@ def test_memory_is_foretold(monkeypatch: pytest.MonkeyPatch) -> None:
     assert packed.working_memory([small]) == least
     assert packed.working_memory([small] * 3) == 2 * least
     assert packed.working_memory([small, large, small]) == most + least
-    monkeypatch.setattr(_threads, "IN_WORK", 3071)  # too few for the small one beside the large one
+    monkeypatch.setattr(threads, "IN_WORK", 3071)  # too few for the small one beside the large one
     assert packed.working_memory([small, large, small]) == most
-    monkeypatch.setattr(_threads, "IN_WORK", 1)
+    monkeypatch.setattr(threads, "IN_WORK", 1)
     assert packed.working_memory([small] * 3) == least
 
 

@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor
 
 from edgerazor import formats
-from edgerazor.attention import UNIMPORTANT_BITS
 from edgerazor.formats import MatrixSpec
+from edgerazor.modules.attention import UNIMPORTANT_BITS
 
 
 class MatrixPlan(BaseModel):

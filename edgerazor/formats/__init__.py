@@ -6,19 +6,20 @@ different formats), `_learned.py` (scales that are trained), `_start.py` (better
 """
 
 from edgerazor import registry
-from edgerazor.formats._activations import (
+from edgerazor.formats.core.activations import (
     fake_quantize_activations,
     fake_quantize_kv,
     fake_quantize_probabilities,
     quantize_activations,
 )
-from edgerazor.formats._base import Encoded, Format, group_count, straight_through
-from edgerazor.formats._indices import index_columns
-from edgerazor.formats._joined import joined, joined_blocks, separated
-from edgerazor.formats._layout import ROWS
-from edgerazor.formats._learned import carried_weight, gradient_inlet, initial_scales, learned_weight, stored_scales
-from edgerazor.formats._least_error import reaching_units, search_with
-from edgerazor.formats._matrix import (
+from edgerazor.formats.core.base import Encoded, Format, group_count, straight_through
+from edgerazor.formats.core.gptq import clipped, compensated
+from edgerazor.formats.core.indices import index_columns
+from edgerazor.formats.core.joined import joined, joined_blocks, separated
+from edgerazor.formats.core.layout import ROWS
+from edgerazor.formats.core.least_error import reaching_units, search_with
+from edgerazor.formats.core.lsq import carried_weight, gradient_inlet, initial_scales, learned_weight, stored_scales
+from edgerazor.formats.core.matrix import (
     BLOCK_FORMATS,
     ROW_FORMATS,
     SCALES,
@@ -40,8 +41,7 @@ from edgerazor.formats._matrix import (
     unpack_matrix,
     unpack_spec,
 )
-from edgerazor.formats._start import clipped, compensated
-from edgerazor.formats._static import (
+from edgerazor.formats.core.static import (
     INPUT_SCALE,
     INPUT_ZERO_POINT,
     LOW_INPUT_SCALE,
@@ -54,7 +54,7 @@ from edgerazor.formats._static import (
     quantize_static,
     whole_zero_point,
 )
-from edgerazor.formats._streams import Streams, from_streams, scale_stream_bytes, stream_bytes, to_streams
+from edgerazor.formats.core.streams import Streams, from_streams, scale_stream_bytes, stream_bytes, to_streams
 
 __all__ = [
     "BLOCK_FORMATS",

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from edgerazor.formats._base import Format, absolute_sum
-from edgerazor.formats._least_error import Ladder, geometric
+from edgerazor.formats.core.base import Format, absolute_sum
+from edgerazor.formats.core.least_error import Ladder, geometric
 
 
 class HalfOffset(Format):

@@ -1,5 +1,5 @@
 """Four-bit integers, -8 to 7: near lossless after training, and what embeddings and heads are stored in. Two a byte."""
 
-from edgerazor.formats._absmax import Absmax
+from edgerazor.formats.core.absmax import Absmax
 
 FORMAT = Absmax(bits=4)

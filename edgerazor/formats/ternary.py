@@ -17,9 +17,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from edgerazor.formats._base import Format, absolute_sum
-from edgerazor.formats._layout import every_byte, pack_plane, unpack_plane
-from edgerazor.formats._least_error import Ladder, geometric
+from edgerazor.formats.core.base import Format, absolute_sum
+from edgerazor.formats.core.layout import every_byte, pack_plane, unpack_plane
+from edgerazor.formats.core.least_error import Ladder, geometric
 
 DIGITS = 5  # base-3 digits that a byte holds
 LARGEST_BYTE = 3**DIGITS - 1

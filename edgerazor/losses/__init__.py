@@ -13,9 +13,9 @@ from torch import Tensor
 
 from edgerazor import registry
 from edgerazor.errors import usage_error
-from edgerazor.losses._base import MASKED, Attention, Head, Loss, Outputs, StepTotals, predicting, step_counts
-from edgerazor.losses._layers import METRICS, layer_metric
-from edgerazor.losses._rows import RowLoss, Rows, chunks, row_losses
+from edgerazor.losses.core.base import MASKED, Attention, Head, Loss, Outputs, StepTotals, predicting, step_counts
+from edgerazor.losses.core.layers import METRICS, layer_metric
+from edgerazor.losses.core.rows import RowLoss, Rows, chunks, row_losses
 
 __all__ = [
     "MASKED",

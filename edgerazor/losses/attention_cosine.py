@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from edgerazor.losses._maps import MapLoss
+from edgerazor.losses.core.maps import MapLoss
 
 
 class AttentionCosine(MapLoss):

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from edgerazor.losses._base import positive
-from edgerazor.losses._maps import MapLoss, map_kl
+from edgerazor.losses.core.base import positive
+from edgerazor.losses.core.maps import MapLoss, map_kl
 
 
 class AttentionKL(MapLoss):

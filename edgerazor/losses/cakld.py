@@ -12,9 +12,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from edgerazor.losses._base import positive
-from edgerazor.losses._kl import mixed_kl
-from edgerazor.losses._rows import RowLoss, Rows
+from edgerazor.losses.core.base import positive
+from edgerazor.losses.core.kl import mixed_kl
+from edgerazor.losses.core.rows import RowLoss, Rows
 
 #: Mean probability that the teacher gives to the tokens of the text.
 CONFIDENCE = "teacher_confidence"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from edgerazor.losses._rows import RowLoss, Rows
+from edgerazor.losses.core.rows import RowLoss, Rows
 
 
 class CrossEntropy(RowLoss):

@@ -18,9 +18,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from edgerazor.errors import usage_error
-from edgerazor.losses._base import positive
-from edgerazor.losses._kl import entropy, mixed_kl
-from edgerazor.losses._rows import RowLoss, Rows
+from edgerazor.losses.core.base import positive
+from edgerazor.losses.core.kl import entropy, mixed_kl
+from edgerazor.losses.core.rows import RowLoss, Rows
 
 #: Mean entropy of the teacher's next-token distribution over the step, in nats; at temperature 1.
 ENTROPY = "teacher_entropy"

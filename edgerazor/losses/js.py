@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from edgerazor.errors import usage_error
-from edgerazor.losses._base import positive
-from edgerazor.losses._kl import jensen_shannon
-from edgerazor.losses._rows import RowLoss, Rows
+from edgerazor.losses.core.base import positive
+from edgerazor.losses.core.kl import jensen_shannon
+from edgerazor.losses.core.rows import RowLoss, Rows
 
 
 class JensenShannon(RowLoss):

@@ -19,8 +19,8 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from edgerazor.errors import usage_error
-from edgerazor.losses._base import Loss, Outputs, StepTotals, exact, predicting, require_teacher, sample_weights
-from edgerazor.losses._layers import METRICS, fixed, layers_option, measure, numbered
+from edgerazor.losses.core.base import Loss, Outputs, StepTotals, exact, predicting, require_teacher, sample_weights
+from edgerazor.losses.core.layers import METRICS, fixed, layers_option, measure, numbered
 
 
 def least_similar(similarities: Sequence[float], k: int) -> tuple[int, ...]:

@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from edgerazor.losses._base import Loss, Outputs, StepTotals, exact, positive, predicting, sample_weights
-from edgerazor.losses._layers import fixed, layers_option, numbered
-from edgerazor.losses._maps import layer_attention
+from edgerazor.losses.core.base import Loss, Outputs, StepTotals, exact, positive, predicting, sample_weights
+from edgerazor.losses.core.layers import fixed, layers_option, numbered
+from edgerazor.losses.core.maps import layer_attention
 
 
 class QueryKeyEntropy(Loss):

@@ -11,8 +11,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from edgerazor.errors import usage_error
-from edgerazor.losses._base import Attention, positive
-from edgerazor.losses._maps import MapLoss, Sides, map_kl
+from edgerazor.losses.core.base import Attention, positive
+from edgerazor.losses.core.maps import MapLoss, Sides, map_kl
 
 #: option -> what is related with itself
 PARTS = {"query": ("query",), "key": ("key",), "value": ("value",), "both": ("key", "value")}

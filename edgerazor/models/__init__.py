@@ -6,7 +6,7 @@ that holds one list of equal decoder layers, with `nn.Linear` inside, an input e
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from edgerazor.models.attention import (
+from edgerazor.models.attention_capture import (
     attend,
     attention_base,
     capture_attention,
@@ -19,6 +19,7 @@ from edgerazor.models.attention import (
 from edgerazor.models.blocks import Blocks
 from edgerazor.models.compatibility import cache_name, checkpoint_activations, with_cache
 from edgerazor.models.hidden import capture_hidden, final_states, logit_shape
+from edgerazor.models.layerwise import Observer, Walk, drop_pages
 from edgerazor.models.loading import (
     auto_config,
     caps_attention,
@@ -39,7 +40,6 @@ from edgerazor.models.loading import (
     stored_shapes,
 )
 from edgerazor.models.structure import Site, Structure, embedding_scale, find_head, structure
-from edgerazor.models.walking import Observer, Walk, drop_pages
 
 __all__ = [
     "Blocks",

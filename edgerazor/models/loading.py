@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from edgerazor import untrusted
 from edgerazor.errors import UserError, plain, usage_error
-from edgerazor.models.walking import drop_pages
+from edgerazor.models.layerwise import drop_pages
 from edgerazor.untrusted import links, vocabulary, weights
 from edgerazor.untrusted.tokenizer import open_tokenizer
 from edgerazor.workdir import digest_json, hash_file

@@ -72,7 +72,7 @@ digest are checked when it is first read. Anything wrong is a `UserError` of one
 while it is mapped ends the process, as the system has it: replace files, never rewrite them.)
 """
 
-from edgerazor.packed._container import (
+from edgerazor.packed.container import (
     DTYPE_NAMES,
     DTYPES,
     INDEX_FILE,
@@ -81,8 +81,8 @@ from edgerazor.packed._container import (
     TensorSpec,
     tensor_spec,
 )
-from edgerazor.packed._entropy import ClassBits, bits_table, matrix_entropy_bytes
-from edgerazor.packed._header import (
+from edgerazor.packed.entropy import ClassBits, bits_table, matrix_entropy_bytes
+from edgerazor.packed.header import (
     ANY_SHA256,
     CHECKSUMS,
     SETTINGS,
@@ -94,11 +94,11 @@ from edgerazor.packed._header import (
     has_zero_points,
     part_name,
 )
-from edgerazor.packed._reading import PackedMatrix, PackedModel, verify_digests
-from edgerazor.packed._rewriting import rewrite
-from edgerazor.packed._sizes import ClassSize, SizeTable, TensorClass, size_table
-from edgerazor.packed._threads import cores, in_parallel
-from edgerazor.packed._writing import FolderSize, MatrixSource, predict, working_memory, write
+from edgerazor.packed.reading import PackedMatrix, PackedModel, verify_digests
+from edgerazor.packed.rewriting import rewrite
+from edgerazor.packed.sizes import ClassSize, SizeTable, TensorClass, size_table
+from edgerazor.packed.threads import cores, in_parallel
+from edgerazor.packed.writing import FolderSize, MatrixSource, predict, working_memory, write
 
 __all__ = [
     "ANY_SHA256",

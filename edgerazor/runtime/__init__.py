@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 
-from edgerazor import integration
+from edgerazor import transformers_plugin
 from edgerazor.errors import MOST_THREADS, plain, usage_error
-from edgerazor.runtime._base import Model, Score, Session
-from edgerazor.runtime._families import NotNativeError
-from edgerazor.runtime._generation import Chat, Generation, Stream
-from edgerazor.runtime._native import NativeModel
-from edgerazor.runtime._positions import max_positions
-from edgerazor.runtime._transformers import TransformersModel
+from edgerazor.runtime.engine import Model, Score, Session
+from edgerazor.runtime.families import NotNativeError
+from edgerazor.runtime.generation import Chat, Generation, Stream
+from edgerazor.runtime.native_model import NativeModel
+from edgerazor.runtime.positions import max_positions
+from edgerazor.runtime.transformers_model import TransformersModel
 
 __all__ = [
     "ENGINES",
@@ -62,7 +62,7 @@ def load(
     if engine == "transformers":
         return TransformersModel(folder, threads, None)
     try:
-        return NativeModel(*integration.open_folder(folder), threads, mmap)
+        return NativeModel(*transformers_plugin.open_folder(folder), threads, mmap)
     except NotNativeError as error:
         if engine == "native":
             raise usage_error(f"The native engine cannot run {folder}: {error.reason}.", error.hint) from None

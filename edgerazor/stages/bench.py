@@ -23,13 +23,13 @@ import torch
 from pydantic import BaseModel, Field
 from rich.console import RenderableType
 
-from edgerazor import integration, kernels, models
+from edgerazor import job, kernels, models, transformers_plugin
+from edgerazor.benchmark import peers as peers_
+from edgerazor.benchmark.bandwidth import BYTES, Bandwidth
+from edgerazor.benchmark.engines import Phase, Round, Served, Speed, Start, ask, worker
 from edgerazor.console import Console, Tracker, megabytes, table
 from edgerazor.errors import UserError
 from edgerazor.recipe import Recipe
-from edgerazor.stages import _peers, _shared
-from edgerazor.stages._bandwidth import BYTES, Bandwidth
-from edgerazor.stages._engines import Phase, Round, Served, Speed, Start, ask, worker
 from edgerazor.workdir import WorkDir, hash_folder, machine, make_folder, write_json
 
 NAME = "bench"
@@ -136,13 +136,13 @@ def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
     packed = work.manifest("pack")
     return {
         "pack": packed.fingerprint() if packed else "missing",
-        "model": _shared.teacher_fingerprint(recipe),
+        "model": job.teacher_fingerprint(recipe),
         "threads": str(recipe.threads or "all"),
         "machine": machine(),
         "kernel": kernels.name(),
-        **{each.name: str(each.path) for each in _peers.programs(recipe.bench)},
+        **{each.name: str(each.path) for each in peers_.programs(recipe.bench)},
         **{f"compare {name}": hash_folder(Path(folder)) for name, folder in recipe.compare.items()},
-        **_shared.settings(NAME, recipe.bench),
+        **job.settings(NAME, recipe.bench),
     }
 
 
@@ -191,7 +191,7 @@ def started(recipe: Recipe, work: WorkDir, stack: ExitStack, notes: list[str]) -
         if name == MAPPED and not in_place:
             notes.append("Only the native engine can choose to read weights in place, so --mmap measures nothing more.")
             continue
-        for threads in [(each,) for each in counts] if integration.is_packed(folder) else [counts]:
+        for threads in [(each,) for each in counts] if transformers_plugin.is_packed(folder) else [counts]:
             link = stack.enter_context(worker(Start(folder, max(threads), mmap=name == MAPPED)))
             about = ask(link, "about")
             in_place = in_place and about["engine"] == "native"
@@ -202,21 +202,21 @@ def started(recipe: Recipe, work: WorkDir, stack: ExitStack, notes: list[str]) -
 
 def peers(recipe: Recipe, work: WorkDir, notes: list[str]) -> Iterator[Subject]:
     """Programs of others that are here, with each of the files that hold the packed model."""
-    programs = _peers.programs(recipe.bench)
+    programs = peers_.programs(recipe.bench)
     if not programs:
         return
     packed = work.manifest("pack")
     assert packed is not None
     try:
-        files = _peers.files(work.folder("pack"), work.progress(NAME, "gguf"), packed.fingerprint())
+        files = peers_.files(work.folder("pack"), work.progress(NAME, "gguf"), packed.fingerprint())
     except UserError as error:
         notes.append(f"Not beside {' and '.join(each.name for each in programs)}: {error}")
         return
     for program in programs:
         for file in files:
             name = f"{program.name} {file.type}"
-            measure = partial(_peers.measure, program, file)
-            yield Subject(name, thread_counts(recipe), measure, partial(_peers.about, program, file), foreign=True)
+            measure = partial(peers_.measure, program, file)
+            yield Subject(name, thread_counts(recipe), measure, partial(peers_.about, program, file), foreign=True)
 
 
 def one_round(
@@ -293,7 +293,7 @@ def one_run(engine: Engine, threads: int, phase: Phase, context: int, rate: floa
 def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> BenchDryRun:
     """What would be measured, and about how long it would take (from one round of the teacher)."""
     folders, counts = folders_of(recipe, work), thread_counts(recipe)
-    programs = _peers.programs(recipe.bench)
+    programs = peers_.programs(recipe.bench)
     bench = recipe.bench
     began = time.monotonic()
     teacher = Served(Start(folders[TEACHER], max(counts)))

@@ -9,13 +9,13 @@ Walks calibration text through the teacher, one decoder layer at a time, and kee
 * `<module>.input_scale`, float32 [], where activations have stored scales: the one with the least squared error for
   the input of a linear layer or the head, and `<module>.low_input_scale` at the bits of unimportant tokens;
 * `importance_threshold`, float32 [layers], where tokens have bits of their own: see `attention.py`;
-* `damage/<estimate>/<module>`, float32 [formats, rows], nats of KL per token: see `_sensitivity.py`; its metadata names
+* `damage/<estimate>/<module>`, float32 [formats, rows], nats of KL per token: see `analysis.py`; its metadata names
   the formats;
 * `alone/<module>`, float32 [formats], the same of the whole module when nothing else is rounded;
 
 and writes the plan: a format for every row, tensor or block of every matrix (`allocate/`), with a summary of what was
 measured in `sensitivity.json`. What was measured serves every budget.
-Where training is to start from codes that take text to find, they are made then (`_start.py`).
+Where training is to start from codes that take text to find, they are made then (`initialization.py`).
 """
 
 from __future__ import annotations
@@ -35,13 +35,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from edgerazor import attention, data, formats, models, untrusted
+from edgerazor import data, formats, models, untrusted
+from edgerazor import job as jobs
 from edgerazor.allocate import Damages, Plan, candidates_of, measures, shortfall
+from edgerazor.calibration import generated_text, initialization, observers
 from edgerazor.console import Console, duration, megabytes, table
 from edgerazor.errors import INTERRUPTED, UserError
 from edgerazor.models import PreTrainedModel, PreTrainedTokenizerBase
+from edgerazor.modules import attention
 from edgerazor.recipe import Recipe, Sampling
-from edgerazor.stages import _observers, _sensitivity, _shared, _start, _writing
+from edgerazor.sensitivity import analysis
 from edgerazor.workdir import (
     WorkDir,
     digest_json,
@@ -100,13 +103,13 @@ class CalibrateDryRun(BaseModel):
 def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
     """Everything the result depends on."""
     return {
-        "model": _shared.teacher_fingerprint(recipe),
-        "data": _shared.data_fingerprint(recipe),
+        "model": jobs.teacher_fingerprint(recipe),
+        "data": jobs.data_fingerprint(recipe),
         "data.sequence_length": str(recipe.data.sequence_length),
         "data.packing": recipe.data.packing,
-        **_shared.row_settings(recipe),
+        **jobs.row_settings(recipe),
         "seed": str(recipe.seed),
-        **_shared.settings("calibrate", recipe.calibrate, skip=("batch_size",)),
+        **jobs.settings("calibrate", recipe.calibrate, skip=("batch_size",)),
     }
 
 
@@ -116,11 +119,11 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateResult:
     Raises:
         UserError: interrupted; the same command goes on from there.
     """
-    device = _shared.device_of(recipe)
-    teacher, tokenizer = _shared.load_teacher(recipe, torch.device("cpu"))
+    device = jobs.device_of(recipe)
+    teacher, tokenizer = jobs.load_teacher(recipe, torch.device("cpu"))
     found = models.structure(teacher)
-    _shared.check_attention(teacher, recipe.calibrate)
-    length = _shared.sequence_length(recipe, teacher)
+    jobs.check_attention(teacher, recipe.calibrate)
+    length = jobs.sequence_length(recipe, teacher)
     make_folder(work.folder(NAME))
     tensors = stored_statistics(recipe, work)
     text = "the recipe's data"
@@ -128,7 +131,7 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateResult:
         text = "written by the teacher, since no --data was given"
         if tensors is None or not work.generated_text.exists():
             provide_own_text(recipe, work, device, length, console)
-    rows, _ = _shared.open_text(recipe, work, tokenizer, length)
+    rows, _ = jobs.open_text(recipe, work, tokenizer, length)
     shape = models.logit_shape(teacher, found.head_path)  # a walk leaves a model that cannot compute as a whole
     job = Job(recipe, work, teacher, found, rows, length, device, console, shape)
     try:
@@ -151,8 +154,8 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateResult:
         write_json(work.sensitivity_file, study)
     else:  # of an earlier plan
         work.sensitivity_file.unlink(missing_ok=True)
-    if recipe.calibrate.start in _shared.MADE_STARTS:
-        _start.write(recipe, work, plan, rows, console)
+    if recipe.calibrate.start in jobs.MADE_STARTS:
+        initialization.write(recipe, work, plan, rows, console)
     result = result_of(job, plan, study, tensors, text)
     write_json(work.result_file(NAME), result.model_dump(mode="json"))
     return result
@@ -160,7 +163,7 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateResult:
 
 def result_of(job: Job, plan: Plan, study: dict[str, Any], tensors: dict[str, Tensor], text: str) -> CalibrateResult:
     """What was decided, from the plan, what `sensitivity.json` says, and the statistics."""
-    size = _shared.packed_size(job.recipe, job.teacher, job.found, work=job.work)(plan)
+    size = jobs.packed_size(job.recipe, job.teacher, job.found, work=job.work)(plan)
     return CalibrateResult(
         model=job.recipe.model,
         notation=plan.notation(),
@@ -201,19 +204,19 @@ class Job:
         """How many sequences sensitivity is asked to be estimated from; of little text there are fewer."""
         weights = sum(p.numel() for p in self.teacher.parameters())
         tokens = self.recipe.calibrate.sensitivity_tokens
-        return _sensitivity.sequences_of(tokens or _sensitivity.affordable_tokens(weights, self.device), self.length)
+        return analysis.sequences_of(tokens or analysis.affordable_tokens(weights, self.device), self.length)
 
     @functools.cached_property
-    def study(self) -> _sensitivity.Study:
+    def study(self) -> analysis.Study:
         """The teacher, ready to be studied on some of the text."""
         settings = self.recipe.calibrate
         assert self.rows is not None
         batches = self.batches(min(self.studied_sequences, len(self.rows) or self.studied_sequences))
 
-        def walk(name: str, change: _sensitivity.Change | None) -> models.Walk:
+        def walk(name: str, change: analysis.Change | None) -> models.Walk:
             return walk_of(self, f"sensitivity/{name}", batches, change)
 
-        return _sensitivity.Study(
+        return analysis.Study(
             model=self.teacher,
             found=self.found,
             logit_shape=self.logit_shape,
@@ -261,7 +264,7 @@ def statistics_in(path: Path, recipe: Recipe) -> dict[str, Tensor] | None:
         AttributeError,
     ):  # among them a format that was not measured
         return None
-    of_formats = ("damage/", _sensitivity.ALONE)
+    of_formats = ("damage/", analysis.ALONE)
     return {name: value[needed] if name.startswith(of_formats) else value for name, value in tensors.items()}
 
 
@@ -279,9 +282,9 @@ def statistics_identity(recipe: Recipe) -> dict[str, Any]:
     names = ["group_size", "activation_bits", "activation_scales", "adaptive_tokens", "sequences", "batch_size"]
     names += ["sensitivity", "sensitivity_tokens", "sensitivity_points"] if measured else []
     asked = {
-        "model": _shared.teacher_fingerprint(recipe),
-        "data": [_shared.data_fingerprint(recipe), recipe.data.sequence_length, recipe.data.packing],
-        **_shared.row_settings(recipe),
+        "model": jobs.teacher_fingerprint(recipe),
+        "data": [jobs.data_fingerprint(recipe), recipe.data.sequence_length, recipe.data.packing],
+        **jobs.row_settings(recipe),
         "seed": recipe.seed,
         "settings": {name: getattr(settings, name) for name in names},
         "published": measured and settings.start == "rule",
@@ -301,7 +304,7 @@ def measure(job: Job) -> dict[str, Tensor]:
             moments = {site.name: tensors[f"input_second_moment/{site.name}"] for site in job.found.linears}
             damages = study.hessian(moments) if estimate == "hessian" else getattr(study, estimate)()
             tensors |= {f"damage/{estimate}/{name}": value.float().contiguous() for name, value in damages.items()}
-        tensors |= {_sensitivity.ALONE + name: value.float() for name, value in study.alone().items()}
+        tensors |= {analysis.ALONE + name: value.float() for name, value in study.alone().items()}
     if recipe.calibrate.adaptive_tokens == "causal":
         tensors["importance_threshold"] = find_thresholds(job, batches)
     return tensors
@@ -320,9 +323,9 @@ def decide(job: Job, tensors: dict[str, Tensor]) -> tuple[Plan, dict[str, Any]]:
     """The plan, and what `sensitivity.json` says of it (nothing where the plan measures nothing)."""
     recipe = job.recipe
     if not measures(recipe.calibrate):
-        return _shared.new_plan(recipe, job.teacher, job.found), {}
+        return jobs.new_plan(recipe, job.teacher, job.found), {}
     choices = damages_of(recipe, tensors)
-    plans = {each.estimate: _shared.new_plan(recipe, job.teacher, job.found, each) for each in choices}
+    plans = {each.estimate: jobs.new_plan(recipe, job.teacher, job.found, each) for each in choices}
     study = job.study
     measured = {estimate: study.measure(linear_specs(plan)) for estimate, plan in plans.items()}
     best = min(measured, key=lambda estimate: measured[estimate])
@@ -338,7 +341,7 @@ def decide(job: Job, tensors: dict[str, Tensor]) -> tuple[Plan, dict[str, Any]]:
             "rows": site.rows,
             "columns": site.columns,
             "damage": by_format(chosen.rows[site.name].sum(1)),
-            "alone": by_format(tensors[_sensitivity.ALONE + site.name]),
+            "alone": by_format(tensors[analysis.ALONE + site.name]),
         }
         for site in job.found.sites
     ]
@@ -364,7 +367,7 @@ def damages_of(recipe: Recipe, tensors: dict[str, Tensor]) -> list[Damages]:
             found.setdefault(estimate, {})[module] = value.double()
     asked = recipe.calibrate.sensitivity
     if asked == "auto":
-        found["combined"] = _sensitivity.combined(found["fisher"], found["integrated"])
+        found["combined"] = analysis.combined(found["fisher"], found["integrated"])
     others = {name: value for name, value in found["fisher"].items() if len(value[0]) == 1}
     names = [asked] if asked != "auto" else ["fisher", "integrated", "combined"]
     return [Damages(name, metadata, {**others, **found[name]}, name != "hessian") for name in names]
@@ -386,19 +389,19 @@ def batches_of(recipe: Recipe, rows: data.TokenRows, sequences: int | None = Non
 
 
 def walk_of(
-    job: Job, name: str, batches: list[tuple[Tensor, Tensor]], change: _sensitivity.Change | None = None
+    job: Job, name: str, batches: list[tuple[Tensor, Tensor]], change: analysis.Change | None = None
 ) -> models.Walk:
     """A walk of batches through the teacher, which goes on where one of the same name was killed."""
-    dtype, folder = _shared.walking_dtype(job.teacher, job.device), job.work.progress(NAME, name)
-    identity = f"{_shared.teacher_fingerprint(job.recipe)} {name}"
+    dtype, folder = jobs.walking_dtype(job.teacher, job.device), job.work.progress(NAME, name)
+    identity = f"{jobs.teacher_fingerprint(job.recipe)} {name}"
     return models.Walk(job.teacher, job.found, batches, folder, dtype, job.device, identity, job.console, change)
 
 
 def observe(recipe: Recipe, walk: models.Walk) -> dict[str, Tensor]:
     """Second moments of linear inputs, metrics of layers, and stored scales of inputs, as the file names them."""
-    moments, metrics = _observers.SecondMoments(), _observers.LayerMetrics(walk.found.layer_count, walk.final)
-    ranges = _observers.InputRanges(walk.found.head_path)
-    wanted = _shared.stored_input_scales(recipe.calibrate, walk.model, walk.found)
+    moments, metrics = observers.SecondMoments(), observers.LayerMetrics(walk.found.layer_count, walk.final)
+    ranges = observers.InputRanges(walk.found.head_path)
+    wanted = jobs.stored_input_scales(recipe.calibrate, walk.model, walk.found)
     walk.forward(moments, metrics, *([ranges] if wanted else []), keep=False, title="calibrate")
     tokens = sum(int(counts.sum()) for _, counts in walk.batches)
     tensors = {f"input_second_moment/{name}": value for name, value in moments.means(tokens).items()}
@@ -417,14 +420,14 @@ def find_thresholds(job: Job, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
     tokens = attention.ImportantTokens(None)
     attention.watch_tokens(job.teacher, tokens)
     attention.quantize_cache(job.teacher, 16)
-    importance = _observers.Importance(tokens)
+    importance = observers.Importance(tokens)
     walk_of(job, "importance", batches).forward(importance, keep=False, title="importance of tokens")
     return importance.thresholds(attention.UNIMPORTANT_SHARE)
 
 
 def provide_own_text(recipe: Recipe, work: WorkDir, device: torch.device, length: int, console: Console) -> None:
     """Text that the teacher writes, or has written before this stage was interrupted."""
-    asked = [_shared.teacher_fingerprint(recipe), recipe.seed, recipe.data.generated_tokens, length, versions()]
+    asked = [jobs.teacher_fingerprint(recipe), recipe.seed, recipe.data.generated_tokens, length, versions()]
     kept = work.progress(NAME, "generated.json")
     try:
         before = untrusted.load_json(kept, most_bytes=untrusted.MOST_BYTES_OF_OURS)
@@ -434,7 +437,7 @@ def provide_own_text(recipe: Recipe, work: WorkDir, device: torch.device, length
         write_text(work.generated_text, before["text"])
         return
     console.say(f"No --data was given, so the teacher writes {recipe.data.generated_tokens:,} tokens itself.")
-    teacher, tokenizer = _shared.load_teacher(recipe, device, _shared.reading_dtype(device))
+    teacher, tokenizer = jobs.load_teacher(recipe, device, jobs.reading_dtype(device))
     write_own_text(recipe, work, teacher, tokenizer, length, console)
     write_json(kept, {"asked": digest_json(asked), "text": work.generated_text.read_text(encoding="utf-8")})
 
@@ -478,10 +481,10 @@ def write_own_text(
 
 def own_writer(
     recipe: Recipe, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int
-) -> _writing.Writer:
+) -> generated_text.Writer:
     """The teacher writing texts of at most `length` tokens, as it is."""
     sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, answer_tokens=length - 1)
-    return _writing.Writer(teacher, tokenizer, sampling, recipe.seed, length)
+    return generated_text.Writer(teacher, tokenizer, sampling, recipe.seed, length)
 
 
 def weights_by_format(plan: Plan) -> dict[str, int]:
@@ -496,12 +499,12 @@ def weights_by_format(plan: Plan) -> dict[str, int]:
 
 def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateDryRun:
     """What would be decided, and about how long it would take (from one layer's pass and a few generated tokens)."""
-    device = _shared.device_of(recipe)
-    teacher, _ = _shared.load_teacher(recipe, torch.device("cpu"))
+    device = jobs.device_of(recipe)
+    teacher, _ = jobs.load_teacher(recipe, torch.device("cpu"))
     found = models.structure(teacher)
-    plan = _shared.new_plan(recipe, teacher, found)
-    packed = _shared.packed_size(recipe, teacher, found)(plan)
-    length = _shared.sequence_length(recipe, teacher)
+    plan = jobs.new_plan(recipe, teacher, found)
+    packed = jobs.packed_size(recipe, teacher, found)(plan)
+    length = jobs.sequence_length(recipe, teacher)
     size = sum(p.numel() * p.element_size() for p in teacher.parameters())
     batch = min(recipe.calibrate.batch_size, recipe.calibrate.sequences)
     ids = torch.zeros((batch, length), dtype=torch.int64)
@@ -512,9 +515,9 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateDryRun:
     if measures(recipe.calibrate):
         settings = recipe.calibrate
         sizes = len(candidates_of(settings)), len(found.linears), settings.sensitivity_points
-        walks = _sensitivity.walks(estimates_of(recipe), *sizes)
+        walks = analysis.walks(estimates_of(recipe), *sizes)
         sequences += walks * job.studied_sequences
-    sequences += recipe.calibrate.sequences * _start.PASSES[recipe.calibrate.start]
+    sequences += recipe.calibrate.sequences * initialization.PASSES[recipe.calibrate.start]
     seconds = walk.seconds(-(-sequences // batch))
     memory = walk.memory(whole_attention=adaptive)
     tokens = recipe.calibrate.sequences * length
@@ -529,20 +532,20 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateDryRun:
         bytes=packed.bytes,
         tokens=tokens,
         generated_tokens=own,
-        memory_bytes=max(memory, _start.memory_bytes(recipe, teacher, tokens)),
+        memory_bytes=max(memory, initialization.memory_bytes(recipe, teacher, tokens)),
         mapped_bytes=size,
         disk_bytes=sum(m.columns * 4 for m in plan.matrices)
         + 2 * sum(m.rows for m in plan.matrices)
         + 10 * own
         + 2 * tokens * found.embedding.columns * walk.dtype.itemsize
-        + _start.file_bytes(recipe.calibrate.start, plan),
+        + initialization.file_bytes(recipe.calibrate.start, plan),
         seconds=float(f"{seconds:.3g}"),
     )
 
 
 def time_of_writing(recipe: Recipe, device: torch.device, length: int) -> tuple[float, int]:
     """Seconds and bytes of memory that the teacher takes to write its own text, from a few tokens."""
-    teacher, tokenizer = _shared.load_teacher(recipe, device, _shared.reading_dtype(device))
+    teacher, tokenizer = jobs.load_teacher(recipe, device, jobs.reading_dtype(device))
     writer = own_writer(recipe, teacher, tokenizer, length)
     size = writer.sampling.batch_size
     began = time.monotonic()

@@ -42,17 +42,19 @@ from rich.console import RenderableType
 from safetensors.torch import save_file
 from torch import Tensor
 
-from edgerazor import data, losses, models, surgery, untrusted
+from edgerazor import data, losses, models, modules, untrusted
+from edgerazor import job as jobs
 from edgerazor.allocate import Plan
+from edgerazor.calibration import initialization
 from edgerazor.console import Console, table
 from edgerazor.errors import INTERRUPTED, UserError, usage_error
 from edgerazor.losses import Head, Outputs, StepTotals, step_counts
 from edgerazor.models import PreTrainedModel
 from edgerazor.recipe import Distill, Recipe
-from edgerazor.stages import _checkpoint, _ladder, _objective, _reconstruct, _shared, _start
-from edgerazor.stages._ladder import RungEstimate, RungResult
-from edgerazor.stages._objective import Looks, Teacher, Terms
-from edgerazor.stages._optimizer import make_optimizer, schedule, set_rate
+from edgerazor.training import checkpoint, objective, phases, reconstruction
+from edgerazor.training.objective import Looks, Teacher, Terms
+from edgerazor.training.optimizer import make_optimizer, schedule, set_rate
+from edgerazor.training.phases import RungEstimate, RungResult
 from edgerazor.workdir import WorkDir, make_folder, replace_folder, write_atomically, write_json, write_text
 
 NAME = "distill"
@@ -106,22 +108,22 @@ def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
     settings = recipe.distill
     skip = ("max_time", "checkpoint_every", "gradient_checkpointing", "batch_size", "accumulation", "rungs")
     alone = () if settings.teachers else ("teacher_average",)
-    found = _shared.settings("distill", settings, skip + alone)
-    bits = _shared.bits_of(recipe, _shared.read_plan(work) if calibrated else None)
-    found |= {"distill.rungs": _ladder.in_words(settings, bits)} if settings.rungs else {}
-    found["distill.losses"] = _objective.in_words(settings.losses, bits)
+    found = jobs.settings("distill", settings, skip + alone)
+    bits = jobs.bits_of(recipe, jobs.read_plan(work) if calibrated else None)
+    found |= {"distill.rungs": phases.in_words(settings, bits)} if settings.rungs else {}
+    found["distill.losses"] = objective.in_words(settings.losses, bits)
     budget, asked = recipe.calibrate.budget()
-    found["distill.teachers"] = _shared.teachers_fingerprint(recipe)
+    found["distill.teachers"] = jobs.teachers_fingerprint(recipe)
     return {
         budget: str(asked),
-        "model": _shared.teacher_fingerprint(recipe),
-        "data": _shared.data_fingerprint(recipe),
-        "held_out": _shared.held_out_fingerprint(recipe),
+        "model": jobs.teacher_fingerprint(recipe),
+        "data": jobs.data_fingerprint(recipe),
+        "held_out": jobs.held_out_fingerprint(recipe),
         "data.sequence_length": str(recipe.data.sequence_length),
         "data.packing": recipe.data.packing,
-        **_shared.text_settings(recipe),
+        **jobs.text_settings(recipe),
         "seed": str(recipe.seed),
-        "sequences per step": str(settings.batch_size * settings.accumulation * _shared.processes()),
+        "sequences per step": str(settings.batch_size * settings.accumulation * jobs.processes()),
         **found,
         "calibrate": calibrated.fingerprint() if calibrated else "missing",
     }
@@ -142,24 +144,24 @@ class Job:
     rows: data.TokenRows
     held_out: data.TokenRows
     length: int
-    rungs: list[_ladder.Training]
+    rungs: list[phases.Training]
     terms: Terms  # of the current rung
     logit_shape: tuple[float, float | None]
     tokens_per_row: float
     packed_bytes: int  # of what pack will write
     compared: set[int] = field(default_factory=set)  # layers whose hidden states the last step compared
-    progress: _checkpoint.Progress = field(default_factory=_checkpoint.Progress)
+    progress: checkpoint.Progress = field(default_factory=checkpoint.Progress)
     began: float = 0.0
 
     @property
     def looks(self) -> Looks:
         """What losses need of the student ..."""
-        return _objective.looks(loss for _, loss in self.terms)
+        return objective.looks(loss for _, loss in self.terms)
 
     @property
     def teacher_looks(self) -> Looks:
         """... and those that compare need of the first teacher."""
-        return _objective.looks(loss for _, loss in self.terms if loss.needs_teacher)
+        return objective.looks(loss for _, loss in self.terms if loss.needs_teacher)
 
     @property
     def comparing(self) -> bool:
@@ -167,7 +169,7 @@ class Job:
         return any(loss.needs_teacher for _, loss in self.terms)
 
     @property
-    def rung(self) -> _ladder.Training:
+    def rung(self) -> phases.Training:
         """The current one; the first before it has begun."""
         return self.rungs[max(self.progress.rung, 1) - 1]
 
@@ -225,7 +227,7 @@ def run(recipe: Recipe, work: WorkDir, console: Console, fresh: bool = False) ->
     if job.accelerator.is_main_process:
         begin(work, console, fresh)
     job.accelerator.wait_for_everyone()
-    _objective.say_who_teaches(recipe, job.terms, job.teachers, console)
+    objective.say_who_teaches(recipe, job.terms, job.teachers, console)
     say_passes(job, console)
     resume(job, work, console)
     with watch_signals() as signals:
@@ -283,7 +285,7 @@ def reconstruct_blocks(job: Job, work: WorkDir, identity: dict[str, str], signal
     count, done = job.structure.layer_count, len(job.progress.block_errors)
     if job.settings.reconstruct is None or done == count or job.progress.on_target:
         return
-    found = _reconstruct.reconstruct(
+    found = reconstruction.reconstruct(
         job.student,
         job.teachers[0].model,
         job.structure,
@@ -356,9 +358,9 @@ def enter_rung(job: Job, number: int) -> None:
     rung = job.rungs[number - 1]
     job.settings, job.terms = rung.settings, rung.terms
     if rung.settings.train == "scales":
-        surgery.fix_codes(job.student)
+        modules.fix_codes(job.student)
     else:
-        surgery.release_codes(job.student)
+        modules.release_codes(job.student)
     # what was wrapped knows the parameters that were trained when it was made
     job.accelerator.unwrap_model(job.trained, keep_fp32_wrapper=False)
     job.accelerator.free_memory()
@@ -410,7 +412,7 @@ def good_enough(job: Job, held_out: float | None) -> bool:
 
 def begin(work: WorkDir, console: Console, fresh: bool) -> None:
     """Clear the stage's folder, unless there is a checkpoint to go on from and the students that belong to it."""
-    found = _checkpoint.stored_progress(work.checkpoint("current")) if not fresh else None
+    found = checkpoint.stored_progress(work.checkpoint("current")) if not fresh else None
     if found and found.best is not None and not all(has_student(work.student(name)) for name in ("best", "last")):
         console.say("distill starts again, because a student that it made is missing")
         found = None
@@ -426,10 +428,10 @@ def has_student(folder: Path) -> bool:
 
 def resume(job: Job, work: WorkDir, console: Console) -> None:
     """Bring the job to where its checkpoint left it, if there is one."""
-    stored = _checkpoint.stored_progress(work.checkpoint("current"))
+    stored = checkpoint.stored_progress(work.checkpoint("current"))
     if stored and stored.rung:
         enter_rung(job, stored.rung)
-    found = _checkpoint.restore(work.checkpoint("current"), job.student, job.optimizer)
+    found = checkpoint.restore(work.checkpoint("current"), job.student, job.optimizer)
     if found:
         job.progress = found
         if found.step:
@@ -467,37 +469,37 @@ def prepare(recipe: Recipe, work: WorkDir, imagined: bool = False) -> Job:
         work: where calibrate's plan and statistics lie.
         imagined: for a dry run: make up what calibrate has not written yet.
     """
-    device = _shared.device_of(recipe)
+    device = jobs.device_of(recipe)
     settings = recipe.distill
     half = uses_bfloat16(settings, device)
     check(recipe)
-    _shared.join_processes(device)
+    jobs.join_processes(device)
     AcceleratorState._reset_state()  # one process may train more than once, and not always in the same precision
     accelerator = Accelerator(mixed_precision="bf16" if half else "no", cpu=device.type == "cpu")
     dtype = torch.bfloat16 if half else torch.float32
-    teacher, tokenizer = _shared.load_teacher(recipe, accelerator.device, dtype)
+    teacher, tokenizer = jobs.load_teacher(recipe, accelerator.device, dtype)
     structure = models.structure(teacher)
     logit_shape = models.logit_shape(teacher, structure.head_path)
-    plan = _shared.new_plan(recipe, teacher, structure) if imagined else _shared.read_plan(work)
-    measured = _objective.unmeasured(structure.layer_count) if imagined else _shared.read_layer_metrics(work)
-    rungs = _ladder.trainings(recipe, structure.layer_count, measured, _shared.bits_of(recipe, plan))
+    plan = jobs.new_plan(recipe, teacher, structure) if imagined else jobs.read_plan(work)
+    measured = objective.unmeasured(structure.layer_count) if imagined else jobs.read_layer_metrics(work)
+    rungs = phases.trainings(recipe, structure.layer_count, measured, jobs.bits_of(recipe, plan))
     terms = [term for rung in rungs for term in rung.terms]
     teaching = any(loss.needs_teacher for _, loss in terms) or settings.reconstruct or settings.target_kl
     first = Teacher(teacher, structure, structure.head_path, logit_shape)
-    others = _objective.load_others(recipe, accelerator.device, dtype)
-    length = min(_shared.sequence_length(recipe, each) for each in (teacher, *(other.model for other in others)))
+    others = objective.load_others(recipe, accelerator.device, dtype)
+    length = min(jobs.sequence_length(recipe, each) for each in (teacher, *(other.model for other in others)))
     imagine_text = imagined and not (recipe.data.train or work.generated_text.exists())
-    kept = _shared.sequence_length(recipe, teacher)  # by which `eval` will know what was held out
+    kept = jobs.sequence_length(recipe, teacher)  # by which `eval` will know what was held out
     if imagine_text:
         rows, held_out = imagined_text(length, recipe.data.generated_tokens)
     else:
-        rows, held_out = _shared.open_text(recipe, work, tokenizer, length, kept)
+        rows, held_out = jobs.open_text(recipe, work, tokenizer, length, kept)
     calibrated = None if imagined else work
-    how = _shared.settings_of(plan, structure, calibrated)
-    input_scales = _shared.input_scales(plan, teacher, structure, calibrated)
-    start = None if imagined else _start.stored(recipe, work, plan)
+    how = jobs.settings_of(plan, structure, calibrated)
+    input_scales = jobs.input_scales(plan, teacher, structure, calibrated)
+    start = None if imagined else initialization.stored(recipe, work, plan)
     student = make_student(recipe, structure, plan, how, input_scales, accelerator.device, start)
-    _objective.open_models(student, teacher, structure, terms)
+    objective.open_models(student, teacher, structure, terms)
     job = Job(
         settings=settings,
         accelerator=accelerator,
@@ -514,14 +516,14 @@ def prepare(recipe: Recipe, work: WorkDir, imagined: bool = False) -> Job:
         terms=rungs[0].terms,
         logit_shape=logit_shape,
         tokens_per_row=rows.tokens_per_row,
-        packed_bytes=_shared.packed_size(recipe, teacher, structure, work=calibrated)(plan).bytes,
+        packed_bytes=jobs.packed_size(recipe, teacher, structure, work=calibrated)(plan).bytes,
     )
-    _ladder.check_steps(rungs, job.steps)
+    phases.check_steps(rungs, job.steps)
     return job
 
 
 def uses_bfloat16(settings: Distill, device: torch.device) -> bool:
-    return settings.precision == "bfloat16" or (settings.precision == "auto" and _shared.fast_bfloat16(device))
+    return settings.precision == "bfloat16" or (settings.precision == "auto" and jobs.fast_bfloat16(device))
 
 
 def imagined_text(length: int, tokens: int) -> tuple[data.TokenRows, data.TokenRows]:
@@ -534,25 +536,25 @@ def check(recipe: Recipe) -> None:
     """Refuse losses, layers and starts that cannot be, before anything that takes time.
 
     Raises:
-        UserError: as `_ladder.check` and `_reconstruct.check`.
+        UserError: as `phases.check` and `reconstruction.check`.
     """
-    if recipe.distill.initialise == "random" and recipe.calibrate.start in _shared.MADE_STARTS:
+    if recipe.distill.initialise == "random" and recipe.calibrate.start in jobs.MADE_STARTS:
         raise usage_error(
             f"A random student cannot begin with the teacher's {recipe.calibrate.start} start.",
             "Leave out `calibrate.start`, or leave out `distill.initialise`.",
         )
-    _reconstruct.check(recipe)
-    _ladder.check(recipe)
+    reconstruction.check(recipe)
+    phases.check(recipe)
 
 
 def make_student(
     recipe: Recipe,
     structure: models.Structure,
     plan: Plan,
-    settings: surgery.Settings,
+    settings: modules.Settings,
     input_scales: dict[str, float] | None,
     device: torch.device,
-    start: Callable[[str], surgery.Start] | None = None,
+    start: Callable[[str], modules.Start] | None = None,
 ) -> PreTrainedModel:
     """A float32 copy of the teacher, or a random one for the control, with training modules in it.
 
@@ -565,7 +567,7 @@ def make_student(
     if recipe.distill.gradient_checkpointing:
         models.checkpoint_activations(student)
     scales_only = recipe.distill.train == "scales"
-    surgery.prepare_for_training(student, structure, plan.specs(), settings, scales_only, input_scales, start)
+    modules.prepare_for_training(student, structure, plan.specs(), settings, scales_only, input_scales, start)
     student.config.use_cache = False
     return student.to(device).train()
 
@@ -626,22 +628,22 @@ def taught(job: Job, batches: list[Batch]) -> tuple[list[Outputs | None], StepTo
     more than fits in memory. So those are kept that the last step compared, which are nearly always the same; where
     they are not, the teacher reads the micro-batch again.
     """
-    kept = _objective.sure_layers(job.terms) | job.compared
+    kept = objective.sure_layers(job.terms) | job.compared
     targets, found = [], []
     for batch in batches:
         target = teacher_outputs(job, batch, job.teacher_looks) if job.comparing else None
         if target is not None:
-            _objective.keep_logits(target, batch["labels"], job.terms, len(batches))
+            objective.keep_logits(target, batch["labels"], job.terms, len(batches))
         found.append(statistics(job, batch, target))
         if target is not None:
-            _objective.keep_layers(target, kept)
+            objective.keep_layers(target, kept)
         targets.append(target)
     totals = step_totals(job, found)
-    job.compared = _objective.compared_layers(job.terms, totals)
+    job.compared = objective.compared_layers(job.terms, totals)
     for batch, target in zip(batches, targets, strict=True):
         if target is None:
             continue
-        _objective.keep_layers(target, job.compared)
+        objective.keep_layers(target, job.compared)
         if missing := sorted(job.compared - target.hidden.keys()):
             again = job.teachers[0].outputs(batch["input_ids"], Looks(hidden=tuple(missing)))
             target.hidden |= again.hidden
@@ -650,16 +652,16 @@ def taught(job: Job, batches: list[Batch]) -> tuple[list[Outputs | None], StepTo
 
 def teacher_outputs(job: Job, batch: Batch, looks: Looks) -> Outputs | None:
     """The teachers' final hidden states [B, T, H], their heads, and what losses look at in the first."""
-    return _objective.all_outputs(job.teachers, batch["input_ids"], looks, job.settings.teacher_average)
+    return objective.all_outputs(job.teachers, batch["input_ids"], looks, job.settings.teacher_average)
 
 
 def student_outputs(job: Job, batch: Batch, model: torch.nn.Module, looks: Looks) -> Outputs:
     """The same of the student, with gradients; `model` is it or what accelerate wrapped it in."""
-    watching = _objective.watch(job.student, job.structure, job.structure.head_path, looks)
+    watching = objective.watch(job.student, job.structure, job.structure.head_path, looks)
     with watching as seen, job.accelerator.autocast():
         model(input_ids=batch["input_ids"], use_cache=False)
         head = job.student.get_submodule(job.structure.head_path)
-        assert isinstance(head, surgery.TrainingLinear)
+        assert isinstance(head, modules.TrainingLinear)
         states, matrix = head.as_head(seen.final[0])
     scale, cap = job.logit_shape
     return Outputs(states, seen.hidden, Head(scale=scale, cap=cap, **matrix), seen.attention)
@@ -761,7 +763,7 @@ def held_out_losses(job: Job) -> tuple[dict[str, float], dict[str, str]]:
     """In nats per token: `cross_entropy` and, where there is a teacher, `kl`; and the digests of the codes used."""
     job.student.eval()
     sums = {"cross_entropy": 0.0, "kl": 0.0, "tokens": 0.0}
-    with surgery.frozen_codes(job.student) as digests:
+    with modules.frozen_codes(job.student) as digests:
         for batch in data.sample_batches(job.held_out, job.settings.evaluate_sequences, job.settings.batch_size):
             for name, value in held_out_sums(job, batch).items():
                 sums[name] += value
@@ -817,7 +819,7 @@ def save_progress(job: Job, work: WorkDir, identity: dict[str, str]) -> None:
     """Write the checkpoint; the clock goes on from here."""
     job.progress.seconds, job.began = job.seconds(), time.monotonic()
     job.progress.streams = job.rows.state(job.progress.step, job.rows_per_step)
-    _checkpoint.save(work.checkpoint("current"), job.student, job.optimizer, job.progress, identity)
+    checkpoint.save(work.checkpoint("current"), job.student, job.optimizer, job.progress, identity)
 
 
 def append_metrics(path: Path, row: dict[str, Any]) -> None:
@@ -918,7 +920,7 @@ def measured_step(job: Job, number: int) -> tuple[float, int, int]:
     began = time.monotonic()
     train_step(job, batches)
     seconds = time.monotonic() - began
-    masters = [each.master.weight for each in surgery.training_matrices(job.student).values() if each.master]
+    masters = [each.master.weight for each in modules.training_matrices(job.student).values() if each.master]
     weights = sum(p.numel() * p.element_size() for p in (*job.student.parameters(), *masters))
     return seconds, weights, sum(8 * p.numel() for p in job.student.parameters() if p.requires_grad)
 
@@ -932,7 +934,7 @@ def estimates(job: Job, seconds: list[float]) -> dict[str, RungEstimate]:
         found["reconstruct"] = RungEstimate(
             steps=blocks.steps * job.structure.layer_count, seconds=float(f"{before:.3g}")
         )
-    taken: list[int] | list[None] = _ladder.steps_of(job.rungs, job.steps) if job.steps else [None] * len(job.rungs)
+    taken: list[int] | list[None] = phases.steps_of(job.rungs, job.steps) if job.steps else [None] * len(job.rungs)
     left, begin = max((job.settings.max_time or 0.0) - before, 0.0), 0.0
     for number, (rung, steps, each) in enumerate(zip(job.rungs, taken, seconds, strict=True), 1):
         taking = left * (rung.end - begin) if steps is None else steps * each

@@ -26,11 +26,10 @@ from rich.console import RenderableType
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from edgerazor import data, integration, kernels, models, runtime, surgery, tasks
+from edgerazor import data, job, kernels, models, modules, runtime, tasks, transformers_plugin
 from edgerazor.console import Console, table
 from edgerazor.errors import UserError, usage_error
 from edgerazor.recipe import Recipe, Source
-from edgerazor.stages import _shared
 from edgerazor.workdir import WorkDir, hash_folder, write_json
 
 NAME = "eval"
@@ -160,11 +159,11 @@ def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
     packed = work.manifest("pack")
     found = {
         "pack": packed.fingerprint() if packed else "missing",
-        "model": _shared.teacher_fingerprint(recipe),
+        "model": job.teacher_fingerprint(recipe),
         "seed": str(recipe.seed),
         "device": recipe.device,
         "kernel": kernels.name(),
-        **_shared.settings(NAME, recipe.eval, skip=("batch_size", "task_data", *ALONE)),
+        **job.settings(NAME, recipe.eval, skip=("batch_size", "task_data", *ALONE)),
     }
     found |= {f"compare {name}": hash_folder(folder) for name, folder in _compared(recipe).items()}
     found |= {f"task {name}": digest for name, digest in tasks.fingerprint(_request(recipe)).items()}
@@ -173,7 +172,7 @@ def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
         found["text.held_out_fraction"] = "all" if recipe.data.held_out else f"{recipe.data.held_out_fraction}, spread"
         found["text.sequence_length"] = str(recipe.data.sequence_length)
         found["text.packing"] = recipe.data.packing
-        found |= _shared.text_settings(recipe)
+        found |= job.text_settings(recipe)
         if any(source.streaming for source in sources):
             found["text.held_out_rows"] = str(recipe.data.held_out_rows)
     return found
@@ -190,13 +189,13 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> EvalResult:
     """
     request = _request(recipe)
     folders = {"packed": work.folder("pack"), **_compared(recipe)}
-    if not integration.is_packed(folders["packed"]):
+    if not transformers_plugin.is_packed(folders["packed"]):
         raise UserError(f"{folders['packed']} is not a packed model.", "Make one with `edgerazor pack`.")
     loaded = tasks.load(request) if request.names else []
     if not loaded and not _text_sources(recipe, work):
         raise _nothing_to_measure()
-    device = _shared.device_of(recipe)
-    teacher = Subject("teacher", *_shared.load_teacher(recipe, device, _dtype(device)))
+    device = job.device_of(recipe)
+    teacher = Subject("teacher", *job.load_teacher(recipe, device, _dtype(device)))
     text = _held_out(recipe, _text_sources(recipe, work), teacher)
     result = EvalResult()
     result.notes += _notes_on_data(loaded, text is not None)
@@ -239,8 +238,8 @@ def evaluate_model(model: str, recipe: Recipe, console: Console) -> EvalResult:
     loaded = tasks.load(request) if request.names else []
     if not loaded and not _text_sources(recipe):
         raise _nothing_to_measure()
-    device = _shared.device_of(recipe)
-    packed = integration.is_packed(Path(model))
+    device = job.device_of(recipe)
+    packed = transformers_plugin.is_packed(Path(model))
     if packed and (recipe.eval.activation_bits, recipe.eval.kv_bits) != (16, 16):
         raise usage_error(
             f"{model} is packed, so the bits of its activations and cache are decided.", "Leave them out."
@@ -266,7 +265,7 @@ def evaluate_model(model: str, recipe: Recipe, console: Console) -> EvalResult:
 def _named(model: str, recipe: Recipe, device: torch.device, title: str) -> Subject:
     """A 16-bit model by its name."""
     named = recipe.model_copy(update={"model": model})
-    return Subject(title, *_shared.load_teacher(named, device, _dtype(device)))
+    return Subject(title, *job.load_teacher(named, device, _dtype(device)))
 
 
 def _plain(model: str, recipe: Recipe, device: torch.device) -> Subject:
@@ -274,8 +273,8 @@ def _plain(model: str, recipe: Recipe, device: torch.device) -> Subject:
     subject = _named(model, recipe, device, "model")
     asked = recipe.eval
     if (asked.activation_bits, asked.kv_bits) != (16, 16):
-        settings = surgery.Settings(asked.activation_bits, asked.kv_bits, recipe.calibrate.group_size)
-        surgery.quantize_inputs(subject.model, models.structure(subject.model), settings)
+        settings = modules.Settings(asked.activation_bits, asked.kv_bits, recipe.calibrate.group_size)
+        modules.quantize_inputs(subject.model, models.structure(subject.model), settings)
     return subject
 
 
@@ -289,7 +288,7 @@ def _request(recipe: Recipe) -> tasks.Request:
 def _compared(recipe: Recipe) -> dict[str, Path]:
     folders = {name: Path(folder) for name, folder in recipe.compare.items()}
     for name, folder in folders.items():
-        if name == "packed" or not integration.is_packed(folder):
+        if name == "packed" or not transformers_plugin.is_packed(folder):
             what = "needs another name" if name == "packed" else f"is not a packed model: {folder}"
             raise usage_error(f"`compare.{name}` {what}.", "Give name: folder, as made by `edgerazor pack`.")
     return folders
@@ -313,8 +312,8 @@ def _load_packed(
                 return Subject(title, model, model.tokenizer), []
         del model
         notes = [note] if note else []
-        return Subject(title, *integration.load(folder, dtype=torch.float32, keep_decoded=True)), notes
-    return Subject(title, *integration.load(folder, str(device), torch.bfloat16, keep_decoded=True)), []
+        return Subject(title, *transformers_plugin.load(folder, dtype=torch.float32, keep_decoded=True)), notes
+    return Subject(title, *transformers_plugin.load(folder, str(device), torch.bfloat16, keep_decoded=True)), []
 
 
 def _beyond_greedy(model: runtime.Model, loaded: list[tasks.LoadedTask]) -> str | None:
@@ -331,7 +330,7 @@ def _beyond_greedy(model: runtime.Model, loaded: list[tasks.LoadedTask]) -> str 
 def _note_kernels(result: EvalResult, subject: Subject) -> None:
     native = isinstance(subject.model, runtime.Model)
     result.engine = "native" if native else "transformers"
-    result.kernel = subject.model.kernel if native else surgery.kernels_of(subject.model)
+    result.kernel = subject.model.kernel if native else modules.kernels_of(subject.model)
     if (note := kernels.note(result.kernel)) and note not in result.notes:
         result.notes.append(note)
 
@@ -482,7 +481,7 @@ def _held_out(recipe: Recipe, sources: tuple[Source, ...], subject: Subject) -> 
     if not sources:
         return None
     fraction = 0.0 if recipe.data.held_out else recipe.data.held_out_fraction
-    length = _shared.sequence_length(recipe, subject.model)
+    length = job.sequence_length(recipe, subject.model)
     asked = recipe.data
     rows, held_out = data.open_rows(
         sources,
@@ -504,7 +503,7 @@ def _context(subject: Subject) -> int:
 
 def _batches(text: data.TokenRows, recipe: Recipe, subject: Subject) -> Iterator[Batch]:
     """The first `text_sequences` rows, so many at once that their logits fit."""
-    length = _shared.sequence_length(recipe, subject.model)
+    length = job.sequence_length(recipe, subject.model)
     fitting = BATCH_LOGITS // (length * subject.model.config.get_text_config().vocab_size)
     return data.sample_batches(text, recipe.eval.text_sequences, max(1, min(recipe.eval.batch_size, fitting)))
 
@@ -697,8 +696,8 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> DryRun:
 
 def _seconds_per_token(recipe: Recipe) -> float:
     """Of one measured forward pass of the teacher over a batch."""
-    device = _shared.device_of(recipe)
-    subject = Subject("teacher", *_shared.load_teacher(recipe, device, _dtype(device)))
+    device = job.device_of(recipe)
+    subject = Subject("teacher", *job.load_teacher(recipe, device, _dtype(device)))
     ids = torch.zeros((recipe.eval.batch_size, min(_context(subject), 128)), dtype=torch.int64, device=device)
     with torch.inference_mode():
         subject.model(ids[:1], logits_to_keep=1, use_cache=False)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from edgerazor import integration, runtime
+from edgerazor import runtime, transformers_plugin
 from edgerazor.console import Console, duration
 from edgerazor.errors import INTERRUPTED, UserError, usage_error
 from edgerazor.recipe import Recipe
@@ -190,7 +190,7 @@ def packed_folder(named: Path | None, work: WorkDir) -> Path:
         )
     if not folder.is_dir():
         raise usage_error(f"There is no folder {folder}.", "Give --model the folder that `edgerazor pack` wrote.")
-    if not integration.is_packed(folder):
+    if not transformers_plugin.is_packed(folder):
         inside = WorkDir(folder).folder("pack")
         raise usage_error(
             f"{folder} is not a packed model.",

@@ -22,16 +22,16 @@ from rich.console import RenderableType
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from edgerazor import exports, formats, imports, models, packed, surgery, untrusted
+from edgerazor import exporters, formats, importers, job, models, modules, packed, untrusted
 from edgerazor.allocate import MatrixPlan, Plan, measures
-from edgerazor.attention import UNIMPORTANT_BITS
+from edgerazor.calibration import initialization
 from edgerazor.console import Console, megabytes, table
 from edgerazor.errors import UserError, usage_error
-from edgerazor.exports import ExportResult
-from edgerazor.imports import ImportResult
+from edgerazor.exporters import ExportResult
+from edgerazor.importers import ImportResult
+from edgerazor.modules.attention import UNIMPORTANT_BITS
 from edgerazor.packed import MatrixSource
 from edgerazor.recipe import Calibrate, Recipe
-from edgerazor.stages import _shared, _start
 from edgerazor.workdir import WorkDir, exports_of, make_folder, recover_folder, replace_folder, write_json
 
 NAME = "pack"
@@ -100,15 +100,15 @@ class PackDryRun(BaseModel):
 def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
     """Everything the result depends on."""
     common = {
-        "model": _shared.teacher_fingerprint(recipe),
-        **_shared.settings(NAME, recipe.pack, ("source", *EXPORTING)),
+        "model": job.teacher_fingerprint(recipe),
+        **job.settings(NAME, recipe.pack, ("source", *EXPORTING)),
     }
     if source_of(recipe, work) == "student":
         distilled = work.manifest("distill")
         return {"student": distilled.fingerprint() if distilled else "missing", **common}
-    settings = _shared.settings("calibrate", recipe.calibrate, ("sequences", "batch_size"))
-    measured = measures(recipe.calibrate) and _shared.is_planned(recipe, work)
-    if measured or _shared.needs_calibration(recipe.calibrate):
+    settings = job.settings("calibrate", recipe.calibrate, ("sequences", "batch_size"))
+    measured = measures(recipe.calibrate) and job.is_planned(recipe, work)
+    if measured or job.needs_calibration(recipe.calibrate):
         calibrated = work.manifest("calibrate")
         settings["calibrate"] = calibrated.fingerprint() if calibrated else "missing"
     return {"student": "the teacher, rounded to nearest", **settings, **common}
@@ -146,7 +146,7 @@ def training_of(work: WorkDir, source: str) -> dict[str, str] | None:
 def plan_of(recipe: Recipe, work: WorkDir, teacher: models.PreTrainedModel) -> Plan:
     """The student's plan, or for rounding the plan of the recipe's settings."""
     if source_of(recipe, work) == "student":
-        return _shared.read_plan(work)
+        return job.read_plan(work)
     for field, other in (("scales", "computed"), ("activation_scales", "static")):
         value = getattr(recipe.calibrate, field)
         if value in ("learned", "asymmetric"):
@@ -154,9 +154,9 @@ def plan_of(recipe: Recipe, work: WorkDir, teacher: models.PreTrainedModel) -> P
                 f"`calibrate.{field}: {value}` needs a training, but the teacher is rounded without one.",
                 f"Use `{field}: {other}`, or run `edgerazor distill`.",
             )
-    if measures(recipe.calibrate) and _shared.is_planned(recipe, work):
-        return _shared.read_plan(work)
-    return _shared.new_plan(recipe, teacher, models.structure(teacher), source="teacher")
+    if measures(recipe.calibrate) and job.is_planned(recipe, work):
+        return job.read_plan(work)
+    return job.new_plan(recipe, teacher, models.structure(teacher), source="teacher")
 
 
 def run(recipe: Recipe, work: WorkDir, console: Console) -> PackResult:
@@ -166,16 +166,16 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> PackResult:
     teacher, _ = models.load(recipe.model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
     found = models.structure(teacher)
     plan = plan_of(recipe, work, teacher)
-    _shared.check_attention(teacher, plan)
-    scales = _shared.input_scales(plan, teacher, found, work) or {}
-    start = _start.stored(recipe, work, plan) if source == "teacher" else None
+    job.check_attention(teacher, plan)
+    scales = job.input_scales(plan, teacher, found, work) or {}
+    start = initialization.stored(recipe, work, plan) if source == "teacher" else None
     if source == "teacher" and measures(recipe.calibrate) and plan.strategy != "sensitivity":
         console.say(
             "Nothing was measured of the model here, so its rows are mixed as EdgeRazor does. For one by sensitivity, "
             f"run `edgerazor calibrate` with the same options and --work {work.path} first."
         )
     make_folder(work.path)
-    settings = _shared.packed_settings(plan, found, work)
+    settings = job.packed_settings(plan, found, work)
     with (
         student_weights(source, recipe, work, teacher, start) as (read, trained, digests),
         replace_folder(work.folder(NAME)) as folder,
@@ -185,9 +185,9 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> PackResult:
             folder,
             [matrix_source(matrix, read) for matrix in plan.matrices],
             {name: torch.tensor(scale) for name, scale in scales.items()} | whole_zero_points(trained, plan),
-            tied=_shared.tied_modules(found),
+            tied=job.tied_modules(found),
             settings=settings,
-            provenance=_shared.provenance(recipe, source, plan, training_of(work, source)),
+            provenance=job.provenance(recipe, source, plan, training_of(work, source)),
             shard_bytes=recipe.pack.shard_bytes,
             done=tracker.advance,
             compress=recipe.pack.compress,
@@ -214,7 +214,7 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> PackResult:
 def export(result: PackResult, recipe: Recipe, work: WorkDir, console: Console) -> PackResult:
     """The packed model in the recipe's other formats, each written anew."""
     folder, asked = work.folder(NAME), recipe.pack
-    written = exports.write_all(folder, asked.export, work.exports, asked.allow_lossy, console)
+    written = exporters.write_all(folder, asked.export, work.exports, asked.allow_lossy, console)
     return result.model_copy(update={"exports": written})
 
 
@@ -224,7 +224,7 @@ def export_folder(folder: Path, names: list[str], allow_lossy: bool, console: Co
     Raises:
         UserError: it is no packed folder, or an export is refused.
     """
-    written = exports.write_all(folder, names, exports_of(folder), allow_lossy, console)
+    written = exporters.write_all(folder, names, exports_of(folder), allow_lossy, console)
     return ExportsResult(folder=str(folder), exports=written)
 
 
@@ -250,7 +250,7 @@ def read_foreign(path: Path, recipe: Recipe, work: WorkDir, console: Console, fo
                 f"{work.path} holds another job or packed model, which this one would replace.",
                 f"Give it a folder of its own: `edgerazor pack {path} --work NAME`.",
             )
-        found = imports.read(
+        found = importers.read(
             path,
             target,
             console,
@@ -258,7 +258,7 @@ def read_foreign(path: Path, recipe: Recipe, work: WorkDir, console: Console, fo
             kv_bits=_asked(asked, "kv_bits"),
             lossy=recipe.pack.allow_lossy,
         )
-        written = exports.write_all(target, recipe.pack.export, work.exports, recipe.pack.allow_lossy, console)
+        written = exporters.write_all(target, recipe.pack.export, work.exports, recipe.pack.allow_lossy, console)
     return ForeignResult(**dict(found), exports=written)
 
 
@@ -286,7 +286,7 @@ def show_foreign(result: ForeignResult) -> list[RenderableType]:
 
 def export_dry_run(folder: Path, names: list[str], allow_lossy: bool, console: Console) -> ExportDryRun:
     """The size of a packed folder in other formats."""
-    plans = exports.plan_all(folder, names, allow_lossy, console)
+    plans = exporters.plan_all(folder, names, allow_lossy, console)
     return ExportDryRun(
         bytes={plan.export: plan.bytes for plan in plans},
         real_bits={plan.export: round(plan.real_bits, 4) for plan in plans},
@@ -306,7 +306,7 @@ class student_weights:  # noqa: N801 - used as a context manager, like those of 
         recipe: Recipe,
         work: WorkDir,
         teacher: models.PreTrainedModel,
-        start: Callable[[str], surgery.Start] | None,
+        start: Callable[[str], modules.Start] | None,
     ) -> None:
         self.source, self.recipe, self.work, self.teacher, self.start = source, recipe, work, teacher, start
 
@@ -314,7 +314,7 @@ class student_weights:  # noqa: N801 - used as a context manager, like those of 
         found = models.structure(self.teacher)
         if self.source == "teacher":
             state = self.teacher.state_dict()
-            others = {name: tensor.contiguous() for name, tensor in _shared.other_tensors(self.teacher, found).items()}
+            others = {name: tensor.contiguous() for name, tensor in job.other_tensors(self.teacher, found).items()}
             return lambda name: self._begin(name, state[f"{name}.weight"]), others, {}
         folder = self.work.student(self.recipe.pack.student)
         try:
@@ -323,7 +323,7 @@ class student_weights:  # noqa: N801 - used as a context manager, like those of 
             if not all(isinstance(digest, str) for digest in digests.values()):
                 raise ValueError("digests.json holds something else than digests")
             names = set(self.file.keys())
-            others = {name: self.file.get_tensor(name) for name in sorted(names - _shared.matrix_tensors(found))}
+            others = {name: self.file.get_tensor(name) for name in sorted(names - job.matrix_tensors(found))}
         except (OSError, SafetensorError, ValueError) as error:
             raise UserError(
                 f"The student {folder} cannot be read: {str(error).rstrip('.')}.", "Run `edgerazor distill --force`."
@@ -351,7 +351,7 @@ def matrix_source(matrix: MatrixPlan, read: Reader) -> MatrixSource:
     """A matrix of the plan, encoded when it is its turn."""
     spec = matrix.spec()
     return MatrixSource(
-        matrix.name, matrix.kind, spec, matrix.shape, lambda: surgery.encode_trained(*read(matrix.name), spec)
+        matrix.name, matrix.kind, spec, matrix.shape, lambda: modules.encode_trained(*read(matrix.name), spec)
     )
 
 
@@ -381,7 +381,7 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> PackDryRun:
     plan = plan_of(recipe, work, teacher)
     calibrated = work if work.statistics_file.exists() else None
     found, training = models.structure(teacher), training_of(work, source)
-    size = _shared.packed_size(recipe, teacher, found, source, calibrated, training)(plan)
+    size = job.packed_size(recipe, teacher, found, source, calibrated, training)(plan)
     mapped = sum(p.numel() * p.element_size() for p in teacher.parameters())
     if source == "student":
         mapped += (work.student(recipe.pack.student) / "model.safetensors").stat().st_size

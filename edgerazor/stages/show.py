@@ -8,23 +8,23 @@ from pathlib import Path
 from pydantic import BaseModel
 from rich.console import RenderableType
 
-from edgerazor import integration, packed
+from edgerazor import job, packed, transformers_plugin
 from edgerazor.console import Console, megabytes, table
 from edgerazor.errors import usage_error
+from edgerazor.packed.shipping import CompressResult
 from edgerazor.recipe import Recipe
-from edgerazor.stages import _differences, _heatmap, _inspection, _shared
-from edgerazor.stages._differences import Differences
-from edgerazor.stages._inspection import PackedSummary, show_format
-from edgerazor.stages._plan import PlanSummary
-from edgerazor.stages._plan import summarize as summarize_plan
-from edgerazor.stages._shipping import CompressResult
+from edgerazor.report import differences, heatmap, inspection
+from edgerazor.report.differences import Differences
+from edgerazor.report.inspection import PackedSummary, show_format
+from edgerazor.report.plan import PlanSummary
+from edgerazor.report.plan import summarize as summarize_plan
 from edgerazor.stages.bench import BenchResult
 from edgerazor.stages.calibrate import CalibrateResult
-from edgerazor.stages.data import DataResult
 from edgerazor.stages.distill import DistillResult
 from edgerazor.stages.eval import EvalResult, Measured
 from edgerazor.stages.generate import GenerateResult
 from edgerazor.stages.pack import ForeignResult, PackResult
+from edgerazor.stages.write_data import DataResult
 from edgerazor.workdir import WorkDir, find_folder
 
 __all__ = ["draw_plan", "inspect", "schema", "show", "show_format", "summarize"]
@@ -78,17 +78,17 @@ def inspect(
         UserError: it is none of them, or damaged.
     """
     path, against = folder_of(path), folder_of(against) if against else None
-    if not integration.is_packed(path) and (verify or against):
+    if not transformers_plugin.is_packed(path) and (verify or against):
         raise usage_error(
             f"{path} is not a packed model, and {'--verify' if verify else '--against'} is for those.",
             f"Name the folder that pack wrote, such as {WorkDir(path).folder('pack')}.",
         )
     if against:
-        if not integration.is_packed(against):
+        if not transformers_plugin.is_packed(against):
             raise usage_error(f"{against} is not a packed model to compare with.", "Make one with `edgerazor pack`.")
-        return _differences.compare(path, against, console, verify)
-    if integration.is_packed(path):
-        return _inspection.look_into(path, verify, console)
+        return differences.compare(path, against, console, verify)
+    if transformers_plugin.is_packed(path):
+        return inspection.look_into(path, verify, console)
     if not WorkDir(path).recipe_file.exists():
         raise usage_error(
             f"{path} is neither a working directory of edgerazor nor a packed model.",
@@ -111,7 +111,7 @@ def draw_plan(work: WorkDir, png: Path | None = None) -> PlanSummary:
     """
     found = summarize_plan(work)
     if png is not None:
-        _heatmap.write_png(found, png)
+        heatmap.write_png(found, png)
     return found
 
 
@@ -133,7 +133,7 @@ def summarize(work: WorkDir) -> Summary:
         add_size(row, work)
     notation = done.notation if done else None
     if notation is None and work.plan_file.exists():
-        notation = _shared.read_plan(work).notation()
+        notation = job.read_plan(work).notation()
     return Summary(
         notation=notation,
         stages=list(results),
@@ -183,7 +183,7 @@ def add_size(row: ModelRow, work: WorkDir) -> None:
     from edgerazor import recipe
 
     folder = recipe.load(work.recipe_file).get("compare", {}).get(row.name)
-    if row.bytes is None and folder and integration.is_packed(Path(folder)):
+    if row.bytes is None and folder and transformers_plugin.is_packed(Path(folder)):
         sizes = packed.size_table(packed.PackedModel.open(Path(folder)))
         row.bytes, row.real_bits = sizes.bytes, round(sizes.real_bits, 4)
 
@@ -207,11 +207,11 @@ def schema() -> str:
 def show(found: Summary | PlanSummary | PackedSummary | Differences) -> list[RenderableType]:
     """The same for people."""
     if isinstance(found, PlanSummary):
-        return _heatmap.show(found)
+        return heatmap.show(found)
     if isinstance(found, PackedSummary):
-        return _inspection.show(found)
+        return inspection.show(found)
     if isinstance(found, Differences):
-        return _differences.show(found)
+        return differences.show(found)
     tasks = list(dict.fromkeys(task for row in found.models for task in row.scores))
     columns = ["model", *tasks, "above chance", "perplexity", "KL", "real bits", "size", "prefill/s", "decode/s"]
     return [

@@ -12,8 +12,8 @@ by its length in characters first (Gao et al., the Language Model Evaluation Har
 
 from __future__ import annotations
 
-from edgerazor.tasks._catalog import ALIASES, WORLD, LoadedTask, Request, estimate, expand, fingerprint, load
-from edgerazor.tasks._score import Score, beyond_greedy, evaluate, writes
+from edgerazor.tasks.catalog import ALIASES, WORLD, LoadedTask, Request, estimate, expand, fingerprint, load
+from edgerazor.tasks.score import Score, beyond_greedy, evaluate, writes
 
 __all__ = [
     "ALIASES",

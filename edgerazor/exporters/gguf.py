@@ -1,0 +1,351 @@
+"""GGUF, for llama.cpp: every tensor in the smallest GGML type that holds its codes exactly.
+
+`gguf` writes blocks from codes and scales (`_gguf_blocks.py`); no quantizer of GGML ever sees the weights. One tensor
+has one type, so a matrix whose rows are ternary and int4 takes what the int4 ones need, and types of few bits share an
+fp16 number among 256 weights, so smaller groups need a type of blocks of 32. Both cost size, never exactness, and are
+said before anything is written. `gguf-tq2` has ternary matrices in TQ2_0 (2.06 bits, unpacked faster than TQ1_0's
+1.69). `gguf-f16` and `gguf-f32` write decoded weights, for comparison: fp16 rounds what has more than 11 bits, int4
+times an fp16 scale for instance, and is refused then; float32 never rounds.
+
+Activation and cache bits are no part of a GGUF file: llama.cpp rounds inputs to 8 bits in a way of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import gguf
+import torch
+from torch import Tensor
+
+from edgerazor import __version__, models, untrusted, workdir
+from edgerazor.exporters.core import gguf_blocks as blocks
+from edgerazor.exporters.core import gguf_families as families
+from edgerazor.exporters.core import gguf_tokens as tokens
+from edgerazor.exporters.core.base import Export, ExportPlan, ExportResult, PlannedTensor, refuse_lossy
+from edgerazor.exporters.core.gguf_blocks import Misfit
+from edgerazor.exporters.core.gguf_sizes import causes
+from edgerazor.formats import INPUT_SCALE, OF_INPUTS
+from edgerazor.packed import PackedModel, TensorClass, has_zero_points
+
+FILE = "model.gguf"
+#: Why an export of decoded weights is large.
+DECODED = "It holds decoded weights; `gguf` holds codes."
+ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
+GgmlType = gguf.GGMLQuantizationType
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A packed model and what llama.cpp must know about it.
+
+    Attributes:
+        model: the packed model.
+        config: its whole configuration.
+        family: its architecture.
+        vocabulary: its tokenizer.
+        others: tensors that are not quantized; under an empty name, factors of its rotary frequencies, if any.
+    """
+
+    model: PackedModel
+    config: dict[str, Any]
+    family: families.Family
+    vocabulary: tokens.Vocabulary
+    others: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, model: PackedModel) -> Subject:
+        """UserError where llama.cpp does not know such a model."""
+        config = models.complete_config(model.folder)
+        family = families.family_of(config)
+        others = model.others()
+        factors = families.rope_factors(config)
+        if factors is not None:
+            others[""] = factors
+        return cls(model, config, family, _vocabulary(model.folder, config), others)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor of the packed model and what becomes of it.
+
+    Attributes:
+        name: of the weight, as in the packed model's state; empty for the factors of rotary frequencies.
+        target: llama.cpp's name.
+        matrix: path of the quantized matrix, or None for other tensors.
+        order: which row stands at each place, or None.
+    """
+
+    name: str
+    target: str
+    matrix: str | None
+    order: Tensor | None
+
+
+class Gguf(Export):
+    """One way to write GGUF files.
+
+    Args:
+        name: as in `--export`.
+        describe: what it is for.
+        quantized: types of blocks to choose from, the smallest first; none to write decoded weights.
+        floats: floating types to choose from where no block fits, the smallest first.
+    """
+
+    def __init__(
+        self, name: str, describe: str, quantized: Sequence[blocks.Block], floats: Sequence[gguf.GGMLQuantizationType]
+    ) -> None:
+        self.name, self.describe = name, describe
+        self.blocks, self.floats = tuple(quantized), tuple(floats)
+
+    def variants(self) -> Sequence[Export]:
+        return VARIANTS
+
+    def check(self, folder: Path) -> None:
+        """Family and tokenizer."""
+        config = models.complete_config(folder)
+        families.family_of(config)
+        _vocabulary(folder, config)
+
+    def plan(self, model: PackedModel) -> ExportPlan:
+        """Types by the codes themselves: every matrix is read once."""
+        subject = Subject.of(model)
+        tensors = tuple(self._planned(subject, source) for source in _sources(subject))
+        metadata = _metadata_bytes(subject, tensors)
+        return ExportPlan(
+            export=self.name,
+            tensors=tensors,
+            bytes=metadata + sum(_padded(tensor.bytes) for tensor in tensors),
+            packed_bytes=sum(file.stat().st_size for file in model.files()),
+            weights=sum(tensor.weights for tensor in tensors if tensor.name),
+            causes=tuple(causes(model, tensors, metadata) if self.blocks else (DECODED,)),
+            notes=tuple(_notes(subject)),
+        )
+
+    def write(self, model: PackedModel, folder: Path, plan: ExportPlan) -> ExportResult:
+        """`model.gguf` in that folder."""
+        return self.write_file(model, folder / FILE, plan)
+
+    def write_file(self, model: PackedModel, file: Path, plan: ExportPlan) -> ExportResult:
+        """The same under another name."""
+        workdir.write_atomically(file, functools.partial(self._fill, model, plan))
+        return ExportResult.of(plan, file, file.stat().st_size)
+
+    def _fill(self, model: PackedModel, plan: ExportPlan, path: Path) -> None:
+        subject = Subject.of(model)
+        sources = {source.target: source for source in _sources(subject)}
+        writer = _begin(path, subject, plan.tensors)
+        try:
+            for tensor in plan.tensors:
+                writer.write_tensor_data(_tensor_bytes(subject, sources[tensor.target], tensor))
+        finally:
+            writer.close()
+
+    def _planned(self, subject: Subject, source: Source) -> PlannedTensor:
+        """The type of one tensor."""
+        kind: TensorClass = "other"
+        bits = 0.0
+        if source.matrix is not None:
+            packed = subject.model.matrix(source.matrix)
+            kind, matrix = packed.kind, blocks.Matrix(packed.encoded, packed.spec)
+            count = math.prod(matrix.shape)
+            bits = packed.spec.nominal_bits(matrix.shape) + 16 * packed.encoded.scales.numel() / count
+            tests: Tests = [(each.type, functools.partial(blocks.check_blocks, each, matrix)) for each in self.blocks]
+            tests += [(each, functools.partial(blocks.check_floats, each, matrix)) for each in self.floats]
+        else:
+            values = subject.others[source.name]
+            count = values.numel()
+            wide = (GgmlType.F32,) if values.dim() < 2 else self.floats  # llama.cpp wants norms and biases so
+            tests = [(each, functools.partial(blocks.float_bytes, each, values)) for each in wide]
+        chosen, reason = _smallest(tests)
+        size, width = gguf.GGML_QUANT_SIZES[chosen]
+        return PlannedTensor(
+            name=source.name,
+            target=source.target,
+            kind=kind,
+            type=chosen.name,
+            weights=count,
+            bytes=count // size * width,
+            packed_bits=bits,
+            reason=reason,
+        )
+
+
+#: Types, the smallest first, each with a function that raises Misfit where it is not exact.
+Tests: TypeAlias = list[tuple[gguf.GGMLQuantizationType, Callable[[], object]]]
+
+
+def _smallest(tests: Tests) -> tuple[gguf.GGMLQuantizationType, str]:
+    """The first type that fits, or the last one and why it does not."""
+    reason = ""
+    for chosen, test in tests:
+        try:
+            test()
+        except Misfit as misfit:
+            reason = str(misfit)
+        else:
+            return chosen, ""
+    return tests[-1][0], reason
+
+
+def export(
+    folder: Path,
+    target: Path,
+    *,
+    quantized: bool = True,
+    allow_lossy: bool = False,
+    report: Callable[[ExportPlan], None] = lambda plan: None,
+) -> ExportResult:
+    """Write a packed model as one GGUF file.
+
+    Args:
+        folder: the packed model.
+        target: the file to write.
+        quantized: blocks from codes (`gguf`); else decoded weights as fp16 (`gguf-f16`).
+        allow_lossy: write tensors that change, too.
+        report: is told what will be written, before it is.
+
+    Raises:
+        UserError: llama.cpp does not know the family or the tokenizer, weights would change, or the folder is damaged.
+    """
+    chosen = EXPORT if quantized else F16
+    chosen.check(folder)
+    model = PackedModel.open(folder)
+    plan = chosen.plan(model)
+    report(plan)
+    if not allow_lossy:
+        refuse_lossy(plan)
+    return chosen.write_file(model, target, plan)
+
+
+# What is in the file ----------------------------------------------------------------------------------------------
+
+
+def _sources(subject: Subject) -> list[Source]:
+    """All tensors of the file, in its order."""
+    matrices = {f"{name}.weight": name for name in subject.model.header.matrices}
+    found = []
+    for name in (*matrices, *(each for each in subject.others if each.rpartition(".")[2] not in OF_INPUTS)):
+        target = families.target_name(subject.family, name) if name else families.ROPE_FACTORS
+        order = families.row_order(subject.family, subject.config, target)
+        found.append(Source(name, target, matrices.get(name), order))
+    return sorted(found, key=lambda source: families.place(source.target))
+
+
+def _tensor_bytes(subject: Subject, source: Source, planned: PlannedTensor) -> blocks.Bytes:
+    """The data of one tensor, as planned."""
+    chosen, lossy = gguf.GGMLQuantizationType[planned.type], not planned.exact
+    if source.matrix is not None:
+        packed = subject.model.matrix(source.matrix)
+        matrix = blocks.Matrix(packed.encoded, packed.spec, source.order)
+        if chosen in blocks.FLOATS:
+            return blocks.write_floats(chosen, matrix, lossy)
+        return blocks.write_blocks(next(each for each in blocks.BLOCKS if each.type == chosen), matrix)
+    values = subject.others[source.name]
+    if source.order is not None:
+        values = values[source.order]
+    return blocks.float_bytes(chosen, values, lossy)
+
+
+def _begin(path: Path, subject: Subject, tensors: Sequence[PlannedTensor]) -> gguf.GGUFWriter:
+    """A file with all but the data of the tensors."""
+    writer = gguf.GGUFWriter(path, subject.family.architecture)
+    teacher = subject.model.header.provenance.get("teacher")
+    name = teacher.get("name") if isinstance(teacher, dict) else None
+    writer.add_name(str(name or "model").rstrip("/").split("/")[-1])
+    writer.add_description(f"written by edgerazor {__version__} from codes and scales")
+    writer.add_file_type(_file_type(tensors))
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    families.add_metadata(writer, subject.config)
+    subject.vocabulary.add_to(writer)
+    for tensor in tensors:
+        shape = _byte_shape(subject, tensor)
+        writer.add_tensor_info(tensor.target, shape, _UINT8, tensor.bytes, gguf.GGMLQuantizationType[tensor.type])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    return writer
+
+
+_UINT8 = torch.empty(0, dtype=torch.uint8).numpy().dtype
+
+
+def _byte_shape(subject: Subject, tensor: PlannedTensor) -> tuple[int, ...]:
+    """Shape of a tensor in bytes, rows first."""
+    entry = subject.model.header.matrices.get(tensor.name.removesuffix(".weight"))
+    shape = entry.shape if entry else tuple(subject.others[tensor.name].shape)
+    return (*shape[:-1], tensor.bytes // math.prod(shape[:-1]))
+
+
+def _file_type(tensors: Sequence[PlannedTensor]) -> gguf.LlamaFileType:
+    """Named after the type that most weights of linear layers have."""
+    counts: dict[str, int] = {}
+    for tensor in tensors:
+        if tensor.kind == "linear":
+            counts[tensor.type] = counts.get(tensor.type, 0) + tensor.weights
+    name = max(counts, key=lambda each: counts[each])
+    special = {"F32": "ALL_F32", "Q3_K": "MOSTLY_Q3_K_S"}
+    return gguf.LlamaFileType[special.get(name, f"MOSTLY_{name}")]
+
+
+def _vocabulary(folder: Path, config: dict[str, Any]) -> tokens.Vocabulary:
+    """The tokenizer of a folder, as llama.cpp's."""
+    ends: Any = None
+    with contextlib.suppress(OSError, ValueError):  # it may be missing
+        ends = untrusted.load_json(folder / "generation_config.json").get("eos_token_id")
+    listed = ends if isinstance(ends, list) else [ends]
+    numbers = [number for number in listed if isinstance(number, int)]
+    return tokens.vocabulary(models.load_tokenizer(folder), config["vocab_size"], numbers)
+
+
+def _padded(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _metadata_bytes(subject: Subject, tensors: Sequence[PlannedTensor]) -> int:
+    """Bytes before the data of the first tensor."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / FILE
+        _begin(path, subject, tensors).close()
+        return _padded(path.stat().st_size)
+
+
+def _notes(subject: Subject) -> Iterator[str]:
+    """What the file cannot say."""
+    settings = subject.model.header.settings
+    bits = ", ".join(
+        f"{name.replace('_', ' ')} {value}"
+        for name, value in settings.items()
+        if name.endswith("_bits") and value != 16
+    )
+    if bits:
+        yield (
+            f"The packed model computes with {bits}; GGUF has no place for that: llama.cpp rounds inputs of quantized "
+            "matrices to 8 bits in its own way, and the cache as its options --cache-type-k and --cache-type-v say."
+        )
+    if any(name.endswith(INPUT_SCALE) for name in subject.others):
+        what = "scales and zero points" if has_zero_points(subject.others) else "scales"
+        yield f"Stored {what} of inputs are left out: llama.cpp finds a scale for each block of inputs itself."
+    yield from filter(None, [families.context_length(subject.config)[1]])
+    yield from subject.vocabulary.notes
+
+
+_BLOCKS = [each for each in blocks.BLOCKS if each.type != GgmlType.TQ2_0]
+_FLOATS = (GgmlType.F16, GgmlType.BF16, GgmlType.F32)
+EXPORT = Gguf("gguf", "llama.cpp: the smallest types that hold the codes exactly", _BLOCKS, _FLOATS)
+TQ2 = Gguf(
+    "gguf-tq2",
+    "llama.cpp: the same, with ternary matrices in TQ2_0",
+    [each for each in blocks.BLOCKS if each.type != GgmlType.TQ1_0],
+    _FLOATS,
+)
+F16 = Gguf("gguf-f16", "llama.cpp: decoded weights in fp16", (), (GgmlType.F16,))
+F32 = Gguf("gguf-f32", "llama.cpp: decoded weights in float32", (), (GgmlType.F32,))
+VARIANTS = (EXPORT, TQ2, F16, F32)

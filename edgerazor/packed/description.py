@@ -1,0 +1,246 @@
+"""The header as the first file has it: short JSON for people and programs, and a tensor of all checksums.
+
+Most matrices of a model are alike, and a checksum has no shorter writing than its bytes. So the JSON tells what is
+alike once, with the names of all that it is true of, and the SHA-256 of the tensor of checksums in their place.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from pydantic import Field, ValidationError
+from torch import Tensor
+
+from edgerazor import formats, untrusted
+from edgerazor.errors import UserError
+from edgerazor.packed.container import damaged, sha256
+from edgerazor.packed.header import (
+    SHA256_BYTES,
+    VERSION,
+    About,
+    Compression,
+    Header,
+    Kind,
+    MatrixEntry,
+    Strict,
+    TensorEntry,
+    header_problem,
+)
+from edgerazor.packed.names import fold, unfold
+
+HEADER_KEY, HEADER_SUM_KEY = "edgerazor", "edgerazor_sha256"
+
+
+class _Matrices(Strict):
+    """Quantized matrices of one description: as in `MatrixEntry`, the names of their parts, and, folded, their own."""
+
+    kind: Kind
+    formats: tuple[str, ...] = Field(min_length=1)
+    group_size: int = Field(ge=1)
+    shape: tuple[int, int]
+    parts: tuple[str, ...] = Field(min_length=1)
+    names: tuple[str, ...]
+
+
+class _Others(Strict):
+    """Tensors that are not quantized, of one dtype and shape, and, folded, their names."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    names: tuple[str, ...]
+
+
+class Description(About):
+    """The JSON of a header. `sha256`: of the tensor of checksums."""
+
+    matrices: tuple[_Matrices, ...]
+    others: tuple[_Others, ...]
+    sha256: str
+
+
+_Group = TypeVar("_Group", _Matrices, _Others)
+
+
+# Writing ----------------------------------------------------------------------------------------------------------
+
+
+def header_metadata(header: Header) -> dict[str, str]:
+    """The metadata of the first weight file that hold a header.
+
+    Raises:
+        ValueError: a name of it is not possible.
+    """
+    described = Description(
+        **{name: getattr(header, name) for name in About.model_fields},
+        matrices=tuple(_grouped_matrices(header)),
+        others=tuple(_grouped_others(header)),
+        sha256=sha256([formats.tensor_bytes(checksums(header))]),
+    )
+    values = described.model_dump(mode="json", exclude=None if header.compression else {"compression"})
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return {HEADER_KEY: text, HEADER_SUM_KEY: sha256([memoryview(text.encode())])}
+
+
+def _grouped_matrices(header: Header) -> Iterator[_Matrices]:
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name, entry in header.matrices.items():
+        about = (entry.kind, entry.formats, entry.group_size, entry.shape, tuple(entry.sha256))
+        groups.setdefault(about, []).append(name)
+    for (kind, number_formats, group_size, shape, parts), names in groups.items():
+        yield _Matrices(
+            kind=kind,
+            formats=number_formats,
+            group_size=group_size,
+            shape=shape,
+            parts=parts,
+            names=tuple(fold(names)),
+        )
+
+
+def _grouped_others(header: Header) -> Iterator[_Others]:
+    groups: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for name, entry in header.others.items():
+        groups.setdefault((entry.dtype, entry.shape), []).append(name)
+    for (dtype, shape), names in groups.items():
+        yield _Others(dtype=dtype, shape=shape, names=tuple(fold(names)))
+
+
+def checksums(header: Header) -> Tensor:
+    """All digests and checksums, uint8 [n, 32]: of each matrix its digest and those of its parts; of each other tensor.
+
+    Matrices and tensors are in the order of their names, parts in that of their group's list.
+    """
+    sums: list[str] = []
+    for entry in header.matrices.values():
+        sums += [entry.digest, *entry.sha256.values()]
+    sums += (entry.sha256 for entry in header.others.values())
+    return torch.frombuffer(bytearray.fromhex("".join(sums)), dtype=torch.uint8).view(-1, SHA256_BYTES)
+
+
+# Reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_header(
+    path: Path, about: Mapping[str, str], stored: Collection[str], read_checksums: Callable[[int], Tensor]
+) -> Header:
+    """The header in the metadata of the first weight file.
+
+    Args:
+        path: the file.
+        about: its metadata.
+        stored: names of the tensors that are there.
+        read_checksums: gives the tensor of so many checksums, uint8 [n, 32].
+
+    Raises:
+        UserError: it is missing, damaged, contradicts itself, or is of a later version.
+    """
+    described = _read_description(path, about)
+    try:
+        if any(len(set(group.parts)) < len(group.parts) for group in described.matrices):
+            raise ValueError("a list of parts repeats one")
+        matrices = _named(described.matrices, lambda name, group: _tensors(described, name, group), stored)
+        others = _named(described.others, lambda name, _: [name], stored)
+        sums = read_checksums(sum(1 + len(group.parts) for group in matrices.values()) + len(others))
+        if sha256([formats.tensor_bytes(sums)]) != described.sha256:
+            raise ValueError("its checksums do not have the recorded checksum")
+        header = _header(described, matrices, others, sums)
+        problem = header_problem(header)
+    except ValueError as error:
+        raise damaged(path, str(error)) from None
+    if problem:
+        raise damaged(path, problem)
+    return header
+
+
+def _read_description(path: Path, about: Mapping[str, str]) -> Description:
+    text = about.get(HEADER_KEY)
+    if text is None:
+        raise damaged(path, f"it has no {HEADER_KEY} header")
+    try:
+        raw = untrusted.parse_json(text, unambiguous=True)
+    except ValueError as error:
+        raise damaged(path, f"its header is not JSON ({error})") from None
+    version = raw.get("version") if isinstance(raw, dict) else None
+    if sha256([memoryview(text.encode())]) != about.get(HEADER_SUM_KEY):
+        raise damaged(path, "its header does not have the recorded checksum")
+    if type(version) not in (int, type(None)):
+        raise damaged(path, f"its version is {version!r}, which is no whole number")
+    if isinstance(version, int) and not 1 <= version <= VERSION:
+        raise UserError(
+            f"{path} has version {version} of the packed format, but this program reads versions 1 to {VERSION}.",
+            "Install a newer edgerazor." if version > VERSION else "Pack the model again.",
+        )
+    _check_compression(path, raw)
+    try:
+        return Description.model_validate_json(text)
+    except (ValidationError, RecursionError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": "too deeply nested"}
+        place = ".".join(str(step) for step in first["loc"])
+        raise damaged(path, f"its header is wrong at {place or 'the top'} ({first['msg']})") from None
+
+
+def _check_compression(path: Path, raw: Any) -> None:
+    """Say of a compression that is not known what it is, rather than that the file is damaged."""
+    found = raw.get("compression") if isinstance(raw, dict) else None
+    known = Compression().model_dump()
+    if isinstance(found, dict) and found.keys() == known.keys() and found != known:
+        said = ", ".join(f"{key} {value!r:.40}" for key, value in sorted(found.items()))
+        raise UserError(
+            f"{path} is compressed in a way that this program does not know ({said}).",
+            "Install a newer edgerazor.",
+        )
+
+
+def _tensors(described: Description, name: str, group: _Matrices) -> list[str]:
+    """Names of the tensors that hold a matrix."""
+    return [described.tensor_name(name, part) for part in group.parts]
+
+
+def _named(
+    groups: Iterable[_Group], tensors: Callable[[str, _Group], Iterable[str]], stored: Collection[str]
+) -> dict[str, _Group]:
+    """Group of each name, in the order of names.
+
+    Names are checked one at a time, since a short header could name more than there is memory for.
+
+    Raises:
+        ValueError: a name is there twice, or a tensor that belongs to one is not there.
+    """
+    found: dict[str, _Group] = {}
+    for group in groups:
+        for name in unfold(group.names, len(stored)):
+            if name in found:
+                raise ValueError(f"its header describes {name} twice")
+            for tensor in tensors(name, group):
+                if tensor not in stored:
+                    raise ValueError(f"the tensor {tensor} is missing")
+            found[name] = group
+    return dict(sorted(found.items()))
+
+
+def _header(
+    described: Description, matrices: Mapping[str, _Matrices], others: Mapping[str, _Others], sums: Tensor
+) -> Header:
+    """The header with a row of the checksums, in their order, for each matrix, part and other tensor."""
+    rows = (row.numpy().tobytes().hex() for row in sums)
+    return Header(
+        **{name: getattr(described, name) for name in About.model_fields},
+        matrices={
+            name: MatrixEntry(
+                kind=group.kind,
+                formats=group.formats,
+                group_size=group.group_size,
+                shape=group.shape,
+                digest=next(rows),
+                sha256={part: next(rows) for part in group.parts},
+            )
+            for name, group in matrices.items()
+        },
+        others={
+            name: TensorEntry(dtype=each.dtype, shape=each.shape, sha256=next(rows)) for name, each in others.items()
+        },
+    )

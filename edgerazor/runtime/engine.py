@@ -1,0 +1,380 @@
+"""What every engine offers: logits, scores of continuations, and sequences with a cache."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedConfig
+
+from edgerazor import models
+from edgerazor.errors import UserError, plain, usage_error
+from edgerazor.models import PreTrainedTokenizerBase
+from edgerazor.runtime import generation
+from edgerazor.runtime.generation import Chat, Generation, Prompt, Stream
+
+#: Tokens, one sequence.
+Ids: TypeAlias = Sequence[int] | Tensor
+
+
+class Score(NamedTuple):
+    """How probable a continuation is.
+
+    Attributes:
+        log_probability: natural, of all its tokens together.
+        greedy: whether each of them is the most probable one (the first of equal ones) at its place.
+    """
+
+    log_probability: float
+    greedy: bool
+
+
+#: What `Model.score` is asked: a prefix, its continuations, and perhaps counts of their last tokens.
+Request: TypeAlias = tuple[Ids, Sequence[Ids]] | tuple[Ids, Sequence[Ids], Sequence[int]]
+
+
+class Asked(NamedTuple):
+    """A checked request: how probable the last `counts` tokens of the continuations are."""
+
+    prefix: list[int]
+    continuations: list[list[int]]
+    counts: list[int]
+
+
+class Model(ABC):
+    """A packed model, ready to compute. Computes in float32 between quantized products, on a CPU, without gradients.
+
+    Attributes:
+        folder: where it is from.
+        tokenizer: of transformers.
+        threads: that compute.
+        engine: `native` or `transformers`.
+        note: why the native engine is not used and what to do about it, in a sentence or two; None where it is.
+        vocabulary: columns of logits.
+        max_positions: tokens that a sequence can have.
+        weight_bytes: that the weights take in memory.
+        bytes_per_token: of weights that are read to decode a token, without the cache.
+        cache_bytes_per_token: that a token of a sequence adds to its cache.
+    """
+
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    threads: int
+    engine: str
+    note: str | None
+    vocabulary: int
+    max_positions: int
+    weight_bytes: int
+    bytes_per_token: int
+    cache_bytes_per_token: int
+
+    @property
+    @abstractmethod
+    def kernel(self) -> str:
+        """Names of the kernels that multiply, as `edgerazor.kernels.name` has them: `avx512`, `avx512, reference`."""
+
+    @functools.cached_property
+    def config(self) -> PreTrainedConfig:
+        """The folder's configuration."""
+        found: PreTrainedConfig = models.auto_config(self.folder)
+        return found
+
+    @functools.cached_property
+    def generation_config(self) -> GenerationConfig:
+        """What ends a text, and other defaults of transformers' `generate`."""
+        return models.generation_config(self.folder) or GenerationConfig.from_model_config(self.config)
+
+    @abstractmethod
+    def session(self) -> Session:
+        """A new sequence, without tokens."""
+
+    def logits(self, ids: Ids | Sequence[Sequence[int]], last: int | None = None) -> Tensor:
+        """Logits float32 [..., T, V]; of the last tokens [..., last, V] alone where `last` is given.
+
+        Args:
+            ids: int64 [T] or [B, T], or lists of that shape; at least one token.
+            last: 1 to T.
+
+        Raises:
+            UserError: there is no token, or no such token, or there are more than `max_positions`.
+        """
+        tokens = as_tensor(ids)
+        if tokens.dim() not in (1, 2) or tokens.numel() == 0:
+            raise usage_error(f"Tokens have the shape [T] or [B, T], each at least 1, not {list(tokens.shape)}.")
+        self.check(tokens)
+        count = tokens.shape[-1] if last is None else last
+        if type(count) is not int or not 1 <= count <= tokens.shape[-1]:
+            raise usage_error(f"There are no logits of the last {last} of {tokens.shape[-1]} tokens.")
+        found = self._logits(tokens.reshape(-1, tokens.shape[-1]), count)
+        return found.reshape(*tokens.shape[:-1], count, self.vocabulary)
+
+    def score(self, requests: Sequence[Request]) -> list[list[Score]]:
+        """How probable continuations are.
+
+        Args:
+            requests: each a prefix of at least one token, and its continuations, likewise; and perhaps how many of the
+                last tokens of each continuation count, all if not given. What is before them is then read but not
+                scored, as where a continuation is a question with its answer, and the prefix is what all questions
+                have before them. The last token of a continuation is not read, and needs no position.
+
+        Returns:
+            a score for each continuation of each request.
+
+        Raises:
+            UserError: as `logits`; or a count is not from 1 to the tokens of its continuation.
+        """
+        plain = []
+        for prefix, continuations, *counts in requests:
+            tokens = [as_list(each) for each in continuations]
+            plain.append(Asked(as_list(prefix), tokens, list(*counts) if counts else [len(each) for each in tokens]))
+        for asked in plain:
+            self._check_asked(asked)
+        return self._score(plain)
+
+    def _check_asked(self, asked: Asked) -> None:
+        if not asked.prefix or not all(asked.continuations):
+            raise usage_error("A prefix and its continuations need at least one token each.")
+        self.check(asked.prefix)
+        if len(asked.counts) != len(asked.continuations):
+            raise usage_error(f"There are {len(asked.counts)} counts for {len(asked.continuations)} continuations.")
+        for tokens, count in zip(asked.continuations, asked.counts, strict=True):
+            self.check(tokens[-1:])
+            self.check(tokens[:-1], len(asked.prefix))
+            if type(count) is not int or not 1 <= count <= len(tokens):
+                raise usage_error(f"There are no last {count} of the {len(tokens)} tokens of a continuation.")
+
+    def generate(self, prompt: Prompt, seed: int = 0, **options: Any) -> Generation:
+        """Write a text that goes on from a prompt, or answers it.
+
+        Args:
+            prompt: a text; with `chat=True` the user's turn, or all messages so far.
+            seed: of the drawing.
+            options: fields of a recipe's `generate` section (`edgerazor show recipe` explains them): max_tokens,
+                temperature, top_k, top_p, min_p, repetition_penalty, stop, chat, system.
+
+        Raises:
+            UserError: an option is unknown or has a wrong value; the prompt is too long, or no text; there is no chat
+                template, or it refuses the messages.
+        """
+        stream = self.stream(prompt, seed, **options)
+        for _ in stream:
+            pass
+        return stream.generation
+
+    def stream(self, prompt: Prompt, seed: int = 0, **options: Any) -> Stream:
+        """The same in pieces, as they are written; its `generation` has all of it in the end."""
+        return generation.stream(self, prompt, *generation.options(seed, **options))
+
+    def chat(self, seed: int = 0, **options: Any) -> Chat:
+        """A conversation, whose `ask` gives the answers; options as of `generate`."""
+        return Chat(self, *generation.options(seed, **{**options, "chat": True}))
+
+    def check(self, tokens: Ids, before: int = 0) -> None:
+        """Make sure that tokens [T] or [B, T] are of the vocabulary, and no more than fit behind those before.
+
+        Raises:
+            UserError: they are not.
+        """
+        found = as_tensor(tokens)
+        if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < self.vocabulary:
+            wrong = next(each for each in found.flatten().tolist() if not 0 <= each < self.vocabulary)
+            raise usage_error(f"There is no token {wrong}: the model knows {self.vocabulary}.")
+        if before + found.shape[-1] > self.max_positions:
+            raise usage_error(
+                f"A sequence of {before + found.shape[-1]} tokens is too long: the model has positions for "
+                f"{self.max_positions}."
+            )
+
+    @abstractmethod
+    def _logits(self, tokens: Tensor, last: int) -> Tensor:
+        """Logits [B, last, V] of checked tokens [B, T]."""
+
+    @abstractmethod
+    def _score(self, requests: list[Asked]) -> list[list[Score]]:
+        """`score` of checked requests."""
+
+
+class Session(ABC):
+    """A sequence and its cache.
+
+    Attributes:
+        model: what computes.
+        ids: its tokens so far.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.ids: list[int] = []
+        self._computed = 0  # tokens in the cache: all of them, or all but those written last
+        self._best: int | None = None  # the most probable token after `ids`, where it is known
+
+    @property
+    def position(self) -> int:
+        """Tokens so far."""
+        return len(self.ids)
+
+    def feed(self, ids: Ids) -> Tensor:
+        """Append tokens, at least one; float32 [V], the logits after the last of them.
+
+        Raises:
+            UserError: as `Model.logits`; the sequence is then as it was.
+        """
+        tokens = as_list(ids)
+        if not tokens:
+            raise usage_error("There is no token to feed.")
+        self.model.check(tokens, self.position)
+        logits = self._compute(self._computed, [*self.ids[self._computed :], *tokens])
+        self.ids += tokens
+        self._computed = self.position
+        self._best = int(logits.numpy().argmax())  # NumPy's: torch's threads would spin beside the native ones
+        if not math.isfinite(logits[self._best]):  # it is the first that is none, where there is one
+            self._best = None
+            raise UserError(f"{self.model.folder} computes logits that are not finite.", "Pack the model again.")
+        return logits
+
+    def greedy(self, count: int, stops: Collection[int] = ()) -> list[int]:
+        """Append the most probable token (the first of equal ones), again and again.
+
+        Args:
+            count: of tokens, at most; fewer where the positions end.
+            stops: tokens behind which to stop.
+
+        Returns:
+            the new tokens, a stop at their end too.
+
+        Raises:
+            UserError: there is nothing to continue.
+        """
+        if type(count) is not int or count < 0:
+            raise usage_error(f"A number of tokens is a whole one, at least 0, not {plain(count, 50)}.")
+        if not self.ids:
+            raise usage_error("There is nothing to continue: feed at least one token first.")
+        start = self.position
+        end = min(start + count, self.model.max_positions)
+        if self._best is not None and start < end:
+            self.ids.append(self._best)
+            self._best = None
+        while self.position < end and (self.position == start or self.ids[-1] not in stops):
+            self.ids += self._greedy(self._computed, self.ids[self._computed :], end - self.position, stops)
+            self._computed = self.position - 1
+        return self.ids[start:]
+
+    def rewind(self, position: int) -> None:
+        """Forget the tokens from a position on, 0 for all.
+
+        Raises:
+            UserError: the sequence has not come that far.
+        """
+        if type(position) is not int or not 0 <= position <= self.position:
+            raise usage_error(f"A sequence of {self.position} tokens cannot go back to {position}.")
+        if position < self.position:
+            del self.ids[position:]
+            self._computed = min(self._computed, max(position - 1, 0))  # the last one again, for the logits after it
+            self._best = None
+
+    @abstractmethod
+    def _compute(self, start: int, tokens: list[int]) -> Tensor:
+        """Logits [V] after the last of tokens whose first has the position `start`; the cache holds those before it.
+
+        The cache may hold more, which is to be forgotten.
+        """
+
+    def _greedy(self, start: int, tokens: list[int], count: int, stops: Collection[int]) -> list[int]:
+        """At least one token, at most `count`, that follow tokens from the position `start` on.
+
+        Stops behind one of `stops`. The cache then holds all tokens but the last.
+        """
+        return [int(self._compute(start, tokens).argmax())]
+
+
+def as_tensor(ids: Any) -> Tensor:
+    """Tokens as int64, of the shape that they have.
+
+    Raises:
+        UserError: one of them is no whole number, or too large for one; or rows differ in length.
+    """
+    wrong = usage_error("Tokens are whole numbers, [T] or [B, T].")
+    if isinstance(ids, Tensor):
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise wrong
+        return ids.to(torch.int64)
+    if isinstance(ids, np.ndarray):
+        return as_tensor(torch.from_numpy(ids))
+    try:
+        rows = list(ids)
+        nested = bool(rows) and not isinstance(rows[0], int)
+        rows = [each.tolist() if isinstance(each, Tensor) else list(each) for each in rows] if nested else [rows]
+    except TypeError:
+        raise wrong from None
+    flat = list(itertools.chain.from_iterable(rows))
+    if not all(type(each) is int for each in flat) or len({len(row) for row in rows}) > 1:
+        raise wrong
+    for each in flat:
+        if each.bit_length() > 63:
+            raise usage_error(f"There is no token {plain(each, 50)}.")
+    found = torch.tensor(flat, dtype=torch.int64)
+    return found.reshape(len(rows), -1) if nested and flat else found
+
+
+def as_list(ids: Ids) -> list[int]:
+    """Plain numbers.
+
+    Raises:
+        UserError: they are not tokens of one sequence.
+    """
+    found = as_tensor(ids)
+    if found.dim() != 1:
+        raise usage_error("Tokens of a sequence are whole numbers, [T].")
+    tokens: list[int] = found.tolist()
+    return tokens
+
+
+# Scores of whole sequences ------------------------------------------------------------------------------------------
+
+#: Tokens that are computed at a time to score them.
+BATCH_TOKENS = 1024
+
+#: A sequence to score: its request, its continuation there, and the tokens of both.
+_Job: TypeAlias = tuple[int, int, list[int]]
+
+
+def score_whole(requests: list[Asked], logits: Callable[[Tensor, int], Tensor]) -> list[list[Score]]:
+    """`Model.score` of checked requests by computing each prefix again with each of its continuations.
+
+    Args:
+        logits: gives those of the last tokens of a batch, as `Model.logits`.
+    """
+    scores = [[Score(0.0, True)] * len(asked.continuations) for asked in requests]
+    jobs = [
+        (request, index, [*asked.prefix, *continuation])
+        for request, asked in enumerate(requests)
+        for index, continuation in enumerate(asked.continuations)
+    ]
+    for batch in _batches(jobs):
+        counts = [requests[request].counts[index] for request, index, _ in batch]
+        tokens = torch.tensor([each for _, _, each in batch])  # [B, T + 1]
+        chances = logits(tokens[:, :-1], max(counts)).log_softmax(-1)  # [B, most, V]
+        for (request, index, _), count, target, chance in zip(batch, counts, tokens, chances, strict=True):
+            wanted = target[-count:]  # [n]
+            of_wanted = chance[-count:]  # [n, V]
+            value = float(of_wanted.gather(1, wanted[:, None]).double().sum())
+            scores[request][index] = Score(value, bool((of_wanted.argmax(-1) == wanted).all()))
+    return scores
+
+
+def _batches(jobs: list[_Job]) -> Iterator[list[_Job]]:
+    """Batches of equal lengths, so that nothing has to be padded; the longest first."""
+    by_length = sorted(jobs, key=lambda job: -len(job[2]))
+    for length, group in itertools.groupby(by_length, key=lambda job: len(job[2])):
+        same = list(group)
+        size = max(1, BATCH_TOKENS // length)
+        for start in range(0, len(same), size):
+            yield same[start : start + size]

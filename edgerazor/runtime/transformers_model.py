@@ -1,0 +1,110 @@
+"""A packed model in transformers: every architecture that transformers has, every setting that a recipe can ask for.
+
+Slow beside the native engine, because Python and torch take longer than the kernels to decode a token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgerazor import models, modules, transformers_plugin
+from edgerazor.packed import PackedModel, size_table
+from edgerazor.runtime.engine import Asked, Model, Score, Session, score_whole
+from edgerazor.runtime.positions import max_positions
+
+
+class TransformersModel(Model):
+    """A packed model that transformers computes, with packed layers.
+
+    Args:
+        folder: packed.
+        threads: that torch computes with.
+        note: why it is not the native engine.
+
+    Raises:
+        UserError: not a packed folder, or a damaged one.
+    """
+
+    engine = "transformers"
+
+    def __init__(self, folder: Path, threads: int, note: str | None) -> None:
+        self.folder, self.threads, self.note = folder, threads, note
+        self.model, self.tokenizer = transformers_plugin.load(folder)
+        config = self.model.config.get_text_config()
+        self.vocabulary = self.model.get_output_embeddings().out_features
+        self.max_positions = max_positions(config)
+        packed = PackedModel.open(folder)
+        classes = {each.kind: each.bytes for each in size_table(packed).classes}
+        self.weight_bytes = sum(classes.values())
+        unread = 0 if packed.header.tied else classes.get("embedding", 0)  # but for a row of it
+        self.bytes_per_token = self.weight_bytes - unread
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        itemsize = torch.float32.itemsize
+        self.cache_bytes_per_token = 2 * config.num_hidden_layers * heads * width * itemsize
+
+    @functools.cached_property
+    def kernel(self) -> str:
+        return modules.kernels_of(self.model)
+
+    def session(self) -> TransformersSession:
+        return TransformersSession(self)
+
+    def forward(self, tokens: Tensor, **options: Any) -> Any:
+        """What the model of transformers gives for tokens [B, T]."""
+        with _threads(self.threads), torch.inference_mode():
+            return self.model(input_ids=tokens, **options)
+
+    def _logits(self, tokens: Tensor, last: int) -> Tensor:
+        found = self.forward(tokens, use_cache=False, logits_to_keep=last).logits
+        return found[:, -last:].float()  # some models keep all
+
+    def _score(self, requests: list[Asked]) -> list[list[Score]]:
+        return score_whole(requests, self._logits)
+
+
+class TransformersSession(Session):
+    """A sequence and its cache in transformers."""
+
+    model: TransformersModel
+
+    def __init__(self, model: TransformersModel) -> None:
+        super().__init__(model)
+        self._cache: Any = None
+        self._cached = 0
+
+    def _compute(self, start: int, tokens: list[int]) -> Tensor:
+        self._forget(start)
+        missing = self.ids[self._cached : start]
+        model = self.model.model
+        options = models.with_cache(model, self._cache)
+        out = self.model.forward(torch.tensor([[*missing, *tokens]]), logits_to_keep=1, **options)
+        self._cache, self._cached = out[models.cache_name(model)], start + len(tokens)
+        return out.logits[0, -1].float()
+
+    def _forget(self, start: int) -> None:
+        """Drop what the cache holds from `start` on, or all of it where it has lost what then would be seen."""
+        try:
+            if self._cached > start:
+                self._cache.crop(start - self._cached)
+                self._cached = start
+        except (RuntimeError, ValueError, AttributeError):  # a sliding window, a recurrent state
+            self._cache, self._cached = None, 0
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """So many threads of torch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,176 @@
+"""The resumable state of a distillation, without pickle.
+
+One folder: `state.safetensors` (master weights and AdamW's moments; where codes are fixed for a while, these and what
+they were made from), `state.json` (counters, the inputs it belongs to, random state). It replaces the previous one only
+when it is complete on the disk.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from edgerazor import modules, untrusted
+from edgerazor.errors import UserError, plain
+from edgerazor.training.phases import RungResult
+from edgerazor.workdir import replace_folder, write_atomically
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Progress(BaseModel):
+    """Counters of a run. The position in the data is `step`, since the order of the data is a function of it.
+
+    `block_errors` are those of the layers reconstructed so far, before and after, and `block_seconds` the time that
+    passed before the first step. `rung` is the number of the current rung, 0 before the first, and `rung_step`,
+    `rung_share` and `rung_seconds` are the step, the share of the budget and the time at which it began; `rungs` are
+    those that have ended, and `on_target` says that the quality asked for was reached. `streams` says where streamed
+    sources are, so that they need not be read again from the beginning.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best: float | None = None
+    best_step: int = 0
+    loss: float | None = None
+    metrics_lines: int = 0
+    block_errors: list[tuple[float, float]] = []
+    block_seconds: float = 0.0
+    rung: int = 0
+    rung_step: int = 0
+    rung_share: float = 0.0
+    rung_seconds: float = 0.0
+    rungs: list[RungResult] = []
+    on_target: bool = False
+    streams: dict[str, Any] = {}
+
+
+def save(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, inputs: dict[str, str]
+) -> None:
+    """Replace the checkpoint."""
+    tensors = _held(model)
+    for name, parameter in model.named_parameters():
+        tensors[f"weight/{name}"] = parameter.detach()
+        for moment in MOMENTS:
+            if moment in optimizer.state[parameter]:
+                tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment]
+    state = {"progress": progress.model_dump(), "inputs": inputs, "random": _random_state()}
+    with replace_folder(folder) as new:
+        stored = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+        write_atomically(new / "state.safetensors", lambda path: save_file(stored, path))
+        (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
+
+
+def _held(model: nn.Module) -> dict[str, Tensor]:
+    """What fixed codes were made from."""
+    found = {}
+    for name, matrix in modules.training_matrices(model).items():
+        if matrix.master is not None:
+            found[f"master/{name}"] = matrix.master.weight.detach()
+            found[f"start/{name}"] = matrix.master.scales
+    return found
+
+
+def stored_inputs(folder: Path) -> dict[str, str] | None:
+    """What the checkpoint belongs to, or None where there is none.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    return dict(_state(folder)["inputs"]) if folder.exists() else None
+
+
+def stored_progress(folder: Path) -> Progress | None:
+    """How far the checkpoint is, or None where there is none.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    if not folder.exists():
+        return None
+    try:
+        return Progress.model_validate(_state(folder)["progress"])
+    except ValueError as error:
+        raise _damaged(folder, error) from None
+
+
+def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress | None:
+    """Bring model and optimizer to the checkpoint, if there is one; both are those of its rung.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    if not folder.exists():
+        return None
+    state = _state(folder)
+    try:
+        tensors = load_file(folder / "state.safetensors")
+        progress = Progress.model_validate(state["progress"])
+        with torch.no_grad():
+            for name, tensor in _held(model).items():
+                tensor.copy_(tensors[name])
+            for name, parameter in model.named_parameters():
+                parameter.copy_(tensors[f"weight/{name}"])
+                if f"{MOMENTS[0]}/{name}" not in tensors:  # it has had no gradient yet
+                    continue
+                moments = {key: tensors[f"{key}/{name}"].to(parameter.device) for key in MOMENTS}
+                step = torch.tensor(float(progress.step - progress.rung_step), device=parameter.device)
+                optimizer.state[parameter] = {"step": step, **moments}
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise _damaged(folder, error) from None
+    try:
+        _set_random_state(state["random"])
+    except (TypeError, ValueError, RuntimeError, KeyError) as error:
+        raise _damaged(folder, error) from None
+    return progress
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(_decode(state["cpu"]))
+    for device, encoded in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(_decode(encoded), device)
+
+
+def _decode(encoded: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(encoded)), dtype=torch.uint8)
+
+
+def _random_state() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": _encode(torch.get_rng_state()), "cuda": [_encode(state) for state in cuda]}
+
+
+def _encode(state: torch.Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode()
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    try:
+        state = untrusted.load_json(folder / "state.json", most_bytes=untrusted.MOST_BYTES_OF_OURS)
+        found = {key: state[key] for key in ("progress", "inputs", "random")}
+    except (OSError, ValueError, KeyError) as error:
+        raise _damaged(folder, error) from None
+    for key, value in found.items():
+        if not isinstance(value, dict):
+            raise _damaged(folder, ValueError(f"its {key} is {plain(value, 50)}"))
+    return found
+
+
+def _damaged(folder: Path, error: BaseException) -> UserError:
+    reason = plain(error).split("\n")[0].rstrip(".") or type(error).__name__
+    return UserError(
+        f"The checkpoint {folder} is damaged and cannot be resumed ({reason}).",
+        "Start the training again with `edgerazor distill --force`.",
+    )

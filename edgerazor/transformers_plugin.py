@@ -1,0 +1,279 @@
+"""Packed models inside transformers: `AutoModelForCausalLM.from_pretrained(folder)`, without remote code.
+
+`import edgerazor` makes transformers know the quantizer below. transformers finds its name in the folder's
+config.json, builds the model without weights, and lets the quantizer put packed modules in the place of the packed
+matrices. Those read their codes through `packed`, checked, at first use: on a CPU with native kernels as they are
+stored, mapped from the file. Everything else (norms, biases) is checked at once, and transformers loads it itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.quantizers import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from edgerazor import modules, untrusted
+from edgerazor.errors import UserError, plain
+from edgerazor.formats import OF_INPUTS
+from edgerazor.kernels import StoredMatrix
+from edgerazor.models import auto_config, load_tokenizer, quiet_transformers
+from edgerazor.packed import CHECKSUMS, SETTINGS, PackedModel
+from edgerazor.untrusted import vocabulary
+from edgerazor.workdir import find_folder, read_whole
+
+METHOD = "edgerazor"
+
+
+class EdgeRazorConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a packed folder's config.json.
+
+    Args:
+        version: of the packed format.
+        activation_bits: 4 to 8, or 16, inputs of quantized layers.
+        kv_bits: 4, 8 or 16, keys and values.
+        group_size: consecutive values that share a scale.
+        query_bits, probability_bits: 4, 8 or 16, of attention.
+        adaptive_tokens: off, causal or ranked (see `attention.py`).
+        thresholds: of the importance of tokens, by layer, for causal.
+    """
+
+    def __init__(
+        self,
+        version: int,
+        activation_bits: int,
+        kv_bits: int,
+        group_size: int,
+        query_bits: int,
+        probability_bits: int,
+        adaptive_tokens: str,
+        thresholds: list[float],
+        **kwargs: Any,
+    ) -> None:
+        self.quant_method = METHOD
+        self.version = version
+        self.activation_bits, self.kv_bits, self.group_size = activation_bits, kv_bits, group_size
+        self.query_bits, self.probability_bits = query_bits, probability_bits
+        self.adaptive_tokens, self.thresholds = adaptive_tokens, thresholds
+
+
+class EdgeRazorQuantizer(HfQuantizer):
+    """Loads packed models. They cannot be trained or saved from memory: `edgerazor pack` makes them."""
+
+    requires_calibration = True
+
+    def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
+        self.dtype = dtype or torch.float32
+        return self.dtype
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if not checkpoint_files:
+            raise ValueError("a packed model is loaded from its folder, not from a state dict")
+        with torch.device("cpu"):  # older transformers call this where tensors are made without data
+            self._install(model, PackedModel.open(Path(checkpoint_files[0]).parent))
+
+    def _install(self, model: PreTrainedModel, packed: PackedModel) -> None:
+        """Put a packed model's matrices in the place of a skeleton's modules."""
+        matrices = packed.header.matrices
+        settings = self.quantization_config
+        check_settings(settings, packed)
+
+        def load(name: str) -> tuple[Any, Any]:
+            matrix = packed.matrix(name)
+            return matrix.encoded, matrix.spec
+
+        modules.install_packed(
+            model,
+            {name: (entry.shape[0], entry.shape[1]) for name, entry in matrices.items()},
+            packed.header.tied,
+            load,
+            modules.Settings(**{name: getattr(settings, name) for name in SETTINGS}),
+            self.dtype,
+            packed.input_scales(),
+            functools.partial(stored_matrix, packed),
+        )
+        check_others(model, packed)
+        packed_names = "|".join(re.escape(name) for name in matrices)
+        ours = {rf"^({packed_names})\.weight\.", rf"\.({'|'.join(OF_INPUTS)})$", f"^{re.escape(CHECKSUMS)}$"}
+        model._keys_to_ignore_on_load_unexpected = ours
+        model._tied_weights_keys = model.all_tied_weights_keys = {}  # there is no weight left to tie
+
+    def is_serializable(self) -> bool:
+        raise UserError(
+            "A packed model is not saved from memory, where it has no weights to save.",
+            "Copy its folder; that is the model.",
+        )
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def stored_matrix(packed: PackedModel, name: str) -> StoredMatrix | None:
+    """A matrix as native kernels compute with it, its checksums and scales checked; None where they cannot.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    entry, spec = packed.header.matrices[name], packed.spec(name)
+    if spec.block_formats is not None:
+        return None
+    try:
+        return StoredMatrix(packed.parts(name), spec, (entry.shape[0], entry.shape[1]))
+    except ValueError as error:
+        raise UserError(f"{packed.folder}: {name}: {error}.", "Copy or pack the model again.") from None
+
+
+def check_settings(settings: Any, packed: PackedModel) -> None:
+    """config.json, which anyone may edit, must say what the checked header of the weights says.
+
+    Raises:
+        UserError: it does not.
+    """
+    for name in SETTINGS:
+        said, value = getattr(settings, name, None), packed.header.settings.get(name)
+        if value is None:
+            raise UserError(
+                f"{packed.folder}: the weights do not say for which {name} they were made.", "Pack it again."
+            )
+        if said != value:
+            raise UserError(
+                f"{packed.folder}: config.json says {name} {plain(said, 50)}, but the weights were made for "
+                f"{plain(value, 50)}.",
+                "Undo the change, or pack the model again.",
+            )
+
+
+def check_layers(config: Any, packed: PackedModel) -> None:
+    """config.json must not ask for more layers than there are weights of; building them could take forever.
+
+    Raises:
+        UserError: it does, or there are thresholds for another number of layers.
+    """
+    count = config.get_text_config().num_hidden_layers
+    most = sum(entry.kind == "linear" for entry in packed.header.matrices.values())
+    settings = packed.header.settings
+    thresholds = settings.get("thresholds")
+    causal = settings.get("adaptive_tokens") == "causal"
+    if not isinstance(count, int) or count > most or (causal and len(thresholds or []) != count):  # type: ignore[arg-type]
+        raise UserError(
+            f"{packed.folder}: config.json says num_hidden_layers {plain(count, 50)}, but there are not the weights "
+            "or settings of so many.",
+            "Undo the change, or pack the model again.",
+        )
+
+
+def check_others(model: PreTrainedModel, packed: PackedModel) -> None:
+    """What transformers loads itself must be there and undamaged; it would fill in random numbers without a word.
+
+    Raises:
+        UserError: a tensor is missing or damaged.
+    """
+    missing = model.state_dict().keys() - packed.others().keys()
+    if missing:
+        raise UserError(f"{packed.folder} lacks the tensor {min(missing)}.", "Pack the model again.")
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a folder holds a packed model of ours, by its configuration.
+
+    Raises:
+        UserError: its config.json is damaged.
+    """
+    path = find_folder(folder) / "config.json"
+    if not os.path.lexists(path):
+        return False
+    if not path.is_file():
+        raise UserError(f"{path} is not a file.", "Copy or pack the model again.")
+    config = untrusted.read_json(path, None, hint="Copy or pack the model again.")
+    settings = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(settings, dict) and settings.get("quant_method") == METHOD
+
+
+def check_files(folder: Path) -> None:
+    """Nothing that a library may wait for, or follow to nowhere, stands in the place of a file.
+
+    Raises:
+        UserError: something does.
+    """
+    for path in sorted(folder.iterdir()):
+        if not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path} is no file, but a pipe, a device, or a link to nowhere.", "Remove it.")
+
+
+def open_folder(folder: Path) -> tuple[PackedModel, Any]:
+    """A packed model and its configuration, checked one against the other.
+
+    Where another process is replacing the folder, both are of the old one or of the new one.
+
+    Raises:
+        UserError: not a packed folder, or a damaged one.
+    """
+    return read_whole(folder, _open_folder)
+
+
+def _open_folder(folder: Path) -> tuple[PackedModel, Any]:
+    if not is_packed(folder):
+        raise UserError(f"{folder} is not a packed model.", "Make one with `edgerazor pack`.")
+    check_files(folder)
+    packed = PackedModel.open(folder)
+    values = untrusted.read_configuration(folder, "Undo the change, or pack the model again.")
+    try:
+        EdgeRazorConfig(**values["quantization_config"])
+    except TypeError as error:  # as transformers makes it, wherever it meets such a configuration
+        raise UserError(
+            f"{folder / 'config.json'} does not describe a packed model: {_first_line(error)}.",
+            "Undo the change, or pack the model again.",
+        ) from None
+    shapes = [entry.shape for entry in packed.header.matrices.values()]
+    untrusted.check_shapes(folder / "config.json", values, shapes)
+    config = auto_config(folder)
+    check_layers(config, packed)
+    return packed, config
+
+
+def load(
+    folder: str | os.PathLike[str],
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    keep_decoded: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a packed model and its tokenizer.
+
+    Args:
+        folder: what `edgerazor pack` wrote.
+        device: where it computes.
+        dtype: of activations between the quantized layers.
+        keep_decoded: keep float32 weights in memory after first use, 4 bytes a weight, where that is faster in batches
+            (not with native kernels).
+
+    Raises:
+        UserError: not a packed folder, or a damaged one.
+    """
+    folder = Path(folder)
+    open_folder(folder)  # transformers would hide which file is damaged, and how
+    tokenizer = load_tokenizer(folder)
+    with quiet_transformers():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"The packed model {folder} cannot be loaded: {_first_line(error)}.") from None
+    vocabulary.limit(tokenizer, model.get_input_embeddings().num_embeddings)
+    modules.keep_decoded(model, keep_decoded)
+    return model.to(device).eval(), tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().split("\n")
+    said = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+    return plain(said.rstrip(".:") or type(error).__name__)
