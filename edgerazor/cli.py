@@ -79,8 +79,8 @@ Sensitivity = Annotated[
     str | None, Option("--sensitivity", help="Estimate of damage: auto, fisher, integrated, hessian or direct.")
 ]
 KvBits = Annotated[int | None, Option("--kv-bits", help="Keys and values: 4, 8 or 16.")]
-StartName = Annotated[
-    str | None, Option("--start", help="Scales and codes to begin with: least_error, rule, clip or gptq.")
+InitName = Annotated[
+    str | None, Option("--init", help="Scales and codes to begin with: least_error, rtn, clip or gptq.")
 ]
 ActivationBits = Annotated[int | None, Option("--activation-bits", help="Inputs of linear layers: 4 to 8, or 16.")]
 Compare = Annotated[
@@ -106,7 +106,7 @@ def calibrate(
     sensitivity: Sensitivity = None,
     kv_bits: KvBits = None,
     activation_bits: ActivationBits = None,
-    start: StartName = None,
+    init: InitName = None,
     revision: Revision = None,
     trust_remote_code: Remote = None,
     recipe: RecipeFile = None,
@@ -131,7 +131,7 @@ def calibrate(
         "calibrate": budget_section(bits, real_bits, target_size)
         | plan_section(formats, group_size, plan, granularity, sensitivity, kv_bits, activation_bits, sequences)
     }
-    values["calibrate"] |= given(start=start)
+    values["calibrate"] |= given(init=init)
     stage("calibrate", values, work, recipe, json, quiet, force, dry_run)
 
 
@@ -164,7 +164,7 @@ def distill(
     sensitivity: Sensitivity = None,
     kv_bits: KvBits = None,
     activation_bits: ActivationBits = None,
-    start: StartName = None,
+    init: InitName = None,
     revision: Revision = None,
     trust_remote_code: Remote = None,
     recipe: RecipeFile = None,
@@ -198,7 +198,7 @@ def distill(
             reconstruct=None if reconstruct is None else {"steps": reconstruct},
         ),
     }
-    values["calibrate"] |= given(start=start)
+    values["calibrate"] |= given(init=init)
     stage("distill", values, work, recipe, json, quiet, force, dry_run)
 
 
@@ -226,7 +226,7 @@ def pack(
     sensitivity: Sensitivity = None,
     kv_bits: KvBits = None,
     activation_bits: ActivationBits = None,
-    start: StartName = None,
+    init: InitName = None,
     revision: Revision = None,
     trust_remote_code: Remote = None,
     recipe: RecipeFile = None,
@@ -251,7 +251,7 @@ def pack(
     values = general(model, revision, trust_remote_code, None, None, None)
     section = budget_section(bits, real_bits, target_size)
     section |= plan_section(formats, group_size, plan, granularity, sensitivity, kv_bits, activation_bits, None)
-    section |= given(start=start)
+    section |= given(init=init)
     if model is not None and is_packed_folder(model):
         options = section | given(student=student)
         if compress is not None:

@@ -27,8 +27,8 @@ from edgerazor.packed import FolderSize
 from edgerazor.recipe import Calibrate, Recipe, Source
 from edgerazor.workdir import WorkDir, digest_json
 
-#: Values of `calibrate.start` for which calibrate makes something of the text, beside the plan.
-MADE_STARTS = ("clip", "gptq")
+#: Values of `calibrate.init` for which calibrate makes something of the text, beside the plan.
+MADE_INITS = ("clip", "gptq")
 #: A number below 1 that JSON needs most characters for.
 LONGEST_NUMBER = 1.2345678901234567e-05
 
@@ -335,7 +335,7 @@ def bits_of(recipe: Recipe, plan: Plan | None) -> float:
 
 def needs_calibration(wanted: Calibrate) -> bool:
     """Whether a model of these settings cannot be made without what calibrate measures, even without training."""
-    return wanted.activation_scales != "dynamic" or wanted.adaptive_tokens == "causal" or wanted.start in MADE_STARTS
+    return wanted.activation_scales != "dynamic" or wanted.adaptive_tokens == "causal" or wanted.init in MADE_INITS
 
 
 def check_attention(model: PreTrainedModel, wanted: Plan | Calibrate) -> None:

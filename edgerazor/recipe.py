@@ -5,7 +5,7 @@ else, and a line of explanation (`edgerazor show recipe` prints them all). Unkno
 
 Values come from, later ones winning: the defaults, the recipe of the working directory (what earlier commands
 asked for), `--recipe FILE`, the options of the command line. A `--recipe` replaces that of the working directory; it
-may be the bare name of one that comes with edgerazor (`--recipe ladder`).
+may be the bare name of one that comes with edgerazor (`--recipe phases`).
 Paths in a recipe file are relative to the file; on the command line, to the current folder. In the working directory
 they are kept absolute, so that later commands work from any folder.
 """
@@ -178,11 +178,11 @@ class Calibrate(Strict):
         (), description="{match: glob, format: name}, the first that matches; bits is the average of the other linears"
     )
     scales: Literal["computed", "learned"] = Field(
-        "computed", description="scales of weights: as `start` says, or trained like weights (LSQ) from there"
+        "computed", description="scales of weights: as `init` says, or trained like weights (LSQ) from there"
     )
-    start: Literal["least_error", "rule", "clip", "gptq"] = Field(
+    init: Literal["least_error", "rtn", "clip", "gptq"] = Field(
         "least_error",
-        description="scales to round and to begin with: of least squared error; rule: each format's published rule "
+        description="scales to round and to begin with: of least squared error; rtn: each format's published rule "
         "(EdgeRazor's; LSQ's where scales are learned); clip: of least error by the size of inputs; gptq: and codes "
         "error-compensated",
     )
@@ -241,8 +241,8 @@ class Calibrate(Strict):
             raise ValueError(f"16-bit activations have no {self.activation_scales} scales; give `activation_bits`")
         if self.adaptive_tokens != "off" and self.activation_bits in (4, 16):
             raise ValueError("adaptive tokens need `activation_bits` from 5 to 8")
-        if self.adaptive_tokens != "off" and self.start == "gptq":
-            raise ValueError("`start: gptq` looks at one layer at a time, so it cannot have adaptive tokens; use clip")
+        if self.adaptive_tokens != "off" and self.init == "gptq":
+            raise ValueError("`init: gptq` looks at one layer at a time, so it cannot have adaptive tokens; use clip")
         return self
 
 
@@ -306,7 +306,7 @@ class Reconstruction(Strict):
     learning_rate: float | None = Field(None, gt=0, description="peak; that of the whole training when absent")
 
 
-class Rung(Strict):
+class Phase(Strict):
     """A part of the training: its share of the budget, over which its warm-up and all schedules run.
 
     What is not given here is as in the rest of `distill`.
@@ -315,7 +315,7 @@ class Rung(Strict):
     train: Literal["all", "scales"] = Field(
         "all", description="scales: codes stay; scales, norm gains, biases are trained"
     )
-    share: float = Field(1.0, gt=0, description="of the budget left after reconstruction, relative to the other rungs")
+    share: float = Field(1.0, gt=0, description="of the budget left after reconstruction, relative to the other phases")
     losses: tuple[LossTerm, ...] | None = Field(None, min_length=1, description="another objective")
     learning_rate: float | None = Field(None, gt=0, description="another peak")
     schedule: Literal["constant", "linear", "cosine"] | None = Field(None, description="another one after warm-up")
@@ -333,7 +333,7 @@ class Distill(Strict):
     reconstruct: Reconstruction | None = Field(
         None, description="train layer by layer before all of it: steps, sequences, learning_rate; absent: do not"
     )
-    rungs: tuple[Rung, ...] = Field(
+    phases: tuple[Phase, ...] = Field(
         (), description="trainings one after the other: train, share, losses, learning_rate, schedule; empty: one"
     )
     target_kl: float | None = Field(
@@ -722,7 +722,7 @@ def _model_at(location: tuple[int | str, ...]) -> type[Strict]:
         "overrides": Override,
         "constraints": Constraint,
         "reconstruct": Reconstruction,
-        "rungs": Rung,
+        "phases": Phase,
     }
     model: type[Strict] = Recipe
     for part in location:

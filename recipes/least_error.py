@@ -4,7 +4,7 @@
     python recipes/least_error.py --work speed --dry              one, printed only
 
 *rounding*: teachers rounded without training in the setting of the rows of rounding under Methods (int4 embedding,
-8-bit activations, keys and values), at `--start rule` and `--start least_error`: KL to the teacher and perplexity on
+8-bit activations, keys and values), at `--init rtn` and `--init least_error`: KL to the teacher and perplexity on
 held-out text.
 
 *gain*: ternary weights alone, everything else as it is. The decoded weights of least error lie closer to the weights,
@@ -37,7 +37,7 @@ from edgerazor.stages import eval as evaluation
 from edgerazor.workdir import WorkDir, machine
 
 WORK = ("rounding", "gain", "speed")
-STARTS = ("rule", "least_error")
+INITS = ("rtn", "least_error")
 #: A row's name -> what it asks for.
 ROWS: dict[str, Values] = {
     "ternary": {"bits": 1.58, "formats": ["ternary"]},
@@ -61,7 +61,7 @@ def rounding(teachers: list[Teacher]) -> str:
     rows = []
     for teacher in teachers:
         for name, asked in ROWS.items():
-            texts = [rounded(teacher, {**asked, "start": start}) for start in STARTS]
+            texts = [rounded(teacher, {**asked, "init": init}) for init in INITS]
             numbers = [*(number(each.kl) for each in texts), *(number(each.perplexity, 4) for each in texts)]
             rows.append([teacher.name, name, *numbers])
             print(*rows[-1], flush=True)
@@ -148,13 +148,13 @@ def speed(matrices: int, rounds: int) -> str:
     size = 2 * sum(w.numel() for w in weights) / MB
     rows = []
     for name in formats.names():
-        best = dict.fromkeys(STARTS, float("inf"))
+        best = dict.fromkeys(INITS, float("inf"))
         with tempfile.TemporaryDirectory() as place:
             for _ in range(rounds):
-                for start in STARTS:
-                    spec = MatrixSpec((name,), 256, published=start == "rule")
-                    best[start] = min(best[start], seconds_with(weights, Path(place) / "packed", spec)[0])
-        rows.append([name, *(f"{size / best[start]:,.0f} MB/s" for start in STARTS)])
+                for init in INITS:
+                    spec = MatrixSpec((name,), 256, published=init == "rtn")
+                    best[init] = min(best[init], seconds_with(weights, Path(place) / "packed", spec)[0])
+        rows.append([name, *(f"{size / best[init]:,.0f} MB/s" for init in INITS)])
         print(*rows[-1], flush=True)
     return markdown(["format", "published rule", "least error"], rows)
 

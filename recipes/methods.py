@@ -103,7 +103,7 @@ EDGEQAT: Values = {
     "calibrate": {
         "scales": "learned",
         "activation_scales": "asymmetric",
-        "start": "rule",
+        "init": "rtn",
         "query_bits": 8,
         "probability_bits": 8,
     },
@@ -117,10 +117,10 @@ EDGEQAT: Values = {
 }
 LEARNED: Values = {"calibrate": {"scales": "learned"}, **terms(forward_kl=1.0)}
 BLOCKS: Values = recipes.merge(EDGERAZOR, {"distill": {"reconstruct": {"steps": 48, "sequences": 128}}})
-CLIPPED: Values = recipes.merge(LEARNED, {"calibrate": {"start": "clip"}})
-COMPENSATED: Values = recipes.merge(LEARNED, {"calibrate": {"start": "gptq"}})
-RUNGS: Values = {"rungs": [{"train": "scales", "share": 0.15}, {"train": "all", "share": 0.85}]}
-LADDER: Values = recipes.merge(COMPENSATED, {"distill": {"reconstruct": {"steps": 48, "sequences": 128}, **RUNGS}})
+CLIPPED: Values = recipes.merge(LEARNED, {"calibrate": {"init": "clip"}})
+COMPENSATED: Values = recipes.merge(LEARNED, {"calibrate": {"init": "gptq"}})
+PHASES: Values = {"phases": [{"train": "scales", "share": 0.15}, {"train": "all", "share": 0.85}]}
+PHASED: Values = recipes.merge(COMPENSATED, {"distill": {"reconstruct": {"steps": 48, "sequences": 128}, **PHASES}})
 SCALES: Values = recipes.merge({"distill": {"train": "scales"}}, terms(forward_kl=1.0))
 #: To add a method, add a line.
 METHODS: dict[str, Method] = {
@@ -139,7 +139,7 @@ METHODS: dict[str, Method] = {
     "learned": Method("learned steps, forward KL", LEARNED),
     "clipped": Method("learned steps from clipped ones, forward KL", CLIPPED, bits=(1.58, 1.88)),
     "compensated": Method("learned steps from GPTQ's codes, forward KL", COMPENSATED, bits=(1.58, 1.88)),
-    "ladder": Method("ladder: GPTQ's codes, layer by layer, scales, all", LADDER, bits=(1.58, 1.88)),
+    "phases": Method("phases: GPTQ's codes, layer by layer, scales, all", PHASED, bits=(1.58, 1.88)),
     "scales": Method("scales only, forward KL", SCALES),
     "blocks": Method("layer by layer, then CE + EAKLD + LAFD", BLOCKS, bits=(1.88,)),
     "eakld-lafd-long": Method("CE + EAKLD + LAFD, 4 x tokens", EDGERAZOR, bits=(1.88,), times=4),
@@ -264,9 +264,9 @@ def fingerprint(teacher: Teacher, method: Method, bits: float, setting: Setting)
 
 def code_digest(method: Method) -> str:
     """Of the numerics that a row is about, without comments, docstrings and layout."""
-    parts = ["formats"]
+    parts = ["formats", "formats/core"]
     if method.trains:
-        parts += ["losses/_*"]
+        parts += ["losses/core"]
         parts += [f"losses/{term['name']}" for term in (method.changes or {})["distill"].get("losses", ())]
     files = [file for part in parts for file in (*PACKAGE.glob(f"{part}.py"), *PACKAGE.glob(f"{part}/*.py"))]
     files += [HERE / "peers.py"] if method.peer else []

@@ -48,7 +48,7 @@ FIELDS: dict[str, tuple[list[str], str, Any]] = {
     "--sensitivity": (["fisher"], "calibrate.sensitivity", "fisher"),
     "--kv-bits": (["16"], "calibrate.kv_bits", 16),
     "--activation-bits": (["16"], "calibrate.activation_bits", 16),
-    "--start": (["gptq"], "calibrate.start", "gptq"),
+    "--init": (["gptq"], "calibrate.init", "gptq"),
     "--revision": (["main"], "revision", "main"),
     "--trust-remote-code": ([], "trust_remote_code", True),
     "--seed": (["7"], "seed", 7),

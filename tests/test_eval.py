@@ -404,7 +404,7 @@ def test_the_runtime_measures_what_transformers_measures(
     values: dict[str, Any] = {
         "model": str(tmp_path / "teacher"),
         "device": "cpu",
-        "calibrate": {"bits": 4, "group_size": GROUP_SIZE, "start": "rule", "activation_bits": bits, "kv_bits": bits},
+        "calibrate": {"bits": 4, "group_size": GROUP_SIZE, "init": "rtn", "activation_bits": bits, "kv_bits": bits},
         "pack": {"source": "teacher"},
         "data": {"held_out": [{"file": str(text_file)}], "sequence_length": 32},
         "eval": {"against": str(tmp_path / "teacher"), "text_sequences": 4, "tasks": ["world_recall"]},

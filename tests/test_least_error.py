@@ -151,7 +151,7 @@ def test_the_native_search_finds_the_same_scales_to_the_bit(isa: int, name: str,
 
 @needs_library
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_ladders_of_any_length(count: int) -> None:
+def test_grids_of_any_length(count: int) -> None:
     class Other(Format):
         name, nominal_bits, code_bits = "other", 4.0, 4
         minimum, maximum = -7, 7

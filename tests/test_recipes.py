@@ -1,4 +1,4 @@
-"""The recipes for published models: each trains and packs a random model of its real layer shapes; and the ladder."""
+"""The recipes for published models: each trains and packs a random model of its real layer shapes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from edgerazor import recipe as recipes
 from edgerazor.data import open_rows, streaming
 from edgerazor.errors import USAGE, UserError
 from edgerazor.recipe import Calibrate
-from edgerazor.training import objective, phases
+from edgerazor.training import objective
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 PUBLISHED_BITS = (1.58, 1.88, 2.79, 4.0)
@@ -117,7 +117,7 @@ EVERY_RECIPE = sorted(FOLDER.glob("*.yaml"))
 
 @pytest.mark.parametrize("path", EVERY_RECIPE, ids=lambda path: path.stem)
 def test_every_recipe_loads(path: Path) -> None:
-    assert bool(recipes.build(recipes.load(path), f"The recipe {path}").model) == (path.stem != "ladder")
+    assert bool(recipes.build(recipes.load(path), f"The recipe {path}").model) == (path.stem != "phases")
 
 
 def load(name: str) -> recipes.Recipe:
@@ -167,7 +167,7 @@ def test_the_published_settings(name: str) -> None:
     settings, calibrate = recipe.distill, recipe.calibrate
     by_bits, *others = PUBLISHED[name]
     for bits, weights in by_bits.items():
-        (training,) = phases.trainings(recipe, 4, objective.unmeasured(4), bits)
+        (training,) = phase_schedule.trainings(recipe, 4, objective.unmeasured(4), bits)
         assert [(term.name, term.weight) for term, _ in training.terms] == list(
             zip(("ce", "eakld", "lafd"), weights, strict=True)
         )
@@ -323,32 +323,32 @@ def test_bits_of_a_recipe_on_the_command_line(
     assert "--bits is 1.2; expected a number from 1.58 to 8" in wrong.err
 
 
-# The ladder, and recipes by their names ---------------------------------------------------------------------------
+# The schedule of phases, and recipes by their names ---------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_the_ladder_by_its_name(
+def test_a_recipe_by_its_name(
     run: Run, llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A model, bits and a text are all that it needs; every rung takes its part and what is made can be packed."""
+    """A model, bits and a text are all that it needs; every phase takes its part and what is made can be packed."""
     monkeypatch.chdir(tmp_path)
     small = ["--sequence-length", 32, "--batch-size", 1, "--accumulation", 1, "--threads", 1, "--reconstruct", 16]
-    asked = [llama, "--bits", 2, "--recipe", "ladder", "--data", text_file, "--steps", 8, *small]
+    asked = [llama, "--bits", 2, "--recipe", "phases", "--data", text_file, "--steps", 8, *small]
     dry = run("distill", *asked, "--dry-run", "--json").json()
-    assert {name: each["steps"] for name, each in dry["rungs"].items()} == {
+    assert {name: each["steps"] for name, each in dry["phases"].items()} == {
         "reconstruct": 32,
         "1 scales": 2,
         "2 all": 6,
     }
     done = run("distill", *asked, "--json")
     assert done.code == 0, done.err
-    rungs = done.json()["rungs"]
-    assert [each["what"] for each in rungs] == ["initialise", "reconstruct", "scales", "all"]
-    assert rungs[1]["held_out"] < rungs[0]["held_out"]
+    phases = done.json()["phases"]
+    assert [each["what"] for each in phases] == ["initialise", "reconstruct", "scales", "all"]
+    assert phases[1]["held_out"] < phases[0]["held_out"]
     packed = run("pack", "--json")
     assert packed.code == 0, packed.err
     assert packed.json()["verified"] is True
-    refused = run("distill", "--recipe", "ladder", "--work", "other")
+    refused = run("distill", "--recipe", "phases", "--work", "other")
     assert refused.code == USAGE
     assert "names no model" in refused.err
     assert "edgerazor distill MODEL --recipe" in refused.err
@@ -357,16 +357,16 @@ def test_the_ladder_by_its_name(
 def test_a_file_of_that_name_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").mkdir()  # a folder is no recipe
-    for name in ("ladder", "qwen3-0.6b"):
+    for name in ("phases", "qwen3-0.6b"):
         assert recipes.find(Path(name)) == FOLDER / f"{name}.yaml"
-    Path("ladder.yaml").touch()
-    assert recipes.find(Path("ladder")) == Path("ladder.yaml")
-    Path("ladder").touch()
-    assert recipes.find(Path("ladder")) == Path("ladder")
-    for path in ("elsewhere/ladder", "nowhere.yaml", str(tmp_path / "ladder")):
+    Path("phases.yaml").touch()
+    assert recipes.find(Path("phases")) == Path("phases.yaml")
+    Path("phases").touch()
+    assert recipes.find(Path("phases")) == Path("phases")
+    for path in ("elsewhere/phases", "nowhere.yaml", str(tmp_path / "phases")):
         assert recipes.find(Path(path)) == Path(path)
     for name, hint in (
-        ("lader", "Did you mean ladder?"),
+        ("phasse", "Did you mean phases?"),
         ("recipes", "Known: "),
         ("qwen3-0.6", "Did you mean qwen3-0.6b"),
     ):
@@ -420,11 +420,11 @@ def test_an_installation_finds_the_recipes_that_stand_alone(tmp_path: Path) -> N
         str(wheel),
     )
     (site,) = prefix.glob("lib/python*/site-packages")
-    ask = "from edgerazor import recipe; print(recipe.__file__, *sorted(recipe.shipped()), recipe.shipped()['ladder'])"
+    ask = "from edgerazor import recipe; print(recipe.__file__, *sorted(recipe.shipped()), recipe.shipped()['phases'])"
     found = python(prefix, "-c", ask, PYTHONPATH=str(site)).split()
     assert found[0].startswith(str(prefix))
     assert found[1:-1] == alone
-    assert Path(found[-1]).read_text() == (FOLDER / "ladder.yaml").read_text()
+    assert Path(found[-1]).read_text() == (FOLDER / "phases.yaml").read_text()
 
 
 # Recipes made for GGUF --------------------------------------------------------------------------------------------

@@ -169,7 +169,7 @@ def _plan(
             rows=site.rows,
             columns=site.columns,
             group_size=settings.group_size,
-            published=settings.start == "rule",
+            published=settings.init == "rtn",
             **about[site.name],
         )
         for site in sites

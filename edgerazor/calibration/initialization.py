@@ -37,7 +37,7 @@ from edgerazor.recipe import Recipe
 from edgerazor.workdir import WorkDir, write_atomically
 
 #: About how many forward passes over the calibration text a start takes.
-PASSES = {"least_error": 0, "rule": 0, "clip": 1, "gptq": 5}
+PASSES = {"least_error": 0, "rtn": 0, "clip": 1, "gptq": 5}
 
 WEIGHT, SCALES = ".weight", ".scales"
 
@@ -76,8 +76,8 @@ def stored(recipe: Recipe, work: WorkDir, plan: Plan) -> Callable[[str], Start] 
     Raises:
         UserError: calibrate has not made this start for this plan, or its file is damaged.
     """
-    wanted = recipe.calibrate.start
-    if wanted not in job.MADE_STARTS:
+    wanted = recipe.calibrate.init
+    if wanted not in job.MADE_INITS:
         return None
     missing = UserError(
         f"{work.path} holds no {wanted} start for these settings.",
@@ -114,7 +114,7 @@ def memory_bytes(recipe: Recipe, teacher: PreTrainedModel, tokens: int) -> int:
     """What making a start needs: float32 weights, and where layers are gone through, what enters one of them."""
     weights = sum(4 * each.numel() for each in teacher.parameters())
     states = 4 * tokens * teacher.config.get_text_config().hidden_size
-    return {"clip": weights, "gptq": weights + states}.get(recipe.calibrate.start, 0)
+    return {"clip": weights, "gptq": weights + states}.get(recipe.calibrate.init, 0)
 
 
 # --- making ------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ def write(recipe: Recipe, work: WorkDir, plan: Plan, rows: data.TokenRows, conso
     found, specs = models.structure(model), plan.specs()
     batches = list(data.sample_batches(rows, recipe.calibrate.sequences, recipe.calibrate.batch_size))
     starts = clipped_ends(model, found, specs, batches)
-    if recipe.calibrate.start == "clip":
+    if recipe.calibrate.init == "clip":
         starts |= clipped_linears(model, found, specs, load_file(work.statistics_file), console)
     else:
         settings = replace(job.settings_of(plan, found, work), learned_scales=False)
@@ -147,7 +147,7 @@ def write(recipe: Recipe, work: WorkDir, plan: Plan, rows: data.TokenRows, conso
         starts |= compensated_linears(Blocks(model, found), batches, console)
     tensors = {name + SCALES: start.scales.cpu() for name, start in starts.items()}
     tensors |= {name + WEIGHT: start.weight.cpu() for name, start in starts.items() if start.weight is not None}
-    about = {"start": recipe.calibrate.start}
+    about = {"start": recipe.calibrate.init}
     write_atomically(work.start_file, lambda path: save_file(tensors, path, metadata=about))
 
 
@@ -248,7 +248,7 @@ def in_order_of_use(blocks: Blocks, index: int, sequences: Sequences) -> list[li
     if sum(map(len, groups)) < len(linears):
         raise UserError(
             f"Layer {index} of {type(blocks.model).__name__} has linear layers that it does not use.",
-            "Take another start: `--start clip` or `--start least_error`.",
+            "Use `--init clip` or `--init least_error`.",
         )
     return groups
 
@@ -276,7 +276,8 @@ def compensate(module: TrainingLinear, hessian: Tensor, name: str) -> Start:
         weight, scales = formats.compensated(module.weight, module.spec, hessian)
     except ValueError as error:
         raise UserError(
-            f"{name} cannot be compensated: {error}.", "Take another start: `--start clip` or `--start least_error`."
+            f"{name} cannot be compensated: {error}.",
+            "Use `--init clip` or `--init least_error`.",
         ) from None
     module.weight = nn.Parameter(weight, requires_grad=False)
     module.scales = nn.Parameter(scales.float(), requires_grad=False)

@@ -154,7 +154,7 @@ def run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateResult:
         write_json(work.sensitivity_file, study)
     else:  # of an earlier plan
         work.sensitivity_file.unlink(missing_ok=True)
-    if recipe.calibrate.start in jobs.MADE_STARTS:
+    if recipe.calibrate.init in jobs.MADE_INITS:
         initialization.write(recipe, work, plan, rows, console)
     result = result_of(job, plan, study, tensors, text)
     write_json(work.result_file(NAME), result.model_dump(mode="json"))
@@ -229,7 +229,7 @@ class Job:
             seed=self.recipe.seed,
             identity=digest_json(statistics_identity(self.recipe)),
             console=self.console,
-            published=settings.start == "rule",
+            published=settings.init == "rtn",
         )
 
 
@@ -287,7 +287,7 @@ def statistics_identity(recipe: Recipe) -> dict[str, Any]:
         **jobs.row_settings(recipe),
         "seed": recipe.seed,
         "settings": {name: getattr(settings, name) for name in names},
-        "published": measured and settings.start == "rule",
+        "published": measured and settings.init == "rtn",
         "holds": ["damage", "alone"] if measured else [],
         "versions": versions(),
     }
@@ -517,7 +517,7 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateDryRun:
         sizes = len(candidates_of(settings)), len(found.linears), settings.sensitivity_points
         walks = analysis.walks(estimates_of(recipe), *sizes)
         sequences += walks * job.studied_sequences
-    sequences += recipe.calibrate.sequences * initialization.PASSES[recipe.calibrate.start]
+    sequences += recipe.calibrate.sequences * initialization.PASSES[recipe.calibrate.init]
     seconds = walk.seconds(-(-sequences // batch))
     memory = walk.memory(whole_attention=adaptive)
     tokens = recipe.calibrate.sequences * length
@@ -538,7 +538,7 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateDryRun:
         + 2 * sum(m.rows for m in plan.matrices)
         + 10 * own
         + 2 * tokens * found.embedding.columns * walk.dtype.itemsize
-        + initialization.file_bytes(recipe.calibrate.start, plan),
+        + initialization.file_bytes(recipe.calibrate.init, plan),
         seconds=float(f"{seconds:.3g}"),
     )
 

@@ -12,8 +12,8 @@ An optimizer step is `accumulation` micro-batches on each process. Counts and te
 known before the student's first backward pass, so that 2B sequences on one process, B on two, and 2 micro-batches of
 B give the same gradient. The order of the data is a function of the step, so the step is the position in the data.
 
-A training may have rungs (scales alone first, then everything), each with a part of the budget, an optimizer and a
-schedule of its own; the data go on from rung to rung.
+A training may have phases (scales alone first, then everything), each with a part of the budget, an optimizer and a
+schedule of its own; the data go on from phase to phase.
 
 The state of a training is its checkpoint. The two students beside it are what `pack` reads: `last`, and `best`, the one
 with the lowest held-out loss so far. A killed training goes on from the checkpoint and makes the same numbers again.
@@ -51,10 +51,10 @@ from edgerazor.errors import INTERRUPTED, UserError, usage_error
 from edgerazor.losses import Head, Outputs, StepTotals, step_counts
 from edgerazor.models import PreTrainedModel
 from edgerazor.recipe import Distill, Recipe
-from edgerazor.training import checkpoint, objective, phases, reconstruction
+from edgerazor.training import checkpoint, objective, phase_schedule, reconstruction
 from edgerazor.training.objective import Looks, Teacher, Terms
 from edgerazor.training.optimizer import make_optimizer, schedule, set_rate
-from edgerazor.training.phases import RungEstimate, RungResult
+from edgerazor.training.phase_schedule import PhaseEstimate, PhaseResult
 from edgerazor.workdir import WorkDir, make_folder, replace_folder, write_atomically, write_json, write_text
 
 NAME = "distill"
@@ -80,7 +80,7 @@ class DistillResult(BaseModel):
     measure: str
     tokens_per_second: float
     block_errors: list[tuple[float, float]] = []
-    rungs: list[RungResult] = []
+    phases: list[PhaseResult] = []
     stopped: Literal["budget", "target"] = "budget"
 
 
@@ -95,7 +95,7 @@ class DistillDryRun(BaseModel):
     result_bytes: int
     seconds_per_step: float
     seconds: float | None
-    rungs: dict[str, RungEstimate] = {}
+    phases: dict[str, PhaseEstimate] = {}
 
 
 def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
@@ -106,11 +106,11 @@ def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
     """
     calibrated = work.manifest("calibrate")
     settings = recipe.distill
-    skip = ("max_time", "checkpoint_every", "gradient_checkpointing", "batch_size", "accumulation", "rungs")
+    skip = ("max_time", "checkpoint_every", "gradient_checkpointing", "batch_size", "accumulation", "phases")
     alone = () if settings.teachers else ("teacher_average",)
     found = jobs.settings("distill", settings, skip + alone)
     bits = jobs.bits_of(recipe, jobs.read_plan(work) if calibrated else None)
-    found |= {"distill.rungs": phases.in_words(settings, bits)} if settings.rungs else {}
+    found |= {"distill.phases": phase_schedule.in_words(settings, bits)} if settings.phases else {}
     found["distill.losses"] = objective.in_words(settings.losses, bits)
     budget, asked = recipe.calibrate.budget()
     found["distill.teachers"] = jobs.teachers_fingerprint(recipe)
@@ -144,8 +144,8 @@ class Job:
     rows: data.TokenRows
     held_out: data.TokenRows
     length: int
-    rungs: list[phases.Training]
-    terms: Terms  # of the current rung
+    phases: list[phase_schedule.Training]
+    terms: Terms  # of the current phase
     logit_shape: tuple[float, float | None]
     tokens_per_row: float
     packed_bytes: int  # of what pack will write
@@ -169,9 +169,9 @@ class Job:
         return any(loss.needs_teacher for _, loss in self.terms)
 
     @property
-    def rung(self) -> phases.Training:
+    def phase(self) -> phase_schedule.Training:
         """The current one; the first before it has begun."""
-        return self.rungs[max(self.progress.rung, 1) - 1]
+        return self.phases[max(self.progress.phase, 1) - 1]
 
     @property
     def rows_per_step(self) -> int:
@@ -202,7 +202,7 @@ class Job:
         return self.progress.seconds + time.monotonic() - self.began
 
     def share(self) -> float:
-        """How much of the budget is used, 0 to 1, all rungs together."""
+        """How much of the budget is used, 0 to 1, all phases together."""
         shares = [self.progress.step / self.steps] if self.steps else []
         if self.settings.max_time:
             before = self.progress.block_seconds  # the schedule begins when all layers are trained together
@@ -258,8 +258,8 @@ def train(job: Job, work: WorkDir, identity: dict[str, str], signals: Signals, c
     Raises:
         UserError: as `run`.
     """
-    if job.progress.rung == 0:
-        begin_rung(job, 1, 0.0)
+    if job.progress.phase == 0:
+        begin_phases(job, 1, 0.0)
     with console.track("distill", job.steps or 0, job.progress.step) as tracker:
         for batches in step_batches(job):
             loss = train_step(job, batches)
@@ -269,7 +269,7 @@ def train(job: Job, work: WorkDir, identity: dict[str, str], signals: Signals, c
             tracker.note(in_words(job))
             tracker.advance()
             if ended:
-                console.say(rung_in_words(job))
+                console.say(phase_in_words(job))
             if finished:
                 break
             if interrupted:
@@ -324,10 +324,10 @@ def in_words(job: Job) -> str:
     return f"loss {job.progress.loss:.4f}{best}"
 
 
-def rung_in_words(job: Job) -> str:
-    """What the rung that ended last has reached."""
-    ended = job.progress.rungs[-1]
-    what = f"rung {ended.rung} of {len(job.rungs)} ({ended.what})"
+def phase_in_words(job: Job) -> str:
+    """What the phase that ended last has reached."""
+    ended = job.progress.phases[-1]
+    what = f"phase {ended.phase} of {len(job.phases)} ({ended.what})"
     return f"{what}: {ended.steps} steps, held-out {measured_by(job)} {ended.held_out:.4f}"
 
 
@@ -339,25 +339,25 @@ def interruption(job: Job) -> UserError:
     )
 
 
-# --- rungs -------------------------------------------------------------------------------------
+# --- phases -------------------------------------------------------------------------------------
 
 
-def begin_rung(job: Job, number: int, share: float) -> None:
-    """Go on with a rung, counted from 1, when a share of the whole budget is used."""
+def begin_phases(job: Job, number: int, share: float) -> None:
+    """Go on with a phase, counted from 1, when a share of the whole budget is used."""
     progress = job.progress
-    progress.rung, progress.rung_step, progress.rung_share = number, progress.step, share
+    progress.phase, progress.phase_step, progress.phase_share = number, progress.step, share
     if number == 1:
         progress.block_seconds = job.seconds()
-    enter_rung(job, number)
+    enter_phase(job, number)
 
 
-def enter_rung(job: Job, number: int) -> None:
-    """Train what a rung trains from now on, with a new optimizer; `prepare` does so for a training without rungs."""
-    if not job.settings.rungs:
+def enter_phase(job: Job, number: int) -> None:
+    """Train what a phase trains from now on, with a new optimizer; `prepare` does so for a training without phases."""
+    if not job.settings.phases:
         return
-    rung = job.rungs[number - 1]
-    job.settings, job.terms = rung.settings, rung.terms
-    if rung.settings.train == "scales":
+    phase = job.phases[number - 1]
+    job.settings, job.terms = phase.settings, phase.terms
+    if phase.settings.train == "scales":
         modules.fix_codes(job.student)
     else:
         modules.release_codes(job.student)
@@ -365,34 +365,34 @@ def enter_rung(job: Job, number: int) -> None:
     job.accelerator.unwrap_model(job.trained, keep_fp32_wrapper=False)
     job.accelerator.free_memory()
     job.trained = job.accelerator.prepare_model(job.student)
-    job.optimizer = make_optimizer(job.student, rung.settings)
+    job.optimizer = make_optimizer(job.student, phase.settings)
 
 
-def end_rung(job: Job, held_out: float, finished: bool) -> None:
-    """Report the current rung and go on with the next that has a part of the budget left, unless that was the end."""
+def end_phase(job: Job, held_out: float, finished: bool) -> None:
+    """Report the current phase and go on with the next that has a part of the budget left, unless that was the end."""
     share = agree(job, job.share())
-    report(job, job.progress.rung, job.settings.train, job.progress.step - job.progress.rung_step, held_out)
+    report(job, job.progress.phase, job.settings.train, job.progress.step - job.progress.phase_step, held_out)
     while not finished:
-        begin_rung(job, job.progress.rung + 1, share)
-        if not job.rung.over(share) or job.progress.rung == len(job.rungs):
+        begin_phases(job, job.progress.phase + 1, share)
+        if not job.phase.over(share) or job.progress.phase == len(job.phases):
             return
-        report(job, job.progress.rung, job.settings.train, 0, held_out)  # a step has used up its time too
+        report(job, job.progress.phase, job.settings.train, 0, held_out)  # a step has used up its time too
 
 
-def report(job: Job, rung: int, what: str, steps: int, held_out: float) -> None:
-    """Note what a rung has reached, in the place of what it had reached when it ended before."""
+def report(job: Job, phase: int, what: str, steps: int, held_out: float) -> None:
+    """Note what a phase has reached, in the place of what it had reached when it ended before."""
     progress, now = job.progress, job.seconds()
-    kept = [each for each in progress.rungs if each.rung < max(rung, 1)]
-    seconds = round(now - progress.rung_seconds, 1)
-    progress.rungs = [*kept, RungResult(rung=rung, what=what, steps=steps, seconds=seconds, held_out=held_out)]
-    progress.rung_seconds = now
+    kept = [each for each in progress.phases if each.phase < max(phase, 1)]
+    seconds = round(now - progress.phase_seconds, 1)
+    progress.phases = [*kept, PhaseResult(phase=phase, what=what, steps=steps, seconds=seconds, held_out=held_out)]
+    progress.phase_seconds = now
 
 
 def look(job: Job, work: WorkDir, identity: dict[str, str], what: str, steps: int) -> None:
-    """Before the first step of a training with rungs or a target: measure, report and save, once."""
+    """Before the first step of a training with phases or a target: measure, report and save, once."""
     progress = job.progress
-    asked = job.settings.rungs or job.settings.target_kl is not None
-    if not asked or progress.rung or progress.on_target or any(each.what == what for each in progress.rungs):
+    asked = job.settings.phases or job.settings.target_kl is not None
+    if not asked or progress.phase or progress.on_target or any(each.what == what for each in progress.phases):
         return
     held_out = measure(job, work, what)
     report(job, 0, what, steps, held_out)
@@ -429,13 +429,13 @@ def has_student(folder: Path) -> bool:
 def resume(job: Job, work: WorkDir, console: Console) -> None:
     """Bring the job to where its checkpoint left it, if there is one."""
     stored = checkpoint.stored_progress(work.checkpoint("current"))
-    if stored and stored.rung:
-        enter_rung(job, stored.rung)
+    if stored and stored.phase:
+        enter_phase(job, stored.phase)
     found = checkpoint.restore(work.checkpoint("current"), job.student, job.optimizer)
     if found:
         job.progress = found
         if found.step:
-            found.rung = max(found.rung, 1)  # checkpoints did not always say that the first had begun
+            found.phase = max(found.phase, 1)  # checkpoints did not always say that the first had begun
         job.rows.restore(found.streams)
         adopt_best(job, work.student("best"))
         console.say(f"distill goes on from step {found.step}")
@@ -482,8 +482,8 @@ def prepare(recipe: Recipe, work: WorkDir, imagined: bool = False) -> Job:
     logit_shape = models.logit_shape(teacher, structure.head_path)
     plan = jobs.new_plan(recipe, teacher, structure) if imagined else jobs.read_plan(work)
     measured = objective.unmeasured(structure.layer_count) if imagined else jobs.read_layer_metrics(work)
-    rungs = phases.trainings(recipe, structure.layer_count, measured, jobs.bits_of(recipe, plan))
-    terms = [term for rung in rungs for term in rung.terms]
+    phases = phase_schedule.trainings(recipe, structure.layer_count, measured, jobs.bits_of(recipe, plan))
+    terms = [term for phase in phases for term in phase.terms]
     teaching = any(loss.needs_teacher for _, loss in terms) or settings.reconstruct or settings.target_kl
     first = Teacher(teacher, structure, structure.head_path, logit_shape)
     others = objective.load_others(recipe, accelerator.device, dtype)
@@ -512,13 +512,13 @@ def prepare(recipe: Recipe, work: WorkDir, imagined: bool = False) -> Job:
         rows=rows,
         held_out=held_out,
         length=length,
-        rungs=rungs,
-        terms=rungs[0].terms,
+        phases=phases,
+        terms=phases[0].terms,
         logit_shape=logit_shape,
         tokens_per_row=rows.tokens_per_row,
         packed_bytes=jobs.packed_size(recipe, teacher, structure, work=calibrated)(plan).bytes,
     )
-    phases.check_steps(rungs, job.steps)
+    phase_schedule.check_steps(phases, job.steps)
     return job
 
 
@@ -536,15 +536,15 @@ def check(recipe: Recipe) -> None:
     """Refuse losses, layers and starts that cannot be, before anything that takes time.
 
     Raises:
-        UserError: as `phases.check` and `reconstruction.check`.
+        UserError: as `phase_schedule.check` and `reconstruction.check`.
     """
-    if recipe.distill.initialise == "random" and recipe.calibrate.start in jobs.MADE_STARTS:
+    if recipe.distill.initialise == "random" and recipe.calibrate.init in jobs.MADE_INITS:
         raise usage_error(
-            f"A random student cannot begin with the teacher's {recipe.calibrate.start} start.",
-            "Leave out `calibrate.start`, or leave out `distill.initialise`.",
+            f"A random student cannot begin with the teacher's {recipe.calibrate.init} initialization.",
+            "Leave out `calibrate.init`, or leave out `distill.initialise`.",
         )
     reconstruction.check(recipe)
-    phases.check(recipe)
+    phase_schedule.check(recipe)
 
 
 def make_student(
@@ -597,7 +597,7 @@ def train_step(job: Job, batches: list[Batch]) -> float:
     accelerator = job.accelerator
     batches = [{key: value.to(accelerator.device) for key, value in batch.items()} for batch in batches]
     targets, totals = taught(job, batches)
-    share = job.rung.share(agree(job, job.share()), job.progress.rung_share)
+    share = job.phase.share(agree(job, job.share()), job.progress.phase_share)
     rate = job.settings.learning_rate * schedule(job.settings, share)
     terms = [(term.weight_at(share), loss) for term, loss in job.terms]
     set_rate(job.optimizer, rate)
@@ -716,17 +716,17 @@ def keep(job: Job, work: WorkDir, identity: dict[str, str], finished: bool, inte
     """After a step: measure and save what is due.
 
     Returns:
-        whether that was the last step, because the budget is used up or the target reached; whether a rung has ended.
+        whether that was the last step, because the budget is used up or the target reached; whether a phase has ended.
     """
     settings, step = job.settings, job.progress.step
-    ended = finished or (len(job.rungs) > 1 and job.rung.over(agree(job, job.share())))
+    ended = finished or (len(job.phases) > 1 and job.phase.over(agree(job, job.share())))
     if ended or step % settings.evaluate_every == 0:
         held_out = measure(job, work, settings.train)
         job.progress.on_target = good_enough(job, held_out)
         finished = finished or job.progress.on_target
-        ended = bool(settings.rungs) and (ended or finished)
+        ended = bool(settings.phases) and (ended or finished)
         if ended:
-            end_rung(job, held_out, finished)
+            end_phase(job, held_out, finished)
     saving = ended or finished or interrupted or step % settings.checkpoint_every == 0
     if saving and job.accelerator.is_main_process:
         save_progress(job, work, identity)
@@ -739,7 +739,7 @@ def measure(job: Job, work: WorkDir, what: str) -> float:
     Args:
         job: in training.
         work: where students go.
-        what: was done to the student, for the metrics of a training with rungs.
+        what: was done to the student, for the metrics of a training with phases.
     """
     if not job.accelerator.is_main_process:
         return agree(job, -math.inf)
@@ -751,7 +751,7 @@ def measure(job: Job, work: WorkDir, what: str) -> float:
         job.progress.best, job.progress.best_step = value, job.progress.step
         save_student(job, work.student("best"), digests, value)
     save_student(job, work.student("last"), digests, value)
-    line: dict[str, Any] = {"rung": job.progress.rung, "what": what} if job.settings.rungs else {}
+    line: dict[str, Any] = {"phase": job.progress.phase, "what": what} if job.settings.phases else {}
     line |= {"step": job.progress.step, "tokens": job.progress.tokens, "seconds": round(job.seconds(), 1)}
     append_metrics(work.metrics_file, {**line, "loss": job.progress.loss, **found})
     job.progress.metrics_lines += 1
@@ -846,7 +846,7 @@ def finish(job: Job, work: WorkDir) -> DistillResult:
         measure=f"held-out {measured_by(job)}, nats per token",
         tokens_per_second=round(progress.tokens / max(progress.seconds, 1e-9), 1),
         block_errors=[(float(f"{before:.4g}"), float(f"{after:.4g}")) for before, after in progress.block_errors],
-        rungs=progress.rungs,
+        phases=progress.phases,
         stopped="target" if progress.on_target else "budget",
     )
     if job.accelerator.is_main_process:
@@ -887,9 +887,9 @@ def watch_signals() -> Iterator[Signals]:
 
 
 def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> DistillDryRun:
-    """What would be trained, and how long it would take, from one measured step of each rung that is thrown away."""
+    """What would be trained, and how long it would take, from one measured step of each phase that is thrown away."""
     job = prepare(recipe, work, imagined=True)
-    measured = [measured_step(job, number) for number in range(1, len(job.rungs) + 1)]
+    measured = [measured_step(job, number) for number in range(1, len(job.phases) + 1)]
     weights, moments = (max(sizes) for sizes in zip(*(each[1:] for each in measured), strict=True))
     gradients = moments // 2
     teacher = sum(p.numel() * p.element_size() for each in job.teachers for p in each.model.parameters())
@@ -897,8 +897,8 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> DistillDryRun:
     logits = job.settings.batch_size * job.length * sizes.vocab_size * 4
     blocks = job.settings.reconstruct
     kept = 2 * blocks.sequences * job.length * sizes.hidden_size * 4 if blocks else 0
-    rungs = estimates(job, [each[0] for each in measured])
-    seconds = [each.seconds for each in rungs.values() if each.seconds is not None] if job.steps else []
+    phases = estimates(job, [each[0] for each in measured])
+    seconds = [each.seconds for each in phases.values() if each.seconds is not None] if job.steps else []
     return DistillDryRun(
         notation=job.plan.notation(),
         steps=job.steps,
@@ -908,13 +908,13 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> DistillDryRun:
         result_bytes=job.packed_bytes,
         seconds_per_step=float(f"{measured[-1][0]:.3g}"),
         seconds=float(f"{sum(seconds):.3g}") if job.steps else job.settings.max_time,
-        rungs=rungs if job.settings.rungs else {},
+        phases=phases if job.settings.phases else {},
     )
 
 
 def measured_step(job: Job, number: int) -> tuple[float, int, int]:
-    """Seconds of a step of a rung, bytes of the student's weights in it, and of the optimizer's moments."""
-    enter_rung(job, number)
+    """Seconds of a step of a phase, bytes of the student's weights in it, and of the optimizer's moments."""
+    enter_phase(job, number)
     batches = next(step_batches(job))
     train_step(job, batches)  # the first one pays for what later ones find ready
     began = time.monotonic()
@@ -925,21 +925,23 @@ def measured_step(job: Job, number: int) -> tuple[float, int, int]:
     return seconds, weights, sum(8 * p.numel() for p in job.student.parameters() if p.requires_grad)
 
 
-def estimates(job: Job, seconds: list[float]) -> dict[str, RungEstimate]:
-    """Steps and seconds of reconstruction and every rung, from the seconds of a step of each."""
+def estimates(job: Job, seconds: list[float]) -> dict[str, PhaseEstimate]:
+    """Steps and seconds of reconstruction and every phase, from the seconds of a step of each."""
     found, blocks, before = {}, job.settings.reconstruct, 0.0
     if blocks:
         # a step of every layer is about one of the whole, of all that is trained
         before = blocks.steps * max(seconds)
-        found["reconstruct"] = RungEstimate(
+        found["reconstruct"] = PhaseEstimate(
             steps=blocks.steps * job.structure.layer_count, seconds=float(f"{before:.3g}")
         )
-    taken: list[int] | list[None] = phases.steps_of(job.rungs, job.steps) if job.steps else [None] * len(job.rungs)
+    taken: list[int] | list[None] = (
+        phase_schedule.steps_of(job.phases, job.steps) if job.steps else [None] * len(job.phases)
+    )
     left, begin = max((job.settings.max_time or 0.0) - before, 0.0), 0.0
-    for number, (rung, steps, each) in enumerate(zip(job.rungs, taken, seconds, strict=True), 1):
-        taking = left * (rung.end - begin) if steps is None else steps * each
-        found[f"{number} {rung.settings.train}"] = RungEstimate(steps=steps, seconds=float(f"{taking:.3g}"))
-        begin = rung.end
+    for number, (phase, steps, each) in enumerate(zip(job.phases, taken, seconds, strict=True), 1):
+        taking = left * (phase.end - begin) if steps is None else steps * each
+        found[f"{number} {phase.settings.train}"] = PhaseEstimate(steps=steps, seconds=float(f"{taking:.3g}"))
+        begin = phase.end
     return found
 
 
@@ -964,11 +966,11 @@ def show(result: DistillResult) -> list[RenderableType]:
             caption=f"Layers were reconstructed first, relative error from {', '.join(errors)}" if errors else "",
         )
     ]
-    if result.rungs:
-        names = [f"{each.rung} {each.what}" if each.rung else each.what for each in result.rungs]
+    if result.phases:
+        names = [f"{each.phase} {each.what}" if each.phase else each.what for each in result.phases]
         rows = [
             [name, str(each.steps), f"{each.seconds:.0f}", f"{each.held_out:.4f}"]
-            for name, each in zip(names, result.rungs, strict=True)
+            for name, each in zip(names, result.phases, strict=True)
         ]
-        shown.insert(0, table("Rungs", ["rung", "steps", "seconds", f"{result.measure}, at its end"], rows))
+        shown.insert(0, table("Phases", ["phase", "steps", "seconds", f"{result.measure}, at its end"], rows))
     return list(shown)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from edgerazor import modules, untrusted
 from edgerazor.errors import UserError, plain
-from edgerazor.training.phases import RungResult
+from edgerazor.training.phase_schedule import PhaseResult
 from edgerazor.workdir import replace_folder, write_atomically
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -30,8 +30,8 @@ class Progress(BaseModel):
     """Counters of a run. The position in the data is `step`, since the order of the data is a function of it.
 
     `block_errors` are those of the layers reconstructed so far, before and after, and `block_seconds` the time that
-    passed before the first step. `rung` is the number of the current rung, 0 before the first, and `rung_step`,
-    `rung_share` and `rung_seconds` are the step, the share of the budget and the time at which it began; `rungs` are
+    passed before the first step. `phase` is the number of the current phase, 0 before the first, and `phase_step`,
+    `phase_share` and `phase_seconds` are the step, the share of the budget and the time at which it began; `phases` are
     those that have ended, and `on_target` says that the quality asked for was reached. `streams` says where streamed
     sources are, so that they need not be read again from the beginning.
     """
@@ -47,11 +47,11 @@ class Progress(BaseModel):
     metrics_lines: int = 0
     block_errors: list[tuple[float, float]] = []
     block_seconds: float = 0.0
-    rung: int = 0
-    rung_step: int = 0
-    rung_share: float = 0.0
-    rung_seconds: float = 0.0
-    rungs: list[RungResult] = []
+    phase: int = 0
+    phase_step: int = 0
+    phase_share: float = 0.0
+    phase_seconds: float = 0.0
+    phases: list[PhaseResult] = []
     on_target: bool = False
     streams: dict[str, Any] = {}
 
@@ -107,7 +107,7 @@ def stored_progress(folder: Path) -> Progress | None:
 
 
 def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress | None:
-    """Bring model and optimizer to the checkpoint, if there is one; both are those of its rung.
+    """Bring model and optimizer to the checkpoint, if there is one; both are those of its phase.
 
     Raises:
         UserError: the checkpoint is damaged.
@@ -126,7 +126,7 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
                 if f"{MOMENTS[0]}/{name}" not in tensors:  # it has had no gradient yet
                     continue
                 moments = {key: tensors[f"{key}/{name}"].to(parameter.device) for key in MOMENTS}
-                step = torch.tensor(float(progress.step - progress.rung_step), device=parameter.device)
+                step = torch.tensor(float(progress.step - progress.phase_step), device=parameter.device)
                 optimizer.state[parameter] = {"step": step, **moments}
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise _damaged(folder, error) from None

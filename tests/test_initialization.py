@@ -97,7 +97,7 @@ def test_fixed_scales_let_the_gradient_straight_through() -> None:
 
 
 def write_start(path: Path, model: Path, text: Path, start: str, **sections: Any) -> Path:
-    calibrate = {"sequences": 16, "start": start, **sections.pop("calibrate", {})}
+    calibrate = {"sequences": 16, "init": start, **sections.pop("calibrate", {})}
     return write_recipe(path, model, text, calibrate=calibrate, **sections)
 
 
@@ -152,17 +152,17 @@ def test_each_layer_was_compensated_for_what_it_sees_when_packed(
 
 
 def test_what_the_file_holds(run: Run, llama: Path, text_file: Path, tmp_path: Path) -> None:
-    files, promised, sizes = {}, {}, {"rule": 0}
-    for start in ("rule", "clip", "gptq"):
+    files, promised, sizes = {}, {}, {"rtn": 0}
+    for start in ("rtn", "clip", "gptq"):
         file = write_start(tmp_path / f"{start}.yaml", llama, text_file, start)
         job = tmp_path / start
         promised[start] = run("calibrate", "--recipe", file, "--work", job, "--dry-run", "--json").json()["disk_bytes"]
         assert run("calibrate", "--recipe", file, "--work", job).code == 0
         made = WorkDir(job).start_file
-        assert made.exists() == (start != "rule")
+        assert made.exists() == (start != "rtn")
         if made.exists():
             files[start], sizes[start] = load_file(made), sum(t.nbytes for t in load_file(made).values())
-    assert {start: promised[start] - promised["rule"] for start in promised} == sizes
+    assert {start: promised[start] - promised["rtn"] for start in promised} == sizes
     recipe, work = job_of(tmp_path / "clip")
     teacher, tokenizer = models.load(llama)
     found, specs = models.structure(teacher), jobs.read_plan(work).specs()
@@ -192,7 +192,7 @@ def test_better_starts_pack_to_better_models(
     """KL to the teacher before any training: gptq's is below the others'."""
     make_model(tmp_path / "model", "qwen3", num_hidden_layers=3)
     found = {}
-    for start in ("rule", "clip", "gptq"):
+    for start in ("rtn", "clip", "gptq"):
         calibrate = {"bits": bits, "sequences": 64}
         file = write_start(tmp_path / "r.yaml", tmp_path / "model", text_file, start, calibrate=calibrate)
         job = tmp_path / start
@@ -201,7 +201,7 @@ def test_better_starts_pack_to_better_models(
         measured = run("eval", "--work", job, "--json")
         assert measured.code == 0, measured.err
         found[start] = measured.json()["text"]["kl"]
-    assert found["gptq"] < 0.8 * min(found["clip"], found["rule"]), found
+    assert found["gptq"] < 0.8 * min(found["clip"], found["rtn"]), found
 
 
 # Training and packing ---------------------------------------------------------------------------------------------
@@ -299,7 +299,7 @@ def test_the_same_start_twice_is_the_same_file(run: Run, llama: Path, text_file:
 def test_run_calibrates_when_the_teacher_is_rounded_from_a_start() -> None:
     values: dict[str, Any] = {"model": "x", "pack": {"source": "teacher"}}
     assert pipeline.stages_of(recipes.build(values)) == ["pack", "eval", "bench"]
-    for calibrate in ({"start": "clip"}, {"start": "gptq"}, {"activation_scales": "static"}):
+    for calibrate in ({"init": "clip"}, {"init": "gptq"}, {"activation_scales": "static"}):
         asked = recipes.build({**values, "calibrate": calibrate})
         assert pipeline.stages_of(asked) == ["calibrate", "pack", "eval", "bench"]
 
@@ -323,7 +323,7 @@ def test_packing_the_teacher_needs_the_start_of_the_same_plan(
         assert "start for these settings" in other.err
     assert run("pack", llama, "--recipe", file, "--work", job).code == 0
     first = sha256(job / "packed" / "model.safetensors")
-    assert run("pack", llama, "--recipe", file, "--work", job, "--start", "rule").code == 0
+    assert run("pack", llama, "--recipe", file, "--work", job, "--init", "rtn").code == 0
     assert sha256(job / "packed" / "model.safetensors") != first
     (job / "calibrate" / "start.safetensors").write_bytes(b"no such thing")
     broken = run("pack", llama, "--recipe", file, "--work", job)
@@ -357,7 +357,7 @@ def test_a_student_keeps_its_start(run: Run, llama: Path, text_file: Path, tmp_p
 @pytest.mark.parametrize(
     ("sections", "sentence"),
     [
-        ({"calibrate": {"start": "awq"}}, "`calibrate.start` is 'awq'; expected least_error, rule, clip or gptq."),
+        ({"calibrate": {"init": "awq"}}, "`calibrate.start` is 'awq'; expected least_error, rtn, clip or gptq."),
         ({"calibrate": {"adaptive_tokens": "causal"}}, "looks at one layer at a time"),
         ({"distill": {"initialise": "random"}}, "A random student cannot begin with the teacher's gptq start."),
     ],

@@ -1,4 +1,4 @@
-"""Rungs of one training: codes that are fixed for a while, and what follows them."""
+"""Phases of one training: codes that are fixed for a while, and what follows them."""
 
 from __future__ import annotations
 
@@ -145,17 +145,17 @@ def test_fixing_and_releasing_codes_change_nothing_that_is_computed(tied: bool, 
         assert table.weight is head.weight
 
 
-# Rungs ------------------------------------------------------------------------------------------------------------
+# Phases ------------------------------------------------------------------------------------------------------------
 
-RUNGS: list[dict[str, Any]] = [
+PHASES: list[dict[str, Any]] = [
     {"train": "scales", "share": 1, "learning_rate": 3e-3, "schedule": "linear"},
     {"train": "all", "share": 2, "losses": [{"name": "forward_kl"}]},
     {"train": "scales", "share": 1},
 ]
 
 
-def ladder(path: Path, model: Path, text: Path, calibrate: dict[str, Any] | None = None, **distill: Any) -> Path:
-    settings = {"steps": 8, "evaluate_every": 3, "checkpoint_every": 3, "rungs": RUNGS, **distill}
+def write_phased(path: Path, model: Path, text: Path, calibrate: dict[str, Any] | None = None, **distill: Any) -> Path:
+    settings = {"steps": 8, "evaluate_every": 3, "checkpoint_every": 3, "phases": PHASES, **distill}
     calibrated = {"scales": "learned", **(calibrate or {})}
     return write_recipe(path, model, text, calibrate=calibrated, distill=settings)
 
@@ -165,23 +165,23 @@ BLOCKS = {"reconstruct": {"steps": 4, "sequences": 4, "learning_rate": 1e-3}}
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, llama: Path, text_file: Path) -> Path:
-    """The working directory of a ladder that nobody interrupted, and its packed model."""
+    """The working directory of a schedule of phases that nobody interrupted, and its packed model."""
     folder = tmp_path_factory.mktemp("whole")
-    recipe = ladder(folder / "recipe.yaml", llama, text_file, **BLOCKS)
+    recipe = write_phased(folder / "recipe.yaml", llama, text_file, **BLOCKS)
     done = spawn("distill", "--recipe", recipe, "--work", folder / "job")
     assert done.code == 0, done.err
     assert spawn("pack", "--work", folder / "job").code == 0
     return folder / "job"
 
 
-def test_every_rung_is_reported(whole: Path) -> None:
+def test_every_phase_is_reported(whole: Path) -> None:
     result = json.loads((whole / "distill" / "result.json").read_text())
     assert result["stopped"] == "budget"
-    found = [(each["rung"], each["what"], each["steps"]) for each in result["rungs"]]
+    found = [(each["phase"], each["what"], each["steps"]) for each in result["phases"]]
     assert found == [(0, "initialise", 0), (0, "reconstruct", 8), (1, "scales", 2), (2, "all", 4), (3, "scales", 2)]
     assert len(result["block_errors"]) == 2
     lines = metrics(whole)
-    where = [(line["rung"], line["what"], line["step"]) for line in lines]
+    where = [(line["phase"], line["what"], line["step"]) for line in lines]
     assert where == [
         (0, "initialise", 0),
         (0, "reconstruct", 0),
@@ -191,20 +191,20 @@ def test_every_rung_is_reported(whole: Path) -> None:
         (3, "scales", 8),
     ]
     ends = [line["kl"] for line in lines if line["step"] != 3]
-    assert [each["held_out"] for each in result["rungs"]] == ends
+    assert [each["held_out"] for each in result["phases"]] == ends
     assert result["best"] == min(line["kl"] for line in lines)
 
 
-def test_what_the_last_rung_left_is_packed(whole: Path) -> None:
+def test_what_the_last_phase_left_is_packed(whole: Path) -> None:
     digests = json.loads((whole / "distill" / "best" / "digests.json").read_text())
     packed.verify_digests(whole / "packed", digests)
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 6, 7])
-def test_interrupted_in_any_rung_and_between_two_it_ends_the_same(
+def test_interrupted_in_any_phase_and_between_two_it_ends_the_same(
     run: Run, whole: Path, tmp_path: Path, llama: Path, text_file: Path, step: int
 ) -> None:
-    recipe, job = ladder(tmp_path / "recipe.yaml", llama, text_file, **BLOCKS), tmp_path / "job"
+    recipe, job = write_phased(tmp_path / "recipe.yaml", llama, text_file, **BLOCKS), tmp_path / "job"
     with pytest.MonkeyPatch.context() as patch:
         interrupt_at(step, patch)
         assert run("distill", "--recipe", recipe, "--work", job).code == 130
@@ -216,17 +216,17 @@ def test_interrupted_in_any_rung_and_between_two_it_ends_the_same(
 
 
 def reported(job: Path) -> list[dict[str, Any]]:
-    """The rungs of a result but for the time they took."""
-    rungs = json.loads((job / "distill" / "result.json").read_text())["rungs"]
-    return [{key: value for key, value in each.items() if key != "seconds"} for each in rungs]
+    """The phases of a result but for the time they took."""
+    phases = json.loads((job / "distill" / "result.json").read_text())["phases"]
+    return [{key: value for key, value in each.items() if key != "seconds"} for each in phases]
 
 
 @pytest.mark.slow
 def test_killed_again_and_again_it_ends_the_same(
     run: Run, whole: Path, tmp_path: Path, llama: Path, text_file: Path
 ) -> None:
-    """SIGKILL while things are saved: before the first step, at the ends of rungs, in the middle of them."""
-    recipe, job = ladder(tmp_path / "recipe.yaml", llama, text_file, **BLOCKS), tmp_path / "job"
+    """SIGKILL while things are saved: before the first step, at the ends of phases, in the middle of them."""
+    recipe, job = write_phased(tmp_path / "recipe.yaml", llama, text_file, **BLOCKS), tmp_path / "job"
     for moment in (12, 30, 33, 41, 37):
         died = spawn("distill", "--recipe", recipe, "--work", job, code=DEADLY.format(moment=moment))
         assert died.code == -signal.SIGKILL, died.err
@@ -235,13 +235,13 @@ def test_killed_again_and_again_it_ends_the_same(
     assert reported(job) == reported(whole)
 
 
-def test_the_next_rung_begins_with_exactly_what_the_last_one_made(
+def test_the_next_phase_begins_with_exactly_what_the_last_one_made(
     run: Run, tmp_path: Path, llama: Path, text_file: Path
 ) -> None:
-    """Formats mixed in blocks, shorter last groups: a rung of everything at no learning rate computes the same."""
-    rungs = [{"train": "scales", "learning_rate": 3e-2}, {"train": "all", "learning_rate": 1e-30}]
-    settings = {"rungs": rungs, "steps": 4, "evaluate_every": 1, "weight_decay": 0.0}
-    recipe = ladder(tmp_path / "r.yaml", llama, text_file, {"granularity": "block"}, **settings)
+    """Formats mixed in blocks, shorter last groups: a phase of everything at no learning rate computes the same."""
+    phases = [{"train": "scales", "learning_rate": 3e-2}, {"train": "all", "learning_rate": 1e-30}]
+    settings = {"phases": phases, "steps": 4, "evaluate_every": 1, "weight_decay": 0.0}
+    recipe = write_phased(tmp_path / "r.yaml", llama, text_file, {"granularity": "block"}, **settings)
     assert run("distill", "--recipe", recipe, "--work", tmp_path / "job").code == 0
     lines = metrics(tmp_path / "job")
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
@@ -250,13 +250,13 @@ def test_the_next_rung_begins_with_exactly_what_the_last_one_made(
     assert lines[2]["cross_entropy"] == lines[3]["cross_entropy"]
 
 
-def test_each_rung_has_its_schedule_and_its_optimizer(
+def test_each_phase_has_its_schedule_and_its_optimizer(
     run: Run, tmp_path: Path, llama: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Linear falls begin again; AdamW's first step, whose size is the learning rate, comes twice."""
-    rungs = [{"train": "all", "share": 0.5}, {"train": "all", "share": 0.5, "learning_rate": 4e-4}]
-    settings = {"rungs": rungs, "warmup": 0.0, "schedule": "linear", "learning_rate": 2e-4}
-    recipe = ladder(tmp_path / "r.yaml", llama, text_file, **settings)
+    phases = [{"train": "all", "share": 0.5}, {"train": "all", "share": 0.5, "learning_rate": 4e-4}]
+    settings = {"phases": phases, "warmup": 0.0, "schedule": "linear", "learning_rate": 2e-4}
+    recipe = write_phased(tmp_path / "r.yaml", llama, text_file, **settings)
     rates: list[float] = []
     first: list[float] = []
 
@@ -274,8 +274,8 @@ def test_each_rung_has_its_schedule_and_its_optimizer(
     assert first == [0, 1, 2, 3, 0, 1, 2, 3]
 
 
-def test_data_go_on_from_rung_to_rung(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
-    """Two rungs of the same kind see what one training sees."""
+def test_data_go_on_from_phase_to_phases(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
+    """Two phases of the same kind see what one training sees."""
     seen: list[list[int]] = []
     train_step = distill.train_step
 
@@ -284,8 +284,8 @@ def test_data_go_on_from_rung_to_rung(run: Run, tmp_path: Path, llama: Path, tex
         return train_step(job, batches)
 
     settings: dict[str, Any] = {"steps": 4}
-    for name, rungs in (("one", []), ("two", [{"train": "scales"}, {"train": "all"}])):
-        recipe = ladder(tmp_path / f"{name}.yaml", llama, text_file, **settings, rungs=rungs)
+    for name, phases in (("one", []), ("two", [{"train": "scales"}, {"train": "all"}])):
+        recipe = write_phased(tmp_path / f"{name}.yaml", llama, text_file, **settings, phases=phases)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(distill, "train_step", note)
             assert run("distill", "--recipe", recipe, "--work", tmp_path / name).code == 0
@@ -293,10 +293,10 @@ def test_data_go_on_from_rung_to_rung(run: Run, tmp_path: Path, llama: Path, tex
 
 
 @pytest.mark.slow
-def test_two_processes_climb_as_one(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
-    shared = {"steps": 4, "learning_rate": 2e-5, "rungs": [{"train": "scales"}, {"train": "all"}]}
-    whole = ladder(tmp_path / "w.yaml", llama, text_file, **shared, batch_size=4)
-    halves = ladder(tmp_path / "h.yaml", llama, text_file, **shared, batch_size=2)
+def test_two_processes_train_as_one(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
+    shared = {"steps": 4, "learning_rate": 2e-5, "phases": [{"train": "scales"}, {"train": "all"}]}
+    whole = write_phased(tmp_path / "w.yaml", llama, text_file, **shared, batch_size=4)
+    halves = write_phased(tmp_path / "h.yaml", llama, text_file, **shared, batch_size=2)
     assert run("distill", "--recipe", whole, "--work", tmp_path / "one").code == 0
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     two = spawn("distill", "--recipe", halves, "--work", tmp_path / "two", launcher=torchrun)
@@ -307,7 +307,7 @@ def test_two_processes_climb_as_one(run: Run, tmp_path: Path, llama: Path, text_
 # The budget and the target ----------------------------------------------------------------------------------------
 
 
-def test_the_clock_ends_rungs(run: Run, tmp_path: Path, llama: Path, text_file: Path, monkeypatch: Any) -> None:
+def test_the_clock_ends_phases(run: Run, tmp_path: Path, llama: Path, text_file: Path, monkeypatch: Any) -> None:
     """A clock that makes every step a second long: 12 seconds are 3, 6 and 3 steps."""
     seconds = [0.0]
     train_step = distill.train_step
@@ -318,14 +318,14 @@ def test_the_clock_ends_rungs(run: Run, tmp_path: Path, llama: Path, text_file: 
 
     monkeypatch.setattr(distill.time, "monotonic", lambda: seconds[0])
     monkeypatch.setattr(distill, "train_step", step)
-    recipe = ladder(tmp_path / "r.yaml", llama, text_file, steps=None, max_time=12.0)
+    recipe = write_phased(tmp_path / "r.yaml", llama, text_file, steps=None, max_time=12.0)
     done = run("distill", "--recipe", recipe, "--work", tmp_path / "job", "--json")
     assert done.code == 0, done.err
-    found = [(each["what"], each["steps"], each["seconds"]) for each in done.json()["rungs"]]
+    found = [(each["what"], each["steps"], each["seconds"]) for each in done.json()["phases"]]
     assert found == [("initialise", 0, 0.0), ("scales", 3, 3.0), ("all", 6, 6.0), ("scales", 3, 3.0)]
 
 
-def test_a_rung_that_has_no_time_left_is_reported_as_such(
+def test_a_phase_that_has_no_time_left_is_reported_as_such(
     run: Run, tmp_path: Path, llama: Path, text_file: Path, monkeypatch: Any
 ) -> None:
     seconds = [0.0]
@@ -337,32 +337,32 @@ def test_a_rung_that_has_no_time_left_is_reported_as_such(
 
     monkeypatch.setattr(distill.time, "monotonic", lambda: seconds[0])
     monkeypatch.setattr(distill, "train_step", step)
-    rungs = [{"train": "scales"}, {"train": "all", "learning_rate": 1e-5}, {"train": "all"}]
-    recipe = ladder(tmp_path / "r.yaml", llama, text_file, steps=None, max_time=10.0, rungs=rungs)
+    phases = [{"train": "scales"}, {"train": "all", "learning_rate": 1e-5}, {"train": "all"}]
+    recipe = write_phased(tmp_path / "r.yaml", llama, text_file, steps=None, max_time=10.0, phases=phases)
     done = run("distill", "--recipe", recipe, "--work", tmp_path / "job", "--json").json()
-    assert [(each["rung"], each["steps"]) for each in done["rungs"]] == [(0, 0), (1, 1), (2, 0), (3, 2)]
+    assert [(each["phase"], each["steps"]) for each in done["phases"]] == [(0, 0), (1, 1), (2, 0), (3, 2)]
 
 
-@pytest.mark.parametrize(("rung", "steps"), [(0, 0), (1, 2), (2, 3)])
+@pytest.mark.parametrize(("phase", "steps"), [(0, 0), (1, 2), (2, 3)])
 def test_it_stops_at_the_target(
-    run: Run, whole: Path, tmp_path: Path, llama: Path, text_file: Path, rung: int, steps: int
+    run: Run, whole: Path, tmp_path: Path, llama: Path, text_file: Path, phase: int, steps: int
 ) -> None:
-    """Before the first step, at the end of a rung and inside one; a second call has nothing left to do."""
-    line = next(each for each in metrics(whole) if (each["rung"], each["step"]) == (rung, steps))
+    """Before the first step, at the end of a phase and inside one; a second call has nothing left to do."""
+    line = next(each for each in metrics(whole) if (each["phase"], each["step"]) == (phase, steps))
     earlier = [each["kl"] for each in metrics(whole)[: metrics(whole).index(line)]]
     if line["kl"] >= min(earlier, default=float("inf")):
         pytest.skip("it was not better then")
-    recipe = ladder(tmp_path / "r.yaml", llama, text_file, **BLOCKS, target_kl=line["kl"])
+    recipe = write_phased(tmp_path / "r.yaml", llama, text_file, **BLOCKS, target_kl=line["kl"])
     done = run("distill", "--recipe", recipe, "--work", tmp_path / "job", "--json").json()
     assert (done["stopped"], done["steps"], done["best"]) == ("target", steps, line["kl"])
-    assert done["rungs"][-1]["rung"] == rung
+    assert done["phases"][-1]["phase"] == phase
     assert run("pack", "--work", tmp_path / "job").code == 0
     (tmp_path / "job" / "distill" / "result.json").unlink()
     again = run("distill", "--work", tmp_path / "job", "--json").json()
     assert (again["stopped"], again["steps"]) == ("target", steps)
 
 
-def test_a_training_without_rungs_has_a_target_too(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
+def test_a_training_without_phases_has_a_target_too(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
     """Also where no loss needs the teacher: it is loaded to measure with."""
     losses = [{"name": "ce"}]
     for target, stopped, steps in ((1e-6, "budget", 3), (1e3, "target", 0)):
@@ -372,38 +372,38 @@ def test_a_training_without_rungs_has_a_target_too(run: Run, tmp_path: Path, lla
         done = run("distill", "--recipe", recipe, "--work", job, "--json").json()
         assert (done["stopped"], done["steps"]) == (stopped, steps)
         assert done["measure"] == "held-out kl, nats per token"
-        assert "rung" not in metrics(job)[0]
+        assert "phase" not in metrics(job)[0]
 
 
 # Asked and refused ------------------------------------------------------------------------------------------------
 
 
-def test_a_dry_run_tells_rungs_and_time(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
-    recipe = ladder(tmp_path / "r.yaml", llama, text_file, **BLOCKS)
+def test_a_dry_run_tells_phases_and_time(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
+    recipe = write_phased(tmp_path / "r.yaml", llama, text_file, **BLOCKS)
     found = run("distill", "--recipe", recipe, "--work", tmp_path / "dry", "--dry-run", "--json").json()
-    steps = {name: each["steps"] for name, each in found["rungs"].items()}
+    steps = {name: each["steps"] for name, each in found["phases"].items()}
     assert steps == {"reconstruct": 8, "1 scales": 2, "2 all": 4, "3 scales": 2}
-    assert found["seconds"] == pytest.approx(sum(each["seconds"] for each in found["rungs"].values()), rel=0.02)
+    assert found["seconds"] == pytest.approx(sum(each["seconds"] for each in found["phases"].values()), rel=0.02)
     shown = run("distill", "--recipe", recipe, "--work", tmp_path / "dry", "--dry-run").out
     assert "1 scales (steps 2, seconds " in " ".join(shown.split())
-    timed = ladder(tmp_path / "t.yaml", llama, text_file, steps=None, max_time=100.0)
+    timed = write_phased(tmp_path / "t.yaml", llama, text_file, steps=None, max_time=100.0)
     found = run("distill", "--recipe", timed, "--work", tmp_path / "dry", "--dry-run", "--json").json()
-    assert [each["seconds"] for each in found["rungs"].values()] == [25.0, 50.0, 25.0]
+    assert [each["seconds"] for each in found["phases"].values()] == [25.0, 50.0, 25.0]
     assert not (tmp_path / "dry").exists()
 
 
 @pytest.mark.parametrize(
     ("calibrate", "settings", "sentence"),
     [
-        ({"scales": "computed"}, {}, "Rungs train scales, which `calibrate.scales: computed` does not keep."),
-        ({}, {"train": "scales"}, "each rung has a `train` of its own."),
-        ({}, {"rungs": [{"share": 0}]}, "`distill.rungs.0.share` is 0; expected a number above 0."),
-        ({}, {"rungs": [{"train": "some"}]}, "`distill.rungs.0.train` is 'some'; expected all or scales."),
-        ({}, {"rungs": [{"stride": 1}]}, "unknown field `distill.rungs.0.stride`"),
-        ({}, {"rungs": [{"losses": [{"name": "eakdl"}]}]}, "called 'eakdl'"),
+        ({"scales": "computed"}, {}, "Phases train scales, which `calibrate.scales: computed` does not keep."),
+        ({}, {"train": "scales"}, "each phase has a `train` of its own."),
+        ({}, {"phases": [{"share": 0}]}, "`distill.phases.0.share` is 0; expected a number above 0."),
+        ({}, {"phases": [{"train": "some"}]}, "`distill.phases.0.train` is 'some'; expected all or scales."),
+        ({}, {"phases": [{"stride": 1}]}, "unknown field `distill.phases.0.stride`"),
+        ({}, {"phases": [{"losses": [{"name": "eakdl"}]}]}, "called 'eakdl'"),
     ],
 )
-def test_rungs_that_cannot_be_are_refused(
+def test_phases_that_cannot_be_are_refused(
     run: Run,
     tmp_path: Path,
     llama: Path,
@@ -412,24 +412,24 @@ def test_rungs_that_cannot_be_are_refused(
     settings: dict[str, Any],
     sentence: str,
 ) -> None:
-    recipe = ladder(tmp_path / "r.yaml", llama, text_file, calibrate, **settings)
+    recipe = write_phased(tmp_path / "r.yaml", llama, text_file, calibrate, **settings)
     refused = run("distill", "--recipe", recipe, "--work", tmp_path / "job")
     assert refused.code == 2
     assert sentence in " ".join(refused.err.split())
     assert not (tmp_path / "job").exists()
 
 
-def test_a_rung_without_a_step_is_refused(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
-    recipe = ladder(tmp_path / "r.yaml", llama, text_file, steps=2)
+def test_a_phase_without_a_step_is_refused(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
+    recipe = write_phased(tmp_path / "r.yaml", llama, text_file, steps=2)
     refused = run("distill", "--recipe", recipe, "--work", tmp_path / "job")
     assert refused.code == 1
-    assert "2 steps leave none for rung 3 of 3." in refused.err
+    assert "2 steps leave none for phase 3 of 3." in refused.err
 
 
-def test_other_rungs_are_another_training(run: Run, whole: Path, tmp_path: Path, llama: Path, text_file: Path) -> None:
+def test_other_phases_are_another_training(run: Run, whole: Path, tmp_path: Path, llama: Path, text_file: Path) -> None:
     shutil.copytree(whole, tmp_path / "job")
-    other = ladder(tmp_path / "r.yaml", llama, text_file, **BLOCKS, rungs=RUNGS[:2])
+    other = write_phased(tmp_path / "r.yaml", llama, text_file, **BLOCKS, phases=PHASES[:2])
     refused = run("distill", "--recipe", other, "--work", tmp_path / "job")
     assert refused.code == 1
     words = " ".join(refused.err.split())
-    assert "distill.rungs was 1 scales, learning_rate 0.003, schedule linear; 2 all (1 forward_kl); 1 scales" in words
+    assert "distill.phases was 1 scales, learning_rate 0.003, schedule linear; 2 all (1 forward_kl); 1 scales" in words
