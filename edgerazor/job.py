@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from edgerazor import __version__, data, formats, models, modules, packed, untrusted
-from edgerazor.allocate import Damages, Plan, make_plan, unmeasured
+from edgerazor.allocate import Plan, SensitivityTable, make_plan, unmeasured
 from edgerazor.console import launched
 from edgerazor.errors import UserError, usage_error
 from edgerazor.losses import METRICS
@@ -212,7 +212,7 @@ def new_plan(
     recipe: Recipe,
     teacher: PreTrainedModel,
     found: models.Structure,
-    damages: Damages | None = None,
+    damages: SensitivityTable | None = None,
     source: str = "student",
 ) -> Plan:
     """What the recipe's settings make of this teacher.
@@ -229,7 +229,7 @@ def new_plan(
     """
     settings = recipe.calibrate if damages else unmeasured(recipe.calibrate)
     size = packed_size(recipe, teacher, found, source)
-    return make_plan(found.sites, settings, lambda name: teacher.get_submodule(name).weight, damages, size)
+    return make_plan(found.targets, settings, lambda name: teacher.get_submodule(name).weight, damages, size)
 
 
 def is_planned(recipe: Recipe, work: WorkDir) -> bool:
@@ -396,7 +396,7 @@ def other_tensors(model: PreTrainedModel, found: models.Structure) -> dict[str, 
 
 def matrix_tensors(found: models.Structure) -> set[str]:
     """Names of all tensors that hold quantized matrices, or their trained scales."""
-    modules = [*(site.name for site in found.sites), found.head_path]
+    modules = [*(site.name for site in found.targets), found.head_path]
     return {f"{module}.{part}" for module in modules for part in ("weight", "scales")}
 
 

@@ -87,7 +87,7 @@ def rounded(teacher: Teacher, asked: Values) -> evaluation.TextResult:
 
 
 def ternary(w: Tensor, group_size: int, published: bool) -> Tensor:
-    return formats.round_trip(w, MatrixSpec(("ternary",), group_size, published=published))
+    return formats.quantize_dequantize(w, MatrixSpec(("ternary",), group_size, published=published))
 
 
 def longer(w: Tensor, group_size: int) -> Tensor:
@@ -123,7 +123,7 @@ def gains(teachers: list[Teacher]) -> str:
         assert held_out is not None
         ids = torch.stack([held_out.row(index)["input_ids"] for index in range(SEQUENCES)])
         truth = model(ids).logits.log_softmax(-1)
-        sites = [site.name for site in models.structure(model).sites if site.kind == "linear"]
+        sites = [site.name for site in models.structure(model).targets if site.kind == "linear"]
         weights = {name: model.get_submodule(name).weight for name in sites}
         originals = {name: weight.clone() for name, weight in weights.items()}
         for variant, change in VARIANTS.items():

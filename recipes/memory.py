@@ -257,14 +257,14 @@ def plain_step(folder: Path, device: str, checkpointed: bool) -> Step:
     student, _ = models.load(str(folder), None, device, torch.float32)
     teacher, _ = models.load(str(folder), None, device, torch.bfloat16)
     structure = models.structure(student)
-    plan = make_plan(structure.sites, recipe.Calibrate(bits=1.88, plan="interleave"))
+    plan = make_plan(structure.targets, recipe.Calibrate(bits=1.88, plan="interleave"))
     if checkpointed:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     modules.prepare_for_training(student, structure, plan.specs(), modules.Settings(8, 8, plan.group_size))
     student.config.use_cache = False
     student.train()
 
-    def product(module: modules.TrainingLinear) -> Callable[[torch.Tensor], torch.Tensor]:
+    def product(module: modules.FakeQuantLinear) -> Callable[[torch.Tensor], torch.Tensor]:
         def forward(x: torch.Tensor) -> torch.Tensor:
             weight = formats.fake_quantize_matrix(module.weight, module.spec)
             return torch.nn.functional.linear(module.activations(x), weight, module.bias)
@@ -272,7 +272,7 @@ def plain_step(folder: Path, device: str, checkpointed: bool) -> Step:
         return forward
 
     for module in student.modules():
-        if isinstance(module, modules.TrainingLinear):
+        if isinstance(module, modules.FakeQuantLinear):
             module.forward = product(module)  # type: ignore[method-assign]
     ids = torch.randint(0, int(SHAPE["vocab_size"]), (ROWS, TOKENS), device=device)
 

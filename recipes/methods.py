@@ -411,8 +411,8 @@ def peer_sizes(method: Method, recipe: Recipe, model: Any, decoded: Path, report
 
     found = models.structure(model)
     parameters = sum(p.numel() for p in model.parameters())
-    plan = allocate.make_plan(found.sites, recipe.calibrate)
-    tables = [] if method.own else [plan[site.name] for site in found.sites if site.kind != "linear"]
+    plan = allocate.make_plan(found.targets, recipe.calibrate)
+    tables = [] if method.own else [plan[site.name] for site in found.targets if site.kind != "linear"]
     round_tables(decoded, tables)
     untouched = parameters - report["linear_weights"] - sum(matrix.rows * matrix.columns for matrix in tables)
     width = next(model.parameters()).element_size()

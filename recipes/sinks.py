@@ -54,7 +54,7 @@ def errors(teacher: Teacher) -> tuple[dict[str, Tensor], Tensor, int | None]:
     model, tokenizer = models.load(teacher.model, dtype=torch.float32)
     student, _ = models.load(teacher.model, dtype=torch.float32)
     found = models.structure(model)
-    plan = allocate.make_plan(found.sites, recipe.calibrate)
+    plan = allocate.make_plan(found.targets, recipe.calibrate)
     how = modules.Settings(plan.activation_bits, plan.kv_bits, plan.group_size)
     modules.prepare_for_training(student, found, plan.specs(), how)
     rows, _ = data.open_rows(recipe.data.train, tokenizer, recipe.data.sequence_length, bos=recipe.data.bos)

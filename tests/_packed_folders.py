@@ -36,9 +36,9 @@ def write_packed(folder: Path, model: Path, choose: Choose, dtype: torch.dtype =
     teacher, _ = models.load(model)
     found = models.structure(teacher)
     state = teacher.state_dict()
-    names = {site.name for site in found.sites} | {found.head_path}
+    names = {site.name for site in found.targets} | {found.head_path}
     matrices = []
-    for site in found.sites:
+    for site in found.targets:
         spec = choose(site.name, site.rows, site.columns)
         encoded = formats.encode_matrix(state[f"{site.name}.weight"], spec)
         matrices.append(PackedMatrix(site.name, site.kind, encoded, spec))

@@ -139,7 +139,7 @@ def make_pieces(kind: Kind) -> Pieces:
     found, state = models.structure(model), model.state_dict()
     settings = {**SETTINGS, "group_size": 16, **kind.settings}
     matrices = {}
-    for site in found.sites:
+    for site in found.targets:
         weight = state[f"{site.name}.weight"] + 0.1 * torch.randn(site.rows, site.columns)
         spec = spec_of(FORMATS[site.name.rpartition(".")[2]], site.rows, settings["group_size"])
         matrices[site.name] = matrix_of(site.name, site.kind, weight, spec)
@@ -199,7 +199,7 @@ def make_folders(place: Path) -> list[Folder]:
     return list(UNDAMAGED.values())
 
 
-# Damages: each changes a folder in memory -------------------------------------------------------------------------
+# Damage: each changes a folder in memory -----------------------------------------------------------------------------------------------
 
 
 NUMERIC = [*SHAPE, "rms_norm_eps", "layer_norm_eps", "sliding_window", "max_window_layers", "partial_rotary_factor"]

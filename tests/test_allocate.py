@@ -15,18 +15,18 @@ from torch import Tensor
 from edgerazor import allocate, formats, packed
 from edgerazor.allocate import NAMED_SHARES, MatrixPlan, Plan, make_plan
 from edgerazor.errors import USAGE, UserError
-from edgerazor.models import Site
+from edgerazor.models import QuantTarget
 from edgerazor.packed import PackedMatrix
 from edgerazor.recipe import Calibrate
 
 ROWS = [1, 2, 3, 7, 8, 31, 64, 101, 960, 1024]
 SWEEP = [1.58 + 0.01 * step for step in range(int((8 - 1.58) / 0.01) + 1)] + [1.5801, 3.9999, 4.0001, 7.9999, 8.0]
 SITES = (
-    Site("embed", "embedding", None, 300, 96),
-    Site("layers.0.q", "linear", 0, 96, 101),
-    Site("layers.0.k", "linear", 0, 7, 96),
-    Site("layers.1.q", "linear", 1, 96, 101),
-    Site("head", "head", None, 300, 96),
+    QuantTarget("embed", "embedding", None, 300, 96),
+    QuantTarget("layers.0.q", "linear", 0, 96, 101),
+    QuantTarget("layers.0.k", "linear", 0, 7, 96),
+    QuantTarget("layers.1.q", "linear", 1, 96, 101),
+    QuantTarget("head", "head", None, 300, 96),
 )
 
 
@@ -51,7 +51,7 @@ def plan_of(bits: float, **settings: Any) -> Plan:
 
 def one(rows: int, bits: float, columns: int = 8, weight: Tensor | None = None, **settings: Any) -> MatrixPlan:
     """The plan of a matrix alone."""
-    site = Site("m", "linear", 0, rows, columns)
+    site = QuantTarget("m", "linear", 0, rows, columns)
     settings = {"plan": "interleave", "group_size": 8, **settings}
     return make_plan([site], Calibrate(bits=bits, **settings), None if weight is None else lambda _: weight)["m"]
 

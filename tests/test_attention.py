@@ -18,7 +18,7 @@ from edgerazor import formats, kernels, models, modules, packed, transformers_pl
 from edgerazor.allocate import make_plan
 from edgerazor.errors import UserError
 from edgerazor.formats import MatrixSpec
-from edgerazor.modules import LazyMatrix, PackedLinear, Settings, SharedActivations, TrainingLinear, attention
+from edgerazor.modules import FakeQuantLinear, LazyMatrix, PackedLinear, Settings, SharedActivations, attention
 from edgerazor.modules.attention import ImportantTokens
 from edgerazor.recipe import Calibrate
 
@@ -104,7 +104,7 @@ def test_a_linear_layer_gives_each_token_its_bits() -> None:
     important = torch.rand(2, 5) > 0.5
     spec = MatrixSpec(("int4",), GROUP_SIZE)
     encoded = formats.encode_matrix(linear.weight.detach(), spec)
-    trained = TrainingLinear(linear.weight, linear.bias, spec, SharedActivations(8, GROUP_SIZE))
+    trained = FakeQuantLinear(linear.weight, linear.bias, spec, SharedActivations(8, GROUP_SIZE))
     stored = kernels.StoredMatrix(formats.pack_matrix(encoded, spec), spec, (33, 101)) if kernels.is_native() else None
     lazy = LazyMatrix(lambda: (encoded, spec), lambda: stored)
     ours = PackedLinear(lazy, linear.bias, (33, 101), 8, GROUP_SIZE)
@@ -121,7 +121,7 @@ def test_a_linear_layer_gives_each_token_its_bits() -> None:
 def watched(adaptive: str, thresholds: tuple[float, ...] = ()) -> tuple[PreTrainedModel, ImportantTokens]:
     model = model_of()
     found = models.structure(model)
-    plan = make_plan(found.sites, Calibrate(bits=4.0, plan="interleave", group_size=GROUP_SIZE))
+    plan = make_plan(found.targets, Calibrate(bits=4.0, plan="interleave", group_size=GROUP_SIZE))
     how = Settings(8, 8, GROUP_SIZE, query_bits=8, adaptive_tokens=adaptive, thresholds=thresholds)
     modules.prepare_for_training(model, found, plan.specs(), how)
     return model, model.model.layers[0].self_attn.important_tokens
@@ -197,7 +197,7 @@ def test_packed_equals_trained(run: Run, tmp_path: Path, make_model: ModelMaker,
     how = replace(how, learned_inputs=trained, learned_zero_points="asymmetric" in case)
     student, _ = models.load(tmp_path / "model", dtype=torch.float32)
     found = models.structure(student)
-    plan = make_plan(found.sites, Calibrate(bits=1.88, plan="interleave", group_size=GROUP_SIZE))
+    plan = make_plan(found.targets, Calibrate(bits=1.88, plan="interleave", group_size=GROUP_SIZE))
     modules.prepare_for_training(student, found, plan.specs(), how, input_scales=steps or None)
     student.load_state_dict(load_file(job / "distill" / "best" / "model.safetensors"), strict=False)
     with torch.no_grad():

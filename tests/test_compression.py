@@ -117,7 +117,7 @@ def test_streams_are_as_specified() -> None:
 def test_sparse_codes_come_back_and_take_little_more_than_their_entropy(name: str, zeros: float) -> None:
     number_format, generator = formats.get(name), torch.Generator().manual_seed(1)
     shape = (96, 2048)
-    codes = torch.randint(number_format.lowest, number_format.maximum + 1, shape, generator=generator)
+    codes = torch.randint(number_format.min_code, number_format.maximum + 1, shape, generator=generator)
     codes = torch.where(torch.rand(shape, generator=generator) < zeros, 0, codes).to(torch.int8)
     spec, encoded = MatrixSpec((name,), 256), Encoded(codes, torch.ones(96, 8, dtype=torch.float16))
     sizes, streams = formats.stream_bytes(spec, shape), formats.to_streams(encoded, spec)

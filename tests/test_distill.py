@@ -379,9 +379,9 @@ def test_losses_see_hidden_states_as_transformers_returns_them(llama: Path) -> N
     teacher = objective_.Teacher(model, found, found.head_path, (1.0, None))
     with torch.no_grad():
         expected = model(input_ids=ids, output_hidden_states=True).hidden_states
-        with objective_.watch(model, found, found.head_path, objective_.Looks(hidden=layers)) as seen:
+        with objective_.watch(model, found, found.head_path, objective_.Captures(hidden=layers)) as seen:
             model(input_ids=ids, use_cache=False)
-    for hidden in (seen.hidden, teacher.outputs(ids, objective_.Looks(hidden=layers)).hidden):
+    for hidden in (seen.hidden, teacher.outputs(ids, objective_.Captures(hidden=layers)).hidden):
         assert sorted(hidden) == list(layers)
         for layer, state in enumerate(expected):
             assert torch.equal(hidden[layer], state), layer
@@ -530,12 +530,12 @@ def test_layers_that_differ_are_not_compared(tmp_path: Path, llama: Path, make_m
     small = make_model(tmp_path / "small", "llama", hidden_size=48)
     narrow = make_model(tmp_path / "narrow", "llama", num_key_value_heads=3)
     model, _ = models.load(llama)
-    objective_.check_alike(small, model, objective_.Looks(attention=(1, 2)))
-    objective_.check_alike(narrow, model, objective_.Looks(hidden=(1,)))
+    objective_.check_alike(small, model, objective_.Captures(attention=(1, 2)))
+    objective_.check_alike(narrow, model, objective_.Captures(hidden=(1,)))
     with pytest.raises(UserError, match="their hidden_size differ: 48 and 96"):
-        objective_.check_alike(small, model, objective_.Looks(hidden=(1,)))
+        objective_.check_alike(small, model, objective_.Captures(hidden=(1,)))
     with pytest.raises(UserError, match="their num_key_value_heads differ: 3 and 2"):
-        objective_.check_alike(narrow, model, objective_.Looks(attention=(2,)))
+        objective_.check_alike(narrow, model, objective_.Captures(attention=(2,)))
 
 
 # --- refused at the start ----------------------------------------------------------------------

@@ -456,8 +456,8 @@ def test_structure_covers_every_matrix(family: str) -> None:
     model = transformers.AutoModelForCausalLM.from_config(config)
     found = models.structure(model)
     matrices = {name for name, parameter in model.named_parameters() if parameter.ndim > 1}
-    assert {f"{site.name}.weight" for site in found.sites} == matrices
-    assert sum(site.weights for site in found.sites) == sum(model.get_parameter(name).numel() for name in matrices)
+    assert {f"{site.name}.weight" for site in found.targets} == matrices
+    assert sum(site.weights for site in found.targets) == sum(model.get_parameter(name).numel() for name in matrices)
     assert [site.layer for site in found.linears] == sorted(site.layer or 0 for site in found.linears)
     assert (found.layers_path, found.layer_count) == ("model.layers", 2)
 

@@ -24,7 +24,7 @@ def weights(*shape: int, seed: int = 0) -> Tensor:
 def random_codes(name: str, rows: int, cols: int) -> Tensor:
     number_format = formats.get(name)
     generator = torch.Generator().manual_seed(rows * cols)
-    return torch.randint(number_format.lowest, number_format.maximum + 1, (rows, cols), generator=generator).to(
+    return torch.randint(number_format.min_code, number_format.maximum + 1, (rows, cols), generator=generator).to(
         torch.int8
     )
 
@@ -57,7 +57,7 @@ def block_specs(rows: int, cols: int, group_size: int) -> list[MatrixSpec]:
 def described(name: str, codes: Tensor, group_size: int) -> list[list[int]]:
     """Packed bytes of each row block, written down from the specification in `packed`, a byte at a time."""
     number_format = formats.get(name)
-    (rows, cols), lowest = codes.shape, number_format.lowest
+    (rows, cols), lowest = codes.shape, number_format.min_code
     group = min(group_size, cols)
     columns = []
     for start in range(0, cols, group):
@@ -145,9 +145,9 @@ def test_packing_refuses_codes_out_of_range(name: str) -> None:
     if number_format.maximum < 127:
         with pytest.raises(ValueError, match="range"):
             number_format.pack(torch.full((1, 3), number_format.maximum + 1, dtype=torch.int8), 8)
-    if number_format.lowest > -128:
+    if number_format.min_code > -128:
         with pytest.raises(ValueError, match="range"):
-            number_format.pack(torch.full((1, 3), number_format.lowest - 1, dtype=torch.int8), 8)
+            number_format.pack(torch.full((1, 3), number_format.min_code - 1, dtype=torch.int8), 8)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -201,10 +201,10 @@ def test_blocks_do_not_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     number_format = formats.get(name)
     w = weights(37, 130)
     whole = number_format.encode(w, 64)
-    decoded = number_format.round_trip(w, 64)
+    decoded = number_format.quantize_dequantize(w, 64)
     monkeypatch.setattr("edgerazor.formats.core.base.BLOCK", 400)
     assert all(bits_equal(a, b) for a, b in zip(whole, number_format.encode(w, 64), strict=True))
-    assert bits_equal(decoded, number_format.round_trip(w, 64))
+    assert bits_equal(decoded, number_format.quantize_dequantize(w, 64))
     assert bits_equal(decoded, number_format.decode(*whole, 64))
 
 
@@ -310,8 +310,8 @@ def test_ternary_zeroes_57_percent_of_gaussian_weights() -> None:
 
 def test_ternary_is_not_idempotent() -> None:
     ternary = formats.get("ternary")
-    once = ternary.round_trip(weights(4, 256), 256, published=True)
-    twice = ternary.round_trip(once, 256, published=True)
+    once = ternary.quantize_dequantize(weights(4, 256), 256, published=True)
+    twice = ternary.quantize_dequantize(once, 256, published=True)
     assert (once[once != 0] != twice[once != 0]).all()
 
 

@@ -55,7 +55,9 @@ def group_errors(w: Tensor, decoded: Tensor, importance: Tensor, group_size: int
 def least_by_brute_force(w: Tensor, importance: Tensor, name: str) -> float:
     """The least weighted error of one group [1, n] at any fp16 scale from 2^-9 to 2^3."""
     scales = torch.arange(0x1800, 0x4800, dtype=torch.int16).view(torch.float16)
-    rounded = formats.round_trip(w.expand(len(scales), -1), MatrixSpec((name,), w.shape[1]), scales=scales[:, None])
+    rounded = formats.quantize_dequantize(
+        w.expand(len(scales), -1), MatrixSpec((name,), w.shape[1]), scales=scales[:, None]
+    )
     return float(((rounded - w).double().square() * importance).sum(1).min())
 
 
@@ -69,12 +71,12 @@ def test_clipping_is_never_worse_than_the_rule(cols: int, group_size: int) -> No
     for importance in (None, weights(cols, seed=1).square(), torch.zeros(cols)):
         alike = torch.ones(cols) if importance is None else importance
         for name, spec in specs(cols, group_size).items():
-            scales = formats.clipped(w, spec, importance)
+            scales = formats.search_scales(w, spec, importance)
             assert scales.dtype == torch.float16
             assert bool((scales > 0).all())
-            ours = group_errors(w, formats.round_trip(w, spec, scales=scales), alike, group_size)
+            ours = group_errors(w, formats.quantize_dequantize(w, spec, scales=scales), alike, group_size)
             rule_spec = replace(spec, published=True)
-            rule = group_errors(w, formats.round_trip(w, rule_spec), alike, group_size)
+            rule = group_errors(w, formats.quantize_dequantize(w, rule_spec), alike, group_size)
             assert bool((ours <= rule * (1 + 1e-6) + cols * 2e-15).all()), name
             if importance is not None and not importance.any():
                 assert torch.equal(scales, formats.stored_scales(formats.encode_matrix(w, rule_spec).scales)), name
@@ -89,7 +91,7 @@ def test_clipping_finds_nearly_the_least_error_there_is(name: str) -> None:
         if seed % 3 == 0:
             w[0, 5] *= 8
         spec = MatrixSpec((name,), 64)
-        rounded = formats.round_trip(w, spec, scales=formats.clipped(w, spec, importance))
+        rounded = formats.quantize_dequantize(w, spec, scales=formats.search_scales(w, spec, importance))
         found = float(((rounded - w).double().square() * importance).sum())
         over.append(found / least_by_brute_force(w, importance, name))
     mean, worst = (1.25, 1.7) if name == "int8" else (1.02, 1.10)
@@ -102,47 +104,49 @@ def test_clipping_by_hand() -> None:
     one = torch.tensor([[0.75, 0.0, 0.0, 0.0]])
     for name in ALL:
         spec = MatrixSpec((name,), 4)
-        rounded = formats.round_trip(one, spec, scales=formats.clipped(one, spec, torch.tensor([1.0, 0, 0, 0])))
+        rounded = formats.quantize_dequantize(
+            one, spec, scales=formats.search_scales(one, spec, torch.tensor([1.0, 0, 0, 0]))
+        )
         assert abs(float(rounded[0, 0]) - 0.75) < 1e-3, name
     w = torch.tensor([[-1.5, -0.5, 0.5, 1.5]]) * 0.3
-    assert formats.clipped(w, MatrixSpec(("int2",), 4)).item() == torch.tensor(0.3).half().item()
+    assert formats.search_scales(w, MatrixSpec(("int2",), 4)).item() == torch.tensor(0.3).half().item()
     w = torch.tensor([[0.5, -0.5, 0.0, 0.0, 0.0, 0.0]])  # the rule's 2 * mean|w| is 1/3
-    assert formats.clipped(w, MatrixSpec(("ternary",), 6)).item() == 0.5
+    assert formats.search_scales(w, MatrixSpec(("ternary",), 6)).item() == 0.5
 
 
 def test_blocks_are_clipped_like_matrices_of_their_own() -> None:
     w, importance = weights(ROWS, 101), weights(101, seed=1).square()
     spec = specs(101, 40)["blocks"]
     assert spec.block_formats is not None
-    scales = formats.clipped(w, spec, importance)
+    scales = formats.search_scales(w, spec, importance)
     for row in range(ROWS):
         for index in range(3):
             part = slice(40 * index, 40 * index + 40)
             alone = MatrixSpec((spec.formats[int(spec.block_formats[row, index])],), 40)
             assert torch.equal(
-                scales[row, index], formats.clipped(w[row : row + 1, part], alone, importance[part])[0, 0]
+                scales[row, index], formats.search_scales(w[row : row + 1, part], alone, importance[part])[0, 0]
             )
 
 
 def test_small_blocks_of_memory_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     w, importance, each = weights(ROWS, 101), weights(101, seed=1).square(), specs(101, 40)
-    whole = {name: formats.clipped(w, spec, importance) for name, spec in each.items()}
+    whole = {name: formats.search_scales(w, spec, importance) for name, spec in each.items()}
     monkeypatch.setattr("edgerazor.formats.core.base.BLOCK", 256)
-    assert all(torch.equal(formats.clipped(w, spec, importance), whole[name]) for name, spec in each.items())
+    assert all(torch.equal(formats.search_scales(w, spec, importance), whole[name]) for name, spec in each.items())
 
 
 def test_clipping_refuses_what_it_cannot_use() -> None:
     spec = MatrixSpec(("int4",), 4)
     w = weights(2, 6)
     with pytest.raises(ValueError, match=r"importance must be \[6\]"):
-        formats.clipped(w, spec, torch.ones(5))
+        formats.search_scales(w, spec, torch.ones(5))
     for bad in (-1.0, torch.nan, torch.inf):
         with pytest.raises(ValueError, match="negative or not finite"):
-            formats.clipped(w, spec, torch.tensor([1, 1, 1, 1, 1, bad]))
+            formats.search_scales(w, spec, torch.tensor([1, 1, 1, 1, 1, bad]))
     w[1, 5] = torch.nan
     for name in ALL:
         with pytest.raises(ValueError, match="a weight is not finite"):
-            formats.clipped(w, MatrixSpec((name,), 4))
+            formats.search_scales(w, MatrixSpec((name,), 4))
 
 
 # Compensation -----------------------------------------------------------------------------------------------------
@@ -159,7 +163,7 @@ def gptq(w: Tensor, spec: MatrixSpec, hessian: Tensor, scales: Tensor) -> Tensor
     decoded = torch.empty_like(left)
     for j in range(cols):
         inverse = torch.linalg.inv(damped[j:, j:])
-        decoded[:, j] = formats.round_trip(left.float(), spec, scales=scales)[:, j].double()
+        decoded[:, j] = formats.quantize_dequantize(left.float(), spec, scales=scales)[:, j].double()
         error = (left[:, j] - decoded[:, j]) / inverse[0, 0]
         left[:, j:] -= error[:, None] * inverse[0]
     return decoded
@@ -178,13 +182,13 @@ def test_rounding_the_master_gives_gptqs_codes(cols: int, group_size: int, monke
             return formats.decode_matrix(encoded, of_column)
 
         with monkeypatch.context() as patch:
-            patch.setattr(gptq_, "round_trip", noting)
-            master, scales = formats.compensated(w, spec, hessian)
+            patch.setattr(gptq_, "quantize_dequantize", noting)
+            master, scales = formats.gptq_quantize(w, spec, hessian)
         assert (master.dtype, scales.dtype) == (torch.float32, torch.float16)
         again = formats.encode_matrix(master, spec, scales)
         assert torch.equal(again.codes, torch.cat(chosen, dim=1)), name
         assert torch.equal(again.scales, scales), name
-        plain, same = formats.compensated(w, spec, hessian)
+        plain, same = formats.gptq_quantize(w, spec, hessian)
         assert torch.equal(plain, master), name
         assert torch.equal(same, scales), name
 
@@ -193,8 +197,8 @@ def test_rounding_the_master_gives_gptqs_codes(cols: int, group_size: int, monke
 def test_it_is_gptq(cols: int, group_size: int) -> None:
     w, hessian = weights(ROWS, cols), correlated(cols)
     for name, spec in specs(cols, group_size).items():
-        master, scales = formats.compensated(w, spec, hessian)
-        ours, paper = formats.round_trip(master, spec, scales=scales), gptq(w, spec, hessian, scales)
+        master, scales = formats.gptq_quantize(w, spec, hessian)
+        ours, paper = formats.quantize_dequantize(master, spec, scales=scales), gptq(w, spec, hessian, scales)
         different = float((ours.double() != paper).double().mean())  # float32 decides a few ties otherwise
         assert different < 0.01, name
 
@@ -202,11 +206,11 @@ def test_it_is_gptq(cols: int, group_size: int) -> None:
 def test_compensation_lowers_the_error_of_correlated_inputs() -> None:
     w, hessian = weights(ROWS, 256), correlated(256)
     for name, spec in specs(256, 64).items():
-        master, scales = formats.compensated(w, spec, hessian)
-        ours = damage(w, formats.round_trip(master, spec, scales=scales), hessian)
-        best = formats.clipped(w, spec, hessian.diagonal())
-        assert ours < 0.5 * damage(w, formats.round_trip(w, spec, scales=best), hessian), name
-        assert ours < 0.5 * damage(w, formats.round_trip(w, spec), hessian), name
+        master, scales = formats.gptq_quantize(w, spec, hessian)
+        ours = damage(w, formats.quantize_dequantize(master, spec, scales=scales), hessian)
+        best = formats.search_scales(w, spec, hessian.diagonal())
+        assert ours < 0.5 * damage(w, formats.quantize_dequantize(w, spec, scales=best), hessian), name
+        assert ours < 0.5 * damage(w, formats.quantize_dequantize(w, spec), hessian), name
 
 
 def test_independent_inputs_leave_clipped_rounding() -> None:
@@ -214,41 +218,41 @@ def test_independent_inputs_leave_clipped_rounding() -> None:
     w, diagonal = weights(ROWS, 101), 4.0 ** (torch.arange(101) % 5)
     damped = diagonal + 0.01 * diagonal.double().mean().float()
     for name, spec in specs(101, 40).items():
-        master, scales = formats.compensated(w, spec, torch.diag(diagonal))
+        master, scales = formats.gptq_quantize(w, spec, torch.diag(diagonal))
         assert torch.equal(master, w), name
-        assert torch.equal(scales, formats.clipped(w, spec, damped)), name
+        assert torch.equal(scales, formats.search_scales(w, spec, damped)), name
 
 
 def test_dead_columns_move_nothing_and_stay() -> None:
     w, hessian, spec = weights(ROWS, 101), correlated(101), specs(101, 40)["rows"]
     dead = torch.tensor([0, 39, 40, 77, 100])
     hessian[dead], hessian[:, dead] = 0, 0
-    master, scales = formats.compensated(w, spec, hessian)
+    master, scales = formats.gptq_quantize(w, spec, hessian)
     assert torch.equal(master[:, dead], w[:, dead])
     assert not torch.equal(master, w)
-    ours = damage(w, formats.round_trip(master, spec, scales=scales), hessian)
-    assert ours < 0.5 * damage(w, formats.round_trip(w, spec), hessian)
-    silent, found = formats.compensated(w, spec, torch.zeros(101, 101))
+    ours = damage(w, formats.quantize_dequantize(master, spec, scales=scales), hessian)
+    assert ours < 0.5 * damage(w, formats.quantize_dequantize(w, spec), hessian)
+    silent, found = formats.gptq_quantize(w, spec, torch.zeros(101, 101))
     assert torch.equal(silent, w)
-    assert torch.equal(found, formats.clipped(w, spec))
+    assert torch.equal(found, formats.search_scales(w, spec))
 
 
 def test_compensation_refuses_what_it_cannot_use() -> None:
     w, spec = weights(2, 6), MatrixSpec(("int4",), 4)
     with pytest.raises(ValueError, match=r"must be \[6, 6\]"):
-        formats.compensated(w, spec, torch.eye(5))
+        formats.gptq_quantize(w, spec, torch.eye(5))
     for bad in (-torch.eye(6), torch.full((6, 6), torch.nan), torch.ones(6, 6) - 2 * torch.eye(6)):
         with pytest.raises(ValueError, match="not finite or not positive"):
-            formats.compensated(w, spec, bad)
+            formats.gptq_quantize(w, spec, bad)
     with pytest.raises(ValueError, match="a weight is not finite"):
-        formats.compensated(w.fill_(torch.inf), spec, torch.eye(6))
+        formats.gptq_quantize(w.fill_(torch.inf), spec, torch.eye(6))
 
 
 def test_the_given_weights_stay_as_they_are() -> None:
     for w in (weights(1, 31), weights(5, 1), weights(5, 31).bfloat16()):
         before, spec = w.clone(), MatrixSpec(("int3",), 8)
-        formats.clipped(w, spec)
-        formats.compensated(w, spec, correlated(w.shape[1]))
+        formats.search_scales(w, spec)
+        formats.gptq_quantize(w, spec, correlated(w.shape[1]))
         assert torch.equal(w, before)
 
 
@@ -256,7 +260,7 @@ def test_stored_scales_give_the_codes_again() -> None:
     """`encode(w, scale)` of what a training starts from is the start."""
     w = weights(ROWS, 101)
     for name, spec in specs(101, 40).items():
-        scales = formats.clipped(w, spec)
+        scales = formats.search_scales(w, spec)
         encoded = formats.encode_matrix(w, spec, formats.stored_scales(scales.float()))
         assert torch.equal(encoded.scales, scales), name
         parts = formats.pack_matrix(encoded, spec)

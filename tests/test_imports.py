@@ -591,7 +591,9 @@ def test_ternary_weights_in_16_bits(make_model: ModelMaker, tmp_path: Path, dtyp
 def test_ternary_weights_in_16_bits_are_rounded_on_demand(run: Run, make_model: ModelMaker, tmp_path: Path) -> None:
     model = suitable_model(make_model, tmp_path / "model", "llama", **WIDE)
     stored = load_file(model / "model.safetensors")
-    ternary = {key: formats.get("ternary").round_trip(each, 128) for key, each in stored.items() if "_proj" in key}
+    ternary = {
+        key: formats.get("ternary").quantize_dequantize(each, 128) for key, each in stored.items() if "_proj" in key
+    }
     save_file({**stored, **ternary}, model / "model.safetensors", metadata={"format": "pt"})
     kept = run("pack", model, "--work", tmp_path / "kept", "--json").json()
     assert kept["importer"] == "levels"
@@ -605,7 +607,9 @@ def test_one_matrix_with_more_levels_is_named(make_model: ModelMaker, tmp_path: 
     assert importers.importer_of(model) is None
     stored = load_file(model / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
-    ternary = {key: formats.get("ternary").round_trip(each, 128) for key, each in stored.items() if "_proj" in key}
+    ternary = {
+        key: formats.get("ternary").quantize_dequantize(each, 128) for key, each in stored.items() if "_proj" in key
+    }
     save_file({**stored, **ternary, name: stored[name]}, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=rf"{name}: its weights are not 0 and plus or minus one number"):
         read(model, tmp_path / "back")

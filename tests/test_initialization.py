@@ -36,7 +36,7 @@ def starts_of(model: PreTrainedModel, specs: dict[str, MatrixSpec]) -> dict[str,
     starts = {}
     for name, spec in specs.items():
         weight = 1.25 * model.get_submodule(name).weight.detach()
-        starts[name] = Start(None if "embed" in name else weight, formats.clipped(weight, spec))
+        starts[name] = Start(None if "embed" in name else weight, formats.search_scales(weight, spec))
     return starts
 
 
@@ -45,7 +45,7 @@ def started(tied: bool, learned: bool = False, scales_only: bool = False) -> tup
     model = AutoModelForCausalLM.from_config(family_config("llama", tie_word_embeddings=tied))
     found = models.structure(model)
     settings = Calibrate(bits=1.88, plan="interleave", group_size=GROUP_SIZE)
-    specs = make_plan(found.sites, settings, lambda name: model.get_submodule(name).weight).specs()
+    specs = make_plan(found.targets, settings, lambda name: model.get_submodule(name).weight).specs()
     starts = starts_of(model, specs)
     how = Settings(8, 8, GROUP_SIZE, learned)
     modules.prepare_for_training(model, found, specs, how, scales_only, start=starts.get)
@@ -57,7 +57,7 @@ def started(tied: bool, learned: bool = False, scales_only: bool = False) -> tup
 @pytest.mark.parametrize("scales_only", [True, False])
 def test_a_training_begins_with_the_codes_of_its_start(tied: bool, learned: bool, scales_only: bool) -> None:
     model, starts = started(tied, learned, scales_only)
-    matrices = modules.training_matrices(model)
+    matrices = modules.fake_quant_weights(model)
     assert matrices.keys() == starts.keys()
     for name, module in matrices.items():
         codes, scales = module.encoded()
@@ -79,8 +79,8 @@ def test_fixed_scales_let_the_gradient_straight_through() -> None:
     """Also that of weights that are clipped: it is the gradient with respect to the decoded weight."""
     model, _ = started(tied=False)
     embedding, linear = model.get_input_embeddings(), model.get_submodule("model.layers.1.self_attn.q_proj")
-    assert isinstance(embedding, modules.TrainingEmbedding)
-    assert isinstance(linear, modules.TrainingLinear)
+    assert isinstance(embedding, modules.FakeQuantEmbedding)
+    assert isinstance(linear, modules.FakeQuantLinear)
     table = embedding.decoded(torch.float32).requires_grad_()
     torch.nn.functional.embedding(IDS, table).square().sum().backward()
     embedding(IDS).square().sum().backward()
@@ -146,7 +146,7 @@ def test_each_layer_was_compensated_for_what_it_sees_when_packed(
     linears = {site.name for site in models.structure(teacher).linears}
     specs, folder = jobs.read_plan(work).specs(), packed.PackedModel.open(work.folder("pack"))
     for name, hessian in hessians(recipe, work, linears).items():
-        master, scales = formats.compensated(teacher.get_submodule(name).weight, specs[name], hessian)
+        master, scales = formats.gptq_quantize(teacher.get_submodule(name).weight, specs[name], hessian)
         expected, found = formats.encode_matrix(master, specs[name], scales), folder.matrix(name).encoded
         assert float((expected.codes != found.codes).float().mean()) < 0.02, name
 
@@ -173,11 +173,11 @@ def test_what_the_file_holds(run: Run, llama: Path, text_file: Path, tmp_path: P
             teacher(input_ids=batch["input_ids"])
         states.append(final[0][batch["labels"] != data.MASKED])
     moments = {key: value for key, value in load_file(work.statistics_file).items() if key.startswith("input_second")}
-    for site in found.sites:
+    for site in found.targets:
         moment = moments.get(f"input_second_moment/{site.name}")
         if site.kind == "head":
             moment = torch.cat(states).square().mean(0, dtype=torch.float64).float()
-        expected = formats.clipped(teacher.get_submodule(site.name).weight, specs[site.name], moment)
+        expected = formats.search_scales(teacher.get_submodule(site.name).weight, specs[site.name], moment)
         differing = (files["clip"][f"{site.name}.scales"] != expected).float().mean()  # sums in another order
         assert float(differing) < (0.02 if site.kind == "head" else 1e-9), site.name
     assert {name.rpartition(".")[2] for name in files["clip"]} == {"scales"}
@@ -279,7 +279,7 @@ def test_a_tied_embedding_is_clipped_for_both_its_uses(make_model: ModelMaker, t
     batch = {"input_ids": IDS, "labels": IDS}
     with torch.no_grad():
         starts = initialization.clipped_ends(model, found, {found.embedding.name: spec}, [batch])
-    expected = formats.clipped(model.get_input_embeddings().weight, spec, 1 + moment / moment.mean())
+    expected = formats.search_scales(model.get_input_embeddings().weight, spec, 1 + moment / moment.mean())
     assert starts.keys() == {found.embedding.name}
     assert float((starts[found.embedding.name].scales != expected).float().mean()) < 0.02
 

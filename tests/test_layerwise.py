@@ -13,7 +13,7 @@ from conftest import FAMILIES, ModelMaker
 from torch import Tensor
 
 from edgerazor import models
-from edgerazor.models import Observer, Walk
+from edgerazor.models import LayerwisePass, Observer
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -33,7 +33,7 @@ def some_batches() -> Batches:
     return batches
 
 
-def upstream_of(walk: Walk) -> Any:
+def upstream_of(walk: LayerwisePass) -> Any:
     """The gradient of the sum of squares of what enters the head, at the positions that count."""
 
     def upstream(number: int, states: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def test_a_walk_sees_what_hooks_on_the_whole_model_see(make_model: ModelMaker, t
     walked, _ = models.load(tmp_path / "model")
     batches = some_batches()
     seen = Everything()
-    walk = Walk(walked, models.structure(walked), batches, tmp_path / "walk", torch.float64)
+    walk = LayerwisePass(walked, models.structure(walked), batches, tmp_path / "walk", torch.float64)
     walk.forward(seen)
     walk.backward(upstream_of(walk), seen)
     for gradient in walk.returned():
@@ -137,7 +137,7 @@ def test_stored_in_16_bits_it_is_walked_like_the_model_loaded_in_32(
     found = models.structure(stored)
     before = {name: parameter.data_ptr() for name, parameter in stored.named_parameters()}
     seen = Everything()
-    walk = Walk(stored, found, some_batches(), tmp_path / "walk")
+    walk = LayerwisePass(stored, found, some_batches(), tmp_path / "walk")
     walk.forward(seen)
     walk.backward(upstream_of(walk), seen)
     wanted = by_hooks(whole, some_batches())
@@ -169,12 +169,12 @@ class Stopping(Everything):
         super().keep(name, value)
 
 
-def walk_of(folder: Path, llama: Path, **options: Any) -> Walk:
+def walk_of(folder: Path, llama: Path, **options: Any) -> LayerwisePass:
     model, _ = models.load(llama)
-    return Walk(model, models.structure(model), options.pop("batches", some_batches()), folder, **options)
+    return LayerwisePass(model, models.structure(model), options.pop("batches", some_batches()), folder, **options)
 
 
-def both_ways(walk: Walk, seen: Everything) -> int:
+def both_ways(walk: LayerwisePass, seen: Everything) -> int:
     """A walk forwards and backwards; how often `upstream` was called."""
     calls: list[int] = []
     upstream = upstream_of(walk)

@@ -22,7 +22,7 @@ from edgerazor import formats, losses, models, modules, packed, transformers_plu
 from edgerazor.allocate import make_plan
 from edgerazor.formats import MatrixSpec
 from edgerazor.losses import Head, Outputs, StepTotals, step_counts
-from edgerazor.modules import Settings, SharedActivations, TrainingEmbedding, TrainingLinear
+from edgerazor.modules import FakeQuantEmbedding, FakeQuantLinear, Settings, SharedActivations
 from edgerazor.recipe import Calibrate, Distill
 from edgerazor.training.optimizer import make_optimizer
 
@@ -63,7 +63,7 @@ def plain_step(w: Tensor, scales: Tensor, spec: MatrixSpec) -> Tensor:
         for index, part in enumerate(w[row].split(spec.group_size)):
             factor = 1 / math.sqrt(len(part) * top_level(number_format))
             s = scales[row, index] * factor + (scales[row, index] * (1 - factor)).detach()
-            low, high = number_format.lowest, number_format.maximum + (1 if number_format.name == "int2" else 0)
+            low, high = number_format.min_code, number_format.maximum + (1 if number_format.name == "int2" else 0)
             ratio = (part / s).clamp(low, high)
             level = (part / s).detach().floor() if number_format.name == "int2" else (part / s).detach().round()
             level = level.clamp(low, number_format.maximum) + (0.5 if number_format.name == "int2" else 0)
@@ -74,7 +74,7 @@ def plain_step(w: Tensor, scales: Tensor, spec: MatrixSpec) -> Tensor:
 
 def learned(w: Tensor, scales: Tensor, spec: MatrixSpec) -> Tensor:
     """The same through the house's functions."""
-    inlet = formats.gradient_inlet(w, scales, spec)
+    inlet = formats.ste_target(w, scales, spec)
     return formats.straight_through(inlet, lambda _: formats.learned_weight(w, scales, spec, torch.float64))
 
 
@@ -120,7 +120,7 @@ def test_fixed_codes_have_the_true_gradient(name: str) -> None:
 
     def decoded(scales: Tensor) -> Tensor:
         spread = scales.repeat_interleave(5, dim=1)[:, :13]
-        return formats.straight_through(formats.gradient_inlet(codes, scales, spec), lambda _: levels * spread)
+        return formats.straight_through(formats.ste_target(codes, scales, spec), lambda _: levels * spread)
 
     scales = start.double().requires_grad_()
     torch.testing.assert_close(decoded(scales).float(), formats.learned_weight(codes, scales, spec), rtol=1e-7, atol=0)
@@ -139,10 +139,10 @@ def test_the_published_start() -> None:
 def test_a_given_scale_uses_every_code_and_comes_back_from_its_bytes(name: str) -> None:
     number_format, spec = formats.get(name), MatrixSpec((name,), 8)
     expected = {"ternary": -1, "int2": -2, "int2z": -2}.get(name, -(2 ** (int(number_format.nominal_bits) - 1)))
-    assert number_format.lowest == expected
+    assert number_format.min_code == expected
     w = torch.arange(-150.0, 150.0).reshape(1, -1)
     encoded = formats.encode_matrix(w, spec, torch.ones(1, 38))
-    assert encoded.codes.unique().tolist() == list(range(number_format.lowest, number_format.maximum + 1))
+    assert encoded.codes.unique().tolist() == list(range(number_format.min_code, number_format.maximum + 1))
     by_rule = formats.encode_matrix(w, replace(spec, published=True))
     assert by_rule.codes.min() >= number_format.minimum
     parts = formats.pack_matrix(encoded, spec)
@@ -161,14 +161,14 @@ def test_scales_stay_positive() -> None:
 # Modules ----------------------------------------------------------------------------------------------------------
 
 
-def learned_linear(rows: int = 33, columns: int = 101) -> TrainingLinear:
+def learned_linear(rows: int = 33, columns: int = 101) -> FakeQuantLinear:
     torch.manual_seed(0)
     linear, spec = nn.Linear(columns, rows), mixed_spec(rows, GROUP_SIZE)
     scales = nn.Parameter(0.8 * formats.initial_scales(linear.weight, spec))
-    return TrainingLinear(linear.weight, linear.bias, spec, SharedActivations(8, GROUP_SIZE), scales)
+    return FakeQuantLinear(linear.weight, linear.bias, spec, SharedActivations(8, GROUP_SIZE), scales)
 
 
-def gradients_by_autograd(module: modules.TrainingMatrix, upstream: Tensor) -> tuple[Tensor, ...]:
+def gradients_by_autograd(module: modules.FakeQuantWeight, upstream: Tensor) -> tuple[Tensor, ...]:
     """Of weight and scales, for a gradient of the decoded weight, through the plain formulation."""
     assert module.scales is not None
     w = module.weight.detach().double().requires_grad_()
@@ -176,7 +176,7 @@ def gradients_by_autograd(module: modules.TrainingMatrix, upstream: Tensor) -> t
     return torch.autograd.grad(plain_step(w, s, module.spec), (w, s), upstream.double())
 
 
-def assert_gradients(module: modules.TrainingMatrix, upstream: Tensor) -> None:
+def assert_gradients(module: modules.FakeQuantWeight, upstream: Tensor) -> None:
     assert module.scales is not None
     expected = gradients_by_autograd(module, upstream)
     for parameter, gradient in zip((module.weight, module.scales), expected, strict=True):
@@ -226,7 +226,7 @@ def test_an_embedding_trains_the_rows_it_looks_up() -> None:
     torch.manual_seed(0)
     table, spec = nn.Embedding(33, 101), mixed_spec(33, GROUP_SIZE)
     scales = nn.Parameter(0.8 * formats.initial_scales(table.weight, spec))
-    module = TrainingEmbedding(table.weight, spec, 2.0, scales)
+    module = FakeQuantEmbedding(table.weight, spec, 2.0, scales)
     ids = torch.tensor([[3, 3, 7], [9, 32, 3]])
     expected = formats.decode_matrix(formats.encode_matrix(table.weight, spec, scales), spec)
     assert torch.equal(module(ids), 2 * expected[ids])
@@ -242,7 +242,7 @@ def student(tied: bool = True, scales_only: bool = False, learned: bool = True) 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(family_config("llama", tie_word_embeddings=tied)).eval()
     found = models.structure(model)
-    plan = make_plan(found.sites, Calibrate(bits=1.88, plan="interleave", group_size=GROUP_SIZE))
+    plan = make_plan(found.targets, Calibrate(bits=1.88, plan="interleave", group_size=GROUP_SIZE))
     settings = Settings(8, 8, GROUP_SIZE, learned)
     modules.prepare_for_training(model, found, plan.specs(), settings, scales_only)
     return model
@@ -266,10 +266,10 @@ def test_training_scales_leaves_codes_alone(learned: bool, tied: bool) -> None:
     norms = {
         f"model.layers.{layer}.{which}_layernorm.weight" for layer in (0, 1) for which in ("input", "post_attention")
     }
-    scales = {f"{name}.scales" for name in modules.training_matrices(model)}
+    scales = {f"{name}.scales" for name in modules.fake_quant_weights(model)}
     assert trained == scales | norms | {"model.norm.weight"}
     model(input_ids=IDS, use_cache=False).logits.square().mean().backward()
-    for name, module in modules.training_matrices(model).items():
+    for name, module in modules.fake_quant_weights(model).items():
         assert module.scales is not None
         assert module.scales.grad is not None, name
         assert module.weight.dtype == torch.int8

@@ -37,7 +37,7 @@ def laplace(*shape: int) -> Tensor:
 def errors(name: str, w: Tensor, scales: Tensor) -> Tensor:
     """Squared error of each row, a group, at the scale that is given for it."""
     spec = MatrixSpec((name,), w.shape[1])
-    return (formats.round_trip(w, spec, scales=scales[:, None]) - w).double().square().sum(1)
+    return (formats.quantize_dequantize(w, spec, scales=scales[:, None]) - w).double().square().sum(1)
 
 
 def least(name: str, w: Tensor) -> float:
@@ -56,7 +56,7 @@ def test_the_error_is_within_a_percent_of_the_best_scales(
     name: str, draw: Callable[..., Tensor], group_size: int
 ) -> None:
     w = draw(GROUPS[group_size], group_size)
-    ours = float((formats.round_trip(w, MatrixSpec((name,), group_size)) - w).double().square().sum())
+    ours = float((formats.quantize_dequantize(w, MatrixSpec((name,), group_size)) - w).double().square().sum())
     assert ours <= 1.01 * least(name, w)
 
 
@@ -73,7 +73,9 @@ def test_the_errors_are_those_of_the_best_quantizers(draw: Callable[..., Tensor]
     w = draw(256, 256)
     for name, (best, rule) in figures.items():
         found = {
-            published: float((formats.round_trip(w, MatrixSpec((name,), 256, published=published)) - w).square().mean())
+            published: float(
+                (formats.quantize_dequantize(w, MatrixSpec((name,), 256, published=published)) - w).square().mean()
+            )
             / float(w.square().mean())
             for published in (False, True)
         }
@@ -230,6 +232,6 @@ def test_a_matrix_is_the_same_with_and_without_the_library(name: str, monkeypatc
     for isa in ("portable", "reference"):
         monkeypatch.setenv("EDGERAZOR_ISA", isa)
         encoded = formats.encode_matrix(w, MatrixSpec((name,), 64))
-        found[isa] = (*encoded, formats.round_trip(w, MatrixSpec((name,), 64)))
+        found[isa] = (*encoded, formats.quantize_dequantize(w, MatrixSpec((name,), 64)))
     for native_one, other in zip(*found.values(), strict=True):
         assert torch.equal(native_one, other)

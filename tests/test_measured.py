@@ -14,9 +14,9 @@ import torch
 from edgerazor import formats, packed
 from edgerazor.allocate import (
     NAMED_SHARES,
-    Damages,
     MatrixPlan,
     Plan,
+    SensitivityTable,
     candidates_of,
     check,
     make_plan,
@@ -24,7 +24,7 @@ from edgerazor.allocate import (
     unmeasured,
 )
 from edgerazor.errors import USAGE, UserError
-from edgerazor.models import Site
+from edgerazor.models import QuantTarget
 from edgerazor.packed import FolderSize
 from edgerazor.recipe import Calibrate, Constraint
 
@@ -41,24 +41,31 @@ LAYER = {
 }
 #: Four layers like those of Qwen3-0.6B.
 LINEARS = tuple(
-    Site(f"model.layers.{layer}.{name}", "linear", layer, *shape) for layer in range(4) for name, shape in LAYER.items()
+    QuantTarget(f"model.layers.{layer}.{name}", "linear", layer, *shape)
+    for layer in range(4)
+    for name, shape in LAYER.items()
 )
-EMBEDDING, HEAD = Site("model.embed_tokens", "embedding", None, 8000, 1024), Site("lm_head", "head", None, 8000, 1024)
+EMBEDDING, HEAD = (
+    QuantTarget("model.embed_tokens", "embedding", None, 8000, 1024),
+    QuantTarget("lm_head", "head", None, 8000, 1024),
+)
 SITES = (EMBEDDING, *LINEARS, HEAD)
 #: Rows that no sixteen divides, and groups that are cut short.
 AWKWARD = (
-    Site("embed", "embedding", None, 300, 96),
-    Site("layers.0.q", "linear", 0, 96, 101),
-    Site("layers.0.k", "linear", 0, 7, 96),
-    Site("layers.1.q", "linear", 1, 101, 96),
-    Site("layers.1.k", "linear", 1, 1, 33),
+    QuantTarget("embed", "embedding", None, 300, 96),
+    QuantTarget("layers.0.q", "linear", 0, 96, 101),
+    QuantTarget("layers.0.k", "linear", 0, 7, 96),
+    QuantTarget("layers.1.q", "linear", 1, 101, 96),
+    QuantTarget("layers.1.k", "linear", 1, 1, 33),
 )
 BUDGETS = [1.6, 1.7, 1.9, 2.0, 2.2, 2.5, 2.75, 3.0, 3.3, 3.7, 3.9, 4.1, 4.5, 5.0, 6.0, 7.0, 7.9, 8.0]
 NORMS = {"model.norm.weight": ("F32", (1024,))}
 
 
 @functools.cache
-def damages_of(sites: tuple[Site, ...] = SITES, estimate: str = "fisher", in_nats: bool = True) -> Damages:
+def damages_of(
+    sites: tuple[QuantTarget, ...] = SITES, estimate: str = "fisher", in_nats: bool = True
+) -> SensitivityTable:
     """A few rows do most of the damage, the more so in some matrices; 0.3 nats in all for ternary."""
     draw = torch.Generator().manual_seed(3)
     rows = {}
@@ -70,7 +77,7 @@ def damages_of(sites: tuple[Site, ...] = SITES, estimate: str = "fisher", in_nat
         rows[site.name] = torch.tensor(list(ERRORS.values()), dtype=torch.float64)[:, None] * each * wobble
     total = sum(float(value[0].sum()) for value in rows.values())
     scaled = {name: value * 0.3 / total for name, value in rows.items()}
-    return Damages(estimate, tuple(ERRORS), scaled, in_nats)
+    return SensitivityTable(estimate, tuple(ERRORS), scaled, in_nats)
 
 
 def size_of(plan: Plan) -> FolderSize:
@@ -83,7 +90,7 @@ def size_of(plan: Plan) -> FolderSize:
     )
 
 
-def plan_of(sites: tuple[Site, ...] = SITES, damages: Damages | None = None, **settings: Any) -> Plan:
+def plan_of(sites: tuple[QuantTarget, ...] = SITES, damages: SensitivityTable | None = None, **settings: Any) -> Plan:
     asked = Calibrate.model_validate(settings, strict=False)
     return make_plan(sites, asked, None, damages or damages_of(sites), size_of)
 
@@ -97,7 +104,7 @@ def rows_by_format(matrix: MatrixPlan) -> dict[str, int]:
     return {name: digits[str(index)] for index, name in enumerate(matrix.formats)}
 
 
-def predicted(plan: Plan, damages: Damages) -> float:
+def predicted(plan: Plan, damages: SensitivityTable) -> float:
     """The damage of all rows in the formats of a plan, of matrices whose format was chosen."""
     total = 0.0
     for matrix in linears(plan):
@@ -173,7 +180,7 @@ def test_the_most_damaged_rows_get_the_widest_formats() -> None:
         name: value[:1] / ERRORS["ternary"] * torch.tensor(list(ERRORS.values()), dtype=torch.float64)[:, None]
         for name, value in damages_of().rows.items()
     }
-    damages = Damages("fisher", tuple(ERRORS), rows)
+    damages = SensitivityTable("fisher", tuple(ERRORS), rows)
     plan = plan_of(damages=damages, bits=2.5)
     mixed = [matrix for matrix in linears(plan) if matrix.row_formats]
     assert mixed
@@ -195,7 +202,7 @@ def test_one_damaged_row_among_thousands_is_found() -> None:
     rows = {site.name: torch.full((2, site.rows), 1e-9, dtype=torch.float64) for site in LINEARS}
     worst = "model.layers.2.self_attn.o_proj"
     rows[worst][0, 777], rows[worst][1] = 1.0, 0.0
-    plan = plan_of(damages=Damages("direct", ("ternary", "int4"), rows), bits=1.6, formats=["ternary", "int4"])
+    plan = plan_of(damages=SensitivityTable("direct", ("ternary", "int4"), rows), bits=1.6, formats=["ternary", "int4"])
     matrix = plan[worst]
     assert matrix.formats == ("ternary", "int4")
     assert matrix.row_formats[777] == "1"
@@ -344,7 +351,7 @@ def test_embedding_and_head_are_candidates_under_bytes() -> None:
     seen = {}
     for share in (1e-6, 0.1, 100.0):  # nats if it is ternary; all linear layers together have about 0.3
         rows = dict(damages_of().rows) | {"lm_head": share * errors / errors[0]}
-        plan = plan_of(damages=Damages("fisher", tuple(ERRORS), rows), real_bits=5.0)
+        plan = plan_of(damages=SensitivityTable("fisher", tuple(ERRORS), rows), real_bits=5.0)
         assert size_of(plan).real_bits <= 5.0
         seen[share] = formats.get(plan["lm_head"].formats[0]).nominal_bits
     assert seen[1e-6] == 1.58

@@ -284,7 +284,7 @@ def test_a_peers_row_is_measured_like_ours(
     linears = sum(site.weights for site in found.linears)
     parameters = sum(p.numel() for p in model.parameters())
     assert own["bytes"] == linears + 4 * (parameters - linears)  # a float32 teacher, its embedding untouched
-    tables = [site for site in found.sites if site.kind != "linear"]
+    tables = [site for site in found.targets if site.kind != "linear"]
     groups = -(-tables[0].columns // GROUP_SIZE)
     int4 = sum(-(-site.rows // ROWS) * ROWS * (site.columns // 2 + 2 * groups) for site in tables)
     int4 += sum(-(-site.rows // ROWS) * groups % 2 * 32 for site in tables)  # up to whole vectors

@@ -178,7 +178,7 @@ def test_extreme_codes_stay_exact() -> None:
     x[2, ::2] = -127
     for name in ALL:
         number_format = formats.get(name)
-        for code in (number_format.lowest, number_format.maximum):
+        for code in (number_format.min_code, number_format.maximum):
             codes = torch.full((17, 512), code, dtype=torch.int8)
             for group in (64, 256, 512):
                 scales = torch.ones(17, 512 // group, dtype=torch.float16)
@@ -344,10 +344,10 @@ def test_what_does_not_fit_is_refused() -> None:
         native.quantize(torch.zeros(1, 100), geometry, 9)
     quantized = native.quantize(torch.zeros(1, 100), geometry)
     for wrong in (
-        Part(part.codes[:, :-1], part.scales, part.count, part.bits, part.lowest),
-        Part(part.codes, part.scales.float(), part.count, part.bits, part.lowest),
-        Part(part.codes, part.scales, part.count + 16, part.bits, part.lowest),
-        Part(part.codes, part.scales, part.count, 5, part.lowest),
+        Part(part.codes[:, :-1], part.scales, part.count, part.bits, part.min_code),
+        Part(part.codes, part.scales.float(), part.count, part.bits, part.min_code),
+        Part(part.codes, part.scales, part.count + 16, part.bits, part.min_code),
+        Part(part.codes, part.scales, part.count, 5, part.min_code),
         Part(part.codes, part.scales, 20, 4, -16, torch.full((20,), 20, dtype=torch.int32)),
     ):
         with pytest.raises(ValueError, match="must be"):

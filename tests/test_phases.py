@@ -63,7 +63,7 @@ def test_a_carried_weight_has_exactly_the_fixed_codes(rows: int, cols: int, grou
             after = formats.stored_scales(before.float() * torch.exp(width * torch.randn(shape, generator=draw)))
             for w in (torch.randn(rows, cols, generator=draw), on_the_edges(rows, cols, before, group_size)):
                 codes = formats.encode_matrix(w, spec, before).codes
-                carried = formats.carried_weight(w, codes, before, after, spec)
+                carried = formats.rebase_weight(w, codes, before, after, spec)
                 found = formats.encode_matrix(carried, spec, after)
                 assert torch.equal(found.codes, codes)
                 assert torch.equal(found.scales, after)
@@ -76,7 +76,7 @@ def test_scales_that_stay_leave_weights_alone(name: str) -> None:
     spec, w = MatrixSpec((name,), 8), torch.randn(7, 29, generator=torch.Generator().manual_seed(0))
     scales = formats.stored_scales(formats.initial_scales(w, spec))
     codes = formats.encode_matrix(w, spec, scales).codes
-    assert torch.equal(formats.carried_weight(w, codes, scales, scales, spec), w)
+    assert torch.equal(formats.rebase_weight(w, codes, scales, scales, spec), w)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -87,7 +87,7 @@ def test_extreme_scales(name: str) -> None:
     ends = [formats.stored_scales(torch.full((2, 1), value)) for value in (0.0, 1e9)]
     for before, after in (ends, ends[::-1]):
         codes = formats.encode_matrix(w, spec, before).codes
-        carried = formats.carried_weight(w, codes, before, after, spec)
+        carried = formats.rebase_weight(w, codes, before, after, spec)
         assert torch.equal(formats.encode_matrix(carried, spec, after).codes, codes)
 
 
@@ -98,7 +98,7 @@ def student(tied: bool, **calibrate: Any) -> PreTrainedModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(family_config("llama", tie_word_embeddings=tied)).eval()
     found = models.structure(model)
-    plan = make_plan(found.sites, Calibrate(bits=1.88, plan="interleave", group_size=GROUP_SIZE, **calibrate))
+    plan = make_plan(found.targets, Calibrate(bits=1.88, plan="interleave", group_size=GROUP_SIZE, **calibrate))
     modules.prepare_for_training(model, found, plan.specs(), Settings(8, 8, GROUP_SIZE, True))
     return model
 
@@ -115,26 +115,26 @@ def test_fixing_and_releasing_codes_change_nothing_that_is_computed(tied: bool, 
     model = student(tied, granularity=granularity)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     first = logits(model)
-    modules.fix_codes(model)
+    modules.freeze_codes(model)
     assert torch.equal(logits(model), first)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    scales = {f"{name}.scales" for name in modules.training_matrices(model)}
+    scales = {f"{name}.scales" for name in modules.fake_quant_weights(model)}
     assert trained == scales | {name for name, parameter in model.named_parameters() if parameter.ndim == 1}
-    modules.release_codes(model)
+    modules.unfreeze_codes(model)
     for name, parameter in model.named_parameters():  # no scale has changed
         assert parameter.requires_grad
         assert torch.equal(parameter, before[name]), name
 
-    modules.fix_codes(model)
+    modules.freeze_codes(model)
     with torch.no_grad():
-        for matrix in modules.training_matrices(model).values():
+        for matrix in modules.fake_quant_weights(model).values():
             assert matrix.scales is not None
             matrix.scales.mul_(torch.exp(0.2 * torch.randn_like(matrix.scales)))
     moved = logits(model)
     with modules.frozen_codes(model) as digests:
         fixed = dict(digests)
-    modules.fix_codes(model)  # a second time: nothing
-    modules.release_codes(model)
+    modules.freeze_codes(model)  # a second time: nothing
+    modules.unfreeze_codes(model)
     assert not torch.equal(moved, first)
     assert torch.equal(logits(model), moved)
     with modules.frozen_codes(model) as digests:

@@ -24,7 +24,7 @@ from edgerazor import recipe as recipes
 from edgerazor.data import open_rows, streaming
 from edgerazor.errors import USAGE, UserError
 from edgerazor.recipe import Calibrate
-from edgerazor.training import objective
+from edgerazor.training import objective, phase_schedule
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 PUBLISHED_BITS = (1.58, 1.88, 2.79, 4.0)
@@ -131,7 +131,7 @@ def test_the_whole_model_gets_the_published_average(name: str) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**shape))
         model.tie_weights()
-    sites = models.structure(model).sites
+    sites = models.structure(model).targets
     settings = load(name).calibrate
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(PARAMETERS[name], abs=0.6)
     assert all(site.columns % settings.group_size == 0 for site in sites)  # no shorter group at the end of a row
@@ -183,7 +183,7 @@ def test_what_the_weights_of_losses_depend_on(run: Run, llama: Path, text_file: 
     """The bits that are asked for; where a size is, those that the plan made of it; and the recipe says so alone."""
     recipe = load("qwen3-0.6b")
     sized = recipe.model_copy(update={"calibrate": recipe.calibrate.model_copy(update={"target_size": 10**9})})
-    plan = allocate.make_plan([models.Site("a", "linear", 0, 8, 8)], Calibrate(bits=4.0, plan="interleave"))
+    plan = allocate.make_plan([models.QuantTarget("a", "linear", 0, 8, 8)], Calibrate(bits=4.0, plan="interleave"))
     assert (job.bits_of(recipe, plan), job.bits_of(sized, plan), job.bits_of(sized, None)) == (
         1.88,
         4,

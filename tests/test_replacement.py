@@ -18,15 +18,15 @@ from edgerazor import formats, models, modules
 from edgerazor.allocate import make_plan
 from edgerazor.errors import UserError
 from edgerazor.formats import Encoded, MatrixSpec
-from edgerazor.models import Site
+from edgerazor.models import QuantTarget
 from edgerazor.modules import (
+    FakeQuantEmbedding,
+    FakeQuantLinear,
     LazyMatrix,
     PackedEmbedding,
     PackedLinear,
     Settings,
     SharedActivations,
-    TrainingEmbedding,
-    TrainingLinear,
 )
 from edgerazor.recipe import Calibrate
 
@@ -34,7 +34,7 @@ IDS = torch.randint(2, VOCABULARY, (2, 20), generator=torch.Generator().manual_s
 
 
 def spec_for(rows: int, bits: float, group_size: int = GROUP_SIZE) -> MatrixSpec:
-    site = Site("m", "linear", 0, rows, group_size)
+    site = QuantTarget("m", "linear", 0, rows, group_size)
     return make_plan([site], Calibrate(bits=bits, plan="interleave", group_size=group_size))["m"].spec()
 
 
@@ -51,7 +51,7 @@ def prepared(family: str = "llama", bits: float = 1.88, activation_bits: int = 8
     """A student with training modules."""
     model = model_of(family, **overrides)
     found = models.structure(model)
-    plan = make_plan(found.sites, Calibrate(bits=bits, plan="interleave", group_size=GROUP_SIZE))
+    plan = make_plan(found.targets, Calibrate(bits=bits, plan="interleave", group_size=GROUP_SIZE))
     modules.prepare_for_training(model, found, plan.specs(), Settings(activation_bits, 8, GROUP_SIZE))
     return model
 
@@ -145,7 +145,7 @@ def test_activations_of_sixteen_bits_train(family: str) -> None:
     """Passes without gradients, where nothing else keeps a layer's input, and with them: as without our activations."""
     model, plain = prepared(family, activation_bits=16), prepared(family, activation_bits=16)
     for module in plain.modules():
-        if isinstance(module, TrainingLinear):
+        if isinstance(module, FakeQuantLinear):
             module.activations = lambda x, *_: x
     with torch.no_grad():
         for _ in range(2):
@@ -207,7 +207,7 @@ def test_training_linear_equals_packed_linear(bits: float, activation_bits: int,
         torch.manual_seed(rows)
         linear, x = nn.Linear(columns, rows, bias=bias), torch.randn(2, 5, columns)
         spec = spec_for(rows, bits)
-        trained = TrainingLinear(linear.weight, linear.bias, spec, SharedActivations(activation_bits, GROUP_SIZE))
+        trained = FakeQuantLinear(linear.weight, linear.bias, spec, SharedActivations(activation_bits, GROUP_SIZE))
         encoded = formats.encode_matrix(linear.weight.detach(), spec)
         lazy = lazy_of(encoded, spec)
         packed = PackedLinear(lazy, linear.bias, (rows, columns), activation_bits, GROUP_SIZE)
@@ -223,7 +223,7 @@ def test_training_linear_has_the_straight_through_gradient() -> None:
     torch.manual_seed(0)
     linear, x = nn.Linear(101, 33), torch.randn(7, 101, requires_grad=True)
     spec = spec_for(33, 1.88)
-    module = TrainingLinear(linear.weight, linear.bias, spec, SharedActivations(8, GROUP_SIZE))
+    module = FakeQuantLinear(linear.weight, linear.bias, spec, SharedActivations(8, GROUP_SIZE))
     upstream = torch.randn(7, 33)
     module(x).backward(upstream)
     weight = formats.decode_matrix(formats.encode_matrix(linear.weight.detach(), spec), spec)
@@ -241,7 +241,7 @@ def test_embeddings_look_up_decoded_rows(scale: float | None) -> None:
     for spec in (spec_for(33, 4.0), spec_for(33, 1.88)):
         encoded = formats.encode_matrix(table.weight.detach(), spec)
         expected = formats.decode_matrix(encoded, spec)[IDS % 33] * (1.0 if scale is None else scale)
-        trained = TrainingEmbedding(table.weight, spec, scale)
+        trained = FakeQuantEmbedding(table.weight, spec, scale)
         lazy = lazy_of(encoded, spec)
         packed = PackedEmbedding(lazy, scale, (33, 101), torch.float32)
         assert torch.equal(trained(IDS % 33), expected)
@@ -252,7 +252,7 @@ def test_embeddings_look_up_decoded_rows(scale: float | None) -> None:
 
 def test_embedding_gradients_count_the_lookups() -> None:
     table = nn.Embedding(10, 16)
-    module = TrainingEmbedding(table.weight, spec_for(10, 4.0), 2.0)
+    module = FakeQuantEmbedding(table.weight, spec_for(10, 4.0), 2.0)
     module(torch.tensor([[3, 3, 7]])).sum().backward()
     expected = torch.zeros(10, 16)
     expected[3], expected[7] = 4.0, 2.0
@@ -294,7 +294,7 @@ def test_a_packed_matrix_is_read_once_when_first_needed() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_frozen_codes_are_those_of_the_master_weights(family: str, tied: bool) -> None:
     model = prepared(family, tie_word_embeddings=tied)
-    matrices = modules.training_matrices(model)
+    matrices = modules.fake_quant_weights(model)
     assert ("lm_head" in matrices) == (not tied)
     with torch.no_grad():
         before = model(input_ids=IDS, use_cache=False).logits
@@ -308,7 +308,7 @@ def test_frozen_codes_are_those_of_the_master_weights(family: str, tied: bool) -
     assert digests.keys() == matrices.keys()
     assert all(module.frozen is None for module in matrices.values())
     fresh = prepared(family, tie_word_embeddings=tied)
-    for name, module in modules.training_matrices(fresh).items():
+    for name, module in modules.fake_quant_weights(fresh).items():
         encoded = formats.encode_matrix(module.weight.detach(), module.spec)
         assert digests[name] == formats.digest(encoded, module.spec)
 
@@ -317,7 +317,7 @@ def test_frozen_codes_thaw_after_an_error() -> None:
     model = prepared()
     with pytest.raises(RuntimeError), modules.frozen_codes(model):
         raise RuntimeError
-    assert all(module.frozen is None for module in modules.training_matrices(model).values())
+    assert all(module.frozen is None for module in modules.fake_quant_weights(model).values())
 
 
 def test_a_tied_weight_collects_the_gradients_of_both_uses() -> None:
@@ -343,7 +343,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         found = models.structure(model)
-        plan = make_plan(found.sites, Calibrate(bits=2.0, plan="interleave", group_size=GROUP_SIZE))
+        plan = make_plan(found.targets, Calibrate(bits=2.0, plan="interleave", group_size=GROUP_SIZE))
         modules.prepare_for_training(model, found, plan.specs(), Settings(8, 8, GROUP_SIZE))
         model(input_ids=IDS, use_cache=False).logits.square().mean().backward()
         return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]

@@ -20,12 +20,12 @@ from torch import Tensor
 from edgerazor import allocate, formats, job, models, packed
 from edgerazor.console import Console
 from edgerazor.formats import MatrixSpec
-from edgerazor.models import PreTrainedModel, Walk
+from edgerazor.models import LayerwisePass, PreTrainedModel
 from edgerazor.modules import attention
 from edgerazor.recipe import build, load
 from edgerazor.report import plan as plan_
 from edgerazor.sensitivity import analysis
-from edgerazor.sensitivity.analysis import Study
+from edgerazor.sensitivity.analysis import SensitivityAnalysis
 from edgerazor.workdir import WorkDir
 
 #: A plain one, norms of q and k, a tied head that caps its logits, biases everywhere, fused projections.
@@ -53,13 +53,13 @@ def teachers(make_model: ModelMaker, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-def study_of(path: Path, folder: Path, **changes: Any) -> Study:
+def study_of(path: Path, folder: Path, **changes: Any) -> SensitivityAnalysis:
     """A study of some padded batches."""
     model, _ = models.load(path)
     found, batches = models.structure(model), some_batches()
 
-    def walk_of(name: str, change: Any) -> Walk:
-        return Walk(model, found, batches, folder / "walks" / name, identity=name, change=change)
+    def walk_of(name: str, change: Any) -> LayerwisePass:
+        return LayerwisePass(model, found, batches, folder / "walks" / name, identity=name, change=change)
 
     settings: dict[str, Any] = {
         "names": NAMES,
@@ -68,7 +68,7 @@ def study_of(path: Path, folder: Path, **changes: Any) -> Study:
         "seed": SEED,
         "identity": "a study",
     }
-    return Study(
+    return SensitivityAnalysis(
         model=model,
         found=found,
         logit_shape=models.logit_shape(model, found.head_path),
@@ -85,7 +85,7 @@ def rounded(model: PreTrainedModel, specs: dict[str, MatrixSpec]) -> PreTrainedM
     with torch.no_grad():
         for name, each in specs.items():
             weight = model.get_submodule(name).weight
-            weight.copy_(formats.round_trip(weight, each))
+            weight.copy_(formats.quantize_dequantize(weight, each))
     return model
 
 
@@ -155,13 +155,13 @@ def plain_fisher(path: Path) -> Weights:
         for site in found.linears:
             weight = model.get_submodule(site.name).weight.detach()
             for index, name in enumerate(NAMES):
-                change = inputs[site.name] @ (formats.round_trip(weight, spec(name)) - weight).T
+                change = inputs[site.name] @ (formats.quantize_dequantize(weight, spec(name)) - weight).T
                 damage = (change * seen[site.name]).double().flatten(0, 1)  # [tokens, rows]
                 sums[site.name][index] += damage.square().sum(0) / 2
                 sums[f"alone/{site.name}"][index] += damage.sum(1).square().sum() / 2
         rows, g = embedding.weight.detach()[ids.flatten()], seen["rows"].flatten(0, 1)
         for index, name in enumerate(NAMES):
-            change = (formats.round_trip(rows, spec(name)) - rows) * (1.0 if scale is None else float(scale))
+            change = (formats.quantize_dequantize(rows, spec(name)) - rows) * (1.0 if scale is None else float(scale))
             sums[found.embedding.name][index] += float((change * g).sum(1).double().square().sum()) / 2
         tokens += int(counts.sum())
     return {name: value / tokens for name, value in sums.items()}
@@ -180,7 +180,7 @@ def plain_head(path: Path) -> Tensor:
     weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
     damages, tokens = torch.zeros(len(NAMES), 1, dtype=torch.float64), sum(len(each) for each in exact)
     for index, name in enumerate(NAMES):
-        wrong = formats.round_trip(weight, spec(name))
+        wrong = formats.quantize_dequantize(weight, spec(name))
         for (_, counts), before, x in zip(some_batches(), exact, entering, strict=True):
             after = torch.nn.functional.linear(x[counts], wrong, bias) * scale
             after = after if cap is None else (after / cap).tanh() * cap
@@ -288,11 +288,11 @@ def test_what_a_format_represents_is_not_damaged_by_it(tmp_path: Path, make_mode
     """Weights of int4's levels: nothing changes, so no estimate finds damage; wider formats than they need, little."""
     model = make_model(tmp_path / "model", "llama")
     found = models.structure(model)
-    sites = {site.name: site for site in found.sites}
+    sites = {site.name: site for site in found.targets}
     rounded(model, dict.fromkeys(sites, spec("int4")))
     for name in sites:  # absmax formats take their own levels back exactly
         weight = model.get_submodule(name).weight
-        assert torch.equal(formats.round_trip(weight, spec("int4")), weight)
+        assert torch.equal(formats.quantize_dequantize(weight, spec("int4")), weight)
     model.save_pretrained(tmp_path / "model")
     study = study_of(tmp_path / "model", tmp_path)
     index = NAMES.index("int4")
@@ -309,7 +309,7 @@ def test_hessian_is_the_weighted_error(teachers: Callable[[str], Path], tmp_path
     for name, value in study.hessian(moments).items():
         weight = study.model.get_submodule(name).weight.double()
         for index, number_format in enumerate(NAMES):
-            error = formats.round_trip(weight.float(), spec(number_format)).double() - weight
+            error = formats.quantize_dequantize(weight.float(), spec(number_format)).double() - weight
             wanted = (error.square() * moments[name].double()).sum(1) / 2
             torch.testing.assert_close(value[index], wanted, rtol=1e-4, atol=1e-9)
 
@@ -348,7 +348,7 @@ KILLS: dict[str, list[tuple[Any, str, int]]] = {
         (analysis.PathDamage, "gradient", 200),
         (analysis.Output, "away", 8),
     ],
-    "direct": [(analysis.FisherDamage, "gradient", 25), (Walk, "onwards", 20)],
+    "direct": [(analysis.FisherDamage, "gradient", 25), (LayerwisePass, "onwards", 20)],
 }
 
 
@@ -426,8 +426,8 @@ def test_what_was_measured_serves_every_budget(
     work = ("--recipe", recipe, "--work", tmp_path / "job")
     assert run("calibrate", *work, "--json").code == 0
     before, ways = sha256(tmp_path / "job" / STATISTICS), []
-    backward = Walk.backward
-    monkeypatch.setattr(Walk, "backward", lambda *args, **named: ways.append(1) or backward(*args, **named))
+    backward = LayerwisePass.backward
+    monkeypatch.setattr(LayerwisePass, "backward", lambda *args, **named: ways.append(1) or backward(*args, **named))
     budgets: list[tuple[Any, ...]] = [
         ("--bits", 2.5),
         ("--bits", 3, "--granularity", "tensor"),
@@ -475,7 +475,7 @@ def test_the_file_says_what_was_measured(run: Run, tmp_path: Path, llama: Path, 
     assert said is not None
     plan = job.read_plan(work)
     assert (said.model, said.tokens, said.estimate) == (str(llama), 64, plan.estimate)
-    assert {tensor.name for tensor in said.tensors} == {site.name for site in found.sites}
+    assert {tensor.name for tensor in said.tensors} == {site.name for site in found.targets}
     assert list(said.measured_kl) == ["fisher", "integrated", "combined"]
     assert said.measured_kl[said.estimate] == min(said.measured_kl.values()) == done["measured_kl"]
     assert (done["estimate"], done["predicted_kl"]) == (plan.estimate, plan.predicted_kl)
@@ -525,7 +525,7 @@ def test_packing_a_teacher_uses_the_plan_that_is_there(run: Run, tmp_path: Path,
         done = run("pack", llama, "--recipe", recipe, "--work", folder, *words)
         assert done.code == 0, done.err
         model = packed.PackedModel.open(folder / "packed")
-        return {site.name: model.matrix(site.name).spec for site in models.structure(models.load(llama)[0]).sites}
+        return {site.name: model.matrix(site.name).spec for site in models.structure(models.load(llama)[0]).targets}
 
     def equal(one: MatrixSpec, other: MatrixSpec) -> bool:
         rows = [torch.zeros(0) if each.row_formats is None else each.row_formats for each in (one, other)]

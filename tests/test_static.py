@@ -22,7 +22,7 @@ from edgerazor.allocate import Plan
 from edgerazor.errors import UserError
 from edgerazor.formats import MatrixSpec
 from edgerazor.kernels import reference
-from edgerazor.modules import SharedActivations, TrainingLinear
+from edgerazor.modules import FakeQuantLinear, SharedActivations
 from edgerazor.workdir import WorkDir
 
 IDS = torch.randint(2, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -170,7 +170,7 @@ def test_a_linear_layer_trains_the_scale_of_its_input() -> None:
     linear, x, upstream = nn.Linear(101, 33), weights(7, 101), weights(7, 33, seed=1)
     scale = nn.Parameter(torch.tensor(0.2))
     spec = MatrixSpec(("int4",), GROUP_SIZE)
-    module = TrainingLinear(linear.weight, linear.bias, spec, SharedActivations(4, GROUP_SIZE), None, scale)
+    module = FakeQuantLinear(linear.weight, linear.bias, spec, SharedActivations(4, GROUP_SIZE), None, scale)
     module(x).backward(upstream)
     again = torch.tensor(0.2, requires_grad=True)
     quantized = formats.fake_quantize_static(x, 4, again)

@@ -19,20 +19,20 @@ from edgerazor import formats
 from edgerazor.allocate import measured, pattern
 from edgerazor.allocate.filling import fill
 from edgerazor.allocate.knapsack import Solution, solve
-from edgerazor.allocate.measured import Damages, candidates_of
+from edgerazor.allocate.measured import SensitivityTable, candidates_of
 from edgerazor.allocate.pattern import NAMED_SHARES, Mixture, mixture_of, spread, variances
 from edgerazor.allocate.plan import MatrixPlan, Plan
 from edgerazor.errors import UserError, usage_error
-from edgerazor.models import Site
+from edgerazor.models import QuantTarget
 from edgerazor.packed import FolderSize
 from edgerazor.recipe import MAXIMUM_BITS, MINIMUM_BITS, Calibrate, Override
 
 __all__ = [
     "NAMED_SHARES",
-    "Damages",
     "MatrixPlan",
     "Mixture",
     "Plan",
+    "SensitivityTable",
     "Solution",
     "candidates_of",
     "check",
@@ -51,10 +51,10 @@ SizeOf = Callable[[Plan], FolderSize]
 
 
 def make_plan(
-    sites: Iterable[Site],
+    sites: Iterable[QuantTarget],
     settings: Calibrate,
     weight_of: Callable[[str], Tensor] | None = None,
-    damages: Damages | None = None,
+    damages: SensitivityTable | None = None,
     size_of: SizeOf | None = None,
 ) -> Plan:
     """Formats for every matrix within the budget.
@@ -94,7 +94,11 @@ def make_plan(
 
 
 def _measured_plan(
-    sites: tuple[Site, ...], settings: Calibrate, fixed: dict[str, str], damages: Damages, size_of: SizeOf | None
+    sites: tuple[QuantTarget, ...],
+    settings: Calibrate,
+    fixed: dict[str, str],
+    damages: SensitivityTable,
+    size_of: SizeOf | None,
 ) -> Plan:
     choosing = [site for site in sites if site.name not in fixed]
     alone = {name: {"formats": (format_,)} for name, format_ in fixed.items()}
@@ -124,7 +128,10 @@ def _bytes(counted: str, value: float, any_size: FolderSize) -> int:
 
 
 def _pattern_plan(
-    sites: tuple[Site, ...], settings: Calibrate, fixed: dict[str, str], weight_of: Callable[[str], Tensor] | None
+    sites: tuple[QuantTarget, ...],
+    settings: Calibrate,
+    fixed: dict[str, str],
+    weight_of: Callable[[str], Tensor] | None,
 ) -> Plan:
     mixture = mixture_of(settings)
     about: dict[str, dict[str, Any]] = {}
@@ -159,7 +166,7 @@ def _at(settings: Calibrate, bits: float) -> Calibrate:
 
 
 def _plan(
-    sites: tuple[Site, ...], settings: Calibrate, about: dict[str, dict[str, Any]], estimate: str | None = None
+    sites: tuple[QuantTarget, ...], settings: Calibrate, about: dict[str, dict[str, Any]], estimate: str | None = None
 ) -> Plan:
     """The plan whose matrices have these formats."""
     matrices = tuple(
@@ -258,7 +265,7 @@ def check(settings: Calibrate) -> None:
         mixture_of(settings)
 
 
-def fixed_formats(sites: tuple[Site, ...], settings: Calibrate) -> dict[str, str]:
+def fixed_formats(sites: tuple[QuantTarget, ...], settings: Calibrate) -> dict[str, str]:
     """Module path -> format, for the matrices whose format does not depend on the bits.
 
     Raises:

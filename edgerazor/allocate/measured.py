@@ -1,7 +1,7 @@
 """Formats where they hurt least: measured damage and a budget -> a format for every row or tensor.
 
-Calibrate estimates for every row and format the damage to the teacher's output (`sensitivity/analysis.py`). Damages are
-taken to add up; then the best formats are the solution of a knapsack (`knapsack.py`). At row granularity its items are
+Calibrate estimates for every row and format the damage to the teacher's output (`sensitivity/analysis.py`). Estimates
+are taken to add up; then the best formats are the solution of a knapsack (`knapsack.py`). At row granularity its items are
 tiles of rows of one tensor: the rows are ranked by what the widest format saves them, and cut into sixteens, so that
 the number of rows of every format is a multiple of 16, which the kernels like. At tensor granularity they are whole
 tensors.
@@ -27,7 +27,7 @@ from edgerazor.allocate.knapsack import Solution, solve
 from edgerazor.allocate.pattern import NAMED_SHARES
 from edgerazor.allocate.plan import Plan, digits
 from edgerazor.errors import UserError, usage_error
-from edgerazor.models import Site
+from edgerazor.models import QuantTarget
 from edgerazor.recipe import Calibrate
 
 #: Rows of a format come in multiples of this where the tensor allows.
@@ -43,7 +43,7 @@ Choice = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Damages:
+class SensitivityTable:
     """What calibrate estimated.
 
     Attributes:
@@ -110,7 +110,9 @@ def named_budget(bits: float) -> float:
     return (1 - share) * formats.get("ternary").nominal_bits + share * formats.get("int4").nominal_bits
 
 
-def cut(sites: Sequence[Site], damages: Damages, candidates: tuple[str, ...], granularity: str) -> Items:
+def cut(
+    sites: Sequence[QuantTarget], damages: SensitivityTable, candidates: tuple[str, ...], granularity: str
+) -> Items:
     """The items of the knapsack."""
     names: list[str] = []
     rows: list[Tensor | None] = []
@@ -159,8 +161,8 @@ def allowed(names: Sequence[str], candidates: tuple[str, ...], settings: Calibra
 
 
 def choose(
-    sites: Sequence[Site],
-    damages: Damages,
+    sites: Sequence[QuantTarget],
+    damages: SensitivityTable,
     settings: Calibrate,
     plan_of: Callable[[Choice], Plan],
     bytes_of: Callable[[Plan], int],
@@ -211,7 +213,7 @@ def _within_bytes(
     items: Items,
     candidates: tuple[str, ...],
     open_: np.ndarray,
-    sites: Sequence[Site],
+    sites: Sequence[QuantTarget],
     plan_of: Callable[[Choice], Plan],
     bytes_of: Callable[[Plan], int],
     limit: int,

@@ -21,7 +21,7 @@ from torch import Tensor
 from edgerazor import formats
 from edgerazor.allocate.plan import digits
 from edgerazor.errors import usage_error
-from edgerazor.models import Site
+from edgerazor.models import QuantTarget
 from edgerazor.recipe import Calibrate
 
 #: Averages that are names of a share of int4 rows, although their exact average differs in the third digit.
@@ -64,7 +64,7 @@ def mixture_of(settings: Calibrate) -> Mixture:
 
 
 def choose(
-    site: Site, settings: Calibrate, mixture: Mixture, weight_of: Callable[[str], Tensor] | None = None
+    site: QuantTarget, settings: Calibrate, mixture: Mixture, weight_of: Callable[[str], Tensor] | None = None
 ) -> Tensor:
     """What of a matrix gets the wider format: bool [rows], or [rows, groups], or [1, groups] when all rows are alike.
 
@@ -81,14 +81,14 @@ def choose(
     return wide(site, group, mixture, settings.plan, weight)
 
 
-def _choose_rows(site: Site, group: int, mixture: Mixture, plan: str, weight: Tensor | None) -> Tensor:
+def _choose_rows(site: QuantTarget, group: int, mixture: Mixture, plan: str, weight: Tensor | None) -> Tensor:
     if plan == "interleave":
         return spread(site.rows, mixture)
     ranks = -torch.arange(site.rows) if weight is None else variances(weight, site.columns)[:, 0]
     return _highest(ranks, torch.ones(site.rows), mixture.share * site.rows)
 
 
-def _choose_blocks(site: Site, group: int, mixture: Mixture, plan: str, weight: Tensor | None) -> Tensor:
+def _choose_blocks(site: QuantTarget, group: int, mixture: Mixture, plan: str, weight: Tensor | None) -> Tensor:
     widths = _widths(site.columns, group)
     if plan == "interleave":  # among the whole groups, and among the shorter last ones
         whole = site.columns // group
@@ -99,7 +99,7 @@ def _choose_blocks(site: Site, group: int, mixture: Mixture, plan: str, weight: 
     return wide.view(site.rows, -1)
 
 
-def _choose_columns(site: Site, group: int, mixture: Mixture, plan: str, weight: Tensor | None) -> Tensor:
+def _choose_columns(site: QuantTarget, group: int, mixture: Mixture, plan: str, weight: Tensor | None) -> Tensor:
     """Whole columns of groups as far as the share goes, and the next one in as many rows as it still allows."""
     widths = _widths(site.columns, group)
     if weight is not None:

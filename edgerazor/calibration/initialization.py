@@ -4,7 +4,7 @@ distill, which trains from there, and by pack, where the teacher is rounded with
 *clip* gives each group the scale with the least error, where an error weighs as much as its input is large on average.
 
 *gptq* goes through the decoder layer by layer and rounds each linear layer so that errors make up for each other
-(`formats.compensated`). What a layer's inputs have to do with each other is seen where they are: in a student whose
+(`formats.gptq_quantize`). What a layer's inputs have to do with each other is seen where they are: in a student whose
 earlier layers are done, which rounds activations, keys and values as the packed model will. Within a layer the linear
 layers are done in the order in which they are used; those that share an input (q, k and v) share what is seen of it.
 
@@ -32,7 +32,7 @@ from edgerazor.console import Console
 from edgerazor.errors import UserError
 from edgerazor.formats import MatrixSpec
 from edgerazor.models import Blocks, PreTrainedModel, Structure
-from edgerazor.modules import Start, TrainingLinear
+from edgerazor.modules import FakeQuantLinear, Start
 from edgerazor.recipe import Recipe
 from edgerazor.workdir import WorkDir, write_atomically
 
@@ -161,7 +161,7 @@ def clipped_ends(
     starts = {}
     for site in (found.embedding, *((found.head,) if found.head else ())):
         weight = model.get_submodule(site.name).weight
-        starts[site.name] = Start(None, formats.clipped(weight, specs[site.name], importance.get(site.name)))
+        starts[site.name] = Start(None, formats.search_scales(weight, specs[site.name], importance.get(site.name)))
     return starts
 
 
@@ -189,7 +189,7 @@ def clipped_linears(
     with console.track("clipped start", len(found.linears)) as tracker:
         for site in found.linears:
             weight, moment = model.get_submodule(site.name).weight, statistics[f"input_second_moment/{site.name}"]
-            starts[site.name] = Start(None, formats.clipped(weight, specs[site.name], moment))
+            starts[site.name] = Start(None, formats.search_scales(weight, specs[site.name], moment))
             tracker.advance()
     return starts
 
@@ -223,17 +223,17 @@ def compensated_linears(blocks: Blocks, batches: Iterable[data.Batch], console: 
     return starts
 
 
-def in_order_of_use(blocks: Blocks, index: int, sequences: Sequences) -> list[list[TrainingLinear]]:
+def in_order_of_use(blocks: Blocks, index: int, sequences: Sequences) -> list[list[FakeQuantLinear]]:
     """The linear layers of a decoder layer, those that share an input together.
 
     Raises:
         UserError: one is never used.
     """
     inputs: list[Tensor] = []
-    groups: list[list[TrainingLinear]] = []
+    groups: list[list[FakeQuantLinear]] = []
 
     def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-        assert isinstance(module, TrainingLinear)
+        assert isinstance(module, FakeQuantLinear)
         known = next((place for place, x in enumerate(inputs) if x is args[0]), None)
         if known is None:
             inputs.append(args[0])
@@ -242,7 +242,7 @@ def in_order_of_use(blocks: Blocks, index: int, sequences: Sequences) -> list[li
             groups[known].append(module)
 
     layer = blocks.layers[index]
-    linears = [module for module in layer.modules() if isinstance(module, TrainingLinear)]
+    linears = [module for module in layer.modules() if isinstance(module, FakeQuantLinear)]
     with hooked(linears, note):
         blocks.through(index, sequences.states.to(blocks.model.device))
     if sum(map(len, groups)) < len(linears):
@@ -253,7 +253,7 @@ def in_order_of_use(blocks: Blocks, index: int, sequences: Sequences) -> list[li
     return groups
 
 
-def input_hessian(blocks: Blocks, index: int, module: TrainingLinear, flow: Sequence[Sequences]) -> Tensor:
+def input_hessian(blocks: Blocks, index: int, module: FakeQuantLinear, flow: Sequence[Sequences]) -> Tensor:
     """The mean of `x x^T` over what a linear layer multiplies its weight with, float64 [in, in]."""
     device, current = blocks.model.device, flow[0]
     total = torch.zeros(module.in_features, module.in_features, dtype=torch.float64, device=device)
@@ -270,10 +270,10 @@ def input_hessian(blocks: Blocks, index: int, module: TrainingLinear, flow: Sequ
     return total.div_(sum(int(sequences.counts.sum()) for sequences in flow))
 
 
-def compensate(module: TrainingLinear, hessian: Tensor, name: str) -> Start:
+def compensate(module: FakeQuantLinear, hessian: Tensor, name: str) -> Start:
     """Round a linear layer so, in place."""
     try:
-        weight, scales = formats.compensated(module.weight, module.spec, hessian)
+        weight, scales = formats.gptq_quantize(module.weight, module.spec, hessian)
     except ValueError as error:
         raise UserError(
             f"{name} cannot be compensated: {error}.",

@@ -13,12 +13,12 @@ from edgerazor.formats.core.activations import (
     quantize_activations,
 )
 from edgerazor.formats.core.base import Encoded, Format, group_count, straight_through
-from edgerazor.formats.core.gptq import clipped, compensated
+from edgerazor.formats.core.gptq import gptq_quantize, search_scales
 from edgerazor.formats.core.indices import index_columns
 from edgerazor.formats.core.joined import joined, joined_blocks, separated
 from edgerazor.formats.core.layout import ROWS
 from edgerazor.formats.core.least_error import reaching_units, search_with
-from edgerazor.formats.core.lsq import carried_weight, gradient_inlet, initial_scales, learned_weight, stored_scales
+from edgerazor.formats.core.lsq import initial_scales, learned_weight, rebase_weight, ste_target, stored_scales
 from edgerazor.formats.core.matrix import (
     BLOCK_FORMATS,
     ROW_FORMATS,
@@ -35,7 +35,7 @@ from edgerazor.formats.core.matrix import (
     joined_bytes,
     pack_matrix,
     part_shapes,
-    round_trip,
+    quantize_dequantize,
     stored_shapes,
     tensor_bytes,
     unpack_matrix,
@@ -73,10 +73,7 @@ __all__ = [
     "MatrixSpec",
     "Streams",
     "calibrated_scale",
-    "carried_weight",
-    "clipped",
     "code_parts",
-    "compensated",
     "decode_matrix",
     "digest",
     "encode_matrix",
@@ -88,7 +85,7 @@ __all__ = [
     "fake_quantize_static",
     "from_streams",
     "get",
-    "gradient_inlet",
+    "gptq_quantize",
     "group_count",
     "index_columns",
     "initial_scales",
@@ -101,12 +98,15 @@ __all__ = [
     "pack_matrix",
     "part_shapes",
     "quantize_activations",
+    "quantize_dequantize",
     "quantize_static",
     "reaching_units",
-    "round_trip",
+    "rebase_weight",
     "scale_stream_bytes",
+    "search_scales",
     "search_with",
     "separated",
+    "ste_target",
     "stored_scales",
     "stored_shapes",
     "straight_through",

@@ -151,8 +151,8 @@ class _Reading:
         #: tensor -> the one whose numbers it has, where the head is tied to the embedding
         self.same = {} if self.found.head else {head: embedding}
         self._check_names()
-        quantized = [site for site in self.found.sites if source.quantized(f"{site.name}.weight")]
-        self.sites = quantized
+        quantized = [site for site in self.found.targets if source.quantized(f"{site.name}.weight")]
+        self.targets = quantized
         packed_names = {site.name for site in quantized}
         self.tied = (
             {}
@@ -171,8 +171,8 @@ class _Reading:
     def matrices(self, console: Console) -> list[MatrixSource]:
         """The quantized matrices: which formats hold them is found now, their codes when it is their turn."""
         found = []
-        with console.track("reading", len(self.sites)) as tracker:
-            for site in self.sites:
+        with console.track("reading", len(self.targets)) as tracker:
+            for site in self.targets:
                 encoded, spec = self._fitted(site.name)
                 self.counts[spec.formats[0]] = self.counts.get(spec.formats[0], 0) + site.weights
                 shape = (encoded.codes.shape[0], encoded.codes.shape[1])
@@ -201,7 +201,7 @@ class _Reading:
 
     def others(self) -> dict[str, Tensor]:
         """What is not quantized, as it is stored."""
-        skipped = {f"{name}.weight" for name in ({site.name for site in self.sites} | self.tied.keys())}
+        skipped = {f"{name}.weight" for name in ({site.name for site in self.targets} | self.tied.keys())}
         found = {}
         for name in sorted(self.shapes.keys() - skipped):
             tensor = self._read(self.same.get(name, name))

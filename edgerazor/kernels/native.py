@@ -356,7 +356,7 @@ def _ladder(number_format: Format) -> LadderStructure:
         ladder.refinements,
         ladder.spread,
         reaching_units(number_format),
-        number_format.lowest,
+        number_format.min_code,
         number_format.maximum,
         number_format.rounding == "middle",
     )

@@ -19,7 +19,7 @@ from edgerazor.models.attention_capture import (
 from edgerazor.models.blocks import Blocks
 from edgerazor.models.compatibility import cache_name, checkpoint_activations, with_cache
 from edgerazor.models.hidden import capture_hidden, final_states, logit_shape
-from edgerazor.models.layerwise import Observer, Walk, drop_pages
+from edgerazor.models.layerwise import LayerwisePass, Observer, drop_pages
 from edgerazor.models.loading import (
     auto_config,
     caps_attention,
@@ -39,16 +39,16 @@ from edgerazor.models.loading import (
     skeleton,
     stored_shapes,
 )
-from edgerazor.models.structure import Site, Structure, embedding_scale, find_head, structure
+from edgerazor.models.structure import QuantTarget, Structure, embedding_scale, find_head, structure
 
 __all__ = [
     "Blocks",
+    "LayerwisePass",
     "Observer",
     "PreTrainedModel",
     "PreTrainedTokenizerBase",
-    "Site",
+    "QuantTarget",
     "Structure",
-    "Walk",
     "attend",
     "attention_base",
     "auto_config",

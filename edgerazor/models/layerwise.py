@@ -74,7 +74,7 @@ class Observer:
         return ""
 
 
-class Walk:
+class LayerwisePass:
     """A walk through a model for some batches of token ids.
 
     Args:

@@ -22,7 +22,7 @@ EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_nu
 
 
 @dataclass(frozen=True)
-class Site:
+class QuantTarget:
     """A matrix that gets a low-bit format: its module's path, what it is, and its layer (0-based)."""
 
     name: str
@@ -51,13 +51,13 @@ class Structure:
 
     layers_path: str
     layer_count: int
-    linears: tuple[Site, ...]
-    embedding: Site
-    head: Site | None
+    linears: tuple[QuantTarget, ...]
+    embedding: QuantTarget
+    head: QuantTarget | None
     head_path: str
 
     @property
-    def sites(self) -> tuple[Site, ...]:
+    def targets(self) -> tuple[QuantTarget, ...]:
         """Every matrix, the embedding first."""
         return (self.embedding, *self.linears, *((self.head,) if self.head else ()))
 
@@ -79,7 +79,7 @@ def structure(model: PreTrainedModel) -> Structure:
         for name, module in layer.named_modules():
             if isinstance(module, nn.Linear):
                 path = f"{layers_path}.{index}.{name}"
-                linears.append(Site(path, "linear", index, module.out_features, module.in_features))
+                linears.append(QuantTarget(path, "linear", index, module.out_features, module.in_features))
     if not linears:
         raise UserError(
             f"{family} has no nn.Linear inside its decoder layers, so there is nothing to quantize.",
@@ -91,8 +91,8 @@ def structure(model: PreTrainedModel) -> Structure:
         layers_path=layers_path,
         layer_count=len(layers),
         linears=tuple(linears),
-        embedding=Site(paths[id(embedding)], "embedding", None, rows, columns),
-        head=None if tied else Site(head_path, "head", None, head.out_features, head.in_features),
+        embedding=QuantTarget(paths[id(embedding)], "embedding", None, rows, columns),
+        head=None if tied else QuantTarget(head_path, "head", None, head.out_features, head.in_features),
         head_path=head_path,
     )
     _refuse_untouched(model, result)
@@ -145,7 +145,7 @@ def _refuse_experts(model: PreTrainedModel, layers: nn.ModuleList, family: str) 
 
 def _refuse_untouched(model: PreTrainedModel, found: Structure) -> None:
     """Stop when more than 2 % of the matrix weights would silently stay 16-bit."""
-    covered = {f"{site.name}.weight" for site in found.sites} | {f"{found.head_path}.weight"}
+    covered = {f"{site.name}.weight" for site in found.targets} | {f"{found.head_path}.weight"}
     matrices = {name: p.numel() for name, p in model.named_parameters() if p.ndim > 1}
     left = {name: size for name, size in matrices.items() if name not in covered}
     share = sum(left.values()) / sum(matrices.values())

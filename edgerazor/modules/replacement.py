@@ -152,7 +152,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-class Master(NamedTuple):
+class FrozenMaster(NamedTuple):
     """What a matrix whose codes are fixed for a while was before.
 
     Attributes:
@@ -164,14 +164,14 @@ class Master(NamedTuple):
     scales: Tensor
 
 
-class TrainingMatrix(nn.Module):
+class FakeQuantWeight(nn.Module):
     """A master weight [rows, columns] and the formats it is trained for.
 
     Attributes:
         weight: float32; or int8, the codes, where they are fixed and only scales are trained.
             scales: float32 [rows, groups], where they are trained, or, without gradient, stay as they began; None
                 where they follow from the weight, as the spec says.
-            master: what `release_codes` goes on from; None where codes are not fixed, or were so from the start.
+            master: what `unfreeze_codes` goes on from; None where codes are not fixed, or were so from the start.
     """
 
     def __init__(self, weight: nn.Parameter, spec: MatrixSpec, scales: nn.Parameter | None = None) -> None:
@@ -179,7 +179,7 @@ class TrainingMatrix(nn.Module):
         self.weight = weight
         self.scales = scales
         self.spec = spec
-        self.master: Master | None = None
+        self.master: FrozenMaster | None = None
         self.frozen: Tensor | None = None
         self.digest = ""
 
@@ -189,7 +189,7 @@ class TrainingMatrix(nn.Module):
             return self.frozen.to(dtype)
         if self.scales is not None:
             return formats.learned_weight(self.weight.detach(), self.scales, self.spec, dtype)
-        return formats.round_trip(self.weight.detach(), self.spec, dtype)
+        return formats.quantize_dequantize(self.weight.detach(), self.spec, dtype)
 
     def inlet(self) -> Tensor:
         """Where the gradient with respect to the decoded weight goes, [rows, columns]; its value has no meaning.
@@ -198,7 +198,7 @@ class TrainingMatrix(nn.Module):
         """
         if self.scales is None or not self.scales.requires_grad:
             return self.weight
-        return formats.gradient_inlet(self.weight, self.scales, self.spec)
+        return formats.ste_target(self.weight, self.scales, self.spec)
 
     def encoded(self) -> Encoded:
         """The codes and scales that it computes with."""
@@ -236,7 +236,7 @@ class _Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, matrix: TrainingMatrix) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, matrix: FakeQuantWeight) -> Tensor:
         ctx.matrix = matrix
         ctx.save_for_backward(x, weight)
         with torch.autocast(x.device.type, enabled=False):
@@ -256,7 +256,7 @@ class _Product(torch.autograd.Function):
         )
 
 
-class TrainingLinear(TrainingMatrix):
+class FakeQuantLinear(FakeQuantWeight):
     """y = W x with quantized W and x. Takes the place of nn.Linear."""
 
     def __init__(
@@ -301,7 +301,7 @@ class TrainingLinear(TrainingMatrix):
         return x, {"weight": self.decoded(x.dtype), "bias": self.bias, "master": self.inlet()}
 
 
-class TrainingEmbedding(TrainingMatrix):
+class FakeQuantEmbedding(FakeQuantWeight):
     """Rows of a quantized table. Takes the place of nn.Embedding."""
 
     def __init__(
@@ -326,7 +326,7 @@ class TrainingEmbedding(TrainingMatrix):
         scales = functional.embedding(ids, self.scales)
         fixed = self.weight.dtype == torch.int8
         weight = self.weight[ids] if fixed else functional.embedding(ids, self.weight)
-        inlet = formats.gradient_inlet(weight, scales, spec) if self.scales.requires_grad else weight
+        inlet = formats.ste_target(weight, scales, spec) if self.scales.requires_grad else weight
         return formats.straight_through(inlet, lambda _: formats.learned_weight(weight.detach(), scales, spec))
 
 
@@ -344,7 +344,7 @@ def prepare_for_training(
     Args:
         model: in float32.
         structure: where its matrices are.
-        specs: module path -> formats, for each of `structure.sites`.
+        specs: module path -> formats, for each of `structure.targets`.
         settings: bits of activations and of attention, and whether scales are learned.
         scales_only: fix the codes, and train scales, norm gains and biases alone.
         input_scales: `P.input_scale` for each linear layer and the head P, and `P.low_input_scale` where tokens may
@@ -367,7 +367,7 @@ def prepare_for_training(
         bias = model.get_submodule(name).bias
         of_inputs = [input_scale(f"{name}.{each}") for each in (formats.INPUT_SCALE, formats.LOW_INPUT_SCALE)]
         zero_points = [zero_point(scale) for scale in of_inputs]
-        replace(model, name, TrainingLinear(weight, bias, spec, activations, scales, *of_inputs, *zero_points))
+        replace(model, name, FakeQuantLinear(weight, bias, spec, activations, scales, *of_inputs, *zero_points))
 
     def input_scale(path: str) -> InputScale:
         found = (input_scales or {}).get(path)
@@ -379,7 +379,7 @@ def prepare_for_training(
 
     spec = specs[structure.embedding.name]
     table = trained(structure.embedding.name, embedding.weight)
-    replace(model, structure.embedding.name, TrainingEmbedding(table[0], spec, embedding_scale(embedding), table[1]))
+    replace(model, structure.embedding.name, FakeQuantEmbedding(table[0], spec, embedding_scale(embedding), table[1]))
     head_spec = specs[structure.head.name] if structure.head else spec
     output = trained(structure.head.name, head.weight) if structure.head else table
     put(structure.head_path, output[0], head_spec, output[1])
@@ -463,34 +463,34 @@ def _trained(
     return weight, None if scales is None else nn.Parameter(scales, requires_grad=learned or scales_only)
 
 
-def fix_codes(model: nn.Module) -> None:
+def freeze_codes(model: nn.Module) -> None:
     """Fix the codes of every matrix where they are, in place; from now on scales, norm gains and biases are trained.
 
     Args:
         model: with training modules whose scales are trained; what is fixed already stays so.
     """
-    fixed: dict[int, tuple[nn.Parameter, Master]] = {}
+    fixed: dict[int, tuple[nn.Parameter, FrozenMaster]] = {}
     for module in _all_training(model):
         if module.weight.dtype != torch.int8:
             if id(module.weight) not in fixed:
                 codes, scales = module.encoded()
-                master = Master(module.weight, scales)
+                master = FrozenMaster(module.weight, scales)
                 fixed[id(module.weight)] = nn.Parameter(codes, requires_grad=False), master
             module.weight, module.master = fixed[id(module.weight)]
     _train_vectors_alone(model)
 
 
-def release_codes(model: nn.Module) -> None:
-    """Train everything again after `fix_codes`, in place.
+def unfreeze_codes(model: nn.Module) -> None:
+    """Train everything again after `freeze_codes`, in place.
 
     The master weights follow their scales, such that their codes are exactly the fixed ones: nothing that the model
     computes changes.
     """
-    for matrix in training_matrices(model).values():
+    for matrix in fake_quant_weights(model).values():
         if matrix.master is not None:
             assert matrix.scales is not None
             after = formats.stored_scales(matrix.scales)
-            weight = formats.carried_weight(
+            weight = formats.rebase_weight(
                 matrix.master.weight, matrix.weight, matrix.master.scales, after, matrix.spec
             )
             with torch.no_grad():
@@ -501,17 +501,17 @@ def release_codes(model: nn.Module) -> None:
     model.requires_grad_(True)
 
 
-def _all_training(model: nn.Module) -> list[TrainingMatrix]:
+def _all_training(model: nn.Module) -> list[FakeQuantWeight]:
     """Every training module, a head tied to the embedding too."""
-    return [module for module in model.modules() if isinstance(module, TrainingMatrix)]
+    return [module for module in model.modules() if isinstance(module, FakeQuantWeight)]
 
 
-def training_matrices(model: nn.Module) -> dict[str, TrainingMatrix]:
+def fake_quant_weights(model: nn.Module) -> dict[str, FakeQuantWeight]:
     """Module path -> training module; a head tied to the embedding is left out."""
-    found: dict[str, TrainingMatrix] = {}
+    found: dict[str, FakeQuantWeight] = {}
     seen: set[int] = set()
     for name, module in model.named_modules():
-        if isinstance(module, TrainingMatrix) and id(module.weight) not in seen:
+        if isinstance(module, FakeQuantWeight) and id(module.weight) not in seen:
             seen.add(id(module.weight))
             found[name] = module
     return found
@@ -520,7 +520,7 @@ def training_matrices(model: nn.Module) -> dict[str, TrainingMatrix]:
 @contextlib.contextmanager
 def frozen_codes(model: nn.Module) -> Iterator[dict[str, str]]:
     """Encode every matrix once for all forward passes inside; gives module path -> digest of what they use."""
-    matrices = training_matrices(model)
+    matrices = fake_quant_weights(model)
     by_weight = {id(module.weight): module for module in matrices.values()}
     everywhere = _all_training(model)
     try:
@@ -532,7 +532,7 @@ def frozen_codes(model: nn.Module) -> Iterator[dict[str, str]]:
     finally:
         for module in everywhere:
             module.frozen = None
-            if isinstance(module, TrainingLinear):
+            if isinstance(module, FakeQuantLinear):
                 module.activations.forget()
 
 

@@ -11,7 +11,7 @@ to compute with it.
 `P.weight.<format>`, U8 [bytes], that holds, one behind the other,
 
 - codes, [row blocks, bytes of a block]: of its rows in that format, in row order, 16 rows to a block. A code is stored
-  as `u = code - lowest`, unsigned: lowest is -1 in `ternary`, -2^(b-1) in b bits. A row is cut into quads of four
+  as `u = code - min_code`, unsigned: lowest is -1 in `ternary`, -2^(b-1) in b bits. A row is cut into quads of four
   columns (each group begins with a new one), a row's quads into chunks of 8, in `ternary` of 64. A chunk is some
   vectors of 64 bytes: byte `4 * r + j` of a vector belongs to row r of the block and to column j of some quads. In b
   bits, u is cut into fields of 8, or else of 4, 2 and 1 bits, low bits into the widest; all first fields of a chunk,

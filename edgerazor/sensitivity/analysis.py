@@ -41,7 +41,7 @@ from edgerazor import formats, models
 from edgerazor.console import Console
 from edgerazor.formats import MatrixSpec
 from edgerazor.losses import Head
-from edgerazor.models import Observer, PreTrainedModel, Structure, Walk
+from edgerazor.models import LayerwisePass, Observer, PreTrainedModel, Structure
 from edgerazor.modules import attention
 from edgerazor.workdir import write_atomically
 
@@ -104,7 +104,7 @@ class Rounded:
 
         def compute() -> Tensor:
             assert weight is not None
-            return formats.round_trip(weight, self.specs[path]).sub_(weight).to(weight.dtype)
+            return formats.quantize_dequantize(weight, self.specs[path]).sub_(weight).to(weight.dtype)
 
         return self._errors.get(path, compute)
 
@@ -128,7 +128,9 @@ class FisherDamage(Observer):
 
     def gradient(self, path: str, weight: Tensor, x: Tensor, g: Tensor) -> None:
         def compute() -> Tensor:
-            return torch.stack([formats.round_trip(weight, spec, weight.dtype) for spec in self.specs]).sub_(weight)
+            return torch.stack([formats.quantize_dequantize(weight, spec, weight.dtype) for spec in self.specs]).sub_(
+                weight
+            )
 
         rows, together = [], []
         for error in self._errors.get(path, compute):
@@ -149,7 +151,7 @@ class FisherDamage(Observer):
 
 
 def parted(damages: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Damages of rows, and those of whole matrices, both by the module's path."""
+    """SensitivityTable of rows, and those of whole matrices, both by the module's path."""
     rows = {name: value for name, value in damages.items() if not name.startswith(ALONE)}
     return rows, {name.removeprefix(ALONE): value for name, value in damages.items() if name not in rows}
 
@@ -230,7 +232,7 @@ class Output:
         """
         found = torch.zeros(len(specs), dtype=torch.float64)
         for index, spec in enumerate(specs):
-            rounded = formats.round_trip(self.weight, spec, x.dtype)
+            rounded = formats.quantize_dequantize(self.weight, spec, x.dtype)
             for rows in self._pieces(x):
                 found[index] += float(self._variances(x[rows], rounded).double().sum()) / 2
         return found
@@ -260,7 +262,7 @@ class Output:
 
 
 @dataclass
-class Study:
+class SensitivityAnalysis:
     """A teacher, some text, and where what is found is kept until all of it is.
 
     Attributes:
@@ -282,7 +284,7 @@ class Study:
     found: Structure
     logit_shape: tuple[float, float | None]
     batches: Batches
-    walk_of: Callable[[str, Change | None], Walk]
+    walk_of: Callable[[str, Change | None], LayerwisePass]
     folder: Path
     names: tuple[str, ...]
     group_size: int
@@ -326,7 +328,7 @@ class Study:
         return parted(self.kept("fisher", self._fisher))[1]
 
     def _fisher(self) -> dict[str, Tensor]:
-        """Damages of rows and of whole matrices, as `parted` takes them."""
+        """SensitivityTable of rows and of whole matrices, as `parted` takes them."""
         observer = FisherDamage(self.found, [self.spec(name) for name in self.names])
 
         def upstream(number: int, states: Tensor) -> Tensor:
@@ -343,7 +345,7 @@ class Study:
         whole |= {path: value[:, 0].clone() for path, value in damages.items() if path not in whole}
         return damages | {ALONE + path: value for path, value in whole.items()}
 
-    def _back(self, walk: Walk, number: int, states: Tensor, of_final: Callable[[Tensor], Tensor]) -> Tensor:
+    def _back(self, walk: LayerwisePass, number: int, states: Tensor, of_final: Callable[[Tensor], Tensor]) -> Tensor:
         """Through the final norm: the gradient with respect to states [B, T, H], from one of what enters the head."""
         counts = self.batches[number][1].to(states.device)
         with torch.enable_grad():
@@ -368,7 +370,7 @@ class Study:
     def _row_errors(self, name: str, rows: Tensor) -> Tensor:
         """What a format changes in looked up rows [B, T, H]."""
         flat = rows.flatten(0, 1).float()
-        return (formats.round_trip(flat, self.spec(name)) - flat).view_as(rows)
+        return (formats.quantize_dequantize(flat, self.spec(name)) - flat).view_as(rows)
 
     def _head(self) -> Tensor:
         """Float64 [formats, 1]."""
@@ -376,7 +378,7 @@ class Study:
         return sum(self.output.damages(x, specs) for x in self.entering_head)[:, None] / self.tokens
 
     @torch.no_grad()
-    def _entering_head(self, leaving: Iterable[Tensor], walk: Walk) -> list[Tensor]:
+    def _entering_head(self, leaving: Iterable[Tensor], walk: LayerwisePass) -> list[Tensor]:
         """What enters the head, [n, H] of the positions that count, for what leaves the last layer in each batch."""
         pairs = zip(self.batches, leaving, strict=True)
         return [walk.final(states)[counts.to(states.device)] for (_, counts), states in pairs]
@@ -414,7 +416,9 @@ class Study:
         damages = {}
         for site in self.found.linears:
             weight = self.model.get_submodule(site.name).weight.detach().float()
-            errors = [formats.round_trip(weight, self.spec(name)).sub_(weight).square_() for name in self.names]
+            errors = [
+                formats.quantize_dequantize(weight, self.spec(name)).sub_(weight).square_() for name in self.names
+            ]
             damages[site.name] = torch.stack([(error @ moments[site.name]).double() / 2 for error in errors])
         return damages
 

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from edgerazor import data, formats, models, untrusted
 from edgerazor import job as jobs
-from edgerazor.allocate import Damages, Plan, candidates_of, measures, shortfall
+from edgerazor.allocate import Plan, SensitivityTable, candidates_of, measures, shortfall
 from edgerazor.calibration import generated_text, initialization, observers
 from edgerazor.console import Console, duration, megabytes, table
 from edgerazor.errors import INTERRUPTED, UserError
@@ -207,16 +207,16 @@ class Job:
         return analysis.sequences_of(tokens or analysis.affordable_tokens(weights, self.device), self.length)
 
     @functools.cached_property
-    def study(self) -> analysis.Study:
+    def study(self) -> analysis.SensitivityAnalysis:
         """The teacher, ready to be studied on some of the text."""
         settings = self.recipe.calibrate
         assert self.rows is not None
         batches = self.batches(min(self.studied_sequences, len(self.rows) or self.studied_sequences))
 
-        def walk(name: str, change: analysis.Change | None) -> models.Walk:
+        def walk(name: str, change: analysis.Change | None) -> models.LayerwisePass:
             return walk_of(self, f"sensitivity/{name}", batches, change)
 
-        return analysis.Study(
+        return analysis.SensitivityAnalysis(
             model=self.teacher,
             found=self.found,
             logit_shape=self.logit_shape,
@@ -343,7 +343,7 @@ def decide(job: Job, tensors: dict[str, Tensor]) -> tuple[Plan, dict[str, Any]]:
             "damage": by_format(chosen.rows[site.name].sum(1)),
             "alone": by_format(tensors[analysis.ALONE + site.name]),
         }
-        for site in job.found.sites
+        for site in job.found.targets
     ]
     said = {
         "version": 1,
@@ -357,7 +357,7 @@ def decide(job: Job, tensors: dict[str, Tensor]) -> tuple[Plan, dict[str, Any]]:
     return plans[best], said
 
 
-def damages_of(recipe: Recipe, tensors: dict[str, Tensor]) -> list[Damages]:
+def damages_of(recipe: Recipe, tensors: dict[str, Tensor]) -> list[SensitivityTable]:
     """The estimates to plan with."""
     metadata = candidates_of(recipe.calibrate)
     found: dict[str, dict[str, Tensor]] = {}
@@ -370,7 +370,7 @@ def damages_of(recipe: Recipe, tensors: dict[str, Tensor]) -> list[Damages]:
         found["combined"] = analysis.combined(found["fisher"], found["integrated"])
     others = {name: value for name, value in found["fisher"].items() if len(value[0]) == 1}
     names = [asked] if asked != "auto" else ["fisher", "integrated", "combined"]
-    return [Damages(name, metadata, {**others, **found[name]}, name != "hessian") for name in names]
+    return [SensitivityTable(name, metadata, {**others, **found[name]}, name != "hessian") for name in names]
 
 
 def linear_specs(plan: Plan) -> dict[str, formats.MatrixSpec]:
@@ -390,14 +390,16 @@ def batches_of(recipe: Recipe, rows: data.TokenRows, sequences: int | None = Non
 
 def walk_of(
     job: Job, name: str, batches: list[tuple[Tensor, Tensor]], change: analysis.Change | None = None
-) -> models.Walk:
+) -> models.LayerwisePass:
     """A walk of batches through the teacher, which goes on where one of the same name was killed."""
     dtype, folder = jobs.walking_dtype(job.teacher, job.device), job.work.progress(NAME, name)
     identity = f"{jobs.teacher_fingerprint(job.recipe)} {name}"
-    return models.Walk(job.teacher, job.found, batches, folder, dtype, job.device, identity, job.console, change)
+    return models.LayerwisePass(
+        job.teacher, job.found, batches, folder, dtype, job.device, identity, job.console, change
+    )
 
 
-def observe(recipe: Recipe, walk: models.Walk) -> dict[str, Tensor]:
+def observe(recipe: Recipe, walk: models.LayerwisePass) -> dict[str, Tensor]:
     """Second moments of linear inputs, metrics of layers, and stored scales of inputs, as the file names them."""
     moments, metrics = observers.SecondMoments(), observers.LayerMetrics(walk.found.layer_count, walk.final)
     ranges = observers.InputRanges(walk.found.head_path)

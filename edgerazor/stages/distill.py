@@ -52,7 +52,7 @@ from edgerazor.losses import Head, Outputs, StepTotals, step_counts
 from edgerazor.models import PreTrainedModel
 from edgerazor.recipe import Distill, Recipe
 from edgerazor.training import checkpoint, objective, phase_schedule, reconstruction
-from edgerazor.training.objective import Looks, Teacher, Terms
+from edgerazor.training.objective import Captures, Teacher, Terms
 from edgerazor.training.optimizer import make_optimizer, schedule, set_rate
 from edgerazor.training.phase_schedule import PhaseEstimate, PhaseResult
 from edgerazor.workdir import WorkDir, make_folder, replace_folder, write_atomically, write_json, write_text
@@ -154,12 +154,12 @@ class Job:
     began: float = 0.0
 
     @property
-    def looks(self) -> Looks:
+    def looks(self) -> Captures:
         """What losses need of the student ..."""
         return objective.looks(loss for _, loss in self.terms)
 
     @property
-    def teacher_looks(self) -> Looks:
+    def teacher_looks(self) -> Captures:
         """... and those that compare need of the first teacher."""
         return objective.looks(loss for _, loss in self.terms if loss.needs_teacher)
 
@@ -358,9 +358,9 @@ def enter_phase(job: Job, number: int) -> None:
     phase = job.phases[number - 1]
     job.settings, job.terms = phase.settings, phase.terms
     if phase.settings.train == "scales":
-        modules.fix_codes(job.student)
+        modules.freeze_codes(job.student)
     else:
-        modules.release_codes(job.student)
+        modules.unfreeze_codes(job.student)
     # what was wrapped knows the parameters that were trained when it was made
     job.accelerator.unwrap_model(job.trained, keep_fp32_wrapper=False)
     job.accelerator.free_memory()
@@ -645,23 +645,23 @@ def taught(job: Job, batches: list[Batch]) -> tuple[list[Outputs | None], StepTo
             continue
         objective.keep_layers(target, job.compared)
         if missing := sorted(job.compared - target.hidden.keys()):
-            again = job.teachers[0].outputs(batch["input_ids"], Looks(hidden=tuple(missing)))
+            again = job.teachers[0].outputs(batch["input_ids"], Captures(hidden=tuple(missing)))
             target.hidden |= again.hidden
     return targets, totals
 
 
-def teacher_outputs(job: Job, batch: Batch, looks: Looks) -> Outputs | None:
+def teacher_outputs(job: Job, batch: Batch, looks: Captures) -> Outputs | None:
     """The teachers' final hidden states [B, T, H], their heads, and what losses look at in the first."""
     return objective.all_outputs(job.teachers, batch["input_ids"], looks, job.settings.teacher_average)
 
 
-def student_outputs(job: Job, batch: Batch, model: torch.nn.Module, looks: Looks) -> Outputs:
+def student_outputs(job: Job, batch: Batch, model: torch.nn.Module, looks: Captures) -> Outputs:
     """The same of the student, with gradients; `model` is it or what accelerate wrapped it in."""
     watching = objective.watch(job.student, job.structure, job.structure.head_path, looks)
     with watching as seen, job.accelerator.autocast():
         model(input_ids=batch["input_ids"], use_cache=False)
         head = job.student.get_submodule(job.structure.head_path)
-        assert isinstance(head, modules.TrainingLinear)
+        assert isinstance(head, modules.FakeQuantLinear)
         states, matrix = head.as_head(seen.final[0])
     scale, cap = job.logit_shape
     return Outputs(states, seen.hidden, Head(scale=scale, cap=cap, **matrix), seen.attention)
@@ -783,7 +783,7 @@ def measured_by(job: Job) -> str:
 def held_out_sums(job: Job, batch: Batch) -> dict[str, float]:
     """Sums over the predicted tokens of a batch, in nats: cross entropy, KL(teacher || student); and their count."""
     batch = {key: value.to(job.accelerator.device) for key, value in batch.items()}
-    student, teacher = student_outputs(job, batch, job.student, Looks()), teacher_outputs(job, batch, Looks())
+    student, teacher = student_outputs(job, batch, job.student, Captures()), teacher_outputs(job, batch, Captures())
     names = ("cross_entropy", "kl") if teacher is not None else ("cross_entropy",)
     sums = {name: torch.zeros((), dtype=torch.float64, device=student.states.device) for name in names}
     for chunk in losses.chunks(student, teacher, batch["labels"], StepTotals(1, 1)):
@@ -920,7 +920,7 @@ def measured_step(job: Job, number: int) -> tuple[float, int, int]:
     began = time.monotonic()
     train_step(job, batches)
     seconds = time.monotonic() - began
-    masters = [each.master.weight for each in modules.training_matrices(job.student).values() if each.master]
+    masters = [each.master.weight for each in modules.fake_quant_weights(job.student).values() if each.master]
     weights = sum(p.numel() * p.element_size() for p in (*job.student.parameters(), *masters))
     return seconds, weights, sum(8 * p.numel() for p in job.student.parameters() if p.requires_grad)
 

@@ -76,7 +76,7 @@ def save(
 def _held(model: nn.Module) -> dict[str, Tensor]:
     """What fixed codes were made from."""
     found = {}
-    for name, matrix in modules.training_matrices(model).items():
+    for name, matrix in modules.fake_quant_weights(model).items():
         if matrix.master is not None:
             found[f"master/{name}"] = matrix.master.weight.detach()
             found[f"start/{name}"] = matrix.master.scales

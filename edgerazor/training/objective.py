@@ -23,7 +23,7 @@ KEPT_LOGITS = 1 << 26
 
 
 @dataclass(frozen=True)
-class Looks:
+class Captures:
     """What losses look at inside a model.
 
     Attributes:
@@ -38,7 +38,7 @@ class Looks:
 
 
 @dataclass
-class Seen:
+class CapturedStates:
     """What a forward pass showed.
 
     Attributes:
@@ -76,7 +76,7 @@ class Teacher:
     logit_shape: tuple[float, float | None]
 
     @torch.no_grad()
-    def outputs(self, input_ids: Tensor, needed: Looks) -> Outputs:
+    def outputs(self, input_ids: Tensor, needed: Captures) -> Outputs:
         """Its final hidden states [B, T, H], its head, and what the losses look at."""
         with watch(self.model, self.structure, self.head_path, needed) as seen:
             self.model(input_ids=input_ids, use_cache=False)
@@ -86,7 +86,9 @@ class Teacher:
 
 
 @contextmanager
-def watch(model: PreTrainedModel, structure: models.Structure | None, head_path: str, needed: Looks) -> Iterator[Seen]:
+def watch(
+    model: PreTrainedModel, structure: models.Structure | None, head_path: str, needed: Captures
+) -> Iterator[CapturedStates]:
     """See what enters the head, and what losses look at, in a forward pass inside; no logits are computed."""
     with ExitStack() as stack:
         leaving, attention, last = {}, {}, None
@@ -96,7 +98,7 @@ def watch(model: PreTrainedModel, structure: models.Structure | None, head_path:
             leaving = stack.enter_context(models.capture_hidden(model, structure, before))
             captured = models.capture_attention(model, structure, needed.attention, needed.parts)
             attention = stack.enter_context(captured)
-        yield Seen(stack.enter_context(models.final_states(model, head_path)), leaving, attention, last)
+        yield CapturedStates(stack.enter_context(models.final_states(model, head_path)), leaving, attention, last)
 
 
 # --- the losses --------------------------------------------------------------------------------
@@ -149,10 +151,10 @@ def unmeasured(layers: int) -> dict[str, list[float]]:
     return {metric: [0.0] * layers for metric in losses.METRICS}
 
 
-def looks(found: Iterable[Loss]) -> Looks:
+def looks(found: Iterable[Loss]) -> Captures:
     """Everything that some losses look at."""
     all_of = list(found)
-    return Looks(
+    return Captures(
         hidden=tuple(sorted({layer for loss in all_of for layer in loss.hidden_layers()})),
         attention=tuple(sorted({layer for loss in all_of for layer in loss.attention_layers()})),
         parts=tuple(sorted({part for loss in all_of for part in loss.attention_parts})),
@@ -223,7 +225,7 @@ def open_models(student: PreTrainedModel, teacher: PreTrainedModel, structure: m
     check_alike(student, teacher, looks(loss for _, loss in terms if loss.needs_teacher))
 
 
-def check_alike(student: PreTrainedModel, teacher: PreTrainedModel, needed: Looks) -> None:
+def check_alike(student: PreTrainedModel, teacher: PreTrainedModel, needed: Captures) -> None:
     """Hidden states are compared feature by feature, attention head by head, both layer by layer.
 
     Raises:
@@ -274,7 +276,7 @@ def say_who_teaches(recipe: Recipe, terms: Terms, teachers: Sequence[Teacher], c
 
 
 def all_outputs(
-    teachers: Sequence[Teacher], input_ids: Tensor, needed: Looks, averaging: str = "probabilities"
+    teachers: Sequence[Teacher], input_ids: Tensor, needed: Captures, averaging: str = "probabilities"
 ) -> Outputs | None:
     """What the teachers say: all of the first, next-token distributions of the others; None without teachers.
 
@@ -287,7 +289,7 @@ def all_outputs(
     if not teachers:
         return None
     outputs = teachers[0].outputs(input_ids, needed)
-    outputs.others = tuple(each.outputs(input_ids, Looks()) for each in teachers[1:])
+    outputs.others = tuple(each.outputs(input_ids, Captures()) for each in teachers[1:])
     outputs.averaging = averaging
     return outputs
 

@@ -20,7 +20,7 @@ def make_optimizer(module: nn.Module, settings: Distill, learning_rate: float | 
         learning_rate: another one than that of the training.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
-    scales = {id(matrix.scales) for matrix in modules.training_matrices(module).values()}
+    scales = {id(matrix.scales) for matrix in modules.fake_quant_weights(module).values()}
     decaying = {id(p) for p in parameters if p.ndim > 1} - scales
     groups = [
         {"params": [p for p in parameters if id(p) in decaying], "weight_decay": settings.weight_decay},

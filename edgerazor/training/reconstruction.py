@@ -26,7 +26,7 @@ from edgerazor.training.optimizer import falling, make_optimizer, set_rate
 
 
 @dataclass
-class Lesson:
+class BlockTargets:
     """What one layer learns from: some sequences.
 
     Attributes:
@@ -106,7 +106,7 @@ def reconstruct(
 
 def begin(
     ours: Blocks, theirs: Blocks, rows: data.TokenRows, settings: Distill, accelerator: Accelerator
-) -> list[list[Lesson]]:
+) -> list[list[BlockTargets]]:
     """What enters the first layers: the micro-batches of this process, step by step.
 
     A step has as many sequences as one of the whole training, however they are shared out; the last one may have fewer.
@@ -114,7 +114,7 @@ def begin(
     assert settings.reconstruct is not None
     processes = accelerator.num_processes
     each = settings.accumulation * processes  # micro-batches of a step
-    steps: list[list[Lesson]] = []
+    steps: list[list[BlockTargets]] = []
     for number, batch in enumerate(data.sample_batches(rows, settings.reconstruct.sequences, settings.batch_size)):
         if number % each == 0:
             steps.append([])
@@ -122,12 +122,12 @@ def begin(
             ids = batch["input_ids"].to(accelerator.device)
             with accelerator.autocast():
                 entering = ours.entering(ids).cpu()
-            steps[-1].append(Lesson(entering, theirs.entering(ids).cpu(), batch["labels"] != data.MASKED))
+            steps[-1].append(BlockTargets(entering, theirs.entering(ids).cpu(), batch["labels"] != data.MASKED))
     return steps
 
 
 @torch.no_grad()
-def move_on(blocks: Blocks, index: int, lessons: Sequence[Lesson], which: str, accelerator: Accelerator) -> None:
+def move_on(blocks: Blocks, index: int, lessons: Sequence[BlockTargets], which: str, accelerator: Accelerator) -> None:
     """Replace what enters a layer by what leaves it."""
     with modules.frozen_codes(blocks.layers[index]), accelerator.autocast():
         for lesson in lessons:
@@ -136,7 +136,7 @@ def move_on(blocks: Blocks, index: int, lessons: Sequence[Lesson], which: str, a
 
 
 @torch.no_grad()
-def relative_error(blocks: Blocks, index: int, lessons: Sequence[Lesson], accelerator: Accelerator) -> float:
+def relative_error(blocks: Blocks, index: int, lessons: Sequence[BlockTargets], accelerator: Accelerator) -> float:
     """Squared error of what leaves the student's layer, as a share of what is wanted, over all processes."""
     wrong = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     with modules.frozen_codes(blocks.layers[index]), accelerator.autocast():
@@ -145,7 +145,7 @@ def relative_error(blocks: Blocks, index: int, lessons: Sequence[Lesson], accele
     return float(accelerator.reduce(wrong, "sum")) / total(lessons, accelerator)
 
 
-def total(lessons: Sequence[Lesson], accelerator: Accelerator) -> float:
+def total(lessons: Sequence[BlockTargets], accelerator: Accelerator) -> float:
     """Squared length of what is wanted, over all processes."""
     length = torch.tensor(sum(lesson.length for lesson in lessons), dtype=torch.float64, device=accelerator.device)
     return max(float(accelerator.reduce(length, "sum")), 1e-30)
@@ -154,7 +154,7 @@ def total(lessons: Sequence[Lesson], accelerator: Accelerator) -> float:
 def train(
     blocks: Blocks,
     index: int,
-    steps: Sequence[Sequence[Lesson]],
+    steps: Sequence[Sequence[BlockTargets]],
     settings: Distill,
     accelerator: Accelerator,
     stop: Callable[[], bool],

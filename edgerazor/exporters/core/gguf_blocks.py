@@ -43,13 +43,13 @@ class Block:
 
     Attributes:
         type: its name.
-        lowest, highest: levels that it holds.
+        min_code, highest: levels that it holds.
         write: levels int16 [blocks, block] and units float16 [blocks] -> bytes uint8 [blocks, bytes of a block].
         check: levels int16 [blocks, block]; raises Misfit where the range does not say all.
     """
 
     type: gguf.GGMLQuantizationType
-    lowest: int
+    min_code: int
     highest: int
     write: Callable[[Levels, Units], Bytes]
     check: Callable[[Levels], object] = lambda levels: None
@@ -157,8 +157,8 @@ def checked(block: Block, matrix: Matrix) -> Iterator[tuple[Levels, Units]]:
         raise Misfit(f"rows of {matrix.shape[1]} weights are no multiple of {block.size}")
     for chosen in matrix.rows():
         levels, units = matrix.levels(chosen)
-        if levels.size and (levels.min() < block.lowest or levels.max() > block.highest):
-            raise Misfit(f"levels of {levels.min()} to {levels.max()} are beyond {block.lowest} to {block.highest}")
+        if levels.size and (levels.min() < block.min_code or levels.max() > block.highest):
+            raise Misfit(f"levels of {levels.min()} to {levels.max()} are beyond {block.min_code} to {block.highest}")
         of_blocks = block_units(levels, units, matrix.group, block.size).reshape(-1)
         levels = levels.reshape(-1, block.size)
         block.check(levels)

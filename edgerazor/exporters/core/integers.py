@@ -44,7 +44,7 @@ class Integers(NamedTuple):
 
 def _factor(number_format: Format) -> int:
     """1 where the levels of a format are integers, 2 where they are multiples of one half."""
-    codes = torch.arange(number_format.lowest, number_format.maximum + 1).float()
+    codes = torch.arange(number_format.min_code, number_format.maximum + 1).float()
     return 1 if bool((number_format.level_(codes) % 1 == 0).all()) else 2
 
 
@@ -52,7 +52,7 @@ def bits(names: Iterable[str]) -> int:
     """The fewest bits of two's-complement integers that hold every code of the named formats."""
     needed = 2
     for number_format in map(formats.get, names):
-        ends = torch.tensor([number_format.lowest, number_format.maximum], dtype=torch.float32)
+        ends = torch.tensor([number_format.min_code, number_format.maximum], dtype=torch.float32)
         low, high = (number_format.level_(ends) * _factor(number_format)).tolist()
         needed = max(needed, math.ceil(math.log2(max(-low, high + 1))) + 1)
     return needed

@@ -36,7 +36,7 @@ class Absmax(Format):
         self.ladder = LADDERS[bits]
 
     @property
-    def lowest(self) -> int:
+    def min_code(self) -> int:
         """`-2^(b-1)`."""
         return self.minimum - 1
 

@@ -54,12 +54,12 @@ def fake_quantize_probabilities(p: Tensor, bits: int = 8) -> Tensor:
     if not 2 <= bits <= 8:
         raise ValueError(f"probabilities are quantized to 2 to 8 bits, not {bits}")
 
-    def round_trip(p: Tensor) -> Tensor:
+    def quantize_dequantize(p: Tensor) -> Tensor:
         exact = p.float()
         scales = exact.amax(dim=-1, keepdim=True).div_(2**bits - 1).clamp_(min=TINY)  # [..., 1]
         return (exact / scales).round_().mul_(scales).to(p.dtype)
 
-    return straight_through(p, round_trip)
+    return straight_through(p, quantize_dequantize)
 
 
 def quantize_activations(x: Tensor, bits: int = 8, group_size: int = 256) -> tuple[Tensor, Tensor]:

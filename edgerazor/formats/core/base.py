@@ -57,7 +57,7 @@ class Format(ABC):
         name: its name in recipes and files.
         nominal_bits: bits a weight by the name's count, without scales (ternary is exactly 1.58).
         minimum, maximum: the smallest and largest code of weights whose scale follows from the format's published rule.
-        code_bits: width of a stored code, `code - lowest` as an unsigned number.
+        code_bits: width of a stored code, `code - min_code` as an unsigned number.
         ladder: the scales that the search for the one of least error tries.
         rounding: how `choose_` and `level_` work, for a search outside PyTorch: a code is the "nearest" level, or its
             level is the "middle" of the interval from it to the next code; None: in another way.
@@ -85,7 +85,7 @@ class Format(ABC):
         """
 
     @property
-    def lowest(self) -> int:
+    def min_code(self) -> int:
         """The smallest code that can be stored; a given scale may use it even where the rule's scale does not."""
         return self.minimum
 
@@ -97,7 +97,7 @@ class Format(ABC):
     @property
     def levels(self) -> int:
         """How many codes can be stored."""
-        return self.maximum - self.lowest + 1
+        return self.maximum - self.min_code + 1
 
     def choose_(self, ratios: Tensor, smallest: int) -> Tensor:
         """Codes from `smallest` on, still floating, of the ratios `w / s` (any shape); works in place. Ties to even."""
@@ -153,9 +153,9 @@ class Format(ABC):
         Raises:
             ValueError: as `encode`.
         """
-        return straight_through(w, lambda w: self.round_trip(w, group_size, published=published))
+        return straight_through(w, lambda w: self.quantize_dequantize(w, group_size, published=published))
 
-    def round_trip(
+    def quantize_dequantize(
         self,
         w: Tensor,
         group_size: int,
@@ -193,7 +193,7 @@ class Format(ABC):
         """
         with torch.autocast(w.device.type, enabled=False):
             own = w.to(torch.float32, copy=True).unflatten(1, (groups, -1))
-            smallest = self.lowest
+            smallest = self.min_code
             if scales is None and published:
                 scales, smallest = _stored_scale(self.scale_rule(own)), self.minimum
             elif scales is None:
@@ -214,7 +214,7 @@ class Format(ABC):
     @property
     def offset(self) -> int:
         """What is added to a code to store it as an unsigned number."""
-        return -self.lowest
+        return -self.min_code
 
     def vectors(self, quads: int) -> int:
         """Vectors of 64 bytes that `quads` quads of a row block fill."""
@@ -306,8 +306,8 @@ class Format(ABC):
             raise ValueError(f"codes must be an int8 matrix, got {codes.dtype} with {codes.dim()} dimensions")
         if codes.numel():
             smallest, largest = codes.aminmax()
-            if smallest < self.lowest or largest > self.maximum:
-                raise ValueError(f"a code is outside the range of {self.name}, {self.lowest} to {self.maximum}")
+            if smallest < self.min_code or largest > self.maximum:
+                raise ValueError(f"a code is outside the range of {self.name}, {self.min_code} to {self.maximum}")
 
     def check_packed(self, packed: Tensor, shape: tuple[int, int], group_size: int) -> None:
         """ValueError unless `packed` is a byte matrix of the shape that the codes of a matrix take."""

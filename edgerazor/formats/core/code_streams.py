@@ -5,7 +5,7 @@ all should take one bit and does, but one that is nine tenths of all should take
 frequent also repeats by chance, and zstd points at each repetition, which costs more than it saves. So codes are put
 into bytes in one of two ways, and the first byte of the stream says in which:
 
-- *Digits* (first byte `k`, 1 to 4): `k` codes of a row to a byte, `code - lowest` as digits in the base that is the
+- *Digits* (first byte `k`, 1 to 4): `k` codes of a row to a byte, `code - min_code` as digits in the base that is the
   number of codes, the first the lowest; each row begins with a new byte, and zeros fill its last one. Such a byte has
   the entropy of its codes, since neighbours tell nothing, and equal rows stay equal.
 - *Runs* (first bytes 0 and `longest`), where so many codes are 0 that most bytes of digits would be: all rows one
@@ -115,13 +115,13 @@ def _from_digits(stream: Tensor, shape: tuple[int, int], number_format: Format, 
         raise ValueError("a byte of codes is out of range")
     if count == 1:
         return (stream - number_format.offset).view(torch.int8).view(shape)
-    table = _digits_of_bytes(number_format.levels, number_format.lowest, count)
+    table = _digits_of_bytes(number_format.levels, number_format.min_code, count)
     codes = torch.empty(shape, dtype=torch.int8)
     height = block_rows(codes)
     for row, packed in zip(range(0, rows, height), stream.view(rows, -1).split(height), strict=True):
         words = table.index_select(0, packed.flatten().int())
         found = words.view(torch.int8).view(len(packed), -1, _width(count))[..., :count].flatten(1)
-        if bool((found[:, cols:] != number_format.lowest).any()):
+        if bool((found[:, cols:] != number_format.min_code).any()):
             raise ValueError("what only fills up a row of codes is not zero")
         codes[row : row + height] = found[:, :cols]
     return codes
@@ -140,7 +140,7 @@ def _digits_of_bytes(base: int, lowest: int, count: int) -> Tensor:
 
 def _others(number_format: Format) -> list[int]:
     """All codes but 0, the smallest first."""
-    codes = range(number_format.lowest, number_format.maximum + 1)
+    codes = range(number_format.min_code, number_format.maximum + 1)
     return sorted(filter(None, codes), key=lambda code: (abs(code), code < 0))
 
 

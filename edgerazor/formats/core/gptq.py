@@ -24,7 +24,7 @@ from torch import Tensor
 
 from edgerazor.formats.core.base import Format, _blocks, _grouping, block_rows, group_count
 from edgerazor.formats.core.lsq import stored_scales
-from edgerazor.formats.core.matrix import MatrixSpec, Strip, _merge, join_strips, round_trip
+from edgerazor.formats.core.matrix import BlockView, MatrixSpec, _merge, join_strips, quantize_dequantize
 
 #: What is tried: shares of the rule's scale, and of the scale whose highest level is the largest weight.
 OF_RULE = (0.35, 0.42, 0.49, 0.56, 0.62, 0.68, 0.74, 0.8, 0.85, 0.9, 0.95, 1.05, 1.12, 1.2)
@@ -37,7 +37,7 @@ DAMPING = 0.01
 LAZY = 128
 
 
-def clipped(w: Tensor, spec: MatrixSpec, importance: Tensor | None = None) -> Tensor:
+def search_scales(w: Tensor, spec: MatrixSpec, importance: Tensor | None = None) -> Tensor:
     """The scales with nearly the least weighted squared error, and never more than that of the published ones.
 
     Args:
@@ -61,7 +61,7 @@ def clipped(w: Tensor, spec: MatrixSpec, importance: Tensor | None = None) -> Te
     return join_strips(strips, [_strip_scales(strip, strip.of(w.detach()), importance) for strip in strips])
 
 
-def _strip_scales(strip: Strip, w: Tensor, importance: Tensor | None) -> Tensor:
+def _strip_scales(strip: BlockView, w: Tensor, importance: Tensor | None) -> Tensor:
     """Scales float16 [rows, groups] of a strip, w [rows, width], some rows of one format at a time."""
     if importance is not None:
         importance = importance[strip.columns].view(strip.blocks, strip.width)
@@ -130,7 +130,7 @@ def _for_codes(number_format: Format, w: Tensor, importance: Tensor | None, scal
     return (weighted * w).sum(2, dtype=torch.float64) / lengths.clamp_(min=torch.finfo(torch.float64).tiny)
 
 
-def compensated(w: Tensor, spec: MatrixSpec, hessian: Tensor) -> tuple[Tensor, Tensor]:
+def gptq_quantize(w: Tensor, spec: MatrixSpec, hessian: Tensor) -> tuple[Tensor, Tensor]:
     """GPTQ: weights that `encode_matrix` turns, at the scales given with them, into error-compensated codes.
 
     Args:
@@ -140,7 +140,7 @@ def compensated(w: Tensor, spec: MatrixSpec, hessian: Tensor) -> tuple[Tensor, T
 
     Returns:
         The compensated weights, float32 [rows, cols], each as it was just before it was rounded, and the scales,
-        float16 [rows, groups], positive, each found by `clipped` when the group's first column was reached.
+        float16 [rows, groups], positive, each found by `search_scales` when the group's first column was reached.
 
     Raises:
         ValueError: a number is not finite, the Hessian is not positive semi-definite, or a shape does not fit.
@@ -162,8 +162,10 @@ def compensated(w: Tensor, spec: MatrixSpec, hessian: Tensor) -> tuple[Tensor, T
             if j % group == 0:
                 of_group = _group_spec(spec, index, rows)
                 weights = columns[j : j + group].t()
-                scales[:, index] = clipped(weights, of_group, importance[j : j + group])[:, 0]
-            rounded = round_trip(columns[j].unsqueeze(1), of_group, scales=scales[:, index : index + 1]).squeeze(1)
+                scales[:, index] = search_scales(weights, of_group, importance[j : j + group])[:, 0]
+            rounded = quantize_dequantize(
+                columns[j].unsqueeze(1), of_group, scales=scales[:, index : index + 1]
+            ).squeeze(1)
             errors[j - start] = (columns[j] - rounded) / factor[j, j]
             columns[j + 1 : stop].addr_(factor[j, j + 1 : stop], errors[j - start], alpha=-1)
         columns[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)

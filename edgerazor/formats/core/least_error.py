@@ -124,7 +124,7 @@ def _sums(number_format: Format, groups: Tensor, unit: Tensor, scale: Tensor) ->
     """`sum w l` and `sum l^2`, float64 [...], of the codes at a scale; 0 and 1 where that is 0."""
     none = scale == 0
     ratios = groups * (unit / scale).masked_fill_(none, 0).unsqueeze(-1)
-    levels = number_format.level_(number_format.choose_(ratios, number_format.lowest))
+    levels = number_format.level_(number_format.choose_(ratios, number_format.min_code))
     products = exact_sum(levels * groups).masked_fill_(none, 0)
     return products, exact_sum(levels.square_()).masked_fill_(none, 1).clamp_(min=torch.finfo(torch.float64).tiny)
 

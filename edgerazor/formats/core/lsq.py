@@ -31,7 +31,7 @@ from edgerazor.formats.core.matrix import (
     decode_matrix,
     encode_matrix,
     join_strips,
-    round_trip,
+    quantize_dequantize,
 )
 
 #: The smallest scale that fp16 can hold: a learned scale never reaches zero.
@@ -81,10 +81,10 @@ def learned_weight(w: Tensor, scales: Tensor, spec: MatrixSpec, dtype: torch.dty
     stored = stored_scales(scales)
     if w.dtype == torch.int8:
         return decode_matrix(Encoded(w, stored), spec).to(dtype)
-    return round_trip(w, spec, dtype, stored)
+    return quantize_dequantize(w, spec, dtype, stored)
 
 
-def carried_weight(w: Tensor, codes: Tensor, before: Tensor, after: Tensor, spec: MatrixSpec) -> Tensor:
+def rebase_weight(w: Tensor, codes: Tensor, before: Tensor, after: Tensor, spec: MatrixSpec) -> Tensor:
     """A weight float32 [rows, cols] that has the given codes at new scales, so that training can go on from there.
 
     Every weight keeps its place between the levels: it is multiplied by new over old scale. Where the rounding of that
@@ -116,7 +116,7 @@ def carried_weight(w: Tensor, codes: Tensor, before: Tensor, after: Tensor, spec
     return torch.where(wrong, decode_matrix(Encoded(codes, after), spec), carried)  # a level has its own code
 
 
-def gradient_inlet(w: Tensor, scales: Tensor, spec: MatrixSpec) -> Tensor:
+def ste_target(w: Tensor, scales: Tensor, spec: MatrixSpec) -> Tensor:
     """A stand-in [rows, cols] without meaning or memory: the gradient it is given, that with respect to the decoded
     weight, goes on to `w` and `scales` as described above.
 
@@ -127,7 +127,7 @@ def gradient_inlet(w: Tensor, scales: Tensor, spec: MatrixSpec) -> Tensor:
     """
     if spec.block_formats is not None:
         strips = spec.strips(w.shape)
-        parts = [gradient_inlet(strip.of(w), strip.scales_of(scales), strip.spec) for strip in strips]
+        parts = [ste_target(strip.of(w), strip.scales_of(scales), strip.spec) for strip in strips]
         return join_strips(strips, parts)
     inlet: Tensor = _Inlet.apply(w, scales, spec)
     return inlet
@@ -163,7 +163,7 @@ def _through_step(
 ) -> tuple[Tensor, Tensor]:
     """LSQ's gradients of w [rows, cols] and of the steps [rows, groups]."""
     top = number_format.highest
-    low, high = number_format.lowest, 2 * top - number_format.maximum  # what is beyond the outer levels' intervals
+    low, high = number_format.min_code, 2 * top - number_format.maximum  # what is beyond the outer levels' intervals
     to_w, to_step = torch.empty_like(w), torch.empty_like(step)
     _, group, full = _grouping(w, group_size)
     for rows, cols, groups in _blocks(w, group, full):

@@ -6,8 +6,8 @@ rows it says only that.
 
 A *block* is a group of one row, the smallest unit that can have a format: it has a scale of its own already. Formats of
 blocks need no second way to do anything. The columns that whole groups fill, read group by group, are a matrix whose
-rows are blocks; a shorter last group of every row is another one. Such a matrix is a `Strip`, and everything below does
-to a matrix of blocks what it does to the one or two strips of it.
+rows are blocks; a shorter last group of every row is another one. Such a matrix is a `BlockView`, and everything below
+does to a matrix of blocks what it does to its one or two views.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class MatrixSpec:
             if found not in (expected, (1, expected[1])):
                 raise ValueError(f"there are formats for {list(found)} blocks, but the matrix has {list(expected)}")
 
-    def strips(self, shape: Sequence[int]) -> list[Strip]:
+    def strips(self, shape: Sequence[int]) -> list[BlockView]:
         """The matrix [rows, cols] as matrices whose rows have formats: itself, or its blocks.
 
         Raises:
@@ -124,13 +124,13 @@ class MatrixSpec:
         self.check_shape(shape)
         rows, cols = shape
         if self.block_formats is None:
-            return [Strip(slice(0, cols), slice(0, group_count(cols, self.group_size)), 1, rows, cols, self, "")]
+            return [BlockView(slice(0, cols), slice(0, group_count(cols, self.group_size)), 1, rows, cols, self, "")]
         if (rows, cols) not in self._strips:
             self._strips.clear()
             self._strips[rows, cols] = list(self._cut(self.block_formats, rows, cols))
         return self._strips[rows, cols]
 
-    def _cut(self, block_formats: Tensor, rows: int, cols: int) -> Iterator[Strip]:
+    def _cut(self, block_formats: Tensor, rows: int, cols: int) -> Iterator[BlockView]:
         group = min(self.group_size, cols)
         whole = cols // group
         every = block_formats.expand(rows, -1)
@@ -140,10 +140,10 @@ class MatrixSpec:
         for start, stop, width, suffix in ends:
             spec = replace(self, group_size=width, row_formats=every[:, start:stop].reshape(-1), block_formats=None)
             columns = slice(start * group, start * group + (stop - start) * width)
-            yield Strip(columns, slice(start, stop), stop - start, rows * (stop - start), width, spec, suffix)
+            yield BlockView(columns, slice(start, stop), stop - start, rows * (stop - start), width, spec, suffix)
 
     @cached_property
-    def _strips(self) -> dict[tuple[int, int], list[Strip]]:
+    def _strips(self) -> dict[tuple[int, int], list[BlockView]]:
         """Of the last shape asked for: in training it is always the same."""
         return {}
 
@@ -169,7 +169,7 @@ class MatrixSpec:
         return replace(self, block_formats=self.block_formats[rows.to(self.block_formats.device)])
 
 
-class Strip(NamedTuple):
+class BlockView(NamedTuple):
     """Some columns of a matrix, read as a matrix [rows, width] whose rows have formats.
 
     Attributes:
@@ -262,10 +262,12 @@ def fake_quantize_matrix(w: Tensor, spec: MatrixSpec) -> Tensor:
         ValueError: as `encode_matrix`.
     """
     spec.check_shape(w.shape)
-    return straight_through(w, lambda w: round_trip(w, spec))
+    return straight_through(w, lambda w: quantize_dequantize(w, spec))
 
 
-def round_trip(w: Tensor, spec: MatrixSpec, dtype: torch.dtype = torch.float32, scales: Tensor | None = None) -> Tensor:
+def quantize_dequantize(
+    w: Tensor, spec: MatrixSpec, dtype: torch.dtype = torch.float32, scales: Tensor | None = None
+) -> Tensor:
     """`decode_matrix(encode_matrix(w, scales))` [rows, cols] without gradient, never whole but in `dtype`.
 
     Raises:
@@ -274,21 +276,25 @@ def round_trip(w: Tensor, spec: MatrixSpec, dtype: torch.dtype = torch.float32, 
     if spec.block_formats is not None:
         strips = spec.strips(w.shape)
         parts = [(strip, None if scales is None else strip.scales_of(scales)) for strip in strips]
-        return join_strips(strips, [round_trip(strip.of(w), strip.spec, dtype, given) for strip, given in parts])
+        return join_strips(
+            strips, [quantize_dequantize(strip.of(w), strip.spec, dtype, given) for strip, given in parts]
+        )
     spec.check_shape(w.shape)
     if spec.row_formats is None:
-        return spec.parts[0][0].round_trip(w, spec.group_size, dtype, scales, spec.published)
+        return spec.parts[0][0].quantize_dequantize(w, spec.group_size, dtype, scales, spec.published)
     rounded = torch.empty(w.shape, dtype=dtype, device=w.device)
     for number_format, rows in spec.parts:
         assert rows is not None
         for block in rows.to(w.device).split(block_rows(w)):  # gathered, rounded and put back while in the cache
             given = None if scales is None else scales.index_select(0, block)
-            part = number_format.round_trip(w.index_select(0, block), spec.group_size, dtype, given, spec.published)
+            part = number_format.quantize_dequantize(
+                w.index_select(0, block), spec.group_size, dtype, given, spec.published
+            )
             rounded.index_copy_(0, block, part)
     return rounded
 
 
-def join_strips(strips: list[Strip], parts: list[Tensor]) -> Tensor:
+def join_strips(strips: list[BlockView], parts: list[Tensor]) -> Tensor:
     """The whole matrix from its strips, or from something else of them, [rows of the strip, n]."""
     merged = [
         part.reshape(strip.rows // strip.blocks, strip.blocks * part.shape[1])
@@ -500,7 +506,7 @@ def _unpack_choice(parts: Mapping[str, Tensor], name: str, shape: tuple[int, int
     return unpack_indices(packed, shape[1], count)
 
 
-def _unpack_strip(parts: Mapping[str, Tensor], strip: Strip) -> Encoded:
+def _unpack_strip(parts: Mapping[str, Tensor], strip: BlockView) -> Encoded:
     """Codes int8 [rows, width] and scales float16 [rows, groups] of a strip."""
     codes, scales = [], []
     group_size = strip.spec.group_size
