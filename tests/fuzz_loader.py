@@ -199,7 +199,7 @@ def make_folders(place: Path) -> list[Folder]:
     return list(UNDAMAGED.values())
 
 
-# Damage: each changes a folder in memory -----------------------------------------------------------------------------------------------
+# Damage: each changes a folder in memory ---------------------------------------------------------------------------
 
 
 NUMERIC = [*SHAPE, "rms_norm_eps", "layer_norm_eps", "sliding_window", "max_window_layers", "partial_rotary_factor"]

@@ -202,7 +202,7 @@ def change_tree(draw: random.Random, tree: Any) -> Any:
     return tree
 
 
-# Damage: each changes a folder in memory -----------------------------------------------------------------------------------------------
+# Damage: each changes a folder in memory ---------------------------------------------------------------------------
 
 
 def flip_bits(draw: random.Random, folder: Folder) -> None:

@@ -1,8 +1,8 @@
 """Formats where they hurt least: measured damage and a budget -> a format for every row or tensor.
 
 Calibrate estimates for every row and format the damage to the teacher's output (`sensitivity/analysis.py`). Estimates
-are taken to add up; then the best formats are the solution of a knapsack (`knapsack.py`). At row granularity its items are
-tiles of rows of one tensor: the rows are ranked by what the widest format saves them, and cut into sixteens, so that
+are taken to add up; then the best formats are the solution of a knapsack (`knapsack.py`). At row granularity its items
+are tiles of rows of one tensor: the rows are ranked by what the widest format saves them, and cut into sixteens, so that
 the number of rows of every format is a multiple of 16, which the kernels like. At tensor granularity they are whole
 tensors.
 

@@ -9,8 +9,8 @@ column j of a quad. Codes are narrower than bytes, and the fields of a byte belo
 
 How quads share vectors is for each format to say (`Format.pack_quads`); this file has what they share. Codes are stored
 as unsigned numbers, `code - min_code`, since one operand of those instructions is unsigned. Each group begins with a
-new quad. Whatever pads (rows to 16, groups to quads, quads to vectors) is code 0; so its products vanish, and a file has no
-place to hide anything.
+new quad. Whatever pads (rows to 16, groups to quads, quads to vectors) is code 0; so its products vanish, and a file has
+no place to hide anything.
 
 Here eight bytes are worked on at a time, as one 64-bit integer whose bytes never carry into each other.
 """
