@@ -284,6 +284,11 @@ def test_tools_reach_the_template() -> None:
         ({"messages": [{"role": "user"}]}, "chatml", "Message 1 of .* has NoneType as its content; expected text"),
         ({"messages": [*TWO, {"role": "user", "content": 3}]}, "chatml", "Message 5 of .* has int as its content"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "chatml", "a part of type 'image'"),
+        (
+            {"messages": [{"role": "\ud800", "content": "hi"}, TWO[1]]},
+            "chatml",
+            "half of a surrogate pair in what the tokenizer's chat template makes of it",
+        ),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "chatml", "half of a surrogate pair in its content"),
         ({"messages": TWO, "tools": "{"}, "chatml", "has tools that are not JSON"),
         ({"messages": TWO, "tools": {"a": 1}}, "chatml", "has dict as its tools"),

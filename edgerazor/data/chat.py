@@ -167,7 +167,7 @@ def render(
     tools = list(asked.tools) if asked.tools else None
     bound_templates()
     try:
-        return str(
+        text = str(
             tokenizer.apply_chat_template(
                 given,
                 tools=tools,
@@ -180,6 +180,8 @@ def render(
     except Exception as error:  # a template is a program of other people; it fails in ways of its own
         reason = plain((str(error).strip().splitlines() or [type(error).__name__])[0].rstrip("."), 200)
         raise UserError(f"{asked.where} is refused by the tokenizer's chat template: {reason}.") from error
+    check_encodable(asked.where, "what the tokenizer's chat template makes of it", text)
+    return text
 
 
 def _template(asked: Conversation, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -73,7 +73,21 @@ def open_tokenizer(folder: Path, *, trust_remote_code: bool, **options: Any) -> 
     longest = tokenizer.model_max_length
     if isinstance(longest, bool) or not isinstance(longest, int | float):
         raise ValueError(f"its model_max_length is {plain(longest, 40)}")
+    check_templates(tokenizer.chat_template)
     return tokenizer
+
+
+def check_templates(templates: Any) -> None:
+    """ValueError where chat templates are neither text nor texts by name; transformers takes what a file holds."""
+    if templates is None or templates == []:
+        return
+    for template in templates.values() if isinstance(templates, dict) else [templates]:
+        if not isinstance(template, str):
+            raise ValueError(f"its chat template is {plain(template, 40)}; expected text")
+        try:
+            template.encode()
+        except UnicodeEncodeError:
+            raise ValueError("its chat template has half of a surrogate pair; expected valid text") from None
 
 
 def check_size(file: Path) -> None:
