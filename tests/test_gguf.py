@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -390,6 +391,16 @@ def refusal(**config: Any) -> str:
     with pytest.raises(UserError) as refused:
         families.family_of(complete)
     return refused.value.message
+
+
+def test_a_number_that_gguf_cannot_hold(run: Run, packed: Any, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(packed(run, "llama"), copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e300}))
+    refused = run("pack", copy, "--export", "gguf", "--dry-run")
+    assert refused.code == 1
+    assert "layer_norm_rms_epsilon, which GGUF cannot hold" in " ".join(refused.err.split())
 
 
 def test_what_llama_cpp_would_leave_out_is_refused() -> None:

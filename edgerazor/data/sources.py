@@ -17,7 +17,7 @@ from typing import Any, TextIO, cast
 
 from edgerazor import untrusted
 from edgerazor.data.chat import Conversation, check_encodable, conversation
-from edgerazor.errors import UserError, usage_error
+from edgerazor.errors import UserError, plain, usage_error
 from edgerazor.recipe import Source
 
 #: Separates the documents of a plain text file that says nothing else.
@@ -94,7 +94,10 @@ def _of_json_lines(path: Path, source: Source) -> Iterator[Document]:
             try:
                 record = untrusted.parse_json(line)
             except ValueError as error:
-                raise UserError(f"{where} is not JSON; expected one JSON object on each line.") from error
+                raise UserError(
+                    f"{where} is not JSON that can be read: {plain(error, 100)}.",
+                    "Expected one JSON object on each line.",
+                ) from error
             if not isinstance(record, dict):
                 raise UserError(f"{where} is a JSON {type(record).__name__}; expected an object.")
             yield from _of_record(where, source.column, record)

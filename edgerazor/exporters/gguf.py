@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from edgerazor import __version__, models, untrusted, workdir
+from edgerazor.errors import UserError, plain
 from edgerazor.exporters.core import gguf_blocks as blocks
 from edgerazor.exporters.core import gguf_families as families
 from edgerazor.exporters.core import gguf_tokens as tokens
@@ -36,6 +37,7 @@ from edgerazor.formats import INPUT_SCALE, OF_INPUTS
 from edgerazor.packed import PackedModel, TensorClass, has_zero_points
 
 FILE = "model.gguf"
+LARGEST_FLOAT32 = float(torch.finfo(torch.float32).max)
 #: Why an export of decoded weights is large.
 DECODED = "It holds decoded weights; `gguf` holds codes."
 ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
@@ -265,6 +267,7 @@ def _begin(path: Path, subject: Subject, tensors: Sequence[PlannedTensor]) -> gg
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     families.add_metadata(writer, subject.config)
     subject.vocabulary.add_to(writer)
+    _check_metadata(writer)
     for tensor in tensors:
         shape = _byte_shape(subject, tensor)
         writer.add_tensor_info(tensor.target, shape, _UINT8, tensor.bytes, gguf.GGMLQuantizationType[tensor.type])
@@ -307,6 +310,26 @@ def _vocabulary(folder: Path, config: dict[str, Any]) -> tokens.Vocabulary:
 
 def _padded(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _check_metadata(writer: gguf.GGUFWriter) -> None:
+    """Make sure that every number fits its type, as configurations may hold any.
+
+    Raises:
+        UserError: one does not.
+    """
+    ranges = {gguf.GGUFValueType.UINT32: (0, 2**32 - 1), gguf.GGUFValueType.INT32: (-(2**31), 2**31 - 1)}
+    for name, entry in (pair for shard in writer.kv_data for pair in shard.items()):
+        value = entry.value
+        if entry.type in ranges:
+            least, most = ranges[entry.type]
+            fits = isinstance(value, int) and least <= value <= most
+        elif entry.type == gguf.GGUFValueType.FLOAT32:
+            fits = isinstance(value, int | float) and abs(value) <= LARGEST_FLOAT32
+        else:
+            fits = entry.type != gguf.GGUFValueType.STRING or isinstance(value, str)
+        if not fits:
+            raise UserError(f"The model gives {plain(value, 40)} as {name}, which GGUF cannot hold.")
 
 
 def _metadata_bytes(subject: Subject, tensors: Sequence[PlannedTensor]) -> int:

@@ -31,6 +31,7 @@ MOST_ENTRIES_OF_TOKENIZERS = 1 << 24
 MOST_DIGITS = 40
 
 _STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -68,6 +69,8 @@ def parse_json(
     except json.JSONDecodeError as error:
         raise ValueError(f"it is not JSON ({error})") from None
     _check_levels(found)
+    if _SURROGATE.search(text):
+        _check_text(found)
     if top is not None and type(found) is not top:
         raise ValueError(f"it holds {_named(type(found))}, not {_named(top)}")
     return found
@@ -92,6 +95,14 @@ def _check_levels(found: Any) -> None:
         level += 1
         lists = [each if isinstance(each, list) else each.values() for each in inner if isinstance(each, list | dict)]
         inner = [each for members in lists for each in members if isinstance(each, list | dict)]
+
+
+def _check_text(found: Any) -> None:
+    """Refuse halves of surrogate pairs, which JSON can spell and no file, terminal or tokenizer takes."""
+    try:
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("it has half of a surrogate pair, which is no text") from None
 
 
 def _whole(digits: str) -> int:
