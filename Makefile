@@ -13,13 +13,13 @@ BIN := .venv/bin
 WORLD := recipes/world
 JOB := build/quickstart
 SELFTESTS := kernels decoder
-PARALLEL := --numprocesses auto --dist loadfile
+PYTEST := -m pytest --numprocesses auto --dist loadfile --durations 10
 KERNELS := edgerazor/kernels/libedgerazor.so
 
 # Real models and texts for `make results-methods`, beside the embedded teacher: a folder with `models` and `text`.
 REAL_DATA ?= $(wildcard ../shared/data)
 
-.PHONY: install quickstart test test-all check world-data teacher clean kernels test-arm test-sanitizers
+.PHONY: install quickstart test test-fast test-all check world-data teacher clean kernels test-arm test-sanitizers
 .PHONY: results-methods results-plans results-sensitivity peers interop sizes compression llamacpp llamacpp-avx2 bench-peers
 
 install: .venv/installed
@@ -48,7 +48,7 @@ test-newest: $(KERNELS) $(WORLD)/distill.txt
 	$(PYTHON) -m venv build/newest
 	build/newest/bin/pip install --quiet $(TORCH_NEWEST)
 	build/newest/bin/pip install --quiet --editable '.[dev]'
-	build/newest/bin/python -m pytest $(PARALLEL)
+	build/newest/bin/python $(PYTEST)
 
 test-oldest: $(KERNELS) $(WORLD)/distill.txt
 	rm -rf build/oldest
@@ -57,7 +57,7 @@ test-oldest: $(KERNELS) $(WORLD)/distill.txt
 	$(PYTHON) .ci/oldest.py > build/oldest/requirements.txt
 	build/oldest/bin/pip install --quiet --requirement build/oldest/requirements.txt
 	build/oldest/bin/pip install --quiet --no-deps --editable .
-	build/oldest/bin/python -m pytest $(PARALLEL)
+	build/oldest/bin/python $(PYTEST)
 
 # The main job on the embedded teacher: all five stages, beside rounding to nearest and a control that
 # is trained for as many steps on the same text, but without a teacher.
@@ -193,11 +193,15 @@ teacher: install
 
 # A process for each core, each with whole files, since their fixtures are shared.
 test: install $(KERNELS) $(WORLD)/distill.txt
-	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow'
+	$(BIN)/python $(PYTEST) -m 'not slow'
+
+# For everyday work: what runs no commands and loads no models.
+test-fast: install $(KERNELS) $(WORLD)/distill.txt
+	$(BIN)/python $(PYTEST) -m 'not slow and not job'
 
 # With those that are marked slow: over ten seconds of a core each.
 test-all: install $(KERNELS) $(WORLD)/distill.txt
-	$(BIN)/python -m pytest $(PARALLEL)
+	$(BIN)/python $(PYTEST)
 
 check: install
 	$(BIN)/ruff check .
