@@ -85,8 +85,8 @@ def test_streams_give_the_parts_back(name: str) -> None:
     encoded = formats.encode_matrix(weights(*shape), spec)
     streams, sizes = formats.to_streams(encoded, spec), formats.stream_bytes(spec, shape)
     parts = formats.pack_matrix(encoded, spec)
-    for number in range(max(len(found.ways) for found in streams.values())):
-        joined = {part: torch.cat(found.ways[number % len(found.ways)]) for part, found in streams.items()}
+    for number in range(max(len(found.candidates) for found in streams.values())):
+        joined = {part: torch.cat(found.candidates[number % len(found.candidates)]) for part, found in streams.items()}
         assert all(found.numel() <= sizes[part] for part, found in joined.items())
         back = formats.from_streams(joined, spec, shape)
         assert back.keys() == parts.keys() - {formats.ROW_FORMATS, formats.BLOCK_FORMATS}
@@ -98,14 +98,14 @@ def test_streams_are_as_specified() -> None:
     scales = torch.tensor([[1.0], [1.5], [16.0]], dtype=torch.float16)  # 0x3c00, 0x3e00, 0x4c00
     codes = torch.tensor([[-4, 3, 0], [1, -1, 2], [0, 0, 0]], dtype=torch.int8)
     streams = formats.to_streams(Encoded(codes, scales), spec)
-    ways = [[stream.tolist() for stream in way] for way in streams["int3"].ways]
+    ways = [[stream.tolist() for stream in way] for way in streams["int3"].candidates]
     one, two = [1, 0, 7, 4, 5, 3, 6, 4, 4, 4], [2, 0 + 8 * 7, 4, 5 + 8 * 3, 6, 4 + 8 * 4, 4]
     # up to 3 zeros in front of 1, -1, 2, -2, 3, -3 or -4, and a 1 behind all
     assert ways == [[one], [two], [[0, 3, 1 + 3 * 6, 1 + 3 * 4, 1 + 1, 1 + 3 * 1, 1 + 3 * 2, 0, 1]]]
     ternary = formats.to_streams(Encoded(codes.sign(), scales), MatrixSpec(("ternary",), 4))["ternary"]
     digits = [0 + 3 * 2 + 9 * 1, 2 + 3 * 0 + 9 * 2, 1 + 3 * 1 + 9 * 1]
-    assert [way[0].tolist() for way in ternary.ways] == [[3, *digits], [4, *digits], [0, 3, 4, 1, 2, 4, 1, 0, 1]]
-    assert [[stream.tolist() for stream in way] for way in streams["int3.scales"].ways] == [
+    assert [way[0].tolist() for way in ternary.candidates] == [[3, *digits], [4, *digits], [0, 3, 4, 1, 2, 4, 1, 0, 1]]
+    assert [[stream.tolist() for stream in way] for way in streams["int3.scales"].candidates] == [
         [[4, 0x00, 0x3C, 0, 0], [0, 0x20, 0x00], [0, 0, 1]],
         [[6, 0x00, 0x3C, 0, 0, 0], [0, 0x08, 0x40], [0, 0, 0]],
         [[8, 0x00, 0x3C, 0, 0, 0], [0, 0x02, 0x10], [0, 0, 0]],
@@ -117,7 +117,7 @@ def test_streams_are_as_specified() -> None:
 def test_sparse_codes_come_back_and_take_little_more_than_their_entropy(name: str, zeros: float) -> None:
     number_format, generator = formats.get(name), torch.Generator().manual_seed(1)
     shape = (96, 2048)
-    codes = torch.randint(number_format.min_code, number_format.maximum + 1, shape, generator=generator)
+    codes = torch.randint(number_format.min_code, number_format.max_code + 1, shape, generator=generator)
     codes = torch.where(torch.rand(shape, generator=generator) < zeros, 0, codes).to(torch.int8)
     spec, encoded = MatrixSpec((name,), 256), Encoded(codes, torch.ones(96, 8, dtype=torch.float16))
     sizes, streams = formats.stream_bytes(spec, shape), formats.to_streams(encoded, spec)
@@ -156,7 +156,7 @@ def test_sparse_codes_come_back_and_take_little_more_than_their_entropy(name: st
 def test_wrong_streams_are_refused(name: str, stream: list[int], reason: str) -> None:
     spec, shape = MatrixSpec((name,), 3), (2, 3)
     encoded = Encoded(torch.zeros(shape, dtype=torch.int8), torch.ones(2, 1, dtype=torch.float16))
-    good = {part: torch.cat(found.ways[0]) for part, found in formats.to_streams(encoded, spec).items()}
+    good = {part: torch.cat(found.candidates[0]) for part, found in formats.to_streams(encoded, spec).items()}
     formats.from_streams(good, spec, shape)
     if name == "ternary":
         formats.from_streams(good | {name: torch.tensor([0, 7, 1 + 6], dtype=torch.uint8)}, spec, shape)

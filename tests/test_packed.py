@@ -187,7 +187,7 @@ def test_other_programs_read_the_file(tmp_path: Path) -> None:
     loaded = load_file(tmp_path / "model.safetensors")
     assert all(same(loaded[name], tensor) for name, tensor in some_others().items())
     for each in some_matrices():
-        for part, pieces in formats.joined(formats.pack_matrix(each.encoded, each.spec)).items():
+        for part, pieces in formats.serialize_parts(formats.pack_matrix(each.encoded, each.spec)).items():
             stored = loaded[packed.part_name(each.name, part)]
             assert stored.dtype == torch.uint8
             assert stored.numpy().tobytes() == b"".join(pieces)
