@@ -469,5 +469,5 @@ def test_where_nothing_is_to_be_chosen_nothing_is_measured(
 def test_what_is_missing_is_said() -> None:
     with pytest.raises(ValueError, match="no sensitivities"):
         make_plan(TARGETS, Calibrate(bits=2.0))
-    with pytest.raises(ValueError, match="what a plan takes"):
+    with pytest.raises(ValueError, match="the size of a plan"):
         make_plan(TARGETS, Calibrate(real_bits=2.0), None, sensitivities_of())

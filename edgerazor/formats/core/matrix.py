@@ -167,6 +167,13 @@ class MatrixSpec:
         rows_by_name = [(name, (self.row_formats == i).nonzero().flatten()) for i, name in enumerate(self.formats)]
         return [(get(name), rows) for name, rows in rows_by_name if len(rows)]
 
+    def native_problem(self) -> str:
+        """What native kernels cannot read of such a matrix, in words; empty where they can read all of it."""
+        if self.block_formats is not None:
+            return "formats of blocks"
+        unreadable = [name for name in self.formats if get(name).kernel_bits is None]
+        return f"the format {unreadable[0]}" if unreadable else ""
+
     def take(self, rows: Tensor) -> MatrixSpec:
         """The specification of the matrix made of these rows (int64 indices, any order, repetition allowed)."""
         if self.row_formats is not None:
