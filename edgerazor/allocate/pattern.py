@@ -31,13 +31,13 @@ NAMED_SHARES = {1.58: 0.0, 1.88: 1 / 8, 2.79: 1 / 2, 4.0: 1.0}
 class Mixture(NamedTuple):
     """Two formats, the narrower first, and the share of the weights that gets the wider one.
 
-    `every` is set for EdgeRazor's published shares: every n-th unit is wide, beginning with the first. Else it is 0.
+    `stride` is set for EdgeRazor's published shares: every n-th unit is wide, beginning with the first. Else it is 0.
     """
 
     low: str
     high: str
     share: float
-    every: int = 0
+    stride: int = 0
 
 
 def mixture_of(settings: Calibrate) -> Mixture:
@@ -116,7 +116,7 @@ def _choose_columns(target: QuantTarget, group: int, mixture: Mixture, plan: str
     if not rows:
         return wide[None]
     wide = wide.repeat(target.rows, 1)
-    wide[:, following] = spread(target.rows, mixture._replace(share=rows / target.rows, every=0))
+    wide[:, following] = spread(target.rows, mixture._replace(share=rows / target.rows, stride=0))
     return wide
 
 
@@ -127,8 +127,8 @@ def spread(count: int, mixture: Mixture) -> Tensor:
     `floor(p * count)` units evenly and so never exceeds its budget.
     """
     index = torch.arange(count)
-    if mixture.every:
-        return index % mixture.every == 0
+    if mixture.stride:
+        return index % mixture.stride == 0
     steps = (torch.arange(count + 1).double() * mixture.share + 1e-9).floor()
     return steps[1:] > steps[:-1]
 
@@ -146,9 +146,9 @@ def _highest_ranked(ranks: Tensor, sizes: Tensor, budget: float) -> Tensor:
     """The units of highest rank whose sizes together fit the budget, bool [units]; of equal ranks the first ones."""
     order = ranks.argsort(descending=True, stable=True)
     fit = sizes[order].double().cumsum(0) <= budget + 1e-6
-    chosen = torch.zeros(len(sizes), dtype=torch.bool)
-    chosen[order[fit]] = True
-    return chosen
+    wide = torch.zeros(len(sizes), dtype=torch.bool)
+    wide[order[fit]] = True
+    return wide
 
 
 def _widths(columns: int, group: int) -> Tensor:

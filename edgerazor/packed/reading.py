@@ -140,34 +140,34 @@ class PackedModel:
         except ValueError as error:
             raise self._broken(part_name(name, part), str(error)) from None
 
-    def copy_parts(self, name: str, places: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def copy_parts(self, name: str, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Parts of codes and scales of a matrix, copied into memory; each byte is read once, for copy and checksum.
 
         Args:
             name: of the matrix.
-            places: part of codes -> contiguous uint8 memory, as many bytes as `formats.stored_shapes` says of the part.
+            buffers: part of codes -> contiguous uint8 memory, as many bytes as `formats.stored_shapes` says of the part.
 
         Returns:
             The parts as `parts` gives them, as views of that memory.
 
         Raises:
             UserError: one of them is damaged.
-            ValueError: there is no matrix of that name, or a place has another size than its part.
+            ValueError: there is no matrix of that name, or a buffer has another size than its part.
         """
         decompressed = self.parts(name) if self.header.compression else {}
         parts: dict[str, Tensor] = {}
-        for part, place in places.items():
+        for part, buffer in buffers.items():
             if decompressed:
-                views = self._deserialized(name, part, place.zero_())
+                views = self._deserialized(name, part, buffer.zero_())
                 for view_name, view in views.items():
                     view.copy_(decompressed[view_name])
             else:
                 source = self._stored(part_name(name, part))
-                if not source.nbytes == place.nbytes == place.numel() or not source.is_contiguous():
-                    raise ValueError(f"{part} of {name} has {source.nbytes} bytes, its place {place.nbytes}")
-                if _copy(source, place) != self._entry(name).sha256[part]:
+                if not source.nbytes == buffer.nbytes == buffer.numel() or not source.is_contiguous():
+                    raise ValueError(f"{part} of {name} has {source.nbytes} bytes, its buffer {buffer.nbytes}")
+                if _copy(source, buffer) != self._entry(name).sha256[part]:
                     raise self._broken(part_name(name, part), "its bytes do not have the recorded checksum")
-                views = self._deserialized(name, part, place)
+                views = self._deserialized(name, part, buffer)
             parts |= views
         return parts
 
@@ -314,13 +314,13 @@ class PackedModel:
                 raise self._broken(name, problem)
 
 
-def _copy(source: Tensor, place: Tensor) -> str:
+def _copy(source: Tensor, buffer: Tensor) -> str:
     """Copy the bytes of a contiguous tensor and give their SHA-256; the interpreter lock is free meanwhile."""
     digest, view = hashlib.sha256(), formats.tensor_bytes(source)
     for start in range(0, len(view), COPY_CHUNK):
         piece = view[start : start + COPY_CHUNK]
         digest.update(piece)
-        ctypes.memmove(place.data_ptr() + start, source.data_ptr() + start, len(piece))
+        ctypes.memmove(buffer.data_ptr() + start, source.data_ptr() + start, len(piece))
     return digest.hexdigest()
 
 

@@ -83,7 +83,7 @@ def write(
 ) -> Header:
     """Write the weight files of a packed model; equal arguments give equal bytes.
 
-    Matrices are encoded on all cores and written at once, so that only those being worked on are in memory.
+    Matrices are encoded on all cores, and each is written when it is ready, so that memory holds only those in work.
 
     Args:
         folder: an existing folder without weight files.
