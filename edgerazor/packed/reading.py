@@ -145,7 +145,7 @@ class PackedModel:
 
         Args:
             name: of the matrix.
-            buffers: part of codes -> contiguous uint8 memory, as many bytes as `formats.stored_shapes` says of the part.
+            buffers: part of codes -> contiguous uint8, as many bytes as `formats.stored_shapes` says of the part.
 
         Returns:
             The parts as `parts` gives them, as views of that memory.
