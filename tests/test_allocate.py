@@ -159,8 +159,8 @@ def test_every_strategy_meets_every_budget_within_a_row(plan: str, granularity: 
             for step in range(12):
                 bits = narrow + (broad - narrow) * (step / 11 if step % 2 else round(step / 11, 2))
                 settings = {"plan": plan, "granularity": granularity, "group_size": group, "formats": (low, high)}
-                found = one(rows, bits, columns, weight, **settings)
-                average = found.spec().nominal_bits((rows, columns))
+                matrix = one(rows, bits, columns, weight, **settings)
+                average = matrix.spec().nominal_bits((rows, columns))
                 assert average <= bits + 1e-9, (columns, low, high, bits)
                 assert average > bits - (broad - narrow) / rows - 1e-9, (columns, low, high, bits)
                 if granularity != "row" and plan != "interleave":  # within a block, even
@@ -174,8 +174,8 @@ def test_every_strategy_meets_every_budget_within_a_row(plan: str, granularity: 
 def test_published_names_are_their_shares_within_a_row(plan: str, granularity: str, bits: float) -> None:
     for rows, columns in ((64, 64), (101, 33), (7, 100)):
         weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
-        found = one(rows, bits, columns, weight, plan=plan, granularity=granularity)
-        assert abs(float(wide(found).double().mean()) - NAMED_SHARES[bits]) < 1 / rows
+        matrix = one(rows, bits, columns, weight, plan=plan, granularity=granularity)
+        assert abs(float(wide(matrix).double().mean()) - NAMED_SHARES[bits]) < 1 / rows
 
 
 def test_the_first_rows_columns_and_blocks() -> None:
@@ -201,8 +201,8 @@ def test_the_widest_format_goes_where_the_variance_is_highest() -> None:
         dims = {"row": 1, "block": 1, "column": (0, 1)}[granularity]
         spread = torch.stack([part.double().var(dim=dims, correction=0) for part in parts], dim=-1).flatten()
         assert len(spread) == units
-        found = wide(one(6, 3.0, 20, granularity=granularity, **settings))
-        each = torch.stack([part[..., 0] for part in found.split(20 if granularity == "row" else 8, 1)], dim=1)
+        chosen_wide = wide(one(6, 3.0, 20, granularity=granularity, **settings))
+        each = torch.stack([part[..., 0] for part in chosen_wide.split(20 if granularity == "row" else 8, 1)], dim=1)
         lucky = each.all(0) if granularity == "column" else each.flatten()
         unlucky = ~each.any(0) if granularity == "column" else ~lucky
         assert lucky.any()

@@ -24,9 +24,9 @@ def too_small(smallest: int) -> UserError:
 
 @pytest.mark.parametrize("limit", [100, 101, 107, 555, 799, 800])
 def test_what_is_found_fits_and_one_step_more_would_not(limit: int) -> None:
-    found = fill(steps, (0.0, 100.0), size, limit, too_small)
-    assert size(found) <= limit
-    assert size(found) == 800 or size(found + 1) > limit
+    amount = fill(steps, (0.0, 100.0), size, limit, too_small)
+    assert size(amount) <= limit
+    assert size(amount) == 800 or size(amount + 1) > limit
 
 
 def test_all_of_it_where_there_is_room() -> None:
@@ -45,8 +45,8 @@ def test_no_more_is_looked_at_than_it_takes() -> None:
         looked.append(amount)
         return amount
 
-    found = fill(looking, (0.0, 100.0), size, 450, too_small, tolerance=0.1)
-    assert 0.9 * 450 <= size(found) <= 450
+    amount = fill(looking, (0.0, 100.0), size, 450, too_small, tolerance=0.1)
+    assert 0.9 * 450 <= size(amount) <= 450
     assert looked == [0.0, 100.0, 50.0]
     looked.clear()
     fill(looking, (0.0, 100.0), size, 451, too_small)

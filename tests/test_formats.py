@@ -135,8 +135,8 @@ def test_packed_bits_a_weight() -> None:
     }
     for (name, cols), expected in bits.items():
         number_format = formats.get(name)
-        found = [8 * number_format.row_bytes(cols, group_size) / cols for group_size in (64, 256, cols)]
-        assert found == pytest.approx(expected), name
+        bits_per_weight = [8 * number_format.row_bytes(cols, group_size) / cols for group_size in (64, 256, cols)]
+        assert bits_per_weight == pytest.approx(expected), name
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -218,10 +218,10 @@ def test_threads_layout_dtype_and_autocast_do_not_show(name: str) -> None:
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            found = [number_format.encode(variant, 256) for variant in variants]
+            encodings = [number_format.encode(variant, 256) for variant in variants]
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                found.append(number_format.encode(w.float(), 256))
-            for each in found:
+                encodings.append(number_format.encode(w.float(), 256))
+            for each in encodings:
                 assert bits_equal(each.codes, expected.codes)
                 assert bits_equal(each.scales, expected.scales)
     finally:
@@ -537,9 +537,9 @@ def test_codes_and_scales_are_joined_and_separated(shape: tuple[int, int], group
         (pieces,) = formats.serialize_parts(parts).values()
         stored = torch.frombuffer(bytearray(b"".join(pieces)), dtype=torch.uint8)
         for start in (0, 1, 2):  # wherever the bytes begin
-            found = formats.deserialize_part(torch.cat([stored[:start], stored])[start:], name, shape[1], group_size)
-            assert found.keys() == parts.keys()
-            assert all(bits_equal(found[part], tensor) for part, tensor in parts.items())
+            views = formats.deserialize_part(torch.cat([stored[:start], stored])[start:], name, shape[1], group_size)
+            assert views.keys() == parts.keys()
+            assert all(bits_equal(views[part], tensor) for part, tensor in parts.items())
         with pytest.raises(ValueError, match="whole blocks of rows"):
             formats.deserialize_part(stored[:-1], name, shape[1], group_size)
         if len(pieces[2]):

@@ -92,8 +92,8 @@ def test_clipping_finds_nearly_the_least_error_there_is(name: str) -> None:
             w[0, 5] *= 8
         spec = MatrixSpec((name,), 64)
         rounded = formats.quantize_dequantize(w, spec, scales=formats.search_scales(w, spec, importance))
-        found = float(((rounded - w).double().square() * importance).sum())
-        over.append(found / least_by_brute_force(w, importance, name))
+        error = float(((rounded - w).double().square() * importance).sum())
+        over.append(error / least_by_brute_force(w, importance, name))
     mean, worst = (1.25, 1.7) if name == "int8" else (1.02, 1.10)
     assert sum(over) / len(over) < mean
     assert max(over) < worst
@@ -232,9 +232,9 @@ def test_dead_columns_move_nothing_and_stay() -> None:
     assert not torch.equal(master, w)
     ours = output_error(w, formats.quantize_dequantize(master, spec, scales=scales), hessian)
     assert ours < 0.5 * output_error(w, formats.quantize_dequantize(w, spec), hessian)
-    silent, found = formats.gptq_quantize(w, spec, torch.zeros(101, 101))
+    silent, scales = formats.gptq_quantize(w, spec, torch.zeros(101, 101))
     assert torch.equal(silent, w)
-    assert torch.equal(found, formats.search_scales(w, spec))
+    assert torch.equal(scales, formats.search_scales(w, spec))
 
 
 def test_compensation_refuses_what_it_cannot_use() -> None:

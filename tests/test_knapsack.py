@@ -30,14 +30,14 @@ def optimum(costs: np.ndarray, sensitivities: np.ndarray, budget: float) -> floa
     return float(sensitivity[fits].min(initial=np.inf))
 
 
-def check_solution(found: Solution, costs: np.ndarray, sensitivities: np.ndarray, budget: float) -> None:
+def check_solution(solution: Solution, costs: np.ndarray, sensitivities: np.ndarray, budget: float) -> None:
     """What holds of every solution: it is what it says it is, and its budget holds."""
     items = np.arange(len(costs))
-    assert found.choice.shape == (len(costs),)
-    assert found.cost == pytest.approx(costs[items, found.choice].sum())
-    assert found.sensitivity == pytest.approx(sensitivities[items, found.choice].sum())
-    assert np.isfinite(found.cost)
-    assert found.cost <= budget + 1e-9 * max(budget, 1.0)
+    assert solution.choice.shape == (len(costs),)
+    assert solution.cost == pytest.approx(costs[items, solution.choice].sum())
+    assert solution.sensitivity == pytest.approx(sensitivities[items, solution.choice].sum())
+    assert np.isfinite(solution.cost)
+    assert solution.cost <= budget + 1e-9 * max(budget, 1.0)
 
 
 def instance(seed: int, whole: bool = False) -> Instance:
@@ -68,15 +68,15 @@ def test_small_instances_against_all_their_choices(start: int) -> None:
     for seed in range(start, start + 50):
         costs, sensitivities = instance(seed)
         for budget in budgets(costs, seed):
-            found = solve(costs, sensitivities, budget)
-            assert found is not None
-            check_solution(found, costs, sensitivities, budget)
+            solution = solve(costs, sensitivities, budget)
+            assert solution is not None
+            check_solution(solution, costs, sensitivities, budget)
             best = optimum(costs, sensitivities, budget)
-            assert found.bound <= best + 1e-9
-            assert best <= found.sensitivity + 1e-9
+            assert solution.bound <= best + 1e-9
+            assert best <= solution.sensitivity + 1e-9
             # The table rounds the cost of each item up by less than a cell: a budget smaller by so much is solved.
             cell = (budget - costs.min(axis=1).sum()) / GRID
-            assert found.sensitivity <= optimum(costs, sensitivities, budget - len(costs) * cell) + 1e-9
+            assert solution.sensitivity <= optimum(costs, sensitivities, budget - len(costs) * cell) + 1e-9
 
 
 @pytest.mark.parametrize("start", range(0, 200, 50))
@@ -86,10 +86,10 @@ def test_whole_costs_and_budgets_are_solved_exactly(start: int) -> None:
         costs, sensitivities = instance(seed, whole=True)
         least = costs.min(axis=1).sum()
         for more in (1, 2, 4, 5, 8, 10, 16, 20, 25, 40):  # divisors of the grid: a cost is a whole number of cells
-            found = solve(costs, sensitivities, float(least + more))
-            assert found is not None
-            check_solution(found, costs, sensitivities, float(least + more))
-            assert found.sensitivity == pytest.approx(optimum(costs, sensitivities, float(least + more)), abs=1e-9)
+            solution = solve(costs, sensitivities, float(least + more))
+            assert solution is not None
+            check_solution(solution, costs, sensitivities, float(least + more))
+            assert solution.sensitivity == pytest.approx(optimum(costs, sensitivities, float(least + more)), abs=1e-9)
 
 
 def test_at_the_corners_of_the_hull_no_table_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,11 +102,11 @@ def test_at_the_corners_of_the_hull_no_table_is_needed(monkeypatch: pytest.Monke
         for _, _, extra, _ in steps:
             corners.append(corners[-1] + extra)
         for budget in corners:
-            found = solve(costs, sensitivities, budget)
-            assert found is not None
-            check_solution(found, costs, sensitivities, budget)
-            assert found.sensitivity == pytest.approx(optimum(costs, sensitivities, budget), abs=1e-9)
-            assert found.bound == pytest.approx(found.sensitivity, abs=1e-9)
+            solution = solve(costs, sensitivities, budget)
+            assert solution is not None
+            check_solution(solution, costs, sensitivities, budget)
+            assert solution.sensitivity == pytest.approx(optimum(costs, sensitivities, budget), abs=1e-9)
+            assert solution.bound == pytest.approx(solution.sensitivity, abs=1e-9)
 
 
 def test_without_the_table_the_gap_is_at_most_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,30 +115,30 @@ def test_without_the_table_the_gap_is_at_most_one_step(monkeypatch: pytest.Monke
         costs, sensitivities = instance(seed)
         largest = max((saved for _, _, _, saved in knapsack._hulls(costs, sensitivities)[0]), default=0.0)
         for budget in budgets(costs, seed):
-            found = solve(costs, sensitivities, budget)
-            assert found is not None
-            check_solution(found, costs, sensitivities, budget)
+            solution = solve(costs, sensitivities, budget)
+            assert solution is not None
+            check_solution(solution, costs, sensitivities, budget)
             best = optimum(costs, sensitivities, budget)
-            assert found.bound - 1e-9 <= best <= found.sensitivity + 1e-9
-            assert found.sensitivity - found.bound <= largest + 1e-9
+            assert solution.bound - 1e-9 <= best <= solution.sensitivity + 1e-9
+            assert solution.sensitivity - solution.bound <= largest + 1e-9
 
 
 def test_the_table_finds_what_the_steps_do_not() -> None:
     """The steepest step first (item 0, 3 saved for 2) leaves no room for the two others, which save 4 for 3."""
     costs, sensitivities = np.array([[0.0, 2.0], [0.0, 3.0]]), np.array([[3.0, 0.0], [4.0, 0.0]])
-    found = solve(costs, sensitivities, 3.0)
-    assert found is not None
-    assert found.choice.tolist() == [0, 1]
-    assert (found.cost, found.sensitivity) == (3.0, 3.0)
-    assert found.bound == pytest.approx(4 - 4 / 3)  # a third of the second step
+    solution = solve(costs, sensitivities, 3.0)
+    assert solution is not None
+    assert solution.choice.tolist() == [0, 1]
+    assert (solution.cost, solution.sensitivity) == (3.0, 3.0)
+    assert solution.bound == pytest.approx(4 - 4 / 3)  # a third of the second step
 
 
 def test_what_costs_too_much_is_none() -> None:
     costs, sensitivities = np.array([[1.0, 2.0], [3.0, np.inf]]), np.array([[1.0, 0.0], [1.0, 0.0]])
     assert solve(costs, sensitivities, 3.99) is None
-    found = solve(costs, sensitivities, 4.0)
-    assert found is not None
-    assert found.choice.tolist() == [0, 0]
+    solution = solve(costs, sensitivities, 4.0)
+    assert solution is not None
+    assert solution.choice.tolist() == [0, 0]
     assert solve(np.array([[np.inf, 2.0]]), np.array([[0.0, 1.0]]), 1.5) is None
 
 
@@ -147,31 +147,31 @@ def test_a_dearer_option_that_is_no_better_is_never_taken() -> None:
         np.array([[1.0, 2.0, 4.0]] * 3),
         np.array([[1.0, 1.0, 2.0], [-1.0, 0.0, -1.0], [2.0, 3.0, 1.0]]),
     )
-    found = solve(costs, sensitivities, 100.0)
-    assert found is not None
-    assert found.choice.tolist() == [0, 0, 2]
-    assert found.bound == found.sensitivity == 1.0
+    solution = solve(costs, sensitivities, 100.0)
+    assert solution is not None
+    assert solution.choice.tolist() == [0, 0, 2]
+    assert solution.bound == solution.sensitivity == 1.0
 
 
 def test_sensitivities_below_zero_count() -> None:
     costs, sensitivities = np.array([[1.0, 2.0], [1.0, 2.0]]), np.array([[0.0, -1.0], [-3.0, -3.5]])
-    found = solve(costs, sensitivities, 3.0)
-    assert found is not None
-    assert found.choice.tolist() == [1, 0]
-    assert found.sensitivity == found.bound == -4.0
+    solution = solve(costs, sensitivities, 3.0)
+    assert solution is not None
+    assert solution.choice.tolist() == [1, 0]
+    assert solution.sensitivity == solution.bound == -4.0
 
 
 def test_thousands_of_equal_items_in_under_a_second() -> None:
     count = 20_000
     costs, sensitivities = np.tile([1.58, 2.0, 3.0, 4.0], (count, 1)), np.tile([1.0, 0.6, 0.2, 0.05], (count, 1))
     began = time.process_time()
-    found = solve(costs, sensitivities, 2.5 * count)
+    solution = solve(costs, sensitivities, 2.5 * count)
     assert time.process_time() - began < 1.0
-    assert found is not None
-    check_solution(found, costs, sensitivities, 2.5 * count)
-    assert found.sensitivity - found.bound <= 0.4 + 1e-9
+    assert solution is not None
+    check_solution(solution, costs, sensitivities, 2.5 * count)
+    assert solution.sensitivity - solution.bound <= 0.4 + 1e-9
     # Of the hull's corners next to 2.5 bits, the mixture: half the items at 2 bits, half at 3.
-    assert found.bound == pytest.approx(0.4 * count)
+    assert solution.bound == pytest.approx(0.4 * count)
 
 
 def test_equal_instances_have_equal_solutions() -> None:

@@ -72,17 +72,17 @@ def test_the_errors_are_those_of_the_best_quantizers(draw: Callable[..., Tensor]
     }
     w = draw(256, 256)
     for name, (best, rule) in figures.items():
-        found = {
+        error_of = {
             published: float(
                 (formats.quantize_dequantize(w, MatrixSpec((name,), 256, published=published)) - w).square().mean()
             )
             / float(w.square().mean())
             for published in (False, True)
         }
-        assert found[False] < found[True]
+        assert error_of[False] < error_of[True]
         if draw is gaussian:
-            assert found[False] == pytest.approx(best, rel=0.03)
-            assert found[True] == pytest.approx(rule, rel=0.03)
+            assert error_of[False] == pytest.approx(best, rel=0.03)
+            assert error_of[True] == pytest.approx(rule, rel=0.03)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -227,11 +227,11 @@ def test_formats_search_natively_where_kernels_are(monkeypatch: pytest.MonkeyPat
 @needs_library
 @pytest.mark.parametrize("name", ALL)
 def test_a_matrix_is_the_same_with_and_without_the_library(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    w, found = laplace(40, 100).bfloat16(), {}
+    w, results = laplace(40, 100).bfloat16(), {}
     w[7, 64:] = 0
     for isa in ("portable", "reference"):
         monkeypatch.setenv("EDGERAZOR_ISA", isa)
         encoded = formats.encode_matrix(w, MatrixSpec((name,), 64))
-        found[isa] = (*encoded, formats.quantize_dequantize(w, MatrixSpec((name,), 64)))
-    for native_one, other in zip(*found.values(), strict=True):
+        results[isa] = (*encoded, formats.quantize_dequantize(w, MatrixSpec((name,), 64)))
+    for native_one, other in zip(*results.values(), strict=True):
         assert torch.equal(native_one, other)

@@ -170,9 +170,9 @@ def test_whole_tensors_keep_the_budget_and_rows_do_better(bits: float) -> None:
 
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
 def test_more_bits_never_have_a_larger_predicted_kl(granularity: str) -> None:
-    found = [plan_of(bits=bits, granularity=granularity).predicted_kl for bits in BUDGETS if bits <= 4]
-    values = [value for value in found if value is not None]
-    assert len(values) == len(found)
+    predictions = [plan_of(bits=bits, granularity=granularity).predicted_kl for bits in BUDGETS if bits <= 4]
+    values = [value for value in predictions if value is not None]
+    assert len(values) == len(predictions)
     gap = 1e-3 if granularity == "row" else 0.0  # of a step, which rows have small ones of
     assert all(later <= earlier * (1 + gap) for earlier, later in pairwise(values))
 
@@ -431,10 +431,15 @@ def test_unmeasured_plans_are_interleaves_around_the_bits(
 ) -> None:
     limits = [{"match": "*.q_proj", "at_least": "int2"}]
     asked = Calibrate.model_validate({**settings, "granularity": granularity, "constraints": limits}, strict=False)
-    found = unmeasured(asked)
-    assert (found.plan, found.granularity, found.formats, found.constraints) == ("interleave", "row", names, ())
-    assert found.budget() == asked.budget()
-    plan = make_plan(TARGETS, found, None, None, size_of)
+    fallback = unmeasured(asked)
+    assert (fallback.plan, fallback.granularity, fallback.formats, fallback.constraints) == (
+        "interleave",
+        "row",
+        names,
+        (),
+    )
+    assert fallback.budget() == asked.budget()
+    plan = make_plan(TARGETS, fallback, None, None, size_of)
     counted, value = asked.budget()
     if counted == "bits":
         assert value * (1 - 0.005) <= plan.nominal_bits() <= value + 1e-9
