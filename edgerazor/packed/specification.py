@@ -7,4 +7,4 @@ from importlib import resources
 
 def specification() -> str:
     """The content of `FORMAT.md`."""
-    return resources.files(__package__).joinpath("FORMAT.md").read_text(encoding="utf-8")
+    return resources.files("edgerazor.packed").joinpath("FORMAT.md").read_text(encoding="utf-8")
