@@ -124,7 +124,7 @@ def stored_matrix(packed: PackedModel, name: str) -> StoredMatrix | None:
         UserError: it is damaged.
     """
     entry, spec = packed.header.matrices[name], packed.spec(name)
-    if spec.block_formats is not None:
+    if spec.native_problem():
         return None
     try:
         return StoredMatrix(packed.parts(name), spec, (entry.shape[0], entry.shape[1]))

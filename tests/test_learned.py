@@ -49,7 +49,7 @@ def formats_of(spec: MatrixSpec, rows: int) -> list[formats.Format]:
 
 
 def top_level(number_format: formats.Format) -> float:
-    return number_format.maximum + (0.5 if number_format.name == "int2" else 0.0)
+    return number_format.max_code + (0.5 if number_format.name == "int2" else 0.0)
 
 
 # The step ---------------------------------------------------------------------------------------------------------
@@ -63,10 +63,10 @@ def plain_step(w: Tensor, scales: Tensor, spec: MatrixSpec) -> Tensor:
         for index, part in enumerate(w[row].split(spec.group_size)):
             factor = 1 / math.sqrt(len(part) * top_level(number_format))
             s = scales[row, index] * factor + (scales[row, index] * (1 - factor)).detach()
-            low, high = number_format.min_code, number_format.maximum + (1 if number_format.name == "int2" else 0)
+            low, high = number_format.min_code, number_format.max_code + (1 if number_format.name == "int2" else 0)
             ratio = (part / s).clamp(low, high)
             level = (part / s).detach().floor() if number_format.name == "int2" else (part / s).detach().round()
-            level = level.clamp(low, number_format.maximum) + (0.5 if number_format.name == "int2" else 0)
+            level = level.clamp(low, number_format.max_code) + (0.5 if number_format.name == "int2" else 0)
             parts.append((ratio + (level - ratio).detach()) * s)
         decoded.append(torch.cat(parts))
     return torch.stack(decoded)
@@ -142,9 +142,9 @@ def test_a_given_scale_uses_every_code_and_comes_back_from_its_bytes(name: str) 
     assert number_format.min_code == expected
     w = torch.arange(-150.0, 150.0).reshape(1, -1)
     encoded = formats.encode_matrix(w, spec, torch.ones(1, 38))
-    assert encoded.codes.unique().tolist() == list(range(number_format.min_code, number_format.maximum + 1))
+    assert encoded.codes.unique().tolist() == list(range(number_format.min_code, number_format.max_code + 1))
     by_rule = formats.encode_matrix(w, replace(spec, published=True))
-    assert by_rule.codes.min() >= number_format.minimum
+    assert by_rule.codes.min() >= number_format.min_rule_code
     parts = formats.pack_matrix(encoded, spec)
     again, _ = formats.unpack_matrix(parts, spec.formats, 8, (1, 300))
     assert torch.equal(again.codes, encoded.codes)

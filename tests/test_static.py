@@ -65,11 +65,11 @@ def test_the_gradient_is_lsqs(bits: int, shape: tuple[int, ...]) -> None:
     plain = (ratio + (ratio.round() - ratio).detach()) * s
     ours = formats.fake_quantize_static(x, bits, scale)
     torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
-    found, expected = (torch.autograd.grad(each, (x, scale), upstream) for each in (ours, plain))
-    for one, other in zip(found, expected, strict=True):
+    gradients, expected = (torch.autograd.grad(each, (x, scale), upstream) for each in (ours, plain))
+    for one, other in zip(gradients, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
     if x.numel() > 1:
-        assert (found[0] == 0).any()
+        assert (gradients[0] == 0).any()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -88,11 +88,11 @@ def test_the_gradient_of_a_zero_point_is_edgeqats(bits: int, zero: float) -> Non
     plain = (code + (code.round() - code).detach() - z) * s
     ours = formats.fake_quantize_static(x, bits, scale, point)
     torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
-    found, expected = (torch.autograd.grad(each, (x, scale, point), upstream) for each in (ours, plain))
-    for one, other in zip(found, expected, strict=True):
+    gradients, expected = (torch.autograd.grad(each, (x, scale, point), upstream) for each in (ours, plain))
+    for one, other in zip(gradients, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
-    assert (found[0] == 0).any()
-    assert found[2] != 0
+    assert (gradients[0] == 0).any()
+    assert gradients[2] != 0
 
 
 def test_zero_points_by_hand() -> None:
@@ -102,8 +102,8 @@ def test_zero_points_by_hand() -> None:
     for zero in (2.0, 1.6, torch.tensor(2.3)):
         assert torch.equal(formats.fake_quantize_static(x, 4, 0.5, zero), expected)
     assert torch.equal(formats.fake_quantize_static(x, 4, 0.5, 0.2), formats.fake_quantize_static(x, 4, 0.5))
-    found = [float(formats.whole_zero_point(torch.tensor(each), 4)) for each in (2.5, -0.6, 9.0, -1e9)]
-    assert found == [2, -1, 7, -7]
+    rounded = [float(formats.whole_zero_point(torch.tensor(each), 4)) for each in (2.5, -0.6, 9.0, -1e9)]
+    assert rounded == [2, -1, 7, -7]
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8])
@@ -143,11 +143,11 @@ def test_all_kernels_take_a_stored_scale(columns: int, bits: int, monkeypatch: p
     expected = (codes.double() * scale) @ formats.decode_matrix(encoded, spec).double().T + bias
     expected = expected.float().view(2, 3, 9)
     largest = float(expected.abs().max())
-    found = {"definition": reference.linear(x, encoded, spec, bias, bits, 40, scale)}
+    outputs = {"definition": reference.linear(x, encoded, spec, bias, bits, 40, scale)}
     for name in kernels.names():
         monkeypatch.setenv("EDGERAZOR_ISA", name)
-        found[name] = kernels.linear(x, encoded, spec, bias, bits, 40, scale)
-    for name, y in found.items():
+        outputs[name] = kernels.linear(x, encoded, spec, bias, bits, 40, scale)
+    for name, y in outputs.items():
         torch.testing.assert_close(y, expected, rtol=0, atol=1e-5 * largest, msg=name)
 
 
@@ -206,11 +206,11 @@ def student_of(teacher: Path, job: Path) -> PreTrainedModel:
     work = WorkDir(job)
     plan = Plan.model_validate_json(work.plan_file.read_text())
     model, _ = models.load(teacher, dtype=torch.float32)
-    found = models.structure(model)
+    structure = models.structure(model)
     statistics = load_file(work.statistics_file)
     scales = {name: float(value) for name, value in statistics.items() if name.endswith("input_scale")}
-    settings = jobs.settings_of(plan, found, work)
-    modules.prepare_for_training(model, found, plan.specs(), settings, input_scales=scales or None)
+    settings = jobs.settings_of(plan, structure, work)
+    modules.prepare_for_training(model, structure, plan.specs(), settings, input_scales=scales or None)
     _, unexpected = model.load_state_dict(load_file(work.student("best") / "model.safetensors"), strict=False)
     assert unexpected == []
     return model.eval()

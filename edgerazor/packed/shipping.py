@@ -15,7 +15,7 @@ from edgerazor.workdir import find_folder, job_of, replace_folder
 
 
 class CompressResult(BaseModel):
-    """A packed folder that was compressed, or restored."""
+    """A packed folder whose weight files were compressed or decompressed."""
 
     folder: str
     compressed: bool
@@ -36,13 +36,13 @@ def recompress(folder: Path, compress: bool, console: Console) -> CompressResult
     if job is not None:
         raise usage_error(
             f"{folder} is part of the job {job.path}, whose records name its files.",
-            f"Say it to the job: `edgerazor pack {option} --work {job.path}`.",
+            f"Tell the job: `edgerazor pack {option} --work {job.path}`.",
         )
     folder = find_folder(folder).resolve()
-    if _is_compressed(folder) == compress:  # nothing is written, so another may be writing
+    if _is_compressed(folder) == compress:  # nothing will be written, so no lock is needed
         return _result(folder, compress, False, packed.size_table(PackedModel.open(folder)).bytes)
     with replace_folder(folder) as new:
-        model = PackedModel.open(folder)  # now that nobody else writes it
+        model = PackedModel.open(folder)  # opened under the lock: nobody else writes it now
         before = packed.size_table(model).bytes
         with console.track("compress" if compress else "decompress", len(model.header.matrices)) as tracker:
             _copy_others(folder, new, {file.name for file in model.files()} | {INDEX_FILE})
@@ -68,18 +68,18 @@ def _result(folder: Path, compress: bool, changed: bool, before: int) -> Compres
 
 
 def _copy_others(folder: Path, new: Path, weights: set[str]) -> None:
-    """Everything but the weight files."""
-    for each in sorted(folder.iterdir()):
-        if each.is_dir():
-            shutil.copytree(each, new / each.name)
-        elif each.name not in weights:
-            shutil.copy2(each, new / each.name)
+    """Copy everything but the weight files."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            shutil.copytree(path, new / path.name)
+        elif path.name not in weights:
+            shutil.copy2(path, new / path.name)
 
 
 def show(result: CompressResult) -> list[str]:
-    """The same for people."""
-    how = "compressed" if result.compressed else "not compressed"
+    """The result as lines for people."""
+    state = "compressed" if result.compressed else "not compressed"
     if not result.changed:
-        return [f"{result.folder} is {how} already: {megabytes(result.bytes)}, {result.real_bits:.2f} real bits"]
+        return [f"{result.folder} is {state} already: {megabytes(result.bytes)}, {result.real_bits:.2f} real bits"]
     sizes = f"{megabytes(result.bytes_before)} became {megabytes(result.bytes)}, {result.real_bits:.2f} real bits"
-    return [f"{result.folder} is {how}: {sizes}, verified bit for bit"]
+    return [f"{result.folder} is {state}: {sizes}, verified bit for bit"]

@@ -183,10 +183,9 @@ def _check_settings(packed: PackedModel) -> None:
         raise NotNativeError("there is no native code for tokens with bits of their own")
     if has_zero_points(packed.header.others):
         raise NotNativeError("there is no native code for activations with zero points")
-    for name, entry in packed.header.matrices.items():
-        if packed.spec(name).block_formats is not None:
-            raise NotNativeError(f"there is no native code for formats of blocks, as in {name}")
-        assert entry.formats
+    for name in packed.header.matrices:
+        if problem := packed.spec(name).native_problem():
+            raise NotNativeError(f"there is no native code for {problem}, as in {name}")
 
 
 def matrix_names(config: Any, packed: PackedModel) -> list[str]:

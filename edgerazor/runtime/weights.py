@@ -129,7 +129,7 @@ def _arranged(sizes: Mapping[str, Mapping[str, int]]) -> dict[str, _Places]:
 
 def _moved(matrix: native.Matrix, places: _Places, spec: MatrixSpec) -> native.Matrix:
     """The same matrix in other memory."""
-    for index, (number_format, _) in enumerate(spec.parts):
+    for index, (number_format, _) in enumerate(spec.format_rows):
         place, part = places[number_format.name], matrix.parts[index]
         codes = place[: part.codes.nbytes].view(part.codes.shape)
         scales = place[part.codes.nbytes :][: part.scales.nbytes].view(torch.float16).view(part.scales.shape)

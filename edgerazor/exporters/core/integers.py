@@ -44,7 +44,7 @@ class Integers(NamedTuple):
 
 def _factor(number_format: Format) -> int:
     """1 where the levels of a format are integers, 2 where they are multiples of one half."""
-    codes = torch.arange(number_format.min_code, number_format.maximum + 1).float()
+    codes = torch.arange(number_format.min_code, number_format.max_code + 1).float()
     return 1 if bool((number_format.level_(codes) % 1 == 0).all()) else 2
 
 
@@ -52,7 +52,7 @@ def bits(names: Iterable[str]) -> int:
     """The fewest bits of two's-complement integers that hold every code of the named formats."""
     needed = 2
     for number_format in map(formats.get, names):
-        ends = torch.tensor([number_format.min_code, number_format.maximum], dtype=torch.float32)
+        ends = torch.tensor([number_format.min_code, number_format.max_code], dtype=torch.float32)
         low, high = (number_format.level_(ends) * _factor(number_format)).tolist()
         needed = max(needed, math.ceil(math.log2(max(-low, high + 1))) + 1)
     return needed
@@ -84,11 +84,11 @@ def integers(encoded: Encoded, spec: MatrixSpec) -> Integers:
 def _halved(spec: MatrixSpec, shape: torch.Size, groups: torch.Size) -> Tensor:
     """Bool [rows, groups]: which groups have a format with half levels."""
     halved = torch.zeros(groups, dtype=torch.bool)
-    for strip in spec.strips(shape):
-        mask = torch.zeros(strip.rows, group_count(strip.width, strip.spec.group_size), dtype=torch.bool)
-        for number_format, chosen in strip.spec.parts:
-            mask[slice(None) if chosen is None else chosen] = _factor(number_format) == 2
-        halved[:, strip.groups] = mask.reshape(groups[0], -1)
+    for view in spec.block_views(shape):
+        mask = torch.zeros(view.rows, group_count(view.width, view.spec.group_size), dtype=torch.bool)
+        for number_format, rows in view.spec.format_rows:
+            mask[slice(None) if rows is None else rows] = _factor(number_format) == 2
+        halved[:, view.groups] = mask.reshape(groups[0], -1)
     return halved
 
 

@@ -161,10 +161,10 @@ def _columns(of_groups: Tensor, group: int, columns: int) -> Tensor:
 def _in_format(values: Tensor, used: Tensor, low: int, high: int) -> tuple[str, Tensor, float]:
     """The format of fewest bits that holds some integers, their codes, and what a scale is multiplied with."""
     for number_format in sorted(map(formats.get, formats.names()), key=lambda each: each.nominal_bits):
-        ends = torch.tensor([number_format.min_code, number_format.maximum], dtype=torch.float32)
+        ends = torch.tensor([number_format.min_code, number_format.max_code], dtype=torch.float32)
         levels = number_format.level_(ends.clone())
         if bool((levels % 1 == 0).all()):
-            if number_format.min_code <= low and high <= number_format.maximum:
+            if number_format.min_code <= low and high <= number_format.max_code:
                 return number_format.name, values, 1.0
         elif bool((used % 2 != 0).all()) and 2 * levels[0] <= low and high <= 2 * levels[1]:
             return number_format.name, torch.div(values - 1, 2, rounding_mode="floor"), 2.0

@@ -1,7 +1,7 @@
-"""The codes and the scales of a part in one piece, as files hold them.
+"""Codes and scales of a part as the one run of bytes that files hold.
 
 First all row blocks of codes, then all row blocks of scales, then zeros up to whole vectors, so that the codes of the
-next part begin on a vector, too. How many row blocks there are follows from the length.
+next part begin on a vector, too. The number of row blocks follows from the length.
 """
 
 from __future__ import annotations
@@ -13,55 +13,57 @@ import torch
 from torch import Tensor
 
 from edgerazor.formats.core import layout
-from edgerazor.formats.core.matrix import SCALES, code_parts, joined_bytes, tensor_bytes
+from edgerazor.formats.core.matrix import SCALES, code_parts, stored_part_bytes, tensor_bytes
 
 
-def joined(parts: Mapping[str, Tensor]) -> dict[str, list[memoryview]]:
-    """The bytes of the parts of a matrix, as of `pack_matrix`, in pieces to be written one behind the other.
+def serialize_parts(parts: Mapping[str, Tensor]) -> dict[str, list[memoryview]]:
+    """The bytes of the parts of a matrix, as of `pack_matrix`, in pieces to be written one after the other.
 
     Returns:
-        for each part of codes: they, their scales, zeros; for the choice of formats, if there is one: itself.
+        For each part of codes three pieces: the codes, their scales, and zeros. For the part of format indices, if
+        there is one, that part.
     """
     pieces = {}
     for part in (name for name in parts if not name.endswith(SCALES)):
         pieces[part] = [tensor_bytes(parts[name]) for name in (part, part + SCALES) if name in parts]
         if part + SCALES in parts:
             size = sum(map(len, pieces[part]))
-            pieces[part].append(memoryview(bytes(joined_bytes(size) - size)))
+            pieces[part].append(memoryview(bytes(stored_part_bytes(size) - size)))
     return pieces
 
 
-def joined_blocks(size: int, part: str, cols: int, group_size: int) -> tuple[int, int]:
-    """How many row blocks fit into `size` bytes, codes and scales together, and the bytes that so many take.
+def stored_row_blocks(size: int, part: str, cols: int, group_size: int) -> tuple[int, int]:
+    """How many row blocks fit into `size` bytes, codes and scales together, and how many bytes those take.
 
     Args:
-        size: of the part in a file.
+        size: bytes of the part in a file.
         part: its name, a format's with or without `.tail`.
         cols: columns of its rows, or of its blocks.
         group_size: columns that share a scale.
     """
-    block = sum(_block_bytes(part, cols, group_size))
-    return size // block, joined_bytes(size // block * block)
+    block_bytes = sum(_block_bytes(part, cols, group_size))
+    blocks = size // block_bytes
+    return blocks, stored_part_bytes(blocks * block_bytes)
 
 
-def separated(stored: Tensor, part: str, cols: int, group_size: int) -> dict[str, Tensor]:
-    """Codes and scales, as `pack_matrix` makes them, of a part that is stored as uint8 [bytes]: views of it.
+def deserialize_part(stored: Tensor, part: str, cols: int, group_size: int) -> dict[str, Tensor]:
+    """Codes and scales, as `pack_matrix` makes them, of a part: views of its stored bytes.
 
     Args:
-        stored: the part.
-        part, cols, group_size: as of `joined_blocks`.
+        stored: the part, uint8 [bytes].
+        part, cols, group_size: as for `stored_row_blocks`.
 
     Raises:
         ValueError: it is not made of whole row blocks, or does not end in zeros; one sentence.
     """
     codes, scales = _block_bytes(part, cols, group_size)
-    blocks, size = joined_blocks(stored.numel(), part, cols, group_size)
+    blocks, size = stored_row_blocks(stored.numel(), part, cols, group_size)
     middle, end = blocks * codes, blocks * (codes + scales)
     if size != stored.numel():
         raise ValueError(f"the part {part} is not made of whole blocks of rows")
     if bool(stored[end:].any()):
         raise ValueError(f"what only fills up the part {part} is not zero")
-    # A file that another program has rewritten: numbers cannot begin there.
+    # In a file that another program has rewritten, the part may begin at an odd byte, where no float16 can be viewed.
     if stored.storage_offset() % 2 or stored.data_ptr() % 2:
         stored = stored.clone()
     return {
