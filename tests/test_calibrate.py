@@ -73,8 +73,8 @@ def whole_model(model: models.PreTrainedModel, batches: list[tuple[Tensor, Tenso
 def whole_thresholds(model: models.PreTrainedModel, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Medians of importance by passes of the whole model."""
     tokens = attention.ImportantTokens(None)
-    attention.watch_tokens(model, tokens)
-    attention.quantize_cache(model, 16)
+    attention.attach_important_tokens(model, tokens)
+    attention.quantize_attention(model, 16)
     seen: list[list[Tensor]] = [[] for _ in range(models.structure(model).layer_count)]
     for ids, counts in batches:
         with torch.no_grad():

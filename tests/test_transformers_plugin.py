@@ -141,7 +141,7 @@ def test_a_packed_model_computes_with_its_decoded_weights(folder: Path) -> None:
 def test_auto_model_is_the_same_as_load(folder: Path) -> None:
     direct = AutoModelForCausalLM.from_pretrained(folder)
     ours, _ = transformers_plugin.load(str(folder))
-    kept, _ = transformers_plugin.load(folder, keep_decoded=True)
+    kept, _ = transformers_plugin.load(folder, cache_decoded=True)
     assert torch.equal(direct(input_ids=IDS).logits, ours(input_ids=IDS).logits)
     torch.testing.assert_close(kept(input_ids=IDS).logits, ours(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
     assert not direct.training
