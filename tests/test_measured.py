@@ -28,7 +28,7 @@ from edgerazor.models import QuantTarget
 from edgerazor.packed import FolderSize
 from edgerazor.recipe import Calibrate, Constraint
 
-#: Relative squared error of Gaussian weights, about.
+#: Approximate relative squared error of Gaussian weights.
 ERRORS = {"ternary": 0.19, "int2": 0.14, "int3": 0.04, "int4": 0.012, "int5": 0.003, "int8": 0.00005}
 LAYER = {
     "self_attn.q_proj": (2048, 1024),
@@ -49,7 +49,7 @@ EMBEDDING, HEAD = (
     QuantTarget("model.embed_tokens", "embedding", None, 8000, 1024),
     QuantTarget("lm_head", "head", None, 8000, 1024),
 )
-SITES = (EMBEDDING, *LINEARS, HEAD)
+TARGETS = (EMBEDDING, *LINEARS, HEAD)
 #: Rows that no sixteen divides, and groups that are cut short.
 AWKWARD = (
     QuantTarget("embed", "embedding", None, 300, 96),
@@ -64,17 +64,17 @@ NORMS = {"model.norm.weight": ("F32", (1024,))}
 
 @functools.cache
 def damages_of(
-    sites: tuple[QuantTarget, ...] = SITES, estimate: str = "fisher", in_nats: bool = True
+    targets: tuple[QuantTarget, ...] = TARGETS, estimate: str = "fisher", in_nats: bool = True
 ) -> SensitivityTable:
     """A few rows do most of the damage, the more so in some matrices; 0.3 nats in all for ternary."""
     draw = torch.Generator().manual_seed(3)
     rows = {}
-    for site in sites:
-        count = site.rows if site.kind == "linear" else 1
-        each = torch.randn(count, generator=draw, dtype=torch.float64).mul(1.5).exp()
-        each *= torch.randn(1, generator=draw, dtype=torch.float64).exp()
+    for target in targets:
+        count = target.rows if target.kind == "linear" else 1
+        scales = torch.randn(count, generator=draw, dtype=torch.float64).mul(1.5).exp()
+        scales *= torch.randn(1, generator=draw, dtype=torch.float64).exp()
         wobble = 1 + 0.1 * torch.rand(len(ERRORS), count, generator=draw, dtype=torch.float64)
-        rows[site.name] = torch.tensor(list(ERRORS.values()), dtype=torch.float64)[:, None] * each * wobble
+        rows[target.name] = torch.tensor(list(ERRORS.values()), dtype=torch.float64)[:, None] * scales * wobble
     total = sum(float(value[0].sum()) for value in rows.values())
     scaled = {name: value * 0.3 / total for name, value in rows.items()}
     return SensitivityTable(estimate, tuple(ERRORS), scaled, in_nats)
@@ -90,9 +90,11 @@ def size_of(plan: Plan) -> FolderSize:
     )
 
 
-def plan_of(sites: tuple[QuantTarget, ...] = SITES, damages: SensitivityTable | None = None, **settings: Any) -> Plan:
-    asked = Calibrate.model_validate(settings, strict=False)
-    return make_plan(sites, asked, None, damages or damages_of(sites), size_of)
+def plan_of(
+    targets: tuple[QuantTarget, ...] = TARGETS, damages: SensitivityTable | None = None, **settings: Any
+) -> Plan:
+    calibrate = Calibrate.model_validate(settings, strict=False)
+    return make_plan(targets, calibrate, None, damages or damages_of(targets), size_of)
 
 
 def linears(plan: Plan) -> list[MatrixPlan]:
@@ -108,9 +110,9 @@ def predicted(plan: Plan, damages: SensitivityTable) -> float:
     """The damage of all rows in the formats of a plan, of matrices whose format was chosen."""
     total = 0.0
     for matrix in linears(plan):
-        each = damages.of(matrix.name, matrix.formats)
+        table = damages.of(matrix.name, matrix.formats)
         digits = torch.tensor([int(digit) for digit in matrix.row_formats or "0" * matrix.rows])
-        total += float(each[digits, torch.arange(matrix.rows)].sum())
+        total += float(table[digits, torch.arange(matrix.rows)].sum())
     return total
 
 
@@ -156,21 +158,21 @@ def test_whole_tensors_keep_the_budget_and_rows_do_better(bits: float) -> None:
     assert tensors.predicted_kl is not None
     assert rows.predicted_kl <= tensors.predicted_kl * (1 + 1e-6)
     # Nothing can be widened within what is left: the plan is not far below its budget for no reason.
-    left = (bits - tensors.nominal_bits()) * sum(site.weights for site in LINEARS)
+    left = (bits - tensors.nominal_bits()) * sum(target.weights for target in LINEARS)
     names = candidates_of(Calibrate(bits=bits))
     for matrix in linears(tensors):
         wider = names[names.index(matrix.formats[0]) + 1 :]
         for name in wider:
-            now, then = (float(damages_of().of(matrix.name, (each,)).sum()) for each in (matrix.formats[0], name))
+            now, then = (float(damages_of().of(matrix.name, (n,)).sum()) for n in (matrix.formats[0], name))
             more = formats.get(name).nominal_bits - formats.get(matrix.formats[0]).nominal_bits
             assert then >= now or more * matrix.rows * matrix.columns > left * (1 - 1e-9) - 1e-6
 
 
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
 def test_more_bits_are_never_predicted_to_do_more_damage(granularity: str) -> None:
-    found = [plan_of(bits=bits, granularity=granularity).predicted_kl for bits in BUDGETS if bits <= 4]
-    values = [value for value in found if value is not None]
-    assert len(values) == len(found)
+    predictions = [plan_of(bits=bits, granularity=granularity).predicted_kl for bits in BUDGETS if bits <= 4]
+    values = [value for value in predictions if value is not None]
+    assert len(values) == len(predictions)
     gap = 1e-3 if granularity == "row" else 0.0  # of a step, which rows have small ones of
     assert all(later <= earlier * (1 + gap) for earlier, later in pairwise(values))
 
@@ -199,7 +201,7 @@ def test_the_most_damaged_rows_get_the_widest_formats() -> None:
 
 
 def test_one_damaged_row_among_thousands_is_found() -> None:
-    rows = {site.name: torch.full((2, site.rows), 1e-9, dtype=torch.float64) for site in LINEARS}
+    rows = {target.name: torch.full((2, target.rows), 1e-9, dtype=torch.float64) for target in LINEARS}
     worst = "model.layers.2.self_attn.o_proj"
     rows[worst][0, 777], rows[worst][1] = 1.0, 0.0
     plan = plan_of(damages=SensitivityTable("direct", ("ternary", "int4"), rows), bits=1.6, formats=["ternary", "int4"])
@@ -215,7 +217,7 @@ def test_equal_questions_have_equal_answers() -> None:
 
 
 def test_what_is_not_in_nats_predicts_nothing() -> None:
-    plan = plan_of(damages=damages_of(SITES, "hessian", False), bits=2.0)
+    plan = plan_of(damages=damages_of(TARGETS, "hessian", False), bits=2.0)
     assert (plan.estimate, plan.predicted_kl) == ("hessian", None)
     assert plan.matrices == plan_of(bits=2.0).matrices
 
@@ -224,7 +226,7 @@ def test_candidates_are_those_that_are_asked_for() -> None:
     plan = plan_of(bits=3.0, formats=["int8", "int2"])
     assert {name for matrix in linears(plan) for name in matrix.formats} == {"int2", "int8"}
     assert 3.0 * (1 - 0.005) <= plan.nominal_bits() <= 3.0
-    assert {each.formats for each in linears(plan_of(bits=2.0, formats=["int2"]))} == {("int2",)}
+    assert {matrix.formats for matrix in linears(plan_of(bits=2.0, formats=["int2"]))} == {("int2",)}
 
 
 @pytest.mark.parametrize(
@@ -304,15 +306,15 @@ def test_constraints_that_cannot_be_are_one_sentence(limits: list[dict[str, str]
 
 
 def test_overrides_are_taken_out_of_the_average() -> None:
-    asked = [{"match": "*.down_proj", "format": "int8"}, {"match": "lm_head", "format": "int5"}]
-    plan = plan_of(bits=2.0, overrides=asked)
+    overrides = [{"match": "*.down_proj", "format": "int8"}, {"match": "lm_head", "format": "int5"}]
+    plan = plan_of(bits=2.0, overrides=overrides)
     assert widths(plan, ".down_proj") == {"int8"}
     assert (plan["lm_head"].formats, plan["model.embed_tokens"].formats) == (("int5",), ("int4",))
     others = [matrix for matrix in linears(plan) if not matrix.name.endswith("down_proj")]
     weights = [matrix.rows * matrix.columns for matrix in others]
     average = np.average([matrix.spec().nominal_bits(matrix.shape) for matrix in others], weights=weights)
     assert 2.0 * (1 - 0.005) <= average <= 2.0 + 1e-9
-    rest = tuple(site for site in LINEARS if not site.name.endswith("down_proj"))
+    rest = tuple(target for target in LINEARS if not target.name.endswith("down_proj"))
     assert {matrix.name: matrix for matrix in others} == {
         matrix.name: matrix for matrix in plan_of(rest, damages_of(), bits=2.0).matrices
     }
@@ -348,19 +350,19 @@ def test_a_target_size_is_never_exceeded_and_used(megabytes: float) -> None:
 def test_embedding_and_head_are_candidates_under_bytes() -> None:
     """Each takes what its damage is worth: of two alike, the one that hurts more is not the narrower."""
     errors = torch.tensor(list(ERRORS.values()), dtype=torch.float64)[:, None]
-    seen = {}
+    bits = {}
     for share in (1e-6, 0.1, 100.0):  # nats if it is ternary; all linear layers together have about 0.3
         rows = dict(damages_of().rows) | {"lm_head": share * errors / errors[0]}
         plan = plan_of(damages=SensitivityTable("fisher", tuple(ERRORS), rows), real_bits=5.0)
         assert size_of(plan).real_bits <= 5.0
-        seen[share] = formats.get(plan["lm_head"].formats[0]).nominal_bits
-    assert seen[1e-6] == 1.58
-    assert seen[1e-6] <= seen[0.1] <= seen[100.0] == 8
+        bits[share] = formats.get(plan["lm_head"].formats[0]).nominal_bits
+    assert bits[1e-6] == 1.58
+    assert bits[1e-6] <= bits[0.1] <= bits[100.0] == 8
 
 
 def test_overrides_of_embedding_and_head_hold_under_bytes() -> None:
-    asked = [{"match": "*embed_tokens", "format": "int4"}, {"match": "lm_head", "format": "int8"}]
-    plan = plan_of(real_bits=4.0, overrides=asked)
+    overrides = [{"match": "*embed_tokens", "format": "int4"}, {"match": "lm_head", "format": "int8"}]
+    plan = plan_of(real_bits=4.0, overrides=overrides)
     assert (plan["model.embed_tokens"].formats, plan["lm_head"].formats) == (("int4",), ("int8",))
     assert 4.0 * (1 - 0.005) <= size_of(plan).real_bits <= 4.0
     limits = [{"match": "lm_head", "at_least": "int5"}, {"match": "*embed_tokens", "at_most": "int3"}]
@@ -426,20 +428,25 @@ def test_unmeasured_plans_are_interleaves_around_the_bits(
     settings: dict[str, Any], names: tuple[str, ...], granularity: str
 ) -> None:
     limits = [{"match": "*.q_proj", "at_least": "int2"}]
-    asked = Calibrate.model_validate({**settings, "granularity": granularity, "constraints": limits}, strict=False)
-    found = unmeasured(asked)
-    assert (found.plan, found.granularity, found.formats, found.constraints) == ("interleave", "row", names, ())
-    assert found.budget() == asked.budget()
-    plan = make_plan(SITES, found, None, None, size_of)
-    counted, value = asked.budget()
+    calibrate = Calibrate.model_validate({**settings, "granularity": granularity, "constraints": limits}, strict=False)
+    plain = unmeasured(calibrate)
+    assert (plain.plan, plain.granularity, plain.formats, plain.constraints) == (
+        "interleave",
+        "row",
+        names,
+        (),
+    )
+    assert plain.budget() == calibrate.budget()
+    plan = make_plan(TARGETS, plain, None, None, size_of)
+    counted, value = calibrate.budget()
     if counted == "bits":
         assert value * (1 - 0.005) <= plan.nominal_bits() <= value + 1e-9
 
 
 def test_other_strategies_need_no_measuring() -> None:
     for plan in ("interleave", "variance", "first"):
-        asked = Calibrate(bits=2.0, plan=plan)
-        assert unmeasured(asked) is asked
+        calibrate = Calibrate(bits=2.0, plan=plan)
+        assert unmeasured(calibrate) is calibrate
 
 
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
@@ -455,15 +462,15 @@ def test_other_strategies_need_no_measuring() -> None:
 def test_where_nothing_is_to_be_chosen_nothing_is_measured(
     settings: dict[str, Any], name: str, granularity: str
 ) -> None:
-    asked = Calibrate.model_validate({**settings, "granularity": granularity}, strict=False)
-    assert not measures(asked)
-    assert {matrix.formats for matrix in linears(make_plan(SITES, asked))} == {(name,)}
-    limited = asked.model_copy(update={"constraints": (Constraint(match="*.q_proj", at_most=name),)})
+    calibrate = Calibrate.model_validate({**settings, "granularity": granularity}, strict=False)
+    assert not measures(calibrate)
+    assert {matrix.formats for matrix in linears(make_plan(TARGETS, calibrate))} == {(name,)}
+    limited = calibrate.model_copy(update={"constraints": (Constraint(match="*.q_proj", at_most=name),)})
     assert measures(limited)  # they may not hold of the one format
 
 
 def test_what_is_missing_is_said() -> None:
     with pytest.raises(ValueError, match="no damages"):
-        make_plan(SITES, Calibrate(bits=2.0))
+        make_plan(TARGETS, Calibrate(bits=2.0))
     with pytest.raises(ValueError, match="what a plan takes"):
-        make_plan(SITES, Calibrate(real_bits=2.0), None, damages_of())
+        make_plan(TARGETS, Calibrate(real_bits=2.0), None, damages_of())

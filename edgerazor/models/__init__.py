@@ -1,6 +1,6 @@
-"""Model families: where the layers are, what they are for; loading teacher and student.
+"""Models of transformers: loading them, their structure, captures of their states, and the layer-by-layer pass.
 
-Nothing here is written per family. A decoder is recognised by its shape: a causal language model of transformers
+Nothing here is written per family. A decoder is recognised by its structure: a causal language model of transformers
 that holds one list of equal decoder layers, with `nn.Linear` inside, an input embedding and an output head.
 """
 

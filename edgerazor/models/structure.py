@@ -1,4 +1,4 @@
-"""Find what can be quantized in a decoder: its linear layers, embedding and head."""
+"""The structure of a decoder: the matrices that can be quantized, that is, linear layers, embedding and head."""
 
 from __future__ import annotations
 
@@ -12,18 +12,26 @@ from edgerazor.errors import UserError
 
 Kind = Literal["linear", "embedding", "head"]
 
-#: Largest share of the matrix weights that may stay in 16 bits before we refuse the model.
+#: Largest share of the matrix weights that may stay in 16 bits; models with more of them are refused.
 UNTOUCHED_LIMIT = 0.02
 
-#: What transformers calls the parameters of a mixture of experts ...
+#: Parts of the names that transformers gives to the parameters of a mixture of experts ...
 EXPERT_NAMES = ("expert", "router", "_moe.")
-#: ... and in configurations their number.
+#: ... and the names of their number in configurations.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True)
 class QuantTarget:
-    """A matrix that gets a low-bit format: its module's path, what it is, and its layer (0-based)."""
+    """A matrix that gets a low-bit format.
+
+    Attributes:
+        name: path of its module.
+        kind: what the matrix is.
+        layer: its decoder layer, from 0; None outside the decoder layers.
+        rows: output features, or tokens of the vocabulary.
+        columns: input features, or hidden size.
+    """
 
     name: str
     kind: Kind
@@ -38,7 +46,7 @@ class QuantTarget:
 
 @dataclass(frozen=True)
 class Structure:
-    """What a decoder is made of.
+    """Where the matrices of a decoder are.
 
     Attributes:
         layers_path: path of the list of decoder layers.
