@@ -216,7 +216,7 @@ def test_on_cuda_only_the_layer_in_work_is_there(make_model: ModelMaker, tmp_pat
         walk = calibrate.walk_of(made_of, "walk", some_batches())
         made.append(calibrate.observe(made_of.recipe, walk))
         walk.clear()
-        layers = made_of.teacher.get_submodule(walk.found.layers_path)
+        layers = made_of.teacher.get_submodule(walk.structure.layers_path)
         assert {parameter.device.type for parameter in layers.parameters()} == {"cpu"}
     for name, value in made[0].items():
         torch.testing.assert_close(made[1][name].cpu(), value, rtol=1e-2, atol=1e-3)
