@@ -278,7 +278,7 @@ def stored_input_scales(
     names = (*(site.name for site in found.linears), found.head_path)
     scales = {f"{name}.{formats.INPUT_SCALE}": (name, wanted.activation_bits) for name in names}
     if wanted.adaptive_tokens != "off":
-        for name in attention.decided_by(model):
+        for name in attention.deciding_layers(model):
             scales[f"{name}.{formats.LOW_INPUT_SCALE}"] = (name, attention.UNIMPORTANT_BITS)
     return scales
 
@@ -344,9 +344,9 @@ def check_attention(model: PreTrainedModel, wanted: Plan | Calibrate) -> None:
     Raises:
         UserError: the model's attention is not built for it.
     """
-    attention.check_cache(model, min(wanted.kv_bits, wanted.query_bits, wanted.probability_bits))
+    attention.check_attention_bits(model, min(wanted.kv_bits, wanted.query_bits, wanted.probability_bits))
     if wanted.adaptive_tokens != "off":
-        attention.decided_by(model)
+        attention.deciding_layers(model)
 
 
 def settings_of(plan: Plan, found: models.Structure, work: WorkDir | None) -> modules.Settings:

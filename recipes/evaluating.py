@@ -66,7 +66,7 @@ def ways(model: Path, packed: Path, threads: int) -> dict[str, Way]:
         return found, found.tokenizer, found.kernel if found.engine == "native" else f"engine: {found.engine}"
 
     def in_transformers() -> tuple[Any, Any, str]:
-        found, tokenizer = transformers_plugin.load(packed, keep_decoded=True)
+        found, tokenizer = transformers_plugin.load(packed, cache_decoded=True)
         return found, tokenizer, modules.kernels_of(found)
 
     def plain(dtype: torch.dtype) -> Callable[[], tuple[Any, Any, str]]:

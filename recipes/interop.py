@@ -327,7 +327,7 @@ def measure(case: Case, setting: Setting) -> Row:
         for name, lossy in (("gguf-f32", False), ("gguf-f16", True), (case.export, False))
     )
     exact = ours(dequantized(folder), rows, prompt)
-    rounded = ours(transformers_plugin.load(folder, keep_decoded=True)[0], rows, prompt)
+    rounded = ours(transformers_plugin.load(folder, cache_decoded=True)[0], rows, prompt)
     full_side, _ = theirs(Path(full.file), asked, setting, cache_bits=32)
     wide_side, said = theirs(Path(wide.file), asked, setting)
     narrow_side, _ = theirs(Path(narrow.file), asked, setting)

@@ -248,10 +248,10 @@ def opening_times(folder: Path) -> dict[str, float]:
     from transformers import AutoModelForCausalLM
 
     from edgerazor import transformers_plugin
-    from edgerazor.modules import PackedMatrix
+    from edgerazor.modules import PackedWeight
 
     def unread(model: torch.nn.Module) -> None:
-        matrices = [module for module in model.modules() if isinstance(module, PackedMatrix)]
+        matrices = [module for module in model.modules() if isinstance(module, PackedWeight)]
         assert matrices
         assert all(module.lazy._matrix is None for module in matrices), "a matrix was read before its first use"
 

@@ -112,7 +112,7 @@ def widths(name: str) -> list[str]:
 def fingerprint(case: Case, recipe: Recipe) -> str:
     """Identity of everything that decides a row, places and times left out."""
     settings = recipe.model_dump(mode="json", exclude={"model", "data", "bench", "compare"}, exclude_defaults=True)
-    files = ("formats", "formats/core", "allocate", "sensitivity/analysis.py", "losses/forward_kl.py")
+    files = ("formats", "formats/core", "allocate", "sensitivity", "losses/forward_kl.py")
     package = HERE.parent / "edgerazor"
     code = [
         file for name in files for file in ([package / name] if name.endswith(".py") else package.glob(f"{name}/*"))

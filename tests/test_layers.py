@@ -27,7 +27,7 @@ LAYERS = (
     {"formats", "losses"},
     {"recipe", "workdir", "console"},
     {"untrusted"},
-    {"registry", "locks", "terminal"},
+    {"registry", "locks", "terminal", "transformers_registration"},
     {"errors"},
 )
 HEIGHT = {room: len(LAYERS) - index for index, rooms in enumerate(LAYERS) for room in rooms}

@@ -131,13 +131,13 @@ def test_fixing_and_releasing_codes_change_nothing_that_is_computed(tied: bool, 
             assert matrix.scales is not None
             matrix.scales.mul_(torch.exp(0.2 * torch.randn_like(matrix.scales)))
     moved = logits(model)
-    with modules.frozen_codes(model) as digests:
+    with modules.encoded_once(model) as digests:
         fixed = dict(digests)
     modules.freeze_codes(model)  # a second time: nothing
     modules.unfreeze_codes(model)
     assert not torch.equal(moved, first)
     assert torch.equal(logits(model), moved)
-    with modules.frozen_codes(model) as digests:
+    with modules.encoded_once(model) as digests:
         assert digests == fixed
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     if tied:

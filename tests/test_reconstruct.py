@@ -30,14 +30,14 @@ def test_a_layer_alone_computes_what_it_does_in_the_model(make_model: ModelMaker
         with torch.no_grad(), models.capture_hidden(model, found, range(found.layer_count + 1)) as whole:
             model(input_ids=ids, use_cache=False)
         blocks = models.Blocks(model, found)
-        states = blocks.entering(ids)
+        states = blocks.inputs(ids)
         again = models.Blocks(model, found)
-        again.entering(ids + 1)
-        assert torch.equal(again.entering(ids), states)  # the second time nothing but the embedding is computed
+        again.inputs(ids + 1)
+        assert torch.equal(again.inputs(ids), states)  # the second time nothing but the embedding is computed
         for index in range(found.layer_count):
             assert torch.equal(states, whole[index])
             with torch.no_grad():
-                states = blocks.through(index, states)
+                states = blocks.forward_layer(index, states)
         assert torch.equal(states, whole[found.layer_count])
 
 

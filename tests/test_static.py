@@ -22,7 +22,7 @@ from edgerazor.allocate import Plan
 from edgerazor.errors import UserError
 from edgerazor.formats import MatrixSpec
 from edgerazor.kernels import reference
-from edgerazor.modules import FakeQuantLinear, SharedActivations
+from edgerazor.modules import FakeQuantLinear, InputScales, SharedActivations
 from edgerazor.workdir import WorkDir
 
 IDS = torch.randint(2, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -153,24 +153,26 @@ def test_all_kernels_take_a_stored_scale(columns: int, bits: int, monkeypatch: p
 
 def test_equal_scales_share_a_rounding_and_trained_ones_do_not() -> None:
     share, x = SharedActivations(8, 32), torch.randn(3, 64)
-    assert share(x, 0.1) is share(x, 0.1)
+    assert share(x, InputScales(0.1)) is share(x, InputScales(0.1))
     assert torch.equal(share(x, 0.2), formats.fake_quantize_static(x, 8, 0.2))
     assert torch.equal(share(x), formats.fake_quantize_activations(x, 8, 32))
     one, other = (nn.Parameter(torch.tensor(value)) for value in (0.1, 0.3))
-    assert torch.equal(share(x, one), share(x, 0.1))
-    assert torch.equal(share(x, other), formats.fake_quantize_static(x, 8, 0.3))
-    before = share(x, other)
-    assert share(x, other) is before
+    assert torch.equal(share(x, InputScales(one)), share(x, InputScales(0.1)))
+    assert torch.equal(share(x, InputScales(other)), formats.fake_quantize_static(x, 8, 0.3))
+    before = share(x, InputScales(other))
+    assert share(x, InputScales(other)) is before
     with torch.no_grad():
         other.mul_(2)
-    assert torch.equal(share(x, other), formats.fake_quantize_static(x, 8, 0.6000000238418579))
+    assert torch.equal(share(x, InputScales(other)), formats.fake_quantize_static(x, 8, 0.6000000238418579))
 
 
 def test_a_linear_layer_trains_the_scale_of_its_input() -> None:
     linear, x, upstream = nn.Linear(101, 33), weights(7, 101), weights(7, 33, seed=1)
     scale = nn.Parameter(torch.tensor(0.2))
     spec = MatrixSpec(("int4",), GROUP_SIZE)
-    module = FakeQuantLinear(linear.weight, linear.bias, spec, SharedActivations(4, GROUP_SIZE), None, scale)
+    module = FakeQuantLinear(
+        linear.weight, linear.bias, spec, SharedActivations(4, GROUP_SIZE), None, InputScales(scale)
+    )
     module(x).backward(upstream)
     again = torch.tensor(0.2, requires_grad=True)
     quantized = formats.fake_quantize_static(x, 4, again)
@@ -191,10 +193,10 @@ def test_a_packed_layer_takes_a_zero_point(bits: int, monkeypatch: pytest.Monkey
     expected = quantized.double() @ formats.decode_matrix(encoded, spec).double().T + bias
     for name in kernels.names():
         monkeypatch.setenv("EDGERAZOR_ISA", name)
-        for keep in (False, True):
+        for enabled in (False, True):
             lazy = modules.LazyMatrix(lambda: (encoded, spec), lambda: kernels.StoredMatrix(parts, spec, (9, 127)))
-            lazy.keep_decoded = keep
-            layer = modules.PackedLinear(lazy, bias, (9, 127), bits, 40, 0.11, input_zero_point=-5.0)
+            lazy.cache_decoded = enabled
+            layer = modules.PackedLinear(lazy, bias, (9, 127), bits, 40, InputScales(0.11, zero_point=-5.0))
             torch.testing.assert_close(layer(x).double(), expected, rtol=0, atol=1e-4, msg=name)
 
 
@@ -297,7 +299,7 @@ def test_keys_and_values_are_rounded_to_their_bits(bits: int) -> None:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
         plain = model(input_ids=IDS).logits
-        modules.quantize_cache(model, bits)
+        modules.quantize_attention(model, bits)
         rounded = model(input_ids=IDS).logits
     change = float((rounded - plain).norm() / plain.norm())
     assert 0.3 < change * (2 ** (bits - 1) - 1) < 3  # about half a step of each value, whatever the bits

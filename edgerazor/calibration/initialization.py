@@ -32,7 +32,7 @@ from edgerazor.console import Console
 from edgerazor.errors import UserError
 from edgerazor.formats import MatrixSpec
 from edgerazor.models import Blocks, PreTrainedModel, Structure
-from edgerazor.modules import FakeQuantLinear, Start
+from edgerazor.modules import FakeQuantLinear, InitialWeight
 from edgerazor.recipe import Recipe
 from edgerazor.workdir import WorkDir, write_atomically
 
@@ -62,7 +62,7 @@ class _SeenError(Exception):
 # --- reading -----------------------------------------------------------------------------------
 
 
-def stored(recipe: Recipe, work: WorkDir, plan: Plan) -> Callable[[str], Start] | None:
+def stored(recipe: Recipe, work: WorkDir, plan: Plan) -> Callable[[str], InitialWeight] | None:
     """What calibrate made.
 
     Args:
@@ -96,9 +96,9 @@ def stored(recipe: Recipe, work: WorkDir, plan: Plan) -> Callable[[str], Start] 
     if not names >= {matrix.name + SCALES for matrix in plan.matrices}:
         raise job.damaged(work.start_file)
 
-    def of(name: str) -> Start:
+    def of(name: str) -> InitialWeight:
         weight = file.get_tensor(name + WEIGHT) if name + WEIGHT in names else None
-        return Start(weight, file.get_tensor(name + SCALES))
+        return InitialWeight(weight, file.get_tensor(name + SCALES))
 
     return of
 
@@ -143,7 +143,9 @@ def write(recipe: Recipe, work: WorkDir, plan: Plan, rows: data.TokenRows, conso
     else:
         settings = replace(job.settings_of(plan, found, work), learned_scales=False)
         input_scales = job.input_scales(plan, model, found, work)
-        modules.prepare_for_training(model, found, specs, settings, input_scales=input_scales, start=starts.get)
+        modules.prepare_for_training(
+            model, found, specs, settings, input_scales=input_scales, initial_weight=starts.get
+        )
         starts |= compensated_linears(Blocks(model, found), batches, console)
     tensors = {name + SCALES: start.scales.cpu() for name, start in starts.items()}
     tensors |= {name + WEIGHT: start.weight.cpu() for name, start in starts.items() if start.weight is not None}
@@ -153,7 +155,7 @@ def write(recipe: Recipe, work: WorkDir, plan: Plan, rows: data.TokenRows, conso
 
 def clipped_ends(
     model: PreTrainedModel, found: Structure, specs: dict[str, MatrixSpec], batches: Sequence[data.Batch]
-) -> dict[str, Start]:
+) -> dict[str, InitialWeight]:
     """The embedding and the head, one matrix or two, of a model that is not rounded yet."""
     moment = final_moment(model, found, batches)
     both = 1 + moment / moment.mean().clamp(min=torch.finfo(moment.dtype).tiny)
@@ -161,7 +163,9 @@ def clipped_ends(
     starts = {}
     for site in (found.embedding, *((found.head,) if found.head else ())):
         weight = model.get_submodule(site.name).weight
-        starts[site.name] = Start(None, formats.search_scales(weight, specs[site.name], importance.get(site.name)))
+        starts[site.name] = InitialWeight(
+            None, formats.search_scales(weight, specs[site.name], importance.get(site.name))
+        )
     return starts
 
 
@@ -183,18 +187,18 @@ def clipped_linears(
     specs: dict[str, MatrixSpec],
     statistics: dict[str, Tensor],
     console: Console,
-) -> dict[str, Start]:
+) -> dict[str, InitialWeight]:
     """The linear layers, clipped by the second moments of their inputs in the teacher."""
     starts = {}
     with console.track("clipped start", len(found.linears)) as tracker:
         for site in found.linears:
             weight, moment = model.get_submodule(site.name).weight, statistics[f"input_second_moment/{site.name}"]
-            starts[site.name] = Start(None, formats.search_scales(weight, specs[site.name], moment))
+            starts[site.name] = InitialWeight(None, formats.search_scales(weight, specs[site.name], moment))
             tracker.advance()
     return starts
 
 
-def compensated_linears(blocks: Blocks, batches: Iterable[data.Batch], console: Console) -> dict[str, Start]:
+def compensated_linears(blocks: Blocks, batches: Iterable[data.Batch], console: Console) -> dict[str, InitialWeight]:
     """The linear layers, compensated one after the other, in place.
 
     Args:
@@ -209,7 +213,7 @@ def compensated_linears(blocks: Blocks, batches: Iterable[data.Batch], console: 
     names = {module: name for name, module in blocks.model.named_modules()}
     starts = {}
     flow = [
-        Sequences(blocks.entering(batch["input_ids"].to(device)).cpu(), batch["labels"] != data.MASKED)
+        Sequences(blocks.inputs(batch["input_ids"].to(device)).cpu(), batch["labels"] != data.MASKED)
         for batch in batches
     ]
     with console.track("compensated start", len(blocks.layers)) as tracker:
@@ -244,7 +248,7 @@ def in_order_of_use(blocks: Blocks, index: int, sequences: Sequences) -> list[li
     layer = blocks.layers[index]
     linears = [module for module in layer.modules() if isinstance(module, FakeQuantLinear)]
     with hooked(linears, note):
-        blocks.through(index, sequences.states.to(blocks.model.device))
+        blocks.forward_layer(index, sequences.states.to(blocks.model.device))
     if sum(map(len, groups)) < len(linears):
         raise UserError(
             f"Layer {index} of {type(blocks.model).__name__} has linear layers that it does not use.",
@@ -263,14 +267,14 @@ def input_hessian(blocks: Blocks, index: int, module: FakeQuantLinear, flow: Seq
         total.add_(x.T @ x)
         raise _SeenError
 
-    with hooked([module], add), modules.frozen_codes(blocks.layers[index]):
+    with hooked([module], add), modules.encoded_once(blocks.layers[index]):
         for current in flow:
             with contextlib.suppress(_SeenError):
-                blocks.through(index, current.states.to(device))
+                blocks.forward_layer(index, current.states.to(device))
     return total.div_(sum(int(sequences.counts.sum()) for sequences in flow))
 
 
-def compensate(module: FakeQuantLinear, hessian: Tensor, name: str) -> Start:
+def compensate(module: FakeQuantLinear, hessian: Tensor, name: str) -> InitialWeight:
     """Round a linear layer so, in place."""
     try:
         weight, scales = formats.gptq_quantize(module.weight, module.spec, hessian)
@@ -281,14 +285,14 @@ def compensate(module: FakeQuantLinear, hessian: Tensor, name: str) -> Start:
         ) from None
     module.weight = nn.Parameter(weight, requires_grad=False)
     module.scales = nn.Parameter(scales.float(), requires_grad=False)
-    return Start(weight, scales)
+    return InitialWeight(weight, scales)
 
 
 def move_on(blocks: Blocks, index: int, flow: Iterable[Sequences]) -> None:
     """Replace what enters a layer by what leaves it."""
-    with modules.frozen_codes(blocks.layers[index]):
+    with modules.encoded_once(blocks.layers[index]):
         for sequences in flow:
-            sequences.states = blocks.through(index, sequences.states.to(blocks.model.device)).cpu()
+            sequences.states = blocks.forward_layer(index, sequences.states.to(blocks.model.device)).cpu()
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from edgerazor import data, formats, models, untrusted
+from edgerazor import data, formats, models, sensitivity, untrusted
 from edgerazor import job as jobs
 from edgerazor.allocate import Plan, SensitivityTable, candidates_of, measures, shortfall
 from edgerazor.calibration import generated_text, initialization, observers
@@ -44,7 +44,6 @@ from edgerazor.errors import INTERRUPTED, UserError
 from edgerazor.models import PreTrainedModel, PreTrainedTokenizerBase
 from edgerazor.modules import attention
 from edgerazor.recipe import Recipe, Sampling
-from edgerazor.sensitivity import analysis
 from edgerazor.workdir import (
     WorkDir,
     digest_json,
@@ -204,24 +203,24 @@ class Job:
         """How many sequences sensitivity is asked to be estimated from; of little text there are fewer."""
         weights = sum(p.numel() for p in self.teacher.parameters())
         tokens = self.recipe.calibrate.sensitivity_tokens
-        return analysis.sequences_of(tokens or analysis.affordable_tokens(weights, self.device), self.length)
+        return sensitivity.sequences_of(tokens or sensitivity.affordable_tokens(weights, self.device), self.length)
 
     @functools.cached_property
-    def study(self) -> analysis.SensitivityAnalysis:
+    def study(self) -> sensitivity.SensitivityAnalysis:
         """The teacher, ready to be studied on some of the text."""
         settings = self.recipe.calibrate
         assert self.rows is not None
         batches = self.batches(min(self.studied_sequences, len(self.rows) or self.studied_sequences))
 
-        def walk(name: str, change: analysis.Change | None) -> models.LayerwisePass:
+        def walk(name: str, change: models.WeightTransform | None) -> models.LayerwisePass:
             return walk_of(self, f"sensitivity/{name}", batches, change)
 
-        return analysis.SensitivityAnalysis(
+        return sensitivity.SensitivityAnalysis(
             model=self.teacher,
-            found=self.found,
+            structure=self.found,
             logit_shape=self.logit_shape,
             batches=batches,
-            walk_of=walk,
+            make_pass=walk,
             folder=self.work.progress(NAME, "sensitivity"),
             names=candidates_of(settings),
             group_size=settings.group_size,
@@ -264,7 +263,7 @@ def statistics_in(path: Path, recipe: Recipe) -> dict[str, Tensor] | None:
         AttributeError,
     ):  # among them a format that was not measured
         return None
-    of_formats = ("damage/", analysis.ALONE)
+    of_formats = ("damage/", sensitivity.PER_MATRIX)
     return {name: value[needed] if name.startswith(of_formats) else value for name, value in tensors.items()}
 
 
@@ -302,9 +301,9 @@ def measure(job: Job) -> dict[str, Tensor]:
         study = job.study
         for estimate in estimates_of(recipe):
             moments = {site.name: tensors[f"input_second_moment/{site.name}"] for site in job.found.linears}
-            damages = study.hessian(moments) if estimate == "hessian" else getattr(study, estimate)()
+            damages = study.estimate(estimate, moments)
             tensors |= {f"damage/{estimate}/{name}": value.float().contiguous() for name, value in damages.items()}
-        tensors |= {analysis.ALONE + name: value.float() for name, value in study.alone().items()}
+        tensors |= {sensitivity.PER_MATRIX + name: value.float() for name, value in study.per_matrix().items()}
     if recipe.calibrate.adaptive_tokens == "causal":
         tensors["importance_threshold"] = find_thresholds(job, batches)
     return tensors
@@ -341,7 +340,7 @@ def decide(job: Job, tensors: dict[str, Tensor]) -> tuple[Plan, dict[str, Any]]:
             "rows": site.rows,
             "columns": site.columns,
             "damage": by_format(chosen.rows[site.name].sum(1)),
-            "alone": by_format(tensors[analysis.ALONE + site.name]),
+            "alone": by_format(tensors[sensitivity.PER_MATRIX + site.name]),
         }
         for site in job.found.targets
     ]
@@ -351,7 +350,7 @@ def decide(job: Job, tensors: dict[str, Tensor]) -> tuple[Plan, dict[str, Any]]:
         "tokens": study.tokens,
         "model": recipe.model,
         "tensors": tensors_said,
-        "kv": study.caches(),
+        "kv": study.measure_kv_caches(),
         "measured_kl": {estimate: float(f"{value:.5g}") for estimate, value in measured.items()},
     }
     return plans[best], said
@@ -367,7 +366,7 @@ def damages_of(recipe: Recipe, tensors: dict[str, Tensor]) -> list[SensitivityTa
             found.setdefault(estimate, {})[module] = value.double()
     asked = recipe.calibrate.sensitivity
     if asked == "auto":
-        found["combined"] = analysis.combined(found["fisher"], found["integrated"])
+        found["combined"] = sensitivity.combined(found["fisher"], found["integrated"])
     others = {name: value for name, value in found["fisher"].items() if len(value[0]) == 1}
     names = [asked] if asked != "auto" else ["fisher", "integrated", "combined"]
     return [SensitivityTable(name, metadata, {**others, **found[name]}, name != "hessian") for name in names]
@@ -389,7 +388,7 @@ def batches_of(recipe: Recipe, rows: data.TokenRows, sequences: int | None = Non
 
 
 def walk_of(
-    job: Job, name: str, batches: list[tuple[Tensor, Tensor]], change: analysis.Change | None = None
+    job: Job, name: str, batches: list[tuple[Tensor, Tensor]], change: models.WeightTransform | None = None
 ) -> models.LayerwisePass:
     """A walk of batches through the teacher, which goes on where one of the same name was killed."""
     dtype, folder = jobs.walking_dtype(job.teacher, job.device), job.work.progress(NAME, name)
@@ -401,10 +400,10 @@ def walk_of(
 
 def observe(recipe: Recipe, walk: models.LayerwisePass) -> dict[str, Tensor]:
     """Second moments of linear inputs, metrics of layers, and stored scales of inputs, as the file names them."""
-    moments, metrics = observers.SecondMoments(), observers.LayerMetrics(walk.found.layer_count, walk.final)
-    ranges = observers.InputRanges(walk.found.head_path)
-    wanted = jobs.stored_input_scales(recipe.calibrate, walk.model, walk.found)
-    walk.forward(moments, metrics, *([ranges] if wanted else []), keep=False, title="calibrate")
+    moments, metrics = observers.SecondMoments(), observers.LayerMetrics(walk.structure.layer_count, walk.final)
+    ranges = observers.InputRanges(walk.structure.head_path)
+    wanted = jobs.stored_input_scales(recipe.calibrate, walk.model, walk.structure)
+    walk.forward(moments, metrics, *([ranges] if wanted else []), keep_inputs=False, title="calibrate")
     tokens = sum(int(counts.sum()) for _, counts in walk.batches)
     tensors = {f"input_second_moment/{name}": value for name, value in moments.means(tokens).items()}
     tensors |= {f"layer_{metric}": values for metric, values in metrics.means(tokens).items()}
@@ -418,12 +417,12 @@ def find_thresholds(job: Job, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
 
     A walk of its own, since attention that shows its probabilities computes otherwise; the teacher keeps that.
     """
-    attention.decided_by(job.teacher)
+    attention.deciding_layers(job.teacher)
     tokens = attention.ImportantTokens(None)
-    attention.watch_tokens(job.teacher, tokens)
-    attention.quantize_cache(job.teacher, 16)
+    attention.attach_important_tokens(job.teacher, tokens)
+    attention.quantize_attention(job.teacher, 16)
     importance = observers.Importance(tokens)
-    walk_of(job, "importance", batches).forward(importance, keep=False, title="importance of tokens")
+    walk_of(job, "importance", batches).forward(importance, keep_inputs=False, title="importance of tokens")
     return importance.thresholds(attention.UNIMPORTANT_SHARE)
 
 
@@ -517,7 +516,7 @@ def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> CalibrateDryRun:
     if measures(recipe.calibrate):
         settings = recipe.calibrate
         sizes = len(candidates_of(settings)), len(found.linears), settings.sensitivity_points
-        walks = analysis.walks(estimates_of(recipe), *sizes)
+        walks = sensitivity.forward_passes(estimates_of(recipe), *sizes)
         sequences += walks * job.studied_sequences
     sequences += recipe.calibrate.sequences * initialization.PASSES[recipe.calibrate.init]
     seconds = walk.seconds(-(-sequences // batch))

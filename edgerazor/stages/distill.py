@@ -554,7 +554,7 @@ def make_student(
     settings: modules.Settings,
     input_scales: dict[str, float] | None,
     device: torch.device,
-    start: Callable[[str], modules.Start] | None = None,
+    start: Callable[[str], modules.InitialWeight] | None = None,
 ) -> PreTrainedModel:
     """A float32 copy of the teacher, or a random one for the control, with training modules in it.
 
@@ -763,7 +763,7 @@ def held_out_losses(job: Job) -> tuple[dict[str, float], dict[str, str]]:
     """In nats per token: `cross_entropy` and, where there is a teacher, `kl`; and the digests of the codes used."""
     job.student.eval()
     sums = {"cross_entropy": 0.0, "kl": 0.0, "tokens": 0.0}
-    with modules.frozen_codes(job.student) as digests:
+    with modules.encoded_once(job.student) as digests:
         for batch in data.sample_batches(job.held_out, job.settings.evaluate_sequences, job.settings.batch_size):
             for name, value in held_out_sums(job, batch).items():
                 sums[name] += value

@@ -312,8 +312,8 @@ def _load_packed(
                 return Subject(title, model, model.tokenizer), []
         del model
         notes = [note] if note else []
-        return Subject(title, *transformers_plugin.load(folder, dtype=torch.float32, keep_decoded=True)), notes
-    return Subject(title, *transformers_plugin.load(folder, str(device), torch.bfloat16, keep_decoded=True)), []
+        return Subject(title, *transformers_plugin.load(folder, dtype=torch.float32, cache_decoded=True)), notes
+    return Subject(title, *transformers_plugin.load(folder, str(device), torch.bfloat16, cache_decoded=True)), []
 
 
 def _beyond_greedy(model: runtime.Model, loaded: list[tasks.LoadedTask]) -> str | None:

@@ -306,7 +306,7 @@ class student_weights:  # noqa: N801 - used as a context manager, like those of 
         recipe: Recipe,
         work: WorkDir,
         teacher: models.PreTrainedModel,
-        start: Callable[[str], modules.Start] | None,
+        start: Callable[[str], modules.InitialWeight] | None,
     ) -> None:
         self.source, self.recipe, self.work, self.teacher, self.start = source, recipe, work, teacher, start
 

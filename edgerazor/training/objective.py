@@ -219,9 +219,9 @@ def open_models(student: PreTrainedModel, teacher: PreTrainedModel, structure: m
     """
     needed = looks(loss for _, loss in terms)
     if needed.attention:
-        models.open_attention(student)
-        models.open_attention(teacher)
-        models.check_attention(teacher, structure, needed.attention)
+        models.enable_attention_capture(student)
+        models.enable_attention_capture(teacher)
+        models.check_attention_capture(teacher, structure, needed.attention)
     check_alike(student, teacher, looks(loss for _, loss in terms if loss.needs_teacher))
 
 

@@ -121,27 +121,27 @@ def begin(
         if number % processes == accelerator.process_index:
             ids = batch["input_ids"].to(accelerator.device)
             with accelerator.autocast():
-                entering = ours.entering(ids).cpu()
-            steps[-1].append(BlockTargets(entering, theirs.entering(ids).cpu(), batch["labels"] != data.MASKED))
+                entering = ours.inputs(ids).cpu()
+            steps[-1].append(BlockTargets(entering, theirs.inputs(ids).cpu(), batch["labels"] != data.MASKED))
     return steps
 
 
 @torch.no_grad()
 def move_on(blocks: Blocks, index: int, lessons: Sequence[BlockTargets], which: str, accelerator: Accelerator) -> None:
     """Replace what enters a layer by what leaves it."""
-    with modules.frozen_codes(blocks.layers[index]), accelerator.autocast():
+    with modules.encoded_once(blocks.layers[index]), accelerator.autocast():
         for lesson in lessons:
             states = getattr(lesson, which).to(accelerator.device)
-            setattr(lesson, which, blocks.through(index, states).cpu())
+            setattr(lesson, which, blocks.forward_layer(index, states).cpu())
 
 
 @torch.no_grad()
 def relative_error(blocks: Blocks, index: int, lessons: Sequence[BlockTargets], accelerator: Accelerator) -> float:
     """Squared error of what leaves the student's layer, as a share of what is wanted, over all processes."""
     wrong = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    with modules.frozen_codes(blocks.layers[index]), accelerator.autocast():
+    with modules.encoded_once(blocks.layers[index]), accelerator.autocast():
         for lesson in lessons:
-            wrong += lesson.error(blocks.through(index, lesson.entering.to(accelerator.device)))
+            wrong += lesson.error(blocks.forward_layer(index, lesson.entering.to(accelerator.device)))
     return float(accelerator.reduce(wrong, "sum")) / total(lessons, accelerator)
 
 
@@ -172,7 +172,7 @@ def train(
         set_rate(optimizer, peak * falling(step / asked.steps))
         for lesson in steps[step % len(steps)]:
             with accelerator.autocast():
-                wrong = lesson.error(blocks.through(index, lesson.entering.to(accelerator.device)))
+                wrong = lesson.error(blocks.forward_layer(index, lesson.entering.to(accelerator.device)))
             (wrong / wholes[step % len(steps)]).backward()
         add_gradients(layer, accelerator)
         nn.utils.clip_grad_norm_(layer.parameters(), settings.clip)

@@ -1,4 +1,4 @@
-"""Hidden states of chosen decoder layers, taken where they leave the layers, and those that enter the head."""
+"""Hidden states of chosen decoder layers, captured where they leave the layers, and the inputs of the head."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from edgerazor.models.structure import Structure
 
 
 @contextlib.contextmanager
-def capture_hidden(model: nn.Module, found: Structure, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
-    """Fill a mapping with hidden states [B, T, H] during forward passes inside.
+def capture_hidden(model: nn.Module, structure: Structure, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
+    """Capture hidden states [B, T, H] in a mapping during forward passes inside the block.
 
-    Key 0 is what enters the first layer (the embedding's output), key l what leaves layer l, counted from 1.
+    Key 0 holds the inputs of the first layer (the embedding's output), key l the outputs of layer l, counted from 1.
     transformers' own `output_hidden_states` differs: its last entry is behind the final norm.
     """
     states: dict[int, Tensor] = {}
-    blocks: Any = model.get_submodule(found.layers_path)
+    blocks: Any = model.get_submodule(structure.layers_path)
 
-    def entering(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def capture_input(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         states[0] = args[0] if args else kwargs["hidden_states"]
 
-    def leaving(layer: int) -> Any:
+    def capture_output(layer: int) -> Any:
         def hook(_module: nn.Module, _args: tuple, output: Any) -> None:
             states[layer] = output[0] if isinstance(output, tuple) else output
 
@@ -37,9 +37,9 @@ def capture_hidden(model: nn.Module, found: Structure, layers: Iterable[int]) ->
     handles = []
     for layer in sorted(set(layers)):
         if layer == 0:
-            handles.append(blocks[0].register_forward_pre_hook(entering, with_kwargs=True))
+            handles.append(blocks[0].register_forward_pre_hook(capture_input, with_kwargs=True))
         else:
-            handles.append(blocks[layer - 1].register_forward_hook(leaving(layer)))
+            handles.append(blocks[layer - 1].register_forward_hook(capture_output(layer)))
     try:
         yield states
     finally:
@@ -49,40 +49,40 @@ def capture_hidden(model: nn.Module, found: Structure, layers: Iterable[int]) ->
 
 @contextlib.contextmanager
 def final_states(model: nn.Module, head_path: str) -> Iterator[list[Tensor]]:
-    """Collect what enters the head at a path, [B, T, H], in forward passes inside; no logits are computed.
+    """Capture the inputs of the head, [B, T, H], in a list during forward passes inside the block.
 
-    The model's own output is meaningless inside.
+    No logits are computed, so the model's own output has no meaning inside.
     """
     head = model.get_submodule(head_path)
     states: list[Tensor] = []
 
-    def keep(x: Tensor) -> Tensor:
+    def capture(x: Tensor) -> Tensor:
         states.append(x)
         return x[..., :1]  # what follows (caps, scales, casts) gets something small to work on
 
-    head.forward = keep
+    head.forward = capture
     try:
         yield states
     finally:
         del head.forward
 
 
-#: How far logits may lie from the model's own, as a share of the largest: what bfloat16 leaves.
+#: Largest difference between computed logits and the model's own, as a share of the largest logit: bfloat16's error.
 LOGIT_TOLERANCE = 0.02
 
 
 @torch.no_grad()
 def logit_shape(model: PreTrainedModel, head_path: str) -> tuple[float, float | None]:
-    """What a family does to the head's output: the factor of the logits, and their cap or None.
+    """What a family does to the output of the head: the factor of the logits, and their cap or None.
 
     Cohere multiplies (`logit_scale`), Granite divides (`logits_scaling`), Gemma 2 caps (`final_logit_softcapping`).
 
     Args:
         model: as it was loaded; computes a few tokens.
-        head_path: where its head is.
+        head_path: path of its head.
 
     Raises:
-        UserError: the model's own logits are not what these make of its hidden states.
+        UserError: factor and cap do not give the model's own logits from its hidden states.
     """
     config = model.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
@@ -93,8 +93,8 @@ def logit_shape(model: PreTrainedModel, head_path: str) -> tuple[float, float | 
     with final_states(model, head_path) as states:
         model(input_ids=ids, use_cache=False)
     head = model.get_submodule(head_path)
-    made = Head(head.weight, head.bias, *shape).logits(states[0][0])
-    if (made - own).abs().max() > LOGIT_TOLERANCE * own.abs().max():
+    computed = Head(head.weight, head.bias, *shape).logits(states[0][0])
+    if (computed - own).abs().max() > LOGIT_TOLERANCE * own.abs().max():
         raise UserError(
             f"{type(model).__name__} changes its logits in a way that is not understood, so no loss can be computed "
             "from its hidden states.",
