@@ -16,7 +16,7 @@ from typing import Any
 from edgerazor.errors import UserError, usage_error
 
 #: what one plugin of a package is called
-SINGULAR = {"formats": "format", "losses": "loss", "exporters": "export", "importers": "import"}
+SINGULAR = {"formats": "format", "losses": "loss", "exporters": "export", "importers": "import", "families": "family"}
 
 
 def names(package: str) -> list[str]:

@@ -18,11 +18,12 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from edgerazor import exporters, formats, models
+from edgerazor import exporters, families, formats, models
 from edgerazor.errors import USAGE, UserError
 from edgerazor.exporters import gguf as exporter
 from edgerazor.exporters.core import gguf_blocks as blocks
-from edgerazor.exporters.core import gguf_families as families
+from edgerazor.exporters.core.gguf_metadata import gguf_architecture, rope_factors
+from edgerazor.exporters.core.gguf_names import gguf_name, row_order
 from edgerazor.formats import Encoded, MatrixSpec
 from edgerazor.packed import PackedModel
 
@@ -222,6 +223,14 @@ def decoded(folder: Path) -> dict[str, Tensor]:
     return found | {name: each.float() for name, each in model.others().items()}
 
 
+def gguf_architecture_of(model_type: str) -> families.GgufArchitecture:
+    """A family's facts for GGUF."""
+    family = families.find(model_type)
+    assert family is not None
+    assert family.gguf is not None
+    return family.gguf
+
+
 def rotated_pairs(heads: int, size: int) -> list[int]:
     """Row of transformers at each place of llama.cpp's `llama`, by hand: a pair is i and i + size / 2 of a head."""
     return [
@@ -239,14 +248,14 @@ def test_every_tensor_of_every_family(family: str, variant: str, run: Run, packe
     result = export.write(model, tmp_path, plan)
     assert Path(result.file).stat().st_size == plan.bytes == result.bytes
     config = models.complete_config(folder)
-    found = families.family_of(config)
+    architecture = gguf_architecture(config)
     weights = decoded(folder)
     reader = read(Path(result.file))
     assert len(reader.tensors) == len(weights)
     by_name = {tensor.name: tensor for tensor in reader.tensors}
     for name, expected in weights.items():
-        tensor = by_name[families.target_name(found, name)]
-        if found.interleaved and (".q_proj." in name or ".k_proj." in name):
+        tensor = by_name[gguf_name(architecture, name)]
+        if architecture.interleaved_rope and (".q_proj." in name or ".k_proj." in name):
             heads = config["num_attention_heads"] if ".q_proj." in name else config["num_key_value_heads"]
             expected = expected[rotated_pairs(heads, 32)]
         got = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(expected.shape)
@@ -276,7 +285,7 @@ def test_ternary_of_whole_blocks(run: Run, packed: Any, tmp_path: Path) -> None:
 def test_rotation_of_neighbours_is_rotation_of_halves() -> None:
     """Scores of q and k are the same when rows are sorted and neighbours rotate as the halves did."""
     config = {"num_attention_heads": 2, "num_key_value_heads": 2, "hidden_size": 16, "model_type": "llama"}
-    order = families.row_order(families.FAMILIES["llama"], config, "blk.0.attn_q.weight")
+    order = row_order(gguf_architecture_of("llama"), config, "blk.0.attn_q.weight")
     assert order is not None
     assert order.tolist() == rotated_pairs(2, 8)
     draw = torch.Generator().manual_seed(0)
@@ -361,7 +370,7 @@ def test_rope_factors_of_llama_3() -> None:
     }
     config = LlamaConfig(head_dim=64, rope_parameters=scaling)
     expected, attention = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    factors = families.rope_factors(config.to_dict())
+    factors = rope_factors(config.to_dict())
     assert factors is not None
     plain = 500000.0 ** -(torch.arange(0, 64, 2).double() / 64)
     assert attention == 1.0
@@ -377,7 +386,7 @@ def test_scaled_positions(run: Run, packed: Any, tmp_path: Path) -> None:
     found = values(read(tmp_path / "linear"))
     assert (found["llama.rope.scaling.type"], found["llama.rope.scaling.factor"]) == ("linear", 2.0)
     tensor = next(each for each in read(tmp_path / "llama3").tensors if each.name == "rope_freqs.weight")
-    expected = families.rope_factors({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, **llama3}, **SHAPE})
+    expected = rope_factors({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, **llama3}, **SHAPE})
     assert expected is not None
     assert tensor.data.tolist() == expected.tolist()
 
@@ -388,7 +397,7 @@ def test_scaled_positions(run: Run, packed: Any, tmp_path: Path) -> None:
 def refusal(**config: Any) -> str:
     complete = family_config("llama").to_dict() | config
     with pytest.raises(UserError) as refused:
-        families.family_of(complete)
+        gguf_architecture(complete)
     return refused.value.message
 
 
@@ -409,8 +418,8 @@ def test_what_llama_cpp_would_leave_out_is_refused() -> None:
         ("llama", "model.layers.1.mlp.extra.weight"),
     ):
         with pytest.raises(UserError, match=f"reads no tensor {name}"):
-            families.target_name(families.FAMILIES[family], name)
-    assert families.target_name(families.FAMILIES["llama"], "model.layers.3.mlp.up_proj.bias") == "blk.3.ffn_up.bias"
+            gguf_name(gguf_architecture_of(family), name)
+    assert gguf_name(gguf_architecture_of("llama"), "model.layers.3.mlp.up_proj.bias") == "blk.3.ffn_up.bias"
 
 
 def test_rounding_is_refused_by_name(run: Run, packed: Any, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from conftest import sentences
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from edgerazor.runtime.text import PATIENCE, REPLACEMENT, Detokenizer, Stops
+from edgerazor.runtime.detokenizer import PATIENCE, REPLACEMENT, Detokenizer, Stops
 
 TEXTS = [
     sentences(5, seed=4),

@@ -27,11 +27,13 @@ from torch import Tensor
 
 from edgerazor import __version__, models, untrusted, workdir
 from edgerazor.exporters.core import gguf_blocks as blocks
-from edgerazor.exporters.core import gguf_families as families
 from edgerazor.exporters.core import gguf_tokens as tokens
 from edgerazor.exporters.core.base import Export, ExportPlan, ExportResult, PlannedTensor, refuse_lossy
 from edgerazor.exporters.core.gguf_blocks import Misfit
+from edgerazor.exporters.core.gguf_metadata import add_metadata, context_length, gguf_architecture, rope_factors
+from edgerazor.exporters.core.gguf_names import ROPE_FACTORS, file_order, gguf_name, row_order
 from edgerazor.exporters.core.gguf_sizes import causes
+from edgerazor.families import GgufArchitecture
 from edgerazor.formats import INPUT_SCALE, OF_INPUTS
 from edgerazor.packed import PackedModel, TensorClass, has_zero_points
 
@@ -49,14 +51,14 @@ class Subject:
     Attributes:
         model: the packed model.
         config: its whole configuration.
-        family: its architecture.
+        architecture: what llama.cpp makes of it.
         vocabulary: its tokenizer.
         others: tensors that are not quantized; under an empty name, factors of its rotary frequencies, if any.
     """
 
     model: PackedModel
     config: dict[str, Any]
-    family: families.Family
+    architecture: GgufArchitecture
     vocabulary: tokens.Vocabulary
     others: dict[str, Tensor]
 
@@ -64,12 +66,12 @@ class Subject:
     def of(cls, model: PackedModel) -> Subject:
         """UserError where llama.cpp does not know such a model."""
         config = models.complete_config(model.folder)
-        family = families.family_of(config)
+        architecture = gguf_architecture(config)
         others = model.others()
-        factors = families.rope_factors(config)
+        factors = rope_factors(config)
         if factors is not None:
             others[""] = factors
-        return cls(model, config, family, _vocabulary(model.folder, config), others)
+        return cls(model, config, architecture, _vocabulary(model.folder, config), others)
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Gguf(Export):
     def check(self, folder: Path) -> None:
         """Family and tokenizer."""
         config = models.complete_config(folder)
-        families.family_of(config)
+        gguf_architecture(config)
         _vocabulary(folder, config)
 
     def plan(self, model: PackedModel) -> ExportPlan:
@@ -233,10 +235,10 @@ def _sources(subject: Subject) -> list[Source]:
     matrices = {f"{name}.weight": name for name in subject.model.header.matrices}
     found = []
     for name in (*matrices, *(each for each in subject.others if each.rpartition(".")[2] not in OF_INPUTS)):
-        target = families.target_name(subject.family, name) if name else families.ROPE_FACTORS
-        order = families.row_order(subject.family, subject.config, target)
+        target = gguf_name(subject.architecture, name) if name else ROPE_FACTORS
+        order = row_order(subject.architecture, subject.config, target)
         found.append(Source(name, target, matrices.get(name), order))
-    return sorted(found, key=lambda source: families.place(source.target))
+    return sorted(found, key=lambda source: file_order(source.target))
 
 
 def _tensor_bytes(subject: Subject, source: Source, planned: PlannedTensor) -> blocks.Bytes:
@@ -256,14 +258,14 @@ def _tensor_bytes(subject: Subject, source: Source, planned: PlannedTensor) -> b
 
 def _begin(path: Path, subject: Subject, tensors: Sequence[PlannedTensor]) -> gguf.GGUFWriter:
     """A file with all but the data of the tensors."""
-    writer = gguf.GGUFWriter(path, subject.family.architecture)
+    writer = gguf.GGUFWriter(path, subject.architecture.name)
     teacher = subject.model.header.provenance.get("teacher")
     name = teacher.get("name") if isinstance(teacher, dict) else None
     writer.add_name(str(name or "model").rstrip("/").split("/")[-1])
     writer.add_description(f"written by edgerazor {__version__} from codes and scales")
     writer.add_file_type(_file_type(tensors))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    families.add_metadata(writer, subject.config)
+    add_metadata(writer, subject.architecture, subject.config)
     subject.vocabulary.add_to(writer)
     for tensor in tensors:
         shape = _byte_shape(subject, tensor)
@@ -333,7 +335,7 @@ def _notes(subject: Subject) -> Iterator[str]:
     if any(name.endswith(INPUT_SCALE) for name in subject.others):
         what = "scales and zero points" if has_zero_points(subject.others) else "scales"
         yield f"Stored {what} of inputs are left out: llama.cpp finds a scale for each block of inputs itself."
-    yield from filter(None, [families.context_length(subject.config)[1]])
+    yield from filter(None, [context_length(subject.architecture, subject.config)[1]])
     yield from subject.vocabulary.notes
 
 

@@ -24,10 +24,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgerazor import models, untrusted, workdir
+from edgerazor import families, models, untrusted, workdir
 from edgerazor.errors import UserError, plain
-from edgerazor.exporters.core import gguf_families as families
 from edgerazor.exporters.core import gguf_tokens as tokens
+from edgerazor.exporters.core.gguf_metadata import gguf_architecture, rope_factors
+from edgerazor.exporters.core.gguf_names import ROPE_FACTORS, gguf_name, row_order
 from edgerazor.importers.core.base import Importer, Integers, MisfitError, Source, Stored
 from edgerazor.importers.core.gguf_file import MAGIC, TYPES, GgufFile
 
@@ -64,16 +65,16 @@ class GgufSource(Source):
         self.rebuilt = not (self.folder / "config.json").is_file()
         architecture = str(file.metadata.get("general.architecture"))
         self.config = rebuilt_config(file, architecture) if self.rebuilt else models.complete_config(self.folder)
-        self.family = families.family_of(self.config)
-        if self.family.architecture != architecture:
-            other = self.family.architecture
+        self.architecture = gguf_architecture(self.config)
+        if self.architecture.name != architecture:
             raise UserError(
-                f"{file.path} is a {architecture} model, but the config.json beside it is of a {other} one.",
+                f"{file.path} is a {architecture} model, but the config.json beside it is of a "
+                f"{self.architecture.name} one.",
                 "Move one of them to another folder.",
             )
-        known = {families.target_name(self.family, name): name for name in _every_name(self.config)}
+        known = {gguf_name(self.architecture, name): name for name in _every_name(self.config)}
         self.targets = {known[name]: name for name in file.tensors if name in known}
-        unknown = sorted(file.tensors.keys() - known.keys() - {families.ROPE_FACTORS})
+        unknown = sorted(file.tensors.keys() - known.keys() - {ROPE_FACTORS})
         if unknown:
             raise UserError(f"{file.path} has the tensor {unknown[0]}, which no {architecture} model has here.")
         self.notes = ("Configuration rebuilt from metadata.",) if self.rebuilt else ()
@@ -91,7 +92,7 @@ class GgufSource(Source):
         target = self.targets[name]
         tensor, kind = self.file.tensors[target], self.file.type_name(target)
         blocks = self.file.blocks(target)
-        order = families.row_order(self.family, self.config, target)
+        order = row_order(self.architecture, self.config, target)
         back = None if order is None else torch.argsort(order)
         if kind in FLOATS:
             values = torch.from_numpy(np.array(blocks)).view(FLOATS[kind]).reshape(tensor.shape)
@@ -142,8 +143,9 @@ def rebuilt_config(file: GgufFile, architecture: str) -> dict[str, Any]:
     Raises:
         UserError: of a family that is not known, incomplete, or with positions that metadata does not describe.
     """
-    if architecture not in {family.architecture for family in families.FAMILIES.values()}:
-        known = ", ".join(sorted({family.architecture for family in families.FAMILIES.values()}))
+    model_types = [model_type for model_type, name in families.with_gguf().items() if name == architecture]
+    if not model_types:
+        known = ", ".join(sorted(set(families.with_gguf().values())))
         raise UserError(
             f"{file.path} is of the architecture {plain(architecture)}, and only {known} can be read from GGUF.",
             "Round the original model, from the folder or hub id that the file was made of: `edgerazor pack MODEL "
@@ -155,7 +157,7 @@ def rebuilt_config(file: GgufFile, architecture: str) -> dict[str, Any]:
         raise file.damaged("it has fewer tensors than layers")
     head = get.number("attention.key_length", get.number("rope.dimension_count", width // heads))
     config: dict[str, Any] = {
-        "model_type": architecture,
+        "model_type": architecture if architecture in model_types else model_types[0],
         "vocab_size": file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in file.tensors else 0,
         "hidden_size": width,
         "intermediate_size": get.number("feed_forward_length"),
@@ -218,16 +220,16 @@ def _rope(get: _Metadata) -> dict[str, Any]:
 
 def _check_factors(file: GgufFile, config: dict[str, Any]) -> None:
     """Take positions scaled as in the Llama 3 models from their factors, in place; refuse other factors."""
-    if families.ROPE_FACTORS not in file.tensors:
+    if ROPE_FACTORS not in file.tensors:
         return
-    if file.type_name(families.ROPE_FACTORS) != "F32":
-        raise file.damaged(f"{families.ROPE_FACTORS} is not F32")
-    stored = torch.from_numpy(np.array(file.blocks(families.ROPE_FACTORS))).view(torch.float32).flatten()
+    if file.type_name(ROPE_FACTORS) != "F32":
+        raise file.damaged(f"{ROPE_FACTORS} is not F32")
+    stored = torch.from_numpy(np.array(file.blocks(ROPE_FACTORS))).view(torch.float32).flatten()
     for factor in (8.0, 32.0):  # Llama 3.1, 3.2
         parameters = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
         tried = {**config["rope_parameters"], **parameters, "original_max_position_embeddings": 8192}
         tried["rope_type"] = "llama3"
-        factors = families.rope_factors({**config, "rope_parameters": tried})
+        factors = rope_factors({**config, "rope_parameters": tried})
         if factors is not None and factors.shape == stored.shape and torch.allclose(factors, stored, rtol=1e-5):
             config["rope_parameters"] = tried
             return

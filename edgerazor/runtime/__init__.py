@@ -1,7 +1,7 @@
 """Packed models, running: logits, scores of continuations, sequences with a cache.
 
 Two engines compute the same. `native` is a decoder in C++ from the embedding to the head; it knows the families of
-`_families.py`. `transformers` knows every model and every setting; `Model.note` then says why it had to be.
+`edgerazor/families`. `transformers` knows every model and every setting; `Model.note` then says why it had to be.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from edgerazor import transformers_plugin
 from edgerazor.errors import MOST_THREADS, plain, usage_error
 from edgerazor.runtime.engine import Model, Score, Session
-from edgerazor.runtime.families import NotNativeError
 from edgerazor.runtime.generation import Chat, Generation, Stream
 from edgerazor.runtime.native_model import NativeModel
-from edgerazor.runtime.positions import max_positions
+from edgerazor.runtime.network import NotNativeError
+from edgerazor.runtime.rope import max_positions
 from edgerazor.runtime.transformers_model import TransformersModel
 
 __all__ = [

@@ -17,8 +17,8 @@ from edgerazor.data import Conversation
 from edgerazor.errors import UserError, usage_error
 from edgerazor.models import PreTrainedTokenizerBase
 from edgerazor.recipe import Generate
+from edgerazor.runtime.detokenizer import Detokenizer, Stops
 from edgerazor.runtime.sampling import Sampler
-from edgerazor.runtime.text import Detokenizer, Stops
 from edgerazor.untrusted import vocabulary
 from edgerazor.untrusted.tokenizer import reading
 

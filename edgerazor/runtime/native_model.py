@@ -15,14 +15,15 @@ from torch import Tensor
 
 from edgerazor import kernels, transformers_plugin
 from edgerazor.errors import UserError, plain
+from edgerazor.families import EMBEDDING, HEAD
 from edgerazor.kernels import native
 from edgerazor.kernels.decoder import Decoder, NotFiniteError, OtherProcessError, Run, round_up
 from edgerazor.models import load_tokenizer
 from edgerazor.packed import PackedModel
 from edgerazor.runtime.engine import Asked, Model, Score, Session, score_whole
-from edgerazor.runtime.families import EMBEDDING, HEAD, family_of, matrix_names, network
-from edgerazor.runtime.positions import Rotary, max_positions
-from edgerazor.runtime.weights import load_matrices, matrix_bytes
+from edgerazor.runtime.network import build_network, matrix_names, native_architecture
+from edgerazor.runtime.rope import Rotary, max_positions
+from edgerazor.runtime.weight_memory import load_matrices, matrix_bytes
 from edgerazor.untrusted import vocabulary
 
 #: Tokens that are computed in one call, as many as the decoder takes through its layers at a time.
@@ -64,13 +65,13 @@ class NativeModel(Model):
     def __init__(self, packed: PackedModel, config: Any, threads: int, mapped: bool) -> None:
         settings = getattr(config, "quantization_config", None) or {}
         transformers_plugin.check_settings(SimpleNamespace(**settings), packed)
-        family = family_of(config, packed)
+        architecture = native_architecture(config, packed)
         self.folder, self.threads = packed.folder, threads
         self._kernel = kernels.name()
         matrices = load_matrices(packed, matrix_names(config, packed), mapped, self._kernel in kernels.EXPANDED)
         with _plainly(packed):
-            self.rotary = Rotary(config, family.rotary)
-            self.network = network(config, family, packed, matrices, self.rotary.features)
+            self.rotary = Rotary(config, architecture.rotary_class)
+            self.network = build_network(config, architecture, packed, matrices, self.rotary.features)
             self.network.check()
         self.tokenizer = load_tokenizer(packed.folder)
         vocabulary.limit(self.tokenizer, self.network.vocabulary)

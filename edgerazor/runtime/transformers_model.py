@@ -17,7 +17,7 @@ from torch import Tensor
 from edgerazor import models, modules, transformers_plugin
 from edgerazor.packed import PackedModel, size_table
 from edgerazor.runtime.engine import Asked, Model, Score, Session, score_whole
-from edgerazor.runtime.positions import max_positions
+from edgerazor.runtime.rope import max_positions
 
 
 class TransformersModel(Model):
