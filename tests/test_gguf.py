@@ -32,22 +32,22 @@ COLUMNS = (32, 40, 96, 256, 300, 352, 768)
 TYPES = {block.type.name: block for block in blocks.BLOCKS}
 
 
-def smallest(matrix: blocks.Matrix) -> str:
+def smallest(matrix: blocks.BlockMatrix) -> str:
     """The type that the exporter chooses."""
     tests: exporter.Tests = [
         (each.type, lambda each=each: blocks.check_blocks(each, matrix))  # type: ignore[misc]
-        for each in exporter.EXPORT.blocks
+        for each in exporter.EXPORTER.blocks
     ]
     tests += [
         (each, lambda each=each: blocks.check_floats(each, matrix))  # type: ignore[misc]
-        for each in exporter.EXPORT.floats
+        for each in exporter.EXPORTER.floats
     ]
     chosen, reason = exporter._smallest(tests)
     assert reason == ""
     return chosen.name
 
 
-def dequantized(name: str, matrix: blocks.Matrix) -> np.ndarray:
+def dequantized(name: str, matrix: blocks.BlockMatrix) -> np.ndarray:
     """What gguf reads from what we write."""
     kind = gguf.GGMLQuantizationType[name]
     written = (
@@ -79,13 +79,13 @@ def test_every_format_and_geometry_is_exact(name: str) -> None:
             random_encoded(spec, 5, cols, seed),
             formats.encode_matrix(torch.randn(5, cols, generator=torch.Generator().manual_seed(seed)), spec),
         ):
-            matrix = blocks.Matrix(encoded, spec)
+            matrix = blocks.BlockMatrix(encoded, spec)
             expected = formats.decode_matrix(encoded, spec).numpy()
             assert (dequantized(smallest(matrix), matrix) == expected).all(), (group, cols)
             for kind, block in TYPES.items():
                 try:
                     blocks.check_blocks(block, matrix)
-                except blocks.Misfit:
+                except blocks.InexactError:
                     continue
                 assert (dequantized(kind, matrix) == expected).all(), (group, cols, kind)
 
@@ -118,21 +118,23 @@ CHOSEN = {
 def test_the_smallest_exact_type(name: str, group: int, cols: int) -> None:
     spec = MatrixSpec((name,), group)
     encoded = formats.encode_matrix(torch.randn(40, cols, generator=torch.Generator().manual_seed(3)), spec)
-    assert smallest(blocks.Matrix(encoded, spec)) == CHOSEN[name, group, cols]
+    assert smallest(blocks.BlockMatrix(encoded, spec)) == CHOSEN[name, group, cols]
 
 
 def test_types_follow_what_is_there_and_not_its_name() -> None:
     """Equal scales of small groups are one scale; codes that int4 has but a matrix does not use cost nothing."""
     spec = MatrixSpec(("ternary",), 64)
     codes = torch.randint(-1, 2, (4, 256), dtype=torch.int8)
-    matrix = blocks.Matrix(Encoded(codes, torch.full((4, 4), 0.25, dtype=torch.float16)), spec)
+    matrix = blocks.BlockMatrix(Encoded(codes, torch.full((4, 4), 0.25, dtype=torch.float16)), spec)
     assert smallest(matrix) == "TQ1_0"
     zeros = torch.tensor([[0.25, 0.0, 0.25, 0.25]], dtype=torch.float16).expand(4, 4)
     silent = codes.clone()
     silent[:, 64:128] = 0
-    assert smallest(blocks.Matrix(Encoded(silent, zeros), spec)) == "TQ1_0"
-    assert smallest(blocks.Matrix(Encoded(codes, torch.rand(4, 1).half()), MatrixSpec(("int8",), 256))) == "TQ1_0"
-    assert smallest(blocks.Matrix(Encoded(codes - 1, torch.rand(4, 1).half()), MatrixSpec(("int8",), 256))) == "Q2_K"
+    assert smallest(blocks.BlockMatrix(Encoded(silent, zeros), spec)) == "TQ1_0"
+    assert smallest(blocks.BlockMatrix(Encoded(codes, torch.rand(4, 1).half()), MatrixSpec(("int8",), 256))) == "TQ1_0"
+    assert (
+        smallest(blocks.BlockMatrix(Encoded(codes - 1, torch.rand(4, 1).half()), MatrixSpec(("int8",), 256))) == "Q2_K"
+    )
 
 
 def test_half_of_the_smallest_scale_is_no_fp16_number() -> None:
@@ -140,8 +142,8 @@ def test_half_of_the_smallest_scale_is_no_fp16_number() -> None:
     spec = MatrixSpec(("int2",), 256)
     scales = torch.tensor([[2.0**-14], [2.0**-23], [3 * 2.0**-24]], dtype=torch.float16)
     encoded = Encoded(torch.randint(-2, 2, (3, 256), dtype=torch.int8), scales)
-    matrix = blocks.Matrix(encoded, spec)
-    assert smallest(blocks.Matrix(Encoded(encoded.codes[:2], scales[:2]), spec)) == "Q2_K"
+    matrix = blocks.BlockMatrix(encoded, spec)
+    assert smallest(blocks.BlockMatrix(Encoded(encoded.codes[:2], scales[:2]), spec)) == "Q2_K"
     kind = smallest(matrix)
     assert kind in ("BF16", "F32")
     assert (dequantized(kind, matrix) == formats.decode_matrix(encoded, spec).numpy()).all()
@@ -159,7 +161,7 @@ def test_rows_and_blocks_of_two_formats(pair: tuple[str, str]) -> None:
         ):
             encoded = formats.encode_matrix(torch.randn(6, cols, generator=draw), spec)
             order = torch.randperm(6, generator=draw)
-            matrix = blocks.Matrix(encoded, spec, order)
+            matrix = blocks.BlockMatrix(encoded, spec, order)
             expected = formats.decode_matrix(encoded, spec)[order].numpy()
             kind = smallest(matrix)
             assert (dequantized(kind, matrix) == expected).all()
@@ -170,7 +172,7 @@ def test_rows_and_blocks_of_two_formats(pair: tuple[str, str]) -> None:
 def test_large_matrices_are_written_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = MatrixSpec(("ternary",), 256)
     encoded = formats.encode_matrix(torch.randn(33, 512, generator=torch.Generator().manual_seed(1)), spec)
-    matrix = blocks.Matrix(encoded, spec, torch.arange(33).flip(0))
+    matrix = blocks.BlockMatrix(encoded, spec, torch.arange(33).flip(0))
     whole = blocks.write_blocks(TYPES["TQ1_0"], matrix)
     monkeypatch.setattr(blocks, "CHUNK", 2048)
     assert len(list(matrix.rows())) == 9
@@ -447,7 +449,7 @@ def test_size_is_explained(run: Run, packed: Any) -> None:
         ("--bits", 1.58, "--group-size", 40): (16, "groups of 40 weights are no multiple of 32", "--group-size 256"),
     }
     for options, (count, cause, remedy) in remedies.items():
-        plan = exporter.EXPORT.plan(PackedModel.open(packed(run, "llama", options, **shape)))
+        plan = exporter.EXPORTER.plan(PackedModel.open(packed(run, "llama", options, **shape)))
         assert plan.real_bits > 1.1 * plan.packed_real_bits
         (said,) = [each for each in plan.causes if cause in each]
         assert said.startswith(f"{count} matrices take ")

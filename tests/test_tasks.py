@@ -507,14 +507,14 @@ def test_an_engine_is_asked_for_the_same_tokens_and_for_few() -> None:
         plain.loglikelihood(instances("loglikelihood", PAIRS))
         engine = Engine(model, tokenizer)
         EngineScorer(engine, tokenizer, 4, Console(quiet=True), "tiny").loglikelihood(instances("loglikelihood", PAIRS))
-    (asked,) = engine.asked
+    (requests,) = engine.score_requests
     found = [
-        ([*each.prefix, *tokens][:-1], tokens[-count:])
-        for each in asked
-        for tokens, count in zip(each.continuations, each.counts, strict=True)
+        ([*request.prefix, *tokens][:-1], tokens[-count:])
+        for request in requests
+        for tokens, count in zip(request.continuations, request.counts, strict=True)
     ]
     assert sorted(found) == sorted(expected)
-    computed = sum(len(each.prefix) + sum(len(c) - 1 for c in each.continuations) for each in asked)
+    computed = sum(len(r.prefix) + sum(len(c) - 1 for c in r.continuations) for r in requests)
     assert computed < 0.6 * sum(len(tokens) for tokens, _ in expected)  # truncated ones share nothing
 
 
@@ -532,9 +532,9 @@ def test_examples_before_all_prompts_are_computed_once(monkeypatch: pytest.Monke
             engine = Engine(model, tokenizer)
             found = scorer_.EngineScorer(engine, tokenizer, 4, Console(quiet=True), "tiny").loglikelihood(requests)
             assert found == [(pytest.approx(value, abs=1e-4), greedy) for value, greedy in expected]
-            assert [len(each) for each in engine.asked] == [1] * calls
+            assert [len(each) for each in engine.score_requests] == [1] * calls
     whole = tokenizer(f"{TEXT}\n\nWhere is ").input_ids
-    assert {tuple(call[0].prefix[: len(whole) - 1]) for call in engine.asked} == {tuple(whole[:-1])}
+    assert {tuple(call[0].prefix[: len(whole) - 1]) for call in engine.score_requests} == {tuple(whole[:-1])}
 
 
 @pytest.mark.parametrize("ends", [1, [1, 40]])

@@ -10,7 +10,7 @@ from conftest import sentences
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from edgerazor.runtime.detokenizer import PATIENCE, REPLACEMENT, Detokenizer, Stops
+from edgerazor.runtime.detokenizer import PATIENCE, REPLACEMENT, Detokenizer, StopStrings
 
 TEXTS = [
     sentences(5, seed=4),
@@ -114,7 +114,7 @@ def test_the_text_ends_before_the_stop_string_however_it_comes() -> None:
     for _ in range(2000):
         text = "".join(draw.choices("abc\n", k=draw.randint(0, 12)))
         stops = ["".join(draw.choices("abc\n", k=draw.randint(1, 4))) for _ in range(draw.randint(0, 3))]
-        stream, said, rest = Stops(stops), "", text
+        stream, said, rest = StopStrings(stops), "", text
         while rest and not stream.found:
             count = draw.randint(1, 5)
             said += stream.push(rest[:count])
@@ -125,12 +125,12 @@ def test_the_text_ends_before_the_stop_string_however_it_comes() -> None:
 
 
 def test_only_what_may_be_a_beginning_waits() -> None:
-    stream = Stops(["\nUser:", "\n\n"])
+    stream = StopStrings(["\nUser:", "\n\n"])
     assert [stream.push(each) for each in ("Hi\n", "U", "s", "a\n", "\nmore")] == ["Hi", "", "", "\nUsa", ""]
     assert stream.found
     assert stream.push("more") == stream.finish() == ""
-    plain = Stops([])
+    plain = StopStrings([])
     assert plain.push("abc") == "abc"
-    open_end = Stops(["abc"])
+    open_end = StopStrings(["abc"])
     assert open_end.push("xab") + open_end.finish() == "xab"
     assert not open_end.found

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from edgerazor import formats
 from edgerazor.exporters.core import integers
-from edgerazor.exporters.core.grouped import GroupedExport, Layout
+from edgerazor.exporters.core.grouped import GroupedExporter, Layout
 from edgerazor.exporters.core.integers import Integers
 from edgerazor.packed import PackedModel, TensorSpec
 
 
-class CompressedTensors(GroupedExport):
+class CompressedTensors(GroupedExporter):
     """Layers of one layout form one config group."""
 
     name = "compressed-tensors"
@@ -92,4 +92,4 @@ def _weights(bits: int, group_size: int | None) -> dict[str, Any]:
     }
 
 
-EXPORT = CompressedTensors()
+EXPORTER = CompressedTensors()

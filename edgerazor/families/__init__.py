@@ -1,8 +1,8 @@
 """Model families: what an architecture has beyond the common decoder. Each file here is one model type of transformers.
 
 The file is named after `model_type` in config.json and offers one `FAMILY`, which says what the native engine and the
-GGUF files need to know of the architecture; so a new family is one new file. `core/base.py` explains what a family says.
-An architecture without a file here runs in transformers all the same, only more slowly.
+GGUF files need to know of the architecture; so a new family is one new file. `core/base.py` explains what a family
+says. An architecture without a file here runs in transformers all the same, only more slowly.
 """
 
 from edgerazor.families.core.base import (
