@@ -247,7 +247,7 @@ def fingerprint(teacher: Teacher, method: Method, bits: float, setting: Setting)
     settings = recipe.model_dump(mode="json", exclude={"model", "data", "bench", "compare"}, exclude_defaults=True)
     settings["eval"].pop("against", None)
     settings["distill"] = settings["distill"] if method.trains else None
-    request = tasks.Request(teacher.tasks, None, setting.limit, None, False, recipe.seed)
+    request = tasks.TaskRequest(teacher.tasks, None, setting.limit, None, False, recipe.seed)
     measured = data.fingerprint(recipe.data.held_out) if recipe.data.held_out else str(recipe.data.held_out_fraction)
     return digest_json(
         {

@@ -96,11 +96,7 @@ class TransformersSession(Session):
             if self._cached > start:
                 self._cache.crop(start - self._cached)
                 self._cached = start
-        except (
-            RuntimeError,
-            ValueError,
-            AttributeError,
-        ):  # a sliding window has lost older tokens, a recurrent state cannot go back
+        except (RuntimeError, ValueError, AttributeError):  # older tokens left a sliding window, a state cannot go back
             self._cache, self._cached = None, 0
 
 
