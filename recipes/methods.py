@@ -400,7 +400,7 @@ def calibration_rows(recipe: Recipe, tokenizer: Any) -> list[list[int]]:
     """The first training rows, the same for every package; short ones left out, because packages drop them."""
     fraction = 0.0 if recipe.data.held_out else recipe.data.held_out_fraction
     length = recipe.data.sequence_length
-    rows, _ = data.open_rows(recipe.data.train, tokenizer, length, recipe.seed, fraction)
+    rows, _ = data.open_rows(recipe.data.train, tokenizer, data.RowSettings(length, recipe.seed, fraction))
     found = [rows.row(index) for index in range(CALIBRATION_ROWS)]
     return [row["input_ids"].tolist() for row in found if bool((row["labels"] != data.MASKED).all())]
 

@@ -371,11 +371,11 @@ def test_layers_agree_on_a_group_size() -> None:
     columns = {"a": 256, "b": 960, "c": 512, "d": 144}
     layouts = {"a": Layout(bits=4, group_size=256), "b": Layout(bits=2, group_size=64)}
     layouts |= {"c": Layout(bits=4, group_size=128), "d": Layout(bits=4, group_size=144)}
-    grouped._agree(layouts, columns)
+    grouped._unify_groups(layouts, columns)
     assert {name: layout.group_size for name, layout in layouts.items()} == {"a": 64, "b": 64, "c": 64, "d": 144}
     assert layouts["b"].bits == 2
     whole = {"a": Layout(bits=4, group_size=256), "d": Layout(bits=4, group_size=144)}
-    grouped._agree(whole, columns)
+    grouped._unify_groups(whole, columns)
     assert [layout.group_size for layout in whole.values()] == [256, 144]
 
 

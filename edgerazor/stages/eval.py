@@ -486,13 +486,9 @@ def _held_out(recipe: Recipe, sources: tuple[Source, ...], subject: Subject) -> 
     rows, held_out = data.open_rows(
         sources,
         subject.tokenizer,
-        length,
-        recipe.seed,
-        fraction,
-        asked.packing,
-        asked.held_out_rows,
-        asked.template_kwargs,
-        bos=asked.bos,
+        data.RowSettings(
+            length, recipe.seed, fraction, asked.packing, asked.held_out_rows, asked.template_kwargs, bos=asked.bos
+        ),
     )
     return held_out if fraction else rows
 

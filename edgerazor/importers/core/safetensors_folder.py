@@ -38,7 +38,7 @@ class FolderSource(SourceModel):
         untrusted.refuse_code(path, "Give a model that transformers knows.")
         untrusted.check_shapes(path / "config.json", config, models.stored_shapes(path))
         self.path, self.config = path, models.completed(config)
-        self.files = weights.holders(path)
+        self.files = weights.open_tensors(path)
 
     def refuse_plain(self, what: str, parts: str) -> None:
         """Refuse a folder whose configuration says that it is quantized, where nothing in it is.
