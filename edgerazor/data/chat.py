@@ -256,10 +256,8 @@ def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> tu
             conversation without an assistant turn, or a tokenizer that cannot say where its tokens stand.
     """
     if not conversation.assistant_turns():
-        roles = dict.fromkeys(message["role"] for message in conversation.messages)
-        raise UserError(
-            f"{conversation.where} has no assistant turn to learn from; its roles are {', '.join(map(repr, roles)) or 'none'}."
-        )
+        roles = ", ".join(map(repr, dict.fromkeys(message["role"] for message in conversation.messages))) or "none"
+        raise UserError(f"{conversation.where} has no assistant turn to learn from; its roles are {roles}.")
     text = render(conversation, tokenizer)
     with reading(_mid_sentence(conversation.where)):
         encoding = _engine_of(conversation, tokenizer).encode(text, add_special_tokens=False)
