@@ -1,8 +1,8 @@
 """Plugins are files: `ls edgerazor/formats` is the list of formats.
 
 A folder of plugins is a package; each module in it is one plugin and offers one object under an agreed attribute
-(`FORMAT`, `LOSS`, `EXPORTER`). The file name is the name in a recipe. What plugins share lies in a package of its own,
-`core`.
+(`FORMAT`, `LOSS`, `FAMILY`, `EXPORTER`, `IMPORTER`). The file name is the name in a recipe. What plugins share lies in
+a package of its own, `core`.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def test_our_own_codes_come_back(name: str, group: int) -> None:
     codes, scales = number_format.encode(w, group)
     level = number_format.level_(codes.float())
     twice = bool((level % 1 != 0).any())
-    found, spec = base.fitted(IntegerMatrix((level * (1 + twice)).short(), scales.float() / (1 + twice), group))
+    found, spec = base.encode_exactly(IntegerMatrix((level * (1 + twice)).short(), scales.float() / (1 + twice), group))
     assert torch.equal(formats.decode_matrix(found, spec), number_format.decode(codes, scales, group))
     assert torch.equal(found.codes, codes)
     assert torch.equal(found.scales, scales)
@@ -82,7 +82,9 @@ def test_formats_by_hand() -> None:
     cases = {(-1, 0, 1): "ternary", (-1, 1): "ternary", (-3, -1, 1, 3): "int2", (-2, -1): "int2z"}
     cases |= {(-3, 0): "int3", (-4, 3): "int3", (-8, 7): "int4", (8, 0): "int5", (-128, 127): "int8", (0, 0): "ternary"}
     for values, name in cases.items():
-        found, spec = base.fitted(IntegerMatrix(torch.tensor([values], dtype=torch.int16), ones / 8, len(values)))
+        found, spec = base.encode_exactly(
+            IntegerMatrix(torch.tensor([values], dtype=torch.int16), ones / 8, len(values))
+        )
         assert spec.formats == (name,), values
         assert formats.decode_matrix(found, spec).tolist() == [[value / 8 for value in values]]
 
@@ -90,7 +92,7 @@ def test_formats_by_hand() -> None:
 def test_negative_scales_change_the_signs() -> None:
     values = torch.tensor([[-1, 0, 1, 1], [-8, 7, 3, 0]], dtype=torch.int16)
     scales = torch.tensor([[-0.5, 0.25], [-1.0, 2.0]])
-    found, spec = base.fitted(IntegerMatrix(values, scales, 2))
+    found, spec = base.encode_exactly(IntegerMatrix(values, scales, 2))
     assert spec.formats == ("int5",)  # 8 is beyond int4
     assert formats.decode_matrix(found, spec).tolist() == [[0.5, 0, 0.25, 0.25], [8, -7, 6, 0]]
 
@@ -102,7 +104,7 @@ def test_groups_become_as_large_as_they_can() -> None:
         ([[1, 1, 2], [3, 3, 4]], 8),
         ([[1, 1, 2], [3, 4, 4]], 4),
     ):
-        found, spec = base.fitted(IntegerMatrix(values, torch.tensor(scales).float(), 4))
+        found, spec = base.encode_exactly(IntegerMatrix(values, torch.tensor(scales).float(), 4))
         assert spec.group_size == size
         assert formats.decode_matrix(found, spec).tolist() == [[row[i // 4] for i in range(12)] for row in scales]
 
@@ -110,7 +112,7 @@ def test_groups_become_as_large_as_they_can() -> None:
 def test_what_fits_nowhere_is_refused() -> None:
     def attempt(values: list[int], scale: float, lossy: bool = False) -> Tensor:
         matrix = IntegerMatrix(torch.tensor([values], dtype=torch.int16), torch.tensor([[scale]]), len(values))
-        return formats.decode_matrix(*base.fitted(matrix, lossy))
+        return formats.decode_matrix(*base.encode_exactly(matrix, lossy))
 
     with pytest.raises(UnrepresentableError, match="from -129 to 0, which no number format"):
         attempt([-129, 0], 1.0)

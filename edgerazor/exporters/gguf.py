@@ -1,11 +1,11 @@
 """GGUF, for llama.cpp: every tensor in the smallest GGML type that holds its codes exactly.
 
-`gguf` writes blocks from codes and scales (`_gguf_blocks.py`); no quantizer of GGML ever sees the weights. One tensor
-has one type, so a matrix whose rows are ternary and int4 takes what the int4 ones need, and types of few bits share an
-fp16 number among 256 weights, so smaller groups need a type of blocks of 32. Both cost size, never exactness, and are
-said before anything is written. `gguf-tq2` has ternary matrices in TQ2_0 (2.06 bits, unpacked faster than TQ1_0's
-1.69). `gguf-f16` and `gguf-f32` write decoded weights, for comparison: fp16 rounds what has more than 11 bits, int4
-times an fp16 scale for instance, and is refused then; float32 never rounds.
+`gguf` writes blocks from codes and scales (`core/gguf_blocks.py`); no quantizer of GGML ever sees the weights. One
+tensor has one type, so a matrix whose rows are ternary and int4 takes what the int4 ones need, and types of few bits
+share an fp16 number among 256 weights, so smaller groups need a type of blocks of 32. Both cost size, never exactness,
+and are said before anything is written. `gguf-tq2` has ternary matrices in TQ2_0 (2.06 bits, unpacked faster than
+TQ1_0's 1.69). `gguf-f16` and `gguf-f32` write decoded weights, for comparison: fp16 rounds what has more than 11 bits,
+int4 times an fp16 scale for instance, and is refused then; float32 never rounds.
 
 Activation and cache bits are no part of a GGUF file: llama.cpp rounds inputs to 8 bits in a way of its own.
 """
@@ -196,8 +196,8 @@ def _smallest(tests: Tests) -> tuple[gguf.GGMLQuantizationType, str]:
     for chosen, test in tests:
         try:
             test()
-        except InexactError as misfit:
-            reason = str(misfit)
+        except InexactError as error:
+            reason = str(error)
         else:
             return chosen, ""
     return tests[-1][0], reason

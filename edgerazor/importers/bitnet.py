@@ -3,7 +3,7 @@
 `P.weight` is uint8 [rows / 4, cols]: of a byte in row r, the field of bits 2i and 2i+1 is the weight of row
 `i * rows / 4 + r`, plus one. `P.weight_scale` [1] is what the product is multiplied with (`autobitlinear`) or divided
 by (`bitlinear`); the reciprocal is seldom a float16 number, and refused then. Inputs are rounded to 8 bits with one
-scale a token, which is our group of all columns. SourceModel: `transformers/integrations/bitnet.py`.
+scale a token, which is our group of all columns. Source: `transformers/integrations/bitnet.py`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class BitNetSource(FolderSource):
         return name.endswith(".weight") and f"{name.removesuffix('.weight')}.{SCALE}" in self.files
 
     def read(self, name: str) -> Stored:
-        """IntegerMatrix, where the module has a scale."""
+        """A tensor: integers where the module has a scale."""
         module = name.removesuffix(".weight")
         stored = self.tensor(name)
         if not self.quantized(name):

@@ -124,7 +124,7 @@ class GgufSource(SourceModel):
 
 
 def _matrix(blocks: Bytes, decode: Decoder, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """IntegerMatrix int16 [rows, columns] and scales float32 [rows, blocks of a row]."""
+    """Integers int16 [rows, columns] and scales float32 [rows, blocks of a row]."""
     values, scales = decode(blocks)
     return torch.from_numpy(values.reshape(rows, columns)), torch.from_numpy(scales.reshape(rows, -1).copy())
 

@@ -68,7 +68,7 @@ class MlxSource(FolderSource):
         return name.endswith(".weight") and f"{name.removesuffix('.weight')}.{SCALES}" in self.files
 
     def read(self, name: str) -> Stored:
-        """IntegerMatrix, where the module has scales."""
+        """A tensor: integers where the module has scales."""
         if not self.quantized(name):
             return self.tensor(name)
         module = name.removesuffix(".weight")

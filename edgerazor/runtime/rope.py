@@ -55,7 +55,7 @@ class Rotary:
 
     Args:
         config: of transformers.
-        class_name: of the rotary embedding in the `modeling_*.py` of the model type.
+        class_name: of the rotary embedding, in the `modeling_*.py` beside the configuration's class.
 
     Raises:
         UserError: as `max_positions`.
@@ -63,8 +63,8 @@ class Rotary:
     """
 
     def __init__(self, config: Any, class_name: str) -> None:
-        kind = config.model_type
-        self._class = getattr(importlib.import_module(f"transformers.models.{kind}.modeling_{kind}"), class_name)
+        modeling = type(config).__module__.replace("configuration_", "modeling_")  # they lie side by side
+        self._class = getattr(importlib.import_module(modeling), class_name)
         self._config = config
         self._most = max_positions(config)
         rope = config.rope_parameters

@@ -83,7 +83,7 @@ class NativeArchitecture:
     """What the native decoder has to know. Functions get the configuration of transformers, as an object.
 
     Attributes:
-        rotary_class: class of the rotary embedding in `transformers.models.TYPE.modeling_TYPE`; it computes the tables.
+        rotary_class: name of the class in `modeling_*.py` that computes cosines and sines of RoPE.
         qkv_bias, o_bias, mlp_bias: whether the linear layers have biases.
         norms: of a decoder layer, their places in `kernels.decoder.Layer` and their names.
         norm_kind: RMSNorm or LayerNorm.

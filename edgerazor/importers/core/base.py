@@ -105,7 +105,7 @@ class Importer(ABC):
 # Integers in our formats ------------------------------------------------------------------------------------------
 
 
-def fitted(matrix: IntegerMatrix, lossy: bool = False) -> tuple[Encoded, MatrixSpec]:
+def encode_exactly(matrix: IntegerMatrix, lossy: bool = False) -> tuple[Encoded, MatrixSpec]:
     """Codes, scales and format of a matrix of integers.
 
     Args:

@@ -13,7 +13,7 @@ from edgerazor import __version__, models, packed, registry, workdir
 from edgerazor.console import Console
 from edgerazor.errors import UserError
 from edgerazor.formats import Encoded, MatrixSpec
-from edgerazor.importers.core.base import Importer, IntegerMatrix, SourceModel, UnrepresentableError, fitted
+from edgerazor.importers.core.base import Importer, IntegerMatrix, SourceModel, UnrepresentableError, encode_exactly
 from edgerazor.packed import MatrixSource
 from edgerazor.untrusted import weights
 
@@ -183,7 +183,7 @@ class _Conversion:
         assert isinstance(stored, IntegerMatrix)
         for lossy in (False, True)[: 1 + self.lossy]:
             try:
-                encoded, spec = fitted(stored, lossy)
+                encoded, spec = encode_exactly(stored, lossy)
             except UnrepresentableError as error:
                 reason = error
             else:
