@@ -29,7 +29,7 @@ FILES, LINES = 3, 40
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(streaming, "BLOCK", 8)
-    monkeypatch.setattr(streaming, "TOGETHER", 4)
+    monkeypatch.setattr(streaming, "BATCH_DOCUMENTS", 4)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
