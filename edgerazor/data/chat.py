@@ -62,7 +62,7 @@ class Conversation:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def assistant_turns(self) -> list[int]:
-        """Which messages the assistant wrote."""
+        """Indices of the messages that the assistant wrote."""
         return [index for index, message in enumerate(self.messages) if message["role"] == ASSISTANT]
 
 
@@ -349,7 +349,7 @@ def span_of_turn(
 def _around_placeholder(
     conversation: Conversation, tokenizer: PreTrainedTokenizerBase, text: str, turn: int
 ) -> tuple[int, int] | None:
-    """What stands where a placeholder would stand that the assistant had written instead."""
+    """The span that a placeholder takes in the rendering when it replaces the assistant's words."""
     word = PLACEHOLDER
     while word in text:
         word += "0"
@@ -367,7 +367,7 @@ def _around_placeholder(
 def _after_prefix(
     conversation: Conversation, tokenizer: PreTrainedTokenizerBase, text: str, turn: int
 ) -> tuple[int, int] | None:
-    """What the turn adds to the conversation before it, with the prompt for generating it."""
+    """The span that the turn adds to the conversation before it, whose rendering ends with the generation prompt."""
     before = render(conversation, tokenizer, list(conversation.messages[:turn]), prompt=True)
     up_to = render(conversation, tokenizer, list(conversation.messages[: turn + 1]))
     extends = text.startswith(up_to) and up_to.startswith(before) and len(before) < len(up_to)

@@ -50,12 +50,12 @@ def _sample(tokens: Tokens, parts: np.ndarray, fraction: float, seed: tuple[int,
 
 
 def _only(tokens: Tokens, parts: np.ndarray) -> Tokens:
-    """The parts `[P, 2]` one after another, each a document of its own."""
+    """The tokens of the parts `[P, 2]`, each a document of its own."""
     return Tokens.of([(tokens.ids[begin:end], tokens.learn[begin:end]) for begin, end in parts], tokens.prefix)
 
 
 def _without(tokens: Tokens, parts: np.ndarray) -> Tokens:
-    """What the parts `[P, 2]`, in ascending order, leave; what follows one of them begins a document."""
+    """The tokens outside the parts `[P, 2]` (ascending); what follows a part begins a document."""
     keep = np.ones(len(tokens), dtype=bool)
     for begin, end in parts:
         keep[begin:end] = False

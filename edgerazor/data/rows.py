@@ -248,7 +248,7 @@ class TokenRows:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Let streamed sources go on where another run was, without reading what it read."""
+        """Let streamed sources continue where another run was, without reading again what it read."""
         for number, source in enumerate(self._sources):
             if isinstance(source, StreamedRows) and str(number) in state:
                 source.restore(state[str(number)])

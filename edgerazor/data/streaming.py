@@ -120,7 +120,7 @@ class StreamedRows:
         return {"block": block, "bookmark": self._bookmarks[block]}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on where another run was, without reading what it read."""
+        """Continue where another run was, without reading again what it read."""
         self._bookmarks[int(state["block"])] = state["bookmark"]
 
     def _block(self, number: int) -> list[Piece]:
@@ -161,7 +161,7 @@ class StreamedRows:
     def _take(
         self, held: list[tuple[Bookmark, np.ndarray, np.ndarray]], used: int
     ) -> tuple[list[tuple[Bookmark, Piece]], int]:
-        """The next row of what is held (none if nothing can be learned from it), and how much is used now."""
+        """Cut the next row from the held documents (none if it has nothing to learn); also gives the tokens used."""
         bookmark = {**held[0][0], "used": used}
         end = used + self._length
         needed, size = 0, 0
@@ -208,7 +208,7 @@ class StreamedRows:
 
 
 def _state_of(stream: Any) -> dict[str, Any] | None:
-    """The library's own bookmark, where it has one."""
+    """The state of the data set by the `datasets` library, where it has one."""
     try:
         return dict(stream.state_dict())
     except (AttributeError, NotImplementedError):

@@ -44,7 +44,7 @@ class CompressedTensors(GroupedExporter):
         }
 
     def tensors(self, name: str, matrix: Integers, layout: Layout) -> dict[str, Tensor]:
-        """The same, from integers in groups of the layout's size."""
+        """The tensors of `specs`, from integers in groups of the layout's size."""
         return {
             f"{name}.weight_packed": integers.words(matrix.values.int() + 2 ** (layout.bits - 1), layout.bits),
             f"{name}.weight_scale": matrix.scales,
@@ -79,7 +79,7 @@ class CompressedTensors(GroupedExporter):
 
 
 def _weights(bits: int, group_size: int | None) -> dict[str, Any]:
-    """Arguments of the quantization of weights, in the words of the package."""
+    """The `QuantizationArgs` of weights, as the package writes them."""
     return {
         "num_bits": bits,
         "type": "int",

@@ -96,7 +96,7 @@ class SourceTensor:
 
 
 class Gguf(Exporter):
-    """One way to write GGUF files.
+    """An exporter of GGUF files.
 
     Args:
         name: as in `--export`.
@@ -115,13 +115,13 @@ class Gguf(Exporter):
         return VARIANTS
 
     def check(self, folder: Path) -> None:
-        """Family and tokenizer."""
+        """Check family and tokenizer."""
         config = models.complete_config(folder)
         gguf_architecture(config)
         _vocabulary(folder, config)
 
     def plan(self, model: PackedModel) -> ExportPlan:
-        """Types by the codes themselves: every matrix is read once."""
+        """Choose types by the codes themselves: every matrix is read once."""
         gguf_model = GgufModel.of(model)
         tensors = tuple(self._planned(gguf_model, source) for source in _sources(gguf_model))
         metadata = _metadata_bytes(gguf_model, tensors)
@@ -136,7 +136,7 @@ class Gguf(Exporter):
         )
 
     def write(self, model: PackedModel, folder: Path, plan: ExportPlan) -> ExportResult:
-        """`model.gguf` in that folder."""
+        """Write `model.gguf` into that folder."""
         return self.write_file(model, folder / FILE, plan)
 
     def write_file(self, model: PackedModel, file: Path, plan: ExportPlan) -> ExportResult:
@@ -294,7 +294,7 @@ def _byte_shape(gguf_model: GgufModel, tensor: PlannedTensor) -> tuple[int, ...]
 
 
 def _file_type(tensors: Sequence[PlannedTensor]) -> gguf.LlamaFileType:
-    """Named after the type that most weights of linear layers have."""
+    """The file type, named after the type that most weights of linear layers have."""
     counts: dict[str, int] = {}
     for tensor in tensors:
         if tensor.kind == "linear":

@@ -54,7 +54,7 @@ class Gptq(GroupedExporter):
         }
 
     def tensors(self, name: str, matrix: Integers, layout: Layout) -> dict[str, Tensor]:
-        """The same, from integers in groups of the layout's size."""
+        """The tensors of `specs`, from integers in groups of the layout's size."""
         zero = 2 ** (layout.bits - 1)
         zeros = torch.full(matrix.scales.T.shape, zero - 1)
         columns = torch.arange(matrix.values.shape[1], dtype=torch.int32)

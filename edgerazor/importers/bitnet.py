@@ -28,12 +28,12 @@ class BitNet(Importer):
     describe = "BitNet b1.58 safetensors of transformers, packed four weights to a byte"
 
     def recognises(self, path: Path) -> bool:
-        """By the method in config.json."""
+        """Whether config.json names this method."""
         quantization = read_settings(path).get("quantization_config")
         return isinstance(quantization, dict) and quantization.get("quant_method") == "bitnet"
 
     def open(self, path: Path) -> SourceModel:
-        """The folder."""
+        """Open the folder."""
         return BitNetSource(path, read_settings(path))
 
 
@@ -55,11 +55,11 @@ class BitNetSource(FolderSource):
         self.activation_group = max(int(self.config[key]) for key in ("hidden_size", "intermediate_size"))
 
     def names(self) -> set[str]:
-        """All but the scales."""
+        """Names of all tensors but the scales."""
         return {name for name in self.files if not name.endswith(f".{SCALE}")}
 
     def quantized(self, name: str) -> bool:
-        """Where the module has a scale."""
+        """Whether the module has a scale."""
         return name.endswith(".weight") and f"{name.removesuffix('.weight')}.{SCALE}" in self.files
 
     def read(self, name: str) -> Stored:

@@ -39,20 +39,20 @@ Decoder = Callable[[Bytes], tuple[Values, NDArray[np.float32]]]
 
 
 class Gguf(Importer):
-    """One file holds everything."""
+    """A single GGUF file."""
 
     name = "gguf"
     describe = "GGUF files of llama.cpp with ternary, Q4_0, Q8_0 and similar blocks"
 
     def recognises(self, path: Path) -> bool:
-        """By its first four bytes."""
+        """Whether a file begins with the four bytes of GGUF."""
         if not path.is_file():
             return False
         with path.open("rb") as file:
             return file.read(len(MAGIC)) == MAGIC
 
     def open(self, path: Path) -> SourceModel:
-        """Metadata, and where tensors lie."""
+        """Read metadata, and where tensors lie."""
         return GgufSource(GgufFile(path))
 
 
@@ -105,7 +105,7 @@ class GgufSource(SourceModel):
         return IntegerMatrix(values, scales, TYPES[tensor.type][1])
 
     def write_tokenizer(self, folder: Path) -> None:
-        """That beside the file, or one rebuilt from metadata which gives the same metadata again."""
+        """Copy the tokenizer beside the file, or rebuild one from metadata that gives the same metadata again."""
         models.copy_companions(self.folder, folder)
         if any(folder.glob("tokenizer*")):
             return
@@ -138,7 +138,7 @@ def _every_name(config: Mapping[str, Any]) -> list[str]:
 
 
 def rebuilt_config(file: GgufFile, architecture: str) -> dict[str, Any]:
-    """A configuration from metadata.
+    """Rebuild a configuration from metadata.
 
     Raises:
         UserError: of a family that is not known, incomplete, or with positions that metadata does not describe.

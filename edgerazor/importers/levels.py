@@ -37,7 +37,7 @@ class Levels(Importer):
     only = False
 
     def recognises(self, path: Path) -> bool:
-        """By some rows of one matrix of the first decoder layer."""
+        """Whether some rows of one matrix of the first decoder layer are ternary."""
         values = read_settings(path)
         if not values or "quantization_config" in values or "quantization" in values:
             return False
@@ -47,12 +47,12 @@ class Levels(Importer):
             return False
 
     def open(self, path: Path) -> SourceModel:
-        """The folder."""
+        """Open the folder."""
         return LevelsSource(path, read_settings(path))
 
 
 class LevelsSource(FolderSource):
-    """Weights as their levels."""
+    """A folder's weights as their levels."""
 
     def __init__(self, path: Path, values: dict[str, Any]) -> None:
         super().__init__(path, values)
@@ -60,7 +60,7 @@ class LevelsSource(FolderSource):
         self.floating = {name for name in outside if ternary_groups(self.tensor(name)) is None}
 
     def quantized(self, name: str) -> bool:
-        """Every matrix of the decoder layers, and those outside that have few levels, too."""
+        """Whether a tensor is a matrix of a decoder layer, or one outside that has few levels, too."""
         return name in self.files and len(self.shape(name)) == 2 and name not in self.floating
 
     def read(self, name: str) -> Stored:

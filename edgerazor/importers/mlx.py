@@ -32,14 +32,14 @@ class Mlx(Importer):
     describe = "safetensors of MLX whose biases are multiples of their scales, as ternary models have them"
 
     def recognises(self, path: Path) -> bool:
-        """By config.json."""
+        """Whether config.json has MLX's settings."""
         quantization = read_settings(path).get("quantization")
         if not isinstance(quantization, dict):
             return False
         return {"group_size", "bits"} <= quantization.keys() and "quant_method" not in quantization
 
     def open(self, path: Path) -> SourceModel:
-        """The folder."""
+        """Open the folder."""
         return MlxSource(path, read_settings(path))
 
 
@@ -59,12 +59,12 @@ class MlxSource(FolderSource):
         self.refuse_plain("MLX", "scales and biases")
 
     def names(self) -> set[str]:
-        """All but scales and biases of quantized modules."""
+        """Names of all tensors but scales and biases of quantized modules."""
         modules = {name.removesuffix(f".{SCALES}") for name in self.files if name.endswith(f".{SCALES}")}
         return set(self.files) - {f"{module}.{part}" for module in modules for part in (SCALES, BIASES)}
 
     def quantized(self, name: str) -> bool:
-        """Where the module has scales."""
+        """Whether the module has scales."""
         return name.endswith(".weight") and f"{name.removesuffix('.weight')}.{SCALES}" in self.files
 
     def read(self, name: str) -> Stored:

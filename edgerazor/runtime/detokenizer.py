@@ -40,7 +40,7 @@ class Detokenizer:
         return "".join(pieces)
 
     def finish(self) -> str:
-        """What was waiting for more: replacement characters for parts of characters."""
+        """The text that was held back for more tokens: replacement characters for parts of characters."""
         return self._new(waiting=False)
 
     def _new(self, waiting: bool) -> str:

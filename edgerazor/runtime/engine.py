@@ -61,12 +61,12 @@ class Model(ABC):
 
     @functools.cached_property
     def generation_config(self) -> GenerationConfig:
-        """What ends a text, and other defaults of transformers' `generate`."""
+        """End-of-text tokens and other defaults of transformers' `generate`."""
         return models.generation_config(self.folder) or GenerationConfig.from_model_config(self.config)
 
     @abstractmethod
     def session(self) -> Session:
-        """A new sequence, without tokens."""
+        """A new session, whose sequence has no tokens yet."""
 
     def logits(self, ids: Ids | Sequence[Sequence[int]], last: int | None = None) -> Tensor:
         """Logits float32 [..., T, V]; of the last tokens [..., last, V] alone where `last` is given.
@@ -89,7 +89,7 @@ class Model(ABC):
         return logits.reshape(*tokens.shape[:-1], count, self.vocabulary)
 
     def score(self, requests: Sequence[ScoreInput]) -> list[list[Score]]:
-        """How probable continuations are.
+        """Score continuations by their probability.
 
         Args:
             requests: each a prefix of at least one token, and its continuations, likewise; and perhaps how many of the
@@ -175,7 +175,7 @@ class Model(ABC):
 
 
 class Session(ABC):
-    """A sequence and its cache.
+    """A sequence of tokens and its KV cache.
 
     Attributes:
         model: what computes.
@@ -190,11 +190,11 @@ class Session(ABC):
 
     @property
     def position(self) -> int:
-        """Tokens so far."""
+        """Number of tokens so far."""
         return len(self.ids)
 
     def feed(self, ids: Ids) -> Tensor:
-        """Append tokens, at least one; float32 [V], the logits after the last of them.
+        """Append tokens, at least one, and give the logits float32 [V] after the last of them.
 
         Raises:
             UserError: as `Model.logits`; the sequence is then as it was.
@@ -240,7 +240,7 @@ class Session(ABC):
         return self.ids[start:]
 
     def rewind(self, position: int) -> None:
-        """Forget the tokens from a position on, 0 for all.
+        """Drop the tokens from a position on; 0 drops all.
 
         Raises:
             UserError: the sequence has not come that far.

@@ -37,7 +37,7 @@ Reason = Literal["stop", "eos", "length", "context"]
 
 @dataclass(frozen=True)
 class Generation:
-    """What was written.
+    """A generated text, and what it took.
 
     Args:
         text: behind the prompt, without the stop string that ended it.
@@ -64,7 +64,7 @@ class Generation:
 
 
 class Stream(Iterator[str]):
-    """Pieces of text, as they are written: whole characters, none of them empty or taken back.
+    """Pieces of text as they are generated: whole characters, never empty, and none is taken back.
 
     Time that passes between the pieces, with whoever asks for them, is not counted.
 
@@ -95,7 +95,7 @@ class Stream(Iterator[str]):
 
     @property
     def generation(self) -> Generation:
-        """What there is so far; all of it when the pieces have come to an end."""
+        """The result so far; complete once the iterator is exhausted."""
         decoding = self._elapsed() - self._first if self._first is not None else 0.0
         more = self._chosen - 1
         return Generation(
@@ -118,7 +118,7 @@ class Stream(Iterator[str]):
             self._spent, self._resumed = self._elapsed(), None
 
     def _elapsed(self) -> float:
-        """Seconds of our own so far."""
+        """Seconds spent here so far, without the time between the pieces."""
         return self._spent + (time.perf_counter() - self._resumed if self._resumed is not None else 0.0)
 
     def _write(self) -> Iterator[str]:
@@ -142,7 +142,7 @@ class Stream(Iterator[str]):
         yield from self._emit(rest)
 
     def _read(self) -> Tensor:
-        """The logits after the prompt, of which what the session knows is not read again, but for the last token."""
+        """The logits after the prompt; what the session's cache holds of it is not computed again."""
         known = 0
         for ours, theirs in zip(self.prompt[:-1], self.session.ids, strict=False):
             if ours != theirs:
@@ -201,7 +201,7 @@ class Chat:
         self._latest: Stream | None = None
 
     def ask(self, question: str) -> Stream:
-        """The answer to a question, as it is written; one that is broken off stays as far as it came.
+        """Stream the answer to a question; an answer that is broken off stays as far as it was generated.
 
         Raises:
             UserError: the chat template refuses the conversation, or there is no room for an answer.
@@ -221,10 +221,10 @@ class Chat:
 
 
 def stream(model: Model, prompt: Prompt, settings: Generate, seed: int) -> Stream:
-    """A text that goes on from a prompt, or answers it.
+    """Stream a text that goes on from a prompt, or answers it.
 
     Args:
-        model: writes.
+        model: generates it.
         prompt: a text; for a chat the user's turn, or all messages so far.
         settings: how it is to be written.
         seed: of the sampling.
@@ -283,7 +283,7 @@ def encode(model: Model, prompt: Prompt, settings: Generate) -> list[int]:
 
 
 def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The tokens of a text that is to be gone on with; of an empty one, what a text begins with."""
+    """The tokens of a text to continue; of an empty one, the token that begins a text."""
     with reading("the prompt"):
         ids = list(tokenizer(text, verbose=False)["input_ids"])
     if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
@@ -307,7 +307,7 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, settings: Generat
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make sure that there can be a chat.
+    """Make sure that the tokenizer has a chat template.
 
     Raises:
         UserError: there is no template.
@@ -317,7 +317,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def check_text(text: object) -> None:
-    """Make sure that a tokenizer can read it.
+    """Make sure that a tokenizer can read a prompt.
 
     Raises:
         UserError: it is no text, or has bytes of no text (which the shell gives as halves of surrogate pairs).

@@ -232,7 +232,7 @@ def _calls(requests: list[ScoreRequest]) -> Iterator[tuple[list[ScoreRequest], b
 
 
 def _pieces(request: ScoreRequest) -> Iterator[ScoreRequest]:
-    """A request with some of its continuations at a time, but at least one."""
+    """Cut a request into several with some of its continuations each, at least one."""
     start, taken = 0, len(request.prefix)
     bodies: set[tuple[int, ...]] = set()
     for index, tokens in enumerate(request.continuations):

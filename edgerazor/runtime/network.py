@@ -33,7 +33,7 @@ class NotNativeError(Exception):
 
 
 def native_architecture(config: Any, packed: PackedModel) -> NativeArchitecture:
-    """What is special about a packed model, if the native engine computes it on this machine.
+    """The architecture of a packed model, if the native engine computes it on this machine.
 
     Args:
         config: of transformers.
@@ -80,7 +80,7 @@ def _check_settings(packed: PackedModel) -> None:
 
 
 def _check_matrices(config: Any, packed: PackedModel) -> None:
-    """The quantized matrices are exactly those of the architecture."""
+    """Make sure that the quantized matrices are exactly those of the architecture."""
     names = {*matrix_names(config, packed)}
     for name in sorted(names - packed.header.matrices.keys()):
         if f"{name}.weight" in packed.header.others:
@@ -105,7 +105,7 @@ def build_network(
     matrices: Mapping[str, native.Matrix],
     rotary_features: int,
 ) -> Network:
-    """The whole decoder.
+    """Describe the whole decoder for the native library.
 
     Args:
         config: of transformers.

@@ -126,7 +126,7 @@ class Sampler:
 
 
 def check(highest: np.float32) -> None:
-    """Refuse logits by their highest (which is NaN where one of them is).
+    """Refuse logits that are not finite, by the highest of them (which is NaN where any is).
 
     Raises:
         UserError: there is no likeliest token.
@@ -136,7 +136,7 @@ def check(highest: np.float32) -> None:
 
 
 def draw(weights: Scores, share: float) -> int:
-    """The index where weights [N] summed up exceed a share (0 to below 1) of all: as probable as its weight."""
+    """The index at which the cumulative sum of weights [N] exceeds a share (0 to below 1) of the total."""
     ends = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), BLOCK), dtype=np.float64))
     target = share * ends[-1]
     block = min(int(np.searchsorted(ends, target, side="right")), len(ends) - 1)

@@ -119,7 +119,7 @@ def _data_file(name: str, folder: str | None) -> Path | None:
 
 
 def load(request: TaskRequest) -> list[LoadedTask]:
-    """Find the tasks and their items.
+    """Load the tasks and their items.
 
     Raises:
         UserError: an unknown name, items that are missing or do not fit, a data set that cannot be fetched, or more

@@ -34,7 +34,7 @@ TEXT_PARTS = ("text_config", "llm_config", "language_config")
 
 
 def read_configuration(folder: Path, hint: str = "Download the model again.") -> dict[str, Any]:
-    """config.json of a model folder, checked.
+    """Read and check config.json of a model folder.
 
     Raises:
         UserError: it cannot be read, or says what no model can be.

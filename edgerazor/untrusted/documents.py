@@ -41,7 +41,7 @@ def parse_json(
     unambiguous: bool = False,
     most_entries: int = MOST_ENTRIES,
 ) -> Any:
-    """What JSON in UTF-8 says.
+    """Parse JSON in UTF-8, within bounds.
 
     Args:
         text: the document.
@@ -122,7 +122,7 @@ def _json_name(kind: type) -> str:
 
 
 def read_bytes(path: Path, most: int = MOST_BYTES, pipes: bool = False) -> bytes:
-    """A whole file.
+    """Read a whole file, if it is not too large.
 
     Args:
         path: its place.
@@ -174,7 +174,7 @@ def read_json(path: Path, top: type | None = dict, *, hint: str = "", most_bytes
 
 
 def load_model(path: Path, kind: type[_Model]) -> _Model:
-    """One of our own results, as the model that it was written from.
+    """Read one of our own results as the pydantic model that it was written from.
 
     Raises:
         OSError: it cannot be read.

@@ -45,7 +45,7 @@ MOST_MEMORY = 256 * 2**20
 
 
 def open_tokenizer(folder: Path, *, trust_remote_code: bool, **options: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, or with `gguf_file` of a file in it, as transformers opens it.
+    """Open the tokenizer of a folder, or with `gguf_file` that of a file in it, through transformers.
 
     Args:
         folder: with the tokenizer's files.
@@ -129,7 +129,7 @@ def check_charsmap(text: str) -> None:
 
 @contextlib.contextmanager
 def without_panics() -> Iterator[None]:
-    """A panic of a library in Rust as a ValueError, without the report that Rust writes past Python's stderr."""
+    """Turns a panic of a library in Rust into a ValueError, without the report that Rust writes to file 2."""
     try:
         with _captured_stderr():
             yield

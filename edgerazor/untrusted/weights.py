@@ -58,7 +58,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    """Tensor -> file, as a folder's index says it.
+    """Read a folder's index: tensor -> file.
 
     Raises:
         UserError: it is damaged, or names a file that is not one of the folder.
@@ -75,7 +75,7 @@ def read_index(folder: Path) -> dict[str, str]:
 
 
 def open_files(files: Iterable[Path]) -> dict[Path, Any]:
-    """Safetensors files, mapped.
+    """Open safetensors files, mapped.
 
     Raises:
         UserError: one of them is damaged.
@@ -91,7 +91,7 @@ def open_files(files: Iterable[Path]) -> dict[Path, Any]:
 
 
 def open_tensors(folder: Path) -> dict[str, Any]:
-    """Every tensor of a folder's model -> the open file that holds it.
+    """Open a folder's model: every tensor -> the open file that holds it.
 
     Raises:
         UserError: a file is missing or damaged, or a tensor is stored twice with different numbers.

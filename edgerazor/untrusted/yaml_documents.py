@@ -84,7 +84,7 @@ def _mistake(problem: str, mark: Any) -> yaml.MarkedYAMLError:
 
 
 def _check_scalar(node: yaml.ScalarNode) -> None:
-    """No number that takes long to read or print, and no text that no file or tokenizer could have."""
+    """Refuse numbers that take long to read or print, and text that no file or tokenizer could have."""
     if node.tag != _TEXT and len(node.value) > MOST_DIGITS:
         raise _mistake(f"it has a number of {len(node.value):,} characters", node.start_mark)
     if "\0" in node.value or any("\ud800" <= letter <= "\udfff" for letter in node.value):
@@ -107,7 +107,7 @@ class YamlError(ValueError):
 
 
 def parse_yaml(text: str) -> Any:
-    """What YAML says: dict, list, text, numbers, true, false or None, in each other.
+    """Parse YAML, within bounds: nested dict, list, text, numbers, true, false and None.
 
     Raises:
         YamlError: it is something else, too deep or too large.

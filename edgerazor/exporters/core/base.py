@@ -120,7 +120,7 @@ class Exporter(ABC):
 
     @abstractmethod
     def check(self, folder: Path) -> None:
-        """Look at configuration and tokenizer of a teacher's or packed folder.
+        """Check configuration and tokenizer of a teacher's or a packed model's folder.
 
         Raises:
             UserError: the format does not know such a model, whatever its weights are.

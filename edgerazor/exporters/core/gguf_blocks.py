@@ -148,7 +148,7 @@ def block_units(levels: Levels, units: Units, group: int, size: int) -> Units:
 
 
 def checked_rows(block: Block, matrix: BlockMatrix) -> Iterator[tuple[Levels, Units]]:
-    """Some rows of a matrix at a time, as levels int16 [blocks, block] and units float16 [blocks].
+    """Check and give some rows of a matrix at a time, as levels int16 [blocks, block] and units float16 [blocks].
 
     Raises:
         InexactError: the type does not hold some weight exactly.
@@ -322,7 +322,7 @@ def q5_0(levels: Levels, units: Units) -> Bytes:
 
 
 def q8_0(levels: Levels, units: Units) -> Bytes:
-    """The level itself."""
+    """One signed byte for a level."""
     return np.concatenate([_half(units), levels.astype(np.int8).view(np.uint8)], axis=1)
 
 

@@ -21,7 +21,7 @@ from edgerazor.families import GgufArchitecture, head_size
 
 
 def gguf_architecture(config: dict[str, Any]) -> GgufArchitecture:
-    """What llama.cpp makes of a complete configuration.
+    """The llama.cpp architecture of a complete configuration.
 
     Raises:
         UserError: llama.cpp has no such architecture as we know of, or cannot do something that the configuration asks.

@@ -96,7 +96,7 @@ def write_companions(model: PackedModel, folder: Path, **changes: Any) -> None:
 
 
 def others(model: PackedModel) -> dict[str, TensorSpec]:
-    """The tensors that are not quantized and that other programs know: not what is stored of inputs."""
+    """The tensors that are not quantized, without stored input scales, which other programs do not know."""
     return {
         name: (entry.dtype, entry.shape)
         for name, entry in model.header.others.items()

@@ -131,7 +131,7 @@ def encode_exactly(matrix: IntegerMatrix, lossy: bool = False) -> tuple[Encoded,
 
 
 def _positive(matrix: IntegerMatrix) -> tuple[Tensor, Tensor]:
-    """Values and scales without negative ones: both change their signs."""
+    """Values and scales such that no scale is negative: where one was, both change their signs."""
     if not torch.isfinite(matrix.scales).all():
         raise UnrepresentableError("a scale is not finite")
     if bool((matrix.scales >= 0).all()):

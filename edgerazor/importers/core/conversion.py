@@ -154,7 +154,7 @@ class _Conversion:
         )
 
     def _check_names(self) -> None:
-        """The tensors are those of the model."""
+        """Make sure that the stored tensors are those of the model."""
         stored = {name for name in self.source.names() if not name.endswith("rotary_emb.inv_freq")}
         for name in sorted(self.shapes.keys() - stored - self.tied_tensors.keys()):
             raise UserError(f"{self.path} lacks the tensor {name}.", "Its configuration may be that of another model.")
@@ -178,7 +178,7 @@ class _Conversion:
         return self._fitted(name)[0]
 
     def _fitted(self, name: str) -> tuple[Encoded, MatrixSpec]:
-        """Exactly, or with rounded scales where that is allowed."""
+        """Encode a matrix exactly, or with rounded scales where that is allowed."""
         stored = self._read(f"{name}.weight")
         assert isinstance(stored, IntegerMatrix)
         for lossy in (False, True)[: 1 + self.lossy]:
@@ -193,7 +193,7 @@ class _Conversion:
         raise self._refused(f"{name}.weight", reason)
 
     def others(self) -> dict[str, Tensor]:
-        """What is not quantized, as it is stored."""
+        """The tensors that are not quantized, as they are stored."""
         skipped = {f"{name}.weight" for name in ({target.name for target in self.targets} | self.tied.keys())}
         tensors = {}
         for name in sorted(self.shapes.keys() - skipped):
