@@ -887,9 +887,9 @@ def is_foreign(model: str, rounding: bool) -> bool:
     """Whether a model that was named is somebody else's quantized one, and not to be rounded."""
     if not Path(model).exists():
         return False
-    from edgerazor.importers import importer_of
+    from edgerazor.importers import find_importer
 
-    importer = importer_of(Path(model))
+    importer = find_importer(Path(model))
     return importer is not None and (importer.only or not rounding)
 
 

@@ -186,24 +186,15 @@ def open_text(
     rows, held_out = data.open_rows(
         sources(recipe, work),
         tokenizer,
-        length,
-        recipe.seed,
-        fraction,
-        asked.packing,
-        asked.held_out_rows,
-        options,
-        held_out_length,
-        asked.bos,
+        data.RowSettings(
+            length, recipe.seed, fraction, asked.packing, asked.held_out_rows, options, held_out_length, asked.bos
+        ),
     )
     if held_out is None:
         held_out, _ = data.open_rows(
             asked.held_out,
             tokenizer,
-            length,
-            recipe.seed,
-            packing=asked.packing,
-            template_kwargs=options,
-            bos=asked.bos,
+            data.RowSettings(length, recipe.seed, packing=asked.packing, template_kwargs=options, bos=asked.bos),
         )
     return rows, held_out
 

@@ -1,8 +1,8 @@
 """Plugins are files: `ls edgerazor/formats` is the list of formats.
 
-A folder of plugins is a package. Each module in it is one plugin and offers one object under an agreed attribute
-(`FORMAT`, `LOSS`, `EXPORT`, `IMPORT`); its file name is the plugin's name in a recipe. What plugins share lies in the
-package's own package `core`.
+A folder of plugins is a package; each module in it is one plugin and offers one object under an agreed attribute
+(`FORMAT`, `LOSS`, `FAMILY`, `EXPORTER`, `IMPORTER`). The file name is the name in a recipe. What plugins share lies in
+a package of its own, `core`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 from edgerazor.errors import UserError, usage_error
 
-#: Package -> what one of its plugins is called in messages.
-SINGULAR = {"formats": "format", "losses": "loss", "exporters": "export", "importers": "import"}
+#: what one plugin of a package is called
+SINGULAR = {"formats": "format", "losses": "loss", "exporters": "export", "importers": "import", "families": "family"}
 
 
 def names(package: str) -> list[str]:

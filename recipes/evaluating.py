@@ -82,7 +82,7 @@ def ways(model: Path, packed: Path, threads: int) -> dict[str, Way]:
 
 def measure(all_ways: dict[str, Way], rounds: list[list[tasks.LoadedTask]], batch_size: int, console: Console) -> None:
     """Every way answers the items of a round before the next round begins."""
-    plain = tasks.Request(())  # no limit, no chat template
+    plain = tasks.TaskRequest(())  # no limit, no chat template
     for number, loaded in enumerate(rounds, start=1):
         for name, way in all_ways.items():
             console.say(f"round {number} of {len(rounds)}: {name}")
@@ -108,7 +108,7 @@ def items(asked: argparse.Namespace) -> list[list[tasks.LoadedTask]]:
         folder.mkdir(parents=True)
         text = "".join(f"{line}\n" for line in lines[start :: asked.rounds])
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-        rounds.append(tasks.load(tasks.Request((name,), str(folder))))
+        rounds.append(tasks.load(tasks.TaskRequest((name,), str(folder))))
     return rounds
 
 

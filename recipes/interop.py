@@ -259,7 +259,7 @@ def text_of(case: Case, tokenizer: PreTrainedTokenizerBase, count: int) -> tuple
     asked = case.recipe.data
     fraction = 0.0 if asked.held_out else asked.held_out_fraction
     sources = asked.held_out or asked.train
-    rows, rest = data.open_rows(sources, tokenizer, ROW, held_out_fraction=fraction)
+    rows, rest = data.open_rows(sources, tokenizer, data.RowSettings(ROW, held_out_fraction=fraction))
     batches = data.sample_batches(rows if rest is None else rest, count, 1)
     beginning = Path(str(sources[0].file)).read_text(encoding="utf-8")[:4000]
     return [batch["input_ids"][0].tolist() for batch in batches], beginning

@@ -119,7 +119,7 @@ def gains(teachers: list[Teacher]) -> str:
         model, tokenizer = models.load(teacher.model)
         model = model.float().eval()
         length, fraction = recipe.data.sequence_length, recipe.data.held_out_fraction
-        _, held_out = data.open_rows(recipe.data.train, tokenizer, length, recipe.seed, fraction)
+        _, held_out = data.open_rows(recipe.data.train, tokenizer, data.RowSettings(length, recipe.seed, fraction))
         assert held_out is not None
         ids = torch.stack([held_out.row(index)["input_ids"] for index in range(SEQUENCES)])
         truth = model(ids).logits.log_softmax(-1)

@@ -247,7 +247,7 @@ def fingerprint(teacher: Teacher, method: Method, bits: float, setting: Setting)
     settings = recipe.model_dump(mode="json", exclude={"model", "data", "bench", "compare"}, exclude_defaults=True)
     settings["eval"].pop("against", None)
     settings["distill"] = settings["distill"] if method.trains else None
-    request = tasks.Request(teacher.tasks, None, setting.limit, None, False, recipe.seed)
+    request = tasks.TaskRequest(teacher.tasks, None, setting.limit, None, False, recipe.seed)
     measured = data.fingerprint(recipe.data.held_out) if recipe.data.held_out else str(recipe.data.held_out_fraction)
     return digest_json(
         {
@@ -400,7 +400,7 @@ def calibration_rows(recipe: Recipe, tokenizer: Any) -> list[list[int]]:
     """The first training rows, the same for every package; short ones left out, because packages drop them."""
     fraction = 0.0 if recipe.data.held_out else recipe.data.held_out_fraction
     length = recipe.data.sequence_length
-    rows, _ = data.open_rows(recipe.data.train, tokenizer, length, recipe.seed, fraction)
+    rows, _ = data.open_rows(recipe.data.train, tokenizer, data.RowSettings(length, recipe.seed, fraction))
     found = [rows.row(index) for index in range(CALIBRATION_ROWS)]
     return [row["input_ids"].tolist() for row in found if bool((row["labels"] != data.MASKED).all())]
 

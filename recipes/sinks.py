@@ -57,7 +57,9 @@ def errors(teacher: Teacher) -> tuple[dict[str, Tensor], Tensor, int | None]:
     plan = allocate.make_plan(found.targets, recipe.calibrate)
     how = modules.Settings(plan.activation_bits, plan.kv_bits, plan.group_size)
     modules.prepare_for_training(student, found, plan.specs(), how)
-    rows, _ = data.open_rows(recipe.data.train, tokenizer, recipe.data.sequence_length, bos=recipe.data.bos)
+    rows, _ = data.open_rows(
+        recipe.data.train, tokenizer, data.RowSettings(recipe.data.sequence_length, bos=recipe.data.bos)
+    )
     ids = torch.stack([rows.row(index)["input_ids"] for index in range(ROWS)])
     (theirs, theirs_last), (ours, ours_last) = (states(each.eval(), found, ids) for each in (model, student))
     similar = layer_metric("cosine", dict(enumerate(theirs)), torch.ones_like(ids))

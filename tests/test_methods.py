@@ -302,7 +302,9 @@ def test_peers_are_calibrated_on_whole_training_rows(teacher: Any, setting: Any)
     _, tokenizer = models.load(teacher.model)
     rows = methods.calibration_rows(recipe, tokenizer)
     assert {len(row) for row in rows} == {32}
-    training, held_out = data.open_rows(recipe.data.train, tokenizer, 32, 0, recipe.data.held_out_fraction)
+    training, held_out = data.open_rows(
+        recipe.data.train, tokenizer, data.RowSettings(32, 0, recipe.data.held_out_fraction)
+    )
     assert rows[0] == training.row(0)["input_ids"].tolist()
     assert held_out is not None
     unseen = {tuple(row["input_ids"].tolist()) for row in held_out.in_order()}

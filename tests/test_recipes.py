@@ -21,7 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from edgerazor import allocate, job, models
 from edgerazor import recipe as recipes
-from edgerazor.data import open_rows, streaming
+from edgerazor.data import RowSettings, open_rows, streaming
 from edgerazor.errors import USAGE, UserError
 from edgerazor.recipe import Calibrate
 from edgerazor.training import objective, phase_schedule
@@ -216,7 +216,7 @@ def test_the_published_conversations(tmp_path: Path, tokenizer: Any, monkeypatch
         ("BAAI/Infinity-Instruct", "Gen"),
         ("allenai/tulu-v3.1-mix-preview-4096-OLMoE", None),
     ]
-    found, held_out = open_rows(asked.train, tokenizer, 64, 0, 0.05, asked.packing, held_out_rows=2)
+    found, held_out = open_rows(asked.train, tokenizer, RowSettings(64, 0, 0.05, asked.packing, held_out_rows=2))
     assert held_out is not None
     batches = [found.row(index) for index in range(32)]
     assert {tokenizer.decode(each["labels"][each["labels"] != -100]) for each in batches} == {"a model</s>", "four</s>"}

@@ -19,8 +19,8 @@ from edgerazor import job as jobs
 from edgerazor import recipe as recipes
 from edgerazor.calibration import generated_text
 from edgerazor.console import Console
-from edgerazor.data import MASKED, TokenRows, documents, open_rows, render, thinking_options
-from edgerazor.data.chat import conversation
+from edgerazor.data import MASKED, RowSettings, TokenRows, documents, open_rows, render, thinking_options
+from edgerazor.data.chat import parse_conversation
 from edgerazor.errors import UserError
 from edgerazor.recipe import Source
 from edgerazor.stages import distill
@@ -99,7 +99,7 @@ def test_the_loss_is_that_of_the_assistants_tokens(
 def test_labels_are_what_the_assistant_says(chatty: Path, chat_file: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(chatty)
     source = Source(file=str(chat_file))
-    rows, _ = open_rows([source], tokenizer, 200, packing="document")
+    rows, _ = open_rows([source], tokenizer, RowSettings(200, packing="document"))
     said = []
     for row, talk in zip(rows.in_order(), documents(source), strict=True):
         said.append(tokenizer.decode([token for token in row["labels"] if token != MASKED]))
@@ -227,5 +227,5 @@ def test_the_switch_reaches_the_prompt(llama: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(with_template(llama, tmp_path / "model", TEMPLATE + SWITCHES["qwen3"]))
     talk = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
     for thinking, ending in ((False, "[assistant][quiet]"), (True, "[assistant]")):
-        asked = replace(conversation("here", talk), options=thinking_options(tokenizer, thinking))
+        asked = replace(parse_conversation("here", talk), options=thinking_options(tokenizer, thinking))
         assert render(asked, tokenizer, talk[:1], prompt=True).endswith(ending)

@@ -210,7 +210,7 @@ def complete_config(folder: Path) -> dict[str, Any]:
 def stored_shapes(folder: Path) -> list[tuple[int, ...]]:
     """Shapes of all tensors in the weight files of a folder; none where a file is missing or damaged."""
     try:
-        files = weights.opened_files(weights.weight_files(folder)).values()
+        files = weights.open_files(weights.weight_files(folder)).values()
     except UserError:
         return []
     return [tuple(file.get_slice(name).get_shape()) for file in files for name in file.keys()]  # noqa: SIM118
@@ -269,7 +269,7 @@ def load(
     if (folder / GENERATION_CONFIG_NAME).exists():
         check_generation_config(folder / GENERATION_CONFIG_NAME)
     tokenizer = load_tokenizer(folder, trust_remote_code)
-    stored = weights.holders(folder)
+    stored = weights.open_tensors(folder)
     weights.refuse_encoded(folder, stored)
     with quiet_transformers():
         try:

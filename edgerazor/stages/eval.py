@@ -278,9 +278,9 @@ def _plain(model: str, recipe: Recipe, device: torch.device) -> Subject:
     return subject
 
 
-def _request(recipe: Recipe) -> tasks.Request:
+def _request(recipe: Recipe) -> tasks.TaskRequest:
     asked = recipe.eval
-    return tasks.Request(
+    return tasks.TaskRequest(
         asked.tasks, asked.task_data, asked.limit, asked.num_fewshot, asked.apply_chat_template, recipe.seed
     )
 
@@ -318,11 +318,11 @@ def _load_packed(
 
 def _beyond_greedy(model: runtime.Model, loaded: list[tasks.LoadedTask]) -> str | None:
     """Why the tasks need transformers' `generate`, if they do."""
-    if names := tasks.beyond_greedy(loaded):
+    if names := tasks.non_greedy(loaded):
         return f"transformers computes the packed model: the answers of {', '.join(names)} are not greedy text."
     own = model.generation_config
     changed = [name for name, plain in PLAIN_GREEDY.items() if getattr(own, name, None) not in (None, plain)]
-    if changed and any(map(tasks.writes, loaded)):
+    if changed and any(map(tasks.is_generative, loaded)):
         return f"transformers computes the packed model: its generation_config.json sets {changed[0]}."
     return None
 
@@ -357,11 +357,11 @@ def _notes_on_data(loaded: list[tasks.LoadedTask], has_text: bool) -> list[str]:
 def _measure(
     measured: Measured,
     recipe: Recipe,
-    request: tasks.Request,
+    request: tasks.TaskRequest,
     loaded: list[tasks.LoadedTask],
     subject: Subject,
     teacher: Subject | None,
-    teacher_scores: dict[str, tasks.Score],
+    teacher_scores: dict[str, tasks.TaskScore],
     text: data.TokenRows | None,
     console: Console,
 ) -> list[str]:
@@ -383,8 +383,8 @@ def _measure(
 
 
 def _scores(
-    recipe: Recipe, request: tasks.Request, loaded: list[tasks.LoadedTask], subject: Subject, console: Console
-) -> tuple[dict[str, tasks.Score], list[str]]:
+    recipe: Recipe, request: tasks.TaskRequest, loaded: list[tasks.LoadedTask], subject: Subject, console: Console
+) -> tuple[dict[str, tasks.TaskScore], list[str]]:
     if not loaded:
         return {}, []
     size = recipe.eval.batch_size
@@ -394,7 +394,7 @@ def _scores(
 # --- scores against the teacher's ------------------------------------------------------------
 
 
-def compare(entry: tasks.LoadedTask, score: tasks.Score, teacher: tasks.Score | None) -> TaskResult:
+def compare(entry: tasks.LoadedTask, score: tasks.TaskScore, teacher: tasks.TaskScore | None) -> TaskResult:
     """One task's result; `teacher` is the teacher's score on the same items."""
     chance = entry.chance if score.metric in ("acc", "acc_norm") else None
     raw = above = None
@@ -486,13 +486,9 @@ def _held_out(recipe: Recipe, sources: tuple[Source, ...], subject: Subject) -> 
     rows, held_out = data.open_rows(
         sources,
         subject.tokenizer,
-        length,
-        recipe.seed,
-        fraction,
-        asked.packing,
-        asked.held_out_rows,
-        asked.template_kwargs,
-        bos=asked.bos,
+        data.RowSettings(
+            length, recipe.seed, fraction, asked.packing, asked.held_out_rows, asked.template_kwargs, bos=asked.bos
+        ),
     )
     return held_out if fraction else rows
 

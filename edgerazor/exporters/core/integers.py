@@ -38,8 +38,8 @@ class Integers(NamedTuple):
 
     def decoded(self) -> Tensor:
         """The weights, float32 [rows, cols]."""
-        each = self.scales.float().repeat_interleave(self.group_size, dim=1)[:, : self.values.shape[1]]
-        return self.values.float() * each
+        of_columns = self.scales.float().repeat_interleave(self.group_size, dim=1)[:, : self.values.shape[1]]
+        return self.values.float() * of_columns
 
 
 def _factor(number_format: Format) -> int:
@@ -77,8 +77,8 @@ def integers(encoded: Encoded, spec: MatrixSpec) -> Integers:
         raise UnfitError(
             "half of its smallest scale is no float16 number", "leave formats without a zero level (int2) out"
         )
-    each = halved[:, torch.arange(codes.shape[1]) // spec.group_size]
-    return Integers(torch.where(each, 2 * codes + 1, codes), halves, min(spec.group_size, codes.shape[1]))
+    of_columns = halved[:, torch.arange(codes.shape[1]) // spec.group_size]
+    return Integers(torch.where(of_columns, 2 * codes + 1, codes), halves, min(spec.group_size, codes.shape[1]))
 
 
 def _halved(spec: MatrixSpec, shape: torch.Size, groups: torch.Size) -> Tensor:

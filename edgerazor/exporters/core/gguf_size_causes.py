@@ -17,8 +17,8 @@ USUAL = 0.6
 LARGE, SMALL = 256, 32
 
 
-def causes(model: PackedModel, tensors: Sequence[PlannedTensor], metadata: int) -> Iterator[str]:
-    """A sentence for each reason, the costliest first.
+def size_causes(model: PackedModel, tensors: Sequence[PlannedTensor], metadata: int) -> Iterator[str]:
+    """Why the file is larger than the packed model, a sentence for each reason, the costliest first.
 
     Args:
         model: the packed model.
@@ -30,13 +30,13 @@ def causes(model: PackedModel, tensors: Sequence[PlannedTensor], metadata: int) 
         entry = model.header.matrices.get(tensor.name.removesuffix(".weight"))
         if entry is not None and 8 * tensor.bytes / tensor.weights > tensor.packed_bits + USUAL:
             groups.setdefault(_cause(entry, tensor.type), []).append(tensor)
-    for (cause, remedy), found in sorted(groups.items(), key=lambda item: -_excess(item[1])):
-        weights = sum(tensor.weights for tensor in found)
-        bits = 8 * sum(tensor.bytes for tensor in found) / weights
-        packed = sum(tensor.weights * tensor.packed_bits for tensor in found) / weights
-        types = ", ".join(sorted({tensor.type for tensor in found}))
+    for (cause, remedy), affected in sorted(groups.items(), key=lambda item: -_excess(item[1])):
+        weights = sum(tensor.weights for tensor in affected)
+        bits = 8 * sum(tensor.bytes for tensor in affected) / weights
+        packed = sum(tensor.weights * tensor.packed_bits for tensor in affected) / weights
+        types = ", ".join(sorted({tensor.type for tensor in affected}))
         yield (
-            f"{len(found)} matrices take {types}, {bits:.2f} bits a weight instead of {packed:.2f}, because "
+            f"{len(affected)} matrices take {types}, {bits:.2f} bits a weight instead of {packed:.2f}, because "
             f"{cause}{remedy}."
         )
     data = sum(tensor.bytes for tensor in tensors)
@@ -44,9 +44,9 @@ def causes(model: PackedModel, tensors: Sequence[PlannedTensor], metadata: int) 
         yield f"The vocabulary and other metadata take {megabytes(metadata)} in the same file."
 
 
-def _excess(found: Sequence[PlannedTensor]) -> float:
-    """Bits more than packed."""
-    return sum(8 * tensor.bytes - tensor.packed_bits * tensor.weights for tensor in found)
+def _excess(tensors: Sequence[PlannedTensor]) -> float:
+    """Bits that tensors take beyond those of the packed model."""
+    return sum(8 * tensor.bytes - tensor.packed_bits * tensor.weights for tensor in tensors)
 
 
 def _cause(entry: MatrixEntry, chosen: str) -> tuple[str, str]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 
-class Group(NamedTuple):
+class PrefixGroup(NamedTuple):
     """Inputs that share their first tokens, by their indices."""
 
     prefix: int
@@ -26,46 +26,46 @@ class Group(NamedTuple):
 class _Node:
     """Inputs below a node of the tree: their groups, and the tokens that these save."""
 
-    groups: list[Group]
+    groups: list[PrefixGroup]
     saved: int
     inputs: int
 
 
-def share(inputs: Sequence[Sequence[int]], limits: Sequence[int]) -> list[Group]:
+def group_by_prefix(inputs: Sequence[Sequence[int]], limits: Sequence[int]) -> list[PrefixGroup]:
     """Divide inputs into groups with a common prefix.
 
     Args:
-        inputs: tokens of each, at least one.
-        limits: the longest prefix that each may give away, at least 1.
+        inputs: tokens of every input, at least one.
+        limits: for every input the longest prefix that it may share, at least 1.
 
     Returns:
         every input in one group; prefixes have at least one token.
     """
     order = sorted(range(len(inputs)), key=lambda index: tuple(inputs[index]))
-    waiting: list[tuple[int, list[_Node]]] = []  # nodes above the last input: their depths, increasing, and children
+    open_nodes: list[tuple[int, list[_Node]]] = []  # above the last input: depths, increasing, and children
     node = None
     for last, index in zip([None, *order], order, strict=False):
         if last is not None and node is not None:
             depth = min(_common(inputs[last], inputs[index]), limits[last], limits[index])
-            while waiting and waiting[-1][0] > depth:
-                above, children = waiting.pop()
-                node = _settled(above, [*children, node])
-            if not waiting or waiting[-1][0] < depth:
-                waiting.append((depth, []))
-            waiting[-1][1].append(node)
-        node = _Node([Group(limits[index], [index])], 0, 1)
-    for above, children in reversed(waiting):
+            while open_nodes and open_nodes[-1][0] > depth:
+                above, children = open_nodes.pop()
+                node = _node_above(above, [*children, node])
+            if not open_nodes or open_nodes[-1][0] < depth:
+                open_nodes.append((depth, []))
+            open_nodes[-1][1].append(node)
+        node = _Node([PrefixGroup(limits[index], [index])], 0, 1)
+    for above, children in reversed(open_nodes):
         assert node is not None
-        node = _settled(above, [*children, node])
+        node = _node_above(above, [*children, node])
     return node.groups if node else []
 
 
-def _settled(depth: int, children: list[_Node]) -> _Node:
-    """The node above: those children share its beginning, of `depth` tokens, that gain by it."""
+def _node_above(depth: int, children: list[_Node]) -> _Node:
+    """The node above some children, with a beginning of `depth` tokens; those children share it that gain by it."""
     gaining = [child.inputs * depth > child.saved for child in children]
     gain = sum(child.inputs * depth - child.saved for child, gains in zip(children, gaining, strict=True) if gains)
     together: list[int] = []
-    groups: list[Group] = []
+    groups: list[PrefixGroup] = []
     for child, gains in zip(children, gaining, strict=True):
         if gains and gain > depth:
             together += [member for group in child.groups for member in group.members]
@@ -73,10 +73,10 @@ def _settled(depth: int, children: list[_Node]) -> _Node:
             groups += child.groups
     saved = sum(child.saved for child in children)
     if together:
-        groups, saved = [Group(depth, together), *groups], saved + gain - depth
+        groups, saved = [PrefixGroup(depth, together), *groups], saved + gain - depth
     return _Node(groups, saved, sum(child.inputs for child in children))
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Tokens that two sequences begin with."""
+    """How many tokens two sequences begin with in common."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

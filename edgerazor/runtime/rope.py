@@ -1,4 +1,4 @@
-"""How many positions a model has, and the rotary embedding of each."""
+"""Rotary position embeddings (RoPE): how many positions a model has, and the cosines and sines of each."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from edgerazor.errors import UserError
 
 #: Where the configuration does not say.
 ENDLESS = 1 << 30
-#: Kinds of rotary embeddings whose factor the configuration's positions do not include.
+#: Kinds of RoPE scaling whose factor is not included in the configuration's `max_position_embeddings`.
 _STRETCHED = ("linear", "dynamic", "yarn")
-#: Positions of the first table; later ones have twice as many as the one before.
-_FIRST = 1024
+#: Positions of the first table; a later one has at least twice as many as the one before.
+_FIRST_POSITIONS = 1024
 #: Features of a head, many more than any model has: tables of what a wrong configuration says would fill the memory.
 _MOST_FEATURES = 1 << 13
 
@@ -47,24 +47,24 @@ def max_positions(config: Any) -> int:
 
 
 class Rotary:
-    """Tables of cosines and sines, computed by transformers' own module of a family.
+    """Tables of cosines and sines, computed by the architecture's own rotary embedding in transformers.
 
     Dynamic embeddings and LongRoPE have other frequencies in calls whose last position is beyond the positions of
     training. The modules keep the frequencies of the longest sequence they have seen; here they depend on the call
     alone.
 
     Args:
-        config: of a family's model.
-        name: of the module's class.
+        config: of transformers.
+        class_name: of the rotary embedding, in the `modeling_*.py` beside the configuration's class.
 
     Raises:
         UserError: as `max_positions`.
         ValueError: heads have more features than those of any model.
     """
 
-    def __init__(self, config: Any, name: str) -> None:
-        kind = config.model_type
-        self._class = getattr(importlib.import_module(f"transformers.models.{kind}.modeling_{kind}"), name)
+    def __init__(self, config: Any, class_name: str) -> None:
+        modeling = type(config).__module__.replace("configuration_", "modeling_")  # they lie side by side
+        self._class = getattr(importlib.import_module(modeling), class_name)
         self._config = config
         self._most = max_positions(config)
         rope = config.rope_parameters
@@ -76,15 +76,15 @@ class Rotary:
             self._varies_beyond = config.max_position_embeddings
         elif rope["rope_type"] == "longrope":
             self._varies_beyond = rope["original_max_position_embeddings"]
-        self._table = self._compute(0, min(self._most, self._varies_beyond or _FIRST, _FIRST))
+        self._table = self._compute(0, min(self._most, self._varies_beyond or _FIRST_POSITIONS, _FIRST_POSITIONS))
 
     @property
     def features(self) -> int:
-        """Of a head, that are turned."""
+        """Leading features of a head that are rotated."""
         return 2 * self._table[0].shape[1]
 
     def varies(self, length: int) -> bool:
-        """Whether frequencies depend on the length of a sequence when it is so long."""
+        """Whether the frequencies of a sequence of that length depend on its length."""
         return self._varies_beyond is not None and length > self._varies_beyond
 
     def tables(self, start: int, length: int) -> tuple[Tensor, Tensor]:

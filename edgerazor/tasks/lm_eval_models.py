@@ -1,16 +1,16 @@
-"""lm-eval's model class for models already in memory, with log-probabilities only where they count.
+"""lm-eval's model classes for models already in memory, with log-probabilities only where they count.
 
 lm-eval's own `HFLM` computes logits and their softmax for every position of every prompt: with a vocabulary of
 150,000 and 32 prompts of 200 tokens that is 4 GB, twice. Only the positions before the choice's tokens matter. And it
 computes a prompt again for each of its choices. Both classes here are `HFLM` in everything that decides what a model
-is asked (tokens of context and continuation, the token that texts begin with, chat templates, truncation, windows of
+is given (tokens of context and continuation, the token that texts begin with, chat templates, truncation, windows of
 long texts, stop strings), and compute less:
 
-* `Scorer`, for models of transformers: prompts of about equal length share a batch, padded on the right, and the head
-  runs on the last positions alone (`logits_to_keep`). Prompts with equal inputs run once: a one-token choice is not
-  part of its own input, so all the one-word choices of an item cost one forward pass.
-* `EngineScorer`, for engines that compute a prefix once for many continuations: what inputs share, a prompt or
-  the examples before all prompts, is computed once (`_sharing.py`).
+* `TransformersLM`, for models of transformers: prompts of about equal length share a batch, padded on the right, and
+  the head runs on the last positions alone (`logits_to_keep`). Prompts with equal inputs run once: a one-token choice
+  is not part of its own input, so all the one-word choices of an item cost one forward pass. * `EngineLM`, for engines
+  that compute a prefix once for many continuations: what inputs share, a prompt or the examples before all prompts, is
+  computed once (`shared_prefixes.py`).
 
 `tests/test_tasks.py` compares both with `HFLM`.
 """
@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from edgerazor.console import Console, Tracker
-from edgerazor.tasks.sharing import Group, share
+from edgerazor.tasks.shared_prefixes import PrefixGroup, group_by_prefix
 from edgerazor.untrusted import vocabulary
 
 #: ((context, continuation), context's tokens, continuation's tokens)
@@ -37,12 +37,12 @@ TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 #: Tokens behind their prefixes that an engine is given at once, at least; and how many times the prefix, at least, so
 #: that computing a prefix again for the next ones costs little.
 CALL_TOKENS, CALL_PREFIXES = 4096, 16
-#: Greedy tokens that are written before looking for a stop string among them.
-WRITTEN_TOKENS = 16
+#: Greedy tokens that are generated before looking for a stop string among them.
+GREEDY_TOKENS = 16
 
 
-class _Scorer(HFLM):
-    """What both scorers do: the tokens that a model is asked.
+class _LM(HFLM):
+    """What both classes do: the tokens that a model is given.
 
     Args:
         model: has `device` and `config`, as transformers' have.
@@ -67,7 +67,7 @@ class _Scorer(HFLM):
         return groups
 
 
-class Scorer(_Scorer):
+class TransformersLM(_LM):
     """Scores a causal language model of transformers, on its device, in evaluation mode."""
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int, console: Console, title: str) -> None:
@@ -111,10 +111,10 @@ class Scorer(_Scorer):
             end = len(tokens) - first
             scores = log_softmax(logits[row, end - count : end].float(), dim=-1)  # [count, V]
             for index in groups[tokens]:
-                wanted = torch.tensor(requests[index][2][-count:], device=scores.device)  # [n], n <= count
-                found = scores[count - len(wanted) :]
-                value = found.gather(1, wanted[:, None]).sum()
-                answers[index] = (float(value), bool((found.argmax(-1) == wanted).all()))
+                targets = torch.tensor(requests[index][2][-count:], device=scores.device)  # [n], n <= count
+                of_targets = scores[count - len(targets) :]  # [n, V]
+                value = of_targets.gather(1, targets[:, None]).sum()
+                answers[index] = (float(value), bool((of_targets.argmax(-1) == targets).all()))
             tracker.advance(len(groups[tokens]))
 
     def _last_logits(self, tokens: Tensor, count: int) -> Tensor:
@@ -125,12 +125,12 @@ class Scorer(_Scorer):
             return self.model(tokens, use_cache=False).logits[:, -count:]
 
 
-class EngineScorer(_Scorer):
-    """Scores a model that computes a prefix once for many continuations; its answers in words are greedy.
+class EngineLM(_LM):
+    """Scores a model that computes a prefix once for many continuations; it generates greedily.
 
     Args:
         model: with `config`, `generation_config`, `score` and `session`, as `edgerazor.runtime.Model` has them.
-        tokenizer, batch_size, console, title: as above.
+        tokenizer, batch_size, console, title: as of `TransformersLM`.
     """
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int, console: Console, title: str) -> None:
@@ -143,15 +143,15 @@ class EngineScorer(_Scorer):
     ) -> list[tuple[float, bool]]:
         """Log-probability of each continuation, and whether it is what greedy decoding would write."""
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        asked = self._by_input(requests)
-        counts = {tokens: max(len(requests[index][2]) for index in same) for tokens, same in asked.items()}
-        inputs = [tokens for tokens in asked if tokens and counts[tokens]]  # without, nothing is predicted
-        groups = share(inputs, [max(1, len(tokens) + 1 - counts[tokens]) for tokens in inputs])
+        by_input = self._by_input(requests)
+        counts = {tokens: max(len(requests[index][2]) for index in same) for tokens, same in by_input.items()}
+        inputs = [tokens for tokens in by_input if tokens and counts[tokens]]  # without, nothing is predicted
+        groups = group_by_prefix(inputs, [max(1, len(tokens) + 1 - counts[tokens]) for tokens in inputs])
         with self.console.track(f"Tasks of {self.title}", len(requests)) as tracker:
             for call in _calls(groups, inputs):
-                parts = [_part(group, inputs, asked, requests) for group in call]
-                found = self.engine.score([request for request, _ in parts])
-                for (_, indices), scores in zip(parts, found, strict=True):
+                pairs = [_score_input(group, inputs, by_input, requests) for group in call]
+                scores_by_group = self.engine.score([score_input for score_input, _ in pairs])
+                for (_, indices), scores in zip(pairs, scores_by_group, strict=True):
                     for index, score in zip(indices, scores, strict=True):
                         answers[index] = (score.log_probability, score.greedy)
                     tracker.advance(len(indices))
@@ -163,12 +163,15 @@ class EngineScorer(_Scorer):
         if not is_greedy(options):
             raise ValueError("answers that are not plain greedy text are for models of transformers")
         count = max_length - context.shape[1]
-        rows = [self._write(row[~padded].tolist(), count, stop) for row, padded in zip(context, padding, strict=True)]
+        rows = [
+            self._generate_greedily(row[~padded].tolist(), count, stop)
+            for row, padded in zip(context, padding, strict=True)
+        ]
         longest = max(map(len, rows))
         filled = [[*row, *[self.tokenizer.pad_token_id] * (longest - len(row))] for row in rows]
         return torch.cat([context, torch.tensor(filled, dtype=context.dtype)], dim=1)
 
-    def _write(self, prompt: list[int], count: int, stop: list[str]) -> list[int]:
+    def _generate_greedily(self, prompt: list[int], count: int, stop: list[str]) -> list[int]:
         """Greedy tokens: up to `count`, or to one that ends texts or completes one of the strings `stop`."""
         configured = self.engine.generation_config.eos_token_id
         ends = configured if isinstance(configured, list) else [configured]
@@ -177,58 +180,63 @@ class EngineScorer(_Scorer):
         written: list[int] = []
         while len(written) < count and not (written and written[-1] in ends):
             before = len(written)
-            written += session.greedy(min(WRITTEN_TOKENS, count - before), ends)
-            if self._stops(written, stop):
-                return next(written[:n] for n in range(before, len(written) + 1) if self._stops(written[:n], stop))
+            written += session.greedy(min(GREEDY_TOKENS, count - before), ends)
+            if self._has_stop(written, stop):
+                return next(written[:n] for n in range(before, len(written) + 1) if self._has_stop(written[:n], stop))
         return written
 
-    def _stops(self, written: list[int], stop: list[str]) -> bool:
+    def _has_stop(self, written: list[int], stop: list[str]) -> bool:
+        """Whether generated tokens hold one of the stop strings."""
         text = self.tok_decode(written, skip_special_tokens=False)
-        return any(each in text for each in stop)
+        return any(string in text for string in stop)
 
 
-def _calls(groups: list[Group], inputs: list[tuple[int, ...]]) -> Iterator[list[Group]]:
-    """Groups that an engine is given at once, those with very many members in pieces."""
-    call: list[Group] = []
-    waiting = 0
+def _calls(groups: list[PrefixGroup], inputs: list[tuple[int, ...]]) -> Iterator[list[PrefixGroup]]:
+    """Groups that an engine is given in one call, those with very many members in pieces."""
+    call: list[PrefixGroup] = []
+    tokens = 0
     for group in groups:
         enough = max(CALL_TOKENS, CALL_PREFIXES * group.prefix)
-        call.append(Group(group.prefix, []))
+        call.append(PrefixGroup(group.prefix, []))
         for member in group.members:
-            if waiting >= enough and call[-1].members:
+            if tokens >= enough and call[-1].members:
                 yield call
-                call, waiting = [Group(group.prefix, [])], 0
+                call, tokens = [PrefixGroup(group.prefix, [])], 0
             call[-1].members.append(member)
-            waiting += len(inputs[member]) - group.prefix
-        waiting += group.prefix
-        if waiting >= CALL_TOKENS:
+            tokens += len(inputs[member]) - group.prefix
+        tokens += group.prefix
+        if tokens >= CALL_TOKENS:
             yield call
-            call, waiting = [], 0
+            call, tokens = [], 0
     if call:
         yield call
 
 
-def _part(
-    group: Group,
+def _score_input(
+    group: PrefixGroup,
     inputs: list[tuple[int, ...]],
-    asked: dict[tuple[int, ...], list[int]],
+    by_input: dict[tuple[int, ...], list[int]],
     requests: list[TokenRequest],
 ) -> tuple[tuple[list[int], list[list[int]], list[int]], list[int]]:
-    """What an engine is asked of a group, (prefix, continuations, last tokens of each that count), and whose it is."""
+    """What an engine scores for a group, and for which requests.
+
+    Returns:
+        prefix, continuations and how many last tokens of each count; the index of the request of each continuation.
+    """
     continuations: list[list[int]] = []
     counts: list[int] = []
     indices: list[int] = []
     for tokens in (inputs[member] for member in group.members):
-        for index in asked[tokens]:
-            wanted = requests[index][2]
-            continuations.append([*tokens[group.prefix :], wanted[-1]])
-            counts.append(min(len(wanted), len(tokens)))
+        for index in by_input[tokens]:
+            continuation = requests[index][2]
+            continuations.append([*tokens[group.prefix :], continuation[-1]])
+            counts.append(min(len(continuation), len(tokens)))
             indices.append(index)
     return (list(inputs[group.members[0]][: group.prefix]), continuations, counts), indices
 
 
 def is_greedy(options: dict[str, Any]) -> bool:
-    """Whether a task's options of writing ask for the most probable tokens and nothing else."""
-    asked = normalize_gen_kwargs(options)
-    drawing = {"do_sample", "temperature", "top_p", "top_k"}
-    return not asked["do_sample"] and asked.keys() <= drawing | {"until", "max_gen_toks"}
+    """Whether a task's options of generation ask for greedy decoding and nothing else."""
+    normalized = normalize_gen_kwargs(options)
+    sampling = {"do_sample", "temperature", "top_p", "top_k"}
+    return not normalized["do_sample"] and normalized.keys() <= sampling | {"until", "max_gen_toks"}

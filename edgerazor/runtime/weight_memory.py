@@ -40,9 +40,9 @@ def load_matrices(packed: PackedModel, names: Sequence[str], mapped: bool, expan
     Raises:
         UserError: one of them is damaged.
     """
-    load = _mapped if mapped else _copied(packed, names, expanded)
+    load = _load_mapped if mapped else _copying_loader(packed, names, expanded)
 
-    def one(name: str) -> native.Matrix:
+    def load_one(name: str) -> native.Matrix:
         try:
             return load(packed, name, expanded)
         except ValueError as error:
@@ -54,27 +54,27 @@ def load_matrices(packed: PackedModel, names: Sequence[str], mapped: bool, expan
 
     threads = torch.get_num_threads()
     largest_first = sorted(names, key=weights, reverse=True)
-    found: dict[str, native.Matrix] = {}
+    loaded: dict[str, native.Matrix] = {}
     with ThreadPoolExecutor(cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
-            found = dict(zip(largest_first, pool.map(one, largest_first), strict=True))
+            loaded = dict(zip(largest_first, pool.map(load_one, largest_first), strict=True))
         except RuntimeError as error:
             if "start new thread" not in str(error):
                 raise
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)
-    return {name: found[name] if found else one(name) for name in names}  # one by one where there are no threads
+    return {name: loaded[name] if loaded else load_one(name) for name in names}  # one by one where there are no threads
 
 
 def matrix_bytes(matrix: native.Matrix) -> int:
-    """Memory that a product with it reads."""
+    """Bytes that a product with the matrix reads."""
     return sum(
         part.codes.nbytes + part.scales.nbytes + (0 if part.rows is None else part.rows.nbytes) for part in matrix.parts
     )
 
 
-def _mapped(packed: PackedModel, name: str, expanded: bool) -> native.Matrix:
+def _load_mapped(packed: PackedModel, name: str, expanded: bool) -> native.Matrix:
     matrix = native.Matrix(packed.parts(name), packed.spec(name), packed.header.matrices[name].shape)
     return matrix.expanded() if expanded else matrix
 
@@ -86,16 +86,16 @@ def _mapped(packed: PackedModel, name: str, expanded: bool) -> native.Matrix:
 _Places: TypeAlias = dict[str, Tensor]
 
 
-def _copied(
+def _copying_loader(
     packed: PackedModel, names: Sequence[str], expanded: bool
 ) -> Callable[[PackedModel, str, bool], native.Matrix]:
-    """What loads a matrix into its place in new memory."""
+    """Allocate memory for all matrices; returns the function that loads a matrix into its place there."""
     specs = {name: packed.spec(name) for name in names}
-    places = _arranged({name: _sizes(specs[name], packed.header.matrices[name].shape, expanded) for name in names})
+    places = _allocate({name: _sizes(specs[name], packed.header.matrices[name].shape, expanded) for name in names})
 
     def load(packed: PackedModel, name: str, expanded: bool) -> native.Matrix:
         if expanded and TERNARY in places[name]:
-            return _moved(_mapped(packed, name, expanded), places[name], specs[name])
+            return _copied_to(_load_mapped(packed, name, expanded), places[name], specs[name])
         parts = packed.copy_parts(name, places[name])
         return native.Matrix(parts, specs[name], packed.header.matrices[name].shape)
 
@@ -113,8 +113,8 @@ def _sizes(spec: MatrixSpec, shape: tuple[int, int], expanded: bool) -> dict[str
     return sizes
 
 
-def _arranged(sizes: Mapping[str, Mapping[str, int]]) -> dict[str, _Places]:
-    """Places of the parts of matrices, one behind the other."""
+def _allocate(sizes: Mapping[str, Mapping[str, int]]) -> dict[str, _Places]:
+    """Memory for the parts of all matrices, one behind the other in the order of their names."""
     starts, end = {}, 0
     for name, parts in sizes.items():
         for part, size in parts.items():
@@ -127,8 +127,8 @@ def _arranged(sizes: Mapping[str, Mapping[str, int]]) -> dict[str, _Places]:
     }
 
 
-def _moved(matrix: native.Matrix, places: _Places, spec: MatrixSpec) -> native.Matrix:
-    """The same matrix in other memory."""
+def _copied_to(matrix: native.Matrix, places: _Places, spec: MatrixSpec) -> native.Matrix:
+    """The matrix with its codes and scales copied to the given places."""
     for index, (number_format, _) in enumerate(spec.format_rows):
         place, part = places[number_format.name], matrix.parts[index]
         codes = place[: part.codes.nbytes].view(part.codes.shape)

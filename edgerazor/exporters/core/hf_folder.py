@@ -20,11 +20,11 @@ SHARD_BYTES = 2 * 10**9
 
 
 class Piece(NamedTuple):
-    """Tensors that are made together, as those of one matrix.
+    """Tensors that are computed together, as those of one matrix.
 
     Attributes:
         specs: dtype name and shape of each, by name.
-        make: gives them.
+        make: computes them.
     """
 
     specs: Mapping[str, TensorSpec]
@@ -39,7 +39,7 @@ def write_weights(folder: Path, pieces: Iterable[Piece], shard_bytes: int = SHAR
     """Write tensors as transformers does: one file, or numbered files and their index.
 
     Raises:
-        ValueError: two tensors have the same name, or a piece makes others than it said.
+        ValueError: two tensors have the same name, or a piece makes others than its specs announce.
     """
     shards = _shards(pieces, shard_bytes)
     names = [name for shard in shards for piece in shard for name in piece.specs]
@@ -48,7 +48,7 @@ def write_weights(folder: Path, pieces: Iterable[Piece], shard_bytes: int = SHAR
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = WEIGHTS_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: tensor for piece in shard for name, tensor in _made(piece).items()}
+        tensors = {name: tensor for piece in shard for name, tensor in _make_checked(piece).items()}
         _save(tensors, folder / file)
         weight_map |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
@@ -72,11 +72,12 @@ def _shards(pieces: Iterable[Piece], shard_bytes: int) -> list[list[Piece]]:
     return shards
 
 
-def _made(piece: Piece) -> dict[str, Tensor]:
+def _make_checked(piece: Piece) -> dict[str, Tensor]:
+    """The tensors of a piece, contiguous; they must be those that its specs announce."""
     tensors = {name: tensor.contiguous() for name, tensor in piece.make().items()}
-    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    if found != {name: (DTYPES[dtype], tuple(shape)) for name, (dtype, shape) in piece.specs.items()}:
-        raise ValueError(f"{', '.join(piece.specs)} should be {dict(piece.specs)}, and are {found}")
+    actual = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    if actual != {name: (DTYPES[dtype], tuple(shape)) for name, (dtype, shape) in piece.specs.items()}:
+        raise ValueError(f"{', '.join(piece.specs)} should be {dict(piece.specs)}, and are {actual}")
     return tensors
 
 
@@ -95,7 +96,7 @@ def write_companions(model: PackedModel, folder: Path, **changes: Any) -> None:
 
 
 def others(model: PackedModel) -> dict[str, TensorSpec]:
-    """The tensors that are not quantized and that other programs know: not what is stored of inputs."""
+    """The tensors that are not quantized, without stored input scales, which other programs do not know."""
     return {
         name: (entry.dtype, entry.shape)
         for name, entry in model.header.others.items()
@@ -134,8 +135,8 @@ def weight_bytes(folder: Path) -> int:
 def notes(model: PackedModel) -> tuple[str, ...]:
     """What such a folder cannot say about how the packed model computes."""
     settings = model.header.settings
-    rounded = {"inputs of linear layers": "activation_bits", "keys and values": "kv_bits"}
-    few = [f"{what} to {settings[name]} bits" for what, name in rounded.items() if settings.get(name, 16) != 16]
-    if not few:
+    names = {"inputs of linear layers": "activation_bits", "keys and values": "kv_bits"}
+    rounded = [f"{what} to {settings[name]} bits" for what, name in names.items() if settings.get(name, 16) != 16]
+    if not rounded:
         return ()
-    return (f"The packed model rounds {' and '.join(few)}; programs that read this folder do not.",)
+    return (f"The packed model rounds {' and '.join(rounded)}; programs that read this folder do not.",)

@@ -1,4 +1,4 @@
-"""A fast tokenizer of transformers as llama.cpp's vocabulary.
+"""A fast tokenizer of transformers as the vocabulary of a GGUF file.
 
 llama.cpp tokenizes with code of its own, in two ways that concern us. *Byte-level BPE* (`gpt2`) takes merges as they
 are, but cuts text into words by one of the patterns compiled into it, which a file can only name: a tokenizer with an
@@ -50,7 +50,7 @@ ENDS = frozenset(
     <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response>
     <\uff5cend\u2581of\u2581sentence\uff5c> [e~[""".split()
 )
-#: Score of pieces that no merge makes.
+#: Score of pieces that no merge gives.
 UNREACHED = -1e6
 
 Type = gguf.TokenType
@@ -87,7 +87,7 @@ class Vocabulary:
     notes: list[str] = field(default_factory=list)
 
     def add_to(self, writer: gguf.GGUFWriter) -> None:
-        """Write it as metadata."""
+        """Write the vocabulary as metadata of a GGUF file."""
         writer.add_tokenizer_model(self.model)
         writer.add_tokenizer_pre(self.pre)
         writer.add_token_list(self.tokens)
@@ -109,7 +109,7 @@ class Vocabulary:
 NAMES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "eot": "eot"}
 
 
-def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, ends: list[int]) -> Vocabulary:
+def build_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, ends: list[int]) -> Vocabulary:
     """The vocabulary of a tokenizer.
 
     Args:
@@ -123,31 +123,31 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, ends: list[int]) -
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise _refused("it has no tokenizer.json form")
-    about = untrusted.parse_json(backend.to_str(), dict, most_entries=untrusted.MOST_ENTRIES_OF_TOKENIZERS)
-    if about["model"]["type"] != "BPE":
-        raise _refused(f"it is a {about['model']['type']} model, and not BPE")
+    tokenizer_json = untrusted.parse_json(backend.to_str(), dict, most_entries=untrusted.MOST_ENTRIES_OF_TOKENIZERS)
+    if tokenizer_json["model"]["type"] != "BPE":
+        raise _refused(f"it is a {tokenizer_json['model']['type']} model, and not BPE")
     for name in ("continuing_subword_prefix", "end_of_word_suffix"):
-        if about["model"].get(name):
+        if tokenizer_json["model"].get(name):
             raise _refused(f"it has a {name}")
-    pieces = about["model"]["vocab"]
-    added = {each["id"]: each for each in about["added_tokens"] if each["id"] < size}
-    special = {each["content"] for each in about["added_tokens"]}
+    pieces = tokenizer_json["model"]["vocab"]
+    added = {token["id"]: token for token in tokenizer_json["added_tokens"] if token["id"] < size}
+    special = {token["content"] for token in tokenizer_json["added_tokens"]}
     if max((number for piece, number in pieces.items() if piece not in special), default=0) >= size:
         raise _refused(f"it has pieces beyond the {size} rows of the embedding")
-    make = _sentencepiece if _is_sentencepiece(about) else _byte_level
-    found = make(about, pieces)
-    if len(added) < len(about["added_tokens"]):
-        found.notes.append(f"Special tokens beyond the {size} rows of the embedding are left out.")
-    _fill(found, pieces, added, size)
+    build = _sentencepiece if _is_sentencepiece(tokenizer_json) else _byte_level
+    vocabulary = build(tokenizer_json, pieces)
+    if len(added) < len(tokenizer_json["added_tokens"]):
+        vocabulary.notes.append(f"Special tokens beyond the {size} rows of the embedding are left out.")
+    _fill(vocabulary, pieces, added, size)
     if ordinary := sorted((pieces.keys() - special) & ENDS):
-        found.notes.append(f"llama.cpp takes the ordinary token {', '.join(ordinary)} for the end of a text.")
-    found.add_bos, found.add_eos = _ends(about, tokenizer)
+        vocabulary.notes.append(f"llama.cpp takes the ordinary token {', '.join(ordinary)} for the end of a text.")
+    vocabulary.add_bos, vocabulary.add_eos = _ends(tokenizer_json, tokenizer)
     ends = [number for number in ends if number < size]
-    found.special = {role: number for role, number in _special(tokenizer, ends).items() if number < size}
-    _add_ends(found, ends)
+    vocabulary.special = {role: number for role, number in _special(tokenizer, ends).items() if number < size}
+    _add_ends(vocabulary, ends)
     template = tokenizer.chat_template
-    found.chat_template = template if isinstance(template, str) else (template or {}).get("default", "")
-    return found
+    vocabulary.chat_template = template if isinstance(template, str) else (template or {}).get("default", "")
+    return vocabulary
 
 
 def _refused(reason: str) -> UserError:
@@ -161,39 +161,39 @@ def _steps(part: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
     """A normalizer or pre-tokenizer as the list of its steps."""
     if part is None:
         return []
-    return [step for each in part[inner] for step in _steps(each, inner)] if part["type"] == "Sequence" else [part]
+    return [step for child in part[inner] for step in _steps(child, inner)] if part["type"] == "Sequence" else [part]
 
 
-def _normalizers(about: dict[str, Any]) -> list[dict[str, Any]]:
-    return _steps(about["normalizer"], "normalizers")
+def _normalizers(tokenizer_json: dict[str, Any]) -> list[dict[str, Any]]:
+    return _steps(tokenizer_json["normalizer"], "normalizers")
 
 
-def _pre_tokenizers(about: dict[str, Any]) -> list[dict[str, Any]]:
-    return _steps(about["pre_tokenizer"], "pretokenizers")
+def _pre_tokenizers(tokenizer_json: dict[str, Any]) -> list[dict[str, Any]]:
+    return _steps(tokenizer_json["pre_tokenizer"], "pretokenizers")
 
 
-def _fill(found: Vocabulary, pieces: dict[str, int], added: dict[int, Any], size: int) -> None:
+def _fill(vocabulary: Vocabulary, pieces: dict[str, int], added: dict[int, Any], size: int) -> None:
     """Tokens and types of all rows of the embedding; rows without a token get a name of their own."""
     by_id = {number: piece for piece, number in pieces.items()}
-    taken = {*pieces, *(each["content"] for each in added.values())}
+    taken = {*pieces, *(token["content"] for token in added.values())}
     for number in range(size):
         if number in added:
-            found.tokens.append(added[number]["content"])
-            found.types.append(Type.CONTROL if added[number]["special"] else Type.USER_DEFINED)
+            vocabulary.tokens.append(added[number]["content"])
+            vocabulary.types.append(Type.CONTROL if added[number]["special"] else Type.USER_DEFINED)
         elif number in by_id:
-            is_byte = found.model == "llama" and by_id[number] in BYTES
-            found.tokens.append(by_id[number])
-            found.types.append(Type.BYTE if is_byte else Type.NORMAL)
+            is_byte = vocabulary.model == "llama" and by_id[number] in BYTES
+            vocabulary.tokens.append(by_id[number])
+            vocabulary.types.append(Type.BYTE if is_byte else Type.NORMAL)
         else:
             name = f"[PAD{number}]"
-            found.tokens.append(name if name not in taken else f"[UNUSED PAD{number}]")
-            found.types.append(Type.UNUSED)
-    if found.scores:
-        scores = dict(zip(pieces.values(), found.scores, strict=True))
-        found.scores = [scores.get(number, UNREACHED) for number in range(size)]
+            vocabulary.tokens.append(name if name not in taken else f"[UNUSED PAD{number}]")
+            vocabulary.types.append(Type.UNUSED)
+    if vocabulary.scores:
+        scores = dict(zip(pieces.values(), vocabulary.scores, strict=True))
+        vocabulary.scores = [scores.get(number, UNREACHED) for number in range(size)]
 
 
-def _ends(about: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
+def _ends(tokenizer_json: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
     """Whether one text gets a first and a last special token."""
     before, after = around_text(tokenizer)
     if before not in ((), (tokenizer.bos_token_id,)) or after not in ((), (tokenizer.eos_token_id,)):
@@ -203,40 +203,40 @@ def _ends(about: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[bo
 
 def _special(tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> dict[str, int]:
     """Ids of the special tokens by role."""
-    found = {role: getattr(tokenizer, f"{role}_token_id", None) for role in ("bos", "eos", "unk", "pad")}
-    if found["eos"] is None and ends:
-        found["eos"] = ends[0]
-    return {role: number for role, number in found.items() if number is not None}
+    roles = {role: getattr(tokenizer, f"{role}_token_id", None) for role in ("bos", "eos", "unk", "pad")}
+    if roles["eos"] is None and ends:
+        roles["eos"] = ends[0]
+    return {role: number for role, number in roles.items() if number is not None}
 
 
 #: Tokens that llama.cpp takes for the end of a turn by their text.
 KNOWN_ENDS = {"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>"}
 
 
-def _add_ends(found: Vocabulary, ends: list[int]) -> None:
+def _add_ends(vocabulary: Vocabulary, ends: list[int]) -> None:
     """The end of a turn, where it is another token than the end of the text and llama.cpp does not find it itself."""
-    others = [each for each in ends if each != found.special.get("eos") and found.tokens[each] not in KNOWN_ENDS]
+    others = [end for end in ends if end != vocabulary.special.get("eos") and vocabulary.tokens[end] not in KNOWN_ENDS]
     if others:
-        found.special["eot"] = others[0]
+        vocabulary.special["eot"] = others[0]
     if len(others) > 1:
-        left = ", ".join(found.tokens[each] for each in others[1:])
-        found.notes.append(f"llama.cpp does not stop at {left}, as the generation settings ask.")
+        left = ", ".join(vocabulary.tokens[end] for end in others[1:])
+        vocabulary.notes.append(f"llama.cpp does not stop at {left}, as the generation settings ask.")
 
 
 # Byte-level BPE ---------------------------------------------------------------------------------------------------
 
 
-def _byte_level(about: dict[str, Any], pieces: dict[str, int]) -> Vocabulary:
+def _byte_level(tokenizer_json: dict[str, Any], pieces: dict[str, int]) -> Vocabulary:
     notes = []
-    for step in _normalizers(about):
+    for step in _normalizers(tokenizer_json):
         if step["type"] != "NFC":
             raise _refused(f"it normalizes text by {step['type']}")
         notes.append("llama.cpp does not normalize text to NFC, as the tokenizer does: give it text in that form.")
     steps = []
-    for step in _pre_tokenizers(about):
+    for step in _pre_tokenizers(tokenizer_json):
         steps += _words(step)
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in about["model"]["merges"]]
-    wins = bool(about["model"].get("ignore_merges"))
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in tokenizer_json["model"]["merges"]]
+    wins = bool(tokenizer_json["model"].get("ignore_merges"))
     pre = PATTERNS.get((tuple(steps), wins))
     if pre is None:
         shown = ", then ".join(steps) or "nothing"
@@ -265,27 +265,29 @@ SPACE = "\u2581"
 BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 
 
-def _is_sentencepiece(about: dict[str, Any]) -> bool:
-    kinds = {step["type"] for step in (*_normalizers(about), *_pre_tokenizers(about))}
-    return bool(about["model"].get("byte_fallback")) or bool(kinds & {"Prepend", "Metaspace"})
+def _is_sentencepiece(tokenizer_json: dict[str, Any]) -> bool:
+    kinds = {step["type"] for step in (*_normalizers(tokenizer_json), *_pre_tokenizers(tokenizer_json))}
+    return bool(tokenizer_json["model"].get("byte_fallback")) or bool(kinds & {"Prepend", "Metaspace"})
 
 
-def _sentencepiece(about: dict[str, Any], pieces: dict[str, int]) -> Vocabulary:
-    if not about["model"].get("byte_fallback") or not pieces.keys() >= BYTES:
+def _sentencepiece(tokenizer_json: dict[str, Any], pieces: dict[str, int]) -> Vocabulary:
+    if not tokenizer_json["model"].get("byte_fallback") or not pieces.keys() >= BYTES:
         raise _refused("its vocabulary has no pieces for the 256 bytes")
-    prefix, notes = _space_prefix(about)
-    special = {each["content"] for each in about["added_tokens"]}
-    merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in about["model"]["merges"]]
+    prefix, notes = _space_prefix(tokenizer_json)
+    special = {token["content"] for token in tokenizer_json["added_tokens"]}
+    merges = [
+        tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in tokenizer_json["model"]["merges"]
+    ]
     scores = _scores({piece for piece in pieces if piece not in special | BYTES}, merges)
-    found = Vocabulary("llama", "default", [], [], False, False, space_prefix=prefix, notes=notes)
-    found.scores = [scores.get(piece, UNREACHED) for piece in pieces]
-    return found
+    vocabulary = Vocabulary("llama", "default", [], [], False, False, space_prefix=prefix, notes=notes)
+    vocabulary.scores = [scores.get(piece, UNREACHED) for piece in pieces]
+    return vocabulary
 
 
-def _space_prefix(about: dict[str, Any]) -> tuple[bool, list[str]]:
+def _space_prefix(tokenizer_json: dict[str, Any]) -> tuple[bool, list[str]]:
     """Whether a text gets a space before it; the steps must do that and write spaces as `SPACE`, nothing else."""
     prefix, marked, notes = False, False, []
-    for step in (*_normalizers(about), *_pre_tokenizers(about)):
+    for step in (*_normalizers(tokenizer_json), *_pre_tokenizers(tokenizer_json)):
         kind = step["type"]
         if kind == "Prepend" and step["prepend"] == SPACE:
             prefix = True
@@ -303,7 +305,7 @@ def _space_prefix(about: dict[str, Any]) -> tuple[bool, list[str]]:
 
 
 def _scores(pieces: set[str], merges: list[tuple[str, ...]]) -> dict[str, float]:
-    """A score for each piece that merges make: earlier merges score higher.
+    """A score for each piece that merges give: earlier merges score higher.
 
     Raises:
         UserError: joining by score is not the same as these merges.
@@ -311,11 +313,11 @@ def _scores(pieces: set[str], merges: list[tuple[str, ...]]) -> dict[str, float]
     order: dict[str, int] = {}
     latest = ""
     for first, second in merges:
-        made = first + second
-        if made in order and made != latest:
-            raise _refused(f"its merges into {made!r} do not follow each other")
-        order.setdefault(made, len(order))
-        latest = made
+        merged = first + second
+        if merged in order and merged != latest:
+            raise _refused(f"its merges into {merged!r} do not follow each other")
+        order.setdefault(merged, len(order))
+        latest = merged
     known = set(merges)
     for piece in pieces:
         for at in range(1, len(piece)):

@@ -1,4 +1,4 @@
-"""A folder of safetensors whose names are those of transformers, whatever the tensors hold."""
+"""A folder of safetensors with the tensor names of transformers, whatever the tensors hold."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch import Tensor
 
 from edgerazor import models, untrusted
 from edgerazor.errors import UserError
-from edgerazor.importers.core.base import Source, Stored
+from edgerazor.importers.core.base import SourceModel, Stored
 from edgerazor.untrusted import weights
 
 
-def settings(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
     """config.json of a folder as it stands; empty where there is none that can be read."""
     try:
-        found: dict[str, Any] = untrusted.load_json(path / "config.json")
+        settings: dict[str, Any] = untrusted.load_json(path / "config.json")
     except (OSError, ValueError):
         return {}
-    return found
+    return settings
 
 
-class FolderSource(Source):
+class FolderSource(SourceModel):
     """The tensors of a folder, mapped.
 
     Args:
@@ -38,7 +38,7 @@ class FolderSource(Source):
         untrusted.refuse_code(path, "Give a model that transformers knows.")
         untrusted.check_shapes(path / "config.json", config, models.stored_shapes(path))
         self.path, self.config = path, models.completed(config)
-        self.files = weights.holders(path)
+        self.files = weights.open_tensors(path)
 
     def refuse_plain(self, what: str, parts: str) -> None:
         """Refuse a folder whose configuration says that it is quantized, where nothing in it is.
@@ -59,25 +59,25 @@ class FolderSource(Source):
 
     def tensor(self, name: str) -> Tensor:
         """One stored tensor."""
-        found: Tensor = self.files[name].get_tensor(name)
-        return found
+        tensor: Tensor = self.files[name].get_tensor(name)
+        return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Its shape, without reading it."""
+        """Shape of a stored tensor, without reading it."""
         return tuple(self.files[name].get_slice(name).get_shape())
 
     def names(self) -> set[str]:
-        """Names of all of them."""
+        """Names of all stored tensors."""
         return set(self.files)
 
     def quantized(self, name: str) -> bool:
-        """None is, if nobody knows better."""
+        """No tensor is quantized, unless a subclass says so."""
         return False
 
     def read(self, name: str) -> Stored:
-        """As it is stored, if nobody knows better."""
+        """A tensor as it is stored, unless a subclass decodes it."""
         return self.tensor(name)
 
     def write_tokenizer(self, folder: Path) -> None:
-        """Copy it."""
+        """Copy tokenizer, chat template and generation settings."""
         models.copy_companions(self.path, folder)

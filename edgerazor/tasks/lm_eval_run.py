@@ -1,4 +1,4 @@
-"""A model's scores on tasks: lm-eval does the asking, counting and averaging."""
+"""A model's scores on tasks: lm-eval makes the prompts, counts and averages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from edgerazor.console import Console
 from edgerazor.errors import UserError, usage_error
-from edgerazor.tasks.catalog import LoadedTask, Request
+from edgerazor.tasks.catalog import LoadedTask, TaskRequest
 from edgerazor.tasks.quiet import quiet_lm_eval
 
 #: Resamplings for the standard error of metrics that have no formula for it.
@@ -17,7 +17,7 @@ BOOTSTRAP = 1000
 
 
 @dataclass(frozen=True)
-class Score:
+class TaskScore:
     """One task's main result: acc_norm where the task reports it, else acc, else its first metric."""
 
     value: float
@@ -30,22 +30,22 @@ def evaluate(
     model: Any,
     tokenizer: Any,
     loaded: Sequence[LoadedTask],
-    request: Request,
+    request: TaskRequest,
     batch_size: int,
     console: Console,
     title: str,
-) -> tuple[dict[str, Score], list[str]]:
+) -> tuple[dict[str, TaskScore], list[str]]:
     """Score a model.
 
     Args:
         model: a causal language model of transformers, in evaluation mode, or one that scores continuations itself, a
-            `runtime.Model`, for tasks that are not `beyond_greedy`.
+            `runtime.Model`, for tasks that are not `non_greedy`.
         tokenizer: its tokenizer.
         loaded: the tasks.
-        request: limit, chat template and seed.
+        request: for its limit, chat template and seed.
         batch_size: sequences in one forward pass.
         console: shows the progress.
-        title: who is being scored, for the progress.
+        title: what the model is called in the progress and in messages.
 
     Returns:
         task name -> score, and notes.
@@ -57,15 +57,15 @@ def evaluate(
         raise usage_error(f"The tokenizer of {title} has no chat template.", "Leave --apply-chat-template out.")
     from lm_eval.evaluator import evaluate as run
 
-    from edgerazor.tasks.scorer import EngineScorer, Scorer
+    from edgerazor.tasks.lm_eval_models import EngineLM, TransformersLM
 
     with quiet_lm_eval():
-        scorer = (EngineScorer if hasattr(model, "score") else Scorer)(model, tokenizer, batch_size, console, title)
+        scored = (EngineLM if hasattr(model, "score") else TransformersLM)(model, tokenizer, batch_size, console, title)
         for entry in loaded:
             entry.task.set_fewshot_seed(seed=request.seed)  # every model sees the same examples
         try:
             report = run(
-                scorer,
+                scored,
                 {"tasks": {entry.name: entry.task for entry in loaded}, "groups": {}, "group_map": {}},
                 limit=request.limit,
                 bootstrap_iters=BOOTSTRAP,
@@ -77,35 +77,35 @@ def evaluate(
             reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
             raise UserError(f"lm-eval could not run {', '.join(e.name for e in loaded)}: {reason}.") from error
     notes = []
-    if scorer.truncated:
+    if scored.truncated:
         notes.append(
-            f"{title}: {scorer.truncated} prompts were longer than the model's context and lost their beginning."
+            f"{title}: {scored.truncated} prompts were longer than the model's context and lost their beginning."
         )
-    return {entry.name: _main(report["results"][entry.name], entry.task) for entry in loaded}, notes
+    return {entry.name: _main_score(report["results"][entry.name], entry.task) for entry in loaded}, notes
 
 
-def beyond_greedy(loaded: Sequence[LoadedTask]) -> list[str]:
-    """Tasks whose answers are written, but not with the most probable tokens alone."""
-    from edgerazor.tasks.scorer import is_greedy
+def non_greedy(loaded: Sequence[LoadedTask]) -> list[str]:
+    """Names of the tasks whose answers are generated, but not by greedy decoding."""
+    from edgerazor.tasks.lm_eval_models import is_greedy
 
-    written = [entry for entry in loaded if writes(entry)]
-    return [entry.name for entry in written if not is_greedy(entry.task.config.generation_kwargs or {})]
+    generative = [entry for entry in loaded if is_generative(entry)]
+    return [entry.name for entry in generative if not is_greedy(entry.task.config.generation_kwargs or {})]
 
 
-def writes(entry: LoadedTask) -> bool:
-    """Whether a task's answers are written, rather than chosen."""
+def is_generative(entry: LoadedTask) -> bool:
+    """Whether a task's answers are generated, rather than chosen."""
     return bool(entry.task.OUTPUT_TYPE == "generate_until")
 
 
-def _main(results: dict[str, Any], task: Any) -> Score:
+def _main_score(results: dict[str, Any], task: Any) -> TaskScore:
     """Pick the main metric; lm-eval's keys are "metric,filter" and "metric_stderr,filter"."""
     keys = [key for key in results if "," in key and "_stderr," not in key]
-    wanted = [key for name in ("acc_norm", "acc") for key in keys if key.split(",")[0] == name] or keys
-    if not wanted:
+    preferred = [key for name in ("acc_norm", "acc") for key in keys if key.split(",")[0] == name] or keys
+    if not preferred:
         raise UserError(f"lm-eval reports no metric for {task.config.task}.")
-    metric, filtered = wanted[0].split(",", 1)
+    metric, filtered = preferred[0].split(",", 1)
     stderr = results.get(f"{metric}_stderr,{filtered}")
     known = float(stderr) if isinstance(stderr, float | int) and math.isfinite(stderr) else None  # "N/A" for one item
     better = bool(task.higher_is_better().get(metric, True))
     name = metric if filtered == "none" else f"{metric},{filtered}"
-    return Score(float(results[wanted[0]]), known, name, better)
+    return TaskScore(float(results[preferred[0]]), known, name, better)
