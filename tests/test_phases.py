@@ -22,7 +22,8 @@ from edgerazor.allocate import make_plan
 from edgerazor.formats import MatrixSpec
 from edgerazor.modules import Settings
 from edgerazor.recipe import Calibrate
-from edgerazor.stages import distill
+from edgerazor.training import Trainer
+from edgerazor.training import trainer as trainer_module
 
 ALL = formats.names()
 IDS = torch.randint(2, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -264,10 +265,10 @@ def test_each_phase_has_its_schedule_and_its_optimizer(
         rates.append(rate)
         state = optimizer.state[optimizer.param_groups[0]["params"][0]]
         first.append(float(state["step"]) if state else 0.0)
-        set_rate(optimizer, rate)
+        set_learning_rate(optimizer, rate)
 
-    set_rate = distill.set_rate
-    monkeypatch.setattr(distill, "set_rate", note)
+    set_learning_rate = trainer_module.set_learning_rate
+    monkeypatch.setattr(trainer_module, "set_learning_rate", note)
     assert run("distill", "--recipe", recipe, "--work", tmp_path / "job").code == 0
     fall = [1.0, 0.75, 0.5, 0.25]
     assert rates == pytest.approx([*(2e-4 * each for each in fall), *(4e-4 * each for each in fall)])
@@ -277,17 +278,17 @@ def test_each_phase_has_its_schedule_and_its_optimizer(
 def test_data_go_on_from_phase_to_phases(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
     """Two phases of the same kind see what one training sees."""
     seen: list[list[int]] = []
-    train_step = distill.train_step
+    train_step = Trainer.step
 
-    def note(job: distill.Job, batches: Any) -> float:
+    def note(trainer: Trainer, batches: Any) -> float:
         seen.append([int(value) for batch in batches for value in batch["input_ids"].flatten()])
-        return train_step(job, batches)
+        return train_step(trainer, batches)
 
     settings: dict[str, Any] = {"steps": 4}
     for name, phases in (("one", []), ("two", [{"train": "scales"}, {"train": "all"}])):
         recipe = write_phased(tmp_path / f"{name}.yaml", llama, text_file, **settings, phases=phases)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(distill, "train_step", note)
+            patch.setattr(Trainer, "step", note)
             assert run("distill", "--recipe", recipe, "--work", tmp_path / name).code == 0
     assert seen[:4] == seen[4:]
 
@@ -310,14 +311,14 @@ def test_two_processes_train_as_one(run: Run, tmp_path: Path, llama: Path, text_
 def test_the_clock_ends_phases(run: Run, tmp_path: Path, llama: Path, text_file: Path, monkeypatch: Any) -> None:
     """A clock that makes every step a second long: 12 seconds are 3, 6 and 3 steps."""
     seconds = [0.0]
-    train_step = distill.train_step
+    train_step = Trainer.step
 
-    def step(job: distill.Job, batches: Any) -> float:
+    def step(trainer: Trainer, batches: Any) -> float:
         seconds[0] += 1.0
-        return train_step(job, batches)
+        return train_step(trainer, batches)
 
-    monkeypatch.setattr(distill.time, "monotonic", lambda: seconds[0])
-    monkeypatch.setattr(distill, "train_step", step)
+    monkeypatch.setattr(trainer_module.time, "monotonic", lambda: seconds[0])
+    monkeypatch.setattr(Trainer, "step", step)
     recipe = write_phased(tmp_path / "r.yaml", llama, text_file, steps=None, max_time=12.0)
     done = run("distill", "--recipe", recipe, "--work", tmp_path / "job", "--json")
     assert done.code == 0, done.err
@@ -329,14 +330,14 @@ def test_a_phase_that_has_no_time_left_is_reported_as_such(
     run: Run, tmp_path: Path, llama: Path, text_file: Path, monkeypatch: Any
 ) -> None:
     seconds = [0.0]
-    train_step = distill.train_step
+    train_step = Trainer.step
 
-    def step(job: distill.Job, batches: Any) -> float:
-        seconds[0] += 8.0 if job.progress.step == 0 else 1.0
-        return train_step(job, batches)
+    def step(trainer: Trainer, batches: Any) -> float:
+        seconds[0] += 8.0 if trainer.progress.step == 0 else 1.0
+        return train_step(trainer, batches)
 
-    monkeypatch.setattr(distill.time, "monotonic", lambda: seconds[0])
-    monkeypatch.setattr(distill, "train_step", step)
+    monkeypatch.setattr(trainer_module.time, "monotonic", lambda: seconds[0])
+    monkeypatch.setattr(Trainer, "step", step)
     phases = [{"train": "scales"}, {"train": "all", "learning_rate": 1e-5}, {"train": "all"}]
     recipe = write_phased(tmp_path / "r.yaml", llama, text_file, steps=None, max_time=10.0, phases=phases)
     done = run("distill", "--recipe", recipe, "--work", tmp_path / "job", "--json").json()

@@ -77,11 +77,11 @@ def test_interrupted_in_a_layer_it_goes_on_and_ends_the_same(run: Run, recipe: P
         rates.append(rate)
         if len(rates) == step:
             os.kill(os.getpid(), signal.SIGINT)
-        set_rate(optimizer, rate)
+        set_learning_rate(optimizer, rate)
 
-    set_rate = reconstruction.set_rate
+    set_learning_rate = reconstruction.set_learning_rate
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reconstruction, "set_rate", interrupting)
+        patch.setattr(reconstruction, "set_learning_rate", interrupting)
         stopped = run("distill", "--recipe", recipe, "--work", tmp_path / "job")
     assert stopped.code == 130
     assert f"Interrupted while layer {1 + step // 24} of 2 was reconstructed" in stopped.err
