@@ -578,7 +578,7 @@ def test_force_throws_a_student_away_only_for_a_training_that_can_begin(
     def fail(*_: Any) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr(distill, "make_student", fail)
+    monkeypatch.setattr(distill, "load_student", fail)
     failed = run("distill", "--work", job, "--force")
     assert failed.code == 1
     assert "not enough memory" in failed.err

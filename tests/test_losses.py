@@ -103,13 +103,13 @@ def window(length: int, layer: int) -> Tensor | None:
 def each_tensor(change: Any, outputs: Outputs, *others: Outputs) -> Outputs:
     """Outputs whose every tensor with a batch axis is what `change(name, tensor, ...)` makes of it."""
     attention = {}
-    for layer, found in outputs.attention.items():
+    for layer, inputs in outputs.attention.items():
         parts = {}
         for name in ("query", "key", "value"):
             tensors = [getattr(o.attention[layer], name) for o in (outputs, *others)]
             parts[name] = None if tensors[0] is None else change(name, *tensors)
         length = next(part.shape[2] for part in parts.values() if part is not None)
-        attention[layer] = dataclasses.replace(found, **parts, mask=window(length, layer))
+        attention[layer] = dataclasses.replace(inputs, **parts, mask=window(length, layer))
     return Outputs(
         change("states", outputs.last_hidden_state, *(o.last_hidden_state for o in others)),
         {k: change("hidden", v, *(o.hidden_states[k] for o in others)) for k, v in outputs.hidden_states.items()},
@@ -150,11 +150,11 @@ def cut(whole: Outputs, rows: slice) -> Outputs:
 
 
 def leaves(student: Outputs) -> list[Tensor]:
-    seen = [[a.query, a.key, a.value] for a in student.attention.values()]
+    attention_inputs = [[a.query, a.key, a.value] for a in student.attention.values()]
     return [
         student.last_hidden_state,
         *student.hidden_states.values(),
-        *(each for three in seen for each in three if each is not None),
+        *(tensor for three in attention_inputs for tensor in three if tensor is not None),
     ]
 
 
@@ -201,7 +201,7 @@ def plain(loss: Any, name: str, student: Outputs, teacher: Outputs, labels: Tens
 
 def plain_attention(loss: Any, name: str, student: Outputs, teacher: Outputs, keep: dict[int, Tensor]) -> Tensor:
     """The losses of attention, one sample, layer and head after the other."""
-    found = []
+    sample_losses = []
     for row, positions in keep.items():
         parts = []
         for layer in loss.layers:
@@ -211,25 +211,30 @@ def plain_attention(loss: Any, name: str, student: Outputs, teacher: Outputs, ke
                 continue
             for left, right in loss.pairs:
                 for head in range(getattr(ours, left).shape[1]):
-                    maps = [plain_map(loss, name, each, row, head, (left, right), layer) for each in (ours, theirs)]
-                    a, b = (each[positions] for each in maps)
+                    maps = [
+                        plain_map(loss, name, model_attention, row, head, (left, right), layer)
+                        for model_attention in (ours, theirs)
+                    ]
+                    a, b = (model_attention[positions] for model_attention in maps)
                     if name == "attention_cosine":
                         parts.append(1 - torch.cosine_similarity(a.flatten(), b.flatten(), dim=0))
                     else:
                         visible = b > 0
                         divergence = (b[visible] * (b[visible].log() - a[visible].log())).sum() / len(b)
                         parts.append(loss.temperature**2 * divergence)
-        found.append(-loss.beta * torch.stack(parts).sum().log() if name == "qk_entropy" else torch.stack(parts).mean())
-    return torch.stack(found).mean()
+        sample_losses.append(
+            -loss.beta * torch.stack(parts).sum().log() if name == "qk_entropy" else torch.stack(parts).mean()
+        )
+    return torch.stack(sample_losses).mean()
 
 
-def plain_map(loss: Any, name: str, seen: Any, row: int, head: int, pair: tuple[str, str], layer: int) -> Tensor:
+def plain_map(loss: Any, name: str, attention: Any, row: int, head: int, pair: tuple[str, str], layer: int) -> Tensor:
     """One head's map `[T, T]` of one sample."""
-    left, right = (getattr(seen, part)[row] for part in pair)
+    left, right = (getattr(attention, part)[row] for part in pair)
     scores = left[head] @ right[head * len(right) // len(left)].T
-    scores = scores / math.sqrt(left.shape[-1]) if name == "relation" else scores * seen.scale
-    if seen.cap is not None and name != "relation":
-        scores = seen.cap * torch.tanh(scores / seen.cap)
+    scores = scores / math.sqrt(left.shape[-1]) if name == "relation" else scores * attention.scale
+    if attention.cap is not None and name != "relation":
+        scores = attention.cap * torch.tanh(scores / attention.cap)
     visible = window(len(scores), layer)
     visible = torch.ones_like(scores).tril().bool() if visible is None else visible[0, 0]
     return torch.softmax((scores / getattr(loss, "temperature", 1.0)).masked_fill(~visible, -math.inf), -1)
@@ -321,7 +326,7 @@ def test_bfloat16_is_computed_in_float32(name: str, options: dict[str, object]) 
     loss = make(name, options)
     labels = labels_for(4, 9)
     short = [outputs(4, 9, seed, torch.bfloat16) for seed in (1, 2)]
-    same = [each_tensor(lambda name, tensor: tensor.float(), each) for each in short]
+    same = [each_tensor(lambda name, tensor: tensor.float(), model_outputs) for model_outputs in short]
     value = step_loss(loss, [(short[0], short[1], labels)])
     assert value.dtype == torch.float32
     assert value.item() == step_loss(loss, [(same[0], same[1], labels)]).item()
@@ -442,15 +447,15 @@ def test_only_the_common_vocabulary_counts(name: str, options: dict[str, object]
 
 @pytest.mark.parametrize("name", ["attention_kl", "attention_cosine", "relation"])
 def test_blocks_of_maps_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    labels, teacher, found = labels_for(4, 11), outputs(4, 11, 2), []
+    labels, teacher, results = labels_for(4, 11), outputs(4, 11, 2), []
     for elements in (1 << 18, 1, 250):
         monkeypatch.setitem(attention_maps.BLOCK_ELEMENTS, "cpu", elements)
         student = outputs(4, 11, 1, gradient=True)
         value = 3 * step_loss(make(name, {}), [(student, teacher, labels)])
         gradients = torch.autograd.grad(value, leaves(student), allow_unused=True)
-        found.append([value, *(each for each in gradients if each is not None)])
-    for other in found[1:]:
-        torch.testing.assert_close(other, found[0], rtol=1e-12, atol=1e-15)
+        results.append([value, *(gradient for gradient in gradients if gradient is not None)])
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("name", ["attention_kl", "attention_cosine", "relation"])
@@ -466,13 +471,13 @@ def test_no_map_is_kept_for_backward(name: str) -> None:
 def test_attention_by_hand() -> None:
     """Two tokens: the second row of the map is (3/4, 1/4) for the teacher and (1/2, 1/2) for the student."""
 
-    def seen(score: float) -> Outputs:
+    def outputs_with_score(score: float) -> Outputs:
         query = torch.tensor([[[[1.0], [1.0], [1.0]]]], dtype=torch.float64)
         key = torch.tensor([[[[score], [0.0], [0.0]]]], dtype=torch.float64)
         return Outputs(torch.zeros(1, 3, 4), attention={1: Attention(query, key, key)})
 
     labels = torch.tensor([[1, MASKED, 2]])  # only the second token counts
-    student, teacher = seen(0.0), seen(math.log(3))
+    student, teacher = outputs_with_score(0.0), outputs_with_score(math.log(3))
     expected = {
         "attention_kl": 0.75 * math.log(1.5) + 0.25 * math.log(0.5),
         "attention_cosine": 1 - 1 / math.sqrt(2 * 10 / 16),
@@ -516,7 +521,7 @@ def test_several_teachers_are_one_with_the_mean_probabilities(name: str, options
     made = [through_head(4, 9, seed, size, words) for seed, (size, words) in enumerate(sizes)]
     with torch.no_grad():
         mean = torch.stack([torch.softmax(logits[..., :VOCABULARY], -1) for _, logits in made]).mean(0)
-    teacher = dataclasses.replace(made[0][0], others=tuple(each for each, _ in made[1:]))
+    teacher = dataclasses.replace(made[0][0], others=tuple(further for further, _ in made[1:]))
     assert teacher.vocab_size == VOCABULARY
     expected = step_loss(loss, [(outputs(4, 9, 7), Outputs(mean.log()), labels)])
     assert step_loss(loss, [(outputs(4, 9, 7), teacher, labels)]).item() == pytest.approx(expected.item(), rel=1e-12)
@@ -539,7 +544,7 @@ def test_several_teachers_are_one_with_the_mean_logits(name: str, options: dict[
     loss, labels = make(name, options), labels_for(4, 9)
     made = [through_head(4, 9, seed, size, VOCABULARY) for seed, size in enumerate((6, 10, 4))]
     mean = torch.stack([logits.detach() for _, logits in made]).mean(0)
-    teacher = dataclasses.replace(made[0][0], others=tuple(each for each, _ in made[1:]), averaging="logits")
+    teacher = dataclasses.replace(made[0][0], others=tuple(further for further, _ in made[1:]), averaging="logits")
     expected = step_loss(loss, [(outputs(4, 9, 7), Outputs(mean), labels)])
     assert step_loss(loss, [(outputs(4, 9, 7), teacher, labels)]).item() == pytest.approx(expected.item(), rel=1e-12)
 
@@ -563,18 +568,18 @@ def test_edgeqat_weighs_its_losses_as_published() -> None:
     assert ours.item() == pytest.approx(published.item(), rel=1e-12)
 
 
-def test_logits_that_are_kept_are_those_that_would_be_made() -> None:
+def test_cached_logits_are_those_that_would_be_computed() -> None:
     labels = labels_for(4, 9)
     teacher, _ = through_head(4, 9, 3, 6, VOCABULARY)
-    kept, positions = dataclasses.replace(teacher), prediction_mask(labels).flatten().nonzero().flatten()
-    kept.cache_logits(positions, len(positions) * VOCABULARY - 1)
-    assert kept._logits_cache is None  # too many
-    kept.cache_logits(positions, len(positions) * VOCABULARY)
-    torch.testing.assert_close(kept.logits(positions[3:5]), teacher.logits(positions[3:5]), rtol=1e-12, atol=1e-12)
-    kept.last_hidden_state = torch.full_like(kept.last_hidden_state, math.nan)  # not looked at again
+    caching, positions = dataclasses.replace(teacher), prediction_mask(labels).flatten().nonzero().flatten()
+    caching.cache_logits(positions, len(positions) * VOCABULARY - 1)
+    assert caching._logits_cache is None  # too many
+    caching.cache_logits(positions, len(positions) * VOCABULARY)
+    torch.testing.assert_close(caching.logits(positions[3:5]), teacher.logits(positions[3:5]), rtol=1e-12, atol=1e-12)
+    caching.last_hidden_state = torch.full_like(caching.last_hidden_state, math.nan)  # not read again
     loss, student = make("eakld", {}), outputs(4, 9, 7)
     expected = step_loss(loss, [(student, teacher, labels)])
-    torch.testing.assert_close(step_loss(loss, [(student, kept, labels)]), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(step_loss(loss, [(student, caching, labels)]), expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -584,10 +589,10 @@ def test_logits_are_never_rounded_to_sixteen_bits(dtype: torch.dtype, monkeypatc
     generator = torch.Generator().manual_seed(0)
     weight, states = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((VOCABULARY, 300), (5, 300)))
     bias = torch.randn(VOCABULARY, generator=generator)
-    found = Head(weight, bias).logits(states)
-    assert found.dtype == torch.float32
+    logits = Head(weight, bias).logits(states)
+    assert logits.dtype == torch.float32
     exact = states.double() @ weight.double().T + bias.double()
-    assert (found - exact).abs().max() < 1e-4 < (found - found.to(dtype).float()).abs().max()
+    assert (logits - exact).abs().max() < 1e-4 < (logits - logits.to(dtype).float()).abs().max()
 
 
 def test_shapes_that_disagree_are_refused() -> None:
@@ -600,8 +605,8 @@ def test_shapes_that_disagree_are_refused() -> None:
 
 def test_entropy_by_hand() -> None:
     logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [100.0, 0.0, 0.0, 0.0], [50.0, 50.0, 0.0, 0.0]])
-    found = divergences.entropy(logits.log_softmax(-1))
-    torch.testing.assert_close(found, torch.tensor([math.log(4), 0.0, math.log(2)]))
+    entropies = divergences.entropy(logits.log_softmax(-1))
+    torch.testing.assert_close(entropies, torch.tensor([math.log(4), 0.0, math.log(2)]))
 
 
 # --- from hidden states --------------------------------------------------------------------------
@@ -642,7 +647,7 @@ def test_the_chunked_objective_is_the_plain_one(name: str, options: dict[str, ob
 def test_chunks_and_blocks_change_nothing(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     terms = [(0.3, losses.make("ce")), (2.0, losses.make("eakld")), (0.7, losses.make("js"))]
     labels = labels_for(3, 31)
-    found = []
+    results = []
     for sizes in (None, (elements, elements), (10 * elements, elements)):
         if sizes:
             monkeypatch.setattr(logit_losses, "CHUNK_ELEMENTS", sizes[0])
@@ -654,11 +659,11 @@ def test_chunks_and_blocks_change_nothing(elements: int, monkeypatch: pytest.Mon
         assert student.head is not None
         totals = totals_of(terms[1][1], [(teacher, labels)])
         value = losses.total_loss(terms, student, teacher, labels, totals)
-        found.append(
+        results.append(
             [value, *torch.autograd.grad(value, (student.last_hidden_state, student.head.master, student.head.bias))]
         )
-    for other in found[1:]:
-        torch.testing.assert_close(other, found[0], rtol=1e-12, atol=1e-15)
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-12, atol=1e-15)
 
 
 def test_an_objective_is_the_sum_of_its_terms() -> None:

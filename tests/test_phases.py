@@ -65,9 +65,9 @@ def test_a_carried_weight_has_exactly_the_fixed_codes(rows: int, cols: int, grou
             for w in (torch.randn(rows, cols, generator=draw), on_the_edges(rows, cols, before, group_size)):
                 codes = formats.encode_matrix(w, spec, before).codes
                 carried = formats.rebase_weight(w, codes, before, after, spec)
-                found = formats.encode_matrix(carried, spec, after)
-                assert torch.equal(found.codes, codes)
-                assert torch.equal(found.scales, after)
+                encoded = formats.encode_matrix(carried, spec, after)
+                assert torch.equal(encoded.codes, codes)
+                assert torch.equal(encoded.scales, after)
                 spread = (after.double() / before.double()).repeat_interleave(min(group_size, cols), dim=1)[:, :cols]
                 torch.testing.assert_close(carried.double(), w.double() * spread, rtol=1e-6, atol=1e-40)
 
@@ -98,16 +98,16 @@ def test_extreme_scales(name: str) -> None:
 def student(tied: bool, **calibrate: Any) -> PreTrainedModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(family_config("llama", tie_word_embeddings=tied)).eval()
-    found = models.structure(model)
-    plan = make_plan(found.targets, Calibrate(bits=1.88, plan="interleave", group_size=GROUP_SIZE, **calibrate))
-    modules.prepare_for_training(model, found, plan.specs(), Settings(8, 8, GROUP_SIZE, True))
+    structure = models.structure(model)
+    plan = make_plan(structure.targets, Calibrate(bits=1.88, plan="interleave", group_size=GROUP_SIZE, **calibrate))
+    modules.prepare_for_training(model, structure, plan.specs(), Settings(8, 8, GROUP_SIZE, True))
     return model
 
 
 def logits(model: PreTrainedModel) -> Tensor:
     with torch.no_grad():
-        found: Tensor = model(input_ids=IDS, use_cache=False).logits
-    return found
+        computed: Tensor = model(input_ids=IDS, use_cache=False).logits
+    return computed
 
 
 @pytest.mark.parametrize("granularity", ["row", "block", "column"])
@@ -178,8 +178,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory, llama: Path, text_file: Path
 def test_every_phase_is_reported(whole: Path) -> None:
     result = json.loads((whole / "distill" / "result.json").read_text())
     assert result["stopped"] == "budget"
-    found = [(each["phase"], each["what"], each["steps"]) for each in result["phases"]]
-    assert found == [(0, "initialise", 0), (0, "reconstruct", 8), (1, "scales", 2), (2, "all", 4), (3, "scales", 2)]
+    phases = [(phase["phase"], phase["what"], phase["steps"]) for phase in result["phases"]]
+    assert phases == [(0, "initialise", 0), (0, "reconstruct", 8), (1, "scales", 2), (2, "all", 4), (3, "scales", 2)]
     assert len(result["block_errors"]) == 2
     lines = metrics(whole)
     where = [(line["phase"], line["what"], line["step"]) for line in lines]
@@ -192,7 +192,7 @@ def test_every_phase_is_reported(whole: Path) -> None:
         (3, "scales", 8),
     ]
     ends = [line["kl"] for line in lines if line["step"] != 3]
-    assert [each["held_out"] for each in result["phases"]] == ends
+    assert [phase["held_out"] for phase in result["phases"]] == ends
     assert result["best"] == min(line["kl"] for line in lines)
 
 
@@ -219,7 +219,7 @@ def test_interrupted_in_any_phase_and_between_two_it_ends_the_same(
 def reported(job: Path) -> list[dict[str, Any]]:
     """The phases of a result but for the time they took."""
     phases = json.loads((job / "distill" / "result.json").read_text())["phases"]
-    return [{key: value for key, value in each.items() if key != "seconds"} for each in phases]
+    return [{key: value for key, value in phase.items() if key != "seconds"} for phase in phases]
 
 
 @pytest.mark.slow
@@ -271,17 +271,17 @@ def test_each_phase_has_its_schedule_and_its_optimizer(
     monkeypatch.setattr(trainer_module, "set_learning_rate", note)
     assert run("distill", "--recipe", recipe, "--work", tmp_path / "job").code == 0
     fall = [1.0, 0.75, 0.5, 0.25]
-    assert rates == pytest.approx([*(2e-4 * each for each in fall), *(4e-4 * each for each in fall)])
+    assert rates == pytest.approx([*(2e-4 * factor for factor in fall), *(4e-4 * factor for factor in fall)])
     assert first == [0, 1, 2, 3, 0, 1, 2, 3]
 
 
 def test_data_go_on_from_phase_to_phases(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
     """Two phases of the same kind see what one training sees."""
-    seen: list[list[int]] = []
+    step_tokens: list[list[int]] = []
     train_step = Trainer.step
 
     def note(trainer: Trainer, batches: Any) -> float:
-        seen.append([int(value) for batch in batches for value in batch["input_ids"].flatten()])
+        step_tokens.append([int(value) for batch in batches for value in batch["input_ids"].flatten()])
         return train_step(trainer, batches)
 
     settings: dict[str, Any] = {"steps": 4}
@@ -290,7 +290,7 @@ def test_data_go_on_from_phase_to_phases(run: Run, tmp_path: Path, llama: Path, 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Trainer, "step", note)
             assert run("distill", "--recipe", recipe, "--work", tmp_path / name).code == 0
-    assert seen[:4] == seen[4:]
+    assert step_tokens[:4] == step_tokens[4:]
 
 
 @pytest.mark.slow
@@ -322,8 +322,8 @@ def test_the_clock_ends_phases(run: Run, tmp_path: Path, llama: Path, text_file:
     recipe = write_phased(tmp_path / "r.yaml", llama, text_file, steps=None, max_time=12.0)
     done = run("distill", "--recipe", recipe, "--work", tmp_path / "job", "--json")
     assert done.code == 0, done.err
-    found = [(each["what"], each["steps"], each["seconds"]) for each in done.json()["phases"]]
-    assert found == [("initialise", 0, 0.0), ("scales", 3, 3.0), ("all", 6, 6.0), ("scales", 3, 3.0)]
+    phases = [(phase["what"], phase["steps"], phase["seconds"]) for phase in done.json()["phases"]]
+    assert phases == [("initialise", 0, 0.0), ("scales", 3, 3.0), ("all", 6, 6.0), ("scales", 3, 3.0)]
 
 
 def test_a_phase_that_has_no_time_left_is_reported_as_such(
@@ -341,7 +341,7 @@ def test_a_phase_that_has_no_time_left_is_reported_as_such(
     phases = [{"train": "scales"}, {"train": "all", "learning_rate": 1e-5}, {"train": "all"}]
     recipe = write_phased(tmp_path / "r.yaml", llama, text_file, steps=None, max_time=10.0, phases=phases)
     done = run("distill", "--recipe", recipe, "--work", tmp_path / "job", "--json").json()
-    assert [(each["phase"], each["steps"]) for each in done["phases"]] == [(0, 0), (1, 1), (2, 0), (3, 2)]
+    assert [(phase["phase"], phase["steps"]) for phase in done["phases"]] == [(0, 0), (1, 1), (2, 0), (3, 2)]
 
 
 @pytest.mark.parametrize(("phase", "steps"), [(0, 0), (1, 2), (2, 3)])
@@ -349,8 +349,10 @@ def test_it_stops_at_the_target(
     run: Run, whole: Path, tmp_path: Path, llama: Path, text_file: Path, phase: int, steps: int
 ) -> None:
     """Before the first step, at the end of a phase and inside one; a second call has nothing left to do."""
-    line = next(each for each in metrics(whole) if (each["phase"], each["step"]) == (phase, steps))
-    earlier = [each["kl"] for each in metrics(whole)[: metrics(whole).index(line)]]
+    line = next(
+        evaluation for evaluation in metrics(whole) if (evaluation["phase"], evaluation["step"]) == (phase, steps)
+    )
+    earlier = [evaluation["kl"] for evaluation in metrics(whole)[: metrics(whole).index(line)]]
     if line["kl"] >= min(earlier, default=float("inf")):
         pytest.skip("it was not better then")
     recipe = write_phased(tmp_path / "r.yaml", llama, text_file, **BLOCKS, target_kl=line["kl"])
@@ -381,15 +383,17 @@ def test_a_training_without_phases_has_a_target_too(run: Run, tmp_path: Path, ll
 
 def test_a_dry_run_tells_phases_and_time(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
     recipe = write_phased(tmp_path / "r.yaml", llama, text_file, **BLOCKS)
-    found = run("distill", "--recipe", recipe, "--work", tmp_path / "dry", "--dry-run", "--json").json()
-    steps = {name: each["steps"] for name, each in found["phases"].items()}
+    estimate = run("distill", "--recipe", recipe, "--work", tmp_path / "dry", "--dry-run", "--json").json()
+    steps = {name: phase["steps"] for name, phase in estimate["phases"].items()}
     assert steps == {"reconstruct": 8, "1 scales": 2, "2 all": 4, "3 scales": 2}
-    assert found["seconds"] == pytest.approx(sum(each["seconds"] for each in found["phases"].values()), rel=0.02)
+    assert estimate["seconds"] == pytest.approx(
+        sum(phase["seconds"] for phase in estimate["phases"].values()), rel=0.02
+    )
     shown = run("distill", "--recipe", recipe, "--work", tmp_path / "dry", "--dry-run").out
     assert "1 scales (steps 2, seconds " in " ".join(shown.split())
     timed = write_phased(tmp_path / "t.yaml", llama, text_file, steps=None, max_time=100.0)
-    found = run("distill", "--recipe", timed, "--work", tmp_path / "dry", "--dry-run", "--json").json()
-    assert [each["seconds"] for each in found["phases"].values()] == [25.0, 50.0, 25.0]
+    estimate = run("distill", "--recipe", timed, "--work", tmp_path / "dry", "--dry-run", "--json").json()
+    assert [phase["seconds"] for phase in estimate["phases"].values()] == [25.0, 50.0, 25.0]
     assert not (tmp_path / "dry").exists()
 
 

@@ -136,8 +136,8 @@ def test_held_out_text_of_a_recipe_is_packed_alike(llama: Path, text_file: Path,
     values = {"model": str(llama), "data": {"train": [{"file": str(text_file)}], "held_out": [{"file": str(held)}]}}
     tokenizer = AutoTokenizer.from_pretrained(llama)
     for packing, count in (("stream", 1), ("document", 4)):
-        asked = recipes.build(recipes.merge(values, {"data": {"packing": packing}}))
-        _, rows = jobs.open_text(asked, WorkDir(tmp_path), tokenizer, 500)
+        recipe = recipes.build(recipes.merge(values, {"data": {"packing": packing}}))
+        _, rows = jobs.open_text(recipe, WorkDir(tmp_path), tokenizer, 500)
         assert len(rows) == count
 
 
@@ -177,9 +177,9 @@ def test_the_default_number_of_steps_reads_the_data_sixteen_times(rows_per_step:
 )
 def test_how_often_data_are_read_is_said(steps: int | None, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     report_passes(steps, two_sources(), 1, Console())
-    found = " ".join(capsys.readouterr().err.split())
-    assert found.startswith(said)
-    assert bool(found) == bool(said)
+    sentence = " ".join(capsys.readouterr().err.split())
+    assert sentence.startswith(said)
+    assert bool(sentence) == bool(said)
 
 
 # Thinking ---------------------------------------------------------------------------------------------------------
@@ -213,20 +213,20 @@ def test_the_teacher_does_not_think_unless_asked(
 ) -> None:
     """EdgeRazor's distilled data are written with `enable_thinking=False` where the template knows it."""
     teacher = with_template(llama, tmp_path / "model", TEMPLATE + SWITCHES[template])
-    seen: list[Any] = []
+    options: list[Any] = []
 
     def writer(*arguments: Any) -> Any:
-        seen.append(arguments[5])
+        options.append(arguments[5])
         raise UserError("enough")
 
     monkeypatch.setattr(generated_text, "Writer", writer)
     run("data", teacher, "--prompts", chat_file, "--out", tmp_path / "own.jsonl", *asked)
-    assert seen == [given]
+    assert options == [given]
 
 
 def test_the_switch_reaches_the_prompt(llama: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(with_template(llama, tmp_path / "model", TEMPLATE + SWITCHES["qwen3"]))
     talk = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
     for thinking, ending in ((False, "[assistant][quiet]"), (True, "[assistant]")):
-        asked = replace(conversation("here", talk), options=thinking_options(tokenizer, thinking))
-        assert render(asked, tokenizer, talk[:1], prompt=True).endswith(ending)
+        dialogue = replace(conversation("here", talk), options=thinking_options(tokenizer, thinking))
+        assert render(dialogue, tokenizer, talk[:1], prompt=True).endswith(ending)

@@ -30,7 +30,7 @@ from edgerazor.allocate import Plan
 from edgerazor.calibration import initialization
 from edgerazor.console import Console
 from edgerazor.errors import usage_error
-from edgerazor.models import PreTrainedTokenizerBase
+from edgerazor.models import PreTrainedModel, PreTrainedTokenizerBase
 from edgerazor.recipe import Distill, Recipe
 from edgerazor.training import (
     DistillDryRun,
@@ -187,10 +187,11 @@ def prepare(recipe: Recipe, work: WorkDir, placeholders: bool = False) -> Prepar
     phases = make_phases(settings, recipe.model, structure.layer_count, layer_metrics, bits)
     others = load_further_teachers(settings.teachers, recipe.trust_remote_code, accelerator.device, dtype)
     rows, held_out = open_text(recipe, work, tokenizer, [teacher, *others], placeholders)
-    student_settings = jobs.settings_of(plan, structure, calibrated)
+    computing = jobs.settings_of(plan, structure, calibrated)
     input_scales = jobs.input_scales(plan, model, structure, calibrated)
-    start = None if placeholders else initialization.stored(recipe, work, plan)
-    student = make_student(recipe, structure, plan, student_settings, input_scales, accelerator.device, start)
+    initial = None if placeholders else initialization.stored(recipe, work, plan)
+    student = make_student(load_student(recipe), structure, plan, computing, settings, input_scales, initial)
+    student = student.to(accelerator.device)
     objective.open_models(student, model, structure, [term for phase in phases for term in phase.terms])
     packed_bytes = jobs.packed_size(recipe, model, structure, work=calibrated)(plan).bytes
     trainer = Trainer(
@@ -218,6 +219,14 @@ def make_accelerator(device: torch.device, dtype: torch.dtype) -> Accelerator:
     """What knows the device, the precision of products and the other processes of a launcher."""
     AcceleratorState._reset_state()  # one process may train more than once, and not always in the same precision
     return Accelerator(mixed_precision="bf16" if dtype == torch.bfloat16 else "no", cpu=device.type == "cpu")
+
+
+def load_student(recipe: Recipe) -> PreTrainedModel:
+    """A float32 copy of the teacher, or a randomly initialised model for the control experiment, on the CPU."""
+    if recipe.distill.initialise == "random":
+        return models.initialise(recipe.model, recipe.revision, recipe.seed, recipe.trust_remote_code)
+    model, _ = models.load(recipe.model, recipe.revision, "cpu", torch.float32, recipe.trust_remote_code)
+    return model
 
 
 def needs_teacher(settings: Distill, phases: Sequence[ScheduledPhase]) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -13,7 +12,7 @@ from edgerazor import models, modules
 from edgerazor.allocate import Plan
 from edgerazor.losses import Head, Outputs
 from edgerazor.models import PreTrainedModel, Structure
-from edgerazor.recipe import Recipe
+from edgerazor.recipe import Distill
 from edgerazor.training.captured_states import Captures, capture
 
 
@@ -65,33 +64,29 @@ class Student:
 
 
 def make_student(
-    recipe: Recipe,
+    model: PreTrainedModel,
     structure: Structure,
     plan: Plan,
-    settings: modules.Settings,
+    computing: modules.Settings,
+    settings: Distill,
     input_scales: dict[str, float] | None,
-    device: torch.device,
-    start: Callable[[str], modules.Start] | None = None,
+    initial: Callable[[str], modules.Start] | None = None,
 ) -> PreTrainedModel:
-    """A float32 copy of the teacher, or a randomly initialised one for the control, with training modules in it.
+    """Put training modules into a float32 model, in place, and return it in training mode.
 
     Args:
-        recipe: names the model and says how the student is initialised and what is trained.
+        model: a copy of the teacher, or a randomly initialised one.
         structure: where the matrices are.
-        plan: the format of each.
-        settings: how the student computes.
+        plan: the format of each matrix.
+        computing: how the student computes.
+        settings: the `distill` section.
         input_scales: calibrated scales of the inputs of linear layers; None where they are computed in each pass.
-        device: where the student is trained.
-        start: module path -> initial weight and scales of its matrix; None for the teacher's weights and the scales
+        initial: module path -> initial weight and scales of its matrix; None for the model's weights and the scales
             that follow from them.
     """
-    if recipe.distill.initialise == "teacher":
-        student, _ = models.load(recipe.model, recipe.revision, "cpu", torch.float32, recipe.trust_remote_code)
-    else:
-        student = models.initialise(recipe.model, recipe.revision, recipe.seed, recipe.trust_remote_code)
-    if recipe.distill.gradient_checkpointing:
-        models.checkpoint_activations(student)
-    scales_only = recipe.distill.train == "scales"
-    modules.prepare_for_training(student, structure, plan.specs(), settings, scales_only, input_scales, start)
-    student.config.use_cache = False
-    return student.to(device).train()
+    if settings.gradient_checkpointing:
+        models.checkpoint_activations(model)
+    scales_only = settings.train == "scales"
+    modules.prepare_for_training(model, structure, plan.specs(), computing, scales_only, input_scales, initial)
+    model.config.use_cache = False
+    return model.train()
