@@ -69,6 +69,7 @@ class Trainer:
         phases: of the training, at least one.
         store: where students, checkpoint and metrics go.
         progress: counters.
+        tokens_per_row: that a training row takes, on average.
         budget: how long the training lasts.
         optimizer: of the current phase.
         terms: the objective of the current phase.
@@ -85,6 +86,7 @@ class Trainer:
     phases: Sequence[ScheduledPhase]
     store: TrainingStore
     progress: Progress = field(init=False, default_factory=Progress)
+    tokens_per_row: float = field(init=False)
     budget: Budget = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
     terms: Terms = field(init=False)
@@ -94,9 +96,10 @@ class Trainer:
     def __post_init__(self) -> None:
         self.optimizer = make_optimizer(self.student.model, self.settings)
         self.terms = self.phases[0].terms
+        self.tokens_per_row = self.rows.tokens_per_row  # once: the mean length of a stream changes as it is read
         self.budget = make_budget(self.settings, self.rows, self.rows_per_step, self.tokens_per_step)
 
-    # --- what is known of it -------------------------------------------------------------------
+    # --- counters and limits -------------------------------------------------------------------
 
     @property
     def phase(self) -> ScheduledPhase:
@@ -111,7 +114,7 @@ class Trainer:
     @property
     def tokens_per_step(self) -> int:
         """Tokens of an optimizer step; their mean where rows are of different lengths."""
-        return round(self.rows_per_step * self.rows.tokens_per_row)
+        return round(self.rows_per_step * self.tokens_per_row)
 
     @property
     def student_captures(self) -> Captures:
