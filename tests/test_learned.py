@@ -110,7 +110,7 @@ def test_out_of_range_the_gradient_is_the_true_slope(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_fixed_codes_have_the_true_gradient(name: str) -> None:
+def test_frozen_codes_have_the_true_gradient(name: str) -> None:
     """`s * level` is differentiable, so central differences agree with the gradient of any function of it."""
     spec = MatrixSpec((name,), 5)
     w = weights(3, 13)

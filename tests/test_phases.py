@@ -1,4 +1,4 @@
-"""Phases of one training: codes that are fixed for a while, and what follows them."""
+"""Phases of one training: scales trained with frozen codes, and what follows them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def on_the_edges(rows: int, cols: int, scales: Tensor, group_size: int) -> Tenso
 
 @pytest.mark.parametrize(("rows", "cols"), [(1, 1), (13, 31), (17, 101), (40, 127)])
 @pytest.mark.parametrize("group_size", [5, 40, 1000])
-def test_a_carried_weight_has_exactly_the_fixed_codes(rows: int, cols: int, group_size: int) -> None:
+def test_a_rebased_weight_has_exactly_the_frozen_codes(rows: int, cols: int, group_size: int) -> None:
     draw = torch.Generator().manual_seed(0)
     for spec in specs(rows, cols, group_size):
         shape = (rows, formats.group_count(cols, group_size))
@@ -64,12 +64,12 @@ def test_a_carried_weight_has_exactly_the_fixed_codes(rows: int, cols: int, grou
             after = formats.stored_scales(before.float() * torch.exp(width * torch.randn(shape, generator=draw)))
             for w in (torch.randn(rows, cols, generator=draw), on_the_edges(rows, cols, before, group_size)):
                 codes = formats.encode_matrix(w, spec, before).codes
-                carried = formats.rebase_weight(w, codes, before, after, spec)
-                encoded = formats.encode_matrix(carried, spec, after)
+                rebased = formats.rebase_weight(w, codes, before, after, spec)
+                encoded = formats.encode_matrix(rebased, spec, after)
                 assert torch.equal(encoded.codes, codes)
                 assert torch.equal(encoded.scales, after)
                 spread = (after.double() / before.double()).repeat_interleave(min(group_size, cols), dim=1)[:, :cols]
-                torch.testing.assert_close(carried.double(), w.double() * spread, rtol=1e-6, atol=1e-40)
+                torch.testing.assert_close(rebased.double(), w.double() * spread, rtol=1e-6, atol=1e-40)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -88,8 +88,8 @@ def test_extreme_scales(name: str) -> None:
     ends = [formats.stored_scales(torch.full((2, 1), value)) for value in (0.0, 1e9)]
     for before, after in (ends, ends[::-1]):
         codes = formats.encode_matrix(w, spec, before).codes
-        carried = formats.rebase_weight(w, codes, before, after, spec)
-        assert torch.equal(formats.encode_matrix(carried, spec, after).codes, codes)
+        rebased = formats.rebase_weight(w, codes, before, after, spec)
+        assert torch.equal(formats.encode_matrix(rebased, spec, after).codes, codes)
 
 
 # Modules ----------------------------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 @pytest.mark.parametrize("granularity", ["row", "block", "column"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_fixing_and_releasing_codes_change_nothing_that_is_computed(tied: bool, granularity: str) -> None:
+def test_freezing_and_unfreezing_codes_changes_nothing_that_is_computed(tied: bool, granularity: str) -> None:
     model = student(tied, granularity=granularity)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     first = logits(model)
@@ -133,13 +133,13 @@ def test_fixing_and_releasing_codes_change_nothing_that_is_computed(tied: bool, 
             matrix.scales.mul_(torch.exp(0.2 * torch.randn_like(matrix.scales)))
     moved = logits(model)
     with modules.frozen_codes(model) as digests:
-        fixed = dict(digests)
+        frozen = dict(digests)
     modules.freeze_codes(model)  # a second time: nothing
     modules.unfreeze_codes(model)
     assert not torch.equal(moved, first)
     assert torch.equal(logits(model), moved)
     with modules.frozen_codes(model) as digests:
-        assert digests == fixed
+        assert digests == frozen
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     if tied:
         table, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -275,7 +275,7 @@ def test_each_phase_has_its_schedule_and_its_optimizer(
     assert first == [0, 1, 2, 3, 0, 1, 2, 3]
 
 
-def test_data_go_on_from_phase_to_phases(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
+def test_data_go_on_from_phase_to_phase(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
     """Two phases of the same kind see what one training sees."""
     step_tokens: list[list[int]] = []
     train_step = Trainer.step
@@ -408,7 +408,7 @@ def test_a_dry_run_tells_phases_and_time(run: Run, tmp_path: Path, llama: Path, 
         ({}, {"phases": [{"losses": [{"name": "eakdl"}]}]}, "called 'eakdl'"),
     ],
 )
-def test_phases_that_cannot_be_are_refused(
+def test_impossible_phases_are_refused(
     run: Run,
     tmp_path: Path,
     llama: Path,
