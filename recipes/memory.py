@@ -114,7 +114,7 @@ def our_loss(device: str) -> Step:
         samples, tokens = losses.step_counts(labels)
         sums = terms[1][1].teacher_statistics(theirs, labels)
         totals = losses.StepTotals(samples, tokens, {name: float(value) / samples for name, value in sums.items()})
-        losses.objective(terms, ours, theirs, labels, totals).backward()
+        losses.total_loss(terms, ours, theirs, labels, totals).backward()
 
     return step
 
@@ -206,12 +206,12 @@ def our_step(folder: Path, device: str, checkpointed: bool) -> Step:
             "distill": settings,
         }
     )
-    job = distill.prepare(asked, workdir.WorkDir(folder / "work"), imagined=True)
-    job.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1, device=device))], lr=0.0)
-    batches = next(distill.step_batches(job))
+    trainer = distill.prepare(asked, workdir.WorkDir(folder / "work"), placeholders=True).trainer
+    trainer.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1, device=device))], lr=0.0)
+    batches = next(trainer.batches())
 
     def step() -> None:
-        distill.train_step(job, batches)
+        trainer.step(batches)
 
     return step
 

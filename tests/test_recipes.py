@@ -167,8 +167,8 @@ def test_the_published_settings(name: str) -> None:
     settings, calibrate = recipe.distill, recipe.calibrate
     by_bits, *others = PUBLISHED[name]
     for bits, weights in by_bits.items():
-        (training,) = phase_schedule.trainings(recipe, 4, objective.unmeasured(4), bits)
-        assert [(term.name, term.weight) for term, _ in training.terms] == list(
+        (phase,) = phase_schedule.make_phases(settings, recipe.model, 4, objective.placeholder_metrics(4), bits)
+        assert [(term.name, term.weight) for term, _ in phase.terms] == list(
             zip(("ce", "eakld", "lafd"), weights, strict=True)
         )
     sequences = settings.batch_size * settings.accumulation
@@ -189,7 +189,7 @@ def test_what_the_weights_of_losses_depend_on(run: Run, llama: Path, text_file: 
         4,
         1.88,
     )
-    assert objective.in_words(recipe.distill.losses, 4) != objective.in_words(recipe.distill.losses, 3.99)
+    assert objective.describe(recipe.distill.losses, 4) != objective.describe(recipe.distill.losses, 3.99)
     never = {"losses": [{"name": "ce", "from_bits": 6}]}
     path = shortened("smollm2-135m", llama, text_file, tmp_path / "r.yaml")
     path.write_text(yaml.safe_dump(recipes.merge(recipes.load(path), {"distill": never})), encoding="utf-8")

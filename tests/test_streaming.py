@@ -21,7 +21,7 @@ from edgerazor.data import Batch, RowSettings, TokenRows, fingerprint, open_rows
 from edgerazor.data.streaming import StreamedRows
 from edgerazor.errors import UserError
 from edgerazor.recipe import Source
-from edgerazor.stages import distill
+from edgerazor.training import Trainer
 
 FILES, LINES = 3, 40
 
@@ -236,15 +236,15 @@ def test_a_training_from_a_stream_resumes(
     recipe = write_recipe(tmp_path / "r.yaml", llama, None, data=fields, distill=settings)
     whole = run("distill", "--recipe", recipe, "--work", tmp_path / "whole", "--json")
     assert whole.code == 0, whole.err
-    train_step = distill.train_step
+    step = Trainer.step
 
-    def interrupting(job: distill.Job, batches: Any) -> float:
-        if job.progress.step + 1 == 6:
+    def interrupting(trainer: Trainer, batches: Any) -> float:
+        if trainer.progress.step + 1 == 6:
             os.kill(os.getpid(), signal.SIGINT)
-        return train_step(job, batches)
+        return step(trainer, batches)
 
     with monkeypatch.context() as patch:
-        patch.setattr(distill, "train_step", interrupting)
+        patch.setattr(Trainer, "step", interrupting)
         assert run("distill", "--recipe", recipe, "--work", tmp_path / "job").code == 130
     state = json.loads((tmp_path / "job" / "distill" / "checkpoints" / "current" / "state.json").read_text())
     assert state["progress"]["streams"]["0"]["block"] == (1 if packing == "stream" else 0)
