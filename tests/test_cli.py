@@ -193,23 +193,23 @@ def test_every_option_sets_its_field(
     beside = [] if name == "run" else ["--recipe", recipe]
     with pytest.raises(BuiltError):
         run(*command, *beside, option.long, *words, *NEEDS.get(option.field, []))
-    found: Any = built[0].model_dump(mode="json", exclude_defaults=option.field.startswith("data."))
+    setting: Any = built[0].model_dump(mode="json", exclude_defaults=option.field.startswith("data."))
     for part in option.field.split("."):
-        found = found[part]
-    assert found == value
+        setting = setting[part]
+    assert setting == value
     changed = built[0].model_dump(exclude_defaults=True)
     assert set(changed) <= {"model", "threads", "seed", option.field.split(".")[0]}
 
 
 def test_options_of_a_model_measured_alone(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    seen: list[tuple[str, recipes.Recipe]] = []
-    monkeypatch.setattr(evaluation, "evaluate_model", lambda model, asked, _: seen.append((model, asked)))
+    calls: list[tuple[str, recipes.Recipe]] = []
+    monkeypatch.setattr(evaluation, "evaluate_model", lambda model, recipe, _: calls.append((model, recipe)))
     monkeypatch.setattr(evaluation, "show", lambda _: [])
     words = ["--against", "t", "--activation-bits", "8", "--kv-bits", "8", "--group-size", "64"]
     run("eval", "m", *words)
-    model, asked = seen[0]
-    assert (model, asked.eval.against, asked.calibrate.group_size) == ("m", "t", 64)
-    assert (asked.eval.activation_bits, asked.eval.kv_bits) == (8, 8)
+    model, recipe = calls[0]
+    assert (model, recipe.eval.against, recipe.calibrate.group_size) == ("m", "t", 64)
+    assert (recipe.eval.activation_bits, recipe.eval.kv_bits) == (8, 8)
     for option, value in zip(words[::2], words[1::2], strict=True):
         refused = run("eval", option, value, "--work", tmp_path / "job")
         assert refused.code == 2
@@ -248,7 +248,7 @@ def test_show_recipe_prints_a_recipe_that_loads_back(run: Run) -> None:
     assert "show RESULT" not in shown.out
 
 
-# --- asked wrongly -----------------------------------------------------------------------------
+# --- wrong commands -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_show_recipe_prints_a_recipe_that_loads_back(run: Run) -> None:
         (["eval", "LLAMA", "--dry-run"], 2, "has no dry run"),
     ],
 )
-def test_what_is_asked_wrongly_is_one_sentence(
+def test_a_wrong_command_is_one_sentence(
     run: Run, tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], code: int, sentence: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -447,14 +447,14 @@ def test_version(run: Run) -> None:
     assert run("--version").out.startswith("edgerazor 0.")
 
 
-def test_distill_is_asked_for_what_it_is_given(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_of_several_layers_the_last_wins(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Of several layers the last wins: defaults, the recipe, the command line."""
-    seen: list[Any] = []
-    monkeypatch.setattr(pipeline, "run", lambda name, asked, *_: seen.append(asked))
+    built: list[Any] = []
+    monkeypatch.setattr(pipeline, "run", lambda name, recipe, *_: built.append(recipe))
     (tmp_path / "r.yaml").write_text("model: x/y\nseed: 3\ndistill: {steps: 5, clip: 2.0}")
     run("distill", "--recipe", tmp_path / "r.yaml", "--steps", 6)
-    settings = seen[0].distill
-    assert (seen[0].seed, settings.steps, settings.clip, settings.batch_size) == (
+    settings = built[0].distill
+    assert (built[0].seed, settings.steps, settings.clip, settings.batch_size) == (
         3,
         6,
         2.0,

@@ -1,4 +1,4 @@
-"""Words for the terminal: nothing in them is a command, and nothing is endless; the process at both its ends."""
+"""Text for the terminal: nothing in it is a command, nothing is endless; how the process begins and ends."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Answer(BaseModel):
 
 
 def strange(text: str) -> set[str]:
-    return {each for each in text if not (each.isprintable() or each == "\n")}
+    return {character for character in text if not (character.isprintable() or character == "\n")}
 
 
 def test_plain_and_harmless() -> None:
@@ -53,11 +53,11 @@ def test_nothing_that_is_said_commands_a_terminal(capsys: pytest.CaptureFixture[
         tracker.advance()
     console.result(Answer(name=EVIL), EVIL, table(EVIL, [EVIL, "n"], [[EVIL, EVIL]], EVIL))
     Console(as_json=True).result(Answer(name="\x7f\x1b\x9b"))
-    said = capsys.readouterr()
-    assert strange(said.out) | strange(said.err) == set()
-    assert said.err.count("z[/x]:bug:") == 6
-    assert "[/x]:bug:" in said.out  # no markup, no pictures
-    assert '"\\u007f\\u001b\\u009b"' in said.out
+    printed = capsys.readouterr()
+    assert strange(printed.out) | strange(printed.err) == set()
+    assert printed.err.count("z[/x]:bug:") == 6
+    assert "[/x]:bug:" in printed.out  # no markup, no pictures
+    assert '"\\u007f\\u001b\\u009b"' in printed.out
 
 
 def test_an_error_is_at_most_two_kilobytes(capsys: pytest.CaptureFixture[str]) -> None:
