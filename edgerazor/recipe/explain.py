@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic.fields import FieldInfo
 
-from edgerazor.recipe.schema import Recipe, Strict, section_at
+from edgerazor.recipe.schema import Recipe, Strict, as_section, section_at
 
 
 def dump(recipe: Recipe) -> str:
@@ -28,10 +28,9 @@ def explain(flags: Mapping[str, str] | None = None) -> str:
 def _lines(section: type[Strict], location: tuple[str, ...], flags: Mapping[str, str]) -> Iterator[str]:
     indent = "  " * len(location)
     for name, field in section.model_fields.items():
-        annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, Strict):
-            yield f"{indent}{name}:  # {(annotation.__doc__ or '').strip().splitlines()[0]}"
-            yield from _lines(annotation, (*location, name), flags)
+        if inner := as_section(field.annotation):
+            yield f"{indent}{name}:  # {(inner.__doc__ or '').strip().splitlines()[0]}"
+            yield from _lines(inner, (*location, name), flags)
             continue
         path = ".".join((*location, name))
         inside = (flags[field] for field in flags if field == path or field.startswith(f"{path}."))

@@ -29,6 +29,7 @@ from edgerazor.recipe.schema import (
     Recipe,
     RecipePath,
     Strict,
+    as_section,
     option_at,
     section_at,
     section_in,
@@ -149,8 +150,8 @@ def _replace_paths(value: Any, annotation: Any, marks: Iterable[Any], change: Ca
         return [_replace_paths(item, arguments[0], (), change) for item in value]
     elif kind is dict and isinstance(value, dict):
         return {key: _replace_paths(item, arguments[1], (), change) for key, item in value.items()}
-    elif isinstance(annotation, type) and issubclass(annotation, Strict) and isinstance(value, dict):
-        fields = annotation.model_fields.items()
+    elif (section := as_section(annotation)) and isinstance(value, dict):
+        fields = section.model_fields.items()
         changed = {
             name: _replace_paths(value[name], field.annotation, field.metadata, change)
             for name, field in fields

@@ -519,18 +519,22 @@ class Recipe(Strict):
 # Walking the schema -----------------------------------------------------------------------------------------------
 
 
+def as_section(annotation: Any) -> type[Strict] | None:
+    """The section that a field's type is: `Data` for `Data`, none for `tuple[Source, ...]`."""
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Strict) else None
+
+
 def section_in(annotation: Any) -> type[Strict] | None:
-    """The section that a field's type holds: `Source` for `tuple[Source, ...]`, `Data` for `Data`; None: no section."""
-    if isinstance(annotation, type) and issubclass(annotation, Strict):
-        return annotation
-    return next((section for argument in get_args(annotation) if (section := section_in(argument))), None)
+    """The section that a field's type is or holds: `Data` for `Data`, `Source` for `tuple[Source, ...]`."""
+    inside = (section for argument in get_args(annotation) if (section := section_in(argument)))
+    return as_section(annotation) or next(inside, None)
 
 
 def section_at(location: tuple[int | str, ...]) -> type[Strict]:
     """The innermost section on the way to a location of a recipe, as pydantic's errors give it."""
     section: type[Strict] = Recipe
     for part in location:
-        field = section.model_fields.get(part) if isinstance(part, str) else None
+        field = section.model_fields.get(str(part))
         section = (section_in(field.annotation) if field else None) or section
     return section
 
@@ -541,22 +545,22 @@ def option_at(location: tuple[int | str, ...]) -> str:
     It is called like the innermost field outside of lists: there is one option for a list of sources, and none for the
     fields of each.
     """
-    section: type[Strict] = Recipe
+    section: type[Strict] | None = Recipe
     flag = ""
     for part in location:
-        field = section.model_fields.get(part) if isinstance(part, str) else None
+        if section is None:
+            break
+        field = section.model_fields.get(str(part))
         marks = [mark for mark in field.metadata if isinstance(mark, Flag)] if field else []
         flag = marks[0].name if marks else f"--{str(part).replace('_', '-')}"
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Strict)):
-            break
-        section = field.annotation
+        section = as_section(field.annotation) if field else None
     return flag
 
 
 def fields_of(section: type[Strict] = Recipe, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(`calibrate.bits`, its pydantic field) for every field that is no section, in the order of the schema."""
     for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Strict):
-            yield from fields_of(field.annotation, f"{prefix}{name}.")
+        if inner := as_section(field.annotation):
+            yield from fields_of(inner, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", field
