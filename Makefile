@@ -209,6 +209,13 @@ check: install
 	$(BIN)/mypy
 	$(MAKE) test-all
 
+# The page of options, after a change of the table that it is made from.
+.PHONY: options
+options: install
+	mkdir -p build
+	$(BIN)/python -m edgerazor.cli.options_page > build/options.md
+	mv build/options.md edgerazor/cli/OPTIONS.md
+
 # The library of kernels again, after a change of its sources; its tests on the machines of others.
 kernels: install
 	$(BIN)/python -m edgerazor.kernels.build

@@ -24,7 +24,7 @@ from edgerazor.benchmark import bandwidth as bandwidth_
 from edgerazor.benchmark import engines as engines_
 from edgerazor.benchmark import peers
 from edgerazor.benchmark.engines import Round, Speed, Start
-from edgerazor.cli import app
+from edgerazor.cli.app import app
 from edgerazor.console import Console, Tracker
 from edgerazor.errors import UserError
 from edgerazor.kernels import native

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -12,7 +13,7 @@ from edgerazor import job, packed, transformers_plugin
 from edgerazor.console import Console, megabytes, table
 from edgerazor.errors import usage_error
 from edgerazor.packed.shipping import CompressResult
-from edgerazor.recipe import Recipe
+from edgerazor.recipe import json_schema
 from edgerazor.report import differences, heatmap, inspection
 from edgerazor.report.differences import Differences
 from edgerazor.report.inspection import PackedSummary, show_format
@@ -188,8 +189,8 @@ def add_size(row: ModelRow, work: WorkDir) -> None:
         row.bytes, row.real_bits = sizes.bytes, round(sizes.real_bits, 4)
 
 
-def schema() -> str:
-    """JSON schemas of the recipe and of what `--json` prints."""
+def schema(flags: Mapping[str, str]) -> str:
+    """JSON schemas of the recipe and of what `--json` prints; `flags` names the options of the recipe's fields."""
     others: dict[str, type[BaseModel]] = {
         "data": DataResult,
         "generate": GenerateResult,
@@ -200,8 +201,8 @@ def schema() -> str:
         "pack PACKED --compress": CompressResult,
         "pack FOREIGN": ForeignResult,
     }
-    found: dict[str, type[BaseModel]] = {"recipe": Recipe, **RESULTS, **others}
-    return json.dumps({name: model.model_json_schema() for name, model in found.items()}, indent=1)
+    results = {name: model.model_json_schema() for name, model in {**RESULTS, **others}.items()}
+    return json.dumps({"recipe": json_schema(flags), **results}, indent=1)
 
 
 def show(found: Summary | PlanSummary | PackedSummary | Differences) -> list[RenderableType]:

@@ -1,57 +1,74 @@
-"""What was asked for: one strict, complete, printable description of a job.
+"""The schema of a recipe: one strict, complete, printable description of a job.
 
 A recipe is YAML with the five stages as its sections. Every field has a default, written here and nowhere
 else, and a line of explanation (`edgerazor show recipe` prints them all). Unknown fields are refused.
 
-Values come from, later ones winning: the defaults, the recipe of the working directory (what earlier commands
-asked for), `--recipe FILE`, the options of the command line. A `--recipe` replaces that of the working directory; it
-may be the bare name of one that comes with edgerazor (`--recipe phases`).
-Paths in a recipe file are relative to the file; on the command line, to the current folder. In the working directory
-they are kept absolute, so that later commands work from any folder.
+What other files need to know of a field is marked on its type: `RecipePath` says that a text is a path (`load.anchor`
+makes it absolute), `Flag` that its option on the command line has another name than the field.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
-import os
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from decimal import Decimal
-from importlib import metadata
-from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from edgerazor import untrusted
-from edgerazor.errors import MOST_THREADS, UserError, plain, usage_error
-from edgerazor.registry import unknown
+from edgerazor.errors import MOST_THREADS
 
 MINIMUM_BITS, MAXIMUM_BITS = 1.58, 8.0
 #: A group size that no row exceeds: one scale per row, written `row`.
 WHOLE_ROW = 65536
-#: Most bytes of a recipe.
-MOST_BYTES = 1 << 20
-#: Fields of calibrate that ask for a size, each in its own way; a later layer that gives one forgets the others.
-BUDGETS = ("bits", "real_bits", "target_size")
 #: Bytes of the units of `target_size`.
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
-#: Whose record says where an installation put the recipes that come with it (`data-files` of pyproject.toml).
-DISTRIBUTION = "edgerazor-toolchain"
+#: Fields that were renamed, and their names now: recipes that still have the old ones are refused with the new one.
+RETIRED_FIELDS = {"calibrate.start": "init", "distill.rungs": "phases"}
+#: Likewise (field, value) -> the value's name now.
+RETIRED_VALUES = {("calibrate.init", "rule"): "rtn"}
+
+
+@dataclass(frozen=True)
+class RecipePath:
+    """Marks a text of a recipe as a path, relative to the folder that the recipe lies in.
+
+    Args:
+        or_hub_id: it may be an id of the Hugging Face hub instead; it is a path where there is such a file or folder.
+        program: it is a program that edgerazor runs; the word `none` says that there is none.
+    """
+
+    or_hub_id: bool = False
+    program: bool = False
+
+
+@dataclass(frozen=True)
+class Flag:
+    """Marks a field whose option on the command line is not called like the field."""
+
+    name: str
+
+
+FilePath = Annotated[str, RecipePath()]
+ModelPath = Annotated[str, RecipePath(or_hub_id=True)]
+ProgramPath = Annotated[str, RecipePath(program=True)]
 
 
 class Strict(BaseModel):
-    """A frozen model that refuses fields it does not know and numbers given as text."""
+    """A frozen section of a recipe that refuses fields it does not know and numbers given as text."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    #: Fields of which at most one may be set; a later layer that sets one replaces the others.
+    EXCLUSIVE: ClassVar[tuple[str, ...]] = ()
 
 
 class Source(Strict):
     """One source of text or chat: a local file or a Hugging Face data set, one of the two."""
 
-    file: str | None = Field(None, description="a .txt, .json or .jsonl file, plain or .gz")
+    file: FilePath | None = Field(None, description="a .txt, .json or .jsonl file, plain or .gz")
     dataset: str | None = Field(None, description="a data set id of the Hugging Face hub")
     config: str | None = Field(None, description="configuration of the data set")
     split: str = Field("train", description="split of the data set")
@@ -72,7 +89,9 @@ class Source(Strict):
 class Data(Strict):
     """Text to learn from, and text to measure on."""
 
-    train: tuple[Source, ...] = Field((), description="mixture for calibrate and distill; empty: text of the teacher")
+    train: Annotated[tuple[Source, ...], Flag("--data")] = Field(
+        (), description="mixture for calibrate and distill; empty: text of the teacher"
+    )
     held_out: tuple[Source, ...] = Field((), description="text to measure on; empty: held_out_fraction of the mixture")
     generated_tokens: int = Field(65536, ge=512, description="about how many the teacher writes where train is empty")
     held_out_fraction: float = Field(
@@ -129,6 +148,9 @@ class Constraint(Strict):
 
 class Calibrate(Strict):
     """What the student will be: formats for every matrix, decided after looking at the teacher."""
+
+    #: Each states how large the packed model may be, in its own way.
+    EXCLUSIVE: ClassVar[tuple[str, ...]] = ("bits", "real_bits", "target_size")
 
     bits: float = Field(
         2.0, ge=MINIMUM_BITS, le=MAXIMUM_BITS, description="nominal average over the decoder's linear layers"
@@ -215,13 +237,13 @@ class Calibrate(Strict):
 
     @model_validator(mode="after")
     def _one_budget(self) -> Calibrate:
-        asked = [name for name in BUDGETS if name in self.model_fields_set and getattr(self, name) is not None]
-        if len(asked) > 1:
-            raise ValueError(f"`{asked[0]}` and `{asked[1]}` both say how large the model may be; give one of them")
+        budgets = [name for name in self.EXCLUSIVE if name in self.model_fields_set and getattr(self, name) is not None]
+        if len(budgets) > 1:
+            raise ValueError(f"`{budgets[0]}` and `{budgets[1]}` both say how large the model may be; give one of them")
         return self
 
     def budget(self) -> tuple[str, float]:
-        """Which of `BUDGETS` counts, and its value."""
+        """Name and value of the field that limits the model's size."""
         if self.target_size is not None:
             return "target_size", self.target_size
         return ("bits", self.bits) if self.real_bits is None else ("real_bits", self.real_bits)
@@ -247,17 +269,17 @@ class Calibrate(Strict):
 
 
 def size_in_bytes(text: str) -> int:
-    """`200MB` or `0.5 GiB` in whole bytes; a number without a unit is bytes.
+    """Whole bytes of a size like `200MB` or `0.5 GiB`; a number without a unit is in bytes.
 
     Raises:
-        ValueError: it is not such a text; one sentence without its full stop.
+        ValueError: the text is no size; the message is a sentence without its full stop.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     units = {name.lower(): size for name, size in UNITS.items()} | {"": 1}
-    unit = units.get(found[2].lower()) if found else None
-    if found is None or unit is None:
+    unit = units.get(match[2].lower()) if match else None
+    if match is None or unit is None:
         raise ValueError(f"expected a size like 200MB, in bytes or in one of {', '.join(UNITS)}, got {text!r}")
-    return int(Decimal(found[1]) * unit)
+    return int(Decimal(match[1]) * unit)
 
 
 class LossTerm(Strict):
@@ -275,13 +297,13 @@ class LossTerm(Strict):
     below_bits: float | None = Field(None, description="count this term only for students of fewer nominal bits")
 
     def counts_at(self, bits: float) -> bool:
-        """Whether it is part of the objective of a student of so many nominal bits."""
+        """Whether this term is part of the objective of a student of so many nominal bits."""
         return (self.from_bits is None or bits >= self.from_bits) and (
             self.below_bits is None or bits < self.below_bits
         )
 
     @model_validator(mode="after")
-    def _said_once(self) -> LossTerm:
+    def _temperature_once_and_schedule_where_needed(self) -> LossTerm:
         if self.temperature is not None and "temperature" in self.options:
             raise ValueError("`temperature` is given twice, among the options too")
         scheduled = {"start_factor", "end_factor", "schedule_share"} & self.model_fields_set
@@ -290,12 +312,12 @@ class LossTerm(Strict):
         return self
 
     def weight_at(self, share: float) -> float:
-        """The weight when a share of the budget, 0 to 1, is used."""
+        """The weight of this term when a share of the training budget, 0 to 1, is used up."""
         if self.schedule == "constant":
             return self.weight
-        done = min(share / self.schedule_share, 1.0)
-        fall = 1 - done if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-        return self.weight * (self.end_factor + (self.start_factor - self.end_factor) * fall)
+        progress = min(share / self.schedule_share, 1.0)
+        decay = 1 - progress if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+        return self.weight * (self.end_factor + (self.start_factor - self.end_factor) * decay)
 
 
 class Reconstruction(Strict):
@@ -350,7 +372,7 @@ class Distill(Strict):
         min_length=1,
         description="the objective, a weighted sum: name, weight, temperature, options, schedule of each term",
     )
-    teachers: tuple[str, ...] = Field(
+    teachers: tuple[ModelPath, ...] = Field(
         (), description="further teachers, whose next tokens are averaged with the model's own"
     )
     teacher_average: Literal["probabilities", "logits"] = Field(
@@ -390,13 +412,15 @@ class Eval(Strict):
     """What is measured of the packed model, against its teacher."""
 
     tasks: tuple[str, ...] = Field((), description="lm-eval tasks, ours, or groups: arc, hellaswag, world ...")
-    task_data: str | None = Field(None, description="folder of TASK.jsonl files to use instead of the hub's data")
+    task_data: FilePath | None = Field(None, description="folder of TASK.jsonl files to use instead of the hub's data")
     limit: int | None = Field(None, ge=1, description="items per task; all when absent")
     num_fewshot: int | None = Field(None, ge=0, description="examples before each item; the task's own when absent")
     apply_chat_template: bool = Field(False, description="wrap prompts in the tokenizer's chat template")
     batch_size: int = Field(32, ge=1, description="sequences in one forward pass of transformers")
     text_sequences: int = Field(64, ge=1, description="held-out sequences for perplexity, KL and agreement")
-    against: str | None = Field(None, description="teacher of a model that is measured alone (`eval MODEL`), if any")
+    against: ModelPath | None = Field(
+        None, description="teacher of a model that is measured alone (`eval MODEL`), if any"
+    )
     activation_bits: Literal[8, 16] = Field(16, description="of a 16-bit model measured alone: as in calibrate")
     kv_bits: Literal[8, 16] = Field(16, description="of a 16-bit model measured alone: as in calibrate")
     min_retention: float | None = Field(
@@ -415,19 +439,19 @@ class Bench(Strict):
     rounds: int = Field(3, ge=1, description="interleaved repetitions; the median counts")
     threads: tuple[int, ...] = Field((), description="numbers of CPU threads to measure with; `threads` when empty")
     mmap: bool = Field(False, description="measure also with weights read in place, from the mapped file")
-    llama_bench: str | None = Field(
+    llama_bench: ProgramPath | None = Field(
         None, description="bench program of llama.cpp to measure beside it, or none; absent: llama-bench on the PATH"
     )
-    ik_llama_bench: str | None = Field(None, description="bench program of ik_llama.cpp to measure beside it")
+    ik_llama_bench: ProgramPath | None = Field(None, description="bench program of ik_llama.cpp to measure beside it")
 
     @field_validator("contexts", "threads")
     @classmethod
     def _counts(cls, value: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
-        """In order, each once."""
+        """Sorted, without duplicates."""
         least = 1 if info.field_name == "threads" else 0
-        if any(each < least for each in value):
+        if any(count < least for count in value):
             raise ValueError(f"each of {', '.join(map(str, value))} must be at least {least}")
-        if info.field_name == "threads" and any(each > MOST_THREADS for each in value):
+        if info.field_name == "threads" and any(count > MOST_THREADS for count in value):
             raise ValueError(f"each must be at most {MOST_THREADS}")
         return tuple(sorted(set(value)))
 
@@ -459,27 +483,29 @@ class Generate(Strict):
             raise ValueError("`stop` is empty text, which comes up at once; leave it out")
         if self.system is not None and not self.chat:
             raise ValueError("`system` is a message of a chat; give `chat` too")
-        drawing = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) != Generate.default(name)]
-        if self.temperature == 0 and drawing:
-            raise ValueError(f"`{drawing[0]}` draws tokens, and temperature 0 takes the likeliest; give `temperature`")
+        sampling = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) != Generate.default(name)]
+        if self.temperature == 0 and sampling:
+            raise ValueError(f"`{sampling[0]}` draws tokens, and temperature 0 takes the likeliest; give `temperature`")
         return self
 
     @classmethod
     def default(cls, name: str) -> Any:
-        """Of a field."""
+        """Default of a field."""
         return cls.model_fields[name].default
 
 
 class Recipe(Strict):
     """A whole job."""
 
-    model: str = Field("", description="the teacher: a local folder or an id of the Hugging Face hub")
+    model: ModelPath = Field("", description="the teacher: a local folder or an id of the Hugging Face hub")
     revision: str | None = Field(None, description="branch, tag or commit of the hub model")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     seed: int = Field(0, ge=0, description="of data order, initialisation and generated text")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     threads: int | None = Field(None, ge=1, le=MOST_THREADS, description="CPU threads; all cores when absent")
-    compare: dict[str, str] = Field(default_factory=dict, description="other packed folders measured beside this one")
+    compare: dict[str, FilePath] = Field(
+        default_factory=dict, description="other packed folders measured beside this one"
+    )
     data: Data = Data()
     sampling: Sampling = Sampling()
     calibrate: Calibrate = Calibrate()
@@ -490,271 +516,51 @@ class Recipe(Strict):
     generate: Generate = Generate()
 
 
-def find(path: Path) -> Path:
-    """The recipe file that is meant by a path or a bare name.
-
-    A file of that name in the current folder, with or without `.yaml`, wins over one that comes with edgerazor.
-
-    Raises:
-        UserError: a bare name that is neither; the message names the closest ones.
-    """
-    if path.name != str(path) or path.suffix in (".yaml", ".yml") or path.is_file():
-        return path
-    here = Path(f"{path}.yaml")
-    if here.is_file():
-        return here
-    known = shipped()
-    if str(path) not in known:
-        raise unknown("recipe", str(path), sorted(known))
-    return known[str(path)]
+# Walking the schema -----------------------------------------------------------------------------------------------
 
 
-def shipped() -> dict[str, Path]:
-    """Name -> file of the recipes that come with edgerazor: those of the checkout, or of the installed package."""
-    checkout = Path(__file__).parents[1]
-    if (checkout / "pyproject.toml").exists():
-        return {file.stem: file for file in (checkout / "recipes").glob("*.yaml")}
-    try:
-        recorded = metadata.files(DISTRIBUTION) or ()
-    except metadata.PackageNotFoundError:
-        return {}
-    found = [Path(str(each.locate())) for each in recorded if each.match("share/edgerazor/recipes/*.yaml")]
-    return {file.stem: file.resolve() for file in found}
+def as_section(annotation: Any) -> type[Strict] | None:
+    """The section that a field's type is: `Data` for `Data`, none for `tuple[Source, ...]`."""
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Strict) else None
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Read a recipe file into plain values, its relative paths taken from the folder that it lies in.
-
-    Raises:
-        UserError: not there, not YAML, or not a mapping.
-    """
-    try:
-        values = untrusted.parse_yaml(untrusted.read_bytes(path, MOST_BYTES, pipes=True).decode())
-    except untrusted.YamlError as error:
-        where = f" (line {error.line})" if error.line else ""
-        raise usage_error(f"The recipe {path} is not valid YAML{where}: {error}.") from None
-    except OSError as error:
-        raise usage_error(f"The recipe {path} cannot be read: {error.strerror}.") from None
-    except ValueError as error:
-        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error
-        raise usage_error(f"The recipe {path} cannot be read: {reason}.") from None
-    if values is None:
-        raise usage_error(f"The recipe {path} is empty.", "See `edgerazor show recipe` for its fields.")
-    if not isinstance(values, dict):
-        raise usage_error(f"The recipe {path} must be a mapping of fields to values.", "See `edgerazor show recipe`.")
-    return anchor(values, path.parent)
+def section_in(annotation: Any) -> type[Strict] | None:
+    """The section that a field's type is or holds: `Data` for `Data`, `Source` for `tuple[Source, ...]`."""
+    inside = (section for argument in get_args(annotation) if (section := section_in(argument)))
+    return as_section(annotation) or next(inside, None)
 
 
-def runs(recipe: Recipe) -> list[str]:
-    """What a recipe makes run that is not edgerazor: programs, and code of models. In words."""
-    programs = [getattr(recipe.bench, name) for name in ("llama_bench", "ik_llama_bench")]
-    found = [f"the program {plain(each, 200)}" for each in programs if each not in (None, "none")]
-    return [*found, *(["the Python code that comes with its models"] if recipe.trust_remote_code else [])]
-
-
-def anchor(values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The same values with their relative paths made absolute, beginning at a folder; malformed parts are left alone.
-
-    `model` and further teachers are paths where such a folder exists, else ids of the hub.
-    """
-
-    def anchored(value: Any) -> Any:
-        is_path = isinstance(value, str) and value
-        return os.path.abspath(folder / _at_home(value)) if is_path else value
-
-    def source(value: Any) -> Any:
-        return {**value, "file": anchored(value["file"])} if isinstance(value, dict) and "file" in value else value
-
-    def folder_or_id(value: Any) -> Any:
-        return anchored(value) if isinstance(value, str) and value and Path(anchored(value)).exists() else value
-
-    result = dict(values)
-    if "model" in values:
-        result["model"] = folder_or_id(values["model"])
-    distill = values.get("distill")
-    if isinstance(distill, dict) and isinstance(distill.get("teachers"), list | tuple):
-        result["distill"] = {**distill, "teachers": [folder_or_id(each) for each in distill["teachers"]]}
-    evaluate, compare, data = values.get("eval"), values.get("compare"), values.get("data")
-    if isinstance(evaluate, dict):
-        result["eval"] = {**evaluate, **{key: anchored(evaluate[key]) for key in ("task_data",) if key in evaluate}}
-        against = evaluate.get("against")
-        if isinstance(against, str) and against and Path(anchored(against)).exists():
-            result["eval"]["against"] = anchored(against)
-    bench = values.get("bench")
-    if isinstance(bench, dict):
-        programs = {
-            key: bench[key] for key in ("llama_bench", "ik_llama_bench") if bench.get(key) not in (None, "none")
-        }
-        result["bench"] = {**bench, **{key: anchored(path) for key, path in programs.items()}}
-    if isinstance(compare, dict):
-        result["compare"] = {name: anchored(path) for name, path in compare.items()}
-    if isinstance(data, dict):
-        lists = {key: data[key] for key in ("train", "held_out") if isinstance(data.get(key), list | tuple)}
-        result["data"] = {**data, **{key: [source(each) for each in sources] for key, sources in lists.items()}}
-    return result
-
-
-def _at_home(path: str) -> Path:
-    """A path with `~` and `~name` as the folder that they stand for.
-
-    Raises:
-        UserError: nobody here has that name.
-    """
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise usage_error(
-            f"{plain(path, 100)} begins with the home folder of nobody who is known here.", "Write the whole path."
-        ) from None
-
-
-def merge(*layers: dict[str, Any]) -> dict[str, Any]:
-    """Later layers win; sections are merged field by field, and of the fields in `BUDGETS` only the last one stays."""
-    result: dict[str, Any] = {}
-    for layer in layers:
-        for key, value in layer.items():
-            if isinstance(value, dict) and isinstance(result.get(key), dict) and key != "compare":
-                stale = BUDGETS if key == "calibrate" and any(value.get(each) is not None for each in BUDGETS) else ()
-                earlier = {name: field for name, field in result[key].items() if name not in stale}
-                result[key] = merge(earlier, value)
-            else:
-                result[key] = value
-    return result
-
-
-def build(values: dict[str, Any], where: str | None = None) -> Recipe:
-    """Validate plain values.
-
-    Args:
-        values: as `load` gives them.
-        where: what they come from (`The recipe x.yaml`); None for the options of the command line.
-
-    Raises:
-        UserError: the first thing that is wrong, with the field's name and, for an unknown field, the closest one.
-    """
-    try:
-        return Recipe.model_validate(_tuples(values))
-    except ValidationError as error:
-        raise _first_error(error, where) from None
-
-
-def _tuples(value: Any) -> Any:
-    """YAML lists as tuples, which strict frozen models want."""
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return tuple(_tuples(item) for item in value)
-    return value
-
-
-def _first_error(error: ValidationError, where: str | None) -> UserError:
-    """One sentence on the first mistake: which field, its value, and what is expected."""
-    first = error.errors()[0]
-    location, kind = first["loc"], first["type"]
-    field = ".".join(str(part) for part in location)
-    named = f"{where}: `{field}`" if where else _option(location)
-    parent = _model_at(location[:-1])
-    if kind == "extra_forbidden":
-        known = list(parent.model_fields)
-        close = difflib.get_close_matches(str(location[-1]), known, n=1)
-        hint = f"Did you mean {close[0]}?" if close else f"Known fields there: {', '.join(known)}."
-        return usage_error(f"{where or 'The recipe'} has an unknown field `{field}`.", hint)
-    if kind == "missing":
-        return usage_error(f"{named} is missing.", "See `edgerazor show recipe`.")
-    if kind == "value_error":
-        if not where and len(location) == 1:  # several fields of a section together
-            named = "The command line"
-        return usage_error(f"{named}: {first['msg'].removeprefix('Value error, ')}.", "See `edgerazor show recipe`.")
-    name = next((part for part in reversed(location) if isinstance(part, str)), "")
-    found = parent.model_fields.get(name) if location and location[-1] == name else None
-    shown = repr(first["input"] if not isinstance(first["input"], tuple) else list(first["input"]))
-    return usage_error(f"{named} is {shown[:80]}; expected {_expected(kind, first.get('ctx', {}), found)}.")
-
-
-def _option(location: tuple[int | str, ...]) -> str:
-    """The command-line option of a field."""
-    names = [part for part in location if isinstance(part, str)]
-    name = names[-1]
-    if names[:1] == ["data"] and len(names) > 1:
-        name = {"train": "data"}.get(names[1], names[1])
-    elif "reconstruct" in names:
-        name = "reconstruct"
-    return f"--{name.replace('_', '-')}"
-
-
-#: pydantic's names of mistakes of type -> what is expected.
-TYPES = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "string_type": "text",
-    "bool_type": "true or false",
-    "tuple_type": "a list",
-    "dict_type": "fields with values",
-    "model_type": "fields with values",
-    "too_short": "at least one entry",
-}
-
-
-def _expected(kind: str, context: dict[str, Any], field: FieldInfo | None) -> str:
-    """What a field wants, in words: its type, or its range."""
-    if kind == "literal_error":
-        return str(context["expected"]).replace("'", "")
-    bounds: dict[str, Any] = {}
-    for each in field.metadata if field else ():
-        bounds |= {key: getattr(each, key) for key in ("ge", "gt", "le", "lt") if hasattr(each, key)}
-    if kind not in ("greater_than_equal", "greater_than", "less_than_equal", "less_than") or not bounds:
-        return TYPES.get(kind, kind.replace("_", " "))
-    number = "a whole number" if field and "int" in str(field.annotation) else "a number"
-    if set(bounds) == {"ge", "le"}:
-        return f"{number} from {bounds['ge']:g} to {bounds['le']:g}"
-    words = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"}
-    return f"{number} " + " and ".join(f"{words[key]} {value:g}" for key, value in bounds.items())
-
-
-def _model_at(location: tuple[int | str, ...]) -> type[Strict]:
-    """The section of the recipe at a location."""
-    nested: dict[str, type[Strict]] = {
-        "train": Source,
-        "held_out": Source,
-        "losses": LossTerm,
-        "overrides": Override,
-        "constraints": Constraint,
-        "reconstruct": Reconstruction,
-        "phases": Phase,
-    }
-    model: type[Strict] = Recipe
+def section_at(location: tuple[int | str, ...]) -> type[Strict]:
+    """The innermost section on the way to a location of a recipe, as pydantic's errors give it."""
+    section: type[Strict] = Recipe
     for part in location:
-        if part in nested:
-            model = nested[str(part)]
-        elif isinstance(part, str) and part in model.model_fields:
-            annotation = model.model_fields[part].annotation
-            if isinstance(annotation, type) and issubclass(annotation, Strict):
-                model = annotation
-    return model
+        field = section.model_fields.get(str(part))
+        section = (section_in(field.annotation) if field else None) or section
+    return section
 
 
-def dump(recipe: Recipe) -> str:
-    """YAML of everything that differs from the defaults."""
-    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
+def option_at(location: tuple[int | str, ...]) -> str:
+    """The command-line option that sets a location of a recipe.
+
+    It is called like the innermost field outside of lists: there is one option for a list of sources, and none for the
+    fields of each.
+    """
+    section: type[Strict] | None = Recipe
+    flag = ""
+    for part in location:
+        if section is None:
+            break
+        field = section.model_fields.get(str(part))
+        marks = [mark for mark in field.metadata if isinstance(mark, Flag)] if field else []
+        flag = marks[0].name if marks else f"--{str(part).replace('_', '-')}"
+        section = as_section(field.annotation) if field else None
+    return flag
 
 
-def explain(model: type[Strict] = Recipe, indent: int = 0) -> str:
-    """All fields with their defaults and explanations, as YAML with comments."""
-    lines = []
-    for name, field in model.model_fields.items():
-        annotation = field.annotation
-        pad = "  " * indent
-        if isinstance(annotation, type) and issubclass(annotation, Strict):
-            summary = (annotation.__doc__ or "").strip().split("\n")[0]
-            lines += [f"{pad}{name}:  # {summary}", explain(annotation, indent + 1)]
-            continue
-        default = field.get_default(call_default_factory=True)
-        if isinstance(default, tuple):
-            default = [
-                d.model_dump(mode="json", exclude_defaults=True) if isinstance(d, Strict) else d for d in default
-            ]
-        shown = yaml.safe_dump(default, default_flow_style=True, width=1000).strip().removesuffix("...").strip()
-        lines.append(f"{pad}{name}: {shown}  # {field.description}")
-    return "\n".join(lines)
+def fields_of(section: type[Strict] = Recipe, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(`calibrate.bits`, its pydantic field) for every field that is no section, in the order of the schema."""
+    for name, field in section.model_fields.items():
+        if inner := as_section(field.annotation):
+            yield from fields_of(inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
