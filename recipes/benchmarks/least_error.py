@@ -1,7 +1,7 @@
 """What the scales of least squared error are worth in rounding, beside the published rules, and what they cost.
 
-    make results-least-error REAL_DATA=DIR                        the tables in recipes/RESULTS.md
-    python recipes/least_error.py --work speed --dry              one, printed only
+    make results-least-error REAL_DATA=DIR                        the tables in recipes/results/scales.md
+    python -m recipes.benchmarks.least_error --work speed --dry              one, printed only
 
 *rounding*: teachers rounded without training in the setting of the rows of rounding under Methods (int4 embedding,
 8-bit activations, keys and values), at `--init rtn` and `--init least_error`: KL to the teacher and perplexity on
@@ -24,9 +24,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from methods import HERE, Teacher, Values, commit, number, real_teachers
-from packing import MB, random_weights, seconds_with
-from results import markdown, packages, publish
 from torch import Tensor
 
 from edgerazor import data, formats, kernels, models, pipeline
@@ -35,6 +32,10 @@ from edgerazor.console import Console
 from edgerazor.formats import MatrixSpec
 from edgerazor.stages import eval as evaluation
 from edgerazor.workdir import WorkDir, machine
+from recipes.benchmarks.folders import RESULTS
+from recipes.benchmarks.methods import Teacher, Values, real_teachers
+from recipes.benchmarks.packing import MB, random_weights, seconds_with
+from recipes.benchmarks.results import commit, markdown, number, packages, publish
 
 WORK = ("rounding", "gain", "speed")
 INITS = ("rtn", "least_error")
@@ -169,7 +170,7 @@ def main() -> None:
     parser.add_argument("--matrices", type=int, default=16, help="of 6 million weights, for speed")
     parser.add_argument("--rounds", type=int, default=5, help="the best of them, for speed")
     parser.add_argument("--dry", action="store_true", help="leave the results as they are")
-    parser.add_argument("--results", type=Path, default=HERE / "RESULTS.md")
+    parser.add_argument("--results", type=Path, default=RESULTS / "scales.md")
     asked = parser.parse_args()
     torch.manual_seed(0)
     for name in asked.work:

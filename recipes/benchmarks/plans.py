@@ -1,8 +1,8 @@
 """The table of plans: what it is worth to give bits to the rows that need them, at equal real bytes.
 
     make results-plans                         all rows that are not there yet, then the table
-    python recipes/plans.py --teachers world --kinds interleave,rows --bits 1.88
-    python recipes/plans.py --table            only the table, from the stored rows
+    python -m recipes.benchmarks.plans --teachers world --kinds interleave,rows --bits 1.88
+    python -m recipes.benchmarks.plans --table            only the table, from the stored rows
 
 For each teacher and number of bits, EdgeRazor's interleave of ternary and int4 rows decides how many bytes the packed
 model may have, everything counted; the other plans may have no more: `rows` and `tensors` are plans by sensitivity at
@@ -23,15 +23,24 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from methods import HERE, Row, Setting, Teacher, code_of, commit, number, percent, real_teachers, scores, stored, world
-from results import markdown, publish
-
 from edgerazor import data, formats, job, models, pipeline
 from edgerazor import recipe as recipes
 from edgerazor.errors import UserError
 from edgerazor.recipe import Recipe
 from edgerazor.stages import eval as evaluation
 from edgerazor.workdir import WorkDir, digest_json, machine, versions, write_json
+from recipes.benchmarks import numerics
+from recipes.benchmarks.folders import BUILD, RESULTS
+from recipes.benchmarks.methods import (
+    Row,
+    Setting,
+    Teacher,
+    real_teachers,
+    scores,
+    stored,
+    world,
+)
+from recipes.benchmarks.results import commit, markdown, number, percent, publish
 
 BEFORE, AFTER = (1.7, 1.88, 2.0, 2.5, 3.0), (1.88, 2.5)
 SEEDS = (0, 1, 2)
@@ -112,18 +121,14 @@ def widths(name: str) -> list[str]:
 def fingerprint(case: Case, recipe: Recipe) -> str:
     """Identity of everything that decides a row, places and times left out."""
     settings = recipe.model_dump(mode="json", exclude={"model", "data", "bench", "compare"}, exclude_defaults=True)
-    files = ("formats", "formats/core", "allocate", "sensitivity/analysis.py", "losses/forward_kl.py")
-    package = HERE.parent / "edgerazor"
-    code = [
-        file for name in files for file in ([package / name] if name.endswith(".py") else package.glob(f"{name}/*"))
-    ]
+    measured = {"plans": numerics.of_plans()} if recipe.calibrate.plan == "sensitivity" else {}
     return digest_json(
         {
             "recipe": settings,
             "teacher": models.fingerprint(case.teacher.model),
             "text": [data.fingerprint(recipe.data.train), recipe.data.sequence_length],
             "versions": versions(),
-            "code": {file.name: code_of(file) for file in sorted(code) if file.suffix == ".py"},
+            "code": {"formats": numerics.of_formats(), "loss": numerics.of_loss("forward_kl"), **measured},
         }
     )
 
@@ -226,7 +231,7 @@ def teacher_table(name: str, rows: list[Row]) -> str:
     facts = [f"perplexity of the teacher {number(rows[0]['teacher_perplexity'], 4)}"]
     facts += [f"{max(row['steps'] for row in rows)} steps where trained", *sorted({row["machine"] for row in rows})]
     facts += [f"commit {', '.join(sorted({row['commit'] for row in rows if row['commit']}))}"]
-    return f"### {name}\n\n{'; '.join(facts)}.\n\n{text}"
+    return f"## {name}\n\n{'; '.join(facts)}.\n\n{text}"
 
 
 def cells(key: tuple[bool, float, str], rows: list[Row], others: list[Row] | None, has_tasks: bool) -> list[str]:
@@ -259,9 +264,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of each training")
     parser.add_argument("--limit", type=int, default=100, help="items per task")
     parser.add_argument("--real-data", type=Path, help="folder with `models` and `text` of real teachers")
-    parser.add_argument("--rows", type=Path, default=HERE / "rows-of-plans", help="folder of the finished rows")
-    parser.add_argument("--build", type=Path, default=HERE.parent / "build", help="folder of unfinished ones")
-    parser.add_argument("--results", type=Path, default=HERE / "RESULTS.md", help="where the table goes")
+    parser.add_argument("--rows", type=Path, default=RESULTS / "rows-of-plans", help="folder of the finished rows")
+    parser.add_argument("--build", type=Path, default=BUILD, help="folder of unfinished ones")
+    parser.add_argument("--results", type=Path, default=RESULTS / "plans.md", help="where the table goes")
     parser.add_argument("--table", action="store_true", help="only the table")
     asked = parser.parse_args()
     teachers = [world(), *(real_teachers(asked.real_data) if asked.real_data else [])]

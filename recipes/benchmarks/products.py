@@ -1,6 +1,6 @@
 """How fast the products with packed matrices are: one token against the bandwidth of memory, many against arithmetic.
 
-    python recipes/products.py [--isa NAME ...] [--formats NAME ...] [--groups N ...] [--megabytes N] [--json]
+    python -m recipes.benchmarks.products [--isa NAME ...] [--formats NAME ...] [--json]
 
 One token: a matrix larger than the caches is read once a product; GB/s are its bytes, scales included, and the share is
 that of the bandwidth measured in the same rounds, with as many threads. Many tokens: products with a matrix that fits

@@ -1,12 +1,12 @@
 """The table of methods: what each one keeps of a teacher at each number of bits.
 
     make results-methods                       all rows that are not there yet, then the table
-    python recipes/methods.py --methods rtn,eakld --bits 1.88,4 --steps 200
-    python recipes/methods.py --table          only the table, from the stored rows
+    python -m recipes.benchmarks.methods --methods rtn,eakld --bits 1.88,4 --steps 200
+    python -m recipes.benchmarks.methods --table          only the table, from the stored rows
 
 A row is a teacher, a method and a number of bits. A finished row is a JSON file with a fingerprint of what decides it:
-the recipe, the teacher's files, the text, the tasks, the versions of packages, the code (without its comments) of
-formats and of the losses it uses. It is made again only when that changes, or when its file is deleted (each row
+the recipe, the teacher's files, the text, the tasks, the versions of packages, and what formats and the losses it uses
+compute on fixed inputs (`numerics.py`). It is made again only when that changes, or when its file is deleted (each row
 knows the commit it was made at); a killed training goes on from its last checkpoint. All trained rows of a
 teacher see the same tokens, but for those that say "4 x" or "10 x tokens"; "layer by layer" are 48 more steps of each
 layer.
@@ -25,7 +25,6 @@ without training.
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import re
 import shutil
@@ -37,9 +36,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import results
-
-import edgerazor
 from edgerazor import data, models, pipeline, tasks
 from edgerazor import recipe as recipes
 from edgerazor.console import Console
@@ -47,9 +43,10 @@ from edgerazor.errors import INTERRUPTED, UserError, usage_error
 from edgerazor.recipe import Recipe
 from edgerazor.stages import eval as evaluation
 from edgerazor.workdir import WorkDir, digest_json, machine, versions, write_json, write_text
+from recipes.benchmarks import numerics, results
+from recipes.benchmarks.folders import BENCHMARKS, BUILD, RESULTS, WORLD
+from recipes.benchmarks.results import commit, markdown, number, percent
 
-HERE = Path(__file__).resolve().parent
-PACKAGE = Path(edgerazor.__file__).resolve().parent
 BITS = (1.58, 1.88, 2.0, 2.79, 3.0, 4.0)
 EQUAL_BYTES = 1.02
 CALIBRATION_ROWS = 128
@@ -177,11 +174,11 @@ TRAINING: Values = {"batch_size": 8, "learning_rate": 1e-3, "schedule": "cosine"
 def world() -> Teacher:
     """The embedded teacher."""
     text = {
-        "train": [{"file": str(HERE / "world" / "distill.txt")}],
-        "held_out": [{"file": str(HERE / "world" / "heldout.txt")}],
+        "train": [{"file": str(WORLD / "distill.txt")}],
+        "held_out": [{"file": str(WORLD / "heldout.txt")}],
         "sequence_length": 256,
     }
-    return Teacher("world", HERE / "world" / "teacher", {"data": text, "distill": TRAINING}, ("world",))
+    return Teacher("world", WORLD / "teacher", {"data": text, "distill": TRAINING}, ("world",))
 
 
 def real_teachers(folder: Path) -> list[Teacher]:
@@ -263,25 +260,14 @@ def fingerprint(teacher: Teacher, method: Method, bits: float, setting: Setting)
 
 
 def code_digest(method: Method) -> str:
-    """Of the numerics that a row is about, without comments, docstrings and layout."""
-    parts = ["formats", "formats/core"]
+    """Of what the numerics that a row is about compute; of the script that calls a peer, its text."""
+    facts: dict[str, str] = {"formats": numerics.of_formats()}
     if method.trains:
-        parts += ["losses/core"]
-        parts += [f"losses/{term['name']}" for term in (method.changes or {})["distill"].get("losses", ())]
-    files = [file for part in parts for file in (*PACKAGE.glob(f"{part}.py"), *PACKAGE.glob(f"{part}/*.py"))]
-    files += [HERE / "peers.py"] if method.peer else []
-    return digest_json({file.name: code_of(file) for file in sorted(set(files))})
-
-
-def code_of(file: Path) -> str:
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-            first = body[0].value
-            if isinstance(first, ast.Constant) and isinstance(first.value, str):
-                del body[0]
-    return ast.dump(tree)
+        names = [term["name"] for term in (method.changes or {})["distill"].get("losses", ())]
+        facts |= {name: numerics.of_loss(name) for name in names}
+    if method.peer:
+        facts["peers"] = (BENCHMARKS / "peers.py").read_text(encoding="utf-8")
+    return digest_json(facts)
 
 
 def peer_version(method: Method, setting: Setting) -> str | None:
@@ -374,7 +360,14 @@ def peer_row(teacher: Teacher, method: Method, bits: float, setting: Setting, fo
     decoded.mkdir(parents=True, exist_ok=True)
     model, tokenizer = models.load(teacher.model)
     write_json(rows, calibration_rows(recipe, tokenizer))
-    command: list[Any] = [setting.peers_python, HERE / "peers.py", method.peer, teacher.model, "--bits", int(bits)]
+    command: list[Any] = [
+        setting.peers_python,
+        BENCHMARKS / "peers.py",
+        method.peer,
+        teacher.model,
+        "--bits",
+        int(bits),
+    ]
     command += ["--calibration", rows, "--out", decoded]
     command += [] if method.own else ["--group-size", recipe.calibrate.group_size]
     # in a folder of its own, because packages write logs where they are started
@@ -446,15 +439,6 @@ def scores(measured: evaluation.EvalResult) -> Row:
     }
 
 
-def commit() -> str:
-    """The commit of this tree, with a plus where files differ from it; empty outside of git."""
-    words = ["git", "-C", str(HERE), "describe", "--always", "--exclude=*", "--dirty=+"]
-    try:
-        return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:
-        return ""
-
-
 # --- the table ---------------------------------------------------------------------------------
 
 
@@ -472,15 +456,27 @@ def teacher_table(name: str, rows: list[Row]) -> str:
     """One teacher's rows, by bits and then in the order of `METHODS`."""
     order = list(METHODS)
     rows = sorted(rows, key=lambda row: (row["bits"], order.index(row["method"])))
-    task_names = list(next((row["tasks"] for row in rows if row.get("tasks")), {}))
-    head = ["bits", "method", *(["above chance"] if task_names else []), *(shortened(task) for task in task_names)]
-    head += ["perplexity", "KL", "real bits", "bytes", "minutes", "at equal bytes"]
-    text = results.markdown(head, [cells(row, rows, task_names) for row in rows])
+    tasks_of = list(next((row["tasks"] for row in rows if row.get("tasks")), {}))
+    head = [
+        "bits",
+        "method",
+        *(["above chance"] if tasks_of else []),
+        "KL",
+        "perplexity",
+        "real bits",
+        "at equal bytes",
+    ]
+    text = markdown(head, [quality_cells(row, rows, bool(tasks_of)) for row in rows])
+    made = [row for row in rows if "failed" not in row]
+    cost = markdown(
+        ["bits", "method", *map(shortened, tasks_of), "bytes", "minutes"], [cost_cells(row, tasks_of) for row in made]
+    )
     facts = [f"perplexity of the teacher {teacher_perplexities(rows)}", f"{step_counts(rows)} steps where trained"]
     facts += sorted({row["machine"] for row in rows})
     facts += [f"commit {', '.join(sorted({row['commit'] for row in rows if row['commit']}))}"]
     facts += sorted({row["package"] for row in rows if "package" in row})
-    return f"### {name}\n\n{'; '.join(facts)}.\n\n{text}"
+    what = "Scores, size and time" if tasks_of else "Size and time"
+    return f"## {name}\n\n{'; '.join(facts)}.\n\n{text}\n\n{what}:\n\n{cost}"
 
 
 def teacher_perplexities(rows: list[Row]) -> str:
@@ -502,15 +498,21 @@ def step_counts(rows: list[Row]) -> str:
     return " or ".join(str(each) for each in sorted({row["steps"] for row in rows if row["steps"]})) or "no"
 
 
-def cells(row: Row, rows: list[Row], task_names: list[str]) -> list[str]:
-    bits, title = f"{row['bits']:g}", METHODS[row["method"]].title
-    between = [""] * (len(task_names) + bool(task_names))
+def quality_cells(row: Row, rows: list[Row], has_tasks: bool) -> list[str]:
+    """What a row keeps of the teacher, or why it could not be made."""
+    cells = [f"{row['bits']:g}", METHODS[row["method"]].title]
     if "failed" in row:
-        return [bits, title, *between, f"does not run: {row['failed'].replace('|', '/')}", *[""] * 5]
-    if task_names:
-        between = [percent(row["above_chance"]), *(percent(row["tasks"].get(task)) for task in task_names)]
-    numbers = [number(row["perplexity"], 4), number(row["kl"]), f"{row['real_bits']:.2f}", f"{row['bytes']:,}"]
-    return [bits, title, *between, *numbers, f"{row['seconds'] / 60:.1f}", equal_bytes(row, rows)]
+        return [*cells, *[""] * (3 + has_tasks), f"does not run: {row['failed'].replace('|', '/')}"]
+    if has_tasks:
+        cells.append(percent(row["above_chance"]))
+    return [*cells, number(row["kl"]), number(row["perplexity"], 4), f"{row['real_bits']:.2f}", equal_bytes(row, rows)]
+
+
+def cost_cells(row: Row, task_names: list[str]) -> list[str]:
+    """Its score in each task, its bytes, and the minutes that making it took."""
+    cells = [f"{row['bits']:g}", METHODS[row["method"]].title]
+    cells += [percent(row["tasks"].get(task)) for task in task_names]
+    return [*cells, f"{row['bytes']:,}", f"{row['seconds'] / 60:.1f}"]
 
 
 def equal_bytes(row: Row, rows: list[Row]) -> str:
@@ -534,17 +536,9 @@ def shortened(task: str) -> str:
     return task.removeprefix("world_")
 
 
-def percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f}"
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    return "" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.{digits}g}"
-
-
 def publish(text: str, path: Path) -> None:
     """Put the table between its two marks in a Markdown file, at its end where they are missing."""
-    old = path.read_text(encoding="utf-8") if path.exists() else "# Results\n"
+    old = path.read_text(encoding="utf-8") if path.exists() else "# Methods\n"
     if BEGIN not in old:
         write_text(path, f"{old.rstrip()}\n\n## Methods (`make results-methods`)\n\n{BEGIN}\n{END}\n")
     results.publish("methods", text, path)
@@ -583,12 +577,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="of each training, instead of the teacher's own 100 or 150")
     parser.add_argument("--limit", type=int, default=250, help="items per task")
     parser.add_argument("--real-data", type=Path, help="folder with `models` and `text` of real teachers")
-    parser.add_argument("--rows", type=Path, default=HERE / "rows", help="folder of the finished rows")
-    parser.add_argument(
-        "--build", type=Path, default=HERE.parent / "build" / "methods", help="folder of unfinished ones"
-    )
-    parser.add_argument("--peers-python", type=Path, default=HERE.parent / "build" / "peers" / "bin" / "python")
-    parser.add_argument("--results", type=Path, default=HERE / "RESULTS.md", help="where the table goes")
+    parser.add_argument("--rows", type=Path, default=RESULTS / "rows", help="folder of the finished rows")
+    parser.add_argument("--build", type=Path, default=BUILD / "methods", help="folder of unfinished ones")
+    parser.add_argument("--peers-python", type=Path, default=BUILD / "peers" / "bin" / "python")
+    parser.add_argument("--results", type=Path, default=RESULTS / "methods.md", help="where the table goes")
     parser.add_argument("--table", action="store_true", help="only the table")
     asked = parser.parse_args(arguments)
     setting = Setting(asked.rows, asked.build, asked.steps, asked.limit, asked.peers_python)

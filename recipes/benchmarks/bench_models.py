@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 from gguf import GGUFReader
-from memory import SHAPE as QWEN3
-from packing import random_weights
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -30,8 +28,11 @@ from edgerazor.benchmark.peers import GgufFile, Program
 from edgerazor.console import Console
 from edgerazor.errors import UserError
 from edgerazor.workdir import WorkDir, replace_folder
+from recipes.benchmarks.folders import WORLD
+from recipes.benchmarks.memory import SHAPE as QWEN3
+from recipes.benchmarks.packing import random_weights
 
-TOKENIZER = Path(__file__).parent / "world" / "teacher"
+TOKENIZER = WORLD / "teacher"
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 32.0,

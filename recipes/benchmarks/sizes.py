@@ -1,8 +1,8 @@
 """Our packed file beside llama.cpp's own files of the same model: bytes, everything counted.
 
-    make sizes                       the table in recipes/RESULTS.md
-    python recipes/sizes.py --layers 2 --results none
-    python recipes/sizes.py --llamacpp none         ours alone, without llama.cpp
+    make sizes                       the table in recipes/results/packing.md
+    python -m recipes.benchmarks.sizes --layers 2 --results none
+    python -m recipes.benchmarks.sizes --llamacpp none         ours alone, without llama.cpp
 
 The model has the shapes of Qwen3-0.6B and Gaussian weights, as transformers draws them. It is packed at 1.58 bits with
 an int4 embedding, groups of 256. llama.cpp's files are made by its own `llama-quantize` from the float16 export of that
@@ -26,10 +26,6 @@ from pathlib import Path
 
 import torch
 from gguf import GGUFReader
-from interop import built, version
-from memory import SHAPE
-from methods import HERE, commit
-from results import markdown, publish
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from edgerazor import exporters, packed, pipeline
@@ -39,6 +35,10 @@ from edgerazor.console import table as rich_table
 from edgerazor.errors import FAILED, UserError
 from edgerazor.packed import PackedModel
 from edgerazor.workdir import WorkDir, machine
+from recipes.benchmarks.folders import BUILD, RESULTS, WORLD
+from recipes.benchmarks.interop import built, version
+from recipes.benchmarks.memory import SHAPE
+from recipes.benchmarks.results import commit, markdown, publish
 
 TYPES = ("TQ1_0", "TQ2_0", "Q2_K", "Q4_0")
 #: Real bits that were promised of the whole model, packed and compressed.
@@ -138,15 +138,13 @@ def files(work: WorkDir, tools: Path, threads: int, console: Console) -> Iterato
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--tokenizer", type=Path, default=WORLD / "teacher", help="whose vocabulary is written")
+    parser.add_argument("--build", type=Path, default=BUILD / "sizes", help="deleted afterwards")
     parser.add_argument(
-        "--tokenizer", type=Path, default=HERE / "world" / "teacher", help="whose vocabulary is written"
-    )
-    parser.add_argument("--build", type=Path, default=HERE.parent / "build" / "sizes", help="deleted afterwards")
-    parser.add_argument(
-        "--llamacpp", type=Path, default=HERE.parent / "build" / "llamacpp", help="what `make llamacpp` made, or `none`"
+        "--llamacpp", type=Path, default=BUILD / "llamacpp", help="what `make llamacpp` made, or `none`"
     )
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--results", default=str(HERE / "RESULTS.md"), help="where the table goes, or `none`")
+    parser.add_argument("--results", default=str(RESULTS / "packing.md"), help="where the table goes, or `none`")
     asked = parser.parse_args(arguments)
     console = Console()
     try:

@@ -1,7 +1,7 @@
 """What `pack --compress` stores of Gaussian weights, beside their Shannon entropy, and how fast.
 
-    make compression                 the table in recipes/RESULTS.md
-    python recipes/compression.py --results none
+    make compression                 the table in recipes/results/packing.md
+    python -m recipes.benchmarks.compression --results none
 
 *Entropy* is that of single codes (order 0), and of single scales, of one matrix; *above*: how much larger the zstd
 frames are, and those of codes alone. (256 scales have an entropy of 8 bits each at most, because there are no more of
@@ -18,8 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from methods import HERE, commit
-from results import markdown, publish
 
 from edgerazor import formats, packed
 from edgerazor.console import Console
@@ -27,6 +25,8 @@ from edgerazor.console import table as rich_table
 from edgerazor.formats import MatrixSpec
 from edgerazor.packed.compression import compress, decompress, entropy_bytes
 from edgerazor.workdir import machine
+from recipes.benchmarks.folders import RESULTS
+from recipes.benchmarks.results import commit, markdown, publish
 
 HEAD = ("format", "matrix", "group", "packed bits", "entropy", "stored", "above", "codes above", "write", "read")
 MATRICES = [
@@ -75,7 +75,7 @@ def row(name: str, shape: tuple[int, int], group_size: int, rounds: int) -> list
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--results", default=str(HERE / "RESULTS.md"), help="where the table goes, or `none`")
+    parser.add_argument("--results", default=str(RESULTS / "packing.md"), help="where the table goes, or `none`")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     rows = [row(name, shape, group_size, asked.rounds) for name, shape, group_size in MATRICES]

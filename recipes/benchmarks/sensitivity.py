@@ -1,8 +1,8 @@
 """What the estimates of sensitivity are worth, and what they cost.
 
     make results-sensitivity                                   both tables
-    python recipes/sensitivity.py --work correlation --real-data DIR
-    python recipes/sensitivity.py --work cost                  alone on the machine
+    python -m recipes.benchmarks.sensitivity --work correlation --real-data DIR
+    python -m recipes.benchmarks.sensitivity --work cost                  alone on the machine
 
 *correlation*: for every tensor and format, the KL that is measured when that tensor alone has the format (`direct`),
 against each estimate of it: Spearman's rank correlation over the tensors of each format, and over all pairs of tensor
@@ -24,9 +24,6 @@ import time
 from pathlib import Path
 
 import torch
-from memory import random_model
-from methods import HERE, Teacher, number, real_teachers, world
-from results import markdown
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -34,6 +31,10 @@ from edgerazor import pipeline
 from edgerazor import recipe as recipes
 from edgerazor.console import Console
 from edgerazor.workdir import WorkDir
+from recipes.benchmarks.folders import WORLD
+from recipes.benchmarks.memory import random_model
+from recipes.benchmarks.methods import Teacher, real_teachers, world
+from recipes.benchmarks.results import markdown, number
 
 ESTIMATES = ("direct", "auto", "hessian")
 SHOWN = ("hessian", "fisher", "integrated", "alone")
@@ -92,7 +93,7 @@ def cost(bits: tuple[float, ...]) -> str:
     lines = ["| calibrate | seconds | peak of resident memory | of it anonymous |", "| --- | --- | --- | --- |"]
     with random_model(28) as model, tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "text.txt"
-        text.write_text((HERE / "world" / "heldout.txt").read_text(encoding="utf-8") * 40, encoding="utf-8")
+        text.write_text((WORLD / "heldout.txt").read_text(encoding="utf-8") * 40, encoding="utf-8")
         for budget in bits:
             words = [sys.executable, "-m", "edgerazor", "calibrate", model, "--bits", budget, "--data", text]
             words += ["--work", Path(folder) / "work", "--quiet"]

@@ -1,6 +1,6 @@
 """What llama.cpp computes with a GGUF file: token ids of texts, logits of rows of tokens, greedy text.
 
-    build/llamacpp/bin/python recipes/llamacpp.py MODEL.gguf REQUEST.json ANSWER.npz
+    build/llamacpp/bin/python recipes/benchmarks/llamacpp.py MODEL.gguf REQUEST.json ANSWER.npz
 
 Runs in an environment of its own (`make llamacpp`), knows nothing of edgerazor and computes on the CPU, with the
 library that was built there. The request is a JSON object:
@@ -28,9 +28,7 @@ from typing import Any
 import numpy as np
 
 # beside the binding's environment lie the tools and the library that both use
-os.environ.setdefault(
-    "LLAMA_CPP_LIB_PATH", str(Path(__file__).resolve().parent.parent / "build" / "llamacpp" / "tools")
-)
+os.environ.setdefault("LLAMA_CPP_LIB_PATH", str(Path(__file__).resolve().parents[2] / "build" / "llamacpp" / "tools"))
 
 import llama_cpp
 

@@ -1,8 +1,9 @@
 """Memory and speed of a distillation step at the shapes of a real model, beside other ways to compute it.
 
-    python recipes/memory.py                                  ours, and the straightforward formulation
-    python recipes/memory.py --peer OTHER_VENV/bin/python     also the published EdgeRazor package (1.3.5), which has
-                                                              our import name and so needs an environment of its own
+    python -m recipes.benchmarks.memory                                  ours, and the straightforward formulation
+    python -m recipes.benchmarks.memory --peer OTHER_VENV/bin/python     also the published EdgeRazor package (1.3.5)
+
+The published package has our import name, and so needs an environment of its own.
 
 Random weights in the shapes of Qwen3-0.6B; 2 sequences of 1,024 tokens; float32 masters, bfloat16 autocast, teacher in
 bfloat16; 1.88 bits, A8-KV8, CE + EAKLD (+ LAFD in a whole step). Each measurement runs in a process of its own.
@@ -183,7 +184,7 @@ def random_model(layers: int) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         Qwen3ForCausalLM(Qwen3Config(**{**SHAPE, "num_hidden_layers": layers})).bfloat16().save_pretrained(folder)
-        AutoTokenizer.from_pretrained(Path(__file__).parent / "world" / "teacher").save_pretrained(folder)
+        AutoTokenizer.from_pretrained(Path(__file__).resolve().parents[1] / "world" / "teacher").save_pretrained(folder)
         yield Path(folder)
 
 

@@ -1,7 +1,7 @@
 """What packing costs, and how fast a packed model opens.
 
-    make results-packing                              all three; the tables go into recipes/RESULTS.md
-    python recipes/packing.py --work memory --dry     one, printed only
+    make results-packing                              all three; the tables go into recipes/results/packing.md
+    python -m recipes.benchmarks.packing --work memory --dry     one, printed only
 
 *memory*: `edgerazor pack` at 1.58 bits of random weights, at least 4 GB of bfloat16 in shards: the peak of anonymous
 memory (mapped pages of the source apart), above a process that has imported the same modules. Bound: the largest
@@ -31,19 +31,19 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
-from memory import SHAPE
-from results import markdown, publish
 from safetensors.torch import save_file
 
 from edgerazor import formats, kernels, packed, workdir
 from edgerazor.formats import MatrixSpec
 from edgerazor.packed import MatrixSource
+from recipes.benchmarks.folders import CHECKOUT, RESULTS, WORLD
+from recipes.benchmarks.memory import SHAPE
+from recipes.benchmarks.results import commit, markdown, publish
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "RESULTS.md"
-TOKENIZER = HERE / "world" / "teacher"
+TOKENIZER = WORLD / "teacher"
 WORK = ("memory", "speed", "loading")
 
 #: Two models of 2.1 billion weights: one with a large matrix, one without.
@@ -120,9 +120,10 @@ def anonymous(process: int | str = "self") -> int:
 
 def imported() -> int:
     """Anonymous memory of a process that has imported what `edgerazor pack` does."""
-    code = "import edgerazor.pipeline, packing; from transformers import Qwen3ForCausalLM; print(packing.anonymous())"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
-    return int(subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True).stdout)
+    code = "import edgerazor.pipeline; from recipes.benchmarks import packing; "
+    code += "from transformers import Qwen3ForCausalLM; print(packing.anonymous())"
+    words = [sys.executable, "-c", code]
+    return int(subprocess.run(words, cwd=CHECKOUT, capture_output=True, check=True).stdout)
 
 
 def peak_of(words: list[str]) -> tuple[float, int]:
@@ -244,23 +245,19 @@ def loading(place: Path) -> str:
 
 
 def opening_times(folder: Path) -> dict[str, float]:
-    """Seconds, the best of five, in which no matrix is read."""
+    """Seconds, the best of five, of each way; in none of them a quantized matrix is read."""
     from transformers import AutoModelForCausalLM
 
     from edgerazor import transformers_plugin
-    from edgerazor.modules import PackedMatrix
-
-    def unread(model: torch.nn.Module) -> None:
-        matrices = [module for module in model.modules() if isinstance(module, PackedMatrix)]
-        assert matrices
-        assert all(module.lazy._matrix is None for module in matrices), "a matrix was read before its first use"
 
     ways: dict[str, Callable[[], object]] = {
         "PackedModel.open(folder)": lambda: packed.PackedModel.open(folder),
-        "integration.load(folder)": lambda: unread(transformers_plugin.load(folder)[0]),
-        "AutoModelForCausalLM.from_pretrained(folder)": lambda: unread(AutoModelForCausalLM.from_pretrained(folder)),
+        "transformers_plugin.load(folder)": lambda: transformers_plugin.load(folder),
+        "AutoModelForCausalLM.from_pretrained(folder)": lambda: AutoModelForCausalLM.from_pretrained(folder),
     }
-    return {name: min(seconds_of(way) for _ in range(5)) for name, way in ways.items()}
+    early = AssertionError("a matrix was read before its first use")
+    with mock.patch.object(packed.PackedModel, "parts", side_effect=early):
+        return {name: min(seconds_of(way) for _ in range(5)) for name, way in ways.items()}
 
 
 def seconds_of(way: Callable[[], object]) -> float:
@@ -279,7 +276,7 @@ def holds(fact: bool) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", nargs="+", choices=WORK, default=WORK)
-    parser.add_argument("--dry", action="store_true", help="leave recipes/RESULTS.md as it is")
+    parser.add_argument("--dry", action="store_true", help="leave recipes/results/packing.md as it is")
     asked = parser.parse_args()
     torch.manual_seed(0)
     parts = []
@@ -288,9 +285,8 @@ def main() -> None:
             parts.append(f"**{name}**\n\n{ {'memory': memory, 'speed': speed, 'loading': loading}[name](Path(place)) }")
         print(parts[-1], end="\n\n", flush=True)
     if not asked.dry and tuple(asked.work) == WORK:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
-        about = [workdir.machine(), f"torch {torch.__version__}", f"kernels {kernels.name()}"]
-        publish("packing", "\n\n".join([*parts, f"{'; '.join(about)}; commit {commit.stdout.strip()}."]), RESULTS)
+        facts = [workdir.machine(), f"torch {torch.__version__}", f"kernels {kernels.name()}", f"commit {commit()}"]
+        publish("packing", "\n\n".join([*parts, f"{'; '.join(facts)}."]), RESULTS / "packing.md")
 
 
 if __name__ == "__main__":

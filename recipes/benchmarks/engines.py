@@ -1,7 +1,7 @@
 """Whether the native engine computes what transformers computes, on packed models as they are used.
 
-    make results-engines                         the table in recipes/RESULTS.md, for the student of `make quickstart`
-    python recipes/engines.py FOLDER... --results none
+    make results-engines                  the table in recipes/results/engines.md, for the student of `make quickstart`
+    python -m recipes.benchmarks.engines FOLDER... --results none
 
 Both engines take the same packed folder, with its own 8-bit activations and cache, and go on from the beginnings of
 held-out texts. Whatever differs in the last bit of a float32 becomes a step of 8 bits now and then, so each engine is
@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from methods import HERE, commit
-from results import markdown, packages, publish
 from torch import Tensor
 
 from edgerazor import runtime
@@ -30,6 +28,8 @@ from edgerazor.console import Console
 from edgerazor.console import table as rich_table
 from edgerazor.errors import UserError
 from edgerazor.workdir import machine
+from recipes.benchmarks.folders import RESULTS, WORLD
+from recipes.benchmarks.results import commit, markdown, packages, publish
 
 HEAD = ("model", "a", "b", "logits, at most", "KL, mean", "same text", "apart by, at most")
 #: Words of a held-out text that are gone on from.
@@ -111,7 +111,7 @@ def compare(folder: Path, beginnings: list[str], tokens: int, threads: int) -> l
 
 def beginnings(count: int) -> list[str]:
     """The first words of held-out texts of the embedded world."""
-    text = (HERE / "world" / "heldout.txt").read_text(encoding="utf-8")
+    text = (WORLD / "heldout.txt").read_text(encoding="utf-8")
     lines = [line.split() for line in text.splitlines() if not line.startswith("<|")]
     return [" ".join(words[:BEGINNING]) for words in lines if len(words) > BEGINNING][:count]
 
@@ -122,7 +122,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--texts", type=int, default=30)
     parser.add_argument("--tokens", type=int, default=64, help="of a continuation")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--results", default=str(HERE / "RESULTS.md"), help="where the table goes, or `none`")
+    parser.add_argument("--results", default=str(RESULTS / "engines.md"), help="where the table goes, or `none`")
     return parser.parse_args(arguments)
 
 

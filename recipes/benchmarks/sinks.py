@@ -1,6 +1,6 @@
 """Whether a few tokens make most of what losses of hidden states see.
 
-    python recipes/sinks.py --real-data DIR      the table, for the embedded teacher and those of DIR
+    python -m recipes.benchmarks.sinks --real-data DIR      the table, for the embedded teacher and those of DIR
 
 Large models have attention sinks: the first token of a sequence, or BOS wherever it stands, has hidden states a hundred
 times as long as others, and a squared error could be theirs alone. Here a student is the teacher rounded to 1.88 bits
@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from methods import Teacher, real_teachers, world
-from results import markdown
 from torch import Tensor
 
 from edgerazor import allocate, data, models, modules
 from edgerazor import recipe as recipes
 from edgerazor.losses import layer_metric
 from edgerazor.losses.lafd import least_similar
+from recipes.benchmarks.methods import Teacher, real_teachers, world
+from recipes.benchmarks.results import markdown
 
 ROWS, TOP = 32, 0.01
 

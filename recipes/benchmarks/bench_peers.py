@@ -1,8 +1,8 @@
 """Speed beside llama.cpp, ik_llama.cpp and transformers: one table for each shape, and a plot.
 
-    make bench-peers                           everything, into recipes/RESULTS.md and recipes/bench-peers.png
+    make bench-peers                  everything, into peers.md and bench-peers.png of recipes/results
     make bench-peers IK_LLAMA_BENCH=/path/to/ik_llama.cpp/build/bin/llama-bench
-    python recipes/bench_peers.py --layers 1 --vocabulary 4096 --rounds 1 --results none      to try it
+    python -m recipes.benchmarks.bench_peers --layers 1 --vocabulary 4096 --rounds 1 --results none      to try it
 
 Models of the shapes of Qwen3-0.6B and Llama-3.2-1B with random weights; all programs compute on the CPU, in turns,
 round by round, with one thread and with two, and the bandwidth of memory is measured before each turn. Ours are packed
@@ -31,13 +31,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import bench_tables as tables
-from bench_models import Place, gguf, packed, wide
-from bench_tables import LONG, THREADS, Log
-from interop import version
-from methods import HERE, commit
-from results import publish
-
 from edgerazor.benchmark import peers
 from edgerazor.benchmark.bandwidth import Bandwidth
 from edgerazor.benchmark.engines import Round, Speed, Start, ask, worker
@@ -45,6 +38,12 @@ from edgerazor.benchmark.peers import GgufFile, Program
 from edgerazor.console import Console
 from edgerazor.errors import QUALITY, UserError, usage_error
 from edgerazor.workdir import machine, versions
+from recipes.benchmarks import bench_tables as tables
+from recipes.benchmarks.bench_models import Place, gguf, packed, wide
+from recipes.benchmarks.bench_tables import LONG, THREADS, Log
+from recipes.benchmarks.folders import BUILD, RESULTS
+from recipes.benchmarks.interop import version
+from recipes.benchmarks.results import commit, publish
 
 SHAPES = ("Qwen3-0.6B", "Llama-3.2-1B")
 PREFILL, DECODE = 256, 32
@@ -236,7 +235,7 @@ def program(name: str, path: Path | None) -> Program | None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    build = HERE.parent / "build"
+    build = BUILD
     avx2 = build / "llamacpp-avx2" / "tools" / "llama-bench"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
@@ -249,7 +248,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, help="most entries of a vocabulary, to try it")
     parser.add_argument("--build", type=Path, default=build / "bench-peers", help="of models and measurements")
     parser.add_argument("--keep", action="store_true", help="leave models and measurements where they are")
-    parser.add_argument("--results", default=str(HERE), help="folder of RESULTS.md and the plot, or `none`")
+    parser.add_argument("--results", default=str(RESULTS), help="folder of peers.md and the plot, or `none`")
     return parser.parse_args(arguments)
 
 
@@ -285,8 +284,8 @@ def main(arguments: list[str] | None = None) -> int:
     if asked.results != "none":
         place_of = Path(asked.results)
         tables.plot(log, shapes, place_of / "bench-peers.png", f"{machine()}; commit {commit()}")
-        if (place_of / "RESULTS.md").exists():
-            publish("bench-peers", f"{text}\n\n![Speed beside others](bench-peers.png)", place_of / "RESULTS.md")
+        if (place_of / "peers.md").exists():
+            publish("bench-peers", f"{text}\n\n![Speed beside others](bench-peers.png)", place_of / "peers.md")
     if not asked.keep:
         shutil.rmtree(asked.build, ignore_errors=True)
     for sentence in wrong:

@@ -1,6 +1,6 @@
 """Published post-training methods, run from their own packages, as plain Hugging Face folders to measure.
 
-    build/peers/bin/python recipes/peers.py gptq MODEL --bits 2 --calibration rows.json --out FOLDER
+    build/peers/bin/python recipes/benchmarks/peers.py gptq MODEL --bits 2 --calibration rows.json --out FOLDER
 
 Runs in an environment of its own (`make peers`), because the packages want other versions than ours, and knows nothing
 of edgerazor. FOLDER receives the model with every linear layer of the decoder as the package decodes it, in float32;

@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from results import markdown
-
 from edgerazor.benchmark.engines import Speed
 from edgerazor.workdir import write_json
+from recipes.benchmarks.results import markdown
 
 THREADS = (1, 2)
 LONG = (1024, 4096)
@@ -267,14 +266,14 @@ def all_tables(log: Log, shapes: Sequence[str]) -> tuple[str, list[str]]:
 
     for shape in shapes:
         read = [f"{(log.bandwidth(shape, threads) or 0) / 1e9:.1f} GB/s with {threads}T" for threads in THREADS]
-        parts.append(f"### {shape}\n\nMemory bandwidth in the same rounds: {', '.join(read)}.")
+        parts.append(f"## {shape}\n\nMemory bandwidth in the same rounds: {', '.join(read)}.")
         parts.append(speeds_table(log, shape))
         add(f"**{shape}: ratios**", claims(log, shape, shape == shapes[0]))
         parts.append(f"**{shape}: behind long contexts**\n\n{contexts_table(log, shape)}")
-    parts.append(f"### No cliffs\n\n{speeds_table(log, CLIFFS)}")
+    parts.append(f"## No cliffs\n\n{speeds_table(log, CLIFFS)}")
     add("**Bytes a second, over those of base 3 in groups of 256**", cliffs(log))
     if any(True for _ in log.rounds(AVX2, 1)):
-        parts.append(f"### AVX2\n\n{speeds_table(log, AVX2)}")
+        parts.append(f"## AVX2\n\n{speeds_table(log, AVX2)}")
         add("**AVX2: ratios**", with_avx2(log))
     if notes := log.values["notes"]:
         parts.append("\n".join(f"- {note}" for note in notes))

@@ -1,7 +1,7 @@
 """Whether llama.cpp says of our exported GGUF files what we say of the packed models.
 
-    make interop                                 all models, then the table in recipes/RESULTS.md
-    python recipes/interop.py --models world --formats ternary,int4
+    make interop                                 all models, then the table in recipes/results/interop.md
+    python -m recipes.benchmarks.interop --models world --formats ternary,int4
 
 Each model is packed (where rounding alone would destroy it, distilled before) and exported three times. Both sides then
 get the same token ids of held-out text, and perplexity is computed here, from the logits of both:
@@ -36,8 +36,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from methods import HERE, Values, commit, number, real_teachers, world
-from results import markdown, publish
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -52,6 +50,9 @@ from edgerazor.formats import OF_INPUTS
 from edgerazor.packed import PackedModel
 from edgerazor.recipe import Recipe
 from edgerazor.workdir import WorkDir, machine
+from recipes.benchmarks.folders import BENCHMARKS, BUILD, RESULTS, WORLD
+from recipes.benchmarks.methods import Values, real_teachers, world
+from recipes.benchmarks.results import commit, markdown, number, publish
 
 EXACT, ROUNDED = 0.001, 0.01  # how far perplexities may differ
 EXACT_KL, FULL_KL, TIE = 1e-4, 1e-9, 0.01  # in nats
@@ -212,7 +213,7 @@ def trained_cases(real_data: Path | None) -> list[Case]:
 def random_cases(build: Path, real_data: Path | None) -> list[Case]:
     """A small random model of each family, tied and untied, one of them with the vocabulary of Qwen where it is."""
     text = {"data": world().recipe["data"]}
-    tokenizer, qwen = HERE / "world" / "teacher", (real_data or Path()) / "tokenizers" / "qwen"
+    tokenizer, qwen = WORLD / "teacher", (real_data or Path()) / "tokenizers" / "qwen"
     found = []
     for family, (kind, special) in FAMILIES.items():
         for tied in (False, True):
@@ -300,7 +301,7 @@ def theirs(file: Path, asked: Values, setting: Setting, cache_bits: int = 16) ->
     """
     request, answer = file.with_suffix(".request.json"), file.with_suffix(".answer.npz")
     request.write_text(json.dumps({**asked, "cache_bits": cache_bits, "threads": setting.threads}), encoding="utf-8")
-    words = [str(setting.python), str(HERE / "llamacpp.py"), str(file), str(request), str(answer)]
+    words = [str(setting.python), str(BENCHMARKS / "llamacpp.py"), str(file), str(request), str(answer)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
@@ -424,21 +425,27 @@ def percent(share: float) -> str:
     return f"{100 * share:+.3f} %"
 
 
-def show(rows: list[Row], console: Console) -> None:
-    """Some tables, because one is too wide for a terminal."""
+def tables(rows: list[Row]) -> list[tuple[list[str], list[list[str]]]]:
+    """Heads and lines of three tables, because one is too wide: files and 32 bits, 16 bits, quantized."""
     lines = [cells(row) for row in rows]
-    first = len(WHAT)
-    for what, columns in ((WHAT, EXACTLY), (WHAT[:3], ABOUT), (WHAT[:3], FULLY)):
-        shown = [line[: len(what)] + line[first : first + len(columns)] for line in lines]
-        console.out.print(rich_table("llama.cpp and ours", [*what, *columns], shown))
-        first += len(columns)
+    what, exactly, fully = len(WHAT), len(WHAT) + len(EXACTLY), len(HEAD) - len(FULLY)
+    made = []
+    for shown, begin, end in ((what, fully, len(HEAD)), (3, what, exactly), (3, exactly, fully)):
+        made.append(([*HEAD[:shown], *HEAD[begin:end]], [line[:shown] + line[begin:end] for line in lines]))
+    return made
+
+
+def show(rows: list[Row], console: Console) -> None:
+    """The tables in a terminal."""
+    for head, lines in tables(rows):
+        console.out.print(rich_table("llama.cpp and ours", head, lines))
 
 
 def described(rows: list[Row], python: Path) -> str:
-    """The facts and the table."""
+    """The facts and the tables."""
     tokens = sorted({row.tokens for row in rows})
     facts = [f"{' or '.join(f'{each:,}' for each in tokens)} tokens", version(python), machine(), f"commit {commit()}"]
-    return f"{'; '.join(facts)}.\n\n{markdown(HEAD, [cells(row) for row in rows])}"
+    return "\n\n".join([f"{'; '.join(facts)}.", *(markdown(head, lines) for head, lines in tables(rows))])
 
 
 def version(python: Path) -> str:
@@ -479,10 +486,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--models", help="comma-separated; default: all that are there")
     parser.add_argument("--formats", help=f"comma-separated, of {', '.join(FORMATS)}; default: all")
     parser.add_argument("--real-data", type=Path, help="folder with `models` and `text` of real teachers")
-    parser.add_argument("--build", type=Path, default=HERE.parent / "build" / "interop", help="folder of packed models")
-    parser.add_argument("--llamacpp", type=Path, default=HERE.parent / "build" / "llamacpp" / "bin" / "python")
+    parser.add_argument("--build", type=Path, default=BUILD / "interop", help="folder of packed models")
+    parser.add_argument("--llamacpp", type=Path, default=BUILD / "llamacpp" / "bin" / "python")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--results", type=Path, help="where the table goes; default: nowhere, or RESULTS.md for all")
+    parser.add_argument("--results", type=Path, help="where the table goes; default: nowhere, or interop.md for all")
     asked = parser.parse_args(arguments)
     console = Console()
     torch.set_num_threads(asked.threads)
@@ -497,7 +504,7 @@ def main(arguments: list[str] | None = None) -> int:
         return error.code
     show(rows, console)
     whole = asked.models is None and asked.formats is None
-    if results := asked.results or (HERE / "RESULTS.md" if whole else None):
+    if results := asked.results or (RESULTS / "interop.md" if whole else None):
         publish("interop", described(rows, setting.python), results)
     failures = [line for row in rows for line in row.failures()]
     for line in failures:

@@ -1,7 +1,7 @@
 """How long lm-eval takes on a CPU: a packed model in our runtime, and models in transformers.
 
-    make results-eval                            the table in recipes/RESULTS.md
-    python recipes/evaluating.py --layers 1 --items 8 --results none
+    make results-eval                            the table in recipes/results/speed.md
+    python -m recipes.benchmarks.evaluating --layers 1 --items 8 --results none
 
 The model has the shapes of Qwen3-0.6B and Gaussian weights, and is packed at 1.58 bits with an int4 embedding, groups
 of 256. All ways answer the same ARC-easy items (of the folder `eval` of the real data, else of the embedded world),
@@ -29,9 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from methods import HERE, commit
-from results import markdown, packages, publish
-from sizes import write_gaussian
 
 from edgerazor import models, modules, pipeline, runtime, tasks, transformers_plugin
 from edgerazor import recipe as recipes
@@ -39,6 +36,9 @@ from edgerazor.console import Console
 from edgerazor.console import table as rich_table
 from edgerazor.errors import QUALITY, UserError
 from edgerazor.workdir import WorkDir, machine
+from recipes.benchmarks.folders import BUILD, RESULTS, WORLD
+from recipes.benchmarks.results import commit, markdown, packages, publish
+from recipes.benchmarks.sizes import write_gaussian
 
 NATIVE, BASE = "packed, native", "bfloat16, transformers"
 BOUND = 1 / 3
@@ -148,9 +148,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--batch-size", type=int, default=recipes.Eval().batch_size, help="of transformers")
     parser.add_argument("--real-data", type=Path, help="folder with `eval/arc_easy.jsonl`")
-    parser.add_argument("--tokenizer", type=Path, default=HERE / "world" / "teacher")
-    parser.add_argument("--build", type=Path, default=HERE.parent / "build" / "eval", help="deleted before and after")
-    parser.add_argument("--results", default=str(HERE / "RESULTS.md"), help="where the table goes, or `none`")
+    parser.add_argument("--tokenizer", type=Path, default=WORLD / "teacher")
+    parser.add_argument("--build", type=Path, default=BUILD / "eval", help="deleted before and after")
+    parser.add_argument("--results", default=str(RESULTS / "speed.md"), help="where the table goes, or `none`")
     return parser.parse_args(arguments)
 
 
