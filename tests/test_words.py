@@ -26,7 +26,7 @@ class Retired:
 
     Attributes:
         where: rooms in which it is retired; everywhere where empty.
-        kind: "", "local" (variables and arguments alone), "functions" (their definitions alone) or "rooms" (files alone).
+        kind: "", "local" (variables and arguments alone), "functions" (definitions) or "rooms" (files).
     """
 
     word: str

@@ -127,7 +127,7 @@ def wide(place: Place, shape: str) -> Path:
         config.dtype = torch.bfloat16
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        tensors = {name: random_weights(each.shape) for name, each in model.named_parameters()}
+        tensors = {name: random_weights(parameter.shape) for name, parameter in model.named_parameters()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         config.architectures = [type(model).__name__]
         config.save_pretrained(folder)

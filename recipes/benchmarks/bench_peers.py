@@ -149,8 +149,8 @@ def avx2_table(setting: Setting, program: Program) -> Table:
 
 
 def all_tables(setting: Setting) -> list[Table]:
-    found = [*(peers_table(shape, setting) for shape in SHAPES), cliffs_table(setting)]
-    return [*found, avx2_table(setting, setting.llama_avx2)] if setting.llama_avx2 else found
+    every_table = [*(peers_table(shape, setting) for shape in SHAPES), cliffs_table(setting)]
+    return [*every_table, avx2_table(setting, setting.llama_avx2)] if setting.llama_avx2 else every_table
 
 
 # --- measuring ---------------------------------------------------------------------------------
@@ -185,10 +185,10 @@ def opened(entry: Entry, table: Table, threads: int, log: Log, stack: ExitStack)
         log.describe(table.name, entry.name, peers.about(entry.program, model))
         return partial(peers.measure, entry.program, model)
     link = stack.enter_context(worker(Start(model, threads, isa=entry.isa)))
-    about = ask(link, "about")
-    log.describe(table.name, entry.name, about)
-    if about["note"]:
-        log.note(f"{entry.name}: {about['note']}")
+    description = ask(link, "about")
+    log.describe(table.name, entry.name, description)
+    if description["note"]:
+        log.note(f"{entry.name}: {description['note']}")
     return partial(ask, link)
 
 
@@ -261,33 +261,33 @@ def facts(setting: Setting) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    asked = parse(arguments)
+    options = parse(arguments)
     console = Console()
     try:
-        llama = program(peers.LLAMA, asked.llama_bench)
+        llama = program(peers.LLAMA, options.llama_bench)
         assert llama is not None
-        avx2, ik = program(peers.LLAMA, asked.llama_bench_avx2), program(peers.IK, asked.ik_llama_bench)
-        place = Place(asked.build / "models", asked.layers, asked.vocabulary)
-        setting = Setting(place, asked.rounds, asked.long_rounds, llama, avx2, ik, console)
-        decides = {"facts": facts(setting), "layers": asked.layers, "vocabulary": asked.vocabulary}
-        log, bandwidth = Log(asked.build / "rounds.json", decides), Bandwidth()
+        avx2, ik = program(peers.LLAMA, options.llama_bench_avx2), program(peers.IK, options.ik_llama_bench)
+        place = Place(options.build / "models", options.layers, options.vocabulary)
+        setting = Setting(place, options.rounds, options.long_rounds, llama, avx2, ik, console)
+        decides = {"facts": facts(setting), "layers": options.layers, "vocabulary": options.vocabulary}
+        log, bandwidth = Log(options.build / "rounds.json", decides), Bandwidth()
         for table in all_tables(setting):
-            if asked.tables is None or table.name in asked.tables:
+            if options.tables is None or table.name in options.tables:
                 run_table(table, log, bandwidth, setting)
     except UserError as error:
         console.error(error)
         return error.code
-    shapes = [shape for shape in SHAPES if asked.tables is None or shape in asked.tables]
+    shapes = [shape for shape in SHAPES if options.tables is None or shape in options.tables]
     text, wrong = tables.all_tables(log, shapes)
-    text = f"{facts(setting)}; memory read by {bandwidth.how}; at most {asked.rounds} rounds.\n\n{text}"
+    text = f"{facts(setting)}; memory read by {bandwidth.how}; at most {options.rounds} rounds.\n\n{text}"
     print(text)
-    if asked.results != "none":
-        place_of = Path(asked.results)
+    if options.results != "none":
+        place_of = Path(options.results)
         tables.plot(log, shapes, place_of / "bench-peers.png", f"{machine()}; commit {commit()}")
         if (place_of / "peers.md").exists():
             publish("bench-peers", f"{text}\n\n![Speed beside others](bench-peers.png)", place_of / "peers.md")
-    if not asked.keep:
-        shutil.rmtree(asked.build, ignore_errors=True)
+    if not options.keep:
+        shutil.rmtree(options.build, ignore_errors=True)
     for sentence in wrong:
         console.error(UserError(sentence))
     return QUALITY if wrong else 0

@@ -54,18 +54,18 @@ class Log:
         self.values["rounds"][f"{table}/{threads}/{number}"] = {"bandwidth": bandwidth, "speeds": speeds}
         write_json(self.path, self.values)
 
-    def describe(self, table: str, entry: str, about: dict[str, Any]) -> None:
+    def describe(self, table: str, entry: str, description: dict[str, Any]) -> None:
         """Sizes of an entry's model."""
         names = ("weight_bytes", "bytes_per_token", "cache_bytes_per_token", "engine", "kernel")
-        self.values["about"][f"{table}/{entry}"] = {name: about[name] for name in names if name in about}
+        self.values["about"][f"{table}/{entry}"] = {name: description[name] for name in names if name in description}
 
     def note(self, text: str) -> None:
         if text not in self.values["notes"]:
             self.values["notes"].append(text)
 
     def about(self, table: str, entry: str) -> dict[str, Any]:
-        found: dict[str, Any] = self.values["about"].get(f"{table}/{entry}", {})
-        return found
+        description: dict[str, Any] = self.values["about"].get(f"{table}/{entry}", {})
+        return description
 
     def rounds(self, table: str, threads: int) -> Iterator[dict[str, Any]]:
         for name, values in self.values["rounds"].items():
@@ -74,11 +74,11 @@ class Log:
 
     def bandwidth(self, table: str, threads: int) -> float | None:
         """Bytes a second."""
-        return _median(each["bandwidth"] for each in self.rounds(table, threads))
+        return _median(measured["bandwidth"] for measured in self.rounds(table, threads))
 
     def rate(self, table: str, entry: str, threads: int, phase: str, context: int = 0) -> float | None:
         """Tokens a second."""
-        return _median(_rate(each, entry, phase, context) for each in self.rounds(table, threads))
+        return _median(_rate(measured, entry, phase, context) for measured in self.rounds(table, threads))
 
     def ratio(
         self, table: str, entry: str, other: str, threads: int, phase: str, context: int = 0, of_bytes: bool = False
@@ -90,7 +90,7 @@ class Log:
             mine, theirs = (_rate(values, name, phase, context) for name in (entry, other))
             return factor * mine / theirs if mine and theirs else None
 
-        return _median(one(each) for each in self.rounds(table, threads))
+        return _median(one(measured) for measured in self.rounds(table, threads))
 
     def share(self, table: str, entry: str, threads: int, context: int = 0) -> float | None:
         """Of the machine's bandwidth."""
@@ -100,12 +100,12 @@ class Log:
             rate = _rate(values, entry, "decode", context)
             return rate * moved / values["bandwidth"] if rate else None
 
-        return _median(one(each) for each in self.rounds(table, threads))
+        return _median(one(measured) for measured in self.rounds(table, threads))
 
     def moved(self, table: str, entry: str, context: int) -> float:
         """Bytes that decoding a token moves; 1 where the entry was not measured."""
-        about = self.about(table, entry)
-        return about["bytes_per_token"] + context * about["cache_bytes_per_token"] if about else 1.0
+        description = self.about(table, entry)
+        return description["bytes_per_token"] + context * description["cache_bytes_per_token"] if description else 1.0
 
 
 def _rate(values: dict[str, Any], entry: str, phase: str, context: int) -> float | None:
@@ -113,8 +113,8 @@ def _rate(values: dict[str, Any], entry: str, phase: str, context: int) -> float
     return next((rate for name, place, rate in speeds if (name, place) == (phase, context)), None)
 
 
-def _median(found: Iterator[float | None]) -> float | None:
-    numbers = [each for each in found if each is not None]
+def _median(values: Iterator[float | None]) -> float | None:
+    numbers = [value for value in values if value is not None]
     return statistics.median(numbers) if numbers else None
 
 
@@ -148,19 +148,19 @@ class Claim(NamedTuple):
 def claims(log: Log, shape: str, first: bool) -> list[Claim]:
     """Of a shape's table; what is promised is promised of the first shape."""
 
-    def over(other: str, phase: str, entry: str = BASE3, **more: bool) -> tuple[float | None, ...]:
+    def ratios(other: str, phase: str, entry: str = BASE3, **more: bool) -> tuple[float | None, ...]:
         return tuple(log.ratio(shape, entry, other, threads, phase, **more) for threads in THREADS)
 
     def least(*numbers: float) -> tuple[float | None, ...]:
         return numbers if first else (None, None)
 
-    found = [
-        Claim("decode over llama.cpp TQ2_0, same head", over(TQ2, "decode"), least(1.9, 2.2)),
-        Claim("decode over ik_llama.cpp IQ2_BN_R4, same head", over(IK, "decode"), (None, None)),
-        Claim("decode over llama.cpp BF16", over("llama.cpp BF16", "decode"), (None, None)),
-        Claim("decode over transformers bf16", over(BFLOAT16, "decode"), (None, None)),
-        Claim("prefill over llama.cpp TQ2_0, same head", over(TQ2, "prefill"), least(3.5, 3.5)),
-        Claim("prefill over ik_llama.cpp IQ2_BN_R4, same head", over(IK, "prefill"), (None, None)),
+    checked = [
+        Claim("decode over llama.cpp TQ2_0, same head", ratios(TQ2, "decode"), least(1.9, 2.2)),
+        Claim("decode over ik_llama.cpp IQ2_BN_R4, same head", ratios(IK, "decode"), (None, None)),
+        Claim("decode over llama.cpp BF16", ratios("llama.cpp BF16", "decode"), (None, None)),
+        Claim("decode over transformers bf16", ratios(BFLOAT16, "decode"), (None, None)),
+        Claim("prefill over llama.cpp TQ2_0, same head", ratios(TQ2, "prefill"), least(3.5, 3.5)),
+        Claim("prefill over ik_llama.cpp IQ2_BN_R4, same head", ratios(IK, "prefill"), (None, None)),
         Claim(
             "decode, share of the bandwidth measured in the same rounds",
             tuple(log.share(shape, BASE3, threads) for threads in THREADS),
@@ -169,12 +169,12 @@ def claims(log: Log, shape: str, first: bool) -> list[Claim]:
         ),
         Claim(
             "12.5 % int4 rows: bytes a second over base 3",
-            over(BASE3, "decode", MIXED, of_bytes=True),
+            ratios(BASE3, "decode", MIXED, of_bytes=True),
             (NO_CLIFF, NO_CLIFF),
             percent=True,
         ),
     ]
-    return [each for each in found if any(each.values) or any(each.least)]
+    return [claim for claim in checked if any(claim.values) or any(claim.least)]
 
 
 def cliffs(log: Log) -> list[Claim]:
@@ -230,8 +230,8 @@ def speeds_table(log: Log, table: str) -> str:
             head += [f"{phase} {threads}T"] + (["share"] if phase == "decode" else [])
     rows = []
     for entry in entries_of(log, table):
-        about = log.about(table, entry)
-        row = [entry, number(about["weight_bytes"] / 1e6, 0), number(about["bytes_per_token"] / 1e6, 0)]
+        description = log.about(table, entry)
+        row = [entry, number(description["weight_bytes"] / 1e6, 0), number(description["bytes_per_token"] / 1e6, 0)]
         for phase in ("decode", "prefill"):
             for threads in THREADS:
                 row.append(rate(log.rate(table, entry, threads, phase)))
@@ -260,9 +260,9 @@ def all_tables(log: Log, shapes: Sequence[str]) -> tuple[str, list[str]]:
     """Markdown of everything, and what does not hold."""
     parts, wrong = [], []
 
-    def add(title: str, found: list[Claim]) -> None:
-        parts.append(f"{title}\n\n{markdown(CLAIM_HEAD, [each.cells() for each in found])}")
-        wrong.extend(f"{title}: {each.text}: not as promised." for each in found if not each.holds())
+    def add(title: str, checked: list[Claim]) -> None:
+        parts.append(f"{title}\n\n{markdown(CLAIM_HEAD, [claim.cells() for claim in checked])}")
+        wrong.extend(f"{title}: {claim.text}: not as promised." for claim in checked if not claim.holds())
 
     for shape in shapes:
         read = [f"{(log.bandwidth(shape, threads) or 0) / 1e9:.1f} GB/s with {threads}T" for threads in THREADS]

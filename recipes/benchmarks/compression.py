@@ -38,12 +38,12 @@ MATRICES = [
 
 def seconds(work: Callable[[], object], rounds: int) -> float:
     """The shortest of some runs."""
-    found = []
+    seconds = []
     for _ in range(rounds):
         began = time.perf_counter()
         work()
-        found.append(time.perf_counter() - began)
-    return min(found)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
 
 
 def row(name: str, shape: tuple[int, int], group_size: int, rounds: int) -> list[str]:
@@ -76,12 +76,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--results", default=str(RESULTS / "packing.md"), help="where the table goes, or `none`")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [row(name, shape, group_size, asked.rounds) for name, shape, group_size in MATRICES]
+    rows = [row(name, shape, group_size, options.rounds) for name, shape, group_size in MATRICES]
     Console().out.print(rich_table("Gaussian weights, compressed", list(HEAD), rows))
-    if asked.results != "none":
-        publish("compression", f"{machine()}; commit {commit()}.\n\n{markdown(HEAD, rows)}", Path(asked.results))
+    if options.results != "none":
+        publish("compression", f"{machine()}; commit {commit()}.\n\n{markdown(HEAD, rows)}", Path(options.results))
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ class Agreement:
         """What came of a beginning, and the model that says how far apart two tokens are."""
         distances = (a.logits - b.logits).norm(dim=-1) / b.logits.norm(dim=-1)
         self.furthest = max(self.furthest, float(distances.max()))
-        of_a, of_b = (each.logits.double().log_softmax(-1) for each in (a, b))
+        of_a, of_b = (output.logits.double().log_softmax(-1) for output in (a, b))
         self.kl += float((of_b.exp() * (of_b - of_a)).sum())
         self.positions += len(a.logits)
         self.texts += 1
@@ -127,21 +127,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    asked = parse(arguments)
+    options = parse(arguments)
     console = Console()
-    texts = beginnings(asked.texts)
+    texts = beginnings(options.texts)
     rows: list[list[str]] = []
     try:
-        for folder in asked.folders:
-            rows += compare(folder, texts, asked.tokens, asked.threads)
+        for folder in options.folders:
+            rows += compare(folder, texts, options.tokens, options.threads)
     except UserError as error:
         console.error(error)
         return error.code
-    what = f"{len(texts)} texts, {asked.tokens} tokens each"
+    what = f"{len(texts)} texts, {options.tokens} tokens each"
     console.out.print(rich_table(what, list(HEAD), rows))
-    if asked.results != "none":
+    if options.results != "none":
         facts = f"{what}; {machine()}; {packages()}; commit {commit()}."
-        publish("engines", f"{facts}\n\n{markdown(HEAD, rows)}", Path(asked.results))
+        publish("engines", f"{facts}\n\n{markdown(HEAD, rows)}", Path(options.results))
     return 0
 
 

@@ -62,12 +62,12 @@ class Way:
 
 def ways(model: Path, packed: Path, threads: int) -> dict[str, Way]:
     def native() -> tuple[Any, Any, str]:
-        found = runtime.load(packed, threads=threads)
-        return found, found.tokenizer, found.kernel if found.engine == "native" else f"engine: {found.engine}"
+        model = runtime.load(packed, threads=threads)
+        return model, model.tokenizer, model.kernel if model.engine == "native" else f"engine: {model.engine}"
 
     def in_transformers() -> tuple[Any, Any, str]:
-        found, tokenizer = transformers_plugin.load(packed, keep_decoded=True)
-        return found, tokenizer, modules.kernels_of(found)
+        model, tokenizer = transformers_plugin.load(packed, keep_decoded=True)
+        return model, tokenizer, modules.kernels_of(model)
 
     def plain(dtype: torch.dtype) -> Callable[[], tuple[Any, Any, str]]:
         return lambda: (*models.load(model, dtype=dtype), "torch")
@@ -96,17 +96,17 @@ def measure(all_ways: dict[str, Way], rounds: list[list[tasks.LoadedTask]], batc
             del model
 
 
-def items(asked: argparse.Namespace) -> list[list[tasks.LoadedTask]]:
+def items(options: argparse.Namespace) -> list[list[tasks.LoadedTask]]:
     """The items, dealt to the rounds."""
     name, source = "world_recall", Path(tasks.__file__).parent / "world" / "recall.jsonl"
-    if asked.real_data is not None:
-        name, source = "arc_easy", asked.real_data / "eval" / "arc_easy.jsonl"
-    lines = source.read_text(encoding="utf-8").splitlines()[: asked.items]
+    if options.real_data is not None:
+        name, source = "arc_easy", options.real_data / "eval" / "arc_easy.jsonl"
+    lines = source.read_text(encoding="utf-8").splitlines()[: options.items]
     rounds = []
-    for start in range(asked.rounds):
-        folder = asked.build / f"round{start}"
+    for start in range(options.rounds):
+        folder = options.build / f"round{start}"
         folder.mkdir(parents=True)
-        text = "".join(f"{line}\n" for line in lines[start :: asked.rounds])
+        text = "".join(f"{line}\n" for line in lines[start :: options.rounds])
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
         rounds.append(tasks.load(tasks.Request((name,), str(folder))))
     return rounds
@@ -130,12 +130,12 @@ def too_slow(all_ways: dict[str, Way]) -> str | None:
     return None if share <= BOUND else f"{NATIVE} takes {share:.2f} of the time of {BASE}, more than a third."
 
 
-def packed(asked: argparse.Namespace, console: Console) -> Path:
+def packed(options: argparse.Namespace, console: Console) -> Path:
     """Folder of the packed model."""
-    write_gaussian(asked.build / "model", asked.layers, asked.tokenizer)
+    write_gaussian(options.build / "model", options.layers, options.tokenizer)
     values = {"bits": 1.58, "plan": "interleave", "group_size": 256}
-    recipe = recipes.build({"model": str(asked.build / "model"), "calibrate": values, "pack": {"source": "teacher"}})
-    work = WorkDir(asked.build / "work")
+    recipe = recipes.build({"model": str(options.build / "model"), "calibrate": values, "pack": {"source": "teacher"}})
+    work = WorkDir(options.build / "work")
     pipeline.run("pack", recipe, work, console)
     return work.folder("pack")
 
@@ -155,27 +155,27 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    asked = parse(arguments)
+    options = parse(arguments)
     console = Console()
-    torch.set_num_threads(asked.threads)
-    shutil.rmtree(asked.build, ignore_errors=True)
+    torch.set_num_threads(options.threads)
+    shutil.rmtree(options.build, ignore_errors=True)
     try:
-        rounds = items(asked)
-        all_ways = ways(asked.build / "model", packed(asked, console), asked.threads)
-        measure(all_ways, rounds, asked.batch_size, console)
+        rounds = items(options)
+        all_ways = ways(options.build / "model", packed(options, console), options.threads)
+        measure(all_ways, rounds, options.batch_size, console)
     except UserError as error:
         console.error(error)
         return error.code
     finally:
-        shutil.rmtree(asked.build, ignore_errors=True)
+        shutil.rmtree(options.build, ignore_errors=True)
     count = sum(entry.items for loaded in rounds for entry in loaded)
     rows = table(all_ways, count)
-    what = f"{count} items of {rounds[0][0].name}, {asked.layers} layers, {asked.threads} threads"
+    what = f"{count} items of {rounds[0][0].name}, {options.layers} layers, {options.threads} threads"
     console.out.print(rich_table(what, list(HEAD), rows))
-    if asked.results != "none":
+    if options.results != "none":
         facts = f"{what}; {machine()}; {packages()}; commit {commit()}."
-        publish("eval", f"{facts}\n\n{markdown(HEAD, rows)}", Path(asked.results))
-    slow = too_slow(all_ways) if (asked.layers, count) == (LAYERS, ITEMS) else None
+        publish("eval", f"{facts}\n\n{markdown(HEAD, rows)}", Path(options.results))
+    slow = too_slow(all_ways) if (options.layers, count) == (LAYERS, ITEMS) else None
     if slow:
         console.error(UserError(slow))
     return QUALITY if slow else 0

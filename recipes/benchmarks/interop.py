@@ -170,62 +170,62 @@ class Row:
     def failures(self) -> list[str]:
         """What is not as it must be."""
         who = f"{self.case.model}, {self.case.format}"
-        found = [] if self.same_ids else [f"{who}: llama.cpp cuts text into other token ids"]
+        failed = [] if self.same_ids else [f"{who}: llama.cpp cuts text into other token ids"]
         for what, pair, bound in (("16-bit", self.exact, EXACT), ("quantized", self.rounded, ROUNDED)):
             if not abs(apart(pair)) <= bound:
-                found.append(f"{who}: perplexity of the {what} file is {percent(apart(pair))} from ours")
+                failed.append(f"{who}: perplexity of the {what} file is {percent(apart(pair))} from ours")
         if not self.exact_kl <= EXACT_KL:
-            found.append(f"{who}: the distributions of the 16-bit file are {self.exact_kl:.1e} nats from ours")
+            failed.append(f"{who}: the distributions of the 16-bit file are {self.exact_kl:.1e} nats from ours")
         if self.exact_greedy < WRITTEN and not self.tie:
-            found.append(f"{who}: the greedy text of the 16-bit file parts after {self.exact_greedy} tokens")
+            failed.append(f"{who}: the greedy text of the 16-bit file parts after {self.exact_greedy} tokens")
         if not self.full_kl <= FULL_KL:
-            found.append(f"{who}: the distributions of the 32-bit file are {self.full_kl:.1e} nats from ours")
+            failed.append(f"{who}: the distributions of the 32-bit file are {self.full_kl:.1e} nats from ours")
         if self.full_greedy < WRITTEN:
-            found.append(f"{who}: the greedy text of the 32-bit file parts after {self.full_greedy} tokens")
-        return found
+            failed.append(f"{who}: the greedy text of the 32-bit file parts after {self.full_greedy} tokens")
+        return failed
 
 
 # --- the models --------------------------------------------------------------------------------
 
 
 def case_of(model: str, name: str, folder: Path, values: Values, distilled: bool = False, export: str = "gguf") -> Case:
-    asked = {"model": str(folder), "calibrate": {"plan": "interleave", **FORMATS[name][0]}}
+    changes = {"model": str(folder), "calibrate": {"plan": "interleave", **FORMATS[name][0]}}
     if distilled:
-        asked["distill"] = {"steps": STEPS, "evaluate_every": STEPS, "losses": [{"name": "forward_kl"}]}
+        changes["distill"] = {"steps": STEPS, "evaluate_every": STEPS, "losses": [{"name": "forward_kl"}]}
     else:
-        asked["pack"] = {"source": "teacher"}
-    return Case(model, name, recipes.build(recipes.merge(values, asked)), distilled, export)
+        changes["pack"] = {"source": "teacher"}
+    return Case(model, name, recipes.build(recipes.merge(values, changes)), distilled, export)
 
 
 def trained_cases(real_data: Path | None) -> list[Case]:
     """The embedded teacher in every format, and real models where there are some."""
     teacher = world()
-    found = [
+    cases = [
         case_of(teacher.name, name, teacher.model, teacher.recipe, distilled)
         for name, (_, distilled) in FORMATS.items()
     ]
-    for each in real_teachers(real_data) if real_data else ():
-        found += [case_of(each.name, name, each.model, each.recipe) for name in REAL_FORMATS[each.name]]
-    twice = [replace(case, export="gguf-tq2") for case in found if case.format == "ternary"]
-    return [*found, *twice]
+    for teacher in real_teachers(real_data) if real_data else ():
+        cases += [case_of(teacher.name, name, teacher.model, teacher.recipe) for name in REAL_FORMATS[teacher.name]]
+    twice = [replace(case, export="gguf-tq2") for case in cases if case.format == "ternary"]
+    return [*cases, *twice]
 
 
 def random_cases(build: Path, real_data: Path | None) -> list[Case]:
     """A small random model of each family, tied and untied, one of them with the vocabulary of Qwen where it is."""
     text = {"data": world().recipe["data"]}
     tokenizer, qwen = WORLD / "teacher", (real_data or Path()) / "tokenizers" / "qwen"
-    found = []
+    cases = []
     for family, (kind, special) in FAMILIES.items():
         for tied in (False, True):
             name = f"{family}-{'tied' if tied else 'untied'}"
             folder = build / "random" / name
             write_random(folder, kind, {**special, "tie_word_embeddings": tied}, tokenizer)
-            found.append(case_of(name, "int4", folder, text))
+            cases.append(case_of(name, "int4", folder, text))
     if real_data and qwen.is_dir():
         folder = build / "random" / "qwen3-vocabulary"
         write_random(folder, "qwen3", {"tie_word_embeddings": True}, qwen)
-        found.append(case_of("qwen3-vocabulary", "int4", folder, text))
-    return found
+        cases.append(case_of("qwen3-vocabulary", "int4", folder, text))
+    return cases
 
 
 @torch.no_grad()
@@ -257,9 +257,9 @@ def pack(case: Case, setting: Setting) -> WorkDir:
 
 def text_of(case: Case, tokenizer: PreTrainedTokenizerBase, count: int) -> tuple[list[list[int]], str]:
     """The first rows of held-out token ids, and the beginning of a text that they are cut from."""
-    asked = case.recipe.data
-    fraction = 0.0 if asked.held_out else asked.held_out_fraction
-    sources = asked.held_out or asked.train
+    settings = case.recipe.data
+    fraction = 0.0 if settings.held_out else settings.held_out_fraction
+    sources = settings.held_out or settings.train
     rows, rest = data.open_rows(sources, tokenizer, ROW, held_out_fraction=fraction)
     batches = data.sample_batches(rows if rest is None else rest, count, 1)
     beginning = Path(str(sources[0].file)).read_text(encoding="utf-8")[:4000]
@@ -293,22 +293,24 @@ def ours(model: PreTrainedModel, rows: list[list[int]], prompt: list[int]) -> Si
     return Side(logits, [int(step.argmax()) for step in steps], torch.stack(steps))
 
 
-def theirs(file: Path, asked: Values, setting: Setting, cache_bits: int = 16) -> tuple[Side, Values]:
+def theirs(file: Path, request_values: Values, setting: Setting, cache_bits: int = 16) -> tuple[Side, Values]:
     """What llama.cpp computes, and the token ids that it makes of texts.
 
     Raises:
         UserError: it cannot load or compute the file.
     """
     request, answer = file.with_suffix(".request.json"), file.with_suffix(".answer.npz")
-    request.write_text(json.dumps({**asked, "cache_bits": cache_bits, "threads": setting.threads}), encoding="utf-8")
+    request.write_text(
+        json.dumps({**request_values, "cache_bits": cache_bits, "threads": setting.threads}), encoding="utf-8"
+    )
     words = [str(setting.python), str(BENCHMARKS / "llamacpp.py"), str(file), str(request), str(answer)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         raise UserError(f"llama.cpp does not compute {file}: {' '.join(lines[-1:])}")
-    with np.load(answer) as found:
-        side = Side(torch.from_numpy(found["logits"]), found["greedy"].tolist())
-        said = {"ids": json.loads(str(found["ids"])), "bos": json.loads(str(found["bos"]))}
+    with np.load(answer) as arrays:
+        side = Side(torch.from_numpy(arrays["logits"]), arrays["greedy"].tolist())
+        said = {"ids": json.loads(str(arrays["ids"])), "bos": json.loads(str(arrays["bos"]))}
     answer.unlink()
     return side, said
 
@@ -322,16 +324,16 @@ def measure(case: Case, setting: Setting) -> Row:
     rows, beginning = text_of(case, tokenizer, max(1, min(ROWS, LOGITS // (ROW * vocabulary))))
     texts = [*AWKWARD, f"one text{''.join(tokenizer.all_special_tokens)} and the next", beginning]
     prompt = rows[0][:PROMPT]
-    asked = {"texts": texts, "rows": rows, "prompt": prompt, "new_tokens": WRITTEN}
+    request = {"texts": texts, "rows": rows, "prompt": prompt, "new_tokens": WRITTEN}
     full, wide, narrow = (
         exporters.write_all(folder, [name], work.path / "exports", lossy, Console(quiet=True))[0]
         for name, lossy in (("gguf-f32", False), ("gguf-f16", True), (case.export, False))
     )
     exact = ours(dequantized(folder), rows, prompt)
     rounded = ours(transformers_plugin.load(folder, keep_decoded=True)[0], rows, prompt)
-    full_side, _ = theirs(Path(full.file), asked, setting, cache_bits=32)
-    wide_side, said = theirs(Path(wide.file), asked, setting)
-    narrow_side, _ = theirs(Path(narrow.file), asked, setting)
+    full_side, _ = theirs(Path(full.file), request, setting, cache_bits=32)
+    wide_side, said = theirs(Path(wide.file), request, setting)
+    narrow_side, _ = theirs(Path(narrow.file), request, setting)
     mine = {
         "ids": [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts],
         "bos": tokenizer("")["input_ids"],
@@ -367,8 +369,8 @@ def divergence(one: Side, other: Side) -> float:
     """Mean KL of the other side's distributions from one side's, in nats."""
     parts = zip(one.logits.split(ROW), other.logits.split(ROW), strict=True)
     total = 0.0
-    for mine, found in parts:
-        first, second = mine.double().log_softmax(-1), found.double().log_softmax(-1)
+    for mine, other in parts:
+        first, second = mine.double().log_softmax(-1), other.double().log_softmax(-1)
         total += float((first.exp() * (first - second)).sum())
     return total / len(one.logits)
 
@@ -444,7 +446,12 @@ def show(rows: list[Row], console: Console) -> None:
 def described(rows: list[Row], python: Path) -> str:
     """The facts and the tables."""
     tokens = sorted({row.tokens for row in rows})
-    facts = [f"{' or '.join(f'{each:,}' for each in tokens)} tokens", version(python), machine(), f"commit {commit()}"]
+    facts = [
+        f"{' or '.join(f'{count:,}' for count in tokens)} tokens",
+        version(python),
+        machine(),
+        f"commit {commit()}",
+    ]
     return "\n\n".join([f"{'; '.join(facts)}.", *(markdown(head, lines) for head, lines in tables(rows))])
 
 
@@ -469,11 +476,11 @@ def built(python: Path) -> Path:
     return python
 
 
-def chosen(asked: argparse.Namespace) -> list[Case]:
+def chosen(options: argparse.Namespace) -> list[Case]:
     """The cases that were asked for."""
-    cases = [*trained_cases(asked.real_data), *random_cases(asked.build, asked.real_data)]
+    cases = [*trained_cases(options.real_data), *random_cases(options.build, options.real_data)]
     for name in ("model", "format"):
-        wanted = getattr(asked, f"{name}s")
+        wanted = getattr(options, f"{name}s")
         if wanted is not None:
             cases = [case for case in cases if getattr(case, name) in wanted.split(",")]
     if not cases:
@@ -490,21 +497,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--llamacpp", type=Path, default=BUILD / "llamacpp" / "bin" / "python")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, help="where the table goes; default: nowhere, or interop.md for all")
-    asked = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     console = Console()
-    torch.set_num_threads(asked.threads)
+    torch.set_num_threads(options.threads)
     try:
-        setting = Setting(asked.build, built(asked.llamacpp), asked.threads, console)
+        setting = Setting(options.build, built(options.llamacpp), options.threads, console)
         rows = []
-        for case in chosen(asked):
+        for case in chosen(options):
             console.say(f"{case.model}, {case.format}")
             rows.append(measure(case, setting))
     except UserError as error:
         console.error(error)
         return error.code
     show(rows, console)
-    whole = asked.models is None and asked.formats is None
-    if results := asked.results or (RESULTS / "interop.md" if whole else None):
+    whole = options.models is None and options.formats is None
+    if results := options.results or (RESULTS / "interop.md" if whole else None):
         publish("interop", described(rows, setting.python), results)
     failures = [line for row in rows for line in row.failures()]
     for line in failures:

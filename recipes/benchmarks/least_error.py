@@ -61,17 +61,17 @@ def rounding(teachers: list[Teacher]) -> str:
     head = ["model", "weights", "KL, rule", "KL, least error", "perplexity, rule", "perplexity, least error"]
     rows = []
     for teacher in teachers:
-        for name, asked in ROWS.items():
-            texts = [rounded(teacher, {**asked, "init": init}) for init in INITS]
-            numbers = [*(number(each.kl) for each in texts), *(number(each.perplexity, 4) for each in texts)]
+        for name, settings in ROWS.items():
+            texts = [rounded(teacher, {**settings, "init": init}) for init in INITS]
+            numbers = [*(number(text.kl) for text in texts), *(number(text.perplexity, 4) for text in texts)]
             rows.append([teacher.name, name, *numbers])
             print(*rows[-1], flush=True)
     return markdown(head, rows)
 
 
-def rounded(teacher: Teacher, asked: Values) -> evaluation.TextResult:
+def rounded(teacher: Teacher, calibrate: Values) -> evaluation.TextResult:
     """What held-out text says of a teacher that is rounded so."""
-    settings = {"plan": "interleave", "sequences": 64, "embedding_format": "int4", **asked}
+    settings = {"plan": "interleave", "sequences": 64, "embedding_format": "int4", **calibrate}
     values: Values = {"model": str(teacher.model), "calibrate": settings, "pack": {"source": "teacher"}}
     recipe, console = recipes.build(recipes.merge(teacher.recipe, values)), Console(quiet=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -93,14 +93,14 @@ def ternary(w: Tensor, group_size: int, published: bool) -> Tensor:
 
 def longer(w: Tensor, group_size: int) -> Tensor:
     """Of least error, times what makes them as long as the weights."""
-    found = ternary(w, group_size, published=False)
-    return found * (w.square().sum() / found.square().sum()).sqrt()
+    nearest = ternary(w, group_size, published=False)
+    return nearest * (w.square().sum() / nearest.square().sum()).sqrt()
 
 
 def unbiased(w: Tensor, group_size: int) -> Tensor:
     """Of least error, times what gives them the gain 1: the sum of w w' is that of w w."""
-    found = ternary(w, group_size, published=False)
-    return found * (w.square().sum() / (w * found).sum())
+    nearest = ternary(w, group_size, published=False)
+    return nearest * (w.square().sum() / (w * nearest).sum())
 
 
 VARIANTS: dict[str, Callable[[Tensor, int], Tensor]] = {
@@ -124,8 +124,8 @@ def gains(teachers: list[Teacher]) -> str:
         assert held_out is not None
         ids = torch.stack([held_out.row(index)["input_ids"] for index in range(SEQUENCES)])
         truth = model(ids).logits.log_softmax(-1)
-        sites = [site.name for site in models.structure(model).targets if site.kind == "linear"]
-        weights = {name: model.get_submodule(name).weight for name in sites}
+        linears = [target.name for target in models.structure(model).targets if target.kind == "linear"]
+        weights = {name: model.get_submodule(name).weight for name in linears}
         originals = {name: weight.clone() for name, weight in weights.items()}
         for variant, change in VARIANTS.items():
             for name, weight in weights.items():
@@ -171,18 +171,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="the best of them, for speed")
     parser.add_argument("--dry", action="store_true", help="leave the results as they are")
     parser.add_argument("--results", type=Path, default=RESULTS / "scales.md")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     torch.manual_seed(0)
-    for name in asked.work:
+    for name in options.work:
         if name == "speed":
-            text = speed(asked.matrices, asked.rounds)
-        elif asked.real_data is None:
+            text = speed(options.matrices, options.rounds)
+        elif options.real_data is None:
             parser.error(f"--work {name} needs --real-data")
         else:
-            text = {"rounding": rounding, "gain": gains}[name](real_teachers(asked.real_data))
-        about = f"{machine()}; {packages()}; kernels {kernels.name()}; commit {commit()}."
-        if not asked.dry:
-            publish(f"least-error-{name}", f"{text}\n\n{about}", asked.results)
+            text = {"rounding": rounding, "gain": gains}[name](real_teachers(options.real_data))
+        facts = f"{machine()}; {packages()}; kernels {kernels.name()}; commit {commit()}."
+        if not options.dry:
+            publish(f"least-error-{name}", f"{text}\n\n{facts}", options.results)
 
 
 if __name__ == "__main__":

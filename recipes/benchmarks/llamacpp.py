@@ -51,10 +51,10 @@ def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
     return written
 
 
-def answer(path: Path, asked: dict[str, Any]) -> dict[str, Any]:
+def answer(path: Path, request: dict[str, Any]) -> dict[str, Any]:
     """Everything that is asked of a file."""
-    longest = max([len(asked["prompt"]) + asked["new_tokens"], *(len(row) for row in asked["rows"])])
-    threads = asked["threads"]
+    longest = max([len(request["prompt"]) + request["new_tokens"], *(len(row) for row in request["rows"])])
+    threads = request["threads"]
     # a batch as long as the text, because the binding reads the logits of the last batch alone
     model = llama_cpp.Llama(
         str(path),
@@ -65,16 +65,16 @@ def answer(path: Path, asked: dict[str, Any]) -> dict[str, Any]:
         n_threads_batch=threads,
         logits_all=True,
         swa_full=True,
-        type_k=CACHE_TYPES[asked["cache_bits"]],
-        type_v=CACHE_TYPES[asked["cache_bits"]],
+        type_k=CACHE_TYPES[request["cache_bits"]],
+        type_v=CACHE_TYPES[request["cache_bits"]],
         verbose=False,
     )
-    ids = [model.tokenize(text.encode(), add_bos=False, special=True) for text in asked["texts"]]
+    ids = [model.tokenize(text.encode(), add_bos=False, special=True) for text in request["texts"]]
     return {
         "ids": json.dumps(ids),
         "bos": json.dumps(model.tokenize(b"", add_bos=True)),
-        "logits": np.concatenate([logits_of(model, row) for row in asked["rows"]]),
-        "greedy": np.array(greedy(model, asked["prompt"], asked["new_tokens"]), np.int32),
+        "logits": np.concatenate([logits_of(model, row) for row in request["rows"]]),
+        "greedy": np.array(greedy(model, request["prompt"], request["new_tokens"]), np.int32),
         "about": llama_cpp.llama_print_system_info().decode(),
     }
 
@@ -84,9 +84,9 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("request", type=Path)
     parser.add_argument("answer", type=Path)
-    asked = parser.parse_args()
-    found = answer(asked.model, json.loads(asked.request.read_text(encoding="utf-8")))
-    np.savez(asked.answer, **found)
+    options = parser.parse_args()
+    arrays = answer(options.model, json.loads(options.request.read_text(encoding="utf-8")))
+    np.savez(options.answer, **arrays)
 
 
 if __name__ == "__main__":

@@ -198,7 +198,7 @@ def our_step(folder: Path, device: str, checkpointed: bool) -> Step:
         "precision": "bfloat16",
         "losses": [{"name": name, "weight": weight} for name, weight in LOSSES.items()],
     }
-    asked = recipe.build(
+    settings = recipe.build(
         {
             "model": str(folder),
             "device": device,
@@ -207,7 +207,7 @@ def our_step(folder: Path, device: str, checkpointed: bool) -> Step:
             "distill": settings,
         }
     )
-    job = distill.prepare(asked, workdir.WorkDir(folder / "work"), imagined=True)
+    job = distill.prepare(settings, workdir.WorkDir(folder / "work"), imagined=True)
     job.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1, device=device))], lr=0.0)
     batches = next(distill.step_batches(job))
 
@@ -227,7 +227,7 @@ def peer_step(folder: Path, device: str, checkpointed: bool) -> Step:
     student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
     teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
     # its int4 function does not take the share of int4 rows, which its published setting hands to it all the same
-    embeddings = [{**each, "w_mixed_precision_prop": -1.0} for each in EMBEDDINGS]
+    embeddings = [{**override, "w_mixed_precision_prop": -1.0} for override in EMBEDDINGS]
     quantization = create_quant_config(
         mp_prop=0.125, w_scale_factor=2.0, with_activation_kv=True, is_w_quantized=False, overrides=embeddings
     )
@@ -303,17 +303,17 @@ def run(side: str, work: str, device: str, layers: int) -> dict[str, float]:
         return measure(make(folder, device, work == "checkpointed"), device)
 
 
-def start(python: str, side: str, work: str, asked: argparse.Namespace) -> dict[str, Any]:
+def start(python: str, side: str, work: str, options: argparse.Namespace) -> dict[str, Any]:
     """One measurement in a process of its own."""
-    command = [python, __file__, "--one", side, work, "--device", asked.device, "--limit", str(asked.limit)]
-    command += ["--layers", str(asked.layers)]
+    command = [python, __file__, "--one", side, work, "--device", options.device, "--limit", str(options.limit)]
+    command += ["--layers", str(options.layers)]
     done = subprocess.run(command, capture_output=True, text=True)
     try:
-        found: dict[str, Any] = json.loads(done.stdout.strip().split("\n")[-1])
+        measured: dict[str, Any] = json.loads(done.stdout.strip().split("\n")[-1])
     except ValueError:
         error = (done.stderr.strip().split("\n") or [""])[-1]
         return {"error": error[-200:] or f"ended with code {done.returncode}"}
-    return found
+    return measured
 
 
 def main() -> None:
@@ -325,24 +325,24 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--limit", type=float, default=0, help="bytes of address space a measurement may use; 0: any")
     parser.add_argument("--one", nargs=2, metavar=("SIDE", "WORK"), help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.one:
-        if asked.limit:
-            resource.setrlimit(resource.RLIMIT_DATA, (int(asked.limit), int(asked.limit)))
-        print(json.dumps(run(*asked.one, asked.device, asked.layers)))
+    options = parser.parse_args()
+    if options.one:
+        if options.limit:
+            resource.setrlimit(resource.RLIMIT_DATA, (int(options.limit), int(options.limit)))
+        print(json.dumps(run(*options.one, options.device, options.layers)))
         return
     print("| what | side | activation memory, GB | tokens/s |\n|---|---|---|---|")
-    for work in asked.work:
-        for side in asked.sides:
-            if side == "peer" and not asked.peer:
+    for work in options.work:
+        for side in options.sides:
+            if side == "peer" and not options.peer:
                 continue
-            python = asked.peer if side == "peer" else sys.executable
-            found = start(python, side, work, asked)
-            if "error" in found:
-                print(f"| {work} | {side} | {found['error']} | |", flush=True)
+            python = options.peer if side == "peer" else sys.executable
+            measured = start(python, side, work, options)
+            if "error" in measured:
+                print(f"| {work} | {side} | {measured['error']} | |", flush=True)
                 continue
-            rate = ROWS * TOKENS / found["seconds"]
-            print(f"| {work} | {side} | {found['bytes'] / 1e9:.2f} | {rate:.0f} |", flush=True)
+            rate = ROWS * TOKENS / measured["seconds"]
+            print(f"| {work} | {side} | {measured['bytes'] / 1e9:.2f} | {rate:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -212,7 +212,7 @@ def real_teachers(folder: Path) -> list[Teacher]:
 def recipe_of(teacher: Teacher, method: Method, bits: float, setting: Setting) -> Recipe:
     """The whole recipe of a row."""
     steps = steps_of(teacher, method, setting)
-    asked = {
+    values = {
         "model": str(teacher.model),
         "calibrate": {
             "bits": bits,
@@ -228,8 +228,8 @@ def recipe_of(teacher: Teacher, method: Method, bits: float, setting: Setting) -
     }
     if method.peer:
         rounding = {} if method.own else {"activation_bits": 8, "kv_bits": 8}
-        asked["eval"] |= {"against": str(teacher.model), **rounding}
-    return recipes.build(recipes.merge(teacher.recipe, asked, method.changes or {}))
+        values["eval"] |= {"against": str(teacher.model), **rounding}
+    return recipes.build(recipes.merge(teacher.recipe, values, method.changes or {}))
 
 
 def steps_of(teacher: Teacher, method: Method, setting: Setting) -> int:
@@ -281,12 +281,12 @@ def peer_version(method: Method, setting: Setting) -> str | None:
     package = {"gptq": "gptqmodel"}.get(method.peer, method.peer)
     code = f"from importlib.metadata import version; print(version({package!r}))"
     try:
-        asked = subprocess.run([setting.peers_python, "-c", code], capture_output=True, text=True, check=False)
+        done = subprocess.run([setting.peers_python, "-c", code], capture_output=True, text=True, check=False)
     except OSError:
-        asked = None
-    if asked is None or asked.returncode:
+        done = None
+    if done is None or done.returncode:
         raise UserError(f"{setting.peers_python} has no {package}.", "Make the peers' environment with `make peers`.")
-    return asked.stdout.strip()
+    return done.stdout.strip()
 
 
 # --- making rows -------------------------------------------------------------------------------
@@ -318,21 +318,21 @@ def make_rows(teachers: Sequence[Teacher], chosen: Iterable[tuple[str, float]], 
         for name, bits in chosen:
             method, path = METHODS[name], row_file(teacher, name, bits, setting)
             identity = fingerprint(teacher, method, bits, setting)
-            if (found := stored(path)) and found["fingerprint"] == identity:
+            if (existing := stored(path)) and existing["fingerprint"] == identity:
                 setting.console.say(f"{teacher.name}, {method.title}, {bits:g} bits: kept")
                 continue
             setting.console.say(f"{teacher.name}, {method.title}, {bits:g} bits")
             folder = setting.build / teacher.name / f"{name}-{bits:g}-{identity[:8]}"
             make = peer_row if method.peer else our_row
             row = make(teacher, method, bits, setting, folder)
-            about = {
+            identification = {
                 "teacher": teacher.name,
                 "method": name,
                 "bits": bits,
                 "steps": steps_of(teacher, method, setting) if method.trains else 0,
             }
             where = {"machine": machine(), "versions": versions(), "commit": commit()}
-            write_json(path, {**about, **row, **where, "fingerprint": identity})
+            write_json(path, {**identification, **row, **where, "fingerprint": identity})
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -378,8 +378,8 @@ def peer_row(teacher: Teacher, method: Method, bits: float, setting: Setting, fo
     report = json.loads((decoded / "peer.json").read_text(encoding="utf-8"))
     sizes = peer_sizes(method, recipe, model, decoded, report)
     measured = evaluation.evaluate_model(str(decoded), recipe, setting.console)
-    about = {"package": report["package"], "group_size": report["group_size"]}
-    return {**sizes, **about, "nominal_bits": bits, "seconds": report["seconds"], **scores(measured)}
+    package_facts = {"package": report["package"], "group_size": report["group_size"]}
+    return {**sizes, **package_facts, "nominal_bits": bits, "seconds": report["seconds"], **scores(measured)}
 
 
 def reason(printed: str) -> str:
@@ -394,18 +394,18 @@ def calibration_rows(recipe: Recipe, tokenizer: Any) -> list[list[int]]:
     fraction = 0.0 if recipe.data.held_out else recipe.data.held_out_fraction
     length = recipe.data.sequence_length
     rows, _ = data.open_rows(recipe.data.train, tokenizer, length, recipe.seed, fraction)
-    found = [rows.row(index) for index in range(CALIBRATION_ROWS)]
-    return [row["input_ids"].tolist() for row in found if bool((row["labels"] != data.MASKED).all())]
+    chosen = [rows.row(index) for index in range(CALIBRATION_ROWS)]
+    return [row["input_ids"].tolist() for row in chosen if bool((row["labels"] != data.MASKED).all())]
 
 
 def peer_sizes(method: Method, recipe: Recipe, model: Any, decoded: Path, report: Row) -> Row:
     """Bytes of a peer's model; rounds its embedding to our int4 in place, unless it is the package as it comes."""
     from edgerazor import allocate
 
-    found = models.structure(model)
+    structure = models.structure(model)
     parameters = sum(p.numel() for p in model.parameters())
-    plan = allocate.make_plan(found.targets, recipe.calibrate)
-    tables = [] if method.own else [plan[site.name] for site in found.targets if site.kind != "linear"]
+    plan = allocate.make_plan(structure.targets, recipe.calibrate)
+    tables = [] if method.own else [plan[target.name] for target in structure.targets if target.kind != "linear"]
     round_tables(decoded, tables)
     untouched = parameters - report["linear_weights"] - sum(matrix.rows * matrix.columns for matrix in tables)
     width = next(model.parameters()).element_size()
@@ -489,13 +489,13 @@ def teacher_perplexities(rows: list[Row]) -> str:
             titles.setdefault(perplexity, {})[METHODS[row["method"]].title] = None
             counts[perplexity] += 1
     (usual, _), *others = counts.most_common() or [("unknown", 0)]
-    said = [f"{each} on the other held-out text of new rows ({', '.join(titles[each])})" for each, _ in others]
+    said = [f"{value} on the other held-out text of new rows ({', '.join(titles[value])})" for value, _ in others]
     return ", ".join([usual, *said])
 
 
 def step_counts(rows: list[Row]) -> str:
     """The steps of the trained rows, the fewest first."""
-    return " or ".join(str(each) for each in sorted({row["steps"] for row in rows if row["steps"]})) or "no"
+    return " or ".join(str(count) for count in sorted({row["steps"] for row in rows if row["steps"]})) or "no"
 
 
 def quality_cells(row: Row, rows: list[Row], has_tasks: bool) -> list[str]:
@@ -523,8 +523,8 @@ def equal_bytes(row: Row, rows: list[Row]) -> str:
     if not without:
         return "none so small"
     best = min(without, key=lambda other: other["kl"])
-    kept = f"{percent(best['above_chance'])}, " if best["above_chance"] is not None else ""
-    return f"{METHODS[best['method']].title} {best['bits']:g}: {kept}KL {number(best['kl'])}"
+    retention = f"{percent(best['above_chance'])}, " if best["above_chance"] is not None else ""
+    return f"{METHODS[best['method']].title} {best['bits']:g}: {retention}KL {number(best['kl'])}"
 
 
 def post_training(row: Row) -> bool:
@@ -560,10 +560,10 @@ def choose(methods: str | None, bits: str | None) -> list[tuple[str, float]]:
         if name not in METHODS:
             raise unknown("method", name, METHODS)
     try:
-        wanted = tuple(float(each) for each in bits.split(",")) if bits else BITS
+        wanted = tuple(float(width) for width in bits.split(",")) if bits else BITS
     except ValueError:
         raise usage_error(f"--bits wants comma-separated numbers, and got {bits!r}.") from None
-    pairs = [(name, each) for each in wanted for name in names if METHODS[name].asked_at(each)]
+    pairs = [(name, width) for width in wanted for name in names if METHODS[name].asked_at(width)]
     if not pairs:
         raise usage_error(f"None of {', '.join(names)} is asked at {bits} bits.")
     return pairs
@@ -582,13 +582,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--peers-python", type=Path, default=BUILD / "peers" / "bin" / "python")
     parser.add_argument("--results", type=Path, default=RESULTS / "methods.md", help="where the table goes")
     parser.add_argument("--table", action="store_true", help="only the table")
-    asked = parser.parse_args(arguments)
-    setting = Setting(asked.rows, asked.build, asked.steps, asked.limit, asked.peers_python)
+    options = parser.parse_args(arguments)
+    setting = Setting(options.rows, options.build, options.steps, options.limit, options.peers_python)
     try:
-        if not asked.table:
-            make_rows(find_teachers(asked), choose(asked.methods, asked.bits), setting)
+        if not options.table:
+            make_rows(find_teachers(options), choose(options.methods, options.bits), setting)
         text = table(setting)
-        publish(text, asked.results)
+        publish(text, options.results)
         print(text)
     except UserError as error:
         setting.console.error(error)
@@ -599,7 +599,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def find_teachers(asked: argparse.Namespace) -> list[Teacher]:
+def find_teachers(options: argparse.Namespace) -> list[Teacher]:
     """The teachers that were asked for.
 
     Raises:
@@ -607,12 +607,14 @@ def find_teachers(asked: argparse.Namespace) -> list[Teacher]:
     """
     from edgerazor.registry import unknown
 
-    found = {each.name: each for each in (world(), *(real_teachers(asked.real_data) if asked.real_data else ()))}
-    names = asked.teachers.split(",") if asked.teachers else list(found)
+    known = {
+        teacher.name: teacher for teacher in (world(), *(real_teachers(options.real_data) if options.real_data else ()))
+    }
+    names = options.teachers.split(",") if options.teachers else list(known)
     for name in names:
-        if name not in found:
-            raise unknown("teacher", name, found)
-    return [found[name] for name in names]
+        if name not in known:
+            raise unknown("teacher", name, known)
+    return [known[name] for name in names]
 
 
 if __name__ == "__main__":

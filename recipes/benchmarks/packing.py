@@ -159,7 +159,7 @@ def memory(place: Path) -> str:
         words = ["pack", str(model), "--bits", "1.58", "--work", str(place / "work"), "--quiet"]
         seconds, peak = peak_of([sys.executable, "-m", "edgerazor", *words])
         bound = 4 * largest + ALLOWED
-        cells = [f"{each / MB:,.0f} MB" for each in (size, 4 * largest, peak - before, bound)]
+        cells = [f"{value / MB:,.0f} MB" for value in (size, 4 * largest, peak - before, bound)]
         rows.append([name, *cells, f"{seconds:.0f}", holds(peak - before <= bound)])
         shutil.rmtree(model)
         shutil.rmtree(place / "work")
@@ -277,14 +277,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", nargs="+", choices=WORK, default=WORK)
     parser.add_argument("--dry", action="store_true", help="leave recipes/results/packing.md as it is")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     torch.manual_seed(0)
     parts = []
-    for name in asked.work:
+    for name in options.work:
         with tempfile.TemporaryDirectory() as place:
             parts.append(f"**{name}**\n\n{ {'memory': memory, 'speed': speed, 'loading': loading}[name](Path(place)) }")
         print(parts[-1], end="\n\n", flush=True)
-    if not asked.dry and tuple(asked.work) == WORK:
+    if not options.dry and tuple(options.work) == WORK:
         facts = [workdir.machine(), f"torch {torch.__version__}", f"kernels {kernels.name()}", f"commit {commit()}"]
         publish("packing", "\n\n".join([*parts, f"{'; '.join(facts)}."]), RESULTS / "packing.md")
 

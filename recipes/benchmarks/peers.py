@@ -141,22 +141,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--group-size", type=int, help="default: what the package recommends")
     parser.add_argument("--calibration", type=Path, required=True, help="JSON: rows of token ids of equal length")
     parser.add_argument("--out", type=Path, required=True)
-    asked = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     torch.manual_seed(0)
-    rows = json.loads(asked.calibration.read_text(encoding="utf-8"))
-    group_size = asked.group_size or OWN_GROUP_SIZE[asked.peer]
+    rows = json.loads(options.calibration.read_text(encoding="utf-8"))
+    group_size = options.group_size or OWN_GROUP_SIZE[options.peer]
     began = time.monotonic()
-    weights, stored = PEERS[asked.peer](asked.model, asked.bits, group_size, rows)
+    weights, stored = PEERS[options.peer](options.model, options.bits, group_size, rows)
     seconds = time.monotonic() - began
-    write(asked.model, weights, asked.out)
+    write(options.model, weights, options.out)
     report: dict[str, Any] = {
         "linear_bytes": stored,
         "linear_weights": sum(weight.numel() for weight in weights.values()),
         "group_size": group_size,
         "seconds": round(seconds, 3),
-        "package": f"{PACKAGES[asked.peer]} {metadata.version(PACKAGES[asked.peer])}",
+        "package": f"{PACKAGES[options.peer]} {metadata.version(PACKAGES[options.peer])}",
     }
-    (asked.out / "peer.json").write_text(json.dumps(report) + "\n", encoding="utf-8")
+    (options.out / "peer.json").write_text(json.dumps(report) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

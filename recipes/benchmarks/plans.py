@@ -67,7 +67,7 @@ class Case:
 def base(case: Case, setting: Setting) -> dict[str, object]:
     """The recipe's values that all kinds have."""
     steps = setting.steps or STEPS[case.teacher.name]
-    asked = {
+    changes = {
         "model": str(case.teacher.model),
         "seed": case.seed,
         "calibrate": {
@@ -78,7 +78,7 @@ def base(case: Case, setting: Setting) -> dict[str, object]:
         "pack": {} if case.trained else {"source": "teacher"},
         "eval": {"tasks": list(case.teacher.tasks), "limit": setting.limit},
     }
-    values = recipes.merge(case.teacher.recipe, asked)
+    values = recipes.merge(case.teacher.recipe, changes)
     teacher, _ = models.load(case.teacher.model)
     if models.structure(teacher).head is None:
         values["calibrate"]["overrides"] = values["calibrate"]["overrides"][:1]
@@ -92,9 +92,9 @@ def recipe_of(case: Case, setting: Setting) -> Recipe:
     if case.kind == "interleave":
         return interleave
     teacher, _ = models.load(case.teacher.model)
-    found = models.structure(teacher)
-    size = job.packed_size(interleave, teacher, found, "student" if case.trained else "teacher")
-    limit = size(job.new_plan(interleave, teacher, found)).bytes
+    structure = models.structure(teacher)
+    size = job.packed_size(interleave, teacher, structure, "student" if case.trained else "teacher")
+    limit = size(job.new_plan(interleave, teacher, structure)).bytes
     if case.kind == "uniform":
         for name in UNIFORM:
             wide = {
@@ -102,15 +102,15 @@ def recipe_of(case: Case, setting: Setting) -> Recipe:
                 "formats": widths(name),
                 "bits": 1.58 if name == "ternary" else float(name[3:]),
             }
-            asked = recipes.build(recipes.merge(values, {"calibrate": wide}))
-            if size(job.new_plan(asked, teacher, found)).bytes <= limit:
-                return asked
+            chosen = recipes.build(recipes.merge(values, {"calibrate": wide}))
+            if size(job.new_plan(chosen, teacher, structure)).bytes <= limit:
+                return chosen
         raise UserError("No single format is small enough.")
     granularity = {"rows": "row", "tensors": "tensor"}[case.kind]
     names = ["ternary", "int2", "int3", "int4"]
-    asked = {"plan": "sensitivity", "granularity": granularity, "target_size": limit, "formats": names}
-    asked |= {"sensitivity_tokens": 8192, "sensitivity_points": 3}
-    return recipes.build(recipes.merge(values, {"calibrate": asked}))
+    chosen = {"plan": "sensitivity", "granularity": granularity, "target_size": limit, "formats": names}
+    chosen |= {"sensitivity_tokens": 8192, "sensitivity_points": 3}
+    return recipes.build(recipes.merge(values, {"calibrate": chosen}))
 
 
 def widths(name: str) -> list[str]:
@@ -147,9 +147,9 @@ def make_row(case: Case, recipe: Recipe, setting: Setting) -> Row:
     assert isinstance(measured, evaluation.EvalResult)
     assert packed is not None
     sizes = {key: packed.result[key] for key in ("bytes", "nominal_bits", "real_bits")}
-    found = calibrated.result if calibrated else {}
-    about = {key: found.get(key) for key in ("estimate", "predicted_kl", "measured_kl")}
-    row = {**sizes, **about, **scores(measured)}
+    calibration = calibrated.result if calibrated else {}
+    estimates = {key: calibration.get(key) for key in ("estimate", "predicted_kl", "measured_kl")}
+    row = {**sizes, **estimates, **scores(measured)}
     shutil.rmtree(work.path, ignore_errors=True)
     return row
 
@@ -160,11 +160,11 @@ def statistics_of(case: Case, setting: Setting) -> Path:
 
 
 def reuse_statistics(case: Case, recipe: Recipe, work: WorkDir, setting: Setting) -> None:
-    kept = statistics_of(case, setting)
-    if kept.exists() and not work.statistics_file.exists():
+    shared = statistics_of(case, setting)
+    if shared.exists() and not work.statistics_file.exists():
         work.write_recipe(recipes.dump(recipe))
         work.statistics_file.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(kept, work.statistics_file)
+        shutil.copyfile(shared, work.statistics_file)
 
 
 def keep_statistics(case: Case, work: WorkDir, setting: Setting, measured: bool) -> None:
@@ -174,18 +174,18 @@ def keep_statistics(case: Case, work: WorkDir, setting: Setting, measured: bool)
 
 def cases(teachers: Iterable[Teacher], kinds: Iterable[str], bits: Iterable[float] | None) -> list[Case]:
     """All rows, in the order in which they are made."""
-    found = []
+    rows = []
     chosen = None if bits is None else set(bits)
     for teacher in teachers:
         for trained, budgets in ((False, BEFORE), (True, AFTER)):
             for budget in budgets:
                 for seed in SEEDS if trained else SEEDS[:1]:
-                    found += [
+                    rows += [
                         Case(teacher, kind, budget, trained, seed)
                         for kind in kinds
                         if chosen is None or budget in chosen
                     ]
-    return found
+    return rows
 
 
 def make_rows(wanted: list[Case], setting: Setting) -> None:
@@ -193,15 +193,15 @@ def make_rows(wanted: list[Case], setting: Setting) -> None:
     for case in wanted:
         recipe = recipe_of(case, setting)
         identity, path = fingerprint(case, recipe), setting.rows / case.teacher.name / f"{case.name}.json"
-        if (found := stored(path)) and found["fingerprint"] == identity:
+        if (existing := stored(path)) and existing["fingerprint"] == identity:
             setting.console.say(f"{case.teacher.name}, {case.name}: kept")
             continue
         setting.console.say(f"{case.teacher.name}, {case.name}")
-        about = {"teacher": case.teacher.name, "kind": case.kind, "bits": case.bits, "trained": case.trained}
-        about |= {"seed": case.seed, "steps": recipe.distill.steps if case.trained else 0}
+        identification = {"teacher": case.teacher.name, "kind": case.kind, "bits": case.bits, "trained": case.trained}
+        identification |= {"seed": case.seed, "steps": recipe.distill.steps if case.trained else 0}
         row = make_row(case, recipe, setting)
         where = {"machine": machine(), "versions": versions(), "commit": commit()}
-        write_json(path, {**about, **row, **where, "fingerprint": identity})
+        write_json(path, {**identification, **row, **where, "fingerprint": identity})
 
 
 # --- the table ---------------------------------------------------------------------------------
@@ -268,15 +268,15 @@ def main() -> None:
     parser.add_argument("--build", type=Path, default=BUILD, help="folder of unfinished ones")
     parser.add_argument("--results", type=Path, default=RESULTS / "plans.md", help="where the table goes")
     parser.add_argument("--table", action="store_true", help="only the table")
-    asked = parser.parse_args()
-    teachers = [world(), *(real_teachers(asked.real_data) if asked.real_data else [])]
-    if asked.teachers:
-        teachers = [each for each in teachers if each.name in asked.teachers.split(",")]
-    setting = Setting(asked.rows, asked.build, asked.steps, asked.limit, Path())
-    if not asked.table:
-        bits = None if asked.bits is None else [float(each) for each in asked.bits.split(",")]
-        make_rows(cases(teachers, asked.kinds.split(","), bits), setting)
-    publish("plans", table(asked.rows), asked.results)
+    options = parser.parse_args()
+    teachers = [world(), *(real_teachers(options.real_data) if options.real_data else [])]
+    if options.teachers:
+        teachers = [teacher for teacher in teachers if teacher.name in options.teachers.split(",")]
+    setting = Setting(options.rows, options.build, options.steps, options.limit, Path())
+    if not options.table:
+        bits = None if options.bits is None else [float(width) for width in options.bits.split(",")]
+        make_rows(cases(teachers, options.kinds.split(","), bits), setting)
+    publish("plans", table(options.rows), options.results)
 
 
 if __name__ == "__main__":

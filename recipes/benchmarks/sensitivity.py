@@ -42,45 +42,45 @@ SHOWN = ("hessian", "fisher", "integrated", "alone")
 
 def spearman(first: Tensor, second: Tensor) -> float:
     """Rank correlation of two vectors."""
-    ranks = torch.stack([each.argsort().argsort().double() for each in (first, second)])
+    ranks = torch.stack([values.argsort().argsort().double() for values in (first, second)])
     return float(torch.corrcoef(ranks)[0, 1])
 
 
 def damages(teacher: Teacher, folder: Path, tokens: int) -> tuple[dict[str, Tensor], list[str], dict[str, float]]:
     """Estimate -> [tensors, formats]; the formats; seconds of each calibration."""
-    found: dict[str, dict[str, Tensor]] = {}
+    estimates: dict[str, dict[str, Tensor]] = {}
     seconds: dict[str, float] = {}
     names: list[str] = []
     for estimate in ESTIMATES:
-        asked = {"sensitivity": estimate, "sensitivity_tokens": tokens, "sensitivity_points": 3, "bits": 2.0}
-        recipe = recipes.build(recipes.merge(teacher.recipe, {"model": str(teacher.model), "calibrate": asked}))
+        settings = {"sensitivity": estimate, "sensitivity_tokens": tokens, "sensitivity_points": 3, "bits": 2.0}
+        recipe = recipes.build(recipes.merge(teacher.recipe, {"model": str(teacher.model), "calibrate": settings}))
         work = WorkDir(folder / estimate)
         began = time.monotonic()
         pipeline.run("calibrate", recipe, work, Console(quiet=True))
         seconds[estimate] = time.monotonic() - began
-        study = json.loads(work.sensitivity_file.read_text(encoding="utf-8"))
-        names = list(study["tensors"][0]["damage"])
-        linear = [each["name"] for each in study["tensors"] if each["kind"] == "linear"]
+        measured = json.loads(work.sensitivity_file.read_text(encoding="utf-8"))
+        names = list(measured["tensors"][0]["damage"])
+        linear = [entry["name"] for entry in measured["tensors"] if entry["kind"] == "linear"]
         for name, value in load_file(work.statistics_file).items():
             if name.startswith("damage/"):
                 _, kind, module = name.split("/", 2)
                 if module in linear:
-                    found.setdefault(kind, {})[module] = value.double().sum(1)
+                    estimates.setdefault(kind, {})[module] = value.double().sum(1)
             elif name.startswith("alone/") and (module := name.removeprefix("alone/")) in linear:
-                found.setdefault("alone", {})[module] = value.double()
-    modules = list(found["direct"])
-    return {kind: torch.stack([each[m] for m in modules]) for kind, each in found.items()}, names, seconds
+                estimates.setdefault("alone", {})[module] = value.double()
+    modules = list(estimates["direct"])
+    return {kind: torch.stack([entry[m] for m in modules]) for kind, entry in estimates.items()}, names, seconds
 
 
 def correlations(teacher: Teacher, tokens: int) -> str:
     """Markdown."""
     with tempfile.TemporaryDirectory() as folder:
-        found, names, seconds = damages(teacher, Path(folder), tokens)
-    truth = found["direct"]
+        estimates, names, seconds = damages(teacher, Path(folder), tokens)
+    truth = estimates["direct"]
     head, lines = ["estimate", *names, "all pairs", "sum / measured sum"], []
     for kind in SHOWN:
-        value = found[kind]
-        cells = [f"{spearman(value[:, each], truth[:, each]):.3f}" for each in range(len(names))]
+        value = estimates[kind]
+        cells = [f"{spearman(value[:, column], truth[:, column]):.3f}" for column in range(len(names))]
         ratio = number(float(value.sum() / truth.sum())) if kind != "hessian" else ""
         lines.append([kind, *cells, f"{spearman(value.flatten(), truth.flatten()):.3f}", ratio])
     took = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
@@ -130,14 +130,14 @@ def main() -> None:
     parser.add_argument("--real-data", type=Path, help="folder with `models` and `text` of real teachers")
     parser.add_argument("--tokens", type=int, default=8192, help="that sensitivity is estimated from")
     parser.add_argument("--bits", type=float, nargs="+", default=[2.0, 1.88], help="budgets of `cost`")
-    asked = parser.parse_args()
-    if "correlation" in asked.work:
-        teachers = [world(), *(real_teachers(asked.real_data) if asked.real_data else [])]
+    options = parser.parse_args()
+    if "correlation" in options.work:
+        teachers = [world(), *(real_teachers(options.real_data) if options.real_data else [])]
         for teacher in teachers:
-            if not asked.teachers or teacher.name in asked.teachers.split(","):
-                print(correlations(teacher, asked.tokens), end="\n\n", flush=True)
-    if "cost" in asked.work:
-        print(cost(tuple(asked.bits)))
+            if not options.teachers or teacher.name in options.teachers.split(","):
+                print(correlations(teacher, options.tokens), end="\n\n", flush=True)
+    if "cost" in options.work:
+        print(cost(tuple(options.bits)))
 
 
 if __name__ == "__main__":

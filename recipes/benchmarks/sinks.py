@@ -34,14 +34,14 @@ ROWS, TOP = 32, 0.01
 
 
 @torch.no_grad()
-def states(model: Any, found: models.Structure, ids: Tensor) -> tuple[list[Tensor], Tensor]:
+def states(model: Any, structure: models.Structure, ids: Tensor) -> tuple[list[Tensor], Tensor]:
     """Hidden states [B, T, H] as transformers returns them, the embedding's first; what leaves the last layer."""
     leaving: list[Tensor] = []
 
     def note(_module: Any, _inputs: Any, output: Any) -> None:
         leaving.append(output[0] if isinstance(output, tuple) else output)
 
-    last = model.get_submodule(found.layers_path)[found.layer_count - 1]
+    last = model.get_submodule(structure.layers_path)[structure.layer_count - 1]
     with last.register_forward_hook(note):
         hidden = model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
     return list(hidden), leaving[0]
@@ -49,17 +49,17 @@ def states(model: Any, found: models.Structure, ids: Tensor) -> tuple[list[Tenso
 
 def errors(teacher: Teacher) -> tuple[dict[str, Tensor], Tensor, int | None]:
     """What is told -> what each token has of it, [B, T]; ids; which of them is BOS."""
-    asked = {"calibrate": {"bits": 1.88, "plan": "interleave"}, "model": str(teacher.model)}
-    recipe = recipes.build(recipes.merge(teacher.recipe, asked))
+    changes = {"calibrate": {"bits": 1.88, "plan": "interleave"}, "model": str(teacher.model)}
+    recipe = recipes.build(recipes.merge(teacher.recipe, changes))
     model, tokenizer = models.load(teacher.model, dtype=torch.float32)
     student, _ = models.load(teacher.model, dtype=torch.float32)
-    found = models.structure(model)
-    plan = allocate.make_plan(found.targets, recipe.calibrate)
+    structure = models.structure(model)
+    plan = allocate.make_plan(structure.targets, recipe.calibrate)
     how = modules.Settings(plan.activation_bits, plan.kv_bits, plan.group_size)
-    modules.prepare_for_training(student, found, plan.specs(), how)
+    modules.prepare_for_training(student, structure, plan.specs(), how)
     rows, _ = data.open_rows(recipe.data.train, tokenizer, recipe.data.sequence_length, bos=recipe.data.bos)
     ids = torch.stack([rows.row(index)["input_ids"] for index in range(ROWS)])
-    (theirs, theirs_last), (ours, ours_last) = (states(each.eval(), found, ids) for each in (model, student))
+    (theirs, theirs_last), (ours, ours_last) = (states(side.eval(), structure, ids) for side in (model, student))
     similar = layer_metric("cosine", dict(enumerate(theirs)), torch.ones_like(ids))
     chosen = least_similar(similar.tolist(), 3)
     features = sum((ours[layer] - theirs[layer]).square().sum(-1) for layer in chosen)
@@ -72,25 +72,25 @@ def errors(teacher: Teacher) -> tuple[dict[str, Tensor], Tensor, int | None]:
 
 def shares(teacher: Teacher) -> list[list[str]]:
     """The teacher's lines of the table."""
-    found, ids, bos = errors(teacher)
+    by_measure, ids, bos = errors(teacher)
     first = torch.zeros_like(ids, dtype=torch.bool)
     first[:, 0] = True
     begins = ids == bos if bos is not None else torch.zeros_like(first)
     lines = [
-        [teacher.name, "tokens", *(f"{100 * each.float().mean():.2f}" for each in (first, begins)), f"{100 * TOP:g}"]
+        [teacher.name, "tokens", *(f"{100 * error.float().mean():.2f}" for error in (first, begins)), f"{100 * TOP:g}"]
     ]
-    for name, each in found.items():
-        top = each.flatten().topk(max(1, round(TOP * each.numel()))).values.sum()
-        parts = [each[first].sum(), each[begins].sum(), top]
-        lines.append(["", name, *(f"{100 * float(part / each.sum()):.2f}" for part in parts)])
+    for name, error in by_measure.items():
+        top = error.flatten().topk(max(1, round(TOP * error.numel()))).values.sum()
+        parts = [error[first].sum(), error[begins].sum(), top]
+        lines.append(["", name, *(f"{100 * float(part / error.sum()):.2f}" for part in parts)])
     return lines
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--real-data", type=Path, help="folder with `models` and `text` of real teachers")
-    asked = parser.parse_args(arguments)
-    teachers = [world(), *(real_teachers(asked.real_data) if asked.real_data else ())]
+    options = parser.parse_args(arguments)
+    teachers = [world(), *(real_teachers(options.real_data) if options.real_data else ())]
     head = ["teacher", "share of, %", "position 0", "BOS", "largest hundredth"]
     print(markdown(head, [line for teacher in teachers for line in shares(teacher)]))
     return 0

@@ -81,21 +81,23 @@ def ours(folder: Path, name: str = "edgerazor") -> File:
     for entry in opened.header.matrices.values():
         names[entry.kind] |= set(entry.formats)
     sizes = packed.size_table(opened)
-    data = sum(each.bytes for each in sizes.classes)
+    data = sum(part.bytes for part in sizes.classes)
     return File(name, *("+".join(sorted(names[kind])) for kind in names), sizes.bytes, data)
 
 
 def theirs(name: str, path: Path) -> File:
     """A GGUF file, by what is in it."""
-    found: dict[str, dict[str, int]] = {"embedding": {}, "linear": {}}
+    types_of: dict[str, dict[str, int]] = {"embedding": {}, "linear": {}}
     data = 0
     for tensor in GGUFReader(path).tensors:
         data += int(tensor.n_bytes)
         if len(tensor.shape) > 1:
-            types = found["embedding" if tensor.name.startswith("token_embd") else "linear"]
+            types = types_of["embedding" if tensor.name.startswith("token_embd") else "linear"]
             kind = tensor.tensor_type.name
             types[kind] = types.get(kind, 0) + int(tensor.n_elements)
-    words = ("+".join(sorted(types, key=lambda kind: -types[kind])) for types in (found["linear"], found["embedding"]))
+    words = (
+        "+".join(sorted(types, key=lambda kind: -types[kind])) for types in (types_of["linear"], types_of["embedding"])
+    )
     return File(name, *words, path.stat().st_size, data)
 
 
@@ -113,8 +115,8 @@ def our_files(work: WorkDir, console: Console) -> Iterator[File]:
 
 def too_large(ours: list[File], weights: int) -> list[str]:
     """What takes more real bits than was promised."""
-    found = [(file.name, 8 * file.bytes / weights, most) for file, most in zip(ours, MOST, strict=True)]
-    return [f"{name} takes {bits:.4f} real bits, more than {most}." for name, bits, most in found if bits > most]
+    takes = [(file.name, 8 * file.bytes / weights, most) for file, most in zip(ours, MOST, strict=True)]
+    return [f"{name} takes {bits:.4f} real bits, more than {most}." for name, bits, most in takes if bits > most]
 
 
 def files(work: WorkDir, tools: Path, threads: int, console: Console) -> Iterator[File]:
@@ -145,32 +147,32 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--results", default=str(RESULTS / "packing.md"), help="where the table goes, or `none`")
-    asked = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     console = Console()
     try:
-        alone = str(asked.llamacpp) == "none"
-        python = None if alone else built(asked.llamacpp / "bin" / "python")
-        write_gaussian(asked.build / "model", asked.layers, asked.tokenizer)
+        alone = str(options.llamacpp) == "none"
+        python = None if alone else built(options.llamacpp / "bin" / "python")
+        write_gaussian(options.build / "model", options.layers, options.tokenizer)
         values = {"bits": 1.58, "plan": "interleave", "group_size": 256}
         recipe = recipes.build(
-            {"model": str(asked.build / "model"), "calibrate": values, "pack": {"source": "teacher"}}
+            {"model": str(options.build / "model"), "calibrate": values, "pack": {"source": "teacher"}}
         )
-        work = WorkDir(asked.build / "work")
+        work = WorkDir(options.build / "work")
         pipeline.run("pack", recipe, work, console)
         weights = packed.size_table(PackedModel.open(work.folder("pack"))).parameters
         own = list(our_files(work, console))
-        others = [] if alone else list(files(work, asked.llamacpp / "tools", asked.threads, console))
+        others = [] if alone else list(files(work, options.llamacpp / "tools", options.threads, console))
         rows = [file.cells(weights) for file in (*own, *others)]
-        wrong = too_large(own, weights) if asked.layers == 28 else []
+        wrong = too_large(own, weights) if options.layers == 28 else []
     except UserError as error:
         console.error(error)
         return error.code
     finally:
-        shutil.rmtree(asked.build, ignore_errors=True)
+        shutil.rmtree(options.build, ignore_errors=True)
     console.out.print(rich_table(f"{weights:,} weights", list(HEAD), rows))
-    if asked.results != "none" and python is not None:
+    if options.results != "none" and python is not None:
         facts = f"{weights:,} weights; {version(python)}; {machine()}; commit {commit()}."
-        publish("sizes", f"{facts}\n\n{markdown(HEAD, rows)}", Path(asked.results))
+        publish("sizes", f"{facts}\n\n{markdown(HEAD, rows)}", Path(options.results))
     for sentence in wrong:
         console.error(UserError(sentence))
     return FAILED if wrong else 0
