@@ -810,10 +810,10 @@ def measure_alone(
 
 def is_rounded(work: Path) -> bool:
     """Whether a job's packed model was made without training, so that it can be made again without a student."""
-    from edgerazor import pipeline
+    from edgerazor.stages import pack as stage_module
     from edgerazor.workdir import WorkDir
 
-    return pipeline.stands_alone(WorkDir(work))
+    return stage_module.stands_alone(WorkDir(work))
 
 
 def refuse_settings_of_student(section: dict[str, Any], model: str | None, recipe: Path | None) -> None:
@@ -863,7 +863,7 @@ def export_packed(
         console.result(sizes, *(f"{name}: {bits:.2f} real bits" for name, bits in sizes.real_bits.items()))
         return
     result = stage_module.export_folder(Path(folder), names, allow_lossy, console)
-    console.result(result, *stage_module.show_exports(result.exports))
+    console.result(result, *stage_module.export_lines(result.exports))
 
 
 def recompress_packed(folder: str, options: dict[str, Any], compress: bool, json: bool, quiet: bool) -> None:
@@ -872,11 +872,11 @@ def recompress_packed(folder: str, options: dict[str, Any], compress: bool, json
         name = next(iter(options)).replace("_", "-")
         asked = f"--{'' if compress else 'no-'}compress"
         raise usage_error(f"{folder} is packed already, and {asked} goes with no --{name}.", "Leave one of them out.")
-    from edgerazor.packed import shipping
+    from edgerazor.stages import pack as stage_module
 
     console = open_console(json, quiet)
-    result = shipping.recompress(Path(folder), compress, console)
-    console.result(result, *shipping.show(result))
+    result = stage_module.recompress(Path(folder), compress, console)
+    console.result(result, *stage_module.compress_lines(result))
 
 
 #: Options of pack that do not decide about weights.
@@ -919,7 +919,7 @@ def import_foreign(
 
     console = open_console(json, quiet)
     result = stage_module.read_foreign(path, asked, WorkDir(work), console, force)
-    console.result(result, *stage_module.show_foreign(result))
+    console.result(result, *stage_module.foreign_tables(result))
 
 
 def refuse_closed_stdout() -> None:

@@ -40,7 +40,7 @@ from results import publish
 
 from edgerazor.benchmark import peers
 from edgerazor.benchmark.bandwidth import Bandwidth
-from edgerazor.benchmark.engines import Round, Speed, Start, ask, worker
+from edgerazor.benchmark.engines import EngineConfig, Round, Speed, ask, worker
 from edgerazor.benchmark.peers import GgufFile, Program
 from edgerazor.console import Console
 from edgerazor.errors import QUALITY, UserError, usage_error
@@ -183,10 +183,10 @@ def opened(entry: Entry, table: Table, threads: int, log: Log, stack: ExitStack)
     model = entry.make()
     if isinstance(model, GgufFile):
         assert entry.program is not None
-        log.describe(table.name, entry.name, peers.about(entry.program, model))
+        log.describe(table.name, entry.name, peers.describe(entry.program, model))
         return partial(peers.measure, entry.program, model)
-    link = stack.enter_context(worker(Start(model, threads, isa=entry.isa)))
-    about = ask(link, "about")
+    link = stack.enter_context(worker(EngineConfig(model, threads, isa=entry.isa)))
+    about = ask(link, "describe")
     log.describe(table.name, entry.name, about)
     if about["note"]:
         log.note(f"{entry.name}: {about['note']}")

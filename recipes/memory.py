@@ -189,6 +189,8 @@ def random_model(layers: int) -> Iterator[Path]:
 
 def our_step(folder: Path, device: str, checkpointed: bool) -> Step:
     from edgerazor import recipe, workdir
+    from edgerazor.console import Console
+    from edgerazor.job import JobContext
     from edgerazor.stages import distill
 
     settings = {
@@ -206,7 +208,7 @@ def our_step(folder: Path, device: str, checkpointed: bool) -> Step:
             "distill": settings,
         }
     )
-    job = distill.prepare(asked, workdir.WorkDir(folder / "work"), imagined=True)
+    job = distill.prepare(JobContext(asked, workdir.WorkDir(folder / "work"), Console(quiet=True)), imagined=True)
     job.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1, device=device))], lr=0.0)
     batches = next(distill.step_batches(job))
 

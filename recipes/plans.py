@@ -23,14 +23,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from methods import HERE, Row, Setting, Teacher, code_of, commit, number, percent, real_teachers, scores, stored, world
 from results import markdown, publish
 
-from edgerazor import data, formats, job, models, pipeline
+from edgerazor import data, formats, models, pipeline
 from edgerazor import recipe as recipes
 from edgerazor.errors import UserError
+from edgerazor.evaluation.eval_result import EvalResult
+from edgerazor.job import JobContext
 from edgerazor.recipe import Recipe
-from edgerazor.stages import eval as evaluation
 from edgerazor.workdir import WorkDir, digest_json, machine, versions, write_json
 
 BEFORE, AFTER = (1.7, 1.88, 2.0, 2.5, 3.0), (1.88, 2.5)
@@ -82,10 +84,10 @@ def recipe_of(case: Case, setting: Setting) -> Recipe:
     interleave = recipes.build(recipes.merge(values, {"calibrate": {"plan": "interleave", "bits": case.bits}}))
     if case.kind == "interleave":
         return interleave
-    teacher, _ = models.load(case.teacher.model)
-    found = models.structure(teacher)
-    size = job.packed_size(interleave, teacher, found, "student" if case.trained else "teacher")
-    limit = size(job.new_plan(interleave, teacher, found)).bytes
+    context = JobContext(interleave, WorkDir(setting.build), setting.console)
+    teacher = context.load_teacher(torch.device("cpu"))
+    size = context.packed_size(teacher, "student" if case.trained else "teacher")
+    limit = size(context.new_plan(teacher)).bytes
     if case.kind == "uniform":
         for name in UNIFORM:
             wide = {
@@ -94,7 +96,7 @@ def recipe_of(case: Case, setting: Setting) -> Recipe:
                 "bits": 1.58 if name == "ternary" else float(name[3:]),
             }
             asked = recipes.build(recipes.merge(values, {"calibrate": wide}))
-            if size(job.new_plan(asked, teacher, found)).bytes <= limit:
+            if size(JobContext(asked, context.work, setting.console).new_plan(teacher)).bytes <= limit:
                 return asked
         raise UserError("No single format is small enough.")
     granularity = {"rows": "row", "tensors": "tensor"}[case.kind]
@@ -139,7 +141,7 @@ def make_row(case: Case, recipe: Recipe, setting: Setting) -> Row:
     keep_statistics(case, work, setting, measured_plan)
     measured = pipeline.run("eval", recipe, work, setting.console)
     packed, calibrated = work.manifest("pack"), work.manifest("calibrate")
-    assert isinstance(measured, evaluation.EvalResult)
+    assert isinstance(measured, EvalResult)
     assert packed is not None
     sizes = {key: packed.result[key] for key in ("bytes", "nominal_bits", "real_bits")}
     found = calibrated.result if calibrated else {}

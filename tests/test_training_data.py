@@ -15,13 +15,13 @@ import torch
 from _tiny import Run, metrics, with_template, write_recipe
 from transformers import AutoTokenizer
 
-from edgerazor import job as jobs
 from edgerazor import recipe as recipes
 from edgerazor.calibration import generated_text
 from edgerazor.console import Console
 from edgerazor.data import MASKED, TokenRows, documents, open_rows, render, thinking_options
 from edgerazor.data.chat import conversation
 from edgerazor.errors import UserError
+from edgerazor.job import JobContext
 from edgerazor.recipe import Source
 from edgerazor.stages import distill
 from edgerazor.workdir import WorkDir
@@ -71,7 +71,7 @@ def test_the_loss_is_that_of_the_assistants_tokens(
     fields = {"packing": packing, "sequence_length": 64}
     path = write_recipe(tmp_path / "r.yaml", chatty, chat_file, distill=settings, data=fields)
     assert run("calibrate", "--recipe", path, "--work", tmp_path / "job").code == 0
-    job = distill.prepare(recipes.build(recipes.load(path)), WorkDir(tmp_path / "job"))
+    job = distill.prepare(JobContext(recipes.build(recipes.load(path)), WorkDir(tmp_path / "job"), Console(quiet=True)))
     batch = job.rows.batch(0, batch_size=4)
     totals = distill.step_totals(job, [distill.statistics(job, batch, None)])
     loss = distill.losses.objective(
@@ -134,7 +134,7 @@ def test_held_out_text_of_a_recipe_is_packed_alike(llama: Path, text_file: Path,
     tokenizer = AutoTokenizer.from_pretrained(llama)
     for packing, count in (("stream", 1), ("document", 4)):
         asked = recipes.build(recipes.merge(values, {"data": {"packing": packing}}))
-        _, rows = jobs.open_text(asked, WorkDir(tmp_path), tokenizer, 500)
+        _, rows = JobContext(asked, WorkDir(tmp_path), Console(quiet=True)).open_text(tokenizer, 500)
         assert len(rows) == count
 
 

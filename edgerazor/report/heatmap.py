@@ -15,7 +15,7 @@ from rich.text import Text
 from edgerazor import formats
 from edgerazor.console import megabytes
 from edgerazor.errors import usage_error
-from edgerazor.report.plan import PlannedMatrix, PlanSummary
+from edgerazor.report.plan_summary import PlannedMatrix, PlanSummary
 from edgerazor.workdir import alone, write_atomically
 
 if TYPE_CHECKING:

@@ -42,15 +42,17 @@ from rich.console import RenderableType
 from safetensors.torch import save_file
 from torch import Tensor
 
-from edgerazor import data, losses, models, modules, untrusted
-from edgerazor import job as jobs
+from edgerazor import calibrated, data, devices, losses, models, modules, untrusted
 from edgerazor.allocate import Plan
 from edgerazor.calibration import initialization
 from edgerazor.console import Console, table
 from edgerazor.errors import INTERRUPTED, UserError, usage_error
+from edgerazor.job import JobContext, LoadedModel
 from edgerazor.losses import Head, Outputs, StepTotals, step_counts
 from edgerazor.models import PreTrainedModel
 from edgerazor.recipe import Distill, Recipe
+from edgerazor.stage import Stage
+from edgerazor.student import CALIBRATED_INITS
 from edgerazor.training import checkpoint, objective, phase_schedule, reconstruction
 from edgerazor.training.objective import Captures, Teacher, Terms
 from edgerazor.training.optimizer import make_optimizer, schedule, set_rate
@@ -98,33 +100,33 @@ class DistillDryRun(BaseModel):
     phases: dict[str, PhaseEstimate] = {}
 
 
-def inputs(recipe: Recipe, work: WorkDir) -> dict[str, str]:
+def inputs(context: JobContext) -> dict[str, str]:
     """Everything the result depends on.
 
     `max_time` and how often to save do not change what is trained, and how the sequences of a step are divided among
     processes and micro-batches changes it only in the last digits.
     """
-    calibrated = work.manifest("calibrate")
+    recipe, calibrated = context.recipe, context.work.manifest("calibrate")
     settings = recipe.distill
     skip = ("max_time", "checkpoint_every", "gradient_checkpointing", "batch_size", "accumulation", "phases")
     alone = () if settings.teachers else ("teacher_average",)
-    found = jobs.settings("distill", settings, skip + alone)
-    bits = jobs.bits_of(recipe, jobs.read_plan(work) if calibrated else None)
-    found |= {"distill.phases": phase_schedule.in_words(settings, bits)} if settings.phases else {}
-    found["distill.losses"] = objective.in_words(settings.losses, bits)
-    budget, asked = recipe.calibrate.budget()
-    found["distill.teachers"] = jobs.teachers_fingerprint(recipe)
+    section = context.section_inputs("distill", skip + alone)
+    bits = context.nominal_bits(context.plan() if calibrated else None)
+    section |= {"distill.phases": phase_schedule.in_words(settings, bits)} if settings.phases else {}
+    section["distill.losses"] = objective.in_words(settings.losses, bits)
+    section["distill.teachers"] = context.further_teachers_fingerprint
+    budget, limit = recipe.calibrate.budget()
     return {
-        budget: str(asked),
-        "model": jobs.teacher_fingerprint(recipe),
-        "data": jobs.data_fingerprint(recipe),
-        "held_out": jobs.held_out_fingerprint(recipe),
+        budget: str(limit),
+        "model": context.teacher_fingerprint,
+        "data": context.data_fingerprint,
+        "held_out": context.held_out_fingerprint,
         "data.sequence_length": str(recipe.data.sequence_length),
         "data.packing": recipe.data.packing,
-        **jobs.text_settings(recipe),
+        **context.text_inputs,
         "seed": str(recipe.seed),
-        "sequences per step": str(settings.batch_size * settings.accumulation * jobs.processes()),
-        **found,
+        "sequences per step": str(settings.batch_size * settings.accumulation * devices.process_count()),
+        **section,
         "calibrate": calibrated.fingerprint() if calibrated else "missing",
     }
 
@@ -210,22 +212,20 @@ class Job:
         return min(1.0, max(shares))
 
 
-def run(recipe: Recipe, work: WorkDir, console: Console, fresh: bool = False) -> DistillResult:
+def run(context: JobContext) -> DistillResult:
     """Train, from the last checkpoint if there is one, and write the `best` and `last` students.
 
     Args:
-        recipe: of the whole job.
-        work: where the plan lies; the students go there.
-        console: shows the progress.
-        fresh: throw away what an earlier training left, once it is known that this one can start.
+        context: of the whole job; `fresh` throws away what an earlier training left, once this one can start.
 
     Raises:
         UserError: the recipe cannot work with this model or text, the training diverges, or it was interrupted.
     """
-    job = prepare(recipe, work)
-    identity = inputs(recipe, work)
+    recipe, work, console = context.recipe, context.work, context.console
+    job = prepare(context)
+    identity = inputs(context)
     if job.accelerator.is_main_process:
-        begin(work, console, fresh)
+        begin(work, console, context.fresh)
     job.accelerator.wait_for_everyone()
     objective.say_who_teaches(recipe, job.terms, job.teachers, console)
     say_passes(job, console)
@@ -461,43 +461,36 @@ def adopt_best(job: Job, folder: Path) -> None:
 # --- preparation -------------------------------------------------------------------------------
 
 
-def prepare(recipe: Recipe, work: WorkDir, imagined: bool = False) -> Job:
+def prepare(context: JobContext, imagined: bool = False) -> Job:
     """Load the teacher, make the student, open the text. A recipe that cannot work is refused here, at the start.
 
     Args:
-        recipe: of the whole job.
-        work: where calibrate's plan and statistics lie.
+        context: of the whole job; its working directory holds calibrate's plan and statistics.
         imagined: for a dry run: make up what calibrate has not written yet.
     """
-    device = jobs.device_of(recipe)
+    recipe, device = context.recipe, context.device
     settings = recipe.distill
     half = uses_bfloat16(settings, device)
     check(recipe)
-    jobs.join_processes(device)
+    devices.join_processes(device)
     AcceleratorState._reset_state()  # one process may train more than once, and not always in the same precision
     accelerator = Accelerator(mixed_precision="bf16" if half else "no", cpu=device.type == "cpu")
     dtype = torch.bfloat16 if half else torch.float32
-    teacher, tokenizer = jobs.load_teacher(recipe, accelerator.device, dtype)
-    structure = models.structure(teacher)
+    loaded = context.load_teacher(accelerator.device, dtype)
+    teacher, structure = loaded.model, loaded.structure
     logit_shape = models.logit_shape(teacher, structure.head_path)
-    plan = jobs.new_plan(recipe, teacher, structure) if imagined else jobs.read_plan(work)
-    measured = objective.unmeasured(structure.layer_count) if imagined else jobs.read_layer_metrics(work)
-    phases = phase_schedule.trainings(recipe, structure.layer_count, measured, jobs.bits_of(recipe, plan))
+    plan = context.new_plan(loaded) if imagined else context.plan()
+    measured = objective.unmeasured(structure.layer_count) if imagined else calibrated.read_layer_metrics(context.work)
+    phases = phase_schedule.trainings(recipe, structure.layer_count, measured, context.nominal_bits(plan))
     terms = [term for phase in phases for term in phase.terms]
     teaching = any(loss.needs_teacher for _, loss in terms) or settings.reconstruct or settings.target_kl
     first = Teacher(teacher, structure, structure.head_path, logit_shape)
     others = objective.load_others(recipe, accelerator.device, dtype)
-    length = min(jobs.sequence_length(recipe, each) for each in (teacher, *(other.model for other in others)))
-    imagine_text = imagined and not (recipe.data.train or work.generated_text.exists())
-    kept = jobs.sequence_length(recipe, teacher)  # by which `eval` will know what was held out
-    if imagine_text:
-        rows, held_out = imagined_text(length, recipe.data.generated_tokens)
-    else:
-        rows, held_out = jobs.open_text(recipe, work, tokenizer, length, kept)
-    calibrated = None if imagined else work
-    how = jobs.settings_of(plan, structure, calibrated)
-    input_scales = jobs.input_scales(plan, teacher, structure, calibrated)
-    start = None if imagined else initialization.stored(recipe, work, plan)
+    length = min(context.sequence_length(each) for each in (teacher, *(other.model for other in others)))
+    rows, held_out = open_text(context, loaded, length, imagined)
+    how = context.student_settings(plan, structure, imagined)
+    input_scales = context.input_scales(plan, loaded, imagined)
+    start = None if imagined else initialization.stored(context, plan)
     student = make_student(recipe, structure, plan, how, input_scales, accelerator.device, start)
     objective.open_models(student, teacher, structure, terms)
     job = Job(
@@ -516,14 +509,24 @@ def prepare(recipe: Recipe, work: WorkDir, imagined: bool = False) -> Job:
         terms=phases[0].terms,
         logit_shape=logit_shape,
         tokens_per_row=rows.tokens_per_row,
-        packed_bytes=jobs.packed_size(recipe, teacher, structure, work=calibrated)(plan).bytes,
+        packed_bytes=context.packed_size(loaded, measured=not imagined)(plan).bytes,
     )
     phase_schedule.check_steps(phases, job.steps)
     return job
 
 
 def uses_bfloat16(settings: Distill, device: torch.device) -> bool:
-    return settings.precision == "bfloat16" or (settings.precision == "auto" and jobs.fast_bfloat16(device))
+    return settings.precision == "bfloat16" or (settings.precision == "auto" and devices.fast_bfloat16(device))
+
+
+def open_text(
+    context: JobContext, teacher: LoadedModel, length: int, imagined: bool
+) -> tuple[data.TokenRows, data.TokenRows]:
+    """Rows to train on and rows to measure on; made up for a dry run where there is no text yet."""
+    if imagined and not (context.recipe.data.train or context.work.generated_text.exists()):
+        return imagined_text(length, context.recipe.data.generated_tokens)
+    # `eval` will know by the teacher's own length what was held out.
+    return context.open_text(teacher.tokenizer, length, context.sequence_length(teacher.model))
 
 
 def imagined_text(length: int, tokens: int) -> tuple[data.TokenRows, data.TokenRows]:
@@ -538,7 +541,7 @@ def check(recipe: Recipe) -> None:
     Raises:
         UserError: as `phase_schedule.check` and `reconstruction.check`.
     """
-    if recipe.distill.initialise == "random" and recipe.calibrate.init in jobs.MADE_INITS:
+    if recipe.distill.initialise == "random" and recipe.calibrate.init in CALIBRATED_INITS:
         raise usage_error(
             f"A random student cannot begin with the teacher's {recipe.calibrate.init} initialization.",
             "Leave out `calibrate.init`, or leave out `distill.initialise`.",
@@ -886,9 +889,9 @@ def watch_signals() -> Iterator[Signals]:
             signal.signal(number, handler)
 
 
-def dry_run(recipe: Recipe, work: WorkDir, console: Console) -> DistillDryRun:
+def dry_run(context: JobContext) -> DistillDryRun:
     """What would be trained, and how long it would take, from one measured step of each phase that is thrown away."""
-    job = prepare(recipe, work, imagined=True)
+    job = prepare(context, imagined=True)
     measured = [measured_step(job, number) for number in range(1, len(job.phases) + 1)]
     weights, moments = (max(sizes) for sizes in zip(*(each[1:] for each in measured), strict=True))
     gradients = moments // 2
@@ -974,3 +977,55 @@ def show(result: DistillResult) -> list[RenderableType]:
         ]
         shown.insert(0, table("Phases", ["phase", "steps", "seconds", f"{result.measure}, at its end"], rows))
     return list(shown)
+
+
+# --- the stage ---------------------------------------------------------------------------------
+
+
+class DistillStage(Stage):
+    """`edgerazor distill`."""
+
+    name = NAME
+    result_model = DistillResult
+    needs = ("calibrate",)
+    decides_student = True
+    on_all_processes = True
+    manages_folder = True  # it goes on in it
+
+    def takes_part(self, recipe: Recipe) -> bool:
+        return recipe.pack.source != "teacher"
+
+    def describe(self, context: JobContext) -> str:
+        return f"{context.recipe.model} {context.budget_in_words}"
+
+    def inputs(self, context: JobContext) -> dict[str, str]:
+        return inputs(context)
+
+    def stored_inputs(self, context: JobContext) -> dict[str, str] | None:
+        manifest = context.work.manifest(NAME)
+        return manifest.inputs if manifest else checkpoint.stored_inputs(context.work.checkpoint("current")) or {}
+
+    def check(self, context: JobContext) -> None:
+        check(context.recipe)
+
+    def check_continuation(self, context: JobContext, inputs: dict[str, str]) -> None:
+        """A training goes on only with the very plan and statistics that it began with."""
+        stored = checkpoint.stored_inputs(context.work.checkpoint("current"))
+        if stored is not None and stored.get("calibrate") != inputs["calibrate"]:
+            raise UserError(
+                f"calibrate was done again in {context.work.path} with another outcome than the one the training there "
+                "began with.",
+                "Use another folder (--work NAME), or start the training again with `edgerazor distill --force`.",
+            )
+
+    def run(self, context: JobContext) -> DistillResult:
+        return run(context)
+
+    def dry_run(self, context: JobContext) -> DistillDryRun:
+        return dry_run(context)
+
+    def show(self, result: DistillResult) -> list[RenderableType]:
+        return show(result)
+
+
+STAGE = DistillStage()

@@ -5,24 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from pydantic import BaseModel, Field
-
 from edgerazor import packed
-from edgerazor.console import Console, megabytes
+from edgerazor.console import Console
 from edgerazor.errors import usage_error
+from edgerazor.packaging.pack_result import CompressResult
 from edgerazor.packed import INDEX_FILE, PackedModel
 from edgerazor.workdir import find_folder, job_of, replace_folder
-
-
-class CompressResult(BaseModel):
-    """A packed folder that was compressed, or restored."""
-
-    folder: str
-    compressed: bool
-    changed: bool = Field(description="false where it was so already")
-    bytes_before: int
-    bytes: int
-    real_bits: float
 
 
 def recompress(folder: Path, compress: bool, console: Console) -> CompressResult:
@@ -69,17 +57,8 @@ def _result(folder: Path, compress: bool, changed: bool, before: int) -> Compres
 
 def _copy_others(folder: Path, new: Path, weights: set[str]) -> None:
     """Everything but the weight files."""
-    for each in sorted(folder.iterdir()):
-        if each.is_dir():
-            shutil.copytree(each, new / each.name)
-        elif each.name not in weights:
-            shutil.copy2(each, new / each.name)
-
-
-def show(result: CompressResult) -> list[str]:
-    """The same for people."""
-    how = "compressed" if result.compressed else "not compressed"
-    if not result.changed:
-        return [f"{result.folder} is {how} already: {megabytes(result.bytes)}, {result.real_bits:.2f} real bits"]
-    sizes = f"{megabytes(result.bytes_before)} became {megabytes(result.bytes)}, {result.real_bits:.2f} real bits"
-    return [f"{result.folder} is {how}: {sizes}, verified bit for bit"]
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            shutil.copytree(path, new / path.name)
+        elif path.name not in weights:
+            shutil.copy2(path, new / path.name)
