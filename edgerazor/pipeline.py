@@ -141,8 +141,8 @@ def recipe_to_keep(stage: Stage, context: JobContext) -> Recipe:
     if stage.decides_student or not context.training or not file.exists():
         return recipe
     stored = recipes.build(recipes.load(file), f"The recipe {file}")
-    kept = ("data", *(each.name for each in STAGES.values() if each.decides_student))
-    return recipe.model_copy(update={section: getattr(stored, section) for section in kept})
+    sections = ("data", *(stage.name for stage in STAGES.values() if stage.decides_student))
+    return recipe.model_copy(update={section: getattr(stored, section) for section in sections})
 
 
 # --- dry runs ----------------------------------------------------------------------------------
@@ -177,13 +177,14 @@ def refuse(stage: Stage, context: JobContext, force: bool) -> None:
             those of the student in it, losses that the model cannot give, data that is not there, no student to pack.
     """
     _ = context.device
-    for each in STAGES.values():
-        each.check_settings(context)
+    for any_stage in STAGES.values():
+        any_stage.check_settings(context)
     refuse_other_model(stage, context)
     if stage.decides_student and not force:
         refuse_other_training(stage, context)
-    for each in (*needed_by(stage, context), stage):
-        each.check(context)
+    for needed in needed_by(stage, context):
+        needed.check(context)
+    stage.check(context)
     stage.inputs(context)
 
 
@@ -212,10 +213,10 @@ def refuse_other_training(stage: Stage, context: JobContext) -> None:
     """Do not let new settings throw away a student, or go on with a checkpoint that was made under others."""
     if not context.training:
         return
-    for each in (stage, *(STAGES[name] for name in stage.needs)):
-        stored = each.stored_inputs(context)
+    for decisive in (stage, *(STAGES[name] for name in stage.needs)):
+        stored = decisive.stored_inputs(context)
         if stored is not None:
-            refuse_difference(stored, each.inputs(context), context)
+            refuse_difference(stored, decisive.inputs(context), context)
 
 
 def refuse_difference(stored: dict[str, str], now: dict[str, str], context: JobContext) -> None:

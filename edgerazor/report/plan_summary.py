@@ -213,4 +213,4 @@ def _most_sensitive(sensitivity: Sensitivity, matrices: list[PlannedMatrix]) -> 
     """Those that the worst of their formats costs most, in that order."""
     bits = {matrix.name: matrix.bits for matrix in matrices}
     worst = sorted(sensitivity.tensors, key=lambda tensor: -max(tensor.damage.values()))[:MOST]
-    return [SensitiveMatrix(name=each.name, bits=bits.get(each.name), damage=each.damage) for each in worst]
+    return [SensitiveMatrix(name=t.name, bits=bits.get(t.name), damage=t.damage) for t in worst]

@@ -25,8 +25,8 @@ from edgerazor.packaging.companions import write_companions
 from edgerazor.packaging.foreign import read_foreign
 from edgerazor.packaging.pack_result import ExportDryRun, ExportsResult, PackDryRun, PackResult
 from edgerazor.packaging.pack_time import estimated_seconds
+from edgerazor.packaging.pack_weights import Weights, matrix_source, student_weights, teacher_weights, whole_zero_points
 from edgerazor.packaging.recompression import recompress
-from edgerazor.packaging.weights import Weights, matrix_source, student_weights, teacher_weights, whole_zero_points
 from edgerazor.report.tables import compress_lines, export_lines, foreign_tables, pack_tables
 from edgerazor.stage import Stage
 from edgerazor.workdir import WorkDir, exports_of, make_folder, replace_folder, write_json

@@ -18,11 +18,11 @@ from edgerazor.packaging.pack_result import CompressResult, ForeignResult, PackR
 from edgerazor.recipe import Recipe
 from edgerazor.report import differences, heatmap, inspection, plan_summary, summary
 from edgerazor.report.differences import Differences
+from edgerazor.report.generate_result import GenerateResult
 from edgerazor.report.inspection import PackedSummary, show_format
 from edgerazor.report.plan_summary import PlanSummary
 from edgerazor.report.summary import Summary, summarize
 from edgerazor.stages.distill import DistillResult
-from edgerazor.stages.generate import GenerateResult
 from edgerazor.stages.write_data import DataResult
 from edgerazor.workdir import WorkDir, find_folder
 
