@@ -1,17 +1,19 @@
-"""Starts that lose less than rounding by the weights alone: made in calibrate, once the plan is known, and read by
-distill, which trains from there, and by pack, where the teacher is rounded without training.
+"""Initializations that lose less than rounding to nearest: the scales, and for GPTQ the weights, that training or
+packing begins with. Calibrate finds them once the plan is known; distill trains from them, and pack rounds a teacher by
+them where there is no training.
 
-*clip* gives each group the scale with the least error, where an error weighs as much as its input is large on average.
+*clip* searches for the scale of each group that minimizes the squared error of its weights, each weighted by the second
+moment of its input.
 
-*gptq* goes through the decoder layer by layer and rounds each linear layer so that errors make up for each other
-(`formats.gptq_quantize`). What a layer's inputs have to do with each other is seen where they are: in a student whose
-earlier layers are done, which rounds activations, keys and values as the packed model will. Within a layer the linear
-layers are done in the order in which they are used; those that share an input (q, k and v) share what is seen of it.
+*gptq* goes through the decoder layer by layer and quantizes each linear layer with GPTQ (`formats.gptq_quantize`; arXiv
+2210.17323). The Hessian `E[x x^T]` of its inputs is measured in the student whose earlier layers are quantized already,
+with activations, keys and values rounded as the packed model rounds them. Within a decoder layer the linear layers are
+quantized in the order in which they are used; those that share an input (q, k and v) share its Hessian.
 
-Embedding and head are clipped in both: a head by the mean squares of the final hidden states, an embedding by its own
-weights alone, and a matrix that is both by the sum of the two, their means made alike.
+Embedding and head have clipped scales in both: the head by the second moments of the final hidden states, the embedding
+by its own weights alone, and a tied matrix by the sum of both weightings, scaled to equal means.
 
-The file holds `P.scales`, float16 [rows, groups], for every matrix P, and `P.weight`, float32, where it is compensated.
+The file holds `P.scales`, float16 [rows, groups], for every matrix P, and `P.weight`, float32, where GPTQ changed it.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from edgerazor.models import Blocks, PreTrainedModel, Structure
 from edgerazor.modules import FakeQuantLinear, Start
 from edgerazor.workdir import write_atomically
 
-#: About how many forward passes over the calibration text a start takes.
+#: About how many forward passes over the calibration text an initialization takes.
 PASSES = {"least_error": 0, "rtn": 0, "clip": 1, "gptq": 5}
 
 WEIGHT, SCALES = ".weight", ".scales"
@@ -45,7 +47,7 @@ WEIGHT, SCALES = ".weight", ".scales"
 
 @dataclass
 class Sequences:
-    """Some sequences on their way through the layers.
+    """A micro-batch on its way through the layers.
 
     Attributes:
         states: what enters the next layer, float32 [B, T, H], on the CPU.
@@ -56,8 +58,8 @@ class Sequences:
     counts: Tensor
 
 
-class _SeenError(Exception):
-    """Ends a forward pass from which nothing more is wanted."""
+class _InputSeenError(Exception):
+    """Ends a forward pass early, once the input of the linear layer has been added to its Hessian."""
 
 
 # --- reading -----------------------------------------------------------------------------------
@@ -160,7 +162,7 @@ def write(context: JobContext, plan: Plan, rows: data.TokenRows) -> None:
 def clip_ends(
     model: PreTrainedModel, structure: Structure, specs: dict[str, MatrixSpec], batches: Sequence[data.Batch]
 ) -> dict[str, Start]:
-    """The embedding and the head, one matrix or two, of a model that is not rounded yet."""
+    """Search for the scales of embedding and head, one matrix or two, of a model that is not quantized yet."""
     moment = final_moment(model, structure, batches)
     both = 1 + moment / moment.mean().clamp(min=torch.finfo(moment.dtype).tiny)
     importance = {structure.head.name: moment} if structure.head else {structure.embedding.name: both}
@@ -190,7 +192,7 @@ def clip_linears(
     statistics: dict[str, Tensor],
     console: Console,
 ) -> dict[str, Start]:
-    """The linear layers, clipped by the second moments of their inputs in the teacher."""
+    """Search for the scales of the linear layers, weighted by the second moments of their inputs in the teacher."""
     starts = {}
     with console.track("clipped start", len(structure.linears)) as tracker:
         for site in structure.linears:
@@ -201,7 +203,7 @@ def clip_linears(
 
 
 def gptq_linears(blocks: Blocks, batches: Iterable[data.Batch], console: Console) -> dict[str, Start]:
-    """The linear layers, compensated one after the other, in place.
+    """Quantize the linear layers with GPTQ one after the other, in place.
 
     Args:
         blocks: of a student with training modules.
@@ -220,9 +222,9 @@ def gptq_linears(blocks: Blocks, batches: Iterable[data.Batch], console: Console
     ]
     with console.track("compensated start", len(blocks.layers)) as tracker:
         for index in range(len(blocks.layers)):
-            for modules in in_order_of_use(blocks, index, flow[0]):
-                hessian = input_hessian(blocks, index, modules[0], flow)
-                for module in modules:
+            for sharing in in_order_of_use(blocks, index, flow[0]):
+                hessian = input_hessian(blocks, index, sharing[0], flow)
+                for module in sharing:
                     starts[names[module]] = gptq_linear(module, hessian, names[module])
             move_on(blocks, index, flow)
             tracker.advance()
@@ -267,17 +269,21 @@ def input_hessian(blocks: Blocks, index: int, module: FakeQuantLinear, flow: Seq
     def add(_module: nn.Module, args: tuple[Any, ...]) -> None:
         x = module.quantized_input(args[0])[current.counts.to(device)]  # [valid tokens, in]
         total.add_(x.T @ x)
-        raise _SeenError
+        raise _InputSeenError
 
     with hooked([module], add), modules.frozen_codes(blocks.layers[index]):
         for current in flow:
-            with contextlib.suppress(_SeenError):
+            with contextlib.suppress(_InputSeenError):
                 blocks.through(index, current.states.to(device))
     return total.div_(sum(int(sequences.counts.sum()) for sequences in flow))
 
 
 def gptq_linear(module: FakeQuantLinear, hessian: Tensor, name: str) -> Start:
-    """Round a linear layer so, in place."""
+    """Quantize one linear layer with GPTQ, in place.
+
+    Raises:
+        UserError: the Hessian cannot be factorized.
+    """
     try:
         weight, scales = formats.gptq_quantize(module.weight, module.spec, hessian)
     except ValueError as error:
@@ -291,7 +297,7 @@ def gptq_linear(module: FakeQuantLinear, hessian: Tensor, name: str) -> Start:
 
 
 def move_on(blocks: Blocks, index: int, flow: Iterable[Sequences]) -> None:
-    """Replace what enters a layer by what leaves it."""
+    """Replace the states that enter a decoder layer by those that leave it."""
     with modules.frozen_codes(blocks.layers[index]):
         for sequences in flow:
             sequences.states = blocks.through(index, sequences.states.to(blocks.model.device)).cpu()
