@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from edgerazor import formats, job, untrusted
+from edgerazor import calibrated, formats, untrusted
 from edgerazor.allocate import MatrixPlan
 from edgerazor.errors import UserError, usage_error
 from edgerazor.workdir import WorkDir
@@ -122,18 +122,18 @@ def summarize(work: WorkDir) -> PlanSummary:
         )
     if not work.plan_file.exists():
         raise UserError(f"{work.path} holds no plan yet.", "Run `edgerazor calibrate`, or name its folder: --work DIR.")
-    plan, sensitivity = job.read_plan(work), read_sensitivity(work)
+    plan, sensitivity = calibrated.read_plan(work), read_sensitivity(work)
     where = places([matrix.name for matrix in plan.matrices if matrix.kind == "linear"])
     matrices = [_planned(matrix, *where.get(matrix.name, (None, None))) for matrix in plan.matrices]
     manifest = work.manifest("calibrate")
-    found = manifest.result if manifest else {}
+    result = manifest.result if manifest else {}
     return PlanSummary(
         notation=plan.notation(),
         strategy=plan.strategy,
         granularity=plan.granularity,
         nominal_bits=round(plan.nominal_bits(), 4),
-        real_bits=found.get("real_bits"),
-        bytes=found.get("bytes"),
+        real_bits=result.get("real_bits"),
+        bytes=result.get("bytes"),
         predicted_kl=plan.predicted_kl,
         formats=shares([matrix for matrix in plan.matrices if matrix.kind == "linear"]),
         matrices=matrices,
@@ -213,4 +213,4 @@ def _most_sensitive(sensitivity: Sensitivity, matrices: list[PlannedMatrix]) -> 
     """Those that the worst of their formats costs most, in that order."""
     bits = {matrix.name: matrix.bits for matrix in matrices}
     worst = sorted(sensitivity.tensors, key=lambda tensor: -max(tensor.damage.values()))[:MOST]
-    return [SensitiveMatrix(name=each.name, bits=bits.get(each.name), damage=each.damage) for each in worst]
+    return [SensitiveMatrix(name=t.name, bits=bits.get(t.name), damage=t.damage) for t in worst]

@@ -5,24 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from pydantic import BaseModel, Field
-
 from edgerazor import packed
-from edgerazor.console import Console, megabytes
+from edgerazor.console import Console
 from edgerazor.errors import usage_error
+from edgerazor.packaging.pack_result import CompressResult
 from edgerazor.packed import INDEX_FILE, PackedModel
 from edgerazor.workdir import find_folder, job_of, replace_folder
-
-
-class CompressResult(BaseModel):
-    """A packed folder whose weight files were compressed or decompressed."""
-
-    folder: str
-    compressed: bool
-    changed: bool = Field(description="false where it was so already")
-    bytes_before: int
-    bytes: int
-    real_bits: float
 
 
 def recompress(folder: Path, compress: bool, console: Console) -> CompressResult:
@@ -68,18 +56,9 @@ def _result(folder: Path, compress: bool, changed: bool, before: int) -> Compres
 
 
 def _copy_others(folder: Path, new: Path, weights: set[str]) -> None:
-    """Copy everything but the weight files."""
+    """Everything but the weight files."""
     for path in sorted(folder.iterdir()):
         if path.is_dir():
             shutil.copytree(path, new / path.name)
         elif path.name not in weights:
             shutil.copy2(path, new / path.name)
-
-
-def show(result: CompressResult) -> list[str]:
-    """The result as lines for people."""
-    state = "compressed" if result.compressed else "not compressed"
-    if not result.changed:
-        return [f"{result.folder} is {state} already: {megabytes(result.bytes)}, {result.real_bits:.2f} real bits"]
-    sizes = f"{megabytes(result.bytes_before)} became {megabytes(result.bytes)}, {result.real_bits:.2f} real bits"
-    return [f"{result.folder} is {state}: {sizes}, verified bit for bit"]
