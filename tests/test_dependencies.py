@@ -49,7 +49,7 @@ def imported(folders: Iterable[str], but: str = "") -> set[str]:
 
 
 def test_the_package_imports_what_it_declares() -> None:
-    assert imported(["edgerazor"], but="_install.py") == declared(PROJECT["dependencies"])
+    assert imported(["edgerazor"], but="setuptools_commands.py") == declared(PROJECT["dependencies"])
 
 
 def test_tests_and_recipes_import_what_is_declared() -> None:

@@ -9,7 +9,7 @@ format is as fine as it takes to come within 1 % of the least error, for groups 
 Every machine finds the same scales, in whatever order it adds: weights are measured in whole units, the largest of a
 group is `RESOLUTION` of them, so that sums are sums of integers (of halves, for int2) that float64 holds exactly, and
 float32 as long as there are no more than 16 of them. A scale is rounded to fp16 before it is tried. A group that is
-all zero has the scale 0. What the native library computes faster is this, to the bit (`kernels/cpp/scales.cpp`).
+all zero has the scale 0. What the native library computes faster is this, to the bit (`kernels/cpp/scale_search.cpp`).
 """
 
 from __future__ import annotations

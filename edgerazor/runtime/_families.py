@@ -262,7 +262,7 @@ class _Pieces:
         }
         window = family.window(config, number)
         turned = rotary if family.has_positions(config, number) else 0
-        return Layer(**linears, **norms, rotary=turned, window=window or 0)
+        return Layer(**linears, **norms, rope_dim=turned, sliding_window=window or 0)
 
     def linear(self, name: str, shape: tuple[int, int], has_bias: bool) -> Linear:
         matrix = self.matrices[self.packed.header.tied.get(name, name)]

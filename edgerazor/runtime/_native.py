@@ -16,7 +16,7 @@ from torch import Tensor
 from edgerazor import integration, kernels
 from edgerazor.errors import UserError, plain
 from edgerazor.kernels import native
-from edgerazor.kernels.decoder import Decoder, NotFiniteError, OtherProcessError, Run, round_up
+from edgerazor.kernels.decoder import Decoder, NotFiniteError, OtherProcessError, SequenceSpan, align_slot
 from edgerazor.models import load_tokenizer
 from edgerazor.packed import PackedModel
 from edgerazor.runtime._base import Asked, Model, Score, Session, score_whole
@@ -73,9 +73,9 @@ class NativeModel(Model):
             self.network = network(config, family, packed, matrices, self.rotary.features)
             self.network.check()
         self.tokenizer = load_tokenizer(packed.folder)
-        vocabulary.limit(self.tokenizer, self.network.vocabulary)
-        self.vocabulary, self.max_positions = self.network.vocabulary, max_positions(config)
-        self.cache_bytes_per_token = self.network.cell_bytes()
+        vocabulary.limit(self.tokenizer, self.network.vocab_size)
+        self.vocabulary, self.max_positions = self.network.vocab_size, max_positions(config)
+        self.cache_bytes_per_token = self.network.kv_slot_bytes()
         sizes = {name: matrix_bytes(matrix) for name, matrix in matrices.items()}
         others = sum(tensor.nbytes for tensor in packed.others().values())
         self.weight_bytes = sum(sizes.values()) + others
@@ -109,10 +109,10 @@ class NativeModel(Model):
         at_once = max(1, CALL_TOKENS // length)
         with self._scratch() as decoder:
             found = torch.empty(count, last, self.vocabulary)
-            prepare(decoder, self.rotary, 0, length, at_once * round_up(length))
+            prepare(decoder, self.rotary, 0, length, at_once * align_slot(length))
             for start in range(0, count, at_once):
                 some = tokens[start : start + at_once]
-                runs = [Run(0, 0, row * round_up(length), 0, length) for row in range(len(some))]
+                runs = [SequenceSpan(0, 0, row * align_slot(length), 0, length) for row in range(len(some))]
                 wanted = torch.arange(some.numel()).view(some.shape)[:, -last:].flatten()
                 logits = decoder.logits(runs, some.flatten(), wanted)
                 if not np.isfinite(logits.numpy()).all():  # NumPy's: torch's threads would spin beside ours
@@ -184,18 +184,18 @@ class NativeSession(Session):
             self._feed(start, tokens[:-1], [])
         with self.model.plainly():
             prepare(self._decoder, self.model.rotary, last, last + count, last + count)
-            return self._decoder.greedy(Run(0, 0, 0, last, 1), tokens[-1], count, sorted(stops))
+            return self._decoder.greedy(SequenceSpan(0, 0, 0, last, 1), tokens[-1], count, sorted(stops))
 
     def _feed(self, start: int, tokens: list[int], wanted: list[int]) -> Tensor:
         end = start + len(tokens)
         with self.model.plainly():
             prepare(self._decoder, self.model.rotary, start, end, end)
-            return self._decoder.logits([Run(0, 0, 0, start, len(tokens))], tokens, wanted)
+            return self._decoder.logits([SequenceSpan(0, 0, 0, start, len(tokens))], tokens, wanted)
 
 
 def prepare(decoder: Decoder, rotary: Rotary, start: int, length: int, cells: int) -> None:
     """Make a decoder ready for a call with positions `start` to `length`, in so many cells."""
-    decoder.rotary(*rotary.tables(start, length))
+    decoder.set_rope(*rotary.tables(start, length))
     decoder.reserve(cells)
 
 
@@ -269,7 +269,7 @@ class _Call:
     """
 
     def __init__(self, requests: list[Asked], kept: bool) -> None:
-        self.runs: list[Run] = []
+        self.runs: list[SequenceSpan] = []
         self.tokens: list[int] = []
         self.asked: list[_Asked] = []
         self.cells = 0
@@ -295,9 +295,9 @@ class _Call:
     def _run(self, prefix_cell: int, prefix: int, tokens: list[int], own: int = 0) -> tuple[int, int]:
         """Adds a run of the tokens behind `own` that its cells hold; its cell, and the number of its first token."""
         place = self.cells, len(self.tokens)
-        self.runs.append(Run(prefix_cell, prefix, self.cells, own, len(tokens) - own))
+        self.runs.append(SequenceSpan(prefix_cell, prefix, self.cells, own, len(tokens) - own))
         self.tokens += tokens[own:]
-        self.cells += round_up(len(tokens))
+        self.cells += align_slot(len(tokens))
         return place
 
     def scores(self, decoder: Decoder) -> list[list[Score]]:
