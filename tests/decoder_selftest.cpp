@@ -27,7 +27,8 @@ std::vector<float> random_floats(int64_t count, float mean = 0) {
 }
 
 struct Config {
-    int hidden_size, heads, kv_heads, head_dim, intermediate_size, vocab_size, layers, group, bits, activation_bits, kv_bits;
+    int hidden_size, heads, kv_heads, head_dim, intermediate_size, vocab_size, layers, group, bits, activation_bits;
+    int kv_bits;
     int rope_dim, sliding_window, norm_all_heads, post_norms, norm;
 };
 
@@ -93,13 +94,18 @@ struct Model {
         const int q = c.heads * c.head_dim, kv = c.kv_heads * c.head_dim;
         for (int i = 0; i < c.layers; i++) {
             edgerazor_layer layer;
-            layer.q = random(q, c.hidden_size, true), layer.k = random(kv, c.hidden_size, true), layer.v = random(kv, c.hidden_size);
+            layer.q = random(q, c.hidden_size, true), layer.k = random(kv, c.hidden_size, true);
+            layer.v = random(kv, c.hidden_size);
             layer.o = random(c.hidden_size, q);
-            layer.gate = random(c.intermediate_size, c.hidden_size), layer.up = random(c.intermediate_size, c.hidden_size);
+            layer.gate = random(c.intermediate_size, c.hidden_size);
+            layer.up = random(c.intermediate_size, c.hidden_size);
             layer.down = random(c.hidden_size, c.intermediate_size);
-            layer.before_attention = norm(c.hidden_size, !c.post_norms), layer.before_mlp = norm(c.hidden_size, !c.post_norms);
-            layer.after_attention = norm(c.hidden_size, c.post_norms), layer.after_mlp = norm(c.hidden_size, c.post_norms);
-            layer.q_norm = norm(c.norm_all_heads ? q : c.head_dim), layer.k_norm = norm(c.norm_all_heads ? kv : c.head_dim);
+            layer.before_attention = norm(c.hidden_size, !c.post_norms);
+            layer.before_mlp = norm(c.hidden_size, !c.post_norms);
+            layer.after_attention = norm(c.hidden_size, c.post_norms);
+            layer.after_mlp = norm(c.hidden_size, c.post_norms);
+            layer.q_norm = norm(c.norm_all_heads ? q : c.head_dim);
+            layer.k_norm = norm(c.norm_all_heads ? kv : c.head_dim);
             layer.rope_dim = i % 2 ? 0 : c.rope_dim;
             layer.sliding_window = i % 2 ? 0 : c.sliding_window;
             layers.push_back(layer);
@@ -173,12 +179,14 @@ void check(const Config& c) {
         const Decoder one = open(model, isa, 1), three = open(model, isa, 3);
         const std::vector<float> whole = logits(model, one, {{0, 0, 0, 0, length}}, tokens, positions);
         const std::vector<float> threaded = logits(model, three, {{0, 0, 0, 0, length}}, tokens, positions);
-        expect(memcmp(whole.data(), threaded.data(), whole.size() * sizeof(float)) == 0, "threads change the result", c, isa);
+        const bool equal = memcmp(whole.data(), threaded.data(), whole.size() * sizeof(float)) == 0;
+        expect(equal, "threads change the result", c, isa);
         if (isa == 0) first = whole;
         expect(distance(whole, first) < near, "another result than portable", c, isa, distance(whole, first));
         // A prefix and two sequences that continue it, in one call; then the same tokens one by one.
         const std::vector<int32_t> prompt(tokens.begin(), tokens.begin() + 50);
-        const std::vector<edgerazor_sequence_span> spans = {{0, 0, 0, 0, 30}, {0, 30, 1024, 0, 10}, {0, 30, 1040, 0, 10}};
+        const std::vector<edgerazor_sequence_span> spans = {
+            {0, 0, 0, 0, 30}, {0, 30, 1024, 0, 10}, {0, 30, 1040, 0, 10}};
         std::vector<int32_t> twice(prompt.begin(), prompt.begin() + 40);
         twice.insert(twice.end(), prompt.begin() + 30, prompt.begin() + 40);
         const std::vector<float> shared = logits(model, three, spans, twice, {39, 49});
@@ -208,7 +216,8 @@ void check(const Config& c) {
         edgerazor_decoder_scores(three.get(), &end, 1, &again[18], &last, &again[19], 1, &log_probability, &best);
         double sum = 0;
         for (const float each : step) sum += exp((double)each - step[again[19]]);
-        expect(best == again[19] && fabs(log_probability + log(sum)) < 1e-4, "a score is wrong", c, isa, log_probability);
+        const bool scored = best == again[19] && fabs(log_probability + log(sum)) < 1e-4;
+        expect(scored, "a score is wrong", c, isa, log_probability);
     }
 }
 

@@ -37,12 +37,13 @@ void fill_base3(uint8_t* codes, int64_t blocks, int64_t block_bytes) {
 int wrong = 0, checks = 0;
 
 // The product with float32 activations, against float64 sums of dequantized rows.
-void check_linear_float(const Case& c, const edgerazor_row_layout* layout, const edgerazor_format_rows& format_rows, const float* x) {
+void check_linear_float(const Case& c, const edgerazor_row_layout* layout, const edgerazor_format_rows& part,
+                        const float* x) {
     auto weights = memory<float>(c.columns), y = memory<float>((int64_t)c.tokens * c.rows);
     for (int isa = 0; isa < edgerazor_isa_count(); isa++) {
-        edgerazor_linear_float(layout, isa, &format_rows, c.tokens, x, nullptr, y.get(), c.rows, 0, (c.rows + 15) / 16);
+        edgerazor_linear_float(layout, isa, &part, c.tokens, x, nullptr, y.get(), c.rows, 0, (c.rows + 15) / 16);
         for (int row = 0; row < c.rows; row++) {
-            edgerazor_dequantize_row(layout, &format_rows, row, weights.get());
+            edgerazor_dequantize_row(layout, &part, row, weights.get());
             for (int token = 0; token < c.tokens; token++) {
                 double sum = 0, size = 0;
                 for (int i = 0; i < c.columns; i++) {
@@ -53,8 +54,8 @@ void check_linear_float(const Case& c, const edgerazor_row_layout* layout, const
                 checks++;
                 if (fabs(y[token * c.rows + c.rows - 1 - row] - sum) <= 2e-6 * size) continue;
                 wrong++;
-                printf("%s in floats: row %d, token %d: %g, not %g (%d columns, %d bits)\n", edgerazor_isa_name(isa), row,
-                       token, y[token * c.rows + c.rows - 1 - row], sum, c.columns, c.bits);
+                printf("%s in floats: row %d, token %d: %g, not %g (%d columns, %d bits)\n", edgerazor_isa_name(isa),
+                       row, token, y[token * c.rows + c.rows - 1 - row], sum, c.columns, c.bits);
             }
         }
     }
@@ -74,7 +75,7 @@ void check(const Case& c) {
     for (int64_t i = 0; i < blocks * groups * 16; i++) scales[i] = (uint16_t)(draw() % 0x4000); // below 2
     for (int i = 0; i < c.rows; i++) rows[i] = c.rows - 1 - i, bias[i] = (float)(draw() % 100);
     for (int i = 0; i < c.tokens * c.columns; i++) x[i] = (float)(int32_t)draw() * 1e-9f;
-    const edgerazor_rows = {codes.get(), scales.get(), rows.get(), c.rows, c.bits, c.min_level_x2};
+    const edgerazor_format_rows part = {codes.get(), scales.get(), rows.get(), c.rows, c.bits, c.min_level_x2};
 
     const int64_t width = edgerazor_activation_bytes(layout), segments = edgerazor_segments(layout);
     std::vector<float> first;
@@ -84,7 +85,7 @@ void check(const Case& c) {
         auto sums = memory<int32_t>(c.tokens * segments);
         auto y = memory<float>((int64_t)c.tokens * c.rows);
         edgerazor_quantize(layout, isa, x.get(), c.tokens, c.x_bits, 0, x_codes.get(), x_scales.get(), sums.get());
-        edgerazor_linear(layout, isa, &format_rows, c.tokens, x_codes.get(), x_scales.get(), sums.get(), bias.get(),
+        edgerazor_linear(layout, isa, &part, c.tokens, x_codes.get(), x_scales.get(), sums.get(), bias.get(),
                          y.get(), c.rows, 0, blocks);
         if (isa == 0) first.assign(y.get(), y.get() + c.tokens * c.rows);
         checks++;
@@ -97,7 +98,7 @@ void check(const Case& c) {
     // The portable kernels against float64 sums of dequantized rows.
     auto weights = memory<float>(c.columns);
     for (int row = 0; row < c.rows; row++) {
-        edgerazor_dequantize_row(layout, &format_rows, row, weights.get());
+        edgerazor_dequantize_row(layout, &part, row, weights.get());
         for (int token = 0; token < c.tokens; token++) {
             const float* values = x.get() + (int64_t)token * c.columns;
             double sum = 0, size = 0;
@@ -116,11 +117,12 @@ void check(const Case& c) {
             checks++;
             if (fabs(result - sum) > 1e-5 * size + 1e-5) {
                 wrong++;
-                printf("row %d, token %d: %g, not %g (%d columns, %d bits)\n", row, token, result, sum, c.columns, c.bits);
+                printf("row %d, token %d: %g, not %g (%d columns, %d bits)\n", row, token, result, sum, c.columns,
+                       c.bits);
             }
         }
     }
-    check_linear_float(c, layout, format_rows, x.get());
+    check_linear_float(c, layout, part, x.get());
     edgerazor_row_layout_free(layout);
 }
 
@@ -141,24 +143,26 @@ void check_any_bytes(int columns, int group, int bits, int min_level_x2) {
     for (int64_t i = 0; i < blocks * groups * 16; i++) scales[i] = 0x3c00; // one
     for (int i = 0; i < tokens * columns; i++) x[i] = (float)(int32_t)draw() * 1e-9f;
     for (int isa = 0; isa < edgerazor_isa_count(); isa++) {
-        edgerazor_rows = {codes.get(), scales.get(), nullptr, rows, bits, min_level_x2};
+        edgerazor_format_rows part = {codes.get(), scales.get(), nullptr, rows, bits, min_level_x2};
         edgerazor_quantize(layout, isa, x.get(), tokens, 8, 0, x_codes.get(), x_scales.get(), sums.get());
         for (int form = 0; form < (bits == 0 ? 2 : 1); form++) {
             for (int count : {1, tokens})
-                edgerazor_linear(layout, isa, &format_rows, count, x_codes.get(), x_scales.get(), sums.get(), nullptr,
+                edgerazor_linear(layout, isa, &part, count, x_codes.get(), x_scales.get(), sums.get(), nullptr,
                                  y.get(), rows, 0, blocks);
-            if (draw() % 2) edgerazor_linear_float(layout, isa, &format_rows, tokens, x.get(), nullptr, y.get(), rows, 0, blocks);
-            for (int row = 0; row < rows; row++) edgerazor_dequantize_row(layout, &format_rows, row, weights.get());
+            if (draw() % 2)
+                edgerazor_linear_float(layout, isa, &part, tokens, x.get(), nullptr, y.get(), rows, 0, blocks);
+            for (int row = 0; row < rows; row++) edgerazor_dequantize_row(layout, &part, row, weights.get());
             checks++;
             for (int i = 0; i < tokens * rows; i++)
                 if (!isfinite(y[i])) {
                     wrong++;
-                    printf("%s: not a number from any bytes (%d columns, %d bits)\n", edgerazor_isa_name(isa), columns, bits);
+                    printf("%s: a result of invalid codes is not finite (%d columns, %d bits)\n",
+                           edgerazor_isa_name(isa), columns, bits);
                     break;
                 }
             if (bits != 0) break;
             edgerazor_expand_ternary(layout, isa, codes.get(), blocks, expanded.get());
-            format_rows = {expanded.get(), scales.get(), nullptr, rows, 2, min_level_x2};
+            part = {expanded.get(), scales.get(), nullptr, rows, 2, min_level_x2};
         }
     }
     edgerazor_row_layout_free(layout);
@@ -209,13 +213,14 @@ struct Cache {
 struct AttentionCase {
     int bits, head_dim, heads, tokens;
     edgerazor::SlotRange prefix, own;
-    int window;
+    int sliding_window;
 };
 
 // The attention of one query to the KV slots that its token sees, in float64.
-void exact_attention(const AttentionCase& c, const Cache& cache, const float* query, int token, std::vector<double>& out) {
+void exact_attention(const AttentionCase& c, const Cache& cache, const float* query, int token,
+                     std::vector<double>& out) {
     const int64_t last = c.prefix.count + c.own.count - (c.tokens - 1 - token);
-    const int64_t first = c.window > 0 && last > c.window ? last - c.window : 0;
+    const int64_t first = c.sliding_window > 0 && last > c.sliding_window ? last - c.sliding_window : 0;
     double total = 0;
     out.assign(c.head_dim, 0);
     for (int64_t i = first; i < last; i++) {
@@ -233,7 +238,8 @@ void check_attention(const AttentionCase& c) {
     const int64_t ends[] = {c.prefix.slot + c.prefix.count, c.own.slot + c.own.count};
     const int pages = (int)((ends[0] > ends[1] ? ends[0] : ends[1]) - 1) / edgerazor::kPageSlots + 1;
     const int64_t width = (int64_t)c.heads * c.head_dim;
-    auto queries = memory<float>(c.tokens * width), out = memory<float>(c.tokens * width), key = memory<float>(c.head_dim);
+    auto queries = memory<float>(c.tokens * width), out = memory<float>(c.tokens * width);
+    auto key = memory<float>(c.head_dim);
     const auto fill = [](float* x, int64_t count) {
         for (int64_t i = 0; i < count; i++) x[i] = (float)(int32_t)draw() * 1e-9f;
     };
@@ -246,12 +252,12 @@ void check_attention(const AttentionCase& c) {
                 fill(key.get(), c.head_dim);
                 auto value = memory<float>(c.head_dim);
                 fill(value.get(), c.head_dim);
-                kernels.store_kv(cache.pages[slot / edgerazor::kPageSlots], (int)(slot % edgerazor::kPageSlots), c.bits, c.head_dim,
-                             key.get(), value.get());
+                kernels.store_kv(cache.pages[slot / edgerazor::kPageSlots], (int)(slot % edgerazor::kPageSlots), c.bits,
+                                 c.head_dim, key.get(), value.get());
             }
         auto scratch = memory<char>(kernels.attention_scratch_bytes(c.head_dim, c.heads, c.tokens));
-        kernels.attention({c.bits, c.head_dim, 1 / sqrtf((float)c.head_dim), cache.pages.data(), queries.get(), width, c.heads,
-                       c.tokens, {c.prefix, c.own}, c.window, out.get(), width, scratch.get()});
+        kernels.attention({c.bits, c.head_dim, 1 / sqrtf((float)c.head_dim), cache.pages.data(), queries.get(), width,
+                           c.heads, c.tokens, {c.prefix, c.own}, c.sliding_window, out.get(), width, scratch.get()});
         std::vector<double> expected;
         for (int token = 0; token < c.tokens; token++)
             for (int head = 0; head < c.heads; head++) {
@@ -262,7 +268,8 @@ void check_attention(const AttentionCase& c) {
                     if (fabs(out[at + k] - expected[k]) <= 5e-6) continue;
                     wrong++;
                     printf("%s: attention, %d bits, head_dim %d, %d heads, token %d of %d: %g, not %g\n",
-                           edgerazor_isa_name(isa), c.bits, c.head_dim, c.heads, token, c.tokens, out[at + k], expected[k]);
+                           edgerazor_isa_name(isa), c.bits, c.head_dim, c.heads, token, c.tokens, out[at + k],
+                           expected[k]);
                     return;
                 }
             }
@@ -294,7 +301,8 @@ void check_vectors(int count) {
         kernels.rms_norm(x.get(), count, 1e-5f, y.get(), out.get());
         for (int i = 0; i < count; i++) expect("rms_norm", out[i], x[i] / sqrt(squares + 1e-5) * y[i]);
         kernels.layer_norm(x.get(), count, 1e-5f, y.get(), x.get(), out.get());
-        for (int i = 0; i < count && count > 1; i++) expect("layer_norm", out[i], (x[i] - mean) / deviation * y[i] + x[i]);
+        for (int i = 0; i < count && count > 1; i++)
+            expect("layer_norm", out[i], (x[i] - mean) / deviation * y[i] + x[i]);
         kernels.swiglu(x.get(), y.get(), count, out.get());
         for (int i = 0; i < count; i++) expect("swiglu", out[i], x[i] / (1 + exp(-(double)x[i])) * y[i]);
         memcpy(out.get(), x.get(), sizeof(float) * count);
@@ -371,8 +379,11 @@ void check_scales(int size) {
     constexpr int kGroups = 12;
     const float ratios[] = {0.5f, 0.62f, 0.77f, 0.95f, 1.2f};
     const edgerazor_scale_search searches[] = {
-        {ratios, 4, 2, 2.0f, 0, -1, 1, 0},   {ratios, 5, 1, 1.0f, 0, -2, 1, 1}, {ratios, 5, 1, 1.0f, 8192 / 7.0f, -8, 7, 0},
-        {ratios, 1, 0, 1.0f, 0, -2, 1, 0},   {ratios, 5, 1, 0.1f, 8192 / 127.0f, -128, 127, 0},
+        {ratios, 4, 2, 2.0f, 0, -1, 1, 0},
+        {ratios, 5, 1, 1.0f, 0, -2, 1, 1},
+        {ratios, 5, 1, 1.0f, 8192 / 7.0f, -8, 7, 0},
+        {ratios, 1, 0, 1.0f, 0, -2, 1, 0},
+        {ratios, 5, 1, 0.1f, 8192 / 127.0f, -128, 127, 0},
     };
     auto w = memory<float>((int64_t)kGroups * size);
     auto scales = memory<uint16_t>(kGroups);
