@@ -197,9 +197,10 @@ void remaining_segments(GemvBlock& product, int next) {
             if (quad < begin || quad >= end) {
                 begin = quad - quad % chunk;
                 end = smaller(begin + kSlabQuads, layout.quads);
-                const uint8_t* w = product.w + codes_bytes(bits, begin);
                 const uint8_t* const stop = product.w + codes_bytes(bits, end);
-                EDGERAZOR_ROLLED for (; w < stop; w += kVectorBytes) prefetch_ahead(w);
+                EDGERAZOR_ROLLED for (const uint8_t* w = product.w + codes_bytes(bits, begin); w < stop;
+                                      w += kVectorBytes)
+                    prefetch_ahead(w);
                 unpack<bits>(product.w, begin, end, buffer, kVectorBytes);
             }
             using Accumulator = DotAccumulator<max_code_of(bits)>;
