@@ -1,8 +1,8 @@
 """Text from a packed model: a prompt becomes tokens, tokens follow one another, their text is given as it comes.
 
-All of it stands on a session and a tokenizer, whichever engine computes. Where every token is the likeliest
-one, the session's own greedy loop writes some tokens at a time (in the native engine that is a loop in C++), about as
-many as fit into the time between two pictures of a terminal.
+All of it stands on a session and a tokenizer, whichever engine computes. Where decoding is greedy, the session's own
+loop generates several tokens at a time (in the native engine that is a loop in C++), about as many as fit into the time
+between two refreshes of a terminal.
 """
 
 from __future__ import annotations

@@ -1,0 +1,62 @@
+"""The room of families: each file holds for the model that it is named after, and a new family is one new file."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import CONFIG_MAPPING
+
+from edgerazor import families
+from edgerazor.exporters.core.gguf_metadata import gguf_architecture
+from edgerazor.exporters.core.gguf_names import gguf_name
+
+#: Llama under another name, in its one file.
+RENAMED = """
+from edgerazor.families.core.base import GGUF_ALL_BIASES, Family, GgufArchitecture, NativeArchitecture, attention_bias
+
+FAMILY = Family(
+    native=NativeArchitecture("RenamedRotaryEmbedding", qkv_bias=attention_bias),
+    gguf=GgufArchitecture("llama", interleaved_rope=True, biases=GGUF_ALL_BIASES),
+)
+"""
+
+
+@pytest.mark.parametrize("model_type", families.available())
+def test_facts_hold_for_the_configuration_of_transformers(model_type: str) -> None:
+    """Names of classes and settings are those of transformers, for a model of the default configuration."""
+    family = families.find(model_type)
+    assert family is not None
+    assert family.native is not None
+    config = CONFIG_MAPPING[model_type]()
+    native = family.native
+    modeling = importlib.import_module(type(config).__module__.replace("configuration_", "modeling_"))
+    assert hasattr(modeling, native.rotary_class)
+    assert {type(bias(config)) for bias in (native.qkv_bias, native.o_bias, native.mlp_bias)} == {bool}
+    assert native.unsupported(config) == ""
+    assert isinstance(native.norm_epsilon, float) or getattr(config, native.norm_epsilon) > 0
+    for layer in range(config.num_hidden_layers):
+        assert isinstance(native.has_rope(config, layer), bool)
+        window = native.window(config, layer)
+        assert window is None or window > 0
+    if family.gguf is not None:
+        assert gguf_architecture(config.to_dict() | {"model_type": model_type}) == family.gguf
+
+
+def test_a_family_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "renamed.py").write_text(RENAMED)
+    monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "edgerazor.families.renamed", raising=False)
+    family = families.find("renamed")
+    assert family is not None
+    assert family.gguf is not None
+    assert set(families.with_gguf()) == {"llama", "mistral", "qwen2", "qwen3", "smollm3", "renamed"}
+    assert gguf_name(family.gguf, "model.layers.3.mlp.up_proj.bias") == "blk.3.ffn_up.bias"
+    monkeypatch.delitem(sys.modules, "edgerazor.families.renamed")
+
+
+def test_a_model_without_a_file_is_no_family() -> None:
+    for model_type in ("gemma3", "core", "__init__", "", None, "../llama"):
+        assert families.find(model_type) is None
