@@ -135,7 +135,8 @@ class Option:
             declaration = typer.Argument(help=self.help, metavar=self.metavar)
         else:
             declaration = typer.Option(*self.flag.split(), help=self.help, metavar=self.metavar, min=self.minimum)
-        annotation: Any = Annotated[self.type | None if self.default is None else self.type, declaration]
+        annotated: Any = Annotated  # subscripted with values, which a type checker takes for types
+        annotation = annotated[self.type | None if self.default is None else self.type, declaration]
         return inspect.Parameter(self.name, inspect.Parameter.KEYWORD_ONLY, default=self.default, annotation=annotation)
 
     def value(self, parsed: Any) -> Any:
