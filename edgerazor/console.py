@@ -183,6 +183,11 @@ def megabytes(size: float) -> str:
     return f"{size / 1e6:.2f} MB" if size < 1e8 else f"{size / 1e6:.0f} MB"
 
 
+def percent(share: float | None) -> str:
+    """12.3 % for 0.123; an empty string for what is not known."""
+    return "" if share is None else f"{100 * share:.1f} %"
+
+
 def duration(seconds: float) -> str:
     """12 s, 5 min, 3.4 h: as exact as an estimate deserves."""
     for unit, length in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):

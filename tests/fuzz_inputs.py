@@ -123,7 +123,7 @@ def warm_up(place: Path) -> None:
     import lm_eval.tasks  # noqa: F401
 
     from edgerazor import importers, pipeline, runtime, tasks  # noqa: F401
-    from edgerazor.packed import shipping  # noqa: F401
+    from edgerazor.packaging import recompression  # noqa: F401
     from edgerazor.stages import generate, pack, show, write_data  # noqa: F401
 
     sys.modules["tqdm"].tqdm.monitor_interval = 0  # of transformers: a thread, which no child would have

@@ -23,10 +23,13 @@ from edgerazor import kernels, models, pipeline, recipe
 from edgerazor.benchmark import bandwidth as bandwidth_
 from edgerazor.benchmark import engines as engines_
 from edgerazor.benchmark import peers
-from edgerazor.benchmark.engines import Round, Speed, Start
+from edgerazor.benchmark import rounds as rounds_
+from edgerazor.benchmark.bench_result import BenchResult
+from edgerazor.benchmark.engines import EngineConfig, Round, Speed
 from edgerazor.cli.app import app
 from edgerazor.console import Console, Tracker
 from edgerazor.errors import UserError
+from edgerazor.job import JobContext
 from edgerazor.kernels import native
 from edgerazor.stages import bench, show
 from edgerazor.workdir import WorkDir
@@ -58,8 +61,8 @@ def job(llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) 
     return asked, work
 
 
-def result_of(work: WorkDir) -> bench.BenchResult:
-    return bench.BenchResult.model_validate_json(work.result_file("bench").read_text())
+def result_of(work: WorkDir) -> BenchResult:
+    return BenchResult.model_validate_json(work.result_file("bench").read_text())
 
 
 def test_sizes_are_those_of_the_files(job, llama):
@@ -112,29 +115,29 @@ def test_peak_memory_is_the_engines_own(llama):
     """And not what this process held before it started the engine's."""
     ballast = bytearray(1_500_000_000)
     ballast[::4096] = b"x" * len(ballast[::4096])
-    with bench.worker(Start(llama, 1)) as link:
-        assert bench.ask(link, "about")["start_memory_bytes"] < 1_000_000_000
+    with engines_.worker(EngineConfig(llama, 1)) as link:
+        assert engines_.ask(link, "describe")["start_memory_bytes"] < 1_000_000_000
     assert engines_.peak_memory() > 1_500_000_000
 
 
 def test_a_process_that_dies_is_one_sentence(llama):
-    with bench.worker(Start(llama, 1)) as link:
+    with engines_.worker(EngineConfig(llama, 1)) as link:
         link.send(("not a request",))
         assert isinstance(link.recv(), Exception)
         for child in engines_.multiprocessing.active_children():
             os.kill(child.pid, signal.SIGKILL)
         with pytest.raises(UserError, match="ended by itself"):
-            bench.ask(link, "about")
+            engines_.ask(link, "describe")
 
 
 def test_a_folder_that_cannot_be_loaded_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match=r"config\.json"), bench.worker(Start(tmp_path, 1)):
+    with pytest.raises(UserError, match=r"config\.json"), engines_.worker(EngineConfig(tmp_path, 1)):
         pass
 
 
 def test_decoding_begins_behind_its_context_and_counts_tokens_that_were_computed(llama, monkeypatch):
     """In every round: what was decoded in the one before is forgotten."""
-    served = engines_.Served(Start(llama, 1))
+    served = engines_.Served(EngineConfig(llama, 1))
     seen: list[tuple[int, int]] = []
     forward = served.model.forward
 
@@ -237,7 +240,7 @@ def test_programs_of_others_take_turns_on_files_of_the_same_model(ternary, run: 
     words = ("bench", "--work", ternary.path, *small, "--llama-bench", llama, "--ik-llama-bench", ik, "--json")
     done = run(*words)
     assert done.code == 0, done.err
-    result = bench.BenchResult.model_validate(done.json())
+    result = BenchResult.model_validate(done.json())
     names = ["packed", "teacher", "llama.cpp TQ1_0", "llama.cpp TQ2_0", "ik_llama.cpp TQ1_0", "ik_llama.cpp TQ2_0"]
     assert [engine.name for engine in result.engines] == names
     for engine in result.engines[2:]:
@@ -295,19 +298,19 @@ def test_a_program_that_fails_is_a_note_and_left_out_and_ours_a_failure(monkeypa
     def fail(_: Round) -> list[Speed]:
         raise UserError("It fails.")
 
-    fine = bench.Subject("packed", (1, 2), lambda _: [Speed("prefill", 0, 8.0)], dict)
-    subjects, notes, measured = [bench.Subject("theirs", (1, 2), fail, dict, foreign=True), fine], [], bench.Measured()
-    rounds = [Round(1, 4, 1, ()), Round(2, 4, 1, ())]
+    fine = rounds_.MeasuredEngine("packed", (1, 2), lambda _: [Speed("prefill", 0, 8.0)], dict)
+    engines = [rounds_.MeasuredEngine("theirs", (1, 2), fail, dict, foreign=True), fine]
+    measurements, bandwidth = rounds_.Measurements(), bandwidth_.Bandwidth()
+    workloads = [Round(1, 4, 1, ()), Round(2, 4, 1, ())]
     for _ in range(2):
-        bench.one_round(subjects, rounds, bandwidth_.Bandwidth(), measured, notes, Tracker())
-    assert notes == ["It fails."]
-    assert subjects == [fine]
-    assert measured.rates == {("packed", threads, "prefill", 0): [8.0, 8.0] for threads in (1, 2)}
-    assert {threads: len(each) for threads, each in measured.bandwidth.items()} == {1: 2, 2: 2}
+        rounds_.measure_round(engines, workloads, bandwidth, measurements, Tracker())
+    assert measurements.notes == ["It fails."]
+    assert engines == [fine]
+    assert measurements.rates == {("packed", threads, "prefill", 0): [8.0, 8.0] for threads in (1, 2)}
+    assert {threads: len(values) for threads, values in measurements.bandwidth.items()} == {1: 2, 2: 2}
+    ours = [rounds_.MeasuredEngine("packed", (1,), fail, dict)]
     with pytest.raises(UserError, match="It fails"):
-        bench.one_round(
-            [bench.Subject("packed", (1,), fail, dict)], rounds, bandwidth_.Bandwidth(), measured, notes, Tracker()
-        )
+        rounds_.measure_round(ours, workloads, bandwidth, measurements, Tracker())
 
 
 def test_a_program_is_where_it_is_said_or_on_the_path(tmp_path, monkeypatch):
@@ -331,7 +334,8 @@ def test_a_model_that_llama_cpp_does_not_know_is_a_note(job, tmp_path, monkeypat
     monkeypatch.setattr(peers, "files", refuse)
     section = asked.bench.model_copy(update={"llama_bench": str(program(tmp_path / "llama-bench", FAKE))})
     notes: list[str] = []
-    assert list(bench.peers(asked.model_copy(update={"bench": section}), work, notes)) == []
+    context = JobContext(asked.model_copy(update={"bench": section}), work, Console(quiet=True))
+    assert list(bench.peer_engines(context, notes)) == []
     assert notes == ["Not beside llama.cpp: llama.cpp knows no such model."]
 
 

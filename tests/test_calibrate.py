@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from edgerazor import formats, models
-from edgerazor.calibration import observers
+from edgerazor.calibration import measurement, observers, own_text
+from edgerazor.calibration.measurement import Measurement
 from edgerazor.console import Console
 from edgerazor.errors import UserError
+from edgerazor.job import JobContext
 from edgerazor.losses import METRICS, layer_metric
 from edgerazor.modules import attention
 from edgerazor.recipe import Recipe, build, load
-from edgerazor.stages import calibrate
 from edgerazor.workdir import WorkDir
 
 STATISTICS = Path("calibrate", "stats.safetensors")
@@ -84,12 +85,10 @@ def whole_thresholds(model: models.PreTrainedModel, batches: list[tuple[Tensor, 
     return torch.stack([torch.cat(values).sort().values[sum(map(len, values)) // 2] for values in seen])
 
 
-def job(folder: Path, model: Path, device: str = "cpu", **settings: Any) -> calibrate.Job:
-    path = write_recipe(folder / "r.yaml", model, None, calibrate=settings)
-    recipe, work = build(load(path), "the recipe"), WorkDir(folder / "job")
-    teacher, _ = models.load(model)
-    found, console = models.structure(teacher), Console(quiet=True)
-    return calibrate.Job(recipe, work, teacher, found, None, 19, torch.device(device), console)
+def job(folder: Path, model: Path, device: str = "cpu", **settings: Any) -> Measurement:
+    path = write_recipe(folder / "r.yaml", model, None, calibrate=settings, device=device)
+    context = JobContext(build(load(path), "the recipe"), WorkDir(folder / "job"), Console(quiet=True))
+    return Measurement(context, context.load_teacher(torch.device("cpu")), 19)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -99,10 +98,10 @@ def test_a_walk_gives_the_numbers_of_the_whole_model(
 ) -> None:
     make_model(tmp_path / "model", family, dtype)
     made_of, batches = job(tmp_path, tmp_path / "model", activation_scales="static"), some_batches()
-    walk = calibrate.walk_of(made_of, "walk", batches)
+    walk = made_of.layerwise_pass("walk", batches)
     whole, _ = models.load(tmp_path / "model", dtype=walk.dtype)
-    wanted = whole_model(whole, batches, made_of.recipe)
-    made = calibrate.observe(made_of.recipe, walk)
+    wanted = whole_model(whole, batches, made_of.context.recipe)
+    made = measurement.observe(walk, made_of.settings)
     assert made.keys() == wanted.keys()
     assert all(torch.equal(made[name], value) for name, value in wanted.items())
 
@@ -113,7 +112,7 @@ def test_importance_is_that_of_the_whole_model(make_model: ModelMaker, tmp_path:
     whole, _ = models.load(tmp_path / "model")
     wanted = whole_thresholds(whole, some_batches())
     made_of = job(tmp_path, tmp_path / "model", adaptive_tokens="causal")
-    assert torch.equal(calibrate.find_thresholds(made_of, some_batches()), wanted)
+    assert torch.equal(measurement.importance_thresholds(made_of, some_batches()), wanted)
 
 
 @pytest.mark.parametrize("after", [1, 16, 20])
@@ -166,11 +165,11 @@ def test_what_the_teacher_wrote_before_an_interruption_is_kept(
     def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    observe = calibrate.observe
-    monkeypatch.setattr(calibrate, "observe", interrupted)
+    observe = measurement.observe
+    monkeypatch.setattr(measurement, "observe", interrupted)
     assert run("calibrate", "--recipe", recipe, "--work", tmp_path / "job").code == 130
-    monkeypatch.setattr(calibrate, "observe", observe)
-    monkeypatch.setattr(calibrate, "write_own_text", interrupted)
+    monkeypatch.setattr(measurement, "observe", observe)
+    monkeypatch.setattr(own_text, "write", interrupted)
     assert run("calibrate", "--work", tmp_path / "job").code == 0
     text = Path("calibrate", "generated.jsonl")
     for name in (text, STATISTICS):
@@ -181,13 +180,13 @@ def test_what_the_teacher_wrote_before_an_interruption_is_kept(
 def test_a_full_disk_loses_no_finished_layer(tmp_path: Path, llama: Path) -> None:
     """Whatever ends a walk, what was finished is there for the next one."""
     made_of = job(tmp_path, llama)
-    walk = calibrate.walk_of(made_of, "walk", some_batches())
+    walk = made_of.layerwise_pass("walk", some_batches())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(observers.LayerMetrics, "layer", fail_in_the_second)
         with pytest.raises(UserError, match="full"):
-            calibrate.observe(made_of.recipe, walk)
-    assert (made_of.work.progress("calibrate", "walk") / "entering-1.raw").exists()
-    assert load_file(made_of.work.progress("calibrate", "walk") / "forward.safetensors")
+            measurement.observe(walk, made_of.settings)
+    assert (made_of.context.work.progress("calibrate", "walk") / "entering-1.raw").exists()
+    assert load_file(made_of.context.work.progress("calibrate", "walk") / "forward.safetensors")
 
 
 def fail_in_the_second(_self: Any, index: int, *_: Any) -> None:
@@ -213,10 +212,10 @@ def test_on_cuda_only_the_layer_in_work_is_there(make_model: ModelMaker, tmp_pat
     made = []
     for device in ("cpu", "cuda"):
         made_of = job(tmp_path, tmp_path / "model", device, activation_scales="static")
-        walk = calibrate.walk_of(made_of, "walk", some_batches())
-        made.append(calibrate.observe(made_of.recipe, walk))
+        walk = made_of.layerwise_pass("walk", some_batches())
+        made.append(measurement.observe(walk, made_of.settings))
         walk.clear()
-        layers = made_of.teacher.get_submodule(walk.structure.layers_path)
+        layers = made_of.teacher.model.get_submodule(walk.structure.layers_path)
         assert {parameter.device.type for parameter in layers.parameters()} == {"cpu"}
     for name, value in made[0].items():
         torch.testing.assert_close(made[1][name].cpu(), value, rtol=1e-2, atol=1e-3)

@@ -19,11 +19,14 @@ from edgerazor import formats, kernels, models, runtime, tasks, transformers_plu
 from edgerazor import job as jobs
 from edgerazor.console import Console
 from edgerazor.errors import UserError
+from edgerazor.evaluation import sample, scores, text_metrics
+from edgerazor.evaluation.eval_result import EvalResult, TaskResult
+from edgerazor.evaluation.evaluated_model import EvaluatedModel, load_packed
+from edgerazor.job import JobContext
 from edgerazor.packed import PackedModel
 from edgerazor.recipe import Recipe, build
 from edgerazor.stages import eval as stage
 from edgerazor.stages import pack
-from edgerazor.stages.eval import EvalResult, Subject, TaskResult
 from edgerazor.tasks.lm_eval_models import EngineLM, TransformersLM
 from edgerazor.tasks.quiet import quiet_lm_eval
 from edgerazor.workdir import WorkDir
@@ -84,7 +87,7 @@ def job(
     monkeypatch.setattr(runtime, "load", lambda folder, **_: Engine(*load_packed(folder), request.param))
     monkeypatch.setattr(jobs.models, "load", lambda *_, **__: (teacher, make_tokenizer()))
     monkeypatch.setattr(jobs.models, "resolve", lambda *_, **__: tmp_path / "teacher")
-    monkeypatch.setattr(jobs, "teacher_fingerprint", lambda recipe: "teacher")
+    monkeypatch.setattr(jobs.RecipeContext, "teacher_fingerprint", "teacher")
     values = {
         "model": "teacher",
         "device": "cpu",
@@ -97,7 +100,7 @@ def job(
 def task_result(score: float, teacher: float | None, stderr: float | None, chance: float | None = 0.25) -> TaskResult:
     entry = tasks.LoadedTask("t", None, "t.jsonl", 100, True, chance, "")
     reference = None if teacher is None else tasks.TaskScore(teacher, stderr, "acc", True)
-    return stage.compare(entry, tasks.TaskScore(score, 0.01, "acc", True), reference)
+    return scores.compare(entry, tasks.TaskScore(score, 0.01, "acc", True), reference)
 
 
 # --- against the teacher ---------------------------------------------------------------------
@@ -105,7 +108,7 @@ def task_result(score: float, teacher: float | None, stderr: float | None, chanc
 
 def test_a_teacher_keeps_all_of_itself(job: Any) -> None:
     values, work, _ = job
-    result = stage.run(build(values), work, QUIET)
+    result = stage.STAGE.run(JobContext(build(values), work, QUIET))
     assert result.engine == runtime.load(Path("packed")).engine
     one = result.tasks["world_recall"]
     assert (one.score, one.teacher_score, one.retention, one.retention_above_chance) == (1.0, 1.0, 1.0, 1.0)
@@ -124,7 +127,7 @@ def test_other_folders_are_measured_beside(job: Any, tmp_path: Path) -> None:
     values, work, loaded = job
     loaded["other"] = make_model(seed=1)
     values["compare"] = {"rounded": str(tmp_path / "other")}
-    result = stage.run(build(values), work, QUIET)
+    result = stage.STAGE.run(JobContext(build(values), work, QUIET))
     rounded = result.compared["rounded"]
     assert result.text is not None
     assert result.text.kl == pytest.approx(0.0, abs=1e-7)
@@ -156,37 +159,37 @@ def test_retention_by_hand() -> None:
 
 def test_only_accuracies_have_chance_and_only_gains_are_retained() -> None:
     entry = tasks.LoadedTask("t", None, "t.jsonl", 100, True, 0.25, "")
-    lost = stage.compare(entry, tasks.TaskScore(9.0, 0.1, "ppl", False), tasks.TaskScore(8.0, 0.1, "ppl", False))
+    lost = scores.compare(entry, tasks.TaskScore(9.0, 0.1, "ppl", False), tasks.TaskScore(8.0, 0.1, "ppl", False))
     assert (lost.chance, lost.retention, lost.retention_above_chance) == (None, None, None)
 
 
 def test_average_by_hand() -> None:
     results = {"a": task_result(0.7, 0.85, 0.02), "b": task_result(0.5, 0.51, 0.02, chance=0.5)}
-    mean, notes = stage.average(results)
+    mean, notes = scores.average(results)
     assert mean is not None
     assert mean.score == pytest.approx(0.6)
     assert mean.teacher_score == pytest.approx(0.68)
     assert mean.retention_above_chance == pytest.approx(0.45 / 0.61)
     assert len(notes) == 1
     assert notes[0].startswith("b: the teacher is within two standard errors")
-    mean, notes = stage.average({"b": results["b"]})
+    mean, notes = scores.average({"b": results["b"]})
     assert mean is not None
     assert mean.retention_above_chance is None
-    mean, notes = stage.average({"c": task_result(0.5, 0.9, 0.01, chance=None)})
+    mean, notes = scores.average({"c": task_result(0.5, 0.9, 0.01, chance=None)})
     assert mean is None
     assert "without a chance level" in notes[0]
-    assert stage.average({}) == (None, [])
+    assert scores.average({}) == (None, [])
 
 
 def test_least_retention_is_a_gate(job: Any) -> None:
     values, work, loaded = job
     values["eval"]["min_retention"] = 1.0
-    assert stage.run(build(values), work, QUIET).failures == []
+    assert stage.STAGE.run(JobContext(build(values), work, QUIET)).failures == []
     loaded["packed"] = make_model(seed=1)
-    (failure,) = stage.run(build(values), work, QUIET).failures
+    (failure,) = stage.STAGE.run(JobContext(build(values), work, QUIET)).failures
     assert "below the 100.0 %" in failure
     values["eval"]["tasks"] = []
-    (failure,) = stage.run(build(values), work, QUIET).failures
+    (failure,) = stage.STAGE.run(JobContext(build(values), work, QUIET)).failures
     assert "no task with a chance level" in failure
 
 
@@ -214,13 +217,15 @@ def test_text_metrics_equal_their_definition(chunk: int, monkeypatch: pytest.Mon
     labels = ids.clone()
     labels[2, 9:] = -100
     batches = [{"input_ids": ids[:2], "labels": labels[:2]}, {"input_ids": ids[2:], "labels": labels[2:]}]
-    found = stage.text_metrics(Subject("m", model, tokenizer), Subject("t", teacher, tokenizer), iter(batches), QUIET)
+    found = text_metrics.text_metrics(
+        EvaluatedModel("m", model, tokenizer), EvaluatedModel("t", teacher, tokenizer), iter(batches), QUIET
+    )
     perplexity, kl, agreement = plain(model, teacher, batches, 320)
     assert found.perplexity == pytest.approx(perplexity, rel=1e-5)
     assert found.kl == pytest.approx(kl, rel=1e-5)
     assert found.top1_agreement == pytest.approx(agreement)
     assert found.tokens == 20 + 20 + 8
-    alone = stage.text_metrics(Subject("t", teacher, tokenizer), None, iter(batches), QUIET)
+    alone = text_metrics.text_metrics(EvaluatedModel("t", teacher, tokenizer), None, iter(batches), QUIET)
     assert alone.perplexity == pytest.approx(found.teacher_perplexity, rel=1e-6)
     assert (alone.teacher_perplexity, alone.kl, alone.top1_agreement) == (None, None, None)
 
@@ -228,7 +233,7 @@ def test_text_metrics_equal_their_definition(chunk: int, monkeypatch: pytest.Mon
 def test_uniform_model_has_the_vocabularys_perplexity() -> None:
     ids = torch.arange(40).view(2, 20)
     batches = iter([{"input_ids": ids, "labels": ids}])
-    found = stage.text_metrics(Subject("m", rigged(), make_tokenizer()), None, batches, QUIET)
+    found = text_metrics.text_metrics(EvaluatedModel("m", rigged(), make_tokenizer()), None, batches, QUIET)
     assert found.perplexity == pytest.approx(320, rel=1e-6)
 
 
@@ -237,7 +242,7 @@ def test_values_that_are_not_finite_fail(job: Any) -> None:
     loaded["packed"] = make_model()
     with torch.no_grad():
         loaded["packed"].model.norm.weight.fill_(math.nan)
-    result = stage.run(build(values), work, QUIET)
+    result = stage.STAGE.run(JobContext(build(values), work, QUIET))
     assert result.text is not None
     assert result.text.perplexity is None
     assert any("not finite" in failure for failure in result.failures)
@@ -246,12 +251,12 @@ def test_values_that_are_not_finite_fail(job: Any) -> None:
 def test_without_text_there_are_no_text_metrics(job: Any) -> None:
     values, work, _ = job
     values["data"] = {}
-    result = stage.run(build(values), work, QUIET)
+    result = stage.STAGE.run(JobContext(build(values), work, QUIET))
     assert result.text is None
     assert any("No held-out text" in note for note in result.notes)
     values["eval"]["tasks"] = []
     with pytest.raises(UserError, match="nothing to measure") as error:
-        stage.run(build(values), work, QUIET)
+        stage.STAGE.run(JobContext(build(values), work, QUIET))
     assert error.value.code == 2
 
 
@@ -259,7 +264,7 @@ def test_a_share_of_the_training_text_is_held_out(job: Any) -> None:
     values, work, _ = job
     values["data"] = {"train": values["data"]["held_out"], "held_out_fraction": 0.1, "sequence_length": 32}
     values["eval"]["text_sequences"] = 10_000
-    result = stage.run(build(values), work, QUIET)
+    result = stage.STAGE.run(JobContext(build(values), work, QUIET))
     tokens = len(make_tokenizer()(f"{TEXT}\n" * 40).input_ids)
     assert result.text is not None
     assert 0.05 * tokens < result.text.tokens < 0.2 * tokens
@@ -269,15 +274,15 @@ def test_a_share_of_the_training_text_is_held_out(job: Any) -> None:
 
 
 def test_collapse_is_more_than_four_fifths_of_one_token() -> None:
-    assert stage.collapsed([7] * 39 + [1, 2, 3] * 3)  # 39 of 48
-    assert not stage.collapsed([7] * 38 + [1, 2] * 5)  # 38 of 48
-    assert not stage.collapsed(list(range(48)))
-    assert not stage.collapsed([])
+    assert sample.collapsed([7] * 39 + [1, 2, 3] * 3)  # 39 of 48
+    assert not sample.collapsed([7] * 38 + [1, 2] * 5)  # 38 of 48
+    assert not sample.collapsed(list(range(48)))
+    assert not sample.collapsed([])
 
 
 def test_greedy_text_is_the_most_probable_and_does_not_end() -> None:
     model, tokenizer = make_model(), make_tokenizer()
-    written = stage.greedy(Subject("m", model, tokenizer), [0, 20, 30])
+    written = sample.greedy(EvaluatedModel("m", model, tokenizer), [0, 20, 30])
     tokens = [0, 20, 30]
     with torch.no_grad():
         for token in written:
@@ -285,19 +290,21 @@ def test_greedy_text_is_the_most_probable_and_does_not_end() -> None:
             logits[1] = -math.inf  # </s>
             assert token == int(logits.argmax())
             tokens.append(token)
-    assert len(written) == stage.SAMPLE_TOKENS
-    assert len(stage.greedy(Subject("m", model, tokenizer), list(range(2, 92)))) == 96 - 90  # the model's context
+    assert len(written) == sample.SAMPLE_TOKENS
+    assert (
+        len(sample.greedy(EvaluatedModel("m", model, tokenizer), list(range(2, 92)))) == 96 - 90
+    )  # the model's context
 
 
 def test_collapsed_text_fails_unless_the_teacher_writes_the_same(job: Any) -> None:
     values, work, loaded = job
-    assert stage.run(build(values), work, QUIET).failures == []
+    assert stage.STAGE.run(JobContext(build(values), work, QUIET)).failures == []
     loaded["packed"] = rigged()
-    result = stage.run(build(values), work, QUIET)
+    result = stage.STAGE.run(JobContext(build(values), work, QUIET))
     assert any("collapsed" in failure for failure in result.failures)
     with torch.no_grad():
         loaded["teacher"].model.norm.weight.zero_()
-    result = stage.run(build(values), work, QUIET)
+    result = stage.STAGE.run(JobContext(build(values), work, QUIET))
     assert not any("collapsed" in failure for failure in result.failures)
     assert any("so does the teacher's" in note for note in result.notes)
 
@@ -351,7 +358,7 @@ def test_decoded_weights_with_rounded_inputs_are_the_packed_model(
         "eval": {"against": str(tmp_path / "teacher"), "text_sequences": 4},
     }
     work = WorkDir(tmp_path / "job")
-    pack.run(build(values), work, QUIET)
+    pack.STAGE.run(JobContext(build(values), work, QUIET))
     plain, tokenizer = models.load(tmp_path / "teacher")
     packed = PackedModel.open(work.folder("pack"))
     for name in packed.header.matrices:
@@ -411,7 +418,7 @@ def test_the_runtime_measures_what_transformers_measures(
     }
     values["eval"]["task_data"] = str(tmp_path)
     folder = WorkDir(tmp_path / "job").folder("pack")
-    pack.run(build(values), WorkDir(tmp_path / "job"), QUIET)
+    pack.STAGE.run(JobContext(build(values), WorkDir(tmp_path / "job"), QUIET))
     model = runtime.load(folder)
     plain, tokenizer = transformers_plugin.load(folder)
     pairs = list(zip(scores_of(model, tokenizer), scores_of(plain, tokenizer), strict=True))
@@ -455,14 +462,14 @@ def test_a_collapsed_packed_model_fails_alone(job: Any) -> None:
 def test_what_is_not_greedy_text_is_for_transformers(
     job: Any, task: dict[str, Any] | None, own: dict[str, Any], reason: str | None
 ) -> None:
-    values, _, loaded = job
+    _, _, loaded = job
     for name, value in own.items():
         setattr(loaded["teacher"].generation_config, name, value)
     kind = "multiple_choice" if task is None else "generate_until"
     asked = SimpleNamespace(OUTPUT_TYPE=kind, config=SimpleNamespace(generation_kwargs=task))
     entry = tasks.LoadedTask("written", asked, "t.jsonl", 100, True, None, "")
     engine = runtime.load(Path("packed")).engine
-    subject, notes = stage._load_packed("packed", Path("packed"), build(values), torch.device("cpu"), [entry])
+    subject, notes = load_packed("packed", Path("packed"), torch.device("cpu"), None, [entry])
     assert isinstance(subject.model, runtime.Model) == (engine == "native" and reason is None)
     assert len(notes) == (engine == "native" and reason is not None)
     assert all(str(reason) in note for note in notes)
@@ -475,10 +482,10 @@ def test_wrong_folders_are_named(job: Any, tmp_path: Path) -> None:
     values, _, _ = job
     values["compare"] = {"rounded": str(tmp_path / "nowhere")}
     with pytest.raises(UserError, match=r"compare\.rounded.*is not a packed model"):
-        stage.run(build(values), WorkDir(tmp_path / "work"), QUIET)
+        stage.STAGE.run(JobContext(build(values), WorkDir(tmp_path / "work"), QUIET))
     values["compare"] = {"packed": str(tmp_path / "other")}
     with pytest.raises(UserError, match="needs another name"):
-        stage.run(build(values), WorkDir(tmp_path / "work"), QUIET)
+        stage.STAGE.run(JobContext(build(values), WorkDir(tmp_path / "work"), QUIET))
 
 
 def test_inputs_name_everything_that_matters(job: Any, tmp_path: Path) -> None:
@@ -486,7 +493,7 @@ def test_inputs_name_everything_that_matters(job: Any, tmp_path: Path) -> None:
 
     def inputs(change: dict[str, Any] | None = None) -> dict[str, str]:
         recipe: Recipe = build({**values, "eval": {**values["eval"], **(change or {})}})
-        return stage.inputs(recipe, work)
+        return stage.STAGE.inputs(JobContext(recipe, work, QUIET))
 
     before = inputs()
     assert inputs() == before
@@ -503,7 +510,7 @@ def test_dry_run_counts(job: Any, tmp_path: Path) -> None:
     values, work, _ = job
     values["compare"] = {"rounded": str(tmp_path / "other")}
     values["eval"]["limit"] = 4
-    plan = stage.dry_run(build(values), work, QUIET)
+    plan = stage.STAGE.dry_run(JobContext(build(values), work, QUIET))
     assert plan.models == 3
     assert plan.tasks["world_recall"].items == 4
     per_model = plan.tasks["world_recall"].tokens
@@ -514,5 +521,5 @@ def test_dry_run_counts(job: Any, tmp_path: Path) -> None:
 
 def test_the_result_reads_back(job: Any) -> None:
     values, work, _ = job
-    result = stage.run(build(values), work, QUIET)
+    result = stage.STAGE.run(JobContext(build(values), work, QUIET))
     assert EvalResult.model_validate_json(work.result_file("eval").read_text()) == result

@@ -16,11 +16,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from edgerazor import data, formats, models, modules, packed, pipeline, transformers_plugin
-from edgerazor import job as jobs
 from edgerazor import recipe as recipes
 from edgerazor.allocate import make_plan
+from edgerazor.calibrated import read_plan
 from edgerazor.calibration import initialization
+from edgerazor.console import Console
 from edgerazor.formats import MatrixSpec
+from edgerazor.job import JobContext
 from edgerazor.modules import InitialWeight, Settings
 from edgerazor.recipe import Calibrate
 from edgerazor.workdir import WorkDir
@@ -111,7 +113,7 @@ def job_of(folder: Path) -> tuple[recipes.Recipe, WorkDir]:
 def hessians(recipe: recipes.Recipe, work: WorkDir, linears: set[str]) -> dict[str, Tensor]:
     """What linear layers of the packed model multiply their weights with, `x^T x / n` in float64."""
     model, tokenizer = transformers_plugin.load(work.folder("pack"))
-    rows, _ = jobs.open_text(recipe, work, tokenizer, recipe.data.sequence_length)
+    rows, _ = JobContext(recipe, work, Console(quiet=True)).open_text(tokenizer, recipe.data.sequence_length)
     sums = dict.fromkeys(linears, torch.zeros((), dtype=torch.float64))
     counts = torch.empty(0)
 
@@ -146,7 +148,7 @@ def test_each_layer_was_compensated_for_what_it_sees_when_packed(
     recipe, work = job_of(tmp_path / "job")
     teacher, _ = models.load(tmp_path / "model", dtype=torch.float32)
     linears = {site.name for site in models.structure(teacher).linears}
-    specs, folder = jobs.read_plan(work).specs(), packed.PackedModel.open(work.folder("pack"))
+    specs, folder = read_plan(work).specs(), packed.PackedModel.open(work.folder("pack"))
     for name, hessian in hessians(recipe, work, linears).items():
         master, scales = formats.gptq_quantize(teacher.get_submodule(name).weight, specs[name], hessian)
         expected, found = formats.encode_matrix(master, specs[name], scales), folder.matrix(name).encoded
@@ -167,8 +169,8 @@ def test_what_the_file_holds(run: Run, llama: Path, text_file: Path, tmp_path: P
     assert {start: promised[start] - promised["rtn"] for start in promised} == sizes
     recipe, work = job_of(tmp_path / "clip")
     teacher, tokenizer = models.load(llama)
-    found, specs = models.structure(teacher), jobs.read_plan(work).specs()
-    rows, _ = jobs.open_text(recipe, work, tokenizer, 32)
+    found, specs = models.structure(teacher), read_plan(work).specs()
+    rows, _ = JobContext(recipe, work, Console(quiet=True)).open_text(tokenizer, 32)
     states = []
     for batch in data.sample_batches(rows, 16, 4):
         with torch.no_grad(), models.final_states(teacher, "lm_head") as final:
@@ -280,7 +282,7 @@ def test_a_tied_embedding_is_clipped_for_both_its_uses(make_model: ModelMaker, t
     moment = states[0].flatten(0, 1).double().square().mean(0)
     batch = {"input_ids": IDS, "labels": IDS}
     with torch.no_grad():
-        starts = initialization.clipped_ends(model, found, {found.embedding.name: spec}, [batch])
+        starts = initialization.clip_ends(model, found, {found.embedding.name: spec}, [batch])
     expected = formats.search_scales(model.get_input_embeddings().weight, spec, 1 + moment / moment.mean())
     assert starts.keys() == {found.embedding.name}
     assert float((starts[found.embedding.name].scales != expected).float().mean()) < 0.02
@@ -317,9 +319,9 @@ def test_packing_the_teacher_needs_the_start_of_the_same_plan(
     assert missing.code == 1
     assert "holds no clip start" in missing.err
     assert "edgerazor calibrate" in missing.err
-    assert "--bits 1.88 --start clip" in " ".join(missing.err.split())
+    assert "--bits 1.88 --init clip" in " ".join(missing.err.split())
     assert run("calibrate", "--recipe", file, "--work", job).code == 0
-    for words in (("--start", "gptq"), ("--bits", "2.5"), ("--group-size", "32")):
+    for words in (("--init", "gptq"), ("--bits", "2.5"), ("--group-size", "32")):
         other = run("pack", llama, "--recipe", file, "--work", job, *words)
         assert other.code == 1, words
         assert "start for these settings" in other.err
@@ -348,20 +350,23 @@ def test_packing_again_sees_that_the_start_is_another(run: Run, llama: Path, tex
 def test_a_student_keeps_its_start(run: Run, llama: Path, text_file: Path, tmp_path: Path) -> None:
     job, file = tmp_path / "job", write_start(tmp_path / "r.yaml", llama, text_file, "clip", distill={"steps": 1})
     assert run("distill", "--recipe", file, "--work", job).code == 0
-    refused = run("distill", "--work", job, "--start", "gptq")
+    refused = run("distill", "--work", job, "--init", "gptq")
     assert refused.code == 1
-    assert "calibrate.start was clip, and is gptq now" in " ".join(refused.err.split())
-    late = run("pack", "--work", job, "--start", "gptq")
+    assert "calibrate.init was clip, and is gptq now" in " ".join(refused.err.split())
+    late = run("pack", "--work", job, "--init", "gptq")
     assert late.code == 2
-    assert "pack takes no --start" in late.err
+    assert "pack takes no --init" in late.err
 
 
 @pytest.mark.parametrize(
     ("sections", "sentence"),
     [
-        ({"calibrate": {"init": "awq"}}, "`calibrate.start` is 'awq'; expected least_error, rtn, clip or gptq."),
+        ({"calibrate": {"init": "awq"}}, "`calibrate.init` is 'awq'; expected least_error, rtn, clip or gptq."),
         ({"calibrate": {"adaptive_tokens": "causal"}}, "looks at one layer at a time"),
-        ({"distill": {"initialise": "random"}}, "A random student cannot begin with the teacher's gptq start."),
+        (
+            {"distill": {"initialise": "random"}},
+            "A random student cannot begin with the teacher's gptq initialization.",
+        ),
     ],
 )
 def test_wrong_values_are_one_sentence(

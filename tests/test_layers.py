@@ -15,16 +15,18 @@ LAYERS = (
     {"cli"},
     {"pipeline"},
     {"stages"},
-    {"report", "evaluation", "benchmark", "calibration"},
+    {"stage", "report"},
+    {"evaluation", "benchmark", "calibration", "packaging"},
     {"training", "sensitivity"},
     {"job"},
+    {"student", "calibrated"},
     {"importers", "runtime"},  # importers read with the names that exporters write
     {"exporters", "tasks", "transformers_plugin"},
     {"allocate"},
     {"modules"},
     {"packed", "models", "data", "families"},
     {"kernels"},
-    {"formats", "losses"},
+    {"formats", "losses", "devices"},
     {"recipe", "workdir", "console"},
     {"untrusted"},
     {"registry", "locks", "terminal", "transformers_registration"},
@@ -86,6 +88,42 @@ def test_imports_point_down() -> None:
         if (reason := problem(room, path, name))
     }
     assert wrong == set()
+
+
+def hands_over_a_recipe(call: ast.Call) -> bool:
+    """Whether a call is given the whole recipe: `recipe` or `anything.recipe`."""
+    values = [*call.args, *(keyword.value for keyword in call.keywords)]
+    return any(
+        (isinstance(value, ast.Name) and value.id == "recipe")
+        or (isinstance(value, ast.Attribute) and value.attr == "recipe")
+        for value in values
+    )
+
+
+def test_the_recipe_is_resolved_once() -> None:
+    """Stages receive answers: few places hand the whole recipe to `job.py`, and no file is given it to ask again."""
+    handing = []
+    for _, path in files():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        from_job = {
+            alias.asname or alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and node.module == "edgerazor.job"
+            for alias in node.names
+        }
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call) and hands_over_a_recipe(node)):
+            function = call.func
+            by_name = isinstance(function, ast.Name) and function.id in from_job
+            of_module = isinstance(function, ast.Attribute) and ast.unparse(function.value) in ("job", "jobs")
+            if by_name or of_module:
+                handing.append(f"{path.relative_to(ROOT)}: {ast.unparse(call)}")
+    assert 0 < len(handing) <= 6, handing
+
+
+def test_the_pipeline_knows_no_stage_by_name() -> None:
+    tree = ast.parse((ROOT / "pipeline.py").read_text(encoding="utf-8"))
+    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    assert texts & {"calibrate", "distill", "pack", "eval", "bench"} == set()
 
 
 def test_every_room_has_a_layer() -> None:

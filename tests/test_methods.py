@@ -96,7 +96,7 @@ def test_a_killed_row_goes_on_from_its_checkpoint(
     pair = [("ce", 2.0)]
     methods.make_rows([teacher], pair, setting)
     with monkeypatch.context() as patch:
-        patch.setattr(methods.evaluation, "run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(methods.evaluation.STAGE, "run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         again = replace(setting, rows=tmp_path / "again")
         with pytest.raises(KeyboardInterrupt):
             methods.make_rows([teacher], pair, again)

@@ -15,6 +15,7 @@ from _tiny import Outcome, Run, sha256, snapshot, write_recipe
 from edgerazor import pipeline
 from edgerazor import recipe as recipes
 from edgerazor.calibration import generated_text
+from edgerazor.job import JobContext
 from edgerazor.stages import bench
 from edgerazor.workdir import WorkDir
 
@@ -104,12 +105,12 @@ def test_measuring_follows_a_new_pack(run: Run, job: Path) -> None:
     assert first.code == 0, first.err
     assert run("eval", "--work", job, "--json").out == first.out
     recipe = recipes.build(recipes.load(job / "recipe.yaml"))
-    before = bench.inputs(recipe, WorkDir(job))
+    before = bench.STAGE.inputs(JobContext(recipe, WorkDir(job), pipeline.Console(quiet=True)))
     assert run("distill", "--work", job, "--steps", 3, "--force").code == 0
     again = run("eval", "--work", job, "--json")
     assert "pack: writing the packed model" in again.err
     assert again.json()["text"]["kl"] != first.json()["text"]["kl"]
-    after = bench.inputs(recipe, WorkDir(job))
+    after = bench.STAGE.inputs(JobContext(recipe, WorkDir(job), pipeline.Console(quiet=True)))
     assert {key for key in after if after[key] != before[key]} == {"pack"}
 
 
@@ -342,9 +343,9 @@ def test_run_does_all_five(run: Run, job: Path, monkeypatch: pytest.MonkeyPatch)
     recipe.write_text((job / "recipe.yaml").read_text())
     called: list[str] = []
 
-    def measure(recipe: Any, work: Any, console: Any) -> Any:
+    def measure(context: JobContext) -> Any:
         called.append("bench")
-        work.folder("bench").mkdir(exist_ok=True)
+        context.work.folder("bench").mkdir(exist_ok=True)
         return bench.BenchResult(
             bytes=1,
             load_seconds=1,
@@ -359,7 +360,7 @@ def test_run_does_all_five(run: Run, job: Path, monkeypatch: pytest.MonkeyPatch)
             notes=[],
         )
 
-    monkeypatch.setattr(bench, "run", measure)
+    monkeypatch.setattr(bench.STAGE, "run", measure)
     done = run("run", recipe, "--work", job, "--json")
     assert done.code == 0, done.err
     assert done.json()["stages"] == ["calibrate", "distill", "pack", "eval", "bench"]

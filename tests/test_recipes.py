@@ -19,12 +19,15 @@ from conftest import ModelMaker
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from edgerazor import allocate, job, models
+from edgerazor import allocate, models
 from edgerazor import recipe as recipes
+from edgerazor.console import Console
 from edgerazor.data import RowSettings, open_rows, streaming
 from edgerazor.errors import USAGE, UserError
+from edgerazor.job import JobContext
 from edgerazor.recipe import Calibrate
 from edgerazor.training import objective, phase_schedule
+from edgerazor.workdir import WorkDir
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 PUBLISHED_BITS = (1.58, 1.88, 2.79, 4.0)
@@ -184,7 +187,8 @@ def test_what_the_weights_of_losses_depend_on(run: Run, llama: Path, text_file: 
     recipe = load("qwen3-0.6b")
     sized = recipe.model_copy(update={"calibrate": recipe.calibrate.model_copy(update={"target_size": 10**9})})
     plan = allocate.make_plan([models.QuantTarget("a", "linear", 0, 8, 8)], Calibrate(bits=4.0, plan="interleave"))
-    assert (job.bits_of(recipe, plan), job.bits_of(sized, plan), job.bits_of(sized, None)) == (
+    contexts = [JobContext(each, WorkDir(tmp_path), Console(quiet=True)) for each in (recipe, sized)]
+    assert (contexts[0].nominal_bits(plan), contexts[1].nominal_bits(plan), contexts[1].nominal_bits(None)) == (
         1.88,
         4,
         1.88,

@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 from test_calibrate import some_batches
 from torch import Tensor
 
-from edgerazor import allocate, formats, job, models, packed
+from edgerazor import allocate, calibrated, formats, models, packed
 from edgerazor.console import Console
 from edgerazor.formats import MatrixSpec
 from edgerazor.models import LayerwisePass, PreTrainedModel
 from edgerazor.modules import attention
 from edgerazor.recipe import build, load
-from edgerazor.report import plan as plan_
+from edgerazor.report import plan_summary as plan_
 from edgerazor.sensitivity import (
     FisherSensitivity,
     IntegratedGradients,
@@ -485,7 +485,7 @@ def test_the_file_says_what_was_measured(run: Run, tmp_path: Path, llama: Path, 
         assert tensors[f"damage/fisher/{target.name}"].shape == (len(names), 1)
         assert f"damage/integrated/{target.name}" not in tensors
     assert said is not None
-    plan = job.read_plan(work)
+    plan = calibrated.read_plan(work)
     assert (said.model, said.tokens, said.estimate) == (str(llama), 64, plan.estimate)
     assert {tensor.name for tensor in said.tensors} == {target.name for target in structure.targets}
     assert list(said.measured_kl) == ["fisher", "integrated", "combined"]
@@ -531,7 +531,7 @@ def test_packing_a_teacher_uses_the_plan_that_is_there(run: Run, tmp_path: Path,
     settings = {**MEASURED, "bits": 2.5, "sensitivity": "fisher"}
     recipe = write_recipe(tmp_path / "r.yaml", llama, text_file, calibrate=settings)
     assert run("calibrate", "--recipe", recipe, "--work", tmp_path / "job").code == 0
-    plan = job.read_plan(WorkDir(tmp_path / "job"))
+    plan = calibrated.read_plan(WorkDir(tmp_path / "job"))
 
     def formats_of(folder: Path, *words: Any) -> dict[str, MatrixSpec]:
         done = run("pack", llama, "--recipe", recipe, "--work", folder, *words)

@@ -15,12 +15,12 @@ from _tiny import Run, write_recipe
 from conftest import ModelMaker
 from rich.console import Console
 
-from edgerazor import job as jobs
 from edgerazor import pipeline
 from edgerazor import recipe as recipes
+from edgerazor.calibrated import read_plan
 from edgerazor.report import heatmap
-from edgerazor.report import plan as plan_
-from edgerazor.report.plan import PlannedMatrix, PlanSummary, SensitiveMatrix
+from edgerazor.report import plan_summary as plan_
+from edgerazor.report.plan_summary import PlannedMatrix, PlanSummary, SensitiveMatrix
 from edgerazor.workdir import WorkDir
 
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -106,7 +106,7 @@ def test_the_numbers_are_those_of_the_plan(
     recipe = write_recipe(tmp_path / "r.yaml", tmp_path / "model", text_file, calibrate=settings)
     assert run("calibrate", "--recipe", recipe, "--work", tmp_path / "job", "--quiet").code == 0
     found = run("show", "plan", "--work", tmp_path / "job", "--json").json()
-    plan = jobs.read_plan(WorkDir(tmp_path / "job"))
+    plan = read_plan(WorkDir(tmp_path / "job"))
     weights = sum(m.rows * m.columns for m in plan.matrices if m.kind == "linear")
     assert [each["name"] for each in found["matrices"]] == [each.name for each in plan.matrices]
     average = sum(m["bits"] * m["rows"] * m["columns"] for m in found["matrices"] if m["kind"] == "linear") / weights

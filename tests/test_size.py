@@ -11,8 +11,10 @@ import torch
 from _tiny import Run, write_recipe
 from conftest import GROUP_SIZE, ModelMaker
 
-from edgerazor import job
 from edgerazor import recipe as recipes
+from edgerazor import student
+from edgerazor.console import Console
+from edgerazor.job import JobContext
 from edgerazor.workdir import WorkDir
 
 
@@ -86,10 +88,10 @@ def test_unknown_thresholds_are_counted_at_their_longest(
     path = write_recipe(tmp_path / "r.yaml", llama, text_file, calibrate={"adaptive_tokens": "causal"})
     assert run("calibrate", "--recipe", path, "--work", tmp_path / "job").code == 0
     recipe, work = recipes.build(recipes.load(path)), WorkDir(tmp_path / "job")
-    teacher, _ = job.load_teacher(recipe, torch.device("cpu"))
-    structure, plan = job.models.structure(teacher), job.read_plan(work)
-    before = job.packed_size(recipe, teacher, structure)(plan).bytes
-    after = job.packed_size(recipe, teacher, structure, work=work)(plan).bytes
+    context = JobContext(recipe, work, Console(quiet=True))
+    teacher, plan = context.load_teacher(torch.device("cpu")), context.plan()
+    before = context.packed_size(teacher)(plan).bytes
+    after = context.packed_size(teacher, measured=True)(plan).bytes
     assert 0 <= before - after <= 64
     draws = torch.rand(2000) ** torch.randint(1, 30, (2000,))
-    assert max(len(json.dumps(float(each))) for each in draws) <= len(json.dumps(job.LONGEST_NUMBER))
+    assert max(len(json.dumps(float(each))) for each in draws) <= len(json.dumps(student.LONGEST_NUMBER))

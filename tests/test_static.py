@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from edgerazor import formats, kernels, models, modules, packed, runtime, transformers_plugin
-from edgerazor import job as jobs
+from edgerazor import recipe as recipes
 from edgerazor.allocate import Plan
+from edgerazor.console import Console
 from edgerazor.errors import UserError
 from edgerazor.formats import MatrixSpec
+from edgerazor.job import JobContext
 from edgerazor.kernels import reference
 from edgerazor.modules import FakeQuantLinear, InputScales, SharedActivations
 from edgerazor.workdir import WorkDir
@@ -211,7 +213,7 @@ def student_of(teacher: Path, job: Path) -> PreTrainedModel:
     structure = models.structure(model)
     statistics = load_file(work.statistics_file)
     scales = {name: float(value) for name, value in statistics.items() if name.endswith("input_scale")}
-    settings = jobs.settings_of(plan, structure, work)
+    settings = JobContext(recipes.build({}), work, Console(quiet=True)).student_settings(plan, structure)
     modules.prepare_for_training(model, structure, plan.specs(), settings, input_scales=scales or None)
     _, unexpected = model.load_state_dict(load_file(work.student("best") / "model.safetensors"), strict=False)
     assert unexpected == []

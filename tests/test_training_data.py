@@ -14,7 +14,6 @@ import torch
 from _tiny import Run, metrics, with_template, write_recipe
 from transformers import AutoTokenizer
 
-from edgerazor import job as jobs
 from edgerazor import losses
 from edgerazor import recipe as recipes
 from edgerazor.calibration import generated_text
@@ -22,6 +21,7 @@ from edgerazor.console import Console
 from edgerazor.data import MASKED, RowSettings, TokenRows, documents, open_rows, render, thinking_options
 from edgerazor.data.chat import parse_conversation
 from edgerazor.errors import UserError
+from edgerazor.job import JobContext
 from edgerazor.recipe import Source
 from edgerazor.stages import distill
 from edgerazor.training import objective
@@ -73,7 +73,8 @@ def test_the_loss_is_that_of_the_assistants_tokens(
     fields = {"packing": packing, "sequence_length": 64}
     path = write_recipe(tmp_path / "r.yaml", chatty, chat_file, distill=settings, data=fields)
     assert run("calibrate", "--recipe", path, "--work", tmp_path / "job").code == 0
-    trainer = distill.prepare(recipes.build(recipes.load(path)), WorkDir(tmp_path / "job")).trainer
+    recipe = recipes.build(recipes.load(path))
+    trainer = distill.prepare(JobContext(recipe, WorkDir(tmp_path / "job"), Console(quiet=True))).trainer
     batch = trainer.rows.batch(0, batch_size=4)
     totals = trainer.step_totals([objective.batch_statistics(trainer.terms, batch["labels"], None)])
     loss = losses.total_loss(
@@ -137,7 +138,7 @@ def test_held_out_text_of_a_recipe_is_packed_alike(llama: Path, text_file: Path,
     tokenizer = AutoTokenizer.from_pretrained(llama)
     for packing, count in (("stream", 1), ("document", 4)):
         recipe = recipes.build(recipes.merge(values, {"data": {"packing": packing}}))
-        _, rows = jobs.open_text(recipe, WorkDir(tmp_path), tokenizer, 500)
+        _, rows = JobContext(recipe, WorkDir(tmp_path), Console(quiet=True)).open_text(tokenizer, 500)
         assert len(rows) == count
 
 

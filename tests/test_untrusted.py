@@ -439,5 +439,5 @@ def test_bench_runs_no_code_of_a_model(llama: Path, tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "x.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     with pytest.raises(UserError, match="code"):
-        engines.Teacher(folder, 1)
+        engines.UnpackedModel(folder, 1)
     assert not (tmp_path / "ran").exists()

@@ -16,12 +16,13 @@ from _tiny import Run, write_recipe
 from pydantic import BaseModel
 
 from edgerazor import exporters, formats, packed, pipeline
-from edgerazor import job as jobs
 from edgerazor import recipe as recipes
 from edgerazor.console import Console
 from edgerazor.errors import UserError
 from edgerazor.formats import MatrixSpec
-from edgerazor.packed import MatrixSource, PackedModel, shipping
+from edgerazor.job import JobContext, RecipeContext
+from edgerazor.packaging import recompression
+from edgerazor.packed import MatrixSource, PackedModel
 from edgerazor.recipe import Recipe
 from edgerazor.stages import write_data as data_stage
 from edgerazor.training import checkpoint
@@ -149,21 +150,21 @@ def packed_folder(llama: Path, tmp_path: Path) -> Path:
 def test_compressing_is_killed_at_every_deed(packed_folder: Path, tmp_path: Path, compress: bool) -> None:
     """A reader finds the old model or the new one; the same command again finishes, and nothing is left behind."""
     quiet = Console(quiet=True)
-    shipping.recompress(packed_folder, True, quiet)
+    recompression.recompress(packed_folder, True, quiet)
     compressed = files_of(packed_folder)
-    shipping.recompress(packed_folder, False, quiet)
+    recompression.recompress(packed_folder, False, quiet)
     plain = files_of(packed_folder)
     old, new = (plain, compressed) if compress else (compressed, plain)
     moment, seen = 1, []
     while True:
-        shipping.recompress(packed_folder, not compress, quiet)
-        if not die_at(moment, lambda: shipping.recompress(packed_folder, compress, quiet)):
+        recompression.recompress(packed_folder, not compress, quiet)
+        if not die_at(moment, lambda: recompression.recompress(packed_folder, compress, quiet)):
             break
         PackedModel.open(packed_folder).verify()  # as `show` and `generate` do
         found = files_of(packed_folder)
         assert found in (old, new), moment
         seen.append(found == new)
-        shipping.recompress(packed_folder, compress, quiet)
+        recompression.recompress(packed_folder, compress, quiet)
         assert files_of(packed_folder) == new
         moment = stride(moment)
     assert set(seen) == {True, False}
@@ -198,8 +199,9 @@ def test_exporting_is_killed_at_every_deed(packed_folder: Path, tmp_path: Path, 
 def test_distilled_data_are_killed_at_every_deed(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same command again goes on, and the file becomes the same."""
     recipe = recipes.build({"model": str(llama), "sampling": {"batch_size": 2, "answer_tokens": 6}})
-    teacher = jobs.load_teacher(recipe, torch.device("cpu"), torch.float32)
-    monkeypatch.setattr(jobs, "load_teacher", lambda *_: teacher)
+    context = RecipeContext(recipe, Console(quiet=True))
+    teacher = context.load_teacher(torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(RecipeContext, "load_teacher", lambda *_: teacher)
     out = tmp_path / "out" / "rows.jsonl"
 
     def write(to: Path = out) -> None:
@@ -287,7 +289,8 @@ def test_results_stay_until_the_new_ones_are_whole(
     """Killed at whatever deed: all files of the old result, with its manifest, or all of the new one."""
     work, value = WorkDir(tmp_path), [0]
 
-    def measure(_: Recipe, here: WorkDir, __: Console) -> Measured:
+    def measure(context: JobContext) -> Measured:
+        here = context.work
         write_json(here.progress(name, "half.json"), value[0])
         if name == "calibrate":
             share(here.progress(name, "half.json"), here.statistics_file)
@@ -297,12 +300,12 @@ def test_results_stay_until_the_new_ones_are_whole(
     stage = pipeline.STAGES[name]
     monkeypatch.setattr("edgerazor.workdir.versions", dict)  # which takes longer than all that is killed here
     monkeypatch.setattr(stage, "run", measure)
-    monkeypatch.setattr(stage, f"{name.capitalize()}Result", Measured)
+    monkeypatch.setattr(stage, "result_model", Measured)
     monkeypatch.setattr(stage, "inputs", lambda *_: {"value": str(value[0])})
 
     def run(number: int) -> None:
         value[0] = number
-        pipeline.run_one(name, job, work, Console(quiet=True), force)
+        pipeline.run_one(stage, JobContext(job, work, Console(quiet=True)), force)
 
     def found() -> int:
         manifest = work.manifest(name)

@@ -35,7 +35,7 @@ class Speed(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Start:
+class EngineConfig:
     """What a process loads.
 
     Attributes:
@@ -61,21 +61,21 @@ class Round:
     contexts: tuple[int, ...]
 
     @classmethod
-    def of(cls, asked: Bench, threads: int, limit: int) -> Round:
+    def of(cls, settings: Bench, threads: int, limit: int) -> Round:
         """The recipe's, as far as a sequence may have `limit` tokens."""
-        contexts = tuple(each for each in asked.contexts if max(each, 1) + asked.decode_tokens < limit)
-        return cls(threads, min(asked.prefill_tokens, limit), asked.decode_tokens, contexts)
+        contexts = tuple(context for context in settings.contexts if max(context, 1) + settings.decode_tokens < limit)
+        return cls(threads, min(settings.prefill_tokens, limit), settings.decode_tokens, contexts)
 
 
 # --- the process that asks ---------------------------------------------------------------------
 
 
 @contextmanager
-def worker(start: Start) -> Iterator[Connection]:
-    """A process that has loaded a model; ask it for a `Round` or `about`."""
+def worker(config: EngineConfig) -> Iterator[Connection]:
+    """A process that has loaded a model; ask it for a `Round`, or to `describe` itself."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=serve, args=(there, start), daemon=True)
+    process = context.Process(target=serve, args=(there, config), daemon=True)
     process.start()
     there.close()
     try:
@@ -109,10 +109,10 @@ def ask(link: Connection, request: Any) -> Any:
 # --- the process that answers ------------------------------------------------------------------
 
 
-def serve(link: Connection, start: Start) -> None:
-    """Load, then measure when asked."""
-    if start.isa is not None:
-        os.environ[kernels.VARIABLE] = start.isa
+def serve(link: Connection, config: EngineConfig) -> None:
+    """Load, then measure and describe when asked."""
+    if config.isa is not None:
+        os.environ[kernels.VARIABLE] = config.isa
     served: Served | None = None
     while True:
         try:
@@ -121,16 +121,16 @@ def serve(link: Connection, start: Start) -> None:
             return
         try:
             if request == "load":
-                served = Served(start)
+                served = Served(config)
                 link.send("loaded")
                 continue
             assert served is not None
-            link.send(served.about() if request == "about" else served.measure(request))
+            link.send(served.describe() if request == "describe" else served.measure(request))
         except Exception as error:  # becomes one sentence in the process that asked
             link.send(error if isinstance(error, UserError) else RuntimeError(f"{type(error).__name__}: {error}"))
 
 
-class Teacher(TransformersModel):
+class UnpackedModel(TransformersModel):
     """A model that is not packed, in transformers and in the dtype of its files."""
 
     def __init__(self, folder: Path, threads: int) -> None:
@@ -153,29 +153,29 @@ def cached_numbers(config: Mapping[str, Any]) -> int:
     """Numbers that a token adds to the keys and values of all layers, by a text model's configuration."""
     heads = config["num_attention_heads"]
     width: int = config.get("head_dim") or config["hidden_size"] // heads
-    kept: int = config.get("num_key_value_heads") or heads
-    return 2 * int(config["num_hidden_layers"]) * kept * width
+    kv_heads: int = config.get("num_key_value_heads") or heads
+    return 2 * int(config["num_hidden_layers"]) * kv_heads * width
 
 
 class Served:
     """A loaded model and its measurements; sequences of long contexts are kept from round to round."""
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, config: EngineConfig) -> None:
         self.start_memory = peak_memory()
         self.contexts: dict[int, Session] = {}
         began = time.perf_counter()
         self.model: Model
-        if transformers_plugin.is_packed(start.folder):
-            self.model = runtime.load(start.folder, start.threads, start.mmap)
+        if transformers_plugin.is_packed(config.folder):
+            self.model = runtime.load(config.folder, config.threads, config.mmap)
         else:
-            self.model = Teacher(start.folder, start.threads)
+            self.model = UnpackedModel(config.folder, config.threads)
         self.prompt = self.model.session()
         self.prompt.feed([0])  # what is read at its first use counts
         self.load_seconds = time.perf_counter() - began
-        self.folder = start.folder
+        self.folder = config.folder
         self.warm = False
 
-    def about(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """What is known of the model, and what it took."""
         model = self.model
         return {
@@ -191,15 +191,17 @@ class Served:
             "start_memory_bytes": self.start_memory,
         }
 
-    def measure(self, asked: Round) -> list[Speed]:
+    def measure(self, workload: Round) -> list[Speed]:
         """One round; a packed model computes with the threads that it was loaded with."""
         if self.model.engine != "native":
-            self.model.threads = asked.threads
+            self.model.threads = workload.threads
         if not self.warm:
-            self._prefill(asked.prefill)
+            self._prefill(workload.prefill)
             self.warm = True
-        speeds = [Speed("prefill", 0, self._prefill(asked.prefill))]
-        return speeds + [Speed("decode", each, self._decode(each, asked.decode)) for each in asked.contexts]
+        speeds = [Speed("prefill", 0, self._prefill(workload.prefill))]
+        return speeds + [
+            Speed("decode", context, self._decode(context, workload.decode)) for context in workload.contexts
+        ]
 
     def _prefill(self, count: int) -> float:
         """Tokens of a prompt per second."""

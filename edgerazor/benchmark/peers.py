@@ -61,22 +61,22 @@ class GgufFile(_Record):
 _FILES = TypeAdapter(list[GgufFile])
 
 
-def programs(asked: Bench) -> list[Program]:
+def programs(settings: Bench) -> list[Program]:
     """Those that the recipe names, and llama.cpp's where it is found on the PATH.
 
     Raises:
         UserError: there is no such file.
     """
-    llama = asked.llama_bench or shutil.which("llama-bench") or NONE
-    wanted = {LLAMA: llama, IK: asked.ik_llama_bench or NONE}
-    found = [Program(name=name, path=Path(path)) for name, path in wanted.items() if path != NONE]
-    for each in found:
-        if not each.path.is_file():
+    llama = settings.llama_bench or shutil.which("llama-bench") or NONE
+    paths = {LLAMA: llama, IK: settings.ik_llama_bench or NONE}
+    named = [Program(name=name, path=Path(path)) for name, path in paths.items() if path != NONE]
+    for program in named:
+        if not program.path.is_file():
             raise usage_error(
-                f"There is no bench program of {each.name} at {each.path}.",
+                f"There is no bench program of {program.name} at {program.path}.",
                 "Give the path of a built llama-bench, or none.",
             )
-    return found
+    return named
 
 
 # --- files -------------------------------------------------------------------------------------
@@ -101,12 +101,12 @@ def files(packed: Path, folder: Path, fingerprint: str) -> list[GgufFile]:
     except (OSError, ValueError, KeyError):
         pass
     shutil.rmtree(folder, ignore_errors=True)
-    made = [_write(exporters.find("gguf"), packed, folder)]
-    if made[0].type == "TQ1_0":
-        made.append(_write(exporters.find("gguf-tq2"), packed, folder))
+    written = [_write(exporters.find("gguf"), packed, folder)]
+    if written[0].type == "TQ1_0":
+        written.append(_write(exporters.find("gguf-tq2"), packed, folder))
     make_folder(folder)
-    write_text(record, json.dumps({"packed": fingerprint, "files": _FILES.dump_python(made, mode="json")}))
-    return made
+    write_text(record, json.dumps({"packed": fingerprint, "files": _FILES.dump_python(written, mode="json")}))
+    return written
 
 
 def _write(export: Exporter, packed: Path, folder: Path) -> GgufFile:
@@ -131,30 +131,30 @@ def _read_per_token(plan: ExportPlan) -> int:
     return sum(tensor.bytes for tensor in plan.tensors if tensor.kind != "embedding" or "head" not in kinds)
 
 
-def about(program: Program, file: GgufFile) -> dict[str, Any]:
+def describe(program: Program, file: GgufFile) -> dict[str, Any]:
     """What is known of a program with a file, as a bench result has it."""
-    known = ("bytes_per_token", "cache_bytes_per_token")
-    return {"kernel": program.name, "weight_bytes": file.bytes} | {name: getattr(file, name) for name in known}
+    names = ("bytes_per_token", "cache_bytes_per_token")
+    return {"kernel": program.name, "weight_bytes": file.bytes} | {name: getattr(file, name) for name in names}
 
 
 # --- measuring ---------------------------------------------------------------------------------
 
 
-def measure(program: Program, file: GgufFile, asked: Round) -> list[Speed]:
+def measure(program: Program, file: GgufFile, workload: Round) -> list[Speed]:
     """One round.
 
     Raises:
         UserError: the program fails, or says something else.
     """
-    behind = [each for each in asked.contexts if each]
-    first = ["-p", asked.prefill, "-n", asked.decode if 0 in asked.contexts else 0]
-    speeds = speeds_of(_run(program, file, asked.threads, first))
+    behind = [context for context in workload.contexts if context]
+    first = ["-p", workload.prefill, "-n", workload.decode if 0 in workload.contexts else 0]
+    speeds = speeds_of(_run(program, file, workload.threads, first))
     if behind and program.name == IK:
-        pairs = [word for each in behind for word in ("-gp", f"{each},{asked.decode}")]
-        speeds += speeds_of(_run(program, file, asked.threads, ["-p", 0, "-n", 0, *pairs]))
+        pairs = [word for context in behind for word in ("-gp", f"{context},{workload.decode}")]
+        speeds += speeds_of(_run(program, file, workload.threads, ["-p", 0, "-n", 0, *pairs]))
     elif behind:
         depths = ",".join(map(str, behind))
-        speeds += speeds_of(_run(program, file, asked.threads, ["-p", 0, "-n", asked.decode, "-d", depths]))
+        speeds += speeds_of(_run(program, file, workload.threads, ["-p", 0, "-n", workload.decode, "-d", depths]))
     return speeds
 
 
@@ -162,18 +162,18 @@ def _run(program: Program, file: GgufFile, threads: int, words: Iterable[Any]) -
     """What the program prints, on the CPU."""
     # beside the file, because it takes a comma in a path for the end of a name
     always = ["-m", file.path.name, "-t", threads, "-ngl", 0, "-r", 1, "-o", "json"]
-    command = [str(each) for each in (program.path.absolute(), *always, *words)]
+    command = [str(word) for word in (program.path.absolute(), *always, *words)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=file.path.parent)
+        finished = subprocess.run(command, capture_output=True, text=True, check=False, cwd=file.path.parent)
     except OSError as error:
         raise UserError(f"{program.name} does not start: {error.strerror}.") from None
-    if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        why = said[-1].strip() if said else "it says nothing"
-        how = f"signal {-done.returncode}" if done.returncode < 0 else f"code {done.returncode}"
+    if finished.returncode:
+        lines = [line for line in finished.stderr.splitlines() if line.strip()]
+        why = lines[-1].strip() if lines else "it says nothing"
+        how = f"signal {-finished.returncode}" if finished.returncode < 0 else f"code {finished.returncode}"
         raise UserError(f"{program.name} ended with {how} on {file.type}: {why[:200].rstrip('.')}.")
     try:
-        return untrusted.parse_json(done.stdout)
+        return untrusted.parse_json(finished.stdout)
     except ValueError:
         raise UserError(f"{program.name} printed no JSON on {file.type}.") from None
 
@@ -198,8 +198,8 @@ def speeds_of(printed: Any) -> list[Speed]:
     except ValidationError:
         raise UserError("The bench program printed other JSON than llama-bench does.") from None
     return [
-        Speed("decode", each.n_depth or each.n_prompt, 1e9 * each.n_gen / each.avg_ns)
-        if each.n_gen
-        else Speed("prefill", each.n_depth, 1e9 * each.n_prompt / each.avg_ns)
-        for each in tests
+        Speed("decode", test.n_depth or test.n_prompt, 1e9 * test.n_gen / test.avg_ns)
+        if test.n_gen
+        else Speed("prefill", test.n_depth, 1e9 * test.n_prompt / test.avg_ns)
+        for test in tests
     ]

@@ -90,11 +90,13 @@ class Writer:
     def write(self, prompts: Sequence[Prompt], number: int) -> list[Row]:
         """A row for each prompt of a batch, in order; `number` of the batch decides what is drawn."""
         talks = {
-            place: Talk(replace(each, options=self.options))
-            for place, each in enumerate(prompts)
-            if isinstance(each, Conversation)
+            place: Talk(replace(prompt, options=self.options))
+            for place, prompt in enumerate(prompts)
+            if isinstance(prompt, Conversation)
         }
-        texts = {place: self._begin(each) for place, each in enumerate(prompts) if not isinstance(each, Conversation)}
+        texts = {
+            place: self._begin(prompt) for place, prompt in enumerate(prompts) if not isinstance(prompt, Conversation)
+        }
         rows = dict(zip(texts, self._texts(list(texts.values()), number), strict=True))
         self._converse(list(talks.values()), number)
         rows |= {place: talk.row() for place, talk in talks.items()}
@@ -126,19 +128,19 @@ class Writer:
             active = [talk for talk in talks if talk.next_question()]
             if not active:
                 return
-            asked = [(talk, ids) for talk in active if len(ids := self._question(talk)) + room <= self.context]
-            fitting = [talk for talk, _ in asked]
+            questions = [(talk, ids) for talk in active if len(ids := self._question(talk)) + room <= self.context]
+            fitting = [talk for talk, _ in questions]
             for talk in active:
                 talk.closed = talk not in fitting
             if fitting:
                 answers = self.draw(
-                    [ids for _, ids in asked], (number, turn), data.turn_ends(talks[0].asked, self.tokenizer)
+                    [ids for _, ids in questions], (number, turn), data.turn_ends(talks[0].original, self.tokenizer)
                 )
                 for talk, answer in zip(fitting, answers, strict=True):
                     talk.answer(answer, self.tokenizer.decode(answer.ids, skip_special_tokens=True))
 
     def _question(self, talk: Talk) -> list[int]:
-        text = data.render(talk.asked, self.tokenizer, talk.messages, prompt=True)
+        text = data.render(talk.original, self.tokenizer, talk.messages, prompt=True)
         with reading("the conversation that is written anew"):
             return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
@@ -163,9 +165,9 @@ class Writer:
         filled = [[self._padding()] * (longest - len(prompt)) + prompt for prompt in prompts]
         mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         ends = self._text_ends() | (stops or set())
-        drawn = self._generate(filled, mask, key, ends, exactly)[:, longest:].tolist()
+        continuations = self._generate(filled, mask, key, ends, exactly)[:, longest:].tolist()
         answers = []
-        for ids in drawn:
+        for ids in continuations:
             stop = next((place for place, token in enumerate(ids) if token in ends), len(ids))
             answers.append(Answer(ids if exactly else ids[:stop], stop < len(ids)))
         return answers
@@ -174,18 +176,18 @@ class Writer:
     def _generate(
         self, ids: list[list[int]], mask: list[list[int]], key: tuple[int, ...], ends: set[int], exactly: int | None
     ) -> torch.Tensor:
-        device, asked = self.teacher.device, self.sampling
+        device, sampling = self.teacher.device, self.sampling
         drawing: dict[str, Any] = {"do_sample": False}
-        if asked.temperature > 0:
-            drawing = {"do_sample": True, "temperature": asked.temperature}
-            drawing |= {"top_p": asked.top_p, "top_k": asked.top_k}
+        if sampling.temperature > 0:
+            drawing = {"do_sample": True, "temperature": sampling.temperature}
+            drawing |= {"top_p": sampling.top_p, "top_k": sampling.top_k}
         room = self.context - len(ids[0])
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(int(np.random.SeedSequence((self.seed, *key)).generate_state(1)[0]))
             return self.teacher.generate(
                 input_ids=torch.tensor(ids, device=device),
                 attention_mask=torch.tensor(mask, device=device),
-                max_new_tokens=exactly or max(1, min(asked.answer_tokens, room)),
+                max_new_tokens=exactly or max(1, min(sampling.answer_tokens, room)),
                 min_new_tokens=exactly,
                 repetition_penalty=1.0,  # the model's own distribution, whatever its generation_config.json says
                 eos_token_id=sorted(ends) or None,
@@ -200,33 +202,33 @@ class Writer:
         """The tokens that end a text, as the model and its tokenizer know them."""
         own = self.teacher.generation_config.eos_token_id
         ids = own if isinstance(own, list) else [own]
-        return {each for each in (*ids, self.tokenizer.eos_token_id) if each is not None}
+        return {token for token in (*ids, self.tokenizer.eos_token_id) if token is not None}
 
 
 @dataclass(eq=False)
 class Talk:
     """A conversation that is being written anew: all but the assistant's turns is taken from another one."""
 
-    asked: Conversation
+    original: Conversation
     messages: list[dict[str, Any]] = field(default_factory=list)
     tokens: int = 0
     closed: bool = False
     _read: int = 0
 
     def __post_init__(self) -> None:
-        roles = [each["role"] for each in self.asked.messages]
-        if strange := [each for each in roles if each not in ("system", "developer", "user", "assistant")]:
+        roles = [message["role"] for message in self.original.messages]
+        if strange := [role for role in roles if role not in ("system", "developer", "user", "assistant")]:
             raise UserError(
-                f"{self.asked.where} has a message of the role {strange[0]!r}, whose place in a new conversation is "
+                f"{self.original.where} has a message of the role {strange[0]!r}, whose place in a new conversation is "
                 "not known; expected system, user and assistant."
             )
         if "user" not in roles:
-            raise UserError(f"{self.asked.where} has no user turn that could be answered.")
+            raise UserError(f"{self.original.where} has no user turn that could be answered.")
 
     def next_question(self) -> bool:
         """Read on to the next user turn; False where there is none."""
-        while not self.closed and self._read < len(self.asked.messages):
-            message = self.asked.messages[self._read]
+        while not self.closed and self._read < len(self.original.messages):
+            message = self.original.messages[self._read]
             self._read += 1
             if message["role"] != "assistant":
                 self.messages.append(message)
@@ -244,5 +246,5 @@ class Talk:
 
     def row(self) -> Row:
         """The conversation up to its last answer."""
-        last = max((place for place, each in enumerate(self.messages) if each["role"] == "assistant"), default=-1)
+        last = max((place for place, message in enumerate(self.messages) if message["role"] == "assistant"), default=-1)
         return Row({"messages": self.messages[: last + 1]} if last >= 0 else None, self.tokens)

@@ -1,17 +1,19 @@
-"""Starts that lose less than rounding by the weights alone: made in calibrate, once the plan is known, and read by
-distill, which trains from there, and by pack, where the teacher is rounded without training.
+"""Initializations that lose less than rounding to nearest: the scales, and for GPTQ the weights, that training or
+packing begins with. Calibrate finds them once the plan is known; distill trains from them, and pack rounds a teacher by
+them where there is no training.
 
-*clip* gives each group the scale with the least error, where an error weighs as much as its input is large on average.
+*clip* searches for the scale of each group that minimizes the squared error of its weights, each weighted by the second
+moment of its input.
 
-*gptq* goes through the decoder layer by layer and rounds each linear layer so that errors make up for each other
-(`formats.gptq_quantize`). What a layer's inputs have to do with each other is seen where they are: in a student whose
-earlier layers are done, which rounds activations, keys and values as the packed model will. Within a layer the linear
-layers are done in the order in which they are used; those that share an input (q, k and v) share what is seen of it.
+*gptq* goes through the decoder layer by layer and quantizes each linear layer with GPTQ (`formats.gptq_quantize`; arXiv
+2210.17323). The Hessian `E[x x^T]` of its inputs is measured in the student whose earlier layers are quantized already,
+with activations, keys and values rounded as the packed model rounds them. Within a decoder layer the linear layers are
+quantized in the order in which they are used; those that share an input (q, k and v) share its Hessian.
 
-Embedding and head are clipped in both: a head by the mean squares of the final hidden states, an embedding by its own
-weights alone, and a matrix that is both by the sum of the two, their means made alike.
+Embedding and head have clipped scales in both: the head by the second moments of the final hidden states, the embedding
+by its own weights alone, and a tied matrix by the sum of both weightings, scaled to equal means.
 
-The file holds `P.scales`, float16 [rows, groups], for every matrix P, and `P.weight`, float32, where it is compensated.
+The file holds `P.scales`, float16 [rows, groups], for every matrix P, and `P.weight`, float32, where GPTQ changed it.
 """
 
 from __future__ import annotations
@@ -26,17 +28,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from edgerazor import data, formats, job, models, modules
+from edgerazor import data, formats, models, modules, student
 from edgerazor.allocate import Plan
+from edgerazor.calibrated import unusable
 from edgerazor.console import Console
 from edgerazor.errors import UserError
 from edgerazor.formats import MatrixSpec
+from edgerazor.job import JobContext
 from edgerazor.models import Blocks, PreTrainedModel, Structure
 from edgerazor.modules import FakeQuantLinear, InitialWeight
-from edgerazor.recipe import Recipe
-from edgerazor.workdir import WorkDir, write_atomically
+from edgerazor.workdir import write_atomically
 
-#: About how many forward passes over the calibration text a start takes.
+#: About how many forward passes over the calibration text an initialization takes.
 PASSES = {"least_error": 0, "rtn": 0, "clip": 1, "gptq": 5}
 
 WEIGHT, SCALES = ".weight", ".scales"
@@ -44,7 +47,7 @@ WEIGHT, SCALES = ".weight", ".scales"
 
 @dataclass
 class Sequences:
-    """Some sequences on their way through the layers.
+    """A micro-batch on its way through the layers.
 
     Attributes:
         states: what enters the next layer, float32 [B, T, H], on the CPU.
@@ -55,46 +58,45 @@ class Sequences:
     counts: Tensor
 
 
-class _SeenError(Exception):
-    """Ends a forward pass from which nothing more is wanted."""
+class _InputSeenError(Exception):
+    """Ends a forward pass early, once the input of the linear layer has been added to its Hessian."""
 
 
 # --- reading -----------------------------------------------------------------------------------
 
 
-def stored(recipe: Recipe, work: WorkDir, plan: Plan) -> Callable[[str], InitialWeight] | None:
+def stored(context: JobContext, plan: Plan) -> Callable[[str], InitialWeight] | None:
     """What calibrate made.
 
     Args:
-        recipe: says which start is wanted.
-        work: where calibrate wrote it.
-        plan: that it is wanted for.
+        context: of the job; its recipe says which initialization it is.
+        plan: that training or rounding follows.
 
     Returns:
         module path -> where its matrix begins; None where all begin at the scales that the plan says.
 
     Raises:
-        UserError: calibrate has not made this start for this plan, or its file is damaged.
+        UserError: calibrate has not made this initialization for this plan, or its file is damaged.
     """
-    wanted = recipe.calibrate.init
-    if wanted not in job.MADE_INITS:
+    work, settings = context.work, context.recipe.calibrate
+    if settings.init not in student.CALIBRATED_INITS:
         return None
     missing = UserError(
-        f"{work.path} holds no {wanted} start for these settings.",
-        f"Make one: `edgerazor calibrate {recipe.model} --bits {recipe.calibrate.bits:g} --start {wanted}`.",
+        f"{work.path} holds no {settings.init} start for these settings.",
+        f"Make one: `edgerazor calibrate {context.recipe.model} --bits {settings.bits:g} --init {settings.init}`.",
     )
-    if work.manifest("calibrate") is None or not work.start_file.exists() or job.read_plan(work) != plan:
+    if work.manifest("calibrate") is None or not work.start_file.exists() or context.plan() != plan:
         raise missing
     try:
         file = safe_open(work.start_file, framework="pt").__enter__()
         names = set(file.keys())
-        made = (file.metadata() or {}).get("start")
+        init = (file.metadata() or {}).get("start")
     except (OSError, SafetensorError):
-        raise job.damaged(work.start_file) from None
-    if made != wanted:
+        raise unusable(work.start_file) from None
+    if init != settings.init:
         raise missing
     if not names >= {matrix.name + SCALES for matrix in plan.matrices}:
-        raise job.damaged(work.start_file)
+        raise unusable(work.start_file)
 
     def of(name: str) -> InitialWeight:
         weight = file.get_tensor(name + WEIGHT) if name + WEIGHT in names else None
@@ -103,65 +105,71 @@ def stored(recipe: Recipe, work: WorkDir, plan: Plan) -> Callable[[str], Initial
     return of
 
 
-def file_bytes(wanted: str, plan: Plan) -> int:
-    """Size of the file that a start makes."""
-    scales = sum(2 * each.rows * formats.group_count(each.columns, plan.group_size) for each in plan.matrices)
-    weights = sum(4 * each.rows * each.columns for each in plan.matrices if each.kind == "linear")
-    return {"clip": scales, "gptq": scales + weights}.get(wanted, 0)
+def file_bytes(init: str, plan: Plan) -> int:
+    """Size of the file that an initialization makes."""
+    matrices = plan.matrices
+    scales = sum(2 * matrix.rows * formats.group_count(matrix.columns, plan.group_size) for matrix in matrices)
+    weights = sum(4 * matrix.rows * matrix.columns for matrix in matrices if matrix.kind == "linear")
+    return {"clip": scales, "gptq": scales + weights}.get(init, 0)
 
 
-def memory_bytes(recipe: Recipe, teacher: PreTrainedModel, tokens: int) -> int:
-    """What making a start needs: float32 weights, and where layers are gone through, what enters one of them."""
-    weights = sum(4 * each.numel() for each in teacher.parameters())
-    states = 4 * tokens * teacher.config.get_text_config().hidden_size
-    return {"clip": weights, "gptq": weights + states}.get(recipe.calibrate.init, 0)
+def memory_bytes(init: str, model: PreTrainedModel, tokens: int) -> int:
+    """Memory that an initialization needs: float32 weights, and for GPTQ what enters one layer.
+
+    Args:
+        init: its name.
+        model: the teacher.
+        tokens: of calibration text.
+    """
+    weights = sum(4 * parameter.numel() for parameter in model.parameters())
+    states = 4 * tokens * model.config.get_text_config().hidden_size
+    return {"clip": weights, "gptq": weights + states}.get(init, 0)
 
 
 # --- making ------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def write(recipe: Recipe, work: WorkDir, plan: Plan, rows: data.TokenRows, console: Console) -> None:
-    """Make the start that the recipe asks for, and write it beside the plan.
+def write(context: JobContext, plan: Plan, rows: data.TokenRows) -> None:
+    """Make the initialization that the recipe asks for, and write it beside the plan.
 
     Args:
-        recipe: of the whole job.
-        work: where calibrate's statistics and plan lie already.
+        context: of the job; calibrate's statistics and plan lie in its working directory already.
         plan: the formats.
         rows: calibration text.
-        console: shows the progress.
 
     Raises:
         UserError: activations that are not finite, or a linear layer that is never used.
     """
-    model, _ = job.load_teacher(recipe, job.device_of(recipe), torch.float32)
-    found, specs = models.structure(model), plan.specs()
-    batches = list(data.sample_batches(rows, recipe.calibrate.sequences, recipe.calibrate.batch_size))
-    starts = clipped_ends(model, found, specs, batches)
-    if recipe.calibrate.init == "clip":
-        starts |= clipped_linears(model, found, specs, load_file(work.statistics_file), console)
+    settings, work, console = context.recipe.calibrate, context.work, context.console
+    teacher = context.load_teacher(context.device, torch.float32)
+    model, structure, specs = teacher.model, teacher.structure, plan.specs()
+    batches = list(data.sample_batches(rows, settings.sequences, settings.batch_size))
+    starts = clip_ends(model, structure, specs, batches)
+    if settings.init == "clip":
+        starts |= clip_linears(model, structure, specs, load_file(work.statistics_file), console)
     else:
-        settings = replace(job.settings_of(plan, found, work), learned_scales=False)
-        input_scales = job.input_scales(plan, model, found, work)
+        computing = replace(context.student_settings(plan, structure), learned_scales=False)
+        input_scales = context.input_scales(plan, teacher)
         modules.prepare_for_training(
-            model, found, specs, settings, input_scales=input_scales, initial_weight=starts.get
+            model, structure, specs, computing, input_scales=input_scales, initial_weight=starts.get
         )
-        starts |= compensated_linears(Blocks(model, found), batches, console)
-    tensors = {name + SCALES: start.scales.cpu() for name, start in starts.items()}
-    tensors |= {name + WEIGHT: start.weight.cpu() for name, start in starts.items() if start.weight is not None}
-    about = {"start": recipe.calibrate.init}
-    write_atomically(work.start_file, lambda path: save_file(tensors, path, metadata=about))
+        starts |= gptq_linears(Blocks(model, structure), batches, console)
+    tensors = {path + SCALES: start.scales.cpu() for path, start in starts.items()}
+    tensors |= {path + WEIGHT: start.weight.cpu() for path, start in starts.items() if start.weight is not None}
+    metadata = {"start": settings.init}
+    write_atomically(work.start_file, lambda path: save_file(tensors, path, metadata))
 
 
-def clipped_ends(
-    model: PreTrainedModel, found: Structure, specs: dict[str, MatrixSpec], batches: Sequence[data.Batch]
+def clip_ends(
+    model: PreTrainedModel, structure: Structure, specs: dict[str, MatrixSpec], batches: Sequence[data.Batch]
 ) -> dict[str, InitialWeight]:
-    """The embedding and the head, one matrix or two, of a model that is not rounded yet."""
-    moment = final_moment(model, found, batches)
+    """Search for the scales of embedding and head, one matrix or two, of a model that is not quantized yet."""
+    moment = final_moment(model, structure, batches)
     both = 1 + moment / moment.mean().clamp(min=torch.finfo(moment.dtype).tiny)
-    importance = {found.head.name: moment} if found.head else {found.embedding.name: both}
+    importance = {structure.head.name: moment} if structure.head else {structure.embedding.name: both}
     starts = {}
-    for site in (found.embedding, *((found.head,) if found.head else ())):
+    for site in (structure.embedding, *((structure.head,) if structure.head else ())):
         weight = model.get_submodule(site.name).weight
         starts[site.name] = InitialWeight(
             None, formats.search_scales(weight, specs[site.name], importance.get(site.name))
@@ -169,37 +177,37 @@ def clipped_ends(
     return starts
 
 
-def final_moment(model: PreTrainedModel, found: Structure, batches: Sequence[data.Batch]) -> Tensor:
+def final_moment(model: PreTrainedModel, structure: Structure, batches: Sequence[data.Batch]) -> Tensor:
     """Mean of the squares of what enters the head, float32 [H]."""
     total, tokens = torch.zeros((), dtype=torch.float64, device=model.device), 0
     for batch in batches:
         counts = (batch["labels"] != data.MASKED).to(model.device)
-        with models.final_states(model, found.head_path) as states:
+        with models.final_states(model, structure.head_path) as states:
             model(input_ids=batch["input_ids"].to(model.device), use_cache=False)
         total = total + states[0][counts].square().sum(0, dtype=torch.float64)
         tokens += int(counts.sum())
     return (total / tokens).float()
 
 
-def clipped_linears(
+def clip_linears(
     model: PreTrainedModel,
-    found: Structure,
+    structure: Structure,
     specs: dict[str, MatrixSpec],
     statistics: dict[str, Tensor],
     console: Console,
 ) -> dict[str, InitialWeight]:
-    """The linear layers, clipped by the second moments of their inputs in the teacher."""
+    """Search for the scales of the linear layers, weighted by the second moments of their inputs in the teacher."""
     starts = {}
-    with console.track("clipped start", len(found.linears)) as tracker:
-        for site in found.linears:
+    with console.track("clipped start", len(structure.linears)) as tracker:
+        for site in structure.linears:
             weight, moment = model.get_submodule(site.name).weight, statistics[f"input_second_moment/{site.name}"]
             starts[site.name] = InitialWeight(None, formats.search_scales(weight, specs[site.name], moment))
             tracker.advance()
     return starts
 
 
-def compensated_linears(blocks: Blocks, batches: Iterable[data.Batch], console: Console) -> dict[str, InitialWeight]:
-    """The linear layers, compensated one after the other, in place.
+def gptq_linears(blocks: Blocks, batches: Iterable[data.Batch], console: Console) -> dict[str, InitialWeight]:
+    """Quantize the linear layers with GPTQ one after the other, in place.
 
     Args:
         blocks: of a student with training modules.
@@ -218,10 +226,10 @@ def compensated_linears(blocks: Blocks, batches: Iterable[data.Batch], console: 
     ]
     with console.track("compensated start", len(blocks.layers)) as tracker:
         for index in range(len(blocks.layers)):
-            for modules in in_order_of_use(blocks, index, flow[0]):
-                hessian = input_hessian(blocks, index, modules[0], flow)
-                for module in modules:
-                    starts[names[module]] = compensate(module, hessian, names[module])
+            for sharing in in_order_of_use(blocks, index, flow[0]):
+                hessian = input_hessian(blocks, index, sharing[0], flow)
+                for module in sharing:
+                    starts[names[module]] = gptq_linear(module, hessian, names[module])
             move_on(blocks, index, flow)
             tracker.advance()
     return starts
@@ -265,17 +273,21 @@ def input_hessian(blocks: Blocks, index: int, module: FakeQuantLinear, flow: Seq
     def add(_module: nn.Module, args: tuple[Any, ...]) -> None:
         x = module.quantized_input(args[0])[current.counts.to(device)]  # [valid tokens, in]
         total.add_(x.T @ x)
-        raise _SeenError
+        raise _InputSeenError
 
     with hooked([module], add), modules.encoded_once(blocks.layers[index]):
         for current in flow:
-            with contextlib.suppress(_SeenError):
+            with contextlib.suppress(_InputSeenError):
                 blocks.forward_layer(index, current.states.to(device))
     return total.div_(sum(int(sequences.counts.sum()) for sequences in flow))
 
 
-def compensate(module: FakeQuantLinear, hessian: Tensor, name: str) -> InitialWeight:
-    """Round a linear layer so, in place."""
+def gptq_linear(module: FakeQuantLinear, hessian: Tensor, name: str) -> InitialWeight:
+    """Quantize one linear layer with GPTQ, in place.
+
+    Raises:
+        UserError: the Hessian cannot be factorized.
+    """
     try:
         weight, scales = formats.gptq_quantize(module.weight, module.spec, hessian)
     except ValueError as error:
@@ -289,7 +301,7 @@ def compensate(module: FakeQuantLinear, hessian: Tensor, name: str) -> InitialWe
 
 
 def move_on(blocks: Blocks, index: int, flow: Iterable[Sequences]) -> None:
-    """Replace what enters a layer by what leaves it."""
+    """Replace the states that enter a decoder layer by those that leave it."""
     with modules.encoded_once(blocks.layers[index]):
         for sequences in flow:
             sequences.states = blocks.forward_layer(index, sequences.states.to(blocks.model.device)).cpu()

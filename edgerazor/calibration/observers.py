@@ -1,4 +1,4 @@
-"""What calibrate gathers while text walks through the teacher, layer by layer (see `models/layerwise.py`)."""
+"""What calibrate gathers while text passes through the teacher, layer by layer (see `models/layerwise.py`)."""
 
 from __future__ import annotations
 

@@ -51,10 +51,10 @@ def choose_source(values: dict[str, Any], run: RunOptions) -> dict[str, Any]:
 
 def is_rounded(run: RunOptions) -> bool:
     """Whether a job's packed model was made without training, so that it can be made again without a student."""
-    from edgerazor import pipeline
+    from edgerazor.stages import pack
     from edgerazor.workdir import DEFAULT, WorkDir
 
-    return pipeline.stands_alone(WorkDir(run.work or DEFAULT))
+    return pack.stands_alone(WorkDir(run.work or DEFAULT))
 
 
 def is_packed_folder(values: dict[str, Any]) -> bool:
@@ -89,11 +89,11 @@ def recompress_packed(folder: str, compress: bool, settings: list[str], run: Run
             f"{option(settings[0])}.",
             "Leave one of them out.",
         )
-    from edgerazor.packed import shipping
+    from edgerazor.stages import pack
 
     console = run.open_console()
-    result = shipping.recompress(Path(folder), compress, console)
-    console.result(result, *shipping.show(result))
+    result = pack.recompress(Path(folder), compress, console)
+    console.result(result, *pack.compress_lines(result))
 
 
 def export_packed(
@@ -117,16 +117,16 @@ def export_packed(
         console.result(sizes, *(f"{name}: {bits:.2f} real bits" for name, bits in sizes.real_bits.items()))
         return
     result = pack.export_folder(Path(folder), names, allow_lossy, console)
-    console.result(result, *pack.show_exports(result.exports))
+    console.result(result, *pack.export_lines(result.exports))
 
 
 def is_foreign(values: dict[str, Any]) -> bool:
     """Whether the model that was named is one that others quantized, and is not to be rounded."""
     if "model" not in values or not Path(values["model"]).exists():
         return False
-    from edgerazor.importers import importer_of
+    from edgerazor.importers import find_importer
 
-    importer = importer_of(Path(values["model"]))
+    importer = find_importer(Path(values["model"]))
     rounding = values.get("calibrate", {}).keys() - COMPUTING
     return importer is not None and (importer.only or not rounding)
 
@@ -151,7 +151,7 @@ def import_foreign(values: dict[str, Any], run: RunOptions) -> None:
 
     console = run.open_console()
     result = pack.read_foreign(path, recipe, WorkDir(run.work or DEFAULT), console, run.force)
-    console.result(result, *pack.show_foreign(result))
+    console.result(result, *pack.foreign_tables(result))
 
 
 # eval ---------------------------------------------------------------------------------------------------------------

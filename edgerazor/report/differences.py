@@ -66,10 +66,10 @@ def compare(folder: Path, against: Path, console: Console, verify: bool = False)
             second.verify(tracker.advance)
     shared = a.matrices.keys() & b.matrices.keys()
     changed = [n for n in sorted(shared) if _identity(a.matrices[n]) != _identity(b.matrices[n])]
-    found: dict[str, MatrixDifference] = {}
+    differences: dict[str, MatrixDifference] = {}
 
     def work(name: str) -> None:
-        found[name] = _compare(first.matrix(name), second.matrix(name))
+        differences[name] = _compare(first.matrix(name), second.matrix(name))
 
     with console.track("compare", len(changed)) as tracker:
         tasks = [(2 * math.prod(a.matrices[name].shape), functools.partial(work, name)) for name in changed]
@@ -86,7 +86,7 @@ def compare(folder: Path, against: Path, console: Console, verify: bool = False)
         provenance=_unequal(_flat(a.provenance), _flat(b.provenance)),
         compressed=(a.compression is not None, b.compression is not None),
         equal_matrices=len(shared) - len(changed),
-        matrices=[found[name] for name in changed],
+        matrices=[differences[name] for name in changed],
         others=others,
         only_in_folder=only_a,
         only_in_against=only_b,
@@ -100,7 +100,7 @@ def _others(first: PackedModel, second: PackedModel) -> dict[str, str]:
     if not unequal:
         return {}
     tensors = first.others(), second.others()
-    return {name: _difference(*(each.get(name) for each in tensors)) for name in unequal}
+    return {name: _difference(*(others.get(name) for others in tensors)) for name in unequal}
 
 
 def _difference(a: Tensor | None, b: Tensor | None) -> str:
@@ -108,7 +108,7 @@ def _difference(a: Tensor | None, b: Tensor | None) -> str:
         return f"only in {'the other' if a is None else 'the first'}"
     if a.shape != b.shape:
         return f"shape {list(a.shape)} | {list(b.shape)}"
-    names = [str(each.dtype).removeprefix("torch.") for each in (a, b)]
+    names = [str(tensor.dtype).removeprefix("torch.") for tensor in (a, b)]
     what = "" if a.dtype == b.dtype else f"{' | '.join(names)}, "
     return what + ("equal numbers" if torch.equal(a.double(), b.double()) else "other numbers")
 
@@ -124,20 +124,20 @@ def _unequal(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any,
 
 def _flat(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     """`{"recipe": {"seed": 1}}` as `{"recipe.seed": 1}`."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, value in values.items():
-        found |= _flat(value, f"{path}{name}.") if isinstance(value, dict) else {f"{path}{name}": value}
-    return found
+        flat |= _flat(value, f"{path}{name}.") if isinstance(value, dict) else {f"{path}{name}": value}
+    return flat
 
 
 def _compare(a: PackedMatrix, b: PackedMatrix) -> MatrixDifference:
-    shapes = tuple((int(each.encoded.codes.shape[0]), int(each.encoded.codes.shape[1])) for each in (a, b))
-    about = _unequal(_about(a, shapes[0]), _about(b, shapes[1]))
+    shapes = tuple((int(m.encoded.codes.shape[0]), int(m.encoded.codes.shape[1])) for m in (a, b))
+    unequal = _unequal(_properties(a, shapes[0]), _properties(b, shapes[1]))
     fits = shapes[0] == shapes[1]
     grouped = fits and a.encoded.scales.shape == b.encoded.scales.shape
     return MatrixDifference(
         name=a.name,
-        about=about,
+        about=unequal,
         formats=_share(_format_map(a.spec, shapes[0]) != _format_map(b.spec, shapes[1])) if grouped else None,
         codes=_share(a.encoded.codes != b.encoded.codes) if fits else None,
         scales=_share(a.encoded.scales != b.encoded.scales) if grouped else None,
@@ -145,7 +145,7 @@ def _compare(a: PackedMatrix, b: PackedMatrix) -> MatrixDifference:
     )
 
 
-def _about(matrix: PackedMatrix, shape: tuple[int, int]) -> dict[str, Any]:
+def _properties(matrix: PackedMatrix, shape: tuple[int, int]) -> dict[str, Any]:
     return {
         "kind": matrix.kind,
         "shape": list(shape),
@@ -175,37 +175,39 @@ def _relative(a: PackedMatrix, b: PackedMatrix) -> float:
     for rows in torch.arange(len(a.encoded.codes)).split(height):
         w, v = (
             formats.decode_matrix(
-                Encoded(each.encoded.codes[rows], each.encoded.scales[rows]), each.spec.take(rows)
+                Encoded(matrix.encoded.codes[rows], matrix.encoded.scales[rows]), matrix.spec.take(rows)
             ).double()
-            for each in (a, b)
+            for matrix in (a, b)
         )
         difference, norm = difference + float((w - v).square().sum()), norm + float(w.square().sum())
     return math.sqrt(difference / norm) if norm else float(difference > 0)
 
 
-def show(found: Differences) -> list[RenderableType]:
-    """The same for people."""
+def show(result: Differences) -> list[RenderableType]:
+    """What differs, for people."""
     lines: list[RenderableType] = []
-    for title, pairs in (("settings", found.settings), ("tied", found.tied), ("provenance", found.provenance)):
+    for title, pairs in (("settings", result.settings), ("tied", result.tied), ("provenance", result.provenance)):
         lines += [f"{title}, {name}: {_word(a)} | {_word(b)}" for name, (a, b) in pairs.items()]
-    for where, names in ((found.folder, found.only_in_folder), (found.against, found.only_in_against)):
+    for where, names in ((result.folder, result.only_in_folder), (result.against, result.only_in_against)):
         lines += [f"only in {where}: {name}" for name in names]
-    lines += [f"{name}: {what}" for name, what in found.others.items()]
-    if found.compressed[0] != found.compressed[1]:
-        lines.append(f"compressed: {' | '.join('yes' if each else 'no' for each in found.compressed)}")
-    if found.matrices:
+    lines += [f"{name}: {what}" for name, what in result.others.items()]
+    if result.compressed[0] != result.compressed[1]:
+        lines.append(f"compressed: {' | '.join('yes' if compressed else 'no' for compressed in result.compressed)}")
+    if result.matrices:
         rows = [
-            [each.name, *(_percent(share) for share in (each.formats, each.codes, each.scales, each.weights))]
-            for each in found.matrices
+            [matrix.name, *map(_share_text, (matrix.formats, matrix.codes, matrix.scales, matrix.weights))]
+            for matrix in result.matrices
         ]
-        caption = f"shares of groups, codes and scales; weights: |A - B| / |A|; {found.equal_matrices} others are equal"
+        caption = (
+            f"shares of groups, codes and scales; weights: |A - B| / |A|; {result.equal_matrices} others are equal"
+        )
         lines.append(table("Matrices that differ", ["matrix", "formats", "codes", "scales", "weights"], rows, caption))
-        for each in found.matrices:
-            lines += [f"{each.name}, {what}: {_word(a)} | {_word(b)}" for what, (a, b) in each.about.items()]
-    if found.same:
+        for matrix in result.matrices:
+            lines += [f"{matrix.name}, {what}: {_word(a)} | {_word(b)}" for what, (a, b) in matrix.about.items()]
+    if result.same:
         lines.append(
-            f"no difference: {found.equal_matrices} matrices and all other tensors of {found.folder} and "
-            f"{found.against} are equal"
+            f"no difference: {result.equal_matrices} matrices and all other tensors of {result.folder} and "
+            f"{result.against} are equal"
         )
     return lines
 
@@ -214,5 +216,5 @@ def _word(value: Any) -> str:
     return ", ".join(f"{key} {item:,}" for key, item in value.items()) if isinstance(value, dict) else str(value)
 
 
-def _percent(share: float | None) -> str:
+def _share_text(share: float | None) -> str:
     return "" if share is None else f"{share:.2%}"

@@ -15,7 +15,7 @@ from rich.text import Text
 from edgerazor import formats
 from edgerazor.console import megabytes
 from edgerazor.errors import usage_error
-from edgerazor.report.plan import PlannedMatrix, PlanSummary
+from edgerazor.report.plan_summary import PlannedMatrix, PlanSummary
 from edgerazor.workdir import alone, write_atomically
 
 if TYPE_CHECKING:
@@ -96,21 +96,20 @@ def sensitivity_grid(plan: PlanSummary) -> Grid:
     """The most sensitive matrices, what they have, and what each format would cost them."""
     names = _formats_of(plan)
     cells: dict[tuple[str, str], Cell] = {}
-    for each in plan.most_sensitive:
-        label = _short(plan, each.name)
-        if each.bits is not None:
-            cells[label, "bits"] = Cell(f"{each.bits:.2f}", each.bits)
-        cells |= {(label, name): Cell(f"{each.damage[name]:.2g}") for name in names if name in each.damage}
-    return Grid(
-        "layer, role", [_short(plan, each.name) for each in plan.most_sensitive], ["bits", *names], cells, plan.range()
-    )
+    for matrix in plan.most_sensitive:
+        label = _short(plan, matrix.name)
+        if matrix.bits is not None:
+            cells[label, "bits"] = Cell(f"{matrix.bits:.2f}", matrix.bits)
+        cells |= {(label, name): Cell(f"{matrix.damage[name]:.2g}") for name in names if name in matrix.damage}
+    labels = [_short(plan, matrix.name) for matrix in plan.most_sensitive]
+    return Grid("layer, role", labels, ["bits", *names], cells, plan.range())
 
 
 def _sensitive(plan: PlanSummary) -> list[RenderableType]:
     if plan.estimate is None:
         return []
-    about = f"{plan.estimate}, {plan.tokens:,} tokens"
-    title = Text(f"Most sensitive matrices: nats of KL per token if all of it had the format ({about})")
+    source = f"{plan.estimate}, {plan.tokens:,} tokens"
+    title = Text(f"Most sensitive matrices: nats of KL per token if all of it had the format ({source})")
     shown: list[RenderableType] = ["", title]
     if plan.kv_damage is None:
         return [*shown, sensitivity_grid(plan)]
@@ -129,7 +128,7 @@ def _short(plan: PlanSummary, name: str) -> str:
 def _formats_of(plan: PlanSummary) -> list[str]:
     """Formats that damage was estimated for, the narrowest first."""
     known = formats.names()
-    names = {name for each in plan.most_sensitive for name in each.damage}
+    names = {name for matrix in plan.most_sensitive for name in matrix.damage}
     return sorted(names, key=lambda name: (formats.get(name).nominal_bits if name in known else 99.0, name))
 
 
@@ -251,9 +250,9 @@ def write_png(plan: PlanSummary, path: Path) -> None:
     """
     if path.is_dir():
         raise usage_error(f"--png wants the name of a file, but {path} is a folder.")
-    drawn = figure(plan)
+    picture = figure(plan)
     with alone(path):
-        write_atomically(path, lambda temporary: drawn.savefig(temporary, format="png", dpi=120))
+        write_atomically(path, lambda temporary: picture.savefig(temporary, format="png", dpi=120))
 
 
 def figure(plan: PlanSummary) -> Figure:
@@ -263,9 +262,9 @@ def figure(plan: PlanSummary) -> Figure:
     layers, ends, roles = len(plan.layers()), len(plan.ends()), len(plan.roles())
     bars = bool(plan.most_sensitive)
     map_width, height = max(5.0, 1.0 + 0.85 * roles), 1.6 + 0.26 * max(layers + ends, 8)
-    drawn = Figure(figsize=(map_width + 6.0 * bars, height), layout="constrained")
-    drawn.suptitle("\n".join(in_short(plan)), fontsize=9)
-    left, *right = drawn.subfigures(1, 1 + bars, width_ratios=[map_width, 6.0][: 1 + bars], squeeze=False)[0]
+    picture = Figure(figsize=(map_width + 6.0 * bars, height), layout="constrained")
+    picture.suptitle("\n".join(in_short(plan)), fontsize=9)
+    left, *right = picture.subfigures(1, 1 + bars, width_ratios=[map_width, 6.0][: 1 + bars], squeeze=False)[0]
     axes = _stacked(left, layers, ends)
     _draw_map(plan, axes[0])
     if ends:
@@ -276,9 +275,9 @@ def figure(plan: PlanSummary) -> Figure:
     if right:
         top, *empty = _stacked(right[0], BARS_HEIGHT, height - BARS_HEIGHT)
         _draw_bars(plan, top)
-        for each in empty:
-            each.set_axis_off()
-    return drawn
+        for bar_axes in empty:
+            bar_axes.set_axis_off()
+    return picture
 
 
 def _stacked(place: SubFigure, *heights: float) -> list[Axes]:
@@ -318,11 +317,11 @@ def _draw_bars(plan: PlanSummary, axes: Axes) -> None:
     for number, name in enumerate(names):
         bits = formats.get(name).nominal_bits if name in known else high
         places = [y + (number - (len(names) - 1) / 2) * thick for y in range(len(plan.most_sensitive))]
-        lengths = [max(each.damage.get(name, 0.0), 0.0) for each in plan.most_sensitive]
+        lengths = [max(matrix.damage.get(name, 0.0), 0.0) for matrix in plan.most_sensitive]
         shade = [part / 255 for part in colour(bits, low, high)]
         axes.barh(places, lengths, thick, color=shade, edgecolor="0.4", linewidth=0.4, label=name)
     axes.set_yticks(
-        range(len(plan.most_sensitive)), [_short(plan, each.name) for each in plan.most_sensitive], fontsize=8
+        range(len(plan.most_sensitive)), [_short(plan, matrix.name) for matrix in plan.most_sensitive], fontsize=8
     )
     axes.invert_yaxis()
     axes.tick_params(axis="x", labelsize=8)
@@ -343,5 +342,5 @@ def _scale(plan: PlanSummary) -> dict[str, Any]:
     low, high = plan.range()
     if low == high:
         low, high = low - 0.5, high + 0.5
-    colours = [tuple(part / 255 for part in each) for each in COLOURS]
+    colours = [tuple(part / 255 for part in rgb) for rgb in COLOURS]
     return {"cmap": LinearSegmentedColormap.from_list("bits", colours), "vmin": low, "vmax": high}

@@ -12,14 +12,7 @@ from edgerazor import packed
 from edgerazor.console import Console, megabytes, table
 from edgerazor.errors import plain
 from edgerazor.packed import ClassBits, PackedModel
-
-NAMES = {
-    "linear": "decoder linear layers",
-    "embedding": "embeddings",
-    "head": "head",
-    "other": "norms and others",
-    None: "all tensors",
-}
+from edgerazor.report.tables import CLASSES
 
 
 class PackedSummary(BaseModel):
@@ -63,19 +56,19 @@ def show_format() -> list[RenderableType]:
     return [Markdown(packed.specification())]
 
 
-def show(found: PackedSummary) -> list[RenderableType]:
-    """The same for people."""
+def show(result: PackedSummary) -> list[RenderableType]:
+    """The packed folder, for people."""
     rows = [
-        [NAMES[each.kind], f"{each.weights:,}"]
-        + [f"{bits:.3f}" for bits in (each.nominal_bits, each.packed_bits, each.entropy_bits, each.stored_bits)]
-        for each in found.bits
+        [CLASSES[size.kind], f"{size.weights:,}"]
+        + [f"{bits:.3f}" for bits in (size.nominal_bits, size.packed_bits, size.entropy_bits, size.stored_bits)]
+        for size in result.bits
     ]
-    how = "compressed, " if found.compressed else ""
-    sizes = found.sizes
+    how = "compressed, " if result.compressed else ""
+    sizes = result.sizes
     caption = f"whole files: {megabytes(sizes.bytes)}, {sizes.real_bits:.3f} real bits; all in bits a weight"
     columns = ["tensors", "weights", "nominal", "packed", "entropy bound", "stored"]
-    lines: list[RenderableType] = [table(f"Packed model, {how}{found.folder}", columns, rows, caption)]
-    lines += [plain(f"{key}: {value}", 2000) for key, value in {**found.settings, **found.provenance}.items()]
-    if found.verified:
+    lines: list[RenderableType] = [table(f"Packed model, {how}{result.folder}", columns, rows, caption)]
+    lines += [plain(f"{key}: {value}", 2000) for key, value in {**result.settings, **result.provenance}.items()]
+    if result.verified:
         lines.append("verified: every checksum, code and digest")
     return lines

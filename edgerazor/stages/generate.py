@@ -12,42 +12,17 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import BaseModel, Field
 
 from edgerazor import runtime, transformers_plugin
-from edgerazor.console import Console, duration
+from edgerazor.console import Console
 from edgerazor.errors import INTERRUPTED, UserError, usage_error
 from edgerazor.recipe import Recipe
-from edgerazor.runtime import Generation, Model, Stream
+from edgerazor.report.generate_result import GenerateResult, result_fields, timings
+from edgerazor.runtime import Model, Stream
 from edgerazor.workdir import WorkDir, find_folder
 
 #: What a terminal would take as a command, if a model wrote it; a carriage return before a line end is left out.
 CONTROL = dict.fromkeys((*range(32), *range(127, 160)), "?") | {ord("\n"): "\n", ord("\t"): "\t", ord("\r"): ""}
-
-
-class GenerateResult(BaseModel):
-    """What a packed model wrote."""
-
-    model: str = Field(description="the packed folder")
-    engine: Literal["native", "transformers"] = Field(description="what computed")
-    kernel: str = Field(description="names of the kernels that multiplied")
-    threads: int
-    note: str | None = Field(description="why it was not the native engine")
-    seed: int
-    prompt: str
-    text: str = Field(description="behind the prompt, without the stop string that ended it")
-    tokens: list[int] = Field(description="those written, a stop string's too, but not the end-of-text token")
-    finish_reason: Literal["stop", "eos", "length", "context", "interrupted"] = Field(
-        description="a stop string, the model, max_tokens, the model's last position, or Ctrl-C"
-    )
-    prompt_tokens: int
-    load_seconds: float
-    prefill_seconds: float = Field(description="to read the prompt")
-    first_token_seconds: float | None = Field(description="from the prompt to the first token")
-    decode_seconds: float = Field(description="from the first token on")
-    tokens_per_second: float | None = Field(description="in decode_seconds")
 
 
 def run(folder: Path, prompt: str, recipe: Recipe, console: Console, mmap: bool = False) -> GenerateResult:
@@ -78,7 +53,7 @@ def run(folder: Path, prompt: str, recipe: Recipe, console: Console, mmap: bool 
             seed=recipe.seed,
             prompt=prompt,
             load_seconds=round(seconds, 6),
-            **about(stream.generation),
+            **result_fields(stream.generation),
         )
         console.say(timings(stream.generation, model))
         if finished:
@@ -137,37 +112,6 @@ def write(text: str) -> None:
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
     sys.stdout.flush()
-
-
-def about(made: Generation) -> dict[str, Any]:
-    """Fields of the result."""
-    fields = {name: round(value, 6) if isinstance(value, float) else value for name, value in vars(made).items()}
-    del fields["cached_tokens"]  # a single prompt has none
-    return fields | {"finish_reason": made.finish_reason or "interrupted"}
-
-
-def timings(made: Generation, model: Model) -> str:
-    """What it took, in one line."""
-    new = made.prompt_tokens - made.cached_tokens
-    cached = f" ({made.cached_tokens:,} more known)" if made.cached_tokens else ""
-    parts = [f"{new:,} prompt tokens{cached} in {duration(made.prefill_seconds)}"]
-    speed = f", {made.tokens_per_second:.1f} a second" if made.tokens_per_second is not None else ""
-    parts.append(f"{len(made.tokens):,} tokens in {duration(made.decode_seconds)}{speed}")
-    if made.first_token_seconds is not None:
-        parts.append(f"the first after {duration(made.first_token_seconds)}")
-    threads = f"{model.threads} thread{'s' if model.threads > 1 else ''}"
-    return f"{'; '.join(parts)}; {model.engine} engine, {model.kernel}, {threads}; {ending(made)}"
-
-
-def ending(made: Generation) -> str:
-    """Why it is at its end."""
-    reasons = {
-        "stop": "ended by a stop string",
-        "eos": "ended by the model",
-        "length": "ended at --max-tokens",
-        "context": "ended at the model's last position",
-    }
-    return reasons[made.finish_reason] if made.finish_reason else "interrupted"
 
 
 # --- what goes in ------------------------------------------------------------------------------

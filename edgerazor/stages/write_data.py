@@ -21,10 +21,11 @@ from typing import Any
 from pydantic import BaseModel
 from rich.console import RenderableType
 
-from edgerazor import data, job, untrusted
+from edgerazor import data, devices, untrusted
 from edgerazor.calibration import generated_text
 from edgerazor.console import Console
 from edgerazor.errors import UserError, usage_error
+from edgerazor.job import LoadedModel, RecipeContext, context_length
 from edgerazor.recipe import Recipe, Source
 from edgerazor.workdir import alone, record_of, sweep, sync, sync_open, versions, write_json
 
@@ -70,64 +71,68 @@ def run(
     Raises:
         UserError: the file holds something else, there is nothing to write from, or another process is writing it.
     """
+    context = RecipeContext(recipe, console)
     source = None if prompts is None else Source(file=str(prompts))
-    asked = settings(recipe, source)
-    wanted = tokens if source or tokens else recipe.data.generated_tokens
+    inputs = inputs_of(context, source)
+    limit = tokens if source or tokens else recipe.data.generated_tokens
     with alone(out):
         sweep(record_of(out))
-        return _run(recipe, out, source, asked, wanted, console, force)
+        return _run(context, out, source, inputs, limit, force)
 
 
 def _run(
-    recipe: Recipe,
-    out: Path,
-    source: Source | None,
-    asked: dict[str, str],
-    wanted: int | None,
-    console: Console,
-    force: bool,
+    context: RecipeContext, out: Path, source: Source | None, inputs: dict[str, str], limit: int | None, force: bool
 ) -> DataResult:
-    """The same as the only writer of the file; `asked` and `wanted` are what its record will say."""
-    device = job.device_of(recipe)
-    if not force and (finished := check_record(out, asked, wanted)):
+    """As `run`, by the only writer of the file; `inputs` and `limit` are what its record will say."""
+    recipe, console, device = context.recipe, context.console, context.device
+    if not force and (finished := check_record(out, inputs, limit)):
         console.say(f"{out} is up to date, skipping (--force to write it again)")
         return finished
     first = next(begin_from(source), "") if source else None
     if first == "":
         raise UserError(f"There are no prompts in {source and source.file}; expected texts or conversations.")
     began = time.monotonic()
-    teacher, tokenizer = job.load_teacher(recipe, device, job.reading_dtype(device))
-    context = job.context(teacher)
-    data.check_options(tokenizer, recipe.data.template_kwargs)
-    options = {**data.thinking_options(tokenizer, recipe.sampling.thinking), **recipe.data.template_kwargs}
-    writer = generated_text.Writer(teacher, tokenizer, recipe.sampling, recipe.seed, context, options)
+    writer = writer_of(context, context.load_teacher(device, devices.inference_dtype(device)))
     if force:
         out.unlink(missing_ok=True)  # before the record: killed in between, its rows are nobody's
-    done = Written() if force else whole_batches(out, recipe.sampling.batch_size)
-    if done.batches:
-        console.say(f"{out} has {done.rows:,} rows, and is gone on with")
-    write_json(record_of(out), {"settings": asked, "versions": versions()})
-    count = append(writer, out, source, done, wanted, console)
+    written = Written() if force else whole_batches(out, recipe.sampling.batch_size)
+    if written.batches:
+        console.say(f"{out} has {written.rows:,} rows, and is gone on with")
+    write_json(record_of(out), {"settings": inputs, "versions": versions()})
+    prompts = append(writer, out, source, written, limit, console)
     result = DataResult(
         out=str(out),
         model=recipe.model,
-        rows=done.rows,
-        prompts=count,
-        tokens=done.tokens,
+        rows=written.rows,
+        prompts=prompts,
+        tokens=written.tokens,
         seconds=round(time.monotonic() - began, 1),
         seed=recipe.seed,
         temperature=recipe.sampling.temperature,
         top_p=recipe.sampling.top_p,
         top_k=recipe.sampling.top_k,
     )
-    if not done.rows:
+    if not written.rows:
         raise UserError(
             f"{recipe.model} finished no answer within {recipe.sampling.answer_tokens} tokens.",
             "Allow longer ones with --answer-tokens.",
         )
-    finished_record = {"settings": asked, "versions": versions(), "wanted": wanted, "result": result.model_dump()}
-    write_json(record_of(out), finished_record)
+    record = {"settings": inputs, "versions": versions(), "wanted": limit, "result": result.model_dump()}
+    write_json(record_of(out), record)
     return result
+
+
+def writer_of(context: RecipeContext, teacher: LoadedModel) -> generated_text.Writer:
+    """The teacher writing as the recipe's `sampling` section says.
+
+    Raises:
+        UserError: its chat template does not take the recipe's options.
+    """
+    recipe, tokenizer = context.recipe, teacher.tokenizer
+    data.check_options(tokenizer, recipe.data.template_kwargs)
+    options = {**data.thinking_options(tokenizer, recipe.sampling.thinking), **recipe.data.template_kwargs}
+    length = context_length(teacher.model)
+    return generated_text.Writer(teacher.model, tokenizer, recipe.sampling, recipe.seed, length, options)
 
 
 def begin_from(source: Source | None) -> Iterator[generated_text.Prompt]:
@@ -136,30 +141,35 @@ def begin_from(source: Source | None) -> Iterator[generated_text.Prompt]:
 
 
 def append(
-    writer: generated_text.Writer, out: Path, source: Source | None, done: Written, wanted: int | None, console: Console
+    writer: generated_text.Writer,
+    out: Path,
+    source: Source | None,
+    written: Written,
+    limit: int | None,
+    console: Console,
 ) -> int:
-    """Write batch after batch until there is enough; `done` counts on. Returns the prompts used so far."""
+    """Write batch after batch until there is enough; `written` counts on. Returns the prompts used so far."""
     size = writer.sampling.batch_size
-    number = done.batches * size
-    with open(out, "ab") as file, console.track("the teacher writes", wanted or 0, done.tokens) as tracker:
-        file.truncate(done.bytes)
-        if wanted is not None and done.tokens >= wanted:
+    number = written.batches * size
+    with open(out, "ab") as file, console.track("the teacher writes", limit or 0, written.tokens) as tracker:
+        file.truncate(written.bytes)
+        if limit is not None and written.tokens >= limit:
             return number
-        for batch in writer.batches(begin_from(source), done.batches):
+        for batch in writer.batches(begin_from(source), written.batches):
             for row in batch:
                 if row.record is not None:
                     line = {**row.record, "prompt": number, "tokens": row.tokens}
                     file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-                    done.rows += 1
-                    done.tokens += row.tokens
+                    written.rows += 1
+                    written.tokens += row.tokens
                 number += 1
             file.flush()
             sync_open(file.fileno())
-            tracker.note(f"{done.rows:,} rows")
+            tracker.note(f"{written.rows:,} rows")
             tracker.advance(sum(row.tokens for row in batch if row.record is not None))
-            if wanted is not None and done.tokens >= wanted:
+            if limit is not None and written.tokens >= limit:
                 break
-            if source is None and done.tokens < 2 * number:
+            if source is None and written.tokens < 2 * number:
                 raise UserError(f"{writer.teacher.name_or_path} writes no text by itself.", "Give it --prompts FILE.")
     sync(out)
     return number
@@ -167,9 +177,9 @@ def append(
 
 def whole_batches(out: Path, size: int) -> Written:
     """What a file holds, without its last batch, which may be torn."""
-    done = before = Written()
+    whole = before = Written()
     if not out.exists():
-        return done
+        return whole
     place = 0
     with open(out, "rb") as file:
         for line in file:
@@ -178,28 +188,28 @@ def whole_batches(out: Path, size: int) -> Written:
                 batch, tokens = int(row["prompt"]) // size, int(row["tokens"])
             except (ValueError, KeyError, TypeError):
                 break
-            if batch != done.batches or place == 0:
-                before = done.model_copy(update={"batches": batch, "bytes": place})
+            if batch != whole.batches or place == 0:
+                before = whole.model_copy(update={"batches": batch, "bytes": place})
             place += len(line)
-            done = Written(batches=batch, rows=done.rows + 1, tokens=done.tokens + tokens, bytes=place)
+            whole = Written(batches=batch, rows=whole.rows + 1, tokens=whole.tokens + tokens, bytes=place)
     return before
 
 
 # --- how it was made ---------------------------------------------------------------------------
 
 
-def settings(recipe: Recipe, source: Source | None) -> dict[str, str]:
+def inputs_of(context: RecipeContext, source: Source | None) -> dict[str, str]:
     """What the rows depend on."""
     return {
-        "model": job.teacher_fingerprint(recipe),
+        "model": context.teacher_fingerprint,
         "prompts": data.fingerprint([source]) if source else "none",
-        "seed": str(recipe.seed),
-        **job.settings("sampling", recipe.sampling),
-        **job.text_settings(recipe),
+        "seed": str(context.recipe.seed),
+        **context.section_inputs("sampling"),
+        **context.text_inputs,
     }
 
 
-def check_record(out: Path, asked: dict[str, str], wanted: int | None) -> DataResult | None:
+def check_record(out: Path, inputs: dict[str, str], limit: int | None) -> DataResult | None:
     """The result of an earlier run that wrote just this, and enough of it.
 
     Raises:
@@ -216,14 +226,14 @@ def check_record(out: Path, asked: dict[str, str], wanted: int | None) -> DataRe
         raise usage_error(
             f"{out} exists, and there is no record that this command wrote it.", "Name another file with --out."
         ) from None
-    for name, value in asked.items():
+    for name, value in inputs.items():
         if stored.get(name) != value:
-            short = [str(each)[:12] if len(str(each)) == 64 else str(each) for each in (stored.get(name), value)]
+            short = [text[:12] if len(text) == 64 else text for text in map(str, (stored.get(name), value))]
             raise UserError(
                 f"{out} was written otherwise: {name.removeprefix('sampling.')} was {short[0]}, and is {short[1]} now.",
                 "Name another file with --out, or write it again with --force.",
             )
-    enough = result is not None and (record["wanted"] is None or (wanted is not None and result.tokens >= wanted))
+    enough = result is not None and (record["wanted"] is None or (limit is not None and result.tokens >= limit))
     return result if enough else None
 
 
@@ -231,5 +241,5 @@ def show(result: DataResult) -> list[RenderableType]:
     """The result, for people."""
     left = result.prompts - result.rows
     dropped = f"; {left:,} prompts gave no finished answer" if left else ""
-    made = f"{result.rows:,} rows, {result.tokens:,} tokens written by {result.model} in {result.seconds:g} s"
-    return [f"{result.out}: {made}{dropped}"]
+    written = f"{result.rows:,} rows, {result.tokens:,} tokens written by {result.model} in {result.seconds:g} s"
+    return [f"{result.out}: {written}{dropped}"]

@@ -8,6 +8,7 @@ without phases is a schedule of one.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edgerazor.errors import UserError, usage_error
@@ -79,7 +80,7 @@ def make_phases(
     return phases
 
 
-def steps_per_phase(phases: list[ScheduledPhase], steps: int) -> list[int]:
+def steps_per_phase(phases: Sequence[ScheduledPhase], steps: int) -> list[int]:
     """How many of the steps each phase takes: it ends with the first step at which its share is used up."""
     ends = [math.ceil(steps * (phase.end - TINY)) for phase in phases]
     return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]

@@ -33,7 +33,7 @@ from typing import Any
 
 from edgerazor.benchmark import peers
 from edgerazor.benchmark.bandwidth import Bandwidth
-from edgerazor.benchmark.engines import Round, Speed, Start, ask, worker
+from edgerazor.benchmark.engines import EngineConfig, Round, Speed, ask, worker
 from edgerazor.benchmark.peers import GgufFile, Program
 from edgerazor.console import Console
 from edgerazor.errors import QUALITY, UserError, usage_error
@@ -182,10 +182,10 @@ def opened(entry: Entry, table: Table, threads: int, log: Log, stack: ExitStack)
     model = entry.make()
     if isinstance(model, GgufFile):
         assert entry.program is not None
-        log.describe(table.name, entry.name, peers.about(entry.program, model))
+        log.describe(table.name, entry.name, peers.describe(entry.program, model))
         return partial(peers.measure, entry.program, model)
-    link = stack.enter_context(worker(Start(model, threads, isa=entry.isa)))
-    description = ask(link, "about")
+    link = stack.enter_context(worker(EngineConfig(model, threads, isa=entry.isa)))
+    description = ask(link, "describe")
     log.describe(table.name, entry.name, description)
     if description["note"]:
         log.note(f"{entry.name}: {description['note']}")

@@ -29,8 +29,8 @@ from torch import Tensor
 from edgerazor import data, formats, kernels, models, pipeline
 from edgerazor import recipe as recipes
 from edgerazor.console import Console
+from edgerazor.evaluation.eval_result import EvalResult, TextResult
 from edgerazor.formats import MatrixSpec
-from edgerazor.stages import eval as evaluation
 from edgerazor.workdir import WorkDir, machine
 from recipes.benchmarks.folders import RESULTS
 from recipes.benchmarks.methods import Teacher, Values, real_teachers
@@ -69,7 +69,7 @@ def rounding(teachers: list[Teacher]) -> str:
     return markdown(head, rows)
 
 
-def rounded(teacher: Teacher, calibrate: Values) -> evaluation.TextResult:
+def rounded(teacher: Teacher, calibrate: Values) -> TextResult:
     """What held-out text says of a teacher that is rounded so."""
     settings = {"plan": "interleave", "sequences": 64, "embedding_format": "int4", **calibrate}
     values: Values = {"model": str(teacher.model), "calibrate": settings, "pack": {"source": "teacher"}}
@@ -79,7 +79,7 @@ def rounded(teacher: Teacher, calibrate: Values) -> evaluation.TextResult:
         for stage in ("calibrate", "pack") if settings["plan"] == "sensitivity" else ("pack",):
             pipeline.run(stage, recipe, work, console)
         measured = pipeline.run("eval", recipe, work, console)
-    assert isinstance(measured, evaluation.EvalResult)
+    assert isinstance(measured, EvalResult)
     assert measured.text is not None
     return measured.text
 

@@ -190,6 +190,8 @@ def random_model(layers: int) -> Iterator[Path]:
 
 def our_step(folder: Path, device: str, checkpointed: bool) -> Step:
     from edgerazor import recipe, workdir
+    from edgerazor.console import Console
+    from edgerazor.job import JobContext
     from edgerazor.stages import distill
 
     settings = {
@@ -207,7 +209,8 @@ def our_step(folder: Path, device: str, checkpointed: bool) -> Step:
             "distill": settings,
         }
     )
-    trainer = distill.prepare(settings, workdir.WorkDir(folder / "work"), placeholders=True).trainer
+    context = JobContext(settings, workdir.WorkDir(folder / "work"), Console(quiet=True))
+    trainer = distill.prepare(context, placeholders=True).trainer
     trainer.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1, device=device))], lr=0.0)
     batches = next(trainer.batches())
 

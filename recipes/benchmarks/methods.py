@@ -40,6 +40,7 @@ from edgerazor import data, models, pipeline, tasks
 from edgerazor import recipe as recipes
 from edgerazor.console import Console
 from edgerazor.errors import INTERRUPTED, UserError, usage_error
+from edgerazor.evaluation.eval_result import EvalResult
 from edgerazor.recipe import Recipe
 from edgerazor.stages import eval as evaluation
 from edgerazor.workdir import WorkDir, digest_json, machine, versions, write_json, write_text
@@ -347,7 +348,7 @@ def our_row(teacher: Teacher, method: Method, bits: float, setting: Setting, fol
         seconds += getattr(result, "seconds", None) or manifest.seconds  # distill counts across resumes
     measured = pipeline.run("eval", recipe, work, setting.console)
     packed = work.manifest("pack")
-    assert isinstance(measured, evaluation.EvalResult)
+    assert isinstance(measured, EvalResult)
     assert packed is not None
     sizes = {key: packed.result[key] for key in ("bytes", "nominal_bits", "real_bits")}
     return {**sizes, "seconds": seconds, **scores(measured)}
@@ -426,7 +427,7 @@ def round_tables(folder: Path, tables: Sequence[Any]) -> None:
         model.save_pretrained(folder)
 
 
-def scores(measured: evaluation.EvalResult) -> Row:
+def scores(measured: EvalResult) -> Row:
     """What the table shows of a measurement."""
     mean, text = measured.average, measured.text
     return {

@@ -23,11 +23,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgerazor import data, formats, job, models, pipeline
+import torch
+
+from edgerazor import data, formats, models, pipeline
 from edgerazor import recipe as recipes
 from edgerazor.errors import UserError
+from edgerazor.evaluation.eval_result import EvalResult
+from edgerazor.job import JobContext
 from edgerazor.recipe import Recipe
-from edgerazor.stages import eval as evaluation
 from edgerazor.workdir import WorkDir, digest_json, machine, versions, write_json
 from recipes.benchmarks import numerics
 from recipes.benchmarks.folders import BUILD, RESULTS
@@ -91,10 +94,10 @@ def recipe_of(case: Case, setting: Setting) -> Recipe:
     interleave = recipes.build(recipes.merge(values, {"calibrate": {"plan": "interleave", "bits": case.bits}}))
     if case.kind == "interleave":
         return interleave
-    teacher, _ = models.load(case.teacher.model)
-    structure = models.structure(teacher)
-    size = job.packed_size(interleave, teacher, structure, "student" if case.trained else "teacher")
-    limit = size(job.new_plan(interleave, teacher, structure)).bytes
+    context = JobContext(interleave, WorkDir(setting.build), setting.console)
+    teacher = context.load_teacher(torch.device("cpu"))
+    size = context.packed_size(teacher, "student" if case.trained else "teacher")
+    limit = size(context.new_plan(teacher)).bytes
     if case.kind == "uniform":
         for name in UNIFORM:
             wide = {
@@ -103,7 +106,7 @@ def recipe_of(case: Case, setting: Setting) -> Recipe:
                 "bits": 1.58 if name == "ternary" else float(name[3:]),
             }
             chosen = recipes.build(recipes.merge(values, {"calibrate": wide}))
-            if size(job.new_plan(chosen, teacher, structure)).bytes <= limit:
+            if size(JobContext(chosen, context.work, setting.console).new_plan(teacher)).bytes <= limit:
                 return chosen
         raise UserError("No single format is small enough.")
     granularity = {"rows": "row", "tensors": "tensor"}[case.kind]
@@ -144,7 +147,7 @@ def make_row(case: Case, recipe: Recipe, setting: Setting) -> Row:
     keep_statistics(case, work, setting, measured_plan)
     measured = pipeline.run("eval", recipe, work, setting.console)
     packed, calibrated = work.manifest("pack"), work.manifest("calibrate")
-    assert isinstance(measured, evaluation.EvalResult)
+    assert isinstance(measured, EvalResult)
     assert packed is not None
     sizes = {key: packed.result[key] for key in ("bytes", "nominal_bits", "real_bits")}
     calibration = calibrated.result if calibrated else {}

@@ -1,0 +1,71 @@
+"""What calibrate left in the working directory for the stages behind it: the plan and the statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from edgerazor import untrusted
+from edgerazor.allocate import Plan
+from edgerazor.errors import UserError
+from edgerazor.losses import METRICS
+from edgerazor.workdir import WorkDir
+
+
+def read_plan(work: WorkDir) -> Plan:
+    """What calibrate decided.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        return untrusted.load_model(work.plan_file, Plan)
+    except (OSError, ValueError):
+        raise unusable(work.plan_file) from None
+
+
+def read_vector(work: WorkDir, name: str) -> list[float]:
+    """A vector of the statistics, by its name in `stats.safetensors`.
+
+    Raises:
+        UserError: the file is missing or damaged, or has no such vector.
+    """
+    try:
+        return [float(value) for value in load_file(work.statistics_file)[name]]
+    except (OSError, SafetensorError, KeyError):
+        raise unusable(work.statistics_file) from None
+
+
+def read_layer_metrics(work: WorkDir) -> dict[str, list[float]]:
+    """What was measured of each decoder layer (see `losses.METRICS`), by metric.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    return {metric: read_vector(work, f"layer_{metric}") for metric in METRICS}
+
+
+def read_input_scales(work: WorkDir, names: Iterable[str], activation_bits: int) -> dict[str, float]:
+    """The stored scales of inputs, by their names in `stats.safetensors`.
+
+    Raises:
+        UserError: the file is missing or damaged, or its scales are for other bits.
+    """
+    if read_plan(work).activation_bits != activation_bits:
+        raise UserError(
+            f"The scales in {work.statistics_file} are not for {activation_bits}-bit activations.",
+            "Run `edgerazor calibrate` first.",
+        )
+    try:
+        stored = load_file(work.statistics_file)
+        return {name: float(stored[name]) for name in names}
+    except (OSError, SafetensorError, KeyError):
+        raise unusable(work.statistics_file) from None
+
+
+def unusable(path: Path) -> UserError:
+    """What to say of a file of calibrate that is missing or damaged."""
+    return UserError(f"{path} is missing or damaged.", "Make it again with `edgerazor calibrate --force`.")

@@ -1,0 +1,80 @@
+"""Where a job computes: the device, the number types that are fast on it, and the processes of a launcher."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+from accelerate import PartialState
+
+from edgerazor.console import launched
+from edgerazor.errors import UserError, usage_error
+
+
+def choose(name: str, threads: int | None) -> torch.device:
+    """The device of that name; also sets the number of CPU threads.
+
+    Args:
+        name: `auto`, `cpu`, `cuda` or `cuda:N`.
+        threads: CPU threads; None for torch's own choice, or an equal share where a launcher started several processes.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    elif "LOCAL_WORLD_SIZE" in os.environ:  # several processes share the cores
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, launched("LOCAL_WORLD_SIZE", 1))))
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise usage_error(f"There is no device called {name!r}.", "Use auto, cpu, cuda or cuda:N.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("No CUDA device was found by torch.", "Use --device cpu, or install torch with CUDA.")
+    if device.type not in ("cpu", "cuda"):
+        raise usage_error(f"The device {name!r} is not supported.", "Use auto, cpu, cuda or cuda:N.")
+    return device
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 matrices faster than float32 ones."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, check, bool)() for check in checks)
+
+
+def inference_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of a teacher that only infers: the checkpoint's own (None) where bfloat16 is fast, else float32."""
+    return None if fast_bfloat16(device) else torch.float32
+
+
+def gradient_dtype(checkpoint: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of a teacher that gradients go through: bfloat16 where it is the checkpoint's and fast, else float32.
+
+    Gradients leave the range of float16, so that is never chosen.
+    """
+    return checkpoint if fast_bfloat16(device) and checkpoint == torch.bfloat16 else torch.float32
+
+
+# --- processes ---------------------------------------------------------------------------------
+
+
+def process_count() -> int:
+    """How many processes a launcher (torchrun, accelerate launch) started for this run."""
+    return launched("WORLD_SIZE", 1)
+
+
+def join_processes(device: torch.device) -> None:
+    """Meet the other processes of a launcher, if there are any; they may wait for each other for hours."""
+    if process_count() > 1:
+        PartialState(cpu=device.type == "cpu", timeout=timedelta(days=7))
+
+
+def wait_for_everyone() -> None:
+    """Barrier: block until every process of the launcher has arrived."""
+    if process_count() > 1:
+        PartialState().wait_for_everyone()
