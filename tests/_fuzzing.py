@@ -275,22 +275,22 @@ def report(outcome: Outcome) -> None:
     )
 
 
-def main(subject: Subject, about: str | None, count: int, workers: int = 1) -> None:
+def main(subject: Subject, description: str | None, count: int, workers: int = 1) -> None:
     """The command line of a fuzzer that checks `count` folders unless asked for another number."""
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("count", type=int, nargs="?", default=count, help="how many folders")
     parser.add_argument("--seconds", type=float, help="stop after so many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=workers, help="processes at a time")
     parser.add_argument("--only", type=int, metavar="NUMBER", help="this folder alone, with a traceback")
     parser.add_argument("--work", nargs=6, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.work:
-        first, stop, step, seed, deadline, loud = asked.work
+    options = parser.parse_args()
+    if options.work:
+        first, stop, step, seed, deadline, loud = options.work
         work(subject, range(int(first), int(stop), int(step)), int(seed), float(deadline), loud == "1")
         return
-    single = asked.only is not None
-    first, stop = (asked.only, asked.only + 1) if single else (0, asked.count)
-    outcome = fuzz(subject, stop, asked.seconds, asked.seed, first, single, 1 if single else asked.workers)
+    single = options.only is not None
+    first, stop = (options.only, options.only + 1) if single else (0, options.count)
+    outcome = fuzz(subject, stop, options.seconds, options.seed, first, single, 1 if single else options.workers)
     report(outcome)
     sys.exit(1 if outcome.failures or (subject.memory is not None and outcome.peak > subject.memory) else 0)

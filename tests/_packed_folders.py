@@ -34,21 +34,21 @@ Choose = Callable[[str, int, int], MatrixSpec]
 def write_packed(folder: Path, model: Path, choose: Choose, dtype: torch.dtype = torch.float32) -> PackedModel:
     """Pack a model folder with formats of its own for each matrix; what is not quantized gets a dtype."""
     teacher, _ = models.load(model)
-    found = models.structure(teacher)
+    structure = models.structure(teacher)
     state = teacher.state_dict()
-    names = {site.name for site in found.targets} | {found.head_path}
+    names = {target.name for target in structure.targets} | {structure.head_path}
     matrices = []
-    for site in found.targets:
-        spec = choose(site.name, site.rows, site.columns)
-        encoded = formats.encode_matrix(state[f"{site.name}.weight"], spec)
-        matrices.append(PackedMatrix(site.name, site.kind, encoded, spec))
+    for target in structure.targets:
+        spec = choose(target.name, target.rows, target.columns)
+        encoded = formats.encode_matrix(state[f"{target.name}.weight"], spec)
+        matrices.append(PackedMatrix(target.name, target.kind, encoded, spec))
     others = {key: value.to(dtype) for key, value in state.items() if key.removesuffix(".weight") not in names}
     others["model.layers.0.mlp.down_proj.input_scale"] = torch.tensor(0.5)  # ours alone
     folder.mkdir(parents=True)
-    tied = {} if found.head else {found.head_path: found.embedding.name}
+    tied = {} if structure.head else {structure.head_path: structure.embedding.name}
     packed.write(
         folder,
-        [each.source() for each in matrices],
+        [matrix.source() for matrix in matrices],
         others,
         tied=tied,
         settings=SETTINGS,

@@ -130,7 +130,7 @@ def warm_up(place: Path) -> None:
     typer.main.get_command = functools.cache(typer.main.get_command)
     shutil.copytree(place / BASE, place / "whole", symlinks=True)
     known = [words for commands in KINDS.values() for words in commands]
-    for words in {tuple(each): each for each in known}.values():
+    for words in {tuple(line): line for line in known}.values():
         with contextlib.chdir(place / "whole"):
             quietly(*words)
             shutil.rmtree("job", ignore_errors=True)
@@ -152,7 +152,7 @@ def make_mlx() -> None:
 
     shutil.copytree(MODEL, MLX)
     tensors = load_file(Path(MODEL) / "model.safetensors")
-    for name in [each for each in tensors if each.endswith(("q_proj.weight", "embed_tokens.weight"))]:
+    for name in [name for name in tensors if name.endswith(("q_proj.weight", "embed_tokens.weight"))]:
         rows, cols = tensors[name].shape
         bare = name.removesuffix(".weight")
         tensors[name] = torch.randint(2**30, (rows, cols // 8), dtype=torch.int32).view(torch.uint32)
@@ -264,7 +264,7 @@ def insert_text(draw: random.Random, folder: Folder) -> None:
     name = pick(draw, folder)
     content = folder.files[name]
     start = draw.randrange(len(content) + 1)
-    tricks = [str(each).encode(errors="surrogatepass") for each in NASTY if isinstance(each, str)]
+    tricks = [str(text).encode(errors="surrogatepass") for text in NASTY if isinstance(text, str)]
     tricks += [
         b"\x1b[31m",
         b"\xc2\x9b2J",
@@ -363,7 +363,7 @@ def quietly(*words: str) -> None:
 @contextlib.contextmanager
 def devnull() -> Iterator[None]:
     """What is written to files 1 and 2 goes nowhere."""
-    kept = [os.dup(number) for number in (1, 2)]
+    copies = [os.dup(number) for number in (1, 2)]
     nowhere = os.open(os.devnull, os.O_RDWR)
     try:
         for number in (1, 2):
@@ -372,7 +372,7 @@ def devnull() -> Iterator[None]:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        for number, before in zip((1, 2), kept, strict=True):
+        for number, before in zip((1, 2), copies, strict=True):
             os.dup2(before, number)
             os.close(before)
         os.close(nowhere)
@@ -393,8 +393,8 @@ def check(path: Path, folder: Folder) -> str:
     place = path.parent / "run"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
-    for each in (path.parent / BASE).iterdir():
-        (place / each.name).symlink_to(each)
+    for source in (path.parent / BASE).iterdir():
+        (place / source.name).symlink_to(source)
     (place / folder.kind).unlink()
     if (path.parent / BASE / folder.kind).is_file():
         shutil.copyfile(path / folder.kind, place / folder.kind)
@@ -411,7 +411,7 @@ def check(path: Path, folder: Folder) -> str:
         check_answer(answer, " ".join(words))
     base = path.parent / BASE / folder.kind
     if all(
-        (each := base / name if base.is_dir() else base).exists() and each.read_bytes() == content
+        (copy := base / name if base.is_dir() else base).exists() and copy.read_bytes() == content
         for name, content in folder.files.items()
     ):
         assert answer.code == 0, f"{' '.join(words)}: exit code {answer.code} of a whole input: {answer.said!r}"
@@ -433,20 +433,20 @@ class Answer(NamedTuple):
     memory: int
 
 
-def check_answer(answer: Answer, about: str) -> None:
-    """AssertionError where the law is broken by the command that `about` names."""
+def check_answer(answer: Answer, command: str) -> None:
+    """AssertionError where the law is broken by the command that `command` names."""
     code, said, memory = answer
-    assert code != -signal.SIGXCPU, f"{about}: no answer within {SECONDS} seconds of CPU time: {said[-1500:]!r}"
-    codes = (0, 1, 2, 3) if about.startswith("eval") else (0, 1, 2)  # its gates: a damaged model or text is a bad one
-    assert code in codes, f"{about}: exit code {code}: {said[-1500:]!r}"
-    assert len(said) <= LONGEST, f"{about}: {len(said)} bytes on stderr: {said[:300]!r} ... {said[-300:]!r}"
+    assert code != -signal.SIGXCPU, f"{command}: no answer within {SECONDS} seconds of CPU time: {said[-1500:]!r}"
+    codes = (0, 1, 2, 3) if command.startswith("eval") else (0, 1, 2)  # its gates: a damaged model or text is a bad one
+    assert code in codes, f"{command}: exit code {code}: {said[-1500:]!r}"
+    assert len(said) <= LONGEST, f"{command}: {len(said)} bytes on stderr: {said[:300]!r} ... {said[-300:]!r}"
     text = said.decode("utf-8")
-    assert "Traceback" not in text, f"{about}: {text[-1500:]}"
-    strange = {each for each in text if not (each.isprintable() or each == "\n")}
-    assert not strange, f"{about}: {strange} in {text!r}"
-    assert code == 0 or "Error" in text, f"{about}: exit code {code} without a sentence: {text!r}"
-    assert memory < MEMORY, f"{about}: {memory / 1e6:.0f} MB of memory"
-    assert "There is not enough memory" not in text, f"{about}: {ADDRESSES / 1e9:.0f} GB of addresses: {text!r}"
+    assert "Traceback" not in text, f"{command}: {text[-1500:]}"
+    strange = {character for character in text if not (character.isprintable() or character == "\n")}
+    assert not strange, f"{command}: {strange} in {text!r}"
+    assert code == 0 or "Error" in text, f"{command}: exit code {code} without a sentence: {text!r}"
+    assert memory < MEMORY, f"{command}: {memory / 1e6:.0f} MB of memory"
+    assert "There is not enough memory" not in text, f"{command}: {ADDRESSES / 1e9:.0f} GB of addresses: {text!r}"
 
 
 class Runner:
@@ -513,7 +513,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def run_commands(asked: Iterable[str], answers: int, stderr: int) -> None:
+def run_commands(requests: Iterable[str], answers: int, stderr: int) -> None:
     """Commands as the console script runs them, one after the other; a line of JSON about each."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     before = resident()
@@ -522,7 +522,7 @@ def run_commands(asked: Iterable[str], answers: int, stderr: int) -> None:
     os.dup2(os.open(os.devnull, os.O_RDWR), 1)
     os.dup2(1, 0)
     os.dup2(stderr, 2)
-    for line in asked:
+    for line in requests:
         place, words = json.loads(line)
         os.ftruncate(2, 0)
         os.lseek(2, 0, os.SEEK_SET)

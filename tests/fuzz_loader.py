@@ -136,17 +136,17 @@ def make_pieces(kind: Kind) -> Pieces:
     torch.manual_seed(1)
     config = CONFIG_MAPPING[kind.model_type](**{**SHAPE, **kind.special})
     model = AutoModelForCausalLM.from_config(config)
-    found, state = models.structure(model), model.state_dict()
+    structure, state = models.structure(model), model.state_dict()
     settings = {**SETTINGS, "group_size": 16, **kind.settings}
     matrices = {}
-    for site in found.targets:
-        weight = state[f"{site.name}.weight"] + 0.1 * torch.randn(site.rows, site.columns)
-        spec = spec_of(FORMATS[site.name.rpartition(".")[2]], site.rows, settings["group_size"])
-        matrices[site.name] = matrix_of(site.name, site.kind, weight, spec)
-    names = {f"{name}.weight" for name in (*matrices, found.head_path)}
+    for target in structure.targets:
+        weight = state[f"{target.name}.weight"] + 0.1 * torch.randn(target.rows, target.columns)
+        spec = spec_of(FORMATS[target.name.rpartition(".")[2]], target.rows, settings["group_size"])
+        matrices[target.name] = matrix_of(target.name, target.kind, weight, spec)
+    names = {f"{name}.weight" for name in (*matrices, structure.head_path)}
     others = {name: tensor + 0.1 for name, tensor in state.items() if name not in names}
     others[f"model.layers.0.mlp.down_proj.{INPUT_SCALE}"] = torch.tensor(0.01)
-    tied = {} if found.head else {found.head_path: found.embedding.name}
+    tied = {} if structure.head else {structure.head_path: structure.embedding.name}
     return Pieces(matrices, others, tied, settings, json.loads(config.to_json_string(False)), companions())
 
 
@@ -436,14 +436,14 @@ def numbers(model: runtime.Model) -> list[Tensor]:
     """Logits, scores and greedy tokens of some tokens, the first and the last among them."""
     count, most = model.vocabulary, model.max_positions
     ids = [0, count - 1, 1 % count, count // 2, count - 1, 0, 2 % count, count // 3, count - 1][:most]
-    found = [model.logits(ids)]
+    outputs = [model.logits(ids)]
     session = model.session()
-    found += [session.feed(ids[:-1]), session.feed(ids[-1:])] if len(ids) > 1 else [session.feed(ids)]
-    found.append(torch.tensor(session.greedy(3)))
+    outputs += [session.feed(ids[:-1]), session.feed(ids[-1:])] if len(ids) > 1 else [session.feed(ids)]
+    outputs.append(torch.tensor(session.greedy(3)))
     if len(ids) > 3:
         (scores,) = model.score([(ids[:2], [ids[2:], ids[3:], ids[2:3]])])
-        found.append(torch.tensor([[each.log_probability, each.greedy] for each in scores]))
-    return found
+        outputs.append(torch.tensor([[score.log_probability, score.greedy] for score in scores]))
+    return outputs
 
 
 def same(first: list[Tensor], second: list[Tensor]) -> bool:
@@ -467,10 +467,10 @@ def guard_tensors() -> None:
     load = weight_memory.load_matrices
 
     def guarded(opened: PackedModel, names: Sequence[str], mapped: bool, expanded: bool) -> Mapping[str, native.Matrix]:
-        found = load(opened, names, mapped, expanded)
-        for matrix in found.values():
+        loaded = load(opened, names, mapped, expanded)
+        for matrix in loaded.values():
             matrix.parts = [alone(part) for part in matrix.parts]
-        return found
+        return loaded
 
     native_model.load_matrices = guarded  # type: ignore[assignment]
     weight_memory.huge_memory = lambda size: torch.zeros(size, dtype=torch.uint8)

@@ -165,7 +165,7 @@ def nasty(draw: random.Random, old: Any, tree: Any, places: list[tuple[Any, ...]
     if isinstance(old, str) and choice < 0.2:
         return draw.choice([old + "x", old[1:], old.upper(), old + "\n", f" {old}", old[::-1], old * 2])
     if isinstance(old, list) and choice < 0.3:
-        return draw.choice([old + old, old[1:], old[::-1], [old], [*old, 1], [each for each in old if each]])
+        return draw.choice([old + old, old[1:], old[::-1], [old], [*old, 1], [value for value in old if value]])
     if choice < 0.6:
         return copy.deepcopy(at(tree, draw.choice(places)))
     return Raw(draw.choice(RAW)) if choice < 0.7 else copy.deepcopy(draw.choice(NASTY))
@@ -266,10 +266,10 @@ def change_header(draw: random.Random, folder: Folder) -> None:
 
 
 def put_header(draw: random.Random, folder: Folder, entries: Any, data: bytes, header: str) -> None:
-    about = entries["__metadata__"]
-    about[HEADER_KEY] = header
+    metadata = entries["__metadata__"]
+    metadata[HEADER_KEY] = header
     if draw.random() < 0.9:
-        about[HEADER_SUM_KEY] = hashlib.sha256(header.encode(errors="surrogatepass")).hexdigest()
+        metadata[HEADER_SUM_KEY] = hashlib.sha256(header.encode(errors="surrogatepass")).hexdigest()
         folder.lies = True
     folder.files[folder.weights()[0]] = join(encoded(draw, dump(entries)), data)
 
@@ -287,7 +287,7 @@ def change_data_and_checksum(draw: random.Random, folder: Folder) -> None:
     contents = {name: split(folder.files[name]) for name in folder.weights()}
     name = draw.choice(list(contents))
     entries, data = contents[name]
-    tensor = draw.choice([each for each in entries if each != "__metadata__"])
+    tensor = draw.choice([name for name in entries if name != "__metadata__"])
     start, stop = entries[tensor]["data_offsets"]
     changed = bytearray(data)
     for _ in range(draw.choice([1, 1, 3, 50])):
@@ -308,12 +308,12 @@ def change_checksums(draw: random.Random, folder: Folder) -> None:
     rows = checksum_rows(folder.header)
     for _ in range(draw.choice([1, 1, 3])):
         first, second = (draw.randrange(len(rows)) for _ in range(2))
-        found = checksum(folder, first), checksum(folder, second)
+        sums = checksum(folder, first), checksum(folder, second)
         if draw.random() < 0.5 and first != second:
-            put_checksum(folder, first, found[1])
-            put_checksum(folder, second, found[0])
+            put_checksum(folder, first, sums[1])
+            put_checksum(folder, second, sums[0])
         else:
-            put_checksum(folder, first, draw.choice([found[1], bytes(32), draw.randbytes(32)]))
+            put_checksum(folder, first, draw.choice([sums[1], bytes(32), draw.randbytes(32)]))
     refer_to_checksums(draw, folder)
 
 

@@ -125,10 +125,10 @@ def start_together(words: list[str], place: Path) -> list[Ended]:
 
     cli.main = main  # type: ignore[assignment]
     try:
-        children = [run(words, each) for each in places]
+        children = [run(words, folder) for folder in places]
     finally:
         cli.main = run_main
-    return [ended(child, each) for child, each in zip(children, places, strict=True)]
+    return [ended(child, folder) for child, folder in zip(children, places, strict=True)]
 
 
 def one_round(race: Race, place: Path) -> int:
@@ -138,17 +138,17 @@ def one_round(race: Race, place: Path) -> int:
         AssertionError: the law does not hold.
     """
     race.before()
-    found = start_together(race.words, place)
-    refused = [each for each in found if each.code != 0]
-    assert len(refused) < WRITERS, f"nobody succeeded: {found}"
-    for each in refused:
-        sentences = [line for line in each.err.splitlines() if line.startswith("Error: ")]
-        said = " ".join(each.err.split())
-        assert each.code == 1, each
-        assert len(sentences) == 1, each
-        assert "Another edgerazor (process" in said, each
-        assert "Traceback" not in each.err, each
-        assert each.out == "", each
+    outcomes = start_together(race.words, place)
+    refused = [outcome for outcome in outcomes if outcome.code != 0]
+    assert len(refused) < WRITERS, f"nobody succeeded: {outcomes}"
+    for outcome in refused:
+        sentences = [line for line in outcome.err.splitlines() if line.startswith("Error: ")]
+        said = " ".join(outcome.err.split())
+        assert outcome.code == 1, outcome
+        assert len(sentences) == 1, outcome
+        assert "Another edgerazor (process" in said, outcome
+        assert "Traceback" not in outcome.err, outcome
+        assert outcome.out == "", outcome
     race.check()
     left = {path.name for path in race.target.iterdir()}
     assert left == race.left, f"left behind: {sorted(left ^ race.left)}"
@@ -168,9 +168,9 @@ def races(place: Path) -> dict[str, Race]:
     folder = place / "shipped" / "model"
     shutil.copytree(WorkDir(place / "first").folder("pack"), folder)
     (folder / "manifest.json").unlink()
-    found = [pack_race(place, model, common), *ship_races(folder), data_race(place, model, common)]
+    first_races = [pack_race(place, model, common), *ship_races(folder), data_race(place, model, common)]
     return dict(
-        zip(["pack", "compress", "export", "data", "distill"], [*found, distill_race(place, common)], strict=True)
+        zip(["pack", "compress", "export", "data", "distill"], [*first_races, distill_race(place, common)], strict=True)
     )
 
 
@@ -190,17 +190,17 @@ def pack_race(place: Path, model: Path, common: list[str]) -> Race:
 def ship_races(folder: Path) -> tuple[Race, Race]:
     """Compressing, and exporting, of a packed folder; whether it is compressed changes from round to round."""
     digests = {name: entry.digest for name, entry in PackedModel.open(folder).header.matrices.items()}
-    asked = ["pack", str(folder), "--compress", "--quiet"]
+    words = ["pack", str(folder), "--compress", "--quiet"]
     target = folder.parent / f"{folder.name}-exports"
 
     def turn() -> None:
         shutil.rmtree(target, ignore_errors=True)
-        asked[2] = "--no-compress" if PackedModel.open(folder).header.compression else "--compress"
+        words[2] = "--no-compress" if PackedModel.open(folder).header.compression else "--compress"
 
     def compressed() -> None:
         model = PackedModel.open(folder)
         model.verify()
-        assert (model.header.compression is not None) == (asked[2] == "--compress")
+        assert (model.header.compression is not None) == (words[2] == "--compress")
         assert digests == {name: entry.digest for name, entry in model.header.matrices.items()}
         assert len(runtime.load(folder, engine="transformers").tokenizer) > 0
 
@@ -210,7 +210,7 @@ def ship_races(folder: Path) -> tuple[Race, Race]:
 
     export = ["pack", str(folder), "--export", "hf-f32", "--quiet"]
     return (
-        Race(asked, turn, compressed, folder.parent, {folder.name}),
+        Race(words, turn, compressed, folder.parent, {folder.name}),
         Race(export, lambda: None, exported, target, {"hf-f32"}),
     )
 
@@ -249,14 +249,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("rounds", type=int, nargs="?", default=20, help="of each command")
     parser.add_argument("--only", help="one of the commands: pack, compress, export, data, distill")
-    asked = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     failures = 0
     with tempfile.TemporaryDirectory() as folder:
         for name, race in races(Path(folder)).items():
-            if asked.only in (None, name):
-                failures += compete(name, race, asked.rounds, Path(folder))
+            if options.only in (None, name):
+                failures += compete(name, race, options.rounds, Path(folder))
     return 1 if failures else 0
 
 
@@ -270,7 +270,7 @@ def compete(name: str, race: Race, rounds: int, place: Path) -> int:
         except Exception as error:
             failures += 1
             print(f"{name}, round {number}: {type(error).__name__}: {error}", flush=True)
-    said = ", ".join(f"{count} with {each} refused" for each, count in sorted(refused.items()))
+    said = ", ".join(f"{count} with {number} refused" for number, count in sorted(refused.items()))
     print(f"{name}: {rounds} rounds of {WRITERS} writers, {failures} wrong; {said}", flush=True)
     return failures
 

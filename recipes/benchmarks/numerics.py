@@ -107,9 +107,9 @@ def of_loss(name: str) -> str:
     samples, tokens = losses.step_counts(labels)
     sums = loss.teacher_statistics(teacher, labels)
     totals = losses.StepTotals(samples, tokens, {key: float(value) / samples for key, value in sums.items()})
-    value = losses.objective([(1.0, loss)], student, teacher, labels, totals)
+    value = losses.total_loss([(1.0, loss)], student, teacher, labels, totals)
     value.backward()
-    parts = [student.states, *student.hidden.values()]
+    parts = [student.last_hidden_state, *student.hidden_states.values()]
     parts += [part for of in student.attention.values() for part in (of.query, of.key, of.value) if part is not None]
     return digest_json(roughly(value, *(part.grad for part in parts if part.grad is not None)))
 
