@@ -13,13 +13,13 @@ BIN := .venv/bin
 WORLD := recipes/world
 JOB := build/quickstart
 SELFTESTS := kernels decoder
-PARALLEL := --numprocesses auto --dist loadfile
+PYTEST := -m pytest --numprocesses auto --dist loadfile --durations 10
 KERNELS := edgerazor/kernels/libedgerazor.so
 
 # Real models and texts for `make results-methods`, beside the embedded teacher: a folder with `models` and `text`.
 REAL_DATA ?= $(wildcard ../shared/data)
 
-.PHONY: install quickstart test test-all check world-data teacher clean kernels test-arm test-sanitizers
+.PHONY: install quickstart test test-fast test-all check world-data teacher clean kernels test-arm test-sanitizers
 .PHONY: results-methods results-plans results-sensitivity peers interop sizes compression llamacpp llamacpp-avx2 bench-peers
 
 install: .venv/installed
@@ -48,7 +48,7 @@ test-newest: $(KERNELS) $(WORLD)/distill.txt
 	$(PYTHON) -m venv build/newest
 	build/newest/bin/pip install --quiet $(TORCH_NEWEST)
 	build/newest/bin/pip install --quiet --editable '.[dev]'
-	build/newest/bin/python -m pytest $(PARALLEL)
+	build/newest/bin/python $(PYTEST)
 
 test-oldest: $(KERNELS) $(WORLD)/distill.txt
 	rm -rf build/oldest
@@ -57,7 +57,7 @@ test-oldest: $(KERNELS) $(WORLD)/distill.txt
 	$(PYTHON) .ci/oldest.py > build/oldest/requirements.txt
 	build/oldest/bin/pip install --quiet --requirement build/oldest/requirements.txt
 	build/oldest/bin/pip install --quiet --no-deps --editable .
-	build/oldest/bin/python -m pytest $(PARALLEL)
+	build/oldest/bin/python $(PYTEST)
 
 # The main job on the embedded teacher: all five stages, beside rounding to nearest and a control that
 # is trained for as many steps on the same text, but without a teacher.
@@ -71,27 +71,27 @@ quickstart: install $(WORLD)/distill.txt
 $(WORLD)/distill.txt: $(WORLD)/corpus.py | install
 	$(BIN)/python $(WORLD)/corpus.py distill
 
-# The table of methods in recipes/RESULTS.md; hours, but it keeps what is finished and goes on where it was stopped.
+# The table of methods in recipes/results/methods.md; hours, but it keeps what is finished and goes on where it was stopped.
 results-methods: install peers $(WORLD)/distill.txt
-	$(BIN)/python recipes/methods.py $(if $(REAL_DATA),--real-data $(REAL_DATA))
+	$(BIN)/python -m recipes.benchmarks.methods $(if $(REAL_DATA),--real-data $(REAL_DATA))
 
 # The table of plans: bits where they are needed, at equal real bytes; likewise.
 results-plans: install $(WORLD)/distill.txt
-	$(BIN)/python recipes/plans.py $(if $(REAL_DATA),--real-data $(REAL_DATA))
+	$(BIN)/python -m recipes.benchmarks.plans $(if $(REAL_DATA),--real-data $(REAL_DATA))
 
 # What the estimates of sensitivity are worth, and what they cost; alone on the machine.
 results-sensitivity: install $(WORLD)/distill.txt
-	$(BIN)/python recipes/sensitivity.py $(if $(REAL_DATA),--real-data $(REAL_DATA))
+	$(BIN)/python -m recipes.benchmarks.sensitivity $(if $(REAL_DATA),--real-data $(REAL_DATA))
 
 # What packing costs in memory and time, and how fast a packed model opens; alone on the machine, 6 GB of disk.
 .PHONY: results-packing
 results-packing: install
-	$(BIN)/python recipes/packing.py
+	$(BIN)/python -m recipes.benchmarks.packing
 
 # Scales of least error beside the published rules: what they keep, and how fast they are found; alone on the machine.
 .PHONY: results-least-error
 results-least-error: install
-	$(BIN)/python recipes/least_error.py --real-data $(REAL_DATA)
+	$(BIN)/python -m recipes.benchmarks.least_error --real-data $(REAL_DATA)
 
 # Damaged packed folders, N of them or as many as FUZZ_SECONDS allow: all refused in one sentence, or unharmed.
 .PHONY: fuzz
@@ -112,34 +112,34 @@ fuzz-inputs: install
 # Published post-training methods, in an environment of their own (several GB: GPTQModel brings torch with CUDA).
 peers: build/peers/installed
 
-build/peers/installed: recipes/peers.txt
+build/peers/installed: recipes/benchmarks/peers.txt
 	rm -rf build/peers
 	$(PYTHON) -m venv build/peers
-	build/peers/bin/pip install --quiet -r recipes/peers.txt
+	build/peers/bin/pip install --quiet -r recipes/benchmarks/peers.txt
 	touch $@
 
-# Whether llama.cpp says of the exported files what we say of the packed models; the table in recipes/RESULTS.md.
+# Whether llama.cpp says of the exported files what we say of the packed models; the tables in recipes/results/interop.md.
 interop: install llamacpp $(WORLD)/distill.txt
-	$(BIN)/python recipes/interop.py $(if $(REAL_DATA),--real-data $(REAL_DATA))
+	$(BIN)/python -m recipes.benchmarks.interop $(if $(REAL_DATA),--real-data $(REAL_DATA))
 
 # Whether both engines write the same, for the student of the quickstart or other packed folders (MODELS='...').
 .PHONY: results-engines
 results-engines: install
-	$(BIN)/python recipes/engines.py $(or $(MODELS),$(JOB)/distilled/packed)
+	$(BIN)/python -m recipes.benchmarks.engines $(or $(MODELS),$(JOB)/distilled/packed)
 
 # How long lm-eval takes on a CPU, in our runtime and in transformers; alone on the machine.
 .PHONY: results-eval
 results-eval: install
-	$(BIN)/python recipes/evaluating.py $(if $(REAL_DATA),--real-data $(REAL_DATA)) \
+	$(BIN)/python -m recipes.benchmarks.evaluating $(if $(REAL_DATA),--real-data $(REAL_DATA)) \
 		$(if $(wildcard $(REAL_DATA)/tokenizers/qwen),--tokenizer $(REAL_DATA)/tokenizers/qwen)
 
 # Our packed file of a Qwen3-0.6B-shaped model beside llama.cpp's own of the same model; needs 4 GB of disk for a while.
 sizes: install llamacpp
-	$(BIN)/python recipes/sizes.py $(if $(wildcard $(REAL_DATA)/tokenizers/qwen),--tokenizer $(REAL_DATA)/tokenizers/qwen)
+	$(BIN)/python -m recipes.benchmarks.sizes $(if $(wildcard $(REAL_DATA)/tokenizers/qwen),--tokenizer $(REAL_DATA)/tokenizers/qwen)
 
 # What `pack --compress` stores of Gaussian weights, beside their entropy; alone on the machine, for its speeds.
 compression: install
-	$(BIN)/python recipes/compression.py
+	$(BIN)/python -m recipes.benchmarks.compression
 
 # llama.cpp from the source package of its Python binding: its tools, and the binding, all with the same library.
 llamacpp: build/llamacpp/installed
@@ -157,7 +157,7 @@ LLAMACPP_AVX2 := -DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -
 # Its programs in FOLDER/tools: $(call build-llamacpp,FOLDER,OPTIONS,PROGRAMS), with cmake and ninja of $(LLAMACPP)/bin.
 define build-llamacpp
 	rm -rf $(1)/source $(1)/made $(1)/tools
-	$(LLAMACPP)/bin/pip download --quiet --no-deps --dest $(1)/source -r recipes/interop.txt
+	$(LLAMACPP)/bin/pip download --quiet --no-deps --dest $(1)/source -r recipes/benchmarks/llamacpp.txt
 	tar -xzf $(1)/source/llama_cpp_python-*.tar.gz -C $(1)/source --strip-components 1
 	PATH="$(abspath $(LLAMACPP))/bin:$$PATH" cmake -G Ninja -S $(1)/source/vendor/llama.cpp -B $(1)/made $(LLAMACPP_OPTIONS) $(2)
 	PATH="$(abspath $(LLAMACPP))/bin:$$PATH" cmake --build $(1)/made --target $(3)
@@ -166,22 +166,22 @@ define build-llamacpp
 	touch $(1)/installed
 endef
 
-build/llamacpp/installed: recipes/interop.txt
+build/llamacpp/installed: recipes/benchmarks/llamacpp.txt
 	rm -rf $(LLAMACPP)
 	$(PYTHON) -m venv $(LLAMACPP)
-	CMAKE_ARGS=-DLLAMA_BUILD=OFF $(LLAMACPP)/bin/pip install --quiet -r recipes/interop.txt
+	CMAKE_ARGS=-DLLAMA_BUILD=OFF $(LLAMACPP)/bin/pip install --quiet -r recipes/benchmarks/llamacpp.txt
 	$(call build-llamacpp,$(LLAMACPP),-DGGML_NATIVE=ON,$(LLAMACPP_TOOLS))
 
 # The same for processors without AVX-512, to compare our AVX2 kernels with.
 llamacpp-avx2: build/llamacpp-avx2/installed
 
-build/llamacpp-avx2/installed: recipes/interop.txt | llamacpp
+build/llamacpp-avx2/installed: recipes/benchmarks/llamacpp.txt | llamacpp
 	$(call build-llamacpp,build/llamacpp-avx2,$(LLAMACPP_AVX2),llama-quantize llama-bench)
 
 # Speed beside llama.cpp, and beside ik_llama.cpp where IK_LLAMA_BENCH is the path of its llama-bench (with its
-# llama-quantize beside it): tables and a plot in recipes/. About 25 minutes, alone on the machine; 16 GB of disk.
+# llama-quantize beside it): tables and a plot in recipes/results. About 25 minutes, alone on the machine; 16 GB of disk.
 bench-peers: install $(KERNELS) llamacpp $(if $(filter x86_64,$(shell uname -m)),llamacpp-avx2)
-	$(BIN)/python recipes/bench_peers.py $(if $(IK_LLAMA_BENCH),--ik-llama-bench $(IK_LLAMA_BENCH))
+	$(BIN)/python -m recipes.benchmarks.bench_peers $(if $(IK_LLAMA_BENCH),--ik-llama-bench $(IK_LLAMA_BENCH))
 
 # The tasks and the held-out text that lie in the repository; made again only when the world changes.
 world-data: install
@@ -193,17 +193,28 @@ teacher: install
 
 # A process for each core, each with whole files, since their fixtures are shared.
 test: install $(KERNELS) $(WORLD)/distill.txt
-	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow'
+	$(BIN)/python $(PYTEST) -m 'not slow'
+
+# For everyday work: what runs no commands and loads no models.
+test-fast: install $(KERNELS) $(WORLD)/distill.txt
+	$(BIN)/python $(PYTEST) -m 'not slow and not job'
 
 # With those that are marked slow: over ten seconds of a core each.
 test-all: install $(KERNELS) $(WORLD)/distill.txt
-	$(BIN)/python -m pytest $(PARALLEL)
+	$(BIN)/python $(PYTEST)
 
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(MAKE) test-all
+
+# The page of options, after a change of the table that it is made from.
+.PHONY: options
+options: install
+	mkdir -p build
+	$(BIN)/python -m edgerazor.cli.options_page > build/options.md
+	mv build/options.md edgerazor/cli/OPTIONS.md
 
 # The library of kernels again, after a change of its sources; its tests on the machines of others.
 kernels: install

@@ -24,9 +24,11 @@ def lower_bound(requirement: str) -> str:
 
 def main() -> None:
     project = tomllib.loads(Path(__file__).parent.parent.joinpath("pyproject.toml").read_text())["project"]
-    extras = project.get("optional-dependencies", {})
-    for requirement in [*project["dependencies"], *(each for extra in extras.values() for each in extra)]:
-        print(lower_bound(requirement))
+    extras = project.get("optional-dependencies", {}).values()
+    requirements = [*project["dependencies"], *(requirement for extra in extras for requirement in extra)]
+    for requirement in dict.fromkeys(requirements):
+        if not requirement.startswith(project["name"]):  # extras of ours that are made of others
+            print(lower_bound(requirement))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The way in: what every command needs before it, and whatever happens an end without a traceback of an interrupt."""
+"""The entry point: prepares the process, runs the command line, and ends without a traceback after Ctrl-C."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """What people see: results on stdout, progress and logs on stderr.
 
+This file imports rich and pydantic; what has to be there before anything heavy is imported stands in `terminal`.
+
 No colour and no live bars when stderr is not a terminal; there progress is a line now and then, so that a CI log
 stays readable. With `--json` stdout holds one JSON object and nothing else; `--quiet` silences stderr but for errors.
 """
@@ -34,38 +36,38 @@ def is_main_process() -> bool:
 
 
 def launched(name: str, default: int) -> int:
-    """A number that a launcher puts into the environment.
+    """A number that a launcher puts into the environment: `RANK`, `WORLD_SIZE`.
 
     Raises:
-        UserError: it is none.
+        UserError: the variable holds no number.
     """
-    said = os.environ.get(name, str(default))
-    if not (said.isascii() and said.isdecimal() and len(said) < 10):
+    value = os.environ.get(name, str(default))
+    if not (value.isascii() and value.isdecimal() and len(value) < 10):
         raise usage_error(
-            f"The environment says {name}={plain(said, 40)}, which is no number of processes.",
+            f"The environment says {name}={plain(value, 40)}, which is no number of processes.",
             f"Launchers (torchrun) set it; without one: `unset {name}`.",
         )
-    return int(said)
+    return int(value)
 
 
 class Terminal(RichConsole):
-    """A console whose words are words: whatever is shown (a line, a cell, a bar's title), nothing in it is a command.
+    """A console that prints text as text: nothing in a line, a cell or a bar's title is a command to the terminal.
 
-    Strangers' texts reach us in more places than anybody can list, so it is here, at the end, that they are made
-    harmless. No markup either: `[/x]` in the name of a file is a part of it.
+    Texts of strangers arrive in more places than anybody can list, so they are made harmless here, where everything is
+    printed. There is no markup either: `[/x]` in the name of a file is a part of the name.
     """
 
     def __init__(self, stderr: bool = False, soft_wrap: bool = False) -> None:
         super().__init__(stderr=stderr, soft_wrap=soft_wrap, highlight=False, markup=False, emoji=False)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        for each in super().render(renderable, options):
-            text = each.text
-            yield each if each.control or text.isprintable() else Segment(harmless(text), each.style)
+        for segment in super().render(renderable, options):
+            harmful = not segment.control and not segment.text.isprintable()
+            yield Segment(harmless(segment.text), segment.style) if harmful else segment
 
 
 class Tracker:
-    """One task's progress; `advance` moves it, `note` sets the words behind it."""
+    """Progress of one task; `advance` moves it, `note` sets the words behind it. This one shows nothing."""
 
     def advance(self, amount: int = 1) -> None: ...
 
@@ -73,6 +75,8 @@ class Tracker:
 
 
 class BarTracker(Tracker):
+    """Progress as a live bar."""
+
     def __init__(self, progress: Progress, task: int) -> None:
         self.progress, self.task = progress, task
 
@@ -84,6 +88,8 @@ class BarTracker(Tracker):
 
 
 class LineTracker(Tracker):
+    """Progress as a line now and then, where stderr is no terminal."""
+
     def __init__(self, console: Console, title: str, total: int, done: int) -> None:
         self.console, self.title, self.total, self.done = console, title, total, done
         self.text, self.latest = "", time.monotonic()
@@ -117,7 +123,7 @@ class Console:
             self.out.width = 160
 
     def say(self, text: str) -> None:
-        """One line for people."""
+        """Print one line for people."""
         if not self.quiet:
             self.err.print(harmless(text, LONGEST_LINE))
 
@@ -126,7 +132,7 @@ class Console:
             self.err.print(f"Warning: {harmless(text, LONGEST_LINE)}", style="yellow")
 
     def tell(self, text: str) -> None:
-        """Lines that are said even when quiet is asked for: how a command is to be called."""
+        """Print lines even where `quiet` is set: how a command is to be called."""
         self.err.print(harmless(text, LONGEST_ERROR), end="")
 
     def error(self, error: UserError) -> None:
@@ -135,7 +141,7 @@ class Console:
             self.err.print(harmless(error.hint, LONGEST_HINT))
 
     def result(self, result: BaseModel, *shown: RenderableType) -> None:
-        """A command's result: JSON, or what is given to be shown."""
+        """Print a command's result: as JSON, or the texts and tables that show it."""
         if self.as_json:
             text = json.dumps(result.model_dump(mode="json"), indent=1, allow_nan=False)
             print(text.replace("\x7f", "\\u007f"), file=sys.stdout, flush=True)  # the one that JSON leaves as it is
@@ -146,7 +152,7 @@ class Console:
 
     @contextmanager
     def track(self, title: str, total: int, done: int = 0) -> Iterator[Tracker]:
-        """Progress over `total` units, of which `done` are behind us; 0 where nobody knows how many there will be."""
+        """Track progress over `total` units, of which `done` are behind us; a total of 0 is unknown."""
         if self.quiet:
             yield Tracker()
         elif not self.err.is_terminal:
@@ -200,7 +206,7 @@ def describe(plan: BaseModel) -> list[str]:
         elif key.startswith("seconds"):
             shown = "unknown" if value is None else duration(value)
         elif isinstance(value, dict):
-            shown = "; ".join(f"{item} ({_compact(about)})" for item, about in value.items()) or "none"
+            shown = "; ".join(f"{item} ({_compact(details)})" for item, details in value.items()) or "none"
         elif isinstance(value, list):
             shown = ", ".join(map(str, value)) or "none"
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 #: Exit codes of the command line.
 DONE, FAILED, USAGE, QUALITY, INTERRUPTED = 0, 1, 2, 3, 130
 
-#: Threads that may be asked for: more than the cores of any machine, and few enough to be created on all of them.
+#: Most threads of any setting: more than the cores of any machine, and few enough to be created on all of them.
 MOST_THREADS = 1024
 
 
@@ -15,7 +15,7 @@ class UserError(Exception):
     Args:
         message: what is wrong and what was expected, in one sentence.
         hint: what to run or change next; printed on a line of its own.
-        code: exit code; `FAILED` when something went wrong, `USAGE` when it was asked wrongly,
+        code: exit code; `FAILED` when something went wrong, `USAGE` when the command or its input is wrong,
             `QUALITY` when the result misses a quality gate.
     """
 
@@ -27,19 +27,18 @@ class UserError(Exception):
 
 
 def usage_error(message: str, hint: str = "") -> UserError:
-    """A `UserError` for something asked wrongly (exit code 2)."""
+    """A `UserError` for a wrong command or recipe (exit code 2)."""
     return UserError(message, hint, USAGE)
 
 
 def plain(text: object, most: int = 400) -> str:
-    """What came out of a file, as part of a sentence: cut, and without control characters or new lines."""
+    """Text of a file or a stranger as part of a sentence: cut, and without control characters or new lines."""
     words = str(text)
-    words = words if len(words) <= most else f"{words[:most]}..."
-    return _printable(words)
+    return _printable(words if len(words) <= most else f"{words[:most]}...")
 
 
 def harmless(text: str, most: int | None = None) -> str:
-    """Lines for a terminal: no character but a new line commands it, hides, or turns the direction of writing.
+    """Lines for a terminal in which no character but the new line commands it, hides, or turns the writing around.
 
     Args:
         text: words of ours, perhaps with those of a stranger in them.
@@ -53,4 +52,6 @@ def harmless(text: str, most: int | None = None) -> str:
 
 
 def _printable(words: str) -> str:
-    return words if words.isprintable() else "".join(each if each.isprintable() else "?" for each in words)
+    return (
+        words if words.isprintable() else "".join(character if character.isprintable() else "?" for character in words)
+    )

@@ -1,7 +1,8 @@
-"""The process at both its ends: its three streams, what libraries write to them, and Ctrl-C.
+"""How the process begins and ends: its three streams, what libraries write to them, and Ctrl-C.
 
-Light, because it is imported before everything else. What goes to the terminal through `edgerazor.console` is made
-harmless there; what libraries write (their loggers, `warnings`, bars, tracebacks) goes through `Guarded`.
+Nothing heavy is imported here, because this comes before everything else: a Ctrl-C during the imports of
+`edgerazor.console` must already end well. What is printed through `edgerazor.console` is made harmless there; what
+libraries write (their loggers, `warnings`, bars, tracebacks) goes through `Guarded`.
 """
 
 from __future__ import annotations
@@ -16,22 +17,22 @@ from typing import Any, NoReturn
 
 from edgerazor.errors import FAILED, INTERRUPTED, harmless
 
-#: Bytes of one thing that a library says: a stranger's file may have made it as long as it likes.
+#: Most bytes of one write of a library: its text may quote a stranger's file, however long.
 LONGEST = 1500
-#: With nothing else in it, this is how bars of libraries find the line above their own.
+#: A text of nothing else moves the cursor to the line above or below: bars of libraries do that.
 MOVES = re.compile(r"(\n|\x1b\[A)+\Z")
-#: Whether Ctrl-C was pressed; the C code of a library that was being imported may have made another error of it.
+#: Whether Ctrl-C was pressed; the C code of a library that was being imported may raise another error for it.
 interrupted = False
 
 
 class Guarded:
-    """A text stream through which no control characters pass, and nothing endless; all else is that of the stream.
+    """A text stream that lets no control characters and no endless text pass; its other attributes are the stream's.
 
-    On a terminal, bars may go back to the start of their line, and to the line above.
+    On a terminal, bars may still go back to the start of their line, and to the line above.
     """
 
     def __init__(self, stream: Any) -> None:
-        self.rich_proxied_file = stream  # rich writes there itself: what it is given was made harmless before
+        self.rich_proxied_file = stream  # rich writes there itself; what it writes was made harmless before
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.rich_proxied_file, name)
@@ -53,17 +54,17 @@ class Guarded:
 
 
 def prepare() -> None:
-    """Streams that are open and cannot fail for a letter, a guard before stderr, and a Ctrl-C that is remembered.
+    """Open missing streams, let no stream fail for a letter, guard stderr, and remember Ctrl-C.
 
-    A closed stdout (`>&-`) stays None in Python, but its number is taken, so that no file of ours gets it and what a
-    library prints; `generate`, whose only result it is, refuses it.
+    A closed stdout (`>&-`) stays None in Python, but its file descriptor is taken: otherwise a file of ours would get
+    it, and with it what a library prints. `generate`, which has no other result, refuses a closed stdout.
     """
     for number in range(3):
         with contextlib.suppress(OSError):
-            while (got := os.open(os.devnull, os.O_RDWR)) < number:  # lower numbers that were closed
+            while (descriptor := os.open(os.devnull, os.O_RDWR)) < number:  # lower ones that were closed
                 pass
-            if got != number:
-                os.close(got)
+            if descriptor != number:
+                os.close(descriptor)
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - libraries expect one, to the end of the process
     for stream in (sys.stdout, sys.stderr):
@@ -82,20 +83,20 @@ def _interrupt(*_: object) -> NoReturn:
 
 
 def leave() -> None:
-    """From here on Ctrl-C does nothing: the process is about to end, and says why."""
+    """Ignore Ctrl-C from here on: the process is about to end, and its last sentence is not to be cut off."""
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def end_interrupted() -> NoReturn:
-    """For an interrupt before there is a command that could say it better."""
+    """End the process after an interrupt that no command handled."""
     leave()
     sys.stderr.write("Error: Interrupted.\n")
     sys.exit(INTERRUPTED)
 
 
 def end_without_memory() -> NoReturn:
-    """At once: what Python and its libraries do at their end needs memory, too."""
+    """End the process at once: an orderly end of Python and its libraries would need memory, too."""
     with contextlib.suppress(OSError):
         os.write(2, b"Error: There is not enough memory.\n")
     os._exit(FAILED)

@@ -1,9 +1,10 @@
 """Packed models inside transformers: `AutoModelForCausalLM.from_pretrained(folder)`, without remote code.
 
-`import edgerazor` makes transformers know the quantizer below. transformers finds its name in the folder's
-config.json, builds the model without weights, and lets the quantizer put packed modules in the place of the packed
-matrices. Those read their codes through `packed`, checked, at first use: on a CPU with native kernels as they are
-stored, mapped from the file. Everything else (norms, biases) is checked at once, and transformers loads it itself.
+`import edgerazor` makes transformers know the quantizer below (`transformers_registration.py`). transformers finds its
+name in the `quantization_config` of the folder's config.json, builds the model without weights, and lets the quantizer
+replace the quantized modules by packed ones. Those read their codes through `packed`, checked, at first use: on a CPU
+with native kernels as they are stored, mapped from the file. All other tensors (norms, biases) are checked at once, and
+transformers loads them itself.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from edgerazor import modules, untrusted
 from edgerazor.errors import UserError, plain
 from edgerazor.formats import OF_INPUTS
 from edgerazor.kernels import StoredMatrix
-from edgerazor.models import auto_config, load_tokenizer, quiet_transformers
+from edgerazor.models import auto_config, error_summary, load_tokenizer, quiet_transformers
 from edgerazor.packed import CHECKSUMS, SETTINGS, PackedModel
 from edgerazor.untrusted import vocabulary
 from edgerazor.workdir import find_folder, read_whole
 
+#: The `quant_method` of our packed folders.
 METHOD = "edgerazor"
 
 
@@ -36,14 +38,16 @@ class EdgeRazorConfig(QuantizationConfigMixin):
 
     Args:
         version: of the packed format.
-        activation_bits: 4 to 8, or 16, inputs of quantized layers.
-        kv_bits: 4, 8 or 16, keys and values.
-        group_size: consecutive values that share a scale.
-        query_bits, probability_bits: 4, 8 or 16, of attention.
-        adaptive_tokens: off, causal or ranked (see `attention.py`).
-        thresholds: of the importance of tokens, by layer, for causal.
+        activation_bits: bits of the inputs of quantized layers, 4 to 8, or 16.
+        kv_bits: bits of keys and values, 4, 8 or 16.
+        group_size: number of consecutive activations that share a scale.
+        query_bits: bits of queries, 4, 8 or 16.
+        probability_bits: bits of attention probabilities, 4, 8 or 16.
+        adaptive_tokens: off, causal or ranked (see `modules/attention.py`).
+        thresholds: the least importance of an important token, by layer, for causal.
     """
 
+    # More than eight parameters: transformers calls it with the fields of `quantization_config` as keywords.
     def __init__(
         self,
         version: int,
@@ -64,7 +68,7 @@ class EdgeRazorConfig(QuantizationConfigMixin):
 
 
 class EdgeRazorQuantizer(HfQuantizer):
-    """Loads packed models. They cannot be trained or saved from memory: `edgerazor pack` makes them."""
+    """Loads packed models as a `HfQuantizer`. They can be neither trained nor saved: `edgerazor pack` makes them."""
 
     requires_calibration = True
 
@@ -77,14 +81,14 @@ class EdgeRazorQuantizer(HfQuantizer):
     ) -> None:
         if not checkpoint_files:
             raise ValueError("a packed model is loaded from its folder, not from a state dict")
-        with torch.device("cpu"):  # older transformers call this where tensors are made without data
-            self._install(model, PackedModel.open(Path(checkpoint_files[0]).parent))
+        with torch.device("cpu"):  # older transformers call this on the meta device, where tensors have no data
+            self._replace_modules(model, PackedModel.open(Path(checkpoint_files[0]).parent))
 
-    def _install(self, model: PreTrainedModel, packed: PackedModel) -> None:
-        """Put a packed model's matrices in the place of a skeleton's modules."""
+    def _replace_modules(self, model: PreTrainedModel, packed: PackedModel) -> None:
+        """Replace the quantized modules of a model without weights by packed ones."""
         matrices = packed.header.matrices
-        settings = self.quantization_config
-        check_settings(settings, packed)
+        config = self.quantization_config
+        check_settings(config, packed)
 
         def load(name: str) -> tuple[Any, Any]:
             matrix = packed.matrix(name)
@@ -95,15 +99,15 @@ class EdgeRazorQuantizer(HfQuantizer):
             {name: (entry.shape[0], entry.shape[1]) for name, entry in matrices.items()},
             packed.header.tied,
             load,
-            modules.Settings(**{name: getattr(settings, name) for name in SETTINGS}),
+            modules.Settings(**{name: getattr(config, name) for name in SETTINGS}),
             self.dtype,
             packed.input_scales(),
             functools.partial(stored_matrix, packed),
         )
-        check_others(model, packed)
+        check_unquantized(model, packed)
         packed_names = "|".join(re.escape(name) for name in matrices)
-        ours = {rf"^({packed_names})\.weight\.", rf"\.({'|'.join(OF_INPUTS)})$", f"^{re.escape(CHECKSUMS)}$"}
-        model._keys_to_ignore_on_load_unexpected = ours
+        unexpected = {rf"^({packed_names})\.weight\.", rf"\.({'|'.join(OF_INPUTS)})$", f"^{re.escape(CHECKSUMS)}$"}
+        model._keys_to_ignore_on_load_unexpected = unexpected
         model._tied_weights_keys = model.all_tied_weights_keys = {}  # there is no weight left to tie
 
     def is_serializable(self) -> bool:
@@ -121,10 +125,10 @@ def stored_matrix(packed: PackedModel, name: str) -> StoredMatrix | None:
     """A matrix as native kernels compute with it, its checksums and scales checked; None where they cannot.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the matrix is damaged.
     """
     entry, spec = packed.header.matrices[name], packed.spec(name)
-    if spec.block_formats is not None:
+    if spec.native_problem():
         return None
     try:
         return StoredMatrix(packed.parts(name), spec, (entry.shape[0], entry.shape[1]))
@@ -133,37 +137,41 @@ def stored_matrix(packed: PackedModel, name: str) -> StoredMatrix | None:
 
 
 def check_settings(settings: Any, packed: PackedModel) -> None:
-    """config.json, which anyone may edit, must say what the checked header of the weights says.
+    """Check that config.json, which anyone may edit, says what the checked header of the weights says.
+
+    Args:
+        settings: an object that has the fields of `quantization_config` as attributes.
+        packed: the packed model.
 
     Raises:
-        UserError: it does not.
+        UserError: they differ.
     """
     for name in SETTINGS:
-        said, value = getattr(settings, name, None), packed.header.settings.get(name)
+        in_config, value = getattr(settings, name, None), packed.header.settings.get(name)
         if value is None:
             raise UserError(
                 f"{packed.folder}: the weights do not say for which {name} they were made.", "Pack it again."
             )
-        if said != value:
+        if in_config != value:
             raise UserError(
-                f"{packed.folder}: config.json says {name} {plain(said, 50)}, but the weights were made for "
+                f"{packed.folder}: config.json says {name} {plain(in_config, 50)}, but the weights were made for "
                 f"{plain(value, 50)}.",
                 "Undo the change, or pack the model again.",
             )
 
 
 def check_layers(config: Any, packed: PackedModel) -> None:
-    """config.json must not ask for more layers than there are weights of; building them could take forever.
+    """Check that config.json has no more layers than there are weights of; building them could take forever.
 
     Raises:
-        UserError: it does, or there are thresholds for another number of layers.
+        UserError: it has more, or there are thresholds for another number of layers.
     """
     count = config.get_text_config().num_hidden_layers
-    most = sum(entry.kind == "linear" for entry in packed.header.matrices.values())
+    linears = sum(entry.kind == "linear" for entry in packed.header.matrices.values())
     settings = packed.header.settings
     thresholds = settings.get("thresholds")
     causal = settings.get("adaptive_tokens") == "causal"
-    if not isinstance(count, int) or count > most or (causal and len(thresholds or []) != count):  # type: ignore[arg-type]
+    if not isinstance(count, int) or count > linears or (causal and len(thresholds or []) != count):  # type: ignore[arg-type]
         raise UserError(
             f"{packed.folder}: config.json says num_hidden_layers {plain(count, 50)}, but there are not the weights "
             "or settings of so many.",
@@ -171,8 +179,9 @@ def check_layers(config: Any, packed: PackedModel) -> None:
         )
 
 
-def check_others(model: PreTrainedModel, packed: PackedModel) -> None:
-    """What transformers loads itself must be there and undamaged; it would fill in random numbers without a word.
+def check_unquantized(model: PreTrainedModel, packed: PackedModel) -> None:
+    """Check the tensors that transformers loads itself, where it would fill in random numbers for missing ones.
+
 
     Raises:
         UserError: a tensor is missing or damaged.
@@ -199,10 +208,10 @@ def is_packed(folder: Path) -> bool:
 
 
 def check_files(folder: Path) -> None:
-    """Nothing that a library may wait for, or follow to nowhere, stands in the place of a file.
+    """Check that a folder holds only files and folders: a library could wait for a pipe, or follow a link to nowhere.
 
     Raises:
-        UserError: something does.
+        UserError: it holds something else.
     """
     for path in sorted(folder.iterdir()):
         if not (path.is_file() or path.is_dir()):
@@ -212,10 +221,10 @@ def check_files(folder: Path) -> None:
 def open_folder(folder: Path) -> tuple[PackedModel, Any]:
     """A packed model and its configuration, checked one against the other.
 
-    Where another process is replacing the folder, both are of the old one or of the new one.
+    While another process replaces the folder, both are of the old one or both of the new one.
 
     Raises:
-        UserError: not a packed folder, or a damaged one.
+        UserError: the folder is not a packed model, or damaged.
     """
     return read_whole(folder, _open_folder)
 
@@ -228,9 +237,9 @@ def _open_folder(folder: Path) -> tuple[PackedModel, Any]:
     values = untrusted.read_configuration(folder, "Undo the change, or pack the model again.")
     try:
         EdgeRazorConfig(**values["quantization_config"])
-    except TypeError as error:  # as transformers makes it, wherever it meets such a configuration
+    except TypeError as error:  # transformers would build the configuration likewise, and fail with this error
         raise UserError(
-            f"{folder / 'config.json'} does not describe a packed model: {_first_line(error)}.",
+            f"{folder / 'config.json'} does not describe a packed model: {error_summary(error)}.",
             "Undo the change, or pack the model again.",
         ) from None
     shapes = [entry.shape for entry in packed.header.matrices.values()]
@@ -244,19 +253,19 @@ def load(
     folder: str | os.PathLike[str],
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
-    keep_decoded: bool = False,
+    cache_decoded: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a packed model and its tokenizer.
 
     Args:
         folder: what `edgerazor pack` wrote.
-        device: where it computes.
+        device: where the model computes.
         dtype: of activations between the quantized layers.
-        keep_decoded: keep float32 weights in memory after first use, 4 bytes a weight, where that is faster in batches
-            (not with native kernels).
+        cache_decoded: hold float32 weights in memory after their first use, 4 bytes a weight. That is faster in
+            batches, and does nothing where native kernels are in use.
 
     Raises:
-        UserError: not a packed folder, or a damaged one.
+        UserError: the folder is not a packed model, or damaged.
     """
     folder = Path(folder)
     open_folder(folder)  # transformers would hide which file is damaged, and how
@@ -267,13 +276,7 @@ def load(
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"The packed model {folder} cannot be loaded: {_first_line(error)}.") from None
+            raise UserError(f"The packed model {folder} cannot be loaded: {error_summary(error)}.") from None
     vocabulary.limit(tokenizer, model.get_input_embeddings().num_embeddings)
-    modules.keep_decoded(model, keep_decoded)
+    modules.cache_decoded(model, cache_decoded)
     return model.to(device).eval(), tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().split("\n")
-    said = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
-    return plain(said.rstrip(".:") or type(error).__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from edgerazor.runtime.engine import Asked, Score
+from edgerazor.runtime.scoring import Score, ScoreRequest
 from edgerazor.runtime.transformers_model import TransformersModel
 
 
@@ -19,8 +19,8 @@ class Engine(TransformersModel):
         self.config, self.generation_config = model.config, model.generation_config
         self.vocabulary = model.config.vocab_size
         self.max_positions = model.config.max_position_embeddings
-        self.asked: list[list[Asked]] = []
+        self.score_requests: list[list[ScoreRequest]] = []
 
-    def _score(self, requests: list[Asked]) -> list[list[Score]]:
-        self.asked.append(requests)
+    def _score(self, requests: list[ScoreRequest]) -> list[list[Score]]:
+        self.score_requests.append(requests)
         return super()._score(requests)

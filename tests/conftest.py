@@ -68,6 +68,13 @@ def sentences(count: int, seed: int = 0) -> str:
     return "\n".join(lines) + "\n"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what runs commands as a job, which `make test-fast` leaves out."""
+    for item in items:
+        if "run" in getattr(item, "fixturenames", ()):
+            item.add_marker("job")
+
+
 @pytest.fixture(autouse=True)
 def ctrl_c() -> None:
     """Interrupts what a test starts, too, where the tests run in the background of a script, which ignores it."""

@@ -47,7 +47,7 @@ from edgerazor.formats import INPUT_SCALE, MatrixSpec
 from edgerazor.kernels import native
 from edgerazor.kernels.build import LIBRARY
 from edgerazor.packed import PackedMatrix, PackedModel
-from edgerazor.runtime import native_model, weights
+from edgerazor.runtime import native_model, weight_memory
 
 SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")
 CONFIG = "config.json"
@@ -464,7 +464,7 @@ def guard_tensors() -> None:
     if not SANITIZED:
         return
     assert b"__asan_report" in Path(native.__file__).with_name(LIBRARY).read_bytes(), "a library without sanitizers"
-    load = weights.load_matrices
+    load = weight_memory.load_matrices
 
     def guarded(opened: PackedModel, names: Sequence[str], mapped: bool, expanded: bool) -> Mapping[str, native.Matrix]:
         found = load(opened, names, mapped, expanded)
@@ -473,7 +473,7 @@ def guard_tensors() -> None:
         return found
 
     native_model.load_matrices = guarded  # type: ignore[assignment]
-    weights.huge_memory = lambda size: torch.zeros(size, dtype=torch.uint8)
+    weight_memory.huge_memory = lambda size: torch.zeros(size, dtype=torch.uint8)
 
 
 def alone(part: native.Part) -> native.Part:

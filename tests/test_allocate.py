@@ -21,7 +21,7 @@ from edgerazor.recipe import Calibrate
 
 ROWS = [1, 2, 3, 7, 8, 31, 64, 101, 960, 1024]
 SWEEP = [1.58 + 0.01 * step for step in range(int((8 - 1.58) / 0.01) + 1)] + [1.5801, 3.9999, 4.0001, 7.9999, 8.0]
-SITES = (
+TARGETS = (
     QuantTarget("embed", "embedding", None, 300, 96),
     QuantTarget("layers.0.q", "linear", 0, 96, 101),
     QuantTarget("layers.0.k", "linear", 0, 7, 96),
@@ -36,24 +36,26 @@ PAIRS = [("ternary", "int4"), ("int2", "int4"), ("int2z", "int3"), ("int3", "int
 
 
 def weight_of(name: str) -> Tensor:
-    """A weight for each of `SITES` whose groups differ in variance."""
-    site = next(site for site in SITES if site.name == name)
-    generator = torch.Generator().manual_seed(len(name) + site.rows)
-    return torch.randn(site.rows, site.columns, generator=generator) * torch.rand(site.rows, 1, generator=generator)
+    """A weight for each of `TARGETS` whose groups differ in variance."""
+    target = next(target for target in TARGETS if target.name == name)
+    generator = torch.Generator().manual_seed(len(name) + target.rows)
+    return torch.randn(target.rows, target.columns, generator=generator) * torch.rand(
+        target.rows, 1, generator=generator
+    )
 
 
 def plan_of(bits: float, **settings: Any) -> Plan:
-    """The plan of `SITES`, by interleave where no other strategy is named."""
+    """The plan of `TARGETS`, by interleave where no other strategy is named."""
     return make_plan(
-        SITES, Calibrate(bits=bits, **{"plan": "interleave", "group_size": GROUP_SIZE, **settings}), weight_of
+        TARGETS, Calibrate(bits=bits, **{"plan": "interleave", "group_size": GROUP_SIZE, **settings}), weight_of
     )
 
 
 def one(rows: int, bits: float, columns: int = 8, weight: Tensor | None = None, **settings: Any) -> MatrixPlan:
     """The plan of a matrix alone."""
-    site = QuantTarget("m", "linear", 0, rows, columns)
+    target = QuantTarget("m", "linear", 0, rows, columns)
     settings = {"plan": "interleave", "group_size": 8, **settings}
-    return make_plan([site], Calibrate(bits=bits, **settings), None if weight is None else lambda _: weight)["m"]
+    return make_plan([target], Calibrate(bits=bits, **settings), None if weight is None else lambda _: weight)["m"]
 
 
 def interleave(rows: int, bits: float) -> tuple[tuple[str, ...], str]:
@@ -157,8 +159,8 @@ def test_every_strategy_meets_every_budget_within_a_row(plan: str, granularity: 
             for step in range(12):
                 bits = narrow + (broad - narrow) * (step / 11 if step % 2 else round(step / 11, 2))
                 settings = {"plan": plan, "granularity": granularity, "group_size": group, "formats": (low, high)}
-                found = one(rows, bits, columns, weight, **settings)
-                average = found.spec().nominal_bits((rows, columns))
+                matrix = one(rows, bits, columns, weight, **settings)
+                average = matrix.spec().nominal_bits((rows, columns))
                 assert average <= bits + 1e-9, (columns, low, high, bits)
                 assert average > bits - (broad - narrow) / rows - 1e-9, (columns, low, high, bits)
                 if granularity != "row" and plan != "interleave":  # within a block, even
@@ -172,8 +174,8 @@ def test_every_strategy_meets_every_budget_within_a_row(plan: str, granularity: 
 def test_published_names_are_their_shares_within_a_row(plan: str, granularity: str, bits: float) -> None:
     for rows, columns in ((64, 64), (101, 33), (7, 100)):
         weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
-        found = one(rows, bits, columns, weight, plan=plan, granularity=granularity)
-        assert abs(float(wide(found).double().mean()) - NAMED_SHARES[bits]) < 1 / rows
+        matrix = one(rows, bits, columns, weight, plan=plan, granularity=granularity)
+        assert abs(float(wide(matrix).double().mean()) - NAMED_SHARES[bits]) < 1 / rows
 
 
 def test_the_first_rows_columns_and_blocks() -> None:
@@ -199,8 +201,8 @@ def test_the_widest_format_goes_where_the_variance_is_highest() -> None:
         dims = {"row": 1, "block": 1, "column": (0, 1)}[granularity]
         spread = torch.stack([part.double().var(dim=dims, correction=0) for part in parts], dim=-1).flatten()
         assert len(spread) == units
-        found = wide(one(6, 3.0, 20, granularity=granularity, **settings))
-        each = torch.stack([part[..., 0] for part in found.split(20 if granularity == "row" else 8, 1)], dim=1)
+        chosen_wide = wide(one(6, 3.0, 20, granularity=granularity, **settings))
+        each = torch.stack([part[..., 0] for part in chosen_wide.split(20 if granularity == "row" else 8, 1)], dim=1)
         lucky = each.all(0) if granularity == "column" else each.flatten()
         unlucky = ~each.any(0) if granularity == "column" else ~lucky
         assert lucky.any()
@@ -218,12 +220,12 @@ def test_weights_are_asked_for_one_by_one_and_only_when_needed() -> None:
         asked.append(name)
         return weight_of(name)
 
-    make_plan(SITES, Calibrate(bits=2.0, plan="interleave"), reader)
+    make_plan(TARGETS, Calibrate(bits=2.0, plan="interleave"), reader)
     assert asked == []
-    make_plan(SITES, Calibrate(bits=2.0, plan="variance"), reader)
-    assert asked == [site.name for site in SITES if site.kind == "linear"]
+    make_plan(TARGETS, Calibrate(bits=2.0, plan="variance"), reader)
+    assert asked == [target.name for target in TARGETS if target.kind == "linear"]
     with pytest.raises(ValueError, match="looks at weights"):
-        make_plan(SITES, Calibrate(bits=2.0, plan="variance"))
+        make_plan(TARGETS, Calibrate(bits=2.0, plan="variance"))
 
 
 # --- formats that are asked for ------------------------------------------------------------------
@@ -282,7 +284,7 @@ def test_a_head_has_its_own_format() -> None:
     plan = plan_of(2.0, embedding_format="int3", head_format="int8")
     assert (plan["embed"].formats, plan["head"].formats) == (("int3",), ("int8",))
     with pytest.raises(UserError, match="tied to its embedding") as wrong:
-        make_plan(SITES[:-1], Calibrate(plan="interleave", head_format="int8"))
+        make_plan(TARGETS[:-1], Calibrate(plan="interleave", head_format="int8"))
     assert wrong.value.code == USAGE
 
 
@@ -313,7 +315,7 @@ def test_a_plan_survives_json(bits: float, granularity: str) -> None:
     again = Plan.model_validate_json(plan.model_dump_json(indent=1))
     assert again == plan
     assert again.nominal_bits() == plan.nominal_bits()
-    assert again.specs().keys() == {site.name for site in SITES}
+    assert again.specs().keys() == {target.name for target in TARGETS}
 
 
 def test_layers_are_planned_alike_and_ends_have_their_own_format() -> None:
@@ -334,11 +336,11 @@ def test_nominal_bits_are_those_of_the_linear_layers(bits: float, notation: str)
 
 def test_nominal_bits_count_weights_not_matrices() -> None:
     plan = plan_of(2.0)
-    linears = [site for site in SITES if site.kind == "linear"]
-    expected = sum(bits_of(*interleave(site.rows, 2.0), site.rows) * site.weights for site in linears)
-    assert plan.nominal_bits() == pytest.approx(expected / sum(site.weights for site in linears))
+    linears = [target for target in TARGETS if target.kind == "linear"]
+    expected = sum(bits_of(*interleave(target.rows, 2.0), target.rows) * target.weights for target in linears)
+    assert plan.nominal_bits() == pytest.approx(expected / sum(target.weights for target in linears))
     assert plan.nominal_bits() <= 2.0
-    assert plan.weights() == sum(site.weights for site in SITES)
+    assert plan.weights() == sum(target.weights for target in TARGETS)
 
 
 @pytest.mark.parametrize("bits", [1.58, 1.88, 2.0, 2.79, 3.3, 4.0, 5.5, 8.0])
@@ -361,7 +363,9 @@ def test_planned_bytes_are_written_bytes(bits: float, group_size: int, granulari
     assert sizes.nominal_bits == pytest.approx(plan.nominal_bits())
     for matrix in plan.matrices:
         parts = formats.pack_matrix(model.matrix(matrix.name).encoded, matrix.spec())
-        assert sum(len(piece) for pieces in formats.joined(parts).values() for piece in pieces) == matrix.bytes()
+        assert (
+            sum(len(piece) for pieces in formats.serialize_parts(parts).values() for piece in pieces) == matrix.bytes()
+        )
 
 
 @pytest.mark.parametrize(

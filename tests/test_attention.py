@@ -35,7 +35,7 @@ def model_of(family: str = "llama", **overrides: Any) -> PreTrainedModel:
     return model
 
 
-# Probabilities and queries ----------------------------------------------------------------------------------------
+# --- probabilities and queries -----------------------------------------------------------------
 
 
 def test_probabilities_by_hand() -> None:
@@ -62,14 +62,14 @@ def test_only_queries_and_probabilities_are_changed(family: str, monkeypatch: py
         with monkeypatch.context() as patch:
             for name in ("fake_quantize_kv", "fake_quantize_probabilities"):
                 patch.setattr(formats, name, lambda x, bits: x)
-            attention.quantize_cache(model, 8, 8, 8)
+            attention.quantize_attention(model, 8, 8, 8)
             same = model(input_ids=IDS, attention_mask=mask).logits[mask.bool()]
         torch.testing.assert_close(same, before, rtol=0, atol=1e-5 * float(before.abs().max()))
         rounded = model(input_ids=IDS, attention_mask=mask).logits[mask.bool()]
     assert 0 < float((rounded - before).norm() / before.norm()) < 0.1
 
 
-# Important tokens -------------------------------------------------------------------------------------------------
+# --- important tokens --------------------------------------------------------------------------
 
 
 def test_importance_by_hand() -> None:
@@ -79,7 +79,7 @@ def test_importance_by_hand() -> None:
     probabilities[1] = torch.tensor([[1 / 3, 1 / 3, 1 / 3], [0.0, 1.0, 0.0], [0.0, 0.25, 0.75]])  # padding, two tokens
     causal, ranked = ImportantTokens((0.4,)), ImportantTokens(None)
     for tokens in (causal, ranked):
-        tokens.see(0, probabilities)
+        tokens.record(0, probabilities)
         expected = torch.tensor([[1.0, 0.3, 0.4], [1 / 3, 1.0, 0.25]])
         torch.testing.assert_close(tokens.importance[0], expected)
     assert causal.important(0).tolist() == [[True, False, True], [False, True, False]]
@@ -87,15 +87,15 @@ def test_importance_by_hand() -> None:
 
 
 def test_attention_decides_for_its_mlp_and_for_the_next_projections() -> None:
-    found = attention.decided_by(model_of())
+    layers = attention.deciding_layers(model_of())
     expected: dict[str, int] = {}
     for layer in (0, 1):
         expected |= {f"model.layers.{layer}.mlp.{name}_proj": layer for name in ("gate", "up", "down")}
     expected |= {f"model.layers.1.self_attn.{name}_proj": 0 for name in "qkv"}
-    assert found == expected
-    assert attention.decided_by(model_of("phi3"))["model.layers.1.self_attn.qkv_proj"] == 0
+    assert layers == expected
+    assert attention.deciding_layers(model_of("phi3"))["model.layers.1.self_attn.qkv_proj"] == 0
     with pytest.raises(UserError, match="a sliding window forgets the first token"):
-        attention.decided_by(model_of("mistral"))
+        attention.deciding_layers(model_of("mistral"))
 
 
 def test_a_linear_layer_gives_each_token_its_bits() -> None:
@@ -118,12 +118,12 @@ def test_a_linear_layer_gives_each_token_its_bits() -> None:
     assert not torch.allclose(wide, narrow)
 
 
-def watched(adaptive: str, thresholds: tuple[float, ...] = ()) -> tuple[PreTrainedModel, ImportantTokens]:
+def prepared(adaptive: str, thresholds: tuple[float, ...] = ()) -> tuple[PreTrainedModel, ImportantTokens]:
     model = model_of()
-    found = models.structure(model)
-    plan = make_plan(found.targets, Calibrate(bits=4.0, plan="interleave", group_size=GROUP_SIZE))
-    how = Settings(8, 8, GROUP_SIZE, query_bits=8, adaptive_tokens=adaptive, thresholds=thresholds)
-    modules.prepare_for_training(model, found, plan.specs(), how)
+    structure = models.structure(model)
+    plan = make_plan(structure.targets, Calibrate(bits=4.0, plan="interleave", group_size=GROUP_SIZE))
+    settings = Settings(8, 8, GROUP_SIZE, query_bits=8, adaptive_tokens=adaptive, thresholds=thresholds)
+    modules.prepare_for_training(model, structure, plan.specs(), settings)
     return model, model.model.layers[0].self_attn.important_tokens
 
 
@@ -132,12 +132,12 @@ def test_later_tokens_change_no_earlier_bits() -> None:
     """The law of `causal`, which `ranked` breaks."""
 
     def bits(adaptive: str, length: int) -> list[Tensor]:
-        model, tokens = watched(adaptive, (0.15, 0.15))
+        model, tokens = prepared(adaptive, (0.15, 0.15))
         model(input_ids=IDS[:, :length], use_cache=False)
         return [tokens.important(layer)[:, :8] for layer in (0, 1)]
 
     causal = [bits("causal", length) for length in (8, 12, 24)]
-    assert any(each.any() and not each.all() for each in causal[0])
+    assert any(mask.any() and not mask.all() for mask in causal[0])
     for other in causal[1:]:
         assert all(torch.equal(one, two) for one, two in zip(causal[0], other, strict=True))
     ranked = [bits("ranked", length) for length in (8, 24)]
@@ -145,19 +145,19 @@ def test_later_tokens_change_no_earlier_bits() -> None:
 
 
 def test_checkpointing_changes_no_gradient() -> None:
-    found = []
+    gradients = []
     for checkpointing in (False, True):
-        model, _ = watched("causal", (0.15, 0.15))
+        model, _ = prepared("causal", (0.15, 0.15))
         model.train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model(input_ids=IDS, use_cache=False).logits.square().mean().backward()
-        found.append([parameter.grad for parameter in model.parameters()])
-    for one, other in zip(*found, strict=True):
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-9)
 
 
-# From calibrate to the packed model -------------------------------------------------------------------------------
+# --- from calibrate to the packed model --------------------------------------------------------
 
 CASES: dict[str, dict[str, Any]] = {
     "attention": {"query_bits": 8, "probability_bits": 8},
@@ -183,25 +183,25 @@ def test_packed_equals_trained(run: Run, tmp_path: Path, make_model: ModelMaker,
     assert run("pack", "--work", job).code == 0
     model, _ = transformers_plugin.load(job / "packed")
     header = packed.PackedModel.open(job / "packed").header
-    how = Settings(**{name: header.settings[name] for name in packed.SETTINGS})  # type: ignore[arg-type]
+    settings = Settings(**{name: header.settings[name] for name in packed.SETTINGS})  # type: ignore[arg-type]
     statistics = load_file(job / "calibrate" / "stats.safetensors")
     assert ("importance_threshold" in statistics) == ("causal" in case)
     steps = {name: float(value) for name, value in statistics.items() if name.endswith("input_scale")}
     if steps:  # layer 0's queries, keys and values, and the head, have the bits of all tokens
         low = {name.removesuffix(".low_input_scale") for name in steps if name.endswith(".low_input_scale")}
-        assert low == set(attention.decided_by(models.load(tmp_path / "model")[0]))
+        assert low == set(attention.deciding_layers(models.load(tmp_path / "model")[0]))
         stored = packed.PackedModel.open(job / "packed").input_scales()
         zero_points = {name.replace("scale", "zero_point") for name in steps} if "asymmetric" in case else set()
         assert stored.keys() == steps.keys() | zero_points
         assert all((stored[name] != value) == trained for name, value in steps.items())
-    how = replace(how, learned_inputs=trained, learned_zero_points="asymmetric" in case)
+    settings = replace(settings, learned_inputs=trained, learned_zero_points="asymmetric" in case)
     student, _ = models.load(tmp_path / "model", dtype=torch.float32)
-    found = models.structure(student)
-    plan = make_plan(found.targets, Calibrate(bits=1.88, plan="interleave", group_size=GROUP_SIZE))
-    modules.prepare_for_training(student, found, plan.specs(), how, input_scales=steps or None)
+    structure = models.structure(student)
+    plan = make_plan(structure.targets, Calibrate(bits=1.88, plan="interleave", group_size=GROUP_SIZE))
+    modules.prepare_for_training(student, structure, plan.specs(), settings, input_scales=steps or None)
     student.load_state_dict(load_file(job / "distill" / "best" / "model.safetensors"), strict=False)
     with torch.no_grad():
-        theirs, ours = (each.eval()(input_ids=IDS, use_cache=False).logits for each in (student, model))
+        theirs, ours = (m.eval()(input_ids=IDS, use_cache=False).logits for m in (student, model))
     assert (theirs - ours).abs().max() <= 1e-5 * theirs.abs().max()
     if case != "ranked":
         check_cache(model)
@@ -209,8 +209,8 @@ def test_packed_equals_trained(run: Run, tmp_path: Path, make_model: ModelMaker,
         assert header.settings["thresholds"] == statistics["importance_threshold"].tolist()
         tokens = model.model.layers[0].self_attn.important_tokens
         teacher, _ = models.load(tmp_path / "model", dtype=torch.float32)
-        attention.watch_tokens(teacher, tokens)
-        attention.quantize_cache(teacher, 16)
+        attention.attach_important_tokens(teacher, tokens)
+        attention.quantize_attention(teacher, 16)
         text = torch.randint(2, VOCABULARY, (16, 32), generator=torch.Generator().manual_seed(1))
         teacher(input_ids=text)
         share = torch.stack([tokens.important(layer) for layer in (0, 1)]).float().mean()

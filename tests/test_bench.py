@@ -26,7 +26,7 @@ from edgerazor.benchmark import peers
 from edgerazor.benchmark import rounds as rounds_
 from edgerazor.benchmark.bench_result import BenchResult
 from edgerazor.benchmark.engines import EngineConfig, Round, Speed
-from edgerazor.cli import app
+from edgerazor.cli.app import app
 from edgerazor.console import Console, Tracker
 from edgerazor.errors import UserError
 from edgerazor.job import JobContext

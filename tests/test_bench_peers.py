@@ -6,19 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from _tiny import load_script
 
 from edgerazor.benchmark.engines import Round, Speed
 from edgerazor.benchmark.peers import Program
 from edgerazor.errors import UserError
 from edgerazor.packed import PackedModel, size_table
+from recipes.benchmarks import bench_models as models
+from recipes.benchmarks import bench_peers as peers
+from recipes.benchmarks import bench_tables as tables
 
-RECIPES = Path(__file__).parent.parent / "recipes"
-for needed in ("methods", "memory", "packing", "interop", "bench_tables", "bench_models"):
-    load_script(RECIPES / f"{needed}.py")
-tables = load_script(RECIPES / "bench_tables.py")
-models = load_script(RECIPES / "bench_models.py")
-peers = load_script(RECIPES / "bench_peers.py")
 SHAPE = "Qwen3-0.6B"
 
 

@@ -74,8 +74,8 @@ def whole_model(model: models.PreTrainedModel, batches: list[tuple[Tensor, Tenso
 def whole_thresholds(model: models.PreTrainedModel, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Medians of importance by passes of the whole model."""
     tokens = attention.ImportantTokens(None)
-    attention.watch_tokens(model, tokens)
-    attention.quantize_cache(model, 16)
+    attention.attach_important_tokens(model, tokens)
+    attention.quantize_attention(model, 16)
     seen: list[list[Tensor]] = [[] for _ in range(models.structure(model).layer_count)]
     for ids, counts in batches:
         with torch.no_grad():
@@ -215,7 +215,7 @@ def test_on_cuda_only_the_layer_in_work_is_there(make_model: ModelMaker, tmp_pat
         walk = made_of.layerwise_pass("walk", some_batches())
         made.append(measurement.observe(walk, made_of.settings))
         walk.clear()
-        layers = made_of.teacher.model.get_submodule(walk.found.layers_path)
+        layers = made_of.teacher.model.get_submodule(walk.structure.layers_path)
         assert {parameter.device.type for parameter in layers.parameters()} == {"cpu"}
     for name, value in made[0].items():
         torch.testing.assert_close(made[1][name].cpu(), value, rtol=1e-2, atol=1e-3)

@@ -11,8 +11,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from edgerazor.data import MASKED, TokenRows, documents, open_rows
-from edgerazor.data.chat import Conversation, conversation, encode
+from edgerazor.data import MASKED, RowSettings, TokenRows, documents, open_rows
+from edgerazor.data.chat import Conversation, encode, parse_conversation
 from edgerazor.errors import UserError
 from edgerazor.recipe import Source
 
@@ -170,7 +170,7 @@ def learned(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray, learn: np.ndarr
 @pytest.mark.parametrize(("name", "messages", "expected"), CASES, ids=[case[0] for case in CASES])
 def test_what_is_learned(name: str, messages: list[Any], expected: str) -> None:
     tokenizer = make_tokenizer(TEMPLATES[name])
-    ids, learn = encode(conversation("The row", messages), tokenizer)
+    ids, learn = encode(parse_conversation("The row", messages), tokenizer)
     assert learned(tokenizer, ids, learn) == expected
     assert tokenizer.decode(ids) == tokenizer.apply_chat_template(messages, tokenize=False)
 
@@ -180,7 +180,7 @@ def test_both_kinds_of_masks_agree() -> None:
     template = TEMPLATES["generation"]
     bare = template.replace("{%- generation %}", "{%- if true %}").replace("{% endgeneration %}", "{% endif %}")
     (ids, learn), (other_ids, other_learn) = (
-        encode(conversation("The row", TWO), make_tokenizer(each)) for each in (template, bare)
+        encode(parse_conversation("The row", TWO), make_tokenizer(each)) for each in (template, bare)
     )
     assert ids.tolist() == other_ids.tolist()
     assert learn.tolist() == other_learn.tolist()
@@ -193,13 +193,13 @@ def test_a_token_over_the_edge_is_learned() -> None:
     raw.add_special_tokens(["<s>", "</s>"])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = TEMPLATES["brackets"].replace(" + ' ' + eos_token", " + eos_token")
-    ids, learn = encode(conversation("The row", TWO), tokenizer)
+    ids, learn = encode(parse_conversation("The row", TWO), tokenizer)
     assert ids[learn].tolist() == [1, 3, 2, 3]
 
 
 def test_the_date_is_always_the_same() -> None:
     tokenizer = make_tokenizer("{{ strftime_now('%d %b %Y') }}: " + TEMPLATES["headers"])
-    ids, _ = encode(conversation("The row", TWO), tokenizer)
+    ids, _ = encode(parse_conversation("The row", TWO), tokenizer)
     assert tokenizer.decode(ids).startswith("26 Jul 2024:<s>")
 
 
@@ -257,7 +257,7 @@ def test_tools_reach_the_template() -> None:
     messages = [TWO[0], {"role": "assistant", "content": None, "tool_calls": call}, answer, TWO[3]]
     for tools in ([{"name": "f"}], '[{"name": "f"}]'):
         tokenizer = make_tokenizer(template)
-        ids, learn = encode(conversation("The row", messages, tools), tokenizer)
+        ids, learn = encode(parse_conversation("The row", messages, tools), tokenizer)
         assert learned(tokenizer, ids, learn).startswith("f;<|im_start|>system")
         assert learned(tokenizer, ids, learn).endswith(
             "assistant\n«f<|im_end|>»\n<|im_start|>tool\n5<|im_end|>\n<|im_start|>assistant\n«no<|im_end|>»\n"
@@ -284,6 +284,11 @@ def test_tools_reach_the_template() -> None:
         ({"messages": [{"role": "user"}]}, "chatml", "Message 1 of .* has NoneType as its content; expected text"),
         ({"messages": [*TWO, {"role": "user", "content": 3}]}, "chatml", "Message 5 of .* has int as its content"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "chatml", "a part of type 'image'"),
+        (
+            {"messages": [{"role": "\ud800", "content": "hi"}, TWO[1]]},
+            "chatml",
+            "half of a surrogate pair in what the tokenizer's chat template makes of it",
+        ),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "chatml", "half of a surrogate pair in its content"),
         ({"messages": TWO, "tools": "{"}, "chatml", "has tools that are not JSON"),
         ({"messages": TWO, "tools": {"a": 1}}, "chatml", "has dict as its tools"),
@@ -300,7 +305,7 @@ def test_what_cannot_be_used_is_one_sentence(
     path.write_text(json.dumps(record))
     tokenizer = make_tokenizer(TEMPLATES.get(template, template) if template else None)
     with pytest.raises(UserError, match=message) as caught:
-        open_rows([Source(file=str(path))], tokenizer, 8)
+        open_rows([Source(file=str(path))], tokenizer, RowSettings(8))
     assert "\n" not in caught.value.message
 
 
@@ -308,13 +313,13 @@ def test_conversations_without_words_are_nothing_to_learn_from(tmp_path: Path) -
     path = tmp_path / "chat.jsonl"
     path.write_text(json.dumps({"messages": [*TWO[:1], {"role": "assistant", "content": ""}]}))
     with pytest.raises(UserError, match="nothing that is to be learned follows anything in its"):
-        open_rows([Source(file=str(path))], make_tokenizer(TEMPLATES["chatml"]), 8)
+        open_rows([Source(file=str(path))], make_tokenizer(TEMPLATES["chatml"]), RowSettings(8))
 
 
 def test_a_tokenizer_that_cannot_say_where_its_tokens_stand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", False)
     with pytest.raises(UserError, match="cannot say which characters a token stands for"):
-        encode(conversation("The row", TWO), make_tokenizer(TEMPLATES["chatml"]))
+        encode(parse_conversation("The row", TWO), make_tokenizer(TEMPLATES["chatml"]))
 
 
 # --- rows --------------------------------------------------------------------------------------
@@ -339,7 +344,7 @@ def test_cutting_keeps_every_label(tmp_path: Path, length: int, packing: Any) ->
         pieces = [(np.concatenate([p[0] for p in pieces]), np.concatenate([p[1] for p in pieces]))]
     cut = [(i[k : k + length], m[k : k + length]) for i, m in pieces for k in range(0, len(i), length)]
     expected = [(ids.tolist(), np.where(learn, ids, MASKED).tolist()) for ids, learn in cut if learn[1:].any()]
-    rows, _ = open_rows([source], tokenizer, length, packing=packing)
+    rows, _ = open_rows([source], tokenizer, RowSettings(length, packing=packing))
     found = []
     for row in rows.in_order():
         real = len(expected[len(found)][0])
@@ -354,7 +359,7 @@ def test_no_label_is_predicted_from_another_conversation(tmp_path: Path) -> None
     path = tmp_path / "chat.jsonl"
     talks = [[{"role": "assistant", "content": letter * 3}] for letter in "abc"]
     path.write_text("\n".join(json.dumps({"messages": talk}) for talk in talks))
-    (row,) = open_rows([Source(file=str(path))], tokenizer, 12)[0].in_order()
+    (row,) = open_rows([Source(file=str(path))], tokenizer, RowSettings(12))[0].in_order()
     assert tokenizer.decode(row["input_ids"]) == "aaa</s>bbb</s>ccc</s>"
     assert (row["labels"] == MASKED).tolist() == [True, False, False, False] * 3
 
@@ -364,7 +369,7 @@ def test_text_and_conversations_mix_by_weight(tmp_path: Path) -> None:
     text = tmp_path / "a.txt"
     text.write_text("word " * 500)
     chat = chat_file(tmp_path / "chat.jsonl", 20).model_copy(update={"weight": 3.0})
-    rows, held_out = open_rows([Source(file=str(text)), chat], tokenizer, 32, held_out_fraction=0.1)
+    rows, held_out = open_rows([Source(file=str(text)), chat], tokenizer, RowSettings(32, held_out_fraction=0.1))
     assert isinstance(held_out, TokenRows)
     texts = [tokenizer.decode(rows.row(index)["input_ids"]) for index in range(40)]
     assert sum("word" in each for each in texts) == 10

@@ -15,126 +15,201 @@ import yaml
 from _tiny import Run, write_recipe
 from typer.testing import CliRunner
 
-from edgerazor import cli, pipeline
+from edgerazor import pipeline, workdir
 from edgerazor import recipe as recipes
-from edgerazor.evaluation.eval_result import EvalResult
+from edgerazor.cli import dispatch, folders, options, options_page
+from edgerazor.cli.app import app
+from edgerazor.cli.options import OPTIONS, Option
 from edgerazor.stages import calibrate, distill
 from edgerazor.stages import eval as evaluation
 
-COMMANDS: dict[str, Any] = dict(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
+COMMANDS: dict[str, Any] = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 STAGES = ("calibrate", "distill", "pack", "eval", "bench")
 
 
-def options(name: str) -> dict[str, Any]:
-    """Long name -> parameter, for the options of a command."""
-    long = {text: each for each in COMMANDS[name].params for text in each.opts if text.startswith("--")}
-    return {text: each for text, each in long.items() if text != "--help"}
+def parameters(name: str) -> dict[str, Any]:
+    """Long name -> parameter of click, for the options of a command."""
+    long = {text: parameter for parameter in COMMANDS[name].params for text in parameter.opts if text.startswith("--")}
+    return {text: parameter for text, parameter in long.items() if text != "--help"}
 
 
 # --- options -----------------------------------------------------------------------------------
 
-#: option -> (words behind it, field of the recipe, its value then). `eval --data` is held-out text.
-FIELDS: dict[str, tuple[list[str], str, Any]] = {
-    "--bits": (["3"], "calibrate.bits", 3.0),
-    "--real-bits": (["2.5"], "calibrate.real_bits", 2.5),
-    "--target-size": (["0.2GB"], "calibrate.target_size", 200_000_000),
-    "--data": (["/a.txt", "--data", "/b.txt"], "data.train", [{"file": "/a.txt"}, {"file": "/b.txt"}]),
-    "--held-out": (["/c.txt"], "data.held_out", [{"file": "/c.txt"}]),
-    "--sequence-length": (["77"], "data.sequence_length", 77),
-    "--sequences": (["5"], "calibrate.sequences", 5),
-    "--group-size": (["64"], "calibrate.group_size", 64),
-    "--formats": (["int2, int4"], "calibrate.formats", ["int2", "int4"]),
-    "--plan": (["variance"], "calibrate.plan", "variance"),
-    "--granularity": (["tensor"], "calibrate.granularity", "tensor"),
-    "--sensitivity": (["fisher"], "calibrate.sensitivity", "fisher"),
-    "--kv-bits": (["16"], "calibrate.kv_bits", 16),
-    "--activation-bits": (["16"], "calibrate.activation_bits", 16),
-    "--init": (["gptq"], "calibrate.init", "gptq"),
-    "--revision": (["main"], "revision", "main"),
-    "--trust-remote-code": ([], "trust_remote_code", True),
-    "--seed": (["7"], "seed", 7),
-    "--device": (["cuda:1"], "device", "cuda:1"),
-    "--threads": (["3"], "threads", 3),
-    "--steps": (["12"], "distill.steps", 12),
-    "--tokens": (["1000"], "distill.tokens", 1000),
-    "--max-time": (["60"], "distill.max_time", 60.0),
-    "--batch-size": (["3"], "distill.batch_size", 3),
-    "--accumulation": (["4"], "distill.accumulation", 4),
-    "--learning-rate": (["1e-4"], "distill.learning_rate", 1e-4),
-    "--checkpoint-every": (["9"], "distill.checkpoint_every", 9),
-    "--train": (["scales"], "distill.train", "scales"),
-    "--reconstruct": (["9"], "distill.reconstruct.steps", 9),
-    "--student": (["last"], "pack.student", "last"),
-    "--compress": ([], "pack.compress", True),
-    "--export": (["gguf, gguf-f16"], "pack.export", ["gguf", "gguf-f16"]),
-    "--allow-lossy": ([], "pack.allow_lossy", True),
-    "--tasks": (["arc, hellaswag"], "eval.tasks", ["arc", "hellaswag"]),
-    "--task-data": (["/tasks"], "eval.task_data", "/tasks"),
-    "--limit": (["10"], "eval.limit", 10),
-    "--num-fewshot": (["0"], "eval.num_fewshot", 0),
-    "--apply-chat-template": ([], "eval.apply_chat_template", True),
-    "--min-retention": (["0.9"], "eval.min_retention", 0.9),
-    "--compare": (["a=/x", "--compare", "b=/y"], "compare", {"a": "/x", "b": "/y"}),
-    "--prefill-tokens": (["64"], "bench.prefill_tokens", 64),
-    "--decode-tokens": (["16"], "bench.decode_tokens", 16),
-    "--contexts": (["0,128"], "bench.contexts", [0, 128]),
-    "--rounds": (["5"], "bench.rounds", 5),
-    "--mmap": ([], "bench.mmap", True),
-    "--llama-bench": (["/bin/llama-bench"], "bench.llama_bench", "/bin/llama-bench"),
-    "--ik-llama-bench": (["/bin/ik"], "bench.ik_llama_bench", "/bin/ik"),
+#: field of the recipe -> words behind its option, and its value then.
+WORDS: dict[str, tuple[list[str], Any]] = {
+    "calibrate.bits": (["3"], 3.0),
+    "calibrate.real_bits": (["2.5"], 2.5),
+    "calibrate.target_size": (["0.2GB"], 200_000_000),
+    "data.train": (["/a.txt", "--data", "/b.txt"], [{"file": "/a.txt"}, {"file": "/b.txt"}]),
+    "data.held_out": (["/c.txt"], [{"file": "/c.txt"}]),
+    "data.sequence_length": (["77"], 77),
+    "calibrate.sequences": (["5"], 5),
+    "calibrate.group_size": (["64"], 64),
+    "calibrate.formats": (["int2, int4"], ["int2", "int4"]),
+    "calibrate.plan": (["variance"], "variance"),
+    "calibrate.granularity": (["tensor"], "tensor"),
+    "calibrate.sensitivity": (["fisher"], "fisher"),
+    "calibrate.kv_bits": (["16"], 16),
+    "calibrate.activation_bits": (["16"], 16),
+    "calibrate.init": (["gptq"], "gptq"),
+    "revision": (["main"], "main"),
+    "trust_remote_code": ([], True),
+    "seed": (["7"], 7),
+    "device": (["cuda:1"], "cuda:1"),
+    "threads": (["3"], 3),
+    "distill.steps": (["12"], 12),
+    "distill.tokens": (["1000"], 1000),
+    "distill.max_time": (["60"], 60.0),
+    "distill.batch_size": (["3"], 3),
+    "distill.accumulation": (["4"], 4),
+    "distill.learning_rate": (["1e-4"], 1e-4),
+    "distill.checkpoint_every": (["9"], 9),
+    "distill.train": (["scales"], "scales"),
+    "distill.reconstruct.steps": (["9"], 9),
+    "pack.student": (["last"], "last"),
+    "pack.compress": ([], True),
+    "pack.export": (["gguf, gguf-f16"], ["gguf", "gguf-f16"]),
+    "pack.allow_lossy": ([], True),
+    "eval.tasks": (["arc, hellaswag"], ["arc", "hellaswag"]),
+    "eval.task_data": (["/tasks"], "/tasks"),
+    "eval.limit": (["10"], 10),
+    "eval.num_fewshot": (["0"], 0),
+    "eval.apply_chat_template": ([], True),
+    "eval.batch_size": (["3"], 3),
+    "eval.against": (["some/teacher"], "some/teacher"),
+    "eval.activation_bits": (["8"], 8),
+    "eval.kv_bits": (["8"], 8),
+    "eval.min_retention": (["0.9"], 0.9),
+    "compare": (["a=/x", "--compare", "b=/y"], {"a": "/x", "b": "/y"}),
+    "bench.prefill_tokens": (["64"], 64),
+    "bench.decode_tokens": (["16"], 16),
+    "bench.contexts": (["0,128"], [0, 128]),
+    "bench.rounds": (["5"], 5),
+    "bench.threads": (["2,1", "--threads", "4"], [1, 2, 4]),
+    "bench.mmap": ([], True),
+    "bench.llama_bench": (["/bin/llama-bench"], "/bin/llama-bench"),
+    "bench.ik_llama_bench": (["/bin/ik"], "/bin/ik"),
+    "generate.max_tokens": (["3"], 3),
+    "generate.temperature": (["0.5"], 0.5),
+    "generate.top_k": (["7"], 7),
+    "generate.top_p": (["0.9"], 0.9),
+    "generate.min_p": (["0.1"], 0.1),
+    "generate.repetition_penalty": (["1.1"], 1.1),
+    "generate.stop": (["a", "--stop", "b"], ["a", "b"]),
+    "generate.chat": ([], True),
+    "generate.system": (["Be brief."], "Be brief."),
+    "sampling.temperature": (["0.5"], 0.5),
+    "sampling.top_p": (["0.9"], 0.9),
+    "sampling.top_k": (["7"], 7),
+    "sampling.answer_tokens": (["8"], 8),
+    "sampling.prompt_tokens": (["4"], 4),
+    "sampling.batch_size": (["2"], 2),
+    "sampling.thinking": ([], True),
+}
+#: Fields whose value is refused unless another is given.
+NEEDS = {
+    "generate.system": ["--chat"],
+    **{f"generate.{name}": ["--temperature", "0.7"] for name in ("top_k", "top_p", "min_p")},
+}
+#: Fields of `eval MODEL`.
+ALONE = {f"{section}.{name}" for section, name in folders.ALONE}
+#: (command, option) of fields that are not called like their option.
+OTHER_NAMES = {
+    ("calibrate", "--data"): "data.train",
+    ("distill", "--data"): "data.train",
+    ("eval", "--data"): "data.held_out",
+    ("distill", "--reconstruct"): "distill.reconstruct.steps",
 }
 #: Options that say how to run rather than what to make.
 MANNERS = {"--work", "--recipe", "--json", "--quiet", "--force", "--dry-run"}
-#: Options of `eval MODEL`, which has no working directory.
-ALONE = {"--against", "--activation-bits", "--kv-bits", "--group-size"}
-CASES = [
+OPTIONS_OF_FIELDS = [
     (name, option)
-    for name in STAGES
-    for option in options(name)
-    if option not in MANNERS and not (name == "eval" and option in ALONE)
+    for name in COMMANDS
+    for option in options.options_of(name)
+    if option.field and not option.is_argument
 ]
 
 
-def test_there_is_a_case_for_every_option() -> None:
-    assert {option for _, option in CASES} == set(FIELDS)
+def test_there_are_words_for_every_option() -> None:
+    assert {option.field for _, option in OPTIONS_OF_FIELDS} == set(WORDS)
+    assert {name for option in OPTIONS for name in option.commands.split()} == set(COMMANDS)
+    for name in COMMANDS:
+        assert list(parameters(name)) == [row.long for row in options.options_of(name) if not row.is_argument]
 
 
-@pytest.mark.parametrize(("name", "option"), CASES)
+def test_an_option_is_called_like_its_field() -> None:
+    for name, option in OPTIONS_OF_FIELDS:
+        if (name, option.long) in OTHER_NAMES:
+            assert option.field == OTHER_NAMES[name, option.long]
+        else:
+            assert option.name == option.field.split(".")[-1]
+        if (name, option.long) != ("eval", "--data"):
+            assert recipes.option_at(tuple(option.field.split("."))) == option.long
+
+
+def test_an_option_sets_a_field_that_there_is() -> None:
+    explained = recipes.explain(options.flags_by_field())
+    schema = recipes.json_schema(options.flags_by_field())
+    for field, flag in options.flags_by_field().items():
+        *parents, name = field.split(".")
+        section = recipes.section_at(tuple(parents))
+        assert name in section.model_fields
+        properties = (schema if section is recipes.Recipe else schema["$defs"][section.__name__])["properties"]
+        assert properties[name]["description"].endswith(f"[{flag}]")
+    assert explained.count("[--") == len(options.flags_by_field())
+    assert options.DEFAULT_WORK == workdir.DEFAULT
+
+
+def test_the_page_of_options_is_up_to_date() -> None:
+    """`make options` writes it again."""
+    page = Path(options.__file__).with_name("OPTIONS.md")
+    assert page.read_text(encoding="utf-8") == options_page.render()
+
+
+@pytest.mark.parametrize(("name", "option"), OPTIONS_OF_FIELDS, ids=lambda case: getattr(case, "long", case))
 def test_every_option_sets_its_field(
-    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, option: str
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, option: Option
 ) -> None:
-    words, field, value = FIELDS[option]
-    if name == "eval" and option in ("--data", "--batch-size"):
-        field = {"--data": "data.held_out", "--batch-size": "eval.batch_size"}[option]
-    if name == "bench" and option == "--threads":
-        words, field, value = ["2,1", "--threads", "4"], "bench.threads", [1, 2, 4]
-    seen: list[recipes.Recipe] = []
+    words, value = WORDS[option.field]
+    built: list[recipes.Recipe] = []
 
-    def remember(_name: str, asked: recipes.Recipe, *_: Any) -> None:
-        seen.append(asked)
+    class BuiltError(Exception):
+        """The recipe is there; nothing of the stage has been run."""
 
-    monkeypatch.setattr(pipeline, "run", remember)
+    def assemble(*parts: Any) -> None:
+        built.append(assemble_recipe(*parts))
+        raise BuiltError
+
+    assemble_recipe = dispatch.assemble
+    monkeypatch.setattr(dispatch, "assemble", assemble)
+    monkeypatch.setattr(folders, "assemble", assemble)
     recipe = tmp_path / "r.yaml"
     recipe.write_text(yaml.safe_dump({"model": "some/model", "threads": 9, "seed": 9}))
-    done = run(name, "--recipe", recipe, option, *words)
-    assert done.code == 0, done.err
-    found: Any = seen[0].model_dump(mode="json", exclude_defaults=field.startswith("data."))
-    for part in field.split("."):
-        found = found[part]
-    assert found == value
-    changed = seen[0].model_dump(exclude_defaults=True)
-    assert set(changed) <= {"model", "threads", "seed", field.split(".")[0]}
+    command = {
+        "eval": ["eval", *(["some/model"] if option.field in ALONE else [])],
+        "data": ["data", "some/model", "--out", tmp_path / "x"],
+        "run": ["run", recipe],
+    }.get(name, [name])
+    beside = [] if name == "run" else ["--recipe", recipe]
+    with pytest.raises(BuiltError):
+        run(*command, *beside, option.long, *words, *NEEDS.get(option.field, []))
+    setting: Any = built[0].model_dump(mode="json", exclude_defaults=option.field.startswith("data."))
+    for part in option.field.split("."):
+        setting = setting[part]
+    assert setting == value
+    changed = built[0].model_dump(exclude_defaults=True)
+    assert set(changed) <= {"model", "threads", "seed", option.field.split(".")[0]}
 
 
 def test_options_of_a_model_measured_alone(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    seen: list[tuple[str, recipes.Recipe]] = []
-    monkeypatch.setattr(evaluation, "evaluate_model", lambda model, asked, _: seen.append((model, asked)))
+    calls: list[tuple[str, recipes.Recipe]] = []
+    monkeypatch.setattr(evaluation, "evaluate_model", lambda model, recipe, _: calls.append((model, recipe)))
     monkeypatch.setattr(evaluation, "show", lambda _: [])
     words = ["--against", "t", "--activation-bits", "8", "--kv-bits", "8", "--group-size", "64"]
     run("eval", "m", *words)
-    model, asked = seen[0]
-    assert (model, asked.eval.against, asked.calibrate.group_size) == ("m", "t", 64)
-    assert (asked.eval.activation_bits, asked.eval.kv_bits) == (8, 8)
+    model, recipe = calls[0]
+    assert (model, recipe.eval.against, recipe.calibrate.group_size) == ("m", "t", 64)
+    assert (recipe.eval.activation_bits, recipe.eval.kv_bits) == (8, 8)
     for option, value in zip(words[::2], words[1::2], strict=True):
         refused = run("eval", option, value, "--work", tmp_path / "job")
         assert refused.code == 2
@@ -143,12 +218,12 @@ def test_options_of_a_model_measured_alone(run: Run, monkeypatch: pytest.MonkeyP
 
 def test_every_stage_has_the_options_that_all_have() -> None:
     for name in STAGES:
-        assert set(options(name)) >= MANNERS
+        assert set(parameters(name)) >= MANNERS
 
 
 @pytest.mark.parametrize("name", ["", *COMMANDS])
 def test_help_fits_in_80_columns_and_explains_everything(name: str) -> None:
-    shown = CliRunner().invoke(cli.app, [*([name] if name else []), "--help"], env={"COLUMNS": "80"}, terminal_width=80)
+    shown = CliRunner().invoke(app, [*([name] if name else []), "--help"], env={"COLUMNS": "80"}, terminal_width=80)
     assert shown.exit_code == 0
     lines = shown.output.splitlines()
     assert max(map(len, lines)) <= 80
@@ -156,7 +231,7 @@ def test_help_fits_in_80_columns_and_explains_everything(name: str) -> None:
         assert all(command in shown.output for command in COMMANDS)
         return
     assert "Example: edgerazor" in shown.output
-    for option, parameter in options(name).items():
+    for option, parameter in parameters(name).items():
         assert parameter.help, option
         assert option in shown.output
 
@@ -173,13 +248,13 @@ def test_show_recipe_prints_a_recipe_that_loads_back(run: Run) -> None:
     assert "show RESULT" not in shown.out
 
 
-# --- asked wrongly -----------------------------------------------------------------------------
+# --- wrong commands -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("words", "code", "sentence"),
     [
-        (["distill", "--stpes", "3"], 2, "No such option: --stpes"),
+        (["distill", "--stpes", "3"], 2, "No such option"),
         (["distil"], 2, "No such command"),
         (["distill", "--bits", "two"], 2, "Invalid value for '--bits'"),
         (["distill", "M", "--bits", "9"], 2, "--bits is 9.0; expected a number from 1.58 to 8."),
@@ -224,7 +299,7 @@ def test_show_recipe_prints_a_recipe_that_loads_back(run: Run) -> None:
         (["eval", "LLAMA", "--dry-run"], 2, "has no dry run"),
     ],
 )
-def test_what_is_asked_wrongly_is_one_sentence(
+def test_a_wrong_command_is_one_sentence(
     run: Run, tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], code: int, sentence: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -350,7 +425,7 @@ def test_a_folder_that_may_not_be_written_to(
 
 def test_a_quality_gate_is_3(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("model: x")
-    result = EvalResult(failures=["Too bad."])
+    result = pipeline.eval.EvalResult(failures=["Too bad."])
     monkeypatch.setattr(pipeline, "run", lambda *_: result)
     outcome = run("eval", "--recipe", tmp_path / "r.yaml", "--json")
     assert (outcome.code, outcome.json()["failures"]) == (3, ["Too bad."])
@@ -372,14 +447,14 @@ def test_version(run: Run) -> None:
     assert run("--version").out.startswith("edgerazor 0.")
 
 
-def test_distill_is_asked_for_what_it_is_given(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_of_several_layers_the_last_wins(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Of several layers the last wins: defaults, the recipe, the command line."""
-    seen: list[Any] = []
-    monkeypatch.setattr(pipeline, "run", lambda name, asked, *_: seen.append(asked))
+    built: list[Any] = []
+    monkeypatch.setattr(pipeline, "run", lambda name, recipe, *_: built.append(recipe))
     (tmp_path / "r.yaml").write_text("model: x/y\nseed: 3\ndistill: {steps: 5, clip: 2.0}")
     run("distill", "--recipe", tmp_path / "r.yaml", "--steps", 6)
-    settings = seen[0].distill
-    assert (seen[0].seed, settings.steps, settings.clip, settings.batch_size) == (
+    settings = built[0].distill
+    assert (built[0].seed, settings.steps, settings.clip, settings.batch_size) == (
         3,
         6,
         2.0,

@@ -36,16 +36,16 @@ def chosen(*shape: int, count: int, seed: int = 0) -> Tensor:
 
 def specs() -> dict[str, tuple[MatrixSpec, tuple[int, int]]]:
     """Every format in awkward shapes, and formats of rows, blocks and columns."""
-    found = {
+    cases = {
         f"{name}.{rows}x{cols}.{group}": (MatrixSpec((name,), group), (rows, cols))
         for name in ALL
         for rows, cols, group in ((1, 1, 1), (5, 13, 1000), (17, 33, 16), (31, 130, 3), (48, 256, 256), (16, 960, 64))
     }
     count = len(ALL)
-    found["rows"] = (MatrixSpec(tuple(ALL), 16, chosen(37, count=count)), (37, 33))
-    found["blocks"] = (MatrixSpec(tuple(ALL), 16, block_formats=chosen(37, 3, count=count)), (37, 33))
-    found["columns"] = (MatrixSpec(tuple(ALL), 16, block_formats=chosen(1, 3, count=count)), (37, 48))
-    return found
+    cases["rows"] = (MatrixSpec(tuple(ALL), 16, chosen(37, count=count)), (37, 33))
+    cases["blocks"] = (MatrixSpec(tuple(ALL), 16, block_formats=chosen(37, 3, count=count)), (37, 33))
+    cases["columns"] = (MatrixSpec(tuple(ALL), 16, block_formats=chosen(1, 3, count=count)), (37, 48))
+    return cases
 
 
 def sources(peculiar: bool = True) -> list[MatrixSource]:
@@ -85,9 +85,12 @@ def test_streams_give_the_parts_back(name: str) -> None:
     encoded = formats.encode_matrix(weights(*shape), spec)
     streams, sizes = formats.to_streams(encoded, spec), formats.stream_bytes(spec, shape)
     parts = formats.pack_matrix(encoded, spec)
-    for number in range(max(len(found.ways) for found in streams.values())):
-        joined = {part: torch.cat(found.ways[number % len(found.ways)]) for part, found in streams.items()}
-        assert all(found.numel() <= sizes[part] for part, found in joined.items())
+    for number in range(max(len(part_streams.candidates) for part_streams in streams.values())):
+        joined = {
+            part: torch.cat(part_streams.candidates[number % len(part_streams.candidates)])
+            for part, part_streams in streams.items()
+        }
+        assert all(stream.numel() <= sizes[part] for part, stream in joined.items())
         back = formats.from_streams(joined, spec, shape)
         assert back.keys() == parts.keys() - {formats.ROW_FORMATS, formats.BLOCK_FORMATS}
         assert all(torch.equal(back[part].view(torch.uint8), parts[part].view(torch.uint8)) for part in back)
@@ -98,14 +101,14 @@ def test_streams_are_as_specified() -> None:
     scales = torch.tensor([[1.0], [1.5], [16.0]], dtype=torch.float16)  # 0x3c00, 0x3e00, 0x4c00
     codes = torch.tensor([[-4, 3, 0], [1, -1, 2], [0, 0, 0]], dtype=torch.int8)
     streams = formats.to_streams(Encoded(codes, scales), spec)
-    ways = [[stream.tolist() for stream in way] for way in streams["int3"].ways]
+    ways = [[stream.tolist() for stream in way] for way in streams["int3"].candidates]
     one, two = [1, 0, 7, 4, 5, 3, 6, 4, 4, 4], [2, 0 + 8 * 7, 4, 5 + 8 * 3, 6, 4 + 8 * 4, 4]
     # up to 3 zeros in front of 1, -1, 2, -2, 3, -3 or -4, and a 1 behind all
     assert ways == [[one], [two], [[0, 3, 1 + 3 * 6, 1 + 3 * 4, 1 + 1, 1 + 3 * 1, 1 + 3 * 2, 0, 1]]]
     ternary = formats.to_streams(Encoded(codes.sign(), scales), MatrixSpec(("ternary",), 4))["ternary"]
     digits = [0 + 3 * 2 + 9 * 1, 2 + 3 * 0 + 9 * 2, 1 + 3 * 1 + 9 * 1]
-    assert [way[0].tolist() for way in ternary.ways] == [[3, *digits], [4, *digits], [0, 3, 4, 1, 2, 4, 1, 0, 1]]
-    assert [[stream.tolist() for stream in way] for way in streams["int3.scales"].ways] == [
+    assert [way[0].tolist() for way in ternary.candidates] == [[3, *digits], [4, *digits], [0, 3, 4, 1, 2, 4, 1, 0, 1]]
+    assert [[stream.tolist() for stream in way] for way in streams["int3.scales"].candidates] == [
         [[4, 0x00, 0x3C, 0, 0], [0, 0x20, 0x00], [0, 0, 1]],
         [[6, 0x00, 0x3C, 0, 0, 0], [0, 0x08, 0x40], [0, 0, 0]],
         [[8, 0x00, 0x3C, 0, 0, 0], [0, 0x02, 0x10], [0, 0, 0]],
@@ -117,11 +120,11 @@ def test_streams_are_as_specified() -> None:
 def test_sparse_codes_come_back_and_take_little_more_than_their_entropy(name: str, zeros: float) -> None:
     number_format, generator = formats.get(name), torch.Generator().manual_seed(1)
     shape = (96, 2048)
-    codes = torch.randint(number_format.min_code, number_format.maximum + 1, shape, generator=generator)
+    codes = torch.randint(number_format.min_code, number_format.max_code + 1, shape, generator=generator)
     codes = torch.where(torch.rand(shape, generator=generator) < zeros, 0, codes).to(torch.int8)
     spec, encoded = MatrixSpec((name,), 256), Encoded(codes, torch.ones(96, 8, dtype=torch.float16))
     sizes, streams = formats.stream_bytes(spec, shape), formats.to_streams(encoded, spec)
-    frames = {part: as_tensor(compress(found)) for part, found in streams.items()}
+    frames = {part: as_tensor(compress(part_streams)) for part, part_streams in streams.items()}
     assert frames[name].numel() * LARGEST_RATIO * NARROWEST >= codes.numel()
     parts = formats.pack_matrix(encoded, spec)
     back = formats.from_streams({part: decompress(frame, sizes[part]) for part, frame in frames.items()}, spec, shape)
@@ -156,7 +159,9 @@ def test_sparse_codes_come_back_and_take_little_more_than_their_entropy(name: st
 def test_wrong_streams_are_refused(name: str, stream: list[int], reason: str) -> None:
     spec, shape = MatrixSpec((name,), 3), (2, 3)
     encoded = Encoded(torch.zeros(shape, dtype=torch.int8), torch.ones(2, 1, dtype=torch.float16))
-    good = {part: torch.cat(found.ways[0]) for part, found in formats.to_streams(encoded, spec).items()}
+    good = {
+        part: torch.cat(part_streams.candidates[0]) for part, part_streams in formats.to_streams(encoded, spec).items()
+    }
     formats.from_streams(good, spec, shape)
     if name == "ternary":
         formats.from_streams(good | {name: torch.tensor([0, 7, 1 + 6], dtype=torch.uint8)}, spec, shape)
@@ -257,10 +262,10 @@ def test_gaussian_weights_take_little_more_than_their_entropy(
 ) -> None:
     spec = MatrixSpec((name,), group_size)
     encoded = formats.encode_matrix(weights(*shape), spec)
-    found = {part: len(compress(streams)) for part, streams in formats.to_streams(encoded, spec).items()}
-    assert 1 <= sum(found.values()) / packed.matrix_entropy_bytes(encoded, spec) <= most
+    frame_bytes = {part: len(compress(streams)) for part, streams in formats.to_streams(encoded, spec).items()}
+    assert 1 <= sum(frame_bytes.values()) / packed.matrix_entropy_bytes(encoded, spec) <= most
     codes = entropy_bytes(encoded.codes.view(torch.uint8) + formats.get(name).offset)
-    assert 1 <= found[name] / codes <= min(most, 1.015)
+    assert 1 <= frame_bytes[name] / codes <= min(most, 1.015)
 
 
 def test_entropy_by_hand() -> None:
@@ -275,8 +280,8 @@ def test_entropy_by_hand() -> None:
 def test_equal_rows_take_less_than_their_entropy() -> None:
     spec = MatrixSpec(("int4",), 256)
     encoded = formats.encode_matrix(weights(4, 256).repeat(128, 1), spec)
-    found = sum(len(compress(streams)) for streams in formats.to_streams(encoded, spec).values())
-    assert found < 0.1 * packed.matrix_entropy_bytes(encoded, spec)
+    frame_bytes = sum(len(compress(streams)) for streams in formats.to_streams(encoded, spec).values())
+    assert frame_bytes < 0.1 * packed.matrix_entropy_bytes(encoded, spec)
 
 
 # Frames -----------------------------------------------------------------------------------------------------------
@@ -395,10 +400,10 @@ def test_no_flipped_bit_changes_a_weight_unnoticed(tmp_path: Path) -> None:
         flipped[position] ^= 1 << position % 8
         path.write_bytes(flipped)
         try:
-            found = PackedModel.open(tmp_path).parts("m")
+            read = PackedModel.open(tmp_path).parts("m")
         except UserError:
             continue
-        assert all(torch.equal(found[part], tensor) for part, tensor in parts.items())
+        assert all(torch.equal(read[part], tensor) for part, tensor in parts.items())
         harmless += 1  # zstd itself ignores some bits
     assert harmless < 0.05 * (len(content) - length)
 

@@ -1,4 +1,4 @@
-"""Words for the terminal: nothing in them is a command, and nothing is endless; the process at both its ends."""
+"""Text for the terminal: nothing in it is a command, nothing is endless; how the process begins and ends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pytest
 from _tiny import Run, spawn
 from pydantic import BaseModel
 
-from edgerazor import cli, terminal
+from edgerazor import terminal
+from edgerazor.cli import dispatch, errors
 from edgerazor.console import Console, table
 from edgerazor.errors import UserError, harmless, plain
 from edgerazor.terminal import Guarded
@@ -28,7 +29,7 @@ class Answer(BaseModel):
 
 
 def strange(text: str) -> set[str]:
-    return {each for each in text if not (each.isprintable() or each == "\n")}
+    return {character for character in text if not (character.isprintable() or character == "\n")}
 
 
 def test_plain_and_harmless() -> None:
@@ -52,11 +53,11 @@ def test_nothing_that_is_said_commands_a_terminal(capsys: pytest.CaptureFixture[
         tracker.advance()
     console.result(Answer(name=EVIL), EVIL, table(EVIL, [EVIL, "n"], [[EVIL, EVIL]], EVIL))
     Console(as_json=True).result(Answer(name="\x7f\x1b\x9b"))
-    said = capsys.readouterr()
-    assert strange(said.out) | strange(said.err) == set()
-    assert said.err.count("z[/x]:bug:") == 6
-    assert "[/x]:bug:" in said.out  # no markup, no pictures
-    assert '"\\u007f\\u001b\\u009b"' in said.out
+    printed = capsys.readouterr()
+    assert strange(printed.out) | strange(printed.err) == set()
+    assert printed.err.count("z[/x]:bug:") == 6
+    assert "[/x]:bug:" in printed.out  # no markup, no pictures
+    assert '"\\u007f\\u001b\\u009b"' in printed.out
 
 
 def test_an_error_is_at_most_two_kilobytes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,7 +150,7 @@ def test_strange_surroundings(tmp_path: Path, command: str, code: int, sentence:
     ],
 )
 def test_failures_that_are_no_bugs(error: BaseException, sentence: str) -> None:
-    known = cli.explain_failure(error)
+    known = errors.explain_failure(error)
     assert known is not None
     assert sentence in known.message
 
@@ -157,11 +158,11 @@ def test_failures_that_are_no_bugs(error: BaseException, sentence: str) -> None:
 def test_bugs_stay_bugs(tmp_path: Path) -> None:
     missing = FileNotFoundError(errno.ENOENT, "No such file or directory", str(tmp_path / "x"))
     for error in (missing, Exception("x"), RuntimeError("x"), OSError("x"), ImportError("x")):
-        assert cli.explain_failure(error) is None
+        assert errors.explain_failure(error) is None
 
 
 def test_no_memory_for_a_sentence(tmp_path: Path) -> None:
-    code = "from edgerazor import cli\ncli.run_command = lambda: [][0:0] + [0] * 10**18\ncli.main()"
+    code = "from edgerazor import cli\ncli.errors.run_command = lambda _: [0] * 10**18\ncli.main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, "Error: There is not enough memory.\n")
 
@@ -182,8 +183,8 @@ def test_a_second_ctrl_c_while_the_first_is_told(run: Run, monkeypatch: pytest.M
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "assemble", interrupt)
-    monkeypatch.setattr(cli, "fail", interrupt)
+    monkeypatch.setattr(dispatch, "assemble", interrupt)
+    monkeypatch.setattr(errors, "fail", interrupt)
     done = run("calibrate", "x")
     assert done.code == 130
     assert "Interrupted" in done.err
@@ -191,7 +192,7 @@ def test_a_second_ctrl_c_while_the_first_is_told(run: Run, monkeypatch: pytest.M
 
 def test_an_interrupted_import_of_c_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(terminal, "interrupted", True)
-    known = cli.explain_failure(ImportError("numpy._core.multiarray failed to import"))
+    known = errors.explain_failure(ImportError("numpy._core.multiarray failed to import"))
     assert known is not None
     assert known.code == 130
 

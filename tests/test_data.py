@@ -19,7 +19,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from edgerazor import data
-from edgerazor.data import Mixture, TokenRows, Tokens, documents, fingerprint, open_rows, sample_batches, split_held_out
+from edgerazor.data import (
+    Mixture,
+    RowSettings,
+    TokenRows,
+    Tokens,
+    documents,
+    fingerprint,
+    open_rows,
+    sample_batches,
+    split_held_out,
+)
 from edgerazor.errors import UserError
 from edgerazor.recipe import Source
 
@@ -133,23 +143,23 @@ def test_what_is_wrong_with_a_file_is_one_sentence(
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
-        open_rows([Source(file=str(path), **options)], tokenizer, 8)
+        open_rows([Source(file=str(path), **options)], tokenizer, RowSettings(8))
     assert "\n" not in caught.value.message
 
 
 def test_missing_files_and_folders(tmp_path: Path, tokenizer: Any) -> None:
-    for use in (lambda source: open_rows([source], tokenizer, 8), lambda source: fingerprint([source])):
+    for use in (lambda source: open_rows([source], tokenizer, RowSettings(8)), lambda source: fingerprint([source])):
         with pytest.raises(UserError, match="There is no file"):
             use(Source(file=str(tmp_path / "none.txt")))
         with pytest.raises(UserError, match="is a folder"):
             use(Source(file=str(tmp_path)))
     with pytest.raises(UserError, match="list of sources is empty"):
-        open_rows([], tokenizer, 8)
+        open_rows([], tokenizer, RowSettings(8))
 
 
 def test_too_short_to_hold_out(tmp_path: Path, tokenizer: Any) -> None:
     with pytest.raises(UserError, match="too little text"):
-        open_rows([write(tmp_path / "a.txt", "a cat")], tokenizer, 8, held_out_fraction=0.1)
+        open_rows([write(tmp_path / "a.txt", "a cat")], tokenizer, RowSettings(8, held_out_fraction=0.1))
 
 
 # --- data sets of the hub --------------------------------------------------------------------------------------------
@@ -256,7 +266,7 @@ def test_every_token_of_every_document_once_per_epoch(stories: Source, tokenizer
     expected: list[int] = []
     for document in documents(stories):
         expected += [*tokenizer.encode(document), tokenizer.eos_token_id]
-    rows, held_out = open_rows([stories], tokenizer, 16, seed=3)
+    rows, held_out = open_rows([stories], tokenizer, RowSettings(16, seed=3))
     assert held_out is None
     assert real_tokens(list(rows.in_order())) == expected
     assert rows.tokens == len(expected)
@@ -288,7 +298,7 @@ def test_special_tokens_are_the_tokenizers_own() -> None:
 def test_long_texts_are_no_reason_to_warn(tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     source = write(tmp_path / "a.txt", text(1, 500))
     with caplog.at_level(logging.WARNING):
-        rows, _ = open_rows([source], tokenizer, 8)
+        rows, _ = open_rows([source], tokenizer, RowSettings(8))
     assert rows.tokens > tokenizer.model_max_length
     assert not caplog.records
 
@@ -402,7 +412,7 @@ def test_held_out_is_whole_documents_spread_over_each_source(tmp_path: Path, tok
     texts = [f"story {number} " + text(number) for number in range(40)]
     source = write(tmp_path / "a.jsonl", "\n".join(json.dumps({"text": one}) for one in texts))
     for seed in (0, 1):
-        rows, held_out = open_rows([source], tokenizer, 16, seed, held_out_fraction=0.1)
+        rows, held_out = open_rows([source], tokenizer, RowSettings(16, seed, held_out_fraction=0.1))
         assert held_out is not None
         trained, kept = (
             tokenizer.decode(real_tokens(list(part.in_order()))).split("<|endoftext|>")[:-1]
@@ -417,7 +427,7 @@ def test_held_out_depends_on_the_seed_alone(tmp_path: Path, tokenizer: Any) -> N
     source = write(tmp_path / "a.txt", text(3, 3000))
     found = {}
     for seed in (0, 0, 1):
-        _, held_out = open_rows([source], tokenizer, 16, seed, held_out_fraction=0.1)
+        _, held_out = open_rows([source], tokenizer, RowSettings(16, seed, held_out_fraction=0.1))
         assert held_out is not None
         found.setdefault(seed, []).append([row["input_ids"].tolist() for row in held_out.in_order()])
     assert found[0][0] == found[0][1]
@@ -426,13 +436,13 @@ def test_held_out_depends_on_the_seed_alone(tmp_path: Path, tokenizer: Any) -> N
 
 def test_held_out_rows_come_from_every_source(tmp_path: Path, tokenizer: Any) -> None:
     sources = [write(tmp_path / f"{name}.txt", f"{name} " * 2000) for name in ("cat", "hill")]
-    rows, held_out = open_rows(sources, tokenizer, 16, held_out_fraction=0.1)
+    rows, held_out = open_rows(sources, tokenizer, RowSettings(16, held_out_fraction=0.1))
     assert held_out is not None
     said = [tokenizer.decode(row["input_ids"]) for row in held_out.in_order()]
     cats, hills = (sum(word in each for each in said) for word in ("cat", "hill"))
     assert cats + hills == len(said)
     assert min(cats, hills) > 0.2 * len(said)
-    assert rows.tokens + held_out.tokens == open_rows(sources, tokenizer, 16)[0].tokens
+    assert rows.tokens + held_out.tokens == open_rows(sources, tokenizer, RowSettings(16))[0].tokens
 
 
 @pytest.mark.parametrize("prefix", [(), (5000,)])
@@ -501,7 +511,7 @@ def test_every_window_begins_with_bos(tmp_path: Path, packing: Any) -> None:
             expected.append(window if window[0] == 1 else [1, *window])
             place += size
     expected = [each for each in expected if len(each) > 1]
-    rows, _ = open_rows([source], tokenizer, 16, packing=packing)
+    rows, _ = open_rows([source], tokenizer, RowSettings(16, packing=packing))
     found = list(rows.in_order())
     assert [row["input_ids"].tolist()[: len(each)] for row, each in zip(found, expected, strict=True)] == expected
     assert [row["labels"].tolist()[1 : len(each)] for row, each in zip(found, expected, strict=True)] == [
@@ -509,7 +519,7 @@ def test_every_window_begins_with_bos(tmp_path: Path, packing: Any) -> None:
     ]
     assert rows.tokens == sum(map(len, expected))
     assert {int(rows.row(turn)["input_ids"][0]) for turn in range(2 * len(rows))} == {1}
-    trained, held_out = open_rows([source], tokenizer, 16, held_out_fraction=0.2, packing=packing)
+    trained, held_out = open_rows([source], tokenizer, RowSettings(16, held_out_fraction=0.2, packing=packing))
     assert held_out is not None
     for part in (trained, held_out):
         assert {int(row["input_ids"][0]) for row in part.in_order()} == {1}
@@ -518,7 +528,7 @@ def test_every_window_begins_with_bos(tmp_path: Path, packing: Any) -> None:
 
 def test_without_bos_windows_are_the_tokens_and_nothing_else(stories: Source, tokenizer: Any) -> None:
     expected = [token for each in documents(stories) for token in (*tokenizer.encode(each), tokenizer.eos_token_id)]
-    rows, _ = open_rows([stories], tokenizer, 16)
+    rows, _ = open_rows([stories], tokenizer, RowSettings(16))
     assert real_tokens(list(rows.in_order())) == expected
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 import sys
 import tomllib
@@ -14,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 CONSTRAINTS = ROOT / ".ci" / "constraints.txt"
 #: Only of environments that are made for them (`make peers`, `make llamacpp`).
 PEERS = {"gptqmodel", "auto-round", "hqq", "optimum", "llama-cpp"}
@@ -26,15 +28,17 @@ def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def declared(requirements: Iterable[str]) -> set[str]:
-    return {normal(re.match(r"[A-Za-z0-9._-]+", each)[0]) for each in requirements}  # type: ignore[index]
+def declared(*lists: Iterable[str]) -> set[str]:
+    """Names of other people's distributions in lists of requirements."""
+    names = {normal(re.match(r"[A-Za-z0-9._-]+", each)[0]) for each in itertools.chain(*lists)}  # type: ignore[index]
+    return names - {PROJECT["name"]}  # extras that are made of others
 
 
 def imported(folders: Iterable[str], but: str = "") -> set[str]:
     """Distributions of other people that the files of folders import, at any depth."""
     owners = metadata.packages_distributions()
     files = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
-    ours = {"edgerazor", *(path.stem for path in files if "edgerazor" not in path.relative_to(ROOT).parts)}
+    ours = {"edgerazor", "recipes", *(path.stem for path in files if "edgerazor" not in path.relative_to(ROOT).parts)}
     names: set[str] = set()
     for path in files:
         if path.name == but:
@@ -49,17 +53,21 @@ def imported(folders: Iterable[str], but: str = "") -> set[str]:
 
 
 def test_the_package_imports_what_it_declares() -> None:
-    assert imported(["edgerazor"], but="_install.py") == declared(PROJECT["dependencies"])
+    used = (EXTRAS[name] for name in EXTRAS if name != "dev")
+    assert imported(["edgerazor"], but="_install.py") == declared(PROJECT["dependencies"], *used)
 
 
 def test_tests_and_recipes_import_what_is_declared() -> None:
-    everything = declared([*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]])
+    everything = declared(PROJECT["dependencies"], *EXTRAS.values())
     assert imported(["tests", "recipes", ".ci"]) - everything <= PEERS
     used = imported(["edgerazor", "tests", "recipes"])
     assert everything - used <= COMMANDS
 
 
-@pytest.mark.parametrize("requirement", [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]])
+REQUIREMENTS = dict.fromkeys(itertools.chain(PROJECT["dependencies"], *EXTRAS.values()))
+
+
+@pytest.mark.parametrize("requirement", [each for each in REQUIREMENTS if not each.startswith(PROJECT["name"])])
 def test_what_was_tested_is_within_the_ranges(requirement: str) -> None:
     tested = dict(line.split("==") for line in CONSTRAINTS.read_text().splitlines() if not line.startswith("#"))
     found = re.fullmatch(r"([A-Za-z0-9._-]+)>=([0-9.]+)(?:,<([0-9.]+))?", requirement)

@@ -23,9 +23,8 @@ from edgerazor import losses, models
 from edgerazor.errors import UserError
 from edgerazor.recipe import Distill
 from edgerazor.stages import distill
-from edgerazor.training import checkpoint
-from edgerazor.training import objective as objective_
-from edgerazor.training.optimizer import schedule
+from edgerazor.training import Captures, Teacher, Trainer, capture, checkpoint, objective
+from edgerazor.training.optimizer import learning_rate_factor
 
 WEIGHTS = Path("distill", "last", "model.safetensors")
 
@@ -59,14 +58,14 @@ def assert_same(run: Run, job: Path, whole: Path) -> None:
 
 def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Press Ctrl-C in the middle of a step."""
-    train_step = distill.train_step
+    train_step = Trainer.step
 
-    def interrupting(job: distill.Job, batches: Any) -> float:
-        if job.progress.step + 1 == step:
+    def interrupting(trainer: Trainer, batches: Any) -> float:
+        if trainer.progress.step + 1 == step:
             os.kill(os.getpid(), signal.SIGINT)
-        return train_step(job, batches)
+        return train_step(trainer, batches)
 
-    monkeypatch.setattr(distill, "train_step", interrupting)
+    monkeypatch.setattr(Trainer, "step", interrupting)
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])
@@ -231,10 +230,10 @@ def test_a_training_may_go_on_with_smaller_batches(run: Run, recipe: Path, tmp_p
 @pytest.mark.slow
 def test_an_error_in_one_process_ends_the_others(tmp_path: Path, llama: Path, text_file: Path) -> None:
     recipe = write_recipe(tmp_path / "r.yaml", llama, text_file)
-    break_one = "import os\nfrom edgerazor.stages import distill\nfrom edgerazor.errors import UserError\n"
-    break_one += "step = distill.train_step\n"
-    break_one += "def failing(job, batches):\n    if os.environ['RANK'] == '1': raise UserError('Only here.')\n"
-    break_one += "    return step(job, batches)\ndistill.train_step = failing\n"
+    break_one = "import os\nfrom edgerazor.training import Trainer\nfrom edgerazor.errors import UserError\n"
+    break_one += "step = Trainer.step\n"
+    break_one += "def failing(trainer, batches):\n    if os.environ['RANK'] == '1': raise UserError('Only here.')\n"
+    break_one += "    return step(trainer, batches)\nTrainer.step = failing\n"
     script = tmp_path / "script.py"
     script.write_text(break_one + "from edgerazor.cli import main\nmain()\n")
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script))
@@ -264,7 +263,7 @@ def test_an_error_in_one_process_ends_the_others(tmp_path: Path, llama: Path, te
     ],
 )
 def test_the_schedule(settings: dict[str, Any], share: float, factor: float) -> None:
-    assert schedule(Distill(**settings), share) == pytest.approx(factor)
+    assert learning_rate_factor(Distill(**settings), share) == pytest.approx(factor)
 
 
 def test_the_best_student_is_the_one_with_the_lowest_loss(whole: Path) -> None:
@@ -310,7 +309,7 @@ def test_the_control_begins_at_random(run: Run, tmp_path: Path, llama: Path, tex
     assert metrics(tmp_path / "job")[0]["cross_entropy"] == pytest.approx(math.log(300), rel=0.05)
 
 
-# --- what losses look at, schedules, several teachers -------------------------------------------
+# --- what losses capture, schedules, several teachers -------------------------------------------
 
 GUIDED: list[dict[str, Any]] = [
     {"name": "forward_kl", "temperature": 2.0, "schedule": "cosine", "end_factor": 0.2},
@@ -371,17 +370,18 @@ def test_activations_of_sixteen_bits_train_from_end_to_end(
     assert run("pack", "--work", tmp_path / "job", "--json").json()["verified"] is True
 
 
-def test_losses_see_hidden_states_as_transformers_returns_them(llama: Path) -> None:
+def test_losses_are_given_hidden_states_as_transformers_returns_them(llama: Path) -> None:
     """The last one is behind the final norm; of student and teacher."""
     model, _ = models.load(str(llama))
-    found, ids = models.structure(model), torch.arange(4, 20)[None]
-    layers = tuple(range(found.layer_count + 1))
-    teacher = objective_.Teacher(model, found, found.head_path, (1.0, None))
+    structure, ids = models.structure(model), torch.arange(4, 20)[None]
+    layers = tuple(range(structure.layer_count + 1))
+    needed = Captures(hidden_layers=layers)
+    teacher = Teacher(model, structure, structure.head_path, (1.0, None))
     with torch.no_grad():
         expected = model(input_ids=ids, output_hidden_states=True).hidden_states
-        with objective_.watch(model, found, found.head_path, objective_.Captures(hidden=layers)) as seen:
+        with capture(model, structure, structure.head_path, needed) as captured:
             model(input_ids=ids, use_cache=False)
-    for hidden in (seen.hidden, teacher.outputs(ids, objective_.Captures(hidden=layers)).hidden):
+    for hidden in (captured.hidden_states, teacher.outputs(ids, needed).hidden_states):
         assert sorted(hidden) == list(layers)
         for layer, state in enumerate(expected):
             assert torch.equal(hidden[layer], state), layer
@@ -390,62 +390,62 @@ def test_losses_see_hidden_states_as_transformers_returns_them(llama: Path) -> N
 def test_hidden_states_of_all_layers_are_never_kept_for_two_micro_batches(
     run: Run, tmp_path: Path, llama: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """LAFD that chooses anew in each step looks at all layers of the teacher. Of the micro-batches before the current
-    one only the layers are there that were compared last, and the student's pass sees what it would see of all."""
-    kept: list[list[int]] = []
+    """LAFD that chooses anew in each step needs all layers of the teacher. Of the micro-batches before the current one
+    only the layers are kept that were compared last, and the losses are the same as with all layers kept."""
+    compared: list[list[int]] = []
     waiting: list[int] = []
-    objective, statistics = distill.losses.objective, distill.statistics
+    total_loss, batch_statistics = losses.total_loss, objective.batch_statistics
     targets: list[Any] = []
 
     def noting(terms: Any, student: Any, teacher: Any, labels: Any, totals: Any) -> Any:
-        kept.append(sorted(teacher.hidden))
+        compared.append(sorted(teacher.hidden_states))
         targets.clear()
-        return objective(terms, student, teacher, labels, totals)
+        return total_loss(terms, student, teacher, labels, totals)
 
-    def counting(job: Any, batch: Any, target: Any) -> Any:
-        assert len(target.hidden) == 3  # the embedding's output and two layers
-        waiting.extend(len(each.hidden) for each in targets)
+    def counting(terms: Any, labels: Any, target: Any) -> Any:
+        assert len(target.hidden_states) == 3  # the embedding's output and two layers
+        waiting.extend(len(earlier.hidden_states) for earlier in targets)
         targets.append(target)
-        return statistics(job, batch, target)
+        return batch_statistics(terms, labels, target)
 
-    monkeypatch.setattr(distill.losses, "objective", noting)
-    monkeypatch.setattr(distill, "statistics", counting)
+    monkeypatch.setattr(losses, "total_loss", noting)
+    monkeypatch.setattr(objective, "batch_statistics", counting)
     terms = [{"name": "eakld"}, {"name": "lafd", "options": {"select": "batch", "count": 1}}]
     settings = {"losses": terms, "steps": 3, "accumulation": 3, "evaluate_every": 9}
     recipe = write_recipe(tmp_path / "r.yaml", llama, text_file, distill=settings)
     assert run("distill", "--recipe", recipe, "--work", tmp_path / "job").code == 0
-    assert len(kept) == 9
-    assert {len(each) for each in kept} == {1}
+    assert len(compared) == 9
+    assert {len(layers) for layers in compared} == {1}
     assert waiting == [0, 0, 0, *[1] * 6]  # (1, 2) micro-batches wait in each of three steps
-    found = metrics(tmp_path / "job")
-    monkeypatch.setattr(distill._objective, "keep_layers", lambda target, layers: None)
+    expected = metrics(tmp_path / "job")
+    monkeypatch.setattr(objective, "drop_other_layers", lambda target, layers: None)
     assert run("distill", "--recipe", recipe, "--work", tmp_path / "all").code == 0
-    assert len(kept[-1]) == 3
-    assert metrics(tmp_path / "all") == found
+    assert len(compared[-1]) == 3
+    assert metrics(tmp_path / "all") == expected
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_teachers_head_multiplies_each_position_once_in_a_step(
     run: Run, tmp_path: Path, llama: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, accumulation: int
 ) -> None:
-    """EAKLD looks at the teacher's next tokens before the student's pass, for its gate, and after it."""
+    """EAKLD needs the teacher's logits before the student's forward pass, for its gate, and after it."""
     rows: dict[bool, int] = {True: 0, False: 0}
-    logits, step = losses.Head.logits, distill.train_step
+    logits, step = losses.Head.logits, Trainer.step
     steps: list[tuple[int, int, int]] = []
 
     def counting(self: Any, states: torch.Tensor) -> torch.Tensor:
         rows[self.master is None] += len(states)
         return logits(self, states)
 
-    def stepping(job: Any, batches: Any) -> float:
+    def stepping(trainer: Trainer, batches: Any) -> float:
         rows.update({True: 0, False: 0})
-        loss = step(job, batches)
+        loss = step(trainer, batches)
         predicted = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
         steps.append((rows[True], rows[False], predicted))
         return loss
 
     monkeypatch.setattr(losses.Head, "logits", counting)
-    monkeypatch.setattr(distill, "train_step", stepping)
+    monkeypatch.setattr(Trainer, "step", stepping)
     terms = [{"name": "ce", "weight": 0.1}, {"name": "eakld", "weight": 2.0}, {"name": "lafd", "weight": 0.1}]
     settings = {"losses": terms, "steps": 2, "accumulation": accumulation, "evaluate_every": 9}
     recipe = write_recipe(tmp_path / "r.yaml", llama, text_file, distill=settings)
@@ -530,12 +530,12 @@ def test_layers_that_differ_are_not_compared(tmp_path: Path, llama: Path, make_m
     small = make_model(tmp_path / "small", "llama", hidden_size=48)
     narrow = make_model(tmp_path / "narrow", "llama", num_key_value_heads=3)
     model, _ = models.load(llama)
-    objective_.check_alike(small, model, objective_.Captures(attention=(1, 2)))
-    objective_.check_alike(narrow, model, objective_.Captures(hidden=(1,)))
+    objective.check_comparable(small, model, Captures(attention_layers=(1, 2)))
+    objective.check_comparable(narrow, model, Captures(hidden_layers=(1,)))
     with pytest.raises(UserError, match="their hidden_size differ: 48 and 96"):
-        objective_.check_alike(small, model, objective_.Captures(hidden=(1,)))
+        objective.check_comparable(small, model, Captures(hidden_layers=(1,)))
     with pytest.raises(UserError, match="their num_key_value_heads differ: 3 and 2"):
-        objective_.check_alike(narrow, model, objective_.Captures(attention=(2,)))
+        objective.check_comparable(narrow, model, Captures(attention_layers=(2,)))
 
 
 # --- refused at the start ----------------------------------------------------------------------
@@ -578,7 +578,7 @@ def test_force_throws_a_student_away_only_for_a_training_that_can_begin(
     def fail(*_: Any) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr(distill, "make_student", fail)
+    monkeypatch.setattr(distill, "load_student", fail)
     failed = run("distill", "--work", job, "--force")
     assert failed.code == 1
     assert "not enough memory" in failed.err

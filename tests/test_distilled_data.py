@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from edgerazor.calibration import generated_text
 from edgerazor.data import documents
-from edgerazor.data.chat import conversation
+from edgerazor.data.chat import parse_conversation
 from edgerazor.errors import UserError
 from edgerazor.recipe import Sampling, Source
 
@@ -156,7 +156,7 @@ def test_an_answer_is_conditioned_on_the_template(chatty: Path, monkeypatch: pyt
     user = [{"role": "user", "content": text} for text in "abc"]
     old = {"role": "assistant", "content": "old"}
     rows = writer_of(chatty).write(
-        [conversation("A", [user[0], old, user[1], user[2], old]), conversation("B", [user[0]])], 0
+        [parse_conversation("A", [user[0], old, user[1], user[2], old]), parse_conversation("B", [user[0]])], 0
     )
     assert seen == [
         ["[user]a<s>[assistant]"] * 2,
@@ -176,13 +176,13 @@ def test_answers_that_are_cut_off_or_blank_are_not_kept(chatty: Path, monkeypatc
         lambda *_: [generated_text.Answer(tokenizer(text)["input_ids"], done) for done, text in next(outcomes)],
     )
     talk = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
-    rows = writer_of(chatty).write([conversation("A", talk)] * 3, 0)
+    rows = writer_of(chatty).write([parse_conversation("A", talk)] * 3, 0)
     assert rows[0].record == {"messages": [talk[0], {"role": "assistant", "content": "yes"}]}
     assert [row.record for row in rows[1:]] == [None, None]
 
 
 def test_a_conversation_that_fills_the_context_ends(chatty: Path) -> None:
-    talk = conversation("A", [{"role": "user", "content": "Then " * 200}])
+    talk = parse_conversation("A", [{"role": "user", "content": "Then " * 200}])
     assert writer_of(chatty).write([talk], 0)[0].record is None
 
 
@@ -192,7 +192,7 @@ def test_a_conversation_that_fills_the_context_ends(chatty: Path) -> None:
 )
 def test_conversations_that_cannot_be_answered_anew(chatty: Path, roles: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        writer_of(chatty).write([conversation("A", [{"role": role, "content": "x"} for role in roles])], 0)
+        writer_of(chatty).write([parse_conversation("A", [{"role": role, "content": "x"} for role in roles])], 0)
 
 
 # --- the command -------------------------------------------------------------------------------

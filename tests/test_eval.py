@@ -27,8 +27,8 @@ from edgerazor.packed import PackedModel
 from edgerazor.recipe import Recipe, build
 from edgerazor.stages import eval as stage
 from edgerazor.stages import pack
+from edgerazor.tasks.lm_eval_models import EngineLM, TransformersLM
 from edgerazor.tasks.quiet import quiet_lm_eval
-from edgerazor.tasks.scorer import EngineScorer, Scorer
 from edgerazor.workdir import WorkDir
 
 QUIET = Console(quiet=True)
@@ -99,8 +99,8 @@ def job(
 
 def task_result(score: float, teacher: float | None, stderr: float | None, chance: float | None = 0.25) -> TaskResult:
     entry = tasks.LoadedTask("t", None, "t.jsonl", 100, True, chance, "")
-    reference = None if teacher is None else tasks.Score(teacher, stderr, "acc", True)
-    return scores.compare(entry, tasks.Score(score, 0.01, "acc", True), reference)
+    reference = None if teacher is None else tasks.TaskScore(teacher, stderr, "acc", True)
+    return scores.compare(entry, tasks.TaskScore(score, 0.01, "acc", True), reference)
 
 
 # --- against the teacher ---------------------------------------------------------------------
@@ -159,7 +159,7 @@ def test_retention_by_hand() -> None:
 
 def test_only_accuracies_have_chance_and_only_gains_are_retained() -> None:
     entry = tasks.LoadedTask("t", None, "t.jsonl", 100, True, 0.25, "")
-    lost = scores.compare(entry, tasks.Score(9.0, 0.1, "ppl", False), tasks.Score(8.0, 0.1, "ppl", False))
+    lost = scores.compare(entry, tasks.TaskScore(9.0, 0.1, "ppl", False), tasks.TaskScore(8.0, 0.1, "ppl", False))
     assert (lost.chance, lost.retention, lost.retention_above_chance) == (None, None, None)
 
 
@@ -397,7 +397,7 @@ def scores_of(model: Any, tokenizer: Any) -> list[tuple[float, bool]]:
         for choice in row["choices"]
     ]
     with quiet_lm_eval():
-        scorer = (EngineScorer if isinstance(model, runtime.Model) else Scorer)(model, tokenizer, 2, QUIET, "m")
+        scorer = (EngineLM if isinstance(model, runtime.Model) else TransformersLM)(model, tokenizer, 2, QUIET, "m")
         found = scorer._loglikelihood_tokens(requests)
     return [(value / len(tokens), greedy) for (value, greedy), (_, _, tokens) in zip(found, requests, strict=True)]
 

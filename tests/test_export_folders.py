@@ -20,10 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from edgerazor import exporters, formats, packed
 from edgerazor.console import Console
 from edgerazor.errors import UserError
-from edgerazor.exporters.core import folder as folder_
-from edgerazor.exporters.core import grouped
-from edgerazor.exporters.core.folder import Piece
+from edgerazor.exporters.core import grouped, hf_folder
 from edgerazor.exporters.core.grouped import Layout
+from edgerazor.exporters.core.hf_folder import Piece
 from edgerazor.packed import PackedMatrix, PackedModel
 
 ALL = formats.names()
@@ -91,7 +90,7 @@ def test_hf_is_exact_where_float16_holds_everything(model: Path, tmp_path: Path)
     for name in opened.header.matrices:
         assert torch.equal(loaded.get_submodule(name).weight.float(), weight(opened, name))
     state = loaded.state_dict()
-    assert all(torch.equal(state[name], opened.others()[name]) for name in folder_.others(opened))
+    assert all(torch.equal(state[name], opened.others()[name]) for name in hf_folder.others(opened))
 
 
 def test_hf_takes_bfloat16_where_only_that_is_exact(model: Path, tmp_path: Path) -> None:
@@ -372,11 +371,11 @@ def test_layers_agree_on_a_group_size() -> None:
     columns = {"a": 256, "b": 960, "c": 512, "d": 144}
     layouts = {"a": Layout(bits=4, group_size=256), "b": Layout(bits=2, group_size=64)}
     layouts |= {"c": Layout(bits=4, group_size=128), "d": Layout(bits=4, group_size=144)}
-    grouped._agree(layouts, columns)
+    grouped._unify_groups(layouts, columns)
     assert {name: layout.group_size for name, layout in layouts.items()} == {"a": 64, "b": 64, "c": 64, "d": 144}
     assert layouts["b"].bits == 2
     whole = {"a": Layout(bits=4, group_size=256), "d": Layout(bits=4, group_size=144)}
-    grouped._agree(whole, columns)
+    grouped._unify_groups(whole, columns)
     assert [layout.group_size for layout in whole.values()] == [256, 144]
 
 
@@ -384,7 +383,7 @@ def test_layers_agree_on_a_group_size() -> None:
 def test_shards_are_those_of_transformers(tmp_path: Path, shard_bytes: int) -> None:
     tensors = {f"t{i}": torch.arange(10 * i, 10 * i + 10, dtype=torch.float32) for i in range(10)}
     pieces = [Piece({name: ("F32", (10,))}, lambda name=name: {name: tensors[name]}) for name in tensors]
-    folder_.write_weights(tmp_path, pieces, shard_bytes)
+    hf_folder.write_weights(tmp_path, pieces, shard_bytes)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) == {1: 10, 200: 2, 10**6: 1}[shard_bytes]
     found: dict[str, Tensor] = {}
@@ -397,6 +396,6 @@ def test_shards_are_those_of_transformers(tmp_path: Path, shard_bytes: int) -> N
         assert index["metadata"] == {"total_size": 400}
         assert all(name in load_file(tmp_path / file) for name, file in index["weight_map"].items())
     with pytest.raises(ValueError, match="two tensors are called t0"):
-        folder_.write_weights(tmp_path, pieces + pieces[:1])
+        hf_folder.write_weights(tmp_path, pieces + pieces[:1])
     with pytest.raises(ValueError, match="should be"):
-        folder_.write_weights(tmp_path, [Piece({"x": ("F16", (1,))}, lambda: {"x": torch.zeros(1)})])
+        hf_folder.write_weights(tmp_path, [Piece({"x": ("F16", (1,))}, lambda: {"x": torch.zeros(1)})])

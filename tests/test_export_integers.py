@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from edgerazor import formats
-from edgerazor.exporters.core import exact as exact_
-from edgerazor.exporters.core import integers
+from edgerazor.exporters.core import exact_dtypes, integers
 from edgerazor.exporters.core.integers import Integers, UnfitError
 from edgerazor.formats import Encoded, MatrixSpec
 
@@ -113,7 +112,7 @@ def test_exact_floats() -> None:
     }
     for dtype, numbers in exact.items():
         for number in numbers:
-            assert exact_.smallest_float(torch.tensor([1.0, number])) == dtype, number
+            assert exact_dtypes.smallest_float(torch.tensor([1.0, number])) == dtype, number
     for codes, scale in itertools.product((-128, -127, 1, 127), (2.0**-24, 1 + 2.0**-10, 65504.0)):
         product = torch.tensor(codes, dtype=torch.float64) * torch.tensor(scale, dtype=torch.float64)
-        assert exact_.holds(torch.float32, product)
+        assert exact_dtypes.holds(torch.float32, product)

@@ -98,7 +98,7 @@ def check_exact(done: Razored) -> None:
     """Packed equals trained: the digests, the logits, and what eval saw."""
     student = done.student()
     model, _ = transformers_plugin.load(done.folder)
-    with torch.no_grad(), modules.frozen_codes(student) as digests, pytest.MonkeyPatch.context() as patch:
+    with torch.no_grad(), modules.encoded_once(student) as digests, pytest.MonkeyPatch.context() as patch:
         trained = student(input_ids=IDS, use_cache=False).logits
         native = model(input_ids=IDS, use_cache=False).logits
         patch.setenv("EDGERAZOR_ISA", "reference")
@@ -137,7 +137,7 @@ def test_packed_equals_trained(done: Razored) -> None:
 @torch.no_grad()
 def test_a_cache_changes_nothing(done: Razored) -> None:
     """Keys and values are rounded token by token, so greedy text with a cache is greedy text without one."""
-    model, _ = transformers_plugin.load(done.folder, keep_decoded=True)
+    model, _ = transformers_plugin.load(done.folder, cache_decoded=True)
     options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 1, "eos_token_id": None}
     text = model.generate(IDS, attention_mask=torch.ones_like(IDS), use_cache=True, **options)
     logits = model(input_ids=text, use_cache=False).logits[:, 23:-1]  # [2, 12, vocabulary]
@@ -150,7 +150,7 @@ def test_a_cache_changes_nothing(done: Razored) -> None:
 
 @torch.no_grad()
 def test_later_tokens_change_no_earlier_ones(done: Razored) -> None:
-    model, _ = transformers_plugin.load(done.folder, keep_decoded=True)
+    model, _ = transformers_plugin.load(done.folder, cache_decoded=True)
     whole, part = model(input_ids=IDS).logits[:, :10], model(input_ids=IDS[:, :10]).logits
     assert (whole - part).abs().max() <= 0.02 * whole.abs().max()
 
@@ -525,8 +525,8 @@ def test_attention_maps_are_those_of_the_model(family: str, make_model: Any, tmp
     padding = torch.ones_like(ids)
     padding[1, 15:] = 0
     expected = model(input_ids=ids, attention_mask=padding, output_attentions=True)
-    models.open_attention(model)
-    models.check_attention(model, found, (1, 2, 3, 4))
+    models.enable_attention_capture(model)
+    models.check_attention_capture(model, found, (1, 2, 3, 4))
     with models.capture_attention(model, found, (1, 2, 4), ("query", "key")) as seen:
         output = model(input_ids=ids, attention_mask=padding, use_cache=False)
     assert sorted(seen) == [1, 2, 4]
@@ -540,7 +540,7 @@ def test_attention_maps_are_those_of_the_model(family: str, make_model: Any, tmp
     if not models.caps_attention(model.config):
         quick = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa").eval()
         plain = quick(input_ids=ids).logits
-        models.open_attention(quick)
+        models.enable_attention_capture(quick)
         with models.capture_attention(quick, found, (1, 2, 4), ("query", "key")) as fast:
             assert torch.equal(quick(input_ids=ids, use_cache=False).logits, plain)
         for layer, each in fast.items():
@@ -557,20 +557,20 @@ def test_attention_that_cannot_be_seen_or_explained_is_refused(llama: Path, monk
     with monkeypatch.context() as patch:
         patch.delattr(modeling, "ALL_ATTENTION_FUNCTIONS")
         with pytest.raises(UserError) as caught:
-            models.open_attention(model)
+            models.enable_attention_capture(model)
         sentence(caught.value, "LlamaForCausalLM", "no exchangeable attention")
     with pytest.raises(UserError) as caught:
-        models.check_attention(model, found, (2,))  # it was not opened
+        models.check_attention_capture(model, found, (2,))  # it was not opened
     sentence(caught.value, "layer 2 of LlamaForCausalLM cannot be looked at")
 
     def with_sinks(*args: Any, **kwargs: Any) -> Any:
         output, weights = transformers.integrations.sdpa_attention.sdpa_attention_forward(*args, **kwargs)
         return 0.9 * output, weights
 
-    models.open_attention(model)
+    models.enable_attention_capture(model)
     monkeypatch.setattr(attention_capture, "sdpa_attention_forward", with_sinks)
     with pytest.raises(UserError) as caught:
-        models.check_attention(model, found, (1, 2))
+        models.check_attention_capture(model, found, (1, 2))
     sentence(caught.value, "layer 1 of LlamaForCausalLM is not made of queries and keys alone")
 
 

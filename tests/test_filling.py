@@ -18,24 +18,24 @@ def size(amount: float) -> int:
     return 100 + 7 * int(amount)
 
 
-def refused(smallest: int) -> UserError:
+def too_small(smallest: int) -> UserError:
     return usage_error(f"It is not less than {smallest}.")
 
 
 @pytest.mark.parametrize("limit", [100, 101, 107, 555, 799, 800])
 def test_what_is_found_fits_and_one_step_more_would_not(limit: int) -> None:
-    found = fill(steps, (0.0, 100.0), size, limit, refused)
-    assert size(found) <= limit
-    assert size(found) == 800 or size(found + 1) > limit
+    amount = fill(steps, (0.0, 100.0), size, limit, too_small)
+    assert size(amount) <= limit
+    assert size(amount) == 800 or size(amount + 1) > limit
 
 
 def test_all_of_it_where_there_is_room() -> None:
-    assert fill(steps, (2.0, 8.0), size, 10_000, refused) == 8.0
+    assert fill(steps, (2.0, 8.0), size, 10_000, too_small) == 8.0
 
 
 def test_nothing_where_the_least_is_too_large() -> None:
     with pytest.raises(UserError, match="not less than 114"):
-        fill(steps, (2.0, 8.0), size, 113, refused)
+        fill(steps, (2.0, 8.0), size, 113, too_small)
 
 
 def test_no_more_is_looked_at_than_it_takes() -> None:
@@ -45,9 +45,9 @@ def test_no_more_is_looked_at_than_it_takes() -> None:
         looked.append(amount)
         return amount
 
-    found = fill(looking, (0.0, 100.0), size, 450, refused, close=0.1)
-    assert 0.9 * 450 <= size(found) <= 450
+    amount = fill(looking, (0.0, 100.0), size, 450, too_small, tolerance=0.1)
+    assert 0.9 * 450 <= size(amount) <= 450
     assert looked == [0.0, 100.0, 50.0]
     looked.clear()
-    fill(looking, (0.0, 100.0), size, 451, refused)
+    fill(looking, (0.0, 100.0), size, 451, too_small)
     assert len(looked) == SEARCH

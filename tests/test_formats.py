@@ -24,7 +24,7 @@ def weights(*shape: int, seed: int = 0) -> Tensor:
 def random_codes(name: str, rows: int, cols: int) -> Tensor:
     number_format = formats.get(name)
     generator = torch.Generator().manual_seed(rows * cols)
-    return torch.randint(number_format.min_code, number_format.maximum + 1, (rows, cols), generator=generator).to(
+    return torch.randint(number_format.min_code, number_format.max_code + 1, (rows, cols), generator=generator).to(
         torch.int8
     )
 
@@ -135,16 +135,16 @@ def test_packed_bits_a_weight() -> None:
     }
     for (name, cols), expected in bits.items():
         number_format = formats.get(name)
-        found = [8 * number_format.row_bytes(cols, group_size) / cols for group_size in (64, 256, cols)]
-        assert found == pytest.approx(expected), name
+        bits_per_weight = [8 * number_format.row_bytes(cols, group_size) / cols for group_size in (64, 256, cols)]
+        assert bits_per_weight == pytest.approx(expected), name
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_packing_refuses_codes_out_of_range(name: str) -> None:
     number_format = formats.get(name)
-    if number_format.maximum < 127:
+    if number_format.max_code < 127:
         with pytest.raises(ValueError, match="range"):
-            number_format.pack(torch.full((1, 3), number_format.maximum + 1, dtype=torch.int8), 8)
+            number_format.pack(torch.full((1, 3), number_format.max_code + 1, dtype=torch.int8), 8)
     if number_format.min_code > -128:
         with pytest.raises(ValueError, match="range"):
             number_format.pack(torch.full((1, 3), number_format.min_code - 1, dtype=torch.int8), 8)
@@ -218,10 +218,10 @@ def test_threads_layout_dtype_and_autocast_do_not_show(name: str) -> None:
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            found = [number_format.encode(variant, 256) for variant in variants]
+            encodings = [number_format.encode(variant, 256) for variant in variants]
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                found.append(number_format.encode(w.float(), 256))
-            for each in found:
+                encodings.append(number_format.encode(w.float(), 256))
+            for each in encodings:
                 assert bits_equal(each.codes, expected.codes)
                 assert bits_equal(each.scales, expected.scales)
     finally:
@@ -516,7 +516,7 @@ def test_packed_matrices_come_back_exactly(shape: tuple[int, int]) -> None:
         encoded = formats.encode_matrix(weights(*shape), spec)
         parts = formats.pack_matrix(encoded, spec)
         assert {name: (part.dtype, (*part.shape,)) for name, part in parts.items()} == formats.part_shapes(spec, shape)
-        stored = {name: b"".join(pieces) for name, pieces in formats.joined(parts).items()}
+        stored = {name: b"".join(pieces) for name, pieces in formats.serialize_parts(parts).items()}
         assert {name: len(each) for name, each in stored.items()} == {
             name: math.prod(size) for name, size in formats.stored_shapes(spec, shape).items()
         }
@@ -534,18 +534,18 @@ def test_codes_and_scales_are_joined_and_separated(shape: tuple[int, int], group
     for name in ALL:
         spec = MatrixSpec((name,), group_size)
         parts = formats.pack_matrix(formats.encode_matrix(weights(*shape), spec), spec)
-        (pieces,) = formats.joined(parts).values()
+        (pieces,) = formats.serialize_parts(parts).values()
         stored = torch.frombuffer(bytearray(b"".join(pieces)), dtype=torch.uint8)
         for start in (0, 1, 2):  # wherever the bytes begin
-            found = formats.separated(torch.cat([stored[:start], stored])[start:], name, shape[1], group_size)
-            assert found.keys() == parts.keys()
-            assert all(bits_equal(found[part], tensor) for part, tensor in parts.items())
+            views = formats.deserialize_part(torch.cat([stored[:start], stored])[start:], name, shape[1], group_size)
+            assert views.keys() == parts.keys()
+            assert all(bits_equal(views[part], tensor) for part, tensor in parts.items())
         with pytest.raises(ValueError, match="whole blocks of rows"):
-            formats.separated(stored[:-1], name, shape[1], group_size)
+            formats.deserialize_part(stored[:-1], name, shape[1], group_size)
         if len(pieces[2]):
             stored[-1] = 1
             with pytest.raises(ValueError, match="only fills up"):
-                formats.separated(stored, name, shape[1], group_size)
+                formats.deserialize_part(stored, name, shape[1], group_size)
 
 
 def test_nominal_bits_are_those_of_the_names() -> None:

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from edgerazor import runtime, transformers_plugin
 from edgerazor.cli import main
 from edgerazor.errors import FAILED, INTERRUPTED, USAGE, UserError
-from edgerazor.runtime import Generation, Model
+from edgerazor.runtime import Generation, Model, generation
 from edgerazor.stages import generate as stage
 from edgerazor.stages.generate import GenerateResult
 
@@ -225,8 +225,8 @@ def test_the_token_that_ends_a_turn_ends_an_answer(packed: Path, model: Model, t
     tokenizer.chat_template = TEMPLATE.replace("</s>", end)
     tokenizer.save_pretrained(tmp_path / "copy")
     ending = runtime.load(tmp_path / "copy", threads=1)
-    assert first in runtime._generation.turn_ends(ending.tokenizer)
-    assert first not in runtime._generation.end_tokens(ending)
+    assert first in generation.turn_ends(ending.tokenizer)
+    assert first not in generation.end_tokens(ending)
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "repetition_penalty": 1.2}])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from edgerazor import exporters, formats, models
+from edgerazor import exporters, families, formats, models
 from edgerazor.errors import USAGE, UserError
 from edgerazor.exporters import gguf as exporter
 from edgerazor.exporters.core import gguf_blocks as blocks
-from edgerazor.exporters.core import gguf_families as families
+from edgerazor.exporters.core.gguf_metadata import gguf_architecture, rope_factors
+from edgerazor.exporters.core.gguf_names import gguf_name, row_order
 from edgerazor.formats import Encoded, MatrixSpec
 from edgerazor.packed import PackedModel
 
@@ -31,22 +33,22 @@ COLUMNS = (32, 40, 96, 256, 300, 352, 768)
 TYPES = {block.type.name: block for block in blocks.BLOCKS}
 
 
-def smallest(matrix: blocks.Matrix) -> str:
+def smallest(matrix: blocks.BlockMatrix) -> str:
     """The type that the exporter chooses."""
     tests: exporter.Tests = [
         (each.type, lambda each=each: blocks.check_blocks(each, matrix))  # type: ignore[misc]
-        for each in exporter.EXPORT.blocks
+        for each in exporter.EXPORTER.blocks
     ]
     tests += [
         (each, lambda each=each: blocks.check_floats(each, matrix))  # type: ignore[misc]
-        for each in exporter.EXPORT.floats
+        for each in exporter.EXPORTER.floats
     ]
     chosen, reason = exporter._smallest(tests)
     assert reason == ""
     return chosen.name
 
 
-def dequantized(name: str, matrix: blocks.Matrix) -> np.ndarray:
+def dequantized(name: str, matrix: blocks.BlockMatrix) -> np.ndarray:
     """What gguf reads from what we write."""
     kind = gguf.GGMLQuantizationType[name]
     written = (
@@ -78,13 +80,13 @@ def test_every_format_and_geometry_is_exact(name: str) -> None:
             random_encoded(spec, 5, cols, seed),
             formats.encode_matrix(torch.randn(5, cols, generator=torch.Generator().manual_seed(seed)), spec),
         ):
-            matrix = blocks.Matrix(encoded, spec)
+            matrix = blocks.BlockMatrix(encoded, spec)
             expected = formats.decode_matrix(encoded, spec).numpy()
             assert (dequantized(smallest(matrix), matrix) == expected).all(), (group, cols)
             for kind, block in TYPES.items():
                 try:
                     blocks.check_blocks(block, matrix)
-                except blocks.Misfit:
+                except blocks.InexactError:
                     continue
                 assert (dequantized(kind, matrix) == expected).all(), (group, cols, kind)
 
@@ -117,21 +119,23 @@ CHOSEN = {
 def test_the_smallest_exact_type(name: str, group: int, cols: int) -> None:
     spec = MatrixSpec((name,), group)
     encoded = formats.encode_matrix(torch.randn(40, cols, generator=torch.Generator().manual_seed(3)), spec)
-    assert smallest(blocks.Matrix(encoded, spec)) == CHOSEN[name, group, cols]
+    assert smallest(blocks.BlockMatrix(encoded, spec)) == CHOSEN[name, group, cols]
 
 
 def test_types_follow_what_is_there_and_not_its_name() -> None:
     """Equal scales of small groups are one scale; codes that int4 has but a matrix does not use cost nothing."""
     spec = MatrixSpec(("ternary",), 64)
     codes = torch.randint(-1, 2, (4, 256), dtype=torch.int8)
-    matrix = blocks.Matrix(Encoded(codes, torch.full((4, 4), 0.25, dtype=torch.float16)), spec)
+    matrix = blocks.BlockMatrix(Encoded(codes, torch.full((4, 4), 0.25, dtype=torch.float16)), spec)
     assert smallest(matrix) == "TQ1_0"
     zeros = torch.tensor([[0.25, 0.0, 0.25, 0.25]], dtype=torch.float16).expand(4, 4)
     silent = codes.clone()
     silent[:, 64:128] = 0
-    assert smallest(blocks.Matrix(Encoded(silent, zeros), spec)) == "TQ1_0"
-    assert smallest(blocks.Matrix(Encoded(codes, torch.rand(4, 1).half()), MatrixSpec(("int8",), 256))) == "TQ1_0"
-    assert smallest(blocks.Matrix(Encoded(codes - 1, torch.rand(4, 1).half()), MatrixSpec(("int8",), 256))) == "Q2_K"
+    assert smallest(blocks.BlockMatrix(Encoded(silent, zeros), spec)) == "TQ1_0"
+    assert smallest(blocks.BlockMatrix(Encoded(codes, torch.rand(4, 1).half()), MatrixSpec(("int8",), 256))) == "TQ1_0"
+    assert (
+        smallest(blocks.BlockMatrix(Encoded(codes - 1, torch.rand(4, 1).half()), MatrixSpec(("int8",), 256))) == "Q2_K"
+    )
 
 
 def test_half_of_the_smallest_scale_is_no_fp16_number() -> None:
@@ -139,8 +143,8 @@ def test_half_of_the_smallest_scale_is_no_fp16_number() -> None:
     spec = MatrixSpec(("int2",), 256)
     scales = torch.tensor([[2.0**-14], [2.0**-23], [3 * 2.0**-24]], dtype=torch.float16)
     encoded = Encoded(torch.randint(-2, 2, (3, 256), dtype=torch.int8), scales)
-    matrix = blocks.Matrix(encoded, spec)
-    assert smallest(blocks.Matrix(Encoded(encoded.codes[:2], scales[:2]), spec)) == "Q2_K"
+    matrix = blocks.BlockMatrix(encoded, spec)
+    assert smallest(blocks.BlockMatrix(Encoded(encoded.codes[:2], scales[:2]), spec)) == "Q2_K"
     kind = smallest(matrix)
     assert kind in ("BF16", "F32")
     assert (dequantized(kind, matrix) == formats.decode_matrix(encoded, spec).numpy()).all()
@@ -158,7 +162,7 @@ def test_rows_and_blocks_of_two_formats(pair: tuple[str, str]) -> None:
         ):
             encoded = formats.encode_matrix(torch.randn(6, cols, generator=draw), spec)
             order = torch.randperm(6, generator=draw)
-            matrix = blocks.Matrix(encoded, spec, order)
+            matrix = blocks.BlockMatrix(encoded, spec, order)
             expected = formats.decode_matrix(encoded, spec)[order].numpy()
             kind = smallest(matrix)
             assert (dequantized(kind, matrix) == expected).all()
@@ -169,7 +173,7 @@ def test_rows_and_blocks_of_two_formats(pair: tuple[str, str]) -> None:
 def test_large_matrices_are_written_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = MatrixSpec(("ternary",), 256)
     encoded = formats.encode_matrix(torch.randn(33, 512, generator=torch.Generator().manual_seed(1)), spec)
-    matrix = blocks.Matrix(encoded, spec, torch.arange(33).flip(0))
+    matrix = blocks.BlockMatrix(encoded, spec, torch.arange(33).flip(0))
     whole = blocks.write_blocks(TYPES["TQ1_0"], matrix)
     monkeypatch.setattr(blocks, "CHUNK", 2048)
     assert len(list(matrix.rows())) == 9
@@ -222,6 +226,14 @@ def decoded(folder: Path) -> dict[str, Tensor]:
     return found | {name: each.float() for name, each in model.others().items()}
 
 
+def gguf_architecture_of(model_type: str) -> families.GgufArchitecture:
+    """A family's facts for GGUF."""
+    family = families.find(model_type)
+    assert family is not None
+    assert family.gguf is not None
+    return family.gguf
+
+
 def rotated_pairs(heads: int, size: int) -> list[int]:
     """Row of transformers at each place of llama.cpp's `llama`, by hand: a pair is i and i + size / 2 of a head."""
     return [
@@ -239,14 +251,14 @@ def test_every_tensor_of_every_family(family: str, variant: str, run: Run, packe
     result = export.write(model, tmp_path, plan)
     assert Path(result.file).stat().st_size == plan.bytes == result.bytes
     config = models.complete_config(folder)
-    found = families.family_of(config)
+    architecture = gguf_architecture(config)
     weights = decoded(folder)
     reader = read(Path(result.file))
     assert len(reader.tensors) == len(weights)
     by_name = {tensor.name: tensor for tensor in reader.tensors}
     for name, expected in weights.items():
-        tensor = by_name[families.target_name(found, name)]
-        if found.interleaved and (".q_proj." in name or ".k_proj." in name):
+        tensor = by_name[gguf_name(architecture, name)]
+        if architecture.interleaved_rope and (".q_proj." in name or ".k_proj." in name):
             heads = config["num_attention_heads"] if ".q_proj." in name else config["num_key_value_heads"]
             expected = expected[rotated_pairs(heads, 32)]
         got = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(expected.shape)
@@ -276,7 +288,7 @@ def test_ternary_of_whole_blocks(run: Run, packed: Any, tmp_path: Path) -> None:
 def test_rotation_of_neighbours_is_rotation_of_halves() -> None:
     """Scores of q and k are the same when rows are sorted and neighbours rotate as the halves did."""
     config = {"num_attention_heads": 2, "num_key_value_heads": 2, "hidden_size": 16, "model_type": "llama"}
-    order = families.row_order(families.FAMILIES["llama"], config, "blk.0.attn_q.weight")
+    order = row_order(gguf_architecture_of("llama"), config, "blk.0.attn_q.weight")
     assert order is not None
     assert order.tolist() == rotated_pairs(2, 8)
     draw = torch.Generator().manual_seed(0)
@@ -361,7 +373,7 @@ def test_rope_factors_of_llama_3() -> None:
     }
     config = LlamaConfig(head_dim=64, rope_parameters=scaling)
     expected, attention = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    factors = families.rope_factors(config.to_dict())
+    factors = rope_factors(config.to_dict())
     assert factors is not None
     plain = 500000.0 ** -(torch.arange(0, 64, 2).double() / 64)
     assert attention == 1.0
@@ -377,7 +389,7 @@ def test_scaled_positions(run: Run, packed: Any, tmp_path: Path) -> None:
     found = values(read(tmp_path / "linear"))
     assert (found["llama.rope.scaling.type"], found["llama.rope.scaling.factor"]) == ("linear", 2.0)
     tensor = next(each for each in read(tmp_path / "llama3").tensors if each.name == "rope_freqs.weight")
-    expected = families.rope_factors({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, **llama3}, **SHAPE})
+    expected = rope_factors({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, **llama3}, **SHAPE})
     assert expected is not None
     assert tensor.data.tolist() == expected.tolist()
 
@@ -388,8 +400,18 @@ def test_scaled_positions(run: Run, packed: Any, tmp_path: Path) -> None:
 def refusal(**config: Any) -> str:
     complete = family_config("llama").to_dict() | config
     with pytest.raises(UserError) as refused:
-        families.family_of(complete)
+        gguf_architecture(complete)
     return refused.value.message
+
+
+def test_a_number_that_gguf_cannot_hold(run: Run, packed: Any, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(packed(run, "llama"), copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e300}))
+    refused = run("pack", copy, "--export", "gguf", "--dry-run")
+    assert refused.code == 1
+    assert "layer_norm_rms_epsilon, which GGUF cannot hold" in " ".join(refused.err.split())
 
 
 def test_what_llama_cpp_would_leave_out_is_refused() -> None:
@@ -409,8 +431,8 @@ def test_what_llama_cpp_would_leave_out_is_refused() -> None:
         ("llama", "model.layers.1.mlp.extra.weight"),
     ):
         with pytest.raises(UserError, match=f"reads no tensor {name}"):
-            families.target_name(families.FAMILIES[family], name)
-    assert families.target_name(families.FAMILIES["llama"], "model.layers.3.mlp.up_proj.bias") == "blk.3.ffn_up.bias"
+            gguf_name(gguf_architecture_of(family), name)
+    assert gguf_name(gguf_architecture_of("llama"), "model.layers.3.mlp.up_proj.bias") == "blk.3.ffn_up.bias"
 
 
 def test_rounding_is_refused_by_name(run: Run, packed: Any, tmp_path: Path) -> None:
@@ -438,7 +460,7 @@ def test_size_is_explained(run: Run, packed: Any) -> None:
         ("--bits", 1.58, "--group-size", 40): (16, "groups of 40 weights are no multiple of 32", "--group-size 256"),
     }
     for options, (count, cause, remedy) in remedies.items():
-        plan = exporter.EXPORT.plan(PackedModel.open(packed(run, "llama", options, **shape)))
+        plan = exporter.EXPORTER.plan(PackedModel.open(packed(run, "llama", options, **shape)))
         assert plan.real_bits > 1.1 * plan.packed_real_bits
         (said,) = [each for each in plan.causes if cause in each]
         assert said.startswith(f"{count} matrices take ")

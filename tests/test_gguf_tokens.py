@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from edgerazor import models
 from edgerazor.errors import UserError
-from edgerazor.exporters.core import gguf_tokens as tokens
+from edgerazor.exporters.core import gguf_vocabulary
 
 TEACHER = Path(__file__).parent.parent / "recipes" / "world" / "teacher"
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
@@ -64,7 +64,7 @@ def test_patterns_have_the_names_that_llama_cpp_gives_them() -> None:
         ((split(TEKKEN), BYTES), True, "tekken"),
     ):
         tokenizer = byte_level(*steps, ignore_merges=wins)
-        found = tokens.vocabulary(tokenizer, 300, [])
+        found = gguf_vocabulary.build_vocabulary(tokenizer, 300, [])
         assert (found.model, found.pre) == ("gpt2", name)
         assert all(found.tokens[number] == piece for piece, number in tokenizer.vocab.items())
         assert found.types[0] == TokenType.CONTROL
@@ -76,7 +76,7 @@ def test_patterns_have_the_names_that_llama_cpp_gives_them() -> None:
 
 def refusal(tokenizer: Any, size: int = 300) -> str:
     with pytest.raises(UserError) as refused:
-        tokens.vocabulary(tokenizer, size, [])
+        gguf_vocabulary.build_vocabulary(tokenizer, size, [])
     return refused.value.message
 
 
@@ -92,7 +92,7 @@ def test_other_tokenizers_are_refused() -> None:
 
 
 def test_text_that_is_normalized_is_said() -> None:
-    (note,) = tokens.vocabulary(byte_level(WORDS, normalizer=normalizers.NFC()), 300, []).notes
+    (note,) = gguf_vocabulary.build_vocabulary(byte_level(WORDS, normalizer=normalizers.NFC()), 300, []).notes
     assert "NFC" in note
 
 
@@ -100,7 +100,7 @@ def test_ordinary_tokens_that_llama_cpp_takes_for_an_end_are_said() -> None:
     about = json.loads(byte_level(WORDS).backend_tokenizer.to_str())
     about["model"]["vocab"]["</s>"] = len(about["model"]["vocab"])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(about)), eos_token="<s>")
-    (note,) = tokens.vocabulary(tokenizer, 300, []).notes
+    (note,) = gguf_vocabulary.build_vocabulary(tokenizer, 300, []).notes
     assert note == "llama.cpp takes the ordinary token </s> for the end of a text."
 
 
@@ -110,7 +110,7 @@ def test_first_and_last_token() -> None:
         tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
         special = [("<s>", 0), ("</s>", tokenizer.eos_token_id)]
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(template, special_tokens=special)
-        found = tokens.vocabulary(tokenizer, 300, [0, tokenizer.eos_token_id])
+        found = gguf_vocabulary.build_vocabulary(tokenizer, 300, [0, tokenizer.eos_token_id])
         assert (found.add_bos, found.add_eos) == ends
         assert found.special["bos"] == found.special["eot"] == 0
         assert found.tokens[tokenizer.eos_token_id] == "</s>"
@@ -120,7 +120,7 @@ def test_added_words_and_tokens_beyond_the_embedding() -> None:
     tokenizer = byte_level(WORDS)
     tokenizer.add_tokens([AddedToken("hello", special=False), AddedToken("<far>", special=True)])
     size = tokenizer.convert_tokens_to_ids("<far>")
-    found = tokens.vocabulary(tokenizer, size, [])
+    found = gguf_vocabulary.build_vocabulary(tokenizer, size, [])
     assert found.tokens[-1] == "hello"
     assert found.types[-1] == TokenType.USER_DEFINED
     assert any("beyond" in note for note in found.notes)
@@ -131,19 +131,19 @@ def test_added_words_and_tokens_beyond_the_embedding() -> None:
 
 def sentencepiece(words: list[str], merges: list[tuple[str, str]], prefix: bool = True) -> PreTrainedTokenizerFast:
     """BPE with byte fallback, as tokenizers made of SentencePiece have it."""
-    pieces = ["<unk>", "<s>", "</s>", *sorted(tokens.BYTES), *words]
+    pieces = ["<unk>", "<s>", "</s>", *sorted(gguf_vocabulary.BYTES), *words]
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
     raw = Tokenizer(BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    steps = [normalizers.Prepend(tokens.SPACE)] if prefix else []
-    raw.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", tokens.SPACE)])
+    steps = [normalizers.Prepend(gguf_vocabulary.SPACE)] if prefix else []
+    raw.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", gguf_vocabulary.SPACE)])
     raw.add_special_tokens(["<unk>", "<s>", "</s>"])
     return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
-def joined_by_score(found: tokens.Vocabulary, text: str) -> list[int]:
+def joined_by_score(found: gguf_vocabulary.Vocabulary, text: str) -> list[int]:
     """llama.cpp's algorithm: of all neighbours whose union is a piece, the best score first, then the leftmost."""
     known = {piece: number for number, piece in enumerate(found.tokens)}
-    symbols: list[str | None] = list((" " * found.space_prefix + text).replace(" ", tokens.SPACE))
+    symbols: list[str | None] = list((" " * found.space_prefix + text).replace(" ", gguf_vocabulary.SPACE))
     queue: list[tuple[float, int, int, str]] = []
 
     def neighbour(at: int, step: int) -> int:
@@ -179,7 +179,7 @@ def learned_sentencepiece(prefix: bool) -> PreTrainedTokenizerFast:
     """Merges learned from a text, and whatever they leave out added, as conversions from SentencePiece do."""
     raw = Tokenizer(BPE())
     trainer = trainers.BpeTrainer(vocab_size=120)
-    raw.train_from_iterator([TEXT.replace(" ", tokens.SPACE), "the other lamp there, then others"], trainer)
+    raw.train_from_iterator([TEXT.replace(" ", gguf_vocabulary.SPACE), "the other lamp there, then others"], trainer)
     learned = json.loads(raw.to_str())["model"]
     order = [first + second for first, second in learned["merges"]]
     known = set(learned["vocab"])
@@ -195,7 +195,7 @@ def learned_sentencepiece(prefix: bool) -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize("prefix", [True, False])
 def test_scores_join_as_merges_do(prefix: bool) -> None:
     tokenizer = learned_sentencepiece(prefix)
-    found = tokens.vocabulary(tokenizer, len(tokenizer) + 3, [])
+    found = gguf_vocabulary.build_vocabulary(tokenizer, len(tokenizer) + 3, [])
     assert (found.model, found.space_prefix, found.merges) == ("llama", prefix, [])
     assert found.types[3] == TokenType.BYTE
     assert found.types[1] == TokenType.CONTROL
@@ -204,7 +204,7 @@ def test_scores_join_as_merges_do(prefix: bool) -> None:
 
 
 def test_merges_that_scores_cannot_express_are_refused() -> None:
-    letters = ["a", "b", "c", tokens.SPACE]
+    letters = ["a", "b", "c", gguf_vocabulary.SPACE]
     missing = sentencepiece([*letters, "ab", "bc", "abc"], [("a", "b"), ("b", "c"), ("ab", "c")])
     assert "'a' and 'bc' are no merge of it, but make the piece 'abc'" in refusal(missing)
     between = [("a", "b"), ("b", "c"), ("ab", "c"), ("c", "c"), ("a", "bc")]
@@ -212,7 +212,7 @@ def test_merges_that_scores_cannot_express_are_refused() -> None:
 
 
 def test_sentencepiece_needs_bytes_and_spaces() -> None:
-    raw = sentencepiece([tokens.SPACE, "a"], [])
+    raw = sentencepiece([gguf_vocabulary.SPACE, "a"], [])
     about = json.loads(raw.backend_tokenizer.to_str())
 
     def changed(**parts: Any) -> PreTrainedTokenizerFast:
@@ -222,8 +222,8 @@ def test_sentencepiece_needs_bytes_and_spaces() -> None:
     assert "no pieces for the 256 bytes" in refusal(changed(model=model))
     assert "does not write spaces" in refusal(changed(normalizer=None))
     assert "changes text by NFKC" in refusal(changed(normalizer={"type": "NFKC"}))
-    meta = {"type": "Metaspace", "replacement": tokens.SPACE, "prepend_scheme": "first", "split": False}
-    found = tokens.vocabulary(changed(normalizer=None, pre_tokenizer=meta), 300, [])
+    meta = {"type": "Metaspace", "replacement": gguf_vocabulary.SPACE, "prepend_scheme": "first", "split": False}
+    found = gguf_vocabulary.build_vocabulary(changed(normalizer=None, pre_tokenizer=meta), 300, [])
     assert found.space_prefix
     assert "every special token" in found.notes[0]
 
@@ -232,7 +232,7 @@ def test_sentencepiece_needs_bytes_and_spaces() -> None:
 
 
 def test_the_tokenizer_of_the_embedded_teacher() -> None:
-    found = tokens.vocabulary(models.load_tokenizer(TEACHER), 2048, [1])
+    found = gguf_vocabulary.build_vocabulary(models.load_tokenizer(TEACHER), 2048, [1])
     assert (found.model, found.pre, found.add_bos, found.add_eos) == ("gpt2", "gpt-2", True, False)
     assert (found.special["bos"], found.special["eos"]) == (0, 1)
     assert len(found.tokens) == len(set(found.tokens)) == 2048
@@ -250,7 +250,7 @@ def test_tokenizers_of_real_models(folder: str, model: str, pre: str, size: int)
     if not (SHARED / folder).exists():
         pytest.skip("real models are not here")
     tokenizer = models.load_tokenizer(SHARED / folder)
-    found = tokens.vocabulary(tokenizer, size, [])
+    found = gguf_vocabulary.build_vocabulary(tokenizer, size, [])
     assert (found.model, found.pre, len(found.tokens)) == (model, pre, size)
     if model == "llama":
         text = "Once upon a time, there was a little girl named Lily. <3 \u00e9\n\nShe  said:"

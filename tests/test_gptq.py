@@ -1,4 +1,4 @@
-"""Starts that are better than the formats' rules: clipped scales, compensated weights, and what comes of them."""
+"""Scales by clipping and codes by GPTQ: initializations that are better than rounding to nearest."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from edgerazor import formats
 from edgerazor.formats import Encoded, MatrixSpec
-from edgerazor.formats.core import gptq as gptq_
+from edgerazor.formats.core import gptq as gptq_module
 
 ALL = formats.names()
 ROWS = 18
@@ -40,7 +40,7 @@ def correlated(cols: int, seed: int = 0) -> Tensor:
     return x.T @ x / len(x)
 
 
-def damage(w: Tensor, decoded: Tensor, hessian: Tensor) -> float:
+def output_error(w: Tensor, decoded: Tensor, hessian: Tensor) -> float:
     """tr(dW H dW^T)."""
     wrong = (decoded - w).double()
     return float((wrong @ hessian.double() * wrong).sum())
@@ -92,8 +92,8 @@ def test_clipping_finds_nearly_the_least_error_there_is(name: str) -> None:
             w[0, 5] *= 8
         spec = MatrixSpec((name,), 64)
         rounded = formats.quantize_dequantize(w, spec, scales=formats.search_scales(w, spec, importance))
-        found = float(((rounded - w).double().square() * importance).sum())
-        over.append(found / least_by_brute_force(w, importance, name))
+        error = float(((rounded - w).double().square() * importance).sum())
+        over.append(error / least_by_brute_force(w, importance, name))
     mean, worst = (1.25, 1.7) if name == "int8" else (1.02, 1.10)
     assert sum(over) / len(over) < mean
     assert max(over) < worst
@@ -182,7 +182,7 @@ def test_rounding_the_master_gives_gptqs_codes(cols: int, group_size: int, monke
             return formats.decode_matrix(encoded, of_column)
 
         with monkeypatch.context() as patch:
-            patch.setattr(gptq_, "quantize_dequantize", noting)
+            patch.setattr(gptq_module, "quantize_dequantize", noting)
             master, scales = formats.gptq_quantize(w, spec, hessian)
         assert (master.dtype, scales.dtype) == (torch.float32, torch.float16)
         again = formats.encode_matrix(master, spec, scales)
@@ -207,10 +207,10 @@ def test_compensation_lowers_the_error_of_correlated_inputs() -> None:
     w, hessian = weights(ROWS, 256), correlated(256)
     for name, spec in specs(256, 64).items():
         master, scales = formats.gptq_quantize(w, spec, hessian)
-        ours = damage(w, formats.quantize_dequantize(master, spec, scales=scales), hessian)
+        ours = output_error(w, formats.quantize_dequantize(master, spec, scales=scales), hessian)
         best = formats.search_scales(w, spec, hessian.diagonal())
-        assert ours < 0.5 * damage(w, formats.quantize_dequantize(w, spec, scales=best), hessian), name
-        assert ours < 0.5 * damage(w, formats.quantize_dequantize(w, spec), hessian), name
+        assert ours < 0.5 * output_error(w, formats.quantize_dequantize(w, spec, scales=best), hessian), name
+        assert ours < 0.5 * output_error(w, formats.quantize_dequantize(w, spec), hessian), name
 
 
 def test_independent_inputs_leave_clipped_rounding() -> None:
@@ -230,11 +230,11 @@ def test_dead_columns_move_nothing_and_stay() -> None:
     master, scales = formats.gptq_quantize(w, spec, hessian)
     assert torch.equal(master[:, dead], w[:, dead])
     assert not torch.equal(master, w)
-    ours = damage(w, formats.quantize_dequantize(master, spec, scales=scales), hessian)
-    assert ours < 0.5 * damage(w, formats.quantize_dequantize(w, spec), hessian)
-    silent, found = formats.gptq_quantize(w, spec, torch.zeros(101, 101))
+    ours = output_error(w, formats.quantize_dequantize(master, spec, scales=scales), hessian)
+    assert ours < 0.5 * output_error(w, formats.quantize_dequantize(w, spec), hessian)
+    silent, scales = formats.gptq_quantize(w, spec, torch.zeros(101, 101))
     assert torch.equal(silent, w)
-    assert torch.equal(found, formats.search_scales(w, spec))
+    assert torch.equal(scales, formats.search_scales(w, spec))
 
 
 def test_compensation_refuses_what_it_cannot_use() -> None:

@@ -26,7 +26,7 @@ from edgerazor.errors import UserError
 from edgerazor.importers import gguf as gguf_import
 from edgerazor.importers import mlx as mlx_import
 from edgerazor.importers.core import base
-from edgerazor.importers.core.base import Integers, MisfitError
+from edgerazor.importers.core.base import IntegerMatrix, UnrepresentableError
 from edgerazor.importers.core.gguf_file import GgufFile
 from edgerazor.packed import PackedModel
 
@@ -43,7 +43,7 @@ LLAMA_3 = (
 
 
 def read(path: Path, target: Path, **changes: Any) -> PackedModel:
-    result = importers.read(path, target, CONSOLE, **{"activation_bits": 16, "kv_bits": 16, **changes})
+    result = importers.import_model(path, target, CONSOLE, **{"activation_bits": 16, "kv_bits": 16, **changes})
     assert result.folder == str(target)
     return PackedModel.open(target)
 
@@ -69,7 +69,7 @@ def test_our_own_codes_come_back(name: str, group: int) -> None:
     codes, scales = number_format.encode(w, group)
     level = number_format.level_(codes.float())
     twice = bool((level % 1 != 0).any())
-    found, spec = base.fitted(Integers((level * (1 + twice)).short(), scales.float() / (1 + twice), group))
+    found, spec = base.encode_exactly(IntegerMatrix((level * (1 + twice)).short(), scales.float() / (1 + twice), group))
     assert torch.equal(formats.decode_matrix(found, spec), number_format.decode(codes, scales, group))
     assert torch.equal(found.codes, codes)
     assert torch.equal(found.scales, scales)
@@ -82,7 +82,9 @@ def test_formats_by_hand() -> None:
     cases = {(-1, 0, 1): "ternary", (-1, 1): "ternary", (-3, -1, 1, 3): "int2", (-2, -1): "int2z"}
     cases |= {(-3, 0): "int3", (-4, 3): "int3", (-8, 7): "int4", (8, 0): "int5", (-128, 127): "int8", (0, 0): "ternary"}
     for values, name in cases.items():
-        found, spec = base.fitted(Integers(torch.tensor([values], dtype=torch.int16), ones / 8, len(values)))
+        found, spec = base.encode_exactly(
+            IntegerMatrix(torch.tensor([values], dtype=torch.int16), ones / 8, len(values))
+        )
         assert spec.formats == (name,), values
         assert formats.decode_matrix(found, spec).tolist() == [[value / 8 for value in values]]
 
@@ -90,7 +92,7 @@ def test_formats_by_hand() -> None:
 def test_negative_scales_change_the_signs() -> None:
     values = torch.tensor([[-1, 0, 1, 1], [-8, 7, 3, 0]], dtype=torch.int16)
     scales = torch.tensor([[-0.5, 0.25], [-1.0, 2.0]])
-    found, spec = base.fitted(Integers(values, scales, 2))
+    found, spec = base.encode_exactly(IntegerMatrix(values, scales, 2))
     assert spec.formats == ("int5",)  # 8 is beyond int4
     assert formats.decode_matrix(found, spec).tolist() == [[0.5, 0, 0.25, 0.25], [8, -7, 6, 0]]
 
@@ -102,24 +104,24 @@ def test_groups_become_as_large_as_they_can() -> None:
         ([[1, 1, 2], [3, 3, 4]], 8),
         ([[1, 1, 2], [3, 4, 4]], 4),
     ):
-        found, spec = base.fitted(Integers(values, torch.tensor(scales).float(), 4))
+        found, spec = base.encode_exactly(IntegerMatrix(values, torch.tensor(scales).float(), 4))
         assert spec.group_size == size
         assert formats.decode_matrix(found, spec).tolist() == [[row[i // 4] for i in range(12)] for row in scales]
 
 
 def test_what_fits_nowhere_is_refused() -> None:
     def attempt(values: list[int], scale: float, lossy: bool = False) -> Tensor:
-        matrix = Integers(torch.tensor([values], dtype=torch.int16), torch.tensor([[scale]]), len(values))
-        return formats.decode_matrix(*base.fitted(matrix, lossy))
+        matrix = IntegerMatrix(torch.tensor([values], dtype=torch.int16), torch.tensor([[scale]]), len(values))
+        return formats.decode_matrix(*base.encode_exactly(matrix, lossy))
 
-    with pytest.raises(MisfitError, match="from -129 to 0, which no number format"):
+    with pytest.raises(UnrepresentableError, match="from -129 to 0, which no number format"):
         attempt([-129, 0], 1.0)
-    with pytest.raises(MisfitError, match="no float16 number"):
+    with pytest.raises(UnrepresentableError, match="no float16 number"):
         attempt([1, 0], 1 / 3)
     assert attempt([1, 0], 1 / 3, lossy=True).tolist() == [[float(torch.tensor(1 / 3).half()), 0]]
-    with pytest.raises(MisfitError, match="too large for float16"):
+    with pytest.raises(UnrepresentableError, match="too large for float16"):
         attempt([1, 0], 1e5, lossy=True)
-    with pytest.raises(MisfitError, match="not finite"):
+    with pytest.raises(UnrepresentableError, match="not finite"):
         attempt([1, 0], float("nan"))
 
 
@@ -166,7 +168,7 @@ def test_blocks_that_gguf_does_not_decode() -> None:
 def test_blocks_of_llama_cpps_own_quantizer_are_refused() -> None:
     blocks = np.random.default_rng(0).integers(0, 256, (2, 84), dtype=np.uint8)
     blocks[:, 80:] = np.frombuffer(struct.pack("<2e", 0.75, 0.5), dtype=np.uint8)
-    with pytest.raises(MisfitError, match="minima that are no multiples"):
+    with pytest.raises(UnrepresentableError, match="minima that are no multiples"):
         gguf_import.DECODERS["Q2_K"](blocks)
 
 
@@ -557,7 +559,9 @@ def test_scales_that_are_no_float16_numbers(make_model: ModelMaker, tmp_path: Pa
     assert "--allow-lossy" in refused.value.hint
     back = read(tmp_path / "mlx", tmp_path / "back", lossy=True)
     assert back.matrix(name).encoded.scales.unique().tolist() == [float(torch.tensor(1 / 3).half())]
-    again = importers.read(tmp_path / "mlx", tmp_path / "again", CONSOLE, activation_bits=8, kv_bits=8, lossy=True)
+    again = importers.import_model(
+        tmp_path / "mlx", tmp_path / "again", CONSOLE, activation_bits=8, kv_bits=8, lossy=True
+    )
     assert again.lossy == [name]
 
 
@@ -604,7 +608,7 @@ def test_ternary_weights_in_16_bits_are_rounded_on_demand(run: Run, make_model: 
 
 def test_one_matrix_with_more_levels_is_named(make_model: ModelMaker, tmp_path: Path) -> None:
     model = suitable_model(make_model, tmp_path / "model", "llama", **WIDE)
-    assert importers.importer_of(model) is None
+    assert importers.find_importer(model) is None
     stored = load_file(model / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
     ternary = {

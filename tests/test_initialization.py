@@ -23,7 +23,7 @@ from edgerazor.calibration import initialization
 from edgerazor.console import Console
 from edgerazor.formats import MatrixSpec
 from edgerazor.job import JobContext
-from edgerazor.modules import Settings, Start
+from edgerazor.modules import InitialWeight, Settings
 from edgerazor.recipe import Calibrate
 from edgerazor.workdir import WorkDir
 
@@ -33,16 +33,18 @@ IDS = torch.randint(2, VOCABULARY, (2, 20), generator=torch.Generator().manual_s
 # Training modules -------------------------------------------------------------------------------------------------
 
 
-def starts_of(model: PreTrainedModel, specs: dict[str, MatrixSpec]) -> dict[str, Start]:
+def starts_of(model: PreTrainedModel, specs: dict[str, MatrixSpec]) -> dict[str, InitialWeight]:
     """Every matrix somewhere else than at its own weights and its rule."""
     starts = {}
     for name, spec in specs.items():
         weight = 1.25 * model.get_submodule(name).weight.detach()
-        starts[name] = Start(None if "embed" in name else weight, formats.search_scales(weight, spec))
+        starts[name] = InitialWeight(None if "embed" in name else weight, formats.search_scales(weight, spec))
     return starts
 
 
-def started(tied: bool, learned: bool = False, scales_only: bool = False) -> tuple[PreTrainedModel, dict[str, Start]]:
+def started(
+    tied: bool, learned: bool = False, scales_only: bool = False
+) -> tuple[PreTrainedModel, dict[str, InitialWeight]]:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(family_config("llama", tie_word_embeddings=tied))
     found = models.structure(model)
@@ -50,7 +52,7 @@ def started(tied: bool, learned: bool = False, scales_only: bool = False) -> tup
     specs = make_plan(found.targets, settings, lambda name: model.get_submodule(name).weight).specs()
     starts = starts_of(model, specs)
     how = Settings(8, 8, GROUP_SIZE, learned)
-    modules.prepare_for_training(model, found, specs, how, scales_only, start=starts.get)
+    modules.prepare_for_training(model, found, specs, how, scales_only, initial_weight=starts.get)
     return model, starts
 
 

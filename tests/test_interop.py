@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from _tiny import load_script
 from conftest import GROUP_SIZE, VOCABULARY, ModelMaker
 from gguf import GGMLQuantizationType, GGUFWriter
 
@@ -18,13 +17,9 @@ from edgerazor import pipeline, transformers_plugin
 from edgerazor import recipe as recipes
 from edgerazor.console import Console
 from edgerazor.workdir import WorkDir
+from recipes.benchmarks import interop, results, sizes
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-for needed in ("methods", "memory"):
-    load_script(RECIPES / f"{needed}.py")
-interop = load_script(RECIPES / "interop.py")
-results = load_script(RECIPES / "results.py")
-sizes = load_script(RECIPES / "sizes.py")
 IDS = torch.randint(2, VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(0))
 
 

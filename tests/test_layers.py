@@ -19,24 +19,26 @@ LAYERS = (
     {"evaluation", "benchmark", "calibration", "packaging"},
     {"training", "sensitivity"},
     {"job"},
-    {"student", "calibrated"},
+    {"student_plan", "calibrated"},
     {"importers", "runtime"},  # importers read with the names that exporters write
     {"exporters", "tasks", "transformers_plugin"},
     {"allocate"},
     {"modules"},
-    {"packed", "models", "data"},
+    {"packed", "models", "data", "families"},
     {"kernels"},
     {"formats", "losses", "devices"},
     {"recipe", "workdir", "console"},
     {"untrusted"},
-    {"registry", "locks", "terminal"},
+    {"registry", "locks", "terminal", "transformers_registration"},
     {"errors"},
 )
 HEIGHT = {room: len(LAYERS) - index for index, rooms in enumerate(LAYERS) for room in rooms}
 #: `formats` and `losses` see tensors only.
 TENSORS_ONLY = {"formats", "losses"}
 #: Folders of many of one kind: their files do not know each other (but `show` prints the schemas of all stages).
-PLUGINS = {"stages", "importers", "exporters", "formats", "losses"}
+PLUGINS = {"stages", "importers", "exporters", "families", "formats", "losses"}
+#: `families` are facts about configurations: neither torch nor transformers, and nothing of ours but these.
+FACTS_ONLY, FACTS_MAY_IMPORT = {"families"}, {"registry", "errors"}
 KNOW_TRANSFORMERS = {"models", "data", "modules", "transformers_plugin", "runtime", "untrusted"}
 
 
@@ -73,6 +75,8 @@ def problem(room: str, path: Path, name: str) -> str:
         return "is in no layer"
     if room in TENSORS_ONLY and target not in {"registry", "errors"}:
         return "is not for a room that sees tensors only"
+    if room in FACTS_ONLY and target not in FACTS_MAY_IMPORT:
+        return "is not for a room of facts"
     return "" if HEIGHT[target] < HEIGHT[room] else "does not lie below it"
 
 
@@ -131,10 +135,17 @@ def test_few_rooms_know_transformers() -> None:
     assert knowing <= KNOW_TRANSFORMERS
 
 
+def test_families_are_facts_alone() -> None:
+    outside = {name.split(".")[0] for room, path in files() if room in FACTS_ONLY for name in imports(path)}
+    assert not outside & {"torch", "transformers", "gguf", "numpy"}
+
+
 def test_the_rule_is_broken_by_what_it_forbids() -> None:
     stage = ROOT / "stages" / "pack.py"
     assert problem("formats", ROOT / "formats" / "int4.py", "edgerazor.recipe.Recipe") != ""
     assert problem("packed", ROOT / "packed.py", "edgerazor.modules.replacement") != ""  # up
+    assert problem("families", ROOT / "families" / "llama.py", "edgerazor.families.qwen3") != ""
+    assert problem("families", ROOT / "families" / "core" / "base.py", "edgerazor.kernels.decoder") != ""
     assert problem("data", ROOT / "data" / "rows.py", "edgerazor.models.Structure") != ""  # sideways
     assert problem("stages", stage, "edgerazor.stages.distill") != ""
     assert problem("stages", stage, "edgerazor.job") == ""

@@ -49,7 +49,7 @@ def formats_of(spec: MatrixSpec, rows: int) -> list[formats.Format]:
 
 
 def top_level(number_format: formats.Format) -> float:
-    return number_format.maximum + (0.5 if number_format.name == "int2" else 0.0)
+    return number_format.max_code + (0.5 if number_format.name == "int2" else 0.0)
 
 
 # The step ---------------------------------------------------------------------------------------------------------
@@ -63,10 +63,10 @@ def plain_step(w: Tensor, scales: Tensor, spec: MatrixSpec) -> Tensor:
         for index, part in enumerate(w[row].split(spec.group_size)):
             factor = 1 / math.sqrt(len(part) * top_level(number_format))
             s = scales[row, index] * factor + (scales[row, index] * (1 - factor)).detach()
-            low, high = number_format.min_code, number_format.maximum + (1 if number_format.name == "int2" else 0)
+            low, high = number_format.min_code, number_format.max_code + (1 if number_format.name == "int2" else 0)
             ratio = (part / s).clamp(low, high)
             level = (part / s).detach().floor() if number_format.name == "int2" else (part / s).detach().round()
-            level = level.clamp(low, number_format.maximum) + (0.5 if number_format.name == "int2" else 0)
+            level = level.clamp(low, number_format.max_code) + (0.5 if number_format.name == "int2" else 0)
             parts.append((ratio + (level - ratio).detach()) * s)
         decoded.append(torch.cat(parts))
     return torch.stack(decoded)
@@ -87,8 +87,8 @@ def test_the_gradient_is_lsqs(rows: int, cols: int, group_size: int) -> None:
         upstream = weights(rows, cols, seed=1)
         ours, plain = learned(w, scales, spec), plain_step(w, scales, spec)
         torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-9)  # the values are computed in float32
-        found, expected = (torch.autograd.grad(each, (w, scales), upstream) for each in (ours, plain))
-        for one, other in zip(found, expected, strict=True):
+        gradients, expected = (torch.autograd.grad(output, (w, scales), upstream) for output in (ours, plain))
+        for one, other in zip(gradients, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
@@ -104,13 +104,13 @@ def test_out_of_range_the_gradient_is_the_true_slope(name: str) -> None:
         return float((decoded.double() * upstream).sum())
 
     scales = torch.tensor([[1.0]], dtype=torch.float64, requires_grad=True)
-    (found,) = torch.autograd.grad(learned(w, scales, spec), scales, upstream)
+    (gradient,) = torch.autograd.grad(learned(w, scales, spec), scales, upstream)
     slope = (value(1 + h) - value(1 - h)) / (2 * h)
-    assert float(found) * math.sqrt(4 * top_level(number_format)) == pytest.approx(slope, rel=1e-6)
+    assert float(gradient) * math.sqrt(4 * top_level(number_format)) == pytest.approx(slope, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_fixed_codes_have_the_true_gradient(name: str) -> None:
+def test_frozen_codes_have_the_true_gradient(name: str) -> None:
     """`s * level` is differentiable, so central differences agree with the gradient of any function of it."""
     spec = MatrixSpec((name,), 5)
     w = weights(3, 13)
@@ -130,9 +130,9 @@ def test_fixed_codes_have_the_true_gradient(name: str) -> None:
 def test_the_published_start() -> None:
     w = torch.tensor([[1.0, -3.0, 2.0, -2.0, 4.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
     for name, top in (("ternary", 1), ("int2", 1.5), ("int2z", 1), ("int3", 3), ("int4", 7), ("int8", 127)):
-        found = formats.initial_scales(w, MatrixSpec((name,), 4, published=True))
+        scales = formats.initial_scales(w, MatrixSpec((name,), 4, published=True))
         expected = torch.tensor([[4 / math.sqrt(top), 8 / math.sqrt(top)], [2.0**-24, 2.0**-24]])
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(scales, expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -142,9 +142,9 @@ def test_a_given_scale_uses_every_code_and_comes_back_from_its_bytes(name: str) 
     assert number_format.min_code == expected
     w = torch.arange(-150.0, 150.0).reshape(1, -1)
     encoded = formats.encode_matrix(w, spec, torch.ones(1, 38))
-    assert encoded.codes.unique().tolist() == list(range(number_format.min_code, number_format.maximum + 1))
+    assert encoded.codes.unique().tolist() == list(range(number_format.min_code, number_format.max_code + 1))
     by_rule = formats.encode_matrix(w, replace(spec, published=True))
-    assert by_rule.codes.min() >= number_format.minimum
+    assert by_rule.codes.min() >= number_format.min_rule_code
     parts = formats.pack_matrix(encoded, spec)
     again, _ = formats.unpack_matrix(parts, spec.formats, 8, (1, 300))
     assert torch.equal(again.codes, encoded.codes)
@@ -241,10 +241,10 @@ def test_an_embedding_trains_the_rows_it_looks_up() -> None:
 def student(tied: bool = True, scales_only: bool = False, learned: bool = True) -> PreTrainedModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(family_config("llama", tie_word_embeddings=tied)).eval()
-    found = models.structure(model)
-    plan = make_plan(found.targets, Calibrate(bits=1.88, plan="interleave", group_size=GROUP_SIZE))
+    structure = models.structure(model)
+    plan = make_plan(structure.targets, Calibrate(bits=1.88, plan="interleave", group_size=GROUP_SIZE))
     settings = Settings(8, 8, GROUP_SIZE, learned)
-    modules.prepare_for_training(model, found, plan.specs(), settings, scales_only)
+    modules.prepare_for_training(model, structure, plan.specs(), settings, scales_only)
     return model
 
 
@@ -283,8 +283,8 @@ def test_training_scales_leaves_codes_alone(learned: bool, tied: bool) -> None:
 def test_without_learned_start_scales_alone_begin_with_the_rounded_teacher() -> None:
     ruled, alone = student(learned=False), student(scales_only=True, learned=False)
     with torch.no_grad():
-        expected, found = (model(input_ids=IDS, use_cache=False).logits for model in (ruled, alone))
-    assert torch.equal(found, expected)
+        expected, logits = (model(input_ids=IDS, use_cache=False).logits for model in (ruled, alone))
+    assert torch.equal(logits, expected)
 
 
 def test_scales_do_not_decay() -> None:
@@ -362,15 +362,15 @@ def test_divided_equals_whole(run: Run, tmp_path: Path, llama: Path, text_file: 
 
 
 def test_gradient_checkpointing_changes_no_gradient() -> None:
-    found = []
+    gradients = []
     for checkpointing in (False, True):
         model = student().train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model(input_ids=IDS, use_cache=False).logits.square().mean().backward()
-        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-9)
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-9)
 
 
 def test_training_scales_lowers_the_divergence(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from edgerazor import formats
 from edgerazor.formats import Format, MatrixSpec
 from edgerazor.formats.core import least_error
-from edgerazor.formats.core.least_error import Ladder
+from edgerazor.formats.core.least_error import ScaleGrid
 from edgerazor.kernels import native
 
 ALL = formats.names()
@@ -45,7 +45,7 @@ def least(name: str, w: Tensor) -> float:
     fine = name in ("int5", "int8")
     first, last, count = (0.6, 1.25, 700) if fine else (0.12, 1.3, 350)
     shares = torch.tensor(least_error.geometric(first, last, count))
-    scales = torch.outer(shares, w.abs().amax(1) / formats.get(name).highest)
+    scales = torch.outer(shares, w.abs().amax(1) / formats.get(name).max_level)
     return float(errors(name, w.repeat(count, 1), scales.flatten()).view(count, -1).amin(0).sum())
 
 
@@ -72,17 +72,17 @@ def test_the_errors_are_those_of_the_best_quantizers(draw: Callable[..., Tensor]
     }
     w = draw(256, 256)
     for name, (best, rule) in figures.items():
-        found = {
+        error_of = {
             published: float(
                 (formats.quantize_dequantize(w, MatrixSpec((name,), 256, published=published)) - w).square().mean()
             )
             / float(w.square().mean())
             for published in (False, True)
         }
-        assert found[False] < found[True]
+        assert error_of[False] < error_of[True]
         if draw is gaussian:
-            assert found[False] == pytest.approx(best, rel=0.03)
-            assert found[True] == pytest.approx(rule, rel=0.03)
+            assert error_of[False] == pytest.approx(best, rel=0.03)
+            assert error_of[True] == pytest.approx(rule, rel=0.03)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -143,11 +143,11 @@ def awkward(size: int) -> dict[str, Tensor]:
 def test_the_native_search_finds_the_same_scales_to_the_bit(isa: int, name: str, size: int) -> None:
     number_format = formats.get(name)
     for title, groups in awkward(size).items():
-        expected = least_error.reference(number_format, groups)
+        expected = least_error.reference_search(number_format, groups)
         codes = torch.empty(groups.shape, dtype=torch.int8)
         assert torch.equal(native.least_error(number_format, groups, codes, isa), expected), title
         assert torch.equal(native.least_error(number_format, groups, None, isa), expected), title
-        chosen, _ = number_format._encode(groups, 1, expected[:, None])
+        chosen, _ = number_format.encode_block(groups, 1, expected[:, None])
         assert torch.equal(codes, chosen[:, 0].to(torch.int8)), title
 
 
@@ -156,14 +156,14 @@ def test_the_native_search_finds_the_same_scales_to_the_bit(isa: int, name: str,
 def test_grids_of_any_length(count: int) -> None:
     class Other(Format):
         name, nominal_bits, code_bits = "other", 4.0, 4
-        minimum, maximum = -7, 7
-        ladder = Ladder(least_error.geometric(0.5, 1.1, 5)[:count], spread=1.0, reaching=count == 2, refinements=count)
+        min_rule_code, max_code = -7, 7
+        grid = ScaleGrid(least_error.geometric(0.5, 1.1, 5)[:count], 1.0, absmax=count == 2, refinements=count)
 
         def scale_rule(self, groups: Tensor) -> Tensor:
             return groups.abs().amax(-1) / 7
 
     groups = laplace(20, 70)
-    expected = least_error.reference(Other(), groups)
+    expected = least_error.reference_search(Other(), groups)
     assert torch.equal(native.least_error(Other(), groups), expected)
 
 
@@ -171,7 +171,7 @@ def test_grids_of_any_length(count: int) -> None:
 def test_threads_shapes_and_strides_of_the_native_search() -> None:
     number_format = formats.get("int4")
     groups = gaussian(6, 7, 48)
-    expected = least_error.reference(number_format, groups)
+    expected = least_error.reference_search(number_format, groups)
     for threads in (1, 2, 5, 100):
         assert torch.equal(native.least_error(number_format, groups, threads=threads), expected)
     turned = groups.transpose(0, 1)
@@ -188,7 +188,7 @@ def test_what_is_not_finite_has_no_scale(wrong: float, place: int) -> None:
     groups = gaussian(12, 100)
     groups[7, place] = wrong
     with pytest.raises(ValueError, match="a weight is not finite"):
-        least_error.reference(number_format, groups)
+        least_error.reference_search(number_format, groups)
     for isa in range(len(ISAS)):
         with pytest.raises(ValueError, match="a weight is not finite"):
             native.least_error(number_format, groups, isa=isa, threads=3)
@@ -216,22 +216,22 @@ def test_formats_search_natively_where_kernels_are(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(native, "least_error", lambda *arguments: "native")
     monkeypatch.delenv("EDGERAZOR_ISA", raising=False)
     monkeypatch.setenv("EDGERAZOR_ISA", "portable")
-    assert least_error.faster(number_format, groups) == "native"
+    assert least_error.accelerated_search(number_format, groups) == "native"
     monkeypatch.setenv("EDGERAZOR_ISA", "reference")
-    assert least_error.faster(number_format, groups) is None
+    assert least_error.accelerated_search(number_format, groups) is None
     monkeypatch.setenv("EDGERAZOR_ISA", "portable")
     monkeypatch.setattr(type(number_format), "rounding", None)
-    assert least_error.faster(number_format, groups) is None
+    assert least_error.accelerated_search(number_format, groups) is None
 
 
 @needs_library
 @pytest.mark.parametrize("name", ALL)
 def test_a_matrix_is_the_same_with_and_without_the_library(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    w, found = laplace(40, 100).bfloat16(), {}
+    w, results = laplace(40, 100).bfloat16(), {}
     w[7, 64:] = 0
     for isa in ("portable", "reference"):
         monkeypatch.setenv("EDGERAZOR_ISA", isa)
         encoded = formats.encode_matrix(w, MatrixSpec((name,), 64))
-        found[isa] = (*encoded, formats.quantize_dequantize(w, MatrixSpec((name,), 64)))
-    for native_one, other in zip(*found.values(), strict=True):
+        results[isa] = (*encoded, formats.quantize_dequantize(w, MatrixSpec((name,), 64)))
+    for native_one, other in zip(*results.values(), strict=True):
         assert torch.equal(native_one, other)

@@ -16,9 +16,7 @@ from torch import Tensor
 from edgerazor import losses, registry
 from edgerazor import recipe as recipes
 from edgerazor.errors import UserError
-from edgerazor.losses.core import base, kl
-from edgerazor.losses.core import maps as maps_
-from edgerazor.losses.core import rows as rows_
+from edgerazor.losses.core import attention_maps, base, divergences, logit_losses
 from edgerazor.losses.core.base import (
     MASKED,
     Attention,
@@ -26,11 +24,11 @@ from edgerazor.losses.core.base import (
     Loss,
     Outputs,
     StepTotals,
-    predicting,
+    prediction_mask,
     sample_weights,
     step_counts,
 )
-from edgerazor.losses.core.layers import layer_metric
+from edgerazor.losses.core.layer_selection import layer_metric
 from edgerazor.losses.eakld import EntropyAwareKL
 from edgerazor.losses.lafd import LayerAdaptiveFeatureDistillation, least_similar
 from edgerazor.training import objective
@@ -59,10 +57,12 @@ VARIANTS = [
     ("relation", {"of": "query", "layers": ("low", 3)}),
     ("qk_entropy", {"beta": 2.0, "layers": 2}),
 ]
-ROW_VARIANTS = [(n, o) for n, o in VARIANTS if issubclass(registry.find("losses", n, "LOSS"), losses.RowLoss)]
+LOGIT_VARIANTS = [(n, o) for n, o in VARIANTS if issubclass(registry.find("losses", n, "LOSS"), losses.LogitLoss)]
 #: Losses that compare with nothing; the entropy guidance may be negative.
 ALONE = {"ce", "qk_entropy"}
-every_row_loss = pytest.mark.parametrize(("name", "options"), ROW_VARIANTS, ids=[f"{n}-{o}" for n, o in ROW_VARIANTS])
+every_logit_loss = pytest.mark.parametrize(
+    ("name", "options"), LOGIT_VARIANTS, ids=[f"{n}-{o}" for n, o in LOGIT_VARIANTS]
+)
 every_loss = pytest.mark.parametrize(("name", "options"), VARIANTS, ids=[f"{n}-{o}" for n, o in VARIANTS])
 
 
@@ -103,16 +103,16 @@ def window(length: int, layer: int) -> Tensor | None:
 def each_tensor(change: Any, outputs: Outputs, *others: Outputs) -> Outputs:
     """Outputs whose every tensor with a batch axis is what `change(name, tensor, ...)` makes of it."""
     attention = {}
-    for layer, found in outputs.attention.items():
+    for layer, inputs in outputs.attention.items():
         parts = {}
         for name in ("query", "key", "value"):
             tensors = [getattr(o.attention[layer], name) for o in (outputs, *others)]
             parts[name] = None if tensors[0] is None else change(name, *tensors)
         length = next(part.shape[2] for part in parts.values() if part is not None)
-        attention[layer] = dataclasses.replace(found, **parts, mask=window(length, layer))
+        attention[layer] = dataclasses.replace(inputs, **parts, mask=window(length, layer))
     return Outputs(
-        change("states", outputs.states, *(o.states for o in others)),
-        {k: change("hidden", v, *(o.hidden[k] for o in others)) for k, v in outputs.hidden.items()},
+        change("states", outputs.last_hidden_state, *(o.last_hidden_state for o in others)),
+        {k: change("hidden", v, *(o.hidden_states[k] for o in others)) for k, v in outputs.hidden_states.items()},
         attention=attention,
     )
 
@@ -150,8 +150,12 @@ def cut(whole: Outputs, rows: slice) -> Outputs:
 
 
 def leaves(student: Outputs) -> list[Tensor]:
-    seen = [[a.query, a.key, a.value] for a in student.attention.values()]
-    return [student.states, *student.hidden.values(), *(each for three in seen for each in three if each is not None)]
+    attention_inputs = [[a.query, a.key, a.value] for a in student.attention.values()]
+    return [
+        student.last_hidden_state,
+        *student.hidden_states.values(),
+        *(tensor for three in attention_inputs for tensor in three if tensor is not None),
+    ]
 
 
 def plain(loss: Any, name: str, student: Outputs, teacher: Outputs, labels: Tensor) -> Tensor:
@@ -159,17 +163,17 @@ def plain(loss: Any, name: str, student: Outputs, teacher: Outputs, labels: Tens
     rows = [row for row in range(len(labels)) if (labels[row, 1:] != MASKED).any()]
     keep = {row: (labels[row, 1:] != MASKED).nonzero().flatten() for row in rows}
     if name == "ce":
-        log_p = torch.log_softmax(student.states, -1)
+        log_p = torch.log_softmax(student.last_hidden_state, -1)
         return torch.cat([-log_p[row, keep[row], labels[row, keep[row] + 1]] for row in rows]).mean()
     if name == "lafd":
-        layers = loss.chosen(totals_of(loss, [(teacher, labels)]))
-        errors = [student.hidden[layer] - teacher.hidden[layer] for layer in layers]
+        layers = loss.compared_layers(totals_of(loss, [(teacher, labels)]))
+        errors = [student.hidden_states[layer] - teacher.hidden_states[layer] for layer in layers]
         return torch.cat([error[row, keep[row]].square() for error in errors for row in rows]).mean()
     if name in ("attention_kl", "attention_cosine", "relation", "qk_entropy"):
         return plain_attention(loss, name, student, teacher, keep)
     temperature = loss.temperature
-    log_s = torch.log_softmax(student.states / temperature, -1)
-    log_t = torch.log_softmax(teacher.states / temperature, -1)
+    log_s = torch.log_softmax(student.last_hidden_state / temperature, -1)
+    log_t = torch.log_softmax(teacher.last_hidden_state / temperature, -1)
     forward = temperature**2 * (log_t.exp() * (log_t - log_s)).sum(-1)
     reverse = temperature**2 * (log_s.exp() * (log_s - log_t)).sum(-1)
     gamma: Any = {"forward_kl": 0.0, "reverse_kl": 1.0}.get(name)
@@ -180,13 +184,13 @@ def plain(loss: Any, name: str, student: Outputs, teacher: Outputs, labels: Tens
         divergence = temperature**2 * parts.sum(-1)
         return torch.stack([divergence[r, keep[r]].mean() for r in rows]).mean()
     if name == "cakld":
-        p = torch.softmax(teacher.states, -1)
+        p = torch.softmax(teacher.last_hidden_state, -1)
         gamma = torch.stack([p[r, keep[r], labels[r, keep[r] + 1]].mean() for r in rows]).mean()
     if name == "eakld" and loss.gate == "token":
-        p = torch.softmax(teacher.states, -1)
+        p = torch.softmax(teacher.last_hidden_state, -1)
         gamma = (1 + (p * p.log()).sum(-1) / math.log(loss.k)).clamp(0, 1)
     if gamma is None:
-        p = torch.softmax(teacher.states, -1)
+        p = torch.softmax(teacher.last_hidden_state, -1)
         entropy = torch.stack([-(p * p.log()).sum(-1)[r, keep[r]].mean() for r in rows]).mean()
         gamma = float((1 - entropy / math.log(loss.k)).clamp(0, 1))
     mixed = gamma * reverse + (1 - gamma) * forward
@@ -197,7 +201,7 @@ def plain(loss: Any, name: str, student: Outputs, teacher: Outputs, labels: Tens
 
 def plain_attention(loss: Any, name: str, student: Outputs, teacher: Outputs, keep: dict[int, Tensor]) -> Tensor:
     """The losses of attention, one sample, layer and head after the other."""
-    found = []
+    sample_losses = []
     for row, positions in keep.items():
         parts = []
         for layer in loss.layers:
@@ -207,25 +211,30 @@ def plain_attention(loss: Any, name: str, student: Outputs, teacher: Outputs, ke
                 continue
             for left, right in loss.pairs:
                 for head in range(getattr(ours, left).shape[1]):
-                    maps = [plain_map(loss, name, each, row, head, (left, right), layer) for each in (ours, theirs)]
-                    a, b = (each[positions] for each in maps)
+                    maps = [
+                        plain_map(loss, name, model_attention, row, head, (left, right), layer)
+                        for model_attention in (ours, theirs)
+                    ]
+                    a, b = (model_attention[positions] for model_attention in maps)
                     if name == "attention_cosine":
                         parts.append(1 - torch.cosine_similarity(a.flatten(), b.flatten(), dim=0))
                     else:
                         visible = b > 0
                         divergence = (b[visible] * (b[visible].log() - a[visible].log())).sum() / len(b)
                         parts.append(loss.temperature**2 * divergence)
-        found.append(-loss.beta * torch.stack(parts).sum().log() if name == "qk_entropy" else torch.stack(parts).mean())
-    return torch.stack(found).mean()
+        sample_losses.append(
+            -loss.beta * torch.stack(parts).sum().log() if name == "qk_entropy" else torch.stack(parts).mean()
+        )
+    return torch.stack(sample_losses).mean()
 
 
-def plain_map(loss: Any, name: str, seen: Any, row: int, head: int, pair: tuple[str, str], layer: int) -> Tensor:
+def plain_map(loss: Any, name: str, attention: Any, row: int, head: int, pair: tuple[str, str], layer: int) -> Tensor:
     """One head's map `[T, T]` of one sample."""
-    left, right = (getattr(seen, part)[row] for part in pair)
+    left, right = (getattr(attention, part)[row] for part in pair)
     scores = left[head] @ right[head * len(right) // len(left)].T
-    scores = scores / math.sqrt(left.shape[-1]) if name == "relation" else scores * seen.scale
-    if seen.cap is not None and name != "relation":
-        scores = seen.cap * torch.tanh(scores / seen.cap)
+    scores = scores / math.sqrt(left.shape[-1]) if name == "relation" else scores * attention.scale
+    if attention.cap is not None and name != "relation":
+        scores = attention.cap * torch.tanh(scores / attention.cap)
     visible = window(len(scores), layer)
     visible = torch.ones_like(scores).tril().bool() if visible is None else visible[0, 0]
     return torch.softmax((scores / getattr(loss, "temperature", 1.0)).masked_fill(~visible, -math.inf), -1)
@@ -233,7 +242,7 @@ def plain_map(loss: Any, name: str, seen: Any, row: int, head: int, pair: tuple[
 
 def confident(teacher: Outputs) -> Outputs:
     """Sharper logits, so that EAKLD's gate is strictly between 0 and 1."""
-    return dataclasses.replace(teacher, states=teacher.states.detach() * 1.2)
+    return dataclasses.replace(teacher, last_hidden_state=teacher.last_hidden_state.detach() * 1.2)
 
 
 @every_loss
@@ -317,7 +326,7 @@ def test_bfloat16_is_computed_in_float32(name: str, options: dict[str, object]) 
     loss = make(name, options)
     labels = labels_for(4, 9)
     short = [outputs(4, 9, seed, torch.bfloat16) for seed in (1, 2)]
-    same = [each_tensor(lambda name, tensor: tensor.float(), each) for each in short]
+    same = [each_tensor(lambda name, tensor: tensor.float(), model_outputs) for model_outputs in short]
     value = step_loss(loss, [(short[0], short[1], labels)])
     assert value.dtype == torch.float32
     assert value.item() == step_loss(loss, [(same[0], same[1], labels)]).item()
@@ -351,8 +360,8 @@ def test_the_layers_and_parts_it_names_are_all_it_needs(name: str, options: dict
     unused = dict.fromkeys({"query", "key", "value"} - set(loss.attention_parts))
     bare = [
         Outputs(
-            o.states,
-            {layer: o.hidden[layer] for layer in loss.hidden_layers()},
+            o.last_hidden_state,
+            {layer: o.hidden_states[layer] for layer in loss.hidden_layers()},
             attention={k: dataclasses.replace(o.attention[k], **unused) for k in loss.attention_layers()},
         )
         for o in full
@@ -361,14 +370,14 @@ def test_the_layers_and_parts_it_names_are_all_it_needs(name: str, options: dict
     assert step_loss(loss, [(bare[0], bare[1], labels)]) == step_loss(loss, [(full[0], full[1], labels)])
 
 
-class Mixed(losses.RowLoss):
+class Mixed(losses.LogitLoss):
     """The mixture of both KLs with a gate of one's choice."""
 
     def __init__(self, gamma: float, temperature: float = 1.0) -> None:
         self.gamma, self.temperature = gamma, temperature
 
-    def rows(self, rows: losses.Rows, statistics: Mapping[str, float]) -> tuple[Tensor, Tensor]:
-        return kl.mixed_kl(rows, self.gamma, self.temperature)
+    def value_and_grad(self, logits: losses.TokenLogits, statistics: Mapping[str, float]) -> tuple[Tensor, Tensor]:
+        return divergences.mixed_kl(logits, self.gamma, self.temperature)
 
 
 def on_logits(loss: Loss, student: Tensor, teacher: Tensor) -> Tensor:
@@ -381,7 +390,7 @@ def on_logits(loss: Loss, student: Tensor, teacher: Tensor) -> Tensor:
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_mixed_kl_gradcheck(gamma: float, temperature: float) -> None:
-    student, teacher = (outputs(1, 4, seed).states[0, :, :5].clone() for seed in (1, 2))
+    student, teacher = (outputs(1, 4, seed).last_hidden_state[0, :, :5].clone() for seed in (1, 2))
     student.requires_grad_()
     assert torch.autograd.gradcheck(lambda logits: on_logits(Mixed(gamma, temperature), logits, teacher), student)
 
@@ -406,7 +415,7 @@ def test_kl_by_hand() -> None:
 
 @pytest.mark.parametrize("loss", [Mixed(0.0), Mixed(0.6), Mixed(1.0), losses.make("js", beta=0.3)])
 def test_temperature_scales_logits_and_multiplies_by_its_square(loss: Any) -> None:
-    student, teacher = outputs(1, 5, 1).states[0], outputs(1, 5, 2).states[0]
+    student, teacher = outputs(1, 5, 1).last_hidden_state[0], outputs(1, 5, 2).last_hidden_state[0]
     hot = copy.copy(loss)
     hot.temperature = 4.0
     expected = 16 * on_logits(loss, student / 4, teacher / 4).item()
@@ -424,10 +433,10 @@ def test_probabilities_that_underflow_give_finite_values(loss: Loss) -> None:
 
 
 @pytest.mark.parametrize("extra", [(0, 5), (5, 0)])
-@every_row_loss
+@every_logit_loss
 def test_only_the_common_vocabulary_counts(name: str, options: dict[str, object], extra: tuple[int, int]) -> None:
     loss = losses.make(name, **options)
-    student, teacher = outputs(1, 6, 1).states[0], outputs(1, 6, 2).states[0]
+    student, teacher = outputs(1, 6, 1).last_hidden_state[0], outputs(1, 6, 2).last_hidden_state[0]
     wide = [torch.nn.functional.pad(logits, (0, more), value=-900.0) for logits, more in zip((student, teacher), extra)]  # noqa: B905
     wide[0].requires_grad_()
     value = on_logits(loss, wide[0], wide[1])
@@ -438,15 +447,15 @@ def test_only_the_common_vocabulary_counts(name: str, options: dict[str, object]
 
 @pytest.mark.parametrize("name", ["attention_kl", "attention_cosine", "relation"])
 def test_blocks_of_maps_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    labels, teacher, found = labels_for(4, 11), outputs(4, 11, 2), []
+    labels, teacher, results = labels_for(4, 11), outputs(4, 11, 2), []
     for elements in (1 << 18, 1, 250):
-        monkeypatch.setitem(maps_.BLOCK_ELEMENTS, "cpu", elements)
+        monkeypatch.setitem(attention_maps.BLOCK_ELEMENTS, "cpu", elements)
         student = outputs(4, 11, 1, gradient=True)
         value = 3 * step_loss(make(name, {}), [(student, teacher, labels)])
         gradients = torch.autograd.grad(value, leaves(student), allow_unused=True)
-        found.append([value, *(each for each in gradients if each is not None)])
-    for other in found[1:]:
-        torch.testing.assert_close(other, found[0], rtol=1e-12, atol=1e-15)
+        results.append([value, *(gradient for gradient in gradients if gradient is not None)])
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("name", ["attention_kl", "attention_cosine", "relation"])
@@ -462,13 +471,13 @@ def test_no_map_is_kept_for_backward(name: str) -> None:
 def test_attention_by_hand() -> None:
     """Two tokens: the second row of the map is (3/4, 1/4) for the teacher and (1/2, 1/2) for the student."""
 
-    def seen(score: float) -> Outputs:
+    def outputs_with_score(score: float) -> Outputs:
         query = torch.tensor([[[[1.0], [1.0], [1.0]]]], dtype=torch.float64)
         key = torch.tensor([[[[score], [0.0], [0.0]]]], dtype=torch.float64)
         return Outputs(torch.zeros(1, 3, 4), attention={1: Attention(query, key, key)})
 
     labels = torch.tensor([[1, MASKED, 2]])  # only the second token counts
-    student, teacher = seen(0.0), seen(math.log(3))
+    student, teacher = outputs_with_score(0.0), outputs_with_score(math.log(3))
     expected = {
         "attention_kl": 0.75 * math.log(1.5) + 0.25 * math.log(0.5),
         "attention_cosine": 1 - 1 / math.sqrt(2 * 10 / 16),
@@ -504,7 +513,7 @@ def test_maps_that_cannot_be_compared_are_an_error() -> None:
 # --- several teachers ----------------------------------------------------------------------------
 
 
-@every_row_loss
+@every_logit_loss
 def test_several_teachers_are_one_with_the_mean_probabilities(name: str, options: dict[str, object]) -> None:
     """Through heads of their own, and with vocabularies that are padded differently."""
     loss, labels = make(name, options), labels_for(4, 9)
@@ -512,8 +521,8 @@ def test_several_teachers_are_one_with_the_mean_probabilities(name: str, options
     made = [through_head(4, 9, seed, size, words) for seed, (size, words) in enumerate(sizes)]
     with torch.no_grad():
         mean = torch.stack([torch.softmax(logits[..., :VOCABULARY], -1) for _, logits in made]).mean(0)
-    teacher = dataclasses.replace(made[0][0], others=tuple(each for each, _ in made[1:]))
-    assert teacher.vocabulary == VOCABULARY
+    teacher = dataclasses.replace(made[0][0], others=tuple(further for further, _ in made[1:]))
+    assert teacher.vocab_size == VOCABULARY
     expected = step_loss(loss, [(outputs(4, 9, 7), Outputs(mean.log()), labels)])
     assert step_loss(loss, [(outputs(4, 9, 7), teacher, labels)]).item() == pytest.approx(expected.item(), rel=1e-12)
 
@@ -523,19 +532,19 @@ def test_a_gate_of_each_token_asks_for_no_statistics(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Outputs, "logits", lambda *_: pytest.fail("logits were made"))
     teacher, labels = outputs(4, 9, 3), labels_for(4, 9)
     for loss in (make("eakld", {"gate": "token"}), make("forward_kl", {}), make("ce", {})):
-        assert not loss.looks_twice()
+        assert not loss.statistics_need_logits()
         assert loss.teacher_statistics(teacher, labels) == {}
-    assert make("eakld", {}).looks_twice()
-    assert make("cakld", {}).looks_twice()
+    assert make("eakld", {}).statistics_need_logits()
+    assert make("cakld", {}).statistics_need_logits()
 
 
-@every_row_loss
+@every_logit_loss
 def test_several_teachers_are_one_with_the_mean_logits(name: str, options: dict[str, object]) -> None:
     """As EdgeQAT's code averages them, `softmax(mean(z) / T)`."""
     loss, labels = make(name, options), labels_for(4, 9)
     made = [through_head(4, 9, seed, size, VOCABULARY) for seed, size in enumerate((6, 10, 4))]
     mean = torch.stack([logits.detach() for _, logits in made]).mean(0)
-    teacher = dataclasses.replace(made[0][0], others=tuple(each for each, _ in made[1:]), averaging="logits")
+    teacher = dataclasses.replace(made[0][0], others=tuple(further for further, _ in made[1:]), averaging="logits")
     expected = step_loss(loss, [(outputs(4, 9, 7), Outputs(mean), labels)])
     assert step_loss(loss, [(outputs(4, 9, 7), teacher, labels)]).item() == pytest.approx(expected.item(), rel=1e-12)
 
@@ -553,24 +562,24 @@ def test_edgeqat_weighs_its_losses_as_published() -> None:
     recipe = recipes.build(recipes.load(Path(__file__).parents[1] / "recipes" / "edgeqat-w4a8.yaml"))
     assert recipe.distill.teacher_average == "logits"
     terms = [term for term in recipe.distill.losses if term.name in ("ce", "forward_kl")]
-    weighted: Any = [(term.weight, losses.make(term.name, **objective._options(term))) for term in terms]
+    weighted: Any = [(term.weight, losses.make(term.name, **objective.loss_options(term))) for term in terms]
     teacher = Outputs(teachers[0], others=(Outputs(teachers[1]),), averaging="logits")
-    ours = losses.objective(weighted, Outputs(student), teacher, labels, StepTotals(4, 4 * 128))
+    ours = losses.total_loss(weighted, Outputs(student), teacher, labels, StepTotals(4, 4 * 128))
     assert ours.item() == pytest.approx(published.item(), rel=1e-12)
 
 
-def test_logits_that_are_kept_are_those_that_would_be_made() -> None:
+def test_cached_logits_are_those_that_would_be_computed() -> None:
     labels = labels_for(4, 9)
     teacher, _ = through_head(4, 9, 3, 6, VOCABULARY)
-    kept, positions = dataclasses.replace(teacher), predicting(labels).flatten().nonzero().flatten()
-    kept.keep_logits(positions, len(positions) * VOCABULARY - 1)
-    assert kept._kept is None  # too many
-    kept.keep_logits(positions, len(positions) * VOCABULARY)
-    torch.testing.assert_close(kept.logits(positions[3:5]), teacher.logits(positions[3:5]), rtol=1e-12, atol=1e-12)
-    kept.states = torch.full_like(kept.states, math.nan)  # not looked at again
+    caching, positions = dataclasses.replace(teacher), prediction_mask(labels).flatten().nonzero().flatten()
+    caching.cache_logits(positions, len(positions) * VOCABULARY - 1)
+    assert caching._logits_cache is None  # too many
+    caching.cache_logits(positions, len(positions) * VOCABULARY)
+    torch.testing.assert_close(caching.logits(positions[3:5]), teacher.logits(positions[3:5]), rtol=1e-12, atol=1e-12)
+    caching.last_hidden_state = torch.full_like(caching.last_hidden_state, math.nan)  # not read again
     loss, student = make("eakld", {}), outputs(4, 9, 7)
     expected = step_loss(loss, [(student, teacher, labels)])
-    torch.testing.assert_close(step_loss(loss, [(student, kept, labels)]), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(step_loss(loss, [(student, caching, labels)]), expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -580,10 +589,10 @@ def test_logits_are_never_rounded_to_sixteen_bits(dtype: torch.dtype, monkeypatc
     generator = torch.Generator().manual_seed(0)
     weight, states = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((VOCABULARY, 300), (5, 300)))
     bias = torch.randn(VOCABULARY, generator=generator)
-    found = Head(weight, bias).logits(states)
-    assert found.dtype == torch.float32
+    logits = Head(weight, bias).logits(states)
+    assert logits.dtype == torch.float32
     exact = states.double() @ weight.double().T + bias.double()
-    assert (found - exact).abs().max() < 1e-4 < (found - found.to(dtype).float()).abs().max()
+    assert (logits - exact).abs().max() < 1e-4 < (logits - logits.to(dtype).float()).abs().max()
 
 
 def test_shapes_that_disagree_are_refused() -> None:
@@ -596,8 +605,8 @@ def test_shapes_that_disagree_are_refused() -> None:
 
 def test_entropy_by_hand() -> None:
     logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [100.0, 0.0, 0.0, 0.0], [50.0, 50.0, 0.0, 0.0]])
-    found = kl.entropy(logits.log_softmax(-1))
-    torch.testing.assert_close(found, torch.tensor([math.log(4), 0.0, math.log(2)]))
+    entropies = divergences.entropy(logits.log_softmax(-1))
+    torch.testing.assert_close(entropies, torch.tensor([math.log(4), 0.0, math.log(2)]))
 
 
 # --- from hidden states --------------------------------------------------------------------------
@@ -619,7 +628,7 @@ def through_head(
 
 
 @pytest.mark.parametrize("shape", [{}, {"scale": 0.5}, {"cap": 3.0}])
-@every_row_loss
+@every_logit_loss
 def test_the_chunked_objective_is_the_plain_one(name: str, options: dict[str, object], shape: dict[str, Any]) -> None:
     """Value, and gradients for states, head and bias, with a teacher of another hidden size."""
     loss, labels = losses.make(name, **options), labels_for(4, 9)
@@ -629,7 +638,7 @@ def test_the_chunked_objective_is_the_plain_one(name: str, options: dict[str, ob
     value = step_loss(loss, [(student, teacher, labels)])
     assert value.item() == pytest.approx(expected.item(), rel=1e-12)
     assert student.head is not None
-    inputs = (student.states, student.head.master, student.head.bias)
+    inputs = (student.last_hidden_state, student.head.master, student.head.bias)
     ours, theirs = torch.autograd.grad(3 * value, inputs), torch.autograd.grad(3 * expected, inputs)
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-13)
 
@@ -638,36 +647,38 @@ def test_the_chunked_objective_is_the_plain_one(name: str, options: dict[str, ob
 def test_chunks_and_blocks_change_nothing(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     terms = [(0.3, losses.make("ce")), (2.0, losses.make("eakld")), (0.7, losses.make("js"))]
     labels = labels_for(3, 31)
-    found = []
+    results = []
     for sizes in (None, (elements, elements), (10 * elements, elements)):
         if sizes:
-            monkeypatch.setattr(rows_, "CHUNK_ELEMENTS", sizes[0])
-            monkeypatch.setattr(rows_, "HEAD_ROWS", 5)
-            monkeypatch.setattr(rows_, "BLOCK_ROWS", 1)
-            monkeypatch.setitem(rows_.BLOCK_ELEMENTS, "cpu", sizes[1])
+            monkeypatch.setattr(logit_losses, "CHUNK_ELEMENTS", sizes[0])
+            monkeypatch.setattr(logit_losses, "HEAD_ROWS", 5)
+            monkeypatch.setattr(logit_losses, "BLOCK_POSITIONS", 1)
+            monkeypatch.setitem(logit_losses.BLOCK_ELEMENTS, "cpu", sizes[1])
         student, _ = through_head(3, 31, 1, 6, VOCABULARY, cap=4.0)
         teacher, _ = through_head(3, 31, 2, 6, VOCABULARY)
         assert student.head is not None
         totals = totals_of(terms[1][1], [(teacher, labels)])
-        value = losses.objective(terms, student, teacher, labels, totals)
-        found.append([value, *torch.autograd.grad(value, (student.states, student.head.master, student.head.bias))])
-    for other in found[1:]:
-        torch.testing.assert_close(other, found[0], rtol=1e-12, atol=1e-15)
+        value = losses.total_loss(terms, student, teacher, labels, totals)
+        results.append(
+            [value, *torch.autograd.grad(value, (student.last_hidden_state, student.head.master, student.head.bias))]
+        )
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-12, atol=1e-15)
 
 
 def test_an_objective_is_the_sum_of_its_terms() -> None:
     labels, student, teacher = labels_for(3, 6), outputs(3, 6, 1), confident(outputs(3, 6, 2))
     terms = [(0.1, losses.make("ce")), (2.0, losses.make("eakld")), (0.5, losses.make("lafd", layers=(1, 3)))]
     totals = totals_of(terms[1][1], [(teacher, labels)])
-    whole = losses.objective(terms, student, teacher, labels, totals)
+    whole = losses.total_loss(terms, student, teacher, labels, totals)
     assert whole.item() == pytest.approx(sum(w * loss(student, teacher, labels, totals).item() for w, loss in terms))
 
 
 def test_gate_by_hand() -> None:
-    gate = EntropyAwareKL().share
+    gate = EntropyAwareKL().gamma
     values = [gate(math.log(words)) for words in (1, 2, 4, 16, 1000)]
     assert values == pytest.approx([1.0, 0.75, 0.5, 0.0, 0.0], abs=1e-12)
-    assert EntropyAwareKL(k=4).share(math.log(2)) == pytest.approx(0.5)
+    assert EntropyAwareKL(k=4).gamma(math.log(2)) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(("entropy", "name"), [(math.log(16), "forward_kl"), (99.0, "forward_kl"), (0.0, "reverse_kl")])
@@ -685,7 +696,7 @@ def test_eakld_without_its_statistic_is_an_error() -> None:
 
 def test_mask_and_weights_by_hand() -> None:
     labels = torch.tensor([[1, 2, MASKED, 4], [MASKED, MASKED, MASKED, 5], [7, MASKED, MASKED, MASKED]])
-    assert predicting(labels).tolist() == [[True, False, True, False], [False, False, True, False], [False] * 4]
+    assert prediction_mask(labels).tolist() == [[True, False, True, False], [False, False, True, False], [False] * 4]
     assert step_counts(labels) == (2, 3)
     assert sample_weights(labels, 2).tolist() == [[0.25, 0, 0.25, 0], [0, 0, 0.5, 0], [0, 0, 0, 0]]
 
@@ -737,10 +748,10 @@ def test_lafd_chooses_the_largest_of_the_step(metric: str) -> None:
     loss = make("lafd", {"metric": metric, "select": "batch", "count": 1})
     assert isinstance(loss, LayerAdaptiveFeatureDistillation)
     teacher, labels = outputs(4, 9, 1), labels_for(4, 9)
-    teacher.hidden[3] = teacher.hidden[3] * 1.5
-    assert loss.chosen(totals_of(loss, [(teacher, labels)])) == (3,)
+    teacher.hidden_states[3] = teacher.hidden_states[3] * 1.5
+    assert loss.compared_layers(totals_of(loss, [(teacher, labels)])) == (3,)
     with pytest.raises(ValueError, match=f"lack the {metric} of layers"):
-        loss.chosen(StepTotals(3, 9))
+        loss.compared_layers(StepTotals(3, 9))
 
 
 def test_least_similar_by_hand() -> None:
@@ -768,8 +779,8 @@ def test_lafd_by_hand() -> None:
 def test_lafd_chooses_by_the_samples_of_the_whole_step() -> None:
     loss = LayerAdaptiveFeatureDistillation(layers=(1, 2, 3, 4), select="batch", count=2)
     teacher, labels = outputs(4, 9, 1), torch.ones(4, 9, dtype=torch.int64)
-    whole = layer_metric("cosine", {k: v[:, :-1] for k, v in teacher.hidden.items()}, labels[:, :-1]).tolist()
-    assert loss.chosen(totals_of(loss, [(teacher, labels)])) == least_similar(whole, 2)
+    whole = layer_metric("cosine", {k: v[:, :-1] for k, v in teacher.hidden_states.items()}, labels[:, :-1]).tolist()
+    assert loss.compared_layers(totals_of(loss, [(teacher, labels)])) == least_similar(whole, 2)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Plans by measured damage: a budget is never exceeded and hardly left unused, and wide formats go where they help."""
+"""Plans by sensitivity: a budget is never exceeded and hardly left unused, and wide formats go where they help."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ EMBEDDING, HEAD = (
     QuantTarget("model.embed_tokens", "embedding", None, 8000, 1024),
     QuantTarget("lm_head", "head", None, 8000, 1024),
 )
-SITES = (EMBEDDING, *LINEARS, HEAD)
+TARGETS = (EMBEDDING, *LINEARS, HEAD)
 #: Rows that no sixteen divides, and groups that are cut short.
 AWKWARD = (
     QuantTarget("embed", "embedding", None, 300, 96),
@@ -63,18 +63,18 @@ NORMS = {"model.norm.weight": ("F32", (1024,))}
 
 
 @functools.cache
-def damages_of(
-    sites: tuple[QuantTarget, ...] = SITES, estimate: str = "fisher", in_nats: bool = True
+def sensitivities_of(
+    targets: tuple[QuantTarget, ...] = TARGETS, estimate: str = "fisher", in_nats: bool = True
 ) -> SensitivityTable:
-    """A few rows do most of the damage, the more so in some matrices; 0.3 nats in all for ternary."""
+    """A few rows have most of the sensitivity, the more so in some matrices; 0.3 nats in all for ternary."""
     draw = torch.Generator().manual_seed(3)
     rows = {}
-    for site in sites:
-        count = site.rows if site.kind == "linear" else 1
+    for target in targets:
+        count = target.rows if target.kind == "linear" else 1
         each = torch.randn(count, generator=draw, dtype=torch.float64).mul(1.5).exp()
         each *= torch.randn(1, generator=draw, dtype=torch.float64).exp()
         wobble = 1 + 0.1 * torch.rand(len(ERRORS), count, generator=draw, dtype=torch.float64)
-        rows[site.name] = torch.tensor(list(ERRORS.values()), dtype=torch.float64)[:, None] * each * wobble
+        rows[target.name] = torch.tensor(list(ERRORS.values()), dtype=torch.float64)[:, None] * each * wobble
     total = sum(float(value[0].sum()) for value in rows.values())
     scaled = {name: value * 0.3 / total for name, value in rows.items()}
     return SensitivityTable(estimate, tuple(ERRORS), scaled, in_nats)
@@ -90,9 +90,11 @@ def size_of(plan: Plan) -> FolderSize:
     )
 
 
-def plan_of(sites: tuple[QuantTarget, ...] = SITES, damages: SensitivityTable | None = None, **settings: Any) -> Plan:
+def plan_of(
+    targets: tuple[QuantTarget, ...] = TARGETS, sensitivities: SensitivityTable | None = None, **settings: Any
+) -> Plan:
     asked = Calibrate.model_validate(settings, strict=False)
-    return make_plan(sites, asked, None, damages or damages_of(sites), size_of)
+    return make_plan(targets, asked, None, sensitivities or sensitivities_of(targets), size_of)
 
 
 def linears(plan: Plan) -> list[MatrixPlan]:
@@ -104,11 +106,11 @@ def rows_by_format(matrix: MatrixPlan) -> dict[str, int]:
     return {name: digits[str(index)] for index, name in enumerate(matrix.formats)}
 
 
-def predicted(plan: Plan, damages: SensitivityTable) -> float:
-    """The damage of all rows in the formats of a plan, of matrices whose format was chosen."""
+def predicted(plan: Plan, sensitivities: SensitivityTable) -> float:
+    """The sensitivity of all rows in the formats of a plan, of matrices whose format was chosen."""
     total = 0.0
     for matrix in linears(plan):
-        each = damages.of(matrix.name, matrix.formats)
+        each = sensitivities.of(matrix.name, matrix.formats)
         digits = torch.tensor([int(digit) for digit in matrix.row_formats or "0" * matrix.rows])
         total += float(each[digits, torch.arange(matrix.rows)].sum())
     return total
@@ -123,7 +125,7 @@ def test_rows_use_the_budget_up_and_never_more(bits: float) -> None:
     assert bits * (1 - 0.005) <= plan.nominal_bits() <= bits + 1e-9
     assert {plan["model.embed_tokens"].formats, plan["lm_head"].formats} == {("int4",)}
     assert (plan.strategy, plan.granularity, plan.estimate) == ("sensitivity", "row", "fisher")
-    assert plan.predicted_kl == pytest.approx(predicted(plan, damages_of()))
+    assert plan.predicted_kl == pytest.approx(predicted(plan, sensitivities_of()))
     for matrix in linears(plan):  # kernels take sixteen rows at a time
         assert not matrix.block_formats
         assert all(count % 16 == 0 and count for count in rows_by_format(matrix).values())
@@ -151,58 +153,60 @@ def test_whole_tensors_keep_the_budget_and_rows_do_better(bits: float) -> None:
     rows, tensors = plan_of(bits=bits), plan_of(bits=bits, granularity="tensor")
     assert all(not matrix.row_formats for matrix in tensors.matrices)
     assert tensors.nominal_bits() <= bits + 1e-9
-    assert tensors.predicted_kl == pytest.approx(predicted(tensors, damages_of()))
+    assert tensors.predicted_kl == pytest.approx(predicted(tensors, sensitivities_of()))
     assert rows.predicted_kl is not None
     assert tensors.predicted_kl is not None
     assert rows.predicted_kl <= tensors.predicted_kl * (1 + 1e-6)
     # Nothing can be widened within what is left: the plan is not far below its budget for no reason.
-    left = (bits - tensors.nominal_bits()) * sum(site.weights for site in LINEARS)
+    left = (bits - tensors.nominal_bits()) * sum(target.weights for target in LINEARS)
     names = candidates_of(Calibrate(bits=bits))
     for matrix in linears(tensors):
         wider = names[names.index(matrix.formats[0]) + 1 :]
         for name in wider:
-            now, then = (float(damages_of().of(matrix.name, (each,)).sum()) for each in (matrix.formats[0], name))
+            now, then = (float(sensitivities_of().of(matrix.name, (each,)).sum()) for each in (matrix.formats[0], name))
             more = formats.get(name).nominal_bits - formats.get(matrix.formats[0]).nominal_bits
             assert then >= now or more * matrix.rows * matrix.columns > left * (1 - 1e-9) - 1e-6
 
 
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
-def test_more_bits_are_never_predicted_to_do_more_damage(granularity: str) -> None:
-    found = [plan_of(bits=bits, granularity=granularity).predicted_kl for bits in BUDGETS if bits <= 4]
-    values = [value for value in found if value is not None]
-    assert len(values) == len(found)
+def test_more_bits_never_have_a_larger_predicted_kl(granularity: str) -> None:
+    predictions = [plan_of(bits=bits, granularity=granularity).predicted_kl for bits in BUDGETS if bits <= 4]
+    values = [value for value in predictions if value is not None]
+    assert len(values) == len(predictions)
     gap = 1e-3 if granularity == "row" else 0.0  # of a step, which rows have small ones of
     assert all(later <= earlier * (1 + gap) for earlier, later in pairwise(values))
 
 
-def test_the_most_damaged_rows_get_the_widest_formats() -> None:
+def test_the_most_sensitive_rows_get_the_widest_formats() -> None:
     rows = {  # of one shape, so that no row is worse in one format and better in another
         name: value[:1] / ERRORS["ternary"] * torch.tensor(list(ERRORS.values()), dtype=torch.float64)[:, None]
-        for name, value in damages_of().rows.items()
+        for name, value in sensitivities_of().rows.items()
     }
-    damages = SensitivityTable("fisher", tuple(ERRORS), rows)
-    plan = plan_of(damages=damages, bits=2.5)
+    sensitivities = SensitivityTable("fisher", tuple(ERRORS), rows)
+    plan = plan_of(sensitivities=sensitivities, bits=2.5)
     mixed = [matrix for matrix in linears(plan) if matrix.row_formats]
     assert mixed
     for matrix in mixed:
         widths = [formats.get(name).nominal_bits for name in matrix.formats]
         assert widths == sorted(widths)
-        every = damages.of(matrix.name, ("ternary", "int4"))
+        every = sensitivities.of(matrix.name, ("ternary", "int4"))
         saved = every[0] - every[1]
         digits = torch.tensor([int(digit) for digit in matrix.row_formats])
         for digit in range(1, len(widths)):
             assert saved[digits >= digit].min() >= saved[digits < digit].max()
     # And among matrices: a row in int4 saves more for its bits than one that is ternary would.
-    means = [float(damages.rows[matrix.name][0].mean()) for matrix in linears(plan)]
+    means = [float(sensitivities.rows[matrix.name][0].mean()) for matrix in linears(plan)]
     bits = [matrix.spec().nominal_bits(matrix.shape) for matrix in linears(plan)]
     assert float(np.corrcoef(np.argsort(np.argsort(means)), np.argsort(np.argsort(bits)))[0, 1]) > 0.8
 
 
-def test_one_damaged_row_among_thousands_is_found() -> None:
-    rows = {site.name: torch.full((2, site.rows), 1e-9, dtype=torch.float64) for site in LINEARS}
+def test_one_sensitive_row_among_thousands_is_found() -> None:
+    rows = {target.name: torch.full((2, target.rows), 1e-9, dtype=torch.float64) for target in LINEARS}
     worst = "model.layers.2.self_attn.o_proj"
     rows[worst][0, 777], rows[worst][1] = 1.0, 0.0
-    plan = plan_of(damages=SensitivityTable("direct", ("ternary", "int4"), rows), bits=1.6, formats=["ternary", "int4"])
+    plan = plan_of(
+        sensitivities=SensitivityTable("direct", ("ternary", "int4"), rows), bits=1.6, formats=["ternary", "int4"]
+    )
     matrix = plan[worst]
     assert matrix.formats == ("ternary", "int4")
     assert matrix.row_formats[777] == "1"
@@ -215,7 +219,7 @@ def test_equal_questions_have_equal_answers() -> None:
 
 
 def test_what_is_not_in_nats_predicts_nothing() -> None:
-    plan = plan_of(damages=damages_of(SITES, "hessian", False), bits=2.0)
+    plan = plan_of(sensitivities=sensitivities_of(TARGETS, "hessian", False), bits=2.0)
     assert (plan.estimate, plan.predicted_kl) == ("hessian", None)
     assert plan.matrices == plan_of(bits=2.0).matrices
 
@@ -312,9 +316,9 @@ def test_overrides_are_taken_out_of_the_average() -> None:
     weights = [matrix.rows * matrix.columns for matrix in others]
     average = np.average([matrix.spec().nominal_bits(matrix.shape) for matrix in others], weights=weights)
     assert 2.0 * (1 - 0.005) <= average <= 2.0 + 1e-9
-    rest = tuple(site for site in LINEARS if not site.name.endswith("down_proj"))
+    rest = tuple(target for target in LINEARS if not target.name.endswith("down_proj"))
     assert {matrix.name: matrix for matrix in others} == {
-        matrix.name: matrix for matrix in plan_of(rest, damages_of(), bits=2.0).matrices
+        matrix.name: matrix for matrix in plan_of(rest, sensitivities_of(), bits=2.0).matrices
     }
 
 
@@ -346,12 +350,12 @@ def test_a_target_size_is_never_exceeded_and_used(megabytes: float) -> None:
 
 
 def test_embedding_and_head_are_candidates_under_bytes() -> None:
-    """Each takes what its damage is worth: of two alike, the one that hurts more is not the narrower."""
+    """Each takes what its sensitivity is worth: of two alike, the one that hurts more is not the narrower."""
     errors = torch.tensor(list(ERRORS.values()), dtype=torch.float64)[:, None]
     seen = {}
     for share in (1e-6, 0.1, 100.0):  # nats if it is ternary; all linear layers together have about 0.3
-        rows = dict(damages_of().rows) | {"lm_head": share * errors / errors[0]}
-        plan = plan_of(damages=SensitivityTable("fisher", tuple(ERRORS), rows), real_bits=5.0)
+        rows = dict(sensitivities_of().rows) | {"lm_head": share * errors / errors[0]}
+        plan = plan_of(sensitivities=SensitivityTable("fisher", tuple(ERRORS), rows), real_bits=5.0)
         assert size_of(plan).real_bits <= 5.0
         seen[share] = formats.get(plan["lm_head"].formats[0]).nominal_bits
     assert seen[1e-6] == 1.58
@@ -427,10 +431,15 @@ def test_unmeasured_plans_are_interleaves_around_the_bits(
 ) -> None:
     limits = [{"match": "*.q_proj", "at_least": "int2"}]
     asked = Calibrate.model_validate({**settings, "granularity": granularity, "constraints": limits}, strict=False)
-    found = unmeasured(asked)
-    assert (found.plan, found.granularity, found.formats, found.constraints) == ("interleave", "row", names, ())
-    assert found.budget() == asked.budget()
-    plan = make_plan(SITES, found, None, None, size_of)
+    fallback = unmeasured(asked)
+    assert (fallback.plan, fallback.granularity, fallback.formats, fallback.constraints) == (
+        "interleave",
+        "row",
+        names,
+        (),
+    )
+    assert fallback.budget() == asked.budget()
+    plan = make_plan(TARGETS, fallback, None, None, size_of)
     counted, value = asked.budget()
     if counted == "bits":
         assert value * (1 - 0.005) <= plan.nominal_bits() <= value + 1e-9
@@ -457,13 +466,13 @@ def test_where_nothing_is_to_be_chosen_nothing_is_measured(
 ) -> None:
     asked = Calibrate.model_validate({**settings, "granularity": granularity}, strict=False)
     assert not measures(asked)
-    assert {matrix.formats for matrix in linears(make_plan(SITES, asked))} == {(name,)}
+    assert {matrix.formats for matrix in linears(make_plan(TARGETS, asked))} == {(name,)}
     limited = asked.model_copy(update={"constraints": (Constraint(match="*.q_proj", at_most=name),)})
     assert measures(limited)  # they may not hold of the one format
 
 
 def test_what_is_missing_is_said() -> None:
-    with pytest.raises(ValueError, match="no damages"):
-        make_plan(SITES, Calibrate(bits=2.0))
-    with pytest.raises(ValueError, match="what a plan takes"):
-        make_plan(SITES, Calibrate(real_bits=2.0), None, damages_of())
+    with pytest.raises(ValueError, match="no sensitivities"):
+        make_plan(TARGETS, Calibrate(bits=2.0))
+    with pytest.raises(ValueError, match="the size of a plan"):
+        make_plan(TARGETS, Calibrate(real_bits=2.0), None, sensitivities_of())

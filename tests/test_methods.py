@@ -7,22 +7,19 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import torch
-from _tiny import load_script
 from conftest import GROUP_SIZE, ModelMaker, sentences
 
-from edgerazor import data, models
+from edgerazor import data, formats, models, registry
 from edgerazor.console import Console
 from edgerazor.errors import UserError
 from edgerazor.formats import ROWS
+from edgerazor.losses.core import kl
+from recipes.benchmarks import methods, numerics, sinks
 
-RECIPES = Path(__file__).parent.parent / "recipes"
-
-
-methods = load_script(RECIPES / "methods.py")
-sinks = load_script(RECIPES / "sinks.py")
 PAIRS = [("rtn", 2.0), ("eakld", 2.0), ("rtn", 4.0), ("eakld", 4.0)]
 
 
@@ -90,7 +87,7 @@ def test_killed_between_rows_it_goes_on_and_then_keeps_all(
     assert all(row["kl"] > 0 and row["bytes"] > 0 for row in rows)
     assert rows[0]["bytes"] == pytest.approx(rows[2]["bytes"], abs=500)  # the same formats, but for the files' headers
     table = methods.table(setting)
-    assert table.count("\n| 2 |") == table.count("\n| 4 |") == 2
+    assert table.count("\n| 2 |") == table.count("\n| 4 |") == 2 * 2  # two rows in each of two tables
     assert f"round to nearest 2: KL {methods.number(rows[2]['kl'])} |" in table
 
 
@@ -147,18 +144,30 @@ def test_every_line_of_the_table_is_a_recipe_that_can_be(teacher: Any, setting: 
         assert not method.asked_at(2.5) or not method.peer
 
 
-def test_comments_do_not_change_the_code(tmp_path: Path) -> None:
-    codes = [
-        'def f(x):\n    """Double."""\n    return 2 * x\n',
-        '"""Module."""\n\n\ndef f(x):\n    """Twice."""\n    return 2 * x  # why\n',
-        'def f(x):\n    """Double."""\n    return 3 * x\n',
-    ]
-    dumped = []
-    for index, code in enumerate(codes):
-        (tmp_path / f"{index}.py").write_text(code)
-        dumped.append(methods.code_of(tmp_path / f"{index}.py"))
-    assert dumped[0] == dumped[1]
-    assert dumped[0] != dumped[2]
+def fresh() -> dict[str, str]:
+    """What the numerics compute now, nothing kept from before."""
+    for digest in (numerics.of_formats, numerics.of_loss):
+        digest.cache_clear()
+    return {"formats": numerics.of_formats(), **{name: numerics.of_loss(name) for name in ("ce", "forward_kl", "lafd")}}
+
+
+def test_the_fingerprint_knows_what_the_code_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not how it is written: other rounding is other code, a repetition or other kernels are not."""
+    before = fresh()
+    assert fresh() == before
+    with monkeypatch.context() as patch:
+        patch.setenv("EDGERAZOR_ISA", "reference")
+        assert fresh() == before
+    with monkeypatch.context() as patch:
+        rule = type(formats.get("int3")).scale_rule
+        patch.setattr(type(formats.get("int3")), "scale_rule", lambda self, groups: 1.01 * rule(self, groups))
+        assert fresh() == {**before, "formats": ANY} != before
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            registry.find("losses", "forward_kl", "LOSS"), "rows", lambda self, rows, _: kl.mixed_kl(rows, 0.1)
+        )
+        assert fresh() == {**before, "forward_kl": ANY} != before
+    assert fresh() == before
 
 
 @pytest.mark.parametrize(
@@ -273,7 +282,7 @@ def test_a_peers_row_is_measured_like_ours(
     teacher: Any, setting: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "peers.py").write_text(FAKE)
-    monkeypatch.setattr(methods, "HERE", tmp_path)
+    monkeypatch.setattr(methods, "BENCHMARKS", tmp_path)
     monkeypatch.setattr(methods, "peer_version", lambda method, _: "1" if method.peer else None)
     methods.make_rows([teacher], [("hqq", 4.0), ("hqq-own", 4.0), ("hqq", 3.0)], setting)
     ours, own, failed = (
@@ -302,7 +311,9 @@ def test_peers_are_calibrated_on_whole_training_rows(teacher: Any, setting: Any)
     _, tokenizer = models.load(teacher.model)
     rows = methods.calibration_rows(recipe, tokenizer)
     assert {len(row) for row in rows} == {32}
-    training, held_out = data.open_rows(recipe.data.train, tokenizer, 32, 0, recipe.data.held_out_fraction)
+    training, held_out = data.open_rows(
+        recipe.data.train, tokenizer, data.RowSettings(32, 0, recipe.data.held_out_fraction)
+    )
     assert rows[0] == training.row(0)["input_ids"].tolist()
     assert held_out is not None
     unseen = {tuple(row["input_ids"].tolist()) for row in held_out.in_order()}

@@ -38,7 +38,7 @@ def parts_of(encoded: Encoded, spec: MatrixSpec) -> list[Part]:
     """The stored parts of a matrix whose rows have formats."""
     stored = formats.pack_matrix(encoded, spec)
     found = []
-    for number_format, rows in spec.parts:
+    for number_format, rows in spec.format_rows:
         name = number_format.name
         count = len(encoded.codes) if rows is None else len(rows)
         places = None if rows is None else rows.to(torch.int32)
@@ -178,7 +178,7 @@ def test_extreme_codes_stay_exact() -> None:
     x[2, ::2] = -127
     for name in ALL:
         number_format = formats.get(name)
-        for code in (number_format.min_code, number_format.maximum):
+        for code in (number_format.min_code, number_format.max_code):
             codes = torch.full((17, 512), code, dtype=torch.int8)
             for group in (64, 256, 512):
                 scales = torch.ones(17, 512 // group, dtype=torch.float16)

@@ -78,21 +78,21 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 def holds_what_was_written(model: PackedModel) -> bool:
     """Everything that decides what the model computes is as `write` was given it."""
-    header, found = model.header, {each.name: model.matrix(each.name) for each in some_matrices()}
+    header, matrices = model.header, {each.name: model.matrix(each.name) for each in some_matrices()}
     others = model.others()
     return (
         header.tied == {"lm_head": "model.embed_tokens"}
         and header.settings == SETTINGS
         and header.provenance == PROVENANCE
-        and list(header.matrices) == sorted(found)
+        and list(header.matrices) == sorted(matrices)
         and others.keys() == some_others().keys()
         and all(same(others[name], tensor) for name, tensor in some_others().items())
         and all(
-            same(found[each.name].encoded.codes, each.encoded.codes)
-            and same(found[each.name].encoded.scales, each.encoded.scales)
-            and found[each.name].kind == each.kind
-            and found[each.name].spec.formats == each.spec.formats
-            and found[each.name].spec.group_size == each.spec.group_size
+            same(matrices[each.name].encoded.codes, each.encoded.codes)
+            and same(matrices[each.name].encoded.scales, each.encoded.scales)
+            and matrices[each.name].kind == each.kind
+            and matrices[each.name].spec.formats == each.spec.formats
+            and matrices[each.name].spec.group_size == each.spec.group_size
             for each in some_matrices()
         )
     )
@@ -187,7 +187,7 @@ def test_other_programs_read_the_file(tmp_path: Path) -> None:
     loaded = load_file(tmp_path / "model.safetensors")
     assert all(same(loaded[name], tensor) for name, tensor in some_others().items())
     for each in some_matrices():
-        for part, pieces in formats.joined(formats.pack_matrix(each.encoded, each.spec)).items():
+        for part, pieces in formats.serialize_parts(formats.pack_matrix(each.encoded, each.spec)).items():
             stored = loaded[packed.part_name(each.name, part)]
             assert stored.dtype == torch.uint8
             assert stored.numpy().tobytes() == b"".join(pieces)
@@ -206,11 +206,11 @@ def test_codes_and_scales_are_read_where_they_lie(tmp_path: Path, shard_bytes: i
         parts = [name for name in entries if ".weight." in name and not name.endswith("_formats")]
         assert all(entries[name]["data_offsets"][0] % 64 == 0 for name in parts)
     for each in some_matrices():
-        found, expected = model.parts(each.name), formats.pack_matrix(each.encoded, each.spec)
-        assert found.keys() == expected.keys()
-        assert all(same(found[part], tensor) for part, tensor in expected.items())
-        for part in (name for name in found if f"{name}.scales" in found):
-            assert found[part].untyped_storage().data_ptr() == found[f"{part}.scales"].untyped_storage().data_ptr()
+        parts, expected = model.parts(each.name), formats.pack_matrix(each.encoded, each.spec)
+        assert parts.keys() == expected.keys()
+        assert all(same(parts[part], tensor) for part, tensor in expected.items())
+        for part in (name for name in parts if f"{name}.scales" in parts):
+            assert parts[part].untyped_storage().data_ptr() == parts[f"{part}.scales"].untyped_storage().data_ptr()
 
 
 def test_a_file_that_another_program_has_rewritten_is_read(tmp_path: Path) -> None:

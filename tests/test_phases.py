@@ -1,4 +1,4 @@
-"""Phases of one training: codes that are fixed for a while, and what follows them."""
+"""Phases of one training: scales trained with frozen codes, and what follows them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from edgerazor.allocate import make_plan
 from edgerazor.formats import MatrixSpec
 from edgerazor.modules import Settings
 from edgerazor.recipe import Calibrate
-from edgerazor.stages import distill
+from edgerazor.training import Trainer
+from edgerazor.training import trainer as trainer_module
 
 ALL = formats.names()
 IDS = torch.randint(2, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -54,7 +55,7 @@ def on_the_edges(rows: int, cols: int, scales: Tensor, group_size: int) -> Tenso
 
 @pytest.mark.parametrize(("rows", "cols"), [(1, 1), (13, 31), (17, 101), (40, 127)])
 @pytest.mark.parametrize("group_size", [5, 40, 1000])
-def test_a_carried_weight_has_exactly_the_fixed_codes(rows: int, cols: int, group_size: int) -> None:
+def test_a_rebased_weight_has_exactly_the_frozen_codes(rows: int, cols: int, group_size: int) -> None:
     draw = torch.Generator().manual_seed(0)
     for spec in specs(rows, cols, group_size):
         shape = (rows, formats.group_count(cols, group_size))
@@ -63,12 +64,12 @@ def test_a_carried_weight_has_exactly_the_fixed_codes(rows: int, cols: int, grou
             after = formats.stored_scales(before.float() * torch.exp(width * torch.randn(shape, generator=draw)))
             for w in (torch.randn(rows, cols, generator=draw), on_the_edges(rows, cols, before, group_size)):
                 codes = formats.encode_matrix(w, spec, before).codes
-                carried = formats.rebase_weight(w, codes, before, after, spec)
-                found = formats.encode_matrix(carried, spec, after)
-                assert torch.equal(found.codes, codes)
-                assert torch.equal(found.scales, after)
+                rebased = formats.rebase_weight(w, codes, before, after, spec)
+                encoded = formats.encode_matrix(rebased, spec, after)
+                assert torch.equal(encoded.codes, codes)
+                assert torch.equal(encoded.scales, after)
                 spread = (after.double() / before.double()).repeat_interleave(min(group_size, cols), dim=1)[:, :cols]
-                torch.testing.assert_close(carried.double(), w.double() * spread, rtol=1e-6, atol=1e-40)
+                torch.testing.assert_close(rebased.double(), w.double() * spread, rtol=1e-6, atol=1e-40)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -87,8 +88,8 @@ def test_extreme_scales(name: str) -> None:
     ends = [formats.stored_scales(torch.full((2, 1), value)) for value in (0.0, 1e9)]
     for before, after in (ends, ends[::-1]):
         codes = formats.encode_matrix(w, spec, before).codes
-        carried = formats.rebase_weight(w, codes, before, after, spec)
-        assert torch.equal(formats.encode_matrix(carried, spec, after).codes, codes)
+        rebased = formats.rebase_weight(w, codes, before, after, spec)
+        assert torch.equal(formats.encode_matrix(rebased, spec, after).codes, codes)
 
 
 # Modules ----------------------------------------------------------------------------------------------------------
@@ -97,21 +98,21 @@ def test_extreme_scales(name: str) -> None:
 def student(tied: bool, **calibrate: Any) -> PreTrainedModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(family_config("llama", tie_word_embeddings=tied)).eval()
-    found = models.structure(model)
-    plan = make_plan(found.targets, Calibrate(bits=1.88, plan="interleave", group_size=GROUP_SIZE, **calibrate))
-    modules.prepare_for_training(model, found, plan.specs(), Settings(8, 8, GROUP_SIZE, True))
+    structure = models.structure(model)
+    plan = make_plan(structure.targets, Calibrate(bits=1.88, plan="interleave", group_size=GROUP_SIZE, **calibrate))
+    modules.prepare_for_training(model, structure, plan.specs(), Settings(8, 8, GROUP_SIZE, True))
     return model
 
 
 def logits(model: PreTrainedModel) -> Tensor:
     with torch.no_grad():
-        found: Tensor = model(input_ids=IDS, use_cache=False).logits
-    return found
+        computed: Tensor = model(input_ids=IDS, use_cache=False).logits
+    return computed
 
 
 @pytest.mark.parametrize("granularity", ["row", "block", "column"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_fixing_and_releasing_codes_change_nothing_that_is_computed(tied: bool, granularity: str) -> None:
+def test_freezing_and_unfreezing_codes_changes_nothing_that_is_computed(tied: bool, granularity: str) -> None:
     model = student(tied, granularity=granularity)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     first = logits(model)
@@ -131,14 +132,14 @@ def test_fixing_and_releasing_codes_change_nothing_that_is_computed(tied: bool, 
             assert matrix.scales is not None
             matrix.scales.mul_(torch.exp(0.2 * torch.randn_like(matrix.scales)))
     moved = logits(model)
-    with modules.frozen_codes(model) as digests:
-        fixed = dict(digests)
+    with modules.encoded_once(model) as digests:
+        frozen = dict(digests)
     modules.freeze_codes(model)  # a second time: nothing
     modules.unfreeze_codes(model)
     assert not torch.equal(moved, first)
     assert torch.equal(logits(model), moved)
-    with modules.frozen_codes(model) as digests:
-        assert digests == fixed
+    with modules.encoded_once(model) as digests:
+        assert digests == frozen
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     if tied:
         table, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -177,8 +178,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory, llama: Path, text_file: Path
 def test_every_phase_is_reported(whole: Path) -> None:
     result = json.loads((whole / "distill" / "result.json").read_text())
     assert result["stopped"] == "budget"
-    found = [(each["phase"], each["what"], each["steps"]) for each in result["phases"]]
-    assert found == [(0, "initialise", 0), (0, "reconstruct", 8), (1, "scales", 2), (2, "all", 4), (3, "scales", 2)]
+    phases = [(phase["phase"], phase["what"], phase["steps"]) for phase in result["phases"]]
+    assert phases == [(0, "initialise", 0), (0, "reconstruct", 8), (1, "scales", 2), (2, "all", 4), (3, "scales", 2)]
     assert len(result["block_errors"]) == 2
     lines = metrics(whole)
     where = [(line["phase"], line["what"], line["step"]) for line in lines]
@@ -191,7 +192,7 @@ def test_every_phase_is_reported(whole: Path) -> None:
         (3, "scales", 8),
     ]
     ends = [line["kl"] for line in lines if line["step"] != 3]
-    assert [each["held_out"] for each in result["phases"]] == ends
+    assert [phase["held_out"] for phase in result["phases"]] == ends
     assert result["best"] == min(line["kl"] for line in lines)
 
 
@@ -218,7 +219,7 @@ def test_interrupted_in_any_phase_and_between_two_it_ends_the_same(
 def reported(job: Path) -> list[dict[str, Any]]:
     """The phases of a result but for the time they took."""
     phases = json.loads((job / "distill" / "result.json").read_text())["phases"]
-    return [{key: value for key, value in each.items() if key != "seconds"} for each in phases]
+    return [{key: value for key, value in phase.items() if key != "seconds"} for phase in phases]
 
 
 @pytest.mark.slow
@@ -264,32 +265,32 @@ def test_each_phase_has_its_schedule_and_its_optimizer(
         rates.append(rate)
         state = optimizer.state[optimizer.param_groups[0]["params"][0]]
         first.append(float(state["step"]) if state else 0.0)
-        set_rate(optimizer, rate)
+        set_learning_rate(optimizer, rate)
 
-    set_rate = distill.set_rate
-    monkeypatch.setattr(distill, "set_rate", note)
+    set_learning_rate = trainer_module.set_learning_rate
+    monkeypatch.setattr(trainer_module, "set_learning_rate", note)
     assert run("distill", "--recipe", recipe, "--work", tmp_path / "job").code == 0
     fall = [1.0, 0.75, 0.5, 0.25]
-    assert rates == pytest.approx([*(2e-4 * each for each in fall), *(4e-4 * each for each in fall)])
+    assert rates == pytest.approx([*(2e-4 * factor for factor in fall), *(4e-4 * factor for factor in fall)])
     assert first == [0, 1, 2, 3, 0, 1, 2, 3]
 
 
-def test_data_go_on_from_phase_to_phases(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
+def test_data_go_on_from_phase_to_phase(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
     """Two phases of the same kind see what one training sees."""
-    seen: list[list[int]] = []
-    train_step = distill.train_step
+    step_tokens: list[list[int]] = []
+    train_step = Trainer.step
 
-    def note(job: distill.Job, batches: Any) -> float:
-        seen.append([int(value) for batch in batches for value in batch["input_ids"].flatten()])
-        return train_step(job, batches)
+    def note(trainer: Trainer, batches: Any) -> float:
+        step_tokens.append([int(value) for batch in batches for value in batch["input_ids"].flatten()])
+        return train_step(trainer, batches)
 
     settings: dict[str, Any] = {"steps": 4}
     for name, phases in (("one", []), ("two", [{"train": "scales"}, {"train": "all"}])):
         recipe = write_phased(tmp_path / f"{name}.yaml", llama, text_file, **settings, phases=phases)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(distill, "train_step", note)
+            patch.setattr(Trainer, "step", note)
             assert run("distill", "--recipe", recipe, "--work", tmp_path / name).code == 0
-    assert seen[:4] == seen[4:]
+    assert step_tokens[:4] == step_tokens[4:]
 
 
 @pytest.mark.slow
@@ -310,37 +311,37 @@ def test_two_processes_train_as_one(run: Run, tmp_path: Path, llama: Path, text_
 def test_the_clock_ends_phases(run: Run, tmp_path: Path, llama: Path, text_file: Path, monkeypatch: Any) -> None:
     """A clock that makes every step a second long: 12 seconds are 3, 6 and 3 steps."""
     seconds = [0.0]
-    train_step = distill.train_step
+    train_step = Trainer.step
 
-    def step(job: distill.Job, batches: Any) -> float:
+    def step(trainer: Trainer, batches: Any) -> float:
         seconds[0] += 1.0
-        return train_step(job, batches)
+        return train_step(trainer, batches)
 
-    monkeypatch.setattr(distill.time, "monotonic", lambda: seconds[0])
-    monkeypatch.setattr(distill, "train_step", step)
+    monkeypatch.setattr(trainer_module.time, "monotonic", lambda: seconds[0])
+    monkeypatch.setattr(Trainer, "step", step)
     recipe = write_phased(tmp_path / "r.yaml", llama, text_file, steps=None, max_time=12.0)
     done = run("distill", "--recipe", recipe, "--work", tmp_path / "job", "--json")
     assert done.code == 0, done.err
-    found = [(each["what"], each["steps"], each["seconds"]) for each in done.json()["phases"]]
-    assert found == [("initialise", 0, 0.0), ("scales", 3, 3.0), ("all", 6, 6.0), ("scales", 3, 3.0)]
+    phases = [(phase["what"], phase["steps"], phase["seconds"]) for phase in done.json()["phases"]]
+    assert phases == [("initialise", 0, 0.0), ("scales", 3, 3.0), ("all", 6, 6.0), ("scales", 3, 3.0)]
 
 
 def test_a_phase_that_has_no_time_left_is_reported_as_such(
     run: Run, tmp_path: Path, llama: Path, text_file: Path, monkeypatch: Any
 ) -> None:
     seconds = [0.0]
-    train_step = distill.train_step
+    train_step = Trainer.step
 
-    def step(job: distill.Job, batches: Any) -> float:
-        seconds[0] += 8.0 if job.progress.step == 0 else 1.0
-        return train_step(job, batches)
+    def step(trainer: Trainer, batches: Any) -> float:
+        seconds[0] += 8.0 if trainer.progress.step == 0 else 1.0
+        return train_step(trainer, batches)
 
-    monkeypatch.setattr(distill.time, "monotonic", lambda: seconds[0])
-    monkeypatch.setattr(distill, "train_step", step)
+    monkeypatch.setattr(trainer_module.time, "monotonic", lambda: seconds[0])
+    monkeypatch.setattr(Trainer, "step", step)
     phases = [{"train": "scales"}, {"train": "all", "learning_rate": 1e-5}, {"train": "all"}]
     recipe = write_phased(tmp_path / "r.yaml", llama, text_file, steps=None, max_time=10.0, phases=phases)
     done = run("distill", "--recipe", recipe, "--work", tmp_path / "job", "--json").json()
-    assert [(each["phase"], each["steps"]) for each in done["phases"]] == [(0, 0), (1, 1), (2, 0), (3, 2)]
+    assert [(phase["phase"], phase["steps"]) for phase in done["phases"]] == [(0, 0), (1, 1), (2, 0), (3, 2)]
 
 
 @pytest.mark.parametrize(("phase", "steps"), [(0, 0), (1, 2), (2, 3)])
@@ -348,8 +349,10 @@ def test_it_stops_at_the_target(
     run: Run, whole: Path, tmp_path: Path, llama: Path, text_file: Path, phase: int, steps: int
 ) -> None:
     """Before the first step, at the end of a phase and inside one; a second call has nothing left to do."""
-    line = next(each for each in metrics(whole) if (each["phase"], each["step"]) == (phase, steps))
-    earlier = [each["kl"] for each in metrics(whole)[: metrics(whole).index(line)]]
+    line = next(
+        evaluation for evaluation in metrics(whole) if (evaluation["phase"], evaluation["step"]) == (phase, steps)
+    )
+    earlier = [evaluation["kl"] for evaluation in metrics(whole)[: metrics(whole).index(line)]]
     if line["kl"] >= min(earlier, default=float("inf")):
         pytest.skip("it was not better then")
     recipe = write_phased(tmp_path / "r.yaml", llama, text_file, **BLOCKS, target_kl=line["kl"])
@@ -380,15 +383,17 @@ def test_a_training_without_phases_has_a_target_too(run: Run, tmp_path: Path, ll
 
 def test_a_dry_run_tells_phases_and_time(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
     recipe = write_phased(tmp_path / "r.yaml", llama, text_file, **BLOCKS)
-    found = run("distill", "--recipe", recipe, "--work", tmp_path / "dry", "--dry-run", "--json").json()
-    steps = {name: each["steps"] for name, each in found["phases"].items()}
+    estimate = run("distill", "--recipe", recipe, "--work", tmp_path / "dry", "--dry-run", "--json").json()
+    steps = {name: phase["steps"] for name, phase in estimate["phases"].items()}
     assert steps == {"reconstruct": 8, "1 scales": 2, "2 all": 4, "3 scales": 2}
-    assert found["seconds"] == pytest.approx(sum(each["seconds"] for each in found["phases"].values()), rel=0.02)
+    assert estimate["seconds"] == pytest.approx(
+        sum(phase["seconds"] for phase in estimate["phases"].values()), rel=0.02
+    )
     shown = run("distill", "--recipe", recipe, "--work", tmp_path / "dry", "--dry-run").out
     assert "1 scales (steps 2, seconds " in " ".join(shown.split())
     timed = write_phased(tmp_path / "t.yaml", llama, text_file, steps=None, max_time=100.0)
-    found = run("distill", "--recipe", timed, "--work", tmp_path / "dry", "--dry-run", "--json").json()
-    assert [each["seconds"] for each in found["phases"].values()] == [25.0, 50.0, 25.0]
+    estimate = run("distill", "--recipe", timed, "--work", tmp_path / "dry", "--dry-run", "--json").json()
+    assert [phase["seconds"] for phase in estimate["phases"].values()] == [25.0, 50.0, 25.0]
     assert not (tmp_path / "dry").exists()
 
 
@@ -403,7 +408,7 @@ def test_a_dry_run_tells_phases_and_time(run: Run, tmp_path: Path, llama: Path, 
         ({}, {"phases": [{"losses": [{"name": "eakdl"}]}]}, "called 'eakdl'"),
     ],
 )
-def test_phases_that_cannot_be_are_refused(
+def test_impossible_phases_are_refused(
     run: Run,
     tmp_path: Path,
     llama: Path,

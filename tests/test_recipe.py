@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -16,7 +17,7 @@ from edgerazor.recipe import LossTerm, Override, Recipe, Source, Strict, build
 
 def all_models(model: type[Strict] = Recipe) -> list[type[Strict]]:
     nested = [f.annotation for f in model.model_fields.values() if isinstance(f.annotation, type)]
-    return [model, *(found for each in nested if issubclass(each, Strict) for found in all_models(each))]
+    return [model, *(inner for section in nested if issubclass(section, Strict) for inner in all_models(section))]
 
 
 def test_the_explanation_is_the_default_recipe() -> None:
@@ -95,11 +96,11 @@ def test_a_malformed_size_is_one_sentence(text: str) -> None:
     assert (wrong.value.message, wrong.value.code) == (expected, USAGE)
 
 
-def test_of_several_budgets_the_last_asked_for_counts(tmp_path: Path) -> None:
-    asked: list[dict[str, Any]] = [{"bits": 1.88}, {"real_bits": 2.5}, {"target_size": "9MB"}]
+def test_of_several_budgets_the_last_one_counts(tmp_path: Path) -> None:
+    budgets: list[dict[str, Any]] = [{"bits": 1.88}, {"real_bits": 2.5}, {"target_size": "9MB"}]
     values = {"bits": 1.88, "real_bits": 2.5, "target_size": 9_000_000}
-    for early in asked:
-        for late in asked:
+    for early in budgets:
+        for late in budgets:
             merged = recipes.merge({"calibrate": {**early, "group_size": 64}}, {"calibrate": late}, {"calibrate": {}})
             assert merged == {"calibrate": {"group_size": 64, **late}}
             settings = build(merged).calibrate
@@ -124,12 +125,12 @@ def test_paths_become_absolute_from_the_files_folder(tmp_path: Path) -> None:
     }
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(values))
-    found = recipes.load(path)
-    assert found["model"] == str(tmp_path / "model")
+    values = recipes.load(path)
+    assert values["model"] == str(tmp_path / "model")
     above = str(tmp_path.parent / "a.txt")
-    assert found["data"] == {"train": [{"file": above}, {"dataset": "x/y"}], "held_out": [{"file": "/b.txt"}]}
-    assert found["eval"]["task_data"] == str(tmp_path / "tasks")
-    assert found["compare"] == {"other": str(tmp_path / "packed")}
+    assert values["data"] == {"train": [{"file": above}, {"dataset": "x/y"}], "held_out": [{"file": "/b.txt"}]}
+    assert values["eval"]["task_data"] == str(tmp_path / "tasks")
+    assert values["compare"] == {"other": str(tmp_path / "packed")}
     assert recipes.anchor({"model": "some/hub-id"}, tmp_path) == {"model": "some/hub-id"}
     assert recipes.anchor({"eval": {"task_data": "~/x"}}, tmp_path)["eval"]["task_data"] == os.path.expanduser("~/x")
 
@@ -231,6 +232,66 @@ def test_an_unreadable_recipe_is_one_sentence(tmp_path: Path, bad: str) -> None:
 def test_malformed_sections_pass_through_to_validation(values: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(UserError):
         build(recipes.anchor(values, tmp_path), "The recipe")
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"calibrate": {"start": "gptq"}}, "The recipe x.yaml: `calibrate.start` is called `init` now."),
+        ({"distill": {"rungs": [{"share": 1.0}]}}, "The recipe x.yaml: `distill.rungs` is called `phases` now."),
+        ({"calibrate": {"init": "rule"}}, "The recipe x.yaml: `calibrate.init` is 'rule', which is called `rtn` now."),
+    ],
+)
+def test_what_was_renamed_is_refused_with_its_name_now(values: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError) as wrong:
+        build(values, "The recipe x.yaml")
+    assert (wrong.value.message, wrong.value.code) == (sentence, USAGE)
+
+
+def test_retired_names_point_to_names_that_there_are() -> None:
+    fields = dict(recipes.fields_of())
+    for path, name in recipes.RETIRED_FIELDS.items():
+        assert path not in fields
+        assert f"{path.rpartition('.')[0]}.{name}" in fields
+    for (path, value), name in recipes.RETIRED_VALUES.items():
+        assert value not in get_args(fields[path].annotation)
+        assert name in get_args(fields[path].annotation)
+
+
+#: A path or program of every kind, and what it becomes in the folder F.
+PATHS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"model": "there"}, {"model": "F/there"}),
+    ({"model": "some/hub-id"}, {"model": "some/hub-id"}),
+    ({"compare": {"a": "x", "b": "/y"}}, {"compare": {"a": "F/x", "b": "/y"}}),
+    ({"data": {"train": [{"file": "x"}], "packing": "x"}}, {"data": {"train": [{"file": "F/x"}], "packing": "x"}}),
+    ({"data": {"held_out": [{"file": "x", "column": "y"}]}}, {"data": {"held_out": [{"file": "F/x", "column": "y"}]}}),
+    ({"distill": {"teachers": ["there", "a/b"]}}, {"distill": {"teachers": ["F/there", "a/b"]}}),
+    ({"eval": {"task_data": "x", "against": "there"}}, {"eval": {"task_data": "F/x", "against": "F/there"}}),
+    ({"eval": {"against": "a/b"}}, {"eval": {"against": "a/b"}}),
+    (
+        {"bench": {"llama_bench": "x", "ik_llama_bench": "none"}},
+        {"bench": {"llama_bench": "F/x", "ik_llama_bench": "none"}},
+    ),
+    ({"bench": {"llama_bench": None}}, {"bench": {"llama_bench": None}}),
+    ({"model": "", "unknown": "x", "eval": {"task_data": 3}}, {"model": "", "unknown": "x", "eval": {"task_data": 3}}),
+]
+
+
+@pytest.mark.parametrize(("values", "anchored"), PATHS)
+def test_the_schema_says_which_texts_are_paths(
+    values: dict[str, Any], anchored: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "there").mkdir()
+    expected = json.loads(json.dumps(anchored).replace("F/", f"{tmp_path}/"))
+    assert recipes.anchor(values, tmp_path) == expected
+    assert recipes.anchor(expected, tmp_path / "there") == expected
+
+
+def test_programs_and_code_of_strangers_are_named() -> None:
+    assert recipes.foreign_code(Recipe()) == []
+    bench = {"llama_bench": "none", "ik_llama_bench": "/bin/ik"}
+    code = recipes.foreign_code(build({"trust_remote_code": True, "bench": bench}))
+    assert code == ["the program /bin/ik", "the Python code that comes with its models"]
 
 
 def test_a_source_is_a_file_or_a_data_set() -> None:

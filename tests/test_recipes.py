@@ -22,7 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from edgerazor import allocate, models
 from edgerazor import recipe as recipes
 from edgerazor.console import Console
-from edgerazor.data import open_rows, streaming
+from edgerazor.data import RowSettings, open_rows, streaming
 from edgerazor.errors import USAGE, UserError
 from edgerazor.job import JobContext
 from edgerazor.recipe import Calibrate
@@ -170,8 +170,8 @@ def test_the_published_settings(name: str) -> None:
     settings, calibrate = recipe.distill, recipe.calibrate
     by_bits, *others = PUBLISHED[name]
     for bits, weights in by_bits.items():
-        (training,) = phase_schedule.trainings(recipe, 4, objective.unmeasured(4), bits)
-        assert [(term.name, term.weight) for term, _ in training.terms] == list(
+        (phase,) = phase_schedule.make_phases(settings, recipe.model, 4, objective.placeholder_metrics(4), bits)
+        assert [(term.name, term.weight) for term, _ in phase.terms] == list(
             zip(("ce", "eakld", "lafd"), weights, strict=True)
         )
     sequences = settings.batch_size * settings.accumulation
@@ -193,7 +193,7 @@ def test_what_the_weights_of_losses_depend_on(run: Run, llama: Path, text_file: 
         4,
         1.88,
     )
-    assert objective.in_words(recipe.distill.losses, 4) != objective.in_words(recipe.distill.losses, 3.99)
+    assert objective.describe(recipe.distill.losses, 4) != objective.describe(recipe.distill.losses, 3.99)
     never = {"losses": [{"name": "ce", "from_bits": 6}]}
     path = shortened("smollm2-135m", llama, text_file, tmp_path / "r.yaml")
     path.write_text(yaml.safe_dump(recipes.merge(recipes.load(path), {"distill": never})), encoding="utf-8")
@@ -220,7 +220,7 @@ def test_the_published_conversations(tmp_path: Path, tokenizer: Any, monkeypatch
         ("BAAI/Infinity-Instruct", "Gen"),
         ("allenai/tulu-v3.1-mix-preview-4096-OLMoE", None),
     ]
-    found, held_out = open_rows(asked.train, tokenizer, 64, 0, 0.05, asked.packing, held_out_rows=2)
+    found, held_out = open_rows(asked.train, tokenizer, RowSettings(64, 0, 0.05, asked.packing, held_out_rows=2))
     assert held_out is not None
     batches = [found.row(index) for index in range(32)]
     assert {tokenizer.decode(each["labels"][each["labels"] != -100]) for each in batches} == {"a model</s>", "four</s>"}

@@ -24,21 +24,21 @@ WEIGHTS = Path("distill", "last", "model.safetensors")
 def test_a_layer_alone_computes_what_it_does_in_the_model(make_model: ModelMaker, tmp_path: Path, family: str) -> None:
     make_model(tmp_path, family)
     model, _ = models.load(tmp_path)
-    found = models.structure(model)
+    structure = models.structure(model)
     for length in (9, 12, 9):  # masks and positions of one shape do for all batches of it
         ids = torch.randint(0, 60, (2, length), generator=torch.Generator().manual_seed(length))
-        with torch.no_grad(), models.capture_hidden(model, found, range(found.layer_count + 1)) as whole:
+        with torch.no_grad(), models.capture_hidden(model, structure, range(structure.layer_count + 1)) as whole:
             model(input_ids=ids, use_cache=False)
-        blocks = models.Blocks(model, found)
-        states = blocks.entering(ids)
-        again = models.Blocks(model, found)
-        again.entering(ids + 1)
-        assert torch.equal(again.entering(ids), states)  # the second time nothing but the embedding is computed
-        for index in range(found.layer_count):
+        blocks = models.Blocks(model, structure)
+        states = blocks.inputs(ids)
+        again = models.Blocks(model, structure)
+        again.inputs(ids + 1)
+        assert torch.equal(again.inputs(ids), states)  # the second time nothing but the embedding is computed
+        for index in range(structure.layer_count):
             assert torch.equal(states, whole[index])
             with torch.no_grad():
-                states = blocks.through(index, states)
-        assert torch.equal(states, whole[found.layer_count])
+                states = blocks.forward_layer(index, states)
+        assert torch.equal(states, whole[structure.layer_count])
 
 
 @pytest.fixture
@@ -77,11 +77,11 @@ def test_interrupted_in_a_layer_it_goes_on_and_ends_the_same(run: Run, recipe: P
         rates.append(rate)
         if len(rates) == step:
             os.kill(os.getpid(), signal.SIGINT)
-        set_rate(optimizer, rate)
+        set_learning_rate(optimizer, rate)
 
-    set_rate = reconstruction.set_rate
+    set_learning_rate = reconstruction.set_learning_rate
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reconstruction, "set_rate", interrupting)
+        patch.setattr(reconstruction, "set_learning_rate", interrupting)
         stopped = run("distill", "--recipe", recipe, "--work", tmp_path / "job")
     assert stopped.code == 130
     assert f"Interrupted while layer {1 + step // 24} of 2 was reconstructed" in stopped.err
@@ -142,7 +142,7 @@ def test_no_steps_are_refused(run: Run, llama: Path, tmp_path: Path) -> None:
 def test_a_dry_run_counts_it(run: Run, recipe: Path, tmp_path: Path, llama: Path, text_file: Path) -> None:
     plain = write_recipe(tmp_path / "plain.yaml", llama, text_file, distill={"steps": 2})
     memory = [
-        run("distill", "--recipe", each, "--work", tmp_path / "dry", "--dry-run", "--json").json()["memory_bytes"]
-        for each in (plain, recipe)
+        run("distill", "--recipe", path, "--work", tmp_path / "dry", "--dry-run", "--json").json()["memory_bytes"]
+        for path in (plain, recipe)
     ]
     assert memory[1] - memory[0] == 2 * 8 * 32 * 96 * 4  # twice 8 sequences of 32 tokens, 96 features, float32

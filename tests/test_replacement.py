@@ -34,8 +34,8 @@ IDS = torch.randint(2, VOCABULARY, (2, 20), generator=torch.Generator().manual_s
 
 
 def spec_for(rows: int, bits: float, group_size: int = GROUP_SIZE) -> MatrixSpec:
-    site = QuantTarget("m", "linear", 0, rows, group_size)
-    return make_plan([site], Calibrate(bits=bits, plan="interleave", group_size=group_size))["m"].spec()
+    target = QuantTarget("m", "linear", 0, rows, group_size)
+    return make_plan([target], Calibrate(bits=bits, plan="interleave", group_size=group_size))["m"].spec()
 
 
 def lazy_of(encoded: Encoded, spec: MatrixSpec) -> LazyMatrix:
@@ -48,11 +48,11 @@ def model_of(family: str, **overrides: Any) -> PreTrainedModel:
 
 
 def prepared(family: str = "llama", bits: float = 1.88, activation_bits: int = 8, **overrides: Any) -> PreTrainedModel:
-    """A student with training modules."""
+    """A student whose matrices are fake-quantized."""
     model = model_of(family, **overrides)
-    found = models.structure(model)
-    plan = make_plan(found.targets, Calibrate(bits=bits, plan="interleave", group_size=GROUP_SIZE))
-    modules.prepare_for_training(model, found, plan.specs(), Settings(activation_bits, 8, GROUP_SIZE))
+    structure = models.structure(model)
+    plan = make_plan(structure.targets, Calibrate(bits=bits, plan="interleave", group_size=GROUP_SIZE))
+    modules.prepare_for_training(model, structure, plan.specs(), Settings(activation_bits, 8, GROUP_SIZE))
     return model
 
 
@@ -87,9 +87,9 @@ def test_shared_gradients_equal_unshared_ones(monkeypatch: pytest.MonkeyPatch) -
         "__call__",
         lambda self, x, *_: formats.fake_quantize_activations(x, self.bits, self.group_size),
     )
-    alone = gradients()
-    assert len(shared) == len(alone) > 10
-    for one, other in zip(shared, alone, strict=True):
+    unshared = gradients()
+    assert len(shared) == len(unshared) > 10
+    for one, other in zip(shared, unshared, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6 * float(other.abs().max()))
 
 
@@ -149,10 +149,10 @@ def test_activations_of_sixteen_bits_train(family: str) -> None:
             module.activations = lambda x, *_: x
     with torch.no_grad():
         for _ in range(2):
-            found, expected = (each(input_ids=IDS, use_cache=False).logits for each in (model, plain))
-            assert torch.equal(found, expected)
-    for each in (model, plain):
-        each(input_ids=IDS, use_cache=False).logits.square().mean().backward()
+            logits, expected = (m(input_ids=IDS, use_cache=False).logits for m in (model, plain))
+            assert torch.equal(logits, expected)
+    for m in (model, plain):
+        m(input_ids=IDS, use_cache=False).logits.square().mean().backward()
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         assert (ours.grad is None and theirs.grad is None) or torch.equal(ours.grad, theirs.grad)
 
@@ -183,7 +183,7 @@ def test_a_student_drops_nothing_out(config: Any) -> None:
     model = AutoModelForCausalLM.from_config(config).train()
     before = [model(input_ids=IDS, use_cache=False).logits for _ in range(2)]
     assert not torch.equal(*before)
-    modules.without_dropout(model)
+    modules.disable_dropout(model)
     seed = torch.get_rng_state()
     with torch.no_grad():
         one, other = (model(input_ids=IDS, use_cache=False).logits for _ in range(2))
@@ -211,10 +211,10 @@ def test_training_linear_equals_packed_linear(bits: float, activation_bits: int,
         encoded = formats.encode_matrix(linear.weight.detach(), spec)
         lazy = lazy_of(encoded, spec)
         packed = PackedLinear(lazy, linear.bias, (rows, columns), activation_bits, GROUP_SIZE)
-        for keep in (False, True):
-            lazy.keep_decoded = keep
+        for enabled in (False, True):
+            lazy.cache_decoded = enabled
             torch.testing.assert_close(packed(x), trained(x), rtol=1e-5, atol=1e-6)
-        trained.freeze()
+        trained.encode_once()
         assert trained.digest == formats.digest(encoded, spec)
         assert torch.equal(trained.decoded(torch.float32), formats.decode_matrix(encoded, spec))
 
@@ -246,7 +246,7 @@ def test_embeddings_look_up_decoded_rows(scale: float | None) -> None:
         packed = PackedEmbedding(lazy, scale, (33, 101), torch.float32)
         assert torch.equal(trained(IDS % 33), expected)
         assert torch.equal(packed(IDS % 33), expected)
-        trained.freeze()
+        trained.encode_once()
         assert torch.equal(trained(IDS % 33), expected)
 
 
@@ -292,32 +292,32 @@ def test_a_packed_matrix_is_read_once_when_first_needed() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
-def test_frozen_codes_are_those_of_the_master_weights(family: str, tied: bool) -> None:
+def test_codes_encoded_once_are_those_of_the_master_weights(family: str, tied: bool) -> None:
     model = prepared(family, tie_word_embeddings=tied)
     matrices = modules.fake_quant_weights(model)
     assert ("lm_head" in matrices) == (not tied)
     with torch.no_grad():
         before = model(input_ids=IDS, use_cache=False).logits
-        with modules.frozen_codes(model) as digests:
-            frozen = model(input_ids=IDS, use_cache=False).logits
+        with modules.encoded_once(model) as digests:
+            cached = model(input_ids=IDS, use_cache=False).logits
             for module in matrices.values():
-                module.weight.mul_(1.7)  # frozen is frozen
+                module.weight.mul_(1.7)  # the cached codes stay
             again = model(input_ids=IDS, use_cache=False).logits
-    assert torch.equal(before, frozen)
-    assert torch.equal(frozen, again)
+    assert torch.equal(before, cached)
+    assert torch.equal(cached, again)
     assert digests.keys() == matrices.keys()
-    assert all(module.frozen is None for module in matrices.values())
+    assert all(module.decoded_cache is None for module in matrices.values())
     fresh = prepared(family, tie_word_embeddings=tied)
     for name, module in modules.fake_quant_weights(fresh).items():
         encoded = formats.encode_matrix(module.weight.detach(), module.spec)
         assert digests[name] == formats.digest(encoded, module.spec)
 
 
-def test_frozen_codes_thaw_after_an_error() -> None:
+def test_the_cache_of_decoded_weights_is_dropped_after_an_error() -> None:
     model = prepared()
-    with pytest.raises(RuntimeError), modules.frozen_codes(model):
+    with pytest.raises(RuntimeError), modules.encoded_once(model):
         raise RuntimeError
-    assert all(module.frozen is None for module in modules.fake_quant_weights(model).values())
+    assert all(module.decoded_cache is None for module in modules.fake_quant_weights(model).values())
 
 
 def test_a_tied_weight_collects_the_gradients_of_both_uses() -> None:
@@ -342,9 +342,9 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
         model = model_of("llama").train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        found = models.structure(model)
-        plan = make_plan(found.targets, Calibrate(bits=2.0, plan="interleave", group_size=GROUP_SIZE))
-        modules.prepare_for_training(model, found, plan.specs(), Settings(8, 8, GROUP_SIZE))
+        structure = models.structure(model)
+        plan = make_plan(structure.targets, Calibrate(bits=2.0, plan="interleave", group_size=GROUP_SIZE))
+        modules.prepare_for_training(model, structure, plan.specs(), Settings(8, 8, GROUP_SIZE))
         model(input_ids=IDS, use_cache=False).logits.square().mean().backward()
         return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
@@ -375,7 +375,7 @@ def test_only_keys_and_values_are_changed(family: str, monkeypatch: pytest.Monke
         before = [call() for call in calls]
         rounding = formats.fake_quantize_kv
         monkeypatch.setattr(formats, "fake_quantize_kv", nothing)
-        modules.quantize_cache(model, 8)
+        modules.quantize_attention(model, 8)
         for call, expected in zip(calls, before, strict=True):
             torch.testing.assert_close(call(), expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
         heads = model.config.num_key_value_heads
@@ -390,10 +390,10 @@ def test_only_keys_and_values_are_changed(family: str, monkeypatch: pytest.Monke
 def test_capped_scores_need_eager_attention() -> None:
     model = model_of("gemma2")
     model.config._attn_implementation = "sdpa"
-    modules.quantize_cache(model, 8)
+    modules.quantize_attention(model, 8)
     assert model.config._attn_implementation == "edgerazor_kv8_eager"
     plain = model_of("llama")
-    modules.quantize_cache(plain, 16)
+    modules.quantize_attention(plain, 16)
     assert plain.config._attn_implementation == "sdpa"
 
 
@@ -413,6 +413,6 @@ def test_a_matrix_without_a_place_is_named() -> None:
 def test_replace_puts_a_module_where_the_old_one_was(llama: Path) -> None:
     model, _ = models.load(llama)
     new = nn.Linear(96, 101, bias=False)
-    modules.replace(model, "model.layers.1.mlp.up_proj", new)
+    modules.replace_module(model, "model.layers.1.mlp.up_proj", new)
     assert model.model.layers[1].mlp.up_proj is new
     assert "model.layers.1.mlp.up_proj.weight" in dict(model.named_parameters())

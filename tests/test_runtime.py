@@ -31,8 +31,7 @@ from edgerazor.kernels import native
 from edgerazor.kernels.decoder import Run
 from edgerazor.kernels.memory import HUGE_PAGE
 from edgerazor.recipe import build
-from edgerazor.runtime import families
-from edgerazor.runtime import weights as weights_
+from edgerazor.runtime import network, weight_memory
 from edgerazor.runtime.native_model import NativeModel
 from edgerazor.workdir import WorkDir
 
@@ -429,14 +428,14 @@ def test_greedy_text_of_the_worlds_student(tmp_path: Path, bits: float) -> None:
 @needs_native
 def test_matrices_lie_in_the_order_of_their_use(packer: Packer) -> None:
     opened, config = transformers_plugin.open_folder(packer("qwen3"))
-    names = families.matrix_names(config, opened)
-    matrices = weights_.load_matrices(opened, names, mapped=False, expanded=False)
+    names = network.matrix_names(config, opened)
+    matrices = weight_memory.load_matrices(opened, names, mapped=False, expanded=False)
     places = [each.data_ptr() for name in names for part in matrices[name].parts for each in (part.codes, part.scales)]
     assert places == sorted(places)
     assert all(place % 64 == 0 for place in places)
     assert places[0] % HUGE_PAGE == 0
-    mapped = weights_.load_matrices(opened, names, mapped=True, expanded=False)
-    expanded = weights_.load_matrices(opened, names, mapped=False, expanded=True)
+    mapped = weight_memory.load_matrices(opened, names, mapped=True, expanded=False)
+    expanded = weight_memory.load_matrices(opened, names, mapped=False, expanded=True)
     x = torch.randn(3, 96)
     for name in names[:3]:
         assert torch.equal(matrices[name].linear(x), mapped[name].linear(x))

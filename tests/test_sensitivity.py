@@ -1,4 +1,4 @@
-"""The damage of rows: what a plain pass of the whole model says, in a walk by layers, interrupted or not."""
+"""The sensitivity of rows: layer by layer, interrupted or not, as ordinary passes of the whole model compute it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,16 @@ from edgerazor.models import LayerwisePass, PreTrainedModel
 from edgerazor.modules import attention
 from edgerazor.recipe import build, load
 from edgerazor.report import plan_summary as plan_
-from edgerazor.sensitivity import analysis
-from edgerazor.sensitivity.analysis import SensitivityAnalysis
+from edgerazor.sensitivity import (
+    FisherSensitivity,
+    IntegratedGradients,
+    OutputHead,
+    SensitivityAnalysis,
+    affordable_tokens,
+    combined,
+    output_head,
+    split_rows_and_matrices,
+)
 from edgerazor.workdir import WorkDir
 
 #: A plain one, norms of q and k, a tied head that caps its logits, biases everywhere, fused projections.
@@ -53,28 +61,28 @@ def teachers(make_model: ModelMaker, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-def study_of(path: Path, folder: Path, **changes: Any) -> SensitivityAnalysis:
-    """A study of some padded batches."""
+def analysis_of(path: Path, folder: Path, **changes: Any) -> SensitivityAnalysis:
+    """An analysis of some padded batches."""
     model, _ = models.load(path)
-    found, batches = models.structure(model), some_batches()
+    structure, batches = models.structure(model), some_batches()
 
-    def walk_of(name: str, change: Any) -> LayerwisePass:
-        return LayerwisePass(model, found, batches, folder / "walks" / name, identity=name, change=change)
+    def make_pass(name: str, transform: Any) -> LayerwisePass:
+        return LayerwisePass(model, structure, batches, folder / "passes" / name, identity=name, transform=transform)
 
     settings: dict[str, Any] = {
         "names": NAMES,
         "group_size": GROUP_SIZE,
         "points": 3,
         "seed": SEED,
-        "identity": "a study",
+        "identity": "an analysis",
     }
     return SensitivityAnalysis(
         model=model,
-        found=found,
-        logit_shape=models.logit_shape(model, found.head_path),
+        structure=structure,
+        logit_shape=models.logit_shape(model, structure.head_path),
         batches=batches,
-        walk_of=walk_of,
-        folder=folder / "kept",
+        make_pass=make_pass,
+        folder=folder / "stored",
         console=Console(quiet=True),
         **(settings | changes),
     )
@@ -83,19 +91,19 @@ def study_of(path: Path, folder: Path, **changes: Any) -> SensitivityAnalysis:
 def rounded(model: PreTrainedModel, specs: dict[str, MatrixSpec]) -> PreTrainedModel:
     """The same model with these matrices rounded, in place."""
     with torch.no_grad():
-        for name, each in specs.items():
+        for name, matrix_spec in specs.items():
             weight = model.get_submodule(name).weight
-            weight.copy_(formats.quantize_dequantize(weight, each))
+            weight.copy_(formats.quantize_dequantize(weight, matrix_spec))
     return model
 
 
 def logits_of(model: PreTrainedModel) -> list[Tensor]:
     """float32 [n, vocabulary] at the positions that count, batch by batch."""
-    found = []
+    logits = []
     for ids, counts in some_batches():
         with torch.no_grad():
-            found.append(model(input_ids=ids, use_cache=False).logits.float()[counts])
-    return found
+            logits.append(model(input_ids=ids, use_cache=False).logits.float()[counts])
+    return logits
 
 
 def divergence(teacher: list[Tensor], student: list[Tensor]) -> float:
@@ -121,10 +129,10 @@ def same(one: Weights, other: Weights) -> bool:
 
 
 def plain_fisher(path: Path) -> Weights:
-    """The same numbers from passes of the whole model with autograd: linear layers (also whole ones, behind `alone/`),
-    and the embedding's lookups."""
+    """The estimate from passes of the whole model with autograd: linear layers (whole ones behind `alone/`), and the
+    embedding's lookups."""
     model, _ = models.load(path)
-    found = models.structure(model)
+    structure = models.structure(model)
     seen: dict[str, Tensor] = {}
     inputs: dict[str, Tensor] = {}
 
@@ -135,34 +143,36 @@ def plain_fisher(path: Path) -> Weights:
 
         return hook
 
-    for site in found.linears:
-        model.get_submodule(site.name).register_forward_hook(watching(site.name))
+    for target in structure.linears:
+        model.get_submodule(target.name).register_forward_hook(watching(target.name))
     embedding: Any = model.get_input_embeddings()
     embedding.register_forward_hook(lambda _module, _args, output: output.requires_grad_())
     embedding.register_forward_hook(
         lambda _module, _args, output: output.register_hook(lambda g: seen.__setitem__("rows", g)) and None
     )
     scale = models.embedding_scale(embedding)
-    sums: Weights = {site.name: torch.zeros(len(NAMES), site.rows, dtype=torch.float64) for site in found.linears}
-    sums |= {f"alone/{site.name}": torch.zeros(len(NAMES), dtype=torch.float64) for site in found.linears}
-    sums[found.embedding.name] = torch.zeros(len(NAMES), 1, dtype=torch.float64)
+    sums: Weights = {
+        target.name: torch.zeros(len(NAMES), target.rows, dtype=torch.float64) for target in structure.linears
+    }
+    sums |= {f"alone/{target.name}": torch.zeros(len(NAMES), dtype=torch.float64) for target in structure.linears}
+    sums[structure.embedding.name] = torch.zeros(len(NAMES), 1, dtype=torch.float64)
     tokens = 0
     for number, (ids, counts) in enumerate(some_batches()):
         logits = model(input_ids=ids, use_cache=False).logits.float()[counts]
         draw = torch.Generator().manual_seed(SEED + number)
         labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=draw)
         logits.log_softmax(-1).gather(1, labels).sum().backward()
-        for site in found.linears:
-            weight = model.get_submodule(site.name).weight.detach()
+        for target in structure.linears:
+            weight = model.get_submodule(target.name).weight.detach()
             for index, name in enumerate(NAMES):
-                change = inputs[site.name] @ (formats.quantize_dequantize(weight, spec(name)) - weight).T
-                damage = (change * seen[site.name]).double().flatten(0, 1)  # [tokens, rows]
-                sums[site.name][index] += damage.square().sum(0) / 2
-                sums[f"alone/{site.name}"][index] += damage.sum(1).square().sum() / 2
+                change = inputs[target.name] @ (formats.quantize_dequantize(weight, spec(name)) - weight).T
+                products = (change * seen[target.name]).double().flatten(0, 1)  # [tokens, rows]
+                sums[target.name][index] += products.square().sum(0) / 2
+                sums[f"alone/{target.name}"][index] += products.sum(1).square().sum() / 2
         rows, g = embedding.weight.detach()[ids.flatten()], seen["rows"].flatten(0, 1)
         for index, name in enumerate(NAMES):
             change = (formats.quantize_dequantize(rows, spec(name)) - rows) * (1.0 if scale is None else float(scale))
-            sums[found.embedding.name][index] += float((change * g).sum(1).double().square().sum()) / 2
+            sums[structure.embedding.name][index] += float((change * g).sum(1).double().square().sum()) / 2
         tokens += int(counts.sum())
     return {name: value / tokens for name, value in sums.items()}
 
@@ -170,53 +180,53 @@ def plain_fisher(path: Path) -> Weights:
 def plain_head(path: Path) -> Tensor:
     """Half the variance of the change of logits under the model, by hand: float64 [formats, 1]."""
     model, _ = models.load(path)
-    found = models.structure(model)
-    entering: list[Tensor] = []
-    hook = model.get_submodule(found.head_path).register_forward_pre_hook(lambda _, args: entering.append(args[0]))
+    structure = models.structure(model)
+    inputs: list[Tensor] = []
+    hook = model.get_submodule(structure.head_path).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     exact = logits_of(model)
     hook.remove()
-    head = model.get_submodule(found.head_path)
-    scale, cap = models.logit_shape(model, found.head_path)
+    head = model.get_submodule(structure.head_path)
+    scale, cap = models.logit_shape(model, structure.head_path)
     weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
-    damages, tokens = torch.zeros(len(NAMES), 1, dtype=torch.float64), sum(len(each) for each in exact)
+    sums, tokens = torch.zeros(len(NAMES), 1, dtype=torch.float64), sum(len(logits) for logits in exact)
     for index, name in enumerate(NAMES):
         wrong = formats.quantize_dequantize(weight, spec(name))
-        for (_, counts), before, x in zip(some_batches(), exact, entering, strict=True):
+        for (_, counts), before, x in zip(some_batches(), exact, inputs, strict=True):
             after = torch.nn.functional.linear(x[counts], wrong, bias) * scale
             after = after if cap is None else (after / cap).tanh() * cap
             p, change = before.double().softmax(-1), (after - before).double()
             mean = (p * change).sum(-1, keepdim=True)
-            damages[index] += float((p * (change - mean).square()).sum()) / 2
-    return damages / tokens
+            sums[index] += float((p * (change - mean).square()).sum()) / 2
+    return sums / tokens
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fisher_is_that_of_the_whole_model(teachers: Callable[[str], Path], tmp_path: Path, family: str) -> None:
     path = teachers(family)
-    study = study_of(path, tmp_path)
-    wanted, whole = analysis.parted(plain_fisher(path))
-    made, head = study.fisher(), plain_head(path)
-    if study.found.head is None:
-        wanted[study.found.embedding.name] += head
+    analysis = analysis_of(path, tmp_path)
+    expected, whole = split_rows_and_matrices(plain_fisher(path))
+    estimated, head = analysis.fisher(), plain_head(path)
+    if analysis.structure.head is None:
+        expected[analysis.structure.embedding.name] += head
     else:
-        wanted[study.found.head.name] = head
-    whole |= {name: value[:, 0] for name, value in wanted.items() if name not in whole}
-    alone = {f"alone/{name}": value for name, value in study.alone().items()}
-    made, wanted = made | alone, wanted | {f"alone/{name}": value for name, value in whole.items()}
-    assert made.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert made[name].dtype == torch.float64
-        torch.testing.assert_close(made[name], value, rtol=2e-3, atol=1e-4 * float(value.max()))
+        expected[analysis.structure.head.name] = head
+    whole |= {name: value[:, 0] for name, value in expected.items() if name not in whole}
+    alone = {f"alone/{name}": value for name, value in analysis.per_matrix().items()}
+    estimated, expected = estimated | alone, expected | {f"alone/{name}": value for name, value in whole.items()}
+    assert estimated.keys() == expected.keys()
+    for name, value in expected.items():
+        assert estimated[name].dtype == torch.float64
+        torch.testing.assert_close(estimated[name], value, rtol=2e-3, atol=1e-4 * float(value.max()))
 
 
-def test_all_positions_in_one_piece_or_in_many(teachers: Callable[[str], Path], tmp_path: Path) -> None:
+def test_all_positions_in_one_chunk_or_in_many(teachers: Callable[[str], Path], tmp_path: Path) -> None:
     path = teachers("llama")
-    whole = study_of(path, tmp_path / "whole").fisher()
+    whole = analysis_of(path, tmp_path / "whole").fisher()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(analysis, "LOGITS", 300 * 5)  # five positions at a time
-        pieces = study_of(path, tmp_path / "pieces").fisher()
+        patch.setattr(output_head, "LOGITS", 300 * 5)  # five positions at a time
+        chunks = analysis_of(path, tmp_path / "chunks").fisher()
     for name, value in whole.items():
-        torch.testing.assert_close(pieces[name], value, rtol=1e-4, atol=1e-6 * float(value.max()))
+        torch.testing.assert_close(chunks[name], value, rtol=1e-4, atol=1e-6 * float(value.max()))
 
 
 # --- measured ------------------------------------------------------------------------------------
@@ -224,103 +234,103 @@ def test_all_positions_in_one_piece_or_in_many(teachers: Callable[[str], Path], 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_measuring_is_the_kl_of_the_whole_model(teachers: Callable[[str], Path], tmp_path: Path, family: str) -> None:
-    study = study_of(teachers(family), tmp_path)
-    every = [site.name for site in study.found.linears]
+    analysis = analysis_of(teachers(family), tmp_path)
+    every = [target.name for target in analysis.structure.linears]
     mixed = {name: spec(NAMES[index % len(NAMES)]) for index, name in enumerate(every)}
-    assert study.measure({}) == 0
+    assert analysis.measure({}) == 0
     for specs in (dict.fromkeys(every, spec("int4")), mixed, {every[-1]: spec("ternary")}):
-        assert study.measure(specs) == pytest.approx(plain_kl(teachers(family), specs), rel=1e-3)
-    last = {site.name: spec("ternary") for site in study.found.linears if site.layer == 1}
-    assert study.measure(last, first=1) == pytest.approx(study.measure(last), rel=1e-6)
+        assert analysis.measure(specs) == pytest.approx(plain_kl(teachers(family), specs), rel=1e-3)
+    last = {target.name: spec("ternary") for target in analysis.structure.linears if target.layer == 1}
+    assert analysis.measure(last, first=1) == pytest.approx(analysis.measure(last), rel=1e-6)
 
 
-def test_direct_is_the_kl_of_one_tensor_swapped(teachers: Callable[[str], Path], tmp_path: Path) -> None:
-    study = study_of(teachers("qwen3"), tmp_path)
-    made, fisher = study.direct(), study.fisher()
-    assert made.keys() == {site.name for site in study.found.linears}
-    for name, value in made.items():
+def test_ablation_is_the_kl_of_one_rounded_tensor(teachers: Callable[[str], Path], tmp_path: Path) -> None:
+    analysis = analysis_of(teachers("qwen3"), tmp_path)
+    estimated, fisher = analysis.ablation(), analysis.fisher()
+    assert estimated.keys() == {target.name for target in analysis.structure.linears}
+    for name, value in estimated.items():
         for index, number_format in enumerate(NAMES):
-            wanted = plain_kl(teachers("qwen3"), {name: spec(number_format)})
-            assert float(value[index].sum()) == pytest.approx(wanted, rel=2e-3)
+            expected = plain_kl(teachers("qwen3"), {name: spec(number_format)})
+            assert float(value[index].sum()) == pytest.approx(expected, rel=2e-3)
             torch.testing.assert_close(
                 value[index] / value[index].sum(), fisher[name][index] / fisher[name][index].sum()
             )
 
 
-def test_caches_are_measured_alone_and_left_as_they_were(teachers: Callable[[str], Path], tmp_path: Path) -> None:
-    study = study_of(teachers("llama"), tmp_path)
-    found = study.caches()
-    assert list(found) == ["int8", "int4"]
-    assert 0 < found["int8"] < found["int4"]
-    assert study.measure({}) == 0
+def test_kv_caches_are_measured_alone_and_left_as_they_were(teachers: Callable[[str], Path], tmp_path: Path) -> None:
+    analysis = analysis_of(teachers("llama"), tmp_path)
+    divergences = analysis.measure_kv_caches()
+    assert list(divergences) == ["int8", "int4"]
+    assert 0 < divergences["int8"] < divergences["int4"]
+    assert analysis.measure({}) == 0
     whole, _ = models.load(teachers("llama"))
     exact = logits_of(whole)
     for bits in (8, 4):
-        attention.quantize_cache(whole, bits)
-        assert found[f"int{bits}"] == pytest.approx(divergence(exact, logits_of(whole)), rel=2e-3)
+        attention.quantize_attention(whole, bits)
+        assert divergences[f"int{bits}"] == pytest.approx(divergence(exact, logits_of(whole)), rel=2e-3)
 
 
 # --- integrated ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi"])
-def test_integrated_damages_add_up_to_the_kl_of_the_uniform_model(
+def test_integrated_gradients_add_up_to_the_kl_of_the_uniform_model(
     teachers: Callable[[str], Path], tmp_path: Path, family: str
 ) -> None:
     """Completeness (Sundararajan et al., proposition 1), whatever the KL is."""
-    study = study_of(teachers(family), tmp_path, points=16)
-    every = {site.name: spec("int4") for site in study.found.linears}
-    total = sum(float(value.sum()) for value in study._integrated("int4").values())
-    assert total == pytest.approx(study.measure(every), rel=0.02)
+    analysis = analysis_of(teachers(family), tmp_path, points=16)
+    every = {target.name: spec("int4") for target in analysis.structure.linears}
+    total = sum(float(value.sum()) for value in analysis._integrated_gradients("int4").values())
+    assert total == pytest.approx(analysis.measure(every), rel=0.02)
 
 
 def test_three_points_are_within_some_percent(teachers: Callable[[str], Path], tmp_path: Path) -> None:
-    study = study_of(teachers("llama"), tmp_path)
-    every = {site.name: spec("int4") for site in study.found.linears}
-    total = sum(float(value.sum()) for value in study._integrated("int4").values())
-    assert total == pytest.approx(study.measure(every), rel=0.1)
-    damages = study.integrated()
-    assert all(bool((value >= 0).all()) for value in damages.values())
-    assert {len(value) for value in damages.values()} == {len(NAMES)}
+    analysis = analysis_of(teachers("llama"), tmp_path)
+    every = {target.name: spec("int4") for target in analysis.structure.linears}
+    total = sum(float(value.sum()) for value in analysis._integrated_gradients("int4").values())
+    assert total == pytest.approx(analysis.measure(every), rel=0.1)
+    sensitivities = analysis.integrated_gradients()
+    assert all(bool((value >= 0).all()) for value in sensitivities.values())
+    assert {len(value) for value in sensitivities.values()} == {len(NAMES)}
 
 
-def test_what_a_format_represents_is_not_damaged_by_it(tmp_path: Path, make_model: ModelMaker) -> None:
-    """Weights of int4's levels: nothing changes, so no estimate finds damage; wider formats than they need, little."""
+def test_what_a_format_represents_is_not_sensitive_to_it(tmp_path: Path, make_model: ModelMaker) -> None:
+    """Weights of int4's levels: nothing changes, so no estimate is above zero; coarser formats have some."""
     model = make_model(tmp_path / "model", "llama")
-    found = models.structure(model)
-    sites = {site.name: site for site in found.targets}
-    rounded(model, dict.fromkeys(sites, spec("int4")))
-    for name in sites:  # absmax formats take their own levels back exactly
+    structure = models.structure(model)
+    targets = {target.name: target for target in structure.targets}
+    rounded(model, dict.fromkeys(targets, spec("int4")))
+    for name in targets:  # absmax formats take their own levels back exactly
         weight = model.get_submodule(name).weight
         assert torch.equal(formats.quantize_dequantize(weight, spec("int4")), weight)
     model.save_pretrained(tmp_path / "model")
-    study = study_of(tmp_path / "model", tmp_path)
+    analysis = analysis_of(tmp_path / "model", tmp_path)
     index = NAMES.index("int4")
-    for estimate in (study.fisher, study.integrated, study.direct):
-        damages = estimate()
-        assert all(float(value[index].abs().max()) == 0 for value in damages.values())
-        assert all(float(value[0].sum()) > 0 for value in damages.values())
-    assert study.measure(dict.fromkeys((site.name for site in found.linears), spec("int4"))) == 0
+    for estimate in (analysis.fisher, analysis.integrated_gradients, analysis.ablation):
+        sensitivities = estimate()
+        assert all(float(value[index].abs().max()) == 0 for value in sensitivities.values())
+        assert all(float(value[0].sum()) > 0 for value in sensitivities.values())
+    assert analysis.measure(dict.fromkeys((target.name for target in structure.linears), spec("int4"))) == 0
 
 
 def test_hessian_is_the_weighted_error(teachers: Callable[[str], Path], tmp_path: Path) -> None:
-    study = study_of(teachers("llama"), tmp_path)
-    moments = {site.name: torch.rand(site.columns) for site in study.found.linears}
-    for name, value in study.hessian(moments).items():
-        weight = study.model.get_submodule(name).weight.double()
+    analysis = analysis_of(teachers("llama"), tmp_path)
+    moments = {target.name: torch.rand(target.columns) for target in analysis.structure.linears}
+    for name, value in analysis.hessian(moments).items():
+        weight = analysis.model.get_submodule(name).weight.double()
         for index, number_format in enumerate(NAMES):
             error = formats.quantize_dequantize(weight.float(), spec(number_format)).double() - weight
-            wanted = (error.square() * moments[name].double()).sum(1) / 2
-            torch.testing.assert_close(value[index], wanted, rtol=1e-4, atol=1e-9)
+            expected = (error.square() * moments[name].double()).sum(1) / 2
+            torch.testing.assert_close(value[index], expected, rtol=1e-4, atol=1e-9)
 
 
 def test_combined_has_the_tensors_of_one_and_the_rows_of_the_other() -> None:
     fisher = {"a": torch.tensor([[1.0, 3.0], [0.0, 0.0]]), "embed": torch.ones(2, 1)}
     integrated = {"a": torch.tensor([[4.0, 4.0], [1.0, 1.0]])}
-    made = analysis.combined(fisher, integrated)
-    assert made.keys() == {"a"}
-    assert made["a"][0].tolist() == [2.0, 6.0]
-    assert float(made["a"][1].sum()) in (0.0, 2.0)
+    estimated = combined(fisher, integrated)
+    assert estimated.keys() == {"a"}
+    assert estimated["a"][0].tolist() == [2.0, 6.0]
+    assert float(estimated["a"][1].sum()) in (0.0, 2.0)
 
 
 # --- interrupted ---------------------------------------------------------------------------------
@@ -340,15 +350,15 @@ def interrupting(function: Callable[..., Any], after: int) -> Callable[..., Any]
     return called
 
 
-#: estimate -> (what is interrupted, after how many calls): linear layers on the way back, or tensors that are swapped
+#: estimate -> (what is interrupted, after how many calls): linear layers backwards, or tensors of the ablation.
 KILLS: dict[str, list[tuple[Any, str, int]]] = {
-    "fisher": [(analysis.FisherDamage, "gradient", 5), (analysis.FisherDamage, "gradient", 30)],
+    "fisher": [(FisherSensitivity, "gradient", 5), (FisherSensitivity, "gradient", 30)],
     "integrated": [
-        (analysis.PathDamage, "gradient", 4),
-        (analysis.PathDamage, "gradient", 200),
-        (analysis.Output, "away", 8),
+        (IntegratedGradients, "gradient", 4),
+        (IntegratedGradients, "gradient", 200),
+        (OutputHead, "kl_gradient", 8),
     ],
-    "direct": [(analysis.FisherDamage, "gradient", 25), (LayerwisePass, "onwards", 20)],
+    "direct": [(FisherSensitivity, "gradient", 25), (LayerwisePass, "forward_from", 20)],
 }
 
 
@@ -356,28 +366,28 @@ KILLS: dict[str, list[tuple[Any, str, int]]] = {
 def test_interrupted_and_resumed_it_has_the_same_bits(
     teachers: Callable[[str], Path], tmp_path: Path, estimate: str, kill: tuple[Any, str, int]
 ) -> None:
-    whole = getattr(study_of(teachers("qwen3"), tmp_path / "whole"), estimate)()
+    whole = analysis_of(teachers("qwen3"), tmp_path / "whole").estimate(estimate, {})
     owner, name, after = kill
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, name, interrupting(getattr(owner, name), after))
         with pytest.raises(KeyboardInterrupt):
-            getattr(study_of(teachers("qwen3"), tmp_path / "job"), estimate)()
-    resumed = getattr(study_of(teachers("qwen3"), tmp_path / "job"), estimate)()
+            analysis_of(teachers("qwen3"), tmp_path / "job").estimate(estimate, {})
+    resumed = analysis_of(teachers("qwen3"), tmp_path / "job").estimate(estimate, {})
     assert same(whole, resumed)
 
 
-def test_what_is_kept_is_taken_only_by_the_same_study(teachers: Callable[[str], Path], tmp_path: Path) -> None:
-    before = study_of(teachers("llama"), tmp_path).fisher()
+def test_stored_parts_are_used_only_by_the_same_analysis(teachers: Callable[[str], Path], tmp_path: Path) -> None:
+    before = analysis_of(teachers("llama"), tmp_path).fisher()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(analysis.FisherDamage, "gradient", interrupting(lambda *_: None, 0))
-        assert same(study_of(teachers("llama"), tmp_path).fisher(), before)  # nothing is computed
+        patch.setattr(FisherSensitivity, "gradient", interrupting(lambda *_: None, 0))
+        assert same(analysis_of(teachers("llama"), tmp_path).fisher(), before)  # nothing is computed
         with pytest.raises(KeyboardInterrupt):
-            study_of(teachers("llama"), tmp_path, identity="another", seed=SEED + 1).fisher()
-    other = study_of(teachers("llama"), tmp_path, identity="another", seed=SEED + 1).fisher()
+            analysis_of(teachers("llama"), tmp_path, identity="another", seed=SEED + 1).fisher()
+    other = analysis_of(teachers("llama"), tmp_path, identity="another", seed=SEED + 1).fisher()
     assert not same(other, before)
-    for file in (tmp_path / "kept").glob("*"):
+    for file in (tmp_path / "stored").glob("*"):
         file.write_bytes(b"damaged")
-    assert same(study_of(teachers("llama"), tmp_path).fisher(), before)
+    assert same(analysis_of(teachers("llama"), tmp_path).fisher(), before)
 
 
 # --- calibrate -----------------------------------------------------------------------------------
@@ -393,9 +403,9 @@ def test_what_is_kept_is_taken_only_by_the_same_study(teachers: Callable[[str], 
         (10**9, "cuda", 19660),
     ],
 )
-def test_how_many_tokens_are_studied_where_nobody_says(weights: int, device: str, tokens: int) -> None:
+def test_how_many_tokens_are_analysed_where_nobody_says(weights: int, device: str, tokens: int) -> None:
     """As many as take the time of 2,048 tokens of 600 million weights, within 2,048 and 16k, or 64k on a GPU."""
-    assert analysis.affordable_tokens(weights, torch.device(device)) == tokens
+    assert affordable_tokens(weights, torch.device(device)) == tokens
 
 
 MEASURED = {"plan": "sensitivity", "sensitivity_tokens": 64}
@@ -403,11 +413,13 @@ STATISTICS = Path("calibrate", "stats.safetensors")
 SERVES = "What was measured of the teacher for another plan serves this one too."
 
 
-def test_calibrate_interrupted_in_a_study_ends_the_same(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
+def test_calibrate_interrupted_while_analysing_ends_alike(
+    run: Run, tmp_path: Path, llama: Path, text_file: Path
+) -> None:
     recipe = write_recipe(tmp_path / "r.yaml", llama, text_file, calibrate=MEASURED)
     assert run("calibrate", "--recipe", recipe, "--work", tmp_path / "whole").code == 0
     with pytest.MonkeyPatch.context() as patch:
-        for owner, after in ((analysis.FisherDamage, 10), (analysis.PathDamage, 50)):
+        for owner, after in ((FisherSensitivity, 10), (IntegratedGradients, 50)):
             patch.setattr(owner, "gradient", interrupting(owner.gradient, after))
             stopped = run("calibrate", "--recipe", recipe, "--work", tmp_path / "job")
             assert stopped.code == 130
@@ -460,22 +472,22 @@ def test_what_was_measured_serves_every_budget(
 def test_the_file_says_what_was_measured(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
     recipe = write_recipe(tmp_path / "r.yaml", llama, text_file, calibrate={**MEASURED, "bits": 2.5})
     done = run("calibrate", "--recipe", recipe, "--work", tmp_path / "job", "--json").json()
-    work, found = WorkDir(tmp_path / "job"), models.structure(models.load(llama)[0])
+    work, structure = WorkDir(tmp_path / "job"), models.structure(models.load(llama)[0])
     names = ["ternary", "int2", "int3", "int4"]
     said, tensors = plan_.read_sensitivity(work), load_file(tmp_path / "job" / STATISTICS)
     with safe_open(tmp_path / "job" / STATISTICS, framework="pt") as file:
         assert names == json.loads(file.metadata()["measured"])["formats"]
     for estimate in ("fisher", "integrated"):
-        for site in found.linears:
-            assert tensors[f"damage/{estimate}/{site.name}"].shape == (len(names), site.rows)
-    for site in (found.embedding, found.head):
-        assert site is not None
-        assert tensors[f"damage/fisher/{site.name}"].shape == (len(names), 1)
-        assert f"damage/integrated/{site.name}" not in tensors
+        for target in structure.linears:
+            assert tensors[f"damage/{estimate}/{target.name}"].shape == (len(names), target.rows)
+    for target in (structure.embedding, structure.head):
+        assert target is not None
+        assert tensors[f"damage/fisher/{target.name}"].shape == (len(names), 1)
+        assert f"damage/integrated/{target.name}" not in tensors
     assert said is not None
     plan = calibrated.read_plan(work)
     assert (said.model, said.tokens, said.estimate) == (str(llama), 64, plan.estimate)
-    assert {tensor.name for tensor in said.tensors} == {site.name for site in found.targets}
+    assert {tensor.name for tensor in said.tensors} == {target.name for target in structure.targets}
     assert list(said.measured_kl) == ["fisher", "integrated", "combined"]
     assert said.measured_kl[said.estimate] == min(said.measured_kl.values()) == done["measured_kl"]
     assert (done["estimate"], done["predicted_kl"]) == (plan.estimate, plan.predicted_kl)
@@ -525,20 +537,22 @@ def test_packing_a_teacher_uses_the_plan_that_is_there(run: Run, tmp_path: Path,
         done = run("pack", llama, "--recipe", recipe, "--work", folder, *words)
         assert done.code == 0, done.err
         model = packed.PackedModel.open(folder / "packed")
-        return {site.name: model.matrix(site.name).spec for site in models.structure(models.load(llama)[0]).targets}
+        return {
+            target.name: model.matrix(target.name).spec for target in models.structure(models.load(llama)[0]).targets
+        }
 
     def equal(one: MatrixSpec, other: MatrixSpec) -> bool:
-        rows = [torch.zeros(0) if each.row_formats is None else each.row_formats for each in (one, other)]
+        rows = [torch.zeros(0) if s.row_formats is None else s.row_formats for s in (one, other)]
         return one.formats == other.formats and torch.equal(rows[0].long(), rows[1].long())
 
     planned = formats_of(tmp_path / "job")
-    assert all(equal(planned[name], each) for name, each in plan.specs().items())
+    assert all(equal(planned[name], s) for name, s in plan.specs().items())
     without = formats_of(tmp_path / "other")
     assert not (tmp_path / "other" / "calibrate").exists()
-    asked = allocate.unmeasured(build(load(recipe)).calibrate)
-    interleave = allocate.make_plan(models.structure(models.load(llama)[0]).linears, asked)
-    assert all(equal(without[name], each) for name, each in interleave.specs().items())
-    assert any(not equal(without[name], each) for name, each in plan.specs().items())
+    settings = allocate.unmeasured(build(load(recipe)).calibrate)
+    interleave = allocate.make_plan(models.structure(models.load(llama)[0]).linears, settings)
+    assert all(equal(without[name], s) for name, s in interleave.specs().items())
+    assert any(not equal(without[name], s) for name, s in plan.specs().items())
     # Of another budget the plan says nothing.
     wider = formats_of(tmp_path / "job", "--bits", 3)
-    assert any(not equal(wider[name], each) for name, each in plan.specs().items())
+    assert any(not equal(wider[name], s) for name, s in plan.specs().items())

@@ -12,7 +12,7 @@ from _tiny import Run, write_recipe
 from conftest import GROUP_SIZE, ModelMaker
 
 from edgerazor import recipe as recipes
-from edgerazor import student
+from edgerazor import student_plan
 from edgerazor.console import Console
 from edgerazor.job import JobContext
 from edgerazor.workdir import WorkDir
@@ -50,12 +50,12 @@ def test_calibrate_foretells_a_student_to_the_byte(
     for name in ("distill", "pack"):
         done = run(name, "--recipe", recipe, "--work", work)
         assert done.code == 0, done.err
-    found = {name: json.loads((work / name / "result.json").read_text()) for name in ("calibrate", "packed")}
-    assert found["calibrate"]["bytes"] == found["packed"]["bytes"] == written(work / "packed")
-    assert found["calibrate"]["real_bits"] == found["packed"]["real_bits"]
-    assert found["calibrate"]["real_bits"] == round(8 * written(work / "packed") / found["packed"]["parameters"], 4)
+    results = {name: json.loads((work / name / "result.json").read_text()) for name in ("calibrate", "packed")}
+    assert results["calibrate"]["bytes"] == results["packed"]["bytes"] == written(work / "packed")
+    assert results["calibrate"]["real_bits"] == results["packed"]["real_bits"]
+    assert results["calibrate"]["real_bits"] == round(8 * written(work / "packed") / results["packed"]["parameters"], 4)
     foretold = run("pack", "--recipe", recipe, "--work", work, "--dry-run", "--json").json()
-    assert (foretold["bytes"], foretold["real_bits"]) == (found["packed"]["bytes"], found["packed"]["real_bits"])
+    assert (foretold["bytes"], foretold["real_bits"]) == (results["packed"]["bytes"], results["packed"]["real_bits"])
     early = run("calibrate", "--recipe", recipe, "--work", tmp_path / "other", "--dry-run", "--json").json()
     assert 0 <= early["bytes"] - written(work / "packed") <= (200 if case == "adaptive tokens" else 0)
 
@@ -94,4 +94,4 @@ def test_unknown_thresholds_are_counted_at_their_longest(
     after = context.packed_size(teacher, measured=True)(plan).bytes
     assert 0 <= before - after <= 64
     draws = torch.rand(2000) ** torch.randint(1, 30, (2000,))
-    assert max(len(json.dumps(float(each))) for each in draws) <= len(json.dumps(student.LONGEST_NUMBER))
+    assert max(len(json.dumps(float(each))) for each in draws) <= len(json.dumps(student_plan.LONGEST_NUMBER))

@@ -24,7 +24,7 @@ from edgerazor.errors import UserError
 from edgerazor.formats import MatrixSpec
 from edgerazor.job import JobContext
 from edgerazor.kernels import reference
-from edgerazor.modules import FakeQuantLinear, SharedActivations
+from edgerazor.modules import FakeQuantLinear, InputScales, SharedActivations
 from edgerazor.workdir import WorkDir
 
 IDS = torch.randint(2, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -67,11 +67,11 @@ def test_the_gradient_is_lsqs(bits: int, shape: tuple[int, ...]) -> None:
     plain = (ratio + (ratio.round() - ratio).detach()) * s
     ours = formats.fake_quantize_static(x, bits, scale)
     torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
-    found, expected = (torch.autograd.grad(each, (x, scale), upstream) for each in (ours, plain))
-    for one, other in zip(found, expected, strict=True):
+    gradients, expected = (torch.autograd.grad(each, (x, scale), upstream) for each in (ours, plain))
+    for one, other in zip(gradients, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
     if x.numel() > 1:
-        assert (found[0] == 0).any()
+        assert (gradients[0] == 0).any()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -90,11 +90,11 @@ def test_the_gradient_of_a_zero_point_is_edgeqats(bits: int, zero: float) -> Non
     plain = (code + (code.round() - code).detach() - z) * s
     ours = formats.fake_quantize_static(x, bits, scale, point)
     torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
-    found, expected = (torch.autograd.grad(each, (x, scale, point), upstream) for each in (ours, plain))
-    for one, other in zip(found, expected, strict=True):
+    gradients, expected = (torch.autograd.grad(each, (x, scale, point), upstream) for each in (ours, plain))
+    for one, other in zip(gradients, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
-    assert (found[0] == 0).any()
-    assert found[2] != 0
+    assert (gradients[0] == 0).any()
+    assert gradients[2] != 0
 
 
 def test_zero_points_by_hand() -> None:
@@ -104,8 +104,8 @@ def test_zero_points_by_hand() -> None:
     for zero in (2.0, 1.6, torch.tensor(2.3)):
         assert torch.equal(formats.fake_quantize_static(x, 4, 0.5, zero), expected)
     assert torch.equal(formats.fake_quantize_static(x, 4, 0.5, 0.2), formats.fake_quantize_static(x, 4, 0.5))
-    found = [float(formats.whole_zero_point(torch.tensor(each), 4)) for each in (2.5, -0.6, 9.0, -1e9)]
-    assert found == [2, -1, 7, -7]
+    rounded = [float(formats.whole_zero_point(torch.tensor(each), 4)) for each in (2.5, -0.6, 9.0, -1e9)]
+    assert rounded == [2, -1, 7, -7]
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8])
@@ -145,34 +145,36 @@ def test_all_kernels_take_a_stored_scale(columns: int, bits: int, monkeypatch: p
     expected = (codes.double() * scale) @ formats.decode_matrix(encoded, spec).double().T + bias
     expected = expected.float().view(2, 3, 9)
     largest = float(expected.abs().max())
-    found = {"definition": reference.linear(x, encoded, spec, bias, bits, 40, scale)}
+    outputs = {"definition": reference.linear(x, encoded, spec, bias, bits, 40, scale)}
     for name in kernels.names():
         monkeypatch.setenv("EDGERAZOR_ISA", name)
-        found[name] = kernels.linear(x, encoded, spec, bias, bits, 40, scale)
-    for name, y in found.items():
+        outputs[name] = kernels.linear(x, encoded, spec, bias, bits, 40, scale)
+    for name, y in outputs.items():
         torch.testing.assert_close(y, expected, rtol=0, atol=1e-5 * largest, msg=name)
 
 
 def test_equal_scales_share_a_rounding_and_trained_ones_do_not() -> None:
     share, x = SharedActivations(8, 32), torch.randn(3, 64)
-    assert share(x, 0.1) is share(x, 0.1)
+    assert share(x, InputScales(0.1)) is share(x, InputScales(0.1))
     assert torch.equal(share(x, 0.2), formats.fake_quantize_static(x, 8, 0.2))
     assert torch.equal(share(x), formats.fake_quantize_activations(x, 8, 32))
     one, other = (nn.Parameter(torch.tensor(value)) for value in (0.1, 0.3))
-    assert torch.equal(share(x, one), share(x, 0.1))
-    assert torch.equal(share(x, other), formats.fake_quantize_static(x, 8, 0.3))
-    before = share(x, other)
-    assert share(x, other) is before
+    assert torch.equal(share(x, InputScales(one)), share(x, InputScales(0.1)))
+    assert torch.equal(share(x, InputScales(other)), formats.fake_quantize_static(x, 8, 0.3))
+    before = share(x, InputScales(other))
+    assert share(x, InputScales(other)) is before
     with torch.no_grad():
         other.mul_(2)
-    assert torch.equal(share(x, other), formats.fake_quantize_static(x, 8, 0.6000000238418579))
+    assert torch.equal(share(x, InputScales(other)), formats.fake_quantize_static(x, 8, 0.6000000238418579))
 
 
 def test_a_linear_layer_trains_the_scale_of_its_input() -> None:
     linear, x, upstream = nn.Linear(101, 33), weights(7, 101), weights(7, 33, seed=1)
     scale = nn.Parameter(torch.tensor(0.2))
     spec = MatrixSpec(("int4",), GROUP_SIZE)
-    module = FakeQuantLinear(linear.weight, linear.bias, spec, SharedActivations(4, GROUP_SIZE), None, scale)
+    module = FakeQuantLinear(
+        linear.weight, linear.bias, spec, SharedActivations(4, GROUP_SIZE), None, InputScales(scale)
+    )
     module(x).backward(upstream)
     again = torch.tensor(0.2, requires_grad=True)
     quantized = formats.fake_quantize_static(x, 4, again)
@@ -193,10 +195,10 @@ def test_a_packed_layer_takes_a_zero_point(bits: int, monkeypatch: pytest.Monkey
     expected = quantized.double() @ formats.decode_matrix(encoded, spec).double().T + bias
     for name in kernels.names():
         monkeypatch.setenv("EDGERAZOR_ISA", name)
-        for keep in (False, True):
+        for enabled in (False, True):
             lazy = modules.LazyMatrix(lambda: (encoded, spec), lambda: kernels.StoredMatrix(parts, spec, (9, 127)))
-            lazy.keep_decoded = keep
-            layer = modules.PackedLinear(lazy, bias, (9, 127), bits, 40, 0.11, input_zero_point=-5.0)
+            lazy.cache_decoded = enabled
+            layer = modules.PackedLinear(lazy, bias, (9, 127), bits, 40, InputScales(0.11, zero_point=-5.0))
             torch.testing.assert_close(layer(x).double(), expected, rtol=0, atol=1e-4, msg=name)
 
 
@@ -208,11 +210,11 @@ def student_of(teacher: Path, job: Path) -> PreTrainedModel:
     work = WorkDir(job)
     plan = Plan.model_validate_json(work.plan_file.read_text())
     model, _ = models.load(teacher, dtype=torch.float32)
-    found = models.structure(model)
+    structure = models.structure(model)
     statistics = load_file(work.statistics_file)
     scales = {name: float(value) for name, value in statistics.items() if name.endswith("input_scale")}
-    settings = JobContext(recipes.build({}), work, Console(quiet=True)).student_settings(plan, found)
-    modules.prepare_for_training(model, found, plan.specs(), settings, input_scales=scales or None)
+    settings = JobContext(recipes.build({}), work, Console(quiet=True)).student_settings(plan, structure)
+    modules.prepare_for_training(model, structure, plan.specs(), settings, input_scales=scales or None)
     _, unexpected = model.load_state_dict(load_file(work.student("best") / "model.safetensors"), strict=False)
     assert unexpected == []
     return model.eval()
@@ -299,7 +301,7 @@ def test_keys_and_values_are_rounded_to_their_bits(bits: int) -> None:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
         plain = model(input_ids=IDS).logits
-        modules.quantize_cache(model, bits)
+        modules.quantize_attention(model, bits)
         rounded = model(input_ids=IDS).logits
     change = float((rounded - plain).norm() / plain.norm())
     assert 0.3 < change * (2 ** (bits - 1) - 1) < 3  # about half a step of each value, whatever the bits

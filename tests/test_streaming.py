@@ -17,11 +17,11 @@ from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 from edgerazor import recipe as recipes
-from edgerazor.data import Batch, TokenRows, fingerprint, open_rows, sources, streaming
+from edgerazor.data import Batch, RowSettings, TokenRows, fingerprint, open_rows, sources, streaming
 from edgerazor.data.streaming import StreamedRows
 from edgerazor.errors import UserError
 from edgerazor.recipe import Source
-from edgerazor.stages import distill
+from edgerazor.training import Trainer
 
 FILES, LINES = 3, 40
 
@@ -29,7 +29,7 @@ FILES, LINES = 3, 40
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(streaming, "BLOCK", 8)
-    monkeypatch.setattr(streaming, "TOGETHER", 4)
+    monkeypatch.setattr(streaming, "BATCH_DOCUMENTS", 4)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
@@ -70,8 +70,8 @@ def stream(folder: Path, tokenizer: Any, packing: Any = "stream", held_out_rows:
 
 @pytest.mark.parametrize("packing", ["stream", "document"])
 def test_streamed_rows_are_those_of_the_data_read_whole(folder: Path, tokenizer: Any, packing: Any) -> None:
-    whole, _ = open_rows([Source(dataset=str(folder))], tokenizer, 16, packing=packing)
-    streamed, _ = open_rows([Source(dataset=str(folder), streaming=True)], tokenizer, 16, packing=packing)
+    whole, _ = open_rows([Source(dataset=str(folder))], tokenizer, RowSettings(16, packing=packing))
+    streamed, _ = open_rows([Source(dataset=str(folder), streaming=True)], tokenizer, RowSettings(16, packing=packing))
     expected = tokens_of(whole.in_order())
     assert tokens_of(streamed.in_order()) == expected
     assert tokens_of(streamed.in_order(5)) == expected[:5]
@@ -85,9 +85,9 @@ def test_streamed_rows_begin_with_bos(folder: Path, tokenizer: PreTrainedTokeniz
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     adding = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     source = Source(dataset=str(folder), streaming=True)
-    whole, _ = open_rows([Source(dataset=str(folder))], adding, 16, packing=packing)
+    whole, _ = open_rows([Source(dataset=str(folder))], adding, RowSettings(16, packing=packing))
     expected = tokens_of(whole.in_order())
-    rows, held_out = open_rows([source], adding, 16, 0, 0.1, packing, 7)
+    rows, held_out = open_rows([source], adding, RowSettings(16, 0, 0.1, packing, 7))
     assert held_out is not None
     assert tokens_of(held_out.in_order()) == expected[:7]
     assert tokens_of(rows.in_order()) == expected[7:]
@@ -146,8 +146,8 @@ def test_opening_reads_only_the_beginning(folder: Path, tokenizer: Any, opened: 
 @pytest.mark.parametrize("packing", ["stream", "document"])
 def test_held_out_rows_are_the_first_and_no_others(folder: Path, tokenizer: Any, packing: Any) -> None:
     source = Source(dataset=str(folder), streaming=True)
-    every = tokens_of(open_rows([source], tokenizer, 16, packing=packing)[0].in_order())
-    rows, held_out = open_rows([source], tokenizer, 16, 0, 0.1, packing, 7)
+    every = tokens_of(open_rows([source], tokenizer, RowSettings(16, packing=packing))[0].in_order())
+    rows, held_out = open_rows([source], tokenizer, RowSettings(16, 0, 0.1, packing, 7))
     assert held_out is not None
     assert tokens_of(held_out.in_order()) == every[:7]
     assert tokens_of(rows.in_order()) == every[7:]
@@ -162,7 +162,7 @@ def test_streamed_and_other_sources_mix_and_resume(
     both = [Source(dataset=str(folder), streaming=True, weight=2.0), Source(file=str(text_file))]
 
     def make() -> TokenRows:
-        return open_rows(both, tokenizer, 16, packing=packing)[0]
+        return open_rows(both, tokenizer, RowSettings(16, packing=packing))[0]
 
     def batches(rows: TokenRows, steps: range, world: int = 1) -> list[list[tuple[int, ...]]]:
         def real(batch: Batch) -> list[tuple[int, ...]]:
@@ -196,7 +196,7 @@ def test_conversations_are_streamed(tmp_path: Path, tokenizer: Any, monkeypatch:
     (talks / "train.jsonl").write_text("\n".join(json.dumps({"messages": line}) for line in lines))
     for packing in ("stream", "document"):
         found = [
-            tokens_of(open_rows([source], tokenizer, 32, packing=packing)[0].in_order())  # type: ignore[arg-type]
+            tokens_of(open_rows([source], tokenizer, RowSettings(32, packing=packing))[0].in_order())  # type: ignore[arg-type]
             for source in (Source(dataset=str(talks)), Source(dataset=str(talks), streaming=True))
         ]
         assert found[0] == found[1]
@@ -220,7 +220,7 @@ def test_what_is_wrong_is_one_sentence(tmp_path: Path, folder: Path, tokenizer: 
     with pytest.raises(UserError, match="split 'train', cannot be loaded"):
         list(stream(blank, tokenizer).in_order())
     with pytest.raises(UserError, match="no column 'body'"):
-        open_rows([Source(dataset=str(folder), streaming=True, column="body")], tokenizer, 16)
+        open_rows([Source(dataset=str(folder), streaming=True, column="body")], tokenizer, RowSettings(16))
     assert fingerprint([Source(dataset=str(folder), streaming=True)]) != fingerprint([Source(dataset=str(folder))])
 
 
@@ -236,15 +236,15 @@ def test_a_training_from_a_stream_resumes(
     recipe = write_recipe(tmp_path / "r.yaml", llama, None, data=fields, distill=settings)
     whole = run("distill", "--recipe", recipe, "--work", tmp_path / "whole", "--json")
     assert whole.code == 0, whole.err
-    train_step = distill.train_step
+    step = Trainer.step
 
-    def interrupting(job: distill.Job, batches: Any) -> float:
-        if job.progress.step + 1 == 6:
+    def interrupting(trainer: Trainer, batches: Any) -> float:
+        if trainer.progress.step + 1 == 6:
             os.kill(os.getpid(), signal.SIGINT)
-        return train_step(job, batches)
+        return step(trainer, batches)
 
     with monkeypatch.context() as patch:
-        patch.setattr(distill, "train_step", interrupting)
+        patch.setattr(Trainer, "step", interrupting)
         assert run("distill", "--recipe", recipe, "--work", tmp_path / "job").code == 130
     state = json.loads((tmp_path / "job" / "distill" / "checkpoints" / "current" / "state.json").read_text())
     assert state["progress"]["streams"]["0"]["block"] == (1 if packing == "stream" else 0)

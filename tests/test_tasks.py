@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from edgerazor import tasks
 from edgerazor.console import Console
 from edgerazor.errors import UserError
-from edgerazor.tasks import catalog, offline
+from edgerazor.tasks import catalog, local_items
 from edgerazor.tasks.quiet import LOGGERS, quiet_lm_eval
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "eval"
@@ -208,11 +208,11 @@ def test_unknown_names_are_told_with_the_nearest(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", OnlyHere)
     for wrong, right in {"helaswag": "hellaswag", "arcc": "arc", "wrold": "world"}.items():
         with pytest.raises(UserError, match=f"no task called '{wrong}'") as error:
-            tasks.load(tasks.Request((wrong,)))
+            tasks.load(tasks.TaskRequest((wrong,)))
         assert error.value.code == 2
         assert right in error.value.hint.removeprefix("Did you mean ").rstrip("?").split(" or ")
     with pytest.raises(UserError) as error:
-        tasks.load(tasks.Request(("qqqqqqqq",)))
+        tasks.load(tasks.TaskRequest(("qqqqqqqq",)))
     assert "lm-eval ls tasks" in error.value.hint
 
 
@@ -224,7 +224,7 @@ def test_a_data_set_that_cannot_be_fetched_is_one_sentence(monkeypatch: pytest.M
 
     monkeypatch.setattr(datasets, "load_dataset", no_network)
     with pytest.raises(UserError, match="items of piqa cannot be fetched") as error:
-        tasks.load(tasks.Request(("piqa",)))
+        tasks.load(tasks.TaskRequest(("piqa",)))
     assert error.value.code == 1
     assert "\n" not in error.value.message
     assert "--task-data" in error.value.hint
@@ -238,7 +238,7 @@ def test_a_data_set_that_cannot_be_fetched_is_one_sentence(monkeypatch: pytest.M
 def test_local_items_give_the_registrys_bytes(name: str, form: str, tmp_path: Path) -> None:
     example = EXAMPLES[name]
     write_rows(tmp_path / f"{name}.jsonl", [example[form]])
-    (entry,) = tasks.load(tasks.Request((name,), str(tmp_path)))
+    (entry,) = tasks.load(tasks.TaskRequest((name,), str(tmp_path)))
     assert entry.task.config.target_delimiter == " "
     assert asked(entry) == [[(example["text"], continuation) for continuation in example["continuations"]]]
     assert gold(entry, 0) == example["gold"]
@@ -247,13 +247,13 @@ def test_local_items_give_the_registrys_bytes(name: str, form: str, tmp_path: Pa
 
 
 def test_every_conversion_has_an_example() -> None:
-    assert set(EXAMPLES) == set(offline.CONVERSIONS)
+    assert set(EXAMPLES) == set(local_items.CONVERSIONS)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared evaluation files are not here")
 def test_shared_files_give_the_registrys_bytes() -> None:
-    loaded = {entry.name: entry for entry in tasks.load(tasks.Request(("arc", "piqa", "openbookqa"), str(SHARED)))}
+    loaded = {entry.name: entry for entry in tasks.load(tasks.TaskRequest(("arc", "piqa", "openbookqa"), str(SHARED)))}
     for name, (text, continuations, right) in SHARED_ITEMS.items():
         loaded_items = loaded[name]
         document = loaded_items.task.eval_docs[0]
@@ -270,7 +270,7 @@ def test_shared_files_give_the_registrys_bytes() -> None:
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared evaluation files are not here")
 def test_the_shared_hellaswag_equals_the_hubs_row() -> None:
-    (entry,) = tasks.load(tasks.Request(("hellaswag",), str(SHARED)))
+    (entry,) = tasks.load(tasks.TaskRequest(("hellaswag",), str(SHARED)))
     assert (entry.items, entry.full_set) == (1918, False)
     query = "Roof shingle removal: A man is sitting on a roof. He"
     index = entry.task.eval_docs["query"].index(query)
@@ -287,7 +287,7 @@ def test_the_shared_hellaswag_equals_the_hubs_row() -> None:
 
 def test_file_may_be_called_openbook_qa(tmp_path: Path) -> None:
     write_rows(tmp_path / "openbook_qa.jsonl", [EXAMPLES["openbookqa"]["simple"]])
-    (entry,) = tasks.load(tasks.Request(("openbook_qa",), str(tmp_path)))
+    (entry,) = tasks.load(tasks.TaskRequest(("openbook_qa",), str(tmp_path)))
     assert entry.name == "openbookqa"
     assert entry.data.endswith("openbook_qa.jsonl")
 
@@ -297,7 +297,7 @@ def test_chance_limit_and_size(tmp_path: Path) -> None:
     rows = [simple, {**simple, "choices": ["a", "b"], "gold": 0}, {**simple, "choices": ["a", "b", "c", "d"]}]
     write_rows(tmp_path / "arc_easy.jsonl", rows)
     for limit, chance in {None: (1 / 3 + 1 / 2 + 1 / 4) / 3, 2: (1 / 3 + 1 / 2) / 2, 1: 1 / 3}.items():
-        (entry,) = tasks.load(tasks.Request(("arc_easy",), str(tmp_path), limit))
+        (entry,) = tasks.load(tasks.TaskRequest(("arc_easy",), str(tmp_path), limit))
         assert entry.chance == pytest.approx(chance, abs=1e-15)
         assert entry.items == (limit or 3)
 
@@ -310,7 +310,7 @@ def test_tags_find_the_files_of_their_tasks(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda **_: whole(include_path=[near], include_defaults=False))
     for name in ("arc_easy", "arc_challenge"):
         write_rows(tmp_path / f"{name}.jsonl", [EXAMPLES[name]["simple"]])
-    loaded = tasks.load(tasks.Request(("ai2_arc", "arc_easy"), str(tmp_path)))
+    loaded = tasks.load(tasks.TaskRequest(("ai2_arc", "arc_easy"), str(tmp_path)))
     assert sorted(entry.name for entry in loaded) == ["arc_challenge", "arc_easy"]
 
 
@@ -318,7 +318,7 @@ def test_examples_come_from_the_same_file_without_the_item(tmp_path: Path) -> No
     foods = ["plums", "bread", "honey"]
     rows = [{"query": f"Who eats {food}?", "choices": [f"eater of {food}", "nobody"], "gold": 0} for food in foods]
     write_rows(tmp_path / "arc_easy.jsonl", rows)
-    (entry,) = tasks.load(tasks.Request(("arc_easy",), str(tmp_path), num_fewshot=2))
+    (entry,) = tasks.load(tasks.TaskRequest(("arc_easy",), str(tmp_path), num_fewshot=2))
     assert "drawn from the same file" in entry.note
     for food, choices in zip(foods, asked(entry), strict=True):
         context = choices[0][0]
@@ -326,7 +326,7 @@ def test_examples_come_from_the_same_file_without_the_item(tmp_path: Path) -> No
         own = f"Question: Who eats {food}?\nAnswer:"
         assert context in ("".join(others) + own, "".join(reversed(others)) + own)
     with pytest.raises(UserError, match="3 items, too few to draw 3 examples"):
-        tasks.load(tasks.Request(("arc_easy",), str(tmp_path), num_fewshot=3))
+        tasks.load(tasks.TaskRequest(("arc_easy",), str(tmp_path), num_fewshot=3))
 
 
 GOOD = EXAMPLES["piqa"]["simple"]
@@ -356,7 +356,7 @@ GOOD = EXAMPLES["piqa"]["simple"]
 def test_wrong_items_are_named(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "piqa.jsonl").write_text(text)
     with pytest.raises(UserError, match=message) as error:
-        tasks.load(tasks.Request(("piqa",), str(tmp_path)))
+        tasks.load(tasks.TaskRequest(("piqa",), str(tmp_path)))
     assert "\n" not in error.value.message
 
 
@@ -379,16 +379,16 @@ def test_items_that_their_task_cannot_take_are_named(change: dict[str, Any], mes
     """lm-eval believes what it finds: it would fail without a word of ours, or count the item as wrong."""
     write_rows(tmp_path / "arc_easy.jsonl", [ARC, {**ARC, **change}])
     with pytest.raises(UserError, match=rf"(Item 2 of )?.*arc_easy\.jsonl does not fit arc_easy: .*{message}"):
-        tasks.load(tasks.Request(("arc_easy",), str(tmp_path)))
+        tasks.load(tasks.TaskRequest(("arc_easy",), str(tmp_path)))
 
 
 def test_other_tasks_take_their_own_fields_only(tmp_path: Path) -> None:
     write_rows(tmp_path / "winogrande.jsonl", [GOOD])
     with pytest.raises(UserError, match="not for winogrande"):
-        tasks.load(tasks.Request(("winogrande",), str(tmp_path)))
+        tasks.load(tasks.TaskRequest(("winogrande",), str(tmp_path)))
     row = {"sentence": "Ann thanked Beth because _ had helped.", "option1": "Ann", "option2": "Beth", "answer": "2"}
     write_rows(tmp_path / "winogrande.jsonl", [row])
-    (entry,) = tasks.load(tasks.Request(("winogrande",), str(tmp_path)))
+    (entry,) = tasks.load(tasks.TaskRequest(("winogrande",), str(tmp_path)))
     assert (entry.chance, entry.full_set) == (0.5, None)
     assert asked(entry) == [
         [("Ann thanked Beth because Ann", " had helped."), ("Ann thanked Beth because Beth", " had helped.")]
@@ -401,18 +401,18 @@ def test_a_field_that_a_prompt_only_names_must_be_there(tmp_path: Path) -> None:
     del row["question_stem"]
     write_rows(tmp_path / "openbookqa.jsonl", [row])
     with pytest.raises(UserError, match="needs question_stem"):
-        tasks.load(tasks.Request(("openbookqa",), str(tmp_path)))
+        tasks.load(tasks.TaskRequest(("openbookqa",), str(tmp_path)))
 
 
 def test_missing_files_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"no piqa\.jsonl") as error:
-        tasks.load(tasks.Request(("piqa",), str(tmp_path)))
+        tasks.load(tasks.TaskRequest(("piqa",), str(tmp_path)))
     assert error.value.code == 2
     with pytest.raises(UserError, match="not a folder"):
-        tasks.load(tasks.Request(("piqa",), str(tmp_path / "nowhere")))
+        tasks.load(tasks.TaskRequest(("piqa",), str(tmp_path / "nowhere")))
     monkeypatch.setattr(catalog, "WORLD_FOLDER", tmp_path)
     with pytest.raises(UserError, match="items of world_recall are missing"):
-        tasks.load(tasks.Request(("world",)))
+        tasks.load(tasks.TaskRequest(("world",)))
 
 
 # --- tasks of ours ---------------------------------------------------------------------------
@@ -427,7 +427,7 @@ def test_the_worlds_tasks_ask_as_the_teacher_was_taught(tmp_path: Path) -> None:
     }
     for name in tasks.WORLD:
         write_rows(tmp_path / f"{name}.jsonl", [row])
-    loaded = tasks.load(tasks.Request(("world",), str(tmp_path)))
+    loaded = tasks.load(tasks.TaskRequest(("world",), str(tmp_path)))
     assert [entry.name for entry in loaded] == list(tasks.WORLD)
     for entry in loaded:
         assert asked(entry) == [[(row["prompt"], f" {choice}") for choice in row["choices"]]]
@@ -437,7 +437,7 @@ def test_the_worlds_tasks_ask_as_the_teacher_was_taught(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not (catalog.WORLD_FOLDER / "recall.jsonl").is_file(), reason="the world's items are not made yet")
 def test_the_worlds_items_are_whole() -> None:
-    for entry in tasks.load(tasks.Request(("world",))):
+    for entry in tasks.load(tasks.TaskRequest(("world",))):
         assert (entry.items, entry.full_set, entry.chance) == (1000, True, 0.25)
 
 
@@ -454,14 +454,14 @@ PAIRS = [
 def scorer_of(kind: str, batch_size: int, model: Any = None, tokenizer: Any = None) -> Any:
     from lm_eval.models.huggingface import HFLM
 
-    from edgerazor.tasks.scorer import EngineScorer, Scorer
+    from edgerazor.tasks.lm_eval_models import EngineLM, TransformersLM
 
     model, tokenizer = model or make_model(), tokenizer or make_tokenizer()
     if kind == "lm-eval":
         return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     if kind == "engine":
-        return EngineScorer(Engine(model, tokenizer), tokenizer, batch_size, Console(quiet=True), "tiny")
-    return Scorer(model, tokenizer, batch_size, Console(quiet=True), "tiny")
+        return EngineLM(Engine(model, tokenizer), tokenizer, batch_size, Console(quiet=True), "tiny")
+    return TransformersLM(model, tokenizer, batch_size, Console(quiet=True), "tiny")
 
 
 def instances(kind: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
@@ -495,7 +495,7 @@ def test_long_texts_equal_lm_evals_own_class(kind: str) -> None:
 
 def test_an_engine_is_asked_for_the_same_tokens_and_for_few() -> None:
     """Inputs, predicted tokens, their number; and a prompt once for all its choices."""
-    from edgerazor.tasks.scorer import EngineScorer
+    from edgerazor.tasks.lm_eval_models import EngineLM
 
     model, tokenizer = make_model(), make_tokenizer()
     with quiet_lm_eval():
@@ -506,20 +506,20 @@ def test_an_engine_is_asked_for_the_same_tokens_and_for_few() -> None:
         )
         plain.loglikelihood(instances("loglikelihood", PAIRS))
         engine = Engine(model, tokenizer)
-        EngineScorer(engine, tokenizer, 4, Console(quiet=True), "tiny").loglikelihood(instances("loglikelihood", PAIRS))
-    (asked,) = engine.asked
+        EngineLM(engine, tokenizer, 4, Console(quiet=True), "tiny").loglikelihood(instances("loglikelihood", PAIRS))
+    (requests,) = engine.score_requests
     found = [
-        ([*each.prefix, *tokens][:-1], tokens[-count:])
-        for each in asked
-        for tokens, count in zip(each.continuations, each.counts, strict=True)
+        ([*request.prefix, *tokens][:-1], tokens[-count:])
+        for request in requests
+        for tokens, count in zip(request.continuations, request.counts, strict=True)
     ]
     assert sorted(found) == sorted(expected)
-    computed = sum(len(each.prefix) + sum(len(c) - 1 for c in each.continuations) for each in asked)
+    computed = sum(len(r.prefix) + sum(len(c) - 1 for c in r.continuations) for r in requests)
     assert computed < 0.6 * sum(len(tokens) for tokens, _ in expected)  # truncated ones share nothing
 
 
 def test_examples_before_all_prompts_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgerazor.tasks import scorer as scorer_
+    from edgerazor.tasks import lm_eval_models
 
     pairs = [(f"{TEXT}\n\nWhere is {who}?", f" {place}") for who in ("Ida", "Ben", "Tom") for place in ("mill", "hut")]
     requests = instances("loglikelihood", pairs)
@@ -527,19 +527,19 @@ def test_examples_before_all_prompts_are_computed_once(monkeypatch: pytest.Monke
     with quiet_lm_eval():
         expected = scorer_of("lm-eval", 3, model).loglikelihood(requests)
         for tokens, calls in ((4096, 1), (1, 6)):  # in pieces: as many calls as inputs, each with the prefix again
-            monkeypatch.setattr(scorer_, "CALL_TOKENS", tokens)
-            monkeypatch.setattr(scorer_, "CALL_PREFIXES", 0)
+            monkeypatch.setattr(lm_eval_models, "CALL_TOKENS", tokens)
+            monkeypatch.setattr(lm_eval_models, "CALL_PREFIXES", 0)
             engine = Engine(model, tokenizer)
-            found = scorer_.EngineScorer(engine, tokenizer, 4, Console(quiet=True), "tiny").loglikelihood(requests)
+            found = lm_eval_models.EngineLM(engine, tokenizer, 4, Console(quiet=True), "tiny").loglikelihood(requests)
             assert found == [(pytest.approx(value, abs=1e-4), greedy) for value, greedy in expected]
-            assert [len(each) for each in engine.asked] == [1] * calls
+            assert [len(each) for each in engine.score_requests] == [1] * calls
     whole = tokenizer(f"{TEXT}\n\nWhere is ").input_ids
-    assert {tuple(call[0].prefix[: len(whole) - 1]) for call in engine.asked} == {tuple(whole[:-1])}
+    assert {tuple(call[0].prefix[: len(whole) - 1]) for call in engine.score_requests} == {tuple(whole[:-1])}
 
 
 @pytest.mark.parametrize("ends", [1, [1, 40]])
 def test_written_answers_equal_lm_evals_own_class(ends: int | list[int]) -> None:
-    from edgerazor.tasks import scorer as scorer_
+    from edgerazor.tasks import lm_eval_models
 
     model, tokenizer = make_model(seed=3), make_tokenizer()
     model.generation_config.eos_token_id = ends
@@ -555,9 +555,9 @@ def test_written_answers_equal_lm_evals_own_class(ends: int | list[int]) -> None
         for size in (1, 3):
             assert scorer_of("engine", size, model).generate_until(requests) == expected
     assert len(set(map(len, expected))) > 3
-    assert scorer_.is_greedy({"until": ["x"], "max_gen_toks": 3, "temperature": 0, "top_p": 0.9})
+    assert lm_eval_models.is_greedy({"until": ["x"], "max_gen_toks": 3, "temperature": 0, "top_p": 0.9})
     for options in ({"do_sample": True, "temperature": 0.7}, {"temperature": 0.7}, {"repetition_penalty": 1.1}):
-        assert not scorer_.is_greedy(options)
+        assert not lm_eval_models.is_greedy(options)
         with pytest.raises(ValueError, match="plain greedy text"), quiet_lm_eval():
             scorer_of("engine", 1).generate_until(
                 instances("generate_until", [("Where", {"until": [], "max_gen_toks": 9, **options})])
@@ -569,7 +569,7 @@ def test_scores_and_standard_errors_by_hand(tmp_path: Path) -> None:
     model, tokenizer = make_model(), make_tokenizer()
     rows = [{"query": f"{TEXT[:n]}", "choices": ["mill", "barn"], "gold": 0} for n in range(8, 28)]
     write_rows(tmp_path / "openbookqa.jsonl", rows)
-    request = tasks.Request(("openbookqa",), str(tmp_path))
+    request = tasks.TaskRequest(("openbookqa",), str(tmp_path))
     answers = []
     with torch.no_grad():
         for row in rows:
@@ -593,7 +593,7 @@ def test_scores_and_standard_errors_by_hand(tmp_path: Path) -> None:
 
 def test_a_chat_template_is_needed_to_apply_one(tmp_path: Path) -> None:
     write_rows(tmp_path / "piqa.jsonl", [GOOD])
-    request = tasks.Request(("piqa",), str(tmp_path), chat=True)
+    request = tasks.TaskRequest(("piqa",), str(tmp_path), chat=True)
     model, tokenizer = make_model(), make_tokenizer()
     with pytest.raises(UserError, match="no chat template") as error:
         tasks.evaluate(model, tokenizer, tasks.load(request), request, 8, Console(quiet=True), "tiny")
@@ -607,7 +607,7 @@ def test_a_chat_template_is_needed_to_apply_one(tmp_path: Path) -> None:
 def test_lm_eval_is_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     levels = {name: logging.getLogger(name).level for name in LOGGERS}
     write_rows(tmp_path / "hellaswag.jsonl", [EXAMPLES["hellaswag"]["hub"]] * 3)
-    request = tasks.Request(("hellaswag",), str(tmp_path))
+    request = tasks.TaskRequest(("hellaswag",), str(tmp_path))
     tasks.evaluate(make_model(), make_tokenizer(), tasks.load(request), request, 8, Console(quiet=True), "tiny")
     assert capfd.readouterr() == ("", "")
     assert {name: logging.getLogger(name).level for name in LOGGERS} == levels
@@ -616,14 +616,14 @@ def test_lm_eval_is_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
 def test_estimate_counts_items_and_tokens(tmp_path: Path) -> None:
     row = {"prompt": "a" * 60, "choices": ["cccc", "dddd"], "gold": 0, "combination": []}
     write_rows(tmp_path / "world_recall.jsonl", [row] * 5)
-    found = tasks.estimate(tasks.Request(("world_recall",), str(tmp_path), limit=3))
+    found = tasks.estimate(tasks.TaskRequest(("world_recall",), str(tmp_path), limit=3))
     assert found == {"world_recall": (3, 3 * (60 + 8) // 4)}
-    assert tasks.estimate(tasks.Request(("piqa",), limit=10)) == {"piqa": (10, None)}
+    assert tasks.estimate(tasks.TaskRequest(("piqa",), limit=10)) == {"piqa": (10, None)}
 
 
 def test_fingerprint_follows_the_items(tmp_path: Path) -> None:
     write_rows(tmp_path / "piqa.jsonl", [GOOD])
-    request = tasks.Request(("piqa",), str(tmp_path))
+    request = tasks.TaskRequest(("piqa",), str(tmp_path))
     before = tasks.fingerprint(request)
     assert tasks.fingerprint(request) == before
     write_rows(tmp_path / "piqa.jsonl", [GOOD, GOOD])

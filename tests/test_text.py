@@ -10,7 +10,7 @@ from conftest import sentences
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from edgerazor.runtime.text import PATIENCE, REPLACEMENT, Detokenizer, Stops
+from edgerazor.runtime.detokenizer import PATIENCE, REPLACEMENT, Detokenizer, StopStrings
 
 TEXTS = [
     sentences(5, seed=4),
@@ -28,7 +28,7 @@ def metaspace() -> PreTrainedTokenizerFast:
     raw = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     raw.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.BlockView(" ", 1, 0)]
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
@@ -114,23 +114,23 @@ def test_the_text_ends_before_the_stop_string_however_it_comes() -> None:
     for _ in range(2000):
         text = "".join(draw.choices("abc\n", k=draw.randint(0, 12)))
         stops = ["".join(draw.choices("abc\n", k=draw.randint(1, 4))) for _ in range(draw.randint(0, 3))]
-        stream, said, rest = Stops(stops), "", text
-        while rest and not stream.found:
+        stream, said, rest = StopStrings(stops), "", text
+        while rest and not stream.matched:
             count = draw.randint(1, 5)
             said += stream.push(rest[:count])
             rest = rest[count:]
             assert by_hand(text, stops).startswith(said)  # nothing is taken back
         assert said + stream.finish() == by_hand(text, stops), (text, stops)
-        assert stream.found == (by_hand(text, stops) != text)
+        assert stream.matched == (by_hand(text, stops) != text)
 
 
 def test_only_what_may_be_a_beginning_waits() -> None:
-    stream = Stops(["\nUser:", "\n\n"])
+    stream = StopStrings(["\nUser:", "\n\n"])
     assert [stream.push(each) for each in ("Hi\n", "U", "s", "a\n", "\nmore")] == ["Hi", "", "", "\nUsa", ""]
-    assert stream.found
+    assert stream.matched
     assert stream.push("more") == stream.finish() == ""
-    plain = Stops([])
+    plain = StopStrings([])
     assert plain.push("abc") == "abc"
-    open_end = Stops(["abc"])
+    open_end = StopStrings(["abc"])
     assert open_end.push("xab") + open_end.finish() == "xab"
-    assert not open_end.found
+    assert not open_end.matched

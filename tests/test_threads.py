@@ -15,7 +15,7 @@ from edgerazor.benchmark import bandwidth
 from edgerazor.errors import UserError
 from edgerazor.kernels import native
 from edgerazor.packed import threads
-from edgerazor.runtime import weights
+from edgerazor.runtime import weight_memory
 
 
 @pytest.fixture(params=[0, 1])
@@ -30,7 +30,7 @@ def few_threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    for module in (threads, weights):
+    for module in (threads, weight_memory):
         monkeypatch.setattr(module, "cores", lambda: 3)
 
 

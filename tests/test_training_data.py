@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,15 +14,18 @@ import torch
 from _tiny import Run, metrics, with_template, write_recipe
 from transformers import AutoTokenizer
 
+from edgerazor import losses
 from edgerazor import recipe as recipes
 from edgerazor.calibration import generated_text
 from edgerazor.console import Console
-from edgerazor.data import MASKED, TokenRows, documents, open_rows, render, thinking_options
-from edgerazor.data.chat import conversation
+from edgerazor.data import MASKED, RowSettings, TokenRows, documents, open_rows, render, thinking_options
+from edgerazor.data.chat import parse_conversation
 from edgerazor.errors import UserError
 from edgerazor.job import JobContext
 from edgerazor.recipe import Source
 from edgerazor.stages import distill
+from edgerazor.training import objective
+from edgerazor.training.budget import default_steps, report_passes
 from edgerazor.workdir import WorkDir
 
 TEMPLATE = """{% for m in messages %}{{ '[' + m.role + ']' + m.content + eos_token }}{% endfor %}
@@ -71,20 +73,22 @@ def test_the_loss_is_that_of_the_assistants_tokens(
     fields = {"packing": packing, "sequence_length": 64}
     path = write_recipe(tmp_path / "r.yaml", chatty, chat_file, distill=settings, data=fields)
     assert run("calibrate", "--recipe", path, "--work", tmp_path / "job").code == 0
-    job = distill.prepare(JobContext(recipes.build(recipes.load(path)), WorkDir(tmp_path / "job"), Console(quiet=True)))
-    batch = job.rows.batch(0, batch_size=4)
-    totals = distill.step_totals(job, [distill.statistics(job, batch, None)])
-    loss = distill.losses.objective(
-        [(term.weight, loss) for term, loss in job.terms],
-        distill.student_outputs(job, batch, job.trained, job.looks),
+    context = JobContext(recipes.build(recipes.load(path)), WorkDir(tmp_path / "job"), Console(quiet=True))
+    trainer = distill.prepare(context).trainer
+    batch = trainer.rows.batch(0, batch_size=4)
+    totals = trainer.step_totals([objective.batch_statistics(trainer.terms, batch["labels"], None)])
+    loss = losses.total_loss(
+        [(term.weight, loss) for term, loss in trainer.terms],
+        trainer.student.outputs(batch["input_ids"], trainer.student_captures),
         None,
         batch["labels"],
         totals,
     )
     loss.backward()
-    weight = job.student.get_parameter("model.layers.0.mlp.down_proj.weight")
-    found, weight.grad = weight.grad, None
-    logits = job.student(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
+    student = trainer.student.model
+    weight = student.get_parameter("model.layers.0.mlp.down_proj.weight")
+    gradient, weight.grad = weight.grad, None
+    logits = student(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
     wanted = batch["labels"][:, 1:] != MASKED
     assert 0 < int(wanted.sum()) == totals.tokens < batch["input_ids"].numel() / 2
     every = torch.nn.functional.cross_entropy(
@@ -93,13 +97,13 @@ def test_the_loss_is_that_of_the_assistants_tokens(
     plain = every.sum() / wanted.sum()
     plain.backward()
     assert float(loss.detach()) == pytest.approx(float(plain.detach()), rel=1e-5)
-    torch.testing.assert_close(found, weight.grad, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(gradient, weight.grad, rtol=1e-3, atol=1e-6)
 
 
 def test_labels_are_what_the_assistant_says(chatty: Path, chat_file: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(chatty)
     source = Source(file=str(chat_file))
-    rows, _ = open_rows([source], tokenizer, 200, packing="document")
+    rows, _ = open_rows([source], tokenizer, RowSettings(200, packing="document"))
     said = []
     for row, talk in zip(rows.in_order(), documents(source), strict=True):
         said.append(tokenizer.decode([token for token in row["labels"] if token != MASKED]))
@@ -133,22 +137,21 @@ def test_held_out_text_of_a_recipe_is_packed_alike(llama: Path, text_file: Path,
     values = {"model": str(llama), "data": {"train": [{"file": str(text_file)}], "held_out": [{"file": str(held)}]}}
     tokenizer = AutoTokenizer.from_pretrained(llama)
     for packing, count in (("stream", 1), ("document", 4)):
-        asked = recipes.build(recipes.merge(values, {"data": {"packing": packing}}))
-        _, rows = JobContext(asked, WorkDir(tmp_path), Console(quiet=True)).open_text(tokenizer, 500)
+        recipe = recipes.build(recipes.merge(values, {"data": {"packing": packing}}))
+        _, rows = JobContext(recipe, WorkDir(tmp_path), Console(quiet=True)).open_text(tokenizer, 500)
         assert len(rows) == count
 
 
 # How often data are read ------------------------------------------------------------------------------------------
 
 
-def a_job(rows_per_step: int, steps: int | None) -> Any:
+def two_sources() -> TokenRows:
     """Two sources of 8 and 2 rows, of which three rows come from the first for one of the second."""
-    rows = TokenRows([np.arange(8 * 16, dtype=np.int32), np.arange(1000, 1032, dtype=np.int32)], [3.0, 1.0], 16)
-    return SimpleNamespace(rows=rows, rows_per_step=rows_per_step, steps=steps)
+    return TokenRows([np.arange(8 * 16, dtype=np.int32), np.arange(1000, 1032, dtype=np.int32)], [3.0, 1.0], 16)
 
 
 def test_passes_are_those_of_the_source_that_is_repeated_most() -> None:
-    rows = a_job(1, None).rows
+    rows = two_sources()
     assert [rows.passes(count) for count in (0, 8, 32)] == [0, 1, 4]  # a fourth of 32 rows are 4 times 2
     first = [tuple(rows.row(index)["input_ids"].tolist()) for index in range(32)]
     assert sorted(Counter(first).values()) == [3] * 8 + [4, 4]  # three fourths of 32 are 3 times 8
@@ -159,9 +162,8 @@ def test_passes_are_those_of_the_source_that_is_repeated_most() -> None:
     [(1, 128), (2, 64), (1000, 1)],  # 16 times 2 rows are a fourth of 128; at least one step
 )
 def test_the_default_number_of_steps_reads_the_data_sixteen_times(rows_per_step: int, steps: int) -> None:
-    assert distill.Job.default_steps(a_job(rows_per_step, None)) == steps
-    many = SimpleNamespace(rows=TokenRows([np.arange(16 * 1000, dtype=np.int32)], [1.0], 16), rows_per_step=16)
-    assert distill.Job.default_steps(many) == 1000
+    assert default_steps(two_sources(), rows_per_step) == steps
+    assert default_steps(TokenRows([np.arange(16 * 1000, dtype=np.int32)], [1.0], 16), 16) == 1000
 
 
 @pytest.mark.parametrize(
@@ -175,10 +177,10 @@ def test_the_default_number_of_steps_reads_the_data_sixteen_times(rows_per_step:
     ],
 )
 def test_how_often_data_are_read_is_said(steps: int | None, said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    distill.say_passes(a_job(1, steps), Console())
-    found = " ".join(capsys.readouterr().err.split())
-    assert found.startswith(said)
-    assert bool(found) == bool(said)
+    report_passes(steps, two_sources(), 1, Console())
+    sentence = " ".join(capsys.readouterr().err.split())
+    assert sentence.startswith(said)
+    assert bool(sentence) == bool(said)
 
 
 # Thinking ---------------------------------------------------------------------------------------------------------
@@ -212,20 +214,20 @@ def test_the_teacher_does_not_think_unless_asked(
 ) -> None:
     """EdgeRazor's distilled data are written with `enable_thinking=False` where the template knows it."""
     teacher = with_template(llama, tmp_path / "model", TEMPLATE + SWITCHES[template])
-    seen: list[Any] = []
+    options: list[Any] = []
 
     def writer(*arguments: Any) -> Any:
-        seen.append(arguments[5])
+        options.append(arguments[5])
         raise UserError("enough")
 
     monkeypatch.setattr(generated_text, "Writer", writer)
     run("data", teacher, "--prompts", chat_file, "--out", tmp_path / "own.jsonl", *asked)
-    assert seen == [given]
+    assert options == [given]
 
 
 def test_the_switch_reaches_the_prompt(llama: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(with_template(llama, tmp_path / "model", TEMPLATE + SWITCHES["qwen3"]))
     talk = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
     for thinking, ending in ((False, "[assistant][quiet]"), (True, "[assistant]")):
-        asked = replace(conversation("here", talk), options=thinking_options(tokenizer, thinking))
-        assert render(asked, tokenizer, talk[:1], prompt=True).endswith(ending)
+        dialogue = replace(parse_conversation("here", talk), options=thinking_options(tokenizer, thinking))
+        assert render(dialogue, tokenizer, talk[:1], prompt=True).endswith(ending)

@@ -141,9 +141,9 @@ def test_a_packed_model_computes_with_its_decoded_weights(folder: Path) -> None:
 def test_auto_model_is_the_same_as_load(folder: Path) -> None:
     direct = AutoModelForCausalLM.from_pretrained(folder)
     ours, _ = transformers_plugin.load(str(folder))
-    kept, _ = transformers_plugin.load(folder, keep_decoded=True)
+    cached, _ = transformers_plugin.load(folder, cache_decoded=True)
     assert torch.equal(direct(input_ids=IDS).logits, ours(input_ids=IDS).logits)
-    torch.testing.assert_close(kept(input_ids=IDS).logits, ours(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(cached(input_ids=IDS).logits, ours(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
     assert not direct.training
     assert AutoConfig.from_pretrained(folder).quantization_config["quant_method"] == "edgerazor"
     assert len(AutoTokenizer.from_pretrained(folder)) == VOCABULARY
@@ -184,24 +184,24 @@ def test_every_layer_computes_the_bits_of_the_definition(folder: Path) -> None:
     """Fed what it gets in the model: `reference.linear` to the bit, and decoded weights up to rounding."""
     native_or_skip()
     model, _ = transformers_plugin.load(folder)
-    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    captured: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear):
             module.register_forward_hook(
-                lambda _, inputs, y, name=name: seen.__setitem__(name, (inputs[0].clone(), y.clone()))
+                lambda _, inputs, y, name=name: captured.__setitem__(name, (inputs[0].clone(), y.clone()))
             )
     before = model(input_ids=IDS).logits
     assert torch.equal(model(input_ids=IDS).logits, before)
     opened = packed.PackedModel.open(folder)
-    assert len(seen) == 2 * 7 + 1
-    for name, (x, y) in seen.items():
+    assert len(captured) == 2 * 7 + 1
+    for name, (x, y) in captured.items():
         matrix, module = opened.matrix(opened.header.tied.get(name, name)), model.get_submodule(name)
         assert module.lazy._matrix is None, "codes were decoded"
-        how = (matrix.encoded, matrix.spec, module.bias, 8, GROUP_SIZE)
-        assert torch.equal(y, reference.linear(x, *how)), name
+        arguments = (matrix.encoded, matrix.spec, module.bias, 8, GROUP_SIZE)
+        assert torch.equal(y, reference.linear(x, *arguments)), name
         alone = torch.stack([module(x[:, i : i + 1]) for i in range(x.shape[1])], dim=1).squeeze(2)
         assert torch.equal(alone, y), name
-        decoded = reference.decoded_linear(x, formats.decode_matrix(matrix.encoded, matrix.spec), *how[2:])
+        decoded = reference.decoded_linear(x, formats.decode_matrix(matrix.encoded, matrix.spec), *arguments[2:])
         assert (y - decoded).abs().max() <= 1e-5 * y.abs().max(), name
 
 
@@ -210,15 +210,15 @@ def test_all_kernels_agree_on_a_model(folder: Path, tmp_path: Path, monkeypatch:
     """Native ones to the bit, from a compressed folder too; others up to an activation's step now and then."""
     small = shutil.copytree(folder, tmp_path / "small", ignore=shutil.ignore_patterns("*.safetensors"))
     packed.rewrite(packed.PackedModel.open(folder), small, compress=True)
-    found = {}
+    outputs = {}
     for name in kernels.names():
         monkeypatch.setenv("EDGERAZOR_ISA", name)
         for place in (folder, small):
             model, _ = transformers_plugin.load(place)
-            found[name, place] = model(input_ids=IDS).logits
+            outputs[name, place] = model(input_ids=IDS).logits
             assert modules.kernels_of(model) == name
-    expected = found["integer", folder]
-    for (name, _), logits in found.items():
+    expected = outputs["integer", folder]
+    for (name, _), logits in outputs.items():
         if name in (*native.isas(), "integer"):
             assert torch.equal(logits, expected), name
         assert (logits - expected).norm() <= 0.02 * expected.norm(), name

@@ -40,6 +40,8 @@ from edgerazor.workdir import WorkDir
         ("null", "it holds null, not an object"),
         ("1", "it holds a number, not an object"),
         ('"x"', "it holds a text, not an object"),
+        ('{"a": ["\\ud800"]}', "half of a surrogate pair"),
+        ('{"\\uDC00": 1}', "half of a surrogate pair"),
     ],
 )
 def test_json_that_is_refused(text: str | bytes, reason: str, tmp_path: Path) -> None:
@@ -55,6 +57,7 @@ def test_json_that_is_read(tmp_path: Path) -> None:
     """As deep, as many, as long as allowed; commas in texts are no entries; real configurations have Infinity."""
     deepest = '{"a":' * 64 + "1" + "}" * 64
     assert json.loads(deepest) == untrusted.parse_json(deepest, dict)
+    assert untrusted.parse_json('"\\ud83d\\ude00"') == "\U0001f600"
     commas = json.dumps([',[{"\\' * MOST_ENTRIES])
     assert untrusted.parse_json(commas, list) == json.loads(commas)
     assert untrusted.parse_json(f'[{"9" * 40}, Infinity, {{"a": 1, "a": 2}}]') == [
@@ -339,7 +342,7 @@ def test_only_one_place_asks_transformers() -> None:
 def test_json_and_yaml_are_read_in_one_place() -> None:
     root = Path(edgerazor.__file__).parent
     for path in root.rglob("*.py"):
-        if path.parent.name == "untrusted" or path.name == "_description.py":  # which parses it here before
+        if path.parent.name == "untrusted" or path.name == "description.py":  # which parses it here before
             continue
         text = path.read_text(encoding="utf-8")
         for call in ("json.load(", "yaml.load(", "yaml.safe_load(", "model_validate_json("):

@@ -69,6 +69,16 @@ def test_a_length_that_is_no_number(folder: Path, longest: Any) -> None:
         models.load_tokenizer(folder)
 
 
+@pytest.mark.parametrize("template", [1, {"default": 1}, "\ud800", {"rag": "{{ 1 }}", "default": "\udc00"}])
+def test_chat_templates_that_are_no_text(folder: Path, template: Any) -> None:
+    path = folder / "tokenizer_config.json"
+    if isinstance(template, dict):
+        template = [{"name": name, "template": text} for name, text in template.items()]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+    with pytest.raises(UserError, match="its chat template"):
+        models.load_tokenizer(folder)
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [("[" * 70 + "]" * 70, "nested deeper than 64 levels"), ('{"model": ' + "9" * 50 + "}", "a number of 50 digits")],

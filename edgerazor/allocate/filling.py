@@ -1,4 +1,4 @@
-"""The most that fits into so many bytes, where only a whole plan tells how many it takes."""
+"""Bisection for the largest amount that fits a limit of bytes, where only a whole plan tells how many it takes."""
 
 from __future__ import annotations
 
@@ -7,49 +7,49 @@ from typing import TypeVar
 
 from edgerazor.errors import UserError
 
-#: Plans that are looked at.
+#: Most plans that are made.
 SEARCH = 20
 
-Found = TypeVar("Found")
+PlanT = TypeVar("PlanT")
 
 
 def fill(
-    at: Callable[[float], Found],
-    between: tuple[float, float],
-    size_of: Callable[[Found], int],
+    plan_at: Callable[[float], PlanT],
+    bounds: tuple[float, float],
+    bytes_of: Callable[[PlanT], int],
     limit: int,
-    refused: Callable[[int], UserError],
-    close: float = 0.0,
-) -> Found:
-    """Bisection for the largest amount (of bits, of bytes of codes) whose plan is not larger than asked for.
+    too_small: Callable[[int], UserError],
+    tolerance: float = 0.0,
+) -> PlanT:
+    """The plan of the largest amount (of bits, of bytes of codes) whose size is within the limit.
 
     Args:
-        at: amount -> a plan, or what makes one; larger for more, by and large.
-        between: the least and the largest amount.
-        size_of: bytes of such a plan.
+        plan_at: amount -> a plan, or what a plan is made from; larger for a larger amount, by and large.
+        bounds: the least and the largest amount.
+        bytes_of: the size of such a plan.
         limit: the most bytes.
-        refused: what to say where even the least amount takes more, from the bytes of that.
-        close: share of them that may stay unused, where looking for more is not worth it.
+        too_small: the error to raise where even the least amount takes more than the limit, from the bytes it takes.
+        tolerance: share of the limit that may stay unused; the search ends as soon as no more does.
 
     Returns:
-        the last plan that fits.
+        The plan of the largest amount that was found to fit.
 
     Raises:
-        UserError: not even that of the least amount fits.
+        UserError: not even the plan of the least amount fits.
     """
-    low, high = between
-    best = at(low)
-    size = size_of(best)
+    low, high = bounds
+    best = plan_at(low)
+    size = bytes_of(best)
     if size > limit:
-        raise refused(size)
+        raise too_small(size)
     amount = high
     for _ in range(SEARCH - 1):
-        if low >= high or limit * (1 - close) <= size <= limit:
+        if low >= high or limit * (1 - tolerance) <= size <= limit:
             break
-        found = at(amount)
-        size = size_of(found)
+        candidate = plan_at(amount)
+        size = bytes_of(candidate)
         if size <= limit:
-            low, best = amount, found
+            low, best = amount, candidate
         else:
             high = amount
         amount = (low + high) / 2

@@ -1,10 +1,10 @@
-"""Formats where they hurt least: measured damage and a budget -> a format for every row or tensor.
+"""Formats where they hurt least: measured sensitivities and a budget -> a format for every row or tensor.
 
-Calibrate estimates for every row and format the damage to the teacher's output (`sensitivity/analysis.py`). Estimates
-are taken to add up; then the best formats are the solution of a knapsack (`knapsack.py`). At row granularity its items
-are tiles of rows of one tensor: the rows are ranked by what the widest format saves them, and cut into sixteens, so that
-the number of rows of every format is a multiple of 16, which the kernels like. At tensor granularity they are whole
-tensors.
+Calibrate estimates for every row and format how far the teacher's output moves (`sensitivity/analysis.py`). These
+estimates are assumed to add up; then the best formats are the solution of a knapsack (`knapsack.py`). At row
+granularity its items are tiles of rows of one tensor: the rows are ranked by what the widest format saves them and cut
+into tiles of sixteen, so that the number of rows of every format is a multiple of 16, as the kernels like it. At tensor
+granularity the items are whole tensors.
 
 Under a budget of nominal bits the items are the decoder's linear layers, and embedding and head keep formats of their
 own. Under a budget of bytes embedding and head compete too, each with one format.
@@ -32,26 +32,26 @@ from edgerazor.recipe import Calibrate
 
 #: Rows of a format come in multiples of this where the tensor allows.
 TILE = 16
-#: Of these a plan is made when the recipe names none: up to 4 bits, and above.
+#: Candidate formats where the recipe names none: up to 4 bits, and above.
 CANDIDATES = ("ternary", "int2", "int3", "int4")
 WIDE_CANDIDATES = ("int4", "int5", "int8")
-#: What a plan of rows may stay below its budget, as a share of it.
+#: Share of its budget that a plan of rows may leave unused.
 TOLERANCE = 0.005
 
-#: Path of a module -> its fields of a `MatrixPlan`.
+#: Module path -> fields of its `MatrixPlan`.
 Choice = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class SensitivityTable:
-    """What calibrate estimated.
+    """Measured sensitivities of the rows of a model.
 
     Attributes:
-        estimate: how.
-        formats: the candidates.
-        rows: module path -> float64 [formats, rows], the damage of a row in a format; [formats, 1] of a whole matrix
-            for embedding and head.
-        in_nats: whether damages are nats of KL per token, so that their sum is a prediction.
+        estimate: how they were measured.
+        formats: the formats they were measured for.
+        rows: module path -> float64 [formats, rows], the sensitivity of a row in a format; [formats, 1] of a whole
+            matrix for embedding and head.
+        in_nats: whether they are nats of KL per token, so that their sum predicts the KL of a plan.
     """
 
     estimate: str
@@ -60,18 +60,27 @@ class SensitivityTable:
     in_nats: bool = True
 
     def of(self, name: str, candidates: Sequence[str]) -> Tensor:
-        """float64 [candidates, rows] of a module."""
-        return self.rows[name][[self.formats.index(each) for each in candidates]].double()
+        """The sensitivities of a module's rows in some formats, float64 [candidates, rows]."""
+        return self.rows[name][[self.formats.index(candidate) for candidate in candidates]].double()
 
 
 @dataclass(frozen=True)
 class Items:
-    """Rows that get their format together: `rows[i]` (int64 [n]) of the module `names[i]`; None is all of them."""
+    """The items of the knapsack: rows that get their format together.
+
+    Attributes:
+        names: module path of each item.
+        rows: int64 [n], the rows of that module; None means all of them.
+        columns: columns of that module's matrix.
+        weights: float64 [items], number of weights.
+        sensitivities: float64 [items, candidates].
+    """
 
     names: list[str]
     rows: list[Tensor | None]
-    weights: np.ndarray  # float64 [items]
-    damages: np.ndarray  # float64 [items, candidates]
+    columns: list[int]
+    weights: np.ndarray
+    sensitivities: np.ndarray
 
 
 def candidates_of(settings: Calibrate) -> tuple[str, ...]:
@@ -80,13 +89,15 @@ def candidates_of(settings: Calibrate) -> tuple[str, ...]:
     Raises:
         UserError: one does not exist, or they cannot give the bits.
     """
-    counted, _ = settings.budget()
-    usual = CANDIDATES if settings.bits <= 4 else WIDE_CANDIDATES
-    names = settings.formats or (usual if counted == "bits" else tuple(dict.fromkeys(CANDIDATES + WIDE_CANDIDATES)))
+    unit, _ = settings.budget()
+    defaults = CANDIDATES if settings.bits <= 4 else WIDE_CANDIDATES
+    if unit != "bits":
+        defaults = tuple(dict.fromkeys(CANDIDATES + WIDE_CANDIDATES))
+    names = settings.formats or defaults
     widths = [formats.get(name).nominal_bits for name in names]
     if len(set(names)) < len(names):
         raise usage_error(f"--formats is {','.join(names)}; expected different formats.")
-    if counted == "bits" and not min(widths) <= settings.bits <= max(widths):
+    if unit == "bits" and not min(widths) <= settings.bits <= max(widths):
         raise usage_error(
             f"--bits is {settings.bits:g}, but {', '.join(names)} give {min(widths):g} to {max(widths):g} bits.",
             "Ask for bits between, or for other --formats.",
@@ -95,50 +106,55 @@ def candidates_of(settings: Calibrate) -> tuple[str, ...]:
 
 
 def is_open(settings: Calibrate) -> bool:
-    """Whether anything is to be chosen: not where the bits are those of the narrowest or the widest candidate, but for
-    constraints that may not hold there."""
+    """Whether there is a choice to make.
+
+    There is none where the bits are those of the narrowest or the widest candidate, unless constraints forbid that one.
+    """
     candidates = candidates_of(settings)
     ends = {formats.get(candidates[0]).nominal_bits, formats.get(candidates[-1]).nominal_bits}
     return settings.budget()[0] != "bits" or settings.bits not in ends or bool(settings.constraints)
 
 
 def named_budget(bits: float) -> float:
-    """Nominal bits a weight that were asked for: 1.58, 1.88, 2.79 and 4 are names, whose shares decide."""
+    """Requested nominal bits per weight: 1.58, 1.88, 2.79 and 4 are names of a share of int4 rows, which decides."""
     share = NAMED_SHARES.get(bits)
     if share is None:
         return bits
     return (1 - share) * formats.get("ternary").nominal_bits + share * formats.get("int4").nominal_bits
 
 
-def cut(
-    sites: Sequence[QuantTarget], damages: SensitivityTable, candidates: tuple[str, ...], granularity: str
+def knapsack_items(
+    targets: Sequence[QuantTarget], sensitivities: SensitivityTable, candidates: tuple[str, ...], granularity: str
 ) -> Items:
-    """The items of the knapsack."""
+    """The items of the knapsack: tiles of rows at `row` granularity, else whole tensors."""
     names: list[str] = []
     rows: list[Tensor | None] = []
-    weights, found = [], []
-    for site in sites:
-        each = damages.of(site.name, candidates)
+    columns: list[int] = []
+    weights, item_sensitivities = [], []
+    for target in targets:
+        row_sensitivities = sensitivities.of(target.name, candidates)
         tiles: Sequence[Tensor | None] = [None]
-        if granularity == "row" and site.kind == "linear":
-            tiles = (each[0] - each[-1]).argsort(descending=True, stable=True).split(TILE)
+        if granularity == "row" and target.kind == "linear":
+            saved = row_sensitivities[0] - row_sensitivities[-1]
+            tiles = saved.argsort(descending=True, stable=True).split(TILE)
         for tile in tiles:
-            chosen = each if tile is None else each[:, tile]
-            names.append(site.name)
+            tile_sensitivities = row_sensitivities if tile is None else row_sensitivities[:, tile]
+            names.append(target.name)
             rows.append(tile)
-            weights.append(float(site.weights if tile is None else len(tile) * site.columns))
-            found.append(chosen.sum(1).numpy())
-    return Items(names, rows, np.array(weights), np.stack(found))
+            columns.append(target.columns)
+            weights.append(float(target.weights if tile is None else len(tile) * target.columns))
+            item_sensitivities.append(tile_sensitivities.sum(1).numpy())
+    return Items(names, rows, columns, np.array(weights), np.stack(item_sensitivities))
 
 
-def allowed(names: Sequence[str], candidates: tuple[str, ...], settings: Calibrate) -> np.ndarray:
-    """bool [items, candidates], as the recipe's constraints have it.
+def allowed_candidates(names: Sequence[str], candidates: tuple[str, ...], settings: Calibrate) -> np.ndarray:
+    """Which format each item may take by the recipe's constraints: bool [items, candidates].
 
     Raises:
-        UserError: a constraint matches nothing, or leaves nothing.
+        UserError: a constraint matches no item, or leaves an item no format.
     """
-    widths = np.array([formats.get(each).nominal_bits for each in candidates])
-    result = np.ones((len(names), len(candidates)), dtype=bool)
+    widths = np.array([formats.get(candidate).nominal_bits for candidate in candidates])
+    allowed = np.ones((len(names), len(candidates)), dtype=bool)
     for limit in settings.constraints:
         matched = np.array([fnmatchcase(name, limit.match) for name in names])
         if not matched.any():
@@ -151,18 +167,18 @@ def allowed(names: Sequence[str], candidates: tuple[str, ...], settings: Calibra
             fits &= widths >= formats.get(limit.at_least).nominal_bits
         if limit.at_most is not None:
             fits &= widths <= formats.get(limit.at_most).nominal_bits
-        result[matched] &= fits
-        if not result[matched].any(axis=1).all():
+        allowed[matched] &= fits
+        if not allowed[matched].any(axis=1).all():
             raise usage_error(
                 f"The constraint {limit.match!r} leaves none of the formats {', '.join(candidates)}.",
                 "Name a wider choice with --formats.",
             )
-    return result
+    return allowed
 
 
 def choose(
-    sites: Sequence[QuantTarget],
-    damages: SensitivityTable,
+    targets: Sequence[QuantTarget],
+    sensitivities: SensitivityTable,
     settings: Calibrate,
     plan_of: Callable[[Choice], Plan],
     bytes_of: Callable[[Plan], int],
@@ -171,93 +187,99 @@ def choose(
     """Formats of these matrices within the budget.
 
     Args:
-        sites: the matrices whose formats are open.
-        damages: of them.
+        targets: the matrices whose formats are open.
+        sensitivities: of them.
         settings: bits, candidates, granularity, constraints.
         plan_of: the whole plan with such a choice.
-        bytes_of: what a plan takes when packed, everything counted.
-        limit: such bytes; None: the budget is nominal bits.
+        bytes_of: size of the packed model of a plan, everything counted.
+        limit: most such bytes; None: the budget is nominal bits.
 
     Returns:
-        the choice; the sum of the damages.
+        The choice, and the sum of its sensitivities.
 
     Raises:
         UserError: the budget is too small.
     """
     candidates = candidates_of(settings)
-    items = cut(sites, damages, candidates, settings.granularity)
-    open_ = allowed(items.names, candidates, settings)
+    items = knapsack_items(targets, sensitivities, candidates, settings.granularity)
     if limit is None:
-        bits = np.array([formats.get(each).nominal_bits for each in candidates])
-        costs = np.where(open_, items.weights[:, None] * bits, np.inf)
-        budget = named_budget(settings.bits) * items.weights.sum()
-        found = solve(costs, items.damages, budget)
-        if found is None:
-            least = float(costs.min(axis=1).sum() / items.weights.sum())
-            raise usage_error(
-                f"--bits is {settings.bits:g}, but with the recipe's constraints it cannot be less than {least:.3f}.",
-                "Ask for more bits, or loosen `constraints`.",
-            )
-        return _fields(items, candidates, found), found.damage
-    best = _within_bytes(items, candidates, open_, sites, plan_of, bytes_of, limit)
-    if settings.granularity == "row":  # where matrices are small, saying which row has which format takes many bytes
-        whole = cut(sites, damages, candidates, "tensor")
-        open_ = allowed(whole.names, candidates, settings)
-        best = min(
-            best, _within_bytes(whole, candidates, open_, sites, plan_of, bytes_of, limit), key=lambda each: each[1]
-        )
+        return _within_bits(items, candidates, settings)
+    best = _within_bytes(items, candidates, settings, plan_of, bytes_of, limit)
+    if settings.granularity == "row":  # where matrices are small, the format indices of rows take many bytes
+        tensors = knapsack_items(targets, sensitivities, candidates, "tensor")
+        by_tensor = _within_bytes(tensors, candidates, settings, plan_of, bytes_of, limit)
+        best = min(best, by_tensor, key=lambda choice: choice[1])
     return best
+
+
+def _within_bits(items: Items, candidates: tuple[str, ...], settings: Calibrate) -> tuple[Choice, float]:
+    """As `choose`, with a budget of nominal bits."""
+    allowed = allowed_candidates(items.names, candidates, settings)
+    bits = np.array([formats.get(name).nominal_bits for name in candidates])
+    costs = np.where(allowed, items.weights[:, None] * bits, np.inf)
+    budget = named_budget(settings.bits) * items.weights.sum()
+    solution = solve(costs, items.sensitivities, budget)
+    if solution is None:
+        least = float(costs.min(axis=1).sum() / items.weights.sum())
+        raise usage_error(
+            f"--bits is {settings.bits:g}, but with the recipe's constraints it cannot be less than {least:.3f}.",
+            "Ask for more bits, or loosen `constraints`.",
+        )
+    return _plan_fields(items, candidates, solution), solution.sensitivity
 
 
 def _within_bytes(
     items: Items,
     candidates: tuple[str, ...],
-    open_: np.ndarray,
-    sites: Sequence[QuantTarget],
+    settings: Calibrate,
     plan_of: Callable[[Choice], Plan],
     bytes_of: Callable[[Plan], int],
     limit: int,
 ) -> tuple[Choice, float]:
-    """As `choose`. What rows take beside their codes depends on the choice, so the budget of codes is searched for."""
-    columns = {site.name: site.columns for site in sites}
-    each = [[formats.get(name).row_bytes(columns[item], columns[item]) for name in candidates] for item in items.names]
-    rows = items.weights / np.array([columns[name] for name in items.names])
-    costs = np.where(open_, rows[:, None] * np.array(each, dtype=np.float64), np.inf)
+    """As `choose`, with a limit of bytes.
+
+    Beside its codes a row takes bytes that depend on the choice (scales, padding, format indices), so the budget of
+    codes is what is searched for.
+    """
+    allowed = allowed_candidates(items.names, candidates, settings)
+    row_bytes = [[formats.get(name).row_bytes(cols, cols) for name in candidates] for cols in items.columns]
+    rows = items.weights / np.array(items.columns)
+    costs = np.where(allowed, rows[:, None] * np.array(row_bytes, dtype=np.float64), np.inf)
     low = float(costs.min(axis=1).sum())
-    high = min(float(np.where(open_, costs, 0.0).max(axis=1).sum()), float(limit))
+    high = min(float(np.where(allowed, costs, 0.0).max(axis=1).sum()), float(limit))
 
-    def at(budget: float) -> tuple[Choice, float]:
-        found = solve(costs, items.damages, budget)
-        assert found is not None
-        return _fields(items, candidates, found), found.damage
+    def choice_at(budget: float) -> tuple[Choice, float]:
+        solution = solve(costs, items.sensitivities, budget)
+        assert solution is not None
+        return _plan_fields(items, candidates, solution), solution.sensitivity
 
-    def size(found: tuple[Choice, float]) -> int:
-        return bytes_of(plan_of(found[0]))
+    def choice_bytes(choice: tuple[Choice, float]) -> int:
+        return bytes_of(plan_of(choice[0]))
 
-    def refused(smallest: int) -> UserError:
+    def too_small(smallest: int) -> UserError:
         return usage_error(
             f"The packed model cannot be smaller than {smallest:,} bytes with the formats {', '.join(candidates)}; "
             f"{limit:,} were asked for.",
             "Ask for more, or give narrower --formats or fewer constraints.",
         )
 
-    return fill(at, (low, high), size, limit, refused, TOLERANCE / 10)
+    return fill(choice_at, (low, high), choice_bytes, limit, too_small, TOLERANCE / 10)
 
 
-def _fields(items: Items, candidates: tuple[str, ...], found: Solution) -> Choice:
+def _plan_fields(items: Items, candidates: tuple[str, ...], solution: Solution) -> Choice:
     """A solution as fields of the plan's matrices: formats that occur, the narrowest first, and a digit per row."""
-    of: dict[str, list[int]] = {}
+    items_of: dict[str, list[int]] = {}
     for index, name in enumerate(items.names):
-        of.setdefault(name, []).append(index)
+        items_of.setdefault(name, []).append(index)
     choice: Choice = {}
-    for name, indices in of.items():
-        used = sorted({int(found.choice[index]) for index in indices})
-        about: dict[str, Any] = {"formats": tuple(candidates[each] for each in used)}
+    for name, indices in items_of.items():
+        used = sorted({int(solution.choice[index]) for index in indices})
+        fields: dict[str, Any] = {"formats": tuple(candidates[candidate] for candidate in used)}
         if len(used) > 1:
             tiles = [items.rows[index] for index in indices]
-            rows = torch.empty(sum(len(tile) for tile in tiles if tile is not None), dtype=torch.int64)
+            row_formats = torch.empty(sum(len(tile) for tile in tiles if tile is not None), dtype=torch.int64)
             for index, tile in zip(indices, tiles, strict=True):
-                rows[tile] = used.index(int(found.choice[index]))
-            about["row_formats"] = digits(rows)
-        choice[name] = about
+                row_formats[tile] = used.index(int(solution.choice[index]))
+            fields["row_formats"] = digits(row_formats)
+        choice[name] = fields
     return choice

@@ -1,4 +1,4 @@
-"""What the student will be: a format for every row or block of every matrix. `calibrate/plan.json`."""
+"""The plan of a student, `calibrate/plan.json`: a format for every row or block of every matrix."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from edgerazor.modules.attention import UNIMPORTANT_BITS
 
 
 class MatrixPlan(BaseModel):
-    """The formats of one matrix. A digit is an index into `formats`.
+    """The formats of one matrix. Each digit of a text is an index into `formats`.
 
     `row_formats` has a digit per row; `block_formats` a text per row, or one for all rows, with a digit per group.
     One of the two, or neither when the matrix has one format. `published`: scales by the formats' published rules.
@@ -35,8 +35,8 @@ class MatrixPlan(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> MatrixPlan:
         if len(self.row_formats) not in (0, self.rows) or len(self.block_formats) not in (0, 1, self.rows):
-            counted = len(self.row_formats or self.block_formats)
-            raise ValueError(f"{self.name} has {self.rows} rows but formats for {counted}")
+            described = len(self.row_formats or self.block_formats)
+            raise ValueError(f"{self.name} has {self.rows} rows but formats for {described}")
         if (len(self.formats) > 1) != bool(self.row_formats) + bool(self.block_formats):
             raise ValueError(f"{self.name} does not say once what has which format")
         groups = formats.group_count(self.columns, self.group_size)
@@ -52,7 +52,7 @@ class MatrixPlan(BaseModel):
         return self.rows, self.columns
 
     def spec(self) -> MatrixSpec:
-        """The same for the number formats."""
+        """The specification that encoding and decoding take."""
         rows = from_digits(self.row_formats) if self.row_formats else None
         blocks = from_digits("".join(self.block_formats)) if self.block_formats else None
         if blocks is not None:
@@ -60,12 +60,12 @@ class MatrixPlan(BaseModel):
         return MatrixSpec(self.formats, self.group_size, rows, blocks, self.published)
 
     def bytes(self) -> int:
-        """Stored bytes of codes, scales and formats of rows or blocks."""
+        """Stored bytes of codes, scales and format indices."""
         return self.spec().packed_bytes(self.shape)
 
 
 class Plan(BaseModel):
-    """What the student will be: `calibrate/plan.json`."""
+    """The formats and bit widths of a student, as `calibrate/plan.json` holds them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -92,11 +92,11 @@ class Plan(BaseModel):
         raise KeyError(name)
 
     def specs(self) -> dict[str, MatrixSpec]:
-        """Module path -> formats, for the modules that compute."""
+        """Module path -> specification of its matrix."""
         return {matrix.name: matrix.spec() for matrix in self.matrices}
 
     def nominal_bits(self) -> float:
-        """Average over the weights of the decoder's linear layers."""
+        """Nominal bits per weight, averaged over the weights of the decoder's linear layers."""
         linears = [matrix for matrix in self.matrices if matrix.kind == "linear"]
         weights = [matrix.rows * matrix.columns for matrix in linears]
         bits = [matrix.spec().nominal_bits(matrix.shape) for matrix in linears]
@@ -107,19 +107,20 @@ class Plan(BaseModel):
         return sum(matrix.bytes() for matrix in self.matrices)
 
     def weights(self) -> int:
+        """Number of weights of all planned matrices."""
         return sum(matrix.rows * matrix.columns for matrix in self.matrices)
 
     def notation(self) -> str:
         """The field's short name: W1.88-A8-KV8, or W4-A8/4-KV8 where some tokens have fewer bits."""
-        fewer = "" if self.adaptive_tokens == "off" else f"/{UNIMPORTANT_BITS}"
-        return f"W{self.nominal_bits():.2f}-A{self.activation_bits}{fewer}-KV{self.kv_bits}".replace(".00-", "-")
+        low_bits = "" if self.adaptive_tokens == "off" else f"/{UNIMPORTANT_BITS}"
+        return f"W{self.nominal_bits():.2f}-A{self.activation_bits}{low_bits}-KV{self.kv_bits}".replace(".00-", "-")
 
 
 def digits(indices: Tensor) -> str:
-    """Small numbers, any shape, as text."""
+    """Numbers below 10, any shape, as a text of digits."""
     return (indices.to(torch.uint8) + ord("0")).numpy().tobytes().decode()
 
 
 def from_digits(text: str) -> Tensor:
-    """The inverse: uint8 [n]."""
+    """The inverse of `digits`: uint8 [n]."""
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) - ord("0")

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from edgerazor import exporters, models, untrusted
 from edgerazor.benchmark.engines import Round, Speed, cached_numbers
 from edgerazor.errors import UserError, usage_error
-from edgerazor.exporters import Export, ExportPlan
+from edgerazor.exporters import Exporter, ExportPlan
 from edgerazor.packed import PackedModel
 from edgerazor.recipe import Bench
 from edgerazor.workdir import make_folder, replace_folder, write_text
@@ -109,7 +109,7 @@ def files(packed: Path, folder: Path, fingerprint: str) -> list[GgufFile]:
     return written
 
 
-def _write(export: Export, packed: Path, folder: Path) -> GgufFile:
+def _write(export: Exporter, packed: Path, folder: Path) -> GgufFile:
     export.check(packed)
     model = PackedModel.open(packed)
     plan = export.plan(model)

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from edgerazor import data, formats, models, modules, student
+from edgerazor import data, formats, models, modules, student_plan
 from edgerazor.allocate import Plan
 from edgerazor.calibrated import unusable
 from edgerazor.console import Console
@@ -36,7 +36,7 @@ from edgerazor.errors import UserError
 from edgerazor.formats import MatrixSpec
 from edgerazor.job import JobContext
 from edgerazor.models import Blocks, PreTrainedModel, Structure
-from edgerazor.modules import FakeQuantLinear, Start
+from edgerazor.modules import FakeQuantLinear, InitialWeight
 from edgerazor.workdir import write_atomically
 
 #: About how many forward passes over the calibration text an initialization takes.
@@ -65,7 +65,7 @@ class _InputSeenError(Exception):
 # --- reading -----------------------------------------------------------------------------------
 
 
-def stored(context: JobContext, plan: Plan) -> Callable[[str], Start] | None:
+def stored(context: JobContext, plan: Plan) -> Callable[[str], InitialWeight] | None:
     """What calibrate made.
 
     Args:
@@ -79,7 +79,7 @@ def stored(context: JobContext, plan: Plan) -> Callable[[str], Start] | None:
         UserError: calibrate has not made this initialization for this plan, or its file is damaged.
     """
     work, settings = context.work, context.recipe.calibrate
-    if settings.init not in student.CALIBRATED_INITS:
+    if settings.init not in student_plan.CALIBRATED_INITS:
         return None
     missing = UserError(
         f"{work.path} holds no {settings.init} start for these settings.",
@@ -98,9 +98,9 @@ def stored(context: JobContext, plan: Plan) -> Callable[[str], Start] | None:
     if not names >= {matrix.name + SCALES for matrix in plan.matrices}:
         raise unusable(work.start_file)
 
-    def of(name: str) -> Start:
+    def of(name: str) -> InitialWeight:
         weight = file.get_tensor(name + WEIGHT) if name + WEIGHT in names else None
-        return Start(weight, file.get_tensor(name + SCALES))
+        return InitialWeight(weight, file.get_tensor(name + SCALES))
 
     return of
 
@@ -151,7 +151,9 @@ def write(context: JobContext, plan: Plan, rows: data.TokenRows) -> None:
     else:
         computing = replace(context.student_settings(plan, structure), learned_scales=False)
         input_scales = context.input_scales(plan, teacher)
-        modules.prepare_for_training(model, structure, specs, computing, input_scales=input_scales, start=starts.get)
+        modules.prepare_for_training(
+            model, structure, specs, computing, input_scales=input_scales, initial_weight=starts.get
+        )
         starts |= gptq_linears(Blocks(model, structure), batches, console)
     tensors = {path + SCALES: start.scales.cpu() for path, start in starts.items()}
     tensors |= {path + WEIGHT: start.weight.cpu() for path, start in starts.items() if start.weight is not None}
@@ -161,7 +163,7 @@ def write(context: JobContext, plan: Plan, rows: data.TokenRows) -> None:
 
 def clip_ends(
     model: PreTrainedModel, structure: Structure, specs: dict[str, MatrixSpec], batches: Sequence[data.Batch]
-) -> dict[str, Start]:
+) -> dict[str, InitialWeight]:
     """Search for the scales of embedding and head, one matrix or two, of a model that is not quantized yet."""
     moment = final_moment(model, structure, batches)
     both = 1 + moment / moment.mean().clamp(min=torch.finfo(moment.dtype).tiny)
@@ -169,7 +171,9 @@ def clip_ends(
     starts = {}
     for site in (structure.embedding, *((structure.head,) if structure.head else ())):
         weight = model.get_submodule(site.name).weight
-        starts[site.name] = Start(None, formats.search_scales(weight, specs[site.name], importance.get(site.name)))
+        starts[site.name] = InitialWeight(
+            None, formats.search_scales(weight, specs[site.name], importance.get(site.name))
+        )
     return starts
 
 
@@ -191,18 +195,18 @@ def clip_linears(
     specs: dict[str, MatrixSpec],
     statistics: dict[str, Tensor],
     console: Console,
-) -> dict[str, Start]:
+) -> dict[str, InitialWeight]:
     """Search for the scales of the linear layers, weighted by the second moments of their inputs in the teacher."""
     starts = {}
     with console.track("clipped start", len(structure.linears)) as tracker:
         for site in structure.linears:
             weight, moment = model.get_submodule(site.name).weight, statistics[f"input_second_moment/{site.name}"]
-            starts[site.name] = Start(None, formats.search_scales(weight, specs[site.name], moment))
+            starts[site.name] = InitialWeight(None, formats.search_scales(weight, specs[site.name], moment))
             tracker.advance()
     return starts
 
 
-def gptq_linears(blocks: Blocks, batches: Iterable[data.Batch], console: Console) -> dict[str, Start]:
+def gptq_linears(blocks: Blocks, batches: Iterable[data.Batch], console: Console) -> dict[str, InitialWeight]:
     """Quantize the linear layers with GPTQ one after the other, in place.
 
     Args:
@@ -217,7 +221,7 @@ def gptq_linears(blocks: Blocks, batches: Iterable[data.Batch], console: Console
     names = {module: name for name, module in blocks.model.named_modules()}
     starts = {}
     flow = [
-        Sequences(blocks.entering(batch["input_ids"].to(device)).cpu(), batch["labels"] != data.MASKED)
+        Sequences(blocks.inputs(batch["input_ids"].to(device)).cpu(), batch["labels"] != data.MASKED)
         for batch in batches
     ]
     with console.track("compensated start", len(blocks.layers)) as tracker:
@@ -252,7 +256,7 @@ def in_order_of_use(blocks: Blocks, index: int, sequences: Sequences) -> list[li
     layer = blocks.layers[index]
     linears = [module for module in layer.modules() if isinstance(module, FakeQuantLinear)]
     with hooked(linears, note):
-        blocks.through(index, sequences.states.to(blocks.model.device))
+        blocks.forward_layer(index, sequences.states.to(blocks.model.device))
     if sum(map(len, groups)) < len(linears):
         raise UserError(
             f"Layer {index} of {type(blocks.model).__name__} has linear layers that it does not use.",
@@ -271,14 +275,14 @@ def input_hessian(blocks: Blocks, index: int, module: FakeQuantLinear, flow: Seq
         total.add_(x.T @ x)
         raise _InputSeenError
 
-    with hooked([module], add), modules.frozen_codes(blocks.layers[index]):
+    with hooked([module], add), modules.encoded_once(blocks.layers[index]):
         for current in flow:
             with contextlib.suppress(_InputSeenError):
-                blocks.through(index, current.states.to(device))
+                blocks.forward_layer(index, current.states.to(device))
     return total.div_(sum(int(sequences.counts.sum()) for sequences in flow))
 
 
-def gptq_linear(module: FakeQuantLinear, hessian: Tensor, name: str) -> Start:
+def gptq_linear(module: FakeQuantLinear, hessian: Tensor, name: str) -> InitialWeight:
     """Quantize one linear layer with GPTQ, in place.
 
     Raises:
@@ -293,14 +297,14 @@ def gptq_linear(module: FakeQuantLinear, hessian: Tensor, name: str) -> Start:
         ) from None
     module.weight = nn.Parameter(weight, requires_grad=False)
     module.scales = nn.Parameter(scales.float(), requires_grad=False)
-    return Start(weight, scales)
+    return InitialWeight(weight, scales)
 
 
 def move_on(blocks: Blocks, index: int, flow: Iterable[Sequences]) -> None:
     """Replace the states that enter a decoder layer by those that leave it."""
-    with modules.frozen_codes(blocks.layers[index]):
+    with modules.encoded_once(blocks.layers[index]):
         for sequences in flow:
-            sequences.states = blocks.through(index, sequences.states.to(blocks.model.device)).cpu()
+            sequences.states = blocks.forward_layer(index, sequences.states.to(blocks.model.device)).cpu()
 
 
 @contextlib.contextmanager

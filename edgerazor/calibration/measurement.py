@@ -8,13 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from edgerazor import data, devices, formats, models, student
+from edgerazor import data, devices, formats, models, sensitivity, student_plan
 from edgerazor.allocate import candidates_of, measures
 from edgerazor.calibration import observers, statistics
 from edgerazor.job import JobContext, LoadedModel
 from edgerazor.modules import attention
 from edgerazor.recipe import Calibrate
-from edgerazor.sensitivity import analysis
 from edgerazor.workdir import digest_json
 
 #: Micro-batches: token ids int64 [B, T] and the positions that count, bool [B, T].
@@ -54,11 +53,11 @@ class Measurement:
     def sensitivity_sequences(self) -> int:
         """How many sequences sensitivity is to be estimated from; of little text there are fewer."""
         weights = sum(weight.numel() for weight in self.teacher.model.parameters())
-        tokens = self.settings.sensitivity_tokens or analysis.affordable_tokens(weights, self.context.device)
-        return analysis.sequences_of(tokens, self.length)
+        tokens = self.settings.sensitivity_tokens or sensitivity.affordable_tokens(weights, self.context.device)
+        return sensitivity.sequences_of(tokens, self.length)
 
     def layerwise_pass(
-        self, name: str, batches: Batches, change: analysis.Change | None = None
+        self, name: str, batches: Batches, change: models.WeightTransform | None = None
     ) -> models.LayerwisePass:
         """A pass of batches through the teacher, which goes on where one of the same name was killed.
 
@@ -81,22 +80,22 @@ class Measurement:
         )
 
     @functools.cached_property
-    def sensitivity(self) -> analysis.SensitivityAnalysis:
+    def sensitivity(self) -> sensitivity.SensitivityAnalysis:
         """The teacher, ready to be analysed on some of the text."""
         settings = self.settings
         assert self.rows is not None
         most = self.sensitivity_sequences
         batches = self.batches(min(most, len(self.rows) or most))
 
-        def layerwise_pass(name: str, change: analysis.Change | None) -> models.LayerwisePass:
+        def layerwise_pass(name: str, change: models.WeightTransform | None) -> models.LayerwisePass:
             return self.layerwise_pass(f"sensitivity/{name}", batches, change)
 
-        return analysis.SensitivityAnalysis(
+        return sensitivity.SensitivityAnalysis(
             model=self.teacher.model,
-            found=self.teacher.structure,
+            structure=self.teacher.structure,
             logit_shape=self.logit_shape,
             batches=batches,
-            walk_of=layerwise_pass,
+            make_pass=layerwise_pass,
             folder=self.context.work.progress("calibrate", "sensitivity"),
             names=candidates_of(settings),
             group_size=settings.group_size,
@@ -113,13 +112,13 @@ def measure(measurement: Measurement) -> dict[str, Tensor]:
     settings, batches = measurement.settings, measurement.batches()
     tensors = observe(measurement.layerwise_pass("walk", batches), settings)
     if measures(settings):
-        sensitivity = measurement.sensitivity
+        analysis = measurement.sensitivity
         for estimate in estimates_of(settings):
             paths = [site.name for site in measurement.teacher.structure.linears]
             moments = {path: tensors[f"input_second_moment/{path}"] for path in paths}
-            of_rows = sensitivity.hessian(moments) if estimate == "hessian" else getattr(sensitivity, estimate)()
+            of_rows = analysis.estimate(estimate, moments)
             tensors |= {f"damage/{estimate}/{path}": value.float().contiguous() for path, value in of_rows.items()}
-        tensors |= {analysis.ALONE + path: value.float() for path, value in sensitivity.alone().items()}
+        tensors |= {sensitivity.PER_MATRIX + path: value.float() for path, value in analysis.per_matrix().items()}
     if settings.adaptive_tokens == "causal":
         tensors["importance_threshold"] = importance_thresholds(measurement, batches)
     return tensors
@@ -133,11 +132,11 @@ def estimates_of(settings: Calibrate) -> tuple[str, ...]:
 
 def observe(layerwise: models.LayerwisePass, settings: Calibrate) -> dict[str, Tensor]:
     """Second moments of linear inputs, metrics of layers, and stored scales of inputs, as the file names them."""
-    structure = layerwise.found
+    structure = layerwise.structure
     moments, metrics = observers.SecondMoments(), observers.LayerMetrics(structure.layer_count, layerwise.final)
     ranges = observers.InputRanges(structure.head_path)
-    scales = student.input_scale_names(settings, layerwise.model, structure)
-    layerwise.forward(moments, metrics, *([ranges] if scales else []), keep=False, title="calibrate")
+    scales = student_plan.input_scale_names(settings, layerwise.model, structure)
+    layerwise.forward(moments, metrics, *([ranges] if scales else []), keep_inputs=False, title="calibrate")
     tokens = sum(int(counts.sum()) for _, counts in layerwise.batches)
     tensors = {f"input_second_moment/{path}": value for path, value in moments.means(tokens).items()}
     tensors |= {f"layer_{metric}": values for metric, values in metrics.means(tokens).items()}
@@ -152,11 +151,11 @@ def importance_thresholds(measurement: Measurement, batches: Batches) -> Tensor:
     A pass of its own, since attention that shows its probabilities computes otherwise; the teacher keeps that.
     """
     model = measurement.teacher.model
-    attention.decided_by(model)
+    attention.deciding_layers(model)
     tokens = attention.ImportantTokens(None)
-    attention.watch_tokens(model, tokens)
-    attention.quantize_cache(model, 16)
+    attention.attach_important_tokens(model, tokens)
+    attention.quantize_attention(model, 16)
     importance = observers.Importance(tokens)
     layerwise = measurement.layerwise_pass("importance", batches)
-    layerwise.forward(importance, keep=False, title="importance of tokens")
+    layerwise.forward(importance, keep_inputs=False, title="importance of tokens")
     return importance.thresholds(attention.UNIMPORTANT_SHARE)

@@ -46,12 +46,12 @@ class LayerMetrics(Observer):
         self.last, self.final_norm = layers - 1, final
         self.sums = {metric: torch.zeros(layers, dtype=torch.float64) for metric in METRICS}
 
-    def layer(self, index: int, entering: Tensor, leaving: Tensor, counts: Tensor) -> None:
+    def layer(self, index: int, inputs: Tensor, outputs: Tensor, counts: Tensor) -> None:
         count = int(counts.sum())
         if count:
-            state = leaving if index < self.last else self.final_norm(leaving)
+            state = outputs if index < self.last else self.final_norm(outputs)
             for metric, values in self.sums.items():
-                values[index] += layer_metric(metric, {0: entering, 1: state}, counts)[0].double().cpu() * count
+                values[index] += layer_metric(metric, {0: inputs, 1: state}, counts)[0].double().cpu() * count
 
     def means(self, tokens: int) -> dict[str, Tensor]:
         """Means over the positions that count, float32 [layers]."""
@@ -99,7 +99,7 @@ class Importance(Observer):
         self.tokens = tokens
         self.seen: dict[int, list[Tensor]] = {}
 
-    def layer(self, index: int, entering: Tensor, leaving: Tensor, counts: Tensor) -> None:
+    def layer(self, index: int, inputs: Tensor, outputs: Tensor, counts: Tensor) -> None:
         self.seen.setdefault(index, []).append(self.tokens.importance[index][counts].cpu())
 
     def thresholds(self, share: float) -> Tensor:

@@ -6,11 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from edgerazor import formats
+from edgerazor import formats, sensitivity
 from edgerazor.allocate import Plan, SensitivityTable, candidates_of, measures
 from edgerazor.calibration.measurement import Measurement
 from edgerazor.recipe import Calibrate
-from edgerazor.sensitivity import analysis
 
 
 def decide(measurement: Measurement, tensors: dict[str, Tensor]) -> tuple[Plan, dict[str, Any]]:
@@ -28,8 +27,8 @@ def decide(measurement: Measurement, tensors: dict[str, Tensor]) -> tuple[Plan, 
         return context.new_plan(teacher), {}
     tables = sensitivity_tables(settings, tensors)
     plans = {table.estimate: context.new_plan(teacher, table) for table in tables}
-    sensitivity = measurement.sensitivity
-    measured = {estimate: sensitivity.measure(linear_specs(plan)) for estimate, plan in plans.items()}
+    analysis = measurement.sensitivity
+    measured = {estimate: analysis.measure(linear_specs(plan)) for estimate, plan in plans.items()}
     best = min(measured, key=lambda estimate: measured[estimate])
     chosen = next(table for table in tables if table.estimate == best)
 
@@ -43,17 +42,17 @@ def decide(measurement: Measurement, tensors: dict[str, Tensor]) -> tuple[Plan, 
             "rows": site.rows,
             "columns": site.columns,
             "damage": by_format(chosen.rows[site.name].sum(1)),
-            "alone": by_format(tensors[analysis.ALONE + site.name]),
+            "alone": by_format(tensors[sensitivity.PER_MATRIX + site.name]),
         }
         for site in teacher.structure.targets
     ]
     summary = {
         "version": 1,
         "estimate": best,
-        "tokens": sensitivity.tokens,
+        "tokens": analysis.tokens,
         "model": context.recipe.model,
         "tensors": of_tensors,
-        "kv": sensitivity.caches(),
+        "kv": analysis.measure_kv_caches(),
         "measured_kl": {estimate: _five_digits(value) for estimate, value in measured.items()},
     }
     return plans[best], summary
@@ -72,7 +71,7 @@ def sensitivity_tables(settings: Calibrate, tensors: dict[str, Tensor]) -> list[
             by_estimate.setdefault(estimate, {})[path] = value.double()
     chosen = settings.sensitivity
     if chosen == "auto":
-        by_estimate["combined"] = analysis.combined(by_estimate["fisher"], by_estimate["integrated"])
+        by_estimate["combined"] = sensitivity.combined(by_estimate["fisher"], by_estimate["integrated"])
     # Embedding and head have one estimate for all their rows, and that is Fisher's.
     ends = {path: value for path, value in by_estimate["fisher"].items() if len(value[0]) == 1}
     estimates = [chosen] if chosen != "auto" else ["fisher", "integrated", "combined"]

@@ -7,7 +7,7 @@ source are cut into rows, which are mixed, shuffled and shared out in an order t
 
 from edgerazor.data.chat import Conversation, check_options, render, thinking_options, turn_ends
 from edgerazor.data.held_out import split_held_out
-from edgerazor.data.opening import open_rows
+from edgerazor.data.opening import RowSettings, open_rows
 from edgerazor.data.packing import Packing
 from edgerazor.data.rows import Batch, Mixture, TokenRows, sample_batches
 from edgerazor.data.sources import END_OF_TEXT, documents, fingerprint
@@ -20,6 +20,7 @@ __all__ = [
     "Conversation",
     "Mixture",
     "Packing",
+    "RowSettings",
     "TokenRows",
     "Tokens",
     "around_text",

@@ -62,14 +62,14 @@ class Conversation:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def assistant_turns(self) -> list[int]:
-        """Which messages the assistant wrote."""
+        """Indices of the messages that the assistant wrote."""
         return [index for index, message in enumerate(self.messages) if message["role"] == ASSISTANT]
 
 
 # --- from a record -----------------------------------------------------------------------------
 
 
-def conversation(where: str, value: list[Any], tools: object = None) -> Conversation:
+def parse_conversation(where: str, value: list[Any], tools: object = None) -> Conversation:
     """A conversation from the list of messages of a record.
 
     Args:
@@ -80,18 +80,20 @@ def conversation(where: str, value: list[Any], tools: object = None) -> Conversa
     Raises:
         UserError: a message is not of either form.
     """
-    messages = tuple(_message(f"Message {index} of {_inside(where)}", each) for index, each in enumerate(value, 1))
+    messages = tuple(
+        _message(f"Message {index} of {_mid_sentence(where)}", message) for index, message in enumerate(value, 1)
+    )
     return Conversation(messages, _tools(where, tools), where)
 
 
-def _inside(where: str) -> str:
+def _mid_sentence(where: str) -> str:
     return where[0].lower() + where[1:]
 
 
 def _message(where: str, value: object) -> Message:
     if not isinstance(value, dict):
         raise UserError(f"{where} is a {type(value).__name__}; expected an object with role and content.")
-    given = {key: each for key, each in value.items() if each is not None}  # data sets fill absent fields with None
+    given = {key: field for key, field in value.items() if field is not None}  # data sets fill absent fields with None
     if "role" not in given and "from" in given:
         given["role"] = ROLES.get(given["from"], given["from"]) if isinstance(given["from"], str) else None
         given["content"] = given.pop("value", None)
@@ -107,10 +109,10 @@ def _message(where: str, value: object) -> Message:
 def _content(where: str, content: object) -> str:
     """The text of a message, which may come in parts."""
     if isinstance(content, list):
-        if strange := [each for each in content if not (isinstance(each, dict) and isinstance(each.get("text"), str))]:
+        if strange := [part for part in content if not (isinstance(part, dict) and isinstance(part.get("text"), str))]:
             kind = strange[0].get("type") if isinstance(strange[0], dict) else type(strange[0]).__name__
             raise UserError(f"{where} holds a part of type {kind!r}; expected text only.")
-        content = "".join(each["text"] for each in content)
+        content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise UserError(f"{where} has {type(content).__name__} as its content; expected text.")
     check_encodable(where, "its content", content)
@@ -118,7 +120,11 @@ def _content(where: str, content: object) -> str:
 
 
 def check_encodable(where: str, what: str, text: str) -> None:
-    """UserError for text that no tokenizer can read; JSON can hold halves of surrogate pairs."""
+    """Refuse text that no tokenizer can read: JSON can hold halves of surrogate pairs.
+
+    Raises:
+        UserError: the text has one; `where` and `what` name its place.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -142,7 +148,7 @@ def _tools(where: str, tools: object) -> tuple[Any, ...] | None:
 
 
 def render(
-    asked: Conversation,
+    conversation: Conversation,
     tokenizer: PreTrainedTokenizerBase,
     messages: list[Message] | None = None,
     prompt: bool = False,
@@ -150,7 +156,7 @@ def render(
     """A conversation as its tokenizer's template writes it.
 
     Args:
-        asked: the conversation.
+        conversation: to render.
         tokenizer: has the template.
         messages: to render instead of the conversation's own.
         prompt: end with what asks the assistant for its next turn.
@@ -160,46 +166,48 @@ def render(
     """
     if not tokenizer.chat_template:
         raise UserError(
-            f"{asked.where} is a conversation, but the model's tokenizer has no chat template.",
+            f"{conversation.where} is a conversation, but the model's tokenizer has no chat template.",
             "Give plain text (column: NAME in the recipe), or an instruction-tuned model.",
         )
-    given = list(asked.messages) if messages is None else messages
-    tools = list(asked.tools) if asked.tools else None
+    given = list(conversation.messages) if messages is None else messages
+    tools = list(conversation.tools) if conversation.tools else None
     bound_templates()
     try:
-        return str(
+        text = str(
             tokenizer.apply_chat_template(
                 given,
                 tools=tools,
-                chat_template=_template(asked, tokenizer),
+                chat_template=_template(conversation, tokenizer),
                 tokenize=False,
                 add_generation_prompt=prompt,
-                **asked.options,
+                **conversation.options,
             )
         )
     except Exception as error:  # a template is a program of other people; it fails in ways of its own
         reason = plain((str(error).strip().splitlines() or [type(error).__name__])[0].rstrip("."), 200)
-        raise UserError(f"{asked.where} is refused by the tokenizer's chat template: {reason}.") from error
+        raise UserError(f"{conversation.where} is refused by the tokenizer's chat template: {reason}.") from error
+    check_encodable(conversation.where, "what the tokenizer's chat template makes of it", text)
+    return text
 
 
-def _template(asked: Conversation, tokenizer: PreTrainedTokenizerBase) -> str:
+def _template(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> str:
     """The tokenizer's template for a conversation, with a date that stands still."""
-    template = str(tokenizer.get_chat_template(tools=list(asked.tools) if asked.tools else None))
+    template = str(tokenizer.get_chat_template(tools=list(conversation.tools) if conversation.tools else None))
     if "strftime_now" not in template:
         return template
     date = "".join(f" | replace('{letter}', '{value}')" for letter, value in DATE.items())
     return f"{{% macro strftime_now(format) %}}{{{{ format{date} }}}}{{% endmacro %}}{template}"
 
 
-def names_in(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """The names that stand in the tokenizer's chat templates, `enable_thinking` for one; not those of attributes.
+def template_variables(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """Variables of the tokenizer's chat templates, such as `enable_thinking`; names of attributes are not among them.
 
     Raises:
         UserError: a template is not Jinja.
     """
-    found = tokenizer.chat_template
+    templates = tokenizer.chat_template
     names = set()
-    for template in found.values() if isinstance(found, dict) else [found] if found else []:
+    for template in templates.values() if isinstance(templates, dict) else [templates] if templates else []:
         before = ""
         try:
             for _, kind, word in jinja2.Environment().lex(str(template)):
@@ -219,7 +227,8 @@ def check_options(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
     """
     if not (options and tokenizer.chat_template):
         return
-    known, given = names_in(tokenizer), {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters}
+    known = template_variables(tokenizer)
+    given = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters}
     for name in options:
         if name in given:
             raise usage_error(f"`data.template_kwargs` cannot set {name}, which every chat template is given.")
@@ -232,13 +241,13 @@ def check_options(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
 
 def thinking_options(tokenizer: PreTrainedTokenizerBase, thinking: bool) -> dict[str, bool]:
     """What switches the assistant's thinking on or off; nothing where the template has no such switch."""
-    return dict.fromkeys(sorted(names_in(tokenizer) & THINKING), thinking)
+    return dict.fromkeys(sorted(template_variables(tokenizer) & THINKING), thinking)
 
 
 # --- to tokens ---------------------------------------------------------------------------------
 
 
-def encode(asked: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
+def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of a conversation, and which of them are to be learned.
 
     Returns:
@@ -248,33 +257,33 @@ def encode(asked: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[np.
         UserError: no template, a template that refuses the conversation or whose assistant turns cannot be found, a
             conversation without an assistant turn, or a tokenizer that cannot say where its tokens stand.
     """
-    if not asked.assistant_turns():
-        roles = ", ".join(repr(role) for role in dict.fromkeys(each["role"] for each in asked.messages)) or "none"
-        raise UserError(f"{asked.where} has no assistant turn to learn from; its roles are {roles}.")
-    text = render(asked, tokenizer)
-    with reading(_inside(asked.where)):
-        found = _untrimmed(asked, tokenizer).encode(text, add_special_tokens=False)
-    ids = np.array(found.ids, dtype=np.int32)
-    places = np.array(found.offsets, dtype=np.int64).reshape(-1, 2)  # [N, 2]: begin, end
-    turns = _marked(asked, tokenizer, text)
+    if not conversation.assistant_turns():
+        roles = ", ".join(map(repr, dict.fromkeys(message["role"] for message in conversation.messages))) or "none"
+        raise UserError(f"{conversation.where} has no assistant turn to learn from; its roles are {roles}.")
+    text = render(conversation, tokenizer)
+    with reading(_mid_sentence(conversation.where)):
+        encoding = _engine_of(conversation, tokenizer).encode(text, add_special_tokens=False)
+    ids = np.array(encoding.ids, dtype=np.int32)
+    places = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)  # [N, 2]: begin, end
+    turns = _generation_blocks(conversation, tokenizer, text)
     if turns is None:
-        turns = [words_of_turn(asked, tokenizer, text, turn) for turn in asked.assistant_turns()]
-    return ids, _with_turn_ends(_placed(turns, places), ids, places, text, ending_tokens(tokenizer))
+        turns = [span_of_turn(conversation, tokenizer, text, turn) for turn in conversation.assistant_turns()]
+    return ids, _with_turn_ends(_mask_of(turns, places), ids, places, text, ending_tokens(tokenizer))
 
 
-def _untrimmed(asked: Conversation, tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+def _engine_of(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     """The tokenizer's engine, whose tokens say where they stand with their blanks."""
     if not tokenizer.is_fast:
         raise UserError(
-            f"{asked.where} is a conversation, but the model's tokenizer cannot say which characters a token stands "
-            "for, so the assistant's turns cannot be found.",
+            f"{conversation.where} is a conversation, but the model's tokenizer cannot say which characters a token "
+            "stands for, so the assistant's turns cannot be found.",
             "Give plain text (column: NAME in the recipe).",
         )
-    return _engine(tokenizer)
+    return _untrimmed_engine(tokenizer)
 
 
 @lru_cache(maxsize=2)
-def _engine(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+def _untrimmed_engine(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     engine = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     engine.no_truncation()
     engine.no_padding()
@@ -282,26 +291,28 @@ def _engine(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     return engine
 
 
-def _marked(asked: Conversation, tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]] | None:
+def _generation_blocks(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, text: str
+) -> list[tuple[int, int]] | None:
     """Begin and end of the {% generation %} blocks in the rendered conversation; None where a template has none.
 
     `apply_chat_template` would make a mask of them itself, but loses blocks that begin or end with a blank.
     """
-    template = _template(asked, tokenizer)
+    template = _template(conversation, tokenizer)
     if not GENERATION.search(template):
         return None
     rendered, blocks = render_jinja_template(
-        conversations=[list(asked.messages)],
-        tools=list(asked.tools) if asked.tools else None,
+        conversations=[list(conversation.messages)],
+        tools=list(conversation.tools) if conversation.tools else None,
         chat_template=template,
         return_assistant_tokens_mask=True,
-        **{**tokenizer.special_tokens_map, **asked.options},
+        **{**tokenizer.special_tokens_map, **conversation.options},
     )
     assert rendered == [text]
     return [(int(begin), int(end)) for begin, end in blocks[0]]
 
 
-def _placed(turns: list[tuple[int, int]], places: np.ndarray) -> np.ndarray:
+def _mask_of(turns: list[tuple[int, int]], places: np.ndarray) -> np.ndarray:
     """The mask `[N]` of tokens that hold any character of the turns."""
     learn = np.zeros(len(places), dtype=bool)
     for begin, end in turns:
@@ -309,11 +320,13 @@ def _placed(turns: list[tuple[int, int]], places: np.ndarray) -> np.ndarray:
     return learn
 
 
-def words_of_turn(asked: Conversation, tokenizer: PreTrainedTokenizerBase, text: str, turn: int) -> tuple[int, int]:
+def span_of_turn(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, text: str, turn: int
+) -> tuple[int, int]:
     """Where in the rendered conversation the words of an assistant turn begin and end.
 
     Args:
-        asked: the conversation.
+        conversation: with that turn.
         tokenizer: has the template.
         text: the conversation as the template renders it.
         turn: number of the message.
@@ -321,47 +334,46 @@ def words_of_turn(asked: Conversation, tokenizer: PreTrainedTokenizerBase, text:
     Raises:
         UserError: the turn cannot be found.
     """
-    for way in (
-        (_after_prefix, _around_placeholder) if asked.messages[turn].get("tool_calls") else (_around_placeholder,)
-    ):
+    has_tool_calls = bool(conversation.messages[turn].get("tool_calls"))
+    for way in (_after_prefix, _around_placeholder) if has_tool_calls else (_around_placeholder,):
         try:
-            if found := way(asked, tokenizer, text, turn):
-                return found
-        except UserError:  # the conversation itself was rendered, but not what is asked of the template here
+            if span := way(conversation, tokenizer, text, turn):
+                return span
+        except UserError:  # the template rendered the conversation itself, but refuses the variant of it
             continue
     raise UserError(
-        f"{asked.where} cannot be learned from: in what the tokenizer's chat template makes of it, assistant turn "
-        f"{asked.assistant_turns().index(turn) + 1} cannot be found again.",
+        f"{conversation.where} cannot be learned from: in what the tokenizer's chat template makes of it, assistant "
+        f"turn {conversation.assistant_turns().index(turn) + 1} cannot be found again.",
         "Mark the assistant's words in the template with {% generation %}.",
     )
 
 
 def _around_placeholder(
-    asked: Conversation, tokenizer: PreTrainedTokenizerBase, text: str, turn: int
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, text: str, turn: int
 ) -> tuple[int, int] | None:
-    """What stands where a placeholder would stand that the assistant had written instead."""
+    """The span that a placeholder takes in the rendering when it replaces the assistant's words."""
     word = PLACEHOLDER
     while word in text:
         word += "0"
-    messages: list[Message] = list(asked.messages)
+    messages: list[Message] = list(conversation.messages)
     messages[turn] = {"role": ASSISTANT, "content": word}
-    parts = render(asked, tokenizer, messages).split(word)
+    parts = render(conversation, tokenizer, messages).split(word)
     if len(parts) != 2 or not text.endswith(parts[1]):
         return None
     before, end = parts[0], len(text) - len(parts[1])
     if not text.startswith(before):
-        before = render(asked, tokenizer, list(asked.messages[:turn]), prompt=True)
+        before = render(conversation, tokenizer, list(conversation.messages[:turn]), prompt=True)
     return (len(before), end) if text.startswith(before) and len(before) <= end else None
 
 
 def _after_prefix(
-    asked: Conversation, tokenizer: PreTrainedTokenizerBase, text: str, turn: int
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, text: str, turn: int
 ) -> tuple[int, int] | None:
-    """What the turn adds to the conversation before it, with the prompt for generating it."""
-    before = render(asked, tokenizer, list(asked.messages[:turn]), prompt=True)
-    up_to = render(asked, tokenizer, list(asked.messages[: turn + 1]))
-    found = text.startswith(up_to) and up_to.startswith(before) and len(before) < len(up_to)
-    return (len(before), len(up_to)) if found else None
+    """The span that the turn adds to the conversation before it, whose rendering ends with the generation prompt."""
+    before = render(conversation, tokenizer, list(conversation.messages[:turn]), prompt=True)
+    up_to = render(conversation, tokenizer, list(conversation.messages[: turn + 1]))
+    extends = text.startswith(up_to) and up_to.startswith(before) and len(before) < len(up_to)
+    return (len(before), len(up_to)) if extends else None
 
 
 def ending_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -370,18 +382,20 @@ def ending_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return ids if tokenizer.bos_token_id == tokenizer.eos_token_id else ids - {tokenizer.bos_token_id}
 
 
-def turn_ends(asked: Conversation, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def turn_ends(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The tokens with which the template ends an assistant turn: at most one.
 
     Args:
-        asked: any conversation with a user turn.
+        conversation: any conversation with a user turn.
         tokenizer: has the template.
 
     Raises:
         UserError: there is no template, or it refuses the shortest of conversations.
     """
-    question = next(each for each in asked.messages if each["role"] == "user")
-    short = Conversation((question, {"role": ASSISTANT, "content": "yes"}), None, asked.where, asked.options)
+    question = next(message for message in conversation.messages if message["role"] == "user")
+    short = Conversation(
+        (question, {"role": ASSISTANT, "content": "yes"}), None, conversation.where, conversation.options
+    )
     ids, learn = encode(short, tokenizer)
     return set(ids[learn][-1:].tolist()) & ending_tokens(tokenizer)
 
@@ -392,15 +406,15 @@ def _with_turn_ends(learn: np.ndarray, ids: np.ndarray, places: np.ndarray, text
     That token, and blanks before it, are added where they are missing; blanks behind it are taken away.
     """
 
-    def blank(token: int) -> bool:
+    def is_blank(token: int) -> bool:
         return not text[slice(*places[token])].strip()
 
     result = learn.copy()
     for stop in (np.flatnonzero(learn & ~np.append(learn[1:], False)) + 1).tolist():  # where runs have just ended
         last, place = stop - 1, stop
-        while last > 0 and blank(last):
+        while last > 0 and is_blank(last):
             last -= 1
-        while place < len(ids) and blank(place):
+        while place < len(ids) and is_blank(place):
             place += 1
         if learn[last] and int(ids[last]) in ending:
             result[last + 1 : stop] = False

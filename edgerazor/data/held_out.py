@@ -1,9 +1,9 @@
-"""Which part of a source is kept for measuring.
+"""Which part of a source is held out for measuring.
 
 It is spread over the source, because a file is often in order: its end may be of another kind than the rest. Whole
 documents are kept apart where there are enough of them, so that nothing of them is trained on; of a few long documents,
 pieces of a row. The source is divided into as many stretches as there are parts to keep, and of each stretch the seed
-draws one part. The order of the kept ones is drawn, too, so the first rows of them are spread over the source as well.
+draws one part. The held-out parts are shuffled, so that the first rows of them are spread over the source as well.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ def split_held_out(tokens: Tokens, length: int, fraction: float, seed: tuple[int
         training and held-out tokens, no token in both; the latter none where there are no two parts to learn from.
     """
     documents = np.stack([tokens.starts, np.append(tokens.starts[1:], len(tokens))[: len(tokens.starts)]], axis=1)
-    chosen = _drawn(tokens, documents, fraction, seed)
+    chosen = _sample(tokens, documents, fraction, seed)
     share = int((chosen[:, 1] - chosen[:, 0]).sum()) / max(len(tokens), 1)
     spread = len(chosen) >= MANY_DOCUMENTS or len(tokens) <= LONG_ROWS * length * len(documents)
     if not (spread and fraction / 2 <= share <= 2 * fraction):
-        chosen = _drawn(tokens, pieces(tokens, length, "document"), fraction, seed)
+        chosen = _sample(tokens, pieces(tokens, length, "document"), fraction, seed)
     return _without(tokens, chosen), _only(tokens, chosen[permutation((*seed, len(chosen)), len(chosen))])
 
 
-def _drawn(tokens: Tokens, parts: np.ndarray, fraction: float, seed: tuple[int, ...]) -> np.ndarray:
-    """Of the parts `[P, 2]` from which anything can be learned, one of each of `P · fraction` equal stretches."""
+def _sample(tokens: Tokens, parts: np.ndarray, fraction: float, seed: tuple[int, ...]) -> np.ndarray:
+    """Choose one part from each of `P · fraction` equal stretches of the parts `[P, 2]` that hold anything to learn."""
     parts = parts[useful(tokens, parts)]
     count = max(1, round(len(parts) * fraction))
     if len(parts) < 2:
@@ -50,12 +50,12 @@ def _drawn(tokens: Tokens, parts: np.ndarray, fraction: float, seed: tuple[int, 
 
 
 def _only(tokens: Tokens, parts: np.ndarray) -> Tokens:
-    """The parts `[P, 2]` one after another, each a document of its own."""
+    """The tokens of the parts `[P, 2]`, each a document of its own."""
     return Tokens.of([(tokens.ids[begin:end], tokens.learn[begin:end]) for begin, end in parts], tokens.prefix)
 
 
 def _without(tokens: Tokens, parts: np.ndarray) -> Tokens:
-    """What the parts `[P, 2]`, in ascending order, leave; what follows one of them begins a document."""
+    """The tokens outside the parts `[P, 2]` (ascending); what follows a part begins a document."""
     keep = np.ones(len(tokens), dtype=bool)
     for begin, end in parts:
         keep[begin:end] = False

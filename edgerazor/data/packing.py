@@ -33,8 +33,8 @@ def cuts(tokens: Tokens, length: int, packing: Packing) -> np.ndarray:
         length: most tokens in a row, its prefix included; at least 2.
         packing: see above.
     """
-    found = pieces(tokens, length, packing)
-    return found[useful(tokens, found)]
+    spans = pieces(tokens, length, packing)
+    return spans[useful(tokens, spans)]
 
 
 def pieces(tokens: Tokens, length: int, packing: Packing) -> np.ndarray:
@@ -53,18 +53,18 @@ def pieces(tokens: Tokens, length: int, packing: Packing) -> np.ndarray:
 def _pieces_with_prefix(tokens: Tokens, starts: np.ndarray, stops: np.ndarray, length: int) -> np.ndarray:
     """Piece after piece, because how much a row holds depends on whether it begins with the prefix already."""
     present, rest = tokens.has_prefix(), max(1, length - len(tokens.prefix))
-    found = array("q")
+    spans = array("q")
     for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
         while start < stop:
             end = min(start + (length if present[start] else rest), stop)
-            found.extend((start, end))
+            spans.extend((start, end))
             start = end
-    return np.array(found, dtype=np.int64).reshape(-1, 2)
+    return np.array(spans, dtype=np.int64).reshape(-1, 2)
 
 
-def useful(tokens: Tokens, found: np.ndarray) -> np.ndarray:
-    """`[P]` bool: whether anything can be predicted in a piece; the first token of a row never is."""
+def useful(tokens: Tokens, spans: np.ndarray) -> np.ndarray:
+    """`[P]` bool: whether anything can be predicted in pieces `[P, 2]`; the first token of a row never is."""
     learned = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(tokens.learn)])  # how many before each token
-    begins, ends = found[:, 0], found[:, 1]
+    begins, ends = spans[:, 0], spans[:, 1]
     first = begins + (tokens.has_prefix()[begins] if tokens.prefix else 1)  # an added prefix is the first token
     return np.asarray(learned[ends] > learned[np.minimum(first, ends)])

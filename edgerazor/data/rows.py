@@ -161,7 +161,7 @@ class TokenRows:
         self.seed = seed
         self.padding = padding
         self.packing = packing
-        self._sources = [self._rows_of(each, number) for number, each in enumerate(sources)]
+        self._sources = [self._rows_of(source, number) for number, source in enumerate(sources)]
         self._shares = [weight / sum(weights) for weight in weights]
         self._mixture = Mixture(weights)
         self._window: tuple[tuple[int, int], list[Batch]] | None = None
@@ -183,12 +183,12 @@ class TokenRows:
 
     def passes(self, count: int) -> float:
         """How often the first `count >= 0` training rows go through the source that they repeat most; 0 of streams."""
-        found = [
+        passes = [
             count * share / len(source)
             for share, source in zip(self._shares, self._sources, strict=True)
             if isinstance(source, SourceRows)
         ]
-        return max(found, default=0.0)
+        return max(passes, default=0.0)
 
     @property
     def tokens_per_row(self) -> float:
@@ -230,17 +230,17 @@ class TokenRows:
         """
         if not (0 <= micro < accumulation and 0 <= rank < world):
             raise ValueError(f"Micro-batch {micro} of {accumulation}, process {rank} of {world}: out of range.")
-        each = accumulation * world * batch_size
+        rows_per_step = accumulation * world * batch_size
         first = (micro * world + rank) * batch_size
         if self.packing == "stream":
-            rows = [self.row(step * each + first + offset) for offset in range(batch_size)]
+            rows = [self.row(step * rows_per_step + first + offset) for offset in range(batch_size)]
         else:
-            rows = self._sorted(step, each)[first : first + batch_size]
+            rows = self._sorted(step, rows_per_step)[first : first + batch_size]
         return self._stacked(rows)
 
-    def state(self, step: int, each: int) -> dict[str, Any]:
-        """Where streamed sources are before a step of `each` rows that comes next: plain values for `restore`."""
-        first = (step if self.packing == "stream" else step // SORTED_STEPS * SORTED_STEPS) * each
+    def state(self, step: int, rows_per_step: int) -> dict[str, Any]:
+        """Where streamed sources stand before a step of `rows_per_step` rows: plain values for `restore`."""
+        first = (step if self.packing == "stream" else step // SORTED_STEPS * SORTED_STEPS) * rows_per_step
         return {
             str(number): source.state(self._mixture.before(number, first))
             for number, source in enumerate(self._sources)
@@ -248,20 +248,20 @@ class TokenRows:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Let streamed sources go on where another run was, without reading what it read."""
+        """Let streamed sources continue where another run was, without reading again what it read."""
         for number, source in enumerate(self._sources):
             if isinstance(source, StreamedRows) and str(number) in state:
                 source.restore(state[str(number)])
 
-    def _sorted(self, step: int, each: int) -> list[Batch]:
-        """The `each` rows of a step, sorted by length together with those of the steps around it."""
+    def _sorted(self, step: int, rows_per_step: int) -> list[Batch]:
+        """The rows of a step, sorted by length together with those of the steps around it."""
         window, place = divmod(step, SORTED_STEPS)
-        if self._window is None or self._window[0] != (window, each):
-            first = window * SORTED_STEPS * each
-            rows = [self.row(first + offset) for offset in range(SORTED_STEPS * each)]
-            self._window = (window, each), sorted(rows, key=_size)
+        if self._window is None or self._window[0] != (window, rows_per_step):
+            first = window * SORTED_STEPS * rows_per_step
+            rows = [self.row(first + offset) for offset in range(SORTED_STEPS * rows_per_step)]
+            self._window = (window, rows_per_step), sorted(rows, key=_size)
         turn = int(permutation((self.seed, len(self._sources), window), SORTED_STEPS)[place])
-        return self._window[1][turn * each : (turn + 1) * each]
+        return self._window[1][turn * rows_per_step : (turn + 1) * rows_per_step]
 
     def in_order(self, count: int | None = None) -> Iterator[Batch]:
         """The first `count` rows (all by default) as they stand in the sources, none of them twice.

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 from edgerazor import untrusted
-from edgerazor.data.chat import Conversation, check_encodable, conversation
-from edgerazor.errors import UserError, usage_error
+from edgerazor.data.chat import Conversation, check_encodable, parse_conversation
+from edgerazor.errors import UserError, plain, usage_error
 from edgerazor.recipe import Source
 
 #: Separates the documents of a plain text file that says nothing else.
@@ -68,7 +68,7 @@ def _reading(path: Path) -> Iterator[TextIO]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte 0x{error.object[error.start]:02x}).") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read: {_first_line(error)}.") from error
+        raise UserError(f"{path} cannot be read: {_reason(error)}.") from error
 
 
 def _of_text(path: Path, source: Source) -> Iterator[str]:
@@ -94,7 +94,10 @@ def _of_json_lines(path: Path, source: Source) -> Iterator[Document]:
             try:
                 record = untrusted.parse_json(line)
             except ValueError as error:
-                raise UserError(f"{where} is not JSON; expected one JSON object on each line.") from error
+                raise UserError(
+                    f"{where} is not JSON that can be read: {plain(error, 100)}.",
+                    "Expected one JSON object on each line.",
+                ) from error
             if not isinstance(record, dict):
                 raise UserError(f"{where} is a JSON {type(record).__name__}; expected an object.")
             yield from _of_record(where, source.column, record)
@@ -103,18 +106,18 @@ def _of_json_lines(path: Path, source: Source) -> Iterator[Document]:
 def _of_record(where: str, column: str, record: Mapping[str, object]) -> Iterator[Document]:
     """The text or the conversation of a record, or nothing if it is blank."""
     given = [name for name, value in record.items() if not _is_absent(value)]
-    # of a row with an empty text and messages, the messages; of one with neither, what is there in place of them
+    # An empty text beside messages does not count; where nothing is given, the column's absence is what is reported.
     column = column_of(where, column, given if _is_known(column, given) else list(record))
     value = record[column]
     if isinstance(value, list):
-        yield conversation(where, value, record.get("tools"))
+        yield parse_conversation(where, value, record.get("tools"))
     else:
         yield from _text_of(where, column, value)
 
 
 def _is_known(column: str, present: list[str]) -> bool:
     """Whether `column_of` finds a column among those that are present."""
-    return column in present or (column == "text" and any(each in present for each in CHAT_COLUMNS))
+    return column in present or (column == "text" and any(name in present for name in CHAT_COLUMNS))
 
 
 def _is_absent(value: object) -> bool:
@@ -123,7 +126,7 @@ def _is_absent(value: object) -> bool:
 
 
 def column_of(where: str, column: str, present: list[str]) -> str:
-    """The column to read: the one that was asked for, or, where that is the usual `text`, a usual one of chat data.
+    """The column to read: the one that the source names, or, where that is the usual `text`, a usual one of chat data.
 
     Raises:
         UserError: there is none.
@@ -131,7 +134,7 @@ def column_of(where: str, column: str, present: list[str]) -> str:
     if column in present:
         return column
     if _is_known(column, present):
-        return next(each for each in CHAT_COLUMNS if each in present)
+        return next(name for name in CHAT_COLUMNS if name in present)
     names = ", ".join(map(repr, present)) or "none"
     raise UserError(f"{where} has no column {column!r}; its columns are {names}.", "Set column: NAME in the recipe.")
 
@@ -184,18 +187,20 @@ def unavailable(source: Source, error: Exception) -> UserError:
     """The sentence for a data set that cannot be loaded or read."""
     which = f" with configuration {source.config!r}" if source.config else ""
     return UserError(
-        f"The data set {source.dataset!r}{which}, split {source.split!r}, cannot be loaded: {_first_line(error)}.",
+        f"The data set {source.dataset!r}{which}, split {source.split!r}, cannot be loaded: {_reason(error)}.",
         "Check its id, configuration and split, and the network; or give a local file.",
     )
 
 
-def _first_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
+    """The first line of an exception of another library, for the end of a sentence."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def fingerprint(sources: Iterable[Source]) -> str:
-    """What would be read: sha256, in hex, over the contents of the files (or the data sets' revisions) and the fields.
+    """Identifies what would be read: sha256, in hex, over the contents of the files (or the data sets' revisions) and
+    the fields.
 
     A file that was only moved or renamed (keeping its ending) has the same fingerprint.
 
@@ -221,7 +226,7 @@ def _file_digest(path: Path) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {_first_line(error)}.") from error
+        raise UserError(f"{path} cannot be read: {_reason(error)}.") from error
 
 
 def _revision(source: Source) -> str:

@@ -1,8 +1,8 @@
 """The rows of a data set that is read as it is needed, in bounded memory.
 
-Rows are made from the stream in its own order and kept `BLOCK` at a time; within a block they are shuffled. The order
-is again a function of the seed and the turn, but turns have to come in ascending order, give or take a block, or what
-lies between is read again.
+Rows are cut from the stream in its own order, and `BLOCK` of them are in memory at a time; within a block they are
+shuffled. The order is again a function of the seed and the turn, but turns have to come in ascending order, give or
+take a block, or what lies between is read again.
 
 A run resumes from a bookmark, which says where in the data set the block begins: how many of its rows were read, the
 library's own state (`IterableDataset.state_dict`), and how many tokens of the next document were used before. With the
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 #: Rows that are kept and shuffled together.
 BLOCK = 1024
 #: Documents that are tokenized together.
-TOGETHER = 32
+BATCH_DOCUMENTS = 32
 
 #: Where a row begins: `documents` read before it, the library's `state` then, tokens `used` of the next document.
 Bookmark = dict[str, Any]
@@ -116,27 +116,27 @@ class StreamedRows:
 
     def state(self, turn: int) -> dict[str, Any]:
         """What `restore` needs to go on with a turn that has been read before, or comes next: plain values."""
-        block = max(each for each in self._bookmarks if each <= turn // BLOCK)
+        block = max(number for number in self._bookmarks if number <= turn // BLOCK)
         return {"block": block, "bookmark": self._bookmarks[block]}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on where another run was, without reading what it read."""
+        """Continue where another run was, without reading again what it read."""
         self._bookmarks[int(state["block"])] = state["bookmark"]
 
     def _block(self, number: int) -> list[Piece]:
         """The rows of a block in their training order; reads on from the nearest bookmark before it."""
         if self._live is None or self._live[0] != number:
-            nearest = max(each for each in self._bookmarks if each <= number)
+            nearest = max(block for block in self._bookmarks if block <= number)
             rows = self._endless(self._bookmarks[nearest])
             self._live = nearest, next(rows)[1], rows
         while True:
             here, first, rows = self._live
-            found = [first, *(piece for _, piece in islice(rows, BLOCK - 1))]
+            block = [first, *(piece for _, piece in islice(rows, BLOCK - 1))]
             bookmark, ahead = next(rows)
             self._bookmarks[here + 1] = bookmark
             self._live = here + 1, ahead, rows
             if here == number:
-                return [found[place] for place in permutation((*self._seed, number), BLOCK)]
+                return [block[place] for place in permutation((*self._seed, number), BLOCK)]
 
     def _endless(self, bookmark: Bookmark) -> Iterator[tuple[Bookmark, Piece]]:
         """Rows from a bookmark on, again and again."""
@@ -151,7 +151,7 @@ class StreamedRows:
         for place, (ids, learn) in self._encoded(bookmark):
             held.append((place, ids, learn))
             whole = self._packing == "document"
-            while (left := sum(len(each) for _, each, _ in held) - used) >= self._length or (whole and left > 0):
+            while (left := sum(len(ids) for _, ids, _ in held) - used) >= self._length or (whole and left > 0):
                 row, used = self._take(held, used)
                 yield from row
         while held:
@@ -161,15 +161,15 @@ class StreamedRows:
     def _take(
         self, held: list[tuple[Bookmark, np.ndarray, np.ndarray]], used: int
     ) -> tuple[list[tuple[Bookmark, Piece]], int]:
-        """The next row of what is held (none if nothing can be learned from it), and how much is used now."""
+        """Cut the next row from the held documents (none if it has nothing to learn); also gives the tokens used."""
         bookmark = {**held[0][0], "used": used}
         end = used + self._length
         needed, size = 0, 0
         while needed < len(held) and size < end:
             size += len(held[needed][1])
             needed += 1
-        ids = np.concatenate([each for _, each, _ in held[:needed]])[used:end]
-        learn = np.concatenate([each for _, _, each in held[:needed]])[used:end]
+        ids = np.concatenate([part for _, part, _ in held[:needed]])[used:end]
+        learn = np.concatenate([part for _, _, part in held[:needed]])[used:end]
         taken = len(ids)
         ids, learn = with_prefix(ids, learn, self._prefix)
         taken -= max(0, len(ids) - self._length)  # an added prefix is counted in the length
@@ -182,9 +182,9 @@ class StreamedRows:
     def _encoded(self, bookmark: Bookmark) -> Iterator[tuple[Bookmark, Piece]]:
         """The tokens of each document, with a bookmark before it."""
         documents = self._documents(bookmark)
-        while some := list(islice(documents, TOGETHER)):
-            pieces = encode([document for _, document in some], self._tokenizer, self._options)
-            yield from zip((place for place, _ in some), pieces, strict=True)
+        while batch := list(islice(documents, BATCH_DOCUMENTS)):
+            pieces = encode([document for _, document in batch], self._tokenizer, self._options)
+            yield from zip((bookmark for bookmark, _ in batch), pieces, strict=True)
 
     def _documents(self, bookmark: Bookmark) -> Iterator[tuple[Bookmark, Document]]:
         stream = load_dataset(self._source)
@@ -208,7 +208,7 @@ class StreamedRows:
 
 
 def _state_of(stream: Any) -> dict[str, Any] | None:
-    """The library's own bookmark, where it has one."""
+    """The state of the data set by the `datasets` library, where it has one."""
     try:
         return dict(stream.state_dict())
     except (AttributeError, NotImplementedError):

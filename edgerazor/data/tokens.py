@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 #: Label of a position that no loss counts (the convention of PyTorch and transformers).
 MASKED = -100
 #: Documents that are tokenized at once.
-TOGETHER = 256
+BATCH_DOCUMENTS = 256
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ class Tokens:
 
     def has_prefix(self) -> np.ndarray:
         """`[N]` bool: where the prefix stands in the tokens already, as at the beginning of a text."""
-        found = np.ones(len(self), dtype=bool)
+        present = np.ones(len(self), dtype=bool)
         for place, token in enumerate(self.prefix):
-            found[len(self) - place :] = False
-            found[: len(self) - place] &= self.ids[place:] == token
-        return found
+            present[len(self) - place :] = False
+            present[: len(self) - place] &= self.ids[place:] == token
+        return present
 
 
 def with_prefix(ids: np.ndarray, learn: np.ndarray, prefix: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -108,8 +108,8 @@ def tokenize(
     """All documents as one stream of tokens (see `encode`), whose rows begin with `prefix` (by default `prefix_of`)."""
     pieces: list[tuple[np.ndarray, np.ndarray]] = []
     documents = iter(documents)
-    while some := list(islice(documents, TOGETHER)):
-        pieces += encode(some, tokenizer, options)
+    while batch := list(islice(documents, BATCH_DOCUMENTS)):
+        pieces += encode(batch, tokenizer, options)
     return Tokens.of(pieces, prefix_of(tokenizer) if prefix is None else prefix)
 
 
@@ -129,18 +129,18 @@ def encode(
     Raises:
         UserError: a conversation cannot be encoded (see `chat.encode`), or the model does not know a token.
     """
-    texts = iter(_encode_texts([each for each in documents if isinstance(each, str)], tokenizer))
-    found = []
+    texts = iter(_encode_texts([document for document in documents if isinstance(document, str)], tokenizer))
+    pieces = []
     for document in documents:
         if isinstance(document, str):
             ids = next(texts)
-            found.append((ids, np.ones(len(ids), dtype=bool)))
+            pieces.append((ids, np.ones(len(ids), dtype=bool)))
         else:
             ids, learn = chat.encode(replace(document, options=options or {}), tokenizer)
             learn[:1] = False
-            found.append((ids, learn))
-        vocabulary.check(tokenizer, found[-1][0])
-    return found
+            pieces.append((ids, learn))
+        vocabulary.check(tokenizer, pieces[-1][0])
+    return pieces
 
 
 def _encode_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:

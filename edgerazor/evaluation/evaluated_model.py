@@ -89,7 +89,7 @@ def load_packed(
     """
     if device.type != "cpu":
         return EvaluatedModel(
-            title, *transformers_plugin.load(folder, str(device), torch.bfloat16, keep_decoded=True)
+            title, *transformers_plugin.load(folder, str(device), torch.bfloat16, cache_decoded=True)
         ), []
     model = runtime.load(folder, threads=threads)
     note = model.note
@@ -99,15 +99,15 @@ def load_packed(
             return EvaluatedModel(title, model, model.tokenizer), []
     del model
     notes = [note] if note else []
-    return EvaluatedModel(title, *transformers_plugin.load(folder, dtype=torch.float32, keep_decoded=True)), notes
+    return EvaluatedModel(title, *transformers_plugin.load(folder, dtype=torch.float32, cache_decoded=True)), notes
 
 
 def beyond_greedy(model: runtime.Model, loaded: Sequence[tasks.LoadedTask]) -> str | None:
     """Why the tasks need transformers' `generate`, if they do."""
-    if names := tasks.beyond_greedy(loaded):
+    if names := tasks.non_greedy(loaded):
         return f"transformers computes the packed model: the answers of {', '.join(names)} are not greedy text."
     own = model.generation_config
     changed = [name for name, plain in PLAIN_GREEDY.items() if getattr(own, name, None) not in (None, plain)]
-    if changed and any(map(tasks.writes, loaded)):
+    if changed and any(map(tasks.is_generative, loaded)):
         return f"transformers computes the packed model: its generation_config.json sets {changed[0]}."
     return None

@@ -18,7 +18,7 @@ from edgerazor.evaluation.eval_result import Average, TaskResult
 ABOVE_CHANCE = 2.0
 
 
-def compare(entry: tasks.LoadedTask, score: tasks.Score, teacher: tasks.Score | None) -> TaskResult:
+def compare(entry: tasks.LoadedTask, score: tasks.TaskScore, teacher: tasks.TaskScore | None) -> TaskResult:
     """One task's result; `teacher` is the teacher's score on the same items."""
     chance = entry.chance if score.metric in ("acc", "acc_norm") else None
     retention = above = None

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from edgerazor import formats
 from edgerazor.exporters.core import integers
-from edgerazor.exporters.core.grouped import GroupedExport, Layout
+from edgerazor.exporters.core.grouped import GroupedExporter, Layout
 from edgerazor.exporters.core.integers import Integers
 from edgerazor.packed import PackedModel, TensorSpec
 
 
-class CompressedTensors(GroupedExport):
+class CompressedTensors(GroupedExporter):
     """Layers of one layout form one config group."""
 
     name = "compressed-tensors"
@@ -44,7 +44,7 @@ class CompressedTensors(GroupedExport):
         }
 
     def tensors(self, name: str, matrix: Integers, layout: Layout) -> dict[str, Tensor]:
-        """The same, from integers in groups of the layout's size."""
+        """The tensors of `specs`, from integers in groups of the layout's size."""
         return {
             f"{name}.weight_packed": integers.words(matrix.values.int() + 2 ** (layout.bits - 1), layout.bits),
             f"{name}.weight_scale": matrix.scales,
@@ -79,7 +79,7 @@ class CompressedTensors(GroupedExport):
 
 
 def _weights(bits: int, group_size: int | None) -> dict[str, Any]:
-    """Arguments of the quantization of weights, in the words of the package."""
+    """The `QuantizationArgs` of weights, as the package writes them."""
     return {
         "num_bits": bits,
         "type": "int",
@@ -92,4 +92,4 @@ def _weights(bits: int, group_size: int | None) -> dict[str, Any]:
     }
 
 
-EXPORT = CompressedTensors()
+EXPORTER = CompressedTensors()

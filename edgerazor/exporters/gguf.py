@@ -1,11 +1,11 @@
 """GGUF, for llama.cpp: every tensor in the smallest GGML type that holds its codes exactly.
 
-`gguf` writes blocks from codes and scales (`_gguf_blocks.py`); no quantizer of GGML ever sees the weights. One tensor
-has one type, so a matrix whose rows are ternary and int4 takes what the int4 ones need, and types of few bits share an
-fp16 number among 256 weights, so smaller groups need a type of blocks of 32. Both cost size, never exactness, and are
-said before anything is written. `gguf-tq2` has ternary matrices in TQ2_0 (2.06 bits, unpacked faster than TQ1_0's
-1.69). `gguf-f16` and `gguf-f32` write decoded weights, for comparison: fp16 rounds what has more than 11 bits, int4
-times an fp16 scale for instance, and is refused then; float32 never rounds.
+`gguf` writes blocks from codes and scales (`core/gguf_blocks.py`); no quantizer of GGML ever sees the weights. One
+tensor has one type, so a matrix whose rows are ternary and int4 takes what the int4 ones need, and types of few bits
+share an fp16 number among 256 weights, so smaller groups need a type of blocks of 32. Both cost size, never exactness,
+and are said before anything is written. `gguf-tq2` has ternary matrices in TQ2_0 (2.06 bits, unpacked faster than
+TQ1_0's 1.69). `gguf-f16` and `gguf-f32` write decoded weights, for comparison: fp16 rounds what has more than 11 bits,
+int4 times an fp16 scale for instance, and is refused then; float32 never rounds.
 
 Activation and cache bits are no part of a GGUF file: llama.cpp rounds inputs to 8 bits in a way of its own.
 """
@@ -26,16 +26,20 @@ import torch
 from torch import Tensor
 
 from edgerazor import __version__, models, untrusted, workdir
+from edgerazor.errors import UserError, plain
 from edgerazor.exporters.core import gguf_blocks as blocks
-from edgerazor.exporters.core import gguf_families as families
-from edgerazor.exporters.core import gguf_tokens as tokens
-from edgerazor.exporters.core.base import Export, ExportPlan, ExportResult, PlannedTensor, refuse_lossy
-from edgerazor.exporters.core.gguf_blocks import Misfit
-from edgerazor.exporters.core.gguf_sizes import causes
+from edgerazor.exporters.core.base import Exporter, ExportPlan, ExportResult, PlannedTensor, refuse_lossy
+from edgerazor.exporters.core.gguf_blocks import InexactError
+from edgerazor.exporters.core.gguf_metadata import add_metadata, context_length, gguf_architecture, rope_factors
+from edgerazor.exporters.core.gguf_names import ROPE_FACTORS, file_order, gguf_name, row_order
+from edgerazor.exporters.core.gguf_size_causes import size_causes
+from edgerazor.exporters.core.gguf_vocabulary import Vocabulary, build_vocabulary
+from edgerazor.families import GgufArchitecture
 from edgerazor.formats import INPUT_SCALE, OF_INPUTS
 from edgerazor.packed import PackedModel, TensorClass, has_zero_points
 
 FILE = "model.gguf"
+LARGEST_FLOAT32 = float(torch.finfo(torch.float32).max)
 #: Why an export of decoded weights is large.
 DECODED = "It holds decoded weights; `gguf` holds codes."
 ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
@@ -43,37 +47,41 @@ GgmlType = gguf.GGMLQuantizationType
 
 
 @dataclass(frozen=True)
-class Subject:
+class GgufModel:
     """A packed model and what llama.cpp must know about it.
 
     Attributes:
         model: the packed model.
         config: its whole configuration.
-        family: its architecture.
+        architecture: what llama.cpp makes of it.
         vocabulary: its tokenizer.
         others: tensors that are not quantized; under an empty name, factors of its rotary frequencies, if any.
     """
 
     model: PackedModel
     config: dict[str, Any]
-    family: families.Family
-    vocabulary: tokens.Vocabulary
+    architecture: GgufArchitecture
+    vocabulary: Vocabulary
     others: dict[str, Tensor]
 
     @classmethod
-    def of(cls, model: PackedModel) -> Subject:
-        """UserError where llama.cpp does not know such a model."""
+    def of(cls, model: PackedModel) -> GgufModel:
+        """Read what llama.cpp must know.
+
+        Raises:
+            UserError: llama.cpp does not know such a model.
+        """
         config = models.complete_config(model.folder)
-        family = families.family_of(config)
+        architecture = gguf_architecture(config)
         others = model.others()
-        factors = families.rope_factors(config)
+        factors = rope_factors(config)
         if factors is not None:
             others[""] = factors
-        return cls(model, config, family, _vocabulary(model.folder, config), others)
+        return cls(model, config, architecture, _vocabulary(model.folder, config), others)
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceTensor:
     """A tensor of the packed model and what becomes of it.
 
     Attributes:
@@ -89,8 +97,8 @@ class Source:
     order: Tensor | None
 
 
-class Gguf(Export):
-    """One way to write GGUF files.
+class Gguf(Exporter):
+    """An exporter of GGUF files.
 
     Args:
         name: as in `--export`.
@@ -105,65 +113,67 @@ class Gguf(Export):
         self.name, self.describe = name, describe
         self.blocks, self.floats = tuple(quantized), tuple(floats)
 
-    def variants(self) -> Sequence[Export]:
+    def variants(self) -> Sequence[Exporter]:
         return VARIANTS
 
     def check(self, folder: Path) -> None:
-        """Family and tokenizer."""
+        """Check family and tokenizer."""
         config = models.complete_config(folder)
-        families.family_of(config)
+        gguf_architecture(config)
         _vocabulary(folder, config)
 
     def plan(self, model: PackedModel) -> ExportPlan:
-        """Types by the codes themselves: every matrix is read once."""
-        subject = Subject.of(model)
-        tensors = tuple(self._planned(subject, source) for source in _sources(subject))
-        metadata = _metadata_bytes(subject, tensors)
+        """Choose types by the codes themselves: every matrix is read once."""
+        gguf_model = GgufModel.of(model)
+        tensors = tuple(self._planned(gguf_model, source) for source in _sources(gguf_model))
+        metadata = _metadata_bytes(gguf_model, tensors)
         return ExportPlan(
             export=self.name,
             tensors=tensors,
             bytes=metadata + sum(_padded(tensor.bytes) for tensor in tensors),
             packed_bytes=sum(file.stat().st_size for file in model.files()),
             weights=sum(tensor.weights for tensor in tensors if tensor.name),
-            causes=tuple(causes(model, tensors, metadata) if self.blocks else (DECODED,)),
-            notes=tuple(_notes(subject)),
+            causes=tuple(size_causes(model, tensors, metadata) if self.blocks else (DECODED,)),
+            notes=tuple(_notes(gguf_model)),
         )
 
     def write(self, model: PackedModel, folder: Path, plan: ExportPlan) -> ExportResult:
-        """`model.gguf` in that folder."""
+        """Write `model.gguf` into that folder."""
         return self.write_file(model, folder / FILE, plan)
 
     def write_file(self, model: PackedModel, file: Path, plan: ExportPlan) -> ExportResult:
-        """The same under another name."""
+        """Write the export as one file of that name."""
         workdir.write_atomically(file, functools.partial(self._fill, model, plan))
         return ExportResult.of(plan, file, file.stat().st_size)
 
     def _fill(self, model: PackedModel, plan: ExportPlan, path: Path) -> None:
-        subject = Subject.of(model)
-        sources = {source.target: source for source in _sources(subject)}
-        writer = _begin(path, subject, plan.tensors)
+        gguf_model = GgufModel.of(model)
+        sources = {source.target: source for source in _sources(gguf_model)}
+        writer = _begin(path, gguf_model, plan.tensors)
         try:
             for tensor in plan.tensors:
-                writer.write_tensor_data(_tensor_bytes(subject, sources[tensor.target], tensor))
+                writer.write_tensor_data(_tensor_bytes(gguf_model, sources[tensor.target], tensor))
         finally:
             writer.close()
 
-    def _planned(self, subject: Subject, source: Source) -> PlannedTensor:
+    def _planned(self, gguf_model: GgufModel, source: SourceTensor) -> PlannedTensor:
         """The type of one tensor."""
         kind: TensorClass = "other"
         bits = 0.0
         if source.matrix is not None:
-            packed = subject.model.matrix(source.matrix)
-            kind, matrix = packed.kind, blocks.Matrix(packed.encoded, packed.spec)
+            packed = gguf_model.model.matrix(source.matrix)
+            kind, matrix = packed.kind, blocks.BlockMatrix(packed.encoded, packed.spec)
             count = math.prod(matrix.shape)
             bits = packed.spec.nominal_bits(matrix.shape) + 16 * packed.encoded.scales.numel() / count
-            tests: Tests = [(each.type, functools.partial(blocks.check_blocks, each, matrix)) for each in self.blocks]
-            tests += [(each, functools.partial(blocks.check_floats, each, matrix)) for each in self.floats]
+            tests: Tests = [
+                (block.type, functools.partial(blocks.check_blocks, block, matrix)) for block in self.blocks
+            ]
+            tests += [(type_, functools.partial(blocks.check_floats, type_, matrix)) for type_ in self.floats]
         else:
-            values = subject.others[source.name]
+            values = gguf_model.others[source.name]
             count = values.numel()
-            wide = (GgmlType.F32,) if values.dim() < 2 else self.floats  # llama.cpp wants norms and biases so
-            tests = [(each, functools.partial(blocks.float_bytes, each, values)) for each in wide]
+            floats = (GgmlType.F32,) if values.dim() < 2 else self.floats  # llama.cpp wants norms and biases so
+            tests = [(type_, functools.partial(blocks.float_bytes, type_, values)) for type_ in floats]
         chosen, reason = _smallest(tests)
         size, width = gguf.GGML_QUANT_SIZES[chosen]
         return PlannedTensor(
@@ -178,18 +188,18 @@ class Gguf(Export):
         )
 
 
-#: Types, the smallest first, each with a function that raises Misfit where it is not exact.
+#: Types, the smallest first, each with a function that raises InexactError where it is not exact.
 Tests: TypeAlias = list[tuple[gguf.GGMLQuantizationType, Callable[[], object]]]
 
 
 def _smallest(tests: Tests) -> tuple[gguf.GGMLQuantizationType, str]:
-    """The first type that fits, or the last one and why it does not."""
+    """The first type that is exact, or the last one and why it is not."""
     reason = ""
     for chosen, test in tests:
         try:
             test()
-        except Misfit as misfit:
-            reason = str(misfit)
+        except InexactError as error:
+            reason = str(error)
         else:
             return chosen, ""
     return tests[-1][0], reason
@@ -215,7 +225,7 @@ def export(
     Raises:
         UserError: llama.cpp does not know the family or the tokenizer, weights would change, or the folder is damaged.
     """
-    chosen = EXPORT if quantized else F16
+    chosen = EXPORTER if quantized else F16
     chosen.check(folder)
     model = PackedModel.open(folder)
     plan = chosen.plan(model)
@@ -228,45 +238,47 @@ def export(
 # What is in the file ----------------------------------------------------------------------------------------------
 
 
-def _sources(subject: Subject) -> list[Source]:
+def _sources(gguf_model: GgufModel) -> list[SourceTensor]:
     """All tensors of the file, in its order."""
-    matrices = {f"{name}.weight": name for name in subject.model.header.matrices}
-    found = []
-    for name in (*matrices, *(each for each in subject.others if each.rpartition(".")[2] not in OF_INPUTS)):
-        target = families.target_name(subject.family, name) if name else families.ROPE_FACTORS
-        order = families.row_order(subject.family, subject.config, target)
-        found.append(Source(name, target, matrices.get(name), order))
-    return sorted(found, key=lambda source: families.place(source.target))
+    matrices = {f"{name}.weight": name for name in gguf_model.model.header.matrices}
+    sources = []
+    others = [name for name in gguf_model.others if name.rpartition(".")[2] not in OF_INPUTS]
+    for name in (*matrices, *others):
+        target = gguf_name(gguf_model.architecture, name) if name else ROPE_FACTORS
+        order = row_order(gguf_model.architecture, gguf_model.config, target)
+        sources.append(SourceTensor(name, target, matrices.get(name), order))
+    return sorted(sources, key=lambda source: file_order(source.target))
 
 
-def _tensor_bytes(subject: Subject, source: Source, planned: PlannedTensor) -> blocks.Bytes:
+def _tensor_bytes(gguf_model: GgufModel, source: SourceTensor, planned: PlannedTensor) -> blocks.Bytes:
     """The data of one tensor, as planned."""
     chosen, lossy = gguf.GGMLQuantizationType[planned.type], not planned.exact
     if source.matrix is not None:
-        packed = subject.model.matrix(source.matrix)
-        matrix = blocks.Matrix(packed.encoded, packed.spec, source.order)
+        packed = gguf_model.model.matrix(source.matrix)
+        matrix = blocks.BlockMatrix(packed.encoded, packed.spec, source.order)
         if chosen in blocks.FLOATS:
             return blocks.write_floats(chosen, matrix, lossy)
-        return blocks.write_blocks(next(each for each in blocks.BLOCKS if each.type == chosen), matrix)
-    values = subject.others[source.name]
+        return blocks.write_blocks(next(block for block in blocks.BLOCKS if block.type == chosen), matrix)
+    values = gguf_model.others[source.name]
     if source.order is not None:
         values = values[source.order]
     return blocks.float_bytes(chosen, values, lossy)
 
 
-def _begin(path: Path, subject: Subject, tensors: Sequence[PlannedTensor]) -> gguf.GGUFWriter:
-    """A file with all but the data of the tensors."""
-    writer = gguf.GGUFWriter(path, subject.family.architecture)
-    teacher = subject.model.header.provenance.get("teacher")
+def _begin(path: Path, gguf_model: GgufModel, tensors: Sequence[PlannedTensor]) -> gguf.GGUFWriter:
+    """A new file with everything but the data of the tensors."""
+    writer = gguf.GGUFWriter(path, gguf_model.architecture.name)
+    teacher = gguf_model.model.header.provenance.get("teacher")
     name = teacher.get("name") if isinstance(teacher, dict) else None
     writer.add_name(str(name or "model").rstrip("/").split("/")[-1])
     writer.add_description(f"written by edgerazor {__version__} from codes and scales")
     writer.add_file_type(_file_type(tensors))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    families.add_metadata(writer, subject.config)
-    subject.vocabulary.add_to(writer)
+    add_metadata(writer, gguf_model.architecture, gguf_model.config)
+    gguf_model.vocabulary.add_to(writer)
+    _check_metadata(writer)
     for tensor in tensors:
-        shape = _byte_shape(subject, tensor)
+        shape = _byte_shape(gguf_model, tensor)
         writer.add_tensor_info(tensor.target, shape, _UINT8, tensor.bytes, gguf.GGMLQuantizationType[tensor.type])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -277,49 +289,69 @@ def _begin(path: Path, subject: Subject, tensors: Sequence[PlannedTensor]) -> gg
 _UINT8 = torch.empty(0, dtype=torch.uint8).numpy().dtype
 
 
-def _byte_shape(subject: Subject, tensor: PlannedTensor) -> tuple[int, ...]:
+def _byte_shape(gguf_model: GgufModel, tensor: PlannedTensor) -> tuple[int, ...]:
     """Shape of a tensor in bytes, rows first."""
-    entry = subject.model.header.matrices.get(tensor.name.removesuffix(".weight"))
-    shape = entry.shape if entry else tuple(subject.others[tensor.name].shape)
+    entry = gguf_model.model.header.matrices.get(tensor.name.removesuffix(".weight"))
+    shape = entry.shape if entry else tuple(gguf_model.others[tensor.name].shape)
     return (*shape[:-1], tensor.bytes // math.prod(shape[:-1]))
 
 
 def _file_type(tensors: Sequence[PlannedTensor]) -> gguf.LlamaFileType:
-    """Named after the type that most weights of linear layers have."""
+    """The file type, named after the type that most weights of linear layers have."""
     counts: dict[str, int] = {}
     for tensor in tensors:
         if tensor.kind == "linear":
             counts[tensor.type] = counts.get(tensor.type, 0) + tensor.weights
-    name = max(counts, key=lambda each: counts[each])
+    name = max(counts, key=lambda type_: counts[type_])
     special = {"F32": "ALL_F32", "Q3_K": "MOSTLY_Q3_K_S"}
     return gguf.LlamaFileType[special.get(name, f"MOSTLY_{name}")]
 
 
-def _vocabulary(folder: Path, config: dict[str, Any]) -> tokens.Vocabulary:
+def _vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:
     """The tokenizer of a folder, as llama.cpp's."""
     ends: Any = None
     with contextlib.suppress(OSError, ValueError):  # it may be missing
         ends = untrusted.load_json(folder / "generation_config.json").get("eos_token_id")
     listed = ends if isinstance(ends, list) else [ends]
     numbers = [number for number in listed if isinstance(number, int)]
-    return tokens.vocabulary(models.load_tokenizer(folder), config["vocab_size"], numbers)
+    return build_vocabulary(models.load_tokenizer(folder), config["vocab_size"], numbers)
 
 
 def _padded(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def _metadata_bytes(subject: Subject, tensors: Sequence[PlannedTensor]) -> int:
+def _check_metadata(writer: gguf.GGUFWriter) -> None:
+    """Make sure that every number fits its type, as configurations may hold any.
+
+    Raises:
+        UserError: one does not.
+    """
+    ranges = {gguf.GGUFValueType.UINT32: (0, 2**32 - 1), gguf.GGUFValueType.INT32: (-(2**31), 2**31 - 1)}
+    for name, entry in (pair for shard in writer.kv_data for pair in shard.items()):
+        value = entry.value
+        if entry.type in ranges:
+            least, most = ranges[entry.type]
+            fits = isinstance(value, int) and least <= value <= most
+        elif entry.type == gguf.GGUFValueType.FLOAT32:
+            fits = isinstance(value, int | float) and abs(value) <= LARGEST_FLOAT32
+        else:
+            fits = entry.type != gguf.GGUFValueType.STRING or isinstance(value, str)
+        if not fits:
+            raise UserError(f"The model gives {plain(value, 40)} as {name}, which GGUF cannot hold.")
+
+
+def _metadata_bytes(gguf_model: GgufModel, tensors: Sequence[PlannedTensor]) -> int:
     """Bytes before the data of the first tensor."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / FILE
-        _begin(path, subject, tensors).close()
+        _begin(path, gguf_model, tensors).close()
         return _padded(path.stat().st_size)
 
 
-def _notes(subject: Subject) -> Iterator[str]:
-    """What the file cannot say."""
-    settings = subject.model.header.settings
+def _notes(gguf_model: GgufModel) -> Iterator[str]:
+    """What the file cannot say about the model."""
+    settings = gguf_model.model.header.settings
     bits = ", ".join(
         f"{name.replace('_', ' ')} {value}"
         for name, value in settings.items()
@@ -330,22 +362,22 @@ def _notes(subject: Subject) -> Iterator[str]:
             f"The packed model computes with {bits}; GGUF has no place for that: llama.cpp rounds inputs of quantized "
             "matrices to 8 bits in its own way, and the cache as its options --cache-type-k and --cache-type-v say."
         )
-    if any(name.endswith(INPUT_SCALE) for name in subject.others):
-        what = "scales and zero points" if has_zero_points(subject.others) else "scales"
+    if any(name.endswith(INPUT_SCALE) for name in gguf_model.others):
+        what = "scales and zero points" if has_zero_points(gguf_model.others) else "scales"
         yield f"Stored {what} of inputs are left out: llama.cpp finds a scale for each block of inputs itself."
-    yield from filter(None, [families.context_length(subject.config)[1]])
-    yield from subject.vocabulary.notes
+    yield from filter(None, [context_length(gguf_model.architecture, gguf_model.config)[1]])
+    yield from gguf_model.vocabulary.notes
 
 
-_BLOCKS = [each for each in blocks.BLOCKS if each.type != GgmlType.TQ2_0]
+_BLOCKS = [block for block in blocks.BLOCKS if block.type != GgmlType.TQ2_0]
 _FLOATS = (GgmlType.F16, GgmlType.BF16, GgmlType.F32)
-EXPORT = Gguf("gguf", "llama.cpp: the smallest types that hold the codes exactly", _BLOCKS, _FLOATS)
+EXPORTER = Gguf("gguf", "llama.cpp: the smallest types that hold the codes exactly", _BLOCKS, _FLOATS)
 TQ2 = Gguf(
     "gguf-tq2",
     "llama.cpp: the same, with ternary matrices in TQ2_0",
-    [each for each in blocks.BLOCKS if each.type != GgmlType.TQ1_0],
+    [block for block in blocks.BLOCKS if block.type != GgmlType.TQ1_0],
     _FLOATS,
 )
 F16 = Gguf("gguf-f16", "llama.cpp: decoded weights in fp16", (), (GgmlType.F16,))
 F32 = Gguf("gguf-f32", "llama.cpp: decoded weights in float32", (), (GgmlType.F32,))
-VARIANTS = (EXPORT, TQ2, F16, F32)
+VARIANTS = (EXPORTER, TQ2, F16, F32)

@@ -28,12 +28,12 @@ from torch import Tensor
 
 from edgerazor import __version__, formats
 from edgerazor.exporters.core import integers
-from edgerazor.exporters.core.grouped import GroupedExport, Layout
+from edgerazor.exporters.core.grouped import GroupedExporter, Layout
 from edgerazor.exporters.core.integers import Integers
 from edgerazor.packed import PackedModel, TensorSpec
 
 
-class Gptq(GroupedExport):
+class Gptq(GroupedExporter):
     """Integers are packed along the columns, zero points along the rows, so both fill whole words."""
 
     name = "gptq"
@@ -54,7 +54,7 @@ class Gptq(GroupedExport):
         }
 
     def tensors(self, name: str, matrix: Integers, layout: Layout) -> dict[str, Tensor]:
-        """The same, from integers in groups of the layout's size."""
+        """The tensors of `specs`, from integers in groups of the layout's size."""
         zero = 2 ** (layout.bits - 1)
         zeros = torch.full(matrix.scales.T.shape, zero - 1)
         columns = torch.arange(matrix.values.shape[1], dtype=torch.int32)
@@ -95,4 +95,4 @@ def _described(layout: Layout, columns: int) -> tuple[tuple[str, int], ...]:
     return ("bits", layout.bits), ("group_size", -1 if group is None else group)
 
 
-EXPORT = Gptq()
+EXPORTER = Gptq()

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from edgerazor.exporters.core import folder as folder_
-from edgerazor.exporters.core.base import Export, ExportPlan, ExportResult, PlannedTensor
-from edgerazor.exporters.core.exact import holds
+from edgerazor.exporters.core import hf_folder
+from edgerazor.exporters.core.base import Exporter, ExportPlan, ExportResult, PlannedTensor
+from edgerazor.exporters.core.exact_dtypes import holds
 from edgerazor.packed import DTYPE_NAMES, DTYPES, PackedModel, size_table
 
 
@@ -26,7 +26,7 @@ class DequantizedPlan(ExportPlan):
     dtype: str
 
 
-class Dequantized(Export):
+class Dequantized(Exporter):
     """A folder that transformers and everything built on it reads, without us.
 
     Args:
@@ -38,9 +38,9 @@ class Dequantized(Export):
     def __init__(self, name: str, describe: str, dtypes: Sequence[torch.dtype]) -> None:
         self.name, self.describe, self.dtypes = name, describe, tuple(dtypes)
 
-    def variants(self) -> Sequence[Export]:
+    def variants(self) -> Sequence[Exporter]:
         """`hf` and `hf-f32`."""
-        return (EXPORT, FLOAT32)
+        return (EXPORTER, FLOAT32)
 
     def check(self, folder: Path) -> None:
         """Nothing is refused: the folder has the layout of the model that was packed."""
@@ -57,7 +57,7 @@ class Dequantized(Export):
             packed_bytes=sizes.bytes,
             weights=sizes.parameters,
             causes=(f"Every weight takes {8 * dtype.itemsize} bits.",),
-            notes=folder_.notes(model),
+            notes=hf_folder.notes(model),
             dtype=DTYPE_NAMES[dtype],
         )
 
@@ -81,25 +81,25 @@ class Dequantized(Export):
     def write(self, model: PackedModel, folder: Path, plan: ExportPlan) -> ExportResult:
         """Write the weights and what makes the folder usable."""
         assert isinstance(plan, DequantizedPlan)
-        matrices = [folder_.decoded_piece(model, name, plan.dtype) for name in model.header.matrices]
-        rest = folder_.others_piece(model, lambda stored: plan.dtype if _is_float(stored) else stored)
-        folder_.write_weights(folder, [*matrices, rest])
-        folder_.write_companions(model, folder, dtype=str(DTYPES[plan.dtype]).removeprefix("torch."))
-        return ExportResult.of(plan, folder, folder_.weight_bytes(folder))
+        matrices = [hf_folder.decoded_piece(model, name, plan.dtype) for name in model.header.matrices]
+        rest = hf_folder.others_piece(model, lambda stored: plan.dtype if _is_float(stored) else stored)
+        hf_folder.write_weights(folder, [*matrices, rest])
+        hf_folder.write_companions(model, folder, dtype=str(DTYPES[plan.dtype]).removeprefix("torch."))
+        return ExportResult.of(plan, folder, hf_folder.weight_bytes(folder))
 
 
 def _weights(model: PackedModel) -> Iterator[tuple[str, Tensor]]:
     """Every floating tensor of the model, and its name in the packed model."""
     for name in model.header.matrices:
-        yield name, folder_.decoded(model, name)
+        yield name, hf_folder.decoded(model, name)
     tensors = model.others()
-    yield from ((name, tensors[name]) for name, (dtype, _) in folder_.others(model).items() if _is_float(dtype))
+    yield from ((name, tensors[name]) for name, (dtype, _) in hf_folder.others(model).items() if _is_float(dtype))
 
 
 def _planned(model: PackedModel, dtype: torch.dtype, changed: set[str]) -> Iterator[PlannedTensor]:
     """Each tensor of the model; numbers that are not floating keep their dtype."""
     reason = f"{DTYPE_NAMES[dtype]} rounds some of them, and `--export hf-f32` none"
-    rest = {name: ("other", name, shape, own) for name, (own, shape) in folder_.others(model).items()}
+    rest = {name: ("other", name, shape, own) for name, (own, shape) in hf_folder.others(model).items()}
     matrices = {
         name: (entry.kind, f"{name}.weight", entry.shape, "F32") for name, entry in model.header.matrices.items()
     }
@@ -120,5 +120,5 @@ def _is_float(dtype: str) -> bool:
     return DTYPES[dtype].is_floating_point
 
 
-EXPORT = Dequantized("hf", "Hugging Face safetensors, dequantized to 16 bits", (torch.float16, torch.bfloat16))
+EXPORTER = Dequantized("hf", "Hugging Face safetensors, dequantized to 16 bits", (torch.float16, torch.bfloat16))
 FLOAT32 = Dequantized("hf-f32", "Hugging Face safetensors, dequantized to 32 bits", (torch.float32,))

@@ -1,11 +1,10 @@
-"""Number formats: weights <-> codes <-> bytes. Each file here whose name has no underscore is a format.
+"""Number formats: weights <-> codes <-> bytes. Each file of this folder is a format; `core` has what they share.
 
-Read `_base.py` first (what a format is), then `ternary.py` (the shortest real one), `_matrix.py` (rows or blocks of
-different formats), `_learned.py` (scales that are trained), `_start.py` (better ones to begin with) and
-`_activations.py`.
+Read `core/base.py` first (what a format is), then `ternary.py` (a whole one), `core/matrix.py` (rows or blocks of
+different formats), `core/least_error.py`, `core/clip.py` and `core/gptq.py` (better scales and codes), `core/lsq.py`
+(scales that are trained), and `core/activations.py`.
 """
 
-from edgerazor import registry
 from edgerazor.formats.core.activations import (
     fake_quantize_activations,
     fake_quantize_kv,
@@ -13,11 +12,11 @@ from edgerazor.formats.core.activations import (
     quantize_activations,
 )
 from edgerazor.formats.core.base import Encoded, Format, group_count, straight_through
-from edgerazor.formats.core.gptq import gptq_quantize, search_scales
-from edgerazor.formats.core.indices import index_columns
-from edgerazor.formats.core.joined import joined, joined_blocks, separated
+from edgerazor.formats.core.clip import search_scales
+from edgerazor.formats.core.gptq import gptq_quantize
+from edgerazor.formats.core.indices import index_row_bytes
 from edgerazor.formats.core.layout import ROWS
-from edgerazor.formats.core.least_error import reaching_units, search_with
+from edgerazor.formats.core.least_error import ScaleGrid, absmax_units, use_scale_search
 from edgerazor.formats.core.lsq import initial_scales, learned_weight, rebase_weight, ste_target, stored_scales
 from edgerazor.formats.core.matrix import (
     BLOCK_FORMATS,
@@ -32,7 +31,7 @@ from edgerazor.formats.core.matrix import (
     encoded_parts,
     fake_quantize_matrix,
     get,
-    joined_bytes,
+    names,
     pack_matrix,
     part_shapes,
     quantize_dequantize,
@@ -41,6 +40,7 @@ from edgerazor.formats.core.matrix import (
     unpack_matrix,
     unpack_spec,
 )
+from edgerazor.formats.core.serialization import deserialize_part, serialize_parts, stored_row_blocks
 from edgerazor.formats.core.static import (
     INPUT_SCALE,
     INPUT_ZERO_POINT,
@@ -71,10 +71,13 @@ __all__ = [
     "Encoded",
     "Format",
     "MatrixSpec",
+    "ScaleGrid",
     "Streams",
+    "absmax_units",
     "calibrated_scale",
     "code_parts",
     "decode_matrix",
+    "deserialize_part",
     "digest",
     "encode_matrix",
     "encoded_parts",
@@ -87,11 +90,8 @@ __all__ = [
     "get",
     "gptq_quantize",
     "group_count",
-    "index_columns",
+    "index_row_bytes",
     "initial_scales",
-    "joined",
-    "joined_blocks",
-    "joined_bytes",
     "learned_weight",
     "magnitude_counts",
     "names",
@@ -100,13 +100,12 @@ __all__ = [
     "quantize_activations",
     "quantize_dequantize",
     "quantize_static",
-    "reaching_units",
     "rebase_weight",
     "scale_stream_bytes",
     "search_scales",
-    "search_with",
-    "separated",
+    "serialize_parts",
     "ste_target",
+    "stored_row_blocks",
     "stored_scales",
     "stored_shapes",
     "straight_through",
@@ -115,10 +114,6 @@ __all__ = [
     "to_streams",
     "unpack_matrix",
     "unpack_spec",
+    "use_scale_search",
     "whole_zero_point",
 ]
-
-
-def names() -> list[str]:
-    """Names of the number formats, sorted."""
-    return registry.names("formats")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from edgerazor.formats.core.base import Format, absolute_sum
-from edgerazor.formats.core.least_error import Ladder, geometric
+from edgerazor.formats.core.least_error import ScaleGrid, geometric
 
 
 class HalfOffset(Format):
@@ -19,20 +19,20 @@ class HalfOffset(Format):
     name = "int2"
     nominal_bits = 2.0
     code_bits = 2
-    minimum, maximum = -2, 1
+    min_rule_code, max_code = -2, 1
     rounding = "middle"
-    ladder = Ladder(geometric(0.85, 1.2, 4), spread=1.0, reaching=False)
+    grid = ScaleGrid(geometric(0.85, 1.2, 4), rms_factor=1.0, absmax=False)
 
     def scale_rule(self, groups: Tensor) -> Tensor:
         """`mean|w|` of each group: float32 [..., group] to float64 [...]."""
         return absolute_sum(groups).div_(groups.shape[-1])
 
-    def choose_(self, ratios: Tensor, smallest: int) -> Tensor:
-        """The interval that each ratio lies in."""
-        return ratios.floor_().clamp_(smallest, self.maximum)
+    def round_to_code_(self, ratios: Tensor, min_code: int) -> Tensor:
+        """The code of the interval that each ratio lies in."""
+        return ratios.floor_().clamp_(min_code, self.max_code)
 
     def level_(self, codes: Tensor) -> Tensor:
-        """The middle of the interval."""
+        """The middle of each code's interval."""
         return codes.add_(0.5)
 
 

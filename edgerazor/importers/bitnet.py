@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from edgerazor.errors import UserError
-from edgerazor.importers.core.base import Importer, Integers, MisfitError, Source, Stored
-from edgerazor.importers.core.folder import FolderSource, settings
+from edgerazor.importers.core.base import Importer, IntegerMatrix, SourceModel, Stored, UnrepresentableError
+from edgerazor.importers.core.safetensors_folder import FolderSource, read_settings
 
 SCALE = "weight_scale"
 ROWS = 4
@@ -28,13 +28,13 @@ class BitNet(Importer):
     describe = "BitNet b1.58 safetensors of transformers, packed four weights to a byte"
 
     def recognises(self, path: Path) -> bool:
-        """By the method in config.json."""
-        found = settings(path).get("quantization_config")
-        return isinstance(found, dict) and found.get("quant_method") == "bitnet"
+        """Whether config.json names this method."""
+        quantization = read_settings(path).get("quantization_config")
+        return isinstance(quantization, dict) and quantization.get("quant_method") == "bitnet"
 
-    def open(self, path: Path) -> Source:
-        """The folder."""
-        return BitNetSource(path, settings(path))
+    def open(self, path: Path) -> SourceModel:
+        """Open the folder."""
+        return BitNetSource(path, read_settings(path))
 
 
 class BitNetSource(FolderSource):
@@ -43,36 +43,36 @@ class BitNetSource(FolderSource):
     activation_bits = 8
 
     def __init__(self, path: Path, values: dict[str, Any]) -> None:
-        said = values.pop("quantization_config")
-        if said.get("quantization_mode", "offline") != "offline" or said.get("use_rms_norm"):
+        quantization = values.pop("quantization_config")
+        if quantization.get("quantization_mode", "offline") != "offline" or quantization.get("use_rms_norm"):
             raise UserError(
                 f"{path} holds weights that are quantized anew at each step, or norms inside of linear layers.",
                 "Give a checkpoint with packed weights (quantization_mode offline, use_rms_norm false).",
             )
         super().__init__(path, values)
         self.refuse_plain("BitNet", f"a {SCALE}")
-        self.divides = said.get("linear_class", "bitlinear") == "bitlinear"
+        self.divides = quantization.get("linear_class", "bitlinear") == "bitlinear"
         self.activation_group = max(int(self.config[key]) for key in ("hidden_size", "intermediate_size"))
 
     def names(self) -> set[str]:
-        """All but the scales."""
+        """Names of all tensors but the scales."""
         return {name for name in self.files if not name.endswith(f".{SCALE}")}
 
     def quantized(self, name: str) -> bool:
-        """Where the module has a scale."""
+        """Whether the module has a scale."""
         return name.endswith(".weight") and f"{name.removesuffix('.weight')}.{SCALE}" in self.files
 
     def read(self, name: str) -> Stored:
-        """Integers, where the module has a scale."""
+        """A tensor: integers where the module has a scale."""
         module = name.removesuffix(".weight")
         stored = self.tensor(name)
         if not self.quantized(name):
             return stored
         scale = self.tensor(f"{module}.{SCALE}").double().reshape(-1)
         if stored.dtype != torch.uint8 or stored.dim() != 2 or len(scale) != 1:
-            raise MisfitError("it is not packed, or has several scales")
+            raise UnrepresentableError("it is not packed, or has several scales")
         values = torch.cat([(stored >> 2 * i & 3).to(torch.int16) - 1 for i in range(ROWS)])
-        return Integers(values, (1 / scale if self.divides else scale).expand(len(values), 1), values.shape[1])
+        return IntegerMatrix(values, (1 / scale if self.divides else scale).expand(len(values), 1), values.shape[1])
 
 
-IMPORT = BitNet()
+IMPORTER = BitNet()

@@ -24,11 +24,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgerazor import models, untrusted, workdir
+from edgerazor import families, models, untrusted, workdir
 from edgerazor.errors import UserError, plain
-from edgerazor.exporters.core import gguf_families as families
-from edgerazor.exporters.core import gguf_tokens as tokens
-from edgerazor.importers.core.base import Importer, Integers, MisfitError, Source, Stored
+from edgerazor.exporters.core.gguf_metadata import gguf_architecture, rope_factors
+from edgerazor.exporters.core.gguf_names import ROPE_FACTORS, gguf_name, row_order
+from edgerazor.exporters.core.gguf_vocabulary import PATTERNS, build_vocabulary
+from edgerazor.importers.core.base import Importer, IntegerMatrix, SourceModel, Stored, UnrepresentableError
 from edgerazor.importers.core.gguf_file import MAGIC, TYPES, GgufFile
 
 Bytes = NDArray[np.uint8]
@@ -38,24 +39,24 @@ Decoder = Callable[[Bytes], tuple[Values, NDArray[np.float32]]]
 
 
 class Gguf(Importer):
-    """One file holds everything."""
+    """A single GGUF file."""
 
     name = "gguf"
     describe = "GGUF files of llama.cpp with ternary, Q4_0, Q8_0 and similar blocks"
 
     def recognises(self, path: Path) -> bool:
-        """By its first four bytes."""
+        """Whether a file begins with the four bytes of GGUF."""
         if not path.is_file():
             return False
         with path.open("rb") as file:
             return file.read(len(MAGIC)) == MAGIC
 
-    def open(self, path: Path) -> Source:
-        """Metadata, and where tensors lie."""
+    def open(self, path: Path) -> SourceModel:
+        """Read metadata, and where tensors lie."""
         return GgufSource(GgufFile(path))
 
 
-class GgufSource(Source):
+class GgufSource(SourceModel):
     """An opened file, with the names of transformers."""
 
     def __init__(self, file: GgufFile) -> None:
@@ -64,26 +65,26 @@ class GgufSource(Source):
         self.rebuilt = not (self.folder / "config.json").is_file()
         architecture = str(file.metadata.get("general.architecture"))
         self.config = rebuilt_config(file, architecture) if self.rebuilt else models.complete_config(self.folder)
-        self.family = families.family_of(self.config)
-        if self.family.architecture != architecture:
-            other = self.family.architecture
+        self.architecture = gguf_architecture(self.config)
+        if self.architecture.name != architecture:
             raise UserError(
-                f"{file.path} is a {architecture} model, but the config.json beside it is of a {other} one.",
+                f"{file.path} is a {architecture} model, but the config.json beside it is of a "
+                f"{self.architecture.name} one.",
                 "Move one of them to another folder.",
             )
-        known = {families.target_name(self.family, name): name for name in _every_name(self.config)}
+        known = {gguf_name(self.architecture, name): name for name in _every_name(self.config)}
         self.targets = {known[name]: name for name in file.tensors if name in known}
-        unknown = sorted(file.tensors.keys() - known.keys() - {families.ROPE_FACTORS})
+        unknown = sorted(file.tensors.keys() - known.keys() - {ROPE_FACTORS})
         if unknown:
             raise UserError(f"{file.path} has the tensor {unknown[0]}, which no {architecture} model has here.")
         self.notes = ("Configuration rebuilt from metadata.",) if self.rebuilt else ()
 
     def names(self) -> set[str]:
-        """Names of transformers."""
+        """Names of the tensors, as transformers has them."""
         return set(self.targets)
 
     def quantized(self, name: str) -> bool:
-        """By its type."""
+        """Whether a tensor's type is not a floating one."""
         return name in self.targets and self.file.type_name(self.targets[name]) not in FLOATS
 
     def read(self, name: str) -> Stored:
@@ -91,20 +92,20 @@ class GgufSource(Source):
         target = self.targets[name]
         tensor, kind = self.file.tensors[target], self.file.type_name(target)
         blocks = self.file.blocks(target)
-        order = families.row_order(self.family, self.config, target)
+        order = row_order(self.architecture, self.config, target)
         back = None if order is None else torch.argsort(order)
         if kind in FLOATS:
             values = torch.from_numpy(np.array(blocks)).view(FLOATS[kind]).reshape(tensor.shape)
             return values if back is None else values[back]
         if kind not in DECODERS or len(tensor.shape) != 2:
-            raise MisfitError(f"its type {kind} is not integers times one scale")
+            raise UnrepresentableError(f"its type {kind} is not integers times one scale")
         values, scales = _matrix(blocks, DECODERS[kind], *tensor.shape)
         if back is not None:
             values, scales = values[back], scales[back]
-        return Integers(values, scales, TYPES[tensor.type][1])
+        return IntegerMatrix(values, scales, TYPES[tensor.type][1])
 
     def write_tokenizer(self, folder: Path) -> None:
-        """That beside the file, or one rebuilt from metadata which gives the same metadata again."""
+        """Copy the tokenizer beside the file, or rebuild one from metadata that gives the same metadata again."""
         models.copy_companions(self.folder, folder)
         if any(folder.glob("tokenizer*")):
             return
@@ -137,13 +138,14 @@ def _every_name(config: Mapping[str, Any]) -> list[str]:
 
 
 def rebuilt_config(file: GgufFile, architecture: str) -> dict[str, Any]:
-    """A configuration from metadata.
+    """Rebuild a configuration from metadata.
 
     Raises:
         UserError: of a family that is not known, incomplete, or with positions that metadata does not describe.
     """
-    if architecture not in {family.architecture for family in families.FAMILIES.values()}:
-        known = ", ".join(sorted({family.architecture for family in families.FAMILIES.values()}))
+    model_types = [model_type for model_type, name in families.with_gguf().items() if name == architecture]
+    if not model_types:
+        known = ", ".join(sorted(set(families.with_gguf().values())))
         raise UserError(
             f"{file.path} is of the architecture {plain(architecture)}, and only {known} can be read from GGUF.",
             "Round the original model, from the folder or hub id that the file was made of: `edgerazor pack MODEL "
@@ -155,7 +157,7 @@ def rebuilt_config(file: GgufFile, architecture: str) -> dict[str, Any]:
         raise file.damaged("it has fewer tensors than layers")
     head = get.number("attention.key_length", get.number("rope.dimension_count", width // heads))
     config: dict[str, Any] = {
-        "model_type": architecture,
+        "model_type": architecture if architecture in model_types else model_types[0],
         "vocab_size": file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in file.tensors else 0,
         "hidden_size": width,
         "intermediate_size": get.number("feed_forward_length"),
@@ -165,7 +167,7 @@ def rebuilt_config(file: GgufFile, architecture: str) -> dict[str, Any]:
         "head_dim": head,
         "max_position_embeddings": get.number("context_length"),
         "rms_norm_eps": get.decimal("attention.layer_norm_rms_epsilon", 1e-6),
-        "rope_parameters": _rope(get),
+        "rope_parameters": _rope_parameters(get),
         "tie_word_embeddings": "output.weight" not in file.tensors,
     }
     # transformers has these of all four matrices of attention; qwen2's biases of three need no word.
@@ -175,61 +177,61 @@ def rebuilt_config(file: GgufFile, architecture: str) -> dict[str, Any]:
     for name in ("bos", "eos", "pad"):
         key = {"pad": "padding"}.get(name, name)
         config[f"{name}_token_id"] = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
-    _check_factors(file, config)
+    _restore_llama3_rope(file, config)
     return models.completed(config)
 
 
 class _Metadata:
-    """Values of one architecture."""
+    """Metadata whose keys begin with the architecture, checked by type and range."""
 
     def __init__(self, file: GgufFile, architecture: str) -> None:
         self.file, self.architecture = file, architecture
 
     def value(self, key: str, default: Any = None) -> Any:
-        found = self.file.metadata.get(f"{self.architecture}.{key}", default)
-        if found is None:
+        value = self.file.metadata.get(f"{self.architecture}.{key}", default)
+        if value is None:
             raise self.file.damaged(f"it does not say {self.architecture}.{key}")
-        return found
+        return value
 
     def number(self, key: str, default: int | None = None) -> int:
-        found = self.value(key, default)
-        if not isinstance(found, int) or not 0 < found < 1 << 31:
-            raise self.file.damaged(f"its {self.architecture}.{key} is {found!r}")
-        return found
+        value = self.value(key, default)
+        if not isinstance(value, int) or not 0 < value < 1 << 31:
+            raise self.file.damaged(f"its {self.architecture}.{key} is {value!r}")
+        return value
 
     def decimal(self, key: str, default: float | None = None) -> float:
         """A float32 number as it was written in decimals."""
-        found = self.value(key, default)
-        if not isinstance(found, float) or not 0 < found < math.inf:
-            raise self.file.damaged(f"its {self.architecture}.{key} is {found!r}")
-        return float(f"{found:.7g}")
+        value = self.value(key, default)
+        if not isinstance(value, float) or not 0 < value < math.inf:
+            raise self.file.damaged(f"its {self.architecture}.{key} is {value!r}")
+        return float(f"{value:.7g}")
 
 
-def _rope(get: _Metadata) -> dict[str, Any]:
+def _rope_parameters(get: _Metadata) -> dict[str, Any]:
     kind = get.value("rope.scaling.type", "none")
-    found: dict[str, Any] = {"rope_type": "default", "rope_theta": get.decimal("rope.freq_base", 10000.0)}
+    parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": get.decimal("rope.freq_base", 10000.0)}
     if kind == "none":
-        return found
-    found |= {"rope_type": kind, "factor": get.decimal("rope.scaling.factor")}
+        return parameters
+    parameters |= {"rope_type": kind, "factor": get.decimal("rope.scaling.factor")}
     if kind == "yarn":
-        found["original_max_position_embeddings"] = get.number("rope.scaling.original_context_length")
-    return found
+        parameters["original_max_position_embeddings"] = get.number("rope.scaling.original_context_length")
+    return parameters
 
 
-def _check_factors(file: GgufFile, config: dict[str, Any]) -> None:
-    """Take positions scaled as in the Llama 3 models from their factors, in place; refuse other factors."""
-    if families.ROPE_FACTORS not in file.tensors:
+def _restore_llama3_rope(file: GgufFile, config: dict[str, Any]) -> None:
+    """Restore the rotary parameters of the Llama 3 models from their factors, in place; refuse other factors."""
+    if ROPE_FACTORS not in file.tensors:
         return
-    if file.type_name(families.ROPE_FACTORS) != "F32":
-        raise file.damaged(f"{families.ROPE_FACTORS} is not F32")
-    stored = torch.from_numpy(np.array(file.blocks(families.ROPE_FACTORS))).view(torch.float32).flatten()
+    if file.type_name(ROPE_FACTORS) != "F32":
+        raise file.damaged(f"{ROPE_FACTORS} is not F32")
+    stored = torch.from_numpy(np.array(file.blocks(ROPE_FACTORS))).view(torch.float32).flatten()
     for factor in (8.0, 32.0):  # Llama 3.1, 3.2
-        parameters = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-        tried = {**config["rope_parameters"], **parameters, "original_max_position_embeddings": 8192}
-        tried["rope_type"] = "llama3"
-        factors = families.rope_factors({**config, "rope_parameters": tried})
+        scaling = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        candidate = {**config["rope_parameters"], **scaling, "original_max_position_embeddings": 8192}
+        candidate["rope_type"] = "llama3"
+        factors = rope_factors({**config, "rope_parameters": candidate})
         if factors is not None and factors.shape == stored.shape and torch.allclose(factors, stored, rtol=1e-5):
-            config["rope_parameters"] = tried
+            config["rope_parameters"] = candidate
             return
     raise UserError(
         f"{file.path} scales its rotary positions by factors that are not those of the Llama 3 models.",
@@ -239,12 +241,12 @@ def _check_factors(file: GgufFile, config: dict[str, Any]) -> None:
 
 def _set_pattern(file: Path, pre: str) -> None:
     """Cut text into words as the metadata say; transformers goes by the architecture alone."""
-    found = next((key for key, name in tokens.PATTERNS.items() if name == pre), None)
-    if found is None or not file.is_file():
+    pattern = next((key for key, name in PATTERNS.items() if name == pre), None)
+    if pattern is None or not file.is_file():
         return
-    steps, whole_words = found
-    about = untrusted.read_json(file, most_bytes=untrusted.MOST_BYTES_OF_OURS)
-    if about["model"]["type"] != "BPE":
+    steps, whole_words = pattern
+    tokenizer_json = untrusted.read_json(file, most_bytes=untrusted.MOST_BYTES_OF_OURS)
+    if tokenizer_json["model"]["type"] != "BPE":
         return
     cut: list[dict[str, Any]] = [
         {"type": "Digits", "individual_digits": True}
@@ -253,9 +255,9 @@ def _set_pattern(file: Path, pre: str) -> None:
         for step in steps
     ]
     cut.append({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False})
-    about["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": cut}
-    about["model"]["ignore_merges"] = whole_words
-    workdir.write_text(file, json.dumps(about, ensure_ascii=False))
+    tokenizer_json["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": cut}
+    tokenizer_json["model"]["ignore_merges"] = whole_words
+    workdir.write_text(file, json.dumps(tokenizer_json, ensure_ascii=False))
 
 
 def _tokenizer_problem(tokenizer: Any, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
@@ -267,13 +269,13 @@ def _tokenizer_problem(tokenizer: Any, config: Mapping[str, Any], metadata: Mapp
     if metadata.get("tokenizer.ggml.model") != "gpt2":
         return f"its model is {metadata.get('tokenizer.ggml.model')!r}, and only byte-level BPE can be rebuilt exactly"
     try:
-        again = tokens.vocabulary(tokenizer, int(config["vocab_size"]), [])
+        rebuilt = build_vocabulary(tokenizer, int(config["vocab_size"]), [])
     except UserError as error:
         return error.message.rstrip(".")
     names = {name: name for name in ("model", "pre", "tokens", "merges")} | {"add_bos": "add_bos_token"}
     for name, key in names.items():
         value = metadata.get(f"tokenizer.ggml.{key}")
-        if value is not None and getattr(again, name) != value:
+        if value is not None and getattr(rebuilt, name) != value:
             return f"its {name} would be another one"
     return ""
 
@@ -296,8 +298,8 @@ def _fields(octets: Bytes, width: int, run: int) -> Values:
 def _trits(octets: Bytes, count: int, run: int) -> Values:
     """Base-3 digits of fractions of 256, the first one first, in runs of bytes as `_fields`."""
     powers = np.array([1, 3, 9, 27, 81][:count], dtype=np.uint8).reshape(1, 1, -1, 1)
-    turned = octets.reshape(len(octets), -1, 1, run) * powers  # modulo 256
-    return (turned.reshape(len(octets), -1).astype(np.uint16) * 3 >> 8).astype(np.int16)
+    multiplied = octets.reshape(len(octets), -1, 1, run) * powers  # modulo 256
+    return (multiplied.reshape(len(octets), -1).astype(np.uint16) * 3 >> 8).astype(np.int16)
 
 
 def _tq1_0(blocks: Bytes) -> tuple[Values, NDArray[np.float32]]:
@@ -341,7 +343,7 @@ def _q2_k(blocks: Bytes) -> tuple[Values, NDArray[np.float32]]:
     scale, least = _half(blocks[:, 80:82]), _half(blocks[:, 82:84])
     steps, offsets = (blocks[:, :16] & 15).astype(np.int16), (blocks[:, :16] >> 4).astype(np.int16)
     if bool(((scale != least) & (least != 0) & offsets.any(axis=1)).any()):
-        raise MisfitError("its Q2_K blocks have minima that are no multiples of their scales")
+        raise UnrepresentableError("its Q2_K blocks have minima that are no multiples of their scales")
     digits = _fields(blocks[:, 16:80], 2, 32).reshape(-1, 16, 16)
     offsets = offsets * (least != 0)[:, None]
     return (steps[:, :, None] * digits - offsets[:, :, None]).reshape(len(blocks), 256), scale
@@ -372,4 +374,4 @@ DECODERS: dict[str, Decoder] = {
 }
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-IMPORT = Gguf()
+IMPORTER = Gguf()

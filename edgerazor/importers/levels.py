@@ -1,8 +1,8 @@
 """16-bit checkpoints whose weights already lie on few levels: dequantized ternary models, published for training on.
 
 A matrix is of that kind when in each group of a row every weight is 0 or plus or minus one number; then that number is
-the scale, exactly, and nothing has to be told beside the weights. The group size is the largest one that holds for all
-rows (models of others have 128; PrismML's unpacked Ternary Bonsai, for instance). Rounding such weights anew would
+the scale, exactly, and nothing has to be stored beside the weights. The group size is the largest one that holds for
+all rows (models of others have 128; PrismML's unpacked Ternary Bonsai, for instance). Rounding such weights anew would
 change them, because the mean rule gives another scale. One decoder layer decides whether a folder is taken for such a
 model; every matrix of it must be one, then, or stays floating if it is an embedding or the head.
 
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from edgerazor.errors import UserError
-from edgerazor.importers.core.base import Importer, Integers, MisfitError, Source, Stored
-from edgerazor.importers.core.folder import FolderSource, settings
+from edgerazor.importers.core.base import Importer, IntegerMatrix, SourceModel, Stored, UnrepresentableError
+from edgerazor.importers.core.safetensors_folder import FolderSource, read_settings
 
 #: Tried in this order, after whole rows.
 GROUPS = (1024, 512, 256, 128, 64, 32)
@@ -37,8 +37,8 @@ class Levels(Importer):
     only = False
 
     def recognises(self, path: Path) -> bool:
-        """By some rows of one matrix of the first decoder layer."""
-        values = settings(path)
+        """Whether some rows of one matrix of the first decoder layer are ternary."""
+        values = read_settings(path)
         if not values or "quantization_config" in values or "quantization" in values:
             return False
         try:
@@ -46,13 +46,13 @@ class Levels(Importer):
         except UserError:
             return False
 
-    def open(self, path: Path) -> Source:
-        """The folder."""
-        return LevelsSource(path, settings(path))
+    def open(self, path: Path) -> SourceModel:
+        """Open the folder."""
+        return LevelsSource(path, read_settings(path))
 
 
 class LevelsSource(FolderSource):
-    """Weights as their levels."""
+    """A folder's weights as their levels."""
 
     def __init__(self, path: Path, values: dict[str, Any]) -> None:
         super().__init__(path, values)
@@ -60,29 +60,29 @@ class LevelsSource(FolderSource):
         self.floating = {name for name in outside if ternary_groups(self.tensor(name)) is None}
 
     def quantized(self, name: str) -> bool:
-        """Every matrix of the decoder layers, and those outside that have few levels, too."""
+        """Whether a tensor is a matrix of a decoder layer, or one outside that has few levels, too."""
         return name in self.files and len(self.shape(name)) == 2 and name not in self.floating
 
     def read(self, name: str) -> Stored:
-        """Signs, and the numbers that they are signs of."""
+        """Signs and magnitudes of a matrix; other tensors as they are."""
         tensor = self.tensor(name)
         if not self.quantized(name):
             return tensor
-        found = ternary_groups(tensor)
-        if found is None:
-            raise MisfitError("its weights are not 0 and plus or minus one number in each group of a row")
-        return found
+        matrix = ternary_groups(tensor)
+        if matrix is None:
+            raise UnrepresentableError("its weights are not 0 and plus or minus one number in each group of a row")
+        return matrix
 
 
 def _probe(source: FolderSource) -> bool:
     name = next((name for name in sorted(source.files) if PROBE.fullmatch(name)), None)
     if name is None or len(source.shape(name)) != 2:
         return False
-    some = source.files[name].get_slice(name)[:ROWS]
-    return bool(some.any()) and ternary_groups(some) is not None
+    rows = source.files[name].get_slice(name)[:ROWS]
+    return bool(rows.any()) and ternary_groups(rows) is not None
 
 
-def ternary_groups(weight: Tensor) -> Integers | None:
+def ternary_groups(weight: Tensor) -> IntegerMatrix | None:
     """A matrix, floating [rows, cols], as signs and scales of the largest groups that have one magnitude each, if any.
 
     Columns that are no multiple of the group size end in a shorter group.
@@ -93,8 +93,8 @@ def ternary_groups(weight: Tensor) -> Integers | None:
         padded = torch.nn.functional.pad(magnitudes, (0, -columns % group)).unflatten(1, (-1, group))
         largest = padded.amax(dim=2, keepdim=True)
         if bool(((padded == 0) | (padded == largest)).all()) and bool(torch.isfinite(largest).all()):
-            return Integers(weight.sign().to(torch.int16), largest.squeeze(2), group)
+            return IntegerMatrix(weight.sign().to(torch.int16), largest.squeeze(2), group)
     return None
 
 
-IMPORT = Levels()
+IMPORTER = Levels()

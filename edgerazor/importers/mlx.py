@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from edgerazor.errors import UserError
-from edgerazor.importers.core.base import Importer, Integers, MisfitError, Source, Stored
-from edgerazor.importers.core.folder import FolderSource, settings
+from edgerazor.importers.core.base import Importer, IntegerMatrix, SourceModel, Stored, UnrepresentableError
+from edgerazor.importers.core.safetensors_folder import FolderSource, read_settings
 
 SCALES, BIASES = "scales", "biases"
 WIDTHS = (2, 4, 8)
@@ -32,13 +32,15 @@ class Mlx(Importer):
     describe = "safetensors of MLX whose biases are multiples of their scales, as ternary models have them"
 
     def recognises(self, path: Path) -> bool:
-        """By config.json."""
-        found = settings(path).get("quantization")
-        return isinstance(found, dict) and {"group_size", "bits"} <= found.keys() and "quant_method" not in found
+        """Whether config.json has MLX's settings."""
+        quantization = read_settings(path).get("quantization")
+        if not isinstance(quantization, dict):
+            return False
+        return {"group_size", "bits"} <= quantization.keys() and "quant_method" not in quantization
 
-    def open(self, path: Path) -> Source:
-        """The folder."""
-        return MlxSource(path, settings(path))
+    def open(self, path: Path) -> SourceModel:
+        """Open the folder."""
+        return MlxSource(path, read_settings(path))
 
 
 class MlxSource(FolderSource):
@@ -49,39 +51,39 @@ class MlxSource(FolderSource):
         quantization = values["quantization"]
         if quantization.get("mode", "affine") != "affine":
             raise UserError(f"{path} is quantized in MLX's mode {quantization['mode']!r}, and only affine is read.")
-        self.bits = {name: each for name, each in quantization.items() if isinstance(each, dict)}
+        self.overrides = {name: value for name, value in quantization.items() if isinstance(value, dict)}
         self.default = {key: quantization[key] for key in ("group_size", "bits")}
-        for said in (self.default, *self.bits.values()):
-            if any(not isinstance(value, int) or value < 1 for key, value in said.items() if key in self.default):
+        for layout in (self.default, *self.overrides.values()):
+            if any(not isinstance(value, int) or value < 1 for key, value in layout.items() if key in self.default):
                 raise UserError(f"{path / 'config.json'} has a group size or number of bits that is none.")
         self.refuse_plain("MLX", "scales and biases")
 
     def names(self) -> set[str]:
-        """All but scales and biases of quantized modules."""
+        """Names of all tensors but scales and biases of quantized modules."""
         modules = {name.removesuffix(f".{SCALES}") for name in self.files if name.endswith(f".{SCALES}")}
         return set(self.files) - {f"{module}.{part}" for module in modules for part in (SCALES, BIASES)}
 
     def quantized(self, name: str) -> bool:
-        """Where the module has scales."""
+        """Whether the module has scales."""
         return name.endswith(".weight") and f"{name.removesuffix('.weight')}.{SCALES}" in self.files
 
     def read(self, name: str) -> Stored:
-        """Integers, where the module has scales."""
+        """A tensor: integers where the module has scales."""
         if not self.quantized(name):
             return self.tensor(name)
         module = name.removesuffix(".weight")
-        said = {**self.default, **self.bits.get(module, {})}
-        if said["bits"] not in WIDTHS or f"{module}.{BIASES}" not in self.files:
-            raise MisfitError(f"it has {said['bits']} bits, or no biases")
+        layout = {**self.default, **self.overrides.get(module, {})}
+        if layout["bits"] not in WIDTHS or f"{module}.{BIASES}" not in self.files:
+            raise UnrepresentableError(f"it has {layout['bits']} bits, or no biases")
         words = self.tensor(name)
         scales, biases = self.tensor(f"{module}.{SCALES}"), self.tensor(f"{module}.{BIASES}")
-        columns = words.shape[-1] * 32 // said["bits"]
-        expected = (words.shape[0], columns // said["group_size"])
-        if words.dtype != torch.uint32 or words.dim() != 2 or columns % said["group_size"]:
-            raise MisfitError("its shape does not go with its settings")
+        columns = words.shape[-1] * 32 // layout["bits"]
+        expected = (words.shape[0], columns // layout["group_size"])
+        if words.dtype != torch.uint32 or words.dim() != 2 or columns % layout["group_size"]:
+            raise UnrepresentableError("its shape does not go with its settings")
         if tuple(scales.shape) != expected or tuple(biases.shape) != expected:
-            raise MisfitError("its scales or biases do not go with its shape")
-        return affine(unpacked(words, said["bits"]), scales, biases, said["group_size"])
+            raise UnrepresentableError("its scales or biases do not go with its shape")
+        return affine(unpacked(words, layout["bits"]), scales, biases, layout["group_size"])
 
 
 def unpacked(words: Tensor, bits: int) -> Tensor:
@@ -91,7 +93,7 @@ def unpacked(words: Tensor, bits: int) -> Tensor:
     return (octets.unsqueeze(-1) >> shifts & (2**bits - 1)).flatten(1).to(torch.int16)
 
 
-def affine(fields: Tensor, scales: Tensor, biases: Tensor, group_size: int) -> Integers:
+def affine(fields: Tensor, scales: Tensor, biases: Tensor, group_size: int) -> IntegerMatrix:
     """`scale * field + bias` as integers times a scale, exactly.
 
     Args:
@@ -100,17 +102,17 @@ def affine(fields: Tensor, scales: Tensor, biases: Tensor, group_size: int) -> I
         group_size: columns of a group.
 
     Raises:
-        MisfitError: a bias is no multiple of half its scale.
+        UnrepresentableError: a bias is no multiple of half its scale.
     """
     scales, biases = scales.double(), biases.double()
     flat = scales == 0
     halves = torch.where(flat, 0, (2 * biases / torch.where(flat, 1, scales)).round())  # bias in units of scale / 2
     if not torch.equal(halves * scales, 2 * biases) or float(halves.abs().max()) > 1 << 12:
-        raise MisfitError("its biases are no multiples of its scales")
+        raise UnrepresentableError("its biases are no multiples of its scales")
     offsets = halves.to(torch.int16).repeat_interleave(group_size, dim=1)
     if bool((halves % 2 == 0).all()):
-        return Integers(fields + offsets // 2, scales, group_size)
-    return Integers(2 * fields + offsets, scales / 2, group_size)
+        return IntegerMatrix(fields + offsets // 2, scales, group_size)
+    return IntegerMatrix(2 * fields + offsets, scales / 2, group_size)
 
 
-IMPORT = Mlx()
+IMPORTER = Mlx()

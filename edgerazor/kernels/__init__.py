@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from edgerazor import registry
-from edgerazor.formats import Encoded, Format, MatrixSpec, decode_matrix, search_with
+from edgerazor.formats import Encoded, Format, MatrixSpec, decode_matrix, use_scale_search
 from edgerazor.kernels import native, reference
 from edgerazor.kernels.reference import UNQUANTIZED, decoded_linear
 
@@ -150,7 +150,7 @@ def _least_error(number_format: Format, groups: Tensor, codes: Tensor | None) ->
     return native.least_error(number_format, groups, codes, native.isas().index(name()), threads)
 
 
-search_with(_least_error)
+use_scale_search(_least_error)
 
 
 def _of_codes() -> _Implementation:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from edgerazor.errors import plain
-from edgerazor.formats import SCALES, SMALLEST, Format, MatrixSpec, reaching_units
+from edgerazor.formats import SCALES, SMALLEST, Format, MatrixSpec, absmax_units
 
 #: Rows that lie side by side in memory; blocks of them that are computed side by side.
 ROWS, TILE = 16, 4
@@ -193,7 +193,9 @@ class Part:
     @classmethod
     def of(cls, codes: Tensor, scales: Tensor, count: int, number_format: Format, rows: Tensor | None = None) -> Part:
         """A part in the bytes of that format."""
-        bits = 0 if number_format.name == "ternary" else number_format.code_bits
+        bits = number_format.kernel_bits
+        if bits is None:
+            raise ValueError(f"native kernels cannot read codes of {number_format.name}")
         lowest = -1 if bits == 0 else -(1 << (bits - 1))
         level = number_format.level_(torch.tensor([float(lowest)]))
         return cls(codes, scales, count, bits, round(2 * float(level)), rows)
@@ -349,15 +351,15 @@ def least_error(
 @cache
 def _ladder(number_format: Format) -> LadderStructure:
     """The format's for the library."""
-    ladder = number_format.ladder
+    grid = number_format.grid
     return LadderStructure(
-        (c_float * len(ladder.shares))(*ladder.shares),
-        len(ladder.shares),
-        ladder.refinements,
-        ladder.spread,
-        reaching_units(number_format),
+        (c_float * len(grid.multiples))(*grid.multiples),
+        len(grid.multiples),
+        grid.refinements,
+        grid.rms_factor,
+        absmax_units(number_format),
         number_format.min_code,
-        number_format.maximum,
+        number_format.max_code,
         number_format.rounding == "middle",
     )
 
@@ -406,7 +408,7 @@ class Matrix:
         self.out, self.columns = shape
         self.group_size = spec.group_size
         self.parts = []
-        for number_format, rows in spec.parts:
+        for number_format, rows in spec.format_rows:
             places = None if rows is None else rows.to(torch.int32)
             count = self.out if rows is None else len(rows)
             codes, scales = parts[number_format.name], parts[number_format.name + SCALES]

@@ -1,84 +1,37 @@
-"""What the student is asked to match. Each file here whose name has no underscore is a loss, called by its file's name.
+"""What the student is asked to match. Each file of this folder is a loss, called by its file's name.
 
-Read `_base.py` first (what a loss sees and gives back), then `ce.py` (the shortest) and `eakld.py`.
+Read `core/base.py` first (what a loss is given and returns), then `ce.py` (the shortest loss) and `eakld.py`.
 """
 
-from __future__ import annotations
-
-import inspect
-from collections.abc import Sequence
-from typing import Any
-
-from torch import Tensor
-
-from edgerazor import registry
-from edgerazor.errors import usage_error
-from edgerazor.losses.core.base import MASKED, Attention, Head, Loss, Outputs, StepTotals, predicting, step_counts
-from edgerazor.losses.core.layers import METRICS, layer_metric
-from edgerazor.losses.core.rows import RowLoss, Rows, chunks, row_losses
+from edgerazor.losses.core.base import (
+    MASKED,
+    Attention,
+    Head,
+    Loss,
+    Outputs,
+    StepTotals,
+    prediction_mask,
+    step_counts,
+)
+from edgerazor.losses.core.layer_selection import METRICS, layer_metric
+from edgerazor.losses.core.logit_losses import LogitLoss, TokenLogits, logit_chunks
+from edgerazor.losses.core.objective import make, names, total_loss
 
 __all__ = [
     "MASKED",
     "METRICS",
     "Attention",
     "Head",
+    "LogitLoss",
     "Loss",
     "Outputs",
-    "RowLoss",
-    "Rows",
     "StepTotals",
-    "chunks",
+    "TokenLogits",
     "layer_metric",
+    "logit_chunks",
     "make",
     "names",
-    "objective",
-    "predicting",
+    "prediction_mask",
     "step_counts",
+    "total_loss",
 ]
-
-
-def objective(
-    terms: Sequence[tuple[float, Loss]],
-    student: Outputs,
-    teacher: Outputs | None,
-    labels: Tensor,
-    totals: StepTotals,
-) -> Tensor:
-    """`Σ weight·loss`, a scalar: a micro-batch's contribution to the loss of the step (see `Loss`).
-
-    Args:
-        terms: (weight, loss). All losses of next-token distributions share one pass over chunks of positions.
-        student: the gradient flows into its tensors and its head.
-        teacher: None where no loss needs it.
-        labels: `[B, T]` int64, -100 where masked.
-        totals: counts and statistics of the whole step.
-
-    Raises:
-        ValueError: an input that a loss needs is missing, or shapes do not agree.
-    """
-    on_rows = [(weight, loss) for weight, loss in terms if isinstance(loss, RowLoss)]
-    parts = [weight * loss(student, teacher, labels, totals) for weight, loss in terms if not isinstance(loss, RowLoss)]
-    if on_rows:
-        parts.append(row_losses(on_rows, student, teacher, labels, totals))
-    return sum(parts[1:], parts[0])
-
-
-def names() -> list[str]:
-    """Names of the losses, sorted."""
-    return registry.names("losses")
-
-
-def make(name: str, **options: Any) -> Loss:
-    """The loss called `name` with a recipe's options for it.
-
-    Raises:
-        UserError: there is no such loss, it has no such option, or an option's value makes no sense.
-    """
-    loss_class = registry.find("losses", name, "LOSS")
-    known = list(inspect.signature(loss_class).parameters)
-    for option in options:
-        if option not in known:
-            what = f"its options are {', '.join(known)}" if known else "it has none"
-            raise usage_error(f"The loss {name!r} has no option called {option!r}; {what}.")
-    loss: Loss = loss_class(**options)
-    return loss

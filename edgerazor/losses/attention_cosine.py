@@ -11,10 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from edgerazor.losses.core.maps import MapLoss
+from edgerazor.losses.core.attention_maps import AttentionMapLoss
 
 
-class AttentionCosine(MapLoss):
+class AttentionCosine(AttentionMapLoss):
     """`1 - cos` of the flattened maps, mean over layers and heads, then over samples.
 
     Args:
@@ -23,22 +23,24 @@ class AttentionCosine(MapLoss):
 
     attention_parts = ("query", "key")
 
-    def compare(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """See `MapLoss`. `1 - cos` is half the squared distance of the directions, which is exactly 0 where they agree.
+    def value_and_grad(self, student_scores: Tensor, teacher_scores: Tensor) -> tuple[Tensor, Tensor]:
+        """See `AttentionMapLoss`. `1 - cos` is half the squared distance of the unit vectors, exactly 0 where equal.
 
-        With `u` the direction of the map `a`: gradient for `a` is `(d - u (u·d)) / |a|`, `d = u_S - u_T`.
+        With `u` the unit vector of the map `a`: the gradient for `a` is `(d - u (u·d)) / |a|`, `d = u_S - u_T`.
         """
-        ours, theirs = torch.softmax(student, dim=-1), torch.softmax(teacher, dim=-1)  # [h, n, keys]
-        length = _length(ours)
-        direction = ours / length
-        away = direction - theirs.div_(_length(theirs))
-        value = away.square().sum() / 2
-        gradient = away.sub_(direction * (direction * away).sum((1, 2), keepdim=True)).div_(length)
-        return value, gradient.sub_(torch.linalg.vecdot(ours, gradient)[..., None]).mul_(ours)
+        student_map = torch.softmax(student_scores, dim=-1)  # [h, n, keys]
+        teacher_map = torch.softmax(teacher_scores, dim=-1)
+        norm = _norm(student_map)
+        unit = student_map / norm
+        difference = unit - teacher_map.div_(_norm(teacher_map))
+        value = difference.square().sum() / 2
+        gradient = difference.sub_(unit * (unit * difference).sum((1, 2), keepdim=True)).div_(norm)
+        # through the softmax
+        return value, gradient.sub_(torch.linalg.vecdot(student_map, gradient)[..., None]).mul_(student_map)
 
 
-def _length(maps: Tensor) -> Tensor:
-    """Euclidean length of each head's map, `[h, 1, 1]`."""
+def _norm(maps: Tensor) -> Tensor:
+    """Euclidean norm of each head's flattened map, `[h, 1, 1]`."""
     return torch.linalg.vector_norm(maps, dim=(1, 2), keepdim=True)
 
 

@@ -1,4 +1,4 @@
-"""KL between attention maps: the student looks at the tokens that the teacher looks at.
+"""KL between attention maps: the student attends to the tokens that the teacher attends to.
 
     loss = mean over layers, heads and queries of KL(A_T ‖ A_S),   A = softmax(q kᵀ·scale) under the model's mask
 
@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from edgerazor.losses.core.attention_maps import AttentionMapLoss, attention_map_kl
 from edgerazor.losses.core.base import positive
-from edgerazor.losses.core.maps import MapLoss, map_kl
 
 
-class AttentionKL(MapLoss):
+class AttentionKL(AttentionMapLoss):
     """`T²·KL(A_T ‖ A_S)`, mean over layers, heads and the queries of a sample, then over samples.
 
     Args:
@@ -27,9 +27,9 @@ class AttentionKL(MapLoss):
         super().__init__(layers)
         self.temperature = positive("temperature", temperature)
 
-    def compare(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """See `MapLoss`."""
-        return map_kl(student, teacher, self.temperature)
+    def value_and_grad(self, student_scores: Tensor, teacher_scores: Tensor) -> tuple[Tensor, Tensor]:
+        """See `AttentionMapLoss`."""
+        return attention_map_kl(student_scores, teacher_scores, self.temperature)
 
 
 LOSS = AttentionKL

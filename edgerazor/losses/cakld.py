@@ -13,14 +13,14 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from edgerazor.losses.core.base import positive
-from edgerazor.losses.core.kl import mixed_kl
-from edgerazor.losses.core.rows import RowLoss, Rows
+from edgerazor.losses.core.divergences import mixed_kl
+from edgerazor.losses.core.logit_losses import LogitLoss, TokenLogits
 
-#: Mean probability that the teacher gives to the tokens of the text.
+#: Name of the statistic: mean probability that the teacher gives to the tokens of the text.
 CONFIDENCE = "teacher_confidence"
 
 
-class ConfidenceAwareKL(RowLoss):
+class ConfidenceAwareKL(LogitLoss):
     """`T²·[γ·KL(p_S ‖ p_T) + (1 - γ)·KL(p_T ‖ p_S)]`, mean per sample, then over samples; γ carries no gradient.
 
     Args:
@@ -30,14 +30,14 @@ class ConfidenceAwareKL(RowLoss):
     def __init__(self, temperature: float = 1.0) -> None:
         self.temperature = positive("temperature", temperature)
 
-    def teacher_rows(self, rows: Rows) -> dict[str, Tensor]:
-        """Weighted sum of the probabilities of the targets."""
-        chosen = rows.log_teacher().gather(1, rows.targets[:, None]).squeeze(1)
-        return {CONFIDENCE: (rows.samples * chosen.exp()).sum()}
+    def partial_statistics(self, logits: TokenLogits) -> dict[str, Tensor]:
+        """Weighted sum of the teacher's probabilities of the targets."""
+        target_log_probs = logits.teacher_log_probs().gather(1, logits.targets[:, None]).squeeze(1)
+        return {CONFIDENCE: (logits.sample_weights * target_log_probs.exp()).sum()}
 
-    def rows(self, rows: Rows, statistics: Mapping[str, float]) -> tuple[Tensor, Tensor]:
-        """See `RowLoss`; needs `teacher_confidence` in the step's statistics."""
-        return mixed_kl(rows, statistics[CONFIDENCE], self.temperature)
+    def value_and_grad(self, logits: TokenLogits, statistics: Mapping[str, float]) -> tuple[Tensor, Tensor]:
+        """See `LogitLoss`; needs `teacher_confidence` in the step's statistics."""
+        return mixed_kl(logits, statistics[CONFIDENCE], self.temperature)
 
 
 LOSS = ConfidenceAwareKL

@@ -6,20 +6,20 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from edgerazor.losses.core.rows import RowLoss, Rows
+from edgerazor.losses.core.logit_losses import LogitLoss, TokenLogits
 
 
-class CrossEntropy(RowLoss):
-    """Language modelling, the task itself; the only loss of next tokens that needs no teacher."""
+class CrossEntropy(LogitLoss):
+    """Language modelling, the task itself; the only loss of next-token logits that needs no teacher."""
 
     needs_teacher = False
 
-    def rows(self, rows: Rows, statistics: Mapping[str, float]) -> tuple[Tensor, Tensor]:
-        """Gradient: `p_S - onehot(target)`, by the tokens of the step (see `RowLoss`)."""
-        log_p, target = rows.log_student(), rows.targets[:, None]
-        value = -log_p.gather(1, target).sum() * rows.tokens
-        gradient = rows.p_student() * rows.tokens
-        return value, gradient.scatter_add_(1, target, log_p.new_full(target.shape, -rows.tokens))
+    def value_and_grad(self, logits: TokenLogits, statistics: Mapping[str, float]) -> tuple[Tensor, Tensor]:
+        """Gradient: `p_S - onehot(target)`, divided by the tokens of the step (see `LogitLoss`)."""
+        log_probs, targets, weight = logits.student_log_probs(), logits.targets[:, None], logits.token_weight
+        value = -log_probs.gather(1, targets).sum() * weight
+        gradient = logits.student_probs() * weight
+        return value, gradient.scatter_add_(1, targets, log_probs.new_full(targets.shape, -weight))
 
 
 LOSS = CrossEntropy

@@ -1,7 +1,7 @@
 """Entropy-aware KL (EAKLD): how sure the teacher is decides which way the student is pulled.
 
-Forward KL spreads the student over everything the teacher might say; reverse KL concentrates it where the teacher
-is. A small student of a sure teacher does better concentrating, that of an unsure teacher spreading. So one
+Forward KL spreads the student over everything the teacher might say; reverse KL concentrates it on what the teacher
+says most. A small student does better to concentrate where its teacher is sure, and to spread where it is not. So one
 coefficient mixes both, from the teacher's entropy `H` alone:
 
     γ = clamp(1 - H / ln k, 0, 1),  k = 16        EAKLD = γ·KL(p_S ‖ p_T) + (1 - γ)·KL(p_T ‖ p_S)
@@ -19,19 +19,19 @@ from torch import Tensor
 
 from edgerazor.errors import usage_error
 from edgerazor.losses.core.base import positive
-from edgerazor.losses.core.kl import entropy, mixed_kl
-from edgerazor.losses.core.rows import RowLoss, Rows
+from edgerazor.losses.core.divergences import entropy, mixed_kl
+from edgerazor.losses.core.logit_losses import LogitLoss, TokenLogits
 
-#: Mean entropy of the teacher's next-token distribution over the step, in nats; at temperature 1.
+#: Name of the statistic: mean entropy of the teacher's next-token distribution over the step, in nats, temperature 1.
 ENTROPY = "teacher_entropy"
 
 
-class EntropyAwareKL(RowLoss):
+class EntropyAwareKL(LogitLoss):
     """`T²·[γ·KL(p_S ‖ p_T) + (1 - γ)·KL(p_T ‖ p_S)]`, mean per sample, then over samples; γ carries no gradient.
 
     Args:
         temperature: `T` > 0 of both divergences; the entropy is that of the teacher's own distribution (T = 1).
-        k: number of equally likely words from which on the teacher counts as unsure, > 1.
+        k: number of equally likely tokens from which on the teacher counts as unsure, > 1.
         gate: "batch" has one γ for the optimizer step, as published; "token" one for each position, from its own
             entropy.
     """
@@ -43,26 +43,26 @@ class EntropyAwareKL(RowLoss):
             raise usage_error(f"The loss option gate is {gate!r}; it must be 'batch' or 'token'.")
         self.gate = gate
 
-    def share(self, entropy: float) -> float:
+    def gamma(self, entropy: float) -> float:
         """γ, the share of reverse KL, from 0 to 1, for a mean entropy in nats."""
         return min(max(1.0 - entropy / math.log(self.k), 0.0), 1.0)
 
-    def teacher_rows(self, rows: Rows) -> dict[str, Tensor]:
+    def partial_statistics(self, logits: TokenLogits) -> dict[str, Tensor]:
         """Weighted sum of the entropies, in nats."""
-        return {ENTROPY: (rows.samples * entropy(rows.log_teacher())).sum()}
+        return {ENTROPY: (logits.sample_weights * entropy(logits.teacher_log_probs())).sum()}
 
-    def looks_twice(self) -> bool:
-        """See `RowLoss`; a gate of each token asks for nothing beforehand."""
+    def statistics_need_logits(self) -> bool:
+        """See `LogitLoss`; a gate of each token needs no statistics of the step."""
         return self.gate == "batch"
 
-    def rows(self, rows: Rows, statistics: Mapping[str, float]) -> tuple[Tensor, Tensor]:
-        """See `RowLoss`; the gate of the batch needs `teacher_entropy` in the step's statistics."""
+    def value_and_grad(self, logits: TokenLogits, statistics: Mapping[str, float]) -> tuple[Tensor, Tensor]:
+        """See `LogitLoss`; the gate of the batch needs `teacher_entropy` in the step's statistics."""
         if self.gate == "token":
-            share = (1 - entropy(rows.log_teacher()) / math.log(self.k)).clamp_(0, 1)
-            return mixed_kl(rows, share, self.temperature)
+            gamma = (1 - entropy(logits.teacher_log_probs()) / math.log(self.k)).clamp_(0, 1)
+            return mixed_kl(logits, gamma, self.temperature)
         if ENTROPY not in statistics:
             raise ValueError(f"The step's statistics lack {ENTROPY!r}, which decides EAKLD's mixture.")
-        return mixed_kl(rows, self.share(statistics[ENTROPY]), self.temperature)
+        return mixed_kl(logits, self.gamma(statistics[ENTROPY]), self.temperature)
 
 
 LOSS = EntropyAwareKL

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from edgerazor.errors import usage_error
 from edgerazor.losses.core.base import positive
-from edgerazor.losses.core.kl import mixed_kl
-from edgerazor.losses.core.rows import RowLoss, Rows
+from edgerazor.losses.core.divergences import mixed_kl
+from edgerazor.losses.core.logit_losses import LogitLoss, TokenLogits
 
 
-class ForwardKL(RowLoss):
+class ForwardKL(LogitLoss):
     """Classic distillation of Hinton et al. (arXiv 1503.02531): `T²·KL(p_T ‖ p_S)`, mean per sample, then over samples.
 
     Args:
@@ -28,10 +28,10 @@ class ForwardKL(RowLoss):
             raise usage_error(f"The loss option reduction is {reduction!r}; it must be 'mean' or 'sum'.")
         self.reduction = reduction
 
-    def rows(self, rows: Rows, statistics: Mapping[str, float]) -> tuple[Tensor, Tensor]:
-        """See `RowLoss`."""
-        weights = torch.full_like(rows.samples, rows.batch) if self.reduction == "sum" else None
-        return mixed_kl(rows, 0.0, self.temperature, weights)
+    def value_and_grad(self, logits: TokenLogits, statistics: Mapping[str, float]) -> tuple[Tensor, Tensor]:
+        """See `LogitLoss`."""
+        weights = torch.full_like(logits.sample_weights, logits.batch_weight) if self.reduction == "sum" else None
+        return mixed_kl(logits, 0.0, self.temperature, weights)
 
 
 LOSS = ForwardKL

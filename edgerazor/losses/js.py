@@ -8,11 +8,11 @@ from torch import Tensor
 
 from edgerazor.errors import usage_error
 from edgerazor.losses.core.base import positive
-from edgerazor.losses.core.kl import jensen_shannon
-from edgerazor.losses.core.rows import RowLoss, Rows
+from edgerazor.losses.core.divergences import jensen_shannon
+from edgerazor.losses.core.logit_losses import LogitLoss, TokenLogits
 
 
-class JensenShannon(RowLoss):
+class JensenShannon(LogitLoss):
     """Generalized Jensen-Shannon divergence (arXiv 2306.13649), times `T²`, mean per sample, then over samples.
 
     Args:
@@ -27,9 +27,9 @@ class JensenShannon(RowLoss):
             raise usage_error(f"The loss option beta is {beta!r}; it must be between 0 and 1.")
         self.temperature = positive("temperature", temperature)
 
-    def rows(self, rows: Rows, statistics: Mapping[str, float]) -> tuple[Tensor, Tensor]:
-        """See `RowLoss`."""
-        return jensen_shannon(rows, self.beta, self.temperature)
+    def value_and_grad(self, logits: TokenLogits, statistics: Mapping[str, float]) -> tuple[Tensor, Tensor]:
+        """See `LogitLoss`."""
+        return jensen_shannon(logits, self.beta, self.temperature)
 
 
 LOSS = JensenShannon

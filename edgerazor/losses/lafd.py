@@ -1,14 +1,14 @@
 """Layer-adaptive feature distillation (LAFD): the student's hidden states are pulled to the teacher's where it matters.
 
 Most layers of a transformer change their input little. The layers that change it most, those whose output has the
-lowest cosine similarity with their input, do the most work and lose the most when their weights become coarse.
+lowest cosine similarity with their input, do the most work and lose the most when their weights have few bits.
 There the student's hidden states are pulled to the teacher's by mean squared error. Which layers these are is
 measured once, by `calibrate`, or anew in each optimizer step, as published. Source: EdgeRazor, arXiv 2605.04062.
 
-A hidden state is what transformers returns as such: what leaves a layer, but behind the final norm for the last one.
-There the norm has made its features comparable, and what is matched is what the head sees.
+Hidden states are those that transformers returns: the output of a layer, for the last layer behind the final norm.
+There the norm has made its features comparable, and what is matched is the input of the head.
 
-Its code can also rank layers by the largest norm of their hidden states or by the largest variance, or take fixed ones.
+EdgeRazor's code can also rank layers by the largest norm or variance of their hidden states, or take fixed ones.
 """
 
 from __future__ import annotations
@@ -19,8 +19,22 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from edgerazor.errors import usage_error
-from edgerazor.losses.core.base import Loss, Outputs, StepTotals, exact, predicting, require_teacher, sample_weights
-from edgerazor.losses.core.layers import METRICS, fixed, layers_option, measure, numbered
+from edgerazor.losses.core.base import (
+    Loss,
+    Outputs,
+    StepTotals,
+    compute_dtype,
+    prediction_mask,
+    require_teacher,
+    sample_weights,
+)
+from edgerazor.losses.core.layer_selection import (
+    METRICS,
+    explicit_layers,
+    parse_layers_option,
+    position_metric,
+    resolve_layers,
+)
 
 
 def least_similar(similarities: Sequence[float], k: int) -> tuple[int, ...]:
@@ -50,13 +64,13 @@ class LayerAdaptiveFeatureDistillation(Loss):
     A token's hidden state counts where the token predicts something, as in every other loss.
 
     Args:
-        layers: "all", or a list of layers, counted from 1 or called low (1), mid, high. A list with
-            `select="calibrated"` is matched as it is; otherwise it holds the candidates.
-        select: "calibrated" chooses once, by what calibrate measured; "batch" anew in each optimizer step, by the
-            teacher's hidden states for its samples.
+        layers: "all", or a list of layers, counted from 1 or called low (1), mid, high. With `select="calibrated"` all
+            layers of a list are matched; otherwise it holds the candidates.
+        select: "calibrated" chooses once, by the metrics that calibrate measured; "batch" chooses anew in each
+            optimizer step, by the teacher's hidden states for its samples.
         count: how many layers are chosen.
-        metric: by what: "cosine" (lowest similarity of a layer's output and input, as published), "l2" (largest norm)
-            or "variance" (largest variance over positions).
+        metric: that layers are ranked by: "cosine" (lowest similarity of a layer's output and input, as published),
+            "l2" (largest norm) or "variance" (largest variance over positions).
     """
 
     def __init__(
@@ -72,20 +86,20 @@ class LayerAdaptiveFeatureDistillation(Loss):
             raise usage_error(f"The loss option metric is {metric!r}; it must be one of {', '.join(METRICS)}.")
         if type(count) is not int or count < 1:
             raise usage_error(f"The loss option count is {count!r}; it must be an integer of at least 1.")
-        self.wanted = layers_option(layers)
-        self.layers = fixed(self.wanted)
+        self.requested_layers = parse_layers_option(layers)
+        self.layers = explicit_layers(self.requested_layers)
         self.select = select
         self.count = count
         self.metric = metric
 
-    def choose_layers(self, count: int, measured: Mapping[str, Sequence[float]]) -> None:
-        """See `Loss`; of all layers, "calibrated" takes those with the most remarkable measurements."""
-        self.layers = numbered(self.wanted, count)
-        if self.select == "calibrated" and self.wanted is None:
-            self.layers = self._most(measured[self.metric])
+    def choose_layers(self, layer_count: int, layer_metrics: Mapping[str, Sequence[float]]) -> None:
+        """See `Loss`; of all layers, "calibrated" takes those that rank first by the metric."""
+        self.layers = resolve_layers(self.requested_layers, layer_count)
+        if self.select == "calibrated" and self.requested_layers is None:
+            self.layers = self._rank(layer_metrics[self.metric])
 
-    def _most(self, values: Sequence[float]) -> tuple[int, ...]:
-        """The layers to match, counted from 1, by the metric's value for each layer."""
+    def _rank(self, values: Sequence[float]) -> tuple[int, ...]:
+        """The layers that rank first, counted from 1, by the metric's value for each layer."""
         return least_similar([-METRICS[self.metric][1] * value for value in values], self.count)
 
     def hidden_layers(self) -> tuple[int, ...]:
@@ -98,24 +112,20 @@ class LayerAdaptiveFeatureDistillation(Loss):
         """For "batch": sum over samples of the mean of each candidate layer's metric."""
         if self.select == "calibrated":
             return {}
-        sums, mask = {}, predicting(labels)
+        sums, mask = {}, prediction_mask(labels)
         for layer in self.layers:
             state = _state(teacher, layer)
             previous = _state(teacher, layer - 1) if self.metric == "cosine" else state
-            found = measure(self.metric, state.detach(), previous.detach(), mask)  # [B, T]
-            sums[self._statistic(layer)] = (found * sample_weights(labels, 1, found.dtype)).sum()
+            values = position_metric(self.metric, state.detach(), previous.detach(), mask)  # [B, T]
+            sums[self._statistic(layer)] = (values * sample_weights(labels, 1, values.dtype)).sum()
         return sums
 
-    def chooses_anew(self) -> bool:
+    def layers_vary_by_step(self) -> bool:
         """See `Loss`."""
         return self.select == "batch"
 
     def compared_layers(self, totals: StepTotals) -> tuple[int, ...]:
-        """See `Loss`."""
-        return self.chosen(totals)
-
-    def chosen(self, totals: StepTotals) -> tuple[int, ...]:
-        """The layers that this step matches."""
+        """See `Loss`: the layers that this step matches."""
         if not self.layers:
             raise ValueError("LAFD has not been told how many layers the model has.")
         if self.select == "calibrated":
@@ -125,8 +135,8 @@ class LayerAdaptiveFeatureDistillation(Loss):
             raise ValueError(
                 f"The step's statistics lack the {self.metric} of layers {missing}, which LAFD chooses by."
             )
-        picks = self._most([totals.statistics[self._statistic(layer)] for layer in self.layers])
-        return tuple(self.layers[pick - 1] for pick in picks)
+        ranked = self._rank([totals.statistics[self._statistic(layer)] for layer in self.layers])
+        return tuple(self.layers[number - 1] for number in ranked)
 
     def _statistic(self, layer: int) -> str:
         """Name of a layer's metric among the step's statistics."""
@@ -135,24 +145,25 @@ class LayerAdaptiveFeatureDistillation(Loss):
     def __call__(self, student: Outputs, teacher: Outputs | None, labels: Tensor, totals: StepTotals) -> Tensor:
         """The micro-batch's contribution (see `Loss`); raises ValueError for missing or different hidden states."""
         teacher = require_teacher(teacher, self)
-        mask = predicting(labels)
-        layers = self.chosen(totals)
-        total = student.states.new_zeros((), dtype=exact(student.states.dtype))
+        mask = prediction_mask(labels)
+        layers = self.compared_layers(totals)
+        last = student.last_hidden_state
+        total = last.new_zeros((), dtype=compute_dtype(last.dtype))
         for layer in layers:
-            ours, theirs = _state(student, layer), _state(teacher, layer)
-            if ours.shape != theirs.shape:
-                raise ValueError(f"Hidden states of layer {layer}: {tuple(ours.shape)} and {tuple(theirs.shape)}.")
-            dtype = exact(ours.dtype)
-            difference = ours[mask].to(dtype) - theirs.detach()[mask].to(dtype)  # [tokens, H]
-            total = total + difference.square().sum() / ours.shape[-1]
+            state, target = _state(student, layer), _state(teacher, layer)
+            if state.shape != target.shape:
+                raise ValueError(f"Hidden states of layer {layer}: {tuple(state.shape)} and {tuple(target.shape)}.")
+            dtype = compute_dtype(state.dtype)
+            difference = state[mask].to(dtype) - target.detach()[mask].to(dtype)  # [tokens, H]
+            total = total + difference.square().sum() / state.shape[-1]
         return total / (len(layers) * max(totals.tokens, 1))
 
 
 def _state(outputs: Outputs, layer: int) -> Tensor:
-    """Hidden state of a layer `[B, T, H]`; ValueError where the model was not asked for it."""
-    if layer not in outputs.hidden:
-        raise ValueError(f"The hidden state of layer {layer} is missing; present are {sorted(outputs.hidden)}.")
-    return outputs.hidden[layer]
+    """Hidden state of a layer `[B, T, H]`; ValueError where it was not captured."""
+    if layer not in outputs.hidden_states:
+        raise ValueError(f"The hidden state of layer {layer} is missing; present are {sorted(outputs.hidden_states)}.")
+    return outputs.hidden_states[layer]
 
 
 LOSS = LayerAdaptiveFeatureDistillation

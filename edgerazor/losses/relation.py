@@ -2,8 +2,9 @@
 
     loss = mean over layers, heads and tokens of KL(R_T ‖ R_S),   R = softmax(v vᵀ / sqrt d)
 
-under the mask of attention, so that a token is related to itself and to what it sees. Source: MiniLM (arXiv 2002.10957,
-section 3.2) and MiniLMv2 (arXiv 2012.15828, section 3.1), where padding is the only mask; EdgeRazor offers both parts.
+under the attention mask, so that a token is related to itself and to the tokens that it attends to. Source: MiniLM
+(arXiv 2002.10957, section 3.2) and MiniLMv2 (arXiv 2012.15828, section 3.1), where padding is the only mask; EdgeRazor
+offers both parts.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from edgerazor.errors import usage_error
+from edgerazor.losses.core.attention_maps import AttentionMapLoss, ScoreFactors, attention_map_kl
 from edgerazor.losses.core.base import Attention, positive
-from edgerazor.losses.core.maps import MapLoss, Sides, map_kl
 
-#: option -> what is related with itself
+#: option -> the fields of `Attention` of which each is multiplied with itself
 PARTS = {"query": ("query",), "key": ("key",), "value": ("value",), "both": ("key", "value")}
 
 
-class Relation(MapLoss):
+class Relation(AttentionMapLoss):
     """`T²·KL(R_T ‖ R_S)`, mean over layers, key heads and the tokens of a sample, then over samples.
 
     Args:
@@ -37,14 +38,14 @@ class Relation(MapLoss):
         self.pairs = tuple((part, part) for part in PARTS[of])
         self.temperature = positive("temperature", temperature)
 
-    def sides(self, attention: Attention, pair: tuple[str, str]) -> Sides:
-        """See `MapLoss`; relations are scaled by their own size and never capped."""
-        left, right, _, _, _ = super().sides(attention, pair)
-        return Sides(left, right, left.shape[-1] ** -0.5, None, attention)
+    def score_factors(self, attention: Attention, pair: tuple[str, str]) -> ScoreFactors:
+        """See `AttentionMapLoss`; relations are scaled by their own number of features and never capped."""
+        left, right, _, _, _ = super().score_factors(attention, pair)
+        return ScoreFactors(left, right, left.shape[-1] ** -0.5, None, attention)
 
-    def compare(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """See `MapLoss`."""
-        return map_kl(student, teacher, self.temperature)
+    def value_and_grad(self, student_scores: Tensor, teacher_scores: Tensor) -> tuple[Tensor, Tensor]:
+        """See `AttentionMapLoss`."""
+        return attention_map_kl(student_scores, teacher_scores, self.temperature)
 
 
 LOSS = Relation

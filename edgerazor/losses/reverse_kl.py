@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from edgerazor.losses.core.base import positive
-from edgerazor.losses.core.kl import mixed_kl
-from edgerazor.losses.core.rows import RowLoss, Rows
+from edgerazor.losses.core.divergences import mixed_kl
+from edgerazor.losses.core.logit_losses import LogitLoss, TokenLogits
 
 
-class ReverseKL(RowLoss):
+class ReverseKL(LogitLoss):
     """Mode-seeking distillation as in MiniLLM (arXiv 2306.08543): `T²·KL(p_S ‖ p_T)` on given text, without sampling.
 
     The mean is taken per sample, then over samples.
@@ -23,9 +23,9 @@ class ReverseKL(RowLoss):
     def __init__(self, temperature: float = 1.0) -> None:
         self.temperature = positive("temperature", temperature)
 
-    def rows(self, rows: Rows, statistics: Mapping[str, float]) -> tuple[Tensor, Tensor]:
-        """See `RowLoss`."""
-        return mixed_kl(rows, 1.0, self.temperature)
+    def value_and_grad(self, logits: TokenLogits, statistics: Mapping[str, float]) -> tuple[Tensor, Tensor]:
+        """See `LogitLoss`."""
+        return mixed_kl(logits, 1.0, self.temperature)
 
 
 LOSS = ReverseKL

@@ -1,25 +1,25 @@
-"""Model families: where the layers are, what they are for; loading teacher and student.
+"""Models of transformers: loading them, their structure, captures of their states, and the layer-by-layer pass.
 
-Nothing here is written per family. A decoder is recognised by its shape: a causal language model of transformers
+Nothing here is written per family. A decoder is recognised by its structure: a causal language model of transformers
 that holds one list of equal decoder layers, with `nn.Linear` inside, an input embedding and an output head.
 """
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from edgerazor.models.attention_capture import (
-    attend,
     attention_base,
+    attention_forward,
     capture_attention,
-    check_attention,
-    exchangeable_attention,
-    open_attention,
+    check_attention_capture,
+    enable_attention_capture,
+    has_attention_interface,
     register_attention,
-    use_attention,
+    set_attention,
 )
 from edgerazor.models.blocks import Blocks
 from edgerazor.models.compatibility import cache_name, checkpoint_activations, with_cache
-from edgerazor.models.hidden import capture_hidden, final_states, logit_shape
-from edgerazor.models.layerwise import LayerwisePass, Observer, drop_pages
+from edgerazor.models.hidden_states import capture_hidden, final_states, logit_shape
+from edgerazor.models.layerwise import LayerwisePass, WeightTransform
 from edgerazor.models.loading import (
     auto_config,
     caps_attention,
@@ -27,6 +27,7 @@ from edgerazor.models.loading import (
     completed,
     copy_companions,
     describe_source,
+    error_summary,
     fingerprint,
     generation_config,
     gguf_tokenizer,
@@ -39,6 +40,8 @@ from edgerazor.models.loading import (
     skeleton,
     stored_shapes,
 )
+from edgerazor.models.observer import Observer
+from edgerazor.models.onloading import drop_pages
 from edgerazor.models.structure import QuantTarget, Structure, embedding_scale, find_head, structure
 
 __all__ = [
@@ -49,14 +52,15 @@ __all__ = [
     "PreTrainedTokenizerBase",
     "QuantTarget",
     "Structure",
-    "attend",
+    "WeightTransform",
     "attention_base",
+    "attention_forward",
     "auto_config",
     "cache_name",
     "caps_attention",
     "capture_attention",
     "capture_hidden",
-    "check_attention",
+    "check_attention_capture",
     "checkpoint_activations",
     "complete_config",
     "completed",
@@ -64,24 +68,25 @@ __all__ = [
     "describe_source",
     "drop_pages",
     "embedding_scale",
-    "exchangeable_attention",
+    "enable_attention_capture",
+    "error_summary",
     "final_states",
     "find_head",
     "fingerprint",
     "generation_config",
     "gguf_tokenizer",
+    "has_attention_interface",
     "initialise",
     "load",
     "load_config",
     "load_tokenizer",
     "logit_shape",
-    "open_attention",
     "quiet_transformers",
     "register_attention",
     "resolve",
+    "set_attention",
     "skeleton",
     "stored_shapes",
     "structure",
-    "use_attention",
     "with_cache",
 ]

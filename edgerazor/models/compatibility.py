@@ -1,4 +1,4 @@
-"""What transformers renamed, under the name that the installed version has for it: no warning reaches a user."""
+"""What transformers renamed, by the name that the installed version has for it, so that no warning reaches a user."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 
 def cache_name(model: nn.Module) -> str:
-    """What a model's forward pass and its output call the KV cache.
+    """Name of the KV cache in the arguments of a model's forward pass and in its output.
 
     transformers 5.24 renamed `past_key_values` to `cache`; the old name works until 5.40, with a warning.
     """
@@ -18,12 +18,12 @@ def cache_name(model: nn.Module) -> str:
 
 
 def with_cache(model: nn.Module, cache: Any) -> dict[str, Any]:
-    """Arguments of a forward pass that goes on from a cache, or makes one where it is None."""
+    """Arguments of a forward pass that continues a KV cache, or begins one where `cache` is None."""
     return {cache_name(model): cache, "use_cache": True}
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Let a model compute activations again in the backward pass instead of keeping them (not the reentrant way).
+    """Enable activation (gradient) checkpointing of a model, in place, in the variant that is not reentrant.
 
     transformers 5.24 renamed `gradient_checkpointing_enable` to `activation_checkpointing_enable`.
     """

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from edgerazor import untrusted
 from edgerazor.errors import UserError, plain, usage_error
-from edgerazor.models.layerwise import drop_pages
+from edgerazor.models.onloading import drop_pages
 from edgerazor.untrusted import links, vocabulary, weights
 from edgerazor.untrusted.tokenizer import open_tokenizer
 from edgerazor.workdir import digest_json, hash_file
@@ -77,7 +77,7 @@ def _snapshot(source: str, revision: str | None) -> Path:
             f"{source} is neither a local folder nor a model of the Hugging Face hub that you may read.",
             "Check the spelling; for a gated model log in with `hf auth login`.",
         ) from None
-    except OSError:  # no network, offline mode, or an answer that is none
+    except OSError:  # no network, offline mode, or no valid answer
         which = f"{source} (revision {revision})" if revision else source
         raise UserError(
             f"{which} is not a local folder, and the Hugging Face hub could not be reached to fetch it.",
@@ -110,9 +110,9 @@ def _companions(folder: Path) -> list[Path]:
     Raises:
         UserError: one of them is a link that leaves the folder.
     """
-    found = sorted({file for pattern in COMPANIONS for file in folder.glob(pattern)})
-    links.refuse_leaving(folder, found)
-    return found
+    files = sorted({file for pattern in COMPANIONS for file in folder.glob(pattern)})
+    links.refuse_leaving(folder, files)
+    return files
 
 
 def fingerprint(folder: Path) -> str:
@@ -160,7 +160,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
 
 
 def auto_config(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The configuration of a model folder, whatever it is of. Without trust no code of the folder is run or offered.
+    """The configuration of a model folder of any kind. Without trust no code of the folder is run or offered.
 
     Raises:
         UserError: transformers cannot read it.
@@ -169,11 +169,11 @@ def auto_config(folder: Path, trust_remote_code: bool = False) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise UserError(f"transformers cannot read the configuration of {folder}: {_first_line(error)}.") from None
+        raise UserError(f"transformers cannot read the configuration of {folder}: {error_summary(error)}.") from None
 
 
 def generation_config(folder: Path) -> GenerationConfig | None:
-    """What a model folder says of generation; None where it does not.
+    """The generation settings of a model folder; None where it has none.
 
     Raises:
         UserError: transformers cannot read it.
@@ -185,11 +185,15 @@ def generation_config(folder: Path) -> GenerationConfig | None:
     try:
         return GenerationConfig.from_pretrained(folder)
     except Exception as error:
-        raise UserError(f"transformers cannot read {path}: {_first_line(error)}.") from None
+        raise UserError(f"transformers cannot read {path}: {error_summary(error)}.") from None
 
 
 def check_generation_config(path: Path) -> None:
-    """UserError where a file of settings of generation cannot be read, or names as tokens what are none."""
+    """Check a file of generation settings.
+
+    Raises:
+        UserError: it cannot be read, or names as token ids what are none.
+    """
     untrusted.check_configuration(path, untrusted.read_json(path, hint="Copy the model again."))
 
 
@@ -199,14 +203,14 @@ def complete_config(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read.
     """
-    found: dict[str, Any] = auto_config(folder).to_dict()
-    return found
+    config: dict[str, Any] = auto_config(folder).to_dict()
+    return config
 
 
 def stored_shapes(folder: Path) -> list[tuple[int, ...]]:
     """Shapes of all tensors in the weight files of a folder; none where a file is missing or damaged."""
     try:
-        files = weights.opened_files(weights.weight_files(folder)).values()
+        files = weights.open_files(weights.weight_files(folder)).values()
     except UserError:
         return []
     return [tuple(file.get_slice(name).get_shape()) for file in files for name in file.keys()]  # noqa: SIM118
@@ -238,7 +242,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     try:
         return open_tokenizer(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise UserError(f"transformers cannot load the tokenizer of {folder}: {_first_line(error)}.") from None
+        raise UserError(f"transformers cannot load the tokenizer of {folder}: {error_summary(error)}.") from None
 
 
 def load(
@@ -265,7 +269,7 @@ def load(
     if (folder / GENERATION_CONFIG_NAME).exists():
         check_generation_config(folder / GENERATION_CONFIG_NAME)
     tokenizer = load_tokenizer(folder, trust_remote_code)
-    stored = weights.holders(folder)
+    stored = weights.open_tensors(folder)
     weights.refuse_encoded(folder, stored)
     with quiet_transformers():
         try:
@@ -280,11 +284,11 @@ def load(
                 attn_implementation="eager" if caps_attention(config) else None,
             )
         except Exception as error:
-            raise UserError(f"The weights of {folder} cannot be loaded: {_first_line(error)}.") from None
+            raise UserError(f"The weights of {folder} cannot be loaded: {error_summary(error)}.") from None
     _restore_tied_embedding(model, report, stored)
     _refuse_incomplete(report, folder)
-    weights.refuse_not_finite(folder, _mapped(model))
-    _say_untied(model)
+    weights.refuse_not_finite(folder, _named_tensors(model))
+    _declare_untied(model)
     vocabulary.limit(tokenizer, model.get_input_embeddings().num_embeddings)
     return model.to(device).eval(), tokenizer
 
@@ -322,49 +326,49 @@ def completed(values: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: transformers knows no such configuration.
     """
-    given = {name: value for name, value in values.items() if name != "model_type"}
+    fields = {name: value for name, value in values.items() if name != "model_type"}
     untrusted.check_configuration(Path("config.json"), values)
     try:
-        found: dict[str, Any] = AutoConfig.for_model(str(values.get("model_type")), **given).to_dict()
+        config: dict[str, Any] = AutoConfig.for_model(str(values.get("model_type")), **fields).to_dict()
     except Exception as error:
-        raise UserError(f"transformers knows no such configuration: {_first_line(error)}.") from None
-    return found
+        raise UserError(f"transformers knows no such configuration: {error_summary(error)}.") from None
+    return config
 
 
 def skeleton(values: dict[str, Any]) -> PreTrainedModel:
     """The modules of a configuration's causal language model, without weights (on the meta device).
 
     Raises:
-        UserError: transformers has none.
+        UserError: transformers has no such model.
     """
     try:
         config = AutoConfig.for_model(**values)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:
-        raise UserError(f"transformers has no causal language model for it: {_first_line(error)}.") from None
+        raise UserError(f"transformers has no causal language model for it: {error_summary(error)}.") from None
 
 
 def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
     """The tokenizer that transformers makes of a GGUF file's metadata.
 
     Raises:
-        UserError: it cannot.
+        UserError: transformers cannot make one.
     """
     try:
         return open_tokenizer(file.parent, gguf_file=file.name, trust_remote_code=False)
     except Exception as error:
         raise UserError(
-            f"transformers cannot make a tokenizer of the metadata of {file}: {_first_line(error)}.",
+            f"transformers cannot make a tokenizer of the metadata of {file}: {error_summary(error)}.",
             "Put tokenizer.json and tokenizer_config.json of the original model beside the file.",
         ) from None
 
 
 def _refuse_incomplete(report: dict, folder: Path) -> None:
-    """Stop where transformers would fill in random weights."""
-    for name, stored, wanted in sorted(report.get("mismatched_keys") or ()):
+    """Refuse weights of which transformers would fill in some at random."""
+    for name, stored, expected in sorted(report.get("mismatched_keys") or ()):
         raise UserError(
-            f"The weights of {folder} do not fit its config.json: {name} is {list(stored)}, not {list(wanted)}."
+            f"The weights of {folder} do not fit its config.json: {name} is {list(stored)}, not {list(expected)}."
         )
     missing = sorted(report.get("missing_keys") or ())
     if missing:
@@ -373,7 +377,7 @@ def _refuse_incomplete(report: dict, folder: Path) -> None:
 
 
 def _restore_tied_embedding(model: PreTrainedModel, report: dict, tensors: Mapping[str, Any]) -> None:
-    """Some checkpoints of tied models store only `lm_head.weight`; give it to the embedding."""
+    """Give the embedding the head's weight: some checkpoints of tied models store only `lm_head.weight`."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not model.config.get_text_config().tie_word_embeddings or head is None:
         return
@@ -382,10 +386,10 @@ def _restore_tied_embedding(model: PreTrainedModel, report: dict, tensors: Mappi
     missing, unexpected = set(report.get("missing_keys") or ()), set(report.get("unexpected_keys") or ())
     if embedding_name not in missing and head_name not in missing:
         return
-    found = next((name for name in (embedding_name, head_name) if name in tensors), None)
-    if found is None:
+    stored_name = next((name for name in (embedding_name, head_name) if name in tensors), None)
+    if stored_name is None:
         return
-    stored = tensors[found].get_tensor(found)
+    stored = tensors[stored_name].get_tensor(stored_name)
     with torch.no_grad():
         embedding.weight.copy_(stored.to(embedding.weight.dtype))
     head.weight = embedding.weight
@@ -393,17 +397,17 @@ def _restore_tied_embedding(model: PreTrainedModel, report: dict, tensors: Mappi
     report["unexpected_keys"] = unexpected - {head_name}
 
 
-def _mapped(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and tensor of each parameter and stored buffer; what is mapped from its file leaves the memory again."""
+def _named_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor of each parameter and stored buffer; mapped ones leave the memory again after their use."""
     for name, tensor in model.state_dict().items():
         yield name, tensor
         drop_pages(tensor)
 
 
-def _say_untied(model: PreTrainedModel) -> None:
-    """Let the configuration say so where head and embedding are stored apart with different numbers, in place.
+def _declare_untied(model: PreTrainedModel) -> None:
+    """Set `tie_word_embeddings` to false where head and embedding are stored apart with different numbers, in place.
 
-    transformers then ties neither to the other, whatever the configuration says; other programs obey it.
+    transformers then ties neither to the other, whatever the configuration says; other programs obey the configuration.
     """
     head = model.get_output_embeddings()
     if head is None or head.weight is model.get_input_embeddings().weight:
@@ -425,10 +429,10 @@ class quiet_transformers:  # noqa: N801 - used as a context manager, like those 
         transformers_logging.set_verbosity(self.level)
 
 
-def _first_line(error: BaseException) -> str:
-    """What an error says, shortened to its first line, or two where the first announces the second."""
+def error_summary(error: BaseException) -> str:
+    """An error's message, shortened to its first line, or two where the first ends with a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines or isinstance(error, KeyError):
         lines.insert(0, type(error).__name__)
-    said = " ".join(lines[: 2 if lines[0].endswith(":") or isinstance(error, KeyError) else 1])
-    return plain(said).rstrip(".:")
+    summary = " ".join(lines[: 2 if lines[0].endswith(":") or isinstance(error, KeyError) else 1])
+    return plain(summary).rstrip(".:")

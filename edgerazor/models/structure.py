@@ -1,4 +1,4 @@
-"""Find what can be quantized in a decoder: its linear layers, embedding and head."""
+"""The structure of a decoder: the matrices that can be quantized, that is, linear layers, embedding and head."""
 
 from __future__ import annotations
 
@@ -12,18 +12,26 @@ from edgerazor.errors import UserError
 
 Kind = Literal["linear", "embedding", "head"]
 
-#: Largest share of the matrix weights that may stay in 16 bits before we refuse the model.
+#: Largest share of the matrix weights that may stay in 16 bits; models with more of them are refused.
 UNTOUCHED_LIMIT = 0.02
 
-#: What transformers calls the parameters of a mixture of experts ...
+#: Parts of the names that transformers gives to the parameters of a mixture of experts ...
 EXPERT_NAMES = ("expert", "router", "_moe.")
-#: ... and in configurations their number.
+#: ... and the names of their number in configurations.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True)
 class QuantTarget:
-    """A matrix that gets a low-bit format: its module's path, what it is, and its layer (0-based)."""
+    """A matrix that gets a low-bit format.
+
+    Attributes:
+        name: path of its module.
+        kind: what the matrix is.
+        layer: its decoder layer, from 0; None outside the decoder layers.
+        rows: output features, or tokens of the vocabulary.
+        columns: input features, or hidden size.
+    """
 
     name: str
     kind: Kind
@@ -38,7 +46,7 @@ class QuantTarget:
 
 @dataclass(frozen=True)
 class Structure:
-    """What a decoder is made of.
+    """Where the matrices of a decoder are.
 
     Attributes:
         layers_path: path of the list of decoder layers.
@@ -66,7 +74,7 @@ def structure(model: PreTrainedModel) -> Structure:
     """Describe a causal decoder.
 
     Raises:
-        UserError: not a decoder of linear layers we can handle, and what stands in the way by name.
+        UserError: the model is not a decoder of linear layers; the message names what stands in the way.
     """
     family = type(model).__name__
     layers_path, layers = _decoder_layers(model, family)
@@ -87,7 +95,7 @@ def structure(model: PreTrainedModel) -> Structure:
         )
     rows, columns = embedding.weight.shape
     tied = head.weight is embedding.weight
-    result = Structure(
+    described = Structure(
         layers_path=layers_path,
         layer_count=len(layers),
         linears=tuple(linears),
@@ -95,16 +103,16 @@ def structure(model: PreTrainedModel) -> Structure:
         head=None if tied else QuantTarget(head_path, "head", None, head.out_features, head.in_features),
         head_path=head_path,
     )
-    _refuse_untouched(model, result)
+    _refuse_untouched(model, described)
     embedding_scale(embedding)
-    return result
+    return described
 
 
 def find_head(model: PreTrainedModel) -> str:
-    """Path of the output head, all that must be known of a model whose next-token distributions are asked for.
+    """Path of the output head. That is all that must be known of a model to compute its next-token distributions.
 
     Raises:
-        UserError: it has none.
+        UserError: the model has no head.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
@@ -130,7 +138,7 @@ def _decoder_layers(model: PreTrainedModel, family: str) -> tuple[str, nn.Module
 
 
 def _refuse_experts(model: PreTrainedModel, layers: nn.ModuleList, family: str) -> None:
-    """Stop at a mixture of experts: stacked expert matrices have no format here, and its router no loss."""
+    """Refuse a mixture of experts: stacked expert matrices have no format here, and its router no loss."""
     if not any(word in name for name, _ in layers.named_parameters() for word in EXPERT_NAMES):
         return
     config = model.config.get_text_config()
@@ -143,17 +151,17 @@ def _refuse_experts(model: PreTrainedModel, layers: nn.ModuleList, family: str) 
     )
 
 
-def _refuse_untouched(model: PreTrainedModel, found: Structure) -> None:
-    """Stop when more than 2 % of the matrix weights would silently stay 16-bit."""
-    covered = {f"{site.name}.weight" for site in found.targets} | {f"{found.head_path}.weight"}
+def _refuse_untouched(model: PreTrainedModel, structure: Structure) -> None:
+    """Refuse a model of which more than 2 % of the matrix weights would silently stay 16-bit."""
+    quantized = {f"{target.name}.weight" for target in structure.targets} | {f"{structure.head_path}.weight"}
     matrices = {name: p.numel() for name, p in model.named_parameters() if p.ndim > 1}
-    left = {name: size for name, size in matrices.items() if name not in covered}
-    share = sum(left.values()) / sum(matrices.values())
+    remaining = {name: size for name, size in matrices.items() if name not in quantized}
+    share = sum(remaining.values()) / sum(matrices.values())
     if share > UNTOUCHED_LIMIT:
-        worst = sorted(left, key=lambda name: -left[name])[:3]
+        largest = sorted(remaining, key=lambda name: -remaining[name])[:3]
         raise UserError(
             f"{share:.0%} of the matrix weights of {type(model).__name__} would stay 16-bit, among them "
-            f"{', '.join(worst)}, because they are not nn.Linear, embedding or head.",
+            f"{', '.join(largest)}, because they are not nn.Linear, embedding or head.",
             "Such models are not supported.",
         )
 
@@ -162,7 +170,7 @@ def embedding_scale(embedding: nn.Embedding) -> float | None:
     """The factor that some families (Gemma 2 and later) multiply embeddings with inside the embedding module.
 
     Raises:
-        UserError: the class does something else we do not know.
+        UserError: the embedding is of a class that we do not know.
     """
     if type(embedding) is nn.Embedding:
         return None

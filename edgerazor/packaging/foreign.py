@@ -33,7 +33,7 @@ def read_foreign(path: Path, recipe: Recipe, work: WorkDir, console: Console, fo
                 f"{work.path} holds another job or packed model, which this one would replace.",
                 f"Give it a folder of its own: `edgerazor pack {path} --work NAME`.",
             )
-        imported = importers.read(
+        imported = importers.import_model(
             path,
             target,
             console,

@@ -24,13 +24,13 @@ def recompress(folder: Path, compress: bool, console: Console) -> CompressResult
     if job is not None:
         raise usage_error(
             f"{folder} is part of the job {job.path}, whose records name its files.",
-            f"Say it to the job: `edgerazor pack {option} --work {job.path}`.",
+            f"Tell the job: `edgerazor pack {option} --work {job.path}`.",
         )
     folder = find_folder(folder).resolve()
-    if _is_compressed(folder) == compress:  # nothing is written, so another may be writing
+    if _is_compressed(folder) == compress:  # nothing will be written, so no lock is needed
         return _result(folder, compress, False, packed.size_table(PackedModel.open(folder)).bytes)
     with replace_folder(folder) as new:
-        model = PackedModel.open(folder)  # now that nobody else writes it
+        model = PackedModel.open(folder)  # opened under the lock: nobody else writes it now
         before = packed.size_table(model).bytes
         with console.track("compress" if compress else "decompress", len(model.header.matrices)) as tracker:
             _copy_others(folder, new, {file.name for file in model.files()} | {INDEX_FILE})

@@ -1,10 +1,10 @@
-"""zstd frames of the streams of a part (`formats/core/streams.py`): small to write, safe to read.
+"""zstd frames of the streams of a part (`formats/core/streams.py`): small when written, safe to read.
 
 zstd finds repetitions and codes what is left, byte by byte, with a Huffman table for each 128 KB block. Codes of
-weights repeat only by chance, and a chance repetition costs more to describe than it saves; so the search for them is
-the cheapest there is, for seven bytes and more. (It still finds whole equal rows, such as those of tokens that training
-has never seen.) Where a stream repeats by chance even so, the optimal parser, which knows what everything costs, takes
-its time.
+weights repeat only by chance, and a chance repetition costs more to describe than it saves; so repetitions are searched
+for with the cheapest strategy, from seven bytes on. (It still finds whole equal rows, such as those of tokens that
+training has never seen.) Where a frame comes out larger than the entropy of its bytes even so, zstd's optimal parser,
+which is slower but weighs the cost of each repetition, makes it again.
 """
 
 from __future__ import annotations
@@ -21,56 +21,56 @@ from zstandard import ZstdCompressionParameters, ZstdCompressor, ZstdDecompresso
 from edgerazor import formats
 from edgerazor.formats import Streams
 
-#: A frame has at least this share of the bytes that it stands for, so that no small file can fill the memory.
+#: A frame is never smaller than its content divided by this, so that no small file can fill the memory.
 LARGEST_RATIO = 256
-#: So many codes count as a byte that a frame stands for, however few bytes its streams have.
+#: For that limit so many codes count as one byte of content, however few bytes their streams have.
 NARROWEST = 4
-#: Repetitions are looked for in so many bytes, and nobody has to remember more.
+#: Repetitions are searched for in a window of 2^17 bytes, which is all that a reader has to keep.
 WINDOW_LOG = 17
 
-#: No block of a frame takes fewer bytes: three of a header, and what it repeats.
+#: Fewest bytes of a block of a frame: three of its header, and one that it repeats.
 _SHORTEST_BLOCK = 4
 _MAGIC = b"\x28\xb5\x2f\xfd"
-#: Symbols counted at a time, in integers of 64 bits.
+#: Symbols counted at a time, since counting makes 64-bit integers of them.
 _COUNTED = 1 << 20
-#: So far above the entropy of the bytes, and false repetitions are the likely reason.
+#: A frame larger than the entropy of its bytes by this factor probably describes chance repetitions.
 _ACCEPTED = 1.02
 
 
 def compress(*parts: Streams) -> bytes:
-    """One frame of some parts, each in the way that takes fewest bytes; equal streams give equal bytes.
+    """One frame of some parts, each as the candidate that takes fewest bytes; equal streams give equal bytes.
 
     Each stream begins with a new block. A frame of many codes is never so small that its reader would refuse it.
     """
-    streams = [stream for part in parts for stream in _smallest(part.ways)]
+    streams = [stream for part in parts for stream in _smallest(part.candidates)]
     frame = _frame(streams, zstandard.STRATEGY_FAST)
     if len(frame) > _ACCEPTED * sum(map(entropy_bytes, streams)) + 256:
         frame = min(frame, _frame(streams, zstandard.STRATEGY_BTULTRA), key=len)
     size = sum(stream.numel() for stream in streams)
     least = max(-(-size // LARGEST_RATIO), -(-sum(part.codes for part in parts) // (LARGEST_RATIO * NARROWEST)))
-    if len(frame) < least:  # short blocks have a length of their own
+    if len(frame) < least:  # each block takes some bytes, so shorter blocks make a larger frame
         block = max(1, _SHORTEST_BLOCK * size // least)
         frame = _frame([piece for stream in streams for piece in stream.split(block)], zstandard.STRATEGY_FAST)
     return frame
 
 
 def decompress(frame: Tensor, most: int) -> Tensor:
-    """The streams of a frame, uint8 [n], one behind the other, uint8 [at most `most`].
+    """The streams of a frame, uint8 [n], one after the other: uint8 [at most `most`].
 
     Raises:
-        ValueError: it is not exactly one zstd frame of so many bytes, or one that takes more memory than we allow.
+        ValueError: it is not exactly one zstd frame of so many bytes, or it would take too much memory to read.
     """
     data = formats.tensor_bytes(frame)
     try:
-        about = zstandard.get_frame_parameters(data)
-        size = about.content_size
+        parameters = zstandard.get_frame_parameters(data)
+        size = parameters.content_size
         if data[:4] != _MAGIC or not 0 <= size <= most:
             raise ValueError(f"it is not a zstd frame of at most {most} bytes")
-        if about.dict_id:
+        if parameters.dict_id:
             raise ValueError("its zstd frame needs a dictionary")
         if len(data) * LARGEST_RATIO < size:
             raise ValueError(f"its zstd frame is less than 1/{LARGEST_RATIO} of {size} bytes")
-        if about.window_size > 1 << WINDOW_LOG:
+        if parameters.window_size > 1 << WINDOW_LOG:
             raise ValueError(f"its zstd frame has a window of more than {1 << WINDOW_LOG} bytes")
         content = ZstdDecompressor().decompress(data, max_output_size=size, allow_extra_data=False)
     except ZstdError as error:
@@ -82,12 +82,12 @@ def decompress(frame: Tensor, most: int) -> Tensor:
 
 
 def largest_frame(most: int) -> int:
-    """Most bytes that `compress` makes of at most so many: three for each block, which may be short, and a header."""
+    """Most bytes that `compress` makes of `most` bytes: three more for each block, which may be short, and a header."""
     return most + 3 * (most // (2 * LARGEST_RATIO) + 8) + 32
 
 
 def entropy_bytes(symbols: Tensor) -> float:
-    """Shannon entropy (order 0) of all symbols together, in bytes; of integers from 0 on, any shape."""
+    """Shannon entropy (order 0), in bytes, of all symbols together: integers from 0 on, any shape."""
     if not symbols.numel():
         return 0.0
     largest = int(symbols.max())
@@ -100,25 +100,28 @@ def entropy_bytes(symbols: Tensor) -> float:
     return (total * math.log2(total) - float((counts * counts.log2()).sum())) / 8
 
 
-def _smallest(ways: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
-    return ways[0] if len(ways) == 1 else min(ways, key=lambda way: len(_frame(way, zstandard.STRATEGY_FAST)))
+def _smallest(candidates: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
+    """The candidate with the smallest frame."""
+    if len(candidates) == 1:
+        return candidates[0]
+    return min(candidates, key=lambda streams: len(_frame(streams, zstandard.STRATEGY_FAST)))
 
 
 def _frame(streams: Sequence[Tensor], strategy: int) -> bytes:
     size = sum(stream.numel() for stream in streams)
-    job = ZstdCompressor(compression_params=_parameters(strategy)).compressobj(size=size)
+    compressor = ZstdCompressor(compression_params=_parameters(strategy)).compressobj(size=size)
     parts = []
     for index, stream in enumerate(streams):
-        parts.append(job.compress(formats.tensor_bytes(stream)))
+        parts.append(compressor.compress(formats.tensor_bytes(stream)))
         if index < len(streams) - 1:
-            parts.append(job.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
-    parts.append(job.flush())
+            parts.append(compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
+    parts.append(compressor.flush())
     return b"".join(parts)
 
 
 @functools.cache
 def _parameters(strategy: int) -> ZstdCompressionParameters:
-    """Everything is given, so that no default of a version of zstd counts."""
+    """Parameters without any default, so that all versions of zstd make the same frames."""
     return ZstdCompressionParameters(
         format=zstandard.FORMAT_ZSTD1,
         window_log=WINDOW_LOG,

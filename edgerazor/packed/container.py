@@ -47,7 +47,7 @@ TensorSpec: TypeAlias = tuple[str, tuple[int, ...]]
 
 
 def tensor_spec(name: str, tensor: Tensor) -> TensorSpec:
-    """Dtype and shape of a tensor to be stored under a name.
+    """Dtype and shape of a tensor that is to be stored under a name.
 
     Raises:
         ValueError: the dtype cannot be stored.
@@ -65,10 +65,10 @@ def spec_bytes(spec: TensorSpec) -> int:
 
 def sha256(pieces: Iterable[memoryview]) -> str:
     """SHA-256 (hexadecimal) of bytes that follow one another."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for piece in pieces:
-        found.update(piece)
-    return found.hexdigest()
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 # Writing ----------------------------------------------------------------------------------------------------------
@@ -76,47 +76,54 @@ def sha256(pieces: Iterable[memoryview]) -> str:
 
 @dataclass(frozen=True)
 class File:
-    """A weight file or the index: its beginning, and where the data of its tensors begin behind that."""
+    """A weight file or the index, without the data of its tensors.
+
+    Attributes:
+        name: of the file.
+        header_bytes: what stands before the data; the whole content of the index.
+        offsets: where the data of each tensor begin, counted from the end of that.
+        data: bytes of all data.
+    """
 
     name: str
-    beginning: bytes
+    header_bytes: bytes
     offsets: Mapping[str, int]
     data: int = 0
 
     @property
     def size(self) -> int:
         """Bytes of the whole file."""
-        return len(self.beginning) + self.data
+        return len(self.header_bytes) + self.data
 
 
 def arrange(
-    specs: Mapping[str, TensorSpec], about: Mapping[str, str], shards: Mapping[str, Sequence[str]]
+    specs: Mapping[str, TensorSpec], metadata: Mapping[str, str], shards: Mapping[str, Sequence[str]]
 ) -> list[File]:
-    """All that is written but for the data: the weight files, and their index if they are several.
+    """The weight files without their data, and their index if they are several.
 
     Args:
         specs: of all tensors, by name.
-        about: metadata of the first file.
-        shards: file name -> names of its tensors, as of `cut`.
+        metadata: of the first file.
+        shards: file name -> names of its tensors, as `cut` gives them.
     """
     files = [
-        _safetensors(file, {name: specs[name] for name in names}, {} if number else about)
+        _safetensors(file, {name: specs[name] for name in names}, {} if number else metadata)
         for number, (file, names) in enumerate(shards.items())
     ]
     if len(files) == 1:
         return files
-    return [*files, File(INDEX_FILE, index_of(shards, sum(map(spec_bytes, specs.values()))), {})]
+    return [*files, File(INDEX_FILE, index_bytes(shards, sum(map(spec_bytes, specs.values()))), {})]
 
 
-def index_of(shards: Mapping[str, Sequence[str]], total: int) -> bytes:
-    """The index of several weight files: which tensor is in which, and the bytes of all."""
+def index_bytes(shards: Mapping[str, Sequence[str]], total: int) -> bytes:
+    """The content of the index of several weight files: the file of each tensor, and the bytes of all tensors."""
     weight_map = {name: file for file, names in shards.items() for name in names}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     return (json.dumps(index, indent=1, allow_nan=False) + "\n").encode()
 
 
 def cut(specs: Mapping[str, TensorSpec], shard_bytes: int) -> dict[str, list[str]]:
-    """File name -> the names of its tensors, all in order, cut where a file would become larger than allowed."""
+    """File name -> the names of its tensors: all in order, with a new file where one would exceed `shard_bytes`."""
     shards: list[list[str]] = [[]]
     size = 0
     for name in sorted(specs):
@@ -132,33 +139,34 @@ def cut(specs: Mapping[str, TensorSpec], shard_bytes: int) -> dict[str, list[str
     }
 
 
-def _safetensors(name: str, specs: Mapping[str, TensorSpec], about: Mapping[str, str]) -> File:
-    """One safetensors file. (The library's writer orders metadata by chance, so equal runs would differ.)
+def _safetensors(file: str, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> File:
+    """One safetensors file without its data.
 
-    What fills whole vectors comes first, then what fills half of one ...: each begins where it is fast to read.
+    Tensors that fill whole vectors come first, then those that fill half of one, and so on: each begins where it is
+    fast to read. (The library's own writer orders metadata by chance, so that equal runs would differ.)
     """
-    names = sorted(specs, key=lambda each: (-_alignment(specs[each]), each))
+    names = sorted(specs, key=lambda name: (-_alignment(specs[name]), name))
     offsets, end = {}, 0
-    for each in names:
-        offsets[each], end = end, end + spec_bytes(specs[each])
-    return File(name, beginning({each: specs[each] for each in names}, offsets, about), offsets, end)
+    for name in names:
+        offsets[name], end = end, end + spec_bytes(specs[name])
+    return File(file, safetensors_header({name: specs[name] for name in names}, offsets, metadata), offsets, end)
 
 
-def beginning(
-    specs: Mapping[str, TensorSpec], offsets: Mapping[str, int], about: Mapping[str, str], size: int = 0
+def safetensors_header(
+    specs: Mapping[str, TensorSpec], offsets: Mapping[str, int], metadata: Mapping[str, str], size: int = 0
 ) -> bytes:
-    """What stands before the data of a safetensors file: so many bytes, or, without a size, as many as are needed.
+    """What stands before the data of a safetensors file: its length, 8 bytes, and JSON that ends in spaces.
 
     Args:
         specs: of the tensors, in the order of their data.
         offsets: where the data of each begin.
-        about: metadata.
-        size: at least what is needed, a multiple of 64; spaces fill it.
+        metadata: the file's metadata beside the usual `format`.
+        size: bytes of the result, a multiple of 64 that is large enough; 0 for the smallest one.
     """
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **about}}
-    for each, spec in specs.items():
-        place = [offsets[each], offsets[each] + spec_bytes(spec)]
-        entries[each] = {"dtype": spec[0], "shape": list(spec[1]), "data_offsets": place}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    for name, spec in specs.items():
+        data_offsets = [offsets[name], offsets[name] + spec_bytes(spec)]
+        entries[name] = {"dtype": spec[0], "shape": list(spec[1]), "data_offsets": data_offsets}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (size - 8 - len(text) if size else -(8 + len(text)) % ALIGNMENT)
     assert not size or 8 + len(text) == size
@@ -166,15 +174,15 @@ def beginning(
 
 
 def _alignment(spec: TensorSpec) -> int:
-    """The power of two that divides the bytes of a tensor, at most 64."""
+    """The largest power of two, at most 64, that divides the bytes of a tensor."""
     return math.gcd(spec_bytes(spec), ALIGNMENT)
 
 
 # Reading ----------------------------------------------------------------------------------------------------------
 
 
-def damaged(path: Path, reason: str) -> UserError:
-    """The one sentence about a file that cannot be trusted; names that it holds cannot make more of it."""
+def damaged_model(path: Path, reason: str) -> UserError:
+    """The error, of one sentence, for a file that cannot be trusted; names in the file cannot add sentences to it."""
     reason = plain(reason.rstrip("."))
     return UserError(f"{path} is damaged or no packed model: {reason}.", "Make it again with `edgerazor pack`.")
 
@@ -183,7 +191,7 @@ def open_folder(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Open all weight files of a folder.
 
     Returns:
-        file name -> open safetensors file, the first one first; tensor name -> file name.
+        File name -> open safetensors file, the first one first; tensor name -> file name.
 
     Raises:
         UserError: a file is missing, cut off or no safetensors file, or the index contradicts them.
@@ -191,16 +199,16 @@ def open_folder(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     index = _read_index(folder)
     names = [WEIGHTS_FILE] if index is None else sorted(set(index.values()))
     files = {name: _open_file(folder / name) for name in names}
-    where: dict[str, str] = {}
+    file_of: dict[str, str] = {}
     for file, opened in files.items():
         for tensor in opened.keys():  # noqa: SIM118 (a safetensors file cannot be iterated over)
-            if tensor in where:
-                raise damaged(folder / file, f"it holds {tensor}, which {where[tensor]} holds too")
-            where[tensor] = file
-    if index is not None and index != where:
-        name = min(name for name in index.keys() | where.keys() if index.get(name) != where.get(name))
-        raise damaged(folder / INDEX_FILE, f"it and the weight files disagree about where {name} is")
-    return files, where
+            if tensor in file_of:
+                raise damaged_model(folder / file, f"it holds {tensor}, which {file_of[tensor]} holds too")
+            file_of[tensor] = file
+    if index is not None and index != file_of:
+        name = min(name for name in index.keys() | file_of.keys() if index.get(name) != file_of.get(name))
+        raise damaged_model(folder / INDEX_FILE, f"it and the weight files disagree about where {name} is")
+    return files, file_of
 
 
 def _read_index(folder: Path) -> dict[str, str] | None:
@@ -214,28 +222,28 @@ def _read_index(folder: Path) -> dict[str, str] | None:
         weight_map = untrusted.load_json(path, unambiguous=True, most_bytes=MOST_JSON)["weight_map"]
         entries = {str(name): str(file) for name, file in weight_map.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        raise damaged(path, "it is not an index of safetensors files") from None
+        raise damaged_model(path, "it is not an index of safetensors files") from None
     for file in entries.values():
         if not SHARD_NAME.fullmatch(file):
-            raise damaged(path, f"{file!r} is not the name of a weight file")
+            raise damaged_model(path, f"{file!r} is not the name of a weight file")
     if not entries:
-        raise damaged(path, "it names no files")
+        raise damaged_model(path, "it names no files")
     return entries
 
 
 def _open_file(path: Path) -> Any:
     if not path.is_file():
-        raise damaged(path, "the file is missing")
+        raise damaged_model(path, "the file is missing")
     try:
-        _check_beginning(path)
+        _check_header(path)
         return safe_open(path, framework="pt")
     except Exception as error:  # the library raises its own, the system's and decoding errors
         reason = " ".join(str(error).split())
-        raise damaged(path, f"it is cut off or not a safetensors file ({reason})") from None
+        raise damaged_model(path, f"it is cut off or not a safetensors file ({reason})") from None
 
 
-def _check_beginning(path: Path) -> None:
-    """What the library does not look at: names that are there twice, and a header that would fill the memory."""
+def _check_header(path: Path) -> None:
+    """Refuse what the library does not: names that occur twice, and a header so large that it would fill the memory."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > MOST_JSON:

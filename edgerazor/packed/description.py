@@ -1,7 +1,8 @@
-"""The header as the first file has it: short JSON for people and programs, and a tensor of all checksums.
+"""The header as it is stored: short JSON in the first file, and a tensor of all checksums.
 
-Most matrices of a model are alike, and a checksum has no shorter writing than its bytes. So the JSON tells what is
-alike once, with the names of all that it is true of, and the SHA-256 of the tensor of checksums in their place.
+Most matrices of a model have one description, and a checksum cannot be written shorter than its bytes. So the JSON has
+each description once, with the names of all matrices that it holds for, and the SHA-256 of the tensor of checksums in
+place of the checksums.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from torch import Tensor
 
 from edgerazor import formats, untrusted
 from edgerazor.errors import UserError
-from edgerazor.packed.container import damaged, sha256
+from edgerazor.packed.container import damaged_model, sha256
 from edgerazor.packed.header import (
     SHA256_BYTES,
     VERSION,
-    About,
     Compression,
     Header,
     Kind,
     MatrixEntry,
+    ModelFields,
     Strict,
     TensorEntry,
     header_problem,
@@ -36,7 +37,7 @@ HEADER_KEY, HEADER_SUM_KEY = "edgerazor", "edgerazor_sha256"
 
 
 class _Matrices(Strict):
-    """Quantized matrices of one description: as in `MatrixEntry`, the names of their parts, and, folded, their own."""
+    """Matrices of one description: fields of `MatrixEntry`, names of parts, and folded names of the matrices."""
 
     kind: Kind
     formats: tuple[str, ...] = Field(min_length=1)
@@ -47,15 +48,15 @@ class _Matrices(Strict):
 
 
 class _Others(Strict):
-    """Tensors that are not quantized, of one dtype and shape, and, folded, their names."""
+    """Tensors of one dtype and shape that are not quantized, with their folded names."""
 
     dtype: str
     shape: tuple[int, ...]
     names: tuple[str, ...]
 
 
-class Description(About):
-    """The JSON of a header. `sha256`: of the tensor of checksums."""
+class Description(ModelFields):
+    """The JSON of a header. `sha256` is that of the tensor of checksums."""
 
     matrices: tuple[_Matrices, ...]
     others: tuple[_Others, ...]
@@ -69,13 +70,13 @@ _Group = TypeVar("_Group", _Matrices, _Others)
 
 
 def header_metadata(header: Header) -> dict[str, str]:
-    """The metadata of the first weight file that hold a header.
+    """The metadata of the first weight file, which hold the header.
 
     Raises:
-        ValueError: a name of it is not possible.
+        ValueError: one of its names looks like a range of names.
     """
     described = Description(
-        **{name: getattr(header, name) for name in About.model_fields},
+        **{name: getattr(header, name) for name in ModelFields.model_fields},
         matrices=tuple(_grouped_matrices(header)),
         others=tuple(_grouped_others(header)),
         sha256=sha256([formats.tensor_bytes(checksums(header))]),
@@ -88,8 +89,8 @@ def header_metadata(header: Header) -> dict[str, str]:
 def _grouped_matrices(header: Header) -> Iterator[_Matrices]:
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, entry in header.matrices.items():
-        about = (entry.kind, entry.formats, entry.group_size, entry.shape, tuple(entry.sha256))
-        groups.setdefault(about, []).append(name)
+        description = (entry.kind, entry.formats, entry.group_size, entry.shape, tuple(entry.sha256))
+        groups.setdefault(description, []).append(name)
     for (kind, number_formats, group_size, shape, parts), names in groups.items():
         yield _Matrices(
             kind=kind,
@@ -110,9 +111,10 @@ def _grouped_others(header: Header) -> Iterator[_Others]:
 
 
 def checksums(header: Header) -> Tensor:
-    """All digests and checksums, uint8 [n, 32]: of each matrix its digest and those of its parts; of each other tensor.
+    """All digests and checksums, uint8 [n, 32].
 
-    Matrices and tensors are in the order of their names, parts in that of their group's list.
+    First those of each matrix, its digest and then the checksums of its parts, then the checksum of each other tensor.
+    Matrices and tensors are in the order of their names, parts in the order of the description's list.
     """
     sums: list[str] = []
     for entry in header.matrices.values():
@@ -125,20 +127,20 @@ def checksums(header: Header) -> Tensor:
 
 
 def read_header(
-    path: Path, about: Mapping[str, str], stored: Collection[str], read_checksums: Callable[[int], Tensor]
+    path: Path, metadata: Mapping[str, str], stored: Collection[str], read_checksums: Callable[[int], Tensor]
 ) -> Header:
     """The header in the metadata of the first weight file.
 
     Args:
         path: the file.
-        about: its metadata.
-        stored: names of the tensors that are there.
+        metadata: of the file.
+        stored: names of all stored tensors.
         read_checksums: gives the tensor of so many checksums, uint8 [n, 32].
 
     Raises:
         UserError: it is missing, damaged, contradicts itself, or is of a later version.
     """
-    described = _read_description(path, about)
+    described = _read_description(path, metadata)
     try:
         if any(len(set(group.parts)) < len(group.parts) for group in described.matrices):
             raise ValueError("a list of parts repeats one")
@@ -150,25 +152,25 @@ def read_header(
         header = _header(described, matrices, others, sums)
         problem = header_problem(header)
     except ValueError as error:
-        raise damaged(path, str(error)) from None
+        raise damaged_model(path, str(error)) from None
     if problem:
-        raise damaged(path, problem)
+        raise damaged_model(path, problem)
     return header
 
 
-def _read_description(path: Path, about: Mapping[str, str]) -> Description:
-    text = about.get(HEADER_KEY)
+def _read_description(path: Path, metadata: Mapping[str, str]) -> Description:
+    text = metadata.get(HEADER_KEY)
     if text is None:
-        raise damaged(path, f"it has no {HEADER_KEY} header")
+        raise damaged_model(path, f"it has no {HEADER_KEY} header")
     try:
         raw = untrusted.parse_json(text, unambiguous=True)
     except ValueError as error:
-        raise damaged(path, f"its header is not JSON ({error})") from None
+        raise damaged_model(path, f"its header is not JSON ({error})") from None
     version = raw.get("version") if isinstance(raw, dict) else None
-    if sha256([memoryview(text.encode())]) != about.get(HEADER_SUM_KEY):
-        raise damaged(path, "its header does not have the recorded checksum")
+    if sha256([memoryview(text.encode())]) != metadata.get(HEADER_SUM_KEY):
+        raise damaged_model(path, "its header does not have the recorded checksum")
     if type(version) not in (int, type(None)):
-        raise damaged(path, f"its version is {version!r}, which is no whole number")
+        raise damaged_model(path, f"its version is {version!r}, which is no whole number")
     if isinstance(version, int) and not 1 <= version <= VERSION:
         raise UserError(
             f"{path} has version {version} of the packed format, but this program reads versions 1 to {VERSION}.",
@@ -180,17 +182,17 @@ def _read_description(path: Path, about: Mapping[str, str]) -> Description:
     except (ValidationError, RecursionError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": "too deeply nested"}
         place = ".".join(str(step) for step in first["loc"])
-        raise damaged(path, f"its header is wrong at {place or 'the top'} ({first['msg']})") from None
+        raise damaged_model(path, f"its header is wrong at {place or 'the top'} ({first['msg']})") from None
 
 
 def _check_compression(path: Path, raw: Any) -> None:
-    """Say of a compression that is not known what it is, rather than that the file is damaged."""
-    found = raw.get("compression") if isinstance(raw, dict) else None
+    """Refuse an unknown compression by its name, rather than as damage."""
+    compression = raw.get("compression") if isinstance(raw, dict) else None
     known = Compression().model_dump()
-    if isinstance(found, dict) and found.keys() == known.keys() and found != known:
-        said = ", ".join(f"{key} {value!r:.40}" for key, value in sorted(found.items()))
+    if isinstance(compression, dict) and compression.keys() == known.keys() and compression != known:
+        described = ", ".join(f"{key} {value!r:.40}" for key, value in sorted(compression.items()))
         raise UserError(
-            f"{path} is compressed in a way that this program does not know ({said}).",
+            f"{path} is compressed in a way that this program does not know ({described}).",
             "Install a newer edgerazor.",
         )
 
@@ -203,32 +205,32 @@ def _tensors(described: Description, name: str, group: _Matrices) -> list[str]:
 def _named(
     groups: Iterable[_Group], tensors: Callable[[str, _Group], Iterable[str]], stored: Collection[str]
 ) -> dict[str, _Group]:
-    """Group of each name, in the order of names.
+    """Name -> its description, in the order of names.
 
     Names are checked one at a time, since a short header could name more than there is memory for.
 
     Raises:
-        ValueError: a name is there twice, or a tensor that belongs to one is not there.
+        ValueError: a name occurs twice, or a tensor that belongs to it is missing.
     """
-    found: dict[str, _Group] = {}
+    group_of: dict[str, _Group] = {}
     for group in groups:
         for name in unfold(group.names, len(stored)):
-            if name in found:
+            if name in group_of:
                 raise ValueError(f"its header describes {name} twice")
             for tensor in tensors(name, group):
                 if tensor not in stored:
                     raise ValueError(f"the tensor {tensor} is missing")
-            found[name] = group
-    return dict(sorted(found.items()))
+            group_of[name] = group
+    return dict(sorted(group_of.items()))
 
 
 def _header(
     described: Description, matrices: Mapping[str, _Matrices], others: Mapping[str, _Others], sums: Tensor
 ) -> Header:
-    """The header with a row of the checksums, in their order, for each matrix, part and other tensor."""
+    """The header, with the rows of the tensor of checksums put to the matrices, parts and other tensors in order."""
     rows = (row.numpy().tobytes().hex() for row in sums)
     return Header(
-        **{name: getattr(described, name) for name in About.model_fields},
+        **{name: getattr(described, name) for name in ModelFields.model_fields},
         matrices={
             name: MatrixEntry(
                 kind=group.kind,
@@ -241,6 +243,6 @@ def _header(
             for name, group in matrices.items()
         },
         others={
-            name: TensorEntry(dtype=each.dtype, shape=each.shape, sha256=next(rows)) for name, each in others.items()
+            name: TensorEntry(dtype=group.dtype, shape=group.shape, sha256=next(rows)) for name, group in others.items()
         },
     )

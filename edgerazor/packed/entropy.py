@@ -1,4 +1,4 @@
-"""How small codes and scales could be: their Shannon entropy, which no coder of single symbols beats."""
+"""Entropy of codes and scales: the size below which no coder of single symbols can compress them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from edgerazor.packed.threads import in_parallel
 
 
 class ClassBits(BaseModel):
-    """Bits a weight of one class of tensors, or of all; of what is not quantized all are those of its dtype."""
+    """Bits per weight of one class of tensors, or of all; for tensors that are not quantized, those of their dtype."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -32,7 +32,7 @@ class ClassBits(BaseModel):
 
 
 class _Sums(NamedTuple):
-    """Weights, and of all of them together: nominal bits, and bytes packed, by entropy, and stored."""
+    """Sums over tensors: weights, nominal bits, and bytes as packed, by entropy, and as stored."""
 
     weights: int
     nominal: float
@@ -55,11 +55,11 @@ def matrix_entropy_bytes(encoded: Encoded, spec: MatrixSpec) -> float:
 
 
 def bits_table(model: PackedModel, done: Callable[[], None] | None = None) -> list[ClassBits]:
-    """Bits by class of tensors (those that the model has), and of all; reads and checks every matrix, on all cores.
+    """Bits of each class of tensors that the model has, and of all; reads and checks every matrix, on all cores.
 
     Args:
         model: a packed model.
-        done: called behind each matrix, from any thread.
+        done: called after each matrix, from any thread.
 
     Raises:
         UserError: something is damaged.
@@ -74,17 +74,18 @@ def bits_table(model: PackedModel, done: Callable[[], None] | None = None) -> li
         packed_bytes[name] = matrix.spec.packed_bytes((rows, cols))
 
     entries = model.header.matrices
-    in_parallel([(math.prod(each.shape), functools.partial(measure, name)) for name, each in entries.items()], done)
-    classes = []
+    in_parallel([(math.prod(entry.shape), functools.partial(measure, name)) for name, entry in entries.items()], done)
+    sums_of_class = []
     for kind in get_args(TensorClass):
         sizes = list(class_sizes(model, kind))
         weights, nominal, stored = (sum(column) for column in zip(*sizes, strict=True)) if sizes else (0, 0.0, 0)
         names = [name for name, entry in entries.items() if entry.kind == kind]
-        bound = sum(entropies[name] for name in names) if names else stored
+        entropy = sum(entropies[name] for name in names) if names else stored
         size = sum(packed_bytes[name] for name in names) if names else stored
-        classes.append((kind, _Sums(int(weights), nominal, size, bound, stored)))
-    found = [(kind, sums) for kind, sums in classes if sums.weights]
-    return [*(_bits(kind, sums) for kind, sums in found), _bits(None, _add(sums for _, sums in found))]
+        if weights:
+            sums_of_class.append((kind, _Sums(int(weights), nominal, size, entropy, stored)))
+    total = _add(sums for _, sums in sums_of_class)
+    return [*(_bits(kind, sums) for kind, sums in sums_of_class), _bits(None, total)]
 
 
 def _add(parts: Iterable[_Sums]) -> _Sums:

@@ -1,9 +1,9 @@
-"""Weight files whose compressed tensors have a size only when they come.
+"""Weight files with compressed tensors, whose sizes are known only when they have been compressed.
 
-The place for the header is kept free, as large as it can become, and spaces fill what is left of it. Behind it stand
-the tensors that are not compressed, and behind those the frames, matrix by matrix, the largest first: the order in
-which matrices are worked on, whichever core is faster. So equal arguments give equal files, and a matrix that is done
-waits for those before it, not for all.
+The file begins with space for the largest possible header; spaces fill what the header leaves of it. Then come the
+tensors that are not compressed, and then the frames, matrix by matrix, the largest first: the order in which matrices
+are worked on, whichever core is faster. So equal arguments give equal files, and a finished matrix waits for those
+before it, not for all.
 """
 
 from __future__ import annotations
@@ -12,17 +12,26 @@ import contextlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 
-from edgerazor.packed.container import ALIGNMENT, INDEX_FILE, File, TensorSpec, arrange, beginning, index_of, spec_bytes
+from edgerazor.packed.container import (
+    ALIGNMENT,
+    INDEX_FILE,
+    File,
+    TensorSpec,
+    arrange,
+    index_bytes,
+    safetensors_header,
+    spec_bytes,
+)
 
 
 class GrowingFiles:
-    """Which tensor lies where.
+    """The places of tensors in such files.
 
     Args:
         known: specs of the tensors that are not compressed, by name.
         largest: most bytes of each frame, by name.
         shards: file name -> names of its tensors.
-        about: metadata of the first file, as long as they will be.
+        metadata: of the first file, of the length that they will have.
     """
 
     def __init__(
@@ -30,7 +39,7 @@ class GrowingFiles:
         known: Mapping[str, TensorSpec],
         largest: Mapping[str, int],
         shards: Mapping[str, Sequence[str]],
-        about: Mapping[str, str],
+        metadata: Mapping[str, str],
     ) -> None:
         self.shards = shards
         self.file_of = {name: file for file, names in shards.items() for name in names}
@@ -46,10 +55,10 @@ class GrowingFiles:
         bounds: dict[str, TensorSpec] = {name: ("U8", (size,)) for name, size in largest.items()}
         self.sizes = {
             file: len(
-                beginning(
+                safetensors_header(
                     {name: known.get(name) or bounds[name] for name in names},
                     dict.fromkeys(names, self.total),  # no number will have more digits
-                    self._about(file, about),
+                    self._metadata_of(file, metadata),
                 )
             )
             for file, names in shards.items()
@@ -57,31 +66,34 @@ class GrowingFiles:
         assert all(size % ALIGNMENT == 0 for size in self.sizes.values())
 
     def append(self, name: str, size: int) -> tuple[str, int]:
-        """File of the next frame, and where its data begin behind the header of that."""
+        """Place a frame of that size: its file, and where its data begin after the header of that file."""
         file = self.file_of[name]
         self.offsets[file][name] = self.ends[file]
         self.specs[file][name] = ("U8", (size,))
         self.ends[file] += size
         return file, self.offsets[file][name]
 
-    def files(self, about: Mapping[str, str]) -> list[File]:
-        """What stands before the data, of the tensors that are there by now; always of the same size."""
+    def files(self, metadata: Mapping[str, str]) -> list[File]:
+        """The files, without their data, with the frames placed by now; what stands before the data keeps its size."""
         files = []
         for file, size in self.sizes.items():
-            text = beginning(self.specs[file], self.offsets[file], self._about(file, about), size)
+            text = safetensors_header(self.specs[file], self.offsets[file], self._metadata_of(file, metadata), size)
             files.append(File(file, text, dict(self.offsets[file]), self.ends[file]))
         if len(files) == 1:
             return files
-        longest = len(index_of(self.shards, self.total))
-        index = index_of(self.shards, sum(self.ends.values())).rstrip()
+        longest = len(index_bytes(self.shards, self.total))
+        index = index_bytes(self.shards, sum(self.ends.values())).rstrip()
         return [*files, File(INDEX_FILE, index + b" " * (longest - len(index) - 1) + b"\n", {})]
 
-    def _about(self, file: str, about: Mapping[str, str]) -> Mapping[str, str]:
-        return about if file == next(iter(self.shards)) else {}
+    def _metadata_of(self, file: str, metadata: Mapping[str, str]) -> Mapping[str, str]:
+        return metadata if file == next(iter(self.shards)) else {}
 
 
 class Turns:
-    """Tasks that begin in the order of their numbers, from 0 on, and take turns in that order."""
+    """Makes tasks that run at the same time take turns in the order of their numbers, from 0 on.
+
+    Tasks must begin in that order, too.
+    """
 
     def __init__(self) -> None:
         self.next = 0
@@ -90,7 +102,7 @@ class Turns:
 
     @contextlib.contextmanager
     def task(self, number: int) -> Iterator[None]:
-        """Work of a task: where it fails, those behind it do not wait for ever."""
+        """The work of a task. If it fails, the tasks after it are told, so that they do not wait for ever."""
         try:
             yield
         except BaseException:
@@ -101,7 +113,7 @@ class Turns:
 
     @contextlib.contextmanager
     def turn(self, number: int) -> Iterator[None]:
-        """Wait until all tasks before have had their turn, then have it.
+        """Wait until all tasks before this one have had their turn, then have one.
 
         Raises:
             RuntimeError: one of them has failed.

@@ -1,4 +1,4 @@
-"""What the header of a packed folder says, and whether it contradicts itself."""
+"""The header of a packed folder, and the checks that it does not contradict itself or the stored tensors."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ from edgerazor.packed.container import DTYPES, TensorSpec, spec_bytes
 VERSION = 2
 
 
-def _number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1 << 62
 
 
-#: How to compute, in `Header.settings`: fields of `surgery.Settings`, and whether it can be so.
+#: The fields of `Header.settings`, which say how to compute, and the check of the value of each.
 SETTINGS: dict[str, Callable[[Any], bool]] = {
     "activation_bits": lambda bits: type(bits) is int and bits in (4, 5, 6, 7, 8, 16),
     "kv_bits": lambda bits: type(bits) is int and bits in (4, 8, 16),
     "group_size": lambda size: type(size) is int and 0 < size < 1 << 62,
     "query_bits": lambda bits: type(bits) is int and bits in (4, 8, 16),
     "probability_bits": lambda bits: type(bits) is int and bits in (4, 8, 16),
-    "adaptive_tokens": lambda how: how in ("off", "causal", "ranked"),
-    "thresholds": lambda found: isinstance(found, list) and all(map(_number, found)),
+    "adaptive_tokens": lambda mode: mode in ("off", "causal", "ranked"),
+    "thresholds": lambda values: isinstance(values, list) and all(map(_is_number, values)),
 }
 #: Name of the tensor that holds all digests and checksums, and bytes of each.
 CHECKSUMS, SHA256_BYTES = "edgerazor.sha256", 32
 #: End of the name of a tensor that holds a compressed part.
 FRAME = ".zst"
-#: In the place of a digest or checksum where only its length matters.
+#: Stands for a digest or checksum where only its length matters.
 ANY_SHA256 = "0" * 2 * SHA256_BYTES
 
 Kind = Literal["linear", "embedding", "head"]
 
 
 class Strict(BaseModel):
-    """As it was written, or not at all."""
+    """A model that converts no values and refuses unknown fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class MatrixEntry(Strict):
-    """One quantized matrix. `sha256`: of each part, codes with their scales, as it is where nothing is compressed."""
+    """One quantized matrix. `sha256` has that of each part, codes with their scales, before compression."""
 
     kind: Kind
     formats: tuple[str, ...] = Field(min_length=1)
@@ -62,7 +62,7 @@ class MatrixEntry(Strict):
         return [part for part in self.sha256 if is_compressed(part)]
 
     def code_rows(self) -> dict[str, int]:
-        """How many rows the parts of codes have together: rows of the matrix, or its groups and tails."""
+        """The number of rows of all parts of codes together: rows of the matrix, or its whole groups and its tails."""
         rows, cols = self.shape
         if BLOCK_FORMATS not in self.sha256:
             return {"rows": rows}
@@ -70,7 +70,7 @@ class MatrixEntry(Strict):
         return {"groups": rows * (cols // group), "tails": rows if cols % group else 0}
 
     def code_columns(self, part: str) -> int:
-        """Codes in a row of a part: those of a row of the matrix, or of a group."""
+        """The number of codes in a row of a part: those of a row of the matrix, or of a group."""
         cols = self.shape[1]
         if BLOCK_FORMATS not in self.sha256:
             return cols
@@ -87,14 +87,14 @@ class TensorEntry(Strict):
 
 
 class Compression(Strict):
-    """How the parts of codes and scales are compressed. `filter`: version of the streams, `formats/core/streams.py`."""
+    """How parts of codes and scales are compressed. `filter` is the version of `formats/core/streams.py`."""
 
     method: Literal["zstd"] = "zstd"
     filter: Literal[1] = 1
 
 
-class About(Strict):
-    """What a header says of the whole model."""
+class ModelFields(Strict):
+    """The fields of a header that hold for the whole model."""
 
     version: Literal[1, 2] = 1
     tied: dict[str, str]
@@ -108,21 +108,23 @@ class About(Strict):
         return part_name(matrix, part) + (FRAME if self.compression and is_compressed(part) else "")
 
 
-class Header(About):
-    """What the folder holds and how it came about: what its first file says, and the checksums."""
+class Header(ModelFields):
+    """What a packed folder holds and how it was made, with all checksums."""
 
     matrices: dict[str, MatrixEntry]
     others: dict[str, TensorEntry]
 
 
 def has_zero_points(others: Iterable[str]) -> bool:
-    """Whether tensors of these names hold zero points of inputs, which a program of version 1 would leave out."""
+    """Whether one of these tensors is a zero point of inputs, which a program for version 1 would ignore."""
     return any(name.rpartition(".")[2] in (formats.INPUT_ZERO_POINT, formats.LOW_INPUT_ZERO_POINT) for name in others)
 
 
 def is_compressed(part: str) -> bool:
-    """Whether a part holds codes and scales, and is a frame where the folder is compressed; else it is a choice of
-    formats, which says how large the others are."""
+    """Whether a part is a frame where the folder is compressed: it holds codes and scales.
+
+    The other parts hold format indices, which say how large the parts of codes are.
+    """
     return part not in (ROW_FORMATS, BLOCK_FORMATS)
 
 
@@ -140,7 +142,7 @@ def make_header(
     extras: Mapping[str, Any] | None = None,
     compression: Compression | None = None,
 ) -> Header:
-    """A header in its one order.
+    """A header with all names in order.
 
     Raises:
         ValueError: it contradicts itself.
@@ -162,11 +164,12 @@ def make_header(
 
 
 def expected_tensors(header: Header, stored: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """Dtype and shape of each tensor that a header describes, but for that of checksums.
+    """Dtype and shape of each tensor that a header describes, apart from the tensor of checksums.
 
     Args:
         header: of the folder.
-        stored: what is in the files; how many rows have a format is known only from there, so it is checked apart.
+        stored: dtype and shape of all stored tensors. The number of rows of each format is known only from them;
+            `rows_problem` checks it.
     """
     expected = {name: (entry.dtype, entry.shape) for name, entry in header.others.items()}
     for name, entry in header.matrices.items():
@@ -174,37 +177,39 @@ def expected_tensors(header: Header, stored: Mapping[str, TensorSpec]) -> dict[s
         alike = stored.get(part_name(name, BLOCK_FORMATS), ("", ()))[1][:1] == (1,)
         groups = formats.group_count(cols, entry.group_size)
         parts: dict[str, tuple[int, ...]] = {
-            ROW_FORMATS: (1, formats.index_columns(rows, len(entry.formats))),
-            BLOCK_FORMATS: (1 if alike else rows, formats.index_columns(groups, len(entry.formats))),
+            ROW_FORMATS: (1, formats.index_row_bytes(rows, len(entry.formats))),
+            BLOCK_FORMATS: (1 if alike else rows, formats.index_row_bytes(groups, len(entry.formats))),
         }
         for part in entry.code_parts():
-            found = math.prod(stored.get(header.tensor_name(name, part), ("", ()))[1])
-            parts[part] = (found if header.compression else _blocks(entry, part, found)[1],)
+            size = math.prod(stored.get(header.tensor_name(name, part), ("", ()))[1])
+            parts[part] = (size if header.compression else _row_blocks(entry, part, size)[1],)
         expected |= {header.tensor_name(name, part): ("U8", parts[part]) for part in entry.sha256}
     return expected
 
 
-def _blocks(entry: MatrixEntry, part: str, size: int) -> tuple[int, int]:
-    """Row blocks of a part that is stored in `size` bytes, and the bytes that so many should take."""
-    return formats.joined_blocks(size, part, entry.code_columns(part), entry.group_size)
+def _row_blocks(entry: MatrixEntry, part: str, size: int) -> tuple[int, int]:
+    """The number of row blocks of a part that is stored in `size` bytes, and the bytes that these should take."""
+    return formats.stored_row_blocks(size, part, entry.code_columns(part), entry.group_size)
 
 
 def rows_problem(entry: MatrixEntry, stored: Mapping[str, TensorSpec], name: str) -> str:
-    """What is wrong with the numbers of row blocks of a matrix's parts, or an empty string."""
-    blocks = {part: _blocks(entry, part, spec_bytes(stored[part_name(name, part)]))[0] for part in entry.code_parts()}
-    for kind, wanted in entry.code_rows().items():
+    """What is wrong with the numbers of row blocks in a matrix's parts, or an empty string."""
+    blocks = {
+        part: _row_blocks(entry, part, spec_bytes(stored[part_name(name, part)]))[0] for part in entry.code_parts()
+    }
+    for kind, rows in entry.code_rows().items():
         counts = [count for part, count in blocks.items() if part.endswith(TAIL) == (kind == "tails")]
         most = sum(counts) * formats.ROWS
-        # Each part ends in a block that may hold from one row to all.
-        if not most - len(counts) * (formats.ROWS - 1) <= wanted <= most or 0 in counts:
-            return f"its formats have {sum(counts)} blocks of {kind} together, but it has {wanted} {kind}"
+        # The last block of each part may hold any number of rows from 1 to 16.
+        if not most - len(counts) * (formats.ROWS - 1) <= rows <= most or 0 in counts:
+            return f"its formats have {sum(counts)} blocks of {kind} together, but it has {rows} {kind}"
     return ""
 
 
 def frames_problem(entry: MatrixEntry, stored: Mapping[str, TensorSpec], name: str) -> str:
     """What is wrong with the sizes of a matrix's frames, or an empty string.
 
-    How many rows are in each is known later; here they are all of one format, the narrowest.
+    The number of rows in each frame is not known yet, so all codes count as those of the narrowest format.
     """
     frames = sum(spec_bytes(stored[part_name(name, part) + FRAME]) for part in entry.code_parts())
     least = math.prod(entry.shape) // NARROWEST

@@ -1,4 +1,4 @@
-"""A packed folder, opened and read; every byte is checked before it counts."""
+"""Reading a packed folder: every byte is checked before it is used."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from edgerazor import formats, untrusted, workdir
 from edgerazor.errors import UserError
 from edgerazor.formats import INPUT_SCALE, LOW_INPUT_SCALE, OF_INPUTS, SCALES, Encoded, MatrixSpec
 from edgerazor.packed.compression import decompress
-from edgerazor.packed.container import TensorSpec, damaged, open_folder, sha256
+from edgerazor.packed.container import TensorSpec, damaged_model, open_folder, sha256
 from edgerazor.packed.description import read_header
 from edgerazor.packed.header import (
     CHECKSUMS,
@@ -36,20 +36,18 @@ from edgerazor.packed.threads import in_parallel
 from edgerazor.packed.writing import MatrixSource
 from edgerazor.untrusted import weights
 
-#: What to do about a packed folder that names code.
+#: The advice about a packed folder that names Python code.
 NO_CODE = "No packed model needs any: pack the original again, and do not trust who made this one."
 
-#: Bytes that are hashed and copied while they are in a core's cache.
-COPIED = 1 << 18
-
-
+#: Bytes that are hashed and copied at a time, few enough to stay in a core's cache.
+COPY_CHUNK = 1 << 18
 #: Largest magnitude of a zero point: that of an activation's code.
 LARGEST_ZERO_POINT = 127
 
 
 @dataclass
 class PackedMatrix:
-    """A matrix out of a packed folder.
+    """A matrix that was read from a packed folder.
 
     Attributes:
         name: path of its module (`model.layers.0.mlp.down_proj`).
@@ -64,26 +62,26 @@ class PackedMatrix:
     spec: MatrixSpec
 
     def source(self) -> MatrixSource:
-        """The same matrix on its way into another folder."""
+        """The matrix as `write` takes it, to be written into another folder."""
         rows, cols = self.encoded.codes.shape
         return MatrixSource(self.name, self.kind, self.spec, (rows, cols), lambda: self.encoded)
 
 
 class PackedModel:
-    """A packed folder, opened and checked; tensors are mapped from disk and checked when they are read."""
+    """An open packed folder; tensors are mapped from disk and checked when they are read."""
 
-    def __init__(self, folder: Path, header: Header, files: Mapping[str, Any], where: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, header: Header, files: Mapping[str, Any], file_of: Mapping[str, str]) -> None:
         """Use `PackedModel.open`."""
         self.folder = folder
         self.header = header
         self._files = files  # file name -> open safetensors file
-        self._where = where  # tensor name -> file name
+        self._file_of = file_of  # tensor name -> file name
 
     @classmethod
     def open(cls, folder: Path) -> PackedModel:
         """Open a packed folder, checking everything but the bytes of the tensors.
 
-        Where another process is replacing it, that is the old one or the new one.
+        Where another process is replacing the folder, the old one or the new one is opened, never a mixture.
 
         Raises:
             UserError: a file is missing, cut off or no safetensors file, or what it holds is not a packed model of
@@ -94,11 +92,12 @@ class PackedModel:
     @classmethod
     def _open(cls, folder: Path) -> PackedModel:
         untrusted.refuse_code(folder, NO_CODE)
-        files, where = open_folder(folder)
+        files, file_of = open_folder(folder)
         first, opened = next(iter(files.items()))
-        about = opened.metadata() or {}
-        header = read_header(folder / first, about, where.keys(), functools.partial(_checksums, files, where))
-        model = cls(folder, header, files, where)
+        metadata = opened.metadata() or {}
+        read_checksums = functools.partial(_read_checksums, files, file_of)
+        header = read_header(folder / first, metadata, file_of.keys(), read_checksums)
+        model = cls(folder, header, files, file_of)
         model._check_tensors()
         return model
 
@@ -126,54 +125,54 @@ class PackedModel:
             ValueError: there is no matrix of that name.
         """
         entry = self._entry(name)
-        found = self._decompressed(name) if self.header.compression else {}
+        parts = self._decompressed(name) if self.header.compression else {}
         for part, sha in entry.sha256.items():
             if self.header.compression and is_compressed(part):
                 continue
             stored = self._tensor(part_name(name, part), sha)
-            found |= self._separated(name, part, stored) if is_compressed(part) else {part: stored}
-        return found
+            parts |= self._deserialized(name, part, stored) if is_compressed(part) else {part: stored}
+        return parts
 
-    def _separated(self, name: str, part: str, stored: Tensor) -> dict[str, Tensor]:
+    def _deserialized(self, name: str, part: str, stored: Tensor) -> dict[str, Tensor]:
         entry = self._entry(name)
         try:
-            return formats.separated(stored, part, entry.code_columns(part), entry.group_size)
+            return formats.deserialize_part(stored, part, entry.code_columns(part), entry.group_size)
         except ValueError as error:
             raise self._broken(part_name(name, part), str(error)) from None
 
-    def copy_parts(self, name: str, places: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Parts of codes and scales of a matrix, copied into memory; every byte is read once, for copy and checksum.
+    def copy_parts(self, name: str, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parts of codes and scales of a matrix, copied into memory; each byte is read once, for copy and checksum.
 
         Args:
             name: of the matrix.
-            places: part of codes -> contiguous uint8, as many bytes as `formats.stored_shapes` says of the part.
+            buffers: part of codes -> contiguous uint8, as many bytes as `formats.stored_shapes` says of the part.
 
         Returns:
-            the parts as `parts` gives them, views of the places.
+            The parts as `parts` gives them, as views of that memory.
 
         Raises:
             UserError: one of them is damaged.
-            ValueError: there is no matrix of that name, or a place has another size than its part.
+            ValueError: there is no matrix of that name, or a buffer has another size than its part.
         """
         decompressed = self.parts(name) if self.header.compression else {}
-        found: dict[str, Tensor] = {}
-        for part, place in places.items():
+        parts: dict[str, Tensor] = {}
+        for part, buffer in buffers.items():
             if decompressed:
-                views = self._separated(name, part, place.zero_())
-                for each, view in views.items():
-                    view.copy_(decompressed[each])
+                views = self._deserialized(name, part, buffer.zero_())
+                for view_name, view in views.items():
+                    view.copy_(decompressed[view_name])
             else:
                 source = self._stored(part_name(name, part))
-                if not source.nbytes == place.nbytes == place.numel() or not source.is_contiguous():
-                    raise ValueError(f"{part} of {name} has {source.nbytes} bytes, its place {place.nbytes}")
-                if _copy(source, place) != self._entry(name).sha256[part]:
+                if not source.nbytes == buffer.nbytes == buffer.numel() or not source.is_contiguous():
+                    raise ValueError(f"{part} of {name} has {source.nbytes} bytes, its buffer {buffer.nbytes}")
+                if _copy(source, buffer) != self._entry(name).sha256[part]:
                     raise self._broken(part_name(name, part), "its bytes do not have the recorded checksum")
-                views = self._separated(name, part, place)
-            found |= views
-        return found
+                views = self._deserialized(name, part, buffer)
+            parts |= views
+        return parts
 
     def _decompressed(self, name: str) -> dict[str, Tensor]:
-        """The parts of codes and scales of a matrix, whose sizes follow from its formats, never from a frame."""
+        """The parts of codes and scales of a compressed matrix; sizes follow from its formats, never from a frame."""
         entry, spec = self._entry(name), self.spec(name)
         streams: dict[str, Tensor] = {}
         try:
@@ -188,7 +187,7 @@ class PackedModel:
             parts = formats.from_streams(streams, spec, entry.shape)
         except ValueError as error:
             raise self._broken(name, str(error)) from None
-        for part, pieces in formats.joined(parts).items():
+        for part, pieces in formats.serialize_parts(parts).items():
             if sha256(pieces) != entry.sha256[part]:
                 raise self._broken(self.header.tensor_name(name, part), "its bytes do not have the recorded checksum")
         return parts
@@ -197,14 +196,15 @@ class PackedModel:
         """Formats of the rows or blocks of a matrix, without reading its codes.
 
         Raises:
-            UserError: what says so is damaged.
+            UserError: the part with the format indices is damaged.
             ValueError: there is no matrix of that name.
         """
         entry = self._entry(name)
-        chosen = {
-            part: sha for part, sha in entry.sha256.items() if part in (formats.ROW_FORMATS, formats.BLOCK_FORMATS)
+        parts = {
+            part: self._tensor(part_name(name, part), sha)
+            for part, sha in entry.sha256.items()
+            if part in (formats.ROW_FORMATS, formats.BLOCK_FORMATS)
         }
-        parts = {part: self._tensor(part_name(name, part), sha) for part, sha in chosen.items()}
         try:
             return formats.unpack_spec(parts, entry.formats, entry.group_size, entry.shape)
         except ValueError as error:
@@ -216,17 +216,17 @@ class PackedModel:
         Raises:
             UserError: one of them is damaged, or holds a NaN or an infinity.
         """
-        found = {name: self._tensor(name, entry.sha256) for name, entry in self.header.others.items()}
-        weights.refuse_not_finite(self.folder, found.items())
-        return found
+        tensors = {name: self._tensor(name, entry.sha256) for name, entry in self.header.others.items()}
+        weights.refuse_not_finite(self.folder, tensors.items())
+        return tensors
 
     def input_scales(self) -> dict[str, float]:
-        """`P.input_scale` and `P.low_input_scale` of the linear layers P where they are stored, and their zero points.
+        """The stored `P.input_scale` and `P.low_input_scale` of linear layers P, and their zero points, by name.
 
         Raises:
             UserError: one of them is damaged.
         """
-        found = {}
+        values = {}
         for name, entry in self.header.others.items():
             kind = name.rpartition(".")[2]
             if kind not in OF_INPUTS:
@@ -238,14 +238,14 @@ class PackedModel:
                     raise self._broken(name, "it is not a positive float32 number")
             elif not (abs(value) <= LARGEST_ZERO_POINT and value.is_integer()):
                 raise self._broken(name, f"it is not a whole float32 number of at most {LARGEST_ZERO_POINT}")
-            found[name] = value
-        return found
+            values[name] = value
+        return values
 
     def verify(self, done: Callable[[], None] | None = None) -> None:
         """Read and check everything once, on all cores.
 
         Args:
-            done: called behind each matrix, from any thread.
+            done: called after each matrix, from any thread.
 
         Raises:
             UserError: something is damaged.
@@ -255,21 +255,21 @@ class PackedModel:
         self.others()
 
     def shards(self) -> dict[str, list[str]]:
-        """File name -> names of its tensors, as they are called where nothing is compressed."""
-        plain = {
+        """File name -> names of its tensors, under their names in a folder that is not compressed."""
+        uncompressed = {
             self.header.tensor_name(name, part): part_name(name, part)
             for name, entry in self.header.matrices.items()
             for part in entry.sha256
         }
         shards: dict[str, list[str]] = {file: [] for file in self._files}
-        for name, file in self._where.items():
-            shards[file].append(plain.get(name, name))
+        for name, file in self._file_of.items():
+            shards[file].append(uncompressed.get(name, name))
         return {file: sorted(names) for file, names in shards.items()}
 
     def tensor_shapes(self) -> dict[str, TensorSpec]:
         """Safetensors dtype name and shape of every stored tensor."""
         shapes = {}
-        for name, file in self._where.items():
+        for name, file in self._file_of.items():
             shapes[name] = _spec(self._files[file], name)
         return shapes
 
@@ -289,53 +289,53 @@ class PackedModel:
         return tensor
 
     def _stored(self, name: str) -> Tensor:
-        tensor: Tensor = self._files[self._where[name]].get_tensor(name)
+        tensor: Tensor = self._files[self._file_of[name]].get_tensor(name)
         return tensor
 
     def _broken(self, name: str, reason: str) -> UserError:
-        """About a tensor, or about a matrix, whose first part then says which file it is in."""
+        """The error about a tensor, or about a matrix; then the file is that of its first part."""
         if name in self.header.matrices:
             first = self.header.tensor_name(name, min(self._entry(name).sha256))
-            return damaged(self.folder / self._where[first], f"{name}: {reason}")
-        return damaged(self.folder / self._where[name], f"{name}: {reason}")
+            return damaged_model(self.folder / self._file_of[first], f"{name}: {reason}")
+        return damaged_model(self.folder / self._file_of[name], f"{name}: {reason}")
 
     def _check_tensors(self) -> None:
-        """Names, dtypes and shapes of the stored tensors are those that the header describes."""
+        """UserError unless names, dtypes and shapes of the stored tensors are those that the header describes."""
         stored = self.tensor_shapes()
         expected = expected_tensors(self.header, stored)
         for name in sorted(stored.keys() - expected.keys() - {CHECKSUMS}):
-            raise damaged(self.folder / self._where[name], f"the tensor {name} does not belong to it")
-        for name, wanted in expected.items():
-            if stored[name] != wanted:
-                raise self._broken(name, _unlike(stored[name], wanted))
+            raise damaged_model(self.folder / self._file_of[name], f"the tensor {name} does not belong to it")
+        for name, spec in expected.items():
+            if stored[name] != spec:
+                raise self._broken(name, _mismatch(stored[name], spec))
+        find_problem = frames_problem if self.header.compression else rows_problem
         for name, entry in self.header.matrices.items():
-            check = frames_problem if self.header.compression else rows_problem
-            if problem := check(entry, stored, name):
+            if problem := find_problem(entry, stored, name):
                 raise self._broken(name, problem)
 
 
-def _copy(source: Tensor, place: Tensor) -> str:
-    """Copies the bytes of a contiguous tensor and gives their SHA-256; the interpreter's lock is free meanwhile."""
-    found, view = hashlib.sha256(), formats.tensor_bytes(source)
-    for start in range(0, len(view), COPIED):
-        piece = view[start : start + COPIED]
-        found.update(piece)
-        ctypes.memmove(place.data_ptr() + start, source.data_ptr() + start, len(piece))
-    return found.hexdigest()
+def _copy(source: Tensor, buffer: Tensor) -> str:
+    """Copy the bytes of a contiguous tensor and give their SHA-256; the interpreter lock is free meanwhile."""
+    digest, view = hashlib.sha256(), formats.tensor_bytes(source)
+    for start in range(0, len(view), COPY_CHUNK):
+        piece = view[start : start + COPY_CHUNK]
+        digest.update(piece)
+        ctypes.memmove(buffer.data_ptr() + start, source.data_ptr() + start, len(piece))
+    return digest.hexdigest()
 
 
-def _checksums(files: Mapping[str, Any], where: Mapping[str, str], count: int) -> Tensor:
+def _read_checksums(files: Mapping[str, Any], file_of: Mapping[str, str], count: int) -> Tensor:
     """The tensor of so many checksums, uint8 [n, 32].
 
     Raises:
-        ValueError: it is missing, or one of another dtype or shape.
+        ValueError: it is missing, or has another dtype or shape.
     """
-    if CHECKSUMS not in where:
+    if CHECKSUMS not in file_of:
         raise ValueError(f"the tensor {CHECKSUMS} is missing")
-    opened, wanted = files[where[CHECKSUMS]], ("U8", (count, SHA256_BYTES))
-    found = _spec(opened, CHECKSUMS)
-    if found != wanted:
-        raise ValueError(f"{CHECKSUMS}: {_unlike(found, wanted)}")
+    opened, expected = files[file_of[CHECKSUMS]], ("U8", (count, SHA256_BYTES))
+    stored = _spec(opened, CHECKSUMS)
+    if stored != expected:
+        raise ValueError(f"{CHECKSUMS}: {_mismatch(stored, expected)}")
     checksums: Tensor = opened.get_tensor(CHECKSUMS)
     return checksums
 
@@ -345,8 +345,8 @@ def _spec(opened: Any, name: str) -> TensorSpec:
     return str(view.get_dtype()), tuple(view.get_shape())
 
 
-def _unlike(found: TensorSpec, wanted: TensorSpec) -> str:
-    return f"it should be {wanted[0]} {list(wanted[1])}, but is {found[0]} {list(found[1])}"
+def _mismatch(stored: TensorSpec, expected: TensorSpec) -> str:
+    return f"it should be {expected[0]} {list(expected[1])}, but is {stored[0]} {list(stored[1])}"
 
 
 def verify_digests(folder: Path, digests: Mapping[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""A packed folder written again, compressed or not; its weights and everything that is said of them stay."""
+"""Writing a packed model again, compressed or not; its weights and the rest of its header stay the same."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from edgerazor.packed.writing import MatrixSource, write
 
 
 def rewrite(model: PackedModel, folder: Path, *, compress: bool, done: Callable[[], None] | None = None) -> Header:
-    """Write the weight files of a packed model again; the same as `write` once wrote, or would have written.
+    """Write the weight files of a packed model again, with the bytes that `write` gives with this `compress`.
 
     Args:
         model: the packed model; every byte of it is checked on the way.
         folder: an existing folder without weight files.
         compress: store parts of codes and scales as zstd frames.
-        done: called behind each matrix, from any thread.
+        done: called after each matrix, from any thread.
 
     Raises:
         UserError: the model is damaged.

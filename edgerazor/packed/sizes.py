@@ -1,4 +1,4 @@
-"""How large a packed model is, and what of it takes how much."""
+"""The size of a packed model, and of each class of its tensors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ClassSize(BaseModel):
 
 
 class SizeTable(BaseModel):
-    """Size of a packed model. Weights that modules share are counted once."""
+    """Size of a packed model. Tied weights are counted once."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -39,19 +39,19 @@ class SizeTable(BaseModel):
 
 
 def size_table(model: PackedModel) -> SizeTable:
-    """Sizes by class of tensors (those that the model has) and altogether; reads no codes."""
+    """Sizes of each class of tensors that the model has, and of all; reads no codes."""
     classes = []
     for kind in get_args(TensorClass):
         sizes = list(class_sizes(model, kind))
-        weights = sum(each[0] for each in sizes)
+        weights = sum(count for count, _, _ in sizes)
         if weights:
-            bits, size = sum(each[1] for each in sizes), sum(each[2] for each in sizes)
+            bits, size = sum(nominal for _, nominal, _ in sizes), sum(bytes_ for _, _, bytes_ in sizes)
             classes.append(
                 ClassSize(
                     kind=kind, weights=weights, nominal_bits=bits / weights, bytes=size, real_bits=8 * size / weights
                 )
             )
-    parameters = sum(each.weights for each in classes)
+    parameters = sum(size_of_class.weights for size_of_class in classes)
     files = model.files()
     if len(files) > 1:
         files.append(model.folder / INDEX_FILE)
@@ -60,7 +60,7 @@ def size_table(model: PackedModel) -> SizeTable:
         classes=classes,
         parameters=parameters,
         bytes=size,
-        nominal_bits=next(each.nominal_bits for each in classes if each.kind == "linear"),
+        nominal_bits=next(linear.nominal_bits for linear in classes if linear.kind == "linear"),
         real_bits=8 * size / parameters,
     )
 

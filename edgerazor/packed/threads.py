@@ -1,4 +1,4 @@
-"""The same work on many matrices, on all cores, without holding them all in memory."""
+"""One task per matrix on all cores, without holding all matrices in memory at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 
 import torch
 
-#: Weights that may be worked on at the same time, unless a single matrix has more.
+#: Most weights that are worked on at the same time, unless a single matrix has more.
 IN_WORK = 1 << 26
 
 
@@ -19,13 +19,13 @@ def cores() -> int:
 
 
 def in_parallel(tasks: Sequence[tuple[int, Callable[[], object]]], done: Callable[[], None] | None = None) -> None:
-    """Run tasks, each (its number of weights, what to do), largest first; the first exception ends all.
+    """Run tasks, each given as (number of weights, function), the largest first; the first exception ends all.
 
-    Each runs on one core: many matrices at a time keep caches fuller than many cores at one matrix.
+    Each runs on one core: many matrices at a time use the caches better than many cores at one matrix.
 
     Args:
         tasks: their results are dropped.
-        done: is called in this thread's place of work behind each; must be thread-safe.
+        done: called after each task, from the thread that ran it; must be thread-safe.
     """
     ordered = sorted(tasks, key=lambda task: -task[0])
     count = min(cores(), len(ordered))
@@ -39,28 +39,28 @@ def in_parallel(tasks: Sequence[tuple[int, Callable[[], object]]], done: Callabl
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         futures: list[Future] = []
-        begun: list[_Task] = []
+        started: list[_Task] = []
         try:
             for size, work in ordered:
                 budget.take(size)
-                if any(task.error for task in begun):
+                if any(task.error for task in started):
                     break
-                begun.append(_Task(work, size, budget, done))
+                started.append(_Task(work, size, budget, done))
                 try:
-                    futures.append(pool.submit(begun[-1]))
-                except RuntimeError:  # the system has no more threads: this one does it
-                    begun[-1]()
+                    futures.append(pool.submit(started[-1]))
+                except RuntimeError:  # the system has no more threads, so this one runs the task
+                    started[-1]()
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
             torch.set_num_threads(threads)
-    for task in begun:
+    for task in started:
         if task.error:
             raise task.error
 
 
 def at_once(tasks: Sequence[tuple[int, int]]) -> int:
-    """The bytes that tasks hold together at most in `in_parallel`, each given as (its number of weights, its bytes)."""
+    """The most bytes that tasks hold together in `in_parallel`, each given as (number of weights, bytes)."""
     ordered = sorted(tasks, reverse=True)[: cores()]
     left, held = max([IN_WORK, *(size for size, _ in ordered[:1])]), 0
     for size, bytes_ in ordered:
@@ -71,7 +71,7 @@ def at_once(tasks: Sequence[tuple[int, int]]) -> int:
 
 
 class _Task:
-    """Work that is done once, by whoever comes to it first: a pool keeps what it found no thread for."""
+    """Work that is done once, by the first thread to call it: a pool may keep a task that it refused with an error."""
 
     def __init__(self, work: Callable[[], object], size: int, budget: _Budget, done: Callable[[], None] | None) -> None:
         self.work, self.size, self.budget, self.done = work, size, budget, done
@@ -93,7 +93,7 @@ class _Task:
 
 
 class _Budget:
-    """So many weights at the same time; a task waits until there is room for it."""
+    """A limit of weights that are worked on at the same time; a task waits until there is room for it."""
 
     def __init__(self, size: int) -> None:
         self.left = size

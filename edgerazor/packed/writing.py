@@ -1,24 +1,21 @@
-"""Writing a packed folder, matrix by matrix: where each goes is known before the first is encoded."""
+"""Writing a packed folder, matrix by matrix: where each one goes is known before the first is encoded."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import functools
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from edgerazor import formats, workdir
+from edgerazor import formats
 from edgerazor.formats import SCALES, Encoded, MatrixSpec
-from edgerazor.packed.compression import compress as compressed
+from edgerazor.packed.compression import compress as compress_streams
 from edgerazor.packed.compression import largest_frame
-from edgerazor.packed.container import SHARD_BYTES, WEIGHTS_FILE, File, TensorSpec, arrange, cut, sha256, tensor_spec
+from edgerazor.packed.container import SHARD_BYTES, File, TensorSpec, arrange, cut, sha256, tensor_spec
 from edgerazor.packed.description import checksums, header_metadata
 from edgerazor.packed.growing import GrowingFiles, Turns
 from edgerazor.packed.header import (
@@ -34,6 +31,7 @@ from edgerazor.packed.header import (
     make_header,
     part_name,
 )
+from edgerazor.packed.output_files import OutputFiles, open_output
 from edgerazor.packed.threads import at_once, in_parallel
 
 
@@ -68,6 +66,7 @@ class FolderSize(NamedTuple):
         return 8 * self.bytes / self.weights
 
 
+# Eleven parameters: a folder's contents, the fields of its header, and how to write it, all given by name.
 def write(
     folder: Path,
     matrices: Sequence[MatrixSource],
@@ -84,17 +83,17 @@ def write(
 ) -> Header:
     """Write the weight files of a packed model; equal arguments give equal bytes.
 
-    Matrices are encoded on all cores and written as they come, so that only those in work are in memory.
+    Matrices are encoded on all cores, and each is written when it is ready, so that memory holds only those in work.
 
     Args:
         folder: an existing folder without weight files.
         matrices: the quantized matrices.
-        others: tensors that stay as they are, by name.
+        others: tensors that are not quantized, by name.
         tied: module path -> path of the module whose matrix it uses.
         settings: bits of activations and cache, as JSON values.
         provenance: teacher, data, recipe, seed, versions, as JSON values; no times, hosts or paths.
         shard_bytes: largest size of a file's tensor data, uncompressed; a single larger tensor gets a file of its own.
-        done: called behind each matrix, from any thread.
+        done: called after each matrix, from any thread.
         compress: store parts of codes and scales as zstd frames.
         extras: of the header.
         shards: file name -> names of its tensors, uncompressed; instead of those that `shard_bytes` gives.
@@ -104,42 +103,24 @@ def write(
         OSError: the disk is full or cannot be written; nothing is left behind.
         UserError: another process is writing there.
     """
-    about = [(each.name, each.kind, each.spec, each.shape) for each in matrices]
-    specs, entries = _tensors(about, {name: tensor_spec(name, tensor) for name, tensor in others.items()})
-    shards = shards or cut(specs, shard_bytes)
-    make = functools.partial(
-        make_header,
-        tied=tied,
-        settings=settings,
-        provenance=provenance,
-        extras=extras,
-        compression=Compression() if compress else None,
+    specs, entries = _tensors(
+        [(matrix.name, matrix.kind, matrix.spec, matrix.shape) for matrix in matrices],
+        {name: tensor_spec(name, tensor) for name, tensor in others.items()},
     )
-    tensors = {
-        name: _tensor_entry(*specs[name], sha256([formats.tensor_bytes(tensor)])) for name, tensor in others.items()
-    }
+    shards = shards or cut(specs, shard_bytes)
+    compression = Compression() if compress else None
+    make = functools.partial(
+        make_header, tied=tied, settings=settings, provenance=provenance, extras=extras, compression=compression
+    )
+    tensors = _other_entries(others)
     header = make(entries, tensors)
-    growing = _growing(matrices, specs, shards, header) if compress else None
-
-    def files() -> list[File]:
-        about = header_metadata(header)
-        return growing.files(about) if growing else arrange(specs, about, shards)
-
-    with _opened(folder, files()) as place:
+    growing = _growing_files(matrices, specs, shards, header) if compress else None
+    with open_output(folder, _files(header, specs, shards, growing)) as output:
         for name, tensor in others.items():
-            place(name, [formats.tensor_bytes(tensor)])
-        put = _Frames(growing, place) if growing else _Parts(place)
-
-        def work(number: int, matrix: MatrixSource) -> None:
-            with put.turns.task(number):
-                entries[matrix.name] = _write_matrix(number, matrix, put)
-
-        ordered = sorted(matrices, key=lambda matrix: (-math.prod(matrix.shape), matrix.name))
-        tasks = enumerate(ordered)
-        in_parallel([(math.prod(each.shape), functools.partial(work, number, each)) for number, each in tasks], done)
-        header = make(entries, tensors)  # as long as before, now with true checksums
-        place(CHECKSUMS, [formats.tensor_bytes(checksums(header))])
-        place.begin(files())
+            output.write(name, [formats.tensor_bytes(tensor)])
+        header = make(_write_matrices(matrices, output, growing, done), tensors)  # as long as before, sums are known
+        output.write(CHECKSUMS, [formats.tensor_bytes(checksums(header))])
+        output.write_headers(_files(header, specs, shards, growing))
     return header
 
 
@@ -152,9 +133,10 @@ def predict(
     provenance: Mapping[str, Any],
     shard_bytes: int = SHARD_BYTES,
 ) -> FolderSize:
-    """What `write` would write, to the byte, without any data.
+    """The exact size of what `write` would write, without any data.
 
-    Every digest and checksum has the same length, so any will do; so must those in `provenance`.
+    All digests and checksums have the same length, so it needs none of them; those in `provenance` must have their
+    final length, too.
 
     Args:
         matrices: name, kind, formats and shape (rows, columns) of each quantized matrix.
@@ -165,20 +147,20 @@ def predict(
         ValueError: as `write`.
     """
     specs, entries = _tensors(matrices, others)
-    about = {name: _tensor_entry(*spec, ANY_SHA256) for name, spec in others.items()}
-    header = make_header(entries, about, tied, settings, provenance)
+    tensors = {name: TensorEntry(dtype=spec[0], shape=spec[1], sha256=ANY_SHA256) for name, spec in others.items()}
+    header = make_header(entries, tensors, tied, settings, provenance)
     files = arrange(specs, header_metadata(header), cut(specs, shard_bytes))
-    weights = sum(math.prod(e.shape) for e in entries.values()) + sum(math.prod(e.shape) for e in about.values())
+    weights = sum(math.prod(entry.shape) for entry in (*entries.values(), *tensors.values()))
     return FolderSize(sum(file.size for file in files), weights)
 
 
 def working_memory(matrices: Iterable[tuple[MatrixSpec, tuple[int, int]]]) -> int:
-    """Bytes that writing and verifying matrices of these formats and shapes takes at once, mapped files apart."""
+    """Peak memory, in bytes, of writing and verifying matrices of these formats and shapes, without mapped files."""
     tasks = []
     for spec, shape in matrices:
         weights = math.prod(shape)
         uniform = spec.row_formats is None and spec.block_formats is None
-        # The codes, int8; those of the rows of one format again; what is written.
+        # The int8 codes, a copy of those of the rows of one format, and the bytes that are written.
         tasks.append((weights, weights * (1 if uniform else 2) + spec.packed_bytes(shape)))
     return at_once(tasks)
 
@@ -186,7 +168,7 @@ def working_memory(matrices: Iterable[tuple[MatrixSpec, tuple[int, int]]]) -> in
 def _tensors(
     matrices: Iterable[tuple[str, Kind, MatrixSpec, tuple[int, int]]], others: Mapping[str, TensorSpec]
 ) -> tuple[dict[str, TensorSpec], dict[str, MatrixEntry]]:
-    """All tensors of the folder, and the entries of its matrices with any checksums, all of which have one length."""
+    """All tensors of the folder, and the entries of its matrices with checksums that have only the right length."""
     specs: dict[str, TensorSpec] = {}
     entries: dict[str, MatrixEntry] = {}
     for name, kind, spec, shape in matrices:
@@ -217,141 +199,101 @@ def _entry(kind: Kind, spec: MatrixSpec, shape: tuple[int, int], digest: str, su
     )
 
 
-def _tensor_entry(dtype: str, shape: tuple[int, ...], sha256: str) -> TensorEntry:
-    return TensorEntry(dtype=dtype, shape=shape, sha256=sha256)
+def _other_entries(others: Mapping[str, Tensor]) -> dict[str, TensorEntry]:
+    """Header entries of the tensors that are not quantized."""
+    entries = {}
+    for name, tensor in others.items():
+        dtype, shape = tensor_spec(name, tensor)
+        entries[name] = TensorEntry(dtype=dtype, shape=shape, sha256=sha256([formats.tensor_bytes(tensor)]))
+    return entries
 
 
-def _growing(
+def _files(
+    header: Header,
+    specs: Mapping[str, TensorSpec],
+    shards: Mapping[str, Sequence[str]],
+    growing: GrowingFiles | None,
+) -> list[File]:
+    """The files of the folder without their data, with as many tensors as are known by now."""
+    metadata = header_metadata(header)
+    return growing.files(metadata) if growing else arrange(specs, metadata, shards)
+
+
+def _growing_files(
     matrices: Iterable[MatrixSource],
     specs: Mapping[str, TensorSpec],
     shards: Mapping[str, Sequence[str]],
     header: Header,
 ) -> GrowingFiles:
-    """The files of the same tensors, compressed."""
+    """The files of the same tensors where parts of codes and scales are compressed."""
     stored = {name: name for name in specs}
     largest: dict[str, int] = {}
-    for each in matrices:
-        sizes = formats.stream_bytes(each.spec, each.shape)
-        for part in header.matrices[each.name].code_parts():
-            frame = header.tensor_name(each.name, part)
-            stored[part_name(each.name, part)] = frame
+    for matrix in matrices:
+        sizes = formats.stream_bytes(matrix.spec, matrix.shape)
+        for part in header.matrices[matrix.name].code_parts():
+            frame = header.tensor_name(matrix.name, part)
+            stored[part_name(matrix.name, part)] = frame
             largest[frame] = largest_frame(sizes[part] + sizes[part + SCALES])
     known = {name: spec for name, spec in specs.items() if stored[name] == name}
     renamed = {file: [stored[name] for name in names] for file, names in shards.items()}
     return GrowingFiles(known, largest, renamed, header_metadata(header))
 
 
-def _write_matrix(number: int, matrix: MatrixSource, put: _Parts | _Frames) -> MatrixEntry:
-    """Encode a matrix, the one of that number, and write its parts; its entry in the header."""
+def _write_matrices(
+    matrices: Iterable[MatrixSource],
+    output: OutputFiles,
+    growing: GrowingFiles | None,
+    done: Callable[[], None] | None,
+) -> dict[str, MatrixEntry]:
+    """Encode and write all matrices on all cores, the largest first; gives their entries in the header."""
+    entries: dict[str, MatrixEntry] = {}
+    writer = _FrameWriter(growing, output) if growing else _PartWriter(output)
+
+    def work(number: int, matrix: MatrixSource) -> None:
+        with writer.turns.task(number):
+            entries[matrix.name] = _write_matrix(number, matrix, writer)
+
+    ordered = sorted(matrices, key=lambda matrix: (-math.prod(matrix.shape), matrix.name))
+    tasks = enumerate(ordered)
+    in_parallel([(math.prod(matrix.shape), functools.partial(work, number, matrix)) for number, matrix in tasks], done)
+    return entries
+
+
+def _write_matrix(number: int, matrix: MatrixSource, writer: _PartWriter | _FrameWriter) -> MatrixEntry:
+    """Encode a matrix, the one of that number, and write its parts; gives its entry in the header."""
     encoded = matrix.encode()
     digest = formats.digest(encoded, matrix.spec)
-    parts = formats.joined(formats.pack_matrix(encoded, matrix.spec))
+    parts = formats.serialize_parts(formats.pack_matrix(encoded, matrix.spec))
     sums = {part: sha256(pieces) for part, pieces in parts.items()}
-    put(number, matrix, encoded, parts)
+    writer.write(number, matrix, encoded, parts)
     return _entry(matrix.kind, matrix.spec, matrix.shape, digest, sums)
 
 
-class _Parts:
-    """Puts parts into their places as they are."""
+class _PartWriter:
+    """Writes parts as they are."""
 
-    def __init__(self, place: _Places) -> None:
-        self.place, self.turns = place, Turns()
+    def __init__(self, output: OutputFiles) -> None:
+        self.output, self.turns = output, Turns()
 
-    def __call__(self, number: int, matrix: MatrixSource, encoded: Encoded, parts: dict[str, list[memoryview]]) -> None:
+    def write(self, number: int, matrix: MatrixSource, encoded: Encoded, parts: dict[str, list[memoryview]]) -> None:
         for part, pieces in parts.items():
-            self.place(part_name(matrix.name, part), pieces)
+            self.output.write(part_name(matrix.name, part), pieces)
 
 
-class _Frames:
-    """Compresses parts, codes with their scales, and appends them in the order of the matrices' numbers."""
+class _FrameWriter:
+    """Compresses parts, codes with their scales, and appends the frames in the order of the matrices' numbers."""
 
-    def __init__(self, files: GrowingFiles, place: _Places) -> None:
-        self.files, self.place, self.turns = files, place, Turns()
+    def __init__(self, files: GrowingFiles, output: OutputFiles) -> None:
+        self.files, self.output, self.turns = files, output, Turns()
 
-    def __call__(self, number: int, matrix: MatrixSource, encoded: Encoded, parts: dict[str, list[memoryview]]) -> None:
+    def write(self, number: int, matrix: MatrixSource, encoded: Encoded, parts: dict[str, list[memoryview]]) -> None:
         streams = formats.to_streams(encoded, matrix.spec)
-        frames = {part: compressed(streams[part + SCALES], streams[part]) for part in parts if part in streams}
+        frames = {part: compress_streams(streams[part + SCALES], streams[part]) for part in parts if part in streams}
         with self.turns.turn(number):
             for part in sorted(parts):
                 name = part_name(matrix.name, part)
                 if part not in frames:
-                    self.place(name, parts[part])
+                    self.output.write(name, parts[part])
                     continue
-                self.place.add(name + FRAME, *self.files.append(name + FRAME, len(frames[part])))
-                self.place(name + FRAME, [memoryview(frames[part])])
-
-
-class _Places:
-    """Where each tensor goes in files that are open, under temporary names."""
-
-    def __init__(self, files: Sequence[File], descriptors: Mapping[str, int]) -> None:
-        self.descriptors = descriptors
-        self.sizes = {file.name: len(file.beginning) for file in files}
-        self.places = {
-            name: (descriptors[file.name], len(file.beginning) + offset)
-            for file in files
-            for name, offset in file.offsets.items()
-        }
-
-    def __call__(self, name: str, pieces: Iterable[memoryview]) -> None:
-        descriptor, offset = self.places[name]
-        for piece in pieces:
-            _write_at(descriptor, piece, offset)
-            offset += len(piece)
-
-    def add(self, name: str, file: str, offset: int) -> None:
-        """One more tensor, whose data begin there behind the header of that file."""
-        self.places[name] = (self.descriptors[file], self.sizes[file] + offset)
-
-    def begin(self, files: Sequence[File]) -> None:
-        """Write what stands before the tensors."""
-        for file in files:
-            assert len(file.beginning) == self.sizes[file.name]
-            _write_at(self.descriptors[file.name], memoryview(file.beginning), 0)
-
-
-def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
-    while data:
-        written = os.pwrite(descriptor, data, offset)
-        data, offset = data[written:], offset + written
-
-
-@contextlib.contextmanager
-def _opened(folder: Path, files: Sequence[File]) -> Iterator[_Places]:
-    """Open temporary files of their full sizes; at the end they are synced and get their names, or disappear."""
-    temporary = {file.name: folder / f".{file.name}.tmp" for file in files}
-    descriptors: dict[str, int] = {}
-    named: list[Path] = []
-    with workdir.alone(folder / WEIGHTS_FILE):
-        try:
-            for file in files:
-                descriptors[file.name] = os.open(temporary[file.name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-                _reserve(descriptors[file.name], file.size)
-            yield _Places(files, descriptors)
-            for descriptor in descriptors.values():
-                os.fsync(descriptor)
-            for name, path in temporary.items():
-                os.replace(path, folder / name)
-                named.append(folder / name)
-            workdir.sync(folder)
-        except BaseException as error:
-            for path in (*temporary.values(), *named):
-                path.unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.errno and error.filename is None:
-                error.filename = str(folder)  # of a descriptor the system does not know the name
-            raise
-        finally:
-            for descriptor in descriptors.values():
-                os.close(descriptor)
-
-
-def _reserve(descriptor: int, size: int) -> None:
-    """Take the space on the disk now, so that a full one is known before hours of work."""
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except AttributeError:  # not everywhere
-        os.ftruncate(descriptor, size)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-            raise
-        os.ftruncate(descriptor, size)
+                self.output.add(name + FRAME, *self.files.append(name + FRAME, len(frames[part])))
+                self.output.write(name + FRAME, [memoryview(frames[part])])

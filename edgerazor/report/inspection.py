@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -54,7 +53,7 @@ def look_into(folder: Path, verify: bool, console: Console) -> PackedSummary:
 
 def show_format() -> list[RenderableType]:
     """The specification of the packed format, for a terminal."""
-    return [Markdown(inspect.cleandoc(packed.__doc__ or ""))]
+    return [Markdown(packed.specification())]
 
 
 def show(result: PackedSummary) -> list[RenderableType]:

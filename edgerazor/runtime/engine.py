@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
@@ -20,33 +17,8 @@ from edgerazor.errors import UserError, plain, usage_error
 from edgerazor.models import PreTrainedTokenizerBase
 from edgerazor.runtime import generation
 from edgerazor.runtime.generation import Chat, Generation, Prompt, Stream
-
-#: Tokens, one sequence.
-Ids: TypeAlias = Sequence[int] | Tensor
-
-
-class Score(NamedTuple):
-    """How probable a continuation is.
-
-    Attributes:
-        log_probability: natural, of all its tokens together.
-        greedy: whether each of them is the most probable one (the first of equal ones) at its place.
-    """
-
-    log_probability: float
-    greedy: bool
-
-
-#: What `Model.score` is asked: a prefix, its continuations, and perhaps counts of their last tokens.
-Request: TypeAlias = tuple[Ids, Sequence[Ids]] | tuple[Ids, Sequence[Ids], Sequence[int]]
-
-
-class Asked(NamedTuple):
-    """A checked request: how probable the last `counts` tokens of the continuations are."""
-
-    prefix: list[int]
-    continuations: list[list[int]]
-    counts: list[int]
+from edgerazor.runtime.scoring import Score, ScoreInput, ScoreRequest
+from edgerazor.runtime.token_ids import Ids, as_list, as_tensor
 
 
 class Model(ABC):
@@ -84,17 +56,17 @@ class Model(ABC):
     @functools.cached_property
     def config(self) -> PreTrainedConfig:
         """The folder's configuration."""
-        found: PreTrainedConfig = models.auto_config(self.folder)
-        return found
+        config: PreTrainedConfig = models.auto_config(self.folder)
+        return config
 
     @functools.cached_property
     def generation_config(self) -> GenerationConfig:
-        """What ends a text, and other defaults of transformers' `generate`."""
+        """End-of-text tokens and other defaults of transformers' `generate`."""
         return models.generation_config(self.folder) or GenerationConfig.from_model_config(self.config)
 
     @abstractmethod
     def session(self) -> Session:
-        """A new sequence, without tokens."""
+        """A new session, whose sequence has no tokens yet."""
 
     def logits(self, ids: Ids | Sequence[Sequence[int]], last: int | None = None) -> Tensor:
         """Logits float32 [..., T, V]; of the last tokens [..., last, V] alone where `last` is given.
@@ -113,11 +85,11 @@ class Model(ABC):
         count = tokens.shape[-1] if last is None else last
         if type(count) is not int or not 1 <= count <= tokens.shape[-1]:
             raise usage_error(f"There are no logits of the last {last} of {tokens.shape[-1]} tokens.")
-        found = self._logits(tokens.reshape(-1, tokens.shape[-1]), count)
-        return found.reshape(*tokens.shape[:-1], count, self.vocabulary)
+        logits = self._logits(tokens.reshape(-1, tokens.shape[-1]), count)
+        return logits.reshape(*tokens.shape[:-1], count, self.vocabulary)
 
-    def score(self, requests: Sequence[Request]) -> list[list[Score]]:
-        """How probable continuations are.
+    def score(self, requests: Sequence[ScoreInput]) -> list[list[Score]]:
+        """Score continuations by their probability.
 
         Args:
             requests: each a prefix of at least one token, and its continuations, likewise; and perhaps how many of the
@@ -131,23 +103,23 @@ class Model(ABC):
         Raises:
             UserError: as `logits`; or a count is not from 1 to the tokens of its continuation.
         """
-        plain = []
+        checked = []
         for prefix, continuations, *counts in requests:
-            tokens = [as_list(each) for each in continuations]
-            plain.append(Asked(as_list(prefix), tokens, list(*counts) if counts else [len(each) for each in tokens]))
-        for asked in plain:
-            self._check_asked(asked)
-        return self._score(plain)
+            tokens = [as_list(continuation) for continuation in continuations]
+            checked.append(ScoreRequest(as_list(prefix), tokens, list(*counts) if counts else [*map(len, tokens)]))
+        for request in checked:
+            self._check_request(request)
+        return self._score(checked)
 
-    def _check_asked(self, asked: Asked) -> None:
-        if not asked.prefix or not all(asked.continuations):
+    def _check_request(self, request: ScoreRequest) -> None:
+        if not request.prefix or not all(request.continuations):
             raise usage_error("A prefix and its continuations need at least one token each.")
-        self.check(asked.prefix)
-        if len(asked.counts) != len(asked.continuations):
-            raise usage_error(f"There are {len(asked.counts)} counts for {len(asked.continuations)} continuations.")
-        for tokens, count in zip(asked.continuations, asked.counts, strict=True):
+        self.check(request.prefix)
+        if len(request.counts) != len(request.continuations):
+            raise usage_error(f"There are {len(request.counts)} counts for {len(request.continuations)} continuations.")
+        for tokens, count in zip(request.continuations, request.counts, strict=True):
             self.check(tokens[-1:])
-            self.check(tokens[:-1], len(asked.prefix))
+            self.check(tokens[:-1], len(request.prefix))
             if type(count) is not int or not 1 <= count <= len(tokens):
                 raise usage_error(f"There are no last {count} of the {len(tokens)} tokens of a continuation.")
 
@@ -156,7 +128,7 @@ class Model(ABC):
 
         Args:
             prompt: a text; with `chat=True` the user's turn, or all messages so far.
-            seed: of the drawing.
+            seed: of the sampling.
             options: fields of a recipe's `generate` section (`edgerazor show recipe` explains them): max_tokens,
                 temperature, top_k, top_p, min_p, repetition_penalty, stop, chat, system.
 
@@ -170,7 +142,7 @@ class Model(ABC):
         return stream.generation
 
     def stream(self, prompt: Prompt, seed: int = 0, **options: Any) -> Stream:
-        """The same in pieces, as they are written; its `generation` has all of it in the end."""
+        """As `generate`, but the text in pieces as they are written; `Stream.generation` holds the whole at the end."""
         return generation.stream(self, prompt, *generation.options(seed, **options))
 
     def chat(self, seed: int = 0, **options: Any) -> Chat:
@@ -178,18 +150,18 @@ class Model(ABC):
         return Chat(self, *generation.options(seed, **{**options, "chat": True}))
 
     def check(self, tokens: Ids, before: int = 0) -> None:
-        """Make sure that tokens [T] or [B, T] are of the vocabulary, and no more than fit behind those before.
+        """Make sure that tokens [T] or [B, T] are of the vocabulary, and fit behind the `before` tokens of a sequence.
 
         Raises:
             UserError: they are not.
         """
-        found = as_tensor(tokens)
-        if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < self.vocabulary:
-            wrong = next(each for each in found.flatten().tolist() if not 0 <= each < self.vocabulary)
+        ids = as_tensor(tokens)
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocabulary:
+            wrong = next(token for token in ids.flatten().tolist() if not 0 <= token < self.vocabulary)
             raise usage_error(f"There is no token {wrong}: the model knows {self.vocabulary}.")
-        if before + found.shape[-1] > self.max_positions:
+        if before + ids.shape[-1] > self.max_positions:
             raise usage_error(
-                f"A sequence of {before + found.shape[-1]} tokens is too long: the model has positions for "
+                f"A sequence of {before + ids.shape[-1]} tokens is too long: the model has positions for "
                 f"{self.max_positions}."
             )
 
@@ -198,12 +170,12 @@ class Model(ABC):
         """Logits [B, last, V] of checked tokens [B, T]."""
 
     @abstractmethod
-    def _score(self, requests: list[Asked]) -> list[list[Score]]:
+    def _score(self, requests: list[ScoreRequest]) -> list[list[Score]]:
         """`score` of checked requests."""
 
 
 class Session(ABC):
-    """A sequence and its cache.
+    """A sequence of tokens and its KV cache.
 
     Attributes:
         model: what computes.
@@ -218,11 +190,11 @@ class Session(ABC):
 
     @property
     def position(self) -> int:
-        """Tokens so far."""
+        """Number of tokens so far."""
         return len(self.ids)
 
     def feed(self, ids: Ids) -> Tensor:
-        """Append tokens, at least one; float32 [V], the logits after the last of them.
+        """Append tokens, at least one, and give the logits float32 [V] after the last of them.
 
         Raises:
             UserError: as `Model.logits`; the sequence is then as it was.
@@ -235,7 +207,7 @@ class Session(ABC):
         self.ids += tokens
         self._computed = self.position
         self._best = int(logits.numpy().argmax())  # NumPy's: torch's threads would spin beside the native ones
-        if not math.isfinite(logits[self._best]):  # it is the first that is none, where there is one
+        if not math.isfinite(logits[self._best]):  # argmax gives the first NaN, where there is one
             self._best = None
             raise UserError(f"{self.model.folder} computes logits that are not finite.", "Pack the model again.")
         return logits
@@ -245,7 +217,7 @@ class Session(ABC):
 
         Args:
             count: of tokens, at most; fewer where the positions end.
-            stops: tokens behind which to stop.
+            stops: token ids behind which to stop.
 
         Returns:
             the new tokens, a stop at their end too.
@@ -268,7 +240,7 @@ class Session(ABC):
         return self.ids[start:]
 
     def rewind(self, position: int) -> None:
-        """Forget the tokens from a position on, 0 for all.
+        """Drop the tokens from a position on; 0 drops all.
 
         Raises:
             UserError: the sequence has not come that far.
@@ -293,88 +265,3 @@ class Session(ABC):
         Stops behind one of `stops`. The cache then holds all tokens but the last.
         """
         return [int(self._compute(start, tokens).argmax())]
-
-
-def as_tensor(ids: Any) -> Tensor:
-    """Tokens as int64, of the shape that they have.
-
-    Raises:
-        UserError: one of them is no whole number, or too large for one; or rows differ in length.
-    """
-    wrong = usage_error("Tokens are whole numbers, [T] or [B, T].")
-    if isinstance(ids, Tensor):
-        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise wrong
-        return ids.to(torch.int64)
-    if isinstance(ids, np.ndarray):
-        return as_tensor(torch.from_numpy(ids))
-    try:
-        rows = list(ids)
-        nested = bool(rows) and not isinstance(rows[0], int)
-        rows = [each.tolist() if isinstance(each, Tensor) else list(each) for each in rows] if nested else [rows]
-    except TypeError:
-        raise wrong from None
-    flat = list(itertools.chain.from_iterable(rows))
-    if not all(type(each) is int for each in flat) or len({len(row) for row in rows}) > 1:
-        raise wrong
-    for each in flat:
-        if each.bit_length() > 63:
-            raise usage_error(f"There is no token {plain(each, 50)}.")
-    found = torch.tensor(flat, dtype=torch.int64)
-    return found.reshape(len(rows), -1) if nested and flat else found
-
-
-def as_list(ids: Ids) -> list[int]:
-    """Plain numbers.
-
-    Raises:
-        UserError: they are not tokens of one sequence.
-    """
-    found = as_tensor(ids)
-    if found.dim() != 1:
-        raise usage_error("Tokens of a sequence are whole numbers, [T].")
-    tokens: list[int] = found.tolist()
-    return tokens
-
-
-# Scores of whole sequences ------------------------------------------------------------------------------------------
-
-#: Tokens that are computed at a time to score them.
-BATCH_TOKENS = 1024
-
-#: A sequence to score: its request, its continuation there, and the tokens of both.
-_Job: TypeAlias = tuple[int, int, list[int]]
-
-
-def score_whole(requests: list[Asked], logits: Callable[[Tensor, int], Tensor]) -> list[list[Score]]:
-    """`Model.score` of checked requests by computing each prefix again with each of its continuations.
-
-    Args:
-        logits: gives those of the last tokens of a batch, as `Model.logits`.
-    """
-    scores = [[Score(0.0, True)] * len(asked.continuations) for asked in requests]
-    jobs = [
-        (request, index, [*asked.prefix, *continuation])
-        for request, asked in enumerate(requests)
-        for index, continuation in enumerate(asked.continuations)
-    ]
-    for batch in _batches(jobs):
-        counts = [requests[request].counts[index] for request, index, _ in batch]
-        tokens = torch.tensor([each for _, _, each in batch])  # [B, T + 1]
-        chances = logits(tokens[:, :-1], max(counts)).log_softmax(-1)  # [B, most, V]
-        for (request, index, _), count, target, chance in zip(batch, counts, tokens, chances, strict=True):
-            wanted = target[-count:]  # [n]
-            of_wanted = chance[-count:]  # [n, V]
-            value = float(of_wanted.gather(1, wanted[:, None]).double().sum())
-            scores[request][index] = Score(value, bool((of_wanted.argmax(-1) == wanted).all()))
-    return scores
-
-
-def _batches(jobs: list[_Job]) -> Iterator[list[_Job]]:
-    """Batches of equal lengths, so that nothing has to be padded; the longest first."""
-    by_length = sorted(jobs, key=lambda job: -len(job[2]))
-    for length, group in itertools.groupby(by_length, key=lambda job: len(job[2])):
-        same = list(group)
-        size = max(1, BATCH_TOKENS // length)
-        for start in range(0, len(same), size):
-            yield same[start : start + size]

@@ -1,7 +1,7 @@
 """Text from a packed model: a prompt becomes tokens, tokens follow one another, their text is given as it comes.
 
-All of it stands on a session and a tokenizer, whichever engine computes. Where the likeliest token is all that is asked
-for, the session's own greedy loop writes some tokens at a time (in the native engine that is a loop in C++), about as
+All of it stands on a session and a tokenizer, whichever engine computes. Where every token is the likeliest
+one, the session's own greedy loop writes some tokens at a time (in the native engine that is a loop in C++), about as
 many as fit into the time between two pictures of a terminal.
 """
 
@@ -17,8 +17,8 @@ from edgerazor.data import Conversation
 from edgerazor.errors import UserError, usage_error
 from edgerazor.models import PreTrainedTokenizerBase
 from edgerazor.recipe import Generate
+from edgerazor.runtime.detokenizer import Detokenizer, StopStrings
 from edgerazor.runtime.sampling import Sampler
-from edgerazor.runtime.text import Detokenizer, Stops
 from edgerazor.untrusted import vocabulary
 from edgerazor.untrusted.tokenizer import reading
 
@@ -37,7 +37,7 @@ Reason = Literal["stop", "eos", "length", "context"]
 
 @dataclass(frozen=True)
 class Generation:
-    """What was written.
+    """A generated text, and what it took.
 
     Args:
         text: behind the prompt, without the stop string that ended it.
@@ -64,7 +64,7 @@ class Generation:
 
 
 class Stream(Iterator[str]):
-    """Pieces of text, as they are written: whole characters, none of them empty or taken back.
+    """Pieces of text as they are generated: whole characters, never empty, and none is taken back.
 
     Time that passes between the pieces, with whoever asks for them, is not counted.
 
@@ -80,12 +80,12 @@ class Stream(Iterator[str]):
         self, session: Session, prompt: Sequence[int], sampler: Sampler, ends: frozenset[int], alone: bool
     ) -> None:
         self.session, self.prompt, self.sampler, self.ends = session, list(prompt), sampler, ends
-        self.asked = sampler.asked
+        self.settings = sampler.settings
         self._detokenizer = Detokenizer(session.model.tokenizer, () if alone else self.prompt)
-        self._stops = Stops(self.asked.stop)
-        self._said: list[str] = []
+        self._stops = StopStrings(self.settings.stop)
+        self._text: list[str] = []
         self._tokens: list[int] = []
-        self._chosen = 0  # tokens, the one that ended the text too
+        self._chosen = 0  # tokens so far, with the one that ended the text
         self._reason: Reason | None = None
         self._cached = 0
         self._prefill = self._spent = 0.0
@@ -95,11 +95,11 @@ class Stream(Iterator[str]):
 
     @property
     def generation(self) -> Generation:
-        """What there is so far; all of it when the pieces have come to an end."""
+        """The result so far; complete once the iterator is exhausted."""
         decoding = self._elapsed() - self._first if self._first is not None else 0.0
         more = self._chosen - 1
         return Generation(
-            text="".join(self._said),
+            text="".join(self._text),
             tokens=list(self._tokens),
             finish_reason=self._reason,
             prompt_tokens=len(self.prompt),
@@ -118,31 +118,31 @@ class Stream(Iterator[str]):
             self._spent, self._resumed = self._elapsed(), None
 
     def _elapsed(self) -> float:
-        """Seconds of our own so far."""
+        """Seconds spent here so far, without the time between the pieces."""
         return self._spent + (time.perf_counter() - self._resumed if self._resumed is not None else 0.0)
 
     def _write(self) -> Iterator[str]:
         """Read the prompt, choose tokens, and give their text."""
         logits = self._read()
         self._prefill = self._elapsed()
-        room = min(self.asked.max_tokens, self.session.model.max_positions - len(self.prompt))
-        reason: Reason = "length" if room == self.asked.max_tokens else "context"
-        for token in self._likeliest(room) if self.sampler.plain else self._drawn(logits, room):
+        room = min(self.settings.max_tokens, self.session.model.max_positions - len(self.prompt))
+        reason: Reason = "length" if room == self.settings.max_tokens else "context"
+        for token in self._likeliest(room) if self.sampler.plain else self._sampled(logits, room):
             self._first = self._elapsed() if self._first is None else self._first
             self._chosen += 1
             if token in self.ends:
                 reason = "eos"
                 break
             self._tokens.append(token)
-            yield from self._say(self._stops.push(self._detokenizer.push([token])))
-            if self._stops.found:
+            yield from self._emit(self._stops.push(self._detokenizer.push([token])))
+            if self._stops.matched:
                 break
         rest = self._stops.push(self._detokenizer.finish()) + self._stops.finish()
-        self._reason = "stop" if self._stops.found else reason
-        yield from self._say(rest)
+        self._reason = "stop" if self._stops.matched else reason
+        yield from self._emit(rest)
 
     def _read(self) -> Tensor:
-        """The logits after the prompt, of which what the session knows is not read again, but for the last token."""
+        """The logits after the prompt; what the session's cache holds of it is not computed again."""
         known = 0
         for ours, theirs in zip(self.prompt[:-1], self.session.ids, strict=False):
             if ours != theirs:
@@ -153,19 +153,19 @@ class Stream(Iterator[str]):
         return self.session.feed(self.prompt[known:])
 
     def _likeliest(self, room: int) -> Iterator[int]:
-        """At most so many tokens, each the likeliest, some computed at a time: one by one where text may end early."""
+        """At most `room` tokens, each the likeliest, some at a time; one by one where there are stop strings."""
         count = 1
         while room:
             began = time.perf_counter()
-            found = self.session.greedy(min(count, room), self.ends)
-            each = (time.perf_counter() - began) / len(found)
-            yield from found
-            room -= len(found)
-            fitting = int(PIECE_SECONDS / max(each, PIECE_SECONDS / PIECE_TOKENS))
-            count = 1 if self.asked.stop else max(1, min(2 * count, fitting))
+            tokens = self.session.greedy(min(count, room), self.ends)
+            seconds = (time.perf_counter() - began) / len(tokens)
+            yield from tokens
+            room -= len(tokens)
+            fitting = int(PIECE_SECONDS / max(seconds, PIECE_SECONDS / PIECE_TOKENS))
+            count = 1 if self.settings.stop else max(1, min(2 * count, fitting))
 
-    def _drawn(self, logits: Tensor, room: int) -> Iterator[int]:
-        """At most so many tokens, by the sampler."""
+    def _sampled(self, logits: Tensor, room: int) -> Iterator[int]:
+        """At most `room` tokens, chosen by the sampler."""
         self.sampler.see(self.prompt)
         for left in range(room, 0, -1):
             token = self.sampler.choose(logits)
@@ -174,9 +174,9 @@ class Stream(Iterator[str]):
             if left > 1:
                 logits = self.session.feed([token])
 
-    def _say(self, text: str) -> Iterator[str]:
+    def _emit(self, text: str) -> Iterator[str]:
         if text:
-            self._said.append(text)
+            self._text.append(text)
             yield text
 
 
@@ -185,23 +185,23 @@ class Chat:
 
     Args:
         model: answers.
-        asked: how; its `system` message is the first.
-        seed: of the drawing.
+        settings: how answers are written; the `system` message is the first.
+        seed: of the sampling.
 
     Raises:
         UserError: there is no chat template.
     """
 
-    def __init__(self, model: Model, asked: Generate, seed: int) -> None:
+    def __init__(self, model: Model, settings: Generate, seed: int) -> None:
         check_template(model.tokenizer)
-        self.model, self.asked = model, asked
+        self.model, self.settings = model, settings
         self.messages: list[dict[str, Any]] = []
-        self.sampler = Sampler(asked, seed, model.vocabulary)
+        self.sampler = Sampler(settings, seed, model.vocabulary)
         self._session: Session | None = None
         self._latest: Stream | None = None
 
     def ask(self, question: str) -> Stream:
-        """The answer to a question, as it is written; one that is broken off stays as far as it came.
+        """Stream the answer to a question; an answer that is broken off stays as far as it was generated.
 
         Raises:
             UserError: the chat template refuses the conversation, or there is no room for an answer.
@@ -212,7 +212,7 @@ class Chat:
             if answer.finish_reason is None:  # broken off perhaps within a token
                 self._session = None
         self.messages.append({"role": "user", "content": question})
-        ids = encode(self.model, self.messages, self.asked)
+        ids = encode(self.model, self.messages, self.settings)
         self._session = self._session or self.model.session()
         self.sampler.seen[:] = False
         ends = end_tokens(self.model) | turn_ends(self.model.tokenizer)
@@ -220,21 +220,21 @@ class Chat:
         return self._latest
 
 
-def stream(model: Model, prompt: Prompt, asked: Generate, seed: int) -> Stream:
-    """A text that goes on from a prompt, or answers it.
+def stream(model: Model, prompt: Prompt, settings: Generate, seed: int) -> Stream:
+    """Stream a text that goes on from a prompt, or answers it.
 
     Args:
-        model: writes.
+        model: generates it.
         prompt: a text; for a chat the user's turn, or all messages so far.
-        asked: how it is to be written.
-        seed: of the drawing.
+        settings: how it is to be written.
+        seed: of the sampling.
 
     Raises:
         UserError: the prompt is too long, or no text; or there is no chat template, or it refuses the messages.
     """
-    ids = encode(model, prompt, asked)
-    ends = end_tokens(model) | (turn_ends(model.tokenizer) if asked.chat else frozenset())
-    return Stream(model.session(), ids, Sampler(asked, seed, model.vocabulary), ends, alone=asked.chat)
+    ids = encode(model, prompt, settings)
+    ends = end_tokens(model) | (turn_ends(model.tokenizer) if settings.chat else frozenset())
+    return Stream(model.session(), ids, Sampler(settings, seed, model.vocabulary), ends, alone=settings.chat)
 
 
 def options(seed: int, **values: Any) -> tuple[Generate, int]:
@@ -252,7 +252,7 @@ def options(seed: int, **values: Any) -> tuple[Generate, int]:
 # --- from a prompt to tokens -------------------------------------------------------------------
 
 
-def encode(model: Model, prompt: Prompt, asked: Generate) -> list[int]:
+def encode(model: Model, prompt: Prompt, settings: Generate) -> list[int]:
     """The tokens of a prompt, with those that the tokenizer or its chat template puts around them.
 
     A template that writes today's date writes the date that it wrote in training, see `data/chat.py`.
@@ -261,8 +261,8 @@ def encode(model: Model, prompt: Prompt, asked: Generate) -> list[int]:
         UserError: as `stream`.
     """
     tokenizer = model.tokenizer
-    if asked.chat:
-        text = render(tokenizer, prompt, asked)
+    if settings.chat:
+        text = render(tokenizer, prompt, settings)
         with reading("the prompt"):
             ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     elif isinstance(prompt, str):
@@ -283,31 +283,31 @@ def encode(model: Model, prompt: Prompt, asked: Generate) -> list[int]:
 
 
 def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The tokens of a text that is to be gone on with; of an empty one, what a text begins with."""
+    """The tokens of a text to continue; of an empty one, the token that begins a text."""
     with reading("the prompt"):
         ids = list(tokenizer(text, verbose=False)["input_ids"])
     if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
         return ids[:-1]
     if not ids:
-        return [each for each in (tokenizer.bos_token_id, tokenizer.eos_token_id) if each is not None][:1]
+        return [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None][:1]
     return ids
 
 
-def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, asked: Generate) -> str:
+def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, settings: Generate) -> str:
     """A chat as its template writes it, up to where the assistant's turn begins."""
     check_template(tokenizer)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if not messages:
         raise usage_error("There is no message to answer.")
-    if asked.system is not None:
-        messages = [{"role": "system", "content": asked.system}, *messages]
-    for each in messages:
-        check_text(each.get("content") if isinstance(each, dict) else None)
+    if settings.system is not None:
+        messages = [{"role": "system", "content": settings.system}, *messages]
+    for message in messages:
+        check_text(message.get("content") if isinstance(message, dict) else None)
     return data.render(Conversation(tuple(messages), None, "The prompt"), tokenizer, prompt=True)
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make sure that there can be a chat.
+    """Make sure that the tokenizer has a chat template.
 
     Raises:
         UserError: there is no template.
@@ -317,7 +317,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def check_text(text: object) -> None:
-    """Make sure that a tokenizer can read it.
+    """Make sure that a tokenizer can read a prompt.
 
     Raises:
         UserError: it is no text, or has bytes of no text (which the shell gives as halves of surrogate pairs).
@@ -336,7 +336,7 @@ def end_tokens(model: Model) -> frozenset[int]:
     Raises:
         UserError: one of the files is damaged.
     """
-    found = {model.tokenizer.eos_token_id}
+    ends = {model.tokenizer.eos_token_id}
     for name in ("generation_config.json", "config.json"):
         path = model.folder / name
         values = untrusted.read_json(path, hint="Copy or pack the model again.") if path.exists() else {}
@@ -344,8 +344,8 @@ def end_tokens(model: Model) -> frozenset[int]:
         for section in (values, nested if isinstance(nested, dict) else {}):
             own = section.get("eos_token_id")
             own = own if isinstance(own, list) else [own]
-            found |= {each for each in own if isinstance(each, int)}
-    return frozenset(each for each in found if each is not None)
+            ends |= {token for token in own if isinstance(token, int)}
+    return frozenset(token for token in ends if token is not None)
 
 
 def turn_ends(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -15,28 +15,28 @@ from torch import Tensor
 
 from edgerazor import kernels, transformers_plugin
 from edgerazor.errors import UserError, plain
+from edgerazor.families import EMBEDDING, HEAD
 from edgerazor.kernels import native
 from edgerazor.kernels.decoder import Decoder, NotFiniteError, OtherProcessError, Run, round_up
 from edgerazor.models import load_tokenizer
 from edgerazor.packed import PackedModel
-from edgerazor.runtime.engine import Asked, Model, Score, Session, score_whole
-from edgerazor.runtime.families import EMBEDDING, HEAD, family_of, matrix_names, network
-from edgerazor.runtime.positions import Rotary, max_positions
-from edgerazor.runtime.weights import load_matrices, matrix_bytes
+from edgerazor.runtime.engine import Model, Session
+from edgerazor.runtime.network import build_network, matrix_names, native_architecture
+from edgerazor.runtime.rope import Rotary, max_positions
+from edgerazor.runtime.scoring import Score, ScoreRequest, score_whole
+from edgerazor.runtime.weight_memory import load_matrices, matrix_bytes
 from edgerazor.untrusted import vocabulary
 
 #: Tokens that are computed in one call, as many as the decoder takes through its layers at a time.
 CALL_TOKENS = 512
-#: Tokens that greedy decoding has cells for at a time.
+#: Tokens that greedy decoding reserves KV slots for at a time.
 GREEDY_TOKENS = 256
-
-
 #: What to do where memory or threads do not suffice.
 LESS = "Use shorter sequences, fewer threads, or a smaller model."
 
 
-class _Scratch:
-    """What a process computes logits and scores with."""
+class _SharedDecoder:
+    """The decoder that a process computes logits and scores with; its KV cache is of no use between two calls."""
 
     def __init__(self) -> None:
         self.process = os.getpid()
@@ -51,10 +51,10 @@ class NativeModel(Model):
         packed: of a folder.
         config: of transformers.
         threads: that compute.
-        mapped: use the weights where the file is mapped.
+        mapped: read the weights in place, from the mapped file.
 
     Raises:
-        NotNativeError: it cannot be.
+        NotNativeError: the native engine does not compute it.
         UserError: the folder is damaged.
     """
 
@@ -64,13 +64,13 @@ class NativeModel(Model):
     def __init__(self, packed: PackedModel, config: Any, threads: int, mapped: bool) -> None:
         settings = getattr(config, "quantization_config", None) or {}
         transformers_plugin.check_settings(SimpleNamespace(**settings), packed)
-        family = family_of(config, packed)
+        architecture = native_architecture(config, packed)
         self.folder, self.threads = packed.folder, threads
         self._kernel = kernels.name()
         matrices = load_matrices(packed, matrix_names(config, packed), mapped, self._kernel in kernels.EXPANDED)
-        with _plainly(packed):
-            self.rotary = Rotary(config, family.rotary)
-            self.network = network(config, family, packed, matrices, self.rotary.features)
+        with _configuration_errors(packed):
+            self.rotary = Rotary(config, architecture.rotary_class)
+            self.network = build_network(config, architecture, packed, matrices, self.rotary.features)
             self.network.check()
         self.tokenizer = load_tokenizer(packed.folder)
         vocabulary.limit(self.tokenizer, self.network.vocabulary)
@@ -80,7 +80,7 @@ class NativeModel(Model):
         others = sum(tensor.nbytes for tensor in packed.others().values())
         self.weight_bytes = sum(sizes.values()) + others
         self.bytes_per_token = self.weight_bytes - (0 if HEAD in packed.header.tied else sizes[EMBEDDING])
-        self._own = _Scratch()
+        self._shared = _SharedDecoder()
 
     @property
     def kernel(self) -> str:
@@ -90,59 +90,60 @@ class NativeModel(Model):
         return NativeSession(self)
 
     def decoder(self) -> Decoder:
-        """A decoder with a cache of its own; the weights are shared."""
-        with self.plainly():
+        """A new decoder with a KV cache of its own; the weights are shared."""
+        with self.errors_for_people():
             return Decoder(self.network, self.threads, native.isas().index(self._kernel))
 
     @contextlib.contextmanager
-    def _scratch(self) -> Iterator[Decoder]:
-        """What computes logits and scores, for one thread at a time; its cache is of no use afterwards."""
-        if self._own.process != os.getpid():  # a child has neither the threads nor those that hold the lock
-            self._own = _Scratch()
-        own = self._own
-        with own.lock, self.plainly():
-            own.decoder = own.decoder or self.decoder()
-            yield own.decoder
+    def _shared_decoder(self) -> Iterator[Decoder]:
+        """The decoder for logits and scores, for one thread at a time; its KV cache is of no use afterwards."""
+        if self._shared.process != os.getpid():  # a forked child has neither the threads nor those that hold the lock
+            self._shared = _SharedDecoder()
+        shared = self._shared
+        with shared.lock, self.errors_for_people():
+            shared.decoder = shared.decoder or self.decoder()
+            yield shared.decoder
 
     def _logits(self, tokens: Tensor, last: int) -> Tensor:
         count, length = tokens.shape
         at_once = max(1, CALL_TOKENS // length)
-        with self._scratch() as decoder:
-            found = torch.empty(count, last, self.vocabulary)
+        with self._shared_decoder() as decoder:
+            logits = torch.empty(count, last, self.vocabulary)
             prepare(decoder, self.rotary, 0, length, at_once * round_up(length))
             for start in range(0, count, at_once):
-                some = tokens[start : start + at_once]
-                runs = [Run(0, 0, row * round_up(length), 0, length) for row in range(len(some))]
-                wanted = torch.arange(some.numel()).view(some.shape)[:, -last:].flatten()
-                logits = decoder.logits(runs, some.flatten(), wanted)
-                if not np.isfinite(logits.numpy()).all():  # NumPy's: torch's threads would spin beside ours
+                batch = tokens[start : start + at_once]
+                runs = [Run(0, 0, row * round_up(length), 0, length) for row in range(len(batch))]
+                output_positions = torch.arange(batch.numel()).view(batch.shape)[:, -last:].flatten()
+                of_batch = decoder.logits(runs, batch.flatten(), output_positions)
+                if not np.isfinite(of_batch.numpy()).all():  # NumPy's: torch's threads would spin beside ours
                     raise NotFiniteError("a logit is not finite")
-                found[start : start + at_once] = logits.view(len(some), last, self.vocabulary)
-        return found
+                logits[start : start + at_once] = of_batch.view(len(batch), last, self.vocabulary)
+        return logits
 
-    def _score(self, requests: list[Asked]) -> list[list[Score]]:
+    def _score(self, requests: list[ScoreRequest]) -> list[list[Score]]:
         long = [self.rotary.varies(_length(request)) for request in requests]
-        whole = iter(score_whole([each for each, is_long in zip(requests, long, strict=True) if is_long], self._logits))
-        packed = iter(self._score_packed([each for each, is_long in zip(requests, long, strict=True) if not is_long]))
-        return [next(whole if is_long else packed) for is_long in long]
+        apart = [request for request, is_long in zip(requests, long, strict=True) if is_long]
+        together = [request for request, is_long in zip(requests, long, strict=True) if not is_long]
+        of_apart, of_together = iter(score_whole(apart, self._logits)), iter(self._score_shared_prefixes(together))
+        return [next(of_apart if is_long else of_together) for is_long in long]
 
-    def _score_packed(self, requests: list[Asked]) -> list[list[Score]]:
+    def _score_shared_prefixes(self, requests: list[ScoreRequest]) -> list[list[Score]]:
         """Scores of requests whose frequencies depend on positions alone, so that continuations share prefixes."""
-        found: list[list[Score]] = []
-        with self._scratch() as decoder:
-            for some, kept in _calls(requests):
-                call = _Call(some, kept)
-                prepare(decoder, self.rotary, 0, max(map(_length, some)), call.cells)
+        scores: list[list[Score]] = []
+        with self._shared_decoder() as decoder:
+            for batch, prefix_is_cached in _calls(requests):
+                call = _Call(batch, prefix_is_cached)
+                prepare(decoder, self.rotary, 0, max(map(_length, batch)), call.slots)
                 first, *others = call.scores(decoder)
-                if kept:
-                    found[-1] += first
+                if prefix_is_cached:
+                    scores[-1] += first
                 else:
-                    found += [first, *others]
-        return found
+                    scores += [first, *others]
+        return scores
 
     @contextlib.contextmanager
-    def plainly(self) -> Iterator[None]:
-        """Turns what the kernels say into errors for people."""
+    def errors_for_people(self) -> Iterator[None]:
+        """Turns exceptions of the kernels and of torch's allocator into a `UserError`."""
         try:
             yield
         except NotFiniteError:
@@ -164,7 +165,7 @@ class NativeModel(Model):
 
 
 class NativeSession(Session):
-    """A sequence with a decoder, and so a cache, of its own."""
+    """A sequence with a decoder, and so a KV cache, of its own."""
 
     model: NativeModel
 
@@ -182,141 +183,164 @@ class NativeSession(Session):
             return super()._greedy(start, tokens, count, stops)
         if len(tokens) > 1:
             self._feed(start, tokens[:-1], [])
-        with self.model.plainly():
+        with self.model.errors_for_people():
             prepare(self._decoder, self.model.rotary, last, last + count, last + count)
             return self._decoder.greedy(Run(0, 0, 0, last, 1), tokens[-1], count, sorted(stops))
 
-    def _feed(self, start: int, tokens: list[int], wanted: list[int]) -> Tensor:
+    def _feed(self, start: int, tokens: list[int], output_positions: list[int]) -> Tensor:
         end = start + len(tokens)
-        with self.model.plainly():
+        with self.model.errors_for_people():
             prepare(self._decoder, self.model.rotary, start, end, end)
-            return self._decoder.logits([Run(0, 0, 0, start, len(tokens))], tokens, wanted)
+            return self._decoder.logits([Run(0, 0, 0, start, len(tokens))], tokens, output_positions)
 
 
-def prepare(decoder: Decoder, rotary: Rotary, start: int, length: int, cells: int) -> None:
-    """Make a decoder ready for a call with positions `start` to `length`, in so many cells."""
+def prepare(decoder: Decoder, rotary: Rotary, start: int, length: int, slots: int) -> None:
+    """Make a decoder ready for a call with positions `start` to `length`, in so many KV slots."""
     decoder.rotary(*rotary.tables(start, length))
-    decoder.reserve(cells)
+    decoder.reserve(slots)
 
 
 # Scores -------------------------------------------------------------------------------------------------------------
 
 
-def _length(request: Asked) -> int:
+def _length(request: ScoreRequest) -> int:
     """Tokens of the longest sequence that a request computes; the last ones of continuations are not read."""
-    return len(request.prefix) + max((len(each) - 1 for each in request.continuations), default=0)
+    return len(request.prefix) + max((len(tokens) - 1 for tokens in request.continuations), default=0)
 
 
-def _calls(requests: list[Asked]) -> Iterator[tuple[list[Asked], bool]]:
-    """Requests that are computed together, as many as there is room for; those with no room alone in pieces.
+def _calls(requests: list[ScoreRequest]) -> Iterator[tuple[list[ScoreRequest], bool]]:
+    """Requests that are computed in one call, as many as there is room for; one with no room alone, in pieces.
 
-    A piece says so when the cells of the call before hold its prefix, but for the last token.
+    Returns:
+        requests of a call, and whether the KV slots of the call before hold the first one's prefix, but for its last
+        token, as they do for the second and later pieces of a request.
     """
-    some: list[Asked] = []
+    batch: list[ScoreRequest] = []
     taken = 0
     for request in requests:
         pieces = list(_pieces(request))
         size = len(request.prefix) + _tokens(request.continuations)
-        if some and (len(pieces) > 1 or taken + size > CALL_TOKENS):
-            yield some, False
-            some, taken = [], 0
+        if batch and (len(pieces) > 1 or taken + size > CALL_TOKENS):
+            yield batch, False
+            batch, taken = [], 0
         if len(pieces) > 1:
             yield from (([piece], number > 0) for number, piece in enumerate(pieces))
         else:
-            some, taken = [*some, request], taken + size
-    if some:
-        yield some, False
+            batch, taken = [*batch, request], taken + size
+    if batch:
+        yield batch, False
 
 
-def _pieces(request: Asked) -> Iterator[Asked]:
-    """A request with some of its continuations at a time, but at least one."""
+def _pieces(request: ScoreRequest) -> Iterator[ScoreRequest]:
+    """Cut a request into several with some of its continuations each, at least one."""
     start, taken = 0, len(request.prefix)
     bodies: set[tuple[int, ...]] = set()
     for index, tokens in enumerate(request.continuations):
         body = tuple(tokens[:-1])
         new = 0 if body in bodies else len(body)
         if taken + new > CALL_TOKENS and index > start:
-            yield Asked(request.prefix, request.continuations[start:index], request.counts[start:index])
+            yield ScoreRequest(request.prefix, request.continuations[start:index], request.counts[start:index])
             start, taken, new = index, 1, len(body)
             bodies = set()
         taken += new
         bodies.add(body)
-    yield Asked(request.prefix, request.continuations[start:], request.counts[start:])
+    yield ScoreRequest(request.prefix, request.continuations[start:], request.counts[start:])
 
 
 def _tokens(continuations: list[list[int]]) -> int:
-    """That are computed: not the last ones, and once where all but the last are equal."""
-    return sum(map(len, {tuple(each[:-1]) for each in continuations}))
+    """Tokens that are computed: not the last ones, and once where all but the last are equal."""
+    return sum(map(len, {tuple(tokens[:-1]) for tokens in continuations}))
 
 
-class _Asked(NamedTuple):
-    """After which token of a call which one is asked for, and for which continuation."""
+class _Target(NamedTuple):
+    """A token whose probability is computed.
 
-    after: int
-    target: int
-    score: tuple[int, int]
+    Attributes:
+        output_position: number of the token of the call after which it comes.
+        token: its id.
+        request, continuation: to whose score it belongs.
+    """
+
+    output_position: int
+    token: int
+    request: int
+    continuation: int
 
 
 class _Call:
-    """One call of the decoder: prefixes, and behind each the runs of its continuations, which see it.
+    """One call of the decoder: spans of prefixes, and behind each those of its continuations, which attend to it.
 
     Args:
         requests: of the call.
-        kept: the first cells already hold the first prefix but for its last token, after which is asked.
+        prefix_is_cached: the first KV slots hold the first prefix already, but for its last token.
+
+    Attributes:
+        slots: KV slots that the call needs.
 
     The first token of a continuation follows the last one of the prefix, and nothing follows its own last token: a
-    continuation of one token has no run, and those that differ in their last tokens share one.
+    continuation of one token has no span, and those that differ in their last tokens alone share one.
     """
 
-    def __init__(self, requests: list[Asked], kept: bool) -> None:
-        self.runs: list[Run] = []
+    def __init__(self, requests: list[ScoreRequest], prefix_is_cached: bool) -> None:
+        self.spans: list[Run] = []
         self.tokens: list[int] = []
-        self.asked: list[_Asked] = []
-        self.cells = 0
+        self.targets: list[_Target] = []
+        self.slots = 0
         self.sizes = [len(request.continuations) for request in requests]
         for number, request in enumerate(requests):
-            self._add(number, request, kept and number == 0)
+            self._add_request(number, request, prefix_is_cached and number == 0)
 
-    def _add(self, number: int, request: Asked, kept: bool) -> None:
+    def _add_request(self, number: int, request: ScoreRequest, prefix_is_cached: bool) -> None:
         prefix, continuations, counts = request
         if not continuations:
             return
-        cell, _ = self._run(0, 0, prefix, len(prefix) - 1 if kept else 0)
+        prefix_slot, _ = self._add_span(0, 0, prefix, len(prefix) - 1 if prefix_is_cached else 0)
         last = len(self.tokens) - 1
-        firsts: dict[tuple[int, ...], int] = {}  # tokens of a run -> its first token's number
+        firsts: dict[tuple[int, ...], int] = {}  # tokens of a span -> its first token's number in the call
         for index, (tokens, count) in enumerate(zip(continuations, counts, strict=True)):
             body = tuple(tokens[:-1])
             if body and body not in firsts:
-                firsts[body] = self._run(cell, len(prefix), tokens[:-1])[1]
-            places = [last, *range(firsts[body], firsts[body] + len(body))] if body else [last]
-            asked = list(zip(places, tokens, strict=True))[-count:]
-            self.asked += [_Asked(place, target, (number, index)) for place, target in asked]
+                firsts[body] = self._add_span(prefix_slot, len(prefix), tokens[:-1])[1]
+            before = [last, *range(firsts[body], firsts[body] + len(body))] if body else [last]
+            scored = list(zip(before, tokens, strict=True))[-count:]
+            self.targets += [_Target(position, token, number, index) for position, token in scored]
 
-    def _run(self, prefix_cell: int, prefix: int, tokens: list[int], own: int = 0) -> tuple[int, int]:
-        """Adds a run of the tokens behind `own` that its cells hold; its cell, and the number of its first token."""
-        place = self.cells, len(self.tokens)
-        self.runs.append(Run(prefix_cell, prefix, self.cells, own, len(tokens) - own))
-        self.tokens += tokens[own:]
-        self.cells += round_up(len(tokens))
-        return place
+    def _add_span(self, prefix_slot: int, prefix: int, tokens: list[int], cached: int = 0) -> tuple[int, int]:
+        """Add a sequence span.
+
+        Args:
+            prefix_slot: first KV slot of the prefix that it attends to.
+            prefix: tokens of that prefix.
+            tokens: of the span.
+            cached: how many of these its KV slots hold already.
+
+        Returns:
+            its first KV slot, and the number of its first new token in the call.
+        """
+        slot, number = self.slots, len(self.tokens)
+        self.spans.append(Run(prefix_slot, prefix, slot, cached, len(tokens) - cached))
+        self.tokens += tokens[cached:]
+        self.slots += round_up(len(tokens))
+        return slot, number
 
     def scores(self, decoder: Decoder) -> list[list[Score]]:
-        """By request and continuation."""
-        found = [[Score(0.0, True)] * count for count in self.sizes]
-        if not self.asked:
-            return found
-        after, targets = [each.after for each in self.asked], [each.target for each in self.asked]
-        chances, best = decoder.scores(self.runs, self.tokens, after, targets)
-        for asked, chance, token in zip(self.asked, chances.tolist(), best.tolist(), strict=True):
-            number, index = asked.score
-            before = found[number][index]
-            found[number][index] = Score(before.log_probability + chance, before.greedy and token == asked.target)
-        return found
+        """Compute the call: a score by request and continuation."""
+        scores = [[Score(0.0, True)] * count for count in self.sizes]
+        if not self.targets:
+            return scores
+        output_positions, tokens = [target.output_position for target in self.targets], [t.token for t in self.targets]
+        log_probabilities, best = decoder.scores(self.spans, self.tokens, output_positions, tokens)
+        for target, log_probability, token in zip(self.targets, log_probabilities.tolist(), best.tolist(), strict=True):
+            of_request = scores[target.request]
+            before = of_request[target.continuation]
+            greedy = before.greedy and token == target.token
+            of_request[target.continuation] = Score(before.log_probability + log_probability, greedy)
+        return scores
 
 
 @contextlib.contextmanager
-def _plainly(packed: PackedModel) -> Iterator[None]:
-    """What a configuration that is not one leads to, in a sentence."""
+def _configuration_errors(packed: PackedModel) -> Iterator[None]:
+    """Turns whatever a nonsensical configuration leads to into one sentence."""
     try:
         yield
     except UserError:

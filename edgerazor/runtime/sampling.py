@@ -44,28 +44,28 @@ class Sampler:
     """Chooses the tokens of one text.
 
     Args:
-        asked: how.
-        seed: of the drawing.
+        settings: how tokens are chosen.
+        seed: of the random numbers.
         vocabulary: number of logits.
     """
 
-    def __init__(self, asked: Generate, seed: int, vocabulary: int) -> None:
-        self.asked = asked
+    def __init__(self, settings: Generate, seed: int, vocabulary: int) -> None:
+        self.settings = settings
         self.random = np.random.default_rng(seed)
         self.seen = np.zeros(vocabulary, dtype=bool)
 
     @property
     def plain(self) -> bool:
-        """Whether it is always the token of the highest logit."""
-        return self.asked.temperature == 0 and self.asked.repetition_penalty == 1
+        """Whether the next token is always the one of the highest logit."""
+        return self.settings.temperature == 0 and self.settings.repetition_penalty == 1
 
     def see(self, ids: Sequence[int]) -> None:
-        """These tokens have occurred."""
+        """Note that these tokens have occurred, for the repetition penalty."""
         known = np.asarray(ids, dtype=np.int64)
-        self.seen[known[known < len(self.seen)]] = True  # a tokenizer may have tokens that the head has not
+        self.seen[known[known < len(self.seen)]] = True  # a tokenizer may have tokens that the head has no row for
 
     def choose(self, logits: Any) -> int:
-        """The next token, which `see` is not told of.
+        """The next token; it is not noted as `see` does.
 
         Args:
             logits: float32 [vocabulary], an array or a tensor on the CPU; left as they are.
@@ -73,7 +73,7 @@ class Sampler:
         Raises:
             UserError: they are not finite.
         """
-        if self.asked.temperature == 0:
+        if self.settings.temperature == 0:
             scores = self._penalized(logits)
             check(scores.max())
             return int(scores.argmax())
@@ -84,7 +84,7 @@ class Sampler:
     def distribution(self, logits: Any) -> NDArray[np.float64]:
         """The probabilities [vocabulary] that the next token is drawn by; at temperature 0, 1 for the likeliest."""
         result = np.zeros(len(self.seen))
-        if self.asked.temperature == 0:
+        if self.settings.temperature == 0:
             result[self.choose(logits)] = 1
             return result
         ids, weights = self._candidates(logits)
@@ -94,7 +94,7 @@ class Sampler:
     def _penalized(self, logits: Any) -> Scores:
         """The logits after the repetition penalty: themselves where there is none."""
         scores = np.asarray(logits, dtype=np.float32)
-        penalty = self.asked.repetition_penalty
+        penalty = self.settings.repetition_penalty
         if penalty == 1:
             return scores
         ids = np.flatnonzero(self.seen)
@@ -105,28 +105,28 @@ class Sampler:
 
     def _candidates(self, logits: Any) -> tuple[NDArray[np.int64] | None, Scores]:
         """The tokens left to draw from, ascending (None: all), and their probabilities, the highest of which is 1."""
-        asked = self.asked
+        settings = self.settings
         scores = self._penalized(logits)
         highest = scores.max()
         check(highest)
         with np.errstate(over="ignore"):  # to -inf, the limit of temperatures towards 0
-            scores = (scores - highest) / np.float32(max(asked.temperature, LEAST))
+            scores = (scores - highest) / np.float32(max(settings.temperature, LEAST))
         ids = None
-        if 0 < asked.top_k < len(scores):
-            ids = np.flatnonzero(scores >= np.partition(scores, -asked.top_k)[-asked.top_k])
+        if 0 < settings.top_k < len(scores):
+            ids = np.flatnonzero(scores >= np.partition(scores, -settings.top_k)[-settings.top_k])
             scores = scores[ids]
         weights = np.exp(scores)
-        if asked.top_p < 1:
-            kept = nucleus(scores, weights, asked.top_p)
-            ids, weights = kept if ids is None else ids[kept], weights[kept]
-        if asked.min_p > 0:
-            kept = np.flatnonzero(weights >= asked.min_p)
-            ids, weights = kept if ids is None else ids[kept], weights[kept]
+        if settings.top_p < 1:
+            likely = nucleus(scores, weights, settings.top_p)
+            ids, weights = likely if ids is None else ids[likely], weights[likely]
+        if settings.min_p > 0:
+            likely = np.flatnonzero(weights >= settings.min_p)
+            ids, weights = likely if ids is None else ids[likely], weights[likely]
         return ids, weights
 
 
 def check(highest: np.float32) -> None:
-    """Refuse logits by their highest (which is NaN where one of them is).
+    """Refuse logits that are not finite, by the highest of them (which is NaN where any is).
 
     Raises:
         UserError: there is no likeliest token.
@@ -136,13 +136,13 @@ def check(highest: np.float32) -> None:
 
 
 def draw(weights: Scores, share: float) -> int:
-    """The index where weights [N] summed up exceed a share (0 to below 1) of all: as probable as its weight."""
+    """The index at which the cumulative sum of weights [N] exceeds a share (0 to below 1) of the total."""
     ends = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), BLOCK), dtype=np.float64))
-    wanted = share * ends[-1]
-    block = min(int(np.searchsorted(ends, wanted, side="right")), len(ends) - 1)
+    target = share * ends[-1]
+    block = min(int(np.searchsorted(ends, target, side="right")), len(ends) - 1)
     part = weights[block * BLOCK : (block + 1) * BLOCK]
     reached = np.cumsum(part, dtype=np.float64) + (ends[block - 1] if block else 0.0)
-    return block * BLOCK + min(int(np.searchsorted(reached, wanted, side="right")), len(part) - 1)
+    return block * BLOCK + min(int(np.searchsorted(reached, target, side="right")), len(part) - 1)
 
 
 def nucleus(scores: Scores, weights: Scores, share: float) -> NDArray[np.int64]:
@@ -161,7 +161,7 @@ def nucleus(scores: Scores, weights: Scores, share: float) -> NDArray[np.int64]:
         Indices, ascending.
     """
     total = weights.sum(dtype=np.float64)
-    wanted = share * total
+    target = share * total
     likely = np.flatnonzero(weights > (1 - share) * total / len(weights))
     scores, weights = scores[likely], weights[likely]
     lowest = scores.min()
@@ -169,12 +169,12 @@ def nucleus(scores: Scores, weights: Scores, share: float) -> NDArray[np.int64]:
     if lowest < -EQUAL:
         bins = (scores * np.float32((BINS - 1) / lowest)).astype(np.int64)
     reached = np.cumsum(np.bincount(bins, weights, BINS))
-    last = int(np.searchsorted(reached, wanted))
+    last = int(np.searchsorted(reached, target))
     undecided = np.flatnonzero(bins == last)
     undecided = undecided[np.argsort(-scores[undecided], kind="stable")]
-    of_each = weights[undecided].astype(np.float64)
-    before = np.cumsum(of_each) - of_each + (reached[last - 1] if last else 0.0)
-    kept = bins < last
-    kept[undecided[before < wanted]] = True
-    found: NDArray[np.int64] = likely[kept]
-    return found
+    of_undecided = weights[undecided].astype(np.float64)
+    before = np.cumsum(of_undecided) - of_undecided + (reached[last - 1] if last else 0.0)
+    in_nucleus = bins < last
+    in_nucleus[undecided[before < target]] = True
+    indices: NDArray[np.int64] = likely[in_nucleus]
+    return indices

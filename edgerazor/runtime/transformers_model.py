@@ -16,8 +16,9 @@ from torch import Tensor
 
 from edgerazor import models, modules, transformers_plugin
 from edgerazor.packed import PackedModel, size_table
-from edgerazor.runtime.engine import Asked, Model, Score, Session, score_whole
-from edgerazor.runtime.positions import max_positions
+from edgerazor.runtime.engine import Model, Session
+from edgerazor.runtime.rope import max_positions
+from edgerazor.runtime.scoring import Score, ScoreRequest, score_whole
 
 
 class TransformersModel(Model):
@@ -26,7 +27,7 @@ class TransformersModel(Model):
     Args:
         folder: packed.
         threads: that torch computes with.
-        note: why it is not the native engine.
+        note: why the native engine does not compute it.
 
     Raises:
         UserError: not a packed folder, or a damaged one.
@@ -41,7 +42,7 @@ class TransformersModel(Model):
         self.vocabulary = self.model.get_output_embeddings().out_features
         self.max_positions = max_positions(config)
         packed = PackedModel.open(folder)
-        classes = {each.kind: each.bytes for each in size_table(packed).classes}
+        classes = {size.kind: size.bytes for size in size_table(packed).classes}
         self.weight_bytes = sum(classes.values())
         unread = 0 if packed.header.tied else classes.get("embedding", 0)  # but for a row of it
         self.bytes_per_token = self.weight_bytes - unread
@@ -58,15 +59,15 @@ class TransformersModel(Model):
         return TransformersSession(self)
 
     def forward(self, tokens: Tensor, **options: Any) -> Any:
-        """What the model of transformers gives for tokens [B, T]."""
+        """The output of transformers' model for tokens int64 [B, T]."""
         with _threads(self.threads), torch.inference_mode():
             return self.model(input_ids=tokens, **options)
 
     def _logits(self, tokens: Tensor, last: int) -> Tensor:
-        found = self.forward(tokens, use_cache=False, logits_to_keep=last).logits
-        return found[:, -last:].float()  # some models keep all
+        logits = self.forward(tokens, use_cache=False, logits_to_keep=last).logits
+        return logits[:, -last:].float()  # some models keep all
 
-    def _score(self, requests: list[Asked]) -> list[list[Score]]:
+    def _score(self, requests: list[ScoreRequest]) -> list[list[Score]]:
         return score_whole(requests, self._logits)
 
 
@@ -90,18 +91,18 @@ class TransformersSession(Session):
         return out.logits[0, -1].float()
 
     def _forget(self, start: int) -> None:
-        """Drop what the cache holds from `start` on, or all of it where it has lost what then would be seen."""
+        """Crop the cache to the tokens before `start`; drop all of it where it cannot be cropped."""
         try:
             if self._cached > start:
                 self._cache.crop(start - self._cached)
                 self._cached = start
-        except (RuntimeError, ValueError, AttributeError):  # a sliding window, a recurrent state
+        except (RuntimeError, ValueError, AttributeError):  # older tokens left a sliding window, a state cannot go back
             self._cache, self._cached = None, 0
 
 
 @contextlib.contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """So many threads of torch."""
+    """Lets torch compute with so many threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

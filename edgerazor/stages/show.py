@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -15,22 +16,21 @@ from edgerazor.console import Console
 from edgerazor.errors import usage_error
 from edgerazor.evaluation.eval_result import EvalResult
 from edgerazor.packaging.pack_result import CompressResult, ForeignResult, PackResult
-from edgerazor.recipe import Recipe
+from edgerazor.recipe import json_schema
 from edgerazor.report import differences, heatmap, inspection, plan_summary, summary
 from edgerazor.report.differences import Differences
 from edgerazor.report.generate_result import GenerateResult
 from edgerazor.report.inspection import PackedSummary, show_format
 from edgerazor.report.plan_summary import PlanSummary
 from edgerazor.report.summary import Summary, summarize
-from edgerazor.stages.distill import DistillResult
 from edgerazor.stages.write_data import DataResult
+from edgerazor.training import DistillResult
 from edgerazor.workdir import WorkDir, find_folder
 
 __all__ = ["draw_plan", "inspect", "schema", "show", "show_format", "summarize"]
 
-#: Name of a JSON interface -> its model.
+#: What `--json` prints -> its model.
 INTERFACES: dict[str, type[BaseModel]] = {
-    "recipe": Recipe,
     "calibrate": CalibrateResult,
     "distill": DistillResult,
     "pack": PackResult,
@@ -99,9 +99,10 @@ def draw_plan(work: WorkDir, png: Path | None = None) -> PlanSummary:
     return plan
 
 
-def schema() -> str:
-    """JSON schemas of the recipe and of what `--json` prints."""
-    return json.dumps({name: model.model_json_schema() for name, model in INTERFACES.items()}, indent=1)
+def schema(flags: Mapping[str, str]) -> str:
+    """JSON schemas of the recipe and of what `--json` prints; `flags` names the options of the recipe's fields."""
+    results = {name: model.model_json_schema() for name, model in INTERFACES.items()}
+    return json.dumps({"recipe": json_schema(flags), **results}, indent=1)
 
 
 def show(result: Summary | PlanSummary | PackedSummary | Differences) -> list[RenderableType]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgerazor.errors import UserError, plain, usage_error
-from edgerazor.tasks import offline
+from edgerazor.tasks import local_items
 from edgerazor.tasks.quiet import quiet_lm_eval
 from edgerazor.workdir import hash_file, hash_folder
 
@@ -41,8 +41,8 @@ BYTES_PER_TOKEN = 4
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is asked for.
+class TaskRequest:
+    """Which tasks a model is scored on, and how.
 
     Args:
         names: tasks, groups, tags and aliases.
@@ -89,7 +89,7 @@ def expand(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(full for name in names for full in ALIASES.get(name, (name,))))
 
 
-def data_files(request: Request) -> dict[str, Path]:
+def data_files(request: TaskRequest) -> dict[str, Path]:
     """The local file of each task that has one; nothing is read.
 
     Raises:
@@ -118,8 +118,8 @@ def _data_file(name: str, folder: str | None) -> Path | None:
     return path
 
 
-def load(request: Request) -> list[LoadedTask]:
-    """Find the tasks and their items.
+def load(request: TaskRequest) -> list[LoadedTask]:
+    """Load the tasks and their items.
 
     Raises:
         UserError: an unknown name, items that are missing or do not fit, a data set that cannot be fetched, or more
@@ -129,7 +129,7 @@ def load(request: Request) -> list[LoadedTask]:
     with quiet_lm_eval():
         manager = _manager(expand(request.names))
         names = _leaves(manager, expand(request.names), request)
-        files |= data_files(Request(names, request.folder))
+        files |= data_files(TaskRequest(names, request.folder))
         missing = [name for name in names if name not in files]
         if request.folder is not None and missing:
             raise usage_error(
@@ -160,18 +160,18 @@ def _manager(names: Sequence[str]) -> Any:
     manager = lm_eval.tasks.TaskManager(include_path=[WORLD_FOLDER])
     for name in names:
         if name not in manager.task_index:
-            raise _unknown(name, manager.all_tasks)
+            raise _unknown_task(name, manager.all_tasks)
     return manager
 
 
-def _unknown(name: str, known: Sequence[str]) -> UserError:
+def _unknown_task(name: str, known: Sequence[str]) -> UserError:
     close = difflib.get_close_matches(name, [*ALIASES, *WORLD], n=2, cutoff=0.6)
     close += [match for match in difflib.get_close_matches(name, known, n=3, cutoff=0.7) if match not in close]
     hint = f"Did you mean {' or '.join(close[:3])}?" if close else "`lm-eval ls tasks` lists all tasks of lm-eval."
     return usage_error(f"There is no task called {name!r}.", hint)
 
 
-def _leaves(manager: Any, names: Sequence[str], request: Request) -> tuple[str, ...]:
+def _leaves(manager: Any, names: Sequence[str], request: TaskRequest) -> tuple[str, ...]:
     """With local files, groups and tags become their tasks, so that each finds its file; else they stay."""
     if request.folder is None:
         return tuple(names)
@@ -208,7 +208,7 @@ def _load_local(manager: Any, name: str, path: Path) -> tuple[Any, str]:
     entry = manager.task_index[name]
     if entry.kind.name != "TASK":
         raise usage_error(f"{name} fetches its items with code of its own, so it cannot take them from {path}.")
-    items = offline.read(path, name)
+    items = local_items.read(path, name)
     if lacking := sorted(_fields({**entry.cfg, **items.overrides}) - set(items.rows[0])):
         raise UserError(
             f"{path} does not fit {name}: it has {', '.join(items.rows[0])} and needs {', '.join(lacking)}.",
@@ -230,7 +230,7 @@ def _load_local(manager: Any, name: str, path: Path) -> tuple[Any, str]:
     except KeyError as error:
         raise UserError(f"{path} does not fit {name}: its items have no field {error}.") from None
     except Exception as error:
-        raise UserError(f"{path} does not fit {name}: {_first_line(error)}.") from None
+        raise UserError(f"{path} does not fit {name}: {_reason(error)}.") from None
 
 
 def _fields(config: dict[str, Any]) -> set[str]:
@@ -256,18 +256,18 @@ def _load_hub(manager: Any, name: str) -> dict[str, tuple[Any, str]]:
     try:
         tasks = manager.load([name])["tasks"]
     except ImportError as error:
-        raise UserError(f"The task {name} needs a package that is not installed: {_first_line(error)}.") from None
+        raise UserError(f"The task {name} needs a package that is not installed: {_reason(error)}.") from None
     except OSError as error:
         raise UserError(
-            f"The items of {name} cannot be fetched from the Hugging Face hub: {_first_line(error)}.",
+            f"The items of {name} cannot be fetched from the Hugging Face hub: {_reason(error)}.",
             f"Connect to the network, or put {name}.jsonl into a folder and name it with --task-data.",
         ) from None
     except Exception as error:
-        raise UserError(f"The task {name} cannot be loaded: {_first_line(error)}.") from None
+        raise UserError(f"The task {name} cannot be loaded: {_reason(error)}.") from None
     return {full: (task, "") for full, task in tasks.items()}
 
 
-def _prepare(task: Any, name: str, request: Request, path: Path | None, note: str) -> LoadedTask:
+def _prepare(task: Any, name: str, request: TaskRequest, path: Path | None, note: str) -> LoadedTask:
     """Settle the number of examples and count the items."""
     documents = task.eval_docs
     available = len(documents)
@@ -298,18 +298,18 @@ def _check_item(task: Any, document: Any, misfit: str) -> None:
         chosen = task.OUTPUT_TYPE == "multiple_choice"
         choices = task.doc_to_choice(document) if chosen else None
     except Exception as error:  # a task's templates and functions fail in ways of their own
-        raise UserError(f"{misfit}: {plain(_first_line(error), 200)}.") from None
+        raise UserError(f"{misfit}: {plain(_reason(error), 200)}.") from None
     if not chosen:
         return
-    if not (isinstance(choices, list) and choices and all(isinstance(each, str) and each for each in choices)):
+    if not (isinstance(choices, list) and choices and all(isinstance(choice, str) and choice for choice in choices)):
         raise UserError(f"{misfit}: its choices are not a list of texts.")
     right = question if task.multiple_input else answer
-    for each in right if isinstance(right, list) else [right]:
-        if each not in (range(len(choices)) if isinstance(each, int) else choices):
+    for gold in right if isinstance(right, list) else [right]:
+        if gold not in (range(len(choices)) if isinstance(gold, int) else choices):
             raise UserError(f"{misfit}: its answer is none of its {len(choices)} choices.")
 
 
-def _settle_examples(task: Any, name: str, available: int, request: Request, local: bool) -> str:
+def _settle_examples(task: Any, name: str, available: int, request: TaskRequest, local: bool) -> str:
     """Set the number of few-shot examples as lm-eval's command line does, and say where they come from."""
     fixed = task.config.num_fewshot
     if fixed == 0 and request.num_fewshot:
@@ -327,8 +327,8 @@ def _settle_examples(task: Any, name: str, available: int, request: Request, loc
     return f"{count} examples, drawn from the same file without the item itself"
 
 
-def estimate(request: Request) -> dict[str, tuple[int | None, int | None]]:
-    """Items and about how many tokens of each task would go through a model; nothing is fetched.
+def estimate(request: TaskRequest) -> dict[str, tuple[int | None, int | None]]:
+    """Number of items, and roughly of tokens, of each task that would go through a model; nothing is fetched.
 
     Returns:
         name -> (items, tokens), None where they would have to be fetched first.
@@ -346,7 +346,7 @@ def estimate(request: Request) -> dict[str, tuple[int | None, int | None]]:
                 size = FULL_SIZES.get(name)
                 result[name] = (min(size, request.limit or size) if size else None, None)
                 continue
-            rows = offline.read_rows(path)[: request.limit]
+            rows = local_items.read_rows(path)[: request.limit]
             result[name] = (len(rows), sum(_bytes(row) for row in rows) // BYTES_PER_TOKEN)
     return result
 
@@ -361,13 +361,14 @@ def _bytes(row: dict[str, Any]) -> int:
     return rest * max(copies, 1) + sum(len(text.encode()) for text in texts)
 
 
-def fingerprint(request: Request) -> dict[str, str]:
+def fingerprint(request: TaskRequest) -> dict[str, str]:
     """SHA-256 of the local files that items may come from."""
-    found = {name: hash_file(path) for name, path in data_files(request).items()}
+    digests = {name: hash_file(path) for name, path in data_files(request).items()}
     if request.folder is not None:  # a group finds its tasks' files only when it is loaded
-        found["folder"] = hash_folder(Path(request.folder), ("*.jsonl",))
-    return found
+        digests["folder"] = hash_folder(Path(request.folder), ("*.jsonl",))
+    return digests
 
 
-def _first_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
+    """The first line of an exception of another library, for the end of a sentence."""
     return (str(error).strip().split("\n")[0].strip() or type(error).__name__).rstrip(".")

@@ -1,8 +1,8 @@
 """The resumable state of a distillation, without pickle.
 
-One folder: `state.safetensors` (master weights and AdamW's moments; where codes are fixed for a while, these and what
-they were made from), `state.json` (counters, the inputs it belongs to, random state). It replaces the previous one only
-when it is complete on the disk.
+One folder: `state.safetensors` (master weights and AdamW's moments; where codes are frozen, also the master weights and
+scales that they were made from), `state.json` (counters, the inputs of the training, random state). A new checkpoint
+replaces the previous one only when it is complete on the disk.
 """
 
 from __future__ import annotations
@@ -20,20 +20,29 @@ from torch import Tensor, nn
 
 from edgerazor import modules, untrusted
 from edgerazor.errors import UserError, plain
-from edgerazor.training.phase_schedule import PhaseResult
+from edgerazor.training.results import PhaseResult
 from edgerazor.workdir import replace_folder, write_atomically
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Progress(BaseModel):
-    """Counters of a run. The position in the data is `step`, since the order of the data is a function of it.
+    """Counters of a training. The position in the data is `step`, since the order of the data is a function of it.
 
-    `block_errors` are those of the layers reconstructed so far, before and after, and `block_seconds` the time that
-    passed before the first step. `phase` is the number of the current phase, 0 before the first, and `phase_step`,
-    `phase_share` and `phase_seconds` are the step, the share of the budget and the time at which it began; `phases` are
-    those that have ended, and `on_target` says that the quality asked for was reached. `streams` says where streamed
-    sources are, so that they need not be read again from the beginning.
+    Attributes:
+        step: optimizer steps taken.
+        tokens: trained on so far.
+        seconds: of training so far, resumes included.
+        best, best_step: lowest held-out loss, and the step at which it was measured.
+        loss: of the last step.
+        metrics_lines: lines of the metrics file that belong to this state.
+        block_errors: relative error of each reconstructed layer, before and after.
+        block_seconds: the time that passed before the first step.
+        phase: number of the current phase, 0 before the first.
+        phase_step, phase_share, phase_seconds: step, share of the budget and time at which it began.
+        phases: those that have ended.
+        on_target: whether the requested quality was reached.
+        streams: position of each streamed source, so that it need not be read again from the beginning.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -59,8 +68,16 @@ class Progress(BaseModel):
 def save(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, inputs: dict[str, str]
 ) -> None:
-    """Replace the checkpoint."""
-    tensors = _held(model)
+    """Replace the checkpoint.
+
+    Args:
+        folder: of the checkpoint.
+        model: the student, with training modules.
+        optimizer: AdamW over its trainable parameters.
+        progress: counters.
+        inputs: everything that the training depends on, by name.
+    """
+    tensors = _frozen_masters(model)
     for name, parameter in model.named_parameters():
         tensors[f"weight/{name}"] = parameter.detach()
         for moment in MOMENTS:
@@ -73,18 +90,18 @@ def save(
         (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
 
-def _held(model: nn.Module) -> dict[str, Tensor]:
-    """What fixed codes were made from."""
-    found = {}
+def _frozen_masters(model: nn.Module) -> dict[str, Tensor]:
+    """Master weights and scales that frozen codes were made from, by their names in the checkpoint."""
+    tensors = {}
     for name, matrix in modules.fake_quant_weights(model).items():
         if matrix.master is not None:
-            found[f"master/{name}"] = matrix.master.weight.detach()
-            found[f"start/{name}"] = matrix.master.scales
-    return found
+            tensors[f"master/{name}"] = matrix.master.weight.detach()
+            tensors[f"start/{name}"] = matrix.master.scales
+    return tensors
 
 
 def stored_inputs(folder: Path) -> dict[str, str] | None:
-    """What the checkpoint belongs to, or None where there is none.
+    """The inputs of the training that wrote the checkpoint, or None where there is none.
 
     Raises:
         UserError: the checkpoint is damaged.
@@ -107,7 +124,7 @@ def stored_progress(folder: Path) -> Progress | None:
 
 
 def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress | None:
-    """Bring model and optimizer to the checkpoint, if there is one; both are those of its phase.
+    """Load the checkpoint into model and optimizer, which must be those of its phase; None where there is none.
 
     Raises:
         UserError: the checkpoint is damaged.
@@ -119,7 +136,7 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
         tensors = load_file(folder / "state.safetensors")
         progress = Progress.model_validate(state["progress"])
         with torch.no_grad():
-            for name, tensor in _held(model).items():
+            for name, tensor in _frozen_masters(model).items():
                 tensor.copy_(tensors[name])
             for name, parameter in model.named_parameters():
                 parameter.copy_(tensors[f"weight/{name}"])
@@ -159,13 +176,13 @@ def _encode(state: torch.Tensor) -> str:
 def _state(folder: Path) -> dict[str, Any]:
     try:
         state = untrusted.load_json(folder / "state.json", most_bytes=untrusted.MOST_BYTES_OF_OURS)
-        found = {key: state[key] for key in ("progress", "inputs", "random")}
+        parts = {key: state[key] for key in ("progress", "inputs", "random")}
     except (OSError, ValueError, KeyError) as error:
         raise _damaged(folder, error) from None
-    for key, value in found.items():
+    for key, value in parts.items():
         if not isinstance(value, dict):
             raise _damaged(folder, ValueError(f"its {key} is {plain(value, 50)}"))
-    return found
+    return parts
 
 
 def _damaged(folder: Path, error: BaseException) -> UserError:

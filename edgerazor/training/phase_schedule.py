@@ -1,7 +1,7 @@
-"""The phases of one training: what each of them trains, and which part of the budget is its own.
+"""The phases of one training: what each of them trains, and which share of the budget is its own.
 
-Cheap phases come first: scales alone need little memory and mend most of what rounding broke at 3 and 4 bits
-(EfficientQAT's second phase, arXiv 2407.11062), and training everything then begins with a better loss. A training
+Cheap phases come first: scales alone need little memory and repair most of what rounding broke at 3 and 4 bits
+(EfficientQAT's second phase, arXiv 2407.11062), and training everything then begins with a lower loss. A training
 without phases is a schedule of one.
 """
 
@@ -10,48 +10,21 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pydantic import BaseModel
-
 from edgerazor.errors import UserError, usage_error
 from edgerazor.recipe import Distill, Recipe
 from edgerazor.training import objective
 from edgerazor.training.objective import Terms
 
-#: Less than any share of a budget that a step can take.
+#: Less than any share of a budget that a step can take; absorbs the rounding of sums of shares.
 TINY = 1e-9
 
 
-class PhaseResult(BaseModel):
-    """What one phase reached.
-
-    Attributes:
-        phase: its number among the recipe's, from 1; 0 for what comes before them.
-        what: `initialise`, `reconstruct`, `scales` or `all`.
-        steps: optimizer steps; of `reconstruct`, those of all layers.
-        seconds: of training and measuring.
-        held_out: held-out loss at its end, in the training's measure.
-    """
-
-    phase: int
-    what: str
-    steps: int
-    seconds: float
-    held_out: float
-
-
-class PhaseEstimate(BaseModel):
-    """What a phase would take; None where only the clock limits it."""
-
-    steps: int | None
-    seconds: float | None
-
-
 @dataclass(frozen=True)
-class Training:
-    """One phase.
+class ScheduledPhase:
+    """One phase of a training.
 
     Attributes:
-        settings: of distill, with the phase's own in their places.
+        settings: the `distill` section, with the phase's own values in their places.
         terms: its objective.
         end: share of the whole budget that is used when it ends, at most 1.
     """
@@ -60,34 +33,53 @@ class Training:
     terms: Terms
     end: float
 
-    def share(self, used: float, began: float) -> float:
-        """How much of this phase's part is used, 0 to 1, when `used` of the whole is and it began at `began`."""
-        return min(1.0, max(0.0, (used - began) / max(self.end - began, TINY)))
+    def share_used(self, budget_share: float, begin: float) -> float:
+        """How much of this phase is done, 0 to 1.
 
-    def over(self, used: float) -> bool:
-        """Whether its part is used up, when `used` of the whole budget is."""
-        return used >= self.end - TINY
+        Args:
+            budget_share: share of the whole budget that is used.
+            begin: share of the whole budget that was used when the phase began.
+        """
+        return min(1.0, max(0.0, (budget_share - begin) / max(self.end - begin, TINY)))
+
+    def has_ended(self, budget_share: float) -> bool:
+        """Whether its part is used up, when `budget_share` of the whole budget is."""
+        return budget_share >= self.end - TINY
 
 
-def trainings(recipe: Recipe, layers: int, measured: dict[str, list[float]], bits: float) -> list[Training]:
-    """The phases of a recipe, or the one training where it has none; arguments and errors as `objective.make_terms`."""
-    asked = recipe.distill
-    whole = sum(phase.share for phase in asked.phases)
-    found, used = [], 0.0
-    for phase in asked.phases:
+def make_phases(
+    settings: Distill, model: str, layer_count: int, layer_metrics: dict[str, list[float]], bits: float
+) -> list[ScheduledPhase]:
+    """The phases of a training, or one for all of it where the recipe has none.
+
+    Args:
+        settings: the `distill` section.
+        model: name of the model, for messages.
+        layer_count: decoder layers of the model.
+        layer_metrics: metric -> its value for each layer, as calibrate measured it.
+        bits: nominal bits of the student.
+
+    Raises:
+        UserError: as `objective.make_terms`.
+    """
+
+    def scheduled(own_settings: Distill, end: float) -> ScheduledPhase:
+        terms = objective.make_terms(own_settings.losses, model, layer_count, layer_metrics, bits)
+        return ScheduledPhase(own_settings, terms, end)
+
+    if not settings.phases:
+        return [scheduled(settings, 1.0)]
+    whole = sum(phase.share for phase in settings.phases)
+    phases, used = [], 0.0
+    for phase in settings.phases:
         own = phase.model_dump(include={"train", "learning_rate", "schedule"}, exclude_none=True)
-        settings = asked.model_copy(update={**own, "losses": phase.losses or asked.losses})
+        own_settings = settings.model_copy(update={**own, "losses": phase.losses or settings.losses})
         used += phase.share
-        end = 1.0 if phase is asked.phases[-1] else used / whole
-        found.append(Training(settings, _terms(recipe, settings, layers, measured, bits), end))
-    return found or [Training(asked, _terms(recipe, asked, layers, measured, bits), 1.0)]
+        phases.append(scheduled(own_settings, 1.0 if phase is settings.phases[-1] else used / whole))
+    return phases
 
 
-def _terms(recipe: Recipe, settings: Distill, layers: int, measured: dict[str, list[float]], bits: float) -> Terms:
-    return objective.make_terms(recipe.model_copy(update={"distill": settings}), layers, measured, bits)
-
-
-def steps_of(phases: list[Training], steps: int) -> list[int]:
+def steps_per_phase(phases: list[ScheduledPhase], steps: int) -> list[int]:
     """How many of the steps each phase takes: it ends with the first step at which its share is used up."""
     ends = [math.ceil(steps * (phase.end - TINY)) for phase in phases]
     return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
@@ -109,31 +101,33 @@ def check(recipe: Recipe) -> None:
         raise usage_error(
             "Phases train scales, which `calibrate.scales: computed` does not keep.", "Set `calibrate.scales: learned`."
         )
-    used = [settings.losses] if not settings.phases else [phase.losses or settings.losses for phase in settings.phases]
-    every = tuple(term for terms in used for term in terms)
-    objective.check(recipe.model_copy(update={"distill": settings.model_copy(update={"losses": every})}))
+    if settings.phases:
+        terms = tuple(term for phase in settings.phases for term in phase.losses or settings.losses)
+        recipe = recipe.model_copy(update={"distill": settings.model_copy(update={"losses": terms})})
+    objective.check(recipe)
 
 
-def check_steps(phases: list[Training], steps: int | None) -> None:
-    """Refuse a budget that is too small.
+def check_steps(phases: list[ScheduledPhase], steps: int | None) -> None:
+    """Refuse a budget that is too small for the phases.
 
     Raises:
         UserError: a phase would have no step.
     """
     if steps is None:
         return
-    for number, taken in enumerate(steps_of(phases, steps), 1):
-        if not taken:
+    for number, phase_steps in enumerate(steps_per_phase(phases, steps), 1):
+        if not phase_steps:
             raise UserError(
                 f"{steps} steps leave none for phase {number} of {len(phases)}.", "Give more steps, or fewer phases."
             )
 
 
-def in_words(settings: Distill, bits: float) -> str:
-    """What decides the phases at so many nominal bits: `1 scales, learning_rate 0.001; 3 all (1 forward_kl)`."""
-    words = []
+def describe(settings: Distill, bits: float) -> str:
+    """The phases at this many nominal bits as text: `1 scales, learning_rate 0.001; 3 all (1 forward_kl)`."""
+    descriptions = []
     for phase in settings.phases:
-        losses = f" ({objective.in_words(phase.losses, bits)})" if phase.losses else ""
+        losses = f" ({objective.describe(phase.losses, bits)})" if phase.losses else ""
         own = {name: getattr(phase, name) for name in ("learning_rate", "schedule") if getattr(phase, name) is not None}
-        words.append(", ".join([f"{phase.share:g} {phase.train}{losses}", *(f"{key} {own[key]}" for key in own)]))
-    return "; ".join(words)
+        options = [f"{name} {value}" for name, value in own.items()]
+        descriptions.append(", ".join([f"{phase.share:g} {phase.train}{losses}", *options]))
+    return "; ".join(descriptions)

@@ -1,10 +1,10 @@
 """Block-by-block reconstruction, before the training of the whole student.
 
-Each decoder layer in turn, the first one first, learns to give what the teacher's gives, at a fraction of what a step
-of the whole model costs: `min |block_S(x_S) - block_T(x_T)|² / |block_T(x_T)|²`, where `x_T` is what enters the layer
-in the teacher and `x_S` what enters it in the student whose earlier layers are done, so that a layer also mends what
-those before it have lost. All parameters of the layer are trained. The inputs of some sequences are kept in memory and
-move on from layer to layer.
+Each decoder layer in turn, from the first to the last, is trained to give what the teacher's layer gives, at a fraction
+of what a step of the whole model costs: `min |block_S(x_S) - block_T(x_T)|² / |block_T(x_T)|²`. Here `x_T` is the input
+of the layer in the teacher and `x_S` its input in the student, whose earlier layers are already reconstructed, so that
+a layer also compensates the errors of those before it. All parameters of the layer are trained. The hidden states of a
+sample of sequences are kept in memory and advanced from layer to layer.
 
 Sources: BRECQ (arXiv 2102.05426) and Block-AP, the first phase of EfficientQAT (arXiv 2407.11062).
 """
@@ -22,33 +22,33 @@ from edgerazor import data, modules
 from edgerazor.errors import usage_error
 from edgerazor.models import Blocks, PreTrainedModel, Structure
 from edgerazor.recipe import Distill, Recipe
-from edgerazor.training.optimizer import falling, make_optimizer, set_rate
+from edgerazor.training.optimizer import cosine_decay, make_optimizer, set_learning_rate
 
 
 @dataclass
 class BlockTargets:
-    """What one layer learns from: some sequences.
+    """What one layer is trained on: a micro-batch of sequences, on the CPU.
 
     Attributes:
-        entering: what enters the student's layer, [B, T, H], on the CPU.
-        wanted: what leaves the teacher's, the same.
-        counts: bool [B, T], the positions that count.
+        student_states: `[B, T, H]`, the input of the student's layer.
+        teacher_states: `[B, T, H]`, the output of the teacher's layer, which the student's layer should give.
+        mask: bool `[B, T]`, the positions that count.
     """
 
-    entering: Tensor
-    wanted: Tensor
-    counts: Tensor
+    student_states: Tensor
+    teacher_states: Tensor
+    mask: Tensor
 
-    def error(self, made: Tensor) -> Tensor:
-        """Squared error, summed over positions that count, float32 []."""
-        counts = self.counts.to(made.device)
-        wanted = self.wanted.to(made.device)[counts].float()
-        return (made[counts].float() - wanted).square().sum()
+    def squared_error(self, output: Tensor) -> Tensor:
+        """Squared error of the student's output `[B, T, H]`, summed over positions that count, float32 []."""
+        mask = self.mask.to(output.device)
+        target = self.teacher_states.to(output.device)[mask].float()
+        return (output[mask].float() - target).square().sum()
 
     @property
-    def length(self) -> float:
-        """Squared length of what is wanted, summed likewise."""
-        return float(self.wanted[self.counts].float().square().sum())
+    def squared_norm(self) -> float:
+        """Squared norm of the teacher's output, summed over positions that count."""
+        return float(self.teacher_states[self.mask].float().square().sum())
 
 
 def check(recipe: Recipe) -> None:
@@ -72,8 +72,8 @@ def reconstruct(
     rows: data.TokenRows,
     settings: Distill,
     accelerator: Accelerator,
-    done: int,
-    stop: Callable[[], bool],
+    layers_done: int,
+    interrupted: Callable[[], bool],
 ) -> Iterator[tuple[float, float] | None]:
     """Train layer after layer, in place.
 
@@ -83,106 +83,119 @@ def reconstruct(
         structure: of both.
         rows: the text.
         settings: `reconstruct` among them.
-        accelerator: each process takes its share of the text, and gradients are averaged.
-        done: layers that are finished.
-        stop: whether to stop, asked before each step.
+        accelerator: each process takes its share of the text, and gradients are summed over processes.
+        layers_done: layers that are already reconstructed.
+        interrupted: whether to stop, called before each step.
 
     Returns:
-        iterator over the layers to be done: relative squared error before and after; None, and no more, when stopped.
+        iterator over the layers to be reconstructed: relative squared error before and after; None, and no more, when
+        interrupted.
     """
-    ours, theirs = Blocks(student, structure), Blocks(teacher, structure)
-    steps = begin(ours, theirs, rows, settings, accelerator)
-    lessons = [lesson for step in steps for lesson in step]
+    student_blocks, teacher_blocks = Blocks(student, structure), Blocks(teacher, structure)
+    steps = make_block_targets(student_blocks, teacher_blocks, rows, settings, accelerator)
+    targets = [micro_batch for step in steps for micro_batch in step]
     for index in range(structure.layer_count):
-        move_on(theirs, index, lessons, "wanted", accelerator)
-        if index >= done:
-            before = relative_error(ours, index, lessons, accelerator)
-            if not train(ours, index, steps, settings, accelerator, stop):
+        advance(teacher_blocks, index, targets, "teacher_states", accelerator)
+        if index >= layers_done:
+            before = relative_error(student_blocks, index, targets, accelerator)
+            if not train_block(student_blocks, index, steps, settings, accelerator, interrupted):
                 yield None
                 return
-            yield before, relative_error(ours, index, lessons, accelerator)
-        move_on(ours, index, lessons, "entering", accelerator)
+            yield before, relative_error(student_blocks, index, targets, accelerator)
+        advance(student_blocks, index, targets, "student_states", accelerator)
 
 
-def begin(
-    ours: Blocks, theirs: Blocks, rows: data.TokenRows, settings: Distill, accelerator: Accelerator
+def make_block_targets(
+    student: Blocks, teacher: Blocks, rows: data.TokenRows, settings: Distill, accelerator: Accelerator
 ) -> list[list[BlockTargets]]:
-    """What enters the first layers: the micro-batches of this process, step by step.
+    """The inputs of both first layers: the micro-batches of this process, step by step.
 
-    A step has as many sequences as one of the whole training, however they are shared out; the last one may have fewer.
+    A step has as many sequences as one of the whole training, however they are divided among processes and
+    micro-batches; the last one may have fewer.
     """
     assert settings.reconstruct is not None
     processes = accelerator.num_processes
-    each = settings.accumulation * processes  # micro-batches of a step
+    micro_batches = settings.accumulation * processes  # of a step
     steps: list[list[BlockTargets]] = []
     for number, batch in enumerate(data.sample_batches(rows, settings.reconstruct.sequences, settings.batch_size)):
-        if number % each == 0:
+        if number % micro_batches == 0:
             steps.append([])
         if number % processes == accelerator.process_index:
-            ids = batch["input_ids"].to(accelerator.device)
+            input_ids = batch["input_ids"].to(accelerator.device)
             with accelerator.autocast():
-                entering = ours.entering(ids).cpu()
-            steps[-1].append(BlockTargets(entering, theirs.entering(ids).cpu(), batch["labels"] != data.MASKED))
+                student_states = student.inputs(input_ids).cpu()
+            teacher_states = teacher.inputs(input_ids).cpu()
+            steps[-1].append(BlockTargets(student_states, teacher_states, batch["labels"] != data.MASKED))
     return steps
 
 
 @torch.no_grad()
-def move_on(blocks: Blocks, index: int, lessons: Sequence[BlockTargets], which: str, accelerator: Accelerator) -> None:
-    """Replace what enters a layer by what leaves it."""
-    with modules.frozen_codes(blocks.layers[index]), accelerator.autocast():
-        for lesson in lessons:
-            states = getattr(lesson, which).to(accelerator.device)
-            setattr(lesson, which, blocks.through(index, states).cpu())
+def advance(blocks: Blocks, index: int, targets: Sequence[BlockTargets], states: str, accelerator: Accelerator) -> None:
+    """Replace the inputs of a layer by its outputs, in the attribute `states` of all micro-batches."""
+    with modules.encoded_once(blocks.layers[index]), accelerator.autocast():
+        for micro_batch in targets:
+            inputs = getattr(micro_batch, states).to(accelerator.device)
+            setattr(micro_batch, states, blocks.forward_layer(index, inputs).cpu())
 
 
 @torch.no_grad()
-def relative_error(blocks: Blocks, index: int, lessons: Sequence[BlockTargets], accelerator: Accelerator) -> float:
-    """Squared error of what leaves the student's layer, as a share of what is wanted, over all processes."""
-    wrong = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    with modules.frozen_codes(blocks.layers[index]), accelerator.autocast():
-        for lesson in lessons:
-            wrong += lesson.error(blocks.through(index, lesson.entering.to(accelerator.device)))
-    return float(accelerator.reduce(wrong, "sum")) / total(lessons, accelerator)
+def relative_error(blocks: Blocks, index: int, targets: Sequence[BlockTargets], accelerator: Accelerator) -> float:
+    """Squared error of the student's layer relative to the squared norm of the teacher's output, over all processes."""
+    error = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    with modules.encoded_once(blocks.layers[index]), accelerator.autocast():
+        for micro_batch in targets:
+            error += micro_batch.squared_error(_output(blocks, index, micro_batch, accelerator))
+    return float(accelerator.reduce(error, "sum")) / total_squared_norm(targets, accelerator)
 
 
-def total(lessons: Sequence[BlockTargets], accelerator: Accelerator) -> float:
-    """Squared length of what is wanted, over all processes."""
-    length = torch.tensor(sum(lesson.length for lesson in lessons), dtype=torch.float64, device=accelerator.device)
-    return max(float(accelerator.reduce(length, "sum")), 1e-30)
+def total_squared_norm(targets: Sequence[BlockTargets], accelerator: Accelerator) -> float:
+    """Squared norm of the teacher's output, over all micro-batches and processes; never 0."""
+    norm = sum(micro_batch.squared_norm for micro_batch in targets)
+    total = torch.tensor(norm, dtype=torch.float64, device=accelerator.device)
+    return max(float(accelerator.reduce(total, "sum")), 1e-30)
 
 
-def train(
+def train_block(
     blocks: Blocks,
     index: int,
     steps: Sequence[Sequence[BlockTargets]],
     settings: Distill,
     accelerator: Accelerator,
-    stop: Callable[[], bool],
+    interrupted: Callable[[], bool],
 ) -> bool:
-    """Some steps of one layer, at a learning rate that falls to zero; False when stopped."""
-    asked = settings.reconstruct
-    assert asked is not None
+    """Train one layer, at a learning rate that falls to zero along a cosine.
+
+    Returns:
+        whether all steps were taken; False when interrupted.
+    """
+    reconstruction = settings.reconstruct
+    assert reconstruction is not None
     layer = blocks.layers[index]
     optimizer = make_optimizer(layer, settings)
-    peak = settings.learning_rate if asked.learning_rate is None else asked.learning_rate
-    wholes = [total(lessons, accelerator) for lessons in steps]
-    for step in range(asked.steps):
-        if stop():
+    peak = settings.learning_rate if reconstruction.learning_rate is None else reconstruction.learning_rate
+    squared_norms = [total_squared_norm(targets, accelerator) for targets in steps]
+    for step in range(reconstruction.steps):
+        if interrupted():
             return False
-        set_rate(optimizer, peak * falling(step / asked.steps))
-        for lesson in steps[step % len(steps)]:
+        set_learning_rate(optimizer, peak * cosine_decay(step / reconstruction.steps))
+        for micro_batch in steps[step % len(steps)]:
             with accelerator.autocast():
-                wrong = lesson.error(blocks.through(index, lesson.entering.to(accelerator.device)))
-            (wrong / wholes[step % len(steps)]).backward()
-        add_gradients(layer, accelerator)
+                error = micro_batch.squared_error(_output(blocks, index, micro_batch, accelerator))
+            (error / squared_norms[step % len(steps)]).backward()
+        all_reduce_gradients(layer, accelerator)
         nn.utils.clip_grad_norm_(layer.parameters(), settings.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return True
 
 
-def add_gradients(layer: nn.Module, accelerator: Accelerator) -> None:
-    """Give every process the sum of all processes' gradients; one without text of its own has none to add."""
+def _output(blocks: Blocks, index: int, micro_batch: BlockTargets, accelerator: Accelerator) -> Tensor:
+    """The output of the student's layer, `[B, T, H]`."""
+    return blocks.forward_layer(index, micro_batch.student_states.to(accelerator.device))
+
+
+def all_reduce_gradients(layer: nn.Module, accelerator: Accelerator) -> None:
+    """Give every process the sum of all processes' gradients; a process without text of its own adds zeros."""
     if accelerator.num_processes > 1:
         for parameter in layer.parameters():
             if parameter.requires_grad:

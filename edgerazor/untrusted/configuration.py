@@ -1,4 +1,4 @@
-"""A model's config.json: fields of the types that transformers takes for granted, and numbers that models have.
+"""A model's config.json: its fields have the types that transformers takes for granted, and sizes that models have.
 
 transformers makes lists, modules and tables as large as a configuration says before anyone can object, so a number of
 layers that is a mistake, or a joke, would be an answer that never comes.
@@ -34,7 +34,7 @@ TEXT_PARTS = ("text_config", "llm_config", "language_config")
 
 
 def read_configuration(folder: Path, hint: str = "Download the model again.") -> dict[str, Any]:
-    """config.json of a model folder, checked.
+    """Read and check config.json of a model folder.
 
     Raises:
         UserError: it cannot be read, or says what no model can be.
@@ -91,8 +91,8 @@ def check_shapes(path: Path, values: dict[str, Any], shapes: Iterable[Sequence[i
 def _fields(values: Any) -> Iterator[tuple[str, Any]]:
     """Every named value, in whatever depth."""
     if isinstance(values, list):
-        for each in values:
-            yield from _fields(each)
+        for element in values:
+            yield from _fields(element)
     elif isinstance(values, dict):
         for name, value in values.items():
             yield name, value
@@ -103,7 +103,7 @@ def _problem(name: str, value: Any) -> str:
     """What a field should be instead, or an empty string."""
     if value is None:
         return ""
-    if name in LISTS_OF_TEXT and not (isinstance(value, list) and all(isinstance(each, str) for each in value)):
+    if name in LISTS_OF_TEXT and not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
         return "a list of names"
     if name in TEXTS and not isinstance(value, str):
         return "a name"
@@ -116,15 +116,15 @@ def _problem(name: str, value: Any) -> str:
         most = MOST_SIZE
     if most is not None and isinstance(value, str):
         return "a number"
-    numbers = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int | float)]
-    if any(not abs(each) <= (most or MOST_NUMBER) for each in numbers if most or isinstance(each, int)):
+    numbers = [number for number in (value if isinstance(value, list) else [value]) if isinstance(number, int | float)]
+    if any(not abs(number) <= (most or MOST_NUMBER) for number in numbers if most or isinstance(number, int)):
         return f"at most {most or MOST_NUMBER:,}"
     return ""
 
 
 def _are_tokens(value: Any) -> bool:
     listed = value if isinstance(value, list) else [value]
-    return all(type(each) is int and abs(each) <= MOST_NUMBER for each in listed)
+    return all(type(token) is int and abs(token) <= MOST_NUMBER for token in listed)
 
 
 def _shown(value: Any) -> str:

@@ -31,6 +31,7 @@ MOST_ENTRIES_OF_TOKENIZERS = 1 << 24
 MOST_DIGITS = 40
 
 _STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -41,7 +42,7 @@ def parse_json(
     unambiguous: bool = False,
     most_entries: int = MOST_ENTRIES,
 ) -> Any:
-    """What JSON in UTF-8 says.
+    """Parse JSON in UTF-8, within bounds.
 
     Args:
         text: the document.
@@ -53,24 +54,26 @@ def parse_json(
     Raises:
         ValueError: it is something else, too deep or too large; the reason, in words.
     """
-    hooks: dict[str, Any] = {"parse_int": _whole}
+    hooks: dict[str, Any] = {"parse_int": _whole_number}
     if unambiguous:
-        hooks |= {"object_pairs_hook": _unique, "parse_constant": _finite, "parse_float": _finite}
+        hooks |= {"object_pairs_hook": _unique_names, "parse_constant": _finite_number, "parse_float": _finite_number}
     try:
         text = text if isinstance(text, str) else text.decode()
     except UnicodeDecodeError:
         raise ValueError("it is not UTF-8 text") from None
     _check_entries(text, most_entries)
     try:
-        found = json.loads(text, **hooks)
+        value = json.loads(text, **hooks)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"it is not JSON ({error})") from None
-    _check_levels(found)
-    if top is not None and type(found) is not top:
-        raise ValueError(f"it holds {_named(type(found))}, not {_named(top)}")
-    return found
+    _check_levels(value)
+    if _SURROGATE.search(text):
+        _check_text(value)
+    if top is not None and type(value) is not top:
+        raise ValueError(f"it holds {_json_name(type(value))}, not {_json_name(top)}")
+    return value
 
 
 def _check_entries(text: str, most: int) -> None:
@@ -83,46 +86,54 @@ def _check_entries(text: str, most: int) -> None:
         raise ValueError(f"it has more than {most:,} entries")
 
 
-def _check_levels(found: Any) -> None:
-    """Without recursion, which would end the same way."""
-    level, inner = 0, [found]
+def _check_levels(value: Any) -> None:
+    """Refuse what is nested too deeply; without recursion, which too many levels would end."""
+    level, inner = 0, [value]
     while inner:
         if level > MOST_LEVELS:
             raise ValueError(f"it is nested deeper than {MOST_LEVELS} levels")
         level += 1
-        lists = [each if isinstance(each, list) else each.values() for each in inner if isinstance(each, list | dict)]
-        inner = [each for members in lists for each in members if isinstance(each, list | dict)]
+        lists = [node if isinstance(node, list) else node.values() for node in inner if isinstance(node, list | dict)]
+        inner = [member for members in lists for member in members if isinstance(member, list | dict)]
 
 
-def _whole(digits: str) -> int:
+def _check_text(value: Any) -> None:
+    """Refuse halves of surrogate pairs, which JSON can spell and no file, terminal or tokenizer takes."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("it has half of a surrogate pair, which is no text") from None
+
+
+def _whole_number(digits: str) -> int:
     if len(digits) > MOST_DIGITS:
         raise ValueError(f"it has a number of {len(digits):,} digits")
     return int(digits)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise ValueError(f"it has {plain(repr(twice), 80)} twice")
-    return found
+    return entries
 
 
-def _finite(text: str) -> float:
+def _finite_number(text: str) -> float:
     if not math.isfinite(number := float(text)):
         raise ValueError(f"it has the number {plain(text, 50)}")
     return number
 
 
-def _named(kind: type) -> str:
+def _json_name(kind: type) -> str:
     """A type of Python as one of JSON."""
     names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
     return names.get(kind, "a number")
 
 
 def read_bytes(path: Path, most: int = MOST_BYTES, pipes: bool = False) -> bytes:
-    """A whole file.
+    """Read a whole file, if it is not too large.
 
     Args:
         path: its place.
@@ -174,7 +185,7 @@ def read_json(path: Path, top: type | None = dict, *, hint: str = "", most_bytes
 
 
 def load_model(path: Path, kind: type[_Model]) -> _Model:
-    """One of our own results, as the model that it was written from.
+    """Read one of our own results as the pydantic model that it was written from.
 
     Raises:
         OSError: it cannot be read.

@@ -1,4 +1,4 @@
-"""Links in a model's folder: one that leaves it would have other files read, and copied into what is made."""
+"""Links in a model's folder: one that leaves it would have other files read, and copied into what is written."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def refuse_leaving(folder: Path, files: Iterable[Path]) -> None:
     Raises:
         UserError: it names the first such link.
     """
-    inside = [folder.resolve()]
-    if inside[0].parent.name == "snapshots":
-        inside.append(inside[0].parent.parent / "blobs")
+    allowed = [folder.resolve()]
+    if allowed[0].parent.name == "snapshots":
+        allowed.append(allowed[0].parent.parent / "blobs")
     for file in files:
-        if file.is_symlink() and not any(file.resolve().is_relative_to(each) for each in inside):
+        if file.is_symlink() and not any(file.resolve().is_relative_to(place) for place in allowed):
             raise UserError(
                 f"{folder / plain(file.name)} is a link that leaves the model's folder, so it is not read.",
                 "If you trust it, put a copy of the file there instead of the link.",

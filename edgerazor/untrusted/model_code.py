@@ -48,8 +48,8 @@ def _is_fetched(value: Any) -> bool:
 def code_fields(values: Any) -> Iterator[str]:
     """Names of all fields that name code, in whatever depth of a configuration."""
     if isinstance(values, list):
-        for each in values:
-            yield from code_fields(each)
+        for element in values:
+            yield from code_fields(element)
     elif isinstance(values, dict):
         for name, value in values.items():
             if names_code(name, value):
@@ -82,7 +82,7 @@ def refuse_code(folder: Path, hint: str) -> None:
 def without_code(values: Any) -> Any:
     """A configuration without the fields that name code, in whatever depth."""
     if isinstance(values, list):
-        return [without_code(each) for each in values]
+        return [without_code(element) for element in values]
     if not isinstance(values, dict):
         return values
     return {name: without_code(value) for name, value in values.items() if not names_code(name, value)}

@@ -34,7 +34,7 @@ from edgerazor.untrusted.documents import MOST_ENTRIES_OF_TOKENIZERS, parse_json
 #: Bytes of a tokenizer's files; the largest that we know have 35 MB.
 MOST_BYTES = 200_000_000
 #: Numbers of tokens, and any other number in a tokenizer: lengths to pad to, above all.
-MOST_IDS, MOST = 10_000_000, 100_000_000
+MOST_IDS, MOST_NUMBER = 10_000_000, 100_000_000
 #: Letters of a template, and of any text or list that it makes; statements that it may run, and seconds.
 MOST_SOURCE, MOST_LETTERS, MOST_STEPS, MOST_SECONDS = 1_000_000, 10_000_000, 500_000, 10.0
 #: Bytes that rendering may add to the process.
@@ -45,7 +45,7 @@ MOST_MEMORY = 256 * 2**20
 
 
 def open_tokenizer(folder: Path, *, trust_remote_code: bool, **options: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, or with `gguf_file` of a file in it, as transformers opens it.
+    """Open the tokenizer of a folder, or with `gguf_file` that of a file in it, through transformers.
 
     Args:
         folder: with the tokenizer's files.
@@ -53,7 +53,7 @@ def open_tokenizer(folder: Path, *, trust_remote_code: bool, **options: Any) -> 
         options: others of `AutoTokenizer.from_pretrained`.
 
     Raises:
-        ValueError: it is larger than any, says a size that cannot be, or made the library panic.
+        ValueError: it is larger than any, claims an impossible size, or makes the library panic.
         Exception: whatever else transformers has against it.
     """
     bound_templates()
@@ -63,7 +63,7 @@ def open_tokenizer(folder: Path, *, trust_remote_code: bool, **options: Any) -> 
                 check_size(file)
         if (folder / "tokenizer.json").is_file():
             content = read_bytes(folder / "tokenizer.json", MOST_BYTES)
-            check(parse_json(content, most_entries=MOST_ENTRIES_OF_TOKENIZERS))
+            check_tokenizer_json(parse_json(content, most_entries=MOST_ENTRIES_OF_TOKENIZERS))
     with without_panics():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -73,43 +73,69 @@ def open_tokenizer(folder: Path, *, trust_remote_code: bool, **options: Any) -> 
     longest = tokenizer.model_max_length
     if isinstance(longest, bool) or not isinstance(longest, int | float):
         raise ValueError(f"its model_max_length is {plain(longest, 40)}")
+    check_templates(tokenizer.chat_template)
     return tokenizer
 
 
+def check_templates(templates: Any) -> None:
+    """ValueError where chat templates are neither text nor texts by name; transformers takes what a file holds."""
+    if templates is None or templates == []:
+        return
+    for template in templates.values() if isinstance(templates, dict) else [templates]:
+        if not isinstance(template, str):
+            raise ValueError(f"its chat template is {plain(template, 40)}; expected text")
+        try:
+            template.encode()
+        except UnicodeEncodeError:
+            raise ValueError("its chat template has half of a surrogate pair; expected valid text") from None
+
+
 def check_size(file: Path) -> None:
-    """ValueError where a tokenizer's file is larger than any."""
+    """Refuse a tokenizer's file that is larger than any.
+
+    Raises:
+        ValueError: it is.
+    """
     size = file.stat().st_size
     if size > MOST_BYTES:
         raise ValueError(f"{file.name} has {size:,} bytes; expected at most {MOST_BYTES:,}")
 
 
-def check(found: Any) -> None:
-    """ValueError where a parsed tokenizer.json claims a size that memory would be asked for."""
-    if not isinstance(found, dict):
+def check_tokenizer_json(content: Any) -> None:
+    """Refuse a parsed tokenizer.json that names a size for which memory would be allocated.
+
+    Raises:
+        ValueError: it does; the message names the number.
+    """
+    if not isinstance(content, dict):
         raise ValueError("tokenizer.json holds no object")
-    model = found.get("model")
+    model = content.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocabulary, dict):
         for token, number in vocabulary.items():
             if not isinstance(number, int) or not 0 <= number < MOST_IDS:
                 raise ValueError(f"tokenizer.json has {plain(number, 40)} as the number of {plain(token, 40)!r}")
-    rest = [value for name, value in found.items() if name != "model"]
-    rest += [value for name, value in (model or {}).items() if name not in ("vocab", "merges")] if vocabulary else []
-    while rest:
-        each = rest.pop()
-        if isinstance(each, dict):
-            charsmap = each.get("precompiled_charsmap")
+    pending = [value for name, value in content.items() if name != "model"]
+    pending += [value for name, value in (model or {}).items() if name not in ("vocab", "merges")] if vocabulary else []
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict):
+            charsmap = value.get("precompiled_charsmap")
             if isinstance(charsmap, str):
                 check_charsmap(charsmap)
-            rest += each.values()
-        elif isinstance(each, list):
-            rest += each
-        elif isinstance(each, int) and abs(each) > MOST:
-            raise ValueError(f"tokenizer.json has the number {plain(each, 40)}; expected at most {MOST:,}")
+            pending += value.values()
+        elif isinstance(value, list):
+            pending += value
+        elif isinstance(value, int) and abs(value) > MOST_NUMBER:
+            raise ValueError(f"tokenizer.json has the number {plain(value, 40)}; expected at most {MOST_NUMBER:,}")
 
 
 def check_charsmap(text: str) -> None:
-    """ValueError where SentencePiece's map of characters says that it is longer than it is."""
+    """Refuse SentencePiece's map of characters where it claims to be longer than it is.
+
+    Raises:
+        ValueError: it does.
+    """
     raw = base64.b64decode(text, validate=True)
     if text and (len(raw) < 4 or struct.unpack("<I", raw[:4])[0] > len(raw) - 4):
         raise ValueError("the map of characters in tokenizer.json is cut short")
@@ -117,9 +143,9 @@ def check_charsmap(text: str) -> None:
 
 @contextlib.contextmanager
 def without_panics() -> Iterator[None]:
-    """A panic of a library in Rust as a ValueError, without the report that Rust writes past Python's stderr."""
+    """Turns a panic of a library in Rust into a ValueError, without the report that Rust writes to file 2."""
     try:
-        with _stderr_in_a_file():
+        with _captured_stderr():
             yield
     except BaseException as error:
         if not is_panic(error):
@@ -128,21 +154,21 @@ def without_panics() -> Iterator[None]:
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether Rust gave up; the exception is no `Exception`, and its class has no other name."""
+    """Whether a library in Rust panicked: that exception is no `Exception`, and only its class name tells."""
     return type(error).__name__ == "PanicException"
 
 
 @contextlib.contextmanager
-def _stderr_in_a_file() -> Iterator[None]:
+def _captured_stderr() -> Iterator[None]:
     """What is written to file 2 comes to `sys.stderr` when all is well, and nowhere after a panic."""
-    with tempfile.TemporaryFile() as kept:
+    with tempfile.TemporaryFile() as captured:
         try:
             before = os.dup(2)
         except OSError:  # closed
             yield
             return
         sys.stderr.flush()
-        os.dup2(kept.fileno(), 2)
+        os.dup2(captured.fileno(), 2)
         panicked = False
         try:
             yield
@@ -153,9 +179,9 @@ def _stderr_in_a_file() -> Iterator[None]:
             sys.stderr.flush()
             os.dup2(before, 2)
             os.close(before)
-            kept.seek(0)
-            if not panicked and (said := kept.read().decode("utf-8", "replace")):
-                sys.stderr.write(said)
+            captured.seek(0)
+            if not panicked and (text := captured.read().decode("utf-8", "replace")):
+                sys.stderr.write(text)
 
 
 @contextlib.contextmanager
@@ -178,7 +204,7 @@ def reading(what: str = "the text") -> Iterator[None]:
 
 
 def cannot_read(error: BaseException) -> bool:
-    """Whether a tokenizer said so: its library raises bare exceptions, from code that is no file of Python's."""
+    """Whether the error says that a tokenizer cannot read a text: its library raises bare exceptions for that."""
     return type(error) is Exception or (isinstance(error, ValueError) and "the library that reads it" in str(error))
 
 
@@ -192,7 +218,7 @@ class _Budget(threading.local):
     end: float = 0.0
 
     def step(self) -> str:
-        """One statement."""
+        """Count one statement, and refuse one too many."""
         if self.steps is not None:
             self.steps -= 1
             if self.steps < 0:
@@ -206,14 +232,14 @@ _budget = _Budget()
 
 
 def _bounded(value: Any) -> Any:
-    """A value that is no longer than it may be."""
+    """The value, if it is not too long."""
     if isinstance(value, str | bytes | list | tuple | dict) and len(value) > MOST_LETTERS:
         raise TemplateError(f"it makes a text of more than {MOST_LETTERS:,} letters")
     return value
 
 
 class BoundedTemplate(Template):
-    """A template that ends."""
+    """A template whose rendering ends."""
 
     def render(self, *args: Any, **kwargs: Any) -> str:
         with rendering():
@@ -231,7 +257,7 @@ class BoundedTemplate(Template):
 
 @contextlib.contextmanager
 def rendering() -> Iterator[None]:
-    """A whole budget, and a limit to the memory of the process while it lasts."""
+    """Around a rendering: a full budget of steps and seconds, and a limit to the memory of the process."""
     before = _budget.steps, _budget.end
     _budget.steps, _budget.end = MOST_STEPS, time.monotonic() + MOST_SECONDS
     try:
@@ -271,14 +297,14 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "**" and (abs(left) > 10**6 or abs(right) > 64):
             raise TemplateError("it raises large numbers to a power")
-        lengths = [len(each) for each in (left, right) if isinstance(each, str | bytes | list | tuple)]
+        lengths = [len(operand) for operand in (left, right) if isinstance(operand, str | bytes | list | tuple)]
         if operator == "*" and lengths and lengths[0] * max(left if isinstance(left, int) else right, 0) > MOST_LETTERS:
             raise TemplateError(f"it makes a text of more than {MOST_LETTERS:,} letters")
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 - as Jinja's
         _budget.step()
-        if any(isinstance(each, int) and abs(each) > MOST_LETTERS for each in (*args, *kwargs.values())):
+        if any(isinstance(value, int) and abs(value) > MOST_LETTERS for value in (*args, *kwargs.values())):
             raise TemplateError("it asks for something too long")
         return _bounded(super().call(__context, __obj, *args, **kwargs))
 
@@ -288,15 +314,18 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
 def _stepping(template: nodes.Template) -> nodes.Template:
     """A template's tree in which each statement is a step, and each assignment is of a bounded value."""
-    for each in list(template.find_all(nodes.Assign)):
-        each.node = nodes.Filter(each.node, "bounded", [], [], None, None, lineno=each.lineno)
+    for assignment in list(template.find_all(nodes.Assign)):
+        lineno = assignment.lineno
+        assignment.node = nodes.Filter(assignment.node, "bounded", [], [], None, None, lineno=lineno)
     for parent in [template, *template.find_all(nodes.Node)]:
         for field in ("body", "else_"):
             statements = getattr(parent, field, None)
             if field == "body" and isinstance(parent, nodes.For) and not statements:
                 parent.body = [_step(parent.lineno)]
             elif isinstance(statements, list):
-                setattr(parent, field, [part for each in statements for part in (_step(each.lineno), each)])
+                setattr(
+                    parent, field, [part for statement in statements for part in (_step(statement.lineno), statement)]
+                )
     return template
 
 
@@ -311,10 +340,10 @@ def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)  # with the mark of what Jinja hands over first
     def checked(*args: Any, **kwargs: Any) -> Any:
         _budget.step()
-        if any(isinstance(each, int) and abs(each) > MOST_LETTERS for each in (*args, *kwargs.values())):
+        if any(isinstance(value, int) and abs(value) > MOST_LETTERS for value in (*args, *kwargs.values())):
             raise TemplateError("it asks for something too long")
-        for each in args[:2]:
-            _bounded(each)
+        for value in args[:2]:
+            _bounded(value)
         return _bounded(function(*args, **kwargs))
 
     return checked

@@ -27,7 +27,9 @@ def limit(tokenizer: Any, rows: int) -> None:
     setattr(tokenizer, ROWS, rows)
     padding = tokenizer.pad_token_id
     if padding is None or padding >= rows:
-        known = (each for each in (tokenizer.eos_token_id, tokenizer.unk_token_id) if each is not None and each < rows)
+        known = (
+            token for token in (tokenizer.eos_token_id, tokenizer.unk_token_id) if token is not None and token < rows
+        )
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(next(known, 0))
 
 
@@ -42,10 +44,10 @@ def check(tokenizer: Any, ids: Iterable[int] | np.ndarray) -> None:
         UserError: it names the first that the model has no row for.
     """
     rows = getattr(tokenizer, ROWS, None)
-    found = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids))
-    if rows is None or not found.size or int(found.max()) < rows:
+    numbers = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids))
+    if rows is None or not numbers.size or int(numbers.max()) < rows:
         return
-    token = int(found[found >= rows][0])
+    token = int(numbers[numbers >= rows][0])
     raise UserError(
         f"The text holds the token {plain(tokenizer.convert_ids_to_tokens(token))!r}, which is number {token:,} of the "
         f"tokenizer, but the model's embedding has rows for {rows:,} tokens only, numbered from 0.",

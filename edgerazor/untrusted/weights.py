@@ -43,9 +43,9 @@ def weight_files(folder: Path) -> list[Path]:
                     f"{folder} lacks the weight file {plain(name)}, which its index names.", "Download it again."
                 )
         return [folder / name for name in names]
-    found = sorted(folder.glob("*.safetensors"))
-    if found:
-        return found
+    files = sorted(folder.glob("*.safetensors"))
+    if files:
+        return files
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
         raise UserError(
             f"{folder} holds no safetensors weights; pickled weights (.bin) are not read, because loading them runs "
@@ -58,56 +58,56 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    """Tensor -> file, as a folder's index says it.
+    """Read a folder's index: tensor -> file.
 
     Raises:
         UserError: it is damaged, or names a file that is not one of the folder.
     """
     path = folder / INDEX
     try:
-        found = load_json(path, most_bytes=MOST_INDEX_BYTES)["weight_map"].items()
-        index = {name: file for name, file in found if file and file == Path(file).name}
+        entries = load_json(path, most_bytes=MOST_INDEX_BYTES)["weight_map"].items()
+        index = {name: file for name, file in entries if file and file == Path(file).name}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path} is damaged.", AGAIN) from None
-    if len(index) < len(found) or not index:
+    if len(index) < len(entries) or not index:
         raise UserError(f"{path} is damaged: it names no files, or some outside of its folder.", AGAIN)
     return index
 
 
-def opened_files(files: Iterable[Path]) -> dict[Path, Any]:
-    """Safetensors files, mapped.
+def open_files(files: Iterable[Path]) -> dict[Path, Any]:
+    """Open safetensors files, mapped.
 
     Raises:
         UserError: one of them is damaged.
     """
-    found = {}
+    opened = {}
     for file in files:
         try:
-            found[file] = safe_open(file, framework="pt")
+            opened[file] = safe_open(file, framework="pt")
         except Exception as error:  # the library raises its own, the system's and decoding errors
             reason = plain(" ".join(str(error).split()).rstrip("."))
             raise UserError(f"The weight file {file} is damaged: {reason}.", AGAIN) from None
-    return found
+    return opened
 
 
-def holders(folder: Path) -> dict[str, Any]:
-    """Every tensor of a folder's model -> the open file that holds it.
+def open_tensors(folder: Path) -> dict[str, Any]:
+    """Open a folder's model: every tensor -> the open file that holds it.
 
     Raises:
         UserError: a file is missing or damaged, or a tensor is stored twice with different numbers.
     """
-    files = opened_files(weight_files(folder))
-    found: dict[str, Path] = {}
+    files = open_files(weight_files(folder))
+    holder: dict[str, Path] = {}
     for file, opened in files.items():
         for name in opened.keys():  # noqa: SIM118 (a safetensors file cannot be iterated over)
-            if name in found and not _same(files[found[name]], opened, name):
+            if name in holder and not _same(files[holder[name]], opened, name):
                 raise UserError(
-                    f"{found[name].name} and {file.name} in {folder} both hold {plain(name)}, with different numbers.",
+                    f"{holder[name].name} and {file.name} in {folder} both hold {plain(name)}, with different numbers.",
                     "Download the model again, or delete the file that does not belong to it and name each tensor's "
                     f"own file in {INDEX}.",
                 )
-            found[name] = file
-    return {name: files[file] for name, file in found.items()}
+            holder[name] = file
+    return {name: files[file] for name, file in holder.items()}
 
 
 def _same(one: Any, other: Any, name: str) -> bool:
@@ -115,7 +115,7 @@ def _same(one: Any, other: Any, name: str) -> bool:
     first, second = one.get_slice(name), other.get_slice(name)
     if (first.get_dtype(), first.get_shape()) != (second.get_dtype(), second.get_shape()):
         return False
-    tensors = (each.get_tensor(name).reshape(-1).view(torch.uint8) for each in (one, other))
+    tensors = (file.get_tensor(name).reshape(-1).view(torch.uint8) for file in (one, other))
     return torch.equal(*tensors)
 
 
@@ -124,7 +124,7 @@ def refuse_encoded(folder: Path, tensors: Mapping[str, Any]) -> None:
 
     Args:
         folder: for the message.
-        tensors: as `holders` gives them.
+        tensors: as `open_tensors` gives them.
 
     Raises:
         UserError: it names the first such matrix.
@@ -142,7 +142,7 @@ def refuse_encoded(folder: Path, tensors: Mapping[str, Any]) -> None:
 
 
 def refuse_not_finite(where: object, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuse weights with a NaN or an infinity: whatever is made of them is worth nothing.
+    """Refuse weights with a NaN or an infinity: whatever is computed from them is worth nothing.
 
     Each number is read once.
 

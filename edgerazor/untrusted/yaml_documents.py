@@ -64,18 +64,18 @@ class _Loader(yaml.SafeLoader):
             return super().construct_object(node, deep)
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError):
             kind = node.tag.rpartition(":")[2]
-            said = plain(node.value, 50) if isinstance(node, yaml.ScalarNode) else "a list or mapping"
-            raise _mistake(f"{said!r} is no {kind}", node.start_mark) from None
+            shown = plain(node.value, 50) if isinstance(node, yaml.ScalarNode) else "a list or mapping"
+            raise _mistake(f"{shown!r} is no {kind}", node.start_mark) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         result: dict[Any, Any] = super().construct_mapping(node, deep)
         if len(result) < len(node.value):
             seen = set()
             for key, _ in node.value:
-                found = self.construct_object(key, deep=True)
-                if found in seen:
-                    raise _mistake(f"`{plain(found, 80)}` is given twice", node.start_mark)
-                seen.add(found)
+                name = self.construct_object(key, deep=True)
+                if name in seen:
+                    raise _mistake(f"`{plain(name, 80)}` is given twice", node.start_mark)
+                seen.add(name)
         return result
 
 
@@ -84,10 +84,10 @@ def _mistake(problem: str, mark: Any) -> yaml.MarkedYAMLError:
 
 
 def _check_scalar(node: yaml.ScalarNode) -> None:
-    """No number that takes long to read or print, and no text that no file or tokenizer could have."""
+    """Refuse numbers that take long to read or print, and text that no file or tokenizer could have."""
     if node.tag != _TEXT and len(node.value) > MOST_DIGITS:
         raise _mistake(f"it has a number of {len(node.value):,} characters", node.start_mark)
-    if "\0" in node.value or any("\ud800" <= each <= "\udfff" for each in node.value):
+    if "\0" in node.value or any("\ud800" <= letter <= "\udfff" for letter in node.value):
         raise _mistake("it has a text with a zero byte or half of a surrogate pair", node.start_mark)
 
 
@@ -95,7 +95,7 @@ _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 for _first, _resolvers in _Loader.yaml_implicit_resolvers.items():
-    _Loader.yaml_implicit_resolvers[_first] = [each for each in _resolvers if each[0] in _TAGS]
+    _Loader.yaml_implicit_resolvers[_first] = [resolver for resolver in _resolvers if resolver[0] in _TAGS]
 
 
 class YamlError(ValueError):
@@ -107,7 +107,7 @@ class YamlError(ValueError):
 
 
 def parse_yaml(text: str) -> Any:
-    """What YAML says: dict, list, text, numbers, true, false or None, in each other.
+    """Parse YAML, within bounds: nested dict, list, text, numbers, true, false and None.
 
     Raises:
         YamlError: it is something else, too deep or too large.

@@ -1,4 +1,4 @@
-"""What an export is: a way to write a packed model in somebody else's format, from its codes and scales.
+"""What an exporter is: a way to write a packed model in somebody else's format, from its codes and scales.
 
 It works in two steps. `plan` says, for each tensor, in which type of the format it will be stored, how many bytes that
 takes, and whether the type holds it exactly; nothing is written. `write` does what the plan says. Between the two the
@@ -59,7 +59,7 @@ class ExportPlan(_Record):
 
     @property
     def packed_real_bits(self) -> float:
-        """The same of the packed model."""
+        """8 * packed_bytes / weights."""
         return 8 * self.packed_bytes / self.weights
 
     @property
@@ -99,12 +99,12 @@ class ExportResult(_Record):
         )
 
     def moved(self, old: Path, new: Path) -> ExportResult:
-        """The same after its folder was renamed."""
+        """This result after its folder was renamed."""
         return self.model_copy(update={"file": str(new / Path(self.file).relative_to(old))})
 
 
-class Export(ABC):
-    """One format.
+class Exporter(ABC):
+    """One format to write.
 
     Attributes:
         name: as in `--export NAME`.
@@ -114,13 +114,13 @@ class Export(ABC):
     name: str
     describe: str
 
-    def variants(self) -> Sequence[Export]:
-        """All exports that the file of this one offers, itself included."""
+    def variants(self) -> Sequence[Exporter]:
+        """All exporters that the file of this one offers, itself included."""
         return (self,)
 
     @abstractmethod
     def check(self, folder: Path) -> None:
-        """Look at configuration and tokenizer of a teacher's or packed folder.
+        """Check configuration and tokenizer of a teacher's or a packed model's folder.
 
         Raises:
             UserError: the format does not know such a model, whatever its weights are.
@@ -128,7 +128,7 @@ class Export(ABC):
 
     @abstractmethod
     def plan(self, model: PackedModel) -> ExportPlan:
-        """What would be written; reads the codes as far as types depend on them.
+        """Say what would be written; reads the codes as far as types depend on them.
 
         Raises:
             UserError: the format cannot hold the model, or the packed model is damaged.
@@ -147,7 +147,7 @@ def refuse_lossy(plan: ExportPlan) -> None:
     """
     lossy = plan.lossy
     if lossy:
-        names = listed([tensor.name for tensor in lossy])
+        names = first_few([tensor.name for tensor in lossy])
         raise UserError(
             f"{plan.export} would change weights of {len(lossy)} of {len(plan.tensors)} tensors ({names}): "
             f"{lossy[0].reason}.",
@@ -155,7 +155,7 @@ def refuse_lossy(plan: ExportPlan) -> None:
         )
 
 
-def listed(names: Iterable[str]) -> str:
+def first_few(names: Iterable[str]) -> str:
     """The first few of some names."""
-    every = list(names)
-    return ", ".join(every[:NAMED]) + (" ..." if len(every) > NAMED else "")
+    listed = list(names)
+    return ", ".join(listed[:NAMED]) + (" ..." if len(listed) > NAMED else "")

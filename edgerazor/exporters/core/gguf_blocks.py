@@ -33,8 +33,8 @@ Levels = NDArray[np.int16]
 Units = NDArray[np.float16]
 
 
-class Misfit(Exception):  # noqa: N818 - not an error: the next type is tried
-    """A type cannot hold some block exactly; the words say why."""
+class InexactError(Exception):
+    """A type cannot hold some block exactly; the message says why. The next type is tried."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class Block:
 
     Attributes:
         type: its name.
-        min_code, highest: levels that it holds.
+        lowest, highest: the levels that it holds.
         write: levels int16 [blocks, block] and units float16 [blocks] -> bytes uint8 [blocks, bytes of a block].
-        check: levels int16 [blocks, block]; raises Misfit where the range does not say all.
+        check: levels int16 [blocks, block]; raises InexactError where the range does not say all.
     """
 
     type: gguf.GGMLQuantizationType
-    min_code: int
+    lowest: int
     highest: int
     write: Callable[[Levels, Units], Bytes]
     check: Callable[[Levels], object] = lambda levels: None
@@ -70,7 +70,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Matrix:
+class BlockMatrix:
     """A quantized matrix on its way into blocks.
 
     Attributes:
@@ -98,16 +98,16 @@ class Matrix:
         """Levels int16 [len(rows), cols] and units float16 [len(rows), groups] of these rows.
 
         Raises:
-            Misfit: a unit is no fp16 number.
+            InexactError: a unit is no fp16 number.
         """
         try:
-            found = integers(Encoded(self.encoded.codes[rows], self.encoded.scales[rows]), self.spec.take(rows))
+            whole = integers(Encoded(self.encoded.codes[rows], self.encoded.scales[rows]), self.spec.take(rows))
         except UnfitError as error:
-            raise Misfit(error.reason) from None
-        values = found.values.to(torch.int16)
-        if bool((found.scales == 0).any()):
-            values = values * self._columns(found.scales != 0).to(torch.int16)
-        return values.numpy(), found.scales.numpy()
+            raise InexactError(error.reason) from None
+        values = whole.values.to(torch.int16)
+        if bool((whole.scales == 0).any()):
+            values = values * self._columns(whole.scales != 0).to(torch.int16)
+        return values.numpy(), whole.scales.numpy()
 
     def decode(self, rows: Tensor) -> Tensor:
         """The weights of these rows, float32 [len(rows), cols]."""
@@ -130,11 +130,11 @@ def block_units(levels: Levels, units: Units, group: int, size: int) -> Units:
     A block may lie across groups only where they have the same unit, or codes that are all zero.
 
     Raises:
-        Misfit: rows are not whole blocks, or a block has two units.
+        InexactError: rows are not whole blocks, or a block has two units.
     """
     rows, cols = levels.shape
     if cols % size:
-        raise Misfit(f"rows of {cols} weights are no multiple of {size}")
+        raise InexactError(f"rows of {cols} weights are no multiple of {size}")
     blocks = cols // size
     if group % size == 0:
         return units[:, np.arange(blocks) * size // group]
@@ -142,61 +142,63 @@ def block_units(levels: Levels, units: Units, group: int, size: int) -> Units:
     used = levels.reshape(rows, blocks, size) != 0
     largest = np.where(used, of_columns, 0).max(axis=2)
     if (used & (of_columns != largest[..., None])).any():
-        raise Misfit(f"{size} weights of a block have several scales, of {group} weights each")
+        raise InexactError(f"{size} weights of a block have several scales, of {group} weights each")
     chosen: Units = largest
     return chosen
 
 
-def checked(block: Block, matrix: Matrix) -> Iterator[tuple[Levels, Units]]:
-    """Some rows of a matrix at a time, as levels int16 [blocks, block] and units float16 [blocks].
+def checked_rows(block: Block, matrix: BlockMatrix) -> Iterator[tuple[Levels, Units]]:
+    """Check and give some rows of a matrix at a time, as levels int16 [blocks, block] and units float16 [blocks].
 
     Raises:
-        Misfit: the type does not hold some weight exactly.
+        InexactError: the type does not hold some weight exactly.
     """
     if matrix.shape[1] % block.size:
-        raise Misfit(f"rows of {matrix.shape[1]} weights are no multiple of {block.size}")
+        raise InexactError(f"rows of {matrix.shape[1]} weights are no multiple of {block.size}")
     for chosen in matrix.rows():
         levels, units = matrix.levels(chosen)
-        if levels.size and (levels.min() < block.min_code or levels.max() > block.highest):
-            raise Misfit(f"levels of {levels.min()} to {levels.max()} are beyond {block.min_code} to {block.highest}")
+        if levels.size and (levels.min() < block.lowest or levels.max() > block.highest):
+            raise InexactError(
+                f"levels of {levels.min()} to {levels.max()} are beyond {block.lowest} to {block.highest}"
+            )
         of_blocks = block_units(levels, units, matrix.group, block.size).reshape(-1)
         levels = levels.reshape(-1, block.size)
         block.check(levels)
         yield levels, of_blocks
 
 
-def check_blocks(block: Block, matrix: Matrix) -> None:
-    """Misfit unless a type holds every weight of a matrix exactly."""
-    for _ in checked(block, matrix):
+def check_blocks(block: Block, matrix: BlockMatrix) -> None:
+    """Raise InexactError unless a type holds every weight of a matrix exactly."""
+    for _ in checked_rows(block, matrix):
         pass
 
 
-def check_floats(type_: gguf.GGMLQuantizationType, matrix: Matrix) -> None:
-    """Misfit unless a floating type holds every weight of a matrix exactly."""
+def check_floats(type_: gguf.GGMLQuantizationType, matrix: BlockMatrix) -> None:
+    """Raise InexactError unless a floating type holds every weight of a matrix exactly."""
     for chosen in matrix.rows():
         _check_rounding(type_, matrix.decode(chosen))
 
 
-def write_blocks(block: Block, matrix: Matrix) -> Bytes:
+def write_blocks(block: Block, matrix: BlockMatrix) -> Bytes:
     """A matrix as the blocks of a type: uint8 [rows, bytes of a row].
 
     Raises:
-        Misfit: the type does not hold some weight exactly.
+        InexactError: the type does not hold some weight exactly.
     """
     rows, cols = matrix.shape
     out = np.empty((rows * cols // block.size, int(block.size * block.bits / 8)), dtype=np.uint8)
     start = 0
-    for levels, units in checked(block, matrix):
+    for levels, units in checked_rows(block, matrix):
         out[start : start + len(units)] = block.write(levels, units)
         start += len(units)
     return out.reshape(rows, -1)
 
 
-def write_floats(type_: gguf.GGMLQuantizationType, matrix: Matrix, lossy: bool = False) -> Bytes:
+def write_floats(type_: gguf.GGMLQuantizationType, matrix: BlockMatrix, lossy: bool = False) -> Bytes:
     """A matrix as numbers of 16 or 32 bits: uint8 [rows, bytes of a row].
 
     Raises:
-        Misfit: a weight would be rounded, and `lossy` is false.
+        InexactError: a weight would be rounded, and `lossy` is false.
     """
     rows, cols = matrix.shape
     out = np.empty((rows, cols * FLOATS[type_].itemsize), dtype=np.uint8)
@@ -219,17 +221,17 @@ def float_bytes(type_: gguf.GGMLQuantizationType, values: Tensor, lossy: bool = 
     """Numbers, any floating dtype [..., n], in a floating type: uint8 [..., n * item size].
 
     Raises:
-        Misfit: one of them would be rounded, and `lossy` is false.
+        InexactError: one of them would be rounded, and `lossy` is false.
     """
     if not lossy:
         _check_rounding(type_, values)
-    found: Bytes = values.to(FLOATS[type_]).contiguous().view(torch.uint8).numpy()
-    return found
+    octets: Bytes = values.to(FLOATS[type_]).contiguous().view(torch.uint8).numpy()
+    return octets
 
 
 def _check_rounding(type_: gguf.GGMLQuantizationType, values: Tensor) -> None:
     if not torch.equal(values.to(FLOATS[type_]).to(values.dtype), values):
-        raise Misfit(f"{type_.name} rounds some of its weights")
+        raise InexactError(f"{type_.name} rounds some of its weights")
 
 
 # The types, block by block ----------------------------------------------------------------------------------------
@@ -248,9 +250,9 @@ def tq1_0(levels: Levels, units: Units) -> Bytes:
     """Trits as fractions of 256: the byte's successive products by 3 carry out one trit each, the first one first."""
     digits = (levels + 1).astype(np.uint16)
     parts = []
-    for start, stop, each in TRITS:
-        fields = digits[:, start:stop].reshape(len(digits), each, -1)
-        powers = np.array([81, 27, 9, 3, 1], dtype=np.uint16)[:each]
+    for start, stop, per_byte in TRITS:
+        fields = digits[:, start:stop].reshape(len(digits), per_byte, -1)
+        powers = np.array([81, 27, 9, 3, 1], dtype=np.uint16)[:per_byte]
         value = (fields * powers[:, None]).sum(axis=1, dtype=np.uint16)
         parts.append(((value * 256 + 242) // 243).astype(np.uint8))
     return np.concatenate([*parts, _half(units)], axis=1)
@@ -260,8 +262,8 @@ def _quarters(digits: Levels) -> Bytes:
     """256 numbers of 2 bits in 64 bytes: each half of the block is 32 bytes of four fields, 32 numbers apart."""
     fields = digits.astype(np.uint8).reshape(len(digits), 2, 4, 32)
     shifts = np.array([0, 2, 4, 6], dtype=np.uint8).reshape(1, 1, 4, 1)
-    found: Bytes = np.bitwise_or.reduce(fields << shifts, axis=2).reshape(len(digits), 64)
-    return found
+    octets: Bytes = np.bitwise_or.reduce(fields << shifts, axis=2).reshape(len(digits), 64)
+    return octets
 
 
 def tq2_0(levels: Levels, units: Units) -> Bytes:
@@ -279,7 +281,7 @@ def _four(levels: Levels) -> tuple[Levels, Levels, Levels]:
     offset = np.where(odd, 3, np.maximum(0, -levels.min(axis=1))).astype(np.int16)
     digits = (levels + offset[:, None]) // step[:, None]
     if digits.size and (digits.min() < 0 or digits.max() > 3):
-        raise Misfit(f"levels of {levels.min()} to {levels.max()} are more than four")
+        raise InexactError(f"levels of {levels.min()} to {levels.max()} are more than four")
     return digits, step, offset
 
 
@@ -303,8 +305,8 @@ def q3_k(levels: Levels, units: Units) -> Bytes:
 def _nibbles(digits: Levels) -> Bytes:
     """32 numbers of 4 bits in 16 bytes: the first half in the low nibbles."""
     fields = digits & 15
-    found: Bytes = (fields[:, :16] | fields[:, 16:] << 4).astype(np.uint8)
-    return found
+    octets: Bytes = (fields[:, :16] | fields[:, 16:] << 4).astype(np.uint8)
+    return octets
 
 
 def q4_0(levels: Levels, units: Units) -> Bytes:
@@ -320,7 +322,7 @@ def q5_0(levels: Levels, units: Units) -> Bytes:
 
 
 def q8_0(levels: Levels, units: Units) -> Bytes:
-    """The level itself."""
+    """One signed byte for a level."""
     return np.concatenate([_half(units), levels.astype(np.int8).view(np.uint8)], axis=1)
 
 

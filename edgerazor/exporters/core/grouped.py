@@ -19,10 +19,9 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from edgerazor.errors import UserError
-from edgerazor.exporters.core import folder as folder_
-from edgerazor.exporters.core import integers
-from edgerazor.exporters.core.base import Export, ExportPlan, ExportResult, PlannedTensor, listed
-from edgerazor.exporters.core.exact import smallest_float
+from edgerazor.exporters.core import hf_folder, integers
+from edgerazor.exporters.core.base import Exporter, ExportPlan, ExportResult, PlannedTensor, first_few
+from edgerazor.exporters.core.exact_dtypes import smallest_float
 from edgerazor.exporters.core.integers import Integers, UnfitError
 from edgerazor.packed import DTYPE_NAMES, DTYPES, PackedModel, TensorSpec, size_table
 
@@ -52,8 +51,8 @@ class GroupedPlan(ExportPlan):
     floats: dict[str, str]
 
 
-class GroupedExport(Export):
-    """An export of linear layers as integers in groups.
+class GroupedExporter(Exporter):
+    """An exporter of linear layers as integers in groups.
 
     Attributes:
         widths: bits that the format has, ascending.
@@ -71,7 +70,7 @@ class GroupedExport(Export):
 
     @abstractmethod
     def tensors(self, name: str, matrix: Integers, layout: Layout) -> dict[str, Tensor]:
-        """These tensors."""
+        """The tensors that `specs` announces for a matrix."""
 
     @abstractmethod
     def settings(self, model: PackedModel, layouts: Mapping[str, Layout]) -> dict[str, Any]:
@@ -91,7 +90,7 @@ class GroupedExport(Export):
             name, error = next(iter(unfit.items()))
             raise UserError(f"{self.name} can hold none of the linear layers: {name}: {error.reason}.", error.remedy)
         names = [name for name in model.header.matrices if name not in layouts]
-        floats = {name: DTYPE_NAMES[smallest_float(folder_.decoded(model, name))] for name in names}
+        floats = {name: DTYPE_NAMES[smallest_float(hf_folder.decoded(model, name))] for name in names}
         tensors = self._planned(model, layouts, floats)
         sizes = size_table(model)
         return GroupedPlan(
@@ -101,7 +100,7 @@ class GroupedExport(Export):
             packed_bytes=sizes.bytes,
             weights=sizes.parameters,
             causes=tuple(_causes(layouts, floats, unfit)),
-            notes=folder_.notes(model),
+            notes=hf_folder.notes(model),
             layouts=layouts,
             floats=floats,
         )
@@ -112,23 +111,23 @@ class GroupedExport(Export):
         pieces = [
             self._piece(model, name, plan.layouts[name])
             if name in plan.layouts
-            else folder_.decoded_piece(model, name, plan.floats[name])
+            else hf_folder.decoded_piece(model, name, plan.floats[name])
             for name in model.header.matrices
         ]
-        folder_.write_weights(folder, [*pieces, folder_.others_piece(model)])
+        hf_folder.write_weights(folder, [*pieces, hf_folder.others_piece(model)])
         settings = self.settings(model, plan.layouts)
-        folder_.write_companions(model, folder, dtype="float16", quantization_config=settings)
+        hf_folder.write_companions(model, folder, dtype="float16", quantization_config=settings)
         if self.settings_file:
-            folder_.write_json(folder / self.settings_file, settings)
-        return ExportResult.of(plan, folder, folder_.weight_bytes(folder))
+            hf_folder.write_json(folder / self.settings_file, settings)
+        return ExportResult.of(plan, folder, hf_folder.weight_bytes(folder))
 
-    def _piece(self, model: PackedModel, name: str, layout: Layout) -> folder_.Piece:
+    def _piece(self, model: PackedModel, name: str, layout: Layout) -> hf_folder.Piece:
         def make() -> dict[str, Tensor]:
             matrix = model.matrix(name)
             whole = integers.integers(matrix.encoded, matrix.spec)
             return self.tensors(name, integers.regrouped(whole, layout.group_size), layout)
 
-        return folder_.Piece(self.specs(name, model.header.matrices[name].shape, layout), make)
+        return hf_folder.Piece(self.specs(name, model.header.matrices[name].shape, layout), make)
 
     def _layouts(self, model: PackedModel) -> tuple[dict[str, Layout], dict[str, UnfitError]]:
         """The layout of each linear layer that fits, and why the others do not."""
@@ -142,8 +141,8 @@ class GroupedExport(Export):
             except UnfitError as error:
                 unfit[name] = error
         for names in fused_sets(model.header.matrices):
-            _share(names, fitting, unfit)
-        _agree(fitting, {name: entry.shape[1] for name, entry in model.header.matrices.items()})
+            _unify_fused(names, fitting, unfit)
+        _unify_groups(fitting, {name: entry.shape[1] for name, entry in model.header.matrices.items()})
         return fitting, unfit
 
     def _layout(self, model: PackedModel, name: str) -> Layout:
@@ -169,29 +168,33 @@ class GroupedExport(Export):
                 kind = f"int{layouts[name].bits}"
             else:
                 specs, kind = {f"{name}.weight": (floats[name], entry.shape)}, floats[name]
-            planned.append(_tensor(name, next(iter(specs)), entry.kind, kind, math.prod(entry.shape), specs.values()))
-        for name, spec in folder_.others(model).items():
-            planned.append(_tensor(name, name, "other", spec[0], math.prod(spec[1]), [spec]))
+            planned.append(
+                _planned_tensor(name, next(iter(specs)), entry.kind, kind, math.prod(entry.shape), specs.values())
+            )
+        for name, spec in hf_folder.others(model).items():
+            planned.append(_planned_tensor(name, name, "other", spec[0], math.prod(spec[1]), [spec]))
         return tuple(planned)
 
 
-def _tensor(name: str, target: str, kind: Any, stored: str, weights: int, specs: Iterable[TensorSpec]) -> PlannedTensor:
+def _planned_tensor(
+    name: str, target: str, kind: Any, stored: str, weights: int, specs: Iterable[TensorSpec]
+) -> PlannedTensor:
     size = sum(DTYPES[dtype].itemsize * math.prod(shape) for dtype, shape in specs)
     return PlannedTensor(name=name, target=target, kind=kind, type=stored, weights=weights, bytes=size)
 
 
 def fused_sets(names: Iterable[str]) -> list[list[str]]:
     """The names of layers that other programs fuse with each other, set by set."""
-    found: dict[tuple[str, int], list[str]] = {}
+    sets: dict[tuple[str, int], list[str]] = {}
     for name in names:
         parent, _, last = name.rpartition(".")
         for number, members in enumerate(FUSED):
             if last in members:
-                found.setdefault((parent, number), []).append(name)
-    return [names for names in found.values() if len(names) > 1]
+                sets.setdefault((parent, number), []).append(name)
+    return [names for names in sets.values() if len(names) > 1]
 
 
-def _share(names: Sequence[str], fitting: dict[str, Layout], unfit: dict[str, UnfitError]) -> None:
+def _unify_fused(names: Sequence[str], fitting: dict[str, Layout], unfit: dict[str, UnfitError]) -> None:
     """Give the layers of a fused set one layout, or none where one of them does not fit, in place."""
     layouts = [fitting[name] for name in names if name in fitting]
     group = min((layout.group_size for layout in layouts), default=0)
@@ -206,7 +209,7 @@ def _share(names: Sequence[str], fitting: dict[str, Layout], unfit: dict[str, Un
     fitting.update(dict.fromkeys(names, shared))
 
 
-def _agree(layouts: dict[str, Layout], columns: Mapping[str, int]) -> None:
+def _unify_groups(layouts: dict[str, Layout], columns: Mapping[str, int]) -> None:
     """Give all layers the smallest group size that occurs, where it fills their own, in place.
 
     Not all programs know group sizes that differ between layers. Whole rows stay whole where all layers have them.
@@ -226,7 +229,7 @@ def _causes(layouts: Mapping[str, Layout], floats: Mapping[str, str], unfit: Map
     wide = [name for name, dtype in floats.items() if name not in unfit]
     if wide:
         dtypes = ", ".join(sorted({floats[name] for name in wide}))
-        yield f"{listed(wide)} stay floating ({dtypes}), since few readers of the format take it quantized."
+        yield f"{first_few(wide)} stay floating ({dtypes}), since few readers of the format take it quantized."
     for reason in sorted({error.reason for error in unfit.values()}):
         names = [name for name, error in unfit.items() if error.reason == reason]
-        yield f"{listed(names)} stay floating: {reason}; {unfit[names[0]].remedy}."
+        yield f"{first_few(names)} stay floating: {reason}; {unfit[names[0]].remedy}."

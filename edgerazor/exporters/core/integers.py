@@ -38,13 +38,13 @@ class Integers(NamedTuple):
 
     def decoded(self) -> Tensor:
         """The weights, float32 [rows, cols]."""
-        each = self.scales.float().repeat_interleave(self.group_size, dim=1)[:, : self.values.shape[1]]
-        return self.values.float() * each
+        of_columns = self.scales.float().repeat_interleave(self.group_size, dim=1)[:, : self.values.shape[1]]
+        return self.values.float() * of_columns
 
 
 def _factor(number_format: Format) -> int:
     """1 where the levels of a format are integers, 2 where they are multiples of one half."""
-    codes = torch.arange(number_format.min_code, number_format.maximum + 1).float()
+    codes = torch.arange(number_format.min_code, number_format.max_code + 1).float()
     return 1 if bool((number_format.level_(codes) % 1 == 0).all()) else 2
 
 
@@ -52,7 +52,7 @@ def bits(names: Iterable[str]) -> int:
     """The fewest bits of two's-complement integers that hold every code of the named formats."""
     needed = 2
     for number_format in map(formats.get, names):
-        ends = torch.tensor([number_format.min_code, number_format.maximum], dtype=torch.float32)
+        ends = torch.tensor([number_format.min_code, number_format.max_code], dtype=torch.float32)
         low, high = (number_format.level_(ends) * _factor(number_format)).tolist()
         needed = max(needed, math.ceil(math.log2(max(-low, high + 1))) + 1)
     return needed
@@ -77,18 +77,18 @@ def integers(encoded: Encoded, spec: MatrixSpec) -> Integers:
         raise UnfitError(
             "half of its smallest scale is no float16 number", "leave formats without a zero level (int2) out"
         )
-    each = halved[:, torch.arange(codes.shape[1]) // spec.group_size]
-    return Integers(torch.where(each, 2 * codes + 1, codes), halves, min(spec.group_size, codes.shape[1]))
+    of_columns = halved[:, torch.arange(codes.shape[1]) // spec.group_size]
+    return Integers(torch.where(of_columns, 2 * codes + 1, codes), halves, min(spec.group_size, codes.shape[1]))
 
 
 def _halved(spec: MatrixSpec, shape: torch.Size, groups: torch.Size) -> Tensor:
     """Bool [rows, groups]: which groups have a format with half levels."""
     halved = torch.zeros(groups, dtype=torch.bool)
-    for strip in spec.strips(shape):
-        mask = torch.zeros(strip.rows, group_count(strip.width, strip.spec.group_size), dtype=torch.bool)
-        for number_format, chosen in strip.spec.parts:
-            mask[slice(None) if chosen is None else chosen] = _factor(number_format) == 2
-        halved[:, strip.groups] = mask.reshape(groups[0], -1)
+    for view in spec.block_views(shape):
+        mask = torch.zeros(view.rows, group_count(view.width, view.spec.group_size), dtype=torch.bool)
+        for number_format, rows in view.spec.format_rows:
+            mask[slice(None) if rows is None else rows] = _factor(number_format) == 2
+        halved[:, view.groups] = mask.reshape(groups[0], -1)
     return halved
 
 

@@ -12,34 +12,32 @@ from __future__ import annotations
 from torch import Tensor
 
 from edgerazor.formats.core.base import Format
-from edgerazor.formats.core.least_error import Ladder, geometric
-
-#: By bits: the more levels, the more a few thousandths of the scale decide which of them fit a group best.
-LADDERS = {
-    2: Ladder(geometric(0.85, 1.8, 6), spread=1.0, reaching=False),
-    3: Ladder(geometric(0.3, 1.0, 12), spread=2.0, reaching=True),
-    4: Ladder(geometric(0.42, 1.16, 15), spread=1.0, reaching=True),
-    5: Ladder(geometric(0.64, 1.2, 22), spread=0.5, reaching=True),
-    8: Ladder(geometric(0.97, 1.2, 52), spread=0.1, reaching=True),
-}
+from edgerazor.formats.core.least_error import ScaleGrid
 
 
 class Absmax(Format):
-    """The format `int<bits>` for 2 to 8 bits, or under another name."""
+    """Signed integers of 2 to 8 bits.
 
-    def __init__(self, bits: int, name: str | None = None) -> None:
+    Args:
+        bits: width of a code.
+        grid: the scales that the search of least squared error tries. The more levels, the more a few thousandths of
+            the scale decide which of them fit a group best, so the finer the grid must be.
+        name: `int<bits>` unless given.
+    """
+
+    def __init__(self, bits: int, grid: ScaleGrid, name: str | None = None) -> None:
         self.name = name or f"int{bits}"
         self.nominal_bits = float(bits)
         self.code_bits = bits
-        self.maximum = 2 ** (bits - 1) - 1
-        self.minimum = -self.maximum
-        self.ladder = LADDERS[bits]
+        self.max_code = 2 ** (bits - 1) - 1
+        self.min_rule_code = -self.max_code
+        self.grid = grid
 
     @property
     def min_code(self) -> int:
         """`-2^(b-1)`."""
-        return self.minimum - 1
+        return self.min_rule_code - 1
 
     def scale_rule(self, groups: Tensor) -> Tensor:
-        """`max|w| / maximum` of each group: float32 [..., group] to float32 [...]."""
-        return groups.abs().amax(dim=-1).div_(self.maximum)
+        """`max|w| / max_code` of each group: float32 [..., group] to float32 [...]."""
+        return groups.abs().amax(dim=-1).div_(self.max_code)

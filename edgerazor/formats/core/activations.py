@@ -1,4 +1,4 @@
-"""Eight-bit activations and keys and values: scales found while the model runs.
+"""Dynamic activation quantization, and the KV cache: scales are computed while the model runs.
 
 An activation vector is cut into groups like a row of weights; each group of each token gets its own scale at the moment
 it is computed, `s = max|x| / (2^(b-1)-1)`, and is rounded to int8, so that a kernel multiplies small integers. The
@@ -32,21 +32,21 @@ def fake_quantize_activations(x: Tensor, bits: int = 8, group_size: int = 256) -
     Raises:
         ValueError: the bits are not 2 to 8.
     """
-    return straight_through(x, lambda x: _round_trip(x, bits, group_size, stored=False))
+    return straight_through(x, lambda x: _quantize_dequantize(x, bits, group_size, stored=False))
 
 
 def fake_quantize_kv(x: Tensor, bits: int = 8) -> Tensor:
-    """Keys or values [..., head_dim] as the cache holds them: one group per head vector, its scale rounded to fp16.
+    """Keys or values [..., head_dim] as the KV cache holds them: one group per head vector, its scale rounded to fp16.
 
-    Dtype, shape, gradient: as `fake_quantize_activations`.
+    Dtype, shape and gradient are as for `fake_quantize_activations`.
     """
-    return straight_through(x, lambda x: _round_trip(x, bits, x.shape[-1], stored=True))
+    return straight_through(x, lambda x: _quantize_dequantize(x, bits, x.shape[-1], stored=True))
 
 
 def fake_quantize_probabilities(p: Tensor, bits: int = 8) -> Tensor:
     """Attention probabilities [..., keys] in unsigned codes, 0 to 2^bits-1, with one scale for each token and head.
 
-    Dtype, shape, gradient: as `fake_quantize_activations`.
+    Dtype, shape and gradient are as for `fake_quantize_activations`.
 
     Raises:
         ValueError: the bits are not 2 to 8.
@@ -70,17 +70,18 @@ def quantize_activations(x: Tensor, bits: int = 8, group_size: int = 256) -> tup
     """
     if not torch.isfinite(x).all():
         raise ValueError("an activation is not finite")
-    codes, scales = zip(*(_quantize_(group, bits, stored=False) for group in _grouped(x, group_size)), strict=True)
+    codes, scales = zip(*(_quantize(group, bits, stored=False) for group in _grouped(x, group_size)), strict=True)
     return (
         torch.cat([code.flatten(-2) for code in codes], dim=-1).to(torch.int8),
         torch.cat([scale.squeeze(-1) for scale in scales], dim=-1),
     )
 
 
-def _round_trip(x: Tensor, bits: int, group_size: int, *, stored: bool) -> Tensor:
+def _quantize_dequantize(x: Tensor, bits: int, group_size: int, *, stored: bool) -> Tensor:
+    """`x` rounded, in its dtype and shape; `stored`: as `_quantize`."""
     decoded = []
     for group in _grouped(x, group_size):
-        codes, scales = _quantize_(group, bits, stored=stored)
+        codes, scales = _quantize(group, bits, stored=stored)
         decoded.append(codes.mul_(scales).flatten(-2))
     whole = decoded[0] if len(decoded) == 1 else torch.cat(decoded, dim=-1)
     return whole.to(x.dtype)
@@ -97,8 +98,11 @@ def _grouped(x: Tensor, group_size: int) -> list[Tensor]:
     return parts
 
 
-def _quantize_(groups: Tensor, bits: int, *, stored: bool) -> tuple[Tensor, Tensor]:
-    """Codes (a new float32 tensor) and scales float32 [..., groups, 1] of groups [..., groups, group]."""
+def _quantize(groups: Tensor, bits: int, *, stored: bool) -> tuple[Tensor, Tensor]:
+    """Codes (a new float32 tensor) and scales float32 [..., groups, 1] of groups [..., groups, group].
+
+    `stored`: the scales are rounded to fp16, as the KV cache stores them.
+    """
     if not 2 <= bits <= 8:
         raise ValueError(f"activations are quantized to 2 to 8 bits, not {bits}")
     maximum = 2 ** (bits - 1) - 1
@@ -109,5 +113,5 @@ def _quantize_(groups: Tensor, bits: int, *, stored: bool) -> tuple[Tensor, Tens
     scales = scales.masked_fill_(scales < TINY, 0.0)
     codes = groups / scales.masked_fill(scales == 0, torch.inf)
     codes.round_()
-    # A scale with all its digits leaves |x| / s within rounding of the largest code; a stored one may not.
+    # With the exact scale, |x| / s is within rounding of the largest code at most; with a rounded one it may be above.
     return (codes.clamp_(-maximum, maximum) if stored else codes), scales

@@ -4,7 +4,7 @@ A weight matrix is cut into *groups*: `group_size` consecutive weights of one ro
 shorter). A group shares one *scale* `s`; each of its weights becomes a small integer *code* `q`, and is worth `s * q`
 from then on. Storing a weight so costs a few bits instead of sixteen; choosing `s` and `q` well is the whole art:
 
-    scale   s = fp16(search(group))          one number per group, the one of least squared error (`_least_error.py`),
+    scale   s = fp16(search(group))          one number per group, the one of least squared error (`least_error.py`),
                                              or fp16(rule(group)), as published: 2*mean|w| for ternary
     encode  q = clip(round(w / s), lo, hi)   the nearest level that the format has
     decode  w' = s * q                       what the model computes with
@@ -30,11 +30,17 @@ import torch
 from torch import Tensor
 
 from edgerazor.formats.core import layout
-from edgerazor.formats.core.least_error import LARGEST_SCALE, Ladder, exact_sum, faster, reference
+from edgerazor.formats.core.least_error import (
+    LARGEST_SCALE,
+    ScaleGrid,
+    accelerated_search,
+    exact_sum,
+    reference_search,
+)
 
-#: Weights worked on at a time: small enough that the passes over one block find it in the processor's cache ...
+#: Weights in a cache block: few enough that all passes over the block find it in the processor's cache.
 BLOCK = 1 << 17
-#: ... and codes to be packed, which are smaller.
+#: The same for codes that are packed: they are bytes, so a block may have more of them.
 PACKED_BLOCK = 1 << 19
 
 
@@ -46,7 +52,7 @@ class Encoded(NamedTuple):
 
 
 def group_count(cols: int, group_size: int) -> int:
-    """Groups in a row of `cols` weights, a shorter last one included."""
+    """Number of groups in a row of `cols` weights, a shorter last one included."""
     return -(-cols // group_size)
 
 
@@ -54,21 +60,22 @@ class Format(ABC):
     """One number format. Stateless: the methods map tensors to tensors.
 
     Attributes:
-        name: its name in recipes and files.
+        name: its name in recipes and files, which is that of its file.
         nominal_bits: bits a weight by the name's count, without scales (ternary is exactly 1.58).
-        minimum, maximum: the smallest and largest code of weights whose scale follows from the format's published rule.
+        min_rule_code: the smallest code of weights whose scale follows from the format's published rule.
+        max_code: the largest code.
         code_bits: width of a stored code, `code - min_code` as an unsigned number.
-        ladder: the scales that the search for the one of least error tries.
-        rounding: how `choose_` and `level_` work, for a search outside PyTorch: a code is the "nearest" level, or its
-            level is the "middle" of the interval from it to the next code; None: in another way.
+        grid: the scales that the search for the one of least squared error tries.
+        rounding: how `round_to_code_` and `level_` work, for a search outside PyTorch: a code is the "nearest" level,
+            or its level is the "middle" of the interval from it to the next code; None: in another way.
     """
 
     name: str
     nominal_bits: float
-    minimum: int
-    maximum: int
+    min_rule_code: int
+    max_code: int
     code_bits: int
-    ladder: Ladder
+    grid: ScaleGrid
     rounding: Literal["nearest", "middle"] | None = "nearest"
 
     # What a format decides ----------------------------------------------------------------------------------------
@@ -87,24 +94,34 @@ class Format(ABC):
     @property
     def min_code(self) -> int:
         """The smallest code that can be stored; a given scale may use it even where the rule's scale does not."""
-        return self.minimum
+        return self.min_rule_code
 
     @cached_property
-    def highest(self) -> float:
+    def max_level(self) -> float:
         """The level of the largest code, in units of the scale."""
-        return float(self.level_(torch.tensor([float(self.maximum)])))
+        return float(self.level_(torch.tensor([float(self.max_code)])))
 
     @property
-    def levels(self) -> int:
+    def code_count(self) -> int:
         """How many codes can be stored."""
-        return self.maximum - self.min_code + 1
+        return self.max_code - self.min_code + 1
 
-    def choose_(self, ratios: Tensor, smallest: int) -> Tensor:
-        """Codes from `smallest` on, still floating, of the ratios `w / s` (any shape); works in place. Ties to even."""
-        return ratios.round_().clamp_(smallest, self.maximum)
+    @property
+    def kernel_bits(self) -> int | None:
+        """How native kernels read the codes: in bit planes of so many bits, 0 for base 3; None where they cannot.
+
+        They know the bit planes of `layout.py`, with codes from `-2^(b-1)` on and levels that are one scale apart.
+        """
+        in_planes = type(self).pack_quads is Format.pack_quads and type(self).chunk == Format.chunk
+        known = in_planes and self.rounding is not None and self.min_code == -(1 << self.code_bits - 1)
+        return self.code_bits if known else None
+
+    def round_to_code_(self, ratios: Tensor, min_code: int) -> Tensor:
+        """Codes from `min_code` on, still floating, of the ratios `w / s` (any shape), in place; ties to even."""
+        return ratios.round_().clamp_(min_code, self.max_code)
 
     def level_(self, codes: Tensor) -> Tensor:
-        """The level of each code in units of the scale (any floating dtype and shape); works in place."""
+        """The level of each code in units of the scale (any floating dtype and shape), in place."""
         return codes
 
     # Weights <-> codes --------------------------------------------------------------------------------------------
@@ -117,20 +134,22 @@ class Format(ABC):
             group_size: weights that share a scale; `cols` or more means whole rows.
             scales: use these, [rows, groups], rounded to fp16, and every code that can be stored, instead of those of
                 least squared error.
-            published: use those of the format's published rule instead, and the codes from `minimum` on.
+            published: use those of the format's published rule instead, and the codes from `min_rule_code` on.
 
         Raises:
             ValueError: a weight or given scale is not finite, a given scale is negative, or a shape does not fit.
         """
-        w, group, full = _grouping(w.detach(), group_size)
+        w, group, full = grouping(w.detach(), group_size)
         if scales is not None:
-            scales = _given_scales(w, group, scales)
+            scales = _checked_scales(w, group, scales)
         codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
         stored = torch.empty(w.shape[0], group_count(w.shape[1], group), dtype=torch.float16, device=w.device)
-        for rows, cols, groups in _blocks(w, group, full):
-            given = None if scales is None else scales[rows, groups]
-            chosen, stored[rows, groups] = self._chosen(w[rows, cols], groups.stop - groups.start, given, published)
-            codes[rows, cols] = chosen.flatten(1)
+        for rows, cols, groups in cache_blocks(w, group, full):
+            block_scales = None if scales is None else scales[rows, groups]
+            block_codes, stored[rows, groups] = self._encode_block(
+                w[rows, cols], groups.stop - groups.start, block_scales, published
+            )
+            codes[rows, cols] = block_codes.flatten(1)
         return Encoded(codes, stored)
 
     def decode(self, codes: Tensor, scales: Tensor, group_size: int) -> Tensor:
@@ -139,12 +158,12 @@ class Format(ABC):
         Raises:
             ValueError: the shapes do not fit together.
         """
-        _, group, full = _grouping(codes, group_size)
+        _, group, full = grouping(codes, group_size)
         _check_scales_shape(codes.shape, group, scales)
         w = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
-        for rows, cols, groups in _blocks(codes, group, full):
+        for rows, cols, groups in cache_blocks(codes, group, full):
             grouped = codes[rows, cols].float().unflatten(1, (groups.stop - groups.start, -1))
-            w[rows, cols] = self._decode_(grouped, scales[rows, groups]).flatten(1)
+            w[rows, cols] = self.decode_block_(grouped, scales[rows, groups]).flatten(1)
         return w
 
     def fake_quantize(self, w: Tensor, group_size: int, published: bool = False) -> Tensor:
@@ -164,51 +183,59 @@ class Format(ABC):
         published: bool = False,
     ) -> Tensor:
         """`decode(encode(w))` [rows, cols], computed in float32 block by block and given in `dtype`."""
-        w, group, full = _grouping(w.detach(), group_size)
+        w, group, full = grouping(w.detach(), group_size)
         if scales is not None:
-            scales = _given_scales(w, group, scales)
-        rounded = torch.empty(w.shape, dtype=dtype, device=w.device)
-        for rows, cols, groups in _blocks(w, group, full):
-            given = None if scales is None else scales[rows, groups]
-            codes, stored = self._chosen(w[rows, cols], groups.stop - groups.start, given, published)
+            scales = _checked_scales(w, group, scales)
+        decoded = torch.empty(w.shape, dtype=dtype, device=w.device)
+        for rows, cols, groups in cache_blocks(w, group, full):
+            block_scales = None if scales is None else scales[rows, groups]
+            codes, stored = self._encode_block(w[rows, cols], groups.stop - groups.start, block_scales, published)
             # Adding turns -0.0 into 0.0: as integers, codes have one zero.
             codes = codes.float() if codes.dtype == torch.int8 else codes.add_(0.0)
-            rounded[rows, cols] = self._decode_(codes, stored).flatten(1)
-        return rounded
+            decoded[rows, cols] = self.decode_block_(codes, stored).flatten(1)
+        return decoded
 
-    def _chosen(self, w: Tensor, groups: int, scales: Tensor | None, published: bool) -> tuple[Tensor, Tensor]:
-        """`_encode`, or the same with codes as int8 where they are found elsewhere."""
+    def _encode_block(self, w: Tensor, groups: int, scales: Tensor | None, published: bool) -> tuple[Tensor, Tensor]:
+        """`encode_block`, or the same with codes as int8 where a faster search gives scales and codes at once."""
         if scales is None and not published:
-            own = w.float().unflatten(1, (groups, -1))
-            codes = torch.empty(own.shape, dtype=torch.int8, device=w.device)
-            found = faster(self, own, codes)
-            if found is not None:
-                return codes, found
-        return self._encode(w, groups, scales, published)
+            grouped = w.float().unflatten(1, (groups, -1))
+            codes = torch.empty(grouped.shape, dtype=torch.int8, device=w.device)
+            searched = accelerated_search(self, grouped, codes)
+            if searched is not None:
+                return codes, searched
+        return self.encode_block(w, groups, scales, published)
 
-    def _encode(self, w: Tensor, groups: int, scales: Tensor | None, published: bool = False) -> tuple[Tensor, Tensor]:
-        """Codes as float32 [rows, groups, group], zeros of either sign, and scales as float16 [rows, groups].
+    def encode_block(
+        self, w: Tensor, groups: int, scales: Tensor | None, published: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Codes and scales of one cache block by the definition.
 
-        Of one block, w [rows, cols], which is left as it is.
+        Args:
+            w: any floating dtype [rows, cols], left as it is.
+            groups: number of groups in a row, all of one size.
+            scales, published: as for `encode`; scales are not checked.
+
+        Returns:
+            Codes as float32 [rows, groups, group], zeros of either sign, and scales as float16 [rows, groups].
         """
         with torch.autocast(w.device.type, enabled=False):
-            own = w.to(torch.float32, copy=True).unflatten(1, (groups, -1))
-            smallest = self.min_code
+            grouped = w.to(torch.float32, copy=True).unflatten(1, (groups, -1))
+            min_code = self.min_code
             if scales is None and published:
-                scales, smallest = _stored_scale(self.scale_rule(own)), self.minimum
+                scales, min_code = _to_fp16(self.scale_rule(grouped)), self.min_rule_code
             elif scales is None:
-                scales = reference(self, own)
+                scales = reference_search(self, grouped)
             # Dividing by infinity where the scale is zero makes every ratio, and so every code, zero.
             divisor = scales.float().masked_fill_(scales == 0, torch.inf)
-            return self.choose_(own.div_(divisor.unsqueeze(2)), smallest), scales
+            return self.round_to_code_(grouped.div_(divisor.unsqueeze(2)), min_code), scales
 
-    def _decode_(self, codes: Tensor, scales: Tensor) -> Tensor:
-        """Weights float32 [rows, groups, group] of one block of codes as float32, in place of them."""
+    def decode_block_(self, codes: Tensor, scales: Tensor) -> Tensor:
+        """Weights float32 [rows, groups, group] of one block of codes as float32, which they overwrite."""
         return self.level_(codes).mul_(scales.float().unsqueeze(2))
 
     # Codes <-> bytes ----------------------------------------------------------------------------------------------
 
-    #: Quads of a row that share vectors among themselves (see `layout.py`).
+    #: Quads of a row that share vectors with each other and with no others (see `layout.py`).
     chunk = 8
 
     @property
@@ -223,7 +250,7 @@ class Format(ABC):
 
     def chunk_vectors(self, quads: int) -> int:
         """Vectors of a chunk of that many quads."""
-        return sum(layout.plane_vectors(quads, width) for width in layout.planes(self.code_bits))
+        return sum(layout.bit_plane_vectors(quads, width) for width in layout.bit_plane_widths(self.code_bits))
 
     def row_bytes(self, cols: int, group_size: int) -> int:
         """Bytes that the codes of one row of a full block take."""
@@ -281,8 +308,8 @@ class Format(ABC):
     def pack_quads(self, words: Tensor) -> Tensor:
         """A chunk of quads, stored codes as words int64 [..., quads, 8], as vectors [..., chunk_vectors(quads), 8]."""
         shift, parts = 0, []
-        for width in layout.planes(self.code_bits):
-            parts.append(layout.pack_plane(words, shift, width, self.offset))
+        for width in layout.bit_plane_widths(self.code_bits):
+            parts.append(layout.pack_bit_plane(words, shift, width, self.offset))
             shift += width
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
 
@@ -293,10 +320,10 @@ class Format(ABC):
             ValueError: something that pads is not zero.
         """
         words, shift, start = torch.zeros((), dtype=torch.int64, device=packed.device), 0, 0
-        for width in layout.planes(self.code_bits):
-            stop = start + layout.plane_vectors(quads, width)
+        for width in layout.bit_plane_widths(self.code_bits):
+            stop = start + layout.bit_plane_vectors(quads, width)
             fill = self.offset >> shift & ((1 << width) - 1)
-            words = words | layout.unpack_plane(packed[..., start:stop, :], quads, width, fill) << shift
+            words = words | layout.unpack_bit_plane(packed[..., start:stop, :], quads, width, fill) << shift
             shift, start = shift + width, stop
         return words
 
@@ -306,11 +333,11 @@ class Format(ABC):
             raise ValueError(f"codes must be an int8 matrix, got {codes.dtype} with {codes.dim()} dimensions")
         if codes.numel():
             smallest, largest = codes.aminmax()
-            if smallest < self.min_code or largest > self.maximum:
-                raise ValueError(f"a code is outside the range of {self.name}, {self.min_code} to {self.maximum}")
+            if smallest < self.min_code or largest > self.max_code:
+                raise ValueError(f"a code is outside the range of {self.name}, {self.min_code} to {self.max_code}")
 
     def check_packed(self, packed: Tensor, shape: tuple[int, int], group_size: int) -> None:
-        """ValueError unless `packed` is a byte matrix of the shape that the codes of a matrix take."""
+        """ValueError unless `packed` is a byte matrix of the shape that the packed codes of a matrix have."""
         expected = self.packed_shape(*shape, group_size)
         if packed.dtype != torch.uint8 or tuple(packed.shape) != expected:
             raise ValueError(
@@ -345,8 +372,8 @@ def straight_through(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
 # Groups and blocks ------------------------------------------------------------------------------------------------
 
 
-def _grouping(matrix: Tensor, group_size: int) -> tuple[Tensor, int, int]:
-    """The matrix, its group size (at most a row) and how many columns whole groups fill."""
+def grouping(matrix: Tensor, group_size: int) -> tuple[Tensor, int, int]:
+    """The matrix, its group size (at most a row), and how many columns its whole groups cover."""
     if matrix.dim() != 2 or matrix.shape[1] == 0:
         raise ValueError(f"expected a matrix [rows, cols] with at least one column, got {list(matrix.shape)}")
     if group_size < 1:
@@ -356,21 +383,21 @@ def _grouping(matrix: Tensor, group_size: int) -> tuple[Tensor, int, int]:
 
 
 def block_rows(matrix: Tensor) -> int:
-    """Rows of a matrix to work on at a time: few on a processor with caches, all on an accelerator."""
+    """Rows of a cache block of a matrix: few on a CPU, all of them on an accelerator."""
     rows, cols = matrix.shape
     return max(1, BLOCK // cols if matrix.device.type == "cpu" else rows)
 
 
 def _row_blocks(shape: Sequence[int]) -> Iterator[tuple[slice, slice]]:
-    """A matrix [rows, cols] in pieces that stay in the cache, as (rows, blocks of 16 rows)."""
+    """Pieces of a matrix [rows, cols] that stay in the cache while they are packed, as (rows, row blocks)."""
     rows, cols = shape
     height = max(1, PACKED_BLOCK // max(1, cols) // layout.ROWS)
     for block in range(0, layout.row_blocks(rows), height):
         yield slice(block * layout.ROWS, (block + height) * layout.ROWS), slice(block, block + height)
 
 
-def _blocks(matrix: Tensor, group: int, full: int) -> list[tuple[slice, slice, slice]]:
-    """Blocks of a matrix as (rows, columns, groups): some rows of its whole groups, then some of its shorter ones."""
+def cache_blocks(matrix: Tensor, group: int, full: int) -> list[tuple[slice, slice, slice]]:
+    """Cache blocks of a matrix as (rows, columns, groups): those of its whole groups, then of the shorter last ones."""
     rows, cols = matrix.shape
     height = block_rows(matrix)
     parts = [(slice(0, full), slice(0, full // group))]
@@ -382,20 +409,20 @@ def _blocks(matrix: Tensor, group: int, full: int) -> list[tuple[slice, slice, s
 def absolute_sum(groups: Tensor) -> Tensor:
     """The sum of `|w|` of each group, float32 [..., group] to float64 [...].
 
-    It runs in float64, so that the order in which threads or vector units add does not show in fp16.
+    It is added up in float64, so that the order in which threads or vector units add does not show in fp16.
     """
     return exact_sum(groups.abs())
 
 
-def _stored_scale(scale: Tensor) -> Tensor:
-    """Round ideal scales [rows, groups] to float16."""
+def _to_fp16(scale: Tensor) -> Tensor:
+    """Ideal scales [rows, groups] rounded to float16, the largest finite one at most."""
     if not math.isfinite(scale.amax()):  # a NaN is the largest of all
         raise ValueError("a weight is not finite")
     return scale.float().clamp_(max=LARGEST_SCALE).half()
 
 
-def _given_scales(w: Tensor, group: int, scales: Tensor) -> Tensor:
-    """Scales that the caller chose, as float16 [rows, groups]."""
+def _checked_scales(w: Tensor, group: int, scales: Tensor) -> Tensor:
+    """Scales that the caller chose, checked, as float16 [rows, groups]."""
     _check_scales_shape(w.shape, group, scales)
     if not torch.isfinite(w).all():
         raise ValueError("a weight is not finite")

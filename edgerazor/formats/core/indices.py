@@ -1,4 +1,4 @@
-"""Small indices in bytes: which of a few formats each block of a matrix has."""
+"""Format indices packed into bytes: which of a few formats each row or block of a matrix has."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from torch import Tensor
 
 
 def index_bits(count: int) -> int:
-    """Bits that an index below `count` is stored in: 1, 2, 4 or 8, so that none crosses a byte."""
+    """Bits of a stored index below `count`: 1, 2, 4 or 8, so that none crosses a byte."""
     return next(bits for bits in (1, 2, 4, 8) if count <= 1 << bits)
 
 
-def index_columns(columns: int, count: int) -> int:
-    """Bytes of a row of `columns` indices below `count`."""
+def index_row_bytes(columns: int, count: int) -> int:
+    """Bytes of a row of `columns` packed indices below `count`."""
     return -(-columns * index_bits(count) // 8)
 
 
 def pack_indices(indices: Tensor, count: int) -> Tensor:
-    """Indices below `count`, uint8 [rows, columns], as bytes uint8 [rows, index_columns(columns, count)].
+    """Indices below `count`, uint8 [rows, columns], as bytes uint8 [rows, index_row_bytes(columns, count)].
 
     The first index of a byte is in its lowest bits; the unused bits of a row's last byte are zero.
     """

@@ -7,12 +7,12 @@ or `sdot` adds to one 32-bit lane. A *vector* is 64 bytes: byte `4 * lane + j` b
 column j of a quad. Codes are narrower than bytes, and the fields of a byte belong to different quads, so that a mask
 (or a table, for base 3) turns one vector into the operands of several instructions.
 
-How quads share vectors is for each format to say (`Format.pack_quads`); this file has what they share. Codes are stored
-as unsigned numbers, `code - min_code`, since one operand of those instructions is unsigned. Each group begins with a
-new quad. Whatever pads (rows to 16, groups to quads, quads to vectors) is code 0; so its products vanish, and a file has
-no place to hide anything.
+Each format decides how quads share vectors (`Format.pack_quads`); this file has the parts that formats share. Codes are
+stored as unsigned numbers, `code - min_code`, since one operand of those instructions is unsigned. Each group begins
+with a new quad. Padding (of rows to 16, of groups to quads, of quads to vectors) is code 0, so its products vanish, and
+a file has no place to hide anything.
 
-Here eight bytes are worked on at a time, as one 64-bit integer whose bytes never carry into each other.
+The functions work on eight bytes at a time, as one 64-bit integer whose bytes never carry into each other.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ WORDS = VECTOR // 8
 _ONES = 0x0101010101010101
 
 
-def every_byte(value: int) -> int:
-    """A 64-bit integer (as torch has them, signed) whose eight bytes are all `value`, 0 to 255."""
+def repeat_byte(value: int) -> int:
+    """A 64-bit integer (signed, as those of torch are) whose eight bytes are all `value`, 0 to 255."""
     word = _ONES * value
     return word - (1 << 64) if word >= 1 << 63 else word
 
 
 def row_blocks(rows: int) -> int:
-    """Blocks that `rows` rows fill."""
+    """Number of row blocks, 16 rows each, that hold `rows` rows."""
     return -(-rows // ROWS)
 
 
@@ -45,7 +45,7 @@ def quad_count(cols: int, group_size: int) -> int:
 
 
 def to_quads(bytes_: Tensor, group_size: int, fill: int) -> Tensor:
-    """Interleave uint8 [rows, cols] into words int64 [row blocks, quads, 8]; what pads is the byte `fill`."""
+    """Interleave uint8 [rows, cols] into words int64 [row blocks, quads, 8]; padding is the byte `fill`."""
     rows, cols = bytes_.shape
     group = min(group_size, cols)
     if group % QUAD:
@@ -65,7 +65,7 @@ def from_quads(words: Tensor, shape: tuple[int, int], group_size: int, fill: int
     """The inverse of `to_quads`: uint8 [rows, cols].
 
     Raises:
-        ValueError: something that pads is not `fill`.
+        ValueError: padding is not `fill`.
     """
     rows, cols = shape
     group = min(group_size, cols)
@@ -82,41 +82,42 @@ def from_quads(words: Tensor, shape: tuple[int, int], group_size: int, fill: int
     else:
         padding.append(bytes_[:, cols:])
         bytes_ = bytes_[:, :cols]
-    if any(bool((each != fill).any()) for each in padding):
+    if any(bool((codes != fill).any()) for codes in padding):
         raise ValueError("a code that only fills up a row, a group or a block of rows is not zero")
     return bytes_.contiguous()
 
 
 def _padded(matrix: Tensor, multiple: int, fill: int) -> Tensor:
-    """The last dimension filled up to a multiple."""
+    """The matrix with its last dimension padded to a multiple."""
     missing = -matrix.shape[-1] % multiple
     return torch.nn.functional.pad(matrix, (0, missing), value=fill) if missing else matrix
 
 
-# Fields of bytes --------------------------------------------------------------------------------------------------
+# Bit planes -------------------------------------------------------------------------------------------------------
 
 
-def planes(bits: int) -> list[int]:
-    """Widths of the bit fields that a code of 1 to 8 bits is cut into, its low bits first: powers of two."""
+def bit_plane_widths(bits: int) -> list[int]:
+    """Widths of the bit planes that codes of 1 to 8 bits are cut into, their low bits first: powers of two."""
     return [8] if bits == 8 else [width for width in (4, 2, 1) if bits & width]
 
 
-def plane_vectors(quads: int, width: int) -> int:
-    """Vectors that fields of one width of `quads` quads take."""
+def bit_plane_vectors(quads: int, width: int) -> int:
+    """Vectors of 64 bytes that the bit plane of one width takes for `quads` quads."""
     return -(-quads * width // 8)
 
 
-def pack_plane(words: Tensor, shift: int, width: int, fill: int) -> Tensor:
-    """Bits `shift` to `shift + width - 1` of each byte: words [..., quads, 8] as [..., plane_vectors(quads, width), 8].
+def pack_bit_plane(words: Tensor, shift: int, width: int, fill: int) -> Tensor:
+    """Bits `shift` to `shift + width - 1` of each byte: words [..., quads, 8] as vectors [..., n, 8].
 
-    Vector v holds quad `v * 8 / width + f` in field f of its bytes, low bits first; `fill` is the byte of what pads.
+    There are n = `bit_plane_vectors(quads, width)` vectors.
+    Vector v holds quad `v * 8 / width + f` in field f of its bytes, low bits first; `fill` is the byte of padding.
     """
     if width == 8:
         return words
-    fields = words >> shift & every_byte((1 << width) - 1)
+    fields = words >> shift & repeat_byte((1 << width) - 1)
     count = 8 // width
     if missing := -fields.shape[-2] % count:
-        padding = fields.new_full((*fields.shape[:-2], missing, WORDS), every_byte(fill >> shift & ((1 << width) - 1)))
+        padding = fields.new_full((*fields.shape[:-2], missing, WORDS), repeat_byte(fill >> shift & ((1 << width) - 1)))
         fields = torch.cat([fields, padding], dim=-2)
     fields = fields.unflatten(-2, (-1, count))
     packed = fields[..., 0, :].clone()
@@ -125,17 +126,19 @@ def pack_plane(words: Tensor, shift: int, width: int, fill: int) -> Tensor:
     return packed
 
 
-def unpack_plane(packed: Tensor, quads: int, width: int, fill: int) -> Tensor:
-    """The inverse of `pack_plane` but for the shift: [..., vectors, 8] as [..., quads, 8]; `fill` is a field's value.
+def unpack_bit_plane(packed: Tensor, quads: int, width: int, fill: int) -> Tensor:
+    """The inverse of `pack_bit_plane` but for the shift: vectors [..., n, 8] as words [..., quads, 8].
+
+    `fill` is the value of a field of padding.
 
     Raises:
-        ValueError: a field that only pads is not `fill`.
+        ValueError: a field of padding is not `fill`.
     """
     if width == 8:
         return packed
-    mask = every_byte((1 << width) - 1)
+    mask = repeat_byte((1 << width) - 1)
     fields = torch.stack([packed >> (f * width) & mask for f in range(8 // width)], dim=-2).flatten(-3, -2)
-    if bool((fields[..., quads:, :] != every_byte(fill)).any()):
+    if bool((fields[..., quads:, :] != repeat_byte(fill)).any()):
         raise ValueError("a code that only fills up a vector is not zero")
     return fields[..., :quads, :]
 
@@ -144,7 +147,7 @@ def unpack_plane(packed: Tensor, quads: int, width: int, fill: int) -> Tensor:
 
 
 def pack_scales(scales: Tensor) -> Tensor:
-    """Scales [rows, groups] as [row blocks, groups, 16], zero where there is no row."""
+    """Scales [rows, groups] interleaved as [row blocks, groups, 16], zero where there is no row."""
     rows = scales.shape[0]
     if rows % ROWS:
         scales = torch.nn.functional.pad(scales, (0, 0, 0, -rows % ROWS))

@@ -1,4 +1,4 @@
-"""Learned step: the scale of a group is trained like a weight instead of following from the group's weights.
+"""LSQ: the scale of a group ("step size") is trained like a weight instead of following from the group's weights.
 
 Forward, the codes are those of the format with the scale `s` (rounded to fp16 first, as everywhere) and may be any that
 can be stored, `lo` to `hi`. Backward, with `r = w / s` (Esser et al., "Learned step size quantization", arXiv
@@ -8,10 +8,10 @@ can be stored, `lo` to `hi`. Backward, with `r = w / s` (Esser et al., "Learned 
     d w' / d s = (level(r) - r where lo < r < hi, else level(r)) / sqrt(N*Qp)
 
 where `N` is the number of weights of the group and `Qp` the largest level: without the factor the few scales would get
-gradients as large as those of all their weights together. The published start is `s = 2*mean|w| / sqrt(Qp)`;
-ours is the scale of least error.
+gradients as large as those of all their weights together. The paper initializes `s = 2*mean|w| / sqrt(Qp)`; ours begins
+with the scale of least squared error.
 
-Where the codes are fixed and only scales are trained, `w' = s * level` is a product like any other, and so is its
+Where the codes are frozen and only scales are trained, `w' = s * level` is a product like any other, and so is its
 gradient: `d w' / d s = level`.
 """
 
@@ -23,43 +23,43 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from edgerazor.formats.core.base import LARGEST_SCALE, Encoded, Format, _blocks, _grouping, group_count
+from edgerazor.formats.core.base import LARGEST_SCALE, Encoded, Format, cache_blocks, group_count, grouping
 from edgerazor.formats.core.matrix import (
     MatrixSpec,
-    _merge,
-    _select,
     decode_matrix,
     encode_matrix,
-    join_strips,
+    join_block_views,
+    merge_rows,
     quantize_dequantize,
+    select_rows,
 )
 
 #: The smallest scale that fp16 can hold: a learned scale never reaches zero.
 SMALLEST = 2.0**-24
-#: Floats that rounding may put between a weight and the interval of its code, with room to spare.
+#: Most floats that rounding may leave between a weight and the interval of its code, with room to spare.
 NUDGES = 4
 
 
 def initial_scales(w: Tensor, spec: MatrixSpec) -> Tensor:
-    """Where training begins, float32 [rows, groups], positive, for w [rows, cols].
+    """The scales that training begins with, float32 [rows, groups], positive, for w [rows, cols].
 
-    The scales of least squared error, or the published start, `2*mean|w| / sqrt(Qp)`, where the specification says so.
+    They are those of least squared error or, where the specification says so, the published `2*mean|w| / sqrt(Qp)`.
     """
     if not spec.published:
         return stored_scales(encode_matrix(w, spec).scales).float()
     if spec.block_formats is not None:
-        strips = spec.strips(w.shape)
-        return join_strips(strips, [initial_scales(strip.of(w), strip.spec) for strip in strips])
+        views = spec.block_views(w.shape)
+        return join_block_views(views, [initial_scales(view.select(w), view.spec) for view in views])
     spec.check_shape(w.shape)
     parts = []
-    for number_format, rows in spec.parts:
-        chosen, group, full = _grouping(_select(w.detach(), rows), spec.group_size)
-        means = torch.empty(len(chosen), group_count(w.shape[1], group), dtype=torch.float64, device=w.device)
-        for height, cols, groups in _blocks(chosen, group, full):
-            grouped = chosen[height, cols].unflatten(1, (groups.stop - groups.start, -1))
-            means[height, groups] = grouped.abs().mean(dim=2, dtype=torch.float64)
-        parts.append(((2 * means / number_format.highest**0.5).float().clamp_(min=SMALLEST), rows))
-    return _merge(parts, (w.shape[0], group_count(w.shape[1], spec.group_size)), torch.float32, w.device)
+    for number_format, rows in spec.format_rows:
+        selected, group, full = grouping(select_rows(w.detach(), rows), spec.group_size)
+        means = torch.empty(len(selected), group_count(w.shape[1], group), dtype=torch.float64, device=w.device)
+        for block, cols, groups in cache_blocks(selected, group, full):
+            grouped = selected[block, cols].unflatten(1, (groups.stop - groups.start, -1))
+            means[block, groups] = grouped.abs().mean(dim=2, dtype=torch.float64)
+        parts.append(((2 * means / number_format.max_level**0.5).float().clamp_(min=SMALLEST), rows))
+    return merge_rows(parts, (w.shape[0], group_count(w.shape[1], spec.group_size)), torch.float32, w.device)
 
 
 def stored_scales(scales: Tensor) -> Tensor:
@@ -68,10 +68,10 @@ def stored_scales(scales: Tensor) -> Tensor:
 
 
 def learned_weight(w: Tensor, scales: Tensor, spec: MatrixSpec, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What a weight with learned scales is worth, [rows, cols] in `dtype`, without gradient.
+    """The dequantized weight with learned scales, [rows, cols] in `dtype`, without gradient.
 
     Args:
-        w: float32 [rows, cols], or int8 for codes that are fixed.
+        w: float32 [rows, cols], or int8 for frozen codes.
         scales: float32 [rows, groups], as they are trained.
         spec: formats of the rows.
 
@@ -100,40 +100,43 @@ def rebase_weight(w: Tensor, codes: Tensor, before: Tensor, after: Tensor, spec:
     Raises:
         ValueError: as `encode_matrix`.
     """
-    carried = w.detach().float().clone()
+    rebased = w.detach().float().clone()
     factor = after.float() / before.float()
-    _, group, full = _grouping(carried, spec.group_size)
-    for rows, cols, groups in _blocks(carried, group, full):
-        part = carried[rows, cols].unflatten(1, (groups.stop - groups.start, -1))
-        carried[rows, cols] = (part * factor[rows, groups].unsqueeze(2)).flatten(1)
+    _, group, full = grouping(rebased, spec.group_size)
+    for rows, cols, groups in cache_blocks(rebased, group, full):
+        grouped = rebased[rows, cols].unflatten(1, (groups.stop - groups.start, -1))
+        rebased[rows, cols] = (grouped * factor[rows, groups].unsqueeze(2)).flatten(1)
     for _ in range(NUDGES):
-        wrong = encode_matrix(carried, spec, after).codes != codes
+        wrong = encode_matrix(rebased, spec, after).codes != codes
         if not wrong.any():
-            return carried
+            return rebased
         levels = decode_matrix(Encoded(codes, after), spec)
-        carried = torch.where(wrong, torch.nextafter(carried, levels), carried)
-    wrong = encode_matrix(carried, spec, after).codes != codes
-    return torch.where(wrong, decode_matrix(Encoded(codes, after), spec), carried)  # a level has its own code
+        rebased = torch.where(wrong, torch.nextafter(rebased, levels), rebased)
+    wrong = encode_matrix(rebased, spec, after).codes != codes
+    return torch.where(wrong, decode_matrix(Encoded(codes, after), spec), rebased)  # a level has its own code
 
 
 def ste_target(w: Tensor, scales: Tensor, spec: MatrixSpec) -> Tensor:
-    """A stand-in [rows, cols] without meaning or memory: the gradient it is given, that with respect to the decoded
-    weight, goes on to `w` and `scales` as described above.
+    """Tensor [rows, cols] that receives the straight-through gradient of the dequantized weight.
+
+    Its backward passes that gradient on to `w` and `scales` as LSQ has it. Do not read its value: it is one zero,
+    expanded to the shape, and takes no memory.
 
     Args:
-        w: floating [rows, cols], or int8 for codes that are fixed and take no gradient.
+        w: floating [rows, cols], or int8 for frozen codes, which take no gradient.
         scales: floating [rows, groups].
         spec: formats of the rows.
     """
     if spec.block_formats is not None:
-        strips = spec.strips(w.shape)
-        parts = [ste_target(strip.of(w), strip.scales_of(scales), strip.spec) for strip in strips]
-        return join_strips(strips, parts)
-    inlet: Tensor = _Inlet.apply(w, scales, spec)
-    return inlet
+        views = spec.block_views(w.shape)
+        return join_block_views(
+            views, [ste_target(view.select(w), view.select_scales(scales), view.spec) for view in views]
+        )
+    target: Tensor = _SteTarget.apply(w, scales, spec)
+    return target
 
 
-class _Inlet(torch.autograd.Function):
+class _SteTarget(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor, scales: Tensor, spec: MatrixSpec) -> Tensor:
         ctx.spec = spec
@@ -145,44 +148,44 @@ class _Inlet(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None]:
         w, scales = ctx.saved_tensors
         to_w, to_scales = [], []
-        for number_format, rows in ctx.spec.parts:
-            upstream, part = _select(gradient, rows), _select(w, rows)
+        for number_format, rows in ctx.spec.format_rows:
+            upstream, selected = select_rows(gradient, rows), select_rows(w, rows)
             if w.dtype == torch.int8:
-                to_scales.append((_through_codes(number_format, upstream, part, ctx.spec.group_size), rows))
+                to_scales.append((_frozen_codes_gradient(number_format, upstream, selected, ctx.spec.group_size), rows))
                 continue
-            step = stored_scales(_select(scales, rows)).to(scales.dtype)
-            found = _through_step(number_format, upstream, part, step, ctx.spec.group_size)
-            to_w.append((found[0], rows))
-            to_scales.append((found[1], rows))
-        whole = _merge(to_w, (*w.shape,), w.dtype, w.device) if to_w else None
-        return whole, _merge(to_scales, (*scales.shape,), scales.dtype, w.device), None
+            step = stored_scales(select_rows(scales, rows)).to(scales.dtype)
+            row_gradient, step_gradient = _lsq_gradients(number_format, upstream, selected, step, ctx.spec.group_size)
+            to_w.append((row_gradient, rows))
+            to_scales.append((step_gradient, rows))
+        whole = merge_rows(to_w, (*w.shape,), w.dtype, w.device) if to_w else None
+        return whole, merge_rows(to_scales, (*scales.shape,), scales.dtype, w.device), None
 
 
-def _through_step(
+def _lsq_gradients(
     number_format: Format, gradient: Tensor, w: Tensor, step: Tensor, group_size: int
 ) -> tuple[Tensor, Tensor]:
-    """LSQ's gradients of w [rows, cols] and of the steps [rows, groups]."""
-    top = number_format.highest
-    low, high = number_format.min_code, 2 * top - number_format.maximum  # what is beyond the outer levels' intervals
+    """LSQ's gradients with respect to w [rows, cols] and to the step sizes [rows, groups]."""
+    max_level = number_format.max_level
+    low, high = number_format.min_code, 2 * max_level - number_format.max_code  # beyond them, weights are clipped
     to_w, to_step = torch.empty_like(w), torch.empty_like(step)
-    _, group, full = _grouping(w, group_size)
-    for rows, cols, groups in _blocks(w, group, full):
+    _, group, full = grouping(w, group_size)
+    for rows, cols, groups in cache_blocks(w, group, full):
         shape = (groups.stop - groups.start, -1)
         upstream = gradient[rows, cols].unflatten(1, shape)
         ratio = w[rows, cols].unflatten(1, shape) / step[rows, groups].unsqueeze(2)
         inside = (ratio > low) & (ratio < high)
-        slope = number_format.level_(number_format.choose_(ratio.clone(), low)).sub_(ratio.mul_(inside))
+        slope = number_format.level_(number_format.round_to_code_(ratio.clone(), low)).sub_(ratio.mul_(inside))
         to_w[rows, cols] = (upstream * inside).flatten(1)
-        to_step[rows, groups] = (upstream * slope).sum(2).div_((ratio.shape[2] * top) ** 0.5)
+        to_step[rows, groups] = (upstream * slope).sum(2).div_((ratio.shape[2] * max_level) ** 0.5)
     return to_w, to_step
 
 
-def _through_codes(number_format: Format, gradient: Tensor, codes: Tensor, group_size: int) -> Tensor:
-    """The gradient of scales [rows, groups] of fixed codes int8 [rows, cols]."""
-    _, group, full = _grouping(codes, group_size)
-    found = gradient.new_empty(len(codes), group_count(codes.shape[1], group))
-    for rows, cols, groups in _blocks(codes, group, full):
+def _frozen_codes_gradient(number_format: Format, gradient: Tensor, codes: Tensor, group_size: int) -> Tensor:
+    """The gradient with respect to the scales [rows, groups] of frozen codes int8 [rows, cols]."""
+    _, group, full = grouping(codes, group_size)
+    to_scales = gradient.new_empty(len(codes), group_count(codes.shape[1], group))
+    for rows, cols, groups in cache_blocks(codes, group, full):
         shape = (groups.stop - groups.start, -1)
         level = number_format.level_(codes[rows, cols].to(gradient.dtype)).unflatten(1, shape)
-        found[rows, groups] = (gradient[rows, cols].unflatten(1, shape) * level).sum(2)
-    return found
+        to_scales[rows, groups] = (gradient[rows, cols].unflatten(1, shape) * level).sum(2)
+    return to_scales

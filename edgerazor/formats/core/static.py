@@ -1,9 +1,10 @@
-"""Activations with one stored scale for each linear layer's input, found beforehand or trained.
+"""Static activation quantization: one stored scale for each linear layer's input, calibrated or trained.
 
-A dynamic scale (`_activations.py`) needs the largest value of every group of every token before anything can be
-rounded. A stored one needs nothing at run time, but must serve all tokens: too small and the largest values are cut
-off, too large and the small ones vanish. `calibrated_scale` takes the scale with the least squared error on calibration
-text. Trained, it is LSQ's step (Esser et al., arXiv 1902.08153): with `r = x / s` and codes from `-Qp` to `Qp`,
+A dynamic scale (`activations.py`) needs the largest value of every group of every token before anything can be
+rounded. A static one needs nothing at run time, but must serve all tokens: if it is too small, the largest values are
+clipped; if it is too large, the small ones vanish. `calibrated_scale` takes the scale with the least squared error on
+calibration text. Trained, it is LSQ's step (Esser et al., arXiv 1902.08153): with `r = x / s` and codes from `-Qp` to
+`Qp`,
 
     d x' / d x = 1 where -Qp < r < Qp, else 0
     d x' / d s = (round(r) - r where -Qp < r < Qp, else sign(r)*Qp) / sqrt(features*Qp)
@@ -26,11 +27,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-#: What the scale of a linear layer's input is called, and the one of tokens with fewer bits, behind the layer's path.
+#: Names, after the layer's path, of the scale of a linear layer's input, and of the one for tokens with fewer bits.
 INPUT_SCALE, LOW_INPUT_SCALE = "input_scale", "low_input_scale"
-#: The same of their zero points.
+#: Names of their zero points.
 INPUT_ZERO_POINT, LOW_INPUT_ZERO_POINT = "input_zero_point", "low_input_zero_point"
-#: All that is stored of inputs.
+#: All names under which something is stored of the inputs of a linear layer.
 OF_INPUTS = (INPUT_SCALE, LOW_INPUT_SCALE, INPUT_ZERO_POINT, LOW_INPUT_ZERO_POINT)
 #: The smallest scale: a trained one never reaches zero.
 SMALLEST = 2.0**-24
@@ -57,14 +58,14 @@ def fake_quantize_static(
     """
     largest, step = _largest_code(bits), _number(scale, x)
     if zero_point is None:
-        symmetric: Tensor = _Step.apply(x, step, largest)
+        symmetric: Tensor = _SymmetricStep.apply(x, step, largest)
         return symmetric
-    quantized: Tensor = _Affine.apply(x, step, _number(zero_point, x), largest)
+    quantized: Tensor = _AffineStep.apply(x, step, _number(zero_point, x), largest)
     return quantized
 
 
 def whole_zero_point(zero_point: Tensor, bits: int) -> Tensor:
-    """The zero point that a trained one, float [], stands for: the nearest whole number from `-Qp` to `Qp`."""
+    """The zero point that is computed with for a trained one, float []: the nearest whole number from `-Qp` to `Qp`."""
     largest = _largest_code(bits)
     return zero_point.detach().round().clamp_(-largest, largest)
 
@@ -101,7 +102,9 @@ def _codes(x: Tensor, step: Tensor, largest: int) -> Tensor:
     return (x.to(step.dtype) / step).round_().clamp_(-largest, largest)
 
 
-class _Step(torch.autograd.Function):
+class _SymmetricStep(torch.autograd.Function):
+    """Symmetric codes times the step, with LSQ's gradients."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, largest: int) -> Tensor:
         ctx.largest = largest
@@ -123,8 +126,8 @@ class _Step(torch.autograd.Function):
         return to_x, to_scale, None
 
 
-class _Affine(torch.autograd.Function):
-    """`_Step` with a zero point: the codes of `x + s*z`, which packed models give to the same kernels."""
+class _AffineStep(torch.autograd.Function):
+    """`_SymmetricStep` with a zero point: the codes of `x + s*z`, so that packed models use the same kernels."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, largest: int) -> Tensor:
@@ -149,21 +152,21 @@ class _Affine(torch.autograd.Function):
         return to_x, to_scale, to_zero, None
 
 
-# Finding it -------------------------------------------------------------------------------------------------------
+# Calibration ------------------------------------------------------------------------------------------------------
 
 
 def magnitude_counts(x: Tensor) -> Tensor:
-    """How many values of `x` (any floating dtype and shape) lie in each bin of magnitude: int64 [bins], to add up."""
+    """Histogram of the magnitudes of `x` (any floating dtype and shape): int64 [bins], which can be added up."""
     bins = (LAST - FIRST) * BINS_PER_OCTAVE
-    place = x.detach().float().abs().flatten().log2().sub_(FIRST).mul_(BINS_PER_OCTAVE)  # zero goes to minus infinity
-    return torch.bincount(place.clamp_(0, bins - 1).long(), minlength=bins)
+    bin_index = x.detach().float().abs().flatten().log2().sub_(FIRST).mul_(BINS_PER_OCTAVE)  # minus infinity for zero
+    return torch.bincount(bin_index.clamp_(0, bins - 1).long(), minlength=bins)
 
 
 def calibrated_scale(counts: Tensor, bits: int) -> float:
-    """The scale with the least squared error on values that were counted by `magnitude_counts`.
+    """The scale with the least squared error on values whose histogram `magnitude_counts` made.
 
-    A value beyond the largest code is off by what is cut off, one below half a step by itself, and any other by
-    `s^2 / 12` on average. The candidates put the largest code on the upper end of a bin.
+    A value beyond the largest code has the error that clipping makes, one below half a step its own size, and any other
+    `s / sqrt(12)` in the mean square. The candidates put the largest code on the upper end of a bin.
 
     Raises:
         ValueError: the bits are not 2 to 8.

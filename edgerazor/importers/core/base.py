@@ -1,8 +1,8 @@
-"""What an import is: somebody else's quantized weights as our codes and scales, exactly, or a refusal by name.
+"""What an importer is: somebody else's quantized weights as our codes and scales, exactly, or a refusal by name.
 
 Others' formats come down to integers times a scale for each group of a row, too; an importer only has to take them out
-of their bytes (`Integers`). What number format of ours holds them is found here, for all importers alike: the one of
-fewest bits whose codes include the integers, and the largest groups within which the scale does not change.
+of their bytes (`IntegerMatrix`). Which number format of ours holds them is decided here, for all importers alike: the
+one of fewest bits whose codes include the integers, and the largest groups within which the scale does not change.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from edgerazor import formats
 from edgerazor.formats import Encoded, MatrixSpec
 
 
-class MisfitError(ValueError):
+class UnrepresentableError(ValueError):
     """Weights that no format of ours holds exactly; one sentence that goes on after the tensor's name."""
 
 
-class Integers(NamedTuple):
+class IntegerMatrix(NamedTuple):
     """A matrix: `values` int16 [rows, cols]; `scales` floating [rows, groups of `group_size` columns], of any sign."""
 
     values: Tensor
@@ -31,10 +31,10 @@ class Integers(NamedTuple):
 
 
 #: What a weight is stored as: integers and scales, or floating numbers as they are.
-Stored: TypeAlias = Integers | Tensor
+Stored: TypeAlias = IntegerMatrix | Tensor
 
 
-class Source(ABC):
+class SourceModel(ABC):
     """Somebody else's model, opened.
 
     Attributes:
@@ -57,14 +57,14 @@ class Source(ABC):
 
     @abstractmethod
     def quantized(self, name: str) -> bool:
-        """Whether `read` gives integers for one of them."""
+        """Whether `read` gives integers for a tensor."""
 
     @abstractmethod
     def read(self, name: str) -> Stored:
-        """One of them.
+        """A tensor, by its name.
 
         Raises:
-            MisfitError: it is stored in a way that is not understood.
+            UnrepresentableError: it is stored in a way that is not understood.
         """
 
     @abstractmethod
@@ -77,10 +77,10 @@ class Source(ABC):
 
 
 class Importer(ABC):
-    """One format of others.
+    """One format to read.
 
     Attributes:
-        name: of its file.
+        name: that of its file.
         describe: what it is, in a few words.
         only: whether there is no other way to pack such a model; else one that is to be rounded is not imported.
     """
@@ -91,11 +91,11 @@ class Importer(ABC):
 
     @abstractmethod
     def recognises(self, path: Path) -> bool:
-        """Whether a file or folder is one, at a glance."""
+        """Whether a file or folder is of this format, at a glance."""
 
     @abstractmethod
-    def open(self, path: Path) -> Source:
-        """Read all but the tensors.
+    def open(self, path: Path) -> SourceModel:
+        """Read everything but the tensors.
 
         Raises:
             UserError: it is damaged, or of a family that is not understood.
@@ -105,7 +105,7 @@ class Importer(ABC):
 # Integers in our formats ------------------------------------------------------------------------------------------
 
 
-def fitted(matrix: Integers, lossy: bool = False) -> tuple[Encoded, MatrixSpec]:
+def encode_exactly(matrix: IntegerMatrix, lossy: bool = False) -> tuple[Encoded, MatrixSpec]:
     """Codes, scales and format of a matrix of integers.
 
     Args:
@@ -113,7 +113,7 @@ def fitted(matrix: Integers, lossy: bool = False) -> tuple[Encoded, MatrixSpec]:
         lossy: round scales to float16 where they are none.
 
     Raises:
-        MisfitError: no format holds the integers, or a scale is no float16 number and may not be rounded.
+        UnrepresentableError: no format holds the integers, or a scale is no float16 number and may not be rounded.
     """
     values, scales = _positive(matrix)
     group, scales = _coarsest(scales, matrix.group_size, values.shape[1])
@@ -123,17 +123,17 @@ def fitted(matrix: Integers, lossy: bool = False) -> tuple[Encoded, MatrixSpec]:
     stored = scales.double() * unit
     rounded = stored.half()
     if not torch.isfinite(rounded).all():
-        raise MisfitError("a scale is too large for float16")
+        raise UnrepresentableError("a scale is too large for float16")
     if not lossy and not torch.equal(rounded.double(), stored):
-        raise MisfitError("a scale is no float16 number")
+        raise UnrepresentableError("a scale is no float16 number")
     codes = codes * _columns(rounded != 0, group, codes.shape[1])
     return Encoded(codes.to(torch.int8), rounded), MatrixSpec((name,), group)
 
 
-def _positive(matrix: Integers) -> tuple[Tensor, Tensor]:
-    """Values and scales without negative ones: both change their signs."""
+def _positive(matrix: IntegerMatrix) -> tuple[Tensor, Tensor]:
+    """Values and scales such that no scale is negative: where one was, both change their signs."""
     if not torch.isfinite(matrix.scales).all():
-        raise MisfitError("a scale is not finite")
+        raise UnrepresentableError("a scale is not finite")
     if bool((matrix.scales >= 0).all()):
         return matrix.values, matrix.scales.abs()  # no negative zero either
     signs = torch.where(matrix.scales < 0, -1, 1).to(torch.int16)
@@ -160,12 +160,14 @@ def _columns(of_groups: Tensor, group: int, columns: int) -> Tensor:
 
 def _in_format(values: Tensor, used: Tensor, low: int, high: int) -> tuple[str, Tensor, float]:
     """The format of fewest bits that holds some integers, their codes, and what a scale is multiplied with."""
-    for number_format in sorted(map(formats.get, formats.names()), key=lambda each: each.nominal_bits):
-        ends = torch.tensor([number_format.min_code, number_format.maximum], dtype=torch.float32)
+    for number_format in sorted(
+        map(formats.get, formats.names()), key=lambda number_format: number_format.nominal_bits
+    ):
+        ends = torch.tensor([number_format.min_code, number_format.max_code], dtype=torch.float32)
         levels = number_format.level_(ends.clone())
         if bool((levels % 1 == 0).all()):
-            if number_format.min_code <= low and high <= number_format.maximum:
+            if number_format.min_code <= low and high <= number_format.max_code:
                 return number_format.name, values, 1.0
         elif bool((used % 2 != 0).all()) and 2 * levels[0] <= low and high <= 2 * levels[1]:
             return number_format.name, torch.div(values - 1, 2, rounding_mode="floor"), 2.0
-    raise MisfitError(f"its integers go from {low} to {high}, which no number format here holds")
+    raise UnrepresentableError(f"its integers go from {low} to {high}, which no number format here holds")

@@ -27,7 +27,7 @@ STRING, ARRAY = 8, 9
 #: Number of a type -> name, weights and bytes of a block. Type 42 is Q2_0: blocks of 64 weights in llama.cpp, of 128 in
 #: the fork that had it first, which calls the latter 142 now (PQ2_0).
 TYPES: dict[int, tuple[str, int, int]] = {
-    **{int(each): (each.name, *size) for each, size in gguf.GGML_QUANT_SIZES.items()},
+    **{int(type_): (type_.name, *size) for type_, size in gguf.GGML_QUANT_SIZES.items()},
     41: ("Q1_0", 128, 18),
     42: ("Q2_0", 64, 18),
     142: ("PQ2_0", 128, 34),
@@ -105,14 +105,14 @@ class GgufFile:
         if version not in VERSIONS:
             raise ValueError(f"it has version {version}, and versions 2 and 3 are read")
         count, keys = self._scalar("<Q"), self._scalar("<Q")
-        self.metadata: Mapping[str, Any] = self._pairs(keys)
+        self.metadata: Mapping[str, Any] = self._read_metadata(keys)
         if any(key.startswith(ROTATED) for key in self.metadata):
             raise UserError(
                 f"{self.path} holds weights in a rotated basis (its metadata have {ROTATED}* keys), whose inputs would "
                 "have to be rotated, too, and that is not supported.",
                 "Give a file without rotation, or round the original model: `edgerazor pack MODEL --bits 4`.",
             )
-        self.tensors: Mapping[str, Tensor] = self._infos(count)
+        self.tensors: Mapping[str, Tensor] = self._read_tensor_infos(count)
         if not self.tensors:
             raise ValueError("it holds no tensors")
         alignment = self.metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
@@ -122,34 +122,34 @@ class GgufFile:
         self._settle_q2_0()
 
     def _count(self, entries: int) -> None:
-        """Take note of keys, tensors or strings that come next."""
+        """Count keys, tensors or strings that come next, and refuse too many."""
         self._entries += entries
         if self._entries > MOST_ENTRIES:
             raise ValueError(f"it has more than {MOST_ENTRIES:,} keys, tensors and strings")
 
-    def _pairs(self, count: int) -> dict[str, Any]:
+    def _read_metadata(self, count: int) -> dict[str, Any]:
         self._count(count)
-        found: dict[str, Any] = {}
+        metadata: dict[str, Any] = {}
         for _ in range(count):
             key = self._string()
-            if key in found:
+            if key in metadata:
                 raise ValueError(f"it has {key} twice")
-            found[key] = self._value(self._scalar("<I"))
-        return found
+            metadata[key] = self._value(self._scalar("<I"))
+        return metadata
 
-    def _infos(self, count: int) -> dict[str, Tensor]:
+    def _read_tensor_infos(self, count: int) -> dict[str, Tensor]:
         self._count(count)
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for _ in range(count):
             name = self._string()
             dimensions = self._scalar("<I")
-            if name in found or not 0 < dimensions <= 4:
+            if name in tensors or not 0 < dimensions <= 4:
                 raise ValueError(f"it has {name} twice, or with {dimensions} dimensions")
             shape = tuple(self._scalar("<Q") for _ in range(dimensions))
             if min(shape) < 1 or math.prod(shape) > 1 << 48:
                 raise ValueError(f"{name} has the impossible shape {list(shape)}")
-            found[name] = Tensor(shape[::-1], self._scalar("<I"), self._scalar("<Q"))
-        return found
+            tensors[name] = Tensor(shape[::-1], self._scalar("<I"), self._scalar("<Q"))
+        return tensors
 
     def _settle_q2_0(self) -> None:
         """Tell which blocks type 42 has: those of 128 weights are smaller, and leave no room for the others."""

@@ -1,4 +1,4 @@
-"""What a loss sees and what it gives back.
+"""What a loss is given and what it returns.
 
 An optimizer step is made of several micro-batches, perhaps on several processes, and its loss is a mean over all of
 them. A mean of means would be wrong where micro-batches hold different numbers of tokens, so a loss returns its
@@ -7,7 +7,7 @@ micro-batches and processes, to exactly the loss of the one large batch. The cou
 step's teacher outputs decide (`teacher_statistics`), are known before the student's first backward pass.
 
 Position `t` predicts token `t + 1`, so position `t` counts when `labels[t + 1]` is not -100, and the last position
-of a row never counts. Every loss uses this one mask (`predicting`), with the two counts that `step_counts` gives.
+of a sequence never counts. Every loss uses this one mask (`prediction_mask`), with the two counts of `step_counts`.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Head:
     """From final hidden states to logits: `z = cap·tanh(u / cap)`, `u = scale·(h Wᵀ + b)`; without a cap, `z = u`.
 
     Args:
-        weight: `[V, H]`, any floating dtype: what the products are computed with.
+        weight: `[V, H]`, any floating dtype, as the products are computed with it.
         bias: `[V]` or None.
         scale: factor of the logits (Cohere, Granite).
-        cap: largest size of a logit (Gemma), or None.
-        master: where the gradient of the weight goes, `[V, H]` (straight through); None for nowhere.
+        cap: soft cap, the largest absolute value of a logit (Gemma), or None.
+        master: `[V, H]`, receives the straight-through gradient of the weight; None where it has no gradient.
     """
 
     weight: Tensor
@@ -45,7 +45,7 @@ class Head:
     master: Tensor | None = None
 
     def logits(self, states: Tensor) -> Tensor:
-        """`[n, H]` -> `[n, V]` float32 (float64 for float64 weights), without gradient."""
+        """Hidden states `[n, H]` -> logits `[n, V]` float32 (float64 for float64 weights), without gradient."""
         weight = self.weight.detach()
         z = _exact_product(states.to(weight.dtype), weight)
         if self.bias is not None:
@@ -61,40 +61,40 @@ class Head:
         return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
 
 
-#: Rows of a short head that are widened at a time, where products of short numbers cannot give long ones.
+#: Rows of a 16-bit head that are converted to float32 at a time, where products of 16-bit factors give 16-bit sums.
 WIDENED_ROWS = 1 << 14
 
 
 def _exact_product(states: Tensor, weight: Tensor) -> Tensor:
     """`states [n, H]` times `weight [V, H]` transposed, `[n, V]` float32 (float64 for float64 factors).
 
-    Factors of 16 bits are multiplied as they are and added up in float32, and the sum is never rounded to 16 bits: a
-    logit of 20 in bfloat16 is known to 1/16 only, which alone is a divergence of more than 1e-4 nats.
+    Factors of 16 bits are multiplied as they are and summed in float32, and the sum is never rounded to 16 bits: a
+    logit of 20 in bfloat16 is exact to 1/16 only, which alone is a divergence of more than 1e-4 nats.
     """
-    wide = exact(weight.dtype)
-    if weight.dtype == wide:
+    dtype = compute_dtype(weight.dtype)
+    if weight.dtype == dtype:
         return states @ weight.T
     if weight.is_cuda:
-        return torch.mm(states, weight.T, out_dtype=wide)
-    states = states.to(wide)
+        return torch.mm(states, weight.T, out_dtype=dtype)
+    states = states.to(dtype)
     z = states.new_empty(len(states), len(weight))
     for start in range(0, len(weight), WIDENED_ROWS):
         part = slice(start, start + WIDENED_ROWS)
-        torch.mm(states, weight[part].T.to(wide), out=z[:, part])
+        torch.mm(states, weight[part].T.to(dtype), out=z[:, part])
     return z
 
 
 @dataclass
 class Attention:
-    """What entered one layer's attention, behind the rotary embedding and any rounding.
+    """The inputs of one layer's attention, behind the rotary embedding and any quantization.
 
     Args:
-        query: `[B, heads, T, d]`, any floating dtype; None where nobody asked for it.
-        key: `[B, kv heads, T, d]`; query head `h` reads key head `h // (heads / kv heads)`.
+        query: `[B, heads, T, d]`, any floating dtype; None where it was not requested.
+        key: `[B, kv heads, T, d]`; query head `h` attends to key head `h // (heads / kv heads)`.
         value: `[B, kv heads, T, d']`.
         scale: factor of the scores `q kᵀ`.
-        cap: largest size of a score (Gemma 2), or None.
-        mask: `[B or 1, 1, T, T]` bool, true where a query (row) may look at a key; None for every key up to its own.
+        cap: soft cap, the largest absolute value of a score (Gemma 2), or None.
+        mask: `[B or 1, 1, T, T]` bool, true where a query (row) may attend to a key; None for the causal mask.
     """
 
     query: Tensor | None = None
@@ -105,7 +105,11 @@ class Attention:
     mask: Tensor | None = None
 
     def allowed(self, sample: int, rows: Tensor, length: int) -> Tensor:
-        """Which of the first `length` keys the queries at positions `rows [n]` of a sample see, `[n, length]` bool."""
+        """Which of the first `length` keys the queries at positions `rows [n]` of a sample attend to.
+
+        Returns:
+            `[n, length]` bool.
+        """
         if self.mask is not None:
             return self.mask[sample if len(self.mask) > 1 else 0, 0, rows, :length]
         return rows[:, None] >= torch.arange(length, device=rows.device)
@@ -113,79 +117,81 @@ class Attention:
 
 @dataclass
 class Outputs:
-    """What a model said about one micro-batch.
+    """The outputs of a model for one micro-batch.
 
     Args:
-        states: `[B, T, H]`, the final hidden states, which `head` makes logits of; without a head they are the logits
-            themselves, `[B, T, V]`. Any floating dtype.
-        hidden: layer number -> `[B, T, H]`; 0 is the embedding's output, `l` the output of decoder layer `l`
-            (counted from 1), that of the last layer behind the final norm, as `hidden_states` of transformers. Only the
-            layers that were asked for are present.
-        head: makes logits, see above.
-        attention: layer number, counted from 1 -> what entered its attention, of the layers that were asked for.
-        others: of further teachers. What they say of the next tokens is averaged with what this one says (EdgeQAT's
+        last_hidden_state: `[B, T, H]`, behind the final norm, from which `head` computes logits; without a head the
+            logits themselves, `[B, T, V]`. Any floating dtype.
+        hidden_states: layer number -> `[B, T, H]`; 0 is the embedding's output, `l` the output of decoder layer `l`
+            (counted from 1), that of the last layer behind the final norm, as `hidden_states` of transformers. Only
+            the requested layers are present.
+        head: computes logits, see above.
+        attention: layer number, counted from 1 -> inputs of its attention, of the requested layers.
+        others: outputs of further teachers, whose next-token distributions are averaged with this one's (EdgeQAT's
             ensemble); hidden states and attention are always the first teacher's alone.
-        averaging: what of them is averaged: their "probabilities", or as EdgeQAT their "logits".
+        averaging: what is averaged: "probabilities", or, as in EdgeQAT, "logits".
     """
 
-    states: Tensor
-    hidden: dict[int, Tensor] = field(default_factory=dict)
+    last_hidden_state: Tensor
+    hidden_states: dict[int, Tensor] = field(default_factory=dict)
     head: Head | None = None
     attention: dict[int, Attention] = field(default_factory=dict)
     others: tuple[Outputs, ...] = ()
     averaging: str = "probabilities"
-    _kept: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
+    # index of each position among the cached ones, [B·T]; the cached logits, [n, V]
+    _logits_cache: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
 
     @property
-    def vocabulary(self) -> int:
+    def vocab_size(self) -> int:
         """Number of logits of a position: with further teachers, of those entries that all of them have."""
-        own = self.states.shape[-1] if self.head is None else self.head.weight.shape[0]
-        return min([own, *(other.vocabulary for other in self.others)])
+        own = self.last_hidden_state.shape[-1] if self.head is None else self.head.weight.shape[0]
+        return min([own, *(other.vocab_size for other in self.others)])
 
-    def at(self, positions: Tensor) -> Tensor:
-        """The states `[n, H]` of positions `[n]` int64, counted through all samples."""
-        return self.states.detach().flatten(0, 1).index_select(0, positions)
+    def states_at(self, positions: Tensor) -> Tensor:
+        """Last hidden states `[n, H]` at positions `[n]` int64, counted through all samples, without gradient."""
+        return self.last_hidden_state.detach().flatten(0, 1).index_select(0, positions)
 
-    def keep_logits(self, positions: Tensor, elements: int) -> None:
-        """Compute the logits of positions `[n]` now and keep them, so that a second look at them costs nothing.
+    def cache_logits(self, positions: Tensor, max_elements: int) -> None:
+        """Compute the logits at positions `[n]` now and cache them for later calls of `logits`.
 
         Args:
-            positions: all that will be asked for, ascending.
-            elements: how many numbers may be kept; where there are more, nothing is.
+            positions: all positions of later calls, ascending.
+            max_elements: how many numbers may be cached; where there are more, none is.
         """
-        if self._kept is None and 0 < len(positions) * self.vocabulary <= elements:
-            place = torch.empty(self.states.shape[:2].numel(), dtype=torch.int64, device=positions.device)
-            place[positions] = torch.arange(len(positions), device=positions.device)
-            self._kept = place, self.logits(positions)
+        if self._logits_cache is None and 0 < len(positions) * self.vocab_size <= max_elements:
+            size = self.last_hidden_state.shape[:2].numel()
+            index = torch.empty(size, dtype=torch.int64, device=positions.device)
+            index[positions] = torch.arange(len(positions), device=positions.device)
+            self._logits_cache = index, self.logits(positions)
 
     def logits(self, positions: Tensor) -> Tensor:
-        """The logits `[n, V]` of positions `[n]`, a new tensor without gradient.
+        """The logits `[n, V]` at positions `[n]`, a new tensor without gradient.
 
-        With further teachers it is the mean of all teachers' logits, or the logarithm of that of their probabilities,
+        With further teachers the mean of all teachers' logits, or the logarithm of the mean of their probabilities,
         one model at a time.
         """
-        if self._kept is not None:
-            place, logits = self._kept
-            return logits[place[positions]]
-        states = self.at(positions)
+        if self._logits_cache is not None:
+            index, logits = self._logits_cache
+            return logits[index[positions]]
+        states = self.states_at(positions)
         logits = states if self.head is None else self.head.logits(states)
         if not self.others:
             return logits
-        entries = self.vocabulary
+        vocab_size = self.vocab_size
         if self.averaging == "logits":
-            mean = logits[:, :entries].to(exact(logits.dtype)).clone()
+            mean = logits[:, :vocab_size].to(compute_dtype(logits.dtype)).clone()
             for other in self.others:
-                mean += other.logits(positions)[:, :entries]
+                mean += other.logits(positions)[:, :vocab_size]
             return mean.div_(1 + len(self.others))
-        total = log_probabilities(logits, entries)
+        total = log_probs(logits, vocab_size)
         for other in self.others:
-            total = torch.logaddexp(total, log_probabilities(other.logits(positions), entries))
+            total = torch.logaddexp(total, log_probs(other.logits(positions), vocab_size))
         return total.sub_(math.log(1 + len(self.others)))
 
 
-def log_probabilities(logits: Tensor, entries: int) -> Tensor:
-    """`[n, V]` -> `[n, entries]`: log softmax over the first entries, float32 (float64 for float64 logits)."""
-    return torch.log_softmax(logits[:, :entries].to(exact(logits.dtype)), dim=-1)
+def log_probs(logits: Tensor, vocab_size: int) -> Tensor:
+    """Logits `[n, V]` -> `[n, vocab_size]`: log softmax over the first entries, float32 (float64 for float64)."""
+    return torch.log_softmax(logits[:, :vocab_size].to(compute_dtype(logits.dtype)), dim=-1)
 
 
 @dataclass(frozen=True)
@@ -193,7 +199,7 @@ class StepTotals:
     """Counts of the whole optimizer step: the sums of `step_counts` over its micro-batches and processes.
 
     Args:
-        samples: rows with at least one position that counts.
+        samples: sequences with at least one position that counts.
         tokens: positions that count.
         statistics: the sums of every loss's `teacher_statistics`, divided by `samples`.
     """
@@ -204,7 +210,7 @@ class StepTotals:
 
 
 class Loss(ABC):
-    """One thing the student is asked to match. A file of this folder offers one subclass as `LOSS`.
+    """One thing the student is asked to match. A file of `losses/` offers one subclass as `LOSS`.
 
     The constructor takes the loss's options from a recipe as keyword arguments with defaults, and raises `UserError`
     for values that make no sense.
@@ -212,42 +218,48 @@ class Loss(ABC):
 
     #: Whether `__call__` needs the teacher's outputs.
     needs_teacher: bool = True
-    #: What it needs of each of its `attention_layers` (see `Attention`).
+    #: Which inputs of attention it needs of each of its `attention_layers`: fields of `Attention`.
     attention_parts: tuple[str, ...] = ()
 
-    def choose_layers(self, count: int, measured: Mapping[str, Sequence[float]]) -> None:  # noqa: B027 - most need none
-        """Decide which layers it looks at; called once, before anything else is asked.
+    def choose_layers(  # noqa: B027 - not abstract, because most losses have no layers to choose
+        self, layer_count: int, layer_metrics: Mapping[str, Sequence[float]]
+    ) -> None:
+        """Decide which layers it compares; called once, before any other method.
 
         Args:
-            count: decoder layers of the model.
-            measured: metric -> its value for each layer of the teacher, as calibrate measured it.
+            layer_count: decoder layers of the model.
+            layer_metrics: metric -> its value for each layer of the teacher, as calibrate measured it.
         """
 
     def attention_layers(self) -> tuple[int, ...]:
-        """Layers whose attention it needs of student and, where it needs one, teacher; counted from 1, ascending."""
+        """Layers whose attention inputs it needs, of the student and, where it needs one, of the teacher.
+
+        Returns:
+            layer numbers counted from 1, ascending.
+        """
         return ()
 
     def hidden_layers(self) -> tuple[int, ...]:
-        """Layers whose hidden states it needs of student and teacher, ascending (see `Outputs.hidden`)."""
+        """Layers whose hidden states it needs of student and teacher, ascending (see `Outputs.hidden_states`)."""
         return ()
 
     def compared_layers(self, totals: StepTotals) -> tuple[int, ...]:
-        """Those of them that it still needs when the step's statistics are known."""
+        """Those of its hidden layers that `__call__` compares in a step with these statistics."""
         return self.hidden_layers()
 
-    def chooses_anew(self) -> bool:
-        """Whether that differs from step to step."""
+    def layers_vary_by_step(self) -> bool:
+        """Whether `compared_layers` differ from step to step."""
         return False
 
-    def looks_twice(self) -> bool:
-        """Whether `teacher_statistics` looks at the teacher's next-token distributions, before `__call__` does."""
+    def statistics_need_logits(self) -> bool:
+        """Whether `teacher_statistics` computes the teacher's next-token distributions, as `__call__` does later."""
         return False
 
     def teacher_statistics(self, teacher: Outputs, labels: Tensor) -> dict[str, Tensor]:
         """Sums over the samples of a micro-batch, from the teacher alone.
 
-        The training loop adds them up over micro-batches and processes and divides by the step's samples; the
-        quotients arrive in `StepTotals.statistics` under the same names.
+        The training loop sums them over micro-batches and processes and divides by the step's samples; the means
+        are given to `__call__` in `StepTotals.statistics`, under the same names.
 
         Args:
             teacher: the teacher's outputs for the micro-batch.
@@ -276,7 +288,7 @@ class Loss(ABC):
         """
 
 
-def predicting(labels: Tensor) -> Tensor:
+def prediction_mask(labels: Tensor) -> Tensor:
     """Which positions count: `[B, T]` bool, true at `t` where `labels[:, t + 1]` is not -100; `labels [B, T]` int64."""
     mask = torch.zeros_like(labels, dtype=torch.bool)
     mask[:, :-1] = labels[:, 1:] != MASKED
@@ -284,28 +296,28 @@ def predicting(labels: Tensor) -> Tensor:
 
 
 def step_counts(labels: Tensor) -> tuple[int, int]:
-    """`(samples, tokens)` of one micro-batch, to be added up into `StepTotals`; `labels [B, T]` int64.
+    """`(samples, tokens)` of one micro-batch, to be summed into `StepTotals`; `labels [B, T]` int64.
 
-    A sample without any position that counts is no sample: it changes neither sums nor counts.
+    A sample without any position that counts is not counted, and changes no sum.
     """
-    mask = predicting(labels)
+    mask = prediction_mask(labels)
     return int(mask.any(dim=1).sum()), int(mask.sum())
 
 
 def sample_weights(labels: Tensor, samples: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Weights `[B, T]` that turn a sum over positions into a mean per sample and then over the step's samples.
+    """Per-token weights `[B, T]`: a weighted sum is the mean over each sample's tokens, then over the step's samples.
 
     Args:
         labels: `[B, T]` int64, -100 where masked.
-        samples: samples of the whole step; 1 gives sums over samples of means over their positions.
+        samples: samples of the whole step; 1 gives the sum over samples of the mean over their tokens.
         dtype: dtype of the result.
     """
-    mask = predicting(labels).to(dtype)
+    mask = prediction_mask(labels).to(dtype)
     return mask / mask.sum(dim=1, keepdim=True).clamp(min=1) / max(samples, 1)
 
 
-def exact(dtype: torch.dtype) -> torch.dtype:
-    """The dtype a loss is computed in: float64 for float64 inputs, float32 for everything shorter."""
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a loss is computed: float64 for float64 inputs, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -321,10 +333,15 @@ def require_teacher(teacher: Outputs | None, loss: Loss) -> Outputs:
 
 
 def positive(name: str, value: float, above: float = 0.0) -> float:
-    """`value`, when it is a finite number greater than `above`.
+    """Check an option of a loss and return it as a float.
+
+    Args:
+        name: of the option, for the message.
+        value: of the option.
+        above: it must be finite and greater than this.
 
     Raises:
-        UserError: it is not; `name` is the option's name in the message.
+        UserError: it is not.
     """
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not above < value < float("inf"):

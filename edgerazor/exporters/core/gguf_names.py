@@ -1,0 +1,74 @@
+"""llama.cpp's names of tensors, their order in a file, and the order of their rows."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgerazor.exporters.core.gguf_metadata import refused
+from edgerazor.families import EMBEDDING, FINAL_NORM, HEAD, GgufArchitecture, head_size
+
+#: Parts of a decoder layer -> llama.cpp's names.
+LAYER_PARTS = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+#: Modules outside the decoder layers, in the order of the file.
+OTHER_PARTS = {EMBEDDING: "token_embd", FINAL_NORM: "output_norm", HEAD: "output"}
+IN_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+#: The tensor that divides the frequencies of rotary positions scaled as in Llama 3.
+ROPE_FACTORS = "rope_freqs.weight"
+
+
+def gguf_name(architecture: GgufArchitecture, name: str) -> str:
+    """llama.cpp's name of a tensor (`model.layers.0.mlp.up_proj.weight`).
+
+    Raises:
+        UserError: its code does not read such a tensor.
+    """
+    module, _, parameter = name.rpartition(".")
+    in_layer = IN_LAYER.fullmatch(module)
+    part = LAYER_PARTS.get(in_layer[2]) if in_layer else OTHER_PARTS.get(module)
+    is_read = part is not None and parameter in ("weight", "bias")
+    if is_read and parameter == "bias":
+        is_read = part in architecture.biases
+    if is_read and part in ("attn_q_norm", "attn_k_norm"):
+        is_read = architecture.qk_norms
+    if not is_read:
+        raise refused(f"llama.cpp's {architecture.name} reads no tensor {name}")
+    return f"blk.{in_layer[1]}.{part}.{parameter}" if in_layer else f"{part}.{parameter}"
+
+
+def file_order(target: str) -> tuple[int, int, str]:
+    """Sort key of a tensor, by llama.cpp's name: embedding, layers, final norm, head."""
+    if target.startswith("blk."):
+        return 1, int(target.split(".")[1]), target
+    return (0 if target.startswith("token_embd") else 2), 0, target
+
+
+def row_order(architecture: GgufArchitecture, config: dict[str, Any], target: str) -> Tensor | None:
+    """Which row of q or k stands at each place of the file, int64 [rows]; None where all stay in place.
+
+    transformers rotates row i of a head with row i + half; llama.cpp's `llama` rotates neighbours. Sorting the rows is
+    exact, whatever they are made of.
+    """
+    part = target.split(".")[2] if target.startswith("blk.") else ""
+    if not architecture.interleaved_rope or part not in ("attn_q", "attn_k"):
+        return None
+    heads = config["num_attention_heads"]
+    if part == "attn_k":
+        heads = config.get("num_key_value_heads") or heads
+    size = head_size(config)
+    return torch.arange(heads * size).reshape(heads, 2, size // 2).transpose(1, 2).reshape(-1)

@@ -1,0 +1,13 @@
+"""OLMo 2: norms behind attention and MLP instead of before, and one norm over all heads of queries and of keys."""
+
+from edgerazor.families.core.base import NORMS_AFTER, QK_NORMS, Family, NativeArchitecture, attention_bias
+
+FAMILY = Family(
+    native=NativeArchitecture(
+        "Olmo2RotaryEmbedding",
+        qkv_bias=attention_bias,
+        o_bias=attention_bias,
+        norms={**NORMS_AFTER, **QK_NORMS},
+        norm_all_heads=True,
+    )
+)

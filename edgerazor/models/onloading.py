@@ -1,0 +1,63 @@
+"""Onloading: a module's weights on the compute device for as long as it is worked on, and off it again.
+
+The rest of the model stays where it was loaded. On a CPU that is no memory at all where the checkpoint's own dtype is
+kept, since transformers leaves safetensors mapped (`load(..., dtype=None)`), and `drop_pages` gives mapped pages back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+@contextlib.contextmanager
+def onloaded(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Give a module copies of its weights on a device and in a dtype inside the block; buffers keep their dtype.
+
+    Where device and dtype are those of the weights already, nothing is copied.
+    """
+    parameters = [(parameter, parameter.data) for parameter in module.parameters()]
+    buffers = [(owner, key, value) for owner in module.modules() for key, value in owner.named_buffers(recurse=False)]
+    try:
+        for parameter, data in parameters:
+            parameter.data = data.to(device, dtype if data.is_floating_point() else data.dtype)
+        for owner, key, value in buffers:
+            owner._buffers[key] = value.to(device)
+        yield
+    finally:
+        for parameter, data in parameters:
+            parameter.data = data
+        for owner, key, value in buffers:
+            owner._buffers[key] = value
+
+
+def drop_pages(weight: Tensor) -> None:
+    """Give the memory of a weight that is mapped from its file back to the system; its next use reads it again.
+
+    Of other weights, and of mapped ones that were written to, nothing is given back. Nor is anything where the system
+    is not Linux, or does not tell the state of its memory pages.
+    """
+    page = mmap.PAGESIZE
+    first, end = -(-weight.data_ptr() // page), (weight.data_ptr() + weight.nbytes) // page  # whole pages
+    if weight.device.type != "cpu" or not weight.is_contiguous() or first >= end:
+        return
+    with contextlib.suppress(OSError), open("/proc/self/pagemap", "rb") as pagemap:
+        pagemap.seek(8 * first)
+        entries = np.frombuffer(pagemap.read(8 * (end - first)), dtype=np.uint64)
+        resident = entries >> np.uint64(62) != 0  # in memory or swapped out
+        unchanged = entries >> np.uint64(61) & np.uint64(1) == 1  # a page of a file, and not written to
+        if len(entries) == end - first and bool((unchanged | ~resident).all()):
+            length = (end - first) * page
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first * page), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+
+
+def trim_heap() -> None:
+    """Let the C library return free memory to the system; activations of all sizes would leave its heap fragmented."""
+    with contextlib.suppress(AttributeError, OSError):  # another library than GNU's
+        ctypes.CDLL(None).malloc_trim(0)

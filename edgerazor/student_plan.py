@@ -1,0 +1,175 @@
+"""What a plan makes of a teacher: how the student computes, which tensors it stores, and how large it is when packed.
+
+Nothing here reads a recipe or a file: plan, structure and measured numbers come in, answers go out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from edgerazor import formats, modules, packed
+from edgerazor.allocate import Plan
+from edgerazor.models import PreTrainedModel, Structure
+from edgerazor.modules import attention
+from edgerazor.packed import FolderSize
+from edgerazor.recipe import Calibrate
+
+#: Values of `calibrate.init` whose scales or codes calibrate finds with text, beside the plan.
+CALIBRATED_INITS = ("clip", "gptq")
+#: A number below 1 that JSON needs most characters for.
+LONGEST_NUMBER = 1.2345678901234567e-05
+
+#: Name of a tensor -> its dtype in safetensors and its shape.
+TensorSpecs = dict[str, tuple[str, tuple[int, ...]]]
+
+
+# --- what it needs -----------------------------------------------------------------------------
+
+
+def needs_calibration(settings: Calibrate) -> bool:
+    """Whether a model of these settings cannot be made without what calibrate measures, even without training."""
+    return (
+        settings.activation_scales != "dynamic"
+        or settings.adaptive_tokens == "causal"
+        or settings.init in CALIBRATED_INITS
+    )
+
+
+def check_attention(model: PreTrainedModel, settings: Plan | Calibrate) -> None:
+    """Make sure that what enters attention can be rounded as the settings say, and tokens be told apart.
+
+    Raises:
+        UserError: the model's attention is not built for it.
+    """
+    attention.check_attention_bits(model, min(settings.kv_bits, settings.query_bits, settings.probability_bits))
+    if settings.adaptive_tokens != "off":
+        attention.deciding_layers(model)
+
+
+# --- how it computes ---------------------------------------------------------------------------
+
+
+def settings_of(plan: Plan, thresholds: Sequence[float] = ()) -> modules.Settings:
+    """How a student of this plan computes.
+
+    Args:
+        plan: what calibrate or the recipe decided.
+        thresholds: importance below which a token has few bits, one per decoder layer; none where all tokens are alike.
+    """
+    return modules.Settings(
+        activation_bits=plan.activation_bits,
+        kv_bits=plan.kv_bits,
+        group_size=plan.group_size,
+        learned_scales=plan.scales == "learned",
+        learned_inputs=plan.activation_scales in ("learned", "asymmetric"),
+        learned_zero_points=plan.activation_scales == "asymmetric",
+        query_bits=plan.query_bits,
+        probability_bits=plan.probability_bits,
+        adaptive_tokens=plan.adaptive_tokens,
+        thresholds=tuple(thresholds),
+    )
+
+
+def header_settings(settings: modules.Settings) -> dict[str, Any]:
+    """The part of the settings that the header of a packed model holds, as JSON values."""
+    return {name: getattr(settings, name) for name in packed.SETTINGS} | {"thresholds": list(settings.thresholds)}
+
+
+# --- which tensors it stores -------------------------------------------------------------------
+
+
+def tied_modules(structure: Structure) -> dict[str, str]:
+    """Path of each module that uses another one's matrix -> path of that one."""
+    return {} if structure.head else {structure.head_path: structure.embedding.name}
+
+
+def matrix_tensors(structure: Structure) -> set[str]:
+    """Names of all tensors that hold quantized matrices, or their trained scales."""
+    paths = [*(site.name for site in structure.targets), structure.head_path]
+    return {f"{path}.{part}" for path in paths for part in ("weight", "scales")}
+
+
+def other_tensors(model: PreTrainedModel, structure: Structure) -> dict[str, torch.Tensor]:
+    """The tensors of a model that are not quantized, by name."""
+    quantized = matrix_tensors(structure)
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in quantized}
+
+
+def other_specs(model: PreTrainedModel, structure: Structure, as_float32: bool) -> TensorSpecs:
+    """The tensors that are not quantized as they will be stored: a student's, which is trained in float32, as that."""
+    specs: TensorSpecs = {
+        name: packed.tensor_spec(name, tensor) for name, tensor in other_tensors(model, structure).items()
+    }
+    if not as_float32:
+        return specs
+    floating = {name: shape for name, (dtype, shape) in specs.items() if packed.DTYPES[dtype].is_floating_point}
+    return specs | {name: ("F32", shape) for name, shape in floating.items()}
+
+
+def input_scale_names(
+    settings: Plan | Calibrate, model: PreTrainedModel, structure: Structure
+) -> dict[str, tuple[str, int]]:
+    """The stored scales of inputs: `P.input_scale` -> its linear layer P, and the bits.
+
+    Args:
+        settings: say whether scales are stored, or found anew for each token, when there are none; tokens with fewer
+            bits have a scale of their own, `P.low_input_scale`.
+        model: where the linear layers are.
+        structure: of the model.
+
+    Raises:
+        UserError: the model's tokens cannot have bits of their own.
+    """
+    if settings.activation_scales == "dynamic":
+        return {}
+    paths = (*(site.name for site in structure.linears), structure.head_path)
+    scales = {f"{path}.{formats.INPUT_SCALE}": (path, settings.activation_bits) for path in paths}
+    if settings.adaptive_tokens != "off":
+        for path in attention.deciding_layers(model):
+            scales[f"{path}.{formats.LOW_INPUT_SCALE}"] = (path, attention.UNIMPORTANT_BITS)
+    return scales
+
+
+def _input_tensors(plan: Plan, model: PreTrainedModel, structure: Structure) -> list[str]:
+    """Names of all tensors that are stored of inputs: scales, and their zero points where there are any."""
+    scales = list(input_scale_names(plan, model, structure))
+    if plan.activation_scales != "asymmetric":
+        return scales
+    zero_points = {formats.INPUT_SCALE: formats.INPUT_ZERO_POINT, formats.LOW_INPUT_SCALE: formats.LOW_INPUT_ZERO_POINT}
+    split = (name.rpartition(".") for name in scales)
+    return [*scales, *(f"{path}.{zero_points[kind]}" for path, _, kind in split)]
+
+
+# --- how large it is ---------------------------------------------------------------------------
+
+
+def packed_size(
+    plan: Plan,
+    model: PreTrainedModel,
+    structure: Structure,
+    others: TensorSpecs,
+    settings: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    shard_bytes: int,
+) -> FolderSize:
+    """What `pack` would write of a plan, to the byte.
+
+    Args:
+        plan: formats of all matrices.
+        model: the teacher; only names of its modules count.
+        structure: of the model.
+        others: as `other_specs`.
+        settings, provenance: of the header.
+        shard_bytes: size of shards.
+    """
+    return packed.predict(
+        ((matrix.name, matrix.kind, matrix.spec(), matrix.shape) for matrix in plan.matrices),
+        others | dict.fromkeys(_input_tensors(plan, model, structure), ("F32", ())),
+        tied=tied_modules(structure),
+        settings=dict(settings),
+        provenance=dict(provenance),
+        shard_bytes=shard_bytes,
+    )

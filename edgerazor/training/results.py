@@ -1,0 +1,99 @@
+"""What a training reports: its result, the estimate of a dry run, and how both are shown."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel
+from rich.console import RenderableType
+
+from edgerazor.console import table
+
+
+class PhaseResult(BaseModel):
+    """What one phase reached.
+
+    Attributes:
+        phase: its number among the recipe's, from 1; 0 for what comes before them.
+        what: `initialise`, `reconstruct`, `scales` or `all`.
+        steps: optimizer steps; of `reconstruct`, those of all layers.
+        seconds: of training and evaluation.
+        held_out: held-out loss at its end, in the training's measure.
+    """
+
+    phase: int
+    what: str
+    steps: int
+    seconds: float
+    held_out: float
+
+
+class PhaseEstimate(BaseModel):
+    """What a phase would take; None where only the clock limits it."""
+
+    steps: int | None
+    seconds: float | None
+
+
+class DistillResult(BaseModel):
+    """What distill reached. `stopped` says why it ended: the budget was used up, or the target of quality reached."""
+
+    notation: str
+    steps: int
+    tokens: int
+    seconds: float
+    loss: float
+    best: float
+    best_step: int
+    measure: str
+    tokens_per_second: float
+    block_errors: list[tuple[float, float]] = []
+    phases: list[PhaseResult] = []
+    stopped: Literal["budget", "target"] = "budget"
+
+
+class DistillDryRun(BaseModel):
+    """What distill would do."""
+
+    notation: str
+    steps: int | None
+    tokens_per_step: int
+    memory_bytes: int
+    disk_bytes: int
+    result_bytes: int
+    seconds_per_step: float
+    seconds: float | None
+    phases: dict[str, PhaseEstimate] = {}
+
+
+def result_tables(result: DistillResult) -> list[RenderableType]:
+    """The training as tables for a terminal; its phases first, where it has any."""
+    tables: list[RenderableType] = [_summary(result)]
+    if result.phases:
+        names = [f"{phase.phase} {phase.what}" if phase.phase else phase.what for phase in result.phases]
+        rows = [
+            [name, str(phase.steps), f"{phase.seconds:.0f}", f"{phase.held_out:.4f}"]
+            for name, phase in zip(names, result.phases, strict=True)
+        ]
+        tables.insert(0, table("Phases", ["phase", "steps", "seconds", f"{result.measure}, at its end"], rows))
+    return tables
+
+
+def _summary(result: DistillResult) -> RenderableType:
+    errors = [f"{before:.3f} to {after:.3f}" for before, after in result.block_errors]
+    return table(
+        f"Student {result.notation}" + (", target reached" if result.stopped == "target" else ""),
+        ["steps", "tokens", "seconds", "tokens/s", "loss", result.measure, "at step"],
+        [
+            [
+                str(result.steps),
+                f"{result.tokens:,}",
+                f"{result.seconds:.0f}",
+                f"{result.tokens_per_second:,.0f}",
+                f"{result.loss:.4f}",
+                f"{result.best:.4f}",
+                str(result.best_step),
+            ]
+        ],
+        caption=f"Layers were reconstructed first, relative error from {', '.join(errors)}" if errors else "",
+    )

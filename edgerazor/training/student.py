@@ -1,0 +1,92 @@
+"""The student: the model in training, with fake-quantized weights, and what the losses read of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from edgerazor import models, modules
+from edgerazor.allocate import Plan
+from edgerazor.losses import Head, Outputs
+from edgerazor.models import PreTrainedModel, Structure
+from edgerazor.recipe import Distill
+from edgerazor.training.captured_states import Captures, capture
+
+
+@dataclass
+class Student:
+    """The model in training.
+
+    Attributes:
+        model: with training modules in the places of linear layers, embedding and head.
+        structure: where its layers are.
+        logit_shape: factor and cap of its logits (see `models.logit_shape`).
+        accelerator: knows the other processes and the precision of products.
+        wrapped: the model as accelerate wraps it where there are several processes, else the model itself.
+    """
+
+    model: PreTrainedModel
+    structure: Structure
+    logit_shape: tuple[float, float | None]
+    accelerator: Accelerator
+    wrapped: nn.Module = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.wrapped = self.accelerator.prepare_model(self.model)
+
+    def rewrap(self) -> None:
+        """Wrap the model again after other parameters have become trainable: a wrapper keeps those of its beginning."""
+        self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        self.accelerator.free_memory()
+        self.wrapped = self.accelerator.prepare_model(self.model)
+
+    def outputs(self, input_ids: Tensor, needed: Captures, wrapped: bool = True) -> Outputs:
+        """What the losses read, with gradients: last hidden state, head, captured states.
+
+        Args:
+            input_ids: `[B, T]` int64.
+            needed: the states to capture.
+            wrapped: compute with `wrapped`, which averages the gradients of all processes, and not with `model`.
+        """
+        module = self.wrapped if wrapped else self.model
+        head_path = self.structure.head_path
+        capturing = capture(self.model, self.structure, head_path, needed)
+        with capturing as captured, self.accelerator.autocast():
+            module(input_ids=input_ids, use_cache=False)
+            head = self.model.get_submodule(head_path)
+            assert isinstance(head, modules.FakeQuantLinear)
+            states, matrix = head.as_head(captured.last_hidden_state)
+        scale, cap = self.logit_shape
+        return Outputs(states, captured.hidden_states, Head(scale=scale, cap=cap, **matrix), captured.attention)
+
+
+def make_student(
+    model: PreTrainedModel,
+    structure: Structure,
+    plan: Plan,
+    computing: modules.Settings,
+    settings: Distill,
+    input_scales: dict[str, float] | None,
+    initial: Callable[[str], modules.InitialWeight] | None = None,
+) -> PreTrainedModel:
+    """Put training modules into a float32 model, in place, and return it in training mode.
+
+    Args:
+        model: a copy of the teacher, or a randomly initialised one.
+        structure: where the matrices are.
+        plan: the format of each matrix.
+        computing: how the student computes.
+        settings: the `distill` section.
+        input_scales: calibrated scales of the inputs of linear layers; None where they are computed in each pass.
+        initial: module path -> initial weight and scales of its matrix; None for the model's weights and the scales
+            that follow from them.
+    """
+    if settings.gradient_checkpointing:
+        models.checkpoint_activations(model)
+    scales_only = settings.train == "scales"
+    modules.prepare_for_training(model, structure, plan.specs(), computing, scales_only, input_scales, initial)
+    model.config.use_cache = False
+    return model.train()

@@ -1,0 +1,125 @@
+"""The teachers that the student is compared with: the model itself, and further ones whose next tokens are averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from edgerazor import models
+from edgerazor.console import Console
+from edgerazor.losses import Head, Outputs
+from edgerazor.models import PreTrainedModel, Structure
+from edgerazor.training.captured_states import Captures, capture
+from edgerazor.training.objective import Terms, averages_teachers
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """One model to compare with.
+
+    Attributes:
+        model: in evaluation mode, without gradients.
+        structure: where its layers are; None for a further teacher, of which only next tokens are used.
+        head_path: module path of its head.
+        logit_shape: factor and cap of its logits (see `models.logit_shape`).
+    """
+
+    model: PreTrainedModel
+    structure: Structure | None
+    head_path: str
+    logit_shape: tuple[float, float | None]
+
+    @torch.no_grad()
+    def outputs(self, input_ids: Tensor, needed: Captures) -> Outputs:
+        """What the losses compare with, for token ids `[B, T]` int64: last hidden state, head, captured states."""
+        with capture(self.model, self.structure, self.head_path, needed) as captured:
+            self.model(input_ids=input_ids, use_cache=False)
+        head = self.model.get_submodule(self.head_path)
+        scale, cap = self.logit_shape
+        return Outputs(
+            captured.last_hidden_state,
+            captured.hidden_states,
+            Head(head.weight, head.bias, scale, cap),
+            captured.attention,
+        )
+
+
+@dataclass(frozen=True)
+class TeacherEnsemble:
+    """All teachers of a training; false in a condition where there are none.
+
+    Attributes:
+        teachers: the recipe's model and further ones; empty where nothing needs a teacher.
+        averaging: what is averaged over several teachers, "probabilities" or "logits" (see `Outputs`).
+    """
+
+    teachers: tuple[Teacher, ...]
+    averaging: str = "probabilities"
+
+    def __bool__(self) -> bool:
+        return bool(self.teachers)
+
+    def __iter__(self) -> Iterator[Teacher]:
+        return iter(self.teachers)
+
+    @property
+    def first(self) -> Teacher:
+        """The recipe's model, whose hidden states and attention are compared."""
+        return self.teachers[0]
+
+    def outputs(self, input_ids: Tensor, needed: Captures) -> Outputs | None:
+        """Captured states of the first teacher, next-token distributions of all; None without teachers.
+
+        Args:
+            input_ids: `[B, T]` int64.
+            needed: the states of the first teacher that losses need.
+        """
+        if not self.teachers:
+            return None
+        outputs = self.first.outputs(input_ids, needed)
+        outputs.others = tuple(teacher.outputs(input_ids, Captures()) for teacher in self.teachers[1:])
+        outputs.averaging = self.averaging
+        return outputs
+
+
+def load_further_teachers(
+    sources: Sequence[str], trust_remote_code: bool, device: torch.device, dtype: torch.dtype
+) -> list[Teacher]:
+    """Further teachers on a device in a dtype, in evaluation mode, their weights without gradients.
+
+    Raises:
+        UserError: one cannot be loaded, or its logits are not understood.
+    """
+    teachers = []
+    for source in sources:
+        model, _ = models.load(source, None, str(device), dtype, trust_remote_code)
+        head_path = models.find_head(model)
+        teachers.append(Teacher(model.requires_grad_(False), None, head_path, models.logit_shape(model, head_path)))
+    return teachers
+
+
+def report_teachers(
+    model: str, sources: Sequence[str], ensemble: TeacherEnsemble, terms: Terms, console: Console
+) -> None:
+    """With several teachers, say which losses use only the first one, and where their vocabularies are padded.
+
+    Args:
+        model: the recipe's model, the first teacher.
+        sources: of the further teachers.
+        ensemble: all of them, loaded.
+        terms: the objective.
+        console: where it is said.
+    """
+    sizes = [int(teacher.model.get_submodule(teacher.head_path).weight.shape[0]) for teacher in ensemble]
+    for source, size in zip(sources, sizes[1:], strict=False):
+        if size != sizes[0]:
+            console.say(
+                f"The heads of {model} and {source} have {sizes[0]:,} and {size:,} entries; what only one of "
+                "them has is padding, which no loss compares."
+            )
+    first_only = [term.name for term, loss in terms if loss.needs_teacher and not averages_teachers(loss)]
+    if sources and first_only:
+        console.say(f"Compared with {model} alone: {', '.join(first_only)}; with the mean of all teachers: the others.")

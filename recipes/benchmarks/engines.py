@@ -1,0 +1,149 @@
+"""Whether the native engine computes what transformers computes, on packed models as they are used.
+
+    make results-engines                  the table in recipes/results/engines.md, for the student of `make quickstart`
+    python -m recipes.benchmarks.engines FOLDER... --results none
+
+Both engines take the same packed folder, with its own 8-bit activations and cache, and go on from the beginnings of
+held-out texts. Whatever differs in the last bit of a float32 becomes a step of 8 bits now and then, so each engine is
+also compared with itself in another order: the beginning token by token, then the whole text anew for every token.
+
+*Logits*: the largest relative L2 distance at any position of a beginning, ||a - b|| / ||b||. *KL*: the mean of
+KL(b || a) over positions, in nats. *Same text*: how many of the texts are the same, token by token, when both continue
+by their own most probable tokens; *apart by*: the most that the logits of the two tokens at which texts part differ by.
+Tiny random models of every family are compared in tests/test_runtime.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from edgerazor import runtime
+from edgerazor.console import Console
+from edgerazor.console import table as rich_table
+from edgerazor.errors import UserError
+from edgerazor.workdir import machine
+from recipes.benchmarks.folders import RESULTS, WORLD
+from recipes.benchmarks.results import commit, markdown, packages, publish
+
+HEAD = ("model", "a", "b", "logits, at most", "KL, mean", "same text", "apart by, at most")
+#: Words of a held-out text that are gone on from.
+BEGINNING = 12
+
+
+@dataclass
+class Result:
+    """Of one beginning: its logits float32 [T, V], and the tokens behind it."""
+
+    logits: Tensor
+    text: list[int]
+
+
+@dataclass
+class Agreement:
+    """Of two ways to compute the same, a and b, over some texts."""
+
+    furthest: float = 0.0
+    kl: float = 0.0
+    positions: int = 0
+    texts: int = 0
+    same: int = 0
+    apart: float = 0.0
+
+    def row(self) -> list[str]:
+        """The last cells under `HEAD`."""
+        apart = f"{self.apart:.4f}" if self.same < self.texts else ""
+        return [f"{self.furthest:.1e}", f"{self.kl / self.positions:.1e}", f"{self.same}/{self.texts}", apart]
+
+    def add(self, a: Result, b: Result, model: runtime.Model, prompt: list[int]) -> None:
+        """What came of a beginning, and the model that says how far apart two tokens are."""
+        distances = (a.logits - b.logits).norm(dim=-1) / b.logits.norm(dim=-1)
+        self.furthest = max(self.furthest, float(distances.max()))
+        of_a, of_b = (output.logits.double().log_softmax(-1) for output in (a, b))
+        self.kl += float((of_b.exp() * (of_b - of_a)).sum())
+        self.positions += len(a.logits)
+        self.texts += 1
+        self.same += a.text == b.text
+        if a.text != b.text:
+            at = next(i for i, (one, other) in enumerate(zip(a.text, b.text, strict=True)) if one != other)
+            logits = model.logits(prompt + b.text[:at], last=1)[0]
+            self.apart = max(self.apart, abs(float(logits[a.text[at]] - logits[b.text[at]])))
+
+
+def generated(model: runtime.Model, prompt: list[int], tokens: int) -> Result:
+    """As it is done: the beginning at once, then token after token with the cache."""
+    session = model.session()
+    session.feed(prompt)
+    return Result(model.logits(prompt), session.greedy(tokens))
+
+
+def in_other_order(model: runtime.Model, prompt: list[int], tokens: int) -> Result:
+    """The beginning token by token, and all anew for every token behind it."""
+    session = model.session()
+    logits = torch.stack([session.feed([token]) for token in prompt])
+    text: list[int] = []
+    for _ in range(tokens):
+        text.append(int(model.logits(prompt + text, last=1)[0].argmax()))
+    return Result(logits, text)
+
+
+def compare(folder: Path, beginnings: list[str], tokens: int, threads: int) -> list[list[str]]:
+    """Rows under `HEAD`."""
+    native, transformers = (runtime.load(folder, threads=threads, engine=engine) for engine in runtime.ENGINES)
+    engines, native_itself, transformers_itself = Agreement(), Agreement(), Agreement()
+    for beginning in beginnings:
+        prompt = native.tokenizer(beginning).input_ids
+        ours, theirs = (generated(model, prompt, tokens) for model in (native, transformers))
+        engines.add(ours, theirs, transformers, prompt)
+        native_itself.add(in_other_order(native, prompt, tokens), ours, native, prompt)
+        transformers_itself.add(in_other_order(transformers, prompt, tokens), theirs, transformers, prompt)
+    return [
+        [str(folder), "native", "transformers", *engines.row()],
+        ["", "native, other order", "native", *native_itself.row()],
+        ["", "transformers, other order", "transformers", *transformers_itself.row()],
+    ]
+
+
+def beginnings(count: int) -> list[str]:
+    """The first words of held-out texts of the embedded world."""
+    text = (WORLD / "heldout.txt").read_text(encoding="utf-8")
+    lines = [line.split() for line in text.splitlines() if not line.startswith("<|")]
+    return [" ".join(words[:BEGINNING]) for words in lines if len(words) > BEGINNING][:count]
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, help="packed models")
+    parser.add_argument("--texts", type=int, default=30)
+    parser.add_argument("--tokens", type=int, default=64, help="of a continuation")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--results", default=str(RESULTS / "engines.md"), help="where the table goes, or `none`")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    console = Console()
+    texts = beginnings(options.texts)
+    rows: list[list[str]] = []
+    try:
+        for folder in options.folders:
+            rows += compare(folder, texts, options.tokens, options.threads)
+    except UserError as error:
+        console.error(error)
+        return error.code
+    what = f"{len(texts)} texts, {options.tokens} tokens each"
+    console.out.print(rich_table(what, list(HEAD), rows))
+    if options.results != "none":
+        facts = f"{what}; {machine()}; {packages()}; commit {commit()}."
+        publish("engines", f"{facts}\n\n{markdown(HEAD, rows)}", Path(options.results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

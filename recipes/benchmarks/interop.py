@@ -1,0 +1,523 @@
+"""Whether llama.cpp says of our exported GGUF files what we say of the packed models.
+
+    make interop                                 all models, then the table in recipes/results/interop.md
+    python -m recipes.benchmarks.interop --models world --formats ternary,int4
+
+Each model is packed (where rounding alone would destroy it, distilled before) and exported three times. Both sides then
+get the same token ids of held-out text, and perplexity is computed here, from the logits of both:
+
+* *16 bits*: the file with every matrix in float16, in llama.cpp, against transformers computing in float32 with the
+  dequantized weights of the packed model. Perplexities differ by at most 0.1 %, the mean KL of the distributions is at
+  most 1e-4, and the greedy text of 64 tokens is the same.
+* *32 bits*: the file with every matrix in float32, in llama.cpp with keys and values in float32. The file is exact, and
+  so is the computation but for the order of sums: the mean KL is at most 1e-9, and the greedy text is always the same.
+* *quantized*: the file with the codes as they are, in llama.cpp, against our packed model with its own 8-bit
+  activations, keys and values. llama.cpp rounds activations to 8 bits in blocks of its own and keeps keys and values
+  in 16 bits, so perplexities differ by at most 1 %, and greedy texts may part.
+* *token ids*: llama.cpp cuts the held-out text and some awkward lines into the same ids as the Hugging Face tokenizer.
+
+Exit code 3 when one of these is not so. Float16 (to which llama.cpp also rounds the activations that it multiplies with
+weights of 16 bits, and keys and values) decides otherwise where two tokens are as good as each other: where the greedy
+text of 16 bits parts at two tokens whose logits differ by less than 0.01 in ours, the table says *tie*, and that is no
+failure. The random models of each family have no text to be good at; they show that the architecture is understood:
+their weights are wide enough that every part of the model matters, which KL sees.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from edgerazor import data, exporters, formats, models, pipeline, transformers_plugin
+from edgerazor import recipe as recipes
+from edgerazor.console import Console
+from edgerazor.console import table as rich_table
+from edgerazor.errors import QUALITY, UserError, usage_error
+from edgerazor.exporters import ExportResult
+from edgerazor.formats import OF_INPUTS
+from edgerazor.packed import PackedModel
+from edgerazor.recipe import Recipe
+from edgerazor.workdir import WorkDir, machine
+from recipes.benchmarks.folders import BENCHMARKS, BUILD, RESULTS, WORLD
+from recipes.benchmarks.methods import Values, real_teachers, world
+from recipes.benchmarks.results import commit, markdown, number, publish
+
+EXACT, ROUNDED = 0.001, 0.01  # how far perplexities may differ
+EXACT_KL, FULL_KL, TIE = 1e-4, 1e-9, 0.01  # in nats
+ROW, ROWS = 256, 8
+#: Most numbers in the logits of one side.
+LOGITS = 64_000_000
+PROMPT, WRITTEN = 16, 64
+AWKWARD = (
+    "Hello  world\n\n\tand   three spaces \n",
+    " a space before, 1234567 and 3.14159, 007",
+    "don't I'LL we've O'Neill's (x+y)*z != {a: [b]}; __init__ http://a.b/c?d=e",
+    "naïve café, Ærøskøbing; Привет, мир! 你好,世界。 ٣٤٥ 🙂👩‍🚀",
+)
+STEPS = 100
+#: name -> (values of the recipe, whether the embedded teacher is distilled first because rounding would destroy it)
+FORMATS: dict[str, tuple[Values, bool]] = {
+    "ternary": ({"bits": 1.58}, True),
+    "mixed": ({"bits": 1.88}, True),
+    "int2": ({"bits": 2.0, "formats": ["int2", "int4"]}, True),
+    "int3": ({"bits": 3.0, "formats": ["int3", "int4"]}, False),
+    "int4": ({"bits": 4.0}, False),
+    "int5": ({"bits": 5.0, "formats": ["int5", "int8"]}, False),
+    "int8": ({"bits": 8.0}, False),
+}
+#: Formats of the real models, which are only rounded, and of the random ones.
+REAL_FORMATS = {"realtext-4m": ("ternary", "mixed", "int3", "int4"), "stories260K": ("int4", "int8")}
+SHAPE: Values = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+ROPE = {"rope_theta": 10000.0, "original_max_position_embeddings": 64}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **ROPE}
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+YARN = {"rope_type": "yarn", "factor": 8.0, **ROPE}
+#: family -> model type of transformers, and what is special about it beyond `SHAPE`
+FAMILIES: dict[str, tuple[str, Values]] = {
+    "llama": ("llama", {}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-llama3": ("llama", {"rope_parameters": LLAMA3}),
+    "llama-linear": ("llama", {"rope_parameters": LINEAR}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 128}),
+    "qwen3-yarn": ("qwen3", {"rope_parameters": YARN}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "smollm3": ("smollm3", {}),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row of the table.
+
+    Attributes:
+        model: name of the model, in the table and of its folder.
+        format: one of `FORMATS`.
+        recipe: how it is packed, and on which text both sides are measured.
+        distilled: trained before it is packed.
+        export: of the codes as they are.
+    """
+
+    model: str
+    format: str
+    recipe: Recipe = field(repr=False)
+    distilled: bool = False
+    export: str = "gguf"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where things lie."""
+
+    build: Path
+    python: Path
+    threads: int
+    console: Console
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one side computes: logits float32 [tokens of all rows, V], a greedy text, and the logits [WRITTEN, V] that
+    it was chosen by, of our side."""
+
+    logits: Tensor
+    greedy: list[int]
+    steps: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was found of a case; perplexities and KL of held-out text, numbers of tokens."""
+
+    case: Case
+    types: str
+    bits: tuple[float, float]  # real bits of the packed model, and of the quantized file
+    same_ids: bool
+    exact: tuple[float, float]  # transformers with dequantized weights, llama.cpp with the 16-bit file
+    exact_kl: float
+    exact_greedy: int
+    tie: bool  # where the greedy texts part, both tokens are as good
+    rounded: tuple[float, float]  # our packed model, llama.cpp with the quantized file
+    rounded_kl: float
+    rounded_greedy: int
+    full_kl: float  # of the 32-bit file
+    full_greedy: int
+    tokens: int
+
+    def failures(self) -> list[str]:
+        """What is not as it must be."""
+        who = f"{self.case.model}, {self.case.format}"
+        failed = [] if self.same_ids else [f"{who}: llama.cpp cuts text into other token ids"]
+        for what, pair, bound in (("16-bit", self.exact, EXACT), ("quantized", self.rounded, ROUNDED)):
+            if not abs(apart(pair)) <= bound:
+                failed.append(f"{who}: perplexity of the {what} file is {percent(apart(pair))} from ours")
+        if not self.exact_kl <= EXACT_KL:
+            failed.append(f"{who}: the distributions of the 16-bit file are {self.exact_kl:.1e} nats from ours")
+        if self.exact_greedy < WRITTEN and not self.tie:
+            failed.append(f"{who}: the greedy text of the 16-bit file parts after {self.exact_greedy} tokens")
+        if not self.full_kl <= FULL_KL:
+            failed.append(f"{who}: the distributions of the 32-bit file are {self.full_kl:.1e} nats from ours")
+        if self.full_greedy < WRITTEN:
+            failed.append(f"{who}: the greedy text of the 32-bit file parts after {self.full_greedy} tokens")
+        return failed
+
+
+# --- the models --------------------------------------------------------------------------------
+
+
+def case_of(model: str, name: str, folder: Path, values: Values, distilled: bool = False, export: str = "gguf") -> Case:
+    changes = {"model": str(folder), "calibrate": {"plan": "interleave", **FORMATS[name][0]}}
+    if distilled:
+        changes["distill"] = {"steps": STEPS, "evaluate_every": STEPS, "losses": [{"name": "forward_kl"}]}
+    else:
+        changes["pack"] = {"source": "teacher"}
+    return Case(model, name, recipes.build(recipes.merge(values, changes)), distilled, export)
+
+
+def trained_cases(real_data: Path | None) -> list[Case]:
+    """The embedded teacher in every format, and real models where there are some."""
+    teacher = world()
+    cases = [
+        case_of(teacher.name, name, teacher.model, teacher.recipe, distilled)
+        for name, (_, distilled) in FORMATS.items()
+    ]
+    for teacher in real_teachers(real_data) if real_data else ():
+        cases += [case_of(teacher.name, name, teacher.model, teacher.recipe) for name in REAL_FORMATS[teacher.name]]
+    twice = [replace(case, export="gguf-tq2") for case in cases if case.format == "ternary"]
+    return [*cases, *twice]
+
+
+def random_cases(build: Path, real_data: Path | None) -> list[Case]:
+    """A small random model of each family, tied and untied, one of them with the vocabulary of Qwen where it is."""
+    text = {"data": world().recipe["data"]}
+    tokenizer, qwen = WORLD / "teacher", (real_data or Path()) / "tokenizers" / "qwen"
+    cases = []
+    for family, (kind, special) in FAMILIES.items():
+        for tied in (False, True):
+            name = f"{family}-{'tied' if tied else 'untied'}"
+            folder = build / "random" / name
+            write_random(folder, kind, {**special, "tie_word_embeddings": tied}, tokenizer)
+            cases.append(case_of(name, "int4", folder, text))
+    if real_data and qwen.is_dir():
+        folder = build / "random" / "qwen3-vocabulary"
+        write_random(folder, "qwen3", {"tie_word_embeddings": True}, qwen)
+        cases.append(case_of("qwen3-vocabulary", "int4", folder, text))
+    return cases
+
+
+@torch.no_grad()
+def write_random(folder: Path, kind: str, special: Values, tokenizer: Path) -> None:
+    """A model that is the same every time, if it is not there yet."""
+    if (folder / "model.safetensors").exists():
+        return
+    words = AutoTokenizer.from_pretrained(tokenizer)
+    rows = 64 * (len(words) // 64 + 1)  # as many vocabularies, with rows that are no token
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**{**SHAPE, "vocab_size": rows, **special}))
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * (0.05 if parameter.ndim > 1 else 0.3))
+    words.save_pretrained(folder)
+    with models.quiet_transformers():
+        model.save_pretrained(folder)
+
+
+# --- both sides --------------------------------------------------------------------------------
+
+
+def pack(case: Case, setting: Setting) -> WorkDir:
+    """The packed model, kept for the next time."""
+    work = WorkDir(setting.build / case.model / case.format)
+    for stage in ("calibrate", "distill", "pack") if case.distilled else ("pack",):
+        pipeline.run(stage, case.recipe, work, setting.console)
+    return work
+
+
+def text_of(case: Case, tokenizer: PreTrainedTokenizerBase, count: int) -> tuple[list[list[int]], str]:
+    """The first rows of held-out token ids, and the beginning of a text that they are cut from."""
+    settings = case.recipe.data
+    fraction = 0.0 if settings.held_out else settings.held_out_fraction
+    sources = settings.held_out or settings.train
+    rows, rest = data.open_rows(sources, tokenizer, data.RowSettings(ROW, held_out_fraction=fraction))
+    batches = data.sample_batches(rows if rest is None else rest, count, 1)
+    beginning = Path(str(sources[0].file)).read_text(encoding="utf-8")[:4000]
+    return [batch["input_ids"][0].tolist() for batch in batches], beginning
+
+
+def dequantized(folder: Path) -> PreTrainedModel:
+    """A packed model as transformers computes it in float32: only its weights are rounded."""
+    opened = PackedModel.open(folder)
+    config = AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    state = {name: tensor for name, tensor in opened.others().items() if name.rpartition(".")[2] not in OF_INPUTS}
+    for name in opened.header.matrices:
+        matrix = opened.matrix(name)
+        state[f"{name}.weight"] = formats.decode_matrix(matrix.encoded, matrix.spec)
+    state |= {f"{name}.weight": state[f"{other}.weight"] for name, other in opened.header.tied.items()}
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(state)
+    return model.eval()
+
+
+@torch.inference_mode()
+def ours(model: PreTrainedModel, rows: list[list[int]], prompt: list[int]) -> Side:
+    """What transformers computes."""
+    logits = torch.cat([model(torch.tensor([row]), use_cache=False).logits[0].float() for row in rows])
+    tokens, cache, steps = torch.tensor([prompt]), None, []
+    while len(steps) < WRITTEN:
+        output = model(tokens, **models.with_cache(model, cache))
+        steps.append(output.logits[0, -1].float())
+        cache, tokens = output[models.cache_name(model)], steps[-1].argmax().view(1, 1)
+    return Side(logits, [int(step.argmax()) for step in steps], torch.stack(steps))
+
+
+def theirs(file: Path, request_values: Values, setting: Setting, cache_bits: int = 16) -> tuple[Side, Values]:
+    """What llama.cpp computes, and the token ids that it makes of texts.
+
+    Raises:
+        UserError: it cannot load or compute the file.
+    """
+    request, answer = file.with_suffix(".request.json"), file.with_suffix(".answer.npz")
+    request.write_text(
+        json.dumps({**request_values, "cache_bits": cache_bits, "threads": setting.threads}), encoding="utf-8"
+    )
+    words = [str(setting.python), str(BENCHMARKS / "llamacpp.py"), str(file), str(request), str(answer)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise UserError(f"llama.cpp does not compute {file}: {' '.join(lines[-1:])}")
+    with np.load(answer) as arrays:
+        side = Side(torch.from_numpy(arrays["logits"]), arrays["greedy"].tolist())
+        said = {"ids": json.loads(str(arrays["ids"])), "bos": json.loads(str(arrays["bos"]))}
+    answer.unlink()
+    return side, said
+
+
+def measure(case: Case, setting: Setting) -> Row:
+    """Pack, export three times, let both sides compute, compare."""
+    work = pack(case, setting)
+    folder = work.folder("pack")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    vocabulary = AutoConfig.from_pretrained(folder).vocab_size
+    rows, beginning = text_of(case, tokenizer, max(1, min(ROWS, LOGITS // (ROW * vocabulary))))
+    texts = [*AWKWARD, f"one text{''.join(tokenizer.all_special_tokens)} and the next", beginning]
+    prompt = rows[0][:PROMPT]
+    request = {"texts": texts, "rows": rows, "prompt": prompt, "new_tokens": WRITTEN}
+    full, wide, narrow = (
+        exporters.write_all(folder, [name], work.path / "exports", lossy, Console(quiet=True))[0]
+        for name, lossy in (("gguf-f32", False), ("gguf-f16", True), (case.export, False))
+    )
+    exact = ours(dequantized(folder), rows, prompt)
+    rounded = ours(transformers_plugin.load(folder, cache_decoded=True)[0], rows, prompt)
+    full_side, _ = theirs(Path(full.file), request, setting, cache_bits=32)
+    wide_side, said = theirs(Path(wide.file), request, setting)
+    narrow_side, _ = theirs(Path(narrow.file), request, setting)
+    mine = {
+        "ids": [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts],
+        "bos": tokenizer("")["input_ids"],
+    }
+    return Row(
+        case=case,
+        types=types_of(narrow),
+        bits=(narrow.packed_real_bits, narrow.real_bits),
+        same_ids=said == mine,
+        exact=(perplexity(exact, rows), perplexity(wide_side, rows)),
+        exact_kl=divergence(exact, wide_side),
+        exact_greedy=common(exact.greedy, wide_side.greedy),
+        tie=is_tie(exact, wide_side),
+        rounded=(perplexity(rounded, rows), perplexity(narrow_side, rows)),
+        rounded_kl=divergence(rounded, narrow_side),
+        rounded_greedy=common(rounded.greedy, narrow_side.greedy),
+        full_kl=divergence(exact, full_side),
+        full_greedy=common(exact.greedy, full_side.greedy),
+        tokens=sum(len(row) - 1 for row in rows),
+    )
+
+
+def perplexity(side: Side, rows: list[list[int]]) -> float:
+    """Of all tokens but the first of each row."""
+    total, count = 0.0, 0
+    for row, logits in zip(rows, side.logits.split([len(row) for row in rows]), strict=True):
+        losses = torch.nn.functional.cross_entropy(logits[:-1].double(), torch.tensor(row[1:]), reduction="sum")
+        total, count = total + float(losses), count + len(row) - 1
+    return math.exp(total / count)
+
+
+def divergence(one: Side, other: Side) -> float:
+    """Mean KL of the other side's distributions from one side's, in nats."""
+    parts = zip(one.logits.split(ROW), other.logits.split(ROW), strict=True)
+    total = 0.0
+    for mine, other in parts:
+        first, second = mine.double().log_softmax(-1), other.double().log_softmax(-1)
+        total += float((first.exp() * (first - second)).sum())
+    return total / len(one.logits)
+
+
+def common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two texts have in common at their beginning."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one))
+
+
+def is_tie(mine: Side, other: Side) -> bool:
+    """Whether two texts part where our logits of both tokens are nearly the same."""
+    place = common(mine.greedy, other.greedy)
+    if mine.steps is None or place == len(mine.greedy):
+        return False
+    step = mine.steps[place]
+    return bool(step[mine.greedy[place]] - step[other.greedy[place]] < TIE)
+
+
+def apart(pair: tuple[float, float]) -> float:
+    """How far the second number is from the first, relative to it."""
+    return pair[1] / pair[0] - 1
+
+
+def types_of(written: ExportResult) -> str:
+    """Types of the linear layers' tensors, those of most weights first."""
+    counts = written.types["linear"]
+    return ", ".join(sorted(counts, key=lambda name: -counts[name]))
+
+
+# --- the table ---------------------------------------------------------------------------------
+
+WHAT = ("model", "packed", "GGUF", "real bits", "token ids")
+EXACTLY = ("16 bits: ours", "llama.cpp", "apart", "KL", "same text")
+ABOUT = ("quantized: ours", "llama.cpp", "apart", "KL", "same text")
+FULLY = ("32 bits: KL", "same text")
+HEAD = (*WHAT, *EXACTLY, *ABOUT, *FULLY)
+
+
+def cells(row: Row) -> list[str]:
+    """One row of the table."""
+    line = [row.case.model, row.case.format, row.types, f"{row.bits[0]:.2f}, {row.bits[1]:.2f}"]
+    line.append("same" if row.same_ids else "DIFFER")
+    for pair, kl, greedy in (
+        (row.exact, row.exact_kl, row.exact_greedy),
+        (row.rounded, row.rounded_kl, row.rounded_greedy),
+    ):
+        line += [number(pair[0], 5), number(pair[1], 5), percent(apart(pair)), f"{kl:.1e}", f"{greedy}/{WRITTEN}"]
+    if row.tie:
+        line[HEAD.index("same text")] += ", tie"
+    return [*line, f"{row.full_kl:.1e}", f"{row.full_greedy}/{WRITTEN}"]
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:+.3f} %"
+
+
+def tables(rows: list[Row]) -> list[tuple[list[str], list[list[str]]]]:
+    """Heads and lines of three tables, because one is too wide: files and 32 bits, 16 bits, quantized."""
+    lines = [cells(row) for row in rows]
+    what, exactly, fully = len(WHAT), len(WHAT) + len(EXACTLY), len(HEAD) - len(FULLY)
+    made = []
+    for shown, begin, end in ((what, fully, len(HEAD)), (3, what, exactly), (3, exactly, fully)):
+        made.append(([*HEAD[:shown], *HEAD[begin:end]], [line[:shown] + line[begin:end] for line in lines]))
+    return made
+
+
+def show(rows: list[Row], console: Console) -> None:
+    """The tables in a terminal."""
+    for head, lines in tables(rows):
+        console.out.print(rich_table("llama.cpp and ours", head, lines))
+
+
+def described(rows: list[Row], python: Path) -> str:
+    """The facts and the tables."""
+    tokens = sorted({row.tokens for row in rows})
+    facts = [
+        f"{' or '.join(f'{count:,}' for count in tokens)} tokens",
+        version(python),
+        machine(),
+        f"commit {commit()}",
+    ]
+    return "\n\n".join([f"{'; '.join(facts)}.", *(markdown(head, lines) for head, lines in tables(rows))])
+
+
+def version(python: Path) -> str:
+    """Which llama.cpp it is."""
+    words = [str(python), "-c", "import importlib.metadata as m; print(m.version('llama_cpp_python'))"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    return f"llama.cpp of llama-cpp-python {done.stdout.strip()}"
+
+
+# --- the command line --------------------------------------------------------------------------
+
+
+def built(python: Path) -> Path:
+    """The interpreter beside llama.cpp.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not python.exists():
+        raise usage_error(f"There is no {python}.", "Build llama.cpp with `make llamacpp`.")
+    return python
+
+
+def chosen(options: argparse.Namespace) -> list[Case]:
+    """The cases that were asked for."""
+    cases = [*trained_cases(options.real_data), *random_cases(options.build, options.real_data)]
+    for name in ("model", "format"):
+        wanted = getattr(options, f"{name}s")
+        if wanted is not None:
+            cases = [case for case in cases if getattr(case, name) in wanted.split(",")]
+    if not cases:
+        raise usage_error("There is no such model in such a format.")
+    return cases
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", help="comma-separated; default: all that are there")
+    parser.add_argument("--formats", help=f"comma-separated, of {', '.join(FORMATS)}; default: all")
+    parser.add_argument("--real-data", type=Path, help="folder with `models` and `text` of real teachers")
+    parser.add_argument("--build", type=Path, default=BUILD / "interop", help="folder of packed models")
+    parser.add_argument("--llamacpp", type=Path, default=BUILD / "llamacpp" / "bin" / "python")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--results", type=Path, help="where the table goes; default: nowhere, or interop.md for all")
+    options = parser.parse_args(arguments)
+    console = Console()
+    torch.set_num_threads(options.threads)
+    try:
+        setting = Setting(options.build, built(options.llamacpp), options.threads, console)
+        rows = []
+        for case in chosen(options):
+            console.say(f"{case.model}, {case.format}")
+            rows.append(measure(case, setting))
+    except UserError as error:
+        console.error(error)
+        return error.code
+    show(rows, console)
+    whole = options.models is None and options.formats is None
+    if results := options.results or (RESULTS / "interop.md" if whole else None):
+        publish("interop", described(rows, setting.python), results)
+    failures = [line for row in rows for line in row.failures()]
+    for line in failures:
+        console.error(UserError(line))
+    return QUALITY if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
