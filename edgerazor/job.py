@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from edgerazor import __version__, calibrated, data, devices, models, modules, packed, student_plan
+from edgerazor import __version__, calibrated, data, devices, models, modules, packed, student
 from edgerazor.allocate import Plan, SensitivityTable, make_plan, unmeasured
 from edgerazor.console import Console, megabytes
 from edgerazor.models import PreTrainedModel, PreTrainedTokenizerBase
@@ -123,14 +123,15 @@ class RecipeContext:
             tokenizer: of the teacher.
             length: most tokens in a row.
         """
-        share = 0.0 if self.recipe.data.held_out else self.recipe.data.held_out_fraction
+        settings = self.recipe.data
+        share = 0.0 if settings.held_out else settings.held_out_fraction
         rows, held_out = data.open_rows(sources, tokenizer, self._row_settings(length, share))
         return rows if held_out is None else held_out
 
     def _row_settings(
-        self, length: int, held_out_fraction: float, held_out_length: int | None = None
+        self, length: int, held_out_fraction: float = 0.0, held_out_length: int | None = None
     ) -> data.RowSettings:
-        """How text becomes rows of tokens."""
+        """How text becomes rows of so many tokens, a share of which is held out."""
         settings = self.recipe.data
         return data.RowSettings(
             length,
@@ -272,10 +273,11 @@ class JobContext(RecipeContext):
         """
         settings = self.recipe.data
         share = 0.0 if settings.held_out else settings.held_out_fraction
-        row_settings = self._row_settings(length, share, held_out_length)
-        rows, held_out = data.open_rows(self.training_sources, tokenizer, row_settings)
+        rows, held_out = data.open_rows(
+            self.training_sources, tokenizer, self._row_settings(length, share, held_out_length)
+        )
         if held_out is None:
-            held_out, _ = data.open_rows(settings.held_out, tokenizer, self._row_settings(length, 0.0))
+            held_out, _ = data.open_rows(settings.held_out, tokenizer, self._row_settings(length))
         return rows, held_out
 
     # --- plans and the student that they make ---
@@ -319,10 +321,10 @@ class JobContext(RecipeContext):
             UserError: what calibrate measured is needed and not there.
         """
         if plan.adaptive_tokens != "causal":
-            return student_plan.settings_of(plan)
+            return student.settings_of(plan)
         if imagined:
-            return student_plan.settings_of(plan, (0.5,) * structure.layer_count)
-        return student_plan.settings_of(plan, calibrated.read_vector(self.work, "importance_threshold"))
+            return student.settings_of(plan, (0.5,) * structure.layer_count)
+        return student.settings_of(plan, calibrated.read_vector(self.work, "importance_threshold"))
 
     def input_scales(self, plan: Plan, teacher: LoadedModel, imagined: bool = False) -> dict[str, float] | None:
         """Calibrate's scales for the inputs of linear layers and the head; None where each token has its own.
@@ -337,7 +339,7 @@ class JobContext(RecipeContext):
         """
         if plan.activation_scales == "dynamic":
             return None
-        names = student_plan.input_scale_names(plan, teacher.model, teacher.structure)
+        names = student.input_scale_names(plan, teacher.model, teacher.structure)
         if imagined:
             return dict.fromkeys(names, 1.0)
         return calibrated.read_input_scales(self.work, names, plan.activation_bits)
@@ -380,17 +382,17 @@ class JobContext(RecipeContext):
             training: inputs of the student's training; None before it.
         """
         model, structure = teacher.model, teacher.structure
-        others = student_plan.other_specs(model, structure, as_float32=source == "student")
+        others = student.other_specs(model, structure, as_float32=source == "student")
         if source == "student" and not training:
             # The fingerprint of text has always the same length; large files need not be read for it.
             training = {"data": packed.ANY_SHA256 if self.recipe.data.train else self.data_fingerprint}
 
         def size(plan: Plan) -> FolderSize:
-            settings = student_plan.header_settings(self.student_settings(plan, structure, imagined=not measured))
+            settings = student.header_settings(self.student_settings(plan, structure, imagined=not measured))
             if not measured:
-                settings["thresholds"] = [student_plan.LONGEST_NUMBER] * len(settings["thresholds"])
+                settings["thresholds"] = [student.LONGEST_NUMBER] * len(settings["thresholds"])
             provenance = self.provenance(source, plan, training)
-            return student_plan.packed_size(
+            return student.packed_size(
                 plan, model, structure, others, settings, provenance, self.recipe.pack.shard_bytes
             )
 

@@ -20,6 +20,7 @@ from edgerazor import recipe as recipes
 from edgerazor.cli import dispatch, folders, options, options_page
 from edgerazor.cli.app import app
 from edgerazor.cli.options import OPTIONS, Option
+from edgerazor.evaluation.eval_result import EvalResult
 from edgerazor.stages import calibrate, distill
 from edgerazor.stages import eval as evaluation
 
@@ -425,7 +426,7 @@ def test_a_folder_that_may_not_be_written_to(
 
 def test_a_quality_gate_is_3(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("model: x")
-    result = pipeline.eval.EvalResult(failures=["Too bad."])
+    result = EvalResult(failures=["Too bad."])
     monkeypatch.setattr(pipeline, "run", lambda *_: result)
     outcome = run("eval", "--recipe", tmp_path / "r.yaml", "--json")
     assert (outcome.code, outcome.json()["failures"]) == (3, ["Too bad."])

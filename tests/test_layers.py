@@ -19,7 +19,7 @@ LAYERS = (
     {"evaluation", "benchmark", "calibration", "packaging"},
     {"training", "sensitivity"},
     {"job"},
-    {"student_plan", "calibrated"},
+    {"student", "calibrated"},
     {"importers", "runtime"},  # importers read with the names that exporters write
     {"exporters", "tasks", "transformers_plugin"},
     {"allocate"},

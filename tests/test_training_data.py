@@ -73,8 +73,8 @@ def test_the_loss_is_that_of_the_assistants_tokens(
     fields = {"packing": packing, "sequence_length": 64}
     path = write_recipe(tmp_path / "r.yaml", chatty, chat_file, distill=settings, data=fields)
     assert run("calibrate", "--recipe", path, "--work", tmp_path / "job").code == 0
-    context = JobContext(recipes.build(recipes.load(path)), WorkDir(tmp_path / "job"), Console(quiet=True))
-    trainer = distill.prepare(context).trainer
+    recipe = recipes.build(recipes.load(path))
+    trainer = distill.prepare(JobContext(recipe, WorkDir(tmp_path / "job"), Console(quiet=True))).trainer
     batch = trainer.rows.batch(0, batch_size=4)
     totals = trainer.step_totals([objective.batch_statistics(trainer.terms, batch["labels"], None)])
     loss = losses.total_loss(

@@ -90,7 +90,7 @@ def candidates_of(settings: Calibrate) -> tuple[str, ...]:
         UserError: one does not exist, or they cannot give the bits.
     """
     unit, _ = settings.budget()
-    defaults = CANDIDATES if settings.bits <= 4 else WIDE_CANDIDATES
+    defaults: tuple[str, ...] = CANDIDATES if settings.bits <= 4 else WIDE_CANDIDATES
     if unit != "bits":
         defaults = tuple(dict.fromkeys(CANDIDATES + WIDE_CANDIDATES))
     names = settings.formats or defaults

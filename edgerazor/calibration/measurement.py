@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from edgerazor import data, devices, formats, models, sensitivity, student_plan
+from edgerazor import data, devices, formats, models, student
 from edgerazor.allocate import candidates_of, measures
 from edgerazor.calibration import observers, statistics
 from edgerazor.job import JobContext, LoadedModel
 from edgerazor.modules import attention
 from edgerazor.recipe import Calibrate
+from edgerazor.sensitivity import PER_MATRIX, SensitivityAnalysis, affordable_tokens, sequences_of
 from edgerazor.workdir import digest_json
 
 #: Micro-batches: token ids int64 [B, T] and the positions that count, bool [B, T].
@@ -53,8 +54,8 @@ class Measurement:
     def sensitivity_sequences(self) -> int:
         """How many sequences sensitivity is to be estimated from; of little text there are fewer."""
         weights = sum(weight.numel() for weight in self.teacher.model.parameters())
-        tokens = self.settings.sensitivity_tokens or sensitivity.affordable_tokens(weights, self.context.device)
-        return sensitivity.sequences_of(tokens, self.length)
+        tokens = self.settings.sensitivity_tokens or affordable_tokens(weights, self.context.device)
+        return sequences_of(tokens, self.length)
 
     def layerwise_pass(
         self, name: str, batches: Batches, change: models.WeightTransform | None = None
@@ -80,7 +81,7 @@ class Measurement:
         )
 
     @functools.cached_property
-    def sensitivity(self) -> sensitivity.SensitivityAnalysis:
+    def analysis(self) -> SensitivityAnalysis:
         """The teacher, ready to be analysed on some of the text."""
         settings = self.settings
         assert self.rows is not None
@@ -90,7 +91,7 @@ class Measurement:
         def layerwise_pass(name: str, change: models.WeightTransform | None) -> models.LayerwisePass:
             return self.layerwise_pass(f"sensitivity/{name}", batches, change)
 
-        return sensitivity.SensitivityAnalysis(
+        return SensitivityAnalysis(
             model=self.teacher.model,
             structure=self.teacher.structure,
             logit_shape=self.logit_shape,
@@ -112,13 +113,13 @@ def measure(measurement: Measurement) -> dict[str, Tensor]:
     settings, batches = measurement.settings, measurement.batches()
     tensors = observe(measurement.layerwise_pass("walk", batches), settings)
     if measures(settings):
-        analysis = measurement.sensitivity
+        analysis = measurement.analysis
         for estimate in estimates_of(settings):
             paths = [site.name for site in measurement.teacher.structure.linears]
             moments = {path: tensors[f"input_second_moment/{path}"] for path in paths}
             of_rows = analysis.estimate(estimate, moments)
             tensors |= {f"damage/{estimate}/{path}": value.float().contiguous() for path, value in of_rows.items()}
-        tensors |= {sensitivity.PER_MATRIX + path: value.float() for path, value in analysis.per_matrix().items()}
+        tensors |= {PER_MATRIX + path: value.float() for path, value in analysis.per_matrix().items()}
     if settings.adaptive_tokens == "causal":
         tensors["importance_threshold"] = importance_thresholds(measurement, batches)
     return tensors
@@ -135,7 +136,7 @@ def observe(layerwise: models.LayerwisePass, settings: Calibrate) -> dict[str, T
     structure = layerwise.structure
     moments, metrics = observers.SecondMoments(), observers.LayerMetrics(structure.layer_count, layerwise.final)
     ranges = observers.InputRanges(structure.head_path)
-    scales = student_plan.input_scale_names(settings, layerwise.model, structure)
+    scales = student.input_scale_names(settings, layerwise.model, structure)
     layerwise.forward(moments, metrics, *([ranges] if scales else []), keep_inputs=False, title="calibrate")
     tokens = sum(int(counts.sum()) for _, counts in layerwise.batches)
     tensors = {f"input_second_moment/{path}": value for path, value in moments.means(tokens).items()}

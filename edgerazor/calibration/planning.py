@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from edgerazor import formats, sensitivity
+from edgerazor import formats
 from edgerazor.allocate import Plan, SensitivityTable, candidates_of, measures
 from edgerazor.calibration.measurement import Measurement
 from edgerazor.recipe import Calibrate
+from edgerazor.sensitivity import PER_MATRIX, combined
 
 
 def decide(measurement: Measurement, tensors: dict[str, Tensor]) -> tuple[Plan, dict[str, Any]]:
@@ -27,7 +28,7 @@ def decide(measurement: Measurement, tensors: dict[str, Tensor]) -> tuple[Plan, 
         return context.new_plan(teacher), {}
     tables = sensitivity_tables(settings, tensors)
     plans = {table.estimate: context.new_plan(teacher, table) for table in tables}
-    analysis = measurement.sensitivity
+    analysis = measurement.analysis
     measured = {estimate: analysis.measure(linear_specs(plan)) for estimate, plan in plans.items()}
     best = min(measured, key=lambda estimate: measured[estimate])
     chosen = next(table for table in tables if table.estimate == best)
@@ -42,7 +43,7 @@ def decide(measurement: Measurement, tensors: dict[str, Tensor]) -> tuple[Plan, 
             "rows": site.rows,
             "columns": site.columns,
             "damage": by_format(chosen.rows[site.name].sum(1)),
-            "alone": by_format(tensors[sensitivity.PER_MATRIX + site.name]),
+            "alone": by_format(tensors[PER_MATRIX + site.name]),
         }
         for site in teacher.structure.targets
     ]
@@ -71,7 +72,7 @@ def sensitivity_tables(settings: Calibrate, tensors: dict[str, Tensor]) -> list[
             by_estimate.setdefault(estimate, {})[path] = value.double()
     chosen = settings.sensitivity
     if chosen == "auto":
-        by_estimate["combined"] = sensitivity.combined(by_estimate["fisher"], by_estimate["integrated"])
+        by_estimate["combined"] = combined(by_estimate["fisher"], by_estimate["integrated"])
     # Embedding and head have one estimate for all their rows, and that is Fisher's.
     ends = {path: value for path, value in by_estimate["fisher"].items() if len(value[0]) == 1}
     estimates = [chosen] if chosen != "auto" else ["fisher", "integrated", "combined"]

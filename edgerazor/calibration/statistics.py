@@ -24,9 +24,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from edgerazor import sensitivity, untrusted
+from edgerazor import untrusted
 from edgerazor.allocate import candidates_of, measures
 from edgerazor.job import JobContext
+from edgerazor.sensitivity import PER_MATRIX
 from edgerazor.workdir import digest_json, share, versions, write_atomically
 
 
@@ -60,7 +61,7 @@ def read(path: Path, identity: dict[str, Any]) -> dict[str, Tensor] | None:
         AttributeError,
     ):  # among them a format that was not measured
         return None
-    of_formats = ("damage/", sensitivity.PER_MATRIX)
+    of_formats = ("damage/", PER_MATRIX)
     return {name: value[needed] if name.startswith(of_formats) else value for name, value in tensors.items()}
 
 

@@ -124,9 +124,9 @@ def is_foreign(values: dict[str, Any]) -> bool:
     """Whether the model that was named is one that others quantized, and is not to be rounded."""
     if "model" not in values or not Path(values["model"]).exists():
         return False
-    from edgerazor.importers import importer_of
+    from edgerazor.importers import find_importer
 
-    importer = importer_of(Path(values["model"]))
+    importer = find_importer(Path(values["model"]))
     rounding = values.get("calibrate", {}).keys() - COMPUTING
     return importer is not None and (importer.only or not rounding)
 

@@ -64,7 +64,7 @@ class PackDryRun(BaseModel):
 
 
 class CompressResult(BaseModel):
-    """A packed folder whose weight files were compressed or decompressed."""
+    """A packed folder that was compressed, or restored."""
 
     folder: str
     compressed: bool

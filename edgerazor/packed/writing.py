@@ -150,7 +150,8 @@ def predict(
     tensors = {name: TensorEntry(dtype=spec[0], shape=spec[1], sha256=ANY_SHA256) for name, spec in others.items()}
     header = make_header(entries, tensors, tied, settings, provenance)
     files = arrange(specs, header_metadata(header), cut(specs, shard_bytes))
-    weights = sum(math.prod(entry.shape) for entry in (*entries.values(), *tensors.values()))
+    weights = sum(math.prod(entry.shape) for entry in entries.values())
+    weights += sum(math.prod(tensor.shape) for tensor in tensors.values())
     return FolderSize(sum(file.size for file in files), weights)
 
 

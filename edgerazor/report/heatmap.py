@@ -275,8 +275,8 @@ def figure(plan: PlanSummary) -> Figure:
     if right:
         top, *empty = _stacked(right[0], BARS_HEIGHT, height - BARS_HEIGHT)
         _draw_bars(plan, top)
-        for axes in empty:
-            axes.set_axis_off()
+        for bar_axes in empty:
+            bar_axes.set_axis_off()
     return picture
 
 

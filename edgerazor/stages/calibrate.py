@@ -14,7 +14,7 @@ import torch
 from rich.console import RenderableType
 from torch import Tensor
 
-from edgerazor import allocate, models, sensitivity, student_plan
+from edgerazor import allocate, models, student
 from edgerazor.allocate import Plan, candidates_of, measures, shortfall
 from edgerazor.calibration import initialization, own_text, planning, statistics
 from edgerazor.calibration import measurement as measuring
@@ -24,6 +24,7 @@ from edgerazor.errors import INTERRUPTED, UserError
 from edgerazor.job import JobContext
 from edgerazor.recipe import Recipe
 from edgerazor.report.tables import calibrate_tables
+from edgerazor.sensitivity import forward_passes
 from edgerazor.stage import Stage
 from edgerazor.workdir import make_folder, write_json, write_text
 
@@ -38,7 +39,7 @@ class CalibrateStage(Stage):
     carried = ("stats.safetensors", "generated.jsonl")
 
     def takes_part(self, recipe: Recipe) -> bool:
-        return recipe.pack.source != "teacher" or student_plan.needs_calibration(recipe.calibrate)
+        return recipe.pack.source != "teacher" or student.needs_calibration(recipe.calibrate)
 
     def describe(self, context: JobContext) -> str:
         return f"{context.recipe.model} {context.budget_in_words}"
@@ -67,7 +68,7 @@ class CalibrateStage(Stage):
         settings, work, console = context.recipe.calibrate, context.work, context.console
         teacher = context.load_teacher(torch.device("cpu"))
         structure = teacher.structure
-        student_plan.check_attention(teacher.model, settings)
+        student.check_attention(teacher.model, settings)
         length = context.sequence_length(teacher.model)
         make_folder(work.folder(self.name))
         tensors = statistics.stored(context)
@@ -85,7 +86,7 @@ class CalibrateStage(Stage):
                 statistics.write(context, tensors)
             else:
                 console.say("What was measured of the teacher for another plan serves this one too.")
-            plan, summary = planning.decide(measurement, tensors)
+            plan, sensitivity = planning.decide(measurement, tensors)
         except KeyboardInterrupt:
             raise UserError(
                 "Interrupted; the layers that were finished are saved.",
@@ -95,13 +96,13 @@ class CalibrateStage(Stage):
         if below := shortfall(plan, settings):
             console.say(below)
         write_text(work.plan_file, plan.model_dump_json(indent=1) + "\n")
-        if summary:
-            write_json(work.sensitivity_file, summary)
+        if sensitivity:
+            write_json(work.sensitivity_file, sensitivity)
         else:  # of an earlier plan
             work.sensitivity_file.unlink(missing_ok=True)
-        if settings.init in student_plan.CALIBRATED_INITS:
+        if settings.init in student.CALIBRATED_INITS:
             initialization.write(context, plan, rows)
-        result = result_of(measurement, plan, summary, tensors, text)
+        result = result_of(measurement, plan, sensitivity, tensors, text)
         write_json(work.result_file(self.name), result.model_dump(mode="json"))
         return result
 
@@ -152,7 +153,7 @@ STAGE = CalibrateStage()
 
 
 def result_of(
-    measurement: Measurement, plan: Plan, summary: dict[str, Any], tensors: dict[str, Tensor], text: str
+    measurement: Measurement, plan: Plan, sensitivity: dict[str, Any], tensors: dict[str, Tensor], text: str
 ) -> CalibrateResult:
     """What was decided, from the plan, what `sensitivity.json` says, and the statistics."""
     context = measurement.context
@@ -169,7 +170,7 @@ def result_of(
         text=text,
         estimate=plan.estimate,
         predicted_kl=plan.predicted_kl,
-        measured_kl=summary["measured_kl"].get(plan.estimate) if summary else None,
+        measured_kl=sensitivity["measured_kl"].get(plan.estimate) if sensitivity else None,
     )
 
 
@@ -179,8 +180,6 @@ def sequences_passed(measurement: Measurement) -> int:
     sequences = (1 + (settings.adaptive_tokens == "causal")) * settings.sequences
     if measures(settings):
         linears, points = len(measurement.teacher.structure.linears), settings.sensitivity_points
-        passes = sensitivity.forward_passes(
-            measuring.estimates_of(settings), len(candidates_of(settings)), linears, points
-        )
+        passes = forward_passes(measuring.estimates_of(settings), len(candidates_of(settings)), linears, points)
         sequences += passes * measurement.sensitivity_sequences
     return sequences + settings.sequences * initialization.PASSES[settings.init]

@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from rich.console import RenderableType
 
-from edgerazor import calibrated, data, devices, models, student_plan
+from edgerazor import calibrated, data, devices, models
 from edgerazor.allocate import Plan
 from edgerazor.calibration import initialization
 from edgerazor.console import Console
@@ -33,6 +33,7 @@ from edgerazor.job import JobContext, LoadedModel
 from edgerazor.models import PreTrainedModel
 from edgerazor.recipe import Distill, Recipe
 from edgerazor.stage import Stage
+from edgerazor.student import CALIBRATED_INITS
 from edgerazor.training import (
     DistillDryRun,
     DistillResult,
@@ -59,103 +60,67 @@ from edgerazor.workdir import WorkDir, make_folder, write_json
 NAME = "distill"
 
 
-class DistillStage(Stage):
-    """`edgerazor distill`."""
+def inputs(context: JobContext) -> dict[str, str]:
+    """Everything the result depends on.
 
-    name = NAME
-    result_model = DistillResult
-    needs = ("calibrate",)
-    decides_student = True
-    on_all_processes = True
-    manages_folder = True  # it resumes in its folder
-
-    def takes_part(self, recipe: Recipe) -> bool:
-        return recipe.pack.source != "teacher"
-
-    def describe(self, context: JobContext) -> str:
-        return f"{context.recipe.model} {context.budget_in_words}"
-
-    def inputs(self, context: JobContext) -> dict[str, str]:
-        """Everything the result depends on.
-
-        `max_time` and how often to save do not change what is trained, and how the sequences of a step are divided
-        among processes and micro-batches changes it only in the last digits.
-        """
-        recipe, settings = context.recipe, context.recipe.distill
-        calibrated = context.work.manifest("calibrate")
-        skip = ("max_time", "checkpoint_every", "gradient_checkpointing", "batch_size", "accumulation", "phases")
-        without_teachers = () if settings.teachers else ("teacher_average",)
-        training_settings = context.section_inputs(self.name, skip + without_teachers)
-        bits = context.nominal_bits(context.plan() if calibrated else None)
-        training_settings |= {"distill.phases": phase_schedule.describe(settings, bits)} if settings.phases else {}
-        training_settings["distill.losses"] = objective.describe(settings.losses, bits)
-        training_settings["distill.teachers"] = context.further_teachers_fingerprint
-        budget_name, budget = recipe.calibrate.budget()
-        return {
-            budget_name: str(budget),
-            "model": context.teacher_fingerprint,
-            "data": context.data_fingerprint,
-            "held_out": context.held_out_fingerprint,
-            "data.sequence_length": str(recipe.data.sequence_length),
-            "data.packing": recipe.data.packing,
-            **context.text_inputs,
-            "seed": str(recipe.seed),
-            "sequences per step": str(settings.batch_size * settings.accumulation * devices.process_count()),
-            **training_settings,
-            "calibrate": calibrated.fingerprint() if calibrated else "missing",
-        }
-
-    def stored_inputs(self, context: JobContext) -> dict[str, str] | None:
-        manifest = context.work.manifest(self.name)
-        return manifest.inputs if manifest else checkpoint.stored_inputs(context.work.checkpoint("current")) or {}
-
-    def check(self, context: JobContext) -> None:
-        check(context.recipe)
-
-    def check_continuation(self, context: JobContext, inputs: dict[str, str]) -> None:
-        """A training goes on only with the very plan and statistics that it began with."""
-        stored = checkpoint.stored_inputs(context.work.checkpoint("current"))
-        if stored is not None and stored.get("calibrate") != inputs["calibrate"]:
-            raise UserError(
-                f"calibrate was done again in {context.work.path} with another outcome than the one the training there "
-                "began with.",
-                "Use another folder (--work NAME), or start the training again with `edgerazor distill --force`.",
-            )
-
-    def run(self, context: JobContext) -> DistillResult:
-        """Train, from the last checkpoint if there is one, and write the `best` and `last` students.
-
-        Args:
-            context: of the job; `fresh` discards what an earlier training left, once this one can start.
-
-        Raises:
-            UserError: the recipe cannot work with this model or text, the training diverges, or it was interrupted.
-        """
-        recipe, work, console = context.recipe, context.work, context.console
-        trainer, plan, _ = prepare(context)
-        accelerator, settings = trainer.accelerator, recipe.distill
-        if accelerator.is_main_process:
-            discard_unless_resumable(trainer.store, work, console, context.fresh)
-        accelerator.wait_for_everyone()
-        report_teachers(recipe.model, settings.teachers, trainer.teachers, trainer.terms, console)
-        report_passes(trainer.budget.steps, trainer.rows, trainer.rows_per_step, console)
-        trainer.resume(console)
-        trainer.run(console)
-        result = trainer.result(plan.notation())
-        if accelerator.is_main_process:
-            write_json(work.result_file(self.name), result.model_dump(mode="json"))
-        return result
-
-    def dry_run(self, context: JobContext) -> DistillDryRun:
-        """What would be trained, and how long it would take, from one measured step of each phase."""
-        trainer, plan, packed_bytes = prepare(context, placeholders=True)
-        return estimate_training(trainer, plan.notation(), packed_bytes)
-
-    def show(self, result: DistillResult) -> list[RenderableType]:
-        return result_tables(result)
+    `max_time` and how often to save do not change what is trained, and how the sequences of a step are divided among
+    processes and micro-batches changes it only in the last digits.
+    """
+    recipe, manifest = context.recipe, context.work.manifest("calibrate")
+    settings = recipe.distill
+    skip = ("max_time", "checkpoint_every", "gradient_checkpointing", "batch_size", "accumulation", "phases")
+    without_teachers = () if settings.teachers else ("teacher_average",)
+    training_settings = context.section_inputs("distill", skip + without_teachers)
+    bits = context.nominal_bits(context.plan() if manifest else None)
+    training_settings |= {"distill.phases": phase_schedule.describe(settings, bits)} if settings.phases else {}
+    training_settings["distill.losses"] = objective.describe(settings.losses, bits)
+    training_settings["distill.teachers"] = context.further_teachers_fingerprint
+    budget_name, budget = recipe.calibrate.budget()
+    return {
+        budget_name: str(budget),
+        "model": context.teacher_fingerprint,
+        "data": context.data_fingerprint,
+        "held_out": context.held_out_fingerprint,
+        "data.sequence_length": str(recipe.data.sequence_length),
+        "data.packing": recipe.data.packing,
+        **context.text_inputs,
+        "seed": str(recipe.seed),
+        "sequences per step": str(settings.batch_size * settings.accumulation * devices.process_count()),
+        **training_settings,
+        "calibrate": manifest.fingerprint() if manifest else "missing",
+    }
 
 
-STAGE = DistillStage()
+def run(context: JobContext) -> DistillResult:
+    """Train, from the last checkpoint if there is one, and write the `best` and `last` students.
+
+    Args:
+        context: of the whole job; `fresh` discards what an earlier training left, once it is known that this one can
+            start.
+
+    Raises:
+        UserError: the recipe cannot work with this model or text, the training diverges, or it was interrupted.
+    """
+    recipe, work, console = context.recipe, context.work, context.console
+    trainer, plan, _ = prepare(context)
+    accelerator, settings = trainer.accelerator, recipe.distill
+    if accelerator.is_main_process:
+        discard_unless_resumable(trainer.store, work, console, context.fresh)
+    accelerator.wait_for_everyone()
+    report_teachers(recipe.model, settings.teachers, trainer.teachers, trainer.terms, console)
+    report_passes(trainer.budget.steps, trainer.rows, trainer.rows_per_step, console)
+    trainer.resume(console)
+    trainer.run(console)
+    result = trainer.result(plan.notation())
+    if accelerator.is_main_process:
+        write_json(work.result_file(NAME), result.model_dump(mode="json"))
+    return result
+
+
+def dry_run(context: JobContext) -> DistillDryRun:
+    """What would be trained, and how long it would take, from one measured step of each phase that is thrown away."""
+    trainer, plan, packed_bytes = prepare(context, placeholders=True)
+    return estimate_training(trainer, plan.notation(), packed_bytes)
 
 
 def check(recipe: Recipe) -> None:
@@ -164,7 +129,7 @@ def check(recipe: Recipe) -> None:
     Raises:
         UserError: as `phase_schedule.check` and `reconstruction.check`.
     """
-    if recipe.distill.initialise == "random" and recipe.calibrate.init in student_plan.CALIBRATED_INITS:
+    if recipe.distill.initialise == "random" and recipe.calibrate.init in CALIBRATED_INITS:
         raise usage_error(
             f"A random student cannot begin with the teacher's {recipe.calibrate.init} initialization.",
             "Leave out `calibrate.init`, or leave out `distill.initialise`.",
@@ -194,7 +159,7 @@ def prepare(context: JobContext, placeholders: bool = False) -> Preparation:
     """Load the teacher, make the student, open the text. A recipe that cannot work is refused here, at the start.
 
     Args:
-        context: of the job; its working directory holds calibrate's plan and statistics.
+        context: of the whole job; its working directory holds calibrate's plan and statistics.
         placeholders: for a dry run: use made-up values for what calibrate has not written yet.
 
     Raises:
@@ -209,23 +174,12 @@ def prepare(context: JobContext, placeholders: bool = False) -> Preparation:
     loaded = context.load_teacher(accelerator.device, dtype)
     model, structure = loaded.model, loaded.structure
     teacher = Teacher(model, structure, structure.head_path, models.logit_shape(model, structure.head_path))
-    plan = context.new_plan(loaded) if placeholders else context.plan()
-    layer_metrics = (
-        objective.placeholder_metrics(structure.layer_count)
-        if placeholders
-        else calibrated.read_layer_metrics(context.work)
-    )
-    bits = context.nominal_bits(plan)
-    phases = make_phases(settings, recipe.model, structure.layer_count, layer_metrics, bits)
     others = load_further_teachers(settings.teachers, recipe.trust_remote_code, accelerator.device, dtype)
     rows, held_out = open_text(context, loaded, [teacher, *others], placeholders)
-    computing = context.student_settings(plan, structure, placeholders)
-    input_scales = context.input_scales(plan, loaded, placeholders)
-    initial = None if placeholders else initialization.stored(context, plan)
-    student = make_student(load_student(recipe), structure, plan, computing, settings, input_scales, initial)
-    student = student.to(accelerator.device)
+    plan = context.new_plan(loaded) if placeholders else context.plan()
+    phases = scheduled_phases(context, plan, structure.layer_count, placeholders)
+    student = prepare_student(context, loaded, plan, placeholders).to(accelerator.device)
     objective.open_models(student, model, structure, [term for phase in phases for term in phase.terms])
-    packed_bytes = context.packed_size(loaded, measured=not placeholders)(plan).bytes
     trainer = Trainer(
         settings=settings,
         accelerator=accelerator,
@@ -236,10 +190,31 @@ def prepare(context: JobContext, placeholders: bool = False) -> Preparation:
         rows=rows,
         held_out=held_out,
         phases=phases,
-        store=training_store(context.work, {} if placeholders else STAGE.inputs(context)),
+        store=training_store(context.work, {} if placeholders else inputs(context)),
     )
     phase_schedule.check_steps(phases, trainer.budget.steps)
+    packed_bytes = context.packed_size(loaded, measured=not placeholders)(plan).bytes
     return Preparation(trainer, plan, packed_bytes)
+
+
+def scheduled_phases(context: JobContext, plan: Plan, layer_count: int, placeholders: bool) -> list[ScheduledPhase]:
+    """The phases of the training, with the layers that losses choose by what calibrate measured of each."""
+    if placeholders:
+        layer_metrics = objective.placeholder_metrics(layer_count)
+    else:
+        layer_metrics = calibrated.read_layer_metrics(context.work)
+    recipe = context.recipe
+    return make_phases(recipe.distill, recipe.model, layer_count, layer_metrics, context.nominal_bits(plan))
+
+
+def prepare_student(context: JobContext, teacher: LoadedModel, plan: Plan, placeholders: bool) -> PreTrainedModel:
+    """The student on the CPU, its matrices fake-quantized as the plan says, from where calibrate lets them begin."""
+    structure = teacher.structure
+    computing = context.student_settings(plan, structure, placeholders)
+    input_scales = context.input_scales(plan, teacher, placeholders)
+    initial = None if placeholders else initialization.stored(context, plan)
+    student = load_student(context.recipe)
+    return make_student(student, structure, plan, computing, context.recipe.distill, input_scales, initial)
 
 
 def uses_bfloat16(settings: Distill, device: torch.device) -> bool:
@@ -268,21 +243,20 @@ def needs_teacher(settings: Distill, phases: Sequence[ScheduledPhase]) -> bool:
 
 
 def open_text(
-    context: JobContext, loaded: LoadedModel, teachers: Sequence[Teacher], placeholders: bool
+    context: JobContext, teacher: LoadedModel, teachers: Sequence[Teacher], placeholders: bool
 ) -> tuple[data.TokenRows, data.TokenRows]:
     """Rows to train on and held-out rows, no longer than any teacher has positions for.
 
     With placeholders, where the text is still to be written by the teacher, both are some small token ids, as many as
     the teacher would write.
     """
-    settings = context.recipe.data
-    length = min(context.sequence_length(teacher.model) for teacher in teachers)
-    if placeholders and not (settings.train or context.work.generated_text.exists()):
-        token_ids = np.arange(max(length, settings.generated_tokens), dtype=np.int32) % 16
+    length = min(context.sequence_length(each.model) for each in teachers)
+    if placeholders and not (context.recipe.data.train or context.work.generated_text.exists()):
+        token_ids = np.arange(max(length, context.recipe.data.generated_tokens), dtype=np.int32) % 16
         rows = data.TokenRows([token_ids], [1.0], length)
         return rows, rows
-    # `eval` will know what was held out by the length that the first teacher alone has positions for
-    return context.open_text(loaded.tokenizer, length, context.sequence_length(loaded.model))
+    # `eval` will know what was held out by the length of the first teacher alone.
+    return context.open_text(teacher.tokenizer, length, context.sequence_length(teacher.model))
 
 
 def training_store(work: WorkDir, training_inputs: dict[str, str]) -> TrainingStore:
@@ -313,3 +287,55 @@ def discard_unless_resumable(store: TrainingStore, work: WorkDir, console: Conso
         work.discard(NAME)
     work.manifest_file(NAME).unlink(missing_ok=True)
     make_folder(work.folder(NAME))
+
+
+# --- the stage ---------------------------------------------------------------------------------
+
+
+class DistillStage(Stage):
+    """`edgerazor distill`."""
+
+    name = NAME
+    result_model = DistillResult
+    needs = ("calibrate",)
+    decides_student = True
+    on_all_processes = True
+    manages_folder = True  # it goes on in it
+
+    def takes_part(self, recipe: Recipe) -> bool:
+        return recipe.pack.source != "teacher"
+
+    def describe(self, context: JobContext) -> str:
+        return f"{context.recipe.model} {context.budget_in_words}"
+
+    def inputs(self, context: JobContext) -> dict[str, str]:
+        return inputs(context)
+
+    def stored_inputs(self, context: JobContext) -> dict[str, str] | None:
+        manifest = context.work.manifest(NAME)
+        return manifest.inputs if manifest else checkpoint.stored_inputs(context.work.checkpoint("current")) or {}
+
+    def check(self, context: JobContext) -> None:
+        check(context.recipe)
+
+    def check_continuation(self, context: JobContext, inputs: dict[str, str]) -> None:
+        """A training goes on only with the very plan and statistics that it began with."""
+        stored = checkpoint.stored_inputs(context.work.checkpoint("current"))
+        if stored is not None and stored.get("calibrate") != inputs["calibrate"]:
+            raise UserError(
+                f"calibrate was done again in {context.work.path} with another outcome than the one the training there "
+                "began with.",
+                "Use another folder (--work NAME), or start the training again with `edgerazor distill --force`.",
+            )
+
+    def run(self, context: JobContext) -> DistillResult:
+        return run(context)
+
+    def dry_run(self, context: JobContext) -> DistillDryRun:
+        return dry_run(context)
+
+    def show(self, result: DistillResult) -> list[RenderableType]:
+        return result_tables(result)
+
+
+STAGE = DistillStage()

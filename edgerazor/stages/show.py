@@ -23,13 +23,13 @@ from edgerazor.report.generate_result import GenerateResult
 from edgerazor.report.inspection import PackedSummary, show_format
 from edgerazor.report.plan_summary import PlanSummary
 from edgerazor.report.summary import Summary, summarize
+from edgerazor.stages.distill import DistillResult
 from edgerazor.stages.write_data import DataResult
-from edgerazor.training import DistillResult
 from edgerazor.workdir import WorkDir, find_folder
 
 __all__ = ["draw_plan", "inspect", "schema", "show", "show_format", "summarize"]
 
-#: What `--json` prints -> its model.
+#: Name of a JSON interface -> its model.
 INTERFACES: dict[str, type[BaseModel]] = {
     "calibrate": CalibrateResult,
     "distill": DistillResult,

@@ -79,7 +79,7 @@ def make_phases(
     return phases
 
 
-def steps_per_phase(phases: list[ScheduledPhase], steps: int) -> list[int]:
+def steps_per_phase(phases: Sequence[ScheduledPhase], steps: int) -> list[int]:
     """How many of the steps each phase takes: it ends with the first step at which its share is used up."""
     ends = [math.ceil(steps * (phase.end - TINY)) for phase in phases]
     return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
