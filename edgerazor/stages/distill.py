@@ -33,7 +33,7 @@ from edgerazor.job import JobContext, LoadedModel
 from edgerazor.models import PreTrainedModel
 from edgerazor.recipe import Distill, Recipe
 from edgerazor.stage import Stage
-from edgerazor.student import CALIBRATED_INITS
+from edgerazor.student_plan import CALIBRATED_INITS
 from edgerazor.training import (
     DistillDryRun,
     DistillResult,

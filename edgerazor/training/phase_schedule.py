@@ -8,6 +8,7 @@ without phases is a schedule of one.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edgerazor.errors import UserError, usage_error
