@@ -6,7 +6,6 @@ import os
 from datetime import timedelta
 
 import torch
-from accelerate import PartialState
 
 from edgerazor.console import launched
 from edgerazor.errors import UserError, usage_error
@@ -71,10 +70,14 @@ def process_count() -> int:
 def join_processes(device: torch.device) -> None:
     """Meet the other processes of a launcher, if there are any; they may wait for each other for hours."""
     if process_count() > 1:
+        from accelerate import PartialState  # only training needs it
+
         PartialState(cpu=device.type == "cpu", timeout=timedelta(days=7))
 
 
 def wait_for_everyone() -> None:
     """Barrier: block until every process of the launcher has arrived."""
     if process_count() > 1:
+        from accelerate import PartialState  # only training needs it
+
         PartialState().wait_for_everyone()

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from edgerazor import __version__, calibrated, data, devices, models, modules, packed, student
+from edgerazor import __version__, calibrated, data, devices, models, modules, packed, student_plan
 from edgerazor.allocate import Plan, SensitivityTable, make_plan, unmeasured
 from edgerazor.console import Console, megabytes
 from edgerazor.models import PreTrainedModel, PreTrainedTokenizerBase
@@ -321,10 +321,10 @@ class JobContext(RecipeContext):
             UserError: what calibrate measured is needed and not there.
         """
         if plan.adaptive_tokens != "causal":
-            return student.settings_of(plan)
+            return student_plan.settings_of(plan)
         if imagined:
-            return student.settings_of(plan, (0.5,) * structure.layer_count)
-        return student.settings_of(plan, calibrated.read_vector(self.work, "importance_threshold"))
+            return student_plan.settings_of(plan, (0.5,) * structure.layer_count)
+        return student_plan.settings_of(plan, calibrated.read_vector(self.work, "importance_threshold"))
 
     def input_scales(self, plan: Plan, teacher: LoadedModel, imagined: bool = False) -> dict[str, float] | None:
         """Calibrate's scales for the inputs of linear layers and the head; None where each token has its own.
@@ -339,7 +339,7 @@ class JobContext(RecipeContext):
         """
         if plan.activation_scales == "dynamic":
             return None
-        names = student.input_scale_names(plan, teacher.model, teacher.structure)
+        names = student_plan.input_scale_names(plan, teacher.model, teacher.structure)
         if imagined:
             return dict.fromkeys(names, 1.0)
         return calibrated.read_input_scales(self.work, names, plan.activation_bits)
@@ -382,17 +382,17 @@ class JobContext(RecipeContext):
             training: inputs of the student's training; None before it.
         """
         model, structure = teacher.model, teacher.structure
-        others = student.other_specs(model, structure, as_float32=source == "student")
+        others = student_plan.other_specs(model, structure, as_float32=source == "student")
         if source == "student" and not training:
             # The fingerprint of text has always the same length; large files need not be read for it.
             training = {"data": packed.ANY_SHA256 if self.recipe.data.train else self.data_fingerprint}
 
         def size(plan: Plan) -> FolderSize:
-            settings = student.header_settings(self.student_settings(plan, structure, imagined=not measured))
+            settings = student_plan.header_settings(self.student_settings(plan, structure, imagined=not measured))
             if not measured:
-                settings["thresholds"] = [student.LONGEST_NUMBER] * len(settings["thresholds"])
+                settings["thresholds"] = [student_plan.LONGEST_NUMBER] * len(settings["thresholds"])
             provenance = self.provenance(source, plan, training)
-            return student.packed_size(
+            return student_plan.packed_size(
                 plan, model, structure, others, settings, provenance, self.recipe.pack.shard_bytes
             )
 

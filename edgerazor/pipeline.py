@@ -101,7 +101,7 @@ def run_one(stage: Stage, context: JobContext, force: bool) -> BaseModel:
     if not force and (finished := earlier_result(stage, inputs, work)):
         console.say(f"{stage.name} is up to date, skipping (--force to redo)")
         return finished
-    if work.damaged(stage.name):
+    if work.has_damaged_manifest(stage.name):
         console.warn(f"{work.manifest_file(stage.name)} is damaged, so {stage.name} is not taken for finished.")
     began = time.monotonic()
     console.say(f"{stage.name}: {stage.describe(context)}")

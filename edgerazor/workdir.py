@@ -144,7 +144,7 @@ class WorkDir:
         except (OSError, ValueError):
             return None
 
-    def damaged(self, stage: str) -> bool:
+    def has_damaged_manifest(self, stage: str) -> bool:
         """Whether there is a record that cannot be read."""
         return self.manifest_file(stage).exists() and self.manifest(stage) is None
 

@@ -210,7 +210,7 @@ def plain(model: Any, teacher: Any, batches: list[dict[str, torch.Tensor]], entr
 
 @pytest.mark.parametrize("chunk", [1, 320 * 7, 1 << 22])
 def test_text_metrics_equal_their_definition(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "CHUNK_LOGITS", chunk)
+    monkeypatch.setattr(text_metrics, "CHUNK_LOGITS", chunk)
     model, teacher, tokenizer = make_model(seed=1), make_model(), make_tokenizer()
     model.resize_token_embeddings(330, mean_resizing=False)  # padding of the vocabulary does not count
     ids = torch.randint(0, 300, (3, 21), generator=torch.Generator().manual_seed(0))

@@ -19,7 +19,7 @@ LAYERS = (
     {"evaluation", "benchmark", "calibration", "packaging"},
     {"training", "sensitivity"},
     {"job"},
-    {"student", "calibrated"},
+    {"student_plan", "calibrated"},
     {"importers", "runtime"},  # importers read with the names that exporters write
     {"exporters", "tasks", "transformers_plugin"},
     {"allocate"},

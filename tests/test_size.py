@@ -12,7 +12,7 @@ from _tiny import Run, write_recipe
 from conftest import GROUP_SIZE, ModelMaker
 
 from edgerazor import recipe as recipes
-from edgerazor import student
+from edgerazor import student_plan
 from edgerazor.console import Console
 from edgerazor.job import JobContext
 from edgerazor.workdir import WorkDir
@@ -94,4 +94,4 @@ def test_unknown_thresholds_are_counted_at_their_longest(
     after = context.packed_size(teacher, measured=True)(plan).bytes
     assert 0 <= before - after <= 64
     draws = torch.rand(2000) ** torch.randint(1, 30, (2000,))
-    assert max(len(json.dumps(float(each))) for each in draws) <= len(json.dumps(student.LONGEST_NUMBER))
+    assert max(len(json.dumps(float(each))) for each in draws) <= len(json.dumps(student_plan.LONGEST_NUMBER))

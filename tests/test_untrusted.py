@@ -368,7 +368,7 @@ def test_a_damaged_record_is_not_a_finished_stage(damage: str, tmp_path: Path) -
     path.parent.mkdir(parents=True)
     path.write_text(DAMAGES[damage])
     assert work.manifest("pack") is None
-    assert work.damaged("pack")
+    assert work.has_damaged_manifest("pack")
     path.unlink()
     path.mkdir()
     assert work.manifest("pack") is None

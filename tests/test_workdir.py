@@ -393,10 +393,10 @@ def test_up_to_date_means_same_inputs_and_nothing_missing(tmp_path: Path) -> Non
 @pytest.mark.parametrize("text", ["", "{", "{}", "[]", '{"stage": 3}', "\x00"])
 def test_a_damaged_manifest_is_an_unfinished_stage(tmp_path: Path, text: str) -> None:
     work = finished(tmp_path)
-    assert not work.damaged("distill")
+    assert not work.has_damaged_manifest("distill")
     work.manifest_file("distill").write_text(text)
     assert work.manifest("distill") is None
-    assert work.damaged("distill")
+    assert work.has_damaged_manifest("distill")
 
 
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:

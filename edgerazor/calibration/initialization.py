@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from edgerazor import data, formats, models, modules, student
+from edgerazor import data, formats, models, modules, student_plan
 from edgerazor.allocate import Plan
 from edgerazor.calibrated import unusable
 from edgerazor.console import Console
@@ -79,7 +79,7 @@ def stored(context: JobContext, plan: Plan) -> Callable[[str], InitialWeight] | 
         UserError: calibrate has not made this initialization for this plan, or its file is damaged.
     """
     work, settings = context.work, context.recipe.calibrate
-    if settings.init not in student.CALIBRATED_INITS:
+    if settings.init not in student_plan.CALIBRATED_INITS:
         return None
     missing = UserError(
         f"{work.path} holds no {settings.init} start for these settings.",

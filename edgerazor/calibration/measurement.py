@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from edgerazor import data, devices, formats, models, student
+from edgerazor import data, devices, formats, models, student_plan
 from edgerazor.allocate import candidates_of, measures
 from edgerazor.calibration import observers, statistics
 from edgerazor.job import JobContext, LoadedModel
@@ -136,7 +136,7 @@ def observe(layerwise: models.LayerwisePass, settings: Calibrate) -> dict[str, T
     structure = layerwise.structure
     moments, metrics = observers.SecondMoments(), observers.LayerMetrics(structure.layer_count, layerwise.final)
     ranges = observers.InputRanges(structure.head_path)
-    scales = student.input_scale_names(settings, layerwise.model, structure)
+    scales = student_plan.input_scale_names(settings, layerwise.model, structure)
     layerwise.forward(moments, metrics, *([ranges] if scales else []), keep_inputs=False, title="calibrate")
     tokens = sum(int(counts.sum()) for _, counts in layerwise.batches)
     tensors = {f"input_second_moment/{path}": value for path, value in moments.means(tokens).items()}

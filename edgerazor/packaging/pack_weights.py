@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from edgerazor import formats, modules, student, untrusted
+from edgerazor import formats, modules, student_plan, untrusted
 from edgerazor.allocate import MatrixPlan, Plan
 from edgerazor.errors import UserError
 from edgerazor.job import LoadedModel
@@ -48,7 +48,7 @@ def student_weights(folder: Path, structure: Structure) -> Iterator[Weights]:
         if not all(isinstance(digest, str) for digest in digests.values()):
             raise ValueError("digests.json holds something else than digests")
         names = set(file.keys())
-        others = {name: file.get_tensor(name) for name in sorted(names - student.matrix_tensors(structure))}
+        others = {name: file.get_tensor(name) for name in sorted(names - student_plan.matrix_tensors(structure))}
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(
             f"The student {folder} cannot be read: {str(error).rstrip('.')}.", "Run `edgerazor distill --force`."
@@ -73,7 +73,7 @@ def teacher_weights(teacher: LoadedModel, start: Callable[[str], modules.Initial
         start: gives the weight and the scales that calibrate found for a module's path; None to round to nearest.
     """
     state = teacher.model.state_dict()
-    others = student.other_tensors(teacher.model, teacher.structure)
+    others = student_plan.other_tensors(teacher.model, teacher.structure)
 
     def read(path: str) -> tuple[Tensor, Tensor | None]:
         weight = state[f"{path}.weight"]

@@ -14,7 +14,7 @@ import torch
 from rich.console import RenderableType
 from torch import Tensor
 
-from edgerazor import allocate, models, student
+from edgerazor import allocate, models, student_plan
 from edgerazor.allocate import Plan, candidates_of, measures, shortfall
 from edgerazor.calibration import initialization, own_text, planning, statistics
 from edgerazor.calibration import measurement as measuring
@@ -39,7 +39,7 @@ class CalibrateStage(Stage):
     carried = ("stats.safetensors", "generated.jsonl")
 
     def takes_part(self, recipe: Recipe) -> bool:
-        return recipe.pack.source != "teacher" or student.needs_calibration(recipe.calibrate)
+        return recipe.pack.source != "teacher" or student_plan.needs_calibration(recipe.calibrate)
 
     def describe(self, context: JobContext) -> str:
         return f"{context.recipe.model} {context.budget_in_words}"
@@ -68,7 +68,7 @@ class CalibrateStage(Stage):
         settings, work, console = context.recipe.calibrate, context.work, context.console
         teacher = context.load_teacher(torch.device("cpu"))
         structure = teacher.structure
-        student.check_attention(teacher.model, settings)
+        student_plan.check_attention(teacher.model, settings)
         length = context.sequence_length(teacher.model)
         make_folder(work.folder(self.name))
         tensors = statistics.stored(context)
@@ -100,7 +100,7 @@ class CalibrateStage(Stage):
             write_json(work.sensitivity_file, sensitivity)
         else:  # of an earlier plan
             work.sensitivity_file.unlink(missing_ok=True)
-        if settings.init in student.CALIBRATED_INITS:
+        if settings.init in student_plan.CALIBRATED_INITS:
             initialization.write(context, plan, rows)
         result = result_of(measurement, plan, sensitivity, tensors, text)
         write_json(work.result_file(self.name), result.model_dump(mode="json"))

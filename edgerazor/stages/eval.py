@@ -21,7 +21,7 @@ from edgerazor.console import Console
 from edgerazor.errors import UserError, usage_error
 from edgerazor.evaluation.eval_result import DryRun, DryTask, EvalResult, Measured
 from edgerazor.evaluation.evaluated_model import EvaluatedModel, load_16_bit, load_packed, load_rounding_inputs
-from edgerazor.evaluation.evaluation import Evaluation, held_out_rows, load_tasks, request_of
+from edgerazor.evaluation.measuring import Evaluation, held_out_rows, load_tasks, request_of
 from edgerazor.evaluation.sample import add_sample
 from edgerazor.evaluation.scores import retention_failure
 from edgerazor.job import JobContext, RecipeContext

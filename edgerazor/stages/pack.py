@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from rich.console import RenderableType
 
-from edgerazor import exporters, packed, student
+from edgerazor import exporters, packed, student_plan
 from edgerazor.allocate import Plan, measures
 from edgerazor.calibration import initialization
 from edgerazor.console import Console
@@ -68,7 +68,7 @@ class PackStage(Stage):
             return {"student": distilled.fingerprint() if distilled else "missing", **common}
         settings = context.section_inputs("calibrate", ("sequences", "batch_size"))
         measured = measures(recipe.calibrate) and context.is_planned()
-        if measured or student.needs_calibration(recipe.calibrate):
+        if measured or student_plan.needs_calibration(recipe.calibrate):
             calibrated = work.manifest("calibrate")
             settings["calibrate"] = calibrated.fingerprint() if calibrated else "missing"
         return {"student": "the teacher, rounded to nearest", **settings, **common}
@@ -90,7 +90,7 @@ class PackStage(Stage):
         teacher = context.load_teacher(torch.device("cpu"))
         structure = teacher.structure
         plan = plan_of(context, teacher)
-        student.check_attention(teacher.model, plan)
+        student_plan.check_attention(teacher.model, plan)
         scales = context.input_scales(plan, teacher) or {}
         weights_to_pack = weights_of(context, source, teacher, plan)
         if source == "teacher" and measures(recipe.calibrate) and plan.strategy != "sensitivity":
@@ -99,7 +99,7 @@ class PackStage(Stage):
                 f"sensitivity, run `edgerazor calibrate` with the same options and --work {work.path} first."
             )
         make_folder(work.path)
-        settings = student.header_settings(context.student_settings(plan, structure))
+        settings = student_plan.header_settings(context.student_settings(plan, structure))
         with (
             weights_to_pack as weights,
             replace_folder(work.folder(self.name)) as folder,
@@ -109,7 +109,7 @@ class PackStage(Stage):
                 folder,
                 [matrix_source(matrix, weights) for matrix in plan.matrices],
                 {name: torch.tensor(scale) for name, scale in scales.items()} | whole_zero_points(weights.others, plan),
-                tied=student.tied_modules(structure),
+                tied=student_plan.tied_modules(structure),
                 settings=settings,
                 provenance=context.provenance(source, plan, training_inputs(work, source)),
                 shard_bytes=recipe.pack.shard_bytes,
