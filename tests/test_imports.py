@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from edgerazor import exporters, formats, importers, models, transformers_plugin
 from edgerazor.console import Console
 from edgerazor.errors import UserError
-from edgerazor.importers import gguf as gguf_import
 from edgerazor.importers import mlx as mlx_import
 from edgerazor.importers.core import base
+from edgerazor.importers.core import gguf_source as gguf_import
 from edgerazor.importers.core.base import IntegerMatrix, UnrepresentableError
 from edgerazor.importers.core.gguf_file import GgufFile
 from edgerazor.packed import PackedModel

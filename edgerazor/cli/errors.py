@@ -104,6 +104,8 @@ MACHINE: tuple[int, ...] = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE),
     *(errno.ELOOP, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.EBUSY, errno.ETXTBSY),
 )
+#: Packages that only some commands import -> the extra of pyproject.toml that brings them.
+EXTRAS = {"accelerate": "train", "datasets": "train", "gguf": "gguf", "lm_eval": "eval", "matplotlib": "plot"}
 #: In errors of libraries that could allocate no memory.
 NO_ROOM = ("DefaultCPUAllocator", "Cannot allocate memory", "failed to map segment", "bad allocation", "std::bad_alloc")
 
@@ -131,6 +133,11 @@ def explain_failure(error: BaseException) -> UserError | None:
     if type(error).__name__ == "OutOfMemoryError" or any(phrase in text for phrase in NO_ROOM):
         return UserError(
             "There is not enough memory.", "Try a smaller --batch-size with more --accumulation, or --sequence-length."
+        )
+    if isinstance(error, ModuleNotFoundError) and (extra := EXTRAS.get(str(error.name).partition(".")[0])):
+        return UserError(
+            f"This needs the package {error.name}, which is not installed.",
+            f"Install it: `pip install 'edgerazor-toolchain[{extra}]'`, or all of them with [all].",
         )
     return explain_library_failure(error)
 

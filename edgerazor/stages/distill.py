@@ -16,12 +16,10 @@ schedule of its own; the data go on from phase to phase. How a step is taken, ev
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from rich.console import RenderableType
 
 from edgerazor import calibrated, data, devices, models
@@ -56,6 +54,9 @@ from edgerazor.training import (
     result_tables,
 )
 from edgerazor.workdir import WorkDir, make_folder, write_json
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 NAME = "distill"
 
@@ -224,6 +225,9 @@ def uses_bfloat16(settings: Distill, device: torch.device) -> bool:
 
 def make_accelerator(device: torch.device, dtype: torch.dtype) -> Accelerator:
     """What knows the device, the precision of products and the other processes of a launcher."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
     AcceleratorState._reset_state()  # one process may train more than once, and not always in the same precision
     return Accelerator(mixed_precision="bf16" if dtype == torch.bfloat16 else "no", cpu=device.type == "cpu")
 

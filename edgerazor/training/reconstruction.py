@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from edgerazor import data, modules
@@ -23,6 +23,9 @@ from edgerazor.errors import usage_error
 from edgerazor.models import Blocks, PreTrainedModel, Structure
 from edgerazor.recipe import Distill, Recipe
 from edgerazor.training.optimizer import cosine_decay, make_optimizer, set_learning_rate
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass

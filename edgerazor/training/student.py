@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from edgerazor import models, modules
@@ -14,6 +14,9 @@ from edgerazor.losses import Head, Outputs
 from edgerazor.models import PreTrainedModel, Structure
 from edgerazor.recipe import Distill
 from edgerazor.training.captured_states import Captures, capture
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass

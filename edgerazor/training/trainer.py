@@ -14,10 +14,9 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from edgerazor import data, losses, modules
@@ -39,6 +38,9 @@ from edgerazor.training.signals import Signals, watch_signals
 from edgerazor.training.store import TrainingStore, is_complete, save_student
 from edgerazor.training.student import Student
 from edgerazor.training.teachers import TeacherEnsemble
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 class StepStatus(NamedTuple):

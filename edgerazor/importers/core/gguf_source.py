@@ -1,0 +1,357 @@
+"""GGUF files of llama.cpp whose blocks are integers times one scale: ternary, Q4_0, Q8_0, and others by their content.
+
+`TQ1_0`, `TQ2_0`, `PTQ1_0`, `Q1_0`, `Q2_0`, `Q4_0`, `Q5_0` and `Q8_0` always are. `Q2_K` and `Q3_K` have sub-scales of
+their own: where these are whole multiples of one number, as in files that we wrote, the weights are integers times
+that; files of llama.cpp's quantizer seldom fit, and are refused by name. Floating tensors stay as they are.
+
+Configuration and tokenizer come from `config.json` and `tokenizer.json` beside the file, if they are there, as those of
+the original model. Else they are rebuilt from the metadata, and what would compute otherwise is refused: scaled
+positions that metadata cannot name, and tokenizers whose way into GGUF and back is not the identity.
+
+Sources: ggml-quants.c (`dequantize_row_*`) and ggml-common.h of llama.cpp.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edgerazor import families, models, untrusted, workdir
+from edgerazor.errors import UserError, plain
+from edgerazor.exporters.core.gguf_metadata import gguf_architecture, rope_factors
+from edgerazor.exporters.core.gguf_names import ROPE_FACTORS, gguf_name, row_order
+from edgerazor.exporters.core.gguf_vocabulary import PATTERNS, build_vocabulary
+from edgerazor.importers.core.base import IntegerMatrix, SourceModel, Stored, UnrepresentableError
+from edgerazor.importers.core.gguf_file import TYPES, GgufFile
+
+Bytes = NDArray[np.uint8]
+Values = NDArray[np.int16]
+#: uint8 [blocks, bytes of a block] -> integers int16 [blocks, weights of a block] and their scales float32 [blocks].
+Decoder = Callable[[Bytes], tuple[Values, NDArray[np.float32]]]
+
+
+class GgufSource(SourceModel):
+    """An opened file, with the names of transformers."""
+
+    def __init__(self, file: GgufFile) -> None:
+        self.file = file
+        self.folder = file.path.absolute().parent
+        self.rebuilt = not (self.folder / "config.json").is_file()
+        architecture = str(file.metadata.get("general.architecture"))
+        self.config = rebuilt_config(file, architecture) if self.rebuilt else models.complete_config(self.folder)
+        self.architecture = gguf_architecture(self.config)
+        if self.architecture.name != architecture:
+            raise UserError(
+                f"{file.path} is a {architecture} model, but the config.json beside it is of a "
+                f"{self.architecture.name} one.",
+                "Move one of them to another folder.",
+            )
+        known = {gguf_name(self.architecture, name): name for name in _every_name(self.config)}
+        self.targets = {known[name]: name for name in file.tensors if name in known}
+        unknown = sorted(file.tensors.keys() - known.keys() - {ROPE_FACTORS})
+        if unknown:
+            raise UserError(f"{file.path} has the tensor {unknown[0]}, which no {architecture} model has here.")
+        self.notes = ("Configuration rebuilt from metadata.",) if self.rebuilt else ()
+
+    def names(self) -> set[str]:
+        """Names of the tensors, as transformers has them."""
+        return set(self.targets)
+
+    def quantized(self, name: str) -> bool:
+        """Whether a tensor's type is not a floating one."""
+        return name in self.targets and self.file.type_name(self.targets[name]) not in FLOATS
+
+    def read(self, name: str) -> Stored:
+        """One tensor, with its rows in the order of transformers."""
+        target = self.targets[name]
+        tensor, kind = self.file.tensors[target], self.file.type_name(target)
+        blocks = self.file.blocks(target)
+        order = row_order(self.architecture, self.config, target)
+        back = None if order is None else torch.argsort(order)
+        if kind in FLOATS:
+            values = torch.from_numpy(np.array(blocks)).view(FLOATS[kind]).reshape(tensor.shape)
+            return values if back is None else values[back]
+        if kind not in DECODERS or len(tensor.shape) != 2:
+            raise UnrepresentableError(f"its type {kind} is not integers times one scale")
+        values, scales = _matrix(blocks, DECODERS[kind], *tensor.shape)
+        if back is not None:
+            values, scales = values[back], scales[back]
+        return IntegerMatrix(values, scales, TYPES[tensor.type][1])
+
+    def write_tokenizer(self, folder: Path) -> None:
+        """Copy the tokenizer beside the file, or rebuild one from metadata that gives the same metadata again."""
+        models.copy_companions(self.folder, folder)
+        if any(folder.glob("tokenizer*")):
+            return
+        tokenizer = models.gguf_tokenizer(self.file.path)
+        template = self.file.metadata.get("tokenizer.chat_template")
+        if isinstance(template, str):
+            tokenizer.chat_template = template
+        tokenizer.save_pretrained(folder)
+        _set_pattern(folder / "tokenizer.json", str(self.file.metadata.get("tokenizer.ggml.pre")))
+        problem = _tokenizer_problem(models.load_tokenizer(folder), self.config, self.file.metadata)
+        if problem:
+            raise UserError(
+                f"The tokenizer of {self.file.path} cannot be rebuilt from its metadata: {problem}.",
+                "Put tokenizer.json and tokenizer_config.json of the original model beside the file.",
+            )
+
+
+def _matrix(blocks: Bytes, decode: Decoder, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Integers int16 [rows, columns] and scales float32 [rows, blocks of a row]."""
+    values, scales = decode(blocks)
+    return torch.from_numpy(values.reshape(rows, columns)), torch.from_numpy(scales.reshape(rows, -1).copy())
+
+
+def _every_name(config: Mapping[str, Any]) -> list[str]:
+    """Every tensor that a model of a configuration may have, weights and biases."""
+    return list(models.skeleton(dict(config)).state_dict())
+
+
+# Configuration ----------------------------------------------------------------------------------------------------
+
+
+def rebuilt_config(file: GgufFile, architecture: str) -> dict[str, Any]:
+    """Rebuild a configuration from metadata.
+
+    Raises:
+        UserError: of a family that is not known, incomplete, or with positions that metadata does not describe.
+    """
+    model_types = [model_type for model_type, name in families.with_gguf().items() if name == architecture]
+    if not model_types:
+        known = ", ".join(sorted(set(families.with_gguf().values())))
+        raise UserError(
+            f"{file.path} is of the architecture {plain(architecture)}, and only {known} can be read from GGUF.",
+            "Round the original model, from the folder or hub id that the file was made of: `edgerazor pack MODEL "
+            "--bits 4`.",
+        )
+    get = _Metadata(file, architecture)
+    heads, width = get.number("attention.head_count"), get.number("embedding_length")
+    if get.number("block_count") > len(file.tensors):
+        raise file.damaged("it has fewer tensors than layers")
+    head = get.number("attention.key_length", get.number("rope.dimension_count", width // heads))
+    config: dict[str, Any] = {
+        "model_type": architecture if architecture in model_types else model_types[0],
+        "vocab_size": file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in file.tensors else 0,
+        "hidden_size": width,
+        "intermediate_size": get.number("feed_forward_length"),
+        "num_hidden_layers": get.number("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": get.number("attention.head_count_kv", heads),
+        "head_dim": head,
+        "max_position_embeddings": get.number("context_length"),
+        "rms_norm_eps": get.decimal("attention.layer_norm_rms_epsilon", 1e-6),
+        "rope_parameters": _rope_parameters(get),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+    }
+    # transformers has these of all four matrices of attention; qwen2's biases of three need no word.
+    for field, part in (("attention_bias", "attn_output"), ("mlp_bias", "ffn_up")):
+        if f"blk.0.{part}.bias" in file.tensors:
+            config[field] = True
+    for name in ("bos", "eos", "pad"):
+        key = {"pad": "padding"}.get(name, name)
+        config[f"{name}_token_id"] = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
+    _restore_llama3_rope(file, config)
+    return models.completed(config)
+
+
+class _Metadata:
+    """Metadata whose keys begin with the architecture, checked by type and range."""
+
+    def __init__(self, file: GgufFile, architecture: str) -> None:
+        self.file, self.architecture = file, architecture
+
+    def value(self, key: str, default: Any = None) -> Any:
+        value = self.file.metadata.get(f"{self.architecture}.{key}", default)
+        if value is None:
+            raise self.file.damaged(f"it does not say {self.architecture}.{key}")
+        return value
+
+    def number(self, key: str, default: int | None = None) -> int:
+        value = self.value(key, default)
+        if not isinstance(value, int) or not 0 < value < 1 << 31:
+            raise self.file.damaged(f"its {self.architecture}.{key} is {value!r}")
+        return value
+
+    def decimal(self, key: str, default: float | None = None) -> float:
+        """A float32 number as it was written in decimals."""
+        value = self.value(key, default)
+        if not isinstance(value, float) or not 0 < value < math.inf:
+            raise self.file.damaged(f"its {self.architecture}.{key} is {value!r}")
+        return float(f"{value:.7g}")
+
+
+def _rope_parameters(get: _Metadata) -> dict[str, Any]:
+    kind = get.value("rope.scaling.type", "none")
+    parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": get.decimal("rope.freq_base", 10000.0)}
+    if kind == "none":
+        return parameters
+    parameters |= {"rope_type": kind, "factor": get.decimal("rope.scaling.factor")}
+    if kind == "yarn":
+        parameters["original_max_position_embeddings"] = get.number("rope.scaling.original_context_length")
+    return parameters
+
+
+def _restore_llama3_rope(file: GgufFile, config: dict[str, Any]) -> None:
+    """Restore the rotary parameters of the Llama 3 models from their factors, in place; refuse other factors."""
+    if ROPE_FACTORS not in file.tensors:
+        return
+    if file.type_name(ROPE_FACTORS) != "F32":
+        raise file.damaged(f"{ROPE_FACTORS} is not F32")
+    stored = torch.from_numpy(np.array(file.blocks(ROPE_FACTORS))).view(torch.float32).flatten()
+    for factor in (8.0, 32.0):  # Llama 3.1, 3.2
+        scaling = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        candidate = {**config["rope_parameters"], **scaling, "original_max_position_embeddings": 8192}
+        candidate["rope_type"] = "llama3"
+        factors = rope_factors({**config, "rope_parameters": candidate})
+        if factors is not None and factors.shape == stored.shape and torch.allclose(factors, stored, rtol=1e-5):
+            config["rope_parameters"] = candidate
+            return
+    raise UserError(
+        f"{file.path} scales its rotary positions by factors that are not those of the Llama 3 models.",
+        "Put the config.json of the original model beside the file.",
+    )
+
+
+def _set_pattern(file: Path, pre: str) -> None:
+    """Cut text into words as the metadata say; transformers goes by the architecture alone."""
+    pattern = next((key for key, name in PATTERNS.items() if name == pre), None)
+    if pattern is None or not file.is_file():
+        return
+    steps, whole_words = pattern
+    tokenizer_json = untrusted.read_json(file, most_bytes=untrusted.MOST_BYTES_OF_OURS)
+    if tokenizer_json["model"]["type"] != "BPE":
+        return
+    cut: list[dict[str, Any]] = [
+        {"type": "Digits", "individual_digits": True}
+        if step == "digits"
+        else {"type": "Split", "pattern": {"Regex": step}, "behavior": "Isolated", "invert": False}
+        for step in steps
+    ]
+    cut.append({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False})
+    tokenizer_json["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": cut}
+    tokenizer_json["model"]["ignore_merges"] = whole_words
+    workdir.write_text(file, json.dumps(tokenizer_json, ensure_ascii=False))
+
+
+def _tokenizer_problem(tokenizer: Any, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
+    """What of a rebuilt tokenizer is not as the metadata say, or an empty string.
+
+    Only byte-level BPE (`gpt2`) comes back as it was: the metadata of a SentencePiece vocabulary leave open how text is
+    normalised before it, and transformers guesses.
+    """
+    if metadata.get("tokenizer.ggml.model") != "gpt2":
+        return f"its model is {metadata.get('tokenizer.ggml.model')!r}, and only byte-level BPE can be rebuilt exactly"
+    try:
+        rebuilt = build_vocabulary(tokenizer, int(config["vocab_size"]), [])
+    except UserError as error:
+        return error.message.rstrip(".")
+    names = {name: name for name in ("model", "pre", "tokens", "merges")} | {"add_bos": "add_bos_token"}
+    for name, key in names.items():
+        value = metadata.get(f"tokenizer.ggml.{key}")
+        if value is not None and getattr(rebuilt, name) != value:
+            return f"its {name} would be another one"
+    return ""
+
+
+# Blocks -----------------------------------------------------------------------------------------------------------
+
+
+def _half(octets: Bytes) -> NDArray[np.float32]:
+    """Two bytes of each block as float16: [blocks, 2] -> [blocks]."""
+    return np.ascontiguousarray(octets).view("<f2").reshape(-1).astype(np.float32)
+
+
+def _fields(octets: Bytes, width: int, run: int) -> Values:
+    """Fields of some bits, low ones first: of each run of bytes the first field of all, then the second of all ..."""
+    shifts = np.arange(0, 8, width, dtype=np.uint8).reshape(1, 1, -1, 1)
+    fields = octets.reshape(len(octets), -1, 1, run) >> shifts & (2**width - 1)
+    return fields.reshape(len(octets), -1).astype(np.int16)
+
+
+def _trits(octets: Bytes, count: int, run: int) -> Values:
+    """Base-3 digits of fractions of 256, the first one first, in runs of bytes as `_fields`."""
+    powers = np.array([1, 3, 9, 27, 81][:count], dtype=np.uint8).reshape(1, 1, -1, 1)
+    multiplied = octets.reshape(len(octets), -1, 1, run) * powers  # modulo 256
+    return (multiplied.reshape(len(octets), -1).astype(np.uint16) * 3 >> 8).astype(np.int16)
+
+
+def _tq1_0(blocks: Bytes) -> tuple[Values, NDArray[np.float32]]:
+    parts = [_trits(blocks[:, :32], 5, 32), _trits(blocks[:, 32:48], 5, 16), _trits(blocks[:, 48:52], 4, 4)]
+    return np.concatenate(parts, axis=1) - np.int16(1), _half(blocks[:, 52:])
+
+
+def _ptq1_0(blocks: Bytes) -> tuple[Values, NDArray[np.float32]]:
+    """As TQ1_0 with half the weights: runs of 16, 8 and 2 bytes."""
+    parts = [_trits(blocks[:, :16], 5, 16), _trits(blocks[:, 16:24], 5, 8), _trits(blocks[:, 24:26], 4, 2)]
+    return np.concatenate(parts, axis=1) - np.int16(1), _half(blocks[:, 26:])
+
+
+def _tq2_0(blocks: Bytes) -> tuple[Values, NDArray[np.float32]]:
+    return _fields(blocks[:, :64], 2, 32) - np.int16(1), _half(blocks[:, 64:])
+
+
+def _q1_0(blocks: Bytes) -> tuple[Values, NDArray[np.float32]]:
+    return 2 * _fields(blocks[:, 2:], 1, 1) - np.int16(1), _half(blocks[:, :2])
+
+
+def _q2_0(blocks: Bytes) -> tuple[Values, NDArray[np.float32]]:
+    return _fields(blocks[:, 2:], 2, 1) - np.int16(1), _half(blocks[:, :2])
+
+
+def _q4_0(blocks: Bytes) -> tuple[Values, NDArray[np.float32]]:
+    return _fields(blocks[:, 2:], 4, 16) - np.int16(8), _half(blocks[:, :2])
+
+
+def _q5_0(blocks: Bytes) -> tuple[Values, NDArray[np.float32]]:
+    high = np.unpackbits(blocks[:, 2:6], axis=1, bitorder="little").astype(np.int16)
+    return (_fields(blocks[:, 6:], 4, 16) | high << 4) - np.int16(16), _half(blocks[:, :2])
+
+
+def _q8_0(blocks: Bytes) -> tuple[Values, NDArray[np.float32]]:
+    return np.ascontiguousarray(blocks[:, 2:]).view(np.int8).astype(np.int16), _half(blocks[:, :2])
+
+
+def _q2_k(blocks: Bytes) -> tuple[Values, NDArray[np.float32]]:
+    """d * step * digit - dmin * offset for each 16 weights: integers times d where dmin is d, or has nothing to do."""
+    scale, least = _half(blocks[:, 80:82]), _half(blocks[:, 82:84])
+    steps, offsets = (blocks[:, :16] & 15).astype(np.int16), (blocks[:, :16] >> 4).astype(np.int16)
+    if bool(((scale != least) & (least != 0) & offsets.any(axis=1)).any()):
+        raise UnrepresentableError("its Q2_K blocks have minima that are no multiples of their scales")
+    digits = _fields(blocks[:, 16:80], 2, 32).reshape(-1, 16, 16)
+    offsets = offsets * (least != 0)[:, None]
+    return (steps[:, :, None] * digits - offsets[:, :, None]).reshape(len(blocks), 256), scale
+
+
+def _q3_k(blocks: Bytes) -> tuple[Values, NDArray[np.float32]]:
+    """d * (sub-scale - 32) * level for each 16 weights."""
+    packed = blocks[:, 96:108]
+    low = _fields(packed[:, :8], 4, 8)
+    steps = (low | _fields(packed[:, 8:], 2, 4) << 4) - 32
+    digits = _fields(blocks[:, 32:96], 2, 32) | _fields(blocks[:, :32], 1, 32) << 2
+    values = steps[:, :, None] * (digits - 4).reshape(-1, 16, 16)
+    return values.reshape(len(blocks), 256).astype(np.int16), _half(blocks[:, 108:])
+
+
+DECODERS: dict[str, Decoder] = {
+    "TQ1_0": _tq1_0,
+    "TQ2_0": _tq2_0,
+    "PTQ1_0": _ptq1_0,
+    "Q1_0": _q1_0,
+    "Q2_0": _q2_0,
+    "PQ2_0": _q2_0,
+    "Q4_0": _q4_0,
+    "Q5_0": _q5_0,
+    "Q8_0": _q8_0,
+    "Q2_K": _q2_k,
+    "Q3_K": _q3_k,
+}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
