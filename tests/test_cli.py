@@ -17,11 +17,12 @@ from typer.testing import CliRunner
 
 from edgerazor import pipeline, workdir
 from edgerazor import recipe as recipes
+from edgerazor.calibration import measurement
 from edgerazor.cli import dispatch, folders, options, options_page
 from edgerazor.cli.app import app
 from edgerazor.cli.options import OPTIONS, Option
 from edgerazor.evaluation.eval_result import EvalResult
-from edgerazor.stages import calibrate, distill
+from edgerazor.stages import distill
 from edgerazor.stages import eval as evaluation
 
 COMMANDS: dict[str, Any] = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
@@ -380,7 +381,7 @@ def failing(run: Run, tmp_path: Path, llama: Path, text_file: Path, error: BaseE
         raise error
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibrate, "observe", fail)
+        patch.setattr(measurement, "observe", fail)
         return run("calibrate", "--recipe", recipe, "--work", tmp_path / "job")
 
 

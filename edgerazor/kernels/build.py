@@ -169,8 +169,8 @@ def _jobs(isas: Sequence[Isa]) -> list[Job]:
         for source, added in _FOR_EACH_ISA.items():
             defined = f"-DEDGERAZOR_UNIT={isa.name}"
             jobs.append(Job(source, [*options, *added.split(), defined], f"{source}_{isa.name}"))
-    defined = [f'-DEDGERAZOR_SOURCES="{fingerprint()}"', *(f"-DEDGERAZOR_HAVE_{isa.name.upper()}" for isa in isas)]
-    return [*jobs, *(Job(source, ["-O2", *defined]) for source in _COMMON)]
+    of_library = [f'-DEDGERAZOR_SOURCES="{fingerprint()}"', *(f"-DEDGERAZOR_HAVE_{isa.name.upper()}" for isa in isas)]
+    return [*jobs, *(Job(source, ["-O2", *of_library]) for source in _COMMON)]
 
 
 def _words(variable: str) -> list[str]:
