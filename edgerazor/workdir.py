@@ -264,7 +264,7 @@ class WorkDir:
         hint = "Wait for it, or give this run a folder of its own with --work."
 
         def begun() -> bool:
-            return not new or any(not each.name.startswith(path.name) for each in self.path.iterdir())
+            return not new or any(not entry.name.startswith(path.name) for entry in self.path.iterdir())
 
         try:
             with locks.hold(path, f"is working in {self.path}", hint, keep=begun):
@@ -365,20 +365,20 @@ def read_whole(path: Path, read: Callable[[Path], _T]) -> _T:
         place = find_folder(path)
         before = _identity(place)
         try:
-            found = read(place)
+            content = read(place)
         except (UserError, OSError):
             if _identity(find_folder(path)) == before:
                 raise
         else:
             if _identity(find_folder(path)) == before:
-                return found
+                return content
     return read(path)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
     with contextlib.suppress(OSError):
-        found = path.stat()
-        return found.st_dev, found.st_ino
+        status = path.stat()
+        return status.st_dev, status.st_ino
     return None
 
 
@@ -490,7 +490,7 @@ def _leftovers(path: Path, more: str = "") -> list[Path]:
     """What is there beside `path` under a temporary name of it."""
     name = re.compile(rf"\.{re.escape(path.name)}(\.[0-9a-f]{{8}})?\.(new|tmp{more})")
     with os.scandir(path.parent) as entries:
-        return [Path(each.path) for each in entries if name.fullmatch(each.name)]
+        return [Path(entry.path) for entry in entries if name.fullmatch(entry.name)]
 
 
 @contextlib.contextmanager
@@ -541,11 +541,11 @@ def digest_json(value: Any) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what decides a result."""
-    found = {"edgerazor": __version__, "python": platform.python_version()}
+    installed = {"edgerazor": __version__, "python": platform.python_version()}
     for package in ("torch", "transformers", "lm_eval"):
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
+            installed[package] = metadata.version(package)
+    return installed
 
 
 def machine() -> str:

@@ -104,7 +104,7 @@ def test_random_models_are_the_same_every_time(tmp_path: Path) -> None:
 
 
 def test_a_table_goes_between_its_marks(tmp_path: Path) -> None:
-    path = tmp_path / "RESULTS.md"
+    path = tmp_path / "page.md"
     path.write_text("a\n<!-- one: begin -->\nold\n<!-- one: end -->\nb\n<!-- two: begin -->\n<!-- two: end -->\n")
     results.publish("one", "new", path)
     results.publish("one", "newer", path)

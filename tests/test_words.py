@@ -14,7 +14,7 @@ import edgerazor
 
 PACKAGE = Path(edgerazor.__file__).parent
 ROOT = PACKAGE.parent
-#: Where a row's column "where" is no room but a kind of name.
+#: What a row's column "where" may name beside rooms: kinds of names.
 KINDS = {"local", "functions", "rooms"}
 #: Where help texts are written.
 HELP = ("cli", "recipe")
@@ -59,8 +59,9 @@ def table(text: str) -> list[Retired]:
         if not line.startswith("| `"):
             continue
         retired, _, where = (cell.strip() for cell in line.strip("|").split("|"))
-        kind = where if where in KINDS else ""
-        rooms = () if kind or not where else tuple(room.strip() for room in where.split(","))
+        places = [place.strip() for place in where.split(",") if place.strip()]
+        kind = next((place for place in places if place in KINDS), "")
+        rooms = tuple(place for place in places if place not in KINDS)
         for word in re.findall(r"`([^`]+)`", retired):
             words.append(Retired(word.strip("*"), word.startswith("*"), rooms, kind))
     return words
@@ -71,13 +72,16 @@ RETIRED = table((PACKAGE / "README.md").read_text(encoding="utf-8"))
 
 def python_names(source: str) -> Iterator[tuple[str, str, int]]:
     """(name, kind, line) of all that a file defines or mentions as an attribute or a keyword."""
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    fields = {id(line.target) for node in classes for line in node.body if isinstance(line, ast.AnnAssign)}
+    for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name, "functions", node.lineno
         elif isinstance(node, ast.arg):
             yield node.arg, "local", node.lineno
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            yield node.id, "local", node.lineno
+            yield node.id, "" if id(node) in fields else "local", node.lineno
         elif isinstance(node, ast.Attribute):
             yield node.attr, "", node.lineno
         elif isinstance(node, ast.alias):
@@ -174,6 +178,7 @@ def test_the_table_is_read() -> None:
         ("runtime", "def prefix(cells): pass\n", ["cells"]),
         ("report", "def table(cells): pass\n", []),
         ("training", "def keep(): write(begin=1)\n", ["keep"]),
+        ("report", "class Difference:\n    about: str = ''\n", []),  # a field of a result
         ("formats", "found = 1\nself.found = 2\n", ["found"]),
         ("formats", "x = 'surgery'  # surgery\n", []),
     ],

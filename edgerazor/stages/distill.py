@@ -254,7 +254,7 @@ def open_text(
     With placeholders, where the text is still to be written by the teacher, both are some small token ids, as many as
     the teacher would write.
     """
-    length = min(context.sequence_length(one.model) for one in teachers)
+    length = min(context.sequence_length(teacher.model) for teacher in teachers)
     if placeholders and not (context.recipe.data.train or context.work.generated_text.exists()):
         token_ids = np.arange(max(length, context.recipe.data.generated_tokens), dtype=np.int32) % 16
         rows = data.TokenRows([token_ids], [1.0], length)

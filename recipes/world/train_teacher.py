@@ -10,7 +10,7 @@ Training has three phases (PHASES). A high learning rate and little weight decay
 at. Then strong weight decay: it clears away the noise that small batches leave in the weights, and facts about people
 are learned several times faster. Last an L1 penalty (a soft threshold after each step), which takes away the weights
 that carry nothing. Without it a network as small as this one has so much slack that rounding to 1.58 bits loses next
-to nothing (recipes/RESULTS.md has figures), unlike in large models, which use their weights up.
+to nothing (recipes/results/world.md has figures), unlike in large models, which use their weights up.
 """
 
 from __future__ import annotations
