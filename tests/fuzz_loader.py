@@ -476,7 +476,7 @@ def guard_tensors() -> None:
     weight_memory.huge_memory = lambda size: torch.zeros(size, dtype=torch.uint8)
 
 
-def alone(part: native.Part) -> native.Part:
+def alone(part: native.FormatRows) -> native.FormatRows:
     rows = None if part.rows is None else at_end(part.rows)
     return dataclasses.replace(part, codes=at_end(part.codes), scales=at_end(part.scales), rows=rows)
 

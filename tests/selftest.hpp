@@ -1,4 +1,4 @@
-// What the self-tests share: numbers that look random, and memory without room to spare.
+// Helpers of the self-tests: pseudorandom numbers, and memory without room to spare.
 #pragma once
 #include <stdint.h>
 #include <stdlib.h>
@@ -20,12 +20,12 @@ struct Free {
     void operator()(void* memory) const { free(memory); }
 };
 
-// Exactly as long as it has to be, so that a sanitizer sees a step too far.
+// Exactly as long as needed, so that a sanitizer sees an access beyond it.
 template <class T>
 std::unique_ptr<T[], Free> memory(int64_t count) {
-    void* found = nullptr;
-    if (posix_memalign(&found, 64, count * sizeof(T)) != 0) abort();
-    return std::unique_ptr<T[], Free>((T*)found);
+    void* allocated = nullptr;
+    if (posix_memalign(&allocated, 64, count * sizeof(T)) != 0) abort();
+    return std::unique_ptr<T[], Free>((T*)allocated);
 }
 
 } // namespace

@@ -1,4 +1,4 @@
-"""The decoder of the native library: what it computes does not depend on how it is asked, and what it refuses."""
+"""The native decoder: its results do not depend on the division into spans and calls; bad arguments are refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch import Tensor
 from edgerazor import formats
 from edgerazor.formats import MatrixSpec
 from edgerazor.kernels import decoder, native
-from edgerazor.kernels.decoder import RMS, Decoder, Layer, Linear, Network, Norm, Run
+from edgerazor.kernels.decoder import RMS, Decoder, Layer, Linear, Network, Norm
+from edgerazor.kernels.decoder import SequenceSpan as Span
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="the native library is not built")
 
@@ -46,21 +47,21 @@ def layer(seed: int, **changes: Any) -> Layer:
         name: linear(*shape, seed + place, name == "q") for place, (name, shape) in enumerate(shapes.items())
     }
     norms: dict[str, Any] = {"before_attention": norm(HIDDEN, seed + 8), "before_mlp": norm(HIDDEN, seed + 9)}
-    return Layer(**{**linears, **norms, "rotary": 4, **changes})
+    return Layer(**{**linears, **norms, "rope_dim": 4, **changes})
 
 
 def network(**changes: Any) -> Network:
     values: dict[str, Any] = {
-        "hidden": HIDDEN,
-        "heads": HEADS,
-        "kv_heads": KV_HEADS,
+        "hidden_size": HIDDEN,
+        "num_heads": HEADS,
+        "num_kv_heads": KV_HEADS,
         "head_dim": HEAD_DIM,
-        "intermediate": INNER,
+        "intermediate_size": INNER,
         "embedding": linear(VOCABULARY, HIDDEN, 1),
         "head": linear(VOCABULARY, HIDDEN, 2),
         "final_norm": norm(HIDDEN, 3),
-        "layers": [layer(100), layer(200, window=9)],
-        "rotary_features": 4,
+        "layers": [layer(100), layer(200, sliding_window=9)],
+        "rope_dim": 4,
         "attention_scale": HEAD_DIM**-0.5,
     }
     return Network(**{**values, **changes})
@@ -71,38 +72,38 @@ def tables(positions: int) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
-def ready(made: Network | None = None, threads: int = 1, cells: int = 256) -> Decoder:
-    found = Decoder(made or network(), threads)
-    found.rotary(*tables(64))
-    found.reserve(cells)
-    return found
+def ready(made: Network | None = None, threads: int = 1, slots: int = 256) -> Decoder:
+    ours = Decoder(made or network(), threads)
+    ours.set_rope(*tables(64))
+    ours.reserve(slots)
+    return ours
 
 
 EVERY = range(len(TOKENS))
 
 
-def test_any_cut_into_runs_and_calls_gives_the_same_bits() -> None:
-    expected = ready().logits([Run(0, 0, 0, 0, 20)], TOKENS, EVERY)
+def test_any_division_into_spans_and_calls_gives_the_same_logits() -> None:
+    expected = ready().logits([Span(0, 0, 0, 0, 20)], TOKENS, EVERY)
     for threads in (1, 2, 3):
         one = ready(threads=threads)
-        parts = [one.logits([Run(0, 0, 64, start, end - start)], TOKENS[start:end], range(end - start))
+        parts = [one.logits([Span(0, 0, 64, start, end - start)], TOKENS[start:end], range(end - start))
                  for start, end in ((0, 1), (1, 8), (8, 20))]  # fmt: skip
         torch.testing.assert_close(torch.cat(parts), expected, rtol=0, atol=1e-5)
-        split = [Run(0, 0, 0, 0, 7), Run(0, 7, 16, 0, 6), Run(0, 7, 16, 6, 7)]
+        split = [Span(0, 0, 0, 0, 7), Span(0, 7, 16, 0, 6), Span(0, 7, 16, 6, 7)]
         torch.testing.assert_close(one.logits(split, TOKENS, EVERY), expected, rtol=0, atol=1e-5)
-        apart = [Run(0, 0, 128, 0, 20), Run(0, 0, 160, 0, 20)]
-        found = one.logits(apart, TOKENS * 2, [*range(20, 40), 3, 3])
-        torch.testing.assert_close(found, torch.cat([expected, expected[[3, 3]]]), rtol=0, atol=1e-5)
+        apart = [Span(0, 0, 128, 0, 20), Span(0, 0, 160, 0, 20)]
+        logits = one.logits(apart, TOKENS * 2, [*range(20, 40), 3, 3])
+        torch.testing.assert_close(logits, torch.cat([expected, expected[[3, 3]]]), rtol=0, atol=1e-5)
 
 
 def test_scores_are_those_of_the_logits() -> None:
     one = ready()
-    logits = one.logits([Run(0, 0, 0, 0, 20)], TOKENS, EVERY)
-    wanted, targets = [5, 0, 5, 19, 5], [7, 49, 0, 3, 7]
-    chances, best = one.scores([Run(0, 0, 0, 0, 20)], TOKENS, wanted, targets)
-    expected = logits.log_softmax(-1)[wanted, targets]
-    torch.testing.assert_close(chances, expected, rtol=1e-5, atol=1e-5)
-    assert best.tolist() == logits.argmax(-1)[wanted].tolist()
+    logits = one.logits([Span(0, 0, 0, 0, 20)], TOKENS, EVERY)
+    positions, targets = [5, 0, 5, 19, 5], [7, 49, 0, 3, 7]
+    log_probabilities, best = one.scores([Span(0, 0, 0, 0, 20)], TOKENS, positions, targets)
+    expected = logits.log_softmax(-1)[positions, targets]
+    torch.testing.assert_close(log_probabilities, expected, rtol=1e-5, atol=1e-5)
+    assert best.tolist() == logits.argmax(-1)[positions].tolist()
 
 
 def test_greedy_is_a_loop_of_argmax() -> None:
@@ -110,80 +111,80 @@ def test_greedy_is_a_loop_of_argmax() -> None:
         one, other = ready(threads=threads), ready(threads=threads)
         text = TOKENS[:9]
         while len(text) < 25:
-            text.append(int(one.logits([Run(0, 0, 0, 0, len(text))], text, [len(text) - 1]).argmax()))
-        other.logits([Run(0, 0, 0, 0, 8)], TOKENS[:8], [])
-        assert other.greedy(Run(0, 0, 0, 8, 1), TOKENS[8], 16) == text[9:]
+            text.append(int(one.logits([Span(0, 0, 0, 0, len(text))], text, [len(text) - 1]).argmax()))
+        other.logits([Span(0, 0, 0, 0, 8)], TOKENS[:8], [])
+        assert other.greedy(Span(0, 0, 0, 8, 1), TOKENS[8], 16) == text[9:]
         stop = text[12]
         first = text.index(stop, 9)
-        assert other.greedy(Run(0, 0, 0, 8, 1), TOKENS[8], 16, [stop, -5, 10**9]) == text[9 : first + 1]
+        assert other.greedy(Span(0, 0, 0, 8, 1), TOKENS[8], 16, [stop, -5, 10**9]) == text[9 : first + 1]
 
 
 def test_layers_one_by_one_are_the_whole() -> None:
     """With the head's product by the reference of a matrix."""
     made = network(final_norm=None)
     one = ready(made, threads=2)
-    runs = [Run(0, 0, 0, 0, 20)]
+    spans = [Span(0, 0, 0, 0, 20)]
     states = made.embedding.matrix.embedding(torch.tensor(TOKENS))
     for index in range(len(made.layers)):
-        states = one.layer(index, runs, states)
+        states = one.layer(index, spans, states)
     expected = made.head.matrix.linear(states, None, 8, GROUP)
-    torch.testing.assert_close(one.logits(runs, TOKENS, EVERY), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(one.logits(spans, TOKENS, EVERY), expected, rtol=0, atol=1e-5)
 
 
 def test_weights_stay_and_calls_wait_for_one_another() -> None:
     one = ready(threads=2)
-    expected = one.logits([Run(0, 0, 0, 0, 20)], TOKENS, EVERY)
+    expected = one.logits([Span(0, 0, 0, 0, 20)], TOKENS, EVERY)
     gc.collect()
-    found: dict[int, Tensor] = {}
+    logits: dict[int, Tensor] = {}
 
-    def compute(cell: int) -> None:
+    def compute(slot: int) -> None:
         for _ in range(20):
-            found[cell] = one.logits([Run(0, 0, cell, 0, 20)], TOKENS, EVERY)
+            logits[slot] = one.logits([Span(0, 0, slot, 0, 20)], TOKENS, EVERY)
 
-    callers = [threading.Thread(target=compute, args=(cell,)) for cell in (0, 32, 64)]
-    for each in callers:
-        each.start()
-    for each in callers:
-        each.join()
-    assert all(torch.equal(each, expected) for each in found.values())
+    callers = [threading.Thread(target=compute, args=(slot,)) for slot in (0, 32, 64)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert all(torch.equal(each, expected) for each in logits.values())
 
 
-def test_the_cache_grows_and_keeps_what_it_has() -> None:
-    one = ready(cells=16)
-    before = one.cache_bytes()
-    one.logits([Run(0, 0, 0, 0, 8)], TOKENS[:8], [])
+def test_the_kv_cache_grows_and_keeps_its_contents() -> None:
+    one = ready(slots=16)
+    before = one.kv_cache_bytes()
+    one.logits([Span(0, 0, 0, 0, 8)], TOKENS[:8], [])
     one.reserve(5000)
-    assert one.cache_bytes() >= 5000 * one.network.cell_bytes() > before
+    assert one.kv_cache_bytes() >= 5000 * one.network.kv_slot_bytes() > before
     one.reserve(3)
-    assert one.cells >= 5000
-    found = one.logits([Run(0, 0, 0, 8, 12)], TOKENS[8:], [11])
-    expected = ready().logits([Run(0, 0, 0, 0, 20)], TOKENS, [19])
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert one.slots >= 5000
+    logits = one.logits([Span(0, 0, 0, 8, 12)], TOKENS[8:], [11])
+    expected = ready().logits([Span(0, 0, 0, 0, 20)], TOKENS, [19])
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
-def test_bytes_of_a_cell(bits: int) -> None:
+def test_bytes_of_a_kv_slot(bits: int) -> None:
     width = {4: 3 + 4, 8: 6 + 4, 16: 24}[bits]
-    assert network(kv_bits=bits).cell_bytes() == 2 * 2 * KV_HEADS * width
+    assert network(kv_bits=bits).kv_slot_bytes() == 2 * 2 * KV_HEADS * width
 
 
 def test_numbers_that_are_none_are_an_error() -> None:
     large = Norm(RMS, 1e-6, torch.full((HIDDEN,), 3e38))
     one = ready(network(layers=[layer(100, before_mlp=large)]), threads=2)
     with pytest.raises(decoder.NotFiniteError):
-        one.logits([Run(0, 0, 0, 0, 20)], TOKENS, [])
+        one.logits([Span(0, 0, 0, 0, 20)], TOKENS, [])
     with pytest.raises(decoder.NotFiniteError):
-        one.greedy(Run(0, 0, 0, 0, 1), 3, 5)
+        one.greedy(Span(0, 0, 0, 0, 1), 3, 5)
 
 
 NETWORKS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
-    "heads": (lambda: {"heads": 3}, "impossible sizes"),
-    "no layers' size": (lambda: {"intermediate": INNER + 1}, "gate must be"),
+    "heads": (lambda: {"num_heads": 3}, "impossible sizes"),
+    "no layers' size": (lambda: {"intermediate_size": INNER + 1}, "gate must be"),
     "activation bits": (lambda: {"activation_bits": 9}, "2 to 8 or 16 bits"),
     "cache bits": (lambda: {"kv_bits": 6}, "4, 8 or 16 bits"),
-    "odd rotary": (lambda: {"rotary_features": 3}, "in pairs"),
-    "long rotary": (lambda: {"rotary_features": 8}, "in pairs"),
-    "other rotary": (lambda: {"rotary_features": 2}, "turns all 2 features or none, not 4"),
+    "odd rotary": (lambda: {"rope_dim": 3}, "in pairs"),
+    "long rotary": (lambda: {"rope_dim": 8}, "in pairs"),
+    "other rotary": (lambda: {"rope_dim": 2}, "rotates all 2 features or none in a layer, not 4"),
     "embedding": (lambda: {"embedding": linear(VOCABULARY + 1, HIDDEN, 1)}, "embedding must be"),
     "head": (lambda: {"head": linear(VOCABULARY, HIDDEN + 1, 1)}, "head must be"),
     "norm": (lambda: {"final_norm": norm(HIDDEN + 1, 1)}, "weight of final_norm must be"),
@@ -191,9 +192,9 @@ NETWORKS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "bias of rms": (lambda: {"final_norm": Norm(RMS, 1e-6, None, torch.zeros(HIDDEN))}, "no norm that we know"),
     "epsilon": (lambda: {"final_norm": Norm(RMS, float("nan"))}, "no norm that we know"),
     "q": (lambda: {"layers": [layer(1, q=linear(HEADS * HEAD_DIM + 1, HIDDEN, 1))]}, "q must be"),
-    "window": (lambda: {"layers": [layer(1, window=-1)]}, "a window cannot have"),
-    "window, broken": (lambda: {"layers": [layer(1, window=1.5)]}, "a window cannot have"),
-    "heads, broken": (lambda: {"heads": 2.0}, "impossible sizes"),
+    "window": (lambda: {"layers": [layer(1, sliding_window=-1)]}, "a sliding window cannot have"),
+    "window, broken": (lambda: {"layers": [layer(1, sliding_window=1.5)]}, "a sliding window cannot have"),
+    "heads, broken": (lambda: {"num_heads": 2.0}, "impossible sizes"),
     "q norm": (lambda: {"layers": [layer(1, q_norm=norm(HEAD_DIM + 1, 1))]}, "weight of q_norm"),
     "all heads": (lambda: {"layers": [layer(1, q_norm=norm(HEAD_DIM, 1))], "norm_all_heads": True}, "weight of q_norm"),
     "scale": (
@@ -213,68 +214,68 @@ NETWORKS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_that_does_not_fit_is_refused(name: str) -> None:
-    changes, about = NETWORKS[name]
-    with pytest.raises(ValueError, match=about):
+    changes, message = NETWORKS[name]
+    with pytest.raises(ValueError, match=message):
         Decoder(network(**changes()))
     with pytest.raises(ValueError, match="1 to 1024 threads"):
         Decoder(network(), 0)
 
 
 def test_calls_that_do_not_fit_are_refused() -> None:
-    one = ready(cells=100)
-    assert one.cells == 112
-    for runs, tokens, wanted, about in (
-        ([], [], [], "no runs"),
-        ([Run(0, 0, 0, 0, 0)], [], [], "impossible run"),
-        ([Run(0, 0, 8, 0, 1)], [1], [], "impossible run"),
-        ([Run(8, 1, 16, 0, 1)], [1], [], "impossible run"),
-        ([Run(0, -1, 16, 0, 1)], [1], [], "impossible run"),
-        ([Run(0, 0, 96, 0, 17)], [1] * 17, [], "reserved cells"),
-        ([Run(96, 17, 0, 0, 1)], [1], [], "reserved cells"),
-        ([Run(0, 60, 64, 0, 5)], [1] * 5, [], "has 64 positions"),
-        ([Run(0, 0, 0, 0, 17), Run(0, 0, 16, 0, 1)], [1] * 18, [], "write to the same cell"),
-        ([Run(0, 0, 0, 0, 2)], [1], [], "1 tokens in runs of 2"),
-        ([Run(0, 0, 0, 0, 2)], [1, VOCABULARY], [], "tokens must be between"),
-        ([Run(0, 0, 0, 0, 2)], [1, -1], [], "tokens must be between"),
-        ([Run(0, 0, 0, 0, 2)], [1, 1 << 40], [], "tokens must be between"),
-        ([Run(0, 0, 0, 0, 2)], [1, 2], [2], "wanted tokens must be between"),
-        ([Run(0, 0, 0, 0, 2)], [1, 2], [-1], "wanted tokens must be between"),
+    one = ready(slots=100)
+    assert one.slots == 112
+    for spans, tokens, positions, message in (
+        ([], [], [], "no spans"),
+        ([Span(0, 0, 0, 0, 0)], [], [], "impossible span"),
+        ([Span(0, 0, 8, 0, 1)], [1], [], "impossible span"),
+        ([Span(8, 1, 16, 0, 1)], [1], [], "impossible span"),
+        ([Span(0, -1, 16, 0, 1)], [1], [], "impossible span"),
+        ([Span(0, 0, 96, 0, 17)], [1] * 17, [], "KV slots are reserved"),
+        ([Span(96, 17, 0, 0, 1)], [1], [], "KV slots are reserved"),
+        ([Span(0, 60, 64, 0, 5)], [1] * 5, [], "has 64 positions"),
+        ([Span(0, 0, 0, 0, 17), Span(0, 0, 16, 0, 1)], [1] * 18, [], "write to the same KV slot"),
+        ([Span(0, 0, 0, 0, 2)], [1], [], "1 tokens in spans of 2"),
+        ([Span(0, 0, 0, 0, 2)], [1, VOCABULARY], [], "tokens must be between"),
+        ([Span(0, 0, 0, 0, 2)], [1, -1], [], "tokens must be between"),
+        ([Span(0, 0, 0, 0, 2)], [1, 1 << 40], [], "tokens must be between"),
+        ([Span(0, 0, 0, 0, 2)], [1, 2], [2], "output positions must be between"),
+        ([Span(0, 0, 0, 0, 2)], [1, 2], [-1], "output positions must be between"),
     ):
-        with pytest.raises(ValueError, match=about):
-            one.logits(runs, tokens, wanted)
-    run = [Run(0, 0, 0, 0, 2)]
+        with pytest.raises(ValueError, match=message):
+            one.logits(spans, tokens, positions)
+    spans = [Span(0, 0, 0, 0, 2)]
     with pytest.raises(ValueError, match="targets must be between"):
-        one.scores(run, [1, 2], [0], [VOCABULARY])
+        one.scores(spans, [1, 2], [0], [VOCABULARY])
     with pytest.raises(ValueError, match="2 targets of 1 tokens"):
-        one.scores(run, [1, 2], [0], [1, 2])
+        one.scores(spans, [1, 2], [0], [1, 2])
     with pytest.raises(ValueError, match="begins with 1 token"):
-        one.greedy(run[0], 1, 5)
-    with pytest.raises(ValueError, match="reserved cells"):
-        one.greedy(Run(0, 0, 96, 0, 1), 1, 17)
+        one.greedy(spans[0], 1, 5)
+    with pytest.raises(ValueError, match="KV slots are reserved"):
+        one.greedy(Span(0, 0, 96, 0, 1), 1, 17)
     with pytest.raises(ValueError, match="no layer 2"):
-        one.layer(2, run, torch.zeros(2, HIDDEN))
-    with pytest.raises(ValueError, match="states must be"):
-        one.layer(0, run, torch.zeros(3, HIDDEN))
+        one.layer(2, spans, torch.zeros(2, HIDDEN))
+    with pytest.raises(ValueError, match="hidden states must be"):
+        one.layer(0, spans, torch.zeros(3, HIDDEN))
     for wrong in (torch.zeros(5, 3), torch.zeros(5, 2, dtype=torch.float64), torch.zeros(2, 5).T):
         with pytest.raises(ValueError, match="tables of the rotary embedding"):
-            one.rotary(wrong, wrong)
+            one.set_rope(wrong, wrong)
 
 
-@pytest.mark.parametrize("cells", [-1, 2**31, 2**64, 2**64 + 1, 1.5, None])
-def test_absurd_numbers_of_cells(cells: Any) -> None:
-    """What C would cut off to 64 bits never gets there."""
+@pytest.mark.parametrize("slots", [-1, 2**31, 2**64, 2**64 + 1, 1.5, None])
+def test_absurd_numbers_of_kv_slots(slots: Any) -> None:
+    """Numbers that ctypes would truncate to 64 bits never reach the library."""
     ours = Decoder(network())
-    with pytest.raises(ValueError, match="a cache has 0 to"):
-        ours.reserve(cells)
-    assert ours.cells == 0
+    with pytest.raises(ValueError, match="a KV cache has 0 to"):
+        ours.reserve(slots)
+    assert ours.slots == 0
 
 
-def test_a_cache_larger_than_the_machine_is_refused_before_it_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kv_cache_larger_than_the_machine_is_refused_before_it_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = Decoder(network())
-    monkeypatch.setattr(decoder, "memory_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(decoder, "physical_memory", lambda: 1 << 20)
     with pytest.raises(MemoryError, match="a cache of 1000000 tokens"):
         ours.reserve(1_000_000)
-    assert ours.cells == 0
+    assert ours.slots == 0
 
 
 @pytest.mark.parametrize("threads", [0, -1, 1025, 10**20])

@@ -54,7 +54,7 @@ def imported(folders: Iterable[str], but: str = "") -> set[str]:
 
 def test_the_package_imports_what_it_declares() -> None:
     used = (EXTRAS[name] for name in EXTRAS if name != "dev")
-    assert imported(["edgerazor"], but="_install.py") == declared(PROJECT["dependencies"], *used)
+    assert imported(["edgerazor"], but="setuptools_commands.py") == declared(PROJECT["dependencies"], *used)
 
 
 def test_tests_and_recipes_import_what_is_declared() -> None:

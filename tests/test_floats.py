@@ -1,6 +1,6 @@
-"""What a decoder computes beside products with matrices (`cpp/floats.hpp`), on every instruction set of this machine.
+"""The float kernels of the decoder (`cpp/float_kernels.hpp`), on every instruction set that this machine can run.
 
-Attention is compared with PyTorch's own in float64, over keys and values that are read back from the cache.
+AttentionArgs is compared with PyTorch's own in float64, over keys and values that are read back from the cache.
 """
 
 from __future__ import annotations
@@ -19,65 +19,65 @@ from edgerazor.kernels import native
 
 pytestmark = pytest.mark.skipif(not native.isas(), reason="no library: there was no C++ compiler")
 
-#: Cells of a page, keys side by side.
+#: KV slots of a page, and keys that lie side by side.
 PAGE, KEYS = 256, 16
 
 Pair = tuple[int, int]
 
 
-class HeadPage(ctypes.Structure):
+class KvPage(ctypes.Structure):
     _fields_ = (("keys", c_void_p), ("values", c_void_p), ("key_scales", c_void_p), ("value_scales", c_void_p))
 
 
-class Range(ctypes.Structure):
-    _fields_ = (("cell", c_int64), ("count", c_int64))
+class SlotRange(ctypes.Structure):
+    _fields_ = (("slot", c_int64), ("count", c_int64))
 
 
-class Attention(ctypes.Structure):
+class AttentionArgs(ctypes.Structure):
     _fields_ = (
         ("bits", c_int),
         ("head_dim", c_int),
         ("scale", c_float),
-        ("pages", POINTER(HeadPage)),
+        ("pages", POINTER(KvPage)),
         ("queries", c_void_p),
         ("query_stride", c_int64),
         ("heads", c_int),
         ("tokens", c_int),
-        ("ranges", Range * 2),
-        ("window", c_int64),
+        ("ranges", SlotRange * 2),
+        ("sliding_window", c_int64),
         ("out", c_void_p),
         ("out_stride", c_int64),
         ("scratch", c_void_p),
     )
 
 
-class Floats(ctypes.Structure):
+class FloatKernels(ctypes.Structure):
     _fields_ = (
         ("rms_norm", CFUNCTYPE(None, c_void_p, c_int, c_float, c_void_p, c_void_p)),
         ("layer_norm", CFUNCTYPE(None, c_void_p, c_int, c_float, c_void_p, c_void_p, c_void_p)),
-        ("rotate", CFUNCTYPE(None, c_void_p, c_int, c_void_p, c_void_p)),
+        ("rope", CFUNCTYPE(None, c_void_p, c_int, c_void_p, c_void_p)),
         ("swiglu", CFUNCTYPE(None, c_void_p, c_void_p, c_int, c_void_p)),
         ("add", CFUNCTYPE(None, c_void_p, c_void_p, c_int)),
-        ("store", CFUNCTYPE(c_bool, POINTER(HeadPage), c_int, c_int, c_int, c_void_p, c_void_p)),
-        ("attend", CFUNCTYPE(None, POINTER(Attention))),
-        ("attention_scratch", CFUNCTYPE(c_int64, c_int, c_int, c_int)),
-        ("largest", CFUNCTYPE(c_int32, c_void_p, c_int64)),
+        ("store_kv", CFUNCTYPE(c_bool, POINTER(KvPage), c_int, c_int, c_int, c_void_p, c_void_p)),
+        ("attention", CFUNCTYPE(None, POINTER(AttentionArgs))),
+        ("attention_scratch_bytes", CFUNCTYPE(c_int64, c_int, c_int, c_int)),
+        ("argmax", CFUNCTYPE(c_int32, c_void_p, c_int64)),
         ("log_sum_exp", CFUNCTYPE(c_float, c_void_p, c_int64)),
     )
 
 
 @cache
-def floats(isa: str) -> Floats:
-    found = native.library()
-    assert found is not None
-    function = found.edgerazor_floats
-    function.restype, function.argtypes = POINTER(Floats), [c_int]
-    table: Floats = function(native.isas().index(isa)).contents
+def floats(isa: str) -> FloatKernels:
+    library = native.library()
+    assert library is not None
+    function = library.edgerazor_float_kernels
+    function.restype, function.argtypes = POINTER(FloatKernels), [c_int]
+    table: FloatKernels = function(native.isas().index(isa)).contents
     return table
 
 
 @pytest.fixture(params=native.isas())
-def table(request: pytest.FixtureRequest) -> Floats:
+def table(request: pytest.FixtureRequest) -> FloatKernels:
     return floats(request.param)
 
 
@@ -85,53 +85,53 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def error(found: Tensor, expected: Tensor) -> float:
+def error(result: Tensor, expected: Tensor) -> float:
     """Relative, in the L2 norm."""
-    return float((found.double() - expected).norm() / expected.norm())
+    return float((result.double() - expected).norm() / expected.norm())
 
 
 def aligned(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Memory that begins at a multiple of 64, of bytes that are no numbers and no codes."""
+    """Memory that begins at a multiple of 64, filled with bytes that are neither numbers nor codes."""
     size = torch.empty(0, dtype=dtype).element_size()
     memory = torch.full((count * size + 64,), 255, dtype=torch.uint8)
     begin = -memory.data_ptr() % 64
     return memory[begin : begin + count * size].view(dtype)
 
 
-# The cache ------------------------------------------------------------------------------------------------------------
+# The KV cache ---------------------------------------------------------------------------------------------------------
 
 
 class Cache:
     """Some pages of one head."""
 
-    def __init__(self, table: Floats, pages: int, bits: int, head_dim: int) -> None:
+    def __init__(self, table: FloatKernels, pages: int, bits: int, head_dim: int) -> None:
         self.table, self.bits, self.head_dim = table, bits, head_dim
         width = head_dim if bits != 4 else (head_dim + 1) // 2
         dtype = {8: torch.int8, 4: torch.uint8, 16: torch.float32}[bits]
         self.keys = aligned(pages * PAGE * width, dtype).view(pages, PAGE // KEYS, width, KEYS)
         self.values = aligned(pages * PAGE * width, dtype).view(pages, PAGE, width)
         self.scales = aligned(2 * pages * PAGE).view(2, pages, PAGE)
-        self.pages = (HeadPage * pages)(
+        self.pages = (KvPage * pages)(
             *(
-                HeadPage(*(each[page].data_ptr() for each in (self.keys, self.values, *self.scales)))
+                KvPage(*(each[page].data_ptr() for each in (self.keys, self.values, *self.scales)))
                 for page in range(pages)
             )
         )
 
-    def store(self, cell: int, key: Tensor, value: Tensor) -> bool:
-        page = byref(self.pages[cell // PAGE])
-        where = (cell % PAGE, self.bits, self.head_dim)
-        found: bool = self.table.store(page, *where, key.data_ptr(), value.data_ptr())
-        return found
+    def store(self, slot: int, key: Tensor, value: Tensor) -> bool:
+        page = byref(self.pages[slot // PAGE])
+        place = (slot % PAGE, self.bits, self.head_dim)
+        stored: bool = self.table.store_kv(page, *place, key.data_ptr(), value.data_ptr())
+        return stored
 
-    def numbers(self, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values float32 [cells, head_dim] as they are stored."""
-        page, cell = cells // PAGE, cells % PAGE
-        keys, values = self.keys[page, cell // KEYS, :, cell % KEYS], self.values[page, cell]
+    def dequantize(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values float32 [slots, head_dim] as they are stored."""
+        page, slot = slots // PAGE, slots % PAGE
+        keys, values = self.keys[page, slot // KEYS, :, slot % KEYS], self.values[page, slot]
         if self.bits == 16:
             return keys, values
         decoded = [
-            codes.float() * scales[page, cell, None]
+            codes.float() * scales[page, slot, None]
             for codes, scales in zip(map(self._codes, (keys, values)), self.scales, strict=True)
         ]
         return decoded[0], decoded[1]
@@ -144,23 +144,23 @@ class Cache:
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("head_dim", [1, 5, 64, 80, 128, 257, 600])
-def test_the_cache_rounds_as_formats_does(table: Floats, bits: int, head_dim: int) -> None:
+def test_the_kv_cache_rounds_as_formats_does(table: FloatKernels, bits: int, head_dim: int) -> None:
     keys, values = numbers(40, head_dim), numbers(40, head_dim, seed=1)
     keys *= torch.logspace(-12, 6, 40)[:, None]  # scales above the largest fp16, below the smallest, and all between
     values[3] = 0
     values[4] = torch.arange(head_dim) % 15 - 7.5  # ties
     values[4, 0] = 127
     cache = Cache(table, 1, bits, head_dim)
-    for cell in range(40):
-        assert cache.store(cell, keys[cell], values[cell])
-    found = cache.numbers(torch.arange(40))
-    assert torch.equal(found[0], formats.fake_quantize_kv(keys, bits))
-    assert torch.equal(found[1], formats.fake_quantize_kv(values, bits))
+    for slot in range(40):
+        assert cache.store(slot, keys[slot], values[slot])
+    stored_keys, stored_values = cache.dequantize(torch.arange(40))
+    assert torch.equal(stored_keys, formats.fake_quantize_kv(keys, bits))
+    assert torch.equal(stored_values, formats.fake_quantize_kv(values, bits))
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_is_not_stored(table: Floats, bits: int, wrong: float) -> None:
+def test_what_is_not_finite_is_not_stored(table: FloatKernels, bits: int, wrong: float) -> None:
     cache, good, bad = Cache(table, 1, bits, 33), numbers(33), numbers(33)
     bad[32] = wrong
     assert cache.store(0, good, good)
@@ -172,7 +172,7 @@ def test_what_is_not_finite_is_not_stored(table: Floats, bits: int, wrong: float
 
 
 class Case(NamedTuple):
-    """Ranges are (first cell, count)."""
+    """Ranges are (first KV slot, count)."""
 
     bits: int
     head_dim: int
@@ -184,32 +184,32 @@ class Case(NamedTuple):
 
 
 def expected_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float, window: int) -> Tensor:
-    """Float64 [tokens, heads, head_dim] of queries of that shape; keys and values [cells, head_dim]."""
-    tokens, cells = len(queries), len(keys)
-    last = torch.arange(cells - tokens, cells)[:, None]  # cell of each token
-    seen = torch.arange(cells) <= last
+    """Float64 [tokens, heads, head_dim] of queries of that shape; keys and values [slots, head_dim]."""
+    tokens, slots = len(queries), len(keys)
+    last = torch.arange(slots - tokens, slots)[:, None]  # KV slot of each token
+    mask = torch.arange(slots) <= last
     if window:
-        seen &= torch.arange(cells) > last - window
-    q, k, v = (each.double() for each in (queries.transpose(0, 1), keys, values))
+        mask &= torch.arange(slots) > last - window
+    q, k, v = (tensor.double() for tensor in (queries.transpose(0, 1), keys, values))
     heads = len(q)
     result = torch.nn.functional.scaled_dot_product_attention(
-        q, k.expand(heads, -1, -1), v.expand(heads, -1, -1), attn_mask=seen, scale=scale
+        q, k.expand(heads, -1, -1), v.expand(heads, -1, -1), attn_mask=mask, scale=scale
     )
     return result.transpose(0, 1)
 
 
-def attention_error(table: Floats, case: Case) -> float:
+def attention_error(table: FloatKernels, case: Case) -> float:
     ranges = [case.prefix, case.own]
-    cells = torch.cat([torch.arange(first, first + count) for first, count in ranges])
-    cache = Cache(table, int(cells.max()) // PAGE + 1, case.bits, case.head_dim)
-    keys, values = numbers(len(cells), case.head_dim), numbers(len(cells), case.head_dim, seed=1)
-    for i, cell in enumerate(cells.tolist()):
-        assert cache.store(cell, keys[i], values[i])
+    slots = torch.cat([torch.arange(first, first + count) for first, count in ranges])
+    cache = Cache(table, int(slots.max()) // PAGE + 1, case.bits, case.head_dim)
+    keys, values = numbers(len(slots), case.head_dim), numbers(len(slots), case.head_dim, seed=1)
+    for i, slot in enumerate(slots.tolist()):
+        assert cache.store(slot, keys[i], values[i])
     stride = case.heads * case.head_dim + 3
     queries, out = numbers(case.tokens, stride, seed=2), torch.full((case.tokens, stride), 7.0)
-    size = table.attention_scratch(case.head_dim, case.heads, case.tokens)
+    size = table.attention_scratch_bytes(case.head_dim, case.heads, case.tokens)
     scratch = aligned(size, torch.uint8)
-    work = Attention(
+    args = AttentionArgs(
         bits=case.bits,
         head_dim=case.head_dim,
         scale=case.head_dim**-0.5,
@@ -218,22 +218,22 @@ def attention_error(table: Floats, case: Case) -> float:
         query_stride=stride,
         heads=case.heads,
         tokens=case.tokens,
-        ranges=(Range * 2)(*(Range(*each) for each in ranges)),
-        window=case.window,
+        ranges=(SlotRange * 2)(*(SlotRange(*each) for each in ranges)),
+        sliding_window=case.window,
         out=out.data_ptr(),
         out_stride=stride,
         scratch=scratch.data_ptr(),
     )
-    table.attend(byref(work))
+    table.attention(byref(args))
     assert (out[:, -3:] == 7).all()
     shape = (case.tokens, case.heads, case.head_dim)
-    found, asked = (each[:, :-3].reshape(shape) for each in (out, queries))
-    return error(found, expected_attention(asked, *cache.numbers(cells), case.head_dim**-0.5, case.window))
+    result, query = (tensor[:, :-3].reshape(shape) for tensor in (out, queries))
+    return error(result, expected_attention(query, *cache.dequantize(slots), case.head_dim**-0.5, case.window))
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.parametrize("head_dim", [1, 5, 31, 64, 80, 96, 128, 256])
-def test_attention_of_one_token_and_of_many(table: Floats, bits: int, head_dim: int) -> None:
+def test_attention_of_one_token_and_of_many(table: FloatKernels, bits: int, head_dim: int) -> None:
     for heads, tokens, own in ((1, 1, 1), (2, 1, 300), (3, 7, 7), (1, 70, 130), (7, 20, 65)):
         case = Case(bits, head_dim, heads, tokens, (0, 0), (0, own))
         assert attention_error(table, case) < 1e-6, case
@@ -244,20 +244,22 @@ def test_attention_of_one_token_and_of_many(table: Floats, bits: int, head_dim: 
     "ranges",
     [
         ((0, 0), (16, 700)),  # from within a block, over borders of pages
-        ((512, 300), (240, 260)),  # a prefix, and own cells across a border
-        ((0, 5), (256, 64)),  # a prefix that fills no 16 cells
+        ((512, 300), (240, 260)),  # a prefix, and own slots across a border
+        ((0, 5), (256, 64)),  # a prefix that fills no 16 slots
         ((0, 1), (272, 40)),
         ((1024, 256), (0, 33)),
     ],
 )
-def test_attention_over_two_ranges_and_borders_of_pages(table: Floats, bits: int, ranges: tuple[Pair, Pair]) -> None:
+def test_attention_over_two_ranges_and_borders_of_pages(
+    table: FloatKernels, bits: int, ranges: tuple[Pair, Pair]
+) -> None:
     for head_dim, heads, tokens in ((64, 2, 1), (48, 3, 5), (17, 1, 33)):
         case = Case(bits, head_dim, heads, tokens, *ranges)
         assert attention_error(table, case) < 1e-6, case
 
 
 @pytest.mark.parametrize("window", [1, 2, 15, 16, 63, 64, 65, 200, 10**6])
-def test_attention_with_a_sliding_window(table: Floats, window: int) -> None:
+def test_attention_with_a_sliding_window(table: FloatKernels, window: int) -> None:
     for bits, tokens, prefix, own in (
         (8, 1, (0, 0), (0, 300)),
         (8, 100, (0, 0), (0, 100)),
@@ -268,27 +270,27 @@ def test_attention_with_a_sliding_window(table: Floats, window: int) -> None:
         assert attention_error(table, case) < 1e-6, case
 
 
-def test_attention_of_more_query_rows_than_are_computed_together(table: Floats) -> None:
+def test_attention_of_more_query_rows_than_are_computed_together(table: FloatKernels) -> None:
     for heads, tokens in ((1, 96), (1, 97), (8, 32), (5, 61)):
         case = Case(8, 64, heads, tokens, (0, 0), (0, tokens + 3))
         assert attention_error(table, case) < 1e-6, case
 
 
-def test_attention_of_one_cell_is_its_value(table: Floats) -> None:
-    """With softmax of one number, whatever the scores; and of scores far apart, the value of the largest."""
+def test_attention_of_one_kv_slot_is_its_value(table: FloatKernels) -> None:
+    """The softmax of one score is 1; of scores that are far apart, the value of the largest is the result."""
     cache, key = Cache(table, 1, 16, 8), torch.zeros(8)
     values = numbers(3, 8)
-    for cell in range(3):
-        key[0] = 1000.0 * cell
-        assert cache.store(cell, key, values[cell])
+    for slot in range(3):
+        key[0] = 1000.0 * slot
+        assert cache.store(slot, key, values[slot])
     query, out = torch.tensor([1.0] + 7 * [0.0]), torch.empty(8)
-    scratch = aligned(table.attention_scratch(8, 1, 1), torch.uint8)
+    scratch = aligned(table.attention_scratch_bytes(8, 1, 1), torch.uint8)
     for sign, count, expected in ((1, 1, 0), (1, 2, 1), (1, 3, 2), (-1, 3, 0)):
-        asked = sign * query
-        work = Attention(16, 8, 1.0, cache.pages, asked.data_ptr(), 8, 1, 1)
-        work.ranges[1] = Range(0, count)
-        work.out, work.out_stride, work.scratch = out.data_ptr(), 8, scratch.data_ptr()
-        table.attend(byref(work))
+        signed = sign * query
+        args = AttentionArgs(16, 8, 1.0, cache.pages, signed.data_ptr(), 8, 1, 1)
+        args.ranges[1] = SlotRange(0, count)
+        args.out, args.out_stride, args.scratch = out.data_ptr(), 8, scratch.data_ptr()
+        table.attention(byref(args))
         assert torch.equal(out, values[expected])
 
 
@@ -298,7 +300,7 @@ COUNTS = [1, 3, 16, 31, 64, 100, 1024, 3000]
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_norms(table: Floats, count: int) -> None:
+def test_norms(table: FloatKernels, count: int) -> None:
     x, weight, bias = 3 * numbers(count) + 1, numbers(count, seed=1), numbers(count, seed=2)
     out = torch.empty(count)
     where = x.data_ptr(), count, 1e-6
@@ -319,26 +321,26 @@ def test_norms(table: Floats, count: int) -> None:
         assert ((out - normal).abs() <= 1e-6 * (1 + normal.abs())).all()
 
 
-def test_a_layer_norm_of_a_large_mean(table: Floats) -> None:
+def test_a_layer_norm_of_a_large_mean(table: FloatKernels) -> None:
     x, out = 1000 + numbers(300), torch.empty(300)
     table.layer_norm(x.data_ptr(), 300, 1e-5, None, None, out.data_ptr())
     assert error(out, torch.nn.functional.layer_norm(x.double(), (300,), None, None, 1e-5)) < 1e-4
 
 
-@pytest.mark.parametrize(("head_dim", "rotary"), [(128, 128), (64, 32), (80, 20), (6, 2)])
-def test_rotation_is_that_of_transformers(table: Floats, head_dim: int, rotary: int) -> None:
-    head, angles = numbers(head_dim), numbers(rotary // 2, seed=1)
+@pytest.mark.parametrize(("head_dim", "rope_dim"), [(128, 128), (64, 32), (80, 20), (6, 2)])
+def test_rope_is_that_of_transformers(table: FloatKernels, head_dim: int, rope_dim: int) -> None:
+    head, angles = numbers(head_dim), numbers(rope_dim // 2, seed=1)
     cosines, sines = angles.cos(), angles.sin()
-    expected, turned = head.double(), head[:rotary].double()
-    halves = torch.cat([-turned[rotary // 2 :], turned[: rotary // 2]])
-    expected[:rotary] = turned * cosines.double().repeat(2) + halves * sines.double().repeat(2)
-    table.rotate(head.data_ptr(), rotary, cosines.data_ptr(), sines.data_ptr())
+    expected, rotated = head.double(), head[:rope_dim].double()
+    halves = torch.cat([-rotated[rope_dim // 2 :], rotated[: rope_dim // 2]])
+    expected[:rope_dim] = rotated * cosines.double().repeat(2) + halves * sines.double().repeat(2)
+    table.rope(head.data_ptr(), rope_dim, cosines.data_ptr(), sines.data_ptr())
     assert error(head, expected) < 1e-6
-    assert torch.equal(head[rotary:].double(), expected[rotary:])
+    assert torch.equal(head[rope_dim:].double(), expected[rope_dim:])
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_swiglu_and_sums(table: Floats, count: int) -> None:
+def test_swiglu_and_sums(table: FloatKernels, count: int) -> None:
     gate, up, out = 4 * numbers(count), numbers(count, seed=1), torch.empty(count)
     table.swiglu(gate.data_ptr(), up.data_ptr(), count, out.data_ptr())
     assert error(out, torch.nn.functional.silu(gate.double()) * up.double()) < 3e-7
@@ -347,7 +349,7 @@ def test_swiglu_and_sums(table: Floats, count: int) -> None:
     assert torch.equal(gate, expected)
 
 
-def test_swiglu_relative_to_each_number_and_at_the_extremes(table: Floats) -> None:
+def test_swiglu_relative_to_each_number_and_at_the_extremes(table: FloatKernels) -> None:
     gate = torch.linspace(-80, 80, 40_001)
     up, out = torch.ones_like(gate), torch.empty_like(gate)
     table.swiglu(gate.data_ptr(), up.data_ptr(), len(gate), out.data_ptr())
@@ -364,18 +366,19 @@ def test_swiglu_relative_to_each_number_and_at_the_extremes(table: Floats) -> No
 
 
 @pytest.mark.parametrize("count", [*COUNTS, 151_936])
-def test_largest_and_log_sum_exp(table: Floats, count: int) -> None:
+def test_argmax_and_log_sum_exp(table: FloatKernels, count: int) -> None:
     x = 5 * numbers(count)
-    assert table.largest(x.data_ptr(), count) == int(x.argmax())
+    assert table.argmax(x.data_ptr(), count) == int(x.argmax())
     for shift in (0.0, 1000.0, -1000.0):
         moved = x + shift
-        found = table.log_sum_exp(moved.data_ptr(), count)
-        assert found == pytest.approx(float(moved.double().logsumexp(0)), rel=1e-6, abs=2e-6)
+        assert table.log_sum_exp(moved.data_ptr(), count) == pytest.approx(
+            float(moved.double().logsumexp(0)), rel=1e-6, abs=2e-6
+        )
     x[:] = -1e30
     x[count // 2 :] = 7
-    assert table.largest(x.data_ptr(), count) == count // 2
+    assert table.argmax(x.data_ptr(), count) == count // 2
     x[:] = -torch.inf
     assert table.log_sum_exp(x.data_ptr(), count) == -torch.inf
-    assert 0 <= table.largest(x.data_ptr(), count) < count
+    assert 0 <= table.argmax(x.data_ptr(), count) < count
     x[0] = torch.nan
-    assert 0 <= table.largest(x.data_ptr(), count) < count
+    assert 0 <= table.argmax(x.data_ptr(), count) < count

@@ -1,4 +1,4 @@
-"""The definition of the multiplication, against a loop over its groups, and every implementation against it."""
+"""The definition of products with packed matrices, against a loop over groups; implementations against it."""
 
 from __future__ import annotations
 
@@ -162,9 +162,9 @@ def test_stored_matrices_give_nan_for_tokens_that_are_not_finite(monkeypatch: py
     matrix, x = StoredMatrix(parts, spec, (20, 100)), weights(4, 100, seed=1)
     expected = matrix.linear(x, None, 8, 64)
     x[1, 7], x[3, 99] = torch.nan, torch.inf
-    found = matrix.linear(x, None, 8, 64)
-    assert found[1::2].isnan().all()
-    assert torch.equal(found[::2], expected[::2])
+    y = matrix.linear(x, None, 8, 64)
+    assert y[1::2].isnan().all()
+    assert torch.equal(y[::2], expected[::2])
     for wrong in (-1.0, torch.nan, torch.inf):
         scales = parts["int4.scales"].clone()
         scales[1, 0, 2] = wrong

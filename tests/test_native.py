@@ -1,4 +1,4 @@
-"""The library of kernels, on every instruction set that this machine can run: to the bit what `reference.linear` says.
+"""The kernel library, on every instruction set that this machine can run: equal to `reference.linear` to the bit.
 
 `kernels_selftest.cpp` compares the same functions where there is no Python: other processors, sanitizers.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 from edgerazor import formats
 from edgerazor.formats import Encoded, MatrixSpec
 from edgerazor.kernels import build, native, reference
-from edgerazor.kernels.native import Geometry, Part
+from edgerazor.kernels.native import FormatRows, RowLayout
 
 ALL = formats.names()
 COLUMNS = [1, 3, 31, 33, 127, 172, 960]
@@ -34,23 +34,23 @@ def weights(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def parts_of(encoded: Encoded, spec: MatrixSpec) -> list[Part]:
+def parts_of(encoded: Encoded, spec: MatrixSpec) -> list[FormatRows]:
     """The stored parts of a matrix whose rows have formats."""
     stored = formats.pack_matrix(encoded, spec)
-    found = []
+    parts = []
     for number_format, rows in spec.format_rows:
         name = number_format.name
         count = len(encoded.codes) if rows is None else len(rows)
-        places = None if rows is None else rows.to(torch.int32)
-        found.append(Part.of(stored[name], stored[f"{name}.scales"], count, number_format, places))
-    return found
+        row_numbers = None if rows is None else rows.to(torch.int32)
+        parts.append(FormatRows.of(stored[name], stored[f"{name}.scales"], count, number_format, row_numbers))
+    return parts
 
 
 def product(
     x: Tensor, encoded: Encoded, spec: MatrixSpec, isa: int, group: int, bias: Tensor | None = None, bits: int = 8
 ) -> Tensor:
-    geometry = Geometry(x.shape[1], spec.group_size, group)
-    return native.linear(native.quantize(x, geometry, bits, None, isa), geometry, parts_of(encoded, spec), bias, isa)
+    layout = RowLayout(x.shape[1], spec.group_size, group)
+    return native.linear(native.quantize(x, layout, bits, None, isa), layout, parts_of(encoded, spec), bias, isa)
 
 
 def test_the_library_is_built_where_there_is_a_compiler() -> None:
@@ -87,8 +87,8 @@ def test_a_damaged_library_is_not_loaded(damage, said, tmp_path, monkeypatch) ->
     whole = Path(native.__file__).with_name(build.LIBRARY).read_bytes()
     (tmp_path / build.LIBRARY).write_bytes(damage(whole))
     monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
-    found, reason = native._opened.__wrapped__()
-    assert found is None
+    library, reason = native._opened.__wrapped__()
+    assert library is None
     assert said in reason
     (tmp_path / build.LIBRARY).write_bytes(whole)
     assert native._opened.__wrapped__()[0] is not None
@@ -143,8 +143,8 @@ def test_products_in_a_child_process_and_without_threads(monkeypatch) -> None:
 @needs_library
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("group", GROUPS)
-def test_products_are_the_references_to_the_bit(columns: int, group: int) -> None:
-    """Every format, rows that fill no block, other groups of activations, a token alone and among others."""
+def test_products_equal_the_reference_to_the_bit(columns: int, group: int) -> None:
+    """Every format, row counts that fill no block, other activation groups; GEMV of a token and GEMM of several."""
     x = weights(7, columns)
     for name in ALL:
         for rows, activation_group in ((1, group), (31, 64), (33, 100), (70, 33)):
@@ -152,8 +152,8 @@ def test_products_are_the_references_to_the_bit(columns: int, group: int) -> Non
             encoded = formats.encode_matrix(weights(rows, columns, seed=1), spec)
             expected = reference.linear(x, encoded, spec, None, 8, activation_group)
             for isa, label in enumerate(ISAS):
-                found = product(x, encoded, spec, isa, activation_group)
-                assert torch.equal(found, expected), (label, name, rows)
+                y = product(x, encoded, spec, isa, activation_group)
+                assert torch.equal(y, expected), (label, name, rows)
                 alone = product(x[2:3], encoded, spec, isa, activation_group)
                 assert torch.equal(alone, expected[2:3]), (label, name, rows)
 
@@ -185,8 +185,8 @@ def test_extreme_codes_stay_exact() -> None:
                 level = float(number_format.level_(torch.tensor([float(code)])))
                 expected = (x.double().sum(1, keepdim=True) * level).float().expand(3, 17)
                 for isa, label in enumerate(ISAS):
-                    found = product(x, Encoded(codes, scales), MatrixSpec((name,), group), isa, group)
-                    assert torch.equal(found, expected), (label, name, code)
+                    y = product(x, Encoded(codes, scales), MatrixSpec((name,), group), isa, group)
+                    assert torch.equal(y, expected), (label, name, code)
 
 
 @needs_library
@@ -197,8 +197,8 @@ def test_segments_are_cut_before_sums_leave_32_bits() -> None:
     encoded = Encoded(codes, torch.ones(2, 1, dtype=torch.float16))
     x = torch.full((2, columns), 127.0)
     for isa, label in enumerate(ISAS):
-        found = product(x, encoded, MatrixSpec(("int8",), columns), isa, columns)
-        assert torch.allclose(found, torch.tensor(127.0 * 127 * columns), rtol=1e-6), label
+        y = product(x, encoded, MatrixSpec(("int8",), columns), isa, columns)
+        assert torch.allclose(y, torch.tensor(127.0 * 127 * columns), rtol=1e-6), label
 
 
 @needs_library
@@ -213,30 +213,30 @@ def test_activations_are_quantized_as_in_formats(columns: int, group: int) -> No
     x[3] *= 1e-40
     x[4] *= 3e37
     x[5, : columns // 2] = 0
-    geometry = Geometry(columns, 64, group)
+    layout = RowLayout(columns, 64, group)
     cuts = sorted({0, columns, *range(64, columns, 64), *range(group, columns, group)})
     for bits in (2, 5, 8):
         codes, scales = formats.quantize_activations(x, bits, group)
         sums = torch.stack([codes[:, a:b].sum(1, dtype=torch.int32) for a, b in pairwise(cuts)], dim=1)
         for isa, label in enumerate(ISAS):
-            found = native.quantize(x, geometry, bits, None, isa)
-            assert torch.equal(found.scales, scales[:, [a // group for a, _ in pairwise(cuts)]]), label
-            assert torch.equal(found.sums, sums), label
+            quantized = native.quantize(x, layout, bits, None, isa)
+            assert torch.equal(quantized.scales, scales[:, [a // group for a, _ in pairwise(cuts)]]), label
+            assert torch.equal(quantized.sums, sums), label
             if group != 33:
-                assert torch.equal(found.codes[:, :columns], codes), label
-                assert not found.codes[:, columns:].any()
+                assert torch.equal(quantized.codes[:, :columns], codes), label
+                assert not quantized.codes[:, columns:].any()
 
 
 @needs_library
 def test_one_scale_for_all_activations() -> None:
     x, w, spec = weights(6, 200), weights(20, 200, seed=1), MatrixSpec(("ternary",), 64)
     encoded = formats.encode_matrix(w, spec)
-    geometry = Geometry(200, 64, 200)
+    layout = RowLayout(200, 64, 200)
     for scale in (0.01, 0.03, 2.0):
         expected = reference.linear(x, encoded, spec, None, 8, 64, scale)
         for isa, label in enumerate(ISAS):
-            quantized = native.quantize(x, geometry, 8, scale, isa)
-            assert torch.equal(native.linear(quantized, geometry, parts_of(encoded, spec), None, isa), expected), label
+            quantized = native.quantize(x, layout, 8, scale, isa)
+            assert torch.equal(native.linear(quantized, layout, parts_of(encoded, spec), None, isa), expected), label
 
 
 @needs_library
@@ -246,9 +246,9 @@ def test_rows_of_a_table_are_the_decoded_rows() -> None:
             spec = MatrixSpec((name,), group)
             encoded = formats.encode_matrix(weights(35, columns), spec)
             table, (part,) = formats.decode_matrix(encoded, spec), parts_of(encoded, spec)
-            geometry = Geometry(columns, group, group)
+            layout = RowLayout(columns, group, group)
             ids = torch.tensor([0, 34, 16, 16])
-            assert torch.equal(native.rows(geometry, part, ids), table[ids]), name
+            assert torch.equal(native.dequantize_rows(layout, part, ids), table[ids]), name
 
 
 @needs_library
@@ -282,42 +282,42 @@ def test_a_matrix_of_stored_parts_computes_what_the_reference_computes() -> None
 def test_expanded_ternary_codes_compute_the_same(columns: int) -> None:
     x, spec = weights(5, columns), MatrixSpec(("ternary",), 64)
     encoded = formats.encode_matrix(weights(40, columns, seed=1), spec)
-    geometry = Geometry(columns, 64, 64)
+    layout = RowLayout(columns, 64, 64)
     (part,) = parts_of(encoded, spec)
     for isa, label in enumerate(ISAS):
-        expanded = native.expand_ternary(geometry, part, isa)
-        quantized = native.quantize(x, geometry, isa=isa)
-        expected = native.linear(quantized, geometry, [part], None, isa)
-        assert torch.equal(native.linear(quantized, geometry, [expanded], None, isa), expected), label
+        expanded = native.expand_ternary(layout, part, isa)
+        quantized = native.quantize(x, layout, isa=isa)
+        expected = native.linear(quantized, layout, [part], None, isa)
+        assert torch.equal(native.linear(quantized, layout, [expanded], None, isa), expected), label
 
 
 @needs_library
 @pytest.mark.parametrize("columns", [33, 960, 1300])
 def test_bytes_that_stand_for_no_codes_are_harmless(columns: int) -> None:
     """Base-3 bytes above 242 and ternary fields of 3, in files with checksums to match: numbers, and in their place."""
-    geometry, count = Geometry(columns, 64, 64), 40
+    layout, count = RowLayout(columns, 64, 64), 40
     generator = torch.Generator().manual_seed(0)
-    for bits, lowest in ((0, -2), (2, -4), (3, -8), (4, -16)):
-        shape = (3, geometry.block_bytes(bits))
+    for bits, min_level_x2 in ((0, -2), (2, -4), (3, -8), (4, -16)):
+        shape = (3, layout.block_bytes(bits))
         for codes in (
             torch.randint(0, 256, shape, generator=generator).to(torch.uint8),
             torch.full(shape, 255, dtype=torch.uint8),
         ):
-            part = Part(codes, torch.ones(3, geometry.groups, 16, dtype=torch.float16), count, bits, lowest)
+            part = FormatRows(codes, torch.ones(3, layout.groups, 16, dtype=torch.float16), count, bits, min_level_x2)
             for isa, label in enumerate(ISAS):
                 for tokens in (1, 9):
                     y = torch.full((tokens, count + 8), 7.0)
-                    x = native.quantize(weights(tokens, columns), geometry, isa=isa)
-                    native.product(x, geometry, part, None, y, 0, part.blocks, isa)
+                    x = native.quantize(weights(tokens, columns), layout, isa=isa)
+                    native.linear_blocks(x, layout, part, None, y, 0, part.blocks, isa)
                     assert y.isfinite().all(), label
                     assert (y[:, count:] == 7).all(), label
                 if bits == 0:
                     assert (
-                        native.rows(geometry, native.expand_ternary(geometry, part, isa), torch.arange(count))
+                        native.dequantize_rows(layout, native.expand_ternary(layout, part, isa), torch.arange(count))
                         .isfinite()
                         .all()
                     )
-            assert native.rows(geometry, part, torch.arange(count)).isfinite().all()
+            assert native.dequantize_rows(layout, part, torch.arange(count)).isfinite().all()
 
 
 @needs_library
@@ -335,25 +335,25 @@ def test_what_does_not_fit_is_refused() -> None:
     spec = MatrixSpec(("int4",), 64)
     encoded = formats.encode_matrix(weights(20, 100), spec)
     (part,) = parts_of(encoded, spec)
-    geometry = Geometry(100, 64, 64)
+    layout = RowLayout(100, 64, 64)
     with pytest.raises(ValueError, match="not finite"):
-        native.quantize(torch.full((1, 100), float("nan")), geometry)
+        native.quantize(torch.full((1, 100), float("nan")), layout)
     with pytest.raises(ValueError, match="100 columns, but its input has 99"):
-        native.quantize(torch.zeros(1, 99), geometry)
+        native.quantize(torch.zeros(1, 99), layout)
     with pytest.raises(ValueError, match="2 to 8 bits, not 9"):
-        native.quantize(torch.zeros(1, 100), geometry, 9)
-    quantized = native.quantize(torch.zeros(1, 100), geometry)
+        native.quantize(torch.zeros(1, 100), layout, 9)
+    quantized = native.quantize(torch.zeros(1, 100), layout)
     for wrong in (
-        Part(part.codes[:, :-1], part.scales, part.count, part.bits, part.min_code),
-        Part(part.codes, part.scales.float(), part.count, part.bits, part.min_code),
-        Part(part.codes, part.scales, part.count + 16, part.bits, part.min_code),
-        Part(part.codes, part.scales, part.count, 5, part.min_code),
-        Part(part.codes, part.scales, 20, 4, -16, torch.full((20,), 20, dtype=torch.int32)),
+        FormatRows(part.codes[:, :-1], part.scales, part.count, part.bits, part.min_level_x2),
+        FormatRows(part.codes, part.scales.float(), part.count, part.bits, part.min_level_x2),
+        FormatRows(part.codes, part.scales, part.count + 16, part.bits, part.min_level_x2),
+        FormatRows(part.codes, part.scales, part.count, 5, part.min_level_x2),
+        FormatRows(part.codes, part.scales, 20, 4, -16, torch.full((20,), 20, dtype=torch.int32)),
     ):
         with pytest.raises(ValueError, match="must be"):
-            native.linear(quantized, geometry, [wrong])
+            native.linear(quantized, layout, [wrong])
     with pytest.raises(ValueError, match="between 0 and 19"):
-        native.rows(geometry, part, torch.tensor([20]))
+        native.dequantize_rows(layout, part, torch.tensor([20]))
 
 
 def test_numpy_agrees_on_what_a_segment_sums() -> None:
@@ -364,8 +364,8 @@ def test_numpy_agrees_on_what_a_segment_sums() -> None:
     encoded = Encoded(torch.from_numpy(codes), torch.full((1, 1), 2.0, dtype=torch.float16))
     x = np.array([127.0, -1.0, 64.0, -127.0], dtype=np.float32)
     for isa in range(len(ISAS)):
-        found = product(torch.from_numpy(x)[None], encoded, MatrixSpec(("ternary",), 4), isa, 4)
-        assert float(found) == 2 * float(codes[0] @ x) == -128
+        y = product(torch.from_numpy(x)[None], encoded, MatrixSpec(("ternary",), 4), isa, 4)
+        assert float(y) == 2 * float(codes[0] @ x) == -128
 
 
 @needs_library
@@ -381,9 +381,9 @@ def test_products_with_activations_as_they_are(columns: int, group: int) -> None
         exact = x.double() @ formats.decode_matrix(encoded, spec).double().T
         size = exact.norm(dim=-1, keepdim=True)
         for isa, label in enumerate(ISAS):
-            found = matrix.linear_float(x, bias, isa, threads=3)
-            assert found.dtype == torch.float32
-            assert (((found - bias) - exact).abs() <= 1e-6 * size + 1e-6).all(), (label, spec.formats)
+            y = matrix.linear_float(x, bias, isa, threads=3)
+            assert y.dtype == torch.float32
+            assert (((y - bias) - exact).abs() <= 1e-6 * size + 1e-6).all(), (label, spec.formats)
             alone = matrix.linear_float(x[1, 3], None, isa)
             assert ((alone - exact[1, 3]).abs() <= 1e-6 * size[1, 3]).all(), (label, spec.formats)
 
@@ -395,8 +395,8 @@ def test_many_tokens_and_no_tokens_as_they_are() -> None:
     matrix = native.Matrix(formats.pack_matrix(encoded, spec), spec, (150, 100))
     exact = x.double() @ formats.decode_matrix(encoded, spec).double().T
     for isa, label in enumerate(ISAS):
-        found = matrix.linear_float(x, None, isa, 2)
-        assert (found - exact).norm() <= 1e-6 * exact.norm(), label
+        y = matrix.linear_float(x, None, isa, 2)
+        assert (y - exact).norm() <= 1e-6 * exact.norm(), label
         assert matrix.linear_float(x[:0], None, isa).shape == (0, 150)
         wrong = x.clone()
         wrong[3, 7] = torch.nan

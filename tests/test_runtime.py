@@ -28,7 +28,7 @@ from edgerazor.console import Console
 from edgerazor.errors import FAILED, USAGE, UserError
 from edgerazor.formats import MatrixSpec
 from edgerazor.kernels import native
-from edgerazor.kernels.decoder import Run
+from edgerazor.kernels.decoder import SequenceSpan
 from edgerazor.kernels.memory import HUGE_PAGE
 from edgerazor.recipe import build
 from edgerazor.runtime import network, weight_memory
@@ -320,11 +320,11 @@ def test_each_layer_alone(packer: Packer, name: str, bits: tuple[int, int]) -> N
     ours = runtime.load(folder, threads=2, engine="native")
     assert isinstance(ours, NativeModel)
     decoder = ours.decoder()
-    decoder.rotary(*ours.rotary.tables(0, 24))
+    decoder.set_rope(*ours.rotary.tables(0, 24))
     decoder.reserve(64)
-    runs = [Run(0, 0, 0, 0, 24), Run(0, 0, 32, 0, 24)]
+    spans = [SequenceSpan(0, 0, 0, 0, 24), SequenceSpan(0, 0, 32, 0, 24)]
     for index, (before, expected) in enumerate(layers_of(transformers_plugin.load(folder)[0], IDS)):
-        found = decoder.layer(index, runs, before.flatten(0, 1)).view(expected.shape)
+        found = decoder.layer(index, spans, before.flatten(0, 1)).view(expected.shape)
         errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)  # [B, T]
         # A code that goes the other way shows in its token, and in those that see it.
         assert float((errors < 1e-5).float().mean()) >= (1 if bits == EXACT else 0.8)

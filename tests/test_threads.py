@@ -1,4 +1,4 @@
-"""Where the system gives no more threads, the work is done by those that there are, or refused in one sentence."""
+"""Where the system has no more threads, those that there are do the work, or it is refused in one sentence."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from _packed_folders import all_of, write_packed
 from edgerazor import runtime
 from edgerazor.benchmark import bandwidth
 from edgerazor.errors import UserError
-from edgerazor.kernels import native
+from edgerazor.kernels import build, native
 from edgerazor.packed import threads
 from edgerazor.runtime import weight_memory
 
 
 @pytest.fixture(params=[0, 1])
 def few_threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So many start, and no more."""
+    """This many threads can be started, and no more."""
     start, left = threading.Thread.start, [request.param]
 
     def refuse(thread: threading.Thread) -> None:
@@ -30,8 +30,8 @@ def few_threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    for module in (threads, weight_memory):
-        monkeypatch.setattr(module, "cores", lambda: 3)
+    for module, name in ((threads, "cores"), (weight_memory, "cores"), (build, "_cores")):
+        monkeypatch.setattr(module, name, lambda: 3)
 
 
 @pytest.mark.usefixtures("few_threads")
@@ -48,6 +48,42 @@ def test_work_is_done_once_and_failures_are_told() -> None:
 
     with pytest.raises(UserError, match="No"):
         threads.in_parallel([(1, fail), (1, lambda: None), (1, fail)])
+
+
+@pytest.mark.usefixtures("few_threads")
+def test_the_library_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command runs once; after one that fails, none begins, and its message is the error."""
+    ran: list[str] = []
+
+    def run(command: list[str]) -> str:
+        ran.append(command[0])
+        if command[0] == "bad":
+            raise build.BuildError("the compiler failed")
+        return ""
+
+    monkeypatch.setattr(build, "_run", run)
+    names = [str(number) for number in range(9)]
+    build._run_all([[name] for name in names])
+    assert sorted(ran) == names
+    ran.clear()
+    with pytest.raises(build.BuildError, match="the compiler failed"):
+        build._run_all([["bad"], *([name] for name in names * 100)])
+    assert len(ran) < 100
+
+
+def test_no_process_to_compile_in_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_process(*_: Any, **__: Any) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(build.subprocess, "run", no_process)
+    monkeypatch.setattr(build.sys, "argv", ["build"])
+    assert build.main() == 1
+    said = capsys.readouterr().err
+    assert said.startswith("the kernels were not built: ")
+    assert "Resource temporarily unavailable" in said
+    assert len(said.splitlines()) == 1
 
 
 @pytest.fixture(scope="module")

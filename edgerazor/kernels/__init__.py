@@ -1,18 +1,19 @@
-"""The multiplication by a packed matrix: one definition (`reference.py`) and, where they are built, faster twins of it.
+"""Products with packed matrices: one definition (`reference.py`), and faster implementations where they are built.
 
-This file chooses. The last implementation that the machine can run is the best, and the environment variable
-`EDGERAZOR_ISA` asks for one by name:
+This file chooses the implementation. The last one of `names` is the best that the machine can run, and the environment
+variable `EDGERAZOR_ISA` selects one by name:
 
-- `integer`: the definition to the letter, integer sums within groups; slow, to compare with;
+- `integer`: the definition to the letter, integer sums within segments; slow, for comparison;
 - `portable`: the native library in plain C++, for tests of it; slower than `reference` for many tokens;
-- `reference`: decodes the matrix and multiplies in float32; the default where nothing faster is built;
-- `avx2`, `avx2vnni`, `avx512`, `neon`, `i8mm`: the native library with the instructions of these names.
+- `reference`: dequantizes the matrix and multiplies in float32; the default where nothing faster is built;
+- `avx2`, `avx2vnni`, `avx512`, `neon`, `i8mm`: the native library with the instruction set of that name.
 
-Native kernels compute with matrices as they are stored (`StoredMatrix`), on a CPU, and give the bits of `integer`, or
-with 16-bit activations the numbers of `reference` up to the rounding of float32 sums. What they cannot take (formats of
-blocks, other devices) is computed as by `reference`.
+Native kernels compute with matrices in their stored layout (`StoredMatrix`), on a CPU. They give the bits of `integer`
+or, with 16-bit activations, the numbers of `reference` up to the rounding of float32 sums. What they do not support
+(formats of blocks, other devices) is computed by `reference`.
 
-Importing this package also lets `formats` find scales of least squared error with the library, to the bit as without.
+Importing this package also lets `formats` find scales of least squared error with the library, which gives the same
+bits. `README.md` beside this file explains how the native library works.
 """
 
 from __future__ import annotations
@@ -45,18 +46,18 @@ __all__ = [
 
 VARIABLE = "EDGERAZOR_ISA"
 
-#: What to do where there is no library.
+#: Advice where there is no library.
 BUILD = "Build it (again) with `python -m edgerazor.kernels.build`; that needs a C++ compiler."
 
-#: Names of implementations in Python.
+#: Names of the implementations in Python.
 NOT_NATIVE = ("integer", "reference")
 
-#: Instruction sets for which decoding five base-3 digits takes longer than reading a byte in four of their 2-bit codes.
+#: Instruction sets with which it takes longer to unpack base-3 digits than to read 2-bit codes, a fourth more bytes.
 EXPANDED = ("avx2", "avx2vnni")
 
-#: Products of numbers that a thread should have to do before another one is worth waking.
-_PRODUCTS_PER_THREAD = 1 << 21
-#: Weights of which a thread should have to find the scales.
+#: Multiplications that each thread should have before another one is woken.
+_MULTIPLICATIONS_PER_THREAD = 1 << 21
+#: Weights that each thread should have in a search for scales.
 _WEIGHTS_PER_THREAD = 1 << 15
 
 
@@ -65,7 +66,7 @@ class _Implementation(NamedTuple):
     embedding: Callable[[Tensor, Encoded, MatrixSpec], Tensor]
 
 
-def _decode_and_multiply(
+def _dequantize_and_multiply(
     x: Tensor,
     encoded: Encoded,
     spec: MatrixSpec,
@@ -80,35 +81,35 @@ def _decode_and_multiply(
 
 _IMPLEMENTATIONS = {
     "integer": _Implementation(reference.linear, reference.embedding),
-    "reference": _Implementation(_decode_and_multiply, reference.embedding),
+    "reference": _Implementation(_dequantize_and_multiply, reference.embedding),
 }
 
 
 def names() -> list[str]:
     """Names of the implementations that this machine can run, the best one last."""
-    found = native.isas()
-    return ["integer", *found[:1], "reference", *found[1:]]
+    isas = native.isas()
+    return ["integer", *isas[:1], "reference", *isas[1:]]
 
 
 def name() -> str:
-    """Name of the implementation in use: the one that `EDGERAZOR_ISA` asks for, else the best.
+    """Name of the implementation in use: the one that `EDGERAZOR_ISA` selects, else the best.
 
     Raises:
-        UserError: there is none of that name here.
+        UserError: this machine has no implementation of that name.
     """
-    wanted = os.environ.get(VARIABLE) or names()[-1]
-    if wanted not in names():
-        raise registry.unknown(f"kernel ({VARIABLE})", wanted, names())
-    return wanted
+    selected = os.environ.get(VARIABLE) or names()[-1]
+    if selected not in names():
+        raise registry.unknown(f"kernel ({VARIABLE})", selected, names())
+    return selected
 
 
 def is_native() -> bool:
-    """Whether the implementation in use is one of the native library."""
+    """Whether the implementation in use belongs to the native library."""
     return name() not in NOT_NATIVE
 
 
 def note(used: str) -> str | None:
-    """What to say of a model that computed with kernels of these names, if they are not as fast as they could be."""
+    """A note about a model that computed with the kernels `used`, if they are not the fastest possible; else None."""
     if "reference" not in used:
         return None
     slow = (
@@ -133,17 +134,16 @@ def linear(
     activation_scale: float | None = None,
 ) -> Tensor:
     """`y = W x + bias`, float32 [..., out], for x [..., in]; see `reference.linear` for arguments and errors."""
-    multiply = _of_codes().linear
-    return multiply(x, encoded, spec, bias, activation_bits, activation_group, activation_scale)
+    return _for_encoded().linear(x, encoded, spec, bias, activation_bits, activation_group, activation_scale)
 
 
 def embedding(ids: Tensor, encoded: Encoded, spec: MatrixSpec) -> Tensor:
-    """Rows of a packed table, float32 [..., columns], for ids int64 [...]."""
-    return _of_codes().embedding(ids, encoded, spec)
+    """Rows of an encoded embedding, float32 [..., columns], for ids int64 [...]."""
+    return _for_encoded().embedding(ids, encoded, spec)
 
 
 def _least_error(number_format: Format, groups: Tensor, codes: Tensor | None) -> Tensor | None:
-    """Scales of least error by the native library, where it is in use, of groups that it takes."""
+    """Scales of least error by the native library, or None where it is not in use or does not support the groups."""
     if groups.device.type != "cpu" or number_format.rounding is None or not is_native():
         return None
     threads = max(1, min(torch.get_num_threads(), groups.numel() // _WEIGHTS_PER_THREAD))
@@ -153,21 +153,21 @@ def _least_error(number_format: Format, groups: Tensor, codes: Tensor | None) ->
 use_scale_search(_least_error)
 
 
-def _of_codes() -> _Implementation:
-    """What computes with decoded codes: native kernels do not."""
+def _for_encoded() -> _Implementation:
+    """The implementation for codes in tensors, which native kernels do not support."""
     return _IMPLEMENTATIONS["reference" if is_native() else name()]
 
 
 class StoredMatrix:
-    """A packed matrix as it is stored, for the native kernels; nothing is decoded.
+    """A packed matrix in its stored layout, for the native kernels; nothing is unpacked.
 
     Args:
-        parts: as `formats.pack_matrix` gives them, in memory that stays (a mapped file).
-        spec: formats of its rows.
+        parts: tensors by name, as `formats.pack_matrix` returns them, in memory that stays (a mapped file).
+        spec: the formats of its rows.
         shape: rows and columns.
 
     Raises:
-        ValueError: the formats are those of blocks, or a part does not fit or holds a scale that is not one.
+        ValueError: the formats are those of blocks, or a part does not fit, or a scale is negative or not finite.
     """
 
     def __init__(self, parts: Mapping[str, Tensor], spec: MatrixSpec, shape: tuple[int, int]) -> None:
@@ -182,31 +182,31 @@ class StoredMatrix:
         activation_group: int,
         activation_scale: float | None = None,
     ) -> Tensor:
-        """`y = W x + bias`, float32 [..., out] without gradient, for x [..., in]; arguments as of `reference.linear`.
+        """`y = W x + bias`, float32 [..., out] without gradient, for x [..., in]; arguments as for `reference.linear`.
 
-        The bits of `reference.linear`, but for 16-bit activations, where the order of float32 sums is another one. A
-        token with a value that is not finite gives NaN, as in `decoded_linear`.
+        It gives the bits of `reference.linear`, except that 16-bit activations are summed up in another order. A token
+        with a value that is not finite gives NaN, as in `decoded_linear`.
         """
         isa = native.isas().index(name())
         matrix = self._matrix(name())
-        products = x.numel() * matrix.out
-        threads = max(1, min(torch.get_num_threads(), products // _PRODUCTS_PER_THREAD))
+        multiplications = x.numel() * matrix.out
+        threads = max(1, min(torch.get_num_threads(), multiplications // _MULTIPLICATIONS_PER_THREAD))
         x = x.detach()
         if activation_bits == UNQUANTIZED:
             return matrix.linear_float(x, bias, isa, threads)
-        how = (bias, activation_bits, activation_group, activation_scale, isa, threads)
+        arguments = (bias, activation_bits, activation_group, activation_scale, isa, threads)
         try:
-            return matrix.linear(x, *how)
+            return matrix.linear(x, *arguments)
         except native.NotFiniteError:
-            wrong = ~torch.isfinite(x.float()).all(-1, keepdim=True)
-            return matrix.linear(x.masked_fill(wrong, 0), *how).masked_fill(wrong, torch.nan)
+            not_finite = ~torch.isfinite(x.float()).all(-1, keepdim=True)
+            return matrix.linear(x.masked_fill(not_finite, 0), *arguments).masked_fill(not_finite, torch.nan)
 
     def embedding(self, ids: Tensor) -> Tensor:
         """Rows of the matrix, float32 [..., columns], for ids int64 [...]: the bits of `reference.embedding`."""
         return self._stored.embedding(ids)
 
     def _matrix(self, isa: str) -> native.Matrix:
-        """The matrix in the codes that are fastest with these instructions."""
+        """The matrix in the codes that are fastest with this instruction set."""
         if isa not in EXPANDED:
             return self._stored
         if self._expanded is None:

@@ -1,15 +1,17 @@
-"""Building the library of kernels: one C++ compiler, one object file per instruction set, one shared library.
+"""Builds the kernel library: one C++ compiler, object files for each instruction set, one shared library.
 
-`pip install` runs this through setuptools (`BuildKernels` below); `python -m edgerazor.kernels.build` runs it by hand,
-where there was no compiler at the time, or after a change of the sources. The library has a plain C interface, so it
-does not depend on the version of Python or torch. Without a compiler nothing fails: the reference is used.
+`pip install` runs this through setuptools (`setuptools_commands.py`). `python -m edgerazor.kernels.build` runs it by
+hand, where there was no compiler at that time, or after a change of the sources. The library has a plain C interface,
+so it does not depend on the version of Python or torch. Nothing fails without a compiler: then the reference kernels
+are used.
 
-To load a library that was cut off, or changed on the way, can end the process; so a library ends with a seal, the
-SHA-256 of all that is before it, which `native.py` checks first. (What is behind the sections of an ELF file is left
-alone by those who load it. On macOS, where a signature ends the file, there is none, and the system checks instead.)
+Loading a library that is cut off or damaged can end the process. Therefore a library ends with a seal, the SHA-256 of
+all bytes before it, which `native.py` checks first. (Programs that load an ELF file ignore what comes after its
+sections. On macOS, a library has no seal, because a signature must end the file, and the system checks that.)
 
-`python -m edgerazor.kernels.build PROGRAM SOURCE` makes a program of a source file and the library (`make test-arm`).
-`CXX` names the compiler (its machine decides what is built, so a cross compiler works too) and `CXXFLAGS` adds options.
+`python -m edgerazor.kernels.build PROGRAM SOURCE` links a program from a source file and the library (`make test-arm`).
+The environment variable `CXX` names the compiler, and the machine that it compiles for decides what is built, so that a
+cross compiler works, too. `CXXFLAGS` adds options.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,53 +32,55 @@ HERE = Path(__file__).resolve().parent
 SOURCES = HERE / "cpp"
 LIBRARY = "libedgerazor.so"
 COMPILERS = ("c++", "g++", "clang++")
-#: The kinds of files in `SOURCES` that are sources; whatever else lies there is none of ours.
+#: Suffixes of the files in `SOURCES` that belong to the library.
 SUFFIXES = (".cpp", ".hpp", ".h")
-#: What a sealed file begins with, and the words before the digest at its end.
+#: The first bytes of a file that gets a seal, and the text before the digest at its end.
 ELF, SEAL = b"\x7fELF", b"\nedgerazor sha256 "
 OPTIONS = "-std=c++17 -pthread -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno".split()
 
 
-class Unit(NamedTuple):
-    """A source file that needs instructions of its own: the options that allow them."""
+class Isa(NamedTuple):
+    """An instruction set: the name of its source file, and the compiler options that allow its instructions."""
 
     name: str
     options: str
 
 
 class Job(NamedTuple):
-    """A compilation: the name of its source file, its options, and the name of the object file if it is another one."""
+    """A compilation: the stem of the source file, its options, and the stem of the object file if it differs."""
 
     source: str
     options: list[str]
     output: str = ""
 
 
-#: `floats.cpp` and `scales.cpp` are compiled for each unit. Sums of the first have no order to keep to: products and
-#: sums may be fused.
-_FLOATS = "-O3 -ffp-contract=fast".split()
+#: Compiled once, without options of an instruction set.
+_COMMON = ("dispatch", "library", "packed_layout", "decoder", "decoder_attention", "decoder_api")
+#: Compiled once for each instruction set, with these options beside its own. The results of `float_kernels` need not be
+#: equal on all machines, so the compiler may fuse products and sums there.
+_FOR_EACH_ISA = {"float_kernels": "-O3 -ffp-contract=fast", "scale_search": "-O3"}
 
 _AVX2 = "-O3 -mavx2 -mfma -mf16c"
-_UNITS = {
+_ISAS = {
     "x86_64": (
-        Unit("avx2", _AVX2),
-        Unit("avx2vnni", f"{_AVX2} -mavxvnni"),
-        Unit("avx512", f"{_AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx512vbmi"),
+        Isa("avx2", _AVX2),
+        Isa("avx2vnni", f"{_AVX2} -mavxvnni"),
+        Isa("avx512", f"{_AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx512vbmi"),
     ),
-    "aarch64": (Unit("neon", "-O3 -march=armv8.2-a+dotprod"), Unit("i8mm", "-O3 -march=armv8.2-a+dotprod+i8mm")),
+    "aarch64": (Isa("neon", "-O3 -march=armv8.2-a+dotprod"), Isa("i8mm", "-O3 -march=armv8.2-a+dotprod+i8mm")),
 }
-_UNITS["arm64"] = _UNITS["aarch64"]
+_ISAS["arm64"] = _ISAS["aarch64"]
 
 
 class BuildError(Exception):
-    """The library cannot be built here; the message says why."""
+    """The library cannot be built on this machine; the message says why."""
 
 
 def compiler() -> list[str]:
-    """The C++ compiler's command.
+    """The command of the C++ compiler.
 
     Raises:
-        BuildError: there is none.
+        BuildError: there is no compiler.
     """
     given = _words("CXX")
     for command in [given] if given else [[name] for name in COMPILERS]:
@@ -85,7 +90,7 @@ def compiler() -> list[str]:
 
 
 def fingerprint() -> str:
-    """SHA-256 of the sources; a library says which ones it was built from."""
+    """SHA-256 of the sources. A library contains the fingerprint of the sources that it was built from."""
     digest = hashlib.sha256()
     for path in sorted(SOURCES.iterdir()):
         if path.suffix in SUFFIXES and path.is_file():
@@ -95,12 +100,12 @@ def fingerprint() -> str:
 
 
 def sealed(content: bytes) -> bytes:
-    """The bytes of a library with a seal at their end, which `problem` knows; those of no ELF file as they are."""
+    """The bytes of a library with a seal at their end, as `problem` checks it; bytes that are no ELF file unchanged."""
     return content + SEAL + hashlib.sha256(content).hexdigest().encode() if content.startswith(ELF) else content
 
 
 def problem(content: bytes) -> str | None:
-    """What is wrong with the bytes of a library, the end of a sentence about it; None: nothing, as far as is known."""
+    """What is wrong with the bytes of a library, as the end of a sentence about it; None if nothing is known to be."""
     if not content:
         return "is an empty file"
     if not content.startswith(ELF):
@@ -112,7 +117,7 @@ def problem(content: bytes) -> str | None:
 
 
 def build(target: Path, main: Path | None = None) -> list[str]:
-    """Compiles the library to `target`, or, with a source file `main`, a program that contains it.
+    """Builds the library as the file `target` or, with a source file `main`, a program that contains it.
 
     Returns:
         The instruction sets in it, beside plain C++. One whose options the compiler does not know is left out.
@@ -131,36 +136,41 @@ def _build(target: Path, main: Path | None) -> list[str]:
     added = _words("CXXFLAGS")
     machine = _run([*compiler(), "-dumpmachine"]).strip().split("-")[0]
     with tempfile.TemporaryDirectory() as folder:
-        units = [unit for unit in _UNITS.get(machine, ()) if _accepts(command, unit, Path(folder))]
-        have = [f"-DEDGERAZOR_HAVE_{unit.name.upper()}" for unit in units]
-        about = [*have, f'-DEDGERAZOR_SOURCES="{fingerprint()}"']
-        jobs = [Job("library", ["-O2", *about]), Job("decoder", ["-O2"])]
-        for name, options in (Unit("portable", "-O2"), *units):
-            jobs.append(Job(name, options.split()))
-            floats = [*options.split(), *_FLOATS, f"-DEDGERAZOR_UNIT={name}"]
-            jobs.append(Job("floats", floats, f"floats_{name}"))
-            scales = [*options.split(), "-O3", f"-DEDGERAZOR_UNIT={name}"]
-            jobs.append(Job("scales", scales, f"scales_{name}"))
+        isas = [isa for isa in _ISAS.get(machine, ()) if _accepts(command, isa, Path(folder))]
+        jobs = _jobs(isas)
         objects = [Path(folder) / f"{job.output or job.source}.o" for job in jobs]
-        commands = [
-            [*command, *job.options, *added, "-c", str(SOURCES / f"{job.source}.cpp"), "-o", str(output)]
-            for job, output in zip(jobs, objects, strict=True)
-        ]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(_run, commands))
+        _run_all(
+            [
+                [*command, *job.options, *added, "-c", str(SOURCES / f"{job.source}.cpp"), "-o", str(output)]
+                for job, output in zip(jobs, objects, strict=True)
+            ]
+        )
         kind = ["-shared"] if main is None else ["-I", str(SOURCES), str(main)]
         output = Path(folder) / "output"
         _run([*command, *added, *kind, *map(str, objects), "-o", str(output)])
         target.parent.mkdir(parents=True, exist_ok=True)
         content = output.read_bytes()
-        new = target.with_name(f".{target.name}.{os.getpid()}.new")  # two builds at a time are no harm
+        new = target.with_name(f".{target.name}.{os.getpid()}.new")  # two builds at a time do not disturb each other
         try:
             new.write_bytes(sealed(content) if main is None else content)
             new.chmod(0o755)
             new.replace(target)
         finally:
             new.unlink(missing_ok=True)
-    return [unit.name for unit in units]
+    return [isa.name for isa in isas]
+
+
+def _jobs(isas: Sequence[Isa]) -> list[Job]:
+    """All compilations of the library, those that take longest first."""
+    jobs = []
+    for isa in (*reversed(isas), Isa("portable", "-O2")):
+        options = isa.options.split()
+        jobs.append(Job(isa.name, options))
+        for source, added in _FOR_EACH_ISA.items():
+            defined = f"-DEDGERAZOR_UNIT={isa.name}"
+            jobs.append(Job(source, [*options, *added.split(), defined], f"{source}_{isa.name}"))
+    of_library = [f'-DEDGERAZOR_SOURCES="{fingerprint()}"', *(f"-DEDGERAZOR_HAVE_{isa.name.upper()}" for isa in isas)]
+    return [*jobs, *(Job(source, ["-O2", *of_library]) for source in _COMMON)]
 
 
 def _words(variable: str) -> list[str]:
@@ -175,18 +185,61 @@ def _words(variable: str) -> list[str]:
         raise BuildError(f"{variable} is no command line: {error}") from None
 
 
-def _accepts(command: list[str], unit: Unit, folder: Path) -> bool:
-    """Whether the compiler knows the unit's options."""
+def _accepts(command: list[str], isa: Isa, folder: Path) -> bool:
+    """Whether the compiler knows the options of an instruction set."""
     empty = folder / "empty.cpp"
     empty.touch()
     try:
-        _run([*command, *unit.options.split(), "-c", str(empty), "-o", str(folder / "empty.o")])
+        _run([*command, *isa.options.split(), "-c", str(empty), "-o", str(folder / "empty.o")])
     except BuildError:
         return False
     return True
 
 
+def _run_all(commands: Sequence[list[str]]) -> None:
+    """Runs all commands, one for each core at a time; where the system has no more threads, fewer at a time.
+
+    Raises:
+        BuildError: a command failed; those that had not begun by then are not run.
+    """
+    waiting = iter(commands)
+    errors: list[BuildError] = []
+
+    def work() -> None:
+        for command in waiting:  # the interpreter's lock hands each command to one thread
+            if errors:
+                return
+            try:
+                _run(command)
+            except BuildError as error:
+                errors.append(error)
+
+    helpers = []
+    for _ in range(min(_cores(), len(commands)) - 1):
+        helper = threading.Thread(target=work)
+        try:
+            helper.start()
+        except RuntimeError:  # the system has no more threads: those that there are compile everything
+            break
+        helpers.append(helper)
+    work()
+    for helper in helpers:
+        helper.join()
+    if errors:
+        raise errors[0]
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _run(command: list[str]) -> str:
+    """Runs a command and returns its output.
+
+    Raises:
+        BuildError: it cannot be run, or failed.
+    """
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
@@ -198,16 +251,16 @@ def _run(command: list[str]) -> str:
 
 def main() -> int:
     """Builds the library beside this file, where `native.py` finds it; or PROGRAM from SOURCE, if they are given."""
-    target, *source = [Path(each) for each in sys.argv[1:]] or [HERE / LIBRARY]
+    target, *source = [Path(argument) for argument in sys.argv[1:]] or [HERE / LIBRARY]
     if len(source) > 1:
         print("usage: python -m edgerazor.kernels.build [PROGRAM SOURCE]", file=sys.stderr)
         return 2
     try:
-        found = build(target, *source)
+        isas = build(target, *source)
     except BuildError as error:
         print(f"the kernels were not built: {error}", file=sys.stderr)
         return 1
-    print(f"{target}: portable {' '.join(found)}")
+    print(f"{target}: portable {' '.join(isas)}")
     return 0
 
 

@@ -1,6 +1,7 @@
-"""The decoder of the library, through ctypes: a whole transformer on packed matrices, with its cache and its threads.
+"""The decoder of the kernel library, through ctypes: a whole transformer with its KV cache and its thread pool.
 
-What is described here is checked here; the C++ code (`cpp/decoder.h`, which says what it computes) trusts it.
+Arguments are checked here; the C++ code trusts them (`cpp/decoder.h` says what it computes, and `cpp/decoder.cpp` draws
+one token's way through it).
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from torch import Tensor
 from edgerazor.errors import MOST_THREADS
 from edgerazor.formats import SMALLEST
 from edgerazor.kernels import native
-from edgerazor.kernels.memory import memory_bytes
+from edgerazor.kernels.memory import physical_memory
 from edgerazor.kernels.native import LARGEST, NotFiniteError
 
 __all__ = [
-    "CELLS",
     "RMS",
+    "SLOT_ALIGNMENT",
     "Decoder",
     "Layer",
     "Linear",
@@ -36,18 +37,18 @@ __all__ = [
     "Norm",
     "NotFiniteError",
     "OtherProcessError",
-    "Run",
-    "round_up",
+    "SequenceSpan",
+    "align_slot",
 ]
 
-#: Ranges of cells of the cache begin at multiples of this.
-CELLS = 16
+#: The first KV slot of a sequence is a multiple of this.
+SLOT_ALIGNMENT = 16
 #: Kinds of norms.
 NO_NORM, RMS, LAYER = 0, 1, 2
 
 
 class OtherProcessError(RuntimeError):
-    """A decoder was made in another process: a fork copies its memory, but not its threads."""
+    """The decoder was created in another process: a fork copies its memory, but not its threads."""
 
 
 _OK, _NO_MEMORY, _NOT_FINITE = 0, 1, 2
@@ -55,13 +56,13 @@ _OK, _NO_MEMORY, _NOT_FINITE = 0, 1, 2
 
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """`y = W x + bias`.
+    """A linear layer, `y = W x + bias`.
 
     Attributes:
         matrix: W [rows, columns].
         bias: float32 [rows].
         activation_group: features of x that share a scale.
-        scale: of all of x, where it is stored.
+        scale: static scale of all of x; None computes one for each group of each token.
     """
 
     matrix: native.Matrix
@@ -70,21 +71,21 @@ class Linear:
     scale: float | None = None
 
     @property
-    def geometry(self) -> native.Geometry:
-        """How its columns are cut."""
-        whole = self.scale is not None
-        return self.matrix.geometry(self.matrix.columns if whole else self.activation_group)
+    def row_layout(self) -> native.RowLayout:
+        """The layout of the matrix for these groups of activations."""
+        static = self.scale is not None
+        return self.matrix.row_layout(self.matrix.columns if static else self.activation_group)
 
 
 @dataclass(frozen=True, eq=False)
 class Norm:
-    """A norm of vectors.
+    """An RMSNorm or LayerNorm.
 
     Attributes:
         kind: `RMS` or `LAYER`.
         epsilon: added to the mean square, or to the variance.
         weight: float32 [features]; None for ones.
-        bias: float32 [features]; None for zeros. Of a LayerNorm alone.
+        bias: float32 [features]; None for zeros. A LayerNorm alone has one.
     """
 
     kind: int
@@ -95,11 +96,11 @@ class Norm:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A layer, as at `edgerazor_layer` of `cpp/decoder.h`; None where there is no norm.
+    """A decoder layer, like `edgerazor_layer` of `cpp/decoder.h`; None stands for a norm that it does not have.
 
     Attributes:
-        rotary: leading features of a head that the rotary embedding turns; 0: none.
-        window: latest positions that a token sees, its own among them; 0: all.
+        rope_dim: leading features of a head that RoPE rotates; 0: none.
+        sliding_window: latest positions that a token attends to, its own among them; 0: all.
     """
 
     q: Linear
@@ -115,24 +116,24 @@ class Layer:
     after_mlp: Norm | None = None
     q_norm: Norm | None = None
     k_norm: Norm | None = None
-    rotary: int = 0
-    window: int = 0
+    rope_dim: int = 0
+    sliding_window: int = 0
 
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """A whole decoder, as at `edgerazor_model` of `cpp/decoder.h`."""
+    """All layers of a decoder, like `edgerazor_model` of `cpp/decoder.h`."""
 
-    hidden: int
-    heads: int
-    kv_heads: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
     head_dim: int
-    intermediate: int
+    intermediate_size: int
     embedding: Linear
     head: Linear
     final_norm: Norm | None
     layers: Sequence[Layer]
-    rotary_features: int
+    rope_dim: int
     activation_bits: int = 8
     kv_bits: int = 8
     norm_all_heads: bool = False
@@ -141,43 +142,43 @@ class Network:
     logit_scale: float = 1.0
 
     @property
-    def vocabulary(self) -> int:
-        """Columns of logits."""
+    def vocab_size(self) -> int:
+        """Number of logits."""
         return self.head.matrix.out
 
-    def cell_bytes(self) -> int:
-        """Of the cache, for a token."""
+    def kv_slot_bytes(self) -> int:
+        """Bytes of a KV slot: the keys and values of one token in all layers, with their scales."""
         if self.kv_bits == 16:
             width = 4 * self.head_dim
         else:
             width = (self.head_dim if self.kv_bits == 8 else -(-self.head_dim // 2)) + 4
-        return 2 * width * self.kv_heads * len(self.layers)
+        return 2 * width * self.num_kv_heads * len(self.layers)
 
     def check(self) -> None:
-        """ValueError unless shapes fit together, numbers are in range, and tensors are float32 and contiguous."""
-        sizes = (self.hidden, self.heads, self.kv_heads, self.head_dim, self.intermediate)
-        whole = all(isinstance(size, int) and 1 <= size <= LARGEST for size in sizes)
-        if not whole or self.heads % self.kv_heads:
+        """Checks that shapes fit together, numbers are in range, and tensors are float32 and contiguous.
+
+        Raises:
+            ValueError: they are not.
+        """
+        sizes = (self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim, self.intermediate_size)
+        in_range = all(isinstance(size, int) and 1 <= size <= LARGEST for size in sizes)
+        if not in_range or self.num_heads % self.num_kv_heads:
             raise ValueError(f"impossible sizes: {sizes}")
         if self.activation_bits != 16 and not 2 <= self.activation_bits <= 8:
             raise ValueError(f"activations have 2 to 8 or 16 bits, not {self.activation_bits}")
         if self.kv_bits not in (4, 8, 16):
             raise ValueError(f"keys and values have 4, 8 or 16 bits, not {self.kv_bits}")
-        if self.rotary_features < 0 or self.rotary_features % 2 or self.rotary_features > self.head_dim:
-            raise ValueError(f"{self.rotary_features} features of {self.head_dim} cannot be turned in pairs")
-        _check_linear("embedding", self.embedding, (self.head.matrix.out, self.hidden))
-        _check_linear("head", self.head, (self.head.matrix.out, self.hidden))
-        _check_norm("final_norm", self.final_norm, self.hidden)
+        if self.rope_dim < 0 or self.rope_dim % 2 or self.rope_dim > self.head_dim:
+            raise ValueError(f"RoPE cannot rotate {self.rope_dim} features of {self.head_dim} in pairs")
+        _check_linear("embedding", self.embedding, (self.head.matrix.out, self.hidden_size))
+        _check_linear("head", self.head, (self.head.matrix.out, self.hidden_size))
+        _check_norm("final_norm", self.final_norm, self.hidden_size)
         for layer in self.layers:
             self._check_layer(layer)
 
     def _check_layer(self, layer: Layer) -> None:
-        query, key, hidden, inner = (
-            self.heads * self.head_dim,
-            self.kv_heads * self.head_dim,
-            self.hidden,
-            self.intermediate,
-        )
+        query, key = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        hidden, inner = self.hidden_size, self.intermediate_size
         shapes = {"q": (query, hidden), "k": (key, hidden), "v": (key, hidden), "o": (hidden, query)}
         shapes |= {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
         for name, shape in shapes.items():
@@ -186,41 +187,50 @@ class Network:
             _check_norm(name, getattr(layer, name), hidden)
         _check_norm("q_norm", layer.q_norm, query if self.norm_all_heads else self.head_dim)
         _check_norm("k_norm", layer.k_norm, key if self.norm_all_heads else self.head_dim)
-        if layer.rotary not in (0, self.rotary_features):
-            raise ValueError(f"a layer turns all {self.rotary_features} features or none, not {layer.rotary}")
-        if not isinstance(layer.window, int) or not 0 <= layer.window <= LARGEST:
-            raise ValueError(f"a window cannot have {layer.window} positions")
+        if layer.rope_dim not in (0, self.rope_dim):
+            raise ValueError(f"RoPE rotates all {self.rope_dim} features or none in a layer, not {layer.rope_dim}")
+        if not isinstance(layer.sliding_window, int) or not 0 <= layer.sliding_window <= LARGEST:
+            raise ValueError(f"a sliding window cannot have {layer.sliding_window} positions")
 
 
 @dataclass(frozen=True)
-class Run:
-    """Consecutive new tokens of a sequence, as at `edgerazor_run` of `cpp/decoder.h`."""
+class SequenceSpan:
+    """Consecutive new tokens of a sequence, like `edgerazor_sequence_span` of `cpp/decoder.h`.
 
-    prefix_cell: int
-    prefix: int
-    cell: int
-    own: int
+    Attributes:
+        prefix_slot: first KV slot of the prefix, which belongs to another sequence.
+        prefix_length: tokens of the prefix; 0: there is none.
+        slot: first KV slot of the sequence itself.
+        past_length: tokens of the sequence, without the prefix, that are already in the KV cache.
+        count: new tokens.
+    """
+
+    prefix_slot: int
+    prefix_length: int
+    slot: int
+    past_length: int
     count: int
 
     @property
-    def numbers(self) -> tuple[int, int, int, int, int]:
-        """All of them, in order."""
-        return self.prefix_cell, self.prefix, self.cell, self.own, self.count
+    def fields(self) -> tuple[int, int, int, int, int]:
+        """All fields, in order."""
+        return self.prefix_slot, self.prefix_length, self.slot, self.past_length, self.count
 
     @property
-    def end(self) -> int:
-        """Position behind its last token."""
-        return self.prefix + self.own + self.count
+    def end_position(self) -> int:
+        """The position after that of its last token."""
+        return self.prefix_length + self.past_length + self.count
 
     @property
-    def written(self) -> tuple[int, int]:
-        """The first cell that its tokens fill, and the one behind the last."""
-        return self.cell + self.own, self.cell + self.own + self.count
+    def new_slots(self) -> tuple[int, int]:
+        """The first KV slot that its tokens fill, and the one after the last."""
+        first = self.slot + self.past_length
+        return first, first + self.count
 
 
-def round_up(cells: int) -> int:
-    """The next place where a range of cells may begin."""
-    return -(-cells // CELLS) * CELLS
+def align_slot(slot: int) -> int:
+    """The next KV slot, from this one on, at which a sequence may begin."""
+    return -(-slot // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
 
 
 def _check_linear(name: str, linear: Linear, shape: tuple[int, int]) -> None:
@@ -230,7 +240,7 @@ def _check_linear(name: str, linear: Linear, shape: tuple[int, int]) -> None:
     if linear.scale is not None and not 0 < linear.scale < float("inf"):
         raise ValueError(f"{name} has the scale {linear.scale}")
     for part in matrix.parts:
-        part.check(linear.geometry, matrix.out)
+        part.check(linear.row_layout, matrix.out)
     _check_vector(f"bias of {name}", linear.bias, shape[0])
 
 
@@ -255,8 +265,8 @@ def _check_vector(name: str, tensor: Tensor | None, size: int) -> None:
 
 class _Matrix(Structure):
     _fields_ = (
-        ("geometry", c_void_p),
-        ("parts", POINTER(native.PartStructure)),
+        ("layout", c_void_p),
+        ("parts", POINTER(native.FormatRowsStructure)),
         ("part_count", c_int32),
         ("rows", c_int32),
         ("bias", c_void_p),
@@ -276,12 +286,12 @@ class _Layer(Structure):
     _fields_ = (
         *((name, _Matrix) for name in _LINEARS),
         *((name, _Norm) for name in _NORMS),
-        ("rotary", c_int32),
-        ("window", c_int32),
+        ("rope_dim", c_int32),
+        ("sliding_window", c_int32),
     )
 
 
-_SIZES = ("hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocabulary")
+_SIZES = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size")
 _SETTINGS = ("norm_all_heads", "activation_bits", "kv_bits")
 _SCALES = ("attention_scale", "embedding_scale", "logit_scale")
 
@@ -290,7 +300,7 @@ class _Network(Structure):
     _fields_ = (
         *((name, c_int32) for name in (*_SIZES, *_SETTINGS)),
         *((name, c_float) for name in _SCALES),
-        ("rotary_features", c_int32),
+        ("rope_dim", c_int32),
         ("embedding", _Matrix),
         ("head", _Matrix),
         ("final_norm", _Norm),
@@ -299,53 +309,54 @@ class _Network(Structure):
     )
 
 
-class _Run(Structure):
-    _fields_ = tuple((each.name, c_int64) for each in dataclasses.fields(Run))
+class _SequenceSpan(Structure):
+    _fields_ = tuple((field.name, c_int64) for field in dataclasses.fields(SequenceSpan))
 
 
-_TOKENS = [c_void_p, POINTER(_Run), c_int64, c_void_p, c_void_p]
+#: Decoder, spans and their number, tokens, output positions.
+_TOKENS = [c_void_p, POINTER(_SequenceSpan), c_int64, c_void_p, c_void_p]
 _SIGNATURES = {
     "edgerazor_decoder_new": (c_void_p, [POINTER(_Network), c_int, c_int]),
     "edgerazor_decoder_free": (None, [c_void_p]),
-    "edgerazor_decoder_rotary": (None, [c_void_p] * 3),
-    "edgerazor_decoder_reserve": (c_int, [c_void_p, c_int64]),
-    "edgerazor_decoder_cache_bytes": (c_int64, [c_void_p]),
+    "edgerazor_decoder_set_rope": (None, [c_void_p] * 3),
+    "edgerazor_decoder_reserve_kv": (c_int, [c_void_p, c_int64]),
+    "edgerazor_decoder_kv_bytes": (c_int64, [c_void_p]),
     "edgerazor_decoder_logits": (c_int, [*_TOKENS, c_int64, c_void_p]),
     "edgerazor_decoder_scores": (c_int, [*_TOKENS, c_void_p, c_int64, c_void_p, c_void_p]),
     "edgerazor_decoder_greedy": (
         c_int,
-        [c_void_p, POINTER(_Run), c_int32, c_void_p, c_int64, c_int64, c_void_p, POINTER(c_int64)],
+        [c_void_p, POINTER(_SequenceSpan), c_int32, c_void_p, c_int64, c_int64, c_void_p, POINTER(c_int64)],
     ),
-    "edgerazor_decoder_layer": (c_int, [c_void_p, c_int32, POINTER(_Run), c_int64, c_void_p]),
+    "edgerazor_decoder_layer": (c_int, [c_void_p, c_int32, POINTER(_SequenceSpan), c_int64, c_void_p]),
 }
 
 
 @cache
 def _loaded() -> ctypes.CDLL:
-    found = native.loaded()
+    library = native.loaded()
     for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(found, name)
+        function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    return found
+    return library
 
 
 class _Structures:
-    """The structures of a network; what they point to lives as long as this object and the network."""
+    """The structures of a network. What they point to lives as long as this object and the network."""
 
     def __init__(self, network: Network) -> None:
-        self._kept: list[ctypes.Array] = []
+        self._arrays: list[ctypes.Array] = []
         layers = [
             _Layer(
                 *(self._matrix(getattr(layer, name)) for name in _LINEARS),
                 *(self._norm(getattr(layer, name)) for name in _NORMS),
-                layer.rotary,
-                layer.window,
+                layer.rope_dim,
+                layer.sliding_window,
             )
             for layer in network.layers
         ]
         self.network = _Network(
             *(getattr(network, name) for name in (*_SIZES, *_SETTINGS, *_SCALES)),
-            network.rotary_features,
+            network.rope_dim,
             self._matrix(network.embedding),
             self._matrix(network.head),
             self._norm(network.final_norm),
@@ -355,10 +366,10 @@ class _Structures:
 
     def _matrix(self, linear: Linear) -> _Matrix:
         matrix = linear.matrix
-        parts = (native.PartStructure * len(matrix.parts))(*(part.structure() for part in matrix.parts))
-        self._kept.append(parts)
+        parts = (native.FormatRowsStructure * len(matrix.parts))(*(part.structure() for part in matrix.parts))
+        self._arrays.append(parts)
         scale = 0.0 if linear.scale is None else max(linear.scale, SMALLEST)
-        return _Matrix(linear.geometry.handle, parts, len(parts), matrix.out, _pointer(linear.bias), scale)
+        return _Matrix(linear.row_layout.handle, parts, len(parts), matrix.out, _pointer(linear.bias), scale)
 
     @staticmethod
     def _norm(norm: Norm | None) -> _Norm:
@@ -375,19 +386,22 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 
 class Decoder:
-    """A network with a cache and threads of its own. Calls from several threads wait for one another.
+    """A network with a KV cache and a thread pool of its own. Calls from several threads wait for one another.
 
-    Threads do not survive a fork: a child that has a copy of it cannot call it (`OtherProcessError`), and lets its
-    memory be.
+    Threads do not survive a fork: a child process that has a copy of a decoder cannot call it (`OtherProcessError`),
+    and does not free its memory.
 
     Args:
         network: what to compute.
         threads: at least 1, the caller's own among them.
-        isa: number of an instruction set of `native.isas`; -1 for the best.
+        isa: number of an instruction set of `native.isas`; -1 for the best one.
+
+    Attributes:
+        slots: KV slots that are reserved.
 
     Raises:
         ValueError: the network does not fit together.
-        MemoryError: there is not enough, or the system has no more threads.
+        MemoryError: there is not enough memory, or the system has no more threads.
     """
 
     def __init__(self, network: Network, threads: int = 1, isa: int = -1) -> None:
@@ -395,196 +409,232 @@ class Decoder:
         if not 1 <= threads <= MOST_THREADS:
             raise ValueError(f"there are 1 to {MOST_THREADS} threads, not {threads}")
         self.network = network
-        self.cells = 0
+        self.slots = 0
         self.process = os.getpid()
         self._lock = threading.Lock()
-        self._cosines = self._sines = torch.empty(0, network.rotary_features // 2)
+        self._cosines = self._sines = torch.empty(0, network.rope_dim // 2)
         structures = _Structures(network)
         handle = _loaded().edgerazor_decoder_new(ctypes.byref(structures.network), isa % len(native.isas()), threads)
         if not handle:
             raise MemoryError(f"there is not enough memory, or are not enough threads, for a decoder with {threads}")
         self._handle = c_void_p(handle)
-        # The weights stay until the library has let go of them.
+        # The finalizer holds the network, so that the weights stay until the library has freed the decoder.
         weakref.finalize(self, _free, self._handle, network, self.process)
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """No other thread calls the library meanwhile.
+    def _exclusive(self) -> Iterator[None]:
+        """Keeps other threads from calling the library meanwhile.
 
         Raises:
-            OtherProcessError: this is not the process that made the decoder.
+            OtherProcessError: this is not the process that created the decoder.
         """
-        if os.getpid() != self.process:  # before the lock, which a thread may have held that is not here
+        if os.getpid() != self.process:  # checked before the lock, which a thread of the other process may hold forever
             raise OtherProcessError("a decoder belongs to the process that made it")
         with self._lock:
             yield
 
-    def rotary(self, cosines: Tensor, sines: Tensor) -> None:
-        """Tables of the next calls, float32 [positions, rotary_features / 2]."""
-        shape = (len(cosines), self.network.rotary_features // 2)
+    def set_rope(self, cosines: Tensor, sines: Tensor) -> None:
+        """Sets the RoPE tables of the next calls.
+
+        Args:
+            cosines: contiguous float32 [positions, rope_dim / 2].
+            sines: likewise.
+
+        Raises:
+            ValueError: a table has another shape or dtype, or is not contiguous.
+        """
+        shape = (len(cosines), self.network.rope_dim // 2)
         for table in (cosines, sines):
             if table.dtype != torch.float32 or tuple(table.shape) != shape or not table.is_contiguous():
                 raise ValueError(f"tables of the rotary embedding must be contiguous float32 {list(shape)}")
-        with self._alone():
+        with self._exclusive():
             self._cosines, self._sines = cosines, sines
-            _loaded().edgerazor_decoder_rotary(self._handle, cosines.data_ptr(), sines.data_ptr())
+            _loaded().edgerazor_decoder_set_rope(self._handle, cosines.data_ptr(), sines.data_ptr())
 
-    def reserve(self, cells: int) -> None:
-        """Memory for that many cells of the cache, at least; what is in it stays.
+    def reserve(self, slots: int) -> None:
+        """Reserves memory for at least so many KV slots; what is in the KV cache stays.
 
         Raises:
-            MemoryError: there is not enough.
+            ValueError: the number is out of range.
+            MemoryError: there is not enough memory.
         """
-        if not isinstance(cells, int) or not 0 <= cells <= LARGEST:
-            raise ValueError(f"a cache has 0 to {LARGEST} cells, not {cells}")
-        if cells > self.cells:
-            if cells * self.network.cell_bytes() > memory_bytes():
-                raise MemoryError(f"there is not enough memory for a cache of {cells} tokens")
-            with self._alone():
-                _done(_loaded().edgerazor_decoder_reserve(self._handle, round_up(cells)))
-            self.cells = round_up(cells)
+        if not isinstance(slots, int) or not 0 <= slots <= LARGEST:
+            raise ValueError(f"a KV cache has 0 to {LARGEST} slots, not {slots}")
+        if slots > self.slots:
+            if slots * self.network.kv_slot_bytes() > physical_memory():
+                raise MemoryError(f"there is not enough memory for a cache of {slots} tokens")
+            with self._exclusive():
+                _check_status(_loaded().edgerazor_decoder_reserve_kv(self._handle, align_slot(slots)))
+            self.slots = align_slot(slots)
 
-    def cache_bytes(self) -> int:
-        """Memory of the cache."""
-        found: int = _loaded().edgerazor_decoder_cache_bytes(self._handle)
-        return found
+    def kv_cache_bytes(self) -> int:
+        """Memory of the KV cache, in bytes."""
+        size: int = _loaded().edgerazor_decoder_kv_bytes(self._handle)
+        return size
 
-    def logits(self, runs: Sequence[Run], tokens: Sequence[int] | Tensor, wanted: Sequence[int] | Tensor) -> Tensor:
-        """Logits float32 [wanted, vocabulary].
+    def logits(
+        self,
+        spans: Sequence[SequenceSpan],
+        tokens: Sequence[int] | Tensor,
+        output_positions: Sequence[int] | Tensor,
+    ) -> Tensor:
+        """Logits float32 [output positions, vocab_size].
 
         Args:
-            runs: new tokens of sequences, whose cells must be reserved and, where they are seen, computed.
-            tokens: of all runs, one run after the other.
-            wanted: indices of those after which logits are asked for; none: tokens only go to the cache.
+            spans: new tokens of sequences. Their KV slots must be reserved, and those that they attend to filled.
+            tokens: of all spans, one span after the other.
+            output_positions: indices of the tokens after which to compute logits. There may be none: then the tokens
+                only enter the KV cache.
 
         Raises:
-            ValueError: something is out of range.
-            NotFiniteError: a number became infinite, or none.
+            ValueError: an argument is out of range.
+            NotFiniteError: a number became infinite or NaN.
         """
-        ids, indices = self._arguments(runs, tokens, wanted)
-        logits = torch.empty(len(indices), self.network.vocabulary)
-        self._call("logits", runs, ids.data_ptr(), indices.data_ptr(), len(indices), logits.data_ptr())
+        ids, positions = self._arguments(spans, tokens, output_positions)
+        logits = torch.empty(len(positions), self.network.vocab_size)
+        self._call("logits", spans, ids.data_ptr(), positions.data_ptr(), len(positions), logits.data_ptr())
         return logits
 
     def scores(
-        self, runs: Sequence[Run], tokens: Sequence[int], wanted: Sequence[int], targets: Sequence[int]
+        self,
+        spans: Sequence[SequenceSpan],
+        tokens: Sequence[int],
+        output_positions: Sequence[int],
+        targets: Sequence[int],
     ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities float32 [wanted] of targets, and the most probable tokens int32 [wanted].
+        """Log-probabilities float32 of targets, and the most probable tokens int32; both [output positions].
 
         Args:
-            targets: the token asked about after each of `wanted`.
+            spans: as for `logits`.
+            tokens: as for `logits`.
+            output_positions: as for `logits`.
+            targets: for each of the output positions, a token that may follow.
 
-        Other arguments, and errors: as `logits`.
+        Raises:
+            ValueError: as for `logits`.
+            NotFiniteError: as for `logits`.
         """
-        ids, indices = self._arguments(runs, tokens, wanted)
-        asked = _int32(targets)
-        if len(asked) != len(indices):
-            raise ValueError(f"there are {len(asked)} targets of {len(indices)} tokens")
-        _check_range("targets", asked, self.network.vocabulary)
-        chances, best = torch.empty(len(indices)), torch.empty(len(indices), dtype=torch.int32)
-        inputs = (ids.data_ptr(), indices.data_ptr(), asked.data_ptr(), len(indices))
-        self._call("scores", runs, *inputs, chances.data_ptr(), best.data_ptr())
-        return chances, best
+        ids, positions = self._arguments(spans, tokens, output_positions)
+        target_ids = _int32(targets)
+        if len(target_ids) != len(positions):
+            raise ValueError(f"there are {len(target_ids)} targets of {len(positions)} tokens")
+        _check_range("targets", target_ids, self.network.vocab_size)
+        log_probabilities, best = torch.empty(len(positions)), torch.empty(len(positions), dtype=torch.int32)
+        inputs = (ids.data_ptr(), positions.data_ptr(), target_ids.data_ptr(), len(positions))
+        self._call("scores", spans, *inputs, log_probabilities.data_ptr(), best.data_ptr())
+        return log_probabilities, best
 
-    def greedy(self, run: Run, token: int, count: int, stops: Sequence[int] = ()) -> list[int]:
-        """The most probable tokens after `token`, which is the one new token of `run`.
+    def greedy(self, span: SequenceSpan, token: int, count: int, stops: Sequence[int] = ()) -> list[int]:
+        """Greedy decoding: the most probable tokens after `token`, which is the one new token of `span`.
 
         Args:
-            count: of tokens, at least 1; `run.own + count` cells must be reserved.
-            stops: tokens behind which to stop.
+            span: of one token.
+            token: its token.
+            count: the largest number of tokens, at least 1; `span.past_length + count` KV slots must be reserved.
+            stops: tokens after which to stop.
 
-        Errors: as `logits`.
+        Raises:
+            ValueError: as for `logits`.
+            NotFiniteError: as for `logits`.
         """
-        if run.count != 1 or count < 1:
-            raise ValueError(f"greedy decoding begins with 1 token, not {run.count}, and writes 1 or more, not {count}")
-        self._check_runs([dataclasses.replace(run, count=count)])
-        _check_range("tokens", _int32([token]), self.network.vocabulary)
-        known = [each for each in stops if 0 <= each < self.network.vocabulary]
-        ends, out, written = _int32(known), torch.empty(count, dtype=torch.int32), c_int64()
-        with self._alone():
-            code = _loaded().edgerazor_decoder_greedy(
+        if span.count != 1 or count < 1:
+            raise ValueError(
+                f"greedy decoding begins with 1 token, not {span.count}, and writes 1 or more, not {count}"
+            )
+        self._check_spans([dataclasses.replace(span, count=count)])
+        _check_range("tokens", _int32([token]), self.network.vocab_size)
+        stop_ids = _int32([stop for stop in stops if 0 <= stop < self.network.vocab_size])
+        out, written = torch.empty(count, dtype=torch.int32), c_int64()
+        with self._exclusive():
+            status = _loaded().edgerazor_decoder_greedy(
                 self._handle,
-                _structures([run]),
+                _structures([span]),
                 token,
-                ends.data_ptr(),
-                len(ends),
+                stop_ids.data_ptr(),
+                len(stop_ids),
                 count,
                 out.data_ptr(),
                 ctypes.byref(written),
             )
-        _done(code)
-        found: list[int] = out[: written.value].tolist()
-        return found
+        _check_status(status)
+        generated: list[int] = out[: written.value].tolist()
+        return generated
 
-    def layer(self, index: int, runs: Sequence[Run], states: Tensor) -> Tensor:
-        """What a layer makes of states float32 [tokens, hidden]; its part of the cache is filled.
+    def layer(self, index: int, spans: Sequence[SequenceSpan], hidden_states: Tensor) -> Tensor:
+        """The output of one layer for hidden_states float32 [tokens, hidden_size]; fills its part of the KV cache.
 
-        Errors: as `logits`.
+        Raises:
+            ValueError: as for `logits`.
+            NotFiniteError: as for `logits`.
         """
         if not 0 <= index < len(self.network.layers):
             raise ValueError(f"there is no layer {index}")
-        self._check_runs(runs)
-        shape = (sum(run.count for run in runs), self.network.hidden)
-        if tuple(states.shape) != shape:
-            raise ValueError(f"states must be {list(shape)}, not {list(states.shape)}")
-        found = states.to(torch.float32, copy=True).contiguous()
-        with self._alone():
-            code = _loaded().edgerazor_decoder_layer(
-                self._handle, index, _structures(runs), len(runs), found.data_ptr()
+        self._check_spans(spans)
+        shape = (sum(span.count for span in spans), self.network.hidden_size)
+        if tuple(hidden_states.shape) != shape:
+            raise ValueError(f"hidden states must be {list(shape)}, not {list(hidden_states.shape)}")
+        states = hidden_states.to(torch.float32, copy=True).contiguous()
+        with self._exclusive():
+            status = _loaded().edgerazor_decoder_layer(
+                self._handle, index, _structures(spans), len(spans), states.data_ptr()
             )
-        _done(code)
-        return found
+        _check_status(status)
+        return states
 
-    def _call(self, name: str, runs: Sequence[Run], *arguments: int) -> None:
+    def _call(self, name: str, spans: Sequence[SequenceSpan], *arguments: int) -> None:
         function = getattr(_loaded(), f"edgerazor_decoder_{name}")
-        with self._alone():
-            code = function(self._handle, _structures(runs), len(runs), *arguments)
-        _done(code)
+        with self._exclusive():
+            status = function(self._handle, _structures(spans), len(spans), *arguments)
+        _check_status(status)
 
     def _arguments(
-        self, runs: Sequence[Run], tokens: Sequence[int] | Tensor, wanted: Sequence[int] | Tensor
+        self,
+        spans: Sequence[SequenceSpan],
+        tokens: Sequence[int] | Tensor,
+        output_positions: Sequence[int] | Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Tokens int32 and wanted int64, checked."""
-        self._check_runs(runs)
+        """Tokens int32 and output positions int64, checked."""
+        self._check_spans(spans)
         ids = _int32(tokens)
-        if len(ids) != sum(run.count for run in runs):
-            raise ValueError(f"there are {len(ids)} tokens in runs of {sum(run.count for run in runs)}")
-        _check_range("tokens", ids, self.network.vocabulary)
-        indices = torch.as_tensor(wanted, dtype=torch.int64).contiguous()
-        _check_range("wanted tokens", indices, len(ids))
-        return ids, indices
+        if len(ids) != sum(span.count for span in spans):
+            raise ValueError(f"there are {len(ids)} tokens in spans of {sum(span.count for span in spans)}")
+        _check_range("tokens", ids, self.network.vocab_size)
+        positions = torch.as_tensor(output_positions, dtype=torch.int64).contiguous()
+        _check_range("output positions", positions, len(ids))
+        return ids, positions
 
-    def _check_runs(self, runs: Sequence[Run]) -> None:
-        if not runs:
-            raise ValueError("there are no runs")
-        rotates = any(layer.rotary for layer in self.network.layers)
-        for run in runs:
-            if run.count < 1 or min(run.numbers) < 0 or run.cell % CELLS or run.prefix_cell % CELLS:
-                raise ValueError(f"impossible run: {run}")
-            if max(run.prefix_cell + run.prefix, run.written[1]) > self.cells:
-                raise ValueError(f"of {self.cells} reserved cells there are not those of {run}")
-            if rotates and run.end > len(self._cosines):
-                raise ValueError(f"the rotary embedding has {len(self._cosines)} positions, too few for {run}")
-        written = sorted(run.written for run in runs)
-        if any(before[1] > after[0] for before, after in pairwise(written)):
-            raise ValueError("two runs write to the same cell")
+    def _check_spans(self, spans: Sequence[SequenceSpan]) -> None:
+        if not spans:
+            raise ValueError("there are no spans")
+        uses_rope = any(layer.rope_dim for layer in self.network.layers)
+        for span in spans:
+            misaligned = span.slot % SLOT_ALIGNMENT or span.prefix_slot % SLOT_ALIGNMENT
+            if span.count < 1 or min(span.fields) < 0 or misaligned:
+                raise ValueError(f"impossible span: {span}")
+            if max(span.prefix_slot + span.prefix_length, span.new_slots[1]) > self.slots:
+                raise ValueError(f"{self.slots} KV slots are reserved, too few for {span}")
+            if uses_rope and span.end_position > len(self._cosines):
+                raise ValueError(f"the rotary embedding has {len(self._cosines)} positions, too few for {span}")
+        filled = sorted(span.new_slots for span in spans)
+        if any(before[1] > after[0] for before, after in pairwise(filled)):
+            raise ValueError("two spans write to the same KV slot")
 
 
 def _free(handle: c_void_p, network: Network, process: int) -> None:
-    if os.getpid() == process:  # a child would wait for threads that it has not
+    if os.getpid() == process:  # a child process does not have the threads, and would wait for them forever
         _loaded().edgerazor_decoder_free(handle)
 
 
-def _structures(runs: Sequence[Run]) -> ctypes.Array[_Run]:
-    return (_Run * len(runs))(*(_Run(*run.numbers) for run in runs))
+def _structures(spans: Sequence[SequenceSpan]) -> ctypes.Array[_SequenceSpan]:
+    return (_SequenceSpan * len(spans))(*(_SequenceSpan(*span.fields) for span in spans))
 
 
 def _int32(numbers: Sequence[int] | Tensor) -> Tensor:
-    found = torch.as_tensor(numbers, dtype=torch.int64)
-    if found.dim() != 1:
-        raise ValueError(f"tokens must be in a row, not {list(found.shape)}")
-    _check_range("tokens", found, LARGEST)
-    return found.to(torch.int32).contiguous()
+    tensor = torch.as_tensor(numbers, dtype=torch.int64)
+    if tensor.dim() != 1:
+        raise ValueError(f"tokens must be in a row, not {list(tensor.shape)}")
+    _check_range("tokens", tensor, LARGEST)
+    return tensor.to(torch.int32).contiguous()
 
 
 def _check_range(name: str, numbers: Tensor, end: int) -> None:
@@ -592,9 +642,10 @@ def _check_range(name: str, numbers: Tensor, end: int) -> None:
         raise ValueError(f"{name} must be between 0 and {end - 1}")
 
 
-def _done(code: int) -> None:
-    if code == _NO_MEMORY:
+def _check_status(status: int) -> None:
+    """Raises the error that a status of the library stands for."""
+    if status == _NO_MEMORY:
         raise MemoryError("there is not enough memory for the cache and activations")
-    if code == _NOT_FINITE:
+    if status == _NOT_FINITE:
         raise NotFiniteError("a number is not finite")
-    assert code == _OK
+    assert status == _OK

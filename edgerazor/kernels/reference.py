@@ -1,10 +1,10 @@
 """The definition of what a packed matrix computes, in a few lines of torch. Every faster kernel is compared with it.
 
-The product `y = W x` of a row of W and one token's x falls apart into the groups of both: within a group the weights
-share a scale `s_w` and the activations a scale `s_x`, so that the group contributes `(s_x * s_w) * sum(q_x * q_w)`, and
-the sum is one over small integers, exact in int32. The contributions are added up in float32, in the order of the
-columns. That is `linear`. `decoded_linear` is the same up to the rounding of float32 sums: one matrix product of
-decoded numbers, much faster here for many tokens at a time.
+The dot product of a row of W and the activations x of one token is a sum over segments, the ranges of columns in which
+all weights share a scale `s_w` and all activations a scale `s_x`. A segment contributes
+`(s_x * s_w) * sum(q_x * q_w)`, and that sum over small integers is exact in int32. The contributions are added up in
+float32, in the order of the columns. That is `linear`. `decoded_linear` equals it up to the rounding of float32 sums:
+it is one matrix product of dequantized numbers, which is much faster in PyTorch for many tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from edgerazor.formats import (
     quantize_static,
 )
 
-#: `activation_bits` that means: leave the activations as they are.
+#: The `activation_bits` of activations that are not quantized.
 UNQUANTIZED = 16
 
 
@@ -45,9 +45,9 @@ def linear(
         encoded: codes int8 [out, in] and scales float16 [out, groups] of W.
         spec: formats of the rows of W and its group size.
         bias: float32 [out].
-        activation_bits: 2 to 8, or 16 for activations as they are (then it is `decoded_linear`).
+        activation_bits: 2 to 8, or 16 for activations that are not quantized (then it is `decoded_linear`).
         activation_group: features of x that share a scale; it need not be the group size of W.
-        activation_scale: the scale of all of x, instead of one found for each group of each token.
+        activation_scale: static scale of all of x, instead of one computed for each group of each token.
 
     Returns:
         float32 [..., out].
@@ -67,7 +67,7 @@ def linear(
     levels = _levels(encoded.codes, spec)
     y = torch.zeros(x_codes.shape[0], levels.shape[0], dtype=torch.float32, device=x.device)
     for start, stop in _segments(levels.shape[1], spec.group_size, activation_group):
-        # float64 holds these sums exactly and has a fast product; on a device they are int32.
+        # float64 holds these sums of integers exactly, and PyTorch has a fast product for it.
         dot = x_codes[:, start:stop].double() @ levels[:, start:stop].double().T  # [tokens, out]
         x_scale = x_scales[:, start // activation_group, None]  # [tokens, 1]
         w_scale = encoded.scales[:, start // spec.group_size].float()  # [out]
@@ -85,9 +85,9 @@ def decoded_linear(
     activation_group: int = 256,
     activation_scale: float | None = None,
 ) -> Tensor:
-    """`linear` for decoded weights, float32 [out, in], as one product of float32 matrices.
+    """`linear` for dequantized weights, float32 [out, in], as one product of float32 matrices.
 
-    Other arguments, result and errors: as `linear`. Equal to it up to the rounding of float32 sums.
+    The other arguments, the result and the errors are those of `linear`, up to the rounding of float32 sums.
     """
     _check_features(x, weight.shape[1])
     with torch.autocast(x.device.type, enabled=False):
@@ -100,21 +100,21 @@ def decoded_linear(
 
 
 def embedding(ids: Tensor, encoded: Encoded, spec: MatrixSpec) -> Tensor:
-    """Rows of an encoded table, float32 [..., columns], for ids int64 [...]; only those rows are decoded."""
+    """Rows of an encoded embedding, float32 [..., columns], for ids int64 [...]; dequantizes only these rows."""
     flat = ids.flatten()
     rows = decode_matrix(Encoded(encoded.codes[flat], encoded.scales[flat]), spec.take(flat))
     return rows.reshape(*ids.shape, rows.shape[1])
 
 
 def _levels(codes: Tensor, spec: MatrixSpec) -> Tensor:
-    """Levels of the weights in units of their scales, float32 [out, in]: the codes, in most formats."""
+    """Weights in units of their scales, float32 [out, in]: in most formats, these levels are the codes."""
     groups = group_count(codes.shape[1], spec.group_size)
     ones = torch.ones(codes.shape[0], groups, dtype=torch.float16, device=codes.device)
     return decode_matrix(Encoded(codes, ones), spec)
 
 
 def _segments(columns: int, *group_sizes: int) -> list[tuple[int, int]]:
-    """Runs of columns (start, stop) within which no group of any of the sizes ends."""
+    """Segments: ranges of columns (start, stop) within which no group of any of the sizes ends."""
     cuts = sorted({0, columns, *(cut for size in group_sizes for cut in range(size, columns, size))})
     return list(pairwise(cuts))
 

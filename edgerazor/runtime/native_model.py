@@ -17,7 +17,7 @@ from edgerazor import kernels, transformers_plugin
 from edgerazor.errors import UserError, plain
 from edgerazor.families import EMBEDDING, HEAD
 from edgerazor.kernels import native
-from edgerazor.kernels.decoder import Decoder, NotFiniteError, OtherProcessError, Run, round_up
+from edgerazor.kernels.decoder import Decoder, NotFiniteError, OtherProcessError, SequenceSpan, align_slot
 from edgerazor.models import load_tokenizer
 from edgerazor.packed import PackedModel
 from edgerazor.runtime.engine import Model, Session
@@ -73,9 +73,9 @@ class NativeModel(Model):
             self.network = build_network(config, architecture, packed, matrices, self.rotary.features)
             self.network.check()
         self.tokenizer = load_tokenizer(packed.folder)
-        vocabulary.limit(self.tokenizer, self.network.vocabulary)
-        self.vocabulary, self.max_positions = self.network.vocabulary, max_positions(config)
-        self.cache_bytes_per_token = self.network.cell_bytes()
+        vocabulary.limit(self.tokenizer, self.network.vocab_size)
+        self.vocabulary, self.max_positions = self.network.vocab_size, max_positions(config)
+        self.cache_bytes_per_token = self.network.kv_slot_bytes()
         sizes = {name: matrix_bytes(matrix) for name, matrix in matrices.items()}
         others = sum(tensor.nbytes for tensor in packed.others().values())
         self.weight_bytes = sum(sizes.values()) + others
@@ -109,12 +109,12 @@ class NativeModel(Model):
         at_once = max(1, CALL_TOKENS // length)
         with self._shared_decoder() as decoder:
             logits = torch.empty(count, last, self.vocabulary)
-            prepare(decoder, self.rotary, 0, length, at_once * round_up(length))
+            prepare(decoder, self.rotary, 0, length, at_once * align_slot(length))
             for start in range(0, count, at_once):
                 batch = tokens[start : start + at_once]
-                runs = [Run(0, 0, row * round_up(length), 0, length) for row in range(len(batch))]
+                spans = [SequenceSpan(0, 0, row * align_slot(length), 0, length) for row in range(len(batch))]
                 output_positions = torch.arange(batch.numel()).view(batch.shape)[:, -last:].flatten()
-                of_batch = decoder.logits(runs, batch.flatten(), output_positions)
+                of_batch = decoder.logits(spans, batch.flatten(), output_positions)
                 if not np.isfinite(of_batch.numpy()).all():  # NumPy's: torch's threads would spin beside ours
                     raise NotFiniteError("a logit is not finite")
                 logits[start : start + at_once] = of_batch.view(len(batch), last, self.vocabulary)
@@ -185,18 +185,18 @@ class NativeSession(Session):
             self._feed(start, tokens[:-1], [])
         with self.model.errors_for_people():
             prepare(self._decoder, self.model.rotary, last, last + count, last + count)
-            return self._decoder.greedy(Run(0, 0, 0, last, 1), tokens[-1], count, sorted(stops))
+            return self._decoder.greedy(SequenceSpan(0, 0, 0, last, 1), tokens[-1], count, sorted(stops))
 
     def _feed(self, start: int, tokens: list[int], output_positions: list[int]) -> Tensor:
         end = start + len(tokens)
         with self.model.errors_for_people():
             prepare(self._decoder, self.model.rotary, start, end, end)
-            return self._decoder.logits([Run(0, 0, 0, start, len(tokens))], tokens, output_positions)
+            return self._decoder.logits([SequenceSpan(0, 0, 0, start, len(tokens))], tokens, output_positions)
 
 
 def prepare(decoder: Decoder, rotary: Rotary, start: int, length: int, slots: int) -> None:
     """Make a decoder ready for a call with positions `start` to `length`, in so many KV slots."""
-    decoder.rotary(*rotary.tables(start, length))
+    decoder.set_rope(*rotary.tables(start, length))
     decoder.reserve(slots)
 
 
@@ -282,7 +282,7 @@ class _Call:
     """
 
     def __init__(self, requests: list[ScoreRequest], prefix_is_cached: bool) -> None:
-        self.spans: list[Run] = []
+        self.spans: list[SequenceSpan] = []
         self.tokens: list[int] = []
         self.targets: list[_Target] = []
         self.slots = 0
@@ -318,9 +318,9 @@ class _Call:
             its first KV slot, and the number of its first new token in the call.
         """
         slot, number = self.slots, len(self.tokens)
-        self.spans.append(Run(prefix_slot, prefix, slot, cached, len(tokens) - cached))
+        self.spans.append(SequenceSpan(prefix_slot, prefix, slot, cached, len(tokens) - cached))
         self.tokens += tokens[cached:]
-        self.slots += round_up(len(tokens))
+        self.slots += align_slot(len(tokens))
         return slot, number
 
     def scores(self, decoder: Decoder) -> list[list[Score]]:

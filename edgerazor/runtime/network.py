@@ -165,7 +165,7 @@ class _NetworkBuilder:
         }
         window = architecture.window(self.config, number)
         rotated = rotary_features if architecture.has_rope(self.config, number) else 0
-        return Layer(**linears, **norms, rotary=rotated, window=window or 0)
+        return Layer(**linears, **norms, rope_dim=rotated, sliding_window=window or 0)
 
     def _linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Rows and columns of the linear layers of a decoder layer."""

@@ -107,9 +107,9 @@ def _sizes(spec: MatrixSpec, shape: tuple[int, int], expanded: bool) -> dict[str
     sizes = {part: math.prod(stored) for part, stored in formats.stored_shapes(spec, shape).items()}
     sizes.pop(formats.ROW_FORMATS, None)
     if expanded and TERNARY in sizes:
-        geometry = native.Geometry(shape[1], spec.group_size, spec.group_size)
+        layout = native.RowLayout(shape[1], spec.group_size, spec.group_size)
         blocks = formats.part_shapes(spec, shape)[TERNARY][1][0]
-        sizes[TERNARY] = blocks * (geometry.block_bytes(2) + 2 * native.ROWS * geometry.groups)
+        sizes[TERNARY] = blocks * (layout.block_bytes(2) + 2 * native.ROWS * layout.groups)
     return sizes
 
 

@@ -28,7 +28,7 @@ from edgerazor.kernels.memory import huge_memory
 EXPANDED = "ternary2"
 
 
-def random_part(name: str, geometry: native.Geometry, rows: int) -> native.Part:
+def random_part(name: str, geometry: native.RowLayout, rows: int) -> native.FormatRows:
     """A part of random bytes, its scales beside one another in memory."""
     number_format = formats.get("int2z" if name == EXPANDED else name)
     bits = 0 if name == "ternary" else number_format.code_bits
@@ -37,7 +37,7 @@ def random_part(name: str, geometry: native.Geometry, rows: int) -> native.Part:
     codes[:] = torch.randint(0, 243, (1, width), dtype=torch.uint8)
     scales = huge_memory(blocks * geometry.groups * native.ROWS * 2).view(torch.float16)
     scales.fill_(0.01)
-    return native.Part.of(codes, scales.view(blocks, geometry.groups, native.ROWS), rows, number_format)
+    return native.FormatRows.of(codes, scales.view(blocks, geometry.groups, native.ROWS), rows, number_format)
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -52,7 +52,7 @@ class Product:
 
     def __init__(self, name: str, group: int, shape: tuple[int, int], tokens: int) -> None:
         self.label = (name, group)
-        self.geometry = native.Geometry(shape[1], group, group)
+        self.geometry = native.RowLayout(shape[1], group, group)
         self.part = random_part(name, self.geometry, shape[0])
         self.x = native.quantize(torch.randn(tokens, shape[1]), self.geometry)
         self.y = torch.empty(tokens, shape[0])
@@ -63,7 +63,7 @@ class Product:
         cuts = [self.part.blocks * i // threads // 4 * 4 for i in range(threads)] + [self.part.blocks]
 
         def share(ends: tuple[int, int]) -> None:
-            native.product(self.x, self.geometry, self.part, None, self.y, *ends, isa)
+            native.linear_blocks(self.x, self.geometry, self.part, None, self.y, *ends, isa)
 
         list(pool.map(share, pairwise(cuts)))
 
@@ -71,7 +71,7 @@ class Product:
 def one_token(name: str, group: int, arguments: argparse.Namespace, isas: list[int]) -> list[dict[str, object]]:
     """Rows of the table for a token: every instruction set and number of threads, interleaved with reading."""
     columns = 2048
-    width = native.Geometry(columns, group, group).block_bytes(0 if name == "ternary" else 2)
+    width = native.RowLayout(columns, group, group).block_bytes(0 if name == "ternary" else 2)
     product = Product(name, group, (arguments.megabytes * 2**20 // width // 4 * 4 * native.ROWS, columns), 1)
     seconds: dict[tuple[int, int], list[float]] = {}
     for _ in range(arguments.rounds):

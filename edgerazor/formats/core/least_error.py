@@ -11,7 +11,7 @@ Every machine finds the same scales, in whatever order it adds: weights are meas
 group is `RESOLUTION` units and all are whole numbers. Then all sums are sums of integers (of halves, for int2) that
 float64 holds exactly, and float32 too for up to 16 summands. A scale is rounded to fp16 before it is tried. A group
 that is all zero has the scale 0. The native library computes the same faster, equal to the bit
-(`kernels/cpp/scales.cpp`).
+(`kernels/cpp/scale_search.cpp`).
 """
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
 #include "avx2.hpp"
 
-const Kernels edgerazor::avx2_kernels = {"avx2", quantize, linear, linear_float, expand_ternary, read};
+const edgerazor::MatmulKernels edgerazor::avx2_matmul = {
+    "avx2", quantize, linear, linear_float, expand_ternary, read,
+};

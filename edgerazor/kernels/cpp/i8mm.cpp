@@ -1,3 +1,5 @@
 #include "neon.hpp"
 
-const Kernels edgerazor::i8mm_kernels = {"i8mm", quantize, linear, linear_float, expand_ternary, read};
+const edgerazor::MatmulKernels edgerazor::i8mm_matmul = {
+    "i8mm", quantize, linear, linear_float, expand_ternary, read,
+};

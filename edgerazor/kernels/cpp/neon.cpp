@@ -1,3 +1,5 @@
 #include "neon.hpp"
 
-const Kernels edgerazor::neon_kernels = {"neon", quantize, linear, linear_float, expand_ternary, read};
+const edgerazor::MatmulKernels edgerazor::neon_matmul = {
+    "neon", quantize, linear, linear_float, expand_ternary, read,
+};

@@ -1,102 +1,105 @@
-// Plain C++ for any machine, which also says what the vectors of the other units mean.
+// Plain C++ for any machine. It also defines what the vectors of the other instruction sets mean.
 #include <string.h>
 
-#include "digits.hpp"
-#include "kernels.hpp"
-#include "quantize.hpp"
+#include "base3_tables.hpp"
+#include "compiler.hpp"
+#include "matmul_kernels.hpp"
+#include "quantize_activations.hpp"
 
 namespace {
 
+using namespace edgerazor;
+
 constexpr int kTileBlocks = 1, kTileTokens = 4, kChains = 1;
 
-struct Bytes { uint8_t at[64]; };
-struct Quad { int8_t at[4]; };
-struct Sums { int32_t at[16]; };
-struct Floats { float at[16]; };
+struct u8x64 { uint8_t at[64]; };
+struct i8x4 { int8_t at[4]; };
+struct RowSums { int32_t at[16]; };
+struct RowFloats { float at[16]; };
 
-inline Bytes load(const uint8_t* p) {
-    Bytes bytes;
+inline u8x64 load(const uint8_t* p) {
+    u8x64 bytes;
     memcpy(bytes.at, p, 64);
     return bytes;
 }
 
-inline Bytes load_once(const uint8_t* p) { return load(p); }
-inline void store(uint8_t* p, const Bytes& bytes) { memcpy(p, bytes.at, 64); }
+inline u8x64 load_to_register(const uint8_t* p) { return load(p); }
+inline void store(uint8_t* p, const u8x64& bytes) { memcpy(p, bytes.at, 64); }
 
 template <int shift, int width>
-inline Bytes field(Bytes bytes) {
+inline u8x64 extract_bits(u8x64 bytes) {
     for (uint8_t& byte : bytes.at) byte = byte >> shift & ((1 << width) - 1);
     return bytes;
 }
 
 template <int shift>
-inline Bytes join(Bytes low, const Bytes& high) {
+inline u8x64 combine_bits(u8x64 low, const u8x64& high) {
     for (int i = 0; i < 64; i++) low.at[i] |= (uint8_t)(high.at[i] << shift);
     return low;
 }
 
-inline Quad broadcast(const int8_t* x) {
-    Quad quad;
+inline i8x4 broadcast(const int8_t* x) {
+    i8x4 quad;
     memcpy(quad.at, x, 4);
     return quad;
 }
 
-inline Sums no_sums() { return Sums{}; }
-inline Floats no_floats() { return Floats{}; }
+inline RowSums zero_sums() { return RowSums{}; }
+inline RowFloats zero_floats() { return RowFloats{}; }
 
-inline Sums all(int number) {
-    Sums sums;
-    for (int32_t& each : sums.at) each = number;
+inline RowSums splat_sums(int number) {
+    RowSums sums;
+    for (int32_t& sum : sums.at) sum = number;
     return sums;
 }
 
-inline Sums load_sums(const int32_t* p) {
-    Sums sums;
+inline RowSums load_sums(const int32_t* p) {
+    RowSums sums;
     memcpy(sums.at, p, 64);
     return sums;
 }
 
-inline void store_sums(int32_t* p, const Sums& sums) { memcpy(p, sums.at, 64); }
+inline void store_sums(int32_t* p, const RowSums& sums) { memcpy(p, sums.at, 64); }
 
-inline Sums add_sums(Sums a, const Sums& b) {
+inline RowSums add_sums(RowSums a, const RowSums& b) {
     for (int i = 0; i < 16; i++) a.at[i] += b.at[i];
     return a;
 }
 
-inline Floats load_floats(const float* p) {
-    Floats floats;
+inline RowFloats load_floats(const float* p) {
+    RowFloats floats;
     memcpy(floats.at, p, 64);
     return floats;
 }
 
-inline void store_floats(float* p, const Floats& floats) { memcpy(p, floats.at, 64); }
+inline void store_floats(float* p, const RowFloats& floats) { memcpy(p, floats.at, 64); }
 
-constexpr int bound(int) { return 255; }
+constexpr int accumulator_bound(int) { return 255; }
 
-template <int largest>
-struct Accumulator {
-    static constexpr int capacity = kLongest;
-    Sums sums;
-    inline void reset() { sums = no_sums(); }
-    inline void add(const Bytes& u, const Quad& x) {
+template <int max_code>
+struct DotAccumulator {
+    static constexpr int capacity = kMaxSegmentColumns;
+    RowSums sums;
+    inline void reset() { sums = zero_sums(); }
+    inline void add(const u8x64& u, const i8x4& x) {
         for (int lane = 0; lane < 16; lane++)
             for (int j = 0; j < 4; j++) sums.at[lane] += u.at[4 * lane + j] * x.at[j];
     }
     inline void widen() {}
-    inline Sums total() const { return sums; }
+    inline RowSums total() const { return sums; }
 };
 
 struct Trits {
-    Bytes digits[5];
+    u8x64 digits[5];
 };
 
-inline Trits trits(const Bytes& bytes) {
+inline Trits unpack_trits(const u8x64& bytes) {
     Trits five;
     for (int i = 0; i < 64; i++) {
         const int byte = bytes.at[i], low = byte & 63;
-        const int fields = byte < kLongDigits ? kDigits.short_fields[low] : kDigits.long_fields[low];
+        const int fields = byte < kLongBytes ? kBase3.short_fields[low] : kBase3.long_fields[low];
         for (int f = 0; f < 4; f++) five.digits[f].at[i] = fields >> 2 * f & 3;
-        five.digits[4].at[i] = byte < kLongDigits ? byte >> 6 : kDigits.long_last[low] >> 6;
+        five.digits[4].at[i] = byte < kLongBytes ? byte >> 6 : kBase3.long_last[low] >> 6;
     }
     return five;
 }
@@ -104,41 +107,45 @@ inline Trits trits(const Bytes& bytes) {
 template <int f>
 inline void store_trit(const Trits& five, uint8_t* to) { store(to, five.digits[f]); }
 
-struct TernarySums {
-    Accumulator<bound(2)> sums;
-    TernarySums() { sums.reset(); }
+struct TernaryDot {
+    DotAccumulator<accumulator_bound(2)> sums;
+    TernaryDot() { sums.reset(); }
 
     template <int f>
     inline void add(const Trits& five, const int8_t* x) { sums.add(five.digits[f], broadcast(x)); }
 
     template <int f>
-    inline void add_pair(const Bytes& pairs, const int8_t* x) { sums.add(field<2 * f, 2>(pairs), broadcast(x)); }
+    inline void add_2bit(const u8x64& fields, const int8_t* x) {
+        sums.add(extract_bits<2 * f, 2>(fields), broadcast(x));
+    }
 
-    inline Sums take() {
-        const Sums total = sums.total();
+    inline RowSums take() {
+        const RowSums total = sums.total();
         sums.reset();
         return total;
     }
 };
 
-inline float half_to_float(uint16_t half) {
+inline float f16_to_f32(uint16_t half) {
     const uint32_t sign = (uint32_t)(half & 0x8000) << 16, magnitude = half & 0x7fff;
     if (magnitude < 0x0400) return (sign ? -1.0f : 1.0f) * (float)magnitude * 5.9604644775390625e-8f; // 2^-24
     return float_of(sign | ((magnitude << 13) + 0x38000000u));
 }
 
-inline Floats load_halves(const uint16_t* p) {
-    Floats floats;
-    for (int i = 0; i < 16; i++) floats.at[i] = half_to_float(p[i]);
+inline RowFloats load_f16(const uint16_t* p) {
+    RowFloats floats;
+    for (int i = 0; i < 16; i++) floats.at[i] = f16_to_f32(p[i]);
     return floats;
 }
 
-inline void fold(Floats& y, const Sums& total, const Floats& w_scales, float x_scale) {
+inline void add_scaled(RowFloats& y, const RowSums& total, const RowFloats& w_scales, float x_scale) {
     for (int i = 0; i < 16; i++) y.at[i] += (float)total.at[i] * (x_scale * w_scales.at[i]);
 }
 
 } // namespace
 
-#include "products.hpp"
+#include "matmul.hpp"
 
-const Kernels edgerazor::portable_kernels = {"portable", quantize, linear, linear_float, expand_ternary, read};
+const edgerazor::MatmulKernels edgerazor::portable_matmul = {
+    "portable", quantize, linear, linear_float, expand_ternary, read,
+};

@@ -1,6 +1,8 @@
-// Loops that the compiler has to write out, so that what they index can live in registers; and those that it must not.
+// What the kernels ask of the compiler: functions that must be inlined, loops that must be unrolled so that the arrays
+// they index can live in registers, and loops that must stay loops.
 #pragma once
-#include "kernels.hpp"
+
+#define EDGERAZOR_INLINE inline __attribute__((always_inline))
 
 namespace {
 
@@ -9,7 +11,7 @@ struct Constant {
     static constexpr int value = N;
 };
 
-// function(Constant<begin>), ..., function(Constant<end - 1>).
+// Calls function(Constant<begin>), ..., function(Constant<end - 1>).
 template <int begin, int end, class Function>
 EDGERAZOR_INLINE void unroll(Function&& function) {
     if constexpr (begin < end) {
@@ -20,12 +22,12 @@ EDGERAZOR_INLINE void unroll(Function&& function) {
 
 } // namespace
 
-// In front of a loop that the compiler must leave one.
+// Stands in front of a loop that the compiler must not unroll.
 #if defined(__clang__)
 #define EDGERAZOR_ROLLED _Pragma("clang loop unroll(disable)")
 #else
 #define EDGERAZOR_ROLLED _Pragma("GCC unroll 1")
 #endif
 
-// The function of `unroll`, with the name of its Constant.
+// The lambda that `unroll` calls; `name` is its Constant.
 #define UNROLL(name) [&](auto name) __attribute__((always_inline))

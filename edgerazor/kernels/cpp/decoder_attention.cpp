@@ -1,0 +1,92 @@
+// The attention of a layer: from the outputs of the q, k and v projections to the input of the output projection.
+#include <algorithm>
+
+#include "decoder.hpp"
+
+using namespace edgerazor;
+
+// For one token, the heads of q that share a KV head, and that head of k and v: the norms of q and k, RoPE, and storing
+// the key and the value in the token's KV slot.
+void edgerazor_decoder::qk_norm_rope_store(int number, int64_t token, int kv_head) {
+    const Layer& layer = layers[number];
+    const SpanChunk& chunk = *chunk_of_token[token];
+    const int64_t index = token - chunk.token, position = chunk.first_position() + index;
+    const int64_t kv_slot = chunk.slot + chunk.past_length + index;
+    const int64_t rope_row = position * (model.rope_dim / 2), dim = model.head_dim;
+    const int queries_per_kv = model.num_heads / model.num_kv_heads;
+    const auto norm_and_rope = [&](float* head, const edgerazor_norm& norm) {
+        if (!model.norm_all_heads) apply_norm(norm, head, dim, head);
+        if (layer.rope_dim > 0) math.rope(head, layer.rope_dim, cosines + rope_row, sines + rope_row);
+    };
+    for (int i = 0; i < queries_per_kv; i++)
+        norm_and_rope(q.get() + token * q_width() + (kv_head * queries_per_kv + i) * dim, layer.q_norm);
+    float* key = k.get() + token * kv_width() + kv_head * dim;
+    norm_and_rope(key, layer.k_norm);
+    const float* value = v.get() + token * kv_width() + kv_head * dim;
+    const KvPage& page = kv_cache.pages(number, kv_head)[kv_slot / kPageSlots];
+    if (!math.store_kv(page, (int)(kv_slot % kPageSlots), model.kv_bits, model.head_dim, key, value))
+        finite.store(false, std::memory_order_relaxed);
+}
+
+void edgerazor_decoder::attention_tile(const ThreadContext& context, int number, const AttentionTile& tile) {
+    const int queries_per_kv = model.num_heads / model.num_kv_heads;
+    const SpanChunk& chunk = *tile.chunk;
+    AttentionArgs args;
+    args.bits = model.kv_bits;
+    args.head_dim = model.head_dim;
+    args.scale = model.attention_scale;
+    args.pages = kv_cache.pages(number, tile.kv_head);
+    const int64_t at = (chunk.token + tile.first) * q_width() + (int64_t)tile.kv_head * queries_per_kv * model.head_dim;
+    args.queries = q.get() + at;
+    args.query_stride = args.out_stride = q_width();
+    args.heads = queries_per_kv;
+    args.tokens = (int)tile.count;
+    args.ranges[0] = chunk.prefix;
+    args.ranges[1] = {chunk.slot, chunk.past_length + tile.first + tile.count};
+    args.sliding_window = layers[number].sliding_window;
+    args.out = attended.get() + at;
+    args.scratch = scratch[context.thread].get();
+    math.attention(args);
+}
+
+void edgerazor_decoder::attention(const ThreadContext& context, int number) {
+    const Layer& layer = layers[number];
+    if (model.norm_all_heads && layer.q_norm.kind != EDGERAZOR_NO_NORM) {
+        const WorkRange range(context.tokens, context.thread, threads.count());
+        for (int64_t t = range.first; t < range.last; t++) {
+            apply_norm(layer.q_norm, q.get() + t * q_width(), q_width(), q.get() + t * q_width());
+            apply_norm(layer.k_norm, k.get() + t * kv_width(), kv_width(), k.get() + t * kv_width());
+        }
+        threads.barrier();
+    }
+    if (!context.shared) { // decode: a thread has whole KV heads, so that nobody waits between storing and attention
+        const WorkRange range(model.num_kv_heads, context.thread, threads.count());
+        for (int64_t h = range.first; h < range.last; h++) {
+            qk_norm_rope_store(number, 0, (int)h);
+            attention_tile(context, number, {&chunks[0], (int)h, 0, 1});
+        }
+        threads.barrier();
+        return;
+    }
+    if (context.thread == 0) next_tile.store(0, std::memory_order_relaxed);
+    for (int64_t t = context.first; t < context.last; t++)
+        for (int h = 0; h < model.num_kv_heads; h++) qk_norm_rope_store(number, t, h);
+    threads.barrier(); // every key and value is in the KV cache
+    for (int64_t i; (i = next_tile.fetch_add(1, std::memory_order_relaxed)) < (int64_t)tiles.size();)
+        attention_tile(context, number, tiles[i]);
+    threads.barrier();
+}
+
+// The tiles that see the most slots come first, so that no thread begins a long one when the others are done.
+void edgerazor_decoder::plan_attention_tiles() {
+    tiles.clear();
+    for (const SpanChunk& chunk : chunks)
+        for (int64_t first = 0; first < chunk.count; first += kAttentionTileTokens)
+            for (int h = 0; h < model.num_kv_heads; h++)
+                tiles.push_back({&chunk, h, first, std::min(kAttentionTileTokens, chunk.count - first)});
+    const auto work = [](const AttentionTile& tile) {
+        return tile.count * (tile.chunk->first_position() + tile.first + tile.count);
+    };
+    std::stable_sort(tiles.begin(), tiles.end(),
+                     [&](const AttentionTile& a, const AttentionTile& b) { return work(a) > work(b); });
+}

@@ -1,0 +1,49 @@
+// What a decoder computes beside matrix products, as a table of functions that each instruction set fills in: norms,
+// RoPE, SwiGLU (vector_math.hpp), storing into the KV cache (kv_store.hpp) and attention (attention.hpp).
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#include "kv_page.hpp"
+
+namespace edgerazor {
+
+// The attention of the query heads that share a KV head, for consecutive tokens of a sequence.
+struct AttentionArgs {
+    int bits, head_dim;
+    float scale;            // of q * k
+    const KvPage* pages;    // of this KV head, by the number of the page
+    const float* queries;   // token t, query head h: queries + t * query_stride + h * head_dim
+    int64_t query_stride;
+    int heads, tokens;
+    SlotRange ranges[2];    // the prefix, and the sequence's own KV slots up to and including that of the last token,
+                            // which attends to all of them; the token before it attends to all but the last slot, ...
+    int64_t sliding_window; // a token attends to this many of its latest slots, prefix and own together; 0: to all
+    float* out;             // like the queries
+    int64_t out_stride;
+    void* scratch;          // attention_scratch_bytes(...) bytes, aligned to 64
+};
+
+struct FloatKernels {
+    void (*rms_norm)(const float* x, int count, float epsilon, const float* weight, float* out); // weight may be null
+    void (*layer_norm)(const float* x, int count, float epsilon, const float* weight, const float* bias, float* out);
+    // RoPE of the first `rope_dim` features of a head, in pairs (i, i + rope_dim / 2) like transformers' rotate_half.
+    void (*rope)(float* head, int rope_dim, const float* cosines, const float* sines);
+    void (*swiglu)(const float* gate, const float* up, int count, float* out); // silu(gate) * up
+    void (*add)(float* x, const float* y, int count);                          // x += y
+    // Quantizes a key and a value [head_dim] into a KV slot; returns false where a number is not finite.
+    bool (*store_kv)(const KvPage& page, int slot_in_page, int bits, int head_dim, const float* key,
+                     const float* value);
+    void (*attention)(const AttentionArgs& args);
+    int64_t (*attention_scratch_bytes)(int head_dim, int heads, int tokens); // for up to so many tokens of a call
+    int32_t (*argmax)(const float* x, int64_t count);                        // the first one of equal elements
+    float (*log_sum_exp)(const float* x, int64_t count);
+};
+
+extern const FloatKernels portable_float_kernels, avx2_float_kernels, avx2vnni_float_kernels, avx512_float_kernels,
+    neon_float_kernels, i8mm_float_kernels;
+
+// Of an instruction set that this machine can run, by its number.
+const FloatKernels& float_kernels(int isa);
+
+} // namespace edgerazor

@@ -1,0 +1,141 @@
+// What a call does with hidden states after the last layer: returns logits, scores targets, or takes the best token.
+#pragma once
+#include <stdint.h>
+#include <string.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "decoder.hpp"
+
+namespace edgerazor {
+
+// The output positions of a call that are in the current micro-batch. Each token among them has its logits computed
+// once, kLogitTokens tokens at a time, however often it is asked for.
+class OutputPositions : public LogitSink {
+  public:
+    OutputPositions(edgerazor_decoder& decoder, const int64_t* positions, int64_t count)
+        : decoder(decoder), positions(positions), count(count) {}
+
+    void begin(int64_t first, int64_t tokens) override {
+        std::vector<int64_t> row_of_token(tokens, -1);
+        rows.clear();
+        outputs.clear();
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t token = positions[i] - first;
+            if (token < 0 || token >= tokens) continue;
+            if (row_of_token[token] < 0) {
+                row_of_token[token] = (int64_t)rows.size();
+                rows.push_back(token);
+                outputs.emplace_back();
+            }
+            outputs[row_of_token[token]].push_back(i);
+        }
+        decoder.logits.reserve(std::min(kLogitTokens, (int64_t)rows.size()) * decoder.model.vocab_size);
+    }
+
+  protected:
+    // Calls use(index into rows, logits) for each row, on any thread.
+    template <class Use>
+    void for_each_row(const ThreadContext& context, const Use& use) {
+        for (int64_t first = 0; first < (int64_t)rows.size(); first += kLogitTokens) {
+            const int64_t row_count = std::min(kLogitTokens, (int64_t)rows.size() - first);
+            decoder.compute_logits(context, rows, first, row_count, decoder.logits.get());
+            const WorkRange range(row_count, context.thread, decoder.threads.count());
+            for (int64_t i = range.first; i < range.last; i++)
+                use(first + i, decoder.logits.get() + i * decoder.model.vocab_size);
+            decoder.threads.barrier(); // before the logits are overwritten
+        }
+    }
+
+    edgerazor_decoder& decoder;
+    const int64_t* positions;
+    int64_t count;
+    std::vector<int64_t> rows;                 // tokens of the micro-batch
+    std::vector<std::vector<int64_t>> outputs; // for each of the rows: the indices of `positions` that name it
+};
+
+// Copies the logits out.
+class LogitsSink : public OutputPositions {
+  public:
+    LogitsSink(edgerazor_decoder& decoder, const int64_t* positions, int64_t count, float* out)
+        : OutputPositions(decoder, positions, count), out(out) {}
+
+    void consume(const ThreadContext& context) override {
+        const int64_t vocab_size = decoder.model.vocab_size;
+        if (rows.size() == 1 && outputs[0].size() == 1) // in decode: computed in place, nothing to copy
+            return decoder.compute_logits(context, rows, 0, 1, out + outputs[0][0] * vocab_size);
+        for_each_row(context, [&](int64_t row, const float* logits) {
+            for (const int64_t output : outputs[row])
+                memcpy(out + output * vocab_size, logits, vocab_size * sizeof(float));
+        });
+    }
+
+  private:
+    float* out;
+};
+
+// Log-probabilities of targets, and the most probable tokens.
+class ScoresSink : public OutputPositions {
+  public:
+    ScoresSink(edgerazor_decoder& decoder, const int64_t* positions, int64_t count, const int32_t* targets,
+               float* log_probabilities, int32_t* best)
+        : OutputPositions(decoder, positions, count), targets(targets), log_probabilities(log_probabilities),
+          best(best) {}
+
+    void consume(const ThreadContext& context) override {
+        for_each_row(context, [&](int64_t row, const float* logits) {
+            const int64_t vocab_size = decoder.model.vocab_size;
+            const float log_total = decoder.math.log_sum_exp(logits, vocab_size);
+            const int32_t most_probable = decoder.math.argmax(logits, vocab_size);
+            if (!std::isfinite(log_total)) decoder.finite.store(false, std::memory_order_relaxed);
+            for (const int64_t output : outputs[row]) {
+                log_probabilities[output] = logits[targets[output]] - log_total;
+                best[output] = most_probable;
+            }
+        });
+    }
+
+  private:
+    const int32_t* targets;
+    float* log_probabilities;
+    int32_t* best;
+};
+
+// The most probable token after the only one of a call.
+class GreedySink : public LogitSink {
+  public:
+    explicit GreedySink(edgerazor_decoder& decoder) : decoder(decoder), best_of_thread(decoder.threads.count()) {}
+
+    void begin(int64_t, int64_t) override { decoder.logits.reserve(decoder.model.vocab_size); }
+
+    // Each thread takes the best token of its part of the vocabulary.
+    void consume(const ThreadContext& context) override {
+        decoder.compute_logits(context, rows, 0, 1, decoder.logits.get());
+        const WorkRange range(decoder.model.vocab_size, context.thread, decoder.threads.count());
+        best_of_thread[context.thread] = -1;
+        if (range.first < range.last) {
+            const float* logits = decoder.logits.get() + range.first;
+            best_of_thread[context.thread] =
+                (int32_t)range.first + decoder.math.argmax(logits, range.last - range.first);
+        }
+    }
+
+    // After the call. The first of equally probable tokens; the decoder is told where no logit is finite.
+    int32_t best_token() const {
+        const float* logits = decoder.logits.get();
+        int32_t best = -1;
+        for (const int32_t token : best_of_thread)
+            if (token >= 0 && (best < 0 || logits[token] > logits[best])) best = token;
+        if (best < 0 || !std::isfinite(logits[best])) decoder.finite.store(false, std::memory_order_relaxed);
+        return best;
+    }
+
+  private:
+    edgerazor_decoder& decoder;
+    const std::vector<int64_t> rows = {0};
+    std::vector<int32_t> best_of_thread;
+};
+
+} // namespace edgerazor
