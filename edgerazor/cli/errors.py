@@ -104,8 +104,8 @@ MACHINE: tuple[int, ...] = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE),
     *(errno.ELOOP, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.EBUSY, errno.ETXTBSY),
 )
-#: Packages that only some commands import -> the extra of pyproject.toml that brings them.
-EXTRAS = {"accelerate": "train", "datasets": "train", "gguf": "gguf", "lm_eval": "eval", "matplotlib": "plot"}
+#: Packages that only some commands import -> the extras of pyproject.toml that bring them.
+EXTRAS = {"accelerate": "train", "datasets": "train,eval", "gguf": "gguf", "lm_eval": "eval", "matplotlib": "plot"}
 #: In errors of libraries that could allocate no memory.
 NO_ROOM = ("DefaultCPUAllocator", "Cannot allocate memory", "failed to map segment", "bad allocation", "std::bad_alloc")
 

@@ -92,7 +92,8 @@ def deciding_layers(model: nn.Module) -> dict[str, int]:
                 layers[full_path] = attention.layer_idx
     if not layers:
         raise _no_adaptive_tokens(model, "it has no attention modules that we know")
-    if getattr(model.config.get_text_config(), "sliding_window", None):
+    config: Any = model.config
+    if getattr(config.get_text_config(), "sliding_window", None):
         raise _no_adaptive_tokens(model, "a sliding window forgets the first token")
     return layers
 
@@ -186,7 +187,8 @@ def _quantized_attention(
         query = _quantize_queries(query, bits.query, tokens, getattr(module, "layer_idx", 0))
     output, probabilities = models.attention_forward(base, module, query, key, value, *args, **kwargs)
     if tokens is not None:
-        tokens.record(module.layer_idx, probabilities)
+        layer: Any = module.layer_idx
+        tokens.record(layer, probabilities)
     if bits.probability != 16:
         probabilities = formats.fake_quantize_probabilities(probabilities, bits.probability)
         values = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)

@@ -171,7 +171,7 @@ class FakeQuantLinear(FakeQuantWeight):
         scales = InputScales(self.input_scale, self.low_input_scale, self.input_zero_point, self.low_input_zero_point)
         return self.activations(x, scales, important)
 
-    def as_head(self, states: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
+    def as_head(self, states: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """Operands of this layer's product, for losses that compute it themselves, a chunk of positions at a time.
 
         Args:

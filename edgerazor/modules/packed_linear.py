@@ -115,10 +115,11 @@ class PackedLinear(PackedWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out] in the dtype of x; computed in float32."""
-        full = (self.activation_bits, self.input_scales.scale, self.input_scales.zero_point)
+        scales = self.input_scales
+        full = (self.activation_bits, _number(scales.scale), _number(scales.zero_point))
         if self.important is None:
             return self._matmul(x, *full)
-        low = (UNIMPORTANT_BITS, self.input_scales.low_scale, self.input_scales.low_zero_point)
+        low = (UNIMPORTANT_BITS, _number(scales.low_scale), _number(scales.low_zero_point))
         important = self.important()
         y = x.new_empty(*x.shape[:-1], self.out_features)
         y[important] = self._matmul(x[important], *full)
@@ -155,6 +156,11 @@ class PackedLinear(PackedWeight):
         return kernels.linear(x, encoded, spec, bias, bits, group, scale)
 
 
+def _number(value: nn.Parameter | float | None) -> float | None:
+    """A stored scale or zero point, which no training changes."""
+    return None if value is None else float(value)
+
+
 class PackedEmbedding(PackedWeight):
     """Rows of a packed table. Takes the place of nn.Embedding.
 
@@ -164,6 +170,8 @@ class PackedEmbedding(PackedWeight):
         shape: (rows, columns).
         dtype: of the hidden states, which begin here.
     """
+
+    like: Tensor
 
     def __init__(self, lazy: LazyMatrix, scale: float | None, shape: tuple[int, int], dtype: torch.dtype) -> None:
         super().__init__(lazy)

@@ -192,7 +192,8 @@ class SensitivityAnalysis:
     def _head(self) -> Tensor:
         """Second-order KL of the head alone, float64 [formats, 1]."""
         specs = [self.spec(name) for name in self.names]
-        return sum(self.head.second_order(x, specs) for x in self.head_inputs)[:, None] / self.tokens
+        total = sum((self.head.second_order(x, specs) for x in self.head_inputs), torch.zeros(()))
+        return total[:, None] / self.tokens
 
     @torch.no_grad()
     def _head_inputs(self, outputs: Iterable[Tensor], layer_pass: LayerwisePass) -> list[Tensor]:

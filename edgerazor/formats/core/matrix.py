@@ -379,7 +379,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor in row-major, little-endian order, wherever and however it is stored."""
     dense = tensor.detach().cpu().contiguous()
     flat = dense.as_strided((dense.numel(),), (1,))  # a single number may say that the next one is far away
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def pack_matrix(encoded: Encoded, spec: MatrixSpec) -> dict[str, Tensor]:

@@ -259,7 +259,9 @@ class _TotalLogitLoss(torch.autograd.Function):
         gradients = _Gradients(student, ctx.needs_input_grad[:3])
         with torch.autocast(states.device.type, enabled=False):
             for chunk in logit_chunks(student, teacher, labels, totals):
-                logits_grad = torch.zeros_like(chunk.logits.student) if gradients.needed else None  # [n, V]
+                student_logits = chunk.logits.student
+                assert student_logits is not None
+                logits_grad = torch.zeros_like(student_logits) if gradients.needed else None  # [n, V]
                 for block, logits in chunk.blocks():
                     for weight, loss in terms:
                         value, grad = loss.value_and_grad(logits, totals.statistics)
