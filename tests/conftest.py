@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,11 @@ def sentences(count: int, seed: int = 0) -> str:
             f"{person} took the {thing} to the {place}. Then {other} found {draw.randint(2, 9)} of them there."
         )
     return "\n".join(lines) + "\n"
+
+
+def mostly_slow(values: Iterable[Any], *usual: Any) -> list[Any]:
+    """Parameters of a test that takes seconds for each: `make test` runs the usual ones, `make test-all` the others."""
+    return [value if value in usual else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from _tiny import Run, metrics, sha256, spawn, write_recipe
-from conftest import ModelMaker
+from conftest import ModelMaker, mostly_slow
 from safetensors.torch import load_file
 from transformers import GPT2Config
 
@@ -68,7 +68,7 @@ def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "step", interrupting)
 
 
-@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("step", mostly_slow([1, 2, 3], 2))
 def test_interrupted_and_resumed_equals_uninterrupted(
     run: Run, recipe: Path, whole: Path, tmp_path: Path, step: int
 ) -> None:
@@ -198,6 +198,7 @@ def largest_difference(ours: Path, theirs: Path) -> float:
     return max(float((first[name] - second[name]).abs().max()) for name in first)
 
 
+@pytest.mark.slow
 def test_divided_equals_whole(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
     """One process with 4 sequences, accumulation of 2 times 2, and two processes with 2 give the same weights."""
     shared = {"steps": 3, "learning_rate": 2e-5}
@@ -321,7 +322,7 @@ GUIDED: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("kv_bits", [8, 16])
+@pytest.mark.parametrize("kv_bits", mostly_slow([8, 16], 8))
 def test_checkpointing_and_division_change_nothing_that_losses_see(
     run: Run, tmp_path: Path, llama: Path, text_file: Path, kv_bits: int
 ) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, GROUP_SIZE, SHAPE, VOCABULARY, ModelMaker, family_config
+from conftest import FAMILIES, GROUP_SIZE, SHAPE, VOCABULARY, ModelMaker, family_config, mostly_slow
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -116,7 +116,12 @@ def check_exact(done: Razored) -> None:
     assert sum(each.bytes for each in sizes.classes if each.kind != "other") == done.plan().bytes()
 
 
-@pytest.fixture(scope="module", params=[(name, tied) for name in FAMILIES for tied in (True, False)], ids=str)
+#: Every family, with head and embedding tied and apart; each way of a model occurs among the usual ones.
+JOBS = [(family, tied) for family in FAMILIES for tied in (True, False)]
+USUAL = [("llama", True), ("qwen3", False), ("gemma2", True), ("phi", False), ("phi3", True), ("olmo2", False)]
+
+
+@pytest.fixture(scope="module", params=mostly_slow(JOBS, *USUAL), ids=str)
 def done(
     request: pytest.FixtureRequest, make_model: ModelMaker, text_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Razored:
@@ -202,7 +207,7 @@ CHECKPOINTS: dict[str, tuple[dict[str, Any], Callable[[Path], None]]] = {
 }
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("name", mostly_slow(CHECKPOINTS, "bfloat16", "sharded", "only_head"))
 def test_checkpoints(name: str, make_model: ModelMaker, text_file: Path, tmp_path: Path) -> None:
     options, change = CHECKPOINTS[name]
     original = make_model(tmp_path / "model", "llama", **options)

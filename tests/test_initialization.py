@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from _tiny import Run, metrics, sha256, snapshot, write_recipe
-from conftest import FAMILIES, GROUP_SIZE, VOCABULARY, ModelMaker, family_config
+from conftest import FAMILIES, GROUP_SIZE, VOCABULARY, ModelMaker, family_config, mostly_slow
 from safetensors.torch import load_file
 from test_distill import interrupt_at
 from torch import Tensor
@@ -135,7 +135,7 @@ def hessians(recipe: recipes.Recipe, work: WorkDir, linears: set[str]) -> dict[s
     return {name: total / tokens for name, total in sums.items()}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, "llama", "gemma2"))
 def test_each_layer_was_compensated_for_what_it_sees_when_packed(
     run: Run, make_model: ModelMaker, text_file: Path, tmp_path: Path, family: str
 ) -> None:
@@ -189,7 +189,7 @@ def test_what_the_file_holds(run: Run, llama: Path, text_file: Path, tmp_path: P
     assert compensated == {site.name for site in found.linears}
 
 
-@pytest.mark.parametrize("bits", [1.58, 1.88, 4])
+@pytest.mark.parametrize("bits", mostly_slow([1.58, 1.88, 4], 1.88))
 def test_better_starts_pack_to_better_models(
     run: Run, make_model: ModelMaker, text_file: Path, tmp_path: Path, bits: float
 ) -> None:
@@ -225,7 +225,7 @@ KINDS: dict[str, tuple[str, str, bool, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, "gptq", "clip, static"))
 def test_packed_equals_trained_and_resumed_equals_uninterrupted(
     run: Run, tmp_path: Path, make_model: ModelMaker, text_file: Path, kind: str
 ) -> None:

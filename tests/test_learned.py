@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from _tiny import Run, metrics, sha256, spawn, write_recipe
-from conftest import GROUP_SIZE, VOCABULARY, ModelMaker, family_config
+from conftest import GROUP_SIZE, VOCABULARY, ModelMaker, family_config, mostly_slow
 from safetensors.torch import load_file
 from test_distill import interrupt_at, largest_difference
 from torch import Tensor, nn
@@ -312,7 +312,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, *list(KINDS)[:2]))
 @pytest.mark.parametrize("tied", [True, False])
 def test_packed_equals_trained_and_resumed_equals_uninterrupted(
     run: Run, tmp_path: Path, make_model: ModelMaker, text_file: Path, kind: str, tied: bool

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from _tiny import Run, metrics, spawn, write_recipe
-from conftest import GROUP_SIZE, VOCABULARY, family_config
+from conftest import GROUP_SIZE, VOCABULARY, family_config, mostly_slow
 from test_distill import DEADLY, assert_same, interrupt_at, largest_difference
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -201,7 +201,7 @@ def test_what_the_last_phase_left_is_packed(whole: Path) -> None:
     packed.verify_digests(whole / "packed", digests)
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 6, 7])
+@pytest.mark.parametrize("step", mostly_slow([1, 2, 3, 6, 7], 3))
 def test_interrupted_in_any_phase_and_between_two_it_ends_the_same(
     run: Run, whole: Path, tmp_path: Path, llama: Path, text_file: Path, step: int
 ) -> None:
