@@ -31,6 +31,9 @@ from edgerazor.tasks.lm_eval_models import EngineLM, TransformersLM
 from edgerazor.tasks.quiet import quiet_lm_eval
 from edgerazor.workdir import WorkDir
 
+#: Models are loaded, plans solved, processes started: `make test-fast` leaves this file out.
+pytestmark = pytest.mark.job
+
 QUIET = Console(quiet=True)
 PLACES = ["mill", "barn", "cave", "tower"]
 

@@ -25,6 +25,9 @@ from edgerazor.exporters.core.grouped import Layout
 from edgerazor.exporters.core.hf_folder import Piece
 from edgerazor.packed import PackedMatrix, PackedModel
 
+#: Models are loaded, plans solved, processes started: `make test-fast` leaves this file out.
+pytestmark = pytest.mark.job
+
 ALL = formats.names()
 GROUPED = ("compressed-tensors", "gptq")
 FOLDERS = ("hf-f32", *GROUPED)

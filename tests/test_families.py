@@ -28,6 +28,9 @@ from edgerazor.models import attention_capture
 from edgerazor.recipe import Recipe, build
 from edgerazor.workdir import WorkDir
 
+#: Models are loaded, plans solved, processes started: `make test-fast` leaves this file out.
+pytestmark = pytest.mark.job
+
 QUIET = Console(quiet=True)
 IDS = torch.randint(2, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
 

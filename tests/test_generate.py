@@ -28,6 +28,9 @@ from edgerazor.runtime import Generation, Model, generation
 from edgerazor.stages import generate as stage
 from edgerazor.stages.generate import GenerateResult
 
+#: Models are loaded, plans solved, processes started: `make test-fast` leaves this file out.
+pytestmark = pytest.mark.job
+
 PROMPT = "Nora took the ball"
 #: So many that a text of all of them takes some time, and does not fit into a pipe.
 POSITIONS = 100_000

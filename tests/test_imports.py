@@ -30,6 +30,9 @@ from edgerazor.importers.core.base import IntegerMatrix, UnrepresentableError
 from edgerazor.importers.core.gguf_file import GgufFile
 from edgerazor.packed import PackedModel
 
+#: Models are loaded, plans solved, processes started: `make test-fast` leaves this file out.
+pytestmark = pytest.mark.job
+
 ALL = formats.names()
 #: Rows of 256 and 512 columns are whole blocks of every GGML type.
 WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "head_dim": 32}

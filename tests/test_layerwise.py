@@ -15,6 +15,9 @@ from torch import Tensor
 from edgerazor import models
 from edgerazor.models import LayerwisePass, Observer
 
+#: Models are loaded, plans solved, processes started: `make test-fast` leaves this file out.
+pytestmark = pytest.mark.job
+
 Batches = list[tuple[Tensor, Tensor]]
 
 

@@ -195,10 +195,10 @@ def test_a_linear_layer_trains_weights_and_scales() -> None:
     torch.testing.assert_close(x.grad, upstream @ module.decoded(torch.float32))
     encoded = formats.encode_matrix(module.weight, module.spec, module.scales)
     assert torch.equal(module.decoded(torch.float32), formats.decode_matrix(encoded, module.spec))
-    module.freeze()
+    module.encode_once()
     assert module.digest == formats.digest(encoded, module.spec)
-    assert module.frozen is not None
-    assert torch.equal(module.frozen, formats.decode_matrix(encoded, module.spec))
+    assert module.decoded_cache is not None
+    assert torch.equal(module.decoded_cache, formats.decode_matrix(encoded, module.spec))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -234,7 +234,7 @@ def test_an_embedding_trains_the_rows_it_looks_up() -> None:
     module(ids).backward(upstream)
     dense = torch.zeros(33, 101).index_add_(0, ids.flatten(), 2 * upstream.flatten(0, 1))
     assert_gradients(module, dense)
-    module.freeze()
+    module.encode_once()
     assert torch.equal(module(ids), 2 * expected[ids])
 
 

@@ -28,6 +28,9 @@ from edgerazor.models import QuantTarget
 from edgerazor.packed import FolderSize
 from edgerazor.recipe import Calibrate, Constraint
 
+#: Models are loaded, plans solved, processes started: `make test-fast` leaves this file out.
+pytestmark = pytest.mark.job
+
 #: Relative squared error of Gaussian weights, about.
 ERRORS = {"ternary": 0.19, "int2": 0.14, "int3": 0.04, "int4": 0.012, "int5": 0.003, "int8": 0.00005}
 LAYER = {

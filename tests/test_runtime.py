@@ -35,6 +35,9 @@ from edgerazor.runtime import network, weight_memory
 from edgerazor.runtime.native_model import NativeModel
 from edgerazor.workdir import WorkDir
 
+#: Models are loaded, plans solved, processes started: `make test-fast` leaves this file out.
+pytestmark = pytest.mark.job
+
 RECIPES = Path(__file__).parent.parent / "recipes"
 QUIET = Console(quiet=True)
 IDS = torch.randint(2, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))

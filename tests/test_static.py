@@ -156,7 +156,7 @@ def test_all_kernels_take_a_stored_scale(columns: int, bits: int, monkeypatch: p
 def test_equal_scales_share_a_rounding_and_trained_ones_do_not() -> None:
     share, x = SharedActivations(8, 32), torch.randn(3, 64)
     assert share(x, InputScales(0.1)) is share(x, InputScales(0.1))
-    assert torch.equal(share(x, 0.2), formats.fake_quantize_static(x, 8, 0.2))
+    assert torch.equal(share(x, InputScales(0.2)), formats.fake_quantize_static(x, 8, 0.2))
     assert torch.equal(share(x), formats.fake_quantize_activations(x, 8, 32))
     one, other = (nn.Parameter(torch.tensor(value)) for value in (0.1, 0.3))
     assert torch.equal(share(x, InputScales(one)), share(x, InputScales(0.1)))

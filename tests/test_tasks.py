@@ -19,6 +19,9 @@ from edgerazor.errors import UserError
 from edgerazor.tasks import catalog, local_items
 from edgerazor.tasks.quiet import LOGGERS, quiet_lm_eval
 
+#: Models are loaded, plans solved, processes started: `make test-fast` leaves this file out.
+pytestmark = pytest.mark.job
+
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "eval"
 TEXT = "Nora went to the mill. Ben has the red ball. Question: Where is Nora now? Answer: mill barn cave tower"
 

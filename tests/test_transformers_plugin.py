@@ -23,6 +23,9 @@ from edgerazor.modules import PackedEmbedding, PackedLinear
 from edgerazor.recipe import build
 from edgerazor.workdir import WorkDir
 
+#: Models are loaded, plans solved, processes started: `make test-fast` leaves this file out.
+pytestmark = pytest.mark.job
+
 IDS = torch.randint(2, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(0))
 
 

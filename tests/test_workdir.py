@@ -31,6 +31,9 @@ from edgerazor.workdir import (
     write_text,
 )
 
+#: Models are loaded, plans solved, processes started: `make test-fast` leaves this file out.
+pytestmark = pytest.mark.job
+
 
 class Result(BaseModel):
     value: int = 1
