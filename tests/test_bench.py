@@ -381,7 +381,7 @@ def test_show_prints_a_job_a_packed_folder_the_recipe_and_the_schema(job):
         "thresholds": [],
     }
     schema = json.loads(runner.invoke(app, ["show", "schema"]).stdout)
-    assert set(show.RESULTS) < set(schema)
+    assert set(show.INTERFACES) < set(schema)
     assert "calibrate:" in runner.invoke(app, ["show", "recipe"]).stdout
 
 
