@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from edgerazor.data import MASKED, RowSettings, TokenRows, documents, open_rows
-from edgerazor.data.chat import Conversation, encode, parse_conversation
+from edgerazor.data.chat import Conversation, encode, parse_conversation, render
 from edgerazor.errors import UserError
 from edgerazor.recipe import Source
 
@@ -267,6 +267,9 @@ def test_tools_reach_the_template() -> None:
 # --- refused -----------------------------------------------------------------------------------
 
 
+SURROGATE = "is not JSON that can be read: it has half of a surrogate pair, which is no text"
+
+
 @pytest.mark.parametrize(
     ("record", "template", "message"),
     [
@@ -287,9 +290,9 @@ def test_tools_reach_the_template() -> None:
         (
             {"messages": [{"role": "\ud800", "content": "hi"}, TWO[1]]},
             "chatml",
-            "half of a surrogate pair",
+            SURROGATE,
         ),
-        ({"messages": [{"role": "user", "content": "\ud800"}]}, "chatml", "half of a surrogate pair"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "chatml", SURROGATE),
         ({"messages": TWO, "tools": "{"}, "chatml", "has tools that are not JSON"),
         ({"messages": TWO, "tools": {"a": 1}}, "chatml", "has dict as its tools"),
         # templates that give the words back changed, twice, or not at all
@@ -307,6 +310,18 @@ def test_what_cannot_be_used_is_one_sentence(
     with pytest.raises(UserError, match=message) as caught:
         open_rows([Source(file=str(path))], tokenizer, RowSettings(8))
     assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("messages", "what"),
+    [
+        ([{"role": "\ud800", "content": "hi"}, TWO[1]], "what the tokenizer's chat template makes of it"),
+        ([{"role": "user", "content": "\ud800"}], "its content"),
+    ],
+)
+def test_text_that_no_tokenizer_reads_is_refused(messages: list[dict[str, str]], what: str) -> None:
+    with pytest.raises(UserError, match=f"half of a surrogate pair in {what}; expected valid text"):
+        render(parse_conversation("here", messages), make_tokenizer(TEMPLATES["chatml"]))
 
 
 def test_conversations_without_words_are_nothing_to_learn_from(tmp_path: Path) -> None:
