@@ -96,18 +96,18 @@ results-least-error: install
 # Damaged packed folders, N of them or as many as FUZZ_SECONDS allow: all refused in one sentence, or unharmed.
 .PHONY: fuzz
 fuzz: install
-	$(BIN)/python tests/fuzz_packed.py $(or $(N),100000) $(if $(FUZZ_SECONDS),--seconds $(FUZZ_SECONDS))
+	PYTHONPATH=tests $(BIN)/python tests/fuzz/fuzz_packed.py $(or $(N),100000) $(if $(FUZZ_SECONDS),--seconds $(FUZZ_SECONDS))
 
 # Three writers of one target at once, N rounds of each command: nothing is lost, and who comes too late is told so.
 .PHONY: race
 race: install
-	$(BIN)/python tests/race_writers.py $(or $(N),20)
+	PYTHONPATH=tests $(BIN)/python tests/fuzz/race_writers.py $(or $(N),20)
 
 # Damaged configurations, tokenizers, templates, recipes, texts, indices, GGUF and MLX files, given to the commands that
 # read them: an answer or one sentence, whatever is in them.
 .PHONY: fuzz-inputs
 fuzz-inputs: install
-	$(BIN)/python tests/fuzz_inputs.py $(or $(N),20000) $(if $(FUZZ_SECONDS),--seconds $(FUZZ_SECONDS))
+	PYTHONPATH=tests $(BIN)/python tests/fuzz/fuzz_inputs.py $(or $(N),20000) $(if $(FUZZ_SECONDS),--seconds $(FUZZ_SECONDS))
 
 # Published post-training methods, in an environment of their own (several GB: GPTQModel brings torch with CUDA).
 peers: build/peers/installed
@@ -227,7 +227,7 @@ $(KERNELS): $(wildcard edgerazor/kernels/cpp/*) | install
 test-arm: install
 	for each in $(SELFTESTS); do \
 		CXX=aarch64-linux-gnu-g++ CXXFLAGS=-static $(BIN)/python -m edgerazor.kernels.build \
-			build/$$each-arm tests/$${each}_selftest.cpp && qemu-aarch64 -cpu max build/$$each-arm || exit 1; \
+			build/$$each-arm tests/kernels/$${each}_selftest.cpp && qemu-aarch64 -cpu max build/$$each-arm || exit 1; \
 	done
 
 # Every access to what is handed over and every shift checked (not the registers' copies on the stack: too many).
@@ -235,7 +235,7 @@ SANITIZE := -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all --para
 test-sanitizers: install
 	for each in $(SELFTESTS); do \
 		CXXFLAGS='$(SANITIZE)' $(BIN)/python -m edgerazor.kernels.build \
-			build/$$each-sanitizers tests/$${each}_selftest.cpp && build/$$each-sanitizers || exit 1; \
+			build/$$each-sanitizers tests/kernels/$${each}_selftest.cpp && build/$$each-sanitizers || exit 1; \
 	done
 	$(MAKE) fuzz-sanitizers
 
@@ -249,7 +249,7 @@ fuzz-sanitizers: install
 	CXXFLAGS='$(SANITIZE)' $(BIN)/python -m edgerazor.kernels.build build/sanitizers/$(KERNELS)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=1000:quarantine_size_mb=32 \
-		UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitizers $(BIN)/python tests/fuzz_loader.py $(or $(LOADS),3000)
+		UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitizers:tests $(BIN)/python tests/fuzz/fuzz_loader.py $(or $(LOADS),3000)
 
 clean:
 	rm -rf build .venv

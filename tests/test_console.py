@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from _tiny import Run, spawn
 from pydantic import BaseModel
 
 from edgerazor import terminal
@@ -18,6 +17,7 @@ from edgerazor.cli import dispatch, errors
 from edgerazor.console import Console, table
 from edgerazor.errors import UserError, harmless, plain
 from edgerazor.terminal import Guarded
+from helpers.tiny_job import Run, spawn
 
 #: Escape sequences, C1, a bidirectional override, half of a surrogate pair, a carriage return.
 EVIL = "a\x1b[31m\x9b2J\u202e\ud800\rz[/x]:bug:"

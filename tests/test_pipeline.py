@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import yaml
-from _tiny import Outcome, Run, sha256, snapshot, write_recipe
 
 from edgerazor import pipeline
 from edgerazor import recipe as recipes
@@ -18,6 +17,7 @@ from edgerazor.calibration import generated_text
 from edgerazor.job import JobContext
 from edgerazor.stages import bench
 from edgerazor.workdir import WorkDir
+from helpers.tiny_job import Outcome, Run, sha256, snapshot, write_recipe
 
 
 @pytest.fixture(scope="module")

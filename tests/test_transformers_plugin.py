@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GROUP_SIZE, VOCABULARY, ModelMaker
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -22,6 +21,7 @@ from edgerazor.kernels import native, reference
 from edgerazor.modules import PackedEmbedding, PackedLinear
 from edgerazor.recipe import build
 from edgerazor.workdir import WorkDir
+from helpers.tiny_models import GROUP_SIZE, VOCABULARY, ModelMaker
 
 #: Models are loaded, plans solved, processes started: `make test-fast` leaves this file out.
 pytestmark = pytest.mark.job

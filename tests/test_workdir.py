@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from _killing import die_at
 from pydantic import BaseModel
 
 from edgerazor import locks, workdir
@@ -30,6 +29,7 @@ from edgerazor.workdir import (
     write_json,
     write_text,
 )
+from helpers.killing import die_at
 
 #: Models are loaded, plans solved, processes started: `make test-fast` leaves this file out.
 pytestmark = pytest.mark.job

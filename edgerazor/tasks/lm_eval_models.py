@@ -12,7 +12,7 @@ long texts, stop strings), and compute less:
   that compute a prefix once for many continuations: what inputs share, a prompt or the examples before all prompts, is
   computed once (`shared_prefixes.py`).
 
-`tests/test_tasks.py` compares both with `HFLM`.
+`tests/tasks/test_tasks.py` compares both with `HFLM`.
 """
 
 from __future__ import annotations

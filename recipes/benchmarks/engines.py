@@ -10,7 +10,7 @@ also compared with itself in another order: the beginning token by token, then t
 *Logits*: the largest relative L2 distance at any position of a beginning, ||a - b|| / ||b||. *KL*: the mean of
 KL(b || a) over positions, in nats. *Same text*: how many of the texts are the same, token by token, when both continue
 by their own most probable tokens; *apart by*: the most that the logits of the two tokens at which texts part differ by.
-Tiny random models of every family are compared in tests/test_runtime.py.
+Tiny random models of every family are compared in tests/runtime/test_runtime.py.
 """
 
 from __future__ import annotations

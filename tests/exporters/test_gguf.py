@@ -1,0 +1,545 @@
+"""GGUF exports: every tensor bit for bit through gguf's own dequantizer, metadata, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from edgerazor import exporters, families, formats, models
+from edgerazor.errors import USAGE, UserError
+from edgerazor.exporters import gguf as exporter
+from edgerazor.exporters.core import gguf_blocks as blocks
+from edgerazor.exporters.core.gguf_metadata import gguf_architecture, rope_factors
+from edgerazor.exporters.core.gguf_names import gguf_name, row_order
+from edgerazor.formats import Encoded, MatrixSpec
+from edgerazor.packed import PackedModel
+from helpers.tiny_job import Run, sha256, snapshot, with_template
+from helpers.tiny_models import ModelMaker, family_config
+
+GROUPS = (16, 32, 40, 64, 128, 256, 512, 65536)
+COLUMNS = (32, 40, 96, 256, 300, 352, 768)
+TYPES = {block.type.name: block for block in blocks.BLOCKS}
+
+
+def smallest(matrix: blocks.BlockMatrix) -> str:
+    """The type that the exporter chooses."""
+    tests: exporter.Tests = [
+        (each.type, lambda each=each: blocks.check_blocks(each, matrix))  # type: ignore[misc]
+        for each in exporter.EXPORTER.blocks
+    ]
+    tests += [
+        (each, lambda each=each: blocks.check_floats(each, matrix))  # type: ignore[misc]
+        for each in exporter.EXPORTER.floats
+    ]
+    chosen, reason = exporter._smallest(tests)
+    assert reason == ""
+    return chosen.name
+
+
+def dequantized(name: str, matrix: blocks.BlockMatrix) -> np.ndarray:
+    """What gguf reads from what we write."""
+    kind = gguf.GGMLQuantizationType[name]
+    written = (
+        blocks.write_blocks(TYPES[name], matrix) if name in TYPES else blocks.write_floats(kind, matrix, lossy=False)
+    )
+    size, width = gguf.GGML_QUANT_SIZES[kind]
+    assert written.shape == (matrix.shape[0], matrix.shape[1] // size * width)
+    return gguf.quants.dequantize(written, kind)
+
+
+def random_encoded(spec: MatrixSpec, rows: int, cols: int, seed: int) -> Encoded:
+    """Every code that the formats can store, and scales that follow no rule, zero among them."""
+    draw = torch.Generator().manual_seed(seed)
+    scales = torch.rand(rows, formats.group_count(cols, spec.group_size), generator=draw) * 0.1 + 1e-3
+    scales[rows // 2, 0] = 0
+    weights = torch.randn(rows, cols, generator=draw) * 0.2
+    return formats.encode_matrix(weights, spec, scales)
+
+
+# Blocks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", formats.names())
+def test_every_format_and_geometry_is_exact(name: str) -> None:
+    """Whatever type is chosen, and each other type that takes the matrix, decodes to our float32 weights."""
+    for seed, (group, cols) in enumerate(itertools.product(GROUPS, COLUMNS)):
+        spec = MatrixSpec((name,), group)
+        for encoded in (
+            random_encoded(spec, 5, cols, seed),
+            formats.encode_matrix(torch.randn(5, cols, generator=torch.Generator().manual_seed(seed)), spec),
+        ):
+            matrix = blocks.BlockMatrix(encoded, spec)
+            expected = formats.decode_matrix(encoded, spec).numpy()
+            assert (dequantized(smallest(matrix), matrix) == expected).all(), (group, cols)
+            for kind, block in TYPES.items():
+                try:
+                    blocks.check_blocks(block, matrix)
+                except blocks.InexactError:
+                    continue
+                assert (dequantized(kind, matrix) == expected).all(), (group, cols, kind)
+
+
+#: format, group size, columns -> the smallest type that is exact
+CHOSEN = {
+    ("ternary", 256, 768): "TQ1_0",
+    ("ternary", 512, 1024): "TQ1_0",
+    ("ternary", 65536, 768): "TQ1_0",
+    ("ternary", 128, 768): "Q4_0",
+    ("ternary", 64, 768): "Q4_0",
+    ("ternary", 256, 800): "Q4_0",  # rows are no multiple of 256
+    ("ternary", 40, 320): "F16",  # a block of 32 would have two scales
+    ("ternary", 32, 300): "F16",  # rows are no multiple of 32
+    ("int2", 256, 768): "Q2_K",
+    ("int2", 64, 768): "Q4_0",
+    ("int2z", 256, 768): "Q2_K",
+    ("int3", 256, 768): "Q3_K",
+    ("int3", 32, 768): "Q4_0",
+    ("int4", 256, 768): "Q4_0",
+    ("int4", 32, 96): "Q4_0",
+    ("int4", 16, 96): "F32",  # an int4 times fp16 has more bits than fp16
+    ("int5", 64, 768): "Q5_0",
+    ("int8", 256, 768): "Q8_0",
+    ("int8", 32, 300): "F32",
+}
+
+
+@pytest.mark.parametrize(("name", "group", "cols"), CHOSEN)
+def test_the_smallest_exact_type(name: str, group: int, cols: int) -> None:
+    spec = MatrixSpec((name,), group)
+    encoded = formats.encode_matrix(torch.randn(40, cols, generator=torch.Generator().manual_seed(3)), spec)
+    assert smallest(blocks.BlockMatrix(encoded, spec)) == CHOSEN[name, group, cols]
+
+
+def test_types_follow_what_is_there_and_not_its_name() -> None:
+    """Equal scales of small groups are one scale; codes that int4 has but a matrix does not use cost nothing."""
+    spec = MatrixSpec(("ternary",), 64)
+    codes = torch.randint(-1, 2, (4, 256), dtype=torch.int8)
+    matrix = blocks.BlockMatrix(Encoded(codes, torch.full((4, 4), 0.25, dtype=torch.float16)), spec)
+    assert smallest(matrix) == "TQ1_0"
+    zeros = torch.tensor([[0.25, 0.0, 0.25, 0.25]], dtype=torch.float16).expand(4, 4)
+    silent = codes.clone()
+    silent[:, 64:128] = 0
+    assert smallest(blocks.BlockMatrix(Encoded(silent, zeros), spec)) == "TQ1_0"
+    assert smallest(blocks.BlockMatrix(Encoded(codes, torch.rand(4, 1).half()), MatrixSpec(("int8",), 256))) == "TQ1_0"
+    assert (
+        smallest(blocks.BlockMatrix(Encoded(codes - 1, torch.rand(4, 1).half()), MatrixSpec(("int8",), 256))) == "Q2_K"
+    )
+
+
+def test_half_of_the_smallest_scale_is_no_fp16_number() -> None:
+    """int2 in units of half a scale: an odd subnormal scale has none, so its matrix is written as numbers."""
+    spec = MatrixSpec(("int2",), 256)
+    scales = torch.tensor([[2.0**-14], [2.0**-23], [3 * 2.0**-24]], dtype=torch.float16)
+    encoded = Encoded(torch.randint(-2, 2, (3, 256), dtype=torch.int8), scales)
+    matrix = blocks.BlockMatrix(encoded, spec)
+    assert smallest(blocks.BlockMatrix(Encoded(encoded.codes[:2], scales[:2]), spec)) == "Q2_K"
+    kind = smallest(matrix)
+    assert kind in ("BF16", "F32")
+    assert (dequantized(kind, matrix) == formats.decode_matrix(encoded, spec).numpy()).all()
+
+
+@pytest.mark.parametrize("pair", list(itertools.combinations(formats.names(), 2)), ids="-".join)
+def test_rows_and_blocks_of_two_formats(pair: tuple[str, str]) -> None:
+    draw = torch.Generator().manual_seed(4)
+    for group, cols in ((64, 256), (256, 512), (65536, 256)):
+        groups = formats.group_count(cols, group)
+        for spec in (
+            MatrixSpec(pair, group, row_formats=torch.randint(0, 2, (6,), dtype=torch.uint8, generator=draw)),
+            MatrixSpec(pair, group, block_formats=torch.randint(0, 2, (6, groups), dtype=torch.uint8, generator=draw)),
+            MatrixSpec(pair, group, block_formats=torch.randint(0, 2, (1, groups), dtype=torch.uint8, generator=draw)),
+        ):
+            encoded = formats.encode_matrix(torch.randn(6, cols, generator=draw), spec)
+            order = torch.randperm(6, generator=draw)
+            matrix = blocks.BlockMatrix(encoded, spec, order)
+            expected = formats.decode_matrix(encoded, spec)[order].numpy()
+            kind = smallest(matrix)
+            assert (dequantized(kind, matrix) == expected).all()
+            if group == 256 and set(pair) == {"ternary", "int4"}:
+                assert kind == "Q4_0"
+
+
+def test_large_matrices_are_written_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = MatrixSpec(("ternary",), 256)
+    encoded = formats.encode_matrix(torch.randn(33, 512, generator=torch.Generator().manual_seed(1)), spec)
+    matrix = blocks.BlockMatrix(encoded, spec, torch.arange(33).flip(0))
+    whole = blocks.write_blocks(TYPES["TQ1_0"], matrix)
+    monkeypatch.setattr(blocks, "CHUNK", 2048)
+    assert len(list(matrix.rows())) == 9
+    assert (blocks.write_blocks(TYPES["TQ1_0"], matrix) == whole).all()
+
+
+# Whole models -----------------------------------------------------------------------------------------------------
+
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "smollm2", "smollm3")
+#: Rows that GGML's blocks divide.
+SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 32}
+
+
+@pytest.fixture(scope="module")
+def packed(make_model: ModelMaker, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Makes a packed folder, rounded from a random model."""
+    made: dict[Any, Path] = {}
+
+    def make(run: Run, family: str, options: tuple[Any, ...] = ("--bits", 1.58), **overrides: Any) -> Path:
+        key = (family, options, json.dumps(overrides, sort_keys=True))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("packed")
+            layers: dict[str, Any] = {"no_rope_layers": [1, 1]} if family == "smollm3" else {}
+            make_model(folder / "model", family_config(family, **{**SHAPE, **layers, **overrides}))
+            plain = ("--plan", "interleave", "--group-size", 64)
+            done = run("pack", folder / "model", "--work", folder / "job", *plain, *options, "--json")
+            assert done.code == 0, done.err
+            made[key] = folder / "job" / "packed"
+        return made[key]
+
+    return make
+
+
+def read(file: Path) -> gguf.GGUFReader:
+    return gguf.GGUFReader(file)
+
+
+def values(reader: gguf.GGUFReader) -> dict[str, Any]:
+    """Metadata without the long lists."""
+    return {name: each.contents() for name, each in reader.fields.items() if "tokenizer.ggml.t" not in name}
+
+
+def decoded(folder: Path) -> dict[str, Tensor]:
+    """The weights of a packed model by their names."""
+    model = PackedModel.open(folder)
+    found = {}
+    for name in model.header.matrices:
+        matrix = model.matrix(name)
+        found[f"{name}.weight"] = formats.decode_matrix(matrix.encoded, matrix.spec)
+    return found | {name: each.float() for name, each in model.others().items()}
+
+
+def gguf_architecture_of(model_type: str) -> families.GgufArchitecture:
+    """A family's facts for GGUF."""
+    family = families.find(model_type)
+    assert family is not None
+    assert family.gguf is not None
+    return family.gguf
+
+
+def rotated_pairs(heads: int, size: int) -> list[int]:
+    """Row of transformers at each place of llama.cpp's `llama`, by hand: a pair is i and i + size / 2 of a head."""
+    return [
+        head * size + pair + half * size // 2 for head in range(heads) for pair in range(size // 2) for half in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize("variant", ["gguf", "gguf-tq2", "gguf-f32"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_tensor_of_every_family(family: str, variant: str, run: Run, packed: Any, tmp_path: Path) -> None:
+    folder = packed(run, family)
+    export = exporters.find(variant)
+    model = PackedModel.open(folder)
+    plan = export.plan(model)
+    result = export.write(model, tmp_path, plan)
+    assert Path(result.file).stat().st_size == plan.bytes == result.bytes
+    config = models.complete_config(folder)
+    architecture = gguf_architecture(config)
+    weights = decoded(folder)
+    reader = read(Path(result.file))
+    assert len(reader.tensors) == len(weights)
+    by_name = {tensor.name: tensor for tensor in reader.tensors}
+    for name, expected in weights.items():
+        tensor = by_name[gguf_name(architecture, name)]
+        if architecture.interleaved_rope and (".q_proj." in name or ".k_proj." in name):
+            heads = config["num_attention_heads"] if ".q_proj." in name else config["num_key_value_heads"]
+            expected = expected[rotated_pairs(heads, 32)]
+        got = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(expected.shape)
+        assert (got == expected.numpy()).all(), name
+        assert list(reversed(tensor.shape.tolist())) == list(expected.shape)
+    assert ("output.weight" in by_name) == (not config["tie_word_embeddings"])
+    linear = result.types["linear"]
+    assert linear == {"F32" if variant == "gguf-f32" else "Q4_0": sum(linear.values())}
+
+
+def test_ternary_of_whole_blocks(run: Run, packed: Any, tmp_path: Path) -> None:
+    """At group size 256 ternary takes 1.69 or 2.06 bits and int4 4.5: nothing is said about size but the metadata."""
+    shape = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    folder = packed(run, "llama", ("--bits", 1.58, "--group-size", 256), **shape)
+    model = PackedModel.open(folder)
+    for variant, kind, bits in (("gguf", "TQ1_0", 1.6875), ("gguf-tq2", "TQ2_0", 2.0625)):
+        plan = exporters.find(variant).plan(model)
+        assert {tensor.type for tensor in plan.tensors if tensor.kind == "linear"} == {kind}
+        assert {tensor.type for tensor in plan.tensors if tensor.kind in ("embedding", "head")} == {"Q4_0"}
+        linear = [tensor for tensor in plan.tensors if tensor.kind == "linear"]
+        assert 8 * sum(tensor.bytes for tensor in linear) == bits * sum(tensor.weights for tensor in linear)
+        assert all("metadata" in cause for cause in plan.causes)
+        reader = read(Path(exporters.find(variant).write(model, tmp_path / variant, plan).file))
+        assert values(reader)["general.file_type"] == gguf.LlamaFileType[f"MOSTLY_{kind}"]
+
+
+def test_rotation_of_neighbours_is_rotation_of_halves() -> None:
+    """Scores of q and k are the same when rows are sorted and neighbours rotate as the halves did."""
+    config = {"num_attention_heads": 2, "num_key_value_heads": 2, "hidden_size": 16, "model_type": "llama"}
+    order = row_order(gguf_architecture_of("llama"), config, "blk.0.attn_q.weight")
+    assert order is not None
+    assert order.tolist() == rotated_pairs(2, 8)
+    draw = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 2, 8, generator=draw, dtype=torch.float64)
+    angles = torch.rand(4, generator=draw, dtype=torch.float64)
+
+    def halves(x: Tensor, turn: float) -> Tensor:
+        a, b = x[:, :4], x[:, 4:]
+        cos, sin = (angles * turn).cos(), (angles * turn).sin()
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=1)
+
+    def neighbours(x: Tensor, turn: float) -> Tensor:
+        a, b = x[:, ::2], x[:, 1::2]
+        cos, sin = (angles * turn).cos(), (angles * turn).sin()
+        return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=2).reshape(2, 8)
+
+    def scores(rotate: Any, q: Tensor, k: Tensor) -> Tensor:
+        return (rotate(q, 3.0) * rotate(k, 7.0)).sum(dim=1)
+
+    def sorted_rows(x: Tensor) -> Tensor:
+        return x.reshape(16)[order].reshape(2, 8)
+
+    torch.testing.assert_close(scores(halves, q, k), scores(neighbours, sorted_rows(q), sorted_rows(k)))
+
+
+def test_metadata(run: Run, packed: Any, tmp_path: Path) -> None:
+    folder = packed(run, "qwen3", rms_norm_eps=1e-5)
+    result = exporter.export(folder, tmp_path / "m.gguf")
+    found = values(read(tmp_path / "m.gguf"))
+    assert {name: found[f"qwen3.{name}"] for name in SAID} == pytest.approx(SAID)
+    assert found["general.architecture"] == "qwen3"
+    assert found["general.name"] == "model"
+    assert (found["tokenizer.ggml.model"], found["tokenizer.ggml.pre"]) == ("gpt2", "gpt-2")
+    assert (found["tokenizer.ggml.bos_token_id"], found["tokenizer.ggml.eos_token_id"]) == (0, 1)
+    assert found["tokenizer.ggml.add_bos_token"] is False
+    assert "activation bits 8, kv bits 8" in result.notes[0]
+    assert result.lossy == []
+
+
+SAID = {
+    "context_length": 128,
+    "embedding_length": 128,
+    "block_count": 2,
+    "feed_forward_length": 256,
+    "attention.head_count": 4,
+    "attention.head_count_kv": 2,
+    "attention.key_length": 32,
+    "attention.value_length": 32,
+    "attention.layer_norm_rms_epsilon": 1e-5,
+    "rope.dimension_count": 32,
+    "rope.freq_base": 10000.0,
+    "vocab_size": 300,
+}
+
+
+def test_a_sliding_window_bounds_the_context(run: Run, packed: Any, tmp_path: Path) -> None:
+    """llama.cpp sees all of the context, so it is given no more than the window."""
+    result = exporter.export(packed(run, "mistral"), tmp_path / "m.gguf")
+    assert values(read(tmp_path / "m.gguf"))["llama.context_length"] == 8
+    assert any("8 tokens" in note and "instead of 128" in note for note in result.notes)
+
+
+def test_equal_exports_are_equal_files(run: Run, packed: Any, tmp_path: Path) -> None:
+    folder = packed(run, "llama")
+    for name in ("a", "b"):
+        exporter.export(folder, tmp_path / name)
+    assert sha256(tmp_path / "a") == sha256(tmp_path / "b")
+
+
+# Positions --------------------------------------------------------------------------------------------------------
+
+
+def test_rope_factors_of_llama_3() -> None:
+    """The frequencies that transformers computes, which llama.cpp divides by our factors."""
+    scaling = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    config = LlamaConfig(head_dim=64, rope_parameters=scaling)
+    expected, attention = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    factors = rope_factors(config.to_dict())
+    assert factors is not None
+    plain = 500000.0 ** -(torch.arange(0, 64, 2).double() / 64)
+    assert attention == 1.0
+    assert (factors.min(), factors.max()) == (1, 32)
+    torch.testing.assert_close((plain / factors).float(), expected, rtol=1e-6, atol=0)
+
+
+def test_scaled_positions(run: Run, packed: Any, tmp_path: Path) -> None:
+    llama3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    for kind, more in (("linear", {"factor": 2.0}), ("llama3", llama3)):
+        parameters = {"rope_type": kind, "rope_theta": 1e4, **more}
+        exporter.export(packed(run, "llama", rope_parameters=parameters), tmp_path / kind)
+    found = values(read(tmp_path / "linear"))
+    assert (found["llama.rope.scaling.type"], found["llama.rope.scaling.factor"]) == ("linear", 2.0)
+    tensor = next(each for each in read(tmp_path / "llama3").tensors if each.name == "rope_freqs.weight")
+    expected = rope_factors({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, **llama3}, **SHAPE})
+    assert expected is not None
+    assert tensor.data.tolist() == expected.tolist()
+
+
+# What is refused --------------------------------------------------------------------------------------------------
+
+
+def refusal(**config: Any) -> str:
+    complete = family_config("llama").to_dict() | config
+    with pytest.raises(UserError) as refused:
+        gguf_architecture(complete)
+    return refused.value.message
+
+
+def test_a_number_that_gguf_cannot_hold(run: Run, packed: Any, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(packed(run, "llama"), copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e300}))
+    refused = run("pack", copy, "--export", "gguf", "--dry-run")
+    assert refused.code == 1
+    assert "layer_norm_rms_epsilon, which GGUF cannot hold" in " ".join(refused.err.split())
+
+
+def test_what_llama_cpp_would_leave_out_is_refused() -> None:
+    assert "its family 'gemma' is not among llama, mistral" in refusal(model_type="gemma")
+    assert "activation 'gelu'" in refusal(hidden_act="gelu")
+    assert "every fourth" in refusal(model_type="smollm3", no_rope_layers=[1, 0])
+    assert "as wide as the model" in refusal(model_type="qwen2", head_dim=64)
+    assert "no biases as attention_bias asks" in refusal(model_type="qwen3", attention_bias=True)
+    llama3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 2.0}
+    assert "'llama3', which its architecture does not know" in refusal(model_type="qwen3", rope_parameters=llama3)
+    assert "'dynamic'" in refusal(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "mscale": 0.7}
+    assert "YaRN scaling has mscale" in refusal(rope_parameters=yarn)
+    assert "a part of each head" in refusal(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5})
+    for family, name in (
+        ("qwen3", "model.layers.0.self_attn.o_proj.bias"),
+        ("llama", "model.layers.1.mlp.extra.weight"),
+    ):
+        with pytest.raises(UserError, match=f"reads no tensor {name}"):
+            gguf_name(gguf_architecture_of(family), name)
+    assert gguf_name(gguf_architecture_of("llama"), "model.layers.3.mlp.up_proj.bias") == "blk.3.ffn_up.bias"
+
+
+def test_rounding_is_refused_by_name(run: Run, packed: Any, tmp_path: Path) -> None:
+    """fp16 holds a ternary level times an fp16 scale, but not an int4 one."""
+    folder = packed(run, "llama")
+    with pytest.raises(
+        UserError, match=r"gguf-f16 would change weights of 2 of 21 tensors \(.*embed_tokens"
+    ) as refused:
+        exporter.export(folder, tmp_path / "m", quantized=False)
+    assert "--allow-lossy" in refused.value.hint
+    assert list(tmp_path.iterdir()) == []
+    result = exporter.export(folder, tmp_path / "m", quantized=False, allow_lossy=True)
+    assert sorted(result.lossy) == ["lm_head.weight", "model.embed_tokens.weight"]
+    reader = {tensor.name: tensor for tensor in read(tmp_path / "m").tensors}
+    expected = decoded(folder)["lm_head.weight"].half().numpy()
+    assert (reader["output.weight"].data == expected).all()
+
+
+def test_size_is_explained(run: Run, packed: Any) -> None:
+    """More than 10 % above the packed bits: how much, why, and what helps."""
+    shape = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    remedies = {
+        ("--bits", 1.88, "--group-size", 256): (14, "mix ternary and int4", "--granularity tensor"),
+        ("--bits", 1.58, "--group-size", 64): (14, "one scale for 256 weights, not 64", "--group-size 256"),
+        ("--bits", 1.58, "--group-size", 40): (16, "groups of 40 weights are no multiple of 32", "--group-size 256"),
+    }
+    for options, (count, cause, remedy) in remedies.items():
+        plan = exporter.EXPORTER.plan(PackedModel.open(packed(run, "llama", options, **shape)))
+        assert plan.real_bits > 1.1 * plan.packed_real_bits
+        (said,) = [each for each in plan.causes if cause in each]
+        assert said.startswith(f"{count} matrices take ")
+        assert remedy in said
+        if count == 14:  # 1.58 * 7/8 + 4/8 + 16/256, and 1.58 + 16/64
+            packed_bits = "1.94" if "mix" in cause else "1.83"
+            assert f"Q4_0, 4.50 bits a weight instead of {packed_bits}," in said
+
+
+# The command line -------------------------------------------------------------------------------------------------
+
+
+def test_pack_exports_also_when_it_is_up_to_date(run: Run, llama: Path, tmp_path: Path) -> None:
+    work = tmp_path / "job"
+    first = run("pack", llama, "--bits", 4, "--plan", "interleave", "--work", work, "--export", "gguf", "--json")
+    assert first.code == 0, first.err
+    (done,) = first.json()["exports"]
+    assert done["file"] == str(work / "exports" / "gguf" / "model.gguf")
+    assert "real bits" in first.err
+    assert Path(done["file"]).stat().st_size == done["bytes"]
+    digest = sha256(Path(done["file"]))
+    Path(done["file"]).unlink()
+    again = run(
+        "pack", llama, "--bits", 4, "--plan", "interleave", "--work", work, "--export", "gguf,gguf-f32", "--json"
+    )
+    assert again.code == 0, again.err
+    assert "pack is up to date" in again.err
+    assert [each["export"] for each in again.json()["exports"]] == ["gguf", "gguf-f32"]
+    assert sha256(Path(done["file"])) == digest
+    assert sorted(each.name for each in (work / "exports").iterdir()) == ["gguf", "gguf-f32"]
+    assert run("pack", "--work", work, "--export", "gguf-f16", "--allow-lossy").code == 0
+    refused = run("pack", "--work", work, "--export", "gguf-f16")  # what was allowed once is not for ever
+    assert refused.code == 1
+    assert "would change weights" in refused.err
+
+
+def test_a_packed_folder_is_exported_directly(run: Run, packed: Any, tmp_path: Path) -> None:
+    folder = packed(run, "llama")
+    done = run("pack", folder, "--export", "gguf", "--json")
+    assert done.code == 0, done.err
+    assert done.json()["exports"][0]["file"] == str(folder.parent / "exports" / "gguf" / "model.gguf")
+    shown = run("pack", folder, "--export", "gguf-f16", "--allow-lossy")
+    assert shown.code == 0, shown.err
+    assert "gguf-f16: " in shown.out
+    assert "changes weights of 2 tensors" in shown.out
+    for words, sentence in (
+        ((folder,), "packed already"),
+        ((folder, "--export", "gguf", "--bits", 4), "so --bits cannot change it"),
+        ((folder, "--export", "gguff"), "no export called 'gguff'"),
+    ):
+        refused = run("pack", *words)
+        assert refused.code == USAGE
+        assert sentence in refused.err
+    before = snapshot(folder.parent)
+    dry = run("pack", folder, "--export", "gguf,gguf-f32", "--dry-run", "--json")
+    assert dry.json()["bytes"]["gguf"] == done.json()["exports"][0]["bytes"]
+    assert dry.json()["real_bits"]["gguf-f32"] > 32
+    assert snapshot(folder.parent) == before
+    lossy = run("pack", folder, "--export", "gguf,gguf-f16")
+    assert lossy.code == 1
+    assert "--allow-lossy" in lossy.err
+
+
+def test_what_cannot_be_exported_is_refused_before_anything_is_made(
+    run: Run, make_model: ModelMaker, text_file: Path, tmp_path: Path
+) -> None:
+    make_model(tmp_path / "gemma", "gemma")
+    (tmp_path / "r.yaml").write_text("pack: {export: [gguf]}\n")
+    refused = run("calibrate", tmp_path / "gemma", "--recipe", tmp_path / "r.yaml", "--work", tmp_path / "job")
+    assert refused.code == 1
+    assert "its family 'gemma'" in refused.err
+    assert not (tmp_path / "job").exists()
+
+
+def test_a_chat_template_is_kept(run: Run, llama: Path, tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    folder = with_template(llama, tmp_path / "chat", template)
+    done = run("pack", folder, "--bits", 4, "--plan", "interleave", "--work", tmp_path / "job", "--export", "gguf")
+    assert done.code == 0, done.err
+    found = values(read(tmp_path / "job" / "exports" / "gguf" / "model.gguf"))
+    assert found["tokenizer.chat_template"] == template
+    assert math.isclose(found["llama.rope.freq_base"], 10000.0)

@@ -1,0 +1,126 @@
+"""Tiny models of every family: their shapes, the text that their tokenizer is made from, and tokens for them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+VOCABULARY = 300
+
+
+#: Awkward on purpose: neither rows of 96 nor of 101 are whole groups of 40.
+GROUP_SIZE = 40
+
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 96,
+    "intermediate_size": 101,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+
+
+#: family -> model type of transformers, and what is special about it beyond `SHAPE`
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "qwen2": ("qwen2", {}),  # biases of q, k and v
+    "qwen3": ("qwen3", {}),  # norms of q and k
+    "mistral": ("mistral", {"sliding_window": 8}),
+    "smollm2": ("llama", {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),  # a layer without positions
+    "gemma": ("gemma", {"hidden_act": "gelu_pytorch_tanh"}),
+    "gemma2": ("gemma2", {"sliding_window": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma3": ("gemma3_text", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}),
+    "phi": ("phi", {"partial_rotary_factor": 0.5}),  # LayerNorm, biases everywhere, also of the head
+    "phi3": ("phi3", {}),  # fused q, k, v and fused gate, up
+    "olmo2": ("olmo2", {}),  # norms behind attention and MLP
+}
+
+
+ModelMaker = Callable[..., PreTrainedModel]
+
+
+def sentences(count: int, seed: int = 0) -> str:
+    """Lines of a small invented world, different for each seed."""
+    draw = random.Random(seed)
+    people, things = ["Nora", "Ben", "Ida", "Tom", "Mia"], ["ball", "lamp", "book", "coin", "rope"]
+    places = ["mill", "barn", "cave", "tower", "garden"]
+    lines = []
+    for _ in range(count):
+        person, other = draw.sample(people, 2)
+        thing, place = draw.choice(things), draw.choice(places)
+        lines.append(
+            f"{person} took the {thing} to the {place}. Then {other} found {draw.randint(2, 9)} of them there."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def mostly_slow(values: Iterable[Any], *usual: Any) -> list[Any]:
+    """Parameters of a test that takes seconds for each: `make test` runs the usual ones, `make test-all` the others."""
+    return [value if value in usual else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+def family_config(family: str, **overrides: Any) -> PreTrainedConfig:
+    """The tiny configuration of a family of `FAMILIES`."""
+    model_type, special = FAMILIES[family]
+    return CONFIG_MAPPING[model_type](**{**SHAPE, **special, **overrides})
+
+
+def some_batches() -> list[tuple[Tensor, Tensor]]:
+    """Three batches, padded on the right, with positions that do not count."""
+    draw = torch.Generator().manual_seed(5)
+    batches = []
+    for rows, length in ((2, 19), (2, 11), (1, 19)):
+        counts = torch.ones(rows, length, dtype=torch.bool)
+        counts[0, length - 3 :] = False
+        counts[-1, :2] = False
+        batches.append((torch.randint(2, 60, (rows, length), generator=draw), counts))
+    return batches
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with `VOCABULARY` entries, trained on `sentences`."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    raw.train_from_iterator(sentences(200).splitlines(), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+def write_tiny_model(
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    config: PreTrainedConfig | str,
+    dtype: torch.dtype = torch.float32,
+    **overrides: Any,
+) -> PreTrainedModel:
+    """Write a random model of a configuration or family, and its tokenizer; returns the model."""
+    if isinstance(config, str):
+        config = family_config(config, **overrides)
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():  # everything matters: biases and norms are not left at 0 and 1
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.ndim > 1 else 0.3))
+    model = model.to(dtype).eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
