@@ -39,7 +39,12 @@ def imported(folders: Iterable[str], but: str = "") -> set[str]:
     """Distributions of other people that the files of folders import, at any depth."""
     owners = metadata.packages_distributions()
     files = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
-    ours = {"edgerazor", "recipes", *(path.stem for path in files if "edgerazor" not in path.relative_to(ROOT).parts)}
+    ours = {
+        "edgerazor",
+        "recipes",
+        *(path.stem for path in files if "edgerazor" not in path.relative_to(ROOT).parts),
+        "helpers",
+    }
     names: set[str] = set()
     for path in files:
         if path.name == but:

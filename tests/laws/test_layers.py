@@ -154,7 +154,7 @@ def test_the_rule_is_broken_by_what_it_forbids() -> None:
 
 
 def test_the_tests_mirror_the_rooms() -> None:
-    """A folder of tests is a room of the package or of the repository; a test file of a folder imports none of another."""
+    """A folder of tests is a room of the package or of the repository, and no test file imports another."""
     tests = REPOSITORY / "tests"
     outside = {"fuzz", "helpers", "laws", "recipes"}
     rooms = {room for room, _ in files()}
