@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import signal
 import subprocess
 import sys
@@ -200,3 +201,21 @@ def test_an_interrupted_import_of_c_code(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_leaving_ignores_ctrl_c() -> None:
     terminal.leave()
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_threads_sleep_early_unless_the_user_says_how_they_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    terminal.limit_spinning()
+    assert os.environ["GOMP_SPINCOUNT"] == terminal.SPINS
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    terminal.limit_spinning()
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    terminal.limit_spinning()
+    assert "GOMP_SPINCOUNT" not in os.environ
+
+
+def test_it_is_said_before_torch_is_there() -> None:
+    assert spawn("--version", code="import sys; from edgerazor import terminal; assert 'torch' not in sys.modules").code == 0
