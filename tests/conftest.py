@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -14,6 +16,11 @@ from helpers.tiny_job import Run, make_run
 from helpers.tiny_models import ModelMaker, sentences, tiny_tokenizer, write_tiny_model
 
 torch.set_num_threads(1)  # tiny models are faster so
+
+#: Tests write and sync thousands of small files, which memory does in no time; where there is enough of it for them.
+MEMORY_FOLDER, ENOUGH_BYTES = Path("/dev/shm"), 4 * 10**9
+if os.access(MEMORY_FOLDER, os.W_OK) and shutil.disk_usage(MEMORY_FOLDER).free > ENOUGH_BYTES:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY_FOLDER))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -19,6 +19,7 @@ from edgerazor.console import Console, table
 from edgerazor.errors import UserError, harmless, plain
 from edgerazor.terminal import Guarded
 from helpers.tiny_job import Run, spawn
+from helpers.tiny_models import mostly_slow
 
 #: Escape sequences, C1, a bidirectional override, half of a surrogate pair, a carriage return.
 EVIL = "a\x1b[31m\x9b2J\u202e\ud800\rz[/x]:bug:"
@@ -109,7 +110,7 @@ def test_usage_errors_of_click(run: Run) -> None:
 # --- streams, environment, machine -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize("encoding", mostly_slow(["ascii", "latin-1"], "ascii"))
 def test_terminals_without_our_letters(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONIOENCODING", encoding)
     done = spawn("show", "format")
@@ -218,4 +219,7 @@ def test_threads_sleep_early_unless_the_user_says_how_they_wait(monkeypatch: pyt
 
 
 def test_it_is_said_before_torch_is_there() -> None:
-    assert spawn("--version", code="import sys; from edgerazor import terminal; assert 'torch' not in sys.modules").code == 0
+    assert (
+        spawn("--version", code="import sys; from edgerazor import terminal; assert 'torch' not in sys.modules").code
+        == 0
+    )

@@ -27,6 +27,7 @@ from edgerazor.errors import USAGE, UserError
 from edgerazor.models import QuantTarget
 from edgerazor.packed import FolderSize
 from edgerazor.recipe import Calibrate, Constraint
+from helpers.tiny_models import mostly_slow
 
 #: Models are loaded, plans solved, processes started: `make test-fast` leaves this file out.
 pytestmark = pytest.mark.job
@@ -334,7 +335,7 @@ def test_where_everything_is_overridden_nothing_is_chosen() -> None:
 
 
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
-@pytest.mark.parametrize("real_bits", [1.75, 1.9, 2.3, 3.0, 4.05, 5.5, 7.0])
+@pytest.mark.parametrize("real_bits", mostly_slow([1.75, 1.9, 2.3, 3.0, 4.05, 5.5, 7.0], 1.75, 2.3, 5.5))
 def test_real_bits_are_never_exceeded_and_used(real_bits: float, granularity: str) -> None:
     plan = plan_of(real_bits=real_bits, granularity=granularity)
     size = size_of(plan)

@@ -135,7 +135,7 @@ def hessians(recipe: recipes.Recipe, work: WorkDir, linears: set[str]) -> dict[s
     return {name: total / tokens for name, total in sums.items()}
 
 
-@pytest.mark.parametrize("family", mostly_slow(FAMILIES, "llama", "gemma2"))
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, "gemma2"))
 def test_each_layer_was_compensated_for_what_it_sees_when_packed(
     run: Run, make_model: ModelMaker, text_file: Path, tmp_path: Path, family: str
 ) -> None:

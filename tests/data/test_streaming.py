@@ -22,6 +22,7 @@ from edgerazor.errors import UserError
 from edgerazor.recipe import Source
 from edgerazor.training import Trainer
 from helpers.tiny_job import Run, metrics, sha256, write_recipe
+from helpers.tiny_models import mostly_slow
 
 FILES, LINES = 3, 40
 
@@ -227,7 +228,7 @@ def test_what_is_wrong_is_one_sentence(tmp_path: Path, folder: Path, tokenizer: 
 # --- training ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("packing", ["stream", "document"])
+@pytest.mark.parametrize("packing", mostly_slow(["stream", "document"], "document"))
 def test_a_training_from_a_stream_resumes(
     run: Run, tmp_path: Path, llama: Path, folder: Path, packing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

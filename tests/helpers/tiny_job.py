@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import os
@@ -106,6 +108,17 @@ def make_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
         return Outcome(code if isinstance(code, int) else 0, printed.out, printed.err)
 
     return run
+
+
+def call(*words: Any) -> Outcome:
+    """Calls the command line in this process, for fixtures that several tests share."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", ["edgerazor", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    code = ended.value.code
+    return Outcome(code if isinstance(code, int) else 0, out.getvalue(), err.getvalue())
 
 
 def spawn(*words: Any, code: str = "", launcher: tuple[str, ...] = (), cwd: Path | None = None) -> Outcome:

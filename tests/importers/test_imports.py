@@ -28,7 +28,7 @@ from edgerazor.importers.core.gguf_file import GgufFile
 from edgerazor.packed import PackedModel
 from helpers.packed_folders import all_of, decoded_model, suitable_model, write_packed
 from helpers.tiny_job import Run
-from helpers.tiny_models import VOCABULARY, ModelMaker
+from helpers.tiny_models import VOCABULARY, ModelMaker, mostly_slow
 
 #: Models are loaded, plans solved, processes started: `make test-fast` leaves this file out.
 pytestmark = pytest.mark.job
@@ -512,7 +512,7 @@ def test_affine_by_hand() -> None:
 # BitNet -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("linear_class", ["autobitlinear", "bitlinear"])
+@pytest.mark.parametrize("linear_class", mostly_slow(["autobitlinear", "bitlinear"], "bitlinear"))
 def test_bitnet_folders(make_model: ModelMaker, tmp_path: Path, linear_class: str) -> None:
     from transformers.integrations.bitnet import pack_weights
 

@@ -27,6 +27,7 @@ from edgerazor.workdir import WorkDir, find_folder, record_of, recover_folder, r
 from helpers.killing import die_at
 from helpers.packed_folders import all_of, write_packed
 from helpers.tiny_job import Run, write_recipe
+from helpers.tiny_models import mostly_slow
 
 
 def source(name: str, seed: int) -> MatrixSource:
@@ -55,7 +56,7 @@ def seed_of(folder: Path) -> Any:
     return model.header.provenance["seed"]
 
 
-@pytest.mark.parametrize("shard_bytes", [10**9, 1500])
+@pytest.mark.parametrize("shard_bytes", mostly_slow([10**9, 1500], 1500))
 def test_a_packed_folder_is_the_old_or_the_new_one_whenever_it_is_killed(tmp_path: Path, shard_bytes: int) -> None:
     def fill(seed: int) -> None:
         with replace_folder(tmp_path / "packed") as new:
@@ -75,7 +76,7 @@ def test_a_packed_folder_is_the_old_or_the_new_one_whenever_it_is_killed(tmp_pat
     assert seed_of(tmp_path / "packed") == 2
 
 
-@pytest.mark.parametrize("shard_bytes", [10**9, 1500])
+@pytest.mark.parametrize("shard_bytes", mostly_slow([10**9, 1500], 1500))
 def test_final_names_never_hold_half_a_file(tmp_path: Path, shard_bytes: int) -> None:
     """`write` alone, into a folder of its own: killed anywhere, it opens as a whole or is refused as incomplete."""
     folder = tmp_path / "packed"
@@ -171,7 +172,7 @@ def test_compressing_is_killed_at_every_deed(packed_folder: Path, tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize("name", ["hf", "gptq"])
+@pytest.mark.parametrize("name", mostly_slow(["hf", "gptq"], "hf"))
 def test_exporting_is_killed_at_every_deed(packed_folder: Path, tmp_path: Path, name: str) -> None:
     target = tmp_path / "exports"
 

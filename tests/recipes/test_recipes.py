@@ -28,7 +28,7 @@ from edgerazor.training import objective, phase_schedule
 from edgerazor.workdir import WorkDir
 from helpers.places import ROOT
 from helpers.tiny_job import Run
-from helpers.tiny_models import ModelMaker
+from helpers.tiny_models import ModelMaker, mostly_slow
 
 FOLDER = ROOT / "recipes"
 PUBLISHED_BITS = (1.58, 1.88, 2.79, 4.0)
@@ -435,7 +435,7 @@ def test_an_installation_finds_the_recipes_that_stand_alone(tmp_path: Path) -> N
 # Recipes made for GGUF --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", mostly_slow(SHAPES, *list(SHAPES)[:2]))
 def test_a_recipe_made_for_gguf(name: str, run: Run, make_model: ModelMaker, text_file: Path, tmp_path: Path) -> None:
     """Where all rows are multiples of 256 every matrix has one format, whose type takes about the packed bits; where
     they are not, int4 in blocks of 32 is what the smallest exact type stores. Training is as in the other recipe."""

@@ -33,7 +33,7 @@ from edgerazor.sensitivity import (
 )
 from edgerazor.workdir import WorkDir
 from helpers.tiny_job import Run, sha256, write_recipe
-from helpers.tiny_models import GROUP_SIZE, ModelMaker, some_batches
+from helpers.tiny_models import GROUP_SIZE, ModelMaker, mostly_slow, some_batches
 
 #: A plain one, norms of q and k, a tied head that caps its logits, biases everywhere, fused projections.
 FAMILIES = ["llama", "qwen3", "gemma2", "phi", "phi3"]
@@ -272,7 +272,7 @@ def test_kv_caches_are_measured_alone_and_left_as_they_were(teachers: Callable[[
 # --- integrated ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "phi"])
+@pytest.mark.parametrize("family", mostly_slow(["llama", "gemma2", "phi"], "gemma2"))
 def test_integrated_gradients_add_up_to_the_kl_of_the_uniform_model(
     teachers: Callable[[str], Path], tmp_path: Path, family: str
 ) -> None:
@@ -361,12 +361,15 @@ KILLS: dict[str, list[tuple[Any, str, int]]] = {
 }
 
 
-@pytest.mark.parametrize(("estimate", "kill"), [(name, kill) for name, kills in KILLS.items() for kill in kills])
+KILLED = [(name, kill) for name, kills in KILLS.items() for kill in kills]
+
+
+@pytest.mark.parametrize("case", mostly_slow(KILLED, KILLED[0], KILLED[4]), ids=lambda case: f"{case[0]}-{case[1][1]}")
 def test_interrupted_and_resumed_it_has_the_same_bits(
-    teachers: Callable[[str], Path], tmp_path: Path, estimate: str, kill: tuple[Any, str, int]
+    teachers: Callable[[str], Path], tmp_path: Path, case: tuple[str, tuple[Any, str, int]]
 ) -> None:
+    estimate, (owner, name, after) = case
     whole = analysis_of(teachers("qwen3"), tmp_path / "whole").estimate(estimate, {})
-    owner, name, after = kill
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, name, interrupting(getattr(owner, name), after))
         with pytest.raises(KeyboardInterrupt):

@@ -65,6 +65,7 @@ def result_of(work: WorkDir) -> BenchResult:
     return BenchResult.model_validate_json(work.result_file("bench").read_text())
 
 
+@pytest.mark.slow
 def test_sizes_are_those_of_the_files(job, llama):
     _, work = job
     result = result_of(work)
@@ -111,6 +112,7 @@ def test_an_untied_embedding_is_not_read_while_decoding(job):
     assert engine.weight_bytes - engine.bytes_per_token == embedding
 
 
+@pytest.mark.slow
 def test_peak_memory_is_the_engines_own(llama):
     """And not what this process held before it started the engine's."""
     ballast = bytearray(1_500_000_000)

@@ -23,7 +23,7 @@ from edgerazor.recipe import Distill
 from edgerazor.stages import distill
 from edgerazor.training import Captures, Teacher, Trainer, capture, checkpoint, objective
 from edgerazor.training.optimizer import learning_rate_factor
-from helpers.tiny_job import Run, metrics, sha256, spawn, write_recipe
+from helpers.tiny_job import Run, call, metrics, sha256, spawn, write_recipe
 from helpers.tiny_models import ModelMaker, mostly_slow
 from helpers.trainings import DEADLY, WEIGHTS, assert_same, interrupt_at, largest_difference
 
@@ -40,7 +40,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, llama: Path, text_file: Path
     recipe = write_recipe(folder / "recipe.yaml", llama, text_file)
     done = spawn("distill", "--recipe", recipe, "--work", folder / "job")
     assert done.code == 0, done.err
-    assert spawn("pack", "--work", folder / "job").code == 0
+    assert call("pack", "--work", folder / "job").code == 0
     return folder / "job"
 
 

@@ -26,7 +26,7 @@ from edgerazor.stages import generate as stage
 from edgerazor.stages.generate import GenerateResult
 from helpers.packed_folders import all_of, write_packed
 from helpers.tiny_job import Run, spawn, with_template
-from helpers.tiny_models import VOCABULARY, ModelMaker
+from helpers.tiny_models import VOCABULARY, ModelMaker, mostly_slow
 
 #: Models are loaded, plans solved, processes started: `make test-fast` leaves this file out.
 pytestmark = pytest.mark.job
@@ -380,7 +380,7 @@ def test_a_reader_that_goes_away_is_no_traceback(packed: Path) -> None:
         assert process.stderr.read() == b""
 
 
-@pytest.mark.parametrize("json_mode", [False, True])
+@pytest.mark.parametrize("json_mode", mostly_slow([False, True], True))
 def test_ctrl_c_keeps_what_was_written(packed: Path, json_mode: bool) -> None:
     words = [PROMPT, "--model", str(packed), "--max-tokens", str(POSITIONS), *(["--json"] if json_mode else [])]
     # the signal comes when some pieces are out, as from a user who reads along

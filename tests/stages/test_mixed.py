@@ -14,7 +14,7 @@ from edgerazor import formats, models
 from edgerazor.allocate import Plan
 from edgerazor.packed import PackedModel
 from helpers.tiny_job import Run, write_recipe
-from helpers.tiny_models import ModelMaker
+from helpers.tiny_models import ModelMaker, mostly_slow
 
 
 def razored(run: Run, folder: Path, model: Path, text: Path, *options: str, **calibrate: Any) -> Plan:
@@ -43,7 +43,7 @@ def razored(run: Run, folder: Path, model: Path, text: Path, *options: str, **ca
     return plan
 
 
-@pytest.mark.parametrize("plan", ["interleave", "variance", "first"])
+@pytest.mark.parametrize("plan", mostly_slow(["interleave", "variance", "first"], "interleave"))
 @pytest.mark.parametrize("granularity", ["row", "column", "block"])
 def test_every_strategy_goes_through_all_stages(
     run: Run, tmp_path: Path, llama: Path, text_file: Path, plan: str, granularity: str
@@ -58,7 +58,7 @@ def test_every_strategy_goes_through_all_stages(
     assert 2.7 - 3 / rows < made.nominal_bits() <= 2.7
 
 
-@pytest.mark.parametrize("size", ["32", "64", "256", "row"])
+@pytest.mark.parametrize("size", mostly_slow(["32", "64", "256", "row"], "32", "row"))
 def test_every_group_size_goes_through_all_stages(
     run: Run, tmp_path: Path, llama: Path, text_file: Path, size: str
 ) -> None:

@@ -313,7 +313,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("kind", mostly_slow(KINDS, *list(KINDS)[:2]))
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", mostly_slow([True, False], False))
 def test_packed_equals_trained_and_resumed_equals_uninterrupted(
     run: Run, tmp_path: Path, make_model: ModelMaker, text_file: Path, kind: str, tied: bool
 ) -> None:

@@ -21,7 +21,7 @@ from edgerazor.modules import Settings
 from edgerazor.recipe import Calibrate
 from edgerazor.training import Trainer
 from edgerazor.training import trainer as trainer_module
-from helpers.tiny_job import Run, metrics, spawn, write_recipe
+from helpers.tiny_job import Run, call, metrics, spawn, write_recipe
 from helpers.tiny_models import GROUP_SIZE, VOCABULARY, family_config, mostly_slow
 from helpers.trainings import DEADLY, assert_same, interrupt_at, largest_difference
 
@@ -169,9 +169,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory, llama: Path, text_file: Path
     """The working directory of a schedule of phases that nobody interrupted, and its packed model."""
     folder = tmp_path_factory.mktemp("whole")
     recipe = write_phased(folder / "recipe.yaml", llama, text_file, **BLOCKS)
-    done = spawn("distill", "--recipe", recipe, "--work", folder / "job")
+    done = call("distill", "--recipe", recipe, "--work", folder / "job")
     assert done.code == 0, done.err
-    assert spawn("pack", "--work", folder / "job").code == 0
+    assert call("pack", "--work", folder / "job").code == 0
     return folder / "job"
 
 

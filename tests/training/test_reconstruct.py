@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from edgerazor import models
 from edgerazor.training import reconstruction
 from helpers.tiny_job import Run, metrics, sha256, spawn, write_recipe
-from helpers.tiny_models import FAMILIES, ModelMaker
+from helpers.tiny_models import FAMILIES, ModelMaker, mostly_slow
 
 WEIGHTS = Path("distill", "last", "model.safetensors")
 
@@ -68,7 +68,7 @@ def test_reconstruction_lowers_the_error_of_every_layer(
         assert "distill.reconstruct was" in refused.err
 
 
-@pytest.mark.parametrize("step", [3, 30])
+@pytest.mark.parametrize("step", mostly_slow([3, 30], 30))
 def test_interrupted_in_a_layer_it_goes_on_and_ends_the_same(run: Run, recipe: Path, tmp_path: Path, step: int) -> None:
     assert run("distill", "--recipe", recipe, "--work", tmp_path / "whole").code == 0
     rates: list[float] = []
