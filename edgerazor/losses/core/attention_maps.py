@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from edgerazor.losses.core.base import (
     Attention,
+    GradientsInForward,
     Loss,
     Outputs,
     StepTotals,
@@ -178,8 +178,8 @@ def _blocks(factors: ScoreFactors, mask: Tensor) -> Iterator[_Block]:
             yield _Block(sample, slice(start, min(start + height, heads)), queries, keys)
 
 
-class _LayerLoss(torch.autograd.Function):
-    """The pass over all blocks of a layer. Forward computes the gradients, too; backward at most scales them."""
+class _LayerLoss(GradientsInForward):
+    """The pass over all blocks of a layer. Forward computes the gradients, too."""
 
     @staticmethod
     def forward(ctx: Any, left: Tensor, right: Tensor, arguments: tuple) -> Tensor:
@@ -211,12 +211,6 @@ class _LayerLoss(torch.autograd.Function):
             None if right_grad is None else right_grad.to(right.dtype),
         )
         return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        factor = float(upstream)
-        return (*(grad if grad is None or factor == 1.0 else grad * factor for grad in ctx.saved_tensors), None)
 
 
 def attention_map_kl(student_scores: Tensor, teacher_scores: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -16,9 +16,11 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from edgerazor.errors import usage_error
 
@@ -314,6 +316,20 @@ def sample_weights(labels: Tensor, samples: int, dtype: torch.dtype = torch.floa
     """
     mask = prediction_mask(labels).to(dtype)
     return mask / mask.sum(dim=1, keepdim=True).clamp(min=1) / max(samples, 1)
+
+
+class GradientsInForward(torch.autograd.Function):
+    """A scalar loss whose forward pass saves the gradients of all its inputs but the last, a tuple of arguments.
+
+    Backward at most scales them: nothing of the forward pass has to be kept for it.
+    """
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients [...] of the inputs, for the gradient [] of the loss."""
+        factor = float(upstream)
+        return (*(grad if grad is None or factor == 1.0 else grad * factor for grad in ctx.saved_tensors), None)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from edgerazor.losses.core.base import (
+    GradientsInForward,
     Loss,
     Outputs,
     StepTotals,
@@ -249,8 +249,8 @@ def total_logit_loss(
     return total
 
 
-class _TotalLogitLoss(torch.autograd.Function):
-    """The pass over all chunks. Forward computes the gradients, too; backward at most scales them."""
+class _TotalLogitLoss(GradientsInForward):
+    """The pass over all chunks. Forward computes the gradients, too."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, master: Tensor | None, bias: Tensor | None, arguments: tuple) -> Tensor:
@@ -272,12 +272,6 @@ class _TotalLogitLoss(torch.autograd.Function):
                     gradients.add(chunk, logits_grad)
         ctx.save_for_backward(gradients.states, gradients.weight, gradients.bias)
         return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        factor = float(upstream)
-        return (*(grad if grad is None or factor == 1.0 else grad * factor for grad in ctx.saved_tensors), None)
 
 
 class _Gradients:
