@@ -2,3 +2,7 @@
 
 python -m recipes.benchmarks.methods --help
 """
+
+from edgerazor.terminal import limit_spinning
+
+limit_spinning()  # as the command line does; torch reads it when it is imported
