@@ -23,8 +23,7 @@ LONGEST = 1500
 MOVES = re.compile(r"(\n|\x1b\[A)+\Z")
 #: How often a thread of GNU OpenMP, which torch computes with, looks for work before it sleeps: for some 40
 #: microseconds. Without a limit it looks for milliseconds, and where another program needs a core as well, the threads
-#: wait for each other: a training step on two cores beside one busy process then takes 8 s instead of 1.5 s; alone it
-#: is a few percent faster.
+#: wait for each other: recipes/results/speed.md, `python -m recipes.benchmarks.waiting`.
 SPINS = "3000"
 #: Whether Ctrl-C was pressed; the C code of a library that was being imported may raise another error for it.
 interrupted = False
