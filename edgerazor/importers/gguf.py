@@ -25,8 +25,8 @@ class Gguf(Importer):
 
     def open(self, path: Path) -> SourceModel:
         """Read metadata, and where tensors lie."""
-        from edgerazor.importers.core.gguf_file import GgufFile  # these need the package gguf, of an extra
         from edgerazor.importers.core.gguf_source import GgufSource
+        from edgerazor.untrusted.gguf_file import GgufFile  # these need the package gguf, of an extra
 
         return GgufSource(GgufFile(path))
 

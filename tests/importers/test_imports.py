@@ -24,8 +24,8 @@ from edgerazor.importers import mlx as mlx_import
 from edgerazor.importers.core import base
 from edgerazor.importers.core import gguf_source as gguf_import
 from edgerazor.importers.core.base import IntegerMatrix, UnrepresentableError
-from edgerazor.importers.core.gguf_file import GgufFile
 from edgerazor.packed import PackedModel
+from edgerazor.untrusted.gguf_file import GgufFile
 from helpers.packed_folders import all_of, decoded_model, suitable_model, write_packed
 from helpers.tiny_job import Run
 from helpers.tiny_models import VOCABULARY, ModelMaker

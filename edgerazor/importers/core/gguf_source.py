@@ -30,7 +30,7 @@ from edgerazor.exporters.core.gguf_metadata import gguf_architecture, rope_facto
 from edgerazor.exporters.core.gguf_names import ROPE_FACTORS, gguf_name, row_order
 from edgerazor.exporters.core.gguf_vocabulary import PATTERNS, build_vocabulary
 from edgerazor.importers.core.base import IntegerMatrix, SourceModel, Stored, UnrepresentableError
-from edgerazor.importers.core.gguf_file import TYPES, GgufFile
+from edgerazor.untrusted.gguf_file import TYPES, GgufFile
 
 Bytes = NDArray[np.uint8]
 Values = NDArray[np.int16]
