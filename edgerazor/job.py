@@ -87,7 +87,7 @@ class RecipeContext:
         """The local folder of a model; where a GGUF file was dequantized for it, that is said."""
         folder = models.resolve(source, revision, self.console)
         if origin := models.gguf_origin(folder):
-            self.console.say(f"{role}: {origin}, in {folder}")
+            self.console.say_once(f"{role}: {origin}, in {folder}")
         return folder
 
     def load(self, source: str, device: torch.device, dtype: torch.dtype | None = None) -> LoadedModel:

@@ -18,7 +18,7 @@ from edgerazor.models.attention_capture import (
 )
 from edgerazor.models.blocks import Blocks
 from edgerazor.models.compatibility import cache_name, checkpoint_activations, with_cache
-from edgerazor.models.gguf_teacher import gguf_origin
+from edgerazor.models.gguf_teacher import gguf_origin, is_gguf
 from edgerazor.models.hidden_states import capture_hidden, final_states, logit_shape
 from edgerazor.models.layerwise import LayerwisePass, WeightTransform
 from edgerazor.models.loading import (
@@ -77,6 +77,7 @@ __all__ = [
     "gguf_origin",
     "has_attention_interface",
     "initialise",
+    "is_gguf",
     "load",
     "load_config",
     "load_tokenizer",

@@ -28,10 +28,12 @@ FLOATS = ("F32", "F16", "BF16")
 SECONDS_BETWEEN_TRIES = 0.5
 
 
-def is_gguf(source: str) -> bool:
+def is_gguf(source: str | Path) -> bool:
     """Whether a model's name is that of a GGUF file."""
     path = Path(source)
     try:
+        if not path.is_file():  # a pipe would wait
+            return False
         with path.open("rb") as file:
             return file.read(len(MAGIC)) == MAGIC
     except (OSError, ValueError):
