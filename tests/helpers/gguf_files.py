@@ -105,7 +105,7 @@ def add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 
 def quantized_model(model: PreTrainedModel, kind: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The model in place, its matrices quantized and dequantized by the package `gguf`, all weights rounded to a dtype."""
+    """The model in place, its matrices quantized and dequantized by the package `gguf`, all weights of a dtype."""
     type_ = gguf.GGMLQuantizationType[kind]
     with torch.no_grad():
         for value in model.parameters():
