@@ -238,7 +238,7 @@ def _layer_types(get: Metadata, layers: int, usual: int) -> list[str]:
         slides = [(layer + 1) % pattern != 0 for layer in range(layers)]
     else:
         raise get.file.damaged(f"its {get.architecture}.attention.sliding_window_pattern is {plain(pattern, 40)}")
-    return ["sliding_attention" if each else "full_attention" for each in slides]
+    return ["sliding_attention" if has_window else "full_attention" for has_window in slides]
 
 
 def _query_scalar(get: Metadata, by_width: bool) -> int:

@@ -199,13 +199,13 @@ class GgufTokenizer:
         if self.kind != "gpt2":
             return None
         name = self._value("pre", str, "default")
-        found = find_pre_tokenizer(name)
-        if found is None:
+        pre_tokenizer = find_pre_tokenizer(name)
+        if pre_tokenizer is None:
             raise UserError(
                 f"{self.file.path} cuts text into words by the pattern {plain(name, 40)!r}, which is not known here.",
                 "Give the original model's folder or hub id.",
             )
-        return found
+        return pre_tokenizer
 
     # --- parts of tokenizer.json ---
 
@@ -329,7 +329,12 @@ def merges_by_score(vocabulary: Mapping[str, int], scores: list[float]) -> Itera
 
 
 def _bpe(vocabulary: dict[str, int], merges: list[list[str]], **settings: Any) -> dict[str, Any]:
-    usual = {"dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
+    usual: dict[str, Any] = {
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+    }
     usual |= {"fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
     return {"type": "BPE", **usual, **settings, "vocab": vocabulary, "merges": merges}
 

@@ -144,7 +144,7 @@ class GgufWeights:
             output.write(len(text).to_bytes(8, "little") + text)
             for name in self.shapes:
                 for piece in self.pieces(name):
-                    output.write(memoryview(piece.to(self.dtype).contiguous().view(torch.uint8).numpy()))
+                    piece.to(self.dtype).contiguous().view(torch.uint8).numpy().tofile(output)
                 done()
 
     def pieces(self, name: str) -> Iterator[Tensor]:

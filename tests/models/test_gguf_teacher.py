@@ -369,21 +369,28 @@ def test_the_extra_is_named(run: Run, quantized: Path, monkeypatch: pytest.Monke
 # Commands -------------------------------------------------------------------------------------------------------------
 
 
-def test_commands_take_a_file_as_the_model(run: Run, quantized: Path, text_file: Path, tmp_path: Path) -> None:
-    """From the file to text: distill, pack, eval; the teacher is named, and a renewed command changes nothing."""
+def test_pack_rounds_a_file_or_takes_it_as_it_is(run: Run, quantized: Path, tmp_path: Path) -> None:
+    """With --bits it is a teacher, which is said; without, its codes are taken."""
+    rounded = run("pack", quantized, "--bits", 4, "--work", tmp_path / "rounded", "--json")
+    assert rounded.code == 0, rounded.err
+    assert rounded.json()["source"] == "teacher"
+    assert rounded.err.count("teacher: dequantized from Q4_0") == 1
+    taken = run("pack", quantized, "--work", tmp_path / "taken", "--json")
+    assert taken.code == 0, taken.err
+    assert taken.json()["importer"] == "gguf"
+    alone = run("eval", quantized, "--held-out", tmp_path / "none.txt")
+    assert alone.code != 0
+    assert "Traceback" not in alone.err
+
+
+@pytest.mark.slow
+def test_a_whole_job_of_a_file(run: Run, quantized: Path, text_file: Path, tmp_path: Path) -> None:
+    """Calibrate, distill, pack, eval, bench; a renewed command changes nothing."""
     recipe = write_recipe(tmp_path / "recipe.yaml", quantized, text_file)
     work = tmp_path / "work"
     done = run("run", recipe, "--work", work)
     assert done.code == 0, done.err
     assert done.err.count("teacher: dequantized from Q4_0") == 1
-    header = json.loads((work / "packed" / "manifest.json").read_text())
-    assert header["stage"] == "pack"
     again = run("distill", quantized, "--work", work)
     assert again.code == 0
     assert "up to date" in again.err
-    rounded = run("pack", quantized, "--bits", 4, "--work", tmp_path / "rounded", "--json")
-    assert rounded.code == 0, rounded.err
-    assert rounded.json()["source"] == "teacher"
-    taken = run("pack", quantized, "--work", tmp_path / "taken", "--json")
-    assert taken.code == 0, taken.err
-    assert taken.json()["importer"] == "gguf"
