@@ -151,7 +151,7 @@ class Option:
             raise usage_error(f"{self.long} wants {error}.") from None
 
 
-MODEL = "A local model folder or a Hugging Face hub id."
+MODEL = "A local model folder, a GGUF file or a Hugging Face hub id."
 PLANNING = "calibrate distill pack"
 
 # fmt: off
@@ -160,7 +160,7 @@ OPTIONS = (
     Option("model", "model", str, "calibrate distill",
            f"{MODEL} Default: that of the working directory."),
     Option("model", "model", str, "pack",
-           f"{MODEL} Given: round it to nearest, without training."),
+           f"{MODEL} Given: round it to nearest, without training; a GGUF file without --bits is taken as it is."),
     Option("model", "", str, "eval",
            "Measure this model or packed folder alone, without a working directory."),
     Option("model", "model", str, "data",

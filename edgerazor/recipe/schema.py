@@ -497,7 +497,9 @@ class Generate(Strict):
 class Recipe(Strict):
     """A whole job."""
 
-    model: ModelPath = Field("", description="the teacher: a local folder or an id of the Hugging Face hub")
+    model: ModelPath = Field(
+        "", description="the teacher: a local folder, a GGUF file or an id of the Hugging Face hub"
+    )
     revision: str | None = Field(None, description="branch, tag or commit of the hub model")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     seed: int = Field(0, ge=0, description="of data order, initialisation and generated text")
