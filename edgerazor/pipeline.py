@@ -49,43 +49,43 @@ def run(name: str, recipe: Recipe, work: WorkDir, console: Console, force: bool 
     Raises:
         UserError: it cannot be done as asked; then nothing has changed, unless it failed on the way.
     """
-    stage, asked = STAGES[name], JobContext(recipe, work, console)
+    stage, unresolved = STAGES[name], JobContext(recipe, work, console)
     if not (stage.on_all_processes or is_main_process()):
         return None
-    _ = asked.teacher_fingerprint  # a model that is not there is refused before a folder is made
+    _ = unresolved.teacher_fingerprint  # a model that is not there is refused before a folder is made
     with work.lock() if is_main_process() else nullcontext():
         if is_main_process():
             work.claim()
             work.recover()
-        context, choice = resolve(stage, asked, force)
+        context, choice = resolve(stage, unresolved, force)
         refuse(stage, context, force)
         if is_main_process():
-            work.write_recipe(recipes.dump(recipe_to_keep(stage, asked)))
+            work.write_recipe(recipes.dump(recipe_to_keep(stage, unresolved)))
             if choice is not None:
-                budget_choice.keep(choice, work)
+                budget_choice.store(choice, work)
         for needed in needed_by(stage, context):
             run_before(stage, needed, context)
         result: BaseModel = stage.deliver(context, run_one(stage, context, force))
         return result
 
 
-def resolve(stage: Stage, asked: JobContext, force: bool) -> tuple[JobContext, BudgetChoice | None]:
+def resolve(stage: Stage, context: JobContext, force: bool) -> tuple[JobContext, BudgetChoice | None]:
     """The job with what its budget chooses of the settings that were not asked for, once and for all stages.
 
     Raises:
         UserError: the model cannot be read.
     """
-    kept = budget_choice.stored(asked.work)
-    choice = budget_choice.choose(asked, None if force and stage.decides_student else kept)
+    before, console = budget_choice.stored(context.work), context.console
+    choice = budget_choice.choose(context, None if force and stage.decides_student else before)
     if choice is None:
-        return asked, None
-    if choice != kept:
+        return context, None
+    if choice != before:
         for reason in choice.reasons:
-            asked.console.say(reason)
-    elif stage.name == distill.NAME and asked.work.manifest(distill.NAME) is None:
-        asked.console.say(f"Settings are those that were chosen for the budget before ({asked.work.budget_file}).")
-    recipe, chosen = budget_choice.apply(asked.recipe, choice)
-    return asked.resolved(recipe, chosen), choice
+            console.say(reason)
+    elif stage.name == distill.NAME and context.work.manifest(distill.NAME) is None:
+        console.say(f"The settings are those that were chosen for the budget before ({context.work.budget_file}).")
+    recipe, chosen = budget_choice.apply(context.recipe, choice)
+    return context.resolved(recipe, chosen), choice
 
 
 def run_all(recipe: Recipe, work: WorkDir, console: Console, force: bool = False) -> None:
@@ -177,10 +177,10 @@ def dry_run(name: str, recipe: Recipe, work: WorkDir, console: Console, force: b
     Raises:
         UserError: the stage would be refused.
     """
-    stage, asked = STAGES[name], JobContext(recipe, work, console)
+    stage, unresolved = STAGES[name], JobContext(recipe, work, console)
     work.claim()
     work.find()
-    context, _ = resolve(stage, asked, force)
+    context, _ = resolve(stage, unresolved, force)
     refuse(stage, context, force)
     for needed in needed_by(stage, context):
         if earlier_result(needed, needed.inputs(context), work) is None:

@@ -17,7 +17,7 @@ def dump(recipe: Recipe) -> str:
     if recipe.distill.has_open_budget():
         for section, names in CHOSEN_BY_BUDGET.items():
             settings: Strict = getattr(recipe, section)
-            said = settings.model_dump(mode="json", include=settings.model_fields_set & set(names))
+            said = settings.model_dump(mode="json", include=settings.model_fields_set & set(names), exclude_unset=True)
             if said:
                 values[section] = {**values.get(section, {}), **said}
     return yaml.safe_dump(values, sort_keys=False)

@@ -29,24 +29,24 @@ class BudgetChoice(BaseModel):
     """What was chosen for a job.
 
     Attributes:
-        asked: digest of what decides the choice but the speed: model, bits, budget, and what was set.
+        request: digest of what decides the choice but the speed: model, bits, budget, and what was set.
         values: section -> field -> value, of what was not set.
         reasons: for people.
     """
 
     model_config = ConfigDict(extra="forbid")
 
-    asked: str
+    request: str
     values: dict[str, dict[str, Any]]
     reasons: list[str]
 
 
-def choose(context: JobContext, kept: BudgetChoice | None) -> BudgetChoice | None:
+def choose(context: JobContext, stored_choice: BudgetChoice | None) -> BudgetChoice | None:
     """The settings that a job's budget chooses; None where nothing is left to choose.
 
     Args:
         context: of the job, its recipe as it was asked for.
-        kept: what was chosen before, which stays where the same is asked or a training has begun with it.
+        stored_choice: what was chosen before, which stays where the same is asked or a training has begun with it.
 
     Raises:
         UserError: the model cannot be read.
@@ -55,9 +55,9 @@ def choose(context: JobContext, kept: BudgetChoice | None) -> BudgetChoice | Non
     fields = open_fields(recipe)
     if not fields:
         return None
-    asked = digest_of(context)
-    if kept is not None and (kept.asked == asked or context.training):
-        return kept
+    request = digest_of(context)
+    if stored_choice is not None and (stored_choice.request == request or context.training):
+        return stored_choice
     made = None
     if is_main_process():
         fitting = budget_defaults.choose(facts_of(context))
@@ -65,7 +65,7 @@ def choose(context: JobContext, kept: BudgetChoice | None) -> BudgetChoice | Non
             section: {name: value for name, value in settings.items() if name in fields.get(section, ())}
             for section, settings in fitting.values.items()
         }
-        made = BudgetChoice(asked=asked, values=values, reasons=list(fitting.reasons))
+        made = BudgetChoice(request=request, values=values, reasons=list(fitting.reasons))
     devices.join_processes(context.device)
     return devices.of_main_process(made)  # each process would measure another speed
 
@@ -104,7 +104,7 @@ def digest_of(context: JobContext) -> str:
     recipe = context.recipe
     said = {
         section: getattr(recipe, section).model_dump(
-            mode="json", include=getattr(recipe, section).model_fields_set & set(names)
+            mode="json", include=getattr(recipe, section).model_fields_set & set(names), exclude_unset=True
         )
         for section, names in CHOSEN_BY_BUDGET.items()
     }
@@ -121,7 +121,7 @@ def stored(work: WorkDir) -> BudgetChoice | None:
         return None
 
 
-def keep(choice: BudgetChoice, work: WorkDir) -> None:
+def store(choice: BudgetChoice, work: WorkDir) -> None:
     """Keep a choice for later commands."""
     if choice != stored(work):
         write_json(work.budget_file, choice.model_dump(mode="json"))
