@@ -15,7 +15,7 @@ from edgerazor import devices, untrusted
 from edgerazor import recipe as recipes
 from edgerazor.console import is_main_process
 from edgerazor.job import JobContext
-from edgerazor.recipe import CHOSEN_BY_BUDGET, Recipe
+from edgerazor.recipe import CHOSEN_BY_BUDGET, Distill, Recipe
 from edgerazor.training import budget_defaults
 from edgerazor.training.budget_defaults import TrainingFacts
 from edgerazor.training.speed import cost_of, speed_of, step_seconds
@@ -60,12 +60,8 @@ def choose(context: JobContext, stored_choice: BudgetChoice | None) -> BudgetCho
         return stored_choice
     made = None
     if is_main_process():
-        fitting = budget_defaults.choose(facts_of(context))
-        values = {
-            section: {name: value for name, value in settings.items() if name in fields.get(section, ())}
-            for section, settings in fitting.values.items()
-        }
-        made = BudgetChoice(request=request, values=values, reasons=list(fitting.reasons))
+        fitting = budget_defaults.choose(facts_of(context), fields)
+        made = BudgetChoice(request=request, values=fitting.values, reasons=list(fitting.reasons))
     devices.join_processes(context.device)
     return devices.of_main_process(made)  # each process would measure another speed
 
@@ -77,9 +73,14 @@ def open_fields(recipe: Recipe) -> dict[str, set[str]]:
     fields = {
         section: set(names) - getattr(recipe, section).model_fields_set for section, names in CHOSEN_BY_BUDGET.items()
     }
-    if recipe.distill.model_fields_set & {"batch_size", "accumulation"}:  # each decides what the other would be
+    if has_batch(recipe.distill):
         fields["distill"] -= {"batch_size", "accumulation"}
     return {section: names for section, names in fields.items() if names}
+
+
+def has_batch(settings: Distill) -> bool:
+    """Whether the user says how large a step is: each of the two decides what the other would be."""
+    return bool(settings.model_fields_set & {"batch_size", "accumulation"})
 
 
 def apply(recipe: Recipe, choice: BudgetChoice) -> tuple[Recipe, dict[str, dict[str, Any]]]:
@@ -143,6 +144,7 @@ def facts_of(context: JobContext) -> TrainingFacts:
         tokens_per_second=speed,
         measured=measured,
         evaluate_sequences=settings.evaluate_sequences,
+        given_batch=settings.batch_size * settings.accumulation if has_batch(settings) else None,
         processes=devices.process_count(),
         device=context.device.type,
     )

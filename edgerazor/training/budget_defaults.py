@@ -7,10 +7,12 @@ reasons come out. What a recipe or an option sets is not touched (`edgerazor/tra
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from edgerazor.console import duration
+from edgerazor.recipe import CHOSEN_BY_BUDGET
 
 #: Tokens of a step: so many times the square root of the budget, within these bounds.
 ROOT_FACTOR, LEAST_STEP_TOKENS, MOST_STEP_TOKENS = 2.0, 512, 8192
@@ -18,6 +20,8 @@ ROOT_FACTOR, LEAST_STEP_TOKENS, MOST_STEP_TOKENS = 2.0, 512, 8192
 RATE, RATE_WIDTH, RATE_TOKENS, RATE_EXPONENT = 1e-3, 256, 300_000, 0.15
 #: Bounds of the peak learning rate.
 LEAST_RATE, MOST_RATE = 2e-5, 1e-3
+#: Share of the steps with a rising learning rate.
+WARMUP = 0.05
 #: Share of the budget that evaluations may take, and most evaluations.
 EVALUATION_SHARE, MOST_EVALUATIONS = 0.05, 10
 #: Most bytes that the logits of a forward pass may take, in float32.
@@ -38,6 +42,7 @@ class TrainingFacts:
         tokens_per_second: of a training here, measured or estimated; what is trained in `seconds` is their product.
         measured: whether that speed was measured.
         evaluate_sequences: of an evaluation.
+        given_batch: sequences of a step on each process, where the user says it.
         processes: that train together.
         device: `cpu` or `cuda`.
     """
@@ -51,6 +56,7 @@ class TrainingFacts:
     tokens_per_second: float
     measured: bool = False
     evaluate_sequences: int = 32
+    given_batch: int | None = None
     processes: int = 1
     device: str = "cpu"
 
@@ -76,39 +82,63 @@ class BudgetDefaults:
     reasons: tuple[str, ...]
 
 
-def choose(facts: TrainingFacts) -> BudgetDefaults:
-    """The settings that fit."""
+def choose(facts: TrainingFacts, fields: Mapping[str, Collection[str]] = CHOSEN_BY_BUDGET) -> BudgetDefaults:
+    """The settings that fit.
+
+    Args:
+        facts: what they depend on.
+        fields: section -> its fields that are to be chosen; the user has set the others.
+    """
     tokens = facts.budget_tokens
     batch_size, accumulation = batch(facts)
-    step_tokens = batch_size * accumulation * facts.processes * facts.sequence_length
-    steps = max(1, math.ceil(tokens / step_tokens))
-    rate = learning_rate(facts.width, tokens)
-    evaluations = evaluation_count(facts)
-    values = {
+    rows = (facts.given_batch or batch_size * accumulation) * facts.processes
+    steps = max(1, math.ceil(tokens / (rows * facts.sequence_length)))
+    fitting: dict[str, dict[str, Any]] = {
         "calibrate": {"scales": "learned", "init": "least_error"},
         "distill": {
             "batch_size": batch_size,
             "accumulation": accumulation,
-            "learning_rate": rate,
+            "learning_rate": learning_rate(facts.width, tokens),
             "schedule": "cosine",
-            "warmup": 0.05,
+            "warmup": WARMUP,
             "losses": [{"name": "forward_kl"}],
-            "evaluate_every": max(1, math.ceil(steps / evaluations)),
+            "evaluate_every": max(1, math.ceil(steps / evaluation_count(facts))),
             "checkpoint_every": min(100, max(1, math.ceil(steps / 10))),
         },
     }
-    speed = f"{facts.tokens_per_second:,.0f} tokens/s, {'measured' if facts.measured else 'an estimate'}"
-    took = duration(tokens / facts.tokens_per_second)
-    return BudgetDefaults(
-        values,
-        (
-            f"{tokens:,} tokens (about {took} at {speed}) are spent in {steps:,} steps of {step_tokens:,} tokens: a "
-            "step grows with the square root of the budget.",
-            f"Learning rate {rate:g} with 5 % warm-up and a cosine to zero: it falls with the width ({facts.width}) "
-            "and with budgets above 300,000 tokens; forward KL alone.",
-            "Scales are trained, from those of least error.",
-        ),
+    chosen = {
+        section: {name: value for name, value in settings.items() if name in fields.get(section, ())}
+        for section, settings in fitting.items()
+    }
+    values = {section: settings for section, settings in chosen.items() if settings}
+    return BudgetDefaults(values, tuple(reasons(facts, values, steps)))
+
+
+def reasons(facts: TrainingFacts, values: Mapping[str, Mapping[str, Any]], steps: int) -> Iterator[str]:
+    """Three lines: how the budget is spent, what is chosen of the training and why, and where the student begins."""
+    tokens, chosen = facts.budget_tokens, {**values.get("calibrate", {}), **values.get("distill", {})}
+    speed = f"{facts.tokens_per_second:,.3g} tokens/s, {'measured' if facts.measured else 'an estimate'}"
+    step_tokens = math.ceil(tokens / steps)
+    why = "a step grows with the square root of the budget" if facts.given_batch is None else "the batch is given"
+    yield (
+        f"Budget: {tokens:,} tokens, about {duration(tokens / facts.tokens_per_second)} at {speed}; "
+        f"{steps:,} steps of about {step_tokens:,} tokens, since {why}."
     )
+    training = [
+        f"learning rate {chosen['learning_rate']:g}, lower for wider models (here {facts.width} features) and budgets "
+        f"above {RATE_TOKENS:,} tokens"
+        if "learning_rate" in chosen
+        else "",
+        f"warm-up {100 * WARMUP:g} %" if "warmup" in chosen else "",
+        "cosine to zero" if "schedule" in chosen else "",
+        "forward KL, which learns most from few tokens" if "losses" in chosen else "",
+    ]
+    yield f"Training: {'; '.join(filter(None, training)) or 'as given'}."
+    start = [
+        "scales are trained" if "scales" in chosen else "",
+        "from those of least error" if "init" in chosen else "",
+    ]
+    yield f"Start: {', '.join(filter(None, start)) or 'as given'}; what recipe and options say stays."
 
 
 def batch(facts: TrainingFacts) -> tuple[int, int]:

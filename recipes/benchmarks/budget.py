@@ -22,13 +22,15 @@ from pathlib import Path
 
 from edgerazor import data, models, pipeline
 from edgerazor import recipe as recipes
+from edgerazor.console import Console
+from edgerazor.job import JobContext
 from edgerazor.recipe import Recipe
-from edgerazor.training import DistillResult
+from edgerazor.training import DistillResult, budget_choice
 from edgerazor.workdir import WorkDir, digest_json, machine, versions, write_json
 from recipes.benchmarks import numerics
 from recipes.benchmarks.folders import BUILD, RESULTS
 from recipes.benchmarks.methods import Row, Setting, Teacher, Values, real_teachers, stored, world
-from recipes.benchmarks.results import commit
+from recipes.benchmarks.results import commit, markdown, publish
 
 TOKENS = (30_000, 100_000, 300_000)
 RATES = (2e-5, 1e-4, 3e-4, 1e-3)
@@ -38,8 +40,8 @@ BITS = 2.0
 BOUND = 1.05
 #: The fixed settings but for learning rate and tokens of a step.
 FIXED: Values = {
-    "calibrate": {"scales": "learned"},
-    "distill": {"schedule": "cosine", "warmup": 0.05, "losses": [{"name": "forward_kl"}]},
+    "calibrate": {"scales": "learned", "init": "least_error"},
+    "distill": {"accumulation": 1, "schedule": "cosine", "warmup": 0.05, "losses": [{"name": "forward_kl"}]},
 }
 PUBLISHED = [
     {"name": "ce", "weight": 0.1},
@@ -55,6 +57,11 @@ OTHERS: dict[str, Values] = {
     "published": {"distill": {"losses": PUBLISHED}},
     "reconstruct": {"distill": {"reconstruct": {"steps": 32, "sequences": 64, "learning_rate": 3e-4}}},
 }
+
+
+def row_name(kind: str, rate: float, step_tokens: int) -> str:
+    """`fixed_0.001_512`."""
+    return f"{kind}_{rate:g}_{step_tokens}"
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,10 @@ def recipe_of(case: Case) -> Recipe:
 
 
 def fingerprint(recipe: Recipe) -> str:
-    """Identity of everything that decides a row, places and times left out."""
+    """Identity of everything that decides a row, places and times left out; of an automatic one what is chosen."""
+    quiet = JobContext(recipe, WorkDir(BUILD / "none"), Console(quiet=True))
+    if choice := budget_choice.choose(quiet, None):
+        recipe, _ = budget_choice.apply(recipe, choice)
     settings = recipe.model_dump(mode="json", exclude={"model", "data", "bench", "compare"}, exclude_defaults=True)
     return digest_json(
         {
@@ -114,7 +124,14 @@ def make_row(case: Case, recipe: Recipe, setting: Setting) -> Row:
     result = pipeline.run("distill", recipe, work, setting.console, force=True)
     assert isinstance(result, DistillResult)
     shutil.rmtree(work.folder("distill"), ignore_errors=True)
-    return {"kl": result.best, "steps": result.steps, "seconds": result.seconds}
+    settings = recipes.merge(recipe.model_dump(mode="json"), result.chosen)["distill"]
+    return {
+        "kl": result.best,
+        "steps": result.steps,
+        "seconds": result.seconds,
+        "learning_rate": settings["learning_rate"],
+        "step_tokens": settings["batch_size"] * settings["accumulation"] * recipe.data.sequence_length,
+    }
 
 
 def cases(
@@ -133,14 +150,14 @@ def cases(
                     rows.append(Case(teacher, tokens, "automatic"))
                 elif kind == "fixed":
                     rows += [
-                        Case(teacher, tokens, f"fixed-{rate:g}-{step}", fixed_changes(teacher, rate, step))
+                        Case(teacher, tokens, row_name("fixed", rate, step), fixed_changes(teacher, rate, step))
                         for rate in rates
                         for step in step_tokens
                     ]
                 else:
                     name, rate, step = kind.split(":")
                     changes = recipes.merge(fixed_changes(teacher, float(rate), int(step)), OTHERS.get(name, {}))
-                    rows.append(Case(teacher, tokens, f"{name}-{float(rate):g}-{step}", changes))
+                    rows.append(Case(teacher, tokens, row_name(name, float(rate), int(step)), changes))
     return rows
 
 
@@ -159,16 +176,86 @@ def make_rows(wanted: list[Case], setting: Setting) -> None:
         write_json(path, {**identification, **row, **where, "fingerprint": identity})
 
 
+# --- the table ---------------------------------------------------------------------------------
+
+
+def table(folder: Path) -> str:
+    """Markdown of all stored rows: a summary, then the sweep of each teacher and budget."""
+    groups: dict[tuple[str, int], dict[str, Row]] = {}
+    for file in sorted(folder.glob("*/*.json")):
+        if row := stored(file):
+            groups.setdefault((row["teacher"], row["tokens"]), {})[row["name"]] = row
+    head = ["teacher", "tokens", "best fixed setting", "KL", "automatic", "KL", "against the best"]
+    parts = [markdown(head, [summary(*key, rows) for key, rows in sorted(groups.items())])]
+    for (teacher, tokens), rows in sorted(groups.items()):
+        parts.append(f"### {teacher}, {tokens:,} tokens\n\n{sweep_table(rows)}{others_list(rows)}")
+    every = [row for rows in groups.values() for row in rows.values()]
+    facts = [*sorted({row["machine"] for row in every})]
+    facts += [f"commit {', '.join(sorted({row['commit'] for row in every if row['commit']}))}"]
+    return f"{'; '.join(facts)}.\n\n" + "\n\n".join(parts)
+
+
+def split_name(name: str) -> tuple[str, float, int]:
+    """Kind, learning rate and tokens of a step of a row's name."""
+    kind, rate, step = name.rsplit("_", 2)
+    return kind, float(rate), int(step)
+
+
+def fixed_rows(rows: dict[str, Row]) -> dict[tuple[float, int], Row]:
+    return {split_name(name)[1:]: row for name, row in rows.items() if name.startswith("fixed_")}
+
+
+def summary(teacher: str, tokens: int, rows: dict[str, Row]) -> list[str]:
+    """The best fixed setting of a sweep beside what the budget chose."""
+    sweep, automatic = fixed_rows(rows), rows.get("automatic")
+    line = [teacher, f"{tokens:,}"]
+    if sweep:
+        (rate, step), best = min(sweep.items(), key=lambda item: item[1]["kl"])
+        line += [f"{rate:g}, {step:,} tokens a step", f"{best['kl']:.4f}"]
+    else:
+        line += ["", ""]
+    if automatic is None:
+        return [*line, "", "", ""]
+    line += [f"{automatic['learning_rate']:.2g}, {automatic['step_tokens']:,}", f"{automatic['kl']:.4f}"]
+    return [*line, f"{100 * (automatic['kl'] / best['kl'] - 1):+.1f} %" if sweep else ""]
+
+
+def sweep_table(rows: dict[str, Row]) -> str:
+    """KL by learning rate and tokens of a step; empty cells were not made."""
+    sweep = fixed_rows(rows)
+    rates, steps = sorted({rate for rate, _ in sweep}), sorted({step for _, step in sweep})
+    lines = [
+        [f"{rate:g}", *(f"{sweep[rate, step]['kl']:.4f}" if (rate, step) in sweep else "" for step in steps)]
+        for rate in rates
+    ]
+    return markdown(["learning rate", *(f"{step:,} tokens a step" for step in steps)], lines) if sweep else ""
+
+
+def others_list(rows: dict[str, Row]) -> str:
+    """What one change makes of a fixed setting."""
+    lines = []
+    for name, row in rows.items():
+        if name == "automatic" or name.startswith("fixed_"):
+            continue
+        kind, rate, step = split_name(name)
+        fixed = rows.get(row_name("fixed", rate, step))
+        against = f", {100 * (row['kl'] / fixed['kl'] - 1):+.1f} % of the fixed row" if fixed else ""
+        lines.append(f"- {kind} ({rate:g}, {step:,}): {row['kl']:.4f}{against}")
+    return "".join(f"\n{line}" for line in ["", *lines]) if lines else ""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teachers", help="comma-separated; default: all that are there")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="comma-separated budgets")
-    parser.add_argument("--kinds", default="fixed,automatic", help="comma-separated")
+    parser.add_argument("--kinds", default="fixed,automatic", help="fixed, automatic, or others: gptq:1e-3:512")
     parser.add_argument("--rates", default=",".join(map(str, RATES)), help="comma-separated learning rates")
     parser.add_argument("--step-tokens", default=",".join(map(str, STEP_TOKENS)), help="comma-separated")
     parser.add_argument("--real-data", type=Path, help="folder with `models` and `text` of real teachers")
     parser.add_argument("--rows", type=Path, default=RESULTS / "rows-of-budget", help="folder of the finished rows")
     parser.add_argument("--build", type=Path, default=BUILD, help="folder of unfinished ones")
+    parser.add_argument("--results", type=Path, default=RESULTS / "budget.md", help="where the table goes")
+    parser.add_argument("--table", action="store_true", help="only the table")
     options = parser.parse_args()
     teachers = [world(), *(real_teachers(options.real_data) if options.real_data else [])]
     if options.teachers:
@@ -177,7 +264,9 @@ def main() -> None:
     budgets = [int(tokens) for tokens in options.tokens.split(",")]
     rates = [float(rate) for rate in options.rates.split(",")]
     steps = [int(tokens) for tokens in options.step_tokens.split(",")]
-    make_rows(cases(teachers, budgets, options.kinds.split(","), rates, steps), setting)
+    if not options.table:
+        make_rows(cases(teachers, budgets, options.kinds.split(","), rates, steps), setting)
+    publish("budget", table(options.rows), options.results)
 
 
 if __name__ == "__main__":

@@ -60,10 +60,20 @@ def test_the_reasons_are_three_lines_with_the_numbers() -> None:
     assert len(reasons) == 3
     assert all("\n" not in reason for reason in reasons)
     rate = choose(SMOLLM2).values["distill"]["learning_rate"]
-    assert "457,200 tokens" in reasons[0]
-    assert "an estimate" in reasons[0]
-    assert f"{rate:g}" in reasons[1]
-    assert "measured" in choose(dataclasses.replace(SMOLLM2, measured=True)).reasons[0]
+    assert "457,200 tokens, about 60.0 min at 127 tokens/s, an estimate" in reasons[0]
+    assert f"learning rate {rate:g}" in reasons[1]
+    assert "scales are trained" in reasons[2]
+    assert ", measured" in choose(dataclasses.replace(SMOLLM2, measured=True)).reasons[0]
+
+
+def test_what_is_given_is_neither_chosen_nor_explained() -> None:
+    given = dataclasses.replace(SMOLLM2, given_batch=2)
+    chosen = choose(given, {"distill": {"warmup", "evaluate_every"}})
+    assert {name: set(values) for name, values in chosen.values.items()} == {"distill": {"warmup", "evaluate_every"}}
+    spent, training, start = chosen.reasons
+    assert "224 steps of about 2,042 tokens, since the batch is given" in spent
+    assert training == "Training: warm-up 5 %."
+    assert start == "Start: as given; what recipe and options say stays."
 
 
 def test_time_is_tokens_at_the_speed_and_the_smaller_budget_counts() -> None:
