@@ -15,11 +15,11 @@ from edgerazor.console import duration
 from edgerazor.recipe import CHOSEN_BY_BUDGET
 
 #: Tokens of a step: so many times the square root of the budget, within these bounds.
-ROOT_FACTOR, LEAST_STEP_TOKENS, MOST_STEP_TOKENS = 2.0, 512, 8192
+ROOT_FACTOR, LEAST_STEP_TOKENS, MOST_STEP_TOKENS = 1.0, 256, 8192
 #: Peak learning rate of a model of this width, at a budget up to so many tokens, and how it falls with larger ones.
-RATE, RATE_WIDTH, RATE_TOKENS, RATE_EXPONENT = 1e-3, 256, 300_000, 0.15
+RATE, RATE_WIDTH, RATE_TOKENS, RATE_EXPONENT = 3e-4, 256, 300_000, 0.15
 #: Bounds of the peak learning rate.
-LEAST_RATE, MOST_RATE = 2e-5, 1e-3
+LEAST_RATE, MOST_RATE = 2e-5, 2e-3
 #: Share of the steps with a rising learning rate.
 WARMUP = 0.05
 #: Share of the budget that evaluations may take, and most evaluations.

@@ -55,7 +55,8 @@ OTHERS: dict[str, Values] = {
     "clip": {"calibrate": {"init": "clip"}},
     "computed": {"calibrate": {"scales": "computed"}},
     "published": {"distill": {"losses": PUBLISHED}},
-    "reconstruct": {"distill": {"reconstruct": {"steps": 32, "sequences": 64, "learning_rate": 3e-4}}},
+    "phases": {"distill": {"phases": [{"train": "scales", "share": 0.15}, {"train": "all", "share": 0.85}]}},
+    "seed": {"seed": 1},
 }
 
 

@@ -92,7 +92,7 @@ def test_a_step_grows_with_the_budget_up_to_the_published_batch() -> None:
 
 
 def test_the_learning_rate_falls_with_width_and_budget_within_bounds() -> None:
-    by_width = [learning_rate(width, 10**5) for width in (16, 64, 256, 576, 2048, 8192, 10**6)]
+    by_width = [learning_rate(width, 10**5) for width in (8, 64, 256, 576, 2048, 8192, 10**6)]
     assert by_width == sorted(by_width, reverse=True)
     assert (by_width[0], by_width[-1]) == (MOST_RATE, LEAST_RATE)
     by_tokens = [learning_rate(576, tokens) for tokens in (1, 10**5, 10**6, 10**8, 10**9)]
