@@ -58,7 +58,7 @@ def test_a_budget_of_tokens_chooses_and_says_so(run: Run, tmp_path: Path, llama:
     assert "2,000 tokens, about" in lines[0]
     result = done.json()
     assert result["chosen"] == kept(job)
-    assert result["steps"] == 4  # 512 tokens each
+    assert result["steps"] == 8  # 256 tokens each
     manifest = json.loads((job / "distill" / "manifest.json").read_text())
     assert manifest["inputs"]["distill.learning_rate"] == str(result["chosen"]["distill"]["learning_rate"])
     assert manifest["section"]["schedule"] == "cosine"

@@ -91,6 +91,13 @@ def test_a_step_grows_with_the_budget_up_to_the_published_batch() -> None:
     assert steps[-1] == MOST_STEP_TOKENS
 
 
+def test_time_on_a_gpu_is_spent_in_larger_steps() -> None:
+    on_gpu = dataclasses.replace(SMOLLM2, device="cuda")
+    assert step_tokens(on_gpu) == budget_defaults.LEAST_GPU_STEP_TOKENS > step_tokens(SMOLLM2)
+    by_tokens = dataclasses.replace(on_gpu, tokens=457_200, seconds=None)
+    assert step_tokens(by_tokens) == step_tokens(SMOLLM2)
+
+
 def test_the_learning_rate_falls_with_width_and_budget_within_bounds() -> None:
     by_width = [learning_rate(width, 10**5) for width in (8, 64, 256, 576, 2048, 8192, 10**6)]
     assert by_width == sorted(by_width, reverse=True)
