@@ -135,7 +135,6 @@ def facts_of(context: JobContext) -> TrainingFacts:
     speed, measured = tokens_per_second(context)
     head = outline.structure.head or outline.structure.embedding
     return TrainingFacts(
-        weights=sum(weight.numel() for weight in outline.model.parameters()),
         width=outline.structure.embedding.columns,
         vocabulary=head.rows,
         sequence_length=length,

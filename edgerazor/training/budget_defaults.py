@@ -1,6 +1,6 @@
 """Settings of a training that fit its budget: batch, learning rate, schedule, objective and start.
 
-A pure function: what is known of a job (its size, tokens or seconds and speed) comes in, settings with their reasons
+A pure function: what is known of a job (its width, tokens or seconds and speed) comes in, settings with their reasons
 come out. What a recipe or an option sets is not touched (`budget_choice.py`).
 
 The rule was fitted to the sweep in `recipes/results/budget.md` (2 bits, held-out KL after the budget):
@@ -49,7 +49,6 @@ class TrainingFacts:
     """What the choice depends on.
 
     Attributes:
-        weights: of the whole model, tied ones counted once.
         width: features of the hidden states.
         vocabulary: rows of the head.
         sequence_length: tokens of a sequence.
@@ -63,7 +62,6 @@ class TrainingFacts:
         device: `cpu` or `cuda`.
     """
 
-    weights: int
     width: int
     vocabulary: int
     sequence_length: int

@@ -19,7 +19,6 @@ from edgerazor.training.budget_defaults import (
 
 #: SmolLM2-135M on two cores.
 SMOLLM2 = TrainingFacts(
-    weights=134_515_008,
     width=576,
     vocabulary=49_152,
     sequence_length=1024,
@@ -29,7 +28,6 @@ SMOLLM2 = TrainingFacts(
 )
 #: stories260K with 256 tokens in a sequence.
 STORIES = TrainingFacts(
-    weights=260_032,
     width=64,
     vocabulary=512,
     sequence_length=256,
