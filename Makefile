@@ -84,6 +84,11 @@ results-methods: install peers $(WORLD)/distill.txt
 results-plans: install $(WORLD)/distill.txt
 	$(BIN)/python -m recipes.benchmarks.plans $(if $(REAL_DATA),--real-data $(REAL_DATA))
 
+# The table of budgets: settings chosen by the budget beside a sweep of fixed ones; likewise.
+.PHONY: results-budget
+results-budget: install $(WORLD)/distill.txt
+	$(BIN)/python -m recipes.benchmarks.budget $(if $(REAL_DATA),--real-data $(REAL_DATA))
+
 # What the estimates of sensitivity are worth, and what they cost; alone on the machine.
 results-sensitivity: install $(WORLD)/distill.txt
 	$(BIN)/python -m recipes.benchmarks.sensitivity $(if $(REAL_DATA),--real-data $(REAL_DATA))

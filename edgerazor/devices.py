@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 
 from edgerazor.console import launched
 from edgerazor.errors import UserError, usage_error
+
+_T = TypeVar("_T")
 
 
 def choose(name: str, threads: int | None) -> torch.device:
@@ -81,3 +84,14 @@ def wait_for_everyone() -> None:
         from accelerate import PartialState  # only training needs it
 
         PartialState().wait_for_everyone()
+
+
+def of_main_process(value: _T) -> _T:
+    """A value of the main process, on all processes that have joined."""
+    if process_count() == 1:
+        return value
+    from accelerate.utils import broadcast_object_list  # only training needs it
+
+    shared = [value]
+    broadcast_object_list(shared)
+    return shared[0]

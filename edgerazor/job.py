@@ -31,11 +31,10 @@ from edgerazor.workdir import WorkDir, digest_json
 
 
 @dataclass
-class LoadedModel:
-    """A 16-bit model in memory, in evaluation mode, its weights without gradients."""
+class ModelOutline:
+    """A model as its configuration describes it; its weights may be missing (on the meta device)."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
 
     @cached_property
     def structure(self) -> models.Structure:
@@ -50,6 +49,13 @@ class LoadedModel:
     def weight_bytes(self) -> int:
         """Bytes of all its weights."""
         return sum(weight.numel() * weight.element_size() for weight in self.model.parameters())
+
+
+@dataclass
+class LoadedModel(ModelOutline):
+    """A 16-bit model in memory, in evaluation mode, its weights without gradients."""
+
+    tokenizer: PreTrainedTokenizerBase
 
 
 class RecipeContext:
@@ -106,6 +112,12 @@ class RecipeContext:
     def load_teacher(self, device: torch.device, dtype: torch.dtype | None = None) -> LoadedModel:
         """The recipe's teacher; arguments as `load`."""
         return self.load(self.recipe.model, device, dtype)
+
+    @cached_property
+    def teacher_outline(self) -> ModelOutline:
+        """The recipe's teacher without its weights: shapes and names, for estimates and plans that measure nothing."""
+        recipe = self.recipe
+        return ModelOutline(models.outline(recipe.model, recipe.revision, recipe.trust_remote_code))
 
     def sequence_length(self, model: PreTrainedModel) -> int:
         """Tokens per sequence: the recipe's, but no more than the model has positions for."""
@@ -224,6 +236,14 @@ class JobContext(RecipeContext):
     def __init__(self, recipe: Recipe, work: WorkDir, console: Console, fresh: bool = False) -> None:
         super().__init__(recipe, console)
         self.work, self.fresh = work, fresh
+        #: Section -> field -> value of the settings that the budget chose.
+        self.chosen: dict[str, dict[str, Any]] = {}
+
+    def resolved(self, recipe: Recipe, chosen: dict[str, dict[str, Any]]) -> JobContext:
+        """This job with the settings that its budget chose in the recipe; what was resolved is shared."""
+        same = copy.copy(self)
+        same.recipe, same.chosen = recipe, chosen
+        return same
 
     def at(self, work: WorkDir, fresh: bool) -> JobContext:
         """This job with another place for what is made; what was resolved is shared."""
@@ -292,12 +312,12 @@ class JobContext(RecipeContext):
     # --- plans and the student that they make ---
 
     def new_plan(
-        self, teacher: LoadedModel, sensitivity: SensitivityTable | None = None, source: str = "student"
+        self, teacher: ModelOutline, sensitivity: SensitivityTable | None = None, source: str = "student"
     ) -> Plan:
         """What the recipe's settings make of this teacher.
 
         Args:
-            teacher: the model.
+            teacher: the model; its outline where the plan looks at no weights.
             sensitivity: what calibrate measured; None plans without, by the nearest strategy that measures nothing.
             source: of what is packed, as `packed_size` has it.
 
@@ -311,6 +331,13 @@ class JobContext(RecipeContext):
             return teacher.model.get_submodule(path).weight
 
         return make_plan(teacher.structure.targets, settings, weight_of, sensitivity, size_of)
+
+    def planning_teacher(self) -> ModelOutline:
+        """What `new_plan` needs of the teacher for a plan that nothing was measured for: weights only where it looks
+        at them."""
+        if unmeasured(self.recipe.calibrate).plan == "variance":
+            return self.load_teacher(torch.device("cpu"))
+        return self.teacher_outline
 
     def nominal_bits(self, plan: Plan | None) -> float:
         """The nominal bits that losses may depend on: what the recipe asks for, or what its plan made of a size."""
@@ -374,7 +401,7 @@ class JobContext(RecipeContext):
 
     def packed_size(
         self,
-        teacher: LoadedModel,
+        teacher: ModelOutline,
         source: str = "student",
         measured: bool = False,
         training: Mapping[str, str] | None = None,

@@ -18,12 +18,13 @@ from pydantic import BaseModel, ValidationError
 
 from edgerazor import devices
 from edgerazor import recipe as recipes
-from edgerazor.console import Console, is_main_process
+from edgerazor.console import Console, duration, is_main_process
 from edgerazor.errors import UserError, usage_error
 from edgerazor.job import JobContext
 from edgerazor.recipe import Recipe
 from edgerazor.stage import Stage
 from edgerazor.stages import bench, calibrate, distill, eval, pack
+from edgerazor.training import BudgetChoice, budget_choice
 from edgerazor.workdir import WorkDir
 
 #: The five in their order.
@@ -48,21 +49,43 @@ def run(name: str, recipe: Recipe, work: WorkDir, console: Console, force: bool 
     Raises:
         UserError: it cannot be done as asked; then nothing has changed, unless it failed on the way.
     """
-    stage, context = STAGES[name], JobContext(recipe, work, console)
+    stage, unresolved = STAGES[name], JobContext(recipe, work, console)
     if not (stage.on_all_processes or is_main_process()):
         return None
-    _ = context.teacher_fingerprint  # a model that is not there is refused before a folder is made
+    _ = unresolved.teacher_fingerprint  # a model that is not there is refused before a folder is made
     with work.lock() if is_main_process() else nullcontext():
         if is_main_process():
             work.claim()
             work.recover()
+        context, choice = resolve(stage, unresolved, force)
         refuse(stage, context, force)
         if is_main_process():
-            work.write_recipe(recipes.dump(recipe_to_keep(stage, context)))
+            work.write_recipe(recipes.dump(recipe_to_keep(stage, unresolved)))
+            if choice is not None:
+                budget_choice.store(choice, work)
         for needed in needed_by(stage, context):
             run_before(stage, needed, context)
         result: BaseModel = stage.deliver(context, run_one(stage, context, force))
         return result
+
+
+def resolve(stage: Stage, context: JobContext, force: bool) -> tuple[JobContext, BudgetChoice | None]:
+    """The job with what its budget chooses of the settings that were not asked for, once and for all stages.
+
+    Raises:
+        UserError: the model cannot be read.
+    """
+    before, console = budget_choice.stored(context.work), context.console
+    choice = budget_choice.choose(context, None if force and stage.decides_student else before)
+    if choice is None:
+        return context, None
+    if choice != before:
+        for reason in choice.reasons:
+            console.say(reason)
+    elif stage.name == distill.NAME and context.work.manifest(distill.NAME) is None:
+        console.say(f"The settings are those that were chosen for the budget before ({context.work.budget_file}).")
+    recipe, chosen = budget_choice.apply(context.recipe, choice)
+    return context.resolved(recipe, chosen), choice
 
 
 def run_all(recipe: Recipe, work: WorkDir, console: Console, force: bool = False) -> None:
@@ -154,16 +177,25 @@ def dry_run(name: str, recipe: Recipe, work: WorkDir, console: Console, force: b
     Raises:
         UserError: the stage would be refused.
     """
-    stage, context = STAGES[name], JobContext(recipe, work, console)
+    stage, unresolved = STAGES[name], JobContext(recipe, work, console)
     work.claim()
     work.find()
+    context, _ = resolve(stage, unresolved, force)
     refuse(stage, context, force)
     for needed in needed_by(stage, context):
         if earlier_result(needed, needed.inputs(context), work) is None:
-            console.say(f"{needed.name} would run first (see `edgerazor {needed.name} --dry-run`)")
+            console.say(
+                f"{needed.name} would run first{lasting(needed, context)} (see `edgerazor {needed.name} --dry-run`)"
+            )
     if not force and earlier_result(stage, stage.inputs(context), work):
         console.say(f"{name} is up to date and would be skipped; with --force it would take:")
     return stage.dry_run(context)
+
+
+def lasting(stage: Stage, context: JobContext) -> str:
+    """How long a stage would take, in words behind its name; empty where nobody can say."""
+    seconds = getattr(stage.dry_run(context), "seconds", None)
+    return f" and take about {duration(seconds)}" if seconds else ""
 
 
 # --- what is refused ---------------------------------------------------------------------------

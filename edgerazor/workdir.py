@@ -2,6 +2,7 @@
 
     edgerazor-work/
       recipe.yaml      what was asked for, all commands together
+      budget.json      what a budget of tokens or time chose of the settings that were not asked for
       calibrate/  distill/  packed/  eval/  bench/
         manifest.json  written last: what the stage read, asked, wrote, and how long it took
       exports/         the packed model in other people's formats, a folder each
@@ -87,6 +88,11 @@ class WorkDir:
     @property
     def recipe_file(self) -> Path:
         return self.path / "recipe.yaml"
+
+    @property
+    def budget_file(self) -> Path:
+        """Settings that were chosen for the training's budget, and why."""
+        return self.path / "budget.json"
 
     @property
     def plan_file(self) -> Path:

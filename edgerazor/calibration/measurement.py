@@ -11,7 +11,7 @@ from torch import Tensor
 from edgerazor import data, devices, formats, models, student_plan
 from edgerazor.allocate import candidates_of, measures
 from edgerazor.calibration import observers, statistics
-from edgerazor.job import JobContext, LoadedModel
+from edgerazor.job import JobContext, ModelOutline
 from edgerazor.modules import attention
 from edgerazor.recipe import Calibrate
 from edgerazor.sensitivity import PER_MATRIX, SensitivityAnalysis, affordable_tokens, sequences_of
@@ -27,14 +27,15 @@ class Measurement:
 
     Attributes:
         context: of the job.
-        teacher: on the CPU; a layer-by-layer pass leaves a model that cannot compute as a whole.
+        teacher: on the CPU; a layer-by-layer pass leaves a model that cannot compute as a whole. In a dry run its
+            outline.
         length: tokens of a sequence.
         rows: the text; None in a dry run, where it is not read.
         logit_shape: what the teacher's family does to logits, see `models.logit_shape`.
     """
 
     context: JobContext
-    teacher: LoadedModel
+    teacher: ModelOutline
     length: int
     rows: data.TokenRows | None = None
     logit_shape: tuple[float, float | None] = (1.0, None)

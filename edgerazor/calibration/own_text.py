@@ -6,16 +6,19 @@ import json
 import time
 from itertools import repeat
 
+import torch
+
 from edgerazor import devices, untrusted
 from edgerazor.calibration.generated_text import Writer
 from edgerazor.console import duration
 from edgerazor.errors import UserError
-from edgerazor.job import JobContext, LoadedModel
+from edgerazor.job import JobContext, LoadedModel, ModelOutline
 from edgerazor.recipe import Sampling
+from edgerazor.training import MachineSpeed, cost_of, forward_seconds
 from edgerazor.workdir import digest_json, versions, write_json, write_text
 
-#: Steps of generation that an estimate of its time is taken from.
-PROBE_STEPS = 8
+#: How much longer a token takes when it is written, a few texts at a time, than when many are read at once.
+DECODE_FACTOR = 3.0
 
 
 def provide(context: JobContext, length: int) -> None:
@@ -77,16 +80,20 @@ def write(context: JobContext, teacher: LoadedModel, length: int) -> None:
     write_text(context.work.generated_text, "\n".join(lines) + "\n")
 
 
-def estimate(context: JobContext, length: int) -> tuple[float, int]:
-    """Seconds and bytes of memory that the teacher takes to write its own text, from a few tokens."""
-    teacher = context.load_teacher(context.device, devices.inference_dtype(context.device))
-    writer = _writer(teacher, context.recipe.seed, length)
-    size = writer.sampling.batch_size
-    began = time.monotonic()
-    writer.draw([[0]] * size, (0,), exactly=PROBE_STEPS)
-    seconds = (time.monotonic() - began) / (size * PROBE_STEPS) * context.recipe.data.generated_tokens
-    logits = size * teacher.model.config.get_text_config().vocab_size * 4
-    return seconds, teacher.weight_bytes + logits
+def estimate(outline: ModelOutline, tokens: int, machine: MachineSpeed, dtype: torch.dtype | None) -> tuple[float, int]:
+    """Seconds and bytes of memory that a teacher takes to write so many tokens of its own, about.
+
+    Args:
+        outline: of the teacher.
+        tokens: to write.
+        machine: the speed of the device in the dtype.
+        dtype: of the weights; None for the checkpoint's own.
+    """
+    size = Sampling().batch_size
+    seconds = DECODE_FACTOR * forward_seconds(cost_of(outline.structure, 1), machine, tokens)
+    weights = sum(weight.numel() * (dtype or weight.dtype).itemsize for weight in outline.model.parameters())
+    logits = size * outline.model.config.get_text_config().vocab_size * 4
+    return seconds, weights + logits
 
 
 def _writer(teacher: LoadedModel, seed: int, length: int) -> Writer:

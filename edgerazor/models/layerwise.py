@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,8 @@ class LayerwisePass:
 
     Args:
         model: in evaluation mode, on the CPU, in any dtype; best as `load(..., dtype=None)` left it. Its parameters are
-            set to need no gradient; all but the decoder layers, the embedding and the head are converted for good.
+            set to need no gradient; all but the decoder layers, the embedding and the head are converted for good. One
+            without weights (on the meta device) can only be asked for `memory`.
         structure: where its layers are.
         batches: (token ids int64 [B, T], counts bool [B, T]) of each micro-batch; padding only on the right.
         folder: for the files of this pass only; `clear` removes it.
@@ -190,16 +190,6 @@ class LayerwisePass:
         for parameter in module.parameters():
             drop_pages(parameter.data)
 
-    def seconds(self, batches: int) -> float:
-        """Estimated seconds of a forward pass of so many batches like the first, from its pass through one layer."""
-        states = self.inputs(0)
-        began = time.monotonic()
-        with self.layer(0), torch.no_grad():
-            onloading = time.monotonic() - began
-            self.blocks.forward_layer(0, states).sum().item()  # waits for the device
-            computing = time.monotonic() - began - onloading
-        return self.structure.layer_count * (onloading + batches * computing)
-
     def memory(self, backward: bool = False, whole_attention: bool = False) -> int:
         """Estimated bytes that a pass needs at once, besides mapped weights: those of one layer, its activations, and
         what an observer computes from the widest of them in float32.
@@ -284,6 +274,8 @@ class LayerwisePass:
 
     def _onload_rest(self) -> None:
         """Convert and move all but the decoder layers, for good; embedding and head keep their dtype."""
+        if self.model.device.type == "meta":  # only what it would take is asked
+            return
         layers = self.model.get_submodule(self.structure.layers_path)
         in_layers = {id(module) for module in layers.modules()}
         tables = {id(self.model.get_input_embeddings().weight), id(self.model.get_output_embeddings().weight)}

@@ -333,6 +333,32 @@ def initialise(
     )
 
 
+def outline(source: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The modules of a model without its weights (on the meta device), in the dtype of its configuration.
+
+    Args:
+        source: local folder or hub id; only its configuration is used.
+        revision: of the hub model.
+        trust_remote_code: run Python code that comes with the model.
+
+    Raises:
+        UserError: as `load`, about the configuration.
+    """
+    config = load_config(resolve(str(source), revision), trust_remote_code)
+    dtype = config.get_text_config().dtype or torch.float32
+    try:
+        with torch.device("meta"), quiet_transformers():
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                attn_implementation="eager" if caps_attention(config) else None,
+            )
+    except Exception as error:
+        raise UserError(f"transformers cannot build the model of {source}: {error_summary(error)}.") from None
+    return model.eval()
+
+
 def completed(values: dict[str, Any]) -> dict[str, Any]:
     """A configuration with every field, those at their defaults included.
 

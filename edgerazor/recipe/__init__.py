@@ -6,6 +6,7 @@
 from edgerazor.recipe.explain import default_of, dump, explain, json_schema, values_of
 from edgerazor.recipe.load import anchor, build, find, foreign_code, load, merge, shipped
 from edgerazor.recipe.schema import (
+    CHOSEN_BY_BUDGET,
     MAXIMUM_BITS,
     MINIMUM_BITS,
     RETIRED_FIELDS,
@@ -30,12 +31,15 @@ from edgerazor.recipe.schema import (
     Strict,
     fields_of,
     option_at,
+    seconds_of,
     section_at,
     section_in,
     size_in_bytes,
+    token_count,
 )
 
 __all__ = [
+    "CHOSEN_BY_BUDGET",
     "MAXIMUM_BITS",
     "MINIMUM_BITS",
     "RETIRED_FIELDS",
@@ -70,9 +74,11 @@ __all__ = [
     "load",
     "merge",
     "option_at",
+    "seconds_of",
     "section_at",
     "section_in",
     "shipped",
     "size_in_bytes",
+    "token_count",
     "values_of",
 ]

@@ -8,12 +8,19 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic.fields import FieldInfo
 
-from edgerazor.recipe.schema import Recipe, Strict, as_section, section_at
+from edgerazor.recipe.schema import CHOSEN_BY_BUDGET, Recipe, Strict, as_section, section_at
 
 
 def dump(recipe: Recipe) -> str:
-    """YAML of everything that differs from the defaults."""
-    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
+    """YAML of everything that differs from the defaults, and of what was set although a budget would choose it."""
+    values = recipe.model_dump(mode="json", exclude_defaults=True)
+    if recipe.distill.has_open_budget():
+        for section, names in CHOSEN_BY_BUDGET.items():
+            settings: Strict = getattr(recipe, section)
+            said = settings.model_dump(mode="json", include=settings.model_fields_set & set(names), exclude_unset=True)
+            if said:
+                values[section] = {**values.get(section, {}), **said}
+    return yaml.safe_dump(values, sort_keys=False)
 
 
 def explain(flags: Mapping[str, str] | None = None) -> str:

@@ -25,6 +25,23 @@ MINIMUM_BITS, MAXIMUM_BITS = 1.58, 8.0
 WHOLE_ROW = 65536
 #: Bytes of the units of `target_size`.
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+#: Factors of the letters behind a number of tokens, and seconds of those behind a time.
+COUNTS = {"k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
+SECONDS = {"h": 3600, "m": 60, "s": 1}
+#: Fields that a budget of tokens or time decides (`training/budget_defaults.py`) where nobody has set them.
+CHOSEN_BY_BUDGET = {
+    "calibrate": ("scales", "init"),
+    "distill": (
+        "batch_size",
+        "accumulation",
+        "learning_rate",
+        "schedule",
+        "warmup",
+        "losses",
+        "evaluate_every",
+        "checkpoint_every",
+    ),
+}
 #: Fields that were renamed, and their names now: recipes that still have the old ones are refused with the new one.
 RETIRED_FIELDS = {"calibrate.start": "init", "distill.rungs": "phases"}
 #: Likewise (field, value) -> the value's name now.
@@ -282,6 +299,34 @@ def size_in_bytes(text: str) -> int:
     return int(Decimal(match[1]) * unit)
 
 
+def token_count(text: str) -> int:
+    """Whole tokens of a count like `300k`, `20M` or `300000`.
+
+    Raises:
+        ValueError: the text is no count; the message is a sentence without its full stop.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgb]?)", text.strip().replace("_", "").lower())
+    if match is None:
+        raise ValueError(f"expected a number of tokens like 300000, 300k or 20M, got {text!r}")
+    return int(Decimal(match[1]) * COUNTS.get(match[2], 1))
+
+
+def seconds_of(text: str) -> float:
+    """Seconds of a time like `90s`, `30m`, `1h30m`, or of a number of seconds.
+
+    Raises:
+        ValueError: the text is no time; the message is a sentence without its full stop.
+    """
+    plain = text.strip().lower().replace(" ", "")
+    number = r"(\d+(?:\.\d+)?)"
+    if re.fullmatch(number, plain):
+        return float(plain)
+    match = re.fullmatch("".join(f"(?:{number}{unit})?" for unit in SECONDS), plain)
+    if match is None or not plain:
+        raise ValueError(f"expected a time like 90s, 30m, 1h30m or a number of seconds, got {text!r}")
+    return sum(float(part or 0) * length for part, length in zip(match.groups(), SECONDS.values(), strict=True))
+
+
 class LossTerm(Strict):
     """One term of the objective."""
 
@@ -347,8 +392,15 @@ class Distill(Strict):
     """Training the student. The loss weights are EdgeRazor's for Qwen3 (arXiv 2605.04062)."""
 
     steps: int | None = Field(None, ge=1, description="optimizer steps (no budget: 1000, or 16 passes over the data)")
-    tokens: int | None = Field(None, ge=1, description="training tokens; stops at the first budget reached")
-    max_time: float | None = Field(None, gt=0, description="seconds of training, counted across resumes")
+    tokens: int | None = Field(
+        None,
+        ge=1,
+        description="training tokens (300k, 20M); stops at the first budget reached. Without `steps`, tokens or time "
+        "decide what is not set of batch, learning rate, schedule, losses, scales and init",
+    )
+    max_time: float | None = Field(
+        None, gt=0, description="time of training (90s, 30m, 1h30m, or seconds), counted across resumes"
+    )
     train: Literal["all", "scales"] = Field(
         "all", description="scales: codes stay as they begin; scales, norm gains and biases are trained, in minutes"
     )
@@ -393,6 +445,20 @@ class Distill(Strict):
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
     evaluate_every: int = Field(100, ge=1, description="steps between measurements on held-out text")
     evaluate_sequences: int = Field(32, ge=1, description="held-out sequences in such a measurement")
+
+    def has_open_budget(self) -> bool:
+        """Whether tokens or time limit the training, and not steps, so that the other settings are to fit them."""
+        return self.steps is None and (self.tokens is not None or self.max_time is not None)
+
+    @field_validator("tokens", mode="before")
+    @classmethod
+    def _whole_tokens(cls, value: Any) -> Any:
+        return token_count(value) if isinstance(value, str) else value
+
+    @field_validator("max_time", mode="before")
+    @classmethod
+    def _in_seconds(cls, value: Any) -> Any:
+        return seconds_of(value) if isinstance(value, str) else value
 
 
 class Pack(Strict):

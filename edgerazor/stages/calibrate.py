@@ -14,7 +14,7 @@ import torch
 from rich.console import RenderableType
 from torch import Tensor
 
-from edgerazor import allocate, models, student_plan
+from edgerazor import allocate, devices, models, student_plan
 from edgerazor.allocate import Plan, candidates_of, measures, shortfall
 from edgerazor.calibration import initialization, own_text, planning, statistics
 from edgerazor.calibration import measurement as measuring
@@ -26,6 +26,7 @@ from edgerazor.recipe import Recipe
 from edgerazor.report.tables import calibrate_tables
 from edgerazor.sensitivity import forward_passes
 from edgerazor.stage import Stage
+from edgerazor.training import cost_of, forward_seconds, measure_machine
 from edgerazor.workdir import make_folder, write_json, write_text
 
 
@@ -107,26 +108,27 @@ class CalibrateStage(Stage):
         return result
 
     def dry_run(self, context: JobContext) -> CalibrateDryRun:
-        """What would be decided, and about how long it would take.
-
-        The time is estimated from the pass of one layer, and of a few tokens where the teacher writes the text.
-        """
-        recipe, settings = context.recipe, context.recipe.calibrate
-        teacher = context.load_teacher(torch.device("cpu"))
+        """What would be decided, and about how long it would take: from shapes and the speed of the machine."""
+        recipe, settings, device = context.recipe, context.recipe.calibrate, context.device
+        outline = context.teacher_outline
+        teacher = context.planning_teacher()
         plan = context.new_plan(teacher)
         packed = context.packed_size(teacher)(plan)
-        length = context.sequence_length(teacher.model)
-        mapped = teacher.weight_bytes
-        measurement = Measurement(context, teacher, length)
+        length = context.sequence_length(outline.model)
+        mapped = outline.weight_bytes
+        measurement = Measurement(context, outline, length)
         batch = min(settings.batch_size, settings.sequences)
         ids = torch.zeros((batch, length), dtype=torch.int64)
         layerwise = measurement.layerwise_pass("walk", [(ids, torch.ones_like(ids, dtype=torch.bool))])
-        seconds = layerwise.seconds(-(-sequences_passed(measurement) // batch))
+        machine = measure_machine(device, layerwise.dtype)
+        passed = sequences_passed(measurement) * length
+        seconds = forward_seconds(cost_of(outline.structure, length), machine, passed)
         memory = layerwise.memory(whole_attention=settings.adaptive_tokens == "causal")
         tokens = settings.sequences * length
         own_tokens = 0 if recipe.data.train else recipe.data.generated_tokens
         if own_tokens:
-            writing_seconds, writing_memory = own_text.estimate(context, length)
+            dtype = devices.inference_dtype(device)
+            writing_seconds, writing_memory = own_text.estimate(outline, own_tokens, machine, dtype)
             seconds, memory = seconds + writing_seconds, max(memory, writing_memory)
         return CalibrateDryRun(
             notation=plan.notation(),
@@ -135,12 +137,12 @@ class CalibrateStage(Stage):
             bytes=packed.bytes,
             tokens=tokens,
             generated_tokens=own_tokens,
-            memory_bytes=max(memory, initialization.memory_bytes(settings.init, teacher.model, tokens)),
+            memory_bytes=max(memory, initialization.memory_bytes(settings.init, outline.model, tokens)),
             mapped_bytes=mapped,
             disk_bytes=sum(matrix.columns * 4 for matrix in plan.matrices)
             + 2 * sum(matrix.rows for matrix in plan.matrices)
             + 10 * own_tokens
-            + 2 * tokens * teacher.structure.embedding.columns * layerwise.dtype.itemsize
+            + 2 * tokens * outline.structure.embedding.columns * layerwise.dtype.itemsize
             + initialization.file_bytes(settings.init, plan),
             seconds=float(f"{seconds:.3g}"),
         )

@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from rich.console import RenderableType
 
-from edgerazor import calibrated, data, devices, models
+from edgerazor import calibrated, data, devices, models, student_plan
 from edgerazor.allocate import Plan
 from edgerazor.calibration import initialization
 from edgerazor.console import Console
 from edgerazor.errors import UserError, usage_error
-from edgerazor.job import JobContext, LoadedModel
+from edgerazor.job import JobContext, LoadedModel, ModelOutline
 from edgerazor.models import PreTrainedModel
 from edgerazor.recipe import Distill, Recipe
 from edgerazor.stage import Stage
@@ -35,6 +35,7 @@ from edgerazor.student_plan import CALIBRATED_INITS
 from edgerazor.training import (
     DistillDryRun,
     DistillResult,
+    PlannedTraining,
     ScheduledPhase,
     Student,
     Teacher,
@@ -43,7 +44,9 @@ from edgerazor.training import (
     TrainingStore,
     checkpoint,
     estimate_training,
+    is_limited,
     load_further_teachers,
+    make_budget,
     make_phases,
     make_student,
     objective,
@@ -52,6 +55,8 @@ from edgerazor.training import (
     report_passes,
     report_teachers,
     result_tables,
+    speed_of,
+    training_dtype,
 )
 from edgerazor.workdir import WorkDir, make_folder, write_json
 
@@ -103,7 +108,7 @@ def run(context: JobContext) -> DistillResult:
         UserError: the recipe cannot work with this model or text, the training diverges, or it was interrupted.
     """
     recipe, work, console = context.recipe, context.work, context.console
-    trainer, plan, _ = prepare(context)
+    trainer, plan = prepare(context)
     accelerator, settings = trainer.accelerator, recipe.distill
     if accelerator.is_main_process:
         discard_unless_resumable(trainer.store, work, console, context.fresh)
@@ -112,16 +117,61 @@ def run(context: JobContext) -> DistillResult:
     report_passes(trainer.budget.steps, trainer.rows, trainer.rows_per_step, console)
     trainer.resume(console)
     trainer.run(console)
-    result = trainer.result(plan.notation())
+    result = trainer.result(plan.notation()).model_copy(update={"chosen": context.chosen})
     if accelerator.is_main_process:
         write_json(work.result_file(NAME), result.model_dump(mode="json"))
     return result
 
 
 def dry_run(context: JobContext) -> DistillDryRun:
-    """What would be trained, and how long it would take, from one measured step of each phase that is thrown away."""
-    trainer, plan, packed_bytes = prepare(context, placeholders=True)
-    return estimate_training(trainer, plan.notation(), packed_bytes)
+    """What would be trained, and about how long it would take: from shapes and the speed of the machine.
+
+    Weights are read only by a plan that looks at them, text only where its length decides how long the training is.
+    """
+    recipe, settings = context.recipe, context.recipe.distill
+    check(recipe)
+    outline = context.planning_teacher()
+    model, structure = outline.model, outline.structure
+    student_plan.check_attention(model, recipe.calibrate)
+    planned = context.is_planned()
+    plan = context.plan() if planned else context.new_plan(outline)
+    phases = scheduled_phases(context, plan, structure.layer_count, placeholders=True)
+    objective.open_models(model, model, structure, [term for phase in phases for term in phase.terms])
+    length, processes = context.sequence_length(model), devices.process_count()
+    rows_per_step = settings.batch_size * settings.accumulation * processes
+    rows = None if is_limited(settings) else dry_text(context, length)
+    budget = make_budget(settings, rows, rows_per_step, rows_per_step * length)
+    phase_schedule.check_steps(phases, budget.steps)
+    training = PlannedTraining(
+        settings=settings,
+        outline=outline,
+        plan=plan,
+        phases=phases,
+        budget=budget,
+        length=length,
+        rows_per_step=rows_per_step,
+        processes=processes,
+        teacher_bytes=teacher_bytes(context, outline) if needs_teacher(settings, phases) else 0,
+    )
+    packed_bytes = context.packed_size(outline, measured=planned)(plan).bytes
+    estimate = estimate_training(training, speed_of(context), packed_bytes)
+    return estimate.model_copy(update={"chosen": context.chosen})
+
+
+def dry_text(context: JobContext, length: int) -> data.TokenRows:
+    """Rows to train on; made up where the teacher is still to write them."""
+    if not has_text(context):
+        return placeholder_rows(context, length)
+    tokenizer = models.load_tokenizer(context.teacher_folder, context.recipe.trust_remote_code)
+    return context.open_text(tokenizer, length)[0]
+
+
+def teacher_bytes(context: JobContext, outline: ModelOutline) -> int:
+    """Bytes of the weights of all teachers in the precision of the training."""
+    recipe = context.recipe
+    others = [models.outline(source, None, recipe.trust_remote_code) for source in recipe.distill.teachers]
+    weights = sum(weight.numel() for model in (outline.model, *others) for weight in model.parameters())
+    return weights * training_dtype(recipe.distill, context.device).itemsize
 
 
 def check(recipe: Recipe) -> None:
@@ -148,12 +198,10 @@ class Preparation(NamedTuple):
     Attributes:
         trainer: before its first step.
         plan: the format of every matrix of its student.
-        packed_bytes: that `pack` will write.
     """
 
     trainer: Trainer
     plan: Plan
-    packed_bytes: int
 
 
 def prepare(context: JobContext, placeholders: bool = False) -> Preparation:
@@ -161,14 +209,14 @@ def prepare(context: JobContext, placeholders: bool = False) -> Preparation:
 
     Args:
         context: of the whole job; its working directory holds calibrate's plan and statistics.
-        placeholders: for a dry run: use made-up values for what calibrate has not written yet.
+        placeholders: to measure a step: use made-up values for what calibrate has not written yet.
 
     Raises:
         UserError: the recipe cannot work with this model or text.
     """
     recipe, device = context.recipe, context.device
     settings = recipe.distill
-    dtype = torch.bfloat16 if uses_bfloat16(settings, device) else torch.float32
+    dtype = training_dtype(settings, device)
     check(recipe)
     devices.join_processes(device)
     accelerator = make_accelerator(device, dtype)
@@ -194,8 +242,7 @@ def prepare(context: JobContext, placeholders: bool = False) -> Preparation:
         store=training_store(context.work, {} if placeholders else inputs(context)),
     )
     phase_schedule.check_steps(phases, trainer.budget.steps)
-    packed_bytes = context.packed_size(loaded, measured=not placeholders)(plan).bytes
-    return Preparation(trainer, plan, packed_bytes)
+    return Preparation(trainer, plan)
 
 
 def scheduled_phases(context: JobContext, plan: Plan, layer_count: int, placeholders: bool) -> list[ScheduledPhase]:
@@ -216,11 +263,6 @@ def prepare_student(context: JobContext, teacher: LoadedModel, plan: Plan, place
     initial = None if placeholders else initialization.stored(context, plan)
     student = load_student(context.recipe)
     return make_student(student, structure, plan, computing, context.recipe.distill, input_scales, initial)
-
-
-def uses_bfloat16(settings: Distill, device: torch.device) -> bool:
-    """Whether matrix products are in bfloat16: as the recipe says; by default, where the device is fast at it."""
-    return settings.precision == "bfloat16" or (settings.precision == "auto" and devices.fast_bfloat16(device))
 
 
 def make_accelerator(device: torch.device, dtype: torch.dtype) -> Accelerator:
@@ -251,16 +293,25 @@ def open_text(
 ) -> tuple[data.TokenRows, data.TokenRows]:
     """Rows to train on and held-out rows, no longer than any teacher has positions for.
 
-    With placeholders, where the text is still to be written by the teacher, both are some small token ids, as many as
-    the teacher would write.
+    With placeholders, where the text is still to be written by the teacher, both are made up.
     """
     length = min(context.sequence_length(teacher.model) for teacher in teachers)
-    if placeholders and not (context.recipe.data.train or context.work.generated_text.exists()):
-        token_ids = np.arange(max(length, context.recipe.data.generated_tokens), dtype=np.int32) % 16
-        rows = data.TokenRows([token_ids], [1.0], length)
+    if placeholders and not has_text(context):
+        rows = placeholder_rows(context, length)
         return rows, rows
     # `eval` will know what was held out by the length of the first teacher alone.
     return context.open_text(teacher.tokenizer, length, context.sequence_length(teacher.model))
+
+
+def has_text(context: JobContext) -> bool:
+    """Whether there is text to train on already, or the teacher is still to write it."""
+    return bool(context.recipe.data.train) or context.work.generated_text.exists()
+
+
+def placeholder_rows(context: JobContext, length: int) -> data.TokenRows:
+    """Rows of some small token ids, as many as the teacher would write."""
+    token_ids = np.arange(max(length, context.recipe.data.generated_tokens), dtype=np.int32) % 16
+    return data.TokenRows([token_ids], [1.0], length)
 
 
 def training_store(work: WorkDir, training_inputs: dict[str, str]) -> TrainingStore:

@@ -1,13 +1,15 @@
 """Training: the trainer, its objective and phases, and what is saved and reported of it."""
 
-from edgerazor.training.budget import Budget, make_budget, report_passes
+from edgerazor.training.budget import Budget, is_limited, make_budget, report_passes
+from edgerazor.training.budget_choice import BudgetChoice
 from edgerazor.training.captured_states import CapturedStates, Captures, capture, captures
 from edgerazor.training.checkpoint import Progress
-from edgerazor.training.estimate import estimate_training
+from edgerazor.training.estimate import PlannedTraining, estimate_training
 from edgerazor.training.evaluation import held_out_losses
 from edgerazor.training.objective import make_terms
 from edgerazor.training.phase_schedule import ScheduledPhase, make_phases
 from edgerazor.training.results import DistillDryRun, DistillResult, PhaseEstimate, PhaseResult, result_tables
+from edgerazor.training.speed import MachineSpeed, cost_of, forward_seconds, measure_machine, speed_of, training_dtype
 from edgerazor.training.store import TrainingStore, save_student
 from edgerazor.training.student import Student, make_student
 from edgerazor.training.teachers import Teacher, TeacherEnsemble, load_further_teachers, report_teachers
@@ -15,12 +17,15 @@ from edgerazor.training.trainer import Trainer
 
 __all__ = [
     "Budget",
+    "BudgetChoice",
     "CapturedStates",
     "Captures",
     "DistillDryRun",
     "DistillResult",
+    "MachineSpeed",
     "PhaseEstimate",
     "PhaseResult",
+    "PlannedTraining",
     "Progress",
     "ScheduledPhase",
     "Student",
@@ -30,15 +35,21 @@ __all__ = [
     "TrainingStore",
     "capture",
     "captures",
+    "cost_of",
     "estimate_training",
+    "forward_seconds",
     "held_out_losses",
+    "is_limited",
     "load_further_teachers",
     "make_budget",
     "make_phases",
     "make_student",
     "make_terms",
+    "measure_machine",
     "report_passes",
     "report_teachers",
     "result_tables",
     "save_student",
+    "speed_of",
+    "training_dtype",
 ]

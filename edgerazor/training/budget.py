@@ -49,14 +49,23 @@ class Budget:
         return min(1.0, max(shares))
 
 
-def make_budget(settings: Distill, rows: data.TokenRows, rows_per_step: int, tokens_per_step: int) -> Budget:
-    """The budget of a `distill` section, for text of which a step takes this many rows and tokens."""
+def make_budget(settings: Distill, rows: data.TokenRows | None, rows_per_step: int, tokens_per_step: int) -> Budget:
+    """The budget of a `distill` section, for text of which a step takes this many rows and tokens.
+
+    Where no limit is given it depends on the text, which may be None only where one is.
+    """
     limits = [settings.steps] if settings.steps else []
     if settings.tokens:
         limits.append(math.ceil(settings.tokens / tokens_per_step))
     if not limits and not settings.max_time:
+        assert rows is not None
         limits.append(default_steps(rows, rows_per_step))
     return Budget(min(limits) if limits else None, settings.max_time)
+
+
+def is_limited(settings: Distill) -> bool:
+    """Whether steps, tokens or time limit the training, so that its length does not depend on the text."""
+    return any((settings.steps, settings.tokens, settings.max_time))
 
 
 def default_steps(rows: data.TokenRows, rows_per_step: int) -> int:

@@ -1,94 +1,130 @@
-"""What a training would cost, from one measured step of each phase that is thrown away."""
+"""What a training would cost, without loading a weight: from shapes, the budget, and the speed of the machine."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
-from edgerazor import modules
-from edgerazor.training.phase_schedule import steps_per_phase
+from edgerazor import formats
+from edgerazor.allocate import Plan
+from edgerazor.job import ModelOutline
+from edgerazor.recipe import Distill
+from edgerazor.training.budget import Budget
+from edgerazor.training.phase_schedule import ScheduledPhase, steps_per_phase
 from edgerazor.training.results import DistillDryRun, PhaseEstimate
-from edgerazor.training.trainer import Trainer
+from edgerazor.training.speed import PASSES, Speed, cost_of, step_seconds
 
 
-class StepCost(NamedTuple):
-    """What one step of a phase takes.
+@dataclass(frozen=True)
+class PlannedTraining:
+    """A training that could begin.
 
     Attributes:
-        seconds: of a step.
-        weight_bytes: of the student's weights in the phase.
-        moment_bytes: of the optimizer's moments.
+        settings: the `distill` section.
+        outline: of the teacher and the student.
+        plan: formats of the student's matrices.
+        phases: of the training, at least one.
+        budget: its limits.
+        length: tokens of a sequence.
+        rows_per_step: sequences of a step, over all processes.
+        processes: that train together.
+        teacher_bytes: of the weights of all teachers, as they would be in memory.
     """
 
-    seconds: float
-    weight_bytes: int
-    moment_bytes: int
+    settings: Distill
+    outline: ModelOutline
+    plan: Plan
+    phases: Sequence[ScheduledPhase]
+    budget: Budget
+    length: int
+    rows_per_step: int
+    processes: int
+    teacher_bytes: int
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.rows_per_step * self.length
+
+    def scales(self) -> int:
+        """Trained scales of weights; none where they are computed."""
+        if self.plan.scales == "computed":
+            return 0
+        return sum(
+            matrix.rows * formats.group_count(matrix.columns, matrix.group_size) for matrix in self.plan.matrices
+        )
 
 
-def estimate_training(trainer: Trainer, notation: str, packed_bytes: int) -> DistillDryRun:
-    """What a training would take; its student is trained by a few steps and of no further use.
+def estimate_training(training: PlannedTraining, speed: Speed, packed_bytes: int) -> DistillDryRun:
+    """What a training would take.
 
     Args:
-        trainer: before its first step.
-        notation: of the student's formats.
+        training: what would be trained.
+        speed: of training here, measured or estimated.
         packed_bytes: that `pack` would write.
     """
-    settings, steps = trainer.settings, trainer.budget.steps
-    costs = [measure_step(trainer, number) for number in range(1, len(trainer.phases) + 1)]
-    weight_bytes = max(cost.weight_bytes for cost in costs)
-    moment_bytes = max(cost.moment_bytes for cost in costs)
-    gradient_bytes = moment_bytes // 2
-    teacher_bytes = sum(
-        p.numel() * p.element_size() for teacher in trainer.teachers for p in teacher.model.parameters()
-    )
-    shape = trainer.student.model.config.get_text_config()
-    logit_bytes = settings.batch_size * trainer.rows.length * shape.vocab_size * 4
+    settings, steps = training.settings, training.budget.steps
+    shape = training.outline.model.config.get_text_config()
+    weights = sum(weight.numel() for weight in training.outline.model.parameters()) + training.scales()
+    trained = max(trained_weights(training, phase.settings) for phase in training.phases)
+    frozen_copies = any(phase.settings.train == "scales" for phase in training.phases)
+    weight_bytes = 4 * weights * (2 if frozen_copies else 1)
+    logit_bytes = settings.batch_size * training.length * shape.vocab_size * 4
     blocks = settings.reconstruct
-    block_bytes = 2 * blocks.sequences * trainer.rows.length * shape.hidden_size * 4 if blocks else 0
-    phases = phase_estimates(trainer, [cost.seconds for cost in costs])
+    block_bytes = 2 * blocks.sequences * training.length * shape.hidden_size * 4 if blocks else 0
+    seconds_of_steps = [phase_step_seconds(training, phase, speed) for phase in training.phases]
+    phases = phase_estimates(training, seconds_of_steps)
     seconds = [phase.seconds for phase in phases.values() if phase.seconds is not None] if steps else []
     return DistillDryRun(
-        notation=notation,
+        notation=training.plan.notation(),
         steps=steps,
-        tokens_per_step=trainer.tokens_per_step,
-        memory_bytes=weight_bytes + gradient_bytes + moment_bytes + teacher_bytes + 4 * logit_bytes + block_bytes,
+        tokens_per_step=training.tokens_per_step,
+        memory_bytes=weight_bytes + 12 * trained + training.teacher_bytes + 4 * logit_bytes + block_bytes,
         # the checkpoint and the next one; the students best, last and the one being written
-        disk_bytes=2 * (weight_bytes + moment_bytes) + 3 * weight_bytes,
+        disk_bytes=2 * (weight_bytes + 8 * trained) + 3 * weight_bytes,
         result_bytes=packed_bytes,
-        seconds_per_step=float(f"{costs[-1].seconds:.3g}"),
-        seconds=float(f"{sum(seconds):.3g}") if steps else trainer.budget.seconds,
+        seconds_per_step=_rounded(seconds_of_steps[-1]),
+        seconds=_rounded(sum(seconds)) if steps else training.budget.seconds,
+        tokens_per_second=_rounded(training.tokens_per_step / seconds_of_steps[-1]),
+        speed=speed.source,
         phases=phases if settings.phases else {},
     )
 
 
-def measure_step(trainer: Trainer, number: int) -> StepCost:
-    """Take two steps of a phase, counted from 1, and measure the second one."""
-    trainer.enter_phase(number)
-    batches = next(trainer.batches())
-    trainer.step(batches)  # the first step also pays for what later ones find ready
-    start = time.monotonic()
-    trainer.step(batches)
-    seconds = time.monotonic() - start
-    student = trainer.student.model
-    masters = [matrix.master.weight for matrix in modules.fake_quant_weights(student).values() if matrix.master]
-    weight_bytes = sum(p.numel() * p.element_size() for p in (*student.parameters(), *masters))
-    return StepCost(seconds, weight_bytes, sum(8 * p.numel() for p in student.parameters() if p.requires_grad))
+def trained_weights(training: PlannedTraining, settings: Distill) -> int:
+    """Weights with a gradient and moments in a phase: all of them, or scales and vectors."""
+    parameters = list(training.outline.model.parameters())
+    vectors = sum(parameter.numel() for parameter in parameters if parameter.ndim < 2)
+    everything = sum(parameter.numel() for parameter in parameters)
+    return training.scales() + (everything if settings.train == "all" else vectors)
 
 
-def phase_estimates(trainer: Trainer, step_seconds: Sequence[float]) -> dict[str, PhaseEstimate]:
+def phase_step_seconds(training: PlannedTraining, phase: ScheduledPhase, speed: Speed) -> float:
+    """Estimated seconds of a step of a phase."""
+    if speed.tokens_per_second is not None:
+        return training.tokens_per_step / speed.tokens_per_second
+    assert speed.machine is not None
+    settings = phase.settings
+    cost = cost_of(training.outline.structure, training.length)
+    passes = float(PASSES + len(settings.teachers) + settings.gradient_checkpointing)
+    passes -= settings.train == "scales"  # no gradient of a matrix
+    passes -= not any(loss.needs_teacher for _, loss in phase.terms)
+    tokens = round(training.tokens_per_step / training.processes)
+    return step_seconds(cost, speed.machine, tokens, settings.accumulation, passes)
+
+
+def phase_estimates(training: PlannedTraining, seconds_of_steps: Sequence[float]) -> dict[str, PhaseEstimate]:
     """Steps and seconds of reconstruction and of every phase, by name.
 
     Args:
-        trainer: knows the phases and the budget.
-        step_seconds: seconds of a step of each phase.
+        training: knows the phases and the budget.
+        seconds_of_steps: seconds of a step of each phase.
     """
-    phases, budget = trainer.phases, trainer.budget
+    phases, budget = training.phases, training.budget
     estimates, block_seconds = {}, 0.0
-    if blocks := trainer.settings.reconstruct:
+    if blocks := training.settings.reconstruct:
         # one step of every layer takes about as long as one step of the whole student, with everything trained
-        block_seconds = blocks.steps * max(step_seconds)
-        steps = blocks.steps * trainer.student.structure.layer_count
+        block_seconds = blocks.steps * max(seconds_of_steps)
+        steps = blocks.steps * training.outline.structure.layer_count
         estimates["reconstruct"] = PhaseEstimate(steps=steps, seconds=_rounded(block_seconds))
     phase_steps: list[int] | list[None] = (
         steps_per_phase(phases, budget.steps) if budget.steps else [None] * len(phases)
@@ -96,12 +132,12 @@ def phase_estimates(trainer: Trainer, step_seconds: Sequence[float]) -> dict[str
     seconds_left, begin = max((budget.seconds or 0.0) - block_seconds, 0.0), 0.0
     for number, phase in enumerate(phases, 1):
         count = phase_steps[number - 1]
-        seconds = seconds_left * (phase.end - begin) if count is None else count * step_seconds[number - 1]
+        seconds = seconds_left * (phase.end - begin) if count is None else count * seconds_of_steps[number - 1]
         name = f"{number} {phase.settings.train}"
         estimates[name] = PhaseEstimate(steps=count, seconds=_rounded(seconds))
         begin = phase.end
     return estimates
 
 
-def _rounded(seconds: float) -> float:
-    return float(f"{seconds:.3g}")
+def _rounded(value: float) -> float:
+    return float(f"{value:.3g}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel
 from rich.console import RenderableType
@@ -36,7 +36,11 @@ class PhaseEstimate(BaseModel):
 
 
 class DistillResult(BaseModel):
-    """What distill reached. `stopped` says why it ended: the budget was used up, or the target of quality reached."""
+    """What distill reached.
+
+    `stopped` says why it ended: the budget was used up, or the target of quality reached. `chosen` is what the budget
+    chose of the settings that nobody had set, by section and field.
+    """
 
     notation: str
     steps: int
@@ -50,10 +54,11 @@ class DistillResult(BaseModel):
     block_errors: list[tuple[float, float]] = []
     phases: list[PhaseResult] = []
     stopped: Literal["budget", "target"] = "budget"
+    chosen: dict[str, dict[str, Any]] = {}
 
 
 class DistillDryRun(BaseModel):
-    """What distill would do."""
+    """What distill would do; `speed` says whether its times are estimated or from an earlier training."""
 
     notation: str
     steps: int | None
@@ -63,7 +68,10 @@ class DistillDryRun(BaseModel):
     result_bytes: int
     seconds_per_step: float
     seconds: float | None
+    tokens_per_second: float
+    speed: str
     phases: dict[str, PhaseEstimate] = {}
+    chosen: dict[str, dict[str, Any]] = {}
 
 
 def result_tables(result: DistillResult) -> list[RenderableType]:

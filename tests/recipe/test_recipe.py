@@ -96,6 +96,65 @@ def test_a_malformed_size_is_one_sentence(text: str) -> None:
     assert (wrong.value.message, wrong.value.code) == (expected, USAGE)
 
 
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 90.0),
+        ("90s", 90.0),
+        ("30m", 1800.0),
+        ("1h", 3600.0),
+        ("1h30m", 5400.0),
+        ("1h 2m 3.5s", 3723.5),
+        ("0.5h", 1800.0),
+    ],
+)
+def test_times_are_read_with_their_units(text: str, seconds: float) -> None:
+    assert build({"distill": {"max_time": text}}).distill.max_time == seconds
+
+
+@pytest.mark.parametrize("text", ["", "h", "1x", "30m1h", "-5m", "1:30", "1e3", "an hour", "1h30"])
+def test_a_malformed_time_is_one_sentence(text: str) -> None:
+    with pytest.raises(UserError, match="--max-time: expected a time like 90s, 30m, 1h30m"):
+        build({"distill": {"max_time": text}})
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("300000", 300_000),
+        ("300k", 300_000),
+        ("20M", 20_000_000),
+        ("1.5m", 1_500_000),
+        ("1G", 10**9),
+        ("90_000", 90_000),
+    ],
+)
+def test_token_counts_are_read_with_their_letters(text: str, tokens: int) -> None:
+    assert build({"distill": {"tokens": text}}).distill.tokens == tokens
+
+
+@pytest.mark.parametrize("text", ["", "k", "3x", "-3k", "1e6", "3 kk", "many"])
+def test_a_malformed_token_count_is_one_sentence(text: str) -> None:
+    with pytest.raises(UserError, match="--tokens: expected a number of tokens like 300000, 300k or 20M"):
+        build({"distill": {"tokens": text}})
+
+
+@pytest.mark.parametrize(("name", "text"), [("tokens", "0k"), ("max_time", "0s")])
+def test_no_budget_at_all_is_refused(name: str, text: str) -> None:
+    with pytest.raises(UserError, match=r"expected a (whole )?number"):
+        build({"distill": {name: text}})
+
+
+def test_what_was_set_is_dumped_where_a_budget_would_choose(tmp_path: Path) -> None:
+    """Even the default: a later command could not know that it was said."""
+    path = tmp_path / "recipe.yaml"
+    recipe = build({"distill": {"tokens": 1000, "learning_rate": 2e-5, "betas": (0.9, 0.95)}})
+    path.write_text(recipes.dump(recipe))
+    assert recipes.load(path)["distill"] == {"tokens": 1000, "learning_rate": 2e-5}
+    path.write_text(recipes.dump(build({"distill": {"steps": 5, "learning_rate": 2e-5}})))
+    assert recipes.load(path)["distill"] == {"steps": 5}
+
+
 def test_of_several_budgets_the_last_one_counts(tmp_path: Path) -> None:
     budgets: list[dict[str, Any]] = [{"bits": 1.88}, {"real_bits": 2.5}, {"target_size": "9MB"}]
     values = {"bits": 1.88, "real_bits": 2.5, "target_size": 9_000_000}

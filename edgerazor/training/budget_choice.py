@@ -1,0 +1,162 @@
+"""Which settings of a recipe its budget chooses, and that a job keeps what was chosen once.
+
+`budget_defaults.py` says what fits; here it is asked for the fields that neither recipe nor options set, and the answer
+is kept in the working directory. A training that goes on, and every later stage, takes the kept settings: a speed that
+is measured again would choose others.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from edgerazor import devices, untrusted
+from edgerazor import recipe as recipes
+from edgerazor.console import is_main_process
+from edgerazor.job import JobContext
+from edgerazor.recipe import CHOSEN_BY_BUDGET, Distill, Recipe
+from edgerazor.training import budget_defaults
+from edgerazor.training.budget_defaults import TrainingFacts
+from edgerazor.training.speed import cost_of, speed_of, step_seconds
+from edgerazor.workdir import WorkDir, digest_json, write_json
+
+#: Tokens of a step whose speed stands for all, where the step is still to be chosen.
+TYPICAL_STEP_TOKENS = 1024
+
+
+class BudgetChoice(BaseModel):
+    """What was chosen for a job.
+
+    Attributes:
+        request: digest of what decides the choice but the speed: model, bits, budget, and what was set.
+        values: section -> field -> value, of what was not set.
+        reasons: for people.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    request: str
+    values: dict[str, dict[str, Any]]
+    reasons: list[str]
+
+
+def choose(context: JobContext, stored_choice: BudgetChoice | None) -> BudgetChoice | None:
+    """The settings that a job's budget chooses; None where nothing is left to choose.
+
+    Args:
+        context: of the job, its recipe as it was asked for.
+        stored_choice: what was chosen before, which stays where the same is asked or a training has begun with it.
+
+    Raises:
+        UserError: the model cannot be read.
+    """
+    recipe = context.recipe
+    fields = open_fields(recipe)
+    if not fields:
+        return None
+    request = digest_of(context)
+    if stored_choice is not None and (stored_choice.request == request or context.training):
+        return stored_choice
+    made = None
+    if is_main_process():
+        fitting = budget_defaults.choose(facts_of(context), fields)
+        made = BudgetChoice(request=request, values=fitting.values, reasons=list(fitting.reasons))
+    devices.join_processes(context.device)
+    return devices.of_main_process(made)  # each process would measure another speed
+
+
+def open_fields(recipe: Recipe) -> dict[str, set[str]]:
+    """Section -> its fields that the budget chooses; nothing where steps are given, or nothing is trained."""
+    if not recipe.distill.has_open_budget() or recipe.pack.source == "teacher":
+        return {}
+    fields = {
+        section: set(names) - getattr(recipe, section).model_fields_set for section, names in CHOSEN_BY_BUDGET.items()
+    }
+    if has_batch(recipe.distill):
+        fields["distill"] -= {"batch_size", "accumulation"}
+    return {section: names for section, names in fields.items() if names}
+
+
+def has_batch(settings: Distill) -> bool:
+    """Whether the user says how large a step is: each of the two decides what the other would be."""
+    return bool(settings.model_fields_set & {"batch_size", "accumulation"})
+
+
+def apply(recipe: Recipe, choice: BudgetChoice) -> tuple[Recipe, dict[str, dict[str, Any]]]:
+    """The recipe with what was chosen, where nobody has set it; and just these settings."""
+    fields = open_fields(recipe)
+    values = {
+        section: {name: value for name, value in settings.items() if name in fields.get(section, ())}
+        for section, settings in choice.values.items()
+    }
+    chosen = recipes.build(values, "What was chosen for the budget")
+    updates = {
+        section: getattr(recipe, section).model_copy(
+            update={name: getattr(getattr(chosen, section), name) for name in settings}
+        )
+        for section, settings in values.items()
+    }
+    return recipe.model_copy(update=updates), values
+
+
+def digest_of(context: JobContext) -> str:
+    """Of everything that decides the choice, but for the speed of the machine."""
+    recipe = context.recipe
+    said = {
+        section: getattr(recipe, section).model_dump(
+            mode="json", include=getattr(recipe, section).model_fields_set & set(names), exclude_unset=True
+        )
+        for section, names in CHOSEN_BY_BUDGET.items()
+    }
+    distill = recipe.distill
+    budget = [distill.tokens, distill.max_time, distill.evaluate_sequences, *recipe.calibrate.budget()]
+    return digest_json([context.teacher_fingerprint, recipe.data.sequence_length, budget, said])
+
+
+def stored(work: WorkDir) -> BudgetChoice | None:
+    """What a working directory keeps; None where it keeps nothing that can be read."""
+    try:
+        return untrusted.load_model(work.budget_file, BudgetChoice)
+    except (OSError, ValueError):
+        return None
+
+
+def store(choice: BudgetChoice, work: WorkDir) -> None:
+    """Keep a choice for later commands."""
+    if choice != stored(work):
+        write_json(work.budget_file, choice.model_dump(mode="json"))
+
+
+def facts_of(context: JobContext) -> TrainingFacts:
+    """What the choice depends on: from the model's configuration, and a second of measuring."""
+    outline, settings = context.teacher_outline, context.recipe.distill
+    length = context.sequence_length(outline.model)
+    speed, measured = tokens_per_second(context)
+    head = outline.structure.head or outline.structure.embedding
+    return TrainingFacts(
+        width=outline.structure.embedding.columns,
+        vocabulary=head.rows,
+        sequence_length=length,
+        tokens=settings.tokens,
+        seconds=settings.max_time,
+        tokens_per_second=speed,
+        measured=measured,
+        evaluate_sequences=settings.evaluate_sequences,
+        given_batch=settings.batch_size * settings.accumulation if has_batch(settings) else None,
+        processes=devices.process_count(),
+        device=context.device.type,
+    )
+
+
+def tokens_per_second(context: JobContext) -> tuple[float, bool]:
+    """Speed of a training over all processes, and whether an earlier training in the working directory measured it."""
+    speed = speed_of(context)
+    if speed.machine is None:
+        assert speed.tokens_per_second is not None
+        return speed.tokens_per_second, True
+    outline = context.teacher_outline
+    length = context.sequence_length(outline.model)
+    tokens = max(length, TYPICAL_STEP_TOKENS)
+    seconds = step_seconds(cost_of(outline.structure, length), speed.machine, tokens)
+    return devices.process_count() * tokens / seconds, False

@@ -1,0 +1,181 @@
+"""Settings of a training that fit its budget: batch, learning rate, schedule, objective and start.
+
+A pure function: what is known of a job (its width, tokens or seconds and speed) comes in, settings with their reasons
+come out. What a recipe or an option sets is not touched (`budget_choice.py`).
+
+The rule was fitted to the sweep in `recipes/results/budget.md` (2 bits, held-out KL after the budget):
+
+- *Tokens of a step.* With few tokens, many small steps learn more: 30,000 tokens of stories260K leave KL 1.48, 1.06,
+  0.92 and 0.84 in steps of 4,096, 1,024, 512 and 256 tokens. So a step is the square root of the budget, which reaches
+  the published batches of 8,192 tokens at 67 million.
+- *Learning rate.* The best peak at 30,000 tokens is about 1.3e-3 at a width of 64 (stories260K: KL 1.18, 0.92, 1.02 at
+  3e-4, 1e-3, 3e-3) and 3e-4 at 256 (realtext-4m: 0.139, 0.117, 0.135 at 1e-4, 3e-4, 1e-3; the embedded teacher: 0.011
+  at 3e-4, 0.044 at 1e-3): inversely proportional to the width. From 300,000 tokens on it falls slowly, so that a budget
+  of a billion tokens has the published 2e-5 to 6e-5; that part is set by those and not by our sweep.
+- *Schedule and objective.* A cosine to zero leaves 2 % less KL than a constant rate, forward KL alone 5 % less than
+  CE + EAKLD + LAFD (stories260K, 30,000 tokens).
+- *Start.* GPTQ's codes (KL 0.911), computed scales (0.905) and trained scales from those of least error (0.918) are one
+  within the noise there; the last need no search in every step, and gain with more tokens (see the results of methods).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from edgerazor.console import duration
+from edgerazor.recipe import CHOSEN_BY_BUDGET
+
+#: Tokens of a step: so many times the square root of the budget, within these bounds.
+ROOT_FACTOR, LEAST_STEP_TOKENS, MOST_STEP_TOKENS = 1.0, 256, 8192
+#: On a GPU a step of so many tokens takes hardly longer than one of a single sequence, where time is what counts.
+LEAST_GPU_STEP_TOKENS = 4096
+#: Peak learning rate of a model of this width, at a budget up to so many tokens, and how it falls with larger ones.
+RATE, RATE_WIDTH, RATE_TOKENS, RATE_EXPONENT = 3e-4, 256, 300_000, 0.15
+#: Bounds of the peak learning rate.
+LEAST_RATE, MOST_RATE = 2e-5, 2e-3
+#: Share of the steps with a rising learning rate.
+WARMUP = 0.05
+#: Share of the budget that evaluations may take, and most evaluations.
+EVALUATION_SHARE, MOST_EVALUATIONS = 0.05, 10
+#: Most bytes that the logits of a forward pass may take, in float32.
+LOGIT_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
+
+
+@dataclass(frozen=True)
+class TrainingFacts:
+    """What the choice depends on.
+
+    Attributes:
+        width: features of the hidden states.
+        vocabulary: rows of the head.
+        sequence_length: tokens of a sequence.
+        tokens: of the budget; None where time alone limits it.
+        seconds: of the budget; None where tokens alone limit it.
+        tokens_per_second: of a training here, measured or estimated; what is trained in `seconds` is their product.
+        measured: whether that speed was measured.
+        evaluate_sequences: of an evaluation.
+        given_batch: sequences of a step on each process, where the user says it.
+        processes: that train together.
+        device: `cpu` or `cuda`.
+    """
+
+    width: int
+    vocabulary: int
+    sequence_length: int
+    tokens: int | None
+    seconds: float | None
+    tokens_per_second: float
+    measured: bool = False
+    evaluate_sequences: int = 32
+    given_batch: int | None = None
+    processes: int = 1
+    device: str = "cpu"
+
+    @property
+    def budget_tokens(self) -> int:
+        """Tokens that the budget allows."""
+        limits = [self.tokens] if self.tokens is not None else []
+        if self.seconds is not None:
+            limits.append(max(1, int(self.seconds * self.tokens_per_second)))
+        return min(limits)
+
+
+@dataclass(frozen=True)
+class BudgetDefaults:
+    """Settings that fit a budget.
+
+    Attributes:
+        values: section of the recipe -> field -> value, as YAML has it.
+        reasons: three lines for people: the steps, the learning rate, and where the student begins.
+    """
+
+    values: dict[str, dict[str, Any]]
+    reasons: tuple[str, ...]
+
+
+def choose(facts: TrainingFacts, fields: Mapping[str, Collection[str]] = CHOSEN_BY_BUDGET) -> BudgetDefaults:
+    """The settings that fit.
+
+    Args:
+        facts: what they depend on.
+        fields: section -> its fields that are to be chosen; the user has set the others.
+    """
+    tokens = facts.budget_tokens
+    batch_size, accumulation = batch(facts)
+    rows = (facts.given_batch or batch_size * accumulation) * facts.processes
+    steps = max(1, math.ceil(tokens / (rows * facts.sequence_length)))
+    fitting: dict[str, dict[str, Any]] = {
+        "calibrate": {"scales": "learned", "init": "least_error"},
+        "distill": {
+            "batch_size": batch_size,
+            "accumulation": accumulation,
+            "learning_rate": learning_rate(facts.width, tokens),
+            "schedule": "cosine",
+            "warmup": WARMUP,
+            "losses": [{"name": "forward_kl"}],
+            "evaluate_every": max(1, math.ceil(steps / evaluation_count(facts))),
+            "checkpoint_every": min(100, max(1, math.ceil(steps / 10))),
+        },
+    }
+    chosen = {
+        section: {name: value for name, value in settings.items() if name in fields.get(section, ())}
+        for section, settings in fitting.items()
+    }
+    values = {section: settings for section, settings in chosen.items() if settings}
+    return BudgetDefaults(values, tuple(reasons(facts, values, steps)))
+
+
+def reasons(facts: TrainingFacts, values: Mapping[str, Mapping[str, Any]], steps: int) -> Iterator[str]:
+    """Three lines: how the budget is spent, what is chosen of the training and why, and where the student begins."""
+    tokens, chosen = facts.budget_tokens, {**values.get("calibrate", {}), **values.get("distill", {})}
+    speed = f"{facts.tokens_per_second:,.3g} tokens/s, {'measured' if facts.measured else 'an estimate'}"
+    step_tokens = math.ceil(tokens / steps)
+    why = "a step grows with the square root of the budget" if facts.given_batch is None else "the batch is given"
+    yield (
+        f"Budget: {tokens:,} tokens, about {duration(tokens / facts.tokens_per_second)} at {speed}; "
+        f"{steps:,} steps of about {step_tokens:,} tokens, since {why}."
+    )
+    training = [
+        f"learning rate {chosen['learning_rate']:g}, lower for wider models (here {facts.width} features) and budgets "
+        f"above {RATE_TOKENS:,} tokens"
+        if "learning_rate" in chosen
+        else "",
+        f"warm-up {100 * WARMUP:g} %" if "warmup" in chosen else "",
+        "cosine to zero" if "schedule" in chosen else "",
+        "forward KL, which learns most from few tokens" if "losses" in chosen else "",
+    ]
+    yield f"Training: {'; '.join(filter(None, training)) or 'as given'}."
+    start = [
+        "scales are trained" if "scales" in chosen else "",
+        "from those of least error" if "init" in chosen else "",
+    ]
+    yield f"Start: {', '.join(filter(None, start)) or 'as given'}; what recipe and options say stays."
+
+
+def batch(facts: TrainingFacts) -> tuple[int, int]:
+    """Sequences of a forward pass, and forward passes of a step on each process."""
+    by_time_on_gpu = facts.device == "cuda" and facts.tokens is None
+    least = LEAST_GPU_STEP_TOKENS if by_time_on_gpu else LEAST_STEP_TOKENS
+    wanted = min(max(ROOT_FACTOR * math.sqrt(facts.budget_tokens), least), MOST_STEP_TOKENS)
+    rows = max(1, round(wanted / facts.sequence_length / facts.processes))
+    at_once = max(1, LOGIT_BYTES[facts.device] // (4 * facts.vocabulary * facts.sequence_length))
+    accumulation = math.ceil(rows / at_once)
+    return math.ceil(rows / accumulation), accumulation
+
+
+def learning_rate(width: int, tokens: int) -> float:
+    """Peak learning rate, to two digits."""
+    rate = RATE * RATE_WIDTH / width * min(1.0, (RATE_TOKENS / tokens) ** RATE_EXPONENT)
+    return float(f"{min(max(rate, LEAST_RATE), MOST_RATE):.2g}")
+
+
+def evaluation_count(facts: TrainingFacts) -> int:
+    """Evaluations that a training can afford, at least the last one.
+
+    One computes student and teacher forwards, which is half of what a trained token costs.
+    """
+    cost = facts.evaluate_sequences * facts.sequence_length / 2
+    return int(min(max(EVALUATION_SHARE * facts.budget_tokens / cost, 1), MOST_EVALUATIONS))

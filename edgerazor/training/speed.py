@@ -1,0 +1,191 @@
+"""How fast this machine trains, estimated in a second: from the multiplications of a token and a measured product.
+
+Nothing of a model is loaded. The estimate is for a budget that is still to be spent; what a training has measured of
+itself replaces it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from edgerazor import devices
+from edgerazor.job import JobContext
+from edgerazor.models import Structure
+from edgerazor.recipe import Distill
+from edgerazor.training.results import DistillResult
+
+#: Forward passes of student and teacher and a backward pass, which is two forward passes.
+PASSES = 4
+#: Element-wise passes over the weights in a step: rounding, decoding, their gradients, AdamW.
+WEIGHT_PASSES = 40
+#: Element-wise passes over everything that enters and leaves a matrix, for a token: rounding, norms, activations.
+ACTIVATION_PASSES = 12
+#: Calls of PyTorch in a step, for each linear layer: forward, backward, optimizer, of both models.
+CALLS = 250
+#: Rows and columns of the measured product, and elements of the measured rounding.
+PRODUCT, ELEMENTS = 512, 1 << 20
+#: Seconds that each measurement lasts.
+MEASURED_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class MachineSpeed:
+    """What a device does in a second, measured in one.
+
+    Attributes:
+        operations: multiplications and additions in products of matrices.
+        elements: roundings of one element.
+        calls: of a tiny operation.
+    """
+
+    operations: float
+    elements: float
+    calls: float
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """What a token and a step take of a model.
+
+    Attributes:
+        multiplied: weights that a token is multiplied with, the head among them.
+        attended: multiplications of a token with keys and values.
+        activations: elements that enter and leave the matrices, for a token.
+        weights: of all matrices.
+        linears: linear layers.
+    """
+
+    multiplied: int
+    attended: int
+    activations: int
+    weights: int
+    linears: int
+
+    def forward_operations(self) -> int:
+        """Multiplications and additions of one token in a forward pass of one model."""
+        return 2 * (self.multiplied + self.attended)
+
+
+def training_dtype(settings: Distill, device: torch.device) -> torch.dtype:
+    """Of a training's products: as the recipe says; by default bfloat16 where the device is fast at it."""
+    fast = settings.precision == "auto" and devices.fast_bfloat16(device)
+    return torch.bfloat16 if settings.precision == "bfloat16" or fast else torch.float32
+
+
+def measure_machine(device: torch.device, dtype: torch.dtype) -> MachineSpeed:
+    """Measure a product, a rounding and a call, for a third of a second together.
+
+    Args:
+        device: that will train.
+        dtype: of its products.
+    """
+    size = PRODUCT if device.type == "cpu" else 8 * PRODUCT
+    left, right, product = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(3))
+    many, rounded, one = (torch.ones(count, device=device) for count in (ELEMENTS, ELEMENTS, 8))
+    return MachineSpeed(
+        operations=2.0 * size**3 / _seconds(lambda: torch.mm(left, right, out=product), device),
+        elements=ELEMENTS / _seconds(lambda: torch.round(many, out=rounded), device),
+        calls=1 / _seconds(lambda: one + one, device),
+    )
+
+
+def _seconds(operation: Callable[[], object], device: torch.device) -> float:
+    """The median time of an operation, so that a moment in which the machine does something else counts for nothing."""
+
+    def timed() -> float:
+        began = time.perf_counter()
+        operation()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+    timed()
+    times: list[float] = []
+    ends = time.perf_counter() + MEASURED_SECONDS
+    while not times or time.perf_counter() < ends:
+        times.append(timed())
+    return max(statistics.median(times), 1e-9)
+
+
+def cost_of(structure: Structure, sequence_length: int) -> ModelCost:
+    """What a model's tokens take in sequences of this length.
+
+    Args:
+        structure: of the model.
+        sequence_length: tokens of a sequence.
+    """
+    head = structure.head or structure.embedding
+    matrices = [(target.rows, target.columns) for target in (*structure.linears, head)]
+    multiplied = sum(rows * columns for rows, columns in matrices)
+    weights = multiplied + (structure.embedding.rows * structure.embedding.columns if structure.head else 0)
+    return ModelCost(
+        multiplied=multiplied,
+        attended=2 * sequence_length * structure.embedding.columns * structure.layer_count,
+        activations=sum(rows + columns for rows, columns in matrices),
+        weights=weights,
+        linears=len(structure.linears),
+    )
+
+
+def step_seconds(
+    cost: ModelCost, machine: MachineSpeed, step_tokens: int, micro_batches: int = 1, passes: float = PASSES
+) -> float:
+    """Estimated seconds of an optimizer step.
+
+    Args:
+        cost: of the model.
+        machine: its speed.
+        step_tokens: of a step, on one process.
+        micro_batches: forward passes of the student in a step.
+        passes: what a token takes, in forward passes: student and teachers, two for a backward pass.
+    """
+    elements = WEIGHT_PASSES * cost.weights + ACTIVATION_PASSES * cost.activations * step_tokens
+    calls = micro_batches * CALLS * cost.linears / machine.calls
+    return passes * _product_seconds(cost, machine, step_tokens) + elements / machine.elements + calls
+
+
+def forward_seconds(cost: ModelCost, machine: MachineSpeed, tokens: int) -> float:
+    """Estimated seconds of forward passes of so many tokens in large batches, without gradients."""
+    return _product_seconds(cost, machine, tokens) + 2 * cost.activations * tokens / machine.elements
+
+
+def _product_seconds(cost: ModelCost, machine: MachineSpeed, tokens: int) -> float:
+    return cost.forward_operations() * tokens / machine.operations
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The speed of training: one of the two.
+
+    Attributes:
+        tokens_per_second: over all processes, as an earlier training here measured it.
+        machine: what the device was measured to do with matrices and elements.
+    """
+
+    tokens_per_second: float | None = None
+    machine: MachineSpeed | None = None
+
+    @property
+    def source(self) -> str:
+        """In words."""
+        if self.machine is None:
+            return "measured by the training in the working directory"
+        return f"estimated from matrix products at {self.machine.operations / 1e9:,.0f} billion operations a second"
+
+
+def speed_of(context: JobContext) -> Speed:
+    """The speed of training here."""
+    manifest = context.work.manifest("distill")
+    if manifest is not None:
+        try:
+            measured = DistillResult.model_validate(manifest.result).tokens_per_second
+        except ValueError:  # of another version of this program
+            measured = 0.0
+        if measured > 0:
+            return Speed(tokens_per_second=measured)
+    return Speed(machine=measure_machine(context.device, training_dtype(context.recipe.distill, context.device)))

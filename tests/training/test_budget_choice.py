@@ -1,0 +1,166 @@
+"""A job under a budget: what is chosen, what the user keeps, and that a resumed training does not choose again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from edgerazor import recipe as recipes
+from edgerazor.console import Console
+from edgerazor.job import JobContext
+from edgerazor.recipe import CHOSEN_BY_BUDGET, Recipe, build
+from edgerazor.training import budget_choice, speed
+from edgerazor.training.speed import MachineSpeed
+from edgerazor.workdir import WorkDir
+from helpers.places import ROOT
+from helpers.tiny_job import Run
+from helpers.trainings import interrupt_at
+
+
+@pytest.fixture(autouse=True)
+def constant_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine_of_speed(monkeypatch, 1e10)
+
+
+def machine_of_speed(monkeypatch: pytest.MonkeyPatch, operations: float) -> None:
+    """Every machine does so many operations a second."""
+    monkeypatch.setattr(speed, "measure_machine", lambda *_: MachineSpeed(operations, operations / 10, 1e5))
+
+
+def write_short(path: Path, model: Path, text: Path, **distill: Any) -> Path:
+    """A recipe that leaves the choice to the budget, but for what is given."""
+    values = {
+        "model": str(model),
+        "threads": 1,
+        "data": {"train": [{"file": str(text)}], "sequence_length": 32},
+        "calibrate": {"bits": 1.88, "plan": "interleave", "group_size": 40, "sequences": 4},
+        "distill": {"precision": "float32", "evaluate_sequences": 2, **distill},
+    }
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+def kept(job: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((job / "budget.json").read_text())["values"]
+    return values
+
+
+def test_a_budget_of_tokens_chooses_and_says_so(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
+    job, recipe = tmp_path / "job", write_short(tmp_path / "r.yaml", llama, text_file)
+    done = run("distill", "--recipe", recipe, "--work", job, "--tokens", "2k", "--json")
+    assert done.code == 0, done.err
+    lines = done.err.splitlines()
+    assert [line.split(":")[0] for line in lines[:3]] == ["Budget", "Training", "Start"]
+    assert "2,000 tokens, about" in lines[0]
+    result = done.json()
+    assert result["chosen"] == kept(job)
+    assert result["steps"] == 8  # 256 tokens each
+    manifest = json.loads((job / "distill" / "manifest.json").read_text())
+    assert manifest["inputs"]["distill.learning_rate"] == str(result["chosen"]["distill"]["learning_rate"])
+    assert manifest["section"]["schedule"] == "cosine"
+    stored = recipes.load(job / "recipe.yaml")
+    assert stored["distill"]["tokens"] == 2000
+    assert "learning_rate" not in stored["distill"]  # it was not asked for
+    assert "distill is up to date" in run("distill", "--work", job).err
+    packed = run("pack", "--work", job)
+    assert packed.code == 0, packed.err
+    assert "calibrate is up to date" not in packed.err or "distill: " not in packed.err
+
+
+def test_what_is_set_stays(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
+    """Even where it is the default, and in commands that do not say it again."""
+    job = tmp_path / "job"
+    recipe = write_short(tmp_path / "r.yaml", llama, text_file, losses=[{"name": "ce"}], learning_rate=2e-5)
+    asked = ("--tokens", "2k", "--batch-size", "8")
+    done = run("distill", "--recipe", recipe, "--work", job, *asked, "--json")
+    assert done.code == 0, done.err
+    assert done.json()["steps"] == 8
+    assert set(kept(job)["distill"]) == {"schedule", "warmup", "evaluate_every", "checkpoint_every"}
+    stored = recipes.load(job / "recipe.yaml")["distill"]
+    assert (stored["learning_rate"], stored["batch_size"]) == (2e-5, 8)
+    again = run("distill", "--work", job)
+    assert again.code == 0, again.err
+    assert "distill is up to date" in again.err
+
+
+def test_a_resumed_training_does_not_choose_again(
+    run: Run, tmp_path: Path, llama: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, recipe = tmp_path / "job", write_short(tmp_path / "r.yaml", llama, text_file)
+    asked = ("distill", "--recipe", recipe, "--work", job, "--max-time", "1h")
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(2, patch)
+        assert run(*asked).code == 130
+    before = kept(job)
+    machine_of_speed(monkeypatch, 1e14)
+    state_file = job / "distill" / "checkpoints" / "current" / "state.json"
+    state = json.loads(state_file.read_text())
+    state["progress"]["seconds"] = 4000.0
+    state_file.write_text(json.dumps(state))
+    done = run(*asked)
+    assert done.code == 0, done.err
+    assert "distill goes on from step 2" in done.err
+    assert "chosen for the budget before" in done.err
+    assert kept(job) == before
+    forced = run(*asked, "--dry-run", "--force", "--json")
+    assert forced.json()["chosen"]["distill"]["evaluate_every"] != before["distill"]["evaluate_every"]
+
+
+def test_more_time_goes_on_with_the_same_settings(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
+    job, recipe = tmp_path / "job", write_short(tmp_path / "r.yaml", llama, text_file)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(2, patch)
+        assert run("distill", "--recipe", recipe, "--work", job, "--max-time", "1h").code == 130
+    before = kept(job)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(3, patch)
+        resumed = run("distill", "--work", job, "--max-time", "90h")
+    assert resumed.code == 130, resumed.err
+    assert "distill goes on from step 2" in resumed.err
+    assert kept(job) == before
+
+
+def test_nothing_is_chosen_without_a_budget_or_with_steps(run: Run, tmp_path: Path, llama: Path) -> None:
+    for settings in ({}, {"steps": 5}, {"steps": 5, "tokens": 1000}, {"steps": 5, "max_time": 10.0}):
+        recipe = build({"model": str(llama), "distill": settings})
+        assert budget_choice.open_fields(recipe) == {}
+        assert budget_choice.choose(JobContext(recipe, WorkDir(tmp_path), Console(quiet=True)), None) is None
+    rounding = build({"model": str(llama), "distill": {"tokens": 5}, "pack": {"source": "teacher"}})
+    assert budget_choice.open_fields(rounding) == {}
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda file: file.stem)
+def test_published_recipes_stay_as_they_are(file: Path) -> None:
+    """They name every setting, or give steps."""
+    assert budget_choice.open_fields(build(recipes.load(file))) == {}
+
+
+def test_a_choice_is_applied_to_what_is_open_alone() -> None:
+    recipe = build({"distill": {"tokens": 1000, "learning_rate": 0.5}})
+    choice = budget_choice.BudgetChoice(
+        request="", values={"distill": {"learning_rate": 1e-3, "warmup": 0.25, "losses": [{"name": "ce"}]}}, reasons=[]
+    )
+    resolved, chosen = budget_choice.apply(recipe, choice)
+    assert (resolved.distill.learning_rate, resolved.distill.warmup) == (0.5, 0.25)
+    assert [term.name for term in resolved.distill.losses] == ["ce"]
+    assert chosen == {"distill": {"warmup": 0.25, "losses": [{"name": "ce"}]}}
+    assert Recipe() == budget_choice.apply(Recipe(), choice)[0]
+
+
+def test_a_damaged_choice_is_made_again(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
+    job, recipe = tmp_path / "job", write_short(tmp_path / "r.yaml", llama, text_file)
+    assert run("distill", "--recipe", recipe, "--work", job, "--tokens", "600").code == 0
+    whole = kept(job)
+    for damaged in ("{", "[]", '{"request": 5}', json.dumps({"request": "", "values": {"distill": 7}, "reasons": []})):
+        (job / "budget.json").write_text(damaged)
+        assert run("distill", "--work", job).code == 0
+        assert kept(job) == whole
+
+
+def test_every_chosen_field_is_a_field() -> None:
+    for section, names in CHOSEN_BY_BUDGET.items():
+        assert set(names) <= set(type(getattr(Recipe(), section)).model_fields)

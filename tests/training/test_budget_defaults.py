@@ -1,0 +1,131 @@
+"""The choice of settings that fit a budget: a pure function of the size of a model, its budget and its speed."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from edgerazor.recipe import CHOSEN_BY_BUDGET, build
+from edgerazor.training import budget_defaults
+from edgerazor.training.budget_defaults import (
+    LEAST_RATE,
+    MOST_RATE,
+    MOST_STEP_TOKENS,
+    TrainingFacts,
+    choose,
+    learning_rate,
+)
+
+#: SmolLM2-135M on two cores.
+SMOLLM2 = TrainingFacts(
+    width=576,
+    vocabulary=49_152,
+    sequence_length=1024,
+    tokens=None,
+    seconds=3600.0,
+    tokens_per_second=127.0,
+)
+#: stories260K with 256 tokens in a sequence.
+STORIES = TrainingFacts(
+    width=64,
+    vocabulary=512,
+    sequence_length=256,
+    tokens=30_000,
+    seconds=None,
+    tokens_per_second=2000.0,
+)
+
+
+def step_tokens(facts: TrainingFacts) -> int:
+    settings = choose(facts).values["distill"]
+    return int(settings["batch_size"] * settings["accumulation"] * facts.processes * facts.sequence_length)
+
+
+def test_what_is_chosen_is_a_recipe_and_just_what_may_be_chosen() -> None:
+    for facts in (SMOLLM2, STORIES):
+        chosen = choose(facts)
+        assert {name: set(section) for name, section in chosen.values.items()} == {
+            name: set(fields) for name, fields in CHOSEN_BY_BUDGET.items()
+        }
+        distill = build(chosen.values).distill
+        assert distill.schedule == "cosine"
+        assert [term.name for term in distill.losses] == ["forward_kl"]
+
+
+def test_the_reasons_are_three_lines_with_the_numbers() -> None:
+    reasons = choose(SMOLLM2).reasons
+    assert len(reasons) == 3
+    assert all("\n" not in reason for reason in reasons)
+    rate = choose(SMOLLM2).values["distill"]["learning_rate"]
+    assert "457,200 tokens, about 60.0 min at 127 tokens/s, an estimate" in reasons[0]
+    assert f"learning rate {rate:g}" in reasons[1]
+    assert "scales are trained" in reasons[2]
+    assert ", measured" in choose(dataclasses.replace(SMOLLM2, measured=True)).reasons[0]
+
+
+def test_what_is_given_is_neither_chosen_nor_explained() -> None:
+    given = dataclasses.replace(SMOLLM2, given_batch=2)
+    chosen = choose(given, {"distill": {"warmup", "evaluate_every"}})
+    assert {name: set(values) for name, values in chosen.values.items()} == {"distill": {"warmup", "evaluate_every"}}
+    spent, training, start = chosen.reasons
+    assert "224 steps of about 2,042 tokens, since the batch is given" in spent
+    assert training == "Training: warm-up 5 %."
+    assert start == "Start: as given; what recipe and options say stays."
+
+
+def test_time_is_tokens_at_the_speed_and_the_smaller_budget_counts() -> None:
+    assert SMOLLM2.budget_tokens == 457_200
+    assert dataclasses.replace(SMOLLM2, tokens=1000).budget_tokens == 1000
+    assert dataclasses.replace(SMOLLM2, tokens=10**9).budget_tokens == 457_200
+    assert dataclasses.replace(SMOLLM2, tokens_per_second=1e-6).budget_tokens == 1
+
+
+def test_a_step_grows_with_the_budget_up_to_the_published_batch() -> None:
+    budgets = (1, 10**4, 10**5, 10**6, 10**7, 10**8, 10**9, 10**12)
+    steps = [step_tokens(dataclasses.replace(SMOLLM2, tokens=tokens, seconds=None)) for tokens in budgets]
+    assert steps == sorted(steps)
+    assert steps[0] == SMOLLM2.sequence_length  # no less than one sequence
+    assert steps[-1] == MOST_STEP_TOKENS
+
+
+def test_time_on_a_gpu_is_spent_in_larger_steps() -> None:
+    on_gpu = dataclasses.replace(SMOLLM2, device="cuda")
+    assert step_tokens(on_gpu) == budget_defaults.LEAST_GPU_STEP_TOKENS > step_tokens(SMOLLM2)
+    by_tokens = dataclasses.replace(on_gpu, tokens=457_200, seconds=None)
+    assert step_tokens(by_tokens) == step_tokens(SMOLLM2)
+
+
+def test_the_learning_rate_falls_with_width_and_budget_within_bounds() -> None:
+    by_width = [learning_rate(width, 10**5) for width in (8, 64, 256, 576, 2048, 8192, 10**6)]
+    assert by_width == sorted(by_width, reverse=True)
+    assert (by_width[0], by_width[-1]) == (MOST_RATE, LEAST_RATE)
+    by_tokens = [learning_rate(576, tokens) for tokens in (1, 10**5, 10**6, 10**8, 10**9)]
+    assert by_tokens == sorted(by_tokens, reverse=True)
+    assert 2e-5 <= learning_rate(1024, 10**9) <= 6e-5  # EdgeRazor's and others' published settings
+
+
+def test_a_forward_pass_holds_no_more_logits_than_fit() -> None:
+    many = dataclasses.replace(SMOLLM2, tokens=10**9, seconds=None, vocabulary=262_144)
+    settings = choose(many).values["distill"]
+    assert settings["batch_size"] == 1
+    assert settings["accumulation"] == MOST_STEP_TOKENS // 1024
+    on_a_gpu = choose(dataclasses.replace(many, device="cuda")).values["distill"]
+    assert on_a_gpu["batch_size"] > 1
+    assert on_a_gpu["batch_size"] * on_a_gpu["accumulation"] >= MOST_STEP_TOKENS // 1024
+
+
+def test_processes_share_a_step() -> None:
+    facts = dataclasses.replace(SMOLLM2, tokens=10**9, seconds=None)
+    assert step_tokens(dataclasses.replace(facts, processes=4)) == step_tokens(facts)
+
+
+@pytest.mark.parametrize("tokens", [1, 30_000, 10**6, 10**9])
+def test_evaluations_take_a_small_part_of_the_budget(tokens: int) -> None:
+    facts = dataclasses.replace(SMOLLM2, tokens=tokens, seconds=None)
+    settings = choose(facts).values["distill"]
+    steps = -(-tokens // step_tokens(facts))
+    evaluations = steps // settings["evaluate_every"]
+    cost = evaluations * facts.evaluate_sequences * facts.sequence_length / 2
+    assert evaluations <= 1 or cost <= 1.01 * budget_defaults.EVALUATION_SHARE * tokens
+    assert 1 <= settings["checkpoint_every"] <= 100
