@@ -117,6 +117,7 @@ class Console:
     def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
         self.is_main = is_main_process()
         self.as_json, self.quiet = as_json, quiet or not self.is_main
+        self.said: set[str] = set()
         self.err = Terminal(stderr=True, soft_wrap=True)
         self.out = Terminal()
         if not self.out.is_terminal:
@@ -126,6 +127,12 @@ class Console:
         """Print one line for people."""
         if not self.quiet:
             self.err.print(harmless(text, LONGEST_LINE))
+
+    def say_once(self, text: str) -> None:
+        """Print a line for people unless it was printed before: what several stages of one command have to say."""
+        if text not in self.said:
+            self.said.add(text)
+            self.say(text)
 
     def warn(self, text: str) -> None:
         if not self.quiet:

@@ -76,12 +76,19 @@ class RecipeContext:
 
     @cached_property
     def teacher_folder(self) -> Path:
-        """The local folder of the teacher; a hub model is downloaded on its first use.
+        """The local folder of the teacher; a hub model is downloaded, and a GGUF file dequantized, on its first use.
 
         Raises:
             UserError: there is no such model.
         """
-        return models.resolve(self.recipe.model, self.recipe.revision)
+        return self._resolve(self.recipe.model, self.recipe.revision, "teacher")
+
+    def _resolve(self, source: str, revision: str | None, role: str) -> Path:
+        """The local folder of a model; where a GGUF file was dequantized for it, that is said."""
+        folder = models.resolve(source, revision, self.console)
+        if origin := models.gguf_origin(folder):
+            self.console.say_once(f"{role}: {origin}, in {folder}")
+        return folder
 
     def load(self, source: str, device: torch.device, dtype: torch.dtype | None = None) -> LoadedModel:
         """A 16-bit model by its folder or hub id, at the recipe's revision.
@@ -91,7 +98,9 @@ class RecipeContext:
             device: where the weights go.
             dtype: of the weights; None for the checkpoint's own.
         """
-        model, tokenizer = models.load(source, self.recipe.revision, str(device), dtype, self.recipe.trust_remote_code)
+        is_teacher = source == self.recipe.model
+        folder = self.teacher_folder if is_teacher else self._resolve(source, self.recipe.revision, "model")
+        model, tokenizer = models.load(folder, self.recipe.revision, str(device), dtype, self.recipe.trust_remote_code)
         return LoadedModel(model.requires_grad_(False), tokenizer)
 
     def load_teacher(self, device: torch.device, dtype: torch.dtype | None = None) -> LoadedModel:
@@ -154,7 +163,7 @@ class RecipeContext:
     @cached_property
     def further_teachers_fingerprint(self) -> str:
         """Identity of the further teachers' files, in their order."""
-        folders = [models.resolve(source) for source in self.recipe.distill.teachers]
+        folders = [self._resolve(source, None, "further teacher") for source in self.recipe.distill.teachers]
         return " + ".join(map(_fingerprint_of, folders)) or "none"
 
     @cached_property

@@ -31,11 +31,12 @@ from edgerazor.exporters.core import gguf_blocks as blocks
 from edgerazor.exporters.core.base import Exporter, ExportPlan, ExportResult, PlannedTensor, refuse_lossy
 from edgerazor.exporters.core.gguf_blocks import InexactError
 from edgerazor.exporters.core.gguf_metadata import add_metadata, context_length, gguf_architecture, rope_factors
-from edgerazor.exporters.core.gguf_names import ROPE_FACTORS, file_order, gguf_name, row_order
+from edgerazor.exporters.core.gguf_names import file_order, gguf_name, row_order
 from edgerazor.exporters.core.gguf_size_causes import size_causes
 from edgerazor.exporters.core.gguf_vocabulary import Vocabulary, build_vocabulary
 from edgerazor.families import GgufArchitecture
 from edgerazor.formats import INPUT_SCALE, OF_INPUTS
+from edgerazor.models.gguf_configuration import ROPE_FACTORS
 from edgerazor.packed import PackedModel, TensorClass, has_zero_points
 
 FILE = "model.gguf"

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgerazor.importers.core.base import Importer, SourceModel
-
-#: The first bytes of every file.
-MAGIC = b"GGUF"
+from edgerazor.models import is_gguf
 
 
 class Gguf(Importer):
@@ -15,18 +13,16 @@ class Gguf(Importer):
 
     name = "gguf"
     describe = "GGUF files of llama.cpp with ternary, Q4_0, Q8_0 and similar blocks"
+    only = False  # with --bits it is dequantized and rounded anew
 
     def recognises(self, path: Path) -> bool:
         """Whether a file begins with the four bytes of GGUF."""
-        if not path.is_file():
-            return False
-        with path.open("rb") as file:
-            return file.read(len(MAGIC)) == MAGIC
+        return is_gguf(path)
 
     def open(self, path: Path) -> SourceModel:
         """Read metadata, and where tensors lie."""
-        from edgerazor.importers.core.gguf_file import GgufFile  # these need the package gguf, of an extra
         from edgerazor.importers.core.gguf_source import GgufSource
+        from edgerazor.untrusted.gguf_file import GgufFile  # these need the package gguf, of an extra
 
         return GgufSource(GgufFile(path))
 

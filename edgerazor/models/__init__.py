@@ -18,6 +18,7 @@ from edgerazor.models.attention_capture import (
 )
 from edgerazor.models.blocks import Blocks
 from edgerazor.models.compatibility import cache_name, checkpoint_activations, with_cache
+from edgerazor.models.gguf_teacher import gguf_origin, is_gguf
 from edgerazor.models.hidden_states import capture_hidden, final_states, logit_shape
 from edgerazor.models.layerwise import LayerwisePass, WeightTransform
 from edgerazor.models.loading import (
@@ -30,7 +31,6 @@ from edgerazor.models.loading import (
     error_summary,
     fingerprint,
     generation_config,
-    gguf_tokenizer,
     initialise,
     load,
     load_config,
@@ -74,9 +74,10 @@ __all__ = [
     "find_head",
     "fingerprint",
     "generation_config",
-    "gguf_tokenizer",
+    "gguf_origin",
     "has_attention_interface",
     "initialise",
+    "is_gguf",
     "load",
     "load_config",
     "load_tokenizer",

@@ -21,7 +21,9 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
 from edgerazor import untrusted
+from edgerazor.console import Console
 from edgerazor.errors import UserError, plain, usage_error
+from edgerazor.models.gguf_teacher import folder_of_gguf, gguf_origin, is_gguf
 from edgerazor.models.onloading import drop_pages
 from edgerazor.untrusted import links, vocabulary, weights
 from edgerazor.untrusted.tokenizer import open_tokenizer
@@ -44,11 +46,18 @@ COMPANIONS = (
 VOCABULARIES = ("vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 
 
-def resolve(source: str, revision: str | None = None) -> Path:
-    """The local folder of a model: itself, or the snapshot of a hub id (downloaded on first use).
+def resolve(source: str, revision: str | None = None, console: Console | None = None) -> Path:
+    """The local folder of a model: itself, what a GGUF file becomes, or the snapshot of a hub id.
+
+    A GGUF file is dequantized and a model of the hub downloaded on first use.
+
+    Args:
+        source: folder, GGUF file or hub id.
+        revision: of the hub model.
+        console: where to show how far it is.
 
     Raises:
-        UserError: no such folder and no such model on the hub, or no network.
+        UserError: no such folder and no such model on the hub, no network, or a file that is no teacher.
     """
     if not source:
         raise usage_error("No model was named.", "Name one: `edgerazor distill MODEL --bits 2`.")
@@ -57,8 +66,12 @@ def resolve(source: str, revision: str | None = None) -> Path:
         if not (path / "config.json").exists():
             raise UserError(f"{source} is a folder without a config.json, so it is not a Hugging Face model.")
         return path
+    if is_gguf(source):
+        return folder_of_gguf(path, console)
     if path.exists():
-        raise UserError(f"{source} is a file; a model is a folder with config.json and safetensors weights.")
+        raise UserError(
+            f"{source} is a file; a model is a folder with config.json and safetensors weights, or a GGUF file."
+        )
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise usage_error(f"There is no folder {source}.", "Give a local model folder or a Hugging Face hub id.")
     return _snapshot(source, revision)
@@ -124,7 +137,10 @@ def fingerprint(folder: Path) -> str:
 
 def describe_source(source: str, folder: Path) -> dict[str, str]:
     """Provenance of a teacher that does not depend on where it lies: its name, and the hub's commit if any."""
-    described = {"name": source if not Path(source).exists() else folder.resolve().name}
+    path = Path(source)
+    described = {"name": source if not path.exists() else path.name if path.is_file() else folder.resolve().name}
+    if origin := gguf_origin(folder):
+        described["origin"] = origin
     if folder.parent.name == "snapshots":
         described["revision"] = folder.name
     return described
@@ -347,21 +363,6 @@ def skeleton(values: dict[str, Any]) -> PreTrainedModel:
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:
         raise UserError(f"transformers has no causal language model for it: {error_summary(error)}.") from None
-
-
-def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that transformers makes of a GGUF file's metadata.
-
-    Raises:
-        UserError: transformers cannot make one.
-    """
-    try:
-        return open_tokenizer(file.parent, gguf_file=file.name, trust_remote_code=False)
-    except Exception as error:
-        raise UserError(
-            f"transformers cannot make a tokenizer of the metadata of {file}: {error_summary(error)}.",
-            "Put tokenizer.json and tokenizer_config.json of the original model beside the file.",
-        ) from None
 
 
 def _refuse_incomplete(report: dict, folder: Path) -> None:

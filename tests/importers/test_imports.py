@@ -24,8 +24,8 @@ from edgerazor.importers import mlx as mlx_import
 from edgerazor.importers.core import base
 from edgerazor.importers.core import gguf_source as gguf_import
 from edgerazor.importers.core.base import IntegerMatrix, UnrepresentableError
-from edgerazor.importers.core.gguf_file import GgufFile
 from edgerazor.packed import PackedModel
+from edgerazor.untrusted.gguf_file import GgufFile
 from helpers.packed_folders import all_of, decoded_model, suitable_model, write_packed
 from helpers.tiny_job import Run
 from helpers.tiny_models import VOCABULARY, ModelMaker, mostly_slow
@@ -651,10 +651,9 @@ def test_pack_reads_a_gguf_file_and_exports_it(run: Run, ternary: Path, tmp_path
 
 
 def test_pack_takes_no_plan_with_foreign_codes(run: Run, ternary: Path, llama: Path, tmp_path: Path) -> None:
-    for option, value in (("--bits", "4"), ("--group-size", "64"), ("--student", "best")):
-        said = run("pack", ternary, "--work", tmp_path / "work", option, value)
-        assert said.code == 2
-        assert f"takes no {option}" in said.err
+    said = run("pack", ternary, "--work", tmp_path / "work", "--student", "best")
+    assert said.code == 2
+    assert "takes no --student" in said.err
     assert run("pack", ternary, "--work", tmp_path / "work", "--dry-run").code == 2
     assert not (tmp_path / "work").exists()
     job = tmp_path / "job"

@@ -8,16 +8,15 @@ in `edgerazor/families`. Sources: llama.cpp's `src/models/*.cpp` (which tensors 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import gguf
-import torch
 from torch import Tensor
 
 from edgerazor import families
 from edgerazor.errors import UserError
 from edgerazor.families import GgufArchitecture, head_size
+from edgerazor.models.gguf_configuration import llama3_factors
 
 
 def gguf_architecture(config: dict[str, Any]) -> GgufArchitecture:
@@ -81,13 +80,7 @@ def rope_factors(config: dict[str, Any]) -> Tensor | None:
     parameters = rope_parameters(config)
     if parameters["rope_type"] != "llama3":
         return None
-    size, factor = head_size(config), parameters["factor"]
-    low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
-    context = parameters["original_max_position_embeddings"]
-    frequencies = parameters["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
-    turns = context * frequencies / (2 * math.pi)  # in the original context
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - smooth) / factor + smooth)).float()
+    return llama3_factors(parameters, head_size(config))
 
 
 # Metadata ---------------------------------------------------------------------------------------------------------

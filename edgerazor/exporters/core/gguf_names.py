@@ -28,8 +28,6 @@ LAYER_PARTS = {
 #: Modules outside the decoder layers, in the order of the file.
 OTHER_PARTS = {EMBEDDING: "token_embd", FINAL_NORM: "output_norm", HEAD: "output"}
 IN_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-#: The tensor that divides the frequencies of rotary positions scaled as in Llama 3.
-ROPE_FACTORS = "rope_freqs.weight"
 
 
 def gguf_name(architecture: GgufArchitecture, name: str) -> str:

@@ -20,36 +20,8 @@ from edgerazor import untrusted
 from edgerazor.data import around_text
 from edgerazor.errors import UserError
 from edgerazor.models import PreTrainedTokenizerBase
+from edgerazor.models.gguf_patterns import DIGITS, ENDS, GPT2, PATTERNS
 
-_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{{0}}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{{0}}"
-_CASED_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
-
-def _cased(ending: str) -> str:
-    return _CASED.replace("{0}", ending).replace("{{", "{").replace("}}", "}")
-
-
-#: Steps that cut text into words, and whether whole words win over merges -> llama.cpp's name of the pattern.
-PATTERNS: dict[tuple[tuple[str, ...], bool], str] = {
-    ((_GPT2,), False): "gpt-2",
-    (("digits", _GPT2), False): "smollm",
-    ((_CONTRACTIONS + _WORDS + _REST,), False): "qwen2",
-    ((_CONTRACTIONS + _WORDS + "{1,3}" + _REST,), True): "llama-bpe",
-    ((_CONTRACTIONS + _WORDS + "{1,3}" + _REST,), False): "smaug-bpe",
-    ((_cased("") + r"|\p{N}" + _CASED_REST,), True): "tekken",
-    ((_cased(_CONTRACTIONS + "?") + r"|\p{N}{1,3}" + _CASED_REST,), False): "gpt-4o",
-}
-#: Names that llama.cpp takes for the end of a text, whatever type the file gives them (Qwen's vocabulary has a `</s>`).
-ENDS = frozenset(
-    """<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|>
-    <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response>
-    <\uff5cend\u2581of\u2581sentence\uff5c> [e~[""".split()
-)
 #: Score of pieces that no merge gives.
 UNREACHED = -1e6
 
@@ -248,9 +220,9 @@ def _words(step: dict[str, Any]) -> list[str]:
     """A pre-tokenizer as steps of `PATTERNS`."""
     kind = step["type"]
     if kind == "ByteLevel" and not step["add_prefix_space"]:
-        return [_GPT2] if step.get("use_regex", True) else []
+        return [GPT2] if step.get("use_regex", True) else []
     if kind == "Digits" and step["individual_digits"]:
-        return ["digits"]
+        return [DIGITS]
     pattern = step.get("pattern", {}).get("Regex")
     if kind == "Split" and pattern and step["behavior"] == "Isolated" and not step["invert"]:
         return [pattern]

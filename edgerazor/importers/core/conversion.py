@@ -218,7 +218,8 @@ class _Conversion:
         return stored
 
     def _refused(self, name: str, error: UnrepresentableError) -> UserError:
-        hint = "Round the original model instead: `edgerazor pack MODEL --bits 4`."
+        anew = f"Dequantize it and round it anew: `edgerazor pack {self.path} --bits 4`."
+        hint = anew if self.path.is_file() else "Round the original model instead: `edgerazor pack MODEL --bits 4`."
         if "scale is no float16" in str(error):
             hint = "Round the scales with --allow-lossy, or give another file."
         return UserError(f"{self.path} cannot be packed without loss: {name}: {error}.", hint)

@@ -5,16 +5,14 @@ their own: where these are whole multiples of one number, as in files that we wr
 that; files of llama.cpp's quantizer seldom fit, and are refused by name. Floating tensors stay as they are.
 
 Configuration and tokenizer come from `config.json` and `tokenizer.json` beside the file, if they are there, as those of
-the original model. Else they are rebuilt from the metadata, and what would compute otherwise is refused: scaled
-positions that metadata cannot name, and tokenizers whose way into GGUF and back is not the identity.
+the original model. Else they are rebuilt from the metadata (`gguf_configuration` and `gguf_tokenizer` in `models`), and
+what would compute otherwise is refused. Files of other types are teachers: `models/gguf_teacher.py`.
 
 Sources: ggml-quants.c (`dequantize_row_*`) and ggml-common.h of llama.cpp.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,13 +22,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgerazor import families, models, untrusted, workdir
+from edgerazor import families, models
 from edgerazor.errors import UserError, plain
-from edgerazor.exporters.core.gguf_metadata import gguf_architecture, rope_factors
-from edgerazor.exporters.core.gguf_names import ROPE_FACTORS, gguf_name, row_order
-from edgerazor.exporters.core.gguf_vocabulary import PATTERNS, build_vocabulary
+from edgerazor.exporters.core.gguf_metadata import gguf_architecture
+from edgerazor.exporters.core.gguf_names import gguf_name, row_order
 from edgerazor.importers.core.base import IntegerMatrix, SourceModel, Stored, UnrepresentableError
-from edgerazor.importers.core.gguf_file import TYPES, GgufFile
+from edgerazor.models.gguf_configuration import FAMILIES as GGUF_FAMILIES
+from edgerazor.models.gguf_configuration import ROPE_FACTORS, gguf_configuration
+from edgerazor.models.gguf_tokenizer import write_tokenizer
+from edgerazor.untrusted.gguf_file import TYPES, GgufFile
 
 Bytes = NDArray[np.uint8]
 Values = NDArray[np.int16]
@@ -91,18 +91,13 @@ class GgufSource(SourceModel):
         models.copy_companions(self.folder, folder)
         if any(folder.glob("tokenizer*")):
             return
-        tokenizer = models.gguf_tokenizer(self.file.path)
-        template = self.file.metadata.get("tokenizer.chat_template")
-        if isinstance(template, str):
-            tokenizer.chat_template = template
-        tokenizer.save_pretrained(folder)
-        _set_pattern(folder / "tokenizer.json", str(self.file.metadata.get("tokenizer.ggml.pre")))
-        problem = _tokenizer_problem(models.load_tokenizer(folder), self.config, self.file.metadata)
-        if problem:
+        try:
+            write_tokenizer(self.file, folder)
+        except UserError as error:
             raise UserError(
-                f"The tokenizer of {self.file.path} cannot be rebuilt from its metadata: {problem}.",
+                f"The tokenizer of {self.file.path} cannot be rebuilt from its metadata: {error.message}",
                 "Put tokenizer.json and tokenizer_config.json of the original model beside the file.",
-            )
+            ) from None
 
 
 def _matrix(blocks: Bytes, decode: Decoder, rows: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -116,150 +111,23 @@ def _every_name(config: Mapping[str, Any]) -> list[str]:
     return list(models.skeleton(dict(config)).state_dict())
 
 
-# Configuration ----------------------------------------------------------------------------------------------------
-
-
 def rebuilt_config(file: GgufFile, architecture: str) -> dict[str, Any]:
     """Rebuild a configuration from metadata.
 
     Raises:
         UserError: of a family that is not known, incomplete, or with positions that metadata does not describe.
     """
-    model_types = [model_type for model_type, name in families.with_gguf().items() if name == architecture]
-    if not model_types:
-        known = ", ".join(sorted(set(families.with_gguf().values())))
+    known = set(families.with_gguf().values())
+    if architecture not in known:
         raise UserError(
-            f"{file.path} is of the architecture {plain(architecture)}, and only {known} can be read from GGUF.",
-            "Round the original model, from the folder or hub id that the file was made of: `edgerazor pack MODEL "
+            f"{file.path} is of the architecture {plain(architecture)}, and only {', '.join(sorted(known))} can be "
+            "taken as they are from GGUF.",
+            f"Dequantize it and round it anew: `edgerazor pack {file.path} --bits 4`."
+            if architecture in GGUF_FAMILIES
+            else "Round the original model, from the folder or hub id that the file was made of: `edgerazor pack MODEL "
             "--bits 4`.",
         )
-    get = _Metadata(file, architecture)
-    heads, width = get.number("attention.head_count"), get.number("embedding_length")
-    if get.number("block_count") > len(file.tensors):
-        raise file.damaged("it has fewer tensors than layers")
-    head = get.number("attention.key_length", get.number("rope.dimension_count", width // heads))
-    config: dict[str, Any] = {
-        "model_type": architecture if architecture in model_types else model_types[0],
-        "vocab_size": file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in file.tensors else 0,
-        "hidden_size": width,
-        "intermediate_size": get.number("feed_forward_length"),
-        "num_hidden_layers": get.number("block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": get.number("attention.head_count_kv", heads),
-        "head_dim": head,
-        "max_position_embeddings": get.number("context_length"),
-        "rms_norm_eps": get.decimal("attention.layer_norm_rms_epsilon", 1e-6),
-        "rope_parameters": _rope_parameters(get),
-        "tie_word_embeddings": "output.weight" not in file.tensors,
-    }
-    # transformers has these of all four matrices of attention; qwen2's biases of three need no word.
-    for field, part in (("attention_bias", "attn_output"), ("mlp_bias", "ffn_up")):
-        if f"blk.0.{part}.bias" in file.tensors:
-            config[field] = True
-    for name in ("bos", "eos", "pad"):
-        key = {"pad": "padding"}.get(name, name)
-        config[f"{name}_token_id"] = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
-    _restore_llama3_rope(file, config)
-    return models.completed(config)
-
-
-class _Metadata:
-    """Metadata whose keys begin with the architecture, checked by type and range."""
-
-    def __init__(self, file: GgufFile, architecture: str) -> None:
-        self.file, self.architecture = file, architecture
-
-    def value(self, key: str, default: Any = None) -> Any:
-        value = self.file.metadata.get(f"{self.architecture}.{key}", default)
-        if value is None:
-            raise self.file.damaged(f"it does not say {self.architecture}.{key}")
-        return value
-
-    def number(self, key: str, default: int | None = None) -> int:
-        value = self.value(key, default)
-        if not isinstance(value, int) or not 0 < value < 1 << 31:
-            raise self.file.damaged(f"its {self.architecture}.{key} is {value!r}")
-        return value
-
-    def decimal(self, key: str, default: float | None = None) -> float:
-        """A float32 number as it was written in decimals."""
-        value = self.value(key, default)
-        if not isinstance(value, float) or not 0 < value < math.inf:
-            raise self.file.damaged(f"its {self.architecture}.{key} is {value!r}")
-        return float(f"{value:.7g}")
-
-
-def _rope_parameters(get: _Metadata) -> dict[str, Any]:
-    kind = get.value("rope.scaling.type", "none")
-    parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": get.decimal("rope.freq_base", 10000.0)}
-    if kind == "none":
-        return parameters
-    parameters |= {"rope_type": kind, "factor": get.decimal("rope.scaling.factor")}
-    if kind == "yarn":
-        parameters["original_max_position_embeddings"] = get.number("rope.scaling.original_context_length")
-    return parameters
-
-
-def _restore_llama3_rope(file: GgufFile, config: dict[str, Any]) -> None:
-    """Restore the rotary parameters of the Llama 3 models from their factors, in place; refuse other factors."""
-    if ROPE_FACTORS not in file.tensors:
-        return
-    if file.type_name(ROPE_FACTORS) != "F32":
-        raise file.damaged(f"{ROPE_FACTORS} is not F32")
-    stored = torch.from_numpy(np.array(file.blocks(ROPE_FACTORS))).view(torch.float32).flatten()
-    for factor in (8.0, 32.0):  # Llama 3.1, 3.2
-        scaling = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-        candidate = {**config["rope_parameters"], **scaling, "original_max_position_embeddings": 8192}
-        candidate["rope_type"] = "llama3"
-        factors = rope_factors({**config, "rope_parameters": candidate})
-        if factors is not None and factors.shape == stored.shape and torch.allclose(factors, stored, rtol=1e-5):
-            config["rope_parameters"] = candidate
-            return
-    raise UserError(
-        f"{file.path} scales its rotary positions by factors that are not those of the Llama 3 models.",
-        "Put the config.json of the original model beside the file.",
-    )
-
-
-def _set_pattern(file: Path, pre: str) -> None:
-    """Cut text into words as the metadata say; transformers goes by the architecture alone."""
-    pattern = next((key for key, name in PATTERNS.items() if name == pre), None)
-    if pattern is None or not file.is_file():
-        return
-    steps, whole_words = pattern
-    tokenizer_json = untrusted.read_json(file, most_bytes=untrusted.MOST_BYTES_OF_OURS)
-    if tokenizer_json["model"]["type"] != "BPE":
-        return
-    cut: list[dict[str, Any]] = [
-        {"type": "Digits", "individual_digits": True}
-        if step == "digits"
-        else {"type": "Split", "pattern": {"Regex": step}, "behavior": "Isolated", "invert": False}
-        for step in steps
-    ]
-    cut.append({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False})
-    tokenizer_json["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": cut}
-    tokenizer_json["model"]["ignore_merges"] = whole_words
-    workdir.write_text(file, json.dumps(tokenizer_json, ensure_ascii=False))
-
-
-def _tokenizer_problem(tokenizer: Any, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
-    """What of a rebuilt tokenizer is not as the metadata say, or an empty string.
-
-    Only byte-level BPE (`gpt2`) comes back as it was: the metadata of a SentencePiece vocabulary leave open how text is
-    normalised before it, and transformers guesses.
-    """
-    if metadata.get("tokenizer.ggml.model") != "gpt2":
-        return f"its model is {metadata.get('tokenizer.ggml.model')!r}, and only byte-level BPE can be rebuilt exactly"
-    try:
-        rebuilt = build_vocabulary(tokenizer, int(config["vocab_size"]), [])
-    except UserError as error:
-        return error.message.rstrip(".")
-    names = {name: name for name in ("model", "pre", "tokens", "merges")} | {"add_bos": "add_bos_token"}
-    for name, key in names.items():
-        value = metadata.get(f"tokenizer.ggml.{key}")
-        if value is not None and getattr(rebuilt, name) != value:
-            return f"its {name} would be another one"
-    return ""
+    return models.completed(gguf_configuration(file))
 
 
 # Blocks -----------------------------------------------------------------------------------------------------------
