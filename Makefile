@@ -81,6 +81,7 @@ results-methods: install peers $(WORLD)/distill.txt
 	$(BIN)/python -m recipes.benchmarks.methods $(if $(REAL_DATA),--real-data $(REAL_DATA))
 
 # The table of real models in recipes/results/real.md: a row at a time, days for all of them; stop it whenever you like.
+# REAL='--models smollm2-135m --bits 2.4' chooses rows.
 .PHONY: results-real
 results-real: install peers llamacpp real-models
 	$(BIN)/python -m recipes.benchmarks.real $(if $(REAL_DATA),--real-data $(REAL_DATA)) $(REAL)

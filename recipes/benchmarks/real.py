@@ -12,7 +12,7 @@ row that says why. The models are those of `make real-models`.
   of CPU: `distill.max_time` is that time divided by the number of threads. Everything else is the default.
 * *Peers* (`make peers`) round the linear layers at their 2, 3 and 4 bits: in the largest groups that divide the rows of
   the model, with our int4 embedding, 8-bit activations and cache; and as their packages come.
-* *llama.cpp's types* (`make llamacpp`) are made by `llama-quantize` from the model's GGUF file, widened to 16 bits,
+* *llama.cpp's types* (`make llamacpp`) are made by `llama-quantize` from the model's GGUF file, widened to bfloat16,
   with an importance matrix of the same text that the peers are calibrated on, and read back. Where rows are no multiple
   of 256 the tool takes other types for them; the table says which.
 
@@ -77,8 +77,8 @@ TYPES = {
     "IQ4_XS": 4.25,
     "Q4_K_M": 4.5,
 }
-#: What ours are asked for beyond bits, time and seed.
-SETTINGS: Values = {}
+#: What ours are asked for beyond bits, time and seed: model and bits -> values.
+SETTINGS: dict[tuple[str, float], Values] = {}
 LAYERS: Values = {"distill": {"steps": 1, "reconstruct": {}}}
 #: Tokens that llama-imatrix reads at once.
 IMATRIX_CONTEXT = 256
@@ -126,7 +126,7 @@ class RealMethod(Method):
             asked["calibrate"]["plan"] = "interleave"
         if self.minutes is not None:
             asked["distill"] = {"max_time": 60 * self.minutes / (setting.threads or 1)}
-        return recipes.merge(asked, SETTINGS)
+        return recipes.merge(asked, SETTINGS.get((teacher.name, bits), {}))
 
     def steps_of(self, teacher: Teacher, setting: Setting) -> int:
         """None are asked for: time is."""
@@ -353,14 +353,14 @@ def type_row(teacher: Teacher, method: RealMethod, setting: Setting, folder: Pat
 
 
 def importance_matrix(teacher: Teacher, recipe: Recipe, setting: Setting) -> tuple[Path, Path]:
-    """The model's GGUF file in 16 bits and its importance matrix, made if they are not there yet."""
+    """The model's GGUF file, in bfloat16 as the teacher's folder is, and its importance matrix; made once."""
     folder = setting.build / teacher.name / "llamacpp"
     folder.mkdir(parents=True, exist_ok=True)
-    wide, matrix, text = folder / "f16.gguf", folder / "imatrix.gguf", folder / "text.txt"
+    wide, matrix, text = folder / "bf16.gguf", folder / "imatrix.gguf", folder / "text.txt"
     threads = str(setting.threads or os.cpu_count() or 1)
     if not wide.exists():
         half = folder / "unfinished.gguf"
-        tool(setting, "llama-quantize", "--allow-requantize", teacher.gguf, half, "F16", threads)
+        tool(setting, "llama-quantize", "--allow-requantize", teacher.gguf, half, "BF16", threads)
         os.replace(half, wide)
     if not matrix.exists():
         tokenizer = models.load_tokenizer(teacher.model)

@@ -124,7 +124,7 @@ def test_what_calibrate_measured_serves_other_rows(teacher: Any, setting: Any, m
     rows = rows_of(setting)
     assert all("failed" not in row for row in rows.values()), rows
     assert rows["gptq-12"]["seconds"] > first["seconds"]
-    assert (rows["gptq-12"]["kl"], rows["distill-0.001m-seed0-12"]["seed"]) != (rows["planned-12"]["kl"], 1)
+    assert rows["gptq-12"]["kl"] != rows["planned-12"]["kl"]
 
 
 def test_a_row_that_fails_says_why_and_interruptions_do_not(
@@ -191,11 +191,11 @@ def test_llamacpp_is_called_as_its_tools_want(
     monkeypatch.setattr(real, "theirs", lambda *_: real.File("", "Q2_K", "Q6_K", 5000, 4000))
     real.make_rows([replace(teacher, gguf=tmp_path / "model.gguf")], pair, setting)
     folder = setting.build / "tiny" / "llamacpp"
-    assert (folder / "f16.gguf").read_text().startswith(f"--allow-requantize {tmp_path / 'model.gguf'} ")
-    assert f"-m {folder / 'f16.gguf'} -f {folder / 'text.txt'}" in (folder / "imatrix.gguf").read_text()
+    assert (folder / "bf16.gguf").read_text().startswith(f"--allow-requantize {tmp_path / 'model.gguf'} ")
+    assert f"-m {folder / 'bf16.gguf'} -f {folder / 'text.txt'}" in (folder / "imatrix.gguf").read_text()
     assert "took the" in (folder / "text.txt").read_text()
     (words,) = seen
-    assert words.startswith(f"--imatrix {folder / 'imatrix.gguf'} {folder / 'f16.gguf'} ")
+    assert words.startswith(f"--imatrix {folder / 'imatrix.gguf'} {folder / 'bf16.gguf'} ")
     assert words.endswith("Q2_K 1")
     rows = rows_of(setting)
     assert rows["llamacpp-Q2_K-2.625"]["bytes"] == 4000
@@ -250,7 +250,7 @@ def test_page_and_plot_are_made_of_the_rows_that_are_there(tmp_path: Path) -> No
     assert text in said
 
 
-def test_only_rows_near_enough_to_chance_have_no_place_in_the_plot() -> None:
+def test_only_rows_of_few_bits_that_keep_something_known_are_drawn() -> None:
     rows = [
         row("a", "rtn", 2.4, None),
         row("b", "rtn", 2.4, 0.5),
