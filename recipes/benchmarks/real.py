@@ -206,10 +206,10 @@ def cpu_seconds_of_programs() -> float:
 
 @functools.cache
 def fitting_group_size(model: Path) -> int:
-    """The largest power of two, up to our group size, that divides the rows of all linear layers."""
+    """The largest power of two, from 8 to our group size, that divides the rows of all linear layers; else 8."""
     structure = models.structure(models.load(model)[0])
     common = math.gcd(*(target.columns for target in structure.targets if target.kind == "linear"))
-    return min(common & -common, recipes.build({"model": str(model)}).calibrate.group_size)
+    return max(8, min(common & -common, recipes.build({"model": str(model)}).calibrate.group_size))
 
 
 def llamacpp_version(setting: Setting) -> str:

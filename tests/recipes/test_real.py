@@ -114,6 +114,7 @@ def test_the_fingerprint_knows_what_decides_a_row(teacher: Any, setting: Any) ->
     assert now() == now(setting=replace(setting, threads=2, rows=Path("r"), build=Path("b")))
 
 
+@pytest.mark.slow
 def test_what_calibrate_measured_serves_other_rows(teacher: Any, setting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     real.make_rows([teacher], [("planned", 12.0)], setting)
     kept = setting.build / "tiny" / "measured-0"
