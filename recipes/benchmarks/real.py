@@ -121,12 +121,12 @@ class RealMethod(Method):
             return {"calibrate": {"bits": bits, "plan": "interleave", "group_size": group_size}}
         if not self.is_ours:
             return {}
-        asked: Values = {"seed": self.seed, "calibrate": {"real_bits": bits}}
+        values: Values = {"seed": self.seed, "calibrate": {"real_bits": bits}}
         if not self.trains and not self.calibrated:
-            asked["calibrate"]["plan"] = "interleave"
+            values["calibrate"]["plan"] = "interleave"
         if self.minutes is not None:
-            asked["distill"] = {"max_time": 60 * self.minutes / (setting.threads or 1)}
-        return recipes.merge(asked, SETTINGS.get((teacher.name, bits), {}))
+            values["distill"] = {"max_time": 60 * self.minutes / (setting.threads or 1)}
+        return recipes.merge(values, SETTINGS.get((teacher.name, bits), {}))
 
     def steps_of(self, teacher: Teacher, setting: Setting) -> int:
         """None are asked for: time is."""
@@ -173,7 +173,7 @@ class RealMethod(Method):
 def all_methods(minutes: Sequence[float] = MINUTES) -> dict[str, RealMethod]:
     """Every method by its name, in the order of the table."""
     made = {
-        "teacher": RealMethod("teacher, 16 bits", bits=(16.0,), family="teacher"),
+        "teacher": RealMethod("teacher", bits=(16.0,), family="teacher"),
         "rtn": RealMethod("round to nearest, mixed alike", bits=BITS, family="rtn"),
         "planned": RealMethod("round to nearest, by sensitivity", bits=BITS, family="planned", calibrated=True),
         "gptq": RealMethod("--init gptq", {"calibrate": {"init": "gptq"}}, bits=BITS, family="gptq", calibrated=True),
@@ -212,6 +212,11 @@ def fitting_group_size(model: Path) -> int:
     return max(8, min(common & -common, recipes.build({"model": str(model)}).calibrate.group_size))
 
 
+def weights_of(model: Path) -> int:
+    """How many weights a model has; tied ones count once."""
+    return sum(parameter.numel() for parameter in models.load(model)[0].parameters())
+
+
 def llamacpp_version(setting: Setting) -> str:
     """The version of llama.cpp's tools.
 
@@ -222,9 +227,9 @@ def llamacpp_version(setting: Setting) -> str:
         if not (setting.llamacpp / "tools" / name).exists():
             raise UserError(f"{setting.llamacpp / 'tools'} has no {name}.", "Build llama.cpp with `make llamacpp`.")
     pinned = (BENCHMARKS / "llamacpp.txt").read_text(encoding="utf-8")
-    found = re.search(r"^llama-cpp-python==(\S+)", pinned, re.MULTILINE)
-    assert found is not None
-    return f"llama.cpp of llama-cpp-python {found[1]}"
+    version = re.search(r"^llama-cpp-python==(\S+)", pinned, re.MULTILINE)
+    assert version is not None
+    return f"llama.cpp of llama-cpp-python {version[1]}"
 
 
 def teacher_file(setting: Setting, name: str) -> Path:
@@ -266,10 +271,10 @@ def split_texts(folder: Path, target: Path) -> Values:
             continue
         text = path.read_text(encoding="utf-8")
         cut = text.index("\n", int(len(text) * (1 - HELD_OUT_SHARE))) + 1
-        for part, kept, sources in (("train", text[:cut], train), ("held_out", text[cut:], held_out)):
+        for part, content, sources in (("train", text[:cut], train), ("held_out", text[cut:], held_out)):
             file = target / f"{name}-{part}.txt"
-            if not (file.exists() and file.read_text(encoding="utf-8") == kept):
-                write_text(file, kept)
+            if not (file.exists() and file.read_text(encoding="utf-8") == content):
+                write_text(file, content)
             sources.append({"file": str(file.absolute())})
     return {"train": train, "held_out": held_out, "sequence_length": 256}
 
@@ -287,7 +292,8 @@ def teacher_row(teacher: Teacher, method: RealMethod, setting: Setting) -> Row:
     size = sum(file.stat().st_size for file in teacher.model.glob("*.safetensors"))
     facts = {"bytes": size, "origin": models.gguf_origin(teacher.model), "model": model_name(teacher.model)}
     chances = {name: task.chance for name, task in measured.tasks.items()}
-    row = {**facts, "real_bits": 16.0, "cpu_seconds": 0.0, "scores": known, "chances": chances}
+    bits = round(8 * size / weights_of(teacher.model), 4)
+    row = {**facts, "real_bits": bits, "cpu_seconds": 0.0, "scores": known, "chances": chances}
     row["items"] = {name: task.items for name, task in measured.tasks.items()}
     return {**row, **methods.scores(measured)}
 
@@ -295,34 +301,34 @@ def teacher_row(teacher: Teacher, method: RealMethod, setting: Setting) -> Row:
 def our_row(teacher: Teacher, method: RealMethod, bits: float, setting: Setting, folder: Path) -> Row:
     """Run the method's stages and measure what is packed; what calibrate measured serves all rows of a model."""
     recipe, work = methods.recipe_of(teacher, method, bits, setting), WorkDir(folder)
-    kept = setting.build / teacher.name / f"measured-{recipe.seed}"
-    lend(kept, recipe, work)
+    measurements = setting.build / teacher.name / f"measured-{recipe.seed}"
+    lend(measurements, recipe, work)
     facts = methods.made_by_us(recipe, method.stages, work, setting.console)
-    facts["seconds"] += seconds_of_lent(kept, work)
+    facts["seconds"] += seconds_of_lent(measurements, work)
     measured = method.measure(work.folder("pack"), recipe, setting)
     threads = setting.threads or os.cpu_count() or 1
     return {**facts, "cpu_seconds": threads * facts["seconds"], **methods.scores(measured)}
 
 
-def lend(kept: Path, recipe: Recipe, work: WorkDir) -> None:
+def lend(measurements: Path, recipe: Recipe, work: WorkDir) -> None:
     """Begin calibrate with what it measured for an earlier row, as after an interruption."""
     statistics = work.progress("calibrate", work.statistics_file.name)
-    if (kept / statistics.name).exists() and not work.statistics_file.exists() and not statistics.exists():
+    if (measurements / statistics.name).exists() and not work.statistics_file.exists() and not statistics.exists():
         statistics.parent.mkdir(parents=True, exist_ok=True)
         work.write_recipe(recipes.dump(recipe))
-        share(kept / statistics.name, statistics)
+        share(measurements / statistics.name, statistics)
 
 
-def seconds_of_lent(kept: Path, work: WorkDir) -> float:
+def seconds_of_lent(measurements: Path, work: WorkDir) -> float:
     """Seconds that an earlier row's calibrate took for what this one used; keeps what was measured now."""
     manifest, statistics = work.manifest("calibrate"), work.statistics_file
     if manifest is None or not statistics.exists():
         return 0.0
-    stored, record = kept / statistics.name, kept / "seconds.json"
+    stored, record = measurements / statistics.name, measurements / "seconds.json"
     if stored.exists() and filecmp.cmp(stored, statistics, shallow=False):
         first = json.loads(record.read_text(encoding="utf-8"))
         return 0.0 if first["row"] == work.path.name else float(first["seconds"])
-    kept.mkdir(parents=True, exist_ok=True)
+    measurements.mkdir(parents=True, exist_ok=True)
     stored.unlink(missing_ok=True)
     share(statistics, stored)
     write_json(record, {"seconds": manifest.seconds, "row": work.path.name})
@@ -341,13 +347,12 @@ def type_row(teacher: Teacher, method: RealMethod, setting: Setting, folder: Pat
     threads = str(setting.threads or os.cpu_count() or 1)
     tool(setting, "llama-quantize", "--imatrix", matrix, wide, made, method.quantize, threads)
     facts: File = theirs(method.title, made)
-    weights = sum(parameter.numel() for parameter in models.load(teacher.model)[0].parameters())
     decoded = folder_of_gguf(made, setting.console)
     try:
         measured = method.measure(decoded, recipe, setting)
     finally:
         shutil.rmtree(decoded, ignore_errors=True)
-    sizes = {"bytes": facts.tensors, "real_bits": round(8 * facts.tensors / weights, 4)}
+    sizes = {"bytes": facts.tensors, "real_bits": round(8 * facts.tensors / weights_of(teacher.model), 4)}
     types = {"types": f"{facts.linear}; embedding {facts.embedding}", "package": llamacpp_version(setting)}
     return {**sizes, **types, **methods.scores(measured)}
 

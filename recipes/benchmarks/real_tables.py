@@ -82,7 +82,7 @@ def lines_of(rows: Sequence[Row], order: Sequence[str]) -> list[Line]:
     together: dict[tuple[str, float], list[Row]] = {}
     for row in sorted(rows, key=lambda row: places.get(row["method"], len(places))):
         together.setdefault((row["title"], row["bits"]), []).append(row)
-    lines = [Line(tuple(each)) for each in together.values()]
+    lines = [Line(tuple(group)) for group in together.values()]
     return sorted(lines, key=lambda line: line.mean("real_bits") or float("inf"))
 
 
@@ -103,14 +103,14 @@ def plus_minus(line: Line) -> str:
 
 def quality_cells(line: Line) -> list[str]:
     """What is left of the teacher, or why there is nothing."""
-    asked = "" if line.first["family"] in ("teacher", "llamacpp") else f"{line.first['bits']:g}"
+    target = "" if line.first["family"] in ("teacher", "llamacpp") else f"{line.first['bits']:g}"
     if line.failed is not None:
-        return ["", line.first["title"], asked, f"does not run: {line.failed.replace('|', '/')}", "", "", "", ""]
+        return ["", line.first["title"], target, f"does not run: {line.failed.replace('|', '/')}", "", "", "", ""]
     bits, minutes = line.mean("real_bits"), line.mean("cpu_seconds")
     return [
         "" if bits is None else f"{bits:.2f}",
         title_of(line),
-        asked,
+        target,
         plus_minus(line),
         number(line.mean("kl")),
         number(line.mean("perplexity"), 4),
@@ -151,12 +151,12 @@ def model_table(name: str, rows: Sequence[Row], order: Sequence[str]) -> str:
 
 def stored_rows(folder: Path) -> dict[str, list[Row]]:
     """All rows by their model."""
-    found = {}
+    models = {}
     for place in sorted(path for path in folder.glob("*") if path.is_dir()):
         rows = [row for file in sorted(place.glob("*.json")) if (row := methods.stored(file)) and "title" in row]
         if rows:
-            found[place.name] = rows
-    return found
+            models[place.name] = rows
+    return models
 
 
 def publish(folder: Path, order: Sequence[str], page: Path) -> str:
@@ -208,17 +208,17 @@ def plot(models: dict[str, list[Line]], path: Path) -> bool:
     Returns:
         whether there was anything to draw; without, no picture is left.
     """
-    drawn = {name: curves for name, lines in models.items() if (curves := points(lines))}
-    if not drawn:
+    panels = {name: curves for name, lines in models.items() if (curves := points(lines))}
+    if not panels:
         path.unlink(missing_ok=True)
         return False
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 9, "text.color": INK}):
-        figure = Figure(figsize=(6.5 * len(drawn), 5.5), layout="constrained")
-        axes = figure.subplots(1, len(drawn), squeeze=False, sharey=True)[0]
-        for axis, (name, curves) in zip(axes, drawn.items(), strict=True):
+        figure = Figure(figsize=(6.5 * len(panels), 5.5), layout="constrained")
+        axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+        for axis, (name, curves) in zip(axes, panels.items(), strict=True):
             draw(axis, curves)
             axis.set_title(name, loc="left", fontsize=10, fontweight="bold")
         axes[0].set_ylabel("score above chance that is left, % of the teacher's")

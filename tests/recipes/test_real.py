@@ -71,7 +71,7 @@ def test_rows_are_kept_until_what_decides_them_changes(
     seen = noted(monkeypatch)
     real.make_rows([teacher], [("rtn", 12.0)], setting)
     real.make_rows([teacher], [("rtn", 12.0), ("rtn", 1.0)], setting)
-    assert seen == ["teacher, 16 bits", *["round to nearest, mixed alike"] * 2]
+    assert seen == ["teacher", *["round to nearest, mixed alike"] * 2]
     rows = rows_of(setting)
     assert sorted(rows) == ["rtn-1", "rtn-12", "teacher-16"]
     made = rows["rtn-12"]
@@ -232,7 +232,7 @@ def test_page_and_plot_are_made_of_the_rows_that_are_there(tmp_path: Path) -> No
         row("distilled, 10 CPU minutes", "distill", 2.4, 0.70, seed=1),
         row("HQQ", "peer-hqq", 2.3, 0.1),
         {**row("AutoRound", "peer-auto-round", 2.0, None), "failed": "no | such layer"},
-        {**row("teacher, 16 bits", "teacher", 16.0, None), "origin": "dequantized from Q4_1"},
+        {**row("teacher", "teacher", 16.0, None), "origin": "dequantized from Q4_1"},
     ]
     write_rows(tmp_path / "rows" / "tiny", rows)
     text = real_tables.publish(tmp_path / "rows", ["distill-seed0", "distill-seed1"], page)
