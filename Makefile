@@ -80,6 +80,12 @@ real-models: install
 results-methods: install peers $(WORLD)/distill.txt
 	$(BIN)/python -m recipes.benchmarks.methods $(if $(REAL_DATA),--real-data $(REAL_DATA))
 
+# The table of real models in recipes/results/real.md: a row at a time, days for all of them; stop it whenever you like.
+# REAL='--models smollm2-135m --bits 2.4' chooses rows.
+.PHONY: results-real
+results-real: install peers llamacpp real-models
+	$(BIN)/python -m recipes.benchmarks.real $(if $(REAL_DATA),--real-data $(REAL_DATA)) $(REAL)
+
 # The table of plans: bits where they are needed, at equal real bytes; likewise.
 results-plans: install $(WORLD)/distill.txt
 	$(BIN)/python -m recipes.benchmarks.plans $(if $(REAL_DATA),--real-data $(REAL_DATA))
@@ -161,7 +167,7 @@ LLAMACPP_OPTIONS := -DCMAKE_BUILD_TYPE=Release -DLLAMA_BUILD_TOOLS=ON -DLLAMA_BU
 	-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_OPENSSL=OFF \
 	'-DCMAKE_C_FLAGS=$(LLAMACPP_FLAGS)' '-DCMAKE_CXX_FLAGS=$(LLAMACPP_FLAGS)' \
 	-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON '-DCMAKE_INSTALL_RPATH=$$ORIGIN'
-LLAMACPP_TOOLS := llama-quantize llama-bench llama-perplexity llama-completion llama-tokenize
+LLAMACPP_TOOLS := llama-quantize llama-imatrix llama-bench llama-perplexity llama-completion llama-tokenize
 LLAMACPP_AVX2 := -DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_AVX512=OFF
 
 # Its programs in FOLDER/tools: $(call build-llamacpp,FOLDER,OPTIONS,PROGRAMS), with cmake and ninja of $(LLAMACPP)/bin.

@@ -27,11 +27,17 @@ class TaskResult(Result):
 
 
 class Average(Result):
-    """Over the tasks that have a chance level."""
+    """Over the tasks that have a chance level.
+
+    Standard errors are of the model's own scores, the tasks' together; the teacher's scores are taken as they are,
+    because they are the same for every model. Null where a task has none, or where there is no retention.
+    """
 
     score: float
     teacher_score: float | None
     retention_above_chance: float | None
+    stderr: float | None = None
+    retention_stderr: float | None = None
 
 
 class TextResult(Result):

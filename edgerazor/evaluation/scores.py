@@ -57,19 +57,28 @@ def average(results: dict[str, TaskResult]) -> tuple[Average | None, list[str]]:
         return None, notes
     chance = _sum(result.chance for result in with_chance.values())
     score = _sum(result.score for result in with_chance.values())
+    count, stderr = len(with_chance), _together(result.stderr for result in with_chance.values())
+    mean = Average(score=score / count, teacher_score=None, retention_above_chance=None)
+    mean.stderr = None if stderr is None else stderr / count
     if any(result.teacher_score is None for result in with_chance.values()):
-        return Average(score=score / len(with_chance), teacher_score=None, retention_above_chance=None), notes
+        return mean, notes
     for name, result in with_chance.items():
         if result.retention_above_chance is None:
             notes.append(f"{name}: the teacher is within two standard errors of chance, so there is nothing to retain.")
     teacher = _sum(result.teacher_score for result in with_chance.values())
-    errors = [result.teacher_stderr for result in with_chance.values()]
-    stderr = None if None in errors else math.sqrt(_sum(error**2 for error in errors if error is not None))
-    above = (score - chance) / (teacher - chance) if _knows(teacher - chance, stderr) else None
-    if above is None and len(with_chance) > 1:
+    mean.teacher_score = teacher / count
+    if _knows(teacher - chance, _together(result.teacher_stderr for result in with_chance.values())):
+        mean.retention_above_chance = (score - chance) / (teacher - chance)
+        mean.retention_stderr = None if stderr is None else stderr / (teacher - chance)
+    elif count > 1:
         notes.append("over all tasks the teacher is within two standard errors of chance.")
-    count = len(with_chance)
-    return Average(score=score / count, teacher_score=teacher / count, retention_above_chance=above), notes
+    return mean, notes
+
+
+def _together(errors: Iterable[float | None]) -> float | None:
+    """The standard error of a sum of independent scores; None where one has none."""
+    squares = [None if error is None else error**2 for error in errors]
+    return None if None in squares else math.sqrt(_sum(squares))
 
 
 def _sum(values: Iterable[float | None]) -> float:

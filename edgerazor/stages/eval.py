@@ -11,6 +11,7 @@ The packed model is loaded from its folder, as a user would load it, and asked t
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -147,7 +148,9 @@ class EvalStage(Stage):
 STAGE = EvalStage()
 
 
-def evaluate_model(model: str, recipe: Recipe, console: Console) -> EvalResult:
+def evaluate_model(
+    model: str, recipe: Recipe, console: Console, teacher_scores: Mapping[str, tasks.TaskScore] | None = None
+) -> EvalResult:
     """Measure one model outside any working directory, against a teacher if `eval.against` names one.
 
     Args:
@@ -155,6 +158,7 @@ def evaluate_model(model: str, recipe: Recipe, console: Console) -> EvalResult:
             model are rounded as `eval.activation_bits` and `eval.kv_bits` say, in groups of `calibrate.group_size`.
         recipe: its `eval`, `data` and general sections.
         console: shows the progress.
+        teacher_scores: task -> the teacher's score on the same items, where it is known; it is not asked again then.
 
     Raises:
         UserError: as `EvalStage.run`; a least retention was asked for without a teacher; or other bits for a packed
@@ -180,7 +184,10 @@ def evaluate_model(model: str, recipe: Recipe, console: Console) -> EvalResult:
     text = held_out_rows(context, sources, teacher or evaluated)
     evaluation = Evaluation(settings, request, loaded, text, recipe.data.sequence_length, console, teacher)
     result = EvalResult(notes=notes + evaluation.notes_on_data())
-    result.notes += evaluation.score_teacher()
+    if teacher_scores is None:
+        result.notes += evaluation.score_teacher()
+    else:
+        evaluation.teacher_scores = dict(teacher_scores)
     result.notes += evaluation.measure(evaluated, result)
     if is_packed:
         note_kernels(result, evaluated)

@@ -31,7 +31,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from edgerazor import recipe as recipes
 from edgerazor.console import Console
 from edgerazor.errors import INTERRUPTED, UserError, usage_error
 from edgerazor.evaluation.eval_result import EvalResult
+from edgerazor.evaluation.measuring import request_of
 from edgerazor.recipe import Recipe
 from edgerazor.stages import eval as evaluation
 from edgerazor.workdir import WorkDir, digest_json, machine, versions, write_json, write_text
@@ -88,9 +89,49 @@ class Method:
     def trains(self) -> bool:
         return self.changes is not None
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """What makes the model."""
+        return ("calibrate", "distill", "pack") if self.trains else ("pack",)
+
     def asked_at(self, bits: float) -> bool:
         """Whether there is such a row; what is not limited by a peer or by time can be at any bits."""
         return bits in self.bits or self.bits == BITS
+
+    def values(self, teacher: Teacher, bits: float, setting: Setting) -> Values:
+        """What a row's recipe says beside its teacher's, and before the changes."""
+        steps = self.steps_of(teacher, setting)
+        return {
+            "calibrate": {
+                "bits": bits,
+                "plan": "interleave",
+                "sequences": 64,
+                "embedding_format": "int4",
+                "activation_bits": 8,
+                "kv_bits": 8,
+            },
+            "distill": {"steps": steps, "evaluate_every": max(1, steps // 2)},
+        }
+
+    def steps_of(self, teacher: Teacher, setting: Setting) -> int:
+        """Steps of a row's training."""
+        return (setting.steps or teacher.steps) * self.times
+
+    def identity(self, setting: Setting) -> list[Any]:
+        """Whose program makes a row, and its version.
+
+        Raises:
+            UserError: as `peer_version`.
+        """
+        return [self.peer, self.own, peer_version(self, setting)]
+
+    def make(self, teacher: Teacher, bits: float, setting: Setting, folder: Path) -> Row:
+        """Make the model in a folder that is kept until the row is finished, and measure it."""
+        return (peer_row if self.peer else our_row)(teacher, self, bits, setting, folder)
+
+    def measure(self, folder: Path, recipe: Recipe, setting: Setting) -> EvalResult:
+        """Measure a model outside of a working directory."""
+        return evaluation.evaluate_model(str(folder), recipe, setting.console)
 
 
 WHOLE = (2.0, 3.0, 4.0)
@@ -148,18 +189,22 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True)
 class Teacher:
-    """A model with its text, its tasks, and how, and for how many steps of 2,048 tokens, students of it are trained."""
+    """A model with its text, its tasks, and how, and for how many steps of 2,048 tokens, students of it are trained.
+
+    `gguf` is the file that the folder was made from, if any.
+    """
 
     name: str
     model: Path
     recipe: Values
     tasks: tuple[str, ...] = ()
     steps: int = 150
+    gguf: Path | None = None
 
 
 @dataclass
 class Setting:
-    """Where rows lie and how they are made; `steps` takes the place of each teacher's."""
+    """Where rows lie and how they are made; `steps` takes the place of each teacher's, `methods` are a table's."""
 
     rows: Path
     build: Path
@@ -167,6 +212,10 @@ class Setting:
     limit: int | None
     peers_python: Path
     console: Console = field(default_factory=Console)
+    methods: Mapping[str, Method] = field(default_factory=lambda: METHODS)
+    task_data: Path | None = None
+    threads: int | None = None
+    llamacpp: Path = BUILD / "llamacpp"
 
 
 TRAINING: Values = {"batch_size": 8, "learning_rate": 1e-3, "schedule": "cosine", "checkpoint_every": 50}
@@ -212,60 +261,51 @@ def real_teachers(folder: Path) -> list[Teacher]:
 
 def recipe_of(teacher: Teacher, method: Method, bits: float, setting: Setting) -> Recipe:
     """The whole recipe of a row."""
-    steps = steps_of(teacher, method, setting)
-    values = {
+    values: Values = {
         "model": str(teacher.model),
-        "calibrate": {
-            "bits": bits,
-            "plan": "interleave",
-            "sequences": 64,
-            "embedding_format": "int4",
-            "activation_bits": 8,
-            "kv_bits": 8,
-        },
-        "distill": {"steps": steps, "evaluate_every": max(1, steps // 2)},
         "pack": {} if method.trains else {"source": "teacher"},
         "eval": {"tasks": list(teacher.tasks), "limit": setting.limit},
+        **method.values(teacher, bits, setting),
     }
+    if setting.threads:
+        values["threads"] = setting.threads
+    if setting.task_data:
+        values["eval"]["task_data"] = str(setting.task_data)
     if method.peer:
         rounding = {} if method.own else {"activation_bits": 8, "kv_bits": 8}
         values["eval"] |= {"against": str(teacher.model), **rounding}
     return recipes.build(recipes.merge(teacher.recipe, values, method.changes or {}))
 
 
-def steps_of(teacher: Teacher, method: Method, setting: Setting) -> int:
-    """Steps of a row's training."""
-    return (setting.steps or teacher.steps) * method.times
-
-
 def fingerprint(teacher: Teacher, method: Method, bits: float, setting: Setting) -> str:
     """Identity of everything that decides a row, places and times left out."""
     recipe = recipe_of(teacher, method, bits, setting)
     # a field that is as it always is, as one that a later version adds, decides nothing
-    settings = recipe.model_dump(mode="json", exclude={"model", "data", "bench", "compare"}, exclude_defaults=True)
-    settings["eval"].pop("against", None)
-    settings["distill"] = settings["distill"] if method.trains else None
-    request = tasks.TaskRequest(teacher.tasks, None, setting.limit, None, False, recipe.seed)
+    left_out = {"model", "data", "bench", "compare", "threads"}
+    settings = recipe.model_dump(mode="json", exclude=left_out, exclude_defaults=True)
+    for section, place_or_time in (("eval", "against"), ("eval", "task_data"), ("distill", "max_time")):
+        settings.get(section, {}).pop(place_or_time, None)
+    settings["distill"] = settings.get("distill") if method.trains else None
+    request = request_of(recipe.eval, recipe.seed)
     measured = data.fingerprint(recipe.data.held_out) if recipe.data.held_out else str(recipe.data.held_out_fraction)
     return digest_json(
         {
             "recipe": settings,
-            "peer": [method.peer, method.own, peer_version(method, setting)],
+            "peer": method.identity(setting),
             "teacher": models.fingerprint(teacher.model),
             "text": [data.fingerprint(recipe.data.train), measured, recipe.data.sequence_length],
             "tasks": tasks.fingerprint(request) if teacher.tasks else {},
             "versions": versions(),
-            "code": code_digest(method),
+            "code": code_digest(method, recipe),
         }
     )
 
 
-def code_digest(method: Method) -> str:
+def code_digest(method: Method, recipe: Recipe) -> str:
     """Of what the numerics that a row is about compute; of the script that calls a peer, its text."""
     facts: dict[str, str] = {"formats": numerics.of_formats()}
     if method.trains:
-        names = [term["name"] for term in (method.changes or {})["distill"].get("losses", ())]
-        facts |= {name: numerics.of_loss(name) for name in names}
+        facts |= {term.name: numerics.of_loss(term.name) for term in recipe.distill.losses}
     if method.peer:
         facts["peers"] = (BENCHMARKS / "peers.py").read_text(encoding="utf-8")
     return digest_json(facts)
@@ -314,23 +354,22 @@ def make_rows(teachers: Sequence[Teacher], chosen: Iterable[tuple[str, float]], 
     """
     chosen = list(chosen)
     for name in {name for name, _ in chosen}:
-        peer_version(METHODS[name], setting)
+        setting.methods[name].identity(setting)
     for teacher in teachers:
         for name, bits in chosen:
-            method, path = METHODS[name], row_file(teacher, name, bits, setting)
+            method, path = setting.methods[name], row_file(teacher, name, bits, setting)
             identity = fingerprint(teacher, method, bits, setting)
             if (existing := stored(path)) and existing["fingerprint"] == identity:
                 setting.console.say(f"{teacher.name}, {method.title}, {bits:g} bits: kept")
                 continue
             setting.console.say(f"{teacher.name}, {method.title}, {bits:g} bits")
             folder = setting.build / teacher.name / f"{name}-{bits:g}-{identity[:8]}"
-            make = peer_row if method.peer else our_row
-            row = make(teacher, method, bits, setting, folder)
+            row = method.make(teacher, bits, setting, folder)
             identification = {
                 "teacher": teacher.name,
                 "method": name,
                 "bits": bits,
-                "steps": steps_of(teacher, method, setting) if method.trains else 0,
+                "steps": method.steps_of(teacher, setting) if method.trains else 0,
             }
             where = {"machine": machine(), "versions": versions(), "commit": commit()}
             write_json(path, {**identification, **row, **where, "fingerprint": identity})
@@ -340,18 +379,23 @@ def make_rows(teachers: Sequence[Teacher], chosen: Iterable[tuple[str, float]], 
 def our_row(teacher: Teacher, method: Method, bits: float, setting: Setting, folder: Path) -> Row:
     """Calibrate and distill where the method trains, pack, measure."""
     recipe, work = recipe_of(teacher, method, bits, setting), WorkDir(folder)
+    facts = made_by_us(recipe, method.stages, work, setting.console)
+    measured = pipeline.run("eval", recipe, work, setting.console)
+    assert isinstance(measured, EvalResult)
+    return {**facts, **scores(measured)}
+
+
+def made_by_us(recipe: Recipe, stages: Sequence[str], work: WorkDir, console: Console) -> Row:
+    """Run stages, the last of them pack: sizes of the packed model, and seconds of all."""
     seconds = 0.0
-    for stage in ("calibrate", "distill", "pack") if method.trains else ("pack",):
-        result = pipeline.run(stage, recipe, work, setting.console)
+    for stage in stages:
+        result = pipeline.run(stage, recipe, work, console)
         manifest = work.manifest(stage)
         assert manifest is not None
         seconds += getattr(result, "seconds", None) or manifest.seconds  # distill counts across resumes
-    measured = pipeline.run("eval", recipe, work, setting.console)
     packed = work.manifest("pack")
-    assert isinstance(measured, EvalResult)
     assert packed is not None
-    sizes = {key: packed.result[key] for key in ("bytes", "nominal_bits", "real_bits")}
-    return {**sizes, "seconds": seconds, **scores(measured)}
+    return {**{key: packed.result[key] for key in ("bytes", "nominal_bits", "real_bits")}, "seconds": seconds}
 
 
 def peer_row(teacher: Teacher, method: Method, bits: float, setting: Setting, folder: Path) -> Row:
@@ -378,7 +422,7 @@ def peer_row(teacher: Teacher, method: Method, bits: float, setting: Setting, fo
         return {"failed": reason(done.stderr) or f"exit code {done.returncode}"}
     report = json.loads((decoded / "peer.json").read_text(encoding="utf-8"))
     sizes = peer_sizes(method, recipe, model, decoded, report)
-    measured = evaluation.evaluate_model(str(decoded), recipe, setting.console)
+    measured = method.measure(decoded, recipe, setting)
     package_facts = {"package": report["package"], "group_size": report["group_size"]}
     return {**sizes, **package_facts, "nominal_bits": bits, "seconds": report["seconds"], **scores(measured)}
 
@@ -432,10 +476,12 @@ def scores(measured: EvalResult) -> Row:
     mean, text = measured.average, measured.text
     return {
         "above_chance": mean.retention_above_chance if mean else None,
+        "above_chance_stderr": mean.retention_stderr if mean else None,
         "tasks": {name: task.score for name, task in measured.tasks.items()},
         "perplexity": text.perplexity if text else None,
         "teacher_perplexity": text.teacher_perplexity if text else None,
         "kl": text.kl if text else None,
+        "top1_agreement": text.top1_agreement if text else None,
         "collapsed": any("collapsed" in line for line in (*measured.failures, *measured.notes)),
     }
 

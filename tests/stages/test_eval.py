@@ -173,6 +173,8 @@ def test_average_by_hand() -> None:
     assert mean.score == pytest.approx(0.6)
     assert mean.teacher_score == pytest.approx(0.68)
     assert mean.retention_above_chance == pytest.approx(0.45 / 0.61)
+    together = math.sqrt(2) * 0.01  # the tasks' own standard errors
+    assert (mean.stderr, mean.retention_stderr) == (pytest.approx(together / 2), pytest.approx(together / 0.61))
     assert len(notes) == 1
     assert notes[0].startswith("b: the teacher is within two standard errors")
     mean, notes = scores.average({"b": results["b"]})
