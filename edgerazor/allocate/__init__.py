@@ -9,20 +9,32 @@ from edgerazor.allocate.measured import SensitivityTable, candidates_of
 from edgerazor.allocate.pattern import NAMED_SHARES, Mixture, mixture_of, spread, variances
 from edgerazor.allocate.plan import MatrixPlan, Plan
 from edgerazor.allocate.planning import check, fixed_formats, make_plan, measures, shortfall, unmeasured
+from edgerazor.allocate.sensitivity_cost import (
+    FEWEST_TOKENS,
+    affordable_tokens,
+    estimates_of,
+    passes_of,
+    sequences_of,
+)
 
 __all__ = [
+    "FEWEST_TOKENS",
     "NAMED_SHARES",
     "MatrixPlan",
     "Mixture",
     "Plan",
     "SensitivityTable",
     "Solution",
+    "affordable_tokens",
     "candidates_of",
     "check",
+    "estimates_of",
     "fixed_formats",
     "make_plan",
     "measures",
     "mixture_of",
+    "passes_of",
+    "sequences_of",
     "shortfall",
     "solve",
     "spread",

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from edgerazor import data, devices, formats, models, student_plan
-from edgerazor.allocate import candidates_of, measures
+from edgerazor.allocate import affordable_tokens, candidates_of, estimates_of, measures, sequences_of
 from edgerazor.calibration import observers, statistics
 from edgerazor.job import JobContext, ModelOutline
 from edgerazor.modules import attention
 from edgerazor.recipe import Calibrate
-from edgerazor.sensitivity import PER_MATRIX, SensitivityAnalysis, affordable_tokens, sequences_of
+from edgerazor.sensitivity import PER_MATRIX, SensitivityAnalysis
 from edgerazor.workdir import digest_json
 
 #: Micro-batches: token ids int64 [B, T] and the positions that count, bool [B, T].
@@ -124,12 +124,6 @@ def measure(measurement: Measurement) -> dict[str, Tensor]:
     if settings.adaptive_tokens == "causal":
         tensors["importance_threshold"] = importance_thresholds(measurement, batches)
     return tensors
-
-
-def estimates_of(settings: Calibrate) -> tuple[str, ...]:
-    """The estimates of sensitivity to make; that of embedding and head is always `fisher`."""
-    chosen = settings.sensitivity
-    return ("fisher", "integrated") if chosen == "auto" else tuple(dict.fromkeys(("fisher", chosen)))
 
 
 def observe(layerwise: models.LayerwisePass, settings: Calibrate) -> dict[str, Tensor]:

@@ -9,7 +9,6 @@ from edgerazor.sensitivity.gradients import (
 )
 from edgerazor.sensitivity.output_head import OutputHead
 from edgerazor.sensitivity.rounding import RoundedWeights
-from edgerazor.sensitivity.token_budget import affordable_tokens, forward_passes, sequences_of
 
 __all__ = [
     "PER_MATRIX",
@@ -19,9 +18,6 @@ __all__ = [
     "OutputHead",
     "RoundedWeights",
     "SensitivityAnalysis",
-    "affordable_tokens",
     "combined",
-    "forward_passes",
-    "sequences_of",
     "split_rows_and_matrices",
 ]

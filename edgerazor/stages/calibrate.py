@@ -15,7 +15,7 @@ from rich.console import RenderableType
 from torch import Tensor
 
 from edgerazor import allocate, devices, models, student_plan
-from edgerazor.allocate import Plan, candidates_of, measures, shortfall
+from edgerazor.allocate import Plan, measures, passes_of, shortfall
 from edgerazor.calibration import initialization, own_text, planning, statistics
 from edgerazor.calibration import measurement as measuring
 from edgerazor.calibration.calibrate_result import CalibrateDryRun, CalibrateResult
@@ -24,7 +24,6 @@ from edgerazor.errors import INTERRUPTED, UserError
 from edgerazor.job import JobContext
 from edgerazor.recipe import Recipe
 from edgerazor.report.tables import calibrate_tables
-from edgerazor.sensitivity import forward_passes
 from edgerazor.stage import Stage
 from edgerazor.training import cost_of, forward_seconds, measure_machine
 from edgerazor.workdir import make_folder, write_json, write_text
@@ -181,7 +180,6 @@ def sequences_passed(measurement: Measurement) -> int:
     settings = measurement.settings
     sequences = (1 + (settings.adaptive_tokens == "causal")) * settings.sequences
     if measures(settings):
-        linears, points = len(measurement.teacher.structure.linears), settings.sensitivity_points
-        passes = forward_passes(measuring.estimates_of(settings), len(candidates_of(settings)), linears, points)
+        passes = passes_of(settings, len(measurement.teacher.structure.linears))
         sequences += passes * measurement.sensitivity_sequences
     return sequences + settings.sequences * initialization.PASSES[settings.init]

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict
 
 from edgerazor import devices, untrusted
 from edgerazor import recipe as recipes
+from edgerazor.allocate import affordable_tokens, measures, passes_of
 from edgerazor.console import is_main_process
 from edgerazor.job import JobContext
 from edgerazor.recipe import CHOSEN_BY_BUDGET, Distill, Recipe
 from edgerazor.training import budget_defaults
 from edgerazor.training.budget_defaults import TrainingFacts
-from edgerazor.training.speed import cost_of, speed_of, step_seconds
+from edgerazor.training.speed import cost_of, forward_seconds, measure_machine, speed_of, step_seconds
 from edgerazor.workdir import WorkDir, digest_json, write_json
 
 #: Tokens of a step whose speed stands for all, where the step is still to be chosen.
@@ -73,6 +75,8 @@ def open_fields(recipe: Recipe) -> dict[str, set[str]]:
     fields = {
         section: set(names) - getattr(recipe, section).model_fields_set for section, names in CHOSEN_BY_BUDGET.items()
     }
+    if not measures(recipe.calibrate):
+        fields["calibrate"] -= {"sensitivity_tokens"}
     if has_batch(recipe.distill):
         fields["distill"] -= {"batch_size", "accumulation"}
     return {section: names for section, names in fields.items() if names}
@@ -133,6 +137,7 @@ def facts_of(context: JobContext) -> TrainingFacts:
     outline, settings = context.teacher_outline, context.recipe.distill
     length = context.sequence_length(outline.model)
     speed, measured = tokens_per_second(context)
+    weights = sum(weight.numel() for weight in outline.model.parameters())
     head = outline.structure.head or outline.structure.embedding
     return TrainingFacts(
         width=outline.structure.embedding.columns,
@@ -146,7 +151,18 @@ def facts_of(context: JobContext) -> TrainingFacts:
         given_batch=settings.batch_size * settings.accumulation if has_batch(settings) else None,
         processes=devices.process_count(),
         device=context.device.type,
+        sensitivity_seconds=sensitivity_seconds(context, length),
+        sensitivity_tokens=affordable_tokens(weights, context.device),
     )
+
+
+def sensitivity_seconds(context: JobContext, length: int) -> float:
+    """Estimated seconds of the analysis of sensitivity for a token; 0 where the plan measures nothing."""
+    settings, structure = context.recipe.calibrate, context.teacher_outline.structure
+    if not measures(settings):
+        return 0.0
+    machine = measure_machine(context.device, devices.inference_dtype(context.device) or torch.bfloat16)
+    return forward_seconds(cost_of(structure, length), machine, passes_of(settings, len(structure.linears)))
 
 
 def tokens_per_second(context: JobContext) -> tuple[float, bool]:

@@ -25,6 +25,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from edgerazor.allocate import FEWEST_TOKENS
 from edgerazor.console import duration
 from edgerazor.recipe import CHOSEN_BY_BUDGET
 
@@ -36,6 +37,8 @@ LEAST_GPU_STEP_TOKENS = 4096
 RATE, RATE_WIDTH, RATE_TOKENS, RATE_EXPONENT = 3e-4, 256, 300_000, 0.15
 #: Bounds of the peak learning rate.
 LEAST_RATE, MOST_RATE = 2e-5, 2e-3
+#: Share of the training's time that the analysis of sensitivity may take on top, within the bounds of its tokens.
+SENSITIVITY_SHARE = 0.25
 #: Share of the steps with a rising learning rate.
 WARMUP = 0.05
 #: Share of the budget that evaluations may take, and most evaluations.
@@ -60,6 +63,8 @@ class TrainingFacts:
         given_batch: sequences of a step on each process, where the user says it.
         processes: that train together.
         device: `cpu` or `cuda`.
+        sensitivity_seconds: of the analysis of sensitivity for a token of its text; 0 where the plan measures nothing.
+        sensitivity_tokens: that it reads where neither user nor budget says how many.
     """
 
     width: int
@@ -73,6 +78,8 @@ class TrainingFacts:
     given_batch: int | None = None
     processes: int = 1
     device: str = "cpu"
+    sensitivity_seconds: float = 0.0
+    sensitivity_tokens: int = FEWEST_TOKENS
 
     @property
     def budget_tokens(self) -> int:
@@ -108,7 +115,11 @@ def choose(facts: TrainingFacts, fields: Mapping[str, Collection[str]] = CHOSEN_
     rows = (facts.given_batch or batch_size * accumulation) * facts.processes
     steps = max(1, math.ceil(tokens / (rows * facts.sequence_length)))
     fitting: dict[str, dict[str, Any]] = {
-        "calibrate": {"scales": "learned", "init": "least_error"},
+        "calibrate": {
+            "scales": "learned",
+            "init": "least_error",
+            **({"sensitivity_tokens": sensitivity_tokens(facts)} if facts.sensitivity_seconds else {}),
+        },
         "distill": {
             "batch_size": batch_size,
             "accumulation": accumulation,
@@ -152,7 +163,17 @@ def reasons(facts: TrainingFacts, values: Mapping[str, Mapping[str, Any]], steps
         "scales are trained" if "scales" in chosen else "",
         "from those of least error" if "init" in chosen else "",
     ]
-    yield f"Start: {', '.join(filter(None, start)) or 'as given'}; what recipe and options say stays."
+    yield f"Start: {', '.join(filter(None, [*start, analysis(facts, chosen)])) or 'as given'}; what is given stays."
+
+
+def analysis(facts: TrainingFacts, chosen: Mapping[str, Any]) -> str:
+    """What the analysis of sensitivity costs, in words; empty where the budget does not decide it."""
+    tokens = chosen.get("sensitivity_tokens")
+    if tokens is None:
+        return ""
+    return (
+        f"bits by sensitivity from {tokens:,} tokens, about {duration(tokens * facts.sensitivity_seconds)} beforehand"
+    )
 
 
 def batch(facts: TrainingFacts) -> tuple[int, int]:
@@ -170,6 +191,13 @@ def learning_rate(width: int, tokens: int) -> float:
     """Peak learning rate, to two digits."""
     rate = RATE * RATE_WIDTH / width * min(1.0, (RATE_TOKENS / tokens) ** RATE_EXPONENT)
     return float(f"{min(max(rate, LEAST_RATE), MOST_RATE):.2g}")
+
+
+def sensitivity_tokens(facts: TrainingFacts) -> int:
+    """Tokens that sensitivity is estimated from, so that this takes a share of the training's time."""
+    seconds = facts.budget_tokens / facts.tokens_per_second
+    affordable = int(SENSITIVITY_SHARE * seconds / facts.sensitivity_seconds)
+    return min(max(affordable, FEWEST_TOKENS), facts.sensitivity_tokens)
 
 
 def evaluation_count(facts: TrainingFacts) -> int:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from edgerazor import allocate, calibrated, formats, models, packed
+from edgerazor.allocate import affordable_tokens
 from edgerazor.console import Console
 from edgerazor.formats import MatrixSpec
 from edgerazor.models import LayerwisePass, PreTrainedModel
@@ -26,7 +27,6 @@ from edgerazor.sensitivity import (
     IntegratedGradients,
     OutputHead,
     SensitivityAnalysis,
-    affordable_tokens,
     combined,
     output_head,
     split_rows_and_matrices,

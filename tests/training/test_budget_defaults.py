@@ -25,6 +25,8 @@ SMOLLM2 = TrainingFacts(
     tokens=None,
     seconds=3600.0,
     tokens_per_second=127.0,
+    sensitivity_seconds=0.25,
+    sensitivity_tokens=9000,
 )
 #: stories260K with 256 tokens in a sequence.
 STORIES = TrainingFacts(
@@ -34,6 +36,8 @@ STORIES = TrainingFacts(
     tokens=30_000,
     seconds=None,
     tokens_per_second=2000.0,
+    sensitivity_seconds=0.001,
+    sensitivity_tokens=16_384,
 )
 
 
@@ -71,7 +75,7 @@ def test_what_is_given_is_neither_chosen_nor_explained() -> None:
     spent, training, start = chosen.reasons
     assert "224 steps of about 2,042 tokens, since the batch is given" in spent
     assert training == "Training: warm-up 5 %."
-    assert start == "Start: as given; what recipe and options say stays."
+    assert start == "Start: as given; what is given stays."
 
 
 def test_time_is_tokens_at_the_speed_and_the_smaller_budget_counts() -> None:
@@ -129,3 +133,16 @@ def test_evaluations_take_a_small_part_of_the_budget(tokens: int) -> None:
     cost = evaluations * facts.evaluate_sequences * facts.sequence_length / 2
     assert evaluations <= 1 or cost <= 1.01 * budget_defaults.EVALUATION_SHARE * tokens
     assert 1 <= settings["checkpoint_every"] <= 100
+
+
+@pytest.mark.parametrize(("seconds", "tokens"), [(600.0, 2048), (3600.0, 3600), (86_400.0, 9000)])
+def test_sensitivity_takes_a_quarter_of_the_trainings_time_within_its_bounds(seconds: float, tokens: int) -> None:
+    chosen = choose(dataclasses.replace(SMOLLM2, seconds=seconds))
+    assert chosen.values["calibrate"]["sensitivity_tokens"] == pytest.approx(tokens, abs=1)
+    assert "bits by sensitivity from " in chosen.reasons[2]
+
+
+def test_a_plan_that_measures_nothing_costs_nothing() -> None:
+    chosen = choose(dataclasses.replace(SMOLLM2, sensitivity_seconds=0.0))
+    assert "sensitivity_tokens" not in chosen.values["calibrate"]
+    assert "sensitivity" not in chosen.reasons[2]

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
+from edgerazor.allocate.measured import candidates_of
+from edgerazor.recipe import Calibrate
+
 #: Tokens to estimate from where nobody says how many: at most, on a CPU and on a GPU, and at least.
 MOST_TOKENS, MOST_ON_GPU, FEWEST_TOKENS = 1 << 14, 1 << 16, 1 << 11
 #: Between these: tokens times weights on a CPU (2,048 tokens of 600 million weights: four minutes of two cores), and
@@ -36,3 +39,14 @@ def forward_passes(estimates: Sequence[str], formats: int, tensors: int, points:
     """
     passes = {"fisher": 3 + formats, "integrated": 4 * formats * points, "direct": formats * tensors // 2}
     return 6 + sum(passes.get(estimate, 0) for estimate in estimates)
+
+
+def estimates_of(settings: Calibrate) -> tuple[str, ...]:
+    """The estimates of sensitivity to make; that of embedding and head is always `fisher`."""
+    chosen = settings.sensitivity
+    return ("fisher", "integrated") if chosen == "auto" else tuple(dict.fromkeys(("fisher", chosen)))
+
+
+def passes_of(settings: Calibrate, linears: int) -> int:
+    """Estimated number of forward passes whose time the estimates of a recipe take, for so many linear layers."""
+    return forward_passes(estimates_of(settings), len(candidates_of(settings)), linears, settings.sensitivity_points)
