@@ -22,13 +22,14 @@ REAL_DATA ?= $(wildcard ../shared/data)
 .PHONY: install quickstart test test-fast test-all check world-data teacher clean kernels test-arm test-sanitizers
 .PHONY: results-methods results-plans results-sensitivity peers interop sizes compression llamacpp llamacpp-avx2 bench-peers
 
+# Python compiles what is imported when it is imported: most of what is installed never is.
 install: .venv/installed
 
 .venv/installed: pyproject.toml $(CONSTRAINTS)
 	rm -rf .venv
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet $(TORCH)
-	$(TESTED) $(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-compile $(TORCH)
+	$(TESTED) $(BIN)/pip install --quiet --no-compile --editable '.[dev]'
 	touch $@
 
 # The newest of everything that pyproject.toml allows becomes what is installed; run the tests before it is committed.

@@ -126,8 +126,8 @@ def shell(command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("command", "code", "sentence"),
     [
-        ("edgerazor generate x >&-", 2, "Standard output is closed"),
-        ("edgerazor show recipe >&-", 0, ""),
+        pytest.param("edgerazor generate x >&-", 2, "Standard output is closed", marks=pytest.mark.slow),
+        pytest.param("edgerazor show recipe >&-", 0, "", marks=pytest.mark.slow),
         ("RANK=abc edgerazor show", 2, "RANK=abc"),
         ("mkdir gone; cd gone; rmdir ../gone; edgerazor show", 2, "The current folder has been removed."),
     ],

@@ -109,7 +109,7 @@ print(repr(float(model(input_ids=ids).logits.double().sum())))
 """
 
 
-@pytest.mark.parametrize("order", mostly_slow(FIRST, *list(FIRST)[:2]))
+@pytest.mark.parametrize("order", mostly_slow(FIRST, *list(FIRST)[:1]))
 def test_both_import_orders_work(order: str, llama: Path, tmp_path: Path) -> None:
     folder = pack(llama, tmp_path)
     model, _ = transformers_plugin.load(folder)

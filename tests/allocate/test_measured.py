@@ -346,7 +346,7 @@ def test_real_bits_are_never_exceeded_and_used(real_bits: float, granularity: st
         assert all(count % 16 == 0 and count for count in rows_by_format(matrix).values())
 
 
-@pytest.mark.parametrize("megabytes", [18, 20, 31.5, 48])
+@pytest.mark.parametrize("megabytes", mostly_slow([18, 20, 31.5, 48], 18, 31.5))
 def test_a_target_size_is_never_exceeded_and_used(megabytes: float) -> None:
     limit = int(megabytes * 1e6)
     plan = plan_of(target_size=limit)
@@ -402,7 +402,7 @@ def test_awkward_shapes_keep_budgets_of_bytes_too() -> None:
 
 
 @pytest.mark.parametrize("budget", [{"real_bits": 2.9}, {"real_bits": 3.9}, {"target_size": 25_000_000}])
-@pytest.mark.parametrize("granularity", ["row", "column", "block"])
+@pytest.mark.parametrize("granularity", mostly_slow(["row", "column", "block"], "row"))
 def test_the_interleave_under_bytes(budget: dict[str, Any], granularity: str) -> None:
     plan = plan_of(plan="interleave", granularity=granularity, formats=["ternary", "int4"], **budget)
     size = size_of(plan)

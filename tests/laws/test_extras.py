@@ -63,8 +63,12 @@ def test_a_packed_model_is_loaded_and_writes(
 @pytest.mark.parametrize(
     ("words", "extra"),
     [
-        (("distill", "LLAMA", "--bits", "2", "--data", "TEXT", "--steps", "1", "--work", "WORK"), "train"),
-        (("eval", "LLAMA", "--tasks", "world"), "eval"),
+        pytest.param(
+            ("distill", "LLAMA", "--bits", "2", "--data", "TEXT", "--steps", "1", "--work", "WORK"),
+            "train",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(("eval", "LLAMA", "--tasks", "world"), "eval", marks=pytest.mark.slow),
         (("pack", "PACKED", "--export", "gguf"), "gguf"),
     ],
 )

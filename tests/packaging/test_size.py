@@ -15,7 +15,7 @@ from edgerazor.console import Console
 from edgerazor.job import JobContext
 from edgerazor.workdir import WorkDir
 from helpers.tiny_job import Run, write_recipe
-from helpers.tiny_models import GROUP_SIZE, ModelMaker
+from helpers.tiny_models import GROUP_SIZE, ModelMaker, mostly_slow
 
 
 def written(folder: Path) -> int:
@@ -37,7 +37,7 @@ STUDENTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", STUDENTS)
+@pytest.mark.parametrize("case", mostly_slow(STUDENTS, *list(STUDENTS)[:3]))
 def test_calibrate_foretells_a_student_to_the_byte(
     run: Run, tmp_path: Path, make_model: ModelMaker, text_file: Path, case: str
 ) -> None:

@@ -57,6 +57,7 @@ def made(monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -> list[tu
     return seen
 
 
+@pytest.mark.slow
 def test_killed_between_rows_it_goes_on_and_then_keeps_all(
     teacher: Any, setting: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

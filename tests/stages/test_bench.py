@@ -85,6 +85,7 @@ def test_sizes_are_those_of_the_files(job, llama):
     assert result.peak_memory_bytes == packed.peak_memory_bytes >= packed.start_memory_bytes
 
 
+@pytest.mark.slow
 def test_the_share_of_bandwidth_is_bytes_times_rate(job):
     _, work = job
     result = result_of(work)
@@ -104,6 +105,7 @@ def test_the_share_of_bandwidth_is_bytes_times_rate(job):
     assert all(run.bytes_per_token is run.bandwidth_share is None for run in result.runs if run.phase == "prefill")
 
 
+@pytest.mark.slow
 def test_an_untied_embedding_is_not_read_while_decoding(job):
     """The tiny Llama has a head of its own: a token reads one row of the embedding."""
     _, work = job
@@ -327,6 +329,7 @@ def test_a_program_is_where_it_is_said_or_on_the_path(tmp_path, monkeypatch):
         peers.programs(recipe.Bench(ik_llama_bench="/nowhere"))
 
 
+@pytest.mark.slow
 def test_a_model_that_llama_cpp_does_not_know_is_a_note(job, tmp_path, monkeypatch):
     asked, work = job
 
@@ -351,6 +354,7 @@ def test_speeds_are_tokens_by_nanoseconds():
     assert peers.speeds_of(printed) == expected
 
 
+@pytest.mark.slow
 def test_show_collects_what_the_stages_found(job, llama):
     _, work = job
     summary = show.summarize(work)
@@ -367,6 +371,7 @@ def test_show_collects_what_the_stages_found(job, llama):
     assert packed.kl > 0
 
 
+@pytest.mark.slow
 def test_show_prints_a_job_a_packed_folder_the_recipe_and_the_schema(job):
     _, work = job
     runner = CliRunner()

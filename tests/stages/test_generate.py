@@ -470,6 +470,7 @@ def test_a_chat_in_the_terminal(packed: Path) -> None:
     assert user.process.wait(30) == 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_breaks_off_an_answer_and_then_the_chat(packed: Path) -> None:
     user = Terminal("generate", "--chat", "--model", packed, "--max-tokens", POSITIONS - 100)
     user.until("> ")
