@@ -78,6 +78,7 @@ eval: {tasks: [arc_easy], task_data: tasks, limit: 2}
 """
 TALK = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Nora."}]
 ITEM = {"id": "1", "question": "Where?", "choices": {"text": ["mill", "barn"], "label": ["A", "B"]}, "answerKey": "A"}
+os.environ["EDGERAZOR_CACHE"] = "cache"  # in the folder of each command: models that GGUF files become
 BASE = Path("base")  # in the place of a worker: what the others refer to
 
 
@@ -181,7 +182,11 @@ KINDS: dict[str, list[list[str]]] = {
         ["eval", PACKED, "--tasks", "arc_easy", "--task-data", "tasks", "--limit", "1"],
         ["pack", PACKED, "--export", "gguf", "--dry-run"],
     ],
-    GGUF: [["pack", GGUF, "--work", "job"]],
+    GGUF: [
+        ["pack", GGUF, "--work", "job"],
+        ["pack", GGUF, "--bits", "4", "--group-size", "32", "--work", "job"],
+        ["calibrate", GGUF, "--bits", "4", "--group-size", "32", "--data", "text.txt", "--work", "job", "--dry-run"],
+    ],
     MLX: [["pack", MLX, "--work", "job"]],
     "recipe.yaml": [
         *[["calibrate", "--recipe", "recipe.yaml", "--work", "job", "--dry-run"]] * 3,
