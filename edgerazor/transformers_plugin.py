@@ -25,7 +25,7 @@ from edgerazor.errors import UserError, plain
 from edgerazor.formats import OF_INPUTS
 from edgerazor.kernels import StoredMatrix
 from edgerazor.models import auto_config, error_summary, load_tokenizer, quiet_transformers
-from edgerazor.packed import CHECKSUMS, SETTINGS, PackedModel
+from edgerazor.packed import CHECKSUMS, SETTINGS, SIGNS, PackedModel
 from edgerazor.untrusted import vocabulary
 from edgerazor.workdir import find_folder, read_whole
 
@@ -103,10 +103,12 @@ class EdgeRazorQuantizer(HfQuantizer):
             self.dtype,
             packed.input_scales(),
             functools.partial(stored_matrix, packed),
+            packed.rotation,
         )
         check_unquantized(model, packed)
         packed_names = "|".join(re.escape(name) for name in matrices)
         unexpected = {rf"^({packed_names})\.weight\.", rf"\.({'|'.join(OF_INPUTS)})$", f"^{re.escape(CHECKSUMS)}$"}
+        unexpected.add(f"^{re.escape(SIGNS)}")
         model._keys_to_ignore_on_load_unexpected = unexpected
         model._tied_weights_keys = model.all_tied_weights_keys = {}  # there is no weight left to tie
 

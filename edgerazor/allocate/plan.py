@@ -18,6 +18,7 @@ class MatrixPlan(BaseModel):
 
     `row_formats` has a digit per row; `block_formats` a text per row, or one for all rows, with a digit per group.
     One of the two, or neither when the matrix has one format. `published`: scales by the formats' published rules.
+    `rotation`: of its columns, where their number is even.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -31,6 +32,7 @@ class MatrixPlan(BaseModel):
     block_formats: tuple[str, ...] = ()
     group_size: int
     published: bool = False
+    rotation: Literal["hadamard"] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> MatrixPlan:
@@ -57,7 +59,8 @@ class MatrixPlan(BaseModel):
         blocks = from_digits("".join(self.block_formats)) if self.block_formats else None
         if blocks is not None:
             blocks = blocks.view(len(self.block_formats), -1)
-        return MatrixSpec(self.formats, self.group_size, rows, blocks, self.published)
+        rotation = formats.find_rotation(self.rotation, self.columns)
+        return MatrixSpec(self.formats, self.group_size, rows, blocks, self.published, rotation)
 
     def bytes(self) -> int:
         """Stored bytes of codes, scales and format indices."""
@@ -94,6 +97,11 @@ class Plan(BaseModel):
     def specs(self) -> dict[str, MatrixSpec]:
         """Module path -> specification of its matrix."""
         return {matrix.name: matrix.spec() for matrix in self.matrices}
+
+    @property
+    def rotation(self) -> str | None:
+        """The rotation of matrices and their inputs, as the recipe calls it; None where there is none."""
+        return next((matrix.rotation for matrix in self.matrices if matrix.rotation), None)
 
     def nominal_bits(self) -> float:
         """Nominal bits per weight, averaged over the weights of the decoder's linear layers."""

@@ -167,6 +167,7 @@ def _plan(
             columns=target.columns,
             group_size=settings.group_size,
             published=settings.init == "rtn",
+            rotation=settings.rotation,
             **matrix_fields[target.name],
         )
         for target in targets

@@ -165,26 +165,28 @@ def clip_ends(
     model: PreTrainedModel, structure: Structure, specs: dict[str, MatrixSpec], batches: Sequence[data.Batch]
 ) -> dict[str, InitialWeight]:
     """Search for the scales of embedding and head, one matrix or two, of a model that is not quantized yet."""
-    moment = final_moment(model, structure, batches)
+    of_head = specs[structure.head.name if structure.head else structure.embedding.name]
+    moment = final_moment(model, structure, batches, of_head)
     both = 1 + moment / moment.mean().clamp(min=torch.finfo(moment.dtype).tiny)
     importance = {structure.head.name: moment} if structure.head else {structure.embedding.name: both}
     starts = {}
     for site in (structure.embedding, *((structure.head,) if structure.head else ())):
-        weight = model.get_submodule(site.name).weight
-        starts[site.name] = InitialWeight(
-            None, formats.search_scales(weight, specs[site.name], importance.get(site.name))
-        )
+        spec = specs[site.name]
+        weight = spec.rotate(model.get_submodule(site.name).weight)
+        starts[site.name] = InitialWeight(None, formats.search_scales(weight, spec, importance.get(site.name)))
     return starts
 
 
-def final_moment(model: PreTrainedModel, structure: Structure, batches: Sequence[data.Batch]) -> Tensor:
-    """Mean of the squares of what enters the head, float32 [H]."""
+def final_moment(
+    model: PreTrainedModel, structure: Structure, batches: Sequence[data.Batch], spec: MatrixSpec
+) -> Tensor:
+    """Mean of the squares of what enters the head, float32 [H], rotated as the spec of its matrix says."""
     total, tokens = torch.zeros((), dtype=torch.float64, device=model.device), 0
     for batch in batches:
         counts = (batch["labels"] != data.MASKED).to(model.device)
         with models.final_states(model, structure.head_path) as states:
             model(input_ids=batch["input_ids"].to(model.device), use_cache=False)
-        total = total + states[0][counts].square().sum(0, dtype=torch.float64)
+        total = total + spec.rotate(states[0][counts]).square().sum(0, dtype=torch.float64)
         tokens += int(counts.sum())
     return (total / tokens).float()
 
@@ -200,8 +202,9 @@ def clip_linears(
     starts = {}
     with console.track("clipped start", len(structure.linears)) as tracker:
         for site in structure.linears:
-            weight, moment = model.get_submodule(site.name).weight, statistics[f"input_second_moment/{site.name}"]
-            starts[site.name] = InitialWeight(None, formats.search_scales(weight, specs[site.name], moment))
+            spec, moment = specs[site.name], statistics[f"input_second_moment/{site.name}"]
+            weight = spec.rotate(model.get_submodule(site.name).weight)
+            starts[site.name] = InitialWeight(None, formats.search_scales(weight, spec, moment))
             tracker.advance()
     return starts
 

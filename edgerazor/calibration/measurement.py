@@ -106,6 +106,7 @@ class Measurement:
             identity=digest_json(statistics.identity_of(self.context)),
             console=self.context.console,
             published=settings.init == "rtn",
+            rotation=settings.rotation,
         )
 
 
@@ -129,8 +130,9 @@ def measure(measurement: Measurement) -> dict[str, Tensor]:
 def observe(layerwise: models.LayerwisePass, settings: Calibrate) -> dict[str, Tensor]:
     """Second moments of linear inputs, metrics of layers, and stored scales of inputs, as the file names them."""
     structure = layerwise.structure
-    moments, metrics = observers.SecondMoments(), observers.LayerMetrics(structure.layer_count, layerwise.final)
-    ranges = observers.InputRanges(structure.head_path)
+    moments = observers.SecondMoments(settings.rotation)
+    metrics = observers.LayerMetrics(structure.layer_count, layerwise.final)
+    ranges = observers.InputRanges(structure.head_path, settings.rotation)
     scales = student_plan.input_scale_names(settings, layerwise.model, structure)
     layerwise.forward(moments, metrics, *([ranges] if scales else []), keep_inputs=False, title="calibrate")
     tokens = sum(int(counts.sum()) for _, counts in layerwise.batches)

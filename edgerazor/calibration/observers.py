@@ -13,13 +13,28 @@ from edgerazor.models import Observer
 from edgerazor.modules import attention
 
 
-class SecondMoments(Observer):
-    """Sums of squares of the inputs of linear layers: path -> float64 [in]."""
+def rotated(x: Tensor, rotation: str | None) -> Tensor:
+    """Inputs [n, in] as they are rounded under a rotation of that name."""
+    found_rotation = formats.find_rotation(rotation, x.shape[-1])
+    return x if found_rotation is None else found_rotation.rotate(x)
 
-    def __init__(self) -> None:
+
+class SecondMoments(Observer):
+    """Sums of squares of the inputs of linear layers: path -> float64 [in].
+
+    Args:
+        rotation: of inputs before they are squared, as the recipe calls it.
+    """
+
+    def __init__(self, rotation: str | None = None) -> None:
+        self.rotation = rotation
         self.sums: dict[str, Tensor] = {}
 
+    def identity(self) -> str:
+        return self.rotation or ""
+
     def linear(self, path: str, x: Tensor) -> None:
+        x = rotated(x, self.rotation)
         self.sums[path] = self.sums.get(path, 0) + x.float().square().sum(0, dtype=torch.float64)
 
     def means(self, tokens: int) -> dict[str, Tensor]:
@@ -69,14 +84,19 @@ class InputRanges(Observer):
 
     Args:
         head_path: where the head is.
+        rotation: of inputs before their magnitudes are counted, as the recipe calls it.
     """
 
-    def __init__(self, head_path: str) -> None:
-        self.head_path = head_path
+    def __init__(self, head_path: str, rotation: str | None = None) -> None:
+        self.head_path, self.rotation = head_path, rotation
         self.counts: dict[str, Tensor] = {}
 
     def linear(self, path: str, x: Tensor) -> None:
-        self.counts[path] = self.counts.get(path, 0) + formats.magnitude_counts(x)
+        magnitudes = formats.magnitude_counts(rotated(x, self.rotation))
+        self.counts[path] = self.counts.get(path, 0) + magnitudes
+
+    def identity(self) -> str:
+        return self.rotation or ""
 
     def final(self, x: Tensor) -> None:
         self.linear(self.head_path, x)

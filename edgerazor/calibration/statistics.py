@@ -3,7 +3,8 @@
 It holds
 
 * `input_second_moment/<module>`, float32 [in]: mean of x squared over tokens, for the input of every linear layer
-  (the diagonal of the Hessian of its squared output error; GPTQ's and imatrix's quantity);
+  (the diagonal of the Hessian of its squared output error; GPTQ's and imatrix's quantity); of rotated inputs where
+  the recipe rotates them, as all that is said of inputs here;
 * `layer_cosine`, float32 [layers]: mean cosine similarity of each decoder layer's output and input;
 * `layer_l2` and `layer_variance`, float32 [layers]: mean norm of its output, and its variance over positions;
 * `<module>.input_scale`, float32 [], where activations have stored scales: the one with the least squared error for
@@ -85,6 +86,7 @@ def identity_of(context: JobContext) -> dict[str, Any]:
     recipe, settings = context.recipe, context.recipe.calibrate
     measured = measures(settings)
     names = ["group_size", "activation_bits", "activation_scales", "adaptive_tokens", "sequences", "batch_size"]
+    names += ["rotation"] if settings.rotation else []
     names += ["sensitivity", "sensitivity_tokens", "sensitivity_points"] if measured else []
     decisive = {
         "model": context.teacher_fingerprint,

@@ -230,6 +230,8 @@ OPTIONS = (
            "Keys and values: 4, 8 or 16."),
     Option("--activation-bits", "calibrate.activation_bits", int, PLANNING,
            "Inputs of linear layers: 4 to 8, or 16."),
+    Option("--rotation", "calibrate.rotation", str, PLANNING,
+           "Of weights and inputs before rounding: none or hadamard."),
     Option("--init", "calibrate.init", str, PLANNING,
            "Scales and codes to begin with: least_error, rtn, clip or gptq."),
     # Measuring scores

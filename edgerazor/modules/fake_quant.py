@@ -3,6 +3,9 @@
 What is trained is therefore what is packed. The gradient passes straight through the rounding to the master weight, or
 where scales are learned, through `formats.ste_target` to the master weight and the scales.
 
+Where the spec has a rotation, master weights are rotated from the beginning, in checkpoints, too. Then nothing is
+rotated at a step but inputs, and rows of the embedding back.
+
 Two things are called frozen in the field and are kept apart here. `freeze_codes` fixes the codes for a phase of the
 training, in which only scales, norm gains and biases learn. `encoded_once` is for evaluation: it encodes each matrix
 once for many forward passes, and gives the digests of the codes and scales that these passes use.
@@ -40,7 +43,8 @@ class FakeQuantWeight(nn.Module):
     """A master weight [rows, columns] and the formats that it is trained for.
 
     Attributes:
-        weight: the master weight, float32; or the codes, int8, where codes are frozen and only scales are trained.
+        weight: the master weight, float32, rotated where the spec has a rotation; or the codes, int8, where codes are
+            frozen and only scales are trained.
         scales: float32 [rows, groups], with gradient where they are trained, without where they stay as initialized;
             None where they follow from the weight, as the spec says.
         spec: formats of the rows.
@@ -166,10 +170,10 @@ class FakeQuantLinear(FakeQuantWeight):
         return _FakeQuantMatmul.apply(self.quantized_input(x), self.ste_target(), self.bias, self)
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        """The quantized input [..., in], which the weight is multiplied with, for x [..., in]."""
+        """The rotated and quantized input [..., in], which the weight is multiplied with, for x [..., in]."""
         important = None if self.important is None else self.important()
         scales = InputScales(self.input_scale, self.low_input_scale, self.input_zero_point, self.low_input_zero_point)
-        return self.activations(x, scales, important)
+        return self.activations(x, scales, important, self.spec.rotation)
 
     def as_head(self, states: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """Operands of this layer's product, for losses that compute it themselves, a chunk of positions at a time.
@@ -180,7 +184,8 @@ class FakeQuantLinear(FakeQuantWeight):
         Returns:
             the quantized input in the dtype of the products, and `weight`, `bias` and `master` of `losses.Head`.
         """
-        x = self.activations(states, InputScales(self.input_scale, zero_point=self.input_zero_point))
+        scales = InputScales(self.input_scale, zero_point=self.input_zero_point)
+        x = self.activations(states, scales, rotation=self.spec.rotation)
         return x, {"weight": self.decoded(x.dtype), "bias": self.bias, "master": self.ste_target()}
 
 
@@ -203,7 +208,7 @@ class FakeQuantEmbedding(FakeQuantWeight):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] int64 -> [..., columns]; only the rows that are looked up are quantized."""
-        rows = self._quantized_rows(ids.reshape(-1)).view(*ids.shape, -1)
+        rows = self.spec.rotate_back(self._quantized_rows(ids.reshape(-1))).view(*ids.shape, -1)
         return rows if self.scale is None else rows * self.scale
 
     def _quantized_rows(self, ids: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from edgerazor import formats, kernels
-from edgerazor.formats import Encoded, MatrixSpec
+from edgerazor.formats import Encoded, MatrixSpec, Rotation
 from edgerazor.modules.attention import UNIMPORTANT_BITS
 from edgerazor.modules.shared_activations import DYNAMIC, InputScales, TokenMask
 
@@ -72,16 +72,22 @@ class LazyMatrix:
 
 
 class PackedWeight(nn.Module):
-    """A module whose weight is packed. The codes are no parameters, so nothing ever casts or trains them."""
+    """A module whose weight is packed. The codes are no parameters, so nothing ever casts or trains them.
 
-    def __init__(self, lazy: LazyMatrix) -> None:
+    Args:
+        lazy: the packed matrix.
+        rotation: codes are of the rotated weight; None: of the model's own.
+    """
+
+    def __init__(self, lazy: LazyMatrix, rotation: Rotation | None = None) -> None:
         super().__init__()
-        self.lazy = lazy
+        self.lazy, self.rotation = lazy, rotation
 
     @property
     def weight(self) -> Tensor:
         """The decoded weights, float32 [rows, columns] on the CPU, for code of others that reads `module.weight`."""
-        return self.lazy.decoded(torch.device("cpu"))
+        weight = self.lazy.decoded(torch.device("cpu"))
+        return weight if self.rotation is None else self.rotation.rotate_back(weight)
 
 
 class PackedLinear(PackedWeight):
@@ -94,6 +100,7 @@ class PackedLinear(PackedWeight):
         activation_bits: bits of the input; 16 leaves it as it is.
         group_size: number of consecutive activations of a token that share a scale.
         input_scales: stored scales of the input, as numbers.
+        rotation: of weight and input.
     """
 
     def __init__(
@@ -104,8 +111,9 @@ class PackedLinear(PackedWeight):
         activation_bits: int,
         group_size: int,
         input_scales: InputScales = DYNAMIC,
+        rotation: Rotation | None = None,
     ) -> None:
-        super().__init__(lazy)
+        super().__init__(lazy, rotation)
         self.bias = bias
         self.out_features, self.in_features = shape
         self.activation_bits, self.group_size = activation_bits, group_size
@@ -115,6 +123,12 @@ class PackedLinear(PackedWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out] in the dtype of x; computed in float32."""
+        if self.rotation is not None:
+            return self._of_rotated(self.rotation.rotate(x)).to(x.dtype)
+        return self._of_rotated(x)
+
+    def _of_rotated(self, x: Tensor) -> Tensor:
+        """The output for an input in the basis that codes are of."""
         scales = self.input_scales
         full = (self.activation_bits, _number(scales.scale), _number(scales.zero_point))
         if self.important is None:
@@ -169,12 +183,20 @@ class PackedEmbedding(PackedWeight):
         scale: factor of the rows that some families apply inside the embedding module; None: 1.
         shape: (rows, columns).
         dtype: of the hidden states, which begin here.
+        rotation: of the rows, which are rotated back.
     """
 
     like: Tensor
 
-    def __init__(self, lazy: LazyMatrix, scale: float | None, shape: tuple[int, int], dtype: torch.dtype) -> None:
-        super().__init__(lazy)
+    def __init__(
+        self,
+        lazy: LazyMatrix,
+        scale: float | None,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        rotation: Rotation | None = None,
+    ) -> None:
+        super().__init__(lazy, rotation)
         self.scale = scale
         self.num_embeddings, self.embedding_dim = shape
         self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)  # follows `model.to(dtype)`
@@ -183,7 +205,7 @@ class PackedEmbedding(PackedWeight):
         """ids [...] int64 -> [..., columns]."""
         stored = self.lazy.stored(ids.device)
         rows = stored.embedding(ids) if stored else kernels.embedding(ids, *self.lazy.encoded(ids.device))
-        rows = rows.to(self.like.dtype)
+        rows = (rows if self.rotation is None else self.rotation.rotate_back(rows)).to(self.like.dtype)
         return rows if self.scale is None else rows * self.scale
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from edgerazor import formats, kernels
 from edgerazor.errors import UserError
-from edgerazor.formats import Encoded, MatrixSpec
+from edgerazor.formats import Encoded, MatrixSpec, Rotation
 from edgerazor.models import Structure, embedding_scale
 from edgerazor.modules.attention import ImportantTokens, attach_important_tokens, deciding_layers, quantize_attention
 from edgerazor.modules.dropout import disable_dropout
@@ -30,7 +30,7 @@ class InitialWeight(NamedTuple):
     """Initial master weight and scales of a matrix, where the training does not begin with rounding to nearest.
 
     Attributes:
-        weight: the master weight, float32 [rows, columns]; None: the model's own.
+        weight: the master weight, float32 [rows, columns], in the basis that codes are of; None: the model's own.
         scales: float16 [rows, groups], positive.
     """
 
@@ -109,12 +109,14 @@ def _trainable(
 
     Without an initial weight, learned scales begin where `formats.initial_scales` says, others follow from the weight.
     """
+    if initial is not None and initial.weight is not None:
+        weight = nn.Parameter(initial.weight.to(weight.device), requires_grad=weight.requires_grad)
+    elif spec.rotation is not None:
+        weight = nn.Parameter(spec.rotate(weight.detach()), requires_grad=weight.requires_grad)
     if initial is None:
         scales = formats.initial_scales(weight, spec) if learned else None
     else:
         scales = initial.scales.to(weight.device, torch.float32)
-        if initial.weight is not None:
-            weight = nn.Parameter(initial.weight.to(weight.device), requires_grad=weight.requires_grad)
     if scales_only:
         encoded = formats.encode_matrix(weight, spec, scales)
         scales = encoded.scales.float() if scales is None else scales
@@ -181,6 +183,7 @@ def install_packed(
     dtype: torch.dtype,
     input_scales: Mapping[str, float] | None = None,
     load_stored: Callable[[str], kernels.StoredMatrix | None] = lambda _: None,
+    rotation_of: Callable[[int], Rotation | None] = lambda _: None,
 ) -> None:
     """Replace the named matrices by packed modules, in place.
 
@@ -194,6 +197,7 @@ def install_packed(
         input_scales: `P.input_scale` and `P.low_input_scale` of a linear layer P, and their zero points; scales of
             other inputs are dynamic and their codes symmetric.
         load_stored: reads the matrix of a module path as native kernels take it; None where they cannot.
+        rotation_of: number of columns -> the rotation of matrices of so many; None where they are not rotated.
 
     Raises:
         UserError: a named matrix has no place in the model.
@@ -204,11 +208,13 @@ def install_packed(
         shape = shapes[source]
         original = _replaceable_module(model, name, shape)
         if isinstance(original, nn.Embedding):
-            packed: nn.Module = PackedEmbedding(lazy[source], embedding_scale(original), shape, dtype)
+            scale = embedding_scale(original)
+            packed: nn.Module = PackedEmbedding(lazy[source], scale, shape, dtype, rotation_of(shape[1]))
         else:
             of_input = InputScales(*((input_scales or {}).get(f"{name}.{suffix}") for suffix in formats.OF_INPUTS))
             bits, group_size = settings.activation_bits, settings.group_size
-            packed = PackedLinear(lazy[source], original.bias, shape, bits, group_size, of_input)
+            rotation = rotation_of(shape[1])
+            packed = PackedLinear(lazy[source], original.bias, shape, bits, group_size, of_input, rotation)
         replace_module(model, name, packed)
     _prepare_attention(model, settings, deciding)
 

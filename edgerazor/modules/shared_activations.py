@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from edgerazor import formats
+from edgerazor.formats import Rotation
 from edgerazor.modules.attention import UNIMPORTANT_BITS
 
 #: A scale or zero point of inputs: a parameter where it is trained, a number where it is stored, else None.
@@ -56,8 +57,14 @@ class SharedActivations:
         self._state: tuple[Any, ...] | None = None
         self._output: Tensor | None = None
 
-    def __call__(self, x: Tensor, scales: InputScales = DYNAMIC, important: Tensor | None = None) -> Tensor:
-        """Quantize activations as the packed model does.
+    def __call__(
+        self,
+        x: Tensor,
+        scales: InputScales = DYNAMIC,
+        important: Tensor | None = None,
+        rotation: Rotation | None = None,
+    ) -> Tensor:
+        """Rotate and quantize activations as the packed model does.
 
         The gradient is the straight-through one, or with a stored scale the one of `formats.fake_quantize_static`.
 
@@ -65,28 +72,31 @@ class SharedActivations:
             x: floating [..., features].
             scales: the stored scales of this input.
             important: bool [...], which tokens get all bits; None: all of them.
+            rotation: of the weights that x is multiplied with; x is rotated likewise before it is quantized.
 
         Returns:
             [..., features] in the dtype that matrix products are computed in.
         """
         if x.is_inference():  # such a tensor has no version by which a change could be noticed
-            return self._quantize(x, scales, important)
-        state = (torch.is_grad_enabled(), x._version, id(important), *map(_version, scales))
+            return self._quantize(x, scales, important, rotation)
+        state = (torch.is_grad_enabled(), x._version, id(important), id(rotation), *map(_version, scales))
         if self._input is not None and self._input() is x and self._state == state and self._output is not None:
             return self._output
-        output = self._quantize(x, scales, important)
+        output = self._quantize(x, scales, important, rotation)
         # This must come first: the last output may be all that keeps its own input alive, whose end calls `forget`.
         self.forget()
         if output is not x:  # nothing was rounded: a stored result would only hold memory
             self._input, self._state, self._output = weakref.ref(x, self.forget), state, output
         return output
 
-    def _quantize(self, x: Tensor, scales: InputScales, important: Tensor | None) -> Tensor:
+    def _quantize(self, x: Tensor, scales: InputScales, important: Tensor | None, rotation: Rotation | None) -> Tensor:
+        dtype = matmul_dtype(x)
+        x = x if rotation is None else rotation.rotate(x)
         quantized = x if self.bits == 16 else self._round(x, self.bits, scales.scale, scales.zero_point)
         if important is not None:
             low = self._round(x, UNIMPORTANT_BITS, scales.low_scale, scales.low_zero_point)
             quantized = torch.where(important.unsqueeze(-1), quantized, low)
-        return quantized.to(matmul_dtype(x))
+        return quantized.to(dtype)
 
     def _round(self, x: Tensor, bits: int, scale: InputNumber, zero_point: InputNumber) -> Tensor:
         if scale is None:

@@ -36,7 +36,7 @@ def seconds_per_weight(matrix: MatrixPlan, weight: Tensor) -> float:
     rows = min(matrix.rows, max(1, SAMPLE // matrix.columns))
     spec = matrix.spec().take(torch.arange(rows))
     sample = MatrixSource(
-        "rows", "linear", spec, (rows, matrix.columns), lambda: formats.encode_matrix(weight[:rows], spec)
+        "rows", "linear", spec, (rows, matrix.columns), lambda: formats.encode_matrix(spec.rotate(weight[:rows]), spec)
     )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

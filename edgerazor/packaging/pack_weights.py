@@ -24,7 +24,8 @@ class Weights:
     """What is packed.
 
     Attributes:
-        read: path of a module -> its weight (float, or int8 for codes), and its scales where trained or stored.
+        read: path of a module -> its weight (float, or int8 for codes), in the basis that codes are of, and its scales
+            where trained or stored.
         others: the tensors that stay as they are, by name.
         digests: path of a module -> digest of the codes and scales that training computed with last; none without
             training.
@@ -65,22 +66,25 @@ def student_weights(folder: Path, structure: Structure) -> Iterator[Weights]:
 
 
 @contextmanager
-def teacher_weights(teacher: LoadedModel, start: Callable[[str], modules.InitialWeight] | None) -> Iterator[Weights]:
-    """The teacher's own weights.
+def teacher_weights(
+    teacher: LoadedModel, plan: Plan, start: Callable[[str], modules.InitialWeight] | None
+) -> Iterator[Weights]:
+    """The teacher's own weights, rotated where the plan says so.
 
     Args:
         teacher: in memory.
+        plan: of its matrices.
         start: gives the weight and the scales that calibrate found for a module's path; None to round to nearest.
     """
-    state = teacher.model.state_dict()
+    state, specs = teacher.model.state_dict(), plan.specs()
     others = student_plan.other_tensors(teacher.model, teacher.structure)
 
     def read(path: str) -> tuple[Tensor, Tensor | None]:
         weight = state[f"{path}.weight"]
         if start is None:
-            return weight, None
+            return specs[path].rotate(weight), None
         begun = start(path)
-        return weight if begun.weight is None else begun.weight, begun.scales
+        return specs[path].rotate(weight) if begun.weight is None else begun.weight, begun.scales
 
     yield Weights(read, {name: tensor.contiguous() for name, tensor in others.items()}, {})
 

@@ -30,6 +30,8 @@ from edgerazor.packed.header import (
     Strict,
     TensorEntry,
     header_problem,
+    in_columns_order,
+    signs_name,
 )
 from edgerazor.packed.names import fold, unfold
 
@@ -81,7 +83,8 @@ def header_metadata(header: Header) -> dict[str, str]:
         others=tuple(_grouped_others(header)),
         sha256=sha256([formats.tensor_bytes(checksums(header))]),
     )
-    values = described.model_dump(mode="json", exclude=None if header.compression else {"compression"})
+    left_out = {name for name in ("compression", "rotations") if not getattr(header, name)}
+    values = described.model_dump(mode="json", exclude=left_out)
     text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return {HEADER_KEY: text, HEADER_SUM_KEY: sha256([memoryview(text.encode())])}
 
@@ -114,12 +117,14 @@ def checksums(header: Header) -> Tensor:
     """All digests and checksums, uint8 [n, 32].
 
     First those of each matrix, its digest and then the checksums of its parts, then the checksum of each other tensor.
-    Matrices and tensors are in the order of their names, parts in the order of the description's list.
+    Matrices and tensors are in the order of their names, parts in the order of the description's list. Last come those
+    of the signs of rotations, by their numbers of columns.
     """
     sums: list[str] = []
     for entry in header.matrices.values():
         sums += [entry.digest, *entry.sha256.values()]
     sums += (entry.sha256 for entry in header.others.values())
+    sums += (header.signs[columns] for columns in in_columns_order(header.signs))
     return torch.frombuffer(bytearray.fromhex("".join(sums)), dtype=torch.uint8).view(-1, SHA256_BYTES)
 
 
@@ -146,7 +151,9 @@ def read_header(
             raise ValueError("a list of parts repeats one")
         matrices = _named(described.matrices, lambda name, group: _tensors(described, name, group), stored)
         others = _named(described.others, lambda name, _: [name], stored)
-        sums = read_checksums(sum(1 + len(group.parts) for group in matrices.values()) + len(others))
+        _check_rotations(described, stored)
+        count = sum(1 + len(group.parts) for group in matrices.values()) + len(others) + len(described.rotations)
+        sums = read_checksums(count)
         if sha256([formats.tensor_bytes(sums)]) != described.sha256:
             raise ValueError("its checksums do not have the recorded checksum")
         header = _header(described, matrices, others, sums)
@@ -197,6 +204,15 @@ def _check_compression(path: Path, raw: Any) -> None:
         )
 
 
+def _check_rotations(described: Description, stored: Collection[str]) -> None:
+    """ValueError unless rotations are of plain numbers of columns, and their signs are stored."""
+    for columns in described.rotations:
+        if not (columns.isascii() and columns.isdecimal() and len(columns) < 20 and str(int(columns)) == columns):
+            raise ValueError(f"{columns:.50} is no number of columns of a rotation")
+        if signs_name(columns) not in stored:
+            raise ValueError(f"the tensor {signs_name(columns)} is missing")
+
+
 def _tensors(described: Description, name: str, group: _Matrices) -> list[str]:
     """Names of the tensors that hold a matrix."""
     return [described.tensor_name(name, part) for part in group.parts]
@@ -245,4 +261,5 @@ def _header(
         others={
             name: TensorEntry(dtype=group.dtype, shape=group.shape, sha256=next(rows)) for name, group in others.items()
         },
+        signs={columns: next(rows) for columns in in_columns_order(described.rotations)},
     )

@@ -14,7 +14,7 @@ from edgerazor.packed.compression import LARGEST_RATIO, NARROWEST
 from edgerazor.packed.container import DTYPES, TensorSpec, spec_bytes
 
 #: The latest version that this program reads and writes.
-VERSION = 2
+VERSION = 3
 
 
 def _is_number(value: Any) -> bool:
@@ -33,6 +33,8 @@ SETTINGS: dict[str, Callable[[Any], bool]] = {
 }
 #: Name of the tensor that holds all digests and checksums, and bytes of each.
 CHECKSUMS, SHA256_BYTES = "edgerazor.sha256", 32
+#: Beginning of the name of a tensor that holds the signs of a rotation; the number of columns follows.
+SIGNS = "edgerazor.signs."
 #: End of the name of a tensor that holds a compressed part.
 FRAME = ".zst"
 #: Stands for a digest or checksum where only its length matters.
@@ -96,12 +98,15 @@ class Compression(Strict):
 class ModelFields(Strict):
     """The fields of a header that hold for the whole model."""
 
-    version: Literal[1, 2] = 1
+    version: Literal[1, 2, 3] = 1
     tied: dict[str, str]
     settings: dict[str, JsonValue]
     provenance: dict[str, JsonValue]
     extras: dict[str, JsonValue] = Field({}, description="what a program of this version may ignore")
     compression: Compression | None = Field(None, description="left out where nothing is compressed")
+    rotations: dict[str, int] = Field(
+        {}, description="columns -> block of rotated matrices; left out where there are none"
+    )
 
     def tensor_name(self, matrix: str, part: str) -> str:
         """Name of the tensor that holds a part of a matrix as it is stored here."""
@@ -113,11 +118,27 @@ class Header(ModelFields):
 
     matrices: dict[str, MatrixEntry]
     others: dict[str, TensorEntry]
+    signs: dict[str, str] = Field({}, description="columns of rotated matrices, ascending -> SHA-256 of their signs")
 
 
 def has_zero_points(others: Iterable[str]) -> bool:
     """Whether one of these tensors is a zero point of inputs, which a program for version 1 would ignore."""
     return any(name.rpartition(".")[2] in (formats.INPUT_ZERO_POINT, formats.LOW_INPUT_ZERO_POINT) for name in others)
+
+
+def signs_name(columns: int | str) -> str:
+    """Name of the tensor that holds the signs of the rotation of so many columns."""
+    return f"{SIGNS}{columns}"
+
+
+def signs_specs(columns: Iterable[int | str]) -> dict[str, TensorSpec]:
+    """Name -> dtype and shape of the signs of these rotations."""
+    return {signs_name(each): ("U8", (formats.sign_bytes(int(each)),)) for each in columns}
+
+
+def in_columns_order(columns: Iterable[str]) -> list[str]:
+    """Numbers of columns, as text, ascending."""
+    return sorted(columns, key=int)
 
 
 def is_compressed(part: str) -> bool:
@@ -141,14 +162,21 @@ def make_header(
     provenance: Mapping[str, Any],
     extras: Mapping[str, Any] | None = None,
     compression: Compression | None = None,
+    rotations: Mapping[int, int] | None = None,
+    signs: Mapping[int, str] | None = None,
 ) -> Header:
     """A header with all names in order.
+
+    Args:
+        matrices, others, tied, settings, provenance, extras, compression: its fields.
+        rotations: number of columns -> block of the rotated matrices.
+        signs: number of columns -> SHA-256 of the signs of each rotation.
 
     Raises:
         ValueError: it contradicts itself.
     """
     header = Header(
-        version=2 if has_zero_points(others) else 1,
+        version=3 if rotations else 2 if has_zero_points(others) else 1,
         matrices=dict(sorted(matrices.items())),
         others=dict(sorted(others.items())),
         tied=dict(sorted(tied.items())),
@@ -156,6 +184,8 @@ def make_header(
         provenance=dict(provenance),
         extras=dict(extras or {}),
         compression=compression,
+        rotations={str(columns): block for columns, block in sorted((rotations or {}).items())},
+        signs={str(columns): sha for columns, sha in sorted((signs or {}).items())},
     )
     problem = header_problem(header)
     if problem:
@@ -172,6 +202,7 @@ def expected_tensors(header: Header, stored: Mapping[str, TensorSpec]) -> dict[s
             `rows_problem` checks it.
     """
     expected = {name: (entry.dtype, entry.shape) for name, entry in header.others.items()}
+    expected |= signs_specs(header.rotations)
     for name, entry in header.matrices.items():
         rows, cols = entry.shape
         alike = stored.get(part_name(name, BLOCK_FORMATS), ("", ()))[1][:1] == (1,)
@@ -231,6 +262,12 @@ def header_problem(header: Header) -> str:
     parts = {header.tensor_name(name, part) for name, entry in header.matrices.items() for part in entry.sha256}
     if header.version == 1 and has_zero_points(header.others):
         return "it has zero points of inputs, which version 1 does not know"
+    if header.rotations and header.version < 3:
+        return f"it has rotations, which version {header.version} does not know"
+    if problem := _rotations_problem(header.rotations, {entry.shape[1] for entry in header.matrices.values()}):
+        return problem
+    for name in sorted(signs_specs(header.rotations).keys() & header.others.keys()):
+        return f"{name} is the name of the signs of a rotation, not of a tensor of its own"
     if CHECKSUMS in header.others:
         return f"{CHECKSUMS} is the name of the checksums, not of a tensor of its own"
     for name in sorted(parts & header.others.keys()):
@@ -241,6 +278,16 @@ def header_problem(header: Header) -> str:
     for name, value in header.settings.items():
         if name not in SETTINGS or not SETTINGS[name](value):
             return f"its setting {name} cannot be {str(value)[:50]}"
+    return ""
+
+
+def _rotations_problem(rotations: Mapping[str, int], columns: set[int]) -> str:
+    """What is wrong with the rotations of matrices of these numbers of columns, or an empty string."""
+    for number, block in rotations.items():
+        if number not in set(map(str, columns)):
+            return f"it has a rotation of {number:.50} columns, but no matrix of so many"
+        if problem := formats.block_problem(block, int(number)):
+            return problem
     return ""
 
 

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from edgerazor import formats, untrusted, workdir
 from edgerazor.errors import UserError
-from edgerazor.formats import INPUT_SCALE, LOW_INPUT_SCALE, OF_INPUTS, SCALES, Encoded, MatrixSpec
+from edgerazor.formats import INPUT_SCALE, LOW_INPUT_SCALE, OF_INPUTS, SCALES, Encoded, MatrixSpec, Rotation
 from edgerazor.packed.compression import decompress
 from edgerazor.packed.container import TensorSpec, damaged_model, open_folder, sha256
 from edgerazor.packed.description import read_header
@@ -31,6 +31,7 @@ from edgerazor.packed.header import (
     is_compressed,
     part_name,
     rows_problem,
+    signs_name,
 )
 from edgerazor.packed.threads import in_parallel
 from edgerazor.packed.writing import MatrixSource
@@ -76,6 +77,7 @@ class PackedModel:
         self.header = header
         self._files = files  # file name -> open safetensors file
         self._file_of = file_of  # tensor name -> file name
+        self._rotations: dict[int, Rotation] = {}
 
     @classmethod
     def open(cls, folder: Path) -> PackedModel:
@@ -115,7 +117,7 @@ class PackedModel:
             raise self._broken(name, str(error)) from None
         if formats.digest(encoded, spec) != entry.digest:
             raise self._broken(name, "its codes and scales do not have the recorded digest")
-        return PackedMatrix(name, entry.kind, encoded, spec)
+        return PackedMatrix(name, entry.kind, encoded, self._with_rotation(name, spec))
 
     def parts(self, name: str) -> dict[str, Tensor]:
         """The parts of a matrix, mapped from disk or decompressed into memory, their checksums checked.
@@ -206,9 +208,31 @@ class PackedModel:
             if part in (formats.ROW_FORMATS, formats.BLOCK_FORMATS)
         }
         try:
-            return formats.unpack_spec(parts, entry.formats, entry.group_size, entry.shape)
+            spec = formats.unpack_spec(parts, entry.formats, entry.group_size, entry.shape)
         except ValueError as error:
             raise self._broken(name, str(error)) from None
+        return self._with_rotation(name, spec)
+
+    def _with_rotation(self, name: str, spec: MatrixSpec) -> MatrixSpec:
+        return replace(spec, rotation=self.rotation(self._entry(name).shape[1]))
+
+    def rotation(self, columns: int) -> Rotation | None:
+        """The rotation of matrices of so many columns, its signs checked; None where they are not rotated.
+
+        Raises:
+            UserError: the signs are damaged.
+        """
+        block = self.header.rotations.get(str(columns))
+        if block is None:
+            return None
+        if columns not in self._rotations:
+            name = signs_name(columns)
+            try:
+                signs = formats.unpack_signs(self._tensor(name, self.header.signs[str(columns)]), columns)
+                self._rotations[columns] = Rotation(block, signs)
+            except ValueError as error:
+                raise self._broken(name, str(error)) from None
+        return self._rotations[columns]
 
     def others(self) -> dict[str, Tensor]:
         """Read all tensors that are not quantized, checking their checksums.

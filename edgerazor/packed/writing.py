@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from edgerazor import formats
-from edgerazor.formats import SCALES, Encoded, MatrixSpec
+from edgerazor.formats import SCALES, Encoded, MatrixSpec, Rotation
 from edgerazor.packed.compression import compress as compress_streams
 from edgerazor.packed.compression import largest_frame
 from edgerazor.packed.container import SHARD_BYTES, File, TensorSpec, arrange, cut, sha256, tensor_spec
@@ -30,6 +30,8 @@ from edgerazor.packed.header import (
     TensorEntry,
     make_header,
     part_name,
+    signs_name,
+    signs_specs,
 )
 from edgerazor.packed.output_files import OutputFiles, open_output
 from edgerazor.packed.threads import at_once, in_parallel
@@ -99,18 +101,29 @@ def write(
         shards: file name -> names of its tensors, uncompressed; instead of those that `shard_bytes` gives.
 
     Raises:
-        ValueError: two tensors have the same name, there is no linear matrix, or a dtype cannot be stored.
+        ValueError: two tensors have the same name, there is no linear matrix, a dtype cannot be stored, or matrices of
+            as many columns do not have the same rotation.
         OSError: the disk is full or cannot be written; nothing is left behind.
         UserError: another process is writing there.
     """
+    rotations = _rotations((matrix.spec, matrix.shape) for matrix in matrices)
     specs, entries = _tensors(
         [(matrix.name, matrix.kind, matrix.spec, matrix.shape) for matrix in matrices],
         {name: tensor_spec(name, tensor) for name, tensor in others.items()},
+        rotations,
     )
+    signs = {columns: formats.pack_signs(rotation.signs) for columns, rotation in rotations.items()}
     shards = shards or cut(specs, shard_bytes)
     compression = Compression() if compress else None
     make = functools.partial(
-        make_header, tied=tied, settings=settings, provenance=provenance, extras=extras, compression=compression
+        make_header,
+        tied=tied,
+        settings=settings,
+        provenance=provenance,
+        extras=extras,
+        compression=compression,
+        rotations=_blocks(rotations),
+        signs={columns: sha256([formats.tensor_bytes(tensor)]) for columns, tensor in signs.items()},
     )
     tensors = _other_entries(others)
     header = make(entries, tensors)
@@ -118,6 +131,8 @@ def write(
     with open_output(folder, _files(header, specs, shards, growing)) as output:
         for name, tensor in others.items():
             output.write(name, [formats.tensor_bytes(tensor)])
+        for columns, tensor in signs.items():
+            output.write(signs_name(columns), [formats.tensor_bytes(tensor)])
         header = make(_write_matrices(matrices, output, growing, done), tensors)  # as long as before, sums are known
         output.write(CHECKSUMS, [formats.tensor_bytes(checksums(header))])
         output.write_headers(_files(header, specs, shards, growing))
@@ -146,9 +161,12 @@ def predict(
     Raises:
         ValueError: as `write`.
     """
-    specs, entries = _tensors(matrices, others)
+    matrices = list(matrices)
+    rotations = _rotations((spec, shape) for _, _, spec, shape in matrices)
+    specs, entries = _tensors(matrices, others, rotations)
     tensors = {name: TensorEntry(dtype=spec[0], shape=spec[1], sha256=ANY_SHA256) for name, spec in others.items()}
-    header = make_header(entries, tensors, tied, settings, provenance)
+    signs = dict.fromkeys(rotations, ANY_SHA256)
+    header = make_header(entries, tensors, tied, settings, provenance, rotations=_blocks(rotations), signs=signs)
     files = arrange(specs, header_metadata(header), cut(specs, shard_bytes))
     weights = sum(math.prod(entry.shape) for entry in entries.values())
     weights += sum(math.prod(tensor.shape) for tensor in tensors.values())
@@ -166,8 +184,31 @@ def working_memory(matrices: Iterable[tuple[MatrixSpec, tuple[int, int]]]) -> in
     return at_once(tasks)
 
 
+def _rotations(matrices: Iterable[tuple[MatrixSpec, tuple[int, int]]]) -> dict[int, Rotation]:
+    """Number of columns -> the rotation of all matrices of so many, where they are rotated.
+
+    Raises:
+        ValueError: they have different ones, or one of another number of columns.
+    """
+    known: dict[int, Rotation | None] = {}
+    for spec, (_, columns) in matrices:
+        rotation = known.setdefault(columns, spec.rotation)
+        if (rotation is None) != (spec.rotation is None) or not (rotation is None or rotation.equals(spec.rotation)):
+            raise ValueError(f"matrices of {columns} columns do not have the same rotation")
+        if rotation is not None and rotation.columns != columns:
+            raise ValueError(f"a matrix of {columns} columns has a rotation of {rotation.columns}")
+    return {columns: rotation for columns, rotation in known.items() if rotation is not None}
+
+
+def _blocks(rotations: Mapping[int, Rotation]) -> dict[int, int]:
+    """Number of columns -> block."""
+    return {columns: rotation.block for columns, rotation in rotations.items()}
+
+
 def _tensors(
-    matrices: Iterable[tuple[str, Kind, MatrixSpec, tuple[int, int]]], others: Mapping[str, TensorSpec]
+    matrices: Iterable[tuple[str, Kind, MatrixSpec, tuple[int, int]]],
+    others: Mapping[str, TensorSpec],
+    rotations: Iterable[int],
 ) -> tuple[dict[str, TensorSpec], dict[str, MatrixEntry]]:
     """All tensors of the folder, and the entries of its matrices with checksums that have only the right length."""
     specs: dict[str, TensorSpec] = {}
@@ -176,8 +217,10 @@ def _tensors(
         parts = formats.stored_shapes(spec, shape)
         entries[name] = _entry(kind, spec, shape, ANY_SHA256, dict.fromkeys(parts, ANY_SHA256))
         _add(specs, {part_name(name, part): ("U8", size) for part, size in parts.items()})
-    count = len(specs) + len(entries) + len(others)
+    signs = signs_specs(rotations)
+    count = len(specs) + len(entries) + len(others) + len(signs)
     _add(specs, others)
+    _add(specs, signs)
     _add(specs, {CHECKSUMS: ("U8", (count, SHA256_BYTES))})
     return specs, entries
 

@@ -225,6 +225,11 @@ class Calibrate(Strict):
         "(EdgeRazor's; LSQ's where scales are learned); clip: of least error by the size of inputs; gptq: and codes "
         "error-compensated",
     )
+    rotation: Literal["hadamard"] | None = Field(
+        None,
+        description="hadamard: weights and their inputs are multiplied by a signed block Hadamard matrix before they "
+        "are rounded, which spreads outliers; `--export` of such a model: hf alone",
+    )
     activation_bits: Literal[4, 5, 6, 7, 8, 16] = Field(8, description="inputs of quantized linear layers")
     activation_scales: Literal["dynamic", "static", "learned", "asymmetric"] = Field(
         "dynamic",
@@ -239,6 +244,11 @@ class Calibrate(Strict):
     )
     sequences: int = Field(16, ge=1, description="calibration sequences run through the teacher")
     batch_size: int = Field(4, ge=1, description="sequences in one forward pass")
+
+    @field_validator("rotation", mode="before")
+    @classmethod
+    def _no_rotation(cls, value: Any) -> Any:
+        return None if value == "none" else value
 
     @field_validator("group_size", mode="before")
     @classmethod

@@ -174,8 +174,10 @@ def _relative(a: PackedMatrix, b: PackedMatrix) -> float:
     difference = norm = 0.0
     for rows in torch.arange(len(a.encoded.codes)).split(height):
         w, v = (
-            formats.decode_matrix(
-                Encoded(matrix.encoded.codes[rows], matrix.encoded.scales[rows]), matrix.spec.take(rows)
+            matrix.spec.rotate_back(
+                formats.decode_matrix(
+                    Encoded(matrix.encoded.codes[rows], matrix.encoded.scales[rows]), matrix.spec.take(rows)
+                )
             ).double()
             for matrix in (a, b)
         )

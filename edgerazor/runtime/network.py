@@ -73,6 +73,8 @@ def _check_settings(packed: PackedModel) -> None:
         raise NotNativeError("there is no native code for tokens with bits of their own")
     if has_zero_points(packed.header.others):
         raise NotNativeError("there is no native code for activations with zero points")
+    if packed.header.rotations:
+        raise NotNativeError("there is no native code for rotated matrices")
     for name in packed.header.matrices:
         if problem := packed.spec(name).native_problem():
             raise NotNativeError(f"there is no native code for {problem}, as in {name}")

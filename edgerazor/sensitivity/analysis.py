@@ -78,6 +78,7 @@ class SensitivityAnalysis:
         identity: of everything that decides the result; stored parts of another identity are ignored.
         console: where the progress is shown.
         published: whether to round with the scales of the formats' published rules.
+        rotation: of weights before they are rounded, as the recipe calls it.
     """
 
     model: PreTrainedModel
@@ -93,6 +94,7 @@ class SensitivityAnalysis:
     identity: str
     console: Console
     published: bool = False
+    rotation: str | None = None
 
     def __post_init__(self) -> None:
         self.head = OutputHead(self.model, self.structure, self.logit_shape)
@@ -101,9 +103,10 @@ class SensitivityAnalysis:
         self.head_inputs = self._head_inputs(self.teacher_pass.outputs(), self.teacher_pass)
         self.tokens = sum(int(counts.sum()) for _, counts in self.batches)
 
-    def spec(self, name: str) -> MatrixSpec:
-        """A matrix all in one format."""
-        return MatrixSpec((name,), self.group_size, published=self.published)
+    def spec(self, name: str, columns: int) -> MatrixSpec:
+        """A matrix of so many columns all in one format."""
+        rotation = formats.find_rotation(self.rotation, columns)
+        return MatrixSpec((name,), self.group_size, published=self.published, rotation=rotation)
 
     def stored_or_computed(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Tensors that were stored under this name before an interruption, or else are computed and stored now."""
@@ -142,7 +145,8 @@ class SensitivityAnalysis:
 
     def _fisher(self) -> dict[str, Tensor]:
         """Sensitivities of rows and of whole matrices, as `split_rows_and_matrices` takes them."""
-        observer = FisherSensitivity(self.structure, [self.spec(name) for name in self.names])
+        specs = [MatrixSpec((name,), self.group_size, published=self.published) for name in self.names]
+        observer = FisherSensitivity(self.structure, specs, self.rotation)
 
         def upstream(number: int, states: Tensor) -> Tensor:
             generator = torch.Generator().manual_seed(self.seed + number)
@@ -187,11 +191,11 @@ class SensitivityAnalysis:
     def _row_errors(self, name: str, rows: Tensor) -> Tensor:
         """What a format changes in looked up rows [B, T, H]."""
         flat = rows.flatten(0, 1).float()
-        return (formats.quantize_dequantize(flat, self.spec(name)) - flat).view_as(rows)
+        return (formats.rounded_weight(flat, self.spec(name, flat.shape[1])) - flat).view_as(rows)
 
     def _head(self) -> Tensor:
         """Second-order KL of the head alone, float64 [formats, 1]."""
-        specs = [self.spec(name) for name in self.names]
+        specs = [self.spec(name, self.head.weight.shape[1]) for name in self.names]
         total = sum((self.head.second_order(x, specs) for x in self.head_inputs), torch.zeros(()))
         return total[:, None] / self.tokens
 
@@ -220,7 +224,7 @@ class SensitivityAnalysis:
 
     def _gradients_at(self, name: str, share: float) -> dict[str, Tensor]:
         """KL gradient times `ŵ - w` at one point, for one format: module path -> float64 [rows]."""
-        specs = {target.name: self.spec(name) for target in self.structure.linears}
+        specs = {target.name: self.spec(name, target.columns) for target in self.structure.linears}
         rounded = RoundedWeights(self.structure, specs, share)
         layer_pass = self.make_pass(f"{name}-{share:.3f}", rounded)
         title = f"sensitivity: {name} at {share:.0%}"
@@ -240,9 +244,9 @@ class SensitivityAnalysis:
         sensitivities = {}
         for target in self.structure.linears:
             weight = self.model.get_submodule(target.name).weight.detach().float()
-            errors = [
-                formats.quantize_dequantize(weight, self.spec(name)).sub_(weight).square_() for name in self.names
-            ]
+            specs = [self.spec(name, target.columns) for name in self.names]
+            weight = specs[0].rotate(weight)  # the basis that moments are of
+            errors = [formats.quantize_dequantize(weight, spec).sub_(weight).square_() for spec in specs]
             sensitivities[target.name] = torch.stack([(error @ moments[target.name]).double() / 2 for error in errors])
         return sensitivities
 
@@ -257,7 +261,8 @@ class SensitivityAnalysis:
         measured = {}
         with self.console.track("sensitivity: one tensor at a time", len(self.structure.linears)) as tracker:
             for target in self.structure.linears:
-                values = [self.measure({target.name: self.spec(name)}, target.layer or 0) for name in self.names]
+                specs = [self.spec(name, target.columns) for name in self.names]
+                values = [self.measure({target.name: spec}, target.layer or 0) for spec in specs]
                 measured[target.name] = torch.tensor(values, dtype=torch.float64).clamp(min=0)
                 tracker.advance()
         return measured

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,21 +23,24 @@ class FisherSensitivity(Observer):
     Args:
         structure: where the matrices are.
         specs: a matrix all in one format, for each of the formats.
+        rotation: of its columns, as the recipe calls it.
 
     Attributes:
         rows: path -> float64 [formats, rows], summed over tokens.
         matrices: path -> float64 [formats], summed over tokens: `(Σ g d)² / 2` with the sum over the rows.
     """
 
-    def __init__(self, structure: Structure, specs: Sequence[MatrixSpec]) -> None:
-        self.specs = tuple(specs)
+    def __init__(self, structure: Structure, specs: Sequence[MatrixSpec], rotation: str | None = None) -> None:
+        self.specs, self.rotation = tuple(specs), rotation
         self.rows: dict[str, Tensor] = {}
         self.matrices: dict[str, Tensor] = {}
         self._errors = LayerCache(structure)
 
     def gradient(self, path: str, weight: Tensor, x: Tensor, g: Tensor) -> None:
         def compute() -> Tensor:
-            rounded = [formats.quantize_dequantize(weight, spec, weight.dtype) for spec in self.specs]
+            rotation = formats.find_rotation(self.rotation, weight.shape[1])
+            specs = [replace(spec, rotation=rotation) for spec in self.specs]
+            rounded = [formats.rounded_weight(weight, spec, weight.dtype) for spec in specs]
             return torch.stack(rounded).sub_(weight)
 
         rows, matrices = [], []
@@ -54,7 +58,8 @@ class FisherSensitivity(Observer):
         self.rows, self.matrices = split_rows_and_matrices(state)
 
     def identity(self) -> str:
-        return str([(spec.formats, spec.group_size, spec.published) for spec in self.specs])
+        rotation = (self.rotation,) if self.rotation else ()
+        return str([(spec.formats, spec.group_size, spec.published, *rotation) for spec in self.specs])
 
 
 def split_rows_and_matrices(sensitivities: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -75,7 +75,7 @@ class OutputHead:
         """
         sums = torch.zeros(len(specs), dtype=torch.float64)
         for index, spec in enumerate(specs):
-            rounded = formats.quantize_dequantize(self.weight, spec, x.dtype)
+            rounded = formats.rounded_weight(self.weight, spec, x.dtype)
             for chunk in self._chunks(x):
                 sums[index] += float(self._variances(x[chunk], rounded).double().sum()) / 2
         return sums

@@ -50,6 +50,6 @@ class RoundedWeights:
 
         def compute() -> Tensor:
             assert weight is not None
-            return formats.quantize_dequantize(weight, self.specs[path]).sub_(weight).to(weight.dtype)
+            return formats.rounded_weight(weight, self.specs[path]).sub_(weight).to(weight.dtype)
 
         return self._errors.get(path, compute)

@@ -238,7 +238,7 @@ def weights_of(context: JobContext, source: str, teacher: LoadedModel, plan: Pla
     """
     if source == "student":
         return student_weights(context.work.student(context.recipe.pack.student), teacher.structure)
-    return teacher_weights(teacher, initialization.stored(context, plan))
+    return teacher_weights(teacher, plan, initialization.stored(context, plan))
 
 
 # --- packed folders that are given directly ----------------------------------------------------

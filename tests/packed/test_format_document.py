@@ -336,4 +336,4 @@ def test_the_document_names_every_field_and_format() -> None:
         assert f"| `{field}" in text, field
     for setting in packed.SETTINGS:
         assert f"`{setting}`" in text, setting
-    assert f"versions 1 and {packed.VERSION}" in text
+    assert f"versions 1 to {packed.VERSION}" in text

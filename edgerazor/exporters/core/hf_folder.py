@@ -122,9 +122,9 @@ def decoded_piece(model: PackedModel, name: str, dtype: str) -> Piece:
 
 
 def decoded(model: PackedModel, name: str, dtype: str = "F32") -> Tensor:
-    """The weights [rows, cols] of a matrix."""
+    """The model's own weights [rows, cols] of a matrix, rotated back where codes are of rotated ones."""
     matrix = model.matrix(name)
-    return formats.decode_matrix(matrix.encoded, matrix.spec).to(DTYPES[dtype])
+    return matrix.spec.rotate_back(formats.decode_matrix(matrix.encoded, matrix.spec)).to(DTYPES[dtype])
 
 
 def weight_bytes(folder: Path) -> int:

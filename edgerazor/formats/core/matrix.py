@@ -26,6 +26,7 @@ from edgerazor import registry
 from edgerazor.formats.core import layout
 from edgerazor.formats.core.base import Encoded, Format, block_rows, group_count, straight_through
 from edgerazor.formats.core.indices import index_row_bytes, pack_indices, unpack_indices
+from edgerazor.formats.core.rotation import Rotation
 
 #: Names of the parts of a packed matrix that hold the format index of each row, or of each block.
 ROW_FORMATS, BLOCK_FORMATS = "row_formats", "block_formats"
@@ -63,6 +64,8 @@ class MatrixSpec:
             One of the two; neither when the whole matrix has the one format.
         published: scales follow from the formats' published rules, not from a search for the least squared error.
             This says how to encode, not what is stored.
+        rotation: codes are of the rotated weight; None: of the model's own. Functions that encode and decode take and
+            give what codes are of; `rotate`, `rotate_back` and `rounded_weight` know of the model's own weight.
     """
 
     formats: tuple[str, ...]
@@ -70,6 +73,7 @@ class MatrixSpec:
     row_formats: Tensor | None = None
     block_formats: Tensor | None = None
     published: bool = False
+    rotation: Rotation | None = None
 
     def __post_init__(self) -> None:
         if not self.formats or len(set(self.formats)) != len(self.formats):
@@ -121,6 +125,14 @@ class MatrixSpec:
                     f"there are formats for {list(shape_of_formats)} blocks, but the matrix has {list(expected)}"
                 )
 
+    def rotate(self, w: Tensor) -> Tensor:
+        """The weight that codes are of, floating [rows, cols], for the model's own: itself, or float32 and rotated."""
+        return w if self.rotation is None else self.rotation.rotate(w)
+
+    def rotate_back(self, w: Tensor) -> Tensor:
+        """The model's own weight, floating [rows, cols], for the one that codes are of."""
+        return w if self.rotation is None else self.rotation.rotate_back(w)
+
     def block_views(self, shape: Sequence[int]) -> list[BlockView]:
         """The matrix [rows, cols] as one or two matrices whose rows have formats: itself, or its blocks.
 
@@ -145,7 +157,7 @@ class MatrixSpec:
             group_runs.append((whole, whole + 1, cols % group, TAIL))
         for start, stop, width, suffix in group_runs:
             row_formats = all_formats[:, start:stop].reshape(-1)
-            spec = replace(self, group_size=width, row_formats=row_formats, block_formats=None)
+            spec = replace(self, group_size=width, row_formats=row_formats, block_formats=None, rotation=None)
             columns = slice(start * group, start * group + (stop - start) * width)
             yield BlockView(columns, slice(start, stop), stop - start, rows * (stop - start), width, spec, suffix)
 
@@ -309,6 +321,20 @@ def quantize_dequantize(
             )
             decoded.index_copy_(0, block, part)
     return decoded
+
+
+def rounded_weight(
+    w: Tensor, spec: MatrixSpec, dtype: torch.dtype = torch.float32, scales: Tensor | None = None
+) -> Tensor:
+    """What the model's own weight w [rows, cols] is worth when it is stored so, in `dtype`: as `quantize_dequantize`,
+    with a rotation before it and back behind it where the specification has one.
+
+    Raises:
+        ValueError: as `encode_matrix`.
+    """
+    if spec.rotation is None:
+        return quantize_dequantize(w, spec, dtype, scales)
+    return spec.rotate_back(quantize_dequantize(spec.rotate(w), spec, torch.float32, scales)).to(dtype)
 
 
 def join_block_views(views: list[BlockView], parts: list[Tensor]) -> Tensor:

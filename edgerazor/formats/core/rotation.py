@@ -63,6 +63,10 @@ class Rotation:
         """Number of columns, or of features of an input."""
         return len(self.signs)
 
+    def equals(self, other: Rotation | None) -> bool:
+        """Whether another rotation is the same one."""
+        return other is not None and self.block == other.block and torch.equal(self.signs, other.signs)
+
     def rotate(self, x: Tensor) -> Tensor:
         """`x R`: rows of a weight or inputs of a linear layer, in the basis that codes are of.
 
@@ -138,7 +142,7 @@ def hadamard_transform(x: Tensor, block: int) -> Tensor:
             torch.add(pairs[:, 0], pairs[:, 1], out=results[:, 0])
             torch.sub(pairs[:, 0], pairs[:, 1], out=results[:, 1])
             values, sums, stride = sums, values, 2 * stride
-        torch.mul(values.T, factor, out=out[start : start + step])
+        out[start : start + step].copy_(values.mul_(factor).T)  # PyTorch transposes fast only where it copies
     return out.view(x.shape)
 
 
@@ -154,9 +158,20 @@ def block_problem(block: int, columns: int) -> str:
     return f"{columns} columns are no multiple of the block {block} of their rotation" if columns % block else ""
 
 
+def find_rotation(name: str | None, columns: int) -> Rotation | None:
+    """The rotation that a recipe calls by a name, of matrices of so many columns; None where there is none.
+
+    Raises:
+        ValueError: the name is another one than `hadamard`.
+    """
+    if name not in (None, "hadamard"):
+        raise ValueError(f"there is no rotation called {name}")
+    return hadamard(columns) if name else None
+
+
 @cache
 def hadamard(columns: int) -> Rotation | None:
-    """The rotation that matrices of so many columns are given; None where their number is odd."""
+    """The rotation by a signed block Hadamard matrix of so many columns; None where their number is odd."""
     block = block_size(columns)
     return None if block == 1 else Rotation(block, seeded_signs(columns))
 
