@@ -185,7 +185,7 @@ class FakeQuantLinear(FakeQuantWeight):
             the quantized input in the dtype of the products, and `weight`, `bias` and `master` of `losses.Head`.
         """
         scales = InputScales(self.input_scale, zero_point=self.input_zero_point)
-        x = self.activations(states, scales, rotation=self.spec.rotation)
+        x = self.activations(states, scales, None, self.spec.rotation)
         return x, {"weight": self.decoded(x.dtype), "bias": self.bias, "master": self.ste_target()}
 
 
