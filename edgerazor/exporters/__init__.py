@@ -4,7 +4,14 @@ An export is lossless or refused by name: it says which tensors its format canno
 the only way around. Read `core/base.py` for what an exporter offers; `core/writing.py` writes all that were asked for.
 """
 
-from edgerazor.exporters.core.base import Exporter, ExportPlan, ExportResult, PlannedTensor, refuse_lossy
+from edgerazor.exporters.core.base import (
+    Exporter,
+    ExportPlan,
+    ExportResult,
+    PlannedTensor,
+    refuse_lossy,
+    refuse_rotated,
+)
 from edgerazor.exporters.core.writing import available, check, find, plan_all, write_all
 
 __all__ = [
@@ -17,5 +24,6 @@ __all__ = [
     "find",
     "plan_all",
     "refuse_lossy",
+    "refuse_rotated",
     "write_all",
 ]

@@ -1,7 +1,8 @@
 """Plain Hugging Face safetensors, dequantized: `hf` in 16 bits, `hf-f32` in 32.
 
 A code of b bits times a float16 scale has up to 11 + b significant bits, and float16 has 11. So 16 bits hold ternary
-weights exactly, and others only by luck; 32 bits hold every format. `hf` takes float16 where every weight of the model
+weights exactly, and others only by luck; 32 bits hold every format. Rotated weights are rotated back in float32 first,
+and hardly fit in 16 bits. `hf` takes float16 where every weight of the model
 is exact in it, else bfloat16 under the same condition; where neither holds them, it says which tensors would change.
 """
 
@@ -34,6 +35,8 @@ class Dequantized(Exporter):
         describe: what it is for.
         dtypes: the weights get the first that holds all of them exactly.
     """
+
+    rotated = True
 
     def __init__(self, name: str, describe: str, dtypes: Sequence[torch.dtype]) -> None:
         self.name, self.describe, self.dtypes = name, describe, tuple(dtypes)

@@ -16,7 +16,7 @@ from torch import Tensor
 from edgerazor import formats
 from edgerazor.console import Console, table
 from edgerazor.formats import Encoded, MatrixSpec
-from edgerazor.packed import MatrixEntry, PackedMatrix, PackedModel, in_parallel
+from edgerazor.packed import Header, PackedMatrix, PackedModel, in_parallel
 
 #: Weights that are decoded at a time.
 BLOCK = 1 << 22
@@ -42,6 +42,9 @@ class Differences(BaseModel):
     against: str
     same: bool
     settings: dict[str, tuple[Any, Any]]
+    rotations: dict[str, tuple[Any, Any]] = Field(
+        description="columns -> block, and SHA-256 of the signs, of rotated matrices"
+    )
     tied: dict[str, tuple[Any, Any]]
     provenance: dict[str, tuple[Any, Any]]
     compressed: tuple[bool, bool]
@@ -65,7 +68,7 @@ def compare(folder: Path, against: Path, console: Console, verify: bool = False)
             first.verify(tracker.advance)
             second.verify(tracker.advance)
     shared = a.matrices.keys() & b.matrices.keys()
-    changed = [n for n in sorted(shared) if _identity(a.matrices[n]) != _identity(b.matrices[n])]
+    changed = [name for name in sorted(shared) if _identity(a, name) != _identity(b, name)]
     differences: dict[str, MatrixDifference] = {}
 
     def work(name: str) -> None:
@@ -77,11 +80,13 @@ def compare(folder: Path, against: Path, console: Console, verify: bool = False)
     others = _others(first, second)
     only_a, only_b = sorted(a.matrices.keys() - shared), sorted(b.matrices.keys() - shared)
     settings, tied = _unequal(a.settings, b.settings), _unequal(a.tied, b.tied)
+    rotations = _unequal(*({columns: _rotation(each, columns) for columns in each.rotations} for each in (a, b)))
     return Differences(
         folder=str(folder),
         against=str(against),
-        same=not (changed or others or only_a or only_b or settings or tied),
+        same=not (changed or others or only_a or only_b or settings or rotations or tied),
         settings=settings,
+        rotations=rotations,
         tied=tied,
         provenance=_unequal(_flat(a.provenance), _flat(b.provenance)),
         compressed=(a.compression is not None, b.compression is not None),
@@ -113,9 +118,15 @@ def _difference(a: Tensor | None, b: Tensor | None) -> str:
     return what + ("equal numbers" if torch.equal(a.double(), b.double()) else "other numbers")
 
 
-def _identity(entry: MatrixEntry) -> tuple[str, str]:
+def _identity(header: Header, name: str) -> tuple[str, str, tuple[int, str] | None]:
     """What decides about decoded weights, and what they are for."""
-    return entry.kind, entry.digest
+    entry = header.matrices[name]
+    return entry.kind, entry.digest, _rotation(header, str(entry.shape[1]))
+
+
+def _rotation(header: Header, columns: str) -> tuple[int, str] | None:
+    """Block, and SHA-256 of the signs, of the rotation of matrices of so many columns; None where there is none."""
+    return (header.rotations[columns], header.signs[columns]) if columns in header.rotations else None
 
 
 def _unequal(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -151,6 +162,7 @@ def _properties(matrix: PackedMatrix, shape: tuple[int, int]) -> dict[str, Any]:
         "shape": list(shape),
         "group size": min(matrix.spec.group_size, shape[1]),
         "formats": matrix.spec.weights_by_format(shape),
+        "rotation in blocks of": matrix.spec.rotation.block if matrix.spec.rotation else None,
     }
 
 
@@ -188,8 +200,12 @@ def _relative(a: PackedMatrix, b: PackedMatrix) -> float:
 def show(result: Differences) -> list[RenderableType]:
     """What differs, for people."""
     lines: list[RenderableType] = []
-    for title, pairs in (("settings", result.settings), ("tied", result.tied), ("provenance", result.provenance)):
+    unequal = {"settings": result.settings, "tied": result.tied, "provenance": result.provenance}
+    for title, pairs in unequal.items():
         lines += [f"{title}, {name}: {_word(a)} | {_word(b)}" for name, (a, b) in pairs.items()]
+    for columns, blocks in result.rotations.items():
+        words = (f"in blocks of {block[0]}, signs {block[1][:8]}" if block else "none" for block in blocks)
+        lines.append(f"rotation of {columns} columns: {' | '.join(words)}")
     for where, names in ((result.folder, result.only_in_folder), (result.against, result.only_in_against)):
         lines += [f"only in {where}: {name}" for name in names]
     lines += [f"{name}: {what}" for name, what in result.others.items()]

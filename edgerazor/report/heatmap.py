@@ -72,8 +72,9 @@ def in_short(plan: PlanSummary) -> list[str]:
     if plan.real_bits is not None and plan.bytes is not None:
         size = f"{plan.real_bits:.3g} real bits, {megabytes(plan.bytes)}"
     predicted = "" if plan.predicted_kl is None else f", predicted KL {plan.predicted_kl:.3g} nats per token"
+    rotated = f", rotated ({plan.rotation})" if plan.rotation else ""
     return [
-        f"{plan.notation}: {plan.strategy} by {plan.granularity}",
+        f"{plan.notation}: {plan.strategy} by {plan.granularity}{rotated}",
         f"{plan.nominal_bits:.3g} nominal bits, {size}{predicted}",
         f"Decoder linear layers: {in_words(plan.formats)}",
     ]

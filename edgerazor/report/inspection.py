@@ -16,13 +16,18 @@ from edgerazor.report.tables import CLASSES
 
 
 class PackedSummary(BaseModel):
-    """A packed folder. `verified`: every checksum, code and digest was checked, which `--verify` asks for."""
+    """A packed folder.
+
+    `rotations`: columns -> block of rotated matrices. `verified`: every checksum, code and digest was checked, which
+    `--verify` asks for.
+    """
 
     folder: str
     compressed: bool
     sizes: packed.SizeTable
     bits: list[ClassBits]
     settings: dict
+    rotations: dict[str, int]
     provenance: dict
     verified: bool
 
@@ -46,6 +51,7 @@ def look_into(folder: Path, verify: bool, console: Console) -> PackedSummary:
         sizes=packed.size_table(model),
         bits=bits,
         settings=header.settings,
+        rotations=header.rotations,
         provenance=header.provenance,
         verified=verify,
     )
@@ -69,6 +75,9 @@ def show(result: PackedSummary) -> list[RenderableType]:
     columns = ["tensors", "weights", "nominal", "packed", "entropy bound", "stored"]
     lines: list[RenderableType] = [table(f"Packed model, {how}{result.folder}", columns, rows, caption)]
     lines += [plain(f"{key}: {value}", 2000) for key, value in {**result.settings, **result.provenance}.items()]
+    if result.rotations:
+        blocks = ", ".join(f"{columns} columns in blocks of {block}" for columns, block in result.rotations.items())
+        lines.append(f"rotated by a signed Hadamard matrix: {blocks}")
     if result.verified:
         lines.append("verified: every checksum, code and digest")
     return lines

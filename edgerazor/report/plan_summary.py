@@ -74,6 +74,7 @@ class PlanSummary(BaseModel):
     notation: str
     strategy: str
     granularity: str
+    rotation: str | None = Field(description="of matrices and their inputs; null where there is none")
     nominal_bits: float
     real_bits: float | None
     bytes: int | None = Field(description="of the packed weight files")
@@ -131,6 +132,7 @@ def summarize(work: WorkDir) -> PlanSummary:
         notation=plan.notation(),
         strategy=plan.strategy,
         granularity=plan.granularity,
+        rotation=plan.rotation,
         nominal_bits=round(plan.nominal_bits(), 4),
         real_bits=result.get("real_bits"),
         bytes=result.get("bytes"),

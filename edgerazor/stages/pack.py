@@ -76,6 +76,9 @@ class PackStage(Stage):
     def check_settings(self, context: JobContext) -> None:
         if context.recipe.pack.export:
             exporters.check(context.recipe.pack.export, context.teacher_folder)
+            if context.recipe.calibrate.rotation:
+                for name in context.recipe.pack.export:
+                    exporters.refuse_rotated(exporters.find(name), "A model of `calibrate.rotation: hadamard`")
 
     def check(self, context: JobContext) -> None:
         source_of(context)

@@ -166,4 +166,4 @@ def test_what_is_trained_is_what_is_packed(
         if kernels.is_native():
             with pytest.raises(UserError, match="there is no native code for rotated matrices"):
                 runtime.load(job / "packed", engine="native")
-        assert run("generate", job / "packed", "Nora took").code == 0
+        assert run("generate", "Nora took", "--model", job / "packed", "--max-tokens", 2).code == 0

@@ -109,10 +109,13 @@ class Exporter(ABC):
     Attributes:
         name: as in `--export NAME`.
         describe: what it is for, in a few words.
+        rotated: whether it can write models whose matrices are rotated, which it rotates back. Other formats store
+            codes, and know of no rotation of inputs.
     """
 
     name: str
     describe: str
+    rotated: bool = False
 
     def variants(self) -> Sequence[Exporter]:
         """All exporters that the file of this one offers, itself included."""
@@ -137,6 +140,23 @@ class Exporter(ABC):
     @abstractmethod
     def write(self, model: PackedModel, folder: Path, plan: ExportPlan) -> ExportResult:
         """Write what was planned into an empty folder."""
+
+
+def refuse_rotated(exporter: Exporter, where: str) -> None:
+    """Refuse an exporter that cannot write rotated models.
+
+    Args:
+        exporter: of any kind.
+        where: the folder, or what else is rotated, as the beginning of a sentence.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if not exporter.rotated:
+        raise UserError(
+            f"{where} has rotated matrices, and programs that read {exporter.name} do not rotate their inputs.",
+            "Export it as hf or hf-f32, which rotate the weights back, or pack a model with `--rotation none`.",
+        )
 
 
 def refuse_lossy(plan: ExportPlan) -> None:

@@ -137,6 +137,9 @@ def notes(model: PackedModel) -> tuple[str, ...]:
     settings = model.header.settings
     names = {"inputs of linear layers": "activation_bits", "keys and values": "kv_bits"}
     rounded = [f"{what} to {settings[name]} bits" for what, name in names.items() if settings.get(name, 16) != 16]
-    if not rounded:
-        return ()
-    return (f"The packed model rounds {' and '.join(rounded)}; programs that read this folder do not.",)
+    lines = []
+    if model.header.rotations:
+        lines.append("The packed model's weights are rotated; here they are rotated back, in float32.")
+    if rounded:
+        lines.append(f"The packed model rounds {' and '.join(rounded)}; programs that read this folder do not.")
+    return tuple(lines)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from edgerazor import registry, workdir
 from edgerazor.console import Console, megabytes
-from edgerazor.exporters.core.base import Exporter, ExportPlan, ExportResult, refuse_lossy
+from edgerazor.exporters.core.base import Exporter, ExportPlan, ExportResult, refuse_lossy, refuse_rotated
 from edgerazor.packed import PackedModel
 
 #: How much larger than the packed model an export may be, in real bits, before there is a warning.
@@ -53,10 +53,13 @@ def plan_all(folder: Path, names: Sequence[str], allow_lossy: bool, console: Con
     """Plan the exports of a packed model; warns where one is noticeably larger than the model.
 
     Raises:
-        UserError: an exporter is unknown, cannot hold the model, or would change some of its weights.
+        UserError: an exporter is unknown, cannot hold the model or its rotation, or would change some of its weights.
     """
     check(names, folder)
     model = PackedModel.open(folder)
+    if model.header.rotations:
+        for name in names:
+            refuse_rotated(find(name), str(folder))
     plans = [find(name).plan(model) for name in names]
     for plan in plans:
         if not allow_lossy:
