@@ -34,7 +34,7 @@ from torch.autograd.function import once_differentiable
 #: Largest block: 32 registers of 16 numbers.
 LARGEST_BLOCK = 512
 #: Numbers that are transformed at a time, few enough to stay in a core's cache through all strides.
-_CHUNK = 1 << 16
+_CHUNK = 1 << 18
 
 
 @dataclass(frozen=True, eq=False)
