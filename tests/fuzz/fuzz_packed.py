@@ -3,12 +3,12 @@
     make fuzz                              100,000 damaged folders (N=...), or as many as FUZZ_SECONDS=... allow
     PYTHONPATH=tests python tests/fuzz/fuzz_packed.py --only 4711   one of them again, with a traceback
 
-Small folders of every kind (mixed rows, blocks, tails, rotations, tied matrices, shards, scales of inputs) lie in memory; a
-worker process changes one, writes it to a folder, and opens and verifies it there. *The law*: `PackedModel.open`,
-`verify` and `input_scales` either succeed with exactly what was written, or raise a `UserError` of one sentence with
-exit code 1. Where the header's checksum was made again to fit the change, the header may describe another model, but
-its matrices must decode to what their recorded digests say. Nothing may crash, hang, or take 1 GB of memory: the worker
-runs under a limit, and a watcher restarts it behind whatever ended it.
+Small folders of every kind (mixed rows, blocks, tails, rotations, tied matrices, shards, scales of inputs) lie in
+memory; a worker process changes one, writes it to a folder, and opens and verifies it there. *The law*:
+`PackedModel.open`, `verify` and `input_scales` either succeed with exactly what was written, or raise a `UserError` of
+one sentence with exit code 1. Where the header's checksum was made again to fit the change, the header may describe
+another model, but its matrices must decode to what their recorded digests say. Nothing may crash, hang, or take 1 GB of
+memory: the worker runs under a limit, and a watcher restarts it behind whatever ended it.
 
 Each damaged folder follows from its number alone.
 """
