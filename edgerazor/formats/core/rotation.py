@@ -138,7 +138,7 @@ def hadamard_transform(x: Tensor, block: int) -> Tensor:
         sums = torch.empty_like(values)
         stride = 1
         while stride < block:
-            pairs, results = (each.view(block // (2 * stride), 2, -1) for each in (values, sums))
+            pairs, results = (buffer.view(block // (2 * stride), 2, -1) for buffer in (values, sums))
             torch.add(pairs[:, 0], pairs[:, 1], out=results[:, 0])
             torch.sub(pairs[:, 0], pairs[:, 1], out=results[:, 1])
             values, sums, stride = sums, values, 2 * stride
