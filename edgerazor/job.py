@@ -24,6 +24,7 @@ import torch
 from edgerazor import __version__, calibrated, data, devices, models, modules, packed, student_plan
 from edgerazor.allocate import Plan, SensitivityTable, make_plan, unmeasured
 from edgerazor.console import Console, megabytes
+from edgerazor.errors import UserError
 from edgerazor.models import PreTrainedModel, PreTrainedTokenizerBase
 from edgerazor.packed import FolderSize
 from edgerazor.recipe import Recipe, Source
@@ -265,6 +266,13 @@ class JobContext(RecipeContext):
             UserError: the file is missing or damaged.
         """
         return calibrated.read_plan(self.work)
+
+    def plan_if_any(self) -> Plan | None:
+        """What calibrate decided; None where the file is missing or damaged."""
+        try:
+            return self.plan()
+        except UserError:
+            return None
 
     def is_planned(self) -> bool:
         """Whether calibrate has made a plan for this model that is just what the recipe asks for."""

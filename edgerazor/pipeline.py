@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 from pydantic import BaseModel, ValidationError
 
-from edgerazor import devices
+from edgerazor import devices, exporters, student_plan
 from edgerazor import recipe as recipes
 from edgerazor.console import Console, duration, is_main_process
 from edgerazor.errors import UserError, usage_error
@@ -70,11 +70,12 @@ def run(name: str, recipe: Recipe, work: WorkDir, console: Console, force: bool 
 
 
 def resolve(stage: Stage, context: JobContext, force: bool) -> tuple[JobContext, BudgetChoice | None]:
-    """The job with what its budget chooses of the settings that were not asked for, once and for all stages.
+    """The job with what is best for its model and budget, of the settings that were not asked for, for all stages.
 
     Raises:
         UserError: the model cannot be read.
     """
+    context = with_rotation(stage, context, force)
     before, console = budget_choice.stored(context.work), context.console
     choice = budget_choice.choose(context, None if force and stage.decides_student else before)
     if choice is None:
@@ -86,6 +87,30 @@ def resolve(stage: Stage, context: JobContext, force: bool) -> tuple[JobContext,
         console.say(f"The settings are those that were chosen for the budget before ({context.work.budget_file}).")
     recipe, chosen = budget_choice.apply(context.recipe, choice)
     return context.resolved(recipe, chosen), choice
+
+
+def with_rotation(stage: Stage, context: JobContext, force: bool) -> JobContext:
+    """The job with a rotation, where the recipe says nothing of it: that of the plan that is there, else what is best.
+
+    Raises:
+        UserError: the model cannot be read.
+    """
+    recipe = context.recipe
+    if "rotation" in recipe.calibrate.model_fields_set:
+        return context
+    plan = None if force and stage.decides_student else context.plan_if_any()
+    if plan is not None:
+        rotation = plan.rotation
+    elif all(exporters.find(name).rotated for name in recipe.pack.export):
+        rotation = student_plan.default_rotation(recipe.calibrate, context.teacher_outline.structure.embedding.columns)
+    else:
+        rotation = None
+    if rotation and plan is None and stage.name not in (eval.STAGE.name, bench.STAGE.name):
+        context.console.say_once(
+            "rotation: weights and inputs by a signed block Hadamard matrix (`--rotation none` for exports but hf)"
+        )
+    calibrate_section = recipe.calibrate.model_copy(update={"rotation": rotation})
+    return context.resolved(recipe.model_copy(update={"calibrate": calibrate_section}), context.chosen)
 
 
 def run_all(recipe: Recipe, work: WorkDir, console: Console, force: bool = False) -> None:

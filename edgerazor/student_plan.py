@@ -6,7 +6,7 @@ Nothing here reads a recipe or a file: plan, structure and measured numbers come
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -19,6 +19,8 @@ from edgerazor.recipe import Calibrate
 
 #: Values of `calibrate.init` whose scales or codes calibrate finds with text, beside the plan.
 CALIBRATED_INITS = ("clip", "gptq")
+#: Models of so many features have outliers that a rotation spreads; those of fewer that were tried gain nothing.
+ROTATED_WIDTH = 512
 #: A number below 1 that JSON needs most characters for.
 LONGEST_NUMBER = 1.2345678901234567e-05
 
@@ -50,6 +52,16 @@ def check_attention(model: PreTrainedModel, settings: Plan | Calibrate) -> None:
 
 
 # --- how it computes ---------------------------------------------------------------------------
+
+
+def default_rotation(settings: Calibrate, width: int) -> Literal["hadamard"] | None:
+    """The rotation of a student whose recipe says nothing of it (see `recipes/results/rotation.md`).
+
+    Args:
+        settings: a method that is followed as published (`init: rtn`) has no rotation.
+        width: features of the hidden states.
+    """
+    return "hadamard" if width >= ROTATED_WIDTH and settings.init != "rtn" else None
 
 
 def settings_of(plan: Plan, thresholds: Sequence[float] = ()) -> modules.Settings:

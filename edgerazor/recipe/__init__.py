@@ -7,6 +7,7 @@ from edgerazor.recipe.explain import default_of, dump, explain, json_schema, val
 from edgerazor.recipe.load import anchor, build, find, foreign_code, load, merge, shipped
 from edgerazor.recipe.schema import (
     CHOSEN_BY_BUDGET,
+    CHOSEN_BY_MODEL,
     MAXIMUM_BITS,
     MINIMUM_BITS,
     RETIRED_FIELDS,
@@ -40,6 +41,7 @@ from edgerazor.recipe.schema import (
 
 __all__ = [
     "CHOSEN_BY_BUDGET",
+    "CHOSEN_BY_MODEL",
     "MAXIMUM_BITS",
     "MINIMUM_BITS",
     "RETIRED_FIELDS",

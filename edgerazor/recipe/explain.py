@@ -8,14 +8,14 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic.fields import FieldInfo
 
-from edgerazor.recipe.schema import CHOSEN_BY_BUDGET, Recipe, Strict, as_section, section_at
+from edgerazor.recipe.schema import CHOSEN_BY_BUDGET, CHOSEN_BY_MODEL, Recipe, Strict, as_section, section_at
 
 
 def dump(recipe: Recipe) -> str:
-    """YAML of everything that differs from the defaults, and of what was set although a budget would choose it."""
+    """YAML of everything that differs from the defaults, and of what was set although the job would choose it."""
     values = recipe.model_dump(mode="json", exclude_defaults=True)
-    if recipe.distill.has_open_budget():
-        for section, names in CHOSEN_BY_BUDGET.items():
+    for chosen in (CHOSEN_BY_MODEL, CHOSEN_BY_BUDGET if recipe.distill.has_open_budget() else {}):
+        for section, names in chosen.items():
             settings: Strict = getattr(recipe, section)
             said = settings.model_dump(mode="json", include=settings.model_fields_set & set(names), exclude_unset=True)
             if said:

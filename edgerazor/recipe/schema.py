@@ -42,6 +42,8 @@ CHOSEN_BY_BUDGET = {
         "checkpoint_every",
     ),
 }
+#: Fields that the model decides, and what is asked of it, where nobody sets them: section -> fields.
+CHOSEN_BY_MODEL = {"calibrate": ("rotation",)}
 #: Fields that were renamed, and their names now: recipes that still have the old ones are refused with the new one.
 RETIRED_FIELDS = {"calibrate.start": "init", "distill.rungs": "phases"}
 #: Likewise (field, value) -> the value's name now.
@@ -227,8 +229,9 @@ class Calibrate(Strict):
     )
     rotation: Literal["hadamard"] | None = Field(
         None,
-        description="hadamard: weights and their inputs are multiplied by a signed block Hadamard matrix before they "
-        "are rounded, which spreads outliers; `--export` of such a model: hf alone",
+        description="none; hadamard: weights and inputs are multiplied by a signed block Hadamard matrix before they "
+        "are rounded, which spreads outliers, and the only export is hf; absent: hadamard for models of 512 features "
+        "and more, unless an export or `init: rtn` is asked for",
     )
     activation_bits: Literal[4, 5, 6, 7, 8, 16] = Field(8, description="inputs of quantized linear layers")
     activation_scales: Literal["dynamic", "static", "learned", "asymmetric"] = Field(
