@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import PreTrainedTokenizerFast
 
-from edgerazor import pipeline
+from edgerazor import packed, pipeline
 from edgerazor import recipe as recipes
 from edgerazor.calibration import generated_text
 from edgerazor.job import JobContext
 from edgerazor.stages import bench
 from edgerazor.workdir import WorkDir
 from helpers.tiny_job import Outcome, Run, sha256, snapshot, write_recipe
+from helpers.tiny_models import write_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -367,3 +369,59 @@ def test_run_does_all_five(run: Run, job: Path, monkeypatch: pytest.MonkeyPatch)
     assert [row["name"] for row in done.json()["models"]] == ["teacher", "packed"]
     run("run", recipe, "--work", job)
     assert called == ["bench"]
+
+
+# --- the rotation of a model, where nobody says it ---------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A model of 512 features."""
+    folder = tmp_path_factory.mktemp("wide")
+    write_tiny_model(
+        tokenizer,
+        folder,
+        "llama",
+        hidden_size=512,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+    )
+    return folder
+
+
+def rotations(folder: Path) -> dict[str, int]:
+    return packed.PackedModel.open(folder).header.rotations
+
+
+def test_wide_models_are_rotated_and_narrow_ones_are_not(run: Run, wide: Path, llama: Path, tmp_path: Path) -> None:
+    said = run("pack", wide, "--bits", 4, "--work", tmp_path / "wide")
+    assert said.code == 0, said.err
+    assert "rotation: " in said.err
+    assert rotations(tmp_path / "wide" / "packed") == {"64": 64, "128": 128, "512": 512}
+    assert "rotation: " not in run("pack", llama, "--bits", 4, "--work", tmp_path / "narrow").err
+    assert rotations(tmp_path / "narrow" / "packed") == {}
+
+
+@pytest.mark.parametrize("words", [["--rotation", "none"], ["--export", "gptq"], ["--init", "rtn"]])
+def test_what_is_not_rotated_stays_so(run: Run, wide: Path, tmp_path: Path, words: list[str]) -> None:
+    work = tmp_path / "job"
+    said = run("pack", wide, "--bits", 4, *words, "--work", work)
+    assert said.code == 0, said.err
+    assert rotations(work / "packed") == {}
+    again = run("pack", wide, "--bits", 4, *words, "--work", work)
+    assert "up to date" in again.err
+
+
+def test_an_export_of_a_rotated_student_is_refused_and_nothing_lost(
+    run: Run, wide: Path, text_file: Path, tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", wide, text_file, distill={"steps": 1})
+    work = tmp_path / "job"
+    assert run("distill", "--recipe", recipe, "--work", work).code == 0
+    assert run("pack", "--work", work).code == 0
+    assert rotations(work / "packed")
+    refused(run("pack", "--work", work, "--export", "gguf"), "`--rotation none`")
+    assert run("pack", "--work", work).code == 0
+    assert rotations(work / "packed")

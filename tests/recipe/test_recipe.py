@@ -155,6 +155,15 @@ def test_what_was_set_is_dumped_where_a_budget_would_choose(tmp_path: Path) -> N
     assert recipes.load(path)["distill"] == {"steps": 5}
 
 
+def test_that_nothing_is_rotated_is_dumped_where_it_was_said(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipes.dump(build({"calibrate": {"rotation": "none"}})))
+    again = build(recipes.load(path))
+    assert again.calibrate.rotation is None
+    assert "rotation" in again.calibrate.model_fields_set
+    assert "rotation" not in recipes.dump(build({}))
+
+
 def test_of_several_budgets_the_last_one_counts(tmp_path: Path) -> None:
     budgets: list[dict[str, Any]] = [{"bits": 1.88}, {"real_bits": 2.5}, {"target_size": "9MB"}]
     values = {"bits": 1.88, "real_bits": 2.5, "target_size": 9_000_000}
