@@ -37,7 +37,7 @@ from recipes.benchmarks.results import commit, markdown, number, packages, publi
 PAGE = RESULTS / "rotation.md"
 #: Tokens of a held-out sequence.
 LENGTH = 256
-HEAD = ("model", "weights", "group", "KL", "KL, rotated", "perplexity", "perplexity, rotated", "top-1", "top-1, rotated")
+HEAD = ("model", "weights", "group", "KL", "rotated", "perplexity", "rotated", "top-1", "rotated")
 
 
 def main(arguments: list[str] | None = None) -> int:
