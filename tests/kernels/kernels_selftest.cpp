@@ -324,7 +324,8 @@ void check_vectors(int count) {
 void check_rotation(int columns, int block) {
     const int rows = 3;
     auto x = memory<float>(rows * columns), out = memory<float>(rows * columns), signs = memory<float>(columns);
-    for (int i = 0; i < rows * columns; i++) x[i] = draw() % 8 == 0 ? 0 : (float)(int32_t)draw() * ldexpf(1, -(int)(draw() % 60));
+    for (int i = 0; i < rows * columns; i++)
+        x[i] = draw() % 8 == 0 ? 0 : (float)(int32_t)draw() * ldexpf(1, -(int)(draw() % 60));
     for (int i = 0; i < columns; i++) signs[i] = draw() % 2 ? 1.0f : -1.0f;
     const float factor = (float)(1 / sqrt((double)block));
     for (int back = 0; back < 2; back++) {
@@ -345,7 +346,8 @@ void check_rotation(int columns, int block) {
         for (int isa = 0; isa < edgerazor_isa_count(); isa++)
             for (int in_place = 0; in_place < 2; in_place++) {
                 if (in_place) memcpy(out.get(), x.get(), sizeof(float) * rows * columns);
-                edgerazor_rotate(isa, in_place ? out.get() : x.get(), rows, columns, block, signs.get(), back, out.get());
+                const float* from = in_place ? out.get() : x.get();
+                edgerazor_rotate(isa, from, rows, columns, block, signs.get(), back, out.get());
                 checks++;
                 if (memcmp(out.get(), expected.data(), sizeof(float) * rows * columns) == 0) continue;
                 wrong++;

@@ -1,7 +1,7 @@
-// The rotation of rows by a signed block Hadamard matrix, to the bit as section "Rotation" of `packed/FORMAT.md` has it.
+// The rotation of rows by a signed block Hadamard matrix: section "Rotation" of `packed/FORMAT.md`, to the bit.
 //
-// A pass loads some registers, adds and subtracts them for as many strides as there are, and stores them. The first pass
-// joins the signs and the strides within a register; the last one joins the factor. With eight registers to a pass, a
+// A pass loads some registers, adds and subtracts them for as many strides as they span, and stores them. The first one
+// also applies the signs and the strides within a register, the last one the factor. With eight registers to a pass, a
 // block of 512 takes two passes with AVX2 or AVX-512, and three with registers of four numbers.
 #pragma once
 #include "f32x16.hpp"
