@@ -76,6 +76,8 @@ def choose(
         if weight_of is None:
             raise ValueError("the strategy variance looks at weights, but was given none")
         weight = weight_of(target.name).detach()
+        rotation = formats.find_rotation(settings.rotation, target.columns)
+        weight = weight if rotation is None else rotation.rotate(weight)
     group = min(settings.group_size, target.columns)
     choose_units = {"row": _choose_rows, "column": _choose_columns, "block": _choose_blocks}[settings.granularity]
     return choose_units(target, group, mixture, settings.plan, weight)

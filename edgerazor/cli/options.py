@@ -231,7 +231,7 @@ OPTIONS = (
     Option("--activation-bits", "calibrate.activation_bits", int, PLANNING,
            "Inputs of linear layers: 4 to 8, or 16."),
     Option("--rotation", "calibrate.rotation", str, PLANNING,
-           "Of weights and inputs before rounding: none or hadamard."),
+           "Of weights and inputs before rounding.", metavar="none|hadamard"),
     Option("--init", "calibrate.init", str, PLANNING,
            "Scales and codes to begin with: least_error, rtn, clip or gptq."),
     # Measuring scores

@@ -1,8 +1,8 @@
 """Number formats: weights <-> codes <-> bytes. Each file of this folder is a format; `core` has what they share.
 
 Read `core/base.py` first (what a format is), then `ternary.py` (a whole one), `core/matrix.py` (rows or blocks of
-different formats), `core/least_error.py`, `core/clip.py` and `core/gptq.py` (better scales and codes), `core/lsq.py`
-(scales that are trained), and `core/activations.py`.
+different formats), `core/rotation.py` (what may come before rounding), `core/least_error.py`, `core/clip.py` and
+`core/gptq.py` (better scales and codes), `core/lsq.py` (scales that are trained), and `core/activations.py`.
 """
 
 from edgerazor.formats.core.activations import (

@@ -133,7 +133,7 @@ def signs_name(columns: int | str) -> str:
 
 def signs_specs(columns: Iterable[int | str]) -> dict[str, TensorSpec]:
     """Name -> dtype and shape of the signs of these rotations."""
-    return {signs_name(each): ("U8", (formats.sign_bytes(int(each)),)) for each in columns}
+    return {signs_name(number): ("U8", (formats.sign_bytes(int(number)),)) for number in columns}
 
 
 def in_columns_order(columns: Iterable[str]) -> list[str]:

@@ -80,7 +80,7 @@ def compare(folder: Path, against: Path, console: Console, verify: bool = False)
     others = _others(first, second)
     only_a, only_b = sorted(a.matrices.keys() - shared), sorted(b.matrices.keys() - shared)
     settings, tied = _unequal(a.settings, b.settings), _unequal(a.tied, b.tied)
-    rotations = _unequal(*({columns: _rotation(each, columns) for columns in each.rotations} for each in (a, b)))
+    rotations = _unequal(*({columns: _rotation(header, columns) for columns in header.rotations} for header in (a, b)))
     return Differences(
         folder=str(folder),
         against=str(against),

@@ -76,7 +76,8 @@ def show(result: PackedSummary) -> list[RenderableType]:
     lines: list[RenderableType] = [table(f"Packed model, {how}{result.folder}", columns, rows, caption)]
     lines += [plain(f"{key}: {value}", 2000) for key, value in {**result.settings, **result.provenance}.items()]
     if result.rotations:
-        blocks = ", ".join(f"{columns} columns in blocks of {block}" for columns, block in result.rotations.items())
+        ascending = sorted(result.rotations.items(), key=lambda rotation: int(rotation[0]))
+        blocks = ", ".join(f"{columns} columns in blocks of {block}" for columns, block in ascending)
         lines.append(f"rotated by a signed Hadamard matrix: {blocks}")
     if result.verified:
         lines.append("verified: every checksum, code and digest")

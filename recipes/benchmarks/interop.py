@@ -274,7 +274,7 @@ def dequantized(folder: Path) -> PreTrainedModel:
     state = {name: tensor for name, tensor in opened.others().items() if name.rpartition(".")[2] not in OF_INPUTS}
     for name in opened.header.matrices:
         matrix = opened.matrix(name)
-        state[f"{name}.weight"] = formats.decode_matrix(matrix.encoded, matrix.spec)
+        state[f"{name}.weight"] = matrix.spec.rotate_back(formats.decode_matrix(matrix.encoded, matrix.spec))
     state |= {f"{name}.weight": state[f"{other}.weight"] for name, other in opened.header.tied.items()}
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(state)

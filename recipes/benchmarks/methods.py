@@ -466,7 +466,7 @@ def round_tables(folder: Path, tables: Sequence[Any]) -> None:
     for matrix in tables:
         module = model.get_submodule(matrix.name)
         spec = matrix.spec()
-        module.weight.data.copy_(formats.decode_matrix(formats.encode_matrix(module.weight.data, spec), spec))
+        module.weight.data.copy_(formats.rounded_weight(module.weight.data, spec))
     with models.quiet_transformers():
         model.save_pretrained(folder)
 

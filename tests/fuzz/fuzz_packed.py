@@ -3,12 +3,12 @@
     make fuzz                              100,000 damaged folders (N=...), or as many as FUZZ_SECONDS=... allow
     PYTHONPATH=tests python tests/fuzz/fuzz_packed.py --only 4711   one of them again, with a traceback
 
-Small folders of every kind (mixed rows, blocks, tails, tied matrices, shards, stored scales of inputs) lie in memory; a
-worker process changes one, writes it to a folder, and opens and verifies it there. *The law*: `PackedModel.open`,
-`verify` and `input_scales` either succeed with exactly what was written, or raise a `UserError` of one sentence with
-exit code 1. Where the header's checksum was made again to fit the change, the header may describe another model, but
-its matrices must decode to what their recorded digests say. Nothing may crash, hang, or take 1 GB of memory: the worker
-runs under a limit, and a watcher restarts it behind whatever ended it.
+Small folders of every kind (mixed rows, blocks, tails, rotations, tied matrices, shards, scales of inputs) lie in
+memory; a worker process changes one, writes it to a folder, and opens and verifies it there. *The law*:
+`PackedModel.open`, `verify` and `input_scales` either succeed with exactly what was written, or raise a `UserError` of
+one sentence with exit code 1. Where the header's checksum was made again to fit the change, the header may describe
+another model, but its matrices must decode to what their recorded digests say. Nothing may crash, hang, or take 1 GB of
+memory: the worker runs under a limit, and a watcher restarts it behind whatever ended it.
 
 Each damaged folder follows from its number alone.
 """
@@ -50,6 +50,8 @@ def specs() -> dict[str, tuple[MatrixSpec, int, int]]:
         "blocks": (MatrixSpec(every[:3], 16, block_formats=blocks % 3), 5, 33),
         "columns": (MatrixSpec(("ternary", "int4"), 8, block_formats=columns), 4, 24),
         "rows": (MatrixSpec(("ternary", "int4"), 8, (torch.arange(17) % 8 == 0).to(torch.uint8)), 17, 22),
+        "rotated": (MatrixSpec(("int4",), 8, rotation=formats.hadamard(12)), 5, 12),
+        "turned": (MatrixSpec(("ternary", "int3"), 8, rows % 2, rotation=formats.hadamard(44)), 19, 44),
         **{name: (MatrixSpec((name,), 8), 5, 13) for name in every},
     }
 
@@ -62,9 +64,11 @@ KINDS: dict[str, tuple[tuple[str, ...], bool]] = {
     "rows": (("rows", "int4"), False),
     "blocks": (("blocks", "columns"), False),
     "sharded": (("ternary", "rows"), True),
+    "rotated": (("rotated", "turned"), False),
     "compressed": (("ternary", "int4", "int3"), False),
     "compressed mixed": (("mixed", "blocks"), False),
     "compressed shards": (("rows", "columns"), True),
+    "compressed rotated": (("rotated", "turned"), True),
 }
 
 
@@ -322,7 +326,7 @@ def checksum_rows(header: packed.Header) -> list[str]:
     rows = []
     for name, entry in header.matrices.items():
         rows += ["", *(header.tensor_name(name, part) for part in entry.sha256)]
-    return [*rows, *header.others]
+    return [*rows, *header.others, *(f"{packed.SIGNS}{columns}" for columns in sorted(header.rotations, key=int))]
 
 
 def checksum_place(folder: Folder) -> tuple[str, int, int]:

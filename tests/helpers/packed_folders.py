@@ -40,7 +40,7 @@ def write_packed(folder: Path, model: Path, choose: Choose, dtype: torch.dtype =
     matrices = []
     for target in structure.targets:
         spec = choose(target.name, target.rows, target.columns)
-        encoded = formats.encode_matrix(state[f"{target.name}.weight"], spec)
+        encoded = formats.encode_matrix(spec.rotate(state[f"{target.name}.weight"]), spec)
         matrices.append(PackedMatrix(target.name, target.kind, encoded, spec))
     others = {key: value.to(dtype) for key, value in state.items() if key.removesuffix(".weight") not in names}
     others["model.layers.0.mlp.down_proj.input_scale"] = torch.tensor(0.5)  # ours alone
@@ -67,7 +67,8 @@ def decoded_model(model: Path, opened: PackedModel) -> PreTrainedModel:
     with torch.no_grad():
         for name in opened.header.matrices:
             matrix = opened.matrix(name)
-            floating.get_submodule(name).weight.copy_(formats.decode_matrix(matrix.encoded, matrix.spec))
+            decoded = formats.decode_matrix(matrix.encoded, matrix.spec)
+            floating.get_submodule(name).weight.copy_(matrix.spec.rotate_back(decoded))
         state = floating.state_dict()
         for name, tensor in opened.others().items():
             if name in state:

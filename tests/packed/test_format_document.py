@@ -213,6 +213,23 @@ def digest(codes: Rows, scales: Rows, chosen: Rows, group: int) -> str:
     return sha.hexdigest()
 
 
+def rotate(x: list[float], signs: bytes, b: int) -> list[float]:
+    """`x R` as the text says it; every operation is rounded to float32."""
+
+    def rounded(value: float) -> float:
+        return float(struct.unpack("<f", struct.pack("<f", value))[0])
+
+    x = [-value if signs[j // 8] >> j % 8 & 1 else value for j, value in enumerate(x)]
+    for start in range(0, len(x), b):
+        h = 1
+        while h < b:
+            for i in (i for i in range(b) if not i & h):
+                one, other = x[start + i], x[start + i + h]
+                x[start + i], x[start + i + h] = rounded(one + other), rounded(one - other)
+            h *= 2
+    return [rounded(rounded(1 / math.sqrt(b)) * value) for value in x]
+
+
 # The example ------------------------------------------------------------------------------------------------------
 
 
@@ -324,6 +341,27 @@ def test_a_reader_made_from_the_text_reads_all_formats(
         for _ in entry["parts"]:
             next(sums)
     assert math.prod(encoded["sparse"].codes.shape) > 0
+
+
+@pytest.mark.parametrize("columns", [12, 96, 576])
+def test_a_reader_made_from_the_text_rotates_to_the_bit(columns: int, tmp_path: Path) -> None:
+    rotation = formats.hadamard(columns)
+    assert rotation is not None
+    spec, w = MatrixSpec(("int4",), 16, rotation=rotation), torch.randn(2, columns)
+    encoded = formats.encode_matrix(rotation.rotate(w), spec)
+    source = MatrixSource("proj", "linear", spec, (2, columns), lambda: encoded)
+    packed.write(tmp_path, [source], {}, tied={}, settings={}, provenance={})
+    tensors, metadata = read_file((tmp_path / "model.safetensors").read_bytes())
+    header = json.loads(metadata["edgerazor"])
+    signs = tensors[f"edgerazor.signs.{columns}"]
+    digests = (hashlib.sha256(f"edgerazor signs {columns} {number}".encode()).digest() for number in range(3))
+    stream = b"".join(digests)[: len(signs)]
+    assert signs[:-1] == stream[:-1]
+    assert signs[-1] == stream[-1] & (1 << (columns - 1) % 8 + 1) - 1
+    assert (header["version"], header["rotations"]) == (3, {str(columns): columns & -columns})
+    assert tensors["edgerazor.sha256"][-32:] == hashlib.sha256(signs).digest()
+    x = torch.randn(columns)
+    assert rotate(x.tolist(), signs, columns & -columns) == rotation.rotate(x).tolist()
 
 
 def test_the_document_names_every_field_and_format() -> None:

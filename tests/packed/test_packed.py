@@ -537,7 +537,8 @@ def put_checksum(folder: Path, of: str, value: bytes) -> None:
     header, rows = PackedModel.open(folder).header, []
     for name, entry in header.matrices.items():
         rows += [f"{name}:digest", *(header.tensor_name(name, part) for part in entry.sha256)]
-    row = [*rows, *header.others].index(of)
+    signs = [f"{packed.SIGNS}{columns}" for columns in sorted(header.rotations, key=int)]
+    row = [*rows, *header.others, *signs].index(of)
     path = folder / "model.safetensors"
     content = bytearray(path.read_bytes())
     length = struct.unpack("<Q", content[:8])[0]
@@ -631,3 +632,129 @@ def test_codes_out_of_range_are_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="range of ternary"):
         write(tmp_path, matrices=[PackedMatrix("m", "linear", wrong, spec)], tied={})
     assert not list(tmp_path.iterdir())
+
+
+# Rotation ---------------------------------------------------------------------------------------------------------
+
+
+def rotated_matrices() -> list[PackedMatrix]:
+    """Two widths in blocks of 4, and an odd one that is not rotated."""
+
+    def turned(columns: int, group_size: int = 16) -> MatrixSpec:
+        return MatrixSpec(("int4",), group_size, rotation=formats.hadamard(columns))
+
+    return [
+        matrix("model.embed_tokens", "embedding", turned(20), 11, 20),
+        matrix("layers.0.up", "linear", turned(20), 5, 20),
+        matrix("layers.0.down", "linear", turned(132), 5, 132),
+        matrix("layers.0.odd", "linear", MatrixSpec(("int4",), 16), 5, 13),
+    ]
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("shard_bytes", [10**9, 200])
+def test_rotations_are_written_and_read(tmp_path: Path, compress: bool, shard_bytes: int) -> None:
+    header = write(tmp_path / "a", matrices=rotated_matrices(), shard_bytes=shard_bytes, compress=compress)
+    model = PackedModel.open(tmp_path / "a")
+    model.verify()
+    assert model.header == header
+    assert (header.version, header.rotations) == (3, {"20": 4, "132": 4})
+    assert not {name for name in model.others() if "signs" in name}
+    for each in rotated_matrices():
+        read = model.matrix(each.name)
+        assert same(read.encoded.codes, each.encoded.codes)
+        for spec in (read.spec, model.spec(each.name)):
+            assert each.spec.rotation.equals(spec.rotation) if each.spec.rotation else spec.rotation is None
+    (tmp_path / "b").mkdir()
+    again = packed.rewrite(model, tmp_path / "b", compress=not compress)
+    assert (again.rotations, again.signs) == (header.rotations, header.signs)
+    PackedModel.open(tmp_path / "b").verify()
+
+
+def test_rotated_models_are_predicted_to_the_byte(tmp_path: Path) -> None:
+    write(tmp_path, matrices=rotated_matrices())
+    matrices = [(m.name, m.kind, m.spec, tuple(m.encoded.codes.shape)) for m in rotated_matrices()]
+    others = {name: packed.tensor_spec(name, tensor) for name, tensor in some_others().items()}
+    tied = {"lm_head": "model.embed_tokens"}
+    size = packed.predict(matrices, others, tied=tied, settings=SETTINGS, provenance=PROVENANCE)  # type: ignore[arg-type]
+    table = packed.size_table(PackedModel.open(tmp_path))
+    assert (size.bytes, size.weights) == (table.bytes, table.parameters)
+    assert size.bytes == (tmp_path / "model.safetensors").stat().st_size
+
+
+def test_matrices_of_one_width_have_one_rotation(tmp_path: Path) -> None:
+    signs = -formats.hadamard(20).signs  # type: ignore[union-attr]
+    for rotation in (None, formats.Rotation(2, -signs), formats.Rotation(4, signs)):
+        spec = MatrixSpec(("int4",), 16, rotation=rotation)
+        other = matrix("layers.0.other", "linear", spec, 3, 20)
+        with pytest.raises(ValueError, match="matrices of 20 columns do not have the same rotation"):
+            write(tmp_path, matrices=[*rotated_matrices(), other])
+    wrong = matrix("layers.0.wrong", "linear", MatrixSpec(("int4",), 16, rotation=formats.hadamard(20)), 3, 24)
+    with pytest.raises(ValueError, match="24 columns has a rotation of 20"):
+        write(tmp_path, matrices=[wrong])
+
+
+def version_2(header: Any) -> Any:
+    """What a program for version 2 would be given."""
+    header["version"] = 2
+    return header
+
+
+ROTATION_LIES: dict[str, Callable[[Any], Any]] = {
+    "it has rotations, which version 2 does not know": version_2,
+    "a block of a rotation must be a power of two from 2 to 512, not 3": put("rotations", "20", 3),
+    "a block of a rotation must be a power of two from 2 to 512, not 1024": put("rotations", "132", 1024),
+    "a block of a rotation must be a power of two from 2 to 512, not -4": put("rotations", "20", -4),
+    "20 columns are no multiple of the block 8 of their rotation": put("rotations", "20", 8),
+    "wrong at rotations.20": put("rotations", "20", "4"),
+    "wrong at rotations": put("rotations", [20, 4]),
+    "the tensor edgerazor.signs.13 is missing": put("rotations", "13", 1),
+    "020 is no number of columns": put("rotations", {"020": 4, "132": 4}),
+    "the tensor edgerazor.signs.20 does not belong to it|U8": put("rotations", {"132": 4}),
+    r"edgerazor.sha256: it should be U8 \[\d+, 32\]": put("rotations", {}),
+}
+
+
+@pytest.mark.parametrize("reason", ROTATION_LIES)
+def test_a_rotation_that_lies_is_refused(tmp_path: Path, reason: str) -> None:
+    write(tmp_path, matrices=rotated_matrices())
+    rewrite(tmp_path / "model.safetensors", lambda entries: None, ROTATION_LIES[reason])
+    refused(tmp_path, reason)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda entry: entry.update(shape=[2]), r"signs.20: it should be U8 \[3\], but is U8 \[2\]"),
+        (lambda entry: entry.update(dtype="I8"), r"signs.20: it should be U8 \[3\], but is I8 \[3\]"),
+    ],
+)
+def test_signs_of_another_shape_are_refused(tmp_path: Path, change: Callable[[Any], None], reason: str) -> None:
+    write(tmp_path, matrices=rotated_matrices(), others={})
+
+    def damage(entries: dict[str, Any]) -> None:
+        entry = entries["edgerazor.signs.20"]
+        change(entry)
+        begin, end = entry["data_offsets"]
+        if entry["shape"] == [2]:  # the byte that is left over must belong to something
+            entry["data_offsets"] = [begin, end - 1]
+            entries["edgerazor.signs.rest"] = {"dtype": "U8", "shape": [1], "data_offsets": [end - 1, end]}
+
+    rewrite(tmp_path / "model.safetensors", damage, lambda header: header)
+    refused(tmp_path, f"{reason}|signs.rest does not belong to it")
+
+
+def test_damaged_signs_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, matrices=rotated_matrices())
+    path, name = tmp_path / "model.safetensors", "edgerazor.signs.20"
+    content = bytearray(path.read_bytes())
+    length = struct.unpack("<Q", content[:8])[0]
+    begin, end = (8 + length + each for each in json.loads(content[8 : 8 + length])[name]["data_offsets"])
+    content[begin] ^= 1
+    path.write_bytes(content)
+    refused(tmp_path, f"{name}: its bytes do not have the recorded checksum")
+    content[begin] ^= 1
+    content[end - 1] |= 0x80  # behind the last of 20 columns
+    path.write_bytes(content)
+    put_checksum(tmp_path, name, hashlib.sha256(content[begin:end]).digest())
+    refused(tmp_path, f"{name}: a bit behind the last sign is not 0")

@@ -35,7 +35,7 @@ from torch.autograd.function import once_differentiable
 #: Largest block: 32 registers of 16 numbers.
 LARGEST_BLOCK = 512
 #: Numbers that are transformed at a time, few enough to stay in a core's cache through all strides.
-_CHUNK = 1 << 16
+_CHUNK = 1 << 18
 
 #: x [..., columns], its rotation, and whether it is rotated back -> float32 [..., columns], or None where it cannot.
 Product = Callable[[Tensor, "Rotation", bool], Tensor | None]
@@ -151,7 +151,7 @@ def hadamard_transform(x: Tensor, block: int) -> Tensor:
         sums = torch.empty_like(values)
         stride = 1
         while stride < block:
-            pairs, results = (each.view(block // (2 * stride), 2, -1) for each in (values, sums))
+            pairs, results = (buffer.view(block // (2 * stride), 2, -1) for buffer in (values, sums))
             torch.add(pairs[:, 0], pairs[:, 1], out=results[:, 0])
             torch.sub(pairs[:, 0], pairs[:, 1], out=results[:, 1])
             values, sums, stride = sums, values, 2 * stride
