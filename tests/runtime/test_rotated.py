@@ -13,7 +13,7 @@ from edgerazor import formats, kernels, packed, runtime
 from edgerazor.formats import MatrixSpec
 from edgerazor.kernels import native
 from helpers.packed_folders import SETTINGS, suitable_model, write_packed
-from helpers.tiny_models import VOCABULARY, ModelMaker
+from helpers.tiny_models import VOCABULARY, ModelMaker, mostly_slow
 
 #: Models are loaded: `make test-fast` leaves this file out.
 pytestmark = [
@@ -64,8 +64,8 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("bits", [EXACT, EIGHT, FOUR], ids=["16", "8", "kv4"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("bits", [EXACT, EIGHT, pytest.param(FOUR, marks=pytest.mark.slow)], ids=["16", "8", "kv4"])
+@pytest.mark.parametrize("name", mostly_slow(MODELS, "tied", "biases"))
 def test_both_engines_compute_the_same(write: Any, name: str, bits: tuple[int, int]) -> None:
     folder = write(name, bits)
     ours, theirs = (runtime.load(folder, threads=2, engine=engine) for engine in runtime.ENGINES)
