@@ -49,6 +49,7 @@ from edgerazor.formats.core.rotation import (
     pack_signs,
     sign_bytes,
     unpack_signs,
+    use_rotation_product,
 )
 from edgerazor.formats.core.serialization import deserialize_part, serialize_parts, stored_row_blocks
 from edgerazor.formats.core.static import (
@@ -132,6 +133,7 @@ __all__ = [
     "unpack_matrix",
     "unpack_signs",
     "unpack_spec",
+    "use_rotation_product",
     "use_scale_search",
     "whole_zero_point",
 ]

@@ -12,8 +12,8 @@ Native kernels compute with matrices in their stored layout (`StoredMatrix`), on
 or, with 16-bit activations, the numbers of `reference` up to the rounding of float32 sums. What they do not support
 (formats of blocks, other devices) is computed by `reference`.
 
-Importing this package also lets `formats` find scales of least squared error with the library, which gives the same
-bits. `README.md` beside this file explains how the native library works.
+Importing this package also lets `formats` find scales of least squared error and rotate with the library, which gives
+the same bits. `README.md` beside this file explains how the native library works.
 """
 
 from __future__ import annotations
@@ -26,7 +26,15 @@ import torch
 from torch import Tensor
 
 from edgerazor import registry
-from edgerazor.formats import Encoded, Format, MatrixSpec, decode_matrix, use_scale_search
+from edgerazor.formats import (
+    Encoded,
+    Format,
+    MatrixSpec,
+    Rotation,
+    decode_matrix,
+    use_rotation_product,
+    use_scale_search,
+)
 from edgerazor.kernels import native, reference
 from edgerazor.kernels.reference import UNQUANTIZED, decoded_linear
 
@@ -59,6 +67,8 @@ EXPANDED = ("avx2", "avx2vnni")
 _MULTIPLICATIONS_PER_THREAD = 1 << 21
 #: Weights that each thread should have in a search for scales.
 _WEIGHTS_PER_THREAD = 1 << 15
+#: Numbers that each thread should have to rotate.
+_ROTATED_PER_THREAD = 1 << 18
 
 
 class _Implementation(NamedTuple):
@@ -151,6 +161,17 @@ def _least_error(number_format: Format, groups: Tensor, codes: Tensor | None) ->
 
 
 use_scale_search(_least_error)
+
+
+def _rotated(x: Tensor, rotation: Rotation, back: bool) -> Tensor | None:
+    """x rotated, or rotated back, by the native library; None where it is not in use."""
+    if x.device.type != "cpu" or not is_native():
+        return None
+    threads = max(1, min(torch.get_num_threads(), x.numel() // _ROTATED_PER_THREAD))
+    return native.rotate(x, rotation, back, native.isas().index(name()), threads)
+
+
+use_rotation_product(_rotated)
 
 
 def _for_encoded() -> _Implementation:

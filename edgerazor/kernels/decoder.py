@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from edgerazor.errors import MOST_THREADS
-from edgerazor.formats import SMALLEST
+from edgerazor.formats import SMALLEST, Rotation
 from edgerazor.kernels import native
 from edgerazor.kernels.memory import physical_memory
 from edgerazor.kernels.native import LARGEST, NotFiniteError
@@ -63,12 +63,14 @@ class Linear:
         bias: float32 [rows].
         activation_group: features of x that share a scale.
         scale: static scale of all of x; None computes one for each group of each token.
+        rotation: of the columns of W; x is rotated likewise before it is rounded. None: there is none.
     """
 
     matrix: native.Matrix
     bias: Tensor | None = None
     activation_group: int = 256
     scale: float | None = None
+    rotation: Rotation | None = None
 
     @property
     def row_layout(self) -> native.RowLayout:
@@ -183,6 +185,8 @@ class Network:
         shapes |= {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
         for name, shape in shapes.items():
             _check_linear(name, getattr(layer, name), shape)
+        for name, *others in (("q", "k", "v"), ("gate", "up")):
+            _check_common_rotation(name, getattr(layer, name), [getattr(layer, other) for other in others])
         for name in ("before_attention", "after_attention", "before_mlp", "after_mlp"):
             _check_norm(name, getattr(layer, name), hidden)
         _check_norm("q_norm", layer.q_norm, query if self.norm_all_heads else self.head_dim)
@@ -239,9 +243,18 @@ def _check_linear(name: str, linear: Linear, shape: tuple[int, int]) -> None:
         raise ValueError(f"{name} must be {list(shape)}, not {[matrix.out, matrix.columns]}")
     if linear.scale is not None and not 0 < linear.scale < float("inf"):
         raise ValueError(f"{name} has the scale {linear.scale}")
+    if linear.rotation is not None and linear.rotation.columns != matrix.columns:
+        raise ValueError(f"{name} has {matrix.columns} columns, but its rotation {linear.rotation.columns}")
     for part in matrix.parts:
         part.check(linear.row_layout, matrix.out)
     _check_vector(f"bias of {name}", linear.bias, shape[0])
+
+
+def _check_common_rotation(name: str, linear: Linear, others: Sequence[Linear]) -> None:
+    """ValueError unless layers that share an input rotate it alike."""
+    rotation = linear.rotation
+    if not all(rotation.equals(other.rotation) if rotation else other.rotation is None for other in others):
+        raise ValueError(f"{name} and the layers that share its input do not have the same rotation")
 
 
 def _check_norm(name: str, norm: Norm | None, features: int) -> None:
@@ -271,6 +284,8 @@ class _Matrix(Structure):
         ("rows", c_int32),
         ("bias", c_void_p),
         ("scale", c_float),
+        ("block", c_int32),
+        ("signs", c_void_p),
     )
 
 
@@ -341,10 +356,15 @@ def _loaded() -> ctypes.CDLL:
 
 
 class _Structures:
-    """The structures of a network. What they point to lives as long as this object and the network."""
+    """The structures of a network. What they point to lives as long as this object and the network.
+
+    Attributes:
+        signs: of rotations, to which the library keeps pointers, as to weights.
+    """
 
     def __init__(self, network: Network) -> None:
         self._arrays: list[ctypes.Array] = []
+        self.signs: list[Tensor] = []
         layers = [
             _Layer(
                 *(self._matrix(getattr(layer, name)) for name in _LINEARS),
@@ -369,7 +389,11 @@ class _Structures:
         parts = (native.FormatRowsStructure * len(matrix.parts))(*(part.structure() for part in matrix.parts))
         self._arrays.append(parts)
         scale = 0.0 if linear.scale is None else max(linear.scale, SMALLEST)
-        return _Matrix(linear.row_layout.handle, parts, len(parts), matrix.out, _pointer(linear.bias), scale)
+        values = (linear.row_layout.handle, parts, len(parts), matrix.out, _pointer(linear.bias), scale)
+        if linear.rotation is None:
+            return _Matrix(*values, 0, None)
+        self.signs.append(linear.rotation.signs_on(torch.device("cpu")))
+        return _Matrix(*values, linear.rotation.block, _pointer(self.signs[-1]))
 
     @staticmethod
     def _norm(norm: Norm | None) -> _Norm:
@@ -418,8 +442,8 @@ class Decoder:
         if not handle:
             raise MemoryError(f"there is not enough memory, or are not enough threads, for a decoder with {threads}")
         self._handle = c_void_p(handle)
-        # The finalizer holds the network, so that the weights stay until the library has freed the decoder.
-        weakref.finalize(self, _free, self._handle, network, self.process)
+        # The finalizer holds what the library points to until the library has freed the decoder.
+        weakref.finalize(self, _free, self._handle, (network, structures.signs), self.process)
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -620,7 +644,7 @@ class Decoder:
             raise ValueError("two spans write to the same KV slot")
 
 
-def _free(handle: c_void_p, network: Network, process: int) -> None:
+def _free(handle: c_void_p, kept: tuple[Network, list[Tensor]], process: int) -> None:
     if os.getpid() == process:  # a child process does not have the threads, and would wait for them forever
         _loaded().edgerazor_decoder_free(handle)
 

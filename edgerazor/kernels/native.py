@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from edgerazor.errors import plain
-from edgerazor.formats import SCALES, SMALLEST, Format, MatrixSpec, absmax_units
+from edgerazor.formats import SCALES, SMALLEST, Format, MatrixSpec, Rotation, absmax_units
 
 #: Rows of a row block, and row blocks of the largest tile of a GEMM.
 ROWS, TILE = 16, 4
@@ -74,6 +74,7 @@ _SIGNATURES = {
     "edgerazor_segments": (c_int64, [c_void_p]),
     "edgerazor_block_bytes": (c_int64, [c_void_p, c_int32]),
     "edgerazor_quantize": (c_int64, [c_void_p, c_int, c_void_p, c_int64, c_int32, c_float, *[c_void_p] * 3]),
+    "edgerazor_rotate": (None, [c_int, c_void_p, c_int64, c_int32, c_int32, c_void_p, c_int32, c_void_p]),
     "edgerazor_linear": (
         None,
         [c_void_p, c_int, POINTER(FormatRowsStructure), c_int64, *[c_void_p] * 5, c_int64, c_int64, c_int64],
@@ -304,6 +305,39 @@ def quantize(
     if bad_token >= 0:
         raise NotFiniteError("an activation is not finite")
     return QuantizedActivations(codes, scales, sums)
+
+
+def rotate(x: Tensor, rotation: Rotation, back: bool = False, isa: int = -1, threads: int = 1) -> Tensor:
+    """`x R`, or `x Rᵀ` where `back`, on the CPU: the bits of `rotation.rotate` and `rotation.rotate_back`.
+
+    Args:
+        x: floating [..., columns].
+        rotation: of so many columns.
+        back: whether x is rotated back.
+        isa: number of the instruction set.
+        threads: among which rows are shared out.
+
+    Returns:
+        float32 [..., columns], without gradient.
+
+    Raises:
+        ValueError: x has another number of columns.
+    """
+    columns = rotation.columns
+    if x.shape[-1] != columns:
+        raise ValueError(f"the rotation has {columns} columns, but there are {x.shape[-1]}")
+    x = x.detach().float().contiguous()
+    signs, rotated = rotation.signs_on(x.device), torch.empty_like(x)
+
+    def rotate_rows(first: int, last: int) -> None:
+        source, target = (tensor.data_ptr() + first * columns * 4 for tensor in (x, rotated))
+        loaded().edgerazor_rotate(
+            isa % len(isas()), source, last - first, columns, rotation.block, signs.data_ptr(), back, target
+        )
+
+    shares = _shares(x.numel() // columns, threads)
+    _share_out([functools.partial(rotate_rows, *share) for share in shares], threads)
+    return rotated
 
 
 def linear(

@@ -73,8 +73,6 @@ def _check_settings(packed: PackedModel) -> None:
         raise NotNativeError("there is no native code for tokens with bits of their own")
     if has_zero_points(packed.header.others):
         raise NotNativeError("there is no native code for activations with zero points")
-    if packed.header.rotations:
-        raise NotNativeError("there is no native code for rotated matrices")
     for name in packed.header.matrices:
         if problem := packed.spec(name).native_problem():
             raise NotNativeError(f"there is no native code for {problem}, as in {name}")
@@ -200,7 +198,8 @@ class _NetworkBuilder:
         settings = self.packed.header.settings
         scale = None if settings["activation_bits"] == 16 else self.input_scales.get(f"{name}.{INPUT_SCALE}")
         bias = self.vector(f"{name}.bias", shape[0]) if has_bias else None
-        return Linear(matrix, bias, settings["group_size"], scale)  # type: ignore[arg-type]
+        rotation = self.packed.rotation(shape[1])
+        return Linear(matrix, bias, settings["group_size"], scale, rotation)  # type: ignore[arg-type]
 
     def norm(self, name: str, features: int) -> Norm:
         """A norm of so many features."""

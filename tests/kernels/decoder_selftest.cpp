@@ -30,6 +30,7 @@ struct Config {
     int hidden_size, heads, kv_heads, head_dim, intermediate_size, vocab_size, layers, group, bits, activation_bits;
     int kv_bits;
     int rope_dim, sliding_window, norm_all_heads, post_norms, norm;
+    int block; // of the rotation of matrices whose columns it divides; 0: none
 };
 
 // The weights of one matrix. Of more than 20 rows, a third is ternary, and the others have `bits`.
@@ -39,10 +40,12 @@ struct Weights {
     std::vector<std::vector<uint16_t>> scales;
     std::vector<std::vector<int32_t>> places;
     std::vector<edgerazor_format_rows> parts;
-    std::vector<float> bias;
-    int rows;
+    std::vector<float> bias, signs;
+    int rows, block;
 
-    Weights(int rows, int columns, int bits, const Config& c, bool with_bias) : rows(rows) {
+    Weights(int rows, int columns, int bits, const Config& c, bool with_bias)
+        : rows(rows), block(c.block > 0 && columns % c.block == 0 ? c.block : 0) {
+        for (int column = 0; column < columns; column++) signs.push_back(column % 3 == 0 ? -1.0f : 1.0f);
         layout = edgerazor_row_layout_new(columns, c.group, c.group);
         places.resize(2);
         for (int row = 0; row < rows; row++) places[rows > 20 && row % 3 == 0].push_back(row);
@@ -66,7 +69,8 @@ struct Weights {
     }
 
     edgerazor_matrix matrix() const {
-        return {layout, parts.data(), (int32_t)parts.size(), rows, bias.empty() ? nullptr : bias.data(), 0};
+        return {layout, parts.data(), (int32_t)parts.size(), rows, bias.empty() ? nullptr : bias.data(), 0, block,
+                signs.data()};
     }
 };
 
@@ -276,13 +280,15 @@ void check_scarce_threads() {
 int main() {
     check_scarce_threads();
     // hidden size, heads, KV heads, head_dim, intermediate size, vocabulary, layers, group, bits, activation bits, KV
-    // bits, rope_dim, sliding window, norm of all heads, norms after attention and MLP instead of before, kind of norm
+    // bits, rope_dim, sliding window, norm of all heads, norms after attention and MLP instead of before, kind of norm,
+    // block of the rotation
     const Config configs[] = {
-        {64, 4, 2, 16, 96, 300, 2, 32, 4, 8, 8, 16, 0, 0, 0, EDGERAZOR_RMS_NORM},
-        {64, 4, 2, 16, 96, 300, 2, 32, 4, 16, 16, 16, 0, 0, 0, EDGERAZOR_RMS_NORM},
-        {96, 3, 1, 20, 100, 77, 3, 64, 2, 16, 16, 8, 40, 1, 1, EDGERAZOR_RMS_NORM},
-        {40, 5, 5, 7, 33, 50, 2, 33, 3, 8, 4, 6, 100, 0, 0, EDGERAZOR_LAYER_NORM},
-        {128, 2, 1, 64, 256, 1000, 1, 128, 0, 16, 8, 64, 17, 0, 0, EDGERAZOR_RMS_NORM},
+        {64, 4, 2, 16, 96, 300, 2, 32, 4, 8, 8, 16, 0, 0, 0, EDGERAZOR_RMS_NORM, 0},
+        {64, 4, 2, 16, 96, 300, 2, 32, 4, 8, 8, 16, 0, 0, 0, EDGERAZOR_RMS_NORM, 32},
+        {64, 4, 2, 16, 96, 300, 2, 32, 4, 16, 16, 16, 0, 0, 0, EDGERAZOR_RMS_NORM, 64},
+        {96, 3, 1, 20, 100, 77, 3, 64, 2, 16, 16, 8, 40, 1, 1, EDGERAZOR_RMS_NORM, 0},
+        {40, 5, 5, 7, 33, 50, 2, 33, 3, 8, 4, 6, 100, 0, 0, EDGERAZOR_LAYER_NORM, 8},
+        {128, 2, 1, 64, 256, 1000, 1, 128, 0, 16, 8, 64, 17, 0, 0, EDGERAZOR_RMS_NORM, 128},
     };
     for (const Config& config : configs) check(config);
     for (int isa = 0; isa < edgerazor_isa_count(); isa++) printf("%s ", edgerazor_isa_name(isa));

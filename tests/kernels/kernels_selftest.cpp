@@ -320,6 +320,43 @@ void check_vectors(int count) {
     }
 }
 
+// The rotation, and back, of rows of `columns` numbers, against the letter of section "Rotation" of packed/FORMAT.md.
+void check_rotation(int columns, int block) {
+    const int rows = 3;
+    auto x = memory<float>(rows * columns), out = memory<float>(rows * columns), signs = memory<float>(columns);
+    for (int i = 0; i < rows * columns; i++)
+        x[i] = draw() % 8 == 0 ? 0 : (float)(int32_t)draw() * ldexpf(1, -(int)(draw() % 60));
+    for (int i = 0; i < columns; i++) signs[i] = draw() % 2 ? 1.0f : -1.0f;
+    const float factor = (float)(1 / sqrt((double)block));
+    for (int back = 0; back < 2; back++) {
+        std::vector<float> expected(x.get(), x.get() + rows * columns);
+        for (int row = 0; row < rows; row++) {
+            float* values = expected.data() + row * columns;
+            for (int i = 0; i < columns && !back; i++) values[i] = signs[i] * values[i];
+            for (int stride = 1; stride < block; stride *= 2)
+                for (int i = 0; i < columns; i++) {
+                    if (i & stride) continue;
+                    const float first = values[i], second = values[i + stride];
+                    values[i] = first + second;
+                    values[i + stride] = first - second;
+                }
+            for (int i = 0; i < columns; i++) values[i] = factor * values[i];
+            for (int i = 0; i < columns && back; i++) values[i] = signs[i] * values[i];
+        }
+        for (int isa = 0; isa < edgerazor_isa_count(); isa++)
+            for (int in_place = 0; in_place < 2; in_place++) {
+                if (in_place) memcpy(out.get(), x.get(), sizeof(float) * rows * columns);
+                const float* from = in_place ? out.get() : x.get();
+                edgerazor_rotate(isa, from, rows, columns, block, signs.get(), back, out.get());
+                checks++;
+                if (memcmp(out.get(), expected.data(), sizeof(float) * rows * columns) == 0) continue;
+                wrong++;
+                printf("%s: rotation of %d columns in blocks of %d, back %d, in place %d\n", edgerazor_isa_name(isa),
+                       columns, block, back, in_place);
+            }
+    }
+}
+
 double nearest_half(float x) {
     if (x <= 0) return 0;
     const double bounded = x < 65504.0f ? x : 65504.0f;
@@ -427,6 +464,8 @@ int main() {
         for (int c : columns)
             for (int g : groups) check_any_bytes(c, g, bits, min_level_x2[bits]);
     for (int count : {1, 7, 16, 33, 128, 1000}) check_vectors(count);
+    for (int block = 2; block <= 512; block *= 2)
+        for (int blocks : {1, 2, 3, 9}) check_rotation(blocks * block, block);
     for (int size : {1, 3, 16, 31, 33, 127, 256, 257, 960, 5000}) check_scales(size);
     for (int bits : {4, 8, 16})
         for (int head_dim : {1, 5, 31, 64, 80, 128}) {

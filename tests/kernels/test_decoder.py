@@ -30,21 +30,21 @@ def matrix(rows: int, columns: int, seed: int, name: str = "int4") -> native.Mat
     return native.Matrix(formats.pack_matrix(formats.encode_matrix(weights, spec), spec), spec, (rows, columns))
 
 
-def linear(rows: int, columns: int, seed: int, bias: bool = False) -> Linear:
+def linear(rows: int, columns: int, seed: int, bias: bool = False, rotated: bool = False) -> Linear:
     vector = torch.randn(rows, generator=torch.Generator().manual_seed(seed)) if bias else None
-    return Linear(matrix(rows, columns, seed), vector, GROUP)
+    return Linear(matrix(rows, columns, seed), vector, GROUP, rotation=formats.hadamard(columns) if rotated else None)
 
 
 def norm(features: int, seed: int) -> Norm:
     return Norm(RMS, 1e-6, 1 + 0.1 * torch.randn(features, generator=torch.Generator().manual_seed(seed)))
 
 
-def layer(seed: int, **changes: Any) -> Layer:
+def layer(seed: int, rotated: bool = False, **changes: Any) -> Layer:
     query, key = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
     shapes = {"q": (query, HIDDEN), "k": (key, HIDDEN), "v": (key, HIDDEN), "o": (HIDDEN, query)}
     shapes |= {"gate": (INNER, HIDDEN), "up": (INNER, HIDDEN), "down": (HIDDEN, INNER)}
     linears: dict[str, Any] = {
-        name: linear(*shape, seed + place, name == "q") for place, (name, shape) in enumerate(shapes.items())
+        name: linear(*shape, seed + place, name == "q", rotated) for place, (name, shape) in enumerate(shapes.items())
     }
     norms: dict[str, Any] = {"before_attention": norm(HIDDEN, seed + 8), "before_mlp": norm(HIDDEN, seed + 9)}
     return Layer(**{**linears, **norms, "rope_dim": 4, **changes})
@@ -79,13 +79,25 @@ def ready(made: Network | None = None, threads: int = 1, slots: int = 256) -> De
     return ours
 
 
+def rotated_network(**changes: Any) -> Network:
+    """All matrices are rotated, and rows of the embedding have a factor."""
+    values: dict[str, Any] = {
+        "embedding": linear(VOCABULARY, HIDDEN, 1, rotated=True),
+        "head": linear(VOCABULARY, HIDDEN, 2, rotated=True),
+        "layers": [layer(100, rotated=True), layer(200, rotated=True, sliding_window=9)],
+        "embedding_scale": 3.0,
+    }
+    return network(**{**values, **changes})
+
+
 EVERY = range(len(TOKENS))
 
 
-def test_any_division_into_spans_and_calls_gives_the_same_logits() -> None:
-    expected = ready().logits([Span(0, 0, 0, 0, 20)], TOKENS, EVERY)
+@pytest.mark.parametrize("make", [network, rotated_network])
+def test_any_division_into_spans_and_calls_gives_the_same_logits(make: Callable[[], Network]) -> None:
+    expected = ready(make()).logits([Span(0, 0, 0, 0, 20)], TOKENS, EVERY)
     for threads in (1, 2, 3):
-        one = ready(threads=threads)
+        one = ready(make(), threads=threads)
         parts = [one.logits([Span(0, 0, 64, start, end - start)], TOKENS[start:end], range(end - start))
                  for start, end in ((0, 1), (1, 8), (8, 20))]  # fmt: skip
         torch.testing.assert_close(torch.cat(parts), expected, rtol=0, atol=1e-5)
@@ -119,15 +131,22 @@ def test_greedy_is_a_loop_of_argmax() -> None:
         assert other.greedy(Span(0, 0, 0, 8, 1), TOKENS[8], 16, [stop, -5, 10**9]) == text[9 : first + 1]
 
 
-def test_layers_one_by_one_are_the_whole() -> None:
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("make", [network, rotated_network])
+def test_layers_one_by_one_are_the_whole(make: Callable[..., Network], bits: int) -> None:
     """With the head's product by the reference of a matrix."""
-    made = network(final_norm=None)
+    made = make(final_norm=None, activation_bits=bits)
     one = ready(made, threads=2)
     spans = [Span(0, 0, 0, 0, 20)]
+    rotation = made.head.rotation
     states = made.embedding.matrix.embedding(torch.tensor(TOKENS))
+    if rotation:
+        states = 3 * rotation.rotate_back(states)
     for index in range(len(made.layers)):
         states = one.layer(index, spans, states)
-    expected = made.head.matrix.linear(states, None, 8, GROUP)
+    states = rotation.rotate(states) if rotation else states
+    head = made.head.matrix
+    expected = head.linear(states, None, 8, GROUP) if bits == 8 else head.linear_float(states)
     torch.testing.assert_close(one.logits(spans, TOKENS, EVERY), expected, rtol=0, atol=1e-5)
 
 
@@ -177,6 +196,8 @@ def test_numbers_that_are_none_are_an_error() -> None:
         one.greedy(Span(0, 0, 0, 0, 1), 3, 5)
 
 
+ROTATIONS = [formats.hadamard(columns) for columns in (HIDDEN, HIDDEN + 8)]
+
 NETWORKS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "heads": (lambda: {"num_heads": 3}, "impossible sizes"),
     "no layers' size": (lambda: {"intermediate_size": INNER + 1}, "gate must be"),
@@ -200,6 +221,18 @@ NETWORKS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "scale": (
         lambda: {"head": dataclasses.replace(linear(VOCABULARY, HIDDEN, 1), scale=float("inf"))},
         "head has the scale inf",
+    ),
+    "rotation": (
+        lambda: {"head": dataclasses.replace(linear(VOCABULARY, HIDDEN, 1), rotation=ROTATIONS[1])},
+        "head has 40 columns, but its rotation 48",
+    ),
+    "rotation of q": (
+        lambda: {"layers": [layer(1, q=dataclasses.replace(linear(24, HIDDEN, 1), rotation=ROTATIONS[0]))]},
+        "q and the layers that share its input do not have the same rotation",
+    ),
+    "rotation of up": (
+        lambda: {"layers": [layer(1, up=dataclasses.replace(linear(INNER, HIDDEN, 1), rotation=ROTATIONS[0]))]},
+        "gate and the layers that share its input do not have the same rotation",
     ),
     "bias": (
         lambda: {

@@ -5,6 +5,7 @@
 #include "compiler.hpp"
 #include "matmul_kernels.hpp"
 #include "quantize_activations.hpp"
+#include "rotate.hpp"
 
 namespace {
 

@@ -5,6 +5,7 @@
 #include "compiler.hpp"
 #include "matmul_kernels.hpp"
 #include "quantize_activations.hpp"
+#include "rotate.hpp"
 
 namespace {
 
@@ -135,5 +136,5 @@ EDGERAZOR_INLINE void add_scaled(RowFloats& y, RowSums total, RowFloats w_scales
 #include "matmul.hpp"
 
 const edgerazor::MatmulKernels edgerazor::avx512_matmul = {
-    "avx512", quantize, linear, linear_float, expand_ternary, read,
+    "avx512", quantize, rotate, rotate_back, linear, linear_float, expand_ternary, read,
 };

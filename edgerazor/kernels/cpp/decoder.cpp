@@ -1,7 +1,7 @@
 // A transformer decoder on packed matrices. One token's way through it, with the functions that do each step:
 //
 //   token id
-//      |        embed                  dequantize_row: one row of the embedding, float32
+//      |        embed                  dequantize_row: one row of the embedding, float32; rotated back
 //      v
 //   residual [hidden_size] <-------------------------------------------------------------------------+
 //      |                                                                                             |
@@ -39,6 +39,8 @@
 //   matmul (head)                                                                            barrier
 //      v
 //   logits [vocab_size]                -> copied out, or log-probabilities, or the argmax (logit_sinks.hpp)
+//
+// Where matrices are rotated, every step that quantizes the input of a matrix rotates it before.
 //
 // All threads go through the same steps. A step with a matrix is divided by row blocks, attention by KV heads and
 // tokens, and a barrier stands where a step needs what other threads computed. In decode (one token), every thread
@@ -172,6 +174,8 @@ void edgerazor_decoder::embed(const ThreadContext& context, const int32_t* token
         const int32_t row = in_order || embedding_index.empty() ? token : embedding_index[token];
         float* residual = context.buffers->residual.get() + t * model.hidden_size;
         dequantize_row(*matrix.layout, rows, row, residual);
+        if (matrix.block > 0)
+            matmul_kernels.rotate_back(residual, model.hidden_size, matrix.block, matrix.signs, residual);
         if (model.embedding_scale != 1)
             for (int i = 0; i < model.hidden_size; i++) residual[i] *= model.embedding_scale;
     }
@@ -187,10 +191,11 @@ void edgerazor_decoder::apply_norm(const edgerazor_norm& norm, const float* x, i
     }
 }
 
-// Quantizes a token's input of a linear group in every way that its matrices need.
+// Rotates a token's input of a linear group once for all its matrices, and quantizes it in every way that they need.
 void edgerazor_decoder::quantize_token(const ThreadContext& context, const LinearGroup& group, int64_t token) {
+    float* x = context.buffers->input.get() + token * group.columns();
+    if (group.block() > 0) matmul_kernels.rotate(x, (int)group.columns(), group.block(), group.signs(), x);
     if (model.activation_bits == 16) return;
-    const float* x = context.buffers->input.get() + token * group.columns();
     for (size_t i = 0; i < group.inputs.size(); i++) {
         const RowLayout& layout = *group.inputs[i]->layout;
         const QuantizedInput& input = context.buffers->quantized_inputs[i];
@@ -202,7 +207,7 @@ void edgerazor_decoder::quantize_token(const ThreadContext& context, const Linea
     }
 }
 
-// Computes the input of a linear group by fill(token, row) for each of the thread's tokens, and quantizes it.
+// Computes the input of a linear group by fill(token, row) for each of the thread's tokens, rotates and quantizes it.
 template <class Fill>
 void edgerazor_decoder::quantize_input(const ThreadContext& context, const LinearGroup& group, const Fill& fill) {
     for (int64_t t = context.first; t < context.last; t++) {

@@ -27,6 +27,13 @@ int64_t edgerazor_quantize(const edgerazor_row_layout* handle, int isa, const fl
     return -1;
 }
 
+void edgerazor_rotate(int isa, const float* x, int64_t rows, int32_t columns, int32_t block, const float* signs,
+                      int32_t back, float* out) {
+    const MatmulKernels& kernels = matmul_kernels(isa);
+    for (int64_t at = 0; at < rows * columns; at += columns)
+        (back ? kernels.rotate_back : kernels.rotate)(x + at, columns, block, signs, out + at);
+}
+
 void edgerazor_linear(const edgerazor_row_layout* layout, int isa, const edgerazor_format_rows* rows, int64_t tokens,
                       const int8_t* codes, const float* scales, const int32_t* sums, const float* bias, float* y,
                       int64_t stride, int64_t first_block, int64_t last_block) {

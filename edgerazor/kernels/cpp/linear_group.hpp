@@ -18,9 +18,12 @@ struct PackedMatrix {
     int64_t rows;
     const float* bias;
     float scale; // static scale of the activations; 0: computed for each group
+    int block;   // of the rotation; 0: none
+    const float* signs;
 
     explicit PackedMatrix(const edgerazor_matrix& from)
-        : layout(&layout_of(from.layout)), rows(from.rows), bias(from.bias), scale(from.scale) {
+        : layout(&layout_of(from.layout)), rows(from.rows), bias(from.bias), scale(from.scale),
+          block(from.block), signs(from.signs) {
         for (int i = 0; i < from.part_count; i++) parts.push_back(format_rows_of(from.parts[i]));
     }
 
@@ -78,6 +81,8 @@ struct LinearGroup {
     LinearGroup(LinearGroup&&) = default;
 
     int64_t columns() const { return matrices[0].layout->columns; }
+    int block() const { return matrices[0].block; } // of the rotation of the input; 0: none
+    const float* signs() const { return matrices[0].signs; }
 
   private:
     static constexpr int64_t kTileBlocks = 4; // row blocks that the largest tile of a GEMM computes side by side

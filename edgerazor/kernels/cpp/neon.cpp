@@ -1,5 +1,5 @@
 #include "neon.hpp"
 
 const edgerazor::MatmulKernels edgerazor::neon_matmul = {
-    "neon", quantize, linear, linear_float, expand_ternary, read,
+    "neon", quantize, rotate, rotate_back, linear, linear_float, expand_ternary, read,
 };

@@ -5,6 +5,7 @@
 #include "compiler.hpp"
 #include "matmul_kernels.hpp"
 #include "quantize_activations.hpp"
+#include "rotate.hpp"
 
 namespace {
 
@@ -147,5 +148,5 @@ inline void add_scaled(RowFloats& y, const RowSums& total, const RowFloats& w_sc
 #include "matmul.hpp"
 
 const edgerazor::MatmulKernels edgerazor::portable_matmul = {
-    "portable", quantize, linear, linear_float, expand_ternary, read,
+    "portable", quantize, rotate, rotate_back, linear, linear_float, expand_ternary, read,
 };
