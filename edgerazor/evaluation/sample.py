@@ -13,6 +13,8 @@ from edgerazor.evaluation.eval_result import EvalResult
 from edgerazor.evaluation.evaluated_model import EvaluatedModel
 
 PROMPT_TOKENS, SAMPLE_TOKENS = 16, 48
+#: Texts that must all have collapsed: behind one odd prompt, such as the middle of a number, a sound model repeats, too.
+PROMPTS = 3
 #: Share of one token in a greedy text from which it has collapsed.
 COLLAPSED = 0.8
 
@@ -30,17 +32,19 @@ def add_sample(
         result: gets the sample; of a text that has collapsed, unlike the teacher's, a failure too.
         evaluated: the model that writes.
         teacher: the reference, or None.
-        text: held-out rows, whose beginning is the prompt; None for the token that texts begin with.
+        text: held-out rows, whose beginnings are the prompts; None for the token that texts begin with.
         gate: without it, a text that has collapsed is only noted.
     """
-    prompt = _prompt(evaluated, text)
+    prompts = _prompts(evaluated, text)
+    prompt = prompts[0]
     try:
         written = greedy(evaluated, prompt)
+        sound = not collapsed(written) or any(not collapsed(greedy(evaluated, other)) for other in prompts[1:])
     except UserError as error:  # logits that are no numbers
         result.failures.append(error.message)
         return
     result.sample = evaluated.tokenizer.decode(prompt + written, skip_special_tokens=True)
-    if not collapsed(written):
+    if sound:
         return
     token = evaluated.tokenizer.decode([max(set(written), key=written.count)])
     sentence = f"The model's greedy text has collapsed: it repeats {token!r}"
@@ -52,14 +56,15 @@ def add_sample(
         result.notes.append(f"{sentence}.")
 
 
-def _prompt(evaluated: EvaluatedModel, text: data.TokenRows | None) -> list[int]:
-    """The first tokens of the held-out text, else the token that texts begin with."""
+def _prompts(evaluated: EvaluatedModel, text: data.TokenRows | None) -> list[list[int]]:
+    """The first tokens of held-out rows, else the token that texts begin with."""
     if text is not None:
-        return next(iter(data.sample_batches(text, 1, 1)))["input_ids"][0, :PROMPT_TOKENS].tolist()
+        rows = data.sample_batches(text, PROMPTS, 1)
+        return [batch["input_ids"][0, :PROMPT_TOKENS].tolist() for batch in rows]
     first = evaluated.tokenizer.bos_token_id
     if first is None:
         first = evaluated.tokenizer.eos_token_id
-    return [first or 0]
+    return [[first or 0]]
 
 
 def greedy(evaluated: EvaluatedModel, prompt: list[int]) -> list[int]:

@@ -444,6 +444,15 @@ def test_the_runtime_measures_what_transformers_measures(
     assert result.text.kl == pytest.approx(expected.text.kl, rel=close, abs=close * 0.01)
 
 
+def test_one_odd_prompt_is_no_collapse(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the middle of a number even a sound model repeats a digit."""
+    values, work, _ = job
+    texts = iter([[3] * 48, list(range(48))])
+    monkeypatch.setattr(sample, "greedy", lambda evaluated, prompt: next(texts))
+    result = stage.STAGE.run(JobContext(build(values), work, QUIET))
+    assert not any("collapsed" in sentence for sentence in (*result.failures, *result.notes))
+
+
 def test_a_collapsed_packed_model_fails_alone(job: Any) -> None:
     values, _, loaded = job
     loaded["packed"] = rigged()
