@@ -13,7 +13,7 @@ from edgerazor.evaluation.eval_result import EvalResult
 from edgerazor.evaluation.evaluated_model import EvaluatedModel
 
 PROMPT_TOKENS, SAMPLE_TOKENS = 16, 48
-#: Texts that must all have collapsed: behind one odd prompt, such as the middle of a number, a sound model repeats, too.
+#: Texts that must all have collapsed: behind one odd prompt, the middle of a number, a sound model repeats, too.
 PROMPTS = 3
 #: Share of one token in a greedy text from which it has collapsed.
 COLLAPSED = 0.8
