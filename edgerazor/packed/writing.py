@@ -179,8 +179,8 @@ def working_memory(matrices: Iterable[tuple[MatrixSpec, tuple[int, int]]]) -> in
     for spec, shape in matrices:
         weights = math.prod(shape)
         uniform = spec.row_formats is None and spec.block_formats is None
-        # The int8 codes, a copy of those of the rows of one format, and the bytes that are written; a weight that is rotated.
-        rotated = 8 * weights if spec.rotation else 0
+        # The int8 codes, a copy of those of the rows of one format, and the bytes that are written.
+        rotated = 8 * weights if spec.rotation else 0  # a teacher's weight in float32, before and behind it
         tasks.append((weights, weights * (1 if uniform else 2) + spec.packed_bytes(shape) + rotated))
     return at_once(tasks)
 
