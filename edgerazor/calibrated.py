@@ -48,13 +48,21 @@ def read_layer_metrics(work: WorkDir) -> dict[str, list[float]]:
     return {metric: read_vector(work, f"layer_{metric}") for metric in METRICS}
 
 
-def read_input_scales(work: WorkDir, names: Iterable[str], activation_bits: int) -> dict[str, float]:
+def read_input_scales(
+    work: WorkDir, names: Iterable[str], activation_bits: int, rotation: str | None
+) -> dict[str, float]:
     """The stored scales of inputs, by their names in `stats.safetensors`.
 
     Raises:
-        UserError: the file is missing or damaged, or its scales are for other bits.
+        UserError: the file is missing or damaged, or its scales are for other bits, or for inputs rotated otherwise.
     """
-    if read_plan(work).activation_bits != activation_bits:
+    plan = read_plan(work)
+    if plan.rotation != rotation:
+        raise UserError(
+            f"The scales in {work.statistics_file} are not for inputs with the rotation {rotation or 'none'}.",
+            "Run `edgerazor calibrate` first.",
+        )
+    if plan.activation_bits != activation_bits:
         raise UserError(
             f"The scales in {work.statistics_file} are not for {activation_bits}-bit activations.",
             "Run `edgerazor calibrate` first.",

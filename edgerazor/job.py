@@ -278,7 +278,8 @@ class JobContext(RecipeContext):
         """Whether calibrate has made a plan for this model that is just what the recipe asks for."""
         manifest = self.work.manifest("calibrate")
         settings = {"model": self.teacher_fingerprint} | self.section_inputs("calibrate", ("batch_size",))
-        return manifest is not None and settings.items() <= manifest.inputs.items()
+        stored = manifest.inputs.items() if manifest else ()
+        return settings == {name: value for name, value in stored if name == "model" or name.startswith("calibrate.")}
 
     # --- the text ---
 
@@ -386,7 +387,7 @@ class JobContext(RecipeContext):
         names = student_plan.input_scale_names(plan, teacher.model, teacher.structure)
         if imagined:
             return dict.fromkeys(names, 1.0)
-        return calibrated.read_input_scales(self.work, names, plan.activation_bits)
+        return calibrated.read_input_scales(self.work, names, plan.activation_bits, plan.rotation)
 
     def provenance(self, source: str, plan: Plan, training: Mapping[str, str] | None) -> dict[str, Any]:
         """Where a packed model comes from; equal for equal runs.

@@ -392,7 +392,7 @@ class _Structures:
         values = (linear.row_layout.handle, parts, len(parts), matrix.out, _pointer(linear.bias), scale)
         if linear.rotation is None:
             return _Matrix(*values, 0, None)
-        self.signs.append(linear.rotation.signs_on(torch.device("cpu")))
+        self.signs.append(linear.rotation.sign_bits)
         return _Matrix(*values, linear.rotation.block, _pointer(self.signs[-1]))
 
     @staticmethod

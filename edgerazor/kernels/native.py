@@ -327,7 +327,7 @@ def rotate(x: Tensor, rotation: Rotation, back: bool = False, isa: int = -1, thr
     if x.shape[-1] != columns:
         raise ValueError(f"the rotation has {columns} columns, but there are {x.shape[-1]}")
     x = x.detach().float().contiguous()
-    signs, rotated = rotation.signs_on(x.device), torch.empty_like(x)
+    signs, rotated = rotation.sign_bits, torch.empty_like(x)
 
     def rotate_rows(first: int, last: int) -> None:
         source, target = (tensor.data_ptr() + first * columns * 4 for tensor in (x, rotated))

@@ -5,6 +5,9 @@ all weights share a scale `s_w` and all activations a scale `s_x`. A segment con
 `(s_x * s_w) * sum(q_x * q_w)`, and that sum over small integers is exact in int32. The contributions are added up in
 float32, in the order of the columns. That is `linear`. `decoded_linear` equals it up to the rounding of float32 sums:
 it is one matrix product of dequantized numbers, which is much faster in PyTorch for many tokens.
+
+Where codes are of a rotated weight, all of this is of the rotated weight and input: `Rotation.rotate` of
+`formats/core/rotation.py` comes before `linear`, and `rotate_back` behind `embedding`.
 """
 
 from __future__ import annotations

@@ -180,7 +180,8 @@ def working_memory(matrices: Iterable[tuple[MatrixSpec, tuple[int, int]]]) -> in
         weights = math.prod(shape)
         uniform = spec.row_formats is None and spec.block_formats is None
         # The int8 codes, a copy of those of the rows of one format, and the bytes that are written.
-        tasks.append((weights, weights * (1 if uniform else 2) + spec.packed_bytes(shape)))
+        rotated = 8 * weights if spec.rotation else 0  # a teacher's weight in float32, before and behind it
+        tasks.append((weights, weights * (1 if uniform else 2) + spec.packed_bytes(shape) + rotated))
     return at_once(tasks)
 
 

@@ -251,6 +251,8 @@ class Calibrate(Strict):
     @field_validator("rotation", mode="before")
     @classmethod
     def _no_rotation(cls, value: Any) -> Any:
+        if value not in (None, "none", "hadamard"):
+            raise ValueError(f"expected none or hadamard, got {repr(value)[:50]}")
         return None if value == "none" else value
 
     @field_validator("group_size", mode="before")

@@ -74,7 +74,7 @@ class PlanSummary(BaseModel):
     notation: str
     strategy: str
     granularity: str
-    rotation: str | None = Field(description="of matrices and their inputs; null where there is none")
+    rotation: str | None = Field(None, description="of matrices and their inputs; null where there is none")
     nominal_bits: float
     real_bits: float | None
     bytes: int | None = Field(description="of the packed weight files")

@@ -40,12 +40,13 @@ struct Weights {
     std::vector<std::vector<uint16_t>> scales;
     std::vector<std::vector<int32_t>> places;
     std::vector<edgerazor_format_rows> parts;
-    std::vector<float> bias, signs;
+    std::vector<float> bias;
+    std::vector<uint8_t> signs;
     int rows, block;
 
     Weights(int rows, int columns, int bits, const Config& c, bool with_bias)
         : rows(rows), block(c.block > 0 && columns % c.block == 0 ? c.block : 0) {
-        for (int column = 0; column < columns; column++) signs.push_back(column % 3 == 0 ? -1.0f : 1.0f);
+        for (int byte = 0; byte < (columns + 7) / 8; byte++) signs.push_back((uint8_t)(byte * 37 + 11));
         layout = edgerazor_row_layout_new(columns, c.group, c.group);
         places.resize(2);
         for (int row = 0; row < rows; row++) places[rows > 20 && row % 3 == 0].push_back(row);

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -166,3 +167,27 @@ def test_what_is_trained_is_what_is_packed(
             native_logits = runtime.load(job / "packed", engine="native").logits(IDS)
             assert float((native_logits - logits).norm() / logits.norm()) < 1e-2
         assert run("generate", "Nora took", "--model", job / "packed", "--max-tokens", 2).code == 0
+
+
+def test_what_was_calibrated_for_another_rotation_is_not_packed(
+    run: Run, tmp_path: Path, llama: Path, text_file: Path
+) -> None:
+    """Neither a plan by sensitivity nor scales of inputs, nor what was measured."""
+    rotated, job = {"plan": "sensitivity", "sensitivity": "hessian", "rotation": "hadamard"}, tmp_path / "job"
+    recipe = write_recipe(tmp_path / "r.yaml", llama, text_file, calibrate=rotated)
+    assert run("calibrate", "--recipe", recipe, "--work", job).code == 0
+    measured = load_file(job / "calibrate" / "stats.safetensors")
+    assert run("pack", llama, "--recipe", recipe, "--work", job, "--rotation", "none").code == 0
+    assert packed.PackedModel.open(job / "packed").header.rotations == {}
+    assert run("pack", llama, "--recipe", recipe, "--work", job).code == 0
+    assert packed.PackedModel.open(job / "packed").header.rotations == {"96": 32}
+    static = write_recipe(tmp_path / "s.yaml", llama, text_file, calibrate={**rotated, "activation_scales": "static"})
+    other = tmp_path / "other"
+    assert run("calibrate", "--recipe", static, "--work", other).code == 0
+    refused = run("pack", llama, "--recipe", static, "--work", other, "--rotation", "none")
+    assert refused.code == 1
+    assert "are not for inputs with the rotation none" in refused.err
+    assert run("calibrate", "--recipe", recipe, "--work", job, "--rotation", "none").code == 0
+    again = load_file(job / "calibrate" / "stats.safetensors")
+    name = "input_second_moment/model.layers.0.self_attn.q_proj"
+    assert not torch.equal(measured[name], again[name])

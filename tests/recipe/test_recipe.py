@@ -87,6 +87,17 @@ def test_sizes_are_read_with_their_units(text: str) -> None:
     assert build({"calibrate": {"target_size": SIZES[text]}}).calibrate.target_size == SIZES[text]
 
 
+def test_rotation_is_hadamard_or_none() -> None:
+    assert build({"calibrate": {"rotation": "hadamard"}}).calibrate.rotation == "hadamard"
+    for nothing in ("none", None):
+        assert build({"calibrate": {"rotation": nothing}}) == build({})
+    for wrong in ("fourier", 3, ["hadamard"]):
+        with pytest.raises(UserError) as refused:
+            build({"calibrate": {"rotation": wrong}})
+        assert refused.value.message.startswith("--rotation: expected none or hadamard, got ")
+        assert refused.value.code == USAGE
+
+
 @pytest.mark.parametrize("text", ["", "MB", "-1MB", "1e6", "2 TB", "1.MB", "12,5MB", "200MBit", "two"])
 def test_a_malformed_size_is_one_sentence(text: str) -> None:
     with pytest.raises(UserError) as wrong:

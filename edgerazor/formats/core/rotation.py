@@ -101,6 +101,11 @@ class Rotation:
         return self._signs[device]
 
     @cached_property
+    def sign_bits(self) -> Tensor:
+        """The signs as they are stored, uint8 [bytes] on the CPU: see `pack_signs`."""
+        return pack_signs(self.signs)
+
+    @cached_property
     def _signs(self) -> dict[torch.device, Tensor]:
         return {}
 

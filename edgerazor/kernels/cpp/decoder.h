@@ -21,7 +21,7 @@ typedef struct {
     const float* bias; /* [rows], or null */
     float scale;       /* static scale of all activations; 0: computed for each group of each token */
     int32_t block;     /* of the rotation of its columns, which its input gets, too; 0: none */
-    const float* signs; /* [columns] 1 or -1, of the rotation; matrices with a common input have the same one */
+    const uint8_t* signs; /* of the rotation, bits as they are stored; matrices with a common input have the same one */
 } edgerazor_matrix;
 
 enum { EDGERAZOR_NO_NORM = 0, EDGERAZOR_RMS_NORM = 1, EDGERAZOR_LAYER_NORM = 2 };

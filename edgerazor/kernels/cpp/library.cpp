@@ -27,7 +27,7 @@ int64_t edgerazor_quantize(const edgerazor_row_layout* handle, int isa, const fl
     return -1;
 }
 
-void edgerazor_rotate(int isa, const float* x, int64_t rows, int32_t columns, int32_t block, const float* signs,
+void edgerazor_rotate(int isa, const float* x, int64_t rows, int32_t columns, int32_t block, const uint8_t* signs,
                       int32_t back, float* out) {
     const MatmulKernels& kernels = matmul_kernels(isa);
     for (int64_t at = 0; at < rows * columns; at += columns)

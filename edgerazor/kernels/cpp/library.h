@@ -64,10 +64,10 @@ EDGERAZOR_API int64_t edgerazor_quantize(const edgerazor_row_layout* layout, int
                                          int32_t bits, float scale, int8_t* codes, float* scales, int32_t* sums);
 
 /* x R, or x R^T where `back`, for the rows of x [rows, columns], into out [rows, columns], which may be x: section
-   "Rotation" of packed/FORMAT.md, to the bit. block: a power of two from 2 to 512 that divides `columns`. signs
-   [columns]: 1 or -1. */
+   "Rotation" of packed/FORMAT.md, to the bit. block: a power of two from 2 to 512 that divides `columns`. signs:
+   bits, as they are stored. */
 EDGERAZOR_API void edgerazor_rotate(int isa, const float* x, int64_t rows, int32_t columns, int32_t block,
-                                    const float* signs, int32_t back, float* out);
+                                    const uint8_t* signs, int32_t back, float* out);
 
 /* y = W x + bias for the row blocks [first_block, last_block) of these rows, into y [tokens, stride]; other elements of
    y are not written. bias [rows of the matrix], or null. */

@@ -19,7 +19,7 @@ struct PackedMatrix {
     const float* bias;
     float scale; // static scale of the activations; 0: computed for each group
     int block;   // of the rotation; 0: none
-    const float* signs;
+    const uint8_t* signs;
 
     explicit PackedMatrix(const edgerazor_matrix& from)
         : layout(&layout_of(from.layout)), rows(from.rows), bias(from.bias), scale(from.scale),
@@ -82,7 +82,7 @@ struct LinearGroup {
 
     int64_t columns() const { return matrices[0].layout->columns; }
     int block() const { return matrices[0].block; } // of the rotation of the input; 0: none
-    const float* signs() const { return matrices[0].signs; }
+    const uint8_t* signs() const { return matrices[0].signs; }
 
   private:
     static constexpr int64_t kTileBlocks = 4; // row blocks that the largest tile of a GEMM computes side by side

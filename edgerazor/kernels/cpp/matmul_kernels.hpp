@@ -27,9 +27,9 @@ struct MatmulKernels {
     // Quantizes one token; returns false where a number is not finite.
     bool (*quantize)(const RowLayout&, const float* x, int bits, float scale, int8_t* codes, float* scales,
                      int32_t* sums);
-    // x R and x Rᵀ of one row, by blocks of a power of two from 2 to 512; `out` may be x. signs [columns]: 1 or -1.
-    void (*rotate)(const float* x, int columns, int block, const float* signs, float* out);
-    void (*rotate_back)(const float* x, int columns, int block, const float* signs, float* out);
+    // x R and x Rᵀ of one row, by blocks of a power of two from 2 to 512; `out` may be x. signs: bits, 1 for -1.
+    void (*rotate)(const float* x, int columns, int block, const uint8_t* signs, float* out);
+    void (*rotate_back)(const float* x, int columns, int block, const uint8_t* signs, float* out);
     // y = W x + bias for row blocks [first_block, last_block), by exact integer sums: a GEMV of one token, a GEMM of
     // more.
     void (*linear)(const RowLayout&, const FormatRows&, const QuantizedActivations&, const MatmulOutput&,

@@ -3,13 +3,15 @@
 // A pass loads some registers, adds and subtracts them for as many strides as they span, and stores them. The first one
 // also applies the signs and the strides within a register, the last one the factor. With eight registers to a pass, a
 // block of 512 takes two passes with AVX2 or AVX-512, and three with registers of four numbers.
+//
+// Signs come as bits: as floats, they would be read anew from a farther cache for every layer, since weights stream by.
 #pragma once
 #include "f32x16.hpp"
 
 namespace {
 
-constexpr int kPassRegisters = 8;    // of a pass: three strides
-constexpr int kSmallestBlock = 16;   // of those that registers compute; no shape that is in use has smaller ones
+constexpr int kPassRegisters = 8;  // of a pass: three strides
+constexpr int kSmallestBlock = 16; // of those that registers compute; no shape that is in use has smaller ones
 
 // Lane i of the result is lane i ^ stride of x.
 template <int stride>
@@ -30,6 +32,22 @@ EDGERAZOR_INLINE Lanes swap_lanes(Lanes x) {
     if constexpr (stride == 1) return Lanes{x[1], x[0], x[3], x[2]};
     if constexpr (stride == 2) return Lanes{x[2], x[3], x[0], x[1]};
 #endif
+}
+
+// x of the columns from `column` on, a multiple of kLanes, with the signs of these columns: a bit is 1 for -1, the first
+// column's the lowest of its byte.
+EDGERAZOR_INLINE Lanes apply_signs(Lanes x, const uint8_t* signs, int column) {
+    constexpr int bytes = kLanes >= 8 ? kLanes / 8 : 1;
+    uint32_t bits = 0;
+    memcpy(&bits, signs + column / 8, bytes);
+    if constexpr (kLanes < 8) bits >>= column % 8;
+    UintLanes places;
+    unroll<0, kLanes>(UNROLL(i) { places[i.value] = 31 - i.value; }); // how far each lane's bit is from the highest
+    return (Lanes)((UintLanes)x ^ ((UintLanes{} + bits) << places & 0x80000000u));
+}
+
+EDGERAZOR_INLINE float apply_sign(float x, const uint8_t* signs, int column) {
+    return signs[column / 8] >> column % 8 & 1 ? -x : x;
 }
 
 // 1 in the lanes whose number has the bit `stride` clear, -1 in the others.
@@ -68,15 +86,14 @@ EDGERAZOR_INLINE void transform_registers(Lanes (&x)[count]) {
 
 // The strides below count * kLanes. `signs` are used where `with_signs`.
 template <int count, bool with_signs>
-void first_pass(const float* x, int columns, const float* signs, float factor, float* out) {
+void first_pass(const float* x, int columns, const uint8_t* signs, float factor, float* out) {
     const Lanes factors = splat_lanes(factor);
     for (int begin = 0; begin < columns; begin += count * kLanes) {
         Lanes tile[count];
         unroll<0, count>(UNROLL(i) {
             const int at = begin + i.value * kLanes;
             const Lanes loaded = *(const UnalignedLanes*)(x + at);
-            tile[i.value] = with_signs ? loaded * *(const UnalignedLanes*)(signs + at) : loaded;
-            tile[i.value] = transform_lanes<1>(tile[i.value]);
+            tile[i.value] = transform_lanes<1>(with_signs ? apply_signs(loaded, signs, at) : loaded);
         });
         transform_registers<1>(tile);
         unroll<0, count>(UNROLL(i) {
@@ -112,10 +129,10 @@ inline void transform_small(float* x, int columns, int block, float factor) {
 
 // The orthonormal transform of each block of a row, of x or of x times the signs.
 template <bool with_signs>
-void transform_blocks(const float* x, int columns, int block, const float* signs, float* out) {
+void transform_blocks(const float* x, int columns, int block, const uint8_t* signs, float* out) {
     const float factor = (float)(1 / __builtin_sqrt((double)block));
     if (block < kSmallestBlock) {
-        for (int i = 0; i < columns; i++) out[i] = with_signs ? x[i] * signs[i] : x[i];
+        for (int i = 0; i < columns; i++) out[i] = with_signs ? apply_sign(x[i], signs, i) : x[i];
         return transform_small(out, columns, block, factor);
     }
     // A product with 1 changes nothing: all passes but the last.
@@ -136,13 +153,13 @@ void transform_blocks(const float* x, int columns, int block, const float* signs
     }
 }
 
-void rotate(const float* x, int columns, int block, const float* signs, float* out) {
+void rotate(const float* x, int columns, int block, const uint8_t* signs, float* out) {
     transform_blocks<true>(x, columns, block, signs, out);
 }
 
-void rotate_back(const float* x, int columns, int block, const float* signs, float* out) {
+void rotate_back(const float* x, int columns, int block, const uint8_t* signs, float* out) {
     transform_blocks<false>(x, columns, block, nullptr, out);
-    for (int i = 0; i < columns; i++) out[i] *= signs[i];
+    for (int i = 0; i < columns; i++) out[i] = apply_sign(out[i], signs, i);
 }
 
 } // namespace
