@@ -153,7 +153,7 @@ def measure(name: str, number_format: str, options: argparse.Namespace) -> list[
         cells += [f"{median:.3f}" for median in medians]
         if len(series) == 2:
             cells.append(f"{statistics.median(b / a for a, b in zip(*series, strict=True)):.3f}")
-        print(f"least: {' '.join(f'{min(of_runner):.3f}' for of_runner in each)}", flush=True)
+        print(f"least: {' '.join(f'{min(of_runner):.3f}' for of_runner in series)}", flush=True)
     return cells
 
 
