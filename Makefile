@@ -22,7 +22,11 @@ REAL_DATA ?= $(wildcard ../shared/data)
 .PHONY: install quickstart test test-fast test-all check world-data teacher clean kernels test-arm test-sanitizers
 .PHONY: results-methods results-plans results-sensitivity peers interop sizes compression llamacpp llamacpp-avx2 bench-peers
 
-# Python compiles what is imported when it is imported: most of what is installed never is.
+# Where the environment says so, as in many containers, Python keeps nothing of what it compiles: then each start of a
+# program would take 25 seconds for compiling torch and transformers again.
+unexport PYTHONDONTWRITEBYTECODE
+
+# What a job imports is compiled here, once; most of what is installed never is.
 install: .venv/installed
 
 .venv/installed: pyproject.toml $(CONSTRAINTS)
@@ -30,6 +34,7 @@ install: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --no-compile $(TORCH)
 	$(TESTED) $(BIN)/pip install --quiet --no-compile --editable '.[dev]'
+	$(BIN)/python -c 'import edgerazor.pipeline, edgerazor.tasks.lm_eval_models, lm_eval.evaluator'
 	touch $@
 
 # The newest of everything that pyproject.toml allows becomes what is installed; run the tests before it is committed.
