@@ -101,8 +101,8 @@ def network(shape: Shape, name: str, group: int) -> Network:
 def rotated(plain: Network) -> Network:
     """The same matrices, taken for rotated ones."""
 
-    def turn(each: Linear) -> Linear:
-        return replace(each, rotation=formats.hadamard(each.matrix.columns))
+    def turn(unrotated: Linear) -> Linear:
+        return replace(unrotated, rotation=formats.hadamard(unrotated.matrix.columns))
 
     layers = []
     for layer in plain.layers:
@@ -139,7 +139,7 @@ def measure(name: str, number_format: str, options: argparse.Namespace) -> list[
     plain = network(SHAPES[name], number_format, options.group)
     isa = native.isas().index(kernels.name())
     made = [plain] if options.plain else [plain, rotated(plain)]
-    runners = [Runner(each, options.threads, isa, options.prompt) for each in made]
+    runners = [Runner(one, options.threads, isa, options.prompt) for one in made]
     times: list[list[tuple[float, float]]] = [[] for _ in runners]
     for number in range(-1, options.rounds):  # the first round is not counted
         for index in range(len(runners)) if number % 2 else reversed(range(len(runners))):
@@ -148,12 +148,11 @@ def measure(name: str, number_format: str, options: argparse.Namespace) -> list[
                 times[index].append((runners[index].decode(options.tokens), prefill))
     cells = [name, number_format, str(options.threads)]
     for what in range(2):
-        each = [[taken[what] for taken in of_runner] for of_runner in times]
-        medians = [statistics.median(of_runner) for of_runner in each]
-        cells += [f"{median:.3f}" for median in medians]
-        if len(each) == 2:
-            cells.append(f"{statistics.median(b / a for a, b in zip(*each, strict=True)):.3f}")
-        print(f"least: {' '.join(f'{min(of_runner):.3f}' for of_runner in each)}", flush=True)
+        series = [[taken[what] for taken in of_runner] for of_runner in times]
+        cells += [f"{statistics.median(of_runner):.3f}" for of_runner in series]
+        if len(series) == 2:
+            cells.append(f"{statistics.median(b / a for a, b in zip(*series, strict=True)):.3f}")
+        print(f"least: {' '.join(f'{min(of_runner):.3f}' for of_runner in series)}", flush=True)
     return cells
 
 

@@ -128,8 +128,8 @@ def _product(x: Tensor, rotation: Rotation, back: bool) -> Tensor:
     if x.shape[-1] != rotation.columns:
         raise ValueError(f"the rotation has {rotation.columns} columns, but there are {x.shape[-1]}")
     for product in _accelerated:
-        if (found := product(x, rotation, back)) is not None:
-            return found
+        if (rotated := product(x, rotation, back)) is not None:
+            return rotated
     signs = rotation.signs_on(x.device)
     if back:
         return hadamard_transform(x.float(), rotation.block).mul_(signs)
