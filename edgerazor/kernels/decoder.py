@@ -644,7 +644,7 @@ class Decoder:
             raise ValueError("two spans write to the same KV slot")
 
 
-def _free(handle: c_void_p, referenced: tuple[Network, list[Tensor]], process: int) -> None:
+def _free(handle: c_void_p, owners: tuple[Network, list[Tensor]], process: int) -> None:
     if os.getpid() == process:  # a child process does not have the threads, and would wait for them forever
         _loaded().edgerazor_decoder_free(handle)
 

@@ -101,8 +101,8 @@ def network(shape: Shape, name: str, group: int) -> Network:
 def rotated(plain: Network) -> Network:
     """The same matrices, taken for rotated ones."""
 
-    def turn(linear: Linear) -> Linear:
-        return replace(linear, rotation=formats.hadamard(linear.matrix.columns))
+    def turn(unrotated: Linear) -> Linear:
+        return replace(unrotated, rotation=formats.hadamard(unrotated.matrix.columns))
 
     layers = []
     for layer in plain.layers:
@@ -139,7 +139,7 @@ def measure(name: str, number_format: str, options: argparse.Namespace) -> list[
     plain = network(SHAPES[name], number_format, options.group)
     isa = native.isas().index(kernels.name())
     made = [plain] if options.plain else [plain, rotated(plain)]
-    runners = [Runner(decoder, options.threads, isa, options.prompt) for decoder in made]
+    runners = [Runner(one, options.threads, isa, options.prompt) for one in made]
     times: list[list[tuple[float, float]]] = [[] for _ in runners]
     for number in range(-1, options.rounds):  # the first round is not counted
         for index in range(len(runners)) if number % 2 else reversed(range(len(runners))):
@@ -149,8 +149,7 @@ def measure(name: str, number_format: str, options: argparse.Namespace) -> list[
     cells = [name, number_format, str(options.threads)]
     for what in range(2):
         series = [[taken[what] for taken in of_runner] for of_runner in times]
-        medians = [statistics.median(of_runner) for of_runner in series]
-        cells += [f"{median:.3f}" for median in medians]
+        cells += [f"{statistics.median(of_runner):.3f}" for of_runner in series]
         if len(series) == 2:
             cells.append(f"{statistics.median(b / a for a, b in zip(*series, strict=True)):.3f}")
         print(f"least: {' '.join(f'{min(of_runner):.3f}' for of_runner in series)}", flush=True)
