@@ -25,7 +25,7 @@ from edgerazor.modules import (
 )
 from edgerazor.recipe import Calibrate
 from helpers.tiny_job import Run, write_recipe
-from helpers.tiny_models import GROUP_SIZE, VOCABULARY, family_config
+from helpers.tiny_models import GROUP_SIZE, VOCABULARY, family_config, mostly_slow
 
 IDS = torch.randint(2, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(0))
 
@@ -130,7 +130,7 @@ JOBS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", JOBS)
+@pytest.mark.parametrize("case", mostly_slow(JOBS, "computed", "learned"))
 @pytest.mark.usefixtures("reference_kernels")
 def test_what_is_trained_is_what_is_packed(
     run: Run, tmp_path: Path, llama: Path, text_file: Path, case: str, monkeypatch: pytest.MonkeyPatch
@@ -169,6 +169,7 @@ def test_what_is_trained_is_what_is_packed(
         assert run("generate", "Nora took", "--model", job / "packed", "--max-tokens", 2).code == 0
 
 
+@pytest.mark.slow
 def test_what_was_calibrated_for_another_rotation_is_not_packed(
     run: Run, tmp_path: Path, llama: Path, text_file: Path
 ) -> None:

@@ -591,7 +591,7 @@ def moments_of(analysis: SensitivityAnalysis) -> dict[str, Tensor]:
     return observer.means(analysis.tokens)
 
 
-@pytest.mark.parametrize("estimate", ["fisher", "hessian", "integrated"])
+@pytest.mark.parametrize("estimate", mostly_slow(["fisher", "hessian", "integrated"], "fisher"))
 def test_rotation_is_part_of_every_estimate(estimate: str, outliers: Path, tmp_path: Path) -> None:
     """Of rotated weights with outliers the estimated and the measured damage of three bits is lower."""
     damage, divergences = {}, {}
