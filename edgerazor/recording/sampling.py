@@ -4,7 +4,7 @@
 token of probability `p` is proposed with `q ∝ p^t` and kept with the probability `π = min(1, c·q)`, where `c` is such
 that just `n` tokens are kept; whatever is summed over tokens, a kept one counts `1 / π` times. So tokens above `1 / c`
 are there for certain, with their own probability, and of the others a few stand for all of them, with the weight
-`1 / c` each for `t = 1` (the optimal resampling of Fearnhead and Clifford, 2003). They are taken by systematic sampling:
+`1 / c` each for `t = 1` (optimal resampling, Fearnhead and Clifford, 2003). They are taken by systematic sampling:
 `m` points at equal distances on the line on which every token of the tail has its `π`, shifted by one random number.
 
 `top_k`: the `n` likeliest tokens, all for certain, and the probability of all others together.

@@ -11,6 +11,7 @@ the same bytes; one that is damaged is made again.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -49,6 +50,8 @@ from edgerazor.workdir import alone, hash_file, make_folder, versions, write_jso
 
 #: Logits that are computed together, and those that tokens are chosen from together, in elements.
 CHUNK_ELEMENTS, BLOCK_ELEMENTS = 1 << 25, 1 << 20
+#: Names of files that are being written.
+TEMPORARY = re.compile(r"\.(recording\.json|(training|held-out)-[0-9]+\.safetensors)\.[0-9a-f]{8}\.tmp")
 
 
 class RecordResult(BaseModel):
@@ -105,8 +108,9 @@ def run(context: JobContext, out: Path, force: bool = False) -> RecordResult:
         if force:
             discard(out)
         make_folder(out)
-        for leftover in out.glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
+        for file in out.iterdir():
+            if TEMPORARY.fullmatch(file.name):  # of a run that was killed
+                file.unlink(missing_ok=True)
         if not (out / recording.FILE).exists():
             write_json(out / recording.FILE, description.model_dump(mode="json"))
         try:
@@ -188,7 +192,7 @@ def refuse_other(out: Path, description: Description, force: bool) -> None:
     Raises:
         UserError: files of somebody else, or a recording of something else that `force` does not give up.
     """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if not out.exists() or (out.is_dir() and all(TEMPORARY.fullmatch(file.name) for file in out.iterdir())):
         return
     if not out.is_dir() or not (out / recording.FILE).is_file():
         raise usage_error(f"{out} exists, and `edgerazor record` did not make it.", "Name another folder with --out.")

@@ -13,6 +13,7 @@ from edgerazor.training.recorded_teacher import (
     check_losses,
     check_sequences,
     fitting_inputs,
+    recorded_tokens,
     teacher_outlines,
 )
 from edgerazor.training.results import DistillDryRun, DistillResult, PhaseEstimate, PhaseResult, result_tables
@@ -64,6 +65,7 @@ __all__ = [
     "make_student",
     "make_terms",
     "measure_machine",
+    "recorded_tokens",
     "report_passes",
     "report_teachers",
     "result_tables",

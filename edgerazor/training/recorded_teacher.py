@@ -15,7 +15,7 @@ from edgerazor.errors import UserError, usage_error
 from edgerazor.job import JobContext
 from edgerazor.losses import LogitLoss, Outputs, RecordedTokens, prediction_mask
 from edgerazor.models import PreTrainedModel
-from edgerazor.recording import EVERYTHING, Fields, RecordedPart, Recording
+from edgerazor.recording import EVERYTHING, Fields, Part, RecordedPart, Recording
 from edgerazor.training.captured_states import Captures
 from edgerazor.training.objective import Terms
 from edgerazor.training.teachers import TeacherSource
@@ -54,7 +54,7 @@ class RecordedTeacher(TeacherSource):
         part = self.recording.held_out if held_out else self.recording.training
         sequences = self._sequences(part, batch)
         shape = batch["labels"].shape
-        tokens = recorded_tokens(part, sequences, self.device)
+        tokens = recorded_tokens(part.settings, part.layout.vocab_size, sequences, self.device)
         states = {layer: self._states(sequences, batch, layer) for layer in needed.hidden_layers}
         return Outputs(torch.empty(*shape, 0, device=self.device), states, recorded=tokens)
 
@@ -80,11 +80,12 @@ class RecordedTeacher(TeacherSource):
         return states
 
 
-def recorded_tokens(part: RecordedPart, sequences: Sequence[Fields], device: torch.device) -> RecordedTokens:
+def recorded_tokens(part: Part, vocab_size: int, sequences: Sequence[Fields], device: torch.device) -> RecordedTokens:
     """What the losses are given of some sequences, one behind the other.
 
     Args:
-        part: that they are of.
+        part: says how they were recorded.
+        vocab_size: entries of the teacher's distributions.
         sequences: what was kept of them.
         device: of the tensors.
     """
@@ -94,9 +95,9 @@ def recorded_tokens(part: RecordedPart, sequences: Sequence[Fields], device: tor
 
     stored = np.concatenate([fields["log_probs"] for fields in sequences])
     log_probs = torch.from_numpy(recording.decode_log_probs(stored)).to(device)
-    places = torch.arange(part.layout.tokens, device=device)
+    places = torch.arange(part.tokens, device=device)
     by_chance = places >= tensor("certain", np.int64)[:, None]
-    inclusion = tensor("scale", np.float32)[:, None] * (part.settings.power * log_probs).exp()
+    inclusion = tensor("scale", np.float32)[:, None] * (part.power * log_probs).exp()
     weights = torch.where(by_chance, 1 / inclusion.clamp(min=torch.finfo(torch.float32).tiny, max=1.0), 1.0)
     return RecordedTokens(
         ids=tensor("ids", np.int64),
@@ -106,8 +107,8 @@ def recorded_tokens(part: RecordedPart, sequences: Sequence[Fields], device: tor
         tail=tensor("tail", np.float32),
         entropy=tensor("entropy", np.float32),
         target_log_probs=tensor("target", np.float32),
-        vocab_size=part.layout.vocab_size,
-        temperature=part.settings.temperature,
+        vocab_size=vocab_size,
+        temperature=part.temperature,
     )
 
 
