@@ -83,8 +83,10 @@ def inputs(context: JobContext) -> dict[str, str]:
     """
     recipe, manifest = context.recipe, context.work.manifest("calibrate")
     settings = recipe.distill
-    skip = ("max_time", "checkpoint_every", "gradient_checkpointing", "batch_size", "accumulation", "phases")
-    skip += ("recording",)  # what it is counts, and not where it lies
+    skip = (
+        *("max_time", "checkpoint_every", "gradient_checkpointing", "batch_size", "accumulation", "phases"),
+        "recording",  # what it is counts, and not where it lies
+    )
     without_teachers = () if settings.teachers else ("teacher_average",)
     training_settings = context.section_inputs("distill", skip + without_teachers)
     bits = context.nominal_bits(context.plan() if manifest else None)
