@@ -473,7 +473,13 @@ class Record(Strict):
     method: Literal["sample", "top_k"] = Field(
         "sample", description="tokens of each distribution: an unbiased sample (arXiv 2503.16870), or the likeliest"
     )
-    draws: int = Field(20, ge=1, le=32768, description="how many tokens of each distribution are kept")
+    draws: int | None = Field(
+        None,
+        ge=1,
+        le=32768,
+        description="how many tokens of each distribution are kept; absent: as many as 150 bytes hold, 32, or 21 of "
+        "vocabularies above 65,536",
+    )
     power: float = Field(1.0, gt=0, le=4, description="t of a sample's proposal, p^t; 1: as often as they are likely")
     temperature: float = Field(1.0, gt=0, description="of the distributions, and of the losses that will read them")
     hidden_layers: tuple[int, ...] = Field(

@@ -29,6 +29,7 @@ from edgerazor.recording.shards import (
     decode_states,
     encode_log_probs,
     encode_states,
+    tokens_within,
     write_shard,
 )
 
@@ -58,6 +59,7 @@ __all__ = [
     "sample_tokens",
     "sequence_key",
     "shortened",
+    "tokens_within",
     "top_tokens",
     "write_shard",
 ]

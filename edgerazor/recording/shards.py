@@ -78,6 +78,12 @@ class Layout:
         return sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in self.columns().values())
 
 
+def tokens_within(vocab_size: int, position_bytes: int) -> int:
+    """How many tokens of each distribution a position of at most so many bytes holds, at least 1."""
+    fixed, one = (Layout(vocab_size, tokens).position_bytes for tokens in (0, 1))
+    return max(1, (position_bytes - fixed) // (one - fixed))
+
+
 def encode_log_probs(log_probs: np.ndarray) -> np.ndarray:
     """Log-probabilities as they are stored: uint16, never above 0, never below -32 nats."""
     return np.rint(np.clip(log_probs.astype(np.float64), -65535 / STEPS, 0) * -STEPS).astype(np.uint16)

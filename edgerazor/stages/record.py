@@ -50,6 +50,8 @@ from edgerazor.workdir import alone, hash_file, make_folder, versions, write_jso
 
 #: Logits that are computed together, and those that tokens are chosen from together, in elements.
 CHUNK_ELEMENTS, BLOCK_ELEMENTS = 1 << 25, 1 << 20
+#: Bytes of a position where nobody says how many tokens to keep: below 150 with the index of its sequence.
+POSITION_BYTES = 148
 #: Names of files that are being written.
 TEMPORARY = re.compile(r"\.(recording\.json|(training|held-out)-[0-9]+\.safetensors)\.[0-9a-f]{8}\.tmp")
 
@@ -169,7 +171,8 @@ def description_of(context: JobContext) -> Description:
         "precision": str(training_dtype(recipe.distill, context.device)),
     }
     common = {"power": settings.power, "method": settings.method}
-    draws, held_out_draws = (min(count, vocab_size) for count in (settings.draws, settings.held_out_draws))
+    wanted = settings.draws or recording.tokens_within(vocab_size, POSITION_BYTES)
+    draws, held_out_draws = (min(count, vocab_size) for count in (wanted, settings.held_out_draws))
     return Description(
         complete=False,
         covers=EVERYTHING if settings.tokens is None else f"seed {recipe.seed}",

@@ -44,8 +44,10 @@ BITS = 2.0
 #: Tokens that the trainings of one recording are given, and those of the other comparisons.
 BUDGETS, BUDGET = (15_000, 30_000, 60_000), 30_000
 OBJECTIVES = ("forward_kl", "eakld")
-SOURCES = ("resident", "sample-20", "top_k-20", "sample-50")
-BIAS_SOURCES = ("rskd-50", "sample-12", "sample-20", "sample-50", "top_k-20", "top_k-50")
+SOURCES = ("resident", "sample-32", "top_k-32", "sample-20", "sample-50")
+#: The recording that serves several budgets.
+SERVING = "sample-20"
+BIAS_SOURCES = ("rskd-50", "sample-12", "sample-20", "sample-32", "sample-50", "top_k-20", "top_k-32")
 LOSSES = ("forward_kl", "reverse_kl", "eakld", "cakld", "js")
 #: Students whose gradients are compared: as rounding leaves them, and after a training.
 STUDENTS = ("rounded", "trained")
@@ -108,7 +110,7 @@ def record_settings(case: Case) -> dict[str, object]:
     return {
         "method": method,
         "draws": int(draws),
-        "tokens": max(BUDGETS) + 1000,
+        "tokens": (max(BUDGETS) if case.source == SERVING else BUDGET) + 1000,
         "held_out_sequences": 32,
         "held_out_draws": 32768,
     }
@@ -262,15 +264,18 @@ def compare(compared: Compared, name: str, source: str, value: float, reference:
 # --- rows --------------------------------------------------------------------------------------
 
 
-def train_cases(teacher: Teacher, sources: Iterable[str]) -> list[Case]:
+def train_cases(teacher: Teacher, sources: Iterable[str], objectives: Iterable[str]) -> list[Case]:
     """All trainings, in the order in which they are made."""
-    wanted = set(sources)
+    wanted_sources, wanted_objectives = set(sources), set(objectives)
     made = [Case(teacher, objective, source, BUDGET) for objective in OBJECTIVES for source in SOURCES]
     made += [
-        Case(teacher, "forward_kl", source, tokens) for tokens in BUDGETS for source in SOURCES[:2] if tokens != BUDGET
+        Case(teacher, "forward_kl", source, tokens)
+        for tokens in BUDGETS
+        for source in ("resident", SERVING)
+        if tokens != BUDGET
     ]
-    made += [Case(teacher, "forward_kl", source, BUDGET, seed=1) for source in SOURCES[:2]]
-    return [case for case in made if case.source in wanted]
+    made += [Case(teacher, "forward_kl", source, BUDGET, seed=1) for source in ("resident", SERVING)]
+    return [case for case in made if case.source in wanted_sources and case.objective in wanted_objectives]
 
 
 def make_row(path: Path, identity: str, make: Callable[[], Row], setting: Setting) -> None:
@@ -338,6 +343,7 @@ def main() -> None:
     parser.add_argument("--teachers", default="realtext-4m", help="comma-separated")
     parser.add_argument("--rows-of", default="train,bias", help="train, bias")
     parser.add_argument("--sources", default=",".join(SOURCES), help="comma-separated, of trainings")
+    parser.add_argument("--objectives", default=",".join(OBJECTIVES), help="comma-separated, of trainings")
     parser.add_argument("--rows", type=Path, default=RESULTS / "rows-of-recordings", help="folder of the finished rows")
     parser.add_argument("--build", type=Path, default=BUILD, help="folder of unfinished ones")
     parser.add_argument("--results", type=Path, default=RESULTS / "training.md", help="where the tables go")
@@ -350,7 +356,7 @@ def main() -> None:
             continue
         folder = setting.rows / teacher.name
         if "train" in options.rows_of:
-            for case in train_cases(teacher, options.sources.split(",")):
+            for case in train_cases(teacher, options.sources.split(","), options.objectives.split(",")):
                 make_row(folder / f"{case.name}.json", identity_of(case), partial(train, case, setting), setting)
         if "bias" in options.rows_of:
             for student in STUDENTS:

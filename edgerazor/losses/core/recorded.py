@@ -112,7 +112,7 @@ class _Compared:
         return counts * (function(self.ratio) - function(self.tail_ratio))
 
 
-def _compare(log_s: Tensor, recorded: RecordedTokens, cut_off: bool = True) -> _Compared:
+def _compare(log_s: Tensor, recorded: RecordedTokens) -> _Compared:
     dtype = log_s.dtype
     log_t, weights = recorded.log_probs.to(dtype), recorded.weights.to(dtype)
     kept_log_s = log_s.gather(1, recorded.ids)
@@ -122,7 +122,7 @@ def _compare(log_s: Tensor, recorded: RecordedTokens, cut_off: bool = True) -> _
     tail_s = (1 - certain_s.sum(1, keepdim=True)).clamp_(min=least)
     tail_t = recorded.tail.to(dtype)[:, None].clamp(min=least)
     teacher = p_t * weights
-    student = torch.minimum(p_s, MOST_RATIO * p_t) if cut_off else p_s
+    student = torch.minimum(p_s, MOST_RATIO * p_t)
     student = torch.where(recorded.by_chance, student * weights, p_s)
     return _Compared(kept_log_s - log_t, tail_s.log() - tail_t.log(), student, teacher, p_s, certain_s, tail_s, tail_t)
 
