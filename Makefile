@@ -101,6 +101,11 @@ results-plans: install $(WORLD)/distill.txt
 results-budget: install $(WORLD)/distill.txt
 	$(BIN)/python -m recipes.benchmarks.budget $(if $(REAL_DATA),--real-data $(REAL_DATA))
 
+# What a recording of the teacher is worth: bias and noise of gradients, and students beside those of the teacher; likewise.
+.PHONY: results-recording
+results-recording: install
+	$(BIN)/python -m recipes.benchmarks.recording --real-data $(REAL_DATA)
+
 # What the estimates of sensitivity are worth, and what they cost; alone on the machine.
 results-sensitivity: install $(WORLD)/distill.txt
 	$(BIN)/python -m recipes.benchmarks.sensitivity $(if $(REAL_DATA),--real-data $(REAL_DATA))

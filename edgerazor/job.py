@@ -164,6 +164,7 @@ class RecipeContext:
             settings.template_kwargs,
             held_out_length,
             settings.bos,
+            settings.held_out_seed,
         )
 
     # --- fingerprints: what a result depends on ---
@@ -194,7 +195,8 @@ class RecipeContext:
         if settings.held_out:
             return data.fingerprint(settings.held_out)
         streamed = f", or {settings.held_out_rows} rows," if any(source.streaming for source in settings.train) else ""
-        return f"{settings.held_out_fraction:g}{streamed} of {self.data_fingerprint}, spread over it"
+        seed = "" if settings.held_out_seed is None else f" by seed {settings.held_out_seed}"
+        return f"{settings.held_out_fraction:g}{streamed} of {self.data_fingerprint}, spread over it{seed}"
 
     @property
     def text_inputs(self) -> dict[str, str]:
@@ -207,7 +209,8 @@ class RecipeContext:
     def row_inputs(self) -> dict[str, str]:
         """Inputs of a stage: what, beside sources, packing and length, decides which rows are trained on."""
         settings = self.recipe.data
-        share = {} if settings.held_out else {"data.held_out_fraction": f"{settings.held_out_fraction:g}, spread"}
+        seed = "" if settings.held_out_seed is None else f" by seed {settings.held_out_seed}"
+        share = {} if settings.held_out else {"data.held_out_fraction": f"{settings.held_out_fraction:g}, spread{seed}"}
         return share | self.text_inputs
 
     def section_inputs(self, section: str, skip: tuple[str, ...] = ()) -> dict[str, str]:
@@ -371,7 +374,7 @@ class JobContext(RecipeContext):
             return student_plan.settings_of(plan, (0.5,) * structure.layer_count)
         return student_plan.settings_of(plan, calibrated.read_vector(self.work, "importance_threshold"))
 
-    def input_scales(self, plan: Plan, teacher: LoadedModel, imagined: bool = False) -> dict[str, float] | None:
+    def input_scales(self, plan: Plan, teacher: ModelOutline, imagined: bool = False) -> dict[str, float] | None:
         """Calibrate's scales for the inputs of linear layers and the head; None where each token has its own.
 
         Args:

@@ -61,6 +61,17 @@ def calibrate(values: Values, run: RunOptions) -> None:
     dispatch.run_stage("calibrate", values, run)
 
 
+@command("record")
+def record(values: Values, run: RunOptions, out: Path) -> None:
+    """Record what the losses need of the teacher, for trainings without it; goes on where it was interrupted.
+
+    Example: edgerazor record Qwen/Qwen3-0.6B --data text.jsonl --out recording
+
+    Example: edgerazor distill Qwen/Qwen3-0.6B --data text.jsonl --recording recording --tokens 20M
+    """
+    dispatch.record(values, run, out)
+
+
 @command("distill")
 def distill(values: Values, run: RunOptions) -> None:
     """Train the student; calibrates first when needed, and goes on where it was interrupted.

@@ -49,7 +49,7 @@ def require_model(recipe: Recipe, name: str, run: RunOptions) -> None:
     """Refuse a job without a model."""
     if recipe.model:
         return
-    takes_model = name in ("calibrate", "distill")
+    takes_model = name in ("calibrate", "record", "distill")
     if run.recipe is not None:
         hint = f", or name it: `edgerazor {name} MODEL --recipe {run.recipe}`" if takes_model else ""
         raise usage_error(
@@ -140,6 +140,27 @@ def write_data(values: dict[str, Any], run: RunOptions, out: Path, prompts: Path
     if console.is_main:
         result = stage.run(recipe, out, prompts, tokens, console, run.force)
         console.result(result, *stage.show(result))
+
+
+def record(values: dict[str, Any], run: RunOptions, out: Path) -> None:
+    """Record the teacher's outputs into a folder."""
+    recipe = assemble(values, run.work, run.recipe)
+    require_model(recipe, "record", run)
+    from edgerazor.console import describe
+    from edgerazor.job import JobContext
+    from edgerazor.stages import record as stage
+    from edgerazor.workdir import DEFAULT, WorkDir
+
+    console = run.open_console()
+    if not console.is_main:
+        return
+    context = JobContext(recipe, WorkDir(run.work or DEFAULT), console)
+    if run.dry_run:
+        plan = stage.dry_run(context, out, run.force)
+        console.result(plan, *describe(plan))
+        return
+    result = stage.run(context, out, run.force)
+    console.result(result, *stage.show(result))
 
 
 # What there is ------------------------------------------------------------------------------------------------------

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 REQUIRED: Any = inspect.Parameter.empty
 #: The job's folder; `edgerazor.workdir.DEFAULT`.
 DEFAULT_WORK = Path("edgerazor-work")
+#: Where a recording goes.
+DEFAULT_RECORDING = Path("edgerazor-recording")
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ PLANNING = "calibrate distill pack"
 # fmt: off
 OPTIONS = (
     # Arguments
-    Option("model", "model", str, "calibrate distill",
+    Option("model", "model", str, "calibrate record distill",
            f"{MODEL} Default: that of the working directory."),
     Option("model", "model", str, "pack",
            f"{MODEL} Given: round it to nearest, without training; a GGUF file without --bits is taken as it is."),
@@ -179,15 +181,30 @@ OPTIONS = (
     Option("--target-size", "calibrate.target_size", str, f"{PLANNING} run",
            "Instead of --bits: most bytes of the weight files.", metavar="200MB"),
     # What is learned from and measured on
-    Option("--data", "data.train", list[Path], "calibrate distill",
+    Option("--data", "data.train", list[Path], "calibrate record distill",
            "Text to learn from (.txt, .jsonl, .gz); repeatable.", metavar="FILE", parse=file_sources),
-    Option("--held-out", "data.held_out", list[Path], "calibrate distill",
+    Option("--held-out", "data.held_out", list[Path], "calibrate record distill",
            "Text to measure on; repeatable.", metavar="FILE", parse=file_sources),
-    Option("--sequence-length", "data.sequence_length", int, "calibrate distill",
+    Option("--sequence-length", "data.sequence_length", int, "calibrate record distill",
            "Tokens per sequence."),
     Option("--sequences", "calibrate.sequences", int, "calibrate",
            "Calibration sequences."),
+    # Recording
+    Option("--out", "", Path, "record",
+           "The folder to record into.", metavar="DIR", default=DEFAULT_RECORDING),
+    Option("--method", "record.method", str, "record",
+           "Tokens of each distribution: an unbiased sample, or top_k."),
+    Option("--draws", "record.draws", int, "record",
+           "How many tokens of each distribution are kept."),
+    Option("--hidden-layers", "record.hidden_layers", str, "record",
+           "Comma-separated layers whose hidden states are kept, for lafd.", parse=parse_integers),
+    Option("--tokens", "record.tokens", str, "record",
+           "Only so many tokens of the text (300k, 20M), for one seed.", metavar="300k"),
+    Option("--batch-size", "record.batch_size", int, "record",
+           "Sequences per forward pass."),
     # Training
+    Option("--recording", "distill.recording", Path, "distill",
+           "A folder of `edgerazor record`, in the place of the teacher.", metavar="DIR", parse=str),
     Option("--steps", "distill.steps", int, "distill run",
            "Optimizer steps."),
     Option("--tokens", "distill.tokens", str, "distill",
@@ -321,14 +338,16 @@ OPTIONS = (
     Option("--thinking/--no-thinking", "sampling.thinking", bool, "data",
            "Think before an answer, if the template can say so."),
     # The model, and how to run
-    Option("--revision", "revision", str, f"{PLANNING} eval data",
+    Option("--revision", "revision", str, f"{PLANNING} record eval data",
            "Branch, tag or commit of a hub model."),
-    Option("--trust-remote-code", "trust_remote_code", bool, f"{PLANNING} eval data",
+    Option("--trust-remote-code", "trust_remote_code", bool, f"{PLANNING} record eval data",
            "Run Python code that comes with the model."),
-    Option("--recipe", "", Path, f"{PLANNING} eval bench generate data",
+    Option("--recipe", "", Path, f"{PLANNING} record eval bench generate data",
            "A YAML recipe, or the name of a shipped one; see `edgerazor show recipe`.", metavar="FILE"),
     Option("--work", "", Path, f"{PLANNING} eval bench run",
            "The job's folder, where the stages meet.", metavar="DIR", default=DEFAULT_WORK),
+    Option("--work", "", Path, "record",
+           "A job's folder, whose recipe and text count.", metavar="DIR", default=DEFAULT_WORK),
     Option("--work", "", Path, "generate",
            "The job's folder.", metavar="DIR"),
     Option("--work", "", Path, "show",
@@ -339,21 +358,21 @@ OPTIONS = (
            "Of a packed folder: check every checksum, code and digest.", default=False),
     Option("--against", "", Path, "show",
            "Another packed folder: tell what differs.", metavar="PACKED"),
-    Option("--seed", "seed", int, "calibrate distill generate data run",
+    Option("--seed", "seed", int, "calibrate record distill generate data run",
            "Of data order, initialisation and generated text."),
-    Option("--device", "device", str, "calibrate distill eval data run",
+    Option("--device", "device", str, "calibrate record distill eval data run",
            "auto, cpu, cuda or cuda:N."),
-    Option("--threads", "threads", int, "calibrate distill eval generate data run",
+    Option("--threads", "threads", int, "calibrate record distill eval generate data run",
            "CPU threads; all cores by default."),
     Option("--threads", "bench.threads", list[str], "bench",
            "CPU threads, comma-separated or repeated; all cores by default.", metavar="N[,N...]", parse=parse_integers),
-    Option("--json", "", bool, f"{PLANNING} eval bench generate data run show",
+    Option("--json", "", bool, f"{PLANNING} record eval bench generate data run show",
            "Print the result as one JSON object on stdout.", default=False),
-    Option("--quiet -q", "", bool, f"{PLANNING} eval bench generate data run",
+    Option("--quiet -q", "", bool, f"{PLANNING} record eval bench generate data run",
            "Nothing on stderr but errors.", default=False),
-    Option("--force", "", bool, f"{PLANNING} eval bench data run",
+    Option("--force", "", bool, f"{PLANNING} record eval bench data run",
            "Do it again; throws away what is in the way.", default=False),
-    Option("--dry-run", "", bool, f"{PLANNING} eval bench",
+    Option("--dry-run", "", bool, f"{PLANNING} record eval bench",
            "Say what would be done, how large and how long, and stop.", default=False),
 )
 # fmt: on

@@ -33,6 +33,7 @@ class RowSettings:
         template_kwargs: what the chat template is given beside the messages.
         held_out_length: tokens of a row by which the held-out share is chosen; `length` where it is None.
         bos: `auto`: every row begins with the BOS of a tokenizer that adds one; `text`: rows where a text begins.
+        held_out_seed: of the choice of the held-out share; `seed` where it is None.
     """
 
     length: int
@@ -43,6 +44,7 @@ class RowSettings:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     held_out_length: int | None = None
     bos: Literal["auto", "text"] = "auto"
+    held_out_seed: int | None = None
 
 
 #: The training rows of a source, and its held-out tokens where there are any.
@@ -85,6 +87,7 @@ def _open_source(
 ) -> _Parts:
     """Read one source; `number` is its place in the mixture, a part of its seed."""
     length, packing, seed = settings.length, settings.packing, (settings.seed, number)
+    held_out_seed = seed if settings.held_out_seed is None else (settings.held_out_seed, number)
     options, fraction = dict(settings.template_kwargs), settings.held_out_fraction
     if source.streaming:
         count = settings.held_out_rows if fraction else 0
@@ -95,7 +98,7 @@ def _open_source(
         raise _nothing_to_learn(source, len(tokens))
     if not fraction:
         return tokens, None
-    training, held_out = split_held_out(tokens, settings.held_out_length or length, fraction, seed)
+    training, held_out = split_held_out(tokens, settings.held_out_length or length, fraction, held_out_seed)
     if not all(len(cuts(part, length, packing)) for part in (training, held_out)):
         raise UserError(
             f"There is too little text in {_name(source)} to keep {fraction:.1%} of it for measuring.",

@@ -13,9 +13,11 @@ from edgerazor.losses.core.base import (
     prediction_mask,
     step_counts,
 )
+from edgerazor.losses.core.divergences import sum_of_kl
 from edgerazor.losses.core.layer_selection import METRICS, layer_metric
 from edgerazor.losses.core.logit_losses import LogitLoss, TokenLogits, logit_chunks
 from edgerazor.losses.core.objective import make, names, total_loss
+from edgerazor.losses.core.recorded import RecordedTokens
 
 __all__ = [
     "MASKED",
@@ -25,6 +27,7 @@ __all__ = [
     "LogitLoss",
     "Loss",
     "Outputs",
+    "RecordedTokens",
     "StepTotals",
     "TokenLogits",
     "layer_metric",
@@ -33,5 +36,6 @@ __all__ = [
     "names",
     "prediction_mask",
     "step_counts",
+    "sum_of_kl",
     "total_loss",
 ]

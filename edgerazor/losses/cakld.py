@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from edgerazor.losses.core.base import positive
-from edgerazor.losses.core.divergences import mixed_kl
+from edgerazor.losses.core.divergences import mixed_kl, target_log_probs
 from edgerazor.losses.core.logit_losses import LogitLoss, TokenLogits
 
 #: Name of the statistic: mean probability that the teacher gives to the tokens of the text.
@@ -27,13 +27,14 @@ class ConfidenceAwareKL(LogitLoss):
         temperature: `T` > 0 of both divergences; the confidence is that of the teacher's own distribution (T = 1).
     """
 
+    from_recording = "approximate"
+
     def __init__(self, temperature: float = 1.0) -> None:
         self.temperature = positive("temperature", temperature)
 
     def partial_statistics(self, logits: TokenLogits) -> dict[str, Tensor]:
         """Weighted sum of the teacher's probabilities of the targets."""
-        target_log_probs = logits.teacher_log_probs().gather(1, logits.targets[:, None]).squeeze(1)
-        return {CONFIDENCE: (logits.sample_weights * target_log_probs.exp()).sum()}
+        return {CONFIDENCE: (logits.sample_weights * target_log_probs(logits).exp()).sum()}
 
     def value_and_grad(self, logits: TokenLogits, statistics: Mapping[str, float]) -> tuple[Tensor, Tensor]:
         """See `LogitLoss`; needs `teacher_confidence` in the step's statistics."""

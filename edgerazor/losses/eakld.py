@@ -19,7 +19,7 @@ from torch import Tensor
 
 from edgerazor.errors import usage_error
 from edgerazor.losses.core.base import positive
-from edgerazor.losses.core.divergences import entropy, mixed_kl
+from edgerazor.losses.core.divergences import mixed_kl, teacher_entropy
 from edgerazor.losses.core.logit_losses import LogitLoss, TokenLogits
 
 #: Name of the statistic: mean entropy of the teacher's next-token distribution over the step, in nats, temperature 1.
@@ -36,6 +36,8 @@ class EntropyAwareKL(LogitLoss):
             entropy.
     """
 
+    from_recording = "approximate"
+
     def __init__(self, temperature: float = 1.0, k: float = 16.0, gate: str = "batch") -> None:
         self.temperature = positive("temperature", temperature)
         self.k = positive("k", k, above=1.0)
@@ -49,7 +51,7 @@ class EntropyAwareKL(LogitLoss):
 
     def partial_statistics(self, logits: TokenLogits) -> dict[str, Tensor]:
         """Weighted sum of the entropies, in nats."""
-        return {ENTROPY: (logits.sample_weights * entropy(logits.teacher_log_probs())).sum()}
+        return {ENTROPY: (logits.sample_weights * teacher_entropy(logits)).sum()}
 
     def statistics_need_logits(self) -> bool:
         """See `LogitLoss`; a gate of each token needs no statistics of the step."""
@@ -58,7 +60,7 @@ class EntropyAwareKL(LogitLoss):
     def value_and_grad(self, logits: TokenLogits, statistics: Mapping[str, float]) -> tuple[Tensor, Tensor]:
         """See `LogitLoss`; the gate of the batch needs `teacher_entropy` in the step's statistics."""
         if self.gate == "token":
-            gamma = (1 - entropy(logits.teacher_log_probs()) / math.log(self.k)).clamp_(0, 1)
+            gamma = (1 - teacher_entropy(logits) / math.log(self.k)).clamp_(0, 1)
             return mixed_kl(logits, gamma, self.temperature)
         if ENTROPY not in statistics:
             raise ValueError(f"The step's statistics lack {ENTROPY!r}, which decides EAKLD's mixture.")

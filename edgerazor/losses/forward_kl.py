@@ -22,6 +22,8 @@ class ForwardKL(LogitLoss):
             2402.10787, its code). A sum weighs as many times more against other losses as a sample has positions.
     """
 
+    from_recording = "unbiased"
+
     def __init__(self, temperature: float = 1.0, reduction: str = "mean") -> None:
         self.temperature = positive("temperature", temperature)
         if reduction not in ("mean", "sum"):

@@ -21,6 +21,8 @@ class JensenShannon(LogitLoss):
         temperature: `T` > 0; both distributions are softened by it.
     """
 
+    from_recording = "approximate"
+
     def __init__(self, beta: float = 0.5, temperature: float = 1.0) -> None:
         self.beta = positive("beta", beta)
         if self.beta >= 1:

@@ -73,6 +73,8 @@ class LayerAdaptiveFeatureDistillation(Loss):
             "l2" (largest norm) or "variance" (largest variance over positions).
     """
 
+    from_recording = "approximate"
+
     def __init__(
         self,
         layers: str | int | tuple[int | str, ...] = "all",

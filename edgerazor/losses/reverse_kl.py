@@ -20,6 +20,8 @@ class ReverseKL(LogitLoss):
         temperature: `T` > 0; both distributions are softened by it.
     """
 
+    from_recording = "approximate"
+
     def __init__(self, temperature: float = 1.0) -> None:
         self.temperature = positive("temperature", temperature)
 

@@ -116,6 +116,9 @@ class Data(Strict):
     held_out_fraction: float = Field(
         0.05, gt=0, lt=0.5, description="share of each source kept for measuring, spread over it"
     )
+    held_out_seed: int | None = Field(
+        None, ge=0, description="of the choice of that share; absent: `seed`, so that each seed measures on other text"
+    )
     held_out_rows: int = Field(
         256, ge=1, description="of a streamed source, which has no end, these first ones instead"
     )
@@ -425,6 +428,9 @@ class Distill(Strict):
     phases: tuple[Phase, ...] = Field(
         (), description="trainings one after the other: train, share, losses, learning_rate, schedule; empty: one"
     )
+    recording: FilePath | None = Field(
+        None, description="folder of `edgerazor record`, in the place of the teacher, which is then not loaded"
+    )
     target_kl: float | None = Field(
         None, gt=0, description="stop when a measurement of held-out KL to the teacher is as low, in nats per token"
     )
@@ -474,6 +480,48 @@ class Distill(Strict):
     @classmethod
     def _in_seconds(cls, value: Any) -> Any:
         return seconds_of(value) if isinstance(value, str) else value
+
+
+class Record(Strict):
+    """Recording the teacher's outputs (`edgerazor record`), so that trainings can do without it."""
+
+    method: Literal["sample", "top_k"] = Field(
+        "sample", description="tokens of each distribution: an unbiased sample (arXiv 2503.16870), or the likeliest"
+    )
+    draws: int | None = Field(
+        None,
+        ge=1,
+        le=32768,
+        description="how many tokens of each distribution are kept; absent: as many as 150 bytes hold, 32, or 21 of "
+        "vocabularies above 65,536",
+    )
+    power: float = Field(1.0, gt=0, le=4, description="t of a sample's proposal, p^t; 1: as often as they are likely")
+    temperature: float = Field(1.0, gt=0, description="of the distributions, and of the losses that will read them")
+    hidden_layers: tuple[int, ...] = Field(
+        (), description="layers whose hidden states are kept, in 8 bits, for lafd: [3, 17]"
+    )
+    tokens: int | None = Field(
+        None,
+        ge=1,
+        description="only the first tokens (300k, 20M) in the training order of `seed`; absent: all text, for any seed",
+    )
+    held_out_sequences: int = Field(32, ge=1, description="held-out sequences, which trainings are measured on")
+    held_out_draws: int = Field(256, ge=1, le=32768, description="how many tokens of their distributions are kept")
+    batch_size: int = Field(8, ge=1, description="sequences per forward pass")
+    shard_bytes: int = Field(16_000_000, ge=1, description="about the bytes of a file; a killed run loses at most one")
+
+    @field_validator("tokens", mode="before")
+    @classmethod
+    def _whole_tokens(cls, value: Any) -> Any:
+        return token_count(value) if isinstance(value, str) else value
+
+    @field_validator("hidden_layers")
+    @classmethod
+    def _layers(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        """Sorted, without duplicates."""
+        if any(layer < 0 for layer in value):
+            raise ValueError("layers are counted from 1, and 0 is the embedding's output")
+        return tuple(sorted(set(value)))
 
 
 class Pack(Strict):
@@ -592,6 +640,7 @@ class Recipe(Strict):
     data: Data = Data()
     sampling: Sampling = Sampling()
     calibrate: Calibrate = Calibrate()
+    record: Record = Record()
     distill: Distill = Distill()
     pack: Pack = Pack()
     eval: Eval = Eval()

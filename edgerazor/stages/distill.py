@@ -16,34 +16,42 @@ schedule of its own; the data go on from phase to phase. How a step is taken, ev
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from rich.console import RenderableType
 
-from edgerazor import calibrated, data, devices, models, student_plan
+from edgerazor import calibrated, data, devices, models, recording, student_plan
 from edgerazor.allocate import Plan
 from edgerazor.calibration import initialization
 from edgerazor.console import Console
 from edgerazor.errors import UserError, usage_error
-from edgerazor.job import JobContext, LoadedModel, ModelOutline
-from edgerazor.models import PreTrainedModel
+from edgerazor.job import JobContext, ModelOutline
+from edgerazor.models import PreTrainedModel, PreTrainedTokenizerBase
 from edgerazor.recipe import Distill, Recipe
+from edgerazor.recording import Recording
 from edgerazor.stage import Stage
 from edgerazor.student_plan import CALIBRATED_INITS
 from edgerazor.training import (
     DistillDryRun,
     DistillResult,
     PlannedTraining,
+    RecordedTeacher,
     ScheduledPhase,
     Student,
     Teacher,
     TeacherEnsemble,
+    TeacherSource,
     Trainer,
     TrainingStore,
+    check_losses,
+    check_sequences,
     checkpoint,
     estimate_training,
+    fitting_inputs,
     is_limited,
     load_further_teachers,
     make_budget,
@@ -56,6 +64,7 @@ from edgerazor.training import (
     report_teachers,
     result_tables,
     speed_of,
+    teacher_outlines,
     training_dtype,
 )
 from edgerazor.workdir import WorkDir, make_folder, write_json
@@ -74,13 +83,19 @@ def inputs(context: JobContext) -> dict[str, str]:
     """
     recipe, manifest = context.recipe, context.work.manifest("calibrate")
     settings = recipe.distill
-    skip = ("max_time", "checkpoint_every", "gradient_checkpointing", "batch_size", "accumulation", "phases")
+    skip = (
+        *("max_time", "checkpoint_every", "gradient_checkpointing", "batch_size", "accumulation", "phases"),
+        "recording",  # what it is counts, and not where it lies
+    )
     without_teachers = () if settings.teachers else ("teacher_average",)
     training_settings = context.section_inputs("distill", skip + without_teachers)
     bits = context.nominal_bits(context.plan() if manifest else None)
     training_settings |= {"distill.phases": phase_schedule.describe(settings, bits)} if settings.phases else {}
     training_settings["distill.losses"] = objective.describe(settings.losses, bits)
     training_settings["distill.teachers"] = context.further_teachers_fingerprint
+    if settings.recording is not None:
+        description = recording.read_description(Path(settings.recording))
+        training_settings["distill.recording"] = description.fingerprint()
     budget_name, budget = recipe.calibrate.budget()
     return {
         budget_name: str(budget),
@@ -113,7 +128,8 @@ def run(context: JobContext) -> DistillResult:
     if accelerator.is_main_process:
         discard_unless_resumable(trainer.store, work, console, context.fresh)
     accelerator.wait_for_everyone()
-    report_teachers(recipe.model, settings.teachers, trainer.teachers, trainer.terms, console)
+    if isinstance(trainer.teachers, TeacherEnsemble):
+        report_teachers(recipe.model, settings.teachers, trainer.teachers, trainer.terms, console)
     report_passes(trainer.budget.steps, trainer.rows, trainer.rows_per_step, console)
     trainer.resume(console)
     trainer.run(console)
@@ -130,6 +146,7 @@ def dry_run(context: JobContext) -> DistillDryRun:
     """
     recipe, settings = context.recipe, context.recipe.distill
     check(recipe)
+    check_recording(context)
     outline = context.planning_teacher()
     model, structure = outline.model, outline.structure
     student_plan.check_attention(model, recipe.calibrate)
@@ -151,7 +168,7 @@ def dry_run(context: JobContext) -> DistillDryRun:
         length=length,
         rows_per_step=rows_per_step,
         processes=processes,
-        teacher_bytes=teacher_bytes(context, outline) if needs_teacher(settings, phases) else 0,
+        teacher_bytes=teacher_bytes(context, outline) if is_teacher_loaded(settings, phases) else 0,
     )
     packed_bytes = context.packed_size(outline, measured=planned)(plan).bytes
     estimate = estimate_training(training, speed_of(context), packed_bytes)
@@ -187,6 +204,34 @@ def check(recipe: Recipe) -> None:
         )
     reconstruction.check(recipe)
     phase_schedule.check(recipe)
+    if recipe.distill.recording is not None and recipe.distill.reconstruct is not None:
+        raise usage_error(
+            "Layers are reconstructed from what the teacher's own layers give, which a recording does not hold.",
+            "Leave out `distill.reconstruct` (--reconstruct), or `distill.recording` (--recording).",
+        )
+
+
+def check_recording(context: JobContext) -> None:
+    """Refuse a recording that does not fit the job, as far as that can be said without reading text or weights.
+
+    Raises:
+        UserError: there is none, it is of something else, or a loss cannot be computed from it.
+    """
+    recipe, settings, work = context.recipe, context.recipe.distill, context.work
+    if settings.recording is None:
+        return
+    folder = Path(settings.recording)
+    description = recording.read_description(folder)
+    source = f"--work {work.path}" if work.recipe_file.exists() else f"{recipe.model} --data FILE"
+    length = min(context.sequence_length(model) for model in teacher_outlines(context))
+    inputs = fitting_inputs(context, length)
+    recording.check_fit(description, folder, inputs, f"edgerazor record {source} --out NAME")
+    measured = work.manifest("calibrate") is not None
+    layer_count = context.teacher_outline.structure.layer_count
+    plan = context.plan() if measured else None
+    layer_metrics = calibrated.read_layer_metrics(work) if measured else objective.placeholder_metrics(layer_count)
+    for phase in make_phases(settings, recipe.model, layer_count, layer_metrics, context.nominal_bits(plan)):
+        check_losses(phase.terms, description, folder, measured)
 
 
 # --- preparation -------------------------------------------------------------------------------
@@ -220,29 +265,84 @@ def prepare(context: JobContext, placeholders: bool = False) -> Preparation:
     check(recipe)
     devices.join_processes(device)
     accelerator = make_accelerator(device, dtype)
-    loaded = context.load_teacher(accelerator.device, dtype)
-    model, structure = loaded.model, loaded.structure
-    teacher = Teacher(model, structure, structure.head_path, models.logit_shape(model, structure.head_path))
-    others = load_further_teachers(settings.teachers, recipe.trust_remote_code, accelerator.device, dtype)
-    rows, held_out = open_text(context, loaded, [teacher, *others], placeholders)
-    plan = context.new_plan(loaded) if placeholders else context.plan()
+    if settings.recording is not None:
+        teacher = recorded_teacher(context, accelerator.device)
+    else:
+        teacher = resident_teacher(context, accelerator.device, dtype)
+    is_resident = isinstance(teacher.source, TeacherEnsemble)
+    structure = teacher.outline.structure
+    rows, held_out = open_text(context, teacher, placeholders)
+    planned = teacher.outline if is_resident or not placeholders else context.planning_teacher()
+    plan = context.new_plan(planned) if placeholders else context.plan()
     phases = scheduled_phases(context, plan, structure.layer_count, placeholders)
-    student = prepare_student(context, loaded, plan, placeholders).to(accelerator.device)
-    objective.open_models(student, model, structure, [term for phase in phases for term in phase.terms])
+    student = load_student(recipe)
+    logit_shape = models.logit_shape(teacher.outline.model if is_resident else student, structure.head_path)
+    student = prepare_student(context, student, teacher.outline, plan, placeholders).to(accelerator.device)
+    terms = [term for phase in phases for term in phase.terms]
+    objective.open_models(student, teacher.outline.model if is_resident else None, structure, terms)
     trainer = Trainer(
         settings=settings,
         accelerator=accelerator,
-        student=Student(student, structure, teacher.logit_shape, accelerator),
-        teachers=TeacherEnsemble(
-            (teacher, *others) if needs_teacher(settings, phases) else (), settings.teacher_average
-        ),
+        student=Student(student, structure, logit_shape, accelerator),
+        teachers=teacher.source if needs_teacher(settings, phases) else TeacherEnsemble(()),
         rows=rows,
         held_out=held_out,
         phases=phases,
         store=training_store(context.work, {} if placeholders else inputs(context)),
     )
     phase_schedule.check_steps(phases, trainer.budget.steps)
+    if isinstance(trainer.teachers, RecordedTeacher):
+        recorded, steps = trainer.teachers.recording, trainer.budget.steps
+        check_losses(terms, recorded.description, recorded.folder, layers_known=True)
+        needed = None if steps is None else steps * trainer.rows_per_step
+        check_sequences(recorded, rows, held_out, needed, settings.evaluate_sequences)
     return Preparation(trainer, plan)
+
+
+@dataclass(frozen=True)
+class PreparedTeacher:
+    """What a training needs of its teachers before it starts.
+
+    Attributes:
+        source: of their outputs.
+        outline: the recipe's model; of recorded teachers without its weights.
+        tokenizer: of the recipe's model.
+        length: most tokens of a sequence that all teachers have positions for.
+    """
+
+    source: TeacherSource
+    outline: ModelOutline
+    tokenizer: PreTrainedTokenizerBase
+    length: int
+
+
+def resident_teacher(context: JobContext, device: torch.device, dtype: torch.dtype) -> PreparedTeacher:
+    """The recipe's model and further teachers, loaded onto the device.
+
+    Raises:
+        UserError: one of them cannot be loaded, or is not understood.
+    """
+    settings = context.recipe.distill
+    loaded = context.load_teacher(device, dtype)
+    model, structure = loaded.model, loaded.structure
+    teacher = Teacher(model, structure, structure.head_path, models.logit_shape(model, structure.head_path))
+    others = load_further_teachers(settings.teachers, context.recipe.trust_remote_code, device, dtype)
+    ensemble = TeacherEnsemble((teacher, *others), settings.teacher_average)
+    length = min(context.sequence_length(one.model) for one in ensemble)
+    return PreparedTeacher(ensemble, loaded, loaded.tokenizer, length)
+
+
+def recorded_teacher(context: JobContext, device: torch.device) -> PreparedTeacher:
+    """The teachers of a recording, of which only configuration and tokenizer are read.
+
+    Raises:
+        UserError: the recording does not fit, or is damaged.
+    """
+    check_recording(context)
+    recorded = Recording(Path(context.recipe.distill.recording or ""))
+    tokenizer = models.load_tokenizer(context.teacher_folder, context.recipe.trust_remote_code)
+    length = min(context.sequence_length(model) for model in teacher_outlines(context))
+    return PreparedTeacher(RecordedTeacher(recorded, device), context.teacher_outline, tokenizer, length)
 
 
 def scheduled_phases(context: JobContext, plan: Plan, layer_count: int, placeholders: bool) -> list[ScheduledPhase]:
@@ -255,13 +355,14 @@ def scheduled_phases(context: JobContext, plan: Plan, layer_count: int, placehol
     return make_phases(recipe.distill, recipe.model, layer_count, layer_metrics, context.nominal_bits(plan))
 
 
-def prepare_student(context: JobContext, teacher: LoadedModel, plan: Plan, placeholders: bool) -> PreTrainedModel:
+def prepare_student(
+    context: JobContext, student: PreTrainedModel, teacher: ModelOutline, plan: Plan, placeholders: bool
+) -> PreTrainedModel:
     """The student on the CPU, its matrices fake-quantized as the plan says, from where calibrate lets them begin."""
     structure = teacher.structure
     computing = context.student_settings(plan, structure, placeholders)
     input_scales = context.input_scales(plan, teacher, placeholders)
     initial = None if placeholders else initialization.stored(context, plan)
-    student = load_student(context.recipe)
     return make_student(student, structure, plan, computing, context.recipe.distill, input_scales, initial)
 
 
@@ -288,19 +389,24 @@ def needs_teacher(settings: Distill, phases: Sequence[ScheduledPhase]) -> bool:
     return by_losses or settings.reconstruct is not None or settings.target_kl is not None
 
 
+def is_teacher_loaded(settings: Distill, phases: Sequence[ScheduledPhase]) -> bool:
+    """Whether a teacher takes memory and time: one is needed, and it was not recorded."""
+    return settings.recording is None and needs_teacher(settings, phases)
+
+
 def open_text(
-    context: JobContext, teacher: LoadedModel, teachers: Sequence[Teacher], placeholders: bool
+    context: JobContext, teacher: PreparedTeacher, placeholders: bool
 ) -> tuple[data.TokenRows, data.TokenRows]:
     """Rows to train on and held-out rows, no longer than any teacher has positions for.
 
     With placeholders, where the text is still to be written by the teacher, both are made up.
     """
-    length = min(context.sequence_length(teacher.model) for teacher in teachers)
     if placeholders and not has_text(context):
-        rows = placeholder_rows(context, length)
+        rows = placeholder_rows(context, teacher.length)
         return rows, rows
     # `eval` will know what was held out by the length of the first teacher alone.
-    return context.open_text(teacher.tokenizer, length, context.sequence_length(teacher.model))
+    held_out_length = context.sequence_length(teacher.outline.model)
+    return context.open_text(teacher.tokenizer, teacher.length, held_out_length)
 
 
 def has_text(context: JobContext) -> bool:
@@ -372,6 +478,7 @@ class DistillStage(Stage):
 
     def check(self, context: JobContext) -> None:
         check(context.recipe)
+        check_recording(context)
 
     def check_continuation(self, context: JobContext, inputs: dict[str, str]) -> None:
         """A training goes on only with the very plan and statistics that it began with."""

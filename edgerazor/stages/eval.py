@@ -69,6 +69,8 @@ class EvalStage(Stage):
             settings = recipe.data
             inputs["text"] = data.fingerprint(sources)
             inputs["text.held_out_fraction"] = "all" if settings.held_out else f"{settings.held_out_fraction}, spread"
+            if settings.held_out_seed is not None and not settings.held_out:
+                inputs["text.held_out_seed"] = str(settings.held_out_seed)
             inputs["text.sequence_length"] = str(settings.sequence_length)
             inputs["text.packing"] = settings.packing
             inputs |= context.text_inputs

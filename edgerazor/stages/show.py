@@ -17,13 +17,15 @@ from edgerazor.errors import usage_error
 from edgerazor.evaluation.eval_result import EvalResult
 from edgerazor.packaging.pack_result import CompressResult, ForeignResult, PackResult
 from edgerazor.recipe import json_schema
-from edgerazor.report import differences, heatmap, inspection, plan_summary, summary
+from edgerazor.report import differences, heatmap, inspection, plan_summary, recording_summary, summary
 from edgerazor.report.differences import Differences
 from edgerazor.report.generate_result import GenerateResult
 from edgerazor.report.inspection import PackedSummary, show_format
 from edgerazor.report.plan_summary import PlanSummary
+from edgerazor.report.recording_summary import RecordingSummary
 from edgerazor.report.summary import Summary, summarize
 from edgerazor.stages.distill import DistillResult
+from edgerazor.stages.record import RecordResult
 from edgerazor.stages.write_data import DataResult
 from edgerazor.workdir import WorkDir, find_folder
 
@@ -32,6 +34,7 @@ __all__ = ["draw_plan", "inspect", "schema", "show", "show_format", "summarize"]
 #: Name of a JSON interface -> its model.
 INTERFACES: dict[str, type[BaseModel]] = {
     "calibrate": CalibrateResult,
+    "record": RecordResult,
     "distill": DistillResult,
     "pack": PackResult,
     "eval": EvalResult,
@@ -41,6 +44,7 @@ INTERFACES: dict[str, type[BaseModel]] = {
     "show": Summary,
     "show plan": PlanSummary,
     "show PACKED": PackedSummary,
+    "show RECORDING": RecordingSummary,
     "show PACKED --against": Differences,
     "pack PACKED --compress": CompressResult,
     "pack FOREIGN": ForeignResult,
@@ -49,18 +53,20 @@ INTERFACES: dict[str, type[BaseModel]] = {
 
 def inspect(
     path: Path, console: Console, verify: bool = False, against: Path | None = None
-) -> Summary | PackedSummary | Differences:
-    """Look at a working directory, or at a packed folder or a weight file in it.
+) -> Summary | PackedSummary | RecordingSummary | Differences:
+    """Look at a working directory, at a packed folder or a weight file in it, or at a recording.
 
     Args:
         path: of one of them.
         console: where progress is shown.
-        verify: check every byte of the packed folder.
+        verify: check every byte of the packed folder or the recording.
         against: another packed folder: tell what differs.
 
     Raises:
         UserError: it is none of them, or damaged.
     """
+    if recording_summary.is_recording(path) and not against:
+        return recording_summary.look_into(path, verify)
     path, against = folder_of(path), folder_of(against) if against else None
     if not transformers_plugin.is_packed(path) and (verify or against):
         raise usage_error(
@@ -105,12 +111,14 @@ def schema(flags: Mapping[str, str]) -> str:
     return json.dumps({"recipe": json_schema(flags), **results}, indent=1)
 
 
-def show(result: Summary | PlanSummary | PackedSummary | Differences) -> list[RenderableType]:
+def show(result: Summary | PlanSummary | PackedSummary | RecordingSummary | Differences) -> list[RenderableType]:
     """What was looked at, for people."""
     if isinstance(result, PlanSummary):
         return heatmap.show(result)
     if isinstance(result, PackedSummary):
         return inspection.show(result)
+    if isinstance(result, RecordingSummary):
+        return recording_summary.show(result)
     if isinstance(result, Differences):
         return differences.show(result)
     return summary.show(result)

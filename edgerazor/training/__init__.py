@@ -8,11 +8,25 @@ from edgerazor.training.estimate import PlannedTraining, estimate_training
 from edgerazor.training.evaluation import held_out_losses
 from edgerazor.training.objective import make_terms
 from edgerazor.training.phase_schedule import ScheduledPhase, make_phases
+from edgerazor.training.recorded_teacher import (
+    RecordedTeacher,
+    check_losses,
+    check_sequences,
+    fitting_inputs,
+    recorded_tokens,
+    teacher_outlines,
+)
 from edgerazor.training.results import DistillDryRun, DistillResult, PhaseEstimate, PhaseResult, result_tables
 from edgerazor.training.speed import MachineSpeed, cost_of, forward_seconds, measure_machine, speed_of, training_dtype
 from edgerazor.training.store import TrainingStore, save_student
 from edgerazor.training.student import Student, make_student
-from edgerazor.training.teachers import Teacher, TeacherEnsemble, load_further_teachers, report_teachers
+from edgerazor.training.teachers import (
+    Teacher,
+    TeacherEnsemble,
+    TeacherSource,
+    load_further_teachers,
+    report_teachers,
+)
 from edgerazor.training.trainer import Trainer
 
 __all__ = [
@@ -27,16 +41,21 @@ __all__ = [
     "PhaseResult",
     "PlannedTraining",
     "Progress",
+    "RecordedTeacher",
     "ScheduledPhase",
     "Student",
     "Teacher",
     "TeacherEnsemble",
+    "TeacherSource",
     "Trainer",
     "TrainingStore",
     "capture",
     "captures",
+    "check_losses",
+    "check_sequences",
     "cost_of",
     "estimate_training",
+    "fitting_inputs",
     "forward_seconds",
     "held_out_losses",
     "is_limited",
@@ -46,10 +65,12 @@ __all__ = [
     "make_student",
     "make_terms",
     "measure_machine",
+    "recorded_tokens",
     "report_passes",
     "report_teachers",
     "result_tables",
     "save_student",
     "speed_of",
+    "teacher_outlines",
     "training_dtype",
 ]

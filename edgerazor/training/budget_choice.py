@@ -20,7 +20,7 @@ from edgerazor.job import JobContext
 from edgerazor.recipe import CHOSEN_BY_BUDGET, Distill, Recipe
 from edgerazor.training import budget_defaults
 from edgerazor.training.budget_defaults import TrainingFacts
-from edgerazor.training.speed import cost_of, forward_seconds, measure_machine, speed_of, step_seconds
+from edgerazor.training.speed import PASSES, cost_of, forward_seconds, measure_machine, speed_of, step_seconds
 from edgerazor.workdir import WorkDir, digest_json, write_json
 
 #: Tokens of a step whose speed stands for all, where the step is still to be chosen.
@@ -174,5 +174,6 @@ def tokens_per_second(context: JobContext) -> tuple[float, bool]:
     outline = context.teacher_outline
     length = context.sequence_length(outline.model)
     tokens = max(length, TYPICAL_STEP_TOKENS)
-    seconds = step_seconds(cost_of(outline.structure, length), speed.machine, tokens)
+    passes = float(PASSES - (context.recipe.distill.recording is not None))
+    seconds = step_seconds(cost_of(outline.structure, length), speed.machine, tokens, passes=passes)
     return devices.process_count() * tokens / seconds, False

@@ -10,17 +10,17 @@ from edgerazor import data, losses, modules
 from edgerazor.losses import StepTotals, step_counts
 from edgerazor.training.captured_states import Captures
 from edgerazor.training.student import Student
-from edgerazor.training.teachers import TeacherEnsemble
+from edgerazor.training.teachers import TeacherSource
 
 
-def selection_metric(teachers: TeacherEnsemble) -> str:
+def selection_metric(teachers: TeacherSource) -> str:
     """The held-out loss that decides which student is the best: "kl" where there is a teacher, else "cross_entropy"."""
     return "kl" if teachers else "cross_entropy"
 
 
 @torch.no_grad()
 def held_out_losses(
-    student: Student, teachers: TeacherEnsemble, batches: Iterable[data.Batch]
+    student: Student, teachers: TeacherSource, batches: Iterable[data.Batch]
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Evaluate the student on held-out text.
 
@@ -47,20 +47,20 @@ def held_out_losses(
     return means, digests
 
 
-def batch_sums(student: Student, teachers: TeacherEnsemble, batch: data.Batch) -> dict[str, float]:
+def batch_sums(student: Student, teachers: TeacherSource, batch: data.Batch) -> dict[str, float]:
     """Sums over the predicted tokens of a batch, in nats: cross entropy, KL(teacher || student); and their count."""
     device = student.accelerator.device
-    input_ids, labels = batch["input_ids"].to(device), batch["labels"].to(device)
-    student_outputs = student.outputs(input_ids, Captures(), wrapped=False)
-    teacher_outputs = teachers.outputs(input_ids, Captures())
+    batch = {key: value.to(device) for key, value in batch.items()}
+    labels = batch["labels"]
+    student_outputs = student.outputs(batch["input_ids"], Captures(), wrapped=False)
+    teacher_outputs = teachers.outputs(batch, Captures(), held_out=True)
     cross_entropy = torch.zeros((), dtype=torch.float64, device=device)
     kl = torch.zeros_like(cross_entropy)
     for chunk in losses.logit_chunks(student_outputs, teacher_outputs, labels, StepTotals(1, 1)):
         for _, logits in chunk.blocks():
             cross_entropy -= logits.student_log_probs().gather(1, logits.targets[:, None]).sum()
             if teacher_outputs is not None:
-                student_log_probs, teacher_log_probs = logits.log_probs()
-                kl += (teacher_log_probs.exp() * (teacher_log_probs - student_log_probs)).sum()
+                kl += losses.sum_of_kl(logits)
     _, tokens = step_counts(labels)
     sums = {"tokens": float(tokens), "cross_entropy": float(cross_entropy)}
     return sums if teacher_outputs is None else {**sums, "kl": float(kl)}

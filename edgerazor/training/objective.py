@@ -128,18 +128,25 @@ def averages_teachers(loss: Loss) -> bool:
     return isinstance(loss, LogitLoss) and loss.needs_teacher
 
 
-def open_models(student: PreTrainedModel, teacher: PreTrainedModel, structure: Structure, terms: Terms) -> None:
+def open_models(student: PreTrainedModel, teacher: PreTrainedModel | None, structure: Structure, terms: Terms) -> None:
     """Prepare both models so that the states that the losses need can be captured.
+
+    Args:
+        student: in training.
+        teacher: that it is compared with; None where it was recorded.
+        structure: of both.
+        terms: the losses.
 
     Raises:
         UserError: the attention of a model cannot be captured, or hidden states or heads cannot be compared.
     """
     needed = captures(loss for _, loss in terms)
     if needed.attention_layers:
-        models.enable_attention_capture(student)
-        models.enable_attention_capture(teacher)
-        models.check_attention_capture(teacher, structure, needed.attention_layers)
-    check_comparable(student, teacher, captures(loss for _, loss in terms if loss.needs_teacher))
+        for model in (student, *([teacher] if teacher is not None else [])):
+            models.enable_attention_capture(model)
+        models.check_attention_capture(teacher or student, structure, needed.attention_layers)
+    if teacher is not None:
+        check_comparable(student, teacher, captures(loss for _, loss in terms if loss.needs_teacher))
 
 
 def check_comparable(student: PreTrainedModel, teacher: PreTrainedModel, needed: Captures) -> None:

@@ -1,19 +1,48 @@
-"""The teachers that the student is compared with: the model itself, and further ones whose next tokens are averaged."""
+"""The teachers that the student is compared with, from wherever their outputs come.
+
+`TeacherSource` is all that a training knows of them. Resident teachers are here: the model itself, in memory, and
+further ones whose next tokens are averaged with its own. Recorded ones are in `recorded_teacher.py`.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from edgerazor import models
+from edgerazor import data, models
 from edgerazor.console import Console
 from edgerazor.losses import Head, Outputs
 from edgerazor.models import PreTrainedModel, Structure
 from edgerazor.training.captured_states import Captures, capture
 from edgerazor.training.objective import Terms, averages_teachers
+
+
+class TeacherSource(ABC):
+    """Where the outputs of the teachers come from, a micro-batch at a time; false where there are none."""
+
+    def __bool__(self) -> bool:
+        return True
+
+    @abstractmethod
+    def outputs(self, batch: data.Batch, needed: Captures, held_out: bool = False) -> Outputs | None:
+        """Captured states of the first teacher, next-token distributions of all; None without teachers.
+
+        Args:
+            batch: `input_ids` and `labels`, `[B, T]` int64.
+            needed: the states of the first teacher that losses need.
+            held_out: whether the batch is held-out text.
+
+        Raises:
+            UserError: the source does not have them.
+        """
+
+    @abstractmethod
+    def hidden_states(self, batch: data.Batch, layers: Sequence[int]) -> dict[int, Tensor]:
+        """Hidden states of the first teacher for a training batch, layer -> `[B, T, H]` (see `Outputs`)."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +77,8 @@ class Teacher:
 
 
 @dataclass(frozen=True)
-class TeacherEnsemble:
-    """All teachers of a training; false in a condition where there are none.
+class TeacherEnsemble(TeacherSource):
+    """All teachers of a training, resident; false in a condition where there are none.
 
     Attributes:
         teachers: the recipe's model and further ones; empty where nothing needs a teacher.
@@ -70,19 +99,19 @@ class TeacherEnsemble:
         """The recipe's model, whose hidden states and attention are compared."""
         return self.teachers[0]
 
-    def outputs(self, input_ids: Tensor, needed: Captures) -> Outputs | None:
-        """Captured states of the first teacher, next-token distributions of all; None without teachers.
-
-        Args:
-            input_ids: `[B, T]` int64.
-            needed: the states of the first teacher that losses need.
-        """
+    def outputs(self, batch: data.Batch, needed: Captures, held_out: bool = False) -> Outputs | None:
+        """See `TeacherSource`."""
         if not self.teachers:
             return None
+        input_ids = batch["input_ids"]
         outputs = self.first.outputs(input_ids, needed)
         outputs.others = tuple(teacher.outputs(input_ids, Captures()) for teacher in self.teachers[1:])
         outputs.averaging = self.averaging
         return outputs
+
+    def hidden_states(self, batch: data.Batch, layers: Sequence[int]) -> dict[int, Tensor]:
+        """See `TeacherSource`."""
+        return self.first.outputs(batch["input_ids"], Captures(hidden_layers=tuple(layers))).hidden_states
 
 
 def load_further_teachers(
@@ -104,7 +133,7 @@ def load_further_teachers(
 def report_teachers(
     model: str, sources: Sequence[str], ensemble: TeacherEnsemble, terms: Terms, console: Console
 ) -> None:
-    """With several teachers, say which losses use only the first one, and where their vocabularies are padded.
+    """With several resident teachers, say which losses use only the first one, and where their vocabularies are padded.
 
     Args:
         model: the recipe's model, the first teacher.

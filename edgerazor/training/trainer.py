@@ -37,7 +37,7 @@ from edgerazor.training.results import DistillResult, PhaseResult
 from edgerazor.training.signals import Signals, watch_signals
 from edgerazor.training.store import TrainingStore, is_complete, save_student
 from edgerazor.training.student import Student
-from edgerazor.training.teachers import TeacherEnsemble
+from edgerazor.training.teachers import TeacherEnsemble, TeacherSource
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -82,7 +82,7 @@ class Trainer:
     settings: Distill
     accelerator: Accelerator
     student: Student
-    teachers: TeacherEnsemble
+    teachers: TeacherSource
     rows: data.TokenRows
     held_out: data.TokenRows
     phases: Sequence[ScheduledPhase]
@@ -257,7 +257,7 @@ class Trainer:
         targets: list[Outputs | None] = []
         statistics = []
         for batch in batches:
-            target = self.teachers.outputs(batch["input_ids"], self.teacher_captures) if needs_teacher else None
+            target = self.teachers.outputs(batch, self.teacher_captures) if needs_teacher else None
             if target is not None:
                 objective.cache_logits(target, batch["labels"], self.terms, len(batches))
             statistics.append(objective.batch_statistics(self.terms, batch["labels"], target))
@@ -271,8 +271,7 @@ class Trainer:
                 continue
             objective.drop_other_layers(target, self.compared_layers)
             if missing := sorted(self.compared_layers - target.hidden_states.keys()):
-                again = self.teachers.first.outputs(batch["input_ids"], Captures(hidden_layers=tuple(missing)))
-                target.hidden_states |= again.hidden_states
+                target.hidden_states |= self.teachers.hidden_states(batch, missing)
         return targets, totals
 
     def step_totals(self, statistics: Sequence[dict[str, Tensor]]) -> StepTotals:
@@ -509,6 +508,7 @@ class Trainer:
         layers_done = len(progress.block_errors)
         if self.settings.reconstruct is None or layers_done == layer_count or progress.on_target:
             return
+        assert isinstance(self.teachers, TeacherEnsemble)  # `distill` refuses recordings
         block_errors = reconstruction.reconstruct(
             self.student.model,
             self.teachers.first.model,

@@ -67,6 +67,12 @@ WORDS: dict[str, tuple[list[str], Any]] = {
     "distill.learning_rate": (["1e-4"], 1e-4),
     "distill.checkpoint_every": (["9"], 9),
     "distill.train": (["scales"], "scales"),
+    "distill.recording": (["/recording"], "/recording"),
+    "record.method": (["top_k"], "top_k"),
+    "record.draws": (["12"], 12),
+    "record.hidden_layers": (["3,1"], [1, 3]),
+    "record.tokens": (["300k"], 300_000),
+    "record.batch_size": (["2"], 2),
     "distill.reconstruct.steps": (["9"], 9),
     "pack.student": (["last"], "last"),
     "pack.compress": ([], True),
@@ -119,6 +125,7 @@ ALONE = {f"{section}.{name}" for section, name in folders.ALONE}
 OTHER_NAMES = {
     ("calibrate", "--data"): "data.train",
     ("distill", "--data"): "data.train",
+    ("record", "--data"): "data.train",
     ("eval", "--data"): "data.held_out",
     ("distill", "--reconstruct"): "distill.reconstruct.steps",
 }

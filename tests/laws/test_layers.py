@@ -25,7 +25,7 @@ LAYERS = (
     {"exporters", "tasks", "transformers_plugin"},
     {"allocate"},
     {"modules"},
-    {"packed", "models", "data", "families"},
+    {"packed", "models", "data", "families", "recording"},
     {"kernels"},
     {"formats", "losses", "devices"},
     {"recipe", "workdir", "console"},

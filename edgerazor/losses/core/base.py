@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from edgerazor.errors import usage_error
+from edgerazor.losses.core.recorded import RecordedTokens
 
 #: Label of a position that is not to be predicted (the convention of PyTorch and transformers).
 MASKED = -100
@@ -132,6 +133,8 @@ class Outputs:
         others: outputs of further teachers, whose next-token distributions are averaged with this one's (EdgeQAT's
             ensemble); hidden states and attention are always the first teacher's alone.
         averaging: what is averaged: "probabilities", or, as in EdgeQAT, "logits".
+        recorded: of a teacher that was recorded, what is known of its next-token distributions at all positions that
+            count, in their order; then there are no last hidden states (`[B, T, 0]`) and no logits.
     """
 
     last_hidden_state: Tensor
@@ -140,12 +143,15 @@ class Outputs:
     attention: dict[int, Attention] = field(default_factory=dict)
     others: tuple[Outputs, ...] = ()
     averaging: str = "probabilities"
+    recorded: RecordedTokens | None = None
     # index of each position among the cached ones, [B·T]; the cached logits, [n, V]
     _logits_cache: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
 
     @property
     def vocab_size(self) -> int:
         """Number of logits of a position: with further teachers, of those entries that all of them have."""
+        if self.recorded is not None:
+            return self.recorded.vocab_size
         own = self.last_hidden_state.shape[-1] if self.head is None else self.head.weight.shape[0]
         return min([own, *(other.vocab_size for other in self.others)])
 
@@ -160,6 +166,8 @@ class Outputs:
             positions: all positions of later calls, ascending.
             max_elements: how many numbers may be cached; where there are more, none is.
         """
+        if self.recorded is not None:
+            return
         if self._logits_cache is None and 0 < len(positions) * self.vocab_size <= max_elements:
             size = self.last_hidden_state.shape[:2].numel()
             index = torch.empty(size, dtype=torch.int64, device=positions.device)
@@ -220,6 +228,9 @@ class Loss(ABC):
 
     #: Whether `__call__` needs the teacher's outputs.
     needs_teacher: bool = True
+    #: What it is when a recording takes the teacher's place (see `core/recorded.py`): "unbiased" where its gradient is
+    #: so from a sample, "approximate"; empty where a recording does not hold what it compares.
+    from_recording: str = ""
     #: Which inputs of attention it needs of each of its `attention_layers`: fields of `Attention`.
     attention_parts: tuple[str, ...] = ()
 

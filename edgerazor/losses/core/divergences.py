@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from edgerazor.losses.core import recorded as recordings
 from edgerazor.losses.core.logit_losses import TokenLogits
 
 
@@ -35,8 +36,11 @@ def mixed_kl(
     Returns:
         scalar, and the gradient with respect to the student's logits `[n, entries]`.
     """
+    weights = logits.sample_weights if weights is None else weights
+    if (recorded := _recorded_at(logits, temperature)) is not None:
+        return recordings.mixed_kl(*logits.student_beside(recorded), recorded, gamma, weights)
     (log_s, log_t), (p_s, p_t) = logits.log_probs(temperature), logits.probs(temperature)  # [n, entries]
-    weight = (logits.sample_weights if weights is None else weights)[:, None]  # [n, 1]
+    weight = weights[:, None]  # [n, 1]
     share = gamma[:, None] if isinstance(gamma, Tensor) else gamma
     d = log_s - log_t
     forward = -torch.linalg.vecdot(p_t, d)[:, None]  # [n, 1]
@@ -64,6 +68,8 @@ def jensen_shannon(logits: TokenLogits, beta: float, temperature: float = 1.0) -
     Returns:
         scalar, and the gradient with respect to the student's logits `[n, entries]`.
     """
+    if (recorded := _recorded_at(logits, temperature)) is not None:
+        return recordings.jensen_shannon(*logits.student_beside(recorded), recorded, beta, logits.sample_weights)
     (log_s, log_t), (p_s, p_t) = logits.log_probs(temperature), logits.probs(temperature)  # [n, entries]
     # log m is computed from the larger of both, so that nothing overflows and equal ones give exactly their own value
     d = log_s - log_t
@@ -81,3 +87,31 @@ def jensen_shannon(logits: TokenLogits, beta: float, temperature: float = 1.0) -
 def entropy(log_p: Tensor) -> Tensor:
     """Entropy in nats, `[n]`, of log-probabilities `[n, V]`."""
     return -torch.linalg.vecdot(log_p.exp(), log_p)
+
+
+def teacher_entropy(logits: TokenLogits) -> Tensor:
+    """Entropy of the teacher's own distribution at each position, `[n]`, in nats; exact in a recording, too."""
+    return entropy(logits.teacher_log_probs()) if logits.recorded is None else logits.recorded.entropy
+
+
+def target_log_probs(logits: TokenLogits) -> Tensor:
+    """The teacher's `log p_T` of the tokens to predict, `[n]`, at temperature 1; exact in a recording, too."""
+    if logits.recorded is not None:
+        return logits.recorded.target_log_probs
+    return logits.teacher_log_probs().gather(1, logits.targets[:, None]).squeeze(1)
+
+
+def sum_of_kl(logits: TokenLogits) -> Tensor:
+    """`Σ KL(p_T ‖ p_S)` over the positions, a scalar, in nats, without gradient; of a sample an unbiased estimate."""
+    if (recorded := _recorded_at(logits, 1.0)) is not None:
+        return recordings.forward_kl(logits.student_beside(recorded)[0], recorded).sum()
+    student_log_probs, teacher_log_probs = logits.log_probs()
+    return (teacher_log_probs.exp() * (teacher_log_probs - student_log_probs)).sum()
+
+
+def _recorded_at(logits: TokenLogits, temperature: float) -> recordings.RecordedTokens | None:
+    """What was recorded of the teacher, at this temperature; None where the teacher computes."""
+    recorded = logits.recorded
+    if recorded is not None and recorded.temperature != temperature:
+        raise ValueError(f"The teacher was recorded at temperature {recorded.temperature:g}, not at {temperature:g}.")
+    return recorded

@@ -30,6 +30,7 @@ from edgerazor.losses.core.base import (
     require_teacher,
     sample_weights,
 )
+from edgerazor.losses.core.recorded import RecordedTokens
 
 #: Logits of one chunk of positions, in elements: enough for the products with the head to run at full speed.
 CHUNK_ELEMENTS = 1 << 25
@@ -46,13 +47,14 @@ class TokenLogits:
 
     Attributes:
         student: float32 or float64 `[n, V]`, the student's logits; None where only the teacher's are needed.
-        teacher: float32 or float64 `[n, V']`, the teacher's logits; None without a teacher.
+        teacher: float32 or float64 `[n, V']`, the teacher's logits; None without a teacher, and where it was recorded.
         targets: int64 `[n]`, the tokens to predict.
         sample_weights: `[n]`, per-token weights: a weighted sum is the mean over each sample's tokens, then over the
             step's samples.
         token_weight: one over the step's tokens: a sum times this is the mean over the step's tokens.
         batch_weight: one over the step's samples: a sum times this is the sum over each sample's tokens, then the mean
             over the step's samples.
+        recorded: what a recording knows of the teacher's distributions; None where the teacher computes.
     """
 
     student: Tensor | None
@@ -61,6 +63,7 @@ class TokenLogits:
     sample_weights: Tensor
     token_weight: float
     batch_weight: float
+    recorded: RecordedTokens | None = None
     _cache: dict[tuple[str, int, float], Tensor] = field(default_factory=dict)
 
     def student_log_probs(self, temperature: float = 1.0) -> Tensor:
@@ -85,6 +88,12 @@ class TokenLogits:
             self._log_softmax("student", self.student, vocab_size, temperature),
             self._log_softmax("teacher", self.teacher, vocab_size, temperature),
         )
+
+    def student_beside(self, recorded: RecordedTokens) -> tuple[Tensor, Tensor]:
+        """`log p_S` and `p_S` over the entries and at the temperature of what was recorded, computed once."""
+        assert self.student is not None
+        log_s = self._log_softmax("student", self.student, recorded.vocab_size, recorded.temperature)
+        return log_s, self._exp("student", log_s, recorded.temperature)
 
     def student_probs(self) -> Tensor:
         """`p_S` at temperature 1, `[n, V]`, computed once for all losses."""
@@ -164,7 +173,9 @@ class LogitChunk:
         """The logits of a block of positions at a time, and where these are in the chunk."""
         whole = self.logits
         logits = whole.student if whole.student is not None else whole.teacher
-        assert logits is not None
+        if logits is None:  # of a recorded teacher alone there is nothing large
+            yield slice(0, len(whole.targets)), whole
+            return
         elements = BLOCK_ELEMENTS.get(logits.device.type, CHUNK_ELEMENTS)
         height = max(BLOCK_POSITIONS, elements // logits.shape[1])
         for start in range(0, len(logits), height):
@@ -178,6 +189,7 @@ class LogitChunk:
                     whole.sample_weights[block],
                     whole.token_weight,
                     whole.batch_weight,
+                    None if whole.recorded is None else whole.recorded.part(block),
                 ),
             )
 
@@ -206,15 +218,21 @@ def logit_chunks(
     if not len(positions):
         return
     targets, weights = labels.roll(-1, 1).flatten(), sample_weights(labels, totals.samples, dtype).flatten()
+    recorded = None if teacher is None else teacher.recorded
+    if recorded is not None and len(recorded) != len(positions):
+        raise ValueError(f"{len(recorded)} positions were recorded, and the labels count {len(positions)}.")
+    begin = 0
     for chunk_positions in positions.split(max(1, CHUNK_ELEMENTS // models[0].vocab_size)):
         logits = TokenLogits(
             None if student is None else student.logits(chunk_positions).to(dtype),
-            None if teacher is None else teacher.logits(chunk_positions).to(dtype),
+            None if teacher is None or recorded is not None else teacher.logits(chunk_positions).to(dtype),
             targets[chunk_positions],
             weights[chunk_positions],
             1 / max(totals.tokens, 1),
             1 / max(totals.samples, 1),
+            None if recorded is None else recorded.part(slice(begin, begin + len(chunk_positions))),
         )
+        begin += len(chunk_positions)
         yield LogitChunk(chunk_positions, logits)
 
 
