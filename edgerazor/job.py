@@ -249,6 +249,11 @@ class JobContext(RecipeContext):
         same.recipe, same.chosen = recipe, chosen
         return same
 
+    def with_rotation(self, rotation: str | None) -> JobContext:
+        """This job with a rotation of weights and inputs in its recipe."""
+        calibrate = self.recipe.calibrate.model_copy(update={"rotation": rotation})
+        return self.resolved(self.recipe.model_copy(update={"calibrate": calibrate}), self.chosen)
+
     def at(self, work: WorkDir, fresh: bool) -> JobContext:
         """This job with another place for what is made; what was resolved is shared."""
         moved = copy.copy(self)

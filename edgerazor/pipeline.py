@@ -109,8 +109,7 @@ def with_rotation(stage: Stage, context: JobContext, force: bool) -> JobContext:
         context.console.say_once(
             "rotation: weights and inputs by a signed block Hadamard matrix (`--rotation none` for exports but hf)"
         )
-    calibrate_section = recipe.calibrate.model_copy(update={"rotation": rotation})
-    return context.resolved(recipe.model_copy(update={"calibrate": calibrate_section}), context.chosen)
+    return context.with_rotation(rotation)
 
 
 def run_all(recipe: Recipe, work: WorkDir, console: Console, force: bool = False) -> None:
