@@ -120,6 +120,15 @@ class RecipeContext:
         recipe = self.recipe
         return ModelOutline(models.outline(recipe.model, recipe.revision, recipe.trust_remote_code))
 
+    @property
+    def default_rotation(self) -> str | None:
+        """The rotation of a student where nobody says it; none of a model that is not understood as a teacher."""
+        try:
+            width = self.teacher_outline.structure.embedding.columns
+        except UserError:  # a packed model of others, say, which needs no plan; else it is refused where it does
+            return None
+        return student_plan.default_rotation(self.recipe.calibrate, width)
+
     def sequence_length(self, model: PreTrainedModel) -> int:
         """Tokens per sequence: the recipe's, but no more than the model has positions for."""
         return min(self.recipe.data.sequence_length, context_length(model))

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 from pydantic import BaseModel, ValidationError
 
-from edgerazor import devices, exporters, student_plan
+from edgerazor import devices, exporters
 from edgerazor import recipe as recipes
 from edgerazor.console import Console, duration, is_main_process
 from edgerazor.errors import UserError, usage_error
@@ -90,11 +90,7 @@ def resolve(stage: Stage, context: JobContext, force: bool) -> tuple[JobContext,
 
 
 def with_rotation(stage: Stage, context: JobContext, force: bool) -> JobContext:
-    """The job with a rotation, where the recipe says nothing of it: that of the plan that is there, else what is best.
-
-    Raises:
-        UserError: the model cannot be read.
-    """
+    """The job with the rotation of the plan that is there, else with what is best, where the recipe says nothing of it."""
     recipe = context.recipe
     if "rotation" in recipe.calibrate.model_fields_set:
         return context
@@ -102,7 +98,7 @@ def with_rotation(stage: Stage, context: JobContext, force: bool) -> JobContext:
     if plan is not None:
         rotation = plan.rotation
     elif all(exporters.find(name).rotated for name in recipe.pack.export):
-        rotation = student_plan.default_rotation(recipe.calibrate, context.teacher_outline.structure.embedding.columns)
+        rotation = context.default_rotation
     else:
         rotation = None
     if rotation and plan is None and stage.name not in (eval.STAGE.name, bench.STAGE.name):

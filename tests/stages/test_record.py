@@ -98,10 +98,11 @@ def test_a_training_without_its_teacher_comes_to_the_same(
 def test_killed_at_any_moment_it_comes_to_the_same_bytes(
     run: Run, recipe: Path, whole: Path, tmp_path: Path, latest: int, least_kills: int
 ) -> None:
-    """SIGKILL at random dealings with the file system, again and again in one folder."""
+    """SIGKILL at random dealings with the file system, again and again in one folder, later and later."""
     draw, folder, kills = random.Random(4), tmp_path / "killed", 0
     while die_at(
-        draw.randint(latest // 10, latest), lambda: call("record", "--recipe", recipe, "--out", folder, "--quiet")
+        draw.randint(latest // 10, latest + kills),
+        lambda: call("record", "--recipe", recipe, "--out", folder, "--quiet"),
     ):
         kills += 1
     done = run("record", "--recipe", recipe, "--out", folder, "--json")
