@@ -90,7 +90,7 @@ def resolve(stage: Stage, context: JobContext, force: bool) -> tuple[JobContext,
 
 
 def with_rotation(stage: Stage, context: JobContext, force: bool) -> JobContext:
-    """The job with the rotation of the plan that is there, else with what is best, where the recipe says nothing of it."""
+    """The job with the rotation of the plan that is there, else the best, where the recipe says nothing of it."""
     recipe = context.recipe
     if "rotation" in recipe.calibrate.model_fields_set:
         return context
