@@ -49,6 +49,7 @@ WORDS: dict[str, tuple[list[str], Any]] = {
     "calibrate.group_size": (["64"], 64),
     "calibrate.formats": (["int2, int4"], ["int2", "int4"]),
     "calibrate.plan": (["variance"], "variance"),
+    "calibrate.rotation": (["hadamard"], "hadamard"),
     "calibrate.granularity": (["tensor"], "tensor"),
     "calibrate.sensitivity": (["fisher"], "fisher"),
     "calibrate.kv_bits": (["16"], 16),
