@@ -23,10 +23,18 @@ if os.access(MEMORY_FOLDER, os.W_OK) and shutil.disk_usage(MEMORY_FOLDER).free >
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY_FOLDER))
 
 
+#: Files of tests that train models or start programs, nearly all of them.
+JOBS = {
+    *("test_bench", "test_console", "test_distill", "test_eval", "test_extras", "test_families", "test_generate"),
+    *("test_imports", "test_initialization", "test_measured", "test_phases", "test_recipes", "test_runtime"),
+    *("test_sampling", "test_sensitivity", "test_writing"),
+}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks what runs commands as a job, which `make test-fast` leaves out."""
     for item in items:
-        if "run" in getattr(item, "fixturenames", ()):
+        if "run" in getattr(item, "fixturenames", ()) or item.path.stem in JOBS:
             item.add_marker("job")
 
 
