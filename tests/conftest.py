@@ -25,9 +25,11 @@ if os.access(MEMORY_FOLDER, os.W_OK) and shutil.disk_usage(MEMORY_FOLDER).free >
 
 #: Files of tests that train models or start programs, nearly all of them.
 JOBS = {
-    *("test_bench", "test_console", "test_distill", "test_eval", "test_extras", "test_families", "test_generate"),
-    *("test_imports", "test_initialization", "test_measured", "test_phases", "test_recipes", "test_runtime"),
-    *("test_sampling", "test_sensitivity", "test_writing"),
+    *("test_bench", "test_budget_choice", "test_calibrate", "test_console", "test_distill", "test_distilled_data"),
+    *("test_eval", "test_export_folders", "test_extras", "test_families", "test_generate", "test_gguf", "test_gptq"),
+    *("test_imports", "test_initialization", "test_layerwise", "test_learned", "test_measured", "test_methods"),
+    *("test_mixed", "test_phases", "test_recipes", "test_reconstruct", "test_runtime", "test_sampling"),
+    *("test_sensitivity", "test_static", "test_transformers_plugin", "test_writing"),
 }
 
 
