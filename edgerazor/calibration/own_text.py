@@ -14,11 +14,8 @@ from edgerazor.console import duration
 from edgerazor.errors import UserError
 from edgerazor.job import JobContext, LoadedModel, ModelOutline
 from edgerazor.recipe import Sampling
-from edgerazor.training import MachineSpeed, cost_of, forward_seconds
+from edgerazor.training import MachineSpeed, cost_of, writing_seconds
 from edgerazor.workdir import digest_json, versions, write_json, write_text
-
-#: How much longer a token takes when it is written, a few texts at a time, than when many are read at once.
-DECODE_FACTOR = 3.0
 
 
 def provide(context: JobContext, length: int) -> None:
@@ -90,7 +87,7 @@ def estimate(outline: ModelOutline, tokens: int, machine: MachineSpeed, dtype: t
         dtype: of the weights; None for the checkpoint's own.
     """
     size = Sampling().batch_size
-    seconds = DECODE_FACTOR * forward_seconds(cost_of(outline.structure, 1), machine, tokens)
+    seconds = writing_seconds(cost_of(outline.structure, 1), machine, tokens)
     weights = sum(weight.numel() * (dtype or weight.dtype).itemsize for weight in outline.model.parameters())
     logits = size * outline.model.config.get_text_config().vocab_size * 4
     return seconds, weights + logits

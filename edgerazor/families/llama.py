@@ -7,6 +7,7 @@ from edgerazor.families.core.base import (
     GgufArchitecture,
     NativeArchitecture,
     attention_bias,
+    configure_llama,
     mlp_bias,
 )
 
@@ -15,6 +16,10 @@ FAMILY = Family(
         "LlamaRotaryEmbedding", qkv_bias=attention_bias, o_bias=attention_bias, mlp_bias=mlp_bias
     ),
     gguf=GgufArchitecture(
-        "llama", interleaved_rope=True, biases=GGUF_ALL_BIASES, rope_types=GGUF_ROPE_TYPES | {"llama3"}
+        "llama",
+        interleaved_rope=True,
+        configure=configure_llama,
+        biases=GGUF_ALL_BIASES,
+        rope_types=GGUF_ROPE_TYPES | {"llama3"},
     ),
 )

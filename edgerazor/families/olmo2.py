@@ -1,6 +1,14 @@
 """OLMo 2: norms behind attention and MLP instead of before, and one norm over all heads of queries and of keys."""
 
-from edgerazor.families.core.base import NORMS_AFTER, QK_NORMS, Family, NativeArchitecture, attention_bias
+from edgerazor.families.core.base import (
+    NORMS_AFTER,
+    QK_NORMS,
+    Family,
+    GgufArchitecture,
+    NativeArchitecture,
+    attention_bias,
+    configure_llama,
+)
 
 FAMILY = Family(
     native=NativeArchitecture(
@@ -9,5 +17,6 @@ FAMILY = Family(
         o_bias=attention_bias,
         norms={**NORMS_AFTER, **QK_NORMS},
         norm_all_heads=True,
-    )
+    ),
+    gguf=GgufArchitecture("olmo2", interleaved_rope=False, configure=configure_llama, exported=False),
 )

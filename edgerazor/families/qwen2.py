@@ -8,6 +8,7 @@ from edgerazor.families.core.base import (
     GgufArchitecture,
     NativeArchitecture,
     always,
+    configure_qwen,
     head_size,
     window_by_layer_type,
 )
@@ -22,5 +23,11 @@ def _gguf_unsupported(config: dict[str, Any]) -> str:
 
 FAMILY = Family(
     native=NativeArchitecture("Qwen2RotaryEmbedding", qkv_bias=always, window=window_by_layer_type),
-    gguf=GgufArchitecture("qwen2", interleaved_rope=False, biases=GGUF_QKV_BIASES, unsupported=_gguf_unsupported),
+    gguf=GgufArchitecture(
+        "qwen2",
+        interleaved_rope=False,
+        configure=configure_qwen,
+        biases=GGUF_QKV_BIASES,
+        unsupported=_gguf_unsupported,
+    ),
 )

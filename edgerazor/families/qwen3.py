@@ -8,6 +8,7 @@ from edgerazor.families.core.base import (
     GgufArchitecture,
     NativeArchitecture,
     attention_bias,
+    configure_qwen,
     window_by_layer_type,
 )
 
@@ -19,5 +20,7 @@ FAMILY = Family(
         norms={**NORMS_BEFORE, **QK_NORMS},
         window=window_by_layer_type,
     ),
-    gguf=GgufArchitecture("qwen3", interleaved_rope=False, biases=GGUF_QKV_BIASES, qk_norms=True),
+    gguf=GgufArchitecture(
+        "qwen3", interleaved_rope=False, configure=configure_qwen, biases=GGUF_QKV_BIASES, qk_norms=True
+    ),
 )

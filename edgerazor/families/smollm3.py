@@ -6,8 +6,10 @@ from edgerazor.families.core.base import (
     GGUF_QKV_BIASES,
     Family,
     GgufArchitecture,
+    GgufMetadata,
     NativeArchitecture,
     attention_bias,
+    configure_llama,
     mlp_bias,
     window_by_layer_type,
 )
@@ -23,6 +25,11 @@ def _gguf_unsupported(config: dict[str, Any]) -> str:
     return "" if config.get("no_rope_layers") == expected else "its layers without positions are not every fourth one"
 
 
+def _configure(get: GgufMetadata) -> dict[str, Any]:
+    """Files do not say that every fourth layer has no positions."""
+    return {**configure_llama(get), "no_rope_layer_interval": 4, "use_sliding_window": False}
+
+
 FAMILY = Family(
     native=NativeArchitecture(
         "SmolLM3RotaryEmbedding",
@@ -32,5 +39,11 @@ FAMILY = Family(
         has_rope=_has_rope,
         window=window_by_layer_type,
     ),
-    gguf=GgufArchitecture("smollm3", interleaved_rope=True, biases=GGUF_QKV_BIASES, unsupported=_gguf_unsupported),
+    gguf=GgufArchitecture(
+        "smollm3",
+        interleaved_rope=True,
+        configure=_configure,
+        biases=GGUF_QKV_BIASES,
+        unsupported=_gguf_unsupported,
+    ),
 )

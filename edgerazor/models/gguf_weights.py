@@ -27,13 +27,8 @@ from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from edgerazor.errors import UserError
-from edgerazor.models.gguf_configuration import (
-    LONG_FACTORS,
-    ROPE_FACTORS,
-    SHORT_FACTORS,
-    find_family,
-    gguf_configuration,
-)
+from edgerazor.families import GGUF_LONG_FACTORS, GGUF_SHORT_FACTORS
+from edgerazor.models.gguf_configuration import ROPE_FACTORS, find_family, gguf_configuration
 from edgerazor.untrusted.gguf_file import TYPES, GgufFile
 
 #: Weights that are dequantized at once.
@@ -41,7 +36,7 @@ PIECE = 1 << 22
 #: Names of numbers in safetensors files.
 SAFETENSORS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 #: Tensors that are no weights: their content is in the configuration.
-POSITIONS = {ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS}
+POSITIONS = {ROPE_FACTORS, GGUF_LONG_FACTORS, GGUF_SHORT_FACTORS}
 
 
 class GgufWeights:
@@ -49,6 +44,8 @@ class GgufWeights:
 
     Attributes:
         file: where they are.
+        model_type: of transformers.
+        family: what GGUF files of it take for granted.
         config: configuration of transformers, as JSON values.
         sources: name in transformers -> name in the file.
         dtype: that they get.
@@ -57,7 +54,8 @@ class GgufWeights:
     """
 
     def __init__(self, file: GgufFile) -> None:
-        self.file, self.family = file, find_family(file)
+        self.file = file
+        self.model_type, self.family = find_family(file)
         self.config = gguf_configuration(file)
         self.sources, self.shapes = self._named_tensors()
         self.types = self._types()
@@ -67,7 +65,7 @@ class GgufWeights:
     def config_json(self) -> dict[str, Any]:
         """The content of config.json."""
         dtype = str(self.dtype).removeprefix("torch.")
-        architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.family.model_type]]
+        architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.model_type]]
         return {**self.config, "architectures": architectures, "dtype": dtype}
 
     def _named_tensors(self) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
@@ -89,7 +87,7 @@ class GgufWeights:
             module, _, parameter = name.rpartition(".")
             source = f"{names.get_name(module)}.{parameter}"
             if source not in file.tensors:
-                raise file.damaged(f"it lacks {source} ({name} of a {self.family.model_type} model)")
+                raise file.damaged(f"it lacks {source} ({name} of a {self.model_type} model)")
             if file.tensors[source].shape != shape:
                 raise file.damaged(
                     f"{source} is {list(file.tensors[source].shape)}, and its metadata say {list(shape)}"
@@ -121,7 +119,7 @@ class GgufWeights:
     def _dtype(self) -> torch.dtype:
         if "F32" in self.types:
             return torch.float32
-        if self.types.keys() == {"F16"} and not self.family.model_type.startswith("gemma"):
+        if self.types.keys() == {"F16"} and self.family.float16:
             return torch.float16
         return torch.bfloat16
 

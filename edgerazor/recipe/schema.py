@@ -30,6 +30,7 @@ COUNTS = {"k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
 SECONDS = {"h": 3600, "m": 60, "s": 1}
 #: Fields that a budget of tokens or time decides (`training/budget_defaults.py`) where nobody has set them.
 CHOSEN_BY_BUDGET = {
+    "data": ("generated_tokens",),
     "calibrate": ("scales", "init", "sensitivity_tokens"),
     "distill": (
         "batch_size",

@@ -17,7 +17,15 @@ from edgerazor.training.recorded_teacher import (
     teacher_outlines,
 )
 from edgerazor.training.results import DistillDryRun, DistillResult, PhaseEstimate, PhaseResult, result_tables
-from edgerazor.training.speed import MachineSpeed, cost_of, forward_seconds, measure_machine, speed_of, training_dtype
+from edgerazor.training.speed import (
+    MachineSpeed,
+    cost_of,
+    forward_seconds,
+    measure_machine,
+    speed_of,
+    training_dtype,
+    writing_seconds,
+)
 from edgerazor.training.store import TrainingStore, save_student
 from edgerazor.training.student import Student, make_student
 from edgerazor.training.teachers import (
@@ -73,4 +81,5 @@ __all__ = [
     "speed_of",
     "teacher_outlines",
     "training_dtype",
+    "writing_seconds",
 ]

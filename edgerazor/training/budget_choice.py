@@ -20,7 +20,15 @@ from edgerazor.job import JobContext
 from edgerazor.recipe import CHOSEN_BY_BUDGET, Distill, Recipe
 from edgerazor.training import budget_defaults
 from edgerazor.training.budget_defaults import TrainingFacts
-from edgerazor.training.speed import PASSES, cost_of, forward_seconds, measure_machine, speed_of, step_seconds
+from edgerazor.training.speed import (
+    PASSES,
+    cost_of,
+    forward_seconds,
+    measure_machine,
+    speed_of,
+    step_seconds,
+    writing_seconds,
+)
 from edgerazor.workdir import WorkDir, digest_json, write_json
 
 #: Tokens of a step whose speed stands for all, where the step is still to be chosen.
@@ -60,10 +68,15 @@ def choose(context: JobContext, stored_choice: BudgetChoice | None) -> BudgetCho
     request = digest_of(context)
     if stored_choice is not None and (stored_choice.request == request or context.training):
         return stored_choice
+    written: dict[str, dict[str, Any]] = {}
+    if context.work.generated_text.exists():  # which took the teacher its time: it stays as long as it is
+        before = stored(context.work)
+        written = {"data": before.values["data"]} if before is not None and "data" in before.values else {}
+        fields.pop("data", None)
     made = None
     if is_main_process():
         fitting = budget_defaults.choose(facts_of(context), fields)
-        made = BudgetChoice(request=request, values=fitting.values, reasons=list(fitting.reasons))
+        made = BudgetChoice(request=request, values={**fitting.values, **written}, reasons=list(fitting.reasons))
     devices.join_processes(context.device)
     return devices.of_main_process(made)  # each process would measure another speed
 
@@ -77,6 +90,8 @@ def open_fields(recipe: Recipe) -> dict[str, set[str]]:
     }
     if not measures(recipe.calibrate):
         fields["calibrate"] -= {"sensitivity_tokens"}
+    if recipe.data.train or recipe.distill.recording is not None:  # there is text
+        fields["data"] = set()
     if has_batch(recipe.distill):
         fields["distill"] -= {"batch_size", "accumulation"}
     return {section: names for section, names in fields.items() if names}
@@ -153,7 +168,14 @@ def facts_of(context: JobContext) -> TrainingFacts:
         device=context.device.type,
         sensitivity_seconds=sensitivity_seconds(context, length),
         sensitivity_tokens=affordable_tokens(weights, context.device),
+        writing_seconds=0.0 if context.recipe.data.train else seconds_to_write(context),
     )
+
+
+def seconds_to_write(context: JobContext) -> float:
+    """Estimated seconds of the teacher for a token of its own text."""
+    machine = measure_machine(context.device, devices.inference_dtype(context.device) or torch.bfloat16)
+    return writing_seconds(cost_of(context.teacher_outline.structure, 1), machine, 1)
 
 
 def sensitivity_seconds(context: JobContext, length: int) -> float:

@@ -27,7 +27,7 @@ from typing import Any
 
 from edgerazor.allocate import FEWEST_TOKENS
 from edgerazor.console import duration
-from edgerazor.recipe import CHOSEN_BY_BUDGET
+from edgerazor.recipe import CHOSEN_BY_BUDGET, Data
 
 #: Tokens of a step: so many times the square root of the budget, within these bounds.
 ROOT_FACTOR, LEAST_STEP_TOKENS, MOST_STEP_TOKENS = 1.0, 256, 8192
@@ -39,6 +39,8 @@ RATE, RATE_WIDTH, RATE_TOKENS, RATE_EXPONENT = 3e-4, 256, 300_000, 0.15
 LEAST_RATE, MOST_RATE = 2e-5, 2e-3
 #: Share of the training's time that the analysis of sensitivity may take on top, within the bounds of its tokens.
 SENSITIVITY_SHARE = 0.25
+#: Share of the training's time that the teacher may write text for on top, and fewest and most tokens of that text.
+WRITING_SHARE, FEWEST_WRITTEN, MOST_WRITTEN = 0.25, 4096, Data().generated_tokens
 #: Share of the steps with a rising learning rate.
 WARMUP = 0.05
 #: Share of the budget that evaluations may take, and most evaluations.
@@ -65,6 +67,7 @@ class TrainingFacts:
         device: `cpu` or `cuda`.
         sensitivity_seconds: of the analysis of sensitivity for a token of its text; 0 where the plan measures nothing.
         sensitivity_tokens: that it reads where neither user nor budget says how many.
+        writing_seconds: of the teacher for a token of the text that it writes; 0 where there is text.
     """
 
     width: int
@@ -80,6 +83,7 @@ class TrainingFacts:
     device: str = "cpu"
     sensitivity_seconds: float = 0.0
     sensitivity_tokens: int = FEWEST_TOKENS
+    writing_seconds: float = 0.0
 
     @property
     def budget_tokens(self) -> int:
@@ -115,6 +119,7 @@ def choose(facts: TrainingFacts, fields: Mapping[str, Collection[str]] = CHOSEN_
     rows = (facts.given_batch or batch_size * accumulation) * facts.processes
     steps = max(1, math.ceil(tokens / (rows * facts.sequence_length)))
     fitting: dict[str, dict[str, Any]] = {
+        "data": {"generated_tokens": written_tokens(facts)} if facts.writing_seconds else {},
         "calibrate": {
             "scales": "learned",
             "init": "least_error",
@@ -141,7 +146,8 @@ def choose(facts: TrainingFacts, fields: Mapping[str, Collection[str]] = CHOSEN_
 
 def reasons(facts: TrainingFacts, values: Mapping[str, Mapping[str, Any]], steps: int) -> Iterator[str]:
     """Three lines: how the budget is spent, what is chosen of the training and why, and where the student begins."""
-    tokens, chosen = facts.budget_tokens, {**values.get("calibrate", {}), **values.get("distill", {})}
+    tokens = facts.budget_tokens
+    chosen = {name: value for settings in values.values() for name, value in settings.items()}
     speed = f"{facts.tokens_per_second:,.3g} tokens/s, {'measured' if facts.measured else 'an estimate'}"
     step_tokens = math.ceil(tokens / steps)
     why = "a step grows with the square root of the budget" if facts.given_batch is None else "the batch is given"
@@ -163,7 +169,8 @@ def reasons(facts: TrainingFacts, values: Mapping[str, Mapping[str, Any]], steps
         "scales are trained" if "scales" in chosen else "",
         "from those of least error" if "init" in chosen else "",
     ]
-    yield f"Start: {', '.join(filter(None, [*start, analysis(facts, chosen)])) or 'as given'}; what is given stays."
+    beforehand = [analysis(facts, chosen), writing(facts, chosen)]
+    yield f"Start: {', '.join(filter(None, [*start, *beforehand])) or 'as given'}; what is given stays."
 
 
 def analysis(facts: TrainingFacts, chosen: Mapping[str, Any]) -> str:
@@ -174,6 +181,14 @@ def analysis(facts: TrainingFacts, chosen: Mapping[str, Any]) -> str:
     return (
         f"bits by sensitivity from {tokens:,} tokens, about {duration(tokens * facts.sensitivity_seconds)} beforehand"
     )
+
+
+def writing(facts: TrainingFacts, chosen: Mapping[str, Any]) -> str:
+    """What the teacher's own text costs, in words; empty where there is text, or the user says how much."""
+    tokens = chosen.get("generated_tokens")
+    if tokens is None:
+        return ""
+    return f"{tokens:,} tokens of text that the teacher writes, about {duration(tokens * facts.writing_seconds)}"
 
 
 def batch(facts: TrainingFacts) -> tuple[int, int]:
@@ -198,6 +213,13 @@ def sensitivity_tokens(facts: TrainingFacts) -> int:
     seconds = facts.budget_tokens / facts.tokens_per_second
     affordable = int(SENSITIVITY_SHARE * seconds / facts.sensitivity_seconds)
     return min(max(affordable, FEWEST_TOKENS), facts.sensitivity_tokens)
+
+
+def written_tokens(facts: TrainingFacts) -> int:
+    """Tokens that the teacher writes, so that this takes a share of the training's time; no more than are trained."""
+    seconds = facts.budget_tokens / facts.tokens_per_second
+    affordable = int(min(WRITING_SHARE * seconds / facts.writing_seconds, facts.budget_tokens))
+    return min(max(affordable, FEWEST_WRITTEN), MOST_WRITTEN)
 
 
 def evaluation_count(facts: TrainingFacts) -> int:

@@ -27,6 +27,8 @@ WEIGHT_PASSES = 40
 ACTIVATION_PASSES = 12
 #: Calls of PyTorch in a step, for each linear layer: forward, backward, optimizer, of both models.
 CALLS = 250
+#: How much longer a token takes when it is written, a few texts at a time, than when many are read at once.
+DECODE_FACTOR = 3.0
 #: Rows and columns of the measured product, and elements of the measured rounding.
 PRODUCT, ELEMENTS = 512, 1 << 20
 #: Seconds that each measurement lasts.
@@ -152,6 +154,11 @@ def step_seconds(
 def forward_seconds(cost: ModelCost, machine: MachineSpeed, tokens: int) -> float:
     """Estimated seconds of forward passes of so many tokens in large batches, without gradients."""
     return _product_seconds(cost, machine, tokens) + 2 * cost.activations * tokens / machine.elements
+
+
+def writing_seconds(cost: ModelCost, machine: MachineSpeed, tokens: int) -> float:
+    """Estimated seconds in which a teacher writes so many tokens, a few texts at a time."""
+    return DECODE_FACTOR * forward_seconds(cost, machine, tokens)
 
 
 def _product_seconds(cost: ModelCost, machine: MachineSpeed, tokens: int) -> float:

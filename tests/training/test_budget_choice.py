@@ -13,7 +13,7 @@ from edgerazor import recipe as recipes
 from edgerazor.console import Console
 from edgerazor.job import JobContext
 from edgerazor.recipe import CHOSEN_BY_BUDGET, Recipe, build
-from edgerazor.training import budget_choice, speed
+from edgerazor.training import budget_choice, budget_defaults, speed
 from edgerazor.training.speed import MachineSpeed
 from edgerazor.workdir import WorkDir
 from helpers.places import ROOT
@@ -131,6 +131,26 @@ def test_nothing_is_chosen_without_a_budget_or_with_steps(run: Run, tmp_path: Pa
         assert budget_choice.choose(JobContext(recipe, WorkDir(tmp_path), Console(quiet=True)), None) is None
     rounding = build({"model": str(llama), "distill": {"tokens": 5}, "pack": {"source": "teacher"}})
     assert budget_choice.open_fields(rounding) == {}
+
+
+def test_text_that_the_teacher_has_written_stays(tmp_path: Path, llama: Path) -> None:
+    """What a budget chooses of it is chosen before it is written, and kept with more time and with --force."""
+    work = WorkDir(tmp_path / "job")
+
+    def choice(**settings: Any) -> budget_choice.BudgetChoice:
+        recipe = build({"model": str(llama), "data": {"sequence_length": 32}, "distill": settings})
+        chosen = budget_choice.choose(JobContext(recipe, work, Console(quiet=True)), None)
+        assert chosen is not None
+        return chosen
+
+    text = {"data": choice(tokens=6000).values["data"]}
+    assert text["data"]["generated_tokens"] >= budget_defaults.FEWEST_WRITTEN
+    work.generated_text.parent.mkdir(parents=True)
+    work.generated_text.touch()
+    assert "data" not in choice(tokens=6000).values  # calibrate had it written without a budget
+    budget_choice.store(budget_choice.BudgetChoice(request="", values=text, reasons=[]), work)
+    assert choice(tokens=50_000).values["data"] == text["data"]
+    assert "data" not in budget_choice.open_fields(build({"data": {"generated_tokens": 600}, "distill": {"tokens": 5}}))
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda file: file.stem)

@@ -27,6 +27,7 @@ SMOLLM2 = TrainingFacts(
     tokens_per_second=127.0,
     sensitivity_seconds=0.25,
     sensitivity_tokens=9000,
+    writing_seconds=0.03,
 )
 #: stories260K with 256 tokens in a sequence.
 STORIES = TrainingFacts(
@@ -38,6 +39,7 @@ STORIES = TrainingFacts(
     tokens_per_second=2000.0,
     sensitivity_seconds=0.001,
     sensitivity_tokens=16_384,
+    writing_seconds=0.001,
 )
 
 
@@ -83,6 +85,18 @@ def test_time_is_tokens_at_the_speed_and_the_smaller_budget_counts() -> None:
     assert dataclasses.replace(SMOLLM2, tokens=1000).budget_tokens == 1000
     assert dataclasses.replace(SMOLLM2, tokens=10**9).budget_tokens == 457_200
     assert dataclasses.replace(SMOLLM2, tokens_per_second=1e-6).budget_tokens == 1
+
+
+def test_the_teacher_writes_for_a_share_of_the_training() -> None:
+    def written(facts: TrainingFacts) -> int:
+        return int(choose(facts).values["data"]["generated_tokens"])
+
+    assert written(SMOLLM2) == 30_000  # a quarter of an hour
+    assert "30,000 tokens of text that the teacher writes, about 15.0 min" in choose(SMOLLM2).reasons[2]
+    assert written(dataclasses.replace(SMOLLM2, seconds=60.0)) == budget_defaults.FEWEST_WRITTEN
+    assert written(dataclasses.replace(SMOLLM2, seconds=1e6)) == budget_defaults.MOST_WRITTEN
+    assert written(dataclasses.replace(STORIES, writing_seconds=1e-9)) == STORIES.tokens  # nothing is read but once
+    assert "data" not in choose(dataclasses.replace(SMOLLM2, writing_seconds=0.0)).values
 
 
 def test_a_step_grows_with_the_budget_up_to_the_published_batch() -> None:

@@ -27,7 +27,7 @@ def gguf_architecture(config: dict[str, Any]) -> GgufArchitecture:
     """
     model_type = config.get("model_type")
     family = families.find(str(model_type))
-    if family is None or family.gguf is None:
+    if family is None or family.gguf is None or not family.gguf.exported:
         raise refused(f"its family {model_type!r} is not among {', '.join(families.with_gguf())}")
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise refused(f"its activation {config['hidden_act']!r} is not silu")

@@ -5,7 +5,8 @@ there are and where they stand, whether a layer sees a sliding window or applies
 twice, once for each program that computes the model from code of its own:
 
 - `NativeArchitecture` for our C++ decoder (`runtime/network.py`), after `modeling_*.py` of transformers;
-- `GgufArchitecture` for llama.cpp (`exporters/gguf.py`, `importers/gguf.py`), after `src/models/*.cpp` of llama.cpp.
+- `GgufArchitecture` for llama.cpp (`exporters/gguf.py`, `importers/gguf.py`, `models/gguf_configuration.py`), after
+  `src/models/*.cpp` and `conversion/*.py` of llama.cpp.
 
 Either is None where that program does not compute the architecture. Sizes are never in a family: they come from the
 configuration. Tensors are named as in a checkpoint of transformers.
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens", "lm_head", "model.norm"
 #: Linear layers of a decoder layer, in the order in which a token meets them.
@@ -34,8 +35,76 @@ QK_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
 #: llama.cpp's names of the parts of a decoder layer whose biases it reads, as one of these sets.
 GGUF_QKV_BIASES = frozenset({"attn_q", "attn_k", "attn_v"})
 GGUF_ALL_BIASES = GGUF_QKV_BIASES | {"attn_output", "ffn_gate", "ffn_up", "ffn_down"}
+#: Tensors that divide the frequencies of rotary positions in Phi 3: beyond the original context, and within it.
+GGUF_LONG_FACTORS, GGUF_SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
 #: Ways to scale rotary positions (`rope_type`) that every architecture of llama.cpp knows.
 GGUF_ROPE_TYPES = frozenset({"default", "linear", "yarn"})
+
+
+class GgufMetadata(Protocol):
+    """Metadata of a GGUF file, read by `models/gguf_configuration.py`; keys come without the architecture's name."""
+
+    architecture: str
+
+    def has(self, key: str) -> bool:
+        """Whether there is such a key."""
+
+    def has_tensor(self, name: str) -> bool:
+        """Whether there is such a tensor."""
+
+    def value(self, key: str, default: Any = None) -> Any:
+        """The value of a key."""
+
+    def number(self, key: str, default: int | None = None, least: int = 1) -> int:
+        """A whole number."""
+
+    def decimal(self, key: str, default: float | None = None) -> float:
+        """A positive float32 number as it was written in decimals."""
+
+    def head_size(self) -> int:
+        """Width of an attention head."""
+
+    def rope_parameters(self, usual_base: float = 10000.0) -> dict[str, Any]:
+        """The parameters of rotary positions, as configurations have them."""
+
+    def rope_factors(self, name: str) -> list[float]:
+        """What divides the frequencies of rotary positions, from a tensor."""
+
+    def layer_types(self, usual: int) -> list[str]:
+        """Which layers see a window: all but each n-th, or as a list says."""
+
+    def damaged(self, reason: str) -> Exception:
+        """The error for a file that contradicts itself; `reason` follows a colon."""
+
+
+def rms_epsilon(get: GgufMetadata) -> dict[str, Any]:
+    """The setting of RMSNorm."""
+    return {"rms_norm_eps": get.decimal("attention.layer_norm_rms_epsilon", 1e-6)}
+
+
+def configure_llama(get: GgufMetadata) -> dict[str, Any]:
+    """Settings of Llama and its kin: RMSNorm, biases where there are some, rotary positions."""
+    parts = {"attention_bias": "attn_output", "mlp_bias": "ffn_up"}
+    biases = {field: get.has_tensor(f"blk.0.{part}.bias") for field, part in parts.items()}
+    return {**rms_epsilon(get), **biases, "rope_parameters": get.rope_parameters()}
+
+
+def configure_qwen(get: GgufMetadata) -> dict[str, Any]:
+    """Settings of Qwen 2 and 3, whose GGUF files have no windows."""
+    return {**rms_epsilon(get), "use_sliding_window": False, "rope_parameters": get.rope_parameters()}
+
+
+def configure_gemma(get: GgufMetadata) -> dict[str, Any]:
+    """Settings of Gemma 1, and those that Gemma 2 has of it."""
+    activation = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+    return {**rms_epsilon(get), **activation, "rope_parameters": get.rope_parameters()}
+
+
+def gemma_query_scalar(get: GgufMetadata, by_width: bool) -> int:
+    """What Gemma divides scores by the root of: the width of a head, or the model's over its heads."""
+    if by_width:
+        return get.number("embedding_length") // get.number("attention.head_count")
+    return get.head_size()
 
 
 def never(config: Any) -> bool:
@@ -112,12 +181,18 @@ class NativeArchitecture:
 
 @dataclass(frozen=True)
 class GgufArchitecture:
-    """What GGUF files have to know. Functions get the complete configuration as JSON values.
+    """What GGUF files have to know. `unsupported` gets the complete configuration as JSON values.
 
     Attributes:
         name: llama.cpp's name of the architecture (`general.architecture`).
         interleaved_rope: llama.cpp rotates neighbouring rows of q and k together, where transformers rotates row i of a
             head with row i + half; the rows are sorted on the way.
+        configure: fields of a configuration beyond those of all families, from a file's metadata; None where files of
+            this name are read as another model type, or not at all.
+        norm_offset: what conversion added to the gains of norms.
+        partial_rope: a part of each head may be rotated, so that the rotated width is not that of a head.
+        float16: the model's states stay in the range of float16.
+        exported: whether we write files of it; what follows is for that alone.
         biases: llama.cpp's names of the parts whose bias it reads.
         qk_norms: whether it reads norms of q and k.
         rope_types: ways to scale rotary positions that it knows.
@@ -128,7 +203,12 @@ class GgufArchitecture:
 
     name: str
     interleaved_rope: bool
-    biases: frozenset[str]
+    configure: Callable[[GgufMetadata], dict[str, Any]] | None = None
+    norm_offset: float = 0.0
+    partial_rope: bool = False
+    float16: bool = True
+    exported: bool = True
+    biases: frozenset[str] = frozenset()
     qk_norms: bool = False
     rope_types: frozenset[str] = GGUF_ROPE_TYPES
     all_layers_slide: bool = False
@@ -141,7 +221,7 @@ class Family:
 
     Attributes:
         native: for the native decoder; None where only transformers runs the model.
-        gguf: for GGUF files; None where they cannot hold the model.
+        gguf: for GGUF files; None where we neither read nor write them.
     """
 
     native: NativeArchitecture | None = None

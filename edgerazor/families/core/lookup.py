@@ -20,5 +20,11 @@ def find(model_type: object) -> Family | None:
 
 
 def with_gguf() -> dict[str, str]:
-    """Model types whose families GGUF files can hold -> llama.cpp's name of the architecture, sorted."""
-    return {name: family.gguf.name for name, family in available().items() if family.gguf is not None}
+    """Model types that we write as GGUF files -> llama.cpp's name of the architecture, sorted."""
+    return {name: family.gguf.name for name, family in available().items() if family.gguf and family.gguf.exported}
+
+
+def from_gguf() -> dict[str, str]:
+    """llama.cpp's names of the architectures whose GGUF files we read -> model type, sorted."""
+    read = {family.gguf.name: name for name, family in available().items() if family.gguf and family.gguf.configure}
+    return dict(sorted(read.items()))

@@ -27,7 +27,6 @@ from edgerazor.errors import UserError, plain
 from edgerazor.exporters.core.gguf_metadata import gguf_architecture
 from edgerazor.exporters.core.gguf_names import gguf_name, row_order
 from edgerazor.importers.core.base import IntegerMatrix, SourceModel, Stored, UnrepresentableError
-from edgerazor.models.gguf_configuration import FAMILIES as GGUF_FAMILIES
 from edgerazor.models.gguf_configuration import ROPE_FACTORS, gguf_configuration
 from edgerazor.models.gguf_tokenizer import write_tokenizer
 from edgerazor.untrusted.gguf_file import TYPES, GgufFile
@@ -123,7 +122,7 @@ def rebuilt_config(file: GgufFile, architecture: str) -> dict[str, Any]:
             f"{file.path} is of the architecture {plain(architecture)}, and only {', '.join(sorted(known))} can be "
             "taken as they are from GGUF.",
             f"Dequantize it and round it anew: `edgerazor pack {file.path} --bits 4`."
-            if architecture in GGUF_FAMILIES
+            if architecture in families.from_gguf()
             else "Round the original model, from the folder or hub id that the file was made of: `edgerazor pack MODEL "
             "--bits 4`.",
         )
