@@ -23,13 +23,15 @@ if os.access(MEMORY_FOLDER, os.W_OK) and shutil.disk_usage(MEMORY_FOLDER).free >
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY_FOLDER))
 
 
-#: Files of tests that train models or start programs, nearly all of them.
+#: Files of tests that train or load models, start programs or import much, nearly all of them.
 JOBS = {
-    *("test_bench", "test_budget_choice", "test_calibrate", "test_console", "test_distill", "test_distilled_data"),
-    *("test_eval", "test_export_folders", "test_extras", "test_families", "test_generate", "test_gguf", "test_gptq"),
-    *("test_imports", "test_initialization", "test_layerwise", "test_learned", "test_measured", "test_methods"),
-    *("test_mixed", "test_phases", "test_recipes", "test_reconstruct", "test_runtime", "test_sampling"),
-    *("test_sensitivity", "test_static", "test_transformers_plugin", "test_writing"),
+    *("test_attention", "test_bench", "test_budget_choice", "test_calibrate", "test_console", "test_distill"),
+    *("test_distilled_data", "test_eval", "test_export_folders", "test_extras", "test_families", "test_fuzz"),
+    *("test_generate", "test_gguf", "test_gptq", "test_imports", "test_initialization", "test_interop"),
+    *("test_layerwise", "test_learned", "test_measured", "test_methods", "test_mixed", "test_phases", "test_real"),
+    *("test_recipes", "test_reconstruct", "test_replacement", "test_rotated_modules", "test_runtime"),
+    *("test_sampling", "test_sensitivity", "test_show_packed", "test_static", "test_streaming", "test_tasks"),
+    *("test_transformers_plugin", "test_writing"),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 import edgerazor
@@ -43,6 +44,7 @@ FACTS_ONLY, FACTS_MAY_IMPORT = {"families"}, {"registry", "errors"}
 KNOW_TRANSFORMERS = {"models", "data", "modules", "transformers_plugin", "runtime", "untrusted"}
 
 
+@functools.cache
 def imports(path: Path) -> list[str]:
     """Dotted names of all modules that a file imports, wherever in the file (`from a import b` gives `a.b`)."""
     found = []
