@@ -7,6 +7,7 @@ another. It takes its place when it is complete; whoever was killed before begin
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -110,6 +111,12 @@ def _convert(path: Path, digest: str, folder: Path, console: Console) -> None:
 
     weights = GgufWeights(GgufFile(path))
     with replace_folder(folder) as new:
+        free = shutil.disk_usage(new).free
+        if free < weights.bytes():
+            raise UserError(
+                f"{path} takes {weights.bytes():,} bytes when dequantized, and {folder.parent} has {free:,} left.",
+                f"Make room, or name another folder in the environment variable {CACHE}.",
+            )
         write_json(new / "config.json", weights.config_json())
         write_tokenizer(weights.file, new)
         with console.track("dequantize", len(weights.sources)) as tracker:

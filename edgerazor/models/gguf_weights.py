@@ -123,6 +123,10 @@ class GgufWeights:
             return torch.float16
         return torch.bfloat16
 
+    def bytes(self) -> int:
+        """Bytes of all weights as they are written."""
+        return sum(map(math.prod, self.shapes.values())) * self.dtype.itemsize
+
     def write(self, path: Path, done: Callable[[], None]) -> None:
         """Write all weights into a safetensors file, one after the other.
 
@@ -130,7 +134,7 @@ class GgufWeights:
             path: of the file.
             done: called after each.
         """
-        size = torch.empty(0, dtype=self.dtype).element_size()
+        size = self.dtype.itemsize
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name, shape in self.shapes.items():

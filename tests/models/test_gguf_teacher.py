@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import shutil
 import struct
 import sys
 from pathlib import Path
@@ -306,6 +307,18 @@ def test_who_was_killed_begins_again(quantized: Path, cache: Path, monkeypatch: 
 
 def interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
+
+
+def test_a_full_disk_is_said_before_anything_is_written(
+    quantized: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = type(shutil.disk_usage(quantized.parent))
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 100, 100))
+        with pytest.raises(UserError, match=r"takes [\d,]+ bytes when dequantized, and .* has 100 left"):
+            gguf_teacher.folder_of_gguf(quantized)
+    assert not list(cache.rglob("*.safetensors"))
+    assert gguf_teacher.folder_of_gguf(quantized).is_dir()
 
 
 def test_a_changed_file_is_another_teacher(quantized: Path) -> None:
