@@ -703,13 +703,14 @@ class Decoder:
             raise ValueError("two spans write to the same page")
         return structures
 
-    def greedy(self, span: SequenceSpan, token: int, count: int, stops: Sequence[int] = ()) -> list[int]:
+    def greedy(self, span: SequenceSpan | PagedSpan, token: int, count: int, stops: Sequence[int] = ()) -> list[int]:
         """Greedy decoding: the most probable tokens after `token`, which is the one new token of `span`.
 
         Args:
             span: of one token.
             token: its token.
-            count: the largest number of tokens, at least 1; `span.past_length + count` KV slots must be reserved.
+            count: the largest number of tokens, at least 1; `span.past_length + count` KV slots must be reserved, and
+                in the page table.
             stops: tokens after which to stop.
 
         Raises:
@@ -720,14 +721,19 @@ class Decoder:
             raise ValueError(
                 f"greedy decoding begins with 1 token, not {span.count}, and writes 1 or more, not {count}"
             )
-        self._check_spans([dataclasses.replace(span, count=count)])
+        if isinstance(span, PagedSpan):
+            structures = self._paged_structures([span._replace(count=count)])
+            structures[0].count = 1
+        else:
+            self._check_spans([dataclasses.replace(span, count=count)])
+            structures = _structures([span])
         _check_range("tokens", _int32([token]), self.network.vocab_size)
         stop_ids = _int32([stop for stop in stops if 0 <= stop < self.network.vocab_size])
         out, written = torch.empty(count, dtype=torch.int32), c_int64()
         with self._exclusive():
             status = _loaded().edgerazor_decoder_greedy(
                 self._handle,
-                _structures([span]),
+                structures,
                 token,
                 stop_ids.data_ptr(),
                 len(stop_ids),

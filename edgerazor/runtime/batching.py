@@ -13,6 +13,9 @@ prompts are computed, all in one call of the decoder:
 - *results* of a sequence do not depend on its neighbours, on the division of its prompt, nor on what was shared, to the
   bit where activations are quantized: they are those of `Session`. Where frequencies of RoPE depend on the length of a
   sequence (`Rotary.varies`), its tokens are computed in calls of their own, as a session would, and are not shared.
+
+A greedy sequence that is alone, while nobody waits, is decoded by the loop in C++ that a session uses, some tokens at a
+time, so that a batch of one is as fast; the next one to come waits for those few.
 """
 
 from __future__ import annotations
@@ -61,6 +64,8 @@ TOKENS_EACH = 2048
 LOGPROB_TOKENS = 32
 #: Tokens that a sequence has in common with an older one's prompt, beyond what is cached, from which on it waits.
 AWAITED_TOKENS = 16
+#: Tokens, and seconds, that a greedy sequence decodes at a time at most while it is alone.
+ALONE_TOKENS, ALONE_SECONDS = 16, 0.04
 #: Seconds after which a refused caller may come back: at least, and at most.
 RETRY_SECONDS = (1.0, 600.0)
 #: The weight of the latest step in the mean duration of steps.
@@ -392,9 +397,9 @@ class BatchScheduler:
         try:
             while self._collect():
                 began = time.perf_counter()
-                if self._step():
+                if tokens := self._step():
                     weight = LATEST_WEIGHT if self._step_seconds else 1.0
-                    self._step_seconds += weight * (time.perf_counter() - began - self._step_seconds)
+                    self._step_seconds += weight * ((time.perf_counter() - began) / tokens - self._step_seconds)
         except BaseException:
             self._failed = True
             self._end_all("error", "The server has failed; its log says why.")
@@ -422,8 +427,11 @@ class BatchScheduler:
             self._end(sequence, SequenceEvent(None, finish_reason="cancelled"))
         return True
 
-    def _step(self) -> bool:
-        """Compute the next tokens of all sequences; whether there were any."""
+    def _step(self) -> int:
+        """Compute the next tokens of all sequences; how many of each that decodes, 0 where there were no sequences."""
+        alone = self._find_alone()
+        if alone is not None:
+            return self._decode_alone(*alone)
         self._admit()
         spans = self._plan()
         together = [span for span in spans if not self._apart(span)]
@@ -431,7 +439,42 @@ class BatchScheduler:
             if call:
                 self._compute(call)
         self._counts["steps"] += bool(spans)
-        return bool(spans)
+        return int(bool(spans))
+
+    # A sequence that is alone -----------------------------------------------------------------------------------------
+
+    def _find_alone(self) -> tuple[_Sequence, int] | None:
+        """The only sequence, and how many tokens to decode of it at a time, if it is one for the loop in C++."""
+        if len(self._running) != 1 or self._waiting or self._new:
+            return None
+        sequence = self._running[0]
+        request, length = sequence.request, sequence.pages.length
+        plain_tokens = request.sampler.plain and request.constraint is None and request.top_logprobs is None
+        if not (plain_tokens and sequence.written and len(sequence.ids) - length == 1):
+            return None
+        fitting = int(ALONE_SECONDS / self._step_seconds) if self._step_seconds else 1
+        count = max(1, min(sequence.room - sequence.written, ALONE_TOKENS, fitting))
+        if self.model.rotary.varies(length + count) or not sequence.pages.grow(length + count):
+            return None
+        return sequence, count
+
+    def _decode_alone(self, sequence: _Sequence, count: int) -> int:
+        """Decode some tokens of the only sequence; how many."""
+        length = sequence.pages.length
+        span = PagedSpan(sequence.pages.table, length, 1)
+        try:
+            with self.model.errors_for_people():
+                self._set_rope(length, length + count)
+                tokens = self._decoder.greedy(span, sequence.ids[-1], count, sorted(sequence.request.ends))
+        except UserError as error:
+            self._fail(sequence, error.message)
+            return 1
+        self._counts["steps"] += len(tokens)
+        sequence.pages.append([sequence.ids[-1], *tokens[:-1]])
+        for token in tokens:
+            if not sequence.ended and not sequence.cancelled:
+                self._add_token(sequence, token, None)
+        return len(tokens)
 
     # Who is in the batch ----------------------------------------------------------------------------------------------
 
@@ -581,14 +624,18 @@ class BatchScheduler:
                        for output in of_span]  # fmt: skip
             tokens += span.tokens
             calls.append(PagedSpan(sequence.pages.table, start, span.count))
-        tables = self.model.rotary.tables(min(past for _, past, _ in calls), max(map(self._rope_length, spans)))
-        if tables is not self._rotary_tables:
-            self._decoder.set_rope(*tables)
-            self._rotary_tables = tables
+        self._set_rope(min(past for _, past, _ in calls), max(map(self._rope_length, spans)))
         if len(self._logits) < len(positions):
             rows = max(len(positions), min(2 * len(self._logits), self.settings.max_sequences))
             self._logits = np.empty((rows, self.model.vocabulary), dtype=np.float32)
         return outputs, *self._decoder.step(calls, tokens, positions, wanted, self._logits)
+
+    def _set_rope(self, start: int, length: int) -> None:
+        """Prepare for a call with positions `start` to `length`."""
+        tables = self.model.rotary.tables(start, length)
+        if tables is not self._rotary_tables:
+            self._decoder.set_rope(*tables)
+            self._rotary_tables = tables
 
     # What comes of it -------------------------------------------------------------------------------------------------
 
@@ -616,8 +663,11 @@ class BatchScheduler:
         for (sequence, row), choice in zip(rows, choices, strict=True):
             if isinstance(choice, str):
                 self._fail(sequence, choice)
-            else:
-                self._add_token(sequence, choice, row, totals)
+                continue
+            top, logprob = sequence.request.top_logprobs, None
+            if top is not None and choice not in sequence.request.ends:
+                logprob = _logprob(self._logits[row], totals[row], choice, top)
+            self._add_token(sequence, choice, logprob)
 
     def _choose(self, rows: list[tuple[_Sequence, int]], best: NDArray[np.int32]) -> list[int | str]:
         """The next token of each sequence; a sentence where there is none."""
@@ -651,7 +701,8 @@ class BatchScheduler:
             raise UserError("No token may follow, by the constraint of the answer.")
         return np.where(mask, logits, np.float32(-np.inf))
 
-    def _add_token(self, sequence: _Sequence, token: int, row: int, totals: NDArray[np.float32]) -> None:
+    def _add_token(self, sequence: _Sequence, token: int, logprob: TokenLogprob | None) -> None:
+        """Note the next token of a sequence, and tell of it."""
         request = sequence.request
         try:
             if request.constraint is not None:
@@ -664,9 +715,6 @@ class BatchScheduler:
         if token in request.ends:
             self._end(sequence, SequenceEvent(None, finish_reason="eos"))
             return
-        logprob = None
-        if request.top_logprobs is not None:
-            logprob = _logprob(self._logits[row], totals[row], token, request.top_logprobs)
         sequence.ids.append(token)
         sequence.written += 1
         self._counts["generated_tokens"] += 1
