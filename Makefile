@@ -106,6 +106,11 @@ results-budget: install $(WORLD)/distill.txt
 results-recording: install
 	$(BIN)/python -m recipes.benchmarks.recording --real-data $(REAL_DATA)
 
+# Tokens a second of many sequences at a time, beside one; alone on the machine, 3 GB of disk.
+.PHONY: results-serve
+results-serve: install $(KERNELS)
+	$(BIN)/python -m recipes.benchmarks.serving
+
 # What the estimates of sensitivity are worth, and what they cost; alone on the machine.
 results-sensitivity: install $(WORLD)/distill.txt
 	$(BIN)/python -m recipes.benchmarks.sensitivity $(if $(REAL_DATA),--real-data $(REAL_DATA))

@@ -17,8 +17,11 @@ from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from edgerazor.errors import MOST_THREADS
@@ -28,6 +31,7 @@ from edgerazor.kernels.memory import physical_memory
 from edgerazor.kernels.native import LARGEST, NotFiniteError
 
 __all__ = [
+    "PAGE_SLOTS",
     "RMS",
     "SLOT_ALIGNMENT",
     "Decoder",
@@ -37,12 +41,16 @@ __all__ = [
     "Norm",
     "NotFiniteError",
     "OtherProcessError",
+    "PageTable",
+    "PagedSpan",
     "SequenceSpan",
     "align_slot",
 ]
 
 #: The first KV slot of a sequence is a multiple of this.
 SLOT_ALIGNMENT = 16
+#: KV slots of a page of a page table; page p has the slots from p times this on.
+PAGE_SLOTS = 64
 #: Kinds of norms.
 NO_NORM, RMS, LAYER = 0, 1, 2
 
@@ -232,6 +240,63 @@ class SequenceSpan:
         return first, first + self.count
 
 
+class PageTable:
+    """The pages of the KV cache that hold a sequence: token i has slot `i % PAGE_SLOTS` of its page `i // PAGE_SLOTS`.
+
+    Several tables may have a page in common; only one sequence at most may write to it.
+    """
+
+    def __init__(self) -> None:
+        self._numbers = np.zeros(8, dtype=np.int32)
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> int:
+        return int(self.numbers[index])
+
+    @property
+    def numbers(self) -> NDArray[np.int32]:
+        """The numbers of the pages, int32 [pages]; a view."""
+        return self._numbers[: self._count]
+
+    def append(self, page: int) -> None:
+        """Add a page behind the others.
+
+        Raises:
+            ValueError: there is no such page.
+        """
+        if not 0 <= page <= LARGEST // PAGE_SLOTS:
+            raise ValueError(f"there is no page {page}")
+        if self._count == len(self._numbers):
+            self._numbers = np.concatenate([self._numbers, np.zeros_like(self._numbers)])
+        self._numbers[self._count] = page
+        self._count += 1
+
+    def replace(self, index: int, page: int) -> None:
+        """Put a page, which holds the same tokens, in the place of another."""
+        self._numbers[: self._count][index] = page
+
+    def clear(self) -> None:
+        """Remove all pages."""
+        self._count = 0
+
+
+class PagedSpan(NamedTuple):
+    """Consecutive new tokens of a sequence whose KV slots are those of a page table.
+
+    Attributes:
+        pages: of `past_length + count` tokens at least.
+        past_length: tokens of the sequence that are already in the KV cache.
+        count: new tokens.
+    """
+
+    pages: PageTable
+    past_length: int
+    count: int
+
+
 def align_slot(slot: int) -> int:
     """The next KV slot, from this one on, at which a sequence may begin."""
     return -(-slot // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
@@ -325,7 +390,7 @@ class _Network(Structure):
 
 
 class _SequenceSpan(Structure):
-    _fields_ = tuple((field.name, c_int64) for field in dataclasses.fields(SequenceSpan))
+    _fields_ = (*((field.name, c_int64) for field in dataclasses.fields(SequenceSpan)), ("pages", c_void_p))
 
 
 #: Decoder, spans and their number, tokens, output positions.
@@ -336,6 +401,8 @@ _SIGNATURES = {
     "edgerazor_decoder_set_rope": (None, [c_void_p] * 3),
     "edgerazor_decoder_reserve_kv": (c_int, [c_void_p, c_int64]),
     "edgerazor_decoder_kv_bytes": (c_int64, [c_void_p]),
+    "edgerazor_decoder_copy_page": (None, [c_void_p, c_int32, c_int32]),
+    "edgerazor_decoder_step": (c_int, [*_TOKENS, c_int64, *[c_void_p] * 4]),
     "edgerazor_decoder_logits": (c_int, [*_TOKENS, c_int64, c_void_p]),
     "edgerazor_decoder_scores": (c_int, [*_TOKENS, c_void_p, c_int64, c_void_p, c_void_p]),
     "edgerazor_decoder_greedy": (
@@ -436,6 +503,7 @@ class Decoder:
         self.slots = 0
         self.process = os.getpid()
         self._lock = threading.Lock()
+        self._uses_rope = any(layer.rope_dim for layer in network.layers)
         self._cosines = self._sines = torch.empty(0, network.rope_dim // 2)
         structures = _Structures(network)
         handle = _loaded().edgerazor_decoder_new(ctypes.byref(structures.network), isa % len(native.isas()), threads)
@@ -548,13 +616,101 @@ class Decoder:
         self._call("scores", spans, *inputs, log_probabilities.data_ptr(), best.data_ptr())
         return log_probabilities, best
 
-    def greedy(self, span: SequenceSpan, token: int, count: int, stops: Sequence[int] = ()) -> list[int]:
+    def step(
+        self,
+        spans: Sequence[PagedSpan],
+        tokens: Sequence[int],
+        output_positions: Sequence[int],
+        totals: Sequence[bool],
+        logits: NDArray[np.float32],
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """A step of a batch: new tokens of sequences with page tables.
+
+        No result depends on what else is in the call, to the bit where activations are quantized.
+
+        Args:
+            spans: new tokens of sequences. Their pages must be reserved, the slots that they attend to filled, and no
+                page written to by one span and used by another one.
+            tokens: of all spans, one span after the other.
+            output_positions: ascending indices of the tokens after which to compute logits; there may be none.
+            totals: for each of the output positions, whether the logarithm of the sum of exponentials is wanted.
+            logits: float32 [at least as many as output positions, vocab_size], contiguous: the first rows are
+                overwritten by the logits.
+
+        Returns:
+            The most probable tokens int32 (the first of equal ones; -1 where its logit is not finite), and the
+            logarithms of the sums of exponentials of the logits, float32 (0 where they are not wanted); both [output
+            positions]. A logit less this logarithm is a log-probability.
+
+        Raises:
+            ValueError: an argument is out of range.
+            NotFiniteError: a number became infinite or NaN. Another call with the same spans, or some of them, is then
+                the same as if this one had not been.
+        """
+        structures = self._paged_structures(spans)
+        ids, positions = np.array(tokens, dtype=np.int64), np.array(output_positions, dtype=np.int64)
+        if len(ids) != sum(span.count for span in spans):
+            raise ValueError(f"there are {len(ids)} tokens in spans of {sum(span.count for span in spans)}")
+        if not 0 <= int(ids.min()) <= int(ids.max()) < self.network.vocab_size:
+            raise ValueError(f"tokens must be between 0 and {self.network.vocab_size - 1}")
+        count = len(positions)
+        if count and not (positions[0] >= 0 and positions[-1] < len(ids) and (np.diff(positions) > 0).all()):
+            raise ValueError(f"output positions must ascend, between 0 and {len(ids) - 1}")
+        rows = logits.shape == (len(logits), self.network.vocab_size) and logits.flags.c_contiguous
+        if not rows or logits.dtype != np.float32 or len(logits) < count or len(totals) != count:
+            raise ValueError(f"{count} outputs need a contiguous float32 [{count}, vocabulary], and a flag each")
+        wanted, ids = np.array(totals, dtype=np.uint8), ids.astype(np.int32)
+        best, log_totals = np.empty(count, dtype=np.int32), np.zeros(count, dtype=np.float32)
+        arrays = (positions, wanted, logits, best, log_totals)
+        first, *others = (array.ctypes.data for array in arrays)
+        with self._exclusive():
+            status = _loaded().edgerazor_decoder_step(
+                self._handle, structures, len(spans), ids.ctypes.data, first, count, *others
+            )
+        _check_status(status)
+        return best, log_totals
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Copies the keys and values in a page of a page table to another page.
+
+        Raises:
+            ValueError: there is no such page.
+        """
+        for page in (source, target):
+            if not 0 <= page < self.slots // PAGE_SLOTS:
+                raise ValueError(f"there is no page {page}")
+        with self._exclusive():
+            _loaded().edgerazor_decoder_copy_page(self._handle, source, target)
+
+    def _paged_structures(self, spans: Sequence[PagedSpan]) -> ctypes.Array[_SequenceSpan]:
+        """The structures of spans, checked."""
+        if not spans:
+            raise ValueError("there are no spans")
+        pages, positions = self.slots // PAGE_SLOTS, len(self._cosines)
+        written: list[int] = []
+        structures = (_SequenceSpan * len(spans))()
+        for structure, (table, past, count) in zip(structures, spans, strict=True):
+            if count < 1 or past < 0 or past + count > len(table) * PAGE_SLOTS:
+                raise ValueError(f"impossible span: {count} tokens after {past} in {len(table)} pages")
+            numbers = table.numbers
+            if numbers.max() >= pages:
+                raise ValueError(f"{pages} pages are reserved, too few for {numbers.tolist()}")
+            if past + count > positions and self._uses_rope:
+                raise ValueError(f"the rotary embedding has {positions} positions, too few for {past + count}")
+            written += numbers[past // PAGE_SLOTS : (past + count - 1) // PAGE_SLOTS + 1].tolist()
+            structure.past_length, structure.count, structure.pages = past, count, numbers.ctypes.data
+        if len(set(written)) < len(written):
+            raise ValueError("two spans write to the same page")
+        return structures
+
+    def greedy(self, span: SequenceSpan | PagedSpan, token: int, count: int, stops: Sequence[int] = ()) -> list[int]:
         """Greedy decoding: the most probable tokens after `token`, which is the one new token of `span`.
 
         Args:
             span: of one token.
             token: its token.
-            count: the largest number of tokens, at least 1; `span.past_length + count` KV slots must be reserved.
+            count: the largest number of tokens, at least 1; `span.past_length + count` KV slots must be reserved, and
+                in the page table.
             stops: tokens after which to stop.
 
         Raises:
@@ -565,14 +721,19 @@ class Decoder:
             raise ValueError(
                 f"greedy decoding begins with 1 token, not {span.count}, and writes 1 or more, not {count}"
             )
-        self._check_spans([dataclasses.replace(span, count=count)])
+        if isinstance(span, PagedSpan):
+            structures = self._paged_structures([span._replace(count=count)])
+            structures[0].count = 1
+        else:
+            self._check_spans([dataclasses.replace(span, count=count)])
+            structures = _structures([span])
         _check_range("tokens", _int32([token]), self.network.vocab_size)
         stop_ids = _int32([stop for stop in stops if 0 <= stop < self.network.vocab_size])
         out, written = torch.empty(count, dtype=torch.int32), c_int64()
         with self._exclusive():
             status = _loaded().edgerazor_decoder_greedy(
                 self._handle,
-                _structures([span]),
+                structures,
                 token,
                 stop_ids.data_ptr(),
                 len(stop_ids),
@@ -630,14 +791,13 @@ class Decoder:
     def _check_spans(self, spans: Sequence[SequenceSpan]) -> None:
         if not spans:
             raise ValueError("there are no spans")
-        uses_rope = any(layer.rope_dim for layer in self.network.layers)
         for span in spans:
             misaligned = span.slot % SLOT_ALIGNMENT or span.prefix_slot % SLOT_ALIGNMENT
             if span.count < 1 or min(span.fields) < 0 or misaligned:
                 raise ValueError(f"impossible span: {span}")
             if max(span.prefix_slot + span.prefix_length, span.new_slots[1]) > self.slots:
                 raise ValueError(f"{self.slots} KV slots are reserved, too few for {span}")
-            if uses_rope and span.end_position > len(self._cosines):
+            if self._uses_rope and span.end_position > len(self._cosines):
                 raise ValueError(f"the rotary embedding has {len(self._cosines)} positions, too few for {span}")
         filled = sorted(span.new_slots for span in spans)
         if any(before[1] > after[0] for before, after in pairwise(filled)):
@@ -650,7 +810,7 @@ def _free(handle: c_void_p, owners: tuple[Network, list[Tensor]], process: int) 
 
 
 def _structures(spans: Sequence[SequenceSpan]) -> ctypes.Array[_SequenceSpan]:
-    return (_SequenceSpan * len(spans))(*(_SequenceSpan(*span.fields) for span in spans))
+    return (_SequenceSpan * len(spans))(*(_SequenceSpan(*span.fields, None) for span in spans))
 
 
 def _int32(numbers: Sequence[int] | Tensor) -> Tensor:

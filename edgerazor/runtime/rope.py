@@ -53,6 +53,9 @@ class Rotary:
     training. The modules keep the frequencies of the longest sequence they have seen; here they depend on the call
     alone.
 
+    Attributes:
+        varies_beyond: tokens of the longest sequence whose frequencies do not depend on its length; None: of none.
+
     Args:
         config: of transformers.
         class_name: of the rotary embedding, in the `modeling_*.py` beside the configuration's class.
@@ -71,12 +74,12 @@ class Rotary:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         if max(head_dim, head_dim * rope.get("partial_rotary_factor", 1.0)) > _MOST_FEATURES:
             raise ValueError("a head cannot have so many features")
-        self._varies_beyond: int | None = None
+        self.varies_beyond: int | None = None
         if "dynamic" in rope["rope_type"]:
-            self._varies_beyond = config.max_position_embeddings
+            self.varies_beyond = config.max_position_embeddings
         elif rope["rope_type"] == "longrope":
-            self._varies_beyond = rope["original_max_position_embeddings"]
-        self._table = self._compute(0, min(self._most, self._varies_beyond or _FIRST_POSITIONS, _FIRST_POSITIONS))
+            self.varies_beyond = rope["original_max_position_embeddings"]
+        self._table = self._compute(0, min(self._most, self.varies_beyond or _FIRST_POSITIONS, _FIRST_POSITIONS))
 
     @property
     def features(self) -> int:
@@ -85,7 +88,7 @@ class Rotary:
 
     def varies(self, length: int) -> bool:
         """Whether the frequencies of a sequence of that length depend on its length."""
-        return self._varies_beyond is not None and length > self._varies_beyond
+        return self.varies_beyond is not None and length > self.varies_beyond
 
     def tables(self, start: int, length: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines float32 [at least length, features / 2] for a call with positions `start` to `length`.
@@ -97,7 +100,7 @@ class Rotary:
             cosines[start:], sines[start:] = self._compute(start, length)
             return cosines, sines
         if length > len(self._table[0]):
-            rows = min(max(length, 2 * len(self._table[0])), self._varies_beyond or self._most)
+            rows = min(max(length, 2 * len(self._table[0])), self.varies_beyond or self._most)
             self._table = self._compute(0, rows)
         return self._table
 

@@ -171,6 +171,10 @@ void expect(bool right, const char* what, const Config& c, int isa, double numbe
            number, c.hidden_size, c.bits, c.activation_bits, c.kv_bits, c.sliding_window);
 }
 
+std::vector<int32_t> prompt_of(const std::vector<int32_t>& tokens, int64_t count) {
+    return {tokens.begin(), tokens.begin() + count};
+}
+
 void check(const Config& c) {
     const Model model(c);
     const int64_t length = 600; // more than a micro-batch
@@ -201,6 +205,21 @@ void check(const Config& c) {
         const std::vector<float> right(shared.begin() + c.vocab_size, shared.end());
         expect(left == right, "equal sequences differ", c, isa);
         expect(distance(left, step) < near, "a shared prefix changes the result", c, isa, distance(left, step));
+        // Pages anywhere, beside another sequence.
+        const int32_t first_pages[] = {7}, other_pages[] = {20};
+        const edgerazor_sequence_span paged[] = {{0, 0, 0, 0, 40, first_pages}, {0, 0, 0, 0, 10, other_pages}};
+        const int64_t outputs[] = {39, 49};
+        const uint8_t wanted[] = {1, 0};
+        std::vector<float> of_pages(2 * c.vocab_size), totals(2);
+        std::vector<int32_t> likeliest(2);
+        const int status = edgerazor_decoder_step(three.get(), paged, 2, twice.data(), outputs, 2, wanted,
+                                                  of_pages.data(), likeliest.data(), totals.data());
+        of_pages.resize(c.vocab_size);
+        const std::vector<float> alone = logits(model, three, {{0, 0, 0, 0, 40}}, prompt_of(twice, 40), {39});
+        expect(status == EDGERAZOR_OK && of_pages == alone, "pages change the result", c, isa);
+        double total = 0;
+        for (const float each : alone) total += exp((double)each);
+        expect(fabs(totals[0] - log(total)) < 1e-4, "a total is wrong", c, isa, totals[0]);
         // Greedy decoding.
         std::vector<int32_t> text(20), again;
         int64_t written = 0;

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import gc
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from edgerazor import formats
 from edgerazor.formats import MatrixSpec
 from edgerazor.kernels import decoder, native
-from edgerazor.kernels.decoder import RMS, Decoder, Layer, Linear, Network, Norm
+from edgerazor.kernels.decoder import PAGE_SLOTS, RMS, Decoder, Layer, Linear, Network, Norm, PagedSpan, PageTable
 from edgerazor.kernels.decoder import SequenceSpan as Span
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="the native library is not built")
@@ -148,6 +149,122 @@ def test_layers_one_by_one_are_the_whole(make: Callable[..., Network], bits: int
     head = made.head.matrix
     expected = head.linear(states, None, 8, GROUP) if bits == 8 else head.linear_float(states)
     torch.testing.assert_close(one.logits(spans, TOKENS, EVERY), expected, rtol=0, atol=1e-5)
+
+
+# Page tables --------------------------------------------------------------------------------------------------------
+
+LONG = torch.randint(0, VOCABULARY, (200,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def pages(*numbers: int) -> PageTable:
+    table = PageTable()
+    for number in numbers:
+        table.append(number)
+    return table
+
+
+def paged(made: Network | None = None, threads: int = 2) -> Decoder:
+    ours = ready(made, threads, slots=2000)
+    ours.set_rope(*tables(256))
+    return ours
+
+
+def step(
+    ours: Decoder, spans: list[PagedSpan], tokens: list[int], positions: Iterable[int], totals: bool = False
+) -> tuple[Tensor, list[int], Tensor]:
+    """Logits, the likeliest tokens, and logarithms of totals."""
+    outputs = list(positions)
+    logits = np.full((len(outputs) + 1, VOCABULARY), 7, dtype=np.float32)
+    best, log_totals = ours.step(spans, tokens, outputs, [totals] * len(outputs), logits)
+    assert (logits[-1] == 7).all()
+    return torch.from_numpy(logits[:-1]), best.tolist(), torch.from_numpy(log_totals)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_pages_anywhere_give_the_bits_of_consecutive_slots(bits: int, threads: int) -> None:
+    """In any division into calls: a sequence's results are the same alone, in pieces, and beside others."""
+    ours = paged(network(kv_bits=bits), threads)
+    expected = ours.logits([Span(0, 0, 1024, 0, 200)], LONG, range(200))
+    table, past = pages(9, 3, 14, 7), 0
+    for count in (1, 62, 1, 1, 64, 5, 1, 65):
+        of_span = LONG[past : past + count]
+        logits, best, totals = step(ours, [PagedSpan(table, past, count)], of_span, range(count), totals=True)
+        assert torch.equal(logits, expected[past : past + count])
+        assert best == logits.argmax(-1).tolist()
+        torch.testing.assert_close(totals, logits.logsumexp(-1), rtol=1e-6, atol=1e-5)
+        past += count
+    others = [pages(0, 1), pages(2), pages(4, 5)]
+    spans = [PagedSpan(others[0], 0, 66), PagedSpan(table, 199, 1), PagedSpan(others[1], 0, 1),
+             PagedSpan(others[2], 0, 70)]  # fmt: skip
+    logits, *_ = step(ours, spans, [*LONG[:66], LONG[199], 5, *LONG[:70]], [65, 66, 137])
+    assert torch.equal(logits, expected[[65, 199, 69]])
+
+
+def test_many_sequences_share_pages_and_part() -> None:
+    ours = paged()
+    shared = pages(11, 6)
+    step(ours, [PagedSpan(shared, 0, 128)], LONG[:128], [])
+    tables_of = [pages(11, 6, 15 + number) for number in range(9)]
+    texts = [[*LONG[:128], number] for number in range(9)]
+    for _ in range(3):
+        spans = [PagedSpan(table, len(text) - 1, 1) for table, text in zip(tables_of, texts, strict=True)]
+        logits, best, _ = step(ours, spans, [text[-1] for text in texts], range(9))
+        for row, text in enumerate(texts):
+            alone = ours.logits([Span(0, 0, 0, 0, len(text))], text, [len(text) - 1])
+            assert torch.equal(logits[row], alone[0])
+            text.append(best[row])
+
+
+def test_greedy_decoding_in_pages() -> None:
+    ours = paged()
+    step(ours, [PagedSpan(pages(8), 0, 60)], LONG[:60], [])
+    ours.logits([Span(0, 0, 0, 0, 60)], LONG[:60], [])
+    expected = ours.greedy(Span(0, 0, 0, 60, 1), LONG[60], 20)
+    assert ours.greedy(PagedSpan(pages(8, 21), 60, 1), LONG[60], 20) == expected
+    with pytest.raises(ValueError, match="impossible span"):
+        ours.greedy(PagedSpan(pages(8), 60, 1), LONG[60], 5)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_a_copied_page_is_the_same_page(bits: int) -> None:
+    ours = paged(network(kv_bits=bits))
+    step(ours, [PagedSpan(pages(5), 0, 40)], LONG[:40], [])
+    ours.copy_page(5, 18)
+    expected, *_ = step(ours, [PagedSpan(pages(5), 40, 10)], LONG[40:50], range(10))
+    step(ours, [PagedSpan(pages(5), 0, 40)], LONG[100:140], [])
+    logits, *_ = step(ours, [PagedSpan(pages(18), 40, 10)], LONG[40:50], range(10))
+    assert torch.equal(logits, expected)
+
+
+def test_steps_that_do_not_fit_are_refused() -> None:
+    ours = ready(slots=2 * PAGE_SLOTS)
+    for spans, tokens, positions, message in (
+        ([], [], [], "no spans"),
+        ([PagedSpan(pages(0), 0, 0)], [], [], "impossible span"),
+        ([PagedSpan(pages(0), -1, 1)], [1], [], "impossible span"),
+        ([PagedSpan(pages(0), 60, 5)], [1] * 5, [], "impossible span"),
+        ([PagedSpan(pages(2), 0, 1)], [1], [], "2 pages are reserved"),
+        ([PagedSpan(pages(0, 1), 60, 5)], [1] * 5, [], "has 64 positions"),
+        ([PagedSpan(pages(0), 0, 1), PagedSpan(pages(0), 5, 1)], [1, 2], [], "write to the same page"),
+        ([PagedSpan(pages(0), 0, 2)], [1], [], "1 tokens in spans of 2"),
+        ([PagedSpan(pages(0), 0, 1)], [VOCABULARY], [], "tokens must be between"),
+        ([PagedSpan(pages(0), 0, 2)], [1, 1], [1, 0], "must ascend"),
+        ([PagedSpan(pages(0), 0, 2)], [1, 1], [2], "must ascend"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            step(ours, spans, tokens, positions)
+    span = [PagedSpan(pages(0), 0, 1)]
+    for logits in (np.empty((0, VOCABULARY), np.float32), np.empty((1, 3), np.float32), np.empty((1, VOCABULARY))):
+        with pytest.raises(ValueError, match="1 outputs need"):
+            ours.step(span, [1], [0], [False], logits)
+    with pytest.raises(ValueError, match="no page -1"):
+        pages(-1)
+    with pytest.raises(ValueError, match="no page 2"):
+        ours.copy_page(0, 2)
+    large = Norm(RMS, 1e-6, torch.full((HIDDEN,), 3e38))
+    with pytest.raises(decoder.NotFiniteError):
+        step(ready(network(layers=[layer(100, before_mlp=large)])), span, [1], [0])
 
 
 def test_weights_stay_and_calls_wait_for_one_another() -> None:

@@ -171,6 +171,18 @@ def test_mixed_rows_bias_and_few_bits(columns: int) -> None:
 
 
 @needs_library
+@pytest.mark.parametrize("name", ALL)
+def test_any_number_of_tokens_gives_the_same_bits(name: str) -> None:
+    """In rows of whole chunks: one token, a few of them in one group or in several, and many."""
+    x, spec = weights(70, 512), MatrixSpec((name,), 256)
+    encoded = formats.encode_matrix(weights(35, 512, seed=1), spec)
+    expected = reference.linear(x, encoded, spec, None, 8, 256)
+    for isa, label in enumerate(ISAS):
+        for tokens in (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 16, 17, 32, 33, 70):
+            assert torch.equal(product(x[:tokens], encoded, spec, isa, 256), expected[:tokens]), (label, tokens)
+
+
+@needs_library
 def test_extreme_codes_stay_exact() -> None:
     """The largest sums: every code the lowest or the highest of its format, every activation -127 or 127."""
     x = torch.full((3, 512), 127.0)
@@ -305,7 +317,7 @@ def test_bytes_that_stand_for_no_codes_are_harmless(columns: int) -> None:
         ):
             part = FormatRows(codes, torch.ones(3, layout.groups, 16, dtype=torch.float16), count, bits, min_level_x2)
             for isa, label in enumerate(ISAS):
-                for tokens in (1, 9):
+                for tokens in (1, 9, 40):
                     y = torch.full((tokens, count + 8), 7.0)
                     x = native.quantize(weights(tokens, columns), layout, isa=isa)
                     native.linear_blocks(x, layout, part, None, y, 0, part.blocks, isa)

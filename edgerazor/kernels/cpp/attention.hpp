@@ -23,7 +23,7 @@ using namespace edgerazor;
 
 // Blocks of KV slots --------------------------------------------------------------------------------------------------
 
-constexpr int kBlockSlots = 64;   // KV slots of a block
+constexpr int kBlockSlots = kTablePageSlots; // KV slots of a block
 constexpr int kMaxQueryRows = 96; // query rows whose results stay in the CPU's cache
 
 // Consecutive KV slots of one page, at most up to the next multiple of kBlockSlots.
@@ -39,7 +39,7 @@ struct KvBlock {
 KvBlock block_at(const AttentionArgs& args, int range, int64_t begin) {
     for (; range < 2 && begin >= args.ranges[range].count; range++) begin = 0;
     if (range == 2) return {};
-    const int64_t slot = args.ranges[range].slot + begin;
+    const int64_t slot = slot_at(args.ranges[range].slot, args.ranges[range].pages, begin);
     const int64_t count = smaller(kBlockSlots - slot % kBlockSlots, args.ranges[range].count - begin);
     const int64_t slots_before = begin + (range == 0 ? 0 : args.ranges[0].count);
     return {range, begin, slots_before, (int)count, (int)(slot % kPageSlots), args.pages + slot / kPageSlots};

@@ -16,7 +16,7 @@ constexpr int kTileTokens = 6;
 #else
 constexpr int kTileTokens = 4;
 #endif
-constexpr int kTileBlocks = 1, kChains = 2;
+constexpr int kTileBlocks = 1, kGemvTokens = kTileTokens, kChains = 2;
 
 struct u8x64 { __m256i half[2]; };
 struct RowSums { __m256i half[2]; };
@@ -197,7 +197,7 @@ EDGERAZOR_INLINE Trits unpack_trits(u8x64 bytes) {
 }
 
 template <int f>
-EDGERAZOR_INLINE void store_trit(const Trits& five, uint8_t* to) { store(to, five.digits[f]); }
+EDGERAZOR_INLINE u8x64 digit(const Trits& five) { return five.digits[f]; }
 
 struct TernaryDot {
     DotAccumulator<accumulator_bound(2)> sums;

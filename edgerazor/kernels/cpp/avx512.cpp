@@ -16,7 +16,7 @@ using i8x4 = __m512i;
 using RowSums = __m512i;
 using RowFloats = __m512;
 
-constexpr int kTileBlocks = 4, kTileTokens = 6, kChains = 4;
+constexpr int kTileBlocks = 4, kTileTokens = 6, kGemvTokens = 8, kChains = 4;
 
 EDGERAZOR_INLINE u8x64 load(const uint8_t* p) { return _mm512_loadu_si512(p); }
 EDGERAZOR_INLINE void store(uint8_t* p, u8x64 bytes) { _mm512_store_si512(p, bytes); }
@@ -88,8 +88,8 @@ EDGERAZOR_INLINE Trits unpack_trits(u8x64 bytes) {
 }
 
 template <int f>
-EDGERAZOR_INLINE void store_trit(const Trits& five, uint8_t* to) {
-    store(to, f == 4 ? extract_bits<6, 2>(five.last) : extract_bits<f % 4 * 2, 2>(five.fields));
+EDGERAZOR_INLINE u8x64 digit(const Trits& five) {
+    return f == 4 ? extract_bits<6, 2>(five.last) : extract_bits<f % 4 * 2, 2>(five.fields);
 }
 
 // Fields are masked but not shifted: each position of a byte has its own sum, which is shifted once at the end.

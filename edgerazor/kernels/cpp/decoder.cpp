@@ -113,8 +113,8 @@ void edgerazor_decoder::plan_micro_batch(const edgerazor_sequence_span* spans, i
     for (const edgerazor_sequence_span* span = spans; span < spans + span_count; begin += span->count, span++) {
         const int64_t from = std::max(begin, first), to = std::min(begin + span->count, first + count);
         if (from < to)
-            chunks.push_back({from - first, to - from, {span->prefix_slot, span->prefix_length}, span->slot,
-                              span->past_length + from - begin});
+            chunks.push_back({from - first, to - from, {span->prefix_slot, span->prefix_length, nullptr}, span->slot,
+                              span->past_length + from - begin, span->pages});
     }
     chunk_of_token.clear();
     for (const SpanChunk& chunk : chunks) chunk_of_token.insert(chunk_of_token.end(), chunk.count, &chunk);

@@ -62,12 +62,19 @@ typedef struct {
    values; the slots of a sequence are consecutive, and the first one's number is a multiple of 16. The new tokens
    attend to the slots of a prefix (which belong to another sequence; there may be none), to those of their own sequence
    from `slot` on, and to one another; their keys and values are stored from slot + past_length on. New token i has the
-   position prefix_length + past_length + i. A span may attend to slots that an earlier span of the same call fills. */
+   position prefix_length + past_length + i. A span may attend to slots that an earlier span of the same call fills.
+
+   Or the slots of a sequence are those of a page table, of EDGERAZOR_PAGE_SLOTS each: token i has slot i % 64 of page
+   pages[i / 64], and page p has the slots from 64 p on. Several sequences may have a page in common, which they then
+   only read. The results are those of a sequence whose consecutive slots begin at a multiple of 64, to the bit. */
 typedef struct {
     int64_t prefix_slot, prefix_length; /* the prefix: first slot, number of tokens */
     int64_t slot, past_length;          /* the sequence: first slot, number of its tokens in the cache */
     int64_t count;                      /* new tokens, at least 1 */
+    const int32_t* pages;               /* of past_length + count tokens; `slot` and a prefix are not used. Or null */
 } edgerazor_sequence_span;
+
+enum { EDGERAZOR_PAGE_SLOTS = 64 };
 
 typedef struct edgerazor_decoder edgerazor_decoder;
 
@@ -84,6 +91,9 @@ EDGERAZOR_API void edgerazor_decoder_set_rope(edgerazor_decoder* decoder, const 
 EDGERAZOR_API int edgerazor_decoder_reserve_kv(edgerazor_decoder* decoder, int64_t slots);
 EDGERAZOR_API int64_t edgerazor_decoder_kv_bytes(const edgerazor_decoder* decoder);
 
+/* Copies the keys and values of a page to another one. */
+EDGERAZOR_API void edgerazor_decoder_copy_page(edgerazor_decoder* decoder, int32_t from, int32_t to);
+
 /* tokens: of all spans, one span after the other. output_positions [count]: indices of tokens, in any order, repeated
    or not. logits [count, vocab_size]: after these tokens. */
 EDGERAZOR_API int edgerazor_decoder_logits(edgerazor_decoder* decoder, const edgerazor_sequence_span* spans,
@@ -96,6 +106,15 @@ EDGERAZOR_API int edgerazor_decoder_scores(edgerazor_decoder* decoder, const edg
                                            int64_t span_count, const int32_t* tokens, const int64_t* output_positions,
                                            const int32_t* targets, int64_t count, float* log_probabilities,
                                            int32_t* best);
+
+/* A step of a batch. output_positions [count] ascend. logits [count, vocab_size]: after these tokens. best [count]: the
+   most probable tokens there, the first of equal ones; -1 where its logit is not finite. log_totals [count]: the
+   logarithms of the sums of exponentials of the logits, where wanted [count] is not 0; a logit less this is a
+   log-probability. */
+EDGERAZOR_API int edgerazor_decoder_step(edgerazor_decoder* decoder, const edgerazor_sequence_span* spans,
+                                         int64_t span_count, const int32_t* tokens, const int64_t* output_positions,
+                                         int64_t count, const uint8_t* wanted, float* logits, int32_t* best,
+                                         float* log_totals);
 
 /* Greedy decoding after `token`, the one new token of `span`: writes up to `count` most probable tokens to `out`, the
    last of them being one of stops [stop_count] if one occurs. written: how many. Their slots must be reserved. */

@@ -38,6 +38,7 @@ struct SpanChunk {
     int64_t count;
     SlotRange prefix;
     int64_t slot, past_length; // as in the span, but counting the tokens of earlier micro-batches
+    const int32_t* pages;      // as in the span
     int64_t first_position() const { return prefix.count + past_length; }
 };
 

@@ -46,6 +46,10 @@ int edgerazor_decoder_reserve_kv(edgerazor_decoder* decoder, int64_t slots) {
     return status_of(decoder, [&] { decoder->kv_cache.reserve(slots); });
 }
 
+void edgerazor_decoder_copy_page(edgerazor_decoder* decoder, int32_t from, int32_t to) {
+    decoder->kv_cache.copy_page(from, to);
+}
+
 int64_t edgerazor_decoder_kv_bytes(const edgerazor_decoder* decoder) { return decoder->kv_cache.bytes(); }
 
 int edgerazor_decoder_logits(edgerazor_decoder* decoder, const edgerazor_sequence_span* spans, int64_t span_count,
@@ -62,6 +66,16 @@ int edgerazor_decoder_scores(edgerazor_decoder* decoder, const edgerazor_sequenc
     return status_of(decoder, [&] {
         ScoresSink sink(*decoder, output_positions, count, targets, log_probabilities, best);
         decoder->forward(spans, span_count, tokens, sink);
+    });
+}
+
+int edgerazor_decoder_step(edgerazor_decoder* decoder, const edgerazor_sequence_span* spans, int64_t span_count,
+                           const int32_t* tokens, const int64_t* output_positions, int64_t count,
+                           const uint8_t* wanted, float* logits, int32_t* best, float* log_totals) {
+    return status_of(decoder, [&] {
+        StepSink sink(*decoder, output_positions, count, wanted, logits, log_totals);
+        decoder->forward(spans, span_count, tokens, sink);
+        sink.best_tokens(best);
     });
 }
 

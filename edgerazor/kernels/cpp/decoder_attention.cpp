@@ -11,7 +11,7 @@ void edgerazor_decoder::qk_norm_rope_store(int number, int64_t token, int kv_hea
     const Layer& layer = layers[number];
     const SpanChunk& chunk = *chunk_of_token[token];
     const int64_t index = token - chunk.token, position = chunk.first_position() + index;
-    const int64_t kv_slot = chunk.slot + chunk.past_length + index;
+    const int64_t kv_slot = slot_at(chunk.slot, chunk.pages, chunk.past_length + index);
     const int64_t rope_row = position * (model.rope_dim / 2), dim = model.head_dim;
     const int queries_per_kv = model.num_heads / model.num_kv_heads;
     const auto norm_and_rope = [&](float* head, const edgerazor_norm& norm) {
@@ -42,7 +42,7 @@ void edgerazor_decoder::attention_tile(const ThreadContext& context, int number,
     args.heads = queries_per_kv;
     args.tokens = (int)tile.count;
     args.ranges[0] = chunk.prefix;
-    args.ranges[1] = {chunk.slot, chunk.past_length + tile.first + tile.count};
+    args.ranges[1] = {chunk.slot, chunk.past_length + tile.first + tile.count, chunk.pages};
     args.sliding_window = layers[number].sliding_window;
     args.out = attended.get() + at;
     args.scratch = scratch[context.thread].get();

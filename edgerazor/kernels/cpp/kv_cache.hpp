@@ -2,6 +2,7 @@
 // layout).
 #pragma once
 #include <stdint.h>
+#include <string.h>
 
 #include <utility>
 #include <vector>
@@ -31,6 +32,25 @@ class KvCache {
             }
             bytes_ += (int64_t)(head_bytes * pages_.size());
             memory_.push_back(std::move(memory));
+        }
+    }
+
+    // Copies what the slots of a page of a page table hold to another one, of all layers and heads.
+    void copy_page(int64_t from, int64_t to) {
+        constexpr int64_t ratio = kPageSlots / kTablePageSlots;
+        static_assert(kPageSlots % kTablePageSlots == 0 && kTablePageSlots % kKeyLanes == 0, "");
+        const size_t vector_bytes = (size_t)kv_vector_bytes(bits_, head_dim_);
+        for (const std::vector<KvPage>& pages : pages_) {
+            const KvPage &source = pages[from / ratio], &target = pages[to / ratio];
+            const size_t first = from % ratio * kTablePageSlots, to_first = to % ratio * kTablePageSlots;
+            const auto copy = [&](void* out, const void* in, size_t slot_bytes) {
+                memcpy((char*)out + to_first * slot_bytes, (const char*)in + first * slot_bytes,
+                       kTablePageSlots * slot_bytes);
+            };
+            copy(target.keys, source.keys, vector_bytes);
+            copy(target.values, source.values, vector_bytes);
+            copy(target.key_scales, source.key_scales, sizeof(float));
+            copy(target.value_scales, source.value_scales, sizeof(float));
         }
     }
 

@@ -6,6 +6,7 @@
 namespace edgerazor {
 
 constexpr int kPageSlots = 256; // KV slots of a page
+constexpr int kTablePageSlots = 64; // KV slots of a page of a sequence's page table: blocks of attention never cross two
 constexpr int kKeyLanes = 16;   // keys that lie side by side, so that a vector instruction takes one feature of all
 
 // The keys and values of one KV head in a page, by the bits of the cache:
@@ -27,9 +28,17 @@ constexpr int64_t kv_vector_bytes(int bits, int head_dim) {
     return bits == 16 ? 4 * (int64_t)head_dim : bits == 8 ? head_dim : (head_dim + 1) / 2;
 }
 
-// Consecutive KV slots; the first one's number is a multiple of 16.
+// The KV slots of a sequence: consecutive ones, the first of which has a number that is a multiple of 16, or those of
+// the pages of a page table.
 struct SlotRange {
     int64_t slot, count;
+    const int32_t* pages; // of kTablePageSlots slots each, by number; null: the slots are consecutive
 };
+
+// The number of the slot of the sequence's token `index`.
+constexpr int64_t slot_at(int64_t slot, const int32_t* pages, int64_t index) {
+    return pages == nullptr ? slot + index
+                            : (int64_t)pages[index / kTablePageSlots] * kTablePageSlots + index % kTablePageSlots;
+}
 
 } // namespace edgerazor

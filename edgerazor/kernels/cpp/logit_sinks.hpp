@@ -103,6 +103,62 @@ class ScoresSink : public OutputPositions {
     int32_t* best;
 };
 
+// Logits of a step of a batch, computed in place, and the most probable tokens.
+class StepSink : public LogitSink {
+  public:
+    StepSink(edgerazor_decoder& decoder, const int64_t* positions, int64_t count, const uint8_t* wanted, float* logits,
+             float* log_totals)
+        : decoder(decoder), positions(positions), count(count), wanted(wanted), logits(logits),
+          log_totals(log_totals), best_of_thread(decoder.threads.count(), std::vector<int32_t>(count, -1)) {}
+
+    void begin(int64_t first, int64_t tokens) override {
+        next += (int64_t)rows.size();
+        rows.clear();
+        for (int64_t i = next; i < count && positions[i] < first + tokens; i++) rows.push_back(positions[i] - first);
+    }
+
+    // Each thread takes the best tokens of its part of the vocabulary, whose logits it has mostly computed itself.
+    void consume(const ThreadContext& context) override {
+        const int64_t vocab_size = decoder.model.vocab_size, row_count = (int64_t)rows.size();
+        const WorkRange part(vocab_size, context.thread, decoder.threads.count());
+        for (int64_t first = 0; first < row_count; first += kLogitTokens) {
+            const int64_t together = std::min(kLogitTokens, row_count - first);
+            float* out = logits + (next + first) * vocab_size;
+            decoder.compute_logits(context, rows, first, together, out);
+            for (int64_t i = 0; i < together && part.first < part.last; i++)
+                best_of_thread[context.thread][next + first + i] =
+                    (int32_t)part.first +
+                    decoder.math.argmax(out + i * vocab_size + part.first, part.last - part.first);
+            const WorkRange range(together, context.thread, decoder.threads.count());
+            for (int64_t i = range.first; i < range.last; i++)
+                if (wanted[next + first + i])
+                    log_totals[next + first + i] = decoder.math.log_sum_exp(out + i * vocab_size, vocab_size);
+        }
+    }
+
+    // After the call.
+    void best_tokens(int32_t* best) const {
+        for (int64_t i = 0; i < count; i++) {
+            const float* row = logits + i * decoder.model.vocab_size;
+            best[i] = -1;
+            for (const std::vector<int32_t>& of_part : best_of_thread)
+                if (of_part[i] >= 0 && (best[i] < 0 || row[of_part[i]] > row[best[i]])) best[i] = of_part[i];
+            if (!std::isfinite(row[best[i]])) best[i] = -1;
+        }
+    }
+
+  private:
+    edgerazor_decoder& decoder;
+    const int64_t* positions;
+    const int64_t count;
+    const uint8_t* wanted;
+    float* logits;
+    float* log_totals;
+    int64_t next = 0;          // the first output of the micro-batch
+    std::vector<int64_t> rows; // tokens of the micro-batch that have outputs
+    std::vector<std::vector<int32_t>> best_of_thread;
+};
+
 // The most probable token after the only one of a call.
 class GreedySink : public LogitSink {
   public:

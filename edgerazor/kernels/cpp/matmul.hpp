@@ -1,6 +1,6 @@
 // Matrix products with packed rows, written once for all instruction sets. The file of an instruction set defines the
 // vectors below and what they can do, and then includes this file, which defines the functions of `MatmulKernels`:
-// `linear` (gemv_int8.hpp for one token, gemm_int8.hpp for more), `linear_float` (gemm_f32.hpp) and `expand_ternary`
+// `linear` (gemv_int8.hpp for one token, gemv_tokens.hpp for a few, gemm_int8.hpp for more), `linear_float` (gemm_f32.hpp) and `expand_ternary`
 // (unpack_codes.hpp).
 //
 //   u8x64                     64 bytes: a quad of 16 rows, or a vector as it is stored
@@ -12,13 +12,14 @@
 //   DotAccumulator<max_code>  dot products of u with x for u up to `max_code`
 //     reset(), add(u8x64, i8x4), widen() at the latest after `capacity` quads, total()
 //     accumulator_bound(max_code): the `max_code` of the accumulator that serves codes up to this one
-//   Trits unpack_trits(bytes) the five base-3 digits of each byte of a vector; store_trit<f>(Trits, to)
+//   Trits unpack_trits(bytes) the five base-3 digits of each byte of a vector; digit<f>(Trits) is one as u8x64
 //   TernaryDot                dot products of base-3 digits with x, of at most 64 quads
 //     add<f>(Trits, x), add_2bit<f>(u8x64 of 2-bit fields, x), take(): the total since the last take or the beginning
 //   RowFloats                 16 floats, one for each row of the block
 //     zero_floats(), load_floats, store_floats, load_f16
 //     add_scaled(y, sums, w_scales, x_scale): y += float(sums) * (x_scale * w_scales)
 //   kTileBlocks, kTileTokens  size of the register tile of a GEMM
+//   kGemvTokens               tokens of a GEMV of several
 //   kChains                   independent accumulators of a GEMV, which hide the latency of an addition
 //
 // Every `add_scaled` rounds the same numbers in the same order, so that all instruction sets give the same bits as
@@ -55,6 +56,7 @@ inline void store_rows(const float* results, int count, int64_t first, const For
 
 #include "unpack_codes.hpp"
 #include "gemv_int8.hpp"
+#include "gemv_tokens.hpp"
 #include "gemm_int8.hpp"
 #include "gemm_f32.hpp"
 
@@ -65,6 +67,8 @@ void linear_bits(const RowLayout& layout, const FormatRows& rows, const Quantize
                  const MatmulOutput& output, int64_t first, int64_t last) {
     if (x.tokens == 1) {
         gemv<bits>(layout, rows, x, output, first, last);
+    } else if (x.tokens <= kFewTokens && has_whole_chunks<bits>(layout)) {
+        gemv_tokens<bits>(layout, rows, x, output, first, last);
     } else {
         gemm<bits>(layout, rows, x, output, first, last);
     }

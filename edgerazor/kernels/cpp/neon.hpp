@@ -12,7 +12,7 @@ namespace {
 
 using namespace edgerazor;
 
-constexpr int kTileBlocks = 1, kTileTokens = 6, kChains = 2;
+constexpr int kTileBlocks = 1, kTileTokens = 6, kGemvTokens = 6, kChains = 2;
 
 struct u8x64 { uint8x16_t reg[4]; };
 struct RowSums { int32x4_t reg[4]; };
@@ -161,9 +161,6 @@ EDGERAZOR_INLINE u8x64 digit(const Trits& five) {
     if constexpr (f == 4) return five.last;
     else return extract_bits<2 * f, 2>(five.fields);
 }
-
-template <int f>
-EDGERAZOR_INLINE void store_trit(const Trits& five, uint8_t* to) { store(to, digit<f>(five)); }
 
 struct TernaryDot {
     DotAccumulator<accumulator_bound(2)> sums;

@@ -11,7 +11,7 @@ namespace {
 
 using namespace edgerazor;
 
-constexpr int kTileBlocks = 1, kTileTokens = 4, kChains = 1;
+constexpr int kTileBlocks = 1, kTileTokens = 4, kGemvTokens = 4, kChains = 1;
 
 struct u8x64 { uint8_t at[64]; };
 struct i8x4 { int8_t at[4]; };
@@ -106,7 +106,7 @@ inline Trits unpack_trits(const u8x64& bytes) {
 }
 
 template <int f>
-inline void store_trit(const Trits& five, uint8_t* to) { store(to, five.digits[f]); }
+inline const u8x64& digit(const Trits& five) { return five.digits[f]; }
 
 struct TernaryDot {
     DotAccumulator<accumulator_bound(2)> sums;

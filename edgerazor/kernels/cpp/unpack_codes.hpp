@@ -4,8 +4,8 @@
 
 namespace {
 
-EDGERAZOR_INLINE int smaller(int a, int b) { return a < b ? a : b; }
-EDGERAZOR_INLINE int larger(int a, int b) { return a > b ? a : b; }
+constexpr int smaller(int a, int b) { return a < b ? a : b; }
+constexpr int larger(int a, int b) { return a > b ? a : b; }
 
 // The largest u of a format's codes, as its accumulator is chosen by it.
 constexpr int max_code_of(int bits) { return accumulator_bound(bits == kTernary ? 2 : (1 << bits) - 1); }
@@ -45,7 +45,7 @@ inline void unpack_bits_tail(int bits, const uint8_t* w, int quads, uint8_t* out
 inline void unpack_ternary(const uint8_t* w, int quads, uint8_t* out, int stride) {
     for (; quads >= 5; quads -= 5, w += kVectorBytes, out += 5 * stride) {
         const Trits five = unpack_trits(load(w));
-        unroll<0, 5>(UNROLL(f) { store_trit<f.value>(five, out + f.value * stride); });
+        unroll<0, 5>(UNROLL(f) { store(out + f.value * stride, digit<f.value>(five)); });
     }
     if (quads > 0) unpack_bits_tail(2, w, quads, out, stride);
 }
