@@ -124,8 +124,8 @@ class CompressedTensors(GroupedExporter):
         common = math.gcd(columns, group)
         if common < SMALLEST_GROUP:
             raise UserError(
-                f"{self.name} cannot round inputs as the packed model: the {columns} inputs of {name} are no whole groups "
-                f"of {group}, and a common divisor below {SMALLEST_GROUP} is no group that kernels take.",
+                f"{self.name} cannot round inputs as the packed model: the {columns} inputs of {name} are no whole "
+                f"groups of {group}, and a common divisor below {SMALLEST_GROUP} is no group that kernels take.",
                 HINT,
             )
         return common
