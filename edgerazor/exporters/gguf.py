@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import gguf
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -155,8 +156,13 @@ class Gguf(Exporter):
         sources = {source.target: source for source in _sources(gguf_model)}
         writer = _begin(path, gguf_model, plan.tensors)
         try:
+            [output] = writer.fout or ()
+            writer.write_padding(output, output.tell())
             for tensor in plan.tensors:
-                writer.write_tensor_data(_tensor_bytes(gguf_model, sources[tensor.target], tensor))
+                # Not by `write_tensor_data`: numpy does not say why the system refused to write.
+                octets = np.ascontiguousarray(_tensor_bytes(gguf_model, sources[tensor.target], tensor))
+                output.write(octets.data)
+                writer.write_padding(output, octets.nbytes)
         finally:
             writer.close()
 
