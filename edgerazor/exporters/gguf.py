@@ -156,7 +156,8 @@ class Gguf(Exporter):
         sources = {source.target: source for source in _sources(gguf_model)}
         writer = _begin(path, gguf_model, plan.tensors)
         try:
-            [output] = writer.fout or ()
+            assert writer.fout is not None
+            [output] = writer.fout
             writer.write_padding(output, output.tell())
             for tensor in plan.tensors:
                 # Not by `write_tensor_data`: numpy does not say why the system refused to write.

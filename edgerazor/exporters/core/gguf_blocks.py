@@ -26,6 +26,7 @@ from torch import Tensor
 from edgerazor import formats
 from edgerazor.exporters.core.integers import UnfitError, integers
 from edgerazor.formats import Encoded, MatrixSpec
+from edgerazor.untrusted.gguf_file import TYPES
 
 #: Weights converted at a time.
 CHUNK = 1 << 22
@@ -42,8 +43,8 @@ class NewType(enum.IntEnum):
 
 
 GgmlType: TypeAlias = gguf.GGMLQuantizationType | NewType
-#: Type -> weights and bytes of a block.
-SIZES: dict[GgmlType, tuple[int, int]] = {NewType.Q2_0: (64, 18), **gguf.GGML_QUANT_SIZES}
+#: Number of a type -> weights and bytes of a block.
+SIZES = {number: (weights, octets) for number, (_, weights, octets) in TYPES.items()}
 
 
 def ggml_type(name: str) -> GgmlType:
