@@ -150,9 +150,11 @@ build/peers/installed: recipes/benchmarks/peers.txt
 	build/peers/bin/pip install --quiet -r recipes/benchmarks/peers.txt
 	touch $@
 
-# Whether llama.cpp says of the exported files what we say of the packed models; the tables in recipes/results/interop.md.
+# Whether llama.cpp, compressed-tensors and transformers say of the exported files what we say of the packed models; the
+# tables in recipes/results/interop.md.
 interop: install llamacpp $(WORLD)/distill.txt
 	$(BIN)/python -m recipes.benchmarks.interop $(if $(REAL_DATA),--real-data $(REAL_DATA))
+	$(BIN)/python -m recipes.benchmarks.interop_folders $(if $(REAL_DATA),--real-data $(REAL_DATA))
 
 # Whether both engines write the same, for the student of the quickstart or other packed folders (MODELS='...').
 .PHONY: results-engines

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
 
 from edgerazor import __version__, locks, untrusted
 from edgerazor.errors import UserError, usage_error
@@ -501,12 +502,20 @@ def _leftovers(path: Path, more: str = "") -> list[Path]:
 
 @contextlib.contextmanager
 def _named_failures(path: Path) -> Iterator[None]:
-    """Failures of the system say what they are about: those of an open file do not by themselves."""
+    """Failures of the system say what they are about: those of an open file do not by themselves.
+
+    safetensors says in words of its own that a disk is full: that becomes the system's error, too.
+    """
     try:
         yield
     except OSError as error:
         if error.errno and error.filename is None:
             error.filename = str(path)
+        raise
+    except SafetensorError as error:
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            code = int(number[1])
+            raise OSError(code, os.strerror(code), str(path)) from error
         raise
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import resource
 import socket
 import threading
 from collections.abc import Callable
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import BaseModel
+from safetensors.torch import save_file
 
 from edgerazor import locks, workdir
 from edgerazor.errors import USAGE, UserError
@@ -250,6 +253,22 @@ def test_a_disk_that_fails_at_the_last_moment_is_named(tmp_path: Path, monkeypat
         assert failed.value.filename is not None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
     assert (tmp_path / "folder" / "a").read_text() == (tmp_path / "file").read_text() == "old"
+
+
+def test_a_full_disk_is_the_same_error_when_safetensors_writes(tmp_path: Path) -> None:
+    """It has words of its own for the system's; what was there stays, and nothing beside it."""
+    write_text(tmp_path / "file", "old")
+    tensors = {"a": torch.zeros(100_000)}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as failed:
+            write_atomically(tmp_path / "file", lambda path: save_file(tensors, path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert failed.value.errno == errno.EFBIG
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "old"
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660), (0o077, 0o600)])

@@ -4,8 +4,10 @@
 tensor has one type, so a matrix whose rows are ternary and int4 takes what the int4 ones need, and types of few bits
 share an fp16 number among 256 weights, so smaller groups need a type of blocks of 32. Both cost size, never exactness,
 and are said before anything is written. `gguf-tq2` has ternary matrices in TQ2_0 (2.06 bits, unpacked faster than
-TQ1_0's 1.69). `gguf-f16` and `gguf-f32` write decoded weights, for comparison: fp16 rounds what has more than 11 bits,
-int4 times an fp16 scale for instance, and is refused then; float32 never rounds.
+TQ1_0's 1.69). `gguf-q2` has ternary and int2z matrices in Q2_0 (2.25 bits, a scale for 64 weights), which llama.cpp
+reads since June 2026 (its pull request 24448). `gguf-f16` and `gguf-f32` write decoded weights,
+for comparison: fp16 rounds what has more than 11 bits, int4 times an fp16 scale for instance, and is refused then;
+float32 never rounds.
 
 Activation and cache bits are no part of a GGUF file: llama.cpp rounds inputs to 8 bits in a way of its own.
 """
@@ -19,9 +21,10 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import gguf
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +32,7 @@ from edgerazor import __version__, models, untrusted, workdir
 from edgerazor.errors import UserError, plain
 from edgerazor.exporters.core import gguf_blocks as blocks
 from edgerazor.exporters.core.base import Exporter, ExportPlan, ExportResult, PlannedTensor, refuse_lossy
-from edgerazor.exporters.core.gguf_blocks import InexactError
+from edgerazor.exporters.core.gguf_blocks import GgmlType, InexactError, NewType
 from edgerazor.exporters.core.gguf_metadata import add_metadata, context_length, gguf_architecture, rope_factors
 from edgerazor.exporters.core.gguf_names import file_order, gguf_name, row_order
 from edgerazor.exporters.core.gguf_size_causes import size_causes
@@ -44,7 +47,10 @@ LARGEST_FLOAT32 = float(torch.finfo(torch.float32).max)
 #: Why an export of decoded weights is large.
 DECODED = "It holds decoded weights; `gguf` holds codes."
 ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
-GgmlType = gguf.GGMLQuantizationType
+_T = gguf.GGMLQuantizationType
+#: Names of file types that are not those of tensors, and the numbers of those that version 0.19 of gguf does not name.
+FILE_TYPES = {"F32": "ALL_F32", "Q3_K": "MOSTLY_Q3_K_S"}
+NEW_FILE_TYPES = {"Q2_0": 41}
 
 
 @dataclass(frozen=True)
@@ -108,9 +114,7 @@ class Gguf(Exporter):
         floats: floating types to choose from where no block fits, the smallest first.
     """
 
-    def __init__(
-        self, name: str, describe: str, quantized: Sequence[blocks.Block], floats: Sequence[gguf.GGMLQuantizationType]
-    ) -> None:
+    def __init__(self, name: str, describe: str, quantized: Sequence[blocks.Block], floats: Sequence[GgmlType]) -> None:
         self.name, self.describe = name, describe
         self.blocks, self.floats = tuple(quantized), tuple(floats)
 
@@ -152,8 +156,14 @@ class Gguf(Exporter):
         sources = {source.target: source for source in _sources(gguf_model)}
         writer = _begin(path, gguf_model, plan.tensors)
         try:
+            assert writer.fout is not None
+            [output] = writer.fout
+            writer.write_padding(output, output.tell())
             for tensor in plan.tensors:
-                writer.write_tensor_data(_tensor_bytes(gguf_model, sources[tensor.target], tensor))
+                # Not by `write_tensor_data`: numpy does not say why the system refused to write.
+                octets = np.ascontiguousarray(_tensor_bytes(gguf_model, sources[tensor.target], tensor))
+                output.write(octets.data)
+                writer.write_padding(output, octets.nbytes)
         finally:
             writer.close()
 
@@ -173,10 +183,10 @@ class Gguf(Exporter):
         else:
             values = gguf_model.others[source.name]
             count = values.numel()
-            floats = (GgmlType.F32,) if values.dim() < 2 else self.floats  # llama.cpp wants norms and biases so
+            floats = (_T.F32,) if values.dim() < 2 else self.floats  # llama.cpp wants norms and biases so
             tests = [(type_, functools.partial(blocks.float_bytes, type_, values)) for type_ in floats]
         chosen, reason = _smallest(tests)
-        size, width = gguf.GGML_QUANT_SIZES[chosen]
+        size, width = blocks.SIZES[chosen]
         return PlannedTensor(
             name=source.name,
             target=source.target,
@@ -190,10 +200,10 @@ class Gguf(Exporter):
 
 
 #: Types, the smallest first, each with a function that raises InexactError where it is not exact.
-Tests: TypeAlias = list[tuple[gguf.GGMLQuantizationType, Callable[[], object]]]
+Tests: TypeAlias = list[tuple[GgmlType, Callable[[], object]]]
 
 
-def _smallest(tests: Tests) -> tuple[gguf.GGMLQuantizationType, str]:
+def _smallest(tests: Tests) -> tuple[GgmlType, str]:
     """The first type that is exact, or the last one and why it is not."""
     reason = ""
     for chosen, test in tests:
@@ -253,7 +263,7 @@ def _sources(gguf_model: GgufModel) -> list[SourceTensor]:
 
 def _tensor_bytes(gguf_model: GgufModel, source: SourceTensor, planned: PlannedTensor) -> blocks.Bytes:
     """The data of one tensor, as planned."""
-    chosen, lossy = gguf.GGMLQuantizationType[planned.type], not planned.exact
+    chosen, lossy = blocks.ggml_type(planned.type), not planned.exact
     if source.matrix is not None:
         packed = gguf_model.model.matrix(source.matrix)
         matrix = blocks.BlockMatrix(packed.encoded, packed.spec, source.order)
@@ -279,33 +289,34 @@ def _begin(path: Path, gguf_model: GgufModel, tensors: Sequence[PlannedTensor]) 
     gguf_model.vocabulary.add_to(writer)
     _check_metadata(writer)
     for tensor in tensors:
-        shape = _byte_shape(gguf_model, tensor)
-        writer.add_tensor_info(tensor.target, shape, _UINT8, tensor.bytes, gguf.GGMLQuantizationType[tensor.type])
+        # Told the numbers of weights, the writer looks up no size of a type, which it may not know.
+        type_ = cast(gguf.GGMLQuantizationType, blocks.ggml_type(tensor.type))
+        writer.add_tensor_info(tensor.target, _shape(gguf_model, tensor), _FLOAT32, tensor.bytes, type_)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     return writer
 
 
-_UINT8 = torch.empty(0, dtype=torch.uint8).numpy().dtype
+_FLOAT32 = torch.empty(0).numpy().dtype
 
 
-def _byte_shape(gguf_model: GgufModel, tensor: PlannedTensor) -> tuple[int, ...]:
-    """Shape of a tensor in bytes, rows first."""
+def _shape(gguf_model: GgufModel, tensor: PlannedTensor) -> tuple[int, ...]:
+    """Shape of a tensor, rows first."""
     entry = gguf_model.model.header.matrices.get(tensor.name.removesuffix(".weight"))
-    shape = entry.shape if entry else tuple(gguf_model.others[tensor.name].shape)
-    return (*shape[:-1], tensor.bytes // math.prod(shape[:-1]))
+    return entry.shape if entry else tuple(gguf_model.others[tensor.name].shape)
 
 
-def _file_type(tensors: Sequence[PlannedTensor]) -> gguf.LlamaFileType:
+def _file_type(tensors: Sequence[PlannedTensor]) -> int:
     """The file type, named after the type that most weights of linear layers have."""
     counts: dict[str, int] = {}
     for tensor in tensors:
         if tensor.kind == "linear":
             counts[tensor.type] = counts.get(tensor.type, 0) + tensor.weights
     name = max(counts, key=lambda type_: counts[type_])
-    special = {"F32": "ALL_F32", "Q3_K": "MOSTLY_Q3_K_S"}
-    return gguf.LlamaFileType[special.get(name, f"MOSTLY_{name}")]
+    if name in NEW_FILE_TYPES:
+        return NEW_FILE_TYPES[name]
+    return int(gguf.LlamaFileType[FILE_TYPES.get(name, f"MOSTLY_{name}")])
 
 
 def _vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:
@@ -370,15 +381,15 @@ def _notes(gguf_model: GgufModel) -> Iterator[str]:
     yield from gguf_model.vocabulary.notes
 
 
-_BLOCKS = [block for block in blocks.BLOCKS if block.type != GgmlType.TQ2_0]
-_FLOATS = (GgmlType.F16, GgmlType.BF16, GgmlType.F32)
-EXPORTER = Gguf("gguf", "llama.cpp: the smallest types that hold the codes exactly", _BLOCKS, _FLOATS)
-TQ2 = Gguf(
-    "gguf-tq2",
-    "llama.cpp: the same, with ternary matrices in TQ2_0",
-    [block for block in blocks.BLOCKS if block.type != GgmlType.TQ1_0],
-    _FLOATS,
-)
-F16 = Gguf("gguf-f16", "llama.cpp: decoded weights in fp16", (), (GgmlType.F16,))
-F32 = Gguf("gguf-f32", "llama.cpp: decoded weights in float32", (), (GgmlType.F32,))
-VARIANTS = (EXPORTER, TQ2, F16, F32)
+def _variant(name: str, describe: str, *left_out: GgmlType) -> Gguf:
+    """An exporter of blocks of all types but some."""
+    return Gguf(name, describe, [block for block in blocks.BLOCKS if block.type not in left_out], _FLOATS)
+
+
+_FLOATS = (_T.F16, _T.BF16, _T.F32)
+EXPORTER = _variant("gguf", "llama.cpp: the smallest types that hold the codes exactly", _T.TQ2_0, NewType.Q2_0)
+TQ2 = _variant("gguf-tq2", "llama.cpp: the same, with ternary matrices in TQ2_0", _T.TQ1_0, NewType.Q2_0)
+Q2 = _variant("gguf-q2", "llama.cpp since June 2026: the same, with ternary and int2z in Q2_0", _T.TQ1_0, _T.TQ2_0)
+F16 = Gguf("gguf-f16", "llama.cpp: decoded weights in fp16", (), (_T.F16,))
+F32 = Gguf("gguf-f32", "llama.cpp: decoded weights in float32", (), (_T.F32,))
+VARIANTS = (EXPORTER, TQ2, Q2, F16, F32)

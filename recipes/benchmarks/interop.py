@@ -70,6 +70,7 @@ STEPS = 100
 #: name -> (values of the recipe, whether the embedded teacher is distilled first because rounding would destroy it)
 FORMATS: dict[str, tuple[Values, bool]] = {
     "ternary": ({"bits": 1.58}, True),
+    "ternary-64": ({"bits": 1.58, "group_size": 64}, True),
     "mixed": ({"bits": 1.88}, True),
     "int2": ({"bits": 2.0, "formats": ["int2", "int4"]}, True),
     "int3": ({"bits": 3.0, "formats": ["int3", "int4"]}, False),
@@ -77,8 +78,8 @@ FORMATS: dict[str, tuple[Values, bool]] = {
     "int5": ({"bits": 5.0, "formats": ["int5", "int8"]}, False),
     "int8": ({"bits": 8.0}, False),
 }
-#: Formats of the real models, which are only rounded, and of the random ones.
-REAL_FORMATS = {"realtext-4m": ("ternary", "mixed", "int3", "int4"), "stories260K": ("int4", "int8")}
+#: Formats of the real models, which are only rounded.
+REAL_FORMATS = {"realtext-4m": ("ternary", "ternary-64", "mixed", "int3", "int4"), "stories260K": ("int4", "int8")}
 SHAPE: Values = {
     "hidden_size": 256,
     "intermediate_size": 512,
@@ -206,8 +207,13 @@ def trained_cases(real_data: Path | None) -> list[Case]:
     ]
     for teacher in real_teachers(real_data) if real_data else ():
         cases += [case_of(teacher.name, name, teacher.model, teacher.recipe) for name in REAL_FORMATS[teacher.name]]
-    twice = [replace(case, export="gguf-tq2") for case in cases if case.format == "ternary"]
-    return [*cases, *twice]
+    others = [
+        replace(case, export=name)
+        for case in cases
+        for name, suited in (("gguf-tq2", ("ternary",)), ("gguf-q2", ("ternary", "ternary-64")))
+        if case.format in suited
+    ]
+    return [*(case for case in cases if case.format != "ternary-64"), *others]
 
 
 def random_cases(build: Path, real_data: Path | None) -> list[Case]:

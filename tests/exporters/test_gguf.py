@@ -25,6 +25,8 @@ from edgerazor.exporters.core.gguf_metadata import gguf_architecture, rope_facto
 from edgerazor.exporters.core.gguf_names import gguf_name, row_order
 from edgerazor.formats import Encoded, MatrixSpec
 from edgerazor.packed import PackedModel
+from edgerazor.untrusted.gguf_file import TYPES as TYPES_READ
+from edgerazor.untrusted.gguf_file import GgufFile
 from helpers.tiny_job import Run, sha256, snapshot, with_template
 from helpers.tiny_models import ModelMaker, family_config
 
@@ -33,15 +35,15 @@ COLUMNS = (32, 40, 96, 256, 300, 352, 768)
 TYPES = {block.type.name: block for block in blocks.BLOCKS}
 
 
-def smallest(matrix: blocks.BlockMatrix) -> str:
-    """The type that the exporter chooses."""
+def smallest(matrix: blocks.BlockMatrix, variant: exporter.Gguf = exporter.EXPORTER) -> str:
+    """The type that an exporter chooses."""
     tests: exporter.Tests = [
         (each.type, lambda each=each: blocks.check_blocks(each, matrix))  # type: ignore[misc]
-        for each in exporter.EXPORTER.blocks
+        for each in variant.blocks
     ]
     tests += [
         (each, lambda each=each: blocks.check_floats(each, matrix))  # type: ignore[misc]
-        for each in exporter.EXPORTER.floats
+        for each in variant.floats
     ]
     chosen, reason = exporter._smallest(tests)
     assert reason == ""
@@ -49,14 +51,28 @@ def smallest(matrix: blocks.BlockMatrix) -> str:
 
 
 def dequantized(name: str, matrix: blocks.BlockMatrix) -> np.ndarray:
-    """What gguf reads from what we write."""
-    kind = gguf.GGMLQuantizationType[name]
+    """What gguf reads from what we write; Q2_0, which it does not know, from its definition."""
+    kind = blocks.ggml_type(name)
     written = (
         blocks.write_blocks(TYPES[name], matrix) if name in TYPES else blocks.write_floats(kind, matrix, lossy=False)
     )
-    size, width = gguf.GGML_QUANT_SIZES[kind]
+    size, width = blocks.SIZES[kind]
     assert written.shape == (matrix.shape[0], matrix.shape[1] // size * width)
-    return gguf.quants.dequantize(written, kind)
+    if name == "Q2_0":
+        return q2_0_weights(written)
+    return gguf.quants.dequantize(written, gguf.GGMLQuantizationType(kind))
+
+
+def q2_0_weights(rows: np.ndarray) -> np.ndarray:
+    """Weights float32 [rows, cols] by `dequantize_row_q2_0` of ggml-quants.c, with Python's integers."""
+    decoded = []
+    for row in rows:
+        weights: list[float] = []
+        for block in row.reshape(-1, 18):
+            scale = float(block[:2].view("<f2")[0])
+            weights += [((int(block[2 + i // 4]) >> 2 * (i % 4) & 3) - 1) * scale for i in range(64)]
+        decoded.append(weights)
+    return np.array(decoded, dtype=np.float32)
 
 
 def random_encoded(spec: MatrixSpec, rows: int, cols: int, seed: int) -> Encoded:
@@ -91,7 +107,7 @@ def test_every_format_and_geometry_is_exact(name: str) -> None:
                 assert (dequantized(kind, matrix) == expected).all(), (group, cols, kind)
 
 
-#: format, group size, columns -> the smallest type that is exact
+#: format, group size, columns -> the smallest type of `gguf` that is exact
 CHOSEN = {
     ("ternary", 256, 768): "TQ1_0",
     ("ternary", 512, 1024): "TQ1_0",
@@ -120,6 +136,41 @@ def test_the_smallest_exact_type(name: str, group: int, cols: int) -> None:
     spec = MatrixSpec((name,), group)
     encoded = formats.encode_matrix(torch.randn(40, cols, generator=torch.Generator().manual_seed(3)), spec)
     assert smallest(blocks.BlockMatrix(encoded, spec)) == CHOSEN[name, group, cols]
+
+
+#: The same of `gguf-q2`.
+CHOSEN_BY_Q2 = {
+    ("ternary", 64, 768): "Q2_0",
+    ("ternary", 128, 192): "Q2_0",
+    ("ternary", 65536, 320): "Q2_0",
+    ("ternary", 32, 768): "Q4_0",  # a block of 64 would have two scales
+    ("ternary", 64, 352): "Q4_0",  # rows are no multiple of 64
+    ("int2z", 64, 768): "Q2_0",
+    ("int2", 64, 768): "Q4_0",  # -3, -1, 1 and 3 halves are no neighbours
+    ("int2", 256, 768): "Q2_K",
+    ("int3", 256, 768): "Q3_K",
+}
+
+
+@pytest.mark.parametrize(("name", "group", "cols"), CHOSEN_BY_Q2)
+def test_q2_0_where_codes_fit(name: str, group: int, cols: int) -> None:
+    spec = MatrixSpec((name,), group)
+    encoded = formats.encode_matrix(torch.randn(40, cols, generator=torch.Generator().manual_seed(3)), spec)
+    matrix = blocks.BlockMatrix(encoded, spec)
+    assert smallest(matrix, exporter.Q2) == CHOSEN_BY_Q2[name, group, cols]
+
+
+def test_a_block_of_q2_0_has_one_end() -> None:
+    """-2 needs a negative unit, 2 a positive one: both in one block are refused, in neighbours they are not."""
+    codes = torch.zeros(1, 128, dtype=torch.int8)
+    codes[0, 3], codes[0, 70] = -2, 2
+    spec = MatrixSpec(("int8",), 128)
+    scales = torch.tensor([[0.25]], dtype=torch.float16)
+    matrix = blocks.BlockMatrix(Encoded(codes, scales), spec)
+    assert (dequantized("Q2_0", matrix) == codes.numpy() * 0.25).all()
+    codes[0, 63] = 2
+    with pytest.raises(blocks.InexactError, match="levels of -2 and of 2"):
+        blocks.check_blocks(TYPES["Q2_0"], blocks.BlockMatrix(Encoded(codes, scales), spec))
 
 
 def test_types_follow_what_is_there_and_not_its_name() -> None:
@@ -283,6 +334,24 @@ def test_ternary_of_whole_blocks(run: Run, packed: Any, tmp_path: Path) -> None:
         assert all("metadata" in cause for cause in plan.causes)
         reader = read(Path(exporters.find(variant).write(model, tmp_path / variant, plan).file))
         assert values(reader)["general.file_type"] == gguf.LlamaFileType[f"MOSTLY_{kind}"]
+
+
+def test_ternary_of_groups_of_64(run: Run, packed: Any, tmp_path: Path) -> None:
+    """Where `gguf` needs Q4_0, `gguf-q2` takes half of that, and `gguf` says so."""
+    shape = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    model = PackedModel.open(packed(run, "llama", ("--bits", 1.58, "--group-size", 64), **shape))
+    plain, small = (exporters.find(name).plan(model) for name in ("gguf", "gguf-q2"))
+    assert {tensor.type for tensor in small.tensors if tensor.kind == "linear"} == {"Q2_0"}
+    linear = [sum(tensor.bytes for tensor in plan.tensors if tensor.kind == "linear") for plan in (plain, small)]
+    assert linear[0] == 2 * linear[1]
+    assert any("--group-size 256 helps, and --export gguf-q2" in cause for cause in plain.causes)
+    assert not any("Q2_0" in cause for cause in small.causes)
+    result = exporters.find("gguf-q2").write(model, tmp_path, small)
+    assert Path(result.file).stat().st_size == small.bytes
+    again = GgufFile(Path(result.file))
+    assert again.metadata["general.file_type"] == 41
+    assert {TYPES_READ[again.tensors["blk.0.ffn_up.weight"].type][0]} == {"Q2_0"}
+    assert again.tensors["blk.0.ffn_up.weight"].shape == (512, 256)
 
 
 def test_rotation_of_neighbours_is_rotation_of_halves() -> None:

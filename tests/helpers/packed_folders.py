@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,18 @@ SETTINGS = {
 Choose = Callable[[str, int, int], MatrixSpec]
 
 
-def write_packed(folder: Path, model: Path, choose: Choose, dtype: torch.dtype = torch.float32) -> PackedModel:
-    """Pack a model folder with formats of its own for each matrix; what is not quantized gets a dtype."""
+def write_packed(
+    folder: Path,
+    model: Path,
+    choose: Choose,
+    dtype: torch.dtype = torch.float32,
+    settings: Mapping[str, Any] = SETTINGS,
+    input_scale: bool = True,
+) -> PackedModel:
+    """Pack a model folder with formats of its own for each matrix; what is not quantized gets a dtype.
+
+    `input_scale`: the inputs of one layer have a stored scale.
+    """
     teacher, _ = models.load(model)
     structure = models.structure(teacher)
     state = teacher.state_dict()
@@ -43,7 +53,8 @@ def write_packed(folder: Path, model: Path, choose: Choose, dtype: torch.dtype =
         encoded = formats.encode_matrix(spec.rotate(state[f"{target.name}.weight"]), spec)
         matrices.append(PackedMatrix(target.name, target.kind, encoded, spec))
     others = {key: value.to(dtype) for key, value in state.items() if key.removesuffix(".weight") not in names}
-    others["model.layers.0.mlp.down_proj.input_scale"] = torch.tensor(0.5)  # ours alone
+    if input_scale:
+        others["model.layers.0.mlp.down_proj.input_scale"] = torch.tensor(0.5)  # ours alone
     folder.mkdir(parents=True)
     tied = {} if structure.head else {structure.head_path: structure.embedding.name}
     packed.write(
@@ -51,12 +62,12 @@ def write_packed(folder: Path, model: Path, choose: Choose, dtype: torch.dtype =
         [matrix.source() for matrix in matrices],
         others,
         tied=tied,
-        settings=SETTINGS,
+        settings=settings,
         provenance={"source": "teacher"},
     )
     models.copy_companions(model, folder)
     values = json.loads((model / "config.json").read_text())
-    values["quantization_config"] = {"quant_method": "edgerazor", "version": packed.VERSION, **SETTINGS}
+    values["quantization_config"] = {"quant_method": "edgerazor", "version": packed.VERSION, **settings}
     (folder / "config.json").write_text(json.dumps(values))
     return PackedModel.open(folder)
 

@@ -12,8 +12,10 @@ Layouts follow ggml-quants.c and ggml-common.h of llama.cpp; `gguf.quants` reads
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import gguf
 import numpy as np
@@ -24,6 +26,7 @@ from torch import Tensor
 from edgerazor import formats
 from edgerazor.exporters.core.integers import UnfitError, integers
 from edgerazor.formats import Encoded, MatrixSpec
+from edgerazor.untrusted.gguf_file import TYPES
 
 #: Weights converted at a time.
 CHUNK = 1 << 22
@@ -31,6 +34,22 @@ CHUNK = 1 << 22
 Bytes = NDArray[np.uint8]
 Levels = NDArray[np.int16]
 Units = NDArray[np.float16]
+
+
+class NewType(enum.IntEnum):
+    """Types that llama.cpp has and version 0.19 of the gguf package does not name: their numbers in ggml.h."""
+
+    Q2_0 = 42
+
+
+GgmlType: TypeAlias = gguf.GGMLQuantizationType | NewType
+#: Number of a type -> weights and bytes of a block.
+SIZES = {number: (weights, octets) for number, (_, weights, octets) in TYPES.items()}
+
+
+def ggml_type(name: str) -> GgmlType:
+    """The type of that name."""
+    return NewType[name] if name in NewType.__members__ else gguf.GGMLQuantizationType[name]
 
 
 class InexactError(Exception):
@@ -48,7 +67,7 @@ class Block:
         check: levels int16 [blocks, block]; raises InexactError where the range does not say all.
     """
 
-    type: gguf.GGMLQuantizationType
+    type: GgmlType
     lowest: int
     highest: int
     write: Callable[[Levels, Units], Bytes]
@@ -57,12 +76,12 @@ class Block:
     @property
     def size(self) -> int:
         """Weights of a block."""
-        return gguf.GGML_QUANT_SIZES[self.type][0]
+        return SIZES[self.type][0]
 
     @property
     def bits(self) -> float:
         """Bits a weight."""
-        size, count = gguf.GGML_QUANT_SIZES[self.type]
+        size, count = SIZES[self.type]
         return 8 * count / size
 
 
@@ -173,7 +192,7 @@ def check_blocks(block: Block, matrix: BlockMatrix) -> None:
         pass
 
 
-def check_floats(type_: gguf.GGMLQuantizationType, matrix: BlockMatrix) -> None:
+def check_floats(type_: GgmlType, matrix: BlockMatrix) -> None:
     """Raise InexactError unless a floating type holds every weight of a matrix exactly."""
     for chosen in matrix.rows():
         _check_rounding(type_, matrix.decode(chosen))
@@ -194,7 +213,7 @@ def write_blocks(block: Block, matrix: BlockMatrix) -> Bytes:
     return out.reshape(rows, -1)
 
 
-def write_floats(type_: gguf.GGMLQuantizationType, matrix: BlockMatrix, lossy: bool = False) -> Bytes:
+def write_floats(type_: GgmlType, matrix: BlockMatrix, lossy: bool = False) -> Bytes:
     """A matrix as numbers of 16 or 32 bits: uint8 [rows, bytes of a row].
 
     Raises:
@@ -210,14 +229,14 @@ def write_floats(type_: gguf.GGMLQuantizationType, matrix: BlockMatrix, lossy: b
 
 
 #: GGML's floating types.
-FLOATS = {
+FLOATS: dict[GgmlType, torch.dtype] = {
     gguf.GGMLQuantizationType.F16: torch.float16,
     gguf.GGMLQuantizationType.BF16: torch.bfloat16,
     gguf.GGMLQuantizationType.F32: torch.float32,
 }
 
 
-def float_bytes(type_: gguf.GGMLQuantizationType, values: Tensor, lossy: bool = False) -> Bytes:
+def float_bytes(type_: GgmlType, values: Tensor, lossy: bool = False) -> Bytes:
     """Numbers, any floating dtype [..., n], in a floating type: uint8 [..., n * item size].
 
     Raises:
@@ -229,7 +248,7 @@ def float_bytes(type_: gguf.GGMLQuantizationType, values: Tensor, lossy: bool = 
     return octets
 
 
-def _check_rounding(type_: gguf.GGMLQuantizationType, values: Tensor) -> None:
+def _check_rounding(type_: GgmlType, values: Tensor) -> None:
     if not torch.equal(values.to(FLOATS[type_]).to(values.dtype), values):
         raise InexactError(f"{type_.name} rounds some of its weights")
 
@@ -269,6 +288,24 @@ def _quarters(digits: Levels) -> Bytes:
 def tq2_0(levels: Levels, units: Units) -> Bytes:
     """Two bits for a trit."""
     return np.concatenate([_quarters(levels + 1), _half(units)], axis=1)
+
+
+def _check_signs(levels: Levels) -> None:
+    """Levels of -2 stand in blocks without 2, whose unit can change its sign.
+
+    Raises:
+        InexactError: a block has both.
+    """
+    if (levels.min(axis=1, initial=0) * levels.max(axis=1, initial=0) == -4).any():
+        raise InexactError("a block has levels of -2 and of 2")
+
+
+def q2_0(levels: Levels, units: Units) -> Bytes:
+    """Two bits for a level of -1 to 2 plus one, four of them in a byte; where a block has -2, all signs change."""
+    signs = np.where(levels.min(axis=1, initial=0) == -2, -1, 1).astype(np.int16)
+    fields = (levels * signs[:, None] + 1).astype(np.uint8).reshape(len(levels), -1, 4)
+    octets: Bytes = np.bitwise_or.reduce(fields << np.array([0, 2, 4, 6], dtype=np.uint8), axis=2)
+    return np.concatenate([_half(units * signs.astype(np.float16)), octets], axis=1)
 
 
 def _four(levels: Levels) -> tuple[Levels, Levels, Levels]:
@@ -331,6 +368,7 @@ _T = gguf.GGMLQuantizationType
 BLOCKS = (
     Block(_T.TQ1_0, -1, 1, tq1_0),
     Block(_T.TQ2_0, -1, 1, tq2_0),
+    Block(NewType.Q2_0, -2, 2, q2_0, _check_signs),
     Block(_T.Q2_K, -3, 3, q2_k, _four),
     Block(_T.Q3_K, -4, 3, q3_k),
     Block(_T.Q4_0, -8, 7, q4_0),

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import gguf
-
 from edgerazor.console import megabytes
 from edgerazor.exporters.core.base import PlannedTensor
+from edgerazor.exporters.core.gguf_blocks import SIZES, NewType, ggml_type
 from edgerazor.packed import MatrixEntry, PackedModel
 
 #: Bits a weight that a type may take beyond the format's nominal bits and scales without an explanation: Q2_K takes
@@ -53,14 +52,21 @@ def _cause(entry: MatrixEntry, chosen: str) -> tuple[str, str]:
     """Why a matrix needs that type, and what helps."""
     cols = entry.shape[1]
     group = min(entry.group_size, cols)
-    if gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[chosen]][0] == 1 and (cols % SMALL or group % SMALL):
+    if SIZES[ggml_type(chosen)][0] == 1 and (cols % SMALL or group % SMALL):
         what = f"rows of {cols} weights" if cols % SMALL else f"groups of {group} weights"
         return f"{what} are no multiple of {SMALL}", "" if cols % SMALL else " (--group-size 256 helps)"
     if len(entry.formats) > 1:
         mixed = " and ".join(entry.formats)
         return f"a tensor of GGUF has one type, but these mix {mixed}", " (--granularity tensor helps)"
+    if chosen == "Q2_0":
+        return "it has two bits for a trit, and a scale for 64 weights", ""
+    short = SIZES[NewType.Q2_0][0]
+    fits = entry.formats[0] in ("ternary", "int2z") and cols % short == group % short == 0
+    other = "--export gguf-q2" if fits else ""
     if cols % LARGE:
-        return f"rows of {cols} weights are no multiple of {LARGE}, as types of fewer bits need", ""
+        remedy = f" ({other} helps)" if fits else ""
+        return f"rows of {cols} weights are no multiple of {LARGE}, as types of fewer bits need", remedy
     if group % LARGE:
-        return f"types of fewer bits have one scale for {LARGE} weights, not {group}", " (--group-size 256 helps)"
+        remedy = f" (--group-size 256 helps{f', and {other}' if fits else ''})"
+        return f"types of fewer bits have one scale for {LARGE} weights, not {group}", remedy
     return "no smaller type holds all of their codes and scales", ""

@@ -25,7 +25,7 @@ from edgerazor.exporters.core.exact_dtypes import smallest_float
 from edgerazor.exporters.core.integers import Integers, UnfitError
 from edgerazor.packed import DTYPE_NAMES, DTYPES, PackedModel, TensorSpec, size_table
 
-#: Group sizes for which there are fast kernels (Marlin, ExLlama), the largest first.
+#: Group sizes for which there are fast kernels (Marlin, ExLlama), the preferred first.
 KNOWN_GROUPS = (128, 64, 32)
 #: Layers with one input that vLLM and SGLang fuse.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -76,8 +76,16 @@ class GroupedExporter(Exporter):
     def settings(self, model: PackedModel, layouts: Mapping[str, Layout]) -> dict[str, Any]:
         """The `quantization_config` of config.json."""
 
+    def known_groups(self, bits: int) -> Sequence[int]:
+        """Group sizes for which programs have kernels at a width, the preferred first."""
+        return KNOWN_GROUPS
+
     def check(self, folder: Path) -> None:
         """Nothing is refused before the codes are known."""
+
+    def notes(self, model: PackedModel) -> tuple[str, ...]:
+        """What the folder cannot say about how the packed model computes."""
+        return hf_folder.notes(model)
 
     def plan(self, model: PackedModel) -> GroupedPlan:
         """Read every matrix once, to see which widths, groups and dtypes hold it.
@@ -100,7 +108,7 @@ class GroupedExporter(Exporter):
             packed_bytes=sizes.bytes,
             weights=sizes.parameters,
             causes=tuple(_causes(layouts, floats, unfit)),
-            notes=hf_folder.notes(model),
+            notes=self.notes(model),
             layouts=layouts,
             floats=floats,
         )
@@ -154,9 +162,10 @@ class GroupedExporter(Exporter):
             )
         matrix = model.matrix(name)
         integers.integers(matrix.encoded, matrix.spec)
-        bits = integers.bits(matrix.spec.weights_by_format((rows, columns)))
-        group = integers.common_group(columns, matrix.spec.group_size, KNOWN_GROUPS)
-        return Layout(bits=next(width for width in self.widths if width >= bits), group_size=group)
+        needed = integers.bits(matrix.spec.weights_by_format((rows, columns)))
+        bits = next(width for width in self.widths if width >= needed)
+        group = integers.common_group(columns, matrix.spec.group_size, self.known_groups(bits))
+        return Layout(bits=bits, group_size=group)
 
     def _planned(
         self, model: PackedModel, layouts: Mapping[str, Layout], floats: Mapping[str, str]

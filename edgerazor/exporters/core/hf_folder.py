@@ -132,10 +132,11 @@ def weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("model*"))
 
 
-def notes(model: PackedModel) -> tuple[str, ...]:
-    """What such a folder cannot say about how the packed model computes."""
+def notes(model: PackedModel, *, of_inputs: bool = True) -> tuple[str, ...]:
+    """What such a folder cannot say about how the packed model computes; `of_inputs`: nor of inputs' bits."""
     settings = model.header.settings
-    names = {"inputs of linear layers": "activation_bits", "keys and values": "kv_bits"}
+    names = {"inputs of linear layers": "activation_bits"} if of_inputs else {}
+    names["keys and values"] = "kv_bits"
     rounded = [f"{what} to {settings[name]} bits" for what, name in names.items() if settings.get(name, 16) != 16]
     lines = []
     if model.header.rotations:
