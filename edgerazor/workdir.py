@@ -122,6 +122,16 @@ class WorkDir:
     def metrics_file(self) -> Path:
         return self.folder("distill") / "metrics.jsonl"
 
+    @property
+    def report_file(self) -> Path:
+        """The page that tells of the job."""
+        return self.path / "report.html"
+
+    @property
+    def samples_file(self) -> Path:
+        """Texts of teacher and student side by side, for the page."""
+        return self.path / "samples.json"
+
     def checkpoint(self, name: str) -> Path:
         """Folder of the resumable state: `current`."""
         return self.folder("distill") / "checkpoints" / name
