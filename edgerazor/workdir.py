@@ -47,8 +47,10 @@ DEFAULT = Path("edgerazor-work")
 FOLDERS = {"calibrate": "calibrate", "distill": "distill", "pack": "packed", "eval": "eval", "bench": "bench"}
 #: First line of the recipe in a working directory: it tells our folders from those of other people.
 HEADER = "# What was asked for in this folder, all commands together; edgerazor writes it and reads it again."
-#: Files that say how a stage went, times included; they are no part of what it made.
-REPORTS = ("result.json", "metrics.jsonl")
+#: The card of a packed folder, which tells people of it.
+CARD = "README.md"
+#: Files that say how a stage went, times included, or tell of it; they are no part of what it made.
+REPORTS = ("result.json", "metrics.jsonl", CARD)
 
 
 class Manifest(BaseModel):
@@ -120,6 +122,16 @@ class WorkDir:
     @property
     def metrics_file(self) -> Path:
         return self.folder("distill") / "metrics.jsonl"
+
+    @property
+    def report_file(self) -> Path:
+        """The page that tells of the job."""
+        return self.path / "report.html"
+
+    @property
+    def samples_file(self) -> Path:
+        """Texts of teacher and student side by side, for the page."""
+        return self.path / "samples.json"
 
     def checkpoint(self, name: str) -> Path:
         """Folder of the resumable state: `current`."""
@@ -545,9 +557,9 @@ def hash_file(path: Path) -> str:
 
 
 def hash_folder(path: Path, patterns: tuple[str, ...] = ("*",)) -> str:
-    """SHA-256 over the names and contents of a folder's files (not of its sub-folders)."""
+    """SHA-256 over the names and contents of a folder's files (not of its sub-folders, nor of its card)."""
     files = sorted({file for pattern in patterns for file in path.glob(pattern) if file.is_file()})
-    return digest_json({file.name: hash_file(file) for file in files})
+    return digest_json({file.name: hash_file(file) for file in files if file.name != CARD})
 
 
 def digest_json(value: Any) -> str:

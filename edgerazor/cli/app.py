@@ -190,6 +190,17 @@ def show(
         dispatch.show_folder(Path(what) if what else run.work, run, verify, against)
 
 
+@command("report")
+def report(values: Values, run: RunOptions, jobs: list[Path] | None, out: Path | None, md: bool, samples: bool) -> None:
+    """Write one page that tells of a job, or of several side by side: HTML that needs nothing else, or Markdown.
+
+    Example: edgerazor report
+
+    Example: edgerazor report job-a job-b --out both.html
+    """
+    dispatch.write_report(run, jobs or [], out, md, samples)
+
+
 @app.callback(invoke_without_command=True)
 def version(
     show_version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgerazor.cli.options import RunOptions, flags_by_field
+from edgerazor.cli.options import RunOptions, flags_by_command, flags_by_field
 from edgerazor.errors import QUALITY, UserError, usage_error
 
 if TYPE_CHECKING:
@@ -85,16 +85,21 @@ def run_stage(name: str, values: dict[str, Any], run: RunOptions) -> None:
 
 
 def run_all_stages(values: dict[str, Any], run: RunOptions) -> None:
-    """Run all stages of a recipe and print one table of what came out."""
+    """Run all stages of a recipe, write the page that tells of them, and print one table of what came out."""
     recipe = assemble(values, None, run.recipe)
     require_model(recipe, "run", run)
     from edgerazor import pipeline
-    from edgerazor.stages import show
+    from edgerazor.stages import report, show
     from edgerazor.workdir import DEFAULT, WorkDir
 
     console, work = run.open_console(), WorkDir(run.work or DEFAULT)
     pipeline.run_all(recipe, work, console, run.force)
     if console.is_main:
+        try:
+            page = report.run([(recipe, work)], None, False, True, console, flags_by_command())
+            console.say(f"{page.file} tells all of it.")
+        except UserError as error:  # what was measured is worth more than the page
+            console.warn(f"There is no report: {error.message}")
         summary = show.summarize(work)
         console.result(summary, *show.show(summary))
         check_gates(summary)
@@ -164,6 +169,20 @@ def record(values: dict[str, Any], run: RunOptions, out: Path) -> None:
 
 
 # What there is ------------------------------------------------------------------------------------------------------
+
+
+def write_report(run: RunOptions, jobs: list[Path], out: Path | None, as_markdown: bool, samples: bool) -> None:
+    """Write the page of one working directory or several."""
+    from edgerazor.stages import report
+    from edgerazor.workdir import DEFAULT, WorkDir
+
+    if jobs and run.work is not None:
+        raise usage_error("Working directories and --work both name jobs.", "Leave one of them out.")
+    console = run.open_console()
+    works = [WorkDir(job) for job in jobs or [run.work or DEFAULT]]
+    told = [(assemble({}, work.path, None), work) for work in works]
+    result = report.run(told, out, as_markdown, samples, console, flags_by_command())
+    console.result(result, *report.show(result))
 
 
 def print_reference(what: str, run: RunOptions) -> None:

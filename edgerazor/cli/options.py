@@ -171,6 +171,8 @@ OPTIONS = (
            "What to go on from; `-`, or nothing behind a pipe: standard input."),
     Option("recipe", "", Path, "run",
            "A YAML recipe, or the name of a shipped one.", default=REQUIRED),
+    Option("jobs", "", list[Path], "report",
+           "Working directories, side by side; default: that of --work.", metavar="JOB"),
     Option("what", "", str, "show",
            "A working directory, a packed folder, `plan`, `recipe`, `schema` or `format`."),
     # How large the packed model may be
@@ -337,6 +339,13 @@ OPTIONS = (
            "Prompts side by side."),
     Option("--thinking/--no-thinking", "sampling.thinking", bool, "data",
            "Think before an answer, if the template can say so."),
+    # Telling of jobs
+    Option("--out", "", Path, "report",
+           "The file to write; default: report.html in the working directory.", metavar="FILE"),
+    Option("--md", "", bool, "report",
+           "Write Markdown instead of HTML.", default=False),
+    Option("--samples/--no-samples", "", bool, "report",
+           "Let teacher and student write side by side; kept for the next report.", default=True),
     # The model, and how to run
     Option("--revision", "revision", str, f"{PLANNING} record eval data",
            "Branch, tag or commit of a hub model."),
@@ -348,7 +357,7 @@ OPTIONS = (
            "The job's folder, where the stages meet.", metavar="DIR", default=DEFAULT_WORK),
     Option("--work", "", Path, "record",
            "A job's folder, whose recipe and text count.", metavar="DIR", default=DEFAULT_WORK),
-    Option("--work", "", Path, "generate",
+    Option("--work", "", Path, "generate report",
            "The job's folder.", metavar="DIR"),
     Option("--work", "", Path, "show",
            "Of the plan: the job's folder.", metavar="DIR"),
@@ -366,9 +375,9 @@ OPTIONS = (
            "CPU threads; all cores by default."),
     Option("--threads", "bench.threads", list[str], "bench",
            "CPU threads, comma-separated or repeated; all cores by default.", metavar="N[,N...]", parse=parse_integers),
-    Option("--json", "", bool, f"{PLANNING} record eval bench generate data run show",
+    Option("--json", "", bool, f"{PLANNING} record eval bench generate data run show report",
            "Print the result as one JSON object on stdout.", default=False),
-    Option("--quiet -q", "", bool, f"{PLANNING} record eval bench generate data run",
+    Option("--quiet -q", "", bool, f"{PLANNING} record eval bench generate data run report",
            "Nothing on stderr but errors.", default=False),
     Option("--force", "", bool, f"{PLANNING} record eval bench data run",
            "Do it again; throws away what is in the way.", default=False),
@@ -415,6 +424,15 @@ def split(command: str, parsed: dict[str, Any]) -> tuple[dict[str, Any], RunOpti
                 section = section.setdefault(part, {})
             section[name] = option.value(value)
     return values, RunOptions(**run), own
+
+
+def flags_by_command() -> dict[str, dict[str, str]]:
+    """Command -> field of a recipe -> its option there."""
+    commands = dict.fromkeys(name for option in OPTIONS for name in option.commands.split())
+    return {
+        name: {option.field: option.long for option in options_of(name) if option.field and not option.is_argument}
+        for name in commands
+    }
 
 
 def flags_by_field() -> dict[str, str]:

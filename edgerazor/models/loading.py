@@ -43,6 +43,8 @@ COMPANIONS = (
     "chat_template*",
     "generation_config.json",
 )
+#: Fetched with a model of the hub, and no part of what identifies it: its card, and the texts of its licence.
+CARDS = ("README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 VOCABULARIES = ("vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 
 
@@ -82,7 +84,7 @@ def _snapshot(source: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=list(FILES)))
+        return Path(snapshot_download(source, revision=revision, allow_patterns=[*FILES, *CARDS]))
     except RevisionNotFoundError:
         raise UserError(f"The hub model {source} has no revision {revision}.") from None
     except (RepositoryNotFoundError, HFValidationError):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from edgerazor import exporters, importers, packed
 from edgerazor.console import Console
 from edgerazor.errors import UserError, usage_error
+from edgerazor.packaging.model_card import Making, write_card
 from edgerazor.packaging.pack_result import ForeignResult
+from edgerazor.packaging.teacher_card import read_teacher_card
 from edgerazor.recipe import Calibrate, Recipe
-from edgerazor.workdir import WorkDir, recover_folder
+from edgerazor.workdir import WorkDir, alone, recover_folder
 
 
 def read_foreign(path: Path, recipe: Recipe, work: WorkDir, console: Console, force: bool) -> ForeignResult:
@@ -41,8 +44,25 @@ def read_foreign(path: Path, recipe: Recipe, work: WorkDir, console: Console, fo
             kv_bits=_given_bits(recipe.calibrate, "kv_bits"),
             lossy=settings.allow_lossy,
         )
+        with alone(target):
+            write_card(target, read_teacher_card(str(path), path), _making(path, recipe, imported))
         written = exporters.write_all(target, settings.export, work.exports, settings.allow_lossy, console)
     return ForeignResult(**dict(imported), exports=written)
+
+
+def _making(path: Path, recipe: Recipe, imported: importers.ImportResult) -> Making:
+    """How the packed model was made, for its card."""
+    options = [
+        f" --{field.replace('_', '-')} {bits}"
+        for field in ("activation_bits", "kv_bits")
+        if (bits := _given_bits(recipe.calibrate, field)) is not None
+    ]
+    lossy = " --allow-lossy" if recipe.pack.allow_lossy else ""
+    effect = (
+        f"Scales of {len(imported.lossy)} matrices were rounded." if imported.lossy else "Every weight is as it was."
+    )
+    command = f"edgerazor pack {shlex.quote(path.name)}{''.join(options)}{lossy}"
+    return Making("import", (command,), notes=(effect, *imported.notes))
 
 
 def _given_bits(settings: Calibrate, field: str) -> int | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from edgerazor import packed
 from edgerazor.console import Console
 from edgerazor.errors import usage_error
+from edgerazor.packaging import model_card
 from edgerazor.packaging.pack_result import CompressResult
 from edgerazor.packed import INDEX_FILE, PackedModel
 from edgerazor.workdir import find_folder, job_of, replace_folder
@@ -35,6 +36,7 @@ def recompress(folder: Path, compress: bool, console: Console) -> CompressResult
         with console.track("compress" if compress else "decompress", len(model.header.matrices)) as tracker:
             _copy_others(folder, new, {file.name for file in model.files()} | {INDEX_FILE})
             packed.rewrite(model, new, compress=compress, done=tracker.advance)
+            model_card.update_sizes(new)
             packed.verify_digests(new, {name: entry.digest for name, entry in model.header.matrices.items()})
     return _result(folder, compress, True, before)
 

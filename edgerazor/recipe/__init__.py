@@ -4,7 +4,7 @@
 """
 
 from edgerazor.recipe.explain import default_of, dump, explain, json_schema, values_of
-from edgerazor.recipe.load import anchor, build, find, foreign_code, load, merge, shipped
+from edgerazor.recipe.load import anchor, build, dump_without_places, find, foreign_code, load, merge, shipped
 from edgerazor.recipe.schema import (
     CHOSEN_BY_BUDGET,
     CHOSEN_BY_MODEL,
@@ -68,6 +68,7 @@ __all__ = [
     "build",
     "default_of",
     "dump",
+    "dump_without_places",
     "explain",
     "fields_of",
     "find",

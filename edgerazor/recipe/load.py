@@ -17,12 +17,13 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
+import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from edgerazor import untrusted
 from edgerazor.errors import UserError, plain, usage_error
-from edgerazor.recipe.explain import values_of
+from edgerazor.recipe.explain import dump, values_of
 from edgerazor.recipe.schema import (
     RETIRED_FIELDS,
     RETIRED_VALUES,
@@ -120,6 +121,30 @@ def anchor(values: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     result: dict[str, Any] = _replace_paths(values, Recipe, (), absolute)
     return result
+
+
+def dump_without_places(recipe: Recipe, fields: Iterable[str], skip: Iterable[str] = ()) -> str:
+    """YAML of some fields and sections of a recipe, as `dump` has it, local files and folders by their names alone.
+
+    Args:
+        recipe: with absolute paths, as `load` gives them.
+        fields: that are written: `model`, `calibrate` ...
+        skip: fields in them that are not: `calibrate.batch_size` ...
+    """
+
+    def name(text: str, mark: RecipePath) -> str:
+        return text if mark.or_hub_id and not Path(text).exists() else Path(text).name
+
+    values = yaml.safe_load(dump(recipe)) or {}
+    chosen = {field: values[field] for field in fields if field in values}
+    for path in skip:
+        section, _, field = path.partition(".")
+        if field and isinstance(chosen.get(section), dict):
+            chosen[section].pop(field, None)
+        elif not field:
+            chosen.pop(section, None)
+    chosen = {field: value for field, value in chosen.items() if value != {}}
+    return str(yaml.safe_dump(_replace_paths(chosen, Recipe, (), name), sort_keys=False))
 
 
 def foreign_code(recipe: Recipe) -> list[str]:

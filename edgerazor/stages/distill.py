@@ -133,7 +133,10 @@ def run(context: JobContext) -> DistillResult:
     report_passes(trainer.budget.steps, trainer.rows, trainer.rows_per_step, console)
     trainer.resume(console)
     trainer.run(console)
-    result = trainer.result(plan.notation()).model_copy(update={"chosen": context.chosen})
+    result = trainer.result(plan.notation())
+    passes = trainer.rows.passes(result.steps * trainer.rows_per_step) if len(trainer.rows) else None
+    more = {"chosen": context.chosen, "passes": None if passes is None else round(passes, 3)}
+    result = result.model_copy(update=more)
     if accelerator.is_main_process:
         write_json(work.result_file(NAME), result.model_dump(mode="json"))
     return result

@@ -27,6 +27,7 @@ from edgerazor.evaluation.sample import add_sample
 from edgerazor.evaluation.scores import retention_failure
 from edgerazor.job import JobContext, RecipeContext
 from edgerazor.recipe import Recipe
+from edgerazor.report import card_results
 from edgerazor.report.tables import eval_tables
 from edgerazor.stage import Stage
 from edgerazor.workdir import hash_folder, write_json
@@ -114,6 +115,14 @@ class EvalStage(Stage):
             del evaluated  # its memory, before the next one is loaded
         check_retention(result, recipe.eval.min_retention)
         write_json(context.work.result_file(self.name), result.model_dump(mode="json"))
+        return result
+
+    def deliver(self, context: JobContext, result: EvalResult) -> EvalResult:
+        """The results in the card of the packed model, too."""
+        if not card_results.refresh(context.work, result):
+            context.console.say(
+                f"{context.work.folder('pack')} has no README.md with a place for results, so none are written there."
+            )
         return result
 
     def dry_run(self, context: JobContext) -> DryRun:

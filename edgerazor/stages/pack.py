@@ -13,20 +13,27 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from rich.console import RenderableType
 
 from edgerazor import exporters, packed, student_plan
+from edgerazor import recipe as recipes
 from edgerazor.allocate import Plan, measures
 from edgerazor.calibration import initialization
 from edgerazor.console import Console
 from edgerazor.errors import UserError, usage_error
+from edgerazor.evaluation.eval_result import EvalResult
 from edgerazor.job import JobContext, LoadedModel, training_in
 from edgerazor.packaging.companions import write_companions
 from edgerazor.packaging.foreign import read_foreign
+from edgerazor.packaging.model_card import Making, write_card
 from edgerazor.packaging.pack_result import ExportDryRun, ExportsResult, PackDryRun, PackResult
 from edgerazor.packaging.pack_time import estimated_seconds
 from edgerazor.packaging.pack_weights import Weights, matrix_source, student_weights, teacher_weights, whole_zero_points
 from edgerazor.packaging.recompression import recompress
+from edgerazor.packaging.teacher_card import read_teacher_card
+from edgerazor.recipe import Recipe
+from edgerazor.report import card_results
 from edgerazor.report.tables import compress_lines, export_lines, foreign_tables, pack_tables
 from edgerazor.stage import Stage
 from edgerazor.workdir import WorkDir, exports_of, make_folder, replace_folder, write_json
@@ -122,6 +129,8 @@ class PackStage(Stage):
             digests = weights.digests or {name: entry.digest for name, entry in header.matrices.items()}
             packed.verify_digests(folder, digests)
             write_companions(folder, context.teacher_folder, teacher.model, {"version": header.version, **settings})
+            card = read_teacher_card(recipe.model, context.teacher_folder)
+            write_card(folder, card, making_of(context, source, weight_bytes(context.teacher_folder)))
             sizes = packed.size_table(packed.PackedModel.open(folder))
         result = PackResult(
             folder=str(work.folder(self.name)),
@@ -131,7 +140,7 @@ class PackStage(Stage):
             parameters=sizes.parameters,
             nominal_bits=round(sizes.nominal_bits, 4),
             real_bits=round(sizes.real_bits, 4),
-            teacher_bytes=sum(file.stat().st_size for file in context.teacher_folder.glob("*.safetensors")),
+            teacher_bytes=weight_bytes(context.teacher_folder),
             verified=True,
             classes=sizes.classes,
         )
@@ -139,7 +148,9 @@ class PackStage(Stage):
         return result
 
     def deliver(self, context: JobContext, result: PackResult) -> PackResult:
-        """The packed model in the recipe's other formats, each written anew."""
+        """The packed model in the recipe's other formats, each written anew, and its card with what `eval` measured."""
+        if (measured := measured_results(context.work)) is not None:
+            card_results.refresh(context.work, measured)
         settings, work = context.recipe.pack, context.work
         if not settings.export:
             return result
@@ -242,6 +253,64 @@ def weights_of(context: JobContext, source: str, teacher: LoadedModel, plan: Pla
     if source == "student":
         return student_weights(context.work.student(context.recipe.pack.student), teacher.structure)
     return teacher_weights(teacher, plan, initialization.stored(context, plan))
+
+
+# --- the card ----------------------------------------------------------------------------------
+
+#: Fields of a recipe that decide what is packed, and those in its sections that do not.
+DECISIVE = ("model", "revision", "trust_remote_code", "seed", "data", "calibrate", "distill", "pack")
+INDECISIVE = (
+    "calibrate.batch_size",
+    "distill.checkpoint_every",
+    "distill.gradient_checkpointing",
+    *(f"pack.{field}" for field in EXPORTING),
+)
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of a teacher's weight files."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def making_of(context: JobContext, source: str, teacher_bytes: int) -> Making:
+    """How a packed model was made: commands, and the recipe of what decided it."""
+    skip = INDECISIVE if source == "student" else (*INDECISIVE, "distill")
+    text = recipes.dump_without_places(decisive_recipe(context, source), DECISIVE, skip)
+    commands = ("edgerazor distill --recipe recipe.yaml", "edgerazor pack")
+    if source == "teacher":
+        commands = ("edgerazor pack --recipe recipe.yaml",)
+    return Making(source, commands, text, teacher_bytes)
+
+
+def decisive_recipe(context: JobContext, source: str) -> Recipe:
+    """The recipe that a packed model was made of: of a student the one that is kept with it, and what its budget chose.
+
+    Raises:
+        UserError: the kept recipe is damaged.
+    """
+    recipe, file = context.recipe, context.work.recipe_file
+    if source == "teacher" or not file.exists():
+        return recipe
+    stored = recipes.build(recipes.load(file), f"The recipe {file}")
+    sections = {name: getattr(stored, name) for name in ("data", "calibrate", "distill")}
+    chosen = {
+        **context.chosen,
+        "calibrate": {**context.chosen.get("calibrate", {}), "rotation": recipe.calibrate.rotation},
+    }
+    for name, fields in chosen.items():
+        sections[name] = sections[name].model_copy(update=fields)
+    return recipe.model_copy(update=sections)
+
+
+def measured_results(work: WorkDir) -> EvalResult | None:
+    """What `eval` measured of the very packed model that is there; None where it has not."""
+    packed_manifest, measured = work.manifest("pack"), work.manifest("eval")
+    if packed_manifest is None or measured is None or measured.inputs.get("pack") != packed_manifest.fingerprint():
+        return None
+    try:
+        return EvalResult.model_validate(measured.result)
+    except ValidationError:  # written by another version of this program
+        return None
 
 
 # --- packed folders that are given directly ----------------------------------------------------

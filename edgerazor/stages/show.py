@@ -21,6 +21,7 @@ from edgerazor.report import differences, heatmap, inspection, plan_summary, rec
 from edgerazor.report.differences import Differences
 from edgerazor.report.generate_result import GenerateResult
 from edgerazor.report.inspection import PackedSummary, show_format
+from edgerazor.report.job_report import Report
 from edgerazor.report.plan_summary import PlanSummary
 from edgerazor.report.recording_summary import RecordingSummary
 from edgerazor.report.summary import Summary, summarize
@@ -41,6 +42,7 @@ INTERFACES: dict[str, type[BaseModel]] = {
     "bench": BenchResult,
     "data": DataResult,
     "generate": GenerateResult,
+    "report": Report,
     "show": Summary,
     "show plan": PlanSummary,
     "show PACKED": PackedSummary,

@@ -39,7 +39,8 @@ class DistillResult(BaseModel):
     """What distill reached.
 
     `stopped` says why it ended: the budget was used up, or the target of quality reached. `chosen` is what the budget
-    chose of the settings that nobody had set, by section and field.
+    chose of the settings that nobody had set, by section and field. `passes` says how often the source that was
+    repeated most was read; null of a stream.
     """
 
     notation: str
@@ -55,6 +56,7 @@ class DistillResult(BaseModel):
     phases: list[PhaseResult] = []
     stopped: Literal["budget", "target"] = "budget"
     chosen: dict[str, dict[str, Any]] = {}
+    passes: float | None = None
 
 
 class DistillDryRun(BaseModel):
