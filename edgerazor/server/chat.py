@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -110,7 +110,7 @@ class Chat:
         choices = [self._choice(index, message) for index, message in enumerate(gathered)]
         return {**self._head("chat.completion"), "choices": choices, "usage": self._texts.usage()}
 
-    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
+    async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
         """The messages as they are written."""
         usage = {"usage": None} if self._request.wants_usage else {}
         head = {**self._head("chat.completion.chunk"), **usage}
@@ -131,8 +131,8 @@ class Chat:
         if self._request.wants_usage:
             yield {**head, "choices": [], "usage": self._texts.usage()}
 
-    async def _additions(self) -> AsyncIterator[tuple[int, Addition]]:
-        async with contextlib.aclosing(self._texts.pieces()) as pieces:  # type: ignore[type-var]
+    async def _additions(self) -> AsyncGenerator[tuple[int, Addition], None]:
+        async with contextlib.aclosing(self._texts.pieces()) as pieces:
             async for index, piece in pieces:
                 content, calls, finish = self._messages[index].add(piece.text, piece.finish)
                 bodies = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from edgerazor.runtime.batching import TokenLogprob
@@ -88,7 +88,7 @@ class Completion:
         ]
         return {**self._head(), "choices": choices, "usage": self._texts.usage()}
 
-    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
+    async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
         """The texts as they are written."""
         usage = {"usage": None} if self._request.wants_usage else {}
         async with contextlib.aclosing(self._pieces()) as pieces:
@@ -97,10 +97,10 @@ class Completion:
         if self._request.wants_usage:
             yield {**self._head(), "choices": [], "usage": self._texts.usage()}
 
-    async def _pieces(self) -> AsyncIterator[tuple[int, str, Logprobs | None, str | None]]:
+    async def _pieces(self) -> AsyncGenerator[tuple[int, str, Logprobs | None, str | None], None]:
         """Number, text, log-probabilities and end of what comes; an echoed prompt comes first."""
         begun: set[int] = set()
-        async with contextlib.aclosing(self._texts.pieces()) as pieces:  # type: ignore[type-var]
+        async with contextlib.aclosing(self._texts.pieces()) as pieces:
             async for index, piece in pieces:
                 text, logprobs = piece.text, self._new_logprobs()
                 before = 0

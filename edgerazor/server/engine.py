@@ -11,7 +11,7 @@ import asyncio
 import functools
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
@@ -23,6 +23,7 @@ from edgerazor.runtime.batching import (
     BatchScheduler,
     BatchSettings,
     QueueFullError,
+    SchedulerClosedError,
     SequenceEvent,
     SequenceRequest,
     TokenLogprob,
@@ -214,13 +215,12 @@ class Texts:
 
     def close(self) -> None:
         """Cancel what is still being written."""
-        for handle, writing in zip(self._handles, self.writings, strict=False):
-            if writing.finish is None or writing.assembler.matched or writing.job.empty:
-                handle.cancel()
+        for handle in self._handles:
+            handle.cancel()
         if hasattr(self, "_timer"):
             self._timer.cancel()
 
-    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+    async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
         """Number of a text and what came of it, until all have ended.
 
         Raises:
@@ -333,6 +333,8 @@ class Engine:
             return self.scheduler.submit(request, on_event)
         except QueueFullError as error:
             raise busy(429, "Too many requests are waiting.", error.retry_after, "queue_full") from None
+        except SchedulerClosedError as error:
+            raise busy(503, error.message, 5, "shutting_down") from None
         except UserError as error:
             raise from_user_error(error) from None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from fastapi import Request, Response
@@ -39,7 +39,7 @@ class JsonEvents(Response):
         chunks: the objects.
     """
 
-    def __init__(self, texts: Texts, chunks: AsyncIterator[dict[str, Any]]) -> None:
+    def __init__(self, texts: Texts, chunks: AsyncGenerator[dict[str, Any], None]) -> None:
         super().__init__(media_type="text/event-stream")
         self._texts, self._chunks = texts, chunks
         del self.headers["content-length"]
@@ -50,13 +50,13 @@ class JsonEvents(Response):
         watching = asyncio.create_task(watch(receive, self._texts))
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async with contextlib.aclosing(self._chunks) as chunks:  # type: ignore[type-var]
+            async with contextlib.aclosing(self._chunks) as chunks:
                 await self._send_all(chunks, send)
         finally:
             self._texts.close()
             watching.cancel()
 
-    async def _send_all(self, chunks: AsyncIterator[dict[str, Any]], send: Send) -> None:
+    async def _send_all(self, chunks: AsyncGenerator[dict[str, Any], None], send: Send) -> None:
         try:
             async for chunk in chunks:
                 await self._send(dumps(chunk), send)

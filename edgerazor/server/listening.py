@@ -75,6 +75,25 @@ class Server(uvicorn.Server):
         yield
 
 
+def server_of(app: Any) -> Server:
+    """The server of an application, not yet started."""
+    return Server(
+        uvicorn.Config(
+            app,
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            loop="asyncio",
+            http="h11",
+            ws="none",
+            timeout_keep_alive=IDLE_SECONDS,
+            timeout_graceful_shutdown=SENDING_SECONDS,
+        )
+    )
+
+
 def run(app: Any, engine: Engine, listening: socket.socket, console: Console) -> None:
     """Answer requests until a signal ends it.
 
@@ -84,21 +103,8 @@ def run(app: Any, engine: Engine, listening: socket.socket, console: Console) ->
         listening: the socket.
         console: what is told to whoever runs it.
     """
-    config = uvicorn.Config(
-        app,
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        loop="asyncio",
-        http="h11",
-        ws="none",
-        timeout_keep_alive=IDLE_SECONDS,
-        timeout_graceful_shutdown=SENDING_SECONDS,
-    )
     try:
-        asyncio.run(_serve(Server(config), engine, listening, console))
+        asyncio.run(_serve(server_of(app), engine, listening, console))
     finally:
         engine.close()
 

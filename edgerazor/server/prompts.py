@@ -78,11 +78,10 @@ class Prompts:
         prompts = request.prompts
         if not prompts or len(prompts) * request.n > MOST_TEXTS:
             raise ApiError(400, f"A request has 1 to {MOST_TEXTS} texts, `n` of each prompt.", "prompt")
-        wanted = COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
         jobs = []
         for prompt in prompts:
             ids = self._checked(self._text_tokens(prompt) if isinstance(prompt, str) else prompt, "prompt")
-            room = self._room(ids, wanted, "prompt", spare=request.echo)
+            room = self._room(ids, request.max_tokens, COMPLETION_TOKENS, "prompt", spare=request.echo)
             job = Job(
                 SequenceRequest(
                     ids,
@@ -118,7 +117,7 @@ class Prompts:
             text += forced.opening
         ids = self._checked(generation.rendered_tokens(self.model.tokenizer, text), "messages")
         wanted = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
-        room = self._room(ids, self.engine.context if wanted is None else wanted, "messages")
+        room = self._room(ids, wanted, self.engine.context, "messages")
         job = Job(
             SequenceRequest(
                 ids, None, max(1, room), self.turn_ends, request.top_logprobs if request.logprobs else None
@@ -241,20 +240,21 @@ class Prompts:
             raise ApiError(400, error.message, param) from None
         return tuple(ids)
 
-    def _room(self, ids: Sequence[int], wanted: int, param: str, spare: bool = False) -> int:
+    def _room(self, ids: Sequence[int], wanted: int | None, default: int, param: str, spare: bool = False) -> int:
         """Tokens that may be written behind a prompt.
 
         Args:
             ids: the prompt.
-            wanted: how many at most.
+            wanted: how many at most; None for the default, as far as the server's limit allows.
+            default: see there.
             param: the field of the prompt.
             spare: a prompt that fills the context is no mistake: its log-probabilities are wanted.
         """
         most = self.engine.settings.max_tokens_per_request
-        if most is not None and wanted > most:
-            if wanted < self.engine.context or param == "prompt":
-                raise ApiError(400, f"The server writes at most {most:,} tokens for a request.", "max_tokens")
-            wanted = most
+        if most is not None and wanted is not None and wanted > most:
+            raise ApiError(400, f"The server writes at most {most:,} tokens for a request.", "max_tokens")
+        if wanted is None:
+            wanted = default if most is None else min(default, most)
         room = self.engine.context - len(ids)
         if room < 0 or (room == 0 and wanted > 0 and not spare):
             raise ApiError(
@@ -301,7 +301,7 @@ class Prompts:
         for name in RECOMMENDED:
             value = stored.get(name)
             if isinstance(value, int | float) and not isinstance(value, bool):
-                number = int(value) if name == "top_k" else float(value)
+                number: Any = int(value) if name == "top_k" else float(value)
                 try:
                     Generate(**{"temperature": 1.0, name: number})
                 except ValidationError:

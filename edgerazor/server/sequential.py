@@ -20,6 +20,7 @@ from edgerazor.runtime.batching import (
     BatchSettings,
     FinishReason,
     QueueFullError,
+    SchedulerClosedError,
     SequenceEvent,
     SequenceRequest,
     TokenLogprob,
@@ -73,7 +74,7 @@ class SequentialScheduler:
 
         Raises:
             QueueFullError: too many are waiting.
-            UserError: the prompt is too long, or has tokens that there are not; or the scheduler is ending.
+            UserError: the prompt is too long, or has tokens that there are not. SchedulerClosedError: no more are taken.
         """
         if not request.prompt:
             raise usage_error("A prompt has at least one token.")
@@ -81,10 +82,10 @@ class SequentialScheduler:
         handle = SequentialHandle(self, request, on_event)
         with self._condition:
             if self._draining or self._closed:
-                raise usage_error("The scheduler is ending.")
+                raise SchedulerClosedError("No more requests are taken: the server is shutting down.")
             waiting = sum(not other.cancelled for other in self._waiting)
             if waiting > self.settings.max_queue or (waiting == self.settings.max_queue and self._running is not None):
-                raise QueueFullError(RETRY_AFTER)
+                raise QueueFullError(waiting, RETRY_AFTER)
             self._waiting.append(handle)
             self._condition.notify_all()
         return handle

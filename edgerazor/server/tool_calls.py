@@ -61,6 +61,8 @@ class CallReader:
         self.calls: list[ToolCall] = []
         self._text = ""  # not given out yet
         self._inside = False  # of a call, or of what may be one
+        self._blanks = ""  # before it
+        self._begun = False  # there was text before
 
     def push(self, text: str) -> tuple[str, list[ToolCall]]:
         """The text that is certainly none of a call, and the calls that are complete."""
@@ -75,7 +77,7 @@ class CallReader:
             call = one_call(load(words.removeprefix(MARKS["hermes"])))
             self._inside = False
             if call is None:
-                content += f"{words}{CLOSING}"
+                content += f"{self._blanks}{words}{CLOSING}"
             else:
                 self.calls.append(call)
 
@@ -86,27 +88,27 @@ class CallReader:
         if self._inside:
             calls = self._calls_of(rest)
             self.calls += calls
-            return ("" if calls else rest), self.calls[before:]
+            return ("" if calls else self._blanks + rest), self.calls[before:]
         return ("" if self.calls and not rest.strip() else rest), []
 
     def _outside(self) -> str:
         """The text before the next call; none that may be its beginning, nor blanks before it."""
         mark = MARKS[self.kind]
         place = self._text.find(mark)
-        if self.kind == "llama3" and place < 0 and not self.calls and self._text.lstrip().startswith("{"):
+        if self.kind == "llama3" and place < 0 and not self._begun and self._text.lstrip().startswith("{"):
             place = len(self._text) - len(self._text.lstrip())
         if place >= 0:
             self._inside = True
-            content, self._text = self._text[:place].rstrip(), self._text[place:]
-            return content
-        held = next(
-            (n for n in range(min(len(mark) - 1, len(self._text)), 0, -1) if mark.startswith(self._text[-n:])), 0
-        )
-        certain = self._text[: len(self._text) - held].rstrip()
-        if self.kind == "llama3" and not certain:
-            return ""
-        self._text = self._text[len(certain) :]
-        return certain
+            content, self._text = self._text[:place], self._text[place:]
+            self._blanks = content[len(content.rstrip()) :]
+        else:
+            lengths = range(min(len(mark) - 1, len(self._text)), 0, -1)
+            held = next((count for count in lengths if mark.startswith(self._text[-count:])), 0)
+            content = self._text[: len(self._text) - held].rstrip()
+            self._text = self._text[len(content) :]
+        content = content.rstrip()
+        self._begun = self._begun or bool(content)
+        return content
 
     def _calls_of(self, text: str) -> list[ToolCall]:
         """The calls in all that follows the mark; none unless the whole of it is calls."""
