@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -77,6 +78,7 @@ class Server(uvicorn.Server):
 
 def server_of(app: Any) -> Server:
     """The server of an application, not yet started."""
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # tracebacks of what was cancelled; Guard tells more
     return Server(
         uvicorn.Config(
             app,

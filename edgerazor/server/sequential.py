@@ -74,7 +74,7 @@ class SequentialScheduler:
 
         Raises:
             QueueFullError: too many are waiting.
-            UserError: the prompt is too long, or has tokens that there are not. SchedulerClosedError: no more are taken.
+            UserError: the prompt is too long, or has unknown tokens. SchedulerClosedError: no more are taken.
         """
         if not request.prompt:
             raise usage_error("A prompt has at least one token.")

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import http.client
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -137,12 +138,19 @@ class Served:
 
 @contextlib.contextmanager
 def serving(
-    model: Model, key: str | None = None, scheduler: Any = None, loopback: bool = True, **settings: Any
+    model: Model,
+    key: str | None = None,
+    scheduler: Any = None,
+    loopback: bool = True,
+    send_buffer: int | None = None,
+    **settings: Any,
 ) -> Iterator[Served]:
-    """A server of a model, in a thread."""
+    """A server of a model, in a thread; `send_buffer` is the bytes that the system holds for a client."""
     engine = Engine(model, Serve(**settings), "tiny", scheduler)
     server = server_of(build_app(engine, key, loopback, Console(quiet=True)))
     listening = listen("127.0.0.1", 0)
+    if send_buffer is not None:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     url = url_of(listening)
 
     async def serve() -> None:
