@@ -66,6 +66,7 @@ class Guard:
         self._app, self._engine, self._console = app, engine, console
         self._key = None if key is None else key.encode()
         self._loopback, self._origins = loopback, set(engine.settings.cors_origins)
+        self._hosts = {urlsplit(origin).hostname for origin in self._origins}  # behind a proxy of this machine
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -105,7 +106,8 @@ class Guard:
             ApiError: with the status.
         """
         host = headers.get(b"host", b"").decode("latin-1")
-        if self._loopback and not is_loopback(name_of(host)):
+        name = name_of(host)
+        if self._loopback and not is_loopback(name) and name not in self._hosts:
             raise ApiError(403, "The server answers to the names of this machine alone, not to another host.")
         origin = headers.get(b"origin")
         if origin is not None and not self._own_page(origin.decode("latin-1"), host):

@@ -5,34 +5,18 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pydantic import BaseModel, Field
-
 from edgerazor import runtime
 from edgerazor.console import Console
 from edgerazor.errors import usage_error
 from edgerazor.packed import PackedModel
 from edgerazor.recipe import Recipe
+from edgerazor.report.serve_result import ServeResult
 from edgerazor.server import Engine, build_app, is_loopback, listen
 from edgerazor.server import run as serve_forever
 from edgerazor.server.listening import url_of
 
 #: Where the key may stand instead of on the command line, which everybody on the machine can read.
 KEY_VARIABLE = "EDGERAZOR_API_KEY"
-
-
-class ServeResult(BaseModel):
-    """A server that listens."""
-
-    url: str = Field(description="where; the OpenAI interface is under /v1, the chat page under /")
-    model: str = Field(description="its name in the interface")
-    folder: str = Field(description="the packed folder")
-    engine: str = Field(description="native, or transformers")
-    kernel: str = Field(description="names of the kernels that multiply")
-    threads: int
-    note: str | None = Field(description="why it is not the native engine")
-    context: int = Field(description="most tokens of a prompt and its answer")
-    max_sequences: int = Field(description="texts written at a time")
-    needs_key: bool
 
 
 def api_key(word: str | None, host: str) -> str | None:

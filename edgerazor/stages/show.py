@@ -23,6 +23,7 @@ from edgerazor.report.generate_result import GenerateResult
 from edgerazor.report.inspection import PackedSummary, show_format
 from edgerazor.report.plan_summary import PlanSummary
 from edgerazor.report.recording_summary import RecordingSummary
+from edgerazor.report.serve_result import ServeResult
 from edgerazor.report.summary import Summary, summarize
 from edgerazor.stages.distill import DistillResult
 from edgerazor.stages.record import RecordResult
@@ -41,6 +42,7 @@ INTERFACES: dict[str, type[BaseModel]] = {
     "bench": BenchResult,
     "data": DataResult,
     "generate": GenerateResult,
+    "serve": ServeResult,
     "show": Summary,
     "show plan": PlanSummary,
     "show PACKED": PackedSummary,

@@ -219,6 +219,7 @@ def test_pages_of_other_origins_are_refused(served: Served, model: Model) -> Non
         assert (status, headers["access-control-allow-origin"]) == (200, allowed)
         status, headers, _ = open_server.request("GET", "/v1/models", headers={"Origin": allowed})
         assert (status, headers["access-control-allow-origin"]) == (200, allowed)
+        assert open_server.request("GET", "/v1/models", headers={"Host": "chat.example"})[0] == 200
         assert open_server.request("GET", "/v1/models", headers={"Origin": "https://evil.example"})[0] == 403
 
 
