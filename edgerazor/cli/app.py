@@ -140,6 +140,22 @@ def generate(values: Values, run: RunOptions, prompt: str | None, model: Path | 
     dispatch.generate_text(values, run, prompt, model, mmap)
 
 
+@command("serve")
+def serve(
+    values: Values, run: RunOptions, folder: Path | None, model: Path | None, api_key: str | None, mmap: bool
+) -> None:
+    """Serve a packed model: OpenAI's HTTP interface under /v1, and a page to chat with it.
+
+    Example: edgerazor serve --port 8080
+
+    Example: EDGERAZOR_API_KEY=secret edgerazor serve FOLDER --host 0.0.0.0
+    """
+    named = [given for given in (folder, model, run.work) if given is not None]
+    if len(named) > 1:
+        raise usage_error(f"{named[0]} and {named[1]} both name a packed model.", "Leave one of them out.")
+    dispatch.serve(values, run, folder or model, api_key, mmap)
+
+
 @command("data")
 def data(values: Values, run: RunOptions, out: Path, prompts: Path | None, tokens: int | None) -> None:
     """Let the teacher write distilled data; goes on where it was interrupted.

@@ -136,6 +136,19 @@ def generate_text(values: dict[str, Any], run: RunOptions, prompt: str | None, m
         generate.converse(folder, recipe, console, mmap)
 
 
+def serve(values: dict[str, Any], run: RunOptions, model: Path | None, api_key: str | None, mmap: bool) -> None:
+    """Let a packed model answer over HTTP."""
+    from edgerazor.workdir import DEFAULT, WorkDir
+
+    work = WorkDir(run.work or DEFAULT)
+    recipe = assemble(values, None if model else work.path, run.recipe)
+    from edgerazor.stages import generate
+    from edgerazor.stages import serve as stage
+
+    folder = generate.packed_folder(model, work)
+    stage.run(folder, recipe, api_key, run.open_console(), mmap)
+
+
 def write_data(values: dict[str, Any], run: RunOptions, out: Path, prompts: Path | None, tokens: int | None) -> None:
     """Let the teacher write distilled data into a file."""
     recipe = assemble(values, None, run.recipe)

@@ -105,7 +105,17 @@ MACHINE: tuple[int, ...] = (
     *(errno.ELOOP, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.EBUSY, errno.ETXTBSY),
 )
 #: Packages that only some commands import -> the extras of pyproject.toml that bring them.
-EXTRAS = {"accelerate": "train", "datasets": "train,eval", "gguf": "gguf", "lm_eval": "eval", "matplotlib": "plot"}
+EXTRAS = {
+    "accelerate": "train",
+    "datasets": "train,eval",
+    "fastapi": "serve",
+    "gguf": "gguf",
+    "llguidance": "serve",
+    "lm_eval": "eval",
+    "matplotlib": "plot",
+    "prometheus_client": "serve",
+    "uvicorn": "serve",
+}
 #: In errors of libraries that could allocate no memory.
 NO_ROOM = ("DefaultCPUAllocator", "Cannot allocate memory", "failed to map segment", "bad allocation", "std::bad_alloc")
 

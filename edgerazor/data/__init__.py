@@ -5,7 +5,15 @@ own special tokens and an end-of-text token, a conversation as the tokenizer's c
 source are cut into rows, which are mixed, shuffled and shared out in an order that is a function of the seed.
 """
 
-from edgerazor.data.chat import Conversation, check_options, render, thinking_options, turn_ends
+from edgerazor.data.chat import (
+    Conversation,
+    check_options,
+    parse_conversation,
+    render,
+    template_variables,
+    thinking_options,
+    turn_ends,
+)
 from edgerazor.data.held_out import split_held_out
 from edgerazor.data.opening import RowSettings, open_rows
 from edgerazor.data.packing import Packing
@@ -28,10 +36,12 @@ __all__ = [
     "documents",
     "fingerprint",
     "open_rows",
+    "parse_conversation",
     "prefix_of",
     "render",
     "sample_batches",
     "split_held_out",
+    "template_variables",
     "thinking_options",
     "tokenize",
     "turn_ends",

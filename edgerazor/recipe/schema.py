@@ -603,12 +603,23 @@ class Generate(Strict):
     repetition_penalty: float = Field(
         1.0, gt=0, description="logits of tokens that occurred are divided by it (negative ones multiplied); 1: off"
     )
+    presence_penalty: float = Field(
+        0.0, ge=-2, le=2, description="taken from the logits of tokens that the text has already; the prompt's are free"
+    )
+    frequency_penalty: float = Field(
+        0.0, ge=-2, le=2, description="likewise, for each time that the text has the token already"
+    )
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = Field(
+        default_factory=dict, description="token id: what is added to its logit; 100 and -100 all but decide"
+    )
     stop: tuple[str, ...] = Field((), description="the text ends before the first of these that comes up")
     chat: bool = Field(False, description="the prompt is a user's turn, as the tokenizer's chat template writes it")
     system: str | None = Field(None, description="of a chat: the system's message before it")
 
     @model_validator(mode="after")
     def _to_some_effect(self) -> Generate:
+        if any(token < 0 for token in self.logit_bias):
+            raise ValueError("`logit_bias` is by token ids, which are at least 0")
         if "" in self.stop:
             raise ValueError("`stop` is empty text, which comes up at once; leave it out")
         if self.system is not None and not self.chat:
@@ -622,6 +633,32 @@ class Generate(Strict):
     def default(cls, name: str) -> Any:
         """Default of a field."""
         return cls.model_fields[name].default
+
+
+class Serve(Strict):
+    """The HTTP server (`edgerazor serve`). The key that clients have to give is no field: it does not go into files."""
+
+    host: str = Field("127.0.0.1", description="address to listen on; another than loopback needs a key")
+    port: int = Field(8080, ge=0, le=65535, description="0: any free one, which is printed")
+    name: str | None = Field(None, min_length=1, description="of the model in the interface; absent: of its teacher")
+    max_sequences: int = Field(16, ge=1, le=256, description="texts written at a time")
+    max_queue: int = Field(64, ge=0, le=4096, description="texts waiting; more are refused with status 429")
+    prefill_tokens: int = Field(128, ge=1, description="tokens of prompts that are read between two steps of decoding")
+    kv_tokens: int | None = Field(
+        None, ge=16, description="tokens that the KV cache holds, of all texts together; absent: chosen from memory"
+    )
+    context: int | None = Field(
+        None, ge=2, description="most tokens of a prompt and its answer; absent: as many as the model has positions"
+    )
+    max_tokens_per_request: int | None = Field(
+        None, ge=1, description="most tokens of an answer that a request may ask for; absent: as far as the context"
+    )
+    max_body_bytes: int = Field(4_000_000, ge=1000, description="of a request; larger ones are refused with status 413")
+    request_seconds: float = Field(600.0, gt=0, description="after which a text ends as at its most tokens")
+    drain_seconds: float = Field(30.0, ge=0, description="that running requests have left after SIGTERM or Ctrl-C")
+    cors_origins: tuple[str, ...] = Field(
+        (), description="web pages of other origins that browsers let use the server: https://chat.example"
+    )
 
 
 class Recipe(Strict):
@@ -647,6 +684,7 @@ class Recipe(Strict):
     eval: Eval = Eval()
     bench: Bench = Bench()
     generate: Generate = Generate()
+    serve: Serve = Serve()
 
 
 # Walking the schema -----------------------------------------------------------------------------------------------

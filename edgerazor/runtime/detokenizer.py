@@ -8,7 +8,7 @@ character, which stands for a part of a character, nothing is given out yet. (Th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from edgerazor.models import PreTrainedTokenizerBase
 
@@ -93,3 +93,59 @@ class StopStrings:
     def _release(self, count: int) -> str:
         released, self.held = self.held[:count], self.held[count:]
         return released
+
+
+class TextAssembler:
+    """Tokens to the text that a caller is given: whole characters, up to the first stop string.
+
+    Args:
+        tokenizer: of transformers.
+        before: tokens that the text goes on from; none where it is a text of its own.
+        stops: strings before the first of which the text ends.
+        shown: special tokens that are a part of the text (those that mark tool calls); others have no text.
+
+    Attributes:
+        decoded: characters that all tokens so far have, held back ones and stop strings included; less those of parts
+            of characters.
+        released: characters that were given out.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        before: Sequence[int] = (),
+        stops: Sequence[str] = (),
+        shown: Collection[int] = (),
+    ) -> None:
+        self._tokenizer, self._shown = tokenizer, shown
+        self._detokenizer = Detokenizer(tokenizer, before)
+        self._stops = StopStrings(stops)
+        self.decoded = self.released = 0
+
+    @property
+    def matched(self) -> bool:
+        """Whether a stop string came up, so that no more text follows."""
+        return self._stops.matched
+
+    def push(self, ids: Sequence[int]) -> str:
+        """The new text that no later token changes and no stop string cuts."""
+        return "".join(self._let_through(self._decode(token)) for token in ids)
+
+    def finish(self) -> str:
+        """The text that was held back, now that no more tokens come."""
+        return self._let_through(self._detokenizer.finish()) + self._count(self._stops.finish())
+
+    def _decode(self, token: int) -> str:
+        if token not in self._shown:
+            return self._detokenizer.push([token])
+        held = self._detokenizer.finish()
+        self._detokenizer = Detokenizer(self._tokenizer, [token])
+        return held + str(self._tokenizer.convert_ids_to_tokens(token))
+
+    def _let_through(self, text: str) -> str:
+        self.decoded += len(text)
+        return self._count(self._stops.push(text))
+
+    def _count(self, text: str) -> str:
+        self.released += len(text)
+        return text

@@ -17,7 +17,7 @@ from edgerazor.data import Conversation
 from edgerazor.errors import UserError, usage_error
 from edgerazor.models import PreTrainedTokenizerBase
 from edgerazor.recipe import Generate
-from edgerazor.runtime.detokenizer import Detokenizer, StopStrings
+from edgerazor.runtime.detokenizer import TextAssembler
 from edgerazor.runtime.sampling import Sampler
 from edgerazor.untrusted import vocabulary
 from edgerazor.untrusted.tokenizer import reading
@@ -81,8 +81,7 @@ class Stream(Iterator[str]):
     ) -> None:
         self.session, self.prompt, self.sampler, self.ends = session, list(prompt), sampler, ends
         self.settings = sampler.settings
-        self._detokenizer = Detokenizer(session.model.tokenizer, () if alone else self.prompt)
-        self._stops = StopStrings(self.settings.stop)
+        self._assembler = TextAssembler(session.model.tokenizer, () if alone else self.prompt, self.settings.stop)
         self._text: list[str] = []
         self._tokens: list[int] = []
         self._chosen = 0  # tokens so far, with the one that ended the text
@@ -134,23 +133,17 @@ class Stream(Iterator[str]):
                 reason = "eos"
                 break
             self._tokens.append(token)
-            yield from self._emit(self._stops.push(self._detokenizer.push([token])))
-            if self._stops.matched:
+            yield from self._emit(self._assembler.push([token]))
+            if self._assembler.matched:
                 break
-        rest = self._stops.push(self._detokenizer.finish()) + self._stops.finish()
-        self._reason = "stop" if self._stops.matched else reason
+        rest = self._assembler.finish()
+        self._reason = "stop" if self._assembler.matched else reason
         yield from self._emit(rest)
 
     def _read(self) -> Tensor:
         """The logits after the prompt; what the session's cache holds of it is not computed again."""
-        known = 0
-        for ours, theirs in zip(self.prompt[:-1], self.session.ids, strict=False):
-            if ours != theirs:
-                break
-            known += 1
-        self.session.rewind(known)
-        self._cached = known
-        return self.session.feed(self.prompt[known:])
+        self._cached = rewind_to(self.session, self.prompt)
+        return self.session.feed(self.prompt[self._cached :])
 
     def _likeliest(self, room: int) -> Iterator[int]:
         """At most `room` tokens, each the likeliest, some at a time; one by one where there are stop strings."""
@@ -214,7 +207,7 @@ class Chat:
         self.messages.append({"role": "user", "content": question})
         ids = encode(self.model, self.messages, self.settings)
         self._session = self._session or self.model.session()
-        self.sampler.seen[:] = False
+        self.sampler.reset()
         ends = end_tokens(self.model) | turn_ends(self.model.tokenizer)
         self._latest = Stream(self._session, ids, self.sampler, ends, alone=True)
         return self._latest
@@ -249,6 +242,20 @@ def options(seed: int, **values: Any) -> tuple[Generate, int]:
     return built.generate, built.seed
 
 
+def rewind_to(session: Session, prompt: Sequence[int]) -> int:
+    """Drop what a session has beyond its beginning in common with a prompt; how many tokens of the prompt stay.
+
+    At least the last one of the prompt is to be fed, for the logits after it.
+    """
+    known = 0
+    for token, cached in zip(prompt[:-1], session.ids, strict=False):
+        if token != cached:
+            break
+        known += 1
+    session.rewind(known)
+    return known
+
+
 # --- from a prompt to tokens -------------------------------------------------------------------
 
 
@@ -262,17 +269,13 @@ def encode(model: Model, prompt: Prompt, settings: Generate) -> list[int]:
     """
     tokenizer = model.tokenizer
     if settings.chat:
-        text = render(tokenizer, prompt, settings)
-        with reading("the prompt"):
-            ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        ids = rendered_tokens(tokenizer, render(tokenizer, prompt, settings))
     elif isinstance(prompt, str):
         check_text(prompt)
         ids = text_tokens(tokenizer, prompt)
     else:
         raise usage_error("A prompt is text; messages are for a chat.", "Give `chat` too.")
-    vocabulary.check(tokenizer, ids)
-    if not ids:
-        raise usage_error("The prompt has no tokens, and the tokenizer has none that begins a text.")
+    check_prompt(model, ids)
     if len(ids) >= model.max_positions:
         raise usage_error(
             f"The prompt has {len(ids):,} tokens, which leaves no room for an answer: the model has "
@@ -280,6 +283,23 @@ def encode(model: Model, prompt: Prompt, settings: Generate) -> list[int]:
             "Give a shorter one.",
         )
     return ids
+
+
+def check_prompt(model: Model, ids: Sequence[int]) -> None:
+    """Make sure that a prompt has tokens, and that the model knows them.
+
+    Raises:
+        UserError: it has none, or one without a row in the embedding.
+    """
+    vocabulary.check(model.tokenizer, ids)
+    if not ids:
+        raise usage_error("The prompt has no tokens, and the tokenizer has none that begins a text.")
+
+
+def rendered_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of what a chat template wrote, which holds the special ones already."""
+    with reading("the prompt"):
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -1,18 +1,22 @@
 """Which token comes next: the likeliest, or one drawn from the model's distribution, narrowed down on the way.
 
-With a temperature above 0 these follow one another, each on what the one before it left. Their order and meaning are
-those of transformers' `generate`:
+With a temperature above 0 these follow one another, each on what the one before it left. The order and meaning of 2
+and of 4 to 7 are those of transformers' `generate`, of 1 and 3 those of the OpenAI interface:
 
-1. *repetition penalty* r (arXiv 1909.05858, section 4.1): a logit of a token that occurred, in the prompt or since, is
+1. *logit bias*: what the settings give for a token is added to its logit;
+2. *repetition penalty* r (arXiv 1909.05858, section 4.1): a logit of a token that occurred, in the prompt or since, is
    divided by r where it is positive, and multiplied by r where it is negative;
-2. *temperature* T: logits / T;
-3. *top-k*: tokens whose logit is below the k-th highest are out (equal ones stay);
-4. *top-p* (nucleus, arXiv 1904.09751): the likeliest tokens stay, as few as have the probability p together;
-5. *min-p* (arXiv 2407.01082): tokens less likely than p times the likeliest are out;
-6. one of those that are left is drawn, by their probabilities. That takes one number of the generator for every token,
+3. *frequency and presence penalties* f and p: f times how often a token was written, and p if it was at all, are taken
+   from its logit; the prompt does not count;
+4. *temperature* T: logits / T;
+5. *top-k*: tokens whose logit is below the k-th highest are out (equal ones stay);
+6. *top-p* (nucleus, arXiv 1904.09751): the likeliest tokens stay, as few as have the probability p together;
+7. *min-p* (arXiv 2407.01082): tokens less likely than p times the likeliest are out;
+8. one of those that are left is drawn, by their probabilities. That takes one number of the generator for every token,
    whatever is left, so that a seed and the same logits always give the same tokens.
 
-At temperature 0 it is the likeliest after the repetition penalty, the first of equal ones, and nothing is drawn.
+At temperature 0 it is the likeliest after 1 to 3, the first of equal ones, and nothing is drawn. A logit of -infinity,
+as a grammar gives what must not come next, stays one, and its token is never drawn.
 
 All of it is NumPy in one thread, a few passes over the logits: the threads of torch would wait, spinning, beside those
 of the native engine. Nothing sorts the vocabulary: the k-th highest logit comes from a partition, the nucleus from a
@@ -27,7 +31,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgerazor.errors import UserError
+from edgerazor.errors import UserError, usage_error
 from edgerazor.recipe import Generate
 
 #: Tokens whose weights are summed before one of them is looked for, and parts of the range of scores, likewise.
@@ -47,22 +51,47 @@ class Sampler:
         settings: how tokens are chosen.
         seed: of the random numbers.
         vocabulary: number of logits.
+
+    Raises:
+        UserError: the settings have a logit bias for a token that there is not.
     """
 
     def __init__(self, settings: Generate, seed: int, vocabulary: int) -> None:
         self.settings = settings
         self.random = np.random.default_rng(seed)
-        self.seen = np.zeros(vocabulary, dtype=bool)
+        self.seen = np.zeros(vocabulary, dtype=bool)  # in the prompt or since
+        self.counts = np.zeros(vocabulary, dtype=np.int32)  # since the prompt
+        self.prompt_seen = False
+        strangers = [token for token in settings.logit_bias if token >= vocabulary]
+        if strangers:
+            raise usage_error(f"`logit_bias` names token {strangers[0]}, and the model knows {vocabulary:,}.")
+        self.biased = np.fromiter(settings.logit_bias, dtype=np.int64)
+        self.biases = np.fromiter(settings.logit_bias.values(), dtype=np.float32)
 
     @property
     def plain(self) -> bool:
         """Whether the next token is always the one of the highest logit."""
-        return self.settings.temperature == 0 and self.settings.repetition_penalty == 1
+        return self.settings.temperature == 0 and self._changes_nothing
+
+    @property
+    def _changes_nothing(self) -> bool:
+        """Whether logits stay as they are before the temperature."""
+        settings = self.settings
+        penalties = settings.repetition_penalty != 1 or settings.presence_penalty or settings.frequency_penalty
+        return not penalties and not settings.logit_bias
+
+    def reset(self) -> None:
+        """Forget all tokens: another text begins. The random numbers go on."""
+        self.seen[:], self.counts[:], self.prompt_seen = False, 0, False
 
     def see(self, ids: Sequence[int]) -> None:
-        """Note that these tokens have occurred, for the repetition penalty."""
+        """Note that tokens have occurred, for the penalties; those of the first call are the whole prompt."""
         known = np.asarray(ids, dtype=np.int64)
-        self.seen[known[known < len(self.seen)]] = True  # a tokenizer may have tokens that the head has no row for
+        known = known[known < len(self.seen)]  # a tokenizer may have tokens that the head has no row for
+        self.seen[known] = True
+        if self.prompt_seen:
+            np.add.at(self.counts, known, 1)
+        self.prompt_seen = True
 
     def choose(self, logits: Any) -> int:
         """The next token; it is not noted as `see` does.
@@ -74,7 +103,7 @@ class Sampler:
             UserError: they are not finite.
         """
         if self.settings.temperature == 0:
-            scores = self._penalized(logits)
+            scores = self._adjusted(logits)
             check(scores.max())
             return int(scores.argmax())
         ids, weights = self._candidates(logits)
@@ -91,22 +120,26 @@ class Sampler:
         result[slice(None) if ids is None else ids] = weights / weights.sum(dtype=np.float64)
         return result
 
-    def _penalized(self, logits: Any) -> Scores:
-        """The logits after the repetition penalty: themselves where there is none."""
-        scores = np.asarray(logits, dtype=np.float32)
-        penalty = self.settings.repetition_penalty
-        if penalty == 1:
+    def _adjusted(self, logits: Any) -> Scores:
+        """The logits with bias and penalties: themselves where there are none."""
+        scores, settings = np.asarray(logits, dtype=np.float32), self.settings
+        if self._changes_nothing:
             return scores
-        ids = np.flatnonzero(self.seen)
-        known = scores[ids]
         scores = scores.copy()
-        scores[ids] = np.where(known < 0, known * penalty, known / penalty)
+        scores[self.biased] += self.biases
+        if settings.repetition_penalty != 1:
+            ids = np.flatnonzero(self.seen)
+            known, penalty = scores[ids], settings.repetition_penalty
+            scores[ids] = np.where(known < 0, known * penalty, known / penalty)
+        if settings.presence_penalty or settings.frequency_penalty:
+            ids = np.flatnonzero(self.counts)
+            scores[ids] -= settings.frequency_penalty * self.counts[ids] + np.float32(settings.presence_penalty)
         return scores
 
     def _candidates(self, logits: Any) -> tuple[NDArray[np.int64] | None, Scores]:
         """The tokens left to draw from, ascending (None: all), and their probabilities, the highest of which is 1."""
         settings = self.settings
-        scores = self._penalized(logits)
+        scores = self._adjusted(logits)
         highest = scores.max()
         check(highest)
         with np.errstate(over="ignore"):  # to -inf, the limit of temperatures towards 0
@@ -142,7 +175,8 @@ def draw(weights: Scores, share: float) -> int:
     block = min(int(np.searchsorted(ends, target, side="right")), len(ends) - 1)
     part = weights[block * BLOCK : (block + 1) * BLOCK]
     reached = np.cumsum(part, dtype=np.float64) + (ends[block - 1] if block else 0.0)
-    return block * BLOCK + min(int(np.searchsorted(reached, target, side="right")), len(part) - 1)
+    last = int(np.flatnonzero(part)[-1])  # with a weight: sums of the same numbers may differ in their last digit
+    return block * BLOCK + min(int(np.searchsorted(reached, target, side="right")), last)
 
 
 def nucleus(scores: Scores, weights: Scores, share: float) -> NDArray[np.int64]:

@@ -24,6 +24,7 @@ from edgerazor.report.inspection import PackedSummary, show_format
 from edgerazor.report.job_report import Report
 from edgerazor.report.plan_summary import PlanSummary
 from edgerazor.report.recording_summary import RecordingSummary
+from edgerazor.report.serve_result import ServeResult
 from edgerazor.report.summary import Summary, summarize
 from edgerazor.stages.distill import DistillResult
 from edgerazor.stages.record import RecordResult
@@ -43,6 +44,7 @@ INTERFACES: dict[str, type[BaseModel]] = {
     "data": DataResult,
     "generate": GenerateResult,
     "report": Report,
+    "serve": ServeResult,
     "show": Summary,
     "show plan": PlanSummary,
     "show PACKED": PackedSummary,

@@ -70,6 +70,7 @@ def test_a_packed_model_is_loaded_and_writes(
         ),
         pytest.param(("eval", "LLAMA", "--tasks", "world"), "eval", marks=pytest.mark.slow),
         (("pack", "PACKED", "--export", "gguf"), "gguf"),
+        (("serve", "PACKED"), "serve"),
     ],
 )
 def test_what_is_missing_is_a_sentence(

@@ -18,7 +18,7 @@ LAYERS = (
     {"pipeline"},
     {"stages"},
     {"stage", "report"},
-    {"evaluation", "benchmark", "calibration", "packaging"},
+    {"evaluation", "benchmark", "calibration", "packaging", "server"},
     {"training", "sensitivity"},
     {"job"},
     {"student_plan", "calibrated"},

@@ -180,3 +180,44 @@ def test_logits_that_are_not_finite_are_one_sentence(value: float) -> None:
     for asked in (Generate(), Generate(temperature=1.0)):
         with pytest.raises(UserError, match="not finite"):
             Sampler(asked, 0, 300).choose(logits)
+
+
+def test_penalties_of_openai_count_what_was_written() -> None:
+    """The prompt is free; the order is bias, repetition, then frequency and presence."""
+    settings = Generate(
+        temperature=1.0,
+        repetition_penalty=2.0,
+        presence_penalty=0.5,
+        frequency_penalty=0.25,
+        logit_bias={0: 3.0, 4: -100.0},
+    )
+    sampler = Sampler(settings, 0, 6)
+    assert not sampler.plain
+    sampler.see([1, 1, 2])
+    sampler.see([2])
+    sampler.see([3])
+    sampler.see([3])
+    logits = np.array([1.0, 2.0, 2.0, 2.0, 2.0, 2.0], dtype=np.float32)
+    expected = np.array([4.0, 1.0, 1.0 - 0.25 - 0.5, 1.0 - 0.5 - 0.5, -98.0, 2.0])
+    weights = np.exp(expected - expected.max())
+    assert sampler.distribution(logits) == pytest.approx(weights / weights.sum(), abs=1e-6)
+    assert logits.tolist() == [1.0, 2.0, 2.0, 2.0, 2.0, 2.0]
+    sampler.reset()
+    assert sampler.distribution(logits)[1] == pytest.approx(sampler.distribution(logits)[5])
+
+
+def test_a_bias_of_an_unknown_token_is_refused() -> None:
+    with pytest.raises(UserError, match="`logit_bias` names token 6"):
+        Sampler(Generate(logit_bias={6: 1.0}), 0, 6)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_what_a_grammar_forbids_is_never_drawn(temperature: float) -> None:
+    logits = drawn_logits(5003)
+    allowed = np.zeros(5003, dtype=bool)
+    allowed[[17, 4000]] = True
+    more = {"top_p": 0.9, "top_k": 50, "min_p": 0.01} if temperature else {}
+    sampler = Sampler(Generate(temperature=temperature, **more), 0, 5003)
+    masked = np.where(allowed, logits, np.float32(-np.inf))
+    assert {sampler.choose(masked) for _ in range(200)} <= {17, 4000}
+    assert draw(np.array([0, 1, 0, 0], dtype=np.float32), np.nextafter(1.0, 0.0)) == 1

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from edgerazor.runtime.detokenizer import PATIENCE, REPLACEMENT, Detokenizer, StopStrings
+from edgerazor.runtime.detokenizer import PATIENCE, REPLACEMENT, Detokenizer, StopStrings, TextAssembler
 from helpers.tiny_models import sentences
 
 TEXTS = [
@@ -134,3 +134,19 @@ def test_only_what_may_be_a_beginning_waits() -> None:
     open_end = StopStrings(["abc"])
     assert open_end.push("xab") + open_end.finish() == "xab"
     assert not open_end.matched
+
+
+def test_an_assembler_gives_the_text_before_a_stop_string_and_shows_what_it_is_told_to(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    ids = list(tokenizer("Nora took the ball to the mill.")["input_ids"])
+    assembler = TextAssembler(tokenizer, (), ["the mill"])
+    pieces = [assembler.push([token]) for token in ids]
+    assert "".join(pieces) + assembler.finish() == "Nora took the ball to "
+    assert assembler.matched
+    assert assembler.released == len("Nora took the ball to ")
+    assert assembler.decoded >= len("Nora took the ball to the mill")
+    end = tokenizer.eos_token_id
+    hidden, shown = TextAssembler(tokenizer), TextAssembler(tokenizer, shown=frozenset([end]))
+    assert hidden.push([ids[0], end, ids[0]]) + hidden.finish() == "NoraNora"
+    assert shown.push([ids[0], end, ids[0]]) + shown.finish() == "Nora</s>Nora"
