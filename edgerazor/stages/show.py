@@ -26,6 +26,7 @@ from edgerazor.report.plan_summary import PlanSummary
 from edgerazor.report.recording_summary import RecordingSummary
 from edgerazor.report.summary import Summary, summarize
 from edgerazor.stages.distill import DistillResult
+from edgerazor.stages.push import PushResult
 from edgerazor.stages.record import RecordResult
 from edgerazor.stages.write_data import DataResult
 from edgerazor.workdir import WorkDir, find_folder
@@ -43,6 +44,7 @@ INTERFACES: dict[str, type[BaseModel]] = {
     "data": DataResult,
     "generate": GenerateResult,
     "report": Report,
+    "push": PushResult,
     "show": Summary,
     "show plan": PlanSummary,
     "show PACKED": PackedSummary,
