@@ -217,6 +217,17 @@ def report(values: Values, run: RunOptions, jobs: list[Path] | None, out: Path |
     dispatch.write_report(run, jobs or [], out, md, samples)
 
 
+@command("push")
+def push(values: Values, run: RunOptions, folder: Path, repo: str, private: bool, revision: str | None) -> None:
+    """Send a packed folder to the Hugging Face hub, once every byte of it is verified.
+
+    Example: edgerazor push edgerazor-work/packed me/my-model --dry-run
+
+    Example: edgerazor push edgerazor-work/packed me/my-model --private
+    """
+    dispatch.push(run, folder, repo, private, revision)
+
+
 @app.callback(invoke_without_command=True)
 def version(
     show_version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,

@@ -181,6 +181,18 @@ def record(values: dict[str, Any], run: RunOptions, out: Path) -> None:
     console.result(result, *stage.show(result))
 
 
+# Publishing ---------------------------------------------------------------------------------------------------------
+
+
+def push(run: RunOptions, folder: Path, repo: str, private: bool, revision: str | None) -> None:
+    """Send a packed folder to the hub."""
+    from edgerazor.stages import push as stage
+
+    console = run.open_console()
+    result = stage.run(folder, repo, private, revision, run.dry_run, console)
+    console.result(result, *stage.show(result))
+
+
 # What there is ------------------------------------------------------------------------------------------------------
 
 

@@ -175,6 +175,10 @@ OPTIONS = (
            "A YAML recipe, or the name of a shipped one.", default=REQUIRED),
     Option("jobs", "", list[Path], "report",
            "Working directories, side by side; default: that of --work.", metavar="JOB"),
+    Option("folder", "", Path, "push",
+           "A packed folder.", metavar="FOLDER", default=REQUIRED),
+    Option("repo", "", str, "push",
+           "A repository of the Hugging Face hub: NAME/MODEL.", metavar="REPO", default=REQUIRED),
     Option("what", "", str, "show",
            "A working directory, a packed folder, `plan`, `recipe`, `schema` or `format`."),
     # How large the packed model may be
@@ -383,6 +387,11 @@ OPTIONS = (
            "Write Markdown instead of HTML.", default=False),
     Option("--samples/--no-samples", "", bool, "report",
            "Let teacher and student write side by side; kept for the next report.", default=True),
+    # Publishing
+    Option("--private", "", bool, "push",
+           "Make it a private repository.", default=False),
+    Option("--revision", "", str, "push",
+           "The branch to push to, made if it is not there.", metavar="NAME"),
     # The model, and how to run
     Option("--revision", "revision", str, f"{PLANNING} record eval data",
            "Branch, tag or commit of a hub model."),
@@ -412,13 +421,13 @@ OPTIONS = (
            "CPU threads; all cores by default."),
     Option("--threads", "bench.threads", list[str], "bench",
            "CPU threads, comma-separated or repeated; all cores by default.", metavar="N[,N...]", parse=parse_integers),
-    Option("--json", "", bool, f"{PLANNING} record eval bench generate serve data run show report",
+    Option("--json", "", bool, f"{PLANNING} record eval bench generate serve data run show report push",
            "Print the result as one JSON object on stdout.", default=False),
-    Option("--quiet -q", "", bool, f"{PLANNING} record eval bench generate serve data run report",
+    Option("--quiet -q", "", bool, f"{PLANNING} record eval bench generate serve data run report push",
            "Nothing on stderr but errors.", default=False),
     Option("--force", "", bool, f"{PLANNING} record eval bench data run",
            "Do it again; throws away what is in the way.", default=False),
-    Option("--dry-run", "", bool, f"{PLANNING} record eval bench",
+    Option("--dry-run", "", bool, f"{PLANNING} record eval bench push",
            "Say what would be done, how large and how long, and stop.", default=False),
 )
 # fmt: on

@@ -104,11 +104,12 @@ def _gguf_metadata(path: Path) -> dict[str, Any]:
 def _licence(fields: Mapping[str, Any]) -> dict[str, str | list[str]]:
     """The fields of a licence that are what they can be."""
     licences = fields.get("license")
-    names = licences if isinstance(licences, list) else [licences]
-    names = [name for name in names[:MOST_ENTRIES] if isinstance(name, str) and _LICENCE.fullmatch(name)]
+    stated = licences[:MOST_ENTRIES] if isinstance(licences, list) else [licences]
+    names = [str(name) for name in stated if isinstance(name, str) and _LICENCE.fullmatch(name)]
     if not names:
         return {}
-    taken: dict[str, str | list[str]] = {"license": names if isinstance(licences, list) else names[0]}
+    taken: dict[str, str | list[str]] = {}
+    taken["license"] = names if isinstance(licences, list) else names[0]
     for field, pattern in (("license_name", _NAME), ("license_link", _LINK)):
         value = fields.get(field)
         if isinstance(value, str) and pattern.fullmatch(value):

@@ -276,7 +276,7 @@ def making_of(context: JobContext, source: str, teacher_bytes: int) -> Making:
     """How a packed model was made: commands, and the recipe of what decided it."""
     skip = INDECISIVE if source == "student" else (*INDECISIVE, "distill")
     text = recipes.dump_without_places(decisive_recipe(context, source), DECISIVE, skip)
-    commands = ("edgerazor distill --recipe recipe.yaml", "edgerazor pack")
+    commands: tuple[str, ...] = ("edgerazor distill --recipe recipe.yaml", "edgerazor pack")
     if source == "teacher":
         commands = ("edgerazor pack --recipe recipe.yaml",)
     return Making(source, commands, text, teacher_bytes)

@@ -27,6 +27,7 @@ from edgerazor.report.recording_summary import RecordingSummary
 from edgerazor.report.serve_result import ServeResult
 from edgerazor.report.summary import Summary, summarize
 from edgerazor.stages.distill import DistillResult
+from edgerazor.stages.push import PushResult
 from edgerazor.stages.record import RecordResult
 from edgerazor.stages.write_data import DataResult
 from edgerazor.workdir import WorkDir, find_folder
@@ -45,6 +46,7 @@ INTERFACES: dict[str, type[BaseModel]] = {
     "generate": GenerateResult,
     "report": Report,
     "serve": ServeResult,
+    "push": PushResult,
     "show": Summary,
     "show plan": PlanSummary,
     "show PACKED": PackedSummary,
