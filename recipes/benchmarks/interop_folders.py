@@ -106,25 +106,25 @@ def decoded(folder: Path) -> dict[str, Tensor]:
 
     tensors = load_file(folder / "model.safetensors")
     described = untrusted.load_json(folder / "config.json").get("quantization_config")
-    found = {name.removesuffix(".weight"): tensor.float() for name, tensor in tensors.items()}
+    weights = {name.removesuffix(".weight"): tensor.float() for name, tensor in tensors.items()}
     if described is None:
-        return found
+        return weights
     schemes = QuantizationConfig(**described).config_groups
-    for name in [each.removesuffix(".weight_packed") for each in tensors if each.endswith(".weight_packed")]:
-        [scheme] = [each for each in schemes.values() if name in each.targets or each.targets == ["Linear"]]
+    for name in [key.removesuffix(".weight_packed") for key in tensors if key.endswith(".weight_packed")]:
+        [scheme] = [group for group in schemes.values() if name in group.targets or group.targets == ["Linear"]]
         state = {part: tensors[f"{name}.{part}"] for part in ("weight_packed", "weight_shape")}
         state["weight_scale"] = tensors[f"{name}.weight_scale"].float()
-        found[name] = PackedQuantizationCompressor.decompress(state, scheme)["weight"]
-    return found
+        weights[name] = PackedQuantizationCompressor.decompress(state, scheme)["weight"]
+    return weights
 
 
-def exact_matrices(model: PackedModel, found: Mapping[str, Tensor]) -> int:
+def exact_matrices(model: PackedModel, weights: Mapping[str, Tensor]) -> int:
     """How many matrices of a packed model are the same bit for bit in what somebody else decoded."""
     count = 0
     for name in model.header.matrices:
         matrix = model.matrix(name)
-        weights = matrix.spec.rotate_back(formats.decode_matrix(matrix.encoded, matrix.spec))
-        count += name in found and torch.equal(found[name], weights)
+        expected = matrix.spec.rotate_back(formats.decode_matrix(matrix.encoded, matrix.spec))
+        count += name in weights and torch.equal(weights[name], expected)
     return count
 
 

@@ -80,12 +80,12 @@ def read(file: Path) -> dict[str, tuple[int, np.ndarray]]:
     library = _library()
     handle = library.gguf_init_from_file(str(file).encode(), _Options(True, None))
     assert handle, f"llama.cpp does not read {file}"
-    data, found = file.read_bytes(), {}
+    data, tensors = file.read_bytes(), {}
     begin = library.gguf_get_data_offset(handle)
     for index in range(library.gguf_get_n_tensors(handle)):
         start = begin + library.gguf_get_tensor_offset(handle, index)
         octets = np.frombuffer(data, np.uint8, library.gguf_get_tensor_size(handle, index), start)
         number = library.gguf_get_tensor_type(handle, index)
-        found[library.gguf_get_tensor_name(handle, index).decode()] = (number, dequantized(octets, number))
+        tensors[library.gguf_get_tensor_name(handle, index).decode()] = (number, dequantized(octets, number))
     library.gguf_free(handle)
-    return found
+    return tensors
