@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import yaml
 
-from edgerazor import exporters, families, packed, untrusted
+from edgerazor import families, packed, registry, untrusted
 from edgerazor.packaging.markdown import block, code, escaped, table
 from edgerazor.packaging.teacher_card import MOST_BYTES, TeacherCard
 from edgerazor.packed import PackedModel
@@ -33,6 +33,8 @@ NOT_MEASURED = (
     "Nothing of it has been measured yet: `edgerazor eval --tasks arc,hellaswag` in its working directory writes what "
     "is left of its teacher here."
 )
+#: Exports that turn rotated matrices back.
+ROTATED_EXPORTS = ("hf",)
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,8 @@ def how_to_run(model: PackedModel, model_type: str, chat: bool) -> str:
         else f"There is no native code for {code(model_type)} in edgerazor, so transformers computes it, more slowly."
     )
     rotated = bool(model.header.rotations)
-    names = [name for name, exporter in exporters.available().items() if exporter.rotated or not rotated]
+    # The list of files: an exporter may need a package of an extra, and the card does not depend on what is installed.
+    names = ROTATED_EXPORTS if rotated else [name.replace("_", "-") for name in registry.names("exporters")]
     commands = "\n".join(f"edgerazor pack FOLDER --export {name}" for name in names)
     return "\n\n".join(
         [

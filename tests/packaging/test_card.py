@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from edgerazor import exporters, registry
 from edgerazor import recipe as recipes
 from edgerazor.evaluation.eval_result import Average, EvalResult, TaskResult, TextResult
 from edgerazor.packaging import markdown, model_card
@@ -264,3 +265,9 @@ def test_the_manifest_says_what_pack_wrote(job: Path) -> None:
     with_other_words = manifest.model_copy(update={"outputs": {**manifest.outputs, CARD: "0" * 64}})
     assert with_other_words.fingerprint() == manifest.fingerprint()
     assert json.loads((job / "eval" / "manifest.json").read_text())["inputs"]["pack"] == manifest.fingerprint()
+
+
+def test_exports_are_named_without_asking_for_their_packages() -> None:
+    known = exporters.available()
+    assert {name.replace("_", "-") for name in registry.names("exporters")} <= known.keys()
+    assert set(model_card.ROTATED_EXPORTS) <= {name for name, exporter in known.items() if exporter.rotated}
