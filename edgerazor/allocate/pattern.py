@@ -41,7 +41,7 @@ class Mixture(NamedTuple):
 
 
 def mixture_of(settings: Calibrate) -> Mixture:
-    """The formats to mix for the requested bits.
+    """The formats to mix for the requested bits; of a single one, nothing else.
 
     Raises:
         UserError: they are not two, the narrower first, or the bits do not lie between theirs.
@@ -49,8 +49,14 @@ def mixture_of(settings: Calibrate) -> Mixture:
     bits = settings.bits
     names = settings.formats or (("ternary", "int4") if bits <= 4 else ("int4", "int8"))
     widths = [formats.get(name).nominal_bits for name in names]
+    if len(names) == 1:
+        if bits != widths[0]:
+            raise usage_error(
+                f"--bits is {bits:g}, but {names[0]} alone has {widths[0]:g}.", "Ask for these, or for two --formats."
+            )
+        return Mixture(names[0], names[0], 0.0)
     if len(widths) != 2 or widths[0] >= widths[1]:
-        raise usage_error(f"--formats is {','.join(names)}; expected two formats, the narrower first.")
+        raise usage_error(f"--formats is {','.join(names)}; expected one format, or two, the narrower first.")
     (low, high), (low_bits, high_bits) = names, widths
     if not low_bits <= bits <= high_bits:
         raise usage_error(

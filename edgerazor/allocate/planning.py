@@ -228,9 +228,7 @@ def unmeasured(settings: Calibrate) -> Calibrate:
         high = next(name for name in names if formats.get(name).nominal_bits >= settings.bits)
         index = names.index(low)
         names = [low, high] if low != high else names[max(index - 1, 0) :][:2]
-    elif len(names) == 1:  # a mixture has two formats; the share of the second one is zero
-        names = sorted([*names, "int8" if names != ["int8"] else "int4"], key=lambda n: formats.get(n).nominal_bits)
-    elif len(names) != 2:
+    elif len(names) > 2:
         names = []
     update = {"plan": "interleave", "granularity": "row", "formats": tuple(names), "constraints": ()}
     return settings.model_copy(update=update)

@@ -102,7 +102,7 @@ def recipe_of(case: Case, setting: Setting) -> Recipe:
         for name in UNIFORM:
             wide = {
                 "plan": "interleave",
-                "formats": widths(name),
+                "formats": [name],
                 "bits": 1.58 if name == "ternary" else float(name[3:]),
             }
             chosen = recipes.build(recipes.merge(values, {"calibrate": wide}))
@@ -114,11 +114,6 @@ def recipe_of(case: Case, setting: Setting) -> Recipe:
     chosen = {"plan": "sensitivity", "granularity": granularity, "target_size": limit, "formats": names}
     chosen |= {"sensitivity_tokens": 8192, "sensitivity_points": 3}
     return recipes.build(recipes.merge(values, {"calibrate": chosen}))
-
-
-def widths(name: str) -> list[str]:
-    """A pair of formats to mix none of."""
-    return ["ternary", "int4"] if name in ("ternary", "int4") else [name, "int4"]
 
 
 def fingerprint(case: Case, recipe: Recipe) -> str:

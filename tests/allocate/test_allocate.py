@@ -237,12 +237,18 @@ def test_two_formats_reach_from_one_to_the_other(pair: tuple[str, str]) -> None:
         assert plan_of(formats.get(name).nominal_bits, formats=pair)["layers.0.q"].formats == (name,)
 
 
+@pytest.mark.parametrize("name", formats.names())
+def test_a_single_format_is_that_of_every_row(name: str) -> None:
+    plan = plan_of(formats.get(name).nominal_bits, formats=(name,))
+    assert {matrix.formats for matrix in plan.matrices if matrix.kind == "linear"} == {(name,)}
+
+
 REFUSED: dict[str, dict[str, Any]] = {
     "mixing int2 and int4 gives 2 to 4 bits": {"bits": 4.5, "formats": ("int2", "int4")},
     "--bits is 1.9, but mixing": {"bits": 1.9, "formats": ("int2", "int4")},
-    "--formats is int4,int2; expected two formats, the narrower first": {"formats": ("int4", "int2")},
-    "--formats is int2,int2z; expected two": {"formats": ("int2", "int2z")},
-    "--formats is int2; expected two": {"formats": ("int2",)},
+    "--formats is int4,int2; expected one format, or two, the narrower first": {"formats": ("int4", "int2")},
+    "--formats is int2,int2z; expected one format, or two": {"formats": ("int2", "int2z")},
+    "--bits is 3, but int2 alone has 2": {"bits": 3, "formats": ("int2",)},
     "no format called 'int44'": {"formats": ("int2", "int44")},
     "no format called 'fp4'": {"embedding_format": "fp4"},
     "no format called 'fp5'": {"head_format": "fp5"},
