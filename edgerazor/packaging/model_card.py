@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import yaml
 
-from edgerazor import exporters, families, packed, untrusted
+from edgerazor import families, packed, registry, untrusted
 from edgerazor.packaging.markdown import block, code, escaped, table
 from edgerazor.packaging.teacher_card import MOST_BYTES, TeacherCard
 from edgerazor.packed import PackedModel
@@ -221,8 +221,7 @@ def how_to_run(model: PackedModel, model_type: str, chat: bool) -> str:
         else f"There is no native code for {code(model_type)} in edgerazor, so transformers computes it, more slowly."
     )
     rotated = bool(model.header.rotations)
-    names = [name for name, exporter in exporters.available().items() if exporter.rotated or not rotated]
-    commands = "\n".join(f"edgerazor pack FOLDER --export {name}" for name in names)
+    commands = "\n".join(f"edgerazor pack FOLDER --export {name}" for name in export_names(rotated))
     return "\n\n".join(
         [
             "FOLDER is this folder, downloaded; `pip install edgerazor-toolchain` installs the program "
@@ -246,6 +245,24 @@ def how_to_run(model: PackedModel, model_type: str, chat: bool) -> str:
             block(commands),
         ]
     )
+
+
+def export_names(rotated: bool) -> list[str]:
+    """Exports to name in a card, one of each kind: those that can hold rotated matrices, or all.
+
+    None is imported for it that need not be: some need packages that are not installed everywhere.
+    """
+    names = registry.names("exporters")
+    if rotated:
+        names = [name for name in names if _holds_rotated(name)]
+    return [name.replace("_", "-") for name in names]
+
+
+def _holds_rotated(plugin: str) -> bool:
+    try:
+        return bool(registry.find("exporters", plugin, "EXPORTER").rotated)
+    except ImportError:  # of a package for other people's formats, which do not know of rotations
+        return False
 
 
 def limits(teacher: TeacherCard) -> str:

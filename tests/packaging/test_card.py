@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from edgerazor import exporters
 from edgerazor import recipe as recipes
 from edgerazor.evaluation.eval_result import Average, EvalResult, TaskResult, TextResult
 from edgerazor.packaging import markdown, model_card
@@ -254,6 +255,14 @@ def test_a_licence_that_is_a_link_to_elsewhere_is_refused(llama: Path, run: Run,
     assert refused.code == 1
     assert "a link that leaves the model's folder" in refused.err
     assert not WorkDir(tmp_path / "job").folder("pack").exists()
+
+
+def test_the_exports_in_a_card_are_those_that_there_are() -> None:
+    known = exporters.available()
+    assert set(model_card.export_names(rotated=False)) <= set(known)
+    rotated = model_card.export_names(rotated=True)
+    assert rotated
+    assert all(known[name].rotated for name in rotated)
 
 
 def test_the_manifest_says_what_pack_wrote(job: Path) -> None:
