@@ -33,8 +33,6 @@ NOT_MEASURED = (
     "Nothing of it has been measured yet: `edgerazor eval --tasks arc,hellaswag` in its working directory writes what "
     "is left of its teacher here."
 )
-#: Exports that turn rotated matrices back.
-ROTATED_EXPORTS = ("hf",)
 
 
 @dataclass(frozen=True)
@@ -223,9 +221,7 @@ def how_to_run(model: PackedModel, model_type: str, chat: bool) -> str:
         else f"There is no native code for {code(model_type)} in edgerazor, so transformers computes it, more slowly."
     )
     rotated = bool(model.header.rotations)
-    # The list of files: an exporter may need a package of an extra, and the card does not depend on what is installed.
-    names = ROTATED_EXPORTS if rotated else [name.replace("_", "-") for name in registry.names("exporters")]
-    commands = "\n".join(f"edgerazor pack FOLDER --export {name}" for name in names)
+    commands = "\n".join(f"edgerazor pack FOLDER --export {name}" for name in export_names(rotated))
     return "\n\n".join(
         [
             "FOLDER is this folder, downloaded; `pip install edgerazor-toolchain` installs the program "
@@ -249,6 +245,24 @@ def how_to_run(model: PackedModel, model_type: str, chat: bool) -> str:
             block(commands),
         ]
     )
+
+
+def export_names(rotated: bool) -> list[str]:
+    """Exports to name in a card, one of each kind: those that can hold rotated matrices, or all.
+
+    None is imported for it that need not be: some need packages that are not installed everywhere.
+    """
+    names = registry.names("exporters")
+    if rotated:
+        names = [name for name in names if _holds_rotated(name)]
+    return [name.replace("_", "-") for name in names]
+
+
+def _holds_rotated(plugin: str) -> bool:
+    try:
+        return bool(registry.find("exporters", plugin, "EXPORTER").rotated)
+    except ImportError:  # of a package for other people's formats, which do not know of rotations
+        return False
 
 
 def limits(teacher: TeacherCard) -> str:

@@ -423,8 +423,8 @@ def test_the_interleave_under_bytes(budget: dict[str, Any], granularity: str) ->
         ({"bits": 1.58, "formats": ["ternary", "int2", "int3"]}, ("ternary", "int2")),
         ({"bits": 3.0, "formats": ["ternary", "int2", "int3"]}, ("int2", "int3")),
         ({"bits": 3.5, "formats": ["int8", "ternary", "int3"]}, ("int3", "int8")),
-        ({"bits": 2.0, "formats": ["int2"]}, ("int2", "int8")),  # mixed with nothing
-        ({"bits": 8.0, "formats": ["int8"]}, ("int4", "int8")),
+        ({"bits": 2.0, "formats": ["int2"]}, ("int2",)),
+        ({"bits": 8.0, "formats": ["int8"]}, ("int8",)),
         ({"real_bits": 3.5, "formats": ["ternary", "int2", "int3"]}, ()),
         ({"target_size": 25_000_000}, ()),
     ],

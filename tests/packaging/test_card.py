@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from edgerazor import exporters, registry
+from edgerazor import exporters
 from edgerazor import recipe as recipes
 from edgerazor.evaluation.eval_result import Average, EvalResult, TaskResult, TextResult
 from edgerazor.packaging import markdown, model_card
@@ -257,6 +257,14 @@ def test_a_licence_that_is_a_link_to_elsewhere_is_refused(llama: Path, run: Run,
     assert not WorkDir(tmp_path / "job").folder("pack").exists()
 
 
+def test_the_exports_in_a_card_are_those_that_there_are() -> None:
+    known = exporters.available()
+    assert set(model_card.export_names(rotated=False)) <= set(known)
+    rotated = model_card.export_names(rotated=True)
+    assert rotated
+    assert all(known[name].rotated for name in rotated)
+
+
 def test_the_manifest_says_what_pack_wrote(job: Path) -> None:
     """The card is no part of the fingerprint that later stages compare."""
     manifest = WorkDir(job).manifest("pack")
@@ -265,9 +273,3 @@ def test_the_manifest_says_what_pack_wrote(job: Path) -> None:
     with_other_words = manifest.model_copy(update={"outputs": {**manifest.outputs, CARD: "0" * 64}})
     assert with_other_words.fingerprint() == manifest.fingerprint()
     assert json.loads((job / "eval" / "manifest.json").read_text())["inputs"]["pack"] == manifest.fingerprint()
-
-
-def test_exports_are_named_without_asking_for_their_packages() -> None:
-    known = exporters.available()
-    assert {name.replace("_", "-") for name in registry.names("exporters")} <= known.keys()
-    assert set(model_card.ROTATED_EXPORTS) <= {name for name, exporter in known.items() if exporter.rotated}
