@@ -79,6 +79,7 @@ class Server(uvicorn.Server):
 def server_of(app: Any) -> Server:
     """The server of an application, not yet started."""
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # tracebacks of what was cancelled; Guard tells more
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # a line for each write to a client that has gone
     return Server(
         uvicorn.Config(
             app,
@@ -129,6 +130,7 @@ async def _serve(server: Server, engine: Engine, listening: socket.socket, conso
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)  # the process is about to end, and with code 0
 
 
 async def _end(server: Server, engine: Engine) -> None:

@@ -89,6 +89,7 @@ def started(folder: Path, *words: str) -> Iterator[Process]:
         server.process.communicate()
 
 
+@pytest.mark.slow
 def test_sigterm_lets_running_requests_finish(packed: Path) -> None:
     with started(packed) as server:
         assert server.result["needs_key"] is True
