@@ -17,7 +17,6 @@ from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -283,7 +282,8 @@ class PageTable:
         self._count = 0
 
 
-class PagedSpan(NamedTuple):
+@dataclass(frozen=True)
+class PagedSpan:
     """Consecutive new tokens of a sequence whose KV slots are those of a page table.
 
     Attributes:
@@ -689,7 +689,8 @@ class Decoder:
         pages, positions = self.slots // PAGE_SLOTS, len(self._cosines)
         written: list[int] = []
         structures = (_SequenceSpan * len(spans))()
-        for structure, (table, past, count) in zip(structures, spans, strict=True):
+        for structure, span in zip(structures, spans, strict=True):
+            table, past, count = span.pages, span.past_length, span.count
             if count < 1 or past < 0 or past + count > len(table) * PAGE_SLOTS:
                 raise ValueError(f"impossible span: {count} tokens after {past} in {len(table)} pages")
             numbers = table.numbers
@@ -722,7 +723,7 @@ class Decoder:
                 f"greedy decoding begins with 1 token, not {span.count}, and writes 1 or more, not {count}"
             )
         if isinstance(span, PagedSpan):
-            structures = self._paged_structures([span._replace(count=count)])
+            structures = self._paged_structures([dataclasses.replace(span, count=count)])
             structures[0].count = 1
         else:
             self._check_spans([dataclasses.replace(span, count=count)])

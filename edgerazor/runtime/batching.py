@@ -624,7 +624,7 @@ class BatchScheduler:
                        for output in of_span]  # fmt: skip
             tokens += span.tokens
             calls.append(PagedSpan(sequence.pages.table, start, span.count))
-        self._set_rope(min(past for _, past, _ in calls), max(map(self._rope_length, spans)))
+        self._set_rope(min(call.past_length for call in calls), max(map(self._rope_length, spans)))
         if len(self._logits) < len(positions):
             rows = max(len(positions), min(2 * len(self._logits), self.settings.max_sequences))
             self._logits = np.empty((rows, self.model.vocabulary), dtype=np.float32)
@@ -664,9 +664,9 @@ class BatchScheduler:
             if isinstance(choice, str):
                 self._fail(sequence, choice)
                 continue
-            top, logprob = sequence.request.top_logprobs, None
-            if top is not None and choice not in sequence.request.ends:
-                logprob = _logprob(self._logits[row], totals[row], choice, top)
+            wanted, logprob = sequence.request.top_logprobs, None
+            if wanted is not None and choice not in sequence.request.ends:
+                logprob = _logprob(self._logits[row], totals[row], choice, wanted)
             self._add_token(sequence, choice, logprob)
 
     def _choose(self, rows: list[tuple[_Sequence, int]], best: NDArray[np.int32]) -> list[int | str]:

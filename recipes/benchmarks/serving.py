@@ -42,7 +42,7 @@ SHAPE, KIND = "Qwen3-0.6B", "base 3"
 BATCHES = {"greedy": (1, 2, 4, 8, 16), "sampled": (1, 4, 16)}
 #: A session of its own: what one sequence gets without a scheduler.
 SESSION = "session"
-PROMPT, TOKENS = 32, 64
+PROMPT, TOKENS, WARM_TOKENS = 32, 64, 16
 #: Sequences -> how many times the tokens of one sequence they are to get together.
 PROMISED = {4: 2.5, 16: 4.0}
 #: The least ratio of one sequence in the scheduler to a session.
@@ -133,7 +133,7 @@ def measure(model: NativeModel, rounds: int, tokens: int, console: Console) -> T
     draw = random.Random(0)
     scheduler = BatchScheduler(model, BatchSettings(max_sequences=16, max_queue=16))
     try:
-        batch(model, scheduler, "greedy", 16, 4, draw)
+        batch(model, scheduler, "greedy", 16, WARM_TOKENS, draw)
         for number in range(rounds):
             console.say(f"round {number + 1} of {rounds}")
             turns[SESSION, 1].append(session(model, tokens, draw))
