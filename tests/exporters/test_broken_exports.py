@@ -51,7 +51,7 @@ def test_a_full_disk_is_one_sentence(opened: PackedModel, run: Run, name: str) -
     folder, exports = opened.folder, opened.folder.parent / "exports"
     assert run("pack", folder, "--export", name).code == 0
     before = snapshot(exports)
-    for size in (0, 20_000, 60_000):
+    for size in (0, 60_000):
         with largest_file(size):
             failed = run("pack", folder, "--export", name)
         assert (failed.code, failed.out) == (1, ""), failed.err
@@ -104,7 +104,7 @@ def test_awkward_columns(make_model: ModelMaker, tmp_path: Path, group: int, tie
     """172 columns divide by no usual group: whole rows under groups of 256, and floating under groups of 32."""
     shape = {"intermediate_size": 172, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": tied}
     model = suitable_model(make_model, tmp_path / "model", "llama", **shape)
-    for name in ("ternary", "int3", "int5"):
+    for name in ("ternary", "int5") if tied else ("int3",):
         settings = {**SETTINGS, "group_size": 256}
         packed = tmp_path / name
         opened = write_packed(packed, model, all_of(name, group), settings=settings, input_scale=False)

@@ -211,7 +211,7 @@ def test_ternary_to_gguf_and_back(make_model: ModelMaker, tmp_path: Path, family
     assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(model).get_vocab()
 
 
-@pytest.mark.parametrize("export_name", ["gguf", "gguf-tq2"])
+@pytest.mark.parametrize("export_name", ["gguf", "gguf-tq2", "gguf-q2"])
 @pytest.mark.parametrize("number_format", ALL)
 def test_every_format_to_gguf_and_back(
     make_model: ModelMaker, tmp_path: Path, number_format: str, export_name: str
