@@ -174,8 +174,8 @@ def in_process(options: argparse.Namespace, console: Console) -> tuple[str, list
     text, wrong = table(turns)
     facts = (
         f"{machine()}, kernels {model.kernel}, {model.threads} threads; {packages()}; commit {commit()}; prompts of "
-        f"{PROMPT} tokens, {options.tokens} tokens written; medians of {options.rounds} rounds; load average before them "
-        f"{load:.1f}."
+        f"{PROMPT} tokens, {options.tokens} tokens written; medians of {options.rounds} rounds; load average before "
+        f"them {load:.1f}."
     )
     return f"{facts}\n\n{text}", wrong
 
