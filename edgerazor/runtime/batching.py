@@ -294,6 +294,7 @@ class BatchScheduler:
         self._draining = self._closing = False
         self._failed = False
         self._step_seconds = 0.0
+        self._alone_seconds = 0.0  # for a token of a sequence that is alone, the latest time
         self._counts = dict.fromkeys(_COUNTS, 0)
         self._samplers = ThreadPoolExecutor(model.threads, "sampling") if model.threads > 1 else None
         self._thread = threading.Thread(target=self._run, name="batching", daemon=True)
@@ -452,7 +453,7 @@ class BatchScheduler:
         plain_tokens = request.sampler.plain and request.constraint is None and request.top_logprobs is None
         if not (plain_tokens and sequence.written and len(sequence.ids) - length == 1):
             return None
-        fitting = int(ALONE_SECONDS / self._step_seconds) if self._step_seconds else 1
+        fitting = int(ALONE_SECONDS / self._alone_seconds) if self._alone_seconds else 1
         count = max(1, min(sequence.room - sequence.written, ALONE_TOKENS, fitting))
         if self.model.rotary.varies(length + count) or not sequence.pages.grow(length + count):
             return None
@@ -465,7 +466,9 @@ class BatchScheduler:
         try:
             with self.model.errors_for_people():
                 self._set_rope(length, length + count)
+                began = time.perf_counter()
                 tokens = self._decoder.greedy(span, sequence.ids[-1], count, sorted(sequence.request.ends))
+                self._alone_seconds = (time.perf_counter() - began) / len(tokens)
         except UserError as error:
             self._fail(sequence, error.message)
             return 1

@@ -16,6 +16,7 @@ The table is printed, and published with `--results`. Exit code 3 when a promise
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import statistics
 import sys
@@ -168,11 +169,13 @@ def in_process(options: argparse.Namespace, console: Console) -> tuple[str, list
     place = Place(options.build / "models", options.layers, options.vocabulary)
     model = runtime.load(packed(place, SHAPE, KIND), threads=options.threads, engine="native")
     assert isinstance(model, NativeModel)
+    load = os.getloadavg()[0]
     turns = measure(model, options.rounds, options.tokens, console)
     text, wrong = table(turns)
     facts = (
         f"{machine()}, kernels {model.kernel}, {model.threads} threads; {packages()}; commit {commit()}; prompts of "
-        f"{PROMPT} tokens, {options.tokens} tokens written; medians of {options.rounds} rounds."
+        f"{PROMPT} tokens, {options.tokens} tokens written; medians of {options.rounds} rounds; load average before "
+        f"them {load:.1f}."
     )
     return f"{facts}\n\n{text}", wrong
 
