@@ -135,6 +135,11 @@ fuzz: install
 race: install
 	PYTHONPATH=tests $(BIN)/python tests/fuzz/race_writers.py $(or $(N),20)
 
+# A server among clients that behave badly, for MINUTES=10, with the student of `make quickstart` or PACKED=FOLDER.
+.PHONY: soak
+soak: install $(KERNELS)
+	$(BIN)/python -m recipes.benchmarks.soak $(or $(PACKED),$(JOB)/distilled/packed) --minutes $(or $(MINUTES),10)
+
 # Damaged configurations, tokenizers, templates, recipes, texts, indices, GGUF and MLX files, given to the commands that
 # read them: an answer or one sentence, whatever is in them.
 .PHONY: fuzz-inputs

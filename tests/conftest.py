@@ -25,12 +25,15 @@ if os.access(MEMORY_FOLDER, os.W_OK) and shutil.disk_usage(MEMORY_FOLDER).free >
 
 #: Files of tests that train or load models, start programs or import much, nearly all of them.
 JOBS = {
-    *("test_attention", "test_bench", "test_budget_choice", "test_calibrate", "test_console", "test_distill"),
+    *("test_attention", "test_batching", "test_bench", "test_broken_exports", "test_budget_choice"),
+    *("test_calibrate", "test_card", "test_compressed_tensors", "test_console", "test_distill"),
     *("test_distilled_data", "test_eval", "test_export_folders", "test_extras", "test_families", "test_fuzz"),
-    *("test_generate", "test_gguf", "test_gptq", "test_imports", "test_initialization", "test_interop"),
-    *("test_layerwise", "test_learned", "test_measured", "test_methods", "test_mixed", "test_phases", "test_real"),
-    *("test_recipes", "test_reconstruct", "test_replacement", "test_rotated_modules", "test_runtime"),
-    *("test_sampling", "test_sensitivity", "test_show_packed", "test_static", "test_streaming", "test_tasks"),
+    *("test_generate", "test_gguf", "test_gptq", "test_guard", "test_imports", "test_initialization"),
+    *("test_interface", "test_interop", "test_interop_folders", "test_layerwise", "test_learned", "test_lm_eval"),
+    *("test_measured", "test_methods", "test_mixed", "test_page", "test_phases", "test_push", "test_real"),
+    *("test_recipes", "test_reconstruct", "test_replacement", "test_report", "test_report_page"),
+    *("test_rotated_modules", "test_runtime", "test_sampling", "test_sensitivity", "test_serve"),
+    *("test_show_packed", "test_static", "test_streaming", "test_tasks", "test_tool_calls"),
     *("test_transformers_plugin", "test_writing"),
 }
 

@@ -1,6 +1,7 @@
 """A server among clients that behave badly: does it stay up, does its memory, and do the others get their texts?
 
-    python -m recipes.benchmarks.soak FOLDER --minutes 10
+    make soak                                                 ten minutes, with the student of `make quickstart`
+    python -m recipes.benchmarks.soak FOLDER --minutes 3
 
 Beside some clients that ask the same questions again and again there are others that go away in the middle, read
 slowly, send bodies that are too large or no JSON, and ask for JSON or tools. In the end two SIGTERMs follow each other
