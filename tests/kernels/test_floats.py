@@ -30,7 +30,7 @@ class KvPage(ctypes.Structure):
 
 
 class SlotRange(ctypes.Structure):
-    _fields_ = (("slot", c_int64), ("count", c_int64))
+    _fields_ = (("slot", c_int64), ("count", c_int64), ("pages", c_void_p))
 
 
 class AttentionArgs(ctypes.Structure):
