@@ -11,8 +11,8 @@ from pydantic.fields import FieldInfo
 from edgerazor.recipe.schema import CHOSEN_BY_BUDGET, CHOSEN_BY_MODEL, Recipe, Strict, as_section, section_at
 
 
-def dump(recipe: Recipe) -> str:
-    """YAML of everything that differs from the defaults, and of what was set although the job would choose it."""
+def set_values(recipe: Recipe) -> dict[str, Any]:
+    """Everything that differs from the defaults, and what was set although the job would choose it, as JSON values."""
     values = recipe.model_dump(mode="json", exclude_defaults=True)
     for chosen in (CHOSEN_BY_MODEL, CHOSEN_BY_BUDGET if recipe.distill.has_open_budget() else {}):
         for section, names in chosen.items():
@@ -20,7 +20,12 @@ def dump(recipe: Recipe) -> str:
             said = settings.model_dump(mode="json", include=settings.model_fields_set & set(names), exclude_unset=True)
             if said:
                 values[section] = {**values.get(section, {}), **said}
-    return yaml.safe_dump(values, sort_keys=False)
+    return values
+
+
+def dump(recipe: Recipe) -> str:
+    """YAML of `set_values`."""
+    return str(yaml.safe_dump(set_values(recipe), sort_keys=False))
 
 
 def explain(flags: Mapping[str, str] | None = None) -> str:

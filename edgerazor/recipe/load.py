@@ -23,7 +23,7 @@ from pydantic.fields import FieldInfo
 
 from edgerazor import untrusted
 from edgerazor.errors import UserError, plain, usage_error
-from edgerazor.recipe.explain import dump, values_of
+from edgerazor.recipe.explain import set_values, values_of
 from edgerazor.recipe.schema import (
     RETIRED_FIELDS,
     RETIRED_VALUES,
@@ -135,7 +135,7 @@ def dump_without_places(recipe: Recipe, fields: Iterable[str], skip: Iterable[st
     def name(text: str, mark: RecipePath) -> str:
         return text if mark.or_hub_id and not Path(text).exists() else Path(text).name
 
-    values = yaml.safe_load(dump(recipe)) or {}
+    values = set_values(recipe)
     chosen = {field: values[field] for field in fields if field in values}
     for path in skip:
         section, _, field = path.partition(".")
