@@ -140,7 +140,7 @@ def packed(place: Place, shape: str, name: str) -> Path:
     """One of ours."""
 
     def make(folder: Path) -> None:
-        calibrate = {"plan": "interleave", **PACKED[name]}
+        calibrate = {"plan": "interleave", "rotation": "none", **PACKED[name]}  # GGUF, which is beside it, has none
         values = {"model": str(wide(place, shape)), "calibrate": calibrate, "pack": {"source": "teacher"}}
         work = WorkDir(folder / "work")
         pipeline.run("pack", recipes.build(values), work, Console(quiet=True))

@@ -133,7 +133,7 @@ def too_slow(all_ways: dict[str, Way]) -> str | None:
 def packed(options: argparse.Namespace, console: Console) -> Path:
     """Folder of the packed model."""
     write_gaussian(options.build / "model", options.layers, options.tokenizer)
-    values = {"bits": 1.58, "plan": "interleave", "group_size": 256}
+    values = {"bits": 1.58, "plan": "interleave", "group_size": 256, "rotation": "none"}
     recipe = recipes.build({"model": str(options.build / "model"), "calibrate": values, "pack": {"source": "teacher"}})
     work = WorkDir(options.build / "work")
     pipeline.run("pack", recipe, work, console)

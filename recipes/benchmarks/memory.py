@@ -205,7 +205,7 @@ def our_step(folder: Path, device: str, checkpointed: bool) -> Step:
             "model": str(folder),
             "device": device,
             "data": {"sequence_length": TOKENS},
-            "calibrate": {"bits": 1.88, "plan": "interleave"},
+            "calibrate": {"bits": 1.88, "plan": "interleave", "rotation": "none"},
             "distill": settings,
         }
     )

@@ -156,7 +156,7 @@ def memory(place: Path) -> str:
         model = place / "model"
         model.mkdir()
         size, largest = write_model(model, shape)
-        words = ["pack", str(model), "--bits", "1.58", "--work", str(place / "work"), "--quiet"]
+        words = ["pack", str(model), "--bits", "1.58", "--rotation", "none", "--work", str(place / "work"), "--quiet"]
         seconds, peak = peak_of([sys.executable, "-m", "edgerazor", *words])
         bound = 4 * largest + ALLOWED
         cells = [f"{value / MB:,.0f} MB" for value in (size, 4 * largest, peak - before, bound)]
@@ -236,7 +236,7 @@ def loading(place: Path) -> str:
     model = place / "model"
     model.mkdir()
     write_model(model, {})
-    words = ["pack", str(model), "--bits", "1.58", "--work", str(place / "work"), "--quiet"]
+    words = ["pack", str(model), "--bits", "1.58", "--rotation", "none", "--work", str(place / "work"), "--quiet"]
     subprocess.run([sys.executable, "-m", "edgerazor", *words], check=True, stdout=subprocess.DEVNULL)
     rows = [["opened by", "seconds", "bound", "holds"]]
     for name, seconds in opening_times(place / "work" / "packed").items():

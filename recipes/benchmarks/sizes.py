@@ -153,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
         alone = str(options.llamacpp) == "none"
         python = None if alone else built(options.llamacpp / "bin" / "python")
         write_gaussian(options.build / "model", options.layers, options.tokenizer)
-        values = {"bits": 1.58, "plan": "interleave", "group_size": 256}
+        values = {"bits": 1.58, "plan": "interleave", "group_size": 256, "rotation": "none"}  # GGUF has none
         recipe = recipes.build(
             {"model": str(options.build / "model"), "calibrate": values, "pack": {"source": "teacher"}}
         )
