@@ -51,6 +51,7 @@ __all__ = [
     "SequenceRequest",
     "TokenConstraint",
     "TokenLogprob",
+    "logprob_of",
 ]
 
 #: `cancelled`: by its handle, or with the scheduler. Stop strings are the caller's, who cancels.
@@ -655,7 +656,7 @@ class BatchScheduler:
                 if output < sequence.prompt_length - 1 and sequence.prompt_logprobs is not None:
                     top = sequence.request.top_logprobs or 0
                     following = sequence.ids[output + 1]
-                    sequence.prompt_logprobs.append(_logprob(self._logits[row], totals[row], following, top))
+                    sequence.prompt_logprobs.append(logprob_of(self._logits[row], totals[row], following, top))
                 else:
                     rows.append((sequence, row))
                 row += 1
@@ -669,7 +670,7 @@ class BatchScheduler:
                 continue
             wanted, logprob = sequence.request.top_logprobs, None
             if wanted is not None and choice not in sequence.request.ends:
-                logprob = _logprob(self._logits[row], totals[row], choice, wanted)
+                logprob = logprob_of(self._logits[row], totals[row], choice, wanted)
             self._add_token(sequence, choice, logprob)
 
     def _choose(self, rows: list[tuple[_Sequence, int]], best: NDArray[np.int32]) -> list[int | str]:
@@ -784,7 +785,7 @@ def _sample(sampled: tuple[int, _Sequence, NDArray[np.float32]]) -> int | str:
         return _sentence(error)
 
 
-def _logprob(logits: NDArray[np.float32], log_total: np.float32, token: int, top: int) -> TokenLogprob:
+def logprob_of(logits: NDArray[np.float32], log_total: np.float32, token: int, top: int) -> TokenLogprob:
     """How likely a token was, and which were the likeliest, by logits [vocabulary]."""
     total = float(log_total)
     likeliest: tuple[tuple[int, float], ...] = ()

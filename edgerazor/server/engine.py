@@ -29,9 +29,9 @@ from edgerazor.runtime.batching import (
     TokenLogprob,
 )
 from edgerazor.runtime.detokenizer import TextAssembler
+from edgerazor.runtime.sequential import SequentialScheduler
 from edgerazor.server.errors import ApiError, busy, from_user_error
 from edgerazor.server.metrics import Metrics
-from edgerazor.server.sequential import SequentialScheduler
 from edgerazor.server.token_text import TokenTexts
 
 #: Events of a request that may wait for a client that reads slowly, before the request is given up.

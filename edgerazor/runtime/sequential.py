@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgerazor.errors import UserError, usage_error
-from edgerazor.runtime import Model, Session
 from edgerazor.runtime.batching import (
     BatchSettings,
     FinishReason,
@@ -24,7 +23,9 @@ from edgerazor.runtime.batching import (
     SequenceEvent,
     SequenceRequest,
     TokenLogprob,
+    logprob_of,
 )
+from edgerazor.runtime.engine import Model, Session
 from edgerazor.runtime.generation import rewind_to
 
 #: Bytes of logits of a whole prompt up to which they are computed in one call; of longer ones token by token.
@@ -232,9 +233,4 @@ def token_logprob(logits: NDArray[np.float32], token: int, top: int) -> TokenLog
     """A token's log-probability, and those of the `top` likeliest tokens, by logits [V]."""
     scores = logits.astype(np.float64)
     highest = scores.max()
-    total = highest + np.log(np.exp(scores - highest).sum())
-    count = min(top, len(scores))
-    likeliest = np.argpartition(-scores, count - 1)[:count] if count else np.zeros(0, dtype=np.int64)
-    ordered = sorted(likeliest.tolist(), key=lambda number: (-scores[number], number))
-    pairs = tuple((number, float(scores[number] - total)) for number in ordered)
-    return TokenLogprob(token, float(scores[token] - total), pairs)
+    return logprob_of(logits, np.float32(highest + np.log(np.exp(scores - highest).sum())), token, top)
