@@ -278,6 +278,8 @@ class BatchScheduler:
     def __init__(self, model: Any, settings: BatchSettings) -> None:
         if not isinstance(model, NativeModel):
             raise usage_error("Sequences are batched by the native engine, which does not run this model.")
+        if model.has_states:
+            raise usage_error("Sequences are not batched where layers keep states beside the pages of the KV cache.")
         for name, least in (("max_sequences", 1), ("max_queue", 0), ("prefill_tokens", 1), ("kv_tokens", 0)):
             if type(getattr(settings, name)) is not int or getattr(settings, name) < least:
                 raise usage_error(f"{name} is a whole number, at least {least}.")

@@ -35,6 +35,7 @@ class Model(ABC):
         weight_bytes: that the weights take in memory.
         bytes_per_token: of weights that are read to decode a token, without the cache.
         cache_bytes_per_token: that a token of a sequence adds to its cache.
+        has_states: layers keep states of a sequence beside its cache, which sequences of a batch cannot share by pages.
     """
 
     folder: Path
@@ -47,6 +48,7 @@ class Model(ABC):
     weight_bytes: int
     bytes_per_token: int
     cache_bytes_per_token: int
+    has_states: bool = False
 
     @property
     @abstractmethod

@@ -89,6 +89,7 @@ class NativeModel(Model):
             self.network.check()
         self.tokenizer = load_tokenizer(packed.folder)
         vocabulary.limit(self.tokenizer, self.network.vocab_size)
+        self.has_states = self.network.has_states
         self.vocabulary, self.max_positions = self.network.vocab_size, max_positions(config)
         self.cache_bytes_per_token = self.network.kv_slot_bytes()
         sizes = {name: matrix_bytes(matrix) for name, matrix in matrices.items()}
@@ -100,11 +101,6 @@ class NativeModel(Model):
     @property
     def kernel(self) -> str:
         return self._kernel
-
-    @property
-    def has_states(self) -> bool:
-        """Whether layers keep states of sequences beside the KV cache, which cannot be cut off at a position."""
-        return self.network.has_states
 
     def session(self) -> NativeSession:
         return NativeSession(self)

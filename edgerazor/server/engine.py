@@ -348,5 +348,6 @@ class Engine:
 
 
 def open_scheduler(model: Model, settings: BatchSettings) -> Scheduler:
-    """Batches where the native engine computes; else one text after the other."""
-    return BatchScheduler(model, settings) if model.engine == "native" else SequentialScheduler(model, settings)
+    """Batches where the native engine computes, and all of a sequence is in its pages; else one text after another."""
+    batches = model.engine == "native" and not model.has_states
+    return BatchScheduler(model, settings) if batches else SequentialScheduler(model, settings)

@@ -36,6 +36,18 @@ SHAPE: dict[str, Any] = {
 }
 
 
+LFM2: dict[str, Any] = {
+    **{"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "block_multiple_of": 8},
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}
+QWEN3_5: dict[str, Any] = {
+    **{"layer_types": ["linear_attention", "full_attention", "linear_attention"], "num_hidden_layers": 3},
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_key_head_dim": 12},
+    **{"linear_value_head_dim": 20, "linear_conv_kernel_dim": 4},
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+}
+
+
 #: family -> model type of transformers, and what is special about it beyond `SHAPE`
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -50,6 +62,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("phi", {"partial_rotary_factor": 0.5}),  # LayerNorm, biases everywhere, also of the head
     "phi3": ("phi3", {}),  # fused q, k, v and fused gate, up
     "olmo2": ("olmo2", {}),  # norms behind attention and MLP
+    "lfm2": ("lfm2", LFM2),  # short convolutions beside attention
+    "qwen3.5": ("qwen3_5_text", QWEN3_5),  # the gated delta rule beside attention, whose result has a gate
 }
 
 

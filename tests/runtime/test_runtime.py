@@ -34,7 +34,7 @@ from edgerazor.runtime.native_model import NativeModel
 from edgerazor.workdir import WorkDir
 from helpers.packed_folders import SETTINGS, all_of, suitable_model, write_packed
 from helpers.places import ROOT
-from helpers.tiny_models import FAMILIES, GROUP_SIZE, SHAPE, VOCABULARY, ModelMaker
+from helpers.tiny_models import FAMILIES, GROUP_SIZE, LFM2, QWEN3_5, SHAPE, VOCABULARY, ModelMaker
 
 #: Models are loaded, plans solved, processes started: `make test-fast` leaves this file out.
 pytestmark = pytest.mark.job
@@ -56,16 +56,6 @@ OF_ROPE: dict[str, dict[str, Any]] = {
         "short_factor": [1.0 + 0.1 * i for i in range(8)],
         "long_factor": [1.5 + 0.5 * i for i in range(8)],
     },
-}
-LFM2: dict[str, Any] = {
-    **{"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "block_multiple_of": 8},
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-}
-QWEN3_5: dict[str, Any] = {
-    **{"layer_types": ["linear_attention", "full_attention", "linear_attention"], "num_hidden_layers": 3},
-    **{"linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_key_head_dim": 12},
-    **{"linear_value_head_dim": 20, "linear_conv_kernel_dim": 4},
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
 }
 #: name -> model type, and what is special about it beyond `SHAPE`.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -153,13 +143,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "starcoder2": ("starcoder2", {"sliding_window": 6, "use_bias": True, "hidden_act": "gelu_pytorch_tanh"}),
-    "lfm2": ("lfm2", LFM2),
+    "lfm2": FAMILIES["lfm2"],
     "lfm2, bias": ("lfm2", {**LFM2, "conv_bias": True, "tie_word_embeddings": False, "conv_L_cache": 5}),
     "lfm3": (
         "lfm3",
         {"layer_types": ["conv", "sliding_attention", "full_attention"], "num_hidden_layers": 3, "sliding_window": 5},
     ),
-    "qwen3.5": ("qwen3_5_text", QWEN3_5),
+    "qwen3.5": FAMILIES["qwen3.5"],
     "qwen3.5, tied": (
         "qwen3_5_text",
         {
