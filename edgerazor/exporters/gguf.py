@@ -80,11 +80,17 @@ class GgufModel:
         """
         config = models.complete_config(model.folder)
         architecture = gguf_architecture(config)
-        others = model.others()
+        others = {name: _gain(architecture, name, tensor) for name, tensor in model.others().items()}
         factors = rope_factors(config)
         if factors is not None:
             others[""] = factors
         return cls(model, config, architecture, _vocabulary(model.folder, config), others)
+
+
+def _gain(architecture: GgufArchitecture, name: str, tensor: Tensor) -> Tensor:
+    """A tensor as files have it: gains of norms that are stored less one are whole there."""
+    offset = architecture.norm_offset
+    return tensor.float() + offset if offset and name.endswith("norm.weight") else tensor
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from edgerazor.families.core.base import (
+    GGUF_NORMS_AROUND,
     NORMS_AROUND,
     QK_NORMS,
     Family,
@@ -44,6 +45,27 @@ def _configure(get: GgufMetadata) -> dict[str, Any]:
     }
 
 
+def _metadata(config: dict[str, Any]) -> dict[str, int | float]:
+    """Positions of layers with a window, and the window."""
+    local = config["rope_parameters"]["sliding_attention"]
+    return {"attention.sliding_window": config["sliding_window"], "rope.freq_base_swa": float(local["rope_theta"])}
+
+
+def _gguf_unsupported(config: dict[str, Any]) -> str:
+    """llama.cpp's code gives every sixth layer no window, and knows one scale of scores but for 27B."""
+    layers, kinds = config["num_hidden_layers"], config["layer_types"]
+    if kinds != ["full_attention" if layer % 6 == 5 else "sliding_attention" for layer in range(layers)]:
+        return "its layers without a window are not every sixth one"
+    scalar = config["hidden_size"] // config["num_attention_heads"] if layers == 62 else config["head_dim"]
+    if config["query_pre_attn_scalar"] != scalar:
+        return "its attention scores have a scale of their own"
+    if config.get("final_logit_softcapping"):
+        return "its logits are capped"
+    if config["rope_parameters"]["sliding_attention"]["rope_type"] != "default":
+        return "the positions of its layers with a window are scaled"
+    return "it attends to later tokens" if config.get("use_bidirectional_attention") else ""
+
+
 FAMILY = Family(
     native=NativeArchitecture(
         "Gemma3RotaryEmbedding",
@@ -60,6 +82,16 @@ FAMILY = Family(
         unsupported=_unsupported,
     ),
     gguf=GgufArchitecture(
-        "gemma3", interleaved_rope=False, configure=_configure, norm_offset=1.0, float16=False, exported=False
+        "gemma3",
+        interleaved_rope=False,
+        configure=_configure,
+        norm_offset=1.0,
+        float16=False,
+        parts=GGUF_NORMS_AROUND,
+        metadata=_metadata,
+        activation="gelu_pytorch_tanh",
+        qk_norms=True,
+        windows=True,
+        unsupported=_gguf_unsupported,
     ),
 )

@@ -3,6 +3,7 @@
 from typing import Any
 
 from edgerazor.families.core.base import (
+    GGUF_ALL_BIASES,
     Family,
     GgufArchitecture,
     GgufMetadata,
@@ -10,13 +11,17 @@ from edgerazor.families.core.base import (
     attention_bias,
     configure_llama,
     mlp_bias,
+    scale_keys,
 )
+
+_FACTORS = {
+    **{"attention.scale": "attention_multiplier", "embedding_scale": "embedding_multiplier"},
+    **{"residual_scale": "residual_multiplier", "logit_scale": "logits_scaling"},
+}
 
 
 def _configure(get: GgufMetadata) -> dict[str, Any]:
-    keys = {"attention_multiplier": "attention.scale", "embedding_multiplier": "embedding_scale"}
-    keys |= {"residual_multiplier": "residual_scale", "logits_scaling": "logit_scale"}
-    factors = {field: get.decimal(key) for field, key in keys.items() if get.has(key)}
+    factors = {setting: get.decimal(key) for key, setting in _FACTORS.items() if get.has(key)}
     factors.setdefault("attention_multiplier", get.head_size() ** -0.5)
     return {**configure_llama(get), **factors}
 
@@ -32,5 +37,11 @@ FAMILY = Family(
         residual_scale=lambda config: float(config.residual_multiplier),
         logit_scale=lambda config: 1.0 / config.logits_scaling,
     ),
-    gguf=GgufArchitecture("granite", interleaved_rope=True, configure=_configure, exported=False),
+    gguf=GgufArchitecture(
+        "granite",
+        interleaved_rope=True,
+        configure=_configure,
+        metadata=scale_keys(_FACTORS),
+        biases=GGUF_ALL_BIASES,
+    ),
 )

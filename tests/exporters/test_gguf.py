@@ -233,7 +233,12 @@ def test_large_matrices_are_written_in_pieces(monkeypatch: pytest.MonkeyPatch) -
 
 # Whole models -----------------------------------------------------------------------------------------------------
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "smollm2", "smollm3")
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "smollm2", "smollm3", "gemma3", "granite", "olmo2")
+#: What llama.cpp's code takes for granted of a family's layers.
+GRANTED: dict[str, dict[str, Any]] = {
+    "smollm3": {"no_rope_layers": [1, 1]},
+    "gemma3": {"layer_types": ["sliding_attention"] * 2, "query_pre_attn_scalar": 32},
+}
 #: Rows that GGML's blocks divide.
 SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 32}
 
@@ -247,8 +252,8 @@ def packed(make_model: ModelMaker, tmp_path_factory: pytest.TempPathFactory) -> 
         key = (family, options, json.dumps(overrides, sort_keys=True))
         if key not in made:
             folder = tmp_path_factory.mktemp("packed")
-            layers: dict[str, Any] = {"no_rope_layers": [1, 1]} if family == "smollm3" else {}
-            make_model(folder / "model", family_config(family, **{**SHAPE, **layers, **overrides}))
+            granted = GRANTED.get(family, {})
+            make_model(folder / "model", family_config(family, **{**SHAPE, **granted, **overrides}))
             plain = ("--plan", "interleave", "--group-size", 64)
             done = run("pack", folder / "model", "--work", folder / "job", *plain, *options, "--json")
             assert done.code == 0, done.err
@@ -312,6 +317,8 @@ def test_every_tensor_of_every_family(family: str, variant: str, run: Run, packe
         if architecture.interleaved_rope and (".q_proj." in name or ".k_proj." in name):
             heads = config["num_attention_heads"] if ".q_proj." in name else config["num_key_value_heads"]
             expected = expected[rotated_pairs(heads, 32)]
+        if name.endswith("norm.weight"):
+            expected = expected + architecture.norm_offset
         got = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(expected.shape)
         assert (got == expected.numpy()).all(), name
         assert list(reversed(tensor.shape.tolist())) == list(expected.shape)
@@ -413,6 +420,32 @@ SAID = {
 }
 
 
+def test_metadata_of_factors_and_windows(run: Run, packed: Any, tmp_path: Path) -> None:
+    exporter.export(packed(run, "granite"), tmp_path / "granite.gguf")
+    found = values(read(tmp_path / "granite.gguf"))
+    keys = ("attention.scale", "embedding_scale", "residual_scale", "logit_scale")
+    assert [found[f"granite.{key}"] for key in keys] == pytest.approx([0.2, 3.0, 0.5, 4.0])
+    exporter.export(packed(run, "gemma3"), tmp_path / "gemma3.gguf")
+    found = values(read(tmp_path / "gemma3.gguf"))
+    assert found["gemma3.context_length"] == 128
+    assert found["gemma3.attention.sliding_window"] == 8
+    assert found["gemma3.rope.freq_base"] == 1e6
+    assert found["gemma3.rope.freq_base_swa"] == 1e4
+
+
+def test_what_gemmas_code_in_llama_cpp_takes_for_granted() -> None:
+    def refusal(**config: Any) -> str:
+        complete = family_config("gemma3").to_dict() | GRANTED["gemma3"] | {"head_dim": 32} | config
+        with pytest.raises(UserError) as refused:
+            gguf_architecture(complete)
+        return refused.value.message
+
+    assert "every sixth" in refusal(layer_types=["sliding_attention", "full_attention"])
+    assert "a scale of their own" in refusal(query_pre_attn_scalar=16)
+    assert "capped" in refusal(final_logit_softcapping=30.0)
+    assert "activation 'silu' is not gelu_pytorch_tanh" in refusal(hidden_activation="silu")
+
+
 def test_a_sliding_window_bounds_the_context(run: Run, packed: Any, tmp_path: Path) -> None:
     """llama.cpp sees all of the context, so it is given no more than the window."""
     result = exporter.export(packed(run, "mistral"), tmp_path / "m.gguf")
@@ -484,7 +517,7 @@ def test_a_number_that_gguf_cannot_hold(run: Run, packed: Any, tmp_path: Path) -
 
 
 def test_what_llama_cpp_would_leave_out_is_refused() -> None:
-    assert "its family 'gemma' is not among llama, mistral" in refusal(model_type="gemma")
+    assert "its family 'gemma' is not among gemma3_text, granite, llama, mistral" in refusal(model_type="gemma")
     assert "activation 'gelu'" in refusal(hidden_act="gelu")
     assert "every fourth" in refusal(model_type="smollm3", no_rope_layers=[1, 0])
     assert "as wide as the model" in refusal(model_type="qwen2", head_dim=64)

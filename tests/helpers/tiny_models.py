@@ -36,6 +36,9 @@ SHAPE: dict[str, Any] = {
 }
 
 
+GRANITE: dict[str, Any] = {
+    **{"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 4.0},
+}
 LFM2: dict[str, Any] = {
     **{"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "block_multiple_of": 8},
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
@@ -62,6 +65,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("phi", {"partial_rotary_factor": 0.5}),  # LayerNorm, biases everywhere, also of the head
     "phi3": ("phi3", {}),  # fused q, k, v and fused gate, up
     "olmo2": ("olmo2", {}),  # norms behind attention and MLP
+}
+#: Families of the tests of engines and exports, likewise.
+MORE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "granite": ("granite", GRANITE),  # factors of scores, embeddings, residuals and logits
     "lfm2": ("lfm2", LFM2),  # short convolutions beside attention
     "qwen3.5": ("qwen3_5_text", QWEN3_5),  # the gated delta rule beside attention, whose result has a gate
 }
@@ -91,8 +98,8 @@ def mostly_slow(values: Iterable[Any], *usual: Any) -> list[Any]:
 
 
 def family_config(family: str, **overrides: Any) -> PreTrainedConfig:
-    """The tiny configuration of a family of `FAMILIES`."""
-    model_type, special = FAMILIES[family]
+    """The tiny configuration of a family of `FAMILIES` or `MORE_FAMILIES`."""
+    model_type, special = {**FAMILIES, **MORE_FAMILIES}[family]
     return CONFIG_MAPPING[model_type](**{**SHAPE, **special, **overrides})
 
 

@@ -25,7 +25,7 @@ from edgerazor.runtime.sampling import Sampler
 from edgerazor.runtime.sequential import SequentialScheduler
 from edgerazor.server.engine import open_scheduler
 from edgerazor.workdir import WorkDir
-from helpers.tiny_models import FAMILIES, GROUP_SIZE, SHAPE, VOCABULARY, ModelMaker
+from helpers.tiny_models import FAMILIES, GROUP_SIZE, MORE_FAMILIES, SHAPE, VOCABULARY, ModelMaker
 
 pytestmark = [
     pytest.mark.job,
@@ -51,7 +51,7 @@ def load(make_model: ModelMaker, tmp_path_factory: pytest.TempPathFactory) -> Ca
 
     @functools.cache
     def load_one(family: str) -> NativeModel:
-        kind, special = FAMILIES[family]
+        kind, special = {**FAMILIES, **MORE_FAMILIES}[family]
         make_model(place / family, CONFIG_MAPPING[kind](**{**SHAPE, "max_position_embeddings": 400, **special}))
         model = runtime.load(pack(place / family, WorkDir(place / f"{family} job")), threads=2, engine="native")
         assert isinstance(model, NativeModel)

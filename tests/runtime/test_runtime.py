@@ -22,7 +22,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import edgerazor
 from edgerazor import families, formats, kernels, packed, pipeline, runtime, transformers_plugin
-from edgerazor.console import Console
 from edgerazor.errors import FAILED, USAGE, UserError
 from edgerazor.formats import MatrixSpec
 from edgerazor.kernels import native
@@ -33,14 +32,18 @@ from edgerazor.runtime import network, weight_memory
 from edgerazor.runtime.native_model import NativeModel
 from edgerazor.workdir import WorkDir
 from helpers.packed_folders import SETTINGS, all_of, suitable_model, write_packed
-from helpers.places import ROOT
-from helpers.tiny_models import FAMILIES, GROUP_SIZE, LFM2, QWEN3_5, SHAPE, VOCABULARY, ModelMaker
+from helpers.tiny_models import (
+    FAMILIES,
+    GROUP_SIZE,
+    LFM2,
+    MORE_FAMILIES,
+    QWEN3_5,
+    SHAPE,
+    VOCABULARY,
+    ModelMaker,
+    mostly_slow,
+)
 
-#: Models are loaded, plans solved, processes started: `make test-fast` leaves this file out.
-pytestmark = pytest.mark.job
-
-RECIPES = ROOT / "recipes"
-QUIET = Console(quiet=True)
 IDS = torch.randint(2, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
 
 needs_native = pytest.mark.skipif(native.library() is None, reason="the native library is not built")
@@ -106,13 +109,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
-    "granite": (
-        "granite",
-        {
-            **{"attention_multiplier": 0.2, "embedding_multiplier": 3.0},
-            **{"residual_multiplier": 0.5, "logits_scaling": 4.0},
-        },
-    ),
+    "granite": MORE_FAMILIES["granite"],
     "hunyuan": ("hunyuan_v1_dense", {}),
     "hunyuan, alpha": (
         "hunyuan_v1_dense",
@@ -143,13 +140,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "starcoder2": ("starcoder2", {"sliding_window": 6, "use_bias": True, "hidden_act": "gelu_pytorch_tanh"}),
-    "lfm2": FAMILIES["lfm2"],
+    "lfm2": MORE_FAMILIES["lfm2"],
     "lfm2, bias": ("lfm2", {**LFM2, "conv_bias": True, "tie_word_embeddings": False, "conv_L_cache": 5}),
     "lfm3": (
         "lfm3",
         {"layer_types": ["conv", "sliding_attention", "full_attention"], "num_hidden_layers": 3, "sliding_window": 5},
     ),
-    "qwen3.5": FAMILIES["qwen3.5"],
+    "qwen3.5": MORE_FAMILIES["qwen3.5"],
     "qwen3.5, tied": (
         "qwen3_5_text",
         {
@@ -162,6 +159,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "stablelm": ("stablelm", {"use_qkv_bias": True, "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}),
 }
+#: Their parts are those of others, or checked by other tests, too.
+RARER = {
+    *("gemma", "gemma2, no caps, untied", "gemma3, one kind of layer", "hunyuan, alpha", "lfm2, bias"),
+    *("ministral3", "olmo3", "phi3, partial, longrope", "qwen3.5, tied", "starcoder2", "granite"),
+}
+NAMES = mostly_slow(VARIANTS, *(VARIANTS.keys() - RARER))
 EXACT, EIGHT, FOUR = (16, 16), (8, 8), (8, 4)
 
 
@@ -359,7 +362,7 @@ def test_sizes(folder: Path, model: runtime.Model) -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_with_16_bits(packer: Packer, name: str) -> None:
     ours, theirs = both(packer(name, bits=EXACT))
     assert ours.note is None
@@ -368,7 +371,7 @@ def test_with_16_bits(packer: Packer, name: str) -> None:
 
 @needs_native
 @pytest.mark.parametrize("bits", [EIGHT, FOUR], ids=["kv8", "kv4"])
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_with_rounded_activations_and_cache(packer: Packer, name: str, bits: tuple[int, int]) -> None:
     """A number at the boundary between two codes may go either way, and then all that follows differs a little.
 
@@ -397,7 +400,7 @@ def layers_of(model: Any, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 @needs_native
 @pytest.mark.parametrize("bits", [EXACT, EIGHT, FOUR], ids=["16", "kv8", "kv4"])
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_each_layer_alone(packer: Packer, name: str, bits: tuple[int, int]) -> None:
     folder = packer(name, bits=bits)
     ours = runtime.load(folder, threads=2, engine="native")
@@ -416,7 +419,7 @@ def test_each_layer_alone(packer: Packer, name: str, bits: tuple[int, int]) -> N
 
 
 @needs_native
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_sequences_in_pieces_with_16_bits(packer: Packer, name: str) -> None:
     """Pieces, prefixes and steps see the same cache. (LongRoPE and dynamic frequencies have a test of their own.)"""
     ours = runtime.load(packer(name, bits=EXACT), threads=1, engine="native")

@@ -8,6 +8,7 @@ in `edgerazor/families`. Sources: llama.cpp's `src/models/*.cpp` (which tensors 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import gguf
@@ -29,9 +30,10 @@ def gguf_architecture(config: dict[str, Any]) -> GgufArchitecture:
     family = families.find(str(model_type))
     if family is None or family.gguf is None or not family.gguf.exported:
         raise refused(f"its family {model_type!r} is not among {', '.join(families.with_gguf())}")
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise refused(f"its activation {config['hidden_act']!r} is not silu")
     architecture = family.gguf
+    activation = config.get("hidden_activation") or config.get("hidden_act") or architecture.activation
+    if activation != architecture.activation and (activation, architecture.activation) != ("swish", "silu"):
+        raise refused(f"its activation {activation!r} is not {architecture.activation}")
     if problem := (
         architecture.unsupported(config) or _bias_problem(architecture, config) or _rope_problem(architecture, config)
     ):
@@ -56,8 +58,10 @@ def refused(reason: str) -> UserError:
 
 
 def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of rotary positions, with transformers' defaults."""
-    return {"rope_type": "default", "rope_theta": 10000.0, **(config.get("rope_parameters") or {})}
+    """The parameters of rotary positions, with transformers' defaults; those of layers without a window, where layers
+    with one have their own."""
+    parameters = config.get("rope_parameters") or {}
+    return {"rope_type": "default", "rope_theta": 10000.0, **parameters.get("full_attention", parameters)}
 
 
 def _rope_problem(architecture: GgufArchitecture, config: dict[str, Any]) -> str:
@@ -92,7 +96,7 @@ def context_length(architecture: GgufArchitecture, config: dict[str, Any]) -> tu
     window = config.get("sliding_window")
     layers = config.get("layer_types") or []
     slides = architecture.all_layers_slide or "sliding_attention" in layers
-    if slides and window and window < longest:
+    if slides and window and window < longest and not architecture.windows:
         note = (
             f"llama.cpp has no sliding window for this architecture, so the context is given as {window} tokens (the "
             f"window) instead of {longest}."
@@ -115,6 +119,9 @@ def add_metadata(writer: gguf.GGUFWriter, architecture: GgufArchitecture, config
     writer.add_value_length(size)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_dimension_count(size)
+    for key, value in architecture.metadata(config).items():
+        add: Callable[[str, Any], None] = writer.add_uint32 if isinstance(value, int) else writer.add_float32
+        add(f"{architecture.name}.{key}", value)
     parameters = rope_parameters(config)
     writer.add_rope_freq_base(parameters["rope_theta"])
     if parameters["rope_type"] in ("linear", "yarn"):

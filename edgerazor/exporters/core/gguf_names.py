@@ -38,7 +38,7 @@ def gguf_name(architecture: GgufArchitecture, name: str) -> str:
     """
     module, _, parameter = name.rpartition(".")
     in_layer = IN_LAYER.fullmatch(module)
-    part = LAYER_PARTS.get(in_layer[2]) if in_layer else OTHER_PARTS.get(module)
+    part = {**LAYER_PARTS, **architecture.parts}.get(in_layer[2]) if in_layer else OTHER_PARTS.get(module)
     is_read = part is not None and parameter in ("weight", "bias")
     if is_read and parameter == "bias":
         is_read = part in architecture.biases

@@ -46,6 +46,11 @@ NORMS_AROUND = {
 }
 QK_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
 
+#: llama.cpp's names of norms before and behind, and behind alone.
+GGUF_NORMS_AROUND = {
+    **{"post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm"},
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 #: llama.cpp's names of the parts of a decoder layer whose biases it reads, as one of these sets.
 GGUF_QKV_BIASES = frozenset({"attn_q", "attn_k", "attn_v"})
 GGUF_ALL_BIASES = GGUF_QKV_BIASES | {"attn_output", "ffn_gate", "ffn_up", "ffn_down"}
@@ -224,6 +229,16 @@ def all_supported(config: Any) -> str:
     return ""
 
 
+def nothing_more(config: dict[str, Any]) -> dict[str, int | float]:
+    """GGUF files say nothing beyond what all files say."""
+    return {}
+
+
+def scale_keys(keys: Mapping[str, str]) -> Callable[[dict[str, Any]], dict[str, int | float]]:
+    """Numbers of a configuration under names of GGUF: key of a file -> setting."""
+    return lambda config: {key: float(config[setting]) for key, setting in keys.items()}
+
+
 @dataclass(frozen=True)
 class NativeArchitecture:
     """The parts that the native decoder composes a model of. Functions get the configuration of transformers, as an
@@ -310,10 +325,15 @@ class GgufArchitecture:
         partial_rope: a part of each head may be rotated, so that the rotated width is not that of a head.
         float16: the model's states stay in the range of float16.
         exported: whether we write files of it; what follows is for that alone.
+        parts: llama.cpp's names of parts of a decoder layer, where `exporters/core/gguf_names.py` has others.
+        metadata: what a file says of a configuration beyond what all files say; keys come without the architecture's
+            name.
+        activation: the function in the MLP, as transformers calls it.
         biases: llama.cpp's names of the parts whose bias it reads.
         qk_norms: whether it reads norms of q and k.
         rope_types: ways to scale rotary positions that it knows.
         all_layers_slide: every layer of the model sees a sliding window where the configuration has one.
+        windows: llama.cpp computes the windows of its layers.
         unsupported: what llama.cpp cannot compute of a configuration, as the end of "cannot be exported as GGUF:"; an
             empty string where there is nothing.
     """
@@ -325,10 +345,14 @@ class GgufArchitecture:
     partial_rope: bool = False
     float16: bool = True
     exported: bool = True
+    parts: Mapping[str, str] = field(default_factory=dict)
+    metadata: Callable[[dict[str, Any]], dict[str, int | float]] = nothing_more
+    activation: str = "silu"
     biases: frozenset[str] = frozenset()
     qk_norms: bool = False
     rope_types: frozenset[str] = GGUF_ROPE_TYPES
     all_layers_slide: bool = False
+    windows: bool = False
     unsupported: Callable[[dict[str, Any]], str] = all_supported
 
 

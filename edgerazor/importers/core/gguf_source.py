@@ -116,7 +116,11 @@ def rebuilt_config(file: GgufFile, architecture: str) -> dict[str, Any]:
     Raises:
         UserError: of a family that is not known, incomplete, or with positions that metadata does not describe.
     """
-    known = set(families.with_gguf().values())
+    known = {
+        family.gguf.name
+        for family in families.available().values()
+        if family.gguf and family.gguf.exported and not family.gguf.parts
+    }
     if architecture not in known:
         raise UserError(
             f"{file.path} is of the architecture {plain(architecture)}, and only {', '.join(sorted(known))} can be "
