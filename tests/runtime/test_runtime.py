@@ -22,6 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import edgerazor
 from edgerazor import families, formats, kernels, packed, pipeline, runtime, transformers_plugin
+from edgerazor.console import Console
 from edgerazor.errors import FAILED, USAGE, UserError
 from edgerazor.formats import MatrixSpec
 from edgerazor.kernels import native
@@ -32,6 +33,7 @@ from edgerazor.runtime import network, weight_memory
 from edgerazor.runtime.native_model import NativeModel
 from edgerazor.workdir import WorkDir
 from helpers.packed_folders import SETTINGS, all_of, suitable_model, write_packed
+from helpers.places import ROOT
 from helpers.tiny_models import (
     FAMILIES,
     GROUP_SIZE,
@@ -44,6 +46,11 @@ from helpers.tiny_models import (
     mostly_slow,
 )
 
+#: Models are loaded, plans solved, processes started: `make test-fast` leaves this file out.
+pytestmark = pytest.mark.job
+
+RECIPES = ROOT / "recipes"
+QUIET = Console(quiet=True)
 IDS = torch.randint(2, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
 
 needs_native = pytest.mark.skipif(native.library() is None, reason="the native library is not built")
