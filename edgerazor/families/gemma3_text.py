@@ -22,7 +22,7 @@ from edgerazor.families.core.base import (
 
 
 def _logit_soft_cap(config: Any) -> float:
-    return config.final_logit_softcapping or 0.0
+    return float(config.final_logit_softcapping or 0.0)
 
 
 def _unsupported(config: Any) -> str:

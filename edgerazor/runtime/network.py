@@ -187,13 +187,15 @@ class _NetworkBuilder:
             for place, name in architecture.norms.items()
             if mixer == "attention" or place not in _QK_NORM_PLACES
         }
-        parts = {"mixer": self._mixer(mixer, prefix, linears)} if mixer != "attention" else {}
-        places = {name: linears.get(name) for name in ("q", "k", "v", "o", "gate", "up", "down", "attention_gate")}
+        parts: dict[str, Any] = {"mixer": self._mixer(mixer, prefix, linears)} if mixer != "attention" else {}
+        places: dict[str, Any] = {
+            name: linears.get(name) for name in ("q", "k", "v", "o", "gate", "up", "down", "attention_gate")
+        }
         places["q"] = linears.get("q", linears.get("qkv"))
         places["gate"] = linears.get("gate", linears.get("gate_up"))
         window = architecture.window(config, number)
         return Layer(
-            **places,  # type: ignore[arg-type]
+            **places,
             **norms,
             **parts,
             rope_dim=rotary.features if architecture.has_rope(config, number) else 0,
@@ -212,7 +214,10 @@ class _NetworkBuilder:
             return ShortConvolution(linears["inputs"], convolution)
         name, heads, qkv = f"{prefix}.{_DELTA_RULE}", config.linear_num_value_heads, linears["qkv"]
         return GatedDeltaRule(
-            *(linears[place] for place in ("qkv", "z", "beta", "alpha")),
+            qkv,
+            linears["z"],
+            linears["beta"],
+            linears["alpha"],
             self.convolution(f"{name}.conv1d", qkv.matrix.out, config.linear_conv_kernel_dim, False),
             -self.vector(f"{name}.A_log", heads).exp(),
             self.vector(f"{name}.dt_bias", heads),

@@ -75,8 +75,8 @@ def build(name: str) -> Network:
     layers = []
     for number in range(shape.layers):
         kind = shape.mixers[number % len(shape.mixers)]
-        mlp = {place: linear("int4", GROUP, inner, hidden) for place in ("gate", "up")}
-        behind = {"after_attention": norm, "after_mlp": norm} if shape.norms_behind else {}
+        mlp: dict[str, Any] = {place: linear("int4", GROUP, inner, hidden) for place in ("gate", "up")}
+        behind: dict[str, Any] = {"after_attention": norm, "after_mlp": norm} if shape.norms_behind else {}
         layers.append(
             Layer(
                 **mixer(shape, kind),
@@ -118,8 +118,10 @@ def mixer(shape: Shape, kind: str) -> dict[str, Any]:
         return {**none, "o": linear("int4", GROUP, hidden, hidden), "mixer": inputs}
     if kind == "d":
         heads, width = 16, 128
+        rows = (3 * heads * width, heads * width, heads, heads)
+        inputs_of: list[Any] = [linear("int4", GROUP, each, hidden) for each in rows]
         rule = GatedDeltaRule(
-            *(linear("int4", GROUP, rows, hidden) for rows in (3 * heads * width, heads * width, heads, heads)),
+            *inputs_of,
             Convolution(torch.randn(4, 3 * heads * width)),
             -torch.rand(heads),
             torch.zeros(heads),

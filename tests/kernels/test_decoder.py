@@ -129,8 +129,9 @@ def delta_rule(seed: int) -> GatedDeltaRule:
     """Of 2 key heads of 5 features and 4 value heads of 9."""
     qkv, values = 2 * 2 * 5 + 4 * 9, 4 * 9
     shapes = ((qkv, HIDDEN), (values, HIDDEN), (4, HIDDEN), (4, HIDDEN))
+    inputs: list[Any] = [linear(*shape, seed + place) for place, shape in enumerate(shapes)]
     return GatedDeltaRule(
-        *(linear(*shape, seed + place) for place, shape in enumerate(shapes)),
+        *inputs,
         convolution(qkv, 4, seed + 4),
         -torch.tensor([0.1, 1.0, 3.0, 9.0]),
         torch.tensor([0.0, -1.0, 1.0, 2.0]),
@@ -141,7 +142,7 @@ def delta_rule(seed: int) -> GatedDeltaRule:
 
 def recurrent_network(**changes: Any) -> Network:
     """A short convolution, attention, the gated delta rule."""
-    none = {"q": None, "k": None, "v": None}
+    none: dict[str, Any] = {"q": None, "k": None, "v": None}
     short = ShortConvolution(linear(3 * HIDDEN, HIDDEN, 31), convolution(HIDDEN, 3, 32))
     layers = [
         layer(100, **none, o=linear(HIDDEN, HIDDEN, 33), mixer=short),

@@ -581,6 +581,7 @@ def test_numbers_that_begin_anywhere_in_a_file(packer: Packer, tmp_path: Path, m
     ours, moved = (runtime.load(each, 1, mapped, "native") for each in (packer("llama"), folder))
     assert isinstance(moved, NativeModel)
     layer = moved.network.layers[0]
+    assert layer.q is not None
     assert layer.before_mlp is not None
     assert layer.before_mlp.weight is not None
     assert layer.before_mlp.weight.data_ptr() % 4 == 0
