@@ -18,6 +18,7 @@ from edgerazor.models.attention_capture import (
 )
 from edgerazor.models.blocks import Blocks
 from edgerazor.models.compatibility import cache_name, checkpoint_activations, with_cache
+from edgerazor.models.experts import at_tokens, expert_of, separate_experts
 from edgerazor.models.gguf_teacher import gguf_origin, is_gguf
 from edgerazor.models.hidden_states import capture_hidden, final_states, logit_shape
 from edgerazor.models.layerwise import LayerwisePass, WeightTransform
@@ -54,6 +55,7 @@ __all__ = [
     "QuantTarget",
     "Structure",
     "WeightTransform",
+    "at_tokens",
     "attention_base",
     "attention_forward",
     "auto_config",
@@ -71,6 +73,7 @@ __all__ = [
     "embedding_scale",
     "enable_attention_capture",
     "error_summary",
+    "expert_of",
     "final_states",
     "find_head",
     "fingerprint",
@@ -87,6 +90,7 @@ __all__ = [
     "quiet_transformers",
     "register_attention",
     "resolve",
+    "separate_experts",
     "set_attention",
     "skeleton",
     "stored_shapes",
