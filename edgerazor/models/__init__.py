@@ -44,6 +44,7 @@ from edgerazor.models.loading import (
 )
 from edgerazor.models.observer import Observer
 from edgerazor.models.onloading import drop_pages
+from edgerazor.models.routing import capture_routing
 from edgerazor.models.structure import QuantTarget, Structure, embedding_scale, find_head, structure
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "caps_attention",
     "capture_attention",
     "capture_hidden",
+    "capture_routing",
     "check_attention_capture",
     "checkpoint_activations",
     "complete_config",
