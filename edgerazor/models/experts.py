@@ -69,7 +69,8 @@ class Experts(nn.ModuleList):
     """The experts of a layer. Takes the place of transformers' stacked ones, and is called like them."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """The weighted sum of the outputs of each token's experts; an expert without tokens computes nothing.
+        """The weighted sum of the outputs of each token's experts; an expert without tokens computes nothing (but for
+        `_all_take_part`).
 
         Args:
             hidden_states: [n, hidden].
@@ -80,7 +81,7 @@ class Experts(nn.ModuleList):
             [n, hidden] in the dtype of the hidden states.
         """
         output = torch.zeros_like(hidden_states)
-        for number in top_k_index.unique().tolist():
+        for number in range(len(self)) if self._all_take_part() else top_k_index.unique().tolist():
             tokens, place = torch.where(top_k_index == number)
             weights = top_k_weights[tokens, place]
             expert: Any = self[number]
@@ -91,6 +92,11 @@ class Experts(nn.ModuleList):
                 expert.routed = None
             output.index_add_(0, tokens, outputs.to(output.dtype))
         return output
+
+    def _all_take_part(self) -> bool:
+        """Whether experts without tokens are called, too: processes that train together wait for every gradient."""
+        together = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return self.training and torch.is_grad_enabled() and together and torch.distributed.get_world_size() > 1
 
 
 def separate_experts(model: PreTrainedModel) -> PreTrainedModel:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from edgerazor.models import separate_experts
-from tests.helpers.tiny_models import VOCABULARY
+from helpers.tiny_models import VOCABULARY
 
 EXPERTS, CHOSEN = 6, 2
 SHAPE: dict[str, Any] = {

@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from edgerazor import models
 from edgerazor.errors import UserError
 from edgerazor.models.experts import Experts, expert_lists
-from tests.helpers.tiny_experts import CHOSEN, EXPERTS, MIXTURES, make_mixture, mixture_config
+from helpers.tiny_experts import CHOSEN, EXPERTS, MIXTURES, make_mixture, mixture_config
 
 IDS = torch.randint(2, 60, (2, 11), generator=torch.Generator().manual_seed(3))
 
@@ -121,3 +121,16 @@ def test_an_expert_that_is_never_chosen() -> None:
     model(torch.randint(2, 300, (4, 100)))
     assert "model.layers.1.mlp.experts.2" not in called
     assert len(set(called)) >= 2 * EXPERTS - 1
+
+
+def test_processes_that_train_together_have_gradients_of_all_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_mixture("qwen3_moe", never=2).train()
+    expert: Any = model.get_submodule("model.layers.1.mlp.experts.2")
+    model(IDS).logits.sum().backward()
+    assert expert.up_proj.weight.grad is None
+    alone = model(IDS).logits
+    monkeypatch.setattr(Experts, "_all_take_part", lambda _: True)
+    together = model(IDS).logits
+    assert torch.equal(together, alone)
+    together.sum().backward()
+    assert all(weight.grad is not None and not weight.grad.any() for weight in expert.parameters())
