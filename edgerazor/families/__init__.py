@@ -15,8 +15,10 @@ from edgerazor.families.core.base import (
     Family,
     GgufArchitecture,
     GgufMetadata,
+    Mixer,
     NativeArchitecture,
     head_size,
+    head_width,
 )
 from edgerazor.families.core.lookup import available, find, from_gguf, with_gguf
 
@@ -30,10 +32,12 @@ __all__ = [
     "Family",
     "GgufArchitecture",
     "GgufMetadata",
+    "Mixer",
     "NativeArchitecture",
     "available",
     "find",
     "from_gguf",
     "head_size",
+    "head_width",
     "with_gguf",
 ]

@@ -2,7 +2,32 @@
 
 from typing import Any
 
-from edgerazor.families.core.base import Family, GgufArchitecture, GgufMetadata, configure_gemma, gemma_query_scalar
+from edgerazor.families.core.base import (
+    NORMS_AROUND,
+    Family,
+    GgufArchitecture,
+    GgufMetadata,
+    NativeArchitecture,
+    attention_bias,
+    by_query_scalar,
+    configure_gemma,
+    gemma_query_scalar,
+    hidden_activation,
+    root_of_width,
+    window_by_layer_type,
+)
+
+
+def _attention_soft_cap(config: Any) -> float:
+    return config.attn_logit_softcapping or 0.0
+
+
+def _logit_soft_cap(config: Any) -> float:
+    return config.final_logit_softcapping or 0.0
+
+
+def _unsupported(config: Any) -> str:
+    return "attention to later tokens" if config.use_bidirectional_attention else ""
 
 
 def _configure(get: GgufMetadata) -> dict[str, Any]:
@@ -17,7 +42,21 @@ def _configure(get: GgufMetadata) -> dict[str, Any]:
 
 
 FAMILY = Family(
+    native=NativeArchitecture(
+        "Gemma2RotaryEmbedding",
+        activation=hidden_activation,
+        qkv_bias=attention_bias,
+        o_bias=attention_bias,
+        norms=NORMS_AROUND,
+        norm_offset=1.0,
+        window=window_by_layer_type,
+        attention_scale=by_query_scalar,
+        embedding_scale=root_of_width,
+        attention_soft_cap=_attention_soft_cap,
+        logit_soft_cap=_logit_soft_cap,
+        unsupported=_unsupported,
+    ),
     gguf=GgufArchitecture(
         "gemma2", interleaved_rope=False, configure=_configure, norm_offset=1.0, float16=False, exported=False
-    )
+    ),
 )

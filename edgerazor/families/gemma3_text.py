@@ -2,7 +2,30 @@
 
 from typing import Any
 
-from edgerazor.families.core.base import Family, GgufArchitecture, GgufMetadata, gemma_query_scalar, rms_epsilon
+from edgerazor.families.core.base import (
+    NORMS_AROUND,
+    QK_NORMS,
+    Family,
+    GgufArchitecture,
+    GgufMetadata,
+    NativeArchitecture,
+    attention_bias,
+    by_query_scalar,
+    gemma_query_scalar,
+    hidden_activation,
+    rms_epsilon,
+    root_of_width,
+    rope_by_layer_type,
+    window_by_layer_type,
+)
+
+
+def _logit_soft_cap(config: Any) -> float:
+    return config.final_logit_softcapping or 0.0
+
+
+def _unsupported(config: Any) -> str:
+    return "attention to later tokens" if config.use_bidirectional_attention else ""
 
 
 def _configure(get: GgufMetadata) -> dict[str, Any]:
@@ -22,7 +45,21 @@ def _configure(get: GgufMetadata) -> dict[str, Any]:
 
 
 FAMILY = Family(
+    native=NativeArchitecture(
+        "Gemma3RotaryEmbedding",
+        activation=hidden_activation,
+        qkv_bias=attention_bias,
+        o_bias=attention_bias,
+        norms={**NORMS_AROUND, **QK_NORMS},
+        norm_offset=1.0,
+        rope_table=rope_by_layer_type,
+        window=window_by_layer_type,
+        attention_scale=by_query_scalar,
+        embedding_scale=root_of_width,
+        logit_soft_cap=_logit_soft_cap,
+        unsupported=_unsupported,
+    ),
     gguf=GgufArchitecture(
         "gemma3", interleaved_rope=False, configure=_configure, norm_offset=1.0, float16=False, exported=False
-    )
+    ),
 )

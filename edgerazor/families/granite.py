@@ -2,7 +2,15 @@
 
 from typing import Any
 
-from edgerazor.families.core.base import Family, GgufArchitecture, GgufMetadata, configure_llama
+from edgerazor.families.core.base import (
+    Family,
+    GgufArchitecture,
+    GgufMetadata,
+    NativeArchitecture,
+    attention_bias,
+    configure_llama,
+    mlp_bias,
+)
 
 
 def _configure(get: GgufMetadata) -> dict[str, Any]:
@@ -13,4 +21,16 @@ def _configure(get: GgufMetadata) -> dict[str, Any]:
     return {**configure_llama(get), **factors}
 
 
-FAMILY = Family(gguf=GgufArchitecture("granite", interleaved_rope=True, configure=_configure, exported=False))
+FAMILY = Family(
+    native=NativeArchitecture(
+        "GraniteRotaryEmbedding",
+        qkv_bias=attention_bias,
+        o_bias=attention_bias,
+        mlp_bias=mlp_bias,
+        attention_scale=lambda config: float(config.attention_multiplier),
+        embedding_scale=lambda config: float(config.embedding_multiplier),
+        residual_scale=lambda config: float(config.residual_multiplier),
+        logit_scale=lambda config: 1.0 / config.logits_scaling,
+    ),
+    gguf=GgufArchitecture("granite", interleaved_rope=True, configure=_configure, exported=False),
+)

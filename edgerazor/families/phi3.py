@@ -8,7 +8,9 @@ from edgerazor.families.core.base import (
     Family,
     GgufArchitecture,
     GgufMetadata,
+    NativeArchitecture,
     rms_epsilon,
+    window_of_all,
 )
 
 
@@ -36,5 +38,13 @@ def _configure(get: GgufMetadata) -> dict[str, Any]:
 
 
 FAMILY = Family(
-    gguf=GgufArchitecture("phi3", interleaved_rope=False, configure=_configure, partial_rope=True, exported=False)
+    native=NativeArchitecture(
+        "Phi3RotaryEmbedding",
+        linears={
+            **{"qkv": "self_attn.qkv_proj", "o": "self_attn.o_proj"},
+            **{"gate_up": "mlp.gate_up_proj", "down": "mlp.down_proj"},
+        },
+        window=window_of_all,
+    ),
+    gguf=GgufArchitecture("phi3", interleaved_rope=False, configure=_configure, partial_rope=True, exported=False),
 )

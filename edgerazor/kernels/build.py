@@ -56,7 +56,15 @@ class Job(NamedTuple):
 
 
 #: Compiled once, without options of an instruction set.
-_COMMON = ("dispatch", "library", "packed_layout", "decoder", "decoder_attention", "decoder_api")
+_COMMON = (
+    "dispatch",
+    "library",
+    "packed_layout",
+    "decoder",
+    "decoder_attention",
+    "decoder_recurrent",
+    "decoder_api",
+)
 #: Compiled once for each instruction set, with these options beside its own. The results of `float_kernels` need not be
 #: equal on all machines, so the compiler may fuse products and sums there.
 _FOR_EACH_ISA = {"float_kernels": "-O3 -ffp-contract=fast", "scale_search": "-O3"}

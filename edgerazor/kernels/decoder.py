@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import math
 import os
 import threading
 import weakref
@@ -30,10 +31,13 @@ from edgerazor.kernels.memory import physical_memory
 from edgerazor.kernels.native import LARGEST, NotFiniteError
 
 __all__ = [
+    "ACTIVATIONS",
     "PAGE_SLOTS",
     "RMS",
     "SLOT_ALIGNMENT",
+    "Convolution",
     "Decoder",
+    "GatedDeltaRule",
     "Layer",
     "Linear",
     "Network",
@@ -43,6 +47,7 @@ __all__ = [
     "PageTable",
     "PagedSpan",
     "SequenceSpan",
+    "ShortConvolution",
     "align_slot",
 ]
 
@@ -52,6 +57,12 @@ SLOT_ALIGNMENT = 16
 PAGE_SLOTS = 64
 #: Kinds of norms.
 NO_NORM, RMS, LAYER = 0, 1, 2
+#: Activation functions of MLPs, by the number that the library knows them by.
+ACTIVATIONS = ("silu", "gelu_tanh", "relu_squared")
+#: Tokens that a convolution may see, many more than any model's.
+MOST_TAPS = 1 << 10
+#: The state slot of a sequence that has no tokens yet.
+NO_STATE = -1
 
 
 class OtherProcessError(RuntimeError):
@@ -104,20 +115,76 @@ class Norm:
 
 
 @dataclass(frozen=True, eq=False)
-class Layer:
-    """A decoder layer, like `edgerazor_layer` of `cpp/decoder.h`; None stands for a norm that it does not have.
+class Convolution:
+    """A causal convolution with a filter for each feature.
 
     Attributes:
-        rope_dim: leading features of a head that RoPE rotates; 0: none.
-        sliding_window: latest positions that a token attends to, its own among them; 0: all.
+        weight: float32 [kernel, features]; the last row is for a token itself, the row before for the token before it.
+        bias: float32 [features].
     """
 
-    q: Linear
-    k: Linear
-    v: Linear
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ShortConvolution:
+    """The mixer `o(c * convolution(b * y))`, where b, c and y are the rows of one matrix."""
+
+    inputs: Linear
+    convolution: Convolution
+
+
+@dataclass(frozen=True, eq=False)
+class GatedDeltaRule:
+    """The gated delta rule (Gated DeltaNet, arXiv 2412.06464), with a convolution over q, k and v.
+
+    Attributes:
+        qkv: all queries, all keys, all values.
+        z, beta, alpha: of the gate of the result, of the change of the state, and of its decay.
+        decay: minus exp(A_log), float32 [value_heads].
+        decay_bias: dt_bias, float32 [value_heads].
+        state_norm: of a value head.
+        key_heads, value_heads, key_dim, value_dim: as many value heads share a key head as there are more of them.
+    """
+
+    qkv: Linear
+    z: Linear
+    beta: Linear
+    alpha: Linear
+    convolution: Convolution
+    decay: Tensor
+    decay_bias: Tensor
+    state_norm: Norm
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A decoder layer, like `edgerazor_layer` of `cpp/decoder.h`; None stands for a part that it does not have.
+
+    A layer without `k` and `v` has all three in `q`; one without `up` has gate and up in `gate`, and one without `gate`
+    has an MLP with an activation function alone.
+
+    Attributes:
+        mixer: what is there instead of attention, whose matrices are then None.
+        attention_gate: with a row for each head, or for each feature of all heads: a sigmoid is a factor of attention.
+        gated_queries: the rows of `q` are, head by head, those of the query and those of such a gate.
+        rope_dim: leading features of a head that RoPE rotates; 0: none.
+        rope_table: number of the layer's table of cosines and sines.
+        sliding_window: latest positions that a token attends to, its own among them; 0: all.
+        activation: one of `ACTIVATIONS`.
+    """
+
+    q: Linear | None
+    k: Linear | None
+    v: Linear | None
     o: Linear
-    gate: Linear
-    up: Linear
+    gate: Linear | None
+    up: Linear | None
     down: Linear
     before_attention: Norm | None = None
     after_attention: Norm | None = None
@@ -127,11 +194,32 @@ class Layer:
     k_norm: Norm | None = None
     rope_dim: int = 0
     sliding_window: int = 0
+    rope_table: int = 0
+    activation: str = "silu"
+    attention_gate: Linear | None = None
+    gated_queries: bool = False
+    mixer: ShortConvolution | GatedDeltaRule | None = None
+
+    @property
+    def inputs(self) -> tuple[Linear | None, ...]:
+        """The matrices whose products a mixer mixes, in the order of `edgerazor_layer`."""
+        if isinstance(self.mixer, ShortConvolution):
+            return self.mixer.inputs, None, None, None
+        if isinstance(self.mixer, GatedDeltaRule):
+            return self.mixer.qkv, self.mixer.z, self.mixer.beta, self.mixer.alpha
+        return self.q, self.k, self.v, self.attention_gate
 
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """All layers of a decoder, like `edgerazor_model` of `cpp/decoder.h`."""
+    """All layers of a decoder, like `edgerazor_model` of `cpp/decoder.h`.
+
+    Attributes:
+        residual_scale: of what a mixer or an MLP adds to the residual stream.
+        attention_soft_cap, logit_soft_cap: x becomes cap * tanh(x / cap), where the cap is not 0.
+        rope_tables: how many tables of cosines and sines there are.
+        norm_after_rope: norms of queries and keys come after RoPE.
+    """
 
     hidden_size: int
     num_heads: int
@@ -149,6 +237,16 @@ class Network:
     attention_scale: float = 1.0
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
+    residual_scale: float = 1.0
+    attention_soft_cap: float = 0.0
+    logit_soft_cap: float = 0.0
+    rope_tables: int = 1
+    norm_after_rope: bool = False
+
+    @property
+    def has_states(self) -> bool:
+        """Whether a layer keeps a state of earlier tokens instead of keys and values."""
+        return any(layer.mixer is not None for layer in self.layers)
 
     @property
     def vocab_size(self) -> int:
@@ -156,12 +254,12 @@ class Network:
         return self.head.matrix.out
 
     def kv_slot_bytes(self) -> int:
-        """Bytes of a KV slot: the keys and values of one token in all layers, with their scales."""
+        """Bytes of a KV slot: the keys and values of one token in all layers with attention, with their scales."""
         if self.kv_bits == 16:
             width = 4 * self.head_dim
         else:
             width = (self.head_dim if self.kv_bits == 8 else -(-self.head_dim // 2)) + 4
-        return 2 * width * self.num_kv_heads * len(self.layers)
+        return 2 * width * self.num_kv_heads * sum(layer.mixer is None for layer in self.layers)
 
     def check(self) -> None:
         """Checks that shapes fit together, numbers are in range, and tensors are float32 and contiguous.
@@ -179,6 +277,13 @@ class Network:
             raise ValueError(f"keys and values have 4, 8 or 16 bits, not {self.kv_bits}")
         if self.rope_dim < 0 or self.rope_dim % 2 or self.rope_dim > self.head_dim:
             raise ValueError(f"RoPE cannot rotate {self.rope_dim} features of {self.head_dim} in pairs")
+        scales = (self.attention_scale, self.embedding_scale, self.logit_scale, self.residual_scale)
+        if not all(math.isfinite(scale) for scale in scales):
+            raise ValueError(f"impossible scales: {scales}")
+        if not all(0 <= cap < math.inf for cap in (self.attention_soft_cap, self.logit_soft_cap)):
+            raise ValueError(f"impossible soft caps: {self.attention_soft_cap}, {self.logit_soft_cap}")
+        if not 1 <= self.rope_tables <= max(1, len(self.layers)):
+            raise ValueError(f"{len(self.layers)} layers cannot have {self.rope_tables} tables of positions")
         _check_linear("embedding", self.embedding, (self.head.matrix.out, self.hidden_size))
         _check_linear("head", self.head, (self.head.matrix.out, self.hidden_size))
         _check_norm("final_norm", self.final_norm, self.hidden_size)
@@ -187,21 +292,78 @@ class Network:
 
     def _check_layer(self, layer: Layer) -> None:
         query, key = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        hidden, inner = self.hidden_size, self.intermediate_size
-        shapes = {"q": (query, hidden), "k": (key, hidden), "v": (key, hidden), "o": (hidden, query)}
-        shapes |= {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
-        for name, shape in shapes.items():
-            _check_linear(name, getattr(layer, name), shape)
-        for name, *others in (("q", "k", "v"), ("gate", "up")):
-            _check_common_rotation(name, getattr(layer, name), [getattr(layer, other) for other in others])
+        hidden = self.hidden_size
+        if isinstance(layer.mixer, ShortConvolution):
+            self._check_short_convolution(layer, layer.mixer)
+        elif isinstance(layer.mixer, GatedDeltaRule):
+            self._check_delta_rule(layer, layer.mixer)
+        else:
+            self._check_attention(layer)
+        self._check_mlp(layer)
         for name in ("before_attention", "after_attention", "before_mlp", "after_mlp"):
             _check_norm(name, getattr(layer, name), hidden)
         _check_norm("q_norm", layer.q_norm, query if self.norm_all_heads else self.head_dim)
         _check_norm("k_norm", layer.k_norm, key if self.norm_all_heads else self.head_dim)
         if layer.rope_dim not in (0, self.rope_dim):
             raise ValueError(f"RoPE rotates all {self.rope_dim} features or none in a layer, not {layer.rope_dim}")
+        if not 0 <= layer.rope_table < self.rope_tables:
+            raise ValueError(f"there is no table {layer.rope_table} of positions")
         if not isinstance(layer.sliding_window, int) or not 0 <= layer.sliding_window <= LARGEST:
             raise ValueError(f"a sliding window cannot have {layer.sliding_window} positions")
+
+    def _check_attention(self, layer: Layer) -> None:
+        query, key = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        hidden, fused = self.hidden_size, layer.k is None and layer.v is None
+        if fused and (self.norm_all_heads or layer.gated_queries):
+            raise ValueError("q, k and v of one matrix have no gates and no norm over all heads")
+        rows = query * 2 if layer.gated_queries else query + 2 * key if fused else query
+        _check_linear("q", layer.q, (rows, hidden))
+        if not fused:
+            _check_linear("k", layer.k, (key, hidden))
+            _check_linear("v", layer.v, (key, hidden))
+        if (gate := layer.attention_gate) is not None:
+            rows = gate.matrix.out
+            if rows not in (self.num_heads, query) or layer.gated_queries:
+                raise ValueError(f"a gate of attention cannot have {rows} rows")
+            _check_linear("attention_gate", gate, (rows, hidden))
+        _check_linear("o", layer.o, (hidden, query))
+        _check_common_rotation("q", layer.inputs)
+
+    def _check_short_convolution(self, layer: Layer, mixer: ShortConvolution) -> None:
+        features = layer.o.matrix.columns
+        _check_linear("inputs", mixer.inputs, (3 * features, self.hidden_size))
+        _check_convolution(mixer.convolution, features)
+        _check_linear("o", layer.o, (self.hidden_size, features))
+
+    def _check_delta_rule(self, layer: Layer, mixer: GatedDeltaRule) -> None:
+        hidden, heads = self.hidden_size, mixer.value_heads
+        sizes = (mixer.key_heads, heads, mixer.key_dim, mixer.value_dim)
+        if not all(isinstance(size, int) and 1 <= size <= LARGEST for size in sizes) or heads % mixer.key_heads:
+            raise ValueError(f"impossible sizes: {sizes}")
+        keys, values = mixer.key_heads * mixer.key_dim, heads * mixer.value_dim
+        _check_linear("qkv", mixer.qkv, (2 * keys + values, hidden))
+        _check_linear("z", mixer.z, (values, hidden))
+        _check_linear("beta", mixer.beta, (heads, hidden))
+        _check_linear("alpha", mixer.alpha, (heads, hidden))
+        _check_convolution(mixer.convolution, 2 * keys + values)
+        _check_vector("decay", mixer.decay, heads)
+        _check_vector("decay_bias", mixer.decay_bias, heads)
+        _check_norm("state_norm", mixer.state_norm, mixer.value_dim)
+        _check_linear("o", layer.o, (hidden, values))
+        _check_common_rotation("qkv", layer.inputs)
+
+    def _check_mlp(self, layer: Layer) -> None:
+        hidden, inner = self.hidden_size, self.intermediate_size
+        if layer.activation not in ACTIVATIONS:
+            raise ValueError(f"there is no activation function {layer.activation}")
+        if layer.gate is None and layer.up is None:
+            raise ValueError("an MLP needs gate or up")
+        if layer.gate is not None:
+            _check_linear("gate", layer.gate, (inner if layer.up is not None else 2 * inner, hidden))
+        if layer.up is not None:
+            _check_linear("up", layer.up, (inner, hidden))
+        _check_linear("down", layer.down, (hidden, inner))
+        _check_common_rotation("gate", (layer.gate, layer.up))
 
 
 @dataclass(frozen=True)
@@ -214,6 +376,9 @@ class SequenceSpan:
         slot: first KV slot of the sequence itself.
         past_length: tokens of the sequence, without the prefix, that are already in the KV cache.
         count: new tokens.
+        state_in: the state slot that holds the state after the tokens before, where the network keeps one; -1: there
+            are none.
+        state_out: the state slot that the state after the new tokens is written to; it may be `state_in`.
     """
 
     prefix_slot: int
@@ -221,10 +386,12 @@ class SequenceSpan:
     slot: int
     past_length: int
     count: int
+    state_in: int = NO_STATE
+    state_out: int = 0
 
     @property
     def fields(self) -> tuple[int, int, int, int, int]:
-        """All fields, in order."""
+        """Where its tokens are, in order."""
         return self.prefix_slot, self.prefix_length, self.slot, self.past_length, self.count
 
     @property
@@ -302,7 +469,9 @@ def align_slot(slot: int) -> int:
     return -(-slot // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
 
 
-def _check_linear(name: str, linear: Linear, shape: tuple[int, int]) -> None:
+def _check_linear(name: str, linear: Linear | None, shape: tuple[int, int]) -> None:
+    if linear is None:
+        raise ValueError(f"{name} is missing")
     matrix = linear.matrix
     if (matrix.out, matrix.columns) != shape:
         raise ValueError(f"{name} must be {list(shape)}, not {[matrix.out, matrix.columns]}")
@@ -315,10 +484,18 @@ def _check_linear(name: str, linear: Linear, shape: tuple[int, int]) -> None:
     _check_vector(f"bias of {name}", linear.bias, shape[0])
 
 
-def _check_common_rotation(name: str, linear: Linear, others: Sequence[Linear]) -> None:
+def _check_convolution(convolution: Convolution, features: int) -> None:
+    weight = convolution.weight
+    sized = weight.dim() == 2 and 1 <= weight.shape[0] <= MOST_TAPS and weight.shape[1] == features
+    if not sized or weight.dtype != torch.float32 or not weight.is_contiguous():
+        raise ValueError(f"a convolution must be contiguous float32 [kernel, {features}], not {list(weight.shape)}")
+    _check_vector("bias of a convolution", convolution.bias, features)
+
+
+def _check_common_rotation(name: str, linears: Sequence[Linear | None]) -> None:
     """ValueError unless layers that share an input rotate it alike."""
-    rotation = linear.rotation
-    if not all(rotation.equals(other.rotation) if rotation else other.rotation is None for other in others):
+    rotation, *others = [linear.rotation for linear in linears if linear is not None]
+    if not all(rotation.equals(other) if rotation and other else rotation is other for other in others):
         raise ValueError(f"{name} and the layers that share its input do not have the same rotation")
 
 
@@ -358,22 +535,50 @@ class _Norm(Structure):
     _fields_ = (("kind", c_int32), ("epsilon", c_float), ("weight", c_void_p), ("bias", c_void_p))
 
 
-_LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+class _Convolution(Structure):
+    _fields_ = (("kernel", c_int32), ("weight", c_void_p), ("bias", c_void_p))
+
+
+_DELTA_SIZES = ("key_heads", "value_heads", "key_dim", "value_dim")
+
+
+class _DeltaRule(Structure):
+    _fields_ = (
+        *((name, c_int32) for name in _DELTA_SIZES),
+        ("decay", c_void_p),
+        ("decay_bias", c_void_p),
+        ("state_norm", _Norm),
+    )
+
+
+#: Mixers, by the number that the library knows them by.
+_MIXERS = (type(None), ShortConvolution, GatedDeltaRule)
+_LINEARS = ("o", "gate", "up", "down")
 _NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp", "q_norm", "k_norm")
+
+
+_LAYER_SETTINGS = ("rope_dim", "rope_table", "sliding_window", "gated_queries")
 
 
 class _Layer(Structure):
     _fields_ = (
+        ("mixer", c_int32),
+        ("inputs", _Matrix * 4),
         *((name, _Matrix) for name in _LINEARS),
         *((name, _Norm) for name in _NORMS),
-        ("rope_dim", c_int32),
-        ("sliding_window", c_int32),
+        *((name, c_int32) for name in _LAYER_SETTINGS),
+        ("activation", c_int32),
+        ("convolution", _Convolution),
+        ("delta_rule", _DeltaRule),
     )
 
 
 _SIZES = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size")
-_SETTINGS = ("norm_all_heads", "activation_bits", "kv_bits")
-_SCALES = ("attention_scale", "embedding_scale", "logit_scale")
+_SETTINGS = ("norm_all_heads", "norm_after_rope", "activation_bits", "kv_bits")
+_SCALES = (
+    *("attention_scale", "embedding_scale", "logit_scale", "residual_scale"),
+    *("attention_soft_cap", "logit_soft_cap"),
+)
 
 
 class _Network(Structure):
@@ -381,6 +586,7 @@ class _Network(Structure):
         *((name, c_int32) for name in (*_SIZES, *_SETTINGS)),
         *((name, c_float) for name in _SCALES),
         ("rope_dim", c_int32),
+        ("rope_tables", c_int32),
         ("embedding", _Matrix),
         ("head", _Matrix),
         ("final_norm", _Norm),
@@ -390,7 +596,12 @@ class _Network(Structure):
 
 
 class _SequenceSpan(Structure):
-    _fields_ = (*((field.name, c_int64) for field in dataclasses.fields(SequenceSpan)), ("pages", c_void_p))
+    _fields_ = (
+        *((name, c_int64) for name in ("prefix_slot", "prefix_length", "slot", "past_length", "count")),
+        ("pages", c_void_p),
+        ("state_in", c_int64),
+        ("state_out", c_int64),
+    )
 
 
 #: Decoder, spans and their number, tokens, output positions.
@@ -398,10 +609,13 @@ _TOKENS = [c_void_p, POINTER(_SequenceSpan), c_int64, c_void_p, c_void_p]
 _SIGNATURES = {
     "edgerazor_decoder_new": (c_void_p, [POINTER(_Network), c_int, c_int]),
     "edgerazor_decoder_free": (None, [c_void_p]),
-    "edgerazor_decoder_set_rope": (None, [c_void_p] * 3),
+    "edgerazor_decoder_set_rope": (None, [c_void_p] * 4),
     "edgerazor_decoder_reserve_kv": (c_int, [c_void_p, c_int64]),
     "edgerazor_decoder_kv_bytes": (c_int64, [c_void_p]),
     "edgerazor_decoder_copy_page": (None, [c_void_p, c_int32, c_int32]),
+    "edgerazor_decoder_reserve_states": (c_int, [c_void_p, c_int64]),
+    "edgerazor_decoder_state_bytes": (c_int64, [c_void_p]),
+    "edgerazor_decoder_copy_state": (None, [c_void_p, c_int64, c_int64]),
     "edgerazor_decoder_step": (c_int, [*_TOKENS, c_int64, *[c_void_p] * 4]),
     "edgerazor_decoder_logits": (c_int, [*_TOKENS, c_int64, c_void_p]),
     "edgerazor_decoder_scores": (c_int, [*_TOKENS, c_void_p, c_int64, c_void_p, c_void_p]),
@@ -432,18 +646,11 @@ class _Structures:
     def __init__(self, network: Network) -> None:
         self._arrays: list[ctypes.Array] = []
         self.signs: list[Tensor] = []
-        layers = [
-            _Layer(
-                *(self._matrix(getattr(layer, name)) for name in _LINEARS),
-                *(self._norm(getattr(layer, name)) for name in _NORMS),
-                layer.rope_dim,
-                layer.sliding_window,
-            )
-            for layer in network.layers
-        ]
+        layers = [self._layer(layer) for layer in network.layers]
         self.network = _Network(
             *(getattr(network, name) for name in (*_SIZES, *_SETTINGS, *_SCALES)),
             network.rope_dim,
+            network.rope_tables,
             self._matrix(network.embedding),
             self._matrix(network.head),
             self._norm(network.final_norm),
@@ -451,7 +658,31 @@ class _Structures:
             len(layers),
         )
 
-    def _matrix(self, linear: Linear) -> _Matrix:
+    def _layer(self, layer: Layer) -> _Layer:
+        mixer = layer.mixer
+        convolution = _Convolution() if mixer is None else self._convolution(mixer.convolution)
+        return _Layer(
+            _MIXERS.index(type(mixer)),
+            (_Matrix * 4)(*map(self._matrix, layer.inputs)),
+            *(self._matrix(getattr(layer, name)) for name in _LINEARS),
+            *(self._norm(getattr(layer, name)) for name in _NORMS),
+            *(getattr(layer, name) for name in _LAYER_SETTINGS),
+            ACTIVATIONS.index(layer.activation),
+            convolution,
+            self._delta_rule(mixer) if isinstance(mixer, GatedDeltaRule) else _DeltaRule(),
+        )
+
+    @staticmethod
+    def _convolution(convolution: Convolution) -> _Convolution:
+        return _Convolution(len(convolution.weight), _pointer(convolution.weight), _pointer(convolution.bias))
+
+    def _delta_rule(self, rule: GatedDeltaRule) -> _DeltaRule:
+        sizes = (getattr(rule, name) for name in _DELTA_SIZES)
+        return _DeltaRule(*sizes, _pointer(rule.decay), _pointer(rule.decay_bias), self._norm(rule.state_norm))
+
+    def _matrix(self, linear: Linear | None) -> _Matrix:
+        if linear is None:
+            return _Matrix()
         matrix = linear.matrix
         parts = (native.FormatRowsStructure * len(matrix.parts))(*(part.structure() for part in matrix.parts))
         self._arrays.append(parts)
@@ -489,6 +720,7 @@ class Decoder:
 
     Attributes:
         slots: KV slots that are reserved.
+        states: state slots that are reserved.
 
     Raises:
         ValueError: the network does not fit together.
@@ -500,11 +732,13 @@ class Decoder:
         if not 1 <= threads <= MOST_THREADS:
             raise ValueError(f"there are 1 to {MOST_THREADS} threads, not {threads}")
         self.network = network
-        self.slots = 0
+        self.slots = self.states = 0
         self.process = os.getpid()
         self._lock = threading.Lock()
+        self._has_states = network.has_states
         self._uses_rope = any(layer.rope_dim for layer in network.layers)
-        self._cosines = self._sines = torch.empty(0, network.rope_dim // 2)
+        self._cosines = self._sines = torch.empty(0, network.rope_tables * network.rope_dim // 2)
+        self._query_scales: Tensor | None = None
         structures = _Structures(network)
         handle = _loaded().edgerazor_decoder_new(ctypes.byref(structures.network), isa % len(native.isas()), threads)
         if not handle:
@@ -525,23 +759,26 @@ class Decoder:
         with self._lock:
             yield
 
-    def set_rope(self, cosines: Tensor, sines: Tensor) -> None:
+    def set_rope(self, cosines: Tensor, sines: Tensor, query_scales: Tensor | None = None) -> None:
         """Sets the RoPE tables of the next calls.
 
         Args:
-            cosines: contiguous float32 [positions, rope_dim / 2].
+            cosines: contiguous float32 [positions, rope_tables * rope_dim / 2], one table beside the other.
             sines: likewise.
+            query_scales: factors of queries, contiguous float32 [positions]; None: there are none.
 
         Raises:
             ValueError: a table has another shape or dtype, or is not contiguous.
         """
-        shape = (len(cosines), self.network.rope_dim // 2)
+        shape = (len(cosines), self.network.rope_tables * self.network.rope_dim // 2)
         for table in (cosines, sines):
             if table.dtype != torch.float32 or tuple(table.shape) != shape or not table.is_contiguous():
                 raise ValueError(f"tables of the rotary embedding must be contiguous float32 {list(shape)}")
+        _check_vector("factors of queries", query_scales, len(cosines))
         with self._exclusive():
-            self._cosines, self._sines = cosines, sines
-            _loaded().edgerazor_decoder_set_rope(self._handle, cosines.data_ptr(), sines.data_ptr())
+            self._cosines, self._sines, self._query_scales = cosines, sines, query_scales
+            pointers = (cosines.data_ptr(), sines.data_ptr(), _pointer(query_scales))
+            _loaded().edgerazor_decoder_set_rope(self._handle, *pointers)
 
     def reserve(self, slots: int) -> None:
         """Reserves memory for at least so many KV slots; what is in the KV cache stays.
@@ -558,6 +795,39 @@ class Decoder:
             with self._exclusive():
                 _check_status(_loaded().edgerazor_decoder_reserve_kv(self._handle, align_slot(slots)))
             self.slots = align_slot(slots)
+
+    def reserve_states(self, count: int) -> None:
+        """Reserves memory for at least so many state slots; what is in them stays.
+
+        Raises:
+            ValueError: the number is out of range.
+            MemoryError: there is not enough memory.
+        """
+        if not isinstance(count, int) or not 0 <= count <= LARGEST:
+            raise ValueError(f"there are 0 to {LARGEST} state slots, not {count}")
+        if count > self.states:
+            if count * self.state_bytes() > physical_memory():
+                raise MemoryError(f"there is not enough memory for {count} states")
+            with self._exclusive():
+                _check_status(_loaded().edgerazor_decoder_reserve_states(self._handle, count))
+            self.states = count
+
+    def state_bytes(self) -> int:
+        """Bytes of a state slot; 0 where no layer keeps a state."""
+        size: int = _loaded().edgerazor_decoder_state_bytes(self._handle)
+        return size
+
+    def copy_state(self, source: int, target: int) -> None:
+        """Copies a state to another state slot.
+
+        Raises:
+            ValueError: there is no such slot.
+        """
+        for slot in (source, target):
+            if not 0 <= slot < self.states:
+                raise ValueError(f"there is no state slot {slot}")
+        with self._exclusive():
+            _loaded().edgerazor_decoder_copy_state(self._handle, source, target)
 
     def kv_cache_bytes(self) -> int:
         """Memory of the KV cache, in bytes."""
@@ -686,6 +956,8 @@ class Decoder:
         """The structures of spans, checked."""
         if not spans:
             raise ValueError("there are no spans")
+        if self._has_states:
+            raise ValueError("a network that keeps states has no page tables")
         pages, positions = self.slots // PAGE_SLOTS, len(self._cosines)
         written: list[int] = []
         structures = (_SequenceSpan * len(spans))()
@@ -800,6 +1072,9 @@ class Decoder:
                 raise ValueError(f"{self.slots} KV slots are reserved, too few for {span}")
             if self._uses_rope and span.end_position > len(self._cosines):
                 raise ValueError(f"the rotary embedding has {len(self._cosines)} positions, too few for {span}")
+            in_range = NO_STATE <= span.state_in < self.states and 0 <= span.state_out < self.states
+            if self._has_states and not in_range:
+                raise ValueError(f"{self.states} state slots are reserved, too few for {span}")
         filled = sorted(span.new_slots for span in spans)
         if any(before[1] > after[0] for before, after in pairwise(filled)):
             raise ValueError("two spans write to the same KV slot")
@@ -811,7 +1086,9 @@ def _free(handle: c_void_p, owners: tuple[Network, list[Tensor]], process: int) 
 
 
 def _structures(spans: Sequence[SequenceSpan]) -> ctypes.Array[_SequenceSpan]:
-    return (_SequenceSpan * len(spans))(*(_SequenceSpan(*span.fields, None) for span in spans))
+    return (_SequenceSpan * len(spans))(
+        *(_SequenceSpan(*span.fields, None, span.state_in, span.state_out) for span in spans)
+    )
 
 
 def _int32(numbers: Sequence[int] | Tensor) -> Tensor:

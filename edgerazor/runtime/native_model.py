@@ -17,7 +17,14 @@ from edgerazor import kernels, transformers_plugin
 from edgerazor.errors import UserError, plain
 from edgerazor.families import EMBEDDING, HEAD
 from edgerazor.kernels import native
-from edgerazor.kernels.decoder import Decoder, NotFiniteError, OtherProcessError, SequenceSpan, align_slot
+from edgerazor.kernels.decoder import (
+    NO_STATE,
+    Decoder,
+    NotFiniteError,
+    OtherProcessError,
+    SequenceSpan,
+    align_slot,
+)
 from edgerazor.models import load_tokenizer
 from edgerazor.packed import PackedModel
 from edgerazor.runtime.engine import Model, Session
@@ -29,6 +36,12 @@ from edgerazor.untrusted import vocabulary
 
 #: Tokens that are computed in one call, as many as the decoder takes through its layers at a time.
 CALL_TOKENS = 512
+#: Positions of a session whose states are kept to go back to.
+KEPT_STATES = 4
+#: Tokens that are decoded until a state is kept again; as many, at most, are computed again to go back.
+KEPT_TOKENS = 64
+#: State slots of a call that computes scores: of a prefix but for its last token, of the prefix, of a continuation.
+_CALL_STATES = 3
 #: Tokens that greedy decoding reserves KV slots for at a time.
 GREEDY_TOKENS = 256
 #: What to do where memory or threads do not suffice.
@@ -67,10 +80,12 @@ class NativeModel(Model):
         architecture = native_architecture(config, packed)
         self.folder, self.threads = packed.folder, threads
         self._kernel = kernels.name()
-        matrices = load_matrices(packed, matrix_names(config, packed), mapped, self._kernel in kernels.EXPANDED)
+        names = matrix_names(config, architecture, packed)
+        matrices = load_matrices(packed, names, mapped, self._kernel in kernels.EXPANDED)
         with _configuration_errors(packed):
-            self.rotary = Rotary(config, architecture.rotary_class)
-            self.network = build_network(config, architecture, packed, matrices, self.rotary.features)
+            scaling = architecture.query_scaling(config) if architecture.query_scaling else None
+            self.rotary = Rotary(config, architecture.rotary_class, architecture.rope_table, scaling)
+            self.network = build_network(config, architecture, packed, matrices, self.rotary)
             self.network.check()
         self.tokenizer = load_tokenizer(packed.folder)
         vocabulary.limit(self.tokenizer, self.network.vocab_size)
@@ -85,6 +100,11 @@ class NativeModel(Model):
     @property
     def kernel(self) -> str:
         return self._kernel
+
+    @property
+    def has_states(self) -> bool:
+        """Whether layers keep states of sequences beside the KV cache, which cannot be cut off at a position."""
+        return self.network.has_states
 
     def session(self) -> NativeSession:
         return NativeSession(self)
@@ -102,6 +122,8 @@ class NativeModel(Model):
         shared = self._shared
         with shared.lock, self.errors_for_people():
             shared.decoder = shared.decoder or self.decoder()
+            if self.has_states:
+                shared.decoder.reserve_states(_CALL_STATES)
             yield shared.decoder
 
     def _logits(self, tokens: Tensor, last: int) -> Tensor:
@@ -132,7 +154,7 @@ class NativeModel(Model):
         scores: list[list[Score]] = []
         with self._shared_decoder() as decoder:
             for batch, prefix_is_cached in _calls(requests):
-                call = _Call(batch, prefix_is_cached)
+                call = _Call(batch, prefix_is_cached, self.has_states)
                 prepare(decoder, self.rotary, 0, max(map(_length, batch)), call.slots)
                 first, *others = call.scores(decoder)
                 if prefix_is_cached:
@@ -172,6 +194,7 @@ class NativeSession(Session):
     def __init__(self, model: NativeModel) -> None:
         super().__init__(model)
         self._decoder = model.decoder()
+        self._states = _SessionStates(self._decoder) if model.has_states else None
 
     def _compute(self, start: int, tokens: list[int]) -> Tensor:
         return self._feed(start, tokens, [len(tokens) - 1])[0]
@@ -181,17 +204,78 @@ class NativeSession(Session):
         count = min(count, GREEDY_TOKENS)
         if self.model.rotary.varies(last + count):
             return super()._greedy(start, tokens, count, stops)
-        if len(tokens) > 1:
+        if len(tokens) > 1 or (self._states and self._states.position(last) < last):
             self._feed(start, tokens[:-1], [])
         with self.model.errors_for_people():
             prepare(self._decoder, self.model.rotary, last, last + count, last + count)
-            return self._decoder.greedy(SequenceSpan(0, 0, 0, last, 1), tokens[-1], count, sorted(stops))
+            span = self._span(last, 1)
+            found = self._decoder.greedy(span, tokens[-1], count, sorted(stops))
+        if self._states:
+            self._states.advance(last + len(found))
+        return found
 
     def _feed(self, start: int, tokens: list[int], output_positions: list[int]) -> Tensor:
         end = start + len(tokens)
+        if self._states and (known := self._states.position(start)) < start:  # the state after them is forgotten
+            tokens = [*self.ids[known:start], *tokens]
+            output_positions = [position + start - known for position in output_positions]
+            start = known
+        if not tokens:
+            return torch.empty(0, self.model.vocabulary)
         with self.model.errors_for_people():
             prepare(self._decoder, self.model.rotary, start, end, end)
-            return self._decoder.logits([SequenceSpan(0, 0, 0, start, len(tokens))], tokens, output_positions)
+            logits = self._decoder.logits([self._span(start, len(tokens))], tokens, output_positions)
+        if self._states:
+            self._states.advance(end, keep=len(tokens) > 1)
+        return logits
+
+    def _span(self, start: int, count: int) -> SequenceSpan:
+        """New tokens, from a position on whose state is known where there are states."""
+        state = self._states.take(start) if self._states else NO_STATE
+        return SequenceSpan(0, 0, 0, start, count, state, 0)
+
+
+class _SessionStates:
+    """The states of a session's sequence, in the state slots of its decoder.
+
+    Slot 0 has the state after the newest token. A state cannot be cut off like keys and values: so that a sequence can
+    go back, for a stop string or another turn of a chat, the states at the ends of the last pieces that were read are
+    kept, too, and those of some positions in between. What is between such a position and the one that it goes back to
+    is computed again.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        decoder.reserve_states(1 + KEPT_STATES)
+        self._newest = 0  # the position after the tokens that slot 0 has seen
+        self._kept: dict[int, int] = {}  # such positions -> state slot
+
+    def position(self, start: int) -> int:
+        """The last position, up to `start`, at which the state is known; tokens from `start` on are forgotten."""
+        self._kept = {position: slot for position, slot in self._kept.items() if position <= start}
+        return max(position for position in (0, *self._kept, self._newest) if position <= start)
+
+    def take(self, position: int) -> int:
+        """The slot of the state at a position that `position` gave; slot 0 is about to be overwritten."""
+        known = NO_STATE if position == 0 else 0 if position == self._newest else self._kept[position]
+        if position == self._newest and position >= max(self._kept, default=0) + KEPT_TOKENS:
+            self._keep(position)
+        self._newest = 0  # unknown until `advance`
+        return known
+
+    def advance(self, position: int, keep: bool = False) -> None:
+        """Slot 0 has the state at this position now; `keep` it."""
+        self._newest = position
+        if keep:
+            self._keep(position)
+
+    def _keep(self, position: int) -> None:
+        if position in self._kept:
+            return
+        free = set(range(1, 1 + KEPT_STATES)) - set(self._kept.values())
+        slot = min(free) if free else self._kept.pop(min(self._kept))
+        self._decoder.copy_state(0, slot)
+        self._kept[position] = slot
 
 
 def prepare(decoder: Decoder, rotary: Rotary, start: int, length: int, slots: int) -> None:
@@ -273,6 +357,7 @@ class _Call:
     Args:
         requests: of the call.
         prefix_is_cached: the first KV slots hold the first prefix already, but for its last token.
+        has_states: layers keep states, which continuations begin with.
 
     Attributes:
         slots: KV slots that the call needs.
@@ -281,7 +366,8 @@ class _Call:
     continuation of one token has no span, and those that differ in their last tokens alone share one.
     """
 
-    def __init__(self, requests: list[ScoreRequest], prefix_is_cached: bool) -> None:
+    def __init__(self, requests: list[ScoreRequest], prefix_is_cached: bool, has_states: bool) -> None:
+        self.has_states = has_states
         self.spans: list[SequenceSpan] = []
         self.tokens: list[int] = []
         self.targets: list[_Target] = []
@@ -294,7 +380,7 @@ class _Call:
         prefix, continuations, counts = request
         if not continuations:
             return
-        prefix_slot, _ = self._add_span(0, 0, prefix, len(prefix) - 1 if prefix_is_cached else 0)
+        prefix_slot = self._add_prefix(prefix, prefix_is_cached)
         last = len(self.tokens) - 1
         firsts: dict[tuple[int, ...], int] = {}  # tokens of a span -> its first token's number in the call
         for index, (tokens, count) in enumerate(zip(continuations, counts, strict=True)):
@@ -305,8 +391,24 @@ class _Call:
             scored = list(zip(before, tokens, strict=True))[-count:]
             self.targets += [_Target(position, token, number, index) for position, token in scored]
 
+    def _add_prefix(self, prefix: list[int], is_cached: bool) -> int:
+        """Add the span of a prefix, or of its last token alone; its first KV slot."""
+        if not self.has_states:
+            return self._add_span(0, 0, prefix, len(prefix) - 1 if is_cached else 0)[0]
+        # In two spans, so that the next call finds the state before the last token, too.
+        slot, body, before_last = self.slots, prefix[:-1], NO_STATE
+        if body:
+            before_last = 0
+            if not is_cached:
+                self.spans.append(SequenceSpan(0, 0, slot, 0, len(body), NO_STATE, before_last))
+                self.tokens += body
+        self.spans.append(SequenceSpan(0, 0, slot, len(body), 1, before_last, 1))
+        self.tokens += prefix[-1:]
+        self.slots += align_slot(len(prefix))
+        return slot
+
     def _add_span(self, prefix_slot: int, prefix: int, tokens: list[int], cached: int = 0) -> tuple[int, int]:
-        """Add a sequence span.
+        """Add a sequence span; where there are states, one that begins with the state of the prefix.
 
         Args:
             prefix_slot: first KV slot of the prefix that it attends to.
@@ -318,7 +420,7 @@ class _Call:
             its first KV slot, and the number of its first new token in the call.
         """
         slot, number = self.slots, len(self.tokens)
-        self.spans.append(SequenceSpan(prefix_slot, prefix, slot, cached, len(tokens) - cached))
+        self.spans.append(SequenceSpan(prefix_slot, prefix, slot, cached, len(tokens) - cached, 1, 2))
         self.tokens += tokens[cached:]
         self.slots += align_slot(len(tokens))
         return slot, number

@@ -13,13 +13,23 @@ from torch import Tensor
 
 from edgerazor import families, kernels
 from edgerazor.errors import UserError, plain
-from edgerazor.families import EMBEDDING, FINAL_NORM, HEAD, LINEARS, NativeArchitecture
+from edgerazor.families import EMBEDDING, HEAD, Mixer, NativeArchitecture, head_width
 from edgerazor.formats import INPUT_SCALE
 from edgerazor.kernels import decoder, native
-from edgerazor.kernels.decoder import Layer, Linear, Network, Norm
+from edgerazor.kernels.decoder import Convolution, GatedDeltaRule, Layer, Linear, Network, Norm, ShortConvolution
 from edgerazor.packed import PackedModel, has_zero_points
+from edgerazor.runtime.rope import Rotary
 
 _NORM_KINDS = {"rms": decoder.RMS, "layer": decoder.LAYER}
+#: Activation functions of transformers -> the decoder's.
+_ACTIVATIONS = {
+    **{"silu": "silu", "swish": "silu", "relu2": "relu_squared"},
+    **dict.fromkeys(("gelu_pytorch_tanh", "gelu_new", "gelu_accurate", "gelu_fast"), "gelu_tanh"),
+}
+#: Parameters of mixers that are no linear layers.
+_CONVOLUTION, _DELTA_RULE = "conv.conv", "linear_attn"
+#: Linear layers that have the bias settings of attention's inputs, of its output, and of the MLP.
+_QKV_PLACES, _MLP_PLACES = ("q", "k", "v", "qkv"), ("gate", "up", "gate_up", "down")
 #: Norms of queries and keys, whose width is that of a head or of all heads; all others are as wide as the model.
 _QK_NORM_PLACES = ("q_norm", "k_norm")
 
@@ -48,12 +58,12 @@ def native_architecture(config: Any, packed: PackedModel) -> NativeArchitecture:
     family = families.find(config.model_type)
     if family is None or family.native is None:
         raise NotNativeError(f"there is no native code for models of type {config.model_type}")
-    if config.hidden_act != "silu":
-        raise NotNativeError(f"there is no native code for the activation function {plain(config.hidden_act, 50)}")
+    if (activation := family.native.activation(config)) not in _ACTIVATIONS:
+        raise NotNativeError(f"there is no native code for the activation function {plain(activation, 50)}")
     if unsupported := family.native.unsupported(config):
         raise NotNativeError(f"there is no native code for {unsupported}")
     _check_settings(packed)
-    _check_matrices(config, packed)
+    _check_matrices(config, family.native, packed)
     return family.native
 
 
@@ -78,9 +88,9 @@ def _check_settings(packed: PackedModel) -> None:
             raise NotNativeError(f"there is no native code for {problem}, as in {name}")
 
 
-def _check_matrices(config: Any, packed: PackedModel) -> None:
+def _check_matrices(config: Any, architecture: NativeArchitecture, packed: PackedModel) -> None:
     """Make sure that the quantized matrices are exactly those of the architecture."""
-    names = {*matrix_names(config, packed)}
+    names = {*matrix_names(config, architecture, packed)}
     for name in sorted(names - packed.header.matrices.keys()):
         if f"{name}.weight" in packed.header.others:
             raise NotNativeError(f"its matrix {name} is not quantized")
@@ -89,10 +99,13 @@ def _check_matrices(config: Any, packed: PackedModel) -> None:
         raise _does_not_fit(packed, name)
 
 
-def matrix_names(config: Any, packed: PackedModel) -> list[str]:
+def matrix_names(config: Any, architecture: NativeArchitecture, packed: PackedModel) -> list[str]:
     """The matrices of a model, in the order in which a token meets them, the embedding of which it reads a row last."""
-    layers = range(config.num_hidden_layers)
-    names = [f"model.layers.{layer}.{name}" for layer in layers for name in LINEARS.values()]
+    names = [
+        f"model.layers.{layer}.{name}"
+        for layer in range(config.num_hidden_layers)
+        for name in architecture.linears_of(config, layer).values()
+    ]
     head = packed.header.tied.get(HEAD, HEAD)
     return [*names, head, *([] if head == EMBEDDING else [EMBEDDING])]
 
@@ -102,7 +115,7 @@ def build_network(
     architecture: NativeArchitecture,
     packed: PackedModel,
     matrices: Mapping[str, native.Matrix],
-    rotary_features: int,
+    rotary: Rotary,
 ) -> Network:
     """Describe the whole decoder for the native library.
 
@@ -111,7 +124,7 @@ def build_network(
         architecture: of the model.
         packed: where norms, biases and settings are.
         matrices: of all names of `matrix_names`.
-        rotary_features: of a head that RoPE rotates.
+        rotary: its positions.
 
     Raises:
         UserError: a tensor is missing or damaged, or has another shape than the configuration says.
@@ -125,16 +138,23 @@ def build_network(
         config.num_attention_heads,
         config.num_key_value_heads,
         builder.head_dim,
-        config.intermediate_size,
+        architecture.intermediate_size(config),
         embedding,
         head,
-        builder.norm(FINAL_NORM, config.hidden_size),
-        [builder.layer(number, rotary_features) for number in range(config.num_hidden_layers)],
-        rotary_features,
+        builder.norm(architecture.final_norm, config.hidden_size),
+        [builder.layer(number, rotary) for number in range(config.num_hidden_layers)],
+        rotary.features,
         activation_bits=settings["activation_bits"],  # type: ignore[arg-type]
         kv_bits=settings["kv_bits"],  # type: ignore[arg-type]
         norm_all_heads=architecture.norm_all_heads,
-        attention_scale=builder.head_dim**-0.5,
+        attention_scale=architecture.attention_scale(config),
+        embedding_scale=architecture.embedding_scale(config),
+        logit_scale=architecture.logit_scale(config),
+        residual_scale=architecture.residual_scale(config),
+        attention_soft_cap=architecture.attention_soft_cap(config),
+        logit_soft_cap=architecture.logit_soft_cap(config),
+        rope_tables=len(rotary.names),
+        norm_after_rope=architecture.norm_after_rope,
     )
 
 
@@ -149,38 +169,99 @@ class _NetworkBuilder:
         matrices: Mapping[str, native.Matrix],
     ) -> None:
         self.config, self.architecture, self.packed, self.matrices = config, architecture, packed, matrices
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.head_dim = head_width(config)
         self.others = packed.others()
         self.input_scales = packed.input_scales()
 
-    def layer(self, number: int, rotary_features: int) -> Layer:
-        """A decoder layer; `rotary_features` is 0 in its result where the layer leaves RoPE out."""
-        architecture, prefix = self.architecture, f"model.layers.{number}"
-        shapes, has_bias = self._linear_shapes(), self._linear_biases()
+    def layer(self, number: int, rotary: Rotary) -> Layer:
+        """A decoder layer; its `rope_dim` is 0 where it leaves RoPE out."""
+        architecture, config, prefix = self.architecture, self.config, f"model.layers.{number}"
+        mixer = architecture.mixer(config, number)
+        shapes = {**self._attention_shapes(), **self._mlp_shapes(), **self._mixer_shapes(mixer)}
         linears: dict[str, Any] = {
-            place: self.linear(f"{prefix}.{name}", shapes[place], has_bias[place]) for place, name in LINEARS.items()
+            place: self.linear(f"{prefix}.{name}", shapes[place], self._has_bias(place, mixer))
+            for place, name in architecture.linears_of(config, number).items()
         }
         norms: dict[str, Any] = {
-            place: self.norm(f"{prefix}.{name}", self._norm_width(place)) for place, name in architecture.norms.items()
+            place: self.norm(f"{prefix}.{name}", self._norm_width(place))
+            for place, name in architecture.norms.items()
+            if mixer == "attention" or place not in _QK_NORM_PLACES
         }
-        window = architecture.window(self.config, number)
-        rotated = rotary_features if architecture.has_rope(self.config, number) else 0
-        return Layer(**linears, **norms, rope_dim=rotated, sliding_window=window or 0)
+        parts = {"mixer": self._mixer(mixer, prefix, linears)} if mixer != "attention" else {}
+        places = {name: linears.get(name) for name in ("q", "k", "v", "o", "gate", "up", "down", "attention_gate")}
+        places["q"] = linears.get("q", linears.get("qkv"))
+        places["gate"] = linears.get("gate", linears.get("gate_up"))
+        window = architecture.window(config, number)
+        return Layer(
+            **places,  # type: ignore[arg-type]
+            **norms,
+            **parts,
+            rope_dim=rotary.features if architecture.has_rope(config, number) else 0,
+            rope_table=rotary.table_of(number),
+            sliding_window=window or 0,
+            activation=_ACTIVATIONS[architecture.activation(config)],
+            gated_queries=architecture.gated_queries and mixer == "attention",
+        )
 
-    def _linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """Rows and columns of the linear layers of a decoder layer."""
+    def _mixer(self, mixer: Mixer, prefix: str, linears: Mapping[str, Linear]) -> ShortConvolution | GatedDeltaRule:
+        """A mixer that is no attention."""
+        config = self.config
+        if mixer == "short_convolution":
+            channels, bias = config.hidden_size, bool(config.conv_bias)
+            convolution = self.convolution(f"{prefix}.{_CONVOLUTION}", channels, config.conv_L_cache, bias)
+            return ShortConvolution(linears["inputs"], convolution)
+        name, heads, qkv = f"{prefix}.{_DELTA_RULE}", config.linear_num_value_heads, linears["qkv"]
+        return GatedDeltaRule(
+            *(linears[place] for place in ("qkv", "z", "beta", "alpha")),
+            self.convolution(f"{name}.conv1d", qkv.matrix.out, config.linear_conv_kernel_dim, False),
+            -self.vector(f"{name}.A_log", heads).exp(),
+            self.vector(f"{name}.dt_bias", heads),
+            self.norm(f"{name}.norm", config.linear_value_head_dim, 0.0),
+            config.linear_num_key_heads,
+            heads,
+            config.linear_key_head_dim,
+            config.linear_value_head_dim,
+        )
+
+    def _attention_shapes(self) -> dict[str, tuple[int, int]]:
+        """Rows and columns of the linear layers of attention."""
         config = self.config
         query, key = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        hidden, inner = config.hidden_size, config.intermediate_size
-        shapes = {"q": (query, hidden), "k": (key, hidden), "v": (key, hidden), "o": (hidden, query)}
-        return shapes | {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+        hidden, rows = config.hidden_size, query * (2 if self.architecture.gated_queries else 1)
+        shapes = {"q": (rows, hidden), "k": (key, hidden), "v": (key, hidden), "o": (hidden, query)}
+        return shapes | {"qkv": (query + 2 * key, hidden), "attention_gate": (config.num_attention_heads, hidden)}
 
-    def _linear_biases(self) -> dict[str, bool]:
-        """Whether the linear layers of a decoder layer have biases."""
-        architecture = self.architecture
-        qkv, mlp = architecture.qkv_bias(self.config), architecture.mlp_bias(self.config)
-        biases = {**dict.fromkeys("qkv", qkv), "o": architecture.o_bias(self.config)}
-        return biases | dict.fromkeys(("gate", "up", "down"), mlp)
+    def _mlp_shapes(self) -> dict[str, tuple[int, int]]:
+        """Rows and columns of the linear layers of the MLP."""
+        hidden, inner = self.config.hidden_size, self.architecture.intermediate_size(self.config)
+        return {"gate": (inner, hidden), "up": (inner, hidden), "gate_up": (2 * inner, hidden), "down": (hidden, inner)}
+
+    def _mixer_shapes(self, mixer: Mixer) -> dict[str, tuple[int, int]]:
+        """Rows and columns of the linear layers of a mixer that is no attention."""
+        config = self.config
+        hidden = config.hidden_size
+        if mixer == "short_convolution":
+            return {"inputs": (3 * hidden, hidden), "o": (hidden, hidden)}
+        if mixer == "gated_delta_rule":
+            heads = config.linear_num_value_heads
+            keys, values = (
+                config.linear_num_key_heads * config.linear_key_head_dim,
+                heads * config.linear_value_head_dim,
+            )
+            shapes = {"qkv": (2 * keys + values, hidden), "z": (values, hidden), "o": (hidden, values)}
+            return shapes | {"beta": (heads, hidden), "alpha": (heads, hidden)}
+        return {}
+
+    def _has_bias(self, place: str, mixer: Mixer) -> bool:
+        """Whether a linear layer of a decoder layer has a bias."""
+        architecture, config = self.architecture, self.config
+        if place in _MLP_PLACES:
+            return architecture.mlp_bias(config)
+        if mixer != "attention":
+            return mixer == "short_convolution" and bool(config.conv_bias)
+        if place in _QKV_PLACES:
+            return architecture.qkv_bias(config)
+        return place == "o" and architecture.o_bias(config)
 
     def _norm_width(self, place: str) -> int:
         """Features of a norm of a decoder layer."""
@@ -201,20 +282,31 @@ class _NetworkBuilder:
         rotation = self.packed.rotation(shape[1])
         return Linear(matrix, bias, settings["group_size"], scale, rotation)  # type: ignore[arg-type]
 
-    def norm(self, name: str, features: int) -> Norm:
-        """A norm of so many features."""
+    def norm(self, name: str, features: int, offset: float | None = None) -> Norm:
+        """A norm of so many features; `offset`: what is added to its gains, None for the architecture's."""
         architecture = self.architecture
         epsilon = architecture.norm_epsilon
         epsilon = epsilon if isinstance(epsilon, float) else getattr(self.config, epsilon)
-        parameters = (self.vector(f"{name}.{parameter}", features) for parameter in architecture.norm_parameters)
+        parameters = [self.vector(f"{name}.{parameter}", features) for parameter in architecture.norm_parameters]
+        if offset := architecture.norm_offset if offset is None else offset:
+            parameters[0] += offset
         return Norm(_NORM_KINDS[architecture.norm_kind], float(epsilon), *parameters)
 
+    def convolution(self, name: str, features: int, kernel: int, has_bias: bool) -> Convolution:
+        """A convolution with a filter of so many weights for each feature."""
+        weight = self.tensor(f"{name}.weight", (features, 1, kernel)).view(features, kernel)
+        return Convolution(weight.T.contiguous(), self.vector(f"{name}.bias", features) if has_bias else None)
+
     def vector(self, name: str, size: int) -> Tensor:
-        """A norm's or a layer's parameter, float32."""
+        """A norm's or a layer's parameter, float32 [size]."""
+        return self.tensor(name, (size,))
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A parameter that is no matrix, float32."""
         if name not in self.others:
             raise UserError(f"{self.packed.folder} lacks the tensor {name}.", "Pack the model again.")
         tensor = self.others[name]
-        if tuple(tensor.shape) != (size,) or not tensor.is_floating_point():
+        if tuple(tensor.shape) != shape or not tensor.is_floating_point():
             raise _does_not_fit(self.packed, name)
         # A copy: the file may change later, and where another program has rewritten it, numbers begin anywhere.
         return tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)

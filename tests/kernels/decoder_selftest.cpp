@@ -31,6 +31,7 @@ struct Config {
     int kv_bits;
     int rope_dim, sliding_window, norm_all_heads, post_norms, norm;
     int block; // of the rotation of matrices whose columns it divides; 0: none
+    int parts = 0; // 1: other parts of attention and MLP, 2: other mixers
 };
 
 // The weights of one matrix. Of more than 20 rows, a third is ternary, and the others have `bits`.
@@ -94,16 +95,44 @@ struct Model {
         return {c.norm, 1e-6f, vectors.back().data(), nullptr};
     }
 
+    void add_mixer(edgerazor_layer& layer, bool is_short) {
+        layer.mixer = is_short ? EDGERAZOR_SHORT_CONVOLUTION : EDGERAZOR_GATED_DELTA_RULE;
+        const int keys = 2 * 5, values = 4 * 9, features = is_short ? c.hidden_size : 2 * keys + values;
+        layer.o = random(c.hidden_size, is_short ? c.hidden_size : values);
+        layer.inputs[0] = random(is_short ? 3 * features : features, c.hidden_size);
+        vectors.push_back(random_floats(4 * features));
+        layer.convolution = {4, vectors.back().data(), nullptr};
+        if (is_short) return;
+        layer.inputs[1] = random(values, c.hidden_size);
+        layer.inputs[2] = random(4, c.hidden_size), layer.inputs[3] = random(4, c.hidden_size);
+        vectors.push_back(random_floats(4, -1));
+        vectors.push_back(random_floats(4));
+        const float *decay = vectors[vectors.size() - 2].data(), *decay_bias = vectors.back().data();
+        layer.delta_rule = {2, 4, 5, 9, decay, decay_bias, norm(9)};
+    }
+
     explicit Model(const Config& config) : c(config) {
         vectors.reserve(1000);
         const int q = c.heads * c.head_dim, kv = c.kv_heads * c.head_dim;
         for (int i = 0; i < c.layers; i++) {
             edgerazor_layer layer;
-            layer.q = random(q, c.hidden_size, true), layer.k = random(kv, c.hidden_size, true);
-            layer.v = random(kv, c.hidden_size);
+            memset(&layer, 0, sizeof layer);
+            layer.activation = c.parts == 1 ? 1 + i % 2 : EDGERAZOR_SILU;
             layer.o = random(c.hidden_size, q);
-            layer.gate = random(c.intermediate_size, c.hidden_size);
-            layer.up = random(c.intermediate_size, c.hidden_size);
+            if (c.parts == 2 && i % 3 != 1) {
+                add_mixer(layer, i % 3 == 0);
+            } else if (c.parts == 1 && i % 2 == 0) {
+                layer.inputs[0] = random(q + 2 * kv, c.hidden_size, true);
+                layer.inputs[3] = random(c.heads, c.hidden_size);
+            } else {
+                layer.gated_queries = c.parts == 1;
+                layer.inputs[0] = random(c.parts == 1 ? 2 * q : q, c.hidden_size, true);
+                layer.inputs[1] = random(kv, c.hidden_size, true);
+                layer.inputs[2] = random(kv, c.hidden_size);
+            }
+            if (c.parts != 1 || i % 2 == 1)
+                layer.gate = random(c.parts == 1 ? 2 * c.intermediate_size : c.intermediate_size, c.hidden_size);
+            if (c.parts != 1 || i % 2 == 0) layer.up = random(c.intermediate_size, c.hidden_size);
             layer.down = random(c.hidden_size, c.intermediate_size);
             layer.before_attention = norm(c.hidden_size, !c.post_norms);
             layer.before_mlp = norm(c.hidden_size, !c.post_norms);
@@ -122,7 +151,8 @@ struct Model {
                 sines.push_back((float)sin(angle));
             }
         model = {c.hidden_size, c.heads, c.kv_heads, c.head_dim, c.intermediate_size, c.vocab_size, c.norm_all_heads,
-                 c.activation_bits, c.kv_bits, 1 / sqrtf((float)c.head_dim), 1.5f, 0.5f, c.rope_dim,
+                 c.parts == 1, c.activation_bits, c.kv_bits, 1 / sqrtf((float)c.head_dim), 1.5f, 0.5f,
+                 c.parts == 1 ? 0.7f : 1.0f, c.parts == 1 ? 3.0f : 0.0f, c.parts == 1 ? 5.0f : 0.0f, c.rope_dim, 1,
                  random(c.vocab_size, c.hidden_size), {}, norm(c.hidden_size), layers.data(), c.layers};
         model.head = model.embedding;
     }
@@ -138,8 +168,9 @@ int wrong = 0, checks = 0;
 
 Decoder open(const Model& model, int isa, int threads) {
     Decoder decoder(edgerazor_decoder_new(&model.model, isa, threads));
-    edgerazor_decoder_set_rope(decoder.get(), model.cosines.data(), model.sines.data());
+    edgerazor_decoder_set_rope(decoder.get(), model.cosines.data(), model.sines.data(), nullptr);
     if (edgerazor_decoder_reserve_kv(decoder.get(), 2000) != EDGERAZOR_OK) abort();
+    if (edgerazor_decoder_reserve_states(decoder.get(), 4) != EDGERAZOR_OK) abort();
     return decoder;
 }
 
@@ -171,8 +202,60 @@ void expect(bool right, const char* what, const Config& c, int isa, double numbe
            number, c.hidden_size, c.bits, c.activation_bits, c.kv_bits, c.sliding_window);
 }
 
+// The first tokens of a sequence.
+edgerazor_sequence_span from_start(int64_t count) { return {0, 0, 0, 0, count, nullptr, -1, 0}; }
+
 std::vector<int32_t> prompt_of(const std::vector<int32_t>& tokens, int64_t count) {
     return {tokens.begin(), tokens.begin() + count};
+}
+
+// Pages anywhere, beside another sequence.
+void check_pages(const Model& model, const Decoder& three, int isa, const std::vector<int32_t>& twice) {
+    const Config& c = model.c;
+    const int32_t first_pages[] = {7}, other_pages[] = {20};
+    const edgerazor_sequence_span paged[] = {{0, 0, 0, 0, 40, first_pages, 0, 0},
+                                             {0, 0, 0, 0, 10, other_pages, 0, 0}};
+    const int64_t outputs[] = {39, 49};
+    const uint8_t wanted[] = {1, 0};
+    std::vector<float> of_pages(2 * c.vocab_size), totals(2);
+    std::vector<int32_t> likeliest(2);
+    const int status = edgerazor_decoder_step(three.get(), paged, 2, twice.data(), outputs, 2, wanted,
+                                              of_pages.data(), likeliest.data(), totals.data());
+    of_pages.resize(c.vocab_size);
+    const std::vector<float> alone = logits(model, three, {from_start(40)}, prompt_of(twice, 40), {39});
+    expect(status == EDGERAZOR_OK && of_pages == alone, "pages change the result", c, isa);
+    double total = 0;
+    for (const float each : alone) total += exp((double)each);
+    expect(fabs(totals[0] - log(total)) < 1e-4, "a total is wrong", c, isa, totals[0]);
+}
+
+// After a token at position 39; the state before it is in slot 3.
+void check_greedy(const Model& model, const Decoder& three, int isa, int32_t token) {
+    const Config& c = model.c;
+    std::vector<int32_t> text(20), again;
+    std::vector<float> step;
+    int64_t written = 0;
+    const edgerazor_sequence_span span = {0, 0, 0, 39, 1, nullptr, 3, 1};
+    edgerazor_decoder_greedy(three.get(), &span, token, nullptr, 0, 20, text.data(), &written);
+    for (int64_t i = 0; i < 20; i++) {
+        if (i == 19) edgerazor_decoder_copy_state(three.get(), 2, 1);
+        const edgerazor_sequence_span next = {0, 0, 0, 39 + i, 1, nullptr, i == 0 ? 3 : 2, 2};
+        step = logits(model, three, {next}, {i == 0 ? token : again.back()}, {0});
+        int32_t best = 0;
+        for (int32_t t = 1; t < c.vocab_size; t++)
+            if (step[t] > step[best]) best = t;
+        again.push_back(best);
+    }
+    expect(written == 20 && text == again, "greedy decoding is not the most probable text", c, isa);
+    float log_probability = 0;
+    int32_t best = -1;
+    const int64_t last = 0;
+    const edgerazor_sequence_span end = {0, 0, 0, 58, 1, nullptr, 1, 1};
+    edgerazor_decoder_scores(three.get(), &end, 1, &again[18], &last, &again[19], 1, &log_probability, &best);
+    double sum = 0;
+    for (const float each : step) sum += exp((double)each - step[again[19]]);
+    const bool scored = best == again[19] && fabs(log_probability + log(sum)) < 1e-4;
+    expect(scored, "a score is wrong", c, isa, log_probability);
 }
 
 void check(const Config& c) {
@@ -186,8 +269,8 @@ void check(const Config& c) {
     std::vector<float> first;
     for (int isa = 0; isa < edgerazor_isa_count(); isa++) {
         const Decoder one = open(model, isa, 1), three = open(model, isa, 3);
-        const std::vector<float> whole = logits(model, one, {{0, 0, 0, 0, length}}, tokens, positions);
-        const std::vector<float> threaded = logits(model, three, {{0, 0, 0, 0, length}}, tokens, positions);
+        const std::vector<float> whole = logits(model, one, {from_start(length)}, tokens, positions);
+        const std::vector<float> threaded = logits(model, three, {from_start(length)}, tokens, positions);
         const bool equal = memcmp(whole.data(), threaded.data(), whole.size() * sizeof(float)) == 0;
         expect(equal, "threads change the result", c, isa);
         if (isa == 0) first = whole;
@@ -195,53 +278,21 @@ void check(const Config& c) {
         // A prefix and two sequences that continue it, in one call; then the same tokens one by one.
         const std::vector<int32_t> prompt(tokens.begin(), tokens.begin() + 50);
         const std::vector<edgerazor_sequence_span> spans = {
-            {0, 0, 0, 0, 30}, {0, 30, 1024, 0, 10}, {0, 30, 1040, 0, 10}};
+            {0, 0, 0, 0, 30, nullptr, -1, 0}, {0, 30, 1024, 0, 10, nullptr, 0, 1}, {0, 30, 1040, 0, 10, nullptr, 0, 1}};
         std::vector<int32_t> twice(prompt.begin(), prompt.begin() + 40);
         twice.insert(twice.end(), prompt.begin() + 30, prompt.begin() + 40);
         const std::vector<float> shared = logits(model, three, spans, twice, {39, 49});
         std::vector<float> step;
-        for (int64_t i = 0; i < 40; i++) step = logits(model, three, {{0, 0, 0, i, 1}}, {prompt[i]}, {0});
+        for (int64_t i = 0; i < 40; i++) {
+            if (i == 39) edgerazor_decoder_copy_state(three.get(), 2, 3);
+            step = logits(model, three, {{0, 0, 0, i, 1, nullptr, i == 0 ? -1 : 2, 2}}, {prompt[i]}, {0});
+        }
         const std::vector<float> left(shared.begin(), shared.begin() + c.vocab_size);
         const std::vector<float> right(shared.begin() + c.vocab_size, shared.end());
         expect(left == right, "equal sequences differ", c, isa);
         expect(distance(left, step) < near, "a shared prefix changes the result", c, isa, distance(left, step));
-        // Pages anywhere, beside another sequence.
-        const int32_t first_pages[] = {7}, other_pages[] = {20};
-        const edgerazor_sequence_span paged[] = {{0, 0, 0, 0, 40, first_pages}, {0, 0, 0, 0, 10, other_pages}};
-        const int64_t outputs[] = {39, 49};
-        const uint8_t wanted[] = {1, 0};
-        std::vector<float> of_pages(2 * c.vocab_size), totals(2);
-        std::vector<int32_t> likeliest(2);
-        const int status = edgerazor_decoder_step(three.get(), paged, 2, twice.data(), outputs, 2, wanted,
-                                                  of_pages.data(), likeliest.data(), totals.data());
-        of_pages.resize(c.vocab_size);
-        const std::vector<float> alone = logits(model, three, {{0, 0, 0, 0, 40}}, prompt_of(twice, 40), {39});
-        expect(status == EDGERAZOR_OK && of_pages == alone, "pages change the result", c, isa);
-        double total = 0;
-        for (const float each : alone) total += exp((double)each);
-        expect(fabs(totals[0] - log(total)) < 1e-4, "a total is wrong", c, isa, totals[0]);
-        // Greedy decoding.
-        std::vector<int32_t> text(20), again;
-        int64_t written = 0;
-        const edgerazor_sequence_span span = {0, 0, 0, 39, 1};
-        edgerazor_decoder_greedy(three.get(), &span, prompt[39], nullptr, 0, 20, text.data(), &written);
-        for (int64_t i = 0; i < 20; i++) {
-            step = logits(model, three, {{0, 0, 0, 39 + i, 1}}, {i == 0 ? prompt[39] : again.back()}, {0});
-            int32_t best = 0;
-            for (int32_t t = 1; t < c.vocab_size; t++)
-                if (step[t] > step[best]) best = t;
-            again.push_back(best);
-        }
-        expect(written == 20 && text == again, "greedy decoding is not the most probable text", c, isa);
-        float log_probability = 0;
-        int32_t best = -1;
-        const int64_t last = 0;
-        const edgerazor_sequence_span end = {0, 0, 0, 58, 1};
-        edgerazor_decoder_scores(three.get(), &end, 1, &again[18], &last, &again[19], 1, &log_probability, &best);
-        double sum = 0;
-        for (const float each : step) sum += exp((double)each - step[again[19]]);
-        const bool scored = best == again[19] && fabs(log_probability + log(sum)) < 1e-4;
-        expect(scored, "a score is wrong", c, isa, log_probability);
+        if (c.parts != 2) check_pages(model, three, isa, twice);
+        check_greedy(model, three, isa, prompt[39]);
     }
 }
 
@@ -301,7 +352,7 @@ int main() {
     check_scarce_threads();
     // hidden size, heads, KV heads, head_dim, intermediate size, vocabulary, layers, group, bits, activation bits, KV
     // bits, rope_dim, sliding window, norm of all heads, norms after attention and MLP instead of before, kind of norm,
-    // block of the rotation
+    // block of the rotation, parts
     const Config configs[] = {
         {64, 4, 2, 16, 96, 300, 2, 32, 4, 8, 8, 16, 0, 0, 0, EDGERAZOR_RMS_NORM, 0},
         {64, 4, 2, 16, 96, 300, 2, 32, 4, 8, 8, 16, 0, 0, 0, EDGERAZOR_RMS_NORM, 32},
@@ -309,6 +360,9 @@ int main() {
         {96, 3, 1, 20, 100, 77, 3, 64, 2, 16, 16, 8, 40, 1, 1, EDGERAZOR_RMS_NORM, 0},
         {40, 5, 5, 7, 33, 50, 2, 33, 3, 8, 4, 6, 100, 0, 0, EDGERAZOR_LAYER_NORM, 8},
         {128, 2, 1, 64, 256, 1000, 1, 128, 0, 16, 8, 64, 17, 0, 0, EDGERAZOR_RMS_NORM, 128},
+        {64, 4, 2, 16, 96, 300, 2, 32, 4, 8, 8, 16, 40, 0, 0, EDGERAZOR_RMS_NORM, 0, 1},
+        {64, 4, 2, 16, 96, 300, 3, 32, 4, 8, 8, 16, 0, 0, 0, EDGERAZOR_RMS_NORM, 0, 2},
+        {40, 5, 5, 7, 33, 50, 3, 33, 3, 16, 16, 6, 0, 0, 0, EDGERAZOR_RMS_NORM, 8, 2},
     };
     for (const Config& config : configs) check(config);
     for (int isa = 0; isa < edgerazor_isa_count(); isa++) printf("%s ", edgerazor_isa_name(isa));

@@ -16,7 +16,20 @@ from torch import Tensor
 from edgerazor import formats
 from edgerazor.formats import MatrixSpec
 from edgerazor.kernels import decoder, native
-from edgerazor.kernels.decoder import PAGE_SLOTS, RMS, Decoder, Layer, Linear, Network, Norm, PagedSpan, PageTable
+from edgerazor.kernels.decoder import (
+    PAGE_SLOTS,
+    RMS,
+    Convolution,
+    Decoder,
+    GatedDeltaRule,
+    Layer,
+    Linear,
+    Network,
+    Norm,
+    PagedSpan,
+    PageTable,
+    ShortConvolution,
+)
 from edgerazor.kernels.decoder import SequenceSpan as Span
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="the native library is not built")
@@ -91,7 +104,137 @@ def rotated_network(**changes: Any) -> Network:
     return network(**{**values, **changes})
 
 
+def gated_network(**changes: Any) -> Network:
+    """Fused matrices, gates of attention, norms around, tables of positions, factors and caps."""
+    query, key = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
+    around = {"after_attention": norm(HIDDEN, 7), "after_mlp": norm(HIDDEN, 8), "q_norm": norm(HEAD_DIM, 9)}
+    layers = [
+        layer(100, q=linear(query + 2 * key, HIDDEN, 3), k=None, v=None, gate=linear(2 * INNER, HIDDEN, 4), up=None),
+        layer(200, q=linear(2 * query, HIDDEN, 5), gated_queries=True, rope_table=1, sliding_window=9, **around),
+        layer(300, gate=None, attention_gate=linear(HEADS, HIDDEN, 6), activation="gelu_tanh", **around),
+        layer(400, attention_gate=linear(query, HIDDEN, 6), activation="relu_squared"),
+    ]
+    values: dict[str, Any] = {
+        **{"layers": layers, "rope_tables": 2, "residual_scale": 0.7, "logit_scale": 0.5, "embedding_scale": 2.0},
+        **{"attention_soft_cap": 2.0, "logit_soft_cap": 0.4, "norm_after_rope": True},
+    }
+    return network(**{**values, **changes})
+
+
+def convolution(features: int, taps: int, seed: int) -> Convolution:
+    return Convolution(torch.randn(taps, features, generator=torch.Generator().manual_seed(seed)))
+
+
+def delta_rule(seed: int) -> GatedDeltaRule:
+    """Of 2 key heads of 5 features and 4 value heads of 9."""
+    qkv, values = 2 * 2 * 5 + 4 * 9, 4 * 9
+    shapes = ((qkv, HIDDEN), (values, HIDDEN), (4, HIDDEN), (4, HIDDEN))
+    return GatedDeltaRule(
+        *(linear(*shape, seed + place) for place, shape in enumerate(shapes)),
+        convolution(qkv, 4, seed + 4),
+        -torch.tensor([0.1, 1.0, 3.0, 9.0]),
+        torch.tensor([0.0, -1.0, 1.0, 2.0]),
+        norm(9, seed + 5),
+        *(2, 4, 5, 9),
+    )
+
+
+def recurrent_network(**changes: Any) -> Network:
+    """A short convolution, attention, the gated delta rule."""
+    none = {"q": None, "k": None, "v": None}
+    short = ShortConvolution(linear(3 * HIDDEN, HIDDEN, 31), convolution(HIDDEN, 3, 32))
+    layers = [
+        layer(100, **none, o=linear(HIDDEN, HIDDEN, 33), mixer=short),
+        layer(200),
+        layer(300, **none, o=linear(HIDDEN, 36, 34), mixer=delta_rule(40)),
+    ]
+    return network(**{"layers": layers, **changes})
+
+
 EVERY = range(len(TOKENS))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_layers_of_other_parts_in_any_division(bits: int, threads: int) -> None:
+    made = gated_network(activation_bits=bits)
+    wide, scales = [table.repeat(1, 2) for table in tables(64)], torch.linspace(1, 2, 64)
+    wide[0][:, 2:] *= 0.9
+    one, other = Decoder(made, 1), Decoder(made, threads)
+    for each in (one, other):
+        each.set_rope(*wide, scales)
+        each.reserve(128)
+    expected = one.logits([Span(0, 0, 0, 0, 20)], TOKENS, EVERY)
+    assert float(expected.abs().max()) < 0.4
+    parts = [other.logits([Span(0, 0, 64, start, end - start)], TOKENS[start:end], range(end - start))
+             for start, end in ((0, 1), (1, 8), (8, 20))]  # fmt: skip
+    torch.testing.assert_close(torch.cat(parts), expected, rtol=0, atol=1e-5)
+
+
+# States ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_states_go_on_are_copied_and_forked(bits: int, threads: int) -> None:
+    made = recurrent_network(activation_bits=bits)
+    one, other = ready(made), ready(made, threads)
+    one.reserve_states(1)
+    other.reserve_states(5)
+    assert one.state_bytes() == 4 * (2 * HIDDEN + 3 * 56 + 8 + 4 * 5 * 16)
+    expected = one.logits([Span(0, 0, 0, 0, 20)], TOKENS, EVERY)
+    first = other.logits([Span(0, 0, 64, 0, 1, -1, 2)], TOKENS[:1], [0])
+    other.copy_state(2, 4)
+    for _ in range(2):  # the state of slot 4 is read, and stays
+        rest = [other.logits([Span(0, 0, 64, 1, 6, 4, 2)], TOKENS[1:7], range(6)),
+                other.logits([Span(0, 0, 64, 7, 13, 2, 2)], TOKENS[7:], range(13))]  # fmt: skip
+        torch.testing.assert_close(torch.cat([first, *rest]), expected, rtol=0, atol=1e-5)
+    # Two continuations of a prefix that the same call computes, and another sequence.
+    spans = [Span(0, 0, 0, 0, 7, -1, 0), Span(0, 7, 16, 0, 6, 0, 1), Span(0, 7, 32, 0, 13, 0, 1), Span(0, 0, 48, 0, 9)]
+    tokens = [*TOKENS[:7], *TOKENS[7:13], *TOKENS[7:], *TOKENS[:9]]
+    logits = other.logits(spans, tokens, [12, 25, 34])
+    torch.testing.assert_close(logits, expected[[12, 19, 8]], rtol=0, atol=1e-5)
+
+
+def test_greedy_decoding_with_states() -> None:
+    one, other = ready(recurrent_network(), threads=2), ready(recurrent_network())
+    one.reserve_states(2)
+    other.reserve_states(1)
+    text = TOKENS[:9]
+    while len(text) < 25:
+        text.append(int(other.logits([Span(0, 0, 0, 0, len(text))], text, [len(text) - 1]).argmax()))
+    one.logits([Span(0, 0, 0, 0, 8, -1, 1)], TOKENS[:8], [])
+    for _ in range(2):
+        assert one.greedy(Span(0, 0, 0, 8, 1, 1, 0), TOKENS[8], 16) == text[9:]
+
+
+def test_more_tokens_than_are_computed_together_keep_their_state() -> None:
+    long = torch.randint(0, VOCABULARY, (700,), generator=torch.Generator().manual_seed(2)).tolist()
+    one = ready(recurrent_network(), threads=2, slots=1500)
+    one.set_rope(*tables(800))
+    one.reserve_states(2)
+    whole = one.logits([Span(0, 0, 0, 0, 700)], long, [699])
+    one.logits([Span(0, 0, 0, 0, 100)], long[:100], [])
+    parts = one.logits([Span(0, 0, 0, 100, 600, 0, 1)], long[100:], [599])
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)
+
+
+def test_states_that_are_not_there_are_refused() -> None:
+    one = ready(recurrent_network())
+    assert ready().state_bytes() == 0
+    with pytest.raises(ValueError, match="0 state slots are reserved"):
+        one.logits([Span(0, 0, 0, 0, 2)], [1, 2], [])
+    one.reserve_states(2)
+    for span in (Span(0, 0, 0, 0, 2, 2, 0), Span(0, 0, 0, 0, 2, -2, 0), Span(0, 0, 0, 0, 2, -1, 2)):
+        with pytest.raises(ValueError, match="2 state slots are reserved"):
+            one.logits([span], [1, 2], [])
+    with pytest.raises(ValueError, match="no state slot 2"):
+        one.copy_state(0, 2)
+    with pytest.raises(ValueError, match="has no page tables"):
+        step(one, [PagedSpan(pages(0), 0, 1)], [1], [0])
+    for count in (-1, 2**40, 1.5):
+        with pytest.raises(ValueError, match="state slots, not"):
+            one.reserve_states(count)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("make", [network, rotated_network])
@@ -333,6 +476,36 @@ NETWORKS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "window": (lambda: {"layers": [layer(1, sliding_window=-1)]}, "a sliding window cannot have"),
     "window, broken": (lambda: {"layers": [layer(1, sliding_window=1.5)]}, "a sliding window cannot have"),
     "heads, broken": (lambda: {"num_heads": 2.0}, "impossible sizes"),
+    "no q": (lambda: {"layers": [layer(1, q=None)]}, "q is missing"),
+    "no k": (lambda: {"layers": [layer(1, k=None)]}, "k is missing"),
+    "no MLP": (lambda: {"layers": [layer(1, gate=None, up=None)]}, "an MLP needs gate or up"),
+    "fused gate": (lambda: {"layers": [layer(1, up=None)]}, "gate must be"),
+    "gated queries": (lambda: {"layers": [layer(1, gated_queries=True)]}, "q must be"),
+    "gate of attention": (
+        lambda: {"layers": [layer(1, attention_gate=linear(HEADS + 1, HIDDEN, 1))]},
+        "a gate of attention cannot have 5 rows",
+    ),
+    "activation": (lambda: {"layers": [layer(1, activation="tanh")]}, "no activation function tanh"),
+    "table": (lambda: {"layers": [layer(1, rope_table=1)]}, "no table 1 of positions"),
+    "tables": (lambda: {"rope_tables": 3}, "2 layers cannot have 3 tables"),
+    "cap": (lambda: {"logit_soft_cap": -1.0}, "impossible soft caps"),
+    "factor": (lambda: {"residual_scale": float("nan")}, "impossible scales"),
+    "convolution": (
+        lambda: {
+            "layers": [
+                layer(
+                    1,
+                    o=linear(HIDDEN, HIDDEN, 1),
+                    mixer=ShortConvolution(linear(3 * HIDDEN, HIDDEN, 1), convolution(HIDDEN + 1, 3, 1)),
+                )
+            ]
+        },
+        "a convolution must be",
+    ),
+    "delta rule": (
+        lambda: {"layers": [layer(1, o=linear(HIDDEN, 36, 1), mixer=dataclasses.replace(delta_rule(1), key_heads=3))]},
+        "impossible sizes",
+    ),
     "q norm": (lambda: {"layers": [layer(1, q_norm=norm(HEAD_DIM + 1, 1))]}, "weight of q_norm"),
     "all heads": (lambda: {"layers": [layer(1, q_norm=norm(HEAD_DIM, 1))], "norm_all_heads": True}, "weight of q_norm"),
     "scale": (

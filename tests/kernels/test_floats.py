@@ -38,6 +38,7 @@ class AttentionArgs(ctypes.Structure):
         ("bits", c_int),
         ("head_dim", c_int),
         ("scale", c_float),
+        ("soft_cap", c_float),
         ("pages", POINTER(KvPage)),
         ("queries", c_void_p),
         ("query_stride", c_int64),
@@ -48,6 +49,26 @@ class AttentionArgs(ctypes.Structure):
         ("out", c_void_p),
         ("out_stride", c_int64),
         ("scratch", c_void_p),
+    )
+
+
+class ConvolutionArgs(ctypes.Structure):
+    _fields_ = (
+        *(("tokens", c_int64), ("features", c_int64), ("kernel", c_int)),
+        *(("x", c_void_p), ("x_stride", c_int64), ("before", c_void_p), ("after", c_void_p)),
+        *(("weight", c_void_p), ("bias", c_void_p), ("weight_stride", c_int64), ("silu", c_bool)),
+        *(("state_in", c_void_p), ("state_out", c_void_p), ("state_stride", c_int64)),
+        *(("out", c_void_p), ("out_stride", c_int64)),
+    )
+
+
+class DeltaRuleArgs(ctypes.Structure):
+    _fields_ = (
+        *(("tokens", c_int64), ("key_dim", c_int), ("value_dim", c_int)),
+        *(("q", c_void_p), ("k", c_void_p), ("v", c_void_p), ("stride", c_int64)),
+        *(("decay", c_void_p), ("beta", c_void_p), ("factor_stride", c_int64)),
+        *(("state_in", c_void_p), ("state_out", c_void_p), ("lengths", c_void_p)),
+        *(("out", c_void_p), ("out_stride", c_int64)),
     )
 
 
@@ -63,6 +84,12 @@ class FloatKernels(ctypes.Structure):
         ("attention_scratch_bytes", CFUNCTYPE(c_int64, c_int, c_int, c_int)),
         ("argmax", CFUNCTYPE(c_int32, c_void_p, c_int64)),
         ("log_sum_exp", CFUNCTYPE(c_float, c_void_p, c_int64)),
+        ("geglu", CFUNCTYPE(None, c_void_p, c_void_p, c_int, c_void_p)),
+        ("reglu_squared", CFUNCTYPE(None, c_void_p, c_void_p, c_int, c_void_p)),
+        ("sigmoid_gate", CFUNCTYPE(None, c_void_p, c_int, c_void_p)),
+        ("soft_cap", CFUNCTYPE(None, c_void_p, c_int64, c_float)),
+        ("convolve", CFUNCTYPE(None, POINTER(ConvolutionArgs))),
+        ("delta_rule", CFUNCTYPE(None, POINTER(DeltaRuleArgs))),
     )
 
 
@@ -181,9 +208,12 @@ class Case(NamedTuple):
     prefix: Pair
     own: Pair
     window: int = 0
+    soft_cap: float = 0.0
 
 
-def expected_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float, window: int) -> Tensor:
+def expected_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, scale: float, window: int, soft_cap: float
+) -> Tensor:
     """Float64 [tokens, heads, head_dim] of queries of that shape; keys and values [slots, head_dim]."""
     tokens, slots = len(queries), len(keys)
     last = torch.arange(slots - tokens, slots)[:, None]  # KV slot of each token
@@ -192,6 +222,9 @@ def expected_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: flo
         mask &= torch.arange(slots) > last - window
     q, k, v = (tensor.double() for tensor in (queries.transpose(0, 1), keys, values))
     heads = len(q)
+    if soft_cap:
+        scores = soft_cap * torch.tanh(q @ k.T * scale / soft_cap)
+        return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v).transpose(0, 1)
     result = torch.nn.functional.scaled_dot_product_attention(
         q, k.expand(heads, -1, -1), v.expand(heads, -1, -1), attn_mask=mask, scale=scale
     )
@@ -213,6 +246,7 @@ def attention_error(table: FloatKernels, case: Case) -> float:
         bits=case.bits,
         head_dim=case.head_dim,
         scale=case.head_dim**-0.5,
+        soft_cap=case.soft_cap,
         pages=cache.pages,
         queries=queries.data_ptr(),
         query_stride=stride,
@@ -228,7 +262,8 @@ def attention_error(table: FloatKernels, case: Case) -> float:
     assert (out[:, -3:] == 7).all()
     shape = (case.tokens, case.heads, case.head_dim)
     result, query = (tensor[:, :-3].reshape(shape) for tensor in (out, queries))
-    return error(result, expected_attention(query, *cache.dequantize(slots), case.head_dim**-0.5, case.window))
+    scale = case.head_dim**-0.5
+    return error(result, expected_attention(query, *cache.dequantize(slots), scale, case.window, case.soft_cap))
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
@@ -270,6 +305,13 @@ def test_attention_with_a_sliding_window(table: FloatKernels, window: int) -> No
         assert attention_error(table, case) < 1e-6, case
 
 
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_attention_with_capped_scores(table: FloatKernels, bits: int) -> None:
+    for tokens, own, window in ((1, 300, 0), (40, 100, 17)):
+        case = Case(bits, 48, 3, tokens, (0, 0), (0, own), window, soft_cap=1.5)
+        assert attention_error(table, case) < 1e-6, case
+
+
 def test_attention_of_more_query_rows_than_are_computed_together(table: FloatKernels) -> None:
     for heads, tokens in ((1, 96), (1, 97), (8, 32), (5, 61)):
         case = Case(8, 64, heads, tokens, (0, 0), (0, tokens + 3))
@@ -287,7 +329,7 @@ def test_attention_of_one_kv_slot_is_its_value(table: FloatKernels) -> None:
     scratch = aligned(table.attention_scratch_bytes(8, 1, 1), torch.uint8)
     for sign, count, expected in ((1, 1, 0), (1, 2, 1), (1, 3, 2), (-1, 3, 0)):
         signed = sign * query
-        args = AttentionArgs(16, 8, 1.0, cache.pages, signed.data_ptr(), 8, 1, 1)
+        args = AttentionArgs(16, 8, 1.0, 0.0, cache.pages, signed.data_ptr(), 8, 1, 1)
         args.ranges[1] = SlotRange(0, count)
         args.out, args.out_stride, args.scratch = out.data_ptr(), 8, scratch.data_ptr()
         table.attention(byref(args))
@@ -363,6 +405,101 @@ def test_swiglu_relative_to_each_number_and_at_the_extremes(table: FloatKernels)
     assert torch.allclose(out[: len(gate)][finite].double(), expected[finite], rtol=3e-7, atol=1e-36)
     assert out[6].isnan()
     assert out[7] == torch.inf
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("name", ["swiglu", "geglu", "reglu_squared"])
+def test_activations(table: FloatKernels, name: str, gated: bool) -> None:
+    for count in (1, 16, 101):
+        gate, up, out = 4 * numbers(count), numbers(count, seed=1), torch.empty(count)
+        getattr(table, name)(gate.data_ptr(), up.data_ptr() if gated else None, count, out.data_ptr())
+        x = gate.double()
+        expected = {
+            "swiglu": torch.nn.functional.silu,
+            "geglu": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+            "reglu_squared": lambda x: x.relu().square(),
+        }[name](x) * (up.double() if gated else 1)
+        assert error(out, expected) < 1e-6
+
+
+def test_gelu_relative_to_each_number(table: FloatKernels) -> None:
+    gate = torch.linspace(-6, 60, 10_001)
+    out = torch.empty_like(gate)
+    table.geglu(gate.data_ptr(), None, len(gate), out.data_ptr())
+    expected = torch.nn.functional.gelu(gate.double(), approximate="tanh")
+    x = gate.double()  # written with tanh, it loses all digits of a small factor
+    exact = x * torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))
+    assert ((out - exact).abs() <= 2e-5 * exact.abs()).all()
+    assert ((out - expected).abs() <= 1e-6).all()
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_gates_and_caps(table: FloatKernels, count: int) -> None:
+    gate, x = 8 * numbers(count), numbers(count, seed=1)
+    expected = x.double() * gate.double().sigmoid()
+    table.sigmoid_gate(gate.data_ptr(), count, x.data_ptr())
+    assert error(x, expected) < 1e-6
+    capped = 3 * torch.tanh(gate.double() / 3)
+    table.soft_cap(gate.data_ptr(), count, 3.0)
+    assert error(gate, capped) < 1e-6
+
+
+# Mixers that keep a state --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kernel", "features", "gated"), [(3, 40, True), (4, 17, False), (1, 16, False), (7, 5, True)])
+def test_a_convolution_in_pieces(table: FloatKernels, kernel: int, features: int, gated: bool) -> None:
+    """It is that of the whole sequence; the state goes on in its place, or elsewhere."""
+    tokens = 23
+    x, factors = numbers(tokens, features), numbers(2, tokens, features, seed=1)
+    weight, bias = numbers(kernel, features, seed=2), numbers(features, seed=3) if gated else None
+    inputs = x.double() * (factors[0].double() if gated else 1)
+    before = torch.cat([torch.zeros(kernel - 1, features, dtype=torch.float64), inputs])
+    expected = sum(before[tap : tap + tokens] * weight[tap].double() for tap in range(kernel))
+    expected = (expected + bias.double()) * factors[1] if bias is not None else torch.nn.functional.silu(expected)
+    out, states = torch.full((tokens, features), 7.0), torch.full((2, max(1, kernel - 1), features), torch.nan)
+    read = written = None
+    for begin, end in ((0, 1), (1, 2), (2, 9), (9, 10), (10, 23)):
+        written = states[0] if begin != 2 else states[1]
+        args = ConvolutionArgs(
+            *(end - begin, features, kernel, x[begin:].data_ptr(), features),
+            *(factors[part, begin:].data_ptr() if gated else None for part in (0, 1)),
+            *(weight.data_ptr(), None if bias is None else bias.data_ptr(), features, not gated),
+            *(None if read is None else read.data_ptr(), written.data_ptr(), features),
+            *(out[begin:].data_ptr(), features),
+        )
+        table.convolve(byref(args))
+        read = written
+    assert error(out, expected) < 1e-6
+
+
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(128, 128), (12, 20), (5, 3), (64, 16)])
+def test_the_gated_delta_rule_in_pieces(table: FloatKernels, key_dim: int, value_dim: int) -> None:
+    tokens = 11
+    width = 2 * key_dim + value_dim + 3
+    qkv, decay, beta = numbers(tokens, width), numbers(tokens, seed=1).sigmoid(), numbers(tokens, seed=2).sigmoid()
+    q, k, v = (part.double() for part in qkv[:, :-3].split([key_dim, key_dim, value_dim], dim=1))
+    q, k = (part * (part.square().sum(1, keepdim=True) + 1e-6).rsqrt() for part in (q, k))
+    state, rows = torch.zeros(key_dim, value_dim, dtype=torch.float64), []
+    for t in range(tokens):
+        state = state * decay[t].double()
+        state = state + torch.outer(k[t], beta[t].double() * (v[t] - k[t] @ state))
+        rows.append(q[t] @ state / key_dim**0.5)
+    states = torch.full((2, -(-value_dim // 16) * 16 * key_dim), torch.nan)
+    out, lengths = torch.full((tokens, value_dim), 7.0), torch.empty(2, tokens)
+    read = None
+    for begin, end in ((0, 1), (1, 6), (6, 7), (7, 11)):
+        written = states[0] if begin != 6 else states[1]
+        args = DeltaRuleArgs(
+            *(end - begin, key_dim, value_dim),
+            *(qkv[begin:].data_ptr() + 4 * offset for offset in (0, key_dim, 2 * key_dim)),
+            *(width, decay[begin:].data_ptr(), beta[begin:].data_ptr(), 1),
+            *(None if read is None else read.data_ptr(), written.data_ptr(), lengths.data_ptr()),
+            *(out[begin:].data_ptr(), value_dim),
+        )
+        table.delta_rule(byref(args))
+        read = written
+    assert error(out, torch.stack(rows)) < 2e-6
 
 
 @pytest.mark.parametrize("count", [*COUNTS, 151_936])

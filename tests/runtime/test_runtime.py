@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import edgerazor
-from edgerazor import formats, kernels, packed, pipeline, runtime, transformers_plugin
+from edgerazor import families, formats, kernels, packed, pipeline, runtime, transformers_plugin
 from edgerazor.console import Console
 from edgerazor.errors import FAILED, USAGE, UserError
 from edgerazor.formats import MatrixSpec
@@ -57,6 +57,16 @@ OF_ROPE: dict[str, dict[str, Any]] = {
         "long_factor": [1.5 + 0.5 * i for i in range(8)],
     },
 }
+LFM2: dict[str, Any] = {
+    **{"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "block_multiple_of": 8},
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}
+QWEN3_5: dict[str, Any] = {
+    **{"layer_types": ["linear_attention", "full_attention", "linear_attention"], "num_hidden_layers": 3},
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_key_head_dim": 12},
+    **{"linear_value_head_dim": 20, "linear_conv_kernel_dim": 4},
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+}
 #: name -> model type, and what is special about it beyond `SHAPE`.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: FAMILIES[name] for name in ("llama", "qwen2", "qwen3", "mistral", "smollm2", "smollm3", "olmo2")},
@@ -81,6 +91,85 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "olmo2, bias": ("olmo2", {"attention_bias": True, "num_key_value_heads": 3}),
     "olmo": ("olmo", {}),
+    **{name: FAMILIES[name] for name in ("gemma", "gemma2", "gemma3", "phi3")},
+    "gemma2, no caps, untied": (
+        "gemma2",
+        {
+            **{"sliding_window": 8, "attn_logit_softcapping": None, "final_logit_softcapping": None},
+            **{"query_pre_attn_scalar": 30, "tie_word_embeddings": False, "attention_bias": True},
+        },
+    ),
+    "gemma3, one kind of layer": ("gemma3_text", {"sliding_window": 8, "layer_types": ["sliding_attention"] * 2}),
+    "phi3, partial, longrope": (
+        "phi3",
+        {
+            "partial_rotary_factor": 0.5,
+            "sliding_window": 7,
+            "original_max_position_embeddings": 16,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.5,
+                "original_max_position_embeddings": 16,
+                "short_factor": [1.0 + 0.1 * i for i in range(4)],
+                "long_factor": [1.5 + 0.5 * i for i in range(4)],
+            },
+        },
+    ),
+    "granite": (
+        "granite",
+        {
+            **{"attention_multiplier": 0.2, "embedding_multiplier": 3.0},
+            **{"residual_multiplier": 0.5, "logits_scaling": 4.0},
+        },
+    ),
+    "hunyuan": ("hunyuan_v1_dense", {}),
+    "hunyuan, alpha": (
+        "hunyuan_v1_dense",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 1.0, "alpha": 1000.0}},
+    ),
+    "olmo3": (
+        "olmo3",
+        {
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "full_attention": {
+                    **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0},
+                    "original_max_position_embeddings": 32,
+                },
+            },
+        },
+    ),
+    "ministral3": (
+        "ministral3",
+        {
+            "rope_parameters": {
+                **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0},
+                **{"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5},
+                "original_max_position_embeddings": 8,
+            },
+        },
+    ),
+    "starcoder2": ("starcoder2", {"sliding_window": 6, "use_bias": True, "hidden_act": "gelu_pytorch_tanh"}),
+    "lfm2": ("lfm2", LFM2),
+    "lfm2, bias": ("lfm2", {**LFM2, "conv_bias": True, "tie_word_embeddings": False, "conv_L_cache": 5}),
+    "lfm3": (
+        "lfm3",
+        {"layer_types": ["conv", "sliding_attention", "full_attention"], "num_hidden_layers": 3, "sliding_window": 5},
+    ),
+    "qwen3.5": ("qwen3_5_text", QWEN3_5),
+    "qwen3.5, tied": (
+        "qwen3_5_text",
+        {
+            **QWEN3_5,
+            "linear_num_key_heads": 3,
+            "tie_word_embeddings": True,
+            "num_hidden_layers": 2,
+            "layer_types": ["full_attention", "linear_attention"],
+        },
+    ),
     "stablelm": ("stablelm", {"use_qkv_bias": True, "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}),
 }
 EXACT, EIGHT, FOUR = (16, 16), (8, 8), (8, 4)
@@ -326,6 +415,7 @@ def test_each_layer_alone(packer: Packer, name: str, bits: tuple[int, int]) -> N
     decoder = ours.decoder()
     decoder.set_rope(*ours.rotary.tables(0, 24))
     decoder.reserve(64)
+    decoder.reserve_states(1)
     spans = [SequenceSpan(0, 0, 0, 0, 24), SequenceSpan(0, 0, 32, 0, 24)]
     for index, (before, expected) in enumerate(layers_of(transformers_plugin.load(folder)[0], IDS)):
         found = decoder.layer(index, spans, before.flatten(0, 1)).view(expected.shape)
@@ -432,7 +522,10 @@ def test_greedy_text_of_the_worlds_student(tmp_path: Path, bits: float) -> None:
 @needs_native
 def test_matrices_lie_in_the_order_of_their_use(packer: Packer) -> None:
     opened, config = transformers_plugin.open_folder(packer("qwen3"))
-    names = network.matrix_names(config, opened)
+    family = families.find(config.model_type)
+    assert family is not None
+    assert family.native is not None
+    names = network.matrix_names(config, family.native, opened)
     matrices = weight_memory.load_matrices(opened, names, mapped=False, expanded=False)
     places = [each.data_ptr() for name in names for part in matrices[name].parts for each in (part.codes, part.scales)]
     assert places == sorted(places)
@@ -575,8 +668,8 @@ def noted(folder: Path, about: str) -> None:
 @pytest.mark.parametrize(
     ("family", "overrides", "about"),
     [
-        ("phi3", {}, "models of type phi3"),
-        ("gemma2", {}, "models of type gemma2"),
+        ("phi", {}, "models of type phi"),
+        ("gemma2", {"hidden_activation": "gelu"}, "activation function gelu"),
         ("llama", {"hidden_act": "gelu"}, "activation function gelu"),
         ("olmo", {"clip_qkv": 2.0}, "cut off"),
     ],

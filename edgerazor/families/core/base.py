@@ -21,15 +21,29 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens", "lm_head", "model.norm"
-#: Linear layers of a decoder layer, in the order in which a token meets them.
-LINEARS = {
-    **{name: f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")},
-    **{name: f"mlp.{name}_proj" for name in ("gate", "up", "down")},
+#: Linear layers of attention and of an MLP with a gate, by their places, in the order in which a token meets them.
+#: `qkv` and `gate_up` are the places of one matrix for all three, or both; `attention_gate` is that of a gate.
+ATTENTION = {name: f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")}
+MLP = {name: f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+LINEARS = {**ATTENTION, **MLP}
+#: Linear layers of other mixers. The names of their parameters that are no matrices are in `runtime/network.py`.
+SHORT_CONVOLUTION = {"inputs": "conv.in_proj", "o": "conv.out_proj"}
+GATED_DELTA_RULE = {
+    **{"qkv": "linear_attn.in_proj_qkv", "z": "linear_attn.in_proj_z"},
+    **{"beta": "linear_attn.in_proj_b", "alpha": "linear_attn.in_proj_a", "o": "linear_attn.out_proj"},
 }
+#: All places of linear layers of an MLP.
+MLP_PLACES = frozenset({"gate", "up", "gate_up", "down"})
+#: What mixes the tokens of a decoder layer.
+Mixer = Literal["attention", "short_convolution", "gated_delta_rule"]
 #: Norms of a decoder layer: place in the native decoder's `Layer` -> name in a checkpoint. Norms before attention and
-#: MLP (Llama), norms behind both (OLMo 2), and norms of queries and keys.
+#: MLP (Llama), norms behind both (OLMo 2), norms before and behind (Gemma 2), and norms of queries and keys.
 NORMS_BEFORE = {"before_attention": "input_layernorm", "before_mlp": "post_attention_layernorm"}
 NORMS_AFTER = {"after_attention": "post_attention_layernorm", "after_mlp": "post_feedforward_layernorm"}
+NORMS_AROUND = {
+    **{"before_attention": "input_layernorm", "after_attention": "post_attention_layernorm"},
+    **{"before_mlp": "pre_feedforward_layernorm", "after_mlp": "post_feedforward_layernorm"},
+}
 QK_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
 
 #: llama.cpp's names of the parts of a decoder layer whose biases it reads, as one of these sets.
@@ -147,6 +161,69 @@ def window_by_layer_type(config: Any, layer: int) -> int | None:
     return config.sliding_window if config.layer_types[layer] == "sliding_attention" else None
 
 
+def window_of_all(config: Any, layer: int) -> int | None:
+    """Every decoder layer sees a window of `sliding_window` tokens, where the configuration has one."""
+    window: int | None = config.sliding_window
+    return window
+
+
+def rope_by_layer_type(config: Any, layer: int) -> str:
+    """Positions of their own for each of the `layer_types` (Gemma 3)."""
+    layer_type: str = config.layer_types[layer]
+    return layer_type
+
+
+def attention(config: Any, layer: int) -> Mixer:
+    """Every decoder layer has attention."""
+    return "attention"
+
+
+def hidden_act(config: Any) -> str:
+    """The activation function of the MLP, as transformers calls it."""
+    return str(config.hidden_act)
+
+
+def hidden_activation(config: Any) -> str:
+    """As `hidden_act`, under Gemma's name of the setting."""
+    return str(config.hidden_activation)
+
+
+def intermediate_size(config: Any) -> int:
+    """Features between the matrices of an MLP."""
+    size: int = config.intermediate_size
+    return size
+
+
+def one(config: Any) -> float:
+    """No factor."""
+    return 1.0
+
+
+def no_cap(config: Any) -> float:
+    """Nothing is capped."""
+    return 0.0
+
+
+def root_of_width(config: Any) -> float:
+    """Gemma's factor of embeddings."""
+    return float(config.hidden_size**0.5)
+
+
+def by_head_size(config: Any) -> float:
+    """The usual factor of attention scores."""
+    return float(head_width(config) ** -0.5)
+
+
+def by_query_scalar(config: Any) -> float:
+    """Gemma's factor of attention scores."""
+    return float(config.query_pre_attn_scalar**-0.5)
+
+
+def head_width(config: Any) -> int:
+    """Width of an attention head, from a configuration of transformers."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
 def all_supported(config: Any) -> str:
     """No setting of the configuration is beyond what the program computes."""
     return ""
@@ -154,18 +231,33 @@ def all_supported(config: Any) -> str:
 
 @dataclass(frozen=True)
 class NativeArchitecture:
-    """What the native decoder has to know. Functions get the configuration of transformers, as an object.
+    """The parts that the native decoder composes a model of. Functions get the configuration of transformers, as an
+    object; those of a layer get its number, too.
 
     Attributes:
         rotary_class: name of the class in `modeling_*.py` that computes cosines and sines of RoPE.
         qkv_bias, o_bias, mlp_bias: whether the linear layers have biases.
+        linears: of attention and of the MLP, their places (`LINEARS`) and their names.
+        mixer: what mixes the tokens of a layer.
+        mixers: the linear layers of mixers other than attention, likewise, for those that the architecture has.
+        activation: the function in the MLP, as transformers calls it.
+        intermediate_size: features between the matrices of the MLP.
+        gated_queries: the rows of q are, head by head, those of the query and those of a gate of attention's result.
         norms: of a decoder layer, their places in `kernels.decoder.Layer` and their names.
+        final_norm: name of the norm before the head.
         norm_kind: RMSNorm or LayerNorm.
         norm_epsilon: a number, or the name of the setting that holds it.
         norm_parameters: tensors of a norm.
+        norm_offset: what is added to the gains of norms.
+        norm_after_rope: norms of queries and keys come after RoPE instead of before.
         norm_all_heads: a norm of queries or keys is one over all heads together, not one over each head.
         has_rope: whether a decoder layer applies RoPE to its queries and keys.
+        rope_table: which positions a layer has, where layers differ: the key of its `rope_parameters`.
+        query_scaling: beta and length of a factor of queries, 1 + beta * log(1 + floor(position / length)); None: none.
         window: tokens that a decoder layer sees; None for all.
+        attention_scale, embedding_scale, residual_scale, logit_scale: factors of attention scores, of embeddings, of
+            what is added to the residual stream, and of logits.
+        attention_soft_cap, logit_soft_cap: x becomes cap * tanh(x / cap), where the cap is not 0.
         unsupported: what the decoder cannot compute of a configuration, as the end of "there is no native code for";
             an empty string where there is nothing.
     """
@@ -174,14 +266,39 @@ class NativeArchitecture:
     qkv_bias: Callable[[Any], bool] = never
     o_bias: Callable[[Any], bool] = never
     mlp_bias: Callable[[Any], bool] = never
+    linears: Mapping[str, str] = field(default_factory=lambda: LINEARS)
+    mixer: Callable[[Any, int], Mixer] = attention
+    mixers: Mapping[Mixer, Mapping[str, str]] = field(default_factory=dict)
+    activation: Callable[[Any], str] = hidden_act
+    intermediate_size: Callable[[Any], int] = intermediate_size
+    gated_queries: bool = False
     norms: Mapping[str, str] = field(default_factory=lambda: NORMS_BEFORE)
+    final_norm: str = FINAL_NORM
     norm_kind: Literal["rms", "layer"] = "rms"
     norm_epsilon: str | float = "rms_norm_eps"
     norm_parameters: tuple[str, ...] = ("weight",)
+    norm_offset: float = 0.0
+    norm_after_rope: bool = False
     norm_all_heads: bool = False
     has_rope: Callable[[Any, int], bool] = every_layer
+    rope_table: Callable[[Any, int], str] | None = None
+    query_scaling: Callable[[Any], tuple[float, int]] | None = None
     window: Callable[[Any, int], int | None] = no_window
+    attention_scale: Callable[[Any], float] = by_head_size
+    embedding_scale: Callable[[Any], float] = one
+    residual_scale: Callable[[Any], float] = one
+    logit_scale: Callable[[Any], float] = one
+    attention_soft_cap: Callable[[Any], float] = no_cap
+    logit_soft_cap: Callable[[Any], float] = no_cap
     unsupported: Callable[[Any], str] = all_supported
+
+    def linears_of(self, config: Any, layer: int) -> dict[str, str]:
+        """The linear layers of a decoder layer: place -> name."""
+        mixer = self.mixer(config, layer)
+        if mixer == "attention":
+            return dict(self.linears)
+        mlp = {place: name for place, name in self.linears.items() if place in MLP_PLACES}
+        return {**self.mixers[mixer], **mlp}
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ struct KvOperands {
     int64_t features, value_stride;
     KvCodes next;                              // to prefetch: the next block, or this one if it is in the scratch
     int columns;                               // columns of 16 keys that may be read
+    float soft_cap;                            // of scores; 0: none
     alignas(64) float key_scales[kBlockSlots]; // times the scale of q * k; 0 after the last slot
     alignas(64) float value_scales[kBlockSlots];
 };
@@ -187,6 +188,7 @@ KvOperands<float> f32_operands(const AttentionArgs& args, const KvCodes& block, 
 template <class T>
 void set_scales(const AttentionArgs& args, const KvBlock& block, int columns, KvOperands<T>& kv) {
     kv.columns = columns;
+    kv.soft_cap = args.soft_cap;
     for (int i = 0; i < kBlockSlots; i++) {
         const bool in_use = i < block.count, quantized = in_use && args.bits != 16;
         kv.key_scales[i] = quantized ? block.page->key_scales[block.slot + i] * args.scale : in_use ? args.scale : 0;
@@ -241,7 +243,8 @@ EDGERAZOR_INLINE void online_softmax_step(const KvOperands<T>& kv, const QueryTi
         f32x16 most = splat(-kInfinity);
         for (int c = 0; c < columns; c++) {
             float* at = scores + r * kBlockSlots + c * 16;
-            const f32x16 score = load(at) * load(kv.key_scales + c * 16);
+            f32x16 score = load(at) * load(kv.key_scales + c * 16);
+            if (kv.soft_cap > 0) score = splat(kv.soft_cap) * tanh(score / splat(kv.soft_cap));
             const f32x16 masked = mask_scores(score, tile.from[r] - c * 16, tile.to[r] - c * 16);
             most = max(masked, most);
             store(at, masked);

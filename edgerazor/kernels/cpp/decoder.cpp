@@ -11,7 +11,7 @@
 //      |        v                                                                                    |
 //      |   matmul (qkv)                GEMV (one token) or GEMM over the packed codes        barrier |
 //      |        v                                                                                    |
-//      |   attention                                                                                 |
+//      |   attention                   or another mixer: decoder_recurrent.cpp                       |
 //      |     qk_norm_rope_store        norms of q and k, RoPE; k and v quantized into a KV slot      |
 //      |        v                                                                   barrier, prefill |
 //      |     attention_tile            q against blocks of KV slots, with an online softmax          |
@@ -26,7 +26,7 @@
 //      |        v                                                                                    |
 //      |   matmul (gate_up)                                                                  barrier |
 //      |        v                                                                                    |
-//      |   quantize_input              SwiGLU: silu(gate) * up                                       |
+//      |   quantize_input              SwiGLU: silu(gate) * up, or another activation                |
 //      |        v                                                                                    |
 //      |   matmul (down)                                                                     barrier |
 //      |        v                                                                                    |
@@ -55,16 +55,31 @@
 
 using namespace edgerazor;
 
+namespace {
+
+int attention_layers(const edgerazor_model& model) {
+    return (int)std::count_if(model.layers, model.layers + model.layer_count,
+                              [](const edgerazor_layer& layer) { return layer.mixer == EDGERAZOR_ATTENTION; });
+}
+
+} // namespace
+
 edgerazor_decoder::edgerazor_decoder(const edgerazor_model& from, int isa, int count)
     : model(from), matmul_kernels(edgerazor::matmul_kernels(isa)), math(float_kernels(isa)), threads(count),
       embedding({&from.embedding}, count), head({&from.head}, count),
-      kv_cache(from.layer_count, from.num_kv_heads, from.head_dim, from.kv_bits), decode_buffers(count),
+      kv_cache(attention_layers(from), from.num_kv_heads, from.head_dim, from.kv_bits), decode_buffers(count),
       scratch(count) {
     layers.reserve(from.layer_count);
-    for (int i = 0; i < from.layer_count; i++) layers.emplace_back(from.layers[i], count);
+    for (int i = 0; i < from.layer_count; i++) layers.emplace_back(from.layers[i], math, count);
     std::vector<const LinearGroup*> groups = {&head};
-    for (const Layer& layer : layers)
-        for (const LinearGroup* group : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) groups.push_back(group);
+    int kv_layers = 0;
+    for (Layer& layer : layers) {
+        for (const LinearGroup* group : {&layer.in, &layer.out, &layer.gate_up, &layer.down_group})
+            groups.push_back(group);
+        if (layer.mixer == EDGERAZOR_ATTENTION) layer.kv_layer = kv_layers++;
+        place_states(layer);
+        measure(layer);
+    }
     for (const LinearGroup* group : groups) {
         max_columns = std::max(max_columns, group->columns());
         max_inputs = std::max(max_inputs, group->inputs.size());
@@ -79,6 +94,29 @@ edgerazor_decoder::edgerazor_decoder(const edgerazor_model& from, int isa, int c
                 embedding_index[parts[p].rows[i]] = (int32_t)i;
             }
     }
+}
+
+// Gives a layer its part of every state slot.
+void edgerazor_decoder::place_states(Layer& layer) {
+    if (layer.mixer == EDGERAZOR_ATTENTION) return;
+    layer.state = states.add((layer.convolution.kernel - 1) * layer.convolved());
+    if (layer.mixer == EDGERAZOR_GATED_DELTA_RULE)
+        layer.delta_state = states.add(layer.delta_rule.value_heads * delta_state_floats(layer.delta_rule));
+}
+
+// Makes the buffers of products as wide as this layer needs them.
+void edgerazor_decoder::measure(const Layer& layer) {
+    const auto widen = [](int64_t& width, int64_t needed) { width = std::max(width, needed); };
+    widen(attended_width, layer.width);
+    widen(gate_width, layer.plain_mlp ? 0 : layer.gate.rows);
+    widen(up_width, layer.fused_gate_up ? 0 : layer.up.rows);
+    if (layer.mixer != EDGERAZOR_ATTENTION || layer.fused_qkv || layer.gated_queries)
+        widen(mixed_width, layer.rows(0));
+    if (layer.has_gate) widen(gates_width, layer.rows(3));
+    if (layer.mixer != EDGERAZOR_GATED_DELTA_RULE) return;
+    widen(gates_width, layer.rows(1));
+    widen(heads_width, layer.delta_rule.value_heads);
+    widen(convolved_width, layer.convolved());
 }
 
 // A call and its micro-batches ----------------------------------------------------------------------------------------
@@ -114,7 +152,8 @@ void edgerazor_decoder::plan_micro_batch(const edgerazor_sequence_span* spans, i
         const int64_t from = std::max(begin, first), to = std::min(begin + span->count, first + count);
         if (from < to)
             chunks.push_back({from - first, to - from, {span->prefix_slot, span->prefix_length, nullptr}, span->slot,
-                              span->past_length + from - begin, span->pages});
+                              span->past_length + from - begin, span->pages,
+                              from == begin ? span->state_in : span->state_out, span->state_out});
     }
     chunk_of_token.clear();
     for (const SpanChunk& chunk : chunks) chunk_of_token.insert(chunk_of_token.end(), chunk.count, &chunk);
@@ -134,7 +173,7 @@ void edgerazor_decoder::allocate(int64_t tokens) {
                 buffers.quantized_inputs[i].reserve(*group.inputs[i]->layout, count);
         };
         for (const Layer& layer : layers)
-            for (const LinearGroup* group : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down})
+            for (const LinearGroup* group : {&layer.in, &layer.out, &layer.gate_up, &layer.down_group})
                 allocate_inputs(*group);
         allocate_inputs(head);
     };
@@ -146,14 +185,20 @@ void edgerazor_decoder::allocate(int64_t tokens) {
     q.reserve(tokens * q_width());
     k.reserve(tokens * kv_width());
     v.reserve(tokens * kv_width());
-    attended.reserve(tokens * q_width());
-    gate.reserve(tokens * model.intermediate_size);
-    up.reserve(tokens * model.intermediate_size);
+    attended.reserve(tokens * attended_width);
+    gate.reserve(tokens * gate_width);
+    up.reserve(tokens * up_width);
+    mixed.reserve(tokens * mixed_width);
+    gates.reserve(tokens * gates_width);
+    betas.reserve(tokens * heads_width);
+    alphas.reserve(tokens * heads_width);
+    convolved.reserve(tokens * convolved_width);
     y.reserve(tokens * model.hidden_size);
     const int queries_per_kv = model.num_heads / model.num_kv_heads;
     const int tile_tokens = (int)std::min(tokens, kAttentionTileTokens);
     for (GrowBuffer<char>& buffer : scratch)
-        buffer.reserve(math.attention_scratch_bytes(model.head_dim, queries_per_kv, tile_tokens));
+        buffer.reserve(std::max(math.attention_scratch_bytes(model.head_dim, queries_per_kv, tile_tokens),
+                                (int64_t)sizeof(float) * 2 * tokens));
     allocated = tokens;
 }
 
@@ -245,43 +290,64 @@ void edgerazor_decoder::matmul(const ThreadContext& context, const LinearGroup& 
     threads.barrier();
 }
 
-// residual += norm(y)
+// residual += residual_scale * norm(y)
 void edgerazor_decoder::add_residual(const ThreadContext& context, const edgerazor_norm& norm) {
     for (int64_t t = context.first; t < context.last; t++) {
         float* row = y.get() + t * model.hidden_size;
         float* residual = context.buffers->residual.get() + t * model.hidden_size;
-        if (norm.kind == EDGERAZOR_NO_NORM) {
-            math.add(residual, row, model.hidden_size);
-        } else {
-            float* normalized = context.buffers->input.get() + t * max_columns;
-            apply_norm(norm, row, model.hidden_size, normalized);
-            math.add(residual, normalized, model.hidden_size);
+        float* added = row;
+        if (norm.kind != EDGERAZOR_NO_NORM) {
+            added = context.buffers->input.get() + t * max_columns;
+            apply_norm(norm, row, model.hidden_size, added);
         }
+        if (model.residual_scale == 1)
+            math.add(residual, added, model.hidden_size);
+        else // in decode, all threads read the same row
+            for (int i = 0; i < model.hidden_size; i++) residual[i] += added[i] * model.residual_scale;
     }
     // The rows of `normalized` overlap those in which other threads will write the next linear group's input.
     if (context.shared && norm.kind != EDGERAZOR_NO_NORM) threads.barrier();
 }
 
+// The products with the inputs of a mixer.
+void edgerazor_decoder::mixer_inputs(const ThreadContext& context, const Layer& layer) {
+    norm_and_quantize(context, layer.in, layer.before_attention);
+    if (layer.mixer == EDGERAZOR_GATED_DELTA_RULE) {
+        float* const outputs[] = {mixed.get(), gates.get(), betas.get(), alphas.get()};
+        return matmul(context, layer.in, context.tokens, outputs);
+    }
+    float* const first = layer.mixer != EDGERAZOR_ATTENTION || layer.gated_queries ? mixed.get() : q.get();
+    float* const separate[] = {first, k.get(), v.get(), gates.get()};
+    float* const fused[] = {mixed.get(), gates.get()};
+    matmul(context, layer.in, context.tokens, layer.fused_qkv ? fused : separate);
+}
+
 void edgerazor_decoder::forward_layer(const ThreadContext& context, int number) {
     const Layer& layer = layers[number];
-    norm_and_quantize(context, layer.qkv, layer.before_attention);
-    float* const qkv[] = {q.get(), k.get(), v.get()};
-    matmul(context, layer.qkv, context.tokens, qkv);
-    attention(context, number);
-    quantize_input(context, layer.o, [&](int64_t t, float* input) {
-        memcpy(input, attended.get() + t * q_width(), q_width() * sizeof(float));
+    mixer_inputs(context, layer);
+    if (layer.mixer == EDGERAZOR_ATTENTION)
+        attention(context, number);
+    else if (layer.mixer == EDGERAZOR_SHORT_CONVOLUTION)
+        short_convolution(context, layer);
+    else
+        gated_delta_rule(context, layer);
+    quantize_input(context, layer.out, [&](int64_t t, float* input) {
+        memcpy(input, attended.get() + t * layer.width, layer.width * sizeof(float));
+        if (layer.has_gate || layer.gated_queries) gate_attention(layer, t, input);
     });
     float* const result[] = {y.get()};
-    matmul(context, layer.o, context.tokens, result);
+    matmul(context, layer.out, context.tokens, result);
     add_residual(context, layer.after_attention);
     norm_and_quantize(context, layer.gate_up, layer.before_mlp);
-    float* const gate_up[] = {gate.get(), up.get()};
-    matmul(context, layer.gate_up, context.tokens, gate_up);
-    quantize_input(context, layer.down, [&](int64_t t, float* input) {
-        const int64_t at = t * model.intermediate_size;
-        math.swiglu(gate.get() + at, up.get() + at, model.intermediate_size, input);
+    float* const separate[] = {gate.get(), up.get()};
+    matmul(context, layer.gate_up, context.tokens, layer.plain_mlp ? separate + 1 : separate);
+    const int64_t width = layer.mlp_width, row = layer.fused_gate_up ? 2 * width : width;
+    const float* const gates_of = layer.plain_mlp ? up.get() : gate.get();
+    const float* const ups = layer.fused_gate_up ? gate.get() + width : up.get();
+    quantize_input(context, layer.down_group, [&](int64_t t, float* input) {
+        layer.activate(gates_of + t * row, layer.plain_mlp ? nullptr : ups + t * row, (int)width, input);
     });
-    matmul(context, layer.down, context.tokens, result);
+    matmul(context, layer.down_group, context.tokens, result);
     add_residual(context, layer.after_mlp);
 }
 
@@ -299,8 +365,10 @@ void edgerazor_decoder::compute_logits(const ThreadContext& layers_context, cons
         apply_norm(model.final_norm, residual + rows[first + t] * model.hidden_size, model.hidden_size, input);
     });
     matmul(context, head, count, &out);
-    if (model.logit_scale == 1) return;
+    if (model.logit_scale == 1 && model.logit_soft_cap == 0) return;
     const WorkRange range(count * model.vocab_size, context.thread, threads.count());
-    for (int64_t i = range.first; i < range.last; i++) out[i] *= model.logit_scale;
+    if (model.logit_scale != 1)
+        for (int64_t i = range.first; i < range.last; i++) out[i] *= model.logit_scale;
+    if (model.logit_soft_cap > 0) math.soft_cap(out + range.first, range.last - range.first, model.logit_soft_cap);
     threads.barrier();
 }

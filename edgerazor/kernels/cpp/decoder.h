@@ -33,25 +33,67 @@ typedef struct {
     const float* bias;   /* [features]; null: zeros */
 } edgerazor_norm;
 
-/* residual += after_attention(o(attention(q, k, v)(before_attention(residual))))
-   residual += after_mlp(down(silu(gate(x)) * up(x))),  x = before_mlp(residual) */
+enum { EDGERAZOR_SILU = 0, EDGERAZOR_GELU_TANH = 1, EDGERAZOR_RELU_SQUARED = 2 };
+
+/* What mixes tokens in a layer, mixer(x): its inputs are products with x, its result is the input of `o`.
+     attention          inputs: q, k, v and perhaps a gate. Or q, k and v are the rows of one matrix, the first one. The
+                        gate has a row for each head, or one for each feature of q; sigmoid(gate) is a factor of what
+                        attention gives. With `gated_queries` the first matrix has, head by head, the rows of the query
+                        and those of such a gate.
+     short convolution  inputs: one matrix [3 features, hidden_size], of b, c and y:  c * convolution(b * y)
+     gated delta rule   inputs: q, k and v as one matrix, z, beta, alpha. A convolution with SiLU over q, k and v; then
+                        for each value head with a state S [key_dim, value_dim], q and k of length 1:
+                          S = S * exp(decay * softplus(alpha + decay_bias)),  S += k (sigmoid(beta) * (v - k S)),
+                          state_norm(q S / sqrt(key_dim)) * silu(z)
+   A convolution is causal, and has a filter for each feature: the sum of weight[i] * x of the token kernel - 1 - i
+   before. */
+enum { EDGERAZOR_ATTENTION = 0, EDGERAZOR_SHORT_CONVOLUTION = 1, EDGERAZOR_GATED_DELTA_RULE = 2 };
+
 typedef struct {
-    edgerazor_matrix q, k, v, o, gate, up, down;
+    int32_t kernel;
+    const float* weight; /* [kernel, features] */
+    const float* bias;   /* [features], or null */
+} edgerazor_convolution;
+
+typedef struct {
+    int32_t key_heads, value_heads, key_dim, value_dim; /* a key head is that of value_heads / key_heads value heads */
+    const float *decay, *decay_bias;                    /* [value_heads] */
+    edgerazor_norm state_norm;                          /* [value_dim] */
+} edgerazor_delta_rule;
+
+/* residual += residual_scale * after_attention(o(mixer(before_attention(residual))))
+   residual += residual_scale * after_mlp(down(activation(gate(x)) * up(x))),  x = before_mlp(residual)
+   A matrix without parts is not there: no `up`, then `gate` has the rows of both; no `gate`, then down(activation(up(x))).
+ */
+typedef struct {
+    int32_t mixer;
+    edgerazor_matrix inputs[4]; /* of the mixer */
+    edgerazor_matrix o, gate, up, down;
     edgerazor_norm before_attention, after_attention, before_mlp, after_mlp;
-    edgerazor_norm q_norm, k_norm; /* before RoPE: of each head, or of all heads as one vector */
+    edgerazor_norm q_norm, k_norm; /* of each head, or of all heads as one vector */
     int32_t rope_dim;              /* leading features of a head that RoPE rotates; 0: none */
+    int32_t rope_table;            /* number of its table of cosines and sines */
     int32_t sliding_window;        /* latest positions that a token attends to, its own among them; 0: all */
+    int32_t gated_queries;
+    int32_t activation;
+    edgerazor_convolution convolution;
+    edgerazor_delta_rule delta_rule;
 } edgerazor_layer;
 
 typedef struct {
     int32_t hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, vocab_size;
     int32_t norm_all_heads;  /* q_norm and k_norm are of all heads as one vector */
+    int32_t norm_after_rope; /* q_norm and k_norm come after RoPE instead of before */
     int32_t activation_bits; /* 2 to 8; 16: float32 activations, not quantized */
     int32_t kv_bits;         /* 4 or 8; 16: float32 keys and values, not quantized */
     float attention_scale;   /* of q * k */
     float embedding_scale;   /* of rows of the embedding */
     float logit_scale;
-    int32_t rope_dim;        /* rows of the tables of cosines and sines have half as many entries */
+    float residual_scale;     /* of what a mixer or an MLP adds to the residual stream */
+    float attention_soft_cap; /* scores become cap * tanh(score / cap); 0: as they are */
+    float logit_soft_cap;     /* logits likewise, after logit_scale */
+    int32_t rope_dim;         /* rows of a table of cosines and sines have half as many entries */
+    int32_t rope_tables;      /* tables of cosines and sines */
     edgerazor_matrix embedding, head; /* the embedding's bias and scale are not used */
     edgerazor_norm final_norm;
     const edgerazor_layer* layers; /* [layer_count] */
@@ -72,6 +114,9 @@ typedef struct {
     int64_t slot, past_length;          /* the sequence: first slot, number of its tokens in the cache */
     int64_t count;                      /* new tokens, at least 1 */
     const int32_t* pages;               /* of past_length + count tokens; `slot` and a prefix are not used. Or null */
+    int64_t state_in, state_out;        /* where mixers that are no attention keep what they know of earlier tokens: the
+                                           state slot that is read first (-1: there are no earlier tokens), and the one
+                                           that is written; they may be equal. Unused if there are no such mixers */
 } edgerazor_sequence_span;
 
 enum { EDGERAZOR_PAGE_SLOTS = 64 };
@@ -84,12 +129,20 @@ enum { EDGERAZOR_OK = 0, EDGERAZOR_NO_MEMORY = 1, EDGERAZOR_NOT_FINITE = 2 };
 EDGERAZOR_API edgerazor_decoder* edgerazor_decoder_new(const edgerazor_model* model, int isa, int threads);
 EDGERAZOR_API void edgerazor_decoder_free(edgerazor_decoder* decoder);
 
-/* The cosines and sines [positions, rope_dim / 2] for the next calls; the caller keeps them in memory. */
-EDGERAZOR_API void edgerazor_decoder_set_rope(edgerazor_decoder* decoder, const float* cosines, const float* sines);
+/* The cosines and sines [positions, rope_tables, rope_dim / 2] for the next calls, and factors of queries [positions], or
+   null; the caller keeps them in memory. */
+EDGERAZOR_API void edgerazor_decoder_set_rope(edgerazor_decoder* decoder, const float* cosines, const float* sines,
+                                              const float* query_scales);
 
 /* Makes the KV cache at least so many slots large; what is in it stays. */
 EDGERAZOR_API int edgerazor_decoder_reserve_kv(edgerazor_decoder* decoder, int64_t slots);
 EDGERAZOR_API int64_t edgerazor_decoder_kv_bytes(const edgerazor_decoder* decoder);
+
+/* Makes room for so many state slots, of so many bytes each; what is in them stays. */
+EDGERAZOR_API int edgerazor_decoder_reserve_states(edgerazor_decoder* decoder, int64_t count);
+EDGERAZOR_API int64_t edgerazor_decoder_state_bytes(const edgerazor_decoder* decoder);
+/* Copies a state to another slot. */
+EDGERAZOR_API void edgerazor_decoder_copy_state(edgerazor_decoder* decoder, int64_t from, int64_t to);
 
 /* Copies the keys and values of a page to another one. */
 EDGERAZOR_API void edgerazor_decoder_copy_page(edgerazor_decoder* decoder, int32_t from, int32_t to);

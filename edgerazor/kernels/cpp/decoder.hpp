@@ -1,4 +1,5 @@
-// The state of a decoder. Its steps are in decoder.cpp and decoder_attention.cpp, its C interface in decoder_api.cpp.
+// The state of a decoder. Its steps are in decoder.cpp, decoder_attention.cpp and decoder_recurrent.cpp, its C interface
+// in decoder_api.cpp.
 #pragma once
 #include <stdint.h>
 
@@ -11,6 +12,7 @@
 #include "kv_cache.hpp"
 #include "linear_group.hpp"
 #include "matmul_kernels.hpp"
+#include "state_store.hpp"
 #include "thread_pool.hpp"
 
 namespace edgerazor {
@@ -19,18 +21,47 @@ constexpr int64_t kMicroBatchTokens = 512;   // tokens that go through the layer
 constexpr int64_t kLogitTokens = 64;         // tokens whose logits are computed together, where they are not the output
 constexpr int64_t kAttentionTileTokens = 32; // tokens of an attention tile
 
-struct Layer {
-    LinearGroup qkv, o, gate_up, down;
-    edgerazor_norm before_attention, after_attention, before_mlp, after_mlp, q_norm, k_norm;
-    int rope_dim;
-    int64_t sliding_window;
-
-    Layer(const edgerazor_layer& from, int threads)
-        : qkv({&from.q, &from.k, &from.v}, threads), o({&from.o}, threads), gate_up({&from.gate, &from.up}, threads),
-          down({&from.down}, threads), before_attention(from.before_attention),
-          after_attention(from.after_attention), before_mlp(from.before_mlp), after_mlp(from.after_mlp),
-          q_norm(from.q_norm), k_norm(from.k_norm), rope_dim(from.rope_dim), sliding_window(from.sliding_window) {}
+// Where the products of a matrix lie: those of token t from start + t * stride on.
+struct Products {
+    float* start;
+    int64_t stride;
+    float* of(int64_t token) const { return start + token * stride; }
 };
+
+// What of a layer its parts need while they compute. How a layer is composed is decided when the decoder is made.
+struct Layer : edgerazor_layer {
+    LinearGroup in, out, gate_up, down_group; // the mixer's inputs, `o`, ...
+    bool fused_qkv, fused_gate_up, plain_mlp; // q, k and v, or gate and up, are the rows of one matrix; there is no gate
+    bool has_gate;                            // of attention, in a matrix of its own
+    int64_t width, mlp_width;                 // of what `o` and `down` get
+    int kv_layer = 0;                         // attention: its number in the KV cache
+    int64_t state = 0, delta_state = 0;       // other mixers: where their states lie in a state slot
+    // activation(gate) * up, or with null instead of `up` activation(gate)
+    void (*activate)(const float* gate, const float* up, int count, float* out);
+
+    Layer(const edgerazor_layer& from, const FloatKernels& math, int threads)
+        : edgerazor_layer(from), in({&from.inputs[0], &from.inputs[1], &from.inputs[2], &from.inputs[3]}, threads),
+          out({&from.o}, threads), gate_up({&from.gate, &from.up}, threads), down_group({&from.down}, threads),
+          fused_qkv(from.inputs[1].part_count == 0), fused_gate_up(from.up.part_count == 0),
+          plain_mlp(from.gate.part_count == 0),
+          has_gate(from.mixer == EDGERAZOR_ATTENTION && from.inputs[3].part_count > 0), width(out.columns()),
+          mlp_width(down_group.columns()),
+          activate(from.activation == EDGERAZOR_SILU        ? math.swiglu
+                   : from.activation == EDGERAZOR_GELU_TANH ? math.geglu
+                                                            : math.reglu_squared) {}
+
+    int64_t rows(int input) const { return inputs[input].part_count > 0 ? inputs[input].rows : 0; }
+
+    // Features that the convolution of the mixer is over; 0: it has none.
+    int64_t convolved() const {
+        return mixer == EDGERAZOR_ATTENTION ? 0 : mixer == EDGERAZOR_SHORT_CONVOLUTION ? width : rows(0);
+    }
+};
+
+// Floats of the state of a value head: whole vectors of sixteen columns.
+constexpr int64_t delta_state_floats(const edgerazor_delta_rule& rule) {
+    return (int64_t)(rule.value_dim + 15) / 16 * 16 * rule.key_dim;
+}
 
 // The tokens of a span that are in the current micro-batch.
 struct SpanChunk {
@@ -39,6 +70,7 @@ struct SpanChunk {
     SlotRange prefix;
     int64_t slot, past_length; // as in the span, but counting the tokens of earlier micro-batches
     const int32_t* pages;      // as in the span
+    int64_t state_in, state_out; // as in the span, but going on from the tokens of earlier micro-batches
     int64_t first_position() const { return prefix.count + past_length; }
 };
 
@@ -90,7 +122,8 @@ struct edgerazor_decoder {
     std::vector<edgerazor::Layer> layers;
     std::vector<int32_t> embedding_part, embedding_index; // of each token, where the rows have several formats
     edgerazor::KvCache kv_cache;
-    const float *cosines = nullptr, *sines = nullptr;
+    edgerazor::StateStore states;
+    const float *cosines = nullptr, *sines = nullptr, *query_scales = nullptr;
 
     int64_t max_columns = 0;                               // of the input of a linear group
     size_t max_inputs = 0;                                 // quantized inputs of a linear group
@@ -98,7 +131,13 @@ struct edgerazor_decoder {
     edgerazor::ThreadBuffers prefill_buffers;              // of all threads
     std::vector<edgerazor::ThreadBuffers> decode_buffers;  // of each thread
     std::vector<edgerazor::GrowBuffer<char>> scratch;      // of each thread, for attention
-    edgerazor::GrowBuffer<float> q, k, v, attended, gate, up, y, logits; // [tokens, ...]
+    edgerazor::GrowBuffer<float> q, k, v, gate, up, y, logits; // [tokens, ...]
+    edgerazor::GrowBuffer<float> attended;                 // [tokens, ...]: the results of a mixer, which `o` gets
+    // Products of inputs of a mixer: those of its first matrix where they are not q alone, and of its others. [tokens, ...]
+    edgerazor::GrowBuffer<float> mixed, gates, betas, alphas, convolved;
+    // The most floats that a token has in them, over all layers.
+    int64_t attended_width = 0, gate_width = 0, up_width = 0, mixed_width = 0, gates_width = 0, heads_width = 0;
+    int64_t convolved_width = 0;
     std::vector<edgerazor::SpanChunk> chunks;              // of the micro-batch
     std::vector<const edgerazor::SpanChunk*> chunk_of_token;
     std::vector<edgerazor::AttentionTile> tiles;           // of the micro-batch, in prefill
@@ -114,6 +153,8 @@ struct edgerazor_decoder {
     void plan_micro_batch(const edgerazor_sequence_span* spans, int64_t span_count, int64_t first, int64_t count);
     void plan_attention_tiles();
     void allocate(int64_t tokens);
+    void place_states(edgerazor::Layer& layer);
+    void measure(const edgerazor::Layer& layer);
 
     // The steps. By all threads, each with its context.
     edgerazor::ThreadContext context_of(int thread, int64_t tokens);
@@ -125,7 +166,15 @@ struct edgerazor_decoder {
                            const edgerazor_norm& norm);
     void matmul(const edgerazor::ThreadContext& context, const edgerazor::LinearGroup& group, int64_t tokens,
                 float* const* outputs);
+    void mixer_inputs(const edgerazor::ThreadContext& context, const edgerazor::Layer& layer);
     void attention(const edgerazor::ThreadContext& context, int layer);
+    void gate_attention(const edgerazor::Layer& layer, int64_t token, float* attended) const;
+    void convolve(const edgerazor::ThreadContext& context, const edgerazor::Layer& layer);
+    void short_convolution(const edgerazor::ThreadContext& context, const edgerazor::Layer& layer);
+    void gated_delta_rule(const edgerazor::ThreadContext& context, const edgerazor::Layer& layer);
+    edgerazor::Products queries(const edgerazor::Layer& layer) const;
+    edgerazor::Products keys(const edgerazor::Layer& layer) const;
+    edgerazor::Products values(const edgerazor::Layer& layer) const;
     void qk_norm_rope_store(int layer, int64_t token, int kv_head);
     void attention_tile(const edgerazor::ThreadContext& context, int layer, const edgerazor::AttentionTile& tile);
     void apply_norm(const edgerazor_norm& norm, const float* x, int64_t count, float* out) const;

@@ -37,9 +37,21 @@ edgerazor_decoder* edgerazor_decoder_new(const edgerazor_model* model, int isa, 
 
 void edgerazor_decoder_free(edgerazor_decoder* decoder) { delete decoder; }
 
-void edgerazor_decoder_set_rope(edgerazor_decoder* decoder, const float* cosines, const float* sines) {
+void edgerazor_decoder_set_rope(edgerazor_decoder* decoder, const float* cosines, const float* sines,
+                                const float* query_scales) {
     decoder->cosines = cosines;
     decoder->sines = sines;
+    decoder->query_scales = query_scales;
+}
+
+int edgerazor_decoder_reserve_states(edgerazor_decoder* decoder, int64_t count) {
+    return status_of(decoder, [&] { decoder->states.reserve(count); });
+}
+
+int64_t edgerazor_decoder_state_bytes(const edgerazor_decoder* decoder) { return decoder->states.slot_bytes(); }
+
+void edgerazor_decoder_copy_state(edgerazor_decoder* decoder, int64_t from, int64_t to) {
+    decoder->states.copy(from, to);
 }
 
 int edgerazor_decoder_reserve_kv(edgerazor_decoder* decoder, int64_t slots) {
@@ -91,6 +103,7 @@ int edgerazor_decoder_greedy(edgerazor_decoder* decoder, const edgerazor_sequenc
             if (best < 0) break;
             token = out[(*written)++] = best;
             span.past_length++;
+            span.state_in = span.state_out;
             if (std::find(stops, stops + stop_count, token) != stops + stop_count) break;
         }
     });

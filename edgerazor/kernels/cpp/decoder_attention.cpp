@@ -1,9 +1,44 @@
 // The attention of a layer: from the outputs of the q, k and v projections to the input of the output projection.
+#include <string.h>
+
 #include <algorithm>
+#include <cmath>
 
 #include "decoder.hpp"
 
 using namespace edgerazor;
+
+// Where the products of q, k and v lie: in buffers of their own, or beside each other.
+Products edgerazor_decoder::queries(const Layer& layer) const {
+    if (layer.fused_qkv || layer.gated_queries) return {mixed.get(), layer.rows(0)};
+    return {q.get(), q_width()};
+}
+
+Products edgerazor_decoder::keys(const Layer& layer) const {
+    return layer.fused_qkv ? Products{mixed.get() + q_width(), layer.rows(0)} : Products{k.get(), kv_width()};
+}
+
+Products edgerazor_decoder::values(const Layer& layer) const {
+    return layer.fused_qkv ? Products{mixed.get() + q_width() + kv_width(), layer.rows(0)}
+                           : Products{v.get(), kv_width()};
+}
+
+// What attention gives for a token, times the sigmoid of its gate.
+void edgerazor_decoder::gate_attention(const Layer& layer, int64_t token, float* attended_row) const {
+    const int64_t dim = model.head_dim;
+    if (layer.gated_queries) { // each head's gate lies behind its query
+        const float* head = queries(layer).of(token);
+        for (int h = 0; h < model.num_heads; h++)
+            math.sigmoid_gate(head + (2 * h + 1) * dim, (int)dim, attended_row + h * dim);
+        return;
+    }
+    const float* gate_row = gates.get() + token * layer.rows(3);
+    if (layer.rows(3) == q_width()) return math.sigmoid_gate(gate_row, (int)q_width(), attended_row);
+    for (int h = 0; h < model.num_heads; h++) {
+        const float factor = 1.0f / (1.0f + std::exp(-gate_row[h]));
+        for (int64_t i = 0; i < dim; i++) attended_row[h * dim + i] *= factor;
+    }
+}
 
 // For one token, the heads of q that share a KV head, and that head of k and v: the norms of q and k, RoPE, and storing
 // the key and the value in the token's KV slot.
@@ -12,18 +47,29 @@ void edgerazor_decoder::qk_norm_rope_store(int number, int64_t token, int kv_hea
     const SpanChunk& chunk = *chunk_of_token[token];
     const int64_t index = token - chunk.token, position = chunk.first_position() + index;
     const int64_t kv_slot = slot_at(chunk.slot, chunk.pages, chunk.past_length + index);
-    const int64_t rope_row = position * (model.rope_dim / 2), dim = model.head_dim;
+    const int64_t rope_row = (position * model.rope_tables + layer.rope_table) * (model.rope_dim / 2);
+    const int64_t dim = model.head_dim;
     const int queries_per_kv = model.num_heads / model.num_kv_heads;
-    const auto norm_and_rope = [&](float* head, const edgerazor_norm& norm) {
-        if (!model.norm_all_heads) apply_norm(norm, head, dim, head);
+    const auto norm_and_rope = [&](const float* from, float* head, const edgerazor_norm& norm) {
+        if (!model.norm_all_heads && !model.norm_after_rope)
+            apply_norm(norm, from, dim, head);
+        else if (from != head)
+            memcpy(head, from, dim * sizeof(float));
         if (layer.rope_dim > 0) math.rope(head, layer.rope_dim, cosines + rope_row, sines + rope_row);
+        if (!model.norm_all_heads && model.norm_after_rope) apply_norm(norm, head, dim, head);
     };
-    for (int i = 0; i < queries_per_kv; i++)
-        norm_and_rope(q.get() + token * q_width() + (kv_head * queries_per_kv + i) * dim, layer.q_norm);
+    for (int i = 0; i < queries_per_kv; i++) {
+        const int64_t index_of_head = kv_head * queries_per_kv + i;
+        float* head = q.get() + token * q_width() + index_of_head * dim;
+        norm_and_rope(queries(layer).of(token) + index_of_head * (layer.gated_queries ? 2 : 1) * dim, head,
+                      layer.q_norm);
+        if (query_scales != nullptr)
+            for (int64_t j = 0; j < dim; j++) head[j] *= query_scales[position];
+    }
     float* key = k.get() + token * kv_width() + kv_head * dim;
-    norm_and_rope(key, layer.k_norm);
-    const float* value = v.get() + token * kv_width() + kv_head * dim;
-    const KvPage& page = kv_cache.pages(number, kv_head)[kv_slot / kPageSlots];
+    norm_and_rope(keys(layer).of(token) + kv_head * dim, key, layer.k_norm);
+    const float* value = values(layer).of(token) + kv_head * dim;
+    const KvPage& page = kv_cache.pages(layer.kv_layer, kv_head)[kv_slot / kPageSlots];
     if (!math.store_kv(page, (int)(kv_slot % kPageSlots), model.kv_bits, model.head_dim, key, value))
         finite.store(false, std::memory_order_relaxed);
 }
@@ -35,7 +81,8 @@ void edgerazor_decoder::attention_tile(const ThreadContext& context, int number,
     args.bits = model.kv_bits;
     args.head_dim = model.head_dim;
     args.scale = model.attention_scale;
-    args.pages = kv_cache.pages(number, tile.kv_head);
+    args.soft_cap = model.attention_soft_cap;
+    args.pages = kv_cache.pages(layers[number].kv_layer, tile.kv_head);
     const int64_t at = (chunk.token + tile.first) * q_width() + (int64_t)tile.kv_head * queries_per_kv * model.head_dim;
     args.queries = q.get() + at;
     args.query_stride = args.out_stride = q_width();

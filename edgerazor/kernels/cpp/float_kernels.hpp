@@ -1,5 +1,6 @@
 // What a decoder computes beside matrix products, as a table of functions that each instruction set fills in: norms,
-// RoPE, SwiGLU (vector_math.hpp), storing into the KV cache (kv_store.hpp) and attention (attention.hpp).
+// RoPE, SwiGLU (vector_math.hpp), storing into the KV cache (kv_store.hpp), attention (attention.hpp), and mixers that
+// keep a state (recurrent.hpp).
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -12,6 +13,7 @@ namespace edgerazor {
 struct AttentionArgs {
     int bits, head_dim;
     float scale;            // of q * k
+    float soft_cap;         // of scores; 0: none
     const KvPage* pages;    // of this KV head, by the number of the page
     const float* queries;   // token t, query head h: queries + t * query_stride + h * head_dim
     int64_t query_stride;
@@ -24,12 +26,46 @@ struct AttentionArgs {
     void* scratch;          // attention_scratch_bytes(...) bytes, aligned to 64
 };
 
+// A causal convolution of some features, for consecutive tokens of a sequence: [tokens, features] with row strides.
+struct ConvolutionArgs {
+    int64_t tokens, features;
+    int kernel;
+    float* x;
+    int64_t x_stride;
+    const float *before, *after; // like x, or null: factors of x, which is overwritten, and of the result
+    const float* weight;         // [kernel, features]
+    const float* bias;           // or null
+    int64_t weight_stride;
+    bool silu;                   // of the result
+    const float* state_in;       // [kernel - 1, features]: x of the tokens before; null: there are none
+    float* state_out;            // the same after the last token; it may be state_in
+    int64_t state_stride;
+    float* out;
+    int64_t out_stride;
+};
+
+// The gated delta rule of a value head, for consecutive tokens of a sequence.
+struct DeltaRuleArgs {
+    int64_t tokens;
+    int key_dim, value_dim;
+    const float *q, *k, *v;      // token t: + t * stride
+    int64_t stride;
+    const float *decay, *beta;   // factors of token t: + t * factor_stride
+    int64_t factor_stride;
+    const float* state_in;       // [value_dim / 16 rounded up, key_dim, 16]; null: zeros
+    float* state_out;            // it may be state_in
+    float* lengths;              // [2, tokens]: scratch
+    float* out;
+    int64_t out_stride;
+};
+
 struct FloatKernels {
     void (*rms_norm)(const float* x, int count, float epsilon, const float* weight, float* out); // weight may be null
     void (*layer_norm)(const float* x, int count, float epsilon, const float* weight, const float* bias, float* out);
     // RoPE of the first `rope_dim` features of a head, in pairs (i, i + rope_dim / 2) like transformers' rotate_half.
     void (*rope)(float* head, int rope_dim, const float* cosines, const float* sines);
-    void (*swiglu)(const float* gate, const float* up, int count, float* out); // silu(gate) * up
+    // activation(gate) * up; where `up` is null, activation(gate). `up` may be `out`.
+    void (*swiglu)(const float* gate, const float* up, int count, float* out); // SiLU
     void (*add)(float* x, const float* y, int count);                          // x += y
     // Quantizes a key and a value [head_dim] into a KV slot; returns false where a number is not finite.
     bool (*store_kv)(const KvPage& page, int slot_in_page, int bits, int head_dim, const float* key,
@@ -38,6 +74,12 @@ struct FloatKernels {
     int64_t (*attention_scratch_bytes)(int head_dim, int heads, int tokens); // for up to so many tokens of a call
     int32_t (*argmax)(const float* x, int64_t count);                        // the first one of equal elements
     float (*log_sum_exp)(const float* x, int64_t count);
+    void (*geglu)(const float* gate, const float* up, int count, float* out); // GELU in its form with tanh; as swiglu
+    void (*reglu_squared)(const float* gate, const float* up, int count, float* out); // the square of ReLU; as swiglu
+    void (*sigmoid_gate)(const float* gate, int count, float* x); // x *= sigmoid(gate)
+    void (*soft_cap)(float* x, int64_t count, float cap);         // x = cap * tanh(x / cap)
+    void (*convolve)(const ConvolutionArgs& args);
+    void (*delta_rule)(const DeltaRuleArgs& args);
 };
 
 extern const FloatKernels portable_float_kernels, avx2_float_kernels, avx2vnni_float_kernels, avx512_float_kernels,

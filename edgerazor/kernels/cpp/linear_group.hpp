@@ -63,8 +63,10 @@ struct LinearGroup {
     std::vector<const PackedMatrix*> inputs; // one matrix for each way in which the input is quantized
     std::vector<std::vector<RowSlice>> thread_slices;
 
+    // Those of the matrices that are there.
     LinearGroup(std::initializer_list<const edgerazor_matrix*> from, int threads) {
-        for (const edgerazor_matrix* matrix : from) matrices.emplace_back(*matrix);
+        for (const edgerazor_matrix* matrix : from)
+            if (matrix->part_count > 0) matrices.emplace_back(*matrix);
         std::vector<RowSlice> slices;
         double bytes = 0;
         for (size_t m = 0; m < matrices.size(); m++) {

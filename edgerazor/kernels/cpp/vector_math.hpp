@@ -1,4 +1,4 @@
-// Functions of vectors: exp, sums, norms, RoPE, SwiGLU, argmax. Included by `float_kernels.cpp`, once for each
+// Functions of vectors: exp, sums, norms, RoPE, activations, argmax. Included by `float_kernels.cpp`, once for each
 // instruction set.
 #pragma once
 #include <stdint.h>
@@ -91,12 +91,47 @@ void rope(float* head, int rope_dim, const float* cosines, const float* sines) {
     }
 }
 
-void swiglu(const float* gate, const float* up, int count, float* out) {
+EDGERAZOR_INLINE f32x16 silu(f32x16 x) { return x / (splat(1) + exp(splat(0) - x)); }
+
+// x * (1 + tanh(u)) / 2 with u = sqrt(2 / pi) * (x + 0.044715 x^3), as x / (1 + exp(-2 u)).
+EDGERAZOR_INLINE f32x16 gelu_tanh(f32x16 x) {
+    const f32x16 minus_twice = x * fmadd(x * x, splat(-0.0713548162726f), splat(-1.59576912161f));
+    return x / (splat(1) + exp(minus_twice));
+}
+
+EDGERAZOR_INLINE f32x16 tanh(f32x16 x) { return splat(1) - splat(2) / (splat(1) + exp(x + x)); }
+
+// activation(gate) * up, or activation(gate) where there is no `up`.
+template <class Activation>
+EDGERAZOR_INLINE void activate(const float* gate, const float* up, int count, float* out, Activation&& activation) {
     for (int i = 0; i < count; i += 16) {
-        const f32x16 x = load_partial(gate + i, count - i, 0);
-        const f32x16 silu = x / (splat(1) + exp(splat(0) - x));
-        store_partial(out + i, count - i, silu * load_partial(up + i, count - i, 0));
+        const f32x16 x = activation(load_partial(gate + i, count - i, 0));
+        store_partial(out + i, count - i, up == nullptr ? x : x * load_partial(up + i, count - i, 0));
     }
+}
+
+void swiglu(const float* gate, const float* up, int count, float* out) {
+    activate(gate, up, count, out, [](f32x16 x) { return silu(x); });
+}
+
+void geglu(const float* gate, const float* up, int count, float* out) {
+    activate(gate, up, count, out, [](f32x16 x) { return gelu_tanh(x); });
+}
+
+void reglu_squared(const float* gate, const float* up, int count, float* out) {
+    activate(gate, up, count, out, [](f32x16 x) { return square(max(x, splat(0))); });
+}
+
+void sigmoid_gate(const float* gate, int count, float* x) {
+    for (int i = 0; i < count; i += 16) {
+        const f32x16 opened = splat(1) + exp(splat(0) - load_partial(gate + i, count - i, 0));
+        store_partial(x + i, count - i, load_partial(x + i, count - i, 0) / opened);
+    }
+}
+
+void soft_cap(float* x, int64_t count, float cap) {
+    for (int64_t i = 0; i < count; i += 16)
+        store_partial(x + i, count - i, splat(cap) * tanh(load_partial(x + i, count - i, 0) / splat(cap)));
 }
 
 void add(float* x, const float* y, int count) {

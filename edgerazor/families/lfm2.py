@@ -1,0 +1,42 @@
+"""LFM 2: short convolutions between layers of attention, whose queries and keys have norms."""
+
+from typing import Any
+
+from edgerazor.families.core.base import SHORT_CONVOLUTION, Family, Mixer, NativeArchitecture
+
+
+def _mixer(config: Any, layer: int) -> Mixer:
+    return "short_convolution" if config.layer_types[layer] == "conv" else "attention"
+
+
+def _intermediate_size(config: Any) -> int:
+    """As in `Lfm2MLP`: two thirds, times a factor, up to the next multiple."""
+    size: int = config.intermediate_size
+    if config.block_auto_adjust_ff_dim:
+        size = int(2 * size / 3)
+        if config.block_ffn_dim_multiplier is not None:
+            size = int(config.block_ffn_dim_multiplier * size)
+            size = -(-size // config.block_multiple_of) * config.block_multiple_of
+    return size
+
+
+FAMILY = Family(
+    native=NativeArchitecture(
+        "Lfm2RotaryEmbedding",
+        linears={
+            **{name: f"self_attn.{name}_proj" for name in ("q", "k", "v")},
+            **{"o": "self_attn.out_proj", "gate": "feed_forward.w1"},
+            **{"up": "feed_forward.w3", "down": "feed_forward.w2"},
+        },
+        mixer=_mixer,
+        mixers={"short_convolution": SHORT_CONVOLUTION},
+        activation=lambda config: "silu",
+        intermediate_size=_intermediate_size,
+        norms={
+            **{"before_attention": "operator_norm", "before_mlp": "ffn_norm"},
+            **{"q_norm": "self_attn.q_layernorm", "k_norm": "self_attn.k_layernorm"},
+        },
+        final_norm="model.embedding_norm",
+        norm_epsilon="norm_eps",
+    ),
+)
