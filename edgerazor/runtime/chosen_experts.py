@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from edgerazor.packed import PackedModel
@@ -11,21 +12,26 @@ from edgerazor.packed import PackedModel
 IN_EXPERT = re.compile(r"(.+\bexperts)\.(\d+)\..+")
 
 
-def unchosen_bytes(packed: PackedModel, config: Any) -> int:
+def packed_sizes(packed: PackedModel) -> dict[str, int]:
+    """Path of each matrix -> bytes of its codes, scales and format indices."""
+    entries = packed.header.matrices.items()
+    return {name: packed.spec(name).packed_bytes((entry.shape[0], entry.shape[1])) for name, entry in entries}
+
+
+def unchosen_bytes(sizes: Mapping[str, int], config: Any) -> int:
     """Bytes of the experts that a token is not sent to, on average over the experts of a layer; 0 in a dense model.
 
     Args:
-        packed: the packed model.
-        config: of its language model.
+        sizes: path of each matrix -> its bytes.
+        config: of the language model.
     """
     chosen = getattr(config, "num_experts_per_tok", None)
     if not isinstance(chosen, int):
         return 0
-    sizes: dict[str, float] = {}
+    lists: dict[str, int] = {}
     numbers: dict[str, set[str]] = {}
-    for name, entry in packed.header.matrices.items():
+    for name, size in sizes.items():
         if place := IN_EXPERT.fullmatch(name):
-            size = packed.spec(name).packed_bytes((entry.shape[0], entry.shape[1]))
-            sizes[place[1]] = sizes.get(place[1], 0.0) + size
+            lists[place[1]] = lists.get(place[1], 0) + size
             numbers.setdefault(place[1], set()).add(place[2])
-    return round(sum(size * max(1 - chosen / len(numbers[path]), 0) for path, size in sizes.items()))
+    return round(sum(size * max(1 - chosen / len(numbers[path]), 0) for path, size in lists.items()))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
@@ -14,7 +16,7 @@ import edgerazor
 from edgerazor import transformers_plugin
 from edgerazor.allocate import MatrixPlan
 from edgerazor.models.experts import Experts
-from edgerazor.packed import PackedModel
+from edgerazor.packed import PackedModel, size_table
 from helpers.tiny_experts import CHOSEN, EXPERTS, MIXTURES, write_mixture
 from helpers.tiny_job import call, write_recipe
 
@@ -50,12 +52,13 @@ def job(olmoe: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) 
         },
         distill={
             "steps": 24,
-            "learning_rate": 4e-4,
+            "batch_size": 4,
+            "learning_rate": 1e-3,
             "losses": [
-                {"name": "forward_kl"},
+                {"name": "forward_kl", "weight": 20},
                 {"name": "router_balance", "weight": 0.01},
                 {"name": "router_z", "weight": 0.001},
-                {"name": "router_kl", "weight": 0.1},
+                {"name": "router_kl", "weight": 1},
             ],
         },
     )
@@ -87,6 +90,31 @@ def test_the_unreached_expert_is_named_and_gets_the_average(job: tuple[Path, str
     assert not sensitive.any()
 
 
+def test_cold_experts_get_fewer_bits_under_a_target_size(
+    job: tuple[Path, str], olmoe: Path, text_file: Path, tmp_path: Path
+) -> None:
+    size = sum(file.stat().st_size for file in (job[0] / "packed").glob("*.safetensors"))
+    settings = {"plan": "sensitivity", "sensitivity": "fisher", "group_size": 16, "sensitivity_tokens": 512}
+    recipe = write_recipe(tmp_path / "r.yaml", olmoe, text_file, calibrate=settings)
+    values = yaml.safe_load(recipe.read_text())
+    del values["calibrate"]["bits"]
+    values["calibrate"]["target_size"] = size
+    recipe.write_text(yaml.safe_dump(values))
+    done = call("calibrate", "--recipe", recipe, "--work", tmp_path / "job")
+    assert done.code == 0, done.err
+    plan = json.loads((tmp_path / "job" / "calibrate" / "plan.json").read_text())
+    matrices = {m["name"]: MatrixPlan(**m) for m in plan["matrices"]}
+    tokens = load_file(tmp_path / "job" / "calibrate" / "stats.safetensors")["expert_tokens/model.layers.0.mlp.experts"]
+
+    def bits(number: int) -> float:
+        parts = [m for name, m in matrices.items() if name.startswith(f"model.layers.0.mlp.experts.{number}.")]
+        return sum(m.spec().nominal_bits(m.shape) * m.rows * m.columns for m in parts)
+
+    by_tokens = [bits(number) for number in tokens.argsort().tolist()]
+    third = EXPERTS // 3
+    assert sum(by_tokens[:third]) < sum(by_tokens[-third:])
+
+
 def test_training_brings_the_student_nearer(job: tuple[Path, str]) -> None:
     lines = [json.loads(line) for line in (job[0] / "distill" / "metrics.jsonl").read_text().splitlines()]
     divergences = [line["kl"] for line in lines if "kl" in line]
@@ -98,13 +126,15 @@ def test_the_packed_folder(job: tuple[Path, str], olmoe: Path) -> None:
     names = set(packed.header.matrices)
     assert {f"model.layers.1.mlp.experts.{number}.down_proj" for number in range(EXPERTS)} <= names
     assert "model.layers.0.mlp.gate.weight" in packed.others()
-    model, tokenizer = edgerazor.load(job[0] / "packed")
-    with torch.no_grad():
-        logits = model(IDS).logits
+    model: Any = edgerazor.load(job[0] / "packed")
+    logits = model.logits(IDS.tolist())
     assert torch.isfinite(logits).all()
-    assert any(isinstance(module, Experts) for module in model.modules())
-    text = tokenizer.decode(model.generate(IDS[:1, :4], max_new_tokens=4, do_sample=False)[0])
-    assert text
+    loaded, _ = transformers_plugin.load(job[0] / "packed")
+    assert sum(isinstance(module, Experts) for module in loaded.modules()) == 2
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(IDS).logits, logits, rtol=1e-3, atol=1e-3)
+    written = call("generate", "Nora took", "--model", job[0] / "packed", "--max-tokens", 4)
+    assert written.code == 0, written.err
 
 
 def test_bytes_per_token_are_those_of_the_chosen_experts(job: tuple[Path, str]) -> None:
@@ -114,8 +144,9 @@ def test_bytes_per_token_are_those_of_the_chosen_experts(job: tuple[Path, str]) 
     entries = stored.header.matrices
     experts = sum(stored.spec(name).packed_bytes(entries[name].shape) for name in entries if ".experts." in name)
     table = stored.spec(EMBEDDING).packed_bytes(entries[EMBEDDING].shape)
-    unread = of["packed"]["weight_bytes"] - of["packed"]["bytes_per_token"]
-    assert unread == pytest.approx(table + experts * (1 - CHOSEN / EXPERTS), rel=0.02)
+    weights = sum(size.bytes for size in size_table(stored).classes)
+    expected = weights - table - experts * (1 - CHOSEN / EXPERTS)
+    assert of["packed"]["bytes_per_token"] == pytest.approx(expected, rel=0.05)
     stacked = 2 * EXPERTS * 3 * 32 * 48 * 4
     unread = of["teacher"]["weight_bytes"] - of["teacher"]["bytes_per_token"]
     assert unread == pytest.approx(300 * 48 * 4 + stacked * (1 - CHOSEN / EXPERTS))
@@ -143,6 +174,6 @@ def test_every_mixture_is_rounded_and_loaded(
         ours, theirs = model(IDS).logits, teacher(IDS).logits
     assert torch.isfinite(ours).all()
     correlation = torch.corrcoef(torch.stack([ours.flatten(), theirs.flatten()]))[0, 1]
-    assert correlation > 0.9
+    assert correlation > 0.85  # a token whose router is rounded to another expert is another one
     evaluated = call("eval", "--recipe", recipe, "--work", tmp_path / "job")
     assert evaluated.code == 0, evaluated.err
