@@ -22,7 +22,7 @@ def tokens_of(structure: Structure, tokens: Mapping[str, Tensor]) -> dict[str, T
         structure: where the experts are.
         tokens: path of a linear layer -> tokens that passed through it; none where there were none.
     """
-    counts = {listed.path: torch.zeros(listed.count, dtype=torch.int64) for listed in structure.experts}
+    counts = {listed.path: torch.zeros(listed.size, dtype=torch.int64) for listed in structure.experts}
     for target in structure.linears:
         if target.experts:
             number = int(target.name.removeprefix(f"{target.experts}.").partition(".")[0])

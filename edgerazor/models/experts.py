@@ -155,12 +155,12 @@ class ExpertList(NamedTuple):
 
     Attributes:
         path: of the list of experts.
-        count: how many there are.
+        size: how many there are.
         routers: paths of the modules beside the list that score experts.
     """
 
     path: str
-    count: int
+    size: int
     routers: tuple[str, ...]
 
 

@@ -45,7 +45,7 @@ def capture_routing(model: Any, structure: Structure) -> Iterator[dict[int, Rout
         index = int(listed.path.removeprefix(f"{structure.layers_path}.").partition(".")[0])
         routers = [model.get_submodule(path) for path in listed.routers]
         for router in routers:
-            if router.weight.shape[0] == listed.count:
+            if router.weight.shape[0] == listed.size:
                 handles.append(router.register_forward_hook(capture(index + 1)))
                 handles.append(blocks[index].register_forward_pre_hook(note_shape, with_kwargs=True))
                 break

@@ -151,7 +151,7 @@ def _place(model: PreTrainedModel, listed: ExpertList | None) -> tuple[str, floa
     if listed is None:
         return "", 1.0
     chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
-    return listed.path, min(chosen / listed.count, 1.0) if isinstance(chosen, int) and chosen > 0 else 1.0
+    return listed.path, min(chosen / listed.size, 1.0) if isinstance(chosen, int) and chosen > 0 else 1.0
 
 
 def _refuse_experts(layers: nn.ModuleList, family: str) -> None:

@@ -53,7 +53,9 @@ def job(olmoe: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) 
         distill={
             "steps": 24,
             "batch_size": 4,
-            "learning_rate": 1e-3,
+            "learning_rate": 1e-4,
+            "evaluate_every": 8,
+            "evaluate_sequences": 8,
             "losses": [
                 {"name": "forward_kl", "weight": 20},
                 {"name": "router_balance", "weight": 0.01},
