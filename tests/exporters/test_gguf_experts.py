@@ -18,6 +18,9 @@ from edgerazor.exporters.core.gguf_names import gguf_name
 from edgerazor.packed import PackedModel
 from helpers.tiny_experts import CHOSEN, EXPERTS, MIXTURES, write_mixture
 from helpers.tiny_job import call
+from helpers.tiny_models import mostly_slow
+
+pytestmark = pytest.mark.job
 
 #: Rows that GGML's blocks divide.
 SHAPE: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -29,7 +32,7 @@ WIDTHS = {
 PARTS = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps"}
 
 
-@pytest.fixture(scope="module", params=WIDTHS)
+@pytest.fixture(scope="module", params=mostly_slow(WIDTHS, "qwen3_moe"))
 def packed(
     request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
@@ -106,7 +109,7 @@ def test_what_llama_cpp_computes_otherwise_is_refused(model_type: str, setting: 
         gguf_architecture(config)
 
 
-@pytest.mark.parametrize("model_type", MIXTURES)
+@pytest.mark.parametrize("model_type", mostly_slow(MIXTURES, "lfm2_moe"))
 def test_hugging_face_folders_have_the_names_of_checkpoints(
     model_type: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

@@ -19,6 +19,10 @@ from edgerazor.models.experts import Experts
 from edgerazor.packed import PackedModel, size_table
 from helpers.tiny_experts import CHOSEN, EXPERTS, MIXTURES, write_mixture
 from helpers.tiny_job import call, write_recipe
+from helpers.tiny_models import mostly_slow
+
+#: Whole jobs: `make test-fast` leaves this file out.
+pytestmark = pytest.mark.job
 
 IDS = torch.randint(2, 300, (2, 23), generator=torch.Generator().manual_seed(7))
 NEVER = 2
@@ -154,13 +158,11 @@ def test_bytes_per_token_are_those_of_the_chosen_experts(job: tuple[Path, str]) 
     assert unread == pytest.approx(300 * 48 * 4 + stacked * (1 - CHOSEN / EXPERTS))
 
 
-@pytest.mark.parametrize("model_type", MIXTURES)
-@pytest.mark.parametrize("init", ["gptq", "clip"])
+@pytest.mark.parametrize("case", mostly_slow([*(f"{name} gptq" for name in MIXTURES), "olmoe clip"], "qwen3_moe gptq"))
 def test_every_mixture_is_rounded_and_loaded(
-    model_type: str, init: str, tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path
+    case: str, tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path
 ) -> None:
-    if init == "clip" and model_type != "olmoe":
-        pytest.skip("one family is enough")
+    model_type, init = case.split()
     teacher = write_mixture(tokenizer, tmp_path / "teacher", model_type, never=NEVER)
     settings = {"bits": 4, "init": init, "group_size": 16}
     recipe = write_recipe(
