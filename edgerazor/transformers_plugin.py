@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -24,7 +25,7 @@ from edgerazor import modules, untrusted
 from edgerazor.errors import UserError, plain
 from edgerazor.formats import OF_INPUTS
 from edgerazor.kernels import StoredMatrix
-from edgerazor.models import auto_config, error_summary, load_tokenizer, quiet_transformers
+from edgerazor.models import auto_config, error_summary, load_tokenizer, quiet_transformers, separate_experts
 from edgerazor.packed import CHECKSUMS, SETTINGS, SIGNS, PackedModel
 from edgerazor.untrusted import vocabulary
 from edgerazor.workdir import find_folder, read_whole
@@ -86,6 +87,7 @@ class EdgeRazorQuantizer(HfQuantizer):
 
     def _replace_modules(self, model: PreTrainedModel, packed: PackedModel) -> None:
         """Replace the quantized modules of a model without weights by packed ones."""
+        separate_experts(model)
         matrices = packed.header.matrices
         config = self.quantization_config
         check_settings(config, packed)
@@ -111,6 +113,10 @@ class EdgeRazorQuantizer(HfQuantizer):
         unexpected.add(f"^{re.escape(SIGNS)}")
         model._keys_to_ignore_on_load_unexpected = unexpected
         model._tied_weights_keys = model.all_tied_weights_keys = {}  # there is no weight left to tie
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """None that makes one tensor of several: files hold the model's own tensors, and each expert's by itself."""
+        return [conversion for conversion in weight_conversions if not isinstance(conversion, WeightConverter)]
 
     def is_serializable(self) -> bool:
         raise UserError(

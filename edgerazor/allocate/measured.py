@@ -6,6 +6,9 @@ granularity its items are tiles of rows of one tensor: the rows are ranked by wh
 into tiles of sixteen, so that the number of rows of every format is a multiple of 16, as the kernels like it. At tensor
 granularity the items are whole tensors.
 
+An expert that calibration never reached has no sensitivity to go by. Its matrices take no part in the knapsack and get
+the average bits of the linear layers that do.
+
 Under a budget of nominal bits the items are the decoder's linear layers, and embedding and head keep formats of their
 own. Under a budget of bytes embedding and head compete too, each with one format.
 """
@@ -74,6 +77,8 @@ class Items:
         columns: columns of that module's matrix.
         weights: float64 [items], number of weights.
         sensitivities: float64 [items, candidates].
+        known: bool [items], whether anything is known of their sensitivity.
+        linear: bool [items], whether they are of linear layers.
     """
 
     names: list[str]
@@ -81,6 +86,8 @@ class Items:
     columns: list[int]
     weights: np.ndarray
     sensitivities: np.ndarray
+    known: np.ndarray
+    linear: np.ndarray
 
 
 def candidates_of(settings: Calibrate) -> tuple[str, ...]:
@@ -131,6 +138,7 @@ def knapsack_items(
     rows: list[Tensor | None] = []
     columns: list[int] = []
     weights, item_sensitivities = [], []
+    known, linear = [], []
     for target in targets:
         row_sensitivities = sensitivities.of(target.name, candidates)
         tiles: Sequence[Tensor | None] = [None]
@@ -144,7 +152,10 @@ def knapsack_items(
             columns.append(target.columns)
             weights.append(float(target.weights if tile is None else len(tile) * target.columns))
             item_sensitivities.append(tile_sensitivities.sum(1).numpy())
-    return Items(names, rows, columns, np.array(weights), np.stack(item_sensitivities))
+            known.append(not target.experts or bool(row_sensitivities.any()))
+            linear.append(target.kind == "linear")
+    flags = np.array(known), np.array(linear)
+    return Items(names, rows, columns, np.array(weights), np.stack(item_sensitivities), *flags)
 
 
 def allowed_candidates(names: Sequence[str], candidates: tuple[str, ...], settings: Calibrate) -> np.ndarray:
@@ -217,15 +228,46 @@ def _within_bits(items: Items, candidates: tuple[str, ...], settings: Calibrate)
     allowed = allowed_candidates(items.names, candidates, settings)
     bits = np.array([formats.get(name).nominal_bits for name in candidates])
     costs = np.where(allowed, items.weights[:, None] * bits, np.inf)
-    budget = named_budget(settings.bits) * items.weights.sum()
-    solution = solve(costs, items.sensitivities, budget)
+    known = items.known
+    solution = solve(costs[known], items.sensitivities[known], named_budget(settings.bits) * items.weights[known].sum())
     if solution is None:
         least = float(costs.min(axis=1).sum() / items.weights.sum())
         raise usage_error(
             f"--bits is {settings.bits:g}, but with the recipe's constraints it cannot be less than {least:.3f}.",
             "Ask for more bits, or loosen `constraints`.",
         )
-    return _plan_fields(items, candidates, solution), solution.sensitivity
+    chosen = _with_average(items, candidates, solution, allowed)
+    return _plan_fields(items, candidates, chosen), solution.sensitivity
+
+
+def _with_average(items: Items, candidates: tuple[str, ...], solution: Solution, allowed: np.ndarray) -> np.ndarray:
+    """The candidate of every item, int64 [items]: the solution's, and of items of which nothing is known the average.
+
+    Of these, as many get the format above the average bits of the solution's linear layers as make up that average,
+    spread evenly over them, and the others the format below it.
+    """
+    chosen = np.zeros(len(items.names), dtype=np.int64)
+    chosen[items.known] = solution.choice
+    widths = np.array([formats.get(name).nominal_bits for name in candidates])
+    measured = items.known & items.linear
+    if items.known.all() or not measured.any():
+        return chosen
+    average = float((widths[chosen] * items.weights)[measured].sum() / items.weights[measured].sum())
+    owed = 0.0  # bits of weights that earlier ones got less than the average
+    for index in np.flatnonzero(~items.known):
+        possible = np.flatnonzero(allowed[index])
+        owed += average * items.weights[index]
+        affordable = possible[widths[possible] * items.weights[index] <= owed + 1e-6]
+        nearby = affordable[widths[affordable] <= _next_width(widths[possible], average) + 1e-9]
+        chosen[index] = nearby[-1] if len(nearby) else possible[0]
+        owed -= widths[chosen[index]] * items.weights[index]
+    return chosen
+
+
+def _next_width(widths: np.ndarray, average: float) -> float:
+    """The least of these bits that is not below the average; the largest where all are."""
+    above = widths[widths >= average - 1e-9]
+    return float(above.min() if len(above) else widths.max())
 
 
 def _within_bytes(
@@ -245,13 +287,16 @@ def _within_bytes(
     row_bytes = [[formats.get(name).row_bytes(cols, cols) for name in candidates] for cols in items.columns]
     rows = items.weights / np.array(items.columns)
     costs = np.where(allowed, rows[:, None] * np.array(row_bytes, dtype=np.float64), np.inf)
-    low = float(costs.min(axis=1).sum())
+    known = items.known
+    low, low_known = float(costs.min(axis=1).sum()), float(costs[known].min(axis=1).sum())
+    share = float(items.weights[known].sum() / items.weights.sum())
     high = min(float(np.where(allowed, costs, 0.0).max(axis=1).sum()), float(limit))
 
     def choice_at(budget: float) -> tuple[Choice, float]:
-        solution = solve(costs, items.sensitivities, budget)
+        solution = solve(costs[known], items.sensitivities[known], low_known + (budget - low) * share)
         assert solution is not None
-        return _plan_fields(items, candidates, solution), solution.sensitivity
+        chosen = _with_average(items, candidates, solution, allowed)
+        return _plan_fields(items, candidates, chosen), solution.sensitivity
 
     def choice_bytes(choice: tuple[Choice, float]) -> int:
         return bytes_of(plan_of(choice[0]))
@@ -266,20 +311,21 @@ def _within_bytes(
     return fill(choice_at, (low, high), choice_bytes, limit, too_small, TOLERANCE / 10)
 
 
-def _plan_fields(items: Items, candidates: tuple[str, ...], solution: Solution) -> Choice:
-    """A solution as fields of the plan's matrices: formats that occur, the narrowest first, and a digit per row."""
+def _plan_fields(items: Items, candidates: tuple[str, ...], chosen: np.ndarray) -> Choice:
+    """Fields of the plan's matrices, from the candidate of every item: formats that occur, the narrowest first, and a
+    digit per row."""
     items_of: dict[str, list[int]] = {}
     for index, name in enumerate(items.names):
         items_of.setdefault(name, []).append(index)
     choice: Choice = {}
     for name, indices in items_of.items():
-        used = sorted({int(solution.choice[index]) for index in indices})
+        used = sorted({int(chosen[index]) for index in indices})
         fields: dict[str, Any] = {"formats": tuple(candidates[candidate] for candidate in used)}
         if len(used) > 1:
             tiles = [items.rows[index] for index in indices]
             row_formats = torch.empty(sum(len(tile) for tile in tiles if tile is not None), dtype=torch.int64)
             for index, tile in zip(indices, tiles, strict=True):
-                row_formats[tile] = used.index(int(solution.choice[index]))
+                row_formats[tile] = used.index(int(chosen[index]))
             fields["row_formats"] = digits(row_formats)
         choice[name] = fields
     return choice

@@ -141,8 +141,17 @@ class UnpackedModel(TransformersModel):
         self.weight_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         tied = embedding.weight is head.weight
-        self.bytes_per_token = self.weight_bytes - (0 if tied else embedding.weight.nbytes)
+        self.bytes_per_token = self.weight_bytes - (0 if tied else embedding.weight.nbytes) - self._unchosen_bytes()
         self.cache_bytes_per_token = cached_numbers(config.to_dict()) * self.model.dtype.itemsize
+
+    def _unchosen_bytes(self) -> int:
+        """Bytes of experts that a token is not sent to; of a mixture that is not understood, all of it is read."""
+        try:
+            linears = models.structure(self.model).linears
+        except UserError:
+            return 0
+        sizes = ((1 - linear.token_share) * linear.weights for linear in linears)
+        return round(sum(sizes) * self.model.dtype.itemsize)
 
     @property
     def kernel(self) -> str:

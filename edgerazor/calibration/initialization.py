@@ -8,7 +8,10 @@ moment of its input.
 *gptq* goes through the decoder layer by layer and quantizes each linear layer with GPTQ (`formats.gptq_quantize`; arXiv
 2210.17323). The Hessian `E[x x^T]` of its inputs is measured in the student whose earlier layers are quantized already,
 with activations, keys and values rounded as the packed model rounds them. Within a decoder layer the linear layers are
-quantized in the order in which they are used; those that share an input (q, k and v) share its Hessian.
+quantized in the order in which they are used; those that share an input (q, k and v) share its Hessian. The experts of
+a layer are quantized together, each with the Hessian of its own tokens, whose inputs count as much as its output does.
+
+An expert that calibration never reached has scales of least squared error in both.
 
 Embedding and head have clipped scales in both: the head by the second moments of the final hidden states, the embedding
 by its own weights alone, and a tied matrix by the sum of both weightings, scaled to equal means.
@@ -204,7 +207,8 @@ def clip_linears(
         for site in structure.linears:
             spec, moment = specs[site.name], statistics[f"input_second_moment/{site.name}"]
             weight = spec.rotate(model.get_submodule(site.name).weight)
-            starts[site.name] = InitialWeight(None, formats.search_scales(weight, spec, moment))
+            importance = moment if bool(moment.any()) else None  # nothing is known of an expert that no token went to
+            starts[site.name] = InitialWeight(None, formats.search_scales(weight, spec, importance))
             tracker.advance()
     return starts
 
@@ -229,26 +233,35 @@ def gptq_linears(blocks: Blocks, batches: Iterable[data.Batch], console: Console
     ]
     with console.track("compensated start", len(blocks.layers)) as tracker:
         for index in range(len(blocks.layers)):
-            for sharing in in_order_of_use(blocks, index, flow[0]):
-                hessian = input_hessian(blocks, index, sharing[0], flow)
-                for module in sharing:
-                    starts[names[module]] = gptq_linear(module, hessian, names[module])
+            for together in in_order_of_use(blocks, index, flow):
+                hessians = input_hessians(blocks, index, [sharing[0] for sharing in together], flow)
+                for sharing, hessian in zip(together, hessians, strict=True):
+                    for module in sharing:
+                        starts[names[module]] = gptq_linear(module, hessian, names[module])
             move_on(blocks, index, flow)
             tracker.advance()
     return starts
 
 
-def in_order_of_use(blocks: Blocks, index: int, sequences: Sequences) -> list[list[FakeQuantLinear]]:
-    """The linear layers of a decoder layer, those that share an input together.
+def in_order_of_use(blocks: Blocks, index: int, flow: Sequence[Sequences]) -> list[list[list[FakeQuantLinear]]]:
+    """The linear layers of a decoder layer as they are quantized one after the other.
+
+    Returns:
+        those that are quantized together: one input, or what all experts have at the same place; of these, those that
+        share an input.
 
     Raises:
-        UserError: one is never used.
+        UserError: one is never used, and it is no expert's.
     """
     inputs: list[Tensor] = []
     groups: list[list[FakeQuantLinear]] = []
+    seen: set[nn.Module] = set()
 
     def note(module: nn.Module, args: tuple[Any, ...]) -> None:
         assert isinstance(module, FakeQuantLinear)
+        if module in seen:
+            return
+        seen.add(module)
         known = next((place for place, x in enumerate(inputs) if x is args[0]), None)
         if known is None:
             inputs.append(args[0])
@@ -256,41 +269,70 @@ def in_order_of_use(blocks: Blocks, index: int, sequences: Sequences) -> list[li
         else:
             groups[known].append(module)
 
-    layer = blocks.layers[index]
-    linears = [module for module in layer.modules() if isinstance(module, FakeQuantLinear)]
+    layer, path = blocks.layers[index], f"{blocks.structure.layers_path}.{index}"
+    linears = {module: name for name, module in layer.named_modules(prefix=path) if isinstance(module, FakeQuantLinear)}
+    lists = {target.name: target.experts for target in blocks.structure.linears}
     with hooked(linears, note):
-        blocks.forward_layer(index, sequences.states.to(blocks.model.device))
-    if sum(map(len, groups)) < len(linears):
+        for sequences in flow:  # the first of them, but where it leaves experts without tokens
+            blocks.forward_layer(index, sequences.states.to(blocks.model.device))
+            if len(seen) == len(linears):
+                break
+    unused = [module for module in linears if module not in seen]
+    if not all(lists[linears[module]] for module in unused):
         raise UserError(
             f"Layer {index} of {type(blocks.model).__name__} has linear layers that it does not use.",
             "Use `--init clip` or `--init least_error`.",
         )
-    return groups
+    together: dict[tuple[str, str], list[list[FakeQuantLinear]]] = {}
+    for group in [*groups, *([module] for module in unused)]:
+        name = linears[group[0]]
+        in_experts = lists[name]
+        place = in_experts, name.rpartition(".")[2] if in_experts else name
+        together.setdefault(place, []).append(group)
+    return list(together.values())
 
 
-def input_hessian(blocks: Blocks, index: int, module: FakeQuantLinear, flow: Sequence[Sequences]) -> Tensor:
-    """The mean of `x x^T` over what a linear layer multiplies its weight with, float64 [in, in]."""
+def input_hessians(
+    blocks: Blocks, index: int, linears: Sequence[FakeQuantLinear], flow: Sequence[Sequences]
+) -> list[Tensor]:
+    """The mean of `x x^T` over what each linear layer multiplies its weight with, float64 [in, in]: of all positions
+    that count, of which an expert gets its own, and 0 for the others."""
     device, current = blocks.model.device, flow[0]
-    total = torch.zeros(module.in_features, module.in_features, dtype=torch.float64, device=device)
+    names = {module: name for name, module in blocks.model.named_modules()}
+    totals = {
+        module: torch.zeros(module.in_features, module.in_features, dtype=torch.float64, device=device)
+        for module in linears
+    }
 
-    def add(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = module.quantized_input(args[0])[current.counts.to(device)]  # [valid tokens, in]
-        total.add_(x.T @ x)
-        raise _InputSeenError
+    def add(module: nn.Module, args: tuple[Any, ...]) -> None:
+        assert isinstance(module, FakeQuantLinear)
+        expert = models.expert_of(blocks.model, names[module])
+        counts, x = models.at_tokens(expert, current.counts.to(device)), module.quantized_input(args[0])
+        if expert is not None and expert.routed is not None:
+            x = x * expert.routed.weights[:, None]
+        x = x[counts] if x.shape[:-1] == counts.shape else x.flatten(0, -2)  # [valid tokens, in]
+        totals[module].add_(x.T @ x)
+        if len(linears) == 1:
+            raise _InputSeenError
 
-    with hooked([module], add), modules.encoded_once(blocks.layers[index]):
+    with hooked(linears, add), modules.encoded_once(blocks.layers[index]):
         for current in flow:
             with contextlib.suppress(_InputSeenError):
                 blocks.forward_layer(index, current.states.to(device))
-    return total.div_(sum(int(sequences.counts.sum()) for sequences in flow))
+    tokens = sum(int(sequences.counts.sum()) for sequences in flow)
+    return [totals[module].div_(tokens) for module in linears]
 
 
 def gptq_linear(module: FakeQuantLinear, hessian: Tensor, name: str) -> InitialWeight:
-    """Quantize one linear layer with GPTQ, in place.
+    """Quantize one linear layer with GPTQ, in place; without any input, with the scales of least squared error.
 
     Raises:
         UserError: the Hessian cannot be factorized.
     """
+    if not bool(hessian.any()):
+        scales = formats.search_scales(module.weight, module.spec)
+        module.scales = nn.Parameter(scales.float(), requires_grad=False)
+        return InitialWeight(None, scales)
     try:
         weight, scales = formats.gptq_quantize(module.weight, module.spec, hessian)
     except ValueError as error:

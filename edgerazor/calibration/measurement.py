@@ -10,7 +10,7 @@ from torch import Tensor
 
 from edgerazor import data, devices, formats, models, student_plan
 from edgerazor.allocate import affordable_tokens, candidates_of, estimates_of, measures, sequences_of
-from edgerazor.calibration import observers, statistics
+from edgerazor.calibration import experts, observers, statistics
 from edgerazor.job import JobContext, ModelOutline
 from edgerazor.modules import attention
 from edgerazor.recipe import Calibrate
@@ -136,10 +136,16 @@ def observe(layerwise: models.LayerwisePass, settings: Calibrate) -> dict[str, T
     scales = student_plan.input_scale_names(settings, layerwise.model, structure)
     layerwise.forward(moments, metrics, *([ranges] if scales else []), keep_inputs=False, title="calibrate")
     tokens = sum(int(counts.sum()) for _, counts in layerwise.batches)
-    tensors = {f"input_second_moment/{path}": value for path, value in moments.means(tokens).items()}
+    means = moments.means(tokens)
+    tensors = {
+        f"input_second_moment/{target.name}": means.get(target.name, torch.zeros(target.columns))
+        for target in structure.linears
+    }
+    tensors |= experts.tokens_of(structure, moments.tokens)
     tensors |= {f"layer_{metric}": values for metric, values in metrics.means(tokens).items()}
     for scale, (path, bits) in scales.items():
-        tensors[scale] = torch.tensor(formats.calibrated_scale(ranges.counts[path], bits))
+        counts = experts.counts_of(structure, ranges.counts, path)
+        tensors[scale] = torch.tensor(formats.calibrated_scale(counts, bits))
     return tensors
 
 

@@ -12,6 +12,9 @@ from edgerazor.losses import METRICS, layer_metric
 from edgerazor.models import Observer
 from edgerazor.modules import attention
 
+#: Prefix of the names of counts in a stored state.
+TOKENS = "tokens/"
+
 
 def rotated(x: Tensor, rotation: str | None) -> Tensor:
     """Inputs [n, in] as they are rounded under a rotation of that name."""
@@ -22,19 +25,29 @@ def rotated(x: Tensor, rotation: str | None) -> Tensor:
 class SecondMoments(Observer):
     """Sums of squares of the inputs of linear layers: path -> float64 [in].
 
+    Inputs of an expert are multiplied with the weights of its tokens first: an error of the expert's output counts as
+    much as that output does.
+
     Args:
         rotation: of inputs before they are squared, as the recipe calls it.
+
+    Attributes:
+        tokens: path -> int64 [], how many positions passed through the linear layer.
     """
 
     def __init__(self, rotation: str | None = None) -> None:
         self.rotation = rotation
         self.sums: dict[str, Tensor] = {}
+        self.tokens: dict[str, Tensor] = {}
 
     def identity(self) -> str:
         return self.rotation or ""
 
-    def linear(self, path: str, x: Tensor) -> None:
+    def linear(self, path: str, x: Tensor, weights: Tensor | None = None) -> None:
+        self.tokens[path] = self.tokens.get(path, 0) + torch.tensor(len(x))
         x = rotated(x, self.rotation)
+        if weights is not None:
+            x = x.float() * weights[:, None].float()
         self.sums[path] = self.sums.get(path, 0) + x.float().square().sum(0, dtype=torch.float64)
 
     def means(self, tokens: int) -> dict[str, Tensor]:
@@ -42,10 +55,11 @@ class SecondMoments(Observer):
         return {path: (value / tokens).float().cpu() for path, value in self.sums.items()}
 
     def state(self) -> dict[str, Tensor]:
-        return dict(self.sums)
+        return self.sums | {TOKENS + path: count for path, count in self.tokens.items()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        self.sums = dict(state)
+        self.sums = {path: value for path, value in state.items() if not path.startswith(TOKENS)}
+        self.tokens = {path.removeprefix(TOKENS): value for path, value in state.items() if path.startswith(TOKENS)}
 
 
 class LayerMetrics(Observer):
@@ -91,7 +105,7 @@ class InputRanges(Observer):
         self.head_path, self.rotation = head_path, rotation
         self.counts: dict[str, Tensor] = {}
 
-    def linear(self, path: str, x: Tensor) -> None:
+    def linear(self, path: str, x: Tensor, weights: Tensor | None = None) -> None:
         magnitudes = formats.magnitude_counts(rotated(x, self.rotation))
         self.counts[path] = self.counts.get(path, 0) + magnitudes
 

@@ -4,7 +4,9 @@ It holds
 
 * `input_second_moment/<module>`, float32 [in]: mean of x squared over tokens, for the input of every linear layer
   (the diagonal of the Hessian of its squared output error; GPTQ's and imatrix's quantity); of rotated inputs where
-  the recipe rotates them, as all that is said of inputs here;
+  the recipe rotates them, as all that is said of inputs here; of an expert, x is 0 for the tokens that do not go there,
+  and multiplied with its weight for those that do;
+* `expert_tokens/<list of experts>`, int64 [experts]: how many tokens went to each expert of a layer;
 * `layer_cosine`, float32 [layers]: mean cosine similarity of each decoder layer's output and input;
 * `layer_l2` and `layer_variance`, float32 [layers]: mean norm of its output, and its variance over positions;
 * `<module>.input_scale`, float32 [], where activations have stored scales: the one with the least squared error for

@@ -34,7 +34,7 @@ from edgerazor.exporters.core import gguf_blocks as blocks
 from edgerazor.exporters.core.base import Exporter, ExportPlan, ExportResult, PlannedTensor, refuse_lossy
 from edgerazor.exporters.core.gguf_blocks import GgmlType, InexactError, NewType
 from edgerazor.exporters.core.gguf_metadata import add_metadata, context_length, gguf_architecture, rope_factors
-from edgerazor.exporters.core.gguf_names import file_order, gguf_name, row_order
+from edgerazor.exporters.core.gguf_names import ROUTER, expert_stack, file_order, gguf_name, row_order
 from edgerazor.exporters.core.gguf_size_causes import size_causes
 from edgerazor.exporters.core.gguf_vocabulary import Vocabulary, build_vocabulary
 from edgerazor.families import GgufArchitecture
@@ -102,12 +102,20 @@ class SourceTensor:
         target: llama.cpp's name.
         matrix: path of the quantized matrix, or None for other tensors.
         order: which row stands at each place, or None.
+        experts: paths of the matrices of all experts of a layer, whose blocks lie one after the other in it; none of
+            other tensors.
     """
 
     name: str
     target: str
     matrix: str | None
     order: Tensor | None
+    experts: tuple[str, ...] = ()
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """Paths of all quantized matrices in it."""
+        return self.experts or (() if self.matrix is None else (self.matrix,))
 
 
 class Gguf(Exporter):
@@ -177,19 +185,27 @@ class Gguf(Exporter):
         """The type of one tensor."""
         kind: TensorClass = "other"
         bits = 0.0
-        if source.matrix is not None:
-            packed = gguf_model.model.matrix(source.matrix)
-            kind, matrix = packed.kind, blocks.BlockMatrix(packed.encoded, packed.spec)
-            count = math.prod(matrix.shape)
-            bits = packed.spec.nominal_bits(matrix.shape) + 16 * packed.encoded.scales.numel() / count
+        if source.matrices:
+            stack = [gguf_model.model.matrix(name) for name in source.matrices]
+            kind, matrices = stack[0].kind, [blocks.BlockMatrix(packed.encoded, packed.spec) for packed in stack]
+            count = sum(math.prod(matrix.shape) for matrix in matrices)
+            for packed, matrix in zip(stack, matrices, strict=True):
+                own = math.prod(matrix.shape)
+                bits += (packed.spec.nominal_bits(matrix.shape) * own + 16 * packed.encoded.scales.numel()) / count
             tests: Tests = [
-                (block.type, functools.partial(blocks.check_blocks, block, matrix)) for block in self.blocks
+                (block.type, functools.partial(_check_all, functools.partial(blocks.check_blocks, block), matrices))
+                for block in self.blocks
             ]
-            tests += [(type_, functools.partial(blocks.check_floats, type_, matrix)) for type_ in self.floats]
+            tests += [
+                (type_, functools.partial(_check_all, functools.partial(blocks.check_floats, type_), matrices))
+                for type_ in self.floats
+            ]
         else:
             values = gguf_model.others[source.name]
             count = values.numel()
-            floats = (_T.F32,) if values.dim() < 2 else self.floats  # llama.cpp wants norms and biases so
+            # llama.cpp wants norms and biases so, and routers
+            in_float32 = values.dim() < 2 or source.target.endswith(f"{ROUTER}.weight")
+            floats = (_T.F32,) if in_float32 else self.floats
             tests = [(type_, functools.partial(blocks.float_bytes, type_, values)) for type_ in floats]
         chosen, reason = _smallest(tests)
         size, width = blocks.SIZES[chosen]
@@ -207,6 +223,12 @@ class Gguf(Exporter):
 
 #: Types, the smallest first, each with a function that raises InexactError where it is not exact.
 Tests: TypeAlias = list[tuple[GgmlType, Callable[[], object]]]
+
+
+def _check_all(check: Callable[[blocks.BlockMatrix], None], matrices: Sequence[blocks.BlockMatrix]) -> None:
+    """Check all matrices of a tensor, which has one type."""
+    for matrix in matrices:
+        check(matrix)
 
 
 def _smallest(tests: Tests) -> tuple[GgmlType, str]:
@@ -257,8 +279,12 @@ def export(
 
 def _sources(gguf_model: GgufModel) -> list[SourceTensor]:
     """All tensors of the file, in its order."""
-    matrices = {f"{name}.weight": name for name in gguf_model.model.header.matrices}
-    sources = []
+    stacks = expert_stacks(gguf_model.model)
+    matrices = {f"{name}.weight": name for name in gguf_model.model.header.matrices if expert_stack(name) is None}
+    sources = [
+        SourceTensor(name, gguf_name(gguf_model.architecture, name), None, None, paths)
+        for name, paths in stacks.items()
+    ]
     others = [name for name in gguf_model.others if name.rpartition(".")[2] not in OF_INPUTS]
     for name in (*matrices, *others):
         target = gguf_name(gguf_model.architecture, name) if name else ROPE_FACTORS
@@ -267,15 +293,36 @@ def _sources(gguf_model: GgufModel) -> list[SourceTensor]:
     return sorted(sources, key=lambda source: file_order(source.target))
 
 
+def expert_stacks(model: PackedModel) -> dict[str, tuple[str, ...]]:
+    """Name of each tensor of all experts of a layer -> the paths of their matrices, in the order of the experts.
+
+    Raises:
+        UserError: an expert is missing.
+    """
+    numbered: dict[str, dict[int, str]] = {}
+    for path in model.header.matrices:
+        if place := expert_stack(path):
+            numbered.setdefault(f"{place[0]}.weight", {})[place[1]] = path
+    for name, experts in numbered.items():
+        if sorted(experts) != list(range(len(experts))):
+            raise UserError(f"{model.folder} lacks some of the experts of {name}.", "Pack the model again.")
+    return {name: tuple(experts[number] for number in sorted(experts)) for name, experts in numbered.items()}
+
+
 def _tensor_bytes(gguf_model: GgufModel, source: SourceTensor, planned: PlannedTensor) -> blocks.Bytes:
     """The data of one tensor, as planned."""
     chosen, lossy = blocks.ggml_type(planned.type), not planned.exact
-    if source.matrix is not None:
-        packed = gguf_model.model.matrix(source.matrix)
-        matrix = blocks.BlockMatrix(packed.encoded, packed.spec, source.order)
-        if chosen in blocks.FLOATS:
-            return blocks.write_floats(chosen, matrix, lossy)
-        return blocks.write_blocks(next(block for block in blocks.BLOCKS if block.type == chosen), matrix)
+    if source.matrices:
+        parts = []
+        for name in source.matrices:
+            packed = gguf_model.model.matrix(name)
+            matrix = blocks.BlockMatrix(packed.encoded, packed.spec, source.order)
+            if chosen in blocks.FLOATS:
+                parts.append(blocks.write_floats(chosen, matrix, lossy))
+            else:
+                block = next(block for block in blocks.BLOCKS if block.type == chosen)
+                parts.append(blocks.write_blocks(block, matrix))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
     values = gguf_model.others[source.name]
     if source.order is not None:
         values = values[source.order]
@@ -309,8 +356,12 @@ _FLOAT32 = torch.empty(0).numpy().dtype
 
 def _shape(gguf_model: GgufModel, tensor: PlannedTensor) -> tuple[int, ...]:
     """Shape of a tensor, rows first."""
-    entry = gguf_model.model.header.matrices.get(tensor.name.removesuffix(".weight"))
-    return entry.shape if entry else tuple(gguf_model.others[tensor.name].shape)
+    entries = gguf_model.model.header.matrices
+    if entry := entries.get(tensor.name.removesuffix(".weight")):
+        return entry.shape
+    if experts := expert_stacks(gguf_model.model).get(tensor.name):
+        return len(experts), *entries[experts[0]].shape
+    return tuple(gguf_model.others[tensor.name].shape)
 
 
 def _file_type(tensors: Sequence[PlannedTensor]) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from edgerazor.exporters.core import hf_folder
+from edgerazor.exporters.core import checkpoint_experts, hf_folder
 from edgerazor.exporters.core.base import Exporter, ExportPlan, ExportResult, PlannedTensor
 from edgerazor.exporters.core.exact_dtypes import holds
 from edgerazor.packed import DTYPE_NAMES, DTYPES, PackedModel, size_table
@@ -84,7 +84,7 @@ class Dequantized(Exporter):
     def write(self, model: PackedModel, folder: Path, plan: ExportPlan) -> ExportResult:
         """Write the weights and what makes the folder usable."""
         assert isinstance(plan, DequantizedPlan)
-        matrices = [hf_folder.decoded_piece(model, name, plan.dtype) for name in model.header.matrices]
+        matrices = checkpoint_experts.pieces(model, plan.dtype)
         rest = hf_folder.others_piece(model, lambda stored: plan.dtype if _is_float(stored) else stored)
         hf_folder.write_weights(folder, [*matrices, rest])
         hf_folder.write_companions(model, folder, dtype=str(DTYPES[plan.dtype]).removeprefix("torch."))
@@ -102,10 +102,9 @@ def _weights(model: PackedModel) -> Iterator[tuple[str, Tensor]]:
 def _planned(model: PackedModel, dtype: torch.dtype, changed: set[str]) -> Iterator[PlannedTensor]:
     """Each tensor of the model; numbers that are not floating keep their dtype."""
     reason = f"{DTYPE_NAMES[dtype]} rounds some of them, and `--export hf-f32` none"
+    targets = checkpoint_experts.names(model)
     rest = {name: ("other", name, shape, own) for name, (own, shape) in hf_folder.others(model).items()}
-    matrices = {
-        name: (entry.kind, f"{name}.weight", entry.shape, "F32") for name, entry in model.header.matrices.items()
-    }
+    matrices = {name: (entry.kind, targets[name], entry.shape, "F32") for name, entry in model.header.matrices.items()}
     for name, (kind, target, shape, own) in {**matrices, **rest}.items():
         stored = DTYPE_NAMES[dtype] if _is_float(own) else own
         yield PlannedTensor(

@@ -18,6 +18,7 @@ from edgerazor.models.attention_capture import (
 )
 from edgerazor.models.blocks import Blocks
 from edgerazor.models.compatibility import cache_name, checkpoint_activations, with_cache
+from edgerazor.models.experts import at_tokens, expert_of, separate_experts
 from edgerazor.models.gguf_teacher import gguf_origin, is_gguf
 from edgerazor.models.hidden_states import capture_hidden, final_states, logit_shape
 from edgerazor.models.layerwise import LayerwisePass, WeightTransform
@@ -43,6 +44,7 @@ from edgerazor.models.loading import (
 )
 from edgerazor.models.observer import Observer
 from edgerazor.models.onloading import drop_pages
+from edgerazor.models.routing import capture_routing
 from edgerazor.models.structure import QuantTarget, Structure, embedding_scale, find_head, structure
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "QuantTarget",
     "Structure",
     "WeightTransform",
+    "at_tokens",
     "attention_base",
     "attention_forward",
     "auto_config",
@@ -61,6 +64,7 @@ __all__ = [
     "caps_attention",
     "capture_attention",
     "capture_hidden",
+    "capture_routing",
     "check_attention_capture",
     "checkpoint_activations",
     "complete_config",
@@ -71,6 +75,7 @@ __all__ = [
     "embedding_scale",
     "enable_attention_capture",
     "error_summary",
+    "expert_of",
     "final_states",
     "find_head",
     "fingerprint",
@@ -87,6 +92,7 @@ __all__ = [
     "quiet_transformers",
     "register_attention",
     "resolve",
+    "separate_experts",
     "set_attention",
     "skeleton",
     "stored_shapes",

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from edgerazor.errors import UserError
 from edgerazor.families import GGUF_LONG_FACTORS, GGUF_SHORT_FACTORS
+from edgerazor.models.experts import separate_experts
 from edgerazor.models.gguf_configuration import ROPE_FACTORS, find_family, gguf_configuration
 from edgerazor.untrusted.gguf_file import TYPES, GgufFile
 
@@ -37,6 +39,8 @@ PIECE = 1 << 22
 SAFETENSORS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 #: Tensors that are no weights: their content is in the configuration.
 POSITIONS = {ROPE_FACTORS, GGUF_LONG_FACTORS, GGUF_SHORT_FACTORS}
+#: Path of a matrix of an expert: list of experts, number, name of the matrix.
+OF_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)")
 
 
 class GgufWeights:
@@ -76,21 +80,26 @@ class GgufWeights:
         """
         from edgerazor.models.loading import completed, skeleton
 
+        model = separate_experts(skeleton(completed(self.config)))
+
         file, architecture = self.file, str(self.file.metadata["general.architecture"])
         numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
         names = gguf.get_tensor_name_map(numbers[architecture], self.config["num_hidden_layers"])
-        shapes = {name: tuple(tensor.shape) for name, tensor in skeleton(completed(self.config)).state_dict().items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         if self.config["tie_word_embeddings"]:
             shapes.pop("lm_head.weight", None)
         sources: dict[str, str] = {}
         for name, shape in shapes.items():
             module, _, parameter = name.rpartition(".")
-            source = f"{names.get_name(module)}.{parameter}"
+            expert = OF_EXPERT.fullmatch(module)
+            whole = f"{expert[1]}.{expert[3]}" if expert else module  # the experts of a layer are one tensor
+            source = f"{names.get_name(whole)}.{parameter}"
             if source not in file.tensors:
                 raise file.damaged(f"it lacks {source} ({name} of a {self.model_type} model)")
-            if file.tensors[source].shape != shape:
+            expected = (self.config["num_experts"], *shape) if expert else shape
+            if file.tensors[source].shape != expected:
                 raise file.damaged(
-                    f"{source} is {list(file.tensors[source].shape)}, and its metadata say {list(shape)}"
+                    f"{source} is {list(file.tensors[source].shape)}, and its metadata say {list(expected)}"
                 )
             sources[name] = source
         unknown = sorted(file.tensors.keys() - sources.values() - POSITIONS)
@@ -108,7 +117,7 @@ class GgufWeights:
             UserError: a tensor does not lie in the file, or cannot be dequantized.
         """
         counts: Counter[str] = Counter()
-        for source in self.sources.values():
+        for source in dict.fromkeys(self.sources.values()):
             tensor = self.file.tensors[source]
             first = self.file.blocks(source)[: tensor.shape[-1] // TYPES[tensor.type][1]]
             self._dequantize(source, first.reshape(1, -1))
@@ -161,6 +170,9 @@ class GgufWeights:
             return
         columns = tensor.shape[-1]
         rows = self.file.blocks(source).reshape(math.prod(tensor.shape[:-1]), -1)
+        if expert := OF_EXPERT.match(name):
+            first = int(expert[2]) * self.shapes[name][0]
+            rows = rows[first : first + self.shapes[name][0]]
         step = max(1, PIECE // columns)
         for begin in range(0, len(rows), step):
             chosen = slice(begin, begin + step) if order is None else order[begin : begin + step].numpy()

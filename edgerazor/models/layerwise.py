@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from edgerazor.console import Console, Tracker
 from edgerazor.models.blocks import Blocks
+from edgerazor.models.experts import at_tokens, expert_of
 from edgerazor.models.observer import Observer
 from edgerazor.models.onloading import drop_pages, onloaded, trim_heap
 from edgerazor.models.pass_progress import PassProgress
@@ -205,7 +206,7 @@ class LayerwisePass:
             in_layers = {id(p) for p in self.model.get_submodule(self.structure.layers_path).parameters()}
             copied += sum(p.numel() * p.element_size() for p in self.model.parameters() if id(p) not in in_layers)
         rows, tokens = max(((ids.shape[0], ids.shape[1]) for ids, _ in self.batches), key=math.prod)
-        width = sum(target.rows + target.columns for target in self.structure.linears if target.layer == 0)
+        width = math.ceil(sum(t.token_share * (t.rows + t.columns) for t in self.structure.linears if t.layer == 0))
         width += 4 * self.structure.embedding.columns  # inputs, outputs, and the states between attention and MLP
         config = self.model.config.get_text_config()
         if whole_attention or config._attn_implementation == "eager":
@@ -225,8 +226,12 @@ class LayerwisePass:
         inputs = self._read(self._states_file(index), number)
 
         def observe(path: str, x: Tensor, _weight: Tensor, _output: Tensor) -> None:
+            expert = expert_of(self.model, path)
+            counted, weights = at_tokens(expert, counts), None
+            if expert is not None and expert.routed is not None:
+                weights = expert.routed.weights[counted]
             for observer in observers:
-                observer.linear(path, _counted(x, counts))
+                observer.linear(path, _counted(x, counted), weights)
 
         with self._linear_hooks(index, observe):
             outputs = self.blocks.forward_layer(index, inputs)
@@ -348,9 +353,12 @@ class LayerwisePass:
 
 
 def _counted(x: Tensor, counts: Tensor) -> Tensor:
-    """The positions that count, [n, features], of x [B, T, features] or [B·T, features]."""
+    """The positions that count, [n, features], of x [B, T, features] or [B·T, features].
+
+    Where x holds another number of positions (what a model's own list of experts calls them with), all of them count.
+    """
     flat = x.reshape(-1, x.shape[-1])
-    return flat if bool(counts.all()) else flat[counts.flatten()]
+    return flat if len(flat) != counts.numel() or bool(counts.all()) else flat[counts.flatten()]
 
 
 def _tracked(tensors: Iterator[Tensor], tracker: Tracker) -> Iterator[Tensor]:

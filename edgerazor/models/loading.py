@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from edgerazor import untrusted
 from edgerazor.console import Console
 from edgerazor.errors import UserError, plain, usage_error
+from edgerazor.models.experts import separate_experts
 from edgerazor.models.gguf_teacher import folder_of_gguf, gguf_origin, is_gguf
 from edgerazor.models.onloading import drop_pages
 from edgerazor.untrusted import links, vocabulary, weights
@@ -308,7 +309,7 @@ def load(
     weights.refuse_not_finite(folder, _named_tensors(model))
     _declare_untied(model)
     vocabulary.limit(tokenizer, model.get_input_embeddings().num_embeddings)
-    return model.to(device).eval(), tokenizer
+    return separate_experts(model).to(device).eval(), tokenizer
 
 
 def initialise(
@@ -327,12 +328,13 @@ def initialise(
     """
     config = load_config(resolve(str(source), revision), trust_remote_code)
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(
+    model = AutoModelForCausalLM.from_config(
         config,
         dtype=torch.float32,
         trust_remote_code=trust_remote_code,
         attn_implementation="eager" if caps_attention(config) else None,
     )
+    return separate_experts(model)
 
 
 def outline(source: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -358,7 +360,7 @@ def outline(source: str | Path, revision: str | None = None, trust_remote_code: 
             )
     except Exception as error:
         raise UserError(f"transformers cannot build the model of {source}: {error_summary(error)}.") from None
-    return model.eval()
+    return separate_experts(model).eval()
 
 
 def completed(values: dict[str, Any]) -> dict[str, Any]:

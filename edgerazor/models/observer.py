@@ -15,8 +15,10 @@ class Observer:
     def layer(self, index: int, inputs: Tensor, outputs: Tensor, counts: Tensor) -> None:
         """Forward pass, behind each layer (from 0) and batch: states [B, T, H] twice; counts bool [B, T]."""
 
-    def linear(self, path: str, x: Tensor) -> None:
-        """Forward pass, for each linear layer and batch, as it is called: its path in the model, its input [n, in]."""
+    def linear(self, path: str, x: Tensor, weights: Tensor | None = None) -> None:
+        """Forward pass, for each linear layer and batch, as it is called: its path in the model, its input [n, in]. Of
+        an expert only the positions that are routed to it, and their weights [n]: what its output is multiplied with.
+        An expert that no position is routed to is not called."""
 
     def final(self, x: Tensor) -> None:
         """Forward pass, at the end, for each batch: the input of the head, [n, H]."""
@@ -24,7 +26,8 @@ class Observer:
     def gradient(self, path: str, weight: Tensor, x: Tensor, g: Tensor) -> None:
         """Backward pass, for each linear layer and batch: its weight [out, in], its input x [B·T, in], and the gradient
         g [B·T, out] with respect to its output (bias included), as it follows from `upstream`: nothing is averaged. All
-        positions are there, since those that count may attend to those that do not; of padding g is zero."""
+        positions are there, since those that count may attend to those that do not; of padding g is zero. Of an expert
+        only those that are routed to it are there, and g holds their weights."""
 
     def state(self) -> dict[str, Tensor]:
         """All that was gathered, to be stored: tensors of any dtype, under names that the pass does not interpret."""

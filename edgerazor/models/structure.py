@@ -9,16 +9,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from edgerazor.errors import UserError
+from edgerazor.models.experts import ExpertList, expert_lists
 
 Kind = Literal["linear", "embedding", "head"]
 
 #: Largest share of the matrix weights that may stay in 16 bits; models with more of them are refused.
 UNTOUCHED_LIMIT = 0.02
-
-#: Parts of the names that transformers gives to the parameters of a mixture of experts ...
-EXPERT_NAMES = ("expert", "router", "_moe.")
-#: ... and the names of their number in configurations.
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True)
@@ -31,6 +27,9 @@ class QuantTarget:
         layer: its decoder layer, from 0; None outside the decoder layers.
         rows: output features, or tokens of the vocabulary.
         columns: input features, or hidden size.
+        experts: path of the list of experts that it is part of; empty outside experts.
+        token_share: of the tokens, on average, that pass through it: of a layer with 64 experts, 8 of which are chosen
+            for a token, an eighth.
     """
 
     name: str
@@ -38,6 +37,8 @@ class QuantTarget:
     layer: int | None
     rows: int
     columns: int
+    experts: str = ""
+    token_share: float = 1.0
 
     @property
     def weights(self) -> int:
@@ -55,6 +56,7 @@ class Structure:
         embedding: the input embedding.
         head: the output head, or None when it is tied to the embedding.
         head_path: path of the head module, tied or not.
+        experts: the lists of experts, in order; none in a dense model.
     """
 
     layers_path: str
@@ -63,6 +65,7 @@ class Structure:
     embedding: QuantTarget
     head: QuantTarget | None
     head_path: str
+    experts: tuple[ExpertList, ...] = ()
 
     @property
     def targets(self) -> tuple[QuantTarget, ...]:
@@ -78,7 +81,9 @@ def structure(model: PreTrainedModel) -> Structure:
     """
     family = type(model).__name__
     layers_path, layers = _decoder_layers(model, family)
-    _refuse_experts(model, layers, family)
+    experts = expert_lists(model)
+    routers = {path for listed in experts for path in listed.routers}
+    _refuse_experts(layers, family)
     head_path = find_head(model)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     paths = {id(module): name for name, module in model.named_modules()}
@@ -87,7 +92,10 @@ def structure(model: PreTrainedModel) -> Structure:
         for name, module in layer.named_modules():
             if isinstance(module, nn.Linear):
                 path = f"{layers_path}.{index}.{name}"
-                linears.append(QuantTarget(path, "linear", index, module.out_features, module.in_features))
+                listed = next((listed for listed in experts if path.startswith(f"{listed.path}.")), None)
+                if path not in routers:
+                    shape = module.out_features, module.in_features
+                    linears.append(QuantTarget(path, "linear", index, *shape, *_place(model, listed)))
     if not linears:
         raise UserError(
             f"{family} has no nn.Linear inside its decoder layers, so there is nothing to quantize.",
@@ -102,6 +110,7 @@ def structure(model: PreTrainedModel) -> Structure:
         embedding=QuantTarget(paths[id(embedding)], "embedding", None, rows, columns),
         head=None if tied else QuantTarget(head_path, "head", None, head.out_features, head.in_features),
         head_path=head_path,
+        experts=tuple(experts),
     )
     _refuse_untouched(model, described)
     embedding_scale(embedding)
@@ -137,23 +146,29 @@ def _decoder_layers(model: PreTrainedModel, family: str) -> tuple[str, nn.Module
     return min(lists, key=lambda item: item[0].count("."))
 
 
-def _refuse_experts(model: PreTrainedModel, layers: nn.ModuleList, family: str) -> None:
-    """Refuse a mixture of experts: stacked expert matrices have no format here, and its router no loss."""
-    if not any(word in name for name, _ in layers.named_parameters() for word in EXPERT_NAMES):
-        return
-    config = model.config.get_text_config()
-    counts = [getattr(config, name, None) for name in EXPERT_COUNTS]
-    experts = max([count for count in counts if isinstance(count, int)], default=0)
-    number = f"of {experts} experts" if experts > 1 else "of experts"
-    raise UserError(
-        f"{family} is a mixture {number}, whose stacked matrices and router losses are not supported.",
-        "Give a dense model.",
-    )
+def _place(model: PreTrainedModel, listed: ExpertList | None) -> tuple[str, float]:
+    """`experts` and `token_share` of a linear layer in a list of experts, or in none."""
+    if listed is None:
+        return "", 1.0
+    chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+    return listed.path, min(chosen / listed.size, 1.0) if isinstance(chosen, int) and chosen > 0 else 1.0
+
+
+def _refuse_experts(layers: nn.ModuleList, family: str) -> None:
+    """Refuse stacked experts that `separate_experts` left as they are."""
+    for name, parameter in layers.named_parameters():
+        if parameter.ndim == 3 and "expert" in name:
+            raise UserError(
+                f"{family} stacks its experts in a way that is not understood ({name} of layer "
+                f"{name.partition('.')[0]}: transposed, with biases, or with another gate).",
+                "Mixtures like those of Qwen3-MoE, OLMoE, Granite-MoE and LFM2-MoE are supported.",
+            )
 
 
 def _refuse_untouched(model: PreTrainedModel, structure: Structure) -> None:
     """Refuse a model of which more than 2 % of the matrix weights would silently stay 16-bit."""
     quantized = {f"{target.name}.weight" for target in structure.targets} | {f"{structure.head_path}.weight"}
+    quantized |= {f"{router}.weight" for listed in structure.experts for router in listed.routers}  # on purpose
     matrices = {name: p.numel() for name, p in model.named_parameters() if p.ndim > 1}
     remaining = {name: size for name, size in matrices.items() if name not in quantized}
     share = sum(remaining.values()) / sum(matrices.values())

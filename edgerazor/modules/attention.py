@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from edgerazor import formats, models
 from edgerazor.errors import UserError
+from edgerazor.models.experts import Experts, expert_lists
 
 #: Bits of unimportant tokens' activations, and their share of all tokens, as published.
 UNIMPORTANT_BITS, UNIMPORTANT_SHARE = 4, 0.5
@@ -90,6 +91,8 @@ def deciding_layers(model: nn.Module) -> dict[str, int]:
             full_path = f"{block}.{name}"
             if isinstance(module, nn.Linear) and not full_path.startswith(f"{path}."):
                 layers[full_path] = attention.layer_idx
+    if any(not isinstance(model.get_submodule(listed.path), Experts) for listed in expert_lists(model)):
+        raise _no_adaptive_tokens(model, "it does not say which tokens its experts get")
     if not layers:
         raise _no_adaptive_tokens(model, "it has no attention modules that we know")
     config: Any = model.config

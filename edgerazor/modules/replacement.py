@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from edgerazor import formats, kernels
 from edgerazor.errors import UserError
 from edgerazor.formats import Encoded, MatrixSpec, Rotation
-from edgerazor.models import Structure, embedding_scale
+from edgerazor.models import Structure, at_tokens, embedding_scale, expert_of
 from edgerazor.modules.attention import ImportantTokens, attach_important_tokens, deciding_layers, quantize_attention
 from edgerazor.modules.dropout import disable_dropout
 from edgerazor.modules.fake_quant import FakeQuantEmbedding, FakeQuantLinear, train_vectors_only
@@ -147,8 +147,13 @@ def _prepare_attention(model: PreTrainedModel, settings: Settings, deciding: Map
         tokens = ImportantTokens(settings.thresholds if settings.adaptive_tokens == "causal" else None)
         attach_important_tokens(model, tokens)
         for name, layer in deciding.items():
-            model.get_submodule(name).important = functools.partial(tokens.important, layer)
+            model.get_submodule(name).important = functools.partial(_important_inputs, model, name, tokens, layer)
     quantize_attention(model, settings.kv_bits, settings.query_bits, settings.probability_bits)
+
+
+def _important_inputs(model: PreTrainedModel, name: str, tokens: ImportantTokens, layer: int) -> Tensor:
+    """Which of a linear layer's inputs are important, bool: [batch, tokens], or [n] of those that an expert gets."""
+    return at_tokens(expert_of(model, name), tokens.important(layer))
 
 
 def quantize_inputs(model: PreTrainedModel, structure: Structure, settings: Settings) -> None:

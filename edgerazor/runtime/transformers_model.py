@@ -16,6 +16,7 @@ from torch import Tensor
 
 from edgerazor import models, modules, transformers_plugin
 from edgerazor.packed import PackedModel, size_table
+from edgerazor.runtime.chosen_experts import packed_sizes, unchosen_bytes
 from edgerazor.runtime.engine import Model, Session
 from edgerazor.runtime.rope import max_positions
 from edgerazor.runtime.scoring import Score, ScoreRequest, score_whole
@@ -45,6 +46,7 @@ class TransformersModel(Model):
         classes = {size.kind: size.bytes for size in size_table(packed).classes}
         self.weight_bytes = sum(classes.values())
         unread = 0 if packed.header.tied else classes.get("embedding", 0)  # but for a row of it
+        unread += unchosen_bytes(packed_sizes(packed), config)
         self.bytes_per_token = self.weight_bytes - unread
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

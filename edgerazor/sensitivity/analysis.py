@@ -20,6 +20,10 @@ What a whole matrix does is another question, since its rows act together on a t
 (`alone/` in files) is `E[(Σ g d)²] / 2` with the sum over its rows, from the same backward pass as `fisher`. It says
 how matrices compare, and plans are not made of it: rows of one matrix in several formats do not act as one.
 
+In a mixture of experts a token's error reaches the output times the weight that its router gave the expert, so all of
+these weigh an expert by how often and how strongly tokens go there: `g` has that weight in it, and `x` is multiplied
+with it. Of an expert that no token went to nothing is known, and all its sensitivities are 0.
+
 `auto` makes plans with `fisher`, with `integrated` and with `combined` (the sensitivity of tensors by `integrated`,
 that of the rows within them by `fisher`), measures the KL of each (embedding, head and activations as they are), and
 keeps the best.
@@ -155,12 +159,13 @@ class SensitivityAnalysis:
             )
 
         self.teacher_pass.backward(upstream, observer, title="sensitivity: fisher", identity=str(self.seed))
-        rows = {path: value / self.tokens for path, value in observer.rows.items()}
+        rows = self._of_all(observer.rows, len(self.names))
         rows[self.structure.embedding.name] = self._embedding()
         of_head = self._head()
         name = self.structure.head.name if self.structure.head else self.structure.embedding.name
         rows[name] = rows[name] + of_head if name in rows else of_head
         matrices = {path: value / self.tokens for path, value in observer.matrices.items()}
+        matrices |= {path: value.sum(1) for path, value in rows.items() if path not in matrices and not value.any()}
         matrices |= {path: value[:, 0].clone() for path, value in rows.items() if path not in matrices}
         return rows | {PER_MATRIX + path: value for path, value in matrices.items()}
 
@@ -237,7 +242,16 @@ class SensitivityAnalysis:
 
         layer_pass.backward(upstream, observer, title=title)
         layer_pass.clear()
-        return {path: value / self.tokens for path, value in observer.rows.items()}
+        return self._of_all(observer.rows)
+
+    def _of_all(self, sums: Mapping[str, Tensor], *shape: int) -> dict[str, Tensor]:
+        """Means over tokens of sums [*shape, rows] of linear layers: zeros for an expert that no token went to."""
+        missing = {
+            target.name: torch.zeros(*shape, target.rows, dtype=torch.float64)
+            for target in self.structure.linears
+            if target.name not in sums
+        }
+        return missing | {path: value / self.tokens for path, value in sums.items()}
 
     def hessian(self, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The estimate `hessian`, from the second moments of inputs, path -> float32 [in]; not in nats."""

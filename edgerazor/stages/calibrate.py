@@ -16,7 +16,7 @@ from torch import Tensor
 
 from edgerazor import allocate, devices, models, student_plan
 from edgerazor.allocate import Plan, measures, passes_of, shortfall
-from edgerazor.calibration import initialization, own_text, planning, statistics
+from edgerazor.calibration import experts, initialization, own_text, planning, statistics
 from edgerazor.calibration import measurement as measuring
 from edgerazor.calibration.calibrate_result import CalibrateDryRun, CalibrateResult
 from edgerazor.calibration.measurement import Measurement
@@ -86,6 +86,8 @@ class CalibrateStage(Stage):
                 statistics.write(context, tensors)
             else:
                 console.say("What was measured of the teacher for another plan serves this one too.")
+            if unreached := experts.unreached(tensors):
+                console.say(unreached)
             plan, sensitivity = planning.decide(measurement, tensors)
         except KeyboardInterrupt:
             raise UserError(

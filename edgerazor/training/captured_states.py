@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from edgerazor import models
-from edgerazor.losses import Attention, Loss
+from edgerazor.losses import Attention, Loss, Routing
 from edgerazor.models import PreTrainedModel, Structure
 
 
@@ -21,11 +21,13 @@ class Captures:
         hidden_layers: layers whose hidden states they need (see `Outputs.hidden_states`), ascending.
         attention_layers: layers whose attention inputs they need, counted from 1, ascending.
         attention_parts: which of "query", "key" and "value" they need of these layers.
+        routing: whether they need what the routers of a mixture of experts say.
     """
 
     hidden_layers: tuple[int, ...] = ()
     attention_layers: tuple[int, ...] = ()
     attention_parts: tuple[str, ...] = ()
+    routing: bool = False
 
 
 @dataclass
@@ -37,12 +39,14 @@ class CapturedStates:
         layer_outputs: layer -> `[B, T, H]`, its output, for the requested layers except the last one.
         attention: layer -> the inputs of its attention, for the requested layers.
         last_layer: number of the last layer, if its hidden state was requested.
+        routing: layer -> what its router said, if that was requested.
     """
 
     head_inputs: list[Tensor]
     layer_outputs: dict[int, Tensor]
     attention: dict[int, Attention]
     last_layer: int | None
+    routing: dict[int, Routing]
 
     @property
     def last_hidden_state(self) -> Tensor:
@@ -64,6 +68,7 @@ def captures(losses: Iterable[Loss]) -> Captures:
         hidden_layers=tuple(sorted({layer for loss in all_losses for layer in loss.hidden_layers()})),
         attention_layers=tuple(sorted({layer for loss in all_losses for layer in loss.attention_layers()})),
         attention_parts=tuple(sorted({part for loss in all_losses for part in loss.attention_parts})),
+        routing=any(loss.needs_routing for loss in all_losses),
     )
 
 
@@ -84,6 +89,7 @@ def capture(
     with ExitStack() as stack:
         layer_outputs: dict[int, Tensor] = {}
         attention: dict[int, Attention] = {}
+        routing: dict[int, Routing] = {}
         last_layer = None
         if structure is not None:
             last_layer = structure.layer_count if structure.layer_count in needed.hidden_layers else None
@@ -92,5 +98,7 @@ def capture(
             attention = stack.enter_context(
                 models.capture_attention(model, structure, needed.attention_layers, needed.attention_parts)
             )
+            if needed.routing:
+                routing = stack.enter_context(models.capture_routing(model, structure))
         head_inputs = stack.enter_context(models.final_states(model, head_path))
-        yield CapturedStates(head_inputs, layer_outputs, attention, last_layer)
+        yield CapturedStates(head_inputs, layer_outputs, attention, last_layer, routing)

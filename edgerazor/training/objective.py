@@ -141,6 +141,12 @@ def open_models(student: PreTrainedModel, teacher: PreTrainedModel | None, struc
         UserError: the attention of a model cannot be captured, or hidden states or heads cannot be compared.
     """
     needed = captures(loss for _, loss in terms)
+    if needed.routing and not any(listed.routers for listed in structure.experts):
+        named = [term.name for term, loss in terms if loss.needs_routing]
+        raise UserError(
+            f"{type(student).__name__} has no routers for the loss {named[0]}, since it is no mixture of experts.",
+            "Leave that loss out of `distill.losses`.",
+        )
     if needed.attention_layers:
         for model in (student, *([teacher] if teacher is not None else [])):
             models.enable_attention_capture(model)

@@ -55,7 +55,7 @@ class ModelCost:
     """What a token and a step take of a model.
 
     Attributes:
-        multiplied: weights that a token is multiplied with, the head among them.
+        multiplied: weights that a token is multiplied with, the head and the chosen experts among them.
         attended: multiplications of a token with keys and values.
         activations: elements that enter and leave the matrices, for a token.
         weights: of all matrices.
@@ -122,13 +122,13 @@ def cost_of(structure: Structure, sequence_length: int) -> ModelCost:
         sequence_length: tokens of a sequence.
     """
     head = structure.head or structure.embedding
-    matrices = [(target.rows, target.columns) for target in (*structure.linears, head)]
-    multiplied = sum(rows * columns for rows, columns in matrices)
-    weights = multiplied + (structure.embedding.rows * structure.embedding.columns if structure.head else 0)
+    matrices = (*structure.linears, head)
+    weights = sum(target.weights for target in matrices)
+    weights += structure.embedding.weights if structure.head else 0
     return ModelCost(
-        multiplied=multiplied,
+        multiplied=round(sum(target.token_share * target.weights for target in matrices)),
         attended=2 * sequence_length * structure.embedding.columns * structure.layer_count,
-        activations=sum(rows + columns for rows, columns in matrices),
+        activations=round(sum(target.token_share * (target.rows + target.columns) for target in matrices)),
         weights=weights,
         linears=len(structure.linears),
     )

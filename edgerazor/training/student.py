@@ -63,7 +63,9 @@ class Student:
             assert isinstance(head, modules.FakeQuantLinear)
             states, matrix = head.as_head(captured.last_hidden_state)
         scale, cap = self.logit_shape
-        return Outputs(states, captured.hidden_states, Head(scale=scale, cap=cap, **matrix), captured.attention)
+        return Outputs(
+            states, captured.hidden_states, Head(scale=scale, cap=cap, **matrix), captured.attention, captured.routing
+        )
 
 
 def make_student(

@@ -73,6 +73,7 @@ class Teacher:
             captured.hidden_states,
             Head(head.weight, head.bias, scale, cap),
             captured.attention,
+            captured.routing,
         )
 
 

@@ -119,9 +119,9 @@ def test_interrupted_it_goes_on_and_ends_the_same(
             raise KeyboardInterrupt
 
     class Moments(observers.SecondMoments):
-        def linear(self, path: str, x: Tensor) -> None:
+        def linear(self, path: str, x: Tensor, weights: Tensor | None = None) -> None:
             interrupting(self, path)
-            super().linear(path, x)
+            super().linear(path, x, weights)
 
     class Importance(observers.Importance):
         def layer(self, index: int, entering: Tensor, leaving: Tensor, counts: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -384,10 +385,10 @@ def test_a_layer_that_is_not_used_cannot_be_compensated(
 ) -> None:
     in_order = initialization.in_order_of_use
 
-    def forgetting(blocks: models.Blocks, index: int, sequences: initialization.Sequences) -> Any:
+    def forgetting(blocks: models.Blocks, index: int, flow: Sequence[initialization.Sequences]) -> Any:
         attention = blocks.layers[index].self_attn
         monkeypatch.setattr(attention, "forward", lambda hidden_states, **_: (hidden_states, None))
-        return in_order(blocks, index, sequences)
+        return in_order(blocks, index, flow)
 
     monkeypatch.setattr(initialization, "in_order_of_use", forgetting)
     file = write_start(tmp_path / "r.yaml", llama, text_file, "gptq")

@@ -22,6 +22,7 @@ from edgerazor.losses.core.base import (
     Head,
     Loss,
     Outputs,
+    Routing,
     StepTotals,
     prediction_mask,
     sample_weights,
@@ -35,6 +36,7 @@ from helpers.places import ROOT
 
 DEPTH, HIDDEN, VOCABULARY = 4, 6, 37
 HEADS, KEY_HEADS, FEATURES, VALUES = 4, 2, 5, 3
+EXPERTS, CHOSEN = 7, 2
 #: What calibrate might have measured; the losses make their choices by it.
 MEASURED = {"cosine": [0.9, 0.2, 0.8, 0.3], "l2": [1.0, 2.0, 5.0, 4.0], "variance": [4.0, 3.0, 2.0, 1.0]}
 OPTIONS: dict[str, dict[str, object]] = {"lafd": {"layers": (1, 3)}}
@@ -59,7 +61,7 @@ VARIANTS = [
 ]
 LOGIT_VARIANTS = [(n, o) for n, o in VARIANTS if issubclass(registry.find("losses", n, "LOSS"), losses.LogitLoss)]
 #: Losses that compare with nothing; the entropy guidance may be negative.
-ALONE = {"ce", "qk_entropy"}
+ALONE = {"ce", "qk_entropy", "router_balance", "router_z"}
 every_logit_loss = pytest.mark.parametrize(
     ("name", "options"), LOGIT_VARIANTS, ids=[f"{n}-{o}" for n, o in LOGIT_VARIANTS]
 )
@@ -89,7 +91,13 @@ def outputs(batch: int, length: int, seed: int, dtype: torch.dtype = torch.float
         random(batch, length, VOCABULARY),
         {layer: random(batch, length, HIDDEN) for layer in range(DEPTH + 1)},
         attention={layer: attention(layer) for layer in range(1, DEPTH + 1)},
+        routing={layer: routed(random(batch, length, EXPERTS)) for layer in (2, 4)},
     )
+
+
+def routed(logits: Tensor) -> Routing:
+    """The routing of a mixture of experts that follows from logits [B, T, experts]."""
+    return Routing(logits, logits.detach().topk(CHOSEN, dim=-1).indices)
 
 
 def window(length: int, layer: int) -> Tensor | None:
@@ -103,6 +111,7 @@ def window(length: int, layer: int) -> Tensor | None:
 def each_tensor(change: Any, outputs: Outputs, *others: Outputs) -> Outputs:
     """Outputs whose every tensor with a batch axis is what `change(name, tensor, ...)` makes of it."""
     attention = {}
+    routings = outputs.routing.items()
     for layer, inputs in outputs.attention.items():
         parts = {}
         for name in ("query", "key", "value"):
@@ -114,6 +123,7 @@ def each_tensor(change: Any, outputs: Outputs, *others: Outputs) -> Outputs:
         change("states", outputs.last_hidden_state, *(o.last_hidden_state for o in others)),
         {k: change("hidden", v, *(o.hidden_states[k] for o in others)) for k, v in outputs.hidden_states.items()},
         attention=attention,
+        routing={k: routed(change("logits", v.logits, *(o.routing[k].logits for o in others))) for k, v in routings},
     )
 
 
@@ -155,6 +165,7 @@ def leaves(student: Outputs) -> list[Tensor]:
         student.last_hidden_state,
         *student.hidden_states.values(),
         *(tensor for three in attention_inputs for tensor in three if tensor is not None),
+        *(routing.logits for routing in student.routing.values()),
     ]
 
 
@@ -171,6 +182,8 @@ def plain(loss: Any, name: str, student: Outputs, teacher: Outputs, labels: Tens
         return torch.cat([error[row, keep[row]].square() for error in errors for row in rows]).mean()
     if name in ("attention_kl", "attention_cosine", "relation", "qk_entropy"):
         return plain_attention(loss, name, student, teacher, keep)
+    if name.startswith("router_"):
+        return plain_router(name, student, teacher, keep)
     temperature = loss.temperature
     log_s = torch.log_softmax(student.last_hidden_state / temperature, -1)
     log_t = torch.log_softmax(teacher.last_hidden_state / temperature, -1)
@@ -197,6 +210,27 @@ def plain(loss: Any, name: str, student: Outputs, teacher: Outputs, labels: Tens
     if getattr(loss, "reduction", "mean") == "sum":
         return torch.stack([mixed[r, keep[r]].sum() for r in rows]).mean()
     return torch.stack([mixed[r, keep[r]].mean() for r in rows]).mean()
+
+
+def plain_router(name: str, student: Outputs, teacher: Outputs, keep: dict[int, Tensor]) -> Tensor:
+    """The losses of routers, one sample and layer after the other."""
+    parts = []
+    for row, positions in keep.items():
+        for layer, routing in student.routing.items():
+            z = routing.logits[row, positions]
+            if name == "router_z":
+                parts.append(z.exp().sum(-1).log().square().mean())
+            elif name == "router_kl":
+                p, q = (torch.softmax(x, -1) for x in (teacher.routing[layer].logits[row, positions], z))
+                parts.append((p * (p / q).log()).sum(-1).mean())
+            else:
+                sent = [
+                    (routing.chosen[row, positions] == expert).double().sum() / len(positions)
+                    for expert in range(EXPERTS)
+                ]
+                shares = torch.stack(sent).to(z)
+                parts.append(EXPERTS * (shares * torch.softmax(z, -1).mean(0)).sum())
+    return torch.stack(parts).mean()
 
 
 def plain_attention(loss: Any, name: str, student: Outputs, teacher: Outputs, keep: dict[int, Tensor]) -> Tensor:
@@ -363,6 +397,7 @@ def test_the_layers_and_parts_it_names_are_all_it_needs(name: str, options: dict
             o.last_hidden_state,
             {layer: o.hidden_states[layer] for layer in loss.hidden_layers()},
             attention={k: dataclasses.replace(o.attention[k], **unused) for k in loss.attention_layers()},
+            routing=o.routing if loss.needs_routing else {},
         )
         for o in full
     ]

@@ -57,7 +57,7 @@ class Recorder(Observer):
         self.record(f"inputs {index}", inputs[counts])
         self.record(f"outputs {index}", outputs[counts])
 
-    def linear(self, path: str, x: Tensor) -> None:
+    def linear(self, path: str, x: Tensor, weights: Tensor | None = None) -> None:
         self.record(f"input {path}", x)
 
     def final(self, x: Tensor) -> None:

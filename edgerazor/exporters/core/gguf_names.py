@@ -25,6 +25,22 @@ LAYER_PARTS = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+#: llama.cpp's name of a router.
+ROUTER = "ffn_gate_inp"
+#: Parts of a mixture of experts: its router, and what `expert_stack` makes of the matrices of its experts.
+EXPERT_PARTS = {
+    f"{block}.{name}": part
+    for block in ("mlp", "block_sparse_moe")
+    for name, part in (
+        ("gate", ROUTER),
+        ("router", ROUTER),
+        ("experts.gate_proj", "ffn_gate_exps"),
+        ("experts.up_proj", "ffn_up_exps"),
+        ("experts.down_proj", "ffn_down_exps"),
+    )
+}
+#: Path of the matrix of an expert: list of experts, number, name of the matrix.
+OF_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)")
 #: Modules outside the decoder layers, in the order of the file.
 OTHER_PARTS = {EMBEDDING: "token_embd", FINAL_NORM: "output_norm", HEAD: "output"}
 IN_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -38,7 +54,8 @@ def gguf_name(architecture: GgufArchitecture, name: str) -> str:
     """
     module, _, parameter = name.rpartition(".")
     in_layer = IN_LAYER.fullmatch(module)
-    part = {**LAYER_PARTS, **architecture.parts}.get(in_layer[2]) if in_layer else OTHER_PARTS.get(module)
+    parts = {**LAYER_PARTS, **(EXPERT_PARTS if architecture.experts else {}), **architecture.parts}
+    part = parts.get(in_layer[2]) if in_layer else OTHER_PARTS.get(module)
     is_read = part is not None and parameter in ("weight", "bias")
     if is_read and parameter == "bias":
         is_read = part in architecture.biases
@@ -47,6 +64,21 @@ def gguf_name(architecture: GgufArchitecture, name: str) -> str:
     if not is_read:
         raise refused(f"llama.cpp's {architecture.name} reads no tensor {name}")
     return f"blk.{in_layer[1]}.{part}.{parameter}" if in_layer else f"{part}.{parameter}"
+
+
+def expert_stack(matrix: str) -> tuple[str, int] | None:
+    """The tensor that a matrix is a part of, where it is an expert's, and its number there.
+
+    llama.cpp keeps a layer's experts as one tensor for each of their matrices, [experts, rows, columns].
+
+    Args:
+        matrix: path of its module, `model.layers.0.mlp.experts.3.up_proj`.
+
+    Returns:
+        the name without the expert's number, `model.layers.0.mlp.experts.up_proj`, and the number; None elsewhere.
+    """
+    place = OF_EXPERT.fullmatch(matrix)
+    return (f"{place[1]}.{place[3]}", int(place[2])) if place else None
 
 
 def file_order(target: str) -> tuple[int, int, str]:

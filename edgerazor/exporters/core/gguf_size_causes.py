@@ -26,7 +26,9 @@ def size_causes(model: PackedModel, tensors: Sequence[PlannedTensor], metadata: 
     """
     groups: dict[tuple[str, str], list[PlannedTensor]] = {}
     for tensor in tensors:
-        entry = model.header.matrices.get(tensor.name.removesuffix(".weight"))
+        name = tensor.name.removesuffix(".weight")
+        # Of the experts of a layer, which are one tensor, the first.
+        entry = model.header.matrices.get(name) or model.header.matrices.get(name.replace(".experts.", ".experts.0."))
         if entry is not None and 8 * tensor.bytes / tensor.weights > tensor.packed_bits + USUAL:
             groups.setdefault(_cause(entry, tensor.type), []).append(tensor)
     for (cause, remedy), affected in sorted(groups.items(), key=lambda item: -_excess(item[1])):

@@ -126,6 +126,11 @@ def gemma_query_scalar(get: GgufMetadata, by_width: bool) -> int:
     return get.head_size()
 
 
+def configure_experts(get: GgufMetadata) -> dict[str, Any]:
+    """How many experts a mixture has, and how many of them are chosen for a token."""
+    return {"num_experts": get.number("expert_count"), "num_experts_per_tok": get.number("expert_used_count")}
+
+
 def never(config: Any) -> bool:
     """No linear layer of that kind has a bias."""
     return False
@@ -332,6 +337,8 @@ class GgufArchitecture:
         biases: llama.cpp's names of the parts whose bias it reads.
         qk_norms: whether it reads norms of q and k.
         rope_types: ways to scale rotary positions that it knows.
+        experts: it is a mixture of experts: llama.cpp stacks the matrices of a layer's experts.
+        factors: fields of a configuration that are written as they are -> keys, without the architecture's name.
         all_layers_slide: every layer of the model sees a sliding window where the configuration has one.
         windows: llama.cpp computes the windows of its layers.
         unsupported: what llama.cpp cannot compute of a configuration, as the end of "cannot be exported as GGUF:"; an
@@ -352,6 +359,8 @@ class GgufArchitecture:
     qk_norms: bool = False
     rope_types: frozenset[str] = GGUF_ROPE_TYPES
     all_layers_slide: bool = False
+    experts: bool = False
+    factors: Mapping[str, str] = field(default_factory=dict)
     windows: bool = False
     unsupported: Callable[[dict[str, Any]], str] = all_supported
 

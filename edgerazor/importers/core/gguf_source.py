@@ -53,6 +53,11 @@ class GgufSource(SourceModel):
                 f"{self.architecture.name} one.",
                 "Move one of them to another folder.",
             )
+        if self.architecture.experts:
+            raise UserError(
+                f"{file.path} is a mixture of experts, which is not taken as it is from GGUF.",
+                f"Dequantize it and round it anew: `edgerazor pack {file.path} --bits 4`.",
+            )
         known = {gguf_name(self.architecture, name): name for name in _every_name(self.config)}
         self.targets = {known[name]: name for name in file.tensors if name in known}
         unknown = sorted(file.tensors.keys() - known.keys() - {ROPE_FACTORS})

@@ -16,7 +16,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -119,6 +119,19 @@ class Attention:
 
 
 @dataclass
+class Routing:
+    """What a layer's router said of each token.
+
+    Args:
+        logits: `[B, T, experts]`, any floating dtype.
+        chosen: `[B, T, k]` int64, the experts that compute the token.
+    """
+
+    logits: Tensor
+    chosen: Tensor
+
+
+@dataclass
 class Outputs:
     """The outputs of a model for one micro-batch.
 
@@ -130,6 +143,8 @@ class Outputs:
             the requested layers are present.
         head: computes logits, see above.
         attention: layer number, counted from 1 -> inputs of its attention, of the requested layers.
+        routing: layer number, counted from 1 -> what its router said, of all layers that have one, where it was
+            requested.
         others: outputs of further teachers, whose next-token distributions are averaged with this one's (EdgeQAT's
             ensemble); hidden states and attention are always the first teacher's alone.
         averaging: what is averaged: "probabilities", or, as in EdgeQAT, "logits".
@@ -141,6 +156,7 @@ class Outputs:
     hidden_states: dict[int, Tensor] = field(default_factory=dict)
     head: Head | None = None
     attention: dict[int, Attention] = field(default_factory=dict)
+    routing: dict[int, Routing] = field(default_factory=dict)
     others: tuple[Outputs, ...] = ()
     averaging: str = "probabilities"
     recorded: RecordedTokens | None = None
@@ -233,6 +249,8 @@ class Loss(ABC):
     from_recording: str = ""
     #: Which inputs of attention it needs of each of its `attention_layers`: fields of `Attention`.
     attention_parts: tuple[str, ...] = ()
+    #: Whether it needs the routing of a mixture of experts.
+    needs_routing: ClassVar[bool] = False
 
     def choose_layers(  # noqa: B027 - not abstract, because most losses have no layers to choose
         self, layer_count: int, layer_metrics: Mapping[str, Sequence[float]]
