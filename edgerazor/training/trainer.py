@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,6 +34,7 @@ from edgerazor.training.objective import Terms
 from edgerazor.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rate
 from edgerazor.training.phase_schedule import ScheduledPhase
 from edgerazor.training.results import DistillResult, PhaseResult
+from edgerazor.training.served_teacher import TeacherGoneError
 from edgerazor.training.signals import Signals, watch_signals
 from edgerazor.training.store import TrainingStore, is_complete, save_student
 from edgerazor.training.student import Student
@@ -181,7 +182,7 @@ class Trainer:
             self.begin_phase(1, budget_share=0.0)
         with console.track("distill", self.budget.steps or 0, self.progress.step) as tracker:
             for batches in self.batches():
-                loss = self.step(batches)
+                loss = self.step_or_save(batches)
                 self.count_step(loss)
                 status = self.evaluate_and_save(signals)
                 self.report(status, tracker, console)
@@ -189,6 +190,20 @@ class Trainer:
                     break
                 if status.interrupted:
                     raise _interrupted(f"at step {self.progress.step}; everything is saved.")
+
+    def step_or_save(self, batches: Sequence[Batch]) -> float:
+        """One optimizer step, or everything saved where the teacher's server has gone away.
+
+        Raises:
+            UserError: as `step`; what is saved, where that is the reason.
+        """
+        try:
+            return self.step(batches)
+        except TeacherGoneError as error:
+            self.save()
+            raise TeacherGoneError(
+                f"{error.message} Everything up to step {self.progress.step} is saved.", error.hint, error.code
+            ) from None
 
     def batches(self) -> Iterator[list[Batch]]:
         """The micro-batches of this process for every step that is left, from the current one on."""
@@ -254,10 +269,12 @@ class Trainer:
         """
         kept_layers = objective.always_compared_layers(self.terms) | self.compared_layers
         needs_teacher = any(loss.needs_teacher for _, loss in self.terms)
+        outputs: Iterable[Outputs | None] = [None] * len(batches)
+        if needs_teacher:
+            outputs = self.teachers.outputs_of(batches, self.teacher_captures)
         targets: list[Outputs | None] = []
         statistics = []
-        for batch in batches:
-            target = self.teachers.outputs(batch, self.teacher_captures) if needs_teacher else None
+        for batch, target in zip(batches, outputs, strict=True):
             if target is not None:
                 objective.cache_logits(target, batch["labels"], self.terms, len(batches))
             statistics.append(objective.batch_statistics(self.terms, batch["labels"], target))
@@ -266,12 +283,12 @@ class Trainer:
             targets.append(target)
         totals = self.step_totals(statistics)
         self.compared_layers = objective.compared_layers(self.terms, totals)
-        for batch, target in zip(batches, targets, strict=True):
-            if target is None:
-                continue
+        compared = [target for target in targets if target is not None]
+        for target in compared:
             objective.drop_other_layers(target, self.compared_layers)
-            if missing := sorted(self.compared_layers - target.hidden_states.keys()):
-                target.hidden_states |= self.teachers.hidden_states(batch, missing)
+        if missing := sorted(self.compared_layers - kept_layers):  # the same ones of all micro-batches
+            for target, states in zip(compared, self.teachers.hidden_states(batches, missing), strict=True):
+                target.hidden_states |= states
         return targets, totals
 
     def step_totals(self, statistics: Sequence[dict[str, Tensor]]) -> StepTotals:
