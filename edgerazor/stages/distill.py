@@ -62,6 +62,7 @@ from edgerazor.training import (
     report_teachers,
     resident_bytes,
     result_tables,
+    sharding,
     speed_of,
     teacher_outlines,
     training_dtype,
@@ -303,7 +304,13 @@ def prepare(context: JobContext, placeholders: bool = False) -> Preparation:
     devices.join_processes(device)
     accelerator = make_accelerator(device, dtype)
     check_recording(context)
-    teacher = open_teacher(context, accelerator.device, dtype)
+    sharded = sharding.is_wanted()
+    if sharded:
+        sharding.check(settings)
+    is_resident = settings.recording is None and not settings.is_served and settings.teacher_source == "resident"
+    # what will be sharded moves to the device layer by layer
+    teacher_device = torch.device("cpu") if sharded and is_resident else accelerator.device
+    teacher = open_teacher(context, teacher_device, dtype)
     structure = teacher.outline.structure
     rows, held_out = open_text(context, teacher, placeholders)
     planned = teacher.outline if teacher.is_loaded or not placeholders else context.planning_teacher()
@@ -311,17 +318,22 @@ def prepare(context: JobContext, placeholders: bool = False) -> Preparation:
     phases = scheduled_phases(context, plan, structure.layer_count, placeholders)
     student = load_student(recipe)
     logit_shape = models.logit_shape(teacher.outline.model if teacher.is_loaded else student, structure.head_path)
-    student = prepare_student(context, student, teacher.outline, plan, placeholders).to(accelerator.device)
+    student = prepare_student(context, student, teacher.outline, plan, placeholders)
+    student = student if sharded else student.to(accelerator.device)
     terms = [term for phase in phases for term in phase.terms]
     objective.open_models(student, teacher.outline.model if teacher.is_loaded else None, structure, terms)
     if teacher.other is not None:
         objective.open_other_teacher(student, teacher.other, terms)
     if settings.is_served:
         check_served_losses(terms)
+    if sharded and isinstance(teacher.source, TeacherEnsemble):
+        for one in teacher.source:
+            layers_path = models.structure(one.model).layers_path
+            sharding.shard(one.model, layers_path, accelerator.device)
     trainer = Trainer(
         settings=settings,
         accelerator=accelerator,
-        student=Student(student, structure, logit_shape, accelerator),
+        student=Student(student, structure, logit_shape, accelerator, sharded),
         teachers=teacher.source if needs_teacher(settings, phases) else TeacherEnsemble(()),
         rows=rows,
         held_out=held_out,
@@ -364,7 +376,8 @@ def make_accelerator(device: torch.device, dtype: torch.dtype) -> Accelerator:
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state()  # one process may train more than once, and not always in the same precision
-    return Accelerator(mixed_precision="bf16" if dtype == torch.bfloat16 else "no", cpu=device.type == "cpu")
+    with sharding.hidden_from_accelerate():
+        return Accelerator(mixed_precision="bf16" if dtype == torch.bfloat16 else "no", cpu=device.type == "cpu")
 
 
 def load_student(recipe: Recipe) -> PreTrainedModel:

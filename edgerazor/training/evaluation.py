@@ -9,6 +9,7 @@ import torch
 
 from edgerazor import data, losses, modules
 from edgerazor.losses import Outputs, StepTotals, step_counts
+from edgerazor.training import sharding
 from edgerazor.training.captured_states import Captures
 from edgerazor.training.student import Student
 from edgerazor.training.teachers import TeacherSource
@@ -40,7 +41,7 @@ def held_out_losses(
     student.model.eval()
     sums = {"cross_entropy": 0.0, "kl": 0.0, "tokens": 0.0}
     device, remaining = student.accelerator.device, iter(batches)
-    with modules.encoded_once(student.model) as digests:
+    with sharding.gathered(student.model), modules.encoded_once(student.model) as digests:
         while some := list(islice(remaining, BATCHES_AT_ONCE)):
             some = [{key: value.to(device) for key, value in batch.items()} for batch in some]
             for batch, target in zip(some, teachers.outputs_of(some, Captures(), held_out=True), strict=True):
