@@ -23,6 +23,7 @@ from edgerazor.models.attention_capture import capture_attention
 from edgerazor.models.blocks import Blocks
 from edgerazor.models.hidden_states import logit_shape
 from edgerazor.models.loading import caps_attention, error_summary, load_config, quiet_transformers, resolve
+from edgerazor.models.onloading import map_large_blocks
 from edgerazor.models.structure import Structure, structure
 from edgerazor.untrusted import weights
 from edgerazor.untrusted.weight_places import TensorPlace, tensor_places
@@ -60,6 +61,7 @@ class StreamedModel:
     def __init__(
         self, source: str, revision: str | None, device: torch.device, dtype: torch.dtype, trust_remote_code: bool
     ) -> None:
+        map_large_blocks()
         self.folder, self.device, self.dtype = resolve(source, revision), device, dtype
         self.model = _without_weights(self.folder, dtype, trust_remote_code)
         self.structure: Structure = structure(self.model)

@@ -122,8 +122,8 @@ def main() -> None:
         work = options.build / source
         shutil.rmtree(work, ignore_errors=True)
         code, seconds, said = distill(work, teacher, source, limit, options.steps)
-        last = said.strip().splitlines()[-1] if said.strip() else ""
-        print(f"{source}: exit code {code} after {seconds:.0f} s; {last}")
+        last = " ".join(said.strip().splitlines()[-2:])
+        print(f"{source}: exit code {code} after {seconds:.0f} s; {last}", flush=True)
         if code == 0:
             print((work / "distill" / "metrics.jsonl").read_text().strip())
     shutil.rmtree(options.build)
