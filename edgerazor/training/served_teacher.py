@@ -322,9 +322,10 @@ def check_served_losses(terms: Terms) -> None:
                 f"The loss {term.name} compares what stays inside a served teacher.",
                 "Leave it out of `distill.losses`: next-token losses (forward_kl, eakld ...) can be computed.",
             )
-        if getattr(loss, "temperature", 1.0) != 1.0:
+        temperature = getattr(loss, "temperature", 1.0)
+        if temperature != 1.0:
             raise usage_error(
-                f"The loss {term.name} is to have the temperature {loss.temperature:g}, and servers give "
+                f"The loss {term.name} is to have the temperature {temperature:g}, and servers give "
                 "distributions at 1.",
                 "Leave out its temperature.",
             )

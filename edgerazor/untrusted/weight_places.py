@@ -55,10 +55,10 @@ class TensorPlace:
         if self.dtype is None:
             raise UserError(f"{self.file} stores {plain(self.name)} in numbers that are no 16- or 32-bit weights.")
         values = torch.empty(self.shape, dtype=self.dtype)
-        buffer = values.view(-1).view(torch.uint8).numpy() if values.numel() else None
+        buffer = values.view(-1).view(torch.uint8).numpy().data if values.numel() else None
         with open(self.file, "rb") as file:
             file.seek(self.begin)
-            if buffer is not None and file.readinto(memoryview(buffer)) != self.nbytes:
+            if buffer is not None and file.readinto(buffer) != self.nbytes:
                 raise UserError(f"The weight file {self.file} is damaged: it ends early.", AGAIN)
         return values
 
