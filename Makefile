@@ -106,6 +106,12 @@ results-budget: install $(WORLD)/distill.txt
 results-recording: install
 	$(BIN)/python -m recipes.benchmarks.recording --real-data $(REAL_DATA)
 
+# Every figure of recipes/results/training.md: what recordings are worth, one of which serves three budgets, then a
+# teacher of 4 GB that teaches inside 3 GB of address space, which prints its figures; 5 GB of disk.
+.PHONY: results-training
+results-training: results-recording
+	$(BIN)/python -m recipes.benchmarks.streaming
+
 # Tokens a second of many sequences at a time, beside one; alone on the machine, 3 GB of disk.
 .PHONY: results-serve
 results-serve: install $(KERNELS)

@@ -190,6 +190,12 @@ class RecipeContext:
         return " + ".join(map(_fingerprint_of, folders)) or "none"
 
     @cached_property
+    def other_teacher_fingerprint(self) -> str:
+        """Identity of the files of the model that teaches in the place of the recipe's own; "none" without one."""
+        source = self.recipe.distill.teacher
+        return "none" if source is None else _fingerprint_of(self._resolve(source, None, "teacher"))
+
+    @cached_property
     def data_fingerprint(self) -> str:
         """Identity of the text that training and calibration read; generated text is decided by teacher and seed."""
         settings = self.recipe.data

@@ -213,6 +213,10 @@ OPTIONS = (
     # Training
     Option("--recording", "distill.recording", Path, "distill",
            "A folder of `edgerazor record`, in the place of the teacher.", metavar="DIR", parse=str),
+    Option("--teacher", "distill.teacher", str, "distill",
+           "Another model to learn from, of the same tokenizer.", metavar="MODEL"),
+    Option("--teacher-source", "distill.teacher_source", str, "distill",
+           "Where the teacher computes.", metavar="resident|streamed|URL"),
     Option("--steps", "distill.steps", int, "distill run",
            "Optimizer steps."),
     Option("--tokens", "distill.tokens", str, "distill",

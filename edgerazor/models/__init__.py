@@ -45,6 +45,7 @@ from edgerazor.models.loading import (
 from edgerazor.models.observer import Observer
 from edgerazor.models.onloading import drop_pages
 from edgerazor.models.routing import capture_routing
+from edgerazor.models.streaming import StreamedModel, StreamedStates
 from edgerazor.models.structure import QuantTarget, Structure, embedding_scale, find_head, structure
 
 __all__ = [
@@ -54,6 +55,8 @@ __all__ = [
     "PreTrainedModel",
     "PreTrainedTokenizerBase",
     "QuantTarget",
+    "StreamedModel",
+    "StreamedStates",
     "Structure",
     "WeightTransform",
     "at_tokens",

@@ -63,7 +63,6 @@ class Blocks:
         """
         calls: list[Call] = []
         states: list[Tensor] = []
-        outputs: list[Any] = []
         known = self.knows(input_ids)
 
         def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -73,11 +72,9 @@ class Blocks:
             if known:
                 raise _StopForwardError
 
-        layers = self.layers
-        handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
-        handles.append(layers[0].register_forward_hook(lambda _module, _args, output: outputs.append(output)))
+        handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in self.layers]
         try:
-            with _stubbed(layers[1:], lambda: outputs[0]), contextlib.suppress(_StopForwardError):
+            with self.first_layer_only() as outputs, contextlib.suppress(_StopForwardError):
                 self._forward_to_head(input_ids)
         finally:
             for handle in handles:
@@ -86,6 +83,18 @@ class Blocks:
             self._calls[tuple(input_ids.shape)] = calls
             self._other_outputs = outputs[0][1:] if isinstance(outputs[0], tuple) else None
         return states[0]
+
+    @contextlib.contextmanager
+    def first_layer_only(self) -> Iterator[list[Any]]:
+        """Let the first layer compute alone inside the block, the others return its output; yields its outputs."""
+        outputs: list[Any] = []
+        layers = self.layers
+        handle = layers[0].register_forward_hook(lambda _module, _args, output: outputs.append(output))
+        try:
+            with _stubbed(layers[1:], lambda: outputs[-1]):
+                yield outputs
+        finally:
+            handle.remove()
 
     def forward_layer(self, index: int, states: Tensor) -> Tensor:
         """Output states of a layer, counted from 0, for input states [B, T, H] of a shape that `inputs` has seen."""

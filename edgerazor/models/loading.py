@@ -28,6 +28,7 @@ from edgerazor.models.gguf_teacher import folder_of_gguf, gguf_origin, is_gguf
 from edgerazor.models.onloading import drop_pages
 from edgerazor.untrusted import links, vocabulary, weights
 from edgerazor.untrusted.tokenizer import open_tokenizer
+from edgerazor.untrusted.weight_places import all_places
 from edgerazor.workdir import digest_json, hash_file
 
 #: Files that make up a model: what is fetched from the hub, and what identifies a teacher.
@@ -229,10 +230,9 @@ def complete_config(folder: Path) -> dict[str, Any]:
 def stored_shapes(folder: Path) -> list[tuple[int, ...]]:
     """Shapes of all tensors in the weight files of a folder; none where a file is missing or damaged."""
     try:
-        files = weights.open_files(weights.weight_files(folder)).values()
+        return [place.shape for place in all_places(folder)]
     except UserError:
         return []
-    return [tuple(file.get_slice(name).get_shape()) for file in files for name in file.keys()]  # noqa: SIM118
 
 
 def _is_causal(config: Any, raw: dict, trust_remote_code: bool) -> bool:

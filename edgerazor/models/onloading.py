@@ -15,6 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+#: Option of GNU's `mallopt`.
+M_MMAP_THRESHOLD = -3
+
 
 @contextlib.contextmanager
 def onloaded(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
@@ -61,3 +64,13 @@ def trim_heap() -> None:
     """Let the C library return free memory to the system; activations of all sizes would leave its heap fragmented."""
     with contextlib.suppress(AttributeError, OSError):  # another library than GNU's
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def map_large_blocks() -> None:
+    """Let the C library map each block above a megabyte by itself, so that its memory goes back as soon as it is freed.
+
+    Left alone it keeps blocks of up to 32 MB in heaps, of which each thread has its own, and those of layers that are
+    read by one thread and freed by another leave holes that nothing fits.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # another library than GNU's
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)

@@ -446,6 +446,17 @@ class Distill(Strict):
         min_length=1,
         description="the objective, a weighted sum: name, weight, temperature, options, schedule of each term",
     )
+    teacher: ModelPath | None = Field(
+        None, description="another model to learn from in the place of the recipe's own: larger, of the same tokenizer"
+    )
+    teacher_source: str = Field(
+        "resident",
+        description="where the teacher computes: resident (in memory), streamed (read from disk layer by layer in "
+        "every step), or the address of an OpenAI-compatible server: http://host:8000/v1",
+    )
+    served_model: str | None = Field(
+        None, min_length=1, description="name of the teacher on that server; absent: its only model"
+    )
     teachers: tuple[ModelPath, ...] = Field(
         (), description="further teachers, whose next tokens are averaged with the model's own"
     )
@@ -471,6 +482,18 @@ class Distill(Strict):
     def has_open_budget(self) -> bool:
         """Whether tokens or time limit the training, and not steps, so that the other settings are to fit them."""
         return self.steps is None and (self.tokens is not None or self.max_time is not None)
+
+    @property
+    def is_served(self) -> bool:
+        """Whether a server computes the teacher."""
+        return self.teacher_source.startswith(("http://", "https://"))
+
+    @field_validator("teacher_source")
+    @classmethod
+    def _known_source(cls, value: str) -> str:
+        if value not in ("resident", "streamed") and not value.startswith(("http://", "https://")):
+            raise ValueError("it is resident, streamed, or an address that begins with http:// or https://")
+        return value
 
     @field_validator("tokens", mode="before")
     @classmethod

@@ -19,10 +19,16 @@ IMPOSSIBLE = -9999.0
 
 
 class Logprobs:
-    """The log-probabilities of consecutive tokens, as completions have them."""
+    """The log-probabilities of consecutive tokens, as completions have them.
 
-    def __init__(self, texts: TokenTexts, count: int) -> None:
-        self._texts, self._count = texts, count
+    Args:
+        texts: what tokens are called.
+        count: of the likeliest tokens.
+        by_number: tokens are called `token_id:N`, as vLLM has it, so that a program knows which they are.
+    """
+
+    def __init__(self, texts: TokenTexts, count: int, by_number: bool = False) -> None:
+        self._texts, self._count, self._by_number = texts, count, by_number
         self.tokens: list[str] = []
         self.token_logprobs: list[float | None] = []
         self.top_logprobs: list[dict[str, float] | None] = []
@@ -32,8 +38,8 @@ class Logprobs:
         """A token, and the likeliest in its place."""
         top: dict[str, float] = {}
         for token, value in logprob.top[: self._count]:
-            top.setdefault(self._texts.name(token), max(value, IMPOSSIBLE))
-        name = self._texts.name(logprob.token)
+            top.setdefault(self._name(token), max(value, IMPOSSIBLE))
+        name = self._name(logprob.token)
         top.setdefault(name, max(logprob.logprob, IMPOSSIBLE))
         self.tokens.append(name)
         self.token_logprobs.append(max(logprob.logprob, IMPOSSIBLE))
@@ -42,10 +48,13 @@ class Logprobs:
 
     def add_first(self, token: int) -> None:
         """The first token of a prompt, which follows nothing."""
-        self.tokens.append(self._texts.name(token))
+        self.tokens.append(self._name(token))
         self.token_logprobs.append(None)
         self.top_logprobs.append(None)
         self.text_offset.append(0)
+
+    def _name(self, token: int) -> str:
+        return f"token_id:{token}" if self._by_number else self._texts.name(token)
 
     def body(self) -> dict[str, Any]:
         return {
@@ -140,7 +149,8 @@ class Completion:
 
     def _new_logprobs(self) -> Logprobs | None:
         count = self._request.logprobs
-        return None if count is None else Logprobs(self._engine.token_texts, count)
+        by_number = self._request.return_tokens_as_token_ids
+        return None if count is None else Logprobs(self._engine.token_texts, count, by_number)
 
     def _choice(self, index: int, text: str, logprobs: Logprobs | None, finish: str | None) -> dict[str, Any]:
         body = None if logprobs is None else logprobs.body()

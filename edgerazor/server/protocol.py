@@ -91,6 +91,7 @@ class CompletionRequest(SamplingFields):
     prompt: Text | list[Text] | list[Token] | list[list[Token]]
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
+    return_tokens_as_token_ids: bool = False
     best_of: int | None = None
     suffix: Literal[""] | None = None
 

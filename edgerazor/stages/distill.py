@@ -16,7 +16,6 @@ schedule of its own; the data go on from phase to phase. How a step is taken, ev
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -30,39 +29,40 @@ from edgerazor.calibration import initialization
 from edgerazor.console import Console
 from edgerazor.errors import UserError, usage_error
 from edgerazor.job import JobContext, ModelOutline
-from edgerazor.models import PreTrainedModel, PreTrainedTokenizerBase
+from edgerazor.models import PreTrainedModel
 from edgerazor.recipe import Distill, Recipe
-from edgerazor.recording import Recording
 from edgerazor.stage import Stage
 from edgerazor.student_plan import CALIBRATED_INITS
 from edgerazor.training import (
     DistillDryRun,
     DistillResult,
     PlannedTraining,
+    PreparedTeacher,
     RecordedTeacher,
     ScheduledPhase,
     Student,
-    Teacher,
     TeacherEnsemble,
-    TeacherSource,
     Trainer,
     TrainingStore,
     check_losses,
     check_sequences,
+    check_served_losses,
     checkpoint,
     estimate_training,
     fitting_inputs,
     is_limited,
-    load_further_teachers,
     make_budget,
     make_phases,
     make_student,
     objective,
+    open_teacher,
     phase_schedule,
     reconstruction,
     report_passes,
     report_teachers,
+    resident_bytes,
     result_tables,
+    sharding,
     speed_of,
     teacher_outlines,
     training_dtype,
@@ -86,6 +86,7 @@ def inputs(context: JobContext) -> dict[str, str]:
     skip = (
         *("max_time", "checkpoint_every", "gradient_checkpointing", "batch_size", "accumulation", "phases"),
         "recording",  # what it is counts, and not where it lies
+        *("teacher", "teacher_source", "served_model"),
     )
     without_teachers = () if settings.teachers else ("teacher_average",)
     training_settings = context.section_inputs("distill", skip + without_teachers)
@@ -93,6 +94,10 @@ def inputs(context: JobContext) -> dict[str, str]:
     training_settings |= {"distill.phases": phase_schedule.describe(settings, bits)} if settings.phases else {}
     training_settings["distill.losses"] = objective.describe(settings.losses, bits)
     training_settings["distill.teachers"] = context.further_teachers_fingerprint
+    if settings.teacher is not None:
+        training_settings["distill.teacher"] = context.other_teacher_fingerprint
+    if settings.is_served:
+        training_settings["distill.teacher"] = f"on a server: {settings.served_model or 'its only model'}"
     if settings.recording is not None:
         description = recording.read_description(Path(settings.recording))
         training_settings["distill.recording"] = description.fingerprint()
@@ -156,7 +161,13 @@ def dry_run(context: JobContext) -> DistillDryRun:
     planned = context.is_planned()
     plan = context.plan() if planned else context.new_plan(outline)
     phases = scheduled_phases(context, plan, structure.layer_count, placeholders=True)
-    objective.open_models(model, model, structure, [term for phase in phases for term in phase.terms])
+    terms = [term for phase in phases for term in phase.terms]
+    objective.open_models(model, model, structure, terms)
+    if settings.teacher is not None:
+        other = models.outline(settings.teacher, None, recipe.trust_remote_code)
+        objective.open_other_teacher(model, other, terms)
+    if settings.is_served:
+        check_served_losses(terms)
     length, processes = context.sequence_length(model), devices.process_count()
     rows_per_step = settings.batch_size * settings.accumulation * processes
     rows = None if is_limited(settings) else dry_text(context, length)
@@ -171,7 +182,9 @@ def dry_run(context: JobContext) -> DistillDryRun:
         length=length,
         rows_per_step=rows_per_step,
         processes=processes,
-        teacher_bytes=teacher_bytes(context, outline) if is_teacher_loaded(settings, phases) else 0,
+        teacher_bytes=resident_bytes(context, outline, training_dtype(settings, context.device))
+        if needs_teacher(settings, phases)
+        else 0,
     )
     packed_bytes = context.packed_size(outline, measured=planned)(plan).bytes
     estimate = estimate_training(training, speed_of(context), packed_bytes)
@@ -184,14 +197,6 @@ def dry_text(context: JobContext, length: int) -> data.TokenRows:
         return placeholder_rows(context, length)
     tokenizer = models.load_tokenizer(context.teacher_folder, context.recipe.trust_remote_code)
     return context.open_text(tokenizer, length)[0]
-
-
-def teacher_bytes(context: JobContext, outline: ModelOutline) -> int:
-    """Bytes of the weights of all teachers in the precision of the training."""
-    recipe = context.recipe
-    others = [models.outline(source, None, recipe.trust_remote_code) for source in recipe.distill.teachers]
-    weights = sum(weight.numel() for model in (outline.model, *others) for weight in model.parameters())
-    return weights * training_dtype(recipe.distill, context.device).itemsize
 
 
 def check(recipe: Recipe) -> None:
@@ -207,10 +212,40 @@ def check(recipe: Recipe) -> None:
         )
     reconstruction.check(recipe)
     phase_schedule.check(recipe)
-    if recipe.distill.recording is not None and recipe.distill.reconstruct is not None:
+    check_source(recipe.distill)
+
+
+def check_source(settings: Distill) -> None:
+    """Refuse a source of the teacher's outputs that does not go with something else.
+
+    Raises:
+        UserError: which, and why.
+    """
+    elsewhere = settings.teacher is not None or settings.teacher_source != "resident"
+    if settings.recording is not None and settings.reconstruct is not None:
         raise usage_error(
             "Layers are reconstructed from what the teacher's own layers give, which a recording does not hold.",
             "Leave out `distill.reconstruct` (--reconstruct), or `distill.recording` (--recording).",
+        )
+    if elsewhere and settings.reconstruct is not None:
+        raise usage_error(
+            "Layers are reconstructed from those of the recipe's own model in memory.",
+            "Leave out `distill.reconstruct` (--reconstruct), or `distill.teacher` and `distill.teacher_source`.",
+        )
+    if elsewhere and settings.recording is not None:
+        raise usage_error(
+            "A recording takes the teacher's place, so no teacher computes.",
+            "Leave out `distill.recording` (--recording), or `distill.teacher` and `distill.teacher_source`.",
+        )
+    if settings.is_served and (settings.teacher is not None or settings.teachers):
+        raise usage_error(
+            "A served teacher is the one that its server computes, and the only one.",
+            "Name it with `distill.served_model`; leave out `distill.teacher` and `distill.teachers`.",
+        )
+    if settings.served_model is not None and not settings.is_served:
+        raise usage_error(
+            "`distill.served_model` names a model of a server, and there is none.",
+            "Give its address: `distill.teacher_source: http://host:8000/v1`.",
         )
 
 
@@ -268,25 +303,37 @@ def prepare(context: JobContext, placeholders: bool = False) -> Preparation:
     check(recipe)
     devices.join_processes(device)
     accelerator = make_accelerator(device, dtype)
-    if settings.recording is not None:
-        teacher = recorded_teacher(context, accelerator.device)
-    else:
-        teacher = resident_teacher(context, accelerator.device, dtype)
-    is_resident = isinstance(teacher.source, TeacherEnsemble)
+    check_recording(context)
+    sharded = sharding.is_wanted()
+    if sharded:
+        sharding.check(settings)
+    is_resident = settings.recording is None and not settings.is_served and settings.teacher_source == "resident"
+    # what will be sharded moves to the device layer by layer
+    teacher_device = torch.device("cpu") if sharded and is_resident else accelerator.device
+    teacher = open_teacher(context, teacher_device, dtype)
     structure = teacher.outline.structure
     rows, held_out = open_text(context, teacher, placeholders)
-    planned = teacher.outline if is_resident or not placeholders else context.planning_teacher()
+    planned = teacher.outline if teacher.is_loaded or not placeholders else context.planning_teacher()
     plan = context.new_plan(planned) if placeholders else context.plan()
     phases = scheduled_phases(context, plan, structure.layer_count, placeholders)
     student = load_student(recipe)
-    logit_shape = models.logit_shape(teacher.outline.model if is_resident else student, structure.head_path)
-    student = prepare_student(context, student, teacher.outline, plan, placeholders).to(accelerator.device)
+    logit_shape = models.logit_shape(teacher.outline.model if teacher.is_loaded else student, structure.head_path)
+    student = prepare_student(context, student, teacher.outline, plan, placeholders)
+    student = student if sharded else student.to(accelerator.device)
     terms = [term for phase in phases for term in phase.terms]
-    objective.open_models(student, teacher.outline.model if is_resident else None, structure, terms)
+    objective.open_models(student, teacher.outline.model if teacher.is_loaded else None, structure, terms)
+    if teacher.other is not None:
+        objective.open_other_teacher(student, teacher.other, terms)
+    if settings.is_served:
+        check_served_losses(terms)
+    if sharded and isinstance(teacher.source, TeacherEnsemble):
+        for one in teacher.source:
+            layers_path = models.structure(one.model).layers_path
+            sharding.shard(one.model, layers_path, accelerator.device)
     trainer = Trainer(
         settings=settings,
         accelerator=accelerator,
-        student=Student(student, structure, logit_shape, accelerator),
+        student=Student(student, structure, logit_shape, accelerator, sharded),
         teachers=teacher.source if needs_teacher(settings, phases) else TeacherEnsemble(()),
         rows=rows,
         held_out=held_out,
@@ -300,52 +347,6 @@ def prepare(context: JobContext, placeholders: bool = False) -> Preparation:
         needed = None if steps is None else steps * trainer.rows_per_step
         check_sequences(recorded, rows, held_out, needed, settings.evaluate_sequences)
     return Preparation(trainer, plan)
-
-
-@dataclass(frozen=True)
-class PreparedTeacher:
-    """What a training needs of its teachers before it starts.
-
-    Attributes:
-        source: of their outputs.
-        outline: the recipe's model; of recorded teachers without its weights.
-        tokenizer: of the recipe's model.
-        length: most tokens of a sequence that all teachers have positions for.
-    """
-
-    source: TeacherSource
-    outline: ModelOutline
-    tokenizer: PreTrainedTokenizerBase
-    length: int
-
-
-def resident_teacher(context: JobContext, device: torch.device, dtype: torch.dtype) -> PreparedTeacher:
-    """The recipe's model and further teachers, loaded onto the device.
-
-    Raises:
-        UserError: one of them cannot be loaded, or is not understood.
-    """
-    settings = context.recipe.distill
-    loaded = context.load_teacher(device, dtype)
-    model, structure = loaded.model, loaded.structure
-    teacher = Teacher(model, structure, structure.head_path, models.logit_shape(model, structure.head_path))
-    others = load_further_teachers(settings.teachers, context.recipe.trust_remote_code, device, dtype)
-    ensemble = TeacherEnsemble((teacher, *others), settings.teacher_average)
-    length = min(context.sequence_length(one.model) for one in ensemble)
-    return PreparedTeacher(ensemble, loaded, loaded.tokenizer, length)
-
-
-def recorded_teacher(context: JobContext, device: torch.device) -> PreparedTeacher:
-    """The teachers of a recording, of which only configuration and tokenizer are read.
-
-    Raises:
-        UserError: the recording does not fit, or is damaged.
-    """
-    check_recording(context)
-    recorded = Recording(Path(context.recipe.distill.recording or ""))
-    tokenizer = models.load_tokenizer(context.teacher_folder, context.recipe.trust_remote_code)
-    length = min(context.sequence_length(model) for model in teacher_outlines(context))
-    return PreparedTeacher(RecordedTeacher(recorded, device), context.teacher_outline, tokenizer, length)
 
 
 def scheduled_phases(context: JobContext, plan: Plan, layer_count: int, placeholders: bool) -> list[ScheduledPhase]:
@@ -375,7 +376,8 @@ def make_accelerator(device: torch.device, dtype: torch.dtype) -> Accelerator:
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state()  # one process may train more than once, and not always in the same precision
-    return Accelerator(mixed_precision="bf16" if dtype == torch.bfloat16 else "no", cpu=device.type == "cpu")
+    with sharding.hidden_from_accelerate():
+        return Accelerator(mixed_precision="bf16" if dtype == torch.bfloat16 else "no", cpu=device.type == "cpu")
 
 
 def load_student(recipe: Recipe) -> PreTrainedModel:
@@ -390,11 +392,6 @@ def needs_teacher(settings: Distill, phases: Sequence[ScheduledPhase]) -> bool:
     """Whether anything is compared with a teacher: a loss of any phase, reconstruction, or the target of quality."""
     by_losses = any(loss.needs_teacher for phase in phases for _, loss in phase.terms)
     return by_losses or settings.reconstruct is not None or settings.target_kl is not None
-
-
-def is_teacher_loaded(settings: Distill, phases: Sequence[ScheduledPhase]) -> bool:
-    """Whether a teacher takes memory and time: one is needed, and it was not recorded."""
-    return settings.recording is None and needs_teacher(settings, phases)
 
 
 def open_text(

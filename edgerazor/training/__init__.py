@@ -17,6 +17,7 @@ from edgerazor.training.recorded_teacher import (
     teacher_outlines,
 )
 from edgerazor.training.results import DistillDryRun, DistillResult, PhaseEstimate, PhaseResult, result_tables
+from edgerazor.training.served_teacher import ServedTeacher, Server, TeacherGoneError, check_served_losses
 from edgerazor.training.speed import (
     MachineSpeed,
     cost_of,
@@ -27,7 +28,9 @@ from edgerazor.training.speed import (
     writing_seconds,
 )
 from edgerazor.training.store import TrainingStore, save_student
+from edgerazor.training.streamed_teacher import StreamedTeacher
 from edgerazor.training.student import Student, make_student
+from edgerazor.training.teacher_sources import PreparedTeacher, open_teacher, resident_bytes
 from edgerazor.training.teachers import (
     Teacher,
     TeacherEnsemble,
@@ -48,12 +51,17 @@ __all__ = [
     "PhaseEstimate",
     "PhaseResult",
     "PlannedTraining",
+    "PreparedTeacher",
     "Progress",
     "RecordedTeacher",
     "ScheduledPhase",
+    "ServedTeacher",
+    "Server",
+    "StreamedTeacher",
     "Student",
     "Teacher",
     "TeacherEnsemble",
+    "TeacherGoneError",
     "TeacherSource",
     "Trainer",
     "TrainingStore",
@@ -61,6 +69,7 @@ __all__ = [
     "captures",
     "check_losses",
     "check_sequences",
+    "check_served_losses",
     "cost_of",
     "estimate_training",
     "fitting_inputs",
@@ -73,9 +82,11 @@ __all__ = [
     "make_student",
     "make_terms",
     "measure_machine",
+    "open_teacher",
     "recorded_tokens",
     "report_passes",
     "report_teachers",
+    "resident_bytes",
     "result_tables",
     "save_student",
     "speed_of",

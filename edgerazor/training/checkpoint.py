@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from edgerazor import modules, untrusted
 from edgerazor.errors import UserError, plain
+from edgerazor.training import sharding
 from edgerazor.training.results import PhaseResult
 from edgerazor.workdir import replace_folder, write_atomically
 
@@ -34,7 +35,10 @@ class Progress(BaseModel):
         tokens: trained on so far.
         seconds: of training so far, resumes included.
         best, best_step: lowest held-out loss, and the step at which it was measured.
-        loss: of the last step.
+        loss: of the last step that was taken.
+        recent_losses: of the latest steps that were taken.
+        skipped: steps that were skipped one after the other until now (`stability.py`).
+        rate_factor: what the learning rate is multiplied with, because of steps that were skipped.
         metrics_lines: lines of the metrics file that belong to this state.
         block_errors: relative error of each reconstructed layer, before and after.
         block_seconds: the time that passed before the first step.
@@ -53,6 +57,9 @@ class Progress(BaseModel):
     best: float | None = None
     best_step: int = 0
     loss: float | None = None
+    recent_losses: list[float] = []
+    skipped: int = 0
+    rate_factor: float = 1.0
     metrics_lines: int = 0
     block_errors: list[tuple[float, float]] = []
     block_seconds: float = 0.0
@@ -66,9 +73,17 @@ class Progress(BaseModel):
 
 
 def save(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, inputs: dict[str, str]
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    inputs: dict[str, str],
+    writes: bool = True,
 ) -> None:
     """Replace the checkpoint.
+
+    It holds whole tensors, so that any number of processes can go on with it. Of a sharded model, all processes have to
+    call, and one of them gathers and writes.
 
     Args:
         folder: of the checkpoint.
@@ -76,13 +91,18 @@ def save(
         optimizer: AdamW over its trainable parameters.
         progress: counters.
         inputs: everything that the training depends on, by name.
+        writes: whether this is the process that writes.
     """
     tensors = _frozen_masters(model)
     for name, parameter in model.named_parameters():
-        tensors[f"weight/{name}"] = parameter.detach()
-        for moment in MOMENTS:
-            if moment in optimizer.state[parameter]:
-                tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment]
+        state_tensors = {"weight": parameter.detach()}
+        state_tensors |= {key: value for key, value in optimizer.state[parameter].items() if key in MOMENTS}
+        for key, tensor in state_tensors.items():
+            gathered = sharding.whole(tensor)
+            if writes:
+                tensors[f"{key}/{name}"] = gathered.cpu() if gathered is not tensor else gathered
+    if not writes:
+        return
     state = {"progress": progress.model_dump(), "inputs": inputs, "random": _random_state()}
     with replace_folder(folder) as new:
         stored = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
@@ -139,10 +159,10 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
             for name, tensor in _frozen_masters(model).items():
                 tensor.copy_(tensors[name])
             for name, parameter in model.named_parameters():
-                parameter.copy_(tensors[f"weight/{name}"])
+                parameter.copy_(sharding.like(tensors[f"weight/{name}"], parameter))
                 if f"{MOMENTS[0]}/{name}" not in tensors:  # it has had no gradient yet
                     continue
-                moments = {key: tensors[f"{key}/{name}"].to(parameter.device) for key in MOMENTS}
+                moments = {key: sharding.like(tensors[f"{key}/{name}"], parameter) for key in MOMENTS}
                 step = torch.tensor(float(progress.step - progress.phase_step), device=parameter.device)
                 optimizer.state[parameter] = {"step": step, **moments}
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:

@@ -105,11 +105,11 @@ def phase_step_seconds(training: PlannedTraining, phase: ScheduledPhase, speed: 
     assert speed.machine is not None
     settings = phase.settings
     cost = cost_of(training.outline.structure, training.length)
-    further = 0 if settings.recording else len(settings.teachers)
+    elsewhere = settings.recording is not None or settings.is_served
+    further = 0 if elsewhere else len(settings.teachers)
     passes = float(PASSES + further + settings.gradient_checkpointing)
     passes -= settings.train == "scales"  # no gradient of a matrix
-    is_recorded = settings.recording is not None
-    passes -= is_recorded or not any(loss.needs_teacher for _, loss in phase.terms)
+    passes -= elsewhere or not any(loss.needs_teacher for _, loss in phase.terms)
     tokens = round(training.tokens_per_step / training.processes)
     return step_seconds(cost, speed.machine, tokens, settings.accumulation, passes)
 

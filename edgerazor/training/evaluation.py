@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 
 import torch
 
 from edgerazor import data, losses, modules
-from edgerazor.losses import StepTotals, step_counts
+from edgerazor.losses import Outputs, StepTotals, step_counts
+from edgerazor.training import sharding
 from edgerazor.training.captured_states import Captures
 from edgerazor.training.student import Student
 from edgerazor.training.teachers import TeacherSource
+
+#: Batches that a teacher is given together, for those that read their weights from disk in each pass.
+BATCHES_AT_ONCE = 16
 
 
 def selection_metric(teachers: TeacherSource) -> str:
@@ -35,10 +40,13 @@ def held_out_losses(
     """
     student.model.eval()
     sums = {"cross_entropy": 0.0, "kl": 0.0, "tokens": 0.0}
-    with modules.encoded_once(student.model) as digests:
-        for batch in batches:
-            for name, value in batch_sums(student, teachers, batch).items():
-                sums[name] += value
+    device, remaining = student.accelerator.device, iter(batches)
+    with sharding.gathered(student.model), modules.encoded_once(student.model) as digests:
+        while some := list(islice(remaining, BATCHES_AT_ONCE)):
+            some = [{key: value.to(device) for key, value in batch.items()} for batch in some]
+            for batch, target in zip(some, teachers.outputs_of(some, Captures(), held_out=True), strict=True):
+                for name, value in batch_sums(student, target, batch).items():
+                    sums[name] += value
     student.model.train()
     tokens = sums["tokens"]
     means = {"cross_entropy": sums["cross_entropy"] / tokens}
@@ -47,14 +55,17 @@ def held_out_losses(
     return means, digests
 
 
-def batch_sums(student: Student, teachers: TeacherSource, batch: data.Batch) -> dict[str, float]:
-    """Sums over the predicted tokens of a batch, in nats: cross entropy, KL(teacher || student); and their count."""
-    device = student.accelerator.device
-    batch = {key: value.to(device) for key, value in batch.items()}
+def batch_sums(student: Student, teacher_outputs: Outputs | None, batch: data.Batch) -> dict[str, float]:
+    """Sums over the predicted tokens of a batch, in nats: cross entropy, KL(teacher || student); and their count.
+
+    Args:
+        student: computes with frozen codes.
+        teacher_outputs: for the batch; None where nothing is compared.
+        batch: on the device.
+    """
     labels = batch["labels"]
     student_outputs = student.outputs(batch["input_ids"], Captures(), wrapped=False)
-    teacher_outputs = teachers.outputs(batch, Captures(), held_out=True)
-    cross_entropy = torch.zeros((), dtype=torch.float64, device=device)
+    cross_entropy = torch.zeros((), dtype=torch.float64, device=labels.device)
     kl = torch.zeros_like(cross_entropy)
     for chunk in losses.logit_chunks(student_outputs, teacher_outputs, labels, StepTotals(1, 1)):
         for _, logits in chunk.blocks():

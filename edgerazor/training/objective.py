@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -112,15 +113,26 @@ def check(recipe: Recipe) -> None:
             "The recipe names further teachers, but none of its losses compares next-token distributions with them."
         )
     for source in recipe.distill.teachers:
-        own, further = (
-            models.load_tokenizer(model, recipe.trust_remote_code).get_vocab()
-            for model in (folder, models.resolve(source))
-        )
-        if own != further:
+        if not same_vocabulary(folder, source, recipe):
             raise usage_error(
                 f"The teachers {recipe.model} and {source} have different vocabularies, so their probabilities cannot "
                 "be averaged."
             )
+    other = recipe.distill.teacher
+    if other is not None and not same_vocabulary(folder, other, recipe):
+        raise usage_error(
+            f"{recipe.model} and its teacher {other} have different vocabularies, so their probabilities cannot be "
+            "compared.",
+            "Name a teacher that shares the student's tokenizer.",
+        )
+
+
+def same_vocabulary(folder: Path, source: str, recipe: Recipe) -> bool:
+    """Whether the model of a folder and that of another source have the same tokens by the same numbers."""
+    own, other = (
+        models.load_tokenizer(model, recipe.trust_remote_code).get_vocab() for model in (folder, models.resolve(source))
+    )
+    return own == other
 
 
 def averages_teachers(loss: Loss) -> bool:
@@ -153,6 +165,23 @@ def open_models(student: PreTrainedModel, teacher: PreTrainedModel | None, struc
         models.check_attention_capture(teacher or student, structure, needed.attention_layers)
     if teacher is not None:
         check_comparable(student, teacher, captures(loss for _, loss in terms if loss.needs_teacher))
+
+
+def open_other_teacher(student: PreTrainedModel, teacher: PreTrainedModel, terms: Terms) -> None:
+    """Prepare a teacher that is another model than the student's own, or whose layers are not in memory.
+
+    Args:
+        student: after `open_models`.
+        teacher: that it is compared with.
+        terms: the losses.
+
+    Raises:
+        UserError: as `open_models`.
+    """
+    needed = captures(loss for _, loss in terms if loss.needs_teacher)
+    if needed.attention_layers:
+        models.enable_attention_capture(teacher)
+    check_comparable(student, teacher, needed)
 
 
 def check_comparable(student: PreTrainedModel, teacher: PreTrainedModel, needed: Captures) -> None:

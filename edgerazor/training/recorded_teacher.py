@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,10 +58,11 @@ class RecordedTeacher(TeacherSource):
         states = {layer: self._states(sequences, batch, layer) for layer in needed.hidden_layers}
         return Outputs(torch.empty(*shape, 0, device=self.device), states, recorded=tokens)
 
-    def hidden_states(self, batch: data.Batch, layers: Sequence[int]) -> dict[int, Tensor]:
+    def hidden_states(self, batches: Sequence[data.Batch], layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
         """See `TeacherSource`."""
-        sequences = self._sequences(self.recording.training, batch)
-        return {layer: self._states(sequences, batch, layer) for layer in layers}
+        for batch in batches:
+            sequences = self._sequences(self.recording.training, batch)
+            yield {layer: self._states(sequences, batch, layer) for layer in layers}
 
     def _sequences(self, part: RecordedPart, batch: data.Batch) -> list[Fields]:
         rows = zip(batch["input_ids"].cpu(), batch["labels"].cpu(), strict=True)

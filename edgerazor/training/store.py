@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from edgerazor import untrusted
 from edgerazor.errors import UserError
 from edgerazor.models import PreTrainedModel
-from edgerazor.training import checkpoint
+from edgerazor.training import checkpoint, sharding
 from edgerazor.training.checkpoint import Progress
 from edgerazor.workdir import replace_folder, write_atomically, write_text
 
@@ -50,9 +52,11 @@ class TrainingStore:
         """
         return checkpoint.stored_progress(self.checkpoint)
 
-    def save_checkpoint(self, student: PreTrainedModel, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-        """Replace the checkpoint."""
-        checkpoint.save(self.checkpoint, student, optimizer, progress, self.inputs)
+    def save_checkpoint(
+        self, student: PreTrainedModel, optimizer: torch.optim.Optimizer, progress: Progress, writes: bool = True
+    ) -> None:
+        """Replace the checkpoint; see `checkpoint.save`."""
+        checkpoint.save(self.checkpoint, student, optimizer, progress, self.inputs, writes)
 
     def restore_checkpoint(self, student: PreTrainedModel, optimizer: torch.optim.Optimizer) -> Progress | None:
         """Bring student and optimizer to the state of the checkpoint; None where there is none.
@@ -97,7 +101,26 @@ def is_complete(folder: Path) -> bool:
     return all((folder / name).exists() for name in STUDENT_FILES)
 
 
-def save_student(folder: Path, model: PreTrainedModel, digests: dict[str, str], measured: dict[str, Any]) -> None:
+def student_tensors(model: PreTrainedModel, keeps: bool = True) -> dict[str, Tensor]:
+    """The tensors of a student on the CPU, those that share memory once.
+
+    Args:
+        model: with training modules; of a sharded one, all processes have to ask.
+        keeps: whether this process wants them; else nothing is returned.
+    """
+    stored: set[int] = set()
+    tensors = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        identity = id(tensor) if isinstance(tensor, DTensor) else tensor.data_ptr()
+        if identity not in stored:
+            stored.add(identity)
+            whole = sharding.whole(tensor.detach())
+            if keeps:
+                tensors[name] = whole.contiguous().cpu()
+    return tensors
+
+
+def save_student(folder: Path, tensors: dict[str, Tensor], digests: dict[str, str], measured: dict[str, Any]) -> None:
     """Replace a student by what was trained.
 
     Master weights are float32 under the teacher's own names, trained scales lie beside them (`P.scales` of `P.weight`);
@@ -105,16 +128,10 @@ def save_student(folder: Path, model: PreTrainedModel, digests: dict[str, str], 
 
     Args:
         folder: of the student.
-        model: with training modules.
+        tensors: of the student, see `student_tensors`.
         digests: module path -> digest of the codes and scales of its last forward pass.
         measured: step, measure and value of the held-out loss.
     """
-    stored_addresses: set[int] = set()
-    tensors = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if tensor.data_ptr() not in stored_addresses:
-            stored_addresses.add(tensor.data_ptr())
-            tensors[name] = tensor.detach().contiguous().cpu()
     with replace_folder(folder) as new:
         write_atomically(new / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
         (new / "digests.json").write_text(json.dumps(digests, indent=1), encoding="utf-8")

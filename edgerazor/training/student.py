@@ -13,6 +13,7 @@ from edgerazor.allocate import Plan
 from edgerazor.losses import Head, Outputs
 from edgerazor.models import PreTrainedModel, Structure
 from edgerazor.recipe import Distill
+from edgerazor.training import sharding
 from edgerazor.training.captured_states import Captures, capture
 
 if TYPE_CHECKING:
@@ -28,17 +29,21 @@ class Student:
         structure: where its layers are.
         logit_shape: factor and cap of its logits (see `models.logit_shape`).
         accelerator: knows the other processes and the precision of products.
-        wrapped: the model as accelerate wraps it where there are several processes, else the model itself.
+        sharded: whether it is spread over the processes (`sharding.py`).
+        wrapped: the model as accelerate wraps it where several processes have it whole, else the model itself.
     """
 
     model: PreTrainedModel
     structure: Structure
     logit_shape: tuple[float, float | None]
     accelerator: Accelerator
+    sharded: bool = False
     wrapped: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
-        self.wrapped = self.accelerator.prepare_model(self.model)
+        if self.sharded:
+            sharding.shard(self.model, self.structure.layers_path, self.accelerator.device)
+        self.wrapped = self.model if self.sharded else self.accelerator.prepare_model(self.model)
 
     def rewrap(self) -> None:
         """Wrap the model again after other parameters have become trainable: a wrapper keeps those of its beginning."""

@@ -1,7 +1,9 @@
 """The teachers that the student is compared with, from wherever their outputs come.
 
 `TeacherSource` is all that a training knows of them. Resident teachers are here: the model itself, in memory, and
-further ones whose next tokens are averaged with its own. Recorded ones are in `recorded_teacher.py`.
+further ones whose next tokens are averaged with its own. Recorded ones are in `recorded_teacher.py`, those that are
+read from disk layer by layer in `streamed_teacher.py`, those of a server in `served_teacher.py`. `teacher_sources.py`
+opens the one that a recipe asks for.
 """
 
 from __future__ import annotations
@@ -40,9 +42,20 @@ class TeacherSource(ABC):
             UserError: the source does not have them.
         """
 
+    def outputs_of(
+        self, batches: Sequence[data.Batch], needed: Captures, held_out: bool = False
+    ) -> Iterator[Outputs | None]:
+        """The same for several batches, one after the other; a source may compute them all at once.
+
+        Raises:
+            UserError: as `outputs`.
+        """
+        for batch in batches:
+            yield self.outputs(batch, needed, held_out)
+
     @abstractmethod
-    def hidden_states(self, batch: data.Batch, layers: Sequence[int]) -> dict[int, Tensor]:
-        """Hidden states of the first teacher for a training batch, layer -> `[B, T, H]` (see `Outputs`)."""
+    def hidden_states(self, batches: Sequence[data.Batch], layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+        """Hidden states of the first teacher for training batches, layer -> `[B, T, H]` of each (see `Outputs`)."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +123,11 @@ class TeacherEnsemble(TeacherSource):
         outputs.averaging = self.averaging
         return outputs
 
-    def hidden_states(self, batch: data.Batch, layers: Sequence[int]) -> dict[int, Tensor]:
+    def hidden_states(self, batches: Sequence[data.Batch], layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
         """See `TeacherSource`."""
-        return self.first.outputs(batch["input_ids"], Captures(hidden_layers=tuple(layers))).hidden_states
+        needed = Captures(hidden_layers=tuple(layers))
+        for batch in batches:
+            yield self.first.outputs(batch["input_ids"], needed).hidden_states
 
 
 def load_further_teachers(

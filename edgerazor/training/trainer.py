@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,7 +25,7 @@ from edgerazor.data import Batch
 from edgerazor.errors import INTERRUPTED, UserError
 from edgerazor.losses import Outputs, StepTotals
 from edgerazor.recipe import Distill
-from edgerazor.training import objective, reconstruction
+from edgerazor.training import objective, reconstruction, sharding, stability
 from edgerazor.training.budget import Budget, make_budget
 from edgerazor.training.captured_states import Captures, captures
 from edgerazor.training.checkpoint import Progress
@@ -34,13 +34,17 @@ from edgerazor.training.objective import Terms
 from edgerazor.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rate
 from edgerazor.training.phase_schedule import ScheduledPhase
 from edgerazor.training.results import DistillResult, PhaseResult
+from edgerazor.training.served_teacher import TeacherGoneError
 from edgerazor.training.signals import Signals, watch_signals
-from edgerazor.training.store import TrainingStore, is_complete, save_student
+from edgerazor.training.store import TrainingStore, is_complete, save_student, student_tensors
 from edgerazor.training.student import Student
 from edgerazor.training.teachers import TeacherEnsemble, TeacherSource
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+#: What libraries of communication say of a process that has gone away.
+LOST_CONNECTION = ("connection closed by peer", "connection reset", "broken pipe", "nccl", "gloo", "timed out")
 
 
 class StepStatus(NamedTuple):
@@ -76,6 +80,7 @@ class Trainer:
         optimizer: of the current phase.
         terms: the objective of the current phase.
         compared_layers: layers whose hidden states the last step compared.
+        skipped_because: why the last step was not taken; empty where it was.
         clock_start: `time.monotonic` when the seconds in `progress` were last updated.
     """
 
@@ -93,6 +98,7 @@ class Trainer:
     optimizer: torch.optim.Optimizer = field(init=False)
     terms: Terms = field(init=False)
     compared_layers: set[int] = field(init=False, default_factory=set)
+    skipped_because: str = field(init=False, default="")
     clock_start: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
@@ -163,7 +169,7 @@ class Trainer:
         Raises:
             UserError: the training diverges, or it was interrupted, after which everything is saved.
         """
-        with watch_signals() as signals:
+        with watch_signals() as signals, ended_with_others(self.accelerator.num_processes):
             self.evaluate_baseline("initialise", 0)
             self.reconstruct_blocks(signals, console)
             if (blocks := self.settings.reconstruct) is not None:
@@ -181,14 +187,29 @@ class Trainer:
             self.begin_phase(1, budget_share=0.0)
         with console.track("distill", self.budget.steps or 0, self.progress.step) as tracker:
             for batches in self.batches():
-                loss = self.step(batches)
+                loss = self.step_or_save(batches)
                 self.count_step(loss)
+                self.report_skipped(console)
                 status = self.evaluate_and_save(signals)
                 self.report(status, tracker, console)
                 if status.finished:
                     break
                 if status.interrupted:
                     raise _interrupted(f"at step {self.progress.step}; everything is saved.")
+
+    def step_or_save(self, batches: Sequence[Batch]) -> float:
+        """One optimizer step, or everything saved where the teacher's server has gone away.
+
+        Raises:
+            UserError: as `step`; what is saved, where that is the reason.
+        """
+        try:
+            return self.step(batches)
+        except TeacherGoneError as error:
+            self.save()
+            raise TeacherGoneError(
+                f"{error.message} Everything up to step {self.progress.step} is saved.", error.hint, error.code
+            ) from None
 
     def batches(self) -> Iterator[list[Batch]]:
         """The micro-batches of this process for every step that is left, from the current one on."""
@@ -210,13 +231,40 @@ class Trainer:
         """Count an optimizer step that had this loss."""
         self.progress.step += 1
         self.progress.tokens += self.tokens_per_step
-        self.progress.loss = loss
+        if self.skipped_because:
+            self.progress.skipped += 1
+            self.progress.rate_factor *= stability.LOWER
+            return
+        self.progress.skipped, self.progress.loss = 0, loss
+        self.progress.recent_losses = [*self.progress.recent_losses, loss][-stability.LOOKED_AT :]
+
+    def report_skipped(self, console: Console) -> None:
+        """Say that a step was skipped, if it was.
+
+        Raises:
+            UserError: too many were, one after the other; what was saved before stays.
+        """
+        if not self.skipped_because:
+            return
+        progress = self.progress
+        console.warn(
+            f"Step {progress.step} was skipped, because {self.skipped_because}; the learning rate is "
+            f"{self.settings.learning_rate * progress.rate_factor:.3g} at its peak from now on."
+        )
+        if progress.skipped >= stability.MOST_SKIPPED:
+            raise UserError(
+                f"{progress.skipped} steps up to step {progress.step} were skipped one after the other, because "
+                f"{self.skipped_because}.",
+                "The last checkpoint and the students are kept. Lower --learning-rate, or train with `precision: "
+                "float32` in the recipe.",
+            )
 
     def report(self, status: StepStatus, tracker: Tracker, console: Console) -> None:
         """Tell people where the training is, and what a phase that has ended has reached."""
         progress, metric = self.progress, selection_metric(self.teachers)
         best = f", best held-out {metric} {progress.best:.4f}" if progress.best is not None else ""
-        tracker.note(f"loss {progress.loss:.4f}{best}")
+        loss = "none yet" if progress.loss is None else f"{progress.loss:.4f}"
+        tracker.note(f"loss {loss}{best}")
         tracker.advance()
         if status.phase_ended:
             ended = progress.phases[-1]
@@ -232,18 +280,16 @@ class Trainer:
             batches: its micro-batches on this process: `input_ids [B, T]` and `labels [B, T]`, int64.
 
         Returns:
-            the loss of the step, over all processes.
-
-        Raises:
-            UserError: the gradient is not finite.
+            the loss of the step, over all processes; `skipped_because` says whether the step was taken.
         """
         device = self.accelerator.device
         batches = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
         targets, totals = self.teacher_targets(batches)
         phase_share = self.phase.share_used(self.budget_share(), self.progress.phase_share)
         loss = self.backward(batches, targets, totals, phase_share)
-        self.optimize(phase_share)
-        return float(self.accelerator.reduce(loss, "sum"))
+        step_loss = float(self.accelerator.reduce(loss, "sum"))
+        self.skipped_because = self.optimize(phase_share, step_loss)
+        return step_loss
 
     def teacher_targets(self, batches: Sequence[Batch]) -> tuple[list[Outputs | None], StepTotals]:
         """The teachers' outputs for each micro-batch of a step, and the step's totals.
@@ -254,10 +300,12 @@ class Trainer:
         """
         kept_layers = objective.always_compared_layers(self.terms) | self.compared_layers
         needs_teacher = any(loss.needs_teacher for _, loss in self.terms)
+        outputs: Iterable[Outputs | None] = [None] * len(batches)
+        if needs_teacher:
+            outputs = self.teachers.outputs_of(batches, self.teacher_captures)
         targets: list[Outputs | None] = []
         statistics = []
-        for batch in batches:
-            target = self.teachers.outputs(batch, self.teacher_captures) if needs_teacher else None
+        for batch, target in zip(batches, outputs, strict=True):
             if target is not None:
                 objective.cache_logits(target, batch["labels"], self.terms, len(batches))
             statistics.append(objective.batch_statistics(self.terms, batch["labels"], target))
@@ -266,12 +314,12 @@ class Trainer:
             targets.append(target)
         totals = self.step_totals(statistics)
         self.compared_layers = objective.compared_layers(self.terms, totals)
-        for batch, target in zip(batches, targets, strict=True):
-            if target is None:
-                continue
+        compared = [target for target in targets if target is not None]
+        for target in compared:
             objective.drop_other_layers(target, self.compared_layers)
-            if missing := sorted(self.compared_layers - target.hidden_states.keys()):
-                target.hidden_states |= self.teachers.hidden_states(batch, missing)
+        if missing := sorted(self.compared_layers - kept_layers):  # the same ones of all micro-batches
+            for target, states in zip(compared, self.teachers.hidden_states(batches, missing), strict=True):
+                target.hidden_states |= states
         return targets, totals
 
     def step_totals(self, statistics: Sequence[dict[str, Tensor]]) -> StepTotals:
@@ -304,7 +352,8 @@ class Trainer:
         step_loss = torch.zeros((), device=accelerator.device)
         for index, (batch, target) in enumerate(zip(batches, targets, strict=True)):
             last = index == len(batches) - 1
-            with nullcontext() if last else accelerator.no_sync(self.student.wrapped):
+            # gradients that are sharded are divided at once, and take the less memory
+            with nullcontext() if last or self.student.sharded else accelerator.no_sync(self.student.wrapped):
                 outputs = self.student.outputs(batch["input_ids"], self.student_captures)
                 loss = losses.total_loss(terms, outputs, target, batch["labels"], totals)
                 # Gradients are averaged over processes, but contributions to the loss of the step add up.
@@ -312,23 +361,27 @@ class Trainer:
                 step_loss += loss.detach()
         return step_loss
 
-    def optimize(self, phase_share: float) -> None:
+    def optimize(self, phase_share: float, loss: float) -> str:
         """Clip the gradient and let the optimizer take its step, at the learning rate of this share of the phase.
 
-        Raises:
-            UserError: the gradient is not finite.
+        Args:
+            phase_share: how much of the phase is done, 0 to 1.
+            loss: of the step, over all processes.
+
+        Returns:
+            why the step was skipped instead; empty where it was taken.
         """
-        set_learning_rate(
-            self.optimizer, self.settings.learning_rate * learning_rate_factor(self.settings, phase_share)
-        )
-        norm = self.accelerator.clip_grad_norm_(self.student.model.parameters(), self.settings.clip)
-        if not torch.isfinite(norm):
-            raise UserError(
-                f"The gradient is not finite at step {self.progress.step + 1}.",
-                "Lower --learning-rate, or train with `precision: float32` in the recipe.",
-            )
-        self.optimizer.step()
+        factor = learning_rate_factor(self.settings, phase_share) * self.progress.rate_factor
+        set_learning_rate(self.optimizer, self.settings.learning_rate * factor)
+        if self.student.sharded:
+            norm = sharding.clip_gradients(self.student.model, self.settings.clip)
+        else:
+            norm = self.accelerator.clip_grad_norm_(self.student.model.parameters(), self.settings.clip)
+        problem = stability.problem(loss, float(norm), self.progress.recent_losses)
+        if not problem:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        return problem
 
     # --- evaluating and saving -----------------------------------------------------------------
 
@@ -351,6 +404,8 @@ class Trainer:
     def evaluate(self, what: str) -> float:
         """Held-out loss of the student as it would be packed; the main process evaluates for all and saves students.
 
+        Of a sharded student all processes evaluate, since none of them has it whole.
+
         Args:
             what: was done to the student before, for the metrics of a training with phases.
 
@@ -360,7 +415,8 @@ class Trainer:
         Raises:
             UserError: the loss is not finite.
         """
-        if not self.accelerator.is_main_process:
+        is_main = self.accelerator.is_main_process
+        if not (is_main or self.student.sharded):
             return self.all_reduce_max(-math.inf)
         progress, settings = self.progress, self.settings
         batches = data.sample_batches(self.held_out, settings.evaluate_sequences, settings.batch_size)
@@ -369,16 +425,39 @@ class Trainer:
         value = held_out[metric]
         if not math.isfinite(value):
             raise UserError(f"The held-out loss is not finite at step {progress.step}.", "Lower --learning-rate.")
-        measured = {"step": progress.step, "measure": f"held-out {metric}", "value": value}
-        if progress.best is None or value < progress.best:
+        tensors = student_tensors(self.student.model, is_main)
+        is_best = progress.best is None or value < progress.best
+        if is_best:
             progress.best, progress.best_step = value, progress.step
-            save_student(self.store.best, self.student.model, digests, measured)
-        save_student(self.store.last, self.student.model, digests, measured)
-        row: dict[str, Any] = {"phase": progress.phase, "what": what} if settings.phases else {}
+        if is_main:
+            self.save_measured(what, tensors, digests, held_out, is_best)
+        return self.all_reduce_max(value)
+
+    def save_measured(
+        self,
+        what: str,
+        tensors: dict[str, Tensor],
+        digests: dict[str, str],
+        held_out: dict[str, float],
+        is_best: bool,
+    ) -> None:
+        """Save the student that was evaluated, and what was measured of it.
+
+        Args:
+            what: was done to the student before, for the metrics of a training with phases.
+            tensors: of the student.
+            digests: module path -> digest of the codes and scales that were evaluated.
+            held_out: its held-out losses, in nats per token.
+            is_best: whether none before it was better.
+        """
+        progress, metric = self.progress, selection_metric(self.teachers)
+        measured = {"step": progress.step, "measure": f"held-out {metric}", "value": held_out[metric]}
+        for folder in ([self.store.best] if is_best else []) + [self.store.last]:
+            save_student(folder, tensors, digests, measured)
+        row: dict[str, Any] = {"phase": progress.phase, "what": what} if self.settings.phases else {}
         row |= {"step": progress.step, "tokens": progress.tokens, "seconds": round(self.seconds(), 1)}
         self.store.append_metrics({**row, "loss": progress.loss, **held_out})
         progress.metrics_lines += 1
-        return self.all_reduce_max(value)
 
     def evaluate_baseline(self, what: str, steps: int) -> None:
         """Before the first step of a training with phases or a target: evaluate, report and save, once.
@@ -404,11 +483,12 @@ class Trainer:
 
     def save(self) -> None:
         """Write the checkpoint, on the main process; the clock goes on from here."""
-        if not self.accelerator.is_main_process:
+        is_main = self.accelerator.is_main_process
+        if not (is_main or self.student.sharded):
             return
         self.progress.seconds, self.clock_start = self.seconds(), time.monotonic()
         self.progress.streams = self.rows.state(self.progress.step, self.rows_per_step)
-        self.store.save_checkpoint(self.student.model, self.optimizer, self.progress)
+        self.store.save_checkpoint(self.student.model, self.optimizer, self.progress, is_main)
 
     def resume(self, console: Console) -> None:
         """Go back to the state of the checkpoint, if there is one, and start the clock.
@@ -531,6 +611,24 @@ class Trainer:
                 self.save()
                 tracker.note(f"relative error {errors[0]:.4f}, then {errors[1]:.4f}")
                 tracker.advance()
+
+
+@contextmanager
+def ended_with_others(processes: int) -> Iterator[None]:
+    """Say in one sentence that this process could not go on because another one has gone away.
+
+    Raises:
+        UserError: instead of what the library of communication raises.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if processes == 1 or not any(word in str(error).lower() for word in LOST_CONNECTION):
+            raise
+        raise UserError(
+            "Another process of this training has ended, so this one ends, too.",
+            "The same command goes on from the last checkpoint.",
+        ) from None
 
 
 def _interrupted(where: str) -> UserError:

@@ -21,6 +21,8 @@ from edgerazor.errors import UserError, plain
 MOST_BYTES = 1 << 24
 #: Of our own results, which grow with the model.
 MOST_BYTES_OF_OURS = 1 << 30
+#: Bytes that are read at a time.
+PIECE = 1 << 20
 #: Levels of lists and objects in each other; Python and its libraries recurse, and end at about a thousand.
 MOST_LEVELS = 64
 #: Lists, objects and what is in them, of which each takes some hundred bytes of memory.
@@ -146,11 +148,13 @@ def read_bytes(path: Path, most: int = MOST_BYTES, pipes: bool = False) -> bytes
     """
     if not pipes and not stat.S_ISREG(path.stat().st_mode):
         raise ValueError("it is no file")
-    with open(path, "rb") as file:
-        content = file.read(most + 1)
+    content = bytearray()
+    with open(path, "rb") as file:  # in pieces: a buffer of the most bytes may be more than there is memory
+        while len(content) <= most and (piece := file.read(min(PIECE, most + 1 - len(content)))):
+            content += piece
     if len(content) > most:
         raise ValueError(f"it is larger than {most:,} bytes")
-    return content
+    return bytes(content)
 
 
 def load_json(path: Path, top: type | None = dict, *, unambiguous: bool = False, most_bytes: int = MOST_BYTES) -> Any:

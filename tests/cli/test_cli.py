@@ -69,6 +69,8 @@ WORDS: dict[str, tuple[list[str], Any]] = {
     "distill.checkpoint_every": (["9"], 9),
     "distill.train": (["scales"], "scales"),
     "distill.recording": (["/recording"], "/recording"),
+    "distill.teacher": (["/larger"], "/larger"),
+    "distill.teacher_source": (["streamed"], "streamed"),
     "record.method": (["top_k"], "top_k"),
     "record.draws": (["12"], 12),
     "record.hidden_layers": (["3,1"], [1, 3]),

@@ -1,0 +1,130 @@
+"""Student and teacher spread over processes: FSDP2 of PyTorch (`fully_shard`), as accelerate's launcher asks for it.
+
+Each process holds a part of every parameter, its gradient and its moments, and gathers one decoder layer at a time to
+compute with it. Embedding, final norm and head are gathered for the whole of a step, since the losses compute logits
+from the head a chunk of positions at a time. The gradients of a micro-batch are reduced and divided at once.
+
+Rounding needs whole groups of a row, and a layer that is gathered has whole weights, so codes are those of one process.
+For an evaluation every process encodes all matrices, so it needs memory for the whole decoded student.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from edgerazor import devices
+from edgerazor.errors import UserError, plain, usage_error
+from edgerazor.recipe import Distill
+
+#: What `accelerate launch` puts into the environment.
+USE_FSDP, FSDP_VERSION = "ACCELERATE_USE_FSDP", "FSDP_VERSION"
+
+
+def is_wanted() -> bool:
+    """Whether a launcher started several processes and asked for FSDP.
+
+    Raises:
+        UserError: for its first version, which cannot gather single layers of rounded weights.
+    """
+    if devices.process_count() == 1 or os.environ.get(USE_FSDP, "false").lower() != "true":
+        return False
+    if os.environ.get(FSDP_VERSION, "1") != "2":
+        raise usage_error("FSDP of version 1 is not supported.", "Set `fsdp_version: 2` in accelerate's configuration.")
+    return True
+
+
+@contextlib.contextmanager
+def hidden_from_accelerate() -> Iterator[None]:
+    """Let accelerate make an accelerator that shards nothing by itself."""
+    value = os.environ.pop(USE_FSDP, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[USE_FSDP] = value
+
+
+def check(settings: Distill) -> None:
+    """Refuse what a sharded training cannot do, by name.
+
+    Raises:
+        UserError: which, and what to do.
+    """
+    if settings.phases or settings.train == "scales" or settings.reconstruct is not None:
+        raise usage_error(
+            "With FSDP a training has one phase, in which everything is trained.",
+            "Leave out `distill.phases`, `distill.train: scales` and `distill.reconstruct`, or do without FSDP.",
+        )
+    if settings.teacher_source == "streamed":
+        raise usage_error(
+            "With FSDP a teacher is spread over the processes, so it need not be streamed.",
+            "Leave out `distill.teacher_source`.",
+        )
+
+
+def shard(model: nn.Module, layers_path: str, device: torch.device) -> None:
+    """Spread a model over all processes, in place; a model on the CPU moves to the device layer by layer.
+
+    Args:
+        model: the same one on every process.
+        layers_path: of its decoder layers.
+        device: to compute on.
+
+    Raises:
+        UserError: a parameter is a single number, which cannot be divided.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 0:
+            raise UserError(
+                f"The parameter {plain(name)} is a single number, which FSDP cannot divide.",
+                "Set `calibrate.activation_scales: dynamic`, or train without FSDP.",
+            )
+    # of the model's own output, which nothing here uses
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    mesh = init_device_mesh(device.type, (devices.process_count(),))
+    for layer in model.get_submodule(layers_path).children():
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+
+
+@contextlib.contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Whole parameters on every process inside the block; does nothing to a model that is not sharded."""
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.reshard()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded; all processes have to ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A whole tensor as another one is: sharded in the same way, or on the same device."""
+    if isinstance(other, DTensor):
+        local = tensor.to(other.device, other.dtype)
+        return distribute_tensor(local, other.device_mesh, other.placements, src_data_rank=None)
+    return tensor.to(other.device)
+
+
+def clip_gradients(model: nn.Module, most: float) -> Tensor:
+    """Scale the gradients of a sharded model so that their norm is at most `most`; returns the norm before."""
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
+    return norm

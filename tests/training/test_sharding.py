@@ -1,0 +1,117 @@
+"""Student and teacher spread over processes: losses and codes are those of one, and fewer can go on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from edgerazor.errors import UserError
+from edgerazor.recipe import Distill
+from edgerazor.training import sharding
+from helpers.places import ROOT
+from helpers.tiny_job import Outcome, Run, metrics, write_recipe
+from helpers.tiny_models import ModelMaker
+
+#: Kills the last process in the middle of a step.
+KILLING = """
+import os, signal
+from edgerazor.training import Trainer
+step = Trainer.step
+def dying(trainer, batches):
+    if trainer.progress.step + 1 == {step} and os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(trainer, batches)
+Trainer.step = dying
+from edgerazor.cli import main
+main()
+"""
+
+
+def launch(script: Path, processes: int, *words: Any) -> Outcome:
+    """A command in several processes, as `accelerate launch` starts them with FSDP2."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), str(script))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", sharding.USE_FSDP: "true", sharding.FSDP_VERSION: "2"}
+    done = subprocess.run(
+        [sys.executable, *torchrun, *map(str, words)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=600,
+        check=False,
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.mark.slow
+def test_four_processes_then_two_then_one(run: Run, make_model: ModelMaker, text_file: Path, tmp_path: Path) -> None:
+    """One of four processes is killed, then one of two; one process ends the training as if it had been alone."""
+    make_model(tmp_path / "model", "smollm2")  # whose head is its embedding
+    settings = {"steps": 4, "batch_size": 4, "checkpoint_every": 1, "evaluate_every": 1, "learning_rate": 2e-4}
+    calibrate = {"scales": "learned", "init": "least_error"}
+    recipe = write_recipe(tmp_path / "r.yaml", tmp_path / "model", text_file, distill=settings, calibrate=calibrate)
+    assert run("distill", "--recipe", recipe, "--work", tmp_path / "one").code == 0
+    job = tmp_path / "job"
+    assert run("calibrate", "--recipe", recipe, "--work", job).code == 0
+    for processes, accumulation, step in ((4, 1, 2), (2, 2, 4)):
+        script = tmp_path / f"{processes}.py"
+        script.write_text(KILLING.format(step=step))
+        words = ("distill", "--work", job, "--batch-size", 1, "--accumulation", accumulation)
+        killed = launch(script, processes, *words)
+        assert killed.code != 0
+        assert "Another process of this training has ended, so this one ends, too." in killed.err
+        assert "edgerazor/" not in killed.err  # the launcher has a traceback of its own, and no process of ours
+    resumed = run("distill", "--work", job, "--batch-size", 2, "--accumulation", 2)
+    assert resumed.code == 0
+    assert "distill goes on from step 3" in resumed.err
+    for ours, theirs in zip(metrics(job), metrics(tmp_path / "one"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    for student in ("best", "last"):
+        folders = [path / "distill" / student for path in (job, tmp_path / "one")]
+        ours, theirs = (load_file(folder / "model.safetensors") for folder in folders)
+        assert ours.keys() == theirs.keys()
+        assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < 1e-5
+    assert run("pack", "--work", job).code == 0
+    assert run("pack", "--work", tmp_path / "one").code == 0
+    ours, theirs = (load_file(path / "packed" / "model.safetensors") for path in (job, tmp_path / "one"))
+    # a weight that lies on the border of two codes may fall to either side
+    different = sum(int((ours[name] != theirs[name]).sum()) for name in ours)
+    assert different <= 1e-4 * sum(tensor.numel() for tensor in ours.values())
+
+
+@pytest.mark.parametrize(
+    "settings", [{"train": "scales"}, {"teacher_source": "streamed"}, {"reconstruct": {"steps": 2}}]
+)
+def test_what_is_not_sharded_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="With FSDP"):
+        sharding.check(Distill(**settings))
+
+
+def test_a_launcher_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(sharding.USE_FSDP, "true")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert not sharding.is_wanted()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="version 1"):
+        sharding.is_wanted()
+    monkeypatch.setenv(sharding.FSDP_VERSION, "2")
+    assert sharding.is_wanted()
+
+
+@pytest.mark.parametrize(("name", "machines"), [("fsdp2", 1), ("fsdp2-2x8", 2)])
+def test_launch_configurations(name: str, machines: int) -> None:
+    """accelerate reads them, and asks for FSDP2 on so many processes."""
+    from accelerate.commands.config.config_args import ClusterConfig
+
+    path = ROOT / "recipes" / "launch" / f"{name}.yaml"
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config = ClusterConfig.from_yaml_file(str(path))
+    assert (config.num_machines, config.num_processes) == (machines, 8 * machines)
+    assert config.fsdp_config["fsdp_version"] == 2
+    assert values["distributed_type"] == "FSDP"
