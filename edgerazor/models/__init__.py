@@ -1,8 +1,9 @@
 """Models of transformers: loading them, their structure, captures of their states, and the layer-by-layer pass.
 
 Nothing here is written per family. A decoder is recognised by its structure: a causal language model of transformers
-that holds one list of equal decoder layers, with `nn.Linear` inside, an input embedding and an output head. In a model that sees, the decoder is the part that reads
-text; the tower that looks at pictures, and what projects its features into the decoder, stand beside it.
+that holds one list of equal decoder layers, with `nn.Linear` inside, an input embedding and an output head. In a model
+that sees, the decoder is the part that reads text; the tower that looks at pictures, and what projects its features
+into the decoder, stand beside it.
 """
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
