@@ -31,8 +31,13 @@ def read_picture(where: str, data: bytes) -> Image:
     Raises:
         UserError: no such picture, a damaged or too large one, or several in one file.
     """
-    from PIL import Image, UnidentifiedImageError
-
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "Pictures need the package pillow, which is not installed.",
+            "Install it: `pip install 'edgerazor-toolchain[vision]'`, or all of them with [all].",
+        ) from error
     if len(data) > MOST_PICTURE_BYTES:
         raise UserError(f"{where} is a picture of {len(data):,} bytes; at most {MOST_PICTURE_BYTES:,} are read.")
     try:
