@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -25,7 +25,14 @@ from edgerazor import modules, untrusted
 from edgerazor.errors import UserError, plain
 from edgerazor.formats import OF_INPUTS
 from edgerazor.kernels import StoredMatrix
-from edgerazor.models import auto_config, error_summary, load_tokenizer, quiet_transformers, separate_experts
+from edgerazor.models import (
+    auto_class,
+    auto_config,
+    error_summary,
+    load_tokenizer,
+    quiet_transformers,
+    separate_experts,
+)
 from edgerazor.packed import CHECKSUMS, SETTINGS, SIGNS, PackedModel
 from edgerazor.untrusted import vocabulary
 from edgerazor.workdir import find_folder, read_whole
@@ -276,11 +283,11 @@ def load(
         UserError: the folder is not a packed model, or damaged.
     """
     folder = Path(folder)
-    open_folder(folder)  # transformers would hide which file is damaged, and how
+    _, config = open_folder(folder)  # transformers would hide which file is damaged, and how
     tokenizer = load_tokenizer(folder)
     with quiet_transformers():
         try:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+            model = auto_class(config).from_pretrained(folder, dtype=dtype, trust_remote_code=False)
         except UserError:
             raise
         except Exception as error:

@@ -113,6 +113,7 @@ EXTRAS = {
     "llguidance": "serve",
     "lm_eval": "eval",
     "matplotlib": "plot",
+    "pillow": "vision",
     "prometheus_client": "serve",
     "uvicorn": "serve",
 }

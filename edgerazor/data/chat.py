@@ -257,6 +257,14 @@ def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> tu
         UserError: no template, a template that refuses the conversation or whose assistant turns cannot be found, a
             conversation without an assistant turn, or a tokenizer that cannot say where its tokens stand.
     """
+    ids, learn, _, _ = encode_places(conversation, tokenizer)
+    return ids, learn
+
+
+def encode_places(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
+    """As `encode`, also where each token ends in the text, `[N]` int64, and the text."""
     if not conversation.assistant_turns():
         roles = ", ".join(map(repr, dict.fromkeys(message["role"] for message in conversation.messages))) or "none"
         raise UserError(f"{conversation.where} has no assistant turn to learn from; its roles are {roles}.")
@@ -268,7 +276,8 @@ def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> tu
     turns = _generation_blocks(conversation, tokenizer, text)
     if turns is None:
         turns = [span_of_turn(conversation, tokenizer, text, turn) for turn in conversation.assistant_turns()]
-    return ids, _with_turn_ends(_mask_of(turns, places), ids, places, text, ending_tokens(tokenizer))
+    learn = _with_turn_ends(_mask_of(turns, places), ids, places, text, ending_tokens(tokenizer))
+    return ids, learn, places[:, 1], text
 
 
 def _engine_of(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
@@ -356,7 +365,8 @@ def _around_placeholder(
     while word in text:
         word += "0"
     messages: list[Message] = list(conversation.messages)
-    messages[turn] = {"role": ASSISTANT, "content": word}
+    in_parts = isinstance(messages[turn].get("content"), list)  # templates for pictures read parts only
+    messages[turn] = {"role": ASSISTANT, "content": [{"type": "text", "text": word}] if in_parts else word}
     parts = render(conversation, tokenizer, messages).split(word)
     if len(parts) != 2 or not text.endswith(parts[1]):
         return None

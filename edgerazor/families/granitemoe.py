@@ -1,17 +1,8 @@
 """Granite 3 as a mixture of experts, with its four factors of attention scores, embeddings, residuals and logits."""
 
-from edgerazor.families.core.base import Family, GgufArchitecture
+from edgerazor.families.core.base import Family, GgufArchitecture, scale_keys
+from edgerazor.families.granite import GGUF_FACTORS
 
 FAMILY = Family(
-    gguf=GgufArchitecture(
-        "granitemoe",
-        interleaved_rope=True,
-        experts=True,
-        factors={
-            "attention_multiplier": "attention.scale",
-            "embedding_multiplier": "embedding_scale",
-            "residual_multiplier": "residual_scale",
-            "logits_scaling": "logit_scale",
-        },
-    )
+    gguf=GgufArchitecture("granitemoe", interleaved_rope=True, experts=True, metadata=scale_keys(GGUF_FACTORS))
 )

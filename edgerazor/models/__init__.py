@@ -1,7 +1,9 @@
 """Models of transformers: loading them, their structure, captures of their states, and the layer-by-layer pass.
 
 Nothing here is written per family. A decoder is recognised by its structure: a causal language model of transformers
-that holds one list of equal decoder layers, with `nn.Linear` inside, an input embedding and an output head.
+that holds one list of equal decoder layers, with `nn.Linear` inside, an input embedding and an output head. In a model
+that sees, the decoder is the part that reads text; the tower that looks at pictures, and what projects its features
+into the decoder, stand beside it.
 """
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,6 +25,7 @@ from edgerazor.models.gguf_teacher import gguf_origin, is_gguf
 from edgerazor.models.hidden_states import capture_hidden, final_states, logit_shape
 from edgerazor.models.layerwise import LayerwisePass, WeightTransform
 from edgerazor.models.loading import (
+    auto_class,
     auto_config,
     caps_attention,
     complete_config,
@@ -39,6 +42,7 @@ from edgerazor.models.loading import (
     outline,
     quiet_transformers,
     resolve,
+    sees,
     skeleton,
     stored_shapes,
 )
@@ -62,6 +66,7 @@ __all__ = [
     "at_tokens",
     "attention_base",
     "attention_forward",
+    "auto_class",
     "auto_config",
     "cache_name",
     "caps_attention",
@@ -96,6 +101,7 @@ __all__ = [
     "register_attention",
     "resolve",
     "separate_experts",
+    "sees",
     "set_attention",
     "skeleton",
     "stored_shapes",

@@ -13,6 +13,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -33,7 +34,8 @@ from edgerazor.workdir import digest_json, hash_file
 
 #: Files that make up a model: what is fetched from the hub, and what identifies a teacher.
 FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
-#: Files beside config.json and weights that make a folder usable on its own: tokenizer, chat template, generation.
+#: Files beside config.json and weights that make a folder usable on its own: tokenizer, chat template, generation,
+#: and what a model that sees makes of pictures.
 COMPANIONS = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -44,6 +46,9 @@ COMPANIONS = (
     "*.model",
     "chat_template*",
     "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
 )
 #: Fetched with a model of the hub, and no part of what identifies it: its card, and the texts of its licence.
 CARDS = ("README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
@@ -235,6 +240,18 @@ def stored_shapes(folder: Path) -> list[tuple[int, ...]]:
         return []
 
 
+def sees(config: Any) -> bool:
+    """Whether a configuration is of a model that is given pictures beside text."""
+    return getattr(config, "vision_config", None) is not None
+
+
+def auto_class(config: Any) -> Any:
+    """transformers' class of automatic models for a configuration: those that see have one of their own."""
+    if sees(config) and type(config) in AutoModelForImageTextToText._model_mapping:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
 def _is_causal(config: Any, raw: dict, trust_remote_code: bool) -> bool:
     """Whether transformers has a causal head for it; encoders that also have one (BERT) are told by architecture."""
     architectures = raw.get("architectures") or []
@@ -242,7 +259,7 @@ def _is_causal(config: Any, raw: dict, trust_remote_code: bool) -> bool:
         "CausalLM" in name or "LMHead" in name or name.endswith("ForConditionalGeneration") for name in architectures
     ):
         return False
-    return trust_remote_code or type(config) in AutoModelForCausalLM._model_mapping
+    return trust_remote_code or type(config) in auto_class(config)._model_mapping
 
 
 def caps_attention(config: Any) -> bool:
@@ -292,7 +309,7 @@ def load(
     weights.refuse_encoded(folder, stored)
     with quiet_transformers():
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = auto_class(config).from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype or "auto",
@@ -328,7 +345,7 @@ def initialise(
     """
     config = load_config(resolve(str(source), revision), trust_remote_code)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(
+    model = auto_class(config).from_config(
         config,
         dtype=torch.float32,
         trust_remote_code=trust_remote_code,
@@ -352,7 +369,7 @@ def outline(source: str | Path, revision: str | None = None, trust_remote_code: 
     dtype = config.get_text_config().dtype or torch.float32
     try:
         with torch.device("meta"), quiet_transformers():
-            model = AutoModelForCausalLM.from_config(
+            model = auto_class(config).from_config(
                 config,
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
@@ -390,7 +407,7 @@ def skeleton(values: dict[str, Any]) -> PreTrainedModel:
     try:
         config = AutoConfig.for_model(**values)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            return auto_class(config).from_config(config, dtype=torch.float32)
     except Exception as error:
         raise UserError(f"transformers has no causal language model for it: {error_summary(error)}.") from None
 

@@ -1,7 +1,12 @@
-"""The structure of a decoder: the matrices that can be quantized, that is, linear layers, embedding and head."""
+"""The structure of a decoder: the matrices that can be quantized, that is, linear layers, embedding and head.
+
+In a model that sees, the decoder is what transformers calls so (`get_decoder`), and whatever else has weights is a
+tower: it stays as it is.
+"""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,6 +62,8 @@ class Structure:
         head: the output head, or None when it is tied to the embedding.
         head_path: path of the head module, tied or not.
         experts: the lists of experts, in order; none in a dense model.
+        towers: paths of the modules that make features of pictures and project them into the decoder; none where the
+            model reads text only.
     """
 
     layers_path: str
@@ -66,6 +73,7 @@ class Structure:
     head: QuantTarget | None
     head_path: str
     experts: tuple[ExpertList, ...] = ()
+    towers: tuple[str, ...] = ()
 
     @property
     def targets(self) -> tuple[QuantTarget, ...]:
@@ -80,7 +88,8 @@ def structure(model: PreTrainedModel) -> Structure:
         UserError: the model is not a decoder of linear layers; the message names what stands in the way.
     """
     family = type(model).__name__
-    layers_path, layers = _decoder_layers(model, family)
+    decoder_path = _decoder_path(model)
+    layers_path, layers = _decoder_layers(model, decoder_path, family)
     experts = expert_lists(model)
     routers = {path for listed in experts for path in listed.routers}
     _refuse_experts(layers, family)
@@ -111,6 +120,7 @@ def structure(model: PreTrainedModel) -> Structure:
         head=None if tied else QuantTarget(head_path, "head", None, head.out_features, head.in_features),
         head_path=head_path,
         experts=tuple(experts),
+        towers=_towers(model, decoder_path, head_path),
     )
     _refuse_untouched(model, described)
     embedding_scale(embedding)
@@ -132,12 +142,37 @@ def find_head(model: PreTrainedModel) -> str:
     return next(name for name, module in model.named_modules() if module is head)
 
 
-def _decoder_layers(model: PreTrainedModel, family: str) -> tuple[str, nn.ModuleList]:
+def _decoder_path(model: PreTrainedModel) -> str:
+    """Path of the part that reads text; empty where that is the whole model."""
+    if getattr(model.config, "vision_config", None) is None:
+        return ""
+    decoder = model.get_decoder()
+    return next(name for name, module in model.named_modules() if module is decoder)
+
+
+def _towers(model: PreTrainedModel, decoder_path: str, head_path: str) -> tuple[str, ...]:
+    """Paths of the outermost modules with parameters beside decoder and head."""
+    if not decoder_path:
+        return ()
+    inside = (decoder_path, head_path)
+    around = {path[: place.start()] for path in inside for place in re.finditer(r"\.", path)} | {""}
+    towers = []
+    for name, module in model.named_modules():
+        parent = name.rpartition(".")[0]
+        if parent in around and name not in (*around, *inside) and any(True for _ in module.parameters()):
+            towers.append(name)
+    return tuple(towers)
+
+
+def _decoder_layers(model: PreTrainedModel, decoder_path: str, family: str) -> tuple[str, nn.ModuleList]:
     """The longest list of layers of one class: the decoder."""
+    config, prefix = (model.config.get_text_config(), f"{decoder_path}.") if decoder_path else (model.config, "")
     lists = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == getattr(model.config, "num_hidden_layers", len(module))
+        if isinstance(module, nn.ModuleList)
+        and name.startswith(prefix)
+        and len(module) == getattr(config, "num_hidden_layers", len(module))
     ]
     lists = [(name, module) for name, module in lists if len({type(layer) for layer in module}) == 1]
     if model.config.is_encoder_decoder or not lists:
@@ -169,7 +204,8 @@ def _refuse_untouched(model: PreTrainedModel, structure: Structure) -> None:
     """Refuse a model of which more than 2 % of the matrix weights would silently stay 16-bit."""
     quantized = {f"{target.name}.weight" for target in structure.targets} | {f"{structure.head_path}.weight"}
     quantized |= {f"{router}.weight" for listed in structure.experts for router in listed.routers}  # on purpose
-    matrices = {name: p.numel() for name, p in model.named_parameters() if p.ndim > 1}
+    beside = tuple(f"{path}." for path in structure.towers)
+    matrices = {name: p.numel() for name, p in model.named_parameters() if p.ndim > 1 and not name.startswith(beside)}
     remaining = {name: size for name, size in matrices.items() if name not in quantized}
     share = sum(remaining.values()) / sum(matrices.values())
     if share > UNTOUCHED_LIMIT:

@@ -118,8 +118,6 @@ def add_metadata(writer: gguf.GGUFWriter, architecture: GgufArchitecture, config
         writer.add_expert_used_count(config["num_experts_per_tok"])
         if "moe_intermediate_size" in config:
             writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
-    for field, key in architecture.factors.items():
-        writer.add_float32(f"{architecture.name}.{key}", config[field])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config.get("num_key_value_heads") or config["num_attention_heads"])
     writer.add_key_length(size)

@@ -338,7 +338,6 @@ class GgufArchitecture:
         qk_norms: whether it reads norms of q and k.
         rope_types: ways to scale rotary positions that it knows.
         experts: it is a mixture of experts: llama.cpp stacks the matrices of a layer's experts.
-        factors: fields of a configuration that are written as they are -> keys, without the architecture's name.
         all_layers_slide: every layer of the model sees a sliding window where the configuration has one.
         windows: llama.cpp computes the windows of its layers.
         unsupported: what llama.cpp cannot compute of a configuration, as the end of "cannot be exported as GGUF:"; an
@@ -360,7 +359,6 @@ class GgufArchitecture:
     rope_types: frozenset[str] = GGUF_ROPE_TYPES
     all_layers_slide: bool = False
     experts: bool = False
-    factors: Mapping[str, str] = field(default_factory=dict)
     windows: bool = False
     unsupported: Callable[[dict[str, Any]], str] = all_supported
 

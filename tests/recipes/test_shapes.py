@@ -1,0 +1,89 @@
+"""The embedded seeing teacher's shapes: what is asked was never shown, and training reads what the processor makes."""
+
+from __future__ import annotations
+
+import base64
+import io
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from edgerazor.data.chat import Conversation
+from edgerazor.data.picture_chat import encode_with_pictures
+from helpers.places import ROOT
+from helpers.tiny_job import load_script
+
+SHAPES = ROOT / "recipes" / "shapes"
+corpus = load_script(SHAPES / "corpus.py")
+SAMPLE = 400
+
+
+def pixels(encoded: str) -> np.ndarray:
+    return np.array(Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB"))
+
+
+def shown(picture: np.ndarray) -> set[tuple[str, int]]:
+    """Read colors and cells off a picture's pixels, knowing nothing of how it was made."""
+    found = set()
+    for cell in range(9):
+        top, left = cell // 3 * 16, cell % 3 * 16
+        part = picture[top : top + 16, left : left + 16].reshape(-1, 3)
+        found |= {(name, cell) for name, value in corpus.COLORS.items() if (part == value).all(1).any()}
+    return found
+
+
+def test_a_sixteenth_of_all_combinations_is_held_out():
+    looks = [
+        ("look", shape, color, str(cell)) for shape in corpus.SHAPES for color in corpus.COLORS for cell in range(9)
+    ]
+    assert 1 / 20 < sum(map(corpus.held_out, looks)) / len(looks) < 1 / 13
+
+
+@pytest.mark.parametrize("task", corpus.TASKS)
+def test_items_are_fair_choices_about_held_out_combinations(task):
+    rows = corpus.items(task, 120)
+    assert rows[:10] == corpus.items(task, 10)
+    assert len({(row["image"], row["question"]) for row in rows}) == 120
+    gold = [row["gold"] for row in rows]
+    assert all(12 < gold.count(place) < 48 for place in range(4))
+    for row in rows:
+        assert len(set(row["choices"])) == 4
+        assert corpus.held_out(tuple(row["combination"]))
+        if row["combination"][0] == "look":
+            _, _, color, cell = row["combination"]
+            assert (color, int(cell)) in shown(pixels(row["image"]))
+
+
+def test_no_picture_of_training_shows_what_is_held_out():
+    for split in ("train", "distill", "heldout"):
+        for talk in corpus.talks(split, SAMPLE):
+            assert not any(map(corpus.held_out, talk.picture.combinations()))
+            assert shown(talk.picture.pixels()) == {(thing.color, thing.cell) for thing in talk.picture.things}
+            assert len(talk.questions) == corpus.QUESTIONS
+
+
+def test_any_part_of_a_split_can_be_made_alone():
+    whole = list(corpus.talks("train", 30))
+    assert list(corpus.talks("train", 10, start=20)) == whole[20:]
+
+
+def test_training_reads_what_the_processor_makes_of_a_record(monkeypatch, tmp_path):
+    """The quick way of the training script and the general one of `edgerazor` give equal ids, labels and pixels."""
+    monkeypatch.syspath_prepend(SHAPES)
+    monkeypatch.setitem(sys.modules, "corpus", corpus)
+    training = load_script(SHAPES / "train_teacher.py")
+    processor = training.make_processor()
+    talks = list(corpus.talks("train", 6))
+    batch = training.encoded(processor.tokenizer.backend_tokenizer, talks)
+    for row, talk in enumerate(talks):
+        conversation = Conversation(tuple(talk.record()["messages"]), where="The talk")
+        general = encode_with_pictures(conversation, processor, tmp_path)
+        size = len(general.ids)
+        assert batch["input_ids"][row, :size].tolist() == general.ids.tolist()
+        assert not batch["input_ids"][row, size:].any()
+        learned = (batch["labels"][row] != training.MASKED)[:size]
+        assert learned.tolist() == general.learn.tolist()
+        assert torch.equal(batch["pixel_values"][row], general.inputs["pixel_values"][0])
