@@ -132,8 +132,8 @@ class Rotary:
                 rows[start:] = part
             return whole
         if length > len(self._table[0]):
-            rows = min(max(length, 2 * len(self._table[0])), self.varies_beyond or self._most)
-            self._table = self._compute(0, rows)
+            size = min(max(length, 2 * len(self._table[0])), self.varies_beyond or self._most)
+            self._table = self._compute(0, size)
         return self._table
 
     def _compute(self, start: int, end: int) -> tuple[Tensor, ...]:
