@@ -4,6 +4,7 @@ from typing import Any
 
 from edgerazor.families.core.base import (
     GGUF_ALL_BIASES,
+    GRANITE_FACTORS,
     Family,
     GgufArchitecture,
     GgufMetadata,
@@ -14,15 +15,9 @@ from edgerazor.families.core.base import (
     scale_keys,
 )
 
-#: Key of a GGUF file -> setting.
-GGUF_FACTORS = {
-    **{"attention.scale": "attention_multiplier", "embedding_scale": "embedding_multiplier"},
-    **{"residual_scale": "residual_multiplier", "logit_scale": "logits_scaling"},
-}
-
 
 def _configure(get: GgufMetadata) -> dict[str, Any]:
-    factors = {setting: get.decimal(key) for key, setting in GGUF_FACTORS.items() if get.has(key)}
+    factors = {setting: get.decimal(key) for key, setting in GRANITE_FACTORS.items() if get.has(key)}
     factors.setdefault("attention_multiplier", get.head_size() ** -0.5)
     return {**configure_llama(get), **factors}
 
@@ -42,7 +37,7 @@ FAMILY = Family(
         "granite",
         interleaved_rope=True,
         configure=_configure,
-        metadata=scale_keys(GGUF_FACTORS),
+        metadata=scale_keys(GRANITE_FACTORS),
         biases=GGUF_ALL_BIASES,
     ),
 )

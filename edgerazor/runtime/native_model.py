@@ -205,10 +205,10 @@ class NativeSession(Session):
         with self.model.errors_for_people():
             prepare(self._decoder, self.model.rotary, last, last + count, last + count)
             span = self._span(last, 1)
-            found = self._decoder.greedy(span, tokens[-1], count, sorted(stops))
+            written = self._decoder.greedy(span, tokens[-1], count, sorted(stops))
         if self._states:
-            self._states.advance(last + len(found))
-        return found
+            self._states.advance(last + len(written))
+        return written
 
     def _feed(self, start: int, tokens: list[int], output_positions: list[int]) -> Tensor:
         end = start + len(tokens)

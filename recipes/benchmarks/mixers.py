@@ -119,7 +119,7 @@ def mixer(shape: Shape, kind: str) -> dict[str, Any]:
     if kind == "d":
         heads, width = 16, 128
         rows = (3 * heads * width, heads * width, heads, heads)
-        inputs_of: list[Any] = [linear("int4", GROUP, each, hidden) for each in rows]
+        inputs_of: list[Any] = [linear("int4", GROUP, count, hidden) for count in rows]
         rule = GatedDeltaRule(
             *inputs_of,
             Convolution(torch.randn(4, 3 * heads * width)),
@@ -135,10 +135,10 @@ def mixer(shape: Shape, kind: str) -> dict[str, Any]:
 
 def read_matrices(made: Network) -> list[Any]:
     """The matrices that a token reads."""
-    found = [made.head]
+    linears = [made.head]
     for layer in made.layers:
-        found += [one for one in (*layer.inputs, layer.o, layer.gate, layer.up, layer.down) if one is not None]
-    return [one.matrix for one in found]
+        linears += [one for one in (*layer.inputs, layer.o, layer.gate, layer.up, layer.down) if one is not None]
+    return [one.matrix for one in linears]
 
 
 class Runner:

@@ -28,10 +28,10 @@ STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)
 
 def names(model: PackedModel) -> dict[str, str]:
     """Path of each matrix -> name of the tensor of a checkpoint that it is, or is a part of."""
-    apart = _apart(model)
+    experts = {path: OF_EXPERT.fullmatch(path) for path in model.header.matrices}
+    apart = _apart(model) if any(experts.values()) else None
     targets = {}
-    for path in model.header.matrices:
-        expert = OF_EXPERT.fullmatch(path)
+    for path, expert in experts.items():
         if expert is None:
             targets[path] = f"{path}.weight"
         elif apart is not None:

@@ -54,6 +54,11 @@ GGUF_NORMS_AROUND = {
 #: llama.cpp's names of the parts of a decoder layer whose biases it reads, as one of these sets.
 GGUF_QKV_BIASES = frozenset({"attn_q", "attn_k", "attn_v"})
 GGUF_ALL_BIASES = GGUF_QKV_BIASES | {"attn_output", "ffn_gate", "ffn_up", "ffn_down"}
+#: Granite's factors: key of a GGUF file -> setting.
+GRANITE_FACTORS = {
+    **{"attention.scale": "attention_multiplier", "embedding_scale": "embedding_multiplier"},
+    **{"residual_scale": "residual_multiplier", "logit_scale": "logits_scaling"},
+}
 #: Tensors that divide the frequencies of rotary positions in Phi 3: beyond the original context, and within it.
 GGUF_LONG_FACTORS, GGUF_SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
 #: Ways to scale rotary positions (`rope_type`) that every architecture of llama.cpp knows.
