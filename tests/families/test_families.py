@@ -26,7 +26,16 @@ from edgerazor.losses import Attention, Head
 from edgerazor.models import attention_capture
 from edgerazor.recipe import Recipe, build
 from edgerazor.workdir import WorkDir
-from helpers.tiny_models import FAMILIES, GROUP_SIZE, SHAPE, VOCABULARY, ModelMaker, family_config, mostly_slow
+from helpers.tiny_models import (
+    FAMILIES,
+    GROUP_SIZE,
+    RECURRENT,
+    SHAPE,
+    VOCABULARY,
+    ModelMaker,
+    family_config,
+    mostly_slow,
+)
 
 #: Models are loaded, plans solved, processes started: `make test-fast` leaves this file out.
 pytestmark = pytest.mark.job
@@ -458,11 +467,11 @@ def test_structure_covers_every_matrix(family: str) -> None:
     config = family_config(family, tie_word_embeddings=False)
     model = transformers.AutoModelForCausalLM.from_config(config)
     found = models.structure(model)
-    matrices = {name for name, parameter in model.named_parameters() if parameter.ndim > 1}
+    matrices = {name for name, parameter in model.named_parameters() if parameter.ndim == 2}  # convolutions have 3
     assert {f"{site.name}.weight" for site in found.targets} == matrices
     assert sum(site.weights for site in found.targets) == sum(model.get_parameter(name).numel() for name in matrices)
     assert [site.layer for site in found.linears] == sorted(site.layer or 0 for site in found.linears)
-    assert (found.layers_path, found.layer_count) == ("model.layers", 2)
+    assert (found.layers_path, found.layer_count) == ("model.layers", config.num_hidden_layers)
 
 
 def test_a_fingerprint_is_of_contents_not_of_places(llama: Path, tmp_path: Path) -> None:
@@ -519,7 +528,7 @@ def maps(seen: Attention) -> torch.Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in RECURRENT])
 def test_attention_maps_are_those_of_the_model(family: str, make_model: Any, tmp_path: Path) -> None:
     """From queries and keys as they enter attention; a window of 8 and padding to the right are respected."""
     model = loaded(family, make_model, tmp_path, "eager")
@@ -551,6 +560,15 @@ def test_attention_maps_are_those_of_the_model(family: str, make_model: Any, tmp
     seen.clear()
     model(input_ids=ids)
     assert seen == {}
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_maps_of_a_layer_without_attention_are_refused(family: str) -> None:
+    model = transformers.AutoModelForCausalLM.from_config(family_config(family))
+    models.enable_attention_capture(model)
+    with pytest.raises(UserError, match="attention"):
+        models.check_attention_capture(model, models.structure(model), (1,))
+    models.check_attention_capture(model, models.structure(model), (2,))
 
 
 def test_attention_that_cannot_be_seen_or_explained_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,13 +65,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("phi", {"partial_rotary_factor": 0.5}),  # LayerNorm, biases everywhere, also of the head
     "phi3": ("phi3", {}),  # fused q, k, v and fused gate, up
     "olmo2": ("olmo2", {}),  # norms behind attention and MLP
-}
-#: Families of the tests of engines and exports, likewise.
-MORE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("granite", GRANITE),  # factors of scores, embeddings, residuals and logits
     "lfm2": ("lfm2", LFM2),  # short convolutions beside attention
     "qwen3.5": ("qwen3_5_text", QWEN3_5),  # the gated delta rule beside attention, whose result has a gate
 }
+#: Those of which only some layers have attention.
+RECURRENT = ("lfm2", "qwen3.5")
 
 
 ModelMaker = Callable[..., PreTrainedModel]
@@ -98,8 +97,8 @@ def mostly_slow(values: Iterable[Any], *usual: Any) -> list[Any]:
 
 
 def family_config(family: str, **overrides: Any) -> PreTrainedConfig:
-    """The tiny configuration of a family of `FAMILIES` or `MORE_FAMILIES`."""
-    model_type, special = {**FAMILIES, **MORE_FAMILIES}[family]
+    """The tiny configuration of a family of `FAMILIES`."""
+    model_type, special = FAMILIES[family]
     return CONFIG_MAPPING[model_type](**{**SHAPE, **special, **overrides})
 
 

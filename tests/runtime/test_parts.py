@@ -25,7 +25,7 @@ from edgerazor.runtime.sampling import Sampler
 from edgerazor.runtime.sequential import SequentialScheduler
 from edgerazor.server.engine import open_scheduler
 from edgerazor.workdir import WorkDir
-from helpers.tiny_models import FAMILIES, GROUP_SIZE, MORE_FAMILIES, SHAPE, VOCABULARY, ModelMaker
+from helpers.tiny_models import FAMILIES, GROUP_SIZE, RECURRENT, SHAPE, VOCABULARY, ModelMaker
 
 pytestmark = [
     pytest.mark.job,
@@ -34,7 +34,6 @@ pytestmark = [
 
 QUIET = Console(quiet=True)
 IDS = torch.randint(2, VOCABULARY, (200,), generator=torch.Generator().manual_seed(0)).tolist()
-RECURRENT = ["lfm2", "qwen3.5"]
 
 
 def pack(model: Path, work: WorkDir, **calibrate: Any) -> Path:
@@ -51,7 +50,7 @@ def load(make_model: ModelMaker, tmp_path_factory: pytest.TempPathFactory) -> Ca
 
     @functools.cache
     def load_one(family: str) -> NativeModel:
-        kind, special = {**FAMILIES, **MORE_FAMILIES}[family]
+        kind, special = FAMILIES[family]
         make_model(place / family, CONFIG_MAPPING[kind](**{**SHAPE, "max_position_embeddings": 400, **special}))
         model = runtime.load(pack(place / family, WorkDir(place / f"{family} job")), threads=2, engine="native")
         assert isinstance(model, NativeModel)

@@ -38,7 +38,6 @@ from helpers.tiny_models import (
     FAMILIES,
     GROUP_SIZE,
     LFM2,
-    MORE_FAMILIES,
     QWEN3_5,
     SHAPE,
     VOCABULARY,
@@ -116,7 +115,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
-    "granite": MORE_FAMILIES["granite"],
+    "granite": FAMILIES["granite"],
     "hunyuan": ("hunyuan_v1_dense", {}),
     "hunyuan, alpha": (
         "hunyuan_v1_dense",
@@ -147,13 +146,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "starcoder2": ("starcoder2", {"sliding_window": 6, "use_bias": True, "hidden_act": "gelu_pytorch_tanh"}),
-    "lfm2": MORE_FAMILIES["lfm2"],
+    "lfm2": FAMILIES["lfm2"],
     "lfm2, bias": ("lfm2", {**LFM2, "conv_bias": True, "tie_word_embeddings": False, "conv_L_cache": 5}),
     "lfm3": (
         "lfm3",
         {"layer_types": ["conv", "sliding_attention", "full_attention"], "num_hidden_layers": 3, "sliding_window": 5},
     ),
-    "qwen3.5": MORE_FAMILIES["qwen3.5"],
+    "qwen3.5": FAMILIES["qwen3.5"],
     "qwen3.5, tied": (
         "qwen3_5_text",
         {
