@@ -11,8 +11,10 @@ from edgerazor.families.core.base import (
     attention_bias,
     by_query_scalar,
     configure_gemma,
+    final_soft_cap,
     gemma_query_scalar,
     hidden_activation,
+    looks_ahead,
     root_of_width,
     window_by_layer_type,
 )
@@ -20,14 +22,6 @@ from edgerazor.families.core.base import (
 
 def _attention_soft_cap(config: Any) -> float:
     return float(config.attn_logit_softcapping or 0.0)
-
-
-def _logit_soft_cap(config: Any) -> float:
-    return float(config.final_logit_softcapping or 0.0)
-
-
-def _unsupported(config: Any) -> str:
-    return "attention to later tokens" if config.use_bidirectional_attention else ""
 
 
 def _configure(get: GgufMetadata) -> dict[str, Any]:
@@ -53,8 +47,8 @@ FAMILY = Family(
         attention_scale=by_query_scalar,
         embedding_scale=root_of_width,
         attention_soft_cap=_attention_soft_cap,
-        logit_soft_cap=_logit_soft_cap,
-        unsupported=_unsupported,
+        logit_soft_cap=final_soft_cap,
+        unsupported=looks_ahead,
     ),
     gguf=GgufArchitecture(
         "gemma2", interleaved_rope=False, configure=_configure, norm_offset=1.0, float16=False, exported=False

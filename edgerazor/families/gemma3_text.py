@@ -12,21 +12,15 @@ from edgerazor.families.core.base import (
     NativeArchitecture,
     attention_bias,
     by_query_scalar,
+    final_soft_cap,
     gemma_query_scalar,
     hidden_activation,
+    looks_ahead,
     rms_epsilon,
     root_of_width,
     rope_by_layer_type,
     window_by_layer_type,
 )
-
-
-def _logit_soft_cap(config: Any) -> float:
-    return float(config.final_logit_softcapping or 0.0)
-
-
-def _unsupported(config: Any) -> str:
-    return "attention to later tokens" if config.use_bidirectional_attention else ""
 
 
 def _configure(get: GgufMetadata) -> dict[str, Any]:
@@ -78,8 +72,8 @@ FAMILY = Family(
         window=window_by_layer_type,
         attention_scale=by_query_scalar,
         embedding_scale=root_of_width,
-        logit_soft_cap=_logit_soft_cap,
-        unsupported=_unsupported,
+        logit_soft_cap=final_soft_cap,
+        unsupported=looks_ahead,
     ),
     gguf=GgufArchitecture(
         "gemma3",

@@ -2,11 +2,7 @@
 
 from typing import Any
 
-from edgerazor.families.core.base import SHORT_CONVOLUTION, Family, Mixer, NativeArchitecture
-
-
-def _mixer(config: Any, layer: int) -> Mixer:
-    return "short_convolution" if config.layer_types[layer] == "conv" else "attention"
+from edgerazor.families.core.base import SHORT_CONVOLUTION, Family, NativeArchitecture, convolution_or_attention
 
 
 def _intermediate_size(config: Any) -> int:
@@ -28,7 +24,7 @@ FAMILY = Family(
             **{"o": "self_attn.out_proj", "gate": "feed_forward.w1"},
             **{"up": "feed_forward.w3", "down": "feed_forward.w2"},
         },
-        mixer=_mixer,
+        mixer=convolution_or_attention,
         mixers={"short_convolution": SHORT_CONVOLUTION},
         activation=lambda config: "silu",
         intermediate_size=_intermediate_size,

@@ -7,16 +7,12 @@ from edgerazor.families.core.base import (
     QK_NORMS,
     SHORT_CONVOLUTION,
     Family,
-    Mixer,
     NativeArchitecture,
     attention_bias,
+    convolution_or_attention,
     rope_by_layer_type,
     window_by_layer_type,
 )
-
-
-def _mixer(config: Any, layer: int) -> Mixer:
-    return "short_convolution" if config.layer_types[layer] == "conv" else "attention"
 
 
 def _unsupported(config: Any) -> str:
@@ -33,7 +29,7 @@ FAMILY = Family(
             **{"attention_gate": "self_attn.g_proj", "gate": "feed_forward.w1"},
             **{"up": "feed_forward.w3", "down": "feed_forward.w2"},
         },
-        mixer=_mixer,
+        mixer=convolution_or_attention,
         mixers={"short_convolution": SHORT_CONVOLUTION},
         activation=lambda config: "silu",
         qkv_bias=attention_bias,

@@ -244,6 +244,21 @@ def nothing_more(config: dict[str, Any]) -> dict[str, int | float]:
     return {}
 
 
+def final_soft_cap(config: Any) -> float:
+    """Gemma's cap of logits; 0 where there is none."""
+    return float(config.final_logit_softcapping or 0.0)
+
+
+def looks_ahead(config: Any) -> str:
+    """What is not computed of a Gemma that is trained to see later tokens."""
+    return "attention to later tokens" if config.use_bidirectional_attention else ""
+
+
+def convolution_or_attention(config: Any, layer: int) -> Mixer:
+    """The mixer of a layer of LFM 2 or 3."""
+    return "short_convolution" if config.layer_types[layer] == "conv" else "attention"
+
+
 def scale_keys(keys: Mapping[str, str]) -> Callable[[dict[str, Any]], dict[str, int | float]]:
     """Numbers of a configuration under names of GGUF: key of a file -> setting."""
     return lambda config: {key: float(config[setting]) for key, setting in keys.items()}
