@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from edgerazor import untrusted
 from edgerazor.allocate import Plan
 from edgerazor.errors import UserError
 from edgerazor.losses import METRICS
+from edgerazor.modules import InitialWeight
 from edgerazor.workdir import WorkDir
+
+#: Ends of tensors' names in the file of an initialization.
+WEIGHT, SCALES = ".weight", ".scales"
 
 
 def read_plan(work: WorkDir) -> Plan:
@@ -72,6 +76,38 @@ def read_input_scales(
         return {name: float(stored[name]) for name in names}
     except (OSError, SafetensorError, KeyError):
         raise unusable(work.statistics_file) from None
+
+
+def read_initialization(work: WorkDir, init: str, plan: Plan) -> Callable[[str], InitialWeight] | None:
+    """What calibrate made for the matrices to begin with.
+
+    Args:
+        work: the working directory.
+        init: the name of the initialization.
+        plan: that training or rounding follows.
+
+    Returns:
+        module path -> where its matrix begins; None where calibrate made another initialization.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        file = safe_open(work.start_file, framework="pt").__enter__()
+        names = set(file.keys())
+        stored = (file.metadata() or {}).get("start")
+    except (OSError, SafetensorError):
+        raise unusable(work.start_file) from None
+    if stored != init:
+        return None
+    if not names >= {matrix.name + SCALES for matrix in plan.matrices}:
+        raise unusable(work.start_file)
+
+    def of(name: str) -> InitialWeight:
+        weight = file.get_tensor(name + WEIGHT) if name + WEIGHT in names else None
+        return InitialWeight(weight, file.get_tensor(name + SCALES))
+
+    return of
 
 
 def unusable(path: Path) -> UserError:

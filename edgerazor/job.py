@@ -394,13 +394,12 @@ class JobContext(RecipeContext):
             return student_plan.settings_of(plan, (0.5,) * structure.layer_count)
         return student_plan.settings_of(plan, calibrated.read_vector(self.work, "importance_threshold"))
 
-    def input_scales(self, plan: Plan, teacher: ModelOutline, imagined: bool = False) -> dict[str, float] | None:
+    def input_scales(self, plan: Plan, teacher: ModelOutline) -> dict[str, float] | None:
         """Calibrate's scales for the inputs of linear layers and the head; None where each token has its own.
 
         Args:
             plan: says whether there are any.
             teacher: where the linear layers are.
-            imagined: make up scales that calibrate has not measured yet.
 
         Raises:
             UserError: the file is missing or damaged, or calibrate did not look for them.
@@ -408,9 +407,25 @@ class JobContext(RecipeContext):
         if plan.activation_scales == "dynamic":
             return None
         names = student_plan.input_scale_names(plan, teacher.model, teacher.structure)
-        if imagined:
-            return dict.fromkeys(names, 1.0)
         return calibrated.read_input_scales(self.work, names, plan.activation_bits, plan.rotation)
+
+    def initial_weights(self, plan: Plan) -> Callable[[str], modules.InitialWeight] | None:
+        """Where each matrix begins, by its module path; None where all begin at the scales that the plan says.
+
+        Raises:
+            UserError: calibrate has not made the recipe's initialization for this plan, or its file is damaged.
+        """
+        work, settings = self.work, self.recipe.calibrate
+        if settings.init not in student_plan.CALIBRATED_INITS:
+            return None
+        made = work.manifest("calibrate") is not None and work.start_file.exists() and self.plan() == plan
+        initial = calibrated.read_initialization(work, settings.init, plan) if made else None
+        if initial is None:
+            raise UserError(
+                f"{work.path} holds no {settings.init} start for these settings.",
+                f"Make one: `edgerazor calibrate {self.recipe.model} --bits {settings.bits:g} --init {settings.init}`.",
+            )
+        return initial
 
     def provenance(self, source: str, plan: Plan, training: Mapping[str, str] | None) -> dict[str, Any]:
         """Where a packed model comes from; equal for equal runs.

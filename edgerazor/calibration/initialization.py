@@ -27,13 +27,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from edgerazor import data, formats, models, modules, student_plan
+from edgerazor import data, formats, models, modules
 from edgerazor.allocate import Plan
-from edgerazor.calibrated import unusable
+from edgerazor.calibrated import SCALES, WEIGHT
 from edgerazor.console import Console
 from edgerazor.errors import UserError
 from edgerazor.formats import MatrixSpec
@@ -44,8 +43,6 @@ from edgerazor.workdir import write_atomically
 
 #: About how many forward passes over the calibration text an initialization takes.
 PASSES = {"least_error": 0, "rtn": 0, "clip": 1, "gptq": 5}
-
-WEIGHT, SCALES = ".weight", ".scales"
 
 
 @dataclass
@@ -63,49 +60,6 @@ class Sequences:
 
 class _InputSeenError(Exception):
     """Ends a forward pass early, once the input of the linear layer has been added to its Hessian."""
-
-
-# --- reading -----------------------------------------------------------------------------------
-
-
-def stored(context: JobContext, plan: Plan) -> Callable[[str], InitialWeight] | None:
-    """What calibrate made.
-
-    Args:
-        context: of the job; its recipe says which initialization it is.
-        plan: that training or rounding follows.
-
-    Returns:
-        module path -> where its matrix begins; None where all begin at the scales that the plan says.
-
-    Raises:
-        UserError: calibrate has not made this initialization for this plan, or its file is damaged.
-    """
-    work, settings = context.work, context.recipe.calibrate
-    if settings.init not in student_plan.CALIBRATED_INITS:
-        return None
-    missing = UserError(
-        f"{work.path} holds no {settings.init} start for these settings.",
-        f"Make one: `edgerazor calibrate {context.recipe.model} --bits {settings.bits:g} --init {settings.init}`.",
-    )
-    if work.manifest("calibrate") is None or not work.start_file.exists() or context.plan() != plan:
-        raise missing
-    try:
-        file = safe_open(work.start_file, framework="pt").__enter__()
-        names = set(file.keys())
-        init = (file.metadata() or {}).get("start")
-    except (OSError, SafetensorError):
-        raise unusable(work.start_file) from None
-    if init != settings.init:
-        raise missing
-    if not names >= {matrix.name + SCALES for matrix in plan.matrices}:
-        raise unusable(work.start_file)
-
-    def of(name: str) -> InitialWeight:
-        weight = file.get_tensor(name + WEIGHT) if name + WEIGHT in names else None
-        return InitialWeight(weight, file.get_tensor(name + SCALES))
-
-    return of
 
 
 def file_bytes(init: str, plan: Plan) -> int:

@@ -4,7 +4,17 @@
 """
 
 from edgerazor.recipe.explain import default_of, dump, explain, json_schema, values_of
-from edgerazor.recipe.load import anchor, build, dump_without_places, find, foreign_code, load, merge, shipped
+from edgerazor.recipe.load import (
+    anchor,
+    build,
+    dump_without_places,
+    find,
+    foreign_code,
+    load,
+    merge,
+    shipped,
+    with_values,
+)
 from edgerazor.recipe.schema import (
     CHOSEN_BY_BUDGET,
     CHOSEN_BY_MODEL,
@@ -86,4 +96,5 @@ __all__ = [
     "size_in_bytes",
     "token_count",
     "values_of",
+    "with_values",
 ]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from types import UnionType
@@ -121,6 +121,27 @@ def anchor(values: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     result: dict[str, Any] = _replace_paths(values, Recipe, (), absolute)
     return result
+
+
+def with_values(recipe: Recipe, values: Mapping[str, Mapping[str, Any]], source: str) -> Recipe:
+    """A recipe with other values in fields of its sections, checked as if they stood in a file.
+
+    Args:
+        recipe: stays as it is.
+        values: section -> field -> value.
+        source: where the values come from, for the error.
+
+    Raises:
+        UserError: a value is not allowed.
+    """
+    checked = build(values, source)
+    sections = {
+        section: getattr(recipe, section).model_copy(
+            update={name: getattr(getattr(checked, section), name) for name in settings}
+        )
+        for section, settings in values.items()
+    }
+    return recipe.model_copy(update=sections)
 
 
 def dump_without_places(recipe: Recipe, fields: Iterable[str], skip: Iterable[str] = ()) -> str:

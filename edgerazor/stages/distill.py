@@ -15,62 +15,49 @@ schedule of its own; the data go on from phase to phase. How a step is taken, ev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from rich.console import RenderableType
 
-from edgerazor import calibrated, data, devices, models, recording, student_plan
-from edgerazor.allocate import Plan
-from edgerazor.calibration import initialization
+from edgerazor import data, devices, models, recording, student_plan
 from edgerazor.console import Console
 from edgerazor.errors import UserError, usage_error
-from edgerazor.job import JobContext, ModelOutline
-from edgerazor.models import PreTrainedModel
-from edgerazor.recipe import Distill, Recipe
+from edgerazor.job import JobContext
+from edgerazor.recipe import Recipe
 from edgerazor.stage import Stage
 from edgerazor.student_plan import CALIBRATED_INITS
 from edgerazor.training import (
     DistillDryRun,
     DistillResult,
     PlannedTraining,
-    PreparedTeacher,
-    RecordedTeacher,
-    ScheduledPhase,
-    Student,
     TeacherEnsemble,
-    Trainer,
     TrainingStore,
-    check_losses,
-    check_sequences,
+    check_recording,
     check_served_losses,
+    check_source,
     checkpoint,
     estimate_training,
-    fitting_inputs,
     is_limited,
     make_budget,
     make_phases,
-    make_student,
+    needs_teacher,
     objective,
-    open_teacher,
     phase_schedule,
+    prepare,
     reconstruction,
     report_passes,
     report_teachers,
     resident_bytes,
     result_tables,
-    sharding,
     speed_of,
-    teacher_outlines,
     training_dtype,
 )
 from edgerazor.workdir import WorkDir, make_folder, write_json
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    pass
 
 NAME = "distill"
 
@@ -128,7 +115,9 @@ def run(context: JobContext) -> DistillResult:
         UserError: the recipe cannot work with this model or text, the training diverges, or it was interrupted.
     """
     recipe, work, console = context.recipe, context.work, context.console
-    trainer, plan = prepare(context)
+    check(recipe)
+    check_recording(context)
+    trainer, plan = prepare(context, inputs(context))
     accelerator, settings = trainer.accelerator, recipe.distill
     if accelerator.is_main_process:
         discard_unless_resumable(trainer.store, work, console, context.fresh)
@@ -160,7 +149,8 @@ def dry_run(context: JobContext) -> DistillDryRun:
     student_plan.check_attention(model, recipe.calibrate)
     planned = context.is_planned()
     plan = context.plan() if planned else context.new_plan(outline)
-    phases = scheduled_phases(context, plan, structure.layer_count, placeholders=True)
+    layer_metrics = objective.placeholder_metrics(structure.layer_count)
+    phases = make_phases(settings, recipe.model, structure.layer_count, layer_metrics, context.nominal_bits(plan))
     terms = [term for phase in phases for term in phase.terms]
     objective.open_models(model, model, structure, terms)
     if settings.teacher is not None:
@@ -199,6 +189,17 @@ def dry_text(context: JobContext, length: int) -> data.TokenRows:
     return context.open_text(tokenizer, length)[0]
 
 
+def has_text(context: JobContext) -> bool:
+    """Whether there is text to train on already, or the teacher is still to write it."""
+    return bool(context.recipe.data.train) or context.work.generated_text.exists()
+
+
+def placeholder_rows(context: JobContext, length: int) -> data.TokenRows:
+    """Rows of some small token ids, as many as the teacher would write."""
+    token_ids = np.arange(max(length, context.recipe.data.generated_tokens), dtype=np.int32) % 16
+    return data.TokenRows([token_ids], [1.0], length)
+
+
 def check(recipe: Recipe) -> None:
     """Refuse losses, layers and initializations that cannot be, before anything that takes time.
 
@@ -213,222 +214,6 @@ def check(recipe: Recipe) -> None:
     reconstruction.check(recipe)
     phase_schedule.check(recipe)
     check_source(recipe.distill)
-
-
-def check_source(settings: Distill) -> None:
-    """Refuse a source of the teacher's outputs that does not go with something else.
-
-    Raises:
-        UserError: which, and why.
-    """
-    elsewhere = settings.teacher is not None or settings.teacher_source != "resident"
-    if settings.recording is not None and settings.reconstruct is not None:
-        raise usage_error(
-            "Layers are reconstructed from what the teacher's own layers give, which a recording does not hold.",
-            "Leave out `distill.reconstruct` (--reconstruct), or `distill.recording` (--recording).",
-        )
-    if elsewhere and settings.reconstruct is not None:
-        raise usage_error(
-            "Layers are reconstructed from those of the recipe's own model in memory.",
-            "Leave out `distill.reconstruct` (--reconstruct), or `distill.teacher` and `distill.teacher_source`.",
-        )
-    if elsewhere and settings.recording is not None:
-        raise usage_error(
-            "A recording takes the teacher's place, so no teacher computes.",
-            "Leave out `distill.recording` (--recording), or `distill.teacher` and `distill.teacher_source`.",
-        )
-    if settings.is_served and (settings.teacher is not None or settings.teachers):
-        raise usage_error(
-            "A served teacher is the one that its server computes, and the only one.",
-            "Name it with `distill.served_model`; leave out `distill.teacher` and `distill.teachers`.",
-        )
-    if settings.served_model is not None and not settings.is_served:
-        raise usage_error(
-            "`distill.served_model` names a model of a server, and there is none.",
-            "Give its address: `distill.teacher_source: http://host:8000/v1`.",
-        )
-
-
-def check_recording(context: JobContext) -> None:
-    """Refuse a recording that does not fit the job, as far as that can be said without reading text or weights.
-
-    Raises:
-        UserError: there is none, it is of something else, or a loss cannot be computed from it.
-    """
-    recipe, settings, work = context.recipe, context.recipe.distill, context.work
-    if settings.recording is None:
-        return
-    folder = Path(settings.recording)
-    description = recording.read_description(folder)
-    source = f"--work {work.path}" if work.recipe_file.exists() else f"{recipe.model} --data FILE"
-    length = min(context.sequence_length(model) for model in teacher_outlines(context))
-    inputs = fitting_inputs(context, length)
-    recording.check_fit(description, folder, inputs, f"edgerazor record {source} --out NAME")
-    measured = work.manifest("calibrate") is not None
-    layer_count = context.teacher_outline.structure.layer_count
-    plan = context.plan() if measured else None
-    layer_metrics = calibrated.read_layer_metrics(work) if measured else objective.placeholder_metrics(layer_count)
-    for phase in make_phases(settings, recipe.model, layer_count, layer_metrics, context.nominal_bits(plan)):
-        check_losses(phase.terms, description, folder, measured)
-
-
-# --- preparation -------------------------------------------------------------------------------
-
-
-class Preparation(NamedTuple):
-    """A training that can start.
-
-    Attributes:
-        trainer: before its first step.
-        plan: the format of every matrix of its student.
-    """
-
-    trainer: Trainer
-    plan: Plan
-
-
-def prepare(context: JobContext, placeholders: bool = False) -> Preparation:
-    """Load the teacher, make the student, open the text. A recipe that cannot work is refused here, at the start.
-
-    Args:
-        context: of the whole job; its working directory holds calibrate's plan and statistics.
-        placeholders: to measure a step: use made-up values for what calibrate has not written yet.
-
-    Raises:
-        UserError: the recipe cannot work with this model or text.
-    """
-    recipe, device = context.recipe, context.device
-    settings = recipe.distill
-    dtype = training_dtype(settings, device)
-    check(recipe)
-    devices.join_processes(device)
-    accelerator = make_accelerator(device, dtype)
-    check_recording(context)
-    sharded = sharding.is_wanted()
-    if sharded:
-        sharding.check(settings)
-    is_resident = settings.recording is None and not settings.is_served and settings.teacher_source == "resident"
-    # what will be sharded moves to the device layer by layer
-    teacher_device = torch.device("cpu") if sharded and is_resident else accelerator.device
-    teacher = open_teacher(context, teacher_device, dtype)
-    structure = teacher.outline.structure
-    rows, held_out = open_text(context, teacher, placeholders)
-    planned = teacher.outline if teacher.is_loaded or not placeholders else context.planning_teacher()
-    plan = context.new_plan(planned) if placeholders else context.plan()
-    phases = scheduled_phases(context, plan, structure.layer_count, placeholders)
-    student = load_student(recipe)
-    logit_shape = models.logit_shape(teacher.outline.model if teacher.is_loaded else student, structure.head_path)
-    student = prepare_student(context, student, teacher.outline, plan, placeholders)
-    student = student if sharded else student.to(accelerator.device)
-    terms = [term for phase in phases for term in phase.terms]
-    objective.open_models(student, teacher.outline.model if teacher.is_loaded else None, structure, terms)
-    if teacher.other is not None:
-        objective.open_other_teacher(student, teacher.other, terms)
-    if settings.is_served:
-        check_served_losses(terms)
-    if sharded and isinstance(teacher.source, TeacherEnsemble):
-        for one in teacher.source:
-            layers_path = models.structure(one.model).layers_path
-            sharding.shard(one.model, layers_path, accelerator.device)
-    trainer = Trainer(
-        settings=settings,
-        accelerator=accelerator,
-        student=Student(student, structure, logit_shape, accelerator, sharded),
-        teachers=teacher.source if needs_teacher(settings, phases) else TeacherEnsemble(()),
-        rows=rows,
-        held_out=held_out,
-        phases=phases,
-        store=training_store(context.work, {} if placeholders else inputs(context)),
-    )
-    phase_schedule.check_steps(phases, trainer.budget.steps)
-    if isinstance(trainer.teachers, RecordedTeacher):
-        recorded, steps = trainer.teachers.recording, trainer.budget.steps
-        check_losses(terms, recorded.description, recorded.folder, layers_known=True)
-        needed = None if steps is None else steps * trainer.rows_per_step
-        check_sequences(recorded, rows, held_out, needed, settings.evaluate_sequences)
-    return Preparation(trainer, plan)
-
-
-def scheduled_phases(context: JobContext, plan: Plan, layer_count: int, placeholders: bool) -> list[ScheduledPhase]:
-    """The phases of the training, with the layers that losses choose by what calibrate measured of each."""
-    if placeholders:
-        layer_metrics = objective.placeholder_metrics(layer_count)
-    else:
-        layer_metrics = calibrated.read_layer_metrics(context.work)
-    recipe = context.recipe
-    return make_phases(recipe.distill, recipe.model, layer_count, layer_metrics, context.nominal_bits(plan))
-
-
-def prepare_student(
-    context: JobContext, student: PreTrainedModel, teacher: ModelOutline, plan: Plan, placeholders: bool
-) -> PreTrainedModel:
-    """The student on the CPU, its matrices fake-quantized as the plan says, from where calibrate lets them begin."""
-    structure = teacher.structure
-    computing = context.student_settings(plan, structure, placeholders)
-    input_scales = context.input_scales(plan, teacher, placeholders)
-    initial = None if placeholders else initialization.stored(context, plan)
-    return make_student(student, structure, plan, computing, context.recipe.distill, input_scales, initial)
-
-
-def make_accelerator(device: torch.device, dtype: torch.dtype) -> Accelerator:
-    """What knows the device, the precision of products and the other processes of a launcher."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state()  # one process may train more than once, and not always in the same precision
-    with sharding.hidden_from_accelerate():
-        return Accelerator(mixed_precision="bf16" if dtype == torch.bfloat16 else "no", cpu=device.type == "cpu")
-
-
-def load_student(recipe: Recipe) -> PreTrainedModel:
-    """A float32 copy of the teacher, or a randomly initialised model for the control experiment, on the CPU."""
-    if recipe.distill.initialise == "random":
-        return models.initialise(recipe.model, recipe.revision, recipe.seed, recipe.trust_remote_code)
-    model, _ = models.load(recipe.model, recipe.revision, "cpu", torch.float32, recipe.trust_remote_code)
-    return model
-
-
-def needs_teacher(settings: Distill, phases: Sequence[ScheduledPhase]) -> bool:
-    """Whether anything is compared with a teacher: a loss of any phase, reconstruction, or the target of quality."""
-    by_losses = any(loss.needs_teacher for phase in phases for _, loss in phase.terms)
-    return by_losses or settings.reconstruct is not None or settings.target_kl is not None
-
-
-def open_text(
-    context: JobContext, teacher: PreparedTeacher, placeholders: bool
-) -> tuple[data.TokenRows, data.TokenRows]:
-    """Rows to train on and held-out rows, no longer than any teacher has positions for.
-
-    With placeholders, where the text is still to be written by the teacher, both are made up.
-    """
-    if placeholders and not has_text(context):
-        rows = placeholder_rows(context, teacher.length)
-        return rows, rows
-    # `eval` will know what was held out by the length of the first teacher alone.
-    held_out_length = context.sequence_length(teacher.outline.model)
-    return context.open_text(teacher.tokenizer, teacher.length, held_out_length)
-
-
-def has_text(context: JobContext) -> bool:
-    """Whether there is text to train on already, or the teacher is still to write it."""
-    return bool(context.recipe.data.train) or context.work.generated_text.exists()
-
-
-def placeholder_rows(context: JobContext, length: int) -> data.TokenRows:
-    """Rows of some small token ids, as many as the teacher would write."""
-    token_ids = np.arange(max(length, context.recipe.data.generated_tokens), dtype=np.int32) % 16
-    return data.TokenRows([token_ids], [1.0], length)
-
-
-def training_store(work: WorkDir, training_inputs: dict[str, str]) -> TrainingStore:
-    """Where the training's files lie in the working directory."""
-    return TrainingStore(
-        checkpoint=work.checkpoint("current"),
-        best=work.student("best"),
-        last=work.student("last"),
-        metrics=work.metrics_file,
-        inputs=training_inputs,
-    )
 
 
 def discard_unless_resumable(store: TrainingStore, work: WorkDir, console: Console, fresh: bool) -> None:

@@ -19,7 +19,6 @@ from rich.console import RenderableType
 from edgerazor import exporters, packed, student_plan
 from edgerazor import recipe as recipes
 from edgerazor.allocate import Plan, measures
-from edgerazor.calibration import initialization
 from edgerazor.console import Console
 from edgerazor.errors import UserError, usage_error
 from edgerazor.evaluation.eval_result import EvalResult
@@ -252,7 +251,7 @@ def weights_of(context: JobContext, source: str, teacher: LoadedModel, plan: Pla
     """
     if source == "student":
         return student_weights(context.work.student(context.recipe.pack.student), teacher.structure)
-    return teacher_weights(teacher, plan, initialization.stored(context, plan))
+    return teacher_weights(teacher, plan, context.initial_weights(plan))
 
 
 # --- the card ----------------------------------------------------------------------------------
@@ -292,14 +291,12 @@ def decisive_recipe(context: JobContext, source: str) -> Recipe:
     if source == "teacher" or not file.exists():
         return recipe
     stored = recipes.build(recipes.load(file), f"The recipe {file}")
-    sections = {name: getattr(stored, name) for name in ("data", "calibrate", "distill")}
+    decided = {name: getattr(stored, name) for name in ("data", "calibrate", "distill")}
     chosen = {
         **context.chosen,
         "calibrate": {**context.chosen.get("calibrate", {}), "rotation": recipe.calibrate.rotation},
     }
-    for name, fields in chosen.items():
-        sections[name] = sections[name].model_copy(update=fields)
-    return recipe.model_copy(update=sections)
+    return recipes.with_values(recipe.model_copy(update=decided), chosen, "What was chosen for the budget")
 
 
 def measured_results(work: WorkDir) -> EvalResult | None:

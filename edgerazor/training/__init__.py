@@ -8,9 +8,11 @@ from edgerazor.training.estimate import PlannedTraining, estimate_training
 from edgerazor.training.evaluation import held_out_losses
 from edgerazor.training.objective import make_terms
 from edgerazor.training.phase_schedule import ScheduledPhase, make_phases
+from edgerazor.training.preparation import Preparation, needs_teacher, prepare
 from edgerazor.training.recorded_teacher import (
     RecordedTeacher,
     check_losses,
+    check_recording,
     check_sequences,
     fitting_inputs,
     recorded_tokens,
@@ -30,7 +32,7 @@ from edgerazor.training.speed import (
 from edgerazor.training.store import TrainingStore, save_student
 from edgerazor.training.streamed_teacher import StreamedTeacher
 from edgerazor.training.student import Student, make_student
-from edgerazor.training.teacher_sources import PreparedTeacher, open_teacher, resident_bytes
+from edgerazor.training.teacher_sources import PreparedTeacher, check_source, open_teacher, resident_bytes
 from edgerazor.training.teachers import (
     Teacher,
     TeacherEnsemble,
@@ -51,6 +53,7 @@ __all__ = [
     "PhaseEstimate",
     "PhaseResult",
     "PlannedTraining",
+    "Preparation",
     "PreparedTeacher",
     "Progress",
     "RecordedTeacher",
@@ -68,8 +71,10 @@ __all__ = [
     "capture",
     "captures",
     "check_losses",
+    "check_recording",
     "check_sequences",
     "check_served_losses",
+    "check_source",
     "cost_of",
     "estimate_training",
     "fitting_inputs",
@@ -82,7 +87,9 @@ __all__ = [
     "make_student",
     "make_terms",
     "measure_machine",
+    "needs_teacher",
     "open_teacher",
+    "prepare",
     "recorded_tokens",
     "report_passes",
     "report_teachers",

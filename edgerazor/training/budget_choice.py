@@ -109,14 +109,7 @@ def apply(recipe: Recipe, choice: BudgetChoice) -> tuple[Recipe, dict[str, dict[
         section: {name: value for name, value in settings.items() if name in fields.get(section, ())}
         for section, settings in choice.values.items()
     }
-    chosen = recipes.build(values, "What was chosen for the budget")
-    updates = {
-        section: getattr(recipe, section).model_copy(
-            update={name: getattr(getattr(chosen, section), name) for name in settings}
-        )
-        for section, settings in values.items()
-    }
-    return recipe.model_copy(update=updates), values
+    return recipes.with_values(recipe, values, "What was chosen for the budget"), values
 
 
 def digest_of(context: JobContext) -> str:

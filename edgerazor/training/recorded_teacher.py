@@ -10,14 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgerazor import data, models, recording
+from edgerazor import calibrated, data, models, recording
 from edgerazor.errors import UserError, usage_error
 from edgerazor.job import JobContext
 from edgerazor.losses import LogitLoss, Outputs, RecordedTokens, prediction_mask
 from edgerazor.models import PreTrainedModel
 from edgerazor.recording import EVERYTHING, Fields, Part, RecordedPart, Recording
+from edgerazor.training import objective
 from edgerazor.training.captured_states import Captures
 from edgerazor.training.objective import Terms
+from edgerazor.training.phase_schedule import make_phases
 from edgerazor.training.teachers import TeacherSource
 from edgerazor.workdir import hash_folder
 
@@ -243,3 +245,26 @@ def check_sequences(
 def keys(rows: Iterable[data.Batch]) -> Iterable[bytes]:
     """The keys of some rows."""
     return (recording.sequence_key(row["input_ids"], row["labels"]) for row in rows)
+
+
+def check_recording(context: JobContext) -> None:
+    """Refuse a recording that does not fit the job, as far as that can be said without reading text or weights.
+
+    Raises:
+        UserError: there is none, it is of something else, or a loss cannot be computed from it.
+    """
+    recipe, settings, work = context.recipe, context.recipe.distill, context.work
+    if settings.recording is None:
+        return
+    folder = Path(settings.recording)
+    description = recording.read_description(folder)
+    source = f"--work {work.path}" if work.recipe_file.exists() else f"{recipe.model} --data FILE"
+    length = min(context.sequence_length(model) for model in teacher_outlines(context))
+    inputs = fitting_inputs(context, length)
+    recording.check_fit(description, folder, inputs, f"edgerazor record {source} --out NAME")
+    measured = work.manifest("calibrate") is not None
+    layer_count = context.teacher_outline.structure.layer_count
+    plan = context.plan() if measured else None
+    layer_metrics = calibrated.read_layer_metrics(work) if measured else objective.placeholder_metrics(layer_count)
+    for phase in make_phases(settings, recipe.model, layer_count, layer_metrics, context.nominal_bits(plan)):
+        check_losses(phase.terms, description, folder, measured)

@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 
 from edgerazor import models
+from edgerazor.errors import usage_error
 from edgerazor.job import JobContext, ModelOutline
 from edgerazor.models import PreTrainedModel, PreTrainedTokenizerBase, StreamedModel
+from edgerazor.recipe import Distill
 from edgerazor.recording import Recording
 from edgerazor.training.recorded_teacher import RecordedTeacher, teacher_outlines
 from edgerazor.training.served_teacher import ServedTeacher, Server, check_tokenizer
@@ -140,3 +142,37 @@ def streamed_weights(model: PreTrainedModel) -> int:
     in_layers = sum(weight.numel() for layer in layers for weight in layer.parameters())
     largest = max(sum(weight.numel() for weight in layer.parameters()) for layer in layers)
     return sum(weight.numel() for weight in model.parameters()) - in_layers + min(2, len(layers)) * largest
+
+
+def check_source(settings: Distill) -> None:
+    """Refuse a source of the teacher's outputs that does not go with something else.
+
+    Raises:
+        UserError: which, and why.
+    """
+    elsewhere = settings.teacher is not None or settings.teacher_source != "resident"
+    if settings.recording is not None and settings.reconstruct is not None:
+        raise usage_error(
+            "Layers are reconstructed from what the teacher's own layers give, which a recording does not hold.",
+            "Leave out `distill.reconstruct` (--reconstruct), or `distill.recording` (--recording).",
+        )
+    if elsewhere and settings.reconstruct is not None:
+        raise usage_error(
+            "Layers are reconstructed from those of the recipe's own model in memory.",
+            "Leave out `distill.reconstruct` (--reconstruct), or `distill.teacher` and `distill.teacher_source`.",
+        )
+    if elsewhere and settings.recording is not None:
+        raise usage_error(
+            "A recording takes the teacher's place, so no teacher computes.",
+            "Leave out `distill.recording` (--recording), or `distill.teacher` and `distill.teacher_source`.",
+        )
+    if settings.is_served and (settings.teacher is not None or settings.teachers):
+        raise usage_error(
+            "A served teacher is the one that its server computes, and the only one.",
+            "Name it with `distill.served_model`; leave out `distill.teacher` and `distill.teachers`.",
+        )
+    if settings.served_model is not None and not settings.is_served:
+        raise usage_error(
+            "`distill.served_model` names a model of a server, and there is none.",
+            "Give its address: `distill.teacher_source: http://host:8000/v1`.",
+        )

@@ -35,6 +35,8 @@ from typing import Any
 
 import torch
 
+from recipes.benchmarks.folders import WORLD
+
 #: Qwen3-0.6B.
 SHAPE = {
     "vocab_size": 151_936,
@@ -184,16 +186,17 @@ def random_model(layers: int) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         Qwen3ForCausalLM(Qwen3Config(**{**SHAPE, "num_hidden_layers": layers})).bfloat16().save_pretrained(folder)
-        AutoTokenizer.from_pretrained(Path(__file__).resolve().parents[1] / "world" / "teacher").save_pretrained(folder)
+        AutoTokenizer.from_pretrained(WORLD / "teacher").save_pretrained(folder)
         yield Path(folder)
 
 
 def our_step(folder: Path, device: str, checkpointed: bool) -> Step:
-    from edgerazor import recipe, workdir
+    from edgerazor import pipeline, recipe, training, workdir
     from edgerazor.console import Console
     from edgerazor.job import JobContext
-    from edgerazor.stages import distill
 
+    text = folder / "text.txt"
+    text.write_text((WORLD / "heldout.txt").read_text(encoding="utf-8"), encoding="utf-8")
     settings = {
         "batch_size": ROWS,
         "gradient_checkpointing": checkpointed,
@@ -204,13 +207,14 @@ def our_step(folder: Path, device: str, checkpointed: bool) -> Step:
         {
             "model": str(folder),
             "device": device,
-            "data": {"sequence_length": TOKENS},
-            "calibrate": {"bits": 1.88, "plan": "interleave", "rotation": "none"},
+            "data": {"sequence_length": TOKENS, "train": [{"path": str(text)}]},
+            "calibrate": {"bits": 1.88, "plan": "interleave", "rotation": "none", "sequences": 1},
             "distill": settings,
         }
     )
-    context = JobContext(settings, workdir.WorkDir(folder / "work"), Console(quiet=True))
-    trainer = distill.prepare(context, placeholders=True).trainer
+    work, console = workdir.WorkDir(folder / "work"), Console(quiet=True)
+    pipeline.run("calibrate", settings, work, console)
+    trainer = training.prepare(JobContext(settings, work, console), {}).trainer
     trainer.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1, device=device))], lr=0.0)
     batches = next(trainer.batches())
 

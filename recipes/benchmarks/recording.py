@@ -26,14 +26,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from edgerazor import data, losses, pipeline
+from edgerazor import data, losses, pipeline, training
 from edgerazor import recipe as recipes
 from edgerazor.console import Console
 from edgerazor.job import JobContext
 from edgerazor.losses import Head, Outputs, RecordedTokens, StepTotals, prediction_mask, step_counts
 from edgerazor.recipe import Recipe
 from edgerazor.recording import Part
-from edgerazor.stages import distill, record
+from edgerazor.stages import record
 from edgerazor.training import Captures, DistillResult, Trainer, recorded_tokens
 from edgerazor.workdir import WorkDir, digest_json, machine, versions, write_json
 from recipes.benchmarks.folders import BUILD, RESULTS
@@ -151,7 +151,7 @@ def bias(teacher: Teacher, student: str, setting: Setting) -> Row:
     if not base.exists():
         train(case, setting)
     context, _ = pipeline.resolve(pipeline.STAGES["distill"], JobContext(recipe, WorkDir(base), setting.console), False)
-    trainer = distill.prepare(context).trainer
+    trainer = training.prepare(context, {}).trainer
     if student == "trained":
         trainer.resume(setting.console)
     compared = Compared.of(trainer)

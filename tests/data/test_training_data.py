@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from edgerazor import losses
+from edgerazor import losses, training
 from edgerazor import recipe as recipes
 from edgerazor.calibration import generated_text
 from edgerazor.console import Console
@@ -22,7 +22,6 @@ from edgerazor.data.chat import parse_conversation
 from edgerazor.errors import UserError
 from edgerazor.job import JobContext
 from edgerazor.recipe import Source
-from edgerazor.stages import distill
 from edgerazor.training import objective
 from edgerazor.training.budget import default_steps, report_passes
 from edgerazor.workdir import WorkDir
@@ -74,7 +73,7 @@ def test_the_loss_is_that_of_the_assistants_tokens(
     path = write_recipe(tmp_path / "r.yaml", chatty, chat_file, distill=settings, data=fields)
     assert run("calibrate", "--recipe", path, "--work", tmp_path / "job").code == 0
     recipe = recipes.build(recipes.load(path))
-    trainer = distill.prepare(JobContext(recipe, WorkDir(tmp_path / "job"), Console(quiet=True))).trainer
+    trainer = training.prepare(JobContext(recipe, WorkDir(tmp_path / "job"), Console(quiet=True)), {}).trainer
     batch = trainer.rows.batch(0, batch_size=4)
     totals = trainer.step_totals([objective.batch_statistics(trainer.terms, batch["labels"], None)])
     loss = losses.total_loss(

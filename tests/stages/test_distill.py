@@ -20,8 +20,7 @@ from transformers import GPT2Config
 from edgerazor import losses, models
 from edgerazor.errors import UserError
 from edgerazor.recipe import Distill
-from edgerazor.stages import distill
-from edgerazor.training import Captures, Teacher, Trainer, capture, checkpoint, objective
+from edgerazor.training import Captures, Teacher, Trainer, capture, checkpoint, objective, preparation
 from edgerazor.training.optimizer import learning_rate_factor
 from helpers.tiny_job import Run, call, metrics, sha256, spawn, write_recipe
 from helpers.tiny_models import ModelMaker, mostly_slow
@@ -531,7 +530,7 @@ def test_force_throws_a_student_away_only_for_a_training_that_can_begin(
     def fail(*_: Any) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr(distill, "load_student", fail)
+    monkeypatch.setattr(preparation, "load_student", fail)
     failed = run("distill", "--work", job, "--force")
     assert failed.code == 1
     assert "not enough memory" in failed.err
