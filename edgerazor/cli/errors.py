@@ -115,6 +115,7 @@ EXTRAS = {
     "matplotlib": "plot",
     "pillow": "vision",
     "prometheus_client": "serve",
+    "tensorboardx": "track",
     "uvicorn": "serve",
 }
 #: In errors of libraries that could allocate no memory.

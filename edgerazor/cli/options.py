@@ -231,6 +231,8 @@ OPTIONS = (
            "Peak learning rate."),
     Option("--checkpoint-every", "distill.checkpoint_every", int, "distill",
            "Steps between checkpoints."),
+    Option("--track", "distill.track", str, "distill",
+           "Also show every step in TensorBoard or Weights & Biases.", metavar="tensorboard|wandb"),
     Option("--train", "distill.train", str, "distill",
            "all, or scales: rounded codes stay and only their scales are trained."),
     Option("--reconstruct", "distill.reconstruct.steps", int, "distill",

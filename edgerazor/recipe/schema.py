@@ -475,6 +475,9 @@ class Distill(Strict):
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, slower")
     initialise: Literal["teacher", "random"] = Field("teacher", description="random is the control experiment")
+    track: Literal["none", "tensorboard", "wandb"] = Field(
+        "none", description="also show every step in TensorBoard (files under WORK/distill) or Weights & Biases"
+    )
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
     evaluate_every: int = Field(100, ge=1, description="steps between measurements on held-out text")
     evaluate_sequences: int = Field(32, ge=1, description="held-out sequences in such a measurement")

@@ -52,6 +52,7 @@ from edgerazor.training import (
     resident_bytes,
     result_tables,
     speed_of,
+    tracking,
     training_dtype,
 )
 from edgerazor.workdir import WorkDir, make_folder, write_json
@@ -71,7 +72,7 @@ def inputs(context: JobContext) -> dict[str, str]:
     recipe, manifest = context.recipe, context.work.manifest("calibrate")
     settings = recipe.distill
     skip = (
-        *("max_time", "checkpoint_every", "gradient_checkpointing", "batch_size", "accumulation", "phases"),
+        *("max_time", "checkpoint_every", "track", "gradient_checkpointing", "batch_size", "accumulation", "phases"),
         "recording",  # what it is counts, and not where it lies
         *("teacher", "teacher_source", "served_model"),
     )
@@ -214,6 +215,7 @@ def check(recipe: Recipe) -> None:
     reconstruction.check(recipe)
     phase_schedule.check(recipe)
     check_source(recipe.distill)
+    tracking.check(recipe.distill)
 
 
 def discard_unless_resumable(store: TrainingStore, work: WorkDir, console: Console, fresh: bool) -> None:

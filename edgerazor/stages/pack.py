@@ -261,6 +261,7 @@ DECISIVE = ("model", "revision", "trust_remote_code", "seed", "data", "calibrate
 INDECISIVE = (
     "calibrate.batch_size",
     "distill.checkpoint_every",
+    "distill.track",
     "distill.gradient_checkpointing",
     *(f"pack.{field}" for field in EXPORTING),
 )

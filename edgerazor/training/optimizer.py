@@ -36,6 +36,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
+def current_rate(optimizer: torch.optim.Optimizer) -> float:
+    """The learning rate of the latest step."""
+    return float(optimizer.param_groups[0]["lr"])
+
+
 def learning_rate_factor(settings: Distill, share: float) -> float:
     """Learning rate relative to its peak, when `share` (0 to 1) of the budget is used: warm-up, then the schedule."""
     if share < settings.warmup:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -12,7 +12,7 @@ from edgerazor.allocate import Plan
 from edgerazor.job import JobContext, ModelOutline
 from edgerazor.models import PreTrainedModel
 from edgerazor.recipe import Distill, Recipe
-from edgerazor.training import objective, phase_schedule, sharding
+from edgerazor.training import objective, phase_schedule, sharding, tracking
 from edgerazor.training.phase_schedule import ScheduledPhase, make_phases
 from edgerazor.training.recorded_teacher import RecordedTeacher, check_losses, check_sequences
 from edgerazor.training.served_teacher import check_served_losses
@@ -54,7 +54,7 @@ def prepare(context: JobContext, inputs: dict[str, str]) -> Preparation:
     settings = recipe.distill
     dtype = training_dtype(settings, device)
     devices.join_processes(device)
-    accelerator = make_accelerator(device, dtype)
+    accelerator = make_accelerator(device, dtype, tracking.destination(settings, context.work.folder("distill")))
     sharded = sharding.is_wanted()
     if sharded:
         sharding.check(settings)
@@ -116,14 +116,15 @@ def prepare_student(
     return make_student(student, structure, plan, computing, context.recipe.distill, input_scales, initial)
 
 
-def make_accelerator(device: torch.device, dtype: torch.dtype) -> Accelerator:
-    """What knows the device, the precision of products and the other processes of a launcher."""
+def make_accelerator(device: torch.device, dtype: torch.dtype, trackers: dict[str, Any]) -> Accelerator:
+    """What knows the device, the precision of products, trackers, and the other processes of a launcher."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state()  # one process may train more than once, and not always in the same precision
     with sharding.hidden_from_accelerate():
-        return Accelerator(mixed_precision="bf16" if dtype == torch.bfloat16 else "no", cpu=device.type == "cpu")
+        precision = "bf16" if dtype == torch.bfloat16 else "no"
+        return Accelerator(mixed_precision=precision, cpu=device.type == "cpu", **trackers)
 
 
 def load_student(recipe: Recipe) -> PreTrainedModel:

@@ -25,13 +25,14 @@ from edgerazor.data import Batch
 from edgerazor.errors import INTERRUPTED, UserError
 from edgerazor.losses import Outputs, StepTotals
 from edgerazor.recipe import Distill
-from edgerazor.training import objective, reconstruction, sharding, stability
+from edgerazor.training import objective, reconstruction, sharding, stability, tracking
 from edgerazor.training.budget import Budget, make_budget
 from edgerazor.training.captured_states import Captures, captures
 from edgerazor.training.checkpoint import Progress
 from edgerazor.training.evaluation import held_out_losses, selection_metric
 from edgerazor.training.objective import Terms
-from edgerazor.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rate
+from edgerazor.training.optimizer import current_rate, learning_rate_factor, make_optimizer, set_learning_rate
+from edgerazor.training.pace import Pace
 from edgerazor.training.phase_schedule import ScheduledPhase
 from edgerazor.training.results import DistillResult, PhaseResult
 from edgerazor.training.served_teacher import TeacherGoneError
@@ -39,12 +40,17 @@ from edgerazor.training.signals import Signals, watch_signals
 from edgerazor.training.store import TrainingStore, is_complete, save_student, student_tensors
 from edgerazor.training.student import Student
 from edgerazor.training.teachers import TeacherEnsemble, TeacherSource
+from edgerazor.workdir import digest_json
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 #: What libraries of communication say of a process that has gone away.
 LOST_CONNECTION = ("connection closed by peer", "connection reset", "broken pipe", "nccl", "gloo", "timed out")
+
+
+class StepLeftError(Exception):
+    """A step was left before the optimizer changed anything, because the process has been asked to end."""
 
 
 class StepStatus(NamedTuple):
@@ -82,6 +88,8 @@ class Trainer:
         compared_layers: layers whose hidden states the last step compared.
         skipped_because: why the last step was not taken; empty where it was.
         clock_start: `time.monotonic` when the seconds in `progress` were last updated.
+        pace: what people read while it runs.
+        signals: whether somebody asked the process to end.
     """
 
     settings: Distill
@@ -100,6 +108,8 @@ class Trainer:
     compared_layers: set[int] = field(init=False, default_factory=set)
     skipped_because: str = field(init=False, default="")
     clock_start: float = field(init=False, default=0.0)
+    pace: Pace = field(init=False, default_factory=Pace)
+    signals: Signals = field(init=False, default_factory=Signals)
 
     def __post_init__(self) -> None:
         self.optimizer = make_optimizer(self.student.model, self.settings)
@@ -151,9 +161,20 @@ class Trainer:
             return False
         return bool(self.all_reduce_max(float(self.budget.time_exhausted(self.seconds()))))
 
-    def interrupted(self, signals: Signals) -> bool:
+    def interrupted(self) -> bool:
         """Whether a process has been asked to end, for all processes alike."""
-        return bool(self.all_reduce_max(float(signals.received)))
+        return bool(self.all_reduce_max(float(self.signals.received)))
+
+    def leave_step_if_interrupted(self) -> None:
+        """Give a step up that nothing has changed by yet: a large one may last longer than a machine waits.
+
+        Several processes end at the end of the step, since all of them have to.
+
+        Raises:
+            StepLeftError: the process has been asked to end.
+        """
+        if self.signals.received and self.accelerator.num_processes == 1:
+            raise StepLeftError
 
     def all_reduce_max(self, value: float) -> float:
         """The largest of the processes' values, so that all of them decide alike."""
@@ -169,15 +190,19 @@ class Trainer:
         Raises:
             UserError: the training diverges, or it was interrupted, after which everything is saved.
         """
-        with watch_signals() as signals, ended_with_others(self.accelerator.num_processes):
+        with (
+            watch_signals() as self.signals,
+            ended_with_others(self.accelerator.num_processes),
+            tracking.tracked(self.accelerator),
+        ):
             self.evaluate_baseline("initialise", 0)
-            self.reconstruct_blocks(signals, console)
+            self.reconstruct_blocks(console)
             if (blocks := self.settings.reconstruct) is not None:
                 self.evaluate_baseline("reconstruct", blocks.steps * self.student.structure.layer_count)
-            self.train(signals, console)
+            self.train(console)
         self.accelerator.wait_for_everyone()
 
-    def train(self, signals: Signals, console: Console) -> None:
+    def train(self, console: Console) -> None:
         """All steps that are left.
 
         Raises:
@@ -190,7 +215,7 @@ class Trainer:
                 loss = self.step_or_save(batches)
                 self.count_step(loss)
                 self.report_skipped(console)
-                status = self.evaluate_and_save(signals)
+                status = self.evaluate_and_save()
                 self.report(status, tracker, console)
                 if status.finished:
                     break
@@ -198,13 +223,18 @@ class Trainer:
                     raise _interrupted(f"at step {self.progress.step}; everything is saved.")
 
     def step_or_save(self, batches: Sequence[Batch]) -> float:
-        """One optimizer step, or everything saved where the teacher's server has gone away.
+        """One optimizer step, or everything saved where somebody ends the process or the teacher's server is gone.
 
         Raises:
-            UserError: as `step`; what is saved, where that is the reason.
+            UserError: as `step`; what is saved, where one of the two is the reason.
         """
+        random_state = torch.get_rng_state()
         try:
             return self.step(batches)
+        except StepLeftError:
+            torch.set_rng_state(random_state)
+            self.save()
+            raise _interrupted(f"behind step {self.progress.step}; everything up to it is saved.") from None
         except TeacherGoneError as error:
             self.save()
             raise TeacherGoneError(
@@ -262,10 +292,12 @@ class Trainer:
     def report(self, status: StepStatus, tracker: Tracker, console: Console) -> None:
         """Tell people where the training is, and what a phase that has ended has reached."""
         progress, metric = self.progress, selection_metric(self.teachers)
-        best = f", best held-out {metric} {progress.best:.4f}" if progress.best is not None else ""
-        loss = "none yet" if progress.loss is None else f"{progress.loss:.4f}"
-        tracker.note(f"loss {loss}{best}")
+        self.pace.steps.append((self.seconds(), progress.tokens))
+        tracker.note(self.pace.line(progress.loss, metric, self.budget, progress.step))
         tracker.advance()
+        if not self.skipped_because:
+            shown = {"loss": progress.loss, "tokens": progress.tokens, "learning_rate": current_rate(self.optimizer)}
+            self.accelerator.log({**shown, "tokens_per_second": self.pace.tokens_per_second() or 0.0}, progress.step)
         if status.phase_ended:
             ended = progress.phases[-1]
             name = f"phase {ended.phase} of {len(self.phases)} ({ended.what})"
@@ -306,6 +338,7 @@ class Trainer:
         targets: list[Outputs | None] = []
         statistics = []
         for batch, target in zip(batches, outputs, strict=True):
+            self.leave_step_if_interrupted()
             if target is not None:
                 objective.cache_logits(target, batch["labels"], self.terms, len(batches))
             statistics.append(objective.batch_statistics(self.terms, batch["labels"], target))
@@ -351,6 +384,7 @@ class Trainer:
         terms = [(term.weight_at(phase_share), loss) for term, loss in self.terms]
         step_loss = torch.zeros((), device=accelerator.device)
         for index, (batch, target) in enumerate(zip(batches, targets, strict=True)):
+            self.leave_step_if_interrupted()
             last = index == len(batches) - 1
             # gradients that are sharded are divided at once, and take the less memory
             with nullcontext() if last or self.student.sharded else accelerator.no_sync(self.student.wrapped):
@@ -385,10 +419,10 @@ class Trainer:
 
     # --- evaluating and saving -----------------------------------------------------------------
 
-    def evaluate_and_save(self, signals: Signals) -> StepStatus:
+    def evaluate_and_save(self) -> StepStatus:
         """After a step: evaluate the student, end the phase and write a checkpoint, where each is due."""
         settings, step = self.settings, self.progress.step
-        finished, interrupted = self.budget_exhausted(), self.interrupted(signals)
+        finished, interrupted = self.budget_exhausted(), self.interrupted()
         phase_ended = finished or (len(self.phases) > 1 and self.phase.has_ended(self.budget_share()))
         if phase_ended or step % settings.evaluate_every == 0:
             held_out = self.evaluate(settings.train)
@@ -457,6 +491,8 @@ class Trainer:
         row: dict[str, Any] = {"phase": progress.phase, "what": what} if self.settings.phases else {}
         row |= {"step": progress.step, "tokens": progress.tokens, "seconds": round(self.seconds(), 1)}
         self.store.append_metrics({**row, "loss": progress.loss, **held_out})
+        self.accelerator.log({f"held_out/{name}": value for name, value in held_out.items()}, progress.step)
+        self.pace.measured.append((progress.step, held_out[metric]))
         progress.metrics_lines += 1
 
     def evaluate_baseline(self, what: str, steps: int) -> None:
@@ -511,6 +547,7 @@ class Trainer:
             console.say(f"distill goes on from step {restored.step}")
         if self.accelerator.is_main_process:
             self.store.trim_metrics(self.progress.metrics_lines)
+        tracking.start(self.accelerator, self.settings, digest_json(self.store.inputs)[:16], self.progress.step)
         self.clock_start = time.monotonic()
 
     def result(self, notation: str) -> DistillResult:
@@ -578,7 +615,7 @@ class Trainer:
         result = PhaseResult(phase=phase, what=what, steps=steps, seconds=seconds, held_out=held_out)
         progress.phases, progress.phase_seconds = [*earlier, result], now
 
-    def reconstruct_blocks(self, signals: Signals, console: Console) -> None:
+    def reconstruct_blocks(self, console: Console) -> None:
         """Train the layers that are not reconstructed yet, one by one, if the recipe wants it; save after each.
 
         Raises:
@@ -597,7 +634,7 @@ class Trainer:
             self.settings,
             self.accelerator,
             layers_done,
-            lambda: self.interrupted(signals),
+            self.interrupted,
         )
         with console.track("reconstruct layers", layer_count, layers_done) as tracker:
             for errors in block_errors:

@@ -21,7 +21,7 @@ from edgerazor.cli import dispatch, folders, options, options_page
 from edgerazor.cli.app import app
 from edgerazor.cli.options import OPTIONS, Option
 from edgerazor.evaluation.eval_result import EvalResult
-from edgerazor.stages import distill
+from edgerazor.recipe import Distill
 from edgerazor.stages import eval as evaluation
 from helpers.tiny_job import Run, write_recipe
 
@@ -67,6 +67,7 @@ WORDS: dict[str, tuple[list[str], Any]] = {
     "distill.accumulation": (["4"], 4),
     "distill.learning_rate": (["1e-4"], 1e-4),
     "distill.checkpoint_every": (["9"], 9),
+    "distill.track": (["wandb"], "wandb"),
     "distill.train": (["scales"], "scales"),
     "distill.recording": (["/recording"], "/recording"),
     "distill.teacher": (["/larger"], "/larger"),
@@ -488,5 +489,5 @@ def test_of_several_layers_the_last_wins(run: Run, monkeypatch: pytest.MonkeyPat
         3,
         6,
         2.0,
-        distill.Distill().batch_size,
+        Distill().batch_size,
     )

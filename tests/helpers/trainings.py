@@ -26,13 +26,14 @@ def assert_same(run: Run, job: Path, whole: Path) -> None:
 
 
 def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Press Ctrl-C in the middle of a step."""
+    """Press Ctrl-C when a step has been taken; in the middle of one it is left (`test_long_runs.py`)."""
     train_step = Trainer.step
 
     def interrupting(trainer: Trainer, batches: Any) -> float:
+        loss = train_step(trainer, batches)
         if trainer.progress.step + 1 == step:
             os.kill(os.getpid(), signal.SIGINT)
-        return train_step(trainer, batches)
+        return loss
 
     monkeypatch.setattr(Trainer, "step", interrupting)
 

@@ -11,6 +11,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import pytest
@@ -85,8 +86,10 @@ def test_a_library_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch)
 def test_a_damaged_library_is_not_loaded(damage, said, tmp_path, monkeypatch) -> None:
     """A cut one ends the process when the system loads it, so it is looked at first."""
     whole = Path(native.__file__).with_name(build.LIBRARY).read_bytes()
-    (tmp_path / build.LIBRARY).write_bytes(damage(whole))
-    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    folder = tmp_path / uuid4().hex  # a library whose path was loaded before is not looked at again
+    folder.mkdir()
+    (folder / build.LIBRARY).write_bytes(damage(whole))
+    monkeypatch.setattr(native, "__file__", str(folder / "native.py"))
     library, reason = native._opened.__wrapped__()
     assert library is None
     assert said in reason

@@ -502,17 +502,20 @@ def test_every_format_and_stored_scales_of_inputs(
 @needs_native
 @pytest.mark.parametrize("bits", [2.0, 4.0])
 def test_greedy_text_of_the_worlds_student(tmp_path: Path, bits: float) -> None:
-    """A model that has learned something writes the same text in both engines."""
+    """A model that has learned something writes the same text in both engines, up to a choice between equals."""
     work = WorkDir(tmp_path)
     pack(RECIPES / "world" / "teacher", work, {"bits": bits})
     ours, theirs = both(work.folder("pack"))
     for prompt in ("The basket of Felix", "Old people say", "It was July, so", "Dan Park showed the", "A gray horse"):
-        texts = []
+        ids, texts = ours.tokenizer(prompt).input_ids, []
         for model in (ours, theirs):
             session = model.session()
-            session.feed(model.tokenizer(prompt).input_ids)
-            texts.append(model.tokenizer.decode(session.greedy(40)))
-        assert texts[0] == texts[1]
+            session.feed(ids)
+            texts.append(session.greedy(40))
+        parted = next((place for place, pair in enumerate(zip(*texts, strict=True)) if pair[0] != pair[1]), None)
+        if parted is not None:
+            best, second = theirs.logits(torch.tensor([ids + texts[0][:parted]]), 1).flatten().topk(2).values
+            assert best - second < 0.05, [ours.tokenizer.decode(text) for text in texts]
 
 
 # --- weights in memory -------------------------------------------------------------------------

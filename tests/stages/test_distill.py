@@ -50,7 +50,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, llama: Path, text_file: Path
 def test_interrupted_and_resumed_equals_uninterrupted(
     run: Run, recipe: Path, whole: Path, tmp_path: Path, step: int
 ) -> None:
-    """Ctrl-C in the middle of a step finishes the step, saves, and exits with 130."""
+    """Ctrl-C at the end of a step saves and exits with 130."""
     with pytest.MonkeyPatch.context() as patch:
         interrupt_at(step, patch)
         stopped = run("distill", "--recipe", recipe, "--work", tmp_path / "job")
