@@ -93,7 +93,7 @@ def test_a_damaged_library_is_not_loaded(damage, said, tmp_path, monkeypatch) ->
     library, reason = native._opened.__wrapped__()
     assert library is None
     assert said in reason
-    (tmp_path / build.LIBRARY).write_bytes(whole)
+    (folder / build.LIBRARY).write_bytes(whole)
     assert native._opened.__wrapped__()[0] is not None
 
 
