@@ -112,6 +112,11 @@ results-recording: install
 results-training: results-recording
 	$(BIN)/python -m recipes.benchmarks.streaming
 
+# What dry runs say of a training's memory beside the peak of the process; for `make real-models`, or MODELS='FOLDER ...'.
+.PHONY: results-memory
+results-memory: install
+	$(BIN)/python -m recipes.benchmarks.training_memory $(or $(MODELS),build/real-models/smollm2-135m)
+
 # Tokens a second of many sequences at a time, beside one; alone on the machine, 3 GB of disk.
 .PHONY: results-serve
 results-serve: install $(KERNELS)

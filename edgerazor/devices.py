@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -39,6 +40,15 @@ def choose(name: str, threads: int | None) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise usage_error(f"The device {name!r} is not supported.", "Use auto, cpu, cuda or cuda:N.")
     return device
+
+
+def resident_memory() -> int:
+    """Bytes of memory that this process has now; 0 where the system does not say."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    lines = (line.split() for line in status.read_text(encoding="utf-8").splitlines())
+    return next((int(words[1]) * 1024 for words in lines if words[0] == "VmRSS:"), 0)
 
 
 def fast_bfloat16(device: torch.device) -> bool:

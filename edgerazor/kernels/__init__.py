@@ -19,7 +19,9 @@ the same bits. `README.md` beside this file explains how the native library work
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -50,12 +52,15 @@ __all__ = [
     "name",
     "names",
     "note",
+    "shapes_only",
 ]
 
 VARIABLE = "EDGERAZOR_ISA"
 
 #: Advice where there is no library.
 BUILD = "Build it (again) with `python -m edgerazor.kernels.build`; that needs a C++ compiler."
+
+_only_shapes = ContextVar("only_shapes", default=False)
 
 #: Names of the implementations in Python.
 NOT_NATIVE = ("integer", "reference")
@@ -115,7 +120,17 @@ def name() -> str:
 
 def is_native() -> bool:
     """Whether the implementation in use belongs to the native library."""
-    return name() not in NOT_NATIVE
+    return not _only_shapes.get() and name() not in NOT_NATIVE
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Inside, tensors may have no data (PyTorch's fake tensors), so none of them is handed to the native library."""
+    token = _only_shapes.set(True)
+    try:
+        yield
+    finally:
+        _only_shapes.reset(token)
 
 
 def note(used: str) -> str | None:

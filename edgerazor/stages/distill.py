@@ -164,6 +164,7 @@ def dry_run(context: JobContext) -> DistillDryRun:
     rows = None if is_limited(settings) else dry_text(context, length)
     budget = make_budget(settings, rows, rows_per_step, rows_per_step * length)
     phase_schedule.check_steps(phases, budget.steps)
+    dtype = training_dtype(settings, context.device)
     training = PlannedTraining(
         settings=settings,
         outline=outline,
@@ -173,9 +174,10 @@ def dry_run(context: JobContext) -> DistillDryRun:
         length=length,
         rows_per_step=rows_per_step,
         processes=processes,
-        teacher_bytes=resident_bytes(context, outline, training_dtype(settings, context.device))
-        if needs_teacher(settings, phases)
-        else 0,
+        computing=context.student_settings(plan, structure, imagined=True),
+        dtype=dtype,
+        device=context.device,
+        teacher_bytes=resident_bytes(context, outline, dtype) if needs_teacher(settings, phases) else 0,
     )
     packed_bytes = context.packed_size(outline, measured=planned)(plan).bytes
     estimate = estimate_training(training, speed_of(context), packed_bytes)

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from edgerazor import formats
+import torch
+
+from edgerazor import formats, modules
 from edgerazor.allocate import Plan
 from edgerazor.job import ModelOutline
 from edgerazor.recipe import Distill
 from edgerazor.training.budget import Budget
+from edgerazor.training.memory import TrainedShape, step_memory
 from edgerazor.training.phase_schedule import ScheduledPhase, steps_per_phase
 from edgerazor.training.results import DistillDryRun, PhaseEstimate
 from edgerazor.training.speed import PASSES, Speed, cost_of, step_seconds
@@ -29,6 +32,9 @@ class PlannedTraining:
         rows_per_step: sequences of a step, over all processes.
         processes: that train together.
         teacher_bytes: of the weights of all teachers, as they would be in memory.
+        computing: how the student computes.
+        dtype: of products.
+        device: that would train.
     """
 
     settings: Distill
@@ -40,6 +46,9 @@ class PlannedTraining:
     rows_per_step: int
     processes: int
     teacher_bytes: int
+    computing: modules.Settings
+    dtype: torch.dtype
+    device: torch.device
 
     @property
     def tokens_per_step(self) -> int:
@@ -63,14 +72,13 @@ def estimate_training(training: PlannedTraining, speed: Speed, packed_bytes: int
         packed_bytes: that `pack` would write.
     """
     settings, steps = training.settings, training.budget.steps
-    shape = training.outline.model.config.get_text_config()
     weights = sum(weight.numel() for weight in training.outline.model.parameters()) + training.scales()
     trained = max(trained_weights(training, phase.settings) for phase in training.phases)
     frozen_copies = any(phase.settings.train == "scales" for phase in training.phases)
     weight_bytes = 4 * weights * (2 if frozen_copies else 1)
-    logit_bytes = settings.batch_size * training.length * shape.vocab_size * 4
-    blocks = settings.reconstruct
-    block_bytes = 2 * blocks.sequences * training.length * shape.hidden_size * 4 if blocks else 0
+    memory = step_memory(trained_shape(training, weight_bytes // 4, trained), settings, training.device)
+    blocks, width = settings.reconstruct, training.outline.model.config.get_text_config().hidden_size
+    block_bytes = 2 * blocks.sequences * training.length * width * 4 if blocks else 0
     seconds_of_steps = [phase_step_seconds(training, phase, speed) for phase in training.phases]
     phases = phase_estimates(training, seconds_of_steps)
     seconds = [phase.seconds for phase in phases.values() if phase.seconds is not None] if steps else []
@@ -78,7 +86,7 @@ def estimate_training(training: PlannedTraining, speed: Speed, packed_bytes: int
         notation=training.plan.notation(),
         steps=steps,
         tokens_per_step=training.tokens_per_step,
-        memory_bytes=weight_bytes + 12 * trained + training.teacher_bytes + 4 * logit_bytes + block_bytes,
+        memory_bytes=memory.peak + block_bytes,
         # the checkpoint and the next one; the students best, last and the one being written
         disk_bytes=2 * (weight_bytes + 8 * trained) + 3 * weight_bytes,
         result_bytes=packed_bytes,
@@ -87,6 +95,26 @@ def estimate_training(training: PlannedTraining, speed: Speed, packed_bytes: int
         tokens_per_second=_rounded(training.tokens_per_step / seconds_of_steps[-1]),
         speed=speed.source,
         phases=phases if settings.phases else {},
+    )
+
+
+def trained_shape(training: PlannedTraining, weights: int, trained: int) -> TrainedShape:
+    """What the memory of a training depends on.
+
+    Args:
+        training: what would be trained.
+        weights: that the student holds in float32.
+        trained: those of them that have a gradient and moments.
+    """
+    return TrainedShape(
+        model=training.outline.model,
+        specs=training.plan.specs(),
+        computing=training.computing,
+        dtype=training.dtype,
+        length=training.length,
+        weights=weights,
+        trained=trained,
+        teacher_bytes=training.teacher_bytes,
     )
 
 
