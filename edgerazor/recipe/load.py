@@ -134,7 +134,7 @@ def with_values(recipe: Recipe, values: Mapping[str, Mapping[str, Any]], source:
     Raises:
         UserError: a value is not allowed.
     """
-    checked = build(values, source)
+    checked = build(dict(values), source)
     sections = {
         section: getattr(recipe, section).model_copy(
             update={name: getattr(getattr(checked, section), name) for name in settings}
