@@ -43,6 +43,26 @@ LFM2: dict[str, Any] = {
     **{"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "block_multiple_of": 8},
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
 }
+LFM3: dict[str, Any] = {
+    **{"num_hidden_layers": 3, "layer_types": ["conv", "sliding_attention", "full_attention"], "sliding_window": 5},
+}
+OLMO3: dict[str, Any] = {
+    **{"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": {
+            **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0},
+            "original_max_position_embeddings": 32,
+        },
+    },
+}
+MINISTRAL3: dict[str, Any] = {
+    "rope_parameters": {
+        **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0},
+        **{"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5},
+        "original_max_position_embeddings": 8,
+    },
+}
 QWEN3_5: dict[str, Any] = {
     **{"layer_types": ["linear_attention", "full_attention", "linear_attention"], "num_hidden_layers": 3},
     **{"linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_key_head_dim": 12},
@@ -66,11 +86,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi3", {}),  # fused q, k, v and fused gate, up
     "olmo2": ("olmo2", {}),  # norms behind attention and MLP
     "granite": ("granite", GRANITE),  # factors of scores, embeddings, residuals and logits
+    "hunyuan": ("hunyuan_v1_dense", {}),  # norms of q and k behind RoPE
+    "olmo3": ("olmo3", OLMO3),  # windows, and positions by kind of layer
+    "ministral3": ("ministral3", MINISTRAL3),  # queries that grow with their position
+    "starcoder2": ("starcoder2", {"sliding_window": 6, "use_bias": True, "hidden_act": "gelu_pytorch_tanh"}),
     "lfm2": ("lfm2", LFM2),  # short convolutions beside attention
+    "lfm3": ("lfm3", LFM3),  # the same with norms behind, gates of heads and windows
     "qwen3.5": ("qwen3_5_text", QWEN3_5),  # the gated delta rule beside attention, whose result has a gate
 }
 #: Those of which only some layers have attention.
-RECURRENT = ("lfm2", "qwen3.5")
+RECURRENT = ("lfm2", "lfm3", "qwen3.5")
 
 
 ModelMaker = Callable[..., PreTrainedModel]

@@ -116,43 +116,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "granite": FAMILIES["granite"],
-    "hunyuan": ("hunyuan_v1_dense", {}),
+    **{name: FAMILIES[name] for name in ("hunyuan", "olmo3", "ministral3", "starcoder2", "lfm2", "lfm3", "qwen3.5")},
     "hunyuan, alpha": (
         "hunyuan_v1_dense",
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 1.0, "alpha": 1000.0}},
     ),
-    "olmo3": (
-        "olmo3",
-        {
-            "sliding_window": 5,
-            "layer_types": ["sliding_attention", "full_attention"],
-            "rope_parameters": {
-                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-                "full_attention": {
-                    **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0},
-                    "original_max_position_embeddings": 32,
-                },
-            },
-        },
-    ),
-    "ministral3": (
-        "ministral3",
-        {
-            "rope_parameters": {
-                **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0},
-                **{"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5},
-                "original_max_position_embeddings": 8,
-            },
-        },
-    ),
-    "starcoder2": ("starcoder2", {"sliding_window": 6, "use_bias": True, "hidden_act": "gelu_pytorch_tanh"}),
-    "lfm2": FAMILIES["lfm2"],
     "lfm2, bias": ("lfm2", {**LFM2, "conv_bias": True, "tie_word_embeddings": False, "conv_L_cache": 5}),
-    "lfm3": (
-        "lfm3",
-        {"layer_types": ["conv", "sliding_attention", "full_attention"], "num_hidden_layers": 3, "sliding_window": 5},
-    ),
-    "qwen3.5": FAMILIES["qwen3.5"],
     "qwen3.5, tied": (
         "qwen3_5_text",
         {
