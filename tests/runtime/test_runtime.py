@@ -116,6 +116,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "granite": FAMILIES["granite"],
+    "granite 4, attention alone": ("granitemoehybrid", {**GRANITE_NANO, "position_embedding_type": "rope"}),
+    "granite 4, no positions": ("granitemoehybrid", {**GRANITE_NANO, "attention_bias": True}),
     **{name: FAMILIES[name] for name in ("hunyuan", "olmo3", "ministral3", "starcoder2", "lfm2", "lfm3", "qwen3.5")},
     "hunyuan, alpha": (
         "hunyuan_v1_dense",
@@ -137,7 +139,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 #: Their parts are those of others, or checked by other tests, too.
 RARER = {
     *("gemma", "gemma2, no caps, untied", "gemma3, one kind of layer", "hunyuan, alpha", "lfm2, bias"),
-    *("ministral3", "olmo3", "phi3, partial, longrope", "qwen3.5, tied", "starcoder2", "granite"),
+    *("granite 4, no positions", "ministral3", "olmo3", "phi3, partial, longrope", "qwen3.5, tied", "starcoder2", "granite"),
 }
 NAMES = mostly_slow(VARIANTS, *(VARIANTS.keys() - RARER))
 EXACT, EIGHT, FOUR = (16, 16), (8, 8), (8, 4)
