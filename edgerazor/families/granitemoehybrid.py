@@ -1,4 +1,4 @@
-"""Granite 4: Granite 3 whose MLP is the shared expert; natively where all layers have attention and none has experts."""
+"""Granite 4: Granite 3 whose MLP is the shared expert; native where layers have attention alone, and no experts."""
 
 from typing import Any
 

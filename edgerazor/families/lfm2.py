@@ -15,7 +15,7 @@ from edgerazor.families.core.base import (
 
 
 def _features(config: dict[str, Any]) -> int:
-    """Features between the matrices of the MLP, as in `Lfm2MLP`: two thirds, times a factor, up to the next multiple."""
+    """Features between the MLP's matrices, as in `Lfm2MLP`: two thirds, times a factor, up to the next multiple."""
     size: int = config["intermediate_size"]
     if config["block_auto_adjust_ff_dim"]:
         size = int(2 * size / 3)

@@ -1,4 +1,4 @@
-"""What llama.cpp's converter changes in tensors: numbers of those that are not quantized, and places of rows and columns.
+"""What llama.cpp's converter changes in tensors: numbers that are not quantized, and places of rows and columns.
 
 Gains of norms that a model stores less one are whole in files; the kernels of convolutions over single features are
 matrices [features, kernel] instead of [features, 1, kernel]; the logarithm of a state's decay is the decay itself,

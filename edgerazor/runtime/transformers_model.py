@@ -116,6 +116,7 @@ def _cached_features(config: Any) -> int:
     modes = getattr(config, "kv_sharing_modes", None)
     if modes is None:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        return len(layers) * heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return int(len(layers) * heads * width)
     own = [config.per_layer_config[layer] for layer in layers if modes[layer] != "reuse"]  # heads of several widths
-    return sum(layer.num_key_value_heads * layer.head_dim for layer in own)
+    return int(sum(layer.num_key_value_heads * layer.head_dim for layer in own))

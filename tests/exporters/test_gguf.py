@@ -23,9 +23,9 @@ from edgerazor.exporters import gguf as exporter
 from edgerazor.exporters.core import gguf_blocks as blocks
 from edgerazor.exporters.core.gguf_metadata import gguf_architecture, rope_factors
 from edgerazor.exporters.core.gguf_names import gguf_name
-from edgerazor.models.gguf_values import row_order
 from edgerazor.formats import Encoded, MatrixSpec
 from edgerazor.importers.core.gguf_source import GgufSource
+from edgerazor.models.gguf_values import row_order
 from edgerazor.packed import PackedModel
 from edgerazor.untrusted.gguf_file import TYPES as TYPES_READ
 from edgerazor.untrusted.gguf_file import GgufFile

@@ -36,6 +36,7 @@ from helpers.packed_folders import SETTINGS, all_of, suitable_model, write_packe
 from helpers.places import ROOT
 from helpers.tiny_models import (
     FAMILIES,
+    GRANITE_HYBRID,
     GROUP_SIZE,
     LFM2,
     QWEN3_5,
@@ -66,6 +67,8 @@ OF_ROPE: dict[str, dict[str, Any]] = {
         "long_factor": [1.5 + 0.5 * i for i in range(8)],
     },
 }
+#: Granite 4 without layers that the native engine does not have.
+NANO: dict[str, Any] = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
 #: name -> model type, and what is special about it beyond `SHAPE`.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: FAMILIES[name] for name in ("llama", "qwen2", "qwen3", "mistral", "smollm2", "smollm3", "olmo2")},
@@ -116,8 +119,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "granite": FAMILIES["granite"],
-    "granite 4, attention alone": ("granitemoehybrid", {**GRANITE_NANO, "position_embedding_type": "rope"}),
-    "granite 4, no positions": ("granitemoehybrid", {**GRANITE_NANO, "attention_bias": True}),
+    "granite 4, attention alone": ("granitemoehybrid", {**GRANITE_HYBRID, **NANO, "position_embedding_type": "rope"}),
+    "granite 4, no positions": ("granitemoehybrid", {**GRANITE_HYBRID, **NANO, "attention_bias": True}),
     **{name: FAMILIES[name] for name in ("hunyuan", "olmo3", "ministral3", "starcoder2", "lfm2", "lfm3", "qwen3.5")},
     "hunyuan, alpha": (
         "hunyuan_v1_dense",
@@ -139,7 +142,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 #: Their parts are those of others, or checked by other tests, too.
 RARER = {
     *("gemma", "gemma2, no caps, untied", "gemma3, one kind of layer", "hunyuan, alpha", "lfm2, bias"),
-    *("granite 4, no positions", "ministral3", "olmo3", "phi3, partial, longrope", "qwen3.5, tied", "starcoder2", "granite"),
+    *(
+        "granite 4, no positions",
+        "ministral3",
+        "olmo3",
+        "phi3, partial, longrope",
+        "qwen3.5, tied",
+        "starcoder2",
+        "granite",
+    ),
 }
 NAMES = mostly_slow(VARIANTS, *(VARIANTS.keys() - RARER))
 EXACT, EIGHT, FOUR = (16, 16), (8, 8), (8, 4)

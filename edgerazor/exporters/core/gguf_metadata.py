@@ -20,7 +20,6 @@ from edgerazor.errors import UserError
 from edgerazor.families import GgufArchitecture, GgufValue, head_size
 from edgerazor.models.gguf_configuration import ROPE_FACTORS, llama3_factors
 
-
 #: Keys whose values are decimals, whole ones too.
 DECIMALS = ("rope.freq_base", "rope.scaling.factor", "attention.layer_norm_rms_epsilon")
 
@@ -169,4 +168,3 @@ def _metadata(architecture: GgufArchitecture, config: dict[str, Any]) -> dict[st
         original = parameters.get("original_max_position_embeddings") or config["max_position_embeddings"]
         values["rope.scaling.original_context_length"] = original
     return {**values, **architecture.metadata(config)}
-
