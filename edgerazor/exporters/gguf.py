@@ -288,8 +288,8 @@ def _sources(gguf_model: GgufModel) -> list[SourceTensor]:
     others = [name for name in gguf_model.others if name.rpartition(".")[2] not in OF_INPUTS]
     for name in (*matrices, *others):
         target = gguf_name(gguf_model.architecture, name)
-        orders = (order(gguf_model.architecture, gguf_model.config, target) for order in (row_order, column_order))
-        sources.append(SourceTensor(name, target, matrices.get(name), *orders))
+        of = gguf_model.architecture, gguf_model.config, target
+        sources.append(SourceTensor(name, target, matrices.get(name), row_order(*of), column_order(*of)))
     sources += [SourceTensor("", target, None) for target in gguf_model.rope_factors]
     return sorted(sources, key=lambda source: file_order(source.target))
 

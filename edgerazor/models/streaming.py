@@ -72,6 +72,7 @@ class StreamedModel:
         rest = [name for name in self._places if not name.startswith(in_layers)]
         self._install(dict(zip(rest, map(self._read, rest), strict=True)))
         self._tie()
+        self._read_buffers()
         for module in self.model.modules():
             for key, buffer in module.named_buffers(recurse=False):
                 module._buffers[key] = buffer.to(device)
@@ -150,6 +151,13 @@ class StreamedModel:
             weights.refuse_not_finite(self.folder, [(place.name, values)])
             self._checked.add(name)
         return values.to(self.device, self.dtype)
+
+    def _read_buffers(self) -> None:
+        """Numbers that are stored although they are not trained (a factor of each layer, in Gemma 4)."""
+        stored = tensor_places(self.folder)
+        for name, buffer in self.model.named_buffers():
+            if name in stored and stored[name].shape == tuple(buffer.shape):
+                buffer.copy_(stored[name].read())
 
     def _read_layer(self, index: int) -> dict[str, Tensor]:
         """The parameters of a layer by their names in the model."""

@@ -36,9 +36,9 @@ class QuantTarget:
         rows: output features, or tokens of the vocabulary.
         columns: input features, or hidden size.
         experts: path of the list of experts that it is part of; empty outside experts.
-        fixed: it is planned like the embedding and its sensitivity is not measured.
         token_share: of the tokens, on average, that pass through it: of a layer with 64 experts, 8 of which are chosen
             for a token, an eighth.
+        fixed: it gets the embedding's format; its sensitivity is not measured.
     """
 
     name: str
@@ -47,8 +47,8 @@ class QuantTarget:
     rows: int
     columns: int
     experts: str = ""
-    fixed: bool = False
     token_share: float = 1.0
+    fixed: bool = False
 
     @property
     def weights(self) -> int:
@@ -178,8 +178,8 @@ def _towers(model: PreTrainedModel, decoder_path: str, head_path: str) -> tuple[
 def _tables(model: PreTrainedModel) -> Iterator[QuantTarget]:
     """The embeddings of a model whose decoder layers get inputs of their own."""
     for name, module in model.named_modules():
-        if name.endswith(TABLE):
-            yield QuantTarget(name, "embedding", None, *module.weight.shape, fixed=True)
+        if name.endswith(TABLE) and isinstance(module, nn.Embedding):
+            yield QuantTarget(name, "embedding", None, module.num_embeddings, module.embedding_dim, fixed=True)
 
 
 def _decoder_layers(model: PreTrainedModel, decoder_path: str, family: str) -> tuple[str, nn.ModuleList]:

@@ -135,8 +135,9 @@ FAMILIES: dict[str, tuple[str, Values]] = {
     "granite": ("granite", GRANITE),
     "olmo2": ("olmo2", {}),
     "olmo3": ("olmo3", {"sliding_window": 48, "rope_parameters": {"full_attention": YARN, "sliding_attention": PLAIN}}),
-    "phi3": ("phi3", {}),
-    "phi3-longrope": ("phi3", {"original_max_position_embeddings": 8, "rope_parameters": LONGROPE}),
+    # of models that are called phi3, llama.cpp takes tokens for granted that the vocabulary here does not have
+    "phi4": ("phi3", {}),
+    "phi4-longrope": ("phi3", {"original_max_position_embeddings": 8, "rope_parameters": LONGROPE}),
     "hunyuan": ("hunyuan_v1_dense", {}),
     "hunyuan-alpha": ("hunyuan_v1_dense", {"rope_parameters": ALPHA}),
     "ministral3": ("ministral3", {"rope_parameters": {**YARN, "llama_4_scaling_beta": 0.1, **MSCALE}}),
