@@ -127,7 +127,7 @@ def clip_ends(
     both = 1 + moment / moment.mean().clamp(min=torch.finfo(moment.dtype).tiny)
     importance = {structure.head.name: moment} if structure.head else {structure.embedding.name: both}
     starts = {}
-    for site in (structure.embedding, *((structure.head,) if structure.head else ())):
+    for site in (structure.embedding, *structure.tables, *((structure.head,) if structure.head else ())):
         spec = specs[site.name]
         weight = spec.rotate(model.get_submodule(site.name).weight)
         starts[site.name] = InitialWeight(None, formats.search_scales(weight, spec, importance.get(site.name)))

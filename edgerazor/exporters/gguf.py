@@ -34,12 +34,12 @@ from edgerazor.exporters.core import gguf_blocks as blocks
 from edgerazor.exporters.core.base import Exporter, ExportPlan, ExportResult, PlannedTensor, refuse_lossy
 from edgerazor.exporters.core.gguf_blocks import GgmlType, InexactError, NewType
 from edgerazor.exporters.core.gguf_metadata import add_metadata, context_length, gguf_architecture, rope_factors
-from edgerazor.exporters.core.gguf_names import ROUTER, expert_stack, file_order, gguf_name, row_order
+from edgerazor.exporters.core.gguf_names import FLOAT32, expert_stack, file_order, gguf_name
 from edgerazor.exporters.core.gguf_size_causes import size_causes
 from edgerazor.exporters.core.gguf_vocabulary import Vocabulary, build_vocabulary
 from edgerazor.families import GgufArchitecture
 from edgerazor.formats import INPUT_SCALE, OF_INPUTS
-from edgerazor.models.gguf_configuration import ROPE_FACTORS
+from edgerazor.models.gguf_values import column_order, row_order, to_gguf
 from edgerazor.packed import PackedModel, TensorClass, has_zero_points
 
 FILE = "model.gguf"
@@ -62,7 +62,8 @@ class GgufModel:
         config: its whole configuration.
         architecture: what llama.cpp makes of it.
         vocabulary: its tokenizer.
-        others: tensors that are not quantized; under an empty name, factors of its rotary frequencies, if any.
+        others: tensors that are not quantized.
+        rope_factors: what divides the frequencies of its rotary positions, under llama.cpp's names.
     """
 
     model: PackedModel
@@ -70,6 +71,7 @@ class GgufModel:
     architecture: GgufArchitecture
     vocabulary: Vocabulary
     others: dict[str, Tensor]
+    rope_factors: dict[str, Tensor]
 
     @classmethod
     def of(cls, model: PackedModel) -> GgufModel:
@@ -80,17 +82,13 @@ class GgufModel:
         """
         config = models.complete_config(model.folder)
         architecture = gguf_architecture(config)
-        others = {name: _gain(architecture, name, tensor) for name, tensor in model.others().items()}
-        factors = rope_factors(config)
-        if factors is not None:
-            others[""] = factors
-        return cls(model, config, architecture, _vocabulary(model.folder, config), others)
+        others = {name: to_gguf(architecture, name, tensor) for name, tensor in model.others().items()}
+        factors = rope_factors(architecture, config)
+        return cls(model, config, architecture, _vocabulary(model.folder, config), others, factors)
 
-
-def _gain(architecture: GgufArchitecture, name: str, tensor: Tensor) -> Tensor:
-    """A tensor as files have it: gains of norms that are stored less one are whole there."""
-    offset = architecture.norm_offset
-    return tensor.float() + offset if offset and name.endswith("norm.weight") else tensor
+    def values(self, name: str, target: str) -> Tensor:
+        """A tensor that is not quantized, by its name, or by llama.cpp's alone where it has no other."""
+        return self.others[name] if name else self.rope_factors[target]
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ class SourceTensor:
         name: of the weight, as in the packed model's state; empty for the factors of rotary frequencies.
         target: llama.cpp's name.
         matrix: path of the quantized matrix, or None for other tensors.
-        order: which row stands at each place, or None.
+        order, columns: which row, and which column, stands at each place, or None.
         experts: paths of the matrices of all experts of a layer, whose blocks lie one after the other in it; none of
             other tensors.
     """
@@ -109,7 +107,8 @@ class SourceTensor:
     name: str
     target: str
     matrix: str | None
-    order: Tensor | None
+    order: Tensor | None = None
+    columns: Tensor | None = None
     experts: tuple[str, ...] = ()
 
     @property
@@ -187,7 +186,8 @@ class Gguf(Exporter):
         bits = 0.0
         if source.matrices:
             stack = [gguf_model.model.matrix(name) for name in source.matrices]
-            kind, matrices = stack[0].kind, [blocks.BlockMatrix(packed.encoded, packed.spec) for packed in stack]
+            kind = stack[0].kind
+            matrices = [blocks.BlockMatrix(packed.encoded, packed.spec, None, source.columns) for packed in stack]
             count = sum(math.prod(matrix.shape) for matrix in matrices)
             for packed, matrix in zip(stack, matrices, strict=True):
                 own = math.prod(matrix.shape)
@@ -201,10 +201,10 @@ class Gguf(Exporter):
                 for type_ in self.floats
             ]
         else:
-            values = gguf_model.others[source.name]
+            values = gguf_model.values(source.name, source.target)
             count = values.numel()
-            # llama.cpp wants norms and biases so, and routers
-            in_float32 = values.dim() < 2 or source.target.endswith(f"{ROUTER}.weight")
+            # llama.cpp wants norms and biases so, and some others
+            in_float32 = values.dim() < 2 or source.target.removesuffix(".weight").endswith(FLOAT32)
             floats = (_T.F32,) if in_float32 else self.floats
             tests = [(type_, functools.partial(blocks.float_bytes, type_, values)) for type_ in floats]
         chosen, reason = _smallest(tests)
@@ -282,14 +282,15 @@ def _sources(gguf_model: GgufModel) -> list[SourceTensor]:
     stacks = expert_stacks(gguf_model.model)
     matrices = {f"{name}.weight": name for name in gguf_model.model.header.matrices if expert_stack(name) is None}
     sources = [
-        SourceTensor(name, gguf_name(gguf_model.architecture, name), None, None, paths)
+        SourceTensor(name, gguf_name(gguf_model.architecture, name), None, experts=paths)
         for name, paths in stacks.items()
     ]
     others = [name for name in gguf_model.others if name.rpartition(".")[2] not in OF_INPUTS]
     for name in (*matrices, *others):
-        target = gguf_name(gguf_model.architecture, name) if name else ROPE_FACTORS
-        order = row_order(gguf_model.architecture, gguf_model.config, target)
-        sources.append(SourceTensor(name, target, matrices.get(name), order))
+        target = gguf_name(gguf_model.architecture, name)
+        of = gguf_model.architecture, gguf_model.config, target
+        sources.append(SourceTensor(name, target, matrices.get(name), row_order(*of), column_order(*of)))
+    sources += [SourceTensor("", target, None) for target in gguf_model.rope_factors]
     return sorted(sources, key=lambda source: file_order(source.target))
 
 
@@ -316,16 +317,18 @@ def _tensor_bytes(gguf_model: GgufModel, source: SourceTensor, planned: PlannedT
         parts = []
         for name in source.matrices:
             packed = gguf_model.model.matrix(name)
-            matrix = blocks.BlockMatrix(packed.encoded, packed.spec, source.order)
+            matrix = blocks.BlockMatrix(packed.encoded, packed.spec, source.order, source.columns)
             if chosen in blocks.FLOATS:
                 parts.append(blocks.write_floats(chosen, matrix, lossy))
             else:
                 block = next(block for block in blocks.BLOCKS if block.type == chosen)
                 parts.append(blocks.write_blocks(block, matrix))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
-    values = gguf_model.others[source.name]
+    values = gguf_model.values(source.name, source.target)
     if source.order is not None:
         values = values[source.order]
+    if source.columns is not None:
+        values = values[:, source.columns]
     return blocks.float_bytes(chosen, values, lossy)
 
 
@@ -361,7 +364,7 @@ def _shape(gguf_model: GgufModel, tensor: PlannedTensor) -> tuple[int, ...]:
         return entry.shape
     if experts := expert_stacks(gguf_model.model).get(tensor.name):
         return len(experts), *entries[experts[0]].shape
-    return tuple(gguf_model.others[tensor.name].shape)
+    return tuple(gguf_model.values(tensor.name, tensor.target).shape)
 
 
 def _file_type(tensors: Sequence[PlannedTensor]) -> int:
@@ -434,7 +437,8 @@ def _notes(gguf_model: GgufModel) -> Iterator[str]:
     if any(name.endswith(INPUT_SCALE) for name in gguf_model.others):
         what = "scales and zero points" if has_zero_points(gguf_model.others) else "scales"
         yield f"Stored {what} of inputs are left out: llama.cpp finds a scale for each block of inputs itself."
-    yield from filter(None, [context_length(gguf_model.architecture, gguf_model.config)[1]])
+    architecture, config = gguf_model.architecture, gguf_model.config
+    yield from filter(None, [context_length(architecture, config)[1], architecture.note(config)])
     yield from gguf_model.vocabulary.notes
 
 

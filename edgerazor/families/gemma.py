@@ -6,6 +6,8 @@ from edgerazor.families.core.base import (
     NativeArchitecture,
     attention_bias,
     configure_gemma,
+    looks_ahead,
+    looks_ahead_in_gguf,
     root_of_width,
 )
 
@@ -16,8 +18,16 @@ FAMILY = Family(
         o_bias=attention_bias,
         norm_offset=1.0,
         embedding_scale=root_of_width,
+        unsupported=looks_ahead,
     ),
     gguf=GgufArchitecture(
-        "gemma", interleaved_rope=False, configure=configure_gemma, norm_offset=1.0, float16=False, exported=False
+        "gemma",
+        interleaved_rope=False,
+        configure=configure_gemma,
+        norm_offset=1.0,
+        float16=False,
+        head="never",
+        activation="gelu_pytorch_tanh",
+        unsupported=looks_ahead_in_gguf,
     ),
 )

@@ -3,21 +3,27 @@
 from typing import Any
 
 from edgerazor.families.core.base import (
+    GGUF_NORMS_AROUND,
     NORMS_AROUND,
     Family,
     GgufArchitecture,
     GgufMetadata,
+    GgufValue,
     NativeArchitecture,
     attention_bias,
     by_query_scalar,
     configure_gemma,
+    every_nth_is_full,
     final_soft_cap,
     gemma_query_scalar,
     hidden_activation,
     looks_ahead,
+    looks_ahead_in_gguf,
     root_of_width,
     window_by_layer_type,
 )
+
+CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 
 
 def _attention_soft_cap(config: Any) -> float:
@@ -25,14 +31,29 @@ def _attention_soft_cap(config: Any) -> float:
 
 
 def _configure(get: GgufMetadata) -> dict[str, Any]:
-    caps = ("attn_logit_softcapping", "final_logit_softcapping")
     return {
         **configure_gemma(get),
-        **{key: get.decimal(key, 0.0) if get.value(key, 0.0) else None for key in caps},
+        **{key: get.decimal(key, 0.0) if get.value(key, 0.0) else None for key in CAPS},
         "sliding_window": get.number("attention.sliding_window", 4096),
         "layer_types": get.layer_types(2),
         "query_pre_attn_scalar": gemma_query_scalar(get, get.number("block_count") == 46),
     }
+
+
+def _metadata(config: dict[str, Any]) -> dict[str, GgufValue]:
+    """The window and both caps, which are settings and keys of one name."""
+    return {"attention.sliding_window": config["sliding_window"], **{key: float(config[key]) for key in CAPS}}
+
+
+def _gguf_unsupported(config: dict[str, Any]) -> str:
+    """llama.cpp's code gives every second layer no window, always caps, and knows one scale of scores but for 27B."""
+    by_width = config["num_hidden_layers"] == 46
+    usual = config["hidden_size"] // config["num_attention_heads"] if by_width else config["head_dim"]
+    if config["query_pre_attn_scalar"] != usual:
+        return "its attention scores have a scale of their own"
+    if not all(config.get(key) for key in CAPS):
+        return "its attention scores or its logits are not capped"
+    return every_nth_is_full(config, 2) or looks_ahead_in_gguf(config)
 
 
 FAMILY = Family(
@@ -51,6 +72,16 @@ FAMILY = Family(
         unsupported=looks_ahead,
     ),
     gguf=GgufArchitecture(
-        "gemma2", interleaved_rope=False, configure=_configure, norm_offset=1.0, float16=False, exported=False
+        "gemma2",
+        interleaved_rope=False,
+        configure=_configure,
+        norm_offset=1.0,
+        float16=False,
+        head="never",
+        parts=GGUF_NORMS_AROUND,
+        metadata=_metadata,
+        activation="gelu_pytorch_tanh",
+        windows=True,
+        unsupported=_gguf_unsupported,
     ),
 )

@@ -9,13 +9,16 @@ from edgerazor.families.core.base import (
     Family,
     GgufArchitecture,
     GgufMetadata,
+    GgufValue,
     NativeArchitecture,
     attention_bias,
     by_query_scalar,
+    every_nth_is_full,
     final_soft_cap,
     gemma_query_scalar,
     hidden_activation,
     looks_ahead,
+    looks_ahead_in_gguf,
     rms_epsilon,
     root_of_width,
     rope_by_layer_type,
@@ -39,7 +42,7 @@ def _configure(get: GgufMetadata) -> dict[str, Any]:
     }
 
 
-def _metadata(config: dict[str, Any]) -> dict[str, int | float]:
+def _metadata(config: dict[str, Any]) -> dict[str, GgufValue]:
     """Positions of layers with a window, and the window."""
     local = config["rope_parameters"]["sliding_attention"]
     return {"attention.sliding_window": config["sliding_window"], "rope.freq_base_swa": float(local["rope_theta"])}
@@ -47,17 +50,17 @@ def _metadata(config: dict[str, Any]) -> dict[str, int | float]:
 
 def _gguf_unsupported(config: dict[str, Any]) -> str:
     """llama.cpp's code gives every sixth layer no window, and knows one scale of scores but for 27B."""
-    layers, kinds = config["num_hidden_layers"], config["layer_types"]
-    if kinds != ["full_attention" if layer % 6 == 5 else "sliding_attention" for layer in range(layers)]:
-        return "its layers without a window are not every sixth one"
-    scalar = config["hidden_size"] // config["num_attention_heads"] if layers == 62 else config["head_dim"]
+    if problem := every_nth_is_full(config, 6):
+        return problem
+    by_width = config["num_hidden_layers"] == 62
+    scalar = config["hidden_size"] // config["num_attention_heads"] if by_width else config["head_dim"]
     if config["query_pre_attn_scalar"] != scalar:
         return "its attention scores have a scale of their own"
     if config.get("final_logit_softcapping"):
         return "its logits are capped"
     if config["rope_parameters"]["sliding_attention"]["rope_type"] != "default":
         return "the positions of its layers with a window are scaled"
-    return "it attends to later tokens" if config.get("use_bidirectional_attention") else ""
+    return looks_ahead_in_gguf(config)
 
 
 FAMILY = Family(

@@ -2,18 +2,62 @@
 
 from typing import Any
 
-from edgerazor.families.core.base import SHORT_CONVOLUTION, Family, NativeArchitecture, convolution_or_attention
+from edgerazor.families.core.base import (
+    SHORT_CONVOLUTION,
+    Family,
+    GgufArchitecture,
+    GgufMetadata,
+    GgufValue,
+    NativeArchitecture,
+    convolution_or_attention,
+    heads_are_narrow,
+)
+
+
+def _features(config: dict[str, Any]) -> int:
+    """Features between the MLP's matrices, as in `Lfm2MLP`: two thirds, times a factor, up to the next multiple."""
+    size: int = config["intermediate_size"]
+    if config["block_auto_adjust_ff_dim"]:
+        size = int(2 * size / 3)
+        if config["block_ffn_dim_multiplier"] is not None:
+            size = int(config["block_ffn_dim_multiplier"] * size)
+            size = -(-size // config["block_multiple_of"]) * config["block_multiple_of"]
+    return size
 
 
 def _intermediate_size(config: Any) -> int:
-    """As in `Lfm2MLP`: two thirds, times a factor, up to the next multiple."""
-    size: int = config.intermediate_size
-    if config.block_auto_adjust_ff_dim:
-        size = int(2 * size / 3)
-        if config.block_ffn_dim_multiplier is not None:
-            size = int(config.block_ffn_dim_multiplier * size)
-            size = -(-size // config.block_multiple_of) * config.block_multiple_of
-    return size
+    return _features(vars(config))
+
+
+def _configure(get: GgufMetadata) -> dict[str, Any]:
+    """Layers without heads of keys are convolutions; the features of the MLP are as they are."""
+    heads = get.value("attention.head_count_kv")
+    if not isinstance(heads, list) or len(heads) < get.number("block_count") or not any(heads):
+        raise get.damaged("its heads of keys are not given by layer")
+    return {
+        "norm_eps": get.decimal("attention.layer_norm_rms_epsilon"),
+        "conv_L_cache": get.number("shortconv.l_cache", least=2),
+        "conv_bias": False,
+        "block_auto_adjust_ff_dim": False,
+        "num_key_value_heads": max(heads),
+        "layer_types": ["full_attention" if count else "conv" for count in heads[: get.number("block_count")]],
+        "rope_parameters": get.rope_parameters(),
+    }
+
+
+def _metadata(config: dict[str, Any]) -> dict[str, GgufValue]:
+    """Layers of convolutions have no heads of keys."""
+    heads = config["num_key_value_heads"]
+    return {
+        "attention.head_count_kv": [0 if kind == "conv" else heads for kind in config["layer_types"]],
+        "attention.layer_norm_rms_epsilon": float(config["norm_eps"]),
+        "feed_forward_length": _features(config),
+        "shortconv.l_cache": config["conv_L_cache"],
+    }
+
+
+def _gguf_unsupported(config: dict[str, Any]) -> str:
+    return "its convolutions have biases" if config["conv_bias"] else heads_are_narrow(config)
 
 
 FAMILY = Family(
@@ -34,5 +78,20 @@ FAMILY = Family(
         },
         final_norm="model.embedding_norm",
         norm_epsilon="norm_eps",
+    ),
+    gguf=GgufArchitecture(
+        "lfm2",
+        interleaved_rope=False,
+        configure=_configure,
+        parts={
+            **{"operator_norm": "attn_norm", "ffn_norm": "ffn_norm", "model.embedding_norm": "token_embd_norm"},
+            **{"self_attn.q_layernorm": "attn_q_norm", "self_attn.k_layernorm": "attn_k_norm"},
+            **{"self_attn.out_proj": "attn_output", "feed_forward.w1": "ffn_gate"},
+            **{"feed_forward.w3": "ffn_up", "feed_forward.w2": "ffn_down", "conv.conv": "shortconv.conv"},
+            **{"conv.in_proj": "shortconv.in_proj", "conv.out_proj": "shortconv.out_proj"},
+        },
+        metadata=_metadata,
+        qk_norms=True,
+        unsupported=_gguf_unsupported,
     ),
 )

@@ -1,5 +1,6 @@
 """Phi 3: q, k, v in one matrix, gate and up in another; long contexts have factors of their own."""
 
+import math
 from typing import Any
 
 from edgerazor.families.core.base import (
@@ -8,7 +9,9 @@ from edgerazor.families.core.base import (
     Family,
     GgufArchitecture,
     GgufMetadata,
+    GgufValue,
     NativeArchitecture,
+    heads_are_narrow,
     rms_epsilon,
     window_of_all,
 )
@@ -37,6 +40,39 @@ def _configure(get: GgufMetadata) -> dict[str, Any]:
     }
 
 
+def _metadata(config: dict[str, Any]) -> dict[str, GgufValue]:
+    """The original context, and the factor of attention that belongs to long ones."""
+    rope, longest = config["rope_parameters"], config["max_position_embeddings"]
+    if rope["rope_type"] != "longrope":
+        return {}
+    original = rope["original_max_position_embeddings"]
+    factor, attention = rope.get("factor") or longest / original, rope.get("attention_factor")
+    if attention is None:
+        attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return {
+        "rope.scaling.type": "longrope",
+        "rope.scaling.attn_factor": float(attention),
+        "rope.scaling.original_context_length": original,
+    }
+
+
+def _rope_factors(config: dict[str, Any]) -> dict[str, list[float]]:
+    rope = config["rope_parameters"]
+    if rope["rope_type"] != "longrope":
+        return {}
+    return {GGUF_LONG_FACTORS: rope["long_factor"], GGUF_SHORT_FACTORS: rope["short_factor"]}
+
+
+def _note(config: dict[str, Any]) -> str:
+    if config["rope_parameters"]["rope_type"] != "longrope":
+        return ""
+    original = config["rope_parameters"]["original_max_position_embeddings"]
+    return (
+        f"llama.cpp takes the positions of long texts wherever the context that it is given is longer than {original} "
+        "tokens, transformers where the text is."
+    )
+
+
 FAMILY = Family(
     native=NativeArchitecture(
         "Phi3RotaryEmbedding",
@@ -46,5 +82,17 @@ FAMILY = Family(
         },
         window=window_of_all,
     ),
-    gguf=GgufArchitecture("phi3", interleaved_rope=False, configure=_configure, partial_rope=True, exported=False),
+    gguf=GgufArchitecture(
+        "phi3",
+        interleaved_rope=False,
+        configure=_configure,
+        partial_rope=True,
+        parts={"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"},
+        metadata=_metadata,
+        rope_types=frozenset({"default", "longrope"}),
+        rope_factors=_rope_factors,
+        all_layers_slide=True,
+        unsupported=heads_are_narrow,
+        note=_note,
+    ),
 )

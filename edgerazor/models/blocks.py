@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from edgerazor.models.hidden_states import final_states
+from edgerazor.models.side_states import SideStates, side_states
 from edgerazor.models.structure import Structure
 
 
@@ -37,6 +39,8 @@ class _StopForwardError(Exception):
 class Blocks:
     """The decoder layers of a model, each of them callable alone.
 
+    States are [B, T, H], and wider where more flows between layers (`side_states.py`): `hidden` gives their beginning.
+
     The arguments of a layer depend on the shape of the token ids alone, so one pass of each shape is enough to capture
     them. In that pass only the first layer computes; the others only record their arguments.
     """
@@ -45,6 +49,15 @@ class Blocks:
     structure: Structure
     _calls: dict[tuple[int, ...], list[Call]] = field(default_factory=dict)
     _other_outputs: tuple[Any, ...] | None = None  # of a layer, behind the states; None where it returns no tuple
+
+    @functools.cached_property
+    def side(self) -> SideStates | None:
+        """What flows between the layers beside hidden states."""
+        return side_states(self.model.config.get_text_config())
+
+    def hidden(self, states: Tensor) -> Tensor:
+        """Hidden states [B, T, H] alone."""
+        return states if self.side is None else states[..., : self.side.hidden]
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -69,7 +82,7 @@ class Blocks:
             others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
             states.append(args[0] if args else kwargs["hidden_states"])
             calls.append(Call(args[1:], others))
-            if known:
+            if known and self.side is None:
                 raise _StopForwardError
 
         handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in self.layers]
@@ -82,7 +95,7 @@ class Blocks:
         if not known:
             self._calls[tuple(input_ids.shape)] = calls
             self._other_outputs = outputs[0][1:] if isinstance(outputs[0], tuple) else None
-        return states[0]
+        return states[0] if self.side is None else self.side.begin(states[0], [call.args[0] for call in calls])
 
     @contextlib.contextmanager
     def first_layer_only(self) -> Iterator[list[Any]]:
@@ -98,15 +111,23 @@ class Blocks:
 
     def forward_layer(self, index: int, states: Tensor) -> Tensor:
         """Output states of a layer, counted from 0, for input states [B, T, H] of a shape that `inputs` has seen."""
-        return self._calls[tuple(states.shape[:2])][index](self.layers[index], states)
+        call, layer = self._calls[tuple(states.shape[:2])][index], self.layers[index]
+        if self.side is None:
+            return call(layer, states)
+        hidden, layer_input, shared = self.side.split(index, states)
+        inputs = layer_input if self.side.inputs else None
+        own = Call((inputs, *call.args[1:]), {**call.kwargs, "shared_kv_states": shared})
+        return self.side.join(index, states, own(layer, hidden), shared)
 
     def final(self, states: Tensor) -> Tensor:
         """Input of the head, [B, T, H], for output states of the last layer, of a shape that `inputs` has seen.
 
         Differentiable with respect to `states`.
         """
+        states = self.hidden(states)
         output = states if self._other_outputs is None else (states, *self._other_outputs)
-        with _stubbed(self.layers, lambda: output):
+        embedding: Any = self.model.get_input_embeddings()
+        with _stubbed(self.layers, lambda: output), _stubbed([embedding], lambda: torch.zeros_like(states)):
             return self._forward_to_head(states.new_zeros(states.shape[:2], dtype=torch.int64))
 
     def _forward_to_head(self, input_ids: Tensor) -> Tensor:

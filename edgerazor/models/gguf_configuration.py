@@ -19,11 +19,13 @@ from torch import Tensor
 
 from edgerazor import families
 from edgerazor.errors import UserError, plain
-from edgerazor.families import GgufArchitecture
+from edgerazor.families import GGUF_LONG_FACTORS, GGUF_SHORT_FACTORS, GgufArchitecture
 from edgerazor.untrusted.gguf_file import GgufFile
 
 #: The tensor that divides the frequencies of rotary positions scaled as in Llama 3.
 ROPE_FACTORS = "rope_freqs.weight"
+#: Tensors that are no weights: their content is in the configuration.
+POSITIONS = {ROPE_FACTORS, GGUF_LONG_FACTORS, GGUF_SHORT_FACTORS}
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 #: Original contexts of models whose positions are scaled as in Llama 3.
 LLAMA3_CONTEXTS = (8192, 4096, 2048, 16384, 32768)
@@ -181,12 +183,14 @@ def gguf_configuration(file: GgufFile) -> dict[str, Any]:
         "intermediate_size": get.number("feed_forward_length"),
         "num_hidden_layers": get.number("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": get.number("attention.head_count_kv", heads),
+        "num_key_value_heads": get.value("attention.head_count_kv", heads),
         "head_dim": get.head_size(),
         "max_position_embeddings": get.number("context_length"),
         "tie_word_embeddings": HEAD not in file.tensors,
         **family.configure(get),
     }
+    if type(config["num_key_value_heads"]) is not int:
+        get.number("attention.head_count_kv")  # which is refused, unless the family has numbers for each layer
     for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         config[f"{role}_token_id"] = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
     get.refuse_unread()

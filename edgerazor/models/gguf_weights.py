@@ -28,17 +28,15 @@ from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from edgerazor.errors import UserError
-from edgerazor.families import GGUF_LONG_FACTORS, GGUF_SHORT_FACTORS
 from edgerazor.models.experts import separate_experts
-from edgerazor.models.gguf_configuration import ROPE_FACTORS, find_family, gguf_configuration
+from edgerazor.models.gguf_configuration import POSITIONS, find_family, gguf_configuration
+from edgerazor.models.gguf_values import column_order, from_gguf, row_order
 from edgerazor.untrusted.gguf_file import TYPES, GgufFile
 
 #: Weights that are dequantized at once.
 PIECE = 1 << 22
 #: Names of numbers in safetensors files.
 SAFETENSORS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-#: Tensors that are no weights: their content is in the configuration.
-POSITIONS = {ROPE_FACTORS, GGUF_LONG_FACTORS, GGUF_SHORT_FACTORS}
 #: Path of a matrix of an expert: list of experts, number, name of the matrix.
 OF_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)")
 
@@ -59,8 +57,9 @@ class GgufWeights:
 
     def __init__(self, file: GgufFile) -> None:
         self.file = file
-        self.model_type, self.family = find_family(file)
+        _, self.family = find_family(file)
         self.config = gguf_configuration(file)
+        self.model_type = self.config["model_type"]
         self.sources, self.shapes = self._named_tensors()
         self.types = self._types()
         self.type = _file_type(file) or next(iter(self.types))
@@ -93,10 +92,10 @@ class GgufWeights:
             module, _, parameter = name.rpartition(".")
             expert = OF_EXPERT.fullmatch(module)
             whole = f"{expert[1]}.{expert[3]}" if expert else module  # the experts of a layer are one tensor
-            source = f"{names.get_name(whole)}.{parameter}"
+            source = self._parameter(name) or f"{names.get_name(whole)}.{parameter}"
             if source not in file.tensors:
                 raise file.damaged(f"it lacks {source} ({name} of a {self.model_type} model)")
-            expected = (self.config["num_experts"], *shape) if expert else shape
+            expected = (self.config["num_experts"], *shape) if expert else _stored_shape(shape)
             if file.tensors[source].shape != expected:
                 raise file.damaged(
                     f"{source} is {list(file.tensors[source].shape)}, and its metadata say {list(expected)}"
@@ -117,11 +116,12 @@ class GgufWeights:
             UserError: a tensor does not lie in the file, or cannot be dequantized.
         """
         counts: Counter[str] = Counter()
+        kernels = {source for name, source in self.sources.items() if len(self.shapes[name]) == 3}  # always F32
         for source in dict.fromkeys(self.sources.values()):
             tensor = self.file.tensors[source]
             first = self.file.blocks(source)[: tensor.shape[-1] // TYPES[tensor.type][1]]
             self._dequantize(source, first.reshape(1, -1))
-            if len(tensor.shape) > 1:
+            if len(tensor.shape) > 1 and source not in kernels:
                 counts[self.file.type_name(source)] += math.prod(tensor.shape)
         return dict(counts.most_common())
 
@@ -162,11 +162,13 @@ class GgufWeights:
         """A weight, dequantized, float32, in pieces of whole rows [rows, cols] (or [cols], if it has no rows)."""
         source = self.sources[name]
         tensor = self.file.tensors[source]
-        offset = self.family.norm_offset if name.endswith("norm.weight") else 0.0
-        order = self._row_order(name)
+        order, columns_order = (
+            None if order is None else torch.argsort(order)
+            for order in (find(self.family, self.config, source) for find in (row_order, column_order))
+        )
         if len(tensor.shape) == 1:
             values = self._dequantize(source, self.file.blocks(source).reshape(1, -1)).flatten()
-            yield (values if order is None else values[order]) - offset
+            yield from_gguf(self.family, name, values if order is None else values[order])
             return
         columns = tensor.shape[-1]
         rows = self.file.blocks(source).reshape(math.prod(tensor.shape[:-1]), -1)
@@ -176,16 +178,14 @@ class GgufWeights:
         step = max(1, PIECE // columns)
         for begin in range(0, len(rows), step):
             chosen = slice(begin, begin + step) if order is None else order[begin : begin + step].numpy()
-            yield self._dequantize(source, rows[chosen]) - offset
+            values = self._dequantize(source, rows[chosen])
+            yield values if columns_order is None else values[:, columns_order]
 
-    def _row_order(self, name: str) -> Tensor | None:
-        """Which row of the file is each row of q or k; None where all are in their places."""
+    def _parameter(self, name: str) -> str:
+        """The name in the file of a parameter that is neither weight nor bias; of others an empty string."""
         parts = name.split(".")
-        if not self.family.interleaved_rope or parts[-2] not in ("q_proj", "k_proj"):
-            return None
-        heads = self.config["num_attention_heads" if parts[-2] == "q_proj" else "num_key_value_heads"]
-        # The file has row i of the first half of a head beside row i of the second one.
-        return torch.arange(self.shapes[name][0]).reshape(heads, -1, 2).transpose(1, 2).reshape(-1)
+        part = self.family.parameters.get(".".join(parts[3:]))
+        return f"blk.{parts[2]}.{part}" if part else ""
 
     def _dequantize(self, source: str, rows: NDArray[np.uint8]) -> Tensor:
         """Bytes of rows, uint8 [rows, bytes], as float32 [rows, cols]."""
@@ -198,6 +198,11 @@ class GgufWeights:
                 "Give a file of another type, or the original model.",
             ) from None
         return torch.from_numpy(values if values.flags.writeable else values.copy()).float()
+
+
+def _stored_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a tensor in the file: kernels of convolutions over single features are matrices."""
+    return (shape[0], shape[2]) if len(shape) == 3 and shape[1] == 1 else shape
 
 
 def _file_type(file: GgufFile) -> str:

@@ -14,6 +14,7 @@ goes on behind the last finished layer, bit for bit as if nothing had happened (
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -151,7 +152,7 @@ class LayerwisePass:
     def input_gradients(self, name: str = "backward") -> Iterator[Tensor]:
         """Gradient with respect to the inputs of the first layer, [B, T, H] for each batch; after `backward`."""
         for number in range(len(self.batches)):
-            yield self._read(self._gradients_file(name, 0), number)
+            yield self.blocks.hidden(self._read(self._gradients_file(name, 0), number))
 
     def outputs(self) -> Iterator[Tensor]:
         """Outputs of the last layer, [B, T, H] for each batch; after `forward`."""
@@ -236,7 +237,7 @@ class LayerwisePass:
         with self._linear_hooks(index, observe):
             outputs = self.blocks.forward_layer(index, inputs)
         for observer in observers:
-            observer.layer(index, inputs, outputs, counts)
+            observer.layer(index, self.blocks.hidden(inputs), self.blocks.hidden(outputs), counts)
         return outputs
 
     def _backward_layer(self, index: int, number: int, name: str, observers: Sequence[Observer]) -> Tensor:
@@ -284,6 +285,7 @@ class LayerwisePass:
         layers = self.model.get_submodule(self.structure.layers_path)
         in_layers = {id(module) for module in layers.modules()}
         tables = {id(self.model.get_input_embeddings().weight), id(self.model.get_output_embeddings().weight)}
+        tables |= {id(self.model.get_submodule(table.name).weight) for table in self.structure.tables}
         for module in self.model.modules():
             if id(module) not in in_layers:
                 for parameter in module.parameters(recurse=False):
@@ -307,19 +309,21 @@ class LayerwisePass:
             change_rows: gives what takes the place of the rows of the embedding, [B, T, H], before a family's factor.
         """
         embedding: Any = self.model.get_input_embeddings()
-        scale = embedding_scale(embedding)
+        tables: list[Any] = [embedding, *(self.model.get_submodule(table.name) for table in self.structure.tables)]
 
-        def embed(ids: Tensor) -> Tensor:
-            rows = nn.functional.embedding(ids, embedding.weight)
-            rows = (rows if change_rows is None else change_rows(rows)).to(self.dtype)
+        def embed(table: Any, ids: Tensor) -> Tensor:
+            rows, scale = nn.functional.embedding(ids, table.weight), embedding_scale(table)
+            rows = (rows if change_rows is None or table is not embedding else change_rows(rows)).to(self.dtype)
             return rows if scale is None else rows * torch.tensor(scale, dtype=torch.float32).to(rows)
 
-        embedding.forward = embed
+        for table in tables:
+            table.forward = functools.partial(embed, table)
         try:
             with self.layer(0):
                 return self.blocks.inputs(self.batches[number][0].to(self.device))
         finally:
-            del embedding.forward
+            for table in tables:
+                del table.forward
 
     # --- files ---
 

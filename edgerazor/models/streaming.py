@@ -8,7 +8,7 @@ many batches it has. Files are read and never mapped, so the model takes no addr
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,6 +72,7 @@ class StreamedModel:
         rest = [name for name in self._places if not name.startswith(in_layers)]
         self._install(dict(zip(rest, map(self._read, rest), strict=True)))
         self._tie()
+        self._read_buffers()
         for module in self.model.modules():
             for key, buffer in module.named_buffers(recurse=False):
                 module._buffers[key] = buffer.to(device)
@@ -117,7 +118,7 @@ class StreamedModel:
                     del layer_weights
                     if index == 0:
                         states = [self.blocks.inputs(input_ids) for input_ids in batches]
-                        self._keep(results, 0, states, hidden_layers)
+                        self._keep(results, 0, map(self.blocks.hidden, states), hidden_layers)
                     captured_layers = [index + 1] if index + 1 in attention_layers else []
                     for number, batch_states in enumerate(states):
                         with capture_attention(
@@ -126,7 +127,7 @@ class StreamedModel:
                             states[number] = self.blocks.forward_layer(index, batch_states)
                         results[number].attention |= attention
                 if index + 1 < count:  # the last layer's state is taken behind the final norm
-                    self._keep(results, index + 1, states, hidden_layers)
+                    self._keep(results, index + 1, map(self.blocks.hidden, states), hidden_layers)
         for number, batch_states in enumerate(states):
             results[number].last_hidden_state = self.blocks.final(batch_states)
         self._keep(results, count, [one.last_hidden_state for one in results], hidden_layers)
@@ -134,7 +135,7 @@ class StreamedModel:
 
     @staticmethod
     def _keep(
-        results: Sequence[StreamedStates], layer: int, states: Sequence[Tensor], hidden_layers: Collection[int]
+        results: Sequence[StreamedStates], layer: int, states: Iterable[Tensor], hidden_layers: Collection[int]
     ) -> None:
         if layer in hidden_layers:
             for one, batch_states in zip(results, states, strict=True):
@@ -150,6 +151,13 @@ class StreamedModel:
             weights.refuse_not_finite(self.folder, [(place.name, values)])
             self._checked.add(name)
         return values.to(self.device, self.dtype)
+
+    def _read_buffers(self) -> None:
+        """Numbers that are stored although they are not trained (a factor of each layer, in Gemma 4)."""
+        stored = tensor_places(self.folder)
+        for name, buffer in self.model.named_buffers():
+            if name in stored and stored[name].shape == tuple(buffer.shape):
+                buffer.copy_(stored[name].read())
 
     def _read_layer(self, index: int) -> dict[str, Tensor]:
         """The parameters of a layer by their names in the model."""

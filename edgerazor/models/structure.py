@@ -7,6 +7,7 @@ tower: it stays as it is.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +21,8 @@ Kind = Literal["linear", "embedding", "head"]
 
 #: Largest share of the matrix weights that may stay in 16 bits; models with more of them are refused.
 UNTOUCHED_LIMIT = 0.02
+#: Ends of the paths of what makes inputs of single decoder layers (Gemma 4): their embedding, and a linear layer.
+TABLE, PROJECTION = "embed_tokens_per_layer", "per_layer_model_projection"
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class QuantTarget:
         experts: path of the list of experts that it is part of; empty outside experts.
         token_share: of the tokens, on average, that pass through it: of a layer with 64 experts, 8 of which are chosen
             for a token, an eighth.
+        fixed: it gets the embedding's format; its sensitivity is not measured.
     """
 
     name: str
@@ -44,6 +48,7 @@ class QuantTarget:
     columns: int
     experts: str = ""
     token_share: float = 1.0
+    fixed: bool = False
 
     @property
     def weights(self) -> int:
@@ -62,6 +67,8 @@ class Structure:
         head: the output head, or None when it is tied to the embedding.
         head_path: path of the head module, tied or not.
         experts: the lists of experts, in order; none in a dense model.
+        tables: embeddings beside the first one, whose rows are inputs of single decoder layers (Gemma 4).
+        sixteen: paths of linear layers outside the decoder layers that stay in 16 bits.
         towers: paths of the modules that make features of pictures and project them into the decoder; none where the
             model reads text only.
     """
@@ -74,11 +81,13 @@ class Structure:
     head_path: str
     experts: tuple[ExpertList, ...] = ()
     towers: tuple[str, ...] = ()
+    tables: tuple[QuantTarget, ...] = ()
+    sixteen: tuple[str, ...] = ()
 
     @property
     def targets(self) -> tuple[QuantTarget, ...]:
         """Every matrix, the embedding first."""
-        return (self.embedding, *self.linears, *((self.head,) if self.head else ()))
+        return (self.embedding, *self.tables, *self.linears, *((self.head,) if self.head else ()))
 
 
 def structure(model: PreTrainedModel) -> Structure:
@@ -121,6 +130,8 @@ def structure(model: PreTrainedModel) -> Structure:
         head_path=head_path,
         experts=tuple(experts),
         towers=_towers(model, decoder_path, head_path),
+        tables=tuple(_tables(model)),
+        sixteen=tuple(name for name, module in model.named_modules() if name.endswith(PROJECTION)),
     )
     _refuse_untouched(model, described)
     embedding_scale(embedding)
@@ -164,6 +175,13 @@ def _towers(model: PreTrainedModel, decoder_path: str, head_path: str) -> tuple[
     return tuple(towers)
 
 
+def _tables(model: PreTrainedModel) -> Iterator[QuantTarget]:
+    """The embeddings of a model whose decoder layers get inputs of their own."""
+    for name, module in model.named_modules():
+        if name.endswith(TABLE) and isinstance(module, nn.Embedding):
+            yield QuantTarget(name, "embedding", None, module.num_embeddings, module.embedding_dim, fixed=True)
+
+
 def _decoder_layers(model: PreTrainedModel, decoder_path: str, family: str) -> tuple[str, nn.ModuleList]:
     """The longest list of layers of one class: the decoder."""
     config, prefix = (model.config.get_text_config(), f"{decoder_path}.") if decoder_path else (model.config, "")
@@ -203,7 +221,8 @@ def _refuse_experts(layers: nn.ModuleList, family: str) -> None:
 def _refuse_untouched(model: PreTrainedModel, structure: Structure) -> None:
     """Refuse a model of which more than 2 % of the matrix weights would silently stay 16-bit."""
     quantized = {f"{target.name}.weight" for target in structure.targets} | {f"{structure.head_path}.weight"}
-    quantized |= {f"{router}.weight" for listed in structure.experts for router in listed.routers}  # on purpose
+    on_purpose = (*structure.sixteen, *(router for listed in structure.experts for router in listed.routers))
+    quantized |= {f"{name}.weight" for name in on_purpose}
     beside = tuple(f"{path}." for path in structure.towers)
     matrices = {name: p.numel() for name, p in model.named_parameters() if p.ndim > 1 and not name.startswith(beside)}
     remaining = {name: size for name, size in matrices.items() if name not in quantized}

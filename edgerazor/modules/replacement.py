@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +86,11 @@ def prepare_for_training(
         of_input = _trainable_input_scales(name, input_scales or {}, settings)
         replace_module(model, name, FakeQuantLinear(weight, bias, spec, activations, scales, of_input))
 
+    for target in structure.tables:
+        own: Any = model.get_submodule(target.name)
+        weight, scales = trainable(target.name, own.weight)
+        spec = specs[target.name]
+        replace_module(model, target.name, FakeQuantEmbedding(weight, spec, embedding_scale(own), scales))
     name = structure.embedding.name
     table, table_scales = trainable(name, embedding.weight)
     replace_module(model, name, FakeQuantEmbedding(table, specs[name], embedding_scale(embedding), table_scales))

@@ -48,10 +48,7 @@ class TransformersModel(Model):
         unread = 0 if packed.header.tied else classes.get("embedding", 0)  # but for a row of it
         unread += unchosen_bytes(packed_sizes(packed), config)
         self.bytes_per_token = self.weight_bytes - unread
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        itemsize = torch.float32.itemsize
-        self.cache_bytes_per_token = 2 * config.num_hidden_layers * heads * width * itemsize
+        self.cache_bytes_per_token = 2 * _cached_features(config) * torch.float32.itemsize
 
     @functools.cached_property
     def kernel(self) -> str:
@@ -111,3 +108,15 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _cached_features(config: Any) -> int:
+    """Features of the keys of a token in all layers."""
+    layers = range(config.num_hidden_layers)
+    modes = getattr(config, "kv_sharing_modes", None)
+    if modes is None:
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return int(len(layers) * heads * width)
+    own = [config.per_layer_config[layer] for layer in layers if modes[layer] != "reuse"]  # heads of several widths
+    return int(sum(layer.num_key_value_heads * layer.head_dim for layer in own))

@@ -161,6 +161,7 @@ class SensitivityAnalysis:
         self.teacher_pass.backward(upstream, observer, title="sensitivity: fisher", identity=str(self.seed))
         rows = self._of_all(observer.rows, len(self.names))
         rows[self.structure.embedding.name] = self._embedding()
+        rows |= {table.name: torch.zeros(len(self.names), 1, dtype=torch.float64) for table in self.structure.tables}
         of_head = self._head()
         name = self.structure.head.name if self.structure.head else self.structure.embedding.name
         rows[name] = rows[name] + of_head if name in rows else of_head
@@ -183,14 +184,18 @@ class SensitivityAnalysis:
             return torch.autograd.grad(flat, outputs, upstream)[0]
 
     def _embedding(self) -> Tensor:
-        """`E[(g · (ê - e))²] / 2` over looked up rows, as inputs of the first layer; float64 [formats, 1]."""
+        """`E[(g · (ê - e))²] / 2` over looked up rows, as inputs of the first layer; float64 [formats, 1].
+
+        What Gemma 4 makes of these rows for single layers is left out.
+        """
+        hidden = self.teacher_pass.blocks.hidden
         total = torch.zeros(len(self.names), 1, dtype=torch.float64)
         for number, gradient in enumerate(self.teacher_pass.input_gradients()):
             origin = self.teacher_pass.inputs(number, torch.zeros_like)
             for index, name in enumerate(self.names):
                 # The inputs of the first layer are affine in the rows, since some families multiply them.
                 error = self.teacher_pass.inputs(number, functools.partial(self._row_errors, name)) - origin
-                total[index] += float((gradient * error).float().sum(-1).double().square().sum()) / 2
+                total[index] += float((gradient * hidden(error)).float().sum(-1).double().square().sum()) / 2
         return total / self.tokens
 
     def _row_errors(self, name: str, rows: Tensor) -> Tensor:

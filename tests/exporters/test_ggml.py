@@ -11,8 +11,9 @@ from edgerazor import exporters, formats, models
 from edgerazor.console import Console
 from edgerazor.exporters.core import gguf_blocks as blocks
 from edgerazor.exporters.core.gguf_metadata import gguf_architecture
-from edgerazor.exporters.core.gguf_names import gguf_name, row_order
+from edgerazor.exporters.core.gguf_names import gguf_name
 from edgerazor.formats import MatrixSpec
+from edgerazor.models.gguf_values import row_order
 from helpers import ggml
 from helpers.packed_folders import all_of, mixed, suitable_model, write_packed
 from helpers.tiny_models import ModelMaker

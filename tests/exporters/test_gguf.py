@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from edgerazor import exporters, families, formats, models
@@ -22,13 +22,15 @@ from edgerazor.errors import USAGE, UserError
 from edgerazor.exporters import gguf as exporter
 from edgerazor.exporters.core import gguf_blocks as blocks
 from edgerazor.exporters.core.gguf_metadata import gguf_architecture, rope_factors
-from edgerazor.exporters.core.gguf_names import gguf_name, row_order
+from edgerazor.exporters.core.gguf_names import gguf_name
 from edgerazor.formats import Encoded, MatrixSpec
+from edgerazor.importers.core.gguf_source import GgufSource
+from edgerazor.models.gguf_values import row_order
 from edgerazor.packed import PackedModel
 from edgerazor.untrusted.gguf_file import TYPES as TYPES_READ
 from edgerazor.untrusted.gguf_file import GgufFile
 from helpers.tiny_job import Run, sha256, snapshot, with_template
-from helpers.tiny_models import ModelMaker, family_config
+from helpers.tiny_models import ModelMaker, family_config, mostly_slow
 
 GROUPS = (16, 32, 40, 64, 128, 256, 512, 65536)
 COLUMNS = (32, 40, 96, 256, 300, 352, 768)
@@ -233,12 +235,24 @@ def test_large_matrices_are_written_in_pieces(monkeypatch: pytest.MonkeyPatch) -
 
 # Whole models -----------------------------------------------------------------------------------------------------
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "smollm2", "smollm3", "gemma3", "granite", "olmo2")
+FAMILIES = (
+    *("llama", "qwen2", "qwen3", "mistral", "smollm2", "smollm3", "gemma", "gemma2", "gemma3", "granite", "olmo2"),
+    *("olmo3", "phi3", "hunyuan", "ministral3", "lfm2", "qwen3.5"),
+)
 #: What llama.cpp's code takes for granted of a family's layers.
 GRANTED: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layers": [1, 1]},
+    "gemma2": {"query_pre_attn_scalar": 32},
     "gemma3": {"layer_types": ["sliding_attention"] * 2, "query_pre_attn_scalar": 32},
+    "olmo3": {"layer_types": ["sliding_attention"] * 2},
+    "lfm2": {"num_key_value_heads": 2, "intermediate_size": 384, "block_multiple_of": 128},
+    "qwen3.5": {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    | {"linear_key_head_dim": 32, "linear_value_head_dim": 32},
 }
+#: llama.cpp's name of an architecture -> the number of it.
+NUMBERS = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+#: Families whose head is, or is not, the embedding in llama.cpp's code.
+TIED, UNTIED = ("gemma", "gemma2", "smollm2"), ("olmo2", "olmo3")
 #: Rows that GGML's blocks divide.
 SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 32}
 
@@ -297,10 +311,17 @@ def rotated_pairs(heads: int, size: int) -> list[int]:
     ]
 
 
-@pytest.mark.parametrize("variant", ["gguf", "gguf-tq2", "gguf-f32"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_tensor_of_every_family(family: str, variant: str, run: Run, packed: Any, tmp_path: Path) -> None:
-    folder = packed(run, family)
+CASES = [
+    *((family, variant, family in TIED) for family in FAMILIES for variant in ("gguf", "gguf-tq2", "gguf-f32")),
+    *((family, "gguf", True) for family in FAMILIES if family not in TIED + UNTIED),
+]
+
+
+@pytest.mark.parametrize(("family", "variant", "tied"), CASES)
+def test_every_tensor_of_every_family(
+    family: str, variant: str, tied: bool, run: Run, packed: Any, tmp_path: Path
+) -> None:
+    folder = packed(run, family, tie_word_embeddings=tied)
     export = exporters.find(variant)
     model = PackedModel.open(folder)
     plan = export.plan(model)
@@ -311,20 +332,76 @@ def test_every_tensor_of_every_family(family: str, variant: str, run: Run, packe
     weights = decoded(folder)
     reader = read(Path(result.file))
     assert len(reader.tensors) == len(weights)
+    official = gguf.get_tensor_name_map(NUMBERS[architecture.name], config["num_hidden_layers"])
     by_name = {tensor.name: tensor for tensor in reader.tensors}
     for name, expected in weights.items():
         tensor = by_name[gguf_name(architecture, name)]
+        if name.endswith((".weight", ".bias")):
+            assert tensor.name.rpartition(".")[0] == official.get_name(name.rpartition(".")[0])
         if architecture.interleaved_rope and (".q_proj." in name or ".k_proj." in name):
             heads = config["num_attention_heads"] if ".q_proj." in name else config["num_key_value_heads"]
             expected = expected[rotated_pairs(heads, 32)]
-        if name.endswith("norm.weight"):
+        if family == "qwen3.5" and "linear_attn" in name:
+            expected = converted(name, expected, config)
+        elif name.endswith("norm.weight"):
             expected = expected + architecture.norm_offset
+        elif name.endswith("conv.conv.weight"):
+            expected = expected.squeeze(1)
         got = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(expected.shape)
         assert (got == expected.numpy()).all(), name
         assert list(reversed(tensor.shape.tolist())) == list(expected.shape)
     assert ("output.weight" in by_name) == (not config["tie_word_embeddings"])
     linear = result.types["linear"]
     assert linear == {"F32" if variant == "gguf-f32" else "Q4_0": sum(linear.values())}
+
+
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, "lfm2", "qwen3.5", "olmo3", "gemma2"))
+def test_a_file_of_ours_is_a_teacher(family: str, run: Run, packed: Any, tmp_path: Path) -> None:
+    """Configuration, names, places and numbers are found again: the teacher computes what the packed weights do."""
+    folder = packed(run, family, tie_word_embeddings=family in TIED)
+    export = exporters.find("gguf-f32")
+    model = PackedModel.open(folder)
+    file = Path(export.write(model, tmp_path, export.plan(model)).file)
+    config = AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    ours = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    ours.load_state_dict(decoded(folder), strict=False)
+    ours.tie_weights()
+    teacher, _ = models.load(file)
+    ids = torch.arange(3, 3 + min(97, teacher.config.max_position_embeddings)).reshape(1, -1)
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(ids).logits, ours(ids).logits, rtol=1e-4, atol=1e-4)
+    again = GgufSource(GgufFile(file.rename(folder / "model.gguf")))  # beside the configuration
+    weights = decoded(folder)
+    assert again.names() == weights.keys()
+    for name in weights:
+        if isinstance(tensor := again.read(name), Tensor):
+            torch.testing.assert_close(tensor.float(), weights[name], rtol=1e-6, atol=1e-6)
+    (folder / "model.gguf").unlink()
+
+
+def converted(name: str, tensor: Tensor, config: dict[str, Any]) -> Tensor:
+    """A tensor of the gated delta rule as `conversion/qwen.py` of llama.cpp has it."""
+    keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    width = config["linear_value_head_dim"]
+
+    def tiled(part: Tensor, head: int) -> Tensor:
+        """`_reorder_v_heads` of rows."""
+        shape = part.shape[1:]
+        return part.reshape(keys, values // keys, head, *shape).transpose(0, 1).reshape(-1, *shape)
+
+    if name.endswith("A_log"):
+        return tiled(-tensor.exp(), 1)
+    if name.endswith(("dt_bias", "in_proj_a.weight", "in_proj_b.weight")):
+        return tiled(tensor, 1)
+    if name.endswith("out_proj.weight"):
+        return tiled(tensor.T, width).T
+    if name.endswith("in_proj_z.weight"):
+        return tiled(tensor, width)
+    if name.endswith(("in_proj_qkv.weight", "conv1d.weight")):
+        others = 2 * keys * config["linear_key_head_dim"]
+        return torch.cat([tensor[:others], tiled(tensor[others:], width)]).squeeze(1)
+    return tensor
 
 
 def test_ternary_of_whole_blocks(run: Run, packed: Any, tmp_path: Path) -> None:
@@ -433,17 +510,103 @@ def test_metadata_of_factors_and_windows(run: Run, packed: Any, tmp_path: Path) 
     assert found["gemma3.rope.freq_base_swa"] == 1e4
 
 
-def test_what_gemmas_code_in_llama_cpp_takes_for_granted() -> None:
-    def refusal(**config: Any) -> str:
-        complete = family_config("gemma3").to_dict() | GRANTED["gemma3"] | {"head_dim": 32} | config
-        with pytest.raises(UserError) as refused:
-            gguf_architecture(complete)
-        return refused.value.message
+#: family, settings that llama.cpp's code does not have -> words of the sentence that refuses them.
+REFUSED: dict[tuple[str, str], dict[str, Any]] = {
+    ("gemma3", "every sixth"): {"layer_types": ["sliding_attention", "full_attention"]},
+    ("gemma3", "a scale of their own"): {"query_pre_attn_scalar": 16},
+    ("gemma3", "capped"): {"final_logit_softcapping": 30.0},
+    ("gemma3", "activation 'silu' is not gelu_pytorch_tanh"): {"hidden_activation": "silu"},
+    ("gemma2", "every second"): {"layer_types": ["full_attention", "sliding_attention"]},
+    ("gemma2", "not capped"): {"final_logit_softcapping": None},
+    ("gemma2", "its attention scores have a scale"): {"query_pre_attn_scalar": 16},
+    ("gemma2", "takes the embedding for the head"): {"tie_word_embeddings": False},
+    ("gemma", "attends to later tokens"): {"use_bidirectional_attention": True},
+    ("olmo2", "wants a head of its own"): {"tie_word_embeddings": True},
+    ("olmo2", "not as wide as the model"): {"head_dim": 64},
+    ("olmo3", "every fourth"): {"layer_types": ["sliding_attention", "full_attention"]},
+    ("olmo3", "a base of their own"): {
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        }
+    },
+    ("phi3", "not as wide as the model"): {"head_dim": 64},
+    ("phi3", "in the way 'linear'"): {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    ("hunyuan", "in the way 'dynamic'"): {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}},
+    ("ministral3", "queries without llama_4_scaling_beta"): {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}
+    },
+    ("ministral3", "an mscale that is not 1"): {
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "llama_4_scaling_beta": 0.1, "mscale": 0.7}
+    },
+    ("lfm2", "convolutions have biases"): {"conv_bias": True},
+    ("qwen3.5", "not as wide as its key heads"): {"linear_value_head_dim": 64},
+}
 
-    assert "every sixth" in refusal(layer_types=["sliding_attention", "full_attention"])
-    assert "a scale of their own" in refusal(query_pre_attn_scalar=16)
-    assert "capped" in refusal(final_logit_softcapping=30.0)
-    assert "activation 'silu' is not gelu_pytorch_tanh" in refusal(hidden_activation="silu")
+
+@pytest.mark.parametrize(("family", "words"), REFUSED)
+def test_what_code_of_llama_cpp_takes_for_granted(family: str, words: str) -> None:
+    usual = {**SHAPE, **GRANTED.get(family, {}), "tie_word_embeddings": family in TIED}
+    complete = family_config(family).to_dict() | usual
+    assert gguf_architecture(complete)
+    with pytest.raises(UserError, match=words):
+        gguf_architecture(complete | REFUSED[family, words])
+
+
+def test_metadata_of_layers_that_differ(run: Run, packed: Any, tmp_path: Path) -> None:
+    exporter.export(packed(run, "lfm2"), tmp_path / "lfm2.gguf")
+    found = values(read(tmp_path / "lfm2.gguf"))
+    assert found["lfm2.attention.head_count_kv"] == [0, 2, 0]
+    assert found["lfm2.feed_forward_length"] == 256
+    assert found["lfm2.shortconv.l_cache"] == 3
+    exporter.export(packed(run, "qwen3.5"), tmp_path / "qwen.gguf")
+    found = values(read(tmp_path / "qwen.gguf"))
+    assert found["qwen35.attention.recurrent_layers"] == [True, False, True]
+    assert found["qwen35.full_attention_interval"] == 2
+    assert found["qwen35.rope.dimension_count"] == 16
+    keys = ("conv_kernel", "state_size", "group_count", "time_step_rank", "inner_size")
+    assert [found[f"qwen35.ssm.{key}"] for key in keys] == [4, 32, 2, 4, 128]
+    exporter.export(packed(run, "olmo3"), tmp_path / "olmo3.gguf")
+    found = values(read(tmp_path / "olmo3.gguf"))
+    assert found["olmo2.attention.sliding_window_pattern"] == [True, True]
+    assert found["olmo2.context_length"] == 128
+
+
+def test_metadata_of_positions(run: Run, packed: Any, tmp_path: Path) -> None:
+    exporter.export(packed(run, "ministral3"), tmp_path / "m.gguf")
+    found = values(read(tmp_path / "m.gguf"))
+    assert found["mistral3.attention.temperature_scale"] == 0.5
+    assert found["mistral3.rope.scaling.original_context_length"] == 8
+    assert found["mistral3.rope.scaling.yarn_log_multiplier"] == 1.0
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 1.0, "alpha": 1000.0}
+    exporter.export(packed(run, "hunyuan", rope_parameters=dynamic), tmp_path / "h.gguf")
+    found = values(read(tmp_path / "h.gguf"))
+    assert found["hunyuan-dense.rope.freq_base"] == pytest.approx(1e4 * 1000 ** (32 / 30))
+    long = {"rope_type": "longrope", "rope_theta": 1e4}
+    long |= {"partial_rotary_factor": 0.5, "short_factor": [1.1] * 8, "long_factor": [2.5] * 8}
+    shape = {"original_max_position_embeddings": 16, "sliding_window": 100}
+    result = exporter.export(packed(run, "phi3", rope_parameters=long, **shape), tmp_path / "p.gguf")
+    found, tensors = values(read(tmp_path / "p.gguf")), {each.name: each for each in read(tmp_path / "p.gguf").tensors}
+    assert found["phi3.rope.scaling.attn_factor"] == pytest.approx(math.sqrt(1 + math.log(8) / math.log(16)))
+    assert found["phi3.rope.dimension_count"] == 16
+    assert found["phi3.context_length"] == 100
+    assert tensors["rope_factors_long.weight"].data.tolist() == [2.5] * 8
+    assert any("longer than 16 tokens" in note for note in result.notes)
+
+
+def test_columns_in_another_order_keep_their_scales() -> None:
+    """Groups move whole, or in the parts that stay together."""
+    draw = torch.Generator().manual_seed(2)
+    order = torch.arange(256).reshape(2, 2, 64).transpose(0, 1).reshape(-1)
+    for name, group in (("int4", 32), ("int4", 64), ("ternary", 256), ("int2", 64), ("int8", 128)):
+        spec = MatrixSpec((name,), group)
+        encoded = random_encoded(spec, 6, 256, 3)
+        matrix = blocks.BlockMatrix(encoded, spec, torch.randperm(6, generator=draw), order)
+        expected = formats.decode_matrix(encoded, spec)[matrix.order][:, order].numpy()
+        assert matrix.group == min(group, 64)
+        kind = smallest(matrix)
+        assert (dequantized(kind, matrix) == expected).all(), (name, group, kind)
+        assert (dequantized("F32", matrix) == expected).all()
 
 
 def test_a_sliding_window_bounds_the_context(run: Run, packed: Any, tmp_path: Path) -> None:
@@ -475,8 +638,7 @@ def test_rope_factors_of_llama_3() -> None:
     }
     config = LlamaConfig(head_dim=64, rope_parameters=scaling)
     expected, attention = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    factors = rope_factors(config.to_dict())
-    assert factors is not None
+    factors = rope_factors(gguf_architecture_of("llama"), config.to_dict())["rope_freqs.weight"]
     plain = 500000.0 ** -(torch.arange(0, 64, 2).double() / 64)
     assert attention == 1.0
     assert (factors.min(), factors.max()) == (1, 32)
@@ -491,8 +653,8 @@ def test_scaled_positions(run: Run, packed: Any, tmp_path: Path) -> None:
     found = values(read(tmp_path / "linear"))
     assert (found["llama.rope.scaling.type"], found["llama.rope.scaling.factor"]) == ("linear", 2.0)
     tensor = next(each for each in read(tmp_path / "llama3").tensors if each.name == "rope_freqs.weight")
-    expected = rope_factors({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, **llama3}, **SHAPE})
-    assert expected is not None
+    parameters = {"rope_type": "llama3", "rope_theta": 1e4, **llama3}
+    [expected] = rope_factors(gguf_architecture_of("llama"), {"rope_parameters": parameters, **SHAPE}).values()
     assert tensor.data.tolist() == expected.tolist()
 
 
@@ -517,9 +679,7 @@ def test_a_number_that_gguf_cannot_hold(run: Run, packed: Any, tmp_path: Path) -
 
 
 def test_what_llama_cpp_would_leave_out_is_refused() -> None:
-    assert "its family 'gemma' is not among gemma3_text, granite, granitemoe, llama, mistral" in refusal(
-        model_type="gemma"
-    )
+    assert "its family 'lfm3' is not among gemma, gemma2, gemma3_text, granite" in refusal(model_type="lfm3")
     assert "activation 'gelu'" in refusal(hidden_act="gelu")
     assert "every fourth" in refusal(model_type="smollm3", no_rope_layers=[1, 0])
     assert "as wide as the model" in refusal(model_type="qwen2", head_dim=64)
@@ -529,6 +689,10 @@ def test_what_llama_cpp_would_leave_out_is_refused() -> None:
     assert "'dynamic'" in refusal(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "mscale": 0.7}
     assert "YaRN scaling has mscale" in refusal(rope_parameters=yarn)
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "attention_factor": 1.2}
+    assert "YaRN scaling has attention_factor" in refusal(rope_parameters=yarn)
+    said = family_config("llama").to_dict() | {"rope_parameters": yarn | {"attention_factor": 1.2079441541679836}}
+    assert gguf_architecture(said)  # OLMo 3 says what YaRN has anyway
     assert "a part of each head" in refusal(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5})
     for family, name in (
         ("qwen3", "model.layers.0.self_attn.o_proj.bias"),
@@ -631,11 +795,11 @@ def test_a_packed_folder_is_exported_directly(run: Run, packed: Any, tmp_path: P
 def test_what_cannot_be_exported_is_refused_before_anything_is_made(
     run: Run, make_model: ModelMaker, text_file: Path, tmp_path: Path
 ) -> None:
-    make_model(tmp_path / "gemma", "gemma")
+    make_model(tmp_path / "lfm3", "lfm3")
     (tmp_path / "r.yaml").write_text("pack: {export: [gguf]}\n")
-    refused = run("calibrate", tmp_path / "gemma", "--recipe", tmp_path / "r.yaml", "--work", tmp_path / "job")
+    refused = run("calibrate", tmp_path / "lfm3", "--recipe", tmp_path / "r.yaml", "--work", tmp_path / "job")
     assert refused.code == 1
-    assert "its family 'gemma'" in refused.err
+    assert "its family 'lfm3'" in refused.err
     assert not (tmp_path / "job").exists()
 
 

@@ -13,6 +13,8 @@ from transformers import CONFIG_MAPPING
 from edgerazor import families
 from edgerazor.exporters.core.gguf_metadata import gguf_architecture
 from edgerazor.exporters.core.gguf_names import gguf_name
+from helpers.tiny_experts import MIXTURES
+from helpers.tiny_models import FAMILIES
 
 #: Llama under another name, in its one file.
 RENAMED = """
@@ -26,7 +28,11 @@ FAMILY = Family(
 
 
 #: What all released models of a type set, where the default of transformers is another.
-USUAL: dict[str, dict[str, Any]] = {"qwen3_moe": {"norm_topk_prob": True}}
+USUAL: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"norm_topk_prob": True},
+    # the small ones that have attention alone
+    "granitemoehybrid": {"layer_types": ["full_attention"] * 32, "num_local_experts": 0},
+}
 
 
 @pytest.mark.parametrize("model_type", families.available())
@@ -55,7 +61,7 @@ def test_what_is_read_of_gguf_is_written_by_one_model_type() -> None:
     """Mistral's files are Llama's for llama.cpp, and are read as such."""
     assert families.from_gguf().items() >= {"llama": "llama", "gemma3": "gemma3_text", "qwen3": "qwen3"}.items()
     readable = [family.gguf.name for family in families.available().values() if family.gguf and family.gguf.configure]
-    assert len(readable) == len(set(readable)) == len(families.from_gguf()) == 14
+    assert len(readable) == len(set(readable)) == len(families.from_gguf()) == 18
 
 
 def test_a_family_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,3 +79,20 @@ def test_a_family_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_model_without_a_file_is_no_family() -> None:
     for model_type in ("gemma3", "core", "__init__", "", None, "../llama"):
         assert families.find(model_type) is None
+
+
+def test_the_table_of_families_tells_the_truth() -> None:
+    page = (Path(families.__file__).parent / "README.md").read_text(encoding="utf-8")
+    lines = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    told = {line[0].strip("`"): [not cell.startswith("no") for cell in line[2:]] for line in lines}
+    assert len(told) == len(lines)
+    chained = {kind for kind, _ in FAMILIES.values()} | MIXTURES.keys()
+    for model_type, (chain, native, written, read) in told.items():
+        family = families.find(model_type) or families.Family()
+        assert model_type in CONFIG_MAPPING
+        assert chain == (model_type in chained), model_type
+        assert native == (family.native is not None), model_type
+        assert written == bool(family.gguf and family.gguf.exported), model_type
+        by_name = {"mistral": "llama", "olmo3": "olmo2"}.get(model_type, model_type)  # read as the other one is
+        assert read == (by_name in families.from_gguf().values()), model_type
+    assert families.available().keys() <= told.keys()

@@ -43,6 +43,39 @@ LFM2: dict[str, Any] = {
     **{"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "block_multiple_of": 8},
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
 }
+LFM3: dict[str, Any] = {
+    **{"num_hidden_layers": 3, "layer_types": ["conv", "sliding_attention", "full_attention"], "sliding_window": 5},
+}
+OLMO3: dict[str, Any] = {
+    **{"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": {
+            **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0},
+            "original_max_position_embeddings": 32,
+        },
+    },
+}
+MINISTRAL3: dict[str, Any] = {
+    "rope_parameters": {
+        **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0},
+        **{"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5},
+        "original_max_position_embeddings": 8,
+    },
+}
+#: Mamba-2 layers beside attention without positions, and no experts but the shared one.
+GRANITE_HYBRID: dict[str, Any] = {
+    **{**GRANITE, "num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    **{"shared_intermediate_size": 101, "num_local_experts": 0, "num_experts_per_tok": 0, "mamba_n_groups": 2},
+    **{"mamba_n_heads": 12, "mamba_d_head": 16, "mamba_d_state": 20, "mamba_chunk_size": 8},
+}
+#: Inputs of single layers, heads of two widths, and two layers that use the keys and values of others.
+GEMMA4: dict[str, Any] = {
+    **{"num_hidden_layers": 5, "num_kv_shared_layers": 2, "use_double_wide_mlp": True, "sliding_window": 8},
+    "layer_types": [f"{kind}_attention" for kind in ("sliding", "full", "sliding", "sliding", "full")],
+    **{"hidden_size_per_layer_input": 12, "vocab_size_per_layer_input": VOCABULARY, "global_head_dim": 32},
+    "final_logit_softcapping": 3.0,
+}
 QWEN3_5: dict[str, Any] = {
     **{"layer_types": ["linear_attention", "full_attention", "linear_attention"], "num_hidden_layers": 3},
     **{"linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_key_head_dim": 12},
@@ -62,15 +95,24 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("gemma", {"hidden_act": "gelu_pytorch_tanh"}),
     "gemma2": ("gemma2", {"sliding_window": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
     "gemma3": ("gemma3_text", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}),
+    "gemma4": ("gemma4_text", GEMMA4),
     "phi": ("phi", {"partial_rotary_factor": 0.5}),  # LayerNorm, biases everywhere, also of the head
     "phi3": ("phi3", {}),  # fused q, k, v and fused gate, up
     "olmo2": ("olmo2", {}),  # norms behind attention and MLP
     "granite": ("granite", GRANITE),  # factors of scores, embeddings, residuals and logits
+    "granite-hybrid": ("granitemoehybrid", GRANITE_HYBRID),
+    "hunyuan": ("hunyuan_v1_dense", {}),  # norms of q and k behind RoPE
+    "olmo3": ("olmo3", OLMO3),  # windows, and positions by kind of layer
+    "ministral3": ("ministral3", MINISTRAL3),  # queries that grow with their position
+    "starcoder2": ("starcoder2", {"sliding_window": 6, "use_bias": True, "hidden_act": "gelu_pytorch_tanh"}),
     "lfm2": ("lfm2", LFM2),  # short convolutions beside attention
+    "lfm3": ("lfm3", LFM3),  # the same with norms behind, gates of heads and windows
     "qwen3.5": ("qwen3_5_text", QWEN3_5),  # the gated delta rule beside attention, whose result has a gate
 }
 #: Those of which only some layers have attention.
-RECURRENT = ("lfm2", "qwen3.5")
+RECURRENT = ("lfm2", "lfm3", "qwen3.5", "granite-hybrid")
+#: Those of more than two layers, as their `layer_types` say.
+LAYERED = (*RECURRENT, "gemma4")
 
 
 ModelMaker = Callable[..., PreTrainedModel]
@@ -140,6 +182,9 @@ def write_tiny_model(
     with torch.no_grad():  # everything matters: biases and norms are not left at 0 and 1
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.ndim > 1 else 0.3))
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.add_(torch.randn_like(buffer) * 0.3)
     model = model.to(dtype).eval()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -36,6 +36,7 @@ from helpers.packed_folders import SETTINGS, all_of, suitable_model, write_packe
 from helpers.places import ROOT
 from helpers.tiny_models import (
     FAMILIES,
+    GRANITE_HYBRID,
     GROUP_SIZE,
     LFM2,
     QWEN3_5,
@@ -66,6 +67,8 @@ OF_ROPE: dict[str, dict[str, Any]] = {
         "long_factor": [1.5 + 0.5 * i for i in range(8)],
     },
 }
+#: Granite 4 without layers that the native engine does not have.
+NANO: dict[str, Any] = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
 #: name -> model type, and what is special about it beyond `SHAPE`.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: FAMILIES[name] for name in ("llama", "qwen2", "qwen3", "mistral", "smollm2", "smollm3", "olmo2")},
@@ -116,43 +119,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "granite": FAMILIES["granite"],
-    "hunyuan": ("hunyuan_v1_dense", {}),
+    "granite 4, attention alone": ("granitemoehybrid", {**GRANITE_HYBRID, **NANO, "position_embedding_type": "rope"}),
+    "granite 4, no positions": ("granitemoehybrid", {**GRANITE_HYBRID, **NANO, "attention_bias": True}),
+    **{name: FAMILIES[name] for name in ("hunyuan", "olmo3", "ministral3", "starcoder2", "lfm2", "lfm3", "qwen3.5")},
     "hunyuan, alpha": (
         "hunyuan_v1_dense",
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 1.0, "alpha": 1000.0}},
     ),
-    "olmo3": (
-        "olmo3",
-        {
-            "sliding_window": 5,
-            "layer_types": ["sliding_attention", "full_attention"],
-            "rope_parameters": {
-                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-                "full_attention": {
-                    **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0},
-                    "original_max_position_embeddings": 32,
-                },
-            },
-        },
-    ),
-    "ministral3": (
-        "ministral3",
-        {
-            "rope_parameters": {
-                **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0},
-                **{"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5},
-                "original_max_position_embeddings": 8,
-            },
-        },
-    ),
-    "starcoder2": ("starcoder2", {"sliding_window": 6, "use_bias": True, "hidden_act": "gelu_pytorch_tanh"}),
-    "lfm2": FAMILIES["lfm2"],
     "lfm2, bias": ("lfm2", {**LFM2, "conv_bias": True, "tie_word_embeddings": False, "conv_L_cache": 5}),
-    "lfm3": (
-        "lfm3",
-        {"layer_types": ["conv", "sliding_attention", "full_attention"], "num_hidden_layers": 3, "sliding_window": 5},
-    ),
-    "qwen3.5": FAMILIES["qwen3.5"],
     "qwen3.5, tied": (
         "qwen3_5_text",
         {
@@ -168,7 +142,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 #: Their parts are those of others, or checked by other tests, too.
 RARER = {
     *("gemma", "gemma2, no caps, untied", "gemma3, one kind of layer", "hunyuan, alpha", "lfm2, bias"),
-    *("ministral3", "olmo3", "phi3, partial, longrope", "qwen3.5, tied", "starcoder2", "granite"),
+    *(
+        "granite 4, no positions",
+        "ministral3",
+        "olmo3",
+        "phi3, partial, longrope",
+        "qwen3.5, tied",
+        "starcoder2",
+        "granite",
+    ),
 }
 NAMES = mostly_slow(VARIANTS, *(VARIANTS.keys() - RARER))
 EXACT, EIGHT, FOUR = (16, 16), (8, 8), (8, 4)

@@ -40,6 +40,10 @@ def batches() -> list[torch.Tensor]:
 def test_streamed_states_are_those_of_the_whole_model(family: str, make_model: ModelMaker, tmp_path: Path) -> None:
     make_model(tmp_path / "model", family)
     model, _ = models.load(tmp_path / "model", dtype=FLOAT32)
+    if family == "lfm3":  # transformers renames a tensor of it on the way
+        with pytest.raises(UserError, match="under another name, so it cannot be streamed"):
+            streamed(tmp_path / "model")
+        return
     stream = streamed(tmp_path / "model")
     passed = stream.forward(batches(), hidden_layers=(0, 1, 2))
     assert all(weight.is_meta for layer in stream.blocks.layers for weight in layer.parameters())

@@ -13,6 +13,7 @@ Layouts follow ggml-quants.c and ggml-common.h of llama.cpp; `gguf.quants` reads
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -96,11 +97,13 @@ class BlockMatrix:
         encoded: codes int8 [rows, cols] and scales float16 [rows, groups].
         spec: formats and group size.
         order: int64 [rows], the row that comes at each place, or None for their own order.
+        columns: int64 [cols], likewise.
     """
 
     encoded: Encoded
     spec: MatrixSpec
     order: Tensor | None = None
+    columns: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -126,21 +129,29 @@ class BlockMatrix:
         values = whole.values.to(torch.int16)
         if bool((whole.scales == 0).any()):
             values = values * self._columns(whole.scales != 0).to(torch.int16)
-        return values.numpy(), whole.scales.numpy()
+        if self.columns is None:
+            return values.numpy(), whole.scales.numpy()
+        return values[:, self.columns].numpy(), self._columns(whole.scales)[:, self.columns[:: self.group]].numpy()
 
     def decode(self, rows: Tensor) -> Tensor:
         """The weights of these rows, float32 [len(rows), cols]."""
         encoded = Encoded(self.encoded.codes[rows], self.encoded.scales[rows])
-        return formats.decode_matrix(encoded, self.spec.take(rows))
+        weights = formats.decode_matrix(encoded, self.spec.take(rows))
+        return weights if self.columns is None else weights[:, self.columns]
 
     @property
     def group(self) -> int:
-        """Weights that share a scale."""
-        return min(self.spec.group_size, self.shape[1])
+        """Weights that share a scale; where columns are sorted, those of them that stay together in every group."""
+        group = min(self.spec.group_size, self.shape[1])
+        if self.columns is None:
+            return group
+        begins = (self.columns.diff() != 1).nonzero().flatten() + 1
+        return math.gcd(group, *begins.tolist(), *self.columns[begins].tolist())
 
     def _columns(self, of_groups: Tensor) -> Tensor:
         """[rows, groups] repeated for every column of the groups."""
-        return of_groups.repeat_interleave(self.group, dim=1)[:, : self.shape[1]]
+        group = min(self.spec.group_size, self.shape[1])
+        return of_groups.repeat_interleave(group, dim=1)[:, : self.shape[1]]
 
 
 def block_units(levels: Levels, units: Units, group: int, size: int) -> Units:

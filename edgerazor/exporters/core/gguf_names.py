@@ -1,15 +1,11 @@
-"""llama.cpp's names of tensors, their order in a file, and the order of their rows."""
+"""llama.cpp's names of tensors, and their order in a file."""
 
 from __future__ import annotations
 
 import re
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from edgerazor.exporters.core.gguf_metadata import refused
-from edgerazor.families import EMBEDDING, FINAL_NORM, HEAD, GgufArchitecture, head_size
+from edgerazor.families import EMBEDDING, FINAL_NORM, HEAD, GgufArchitecture
 
 #: Parts of a decoder layer -> llama.cpp's names.
 LAYER_PARTS = {
@@ -27,6 +23,8 @@ LAYER_PARTS = {
 }
 #: llama.cpp's name of a router.
 ROUTER = "ffn_gate_inp"
+#: Tensors that llama.cpp wants in float32 although they are matrices: routers, and the kernels of convolutions.
+FLOAT32 = (ROUTER, "shortconv.conv", "ssm_conv1d")
 #: Parts of a mixture of experts: its router, and what `expert_stack` makes of the matrices of its experts.
 EXPERT_PARTS = {
     f"{block}.{name}": part
@@ -54,8 +52,10 @@ def gguf_name(architecture: GgufArchitecture, name: str) -> str:
     """
     module, _, parameter = name.rpartition(".")
     in_layer = IN_LAYER.fullmatch(module)
+    if (whole := IN_LAYER.fullmatch(name)) and whole[2] in architecture.parameters:
+        return f"blk.{whole[1]}.{architecture.parameters[whole[2]]}"
     parts = {**LAYER_PARTS, **(EXPERT_PARTS if architecture.experts else {}), **architecture.parts}
-    part = parts.get(in_layer[2]) if in_layer else OTHER_PARTS.get(module)
+    part = parts.get(in_layer[2]) if in_layer else {**OTHER_PARTS, **architecture.parts}.get(module)
     is_read = part is not None and parameter in ("weight", "bias")
     if is_read and parameter == "bias":
         is_read = part in architecture.biases
@@ -85,20 +85,4 @@ def file_order(target: str) -> tuple[int, int, str]:
     """Sort key of a tensor, by llama.cpp's name: embedding, layers, final norm, head."""
     if target.startswith("blk."):
         return 1, int(target.split(".")[1]), target
-    return (0 if target.startswith("token_embd") else 2), 0, target
-
-
-def row_order(architecture: GgufArchitecture, config: dict[str, Any], target: str) -> Tensor | None:
-    """Which row of q or k stands at each place of the file, int64 [rows]; None where all stay in place.
-
-    transformers rotates row i of a head with row i + half; llama.cpp's `llama` rotates neighbours. Sorting the rows is
-    exact, whatever they are made of.
-    """
-    part = target.split(".")[2] if target.startswith("blk.") else ""
-    if not architecture.interleaved_rope or part not in ("attn_q", "attn_k"):
-        return None
-    heads = config["num_attention_heads"]
-    if part == "attn_k":
-        heads = config.get("num_key_value_heads") or heads
-    size = head_size(config)
-    return torch.arange(heads * size).reshape(heads, 2, size // 2).transpose(1, 2).reshape(-1)
+    return (0 if target.startswith("token_embd.") else 2), 0, target

@@ -54,11 +54,15 @@ GGUF_NORMS_AROUND = {
 #: llama.cpp's names of the parts of a decoder layer whose biases it reads, as one of these sets.
 GGUF_QKV_BIASES = frozenset({"attn_q", "attn_k", "attn_v"})
 GGUF_ALL_BIASES = GGUF_QKV_BIASES | {"attn_output", "ffn_gate", "ffn_up", "ffn_down"}
+#: Numbers in words.
+ORDINALS = {2: "second", 4: "fourth", 6: "sixth"}
 #: Granite's factors: key of a GGUF file -> setting.
 GRANITE_FACTORS = {
     **{"attention.scale": "attention_multiplier", "embedding_scale": "embedding_multiplier"},
     **{"residual_scale": "residual_multiplier", "logit_scale": "logits_scaling"},
 }
+#: A number, or one for each layer, in the metadata of a GGUF file.
+GgufValue = int | float | str | list[int] | list[bool]
 #: Tensors that divide the frequencies of rotary positions in Phi 3: beyond the original context, and within it.
 GGUF_LONG_FACTORS, GGUF_SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
 #: Ways to scale rotary positions (`rope_type`) that every architecture of llama.cpp knows.
@@ -239,9 +243,25 @@ def all_supported(config: Any) -> str:
     return ""
 
 
-def nothing_more(config: dict[str, Any]) -> dict[str, int | float]:
+def nothing_more(config: dict[str, Any]) -> dict[str, GgufValue]:
     """GGUF files say nothing beyond what all files say."""
     return {}
+
+
+def no_factors(config: dict[str, Any]) -> dict[str, list[float]]:
+    """No tensor divides the frequencies of rotary positions."""
+    return {}
+
+
+def no_orders(config: dict[str, Any]) -> dict[str, list[int]]:
+    """Rows and columns stay in their places."""
+    return {}
+
+
+def rope_as_configured(config: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of rotary positions; those of layers without a window, where layers with one have their own."""
+    parameters: dict[str, Any] = config.get("rope_parameters") or {}
+    return dict(parameters.get("full_attention", parameters))
 
 
 def final_soft_cap(config: Any) -> float:
@@ -254,12 +274,30 @@ def looks_ahead(config: Any) -> str:
     return "attention to later tokens" if config.use_bidirectional_attention else ""
 
 
+def looks_ahead_in_gguf(config: dict[str, Any]) -> str:
+    """The same of what llama.cpp does not compute."""
+    return "it attends to later tokens" if config.get("use_bidirectional_attention") else ""
+
+
 def convolution_or_attention(config: Any, layer: int) -> Mixer:
     """The mixer of a layer of LFM 2 or 3."""
     return "short_convolution" if config.layer_types[layer] == "conv" else "attention"
 
 
-def scale_keys(keys: Mapping[str, str]) -> Callable[[dict[str, Any]], dict[str, int | float]]:
+def heads_are_narrow(config: dict[str, Any]) -> str:
+    """What is beyond code of llama.cpp that takes the width of all heads together to be that of the model."""
+    fits = head_size(config) * config["num_attention_heads"] == config["hidden_size"]
+    return "" if fits else "its heads together are not as wide as the model"
+
+
+def every_nth_is_full(config: dict[str, Any], n: int) -> str:
+    """What is beyond code of llama.cpp that gives each n-th layer no window."""
+    layers, kinds = config["num_hidden_layers"], config["layer_types"]
+    usual = ["full_attention" if (layer + 1) % n == 0 else "sliding_attention" for layer in range(layers)]
+    return "" if kinds == usual else f"its layers without a window are not every {ORDINALS[n]} one"
+
+
+def scale_keys(keys: Mapping[str, str]) -> Callable[[dict[str, Any]], dict[str, GgufValue]]:
     """Numbers of a configuration under names of GGUF: key of a file -> setting."""
     return lambda config: {key: float(config[setting]) for key, setting in keys.items()}
 
@@ -347,40 +385,59 @@ class GgufArchitecture:
         configure: fields of a configuration beyond those of all families, from a file's metadata; None where files of
             this name are read as another model type, or not at all.
         norm_offset: what conversion added to the gains of norms.
+        whole_norms: norms of a decoder layer whose gains were whole before.
+        parameters: llama.cpp's whole names of parameters of a decoder layer that are neither weight nor bias.
+        decays: those parameters x that files have as -exp(x).
+        row_orders, column_orders: llama.cpp's name of a part of a decoder layer -> which row, or column, of the model
+            stands at each place of the file, beside the rows of q and k.
         partial_rope: a part of each head may be rotated, so that the rotated width is not that of a head.
         float16: the model's states stay in the range of float16.
         exported: whether we write files of it; what follows is for that alone.
-        parts: llama.cpp's names of parts of a decoder layer, where `exporters/core/gguf_names.py` has others.
-        metadata: what a file says of a configuration beyond what all files say; keys come without the architecture's
-            name.
+        head: whether there is a tensor of the head: never (the embedding is the head), always, or where it is its own.
+        parts: llama.cpp's names of parts of a decoder layer, and of the final norm, where
+            `exporters/core/gguf_names.py` has others.
+        metadata: what a file says of a configuration beyond, or instead of, what all files say; keys come without the
+            architecture's name.
         activation: the function in the MLP, as transformers calls it.
         biases: llama.cpp's names of the parts whose bias it reads.
         qk_norms: whether it reads norms of q and k.
+        rope: the parameters of rotary positions as llama.cpp knows them.
         rope_types: ways to scale rotary positions that it knows.
+        rope_factors: tensors that divide the frequencies of rotary positions, beside those of `llama3`.
         experts: it is a mixture of experts: llama.cpp stacks the matrices of a layer's experts.
         all_layers_slide: every layer of the model sees a sliding window where the configuration has one.
         windows: llama.cpp computes the windows of its layers.
         unsupported: what llama.cpp cannot compute of a configuration, as the end of "cannot be exported as GGUF:"; an
             empty string where there is nothing.
+        note: what llama.cpp does otherwise all the same, as a sentence; an empty string where there is nothing.
     """
 
     name: str
     interleaved_rope: bool
     configure: Callable[[GgufMetadata], dict[str, Any]] | None = None
     norm_offset: float = 0.0
+    whole_norms: frozenset[str] = frozenset()
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    decays: frozenset[str] = frozenset()
+    row_orders: Callable[[dict[str, Any]], dict[str, list[int]]] = no_orders
+    column_orders: Callable[[dict[str, Any]], dict[str, list[int]]] = no_orders
     partial_rope: bool = False
     float16: bool = True
     exported: bool = True
+    head: Literal["never", "always", "own"] = "own"
     parts: Mapping[str, str] = field(default_factory=dict)
-    metadata: Callable[[dict[str, Any]], dict[str, int | float]] = nothing_more
+    metadata: Callable[[dict[str, Any]], dict[str, GgufValue]] = nothing_more
     activation: str = "silu"
     biases: frozenset[str] = frozenset()
     qk_norms: bool = False
+    rope: Callable[[dict[str, Any]], dict[str, Any]] = rope_as_configured
     rope_types: frozenset[str] = GGUF_ROPE_TYPES
+    rope_factors: Callable[[dict[str, Any]], dict[str, list[float]]] = no_factors
     all_layers_slide: bool = False
     experts: bool = False
     windows: bool = False
     unsupported: Callable[[dict[str, Any]], str] = all_supported
+    note: Callable[[dict[str, Any]], str] = all_supported
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,11 @@ from torch import Tensor
 from edgerazor import families, models
 from edgerazor.errors import UserError, plain
 from edgerazor.exporters.core.gguf_metadata import gguf_architecture
-from edgerazor.exporters.core.gguf_names import gguf_name, row_order
+from edgerazor.exporters.core.gguf_names import gguf_name
 from edgerazor.importers.core.base import IntegerMatrix, SourceModel, Stored, UnrepresentableError
-from edgerazor.models.gguf_configuration import ROPE_FACTORS, gguf_configuration
+from edgerazor.models.gguf_configuration import POSITIONS, gguf_configuration
 from edgerazor.models.gguf_tokenizer import write_tokenizer
+from edgerazor.models.gguf_values import column_order, from_gguf, row_order
 from edgerazor.untrusted.gguf_file import TYPES, GgufFile
 
 Bytes = NDArray[np.uint8]
@@ -58,9 +59,10 @@ class GgufSource(SourceModel):
                 f"{file.path} is a mixture of experts, which is not taken as it is from GGUF.",
                 f"Dequantize it and round it anew: `edgerazor pack {file.path} --bits 4`.",
             )
-        known = {gguf_name(self.architecture, name): name for name in _every_name(self.config)}
+        self.shapes = _every_shape(self.config)
+        known = {gguf_name(self.architecture, name): name for name in self.shapes}
         self.targets = {known[name]: name for name in file.tensors if name in known}
-        unknown = sorted(file.tensors.keys() - known.keys() - {ROPE_FACTORS})
+        unknown = sorted(file.tensors.keys() - known.keys() - POSITIONS)
         if unknown:
             raise UserError(f"{file.path} has the tensor {unknown[0]}, which no {architecture} model has here.")
         self.notes = ("Configuration rebuilt from metadata.",) if self.rebuilt else ()
@@ -74,17 +76,20 @@ class GgufSource(SourceModel):
         return name in self.targets and self.file.type_name(self.targets[name]) not in FLOATS
 
     def read(self, name: str) -> Stored:
-        """One tensor, with its rows in the order of transformers."""
+        """One tensor, with its rows, columns and gains as transformers has them."""
         target = self.targets[name]
         tensor, kind = self.file.tensors[target], self.file.type_name(target)
         blocks = self.file.blocks(target)
         order = row_order(self.architecture, self.config, target)
         back = None if order is None else torch.argsort(order)
+        columns = column_order(self.architecture, self.config, target)
         if kind in FLOATS:
             values = torch.from_numpy(np.array(blocks)).view(FLOATS[kind]).reshape(tensor.shape)
-            return values if back is None else values[back]
-        if kind not in DECODERS or len(tensor.shape) != 2:
-            raise UnrepresentableError(f"its type {kind} is not integers times one scale")
+            values = values if back is None else values[back]
+            values = values if columns is None else values[:, torch.argsort(columns)]
+            return from_gguf(self.architecture, name, values).reshape(self.shapes[name])
+        if kind not in DECODERS or len(tensor.shape) != 2 or columns is not None:
+            raise UnrepresentableError(f"its type {kind} is not integers times one scale in the order of transformers")
         values, scales = _matrix(blocks, DECODERS[kind], *tensor.shape)
         if back is not None:
             values, scales = values[back], scales[back]
@@ -110,9 +115,9 @@ def _matrix(blocks: Bytes, decode: Decoder, rows: int, columns: int) -> tuple[Te
     return torch.from_numpy(values.reshape(rows, columns)), torch.from_numpy(scales.reshape(rows, -1).copy())
 
 
-def _every_name(config: Mapping[str, Any]) -> list[str]:
-    """Every tensor that a model of a configuration may have, weights and biases."""
-    return list(models.skeleton(dict(config)).state_dict())
+def _every_shape(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a model of a configuration may have, weights and biases, and its shape."""
+    return {name: tuple(tensor.shape) for name, tensor in models.skeleton(dict(config)).state_dict().items()}
 
 
 def rebuilt_config(file: GgufFile, architecture: str) -> dict[str, Any]:
@@ -124,7 +129,7 @@ def rebuilt_config(file: GgufFile, architecture: str) -> dict[str, Any]:
     known = {
         family.gguf.name
         for family in families.available().values()
-        if family.gguf and family.gguf.exported and not family.gguf.parts
+        if family.gguf and family.gguf.exported and family.gguf.configure and not family.gguf.parts
     }
     if architecture not in known:
         raise UserError(

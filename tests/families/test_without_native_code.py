@@ -1,0 +1,46 @@
+"""Families that run in transformers alone: the reason is named, and a packed model computes the same from its cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from edgerazor import runtime
+from helpers.tiny_job import call
+from helpers.tiny_models import ModelMaker
+
+pytestmark = pytest.mark.job
+
+#: family -> why there is no native code for it.
+REASONS = {"gemma4": "models of type gemma4_text", "granite-hybrid": "Mamba-2 layers"}
+
+
+@pytest.mark.parametrize("family", REASONS)
+def test_a_packed_model_writes_from_its_cache(family: str, make_model: ModelMaker, tmp_path: Path) -> None:
+    make_model(tmp_path / "model", family)
+    words = ("--bits", 4, "--plan", "interleave", "--group-size", 40, "--work", tmp_path / "job")
+    assert call("pack", tmp_path / "model", *words).code == 0
+    model = runtime.load(tmp_path / "job" / "packed", threads=1)
+    assert REASONS[family] in (model.note or "")
+    ids = torch.randint(2, 300, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    expected, session = model.logits(ids), model.session()
+    for begin, end in ((0, 1), (1, 17), (17, 18), (18, 40)):  # beyond the window of 8
+        torch.testing.assert_close(session.feed(ids[begin:end]), expected[end - 1], rtol=2e-2, atol=2e-2)
+    done = call("generate", "Nora took", "--max-tokens", 8, "--temperature", 0, "--work", tmp_path / "job")
+    assert done.code == 0, done.err
+    refused = call("pack", tmp_path / "job" / "packed", "--export", "gguf")
+    assert refused.code == 1
+    assert "its family" in refused.err
+
+
+def test_mixed_layers_are_planned_and_measured(make_model: ModelMaker, text_file: Path, tmp_path: Path) -> None:
+    """A second table of embeddings gets the embedding's format, also where bytes are counted."""
+    make_model(tmp_path / "model", "gemma4")
+    words = ("--data", text_file, "--group-size", 40, "--sequences", 2, "--sequence-length", 24)
+    done = call("calibrate", tmp_path / "model", *words, "--real-bits", 5, "--work", tmp_path / "job", "--json")
+    assert done.code == 0, done.err
+    shown = call("show", tmp_path / "job", "--json")
+    assert shown.code == 0, shown.err
+    assert "model.embed_tokens_per_layer" in shown.out
