@@ -18,6 +18,8 @@ from edgerazor.runtime.batching import BatchScheduler, BatchSettings, Handle, Se
 from edgerazor.runtime.native_model import NativeModel
 from edgerazor.runtime.sampling import Sampler
 
+#: Texts of a batch that wait for others to end; those of the batch before may not have ended, either.
+MOST_WAITING = 1 << 16
 #: Whether a batch has brought enough, by how many tokens it has so far; it then ends where it is.
 Enough = Callable[[int], bool]
 
@@ -50,7 +52,7 @@ class NativeWriter:
 
     def __init__(self, model: NativeModel, side_by_side: int) -> None:
         self.model = model
-        self._scheduler = BatchScheduler(model, BatchSettings(max_sequences=side_by_side, max_queue=0))
+        self._scheduler = BatchScheduler(model, BatchSettings(max_sequences=side_by_side, max_queue=MOST_WAITING))
 
     def write(
         self,
@@ -63,7 +65,7 @@ class NativeWriter:
         """The tokens that are written behind each prompt, the one that ends a text not among them.
 
         Args:
-            requests: the texts, no more than are written side by side.
+            requests: the texts; where they are more than are written side by side, some wait.
             sampling: how tokens are drawn.
             ends: tokens that end a text.
             unending: no text ends before it has all its tokens.
@@ -72,10 +74,9 @@ class NativeWriter:
         Raises:
             UserError: a sequence cannot be computed.
         """
-        options = {"temperature": sampling.temperature}
+        settings = Generate()
         if sampling.temperature > 0:
-            options |= {"top_p": sampling.top_p, "top_k": sampling.top_k}
-        settings = Generate(max_tokens=1, **options)
+            settings = Generate(temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k)
         batch = _Batch([[] for _ in requests], enough)
         handles: list[Handle] = []
         try:
@@ -110,7 +111,8 @@ class _Batch:
     """
 
     def __init__(self, texts: list[list[int]], enough: Enough | None) -> None:
-        self.texts, self.error = texts, None
+        self.texts = texts
+        self.error: str | None = None
         self._enough, self._tokens, self._open = enough, 0, len(texts)
         self._done = threading.Event()
 
