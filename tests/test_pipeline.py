@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from edgerazor import packed, pipeline
 from edgerazor import recipe as recipes
 from edgerazor.calibration import generated_text
+from edgerazor.calibration.generated_text import Answer
 from edgerazor.job import JobContext
 from edgerazor.stages import bench
 from edgerazor.workdir import WorkDir
@@ -283,9 +284,9 @@ def test_without_data_the_teacher_writes(run: Run, tmp_path: Path, llama: Path) 
 def test_a_teacher_without_words_is_refused(
     run: Run, tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import torch
-
-    monkeypatch.setattr(generated_text.Writer, "_generate", lambda *_: torch.tensor([[0, 1]] * 32))
+    monkeypatch.setattr(
+        generated_text.Writer, "draw", lambda _self, prompts, *_, **__: [Answer([1], True)] * len(prompts)
+    )
     recipe = write_recipe(tmp_path / "r.yaml", llama, None)
     refused(run("calibrate", "--recipe", recipe, "--work", tmp_path / "job"), "writes no text by itself", "--data FILE")
 

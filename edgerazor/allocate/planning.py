@@ -126,7 +126,10 @@ def _pattern_plan(
 def _largest_plan(
     plan_at: Callable[[float], Plan], bounds: tuple[float, float], size_of: SizeOf, unit: str, budget: float
 ) -> Plan:
-    """The plan of the most bits that is within the budget."""
+    """The plan of the most bits that is within the budget.
+
+    Which rows have which format takes bytes, too: a single format may fit where a mixture of fewer bits does not.
+    """
     limit = _budget_bytes(unit, budget, size_of(plan_at(bounds[0])))
 
     def bytes_of(plan: Plan) -> int:
@@ -138,7 +141,10 @@ def _largest_plan(
             "Ask for more, or give narrower formats.",
         )
 
-    return fill(plan_at, bounds, bytes_of, limit, too_small)
+    filled = fill(plan_at, bounds, bytes_of, limit, too_small)
+    widths = {format_.nominal_bits for format_ in map(formats.get, formats.names())}
+    single = (plan_at(bits) for bits in sorted(widths) if bounds[0] <= bits <= bounds[1])
+    return max((filled, *(plan for plan in single if bytes_of(plan) <= limit)), key=Plan.nominal_bits)
 
 
 def _with_bits(settings: Calibrate, bits: float) -> Calibrate:

@@ -1,12 +1,15 @@
 """The teacher writes: text of its own, continuations of texts, and the assistant's turns of conversations.
 
-What a batch becomes depends on its prompts, its number and the seed, and on nothing that was written before it. So
-a run that was interrupted between two batches goes on to the same result.
+The native engine computes it where there is one of the teacher (`packaging/native_teacher.py`), else transformers.
+
+What a batch becomes depends on its prompts, its number, the seed and the engine, and on nothing that was written before
+it. So a run that was interrupted between two batches goes on to the same result.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from typing import Any
@@ -15,10 +18,12 @@ import numpy as np
 import torch
 
 from edgerazor import data
+from edgerazor.calibration.batched_writing import Enough, NativeWriter, WritingRequest
 from edgerazor.data import Conversation
 from edgerazor.errors import UserError
 from edgerazor.models import PreTrainedModel, PreTrainedTokenizerBase
 from edgerazor.recipe import Sampling
+from edgerazor.runtime.native_model import NativeModel
 from edgerazor.untrusted import vocabulary
 from edgerazor.untrusted.tokenizer import reading
 
@@ -60,6 +65,7 @@ class Writer:
         seed: of the drawing.
         context: most tokens that the model takes.
         options: what the chat template is given beside the messages.
+        native: writes in the teacher's place; None: transformers computes the teacher.
     """
 
     teacher: PreTrainedModel
@@ -68,6 +74,7 @@ class Writer:
     seed: int
     context: int
     options: Mapping[str, Any] = field(default_factory=dict)
+    native: NativeWriter | None = None
 
     def batches(self, prompts: Iterator[Prompt], first: int = 0) -> Iterator[list[Row]]:
         """Rows for `batch_size` prompts at a time.
@@ -87,8 +94,11 @@ class Writer:
                 return
             yield self.write(some, number)
 
-    def write(self, prompts: Sequence[Prompt], number: int) -> list[Row]:
-        """A row for each prompt of a batch, in order; `number` of the batch decides what is drawn."""
+    def write(self, prompts: Sequence[Prompt], number: int, enough: Enough | None = None) -> list[Row]:
+        """A row for each prompt of a batch, in order; `number` of the batch decides what is drawn.
+
+        Texts end where they are once there are `enough` tokens of them; conversations do not.
+        """
         talks = {
             place: Talk(replace(prompt, options=self.options))
             for place, prompt in enumerate(prompts)
@@ -97,7 +107,7 @@ class Writer:
         texts = {
             place: self._begin(prompt) for place, prompt in enumerate(prompts) if not isinstance(prompt, Conversation)
         }
-        rows = dict(zip(texts, self._texts(list(texts.values()), number), strict=True))
+        rows = dict(zip(texts, self._texts(list(texts.values()), number, enough), strict=True))
         self._converse(list(talks.values()), number)
         rows |= {place: talk.row() for place, talk in talks.items()}
         return [rows[place] for place in range(len(prompts))]
@@ -113,8 +123,8 @@ class Writer:
             ids = ids[:-1]
         return list(ids[: min(self.sampling.prompt_tokens, self.context // 2)])
 
-    def _texts(self, prompts: list[list[int]], number: int) -> list[Row]:
-        answers = self.draw(prompts, (number,)) if prompts else []
+    def _texts(self, prompts: list[list[int]], number: int, enough: Enough | None) -> list[Row]:
+        answers = self.draw(prompts, (number,), enough=enough) if prompts else []
         rows = []
         for prompt, answer in zip(prompts, answers, strict=True):
             text = self.tokenizer.decode([*prompt, *answer.ids], skip_special_tokens=True)
@@ -150,6 +160,7 @@ class Writer:
         key: tuple[int, ...],
         stops: set[int] | None = None,
         exactly: int | None = None,
+        enough: Enough | None = None,
     ) -> list[Answer]:
         """What the teacher writes behind each prompt, all at once.
 
@@ -158,42 +169,68 @@ class Writer:
             key: numbers that decide, with the seed, what is drawn.
             stops: tokens that end a text, beside the model's own.
             exactly: write so many tokens, whatever they are.
+            enough: whether so many tokens are enough, so that all texts end where they are; None: never.
         """
         for prompt in prompts:
             vocabulary.check(self.tokenizer, prompt)
+        ends = self._text_ends() | (stops or set())
+        if self.native is not None:
+            requests = [
+                WritingRequest(prompt, exactly or self._most(len(prompt)), self._seed_of((*key, place)))
+                for place, prompt in enumerate(prompts)
+            ]
+            texts = self.native.write(requests, self.sampling, frozenset(ends), exactly is not None, enough)
+            return [
+                Answer(ids, len(ids) < request.most and enough is None)
+                for ids, request in zip(texts, requests, strict=True)
+            ]
         longest = max(map(len, prompts))
         filled = [[self._padding()] * (longest - len(prompt)) + prompt for prompt in prompts]
         mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        ends = self._text_ends() | (stops or set())
-        continuations = self._generate(filled, mask, key, ends, exactly)[:, longest:].tolist()
+        continuations = self._generate(filled, mask, key, ends, exactly, enough)[:, longest:].tolist()
         answers = []
         for ids in continuations:
             stop = next((place for place, token in enumerate(ids) if token in ends), len(ids))
             answers.append(Answer(ids if exactly else ids[:stop], stop < len(ids)))
         return answers
 
+    # Seven parameters: what is computed, how it is drawn, and when it ends.
     @torch.no_grad()
     def _generate(
-        self, ids: list[list[int]], mask: list[list[int]], key: tuple[int, ...], ends: set[int], exactly: int | None
+        self,
+        ids: list[list[int]],
+        mask: list[list[int]],
+        key: tuple[int, ...],
+        ends: set[int],
+        exactly: int | None,
+        enough: Enough | None = None,
     ) -> torch.Tensor:
         device, sampling = self.teacher.device, self.sampling
         drawing: dict[str, Any] = {"do_sample": False}
         if sampling.temperature > 0:
             drawing = {"do_sample": True, "temperature": sampling.temperature}
             drawing |= {"top_p": sampling.top_p, "top_k": sampling.top_k}
-        room = self.context - len(ids[0])
+        if enough is not None:
+            drawing["stopping_criteria"] = [_Criterion(enough, len(ids[0]))]
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(int(np.random.SeedSequence((self.seed, *key)).generate_state(1)[0]))
+            torch.manual_seed(self._seed_of(key))
             return self.teacher.generate(
                 input_ids=torch.tensor(ids, device=device),
                 attention_mask=torch.tensor(mask, device=device),
-                max_new_tokens=exactly or max(1, min(sampling.answer_tokens, room)),
+                max_new_tokens=exactly or self._most(len(ids[0])),
                 min_new_tokens=exactly,
                 repetition_penalty=1.0,  # the model's own distribution, whatever its generation_config.json says
                 eos_token_id=sorted(ends) or None,
                 pad_token_id=self._padding(),
                 **drawing,
             )
+
+    def _most(self, length: int) -> int:
+        """Tokens that may be written behind a prompt of so many."""
+        return max(1, min(self.sampling.answer_tokens, self.context - length))
+
+    def _seed_of(self, key: tuple[int, ...]) -> int:
+        return int(np.random.SeedSequence((self.seed, *key)).generate_state(1)[0])
 
     def _padding(self) -> int:
         return int(self.tokenizer.pad_token_id or 0)
@@ -203,6 +240,31 @@ class Writer:
         own = self.teacher.generation_config.eos_token_id
         ids = own if isinstance(own, list) else [own]
         return {token for token in (*ids, self.tokenizer.eos_token_id) if token is not None}
+
+
+@contextmanager
+def written_with(writer: Writer, native: NativeModel | None) -> Iterator[Writer]:
+    """The writer with the native engine in its teacher's place, where there is one."""
+    if native is None:
+        yield writer
+        return
+    batches = NativeWriter(native, writer.sampling.batch_size)
+    try:
+        yield replace(writer, native=batches)
+    finally:
+        batches.close()
+
+
+@dataclass(frozen=True)
+class _Criterion:
+    """For transformers' `generate`: when all sequences end, by how many tokens there are behind `length` of each."""
+
+    enough: Enough
+    length: int
+
+    def __call__(self, ids: torch.Tensor, _scores: Any, **_options: Any) -> torch.Tensor:
+        ended = self.enough(len(ids) * (ids.shape[1] - self.length))
+        return torch.full((len(ids),), ended, device=ids.device)
 
 
 @dataclass(eq=False)

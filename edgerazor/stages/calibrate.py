@@ -22,6 +22,7 @@ from edgerazor.calibration.calibrate_result import CalibrateDryRun, CalibrateRes
 from edgerazor.calibration.measurement import Measurement
 from edgerazor.errors import INTERRUPTED, UserError
 from edgerazor.job import JobContext
+from edgerazor.packaging.native_teacher import native_teacher
 from edgerazor.recipe import Recipe
 from edgerazor.report.tables import calibrate_tables
 from edgerazor.stage import Stage
@@ -76,7 +77,7 @@ class CalibrateStage(Stage):
         if not context.recipe.data.train:
             text = "written by the teacher, since no --data was given"
             if tensors is None or not work.generated_text.exists():
-                own_text.provide(context, length)
+                own_text.provide(context, length, native_teacher)
         rows, _ = context.open_text(teacher.tokenizer, length)
         shape = models.logit_shape(teacher.model, structure.head_path)
         measurement = Measurement(context, teacher, length, rows, shape)

@@ -26,6 +26,7 @@ from edgerazor.calibration import generated_text
 from edgerazor.console import Console
 from edgerazor.errors import UserError, usage_error
 from edgerazor.job import LoadedModel, RecipeContext, context_length
+from edgerazor.packaging.native_teacher import native_teacher
 from edgerazor.recipe import Recipe, Source
 from edgerazor.workdir import alone, record_of, sweep, sync, sync_open, versions, write_json
 
@@ -92,14 +93,17 @@ def _run(
     if first == "":
         raise UserError(f"There are no prompts in {source and source.file}; expected texts or conversations.")
     began = time.monotonic()
-    writer = writer_of(context, context.load_teacher(device, devices.inference_dtype(device)))
+    teacher = context.load_teacher(device, devices.inference_dtype(device))
+    writer = writer_of(context, teacher)
     if force:
         out.unlink(missing_ok=True)  # before the record: killed in between, its rows are nobody's
     written = Written() if force else whole_batches(out, recipe.sampling.batch_size)
     if written.batches:
         console.say(f"{out} has {written.rows:,} rows, and is gone on with")
-    write_json(record_of(out), {"settings": inputs, "versions": versions()})
-    prompts = append(writer, out, source, written, limit, console)
+    with native_teacher(teacher, context) as native, generated_text.written_with(writer, native) as fastest:
+        engine = check_engine(out, written, "transformers" if native is None else "native, int8")
+        write_json(record_of(out), {"settings": inputs, "engine": engine, "versions": versions()})
+        prompts = append(fastest, out, source, written, limit, console)
     result = DataResult(
         out=str(out),
         model=recipe.model,
@@ -117,7 +121,8 @@ def _run(
             f"{recipe.model} finished no answer within {recipe.sampling.answer_tokens} tokens.",
             "Allow longer ones with --answer-tokens.",
         )
-    record = {"settings": inputs, "versions": versions(), "wanted": limit, "result": result.model_dump()}
+    record = {"settings": inputs, "engine": engine, "versions": versions(), "wanted": limit}
+    record["result"] = result.model_dump()
     write_json(record_of(out), record)
     return result
 
@@ -235,6 +240,26 @@ def check_record(out: Path, inputs: dict[str, str], limit: int | None) -> DataRe
             )
     enough = result is not None and (record["wanted"] is None or (limit is not None and result.tokens >= limit))
     return result if enough else None
+
+
+def check_engine(out: Path, written: Written, engine: str) -> str:
+    """The engine that writes a file; another one than has begun it would go on with other texts.
+
+    Raises:
+        UserError: the file was begun with another one.
+    """
+    if not written.batches:
+        return engine
+    try:
+        before = untrusted.load_json(record_of(out)).get("engine", "transformers")
+    except (OSError, ValueError, AttributeError):
+        return engine
+    if before != engine:
+        raise UserError(
+            f"{out} was begun with the engine {str(before)[:50]}, and {engine} would go on with it.",
+            "Name another file with --out, or write it again with --force.",
+        )
+    return engine
 
 
 def show(result: DataResult) -> list[RenderableType]:

@@ -80,6 +80,20 @@ TYPES = {
 #: What ours are asked for beyond bits, time and seed: model and bits -> values.
 SETTINGS: dict[tuple[str, float], Values] = {}
 LAYERS: Values = {"distill": {"steps": 1, "reconstruct": {}}}
+#: Scales by the published rule, and no rotation; GPTQ in a plan that measures nothing.
+PUBLISHED: Values = {"calibrate": {"init": "rtn"}}
+GPTQ_ALIKE: Values = {"calibrate": {"init": "gptq", "plan": "interleave"}}
+#: Of the row at two nominal bits: small steps at a higher rate than the rule's, for a machine that is shared.
+TWO_BITS: Values = {
+    "calibrate": {"bits": 2.0, "sensitivity_tokens": 5098},
+    "distill": {
+        "batch_size": 1,
+        "learning_rate": 2e-4,
+        "evaluate_sequences": 8,
+        "evaluate_every": 40,
+        "checkpoint_every": 20,
+    },
+}
 #: Tokens that llama-imatrix reads at once.
 IMATRIX_CONTEXT = 256
 
@@ -94,6 +108,7 @@ class RealMethod(Method):
         minutes: of CPU that it trains; None for other methods.
         seed: of ours.
         quantize: llama.cpp's type.
+        nominal: its bits are nominal ones.
     """
 
     family: str = ""
@@ -101,6 +116,7 @@ class RealMethod(Method):
     minutes: float | None = None
     seed: int = 0
     quantize: str | None = None
+    nominal: bool = False
 
     @property
     def trains(self) -> bool:
@@ -126,6 +142,8 @@ class RealMethod(Method):
             values["calibrate"]["plan"] = "interleave"
         if self.minutes is not None:
             values["distill"] = {"max_time": 60 * self.minutes / (setting.threads or 1)}
+        if self.nominal:
+            return recipes.merge({"seed": self.seed, "distill": values["distill"]}, TWO_BITS)
         return recipes.merge(values, SETTINGS.get((teacher.name, bits), {}))
 
     def steps_of(self, teacher: Teacher, setting: Setting) -> int:
@@ -174,9 +192,12 @@ def all_methods(minutes: Sequence[float] = MINUTES) -> dict[str, RealMethod]:
     """Every method by its name, in the order of the table."""
     made = {
         "teacher": RealMethod("teacher", bits=(16.0,), family="teacher"),
-        "rtn": RealMethod("round to nearest, mixed alike", bits=BITS, family="rtn"),
-        "planned": RealMethod("round to nearest, by sensitivity", bits=BITS, family="planned", calibrated=True),
+        "rtn": RealMethod("round to nearest, mixed alike", PUBLISHED, bits=BITS, family="rtn"),
+        "rounded": RealMethod("least error, rotated, mixed alike", bits=BITS, family="rounded"),
+        "planned": RealMethod("least error, rotated, by sensitivity", bits=BITS, family="planned", calibrated=True),
         "gptq": RealMethod("--init gptq", {"calibrate": {"init": "gptq"}}, bits=BITS, family="gptq", calibrated=True),
+        "gptq-alike": RealMethod("--init gptq, mixed alike", GPTQ_ALIKE, bits=BITS, family="gptq", calibrated=True),
+        "two-bits": RealMethod("distilled, --bits 2", {}, bits=(2.0,), family="two-bits", minutes=84, nominal=True),
     }
     for seed in SEEDS:
         made[f"layers-seed{seed}"] = RealMethod("layer by layer", LAYERS, bits=BITS, family="layers", seed=seed)
@@ -470,7 +491,7 @@ def choose(known: Mapping[str, RealMethod], wanted: str | None, bits: str | None
     for name, method in known.items():
         if name == "teacher" or not (name in words or method.family in words):
             continue
-        if method.is_ours:
+        if method.is_ours and not method.nominal:
             pairs += [(name, target) for target in targets]
         else:
             pairs += [(name, own) for own in method.bits if max(2, int(own)) in near]

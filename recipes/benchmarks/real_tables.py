@@ -30,11 +30,13 @@ picture are made by `make results-real` from the rows that are there.
 INK, GRID = "#1f2328", "#d8dee4"
 #: Families of methods: colour and marker; those of ours are blue.
 STYLES = {
-    "rtn": ("#9ec5e8", "o"),
+    "rtn": ("#8c959f", "o"),
+    "rounded": ("#9ec5e8", "o"),
     "planned": ("#6aa8dc", "o"),
     "gptq": ("#3f8acb", "s"),
     "layers": ("#2a6db0", "^"),
     "distill": ("#123f73", "D"),
+    "two-bits": ("#123f73", "*"),
     "peer-gptq": ("#c9822b", "s"),
     "peer-auto-round": ("#b1453a", "^"),
     "peer-hqq": ("#8e5a9e", "v"),

@@ -2,10 +2,11 @@
 
     make real-models && python -m recipes.benchmarks.rotated_rounding
     python -m recipes.benchmarks.rotated_rounding --models realtext-4m --formats int4,ternary --group-sizes 256 --dry
+    python -m recipes.benchmarks.rotated_rounding --only embedding --dry
 
-All matrices, embedding and head included, are rounded to one format with scales of least squared error; activations and
-cache are not. KL, in nats a token, and perplexity are of held-out web text and Wikipedia. The table goes into
-recipes/results/rotation.md. A cell of the real models takes about a minute on two cores.
+All matrices, embedding and head included, or those of one kind alone, are rounded to one format with scales of least
+squared error; activations and cache are not. KL, in nats a token, and perplexity are of held-out web text and
+Wikipedia. The table goes into recipes/results/rotation.md. A cell of the real models takes about a minute on two cores.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--models", help="comma-separated; default: those of `make real-models`")
     made.add_argument("--formats", default="int4,int3,int2,ternary")
     made.add_argument("--group-sizes", default="256,64")
+    made.add_argument("--only", choices=("linear", "embedding", "head"), help="kind of the matrices; default: all")
     made.add_argument("--sequences", type=int, default=8, help=f"of {LENGTH} held-out tokens")
     made.add_argument("--real-data", type=Path, default=shared if shared.is_dir() else None)
     made.add_argument("--folder", type=Path, default=real_models.FOLDER, help="of the models")
@@ -82,7 +84,9 @@ def rows_of(teacher: Teacher, options: argparse.Namespace) -> Iterator[list[str]
     original = EvaluatedModel("teacher", reference, tokenizer)
     for name, size in itertools.product(options.formats.split(","), map(int, options.group_sizes.split(","))):
         plain, rotated = (
-            measure(EvaluatedModel("rounded", model, tokenizer), original, (name, size, rotation), batches)
+            measure(
+                EvaluatedModel("rounded", model, tokenizer), original, (name, size, rotation), batches, options.only
+            )
             for rotation in (None, "hadamard")
         )
         pairs = [(plain.kl, rotated.kl, 3), (plain.perplexity, rotated.perplexity, 4)]
@@ -99,7 +103,11 @@ def held_out(teacher: Teacher, tokenizer: models.PreTrainedTokenizerBase, sequen
 
 
 def measure(
-    rounded: EvaluatedModel, original: EvaluatedModel, what: tuple[str, int, str | None], batches: Sequence[data.Batch]
+    rounded: EvaluatedModel,
+    original: EvaluatedModel,
+    what: tuple[str, int, str | None],
+    batches: Sequence[data.Batch],
+    only: str | None = None,
 ) -> TextResult:
     """Held-out text of a model whose matrices are rounded in place.
 
@@ -108,18 +116,20 @@ def measure(
         original: the teacher.
         what: format, group size and rotation.
         batches: held-out text.
+        only: kind of the matrices that are rounded; None: all.
     """
-    weights = dict(matrices(original.model))
+    weights = dict(matrices(original.model, only))
     with torch.no_grad():
-        for name, weight in matrices(rounded.model):
+        for name, weight in matrices(rounded.model, only):
             weight.copy_(rounded_weight(weights[name], *what))
     return text_metrics(rounded, original, batches, Console(quiet=True))
 
 
-def matrices(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """The matrices that are quantized: path -> weight [rows, columns]."""
+def matrices(model: PreTrainedModel, only: str | None) -> Iterator[tuple[str, Tensor]]:
+    """The matrices that are quantized, or those of one kind: path -> weight [rows, columns]."""
     for target in models.structure(model).targets:
-        yield target.name, model.get_submodule(target.name).weight
+        if only in (None, target.kind):
+            yield target.name, model.get_submodule(target.name).weight
 
 
 def rounded_weight(weight: Tensor, name: str, group_size: int, rotation: str | None) -> Tensor:

@@ -411,6 +411,14 @@ def test_the_interleave_under_bytes(budget: dict[str, Any], granularity: str) ->
     assert plan["lm_head"].formats == plan["model.embed_tokens"].formats == ("int4",)  # not candidates here
 
 
+def test_one_format_is_not_missed_where_a_mixture_of_fewer_bits_is_larger() -> None:
+    """Formats of rows take bytes, so that the size does not rise evenly up to 4 bits and has its step behind them."""
+    limit = size_of(plan_of(plan="interleave", bits=4.0)).bytes
+    for more in (0, 1, 1000):
+        plan = plan_of(plan="interleave", target_size=limit + more)
+        assert {matrix.formats for matrix in linears(plan)} == {("int4",)}
+
+
 # --- before anything is measured -----------------------------------------------------------------
 
 

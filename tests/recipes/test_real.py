@@ -265,6 +265,8 @@ def test_what_is_asked() -> None:
     known = real.all_methods()
     assert real.choose(known, "rtn,distill-10m-seed1", "2.4") == [("rtn", 2.4), ("distill-10m-seed1", 2.4)]
     assert len(real.choose(known, "distill", None)) == 3 * 2 * 4
+    assert real.choose(known, "two-bits", "2.4") == [("two-bits", 2.0)]
+    assert real.choose(known, "two-bits,rounded", "3.1") == [("rounded", 3.1)]
     assert real.choose(known, "peer-hqq", "2.1,2.4") == [("peer-hqq", 2.0), ("peer-hqq-own", 2.0)]
     assert real.choose(known, "llamacpp", "4.1") == [("llamacpp-IQ4_XS", 4.25), ("llamacpp-Q4_K_M", 4.5)]
     assert real.choose(known, "llamacpp-TQ1_0", "2.1") == [("llamacpp-TQ1_0", 1.6875)]

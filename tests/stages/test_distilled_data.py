@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from edgerazor.calibration import generated_text
+from edgerazor.calibration.batched_writing import NativeWriter
 from edgerazor.data import documents
 from edgerazor.data.chat import parse_conversation
 from edgerazor.errors import UserError
@@ -57,13 +58,19 @@ def sure_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is drawn becomes two or three tokens and the end of the turn, as of a teacher that answers briefly."""
     generate = generated_text.Writer._generate
 
-    def brief(self: generated_text.Writer, ids: Any, mask: Any, key: Any, ends: set[int], exactly: Any) -> torch.Tensor:
-        found = generate(self, ids, mask, key, ends, exactly)[:, : len(ids[0]) + 4]
+    write = NativeWriter.write
+
+    def brief(self: generated_text.Writer, ids: Any, mask: Any, key: Any, ends: set[int], *more: Any) -> torch.Tensor:
+        found = generate(self, ids, mask, key, ends, *more)[:, : len(ids[0]) + 4]
         found[:, len(ids[0]) :].clamp_(min=50)
         found[:, -1] = max(ends - {1}, default=1)
         return found
 
+    def briefly(self: NativeWriter, *request: Any) -> list[list[int]]:
+        return [[max(token, 50) for token in ids[:3]] for ids in write(self, *request)]
+
     monkeypatch.setattr(generated_text.Writer, "_generate", brief)
+    monkeypatch.setattr(NativeWriter, "write", briefly)
 
 
 # --- drawing -----------------------------------------------------------------------------------
