@@ -27,6 +27,7 @@ from edgerazor.kernels.decoder import (
 )
 from edgerazor.models import load_tokenizer
 from edgerazor.packed import PackedModel
+from edgerazor.runtime.chosen_experts import unchosen_bytes
 from edgerazor.runtime.engine import Model, Session
 from edgerazor.runtime.network import build_network, matrix_names, native_architecture
 from edgerazor.runtime.rope import Rotary, max_positions
@@ -95,7 +96,8 @@ class NativeModel(Model):
         sizes = {name: matrix_bytes(matrix) for name, matrix in matrices.items()}
         others = sum(tensor.nbytes for tensor in packed.others().values())
         self.weight_bytes = sum(sizes.values()) + others
-        self.bytes_per_token = self.weight_bytes - (0 if HEAD in packed.header.tied else sizes[EMBEDDING])
+        unread = unchosen_bytes(sizes, config) + (0 if HEAD in packed.header.tied else sizes[EMBEDDING])
+        self.bytes_per_token = self.weight_bytes - unread
         self._shared = _SharedDecoder()
 
     @property
