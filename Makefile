@@ -112,6 +112,12 @@ results-recording: install
 results-training: results-recording
 	$(BIN)/python -m recipes.benchmarks.streaming
 
+# Layers with states, other norms and activations, and mixtures of experts beside plain ones: recipes/results/mixers.md;
+# alone on the machine.
+.PHONY: results-mixers
+results-mixers: install $(KERNELS)
+	$(BIN)/python -m recipes.benchmarks.mixers
+
 # Tokens a second of many sequences at a time, beside one; alone on the machine, 3 GB of disk.
 .PHONY: results-serve
 results-serve: install $(KERNELS)
