@@ -229,7 +229,11 @@ def measure(table: str, options: argparse.Namespace) -> str:
                 of_context = {context: runner.decode(context) for context in contexts}
                 row.append((of_context[SHORT], of_context[LONG]))
                 continue
-            speed, prefill, seconds = bandwidth.measure(options.threads), runner.prefill(), runner.decode(options.prompt)
+            speed, prefill, seconds = (
+                bandwidth.measure(options.threads),
+                runner.prefill(),
+                runner.decode(options.prompt),
+            )
             row.append((seconds, runner.bytes / seconds / speed, prefill))
         if number >= 0:
             rounds.append(row)

@@ -12,8 +12,8 @@
 //      |   matmul (qkv)                GEMV (one token) or GEMM over the packed codes        barrier |
 //      |        v                                                                                    |
 //      |   attention                   or another mixer: decoder_recurrent.cpp                       |
-//      |     qk_norm_rope_store        norms of q and k, RoPE; k and v quantized into a KV slot      |
-//      |        v                                                                   barrier, prefill |
+//      |     q_norm_rope,              norms of q and k, RoPE                                        |
+//      |     k_norm_rope_store         k and v quantized into a KV slot             barrier, prefill |
 //      |     attention_tile            q against blocks of KV slots, with an online softmax          |
 //      |        v                                                                            barrier |
 //      |   quantize_input                                                                            |
@@ -83,6 +83,9 @@ edgerazor_decoder::edgerazor_decoder(const edgerazor_model& from, int isa, int c
         max_columns = std::max(max_columns, group->columns());
         max_inputs = std::max(max_inputs, group->inputs.size());
     }
+    // As few parts as give every thread equally many, if any number does.
+    for (int parts = queries_per_kv(); parts > 0; parts--)
+        if (queries_per_kv() % parts == 0 && model.num_kv_heads * parts % count == 0) decode_parts = parts;
     const std::vector<FormatRows>& parts = embedding.matrices[0].parts;
     if (parts.size() > 1) {
         embedding_part.resize(model.vocab_size);
@@ -203,10 +206,9 @@ void edgerazor_decoder::allocate(int64_t tokens) {
     convolved.reserve(tokens * convolved_width);
     y.reserve(tokens * model.hidden_size);
     if (max_experts > 0) allocate_routing(tokens);
-    const int queries_per_kv = model.num_heads / model.num_kv_heads;
     const int tile_tokens = (int)std::min(tokens, kAttentionTileTokens);
     for (GrowBuffer<char>& buffer : scratch)
-        buffer.reserve(std::max(math.attention_scratch_bytes(model.head_dim, queries_per_kv, tile_tokens),
+        buffer.reserve(std::max(math.attention_scratch_bytes(model.head_dim, queries_per_kv(), tile_tokens),
                                 (int64_t)sizeof(float) * 2 * tokens));
     allocated = tokens;
 }
@@ -285,7 +287,7 @@ void edgerazor_decoder::norm_and_quantize(const ThreadContext& context, const Li
 void edgerazor_decoder::matmul(const ThreadContext& context, const LinearGroup& group, int64_t tokens,
                                float* const* outputs) {
     const auto input_of = [&](int i) -> const QuantizedInput& { return context.buffers->quantized_inputs[i]; };
-    multiply(group, context.thread, 0, tokens, context.buffers->input.get(), input_of, outputs);
+    matmul_slices(group, context.thread, 0, tokens, context.buffers->input.get(), input_of, outputs);
     threads.barrier();
 }
 

@@ -121,10 +121,15 @@ struct SpanChunk {
     int64_t first_position() const { return prefix.count + past_length; }
 };
 
-// A unit of attention that one thread computes: the query heads of one KV head, for some tokens of a chunk.
+// Query heads [first, last) among those of a KV head.
+struct QueryHeads {
+    int kv_head, first, last;
+};
+
+// A unit of attention that one thread computes: query heads of one KV head, for some tokens of a chunk.
 struct AttentionTile {
     const SpanChunk* chunk;
-    int kv_head;
+    QueryHeads heads;
     int64_t first, count; // tokens of the chunk
 };
 
@@ -172,6 +177,7 @@ struct edgerazor_decoder {
     edgerazor::StateStore states;
     const float *cosines = nullptr, *sines = nullptr, *query_scales = nullptr;
 
+    int decode_parts = 1;                                  // of the query heads of a KV head, in decode
     int64_t max_columns = 0;                               // of the input of a linear group
     size_t max_inputs = 0;                                 // quantized inputs of a linear group
     int64_t decode_tokens = 0, prefill_tokens = 0;         // tokens that buffers are allocated for
@@ -198,6 +204,7 @@ struct edgerazor_decoder {
 
     int64_t q_width() const { return (int64_t)model.num_heads * model.head_dim; }
     int64_t kv_width() const { return (int64_t)model.num_kv_heads * model.head_dim; }
+    int queries_per_kv() const { return model.num_heads / model.num_kv_heads; }
 
     // All tokens of a call through all layers. By the calling thread.
     void forward(const edgerazor_sequence_span* spans, int64_t span_count, const int32_t* tokens,
@@ -222,7 +229,7 @@ struct edgerazor_decoder {
     // The products of the thread's row blocks with `tokens` tokens from number `first` of the inputs on: x [tokens,
     // columns] with float32 activations, otherwise input_of(number of the group's input).
     template <class InputOf>
-    void multiply(const edgerazor::LinearGroup& group, int thread, int64_t first, int64_t tokens, const float* x,
+    void matmul_slices(const edgerazor::LinearGroup& group, int thread, int64_t first, int64_t tokens, const float* x,
                   const InputOf& input_of, float* const* outputs) const {
         using namespace edgerazor;
         for (const LinearGroup::RowSlice& slice : group.thread_slices[thread]) {
@@ -256,7 +263,11 @@ struct edgerazor_decoder {
     edgerazor::Products queries(const edgerazor::Layer& layer) const;
     edgerazor::Products keys(const edgerazor::Layer& layer) const;
     edgerazor::Products values(const edgerazor::Layer& layer) const;
-    void qk_norm_rope_store(int layer, int64_t token, int kv_head);
+    void q_norm_rope(int layer, int64_t token, const edgerazor::QueryHeads& heads);
+    void k_norm_rope_store(int layer, int64_t token, int kv_head);
+    void norm_and_rope(const edgerazor::Layer& layer, const edgerazor_norm& norm, int64_t position, const float* from,
+                       float* head) const;
+    int64_t position_of(int64_t token) const;
     void attention_tile(const edgerazor::ThreadContext& context, int layer, const edgerazor::AttentionTile& tile);
     void apply_norm(const edgerazor_norm& norm, const float* x, int64_t count, float* out) const;
     void add_residual(const edgerazor::ThreadContext& context, const edgerazor_norm& norm);

@@ -149,11 +149,11 @@ void edgerazor_decoder::mixture_of_experts(const ThreadContext& context, const L
         if (count == 0) continue;
         const Expert& expert = layer.expert_list[e];
         if (context.shared) {
-            multiply(expert.gate_up, context.thread, first, count, routed.get(),
+            matmul_slices(expert.gate_up, context.thread, first, count, routed.get(),
                      [&](int i) -> const QuantizedInput& { return routed_inputs[i]; }, gate_up);
         } else { // the input is the only token, the output that of the assignment
             float* const of_assignment[] = {gate.get() + first * layer.mlp_width, up.get() + first * layer.mlp_width};
-            multiply(expert.gate_up, context.thread, 0, 1, buffers.input.get(),
+            matmul_slices(expert.gate_up, context.thread, 0, 1, buffers.input.get(),
                      [&](int i) -> const QuantizedInput& { return buffers.quantized_inputs[expert.inputs[i]]; },
                      of_assignment);
         }
@@ -170,7 +170,7 @@ void edgerazor_decoder::mixture_of_experts(const ThreadContext& context, const L
     for (int e = 0; e < layer.experts.count; e++) {
         const int64_t first = routing.first[e], count = routing.first[e + 1] - first;
         if (count > 0)
-            multiply(layer.expert_list[e].down, context.thread, first, count, buffers.input.get(),
+            matmul_slices(layer.expert_list[e].down, context.thread, first, count, buffers.input.get(),
                      [&](int) -> const QuantizedInput& { return buffers.quantized_inputs[0]; }, outputs);
     }
     threads.barrier();
