@@ -6,8 +6,8 @@
 Both engines take the same packed folder, with its own 8-bit activations and cache, and go on from the beginnings of
 held-out texts. Whatever differs in the last bit of a float32 becomes a step of 8 bits now and then, so each engine is
 also compared with itself in another order: the beginning token by token, then the whole text anew for every token. And
-transformers is compared with itself where what its norms give is changed by one part in ten million, which is about what
-the rounding of a float32 changes: a difference of the engines that is no larger than that one is no fault of either.
+transformers is compared with itself where what its norms give is changed by one part in ten million, which is about
+what rounding to float32 changes: a difference of the engines that is no larger than that one is no fault of either.
 
 *Logits*: the largest relative L2 distance at any position of a beginning, ||a - b|| / ||b||. *KL*: the mean of
 KL(b || a) over positions, in nats. *Same text*: how many of the texts are the same, token by token, when both continue

@@ -3,10 +3,11 @@
     python -m recipes.benchmarks.mixers [--tables NAME ...] [--threads N] [--rounds N] [--no-page]
 
 All matrices are int4, embedding and head the same one. In each round the memory's bandwidth is measured, and every
-model takes in a prompt and then decodes some tokens behind it. `share` is the bytes of the weights that a token reads, over the
-time of a token, in units of that bandwidth; prefill is in billions of products a second. Columns of ratios are medians
-of the ratios of rounds, to the first model of the table or to the same model behind fewer tokens. Keys and values of
-long contexts are whatever the cache holds.
+model takes in a prompt and then decodes some tokens behind it. `share` is the bytes that a token moves, over the time
+of a token, in units of that bandwidth: weights, keys and values, and states, which are read and written; MB are those
+of weights alone. Prefill is in billions of products a second. Columns of ratios are medians of the ratios of rounds, to
+the first model of the table or to the same model behind fewer tokens. Keys and values of long contexts are whatever the
+cache holds.
 
     models    published shapes beside the plain one
     states    layers with states alone, behind 1024 and 32768 tokens; a small vocabulary
@@ -103,11 +104,8 @@ def build(name: str, shape: Shape | None) -> Network:
     layers = []
     for number in range(shape.layers):
         kind = shape.mixers[number % len(shape.mixers)]
-        mlp: dict[str, Any]
-        if shape.experts:
-            mlp = {"gate": None, "up": None, "down": None, "experts": experts(shape)}
-        else:
-            mlp = gated_mlp(shape)
+        none = {"gate": None, "up": None, "down": None}
+        mlp: dict[str, Any] = {**none, "experts": experts(shape)} if shape.experts else gated_mlp(shape)
         behind: dict[str, Any] = {"after_attention": norm, "after_mlp": norm} if shape.norms_behind else {}
         layers.append(
             Layer(
@@ -200,6 +198,8 @@ class Runner:
         self.decoder.set_rope(angles.cos(), angles.sin())
         self.decoder.reserve(positions)
         self.decoder.reserve_states(1)
+        cached = made.kv_slot_bytes() * (options.prompt + options.tokens / 2)
+        self.moved = self.bytes + cached + 2 * self.decoder.state_bytes()
         self.prompt = torch.randint(0, made.vocab_size, (options.prompt,))
 
     def decode(self, past: int) -> float:
@@ -234,7 +234,7 @@ def measure(table: str, options: argparse.Namespace) -> str:
                 runner.prefill(),
                 runner.decode(options.prompt),
             )
-            row.append((seconds, runner.bytes / seconds / speed, prefill))
+            row.append((seconds, runner.moved / seconds / speed, prefill))
         if number >= 0:
             rounds.append(row)
 

@@ -2,8 +2,9 @@
 
     python -m recipes.benchmarks.mixtures [--hidden N] [--steps N] [--results none]
 
-The random teacher, whose routers are spread, has the tokenizer of the embedded one and is calibrated, distilled, packed,
-written as GGUF and benchmarked by the commands that everybody uses. What came of it goes into recipes/results/mixers.md.
+The random teacher, whose routers are spread, has the tokenizer of the embedded one and is calibrated, distilled,
+packed, written as GGUF and benchmarked by the commands that everybody uses. What came of it goes into
+recipes/results/mixers.md.
 """
 
 from __future__ import annotations
@@ -132,18 +133,14 @@ def main() -> None:
     }
     recipe.write_text(yaml.safe_dump(values))
     seconds: dict[str, float] = {}
-    for command, words in (
-        ("calibrate", ()),
-        ("distill", ()),
-        ("pack", ("--export", "gguf", "--allow-lossy")),
-        ("bench", ()),
-    ):
+    for command in ("calibrate", "distill", "pack", "bench"):
+        words = ("--export", "gguf", "--allow-lossy") if command == "pack" else ()
         seconds[command], said = run(options.build / "job", recipe, command, *words)
         print(f"{command}: {seconds[command]:.0f} s", said[-600:], sep="\n", flush=True)
     text = markdown(("what", "figure"), facts_of(options.build / "job", seconds))
     text += (
-        f"\n\nA random OLMoE of {options.hidden} features, 2 layers, {CHOSEN} of {EXPERTS} experts, {weights / 1e6:.0f} M "
-        f"weights; 2.4 bits by sensitivity, {options.steps} steps; {machine()}; commit {commit()}."
+        f"\n\nA random OLMoE of {options.hidden} features, 2 layers, {CHOSEN} of {EXPERTS} experts, "
+        f"{weights / 1e6:.0f} M weights; 2.4 bits by sensitivity, {options.steps} steps; {machine()}; commit {commit()}."
     )
     print(text)
     if options.results != "none":

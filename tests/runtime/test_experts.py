@@ -145,7 +145,7 @@ def step(model: NativeModel, sequences: list[list[int]]) -> np.ndarray:
         spans.append(PagedSpan(table, 0, len(tokens)))
     outputs = (np.cumsum([len(tokens) for tokens in sequences]) - 1).tolist()
     logits = np.empty((len(sequences), model.vocabulary), dtype=np.float32)
-    decoder.step(spans, sum(sequences, []), outputs, [False] * len(outputs), logits)
+    decoder.step(spans, [token for tokens in sequences for token in tokens], outputs, [False] * len(outputs), logits)
     return logits
 
 
@@ -188,7 +188,8 @@ def test_an_expert_that_is_never_chosen_changes_nothing(load: Load, model_type: 
     model = load(model_type)
     before = model.logits(IDS)
     mixture = model.network.layers[-1].experts
-    assert mixture is not None and len(mixture.experts) == EXPERTS
+    assert mixture is not None
+    assert len(mixture.experts) == EXPERTS
     for number, changes in ((NEVER, False), (NEVER + 1, True)):
         parts = [part for linear in mixture.experts[number].linears for part in linear.matrix.parts]
         scales = [part.scales.clone() for part in parts]
@@ -229,7 +230,8 @@ def test_stored_scales_of_inputs_differ_from_expert_to_expert(
     )
     assert isinstance(ours, NativeModel)
     mixture = ours.network.layers[0].experts
-    assert mixture is not None and len({linear.scale for one in mixture.experts for linear in one.linears}) == 18
+    assert mixture is not None
+    assert len({linear.scale for one in mixture.experts for linear in one.linears}) == 18
     whole, session = ours.logits(IDS), ours.session()
     assert relative(whole, theirs.logits(IDS)) < 2e-2
     for number in range(20):

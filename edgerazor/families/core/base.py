@@ -305,8 +305,8 @@ class Experts:
         chosen: how many of them compute a token, those with the largest scores.
         intermediate_size: features between the matrices of an expert.
         scores: of experts, by what the router gives: a softmax over all of them, or sigmoids.
-        normalized: weights are the scores of the chosen experts over (their sum + `epsilon`), not the scores themselves.
-            (A softmax over the chosen experts alone is the normalized softmax over all.)
+        normalized: weights are the scores of the chosen experts over (their sum + `epsilon`), not the scores. (A
+            softmax over the chosen experts alone is the normalized softmax over all.)
         epsilon: as above.
         scale: a factor of the weights.
         choice_bias: the tensor in a layer that is added to scores to choose experts by, and to nothing else; empty:
