@@ -140,7 +140,8 @@ def main() -> None:
     text = markdown(("what", "figure"), facts_of(options.build / "job", seconds))
     text += (
         f"\n\nA random OLMoE of {options.hidden} features, 2 layers, {CHOSEN} of {EXPERTS} experts, "
-        f"{weights / 1e6:.0f} M weights; 2.4 bits by sensitivity, {options.steps} steps; {machine()}; commit {commit()}."
+        f"{weights / 1e6:.0f} M weights; 2.4 bits by sensitivity, {options.steps} steps; "
+        f"{machine()}; commit {commit()}."
     )
     print(text)
     if options.results != "none":
