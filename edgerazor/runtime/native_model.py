@@ -29,7 +29,7 @@ from edgerazor.models import load_tokenizer
 from edgerazor.packed import PackedModel
 from edgerazor.runtime.chosen_experts import unchosen_bytes
 from edgerazor.runtime.engine import Model, Session
-from edgerazor.runtime.network import build_network, matrix_names, native_architecture
+from edgerazor.runtime.network import NotNativeError, build_network, matrix_names, native_architecture
 from edgerazor.runtime.rope import Rotary, max_positions
 from edgerazor.runtime.scoring import Score, ScoreRequest, score_whole
 from edgerazor.runtime.weight_memory import load_matrices, matrix_bytes
@@ -78,10 +78,11 @@ class NativeModel(Model):
     def __init__(self, packed: PackedModel, config: Any, threads: int, mapped: bool) -> None:
         settings = getattr(config, "quantization_config", None) or {}
         transformers_plugin.check_settings(SimpleNamespace(**settings), packed)
-        architecture = native_architecture(config, packed)
+        with _configuration_errors(packed):
+            architecture = native_architecture(config, packed)
+            names = matrix_names(config, architecture, packed)
         self.folder, self.threads = packed.folder, threads
         self._kernel = kernels.name()
-        names = matrix_names(config, architecture, packed)
         matrices = load_matrices(packed, names, mapped, self._kernel in kernels.EXPANDED)
         with _configuration_errors(packed):
             scaling = architecture.query_scaling(config) if architecture.query_scaling else None
@@ -443,7 +444,7 @@ def _configuration_errors(packed: PackedModel) -> Iterator[None]:
     """Turns whatever a nonsensical configuration leads to into one sentence."""
     try:
         yield
-    except UserError:
+    except (UserError, NotNativeError):
         raise
     except Exception as error:
         lines = str(error).strip().split("\n")

@@ -100,6 +100,14 @@ def _check_settings(packed: PackedModel) -> None:
 
 def _check_matrices(config: Any, architecture: NativeArchitecture, packed: PackedModel) -> None:
     """Make sure that the quantized matrices are exactly those of the architecture."""
+    for layer in range(config.num_hidden_layers):  # before so many names are made
+        experts = architecture.experts(config, layer)
+        if experts is not None and experts.count > len(packed.header.matrices):
+            raise UserError(
+                f"{packed.folder}: config.json says that there are {experts.count} experts, but there are not the "
+                "weights of so many.",
+                "Undo the change, or pack the model again.",
+            )
     names = {*matrix_names(config, architecture, packed)}
     for name in sorted(names - packed.header.matrices.keys()):
         if f"{name}.weight" in packed.header.others:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from edgerazor import pipeline, runtime
 from edgerazor.console import Console
+from edgerazor.errors import UserError
 from edgerazor.kernels import native
 from edgerazor.kernels.decoder import PAGE_SLOTS, Decoder, PagedSpan, PageTable, SequenceSpan
 from edgerazor.packed import PackedModel
@@ -274,6 +277,28 @@ def test_what_does_not_fit_is_refused(load: Load) -> None:
             Decoder(dataclasses.replace(network, layers=[changed]))
     with pytest.raises(ValueError, match="not both"):
         Decoder(dataclasses.replace(network, layers=[dataclasses.replace(layer, down=first.down)]))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_experts", 16000, "16000 experts"),
+        ("num_experts", 7, "lacks the tensor"),
+        ("num_experts_per_tok", 7, "7 of 6 experts"),
+        ("moe_intermediate_size", 31, "no place in the architecture"),
+        ("decoder_sparse_step", 0, "cannot be loaded"),
+        ("decoder_sparse_step", 2, "no place in the architecture|lacks the tensor"),
+    ],
+)
+def test_configurations_of_other_mixtures_are_refused_in_a_sentence(
+    folder_of: Callable[..., Path], tmp_path: Path, field: str, value: int, message: str
+) -> None:
+    folder = shutil.copytree(folder_of("qwen3_moe"), tmp_path / "packed")
+    config = json.loads((folder / "config.json").read_text())
+    names = ("num_experts", "num_local_experts") if field == "num_experts" else (field,)
+    (folder / "config.json").write_text(json.dumps({**config, **dict.fromkeys(names, value)}))
+    with pytest.raises(UserError, match=message):
+        runtime.load(folder, threads=1, engine="native")
 
 
 def test_one_layer_alone(load: Load) -> None:
