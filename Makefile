@@ -117,6 +117,12 @@ results-training: results-recording
 results-memory: install
 	$(BIN)/python -m recipes.benchmarks.training_memory $(or $(MODELS),build/real-models/smollm2-135m)
 
+# Layers with states, other norms and activations, and mixtures of experts beside plain ones: recipes/results/mixers.md;
+# alone on the machine.
+.PHONY: results-mixers
+results-mixers: install $(KERNELS)
+	$(BIN)/python -m recipes.benchmarks.mixers
+
 # Tokens a second of many sequences at a time, beside one; alone on the machine, 3 GB of disk.
 .PHONY: results-serve
 results-serve: install $(KERNELS)

@@ -10,8 +10,12 @@ from edgerazor.families.core.base import (
     GgufMetadata,
     NativeArchitecture,
     attention_bias,
+    attention_multiplier,
     configure_llama,
+    embedding_multiplier,
     mlp_bias,
+    over_logits_scaling,
+    residual_multiplier,
     scale_keys,
 )
 
@@ -28,10 +32,10 @@ FAMILY = Family(
         qkv_bias=attention_bias,
         o_bias=attention_bias,
         mlp_bias=mlp_bias,
-        attention_scale=lambda config: float(config.attention_multiplier),
-        embedding_scale=lambda config: float(config.embedding_multiplier),
-        residual_scale=lambda config: float(config.residual_multiplier),
-        logit_scale=lambda config: 1.0 / config.logits_scaling,
+        attention_scale=attention_multiplier,
+        embedding_scale=embedding_multiplier,
+        residual_scale=residual_multiplier,
+        logit_scale=over_logits_scaling,
     ),
     gguf=GgufArchitecture(
         "granite",

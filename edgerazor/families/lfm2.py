@@ -3,6 +3,8 @@
 from typing import Any
 
 from edgerazor.families.core.base import (
+    LFM2_LINEARS,
+    LFM2_NORMS,
     SHORT_CONVOLUTION,
     Family,
     GgufArchitecture,
@@ -63,19 +65,12 @@ def _gguf_unsupported(config: dict[str, Any]) -> str:
 FAMILY = Family(
     native=NativeArchitecture(
         "Lfm2RotaryEmbedding",
-        linears={
-            **{name: f"self_attn.{name}_proj" for name in ("q", "k", "v")},
-            **{"o": "self_attn.out_proj", "gate": "feed_forward.w1"},
-            **{"up": "feed_forward.w3", "down": "feed_forward.w2"},
-        },
+        linears=LFM2_LINEARS,
         mixer=convolution_or_attention,
         mixers={"short_convolution": SHORT_CONVOLUTION},
         activation=lambda config: "silu",
         intermediate_size=_intermediate_size,
-        norms={
-            **{"before_attention": "operator_norm", "before_mlp": "ffn_norm"},
-            **{"q_norm": "self_attn.q_layernorm", "k_norm": "self_attn.k_layernorm"},
-        },
+        norms=LFM2_NORMS,
         final_norm="model.embedding_norm",
         norm_epsilon="norm_eps",
     ),

@@ -2,12 +2,38 @@
 
 from typing import Any
 
-from edgerazor.families.core.base import Family, GgufArchitecture, GgufMetadata, configure_experts, rms_epsilon
+from edgerazor.families.core.base import (
+    NORMS_BEFORE,
+    QK_NORMS,
+    Experts,
+    Family,
+    GgufArchitecture,
+    GgufMetadata,
+    NativeArchitecture,
+    attention_bias,
+    configure_experts,
+    rms_epsilon,
+)
 
 
 def _configure(get: GgufMetadata) -> dict[str, Any]:
     usual = {"norm_topk_prob": False, "clip_qkv": None, "attention_bias": False}
     return {**rms_epsilon(get), **configure_experts(get), **usual, "rope_parameters": get.rope_parameters()}
+
+
+def _experts(config: Any, layer: int) -> Experts:
+    return Experts(
+        "mlp.experts",
+        "mlp.gate",
+        config.num_experts,
+        config.num_experts_per_tok,
+        config.intermediate_size,
+        normalized=config.norm_topk_prob,
+    )
+
+
+def _not_native(config: Any) -> str:
+    return "" if config.clip_qkv is None else "clipped queries, keys and values (clip_qkv)"
 
 
 def _unsupported(config: dict[str, Any]) -> str:
@@ -19,6 +45,15 @@ def _unsupported(config: dict[str, Any]) -> str:
 
 
 FAMILY = Family(
+    native=NativeArchitecture(
+        "OlmoeRotaryEmbedding",
+        experts=_experts,
+        qkv_bias=attention_bias,
+        o_bias=attention_bias,
+        norms={**NORMS_BEFORE, **QK_NORMS},
+        norm_all_heads=True,
+        unsupported=_not_native,
+    ),
     gguf=GgufArchitecture(
         "olmoe",
         interleaved_rope=False,
@@ -26,5 +61,5 @@ FAMILY = Family(
         qk_norms=True,
         experts=True,
         unsupported=_unsupported,
-    )
+    ),
 )

@@ -1,14 +1,20 @@
-"""Qwen 3 as a mixture of experts: every layer has them, and the weights of a token's experts are normalized."""
+"""Qwen 3 as a mixture of experts, which every layer may have or some."""
 
 from typing import Any
 
 from edgerazor.families.core.base import (
     GGUF_QKV_BIASES,
+    NORMS_BEFORE,
+    QK_NORMS,
+    Experts,
     Family,
     GgufArchitecture,
     GgufMetadata,
+    NativeArchitecture,
+    attention_bias,
     configure_experts,
     configure_qwen,
+    window_of_all,
 )
 
 
@@ -22,6 +28,20 @@ def _configure(get: GgufMetadata) -> dict[str, Any]:
     }
 
 
+def _experts(config: Any, layer: int) -> Experts | None:
+    """As in `Qwen3MoeDecoderLayer`."""
+    if layer in config.mlp_only_layers or (layer + 1) % config.decoder_sparse_step:
+        return None
+    return Experts(
+        "mlp.experts",
+        "mlp.gate",
+        config.num_experts,
+        config.num_experts_per_tok,
+        config.moe_intermediate_size,
+        normalized=config.norm_topk_prob,
+    )
+
+
 def _unsupported(config: dict[str, Any]) -> str:
     if not config.get("norm_topk_prob"):
         return "llama.cpp's qwen3moe normalizes the weights of a token's experts (norm_topk_prob)"
@@ -31,6 +51,14 @@ def _unsupported(config: dict[str, Any]) -> str:
 
 
 FAMILY = Family(
+    native=NativeArchitecture(
+        "Qwen3MoeRotaryEmbedding",
+        experts=_experts,
+        qkv_bias=attention_bias,
+        o_bias=attention_bias,
+        norms={**NORMS_BEFORE, **QK_NORMS},
+        window=window_of_all,
+    ),
     gguf=GgufArchitecture(
         "qwen3moe",
         interleaved_rope=False,
@@ -39,5 +67,5 @@ FAMILY = Family(
         qk_norms=True,
         experts=True,
         unsupported=_unsupported,
-    )
+    ),
 )

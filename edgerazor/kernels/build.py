@@ -63,6 +63,7 @@ _COMMON = (
     "decoder",
     "decoder_attention",
     "decoder_recurrent",
+    "decoder_experts",
     "decoder_api",
 )
 #: Compiled once for each instruction set, with these options beside its own. The results of `float_kernels` need not be

@@ -37,6 +37,8 @@ __all__ = [
     "SLOT_ALIGNMENT",
     "Convolution",
     "Decoder",
+    "Expert",
+    "Experts",
     "GatedDeltaRule",
     "Layer",
     "Linear",
@@ -61,6 +63,8 @@ NO_NORM, RMS, LAYER = 0, 1, 2
 ACTIVATIONS = ("silu", "gelu_tanh", "relu_squared")
 #: Tokens that a convolution may see, many more than any model's.
 MOST_TAPS = 1 << 10
+#: Experts of a layer, many more than any model's, and those that the library scores side by side.
+MOST_EXPERTS, _SCORE_BLOCK = 1 << 13, 16
 #: The state slot of a sequence that has no tokens yet.
 NO_STATE = -1
 
@@ -163,11 +167,57 @@ class GatedDeltaRule:
 
 
 @dataclass(frozen=True, eq=False)
+class Expert:
+    """A gated MLP, one of several."""
+
+    gate: Linear
+    up: Linear
+    down: Linear
+
+    @property
+    def linears(self) -> tuple[Linear, Linear, Linear]:
+        """Its matrices."""
+        return self.gate, self.up, self.down
+
+
+@dataclass(frozen=True, eq=False)
+class Experts:
+    """A mixture of experts, like `edgerazor_experts` of `cpp/decoder.h`.
+
+    Attributes:
+        experts: matrices of the same sizes and groups, without biases.
+        router: a row for each expert, float32 [experts, hidden_size].
+        chosen: how many compute a token.
+        sigmoid: scores are sigmoids of what the router gives, not a softmax over all experts.
+        normalized: weights are the scores of the chosen experts over their sum plus `epsilon`, not the scores.
+        scale: a factor of the weights.
+        choice_bias: what is added to scores to choose experts by, float32 [experts].
+    """
+
+    experts: Sequence[Expert]
+    router: Tensor
+    chosen: int
+    sigmoid: bool = False
+    normalized: bool = False
+    epsilon: float = 0.0
+    scale: float = 1.0
+    choice_bias: Tensor | None = None
+
+    def rows_by_sixteen(self) -> Tensor:
+        """The router as the library reads it: float32 [experts / 16 rounded up, hidden_size, 16], padded with zeros."""
+        count, features = self.router.shape
+        blocks = -(-count // _SCORE_BLOCK)
+        padded = torch.zeros(blocks * _SCORE_BLOCK, features)
+        padded[:count] = self.router
+        return padded.view(blocks, _SCORE_BLOCK, features).transpose(1, 2).contiguous()
+
+
+@dataclass(frozen=True, eq=False)
 class Layer:
     """A decoder layer, like `edgerazor_layer` of `cpp/decoder.h`; None stands for a part that it does not have.
 
     A layer without `k` and `v` has all three in `q`; one without `up` has gate and up in `gate`, and one without `gate`
-    has an MLP with an activation function alone.
+    has an MLP with an activation function alone; one with `experts` has none of the MLP's matrices.
 
     Attributes:
         mixer: what is there instead of attention, whose matrices are then None.
@@ -185,7 +235,7 @@ class Layer:
     o: Linear
     gate: Linear | None
     up: Linear | None
-    down: Linear
+    down: Linear | None
     before_attention: Norm | None = None
     after_attention: Norm | None = None
     before_mlp: Norm | None = None
@@ -199,6 +249,7 @@ class Layer:
     attention_gate: Linear | None = None
     gated_queries: bool = False
     mixer: ShortConvolution | GatedDeltaRule | None = None
+    experts: Experts | None = None
 
     @property
     def inputs(self) -> tuple[Linear | None, ...]:
@@ -356,6 +407,11 @@ class Network:
         hidden, inner = self.hidden_size, self.intermediate_size
         if layer.activation not in ACTIVATIONS:
             raise ValueError(f"there is no activation function {layer.activation}")
+        if layer.experts is not None:
+            if any(linear is not None for linear in (layer.gate, layer.up, layer.down)):
+                raise ValueError("a layer has an MLP or experts, not both")
+            self._check_experts(layer.experts)
+            return
         if layer.gate is None and layer.up is None:
             raise ValueError("an MLP needs gate or up")
         if layer.gate is not None:
@@ -364,6 +420,32 @@ class Network:
             _check_linear("up", layer.up, (inner, hidden))
         _check_linear("down", layer.down, (hidden, inner))
         _check_common_rotation("gate", (layer.gate, layer.up))
+
+    def _check_experts(self, mixture: Experts) -> None:
+        hidden, experts = self.hidden_size, mixture.experts
+        if not 1 <= mixture.chosen <= len(experts) <= MOST_EXPERTS:
+            raise ValueError(f"impossible: {mixture.chosen} of {len(experts)} experts for a token")
+        numbers = (mixture.epsilon, mixture.scale)
+        if not all(math.isfinite(number) for number in numbers) or mixture.epsilon < 0:
+            raise ValueError(f"impossible weights of experts: {numbers}")
+        router = mixture.router
+        if router.dtype != torch.float32 or tuple(router.shape) != (len(experts), hidden):
+            raise ValueError(f"a router must be float32 {[len(experts), hidden]}, not {list(router.shape)}")
+        _check_vector("choice_bias", mixture.choice_bias, len(experts))
+        inner = experts[0].gate.matrix.out
+        for expert in experts:
+            for name, linear, shape in (
+                ("gate of an expert", expert.gate, (inner, hidden)),
+                ("up of an expert", expert.up, (inner, hidden)),
+                ("down of an expert", expert.down, (hidden, inner)),
+            ):
+                _check_linear(name, linear, shape)
+                if linear.bias is not None:
+                    raise ValueError(f"{name} has a bias")
+        _check_common_layout([linear for expert in experts for linear in (expert.gate, expert.up)])
+        _check_common_layout([expert.down for expert in experts])
+        _check_common_rotation("gate", [linear for expert in experts for linear in (expert.gate, expert.up)])
+        _check_common_rotation("down", [expert.down for expert in experts])
 
 
 @dataclass(frozen=True)
@@ -499,6 +581,12 @@ def _check_common_rotation(name: str, linears: Sequence[Linear | None]) -> None:
         raise ValueError(f"{name} and the layers that share its input do not have the same rotation")
 
 
+def _check_common_layout(linears: Sequence[Linear]) -> None:
+    """ValueError unless layers of experts have their groups of weights and of activations alike."""
+    if len({(one.matrix.group_size, one.scale is None, one.activation_group) for one in linears}) > 1:
+        raise ValueError("the experts of a layer do not have the same groups")
+
+
 def _check_norm(name: str, norm: Norm | None, features: int) -> None:
     if norm is None:
         return
@@ -551,6 +639,20 @@ class _DeltaRule(Structure):
     )
 
 
+class _Expert(Structure):
+    _fields_ = (("gate", _Matrix), ("up", _Matrix), ("down", _Matrix))
+
+
+class _Experts(Structure):
+    _fields_ = (
+        *((name, c_int32) for name in ("count", "chosen", "sigmoid", "normalized")),
+        *((name, c_float) for name in ("epsilon", "scale")),
+        ("router", c_void_p),
+        ("choice_bias", c_void_p),
+        ("experts", POINTER(_Expert)),
+    )
+
+
 #: Mixers, by the number that the library knows them by.
 _MIXERS = (type(None), ShortConvolution, GatedDeltaRule)
 _LINEARS = ("o", "gate", "up", "down")
@@ -570,6 +672,7 @@ class _Layer(Structure):
         ("activation", c_int32),
         ("convolution", _Convolution),
         ("delta_rule", _DeltaRule),
+        ("experts", _Experts),
     )
 
 
@@ -640,12 +743,12 @@ class _Structures:
     """The structures of a network. What they point to lives as long as this object and the network.
 
     Attributes:
-        signs: of rotations, to which the library keeps pointers, as to weights.
+        tensors: signs of rotations and rows of routers, to which the library keeps pointers, as to weights.
     """
 
     def __init__(self, network: Network) -> None:
         self._arrays: list[ctypes.Array] = []
-        self.signs: list[Tensor] = []
+        self.tensors: list[Tensor] = []
         layers = [self._layer(layer) for layer in network.layers]
         self.network = _Network(
             *(getattr(network, name) for name in (*_SIZES, *_SETTINGS, *_SCALES)),
@@ -670,6 +773,7 @@ class _Structures:
             ACTIVATIONS.index(layer.activation),
             convolution,
             self._delta_rule(mixer) if isinstance(mixer, GatedDeltaRule) else _DeltaRule(),
+            _Experts() if layer.experts is None else self._experts(layer.experts),
         )
 
     @staticmethod
@@ -679,6 +783,23 @@ class _Structures:
     def _delta_rule(self, rule: GatedDeltaRule) -> _DeltaRule:
         sizes = (getattr(rule, name) for name in _DELTA_SIZES)
         return _DeltaRule(*sizes, _pointer(rule.decay), _pointer(rule.decay_bias), self._norm(rule.state_norm))
+
+    def _experts(self, mixture: Experts) -> _Experts:
+        experts = [_Expert(*map(self._matrix, expert.linears)) for expert in mixture.experts]
+        array = (_Expert * len(experts))(*experts)
+        self._arrays.append(array)
+        self.tensors.append(mixture.rows_by_sixteen())
+        return _Experts(
+            len(experts),
+            mixture.chosen,
+            mixture.sigmoid,
+            mixture.normalized,
+            mixture.epsilon,
+            mixture.scale,
+            _pointer(self.tensors[-1]),
+            _pointer(mixture.choice_bias),
+            array,
+        )
 
     def _matrix(self, linear: Linear | None) -> _Matrix:
         if linear is None:
@@ -690,8 +811,8 @@ class _Structures:
         values = (linear.row_layout.handle, parts, len(parts), matrix.out, _pointer(linear.bias), scale)
         if linear.rotation is None:
             return _Matrix(*values, 0, None)
-        self.signs.append(linear.rotation.sign_bits)
-        return _Matrix(*values, linear.rotation.block, _pointer(self.signs[-1]))
+        self.tensors.append(linear.rotation.sign_bits)
+        return _Matrix(*values, linear.rotation.block, _pointer(self.tensors[-1]))
 
     @staticmethod
     def _norm(norm: Norm | None) -> _Norm:
@@ -745,7 +866,7 @@ class Decoder:
             raise MemoryError(f"there is not enough memory, or are not enough threads, for a decoder with {threads}")
         self._handle = c_void_p(handle)
         # The finalizer holds what the library points to until the library has freed the decoder.
-        weakref.finalize(self, _free, self._handle, (network, structures.signs), self.process)
+        weakref.finalize(self, _free, self._handle, (network, structures.tensors), self.process)
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:

@@ -27,8 +27,9 @@ from edgerazor.kernels.decoder import (
 )
 from edgerazor.models import load_tokenizer
 from edgerazor.packed import PackedModel
+from edgerazor.runtime.chosen_experts import unchosen_bytes
 from edgerazor.runtime.engine import Model, Session
-from edgerazor.runtime.network import build_network, matrix_names, native_architecture
+from edgerazor.runtime.network import NotNativeError, build_network, matrix_names, native_architecture
 from edgerazor.runtime.rope import Rotary, max_positions
 from edgerazor.runtime.scoring import Score, ScoreRequest, score_whole
 from edgerazor.runtime.weight_memory import load_matrices, matrix_bytes
@@ -77,10 +78,11 @@ class NativeModel(Model):
     def __init__(self, packed: PackedModel, config: Any, threads: int, mapped: bool) -> None:
         settings = getattr(config, "quantization_config", None) or {}
         transformers_plugin.check_settings(SimpleNamespace(**settings), packed)
-        architecture = native_architecture(config, packed)
+        with _configuration_errors(packed):
+            architecture = native_architecture(config, packed)
+            names = matrix_names(config, architecture, packed)
         self.folder, self.threads = packed.folder, threads
         self._kernel = kernels.name()
-        names = matrix_names(config, architecture, packed)
         matrices = load_matrices(packed, names, mapped, self._kernel in kernels.EXPANDED)
         with _configuration_errors(packed):
             scaling = architecture.query_scaling(config) if architecture.query_scaling else None
@@ -95,7 +97,8 @@ class NativeModel(Model):
         sizes = {name: matrix_bytes(matrix) for name, matrix in matrices.items()}
         others = sum(tensor.nbytes for tensor in packed.others().values())
         self.weight_bytes = sum(sizes.values()) + others
-        self.bytes_per_token = self.weight_bytes - (0 if HEAD in packed.header.tied else sizes[EMBEDDING])
+        unread = unchosen_bytes(sizes, config) + (0 if HEAD in packed.header.tied else sizes[EMBEDDING])
+        self.bytes_per_token = self.weight_bytes - unread
         self._shared = _SharedDecoder()
 
     @property
@@ -441,7 +444,7 @@ def _configuration_errors(packed: PackedModel) -> Iterator[None]:
     """Turns whatever a nonsensical configuration leads to into one sentence."""
     try:
         yield
-    except UserError:
+    except (UserError, NotNativeError):
         raise
     except Exception as error:
         lines = str(error).strip().split("\n")

@@ -16,7 +16,17 @@ from edgerazor.errors import UserError, plain
 from edgerazor.families import EMBEDDING, HEAD, Mixer, NativeArchitecture, head_width
 from edgerazor.formats import INPUT_SCALE
 from edgerazor.kernels import decoder, native
-from edgerazor.kernels.decoder import Convolution, GatedDeltaRule, Layer, Linear, Network, Norm, ShortConvolution
+from edgerazor.kernels.decoder import (
+    Convolution,
+    Expert,
+    Experts,
+    GatedDeltaRule,
+    Layer,
+    Linear,
+    Network,
+    Norm,
+    ShortConvolution,
+)
 from edgerazor.packed import PackedModel, has_zero_points
 from edgerazor.runtime.rope import Rotary
 
@@ -90,6 +100,14 @@ def _check_settings(packed: PackedModel) -> None:
 
 def _check_matrices(config: Any, architecture: NativeArchitecture, packed: PackedModel) -> None:
     """Make sure that the quantized matrices are exactly those of the architecture."""
+    for layer in range(config.num_hidden_layers):  # before so many names are made
+        experts = architecture.experts(config, layer)
+        if experts is not None and experts.count > len(packed.header.matrices):
+            raise UserError(
+                f"{packed.folder}: config.json says that there are {experts.count} experts, but there are not the "
+                "weights of so many.",
+                "Undo the change, or pack the model again.",
+            )
     names = {*matrix_names(config, architecture, packed)}
     for name in sorted(names - packed.header.matrices.keys()):
         if f"{name}.weight" in packed.header.others:
@@ -104,7 +122,7 @@ def matrix_names(config: Any, architecture: NativeArchitecture, packed: PackedMo
     names = [
         f"model.layers.{layer}.{name}"
         for layer in range(config.num_hidden_layers)
-        for name in architecture.linears_of(config, layer).values()
+        for name in architecture.names_of(config, layer)
     ]
     head = packed.header.tied.get(HEAD, HEAD)
     return [*names, head, *([] if head == EMBEDDING else [EMBEDDING])]
@@ -188,6 +206,8 @@ class _NetworkBuilder:
             if mixer == "attention" or place not in _QK_NORM_PLACES
         }
         parts: dict[str, Any] = {"mixer": self._mixer(mixer, prefix, linears)} if mixer != "attention" else {}
+        if (experts := architecture.experts(config, number)) is not None:
+            parts["experts"] = self._experts(experts, prefix)
         places: dict[str, Any] = {
             name: linears.get(name) for name in ("q", "k", "v", "o", "gate", "up", "down", "attention_gate")
         }
@@ -226,6 +246,24 @@ class _NetworkBuilder:
             heads,
             config.linear_key_head_dim,
             config.linear_value_head_dim,
+        )
+
+    def _experts(self, experts: families.Experts, prefix: str) -> Experts:
+        """A mixture of experts; its router is no packed matrix."""
+        hidden, inner = self.config.hidden_size, experts.intermediate_size
+        shapes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+        return Experts(
+            [
+                Expert(*(self.linear(f"{prefix}.{name}", shapes[place], False) for place, name in linears.items()))
+                for linears in experts.linears()
+            ],
+            self.tensor(f"{prefix}.{experts.router}.weight", (experts.count, hidden)),
+            experts.chosen,
+            experts.scores == "sigmoid",
+            experts.normalized,
+            experts.epsilon,
+            experts.scale,
+            self.vector(f"{prefix}.{experts.choice_bias}", experts.count) if experts.choice_bias else None,
         )
 
     def _attention_shapes(self) -> dict[str, tuple[int, int]]:

@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include <atomic>
 #include <memory>
@@ -31,7 +32,7 @@ struct Config {
     int kv_bits;
     int rope_dim, sliding_window, norm_all_heads, post_norms, norm;
     int block; // of the rotation of matrices whose columns it divides; 0: none
-    int parts = 0; // 1: other parts of attention and MLP, 2: other mixers
+    int parts = 0; // 1: other parts of attention and MLP, 2: other mixers, 3: mixtures of experts
 };
 
 // The weights of one matrix. Of more than 20 rows, a third is ternary, and the others have `bits`.
@@ -76,11 +77,19 @@ struct Weights {
     }
 };
 
+// The address of memory that nobody may read.
+const uint8_t* unreadable() {
+    static const void* const page = mmap(nullptr, 1 << 20, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (page == MAP_FAILED) abort();
+    return (const uint8_t*)page;
+}
+
 struct Model {
     Config c;
     std::vector<std::unique_ptr<Weights>> weights;
     std::vector<std::vector<float>> vectors;
     std::vector<edgerazor_layer> layers;
+    std::vector<std::vector<edgerazor_expert>> experts; // of the layers
     std::vector<float> cosines, sines;
     edgerazor_model model;
 
@@ -111,8 +120,29 @@ struct Model {
         layer.delta_rule = {2, 4, 5, 9, decay, decay_bias, norm(9)};
     }
 
+    // Of 19 experts with half the features; the last one, whose codes cannot be read, is never chosen.
+    void add_experts(edgerazor_layer& layer, bool sigmoid) {
+        constexpr int count = 19, blocks = 2;
+        experts.emplace_back();
+        for (int e = 0; e < count; e++)
+            experts.back().push_back({random(c.intermediate_size / 2, c.hidden_size),
+                                      random(c.intermediate_size / 2, c.hidden_size),
+                                      random(c.hidden_size, c.intermediate_size / 2)});
+        for (const edgerazor_matrix* matrix : {&experts.back()[18].gate, &experts.back()[18].down})
+            for (int i = 0; i < matrix->part_count; i++) ((edgerazor_format_rows*)matrix->parts)[i].codes = unreadable();
+        vectors.push_back(random_floats(blocks * 16 * c.hidden_size));
+        std::vector<float>& router = vectors.back();
+        for (size_t i = 0; i < router.size(); i++)
+            if ((int)(i / 16 / c.hidden_size) * 16 + (int)(i % 16) >= count) router[i] = 0;
+        vectors.push_back(random_floats(count));
+        vectors.back()[18] = -10;
+        layer.experts = {count, 5, sigmoid, sigmoid, sigmoid ? 1e-6f : 0, 1.5f, router.data(), vectors.back().data(),
+                         experts.back().data()};
+    }
+
     explicit Model(const Config& config) : c(config) {
         vectors.reserve(1000);
+        experts.reserve(c.layers);
         const int q = c.heads * c.head_dim, kv = c.kv_heads * c.head_dim;
         for (int i = 0; i < c.layers; i++) {
             edgerazor_layer layer;
@@ -130,10 +160,14 @@ struct Model {
                 layer.inputs[1] = random(kv, c.hidden_size, true);
                 layer.inputs[2] = random(kv, c.hidden_size);
             }
-            if (c.parts != 1 || i % 2 == 1)
-                layer.gate = random(c.parts == 1 ? 2 * c.intermediate_size : c.intermediate_size, c.hidden_size);
-            if (c.parts != 1 || i % 2 == 0) layer.up = random(c.intermediate_size, c.hidden_size);
-            layer.down = random(c.hidden_size, c.intermediate_size);
+            if (c.parts == 3) {
+                add_experts(layer, i % 2 == 1);
+            } else {
+                if (c.parts != 1 || i % 2 == 1)
+                    layer.gate = random(c.parts == 1 ? 2 * c.intermediate_size : c.intermediate_size, c.hidden_size);
+                if (c.parts != 1 || i % 2 == 0) layer.up = random(c.intermediate_size, c.hidden_size);
+                layer.down = random(c.hidden_size, c.intermediate_size);
+            }
             layer.before_attention = norm(c.hidden_size, !c.post_norms);
             layer.before_mlp = norm(c.hidden_size, !c.post_norms);
             layer.after_attention = norm(c.hidden_size, c.post_norms);
@@ -363,6 +397,8 @@ int main() {
         {64, 4, 2, 16, 96, 300, 2, 32, 4, 8, 8, 16, 40, 0, 0, EDGERAZOR_RMS_NORM, 0, 1},
         {64, 4, 2, 16, 96, 300, 3, 32, 4, 8, 8, 16, 0, 0, 0, EDGERAZOR_RMS_NORM, 0, 2},
         {40, 5, 5, 7, 33, 50, 3, 33, 3, 16, 16, 6, 0, 0, 0, EDGERAZOR_RMS_NORM, 8, 2},
+        {64, 4, 2, 16, 96, 300, 2, 32, 4, 8, 8, 16, 0, 0, 0, EDGERAZOR_RMS_NORM, 16, 3},
+        {40, 5, 5, 7, 66, 50, 2, 33, 3, 16, 16, 6, 0, 0, 1, EDGERAZOR_RMS_NORM, 0, 3},
     };
     for (const Config& config : configs) check(config);
     for (int isa = 0; isa < edgerazor_isa_count(); isa++) printf("%s ", edgerazor_isa_name(isa));

@@ -72,6 +72,13 @@ class DeltaRuleArgs(ctypes.Structure):
     )
 
 
+class RouterArgs(ctypes.Structure):
+    _fields_ = (
+        *(("tokens", c_int64), ("columns", c_int64), ("blocks", c_int64)),
+        *(("x", c_void_p), ("rows", c_void_p), ("out", c_void_p), ("out_stride", c_int64)),
+    )
+
+
 class FloatKernels(ctypes.Structure):
     _fields_ = (
         ("rms_norm", CFUNCTYPE(None, c_void_p, c_int, c_float, c_void_p, c_void_p)),
@@ -90,6 +97,8 @@ class FloatKernels(ctypes.Structure):
         ("soft_cap", CFUNCTYPE(None, c_void_p, c_int64, c_float)),
         ("convolve", CFUNCTYPE(None, POINTER(ConvolutionArgs))),
         ("delta_rule", CFUNCTYPE(None, POINTER(DeltaRuleArgs))),
+        ("score_experts", CFUNCTYPE(None, POINTER(RouterArgs))),
+        ("add_scaled", CFUNCTYPE(None, c_void_p, c_void_p, c_float, c_int64)),
     )
 
 
@@ -500,6 +509,35 @@ def test_the_gated_delta_rule_in_pieces(table: FloatKernels, key_dim: int, value
         table.delta_rule(byref(args))
         read = written
     assert error(out, torch.stack(rows)) < 2e-6
+
+
+@pytest.mark.parametrize(("experts", "columns"), [(1, 5), (16, 48), (64, 96), (130, 33)])
+def test_scores_of_experts_do_not_depend_on_other_tokens(table: FloatKernels, experts: int, columns: int) -> None:
+    blocks = -(-experts // 16)
+    router = torch.zeros(blocks * 16, columns)
+    router[:experts] = numbers(experts, columns)
+    x, rows = numbers(23, columns, seed=1), router.view(blocks, 16, columns).transpose(1, 2).contiguous()
+    found = []
+    for together in (23, 1, 4):
+        out = torch.full((23, 16 * blocks), 7.0)
+        for begin in range(0, 23, together):
+            count = min(together, 23 - begin)
+            args = RouterArgs(
+                *(count, columns, blocks, x[begin:].data_ptr(), rows.data_ptr(), out[begin:].data_ptr(), 16 * blocks)
+            )
+            table.score_experts(byref(args))
+        found.append(out)
+    assert error(found[0], x.double() @ router.double().T) < 1e-6
+    assert torch.equal(found[1], found[0])
+    assert torch.equal(found[2], found[0])
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_scaled_sums(table: FloatKernels, count: int) -> None:
+    x, y = numbers(count), numbers(count, seed=1)
+    expected = x.double() + 0.3 * y.double()
+    table.add_scaled(x.data_ptr(), y.data_ptr(), 0.3, count)
+    assert error(x, expected) < 1e-6
 
 
 @pytest.mark.parametrize("count", [*COUNTS, 151_936])

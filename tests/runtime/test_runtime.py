@@ -36,6 +36,7 @@ from helpers.packed_folders import SETTINGS, all_of, suitable_model, write_packe
 from helpers.places import ROOT
 from helpers.tiny_models import (
     FAMILIES,
+    GRANITE,
     GRANITE_HYBRID,
     GROUP_SIZE,
     LFM2,
@@ -69,6 +70,7 @@ OF_ROPE: dict[str, dict[str, Any]] = {
 }
 #: Granite 4 without layers that the native engine does not have.
 NANO: dict[str, Any] = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2}
 #: name -> model type, and what is special about it beyond `SHAPE`.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: FAMILIES[name] for name in ("llama", "qwen2", "qwen3", "mistral", "smollm2", "smollm3", "olmo2")},
@@ -137,6 +139,22 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["full_attention", "linear_attention"],
         },
     ),
+    "olmoe": ("olmoe", EXPERTS),
+    "olmoe, normalized": ("olmoe", {**EXPERTS, "norm_topk_prob": True, "num_experts": 20, "num_experts_per_tok": 7}),
+    "qwen3_moe": ("qwen3_moe", {**EXPERTS, "moe_intermediate_size": 53}),
+    "qwen3_moe, normalized, a dense layer": (
+        "qwen3_moe",
+        {**EXPERTS, "moe_intermediate_size": 40, "norm_topk_prob": True, "mlp_only_layers": [0]},
+    ),
+    "granitemoe": ("granitemoe", {**GRANITE, "num_local_experts": 5, "num_experts_per_tok": 2}),
+    "lfm2_moe": ("lfm2_moe", {**LFM2, **EXPERTS, "moe_intermediate_size": 53, "num_dense_layers": 1}),
+    "lfm2_moe, no bias": (
+        "lfm2_moe",
+        {
+            **{**LFM2, **EXPERTS, "moe_intermediate_size": 40, "num_dense_layers": 0, "use_expert_bias": False},
+            **{"norm_topk_prob": False, "routed_scaling_factor": 1.7},
+        },
+    ),
     "stablelm": ("stablelm", {"use_qkv_bias": True, "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}),
 }
 #: Their parts are those of others, or checked by other tests, too.
@@ -151,6 +169,7 @@ RARER = {
         "starcoder2",
         "granite",
     ),
+    *("lfm2_moe, no bias", "olmoe, normalized", "qwen3_moe, normalized, a dense layer"),
 }
 NAMES = mostly_slow(VARIANTS, *(VARIANTS.keys() - RARER))
 EXACT, EIGHT, FOUR = (16, 16), (8, 8), (8, 4)

@@ -32,6 +32,16 @@ GATED_DELTA_RULE = {
     **{"qkv": "linear_attn.in_proj_qkv", "z": "linear_attn.in_proj_z"},
     **{"beta": "linear_attn.in_proj_b", "alpha": "linear_attn.in_proj_a", "o": "linear_attn.out_proj"},
 }
+#: Attention, MLP and norms of LFM 2, which share places with those of LFM 3 in part.
+LFM2_LINEARS = {
+    **{name: f"self_attn.{name}_proj" for name in ("q", "k", "v")},
+    **{"o": "self_attn.out_proj", "gate": "feed_forward.w1"},
+    **{"up": "feed_forward.w3", "down": "feed_forward.w2"},
+}
+LFM2_NORMS = {
+    **{"before_attention": "operator_norm", "before_mlp": "ffn_norm"},
+    **{"q_norm": "self_attn.q_layernorm", "k_norm": "self_attn.k_layernorm"},
+}
 #: All places of linear layers of an MLP.
 MLP_PLACES = frozenset({"gate", "up", "gate_up", "down"})
 #: What mixes the tokens of a decoder layer.
@@ -233,6 +243,26 @@ def by_query_scalar(config: Any) -> float:
     return float(config.query_pre_attn_scalar**-0.5)
 
 
+def attention_multiplier(config: Any) -> float:
+    """Granite's factor of attention scores."""
+    return float(config.attention_multiplier)
+
+
+def embedding_multiplier(config: Any) -> float:
+    """Granite's factor of embeddings."""
+    return float(config.embedding_multiplier)
+
+
+def residual_multiplier(config: Any) -> float:
+    """Granite's factor of what is added to the residual stream."""
+    return float(config.residual_multiplier)
+
+
+def over_logits_scaling(config: Any) -> float:
+    """Granite's factor of logits."""
+    return float(1.0 / config.logits_scaling)
+
+
 def head_width(config: Any) -> int:
     """Width of an attention head, from a configuration of transformers."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
@@ -303,6 +333,49 @@ def scale_keys(keys: Mapping[str, str]) -> Callable[[dict[str, Any]], dict[str, 
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in the place of a layer's MLP. Every expert is `down(act(gate(x)) * up(x))`.
+
+    Attributes:
+        path: of the list of experts in a layer; an expert's matrices are `path.NUMBER.gate_proj` and so on.
+        router: its path in the layer.
+        count: how many experts there are.
+        chosen: how many of them compute a token, those with the largest scores.
+        intermediate_size: features between the matrices of an expert.
+        scores: of experts, by what the router gives: a softmax over all of them, or sigmoids.
+        normalized: weights are the scores of the chosen experts over (their sum + `epsilon`), not the scores. (A
+            softmax over the chosen experts alone is the normalized softmax over all.)
+        epsilon: as above.
+        scale: a factor of the weights.
+        choice_bias: the tensor in a layer that is added to scores to choose experts by, and to nothing else; empty:
+            there is none.
+    """
+
+    path: str
+    router: str
+    count: int
+    chosen: int
+    intermediate_size: int
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    normalized: bool = False
+    epsilon: float = 0.0
+    scale: float = 1.0
+    choice_bias: str = ""
+
+    def linears(self) -> list[dict[str, str]]:
+        """The linear layers of each expert: place -> name."""
+        return [
+            {place: f"{self.path}.{number}.{place}_proj" for place in ("gate", "up", "down")}
+            for number in range(self.count)
+        ]
+
+
+def no_experts(config: Any, layer: int) -> Experts | None:
+    """Every decoder layer has an MLP."""
+    return None
+
+
+@dataclass(frozen=True)
 class NativeArchitecture:
     """The parts that the native decoder composes a model of. Functions get the configuration of transformers, as an
     object; those of a layer get its number, too.
@@ -315,6 +388,7 @@ class NativeArchitecture:
         mixers: the linear layers of mixers other than attention, likewise, for those that the architecture has.
         activation: the function in the MLP, as transformers calls it.
         intermediate_size: features between the matrices of the MLP.
+        experts: what a layer has in the place of the MLP; None where it has an MLP.
         gated_queries: the rows of q are, head by head, those of the query and those of a gate of attention's result.
         norms: of a decoder layer, their places in `kernels.decoder.Layer` and their names.
         final_norm: name of the norm before the head.
@@ -344,6 +418,7 @@ class NativeArchitecture:
     mixers: Mapping[Mixer, Mapping[str, str]] = field(default_factory=dict)
     activation: Callable[[Any], str] = hidden_act
     intermediate_size: Callable[[Any], int] = intermediate_size
+    experts: Callable[[Any, int], Experts | None] = no_experts
     gated_queries: bool = False
     norms: Mapping[str, str] = field(default_factory=lambda: NORMS_BEFORE)
     final_norm: str = FINAL_NORM
@@ -366,12 +441,18 @@ class NativeArchitecture:
     unsupported: Callable[[Any], str] = all_supported
 
     def linears_of(self, config: Any, layer: int) -> dict[str, str]:
-        """The linear layers of a decoder layer: place -> name."""
+        """The linear layers of a decoder layer: place -> name; those of experts are not among them."""
         mixer = self.mixer(config, layer)
-        if mixer == "attention":
-            return dict(self.linears)
         mlp = {place: name for place, name in self.linears.items() if place in MLP_PLACES}
-        return {**self.mixers[mixer], **mlp}
+        of_attention = {place: name for place, name in self.linears.items() if place not in mlp}
+        of_mixer = of_attention if mixer == "attention" else dict(self.mixers[mixer])
+        return of_mixer if self.experts(config, layer) else {**of_mixer, **mlp}
+
+    def names_of(self, config: Any, layer: int) -> list[str]:
+        """The names of all linear layers of a decoder layer, in the order in which a token meets them."""
+        experts = self.experts(config, layer)
+        of_experts = [name for linears in experts.linears() for name in linears.values()] if experts else []
+        return [*self.linears_of(config, layer).values(), *of_experts]
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@
 //      |   matmul (qkv)                GEMV (one token) or GEMM over the packed codes        barrier |
 //      |        v                                                                                    |
 //      |   attention                   or another mixer: decoder_recurrent.cpp                       |
-//      |     qk_norm_rope_store        norms of q and k, RoPE; k and v quantized into a KV slot      |
-//      |        v                                                                   barrier, prefill |
+//      |     q_norm_rope,              norms of q and k, RoPE                                        |
+//      |     k_norm_rope_store         k and v quantized into a KV slot             barrier, prefill |
 //      |     attention_tile            q against blocks of KV slots, with an online softmax          |
 //      |        v                                                                            barrier |
 //      |   quantize_input                                                                            |
@@ -28,7 +28,7 @@
 //      |        v                                                                                    |
 //      |   quantize_input              SwiGLU: silu(gate) * up, or another activation                |
 //      |        v                                                                                    |
-//      |   matmul (down)                                                                     barrier |
+//      |   matmul (down)               or a mixture of experts: decoder_experts.cpp          barrier |
 //      |        v                                                                                    |
 //      |   add_residual  --------------------------------------------------------------------------->+
 //      |
@@ -74,8 +74,7 @@ edgerazor_decoder::edgerazor_decoder(const edgerazor_model& from, int isa, int c
     std::vector<const LinearGroup*> groups = {&head};
     int kv_layers = 0;
     for (Layer& layer : layers) {
-        for (const LinearGroup* group : {&layer.in, &layer.out, &layer.gate_up, &layer.down_group})
-            groups.push_back(group);
+        for (const LinearGroup* group : layer.groups()) groups.push_back(group);
         if (layer.mixer == EDGERAZOR_ATTENTION) layer.kv_layer = kv_layers++;
         place_states(layer);
         measure(layer);
@@ -84,6 +83,9 @@ edgerazor_decoder::edgerazor_decoder(const edgerazor_model& from, int isa, int c
         max_columns = std::max(max_columns, group->columns());
         max_inputs = std::max(max_inputs, group->inputs.size());
     }
+    // As few parts as give every thread equally many, if any number does.
+    for (int parts = queries_per_kv(); parts > 0; parts--)
+        if (queries_per_kv() % parts == 0 && model.num_kv_heads * parts % count == 0) decode_parts = parts;
     const std::vector<FormatRows>& parts = embedding.matrices[0].parts;
     if (parts.size() > 1) {
         embedding_part.resize(model.vocab_size);
@@ -110,6 +112,12 @@ void edgerazor_decoder::measure(const Layer& layer) {
     widen(attended_width, layer.width);
     widen(gate_width, layer.plain_mlp ? 0 : layer.gate.rows);
     widen(up_width, layer.fused_gate_up ? 0 : layer.up.rows);
+    if (layer.experts.count > 0) {
+        const int64_t width = layer.experts.chosen * layer.mlp_width;
+        for (int64_t* of : {&gate_width, &up_width, &max_columns}) widen(*of, width);
+        widen(max_chosen, layer.experts.chosen);
+        widen(max_experts, layer.experts.count);
+    }
     if (layer.mixer != EDGERAZOR_ATTENTION || layer.fused_qkv || layer.gated_queries)
         widen(mixed_width, layer.rows(0));
     if (layer.has_gate) widen(gates_width, layer.rows(3));
@@ -172,9 +180,12 @@ void edgerazor_decoder::allocate(int64_t tokens) {
             for (size_t i = 0; i < group.inputs.size(); i++)
                 buffers.quantized_inputs[i].reserve(*group.inputs[i]->layout, count);
         };
-        for (const Layer& layer : layers)
-            for (const LinearGroup* group : {&layer.in, &layer.out, &layer.gate_up, &layer.down_group})
-                allocate_inputs(*group);
+        for (const Layer& layer : layers) {
+            for (const LinearGroup* group : layer.groups()) allocate_inputs(*group);
+            if (layer.experts.count > 0)
+                buffers.quantized_inputs[0].reserve(*layer.expert_list[0].down.inputs[0]->layout,
+                                                    count * layer.experts.chosen);
+        }
         allocate_inputs(head);
     };
     if (tokens > 1) {
@@ -194,10 +205,10 @@ void edgerazor_decoder::allocate(int64_t tokens) {
     alphas.reserve(tokens * heads_width);
     convolved.reserve(tokens * convolved_width);
     y.reserve(tokens * model.hidden_size);
-    const int queries_per_kv = model.num_heads / model.num_kv_heads;
+    if (max_experts > 0) allocate_routing(tokens);
     const int tile_tokens = (int)std::min(tokens, kAttentionTileTokens);
     for (GrowBuffer<char>& buffer : scratch)
-        buffer.reserve(std::max(math.attention_scratch_bytes(model.head_dim, queries_per_kv, tile_tokens),
+        buffer.reserve(std::max(math.attention_scratch_bytes(model.head_dim, queries_per_kv(), tile_tokens),
                                 (int64_t)sizeof(float) * 2 * tokens));
     allocated = tokens;
 }
@@ -275,18 +286,8 @@ void edgerazor_decoder::norm_and_quantize(const ThreadContext& context, const Li
 // barrier.
 void edgerazor_decoder::matmul(const ThreadContext& context, const LinearGroup& group, int64_t tokens,
                                float* const* outputs) {
-    for (const LinearGroup::RowSlice& slice : group.thread_slices[context.thread]) {
-        const PackedMatrix& matrix = *slice.matrix;
-        const MatmulOutput output = {outputs[slice.output], matrix.rows, matrix.bias};
-        if (model.activation_bits == 16) {
-            matmul_kernels.linear_float(*matrix.layout, *slice.rows, tokens, context.buffers->input.get(), output,
-                                        slice.first, slice.last);
-            continue;
-        }
-        const QuantizedInput& input = context.buffers->quantized_inputs[slice.input];
-        const QuantizedActivations x = {tokens, input.codes.get(), input.scales.get(), input.sums.get()};
-        matmul_kernels.linear(*matrix.layout, *slice.rows, x, output, slice.first, slice.last);
-    }
+    const auto input_of = [&](int i) -> const QuantizedInput& { return context.buffers->quantized_inputs[i]; };
+    matmul_slices(group, context.thread, 0, tokens, context.buffers->input.get(), input_of, outputs);
     threads.barrier();
 }
 
@@ -338,6 +339,14 @@ void edgerazor_decoder::forward_layer(const ThreadContext& context, int number) 
     float* const result[] = {y.get()};
     matmul(context, layer.out, context.tokens, result);
     add_residual(context, layer.after_attention);
+    if (layer.experts.count > 0)
+        mixture_of_experts(context, layer);
+    else
+        mlp(context, layer);
+    add_residual(context, layer.after_mlp);
+}
+
+void edgerazor_decoder::mlp(const ThreadContext& context, const Layer& layer) {
     norm_and_quantize(context, layer.gate_up, layer.before_mlp);
     float* const separate[] = {gate.get(), up.get()};
     matmul(context, layer.gate_up, context.tokens, layer.plain_mlp ? separate + 1 : separate);
@@ -347,8 +356,8 @@ void edgerazor_decoder::forward_layer(const ThreadContext& context, int number) 
     quantize_input(context, layer.down_group, [&](int64_t t, float* input) {
         layer.activate(gates_of + t * row, layer.plain_mlp ? nullptr : ups + t * row, (int)width, input);
     });
+    float* const result[] = {y.get()};
     matmul(context, layer.down_group, context.tokens, result);
-    add_residual(context, layer.after_mlp);
 }
 
 void edgerazor_decoder::compute_logits(const ThreadContext& layers_context, const std::vector<int64_t>& rows,

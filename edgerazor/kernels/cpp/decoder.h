@@ -61,10 +61,27 @@ typedef struct {
     edgerazor_norm state_norm;                          /* [value_dim] */
 } edgerazor_delta_rule;
 
+typedef struct {
+    edgerazor_matrix gate, up, down;
+} edgerazor_expert;
+
+/* A mixture of experts in the place of an MLP: the sum of weight * down(activation(gate(x)) * up(x)) over the `chosen`
+   experts whose score, plus their choice bias, is largest. The scores of experts are the softmax of router(x), or its
+   sigmoid. A weight is a score; where `normalized`, divided by (the scores of the chosen experts together + epsilon);
+   then times `scale`. All experts have matrices of the same sizes and groups, and without biases. */
+typedef struct {
+    int32_t count, chosen;   /* of the experts; count 0: there is an MLP */
+    int32_t sigmoid, normalized;
+    float epsilon, scale;
+    const float* router;      /* [count / 16 rounded up, hidden_size, 16]: a row for each expert, and rows of zeros */
+    const float* choice_bias; /* [count], or null */
+    const edgerazor_expert* experts; /* [count] */
+} edgerazor_experts;
+
 /* residual += residual_scale * after_attention(o(mixer(before_attention(residual))))
    residual += residual_scale * after_mlp(down(activation(gate(x)) * up(x))),  x = before_mlp(residual)
    A matrix without parts is not there: no `up`, then `gate` has the rows of both; no `gate`, then down(activation(up(x))).
- */
+   With experts, none of the three is there. */
 typedef struct {
     int32_t mixer;
     edgerazor_matrix inputs[4]; /* of the mixer */
@@ -78,6 +95,7 @@ typedef struct {
     int32_t activation;
     edgerazor_convolution convolution;
     edgerazor_delta_rule delta_rule;
+    edgerazor_experts experts;
 } edgerazor_layer;
 
 typedef struct {

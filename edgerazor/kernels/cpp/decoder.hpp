@@ -1,5 +1,5 @@
-// The state of a decoder. Its steps are in decoder.cpp, decoder_attention.cpp and decoder_recurrent.cpp, its C interface
-// in decoder_api.cpp.
+// The state of a decoder. Its steps are in decoder.cpp, decoder_attention.cpp, decoder_recurrent.cpp and
+// decoder_experts.cpp, its C interface in decoder_api.cpp.
 #pragma once
 #include <stdint.h>
 
@@ -28,12 +28,26 @@ struct Products {
     float* of(int64_t token) const { return start + token * stride; }
 };
 
+// An expert's matrices, and which of the inputs of all experts of its layer (`Layer::expert_inputs`) are those of its
+// gate and up.
+struct Expert {
+    LinearGroup gate_up, down;
+    std::vector<int> inputs;
+
+    Expert(const edgerazor_expert& from, const LinearGroup& all, int threads)
+        : gate_up({&from.gate, &from.up}, threads), down({&from.down}, threads) {
+        for (const PackedMatrix* matrix : gate_up.inputs) inputs.push_back(all.find_input(*matrix));
+    }
+};
+
 // What of a layer its parts need while they compute. How a layer is composed is decided when the decoder is made.
 struct Layer : edgerazor_layer {
     LinearGroup in, out, gate_up, down_group; // the mixer's inputs, `o`, ...
     bool fused_qkv, fused_gate_up, plain_mlp; // q, k and v, or gate and up, are the rows of one matrix; there is no gate
     bool has_gate;                            // of attention, in a matrix of its own
-    int64_t width, mlp_width;                 // of what `o` and `down` get
+    int64_t width, mlp_width;                 // of what `o` and `down` get; with experts, `down` of one of them
+    LinearGroup expert_inputs;                // gate and up of all experts
+    std::vector<Expert> expert_list;
     int kv_layer = 0;                         // attention: its number in the KV cache
     int64_t state = 0, delta_state = 0;       // other mixers: where their states lie in a state slot
     // activation(gate) * up, or with null instead of `up` activation(gate)
@@ -45,10 +59,22 @@ struct Layer : edgerazor_layer {
           fused_qkv(from.inputs[1].part_count == 0), fused_gate_up(from.up.part_count == 0),
           plain_mlp(from.gate.part_count == 0),
           has_gate(from.mixer == EDGERAZOR_ATTENTION && from.inputs[3].part_count > 0), width(out.columns()),
-          mlp_width(down_group.columns()),
+          mlp_width(down_group.empty() ? 0 : down_group.columns()), expert_inputs(inputs_of(from.experts), 0),
           activate(from.activation == EDGERAZOR_SILU        ? math.swiglu
                    : from.activation == EDGERAZOR_GELU_TANH ? math.geglu
-                                                            : math.reglu_squared) {}
+                                                            : math.reglu_squared) {
+        for (int i = 0; i < experts.count; i++) expert_list.emplace_back(experts.experts[i], expert_inputs, threads);
+        if (experts.count > 0) mlp_width = expert_list[0].down.columns();
+        experts.experts = nullptr; // the caller's
+    }
+
+    // The linear groups that get an input for each token.
+    std::vector<const LinearGroup*> groups() const {
+        std::vector<const LinearGroup*> there;
+        for (const LinearGroup* group : {&in, &out, &gate_up, &down_group, &expert_inputs})
+            if (!group->empty()) there.push_back(group);
+        return there;
+    }
 
     int64_t rows(int input) const { return inputs[input].part_count > 0 ? inputs[input].rows : 0; }
 
@@ -56,6 +82,27 @@ struct Layer : edgerazor_layer {
     int64_t convolved() const {
         return mixer == EDGERAZOR_ATTENTION ? 0 : mixer == EDGERAZOR_SHORT_CONVOLUTION ? width : rows(0);
     }
+
+  private:
+    static std::vector<const edgerazor_matrix*> inputs_of(const edgerazor_experts& experts) {
+        std::vector<const edgerazor_matrix*> matrices;
+        for (int i = 0; i < experts.count; i++)
+            for (const edgerazor_matrix* matrix : {&experts.experts[i].gate, &experts.experts[i].up})
+                matrices.push_back(matrix);
+        return matrices;
+    }
+};
+
+// Which experts of a layer compute which tokens of a micro-batch. A token and one of its experts are an *assignment*;
+// assignments are in the order of their experts, and those of an expert in the order of their tokens.
+struct Routing {
+    GrowBuffer<float> scores;         // [tokens, score_stride]: of all experts
+    GrowBuffer<float> choice;         // likewise: what they are chosen by
+    std::vector<int32_t> experts;     // [tokens, chosen], the best one first
+    std::vector<float> weights;       // [tokens, chosen]
+    std::vector<int64_t> assignments; // [tokens, chosen]: their numbers
+    std::vector<int32_t> expert_of;   // [assignments]
+    std::vector<int64_t> first;       // [experts + 1]: the first assignment of each
 };
 
 // Floats of the state of a value head: whole vectors of sixteen columns.
@@ -74,10 +121,15 @@ struct SpanChunk {
     int64_t first_position() const { return prefix.count + past_length; }
 };
 
-// A unit of attention that one thread computes: the query heads of one KV head, for some tokens of a chunk.
+// Query heads [first, last) among those of a KV head.
+struct QueryHeads {
+    int kv_head, first, last;
+};
+
+// A unit of attention that one thread computes: query heads of one KV head, for some tokens of a chunk.
 struct AttentionTile {
     const SpanChunk* chunk;
-    int kv_head;
+    QueryHeads heads;
     int64_t first, count; // tokens of the chunk
 };
 
@@ -125,6 +177,7 @@ struct edgerazor_decoder {
     edgerazor::StateStore states;
     const float *cosines = nullptr, *sines = nullptr, *query_scales = nullptr;
 
+    int decode_parts = 1;                                  // of the query heads of a KV head, in decode
     int64_t max_columns = 0;                               // of the input of a linear group
     size_t max_inputs = 0;                                 // quantized inputs of a linear group
     int64_t decode_tokens = 0, prefill_tokens = 0;         // tokens that buffers are allocated for
@@ -141,11 +194,17 @@ struct edgerazor_decoder {
     std::vector<edgerazor::SpanChunk> chunks;              // of the micro-batch
     std::vector<const edgerazor::SpanChunk*> chunk_of_token;
     std::vector<edgerazor::AttentionTile> tiles;           // of the micro-batch, in prefill
+    // Of mixtures of experts: the inputs of gate and up, in prefill, and the products of `down`. [assignments, ...]
+    edgerazor::Routing routing;
+    edgerazor::GrowBuffer<float> routed, expert_outputs;
+    std::vector<edgerazor::QuantizedInput> routed_inputs;
+    int64_t max_chosen = 0, max_experts = 0;               // over all layers
     std::atomic<int64_t> next_tile{0};
     std::atomic<bool> finite{true};
 
     int64_t q_width() const { return (int64_t)model.num_heads * model.head_dim; }
     int64_t kv_width() const { return (int64_t)model.num_kv_heads * model.head_dim; }
+    int queries_per_kv() const { return model.num_heads / model.num_kv_heads; }
 
     // All tokens of a call through all layers. By the calling thread.
     void forward(const edgerazor_sequence_span* spans, int64_t span_count, const int32_t* tokens,
@@ -153,6 +212,7 @@ struct edgerazor_decoder {
     void plan_micro_batch(const edgerazor_sequence_span* spans, int64_t span_count, int64_t first, int64_t count);
     void plan_attention_tiles();
     void allocate(int64_t tokens);
+    void allocate_routing(int64_t tokens);
     void place_states(edgerazor::Layer& layer);
     void measure(const edgerazor::Layer& layer);
 
@@ -166,7 +226,35 @@ struct edgerazor_decoder {
                            const edgerazor_norm& norm);
     void matmul(const edgerazor::ThreadContext& context, const edgerazor::LinearGroup& group, int64_t tokens,
                 float* const* outputs);
+    // The products of the thread's row blocks with `tokens` tokens from number `first` of the inputs on: x [tokens,
+    // columns] with float32 activations, otherwise input_of(number of the group's input).
+    template <class InputOf>
+    void matmul_slices(const edgerazor::LinearGroup& group, int thread, int64_t first, int64_t tokens, const float* x,
+                  const InputOf& input_of, float* const* outputs) const {
+        using namespace edgerazor;
+        for (const LinearGroup::RowSlice& slice : group.thread_slices[thread]) {
+            const PackedMatrix& matrix = *slice.matrix;
+            const RowLayout& layout = *matrix.layout;
+            const MatmulOutput output = {outputs[slice.output] + first * matrix.rows, matrix.rows, matrix.bias};
+            if (model.activation_bits == 16) {
+                matmul_kernels.linear_float(layout, *slice.rows, tokens, x + first * layout.columns, output, slice.first,
+                                            slice.last);
+                continue;
+            }
+            const QuantizedInput& input = input_of(slice.input);
+            const int64_t segment = first * layout.segment_count;
+            const QuantizedActivations activations = {tokens, input.codes.get() + first * layout.x_quads * 4,
+                                                      input.scales.get() + segment, input.sums.get() + segment};
+            matmul_kernels.linear(layout, *slice.rows, activations, output, slice.first, slice.last);
+        }
+    }
     void mixer_inputs(const edgerazor::ThreadContext& context, const edgerazor::Layer& layer);
+    void mlp(const edgerazor::ThreadContext& context, const edgerazor::Layer& layer);
+    void mixture_of_experts(const edgerazor::ThreadContext& context, const edgerazor::Layer& layer);
+    void route(const edgerazor::ThreadContext& context, const edgerazor::Layer& layer);
+    void choose_experts(const edgerazor::Layer& layer, int64_t token);
+    void order_assignments(const edgerazor::Layer& layer, int64_t tokens);
+    void gather_inputs(const edgerazor::ThreadContext& context, const edgerazor::Layer& layer);
     void attention(const edgerazor::ThreadContext& context, int layer);
     void gate_attention(const edgerazor::Layer& layer, int64_t token, float* attended) const;
     void convolve(const edgerazor::ThreadContext& context, const edgerazor::Layer& layer);
@@ -175,7 +263,11 @@ struct edgerazor_decoder {
     edgerazor::Products queries(const edgerazor::Layer& layer) const;
     edgerazor::Products keys(const edgerazor::Layer& layer) const;
     edgerazor::Products values(const edgerazor::Layer& layer) const;
-    void qk_norm_rope_store(int layer, int64_t token, int kv_head);
+    void q_norm_rope(int layer, int64_t token, const edgerazor::QueryHeads& heads);
+    void k_norm_rope_store(int layer, int64_t token, int kv_head);
+    void norm_and_rope(const edgerazor::Layer& layer, const edgerazor_norm& norm, int64_t position, const float* from,
+                       float* head) const;
+    int64_t position_of(int64_t token) const;
     void attention_tile(const edgerazor::ThreadContext& context, int layer, const edgerazor::AttentionTile& tile);
     void apply_norm(const edgerazor_norm& norm, const float* x, int64_t count, float* out) const;
     void add_residual(const edgerazor::ThreadContext& context, const edgerazor_norm& norm);

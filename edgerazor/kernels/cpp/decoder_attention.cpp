@@ -40,34 +40,46 @@ void edgerazor_decoder::gate_attention(const Layer& layer, int64_t token, float*
     }
 }
 
-// For one token, the heads of q that share a KV head, and that head of k and v: the norms of q and k, RoPE, and storing
-// the key and the value in the token's KV slot.
-void edgerazor_decoder::qk_norm_rope_store(int number, int64_t token, int kv_head) {
-    const Layer& layer = layers[number];
+int64_t edgerazor_decoder::position_of(int64_t token) const {
     const SpanChunk& chunk = *chunk_of_token[token];
-    const int64_t index = token - chunk.token, position = chunk.first_position() + index;
-    const int64_t kv_slot = slot_at(chunk.slot, chunk.pages, chunk.past_length + index);
-    const int64_t rope_row = (position * model.rope_tables + layer.rope_table) * (model.rope_dim / 2);
+    return chunk.first_position() + token - chunk.token;
+}
+
+// A head of q or k, in its place or from another one.
+void edgerazor_decoder::norm_and_rope(const Layer& layer, const edgerazor_norm& norm, int64_t position,
+                                      const float* from, float* head) const {
     const int64_t dim = model.head_dim;
-    const int queries_per_kv = model.num_heads / model.num_kv_heads;
-    const auto norm_and_rope = [&](const float* from, float* head, const edgerazor_norm& norm) {
-        if (!model.norm_all_heads && !model.norm_after_rope)
-            apply_norm(norm, from, dim, head);
-        else if (from != head)
-            memcpy(head, from, dim * sizeof(float));
-        if (layer.rope_dim > 0) math.rope(head, layer.rope_dim, cosines + rope_row, sines + rope_row);
-        if (!model.norm_all_heads && model.norm_after_rope) apply_norm(norm, head, dim, head);
-    };
-    for (int i = 0; i < queries_per_kv; i++) {
-        const int64_t index_of_head = kv_head * queries_per_kv + i;
-        float* head = q.get() + token * q_width() + index_of_head * dim;
-        norm_and_rope(queries(layer).of(token) + index_of_head * (layer.gated_queries ? 2 : 1) * dim, head,
-                      layer.q_norm);
+    const int64_t rope_row = (position * model.rope_tables + layer.rope_table) * (model.rope_dim / 2);
+    if (!model.norm_all_heads && !model.norm_after_rope)
+        apply_norm(norm, from, dim, head);
+    else if (from != head)
+        memcpy(head, from, dim * sizeof(float));
+    if (layer.rope_dim > 0) math.rope(head, layer.rope_dim, cosines + rope_row, sines + rope_row);
+    if (!model.norm_all_heads && model.norm_after_rope) apply_norm(norm, head, dim, head);
+}
+
+// For one token, heads of q: their norms, RoPE, and factors.
+void edgerazor_decoder::q_norm_rope(int number, int64_t token, const QueryHeads& heads) {
+    const Layer& layer = layers[number];
+    const int64_t position = position_of(token), dim = model.head_dim;
+    for (int i = heads.first; i < heads.last; i++) {
+        const int64_t index = (int64_t)heads.kv_head * queries_per_kv() + i;
+        float* head = q.get() + token * q_width() + index * dim;
+        norm_and_rope(layer, layer.q_norm, position, queries(layer).of(token) + index * (layer.gated_queries ? 2 : 1) * dim,
+                      head);
         if (query_scales != nullptr)
             for (int64_t j = 0; j < dim; j++) head[j] *= query_scales[position];
     }
+}
+
+// For one token, a head of k and v: the norm of k, RoPE, and storing the key and the value in the token's KV slot.
+void edgerazor_decoder::k_norm_rope_store(int number, int64_t token, int kv_head) {
+    const Layer& layer = layers[number];
+    const SpanChunk& chunk = *chunk_of_token[token];
+    const int64_t kv_slot = slot_at(chunk.slot, chunk.pages, chunk.past_length + token - chunk.token);
+    const int64_t dim = model.head_dim;
     float* key = k.get() + token * kv_width() + kv_head * dim;
-    norm_and_rope(keys(layer).of(token) + kv_head * dim, key, layer.k_norm);
+    norm_and_rope(layer, layer.k_norm, position_of(token), keys(layer).of(token) + kv_head * dim, key);
     const float* value = values(layer).of(token) + kv_head * dim;
     const KvPage& page = kv_cache.pages(layer.kv_layer, kv_head)[kv_slot / kPageSlots];
     if (!math.store_kv(page, (int)(kv_slot % kPageSlots), model.kv_bits, model.head_dim, key, value))
@@ -75,18 +87,18 @@ void edgerazor_decoder::qk_norm_rope_store(int number, int64_t token, int kv_hea
 }
 
 void edgerazor_decoder::attention_tile(const ThreadContext& context, int number, const AttentionTile& tile) {
-    const int queries_per_kv = model.num_heads / model.num_kv_heads;
     const SpanChunk& chunk = *tile.chunk;
     AttentionArgs args;
     args.bits = model.kv_bits;
     args.head_dim = model.head_dim;
     args.scale = model.attention_scale;
     args.soft_cap = model.attention_soft_cap;
-    args.pages = kv_cache.pages(layers[number].kv_layer, tile.kv_head);
-    const int64_t at = (chunk.token + tile.first) * q_width() + (int64_t)tile.kv_head * queries_per_kv * model.head_dim;
+    args.pages = kv_cache.pages(layers[number].kv_layer, tile.heads.kv_head);
+    const int64_t head = (int64_t)tile.heads.kv_head * queries_per_kv() + tile.heads.first;
+    const int64_t at = (chunk.token + tile.first) * q_width() + head * model.head_dim;
     args.queries = q.get() + at;
     args.query_stride = args.out_stride = q_width();
-    args.heads = queries_per_kv;
+    args.heads = tile.heads.last - tile.heads.first;
     args.tokens = (int)tile.count;
     args.ranges[0] = chunk.prefix;
     args.ranges[1] = {chunk.slot, chunk.past_length + tile.first + tile.count, chunk.pages};
@@ -106,18 +118,27 @@ void edgerazor_decoder::attention(const ThreadContext& context, int number) {
         }
         threads.barrier();
     }
-    if (!context.shared) { // decode: a thread has whole KV heads, so that nobody waits between storing and attention
-        const WorkRange range(model.num_kv_heads, context.thread, threads.count());
-        for (int64_t h = range.first; h < range.last; h++) {
-            qk_norm_rope_store(number, 0, (int)h);
-            attention_tile(context, number, {&chunks[0], (int)h, 0, 1});
+    if (!context.shared) { // decode: where threads have whole KV heads, nobody waits between storing and attention
+        const WorkRange stored(model.num_kv_heads, context.thread, threads.count());
+        for (int64_t h = stored.first; h < stored.last; h++) k_norm_rope_store(number, 0, (int)h);
+        if (decode_parts > 1) threads.barrier();
+        const WorkRange range(model.num_kv_heads * decode_parts, context.thread, threads.count());
+        const int size = queries_per_kv() / decode_parts;
+        for (int64_t i = range.first; i < range.last; i++) {
+            const int first = (int)(i % decode_parts) * size;
+            const QueryHeads heads = {(int)(i / decode_parts), first, first + size};
+            q_norm_rope(number, 0, heads);
+            attention_tile(context, number, {&chunks[0], heads, 0, 1});
         }
         threads.barrier();
         return;
     }
     if (context.thread == 0) next_tile.store(0, std::memory_order_relaxed);
     for (int64_t t = context.first; t < context.last; t++)
-        for (int h = 0; h < model.num_kv_heads; h++) qk_norm_rope_store(number, t, h);
+        for (int h = 0; h < model.num_kv_heads; h++) {
+            q_norm_rope(number, t, {h, 0, queries_per_kv()});
+            k_norm_rope_store(number, t, h);
+        }
     threads.barrier(); // every key and value is in the KV cache
     for (int64_t i; (i = next_tile.fetch_add(1, std::memory_order_relaxed)) < (int64_t)tiles.size();)
         attention_tile(context, number, tiles[i]);
@@ -130,7 +151,8 @@ void edgerazor_decoder::plan_attention_tiles() {
     for (const SpanChunk& chunk : chunks)
         for (int64_t first = 0; first < chunk.count; first += kAttentionTileTokens)
             for (int h = 0; h < model.num_kv_heads; h++)
-                tiles.push_back({&chunk, h, first, std::min(kAttentionTileTokens, chunk.count - first)});
+                tiles.push_back({&chunk, {h, 0, queries_per_kv()}, first,
+                                 std::min(kAttentionTileTokens, chunk.count - first)});
     const auto work = [](const AttentionTile& tile) {
         return tile.count * (tile.chunk->first_position() + tile.first + tile.count);
     };

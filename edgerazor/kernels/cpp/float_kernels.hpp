@@ -1,6 +1,6 @@
 // What a decoder computes beside matrix products, as a table of functions that each instruction set fills in: norms,
-// RoPE, SwiGLU (vector_math.hpp), storing into the KV cache (kv_store.hpp), attention (attention.hpp), and mixers that
-// keep a state (recurrent.hpp).
+// RoPE, SwiGLU (vector_math.hpp), storing into the KV cache (kv_store.hpp), attention (attention.hpp), mixers that keep a
+// state (recurrent.hpp), and routers of experts (router.hpp).
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -59,6 +59,16 @@ struct DeltaRuleArgs {
     int64_t out_stride;
 };
 
+// The scores of experts for some tokens: out [tokens, 16 * blocks] = x [tokens, columns] times rows. The result of a
+// token does not depend on the others.
+struct RouterArgs {
+    int64_t tokens, columns, blocks;
+    const float* x; // token t: + t * columns
+    const float* rows; // [blocks, columns, 16]
+    float* out;
+    int64_t out_stride;
+};
+
 struct FloatKernels {
     void (*rms_norm)(const float* x, int count, float epsilon, const float* weight, float* out); // weight may be null
     void (*layer_norm)(const float* x, int count, float epsilon, const float* weight, const float* bias, float* out);
@@ -80,6 +90,8 @@ struct FloatKernels {
     void (*soft_cap)(float* x, int64_t count, float cap);         // x = cap * tanh(x / cap)
     void (*convolve)(const ConvolutionArgs& args);
     void (*delta_rule)(const DeltaRuleArgs& args);
+    void (*score_experts)(const RouterArgs& args);
+    void (*add_scaled)(float* x, const float* y, float factor, int64_t count); // x += factor * y
 };
 
 extern const FloatKernels portable_float_kernels, avx2_float_kernels, avx2vnni_float_kernels, avx512_float_kernels,

@@ -3,7 +3,6 @@
 #include <stdint.h>
 
 #include <algorithm>
-#include <initializer_list>
 #include <vector>
 
 #include "aligned_buffer.hpp"
@@ -63,8 +62,8 @@ struct LinearGroup {
     std::vector<const PackedMatrix*> inputs; // one matrix for each way in which the input is quantized
     std::vector<std::vector<RowSlice>> thread_slices;
 
-    // Those of the matrices that are there.
-    LinearGroup(std::initializer_list<const edgerazor_matrix*> from, int threads) {
+    // Those of the matrices that are there. With no threads, nothing is computed with the group but its inputs.
+    LinearGroup(const std::vector<const edgerazor_matrix*>& from, int threads) {
         for (const edgerazor_matrix* matrix : from)
             if (matrix->part_count > 0) matrices.emplace_back(*matrix);
         std::vector<RowSlice> slices;
@@ -82,9 +81,17 @@ struct LinearGroup {
     LinearGroup(const LinearGroup&) = delete; // slices point into it
     LinearGroup(LinearGroup&&) = default;
 
+    bool empty() const { return matrices.empty(); }
     int64_t columns() const { return matrices[0].layout->columns; }
     int block() const { return matrices[0].block; } // of the rotation of the input; 0: none
     const uint8_t* signs() const { return matrices[0].signs; }
+
+    // The number of the input that a matrix, of this group or of another one, gets; as many as there are: none of them.
+    int find_input(const PackedMatrix& matrix) const {
+        int number = 0;
+        while (number < (int)inputs.size() && !inputs[number]->quantizes_like(matrix)) number++;
+        return number;
+    }
 
   private:
     static constexpr int64_t kTileBlocks = 4; // row blocks that the largest tile of a GEMM computes side by side
@@ -96,10 +103,9 @@ struct LinearGroup {
     }
 
     int input_of(const PackedMatrix& matrix) {
-        for (size_t i = 0; i < inputs.size(); i++)
-            if (inputs[i]->quantizes_like(matrix)) return (int)i;
-        inputs.push_back(&matrix);
-        return (int)inputs.size() - 1;
+        const int number = find_input(matrix);
+        if (number == (int)inputs.size()) inputs.push_back(&matrix);
+        return number;
     }
 
     // Gives each thread equally many bytes, cut between whole tiles.

@@ -1,0 +1,152 @@
+"""A mixture of experts through the whole chain: 8 of 64 experts in two layers of a random OLMoE.
+
+    python -m recipes.benchmarks.mixtures [--hidden N] [--steps N] [--results none]
+
+The random teacher, whose routers are spread, has the tokenizer of the embedded one and is calibrated, distilled,
+packed, written as GGUF and benchmarked by the commands that everybody uses. What came of it goes into
+recipes/results/mixers.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from edgerazor.packed import PackedModel
+from edgerazor.runtime.chosen_experts import IN_EXPERT, packed_sizes
+from edgerazor.workdir import machine
+from recipes.benchmarks.folders import BUILD, RESULTS, WORLD
+from recipes.benchmarks.results import commit, markdown, publish
+
+EXPERTS, CHOSEN = 64, 8
+
+
+def write_teacher(folder: Path, hidden: int) -> int:
+    """Write a random OLMoE in bfloat16 and its tokenizer; returns its weights."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(WORLD / "teacher", folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    own = json.loads((folder / "config.json").read_text())
+    same = ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    config = CONFIG_MAPPING["olmoe"](
+        **{name: own[name] for name in same},
+        **{"hidden_size": hidden, "intermediate_size": hidden // 2, "num_hidden_layers": 2},
+        **{"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64},
+        **{"num_experts": EXPERTS, "num_experts_per_tok": CHOSEN, "initializer_range": 0.06},
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("gate.weight"):
+                parameter.copy_(torch.randn_like(parameter) * 4 * hidden**-0.5)
+    model.save_pretrained(folder)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def run(work: Path, recipe: Path, command: str, *words: str) -> tuple[float, str]:
+    """Seconds of a command, and what it said; exits where it fails."""
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "edgerazor", command, "--recipe", str(recipe), "--work", str(work), *words],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        sys.exit(f"{command} failed: {done.stderr[-2000:]}")
+    return time.monotonic() - began, done.stderr
+
+
+def facts_of(work: Path, seconds: dict[str, float]) -> list[list[str]]:
+    """What the stages left, as rows of a table."""
+    counts = load_file(work / "calibrate" / "stats.safetensors")
+    tokens = [tensor for name, tensor in sorted(counts.items()) if name.startswith("expert_tokens/")]
+    losses = [json.loads(line) for line in (work / "distill" / "metrics.jsonl").read_text().splitlines()]
+    divergences = [line["kl"] for line in losses if "kl" in line]
+    packed = PackedModel.open(work / "packed")
+    sizes = packed_sizes(packed)
+    experts = sum(size for name, size in sizes.items() if IN_EXPERT.fullmatch(name))
+    bench = {engine["name"]: engine for engine in json.loads((work / "bench" / "result.json").read_text())["engines"]}
+    ours, teacher = bench["packed"], bench["teacher"]
+    gguf = next((work / "packed").parent.glob("exports/gguf/*.gguf"))
+    spread = [f"{int(of_layer.min())} to {int(of_layer.max())}" for of_layer in tokens]
+    return [
+        ["calibrate: tokens of an expert, by layer", ", ".join(spread)],
+        ["distill: KL to the teacher, first and last evaluation", f"{divergences[0]:.4f}, {divergences[-1]:.4f}"],
+        ["pack: MB, of which experts", f"{sum(sizes.values()) / 1e6:.2f}, {experts / 1e6:.2f}"],
+        ["GGUF: MB", f"{gguf.stat().st_size / 1e6:.2f}"],
+        ["bench: engine, kernel", f"{ours['engine']}, {ours['kernel']}"],
+        ["bench: MB a token reads", f"{ours['bytes_per_token'] / 1e6:.2f}"],
+        ["of these the chosen experts'", f"{experts * CHOSEN / EXPERTS / 1e6:.2f}"],
+        ["bench: decode, tokens/s, and the teacher in bfloat16", f"{rate(ours):.0f}, {rate(teacher):.0f}"],
+        ["seconds", ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())],
+    ]
+
+
+def rate(engine: dict[str, Any]) -> float:
+    """Tokens decoded a second."""
+    return float(statistics.median(engine["decode_tokens_per_second"]["values"]))
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=512, help="features; an expert has half as many between")
+    parser.add_argument("--steps", type=int, default=40, help="of the training")
+    parser.add_argument("--build", type=Path, default=BUILD / "mixtures", help="folder of the teacher and the job")
+    parser.add_argument("--results", default=str(RESULTS / "mixers.md"), help="where the table goes, or `none`")
+    options = parser.parse_args()
+    weights = write_teacher(options.build / "teacher", options.hidden)
+    shutil.rmtree(options.build / "job", ignore_errors=True)
+    recipe = options.build / "recipe.yaml"
+    values: dict[str, Any] = {
+        "model": str(options.build / "teacher"),
+        "data": {"train": [{"file": str(WORLD / "heldout.txt")}], "sequence_length": 64},
+        "calibrate": {
+            **{"bits": 2.4, "plan": "sensitivity", "sensitivity": "fisher", "sensitivity_tokens": 8192},
+            **{"group_size": 64, "activation_bits": 8},
+        },
+        "distill": {
+            **{"steps": options.steps, "batch_size": 8, "learning_rate": 2e-4, "precision": "float32"},
+            **{"evaluate_every": 10, "evaluate_sequences": 16},
+            "losses": [
+                {"name": "forward_kl", "weight": 20},
+                {"name": "router_balance", "weight": 0.01},
+                {"name": "router_z", "weight": 0.001},
+                {"name": "router_kl", "weight": 1},
+            ],
+        },
+        "bench": {"rounds": 3},
+    }
+    recipe.write_text(yaml.safe_dump(values))
+    seconds: dict[str, float] = {}
+    for command in ("calibrate", "distill", "pack", "bench"):
+        words = ("--export", "gguf", "--allow-lossy") if command == "pack" else ()
+        seconds[command], said = run(options.build / "job", recipe, command, *words)
+        print(f"{command}: {seconds[command]:.0f} s", said[-600:], sep="\n", flush=True)
+    text = markdown(("what", "figure"), facts_of(options.build / "job", seconds))
+    text += (
+        f"\n\nA random OLMoE of {options.hidden} features, 2 layers, {CHOSEN} of {EXPERTS} experts, "
+        f"{weights / 1e6:.0f} M weights; 2.4 bits by sensitivity, {options.steps} steps; "
+        f"{machine()}; commit {commit()}."
+    )
+    print(text)
+    if options.results != "none":
+        publish("mixtures", text, Path(options.results))
+
+
+if __name__ == "__main__":
+    main()
