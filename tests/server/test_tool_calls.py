@@ -99,7 +99,7 @@ def streamed(kind: Kind, text: str, size: int) -> tuple[str, list[list[str]], li
         ),
         ("hermes", '<tool_call>\n{"name": "weather", "arguments": {"city": "Ro', "", ['{"city": "Ro']),
         ("hermes", '<tool_call>{"name": "weather", "arguments": {}} or so</tool_call>', "} or so</tool_call>", ["{}"]),
-        ("hermes", '<tool_call>no JSON</tool_call>', "<tool_call>no JSON</tool_call>", []),
+        ("hermes", "<tool_call>no JSON</tool_call>", "<tool_call>no JSON</tool_call>", []),
         ("mistral", '[TOOL_CALLS][{"name": "weather", "arguments": {"city": "Rome"}}]', "", ['{"city": "Rome"}']),
         (
             "mistral",

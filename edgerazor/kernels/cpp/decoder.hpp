@@ -20,6 +20,7 @@ namespace edgerazor {
 constexpr int64_t kMicroBatchTokens = 512;   // tokens that go through the layers together
 constexpr int64_t kLogitTokens = 64;         // tokens whose logits are computed together, where they are not the output
 constexpr int64_t kAttentionTileTokens = 32; // tokens of an attention tile
+constexpr int64_t kTilesTogether = 8;        // attention tiles that a thread takes at a time, where there are many
 
 // Where the products of a matrix lie: those of token t from start + t * stride on.
 struct Products {
@@ -176,7 +177,9 @@ struct edgerazor_decoder {
     edgerazor::Products keys(const edgerazor::Layer& layer) const;
     edgerazor::Products values(const edgerazor::Layer& layer) const;
     void qk_norm_rope_store(int layer, int64_t token, int kv_head);
-    void attention_tile(const edgerazor::ThreadContext& context, int layer, const edgerazor::AttentionTile& tile);
+    // `next`: the tile that this thread computes next, or null.
+    void attention_tile(const edgerazor::ThreadContext& context, int layer, const edgerazor::AttentionTile& tile,
+                        const edgerazor::AttentionTile* next);
     void apply_norm(const edgerazor_norm& norm, const float* x, int64_t count, float* out) const;
     void add_residual(const edgerazor::ThreadContext& context, const edgerazor_norm& norm);
     // Logits [count, vocab_size] of the tokens rows[first], ..., rows[first + count - 1] of the micro-batch.

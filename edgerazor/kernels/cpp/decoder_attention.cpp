@@ -74,7 +74,8 @@ void edgerazor_decoder::qk_norm_rope_store(int number, int64_t token, int kv_hea
         finite.store(false, std::memory_order_relaxed);
 }
 
-void edgerazor_decoder::attention_tile(const ThreadContext& context, int number, const AttentionTile& tile) {
+void edgerazor_decoder::attention_tile(const ThreadContext& context, int number, const AttentionTile& tile,
+                                       const AttentionTile* next) {
     const int queries_per_kv = model.num_heads / model.num_kv_heads;
     const SpanChunk& chunk = *tile.chunk;
     AttentionArgs args;
@@ -93,6 +94,16 @@ void edgerazor_decoder::attention_tile(const ThreadContext& context, int number,
     args.sliding_window = layers[number].sliding_window;
     args.out = attended.get() + at;
     args.scratch = scratch[context.thread].get();
+    args.next_keys = args.next_values = nullptr;
+    if (next != nullptr) {
+        const SpanChunk& of_next = *next->chunk;
+        const SlotRange& begin = of_next.prefix.count > 0 ? of_next.prefix : SlotRange{of_next.slot, 0, of_next.pages};
+        const int64_t slot = slot_at(begin.slot, begin.pages, 0);
+        const int64_t before = slot % kPageSlots * kv_vector_bytes(model.kv_bits, model.head_dim);
+        const KvPage& page = kv_cache.pages(layers[number].kv_layer, next->kv_head)[slot / kPageSlots];
+        args.next_keys = (const char*)page.keys + before;
+        args.next_values = (const char*)page.values + before;
+    }
     math.attention(args);
 }
 
@@ -110,7 +121,8 @@ void edgerazor_decoder::attention(const ThreadContext& context, int number) {
         const WorkRange range(model.num_kv_heads, context.thread, threads.count());
         for (int64_t h = range.first; h < range.last; h++) {
             qk_norm_rope_store(number, 0, (int)h);
-            attention_tile(context, number, {&chunks[0], (int)h, 0, 1});
+            const AttentionTile tile = {&chunks[0], (int)h, 0, 1}, next = {&chunks[0], (int)h + 1, 0, 1};
+            attention_tile(context, number, tile, h + 1 < range.last ? &next : nullptr);
         }
         threads.barrier();
         return;
@@ -119,8 +131,11 @@ void edgerazor_decoder::attention(const ThreadContext& context, int number) {
     for (int64_t t = context.first; t < context.last; t++)
         for (int h = 0; h < model.num_kv_heads; h++) qk_norm_rope_store(number, t, h);
     threads.barrier(); // every key and value is in the KV cache
-    for (int64_t i; (i = next_tile.fetch_add(1, std::memory_order_relaxed)) < (int64_t)tiles.size();)
-        attention_tile(context, number, tiles[i]);
+    const int64_t count = (int64_t)tiles.size();
+    const int64_t together = std::min(kTilesTogether, std::max<int64_t>(1, count / (8 * threads.count())));
+    for (int64_t i; (i = next_tile.fetch_add(together, std::memory_order_relaxed)) < count;)
+        for (const int64_t last = std::min(i + together, count); i < last; i++)
+            attention_tile(context, number, tiles[i], i + 1 < last ? &tiles[i + 1] : nullptr);
     threads.barrier();
 }
 

@@ -97,7 +97,7 @@ EDGERAZOR_INLINE void add_plane_chunk(Sums* sums, const uint8_t* w, const int8_t
 template <int bits, int tokens, class Sums>
 EDGERAZOR_INLINE void add_planes_chunk(Sums* sums, const uint8_t* w, const int8_t* x) {
     constexpr int quad = tokens * 4;
-    EDGERAZOR_ROLLED for (int v = 0; v < chunk_vectors(bits, kBitsChunkQuads); v++) prefetch_ahead(w + v * kVectorBytes);
+    unroll<0, chunk_vectors(bits, kBitsChunkQuads)>(UNROLL(v) { prefetch_ahead(w + v.value * kVectorBytes); });
     unroll<0, kBitsChunkQuads>(UNROLL(q) {
         const u8x64 u = unpack_bits_quad<bits, q.value>(w);
         unroll<0, tokens>(UNROLL(t) { sums[t.value].add(u, broadcast(x + q.value * quad + t.value * 4)); });
@@ -160,15 +160,24 @@ struct TokenGroup {
     int32_t* x_offsets;
 
     void fill(const RowLayout& layout, const QuantizedActivations& from, int min_level_x2) const {
-        for (int t = 0; t < count; t++) {
-            const int8_t* row = from.codes + (first + t) * (int64_t)layout.x_quads * 4;
-            for (int q = 0; q < layout.x_quads; q++) memcpy(x + ((int64_t)q * count + t) * 4, row + q * 4, 4);
+        const int64_t stride = (int64_t)layout.x_quads * 4;
+        int t = 0;
+        for (; t + 4 <= count; t += 4) interleave<4>(from.codes + (first + t) * stride, layout.x_quads, t);
+        for (; t < count; t++) interleave<1>(from.codes + (first + t) * stride, layout.x_quads, t);
+        for (t = 0; t < count; t++)
             for (int i = 0; i < layout.segment_count; i++) {
                 const int64_t at = (first + t) * (int64_t)layout.segment_count + i;
                 x_scales[i * count + t] = level_unit(min_level_x2) * from.scales[at];
                 x_offsets[i * count + t] = (min_level_x2 % 2 == 0 ? min_level_x2 / 2 : min_level_x2) * from.sums[at];
             }
-        }
+    }
+
+    // Copies the quads of `tokens` tokens from number t on, whose codes begin at `row`.
+    template <int tokens>
+    void interleave(const int8_t* row, int quads, int t) const {
+        int8_t* out = x + t * 4;
+        for (int q = 0; q < quads; q++, row += 4, out += count * 4)
+            unroll<0, tokens>(UNROLL(i) { memcpy(out + i.value * 4, row + i.value * (int64_t)quads * 4, 4); });
     }
 };
 

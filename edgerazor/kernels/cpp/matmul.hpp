@@ -51,8 +51,8 @@ EDGERAZOR_INLINE float level_unit(int min_level_x2) { return min_level_x2 % 2 ==
 inline void store_rows(const float* results, int count, int64_t first, const FormatRows& rows,
                        const MatmulOutput& output, int64_t token) {
     float* y = output.y + token * output.stride;
-    if (!rows.rows && !output.bias) {
-        memcpy(y + first, results, count * sizeof(float));
+    if (count == kBlockRows && !rows.rows && !output.bias) {
+        memcpy(y + first, results, kBlockRows * sizeof(float));
         return;
     }
     for (int i = 0; i < count; i++) {
