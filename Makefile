@@ -201,13 +201,15 @@ compression: install
 llamacpp: build/llamacpp/installed
 
 LLAMACPP := build/llamacpp
-# llama.cpp's code for Intel's AMX crashes on some machines (its issue 20824), so it is left out.
+# llama.cpp's code for Intel's AMX crashes on some machines (its issue 20824), so it is left out; its server comes
+# without the web page, which the build would download.
 LLAMACPP_FLAGS := $(if $(filter x86_64,$(shell uname -m)),-mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
 LLAMACPP_OPTIONS := -DCMAKE_BUILD_TYPE=Release -DLLAMA_BUILD_TOOLS=ON -DLLAMA_BUILD_TESTS=OFF \
-	-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_OPENSSL=OFF \
+	-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=ON -DLLAMA_BUILD_APP=OFF -DLLAMA_OPENSSL=OFF \
+	-DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF \
 	'-DCMAKE_C_FLAGS=$(LLAMACPP_FLAGS)' '-DCMAKE_CXX_FLAGS=$(LLAMACPP_FLAGS)' \
 	-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON '-DCMAKE_INSTALL_RPATH=$$ORIGIN'
-LLAMACPP_TOOLS := llama-quantize llama-imatrix llama-bench llama-perplexity llama-completion llama-tokenize
+LLAMACPP_TOOLS := llama-quantize llama-imatrix llama-bench llama-perplexity llama-completion llama-tokenize llama-server
 LLAMACPP_AVX2 := -DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_AVX512=OFF
 
 # Its programs in FOLDER/tools: $(call build-llamacpp,FOLDER,OPTIONS,PROGRAMS), with cmake and ninja of $(LLAMACPP)/bin.

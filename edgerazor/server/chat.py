@@ -15,7 +15,7 @@ from edgerazor.server.engine import Engine, Texts
 from edgerazor.server.prompts import Prompts
 from edgerazor.server.protocol import ChatRequest
 from edgerazor.server.token_text import TokenTexts
-from edgerazor.server.tool_calls import CallReader, ToolCall, forced_call
+from edgerazor.server.tool_calls import ArgumentStream, CallDelta, CallReader, ToolCall, forced_call
 
 
 def logprob_body(texts: TokenTexts, logprob: TokenLogprob, count: int) -> dict[str, Any]:
@@ -33,6 +33,7 @@ class Addition(NamedTuple):
 
     content: str
     calls: list[ToolCall]
+    deltas: list[CallDelta]
     logprobs: list[dict[str, Any]]
     finish: str | None
 
@@ -48,17 +49,32 @@ class Message:
     def __init__(self, reader: CallReader | None, forced: bool) -> None:
         self._reader, self._forced = reader, forced
         self._call_text = ""
+        self._arguments = ArgumentStream(reader.kind, reader.names, 0) if reader is not None else None
+        self._deltas: list[CallDelta] = []
+
+    def take_deltas(self) -> list[CallDelta]:
+        """What is new of calls, where they are streamed."""
+        if not self._forced:
+            return self._reader.take_deltas() if self._reader is not None else []
+        deltas, self._deltas = self._deltas, []
+        return deltas
 
     def add(self, text: str, finish: str | None) -> tuple[str, list[ToolCall], str | None]:
         """The text for people, the calls, and why it ended, of what is new."""
+        if self._reader is None or self._arguments is None:
+            return text, [], finish
         if self._forced:
             self._call_text += text
+            if self._reader.stream:
+                self._deltas += self._arguments.read(self._call_text)
             if finish is None:
                 return "", [], None
             call = forced_call(self._call_text)
-            return (self._call_text, [], finish) if call is None else ("", [call], "tool_calls")
-        if self._reader is None:
-            return text, [], finish
+            if call is None:
+                return ("" if self._arguments.given else self._call_text), [], finish
+            if self._reader.stream and not self._arguments.given:
+                self._deltas.append(CallDelta(0, call.arguments, call))
+            return "", [call], "tool_calls"
         content, calls = self._reader.push(text)
         if finish is not None:
             rest, last = self._reader.finish()
@@ -94,7 +110,8 @@ class Chat:
         names = {tool.function.name for tool in request.tools}
         forced = request.tool_choice not in (None, "none", "auto")
         self._messages = [
-            Message(CallReader(kind, names) if kind is not None else None, forced) for _ in range(request.n)
+            Message(CallReader(kind, names, request.stream) if kind is not None else None, forced)
+            for _ in range(request.n)
         ]
 
     async def whole(self) -> dict[str, Any]:
@@ -116,16 +133,11 @@ class Chat:
         head = {**self._head("chat.completion.chunk"), **usage}
         for index in range(len(self._messages)):
             yield {**head, "choices": [self._delta(index, {"role": "assistant", "content": ""})]}
-        counts = [0] * len(self._messages)
         async with contextlib.aclosing(self._additions()) as additions:
             async for index, addition in additions:
                 delta: dict[str, Any] = {"content": addition.content} if addition.content else {}
-                if addition.calls:
-                    first = counts[index]
-                    delta["tool_calls"] = [
-                        {"index": number, **call.body()} for number, call in enumerate(addition.calls, first)
-                    ]
-                    counts[index] += len(addition.calls)
+                if addition.deltas:
+                    delta["tool_calls"] = [call.body() for call in addition.deltas]
                 if delta or addition.finish or addition.logprobs:
                     yield {**head, "choices": [self._delta(index, delta, addition)]}
         if self._request.wants_usage:
@@ -134,12 +146,13 @@ class Chat:
     async def _additions(self) -> AsyncGenerator[tuple[int, Addition], None]:
         async with contextlib.aclosing(self._texts.pieces()) as pieces:
             async for index, piece in pieces:
-                content, calls, finish = self._messages[index].add(piece.text, piece.finish)
+                message = self._messages[index]
+                content, calls, finish = message.add(piece.text, piece.finish)
                 bodies = [
                     logprob_body(self._engine.token_texts, logprob, self._request.top_logprobs)
                     for logprob, _ in piece.logprobs
                 ]
-                yield index, Addition(content, calls, bodies, finish)
+                yield index, Addition(content, calls, message.take_deltas(), bodies, finish)
 
     def _choice(self, index: int, message: Gathered) -> dict[str, Any]:
         body: dict[str, Any] = {"role": "assistant", "content": message.content, "refusal": None}

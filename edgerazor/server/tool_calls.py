@@ -5,7 +5,9 @@
 - *llama3*: the whole answer is `{"name": ..., "parameters": {...}}`, perhaps behind `<|python_tag|>`, several
   separated by semicolons.
 
-What looks like a call and is none stays text: nothing that the model wrote is lost.
+What looks like a call and is none stays text: nothing that the model wrote is lost. In a stream, a call of a function
+that there is begins as soon as its name is written, and its arguments follow as they are; one that breaks off leaves
+them as far as they came.
 """
 
 from __future__ import annotations
@@ -22,6 +24,10 @@ Kind = Literal["hermes", "mistral", "llama3"]
 MARKS: dict[Kind, str] = {"hermes": "<tool_call>", "mistral": "[TOOL_CALLS]", "llama3": "<|python_tag|>"}
 CLOSING = "</tool_call>"
 FORCED: dict[Kind, str] = {"hermes": "<tool_call>\n", "mistral": "[TOOL_CALLS]", "llama3": ""}
+#: A call as far as its arguments, which are an object: with group 1, its name.
+OPENING = re.compile(
+    r'\s*\[?\s*\{\s*"name"\s*:\s*"([a-zA-Z0-9_.-]{1,128})"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
+)
 NAMED_ARGUMENTS = re.compile(r"\s*([a-zA-Z0-9_.-]{1,128})(?:\[CALL_ID\]\w*)?(?:\[ARGS\])?\s*(?=\{)")
 
 
@@ -39,6 +45,71 @@ class ToolCall:
         return {"id": self.identifier, "type": "function", "function": function}
 
 
+@dataclass(frozen=True)
+class CallDelta:
+    """What a stream adds to a call.
+
+    Attributes:
+        index: of the call, in the message.
+        arguments: what was written of them since the last one.
+        call: with the first one of a call, its name and identifier.
+    """
+
+    index: int
+    arguments: str
+    call: ToolCall | None = None
+
+    def body(self) -> dict[str, Any]:
+        """As OpenAI writes it."""
+        begun = self.call.body() if self.call is not None else {"function": {}}
+        return {"index": self.index, **begun, "function": {**begun["function"], "arguments": self.arguments}}
+
+
+class ArgumentStream:
+    """The arguments of one call while it is written.
+
+    Args:
+        kind: of the template.
+        names: of the functions that there are.
+        index: of the call, in the message.
+
+    Attributes:
+        given: characters of the call's text that deltas cover; 0: its name is not known yet, or it has none.
+    """
+
+    def __init__(self, kind: Kind, names: Collection[str], index: int) -> None:
+        self.kind, self.names, self.index = kind, names, index
+        self.given = 0
+        self._depth, self._in_string, self._escaped, self._complete = 0, False, False, False
+
+    def read(self, words: str) -> list[CallDelta]:
+        """What is new in the text of the call, which begins behind the mark and has grown since the last time."""
+        call = None
+        if not self.given:
+            name = OPENING.match(words)
+            if name is None and self.kind == "mistral":
+                name = NAMED_ARGUMENTS.match(words)
+            if name is None or name[1] not in self.names:
+                return []
+            call, self.given = ToolCall(name[1], ""), name.end()
+        begin = self.given
+        while self.given < len(words) and not self._complete:
+            self._step(words[self.given])
+            self.given += 1
+        arguments = words[begin : self.given]
+        return [CallDelta(self.index, arguments, call)] if arguments or call else []
+
+    def _step(self, character: str) -> None:
+        if self._in_string:
+            self._in_string = self._escaped or character != '"'
+            self._escaped = character == "\\" and not self._escaped
+        elif character == '"':
+            self._in_string = True
+        else:
+            self._depth += (character in "{[") - (character in "}]")
+            self._complete = self._depth == 0
+
+
 def kind_of(template: str) -> Kind:
     """How a chat template writes calls; hermes where it does not say."""
     if MARKS["hermes"] in template:
@@ -54,11 +125,14 @@ class CallReader:
     Args:
         kind: of the template.
         names: of the functions that there are.
+        stream: whether calls are given out as they are written, by `take_deltas`.
     """
 
-    def __init__(self, kind: Kind, names: Collection[str]) -> None:
-        self.kind, self.names = kind, names
+    def __init__(self, kind: Kind, names: Collection[str], stream: bool = False) -> None:
+        self.kind, self.names, self.stream = kind, names, stream
         self.calls: list[ToolCall] = []
+        self._deltas: list[CallDelta] = []
+        self._arguments = ArgumentStream(kind, names, 0)
         self._text = ""  # not given out yet
         self._inside = False  # of a call, or of what may be one
         self._blanks = ""  # before it
@@ -72,14 +146,15 @@ class CallReader:
             if not self._inside:
                 content += self._outside()
             if not self._inside or self.kind != "hermes" or CLOSING not in self._text:
+                self._read_arguments(self._text)
                 return content, self.calls[before:]
             words, _, self._text = self._text.partition(CLOSING)
             call = one_call(load(words.removeprefix(MARKS["hermes"])))
+            self._read_arguments(words)
             self._inside = False
             if call is None:
-                content += f"{self._blanks}{words}{CLOSING}"
-            else:
-                self.calls.append(call)
+                content += self._text_of(f"{words}{CLOSING}")
+            self._end_calls([call] if call is not None else [])
 
     def finish(self) -> tuple[str, list[ToolCall]]:
         """The rest, now that no more text comes."""
@@ -87,9 +162,35 @@ class CallReader:
         self._text = ""
         if self._inside:
             calls = self._calls_of(rest)
-            self.calls += calls
-            return ("" if calls else self._blanks + rest), self.calls[before:]
+            content = "" if calls else self._text_of(rest)
+            self._end_calls(calls)
+            return content, self.calls[before:]
         return ("" if self.calls and not rest.strip() else rest), []
+
+    def take_deltas(self) -> list[CallDelta]:
+        """What is new of calls, where they are streamed."""
+        deltas, self._deltas = self._deltas, []
+        return deltas
+
+    def _read_arguments(self, words: str) -> None:
+        """Stream what is new of the call whose text, from its mark on, is given."""
+        if self.stream and self._inside:
+            self._deltas += self._arguments.read(words.removeprefix(MARKS[self.kind]))
+
+    def _text_of(self, words: str) -> str:
+        """What is left for people of what is no call; of one that was streamed, what follows its arguments."""
+        given = self._arguments.given
+        return words.removeprefix(MARKS[self.kind])[given:].strip() if given else self._blanks + words
+
+    def _end_calls(self, calls: Sequence[ToolCall]) -> None:
+        """Note calls that are complete, the first of which may have been streamed."""
+        unseen = calls[1:] if self._arguments.given else calls
+        first = self._arguments.index + len(calls) - len(unseen)
+        if self.stream:
+            self._deltas += [CallDelta(index, call.arguments, call) for index, call in enumerate(unseen, first)]
+        self.calls += calls
+        begun = self._arguments.index + max(len(calls), bool(self._arguments.given))
+        self._arguments = ArgumentStream(self.kind, self.names, begun)
 
     def _outside(self) -> str:
         """The text before the next call; none that may be its beginning, nor blanks before it."""

@@ -10,7 +10,9 @@ submitted at once, in turns, each with a prompt of its own, beside a session of 
 one* is the ratio to one sequence of the same round; *first token* is the median time from submission. Medians of the
 rounds count. Greedy sequences take the likeliest token; sampled ones have a temperature of 0.7 and top-p of 0.95.
 
-The table is printed, and published with `--results`. Exit code 3 when a promise is not kept.
+*Through HTTP*: the same model behind `edgerazor serve`, in turns with llama.cpp's server (serving_http.py).
+
+The tables are printed, and published with `--results`. Exit code 3 when a promise is not kept.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from edgerazor.workdir import machine
 from recipes.benchmarks.bench_models import Place, packed
 from recipes.benchmarks.folders import BUILD, RESULTS
 from recipes.benchmarks.results import commit, markdown, packages, publish
+from recipes.benchmarks.serving_http import LLAMA_SERVER, http_table
 
 SHAPE, KIND = "Qwen3-0.6B", "base 3"
 #: Sequences at a time, by how their tokens are chosen.
@@ -49,6 +52,8 @@ PROMISED = {4: 2.5, 16: 4.0}
 #: The least ratio of one sequence in the scheduler to a session.
 PROMISED_ALONE = 0.98
 WAIT_SECONDS = 600.0
+HTTP_ROUNDS = 3
+PARTS = ("process", "http")
 SAMPLED = {"temperature": 0.7, "top_p": 0.95}
 
 
@@ -180,6 +185,21 @@ def in_process(options: argparse.Namespace, console: Console) -> tuple[str, list
     return f"{facts}\n\n{text}", wrong
 
 
+def through_http(options: argparse.Namespace, console: Console) -> str:
+    """The section of what is measured through servers."""
+    place = Place(options.build / "models", options.layers, options.vocabulary)
+    threads = options.threads or os.cpu_count() or 1
+    load = os.getloadavg()[0]
+    rounds = min(options.rounds, HTTP_ROUNDS)
+    table_of_servers = http_table(packed(place, SHAPE, KIND), options.build, threads, rounds, options.tokens, console)
+    there = "" if LLAMA_SERVER.exists() else " No llama-server was built (`make llamacpp`)."
+    facts = (
+        f"{machine()}, {threads} threads; {packages()}; commit {commit()}; prompts of {PROMPT} tokens, "
+        f"{options.tokens} tokens written; medians of {rounds} rounds; load average before them {load:.1f}.{there}"
+    )
+    return f"{facts}\n\n{table_of_servers}"
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
@@ -187,6 +207,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=TOKENS, help="that each sequence writes")
     parser.add_argument("--layers", type=int, help="most layers of the model, to try it")
     parser.add_argument("--vocabulary", type=int, help="most entries of its vocabulary, to try it")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
     parser.add_argument("--build", type=Path, default=BUILD / "serving", help="of models")
     parser.add_argument("--results", default=str(RESULTS), help="folder of serving.md, or `none`")
     return parser.parse_args(arguments)
@@ -195,14 +216,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     console = Console()
+    sections: dict[str, str] = {}
+    wrong: list[str] = []
     try:
-        text, wrong = in_process(options, console)
+        if "process" in options.parts:
+            sections["in this process"], wrong = in_process(options, console)
+        if "http" in options.parts:
+            sections["through HTTP"] = through_http(options, console)
     except UserError as error:
         console.error(error)
         return error.code
-    print(text)
-    if options.results != "none":
-        publish("in this process", text, Path(options.results) / "serving.md")
+    for section, text in sections.items():
+        print(text)
+        if options.results != "none":
+            publish(section, text, Path(options.results) / "serving.md")
     for sentence in wrong:
         console.error(UserError(sentence))
     return QUALITY if wrong else 0

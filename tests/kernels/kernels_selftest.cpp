@@ -256,8 +256,9 @@ void check_attention(const AttentionCase& c) {
                                  c.head_dim, key.get(), value.get());
             }
         auto scratch = memory<char>(kernels.attention_scratch_bytes(c.head_dim, c.heads, c.tokens));
-        kernels.attention({c.bits, c.head_dim, 1 / sqrtf((float)c.head_dim), 0, cache.pages.data(), queries.get(),
-                           width, c.heads, c.tokens, {c.prefix, c.own}, c.sliding_window, out.get(), width, scratch.get()});
+        const float scale = 1 / sqrtf((float)c.head_dim), soft_cap = 0;
+        kernels.attention({c.bits, c.head_dim, scale, soft_cap, cache.pages.data(), queries.get(), width, c.heads,
+                           c.tokens, {c.prefix, c.own}, c.sliding_window, out.get(), width, scratch.get()});
         std::vector<double> expected;
         for (int token = 0; token < c.tokens; token++)
             for (int head = 0; head < c.heads; head++) {

@@ -49,6 +49,8 @@ class AttentionArgs(ctypes.Structure):
         ("out", c_void_p),
         ("out_stride", c_int64),
         ("scratch", c_void_p),
+        ("next_keys", c_void_p),
+        ("next_values", c_void_p),
     )
 
 

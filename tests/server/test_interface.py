@@ -246,6 +246,20 @@ def test_a_call_that_has_to_be(client: openai.OpenAI, choice: Any) -> None:
     assert json.loads(call.function.arguments)["city"] in ("Rome", "Bern")
 
 
+def test_a_call_that_has_to_be_is_streamed(client: openai.OpenAI) -> None:
+    with client.chat.completions.stream(
+        model="tiny", messages=QUESTION, tools=[WEATHER], tool_choice="required", seed=3
+    ) as stream:
+        parts = [event.arguments_delta for event in stream if event.type == "tool_calls.function.arguments.delta"]
+        answer = stream.get_final_completion().choices[0]
+    assert answer.finish_reason == "tool_calls"
+    (call,) = answer.message.tool_calls or []
+    assert call.function.name == "weather"
+    assert "".join(parts) == call.function.arguments
+    assert len(parts) > 1
+    assert json.loads(call.function.arguments)["city"] in ("Rome", "Bern")
+
+
 def test_calls_in_a_text_and_their_results(model: Model) -> None:
     text = 'Let me see.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
     with serving(model, scheduler=scripted(model, text)) as served:
@@ -258,9 +272,14 @@ def test_calls_in_a_text_and_their_results(model: Model) -> None:
         assert json.loads(call.function.arguments) == {"city": "Rome"}
         chunks = list(client.chat.completions.create(model="tiny", messages=QUESTION, tools=[WEATHER], stream=True))
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "Let me see."
-        (streamed,) = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
-        assert streamed.function is not None
-        assert streamed.function.name == "weather"
+        first, *parts = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
+        assert first.id is not None
+        assert first.function is not None
+        assert first.function.name == "weather"
+        assert len(parts) > 1
+        assert {(part.index, part.id) for part in parts} == {(0, None)}
+        functions = [part.function for part in (first, *parts)]
+        assert "".join(part.arguments or "" for part in functions if part is not None) == '{"city": "Rome"}'
         assert chunks[-1].choices[0].finish_reason == "tool_calls"
         untouched = client.chat.completions.create(model="tiny", messages=QUESTION).choices[0]
         assert untouched.message.content == text

@@ -68,6 +68,62 @@ def test_calls_and_the_text_around_them(kind: Kind, text: str, content: str, cal
     assert read(kind, text, size) == (content, [("weather", arguments) for arguments in calls])
 
 
+def streamed(kind: Kind, text: str, size: int) -> tuple[str, list[list[str]], list[int]]:
+    """What is streamed of a text in pieces of a size: the text for people, the parts of the arguments of each call, and
+    after which piece each call began."""
+    reader = CallReader(kind, {"weather"}, stream=True)
+    content, parts, begun = "", [], []
+    for start in range(0, len(text) + size, size):
+        content += (reader.push(text[start : start + size]) if start < len(text) else reader.finish())[0]
+        for delta in reader.take_deltas():
+            if delta.call is not None:
+                assert delta.call.name == "weather"
+                assert delta.index == len(parts)
+                parts.append([])
+                begun.append(start)
+            assert delta.index == len(parts) - 1
+            parts[delta.index].append(delta.arguments)
+    return content, parts, begun
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 1000])
+@pytest.mark.parametrize(
+    ("kind", "text", "content", "arguments"),
+    [
+        (
+            "hermes",
+            'Both.\n<tool_call>{"name": "weather", "arguments": {"city": "R{]\\"ome"}}</tool_call>\n'
+            '<tool_call>{"arguments": {"city": "Bern"}, "name": "weather"}</tool_call>\n',
+            "Both.",
+            ['{"city": "R{]\\"ome"}', '{"city": "Bern"}'],
+        ),
+        ("hermes", '<tool_call>\n{"name": "weather", "arguments": {"city": "Ro', "", ['{"city": "Ro']),
+        ("hermes", '<tool_call>{"name": "weather", "arguments": {}} or so</tool_call>', "} or so</tool_call>", ["{}"]),
+        ("hermes", "<tool_call>no JSON</tool_call>", "<tool_call>no JSON</tool_call>", []),
+        ("mistral", '[TOOL_CALLS][{"name": "weather", "arguments": {"city": "Rome"}}]', "", ['{"city": "Rome"}']),
+        (
+            "mistral",
+            'Yes.[TOOL_CALLS]weather[ARGS]{"city": "Rome"}[TOOL_CALLS]weather{"city": "Bern"}',
+            "Yes.",
+            ['{"city": "Rome"}', '{"city": "Bern"}'],
+        ),
+        (
+            "llama3",
+            '{"name": "weather", "parameters": {"a": [{}]}}; {"name": "weather", "parameters": {"city": "Bern"}}',
+            "",
+            ['{"a": [{}]}', '{"city": "Bern"}'],
+        ),
+        ("llama3", '{"name": "other", "parameters": {}}', '{"name": "other", "parameters": {}}', []),
+    ],
+)
+def test_calls_in_a_stream(kind: Kind, text: str, content: str, arguments: list[str], size: int) -> None:
+    shown, parts, begun = streamed(kind, text, size)
+    assert (shown, ["".join(of_call) for of_call in parts]) == (content, arguments)
+    if size == 1 and arguments:
+        assert len(parts[0]) >= len(arguments[0])
+        assert begun[0] < text.index(arguments[0][:1], text.index("weather")) + 2
+
+
 def test_the_kind_is_that_of_the_template() -> None:
     assert kind_of("{{ '<tool_call>' }}") == "hermes"
     assert kind_of("[TOOL_CALLS]") == "mistral"

@@ -63,6 +63,12 @@ KvCodes codes_at(const AttentionArgs& args, const KvBlock& block) {
     return {(const uint8_t*)block.page->keys + before, (const uint8_t*)block.page->values + before};
 }
 
+// What to prefetch during the last block of a call: the first one of the next call, or nothing new.
+KvCodes after(const AttentionArgs& args, const KvCodes& codes) {
+    return args.next_keys == nullptr ? codes
+                                     : KvCodes{(const uint8_t*)args.next_keys, (const uint8_t*)args.next_values};
+}
+
 // A block as the products read it. T is float, or int8_t for codes.
 template <class T>
 struct KvOperands {
@@ -397,7 +403,8 @@ void attend_rows(const QueryRows& rows) {
             // A block that begins at a multiple of kBlockSlots can be read as a whole, however many slots are in use.
             const int columns =
                 block.slot % kBlockSlots == 0 ? kBlockSlots / kKeyLanes : (block.count + kKeyLanes - 1) / kKeyLanes;
-            const KvCodes codes = codes_at(args, block), next_codes = next.count > 0 ? codes_at(args, next) : codes;
+            const KvCodes codes = codes_at(args, block);
+            const KvCodes next_codes = next.count > 0 ? codes_at(args, next) : after(args, codes);
             if (args.bits != 16 && single_tile)
                 attend_block(rows, block, columns,
                              int8_operands(args, codes, next_codes, columns, block.count, rows.scratch));

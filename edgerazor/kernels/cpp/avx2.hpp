@@ -16,7 +16,8 @@ constexpr int kTileTokens = 6;
 #else
 constexpr int kTileTokens = 4;
 #endif
-constexpr int kTileBlocks = 1, kGemvTokens = kTileTokens, kChains = 2;
+constexpr int kTileBlocks = 1, kGemvTokens = kTileTokens, kDotTokens = 0, kFewTokens = 4 * kGemvTokens, kChains = 2;
+constexpr bool kUnpackAhead = false;
 
 struct u8x64 { __m256i half[2]; };
 struct RowSums { __m256i half[2]; };

@@ -16,7 +16,8 @@ using i8x4 = __m512i;
 using RowSums = __m512i;
 using RowFloats = __m512;
 
-constexpr int kTileBlocks = 4, kTileTokens = 6, kGemvTokens = 8, kChains = 4;
+constexpr int kTileBlocks = 4, kTileTokens = 6, kGemvTokens = 16, kDotTokens = 4, kFewTokens = 32, kChains = 4;
+constexpr bool kUnpackAhead = true;
 
 EDGERAZOR_INLINE u8x64 load(const uint8_t* p) { return _mm512_loadu_si512(p); }
 EDGERAZOR_INLINE void store(uint8_t* p, u8x64 bytes) { _mm512_store_si512(p, bytes); }

@@ -20,6 +20,7 @@ namespace edgerazor {
 constexpr int64_t kMicroBatchTokens = 512;   // tokens that go through the layers together
 constexpr int64_t kLogitTokens = 64;         // tokens whose logits are computed together, where they are not the output
 constexpr int64_t kAttentionTileTokens = 32; // tokens of an attention tile
+constexpr int64_t kTilesTogether = 8;        // attention tiles that a thread takes at a time, where there are many
 
 // Where the products of a matrix lie: those of token t from start + t * stride on.
 struct Products {
@@ -268,7 +269,9 @@ struct edgerazor_decoder {
     void norm_and_rope(const edgerazor::Layer& layer, const edgerazor_norm& norm, int64_t position, const float* from,
                        float* head) const;
     int64_t position_of(int64_t token) const;
-    void attention_tile(const edgerazor::ThreadContext& context, int layer, const edgerazor::AttentionTile& tile);
+    // `next`: the tile that this thread computes next, or null.
+    void attention_tile(const edgerazor::ThreadContext& context, int layer, const edgerazor::AttentionTile& tile,
+                        const edgerazor::AttentionTile* next);
     void apply_norm(const edgerazor_norm& norm, const float* x, int64_t count, float* out) const;
     void add_residual(const edgerazor::ThreadContext& context, const edgerazor_norm& norm);
     // Logits [count, vocab_size] of the tokens rows[first], ..., rows[first + count - 1] of the micro-batch.

@@ -86,7 +86,8 @@ void edgerazor_decoder::k_norm_rope_store(int number, int64_t token, int kv_head
         finite.store(false, std::memory_order_relaxed);
 }
 
-void edgerazor_decoder::attention_tile(const ThreadContext& context, int number, const AttentionTile& tile) {
+void edgerazor_decoder::attention_tile(const ThreadContext& context, int number, const AttentionTile& tile,
+                                       const AttentionTile* next) {
     const SpanChunk& chunk = *tile.chunk;
     AttentionArgs args;
     args.bits = model.kv_bits;
@@ -105,6 +106,16 @@ void edgerazor_decoder::attention_tile(const ThreadContext& context, int number,
     args.sliding_window = layers[number].sliding_window;
     args.out = attended.get() + at;
     args.scratch = scratch[context.thread].get();
+    args.next_keys = args.next_values = nullptr;
+    if (next != nullptr) {
+        const SpanChunk& of_next = *next->chunk;
+        const SlotRange& begin = of_next.prefix.count > 0 ? of_next.prefix : SlotRange{of_next.slot, 0, of_next.pages};
+        const int64_t slot = slot_at(begin.slot, begin.pages, 0);
+        const int64_t before = slot % kPageSlots * kv_vector_bytes(model.kv_bits, model.head_dim);
+        const KvPage& page = kv_cache.pages(layers[number].kv_layer, next->heads.kv_head)[slot / kPageSlots];
+        args.next_keys = (const char*)page.keys + before;
+        args.next_values = (const char*)page.values + before;
+    }
     math.attention(args);
 }
 
@@ -124,11 +135,14 @@ void edgerazor_decoder::attention(const ThreadContext& context, int number) {
         if (decode_parts > 1) threads.barrier();
         const WorkRange range(model.num_kv_heads * decode_parts, context.thread, threads.count());
         const int size = queries_per_kv() / decode_parts;
-        for (int64_t i = range.first; i < range.last; i++) {
+        const auto tile_of = [&](int64_t i) {
             const int first = (int)(i % decode_parts) * size;
-            const QueryHeads heads = {(int)(i / decode_parts), first, first + size};
-            q_norm_rope(number, 0, heads);
-            attention_tile(context, number, {&chunks[0], heads, 0, 1});
+            return AttentionTile{&chunks[0], {(int)(i / decode_parts), first, first + size}, 0, 1};
+        };
+        for (int64_t i = range.first; i < range.last; i++) {
+            const AttentionTile tile = tile_of(i), next = tile_of(i + 1);
+            q_norm_rope(number, 0, tile.heads);
+            attention_tile(context, number, tile, i + 1 < range.last ? &next : nullptr);
         }
         threads.barrier();
         return;
@@ -140,8 +154,11 @@ void edgerazor_decoder::attention(const ThreadContext& context, int number) {
             k_norm_rope_store(number, t, h);
         }
     threads.barrier(); // every key and value is in the KV cache
-    for (int64_t i; (i = next_tile.fetch_add(1, std::memory_order_relaxed)) < (int64_t)tiles.size();)
-        attention_tile(context, number, tiles[i]);
+    const int64_t count = (int64_t)tiles.size();
+    const int64_t together = std::min(kTilesTogether, std::max<int64_t>(1, count / (8 * threads.count())));
+    for (int64_t i; (i = next_tile.fetch_add(together, std::memory_order_relaxed)) < count;)
+        for (const int64_t last = std::min(i + together, count); i < last; i++)
+            attention_tile(context, number, tiles[i], i + 1 < last ? &tiles[i + 1] : nullptr);
     threads.barrier();
 }
 

@@ -24,6 +24,7 @@ struct AttentionArgs {
     float* out;             // like the queries
     int64_t out_stride;
     void* scratch;          // attention_scratch_bytes(...) bytes, aligned to 64
+    const void *next_keys, *next_values; // of the block that the next call reads first, to prefetch; or null
 };
 
 // A causal convolution of some features, for consecutive tokens of a sequence: [tokens, features] with row strides.

@@ -1,12 +1,10 @@
 // The product of packed rows with the int8 activations of a few tokens, included by `matmul.hpp`: as in a GEMV, codes go
 // from memory to registers and into sums at once, but into those of up to kGemvTokens tokens. A row block that more
 // tokens need is read again from the first cache. A GEMM's detour through a slab of unpacked codes only pays off for
-// many tokens.
+// many tokens. The activations are copied once, so that those which a quad of weights is multiplied by lie side by side.
 #pragma once
 
 namespace {
-
-constexpr int kFewTokens = 4 * kGemvTokens; // up to which it is faster than a GEMM
 
 // Tokens of a group: fewer for codes of several bit planes, each size of which takes the compiler long.
 constexpr int group_tokens(int bits) { return (bits & (bits - 1)) == 0 ? kGemvTokens : smaller(kGemvTokens, 4); }
@@ -16,11 +14,10 @@ struct GemvTokens {
     const RowLayout& layout;
     const uint8_t* w;
     const uint16_t* w_scales;
-    const int8_t* x; // of the first token
-    int64_t x_stride;
-    const float* x_scales; // of the first token
-    const int32_t* x_sums;
-    int min_level_x2;
+    const int8_t* x;          // [quads, tokens, 4]
+    const float* x_scales;    // [segments, tokens], times the unit of the levels
+    const int32_t* x_offsets; // [segments, tokens]: what the lowest level adds to the dot products of codes
+    bool doubled;             // whether the unit is a half, and dot products are doubled
 };
 
 // Whether the functions below serve the layout: every segment consists of whole chunks.
@@ -30,101 +27,194 @@ bool has_whole_chunks(const RowLayout& layout) {
     return layout.uniform_quads != 0 && layout.uniform_quads % chunk == 0 && layout.quads % chunk == 0;
 }
 
-// Adds the dot products of a quad.
-template <int tokens, class Sums>
-EDGERAZOR_INLINE void add_quad(Sums* sums, u8x64 u, const int8_t* x, int64_t x_stride) {
-    unroll<0, tokens>(UNROLL(t) { sums[t.value].add(u, broadcast(x + t.value * x_stride)); });
-}
+// The dot products of a segment with one token.
+template <int bits, bool dots = false>
+struct TokenSums : DotAccumulator<max_code_of(bits)> {
+    using DotAccumulator<max_code_of(bits)>::add;
 
-// Adds the dot products of a whole ternary chunk.
+    template <int f>
+    EDGERAZOR_INLINE void add(const Trits& five, const int8_t* x) { add(digit<f>(five), broadcast(x)); }
+
+    template <int f>
+    EDGERAZOR_INLINE void add_2bit(u8x64 fields, const int8_t* x) { add(extract_bits<2 * f, 2>(fields), broadcast(x)); }
+};
+
+template <>
+struct TokenSums<kTernary, true> : TernaryDot {
+    static constexpr int capacity = kMaxSegmentColumns;
+    EDGERAZOR_INLINE void reset() {}
+    EDGERAZOR_INLINE void widen() {}
+    EDGERAZOR_INLINE RowSums total() { return take(); }
+};
+
+// Adds the dot products of a whole ternary chunk. `next` are the digits of its first vector, and then of the chunk's at
+// `following`: those of every vector are unpacked while the ones before it are multiplied, because so many products are
+// in flight that the CPU does not see the next vector in time.
 template <int tokens, class Sums>
-EDGERAZOR_INLINE void add_ternary_chunk(Sums* sums, const uint8_t* w, const int8_t* x, int64_t x_stride) {
+EDGERAZOR_INLINE void add_ternary_chunk(Sums* sums, const uint8_t* w, const int8_t* x, const uint8_t* following,
+                                        Trits& next) {
+    constexpr int quad = tokens * 4; // bytes
     const uint8_t* const end = w + 12 * kVectorBytes;
-    EDGERAZOR_ROLLED for (; w < end; w += kVectorBytes, x += 20) {
-        const Trits five = unpack_trits(load(prefetch_ahead(w)));
-        unroll<0, 5>(UNROLL(f) { add_quad<tokens>(sums, digit<f.value>(five), x + f.value * 4, x_stride); });
+    EDGERAZOR_ROLLED for (; w < end; x += 5 * quad) {
+        if constexpr (!kUnpackAhead) next = unpack_trits(load(w));
+        const Trits five = next;
+        prefetch_ahead(w);
+        w += kVectorBytes;
+        unroll<0, 5>(UNROLL(f) {
+            unroll<0, tokens>(UNROLL(t) { sums[t.value].template add<f.value>(five, x + f.value * quad + t.value * 4); });
+            if constexpr (kUnpackAhead && f.value == 0) next = unpack_trits(load(w < end ? w : following));
+        });
     }
     const u8x64 fields = load(prefetch_ahead(end));
     unroll<0, 4>(UNROLL(f) {
-        add_quad<tokens>(sums, extract_bits<2 * f.value, 2>(fields), x + f.value * 4, x_stride);
+        unroll<0, tokens>(UNROLL(t) {
+            sums[t.value].template add_2bit<f.value>(fields, x + f.value * quad + t.value * 4);
+        });
     });
 }
 
-// Adds the dot products of a whole chunk of codes in bit planes.
+// Adds the dot products of a whole chunk of codes in one bit plane. `next` is its first vector, and then the one at
+// `following`.
 template <int bits, int tokens, class Sums>
-EDGERAZOR_INLINE void add_bits_chunk(Sums* sums, const uint8_t* w, const int8_t* x, int64_t x_stride) {
-    constexpr int step = (bits & (bits - 1)) == 0 ? 8 / bits : kBitsChunkQuads, vectors = chunk_vectors(bits, step);
-    EDGERAZOR_ROLLED for (int done = 0; done < kBitsChunkQuads; done += step, w += vectors * kVectorBytes,
-                          x += step * 4) {
-        EDGERAZOR_ROLLED for (int v = 0; v < vectors; v++) prefetch_ahead(w + v * kVectorBytes);
+EDGERAZOR_INLINE void add_plane_chunk(Sums* sums, const uint8_t* w, const int8_t* x, const uint8_t* following,
+                                      u8x64& next) {
+    constexpr int step = 8 / bits, quad = tokens * 4;
+    const uint8_t* const end = w + bits * kVectorBytes;
+    EDGERAZOR_ROLLED for (; w < end; x += step * quad) {
+        if constexpr (!kUnpackAhead) next = load(w);
+        const u8x64 bytes = next;
+        prefetch_ahead(w);
+        w += kVectorBytes;
+        if constexpr (kUnpackAhead) next = load(w < end ? w : following);
         unroll<0, step>(UNROLL(q) {
-            add_quad<tokens>(sums, unpack_bits_quad<bits, q.value>(w), x + q.value * 4, x_stride);
+            const u8x64 u = extract_bits<q.value * bits, bits>(bytes);
+            unroll<0, tokens>(UNROLL(t) { sums[t.value].add(u, broadcast(x + q.value * quad + t.value * 4)); });
         });
     }
 }
+
+// Adds the dot products of a whole chunk of codes in several bit planes.
+template <int bits, int tokens, class Sums>
+EDGERAZOR_INLINE void add_planes_chunk(Sums* sums, const uint8_t* w, const int8_t* x) {
+    constexpr int quad = tokens * 4;
+    unroll<0, chunk_vectors(bits, kBitsChunkQuads)>(UNROLL(v) { prefetch_ahead(w + v.value * kVectorBytes); });
+    unroll<0, kBitsChunkQuads>(UNROLL(q) {
+        const u8x64 u = unpack_bits_quad<bits, q.value>(w);
+        unroll<0, tokens>(UNROLL(t) { sums[t.value].add(u, broadcast(x + q.value * quad + t.value * 4)); });
+    });
+}
+
+EDGERAZOR_INLINE Trits first_vector(const uint8_t* w, Constant<kTernary>) { return unpack_trits(load(w)); }
+
+template <int bits>
+EDGERAZOR_INLINE u8x64 first_vector(const uint8_t* w, Constant<bits>) { return load(w); }
 
 // A row block times `tokens` tokens, into results [tokens, 16].
 template <int bits, int tokens>
 __attribute__((noinline)) void gemv_tokens_block(const GemvTokens& product, float* results) {
     constexpr int chunk = chunk_quads(bits), bytes = chunk_vectors(bits, chunk) * kVectorBytes;
-    using Sums = DotAccumulator<max_code_of(bits)>;
+    using Sums = TokenSums<bits, bits == kTernary && tokens <= kDotTokens>;
     constexpr int chunks_together = larger(1, smaller(kSlabQuads, Sums::capacity) / chunk); // before sums are widened
     static_assert(Sums::capacity >= chunk, "");
     const RowLayout& layout = product.layout;
     const uint8_t* w = product.w;
+    const uint8_t* const last = w + (int64_t)(layout.quads / chunk - 1) * bytes;
     const int8_t* x = product.x;
-    const int64_t x_stride = product.x_stride;
-    RowFloats y[tokens];
-    unroll<0, tokens>(UNROLL(t) { y[t.value] = zero_floats(); });
+    auto next = first_vector(w, Constant<bits>{});
     for (int i = 0; i < layout.segment_count; i++) {
         Sums sums[tokens];
         unroll<0, tokens>(UNROLL(t) { sums[t.value].reset(); });
         for (int left = layout.segments[i].quads / chunk; left > 0;) {
             int count = smaller(left, chunks_together);
             left -= count;
-            EDGERAZOR_ROLLED for (; count > 0; count--, w += bytes, x += chunk * 4) {
+            EDGERAZOR_ROLLED for (; count > 0; count--, w += bytes, x += chunk * tokens * 4) {
+                const uint8_t* const following = w == last ? w : w + bytes;
                 if constexpr (bits == kTernary) {
-                    add_ternary_chunk<tokens>(sums, w, x, x_stride);
+                    add_ternary_chunk<tokens>(sums, w, x, following, next);
+                } else if constexpr ((bits & (bits - 1)) == 0) {
+                    add_plane_chunk<bits, tokens>(sums, w, x, following, next);
                 } else {
-                    add_bits_chunk<bits, tokens>(sums, w, x, x_stride);
+                    add_planes_chunk<bits, tokens>(sums, w, x);
                 }
             }
             unroll<0, tokens>(UNROLL(t) { sums[t.value].widen(); });
         }
         const RowFloats scales = load_f16(product.w_scales + (int64_t)layout.segments[i].group * kBlockRows);
+        const float* const x_scales = product.x_scales + i * tokens;
+        const int32_t* const x_offsets = product.x_offsets + i * tokens;
         unroll<0, tokens>(UNROLL(t) {
-            const int64_t at = t.value * (int64_t)layout.segment_count + i;
-            add_scaled(y[t.value], add_min_level(sums[t.value].total(), product.min_level_x2, product.x_sums[at]),
-                       scales, level_unit(product.min_level_x2) * product.x_scales[at]);
+            RowFloats y = i == 0 ? zero_floats() : load_floats(results + t.value * kBlockRows);
+            RowSums dot = sums[t.value].total();
+            if (product.doubled) dot = add_sums(dot, dot);
+            add_scaled(y, add_sums(dot, splat_sums(x_offsets[t.value])), scales, x_scales[t.value]);
+            store_floats(results + t.value * kBlockRows, y);
         });
     }
-    unroll<0, tokens>(UNROLL(t) { store_floats(results + t.value * kBlockRows, y[t.value]); });
 }
+
+// The activations of a group of tokens, rearranged for it.
+struct TokenGroup {
+    int first, count;
+    int8_t* x;
+    float* x_scales;
+    int32_t* x_offsets;
+
+    void fill(const RowLayout& layout, const QuantizedActivations& from, int min_level_x2) const {
+        const int64_t stride = (int64_t)layout.x_quads * 4;
+        int t = 0;
+        for (; t + 4 <= count; t += 4) interleave<4>(from.codes + (first + t) * stride, layout.x_quads, t);
+        for (; t < count; t++) interleave<1>(from.codes + (first + t) * stride, layout.x_quads, t);
+        for (t = 0; t < count; t++)
+            for (int i = 0; i < layout.segment_count; i++) {
+                const int64_t at = (first + t) * (int64_t)layout.segment_count + i;
+                x_scales[i * count + t] = level_unit(min_level_x2) * from.scales[at];
+                x_offsets[i * count + t] = (min_level_x2 % 2 == 0 ? min_level_x2 / 2 : min_level_x2) * from.sums[at];
+            }
+    }
+
+    // Copies the quads of `tokens` tokens from number t on, whose codes begin at `row`.
+    template <int tokens>
+    void interleave(const int8_t* row, int quads, int t) const {
+        int8_t* out = x + t * 4;
+        for (int q = 0; q < quads; q++, row += 4, out += count * 4)
+            unroll<0, tokens>(UNROLL(i) { memcpy(out + i.value * 4, row + i.value * (int64_t)quads * 4, 4); });
+    }
+};
 
 // Row blocks [first, last) times 2 to kFewTokens tokens, in groups of about equally many, never of a single one.
 template <int bits>
 void gemv_tokens(const RowLayout& layout, const FormatRows& rows, const QuantizedActivations& x,
                  const MatmulOutput& output, int64_t first, int64_t last) {
-    const int64_t block_bytes = codes_bytes(bits, layout.quads), block_scales = (int64_t)layout.groups * kBlockRows;
     constexpr int most = group_tokens(bits);
+    const int64_t block_bytes = codes_bytes(bits, layout.quads), block_scales = (int64_t)layout.groups * kBlockRows;
     const int tokens = (int)x.tokens, groups = (tokens + most - 1) / most;
+    const int64_t numbers = tokens * (int64_t)layout.segment_count, quads = tokens * (int64_t)layout.x_quads;
+    int32_t* memory; // codes, scales, offsets: of all tokens in the order of groups
+    if (posix_memalign((void**)&memory, kVectorBytes, (quads + 2 * numbers) * sizeof(int32_t)) != 0) abort();
+    TokenGroup token_groups[kFewTokens / 2];
+    for (int i = 0, from = 0; i < groups; i++) {
+        const int end = tokens * (i + 1) / groups;
+        int32_t* const offsets = memory + quads + numbers + from * layout.segment_count;
+        token_groups[i] = {from, end - from, (int8_t*)(memory + from * (int64_t)layout.x_quads),
+                           (float*)(offsets - numbers), offsets};
+        token_groups[i].fill(layout, x, rows.min_level_x2);
+        from = end;
+    }
     for (int64_t block = first; block < last; block++) {
         const int64_t rest = rows.count - block * kBlockRows;
         const int count = rest < kBlockRows ? (int)rest : kBlockRows;
-        for (int group = 0; group < groups; group++) {
-            const int from = tokens * group / groups, together = tokens * (group + 1) / groups - from;
-            const int64_t x_stride = (int64_t)layout.x_quads * 4, segment = (int64_t)from * layout.segment_count;
+        for (const TokenGroup* group = token_groups; group < token_groups + groups; group++) {
             const GemvTokens product = {layout, rows.codes + block * block_bytes, rows.scales + block * block_scales,
-                                        x.codes + from * x_stride, x_stride, x.scales + segment, x.sums + segment,
-                                        rows.min_level_x2};
+                                        group->x, group->x_scales, group->x_offsets, rows.min_level_x2 % 2 != 0};
             alignas(kVectorBytes) float results[most * kBlockRows];
             unroll<2, most + 1>(UNROLL(n) {
-                if (together == n.value) gemv_tokens_block<bits, n.value>(product, results);
+                if (group->count == n.value) gemv_tokens_block<bits, n.value>(product, results);
             });
-            for (int t = 0; t < together; t++)
-                store_rows(results + t * kBlockRows, count, block * kBlockRows, rows, output, from + t);
+            for (int t = 0; t < group->count; t++)
+                store_rows(results + t * kBlockRows, count, block * kBlockRows, rows, output, group->first + t);
         }
     }
+    free(memory);
 }
 
 } // namespace

@@ -19,12 +19,17 @@
 //     zero_floats(), load_floats, store_floats, load_f16
 //     add_scaled(y, sums, w_scales, x_scale): y += float(sums) * (x_scale * w_scales)
 //   kTileBlocks, kTileTokens  size of the register tile of a GEMM
-//   kGemvTokens               tokens of a GEMV of several
+//   kGemvTokens               tokens of a GEMV of several, of which kDotTokens may have a TernaryDot each that holds a
+//                             whole segment; kFewTokens: up to which it is faster than a GEMM
+//   kUnpackAhead              whether there are registers for the codes of the vector that comes next
 //   kChains                   independent accumulators of a GEMV, which hide the latency of an addition
 //
 // Every `add_scaled` rounds the same numbers in the same order, so that all instruction sets give the same bits as
 // `reference.linear`, for one token and for many.
 #pragma once
+#include <stdlib.h>
+#include <string.h>
+
 #include "compiler.hpp"
 #include "matmul_kernels.hpp"
 
@@ -46,6 +51,10 @@ EDGERAZOR_INLINE float level_unit(int min_level_x2) { return min_level_x2 % 2 ==
 inline void store_rows(const float* results, int count, int64_t first, const FormatRows& rows,
                        const MatmulOutput& output, int64_t token) {
     float* y = output.y + token * output.stride;
+    if (count == kBlockRows && !rows.rows && !output.bias) {
+        memcpy(y + first, results, kBlockRows * sizeof(float));
+        return;
+    }
     for (int i = 0; i < count; i++) {
         const int64_t row = rows.rows ? rows.rows[first + i] : first + i;
         y[row] = output.bias ? results[i] + output.bias[row] : results[i];

@@ -12,7 +12,8 @@ namespace {
 
 using namespace edgerazor;
 
-constexpr int kTileBlocks = 1, kTileTokens = 6, kGemvTokens = 6, kChains = 2;
+constexpr int kTileBlocks = 1, kTileTokens = 6, kGemvTokens = 6, kDotTokens = 0, kFewTokens = 4 * kGemvTokens, kChains = 2;
+constexpr bool kUnpackAhead = false;
 
 struct u8x64 { uint8x16_t reg[4]; };
 struct RowSums { int32x4_t reg[4]; };

@@ -11,7 +11,8 @@ namespace {
 
 using namespace edgerazor;
 
-constexpr int kTileBlocks = 1, kTileTokens = 4, kGemvTokens = 4, kChains = 1;
+constexpr int kTileBlocks = 1, kTileTokens = 4, kGemvTokens = 4, kDotTokens = 0, kFewTokens = 4 * kGemvTokens, kChains = 1;
+constexpr bool kUnpackAhead = false;
 
 struct u8x64 { uint8_t at[64]; };
 struct i8x4 { int8_t at[4]; };
