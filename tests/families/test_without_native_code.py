@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from edgerazor import runtime
+from edgerazor.calibrated import read_plan
+from edgerazor.recipe import Calibrate
+from edgerazor.workdir import WorkDir
 from helpers.tiny_job import call
 from helpers.tiny_models import ModelMaker
 
@@ -36,11 +39,12 @@ def test_a_packed_model_writes_from_its_cache(family: str, make_model: ModelMake
 
 
 def test_mixed_layers_are_planned_and_measured(make_model: ModelMaker, text_file: Path, tmp_path: Path) -> None:
-    """A second table of embeddings gets the embedding's format, also where bytes are counted."""
+    """Where bytes are counted, a second table of embeddings keeps the format that the recipe gives to embeddings."""
     make_model(tmp_path / "model", "gemma4")
     words = ("--data", text_file, "--group-size", 40, "--sequences", 2, "--sequence-length", 24)
     done = call("calibrate", tmp_path / "model", *words, "--real-bits", 5, "--work", tmp_path / "job", "--json")
     assert done.code == 0, done.err
-    shown = call("show", tmp_path / "job", "--json")
-    assert shown.code == 0, shown.err
-    assert "model.embed_tokens_per_layer" in shown.out
+    formats = {matrix.name: matrix.formats for matrix in read_plan(WorkDir(tmp_path / "job")).matrices}
+    tables = [formats[f"model.{name}"] for name in ("embed_tokens", "embed_tokens_per_layer")]
+    assert tables[1] == (Calibrate().embedding_format,)
+    assert tables[0] != tables[1]  # it was measured, and had bits to win

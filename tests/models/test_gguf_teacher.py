@@ -138,6 +138,7 @@ def test_every_type_is_dequantized_in_pieces(tmp_path: Path, monkeypatch: pytest
     reader = object.__new__(gguf_weights.GgufWeights)
     reader.file, reader.sources, reader.shapes = GgufFile(file), {"x.weight": "x.weight"}, {"x.weight": (10, 512)}
     reader.model_type, reader.family = gguf_weights.find_family(reader.file)
+    reader.config = {"model_type": reader.model_type}
     pieces = list(reader.pieces("x.weight"))
     assert [len(piece) for piece in pieces] == [3, 3, 3, 1]
     expected = gguf.quants.dequantize(octets, gguf.GGMLQuantizationType(number))

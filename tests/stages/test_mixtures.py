@@ -152,12 +152,6 @@ def test_bytes_per_token_are_those_of_the_chosen_experts(job: tuple[Path, str]) 
     table = stored.spec(EMBEDDING).packed_bytes(entries[EMBEDDING].shape)
     weights = sum(size.bytes for size in size_table(stored).classes)
     expected = weights - table - experts * (1 - CHOSEN / EXPERTS)
-    if (
-        of["packed"]["engine"] == "native"
-    ):  # in memory, a row of one of several formats has a place of 4 bytes, not of 1
-        for name, entry in entries.items():
-            if name != EMBEDDING and stored.spec(name).row_formats is not None:
-                expected += 3 * entry.shape[0] * (CHOSEN / EXPERTS if ".experts." in name else 1)
     assert of["packed"]["bytes_per_token"] == pytest.approx(expected, rel=0.05)
     stacked = 2 * EXPERTS * 3 * 32 * 48 * 4
     unread = of["teacher"]["weight_bytes"] - of["teacher"]["bytes_per_token"]

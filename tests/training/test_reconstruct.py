@@ -139,7 +139,10 @@ def test_no_steps_are_refused(run: Run, llama: Path, tmp_path: Path) -> None:
     assert "--reconstruct is 0; expected a whole number of at least 1." in refused.err
 
 
-def test_a_dry_run_counts_it(run: Run, recipe: Path, tmp_path: Path, llama: Path, text_file: Path) -> None:
+def test_a_dry_run_counts_it(
+    run: Run, recipe: Path, tmp_path: Path, llama: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgerazor.devices.resident_memory", lambda: 0)
     plain = write_recipe(tmp_path / "plain.yaml", llama, text_file, distill={"steps": 2})
     memory = [
         run("distill", "--recipe", path, "--work", tmp_path / "dry", "--dry-run", "--json").json()["memory_bytes"]
