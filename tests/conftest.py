@@ -23,6 +23,12 @@ if os.access(MEMORY_FOLDER, os.W_OK) and shutil.disk_usage(MEMORY_FOLDER).free >
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY_FOLDER))
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Teachers that GGUF files become lie with what tests write, and not in the user's cache."""
+    monkeypatch.setenv("EDGERAZOR_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 #: Files of tests that train or load models, start programs or import much, nearly all of them.
 JOBS = {
     *("test_attention", "test_batching", "test_bench", "test_broken_exports", "test_budget_choice"),

@@ -78,7 +78,6 @@ eval: {tasks: [arc_easy], task_data: tasks, limit: 2}
 """
 TALK = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Nora."}]
 ITEM = {"id": "1", "question": "Where?", "choices": {"text": ["mill", "barn"], "label": ["A", "B"]}, "answerKey": "A"}
-os.environ["EDGERAZOR_CACHE"] = "cache"  # in the folder of each command: models that GGUF files become
 BASE = Path("base")  # in the place of a worker: what the others refer to
 
 
@@ -559,4 +558,5 @@ SUBJECT = Subject(__file__, make_folders, DAMAGES, check, patience=PATIENCE, las
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ["EDGERAZOR_CACHE"] = "cache"  # in the folder of each command: models that GGUF files become
     main(SUBJECT, __doc__, 20_000, workers=len(os.sched_getaffinity(0)))
