@@ -16,7 +16,6 @@ schedule of its own; the data go on from phase to phase. How a step is taken, ev
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import RenderableType
@@ -56,9 +55,6 @@ from edgerazor.training import (
     training_dtype,
 )
 from edgerazor.workdir import WorkDir, make_folder, write_json
-
-if TYPE_CHECKING:
-    pass
 
 NAME = "distill"
 

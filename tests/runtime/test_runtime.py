@@ -516,7 +516,7 @@ def test_greedy_text_of_the_worlds_student(tmp_path: Path, bits: float) -> None:
         parted = next((place for place, pair in enumerate(zip(*texts, strict=True)) if pair[0] != pair[1]), None)
         if parted is not None:
             best, second = theirs.logits(torch.tensor([ids + texts[0][:parted]]), 1).flatten().topk(2).values
-            assert best - second < 0.05, [ours.tokenizer.decode(text) for text in texts]
+            assert best - second < 0.03, [ours.tokenizer.decode(text) for text in texts]
 
 
 # --- weights in memory -------------------------------------------------------------------------
