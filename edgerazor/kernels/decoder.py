@@ -42,6 +42,7 @@ __all__ = [
     "GatedDeltaRule",
     "Layer",
     "Linear",
+    "Mamba2",
     "Network",
     "Norm",
     "NotFiniteError",
@@ -167,6 +168,34 @@ class GatedDeltaRule:
 
 
 @dataclass(frozen=True, eq=False)
+class Mamba2:
+    """The state space model of Mamba-2 (arXiv 2405.21060), with a convolution over x, B and C.
+
+    Attributes:
+        inputs: z, x, B and C of all groups, and a step for each head.
+        decay: minus exp(A_log), float32 [heads].
+        step_bias: dt_bias, float32 [heads].
+        skip: D, the factor of x in the result, float32 [heads].
+        norm: of the heads of a group together, with gains of all heads.
+        groups, heads, head_dim, state_size: as many heads share B and C as there are more of them than groups.
+        least_step, most_step: bounds of steps.
+    """
+
+    inputs: Linear
+    convolution: Convolution
+    decay: Tensor
+    step_bias: Tensor
+    skip: Tensor
+    norm: Norm
+    groups: int
+    heads: int
+    head_dim: int
+    state_size: int
+    least_step: float = 0.0
+    most_step: float = math.inf
+
+
+@dataclass(frozen=True, eq=False)
 class Expert:
     """A gated MLP, one of several."""
 
@@ -217,7 +246,7 @@ class Layer:
     """A decoder layer, like `edgerazor_layer` of `cpp/decoder.h`; None stands for a part that it does not have.
 
     A layer without `k` and `v` has all three in `q`; one without `up` has gate and up in `gate`, and one without `gate`
-    has an MLP with an activation function alone; one with `experts` has none of the MLP's matrices.
+    has an MLP with an activation function alone; one with `experts` has all of an MLP beside them, or none of its matrices.
 
     Attributes:
         mixer: what is there instead of attention, whose matrices are then None.
@@ -248,13 +277,13 @@ class Layer:
     activation: str = "silu"
     attention_gate: Linear | None = None
     gated_queries: bool = False
-    mixer: ShortConvolution | GatedDeltaRule | None = None
+    mixer: ShortConvolution | GatedDeltaRule | Mamba2 | None = None
     experts: Experts | None = None
 
     @property
     def inputs(self) -> tuple[Linear | None, ...]:
         """The matrices whose products a mixer mixes, in the order of `edgerazor_layer`."""
-        if isinstance(self.mixer, ShortConvolution):
+        if isinstance(self.mixer, ShortConvolution | Mamba2):
             return self.mixer.inputs, None, None, None
         if isinstance(self.mixer, GatedDeltaRule):
             return self.mixer.qkv, self.mixer.z, self.mixer.beta, self.mixer.alpha
@@ -348,6 +377,8 @@ class Network:
             self._check_short_convolution(layer, layer.mixer)
         elif isinstance(layer.mixer, GatedDeltaRule):
             self._check_delta_rule(layer, layer.mixer)
+        elif isinstance(layer.mixer, Mamba2):
+            self._check_mamba2(layer, layer.mixer)
         else:
             self._check_attention(layer)
         self._check_mlp(layer)
@@ -403,15 +434,29 @@ class Network:
         _check_linear("o", layer.o, (hidden, values))
         _check_common_rotation("qkv", layer.inputs)
 
+    def _check_mamba2(self, layer: Layer, mixer: Mamba2) -> None:
+        hidden, heads, width = self.hidden_size, mixer.heads, mixer.heads * mixer.head_dim
+        sizes = (mixer.groups, heads, mixer.head_dim, mixer.state_size)
+        if not all(isinstance(size, int) and 1 <= size <= LARGEST for size in sizes) or heads % mixer.groups:
+            raise ValueError(f"impossible sizes: {sizes}")
+        if not 0 <= mixer.least_step <= mixer.most_step:
+            raise ValueError(f"steps cannot be from {mixer.least_step} to {mixer.most_step}")
+        convolved = width + 2 * mixer.groups * mixer.state_size
+        _check_linear("inputs", mixer.inputs, (width + convolved + heads, hidden))
+        _check_convolution(mixer.convolution, convolved)
+        for name in ("decay", "step_bias", "skip"):
+            _check_vector(name, getattr(mixer, name), heads)
+        _check_norm("norm", mixer.norm, width)
+        _check_linear("o", layer.o, (hidden, width))
+
     def _check_mlp(self, layer: Layer) -> None:
         hidden, inner = self.hidden_size, self.intermediate_size
         if layer.activation not in ACTIVATIONS:
             raise ValueError(f"there is no activation function {layer.activation}")
         if layer.experts is not None:
-            if any(linear is not None for linear in (layer.gate, layer.up, layer.down)):
-                raise ValueError("a layer has an MLP or experts, not both")
             self._check_experts(layer.experts)
-            return
+            if layer.gate is None and layer.up is None and layer.down is None:
+                return
         if layer.gate is None and layer.up is None:
             raise ValueError("an MLP needs gate or up")
         if layer.gate is not None:
@@ -639,6 +684,19 @@ class _DeltaRule(Structure):
     )
 
 
+_MAMBA_SIZES, _MAMBA_BOUNDS = ("groups", "heads", "head_dim", "state_size"), ("least_step", "most_step")
+_MAMBA_VECTORS = ("decay", "step_bias", "skip")
+
+
+class _Mamba2(Structure):
+    _fields_ = (
+        *((name, c_int32) for name in _MAMBA_SIZES),
+        *((name, c_float) for name in _MAMBA_BOUNDS),
+        *((name, c_void_p) for name in _MAMBA_VECTORS),
+        ("norm", _Norm),
+    )
+
+
 class _Expert(Structure):
     _fields_ = (("gate", _Matrix), ("up", _Matrix), ("down", _Matrix))
 
@@ -654,7 +712,7 @@ class _Experts(Structure):
 
 
 #: Mixers, by the number that the library knows them by.
-_MIXERS = (type(None), ShortConvolution, GatedDeltaRule)
+_MIXERS = (type(None), ShortConvolution, GatedDeltaRule, Mamba2)
 _LINEARS = ("o", "gate", "up", "down")
 _NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp", "q_norm", "k_norm")
 
@@ -672,6 +730,7 @@ class _Layer(Structure):
         ("activation", c_int32),
         ("convolution", _Convolution),
         ("delta_rule", _DeltaRule),
+        ("mamba2", _Mamba2),
         ("experts", _Experts),
     )
 
@@ -773,6 +832,7 @@ class _Structures:
             ACTIVATIONS.index(layer.activation),
             convolution,
             self._delta_rule(mixer) if isinstance(mixer, GatedDeltaRule) else _DeltaRule(),
+            self._mamba2(mixer) if isinstance(mixer, Mamba2) else _Mamba2(),
             _Experts() if layer.experts is None else self._experts(layer.experts),
         )
 
@@ -783,6 +843,10 @@ class _Structures:
     def _delta_rule(self, rule: GatedDeltaRule) -> _DeltaRule:
         sizes = (getattr(rule, name) for name in _DELTA_SIZES)
         return _DeltaRule(*sizes, _pointer(rule.decay), _pointer(rule.decay_bias), self._norm(rule.state_norm))
+
+    def _mamba2(self, mixer: Mamba2) -> _Mamba2:
+        numbers = (getattr(mixer, name) for name in (*_MAMBA_SIZES, *_MAMBA_BOUNDS))
+        return _Mamba2(*numbers, *(_pointer(getattr(mixer, name)) for name in _MAMBA_VECTORS), self._norm(mixer.norm))
 
     def _experts(self, mixture: Experts) -> _Experts:
         experts = [_Expert(*map(self._matrix, expert.linears)) for expert in mixture.experts]

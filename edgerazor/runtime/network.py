@@ -5,6 +5,7 @@ What is special about the architecture is in its file in `edgerazor/families`; s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ from edgerazor.kernels.decoder import (
     GatedDeltaRule,
     Layer,
     Linear,
+    Mamba2,
     Network,
     Norm,
     ShortConvolution,
@@ -37,7 +39,7 @@ _ACTIVATIONS = {
     **dict.fromkeys(("gelu_pytorch_tanh", "gelu_new", "gelu_accurate", "gelu_fast"), "gelu_tanh"),
 }
 #: Parameters of mixers that are no linear layers.
-_CONVOLUTION, _DELTA_RULE = "conv.conv", "linear_attn"
+_CONVOLUTION, _DELTA_RULE, _MAMBA2 = "conv.conv", "linear_attn", "mamba"
 #: Linear layers that have the bias settings of attention's inputs, of its output, and of the MLP.
 _QKV_PLACES, _MLP_PLACES = ("q", "k", "v", "qkv"), ("gate", "up", "gate_up", "down")
 #: Norms of queries and keys, whose width is that of a head or of all heads; all others are as wide as the model.
@@ -225,13 +227,17 @@ class _NetworkBuilder:
             gated_queries=architecture.gated_queries and mixer == "attention",
         )
 
-    def _mixer(self, mixer: Mixer, prefix: str, linears: Mapping[str, Linear]) -> ShortConvolution | GatedDeltaRule:
+    def _mixer(
+        self, mixer: Mixer, prefix: str, linears: Mapping[str, Linear]
+    ) -> ShortConvolution | GatedDeltaRule | Mamba2:
         """A mixer that is no attention."""
         config = self.config
         if mixer == "short_convolution":
             channels, bias = config.hidden_size, bool(config.conv_bias)
             convolution = self.convolution(f"{prefix}.{_CONVOLUTION}", channels, config.conv_L_cache, bias)
             return ShortConvolution(linears["inputs"], convolution)
+        if mixer == "mamba2":
+            return self._mamba2(f"{prefix}.{_MAMBA2}", linears["inputs"])
         name, heads, qkv = f"{prefix}.{_DELTA_RULE}", config.linear_num_value_heads, linears["qkv"]
         return GatedDeltaRule(
             qkv,
@@ -246,6 +252,29 @@ class _NetworkBuilder:
             heads,
             config.linear_key_head_dim,
             config.linear_value_head_dim,
+        )
+
+    def _mamba2(self, name: str, inputs: Linear) -> Mamba2:
+        """The mixer of that name."""
+        config = self.config
+        heads, groups, state = config.mamba_n_heads, config.mamba_n_groups, config.mamba_d_state
+        width = heads * config.mamba_d_head
+        least, most = config.time_step_limit or (0.0, math.inf)
+        return Mamba2(
+            inputs,
+            self.convolution(
+                f"{name}.conv1d", width + 2 * groups * state, config.mamba_d_conv, bool(config.mamba_conv_bias)
+            ),
+            -self.vector(f"{name}.A_log", heads).exp(),
+            self.vector(f"{name}.dt_bias", heads),
+            self.vector(f"{name}.D", heads),
+            self.norm(f"{name}.norm", width, 0.0),
+            groups,
+            heads,
+            config.mamba_d_head,
+            state,
+            float(least),
+            float(most),
         )
 
     def _experts(self, experts: families.Experts, prefix: str) -> Experts:
@@ -293,6 +322,10 @@ class _NetworkBuilder:
             )
             shapes = {"qkv": (2 * keys + values, hidden), "z": (values, hidden), "o": (hidden, values)}
             return shapes | {"beta": (heads, hidden), "alpha": (heads, hidden)}
+        if mixer == "mamba2":
+            heads, states = config.mamba_n_heads, 2 * config.mamba_n_groups * config.mamba_d_state
+            width = heads * config.mamba_d_head
+            return {"inputs": (2 * width + states + heads, hidden), "o": (hidden, width)}
         return {}
 
     def _has_bias(self, place: str, mixer: Mixer) -> bool:
@@ -300,6 +333,8 @@ class _NetworkBuilder:
         architecture, config = self.architecture, self.config
         if place in _MLP_PLACES:
             return architecture.mlp_bias(config)
+        if mixer == "mamba2":
+            return bool(config.mamba_proj_bias)
         if mixer != "attention":
             return mixer == "short_convolution" and bool(config.conv_bias)
         if place in _QKV_PLACES:

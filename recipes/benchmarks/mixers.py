@@ -36,6 +36,7 @@ from edgerazor.kernels.decoder import (
     GatedDeltaRule,
     Layer,
     Linear,
+    Mamba2,
     Network,
     Norm,
     SequenceSpan,
@@ -59,7 +60,7 @@ GROUP = 256
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model; `mixers` are those of its layers, in turn: attention, convolution or delta rule."""
+    """Sizes of a model; `mixers` are those of its layers, in turn: attention, convolution, delta rule or Mamba-2."""
 
     vocabulary: int
     hidden: int
@@ -82,10 +83,12 @@ MODELS = {
     "Gemma-3-270M": Shape(262_144, 640, 2048, 18, 4, 1, 256, "a", "gelu_tanh", True, 512),
     "LFM2-700M": Shape(65_536, 1536, 6912, 16, 24, 8, 64, "ccaccaccacacacac"),
     "Qwen3.5-0.8B": Shape(248_320, 1024, 3584, 24, 8, 2, 256, "ddda"),
+    "Granite-4.0-H-350M": Shape(100_352, 768, 2048, 32, 12, 4, 64, "mmmmmmma"),
 }
 STATES = {
     "short convolutions of LFM2-700M": Shape(2048, 1536, 6912, 16, 24, 8, 64, "c"),
     "gated delta rule of Qwen3.5-0.8B": Shape(2048, 1024, 3584, 24, 8, 2, 256, "d"),
+    "Mamba-2 of Granite-4.0-H-350M": Shape(2048, 768, 2048, 32, 12, 4, 64, "m"),
 }
 #: Layers of OLMoE-1B-7B, and a vocabulary that does not outweigh them.
 EXPERTS = {
@@ -151,7 +154,8 @@ def experts(shape: Shape) -> Experts:
 
 
 def mixer(shape: Shape, kind: str) -> dict[str, Any]:
-    """The matrices of attention, or another mixer; the delta rule has 16 heads of 128 features."""
+    """The matrices of attention, or another mixer; the delta rule has 16 heads of 128 features, and Mamba-2 48 of 32 with
+    128 rows of state."""
     hidden, query, key = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     none = {"q": None, "k": None, "v": None}
     if kind == "c":
@@ -171,6 +175,18 @@ def mixer(shape: Shape, kind: str) -> dict[str, Any]:
             *(heads, heads, width, width),
         )
         return {**none, "o": linear("int4", GROUP, hidden, heads * width), "mixer": rule}
+    if kind == "m":
+        heads, width, state = 48, 32, 128
+        convolved = heads * width + 2 * state
+        vectors = (-torch.rand(heads), torch.zeros(heads), torch.ones(heads))
+        model = Mamba2(
+            linear("int4", GROUP, heads * width + convolved + heads, hidden),
+            Convolution(torch.randn(4, convolved)),
+            *vectors,
+            Norm(RMS, 1e-6, torch.ones(heads * width)),
+            *(1, heads, width, state),
+        )
+        return {**none, "o": linear("int4", GROUP, hidden, heads * width), "mixer": model}
     sizes = {"q": (query, hidden), "k": (key, hidden), "v": (key, hidden), "o": (hidden, query)}
     return {place: linear("int4", GROUP, *size) for place, size in sizes.items()}
 

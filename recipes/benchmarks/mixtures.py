@@ -2,7 +2,7 @@
 
     python -m recipes.benchmarks.mixtures [--hidden N] [--steps N] [--results none]
 
-The random teacher, whose routers are spread, has the tokenizer of the embedded one and is calibrated, distilled,
+The random teacher, whose routers are spread and one of whose experts is never chosen, has the tokenizer of the embedded one and is calibrated, distilled,
 packed, written as GGUF and benchmarked by the commands that everybody uses. What came of it goes into
 recipes/results/mixers.md.
 """
@@ -32,6 +32,8 @@ from recipes.benchmarks.folders import BUILD, RESULTS, WORLD
 from recipes.benchmarks.results import commit, markdown, publish
 
 EXPERTS, CHOSEN = 64, 8
+#: An expert of both layers that no token is routed to.
+NEVER = 17
 
 
 def write_teacher(folder: Path, hidden: int) -> int:
@@ -52,6 +54,7 @@ def write_teacher(folder: Path, hidden: int) -> int:
         for name, parameter in model.named_parameters():
             if name.endswith("gate.weight"):
                 parameter.copy_(torch.randn_like(parameter) * 4 * hidden**-0.5)
+                parameter[NEVER] = 0  # about half of the others always have a larger score
     model.save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())
 

@@ -30,8 +30,6 @@ FAMILY = Family(
 #: What all released models of a type set, where the default of transformers is another.
 USUAL: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"norm_topk_prob": True},
-    # the small ones that have attention alone
-    "granitemoehybrid": {"layer_types": ["full_attention"] * 32, "num_local_experts": 0},
 }
 
 

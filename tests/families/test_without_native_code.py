@@ -17,7 +17,7 @@ from helpers.tiny_models import ModelMaker
 pytestmark = pytest.mark.job
 
 #: family -> why there is no native code for it.
-REASONS = {"gemma4": "models of type gemma4_text", "granite-hybrid": "Mamba-2 layers"}
+REASONS = {"gemma4": "models of type gemma4_text"}
 
 
 @pytest.mark.parametrize("family", REASONS)

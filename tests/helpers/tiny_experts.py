@@ -37,6 +37,11 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "logits_scaling": 2.0,
         "tie_word_embeddings": True,
     },
+    "granitemoehybrid": {
+        **{"num_local_experts": EXPERTS, "intermediate_size": 32, "shared_intermediate_size": 40},
+        **{"residual_multiplier": 0.7, "logits_scaling": 2.0, "layer_types": ["linear_attention", "full_attention"]},
+        **{"mamba_n_heads": 6, "mamba_d_head": 16, "mamba_d_state": 20, "mamba_chunk_size": 8},
+    },
     "lfm2_moe": {
         "num_experts": EXPERTS,
         "intermediate_size": 56,

@@ -32,7 +32,7 @@ struct Config {
     int kv_bits;
     int rope_dim, sliding_window, norm_all_heads, post_norms, norm;
     int block; // of the rotation of matrices whose columns it divides; 0: none
-    int parts = 0; // 1: other parts of attention and MLP, 2: other mixers, 3: mixtures of experts
+    int parts = 0; // 1: other parts of attention and MLP, 2: other mixers, 3: mixtures of experts, 4: Mamba-2 and both
 };
 
 // The weights of one matrix. Of more than 20 rows, a third is ternary, and the others have `bits`.
@@ -120,6 +120,18 @@ struct Model {
         layer.delta_rule = {2, 4, 5, 9, decay, decay_bias, norm(9)};
     }
 
+    // Of two groups of two heads, with bounds of steps, and states of 21 rows.
+    void add_mamba2(edgerazor_layer& layer) {
+        const int width = 4 * 9, convolved = width + 2 * 2 * 21;
+        layer.mixer = EDGERAZOR_MAMBA2;
+        layer.o = random(c.hidden_size, width);
+        layer.inputs[0] = random(width + convolved + 4, c.hidden_size, true);
+        for (const int size : {4 * convolved, convolved, 4, 4, 4}) vectors.push_back(random_floats(size, size == 4 ? -1 : 0));
+        const auto vector = [&](int back) { return vectors[vectors.size() - back].data(); };
+        layer.convolution = {4, vector(5), vector(4)};
+        layer.mamba2 = {2, 4, 9, 21, 0.1f, 1.0f, vector(3), vector(2), vector(1), norm(width)};
+    }
+
     // Of 19 experts with half the features; the last one, whose codes cannot be read, is never chosen.
     void add_experts(edgerazor_layer& layer, bool sigmoid) {
         constexpr int count = 19, blocks = 2;
@@ -151,6 +163,8 @@ struct Model {
             layer.o = random(c.hidden_size, q);
             if (c.parts == 2 && i % 3 != 1) {
                 add_mixer(layer, i % 3 == 0);
+            } else if (c.parts == 4 && i % 2 == 0) {
+                add_mamba2(layer);
             } else if (c.parts == 1 && i % 2 == 0) {
                 layer.inputs[0] = random(q + 2 * kv, c.hidden_size, true);
                 layer.inputs[3] = random(c.heads, c.hidden_size);
@@ -160,9 +174,8 @@ struct Model {
                 layer.inputs[1] = random(kv, c.hidden_size, true);
                 layer.inputs[2] = random(kv, c.hidden_size);
             }
-            if (c.parts == 3) {
-                add_experts(layer, i % 2 == 1);
-            } else {
+            if (c.parts >= 3) add_experts(layer, i % 2 == 1);
+            if (c.parts != 3) {
                 if (c.parts != 1 || i % 2 == 1)
                     layer.gate = random(c.parts == 1 ? 2 * c.intermediate_size : c.intermediate_size, c.hidden_size);
                 if (c.parts != 1 || i % 2 == 0) layer.up = random(c.intermediate_size, c.hidden_size);
@@ -325,7 +338,7 @@ void check(const Config& c) {
         const std::vector<float> right(shared.begin() + c.vocab_size, shared.end());
         expect(left == right, "equal sequences differ", c, isa);
         expect(distance(left, step) < near, "a shared prefix changes the result", c, isa, distance(left, step));
-        if (c.parts != 2) check_pages(model, three, isa, twice);
+        if (c.parts != 2 && c.parts != 4) check_pages(model, three, isa, twice);
         check_greedy(model, three, isa, prompt[39]);
     }
 }
@@ -399,6 +412,8 @@ int main() {
         {40, 5, 5, 7, 33, 50, 3, 33, 3, 16, 16, 6, 0, 0, 0, EDGERAZOR_RMS_NORM, 8, 2},
         {64, 4, 2, 16, 96, 300, 2, 32, 4, 8, 8, 16, 0, 0, 0, EDGERAZOR_RMS_NORM, 16, 3},
         {40, 5, 5, 7, 66, 50, 2, 33, 3, 16, 16, 6, 0, 0, 1, EDGERAZOR_RMS_NORM, 0, 3},
+        {64, 4, 2, 16, 96, 300, 3, 32, 4, 8, 8, 0, 0, 0, 0, EDGERAZOR_RMS_NORM, 0, 4},
+        {40, 5, 5, 7, 66, 50, 3, 33, 3, 16, 16, 6, 0, 0, 0, EDGERAZOR_RMS_NORM, 8, 4},
     };
     for (const Config& config : configs) check(config);
     for (int isa = 0; isa < edgerazor_isa_count(); isa++) printf("%s ", edgerazor_isa_name(isa));

@@ -24,6 +24,7 @@ from edgerazor.kernels.decoder import (
     GatedDeltaRule,
     Layer,
     Linear,
+    Mamba2,
     Network,
     Norm,
     PagedSpan,
@@ -140,14 +141,31 @@ def delta_rule(seed: int) -> GatedDeltaRule:
     )
 
 
+def mamba2(seed: int, **changes: Any) -> Mamba2:
+    """Of 2 groups of 3 heads of 9 features, with states of 7 rows."""
+    width, convolved, heads = 6 * 9, 6 * 9 + 2 * 2 * 7, 6
+    values = {
+        "inputs": linear(width + convolved + heads, HIDDEN, seed),
+        "convolution": convolution(convolved, 4, seed + 1),
+        "decay": -torch.tensor([0.1, 1.0, 3.0, 9.0, 0.5, 0.01]),
+        "step_bias": torch.tensor([0.0, -1.0, 1.0, 2.0, 0.5, -2.0]),
+        "skip": torch.tensor([1.0, 0.0, -1.0, 0.3, 1.2, 0.7]),
+        "norm": norm(width, seed + 2),
+        **{"groups": 2, "heads": heads, "head_dim": 9, "state_size": 7},
+        **{"least_step": 0.01, "most_step": 1.5},
+    }
+    return Mamba2(**{**values, **changes})
+
+
 def recurrent_network(**changes: Any) -> Network:
-    """A short convolution, attention, the gated delta rule."""
+    """A short convolution, attention, the gated delta rule, Mamba-2."""
     none: dict[str, Any] = {"q": None, "k": None, "v": None}
     short = ShortConvolution(linear(3 * HIDDEN, HIDDEN, 31), convolution(HIDDEN, 3, 32))
     layers = [
         layer(100, **none, o=linear(HIDDEN, HIDDEN, 33), mixer=short),
         layer(200),
         layer(300, **none, o=linear(HIDDEN, 36, 34), mixer=delta_rule(40)),
+        layer(400, **none, o=linear(HIDDEN, 54, 35), mixer=mamba2(50)),
     ]
     return network(**{"layers": layers, **changes})
 
@@ -182,7 +200,8 @@ def test_states_go_on_are_copied_and_forked(bits: int, threads: int) -> None:
     one, other = ready(made), ready(made, threads)
     one.reserve_states(1)
     other.reserve_states(5)
-    assert one.state_bytes() == 4 * (2 * HIDDEN + 3 * 56 + 8 + 4 * 5 * 16)
+    of_mamba = 3 * 82 + 10 + 6 * 7 * 16  # whole vectors of 16 floats
+    assert one.state_bytes() == 4 * (2 * HIDDEN + 3 * 56 + 8 + 4 * 5 * 16 + of_mamba)
     expected = one.logits([Span(0, 0, 0, 0, 20)], TOKENS, EVERY)
     first = other.logits([Span(0, 0, 64, 0, 1, -1, 2)], TOKENS[:1], [0])
     other.copy_state(2, 4)
@@ -537,6 +556,18 @@ NETWORKS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "delta rule": (
         lambda: {"layers": [layer(1, o=linear(HIDDEN, 36, 1), mixer=dataclasses.replace(delta_rule(1), key_heads=3))]},
         "impossible sizes",
+    ),
+    "Mamba-2": (
+        lambda: {"layers": [layer(1, o=linear(HIDDEN, 54, 1), mixer=mamba2(1, groups=4))]},
+        "impossible sizes",
+    ),
+    "steps": (
+        lambda: {"layers": [layer(1, o=linear(HIDDEN, 54, 1), mixer=mamba2(1, least_step=2.0))]},
+        "steps cannot be from 2.0 to 1.5",
+    ),
+    "groups of Mamba-2": (
+        lambda: {"layers": [layer(1, o=linear(HIDDEN, 54, 1), mixer=mamba2(1, state_size=8))]},
+        "inputs must be",
     ),
     "q norm": (lambda: {"layers": [layer(1, q_norm=norm(HEAD_DIM + 1, 1))]}, "weight of q_norm"),
     "all heads": (lambda: {"layers": [layer(1, q_norm=norm(HEAD_DIM, 1))], "norm_all_heads": True}, "weight of q_norm"),

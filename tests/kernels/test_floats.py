@@ -74,6 +74,15 @@ class DeltaRuleArgs(ctypes.Structure):
     )
 
 
+class StateSpaceArgs(ctypes.Structure):
+    _fields_ = (
+        *(("tokens", c_int64), ("state_size", c_int), ("head_dim", c_int), ("skip", c_float)),
+        *(("x", c_void_p), ("b", c_void_p), ("c", c_void_p), ("stride", c_int64)),
+        *(("decay", c_void_p), ("step", c_void_p), ("factor_stride", c_int64)),
+        *(("state_in", c_void_p), ("state_out", c_void_p), ("out", c_void_p), ("out_stride", c_int64)),
+    )
+
+
 class RouterArgs(ctypes.Structure):
     _fields_ = (
         *(("tokens", c_int64), ("columns", c_int64), ("blocks", c_int64)),
@@ -99,6 +108,7 @@ class FloatKernels(ctypes.Structure):
         ("soft_cap", CFUNCTYPE(None, c_void_p, c_int64, c_float)),
         ("convolve", CFUNCTYPE(None, POINTER(ConvolutionArgs))),
         ("delta_rule", CFUNCTYPE(None, POINTER(DeltaRuleArgs))),
+        ("state_space", CFUNCTYPE(None, POINTER(StateSpaceArgs))),
         ("score_experts", CFUNCTYPE(None, POINTER(RouterArgs))),
         ("add_scaled", CFUNCTYPE(None, c_void_p, c_void_p, c_float, c_int64)),
     )
@@ -511,6 +521,37 @@ def test_the_gated_delta_rule_in_pieces(table: FloatKernels, key_dim: int, value
         table.delta_rule(byref(args))
         read = written
     assert error(out, torch.stack(rows)) < 2e-6
+
+
+@pytest.mark.parametrize(("state_size", "head_dim"), [(128, 64), (128, 32), (20, 16), (5, 3), (33, 20)])
+def test_a_state_space_model_in_pieces(table: FloatKernels, state_size: int, head_dim: int) -> None:
+    """In pieces it is, to the bit, what it is as a whole; the state goes on in its place, or elsewhere."""
+    tokens, skip = 11, 0.7
+    width = head_dim + 2 * state_size + 3
+    rows, decay, steps = numbers(tokens, width), numbers(tokens, seed=1).sigmoid(), numbers(tokens, seed=2).exp()
+    x, b, c = (part.double() for part in rows[:, :-3].split([head_dim, state_size, state_size], dim=1))
+    state, expected = torch.zeros(state_size, head_dim, dtype=torch.float64), []
+    for t in range(tokens):
+        state = state * decay[t].double() + torch.outer(b[t], steps[t].double() * x[t])
+        expected.append(c[t] @ state + skip * x[t])
+    outputs = []
+    for ends in ((11,), (1, 6, 7, 11)):
+        states = torch.full((2, -(-head_dim // 16) * 16 * state_size), torch.nan)
+        out, read = torch.full((tokens, head_dim), 7.0), None
+        for begin, end in zip((0, *ends), ends, strict=False):
+            written = states[0] if begin != 6 else states[1]
+            args = StateSpaceArgs(
+                *(end - begin, state_size, head_dim, skip),
+                *(rows[begin:].data_ptr() + 4 * offset for offset in (0, head_dim, head_dim + state_size)),
+                *(width, decay[begin:].data_ptr(), steps[begin:].data_ptr(), 1),
+                *(None if read is None else read.data_ptr(), written.data_ptr()),
+                *(out[begin:].data_ptr(), head_dim),
+            )
+            table.state_space(byref(args))
+            read = written
+        outputs.append(out)
+    assert error(outputs[0], torch.stack(expected)) < 2e-6
+    assert torch.equal(outputs[0], outputs[1])
 
 
 @pytest.mark.parametrize(("experts", "columns"), [(1, 5), (16, 48), (64, 96), (130, 33)])

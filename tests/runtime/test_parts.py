@@ -59,10 +59,6 @@ def load(make_model: ModelMaker, tmp_path_factory: pytest.TempPathFactory) -> Ca
     return load_one
 
 
-#: The native engine has no Mamba-2.
-WITH_STATES = tuple(family for family in RECURRENT if family != "granite-hybrid")
-
-
 def near(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return float((found - expected).norm() / expected.norm()) < 1e-4
 
@@ -70,7 +66,7 @@ def near(found: torch.Tensor, expected: torch.Tensor) -> bool:
 # States ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", WITH_STATES)
+@pytest.mark.parametrize("family", RECURRENT)
 def test_a_sequence_goes_back_to_where_its_state_is_and_is_not_kept(
     load: Callable[[str], NativeModel], family: str
 ) -> None:
@@ -89,7 +85,7 @@ def test_a_sequence_goes_back_to_where_its_state_is_and_is_not_kept(
     assert near(session.feed([7, *IDS[101:110]]), model.logits([*IDS[:100], 7, *IDS[101:110]])[-1])
 
 
-@pytest.mark.parametrize("family", WITH_STATES)
+@pytest.mark.parametrize("family", RECURRENT)
 def test_greedy_text_with_rewinding(load: Callable[[str], NativeModel], family: str) -> None:
     model = load(family)
     expected = IDS[:20]
@@ -111,7 +107,7 @@ def test_greedy_text_with_rewinding(load: Callable[[str], NativeModel], family: 
     assert session.greedy(5) == expected[70 + len(found) : 75 + len(found)]
 
 
-@pytest.mark.parametrize("family", WITH_STATES)
+@pytest.mark.parametrize("family", RECURRENT)
 def test_states_cost_no_more_behind_a_long_text(load: Callable[[str], NativeModel], family: str) -> None:
     session = load(family).session()
     session.feed(IDS)
@@ -125,7 +121,7 @@ def test_states_cost_no_more_behind_a_long_text(load: Callable[[str], NativeMode
     )
 
 
-@pytest.mark.parametrize("family", WITH_STATES)
+@pytest.mark.parametrize("family", RECURRENT)
 def test_scores_begin_with_the_state_of_the_prefix(
     load: Callable[[str], NativeModel], family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,7 +179,7 @@ def test_sequences_in_batches(scheduler: BatchScheduler) -> None:
     assert texts(scheduler, scheduler.model) == alone(scheduler.model)
 
 
-@pytest.mark.parametrize("scheduler", WITH_STATES, indirect=True)
+@pytest.mark.parametrize("scheduler", RECURRENT, indirect=True)
 def test_models_with_states_write_one_text_after_the_other(scheduler: SequentialScheduler) -> None:
     assert isinstance(scheduler, SequentialScheduler)
     model = scheduler.model
@@ -221,6 +217,16 @@ REAL: dict[str, tuple[str, dict[str, Any]]] = {
             **{"hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 4},
             **{"head_dim": 64, "attention_multiplier": 0.015625, "embedding_multiplier": 12.0},
             **{"residual_multiplier": 0.246, "logits_scaling": 4.0},
+        },
+    ),
+    "Granite 4 H 350M": (
+        "granitemoehybrid",
+        {
+            **{"hidden_size": 768, "shared_intermediate_size": 2048, "num_attention_heads": 12, "head_dim": 64},
+            **{"num_key_value_heads": 4, "layer_types": ["linear_attention", "full_attention"]},
+            **{"mamba_n_heads": 48, "mamba_d_head": 32, "mamba_d_state": 128, "num_local_experts": 0},
+            **{"attention_multiplier": 0.015625, "embedding_multiplier": 12.0},
+            **{"residual_multiplier": 0.246, "logits_scaling": 3.0},
         },
     ),
     "Hunyuan 0.5B": (

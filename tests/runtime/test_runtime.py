@@ -68,7 +68,7 @@ OF_ROPE: dict[str, dict[str, Any]] = {
         "long_factor": [1.5 + 0.5 * i for i in range(8)],
     },
 }
-#: Granite 4 without layers that the native engine does not have.
+#: Granite 4 without Mamba-2.
 NANO: dict[str, Any] = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2}
 #: name -> model type, and what is special about it beyond `SHAPE`.
@@ -122,6 +122,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "granite": FAMILIES["granite"],
     "granite 4, attention alone": ("granitemoehybrid", {**GRANITE_HYBRID, **NANO, "position_embedding_type": "rope"}),
+    "granite-hybrid": FAMILIES["granite-hybrid"],
+    "granite 4, experts, bounds": (
+        "granitemoehybrid",
+        {
+            **{**GRANITE_HYBRID, "mamba_conv_bias": False, "mamba_proj_bias": True, "mamba_n_groups": 1},
+            **{"num_local_experts": 5, "num_experts_per_tok": 2, "position_embedding_type": "rope"},
+            **{"time_step_limit": (0.3, 1.2), "intermediate_size": 53, "tie_word_embeddings": True},
+        },
+    ),
     "granite 4, no positions": ("granitemoehybrid", {**GRANITE_HYBRID, **NANO, "attention_bias": True}),
     **{name: FAMILIES[name] for name in ("hunyuan", "olmo3", "ministral3", "starcoder2", "lfm2", "lfm3", "qwen3.5")},
     "hunyuan, alpha": (

@@ -32,6 +32,7 @@ GATED_DELTA_RULE = {
     **{"qkv": "linear_attn.in_proj_qkv", "z": "linear_attn.in_proj_z"},
     **{"beta": "linear_attn.in_proj_b", "alpha": "linear_attn.in_proj_a", "o": "linear_attn.out_proj"},
 }
+MAMBA2 = {"inputs": "mamba.in_proj", "o": "mamba.out_proj"}
 #: Attention, MLP and norms of LFM 2, which share places with those of LFM 3 in part.
 LFM2_LINEARS = {
     **{name: f"self_attn.{name}_proj" for name in ("q", "k", "v")},
@@ -45,7 +46,7 @@ LFM2_NORMS = {
 #: All places of linear layers of an MLP.
 MLP_PLACES = frozenset({"gate", "up", "gate_up", "down"})
 #: What mixes the tokens of a decoder layer.
-Mixer = Literal["attention", "short_convolution", "gated_delta_rule"]
+Mixer = Literal["attention", "short_convolution", "gated_delta_rule", "mamba2"]
 #: Norms of a decoder layer: place in the native decoder's `Layer` -> name in a checkpoint. Norms before attention and
 #: MLP (Llama), norms behind both (OLMo 2), norms before and behind (Gemma 2), and norms of queries and keys.
 NORMS_BEFORE = {"before_attention": "input_layernorm", "before_mlp": "post_attention_layernorm"}
@@ -334,7 +335,7 @@ def scale_keys(keys: Mapping[str, str]) -> Callable[[dict[str, Any]], dict[str, 
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts in the place of a layer's MLP. Every expert is `down(act(gate(x)) * up(x))`.
+    """A mixture of experts in the place of a layer's MLP, or beside it. Every expert is `down(act(gate(x)) * up(x))`.
 
     Attributes:
         path: of the list of experts in a layer; an expert's matrices are `path.NUMBER.gate_proj` and so on.
@@ -349,6 +350,7 @@ class Experts:
         scale: a factor of the weights.
         choice_bias: the tensor in a layer that is added to scores to choose experts by, and to nothing else; empty:
             there is none.
+        beside_mlp: the layer has an MLP, too, an expert that all tokens share; what both give is added up.
     """
 
     path: str
@@ -361,6 +363,7 @@ class Experts:
     epsilon: float = 0.0
     scale: float = 1.0
     choice_bias: str = ""
+    beside_mlp: bool = False
 
     def linears(self) -> list[dict[str, str]]:
         """The linear layers of each expert: place -> name."""
@@ -388,7 +391,7 @@ class NativeArchitecture:
         mixers: the linear layers of mixers other than attention, likewise, for those that the architecture has.
         activation: the function in the MLP, as transformers calls it.
         intermediate_size: features between the matrices of the MLP.
-        experts: what a layer has in the place of the MLP; None where it has an MLP.
+        experts: what a layer has in the place of the MLP, or beside it; None where it has an MLP alone.
         gated_queries: the rows of q are, head by head, those of the query and those of a gate of attention's result.
         norms: of a decoder layer, their places in `kernels.decoder.Layer` and their names.
         final_norm: name of the norm before the head.
@@ -446,7 +449,8 @@ class NativeArchitecture:
         mlp = {place: name for place, name in self.linears.items() if place in MLP_PLACES}
         of_attention = {place: name for place, name in self.linears.items() if place not in mlp}
         of_mixer = of_attention if mixer == "attention" else dict(self.mixers[mixer])
-        return of_mixer if self.experts(config, layer) else {**of_mixer, **mlp}
+        experts = self.experts(config, layer)
+        return {**of_mixer, **mlp} if experts is None or experts.beside_mlp else of_mixer
 
     def names_of(self, config: Any, layer: int) -> list[str]:
         """The names of all linear layers of a decoder layer, in the order in which a token meets them."""

@@ -102,8 +102,8 @@ edgerazor_decoder::edgerazor_decoder(const edgerazor_model& from, int isa, int c
 void edgerazor_decoder::place_states(Layer& layer) {
     if (layer.mixer == EDGERAZOR_ATTENTION) return;
     layer.state = states.add((layer.convolution.kernel - 1) * layer.convolved());
-    if (layer.mixer == EDGERAZOR_GATED_DELTA_RULE)
-        layer.delta_state = states.add(layer.delta_rule.value_heads * delta_state_floats(layer.delta_rule));
+    if (layer.heads_with_state() > 0)
+        layer.head_states = states.add(layer.heads_with_state() * layer.head_state_floats());
 }
 
 // Makes the buffers of products as wide as this layer needs them.
@@ -113,7 +113,7 @@ void edgerazor_decoder::measure(const Layer& layer) {
     widen(gate_width, layer.plain_mlp ? 0 : layer.gate.rows);
     widen(up_width, layer.fused_gate_up ? 0 : layer.up.rows);
     if (layer.experts.count > 0) {
-        const int64_t width = layer.experts.chosen * layer.mlp_width;
+        const int64_t width = layer.experts.chosen * layer.expert_width;
         for (int64_t* of : {&gate_width, &up_width, &max_columns}) widen(*of, width);
         widen(max_chosen, layer.experts.chosen);
         widen(max_experts, layer.experts.count);
@@ -121,9 +121,9 @@ void edgerazor_decoder::measure(const Layer& layer) {
     if (layer.mixer != EDGERAZOR_ATTENTION || layer.fused_qkv || layer.gated_queries)
         widen(mixed_width, layer.rows(0));
     if (layer.has_gate) widen(gates_width, layer.rows(3));
-    if (layer.mixer != EDGERAZOR_GATED_DELTA_RULE) return;
+    if (layer.heads_with_state() == 0) return;
     widen(gates_width, layer.rows(1));
-    widen(heads_width, layer.delta_rule.value_heads);
+    widen(heads_width, layer.heads_with_state());
     widen(convolved_width, layer.convolved());
 }
 
@@ -330,19 +330,20 @@ void edgerazor_decoder::forward_layer(const ThreadContext& context, int number) 
         attention(context, number);
     else if (layer.mixer == EDGERAZOR_SHORT_CONVOLUTION)
         short_convolution(context, layer);
+    else if (layer.mixer == EDGERAZOR_MAMBA2)
+        mamba2(context, layer);
     else
         gated_delta_rule(context, layer);
     quantize_input(context, layer.out, [&](int64_t t, float* input) {
         memcpy(input, attended.get() + t * layer.width, layer.width * sizeof(float));
         if (layer.has_gate || layer.gated_queries) gate_attention(layer, t, input);
+        if (layer.mixer == EDGERAZOR_MAMBA2) norm_groups(layer.mamba2, input);
     });
     float* const result[] = {y.get()};
     matmul(context, layer.out, context.tokens, result);
     add_residual(context, layer.after_attention);
-    if (layer.experts.count > 0)
-        mixture_of_experts(context, layer);
-    else
-        mlp(context, layer);
+    if (layer.has_mlp()) mlp(context, layer);
+    if (layer.experts.count > 0) mixture_of_experts(context, layer);
     add_residual(context, layer.after_mlp);
 }
 

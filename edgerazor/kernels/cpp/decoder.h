@@ -45,9 +45,18 @@ enum { EDGERAZOR_SILU = 0, EDGERAZOR_GELU_TANH = 1, EDGERAZOR_RELU_SQUARED = 2 }
                         for each value head with a state S [key_dim, value_dim], q and k of length 1:
                           S = S * exp(decay * softplus(alpha + decay_bias)),  S += k (sigmoid(beta) * (v - k S)),
                           state_norm(q S / sqrt(key_dim)) * silu(z)
+     Mamba-2            inputs: one matrix of z, x, B, C and a step for each head. A convolution with SiLU over x, B and C;
+                        then for each head with a state S [state_size, head_dim] and step = softplus(step + step_bias)
+                        within its bounds:
+                          S = S * exp(decay * step) + B (step * x),  norm((C S + skip * x) * silu(z))
    A convolution is causal, and has a filter for each feature: the sum of weight[i] * x of the token kernel - 1 - i
    before. */
-enum { EDGERAZOR_ATTENTION = 0, EDGERAZOR_SHORT_CONVOLUTION = 1, EDGERAZOR_GATED_DELTA_RULE = 2 };
+enum {
+    EDGERAZOR_ATTENTION = 0,
+    EDGERAZOR_SHORT_CONVOLUTION = 1,
+    EDGERAZOR_GATED_DELTA_RULE = 2,
+    EDGERAZOR_MAMBA2 = 3
+};
 
 typedef struct {
     int32_t kernel;
@@ -62,15 +71,22 @@ typedef struct {
 } edgerazor_delta_rule;
 
 typedef struct {
+    int32_t groups, heads, head_dim, state_size; /* B and C of a group are those of heads / groups heads */
+    float least_step, most_step;
+    const float *decay, *step_bias, *skip; /* [heads] */
+    edgerazor_norm norm;                   /* of the heads of a group together; gains [heads * head_dim] */
+} edgerazor_mamba2;
+
+typedef struct {
     edgerazor_matrix gate, up, down;
 } edgerazor_expert;
 
-/* A mixture of experts in the place of an MLP: the sum of weight * down(activation(gate(x)) * up(x)) over the `chosen`
+/* A mixture of experts in the place of an MLP or beside it: the sum of weight * down(activation(gate(x)) * up(x)) over the `chosen`
    experts whose score, plus their choice bias, is largest. The scores of experts are the softmax of router(x), or its
    sigmoid. A weight is a score; where `normalized`, divided by (the scores of the chosen experts together + epsilon);
    then times `scale`. All experts have matrices of the same sizes and groups, and without biases. */
 typedef struct {
-    int32_t count, chosen;   /* of the experts; count 0: there is an MLP */
+    int32_t count, chosen;   /* of the experts; count 0: there is an MLP alone */
     int32_t sigmoid, normalized;
     float epsilon, scale;
     const float* router;      /* [count / 16 rounded up, hidden_size, 16]: a row for each expert, and rows of zeros */
@@ -81,7 +97,7 @@ typedef struct {
 /* residual += residual_scale * after_attention(o(mixer(before_attention(residual))))
    residual += residual_scale * after_mlp(down(activation(gate(x)) * up(x))),  x = before_mlp(residual)
    A matrix without parts is not there: no `up`, then `gate` has the rows of both; no `gate`, then down(activation(up(x))).
-   With experts, none of the three is there. */
+   With experts, what they give is added to what the MLP gives, or there is no MLP and none of the three. */
 typedef struct {
     int32_t mixer;
     edgerazor_matrix inputs[4]; /* of the mixer */
@@ -95,6 +111,7 @@ typedef struct {
     int32_t activation;
     edgerazor_convolution convolution;
     edgerazor_delta_rule delta_rule;
+    edgerazor_mamba2 mamba2;
     edgerazor_experts experts;
 } edgerazor_layer;
 

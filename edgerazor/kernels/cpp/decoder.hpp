@@ -46,11 +46,12 @@ struct Layer : edgerazor_layer {
     LinearGroup in, out, gate_up, down_group; // the mixer's inputs, `o`, ...
     bool fused_qkv, fused_gate_up, plain_mlp; // q, k and v, or gate and up, are the rows of one matrix; there is no gate
     bool has_gate;                            // of attention, in a matrix of its own
-    int64_t width, mlp_width;                 // of what `o` and `down` get; with experts, `down` of one of them
+    int64_t width, mlp_width, expert_width;   // of what `o`, `down`, and `down` of an expert get
     LinearGroup expert_inputs;                // gate and up of all experts
     std::vector<Expert> expert_list;
     int kv_layer = 0;                         // attention: its number in the KV cache
-    int64_t state = 0, delta_state = 0;       // other mixers: where their states lie in a state slot
+    int64_t state = 0, head_states = 0;       // other mixers: where their states lie in a state slot: those of the
+                                              // convolution, and those of heads
     // activation(gate) * up, or with null instead of `up` activation(gate)
     void (*activate)(const float* gate, const float* up, int count, float* out);
 
@@ -60,12 +61,13 @@ struct Layer : edgerazor_layer {
           fused_qkv(from.inputs[1].part_count == 0), fused_gate_up(from.up.part_count == 0),
           plain_mlp(from.gate.part_count == 0),
           has_gate(from.mixer == EDGERAZOR_ATTENTION && from.inputs[3].part_count > 0), width(out.columns()),
-          mlp_width(down_group.empty() ? 0 : down_group.columns()), expert_inputs(inputs_of(from.experts), 0),
+          mlp_width(down_group.empty() ? 0 : down_group.columns()), expert_width(0),
+          expert_inputs(inputs_of(from.experts), 0),
           activate(from.activation == EDGERAZOR_SILU        ? math.swiglu
                    : from.activation == EDGERAZOR_GELU_TANH ? math.geglu
                                                             : math.reglu_squared) {
         for (int i = 0; i < experts.count; i++) expert_list.emplace_back(experts.experts[i], expert_inputs, threads);
-        if (experts.count > 0) mlp_width = expert_list[0].down.columns();
+        if (experts.count > 0) expert_width = expert_list[0].down.columns();
         experts.experts = nullptr; // the caller's
     }
 
@@ -77,11 +79,26 @@ struct Layer : edgerazor_layer {
         return there;
     }
 
+    bool has_mlp() const { return !down_group.empty(); }
+
     int64_t rows(int input) const { return inputs[input].part_count > 0 ? inputs[input].rows : 0; }
 
     // Features that the convolution of the mixer is over; 0: it has none.
     int64_t convolved() const {
+        if (mixer == EDGERAZOR_MAMBA2) return width + 2 * (int64_t)mamba2.groups * mamba2.state_size;
         return mixer == EDGERAZOR_ATTENTION ? 0 : mixer == EDGERAZOR_SHORT_CONVOLUTION ? width : rows(0);
+    }
+
+    // Heads that have a state each.
+    int heads_with_state() const {
+        return mixer == EDGERAZOR_GATED_DELTA_RULE ? delta_rule.value_heads : mixer == EDGERAZOR_MAMBA2 ? mamba2.heads : 0;
+    }
+
+    // Floats of the state of such a head: whole vectors of sixteen columns.
+    int64_t head_state_floats() const {
+        const bool is_delta = mixer == EDGERAZOR_GATED_DELTA_RULE;
+        const int columns = is_delta ? delta_rule.value_dim : mamba2.head_dim;
+        return (int64_t)(columns + 15) / 16 * 16 * (is_delta ? delta_rule.key_dim : mamba2.state_size);
     }
 
   private:
@@ -105,11 +122,6 @@ struct Routing {
     std::vector<int32_t> expert_of;   // [assignments]
     std::vector<int64_t> first;       // [experts + 1]: the first assignment of each
 };
-
-// Floats of the state of a value head: whole vectors of sixteen columns.
-constexpr int64_t delta_state_floats(const edgerazor_delta_rule& rule) {
-    return (int64_t)(rule.value_dim + 15) / 16 * 16 * rule.key_dim;
-}
 
 // The tokens of a span that are in the current micro-batch.
 struct SpanChunk {
@@ -261,6 +273,8 @@ struct edgerazor_decoder {
     void convolve(const edgerazor::ThreadContext& context, const edgerazor::Layer& layer);
     void short_convolution(const edgerazor::ThreadContext& context, const edgerazor::Layer& layer);
     void gated_delta_rule(const edgerazor::ThreadContext& context, const edgerazor::Layer& layer);
+    void mamba2(const edgerazor::ThreadContext& context, const edgerazor::Layer& layer);
+    void norm_groups(const edgerazor_mamba2& mixer, float* x) const;
     edgerazor::Products queries(const edgerazor::Layer& layer) const;
     edgerazor::Products keys(const edgerazor::Layer& layer) const;
     edgerazor::Products values(const edgerazor::Layer& layer) const;

@@ -1,4 +1,4 @@
-// A mixture of experts in the place of a layer's MLP.
+// A mixture of experts in the place of a layer's MLP, or beside it.
 //
 // The router scores all experts for a token in float32, and the best of them compute it. Their matrices are read for all
 // tokens of the micro-batch that they compute, one expert after the other; those of the others are not touched. As in
@@ -138,7 +138,7 @@ void edgerazor_decoder::gather_inputs(const ThreadContext& context, const Layer&
     threads.barrier();
 }
 
-// Into `y`.
+// Into `y`, or added to what the MLP gave.
 void edgerazor_decoder::mixture_of_experts(const ThreadContext& context, const Layer& layer) {
     route(context, layer);
     if (context.shared) gather_inputs(context, layer);
@@ -152,14 +152,14 @@ void edgerazor_decoder::mixture_of_experts(const ThreadContext& context, const L
             matmul_slices(expert.gate_up, context.thread, first, count, routed.get(),
                      [&](int i) -> const QuantizedInput& { return routed_inputs[i]; }, gate_up);
         } else { // the input is the only token, the output that of the assignment
-            float* const of_assignment[] = {gate.get() + first * layer.mlp_width, up.get() + first * layer.mlp_width};
+            float* const of_assignment[] = {gate.get() + first * layer.expert_width, up.get() + first * layer.expert_width};
             matmul_slices(expert.gate_up, context.thread, 0, 1, buffers.input.get(),
                      [&](int i) -> const QuantizedInput& { return buffers.quantized_inputs[expert.inputs[i]]; },
                      of_assignment);
         }
     }
     threads.barrier();
-    const int64_t assignments = context.tokens * layer.experts.chosen, width = layer.mlp_width;
+    const int64_t assignments = context.tokens * layer.experts.chosen, width = layer.expert_width;
     const WorkRange own(assignments, context.shared ? context.thread : 0, context.shared ? threads.count() : 1);
     for (int64_t a = own.first; a < own.last; a++) {
         layer.activate(gate.get() + a * width, up.get() + a * width, (int)width, buffers.input.get() + a * width);
@@ -179,7 +179,7 @@ void edgerazor_decoder::mixture_of_experts(const ThreadContext& context, const L
     const WorkRange part(features, context.shared ? 0 : context.thread, context.shared ? 1 : threads.count());
     for (int64_t t = context.first; t < context.last; t++) {
         float* const row = y.get() + t * features;
-        memset(row + part.first, 0, sizeof(float) * (part.last - part.first));
+        if (!layer.has_mlp()) memset(row + part.first, 0, sizeof(float) * (part.last - part.first));
         for (int64_t i = t * layer.experts.chosen; i < (t + 1) * layer.experts.chosen; i++)
             math.add_scaled(row + part.first, expert_outputs.get() + routing.assignments[i] * features + part.first,
                             routing.weights[i], part.last - part.first);

@@ -14,5 +14,5 @@
 const edgerazor::FloatKernels edgerazor::EDGERAZOR_TABLE(EDGERAZOR_UNIT) = {
     rms_norm, layer_norm, rope, swiglu, add, store_kv, attention, attention_scratch_bytes, argmax, log_sum_exp,
     geglu, reglu_squared, sigmoid_gate, soft_cap, convolve, delta_rule,
-    score_experts, add_scaled,
+    state_space, score_experts, add_scaled,
 };

@@ -60,6 +60,22 @@ struct DeltaRuleArgs {
     int64_t out_stride;
 };
 
+// The recurrence of a head of Mamba-2, for consecutive tokens of a sequence: S = S * decay + b (step * x), and then
+// out = c S + skip * x.
+struct StateSpaceArgs {
+    int64_t tokens;
+    int state_size, head_dim;
+    float skip;
+    const float *x, *b, *c;      // token t: + t * stride
+    int64_t stride;
+    const float *decay, *step;   // factors of token t: + t * factor_stride
+    int64_t factor_stride;
+    const float* state_in;       // [head_dim / 16 rounded up, state_size, 16]; null: zeros
+    float* state_out;            // it may be state_in
+    float* out;
+    int64_t out_stride;
+};
+
 // The scores of experts for some tokens: out [tokens, 16 * blocks] = x [tokens, columns] times rows. The result of a
 // token does not depend on the others.
 struct RouterArgs {
@@ -91,6 +107,7 @@ struct FloatKernels {
     void (*soft_cap)(float* x, int64_t count, float cap);         // x = cap * tanh(x / cap)
     void (*convolve)(const ConvolutionArgs& args);
     void (*delta_rule)(const DeltaRuleArgs& args);
+    void (*state_space)(const StateSpaceArgs& args);
     void (*score_experts)(const RouterArgs& args);
     void (*add_scaled)(float* x, const float* y, float factor, int64_t count); // x += factor * y
 };

@@ -1,4 +1,4 @@
-// Mixers that keep a state of earlier tokens: convolutions and the gated delta rule. Included by `float_kernels.cpp`,
+// Mixers that keep a state of earlier tokens: convolutions, the gated delta rule, and Mamba-2. Included by `float_kernels.cpp`,
 // once for each instruction set.
 #pragma once
 #include <stdint.h>
@@ -100,6 +100,48 @@ void delta_rule(const DeltaRuleArgs& args) {
             store_partial(args.out + t * args.out_stride + first, args.value_dim - first,
                           add_up(sums) * splat(q_factors[t]));
         }
+    }
+}
+
+// Rows of sixteen columns of a state that stay in registers while all tokens go by.
+constexpr int kStateRows = kLanes == 16 ? 16 : kLanes == 8 ? 4 : 2;
+
+// Rows [row, row + rows) of the sixteen columns from `first` on. What they give is added to that of the rows before.
+template <int rows>
+EDGERAZOR_INLINE void state_space_rows(const StateSpaceArgs& args, int first, int row) {
+    constexpr int kSums = rows < 4 ? 1 : 4; // that are added up side by side
+    const int64_t at = ((int64_t)first * args.state_size) + (int64_t)row * 16;
+    f32x16 state[rows];
+    unroll<0, rows>(UNROLL(r) {
+        state[r.value] = args.state_in == nullptr ? splat(0) : load(args.state_in + at + r.value * 16);
+    });
+    const int columns = args.head_dim - first;
+    for (int64_t t = 0; t < args.tokens; t++) {
+        const float *b = args.b + t * args.stride + row, *c = args.c + t * args.stride + row;
+        float* out = args.out + t * args.out_stride + first;
+        const f32x16 x = load_partial(args.x + t * args.stride + first, columns, 0);
+        const f32x16 change = x * splat(args.step[t * args.factor_stride]);
+        const f32x16 decay = splat(args.decay[t * args.factor_stride]);
+        f32x16 sums[kSums];
+        unroll<0, kSums>(UNROLL(n) { sums[n.value] = splat(0); });
+        unroll<0, rows>(UNROLL(r) {
+            f32x16 &own = state[r.value], &sum = sums[r.value % kSums];
+            own = fmadd(change, splat(b[r.value]), own * decay);
+            sum = fmadd(own, splat(c[r.value]), sum);
+        });
+        unroll<1, kSums>(UNROLL(n) { sums[0] = sums[0] + sums[n.value]; });
+        const f32x16 before = row == 0 ? x * splat(args.skip) : load_partial(out, columns, 0);
+        store_partial(out, columns, before + sums[0]);
+    }
+    unroll<0, rows>(UNROLL(r) { store(args.state_out + at + r.value * 16, state[r.value]); });
+}
+
+// A state goes through all tokens a few rows of sixteen columns at a time: nothing in it depends on anything else.
+void state_space(const StateSpaceArgs& args) {
+    for (int first = 0; first < args.head_dim; first += 16) {
+        int row = 0;
+        for (; row + kStateRows <= args.state_size; row += kStateRows) state_space_rows<kStateRows>(args, first, row);
+        for (; row < args.state_size; row++) state_space_rows<1>(args, first, row);
     }
 }
 
