@@ -19,7 +19,7 @@ FAMILY = Family(
     native=NativeArchitecture(
         "GraniteMoeHybridRotaryEmbedding",
         linears={**ATTENTION, "gate_up": "shared_mlp.input_linear", "down": "shared_mlp.output_linear"},
-        intermediate_size=lambda config: int(config.shared_intermediate_size),
+        intermediate_size=lambda config, layer: int(config.shared_intermediate_size),
         qkv_bias=attention_bias,
         o_bias=attention_bias,
         has_rope=_has_rope,

@@ -1,4 +1,4 @@
-// A mixture of experts in the place of a layer's MLP.
+// A mixture of experts in the place of a layer's MLP, or beside it.
 //
 // The router scores all experts for a token in float32, and the best of them compute it. Their matrices are read for all
 // tokens of the micro-batch that they compute, one expert after the other; those of the others are not touched. As in
@@ -34,6 +34,7 @@ void edgerazor_decoder::allocate_routing(int64_t tokens) {
         routing.expert_of.resize(assignments);
     }
     expert_outputs.reserve(assignments * model.hidden_size);
+    of_mlp.reserve(tokens * model.hidden_size);
     if (tokens == 1) return; // all experts get the token's own input
     if (model.activation_bits == 16) routed.reserve(assignments * model.hidden_size);
     routed_inputs.resize(2); // gate and up of an expert may quantize it differently
@@ -70,7 +71,10 @@ void edgerazor_decoder::choose_experts(const Layer& layer, int64_t token) {
         weights[i] = scores[best];
         sum += scores[best];
     }
-    for (int i = 0; i < experts.chosen; i++) weights[i] *= experts.normalized ? experts.scale / sum : experts.scale;
+    for (int i = 0; i < experts.chosen; i++) {
+        weights[i] *= experts.normalized ? experts.scale / sum : experts.scale;
+        if (experts.factors != nullptr) weights[i] *= experts.factors[chosen[i]];
+    }
 }
 
 // Numbers the assignments of all tokens.
@@ -89,18 +93,27 @@ void edgerazor_decoder::order_assignments(const Layer& layer, int64_t tokens) {
     first[0] = 0;
 }
 
-// The norm of the residual stream goes to the router as it is, and is rotated and quantized for experts.
+// The norm of the residual stream goes to the router as it is, and is rotated and quantized for experts, or the router
+// gets a norm of its own.
 void edgerazor_decoder::route(const ThreadContext& context, const Layer& layer) {
     const int64_t features = model.hidden_size, blocks = score_blocks(layer.experts.count);
     float* const input = context.buffers->input.get();
-    for (int64_t t = context.first; t < context.last; t++)
-        apply_norm(layer.before_mlp, context.buffers->residual.get() + t * features, features, input + t * features);
+    const auto fill = [&](const edgerazor_norm& norm) {
+        for (int64_t t = context.first; t < context.last; t++)
+            apply_norm(norm, context.buffers->residual.get() + t * features, features, input + t * features);
+    };
+    const bool apart = layer.experts.router_norm.kind != EDGERAZOR_NO_NORM;
+    const edgerazor_norm& before =
+        layer.experts.before.kind != EDGERAZOR_NO_NORM ? layer.experts.before : layer.before_mlp;
+    fill(apart ? layer.experts.router_norm : before);
     // In decode every thread has the token, and scores some of the experts.
     const WorkRange range(blocks, context.shared ? 0 : context.thread, context.shared ? 1 : threads.count());
-    math.score_experts({context.last - context.first, features, range.last - range.first,
-                        input + context.first * features, layer.experts.router + range.first * features * kScoreBlock,
-                        routing.scores.get() + (context.first * blocks + range.first) * kScoreBlock,
-                        blocks * kScoreBlock});
+    math.multiply_unpacked({context.last - context.first, features, range.last - range.first,
+                            input + context.first * features,
+                            layer.experts.router + range.first * features * kScoreBlock, false,
+                            routing.scores.get() + (context.first * blocks + range.first) * kScoreBlock,
+                            blocks * kScoreBlock});
+    if (apart) fill(before);
     for (int64_t t = context.first; t < context.last; t++) {
         quantize_token(context, layer.expert_inputs, t);
         if (context.shared) choose_experts(layer, t);
@@ -152,14 +165,14 @@ void edgerazor_decoder::mixture_of_experts(const ThreadContext& context, const L
             matmul_slices(expert.gate_up, context.thread, first, count, routed.get(),
                      [&](int i) -> const QuantizedInput& { return routed_inputs[i]; }, gate_up);
         } else { // the input is the only token, the output that of the assignment
-            float* const of_assignment[] = {gate.get() + first * layer.mlp_width, up.get() + first * layer.mlp_width};
+            float* const of_assignment[] = {gate.get() + first * layer.expert_width, up.get() + first * layer.expert_width};
             matmul_slices(expert.gate_up, context.thread, 0, 1, buffers.input.get(),
                      [&](int i) -> const QuantizedInput& { return buffers.quantized_inputs[expert.inputs[i]]; },
                      of_assignment);
         }
     }
     threads.barrier();
-    const int64_t assignments = context.tokens * layer.experts.chosen, width = layer.mlp_width;
+    const int64_t assignments = context.tokens * layer.experts.chosen, width = layer.expert_width;
     const WorkRange own(assignments, context.shared ? context.thread : 0, context.shared ? threads.count() : 1);
     for (int64_t a = own.first; a < own.last; a++) {
         layer.activate(gate.get() + a * width, up.get() + a * width, (int)width, buffers.input.get() + a * width);
@@ -184,5 +197,25 @@ void edgerazor_decoder::mixture_of_experts(const ThreadContext& context, const L
             math.add_scaled(row + part.first, expert_outputs.get() + routing.assignments[i] * features + part.first,
                             routing.weights[i], part.last - part.first);
     }
+    if (!context.shared) threads.barrier();
+}
+
+// Keeps what the MLP beside the experts gives. In decode one thread does it for all, who meet before `y` is overwritten.
+void edgerazor_decoder::keep_mlp(const ThreadContext& context, const Layer& layer) {
+    if (!context.shared && context.thread > 0) return;
+    for (int64_t t = context.first; t < context.last; t++) {
+        const int64_t at = t * model.hidden_size;
+        apply_norm(layer.experts.after_mlp_alone, y.get() + at, model.hidden_size, of_mlp.get() + at);
+    }
+}
+
+// Adds it to what the experts give.
+void edgerazor_decoder::add_mlp(const ThreadContext& context, const Layer& layer) {
+    if (context.shared || context.thread == 0)
+        for (int64_t t = context.first; t < context.last; t++) {
+            float* const row = y.get() + t * model.hidden_size;
+            apply_norm(layer.experts.after, row, model.hidden_size, row);
+            math.add(row, of_mlp.get() + t * model.hidden_size, model.hidden_size);
+        }
     if (!context.shared) threads.barrier();
 }
