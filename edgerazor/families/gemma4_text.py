@@ -104,11 +104,11 @@ def _unsupported(config: Any) -> str:
 
 def _gguf_heads(config: dict[str, Any], kind: str) -> set[tuple[int, int]]:
     """Numbers and widths of heads of keys and values in the layers of a kind."""
-    own = config.get("per_layer_config") or {}
+    own = {int(layer): sizes for layer, sizes in (config.get("per_layer_config") or {}).items()}  # keys as "05"
     found = set()
     for layer, of_layer in enumerate(config["layer_types"]):
         if of_layer == kind:
-            sizes = {**config, **own.get(str(layer), {}), **own.get(layer, {})}
+            sizes = {**config, **own.get(layer, {})}
             found.add((int(sizes["num_key_value_heads"]), int(sizes["head_dim"])))
     return found
 

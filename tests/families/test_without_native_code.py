@@ -46,5 +46,4 @@ def test_mixed_layers_are_planned_and_measured(make_model: ModelMaker, text_file
     assert done.code == 0, done.err
     formats = {matrix.name: matrix.formats for matrix in read_plan(WorkDir(tmp_path / "job")).matrices}
     tables = [formats[f"model.{name}"] for name in ("embed_tokens", "embed_tokens_per_layer")]
-    assert tables[1] == (Calibrate().embedding_format,)
-    assert tables[0] != tables[1]  # it was measured, and had bits to win
+    assert (Calibrate().embedding_format,) not in tables  # of which they had no more than they needed
