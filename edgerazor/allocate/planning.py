@@ -273,7 +273,7 @@ def fixed_formats(targets: tuple[QuantTarget, ...], settings: Calibrate) -> dict
     fixed = {
         target.name: settings.embedding_format
         for target in targets
-        if target.kind == "embedding" and (target.fixed or not counting_bytes)
+        if target.kind == "embedding" and not counting_bytes
     }
     heads = [target.name for target in targets if target.kind == "head"]
     if settings.head_format is not None and not heads:

@@ -27,7 +27,7 @@ def _features(config: dict[str, Any]) -> int:
     return size
 
 
-def _intermediate_size(config: Any) -> int:
+def _intermediate_size(config: Any, layer: int) -> int:
     return _features(vars(config))
 
 

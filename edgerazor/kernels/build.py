@@ -64,6 +64,7 @@ _COMMON = (
     "decoder_attention",
     "decoder_recurrent",
     "decoder_experts",
+    "decoder_inputs",
     "decoder_api",
 )
 #: Compiled once for each instruction set, with these options beside its own. The results of `float_kernels` need not be

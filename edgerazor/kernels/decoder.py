@@ -41,6 +41,7 @@ __all__ = [
     "Experts",
     "GatedDeltaRule",
     "Layer",
+    "LayerInputs",
     "Linear",
     "Mamba2",
     "Network",
@@ -64,8 +65,10 @@ NO_NORM, RMS, LAYER = 0, 1, 2
 ACTIVATIONS = ("silu", "gelu_tanh", "relu_squared")
 #: Tokens that a convolution may see, many more than any model's.
 MOST_TAPS = 1 << 10
-#: Experts of a layer, many more than any model's, and those that the library scores side by side.
-MOST_EXPERTS, _SCORE_BLOCK = 1 << 13, 16
+#: Experts of a layer, many more than any model's.
+MOST_EXPERTS = 1 << 13
+#: Rows of a matrix that is not packed that lie side by side.
+_ROW_BLOCK = 16
 #: The state slot of a sequence that has no tokens yet.
 NO_STATE = -1
 
@@ -221,6 +224,10 @@ class Experts:
         normalized: weights are the scores of the chosen experts over their sum plus `epsilon`, not the scores.
         scale: a factor of the weights.
         choice_bias: what is added to scores to choose experts by, float32 [experts].
+        factors: of the weights of each expert, float32 [experts].
+        router_norm: of the residual stream, for the router alone.
+        before: of the residual stream, for experts, where it is not `before_mlp` of the layer.
+        after, after_mlp_alone: of what experts give, and an MLP beside them, before both are added up.
     """
 
     experts: Sequence[Expert]
@@ -231,24 +238,61 @@ class Experts:
     epsilon: float = 0.0
     scale: float = 1.0
     choice_bias: Tensor | None = None
+    factors: Tensor | None = None
+    router_norm: Norm | None = None
+    before: Norm | None = None
+    after: Norm | None = None
+    after_mlp_alone: Norm | None = None
 
-    def rows_by_sixteen(self) -> Tensor:
-        """The router as the library reads it: float32 [experts / 16 rounded up, hidden_size, 16], padded with zeros."""
-        count, features = self.router.shape
-        blocks = -(-count // _SCORE_BLOCK)
-        padded = torch.zeros(blocks * _SCORE_BLOCK, features)
-        padded[:count] = self.router
-        return padded.view(blocks, _SCORE_BLOCK, features).transpose(1, 2).contiguous()
+
+@dataclass(frozen=True, eq=False)
+class LayerInputs:
+    """Inputs that single layers get beside the residual stream, like `edgerazor_layer_inputs` of `cpp/decoder.h`.
+
+    Attributes:
+        features: of the input of a layer.
+        table: a row for each token, [vocab_size, layers * features].
+        projection: of the token's embedding, float32 or bfloat16 [layers * features, hidden_size].
+        norm: of each layer's part of that.
+        table_scale, projection_scale: factors of the rows of the table, and of what the projection gives.
+        scale: a factor of the sum of both.
+    """
+
+    features: int
+    table: Linear
+    projection: Tensor
+    norm: Norm | None = None
+    table_scale: float = 1.0
+    projection_scale: float = 1.0
+    scale: float = 1.0
+
+
+def rows_by_sixteen(matrix: Tensor) -> Tensor:
+    """A matrix that is not packed as the library reads it: [rows, columns] becomes [rows / 16 rounded up, columns, 16],
+    padded with zeros."""
+    count, features = matrix.shape
+    blocks = -(-count // _ROW_BLOCK)
+    padded = torch.zeros(blocks * _ROW_BLOCK, features, dtype=matrix.dtype)
+    padded[:count] = matrix
+    return padded.view(blocks, _ROW_BLOCK, features).transpose(1, 2).contiguous()
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
     """A decoder layer, like `edgerazor_layer` of `cpp/decoder.h`; None stands for a part that it does not have.
 
-    A layer without `k` and `v` has all three in `q`; one without `up` has gate and up in `gate`, and one without `gate`
-    has an MLP with an activation function alone; one with `experts` has all of an MLP beside them, or none of its matrices.
+    A layer without `k` and `v` has all three in `q`, and one without `v` the values in `k`; one without `up` has gate and
+    up in `gate`, and one without `gate` has an MLP with an activation function alone; one with `experts` need not have
+    the MLP's matrices.
 
     Attributes:
+        v_norm: of each head of values.
+        kv_source: number of the earlier layer whose keys and values it attends to, and which has its own; it has neither
+            `k` nor `v` then. None: it has its own.
+        num_kv_heads, head_dim, intermediate_size: as of the network, where they are not its.
+        input_gate, input_o: of the layer's own input, `input_o(activation(input_gate(x)) * input)`.
+        after_input: the norm of that.
+        output_scale: a factor of the residual stream behind the layer.
         mixer: what is there instead of attention, whose matrices are then None.
         attention_gate: with a row for each head, or for each feature of all heads: a sigmoid is a factor of attention.
         gated_queries: the rows of `q` are, head by head, those of the query and those of such a gate.
@@ -271,6 +315,7 @@ class Layer:
     after_mlp: Norm | None = None
     q_norm: Norm | None = None
     k_norm: Norm | None = None
+    v_norm: Norm | None = None
     rope_dim: int = 0
     sliding_window: int = 0
     rope_table: int = 0
@@ -279,6 +324,14 @@ class Layer:
     gated_queries: bool = False
     mixer: ShortConvolution | GatedDeltaRule | Mamba2 | None = None
     experts: Experts | None = None
+    kv_source: int | None = None
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int | None = None
+    input_gate: Linear | None = None
+    input_o: Linear | None = None
+    after_input: Norm | None = None
+    output_scale: float = 1.0
 
     @property
     def inputs(self) -> tuple[Linear | None, ...]:
@@ -297,7 +350,10 @@ class Network:
     Attributes:
         residual_scale: of what a mixer or an MLP adds to the residual stream.
         attention_soft_cap, logit_soft_cap: x becomes cap * tanh(x / cap), where the cap is not 0.
-        rope_tables: how many tables of cosines and sines there are.
+        num_kv_heads, head_dim, intermediate_size: of layers that do not say otherwise.
+        rope_dim: rotated features that the tables of cosines and sines have room for, at most those of a head.
+        rope_tables: how many of these tables there are.
+        layer_inputs: what single layers get beside the residual stream.
         norm_after_rope: norms of queries and keys come after RoPE.
     """
 
@@ -322,6 +378,7 @@ class Network:
     logit_soft_cap: float = 0.0
     rope_tables: int = 1
     norm_after_rope: bool = False
+    layer_inputs: LayerInputs | None = None
 
     @property
     def has_states(self) -> bool:
@@ -335,11 +392,16 @@ class Network:
 
     def kv_slot_bytes(self) -> int:
         """Bytes of a KV slot: the keys and values of one token in all layers with attention, with their scales."""
-        if self.kv_bits == 16:
-            width = 4 * self.head_dim
-        else:
-            width = (self.head_dim if self.kv_bits == 8 else -(-self.head_dim // 2)) + 4
-        return 2 * width * self.num_kv_heads * sum(layer.mixer is None for layer in self.layers)
+        heads = [
+            self.kv_heads_of(layer) for layer in self.layers if layer.mixer is None and layer.kv_source is None
+        ]
+        per_feature = {16: 4.0, 8: 1.0, 4: 0.5}[self.kv_bits]
+        scale = 0 if self.kv_bits == 16 else 4
+        return sum(2 * count * (math.ceil(per_feature * width) + scale) for count, width in heads)
+
+    def kv_heads_of(self, layer: Layer) -> tuple[int, int]:
+        """How many heads of keys and values a layer has, and their width."""
+        return layer.num_kv_heads or self.num_kv_heads, layer.head_dim or self.head_dim
 
     def check(self) -> None:
         """Checks that shapes fit together, numbers are in range, and tensors are float32 and contiguous.
@@ -348,15 +410,16 @@ class Network:
             ValueError: they are not.
         """
         sizes = (self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim, self.intermediate_size)
-        in_range = all(isinstance(size, int) and 1 <= size <= LARGEST for size in sizes)
-        if not in_range or self.num_heads % self.num_kv_heads:
+        _check_sizes(sizes)
+        if self.num_heads % self.num_kv_heads:
             raise ValueError(f"impossible sizes: {sizes}")
         if self.activation_bits != 16 and not 2 <= self.activation_bits <= 8:
             raise ValueError(f"activations have 2 to 8 or 16 bits, not {self.activation_bits}")
         if self.kv_bits not in (4, 8, 16):
             raise ValueError(f"keys and values have 4, 8 or 16 bits, not {self.kv_bits}")
-        if self.rope_dim < 0 or self.rope_dim % 2 or self.rope_dim > self.head_dim:
-            raise ValueError(f"RoPE cannot rotate {self.rope_dim} features of {self.head_dim} in pairs")
+        widest = max((self.kv_heads_of(layer)[1] for layer in self.layers), default=self.head_dim)
+        if self.rope_dim < 0 or self.rope_dim % 2 or self.rope_dim > widest:
+            raise ValueError(f"RoPE cannot rotate {self.rope_dim} features of {widest} in pairs")
         scales = (self.attention_scale, self.embedding_scale, self.logit_scale, self.residual_scale)
         if not all(math.isfinite(scale) for scale in scales):
             raise ValueError(f"impossible scales: {scales}")
@@ -367,11 +430,40 @@ class Network:
         _check_linear("embedding", self.embedding, (self.head.matrix.out, self.hidden_size))
         _check_linear("head", self.head, (self.head.matrix.out, self.hidden_size))
         _check_norm("final_norm", self.final_norm, self.hidden_size)
-        for layer in self.layers:
+        if self.layer_inputs is not None:
+            self._check_layer_inputs(self.layer_inputs)
+        for number, layer in enumerate(self.layers):
             self._check_layer(layer)
+            self._check_kv_source(number, layer)
+
+    def _check_layer_inputs(self, inputs: LayerInputs) -> None:
+        width = len(self.layers) * inputs.features
+        _check_sizes((inputs.features,))
+        _check_linear("table of inputs", inputs.table, (self.head.matrix.out, width))
+        projection, shape = inputs.projection, (width, self.hidden_size)
+        if projection.dtype not in (torch.float32, torch.bfloat16) or tuple(projection.shape) != shape:
+            raise ValueError(f"a projection of inputs must be float32 or bfloat16 {list(shape)}")
+        _check_norm("norm of inputs", inputs.norm, inputs.features)
+        scales = (inputs.table_scale, inputs.projection_scale, inputs.scale)
+        if not all(math.isfinite(scale) for scale in scales):
+            raise ValueError(f"impossible scales: {scales}")
+
+    def _check_kv_source(self, number: int, layer: Layer) -> None:
+        if layer.kv_source is None:
+            return
+        if layer.mixer is not None or layer.k is not None or layer.v is not None:
+            raise ValueError("a layer that attends to the keys and values of another has none of its own")
+        source = self.layers[layer.kv_source] if 0 <= layer.kv_source < number else None
+        own = source is not None and source.mixer is None and source.kv_source is None
+        if source is None or not own or self.kv_heads_of(source) != self.kv_heads_of(layer):
+            raise ValueError(f"layer {number} cannot attend to the keys and values of layer {layer.kv_source}")
 
     def _check_layer(self, layer: Layer) -> None:
-        query, key = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        kv_heads, head_dim = self.kv_heads_of(layer)
+        _check_sizes((self.num_heads, kv_heads, head_dim))
+        if self.num_heads % kv_heads:
+            raise ValueError(f"{self.num_heads} heads cannot share {kv_heads} heads of keys and values")
+        query, key = self.num_heads * head_dim, kv_heads * head_dim
         hidden = self.hidden_size
         if isinstance(layer.mixer, ShortConvolution):
             self._check_short_convolution(layer, layer.mixer)
@@ -382,27 +474,44 @@ class Network:
         else:
             self._check_attention(layer)
         self._check_mlp(layer)
-        for name in ("before_attention", "after_attention", "before_mlp", "after_mlp"):
+        self._check_own_input(layer)
+        for name in ("before_attention", "after_attention", "before_mlp", "after_mlp", "after_input"):
             _check_norm(name, getattr(layer, name), hidden)
-        _check_norm("q_norm", layer.q_norm, query if self.norm_all_heads else self.head_dim)
-        _check_norm("k_norm", layer.k_norm, key if self.norm_all_heads else self.head_dim)
-        if layer.rope_dim not in (0, self.rope_dim):
-            raise ValueError(f"RoPE rotates all {self.rope_dim} features or none in a layer, not {layer.rope_dim}")
+        _check_norm("q_norm", layer.q_norm, query if self.norm_all_heads else head_dim)
+        _check_norm("k_norm", layer.k_norm, key if self.norm_all_heads else head_dim)
+        _check_norm("v_norm", layer.v_norm, head_dim)
+        if layer.rope_dim < 0 or layer.rope_dim % 2 or layer.rope_dim > min(self.rope_dim, head_dim):
+            most = min(self.rope_dim, head_dim)
+            raise ValueError(f"RoPE rotates up to {most} features in pairs in a layer, not {layer.rope_dim}")
         if not 0 <= layer.rope_table < self.rope_tables:
             raise ValueError(f"there is no table {layer.rope_table} of positions")
         if not isinstance(layer.sliding_window, int) or not 0 <= layer.sliding_window <= LARGEST:
             raise ValueError(f"a sliding window cannot have {layer.sliding_window} positions")
+        if not math.isfinite(layer.output_scale):
+            raise ValueError(f"impossible scale of a layer: {layer.output_scale}")
+
+    def _check_own_input(self, layer: Layer) -> None:
+        if layer.input_gate is None and layer.input_o is None:
+            return
+        if self.layer_inputs is None:
+            raise ValueError("a layer has an input that the network does not have")
+        features = self.layer_inputs.features
+        _check_linear("input_gate", layer.input_gate, (features, self.hidden_size))
+        _check_linear("input_o", layer.input_o, (self.hidden_size, features))
 
     def _check_attention(self, layer: Layer) -> None:
-        query, key = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        hidden, fused = self.hidden_size, layer.k is None and layer.v is None
+        kv_heads, head_dim = self.kv_heads_of(layer)
+        query, key = self.num_heads * head_dim, kv_heads * head_dim
+        hidden, own = self.hidden_size, layer.kv_source is None
+        fused = own and layer.k is None and layer.v is None
         if fused and (self.norm_all_heads or layer.gated_queries):
             raise ValueError("q, k and v of one matrix have no gates and no norm over all heads")
         rows = query * 2 if layer.gated_queries else query + 2 * key if fused else query
         _check_linear("q", layer.q, (rows, hidden))
-        if not fused:
+        if own and not fused:
             _check_linear("k", layer.k, (key, hidden))
-            _check_linear("v", layer.v, (key, hidden))
+            if layer.v is not None:
+                _check_linear("v", layer.v, (key, hidden))
         if (gate := layer.attention_gate) is not None:
             rows = gate.matrix.out
             if rows not in (self.num_heads, query) or layer.gated_queries:
@@ -450,7 +559,7 @@ class Network:
         _check_linear("o", layer.o, (hidden, width))
 
     def _check_mlp(self, layer: Layer) -> None:
-        hidden, inner = self.hidden_size, self.intermediate_size
+        hidden, inner = self.hidden_size, layer.intermediate_size or self.intermediate_size
         if layer.activation not in ACTIVATIONS:
             raise ValueError(f"there is no activation function {layer.activation}")
         if layer.experts is not None:
@@ -477,6 +586,9 @@ class Network:
         if router.dtype != torch.float32 or tuple(router.shape) != (len(experts), hidden):
             raise ValueError(f"a router must be float32 {[len(experts), hidden]}, not {list(router.shape)}")
         _check_vector("choice_bias", mixture.choice_bias, len(experts))
+        _check_vector("factors", mixture.factors, len(experts))
+        for name in _EXPERT_NORMS:
+            _check_norm(name, getattr(mixture, name), hidden)
         inner = experts[0].gate.matrix.out
         for expert in experts:
             for name, linear, shape in (
@@ -596,6 +708,11 @@ def align_slot(slot: int) -> int:
     return -(-slot // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
 
 
+def _check_sizes(sizes: Sequence[int]) -> None:
+    if not all(isinstance(size, int) and 1 <= size <= LARGEST for size in sizes):
+        raise ValueError(f"impossible sizes: {tuple(sizes)}")
+
+
 def _check_linear(name: str, linear: Linear | None, shape: tuple[int, int]) -> None:
     if linear is None:
         raise ValueError(f"{name} is missing")
@@ -701,22 +818,29 @@ class _Expert(Structure):
     _fields_ = (("gate", _Matrix), ("up", _Matrix), ("down", _Matrix))
 
 
+_EXPERT_NORMS = ("router_norm", "before", "after", "after_mlp_alone")
+
+
 class _Experts(Structure):
     _fields_ = (
         *((name, c_int32) for name in ("count", "chosen", "sigmoid", "normalized")),
         *((name, c_float) for name in ("epsilon", "scale")),
         ("router", c_void_p),
         ("choice_bias", c_void_p),
+        ("factors", c_void_p),
+        *((name, _Norm) for name in _EXPERT_NORMS),
         ("experts", POINTER(_Expert)),
     )
 
 
 #: Mixers, by the number that the library knows them by.
 _MIXERS = (type(None), ShortConvolution, GatedDeltaRule, Mamba2)
-_LINEARS = ("o", "gate", "up", "down")
-_NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp", "q_norm", "k_norm")
-
-
+_LINEARS = ("o", "gate", "up", "down", "input_gate", "input_o")
+_NORMS = (
+    *("before_attention", "after_attention", "before_mlp", "after_mlp", "after_input"),
+    *("q_norm", "k_norm", "v_norm"),
+)
+_HEADS = ("num_heads", "num_kv_heads", "head_dim", "kv_source")
 _LAYER_SETTINGS = ("rope_dim", "rope_table", "sliding_window", "gated_queries")
 
 
@@ -726,8 +850,9 @@ class _Layer(Structure):
         ("inputs", _Matrix * 4),
         *((name, _Matrix) for name in _LINEARS),
         *((name, _Norm) for name in _NORMS),
-        *((name, c_int32) for name in _LAYER_SETTINGS),
+        *((name, c_int32) for name in (*_HEADS, *_LAYER_SETTINGS)),
         ("activation", c_int32),
+        ("output_scale", c_float),
         ("convolution", _Convolution),
         ("delta_rule", _DeltaRule),
         ("mamba2", _Mamba2),
@@ -735,7 +860,21 @@ class _Layer(Structure):
     )
 
 
-_SIZES = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size")
+_INPUT_SCALES = ("table_scale", "projection_scale", "scale")
+
+
+class _LayerInputs(Structure):
+    _fields_ = (
+        ("features", c_int32),
+        ("table", _Matrix),
+        ("projection", c_void_p),
+        ("half", c_int32),
+        ("norm", _Norm),
+        *((name, c_float) for name in _INPUT_SCALES),
+    )
+
+
+_SIZES = ("hidden_size", "vocab_size")
 _SETTINGS = ("norm_all_heads", "norm_after_rope", "activation_bits", "kv_bits")
 _SCALES = (
     *("attention_scale", "embedding_scale", "logit_scale", "residual_scale"),
@@ -752,6 +891,7 @@ class _Network(Structure):
         ("embedding", _Matrix),
         ("head", _Matrix),
         ("final_norm", _Norm),
+        ("layer_inputs", _LayerInputs),
         ("layers", POINTER(_Layer)),
         ("layer_count", c_int32),
     )
@@ -808,7 +948,8 @@ class _Structures:
     def __init__(self, network: Network) -> None:
         self._arrays: list[ctypes.Array] = []
         self.tensors: list[Tensor] = []
-        layers = [self._layer(layer) for layer in network.layers]
+        layers = [self._layer(network, number, layer) for number, layer in enumerate(network.layers)]
+        inputs = network.layer_inputs
         self.network = _Network(
             *(getattr(network, name) for name in (*_SIZES, *_SETTINGS, *_SCALES)),
             network.rope_dim,
@@ -816,11 +957,23 @@ class _Structures:
             self._matrix(network.embedding),
             self._matrix(network.head),
             self._norm(network.final_norm),
+            _LayerInputs() if inputs is None else self._layer_inputs(inputs),
             (_Layer * len(layers))(*layers),
             len(layers),
         )
 
-    def _layer(self, layer: Layer) -> _Layer:
+    def _layer_inputs(self, inputs: LayerInputs) -> _LayerInputs:
+        self.tensors.append(rows_by_sixteen(inputs.projection))
+        return _LayerInputs(
+            inputs.features,
+            self._matrix(inputs.table),
+            _pointer(self.tensors[-1]),
+            inputs.projection.dtype == torch.bfloat16,
+            self._norm(inputs.norm),
+            *(getattr(inputs, name) for name in _INPUT_SCALES),
+        )
+
+    def _layer(self, network: Network, number: int, layer: Layer) -> _Layer:
         mixer = layer.mixer
         convolution = _Convolution() if mixer is None else self._convolution(mixer.convolution)
         return _Layer(
@@ -828,8 +981,12 @@ class _Structures:
             (_Matrix * 4)(*map(self._matrix, layer.inputs)),
             *(self._matrix(getattr(layer, name)) for name in _LINEARS),
             *(self._norm(getattr(layer, name)) for name in _NORMS),
+            network.num_heads,
+            *network.kv_heads_of(layer),
+            number if layer.kv_source is None else layer.kv_source,
             *(getattr(layer, name) for name in _LAYER_SETTINGS),
             ACTIVATIONS.index(layer.activation),
+            layer.output_scale,
             convolution,
             self._delta_rule(mixer) if isinstance(mixer, GatedDeltaRule) else _DeltaRule(),
             self._mamba2(mixer) if isinstance(mixer, Mamba2) else _Mamba2(),
@@ -852,7 +1009,7 @@ class _Structures:
         experts = [_Expert(*map(self._matrix, expert.linears)) for expert in mixture.experts]
         array = (_Expert * len(experts))(*experts)
         self._arrays.append(array)
-        self.tensors.append(mixture.rows_by_sixteen())
+        self.tensors.append(rows_by_sixteen(mixture.router))
         return _Experts(
             len(experts),
             mixture.chosen,
@@ -862,6 +1019,8 @@ class _Structures:
             mixture.scale,
             _pointer(self.tensors[-1]),
             _pointer(mixture.choice_bias),
+            _pointer(mixture.factors),
+            *(self._norm(getattr(mixture, name)) for name in _EXPERT_NORMS),
             array,
         )
 
@@ -1244,11 +1403,11 @@ class Decoder:
         """The output of one layer for hidden_states float32 [tokens, hidden_size]; fills its part of the KV cache.
 
         Raises:
-            ValueError: as for `logits`.
+            ValueError: as for `logits`, or layers have inputs beside hidden states.
             NotFiniteError: as for `logits`.
         """
-        if not 0 <= index < len(self.network.layers):
-            raise ValueError(f"there is no layer {index}")
+        if not 0 <= index < len(self.network.layers) or self.network.layer_inputs is not None:
+            raise ValueError(f"there is no layer {index} that hidden states alone go into")
         self._check_spans(spans)
         shape = (sum(span.count for span in spans), self.network.hidden_size)
         if tuple(hidden_states.shape) != shape:

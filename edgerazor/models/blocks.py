@@ -59,6 +59,10 @@ class Blocks:
         """Hidden states [B, T, H] alone."""
         return states if self.side is None else states[..., : self.side.hidden]
 
+    def beside(self, states: Tensor) -> Tensor:
+        """What flows beside hidden states."""
+        return states[..., self.side.hidden :] if self.side else states[..., states.shape[-1] :]
+
     @property
     def layers(self) -> list[nn.Module]:
         """The decoder layers in order."""

@@ -96,6 +96,10 @@ class Metadata:
             raise self.file.damaged(f"its {self.architecture}.{key} is {plain(repr(value), 40)}")
         return float(f"{value:.7g}")
 
+    def vocabulary(self) -> int:
+        """Rows of the embedding."""
+        return int(self.file.tensors[EMBEDDING].shape[0])
+
     def head_size(self) -> int:
         """Width of a head; a number of rotated rows is not that where only a part is rotated."""
         whole = self.number("embedding_length") // self.number("attention.head_count")
@@ -178,9 +182,9 @@ def gguf_configuration(file: GgufFile) -> dict[str, Any]:
         raise file.damaged(f"it lacks {EMBEDDING}")
     config: dict[str, Any] = {
         "model_type": model_type,
-        "vocab_size": file.tensors[EMBEDDING].shape[0],
+        "vocab_size": get.vocabulary(),
         "hidden_size": get.number("embedding_length"),
-        "intermediate_size": get.number("feed_forward_length"),
+        "intermediate_size": get.value("feed_forward_length"),
         "num_hidden_layers": get.number("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": get.value("attention.head_count_kv", heads),
@@ -189,8 +193,9 @@ def gguf_configuration(file: GgufFile) -> dict[str, Any]:
         "tie_word_embeddings": HEAD not in file.tensors,
         **family.configure(get),
     }
-    if type(config["num_key_value_heads"]) is not int:
-        get.number("attention.head_count_kv")  # which is refused, unless the family has numbers for each layer
+    for field, key in (("num_key_value_heads", "attention.head_count_kv"), ("intermediate_size", "feed_forward_length")):
+        if type(config[field]) is not int or not 0 < config[field] < 1 << 31:
+            get.number(key)  # which is refused, unless the family has numbers for each layer
     for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         config[f"{role}_token_id"] = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
     get.refuse_unread()

@@ -15,6 +15,9 @@ DIGITS = "digits"
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_MARKED_WORDS = (
+    r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{{0}}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{{0}}"
 _CASED_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -33,6 +36,7 @@ PATTERNS: dict[tuple[tuple[str, ...], bool], str] = {
     ((GPT2,), False): "gpt-2",
     ((DIGITS, GPT2), False): "smollm",
     ((_CONTRACTIONS + _WORDS + _REST,), False): "qwen2",
+    ((_CONTRACTIONS + _MARKED_WORDS,), False): "qwen35",
     ((_CONTRACTIONS + _WORDS + "{1,3}" + _REST,), True): "llama-bpe",
     ((_CONTRACTIONS + _WORDS + "{1,3}" + _REST,), False): "smaug-bpe",
     ((_cased("") + r"|\p{N}" + _CASED_REST,), True): "tekken",
@@ -50,10 +54,6 @@ _OTHERS: dict[str, tuple[str, ...]] = {
     "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2_GAPS, "[0-9][0-9][0-9]"),
     "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", r"\p{N}"),
     "deepseek-v3": (r"\p{N}{1,3}", _CJK, _PUNCTUATED),
-    "qwen35": (
-        _CONTRACTIONS
-        + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    ),
     "seed-coder": (_CONTRACTIONS + _WORDS + r"| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+",),
     "bailingmoe": (r"'(?i:[sdmt]|ll|ve|re)" + _WORDS + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",),
 }

@@ -150,9 +150,12 @@ class LayerwisePass:
                 self._gradients_file(name, index + 1).unlink()
 
     def input_gradients(self, name: str = "backward") -> Iterator[Tensor]:
-        """Gradient with respect to the inputs of the first layer, [B, T, H] for each batch; after `backward`."""
+        """Gradient with respect to the inputs of the first layer, [B, T, H] for each batch; after `backward`.
+
+        As wide as these inputs, where inputs of single layers lie behind the hidden states.
+        """
         for number in range(len(self.batches)):
-            yield self.blocks.hidden(self._read(self._gradients_file(name, 0), number))
+            yield self._read(self._gradients_file(name, 0), number)
 
     def outputs(self) -> Iterator[Tensor]:
         """Outputs of the last layer, [B, T, H] for each batch; after `forward`."""
@@ -301,19 +304,22 @@ class LayerwisePass:
             if not self.blocks.knows(ids):
                 self.inputs(number)
 
-    def inputs(self, number: int, change_rows: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def inputs(self, number: int, change_rows: Callable[[Tensor], Tensor] | None = None, of: str = "") -> Tensor:
         """Inputs of the first layer, [B, T, H], for a batch.
 
         Args:
             number: of the batch.
-            change_rows: gives what takes the place of the rows of the embedding, [B, T, H], before a family's factor.
+            change_rows: gives what takes the place of the rows of an embedding, [B, T, columns], before a family's
+                factor.
+            of: path of that embedding; empty: the one whose rows are hidden states.
         """
         embedding: Any = self.model.get_input_embeddings()
         tables: list[Any] = [embedding, *(self.model.get_submodule(table.name) for table in self.structure.tables)]
+        changed: Any = self.model.get_submodule(of) if of else embedding
 
         def embed(table: Any, ids: Tensor) -> Tensor:
             rows, scale = nn.functional.embedding(ids, table.weight), embedding_scale(table)
-            rows = (rows if change_rows is None or table is not embedding else change_rows(rows)).to(self.dtype)
+            rows = (rows if change_rows is None or table is not changed else change_rows(rows)).to(self.dtype)
             return rows if scale is None else rows * torch.tensor(scale, dtype=torch.float32).to(rows)
 
         for table in tables:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from edgerazor.families import experts_per_token
 from edgerazor.losses import Routing
 from edgerazor.models.structure import Structure
 
@@ -25,7 +26,7 @@ def capture_routing(model: Any, structure: Structure) -> Iterator[dict[int, Rout
     """
     captured: dict[int, Routing] = {}
     shape: list[int] = []
-    usual = int(getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 1)
+    usual = experts_per_token(model.config.get_text_config()) or 1
 
     def note_shape(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         shape[:] = (args[0] if args else kwargs["hidden_states"]).shape[:2]

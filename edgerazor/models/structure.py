@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from edgerazor.errors import UserError
+from edgerazor.families import experts_per_token
 from edgerazor.models.experts import ExpertList, expert_lists
 
 Kind = Literal["linear", "embedding", "head"]
@@ -38,7 +39,6 @@ class QuantTarget:
         experts: path of the list of experts that it is part of; empty outside experts.
         token_share: of the tokens, on average, that pass through it: of a layer with 64 experts, 8 of which are chosen
             for a token, an eighth.
-        fixed: it gets the embedding's format; its sensitivity is not measured.
     """
 
     name: str
@@ -48,7 +48,6 @@ class QuantTarget:
     columns: int
     experts: str = ""
     token_share: float = 1.0
-    fixed: bool = False
 
     @property
     def weights(self) -> int:
@@ -179,7 +178,7 @@ def _tables(model: PreTrainedModel) -> Iterator[QuantTarget]:
     """The embeddings of a model whose decoder layers get inputs of their own."""
     for name, module in model.named_modules():
         if name.endswith(TABLE) and isinstance(module, nn.Embedding):
-            yield QuantTarget(name, "embedding", None, module.num_embeddings, module.embedding_dim, fixed=True)
+            yield QuantTarget(name, "embedding", None, module.num_embeddings, module.embedding_dim)
 
 
 def _decoder_layers(model: PreTrainedModel, decoder_path: str, family: str) -> tuple[str, nn.ModuleList]:
@@ -203,8 +202,8 @@ def _place(model: PreTrainedModel, listed: ExpertList | None) -> tuple[str, floa
     """`experts` and `token_share` of a linear layer in a list of experts, or in none."""
     if listed is None:
         return "", 1.0
-    chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
-    return listed.path, min(chosen / listed.size, 1.0) if isinstance(chosen, int) and chosen > 0 else 1.0
+    chosen = experts_per_token(model.config.get_text_config())
+    return listed.path, min(chosen / listed.size, 1.0) if chosen is not None and chosen > 0 else 1.0
 
 
 def _refuse_experts(layers: nn.ModuleList, family: str) -> None:

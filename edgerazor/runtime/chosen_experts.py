@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from edgerazor.families import experts_per_token
 from edgerazor.packed import PackedModel
 
 #: Path of an expert's matrix: list of experts, number.
@@ -25,8 +26,8 @@ def unchosen_bytes(sizes: Mapping[str, int], config: Any) -> int:
         sizes: path of each matrix -> its bytes.
         config: of the language model.
     """
-    chosen = getattr(config, "num_experts_per_tok", None)
-    if not isinstance(chosen, int):
+    chosen = experts_per_token(config)
+    if chosen is None:
         return 0
     lists: dict[str, int] = {}
     numbers: dict[str, set[str]] = {}

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from edgerazor import kernels, transformers_plugin
 from edgerazor.errors import UserError, plain
-from edgerazor.families import EMBEDDING, HEAD
 from edgerazor.kernels import native
 from edgerazor.kernels.decoder import (
     NO_STATE,
@@ -29,7 +28,7 @@ from edgerazor.models import load_tokenizer
 from edgerazor.packed import PackedModel
 from edgerazor.runtime.chosen_experts import unchosen_bytes
 from edgerazor.runtime.engine import Model, Session
-from edgerazor.runtime.network import NotNativeError, build_network, matrix_names, native_architecture
+from edgerazor.runtime.network import NotNativeError, build_network, matrix_names, native_architecture, tables
 from edgerazor.runtime.rope import Rotary, max_positions
 from edgerazor.runtime.scoring import Score, ScoreRequest, score_whole
 from edgerazor.runtime.weight_memory import load_matrices, matrix_bytes
@@ -81,12 +80,14 @@ class NativeModel(Model):
         with _configuration_errors(packed):
             architecture = native_architecture(config, packed)
             names = matrix_names(config, architecture, packed)
+            unread_tables = tables(config, architecture, packed)
         self.folder, self.threads = packed.folder, threads
         self._kernel = kernels.name()
         matrices = load_matrices(packed, names, mapped, self._kernel in kernels.EXPANDED)
         with _configuration_errors(packed):
             scaling = architecture.query_scaling(config) if architecture.query_scaling else None
-            self.rotary = Rotary(config, architecture.rotary_class, architecture.rope_table, scaling)
+            widths = [architecture.kv_heads(config, layer).width for layer in range(config.num_hidden_layers)]
+            self.rotary = Rotary(config, architecture.rotary_class, architecture.rope_table, scaling, widths)
             self.network = build_network(config, architecture, packed, matrices, self.rotary)
             self.network.check()
         self.tokenizer = load_tokenizer(packed.folder)
@@ -97,7 +98,7 @@ class NativeModel(Model):
         sizes = {name: matrix_bytes(matrix) for name, matrix in matrices.items()}
         others = sum(tensor.nbytes for tensor in packed.others().values())
         self.weight_bytes = sum(sizes.values()) + others
-        unread = unchosen_bytes(sizes, config) + (0 if HEAD in packed.header.tied else sizes[EMBEDDING])
+        unread = unchosen_bytes(sizes, config) + sum(sizes[name] for name in unread_tables)  # but for a row of each
         self.bytes_per_token = self.weight_bytes - unread
         self._shared = _SharedDecoder()
 

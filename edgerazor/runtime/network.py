@@ -14,7 +14,7 @@ from torch import Tensor
 
 from edgerazor import families, kernels
 from edgerazor.errors import UserError, plain
-from edgerazor.families import EMBEDDING, HEAD, Mixer, NativeArchitecture, head_width
+from edgerazor.families import EMBEDDING, HEAD, KvHeads, Mixer, NativeArchitecture
 from edgerazor.formats import INPUT_SCALE
 from edgerazor.kernels import decoder, native
 from edgerazor.kernels.decoder import (
@@ -23,6 +23,7 @@ from edgerazor.kernels.decoder import (
     Experts,
     GatedDeltaRule,
     Layer,
+    LayerInputs,
     Linear,
     Mamba2,
     Network,
@@ -120,14 +121,20 @@ def _check_matrices(config: Any, architecture: NativeArchitecture, packed: Packe
 
 
 def matrix_names(config: Any, architecture: NativeArchitecture, packed: PackedModel) -> list[str]:
-    """The matrices of a model, in the order in which a token meets them, the embedding of which it reads a row last."""
+    """The matrices of a model, in the order in which a token meets them, those of which it reads a row last."""
     names = [
         f"model.layers.{layer}.{name}"
         for layer in range(config.num_hidden_layers)
         for name in architecture.names_of(config, layer)
     ]
     head = packed.header.tied.get(HEAD, HEAD)
-    return [*names, head, *([] if head == EMBEDDING else [EMBEDDING])]
+    return [*names, head, *tables(config, architecture, packed)]
+
+
+def tables(config: Any, architecture: NativeArchitecture, packed: PackedModel) -> list[str]:
+    """The matrices of which a token reads a row alone."""
+    inputs = architecture.layer_inputs(config)
+    return [*([inputs.table] if inputs else []), *([] if packed.header.tied.get(HEAD) == EMBEDDING else [EMBEDDING])]
 
 
 def build_network(
@@ -156,9 +163,8 @@ def build_network(
     return Network(
         config.hidden_size,
         config.num_attention_heads,
-        config.num_key_value_heads,
-        builder.head_dim,
-        architecture.intermediate_size(config),
+        *architecture.kv_heads(config, 0),
+        architecture.intermediate_size(config, 0),
         embedding,
         head,
         builder.norm(architecture.final_norm, config.hidden_size),
@@ -175,6 +181,7 @@ def build_network(
         logit_soft_cap=architecture.logit_soft_cap(config),
         rope_tables=len(rotary.names),
         norm_after_rope=architecture.norm_after_rope,
+        layer_inputs=builder.layer_inputs(),
     )
 
 
@@ -189,7 +196,7 @@ class _NetworkBuilder:
         matrices: Mapping[str, native.Matrix],
     ) -> None:
         self.config, self.architecture, self.packed, self.matrices = config, architecture, packed, matrices
-        self.head_dim = head_width(config)
+        self.inputs = architecture.layer_inputs(config)
         self.others = packed.others()
         self.input_scales = packed.input_scales()
 
@@ -197,21 +204,26 @@ class _NetworkBuilder:
         """A decoder layer; its `rope_dim` is 0 where it leaves RoPE out."""
         architecture, config, prefix = self.architecture, self.config, f"model.layers.{number}"
         mixer = architecture.mixer(config, number)
-        shapes = {**self._attention_shapes(), **self._mlp_shapes(), **self._mixer_shapes(mixer)}
+        heads, source = architecture.kv_heads(config, number), architecture.kv_source(config, number)
+        inner = architecture.intermediate_size(config, number)
+        shapes = {**self._attention_shapes(heads), **self._mlp_shapes(inner), **self._mixer_shapes(mixer)}
         linears: dict[str, Any] = {
             place: self.linear(f"{prefix}.{name}", shapes[place], self._has_bias(place, mixer))
             for place, name in architecture.linears_of(config, number).items()
         }
         norms: dict[str, Any] = {
-            place: self.norm(f"{prefix}.{name}", self._norm_width(place))
+            place: self.norm(f"{prefix}.{name}", self._norm_width(place, heads))
             for place, name in architecture.norms.items()
-            if mixer == "attention" or place not in _QK_NORM_PLACES
+            if self._has_norm(place, mixer, source)
         }
+        if architecture.value_norm and source is None:
+            norms["v_norm"] = Norm(decoder.RMS, self._norm_epsilon())
         parts: dict[str, Any] = {"mixer": self._mixer(mixer, prefix, linears)} if mixer != "attention" else {}
         if (experts := architecture.experts(config, number)) is not None:
             parts["experts"] = self._experts(experts, prefix)
         places: dict[str, Any] = {
-            name: linears.get(name) for name in ("q", "k", "v", "o", "gate", "up", "down", "attention_gate")
+            name: linears.get(name)
+            for name in ("q", "k", "v", "o", "gate", "up", "down", "attention_gate", "input_gate", "input_o")
         }
         places["q"] = linears.get("q", linears.get("qkv"))
         places["gate"] = linears.get("gate", linears.get("gate_up"))
@@ -220,8 +232,13 @@ class _NetworkBuilder:
             **places,
             **norms,
             **parts,
-            rope_dim=rotary.features if architecture.has_rope(config, number) else 0,
+            rope_dim=rotary.features_of(number) if architecture.has_rope(config, number) else 0,
             rope_table=rotary.table_of(number),
+            kv_source=source,
+            num_kv_heads=heads.count,
+            head_dim=heads.width,
+            intermediate_size=inner,
+            output_scale=self._output_scale(prefix),
             sliding_window=window or 0,
             activation=_ACTIVATIONS[architecture.activation(config)],
             gated_queries=architecture.gated_queries and mixer == "attention",
@@ -277,6 +294,34 @@ class _NetworkBuilder:
             float(most),
         )
 
+    def layer_inputs(self) -> LayerInputs | None:
+        """What single layers get beside the residual stream."""
+        inputs, config = self.inputs, self.config
+        if inputs is None:
+            return None
+        width = config.num_hidden_layers * inputs.features
+        projection = self.tensor(f"{inputs.projection}.weight", (width, config.hidden_size), half=True)
+        return LayerInputs(
+            inputs.features,
+            self.linear(inputs.table, (config.vocab_size, width), False),
+            projection,
+            self.norm(inputs.norm, inputs.features),
+            inputs.table_scale,
+            inputs.projection_scale,
+            inputs.scale,
+        )
+
+    def _output_scale(self, prefix: str) -> float:
+        """A factor of the residual stream behind a layer."""
+        name = self.architecture.output_scale
+        return float(self.vector(f"{prefix}.{name}", 1)) if name else 1.0
+
+    def _has_norm(self, place: str, mixer: Mixer, kv_source: int | None) -> bool:
+        """Whether a layer with that mixer, and keys and values from there, has a norm of the architecture."""
+        if place == "after_input":
+            return self.inputs is not None
+        return place not in _QK_NORM_PLACES or (mixer == "attention" and (place == "q_norm" or kv_source is None))
+
     def _experts(self, experts: families.Experts, prefix: str) -> Experts:
         """A mixture of experts; its router is no packed matrix."""
         hidden, inner = self.config.hidden_size, experts.intermediate_size
@@ -293,20 +338,32 @@ class _NetworkBuilder:
             experts.epsilon,
             experts.scale,
             self.vector(f"{prefix}.{experts.choice_bias}", experts.count) if experts.choice_bias else None,
+            self.vector(f"{prefix}.{experts.factors}", experts.count) if experts.factors else None,
+            self._router_norm(experts, prefix),
+            **{place: self.norm(f"{prefix}.{name}", hidden) for place, name in experts.norms.items()},
         )
 
-    def _attention_shapes(self) -> dict[str, tuple[int, int]]:
+    def _router_norm(self, experts: families.Experts, prefix: str) -> Norm | None:
+        """The norm of what a router alone gets."""
+        if not experts.router_gains:
+            return None
+        gains = self.vector(f"{prefix}.{experts.router_gains}", self.config.hidden_size)
+        return Norm(decoder.RMS, self._norm_epsilon(), gains * experts.router_scale)
+
+    def _attention_shapes(self, heads: KvHeads) -> dict[str, tuple[int, int]]:
         """Rows and columns of the linear layers of attention."""
         config = self.config
-        query, key = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        query, key = config.num_attention_heads * heads.width, heads.count * heads.width
         hidden, rows = config.hidden_size, query * (2 if self.architecture.gated_queries else 1)
         shapes = {"q": (rows, hidden), "k": (key, hidden), "v": (key, hidden), "o": (hidden, query)}
         return shapes | {"qkv": (query + 2 * key, hidden), "attention_gate": (config.num_attention_heads, hidden)}
 
-    def _mlp_shapes(self) -> dict[str, tuple[int, int]]:
-        """Rows and columns of the linear layers of the MLP."""
-        hidden, inner = self.config.hidden_size, self.architecture.intermediate_size(self.config)
-        return {"gate": (inner, hidden), "up": (inner, hidden), "gate_up": (2 * inner, hidden), "down": (hidden, inner)}
+    def _mlp_shapes(self, inner: int) -> dict[str, tuple[int, int]]:
+        """Rows and columns of the linear layers of the MLP, and of a layer's own input."""
+        hidden, features = self.config.hidden_size, self.inputs.features if self.inputs else 0
+        of_mlp = {"gate": (inner, hidden), "up": (inner, hidden), "gate_up": (2 * inner, hidden)}
+        of_input = {"input_gate": (features, hidden), "input_o": (hidden, features)}
+        return {**of_mlp, "down": (hidden, inner), **of_input}
 
     def _mixer_shapes(self, mixer: Mixer) -> dict[str, tuple[int, int]]:
         """Rows and columns of the linear layers of a mixer that is no attention."""
@@ -341,13 +398,13 @@ class _NetworkBuilder:
             return architecture.qkv_bias(config)
         return place == "o" and architecture.o_bias(config)
 
-    def _norm_width(self, place: str) -> int:
+    def _norm_width(self, place: str, kv_heads: KvHeads) -> int:
         """Features of a norm of a decoder layer."""
         config = self.config
         if place not in _QK_NORM_PLACES:
             return int(config.hidden_size)
-        heads = config.num_attention_heads if place == "q_norm" else config.num_key_value_heads
-        return int(self.head_dim * (heads if self.architecture.norm_all_heads else 1))
+        heads = config.num_attention_heads if place == "q_norm" else kv_heads.count
+        return int(kv_heads.width * (heads if self.architecture.norm_all_heads else 1))
 
     def linear(self, name: str, shape: tuple[int, int], has_bias: bool) -> Linear:
         """A linear layer, whose matrix must have that shape."""
@@ -363,12 +420,14 @@ class _NetworkBuilder:
     def norm(self, name: str, features: int, offset: float | None = None) -> Norm:
         """A norm of so many features; `offset`: what is added to its gains, None for the architecture's."""
         architecture = self.architecture
-        epsilon = architecture.norm_epsilon
-        epsilon = epsilon if isinstance(epsilon, float) else getattr(self.config, epsilon)
         parameters = [self.vector(f"{name}.{parameter}", features) for parameter in architecture.norm_parameters]
         if offset := architecture.norm_offset if offset is None else offset:
             parameters[0] += offset
-        return Norm(_NORM_KINDS[architecture.norm_kind], float(epsilon), *parameters)
+        return Norm(_NORM_KINDS[architecture.norm_kind], self._norm_epsilon(), *parameters)
+
+    def _norm_epsilon(self) -> float:
+        epsilon = self.architecture.norm_epsilon
+        return epsilon if isinstance(epsilon, float) else float(getattr(self.config, epsilon))
 
     def convolution(self, name: str, features: int, kernel: int, has_bias: bool) -> Convolution:
         """A convolution with a filter of so many weights for each feature."""
@@ -379,15 +438,16 @@ class _NetworkBuilder:
         """A norm's or a layer's parameter, float32 [size]."""
         return self.tensor(name, (size,))
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A parameter that is no matrix, float32."""
+    def tensor(self, name: str, shape: tuple[int, ...], half: bool = False) -> Tensor:
+        """A parameter that is no packed matrix, float32; with `half`, one in bfloat16 stays so."""
         if name not in self.others:
             raise UserError(f"{self.packed.folder} lacks the tensor {name}.", "Pack the model again.")
         tensor = self.others[name]
         if tuple(tensor.shape) != shape or not tensor.is_floating_point():
             raise _does_not_fit(self.packed, name)
         # A copy: the file may change later, and where another program has rewritten it, numbers begin anywhere.
-        return tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        dtype = torch.bfloat16 if half and tensor.dtype == torch.bfloat16 else torch.float32
+        return tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _does_not_fit(packed: PackedModel, name: str) -> UserError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -72,6 +72,7 @@ class Rotary:
         class_name: of the rotary embedding, in the `modeling_*.py` beside the configuration's class.
         name_of_layer: the name of a layer's table; None: there is one table.
         query_scaling: beta and length of factors of queries, 1 + beta * log(1 + floor(position / length)), or None.
+        head_widths: of all layers; None: all are those of the configuration.
 
     Raises:
         UserError: as `max_positions`.
@@ -84,6 +85,7 @@ class Rotary:
         class_name: str,
         name_of_layer: Callable[[Any, int], str] | None = None,
         query_scaling: tuple[float, int] | None = None,
+        head_widths: Sequence[int] | None = None,
     ) -> None:
         modeling = type(config).__module__.replace("configuration_", "modeling_")  # they lie side by side
         self._class = getattr(importlib.import_module(modeling), class_name)
@@ -94,7 +96,7 @@ class Rotary:
         self._name_of = [name_of_layer(config, layer) if name_of_layer else "" for layer in layers]
         rope = config.rope_parameters
         self.names = sorted({name for name in self._name_of if not name or rope.get(name)})
-        head_dim = head_width(config)
+        head_dim = max(head_widths or [head_width(config)])
         self.varies_beyond: int | None = None
         for parameters in _parameters(config):
             if max(head_dim, head_dim * parameters.get("partial_rotary_factor", 1.0)) > _MOST_FEATURES:
@@ -103,12 +105,17 @@ class Rotary:
                 self.varies_beyond = config.max_position_embeddings
             elif parameters["rope_type"] == "longrope":
                 self.varies_beyond = parameters["original_max_position_embeddings"]
+        self._features: dict[str, int] = {}
         self._table = self._compute(0, min(self._most, self.varies_beyond or _FIRST_POSITIONS, _FIRST_POSITIONS))
 
     @property
     def features(self) -> int:
-        """Leading features of a head that are rotated."""
-        return 2 * self._table[0].shape[1] // len(self.names)
+        """Rotated features that each of the tables has room for."""
+        return max(self._features.values())
+
+    def features_of(self, layer: int) -> int:
+        """Leading features of a head that a layer rotates."""
+        return self._features[self.names[self.table_of(layer)]]
 
     def table_of(self, layer: int) -> int:
         """The number of a layer's table; 0 where it has no positions."""
@@ -120,7 +127,7 @@ class Rotary:
         return self.varies_beyond is not None and length > self.varies_beyond
 
     def tables(self, start: int, length: int) -> tuple[Tensor, ...]:
-        """Cosines and sines float32 [at least length, tables * features / 2] for a call with positions `start` to
+        """Cosines and sines float32 [at least length, tables * features / 2], padded with zeros, for a call with positions `start` to
         `length`, and the factors of queries [at least length], where there are some: what `Decoder.set_rope` gets.
 
         Rows before `start` may hold anything.
@@ -145,11 +152,14 @@ class Rotary:
                 module(torch.empty(0), positions[None], *([name] if name else []))  # [1, positions, features] each
                 for name in self.names
             ]
-        joined = (
-            torch.cat([of_table[part][0, :, : of_table[part].shape[-1] // 2].float() for of_table in tables], dim=1)
-            for part in (0, 1)
-        )
+        self._features = {name: table[0].shape[-1] for name, table in zip(self.names, tables, strict=True)}
+        joined = (torch.cat([self._half(table[part][0]) for table in tables], dim=1) for part in (0, 1))
         if self._query_scaling is None:
             return tuple(joined)
         beta, length = self._query_scaling
         return (*joined, 1 + beta * torch.log(1 + torch.floor(positions / length)))
+
+    def _half(self, table: Tensor) -> Tensor:
+        """The first half of the columns, which are those of the second, as wide as those of the widest table."""
+        half = table.shape[-1] // 2
+        return torch.nn.functional.pad(table[:, :half].float(), (0, self.features // 2 - half))

@@ -160,8 +160,7 @@ class SensitivityAnalysis:
 
         self.teacher_pass.backward(upstream, observer, title="sensitivity: fisher", identity=str(self.seed))
         rows = self._of_all(observer.rows, len(self.names))
-        rows[self.structure.embedding.name] = self._embedding()
-        rows |= {table.name: torch.zeros(len(self.names), 1, dtype=torch.float64) for table in self.structure.tables}
+        rows |= {table.name: self._embedding(table.name) for table in (self.structure.embedding, *self.structure.tables)}
         of_head = self._head()
         name = self.structure.head.name if self.structure.head else self.structure.embedding.name
         rows[name] = rows[name] + of_head if name in rows else of_head
@@ -183,19 +182,23 @@ class SensitivityAnalysis:
             upstream[counts.flatten()] = head_gradient(flat.detach()[counts.flatten()])
             return torch.autograd.grad(flat, outputs, upstream)[0]
 
-    def _embedding(self) -> Tensor:
-        """`E[(g · (ê - e))²] / 2` over looked up rows, as inputs of the first layer; float64 [formats, 1].
+    def _embedding(self, table: str) -> Tensor:
+        """`E[(g · (ê - e))²] / 2` over looked up rows of an embedding, as inputs of the first layer, or behind these as
+        inputs of single layers (Gemma 4); float64 [formats, 1].
 
-        What Gemma 4 makes of these rows for single layers is left out.
+        What Gemma 4 makes of hidden states for single layers is left out.
         """
-        hidden = self.teacher_pass.blocks.hidden
+        blocks = self.teacher_pass.blocks
+        first = table == self.structure.embedding.name
+        part = blocks.hidden if first else blocks.beside
         total = torch.zeros(len(self.names), 1, dtype=torch.float64)
         for number, gradient in enumerate(self.teacher_pass.input_gradients()):
-            origin = self.teacher_pass.inputs(number, torch.zeros_like)
+            origin = self.teacher_pass.inputs(number, torch.zeros_like, table)
             for index, name in enumerate(self.names):
-                # The inputs of the first layer are affine in the rows, since some families multiply them.
-                error = self.teacher_pass.inputs(number, functools.partial(self._row_errors, name)) - origin
-                total[index] += float((gradient * hidden(error)).float().sum(-1).double().square().sum()) / 2
+                # Both parts are affine in the rows, since some families multiply them.
+                error = self.teacher_pass.inputs(number, functools.partial(self._row_errors, name), table) - origin
+                products = part(gradient).float() * part(error).float()
+                total[index] += float(products.sum(-1).double().square().sum()) / 2
         return total / self.tokens
 
     def _row_errors(self, name: str, rows: Tensor) -> Tensor:

@@ -237,13 +237,17 @@ def test_large_matrices_are_written_in_pieces(monkeypatch: pytest.MonkeyPatch) -
 
 FAMILIES = (
     *("llama", "qwen2", "qwen3", "mistral", "smollm2", "smollm3", "gemma", "gemma2", "gemma3", "granite", "olmo2"),
-    *("olmo3", "phi3", "hunyuan", "ministral3", "lfm2", "qwen3.5"),
+    *("olmo3", "phi3", "hunyuan", "ministral3", "lfm2", "qwen3.5", "gemma4"),
 )
 #: What llama.cpp's code takes for granted of a family's layers.
 GRANTED: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layers": [1, 1]},
     "gemma2": {"query_pre_attn_scalar": 32},
     "gemma3": {"layer_types": ["sliding_attention"] * 2, "query_pre_attn_scalar": 32},
+    "gemma4": {
+        **{"hidden_size_per_layer_input": 64, "global_head_dim": 64},
+        "layer_types": [f"{kind}_attention" for kind in ("sliding", "sliding", "full", "sliding", "full")],
+    },
     "olmo3": {"layer_types": ["sliding_attention"] * 2},
     "lfm2": {"num_key_value_heads": 2, "intermediate_size": 384, "block_multiple_of": 128},
     "qwen3.5": {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
@@ -331,7 +335,7 @@ def test_every_tensor_of_every_family(
     architecture = gguf_architecture(config)
     weights = decoded(folder)
     reader = read(Path(result.file))
-    assert len(reader.tensors) == len(weights)
+    assert len(reader.tensors) == len(weights) + len(architecture.rope_factors(config))
     official = gguf.get_tensor_name_map(NUMBERS[architecture.name], config["num_hidden_layers"])
     by_name = {tensor.name: tensor for tensor in reader.tensors}
     for name, expected in weights.items():
@@ -508,6 +512,18 @@ def test_metadata_of_factors_and_windows(run: Run, packed: Any, tmp_path: Path) 
     assert found["gemma3.attention.sliding_window"] == 8
     assert found["gemma3.rope.freq_base"] == 1e6
     assert found["gemma3.rope.freq_base_swa"] == 1e4
+    exporter.export(packed(run, "gemma4"), tmp_path / "gemma4.gguf")
+    found = values(read(tmp_path / "gemma4.gguf"))
+    said = {
+        **{"attention.key_length": 64, "attention.key_length_swa": 32, "attention.shared_kv_layers": 2},
+        **{"attention.sliding_window_pattern": [True, True, False, True, False], "attention.head_count_kv": 2},
+        **{"feed_forward_length": [256, 256, 256, 512, 512], "embedding_length_per_layer_input": 64},
+        **{"rope.dimension_count": 64, "rope.dimension_count_swa": 32, "final_logit_softcapping": 3.0},
+        **{"rope.freq_base": 1e6, "rope.freq_base_swa": 1e4},
+    }
+    assert {key: found[f"gemma4.{key}"] for key in said} == said
+    [factors] = [each.data for each in read(tmp_path / "gemma4.gguf").tensors if each.name == "rope_freqs.weight"]
+    assert factors.tolist() == pytest.approx([1.0] * 8 + [1e30] * 24)
 
 
 #: family, settings that llama.cpp's code does not have -> words of the sentence that refuses them.
@@ -516,6 +532,16 @@ REFUSED: dict[tuple[str, str], dict[str, Any]] = {
     ("gemma3", "a scale of their own"): {"query_pre_attn_scalar": 16},
     ("gemma3", "capped"): {"final_logit_softcapping": 30.0},
     ("gemma3", "activation 'silu' is not gelu_pytorch_tanh"): {"hidden_activation": "silu"},
+    ("gemma4", "experts beside an MLP"): {"enable_moe_block": True},
+    ("gemma4", "its positions are scaled"): {
+        "rope_parameters": dict.fromkeys(
+            ("sliding_attention", "full_attention"), {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+        )
+    },
+    ("gemma4", "not those of a layer with a window and one without"): {
+        "layer_types": [f"{kind}_attention" for kind in ("full", "full", "sliding", "sliding", "full")]
+    },
+    ("gemma4", "are not there or differ in their heads"): {"layer_types": ["full_attention"] * 5},
     ("gemma2", "every second"): {"layer_types": ["full_attention", "sliding_attention"]},
     ("gemma2", "not capped"): {"final_logit_softcapping": None},
     ("gemma2", "its attention scores have a scale"): {"query_pre_attn_scalar": 16},

@@ -32,8 +32,11 @@ struct Config {
     int kv_bits;
     int rope_dim, sliding_window, norm_all_heads, post_norms, norm;
     int block; // of the rotation of matrices whose columns it divides; 0: none
-    int parts = 0; // 1: other parts of attention and MLP, 2: other mixers, 3: mixtures of experts, 4: Mamba-2 and both
+    int parts = 0; // 1: other parts of attention and MLP, 2: other mixers, 3: mixtures of experts, 4: what Gemma 4 has,
+                   // 5: Mamba-2, and both an MLP and experts
 };
+
+constexpr int kInputFeatures = 12; // of the inputs of single layers
 
 // The weights of one matrix. Of more than 20 rows, a third is ternary, and the others have `bits`.
 struct Weights {
@@ -149,7 +152,33 @@ struct Model {
         vectors.push_back(random_floats(count));
         vectors.back()[18] = -10;
         layer.experts = {count, 5, sigmoid, sigmoid, sigmoid ? 1e-6f : 0, 1.5f, router.data(), vectors.back().data(),
-                         experts.back().data()};
+                         nullptr, {}, {}, {}, {}, experts.back().data()};
+    }
+
+    // The layer's own input; a wider head, values that are the keys, and a layer that attends to those of the first one.
+    void add_layer_input(edgerazor_layer& layer, int number) {
+        layer.input_gate = random(kInputFeatures, c.hidden_size);
+        layer.input_o = random(c.hidden_size, kInputFeatures);
+        layer.after_input = norm(c.hidden_size);
+        layer.v_norm = {EDGERAZOR_RMS_NORM, 1e-6f, nullptr, nullptr};
+        layer.output_scale = 0.8f;
+        if (number == 1) {
+            layer.head_dim = 2 * c.head_dim, layer.num_kv_heads = 1;
+            layer.o = random(c.hidden_size, c.heads * layer.head_dim);
+            layer.inputs[0] = random(c.heads * layer.head_dim, c.hidden_size);
+            layer.inputs[1] = random(layer.head_dim, c.hidden_size);
+            layer.inputs[2] = {};
+        } else if (number == 2) {
+            layer.kv_source = 0;
+            layer.inputs[1] = layer.inputs[2] = {};
+        }
+    }
+
+    edgerazor_layer_inputs layer_inputs() {
+        const int width = c.layers * kInputFeatures;
+        vectors.push_back(random_floats((width + 15) / 16 * 16 * c.hidden_size));
+        const float* projection = vectors.back().data();
+        return {kInputFeatures, random(c.vocab_size, width), projection, 0, norm(kInputFeatures), 3, 0.2f, 0.7f};
     }
 
     explicit Model(const Config& config) : c(config) {
@@ -160,10 +189,13 @@ struct Model {
             edgerazor_layer layer;
             memset(&layer, 0, sizeof layer);
             layer.activation = c.parts == 1 ? 1 + i % 2 : EDGERAZOR_SILU;
+            layer.num_heads = c.heads, layer.num_kv_heads = c.kv_heads, layer.head_dim = c.head_dim;
+            layer.kv_source = i;
+            layer.output_scale = 1;
             layer.o = random(c.hidden_size, q);
             if (c.parts == 2 && i % 3 != 1) {
                 add_mixer(layer, i % 3 == 0);
-            } else if (c.parts == 4 && i % 2 == 0) {
+            } else if (c.parts == 5 && i % 2 == 0) {
                 add_mamba2(layer);
             } else if (c.parts == 1 && i % 2 == 0) {
                 layer.inputs[0] = random(q + 2 * kv, c.hidden_size, true);
@@ -174,19 +206,20 @@ struct Model {
                 layer.inputs[1] = random(kv, c.hidden_size, true);
                 layer.inputs[2] = random(kv, c.hidden_size);
             }
-            if (c.parts >= 3) add_experts(layer, i % 2 == 1);
+            if (c.parts == 3 || c.parts == 5) add_experts(layer, i % 2 == 1);
             if (c.parts != 3) {
                 if (c.parts != 1 || i % 2 == 1)
                     layer.gate = random(c.parts == 1 ? 2 * c.intermediate_size : c.intermediate_size, c.hidden_size);
                 if (c.parts != 1 || i % 2 == 0) layer.up = random(c.intermediate_size, c.hidden_size);
                 layer.down = random(c.hidden_size, c.intermediate_size);
             }
+            if (c.parts == 4) add_layer_input(layer, i);
             layer.before_attention = norm(c.hidden_size, !c.post_norms);
             layer.before_mlp = norm(c.hidden_size, !c.post_norms);
             layer.after_attention = norm(c.hidden_size, c.post_norms);
             layer.after_mlp = norm(c.hidden_size, c.post_norms);
-            layer.q_norm = norm(c.norm_all_heads ? q : c.head_dim);
-            layer.k_norm = norm(c.norm_all_heads ? kv : c.head_dim);
+            layer.q_norm = norm(c.norm_all_heads ? q : layer.head_dim);
+            layer.k_norm = norm(c.norm_all_heads ? kv : layer.head_dim);
             layer.rope_dim = i % 2 ? 0 : c.rope_dim;
             layer.sliding_window = i % 2 ? 0 : c.sliding_window;
             layers.push_back(layer);
@@ -197,11 +230,12 @@ struct Model {
                 cosines.push_back((float)cos(angle));
                 sines.push_back((float)sin(angle));
             }
-        model = {c.hidden_size, c.heads, c.kv_heads, c.head_dim, c.intermediate_size, c.vocab_size, c.norm_all_heads,
+        model = {c.hidden_size, c.vocab_size, c.norm_all_heads,
                  c.parts == 1, c.activation_bits, c.kv_bits, 1 / sqrtf((float)c.head_dim), 1.5f, 0.5f,
                  c.parts == 1 ? 0.7f : 1.0f, c.parts == 1 ? 3.0f : 0.0f, c.parts == 1 ? 5.0f : 0.0f, c.rope_dim, 1,
-                 random(c.vocab_size, c.hidden_size), {}, norm(c.hidden_size), layers.data(), c.layers};
+                 random(c.vocab_size, c.hidden_size), {}, norm(c.hidden_size), {}, layers.data(), c.layers};
         model.head = model.embedding;
+        if (c.parts == 4) model.layer_inputs = layer_inputs();
     }
 };
 
@@ -338,7 +372,7 @@ void check(const Config& c) {
         const std::vector<float> right(shared.begin() + c.vocab_size, shared.end());
         expect(left == right, "equal sequences differ", c, isa);
         expect(distance(left, step) < near, "a shared prefix changes the result", c, isa, distance(left, step));
-        if (c.parts != 2 && c.parts != 4) check_pages(model, three, isa, twice);
+        if (c.parts != 2 && c.parts != 5) check_pages(model, three, isa, twice);
         check_greedy(model, three, isa, prompt[39]);
     }
 }
@@ -411,9 +445,11 @@ int main() {
         {64, 4, 2, 16, 96, 300, 3, 32, 4, 8, 8, 16, 0, 0, 0, EDGERAZOR_RMS_NORM, 0, 2},
         {40, 5, 5, 7, 33, 50, 3, 33, 3, 16, 16, 6, 0, 0, 0, EDGERAZOR_RMS_NORM, 8, 2},
         {64, 4, 2, 16, 96, 300, 2, 32, 4, 8, 8, 16, 0, 0, 0, EDGERAZOR_RMS_NORM, 16, 3},
+        {64, 4, 2, 16, 96, 300, 3, 32, 4, 8, 8, 16, 40, 0, 0, EDGERAZOR_RMS_NORM, 4, 4},
+        {40, 5, 5, 7, 33, 50, 3, 33, 3, 16, 16, 6, 0, 0, 0, EDGERAZOR_RMS_NORM, 0, 4},
         {40, 5, 5, 7, 66, 50, 2, 33, 3, 16, 16, 6, 0, 0, 1, EDGERAZOR_RMS_NORM, 0, 3},
-        {64, 4, 2, 16, 96, 300, 3, 32, 4, 8, 8, 0, 0, 0, 0, EDGERAZOR_RMS_NORM, 0, 4},
-        {40, 5, 5, 7, 66, 50, 3, 33, 3, 16, 16, 6, 0, 0, 0, EDGERAZOR_RMS_NORM, 8, 4},
+        {64, 4, 2, 16, 96, 300, 3, 32, 4, 8, 8, 0, 0, 0, 0, EDGERAZOR_RMS_NORM, 0, 5},
+        {40, 5, 5, 7, 66, 50, 3, 33, 3, 16, 16, 6, 0, 0, 0, EDGERAZOR_RMS_NORM, 8, 5},
     };
     for (const Config& config : configs) check(config);
     for (int isa = 0; isa < edgerazor_isa_count(); isa++) printf("%s ", edgerazor_isa_name(isa));

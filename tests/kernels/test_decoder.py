@@ -21,8 +21,11 @@ from edgerazor.kernels.decoder import (
     RMS,
     Convolution,
     Decoder,
+    Expert,
+    Experts,
     GatedDeltaRule,
     Layer,
+    LayerInputs,
     Linear,
     Mamba2,
     Network,
@@ -170,7 +173,78 @@ def recurrent_network(**changes: Any) -> Network:
     return network(**{"layers": layers, **changes})
 
 
+FEATURES = 5
+
+
+def expert(seed: int) -> Expert:
+    return Expert(linear(20, HIDDEN, seed), linear(20, HIDDEN, seed + 1), linear(HIDDEN, 20, seed + 2))
+
+
+def shared_network(**changes: Any) -> Network:
+    """Layers with inputs of their own, heads of two widths, values that are keys, and two that attend to keys of others;
+    experts beside an MLP."""
+    wide: dict[str, Any] = {
+        **{"head_dim": 10, "num_kv_heads": 1, "rope_dim": 4, "rope_table": 1},
+        **{"q": linear(40, HIDDEN, 51), "o": linear(HIDDEN, 40, 52)},
+    }
+    own = [
+        {"input_gate": linear(FEATURES, HIDDEN, 60 + i), "input_o": linear(HIDDEN, FEATURES, 70 + i)}
+        | {"after_input": norm(HIDDEN, 80 + i), "output_scale": 0.9, "v_norm": Norm(RMS, 1e-6), "rope_dim": 2}
+        for i in range(5)
+    ]
+    norms = {name: norm(HIDDEN, 90) for name in ("router_norm", "before", "after", "after_mlp_alone")}
+    router, factors = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(3)), torch.linspace(0.5, 2, 5)
+    mixture = Experts([expert(20 + i) for i in range(5)], router, 2, normalized=True, factors=factors, **norms)
+    twice = {"gate": linear(2 * INNER, HIDDEN, 53), "up": linear(2 * INNER, HIDDEN, 54)}
+    none = {"k": None, "v": None}
+    layers = [
+        layer(100, **own[0], sliding_window=9, experts=mixture),
+        layer(200, **{**own[1], **wide, "k": linear(10, HIDDEN, 55), "v": None}),
+        layer(300, **own[2], k_norm=norm(HEAD_DIM, 4)),
+        layer(400, **own[3], **none, kv_source=0, sliding_window=9),
+        layer(
+            *(500,),
+            **{**own[4], **wide, **none, **twice, "down": linear(HIDDEN, 2 * INNER, 56)},
+            **{"kv_source": 1, "intermediate_size": 2 * INNER},
+        ),
+    ]
+    projection = torch.randn(5 * FEATURES, HIDDEN, generator=torch.Generator().manual_seed(5))
+    inputs = LayerInputs(FEATURES, linear(VOCABULARY, 5 * FEATURES, 57), projection, norm(FEATURES, 58), 2.0, 0.3, 0.7)
+    return network(**{"layers": layers, "layer_inputs": inputs, "rope_tables": 2, **changes})
+
+
 EVERY = range(len(TOKENS))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_layers_with_inputs_and_keys_of_others_in_any_division(bits: int, threads: int) -> None:
+    """Tokens without an output go through the last two layers in no call, and it makes no difference."""
+    made = shared_network(activation_bits=bits)
+    one, other = Decoder(made, 1), Decoder(made, threads)
+    for each in (one, other):
+        each.set_rope(*(table.repeat(1, 2) for table in tables(64)))
+        each.reserve(128)
+    assert made.kv_slot_bytes() == 2 * (2 * 2 * (HEAD_DIM + 4) + 10 + 4)
+    expected = one.logits([Span(0, 0, 0, 0, 20)], TOKENS, EVERY)
+    divisions = ((0, 1), (1, 8), (8, 20))
+    parts = [other.logits([Span(0, 0, 64, begin, end - begin)], TOKENS[begin:end], range(end - begin))
+             for begin, end in divisions]  # fmt: skip
+    torch.testing.assert_close(torch.cat(parts), expected, rtol=0, atol=1e-5)
+    for begin, end in divisions:
+        for first in {begin, max(begin, end - 3), end - 1, end}:
+            outputs = range(first - begin, end - begin)
+            part = other.logits([Span(0, 0, 64, begin, end - begin)], TOKENS[begin:end], outputs)
+            torch.testing.assert_close(part, expected[first:end], rtol=0, atol=1e-5)
+    split = [Span(0, 0, 0, 0, 7), Span(0, 7, 16, 0, 6), Span(0, 7, 16, 6, 7)]
+    torch.testing.assert_close(other.logits(split, TOKENS, [9, 19]), expected[[9, 19]], rtol=0, atol=1e-5)
+    text = TOKENS[:9]
+    while len(text) < 20:
+        text.append(int(one.logits([Span(0, 0, 0, 0, len(text))], text, [len(text) - 1]).argmax()))
+    other.logits([Span(0, 0, 0, 0, 8)], TOKENS[:8], [])
+    assert other.greedy(Span(0, 0, 0, 8, 1), TOKENS[8], 11) == text[9:]
+    with pytest.raises(ValueError, match="that hidden states alone go into"):
+        one.layer(0, [Span(0, 0, 0, 0, 20)], torch.zeros(20, HIDDEN))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -516,7 +590,23 @@ NETWORKS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "cache bits": (lambda: {"kv_bits": 6}, "4, 8 or 16 bits"),
     "odd rotary": (lambda: {"rope_dim": 3}, "in pairs"),
     "long rotary": (lambda: {"rope_dim": 8}, "in pairs"),
-    "other rotary": (lambda: {"rope_dim": 2}, "rotates all 2 features or none in a layer, not 4"),
+    "other rotary": (lambda: {"rope_dim": 2}, "rotates up to 2 features in pairs in a layer, not 4"),
+    "heads of a layer": (lambda: {"layers": [layer(1, num_kv_heads=3)]}, "4 heads cannot share 3 heads"),
+    "keys of a later layer": (lambda: {"layers": [layer(1, k=None, v=None, kv_source=0)]}, "cannot attend to the keys"),
+    "keys of two": (lambda: {"layers": [layer(1), layer(2, kv_source=0)]}, "has none of its own"),
+    "input that is not there": (
+        lambda: {"layers": [layer(1, input_gate=linear(4, HIDDEN, 1), input_o=linear(HIDDEN, 4, 1))]},
+        "an input that the network does not have",
+    ),
+    "table of inputs": (
+        lambda: {"layer_inputs": LayerInputs(4, linear(VOCABULARY, 9, 1), torch.zeros(8, HIDDEN))},
+        "table of inputs must be",
+    ),
+    "projection of inputs": (
+        lambda: {"layer_inputs": LayerInputs(4, linear(VOCABULARY, 8, 1), torch.zeros(8, HIDDEN).half())},
+        "a projection of inputs must be float32 or bfloat16",
+    ),
+    "scale of a layer": (lambda: {"layers": [layer(1, output_scale=float("inf"))]}, "impossible scale of a layer"),
     "embedding": (lambda: {"embedding": linear(VOCABULARY + 1, HIDDEN, 1)}, "embedding must be"),
     "head": (lambda: {"head": linear(VOCABULARY, HIDDEN + 1, 1)}, "head must be"),
     "norm": (lambda: {"final_norm": norm(HIDDEN + 1, 1)}, "weight of final_norm must be"),

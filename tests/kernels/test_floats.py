@@ -16,6 +16,7 @@ from torch import Tensor
 
 from edgerazor import formats
 from edgerazor.kernels import native
+from edgerazor.kernels.decoder import rows_by_sixteen
 
 pytestmark = pytest.mark.skipif(not native.isas(), reason="no library: there was no C++ compiler")
 
@@ -83,10 +84,10 @@ class StateSpaceArgs(ctypes.Structure):
     )
 
 
-class RouterArgs(ctypes.Structure):
+class UnpackedArgs(ctypes.Structure):
     _fields_ = (
         *(("tokens", c_int64), ("columns", c_int64), ("blocks", c_int64)),
-        *(("x", c_void_p), ("rows", c_void_p), ("out", c_void_p), ("out_stride", c_int64)),
+        *(("x", c_void_p), ("rows", c_void_p), ("half", c_bool), ("out", c_void_p), ("out_stride", c_int64)),
     )
 
 
@@ -109,7 +110,7 @@ class FloatKernels(ctypes.Structure):
         ("convolve", CFUNCTYPE(None, POINTER(ConvolutionArgs))),
         ("delta_rule", CFUNCTYPE(None, POINTER(DeltaRuleArgs))),
         ("state_space", CFUNCTYPE(None, POINTER(StateSpaceArgs))),
-        ("score_experts", CFUNCTYPE(None, POINTER(RouterArgs))),
+        ("multiply_unpacked", CFUNCTYPE(None, POINTER(UnpackedArgs))),
         ("add_scaled", CFUNCTYPE(None, c_void_p, c_void_p, c_float, c_int64)),
     )
 
@@ -554,23 +555,28 @@ def test_a_state_space_model_in_pieces(table: FloatKernels, state_size: int, hea
     assert torch.equal(outputs[0], outputs[1])
 
 
-@pytest.mark.parametrize(("experts", "columns"), [(1, 5), (16, 48), (64, 96), (130, 33)])
-def test_scores_of_experts_do_not_depend_on_other_tokens(table: FloatKernels, experts: int, columns: int) -> None:
-    blocks = -(-experts // 16)
-    router = torch.zeros(blocks * 16, columns)
-    router[:experts] = numbers(experts, columns)
-    x, rows = numbers(23, columns, seed=1), router.view(blocks, 16, columns).transpose(1, 2).contiguous()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("height", "columns"), [(1, 5), (16, 48), (64, 96), (130, 33)])
+def test_unpacked_products_do_not_depend_on_other_tokens(
+    table: FloatKernels, height: int, columns: int, dtype: torch.dtype
+) -> None:
+    blocks = -(-height // 16)
+    matrix = numbers(height, columns).to(dtype)
+    x, rows = numbers(23, columns, seed=1), rows_by_sixteen(matrix)
+    assert rows.shape == (blocks, columns, 16)
     found = []
     for together in (23, 1, 4):
         out = torch.full((23, 16 * blocks), 7.0)
         for begin in range(0, 23, together):
             count = min(together, 23 - begin)
-            args = RouterArgs(
-                *(count, columns, blocks, x[begin:].data_ptr(), rows.data_ptr(), out[begin:].data_ptr(), 16 * blocks)
+            args = UnpackedArgs(
+                *(count, columns, blocks, x[begin:].data_ptr(), rows.data_ptr(), dtype == torch.bfloat16),
+                *(out[begin:].data_ptr(), 16 * blocks),
             )
-            table.score_experts(byref(args))
+            table.multiply_unpacked(byref(args))
         found.append(out)
-    assert error(found[0], x.double() @ router.double().T) < 1e-6
+    assert error(found[0][:, :height], x.double() @ matrix.double().T) < 1e-6
+    assert not found[0][:, height:].any()
     assert torch.equal(found[1], found[0])
     assert torch.equal(found[2], found[0])
 

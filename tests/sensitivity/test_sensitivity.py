@@ -220,6 +220,32 @@ def test_fisher_is_that_of_the_whole_model(teachers: Callable[[str], Path], tmp_
         torch.testing.assert_close(estimated[name], value, rtol=2e-3, atol=1e-4 * float(value.max()))
 
 
+def test_a_table_of_inputs_of_single_layers_is_estimated_like_an_embedding(
+    teachers: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = teachers("gemma4")
+    model, _ = models.load(path)
+    [target] = models.structure(model).tables
+    table: Any = model.get_submodule(target.name)
+    gradients: list[Tensor] = []
+    table.register_forward_hook(lambda _module, _args, output: output.requires_grad_())
+    table.register_forward_hook(lambda _module, _args, output: output.register_hook(gradients.append) and None)
+    expected, tokens = torch.zeros(len(NAMES), 1, dtype=torch.float64), 0
+    for number, (ids, counts) in enumerate(some_batches()):
+        logits = model(input_ids=ids, use_cache=False).logits.float()[counts]
+        draw = torch.Generator().manual_seed(SEED + number)
+        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=draw)
+        logits.log_softmax(-1).gather(1, labels).sum().backward()
+        rows = table.weight.detach()[ids.flatten()]
+        for index, name in enumerate(NAMES):
+            change = (formats.quantize_dequantize(rows, spec(name)) - rows) * models.embedding_scale(table)
+            expected[index] += float((change * gradients[-1].flatten(0, 1)).sum(1).double().square().sum()) / 2
+        tokens += int(counts.sum())
+    found = analysis_of(path, tmp_path).fisher()[target.name]
+    assert found.min() > 0
+    torch.testing.assert_close(found, expected / tokens, rtol=2e-3, atol=0)
+
+
 def test_all_positions_in_one_chunk_or_in_many(teachers: Callable[[str], Path], tmp_path: Path) -> None:
     path = teachers("llama")
     whole = analysis_of(path, tmp_path / "whole").fisher()

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens", "lm_head", "model.norm"
 #: Linear layers of attention and of an MLP with a gate, by their places, in the order in which a token meets them.
@@ -43,6 +43,8 @@ LFM2_NORMS = {
     **{"before_attention": "operator_norm", "before_mlp": "ffn_norm"},
     **{"q_norm": "self_attn.q_layernorm", "k_norm": "self_attn.k_layernorm"},
 }
+#: Places of linear layers of keys and values.
+KEY_PLACES = frozenset({"k", "v"})
 #: All places of linear layers of an MLP.
 MLP_PLACES = frozenset({"gate", "up", "gate_up", "down"})
 #: What mixes the tokens of a decoder layer.
@@ -100,6 +102,9 @@ class GgufMetadata(Protocol):
     def decimal(self, key: str, default: float | None = None) -> float:
         """A positive float32 number as it was written in decimals."""
 
+    def vocabulary(self) -> int:
+        """Rows of the embedding."""
+
     def head_size(self) -> int:
         """Width of an attention head."""
 
@@ -153,6 +158,11 @@ def configure_experts(get: GgufMetadata) -> dict[str, Any]:
 
 def never(config: Any) -> bool:
     """No linear layer of that kind has a bias."""
+    return False
+
+
+def never_in(config: Any, layer: int) -> bool:
+    """In no decoder layer."""
     return False
 
 
@@ -213,7 +223,7 @@ def hidden_activation(config: Any) -> str:
     return str(config.hidden_activation)
 
 
-def intermediate_size(config: Any) -> int:
+def intermediate_size(config: Any, layer: int) -> int:
     """Features between the matrices of an MLP."""
     size: int = config.intermediate_size
     return size
@@ -267,6 +277,29 @@ def over_logits_scaling(config: Any) -> float:
 def head_width(config: Any) -> int:
     """Width of an attention head, from a configuration of transformers."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+class KvHeads(NamedTuple):
+    """Heads of keys and values of a layer; its queries have the same width."""
+
+    count: int
+    width: int
+
+
+def same_kv_heads(config: Any, layer: int) -> KvHeads:
+    """All decoder layers have heads of one width."""
+    return KvHeads(int(config.num_key_value_heads), head_width(config))
+
+
+def own_keys(config: Any, layer: int) -> int | None:
+    """Every decoder layer attends to keys and values of its own."""
+    return None
+
+
+def experts_per_token(config: Any) -> int | None:
+    """How many of a layer's experts compute a token, by a configuration; None where it does not say."""
+    chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None)
+    return chosen if isinstance(chosen, int) else None
 
 
 def all_supported(config: Any) -> str:
@@ -350,7 +383,11 @@ class Experts:
         scale: a factor of the weights.
         choice_bias: the tensor in a layer that is added to scores to choose experts by, and to nothing else; empty:
             there is none.
+        factors: the tensor in a layer that holds a factor of the weights of each expert; empty: there is none.
         beside_mlp: the layer has an MLP, too, an expert that all tokens share; what both give is added up.
+        norms: of the layer, `before` the experts, `after` them, and of the MLP alone (`after_mlp_alone`): place -> name.
+        router_gains: the tensor in a layer that, times `router_scale`, holds the gains of an RMSNorm of the residual
+            stream for the router; empty: it gets what experts get.
     """
 
     path: str
@@ -363,7 +400,11 @@ class Experts:
     epsilon: float = 0.0
     scale: float = 1.0
     choice_bias: str = ""
+    factors: str = ""
     beside_mlp: bool = False
+    norms: Mapping[str, str] = field(default_factory=dict)
+    router_gains: str = ""
+    router_scale: float = 1.0
 
     def linears(self) -> list[dict[str, str]]:
         """The linear layers of each expert: place -> name."""
@@ -375,6 +416,41 @@ class Experts:
 
 def no_experts(config: Any, layer: int) -> Experts | None:
     """Every decoder layer has an MLP."""
+    return None
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """Inputs of single decoder layers: for all of them together, and each layer's `features` of these,
+    `scale * (norm(projection_scale * projection(embedding)) + table_scale * row of the table)`. A layer adds
+    `o(act(gate(x)) * input)` to the residual stream, behind the MLP.
+
+    Attributes:
+        features: of the input of a layer.
+        table: path of the embedding whose rows are those of tokens.
+        projection: path of the linear layer of a token's embedding; it is not quantized.
+        norm: path of the norm, of each layer's features.
+        table_scale, projection_scale, scale: as above.
+        gate, o: the linear layers in a decoder layer.
+    """
+
+    features: int
+    table: str
+    projection: str
+    norm: str
+    table_scale: float
+    projection_scale: float
+    scale: float
+    gate: str
+    o: str
+
+    def linears(self) -> dict[str, str]:
+        """The linear layers of a decoder layer: place -> name."""
+        return {"input_gate": self.gate, "input_o": self.o}
+
+
+def no_layer_inputs(config: Any) -> LayerInputs | None:
+    """Nothing goes into a decoder layer but what the one before it gives."""
     return None
 
 
@@ -392,6 +468,12 @@ class NativeArchitecture:
         activation: the function in the MLP, as transformers calls it.
         intermediate_size: features between the matrices of the MLP.
         experts: what a layer has in the place of the MLP, or beside it; None where it has an MLP alone.
+        layer_inputs: what single layers get beside the residual stream; None where they get nothing.
+        kv_heads: heads of keys and values of a layer.
+        kv_source: the earlier layer whose keys and values a layer attends to, having none; None where it has its own.
+        values_are_keys: a layer has no matrix of values: they are what that of keys gives.
+        value_norm: each head of values has an RMSNorm without gains.
+        output_scale: the tensor in a layer that is a factor of the residual stream behind it; empty: there is none.
         gated_queries: the rows of q are, head by head, those of the query and those of a gate of attention's result.
         norms: of a decoder layer, their places in `kernels.decoder.Layer` and their names.
         final_norm: name of the norm before the head.
@@ -420,8 +502,14 @@ class NativeArchitecture:
     mixer: Callable[[Any, int], Mixer] = attention
     mixers: Mapping[Mixer, Mapping[str, str]] = field(default_factory=dict)
     activation: Callable[[Any], str] = hidden_act
-    intermediate_size: Callable[[Any], int] = intermediate_size
+    intermediate_size: Callable[[Any, int], int] = intermediate_size
     experts: Callable[[Any, int], Experts | None] = no_experts
+    layer_inputs: Callable[[Any], LayerInputs | None] = no_layer_inputs
+    kv_heads: Callable[[Any, int], KvHeads] = same_kv_heads
+    kv_source: Callable[[Any, int], int | None] = own_keys
+    values_are_keys: Callable[[Any, int], bool] = never_in
+    value_norm: bool = False
+    output_scale: str = ""
     gated_queries: bool = False
     norms: Mapping[str, str] = field(default_factory=lambda: NORMS_BEFORE)
     final_norm: str = FINAL_NORM
@@ -448,9 +536,17 @@ class NativeArchitecture:
         mixer = self.mixer(config, layer)
         mlp = {place: name for place, name in self.linears.items() if place in MLP_PLACES}
         of_attention = {place: name for place, name in self.linears.items() if place not in mlp}
+        if self.kv_source(config, layer) is not None:
+            of_attention = {place: name for place, name in of_attention.items() if place not in KEY_PLACES}
+        elif self.values_are_keys(config, layer):
+            del of_attention["v"]
         of_mixer = of_attention if mixer == "attention" else dict(self.mixers[mixer])
-        experts = self.experts(config, layer)
-        return {**of_mixer, **mlp} if experts is None or experts.beside_mlp else of_mixer
+        inputs, experts = self.layer_inputs(config), self.experts(config, layer)
+        return {
+            **of_mixer,
+            **(mlp if experts is None or experts.beside_mlp else {}),
+            **(inputs.linears() if inputs else {}),
+        }
 
     def names_of(self, config: Any, layer: int) -> list[str]:
         """The names of all linear layers of a decoder layer, in the order in which a token meets them."""

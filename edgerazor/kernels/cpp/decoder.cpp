@@ -4,6 +4,7 @@
 //      |        embed                  dequantize_row: one row of the embedding, float32; rotated back
 //      v
 //   residual [hidden_size] <-------------------------------------------------------------------------+
+//      |        make_layer_inputs      where layers have inputs of their own: decoder_inputs.cpp     |
 //      |                                                                                             |
 //      |  every layer (forward_layer):                                                               |
 //      |                                                                                             |
@@ -31,6 +32,8 @@
 //      |   matmul (down)               or a mixture of experts: decoder_experts.cpp          barrier |
 //      |        v                                                                                    |
 //      |   add_residual  --------------------------------------------------------------------------->+
+//      |        v                                                                                    |
+//      |   add_layer_input             where layers have inputs of their own: decoder_inputs.cpp --->+
 //      |
 //      |  after the last layer, for output positions only (LogitSink, compute_logits):
 //      v
@@ -55,46 +58,44 @@
 
 using namespace edgerazor;
 
-namespace {
-
-int attention_layers(const edgerazor_model& model) {
-    return (int)std::count_if(model.layers, model.layers + model.layer_count,
-                              [](const edgerazor_layer& layer) { return layer.mixer == EDGERAZOR_ATTENTION; });
+RowTable::RowTable(const edgerazor_matrix& from) : group({&from}, 0) {
+    if (group.empty() || group.matrices[0].parts.size() == 1) return;
+    part.resize(from.rows);
+    index.resize(from.rows);
+    const std::vector<FormatRows>& parts = group.matrices[0].parts;
+    for (size_t p = 0; p < parts.size(); p++)
+        for (int64_t i = 0; i < parts[p].count; i++) {
+            part[parts[p].rows[i]] = (int32_t)p;
+            index[parts[p].rows[i]] = (int32_t)i;
+        }
 }
 
-} // namespace
+void RowTable::read(const MatmulKernels& kernels, int32_t row, float* out) const {
+    const PackedMatrix& matrix = group.matrices[0];
+    dequantize_row(*matrix.layout, matrix.parts[part.empty() ? 0 : part[row]], index.empty() ? row : index[row], out);
+    if (matrix.block > 0) kernels.rotate_back(out, matrix.layout->columns, matrix.block, matrix.signs, out);
+}
 
 edgerazor_decoder::edgerazor_decoder(const edgerazor_model& from, int isa, int count)
     : model(from), matmul_kernels(edgerazor::matmul_kernels(isa)), math(float_kernels(isa)), threads(count),
-      embedding({&from.embedding}, count), head({&from.head}, count),
-      kv_cache(attention_layers(from), from.num_kv_heads, from.head_dim, from.kv_bits), decode_buffers(count),
-      scratch(count) {
+      embedding(from.embedding), head({&from.head}, count), input_table(from.layer_inputs.table),
+      kv_cache(from.kv_bits), decode_buffers(count), scratch(count) {
     layers.reserve(from.layer_count);
-    for (int i = 0; i < from.layer_count; i++) layers.emplace_back(from.layers[i], math, count);
+    for (int i = 0; i < from.layer_count; i++) layers.emplace_back(from.layers[i], i, math, count);
     std::vector<const LinearGroup*> groups = {&head};
-    int kv_layers = 0;
+    input_width = (int64_t)from.layer_count * from.layer_inputs.features;
     for (Layer& layer : layers) {
         for (const LinearGroup* group : layer.groups()) groups.push_back(group);
-        if (layer.mixer == EDGERAZOR_ATTENTION) layer.kv_layer = kv_layers++;
+        if (layer.mixer == EDGERAZOR_ATTENTION)
+            layer.kv_head = layer.owns_kv ? kv_cache.add(layer.num_kv_heads, layer.head_dim)
+                                          : layers[layer.kv_source].kv_head;
         place_states(layer);
         measure(layer);
+        if (layer.mixer != EDGERAZOR_ATTENTION || layer.owns_kv) keeping_layers = layer.number + 1;
     }
     for (const LinearGroup* group : groups) {
         max_columns = std::max(max_columns, group->columns());
         max_inputs = std::max(max_inputs, group->inputs.size());
-    }
-    // As few parts as give every thread equally many, if any number does.
-    for (int parts = queries_per_kv(); parts > 0; parts--)
-        if (queries_per_kv() % parts == 0 && model.num_kv_heads * parts % count == 0) decode_parts = parts;
-    const std::vector<FormatRows>& parts = embedding.matrices[0].parts;
-    if (parts.size() > 1) {
-        embedding_part.resize(model.vocab_size);
-        embedding_index.resize(model.vocab_size);
-        for (size_t p = 0; p < parts.size(); p++)
-            for (int64_t i = 0; i < parts[p].count; i++) {
-                embedding_part[parts[p].rows[i]] = (int32_t)p;
-                embedding_index[parts[p].rows[i]] = (int32_t)i;
-            }
     }
 }
 
@@ -118,8 +119,10 @@ void edgerazor_decoder::measure(const Layer& layer) {
         widen(max_chosen, layer.experts.chosen);
         widen(max_experts, layer.experts.count);
     }
+    if (!layer.input_gate_group.empty()) widen(gate_width, layer.input_gate.rows);
     if (layer.mixer != EDGERAZOR_ATTENTION || layer.fused_qkv || layer.gated_queries)
         widen(mixed_width, layer.rows(0));
+    if (layer.mixer == EDGERAZOR_ATTENTION) widen(q_width, layer.q_width()), widen(kv_width, layer.kv_width());
     if (layer.has_gate) widen(gates_width, layer.rows(3));
     if (layer.heads_with_state() == 0) return;
     widen(gates_width, layer.rows(1));
@@ -138,17 +141,43 @@ void edgerazor_decoder::forward(const edgerazor_sequence_span* spans, int64_t sp
     for (int64_t i = 0; i < micro_batches; i++) {
         const WorkRange range(total, (int)i, (int)micro_batches);
         const int64_t first = range.first, count = range.last - first;
+        // The last layers need not compute the tokens before the first output, if they keep nothing of them.
+        const int64_t dropped =
+            keeping_layers < model.layer_count ? std::min(sink.first_needed(first, count), count) : 0;
+        const auto finish = [&](const ThreadContext& context, int layer) {
+            for (; layer < model.layer_count; layer++) forward_layer(context, layer);
+            if (context.shared) threads.barrier(); // the sink divides the tokens in another way
+            sink.consume(context);
+        };
         plan_micro_batch(spans, span_count, first, count);
         allocate(count);
-        sink.begin(first, count);
+        if (dropped == 0) sink.begin(first, count);
         threads.run([&](int thread) {
             const ThreadContext context = context_of(thread, count);
             embed(context, tokens + first);
-            for (int layer = 0; layer < model.layer_count; layer++) forward_layer(context, layer);
-            if (context.shared) threads.barrier(); // the sink divides the tokens in another way
-            sink.consume(context);
+            if (input_width > 0) make_layer_inputs(context, tokens + first);
+            if (dropped == 0) return finish(context, 0);
+            for (int layer = 0; layer < keeping_layers; layer++) forward_layer(context, layer);
         });
+        if (dropped == 0 || dropped == count) continue;
+        drop_first(dropped, count - dropped);
+        plan_micro_batch(spans, span_count, first + dropped, count - dropped);
+        sink.begin(first + dropped, count - dropped);
+        threads.run([&](int thread) { finish(context_of(thread, count - dropped), keeping_layers); });
     }
+}
+
+// What layers get of the last tokens of a micro-batch takes the place of what they get of the first ones.
+void edgerazor_decoder::drop_first(int64_t dropped, int64_t left) {
+    allocate(left); // of a single token, every thread has buffers of its own
+    const auto move = [&](float* rows, int64_t width) {
+        memmove(rows, rows + dropped * width, sizeof(float) * left * width);
+    };
+    move(prefill_buffers.residual.get(), model.hidden_size);
+    if (input_width > 0) move(layer_inputs.get(), layer_input_stride());
+    if (left > 1) return;
+    for (ThreadBuffers& buffers : decode_buffers)
+        memcpy(buffers.residual.get(), prefill_buffers.residual.get(), sizeof(float) * model.hidden_size);
 }
 
 // Finds the chunks of spans that make up the tokens [first, first + count) of a call.
@@ -193,9 +222,11 @@ void edgerazor_decoder::allocate(int64_t tokens) {
     } else {
         for (ThreadBuffers& buffers : decode_buffers) allocate_buffers(buffers, 1);
     }
-    q.reserve(tokens * q_width());
-    k.reserve(tokens * kv_width());
-    v.reserve(tokens * kv_width());
+    q.reserve(tokens * q_width);
+    k.reserve(tokens * kv_width);
+    v.reserve(tokens * kv_width);
+    layer_inputs.reserve(tokens * layer_input_stride());
+    table_rows.reserve(tokens * input_width);
     attended.reserve(tokens * attended_width);
     gate.reserve(tokens * gate_width);
     up.reserve(tokens * up_width);
@@ -207,9 +238,12 @@ void edgerazor_decoder::allocate(int64_t tokens) {
     y.reserve(tokens * model.hidden_size);
     if (max_experts > 0) allocate_routing(tokens);
     const int tile_tokens = (int)std::min(tokens, kAttentionTileTokens);
-    for (GrowBuffer<char>& buffer : scratch)
-        buffer.reserve(std::max(math.attention_scratch_bytes(model.head_dim, queries_per_kv(), tile_tokens),
-                                (int64_t)sizeof(float) * 2 * tokens));
+    int64_t scratch_bytes = (int64_t)sizeof(float) * 2 * tokens;
+    for (const Layer& layer : layers)
+        if (layer.mixer == EDGERAZOR_ATTENTION)
+            scratch_bytes = std::max(
+                scratch_bytes, math.attention_scratch_bytes(layer.head_dim, layer.queries_per_kv(), tile_tokens));
+    for (GrowBuffer<char>& buffer : scratch) buffer.reserve(scratch_bytes);
     allocated = tokens;
 }
 
@@ -222,16 +256,9 @@ ThreadContext edgerazor_decoder::context_of(int thread, int64_t tokens) {
 // Steps ---------------------------------------------------------------------------------------------------------------
 
 void edgerazor_decoder::embed(const ThreadContext& context, const int32_t* tokens) {
-    const PackedMatrix& matrix = embedding.matrices[0];
-    const bool in_order = matrix.parts.size() == 1 && matrix.parts[0].rows == nullptr;
     for (int64_t t = context.first; t < context.last; t++) {
-        const int32_t token = tokens[t];
-        const FormatRows& rows = matrix.parts[in_order || embedding_part.empty() ? 0 : embedding_part[token]];
-        const int32_t row = in_order || embedding_index.empty() ? token : embedding_index[token];
         float* residual = context.buffers->residual.get() + t * model.hidden_size;
-        dequantize_row(*matrix.layout, rows, row, residual);
-        if (matrix.block > 0)
-            matmul_kernels.rotate_back(residual, model.hidden_size, matrix.block, matrix.signs, residual);
+        embedding.read(matmul_kernels, tokens[t], residual);
         if (model.embedding_scale != 1)
             for (int i = 0; i < model.hidden_size; i++) residual[i] *= model.embedding_scale;
     }
@@ -261,16 +288,6 @@ void edgerazor_decoder::quantize_token(const ThreadContext& context, const Linea
                                      input.sums.get() + segment))
             finite.store(false, std::memory_order_relaxed);
     }
-}
-
-// Computes the input of a linear group by fill(token, row) for each of the thread's tokens, rotates and quantizes it.
-template <class Fill>
-void edgerazor_decoder::quantize_input(const ThreadContext& context, const LinearGroup& group, const Fill& fill) {
-    for (int64_t t = context.first; t < context.last; t++) {
-        fill(t, context.buffers->input.get() + t * group.columns());
-        quantize_token(context, group, t);
-    }
-    if (context.shared) threads.barrier();
 }
 
 // The input of a linear group is the norm of the residual stream.
@@ -317,17 +334,20 @@ void edgerazor_decoder::mixer_inputs(const ThreadContext& context, const Layer& 
         float* const outputs[] = {mixed.get(), gates.get(), betas.get(), alphas.get()};
         return matmul(context, layer.in, context.tokens, outputs);
     }
-    float* const first = layer.mixer != EDGERAZOR_ATTENTION || layer.gated_queries ? mixed.get() : q.get();
-    float* const separate[] = {first, k.get(), v.get(), gates.get()};
-    float* const fused[] = {mixed.get(), gates.get()};
-    matmul(context, layer.in, context.tokens, layer.fused_qkv ? fused : separate);
+    const bool plain_q = layer.mixer == EDGERAZOR_ATTENTION && !layer.gated_queries && !layer.fused_qkv;
+    float* const all[] = {plain_q ? q.get() : mixed.get(), k.get(), v.get(), gates.get()};
+    float* outputs[4]; // of the matrices that are there
+    int count = 0;
+    for (int i = 0; i < 4; i++)
+        if (layer.inputs[i].part_count > 0) outputs[count++] = all[i];
+    matmul(context, layer.in, context.tokens, outputs);
 }
 
 void edgerazor_decoder::forward_layer(const ThreadContext& context, int number) {
     const Layer& layer = layers[number];
     mixer_inputs(context, layer);
     if (layer.mixer == EDGERAZOR_ATTENTION)
-        attention(context, number);
+        attention(context, layer);
     else if (layer.mixer == EDGERAZOR_SHORT_CONVOLUTION)
         short_convolution(context, layer);
     else if (layer.mixer == EDGERAZOR_MAMBA2)
@@ -343,8 +363,16 @@ void edgerazor_decoder::forward_layer(const ThreadContext& context, int number) 
     matmul(context, layer.out, context.tokens, result);
     add_residual(context, layer.after_attention);
     if (layer.has_mlp()) mlp(context, layer);
-    if (layer.experts.count > 0) mixture_of_experts(context, layer);
+    const bool has_experts = layer.experts.count > 0, has_both = has_experts && layer.has_mlp();
+    if (has_both) keep_mlp(context, layer);
+    if (has_experts) mixture_of_experts(context, layer);
+    if (has_both) add_mlp(context, layer);
     add_residual(context, layer.after_mlp);
+    if (!layer.input_gate_group.empty()) add_layer_input(context, layer);
+    if (layer.output_scale == 1) return;
+    float* const residual = context.buffers->residual.get();
+    for (int64_t i = context.first * model.hidden_size; i < context.last * model.hidden_size; i++)
+        residual[i] *= layer.output_scale;
 }
 
 void edgerazor_decoder::mlp(const ThreadContext& context, const Layer& layer) {

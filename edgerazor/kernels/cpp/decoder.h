@@ -39,7 +39,8 @@ enum { EDGERAZOR_SILU = 0, EDGERAZOR_GELU_TANH = 1, EDGERAZOR_RELU_SQUARED = 2 }
      attention          inputs: q, k, v and perhaps a gate. Or q, k and v are the rows of one matrix, the first one. The
                         gate has a row for each head, or one for each feature of q; sigmoid(gate) is a factor of what
                         attention gives. With `gated_queries` the first matrix has, head by head, the rows of the query
-                        and those of such a gate.
+                        and those of such a gate. Without v, the products of k are the values, too. A layer that attends
+                        to the keys and values of an earlier one has neither k nor v.
      short convolution  inputs: one matrix [3 features, hidden_size], of b, c and y:  c * convolution(b * y)
      gated delta rule   inputs: q, k and v as one matrix, z, beta, alpha. A convolution with SiLU over q, k and v; then
                         for each value head with a state S [key_dim, value_dim], q and k of length 1:
@@ -84,39 +85,62 @@ typedef struct {
 /* A mixture of experts in the place of an MLP or beside it: the sum of weight * down(activation(gate(x)) * up(x)) over the `chosen`
    experts whose score, plus their choice bias, is largest. The scores of experts are the softmax of router(x), or its
    sigmoid. A weight is a score; where `normalized`, divided by (the scores of the chosen experts together + epsilon);
-   then times `scale`. All experts have matrices of the same sizes and groups, and without biases. */
+   then times `scale` and the expert's own factor. All experts have matrices of the same sizes and groups, and without
+   biases. x is before_mlp(residual). Or `before` is there instead; and `router_norm`, of which the router gets the result.
+   In a layer with an MLP, too, what goes into after_mlp is after_mlp_alone(MLP) + after(experts). */
 typedef struct {
     int32_t count, chosen;   /* of the experts; count 0: there is an MLP alone */
     int32_t sigmoid, normalized;
     float epsilon, scale;
     const float* router;      /* [count / 16 rounded up, hidden_size, 16]: a row for each expert, and rows of zeros */
     const float* choice_bias; /* [count], or null */
+    const float* factors;     /* [count], or null */
+    edgerazor_norm router_norm, before, after, after_mlp_alone;
     const edgerazor_expert* experts; /* [count] */
 } edgerazor_experts;
 
 /* residual += residual_scale * after_attention(o(mixer(before_attention(residual))))
    residual += residual_scale * after_mlp(down(activation(gate(x)) * up(x))),  x = before_mlp(residual)
+   residual += residual_scale * after_input(input_o(activation(input_gate(residual)) * the layer's input))
+   residual *= output_scale
    A matrix without parts is not there: no `up`, then `gate` has the rows of both; no `gate`, then down(activation(up(x))).
-   With experts, what they give is added to what the MLP gives, or there is no MLP and none of the three. */
+   With experts, none of the three need be there. Without `input_gate`, the layer has no input of its own. */
 typedef struct {
     int32_t mixer;
     edgerazor_matrix inputs[4]; /* of the mixer */
-    edgerazor_matrix o, gate, up, down;
-    edgerazor_norm before_attention, after_attention, before_mlp, after_mlp;
+    edgerazor_matrix o, gate, up, down, input_gate, input_o;
+    edgerazor_norm before_attention, after_attention, before_mlp, after_mlp, after_input;
     edgerazor_norm q_norm, k_norm; /* of each head, or of all heads as one vector */
+    edgerazor_norm v_norm;         /* of each head */
+    int32_t num_heads, num_kv_heads, head_dim; /* of attention */
+    int32_t kv_source;             /* number of the layer whose keys and values it attends to: its own, or that of an
+                                      earlier one that has its own, with as many heads of the same width */
     int32_t rope_dim;              /* leading features of a head that RoPE rotates; 0: none */
     int32_t rope_table;            /* number of its table of cosines and sines */
     int32_t sliding_window;        /* latest positions that a token attends to, its own among them; 0: all */
     int32_t gated_queries;
     int32_t activation;
+    float output_scale;
     edgerazor_convolution convolution;
     edgerazor_delta_rule delta_rule;
     edgerazor_mamba2 mamba2;
     edgerazor_experts experts;
 } edgerazor_layer;
 
+/* Inputs of single layers, of a token whose embedding is e: [layer_count, features] =
+     scale * (norm(projection_scale * projection e) + table_scale * the token's row of the table)
+   where the norm is one of each layer's features. */
 typedef struct {
-    int32_t hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, vocab_size;
+    int32_t features;       /* of the input of a layer; 0: there are none */
+    edgerazor_matrix table; /* [vocab_size, layer_count * features]; its bias and scale are not used */
+    const void* projection; /* [layer_count * features / 16 rounded up, hidden_size, 16]: its rows, and rows of zeros */
+    int32_t half;           /* the projection is bfloat16, not float32 */
+    edgerazor_norm norm;    /* [features] */
+    float table_scale, projection_scale, scale;
+} edgerazor_layer_inputs;
+
+typedef struct {
+    int32_t hidden_size, vocab_size;
     int32_t norm_all_heads;  /* q_norm and k_norm are of all heads as one vector */
     int32_t norm_after_rope; /* q_norm and k_norm come after RoPE instead of before */
     int32_t activation_bits; /* 2 to 8; 16: float32 activations, not quantized */
@@ -131,6 +155,7 @@ typedef struct {
     int32_t rope_tables;      /* tables of cosines and sines */
     edgerazor_matrix embedding, head; /* the embedding's bias and scale are not used */
     edgerazor_norm final_norm;
+    edgerazor_layer_inputs layer_inputs;
     const edgerazor_layer* layers; /* [layer_count] */
     int32_t layer_count;
 } edgerazor_model;

@@ -1,5 +1,5 @@
-// The state of a decoder. Its steps are in decoder.cpp, decoder_attention.cpp, decoder_recurrent.cpp and
-// decoder_experts.cpp, its C interface in decoder_api.cpp.
+// The state of a decoder. Its steps are in decoder.cpp, decoder_attention.cpp, decoder_recurrent.cpp,
+// decoder_experts.cpp and decoder_inputs.cpp, its C interface in decoder_api.cpp.
 #pragma once
 #include <stdint.h>
 
@@ -44,42 +44,55 @@ struct Expert {
 // What of a layer its parts need while they compute. How a layer is composed is decided when the decoder is made.
 struct Layer : edgerazor_layer {
     LinearGroup in, out, gate_up, down_group; // the mixer's inputs, `o`, ...
+    LinearGroup input_gate_group, input_o_group;
+    int number;
     bool fused_qkv, fused_gate_up, plain_mlp; // q, k and v, or gate and up, are the rows of one matrix; there is no gate
     bool has_gate;                            // of attention, in a matrix of its own
+    bool owns_kv;                             // attention: it does not attend to the keys and values of another layer
     int64_t width, mlp_width, expert_width;   // of what `o`, `down`, and `down` of an expert get
     LinearGroup expert_inputs;                // gate and up of all experts
     std::vector<Expert> expert_list;
-    int kv_layer = 0;                         // attention: its number in the KV cache
+    int kv_head = 0;                          // attention: the number of its first one in the KV cache
+    int decode_parts = 1;                     // attention: of the query heads of a KV head, in decode
     int64_t state = 0, head_states = 0;       // other mixers: where their states lie in a state slot: those of the
                                               // convolution, and those of heads
     // activation(gate) * up, or with null instead of `up` activation(gate)
     void (*activate)(const float* gate, const float* up, int count, float* out);
 
-    Layer(const edgerazor_layer& from, const FloatKernels& math, int threads)
+    Layer(const edgerazor_layer& from, int number, const FloatKernels& math, int threads)
         : edgerazor_layer(from), in({&from.inputs[0], &from.inputs[1], &from.inputs[2], &from.inputs[3]}, threads),
           out({&from.o}, threads), gate_up({&from.gate, &from.up}, threads), down_group({&from.down}, threads),
-          fused_qkv(from.inputs[1].part_count == 0), fused_gate_up(from.up.part_count == 0),
-          plain_mlp(from.gate.part_count == 0),
-          has_gate(from.mixer == EDGERAZOR_ATTENTION && from.inputs[3].part_count > 0), width(out.columns()),
-          mlp_width(down_group.empty() ? 0 : down_group.columns()), expert_width(0),
-          expert_inputs(inputs_of(from.experts), 0),
+          input_gate_group({&from.input_gate}, threads), input_o_group({&from.input_o}, threads), number(number),
+          fused_qkv(from.inputs[1].part_count == 0 && from.kv_source == number),
+          fused_gate_up(from.up.part_count == 0), plain_mlp(from.gate.part_count == 0),
+          has_gate(from.mixer == EDGERAZOR_ATTENTION && from.inputs[3].part_count > 0),
+          owns_kv(from.kv_source == number), width(out.columns()),
+          mlp_width(down_group.empty() ? 0 : down_group.columns()), expert_width(0), expert_inputs(inputs_of(from.experts), 0),
           activate(from.activation == EDGERAZOR_SILU        ? math.swiglu
                    : from.activation == EDGERAZOR_GELU_TANH ? math.geglu
                                                             : math.reglu_squared) {
         for (int i = 0; i < experts.count; i++) expert_list.emplace_back(experts.experts[i], expert_inputs, threads);
         if (experts.count > 0) expert_width = expert_list[0].down.columns();
         experts.experts = nullptr; // the caller's
+        if (mixer != EDGERAZOR_ATTENTION) return;
+        // As few parts as give every thread equally many, if any number does.
+        for (int parts = queries_per_kv(); parts > 0; parts--)
+            if (queries_per_kv() % parts == 0 && num_kv_heads * parts % threads == 0) decode_parts = parts;
     }
 
     // The linear groups that get an input for each token.
     std::vector<const LinearGroup*> groups() const {
         std::vector<const LinearGroup*> there;
-        for (const LinearGroup* group : {&in, &out, &gate_up, &down_group, &expert_inputs})
+        for (const LinearGroup* group :
+             {&in, &out, &gate_up, &down_group, &expert_inputs, &input_gate_group, &input_o_group})
             if (!group->empty()) there.push_back(group);
         return there;
     }
 
     bool has_mlp() const { return !down_group.empty(); }
+    int64_t q_width() const { return (int64_t)num_heads * head_dim; }
+    int64_t kv_width() const { return (int64_t)num_kv_heads * head_dim; }
+    int queries_per_kv() const { return num_heads / num_kv_heads; }
 
     int64_t rows(int input) const { return inputs[input].part_count > 0 ? inputs[input].rows : 0; }
 
@@ -123,6 +136,16 @@ struct Routing {
     std::vector<int64_t> first;       // [experts + 1]: the first assignment of each
 };
 
+// A matrix of which a token reads its row.
+struct RowTable {
+    LinearGroup group;
+    std::vector<int32_t> part, index; // of each row, where the rows have several formats
+
+    explicit RowTable(const edgerazor_matrix& from);
+    // A row, rotated back.
+    void read(const MatmulKernels& kernels, int32_t row, float* out) const;
+};
+
 // The tokens of a span that are in the current micro-batch.
 struct SpanChunk {
     int64_t token; // the first one's index in the micro-batch
@@ -139,11 +162,16 @@ struct QueryHeads {
     int kv_head, first, last;
 };
 
+// Some tokens of a chunk.
+struct TokenTile {
+    const SpanChunk* chunk;
+    int64_t first, count;
+};
+
 // A unit of attention that one thread computes: query heads of one KV head, for some tokens of a chunk.
 struct AttentionTile {
-    const SpanChunk* chunk;
+    TokenTile tokens;
     QueryHeads heads;
-    int64_t first, count; // tokens of the chunk
 };
 
 // What the steps between two barriers read and write.
@@ -167,6 +195,9 @@ struct ThreadContext {
 class LogitSink {
   public:
     virtual ~LogitSink() = default;
+    // Of the tokens [first, first + tokens) of a call, the number of the first one whose hidden states it needs; `tokens`
+    // or more: of none.
+    virtual int64_t first_needed(int64_t first, int64_t tokens) const = 0;
     // Before each micro-batch, by one thread: the first token's index in the call, and the number of tokens.
     virtual void begin(int64_t first, int64_t tokens) = 0;
     // After the last layer, by all threads.
@@ -183,14 +214,14 @@ struct edgerazor_decoder {
     const edgerazor::MatmulKernels& matmul_kernels;
     const edgerazor::FloatKernels& math;
     edgerazor::ThreadPool threads;
-    edgerazor::LinearGroup embedding, head;
+    edgerazor::RowTable embedding;
+    edgerazor::LinearGroup head;
+    edgerazor::RowTable input_table; // of the inputs of layers; empty where there are none
     std::vector<edgerazor::Layer> layers;
-    std::vector<int32_t> embedding_part, embedding_index; // of each token, where the rows have several formats
     edgerazor::KvCache kv_cache;
     edgerazor::StateStore states;
     const float *cosines = nullptr, *sines = nullptr, *query_scales = nullptr;
 
-    int decode_parts = 1;                                  // of the query heads of a KV head, in decode
     int64_t max_columns = 0;                               // of the input of a linear group
     size_t max_inputs = 0;                                 // quantized inputs of a linear group
     int64_t decode_tokens = 0, prefill_tokens = 0;         // tokens that buffers are allocated for
@@ -201,29 +232,33 @@ struct edgerazor_decoder {
     edgerazor::GrowBuffer<float> attended;                 // [tokens, ...]: the results of a mixer, which `o` gets
     // Products of inputs of a mixer: those of its first matrix where they are not q alone, and of its others. [tokens, ...]
     edgerazor::GrowBuffer<float> mixed, gates, betas, alphas, convolved;
+    // Inputs of all layers [tokens, layer_input_stride()], and rows of their table [tokens, input_width].
+    edgerazor::GrowBuffer<float> layer_inputs, table_rows;
     // The most floats that a token has in them, over all layers.
-    int64_t attended_width = 0, gate_width = 0, up_width = 0, mixed_width = 0, gates_width = 0, heads_width = 0;
-    int64_t convolved_width = 0;
+    int64_t q_width = 0, kv_width = 0, attended_width = 0, gate_width = 0, up_width = 0, mixed_width = 0;
+    int64_t gates_width = 0, heads_width = 0, convolved_width = 0;
+    int64_t input_width = 0;
+    int keeping_layers = 0; // the layers behind these keep nothing of a token: they use keys and values of these
     std::vector<edgerazor::SpanChunk> chunks;              // of the micro-batch
     std::vector<const edgerazor::SpanChunk*> chunk_of_token;
-    std::vector<edgerazor::AttentionTile> tiles;           // of the micro-batch, in prefill
+    std::vector<edgerazor::TokenTile> tiles;               // of the micro-batch, in prefill
     // Of mixtures of experts: the inputs of gate and up, in prefill, and the products of `down`. [assignments, ...]
     edgerazor::Routing routing;
-    edgerazor::GrowBuffer<float> routed, expert_outputs;
+    edgerazor::GrowBuffer<float> routed, expert_outputs, of_mlp; // the last one: what an MLP beside them gives, [tokens, ...]
     std::vector<edgerazor::QuantizedInput> routed_inputs;
     int64_t max_chosen = 0, max_experts = 0;               // over all layers
     std::atomic<int64_t> next_tile{0};
     std::atomic<bool> finite{true};
 
-    int64_t q_width() const { return (int64_t)model.num_heads * model.head_dim; }
-    int64_t kv_width() const { return (int64_t)model.num_kv_heads * model.head_dim; }
-    int queries_per_kv() const { return model.num_heads / model.num_kv_heads; }
+    // Floats of a token in `layer_inputs`: whole blocks of rows of the projection.
+    int64_t layer_input_stride() const { return (input_width + 15) / 16 * 16; }
 
     // All tokens of a call through all layers. By the calling thread.
     void forward(const edgerazor_sequence_span* spans, int64_t span_count, const int32_t* tokens,
                  edgerazor::LogitSink& sink);
     void plan_micro_batch(const edgerazor_sequence_span* spans, int64_t span_count, int64_t first, int64_t count);
     void plan_attention_tiles();
+    void drop_first(int64_t dropped, int64_t left);
     void allocate(int64_t tokens);
     void allocate_routing(int64_t tokens);
     void place_states(edgerazor::Layer& layer);
@@ -232,9 +267,18 @@ struct edgerazor_decoder {
     // The steps. By all threads, each with its context.
     edgerazor::ThreadContext context_of(int thread, int64_t tokens);
     void embed(const edgerazor::ThreadContext& context, const int32_t* tokens);
+    void make_layer_inputs(const edgerazor::ThreadContext& context, const int32_t* tokens);
+    void add_layer_input(const edgerazor::ThreadContext& context, const edgerazor::Layer& layer);
     void forward_layer(const edgerazor::ThreadContext& context, int layer);
+    // Computes the input of a linear group by fill(token, row) for each of the thread's tokens, rotates and quantizes it.
     template <class Fill>
-    void quantize_input(const edgerazor::ThreadContext& context, const edgerazor::LinearGroup& group, const Fill& fill);
+    void quantize_input(const edgerazor::ThreadContext& context, const edgerazor::LinearGroup& group, const Fill& fill) {
+        for (int64_t t = context.first; t < context.last; t++) {
+            fill(t, context.buffers->input.get() + t * group.columns());
+            quantize_token(context, group, t);
+        }
+        if (context.shared) threads.barrier();
+    }
     void norm_and_quantize(const edgerazor::ThreadContext& context, const edgerazor::LinearGroup& group,
                            const edgerazor_norm& norm);
     void matmul(const edgerazor::ThreadContext& context, const edgerazor::LinearGroup& group, int64_t tokens,
@@ -264,11 +308,13 @@ struct edgerazor_decoder {
     void mixer_inputs(const edgerazor::ThreadContext& context, const edgerazor::Layer& layer);
     void mlp(const edgerazor::ThreadContext& context, const edgerazor::Layer& layer);
     void mixture_of_experts(const edgerazor::ThreadContext& context, const edgerazor::Layer& layer);
+    void keep_mlp(const edgerazor::ThreadContext& context, const edgerazor::Layer& layer);
+    void add_mlp(const edgerazor::ThreadContext& context, const edgerazor::Layer& layer);
     void route(const edgerazor::ThreadContext& context, const edgerazor::Layer& layer);
     void choose_experts(const edgerazor::Layer& layer, int64_t token);
     void order_assignments(const edgerazor::Layer& layer, int64_t tokens);
     void gather_inputs(const edgerazor::ThreadContext& context, const edgerazor::Layer& layer);
-    void attention(const edgerazor::ThreadContext& context, int layer);
+    void attention(const edgerazor::ThreadContext& context, const edgerazor::Layer& layer);
     void gate_attention(const edgerazor::Layer& layer, int64_t token, float* attended) const;
     void convolve(const edgerazor::ThreadContext& context, const edgerazor::Layer& layer);
     void short_convolution(const edgerazor::ThreadContext& context, const edgerazor::Layer& layer);
@@ -278,14 +324,14 @@ struct edgerazor_decoder {
     edgerazor::Products queries(const edgerazor::Layer& layer) const;
     edgerazor::Products keys(const edgerazor::Layer& layer) const;
     edgerazor::Products values(const edgerazor::Layer& layer) const;
-    void q_norm_rope(int layer, int64_t token, const edgerazor::QueryHeads& heads);
-    void k_norm_rope_store(int layer, int64_t token, int kv_head);
+    void q_norm_rope(const edgerazor::Layer& layer, int64_t token, const edgerazor::QueryHeads& heads);
+    void k_norm_rope_store(const edgerazor::Layer& layer, int64_t token, int kv_head);
     void norm_and_rope(const edgerazor::Layer& layer, const edgerazor_norm& norm, int64_t position, const float* from,
                        float* head) const;
     int64_t position_of(int64_t token) const;
     // `next`: the tile that this thread computes next, or null.
-    void attention_tile(const edgerazor::ThreadContext& context, int layer, const edgerazor::AttentionTile& tile,
-                        const edgerazor::AttentionTile* next);
+    void attention_tile(const edgerazor::ThreadContext& context, const edgerazor::Layer& layer,
+                        const edgerazor::AttentionTile& tile, const edgerazor::AttentionTile* next);
     void apply_norm(const edgerazor_norm& norm, const float* x, int64_t count, float* out) const;
     void add_residual(const edgerazor::ThreadContext& context, const edgerazor_norm& norm);
     // Logits [count, vocab_size] of the tokens rows[first], ..., rows[first + count - 1] of the micro-batch.

@@ -34,6 +34,7 @@ void edgerazor_decoder::allocate_routing(int64_t tokens) {
         routing.expert_of.resize(assignments);
     }
     expert_outputs.reserve(assignments * model.hidden_size);
+    of_mlp.reserve(tokens * model.hidden_size);
     if (tokens == 1) return; // all experts get the token's own input
     if (model.activation_bits == 16) routed.reserve(assignments * model.hidden_size);
     routed_inputs.resize(2); // gate and up of an expert may quantize it differently
@@ -70,7 +71,10 @@ void edgerazor_decoder::choose_experts(const Layer& layer, int64_t token) {
         weights[i] = scores[best];
         sum += scores[best];
     }
-    for (int i = 0; i < experts.chosen; i++) weights[i] *= experts.normalized ? experts.scale / sum : experts.scale;
+    for (int i = 0; i < experts.chosen; i++) {
+        weights[i] *= experts.normalized ? experts.scale / sum : experts.scale;
+        if (experts.factors != nullptr) weights[i] *= experts.factors[chosen[i]];
+    }
 }
 
 // Numbers the assignments of all tokens.
@@ -89,18 +93,27 @@ void edgerazor_decoder::order_assignments(const Layer& layer, int64_t tokens) {
     first[0] = 0;
 }
 
-// The norm of the residual stream goes to the router as it is, and is rotated and quantized for experts.
+// The norm of the residual stream goes to the router as it is, and is rotated and quantized for experts, or the router
+// gets a norm of its own.
 void edgerazor_decoder::route(const ThreadContext& context, const Layer& layer) {
     const int64_t features = model.hidden_size, blocks = score_blocks(layer.experts.count);
     float* const input = context.buffers->input.get();
-    for (int64_t t = context.first; t < context.last; t++)
-        apply_norm(layer.before_mlp, context.buffers->residual.get() + t * features, features, input + t * features);
+    const auto fill = [&](const edgerazor_norm& norm) {
+        for (int64_t t = context.first; t < context.last; t++)
+            apply_norm(norm, context.buffers->residual.get() + t * features, features, input + t * features);
+    };
+    const bool apart = layer.experts.router_norm.kind != EDGERAZOR_NO_NORM;
+    const edgerazor_norm& before =
+        layer.experts.before.kind != EDGERAZOR_NO_NORM ? layer.experts.before : layer.before_mlp;
+    fill(apart ? layer.experts.router_norm : before);
     // In decode every thread has the token, and scores some of the experts.
     const WorkRange range(blocks, context.shared ? 0 : context.thread, context.shared ? 1 : threads.count());
-    math.score_experts({context.last - context.first, features, range.last - range.first,
-                        input + context.first * features, layer.experts.router + range.first * features * kScoreBlock,
-                        routing.scores.get() + (context.first * blocks + range.first) * kScoreBlock,
-                        blocks * kScoreBlock});
+    math.multiply_unpacked({context.last - context.first, features, range.last - range.first,
+                            input + context.first * features,
+                            layer.experts.router + range.first * features * kScoreBlock, false,
+                            routing.scores.get() + (context.first * blocks + range.first) * kScoreBlock,
+                            blocks * kScoreBlock});
+    if (apart) fill(before);
     for (int64_t t = context.first; t < context.last; t++) {
         quantize_token(context, layer.expert_inputs, t);
         if (context.shared) choose_experts(layer, t);
@@ -138,7 +151,7 @@ void edgerazor_decoder::gather_inputs(const ThreadContext& context, const Layer&
     threads.barrier();
 }
 
-// Into `y`, or added to what the MLP gave.
+// Into `y`.
 void edgerazor_decoder::mixture_of_experts(const ThreadContext& context, const Layer& layer) {
     route(context, layer);
     if (context.shared) gather_inputs(context, layer);
@@ -179,10 +192,30 @@ void edgerazor_decoder::mixture_of_experts(const ThreadContext& context, const L
     const WorkRange part(features, context.shared ? 0 : context.thread, context.shared ? 1 : threads.count());
     for (int64_t t = context.first; t < context.last; t++) {
         float* const row = y.get() + t * features;
-        if (!layer.has_mlp()) memset(row + part.first, 0, sizeof(float) * (part.last - part.first));
+        memset(row + part.first, 0, sizeof(float) * (part.last - part.first));
         for (int64_t i = t * layer.experts.chosen; i < (t + 1) * layer.experts.chosen; i++)
             math.add_scaled(row + part.first, expert_outputs.get() + routing.assignments[i] * features + part.first,
                             routing.weights[i], part.last - part.first);
     }
+    if (!context.shared) threads.barrier();
+}
+
+// Keeps what the MLP beside the experts gives. In decode one thread does it for all, who meet before `y` is overwritten.
+void edgerazor_decoder::keep_mlp(const ThreadContext& context, const Layer& layer) {
+    if (!context.shared && context.thread > 0) return;
+    for (int64_t t = context.first; t < context.last; t++) {
+        const int64_t at = t * model.hidden_size;
+        apply_norm(layer.experts.after_mlp_alone, y.get() + at, model.hidden_size, of_mlp.get() + at);
+    }
+}
+
+// Adds it to what the experts give.
+void edgerazor_decoder::add_mlp(const ThreadContext& context, const Layer& layer) {
+    if (context.shared || context.thread == 0)
+        for (int64_t t = context.first; t < context.last; t++) {
+            float* const row = y.get() + t * model.hidden_size;
+            apply_norm(layer.experts.after, row, model.hidden_size, row);
+            math.add(row, of_mlp.get() + t * model.hidden_size, model.hidden_size);
+        }
     if (!context.shared) threads.barrier();
 }

@@ -34,6 +34,7 @@ typedef uint32_t UintLanes __attribute__((vector_size(4 * kLanes)));
 
 struct f32x16 { Lanes reg[kRegisters]; };
 struct i32x16 { IntLanes reg[kRegisters]; };
+struct bfloat16 { uint16_t bits; }; // the upper half of a float
 
 // The vector whose registers are function(Constant<number of the register>).
 template <class Function>
@@ -146,6 +147,26 @@ EDGERAZOR_INLINE f32x16 load(const int8_t* p) {
 #else
     float x[16];
     for (int i = 0; i < 16; i++) x[i] = p[i];
+    return load(x);
+#endif
+}
+
+EDGERAZOR_INLINE f32x16 load(const bfloat16* p) {
+#if defined(__AVX512F__)
+    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+    return {{(Lanes)_mm512_slli_epi32(bits, 16)}};
+#elif defined(__AVX2__)
+    return map_registers(UNROLL(i) {
+        const __m128i half = _mm_loadu_si128((const __m128i*)(p + 8 * i.value));
+        return (Lanes)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
+    });
+#elif defined(__aarch64__)
+    return map_registers(UNROLL(i) { return (Lanes)vshlq_n_u32(vmovl_u16(vld1_u16((const uint16_t*)(p + 4 * i.value))), 16); });
+#else
+    uint32_t bits[16];
+    for (int i = 0; i < 16; i++) bits[i] = (uint32_t)p[i].bits << 16;
+    float x[16];
+    memcpy(x, bits, sizeof x);
     return load(x);
 #endif
 }

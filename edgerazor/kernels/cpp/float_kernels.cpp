@@ -5,7 +5,7 @@
 #include "attention.hpp"
 #include "kv_store.hpp"
 #include "recurrent.hpp"
-#include "router.hpp"
+#include "unpacked_product.hpp"
 #include "vector_math.hpp"
 
 #define EDGERAZOR_JOIN(a, b) a##b
@@ -14,5 +14,5 @@
 const edgerazor::FloatKernels edgerazor::EDGERAZOR_TABLE(EDGERAZOR_UNIT) = {
     rms_norm, layer_norm, rope, swiglu, add, store_kv, attention, attention_scratch_bytes, argmax, log_sum_exp,
     geglu, reglu_squared, sigmoid_gate, soft_cap, convolve, delta_rule,
-    state_space, score_experts, add_scaled,
+    state_space, multiply_unpacked, add_scaled,
 };

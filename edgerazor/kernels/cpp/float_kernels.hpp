@@ -1,6 +1,6 @@
 // What a decoder computes beside matrix products, as a table of functions that each instruction set fills in: norms,
 // RoPE, SwiGLU (vector_math.hpp), storing into the KV cache (kv_store.hpp), attention (attention.hpp), mixers that keep a
-// state (recurrent.hpp), and routers of experts (router.hpp).
+// state (recurrent.hpp), and matrices that are not packed (unpacked_product.hpp).
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -76,12 +76,13 @@ struct StateSpaceArgs {
     int64_t out_stride;
 };
 
-// The scores of experts for some tokens: out [tokens, 16 * blocks] = x [tokens, columns] times rows. The result of a
-// token does not depend on the others.
-struct RouterArgs {
+// The products of some tokens with a matrix that is not packed: out [tokens, 16 * blocks] = x [tokens, columns] times
+// rows. The result of a token does not depend on the others.
+struct UnpackedArgs {
     int64_t tokens, columns, blocks;
-    const float* x; // token t: + t * columns
-    const float* rows; // [blocks, columns, 16]
+    const float* x;   // token t: + t * columns
+    const void* rows; // [blocks, columns, 16]
+    bool half;        // of bfloat16, not of float
     float* out;
     int64_t out_stride;
 };
@@ -108,7 +109,7 @@ struct FloatKernels {
     void (*convolve)(const ConvolutionArgs& args);
     void (*delta_rule)(const DeltaRuleArgs& args);
     void (*state_space)(const StateSpaceArgs& args);
-    void (*score_experts)(const RouterArgs& args);
+    void (*multiply_unpacked)(const UnpackedArgs& args);
     void (*add_scaled)(float* x, const float* y, float factor, int64_t count); // x += factor * y
 };
 

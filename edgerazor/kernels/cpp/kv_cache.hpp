@@ -14,23 +14,36 @@ namespace edgerazor {
 
 class KvCache {
   public:
-    KvCache(int layers, int kv_heads, int head_dim, int bits)
-        : kv_heads_(kv_heads), head_dim_(head_dim), bits_(bits), pages_((size_t)layers * kv_heads) {}
+    explicit KvCache(int bits) : bits_(bits) {}
+
+    // Room for some KV heads in every slot; before the first slot is reserved. Returns the number of the first one.
+    int add(int kv_heads, int head_dim) {
+        const int first = (int)heads_.size();
+        heads_.resize(first + kv_heads, {head_dim, {}});
+        return first;
+    }
 
     // Adds pages until there are so many slots. Throws std::bad_alloc; the slots that there are stay.
     void reserve(int64_t slots) {
         while ((int64_t)memory_.size() * kPageSlots < slots) {
-            const size_t codes = round_up_to_line(kPageSlots * kv_vector_bytes(bits_, head_dim_));
-            const size_t scales = kPageSlots * sizeof(float), head_bytes = 2 * (codes + scales);
-            for (std::vector<KvPage>& pages : pages_) pages.reserve(memory_.size() + 1);
-            memory_.reserve(memory_.size() + 1);
-            AlignedMemory memory(head_bytes * pages_.size());
-            for (size_t i = 0; i < pages_.size(); i++) {
-                const size_t at = i * head_bytes;
-                pages_[i].push_back({memory.as<void>(at), memory.as<void>(at + codes),
-                                     memory.as<float>(at + 2 * codes), memory.as<float>(at + 2 * codes + scales)});
+            const size_t scales = kPageSlots * sizeof(float);
+            const auto codes_of = [&](const Head& head) {
+                return round_up_to_line(kPageSlots * kv_vector_bytes(bits_, head.dim));
+            };
+            size_t bytes = 0, at = 0;
+            for (Head& head : heads_) {
+                head.pages.reserve(memory_.size() + 1);
+                bytes += 2 * (codes_of(head) + scales);
             }
-            bytes_ += (int64_t)(head_bytes * pages_.size());
+            memory_.reserve(memory_.size() + 1);
+            AlignedMemory memory(bytes);
+            for (Head& head : heads_) {
+                const size_t codes = codes_of(head);
+                head.pages.push_back({memory.as<void>(at), memory.as<void>(at + codes),
+                                      memory.as<float>(at + 2 * codes), memory.as<float>(at + 2 * codes + scales)});
+                at += 2 * (codes + scales);
+            }
+            bytes_ += (int64_t)bytes;
             memory_.push_back(std::move(memory));
         }
     }
@@ -39,9 +52,9 @@ class KvCache {
     void copy_page(int64_t from, int64_t to) {
         constexpr int64_t ratio = kPageSlots / kTablePageSlots;
         static_assert(kPageSlots % kTablePageSlots == 0 && kTablePageSlots % kKeyLanes == 0, "");
-        const size_t vector_bytes = (size_t)kv_vector_bytes(bits_, head_dim_);
-        for (const std::vector<KvPage>& pages : pages_) {
-            const KvPage &source = pages[from / ratio], &target = pages[to / ratio];
+        for (const Head& head : heads_) {
+            const size_t vector_bytes = (size_t)kv_vector_bytes(bits_, head.dim);
+            const KvPage &source = head.pages[from / ratio], &target = head.pages[to / ratio];
             const size_t first = from % ratio * kTablePageSlots, to_first = to % ratio * kTablePageSlots;
             const auto copy = [&](void* out, const void* in, size_t slot_bytes) {
                 memcpy((char*)out + to_first * slot_bytes, (const char*)in + first * slot_bytes,
@@ -54,18 +67,23 @@ class KvCache {
         }
     }
 
-    // The pages of a KV head of a layer, by number.
-    const KvPage* pages(int layer, int kv_head) const { return pages_[(size_t)layer * kv_heads_ + kv_head].data(); }
+    // The pages of a KV head, by number.
+    const KvPage* pages(int head) const { return heads_[head].pages.data(); }
 
     int64_t bytes() const { return bytes_; }
 
   private:
+    struct Head {
+        int dim;
+        std::vector<KvPage> pages;
+    };
+
     static size_t round_up_to_line(int64_t bytes) { return (size_t)(bytes + 63) / 64 * 64; }
 
-    const int kv_heads_, head_dim_, bits_;
+    const int bits_;
     int64_t bytes_ = 0;
-    std::vector<std::vector<KvPage>> pages_; // [layers * KV heads][pages]
-    std::vector<AlignedMemory> memory_;      // one for each page number, for all layers and heads
+    std::vector<Head> heads_;           // of all layers that have keys and values of their own
+    std::vector<AlignedMemory> memory_; // one for each page number, for all heads
 };
 
 } // namespace edgerazor

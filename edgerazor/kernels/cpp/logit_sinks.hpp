@@ -18,6 +18,13 @@ class OutputPositions : public LogitSink {
     OutputPositions(edgerazor_decoder& decoder, const int64_t* positions, int64_t count)
         : decoder(decoder), positions(positions), count(count) {}
 
+    int64_t first_needed(int64_t first, int64_t tokens) const override {
+        int64_t needed = tokens;
+        for (int64_t i = 0; i < count; i++)
+            if (positions[i] >= first) needed = std::min(needed, positions[i] - first);
+        return needed;
+    }
+
     void begin(int64_t first, int64_t tokens) override {
         std::vector<int64_t> row_of_token(tokens, -1);
         rows.clear();
@@ -111,6 +118,11 @@ class StepSink : public LogitSink {
         : decoder(decoder), positions(positions), count(count), wanted(wanted), logits(logits),
           log_totals(log_totals), best_of_thread(decoder.threads.count(), std::vector<int32_t>(count, -1)) {}
 
+    int64_t first_needed(int64_t first, int64_t tokens) const override {
+        const int64_t* const output = std::lower_bound(positions, positions + count, first);
+        return output == positions + count ? tokens : *output - first;
+    }
+
     void begin(int64_t first, int64_t tokens) override {
         next += (int64_t)rows.size();
         rows.clear();
@@ -164,6 +176,8 @@ class GreedySink : public LogitSink {
   public:
     GreedySink(edgerazor_decoder& decoder, int64_t count)
         : decoder(decoder), best_of_thread(decoder.threads.count(), std::vector<Candidate>(count)) {}
+
+    int64_t first_needed(int64_t, int64_t) const override { return 0; }
 
     void begin(int64_t first, int64_t tokens) override {
         before = first;
