@@ -144,7 +144,10 @@ void edgerazor_decoder::forward(const edgerazor_sequence_span* spans, int64_t sp
         threads.run([&](int thread) {
             const ThreadContext context = context_of(thread, count);
             embed(context, tokens + first);
-            for (int layer = 0; layer < model.layer_count; layer++) forward_layer(context, layer);
+            for (int layer = 0; layer < model.layer_count; layer++) {
+                forward_layer(context, layer);
+                if (layer < deep_levels) add_deep_features(context, tokens + first, layer);
+            }
             if (context.shared) threads.barrier(); // the sink divides the tokens in another way
             sink.consume(context);
         });
@@ -226,6 +229,12 @@ void edgerazor_decoder::embed(const ThreadContext& context, const int32_t* token
     const bool in_order = matrix.parts.size() == 1 && matrix.parts[0].rows == nullptr;
     for (int64_t t = context.first; t < context.last; t++) {
         const int32_t token = tokens[t];
+        if (token >= model.vocab_size) { // of a picture
+            memcpy(context.buffers->residual.get() + t * model.hidden_size,
+                   features + (int64_t)(token - model.vocab_size) * model.hidden_size,
+                   model.hidden_size * sizeof(float));
+            continue;
+        }
         const FormatRows& rows = matrix.parts[in_order || embedding_part.empty() ? 0 : embedding_part[token]];
         const int32_t row = in_order || embedding_index.empty() ? token : embedding_index[token];
         float* residual = context.buffers->residual.get() + t * model.hidden_size;
@@ -235,6 +244,15 @@ void edgerazor_decoder::embed(const ThreadContext& context, const int32_t* token
         if (model.embedding_scale != 1)
             for (int i = 0; i < model.hidden_size; i++) residual[i] *= model.embedding_scale;
     }
+}
+
+// residual += what is added behind a layer for tokens of pictures
+void edgerazor_decoder::add_deep_features(const ThreadContext& context, const int32_t* tokens, int layer) {
+    const float* level = deep_features + layer * feature_count * model.hidden_size;
+    for (int64_t t = context.first; t < context.last; t++)
+        if (tokens[t] >= model.vocab_size)
+            math.add(context.buffers->residual.get() + t * model.hidden_size,
+                     level + (int64_t)(tokens[t] - model.vocab_size) * model.hidden_size, model.hidden_size);
 }
 
 void edgerazor_decoder::apply_norm(const edgerazor_norm& norm, const float* x, int64_t count, float* out) const {

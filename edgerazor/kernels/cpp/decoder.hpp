@@ -177,6 +177,9 @@ struct edgerazor_decoder {
     edgerazor::KvCache kv_cache;
     edgerazor::StateStore states;
     const float *cosines = nullptr, *sines = nullptr, *query_scales = nullptr;
+    const float *features = nullptr, *deep_features = nullptr; // of tokens behind the vocabulary
+    int64_t feature_count = 0;
+    int32_t deep_levels = 0;
 
     int decode_parts = 1;                                  // of the query heads of a KV head, in decode
     int64_t max_columns = 0;                               // of the input of a linear group
@@ -220,6 +223,7 @@ struct edgerazor_decoder {
     // The steps. By all threads, each with its context.
     edgerazor::ThreadContext context_of(int thread, int64_t tokens);
     void embed(const edgerazor::ThreadContext& context, const int32_t* tokens);
+    void add_deep_features(const edgerazor::ThreadContext& context, const int32_t* tokens, int layer);
     void forward_layer(const edgerazor::ThreadContext& context, int layer);
     template <class Fill>
     void quantize_input(const edgerazor::ThreadContext& context, const edgerazor::LinearGroup& group, const Fill& fill);
