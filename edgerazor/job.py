@@ -27,6 +27,7 @@ from edgerazor.console import Console, megabytes
 from edgerazor.errors import UserError
 from edgerazor.models import PreTrainedModel, PreTrainedTokenizerBase
 from edgerazor.packed import FolderSize
+from edgerazor.pictures import PictureReader
 from edgerazor.recipe import Recipe, Source
 from edgerazor.workdir import WorkDir, digest_json
 
@@ -120,6 +121,41 @@ class RecipeContext:
         recipe = self.recipe
         return ModelOutline(models.outline(recipe.model, recipe.revision, recipe.trust_remote_code))
 
+    @cached_property
+    def pictures(self) -> PictureReader | None:
+        """What reads pictures for the teacher; None where it sees none.
+
+        The teacher's own tower makes their features, in float32.
+        """
+        if not self.recipe.model:
+            return None
+        folder = self.teacher_folder
+        if not models.sees(models.auto_config(folder, self.recipe.trust_remote_code)):
+            return None
+
+        def tower() -> PreTrainedModel:
+            teacher = self.load_teacher(torch.device("cpu"))  # the decoder stays mapped
+            for path in teacher.structure.towers:
+                teacher.model.get_submodule(path).float()
+            return teacher.model
+
+        return PictureReader(folder, tower, self.teacher_fingerprint, self.picture_store, self.console)
+
+    def read_pictures_of(self, folder: Path, model: Any) -> None:
+        """Read pictures for a model that is measured alone.
+
+        Args:
+            folder: of the model.
+            model: of transformers or of the runtime.
+        """
+        tower = model.pictures.model if hasattr(model, "pictures") else model
+        self.pictures = PictureReader(folder, lambda: tower, str(folder), None, self.console)
+
+    @property
+    def picture_store(self) -> Path | None:
+        """The folder for features of pictures; None outside a working directory."""
+        return None
+
     @property
     def default_rotation(self) -> str | None:
         """The rotation of a student where nobody says it; none of a model that is not understood as a teacher."""
@@ -174,6 +210,7 @@ class RecipeContext:
             held_out_length,
             settings.bos,
             settings.held_out_seed,
+            self.pictures,
         )
 
     # --- fingerprints: what a result depends on ---
@@ -276,6 +313,10 @@ class JobContext(RecipeContext):
         return moved
 
     # --- what is there ---
+
+    @property
+    def picture_store(self) -> Path | None:
+        return self.work.pictures
 
     @property
     def training(self) -> str:

@@ -29,6 +29,7 @@ from edgerazor.models import (
     auto_class,
     auto_config,
     error_summary,
+    let_see,
     load_tokenizer,
     quiet_transformers,
     separate_experts,
@@ -294,4 +295,4 @@ def load(
             raise UserError(f"The packed model {folder} cannot be loaded: {error_summary(error)}.") from None
     vocabulary.limit(tokenizer, model.get_input_embeddings().num_embeddings)
     modules.cache_decoded(model, cache_decoded)
-    return model.to(device).eval(), tokenizer
+    return let_see(model.to(device).eval()), tokenizer

@@ -120,6 +120,11 @@ class WorkDir:
         return self.folder("calibrate") / "generated.jsonl"
 
     @property
+    def pictures(self) -> Path:
+        """Folder of what a tower made of pictures, for all stages; each of its files can be made again."""
+        return self.path / "pictures"
+
+    @property
     def metrics_file(self) -> Path:
         return self.folder("distill") / "metrics.jsonl"
 

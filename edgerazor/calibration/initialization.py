@@ -52,10 +52,12 @@ class Sequences:
     Attributes:
         states: what enters the next layer, float32 [B, T, H], on the CPU.
         counts: bool [B, T], the positions that count.
+        input_ids: int64 [B, T].
     """
 
     states: Tensor
     counts: Tensor
+    input_ids: Tensor
 
 
 class _InputSeenError(Exception):
@@ -182,7 +184,9 @@ def gptq_linears(blocks: Blocks, batches: Iterable[data.Batch], console: Console
     names = {module: name for name, module in blocks.model.named_modules()}
     starts = {}
     flow = [
-        Sequences(blocks.inputs(batch["input_ids"].to(device)).cpu(), batch["labels"] != data.MASKED)
+        Sequences(
+            blocks.inputs(batch["input_ids"].to(device)).cpu(), batch["labels"] != data.MASKED, batch["input_ids"]
+        )
         for batch in batches
     ]
     with console.track("compensated start", len(blocks.layers)) as tracker:
@@ -228,7 +232,7 @@ def in_order_of_use(blocks: Blocks, index: int, flow: Sequence[Sequences]) -> li
     lists = {target.name: target.experts for target in blocks.structure.linears}
     with hooked(linears, note):
         for sequences in flow:  # the first of them, but where it leaves experts without tokens
-            blocks.forward_layer(index, sequences.states.to(blocks.model.device))
+            blocks.forward_layer(index, sequences.states.to(blocks.model.device), sequences.input_ids)
             if len(seen) == len(linears):
                 break
     unused = [module for module in linears if module not in seen]
@@ -272,7 +276,7 @@ def input_hessians(
     with hooked(linears, add), modules.encoded_once(blocks.layers[index]):
         for current in flow:
             with contextlib.suppress(_InputSeenError):
-                blocks.forward_layer(index, current.states.to(device))
+                blocks.forward_layer(index, current.states.to(device), current.input_ids)
     tokens = sum(int(sequences.counts.sum()) for sequences in flow)
     return [totals[module].div_(tokens) for module in linears]
 
@@ -303,7 +307,8 @@ def move_on(blocks: Blocks, index: int, flow: Iterable[Sequences]) -> None:
     """Replace the states that enter a decoder layer by those that leave it."""
     with modules.encoded_once(blocks.layers[index]):
         for sequences in flow:
-            sequences.states = blocks.forward_layer(index, sequences.states.to(blocks.model.device)).cpu()
+            states = sequences.states.to(blocks.model.device)
+            sequences.states = blocks.forward_layer(index, states, sequences.input_ids).cpu()
 
 
 @contextlib.contextmanager

@@ -128,16 +128,25 @@ def bench(values: Values, run: RunOptions) -> None:
 
 
 @command("generate")
-def generate(values: Values, run: RunOptions, prompt: str | None, model: Path | None, mmap: bool) -> None:
+def generate(
+    values: Values,
+    run: RunOptions,
+    prompt: str | None,
+    model: Path | None,
+    image: list[Path] | None,
+    mmap: bool,
+) -> None:
     """Let a packed model write; the text goes to stdout as it comes.
 
     Example: edgerazor generate "Once upon a time" --max-tokens 64
+
+    Example: edgerazor generate "What is in the picture?" --image cat.png
 
     Example: echo "Why is the sky blue?" | edgerazor generate --model FOLDER --chat --temperature 0.7 --top-p 0.9
     """
     if model is not None and run.work is not None:
         raise usage_error("--model and --work both name a packed model.", "Leave one of them out.")
-    dispatch.generate_text(values, run, prompt, model, mmap)
+    dispatch.generate_text(values, run, prompt, model, image or [], mmap)
 
 
 @command("serve")

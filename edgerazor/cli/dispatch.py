@@ -115,8 +115,10 @@ def check_gates(result: Any) -> None:
 # Text ---------------------------------------------------------------------------------------------------------------
 
 
-def generate_text(values: dict[str, Any], run: RunOptions, prompt: str | None, model: Path | None, mmap: bool) -> None:
-    """Let a packed model write: go on from a prompt, or talk."""
+def generate_text(
+    values: dict[str, Any], run: RunOptions, prompt: str | None, model: Path | None, images: list[Path], mmap: bool
+) -> None:
+    """Let a packed model write: go on from a prompt, or talk, perhaps about pictures."""
     from edgerazor.workdir import DEFAULT, WorkDir
 
     work = WorkDir(run.work or DEFAULT)
@@ -129,11 +131,11 @@ def generate_text(values: dict[str, Any], run: RunOptions, prompt: str | None, m
     folder = generate.packed_folder(model, work)
     text = generate.read_prompt(prompt)
     if text is not None:
-        console.result(generate.run(folder, text, recipe, console, mmap))
+        console.result(generate.run(folder, text, recipe, console, mmap, images))
     elif run.json or not recipe.generate.chat:
         raise usage_error("There is no prompt.", 'Give one: `edgerazor generate "Once upon"`; or talk: --chat.')
     else:
-        generate.converse(folder, recipe, console, mmap)
+        generate.converse(folder, recipe, console, mmap, images)
 
 
 def serve(values: dict[str, Any], run: RunOptions, model: Path | None, api_key: str | None, mmap: bool) -> None:

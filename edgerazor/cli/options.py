@@ -88,6 +88,11 @@ def file_sources(files: list[Path]) -> list[dict[str, str]]:
     return [{"file": str(file)} for file in files]
 
 
+def file_names(files: list[Path]) -> list[str]:
+    """Files and folders by their names."""
+    return [str(file) for file in files]
+
+
 # The table ----------------------------------------------------------------------------------------------------------
 
 
@@ -270,6 +275,10 @@ OPTIONS = (
            "Comma-separated: arc, hellaswag, world, any of lm-eval.", parse=split_names),
     Option("--task-data", "eval.task_data", Path, "eval",
            "Folder of TASK.jsonl files, for offline work.", metavar="DIR", parse=str),
+    Option("--pictures", "eval.pictures", list[Path], "eval",
+           "Questions about pictures: a .jsonl file or a folder of them; repeatable.", metavar="PATH", parse=file_names),
+    Option("--blind/--no-blind", "eval.blind", bool, "eval",
+           "Ask these also without the features of pictures."),
     Option("--limit", "eval.limit", int, "eval",
            "Items per task."),
     Option("--num-fewshot", "eval.num_fewshot", int, "eval",
@@ -310,6 +319,8 @@ OPTIONS = (
     # Writing text
     Option("--model", "", Path, "generate",
            "A packed folder; default: that of the working directory.", metavar="FOLDER"),
+    Option("--image", "", list[Path], "generate",
+           "A picture that the prompt is about; repeatable, and then a chat.", metavar="FILE"),
     Option("--max-tokens", "generate.max_tokens", int, "generate",
            "Most tokens of the text."),
     Option("--temperature", "generate.temperature", float, "generate",

@@ -17,6 +17,7 @@ from edgerazor.data.chat import (
 from edgerazor.data.held_out import split_held_out
 from edgerazor.data.opening import RowSettings, open_rows
 from edgerazor.data.packing import Packing
+from edgerazor.data.picture_chat import PictureTokens, answer_tokens, encode_with_pictures, prompt_with_pictures
 from edgerazor.data.rows import Batch, Mixture, TokenRows, sample_batches
 from edgerazor.data.sources import END_OF_TEXT, documents, fingerprint
 from edgerazor.data.tokens import MASKED, Tokens, around_text, prefix_of, tokenize
@@ -28,15 +29,19 @@ __all__ = [
     "Conversation",
     "Mixture",
     "Packing",
+    "PictureTokens",
     "RowSettings",
     "TokenRows",
     "Tokens",
+    "answer_tokens",
     "around_text",
     "check_options",
     "documents",
+    "encode_with_pictures",
     "fingerprint",
     "open_rows",
     "parse_conversation",
+    "prompt_with_pictures",
     "prefix_of",
     "render",
     "sample_batches",

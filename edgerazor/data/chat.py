@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -38,6 +39,8 @@ Message = dict[str, Any]
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 ASSISTANT = "assistant"
 PLACEHOLDER = "PLACEHOLDER"
+#: Fields of a part that is a picture; addresses are not fetched, but named in the message that refuses them.
+PICTURE_FIELDS = ("type", "path", "base64", "url")
 #: Templates that write today's date write this one, so that the same conversation is the same tokens tomorrow.
 DATE = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday", "%a": "Fri"}
 #: What a template is given to switch thinking on or off, by family: Qwen3, SmolLM3 ...; Granite, DeepSeek.
@@ -54,12 +57,20 @@ class Conversation:
         tools: JSON schemas of the tools that the assistant may call, or None.
         where: the record it comes from, for error messages.
         options: what the template is given beside messages and tools, such as `enable_thinking`.
+        folder: that paths of pictures start from.
     """
 
     messages: tuple[Message, ...]
     tools: tuple[Any, ...] | None = None
     where: str = "The conversation"
     options: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path = Path()
+
+    @property
+    def pictures(self) -> list[Message]:
+        """The parts of its messages that are pictures: `{type: image, path | base64}`; then all content is in parts."""
+        parts = [part for message in self.messages if isinstance(message["content"], list) for part in message["content"]]
+        return [part for part in parts if part["type"] == "image"]
 
     def assistant_turns(self) -> list[int]:
         """Indices of the messages that the assistant wrote."""
@@ -69,13 +80,17 @@ class Conversation:
 # --- from a record -----------------------------------------------------------------------------
 
 
-def parse_conversation(where: str, value: list[Any], tools: object = None) -> Conversation:
+def parse_conversation(
+    where: str, value: Sequence[Any], tools: object = None, folder: Path | None = None
+) -> Conversation:
     """A conversation from the list of messages of a record.
 
     Args:
         where: the record, for error messages.
-        value: `[{"role": ..., "content": ...}, ...]`, or `[{"from": ..., "value": ...}, ...]`.
+        value: `[{"role": ..., "content": ...}, ...]`, or `[{"from": ..., "value": ...}, ...]`. Content is text, or
+            parts `{type: text, text}` and `{type: image, path | base64}`.
         tools: a list of JSON schemas, such a list as JSON, or None.
+        folder: that paths of pictures start from; None where there is none, as in a data set.
 
     Raises:
         UserError: a message is not of either form.
@@ -83,7 +98,19 @@ def parse_conversation(where: str, value: list[Any], tools: object = None) -> Co
     messages = tuple(
         _message(f"Message {index} of {_mid_sentence(where)}", message) for index, message in enumerate(value, 1)
     )
-    return Conversation(messages, _tools(where, tools), where)
+    conversation = Conversation(messages, _tools(where, tools), where, folder=folder or Path())
+    return _in_parts(conversation) if conversation.pictures else conversation
+
+
+def _in_parts(conversation: Conversation) -> Conversation:
+    """The conversation with all content in parts, as templates for pictures read it."""
+    messages = [
+        message
+        if isinstance(message["content"], list)
+        else {**message, "content": [{"type": "text", "text": message["content"]}]}
+        for message in conversation.messages
+    ]
+    return replace(conversation, messages=tuple(messages))
 
 
 def _mid_sentence(where: str) -> str:
@@ -106,17 +133,28 @@ def _message(where: str, value: object) -> Message:
     return {**given, "content": _content(where, content)}
 
 
-def _content(where: str, content: object) -> str:
-    """The text of a message, which may come in parts."""
+def _content(where: str, content: object) -> str | list[Message]:
+    """The text of a message, which may come in parts; the parts where there are pictures among them."""
     if isinstance(content, list):
-        if strange := [part for part in content if not (isinstance(part, dict) and isinstance(part.get("text"), str))]:
-            kind = strange[0].get("type") if isinstance(strange[0], dict) else type(strange[0]).__name__
-            raise UserError(f"{where} holds a part of type {kind!r}; expected text only.")
-        content = "".join(part["text"] for part in content)
+        parts = [_part(where, part) for part in content]
+        if any(part["type"] == "image" for part in parts):
+            return parts
+        content = "".join(part["text"] for part in parts)
     if not isinstance(content, str):
         raise UserError(f"{where} has {type(content).__name__} as its content; expected text.")
     check_encodable(where, "its content", content)
     return content
+
+
+def _part(where: str, part: object) -> Message:
+    """A part of a message: text, or a picture."""
+    if isinstance(part, dict) and part.get("type") == "image":
+        return {name: value for name, value in part.items() if name in PICTURE_FIELDS and value is not None}
+    if isinstance(part, dict) and isinstance(part.get("text"), str):
+        check_encodable(where, "its content", part["text"])
+        return {"type": "text", "text": part["text"]}
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    raise UserError(f"{where} holds a part of type {plain(kind, 50)!r}; expected text or image.")
 
 
 def check_encodable(where: str, what: str, text: str) -> None:

@@ -32,6 +32,7 @@ def split_held_out(tokens: Tokens, length: int, fraction: float, seed: tuple[int
     documents = np.stack([tokens.starts, np.append(tokens.starts[1:], len(tokens))[: len(tokens.starts)]], axis=1)
     chosen = _sample(tokens, documents, fraction, seed)
     share = int((chosen[:, 1] - chosen[:, 0]).sum()) / max(len(tokens), 1)
+    # No document with pictures is longer than a row, so that they are not cut apart here.
     spread = len(chosen) >= MANY_DOCUMENTS or len(tokens) <= LONG_ROWS * length * len(documents)
     if not (spread and fraction / 2 <= share <= 2 * fraction):
         chosen = _sample(tokens, pieces(tokens, length, "document"), fraction, seed)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
 
 from edgerazor.data import chat
 from edgerazor.data.held_out import split_held_out
@@ -18,6 +21,13 @@ from edgerazor.recipe import Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+class PictureReading(Protocol):
+    """Reads conversations with pictures: ids `[n]` int32 and what is learned, `[n]` bool, at most `length` of each."""
+
+    def __call__(self, conversations: Sequence[chat.Conversation], length: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The tokens of each."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,8 @@ class RowSettings:
         held_out_length: tokens of a row by which the held-out share is chosen; `length` where it is None.
         bos: `auto`: every row begins with the BOS of a tokenizer that adds one; `text`: rows where a text begins.
         held_out_seed: of the choice of the held-out share; `seed` where it is None.
+        pictures: reads conversations with pictures, at most so many tokens of each; None where there is no model that
+            sees.
     """
 
     length: int
@@ -45,6 +57,7 @@ class RowSettings:
     held_out_length: int | None = None
     bos: Literal["auto", "text"] = "auto"
     held_out_seed: int | None = None
+    pictures: PictureReading | None = None
 
 
 #: The training rows of a source, and its held-out tokens where there are any.
@@ -93,7 +106,12 @@ def _open_source(
         count = settings.held_out_rows if fraction else 0
         stream = StreamedRows(source, tokenizer, length, packing, seed, count, options, prefix)
         return stream, stream.held_out if count else None
-    tokens = tokenize(documents(source), tokenizer, options, prefix)
+    read_pictures = None
+    if settings.pictures is not None and packing == "document":
+        # so that a picture is never cut apart, and what is held out by another length is whole there, too
+        most = min(length, settings.held_out_length or length) - len(prefix)
+        read_pictures = functools.partial(settings.pictures, length=most)
+    tokens = tokenize(documents(source), tokenizer, options, prefix, read_pictures)
     if not len(cuts(tokens, length, packing)):
         raise _nothing_to_learn(source, len(tokens))
     if not fraction:

@@ -18,6 +18,7 @@ import numpy as np
 from edgerazor.data import chat
 from edgerazor.errors import UserError, plain
 from edgerazor.untrusted.pictures import picture_of_part
+from edgerazor.untrusted.tokenizer import reading
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -42,31 +43,22 @@ class PictureTokens:
 
 
 def encode_with_pictures(
-    conversation: chat.Conversation, processor: ProcessorMixin, folder: Path, length: int | None = None
+    conversation: chat.Conversation, processor: ProcessorMixin, folder: Path | None = None, length: int | None = None
 ) -> PictureTokens:
     """Tokens and pixels of a conversation whose messages have parts `{type: image, path | base64}`.
 
     Args:
         conversation: the content of its messages is a list of parts, or text.
         processor: of the model, with tokenizer and chat template.
-        folder: that paths of pictures start from.
+        folder: that paths of pictures start from; by default the conversation's.
         length: most tokens. A longer conversation is cut behind a token, but in front of a picture that does not fit.
 
     Raises:
         UserError: as `chat.encode`; a picture that cannot be read; the processor refuses the pictures or expands
             something else than their placeholders; nothing to learn is left within `length`.
     """
-    pictures = [
-        picture_of_part(f"message {number} of {conversation.where}", part, folder)
-        for number, message in enumerate(conversation.messages, 1)
-        if isinstance(message["content"], list)
-        for part in message["content"]
-        if part.get("type") == "image"
-    ]
-    tokenizer: PreTrainedTokenizerBase = processor.tokenizer
-    if not tokenizer.chat_template:
-        tokenizer.chat_template = processor.chat_template
-    bare = _without_pictures(conversation)
+    pictures = _pictures_of(conversation, folder)
+    tokenizer, bare = _with_template(processor), _without_pictures(conversation)
     written, learn, ends, text = chat.encode_places(bare, tokenizer)
     marks = _marks(conversation, processor, written, len(pictures))
     ids, inputs = _expanded(conversation, processor, text, pictures)
@@ -91,6 +83,67 @@ def encode_with_pictures(
             "Raise `data.sequence_length`.",
         )
     return PictureTokens(ids[:end], carried[:end], tuple(span for span in expansions if span[1] <= end), inputs)
+
+
+def prompt_with_pictures(conversation: chat.Conversation, processor: ProcessorMixin) -> PictureTokens:
+    """Tokens and pixels of a conversation up to where the assistant's next turn begins; nothing of it is learned.
+
+    Args:
+        conversation: the content of its messages is a list of parts.
+        processor: of the model, with tokenizer and chat template.
+
+    Raises:
+        UserError: as `encode_with_pictures`.
+    """
+    pictures, tokenizer = _pictures_of(conversation, None), _with_template(processor)
+    text = chat.render(_without_pictures(conversation), tokenizer, prompt=True)
+    with reading("the prompt"):
+        written = np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int32)
+    _marks(conversation, processor, written, len(pictures))
+    ids, inputs = _expanded(conversation, processor, text, pictures)
+    return PictureTokens(ids, np.zeros(len(ids), dtype=bool), (), inputs)
+
+
+def answer_tokens(conversation: chat.Conversation, text: str, processor: ProcessorMixin) -> list[int]:
+    """The tokens of an answer to a conversation, from where its prompt ends to the token that ends the turn.
+
+    Args:
+        conversation: up to the user's turn.
+        text: the answer.
+        processor: of the model.
+
+    Raises:
+        UserError: as `chat.encode`.
+    """
+    tokenizer, bare = _with_template(processor), _without_pictures(conversation)
+    said = {"role": chat.ASSISTANT, "content": [{"type": "text", "text": text}]}
+    written, learn, _, _ = chat.encode_places(replace(bare, messages=(*bare.messages, said)), tokenizer)
+    with reading("the prompt"):
+        prompt = tokenizer(chat.render(bare, tokenizer, prompt=True), add_special_tokens=False, verbose=False)
+    learned = np.flatnonzero(learn)
+    begin = len(prompt["input_ids"])
+    if written[:begin].tolist() != list(prompt["input_ids"]):  # the template writes something between
+        begin = int(learned[0])
+    return [int(token) for token in written[begin : int(learned[-1]) + 1]]
+
+
+def _pictures_of(conversation: chat.Conversation, folder: Path | None) -> list[Image]:
+    """The pictures of a conversation in their order."""
+    return [
+        picture_of_part(f"message {number} of {conversation.where}", part, folder or conversation.folder)
+        for number, message in enumerate(conversation.messages, 1)
+        if isinstance(message["content"], list)
+        for part in message["content"]
+        if part.get("type") == "image"
+    ]
+
+
+def _with_template(processor: Any) -> PreTrainedTokenizerBase:
+    """The processor's tokenizer, with the chat template that only the processor may have."""
+    tokenizer: PreTrainedTokenizerBase = processor.tokenizer
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = processor.chat_template
+    return tokenizer
 
 
 def _without_pictures(conversation: chat.Conversation) -> chat.Conversation:

@@ -100,17 +100,19 @@ def _of_json_lines(path: Path, source: Source) -> Iterator[Document]:
                 ) from error
             if not isinstance(record, dict):
                 raise UserError(f"{where} is a JSON {type(record).__name__}; expected an object.")
-            yield from _of_record(where, source.column, record)
+            yield from _of_record(where, source.column, record, path.parent)
 
 
-def _of_record(where: str, column: str, record: Mapping[str, object]) -> Iterator[Document]:
-    """The text or the conversation of a record, or nothing if it is blank."""
+def _of_record(
+    where: str, column: str, record: Mapping[str, object], folder: Path | None = None
+) -> Iterator[Document]:
+    """The text or the conversation of a record, or nothing if it is blank; pictures' paths start from a folder."""
     given = [name for name, value in record.items() if not _is_absent(value)]
     # An empty text beside messages does not count; where nothing is given, the column's absence is what is reported.
     column = column_of(where, column, given if _is_known(column, given) else list(record))
     value = record[column]
     if isinstance(value, list):
-        yield parse_conversation(where, value, record.get("tools"))
+        yield parse_conversation(where, value, record.get("tools"), folder)
     else:
         yield from _text_of(where, column, value)
 
@@ -213,12 +215,30 @@ def fingerprint(sources: Iterable[Source]) -> str:
         if source.file is not None:
             path = _existing(source.file)
             part |= {"kind": _kind(path), "sha256": _file_digest(path)}
+            if pictures := _picture_digests(path, source):
+                part["pictures"] = pictures
         else:
             part |= {"dataset": source.dataset, "config": source.config, "split": source.split}
             part["revision"] = _revision(source)
             part |= {"streaming": True} if source.streaming else {}
         parts.append(part)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _picture_digests(path: Path, source: Source) -> list[str]:
+    """Digests of the picture files that the conversations of a file name, in their order."""
+    if _kind(path) == ".txt" or not _names_pictures(path):
+        return []
+    listed = [part.get("path") for document in documents(source) if isinstance(document, Conversation)
+              for part in document.pictures]
+    files = [path.parent / name for name in listed if isinstance(name, str) and "://" not in name]
+    return [_file_digest(file) for file in files]
+
+
+def _names_pictures(path: Path) -> bool:
+    """Whether a file of JSON lines may name picture files."""
+    with _reading(path) as file:
+        return any('"path"' in line and '"image"' in line for line in file)
 
 
 def _file_digest(path: Path) -> str:

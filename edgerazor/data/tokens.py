@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ import torch
 
 from edgerazor.data import chat
 from edgerazor.data.sources import Document
+from edgerazor.errors import UserError
 from edgerazor.untrusted import vocabulary
 from edgerazor.untrusted.tokenizer import reading
 
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 MASKED = -100
 #: Documents that are tokenized at once.
 BATCH_DOCUMENTS = 256
+
+
+#: Gives for conversations with pictures their tokens, ids `[n]` int32, and which are to be learned, `[n]` bool.
+PictureEncoder = Callable[[Sequence[chat.Conversation]], list[tuple[np.ndarray, np.ndarray]]]
 
 
 @dataclass(frozen=True)
@@ -104,24 +109,28 @@ def tokenize(
     tokenizer: PreTrainedTokenizerBase,
     options: Mapping[str, Any] | None = None,
     prefix: tuple[int, ...] | None = None,
+    read_pictures: PictureEncoder | None = None,
 ) -> Tokens:
     """All documents as one stream of tokens (see `encode`), whose rows begin with `prefix` (by default `prefix_of`)."""
     pieces: list[tuple[np.ndarray, np.ndarray]] = []
     documents = iter(documents)
     while batch := list(islice(documents, BATCH_DOCUMENTS)):
-        pieces += encode(batch, tokenizer, options)
+        pieces += encode(batch, tokenizer, options, read_pictures)
     return Tokens.of(pieces, prefix_of(tokenizer) if prefix is None else prefix)
 
 
 def encode(
-    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any] | None = None
+    documents: Sequence[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    options: Mapping[str, Any] | None = None,
+    read_pictures: PictureEncoder | None = None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """The tokens of each document, and which of them are to be learned.
 
     A text gets the special tokens that the tokenizer adds (a BOS where it has one), and the tokenizer's EOS at its end
     where it has one and did not add it. All of it is learned; of a conversation, the assistant's turns. Its first token
     never is: where documents follow one another, it would be predicted from the end of another one. Chat templates are
-    given `options` beside the messages.
+    given `options` beside the messages. Conversations with pictures are read by `read_pictures`, all of them at once.
 
     Returns:
         `(ids [n] int32, learn [n] bool)` for each document.
@@ -130,17 +139,35 @@ def encode(
         UserError: a conversation cannot be encoded (see `chat.encode`), or the model does not know a token.
     """
     texts = iter(_encode_texts([document for document in documents if isinstance(document, str)], tokenizer))
+    talks = [replace(document, options=options or {}) for document in documents if isinstance(document, chat.Conversation)]
+    seeing = iter(_encode_pictures([talk for talk in talks if talk.pictures], read_pictures))
+    conversations = iter(talks)
     pieces = []
     for document in documents:
         if isinstance(document, str):
             ids = next(texts)
-            pieces.append((ids, np.ones(len(ids), dtype=bool)))
+            learn = np.ones(len(ids), dtype=bool)
         else:
-            ids, learn = chat.encode(replace(document, options=options or {}), tokenizer)
+            talk = next(conversations)
+            ids, learn = next(seeing) if talk.pictures else chat.encode(talk, tokenizer)
             learn[:1] = False
-            pieces.append((ids, learn))
-        vocabulary.check(tokenizer, pieces[-1][0])
+        if isinstance(document, str) or not document.pictures:
+            vocabulary.check(tokenizer, ids)
+        pieces.append((ids, learn))
     return pieces
+
+
+def _encode_pictures(
+    conversations: Sequence[chat.Conversation], read_pictures: PictureEncoder | None
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    if not conversations:
+        return []
+    if read_pictures is None:
+        raise UserError(
+            f"{conversations[0].where} holds pictures, but they cannot be read here.",
+            "Give a model that sees, with `data.packing: document`; recorded and streamed data cannot hold pictures.",
+        )
+    return read_pictures(conversations)
 
 
 def _encode_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:

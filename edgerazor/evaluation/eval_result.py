@@ -41,20 +41,27 @@ class Average(Result):
 
 
 class TextResult(Result):
-    """On held-out text; KL(teacher ‖ model) in nats per token. Null where there is no teacher, or not finite."""
+    """On held-out text; KL(teacher ‖ model) in nats per token. Null where there is no teacher, or not finite.
+
+    Of conversations with pictures, all this is of the words that are learned; `picture_kl` is of the `picture_tokens`
+    places that pictures take, where no word is predicted, and null where there are none.
+    """
 
     perplexity: float | None
     teacher_perplexity: float | None
     kl: float | None
     top1_agreement: float | None
     tokens: int
+    picture_kl: float | None = None
+    picture_tokens: int = 0
 
 
 class Measured(Result):
-    """What was measured of one model."""
+    """What was measured of one model; `blind` are its scores of questions about pictures without their features."""
 
     tasks: dict[str, TaskResult] = {}
     average: Average | None = None
+    blind: dict[str, float] = {}
     text: TextResult | None = None
 
 

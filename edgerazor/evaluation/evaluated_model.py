@@ -6,7 +6,8 @@ transformers does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,23 @@ class EvaluatedModel:
     def kernel(self) -> str:
         """Names of the kernels that multiply, of a packed model."""
         return str(self.model.kernel if self.is_native else modules.kernels_of(self.model))
+
+    @contextlib.contextmanager
+    def seeing(self, tower: str) -> Iterator[None]:
+        """Let it read a tower's features of pictures (`models.PictureTable.view`) inside."""
+        if isinstance(self.model, runtime.NativeModel):
+            before, self.model.tower = self.model.tower, tower
+            try:
+                yield
+            finally:
+                self.model.tower = before
+            return
+        before = models.tower_of(self.model)
+        models.let_see(self.model, tower=tower)
+        try:
+            yield
+        finally:
+            models.let_see(self.model, tower=before)
 
     @property
     def context_length(self) -> int:

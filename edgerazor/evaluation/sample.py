@@ -43,7 +43,8 @@ def add_sample(
     except UserError as error:  # logits that are no numbers
         result.failures.append(error.message)
         return
-    result.sample = evaluated.tokenizer.decode(prompt + written, skip_special_tokens=True)
+    words = [token for token in prompt + written if token < models.FIRST]
+    result.sample = evaluated.tokenizer.decode(words, skip_special_tokens=True)
     if sound:
         return
     token = evaluated.tokenizer.decode([max(set(written), key=written.count)])
@@ -60,11 +61,18 @@ def _prompts(evaluated: EvaluatedModel, text: data.TokenRows | None) -> list[lis
     """The first tokens of held-out rows, else the token that texts begin with."""
     if text is not None:
         rows = data.sample_batches(text, PROMPTS, 1)
-        return [batch["input_ids"][0, :PROMPT_TOKENS].tolist() for batch in rows]
+        return [_prompt(batch["input_ids"][0].tolist(), batch["labels"][0].tolist()) for batch in rows]
     first = evaluated.tokenizer.bos_token_id
     if first is None:
         first = evaluated.tokenizer.eos_token_id
     return [[first or 0]]
+
+
+def _prompt(ids: list[int], labels: list[int]) -> list[int]:
+    """The first tokens of a row; where it shows a picture, all up to the first answer, since none is cut apart."""
+    if all(token < models.FIRST for token in ids):
+        return ids[:PROMPT_TOKENS]
+    return ids[: next(place for place, label in enumerate(labels) if label != data.MASKED)]
 
 
 def greedy(evaluated: EvaluatedModel, prompt: list[int]) -> list[int]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from edgerazor import data, runtime
+from edgerazor import data, models, runtime
 from edgerazor.console import Console
 from edgerazor.evaluation.eval_result import TextResult
 from edgerazor.evaluation.evaluated_model import EvaluatedModel
@@ -50,15 +50,23 @@ def text_metrics(
         console: shows the progress.
     """
     sums = torch.zeros(4, dtype=torch.float64)  # model's and teacher's negative log-likelihood, KL, agreements
-    tokens = 0
+    of_pictures = torch.zeros(4, dtype=torch.float64)
+    tokens = picture_tokens = 0
     listed = list(batches)
     with console.track(f"Held-out text, {evaluated.title}", len(listed)) as tracker, torch.inference_mode():
         for batch in listed:
             labels = batch["labels"][:, 1:]  # [B, T - 1]: position t predicts token t + 1
             predicting = labels != data.MASKED
+            seeing = models.picture_mask(batch["input_ids"][:, :-1])
+            both = predicting | seeing
             tokens += int(predicting.sum())
-            logits = [_logits(model, batch["input_ids"], predicting) for model in (evaluated, teacher) if model]
-            sums += _sums(logits, labels[predicting])
+            picture_tokens += int(seeing.sum())
+            logits = [_logits(model, batch["input_ids"], both) for model in (evaluated, teacher) if model]
+            words = predicting[both].to(logits[0].device)
+            sums += _sums([part[words] for part in logits], labels[predicting])
+            if not bool(words.all()):
+                places = [part[~words] for part in logits]
+                of_pictures += _sums(places, torch.zeros(len(places[0]), dtype=torch.int64))
             tracker.advance()
     mean = [_finite(value / max(tokens, 1)) for value in sums.tolist()]
     compared = teacher is not None
@@ -68,6 +76,8 @@ def text_metrics(
         kl=mean[2] if compared else None,
         top1_agreement=mean[3] if compared else None,
         tokens=tokens,
+        picture_kl=_finite(float(of_pictures[2]) / picture_tokens) if compared and picture_tokens else None,
+        picture_tokens=picture_tokens,
     )
 
 

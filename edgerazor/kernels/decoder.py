@@ -912,6 +912,7 @@ _SIGNATURES = {
     "edgerazor_decoder_new": (c_void_p, [POINTER(_Network), c_int, c_int]),
     "edgerazor_decoder_free": (None, [c_void_p]),
     "edgerazor_decoder_set_rope": (None, [c_void_p] * 4),
+    "edgerazor_decoder_set_features": (None, [c_void_p, c_void_p, c_int64, c_void_p, c_int32]),
     "edgerazor_decoder_reserve_kv": (c_int, [c_void_p, c_int64]),
     "edgerazor_decoder_kv_bytes": (c_int64, [c_void_p]),
     "edgerazor_decoder_copy_page": (None, [c_void_p, c_int32, c_int32]),
@@ -1083,6 +1084,7 @@ class Decoder:
         self._uses_rope = any(layer.rope_dim for layer in network.layers)
         self._cosines = self._sines = torch.empty(0, network.rope_tables * network.rope_dim // 2)
         self._query_scales: Tensor | None = None
+        self._features = (torch.empty(0, network.hidden_size), torch.empty(0, 0, network.hidden_size))
         structures = _Structures(network)
         handle = _loaded().edgerazor_decoder_new(ctypes.byref(structures.network), isa % len(native.isas()), threads)
         if not handle:
@@ -1123,6 +1125,28 @@ class Decoder:
             self._cosines, self._sines, self._query_scales = cosines, sines, query_scales
             pointers = (cosines.data_ptr(), sines.data_ptr(), _pointer(query_scales))
             _loaded().edgerazor_decoder_set_rope(self._handle, *pointers)
+
+    def set_features(self, rows: Tensor, deep: Tensor | None = None) -> None:
+        """Sets what tokens behind the vocabulary are in the next calls: features of pictures.
+
+        Args:
+            rows: float32 [count, hidden_size], of the tokens vocab_size to vocab_size + count - 1.
+            deep: float32 [levels, count, hidden_size], what is added for them to the outputs of the first layers.
+
+        Raises:
+            ValueError: a tensor has another shape.
+        """
+        count, width = len(rows), self.network.hidden_size
+        deep = torch.empty(0, count, width) if deep is None else deep
+        if tuple(rows.shape) != (count, width) or tuple(deep.shape) != (len(deep), count, width):
+            raise ValueError(f"features of pictures must be [{count}, {width}], and as many for each level")
+        if len(deep) > len(self.network.layers):
+            raise ValueError(f"there are no {len(deep)} layers to add features to")
+        features = rows.float().contiguous(), deep.float().contiguous()
+        with self._exclusive():
+            self._features = features
+            pointers = features[0].data_ptr(), count, features[1].data_ptr(), len(deep)
+            _loaded().edgerazor_decoder_set_features(self._handle, *pointers)
 
     def reserve(self, slots: int) -> None:
         """Reserves memory for at least so many KV slots; what is in the KV cache stays.
@@ -1437,7 +1461,7 @@ class Decoder:
         ids = _int32(tokens)
         if len(ids) != sum(span.count for span in spans):
             raise ValueError(f"there are {len(ids)} tokens in spans of {sum(span.count for span in spans)}")
-        _check_range("tokens", ids, self.network.vocab_size)
+        _check_range("tokens", ids, self.network.vocab_size + len(self._features[0]))
         positions = torch.as_tensor(output_positions, dtype=torch.int64).contiguous()
         _check_range("output positions", positions, len(ids))
         return ids, positions

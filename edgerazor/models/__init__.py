@@ -48,11 +48,45 @@ from edgerazor.models.loading import (
 )
 from edgerazor.models.observer import Observer
 from edgerazor.models.onloading import drop_pages
+from edgerazor.models.pictures import (
+    BLIND,
+    FIRST,
+    PICTURES,
+    PictureFeatures,
+    PictureTable,
+    features_of,
+    has_pictures,
+    input_names,
+    let_see,
+    own_positions,
+    picture_mask,
+    placeholder_of,
+    runs_of,
+    split_pictures,
+    tower_of,
+)
+from edgerazor.models.processors import load_processor
 from edgerazor.models.routing import capture_routing
 from edgerazor.models.streaming import StreamedModel, StreamedStates
 from edgerazor.models.structure import QuantTarget, Structure, embedding_scale, find_head, structure
 
 __all__ = [
+    "BLIND",
+    "FIRST",
+    "PICTURES",
+    "PictureFeatures",
+    "PictureTable",
+    "features_of",
+    "has_pictures",
+    "input_names",
+    "let_see",
+    "own_positions",
+    "load_processor",
+    "picture_mask",
+    "placeholder_of",
+    "runs_of",
+    "split_pictures",
+    "tower_of",
     "Blocks",
     "LayerwisePass",
     "Observer",

@@ -174,7 +174,8 @@ class LayerwisePass:
         states = list(inputs)
         for layer in range(index, self.structure.layer_count):
             with self.layer(layer), torch.no_grad():
-                states = [self.blocks.forward_layer(layer, batch) for batch in states]
+                pairs = zip(states, self.batches, strict=True)
+                states = [self.blocks.forward_layer(layer, batch, ids) for batch, (ids, _) in pairs]
         return states
 
     def final(self, states: Tensor) -> Tensor:
@@ -238,7 +239,7 @@ class LayerwisePass:
                 observer.linear(path, _counted(x, counted), weights)
 
         with self._linear_hooks(index, observe):
-            outputs = self.blocks.forward_layer(index, inputs)
+            outputs = self.blocks.forward_layer(index, inputs, self.batches[number][0])
         for observer in observers:
             observer.layer(index, self.blocks.hidden(inputs), self.blocks.hidden(outputs), counts)
         return outputs
@@ -257,7 +258,7 @@ class LayerwisePass:
             output.register_hook(observe_gradient)
 
         with torch.enable_grad(), self._linear_hooks(index, observe):
-            outputs = self.blocks.forward_layer(index, inputs)
+            outputs = self.blocks.forward_layer(index, inputs, self.batches[number][0])
             gradient = self._read(self._gradients_file(name, index + 1), number)
             return torch.autograd.grad(outputs, inputs, gradient)[0]
 

@@ -27,6 +27,7 @@ from edgerazor.errors import UserError, plain, usage_error
 from edgerazor.models.experts import separate_experts
 from edgerazor.models.gguf_teacher import folder_of_gguf, gguf_origin, is_gguf
 from edgerazor.models.onloading import drop_pages
+from edgerazor.models.pictures import let_see
 from edgerazor.untrusted import links, vocabulary, weights
 from edgerazor.untrusted.tokenizer import open_tokenizer
 from edgerazor.untrusted.weight_places import all_places
@@ -115,7 +116,7 @@ def copy_companions(source: Path, folder: Path) -> None:
     Raises:
         UserError: one of them is a link that leaves the folder, or a file that may have such fields cannot be read.
     """
-    for file in _companions(source):
+    for file in companions(source):
         if not file.is_file():
             continue
         values = untrusted.read_json(file, None) if file.name in untrusted.CODE_FILES else None
@@ -126,7 +127,7 @@ def copy_companions(source: Path, folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
 
 
-def _companions(folder: Path) -> list[Path]:
+def companions(folder: Path) -> list[Path]:
     """Tokenizer, chat template and generation settings of a model folder.
 
     Raises:
@@ -274,7 +275,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
             f"{folder} has no tokenizer (tokenizer.json or tokenizer.model).",
             "Copy the tokenizer files of the original model into the folder.",
         )
-    _companions(folder)
+    companions(folder)
     try:
         return open_tokenizer(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
@@ -326,7 +327,7 @@ def load(
     weights.refuse_not_finite(folder, _named_tensors(model))
     _declare_untied(model)
     vocabulary.limit(tokenizer, model.get_input_embeddings().num_embeddings)
-    return separate_experts(model).to(device).eval(), tokenizer
+    return let_see(separate_experts(model).to(device).eval()), tokenizer
 
 
 def initialise(
@@ -351,7 +352,7 @@ def initialise(
         trust_remote_code=trust_remote_code,
         attn_implementation="eager" if caps_attention(config) else None,
     )
-    return separate_experts(model)
+    return let_see(separate_experts(model))
 
 
 def outline(source: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:

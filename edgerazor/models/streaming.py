@@ -124,7 +124,7 @@ class StreamedModel:
                         with capture_attention(
                             self.model, self.structure, captured_layers, attention_parts
                         ) as attention:
-                            states[number] = self.blocks.forward_layer(index, batch_states)
+                            states[number] = self.blocks.forward_layer(index, batch_states, batches[number])
                         results[number].attention |= attention
                 if index + 1 < count:  # the last layer's state is taken behind the final norm
                     self._keep(results, index + 1, map(self.blocks.hidden, states), hidden_layers)

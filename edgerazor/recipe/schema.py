@@ -569,6 +569,10 @@ class Eval(Strict):
 
     tasks: tuple[str, ...] = Field((), description="lm-eval tasks, ours, or groups: arc, hellaswag, world ...")
     task_data: FilePath | None = Field(None, description="folder of TASK.jsonl files to use instead of the hub's data")
+    pictures: tuple[FilePath, ...] = Field(
+        (), description="files of questions about pictures (image, question, choices, gold), or folders of them"
+    )
+    blind: bool = Field(False, description="ask these also without the features of pictures, as a control")
     limit: int | None = Field(None, ge=1, description="items per task; all when absent")
     num_fewshot: int | None = Field(None, ge=0, description="examples before each item; the task's own when absent")
     apply_chat_template: bool = Field(False, description="wrap prompts in the tokenizer's chat template")

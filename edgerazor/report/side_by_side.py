@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from edgerazor import data, untrusted
+from edgerazor import data, models, untrusted
 from edgerazor.errors import UserError
 from edgerazor.evaluation.evaluated_model import EvaluatedModel, load_16_bit, load_packed
 from edgerazor.evaluation.sample import SAMPLE_TOKENS, greedy
@@ -131,6 +131,9 @@ def prompts_of(rows: data.TokenRows, tokenizer: PreTrainedTokenizerBase) -> Iter
     chosen = (rows.row(index) for index in range(count)) if count else itertools.islice(rows.in_order(PROMPTS), PROMPTS)
     for row in chosen:
         ids = row["input_ids"].tolist()
+        if max(ids) >= models.FIRST:  # a picture is not cut apart: up to the first answer
+            yield ids[: next(place for place, label in enumerate(row["labels"].tolist()) if label != data.MASKED)]
+            continue
         begin = first_line(ids, tokenizer)
         yield ids[begin : begin + PROMPT_TOKENS]
 
@@ -150,14 +153,16 @@ def side_by_side(
 ) -> SideBySide:
     """A prompt's tokens and those that both wrote, as texts."""
 
+    words = [token for token in prompt if token < models.FIRST]
+
     def text_of(tokens: list[int]) -> str:
         """What tokens add to the prompt; characters that are cut, and what decoding puts before a text, left out."""
-        whole, before = (str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (prompt + tokens, prompt))
+        whole, before = (str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (words + tokens, words))
         return whole.removeprefix(before) if whole.startswith(before) else str(tokenizer.decode(tokens))
 
     equal = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(teacher, student, strict=False)))
     return SideBySide(
-        prompt=str(tokenizer.decode(prompt, skip_special_tokens=True)),
+        prompt=str(tokenizer.decode(words, skip_special_tokens=True)),
         teacher=text_of(teacher),
         student=text_of(student),
         equal_tokens=equal,

@@ -7,8 +7,9 @@ the native engine does not run it.
 
 from edgerazor.runtime.engine import Model, Session
 from edgerazor.runtime.generation import Chat, Generation, Stream
+from edgerazor.runtime.native_model import NativeModel
 from edgerazor.runtime.rope import max_positions
-from edgerazor.runtime.scoring import Score
+from edgerazor.runtime.scoring import Score, ScoreRequest, score_whole
 from edgerazor.runtime.select_engine import ENGINES, load
 from edgerazor.runtime.transformers_model import TransformersModel
 
@@ -17,10 +18,13 @@ __all__ = [
     "Chat",
     "Generation",
     "Model",
+    "NativeModel",
     "Score",
+    "ScoreRequest",
     "Session",
     "Stream",
     "TransformersModel",
     "load",
     "max_positions",
+    "score_whole",
 ]

@@ -12,11 +12,13 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
-from edgerazor import models
+from edgerazor import models, transformers_plugin
 from edgerazor.errors import UserError, plain, usage_error
 from edgerazor.models import PreTrainedTokenizerBase
+from edgerazor.pictures import PictureReader
 from edgerazor.runtime import generation
 from edgerazor.runtime.generation import Chat, Generation, Prompt, Stream
+from edgerazor.runtime.picture_prompts import Picture
 from edgerazor.runtime.scoring import Score, ScoreInput, ScoreRequest
 from edgerazor.runtime.token_ids import Ids, as_list, as_tensor
 
@@ -35,6 +37,7 @@ class Model(ABC):
         weight_bytes: that the weights take in memory.
         bytes_per_token: of weights that are read to decode a token, without the cache.
         cache_bytes_per_token: that a token of a sequence adds to its cache.
+        tower: whose features of pictures it reads (`models.PictureTable.view`).
         has_states: layers keep states of a sequence beside its cache, which sequences of a batch cannot share by pages.
     """
 
@@ -49,6 +52,7 @@ class Model(ABC):
     bytes_per_token: int
     cache_bytes_per_token: int
     has_states: bool = False
+    tower: str = ""
 
     @property
     @abstractmethod
@@ -65,6 +69,13 @@ class Model(ABC):
     def generation_config(self) -> GenerationConfig:
         """End-of-text tokens and other defaults of transformers' `generate`."""
         return models.generation_config(self.folder) or GenerationConfig.from_model_config(self.config)
+
+    @functools.cached_property
+    def pictures(self) -> PictureReader | None:
+        """What reads pictures for it; None where it sees none. Its tower computes in transformers, in float32."""
+        if not models.sees(self.config):
+            return None
+        return PictureReader(self.folder, lambda: transformers_plugin.load(self.folder)[0], str(self.folder))
 
     @abstractmethod
     def session(self) -> Session:
@@ -125,27 +136,32 @@ class Model(ABC):
             if type(count) is not int or not 1 <= count <= len(tokens):
                 raise usage_error(f"There are no last {count} of the {len(tokens)} tokens of a continuation.")
 
-    def generate(self, prompt: Prompt, seed: int = 0, **options: Any) -> Generation:
+    def generate(
+        self, prompt: Prompt, seed: int = 0, images: Sequence[Picture] = (), **options: Any
+    ) -> Generation:
         """Write a text that goes on from a prompt, or answers it.
 
         Args:
             prompt: a text; with `chat=True` the user's turn, or all messages so far.
             seed: of the sampling.
+            images: that the user's turn begins with, which makes it a chat: files, bytes of them, or Pillow's.
             options: fields of a recipe's `generate` section (`edgerazor show recipe` explains them): max_tokens,
                 temperature, top_k, top_p, min_p, repetition_penalty, stop, chat, system.
 
         Raises:
             UserError: an option is unknown or has a wrong value; the prompt is too long, or no text; there is no chat
-                template, or it refuses the messages.
+                template, or it refuses the messages; the model sees no pictures, or one of them cannot be read.
         """
-        stream = self.stream(prompt, seed, **options)
+        stream = self.stream(prompt, seed, images, **options)
         for _ in stream:
             pass
         return stream.generation
 
-    def stream(self, prompt: Prompt, seed: int = 0, **options: Any) -> Stream:
+    def stream(self, prompt: Prompt, seed: int = 0, images: Sequence[Picture] = (), **options: Any) -> Stream:
         """As `generate`, but the text in pieces as they are written; `Stream.generation` holds the whole at the end."""
-        return generation.stream(self, prompt, *generation.options(seed, **options))
+        if images:
+            options = {**options, "chat": True}
+        return generation.stream(self, prompt, *generation.options(seed, **options), images)
 
     def chat(self, seed: int = 0, **options: Any) -> Chat:
         """A conversation, whose `ask` gives the answers; options as of `generate`."""
@@ -159,7 +175,11 @@ class Model(ABC):
         """
         ids = as_tensor(tokens)
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocabulary:
-            wrong = next(token for token in ids.flatten().tolist() if not 0 <= token < self.vocabulary)
+            known = models.PICTURES if self.pictures else ()
+            wrong = next((token for token in ids.flatten().tolist() if not (0 <= token < self.vocabulary or token in known)), None)
+        else:
+            wrong = None
+        if wrong is not None:
             raise usage_error(f"There is no token {wrong}: the model knows {self.vocabulary}.")
         if before + ids.shape[-1] > self.max_positions:
             raise usage_error(

@@ -12,12 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from edgerazor import data, recipe, untrusted
+from edgerazor import data, models, recipe, untrusted
 from edgerazor.data import Conversation
 from edgerazor.errors import UserError, usage_error
 from edgerazor.models import PreTrainedTokenizerBase
 from edgerazor.recipe import Generate
 from edgerazor.runtime.detokenizer import TextAssembler
+from edgerazor.runtime.picture_prompts import Picture, with_pictures
 from edgerazor.runtime.sampling import Sampler
 from edgerazor.untrusted import vocabulary
 from edgerazor.untrusted.tokenizer import reading
@@ -193,8 +194,12 @@ class Chat:
         self._session: Session | None = None
         self._latest: Stream | None = None
 
-    def ask(self, question: str) -> Stream:
+    def ask(self, question: str, images: Sequence[Picture] = ()) -> Stream:
         """Stream the answer to a question; an answer that is broken off stays as far as it was generated.
+
+        Args:
+            question: of the user.
+            images: that come before it, as of `Model.generate`.
 
         Raises:
             UserError: the chat template refuses the conversation, or there is no room for an answer.
@@ -204,7 +209,7 @@ class Chat:
             self.messages.append({"role": "assistant", "content": answer.text})
             if answer.finish_reason is None:  # broken off perhaps within a token
                 self._session = None
-        self.messages.append({"role": "user", "content": question})
+        self.messages.append({"role": "user", "content": with_pictures(question, images) if images else question})
         ids = encode(self.model, self.messages, self.settings)
         self._session = self._session or self.model.session()
         self.sampler.reset()
@@ -213,7 +218,9 @@ class Chat:
         return self._latest
 
 
-def stream(model: Model, prompt: Prompt, settings: Generate, seed: int) -> Stream:
+def stream(
+    model: Model, prompt: Prompt, settings: Generate, seed: int, images: Sequence[Picture] = ()
+) -> Stream:
     """Stream a text that goes on from a prompt, or answers it.
 
     Args:
@@ -221,10 +228,15 @@ def stream(model: Model, prompt: Prompt, settings: Generate, seed: int) -> Strea
         prompt: a text; for a chat the user's turn, or all messages so far.
         settings: how it is to be written.
         seed: of the sampling.
+        images: that the user's turn begins with, in a chat.
 
     Raises:
         UserError: the prompt is too long, or no text; or there is no chat template, or it refuses the messages.
     """
+    if images:
+        if not isinstance(prompt, str):
+            raise usage_error("Pictures come with a text; in messages they are parts of these.")
+        prompt = [{"role": "user", "content": with_pictures(prompt, images)}]
     ids = encode(model, prompt, settings)
     ends = end_tokens(model) | (turn_ends(model.tokenizer) if settings.chat else frozenset())
     return Stream(model.session(), ids, Sampler(settings, seed, model.vocabulary), ends, alone=settings.chat)
@@ -268,14 +280,18 @@ def encode(model: Model, prompt: Prompt, settings: Generate) -> list[int]:
         UserError: as `stream`.
     """
     tokenizer = model.tokenizer
-    if settings.chat:
+    if settings.chat and (conversation := seeing_conversation(prompt, settings)) is not None:
+        if model.pictures is None:
+            raise usage_error(f"{model.folder} is a model of text, which sees no pictures.", "Leave them out.")
+        ids = model.pictures.prompt(conversation)
+    elif settings.chat:
         ids = rendered_tokens(tokenizer, render(tokenizer, prompt, settings))
     elif isinstance(prompt, str):
         check_text(prompt)
         ids = text_tokens(tokenizer, prompt)
     else:
         raise usage_error("A prompt is text; messages are for a chat.", "Give `chat` too.")
-    check_prompt(model, ids)
+    check_prompt(model, [token for token in ids if token not in models.PICTURES])
     if len(ids) >= model.max_positions:
         raise usage_error(
             f"The prompt has {len(ids):,} tokens, which leaves no room for an answer: the model has "
@@ -283,6 +299,19 @@ def encode(model: Model, prompt: Prompt, settings: Generate) -> list[int]:
             "Give a shorter one.",
         )
     return ids
+
+
+def seeing_conversation(prompt: Prompt, settings: Generate) -> Conversation | None:
+    """The messages of a chat in which there are pictures, with the system message; None where there are none.
+
+    Raises:
+        UserError: a message is none.
+    """
+    if isinstance(prompt, str) or not any(isinstance(message.get("content"), list) for message in prompt):
+        return None
+    first = [] if settings.system is None else [{"role": "system", "content": settings.system}]
+    conversation = data.parse_conversation("The prompt", [*first, *prompt])
+    return conversation if conversation.pictures else None
 
 
 def check_prompt(model: Model, ids: Sequence[int]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgerazor import kernels, transformers_plugin
+from edgerazor import kernels, models, transformers_plugin
 from edgerazor.errors import UserError, plain
 from edgerazor.kernels import native
 from edgerazor.kernels.decoder import (
@@ -27,8 +27,10 @@ from edgerazor.kernels.decoder import (
 from edgerazor.models import load_tokenizer
 from edgerazor.packed import PackedModel
 from edgerazor.runtime.chosen_experts import unchosen_bytes
+from edgerazor.runtime.decoder_view import decoder_of
 from edgerazor.runtime.engine import Model, Session
 from edgerazor.runtime.network import NotNativeError, build_network, matrix_names, native_architecture, tables
+from edgerazor.runtime.picture_prompts import AHEAD, PicturePositions
 from edgerazor.runtime.rope import Rotary, max_positions
 from edgerazor.runtime.scoring import Score, ScoreRequest, score_whole
 from edgerazor.runtime.weight_memory import load_matrices, matrix_bytes
@@ -77,8 +79,14 @@ class NativeModel(Model):
     def __init__(self, packed: PackedModel, config: Any, threads: int, mapped: bool) -> None:
         settings = getattr(config, "quantization_config", None) or {}
         transformers_plugin.check_settings(SimpleNamespace(**settings), packed)
+        whole, config = config, config.get_text_config()
+        packed = decoder_of(packed)
         with _configuration_errors(packed):
+            if "token_type_ids" in models.input_names(whole):
+                raise NotNativeError("the tokens of a picture see one another, for which there is no native code")
             architecture = native_architecture(config, packed)
+            if whole is not config and architecture.layer_inputs(config) is not None:
+                raise NotNativeError("pictures have no inputs of single layers in native code")
             names = matrix_names(config, architecture, packed)
             unread_tables = tables(config, architecture, packed)
         self.folder, self.threads = packed.folder, threads
@@ -90,6 +98,7 @@ class NativeModel(Model):
             self.rotary = Rotary(config, architecture.rotary_class, architecture.rope_table, scaling, widths)
             self.network = build_network(config, architecture, packed, matrices, self.rotary)
             self.network.check()
+            self.positions = PicturePositions(whole, self.rotary)
         self.tokenizer = load_tokenizer(packed.folder)
         vocabulary.limit(self.tokenizer, self.network.vocab_size)
         self.has_states = self.network.has_states
@@ -128,12 +137,15 @@ class NativeModel(Model):
 
     def _logits(self, tokens: Tensor, last: int) -> Tensor:
         count, length = tokens.shape
-        at_once = max(1, CALL_TOKENS // length)
+        at_once = 1 if self.positions.differ(tokens.flatten().tolist()) else max(1, CALL_TOKENS // length)
         with self._shared_decoder() as decoder:
             logits = torch.empty(count, last, self.vocabulary)
             prepare(decoder, self.rotary, 0, length, at_once * align_slot(length))
             for start in range(0, count, at_once):
                 batch = tokens[start : start + at_once]
+                if self.positions.differ(batch.flatten().tolist()):
+                    decoder.set_rope(*self.positions.tables(batch[0].tolist(), length))
+                batch = with_features(decoder, batch, self.tower)
                 spans = [SequenceSpan(0, 0, row * align_slot(length), 0, length) for row in range(len(batch))]
                 output_positions = torch.arange(batch.numel()).view(batch.shape)[:, -last:].flatten()
                 of_batch = decoder.logits(spans, batch.flatten(), output_positions)
@@ -143,7 +155,7 @@ class NativeModel(Model):
         return logits
 
     def _score(self, requests: list[ScoreRequest]) -> list[list[Score]]:
-        long = [self.rotary.varies(_length(request)) for request in requests]
+        long = [self.rotary.varies(_length(request)) or _has_pictures(request) for request in requests]
         apart = [request for request, is_long in zip(requests, long, strict=True) if is_long]
         together = [request for request, is_long in zip(requests, long, strict=True) if not is_long]
         of_apart, of_together = iter(score_whole(apart, self._logits)), iter(self._score_shared_prefixes(together))
@@ -194,6 +206,7 @@ class NativeSession(Session):
     def __init__(self, model: NativeModel) -> None:
         super().__init__(model)
         self._decoder = model.decoder()
+        self._rope: tuple[list[int], tuple[Tensor, ...]] | None = None  # of a sequence whose positions differ
         self._states = _SessionStates(self._decoder) if model.has_states else None
 
     def _compute(self, start: int, tokens: list[int]) -> Tensor:
@@ -207,7 +220,7 @@ class NativeSession(Session):
         if len(tokens) > 1 or (self._states and self._states.position(last) < last):
             self._feed(start, tokens[:-1], [])
         with self.model.errors_for_people():
-            prepare(self._decoder, self.model.rotary, last, last + count, last + count)
+            self._prepare(last, tokens, last + count)
             span = self._span(last, 1)
             written = self._decoder.greedy(span, tokens[-1], count, sorted(stops))
         if self._states:
@@ -223,11 +236,22 @@ class NativeSession(Session):
         if not tokens:
             return torch.empty(0, self.model.vocabulary)
         with self.model.errors_for_people():
-            prepare(self._decoder, self.model.rotary, start, end, end)
-            logits = self._decoder.logits([self._span(start, len(tokens))], tokens, output_positions)
+            self._prepare(start, tokens, end)
+            given = with_features(self._decoder, torch.tensor(tokens), self.model.tower)
+            logits = self._decoder.logits([self._span(start, len(tokens))], given, output_positions)
         if self._states:
             self._states.advance(end, keep=len(tokens) > 1)
         return logits
+
+    def _prepare(self, start: int, tokens: list[int], length: int) -> None:
+        """Make the decoder ready for tokens from `start` on, and text behind them, of a sequence of this length."""
+        prepare(self._decoder, self.model.rotary, start, length, length)
+        ids = [*self.ids[:start], *tokens]
+        if not self.model.positions.differ(ids):
+            return
+        if self._rope is None or not _begins(ids, self._rope[0]) or length > len(self._rope[1][0]):
+            self._rope = ids, self.model.positions.tables(ids, length + AHEAD)
+        self._decoder.set_rope(*self._rope[1])
 
     def _span(self, start: int, count: int) -> SequenceSpan:
         """New tokens, from a position on whose state is known where there are states."""
@@ -284,7 +308,28 @@ def prepare(decoder: Decoder, rotary: Rotary, start: int, length: int, slots: in
     decoder.reserve(slots)
 
 
+def with_features(decoder: Decoder, tokens: Tensor, tower: str = "") -> Tensor:
+    """Tokens as the decoder takes them in its next call, with the features of those that are of pictures set."""
+    if not models.has_pictures(tokens):
+        return tokens
+    mask = models.picture_mask(tokens)
+    gathered = models.PICTURES.gather(tokens[mask], tower)
+    decoder.set_features(gathered.rows, gathered.deep)
+    first = decoder.network.vocab_size
+    return tokens.masked_scatter(mask, torch.arange(first, first + len(gathered.rows), dtype=tokens.dtype))
+
+
+def _begins(ids: list[int], known: list[int]) -> bool:
+    """Whether a sequence begins with what is known, and goes on as text."""
+    more = ids[len(known) :]
+    return ids[: len(known)] == known and all(token < models.FIRST for token in more)
+
+
 # Scores -------------------------------------------------------------------------------------------------------------
+
+
+def _has_pictures(request: ScoreRequest) -> bool:
+    return any(token >= models.FIRST for tokens in (request.prefix, *request.continuations) for token in tokens)
 
 
 def _length(request: ScoreRequest) -> int:

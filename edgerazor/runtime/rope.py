@@ -145,11 +145,15 @@ class Rotary:
 
     def _compute(self, start: int, end: int) -> tuple[Tensor, ...]:
         """Rows of positions [start, end) where a call ends at `end`."""
-        positions = torch.arange(start, end)
+        return self.tables_at(torch.arange(start, end)[None])
+
+    def tables_at(self, ids: Tensor) -> tuple[Tensor, ...]:
+        """As `tables`, for positions int64 [1, T], or [3, 1, T] in families whose positions have three dimensions."""
+        positions = ids.reshape(-1, ids.shape[-1])[0]
         with torch.no_grad():
             module = self._class(self._config)
             tables = [
-                module(torch.empty(0), positions[None], *([name] if name else []))  # [1, positions, features] each
+                module(torch.empty(0), ids, *([name] if name else []))  # [1, positions, features] each
                 for name in self.names
             ]
         self._features = {name: table[0].shape[-1] for name, table in zip(self.names, tables, strict=True)}

@@ -79,13 +79,18 @@ class TransformersSession(Session):
         super().__init__(model)
         self._cache: Any = None
         self._cached = 0
+        self._deltas: Any = None
 
     def _compute(self, start: int, tokens: list[int]) -> Tensor:
         self._forget(start)
+        if any(token >= models.FIRST for token in tokens):  # families place pictures in whole sequences only
+            self._cache, self._cached = None, 0
         missing = self.ids[self._cached : start]
         model = self.model.model
         options = models.with_cache(model, self._cache)
-        out = self.model.forward(torch.tensor([[*missing, *tokens]]), logits_to_keep=1, **options)
+        with models.own_positions(model, self._deltas) as deltas:
+            out = self.model.forward(torch.tensor([[*missing, *tokens]]), logits_to_keep=1, **options)
+        self._deltas = deltas[-1]
         self._cache, self._cached = out[models.cache_name(model)], start + len(tokens)
         return out.logits[0, -1].float()
 

@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 from rich.console import RenderableType
 
-from edgerazor import data, kernels, tasks, transformers_plugin
+from edgerazor import data, kernels, models, tasks, transformers_plugin
 from edgerazor.console import Console
 from edgerazor.errors import UserError, usage_error
+from edgerazor.evaluation import picture_tasks
 from edgerazor.evaluation.eval_result import DryRun, DryTask, EvalResult, Measured
 from edgerazor.evaluation.evaluated_model import EvaluatedModel, load_16_bit, load_packed, load_rounding_inputs
 from edgerazor.evaluation.measuring import Evaluation, held_out_rows, load_tasks, request_of
@@ -30,7 +31,7 @@ from edgerazor.recipe import Recipe
 from edgerazor.report import card_results
 from edgerazor.report.tables import eval_tables
 from edgerazor.stage import Stage
-from edgerazor.workdir import hash_folder, write_json
+from edgerazor.workdir import hash_file, hash_folder, write_json
 
 #: Settings of `evaluate_model` alone.
 ALONE = ("against", "activation_bits", "kv_bits")
@@ -46,7 +47,9 @@ class EvalStage(Stage):
     needs = ("pack",)
 
     def describe(self, context: JobContext) -> str:
-        return ", ".join(context.recipe.eval.tasks) or "held-out text"
+        settings = context.recipe.eval
+        named = [*settings.tasks, *(Path(place).stem for place in settings.pictures)]
+        return ", ".join(named) or "held-out text"
 
     def inputs(self, context: JobContext) -> dict[str, str]:
         """Fingerprints of everything the result depends on.
@@ -61,8 +64,11 @@ class EvalStage(Stage):
             "seed": str(recipe.seed),
             "device": recipe.device,
             "kernel": kernels.name(),
-            **context.section_inputs(self.name, skip=("batch_size", "task_data", *ALONE)),
+            **context.section_inputs(self.name, skip=("batch_size", "task_data", "pictures", *ALONE)),
         }
+        for place in recipe.eval.pictures:
+            for file in picture_tasks.files_of(place):
+                inputs[f"pictures {file.stem}"] = hash_file(file)
         inputs |= {f"compare {name}": hash_folder(folder) for name, folder in compared_folders(recipe).items()}
         request = request_of(recipe.eval, recipe.seed)
         inputs |= {f"task {name}": digest for name, digest in tasks.fingerprint(request).items()}
@@ -93,11 +99,16 @@ class EvalStage(Stage):
         folders = {"packed": context.work.folder("pack"), **compared_folders(recipe)}
         if not transformers_plugin.is_packed(folders["packed"]):
             raise UserError(f"{folders['packed']} is not a packed model.", "Make one with `edgerazor pack`.")
-        loaded = load_tasks(request, sources)
+        about_pictures = picture_tasks.load(recipe.eval.pictures, recipe.eval.limit)
+        loaded = load_tasks(request, sources, about_pictures)
         teacher = load_16_bit("teacher", recipe.model, context)
         text = held_out_rows(context, sources, teacher)
         length = recipe.data.sequence_length
-        evaluation = Evaluation(recipe.eval, request, loaded, text, length, context.console, teacher)
+        evaluation = Evaluation(
+            *(recipe.eval, request, loaded, text, length, context.console, teacher),
+            about_pictures=about_pictures,
+            reader=context.pictures,
+        )
         result = EvalResult(notes=evaluation.notes_on_data())
         if text is not None and not (recipe.data.held_out or recipe.data.train):
             result.notes.append("The held-out text was written by the teacher.")
@@ -179,7 +190,8 @@ def evaluate_model(
     if settings.min_retention is not None and settings.against is None:
         raise usage_error("--min-retention compares with a teacher.", "Name it: `eval MODEL --against TEACHER`.")
     request, sources = request_of(settings, recipe.seed), context.held_out_sources
-    loaded = load_tasks(request, sources)
+    about_pictures = picture_tasks.load(settings.pictures, settings.limit)
+    loaded = load_tasks(request, sources, about_pictures)
     device = context.device
     is_packed = transformers_plugin.is_packed(Path(model))
     if is_packed and (settings.activation_bits, settings.kv_bits) != (16, 16):
@@ -192,8 +204,15 @@ def evaluate_model(
     else:
         evaluated = load_rounding_inputs(model, context)
     teacher = load_16_bit("teacher", settings.against, context) if settings.against else None
+    if models.sees((teacher or evaluated).model.config):
+        folder = models.resolve(settings.against or model, recipe.revision)
+        context.read_pictures_of(folder, (teacher or evaluated).model)
     text = held_out_rows(context, sources, teacher or evaluated)
-    evaluation = Evaluation(settings, request, loaded, text, recipe.data.sequence_length, console, teacher)
+    evaluation = Evaluation(
+        *(settings, request, loaded, text, recipe.data.sequence_length, console, teacher),
+        about_pictures=about_pictures,
+        reader=context.pictures,
+    )
     result = EvalResult(notes=notes + evaluation.notes_on_data())
     if teacher_scores is None:
         result.notes += evaluation.score_teacher()

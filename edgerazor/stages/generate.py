@@ -11,6 +11,7 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from edgerazor import runtime, transformers_plugin
@@ -25,7 +26,9 @@ from edgerazor.workdir import WorkDir, find_folder
 CONTROL = dict.fromkeys((*range(32), *range(127, 160)), "?") | {ord("\n"): "\n", ord("\t"): "\t", ord("\r"): ""}
 
 
-def run(folder: Path, prompt: str, recipe: Recipe, console: Console, mmap: bool = False) -> GenerateResult:
+def run(
+    folder: Path, prompt: str, recipe: Recipe, console: Console, mmap: bool = False, images: Sequence[Path] = ()
+) -> GenerateResult:
     """Write what follows a prompt; on the way to stdout, unless the result is to be JSON.
 
     Args:
@@ -34,6 +37,7 @@ def run(folder: Path, prompt: str, recipe: Recipe, console: Console, mmap: bool 
         recipe: how, with how many threads, and the seed.
         console: where timings go.
         mmap: read weights in place.
+        images: that the prompt is about.
 
     Raises:
         UserError: as `runtime.load` and `Model.generate`; or it was interrupted, with what was written shown.
@@ -42,7 +46,7 @@ def run(folder: Path, prompt: str, recipe: Recipe, console: Console, mmap: bool 
         began = time.perf_counter()
         model = load(folder, recipe, console, mmap)
         seconds = time.perf_counter() - began
-        stream = model.stream(prompt, recipe.seed, **recipe.generate.model_dump())
+        stream = model.stream(prompt, recipe.seed, images, **recipe.generate.model_dump())
         finished = follow(stream, silent=console.as_json)
         result = GenerateResult(
             model=str(folder),
@@ -64,8 +68,10 @@ def run(folder: Path, prompt: str, recipe: Recipe, console: Console, mmap: bool 
     raise UserError("Interrupted.", code=INTERRUPTED)
 
 
-def converse(folder: Path, recipe: Recipe, console: Console, mmap: bool = False) -> None:
-    """A chat in the terminal, until the end of its input.
+def converse(
+    folder: Path, recipe: Recipe, console: Console, mmap: bool = False, images: Sequence[Path] = ()
+) -> None:
+    """A chat in the terminal, until the end of its input; the first question is about the images.
 
     Raises:
         UserError: as `run`; or it was interrupted between two answers.
@@ -76,7 +82,8 @@ def converse(folder: Path, recipe: Recipe, console: Console, mmap: bool = False)
         console.say("Ctrl-C breaks off an answer, Ctrl-D ends the chat.")
         while (question := ask()) is not None:
             if question.strip():
-                stream = chat.ask(question)
+                stream = chat.ask(question, images)
+                images = ()
                 follow(stream)
                 console.say(timings(stream.generation, model))
     except KeyboardInterrupt:

@@ -36,11 +36,13 @@ class BlockTargets:
         student_states: `[B, T, H]`, the input of the student's layer.
         teacher_states: `[B, T, H]`, the output of the teacher's layer, which the student's layer should give.
         mask: bool `[B, T]`, the positions that count.
+        input_ids: int64 `[B, T]`.
     """
 
     student_states: Tensor
     teacher_states: Tensor
     mask: Tensor
+    input_ids: Tensor
 
     def squared_error(self, output: Tensor) -> Tensor:
         """Squared error of the student's output `[B, T, H]`, summed over positions that count, float32 []."""
@@ -128,7 +130,8 @@ def make_block_targets(
             with accelerator.autocast():
                 student_states = student.inputs(input_ids).cpu()
             teacher_states = teacher.inputs(input_ids).cpu()
-            steps[-1].append(BlockTargets(student_states, teacher_states, batch["labels"] != data.MASKED))
+            mask = batch["labels"] != data.MASKED
+            steps[-1].append(BlockTargets(student_states, teacher_states, mask, batch["input_ids"]))
     return steps
 
 
@@ -138,7 +141,7 @@ def advance(blocks: Blocks, index: int, targets: Sequence[BlockTargets], states:
     with modules.encoded_once(blocks.layers[index]), accelerator.autocast():
         for micro_batch in targets:
             inputs = getattr(micro_batch, states).to(accelerator.device)
-            setattr(micro_batch, states, blocks.forward_layer(index, inputs).cpu())
+            setattr(micro_batch, states, blocks.forward_layer(index, inputs, micro_batch.input_ids).cpu())
 
 
 @torch.no_grad()
@@ -194,7 +197,8 @@ def train_block(
 
 def _output(blocks: Blocks, index: int, micro_batch: BlockTargets, accelerator: Accelerator) -> Tensor:
     """The output of the student's layer, `[B, T, H]`."""
-    return blocks.forward_layer(index, micro_batch.student_states.to(accelerator.device))
+    states = micro_batch.student_states.to(accelerator.device)
+    return blocks.forward_layer(index, states, micro_batch.input_ids)
 
 
 def all_reduce_gradients(layer: nn.Module, accelerator: Accelerator) -> None:

@@ -84,6 +84,8 @@ WORDS: dict[str, tuple[list[str], Any]] = {
     "pack.allow_lossy": ([], True),
     "eval.tasks": (["arc, hellaswag"], ["arc", "hellaswag"]),
     "eval.task_data": (["/tasks"], "/tasks"),
+    "eval.pictures": (["/a.jsonl", "--pictures", "/b"], ["/a.jsonl", "/b"]),
+    "eval.blind": ([], True),
     "eval.limit": (["10"], 10),
     "eval.num_fewshot": (["0"], 0),
     "eval.apply_chat_template": ([], True),

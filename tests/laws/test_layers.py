@@ -25,7 +25,7 @@ LAYERS = (
     {"importers", "runtime"},  # importers read with the names that exporters write
     {"exporters", "tasks", "transformers_plugin"},
     {"allocate"},
-    {"modules"},
+    {"modules", "pictures"},
     {"packed", "models", "data", "recording"},
     {"kernels", "families"},
     {"formats", "losses", "devices"},

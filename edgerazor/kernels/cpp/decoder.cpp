@@ -144,8 +144,14 @@ void edgerazor_decoder::forward(const edgerazor_sequence_span* spans, int64_t sp
         // The last layers need not compute the tokens before the first output, if they keep nothing of them.
         const int64_t dropped =
             keeping_layers < model.layer_count ? std::min(sink.first_needed(first, count), count) : 0;
-        const auto finish = [&](const ThreadContext& context, int layer) {
-            for (; layer < model.layer_count; layer++) forward_layer(context, layer);
+        const auto compute = [&](const ThreadContext& context, int64_t token, int layer, int end) {
+            for (; layer < end; layer++) {
+                forward_layer(context, layer);
+                if (layer < deep_levels) add_deep_features(context, tokens + token, layer);
+            }
+        };
+        const auto finish = [&](const ThreadContext& context, int64_t token, int layer) {
+            compute(context, token, layer, model.layer_count);
             if (context.shared) threads.barrier(); // the sink divides the tokens in another way
             sink.consume(context);
         };
@@ -156,14 +162,16 @@ void edgerazor_decoder::forward(const edgerazor_sequence_span* spans, int64_t sp
             const ThreadContext context = context_of(thread, count);
             embed(context, tokens + first);
             if (input_width > 0) make_layer_inputs(context, tokens + first);
-            if (dropped == 0) return finish(context, 0);
-            for (int layer = 0; layer < keeping_layers; layer++) forward_layer(context, layer);
+            if (dropped == 0) return finish(context, first, 0);
+            compute(context, first, 0, keeping_layers);
         });
         if (dropped == 0 || dropped == count) continue;
         drop_first(dropped, count - dropped);
         plan_micro_batch(spans, span_count, first + dropped, count - dropped);
         sink.begin(first + dropped, count - dropped);
-        threads.run([&](int thread) { finish(context_of(thread, count - dropped), keeping_layers); });
+        threads.run([&](int thread) {
+            finish(context_of(thread, count - dropped), first + dropped, keeping_layers);
+        });
     }
 }
 
@@ -257,11 +265,26 @@ ThreadContext edgerazor_decoder::context_of(int thread, int64_t tokens) {
 
 void edgerazor_decoder::embed(const ThreadContext& context, const int32_t* tokens) {
     for (int64_t t = context.first; t < context.last; t++) {
+        if (tokens[t] >= model.vocab_size) { // of a picture
+            memcpy(context.buffers->residual.get() + t * model.hidden_size,
+                   features + (int64_t)(tokens[t] - model.vocab_size) * model.hidden_size,
+                   model.hidden_size * sizeof(float));
+            continue;
+        }
         float* residual = context.buffers->residual.get() + t * model.hidden_size;
         embedding.read(matmul_kernels, tokens[t], residual);
         if (model.embedding_scale != 1)
             for (int i = 0; i < model.hidden_size; i++) residual[i] *= model.embedding_scale;
     }
+}
+
+// residual += what is added behind a layer for tokens of pictures
+void edgerazor_decoder::add_deep_features(const ThreadContext& context, const int32_t* tokens, int layer) {
+    const float* level = deep_features + layer * feature_count * model.hidden_size;
+    for (int64_t t = context.first; t < context.last; t++)
+        if (tokens[t] >= model.vocab_size)
+            math.add(context.buffers->residual.get() + t * model.hidden_size,
+                     level + (int64_t)(tokens[t] - model.vocab_size) * model.hidden_size, model.hidden_size);
 }
 
 void edgerazor_decoder::apply_norm(const edgerazor_norm& norm, const float* x, int64_t count, float* out) const {

@@ -194,6 +194,12 @@ EDGERAZOR_API void edgerazor_decoder_free(edgerazor_decoder* decoder);
 EDGERAZOR_API void edgerazor_decoder_set_rope(edgerazor_decoder* decoder, const float* cosines, const float* sines,
                                               const float* query_scales);
 
+/* What the tokens [vocab_size, vocab_size + count) of the next calls are, instead of rows of the embedding: features of
+   pictures, rows [count, hidden_size]; and what is added to the outputs of the first `levels` layers for these tokens,
+   deep [levels, count, hidden_size]. The caller keeps them in memory. */
+EDGERAZOR_API void edgerazor_decoder_set_features(edgerazor_decoder* decoder, const float* rows, int64_t count,
+                                                  const float* deep, int32_t levels);
+
 /* Makes the KV cache at least so many slots large; what is in it stays. */
 EDGERAZOR_API int edgerazor_decoder_reserve_kv(edgerazor_decoder* decoder, int64_t slots);
 EDGERAZOR_API int64_t edgerazor_decoder_kv_bytes(const edgerazor_decoder* decoder);

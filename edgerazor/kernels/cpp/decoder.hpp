@@ -221,6 +221,9 @@ struct edgerazor_decoder {
     edgerazor::KvCache kv_cache;
     edgerazor::StateStore states;
     const float *cosines = nullptr, *sines = nullptr, *query_scales = nullptr;
+    const float *features = nullptr, *deep_features = nullptr; // of tokens behind the vocabulary
+    int64_t feature_count = 0;
+    int32_t deep_levels = 0;
 
     int64_t max_columns = 0;                               // of the input of a linear group
     size_t max_inputs = 0;                                 // quantized inputs of a linear group
@@ -269,6 +272,7 @@ struct edgerazor_decoder {
     void embed(const edgerazor::ThreadContext& context, const int32_t* tokens);
     void make_layer_inputs(const edgerazor::ThreadContext& context, const int32_t* tokens);
     void add_layer_input(const edgerazor::ThreadContext& context, const edgerazor::Layer& layer);
+    void add_deep_features(const edgerazor::ThreadContext& context, const int32_t* tokens, int layer);
     void forward_layer(const edgerazor::ThreadContext& context, int layer);
     // Computes the input of a linear group by fill(token, row) for each of the thread's tokens, rotates and quantizes it.
     template <class Fill>

@@ -44,6 +44,14 @@ void edgerazor_decoder_set_rope(edgerazor_decoder* decoder, const float* cosines
     decoder->query_scales = query_scales;
 }
 
+void edgerazor_decoder_set_features(edgerazor_decoder* decoder, const float* rows, int64_t count, const float* deep,
+                                    int32_t levels) {
+    decoder->features = rows;
+    decoder->feature_count = count;
+    decoder->deep_features = deep;
+    decoder->deep_levels = levels;
+}
+
 int edgerazor_decoder_reserve_states(edgerazor_decoder* decoder, int64_t count) {
     return status_of(decoder, [&] { decoder->states.reserve(count); });
 }

@@ -1,0 +1,86 @@
+"""The native engine reads pictures: logits, scores and greedy text are those of transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from edgerazor import models, runtime
+from edgerazor.kernels import native as native_kernels
+from edgerazor.models import PictureFeatures
+from helpers.packed_folders import SETTINGS, all_of, write_packed
+from helpers.seeing_models import SEEING, seeing_model
+from helpers.tiny_models import mostly_slow, tiny_tokenizer
+
+needs_native = pytest.mark.skipif(native_kernels.library() is None, reason="the native library is not built")
+NATIVE = [family for family in SEEING if family != "gemma3"]
+
+
+def picture(family: str, seed: int, rows: int = 4) -> list[int]:
+    """Tokens of a picture of random features, as large as those that a tower makes."""
+    generator = torch.Generator().manual_seed(seed)
+    deep = torch.randn(1, rows, 64, generator=generator) if family == "qwen3_vl" else None
+    grid = (1, 4, rows) if family.startswith("qwen") else None
+    features = PictureFeatures(torch.randn(rows, 64, generator=generator), deep, grid)
+    return models.PICTURES.add(features).tolist()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = {}
+
+    def make(family: str):
+        if family not in made:
+            place = tmp_path_factory.mktemp(family)
+            seeing_model(family).save_pretrained(place / "teacher")
+            tiny_tokenizer().save_pretrained(place / "teacher")
+            settings = {**SETTINGS, "activation_bits": 8, "kv_bits": 8}
+            write_packed(place / "packed", place / "teacher", all_of("int4"), settings=settings, input_scale=False)
+            made[family] = place / "packed"
+        return made[family]
+
+    return make
+
+
+@needs_native
+@pytest.mark.parametrize("family", mostly_slow(NATIVE, "smolvlm", "qwen3_vl"))
+def test_both_engines_see_the_same(folder, family):
+    native = runtime.load(folder(family), threads=1, engine="native")
+    other = runtime.load(folder(family), threads=1, engine="transformers")
+    prompt = [0, 3, *picture(family, 0), 10, 11, 3, *picture(family, 1, 8), 12, 13]
+    expected, computed = other.logits(prompt), native.logits(prompt)
+    assert torch.allclose(expected, computed, atol=2e-3)
+    assert native.logits([prompt, prompt]).shape == (2, len(prompt), 300)
+    sessions = [model.session() for model in (native, other)]
+    after = [session.feed(prompt) for session in sessions]
+    assert torch.allclose(*after, atol=2e-3)
+    assert torch.allclose(after[0], computed[-1], atol=1e-4)
+    written = [session.greedy(12) for session in sessions]
+    assert written[0] == written[1]
+    more = [14, 3, *picture(family, 2), 15]
+    assert torch.allclose(*(session.feed(more) for session in sessions), atol=2e-3)
+    choices = [[20, 21], [22]]
+    for ours, theirs in zip(*(model.score([(prompt, choices)])[0] for model in (native, other)), strict=True):
+        assert abs(ours.log_probability - theirs.log_probability) < 2e-3
+
+
+@needs_native
+@pytest.mark.parametrize("family", mostly_slow(NATIVE, "qwen3_vl"))
+def test_a_session_in_pieces_is_one_in_one(folder, family):
+    """Text behind a picture, going back, and another picture in the place of the first."""
+    model = runtime.load(folder(family), threads=1, engine="native")
+    prompt = [0, 3, *picture(family, 0), 10, 11]
+    session = model.session()
+    session.feed(prompt[:1])
+    session.feed(prompt[1:-1])
+    assert torch.allclose(session.feed(prompt[-1:]), model.logits(prompt, 1)[0], atol=1e-4)
+    session.rewind(2)
+    other = [*picture(family, 3), 12]
+    assert torch.allclose(session.feed(other), model.logits([*prompt[:2], *other], 1)[0], atol=1e-4)
+
+
+def test_pictures_that_see_one_another_are_for_transformers(folder):
+    model = runtime.load(folder("gemma3"), threads=1)
+    assert model.engine == "transformers"
+    assert "the tokens of a picture see one another" in model.note
+    assert model.logits([0, *picture("gemma3", 0), 5]).isfinite().all()
