@@ -142,7 +142,7 @@ def test_each_layer_was_compensated_for_what_it_sees_when_packed(
 ) -> None:
     """What the packed model's layers see gives, up to a few ties, the codes that the packed model has."""
     make_model(tmp_path / "model", family)
-    # Of fewer tokens than a layer has columns (Mamba-2's have 192) second moments are singular, and the last bits decide.
+    # Of fewer tokens than a layer has columns (Mamba-2's 192), second moments are singular, and the last bits decide.
     sequences = 12 if family == "granite-hybrid" else 6
     file = write_start(tmp_path / "r.yaml", tmp_path / "model", text_file, "gptq", calibrate={"sequences": sequences})
     assert run("calibrate", "--recipe", file, "--work", tmp_path / "job").code == 0
