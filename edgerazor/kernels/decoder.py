@@ -246,7 +246,8 @@ class Layer:
     """A decoder layer, like `edgerazor_layer` of `cpp/decoder.h`; None stands for a part that it does not have.
 
     A layer without `k` and `v` has all three in `q`; one without `up` has gate and up in `gate`, and one without `gate`
-    has an MLP with an activation function alone; one with `experts` has a whole MLP beside them, or none of its matrices.
+    has an MLP with an activation function alone; one with `experts` has a whole MLP beside them, or none of its
+    matrices.
 
     Attributes:
         mixer: what is there instead of attention, whose matrices are then None.
