@@ -281,9 +281,9 @@ def rows_by_sixteen(matrix: Tensor) -> Tensor:
 class Layer:
     """A decoder layer, like `edgerazor_layer` of `cpp/decoder.h`; None stands for a part that it does not have.
 
-    A layer without `k` and `v` has all three in `q`, and one without `v` the values in `k`; one without `up` has gate and
-    up in `gate`, and one without `gate` has an MLP with an activation function alone; one with `experts` need not have
-    the MLP's matrices.
+    A layer without `k` and `v` has all three in `q`, and one without `v` the values in `k`; one without `up` has gate
+    and up in `gate`, and one without `gate` has an MLP with an activation function alone; one with `experts` has a
+    whole MLP beside them, or none of its matrices.
 
     Attributes:
         v_norm: of each head of values.

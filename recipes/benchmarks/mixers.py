@@ -154,8 +154,10 @@ def experts(shape: Shape) -> Experts:
 
 
 def mixer(shape: Shape, kind: str) -> dict[str, Any]:
-    """The matrices of attention, or another mixer; the delta rule has 16 heads of 128 features, and Mamba-2 48 of 32 with
-    128 rows of state."""
+    """The matrices of attention, or another mixer.
+
+    The delta rule has 16 heads of 128 features, and Mamba-2 48 of 32, with 128 rows of state.
+    """
     hidden, query, key = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     none = {"q": None, "k": None, "v": None}
     if kind == "c":

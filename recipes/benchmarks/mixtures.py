@@ -2,9 +2,9 @@
 
     python -m recipes.benchmarks.mixtures [--hidden N] [--steps N] [--results none]
 
-The random teacher, whose routers are spread and one of whose experts is never chosen, has the tokenizer of the embedded one and is calibrated, distilled,
-packed, written as GGUF and benchmarked by the commands that everybody uses. What came of it goes into
-recipes/results/mixers.md.
+The random teacher, whose routers are spread and one of whose experts is never chosen, has the tokenizer of the embedded
+one and is calibrated, distilled, packed, written as GGUF and benchmarked by the commands that everybody uses. What came
+of it goes into recipes/results/mixers.md.
 """
 
 from __future__ import annotations

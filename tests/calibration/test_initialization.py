@@ -142,7 +142,9 @@ def test_each_layer_was_compensated_for_what_it_sees_when_packed(
 ) -> None:
     """What the packed model's layers see gives, up to a few ties, the codes that the packed model has."""
     make_model(tmp_path / "model", family)
-    file = write_start(tmp_path / "r.yaml", tmp_path / "model", text_file, "gptq", calibrate={"sequences": 6})
+    # Of fewer tokens than a layer has columns (Mamba-2's 192), second moments are singular, and the last bits decide.
+    sequences = 12 if family == "granite-hybrid" else 6
+    file = write_start(tmp_path / "r.yaml", tmp_path / "model", text_file, "gptq", calibrate={"sequences": sequences})
     assert run("calibrate", "--recipe", file, "--work", tmp_path / "job").code == 0
     done = run("pack", tmp_path / "model", "--work", tmp_path / "job")
     assert done.code == 0, done.err
@@ -153,8 +155,7 @@ def test_each_layer_was_compensated_for_what_it_sees_when_packed(
     for name, hessian in hessians(recipe, work, linears).items():
         master, scales = formats.gptq_quantize(teacher.get_submodule(name).weight, specs[name], hessian)
         expected, found = formats.encode_matrix(master, specs[name], scales), folder.matrix(name).encoded
-        # where columns outnumber tokens, the second moments are singular, and the last bits decide more
-        ties = 0.1 if family in ("gemma4", "granite-hybrid") else 0.02
+        ties = 0.1 if family == "gemma4" else 0.02  # more tokens do not help it
         assert float((expected.codes != found.codes).float().mean()) < ties, name
 
 
