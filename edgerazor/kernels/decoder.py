@@ -903,11 +903,12 @@ class _Structures:
         )
 
     def _layer_inputs(self, inputs: LayerInputs) -> _LayerInputs:
-        self.tensors.append(rows_by_sixteen(inputs.projection))
+        projection = rows_by_sixteen(inputs.projection)
+        self.tensors.append(projection)
         return _LayerInputs(
             inputs.features,
             self._matrix(inputs.table),
-            _pointer(self.tensors[-1]),
+            _pointer(projection),
             inputs.projection.dtype == torch.bfloat16,
             self._norm(inputs.norm),
             *(getattr(inputs, name) for name in _INPUT_SCALES),
