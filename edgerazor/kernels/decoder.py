@@ -252,14 +252,14 @@ def rows_by_sixteen(matrix: Tensor) -> Tensor:
 class Layer:
     """A decoder layer, like `edgerazor_layer` of `cpp/decoder.h`; None stands for a part that it does not have.
 
-    A layer without `k` and `v` has all three in `q`, and one without `v` the values in `k`; one without `up` has gate and
-    up in `gate`, and one without `gate` has an MLP with an activation function alone; one with `experts` need not have
-    the MLP's matrices.
+    A layer without `k` and `v` has all three in `q`, and one without `v` the values in `k`; one without `up` has gate
+    and up in `gate`, and one without `gate` has an MLP with an activation function alone; one with `experts` need not
+    have the MLP's matrices.
 
     Attributes:
         v_norm: of each head of values.
-        kv_source: number of the earlier layer whose keys and values it attends to, and which has its own; it has neither
-            `k` nor `v` then. None: it has its own.
+        kv_source: number of the earlier layer, with its own keys and values, that it attends to those of; it has
+            neither `k` nor `v` then. None: it has its own.
         num_kv_heads, head_dim, intermediate_size: as of the network, where they are not its.
         input_gate, input_o: of the layer's own input, `input_o(activation(input_gate(x)) * input)`.
         after_input: the norm of that.
@@ -363,9 +363,7 @@ class Network:
 
     def kv_slot_bytes(self) -> int:
         """Bytes of a KV slot: the keys and values of one token in all layers with attention, with their scales."""
-        heads = [
-            self.kv_heads_of(layer) for layer in self.layers if layer.mixer is None and layer.kv_source is None
-        ]
+        heads = [self.kv_heads_of(layer) for layer in self.layers if layer.mixer is None and layer.kv_source is None]
         per_feature = {16: 4.0, 8: 1.0, 4: 0.5}[self.kv_bits]
         scale = 0 if self.kv_bits == 16 else 4
         return sum(2 * count * (math.ceil(per_feature * width) + scale) for count, width in heads)
