@@ -281,7 +281,7 @@ def head_width(config: Any) -> int:
 class KvHeads(NamedTuple):
     """Heads of keys and values of a layer; its queries have the same width."""
 
-    count: int
+    heads: int
     width: int
 
 
