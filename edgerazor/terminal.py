@@ -25,7 +25,7 @@ MOVES = re.compile(r"(\n|\x1b\[A)+\Z")
 #: microseconds. Without a limit it looks for milliseconds, and where another program needs a core as well, the threads
 #: wait for each other: recipes/results/speed.md, `python -m recipes.benchmarks.waiting`.
 SPINS = "3000"
-#: Whether Ctrl-C was pressed; the C code of a library that was being imported may raise another error for it.
+#: Whether Ctrl-C was pressed, or SIGTERM came; the C code of a library that was being imported may raise another error.
 interrupted = False
 
 
@@ -79,6 +79,8 @@ def prepare() -> None:
         sys.stderr = Guarded(sys.stderr)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not under nohup
         signal.signal(signal.SIGINT, _interrupt)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # a machine that is taken away says so
+        signal.signal(signal.SIGTERM, _interrupt)
 
 
 def limit_spinning() -> None:
@@ -94,9 +96,14 @@ def _interrupt(*_: object) -> NoReturn:
 
 
 def leave() -> None:
-    """Ignore Ctrl-C from here on: the process is about to end, and its last sentence is not to be cut off."""
+    """Ignore Ctrl-C from here on: the process is about to end, and its last sentence is not to be cut off.
+
+    Another SIGTERM ends it at once.
+    """
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if signal.getsignal(signal.SIGTERM) is _interrupt:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def end_interrupted() -> NoReturn:

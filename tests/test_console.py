@@ -172,8 +172,9 @@ def test_no_memory_for_a_sentence(tmp_path: Path) -> None:
 # --- Ctrl-C ----------------------------------------------------------------------------------------------------------
 
 
-def test_ctrl_c_during_imports(tmp_path: Path) -> None:
-    (tmp_path / "typer.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_during_imports(tmp_path: Path, name: str) -> None:
+    (tmp_path / "typer.py").write_text(f"import os, signal\nos.kill(os.getpid(), signal.{name})\n")
     code = f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\nfrom edgerazor.__main__ import main\nmain()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "Error: Interrupted.\n")
@@ -197,6 +198,19 @@ def test_an_interrupted_import_of_c_code(monkeypatch: pytest.MonkeyPatch) -> Non
     known = errors.explain_failure(ImportError("numpy._core.multiarray failed to import"))
     assert known is not None
     assert known.code == 130
+
+
+def test_a_signal_to_end_is_told_as_ctrl_c_is(tmp_path: Path) -> None:
+    code = (
+        "import os, signal\nfrom edgerazor import terminal\nterminal.prepare()\nfrom edgerazor import cli\n"
+        "from edgerazor.cli import dispatch\n"
+        "dispatch.assemble = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)\ncli.main()"
+    )
+    command = [sys.executable, "-c", code, "calibrate", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (
+        130, "Error: Interrupted; finished stages and the last checkpoint are kept.\n",
+    )  # fmt: skip
 
 
 def test_leaving_ignores_ctrl_c() -> None:

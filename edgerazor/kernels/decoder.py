@@ -861,7 +861,7 @@ _SIGNATURES = {
     "edgerazor_decoder_scores": (c_int, [*_TOKENS, c_void_p, c_int64, c_void_p, c_void_p]),
     "edgerazor_decoder_greedy": (
         c_int,
-        [c_void_p, POINTER(_SequenceSpan), c_int32, c_void_p, c_int64, c_int64, c_void_p, POINTER(c_int64)],
+        [*_TOKENS, c_int64, c_int64, c_void_p, c_void_p, POINTER(c_int64)],
     ),
     "edgerazor_decoder_layer": (c_int, [c_void_p, c_int32, POINTER(_SequenceSpan), c_int64, c_void_p]),
 }
@@ -1268,33 +1268,70 @@ class Decoder:
             ValueError: as for `logits`.
             NotFiniteError: as for `logits`.
         """
-        if span.count != 1 or count < 1:
-            raise ValueError(
-                f"greedy decoding begins with 1 token, not {span.count}, and writes 1 or more, not {count}"
-            )
         if isinstance(span, PagedSpan):
-            structures = self._paged_structures([dataclasses.replace(span, count=count)])
-            structures[0].count = 1
-        else:
-            self._check_spans([dataclasses.replace(span, count=count)])
-            structures = _structures([span])
-        _check_range("tokens", _int32([token]), self.network.vocab_size)
+            return [step[0] for step in self.greedy_together([span], [token], count, stops)]
+        _check_greedy([span], count)
+        self._check_spans([dataclasses.replace(span, count=count)])
+        return [step[0] for step in self._greedy(_structures([span]), [token], count, stops, None)]
+
+    def greedy_together(
+        self,
+        spans: Sequence[PagedSpan],
+        tokens: Sequence[int],
+        count: int,
+        stops: Sequence[int] = (),
+        interrupt: NDArray[np.int32] | None = None,
+    ) -> list[list[int]]:
+        """Greedy decoding of several sequences, step by step: the most probable tokens of all of them [steps, spans].
+
+        Args:
+            spans: of one token each; as for `step`.
+            tokens: the token of each span.
+            count: the largest number of steps, at least 1; for each span `past_length + count` slots must be reserved,
+                and in the page table.
+            stops: the step in which one of them is written is the last.
+            interrupt: int32 [1]; the step during which another thread makes it other than 0 is the last.
+
+        Raises:
+            ValueError: as for `step`.
+            NotFiniteError: as for `step`; slots of several steps may have been written to.
+        """
+        _check_greedy(spans, count)
+        structures = self._paged_structures([dataclasses.replace(span, count=count) for span in spans])
+        for structure in structures:
+            structure.count = 1
+        return self._greedy(structures, tokens, count, stops, interrupt)
+
+    def _greedy(
+        self,
+        structures: ctypes.Array[_SequenceSpan],
+        tokens: Sequence[int],
+        count: int,
+        stops: Sequence[int],
+        interrupt: NDArray[np.int32] | None,
+    ) -> list[list[int]]:
+        ids = _int32(tokens)
+        if len(ids) != len(structures):
+            raise ValueError(f"there are {len(ids)} tokens for {len(structures)} spans")
+        _check_range("tokens", ids, self.network.vocab_size)
         stop_ids = _int32([stop for stop in stops if 0 <= stop < self.network.vocab_size])
-        out, written = torch.empty(count, dtype=torch.int32), c_int64()
+        out, written = np.empty((count, len(structures)), dtype=np.int32), c_int64()
         with self._exclusive():
             status = _loaded().edgerazor_decoder_greedy(
                 self._handle,
                 structures,
-                token,
+                len(structures),
+                ids.data_ptr(),
                 stop_ids.data_ptr(),
                 len(stop_ids),
                 count,
-                out.data_ptr(),
+                None if interrupt is None else interrupt.ctypes.data,
+                out.ctypes.data,
                 ctypes.byref(written),
             )
         _check_status(status)
-        generated: list[int] = out[: written.value].tolist()
-        return generated
+        steps: list[list[int]] = out[: written.value].tolist()
+        return steps
 
     def layer(self, index: int, spans: Sequence[SequenceSpan], hidden_states: Tensor) -> Tensor:
         """The output of one layer for hidden_states float32 [tokens, hidden_size]; fills its part of the KV cache.
@@ -1367,6 +1404,14 @@ def _structures(spans: Sequence[SequenceSpan]) -> ctypes.Array[_SequenceSpan]:
     return (_SequenceSpan * len(spans))(
         *(_SequenceSpan(*span.fields, None, span.state_in, span.state_out) for span in spans)
     )
+
+
+def _check_greedy(spans: Sequence[SequenceSpan | PagedSpan], count: int) -> None:
+    for span in spans:
+        if span.count != 1 or count < 1:
+            raise ValueError(
+                f"greedy decoding begins with 1 token, not {span.count}, and writes 1 or more, not {count}"
+            )
 
 
 def _int32(numbers: Sequence[int] | Tensor) -> Tensor:

@@ -14,8 +14,9 @@ prompts are computed, all in one call of the decoder:
   bit where activations are quantized: they are those of `Session`. Where frequencies of RoPE depend on the length of a
   sequence (`Rotary.varies`), its tokens are computed in calls of their own, as a session would, and are not shared.
 
-A greedy sequence that is alone, while nobody waits, is decoded by the loop in C++ that a session uses, some tokens at a
-time, so that a batch of one is as fast; the next one to come waits for those few.
+Greedy sequences, while nobody waits who could join them, are decoded by the loop in C++ that a session uses, some steps
+at a time, so that a batch of one is as fast, and larger ones do not wait for Python between two steps, much of which
+has left the caches when a step ends. Whoever comes, and whoever goes, interrupts the loop after the current step.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgerazor.errors import UserError, plain, usage_error
-from edgerazor.kernels.decoder import PAGE_SLOTS, PagedSpan
+from edgerazor.kernels.decoder import PAGE_SLOTS, NotFiniteError, PagedSpan
 from edgerazor.kernels.memory import physical_memory
 from edgerazor.runtime.kv_pages import PagePool, SequencePages, common_length
 from edgerazor.runtime.native_model import NativeModel
+from edgerazor.runtime.sampling import highest_of
 from edgerazor.runtime.token_ids import as_list
 
 __all__ = [
@@ -65,8 +67,8 @@ TOKENS_EACH = 2048
 LOGPROB_TOKENS = 32
 #: Tokens that a sequence has in common with an older one's prompt, beyond what is cached, from which on it waits.
 AWAITED_TOKENS = 16
-#: Tokens, and seconds, that a greedy sequence decodes at a time at most while it is alone.
-ALONE_TOKENS, ALONE_SECONDS = 16, 0.04
+#: Steps, and seconds, that greedy sequences decode at a time at most.
+GREEDY_STEPS, GREEDY_SECONDS = 16, 0.1
 #: Seconds after which a refused caller may come back: at least, and at most.
 RETRY_SECONDS = (1.0, 600.0)
 #: The weight of the latest step in the mean duration of steps.
@@ -297,7 +299,8 @@ class BatchScheduler:
         self._draining = self._closing = False
         self._failed = False
         self._step_seconds = 0.0
-        self._alone_seconds = 0.0  # for a token of a sequence that is alone, the latest time
+        self._greedy_seconds = (0, 0.0)  # of the latest loop in C++: its sequences, and the time of a step
+        self._interrupt = np.zeros(1, dtype=np.int32)  # ends such a loop
         self._counts = dict.fromkeys(_COUNTS, 0)
         self._samplers = ThreadPoolExecutor(model.threads, "sampling") if model.threads > 1 else None
         self._thread = threading.Thread(target=self._run, name="batching", daemon=True)
@@ -343,6 +346,7 @@ class BatchScheduler:
             sequence.pages = SequencePages(self._pool)
             self._submitted += 1
             self._new.append(sequence)
+            self._interrupt[0] = 1
             self._condition.notify_all()
         return Handle(self, sequence)
 
@@ -378,6 +382,7 @@ class BatchScheduler:
         """Cancel all sequences, end the thread, and free the memory."""
         with self._condition:
             self._closing = True
+            self._interrupt[0] = 1
             self._condition.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join()
@@ -387,6 +392,7 @@ class BatchScheduler:
     def _cancel(self, sequence: _Sequence) -> None:
         with self._condition:
             sequence.cancelled = self._cancels = True
+            self._interrupt[0] = 1
             self._condition.notify_all()
 
     def _retry_after(self) -> float:
@@ -421,6 +427,7 @@ class BatchScheduler:
                 self._condition.wait()
             if self._closing:
                 return False
+            self._interrupt[0] = 0
             while self._new:
                 insort(self._waiting, self._new.popleft())
             cancelled: list[_Sequence] = []
@@ -433,9 +440,8 @@ class BatchScheduler:
 
     def _step(self) -> int:
         """Compute the next tokens of all sequences; how many of each that decodes, 0 where there were no sequences."""
-        alone = self._find_alone()
-        if alone is not None:
-            return self._decode_alone(*alone)
+        if (count := self._greedy_steps()) and (steps := self._decode_greedily(count)):
+            return steps
         self._admit()
         spans = self._plan()
         together = [span for span in spans if not self._apart(span)]
@@ -445,42 +451,53 @@ class BatchScheduler:
         self._counts["steps"] += bool(spans)
         return int(bool(spans))
 
-    # A sequence that is alone -----------------------------------------------------------------------------------------
+    # Greedy sequences side by side ------------------------------------------------------------------------------------
 
-    def _find_alone(self) -> tuple[_Sequence, int] | None:
-        """The only sequence, and how many tokens to decode of it at a time, if it is one for the loop in C++."""
-        if len(self._running) != 1 or self._waiting or self._new:
-            return None
-        sequence = self._running[0]
-        request, length = sequence.request, sequence.pages.length
+    def _greedy_steps(self) -> int:
+        """How many steps the batch decodes in C++; 0 where it has more to do than that."""
+        running = self._running
+        joining = (self._waiting or self._new) and len(running) < self.settings.max_sequences
+        if joining or not running or not all(map(self._decodes_greedily, running)):
+            return 0
+        if len({sequence.request.ends for sequence in running}) > 1:
+            return 0
+        sequences, seconds = self._greedy_seconds
+        fitting = int(GREEDY_SECONDS / seconds) if sequences == len(running) else 1
+        count = max(1, min(GREEDY_STEPS, fitting, *(sequence.room - sequence.written for sequence in running)))
+        for sequence in running:
+            length = sequence.pages.length + count
+            if self.model.rotary.varies(length) or not sequence.pages.grow(length):
+                return 0
+        return count
+
+    @staticmethod
+    def _decodes_greedily(sequence: _Sequence) -> bool:
+        """Whether nothing but the likeliest next token is wanted of a sequence."""
+        request = sequence.request
         plain_tokens = request.sampler.plain and request.constraint is None and request.top_logprobs is None
-        if not (plain_tokens and sequence.written and len(sequence.ids) - length == 1):
-            return None
-        fitting = int(ALONE_SECONDS / self._alone_seconds) if self._alone_seconds else 1
-        count = max(1, min(sequence.room - sequence.written, ALONE_TOKENS, fitting))
-        if self.model.rotary.varies(length + count) or not sequence.pages.grow(length + count):
-            return None
-        return sequence, count
+        return plain_tokens and sequence.written > 0 and len(sequence.ids) - sequence.pages.length == 1
 
-    def _decode_alone(self, sequence: _Sequence, count: int) -> int:
-        """Decode some tokens of the only sequence; how many."""
-        length = sequence.pages.length
-        span = PagedSpan(sequence.pages.table, length, 1)
+    def _decode_greedily(self, count: int) -> int:
+        """Decode some steps of all sequences; how many, 0 where that fails."""
+        running = list(self._running)
+        spans = [PagedSpan(sequence.pages.table, sequence.pages.length, 1) for sequence in running]
+        longest = max(span.past_length for span in spans)
+        self._set_rope(min(span.past_length for span in spans), longest + count)
+        began = time.perf_counter()
         try:
-            with self.model.errors_for_people():
-                self._set_rope(length, length + count)
-                began = time.perf_counter()
-                tokens = self._decoder.greedy(span, sequence.ids[-1], count, sorted(sequence.request.ends))
-                self._alone_seconds = (time.perf_counter() - began) / len(tokens)
-        except UserError as error:
-            self._fail(sequence, error.message)
-            return 1
-        self._counts["steps"] += len(tokens)
-        sequence.pages.append([sequence.ids[-1], *tokens[:-1]])
-        for token in tokens:
-            if not sequence.ended and not sequence.cancelled:
-                self._add_token(sequence, token, None)
-        return len(tokens)
+            tokens = [sequence.ids[-1] for sequence in running]
+            ends = sorted(running[0].request.ends)
+            steps = self._decoder.greedy_together(spans, tokens, count, ends, self._interrupt)
+        except (NotFiniteError, MemoryError):  # the step that finds out whose they are begins at the same place
+            return 0
+        self._greedy_seconds = (len(running), (time.perf_counter() - began) / len(steps))
+        self._counts["steps"] += len(steps)
+        for sequence, *tokens in zip(running, *steps, strict=True):
+            sequence.pages.append([sequence.ids[-1], *tokens[:-1]])
+            for token in tokens:
+                if not sequence.ended and not sequence.cancelled:
+                    self._add_token(sequence, token, None)
+        return len(steps)
 
     # Who is in the batch ----------------------------------------------------------------------------------------------
 
@@ -792,8 +809,7 @@ def logprob_of(logits: NDArray[np.float32], log_total: np.float32, token: int, t
     total = float(log_total)
     likeliest: tuple[tuple[int, float], ...] = ()
     if top:
-        threshold = np.partition(logits, -top)[-top]
-        candidates = np.flatnonzero(logits >= threshold)
+        candidates = highest_of(logits, top) if top < len(logits) else np.arange(len(logits))
         order = np.argsort(-logits[candidates], kind="stable")[:top]
         likeliest = tuple((int(candidate), float(logits[candidate]) - total) for candidate in candidates[order])
     return TokenLogprob(token, float(logits[token]) - total, likeliest)

@@ -36,6 +36,8 @@ from edgerazor.recipe import Generate
 
 #: Tokens whose weights are summed before one of them is looked for, and parts of the range of scores, likewise.
 BLOCK, BINS = 1024, 4096
+#: Neighbouring scores of which the highest one is found first.
+NEIGHBOURS = 32
 #: A range of scores too narrow to be divided.
 EQUAL = 1e-6
 #: The least divisor that float32 holds at full precision; a temperature below it would divide 0 by 0.
@@ -146,7 +148,7 @@ class Sampler:
             scores = (scores - highest) / np.float32(max(settings.temperature, LEAST))
         ids = None
         if 0 < settings.top_k < len(scores):
-            ids = np.flatnonzero(scores >= np.partition(scores, -settings.top_k)[-settings.top_k])
+            ids = highest_of(scores, settings.top_k)
             scores = scores[ids]
         weights = np.exp(scores)
         if settings.top_p < 1:
@@ -166,6 +168,19 @@ def check(highest: np.float32) -> None:
     """
     if not np.isfinite(highest):
         raise UserError("The model's logits are not finite, so no token is likelier than another.", "Pack it again.")
+
+
+def highest_of(scores: Scores, count: int) -> NDArray[np.int64]:
+    """Indices, ascending, of the scores [N] that are not below the highest but count - 1; 0 < count < N.
+
+    The highest scores of that many blocks are as many, so none of those searched for is below the lowest of these.
+    """
+    blocks = np.arange(0, len(scores), min(NEIGHBOURS, len(scores) // count))
+    of_blocks = np.maximum.reduceat(scores, blocks)
+    lowest = np.partition(of_blocks, -count)[-count]
+    candidates = np.flatnonzero(scores >= lowest)
+    threshold = np.partition(scores[candidates], -count)[-count]
+    return candidates[scores[candidates] >= threshold]
 
 
 def draw(weights: Scores, share: float) -> int:

@@ -8,7 +8,9 @@
 submitted at once, in turns, each with a prompt of its own, beside a session of one sequence without a scheduler.
 *Tokens a second* are those of all sequences together, from when all of them decode to when the first one ends; *times
 one* is the ratio to one sequence of the same round; *first token* is the median time from submission. Medians of the
-rounds count. Greedy sequences take the likeliest token; sampled ones have a temperature of 0.7 and top-p of 0.95.
+rounds count. Greedy sequences take the likeliest token; sampled ones have a top-p of 0.95 and top-k of 40; and those
+that are *sampled from all* have a temperature of 0.7 and top-p of 0.95 alone, which leaves nearly the whole vocabulary
+where weights are random, and some dozens of tokens where they are a model's.
 
 *Through HTTP*: the same model behind `edgerazor serve`, in turns with llama.cpp's server (serving_http.py).
 
@@ -43,7 +45,7 @@ from recipes.benchmarks.serving_http import LLAMA_SERVER, http_table
 
 SHAPE, KIND = "Qwen3-0.6B", "base 3"
 #: Sequences at a time, by how their tokens are chosen.
-BATCHES = {"greedy": (1, 2, 4, 8, 16), "sampled": (1, 4, 16)}
+BATCHES = {"greedy": (1, 2, 4, 8, 16), "sampled": (1, 4, 16), "sampled from all": (1, 4, 16)}
 #: A session of its own: what one sequence gets without a scheduler.
 SESSION = "session"
 PROMPT, TOKENS, WARM_TOKENS = 32, 64, 16
@@ -54,7 +56,11 @@ PROMISED_ALONE = 0.98
 WAIT_SECONDS = 600.0
 HTTP_ROUNDS = 3
 PARTS = ("process", "http")
-SAMPLED = {"temperature": 0.7, "top_p": 0.95}
+SETTINGS = {
+    "greedy": {"temperature": 0.0},
+    "sampled": {"temperature": 0.7, "top_p": 0.95, "top_k": 40},
+    "sampled from all": {"temperature": 0.7, "top_p": 0.95},
+}
 
 
 @dataclass
@@ -108,8 +114,7 @@ def batch(
     model: NativeModel, scheduler: BatchScheduler, kind: str, count: int, tokens: int, draw: random.Random
 ) -> Measured:
     """One turn of so many sequences in the scheduler."""
-    values = SAMPLED if kind == "sampled" else {"temperature": 0.0}
-    generate = recipe.build({"generate": values}).generate
+    generate = recipe.build({"generate": SETTINGS[kind]}).generate
     clients = [Client() for _ in range(count)]
     began = time.perf_counter()
     for number, client in enumerate(clients):

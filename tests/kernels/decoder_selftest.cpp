@@ -303,7 +303,7 @@ void check_greedy(const Model& model, const Decoder& three, int isa, int32_t tok
     std::vector<float> step;
     int64_t written = 0;
     const edgerazor_sequence_span span = {0, 0, 0, 39, 1, nullptr, 3, 1};
-    edgerazor_decoder_greedy(three.get(), &span, token, nullptr, 0, 20, text.data(), &written);
+    edgerazor_decoder_greedy(three.get(), &span, 1, &token, nullptr, 0, 20, nullptr, text.data(), &written);
     for (int64_t i = 0; i < 20; i++) {
         if (i == 19) edgerazor_decoder_copy_state(three.get(), 2, 1);
         const edgerazor_sequence_span next = {0, 0, 0, 39 + i, 1, nullptr, i == 0 ? 3 : 2, 2};

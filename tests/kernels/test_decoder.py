@@ -381,8 +381,8 @@ def pages(*numbers: int) -> PageTable:
     return table
 
 
-def paged(made: Network | None = None, threads: int = 2) -> Decoder:
-    ours = ready(made, threads, slots=2000)
+def paged(made: Network | None = None, threads: int = 2, slots: int = 2000) -> Decoder:
+    ours = ready(made, threads, slots=slots)
     ours.set_rope(*tables(256))
     return ours
 
@@ -442,6 +442,37 @@ def test_greedy_decoding_in_pages() -> None:
     assert ours.greedy(PagedSpan(pages(8, 21), 60, 1), LONG[60], 20) == expected
     with pytest.raises(ValueError, match="impossible span"):
         ours.greedy(PagedSpan(pages(8), 60, 1), LONG[60], 5)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_greedy_decoding_of_sequences_side_by_side(threads: int) -> None:
+    ours = paged(threads=threads)
+    lengths, tables_of = (60, 3, 100), [pages(8, 21), pages(2, 5), pages(9, 7)]
+    for table, length in zip(tables_of, lengths, strict=True):
+        step(ours, [PagedSpan(table, 0, length)], LONG[:length], [])
+    spans = [PagedSpan(table, length, 1) for table, length in zip(tables_of, lengths, strict=True)]
+    alone = [ours.greedy(span, LONG[span.past_length], 20) for span in spans]
+    expected = [list(tokens) for tokens in zip(*alone, strict=True)]
+    begin = [LONG[length] for length in lengths]
+    assert ours.greedy_together(spans, begin, 20) == expected
+    stop = alone[1][7]
+    first = next(number for number, tokens in enumerate(expected) if stop in tokens)
+    assert ours.greedy_together(spans, begin, 20, [stop, -1]) == expected[: first + 1]
+    assert ours.greedy_together(spans, begin, 20, interrupt=np.ones(1, dtype=np.int32)) == expected[:1]
+    assert ours.greedy_together(spans, begin, 20, interrupt=np.zeros(1, dtype=np.int32)) == expected
+    with pytest.raises(ValueError, match="2 tokens for 3 spans"):
+        ours.greedy_together(spans, begin[:2], 5)
+    with pytest.raises(ValueError, match="begins with 1 token, not 2"):
+        ours.greedy_together([PagedSpan(tables_of[0], 60, 2)], begin[:1], 5)
+
+
+def test_greedy_decoding_of_more_sequences_than_logits_are_computed_at_a_time() -> None:
+    ours = paged(slots=PAGE_SLOTS * 70)
+    tables_of = [pages(number) for number in range(70)]
+    spans = [PagedSpan(table, 0, 1) for table in tables_of]
+    begin = [number % 50 for number in range(70)]
+    alone = [ours.greedy(span, token, 4) for span, token in zip(spans, begin, strict=True)]
+    assert ours.greedy_together(spans, begin, 4) == [list(tokens) for tokens in zip(*alone, strict=True)]
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])

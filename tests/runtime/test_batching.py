@@ -416,13 +416,80 @@ def test_a_failure_of_the_scheduler_ends_every_sequence(
     def fails(*_: Any) -> Any:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(batching.BatchScheduler, "_plan", fails)
+    monkeypatch.setattr(batching.BatchScheduler, "_step", fails)
     running.gate.set()
     assert running.reason == waiting.reason == "error"
     scheduler._thread.join(SECONDS)
     assert not scheduler.alive
     with pytest.raises(SchedulerClosedError):
         scheduler.submit(Wish(ids(3, 2)).request(model), Text())
+
+
+class Calls:
+    """Counts the loops in C++ of a scheduler's decoder, and their steps."""
+
+    def __init__(self, scheduler: BatchScheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.loops: list[tuple[int, int]] = []  # sequences and steps
+        greedy = scheduler._decoder.greedy_together
+
+        def counted(spans: Any, *arguments: Any) -> Any:
+            steps = greedy(spans, *arguments)
+            self.loops.append((len(spans), len(steps)))
+            return steps
+
+        monkeypatch.setattr(scheduler._decoder, "greedy_together", counted)
+
+
+def test_greedy_sequences_are_decoded_in_steps_without_python(
+    model: NativeModel, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, "GREEDY_SECONDS", 10.0)
+    scheduler = start(max_sequences=4)
+    calls = Calls(scheduler, monkeypatch)
+    made = [Wish(ids(length, length), None, 40) for length in (3, 70, 66, 3)]
+    texts = submit_all(scheduler, model, made)
+    assert [text.whole for text in texts] == [wish.alone(model) for wish in made]
+    assert (4, batching.GREEDY_STEPS) in calls.loops
+    assert idle(scheduler)
+    again = submit_all(scheduler, model, made)  # the pages that they left are those of their texts
+    assert [text.whole for text in again] == [text.whole for text in texts]
+    assert again[1].events[0].cached_tokens > 64
+
+
+def test_who_comes_and_who_goes_ends_the_loop(
+    model: NativeModel, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, "GREEDY_SECONDS", 10.0)
+    scheduler = start()
+    assert scheduler._interrupt.tolist() == [0]
+    first, second = Text(), Text()
+    first.gate.clear()
+    handle = scheduler.submit(Wish(ids(3, 1), None, 400).request(model), first)
+    assert first.begun.wait(SECONDS)
+    scheduler.submit(Wish(ids(3, 2), None, 5).request(model), second)
+    assert scheduler._interrupt.tolist() == [1]
+    first.gate.set()
+    assert second.whole == Wish(ids(3, 2), None, 5).alone(model)
+    first.gate.clear()
+    handle.cancel()
+    assert scheduler._interrupt.tolist() == [1]
+    first.gate.set()
+    assert first.reason == "cancelled"
+    assert idle(scheduler)
+
+
+def test_a_sequence_whose_numbers_are_none_leaves_the_loop(
+    model: NativeModel, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = start()
+
+    def fails(*_: Any) -> Any:
+        raise NotFiniteError("a number is not finite")
+
+    monkeypatch.setattr(scheduler._decoder, "greedy_together", fails)
+    made = [Wish(ids(5, number), None, 12) for number in range(3)]
+    texts = submit_all(scheduler, model, made)
+    assert [text.whole for text in texts] == [wish.alone(model) for wish in made]
 
 
 def test_who_listens_may_fail(model: NativeModel, start: Start) -> None:

@@ -21,7 +21,7 @@ from transformers.generation.logits_process import (
 
 from edgerazor.errors import UserError
 from edgerazor.recipe import Generate
-from edgerazor.runtime.sampling import BLOCK, Sampler, draw, nucleus
+from edgerazor.runtime.sampling import BLOCK, Sampler, draw, highest_of, nucleus
 
 TEMPERATURES, TOP_K, TOP_P = (0.3, 1.0, 2.5), (0, 1, 7, 5000), (1.0, 0.999, 0.9, 0.35, 1e-6)
 MIN_P, PENALTIES = (0.0, 0.02, 1.0), (1.0, 1.3, 0.8)
@@ -221,3 +221,14 @@ def test_what_a_grammar_forbids_is_never_drawn(temperature: float) -> None:
     masked = np.where(allowed, logits, np.float32(-np.inf))
     assert {sampler.choose(masked) for _ in range(200)} <= {17, 4000}
     assert draw(np.array([0, 1, 0, 0], dtype=np.float32), np.nextafter(1.0, 0.0)) == 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 39, 40, 500, 999])
+def test_the_highest_scores_are_found_without_sorting_them(count: int) -> None:
+    draw = np.random.default_rng(count)
+    ties = draw.integers(0, 300, 1000).astype(np.float32)
+    for scores in (draw.normal(size=1000).astype(np.float32), ties, np.zeros(1000, np.float32)):
+        expected = np.flatnonzero(scores >= np.sort(scores)[-count])
+        assert highest_of(scores, count).tolist() == expected.tolist()
+    with_none = np.where(ties > 290, ties, -np.inf).astype(np.float32)
+    assert highest_of(with_none, count).tolist() == np.flatnonzero(with_none >= np.sort(with_none)[-count]).tolist()

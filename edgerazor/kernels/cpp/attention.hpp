@@ -195,10 +195,15 @@ template <class T>
 void set_scales(const AttentionArgs& args, const KvBlock& block, int columns, KvOperands<T>& kv) {
     kv.columns = columns;
     kv.soft_cap = args.soft_cap;
-    for (int i = 0; i < kBlockSlots; i++) {
-        const bool in_use = i < block.count, quantized = in_use && args.bits != 16;
-        kv.key_scales[i] = quantized ? block.page->key_scales[block.slot + i] * args.scale : in_use ? args.scale : 0;
-        kv.value_scales[i] = quantized ? block.page->value_scales[block.slot + i] : in_use ? 1.0f : 0;
+    memset(kv.key_scales, 0, sizeof kv.key_scales);
+    memset(kv.value_scales, 0, sizeof kv.value_scales);
+    if (args.bits == 16) {
+        for (int i = 0; i < block.count; i++) kv.key_scales[i] = args.scale;
+        for (int i = 0; i < block.count; i++) kv.value_scales[i] = 1.0f;
+    } else {
+        const float* const of_keys = block.page->key_scales + block.slot;
+        for (int i = 0; i < block.count; i++) kv.key_scales[i] = of_keys[i] * args.scale;
+        memcpy(kv.value_scales, block.page->value_scales + block.slot, sizeof(float) * block.count);
     }
 }
 
@@ -301,7 +306,7 @@ __attribute__((noinline)) void attend_tile(const KvOperands<T>& kv, const QueryT
     if (from >= to) return;
     alignas(64) float scores[rows * kBlockSlots], corrections[16];
     int column = 0;
-    for (; column < columns && column + wide <= kv.columns; column += wide)
+    for (; column + 1 < columns && column + wide <= kv.columns; column += wide)
         qk_scores<rows, wide>(kv, column, tile.queries, scores);
     for (; column < columns; column++) qk_scores<rows, 1>(kv, column, tile.queries, scores);
     online_softmax_step<rows>(kv, tile, columns, scores, corrections);
@@ -372,7 +377,10 @@ void finish_rows(const QueryRows& rows) {
         const float* results = rows.scratch.results + row * padded_width(feature_count(rows.args));
         const float factor = 1.0f / reduce_add(load(rows.scratch.totals + (int64_t)row * 16));
         float* out = rows.out(row);
-        for (int i = 0; i < rows.args.head_dim; i++) out[i] = results[feature_index(rows.args, i)] * factor;
+        if (rows.args.bits == 4)
+            for (int i = 0; i < rows.args.head_dim; i++) out[i] = results[feature_index(rows.args, i)] * factor;
+        else
+            for (int i = 0; i < rows.args.head_dim; i++) out[i] = results[i] * factor;
     }
 }
 

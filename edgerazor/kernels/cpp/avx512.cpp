@@ -93,9 +93,10 @@ EDGERAZOR_INLINE u8x64 digit(const Trits& five) {
     return f == 4 ? extract_bits<6, 2>(five.last) : extract_bits<f % 4 * 2, 2>(five.fields);
 }
 
-// Fields are masked but not shifted: each position of a byte has its own sum, which is shifted once at the end.
+// Fields are masked but not shifted: each position of a byte has its own sum, which is shifted once at the end. What is
+// shifted away is 0, and the fifth digit lies where the fourth field does.
 struct TernaryDot {
-    RowSums sums[5] = {zero_sums(), zero_sums(), zero_sums(), zero_sums(), zero_sums()};
+    RowSums sums[4] = {zero_sums(), zero_sums(), zero_sums(), zero_sums()};
 
     template <int f>
     EDGERAZOR_INLINE void add_2bit(u8x64 fields, const int8_t* x) {
@@ -105,7 +106,7 @@ struct TernaryDot {
     template <int f>
     EDGERAZOR_INLINE void add(const Trits& five, const int8_t* x) {
         if constexpr (f == 4) {
-            dot_add(sums[4], five.last, x);
+            dot_add(sums[3], five.last, x);
         } else {
             add_2bit<f>(five.fields, x);
         }
@@ -113,8 +114,8 @@ struct TernaryDot {
 
     EDGERAZOR_INLINE RowSums take() {
         const RowSums low = add_sums(sums[0], _mm512_srai_epi32(sums[1], 2));
-        const RowSums high = add_sums(_mm512_srai_epi32(sums[2], 4), _mm512_srai_epi32(add_sums(sums[3], sums[4]), 6));
-        sums[0] = sums[1] = sums[2] = sums[3] = sums[4] = zero_sums();
+        const RowSums high = add_sums(_mm512_srai_epi32(sums[2], 4), _mm512_srai_epi32(sums[3], 6));
+        sums[0] = sums[1] = sums[2] = sums[3] = zero_sums();
         return add_sums(low, high);
     }
 };

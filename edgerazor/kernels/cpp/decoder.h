@@ -212,11 +212,14 @@ EDGERAZOR_API int edgerazor_decoder_step(edgerazor_decoder* decoder, const edger
                                          int64_t count, const uint8_t* wanted, float* logits, int32_t* best,
                                          float* log_totals);
 
-/* Greedy decoding after `token`, the one new token of `span`: writes up to `count` most probable tokens to `out`, the
-   last of them being one of stops [stop_count] if one occurs. written: how many. Their slots must be reserved. */
-EDGERAZOR_API int edgerazor_decoder_greedy(edgerazor_decoder* decoder, const edgerazor_sequence_span* span,
-                                           int32_t token, const int32_t* stops, int64_t stop_count, int64_t count,
-                                           int32_t* out, int64_t* written);
+/* Greedy decoding of sequences side by side, after tokens [span_count], the one new token of each of the spans: up to
+   `count` steps, each of which writes the most probable tokens to out [count, span_count]. The last step is one in which
+   a sequence wrote one of stops [stop_count], or during which *interrupt became other than 0, if there is one. written:
+   how many steps. The slots of all steps must be reserved. interrupt: of another thread; or NULL. */
+EDGERAZOR_API int edgerazor_decoder_greedy(edgerazor_decoder* decoder, const edgerazor_sequence_span* spans,
+                                           int64_t span_count, const int32_t* tokens, const int32_t* stops,
+                                           int64_t stop_count, int64_t count, const int32_t* interrupt, int32_t* out,
+                                           int64_t* written);
 
 /* One layer alone, in place: hidden_states [tokens, hidden_size]. For tests. */
 EDGERAZOR_API int edgerazor_decoder_layer(edgerazor_decoder* decoder, int32_t layer,

@@ -91,20 +91,27 @@ int edgerazor_decoder_step(edgerazor_decoder* decoder, const edgerazor_sequence_
     });
 }
 
-int edgerazor_decoder_greedy(edgerazor_decoder* decoder, const edgerazor_sequence_span* first_span, int32_t token,
-                             const int32_t* stops, int64_t stop_count, int64_t count, int32_t* out, int64_t* written) {
+int edgerazor_decoder_greedy(edgerazor_decoder* decoder, const edgerazor_sequence_span* first_spans,
+                             int64_t span_count, const int32_t* tokens, const int32_t* stops, int64_t stop_count,
+                             int64_t count, const int32_t* interrupt, int32_t* out, int64_t* written) {
     *written = 0;
     return status_of(decoder, [&] {
-        GreedySink sink(*decoder);
-        edgerazor_sequence_span span = *first_span;
-        while (*written < count && decoder->finite.load(std::memory_order_relaxed)) {
-            decoder->forward(&span, 1, &token, sink);
-            const int32_t best = sink.best_token();
-            if (best < 0) break;
-            token = out[(*written)++] = best;
-            span.past_length++;
-            span.state_in = span.state_out;
-            if (std::find(stops, stops + stop_count, token) != stops + stop_count) break;
+        GreedySink sink(*decoder, span_count);
+        std::vector<edgerazor_sequence_span> spans(first_spans, first_spans + span_count);
+        const auto stop = [&](int32_t token) {
+            return std::find(stops, stops + stop_count, token) != stops + stop_count;
+        };
+        const auto interrupted = [&] { return interrupt && __atomic_load_n(interrupt, __ATOMIC_RELAXED) != 0; };
+        for (bool goes_on = true; goes_on && *written < count; out += span_count) {
+            decoder->forward(spans.data(), span_count, tokens, sink);
+            if (!sink.best_tokens(out)) break;
+            ++*written;
+            tokens = out;
+            for (edgerazor_sequence_span& span : spans) {
+                span.past_length++;
+                span.state_in = span.state_out;
+            }
+            goes_on = std::none_of(out, out + span_count, stop) && !interrupted();
         }
     });
 }

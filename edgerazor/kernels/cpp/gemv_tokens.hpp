@@ -152,6 +152,8 @@ __attribute__((noinline)) void gemv_tokens_block(const GemvTokens& product, floa
     }
 }
 
+typedef int32_t FourQuads __attribute__((vector_size(16)));
+
 // The activations of a group of tokens, rearranged for it.
 struct TokenGroup {
     int first, count;
@@ -162,8 +164,8 @@ struct TokenGroup {
     void fill(const RowLayout& layout, const QuantizedActivations& from, int min_level_x2) const {
         const int64_t stride = (int64_t)layout.x_quads * 4;
         int t = 0;
-        for (; t + 4 <= count; t += 4) interleave<4>(from.codes + (first + t) * stride, layout.x_quads, t);
-        for (; t < count; t++) interleave<1>(from.codes + (first + t) * stride, layout.x_quads, t);
+        for (; t + 4 <= count; t += 4) interleave_four(from.codes + (first + t) * stride, layout.x_quads, t);
+        for (; t < count; t++) interleave_one(from.codes + (first + t) * stride, layout.x_quads, t);
         for (t = 0; t < count; t++)
             for (int i = 0; i < layout.segment_count; i++) {
                 const int64_t at = (first + t) * (int64_t)layout.segment_count + i;
@@ -172,12 +174,27 @@ struct TokenGroup {
             }
     }
 
-    // Copies the quads of `tokens` tokens from number t on, whose codes begin at `row`.
-    template <int tokens>
-    void interleave(const int8_t* row, int quads, int t) const {
+    // Copies the quads of token number t, whose codes begin at `row`, or of four from number t on.
+    void interleave_one(const int8_t* row, int quads, int t) const {
         int8_t* out = x + t * 4;
-        for (int q = 0; q < quads; q++, row += 4, out += count * 4)
-            unroll<0, tokens>(UNROLL(i) { memcpy(out + i.value * 4, row + i.value * (int64_t)quads * 4, 4); });
+        for (int q = 0; q < quads; q++, row += 4, out += count * 4) memcpy(out, row, 4);
+    }
+
+    void interleave_four(const int8_t* row, int quads, int t) const {
+        const int64_t stride = (int64_t)quads * 4;
+        int q = 0;
+        for (; q + 4 <= quads; q += 4) {
+            FourQuads of_token[4];
+            for (int i = 0; i < 4; i++) memcpy(&of_token[i], row + i * stride + q * 4, sizeof of_token[i]);
+            const FourQuads &a = of_token[0], &b = of_token[1], &c = of_token[2], &d = of_token[3];
+            const FourQuads of_quad[4] = {{a[0], b[0], c[0], d[0]},
+                                          {a[1], b[1], c[1], d[1]},
+                                          {a[2], b[2], c[2], d[2]},
+                                          {a[3], b[3], c[3], d[3]}};
+            for (int i = 0; i < 4; i++) memcpy(x + ((q + i) * count + t) * 4, &of_quad[i], sizeof of_quad[i]);
+        }
+        for (; q < quads; q++)
+            for (int i = 0; i < 4; i++) memcpy(x + (q * count + t + i) * 4, row + i * stride + q * 4, 4);
     }
 };
 

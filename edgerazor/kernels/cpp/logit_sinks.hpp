@@ -171,41 +171,61 @@ class StepSink : public LogitSink {
     std::vector<std::vector<int32_t>> best_of_thread;
 };
 
-// The most probable token after the only one of a call.
+// The most probable token after each token of a call.
 class GreedySink : public LogitSink {
   public:
-    explicit GreedySink(edgerazor_decoder& decoder) : decoder(decoder), best_of_thread(decoder.threads.count()) {}
+    GreedySink(edgerazor_decoder& decoder, int64_t count)
+        : decoder(decoder), best_of_thread(decoder.threads.count(), std::vector<Candidate>(count)) {}
 
     int64_t first_needed(int64_t, int64_t) const override { return 0; }
 
-    void begin(int64_t, int64_t) override { decoder.logits.reserve(decoder.model.vocab_size); }
+    void begin(int64_t first, int64_t tokens) override {
+        before = first;
+        rows.resize(tokens);
+        for (int64_t i = 0; i < tokens; i++) rows[i] = i;
+        decoder.logits.reserve(std::min(kLogitTokens, tokens) * decoder.model.vocab_size);
+    }
 
-    // Each thread takes the best token of its part of the vocabulary.
+    // Each thread takes the best tokens of its part of the vocabulary.
     void consume(const ThreadContext& context) override {
-        decoder.compute_logits(context, rows, 0, 1, decoder.logits.get());
-        const WorkRange range(decoder.model.vocab_size, context.thread, decoder.threads.count());
-        best_of_thread[context.thread] = -1;
-        if (range.first < range.last) {
-            const float* logits = decoder.logits.get() + range.first;
-            best_of_thread[context.thread] =
-                (int32_t)range.first + decoder.math.argmax(logits, range.last - range.first);
+        const int64_t vocab_size = decoder.model.vocab_size, count = (int64_t)rows.size();
+        const WorkRange part(vocab_size, context.thread, decoder.threads.count());
+        for (int64_t first = 0; first < count; first += kLogitTokens) {
+            const int64_t together = std::min(kLogitTokens, count - first);
+            if (first > 0) decoder.threads.barrier(); // before the logits are overwritten
+            decoder.compute_logits(context, rows, first, together, decoder.logits.get());
+            for (int64_t i = 0; i < together && part.first < part.last; i++) {
+                const float* logits = decoder.logits.get() + i * vocab_size + part.first;
+                const int32_t best = decoder.math.argmax(logits, part.last - part.first);
+                best_of_thread[context.thread][before + first + i] = {(int32_t)part.first + best, logits[best]};
+            }
         }
     }
 
-    // After the call. The first of equally probable tokens; the decoder is told where no logit is finite.
-    int32_t best_token() const {
-        const float* logits = decoder.logits.get();
-        int32_t best = -1;
-        for (const int32_t token : best_of_thread)
-            if (token >= 0 && (best < 0 || logits[token] > logits[best])) best = token;
-        if (best < 0 || !std::isfinite(logits[best])) decoder.finite.store(false, std::memory_order_relaxed);
-        return best;
+    // After the call: the first of equally probable tokens. False, and the decoder is told, where no logit is finite.
+    bool best_tokens(int32_t* out) const {
+        bool finite = true;
+        for (size_t i = 0; i < best_of_thread[0].size(); i++) {
+            Candidate best;
+            for (const std::vector<Candidate>& of_part : best_of_thread)
+                if (of_part[i].token >= 0 && (best.token < 0 || of_part[i].logit > best.logit)) best = of_part[i];
+            finite = finite && best.token >= 0 && std::isfinite(best.logit);
+            out[i] = best.token;
+        }
+        if (!finite) decoder.finite.store(false, std::memory_order_relaxed);
+        return finite;
     }
 
   private:
+    struct Candidate {
+        int32_t token = -1;
+        float logit = 0;
+    };
+
     edgerazor_decoder& decoder;
-    const std::vector<int64_t> rows = {0};
-    std::vector<int32_t> best_of_thread;
+    int64_t before = 0;        // tokens of earlier micro-batches
+    std::vector<int64_t> rows; // all tokens of the micro-batch
+    std::vector<std::vector<Candidate>> best_of_thread;
 };
 
 } // namespace edgerazor
