@@ -1,4 +1,4 @@
-"""Gemma 4, text: inputs of single layers, keys and values that late layers share, heads of two widths, norms of values."""
+"""Gemma 4, text: inputs of single layers, keys and values of earlier layers, heads of two widths, norms of values."""
 
 from typing import Any
 
@@ -105,12 +105,10 @@ def _unsupported(config: Any) -> str:
 def _gguf_heads(config: dict[str, Any], kind: str) -> set[tuple[int, int]]:
     """Numbers and widths of heads of keys and values in the layers of a kind."""
     own = {int(layer): sizes for layer, sizes in (config.get("per_layer_config") or {}).items()}  # keys as "05"
-    found = set()
-    for layer, of_layer in enumerate(config["layer_types"]):
-        if of_layer == kind:
-            sizes = {**config, **own.get(layer, {})}
-            found.add((int(sizes["num_key_value_heads"]), int(sizes["head_dim"])))
-    return found
+    of_kind = (
+        {**config, **own.get(layer, {})} for layer, of_layer in enumerate(config["layer_types"]) if of_layer == kind
+    )
+    return {(int(sizes["num_key_value_heads"]), int(sizes["head_dim"])) for sizes in of_kind}
 
 
 def _gguf_layers(config: dict[str, Any]) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -174,18 +172,26 @@ def _gguf_unsupported(config: dict[str, Any]) -> str:
     return "inputs of its layers are for a part of the vocabulary" if part else ""
 
 
+def _of_layers(get: GgufMetadata, key: str, layers: int) -> list[int]:
+    """A size of each layer, or one of all."""
+    value = get.value(key)
+    if not isinstance(value, list):
+        return [get.number(key)] * layers
+    sizes = value[:layers]
+    if len(sizes) < layers or not all(type(size) is int and 0 < size < 1 << 31 for size in sizes):
+        raise get.damaged(f"it does not give {key} for each layer")
+    return sizes
+
+
 def _configure(get: GgufMetadata) -> dict[str, Any]:
     kinds, layers = get.layer_types(6), get.number("block_count")
-    heads: Any = get.value("attention.head_count_kv")
-    inner: Any = get.value("feed_forward_length")
+    heads = _of_layers(get, "attention.head_count_kv", layers)
+    inner = _of_layers(get, "feed_forward_length", layers)
     shared = get.number("attention.shared_kv_layers", 0, least=0)
-    heads, inner = (each if isinstance(each, list) else [each] * layers for each in (heads, inner))
-    if len(heads) < layers or len(inner) < layers or shared >= layers:
-        raise get.damaged("it does not give sizes for each layer")
     full = kinds.index("full_attention") if "full_attention" in kinds else 0
     windowed = kinds.index("sliding_attention") if "sliding_attention" in kinds else 0
     wide = inner[layers - 1] == 2 * inner[0] and shared > 0
-    if inner[:layers] != [inner[0] * (2 if wide and layer >= layers - shared else 1) for layer in range(layers)]:
+    if inner != [inner[0] * (2 if wide and layer >= layers - shared else 1) for layer in range(layers)]:
         raise get.damaged("its MLPs are of other widths than those of Gemma 4")
     factors = get.rope_factors(GGUF_FACTORS)
     rotated = sum(factor == 1.0 for factor in factors) / max(len(factors), 1)
@@ -208,7 +214,9 @@ def _configure(get: GgufMetadata) -> dict[str, Any]:
         "rope_parameters": {"full_attention": beyond, "sliding_attention": local},
         "sliding_window": get.number("attention.sliding_window"),
         "layer_types": kinds,
-        "final_logit_softcapping": get.decimal("final_logit_softcapping") if get.has("final_logit_softcapping") else None,
+        "final_logit_softcapping": get.decimal("final_logit_softcapping")
+        if get.has("final_logit_softcapping")
+        else None,
     }
 
 

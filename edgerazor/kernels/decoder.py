@@ -287,8 +287,8 @@ class Layer:
 
     Attributes:
         v_norm: of each head of values.
-        kv_source: number of the earlier layer whose keys and values it attends to, and which has its own; it has neither
-            `k` nor `v` then. None: it has its own.
+        kv_source: number of the earlier layer, with its own keys and values, that it attends to those of; it has
+            neither `k` nor `v` then. None: it has its own.
         num_kv_heads, head_dim, intermediate_size: as of the network, where they are not its.
         input_gate, input_o: of the layer's own input, `input_o(activation(input_gate(x)) * input)`.
         after_input: the norm of that.
@@ -392,9 +392,7 @@ class Network:
 
     def kv_slot_bytes(self) -> int:
         """Bytes of a KV slot: the keys and values of one token in all layers with attention, with their scales."""
-        heads = [
-            self.kv_heads_of(layer) for layer in self.layers if layer.mixer is None and layer.kv_source is None
-        ]
+        heads = [self.kv_heads_of(layer) for layer in self.layers if layer.mixer is None and layer.kv_source is None]
         per_feature = {16: 4.0, 8: 1.0, 4: 0.5}[self.kv_bits]
         scale = 0 if self.kv_bits == 16 else 4
         return sum(2 * count * (math.ceil(per_feature * width) + scale) for count, width in heads)
@@ -964,11 +962,12 @@ class _Structures:
         )
 
     def _layer_inputs(self, inputs: LayerInputs) -> _LayerInputs:
-        self.tensors.append(rows_by_sixteen(inputs.projection))
+        projection = rows_by_sixteen(inputs.projection)
+        self.tensors.append(projection)
         return _LayerInputs(
             inputs.features,
             self._matrix(inputs.table),
-            _pointer(self.tensors[-1]),
+            _pointer(projection),
             inputs.projection.dtype == torch.bfloat16,
             self._norm(inputs.norm),
             *(getattr(inputs, name) for name in _INPUT_SCALES),

@@ -193,7 +193,10 @@ def gguf_configuration(file: GgufFile) -> dict[str, Any]:
         "tie_word_embeddings": HEAD not in file.tensors,
         **family.configure(get),
     }
-    for field, key in (("num_key_value_heads", "attention.head_count_kv"), ("intermediate_size", "feed_forward_length")):
+    for field, key in (
+        ("num_key_value_heads", "attention.head_count_kv"),
+        ("intermediate_size", "feed_forward_length"),
+    ):
         if type(config[field]) is not int or not 0 < config[field] < 1 << 31:
             get.number(key)  # which is refused, unless the family has numbers for each layer
     for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):

@@ -204,15 +204,15 @@ class _NetworkBuilder:
         """A decoder layer; its `rope_dim` is 0 where it leaves RoPE out."""
         architecture, config, prefix = self.architecture, self.config, f"model.layers.{number}"
         mixer = architecture.mixer(config, number)
-        heads, source = architecture.kv_heads(config, number), architecture.kv_source(config, number)
+        kv, source = architecture.kv_heads(config, number), architecture.kv_source(config, number)
         inner = architecture.intermediate_size(config, number)
-        shapes = {**self._attention_shapes(heads), **self._mlp_shapes(inner), **self._mixer_shapes(mixer)}
+        shapes = {**self._attention_shapes(kv), **self._mlp_shapes(inner), **self._mixer_shapes(mixer)}
         linears: dict[str, Any] = {
             place: self.linear(f"{prefix}.{name}", shapes[place], self._has_bias(place, mixer))
             for place, name in architecture.linears_of(config, number).items()
         }
         norms: dict[str, Any] = {
-            place: self.norm(f"{prefix}.{name}", self._norm_width(place, heads))
+            place: self.norm(f"{prefix}.{name}", self._norm_width(place, kv))
             for place, name in architecture.norms.items()
             if self._has_norm(place, mixer, source)
         }
@@ -235,8 +235,8 @@ class _NetworkBuilder:
             rope_dim=rotary.features_of(number) if architecture.has_rope(config, number) else 0,
             rope_table=rotary.table_of(number),
             kv_source=source,
-            num_kv_heads=heads.count,
-            head_dim=heads.width,
+            num_kv_heads=kv.heads,
+            head_dim=kv.width,
             intermediate_size=inner,
             output_scale=self._output_scale(prefix),
             sliding_window=window or 0,
@@ -350,10 +350,10 @@ class _NetworkBuilder:
         gains = self.vector(f"{prefix}.{experts.router_gains}", self.config.hidden_size)
         return Norm(decoder.RMS, self._norm_epsilon(), gains * experts.router_scale)
 
-    def _attention_shapes(self, heads: KvHeads) -> dict[str, tuple[int, int]]:
+    def _attention_shapes(self, kv: KvHeads) -> dict[str, tuple[int, int]]:
         """Rows and columns of the linear layers of attention."""
         config = self.config
-        query, key = config.num_attention_heads * heads.width, heads.count * heads.width
+        query, key = config.num_attention_heads * kv.width, kv.heads * kv.width
         hidden, rows = config.hidden_size, query * (2 if self.architecture.gated_queries else 1)
         shapes = {"q": (rows, hidden), "k": (key, hidden), "v": (key, hidden), "o": (hidden, query)}
         return shapes | {"qkv": (query + 2 * key, hidden), "attention_gate": (config.num_attention_heads, hidden)}
@@ -398,13 +398,13 @@ class _NetworkBuilder:
             return architecture.qkv_bias(config)
         return place == "o" and architecture.o_bias(config)
 
-    def _norm_width(self, place: str, kv_heads: KvHeads) -> int:
+    def _norm_width(self, place: str, kv: KvHeads) -> int:
         """Features of a norm of a decoder layer."""
         config = self.config
         if place not in _QK_NORM_PLACES:
             return int(config.hidden_size)
-        heads = config.num_attention_heads if place == "q_norm" else kv_heads.count
-        return int(kv_heads.width * (heads if self.architecture.norm_all_heads else 1))
+        heads = config.num_attention_heads if place == "q_norm" else kv.heads
+        return int(kv.width * (heads if self.architecture.norm_all_heads else 1))
 
     def linear(self, name: str, shape: tuple[int, int], has_bias: bool) -> Linear:
         """A linear layer, whose matrix must have that shape."""

@@ -127,8 +127,9 @@ class Rotary:
         return self.varies_beyond is not None and length > self.varies_beyond
 
     def tables(self, start: int, length: int) -> tuple[Tensor, ...]:
-        """Cosines and sines float32 [at least length, tables * features / 2], padded with zeros, for a call with positions `start` to
-        `length`, and the factors of queries [at least length], where there are some: what `Decoder.set_rope` gets.
+        """Cosines and sines float32 [at least length, tables * features / 2], padded with zeros, for a call with
+        positions `start` to `length`, and the factors of queries [at least length], where there are some: what
+        `Decoder.set_rope` gets.
 
         Rows before `start` may hold anything.
         """

@@ -45,8 +45,10 @@ class TransformersModel(Model):
         packed = PackedModel.open(folder)
         classes = {size.kind: size.bytes for size in size_table(packed).classes}
         self.weight_bytes = sum(classes.values())
-        unread = 0 if packed.header.tied else classes.get("embedding", 0)  # but for a row of it
-        unread += unchosen_bytes(packed_sizes(packed), config)
+        sizes, heads = packed_sizes(packed), packed.header.tied.values()
+        embeddings = [name for name, matrix in packed.header.matrices.items() if matrix.kind == "embedding"]
+        unread = sum(sizes[name] for name in embeddings if name not in heads)  # but for a row of each
+        unread += unchosen_bytes(sizes, config)
         self.bytes_per_token = self.weight_bytes - unread
         self.cache_bytes_per_token = 2 * _cached_features(config) * torch.float32.itemsize
 

@@ -160,7 +160,9 @@ class SensitivityAnalysis:
 
         self.teacher_pass.backward(upstream, observer, title="sensitivity: fisher", identity=str(self.seed))
         rows = self._of_all(observer.rows, len(self.names))
-        rows |= {table.name: self._embedding(table.name) for table in (self.structure.embedding, *self.structure.tables)}
+        rows |= {
+            table.name: self._embedding(table.name) for table in (self.structure.embedding, *self.structure.tables)
+        }
         of_head = self._head()
         name = self.structure.head.name if self.structure.head else self.structure.embedding.name
         rows[name] = rows[name] + of_head if name in rows else of_head

@@ -114,6 +114,11 @@ LONGROPE: Values = {
 GRANITE: Values = {
     **{"attention_multiplier": 0.1, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0},
 }
+GEMMA4: Values = {
+    **{"num_hidden_layers": 6, "num_kv_shared_layers": 2, "use_double_wide_mlp": True, "sliding_window": 48},
+    "layer_types": [f"{kind}_attention" for kind in ("sliding", "full") * 3],
+    **{"global_head_dim": 128, "hidden_size_per_layer_input": 64, "final_logit_softcapping": 30.0},
+}
 DELTA: Values = {
     **{"linear_num_key_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64},
     "rope_parameters": {**PLAIN, "partial_rotary_factor": 0.25},
@@ -132,6 +137,7 @@ FAMILIES: dict[str, tuple[str, Values]] = {
     "gemma": ("gemma", {}),
     "gemma2": ("gemma2", {"sliding_window": 48, "query_pre_attn_scalar": 64}),
     "gemma3": ("gemma3_text", {"sliding_window": 48, "query_pre_attn_scalar": 64, "num_hidden_layers": 6}),
+    "gemma4": ("gemma4_text", GEMMA4),
     "granite": ("granite", GRANITE),
     "olmo2": ("olmo2", {}),
     "olmo3": ("olmo3", {"sliding_window": 48, "rope_parameters": {"full_attention": YARN, "sliding_attention": PLAIN}}),
@@ -283,7 +289,8 @@ def write_random(folder: Path, kind: str, special: Values, tokenizer: Path) -> N
     words = AutoTokenizer.from_pretrained(tokenizer)
     rows = 64 * (len(words) // 64 + 1)  # as many vocabularies, with rows that are no token
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**{**SHAPE, "vocab_size": rows, **special}))
+    tables = {"vocab_size_per_layer_input": rows} if kind == "gemma4_text" else {}
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**{**SHAPE, "vocab_size": rows, **tables, **special}))
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter) * (0.05 if parameter.ndim > 1 else 0.3))
     words.save_pretrained(folder)

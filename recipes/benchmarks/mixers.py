@@ -12,6 +12,8 @@ cache holds.
     models    published shapes beside the plain one
     states    layers with states alone, behind 1024 and 32768 tokens; a small vocabulary
     experts   8 of 64 experts beside 8 of 8, which read as many bytes for a token
+    inputs    inputs of single layers, and layers that attend to the keys and values of others, which compute in prefill
+              only tokens with an output: its products are counted as if they computed all
 
 The tables go into recipes/results/mixers.md. Run it alone on the machine.
 """
@@ -20,7 +22,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +37,7 @@ from edgerazor.kernels.decoder import (
     Experts,
     GatedDeltaRule,
     Layer,
+    LayerInputs,
     Linear,
     Mamba2,
     Network,
@@ -75,6 +78,10 @@ class Shape:
     window: int = 0
     experts: int = 0
     chosen: int = 8
+    inputs: int = 0  # features of the inputs of single layers
+    shared: int = 0  # the last layers, which attend to keys and values of others, and have MLPs twice as wide
+    full_dim: int = 0  # width of heads in layers without a window; 0: as in the others
+    full_every: int = 6
 
 
 #: Shapes of `recipes.benchmarks.rotation` have no entry of their own.
@@ -95,7 +102,14 @@ EXPERTS = {
     "OLMoE-1B-7B, 4 layers, with 8 experts": Shape(8192, 2048, 1024, 4, 16, 16, 128, "a", experts=8),
     "OLMoE-1B-7B, 4 layers, 8 of 64 experts": Shape(8192, 2048, 1024, 4, 16, 16, 128, "a", experts=64),
 }
-TABLES = {"models": MODELS, "states": STATES, "experts": EXPERTS}
+INPUTS = {
+    "Qwen3-0.6B": None,
+    "Gemma-4-E2B": Shape(
+        *(262_144, 1536, 6144, 35, 8, 1, 256, "a", "gelu_tanh", True, 512),
+        **{"inputs": 256, "shared": 20, "full_dim": 512, "full_every": 5},
+    ),
+}
+TABLES = {"models": MODELS, "states": STATES, "experts": EXPERTS, "inputs": INPUTS}
 
 
 def build(name: str, shape: Shape | None) -> Network:
@@ -107,6 +121,10 @@ def build(name: str, shape: Shape | None) -> Network:
     layers = []
     for number in range(shape.layers):
         kind = shape.mixers[number % len(shape.mixers)]
+        full = (number + 1) % shape.full_every == 0
+        if shape.inputs:
+            layers.append(layer_with_input(shape, number, full))
+            continue
         none = {"gate": None, "up": None, "down": None}
         mlp: dict[str, Any] = {**none, "experts": experts(shape)} if shape.experts else gated_mlp(shape)
         behind: dict[str, Any] = {"after_attention": norm, "after_mlp": norm} if shape.norms_behind else {}
@@ -120,7 +138,7 @@ def build(name: str, shape: Shape | None) -> Network:
                 q_norm=of_head if kind == "a" else None,
                 k_norm=of_head if kind == "a" else None,
                 rope_dim=shape.head_dim if kind == "a" else 0,
-                sliding_window=shape.window if number % 6 != 5 else 0,
+                sliding_window=0 if full else shape.window,
                 activation=shape.activation,
             )
         )
@@ -135,9 +153,42 @@ def build(name: str, shape: Shape | None) -> Network:
         head=embedding,
         final_norm=norm,
         layers=layers,
-        rope_dim=shape.head_dim,
+        rope_dim=shape.full_dim or shape.head_dim,
         attention_scale=shape.head_dim**-0.5,
+        layer_inputs=layer_inputs(shape) if shape.inputs else None,
     )
+
+
+def layer_with_input(shape: Shape, number: int, full: bool) -> Layer:
+    """A layer of Gemma 4, some of which attend to the keys and values of the last ones before them."""
+    hidden, first = shape.hidden, shape.layers - shape.shared
+    shape = replace(shape, head_dim=shape.full_dim if full else shape.head_dim)
+    norm, of_head = Norm(RMS, 1e-6, torch.ones(hidden)), Norm(RMS, 1e-6, torch.ones(shape.head_dim))
+    source = None if number < first else first - 1 if full else first - 2
+    own: dict[str, Any] = {"k": None, "v": None} if source is not None else {"k_norm": of_head, "v_norm": of_head}
+    wide = replace(shape, intermediate=shape.intermediate * (1 if source is None else 2))
+    return Layer(
+        **{**mixer(shape, "a"), **gated_mlp(wide), **own},
+        **dict.fromkeys(("before_attention", "after_attention", "before_mlp", "after_mlp", "after_input"), norm),
+        q_norm=of_head,
+        rope_dim=shape.head_dim,
+        sliding_window=0 if full else shape.window,
+        activation=shape.activation,
+        kv_source=source,
+        head_dim=shape.head_dim,
+        intermediate_size=wide.intermediate,
+        input_gate=linear("int4", GROUP, shape.inputs, hidden),
+        input_o=linear("int4", GROUP, hidden, shape.inputs),
+        output_scale=0.5,
+    )
+
+
+def layer_inputs(shape: Shape) -> LayerInputs:
+    """The table of inputs of layers, and the projection in 16 bits."""
+    width = shape.layers * shape.inputs
+    projection = torch.randn(width, shape.hidden).to(torch.bfloat16)
+    norm = Norm(RMS, 1e-6, torch.ones(shape.inputs))
+    return LayerInputs(shape.inputs, linear("int4", GROUP, shape.vocabulary, width), projection, norm)
 
 
 def gated_mlp(shape: Shape) -> dict[str, Linear]:
@@ -197,7 +248,8 @@ def read_matrices(made: Network) -> list[Any]:
     """The matrices that a token reads; of experts, which are alike, as many as are chosen."""
     linears = [made.head]
     for layer in made.layers:
-        linears += [one for one in (*layer.inputs, layer.o, layer.gate, layer.up, layer.down) if one is not None]
+        places = (*layer.inputs, layer.o, layer.gate, layer.up, layer.down, layer.input_gate, layer.input_o)
+        linears += [one for one in places if one is not None]
         if (mixture := layer.experts) is not None:
             linears += [one for expert in mixture.experts[: mixture.chosen] for one in expert.linears]
     return [one.matrix for one in linears]
@@ -210,6 +262,8 @@ class Runner:
         made = build(name, shape)
         matrices = read_matrices(made)
         self.name, self.bytes = name, sum(matrix_bytes(matrix) for matrix in matrices)
+        if made.layer_inputs is not None:
+            self.bytes += made.layer_inputs.projection.nbytes
         self.products = sum(matrix.out * matrix.columns for matrix in matrices[1:])
         self.decoder, self.options = Decoder(made, options.threads), options
         angles = torch.rand(positions, made.rope_dim // 2)

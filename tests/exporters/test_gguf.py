@@ -534,9 +534,10 @@ REFUSED: dict[tuple[str, str], dict[str, Any]] = {
     ("gemma3", "activation 'silu' is not gelu_pytorch_tanh"): {"hidden_activation": "silu"},
     ("gemma4", "experts beside an MLP"): {"enable_moe_block": True},
     ("gemma4", "its positions are scaled"): {
-        "rope_parameters": dict.fromkeys(
-            ("sliding_attention", "full_attention"), {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
-        )
+        "rope_parameters": {
+            kind: {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+            for kind in ("sliding_attention", "full_attention")
+        }
     },
     ("gemma4", "not those of a layer with a window and one without"): {
         "layer_types": [f"{kind}_attention" for kind in ("full", "full", "sliding", "sliding", "full")]

@@ -24,6 +24,10 @@ LLAMA3 = (
     r"\s+(?!\S)|\s+"
 )
 QWEN2 = LLAMA3.replace("{1,3}", "")
+QWEN35 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|"
@@ -58,6 +62,7 @@ def test_patterns_have_the_names_that_llama_cpp_gives_them() -> None:
         ((WORDS,), False, "gpt-2"),
         ((pre_tokenizers.Digits(individual_digits=True), WORDS), False, "smollm"),
         ((split(QWEN2), BYTES), False, "qwen2"),
+        ((split(QWEN35), BYTES), False, "qwen35"),
         ((split(LLAMA3), BYTES), True, "llama-bpe"),
         ((split(LLAMA3), BYTES), False, "smaug-bpe"),
         ((split(TEKKEN), BYTES), True, "tekken"),
@@ -200,6 +205,18 @@ def test_scores_join_as_merges_do(prefix: bool) -> None:
     assert found.types[1] == TokenType.CONTROL
     for text in (TEXT, "the lamp then", "  others  there ", "Q\u00e9"):
         assert joined_by_score(found, text) == tokenizer(text, add_special_tokens=False)["input_ids"], text
+
+
+def test_a_step_that_finds_nothing_to_cut_changes_nothing() -> None:
+    """Gemma's tokenizers cut at spaces when all of them are written as another character."""
+    tokenizer = learned_sentencepiece(prefix=False)
+    expected = gguf_vocabulary.build_vocabulary(tokenizer, 500, [])
+    backend: Any = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    assert gguf_vocabulary.build_vocabulary(tokenizer, 500, []) == expected
+    backend.normalizer = normalizers.NFC()
+    with pytest.raises(UserError, match="changes text by"):
+        gguf_vocabulary.build_vocabulary(tokenizer, 500, [])
 
 
 def test_merges_that_scores_cannot_express_are_refused() -> None:

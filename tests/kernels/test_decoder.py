@@ -181,8 +181,8 @@ def expert(seed: int) -> Expert:
 
 
 def shared_network(**changes: Any) -> Network:
-    """Layers with inputs of their own, heads of two widths, values that are keys, and two that attend to keys of others;
-    experts beside an MLP."""
+    """Layers with inputs of their own, heads of two widths, values that are keys, two that attend to keys of others,
+    and experts beside an MLP."""
     wide: dict[str, Any] = {
         **{"head_dim": 10, "num_kv_heads": 1, "rope_dim": 4, "rope_table": 1},
         **{"q": linear(40, HIDDEN, 51), "o": linear(HIDDEN, 40, 52)},

@@ -18,6 +18,7 @@ from edgerazor import families, pipeline, runtime
 from edgerazor.console import Console
 from edgerazor.errors import UserError
 from edgerazor.kernels import native
+from edgerazor.packed import PackedModel
 from edgerazor.recipe import build
 from edgerazor.runtime.batching import BatchScheduler, BatchSettings, SequenceEvent, SequenceRequest
 from edgerazor.runtime.native_model import KEPT_STATES, NativeModel
@@ -137,6 +138,20 @@ def test_scores_begin_with_the_state_of_the_prefix(
                 assert score.log_probability == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
+# Tables of which a token reads a row ---------------------------------------------------------------------------------
+
+
+def test_a_token_reads_one_row_of_a_second_table(load: Callable[[str], NativeModel]) -> None:
+    model = load("gemma4")
+    packed = PackedModel.open(model.folder)
+    sizes = {name: packed.spec(name).packed_bytes(entry.shape) for name, entry in packed.header.matrices.items()}
+    other = runtime.load(model.folder, threads=1, engine="transformers")
+    for engine in (model, other):
+        assert engine.weight_bytes > sum(sizes.values())
+        unread = engine.weight_bytes - engine.bytes_per_token
+        assert unread == pytest.approx(sizes["model.embed_tokens_per_layer"], rel=0.05)
+
+
 # Batches --------------------------------------------------------------------------------------------------------------
 
 
@@ -173,7 +188,7 @@ def scheduler(load: Callable[[str], NativeModel], request: pytest.FixtureRequest
     opened.close()
 
 
-@pytest.mark.parametrize("scheduler", ["gemma3", "gemma2", "phi3"], indirect=True)
+@pytest.mark.parametrize("scheduler", ["gemma3", "gemma2", "phi3", "gemma4"], indirect=True)
 def test_sequences_in_batches(scheduler: BatchScheduler) -> None:
     assert isinstance(scheduler, BatchScheduler)
     assert texts(scheduler, scheduler.model) == alone(scheduler.model)
@@ -198,6 +213,16 @@ REAL: dict[str, tuple[str, dict[str, Any]]] = {
         {
             **{"hidden_size": 640, "intermediate_size": 2048, "num_attention_heads": 4, "num_key_value_heads": 1},
             **{"head_dim": 256, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 512},
+        },
+    ),
+    "Gemma 4 E2B": (
+        "gemma4_text",
+        {
+            **{"hidden_size": 1536, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 1},
+            **{"head_dim": 256, "global_head_dim": 512, "sliding_window": 512, "num_kv_shared_layers": 1},
+            **{"num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "full_attention"]},
+            **{"hidden_size_per_layer_input": 256, "vocab_size_per_layer_input": VOCABULARY},
+            **{"use_double_wide_mlp": True, "final_logit_softcapping": 30.0},
         },
     ),
     "Gemma 2 2B": (
@@ -259,6 +284,10 @@ def test_shapes_of_real_models(make_model: ModelMaker, tmp_path: Path, name: str
     config = CONFIG_MAPPING[kind](**{**SHAPE, **special, "tie_word_embeddings": tied})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if kind == "gemma4_text" and path.endswith("q_norm.weight"):  # nothing else makes its scores small
+                parameter.mul_(parameter.numel() ** -0.5)
     make_model(tmp_path / "tokenizer", "llama")
     model.save_pretrained(tmp_path / "model")
     for each in (tmp_path / "tokenizer").glob("tokenizer*"):

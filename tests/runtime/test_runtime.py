@@ -429,9 +429,11 @@ def layers_of(model: Any, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 @needs_native
 @pytest.mark.parametrize("bits", [EXACT, EIGHT, FOUR], ids=["16", "kv8", "kv4"])
-@pytest.mark.parametrize("name", [name for name in NAMES if "gemma4" not in str(name) or "no inputs" in str(name)])  # whose layers have inputs of their own
+@pytest.mark.parametrize("name", NAMES)
 def test_each_layer_alone(packer: Packer, name: str, bits: tuple[int, int]) -> None:
     folder = packer(name, bits=bits)
+    if name in ("gemma4", "gemma4, experts beside an MLP"):
+        pytest.skip("its layers have inputs beside hidden states")
     ours = runtime.load(folder, threads=2, engine="native")
     assert isinstance(ours, NativeModel)
     decoder = ours.decoder()

@@ -269,6 +269,8 @@ def _space_prefix(tokenizer_json: dict[str, Any]) -> tuple[bool, list[str]]:
             marked, prefix = True, step["prepend_scheme"] != "never"
             if step["prepend_scheme"] == "first":
                 notes.append("llama.cpp puts a space before the text behind every special token, not only the first.")
+        elif kind == "Split" and step["pattern"] == {"String": " "} and marked:
+            pass  # Gemma's: no space is left to cut at
         else:
             raise _refused(f"it changes text by {kind} before it looks for pieces")
     if not marked:

@@ -282,7 +282,7 @@ def head_width(config: Any) -> int:
 class KvHeads(NamedTuple):
     """Heads of keys and values of a layer; its queries have the same width."""
 
-    count: int
+    heads: int
     width: int
 
 
@@ -385,7 +385,7 @@ class Experts:
             there is none.
         factors: the tensor in a layer that holds a factor of the weights of each expert; empty: there is none.
         beside_mlp: the layer has an MLP, too, an expert that all tokens share; what both give is added up.
-        norms: of the layer, `before` the experts, `after` them, and of the MLP alone (`after_mlp_alone`): place -> name.
+        norms: of the layer, `before` the experts, `after` them, and of the MLP alone, `after_mlp_alone`: place -> name
         router_gains: the tensor in a layer that, times `router_scale`, holds the gains of an RMSNorm of the residual
             stream for the router; empty: it gets what experts get.
     """
@@ -421,7 +421,7 @@ def no_experts(config: Any, layer: int) -> Experts | None:
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """Inputs of single decoder layers: for all of them together, and each layer's `features` of these,
+    """Inputs of single decoder layers: for all of them together, and `features` of these for each,
     `scale * (norm(projection_scale * projection(embedding)) + table_scale * row of the table)`. A layer adds
     `o(act(gate(x)) * input)` to the residual stream, behind the MLP.
 

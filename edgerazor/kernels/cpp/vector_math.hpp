@@ -144,9 +144,16 @@ float max_value(const float* x, int64_t count) {
     return reduce_max(most);
 }
 
+// The largest element is looked for one by one in the first block that has it, not in a whole vocabulary.
 int32_t argmax(const float* x, int64_t count) {
-    const float most = max_value(x, count);
-    for (int64_t i = 0; i < count; i++)
+    constexpr int64_t kBlock = 1024;
+    float most = -kInfinity;
+    int64_t first = 0;
+    for (int64_t i = 0; i < count; i += kBlock) {
+        const float of_block = max_value(x + i, smaller(kBlock, count - i));
+        if (of_block > most) most = of_block, first = i;
+    }
+    for (int64_t i = first; i < smaller(first + kBlock, count); i++)
         if (x[i] == most) return (int32_t)i;
     return 0; // all are NaN
 }
