@@ -136,9 +136,7 @@ class Model(ABC):
             if type(count) is not int or not 1 <= count <= len(tokens):
                 raise usage_error(f"There are no last {count} of the {len(tokens)} tokens of a continuation.")
 
-    def generate(
-        self, prompt: Prompt, seed: int = 0, images: Sequence[Picture] = (), **options: Any
-    ) -> Generation:
+    def generate(self, prompt: Prompt, seed: int = 0, images: Sequence[Picture] = (), **options: Any) -> Generation:
         """Write a text that goes on from a prompt, or answers it.
 
         Args:
@@ -176,7 +174,10 @@ class Model(ABC):
         ids = as_tensor(tokens)
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocabulary:
             known = models.PICTURES if self.pictures else ()
-            wrong = next((token for token in ids.flatten().tolist() if not (0 <= token < self.vocabulary or token in known)), None)
+            wrong = next(
+                (token for token in ids.flatten().tolist() if not (0 <= token < self.vocabulary or token in known)),
+                None,
+            )
         else:
             wrong = None
         if wrong is not None:

@@ -1,4 +1,4 @@
-"""Pictures in prompts: from files, bytes or pictures in memory to tokens, and the positions that a sequence has then."""
+"""Pictures in prompts: from files or pictures in memory to tokens, and the positions that a sequence has then."""
 
 from __future__ import annotations
 
