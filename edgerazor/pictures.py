@@ -246,7 +246,7 @@ def _stored(file: Path) -> list[tuple[PictureTokens, list[PictureFeatures]]] | N
         for length, count in zip(tensors["lengths"].tolist(), tensors["pictures"].tolist(), strict=True):
             ids = tensors["ids"][begin : begin + length].numpy()
             learn = tensors["learn"][begin : begin + length].numpy().astype(bool)
-            parts = []
+            parts: list[PictureFeatures] = []
             for features in tensors["features"][picture : picture + count].tolist():
                 deep = tensors["deep"][:, row : row + features] if "deep" in tensors else None
                 grid = tuple(tensors["grids"][picture + len(parts)].tolist()) if "grids" in tensors else None

@@ -174,14 +174,9 @@ class Model(ABC):
         ids = as_tensor(tokens)
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocabulary:
             known = models.PICTURES if self.pictures else ()
-            wrong = next(
-                (token for token in ids.flatten().tolist() if not (0 <= token < self.vocabulary or token in known)),
-                None,
-            )
-        else:
-            wrong = None
-        if wrong is not None:
-            raise usage_error(f"There is no token {wrong}: the model knows {self.vocabulary}.")
+            wrong = (token for token in ids.flatten().tolist() if not 0 <= token < self.vocabulary)
+            if (token := next((token for token in wrong if token not in known), None)) is not None:
+                raise usage_error(f"There is no token {token}: the model knows {self.vocabulary}.")
         if before + ids.shape[-1] > self.max_positions:
             raise usage_error(
                 f"A sequence of {before + ids.shape[-1]} tokens is too long: the model has positions for "

@@ -49,7 +49,11 @@ TASK_FOLDER, NEW_PARTS_FOLDER = HERE / "tasks", HERE / "new-parts"
 TASKS = ("color", "shape", "count", "relation")
 ITEMS_PER_TASK, NEW_PARTS = 100, 50
 SEEDS = {"train": 0, "distill": 1, "heldout": 2, "tasks": 3, "pictures": 4}
-TRAIN_TALKS = 192_000  # that the teacher was trained on
+TRAIN_TALKS = 384_000  # that the teacher was trained on
+#: Of these, the ones behind the first half ask more about one thing among others: full pictures and lists of all that is
+#: in them had taught the teacher to read pictures, but hardly to look for something.
+READING_TALKS = 192_000
+LOOKING = {"color": 2, "shape": 1, "count": 2, "relation": 3}  # how often there each task is asked
 DISTILL_TALKS = 3_000
 HELDOUT_TALKS = 200
 
@@ -266,10 +270,13 @@ def caption(picture: Picture, rng: random.Random) -> Question:
 # --- pictures and talks ------------------------------------------------------------------------
 
 
-def picture_of(rng: random.Random) -> Picture:
-    """A picture: of things that all look different, or, half of the time, of some that share shape or color."""
+def picture_of(rng: random.Random, few: bool = False) -> Picture:
+    """A picture: of things that all look different, or, half of the time, of some that share shape or color.
+
+    `few`: two or three things.
+    """
     # Fuller pictures more often: they put more together, and are refused more often for something held out.
-    number = rng.choices(range(1, MOST_OBJECTS + 1), range(1, MOST_OBJECTS + 1))[0]
+    number = rng.choice((2, 3)) if few else rng.choices(range(1, MOST_OBJECTS + 1), range(1, MOST_OBJECTS + 1))[0]
     cells = sorted(rng.sample(range(SIDE * SIDE), number))
     shapes, colors = rng.sample(SHAPES, number), rng.sample(list(COLORS), number)
     if number > 1 and rng.random() < 0.5:
@@ -286,20 +293,23 @@ def talks(split: str, count: int, start: int = 0) -> Iterator[Talk]:
     """Talks of a split without any held-out combination, each a function of its number alone."""
     for number in range(start, start + count):
         rng = random.Random(f"{SEEDS[split]} {number}")
+        looking = split == "train" and number >= READING_TALKS
+        few = looking and rng.random() < 0.6
         while True:
-            picture = picture_of(rng)
+            picture = picture_of(rng, few)
             if not any(map(held_out, picture.combinations())):
                 break
         asked = questions(picture, rng)
         chosen: list[Question] = []
         while len(chosen) < QUESTIONS:
-            task = rng.choice([task for task in TASKS if asked[task]])
+            possible = [task for task in TASKS if asked[task]]
+            task = rng.choices(possible, [LOOKING[task] for task in possible])[0] if looking else rng.choice(possible)
             options = [question for question in asked[task] if question not in chosen]
             if task == "count" and rng.random() < 0.8:  # most kinds of things are not there at all
                 options = [question for question in options if question.answer != "zero"] or options
             if options:
                 chosen.append(rng.choice(options))
-        if rng.random() < 0.5:
+        if rng.random() < (0.15 if looking else 0.5):
             chosen[rng.randrange(QUESTIONS)] = caption(picture, rng)
         yield Talk(picture, tuple(chosen))
 

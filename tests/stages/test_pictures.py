@@ -104,6 +104,15 @@ def test_the_tower_is_packed_as_it_was(job: Path, place: Path) -> None:
     assert (WorkDir(job).folder("pack") / "processor_config.json").exists()
 
 
+def test_a_packed_tower_makes_the_features_of_the_teachers(job: Path, place: Path) -> None:
+    """Keys and values are rounded in the decoder alone."""
+    [picture] = corpus.talks("heldout", 1)
+    pixels = training.pixel_values([picture.picture])
+    packed, teacher = edgerazor.load(WorkDir(job).folder("pack"), threads=1), models.load(place / "teacher")[0]
+    expected = models.features_of(teacher, {"pixel_values": pixels}).rows
+    assert torch.allclose(models.features_of(packed.pictures.model, {"pixel_values": pixels}).rows, expected, atol=1e-5)
+
+
 def test_an_interrupted_training_goes_on(place: Path, job: Path, tmp_path: Path, monkeypatch, run: Run) -> None:
     """Ended behind its third step, it ends with the very student of a training that was not."""
     count_step = Trainer.count_step
