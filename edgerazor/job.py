@@ -125,9 +125,12 @@ class RecipeContext:
     def pictures(self) -> PictureReader | None:
         """What reads pictures for the teacher; None where it sees none.
 
-        The teacher's own tower makes their features, in float32.
+        The teacher's own tower makes their features, in float32. A teacher that computes elsewhere or has another tower
+        cannot be given them.
         """
-        if not self.recipe.model:
+        settings = self.recipe.distill
+        elsewhere = settings.recording or settings.teacher or settings.teachers or settings.teacher_source != "resident"
+        if not self.recipe.model or elsewhere:
             return None
         folder = self.teacher_folder
         if not models.sees(models.auto_config(folder, self.recipe.trust_remote_code)):

@@ -86,9 +86,7 @@ class PictureReader:
             tensors = _tensors(made)
             write_atomically(file, lambda path: save_file(tensors, path))
             stored = _stored(file) or made
-        return [
-            self._place(tokens, parts, f"{file.stem} {number}") for number, (tokens, parts) in enumerate(stored)
-        ]
+        return [self._place(tokens, parts, f"{file.stem} {number}") for number, (tokens, parts) in enumerate(stored)]
 
     def prompt(self, conversation: Conversation) -> list[int]:
         """Token ids of a prompt with pictures.
@@ -96,7 +94,10 @@ class PictureReader:
         Raises:
             UserError: as `data.prompt_with_pictures`.
         """
-        made = data.prompt_with_pictures(conversation, self.processor)
+        return self.tokens(data.prompt_with_pictures(conversation, self.processor))
+
+    def tokens(self, made: PictureTokens) -> list[int]:
+        """Token ids of what the processor made, its pictures looked at."""
         [(tokens, parts)] = self._look([made])
         return [int(token) for token in self._place(tokens, parts, None)[0]]
 
@@ -110,7 +111,9 @@ class PictureReader:
 
     # --- one after the other ---
 
-    def _read(self, conversations: Sequence[Conversation], length: int) -> list[tuple[PictureTokens, list[PictureFeatures]]]:
+    def _read(
+        self, conversations: Sequence[Conversation], length: int
+    ) -> list[tuple[PictureTokens, list[PictureFeatures]]]:
         """What processor and tower make of conversations."""
         read: list[tuple[PictureTokens, list[PictureFeatures]]] = []
         waiting: list[PictureTokens] = []
@@ -146,11 +149,13 @@ class PictureReader:
         for one, given, own, count in zip(made, inputs, features, counts, strict=True):
             if len(own.rows) != count:
                 raise _other_number(len(own.rows), count)
-            runs = [end - begin for begin, end in models.runs_of(one.ids == placeholder)]
+            runs = [end - begin for begin, end in data.runs(one.ids == placeholder)]
             read.append((one, models.split_pictures(own, runs, given.get("image_grid_thw"))))
         return read
 
-    def _place(self, made: PictureTokens, parts: Sequence[PictureFeatures], key: str | None) -> tuple[np.ndarray, np.ndarray]:
+    def _place(
+        self, made: PictureTokens, parts: Sequence[PictureFeatures], key: str | None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of a conversation, with those of its pictures in their places."""
         ids = made.ids.copy()
         at = np.flatnonzero(ids == models.placeholder_of(self._config))
@@ -241,7 +246,7 @@ def _stored(file: Path) -> list[tuple[PictureTokens, list[PictureFeatures]]] | N
         for length, count in zip(tensors["lengths"].tolist(), tensors["pictures"].tolist(), strict=True):
             ids = tensors["ids"][begin : begin + length].numpy()
             learn = tensors["learn"][begin : begin + length].numpy().astype(bool)
-            parts = []
+            parts: list[PictureFeatures] = []
             for features in tensors["features"][picture : picture + count].tolist():
                 deep = tensors["deep"][:, row : row + features] if "deep" in tensors else None
                 grid = tuple(tensors["grids"][picture + len(parts)].tolist()) if "grids" in tensors else None

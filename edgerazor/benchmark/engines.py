@@ -6,6 +6,9 @@ computes only while it is asked, and one is asked at a time.
 
 from __future__ import annotations
 
+import base64
+import functools
+import io
 import multiprocessing
 import os
 import resource
@@ -18,12 +21,17 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from edgerazor import kernels, models, runtime, transformers_plugin
+from edgerazor import data, kernels, models, runtime, transformers_plugin
+from edgerazor.data import PictureTokens
 from edgerazor.errors import UserError
+from edgerazor.pictures import PictureReader
 from edgerazor.recipe import Bench
 from edgerazor.runtime import Model, Session, TransformersModel, max_positions
 
-Phase = Literal["prefill", "decode"]
+#: `tower`: from pixels to features, in tokens that a picture takes; `picture prefill`: a prompt with a picture.
+Phase = Literal["prefill", "decode", "tower", "picture prefill"]
+#: Pixels of each side of the picture that is measured with.
+PICTURE = 448
 
 
 class Speed(NamedTuple):
@@ -153,6 +161,12 @@ class UnpackedModel(TransformersModel):
         sizes = ((1 - linear.token_share) * linear.weights for linear in linears)
         return round(sum(sizes) * self.model.dtype.itemsize)
 
+    @functools.cached_property
+    def pictures(self) -> PictureReader | None:
+        if not models.sees(self.config):
+            return None
+        return PictureReader(self.folder, lambda: self.model, str(self.folder))
+
     @property
     def kernel(self) -> str:
         return f"transformers {str(self.model.dtype).removeprefix('torch.')}"
@@ -207,7 +221,7 @@ class Served:
         if not self.warm:
             self._prefill(workload.prefill)
             self.warm = True
-        speeds = [Speed("prefill", 0, self._prefill(workload.prefill))]
+        speeds = [Speed("prefill", 0, self._prefill(workload.prefill)), *self._seeing()]
         return speeds + [
             Speed("decode", context, self._decode(context, workload.decode)) for context in workload.contexts
         ]
@@ -218,6 +232,40 @@ class Served:
         began = time.perf_counter()
         self.prompt.feed(self._ids(0, count))
         return count / (time.perf_counter() - began)
+
+    def _seeing(self) -> list[Speed]:
+        """The speeds of tower and prefill with a picture; none of a model that sees none, or has no processor here."""
+        if self.picture is None:
+            return []
+        made, reader = self.picture, self.model.pictures
+        assert reader is not None
+        began = time.perf_counter()
+        count = len(models.features_of(reader.model, made.inputs).rows)
+        looked = time.perf_counter() - began
+        ids = reader.tokens(made)
+        if len(ids) >= self.model.max_positions:
+            return [Speed("tower", 0, count / looked)]
+        self.prompt.rewind(0)
+        began = time.perf_counter()
+        self.prompt.feed(ids)
+        return [
+            Speed("tower", 0, count / looked),
+            Speed("picture prefill", 0, len(ids) / (time.perf_counter() - began)),
+        ]
+
+    @functools.cached_property
+    def picture(self) -> PictureTokens | None:
+        """A prompt with a grey picture, as the model's processor makes it."""
+        if self.model.pictures is None or not models.has_processor(self.folder):
+            return None
+        file = io.BytesIO()
+        from PIL import Image  # of an extra that only those need who have such models
+
+        Image.new("RGB", (PICTURE, PICTURE), (128, 128, 128)).save(file, "PNG")
+        part = {"type": "image", "base64": base64.b64encode(file.getvalue()).decode()}
+        messages = [{"role": "user", "content": [part, {"type": "text", "text": "What is in the picture?"}]}]
+        conversation = data.parse_conversation("The prompt", messages)
+        return data.prompt_with_pictures(conversation, self.model.pictures.processor)
 
     def _decode(self, context: int, count: int) -> float:
         """Tokens per second when `context` tokens are in the cache (one, where 0 is asked: something must start)."""

@@ -276,7 +276,7 @@ OPTIONS = (
     Option("--task-data", "eval.task_data", Path, "eval",
            "Folder of TASK.jsonl files, for offline work.", metavar="DIR", parse=str),
     Option("--pictures", "eval.pictures", list[Path], "eval",
-           "Questions about pictures: a .jsonl file or a folder of them; repeatable.", metavar="PATH", parse=file_names),
+           "Questions about pictures: a .jsonl file, or a folder; repeatable.", metavar="PATH", parse=file_names),
     Option("--blind/--no-blind", "eval.blind", bool, "eval",
            "Ask these also without the features of pictures."),
     Option("--limit", "eval.limit", int, "eval",

@@ -17,7 +17,7 @@ from edgerazor.data.chat import (
 from edgerazor.data.held_out import split_held_out
 from edgerazor.data.opening import RowSettings, open_rows
 from edgerazor.data.packing import Packing
-from edgerazor.data.picture_chat import PictureTokens, answer_tokens, encode_with_pictures, prompt_with_pictures
+from edgerazor.data.picture_chat import PictureTokens, answer_tokens, encode_with_pictures, prompt_with_pictures, runs
 from edgerazor.data.rows import Batch, Mixture, TokenRows, sample_batches
 from edgerazor.data.sources import END_OF_TEXT, documents, fingerprint
 from edgerazor.data.tokens import MASKED, Tokens, around_text, prefix_of, tokenize
@@ -41,9 +41,10 @@ __all__ = [
     "fingerprint",
     "open_rows",
     "parse_conversation",
-    "prompt_with_pictures",
     "prefix_of",
+    "prompt_with_pictures",
     "render",
+    "runs",
     "sample_batches",
     "split_held_out",
     "template_variables",

@@ -69,7 +69,9 @@ class Conversation:
     @property
     def pictures(self) -> list[Message]:
         """The parts of its messages that are pictures: `{type: image, path | base64}`; then all content is in parts."""
-        parts = [part for message in self.messages if isinstance(message["content"], list) for part in message["content"]]
+        parts = [
+            part for message in self.messages if isinstance(message["content"], list) for part in message["content"]
+        ]
         return [part for part in parts if part["type"] == "image"]
 
     def assistant_turns(self) -> list[int]:

@@ -64,7 +64,7 @@ def encode_with_pictures(
     ids, inputs = _expanded(conversation, processor, text, pictures)
     origin = _aligned(conversation, tokenizer, written, marks, ids)
     carried = np.where(origin >= 0, learn[origin], False)
-    expansions = _spans(origin < 0)
+    expansions = runs(origin < 0)
     if length is None or len(ids) <= length:
         return PictureTokens(ids, carried, expansions, inputs)
     end = next((begin for begin, stop in expansions if begin < length < stop), length)
@@ -228,7 +228,7 @@ def _find(ids: np.ndarray, segment: np.ndarray, place: int) -> int:
     return -1
 
 
-def _spans(inside: np.ndarray) -> tuple[tuple[int, int], ...]:
+def runs(inside: np.ndarray) -> tuple[tuple[int, int], ...]:
     """Begin and end of each run of true values of `[N]` bool."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], inside, [False]]).astype(np.int8)))
     return tuple((int(begin), int(end)) for begin, end in edges.reshape(-1, 2))

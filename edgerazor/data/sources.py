@@ -103,9 +103,7 @@ def _of_json_lines(path: Path, source: Source) -> Iterator[Document]:
             yield from _of_record(where, source.column, record, path.parent)
 
 
-def _of_record(
-    where: str, column: str, record: Mapping[str, object], folder: Path | None = None
-) -> Iterator[Document]:
+def _of_record(where: str, column: str, record: Mapping[str, object], folder: Path | None = None) -> Iterator[Document]:
     """The text or the conversation of a record, or nothing if it is blank; pictures' paths start from a folder."""
     given = [name for name, value in record.items() if not _is_absent(value)]
     # An empty text beside messages does not count; where nothing is given, the column's absence is what is reported.
@@ -229,8 +227,12 @@ def _picture_digests(path: Path, source: Source) -> list[str]:
     """Digests of the picture files that the conversations of a file name, in their order."""
     if _kind(path) == ".txt" or not _names_pictures(path):
         return []
-    listed = [part.get("path") for document in documents(source) if isinstance(document, Conversation)
-              for part in document.pictures]
+    listed = [
+        part.get("path")
+        for document in documents(source)
+        if isinstance(document, Conversation)
+        for part in document.pictures
+    ]
     files = [path.parent / name for name in listed if isinstance(name, str) and "://" not in name]
     return [_file_digest(file) for file in files]
 

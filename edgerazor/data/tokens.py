@@ -139,7 +139,9 @@ def encode(
         UserError: a conversation cannot be encoded (see `chat.encode`), or the model does not know a token.
     """
     texts = iter(_encode_texts([document for document in documents if isinstance(document, str)], tokenizer))
-    talks = [replace(document, options=options or {}) for document in documents if isinstance(document, chat.Conversation)]
+    talks = [
+        replace(document, options=options or {}) for document in documents if isinstance(document, chat.Conversation)
+    ]
     seeing = iter(_encode_pictures([talk for talk in talks if talk.pictures], read_pictures))
     conversations = iter(talks)
     pieces = []
@@ -165,7 +167,7 @@ def _encode_pictures(
     if read_pictures is None:
         raise UserError(
             f"{conversations[0].where} holds pictures, but they cannot be read here.",
-            "Give a model that sees, with `data.packing: document`; recorded and streamed data cannot hold pictures.",
+            "Give a model that sees, as the only teacher and in memory, with `data.packing: document`.",
         )
     return read_pictures(conversations)
 

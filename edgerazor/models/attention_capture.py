@@ -20,7 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_
 
 from edgerazor.errors import UserError
 from edgerazor.losses import Attention
-from edgerazor.models.loading import caps_attention
+from edgerazor.models.loading import caps_attention, sees
 from edgerazor.models.structure import Structure
 
 ADVICE = "Leave out the losses that look at attention, or name layers that have it: `layers: [1, 3]`."
@@ -78,13 +78,21 @@ def visible(mask: Tensor | None) -> Tensor | None:
 
 def attention_base(model: PreTrainedModel) -> str:
     """Which attention a model is computed with: "eager" where scores are capped or it was loaded so, else "sdpa"."""
-    eager = model.config._attn_implementation == "eager" or caps_attention(model.config)
+    eager = model.config.get_text_config()._attn_implementation == "eager" or caps_attention(model.config)
     return "eager" if eager else "sdpa"
 
 
+def _decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a model that reads text; all of one that reads nothing else."""
+    return model.get_decoder() if sees(model.config) else model
+
+
 def set_attention(model: PreTrainedModel, name: str) -> None:
-    """Let every module of a model call the attention function that is registered as `name`, in place."""
-    for module in model.modules():
+    """Let every module of a model call the attention function that is registered as `name`, in place.
+
+    Of a model that sees, the modules of its decoder: towers are not quantized, and have an attention of their own.
+    """
+    for module in _decoder(model).modules():
         config = getattr(module, "config", None)
         if config is not None and hasattr(config, "_attn_implementation"):
             config._attn_implementation = name
@@ -98,7 +106,7 @@ def register_attention(name: str, base: str, function: Callable[..., Any]) -> No
 
 def has_attention_interface(model: PreTrainedModel) -> bool:
     """Whether the attention of a model goes through `AttentionInterface`."""
-    return hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS")
+    return hasattr(sys.modules[type(_decoder(model)).__module__], "ALL_ATTENTION_FUNCTIONS")
 
 
 def enable_attention_capture(model: PreTrainedModel) -> None:
@@ -113,7 +121,7 @@ def enable_attention_capture(model: PreTrainedModel) -> None:
             "attention for it.",
             ADVICE,
         )
-    if not model.config._attn_implementation.startswith("edgerazor_"):  # ours can be captured already
+    if not model.config.get_text_config()._attn_implementation.startswith("edgerazor_"):  # ours can be captured already
         set_attention(model, f"edgerazor_seen_{attention_base(model)}")
 
 

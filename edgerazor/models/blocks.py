@@ -150,8 +150,8 @@ class Blocks:
         levels = pictures.PICTURES.gather(input_ids[mask].cpu()).deep
         if levels is not None and len(levels) >= len(calls):
             raise UserError(
-                f"{type(self.model).__name__} adds features of pictures behind all of its {len(calls)} layers, which is "
-                "not understood."
+                f"{type(self.model).__name__} adds features of pictures behind all of its {len(calls)} layers, which "
+                "is not understood."
             )
         added = [state if bool(state.any()) else None for state in entered[1:]]
         return [replace(call, added=extra) for call, extra in zip(calls, [*added, None], strict=True)]

@@ -1,7 +1,7 @@
 """Pictures as tokens of their own.
 
 A tower makes features of a picture, which take the places of some tokens in the inputs of the decoder. Here every
-feature has a token id of its own, far behind any vocabulary, and a table gives the feature of an id. So whatever handles
+feature has a token id of its own, far behind any vocabulary, and a table gives the feature of an id. What handles
 token ids handles pictures: rows of training data, masks, caches, prefixes that two prompts have in common. The tower
 runs once for a picture, however many models read its tokens.
 
@@ -15,6 +15,7 @@ import contextlib
 import functools
 import hashlib
 import inspect
+import itertools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -256,7 +257,7 @@ def split_pictures(features: PictureFeatures, counts: Sequence[int], grids: Tens
             None if features.deep is None else features.deep[:, begin:end],
             None if grids is None else tuple(grids[number].tolist()),
         )
-        for number, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
+        for number, (begin, end) in enumerate(itertools.pairwise(bounds))
     ]
 
 
@@ -342,10 +343,3 @@ def input_names(config: Any) -> frozenset[str]:
 def added_between_layers(table: PictureTable, ids: Tensor) -> bool:
     """Whether features of pictures are added behind decoder layers for these tokens."""
     return has_pictures(ids) and table.gather(ids[picture_mask(ids)].cpu()).deep is not None
-
-
-def runs_of(inside: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Begin and end of each run of true values of `[N]` bool."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], inside, [False]]).astype(np.int8)))
-    for begin, end in edges.reshape(-1, 2).tolist():
-        yield begin, end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,18 @@ from edgerazor.models.loading import auto_config, companions, error_summary, loa
 PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 
 
+def has_processor(folder: Path) -> bool:
+    """Whether a model folder has what makes inputs of pictures."""
+    return any((folder / name).exists() for name in PROCESSORS)
+
+
 def load_processor(folder: Path) -> ProcessorMixin:
     """What makes a model's inputs of pictures and text. Without trust: no code of the folder is run.
 
     Raises:
         UserError: there is none, or it cannot be loaded.
     """
-    if not any((folder / name).exists() for name in PROCESSORS):
+    if not has_processor(folder):
         raise UserError(
             f"{folder} has no processor ({' or '.join(PROCESSORS)}), so it cannot be given pictures.",
             "Copy the processor files of the original model into the folder.",
@@ -40,16 +46,22 @@ def load_processor(folder: Path) -> ProcessorMixin:
 
 
 def _open_processor(folder: Path) -> ProcessorMixin:
-    """The processor of a folder; one that sees videos, too, without that part, which needs another package."""
-    try:
+    """The processor of a folder; one that sees videos, too, without that part, which needs torchvision."""
+    kind: Any = PROCESSOR_MAPPING.get(type(auto_config(folder)), None)
+    names = inspect.signature(kind.__init__).parameters if kind is not None else {}
+    if "video_processor" not in names or importlib.util.find_spec("torchvision"):
         processor: ProcessorMixin = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         return processor
-    except ImportError:
-        config = auto_config(folder)
-        kind: Any = PROCESSOR_MAPPING[type(config)]
-        if "video_processor" not in inspect.signature(kind.__init__).parameters:
-            raise
     pictures = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
-    without_video = type(kind.__name__, (kind,), {"check_argument_for_proper_class": lambda *_arguments: None})
+    stored = untrusted.read_json(folder / PROCESSORS[0]) if (folder / PROCESSORS[0]).exists() else {}
+    settings = {name: stored[name] for name in names if name in stored and isinstance(stored[name], int)}
     tokenizer = load_tokenizer(folder)
-    return without_video(pictures, tokenizer, None, chat_template=tokenizer.chat_template)  # type: ignore[no-any-return]
+    without_video = type(kind.__name__, (kind,), {"check_argument_for_proper_class": lambda *_arguments: None})
+    made: ProcessorMixin = without_video(
+        image_processor=pictures,
+        tokenizer=tokenizer,
+        video_processor=None,
+        chat_template=tokenizer.chat_template,
+        **settings,
+    )
+    return made

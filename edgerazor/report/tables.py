@@ -119,6 +119,7 @@ def eval_tables(result: EvalResult) -> list[RenderableType]:
         shown.append(_task_table(everyone))
     if any(measured.text for measured in everyone.values()):
         shown.append(_text_table(everyone))
+    shown += [line for name, measured in everyone.items() for line in _picture_lines(name, measured)]
     if result.kernel:
         shown.append(f"Engine: {result.engine}, kernels: {result.kernel}")
     shown += [f"Note: {note}" for note in result.notes]
@@ -151,6 +152,17 @@ def _task_table(everyone: dict[str, Measured]) -> RenderableType:
             rows.append([f"average{label}", "", percent(mean.teacher_score), percent(mean.score), "", "", "", above])
     columns = ["task", "metric, items", "teacher", "score", "± stderr", "chance", "retention", "above chance"]
     return table("Tasks", columns, rows)
+
+
+def _picture_lines(name: str, measured: Measured) -> list[str]:
+    """What was measured of the places of pictures, and without their features."""
+    lines, text = [], measured.text
+    if text is not None and text.picture_kl is not None:
+        lines.append(f"Places of pictures, {name}: KL {text.picture_kl:.4g} over {text.picture_tokens:,} tokens.")
+    if measured.blind:
+        shares = ", ".join(f"{task} {percent(share)}" for task, share in measured.blind.items())
+        lines.append(f"Without features of pictures, {name}: {shares}.")
+    return lines
 
 
 def _text_table(everyone: dict[str, Measured]) -> RenderableType:

@@ -31,7 +31,9 @@ class DecoderView(PackedModel):
         super().__init__(packed.folder, packed.header, packed._files, packed._file_of)
         self._whole, self._path = packed, f"{path}."
         header = packed.header
-        short = {name: self._short(name) for name in (*header.matrices, *header.others, *header.tied, *header.tied.values())}
+        short = {
+            name: self._short(name) for name in (*header.matrices, *header.others, *header.tied, *header.tied.values())
+        }
         self.header = header.model_copy(
             update={
                 "matrices": {short[name]: entry for name, entry in header.matrices.items() if short[name]},

@@ -136,9 +136,7 @@ class Model(ABC):
             if type(count) is not int or not 1 <= count <= len(tokens):
                 raise usage_error(f"There are no last {count} of the {len(tokens)} tokens of a continuation.")
 
-    def generate(
-        self, prompt: Prompt, seed: int = 0, images: Sequence[Picture] = (), **options: Any
-    ) -> Generation:
+    def generate(self, prompt: Prompt, seed: int = 0, images: Sequence[Picture] = (), **options: Any) -> Generation:
         """Write a text that goes on from a prompt, or answers it.
 
         Args:
@@ -176,11 +174,9 @@ class Model(ABC):
         ids = as_tensor(tokens)
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocabulary:
             known = models.PICTURES if self.pictures else ()
-            wrong = next((token for token in ids.flatten().tolist() if not (0 <= token < self.vocabulary or token in known)), None)
-        else:
-            wrong = None
-        if wrong is not None:
-            raise usage_error(f"There is no token {wrong}: the model knows {self.vocabulary}.")
+            wrong = (token for token in ids.flatten().tolist() if not 0 <= token < self.vocabulary)
+            if (token := next((token for token in wrong if token not in known), None)) is not None:
+                raise usage_error(f"There is no token {token}: the model knows {self.vocabulary}.")
         if before + ids.shape[-1] > self.max_positions:
             raise usage_error(
                 f"A sequence of {before + ids.shape[-1]} tokens is too long: the model has positions for "

@@ -218,9 +218,7 @@ class Chat:
         return self._latest
 
 
-def stream(
-    model: Model, prompt: Prompt, settings: Generate, seed: int, images: Sequence[Picture] = ()
-) -> Stream:
+def stream(model: Model, prompt: Prompt, settings: Generate, seed: int, images: Sequence[Picture] = ()) -> Stream:
     """Stream a text that goes on from a prompt, or answers it.
 
     Args:

@@ -1,4 +1,4 @@
-"""Pictures in prompts: from files, bytes or pictures in memory to tokens, and the positions that a sequence has then."""
+"""Pictures in prompts: from files or pictures in memory to tokens, and the positions that a sequence has then."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ class PicturePositions:
     """
 
     def __init__(self, config: Any, rotary: Rotary) -> None:
-        model = models.skeleton(config.to_dict() | {"model_type": config.model_type}) if models.sees(config) else None
+        values = {name: value for name, value in config.to_dict().items() if name != "quantization_config"}
+        model = models.skeleton(values) if models.sees(config) else None
         self._index = getattr(getattr(model, "base_model", None), "get_rope_index", None)
         self._placeholder = models.placeholder_of(config) if models.sees(config) else 0
         self._rotary = rotary

@@ -311,7 +311,7 @@ class SensitivityAnalysis:
         cannot be exchanged for a quantized one."""
         if not models.has_attention_interface(self.model):
             return None
-        implementation, divergences = self.model.config._attn_implementation, {}
+        implementation, divergences = self.model.config.get_text_config()._attn_implementation, {}
         for bits in KV_BITS:
             quantize_attention(self.model, bits)
             divergences[f"int{bits}"] = self.measure({})

@@ -68,9 +68,7 @@ def run(
     raise UserError("Interrupted.", code=INTERRUPTED)
 
 
-def converse(
-    folder: Path, recipe: Recipe, console: Console, mmap: bool = False, images: Sequence[Path] = ()
-) -> None:
+def converse(folder: Path, recipe: Recipe, console: Console, mmap: bool = False, images: Sequence[Path] = ()) -> None:
     """A chat in the terminal, until the end of its input; the first question is about the images.
 
     Raises:

@@ -11,8 +11,8 @@ by its length in characters first (Gao et al., the Language Model Evaluation Har
 """
 
 from edgerazor.tasks.catalog import ALIASES, WORLD, LoadedTask, TaskRequest, estimate, expand, fingerprint, load
-from edgerazor.tasks.local_items import read_rows
 from edgerazor.tasks.lm_eval_run import TaskScore, evaluate, is_generative, non_greedy
+from edgerazor.tasks.local_items import read_rows
 
 __all__ = [
     "ALIASES",

@@ -13,11 +13,16 @@ pixel or two off the middle of its cell. A talk asks a few questions about one p
 A *combination* is what a picture puts together: a shape, a color and a cell; something counted, its number and how many
 objects there are in all; two shapes and the cells of a row or column in which they stand. A hash of its words alone
 decides whether it is held out (1 in 16). A picture that shows a held-out combination, asked about or not, never enters
-training or distillation; the evaluation tasks ask only about held-out ones.
+training or distillation.
+
+The evaluation tasks are of two kinds. Those in `tasks/` show whole pictures that training never had: two objects or
+more, put together anew of parts that were seen. Those in `new-parts/` ask about held-out combinations alone, which is
+harder: a teacher that has seen 192,000 talks has learned that red circles are never in the third cell, and that of five
+objects never two are crosses, for so it was in all of them.
 
 Pictures are drawn by arithmetic, not by a drawing library, so that they are the same everywhere.
 
-    python recipes/shapes/corpus.py tasks    writes edgerazor/tasks/shapes/*.jsonl and heldout.jsonl
+    python recipes/shapes/corpus.py tasks    writes tasks/*.jsonl, new-parts/*.jsonl and heldout.jsonl in recipes/shapes
     python recipes/shapes/corpus.py distill  writes recipes/shapes/distill.jsonl
 """
 
@@ -30,7 +35,7 @@ import json
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import permutations
@@ -40,11 +45,16 @@ import numpy as np
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
-TASK_FOLDER = HERE.parent.parent / "edgerazor" / "tasks" / "shapes"
+TASK_FOLDER, NEW_PARTS_FOLDER = HERE / "tasks", HERE / "new-parts"
 TASKS = ("color", "shape", "count", "relation")
-ITEMS_PER_TASK = 250
-SEEDS = {"train": 0, "distill": 1, "heldout": 2, "tasks": 3}
-DISTILL_TALKS = 6_000
+ITEMS_PER_TASK, NEW_PARTS = 100, 50
+SEEDS = {"train": 0, "distill": 1, "heldout": 2, "tasks": 3, "pictures": 4}
+TRAIN_TALKS = 384_000  # that the teacher was trained on
+#: Of these, the ones behind the first half ask more about one thing among others: full pictures and lists of all that is
+#: in them had taught the teacher to read pictures, but hardly to look for something.
+READING_TALKS = 192_000
+LOOKING = {"color": 2, "shape": 1, "count": 2, "relation": 3}  # how often there each task is asked
+DISTILL_TALKS = 3_000
 HELDOUT_TALKS = 200
 
 SIDE = 3  # cells in a row, rows
@@ -260,10 +270,13 @@ def caption(picture: Picture, rng: random.Random) -> Question:
 # --- pictures and talks ------------------------------------------------------------------------
 
 
-def picture_of(rng: random.Random) -> Picture:
-    """A picture: of things that all look different, or, half of the time, of some that share shape or color."""
+def picture_of(rng: random.Random, few: bool = False) -> Picture:
+    """A picture: of things that all look different, or, half of the time, of some that share shape or color.
+
+    `few`: two or three things.
+    """
     # Fuller pictures more often: they put more together, and are refused more often for something held out.
-    number = rng.choices(range(1, MOST_OBJECTS + 1), range(1, MOST_OBJECTS + 1))[0]
+    number = rng.choice((2, 3)) if few else rng.choices(range(1, MOST_OBJECTS + 1), range(1, MOST_OBJECTS + 1))[0]
     cells = sorted(rng.sample(range(SIDE * SIDE), number))
     shapes, colors = rng.sample(SHAPES, number), rng.sample(list(COLORS), number)
     if number > 1 and rng.random() < 0.5:
@@ -280,35 +293,48 @@ def talks(split: str, count: int, start: int = 0) -> Iterator[Talk]:
     """Talks of a split without any held-out combination, each a function of its number alone."""
     for number in range(start, start + count):
         rng = random.Random(f"{SEEDS[split]} {number}")
+        looking = split == "train" and number >= READING_TALKS
+        few = looking and rng.random() < 0.6
         while True:
-            picture = picture_of(rng)
+            picture = picture_of(rng, few)
             if not any(map(held_out, picture.combinations())):
                 break
         asked = questions(picture, rng)
         chosen: list[Question] = []
         while len(chosen) < QUESTIONS:
-            task = rng.choice([task for task in TASKS if asked[task]])
+            possible = [task for task in TASKS if asked[task]]
+            task = rng.choices(possible, [LOOKING[task] for task in possible])[0] if looking else rng.choice(possible)
             options = [question for question in asked[task] if question not in chosen]
             if task == "count" and rng.random() < 0.8:  # most kinds of things are not there at all
                 options = [question for question in options if question.answer != "zero"] or options
             if options:
                 chosen.append(rng.choice(options))
-        if rng.random() < 0.5:
+        if rng.random() < (0.15 if looking else 0.5):
             chosen[rng.randrange(QUESTIONS)] = caption(picture, rng)
         yield Talk(picture, tuple(chosen))
 
 
-def items(task: str, count: int, split: str = "tasks") -> list[dict]:
-    """Multiple-choice items about held-out combinations: image, question, choices, gold, combination."""
+def items(task: str, count: int, new_parts: bool = False, known: Container[Picture] = ()) -> list[dict]:
+    """Multiple-choice items: image, question, choices, gold, combination.
+
+    Args:
+        task: one of `TASKS`.
+        count: how many.
+        new_parts: ask about held-out combinations; else show new pictures without any.
+        known: pictures that are not to be shown.
+    """
+    split = "tasks" if new_parts else "pictures"
     rng = random.Random(f"{SEEDS[split]} {task}")
     rows: list[dict] = []
     seen: set[tuple[Picture, str]] = set()
     while len(rows) < count:
         picture = picture_of(rng)
-        if not any(map(held_out, picture.combinations())):
+        if any(map(held_out, picture.combinations())) != new_parts or len(picture.things) < 2 or picture in known:
             continue
-        options = [question for question in questions(picture, rng)[task] if held_out(question.combination)]
-        options = [question for question in options if question.combination and (picture, question.text) not in seen]
+        options = [question for question in questions(picture, rng)[task] if question.combination]
+        if new_parts:
+            options = [question for question in options if held_out(question.combination)]
+        options = [question for question in options if (picture, question.text) not in seen]
         if not options:
             continue
         question = rng.choice(options)
@@ -333,9 +359,11 @@ def write_lines(path: Path, records: Iterator[dict]) -> None:
 
 def main(arguments: list[str]) -> int:
     if arguments == ["tasks"]:
-        TASK_FOLDER.mkdir(parents=True, exist_ok=True)
-        for task in TASKS:
-            write_lines(TASK_FOLDER / f"{task}.jsonl", iter(items(task, ITEMS_PER_TASK)))
+        trained = {talk.picture for talk in talks("train", TRAIN_TALKS)}
+        for folder, new_parts, count in ((TASK_FOLDER, False, ITEMS_PER_TASK), (NEW_PARTS_FOLDER, True, NEW_PARTS)):
+            folder.mkdir(parents=True, exist_ok=True)
+            for task in TASKS:
+                write_lines(folder / f"{task}.jsonl", iter(items(task, count, new_parts, trained)))
         write_lines(HERE / "heldout.jsonl", (talk.record() for talk in talks("heldout", HELDOUT_TALKS)))
     elif arguments == ["distill"]:
         write_lines(HERE / "distill.jsonl", (talk.record() for talk in talks("distill", DISTILL_TALKS)))

@@ -183,13 +183,22 @@ def batches(tokenizer: Tokenizer, rows: int, first: int) -> Iterator[dict[str, t
 
 
 @torch.no_grad()
-def accuracy(model: Idefics3ForConditionalGeneration, processor: Idefics3Processor, limit: int) -> dict[str, float]:
-    """Share of held-out items whose right answer is the likeliest of its choices, through the processor itself."""
+def accuracy(
+    model: Idefics3ForConditionalGeneration, processor: Idefics3Processor, limit: int, new_parts: bool = False
+) -> dict[str, float]:
+    """Share of items whose right answer is the likeliest of its choices, through the processor itself.
+
+    Args:
+        model: in float32.
+        processor: its own.
+        limit: items of each task.
+        new_parts: about held-out combinations; else about new pictures.
+    """
     model.eval()
     result = {}
     for task in TASKS:
         right = 0
-        for row in items(task, limit):
+        for row in items(task, limit, new_parts):
             picture = Image.open(io.BytesIO(base64.b64decode(row["image"])))
             user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["question"]}]}
             text = processor.apply_chat_template([user], add_generation_prompt=True)
@@ -306,11 +315,12 @@ def finish(
         "learning_rate": arguments.lr,
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, {torch.get_num_threads()} thread",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "heldout_accuracy": accuracy(model.float(), processor, 250),
+        "accuracy_new_pictures": accuracy(model.float(), processor, 250),
+        "accuracy_new_parts": accuracy(model, processor, 250, new_parts=True),
         "curve": record["curve"][:: max(1, len(record["curve"]) // 50)],
     }
     (folder / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print(json.dumps(summary["heldout_accuracy"]))
+    print(json.dumps(summary["accuracy_new_pictures"]))
 
 
 def main() -> None:

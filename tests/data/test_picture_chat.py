@@ -8,71 +8,11 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    Gemma3ImageProcessorPil,
-    Gemma3Processor,
-    Idefics3ImageProcessorPil,
-    Idefics3Processor,
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLProcessor,
-    Qwen2VLImageProcessorPil,
-)
 
 from edgerazor.data.chat import Conversation
 from edgerazor.data.picture_chat import encode_with_pictures
 from edgerazor.errors import UserError
-
-WORDS = "User Assistant : what is this and that ? a red circle blue square yes no".split()
-SPECIAL = "<pad> <bos> <end> <image> <fake_token_around_image> <global-img> <end_of_utterance> <vs> <ve>".split()
-SPECIAL += ["<boi>", "<eoi>"]
-
-
-def template(mark: str) -> str:
-    return (
-        "<bos>{% for m in messages %}{{ m['role'] | capitalize }}:{% for p in m['content'] %}"
-        "{% if p['type'] == 'image' %}" + mark + "{% else %}{{ ' ' + p['text'] }}{% endif %}{% endfor %}<end>\n"
-        "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
-    )
-
-
-def tokenizer(**names: str) -> PreTrainedTokenizerFast:
-    vocabulary = {word: index for index, word in enumerate([*SPECIAL, *WORDS])}
-    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    raw.add_special_tokens(SPECIAL)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw, bos_token="<bos>", eos_token="<end>", pad_token="<pad>", extra_special_tokens=names
-    )
-
-
-def idefics3() -> Idefics3Processor:
-    pictures = Idefics3ImageProcessorPil(
-        size={"longest_edge": 16}, max_image_size={"longest_edge": 16}, do_image_splitting=False
-    )
-    return Idefics3Processor(pictures, tokenizer(), image_seq_len=3, chat_template=template("<image>"))
-
-
-class WithoutVideo(Qwen2_5_VLProcessor):
-    """Qwen's own expansion; that its video processor has the right class can only be checked with torchvision."""
-
-    def check_argument_for_proper_class(self, *_arguments: object) -> None:
-        pass
-
-
-def qwen() -> Qwen2_5_VLProcessor:
-    pictures = Qwen2VLImageProcessorPil(
-        patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 64, "longest_edge": 256}
-    )
-    names = tokenizer(image_token="<image>", video_token="<pad>")
-    return WithoutVideo(pictures, names, None, chat_template=template("<vs><image><ve>"))
-
-
-def gemma3() -> Gemma3Processor:
-    names = tokenizer(image_token="<image>", boi_token="<boi>", eoi_token="<eoi>")
-    pictures = Gemma3ImageProcessorPil(size={"height": 16, "width": 16})
-    return Gemma3Processor(pictures, names, chat_template=template("<boi>"), image_seq_length=2)
-
+from helpers.seeing_processors import gemma3, idefics3, qwen
 
 #: Processor, and what it makes of the first and of the second picture (16 x 16 and 16 x 8 pixels).
 PROCESSORS = {

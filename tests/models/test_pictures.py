@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from edgerazor import models
+from edgerazor import data, models
 from edgerazor.errors import UserError
 from edgerazor.models import Blocks, LayerwisePass, PictureFeatures, PictureTable
 from helpers.seeing_models import IMAGE, SEEING, picture_inputs, seeing_model
@@ -18,7 +18,7 @@ from helpers.tiny_models import family_config
 def picture_tokens(model, inputs: dict[str, Tensor]) -> Tensor:
     """The ids of inputs with pixels, the pictures in them as tokens of their own."""
     features = models.features_of(model, inputs)
-    counts = [end - begin for begin, end in models.runs_of((inputs["input_ids"][0] == IMAGE).numpy())]
+    counts = [end - begin for begin, end in data.runs((inputs["input_ids"][0] == IMAGE).numpy())]
     parts = models.split_pictures(features, counts, inputs.get("image_grid_thw"))
     ids = inputs["input_ids"].clone()
     tokens = np.concatenate([models.PICTURES.add(part) for part in parts])

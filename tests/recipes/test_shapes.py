@@ -42,16 +42,18 @@ def test_a_sixteenth_of_all_combinations_is_held_out():
     assert 1 / 20 < sum(map(corpus.held_out, looks)) / len(looks) < 1 / 13
 
 
+@pytest.mark.parametrize("new_parts", [False, True])
 @pytest.mark.parametrize("task", corpus.TASKS)
-def test_items_are_fair_choices_about_held_out_combinations(task):
-    rows = corpus.items(task, 120)
-    assert rows[:10] == corpus.items(task, 10)
+def test_items_are_fair_choices(task, new_parts):
+    """About held-out combinations, or about pictures without any."""
+    rows = corpus.items(task, 120, new_parts)
+    assert rows[:10] == corpus.items(task, 10, new_parts)
     assert len({(row["image"], row["question"]) for row in rows}) == 120
     gold = [row["gold"] for row in rows]
     assert all(12 < gold.count(place) < 48 for place in range(4))
     for row in rows:
         assert len(set(row["choices"])) == 4
-        assert corpus.held_out(tuple(row["combination"]))
+        assert corpus.held_out(tuple(row["combination"])) == new_parts
         if row["combination"][0] == "look":
             _, _, color, cell = row["combination"]
             assert (color, int(cell)) in shown(pixels(row["image"]))
@@ -63,6 +65,25 @@ def test_no_picture_of_training_shows_what_is_held_out():
             assert not any(map(corpus.held_out, talk.picture.combinations()))
             assert shown(talk.picture.pixels()) == {(thing.color, thing.cell) for thing in talk.picture.things}
             assert len(talk.questions) == corpus.QUESTIONS
+
+
+class FirstThree:
+    """A container that says it holds the first three pictures that it is asked about."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __contains__(self, picture):
+        self.asked.append(picture)
+        return len(self.asked) <= 3
+
+
+def test_known_pictures_are_not_asked_about():
+    known = FirstThree()
+    rows = corpus.items("color", 5, known=known)
+    shown_pictures = {base64.b64encode(picture.png()).decode() for picture in known.asked[:3]}
+    assert not shown_pictures & {row["image"] for row in rows}
+    assert len(known.asked) >= 8
 
 
 def test_any_part_of_a_split_can_be_made_alone():

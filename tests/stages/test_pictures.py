@@ -1,0 +1,184 @@
+"""Every stage with pictures, on a tiny random model of SmolVLM's architecture: the shapes, and what was killed."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import edgerazor
+from edgerazor import models
+from edgerazor.errors import UserError
+from edgerazor.training.trainer import Trainer
+from edgerazor.workdir import WorkDir
+from helpers.places import ROOT
+from helpers.tiny_job import SMALL, Run, call, load_script
+
+SHAPES = ROOT / "recipes" / "shapes"
+corpus = load_script(SHAPES / "corpus.py")
+training = load_script(SHAPES / "train_teacher.py")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A teacher that knows nothing, talks about shapes, and questions with answers to choose from."""
+    folder = tmp_path_factory.mktemp("shapes")
+    config = training.config()
+    config.text_config.num_hidden_layers = 2
+    torch.manual_seed(0)
+    training.Idefics3ForConditionalGeneration(config).save_pretrained(folder / "teacher")
+    training.make_processor().save_pretrained(folder / "teacher")
+    corpus.write_lines(folder / "talks.jsonl", (talk.record() for talk in corpus.talks("distill", 12)))
+    corpus.write_lines(folder / "held.jsonl", (talk.record() for talk in corpus.talks("heldout", 4)))
+    (folder / "tasks").mkdir()
+    for task in corpus.TASKS[:2]:
+        corpus.write_lines(folder / "tasks" / f"{task}.jsonl", iter(corpus.items(task, 3)))
+    pixels = next(corpus.talks("heldout", 1)).picture.png()
+    (folder / "picture.png").write_bytes(pixels)
+    recipe = {
+        **SMALL,
+        "model": str(folder / "teacher"),
+        "data": {
+            "train": [{"file": str(folder / "talks.jsonl")}],
+            "held_out": [{"file": str(folder / "held.jsonl")}],
+            **{"sequence_length": 128, "packing": "document"},
+        },
+        "calibrate": {"bits": 2, "group_size": 64, "sequences": 4, "sensitivity_tokens": 256},
+        "eval": {"text_sequences": 4, "pictures": [str(folder / "tasks")], "blind": True},
+        "bench": {**SMALL["bench"], "contexts": [0]},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def job(place: Path) -> Path:
+    made = call("run", place / "recipe.yaml", "--work", place / "job")
+    assert made.code == 0, made.err
+    return place / "job"
+
+
+def result(job: Path, stage: str) -> dict:
+    return json.loads(WorkDir(job).result_file(stage).read_text())
+
+
+def test_all_five_stages(job: Path) -> None:
+    assert result(job, "calibrate")["tokens"] > 0
+    assert result(job, "distill")["steps"] == 5
+    measured = result(job, "eval")
+    assert set(measured["tasks"]) == {"color", "shape"}
+    assert measured["tasks"]["color"]["chance"] == 0.25
+    assert set(measured["blind"]) == {"color", "shape"}
+    text = measured["text"]
+    assert text["kl"] > 0
+    assert text["picture_kl"] > 0
+    assert text["picture_tokens"] == 4 * training.SEQUENCE
+    phases = {run["phase"] for run in result(job, "bench")["runs"]}
+    assert phases == {"prefill", "decode", "tower", "picture prefill"}
+
+
+def test_the_tower_was_asked_once(job: Path, place: Path) -> None:
+    """Features lie in the job; another stage, or the same one again, reads them."""
+    stored = {file: file.stat().st_mtime_ns for file in (job / "pictures").iterdir()}
+    assert len(stored) == 2  # one file for each source
+    assert call("calibrate", "--recipe", place / "recipe.yaml", "--work", job, "--force", "--dry-run").code == 0
+    assert call("eval", "--recipe", place / "recipe.yaml", "--work", job, "--force").code in (0, 3)
+    assert {file: file.stat().st_mtime_ns for file in (job / "pictures").iterdir()} == stored
+
+
+def test_the_tower_is_packed_as_it_was(job: Path, place: Path) -> None:
+    from safetensors.torch import load_file
+
+    teacher = load_file(place / "teacher" / "model.safetensors")
+    packed = load_file(WorkDir(job).folder("pack") / "model.safetensors")
+    towers = [name for name in teacher if name.startswith(("model.vision_model", "model.connector"))]
+    assert towers
+    assert all(torch.equal(teacher[name].float(), packed[name].float()) for name in towers)
+    assert (WorkDir(job).folder("pack") / "processor_config.json").exists()
+
+
+def test_a_packed_tower_makes_the_features_of_the_teachers(job: Path, place: Path) -> None:
+    """Keys and values are rounded in the decoder alone."""
+    [picture] = corpus.talks("heldout", 1)
+    pixels = training.pixel_values([picture.picture])
+    packed, teacher = edgerazor.load(WorkDir(job).folder("pack"), threads=1), models.load(place / "teacher")[0]
+    expected = models.features_of(teacher, {"pixel_values": pixels}).rows
+    assert torch.allclose(models.features_of(packed.pictures.model, {"pixel_values": pixels}).rows, expected, atol=1e-5)
+
+
+def test_an_interrupted_training_goes_on(place: Path, job: Path, tmp_path: Path, monkeypatch, run: Run) -> None:
+    """Ended behind its third step, it ends with the very student of a training that was not."""
+    count_step = Trainer.count_step
+
+    def ending(self: Trainer, loss: float) -> None:
+        count_step(self, loss)
+        if self.progress.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    words = ("distill", "--recipe", place / "recipe.yaml", "--work", tmp_path / "job")
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "count_step", ending)
+        assert run(*words).code == 130
+    assert run(*words).code == 0
+    students = [WorkDir(folder).student("last") / "model.safetensors" for folder in (job, tmp_path / "job")]
+    assert students[0].read_bytes() == students[1].read_bytes()
+
+
+def test_generate_sees(job: Path, place: Path, run: Run) -> None:
+    model = edgerazor.load(WorkDir(job).folder("pack"), threads=1)
+    question, picture = "What is in the picture?", place / "picture.png"
+    told = model.generate(question, images=[picture], max_tokens=4)
+    assert told.prompt_tokens > training.SEQUENCE
+    assert model.generate(question, images=[picture.read_bytes()], max_tokens=4).text == told.text
+    shown = run("generate", question, "--work", job, "--image", picture, "--max-tokens", 4, "--json")
+    assert json.loads(shown.out)["text"] == told.text
+    chat = model.chat(max_tokens=4)
+    first = "".join(chat.ask(question, [picture]))
+    assert first == told.text
+    assert "".join(chat.ask("Count the circles.")) is not None
+    part = {"type": "image", "base64": base64.b64encode(picture.read_bytes()).decode()}
+    message = {"role": "user", "content": [part, {"type": "text", "text": question}]}
+    assert model.generate([message], chat=True, max_tokens=4).text == told.text
+
+
+def test_what_cannot_be_seen_is_one_sentence(job: Path, place: Path, tmp_path: Path, run: Run) -> None:
+    model = edgerazor.load(WorkDir(job).folder("pack"), threads=1)
+    (tmp_path / "no.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="no picture that can be read"):
+        model.generate("What?", images=[tmp_path / "no.png"])
+    with pytest.raises(UserError, match="no file"):
+        model.generate("What?", images=[tmp_path / "missing.png"])
+    failed = run("eval", place / "teacher", "--pictures", tmp_path / "none")
+    assert failed.code == 2
+    assert "There are no questions about pictures" in failed.err
+    copy = tmp_path / "blind"
+    shutil.copytree(place / "teacher", copy)
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        (copy / name).unlink(missing_ok=True)
+    with pytest.raises(UserError, match="has no processor"):
+        models.load_processor(copy)
+
+
+def test_streams_do_not_hold_pictures(place: Path, tmp_path: Path, run: Run) -> None:
+    recipe = yaml.safe_load((place / "recipe.yaml").read_text())
+    recipe["data"]["packing"] = "stream"
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    failed = run("calibrate", "--recipe", tmp_path / "r.yaml", "--work", tmp_path / "job")
+    assert failed.code == 1
+    assert "packing: document" in failed.err
+
+
+def test_a_model_of_text_sees_nothing(tmp_path: Path, llama: Path, place: Path, run: Run) -> None:
+    recipe = yaml.safe_load((place / "recipe.yaml").read_text())
+    recipe |= {"model": str(llama)}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    failed = run("calibrate", "--recipe", tmp_path / "r.yaml", "--work", tmp_path / "job")
+    assert failed.code == 1
+    assert "holds pictures" in failed.err
