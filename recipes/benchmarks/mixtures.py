@@ -120,7 +120,8 @@ def main() -> None:
         "data": {"train": [{"file": str(WORLD / "heldout.txt")}], "sequence_length": 64},
         "calibrate": {
             **{"bits": 2.4, "plan": "sensitivity", "sensitivity": "fisher", "sensitivity_tokens": 8192},
-            **{"group_size": 64, "activation_bits": 8},
+            # Few tokens go to each of so many experts, whose weights are read for all that pass together.
+            **{"group_size": 64, "activation_bits": 8, "batch_size": 16},
         },
         "distill": {
             **{"steps": options.steps, "batch_size": 8, "learning_rate": 2e-4, "precision": "float32"},
