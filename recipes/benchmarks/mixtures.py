@@ -104,7 +104,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=256, help="features; an expert has half as many between")
-    parser.add_argument("--steps", type=int, default=100, help="of the training")
+    parser.add_argument("--steps", type=int, default=60, help="of the training")
     parser.add_argument("--build", type=Path, default=BUILD / "mixtures", help="folder of the teacher and the job")
     parser.add_argument("--results", default=str(RESULTS / "mixers.md"), help="where the table goes, or `none`")
     options = parser.parse_args()
