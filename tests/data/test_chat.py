@@ -286,7 +286,8 @@ SURROGATE = "is not JSON that can be read: it has half of a surrogate pair, whic
         ({"messages": [{"from": {"a": 1}, "value": "hi"}]}, "chatml", "Message 1 of line 1 of .* has no role"),
         ({"messages": [{"role": "user"}]}, "chatml", "Message 1 of .* has NoneType as its content; expected text"),
         ({"messages": [*TWO, {"role": "user", "content": 3}]}, "chatml", "Message 5 of .* has int as its content"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "chatml", "a part of type 'image'"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "chatml", "a part of type 'audio'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}, TWO[1]]}, "chatml", "holds pictures, but"),
         (
             {"messages": [{"role": "\ud800", "content": "hi"}, TWO[1]]},
             "chatml",
@@ -322,6 +323,13 @@ def test_what_cannot_be_used_is_one_sentence(
 def test_text_that_no_tokenizer_reads_is_refused(messages: list[dict[str, str]], what: str) -> None:
     with pytest.raises(UserError, match=f"half of a surrogate pair in {what}; expected valid text"):
         render(parse_conversation("here", messages), make_tokenizer(TEMPLATES["chatml"]))
+
+
+def test_text_alone_is_rendered() -> None:
+    """Who does not read pictures refuses them, and reads no file that somebody names."""
+    message = {"role": "user", "content": [{"type": "image", "path": "cat.png"}, {"type": "text", "text": "What?"}]}
+    with pytest.raises(UserError, match="holds pictures, which cannot be read here"):
+        render(parse_conversation("Here", [message]), make_tokenizer(TEMPLATES["chatml"]), prompt=True)
 
 
 def test_conversations_without_words_are_nothing_to_learn_from(tmp_path: Path) -> None:

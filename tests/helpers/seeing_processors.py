@@ -15,7 +15,7 @@ from transformers import (
 
 WORDS = "User Assistant : what is this and that ? a red circle blue square yes no".split()
 SPECIAL = "<pad> <bos> <end> <image> <fake_token_around_image> <global-img> <end_of_utterance> <vs> <ve>".split()
-SPECIAL += ["<boi>", "<eoi>"]
+SPECIAL += ["<boi>", "<eoi>", "<video>"]
 
 
 def template(mark: str) -> str:
@@ -54,7 +54,7 @@ def qwen() -> Qwen2_5_VLProcessor:
     pictures = Qwen2VLImageProcessorPil(
         patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 64, "longest_edge": 256}
     )
-    names = tokenizer(image_token="<image>", video_token="<pad>")
+    names = tokenizer(image_token="<image>", video_token="<video>")
     return WithoutVideo(pictures, names, None, chat_template=template("<vs><image><ve>"))
 
 

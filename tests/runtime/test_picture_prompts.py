@@ -13,7 +13,14 @@ from helpers.seeing_models import SEEING, seeing_model
 from helpers.tiny_models import mostly_slow, tiny_tokenizer
 
 needs_native = pytest.mark.skipif(native_kernels.library() is None, reason="the native library is not built")
+#: As of models of text: a code of an activation may round to its neighbour.
+BOUND = 1e-2
 NATIVE = [family for family in SEEING if family != "gemma3"]
+
+
+def relative(computed: torch.Tensor, expected: torch.Tensor) -> float:
+    """The distance of logits, relative to their size."""
+    return float((computed - expected).norm() / expected.norm())
 
 
 def picture(family: str, seed: int, rows: int = 4) -> list[int]:
@@ -49,19 +56,19 @@ def test_both_engines_see_the_same(folder, family):
     other = runtime.load(folder(family), threads=1, engine="transformers")
     prompt = [0, 3, *picture(family, 0), 10, 11, 3, *picture(family, 1, 8), 12, 13]
     expected, computed = other.logits(prompt), native.logits(prompt)
-    assert torch.allclose(expected, computed, atol=2e-3)
+    assert relative(computed, expected) < BOUND
     assert native.logits([prompt, prompt]).shape == (2, len(prompt), 300)
     sessions = [model.session() for model in (native, other)]
     after = [session.feed(prompt) for session in sessions]
-    assert torch.allclose(*after, atol=2e-3)
-    assert torch.allclose(after[0], computed[-1], atol=1e-4)
+    assert relative(*after) < BOUND
+    assert relative(after[0], computed[-1]) < BOUND
     written = [session.greedy(12) for session in sessions]
     assert written[0] == written[1]
     more = [14, 3, *picture(family, 2), 15]
-    assert torch.allclose(*(session.feed(more) for session in sessions), atol=2e-3)
+    assert relative(*(session.feed(more) for session in sessions)) < BOUND
     choices = [[20, 21], [22]]
     for ours, theirs in zip(*(model.score([(prompt, choices)])[0] for model in (native, other)), strict=True):
-        assert abs(ours.log_probability - theirs.log_probability) < 2e-3
+        assert ours.log_probability == pytest.approx(theirs.log_probability, rel=BOUND)
 
 
 @needs_native
@@ -73,10 +80,10 @@ def test_a_session_in_pieces_is_one_in_one(folder, family):
     session = model.session()
     session.feed(prompt[:1])
     session.feed(prompt[1:-1])
-    assert torch.allclose(session.feed(prompt[-1:]), model.logits(prompt, 1)[0], atol=1e-4)
+    assert relative(session.feed(prompt[-1:]), model.logits(prompt, 1)[0]) < BOUND
     session.rewind(2)
     other = [*picture(family, 3), 12]
-    assert torch.allclose(session.feed(other), model.logits([*prompt[:2], *other], 1)[0], atol=1e-4)
+    assert relative(session.feed(other), model.logits([*prompt[:2], *other], 1)[0]) < BOUND
 
 
 def test_pictures_that_see_one_another_are_for_transformers(folder):
