@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from edgerazor import data, devices, formats, models, pipeline, training
+from edgerazor import data, devices, formats, losses, models, pipeline, training
 from edgerazor import recipe as recipes
 from edgerazor.calibrated import read_layer_metrics
 from edgerazor.console import Console
@@ -36,7 +36,6 @@ from edgerazor.recipe import Recipe
 from edgerazor.recording import Recording
 from edgerazor.stages import record
 from edgerazor.training import RecordedTeacher, Trainer, objective
-from edgerazor.training.trainer import losses as losses_of_trainer
 from edgerazor.workdir import WorkDir, machine
 from recipes.benchmarks.folders import BUILD, WORLD
 from recipes.benchmarks.results import commit, markdown, packages
@@ -113,7 +112,7 @@ def timed_parts() -> Timer:
     timer.wrap(fake_quant.FakeQuantEmbedding, "_quantized_rows", "rounding of weights")
     timer.wrap(shared_activations.SharedActivations, "_quantize", "rounding of activations")
     timer.wrap(formats, "fake_quantize_kv", "rounding of keys and values")
-    timer.wrap(losses_of_trainer, "total_loss", "losses")
+    timer.wrap(losses, "total_loss", "losses")
     timer.wrap(Trainer, "teacher_targets", "teacher")
     timer.wrap(Trainer, "optimize", "clipping and AdamW")
     timer.wrap(training.Student, "outputs", "forward pass")
