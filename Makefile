@@ -127,8 +127,15 @@ results-recording: install
 # Every figure of recipes/results/training.md: what recordings are worth, one of which serves three budgets, then a
 # teacher of 4 GB that teaches inside 3 GB of address space, which prints its figures; 5 GB of disk.
 .PHONY: results-training
-results-training: results-recording
+results-training: results-recording results-training-speed
 	$(BIN)/python -m recipes.benchmarks.streaming
+
+# Distillation beside transformers' own fine-tuning, and where a step's time goes; alone on the machine. MODEL='FOLDER'.
+.PHONY: results-training-speed
+results-training-speed: install
+	$(BIN)/python -m recipes.benchmarks.training_speed $(or $(MODEL),build/real-models/smollm2-135m) --prepare
+	for precision in float32 bfloat16; do $(BIN)/python -m recipes.benchmarks.training_speed \
+		$(or $(MODEL),build/real-models/smollm2-135m) --profile --precision $$precision || exit 1; done
 
 # What dry runs say of a training's memory beside the peak of the process; for `make real-models`, or MODELS='FOLDER ...'.
 .PHONY: results-memory

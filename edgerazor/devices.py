@@ -51,6 +51,18 @@ def resident_memory() -> int:
     return next((int(words[1]) * 1024 for words in lines if words[0] == "VmRSS:"), 0)
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may have in all: what is free for it now, and what it has; 0 where nothing says so."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    counts = Path("/proc/meminfo")
+    if not counts.exists():
+        return 0
+    lines = (line.split() for line in counts.read_text(encoding="utf-8").splitlines())
+    available = next((int(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:"), 0)
+    return available + resident_memory() if available else 0
+
+
 def fast_bfloat16(device: torch.device) -> bool:
     """Whether the hardware multiplies bfloat16 matrices faster than float32 ones."""
     if device.type == "cuda":

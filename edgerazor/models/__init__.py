@@ -47,7 +47,7 @@ from edgerazor.models.loading import (
     stored_shapes,
 )
 from edgerazor.models.observer import Observer
-from edgerazor.models.onloading import drop_pages
+from edgerazor.models.onloading import drop_pages, freed_blocks_kept
 from edgerazor.models.pictures import (
     BLIND,
     FIRST,
@@ -110,6 +110,7 @@ __all__ = [
     "final_states",
     "find_head",
     "fingerprint",
+    "freed_blocks_kept",
     "generation_config",
     "gguf_origin",
     "has_attention_interface",

@@ -11,6 +11,7 @@ from edgerazor.modules.fake_quant import (
     encoded_once,
     fake_quant_weights,
     freeze_codes,
+    rounded_once,
     unfreeze_codes,
 )
 from edgerazor.modules.packed_linear import (
@@ -58,5 +59,6 @@ __all__ = [
     "quantize_attention",
     "quantize_inputs",
     "replace_module",
+    "rounded_once",
     "unfreeze_codes",
 ]

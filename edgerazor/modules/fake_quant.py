@@ -8,14 +8,15 @@ rotated at a step but inputs, and rows of the embedding back.
 
 Two things are called frozen in the field and are kept apart here. `freeze_codes` fixes the codes for a phase of the
 training, in which only scales, norm gains and biases learn. `encoded_once` is for evaluation: it encodes each matrix
-once for many forward passes, and gives the digests of the codes and scales that these passes use.
+once for many forward passes, and gives the digests of the codes and scales that these passes use. `rounded_once` is for
+an optimizer step: weights change only behind it, so each matrix is rounded once for all passes of all micro-batches.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,9 @@ from torch.nn import functional
 from edgerazor import formats
 from edgerazor.formats import Encoded, MatrixSpec
 from edgerazor.modules.shared_activations import DYNAMIC, InputScales, SharedActivations, TokenMask
+
+#: Identity of a master weight and a dtype -> the rounded weight in it.
+Rounded: TypeAlias = dict[tuple[int, torch.dtype], Tensor]
 
 
 class FrozenMaster(NamedTuple):
@@ -51,6 +55,7 @@ class FakeQuantWeight(nn.Module):
         master: the saved master weight while codes are frozen; None where they are not, or were so from the start.
         decoded_cache: float32 [rows, columns], the weight to compute with inside `encoded_once`; None outside.
         digest: of the codes and scales behind `decoded_cache`.
+        rounded: what `decoded` has computed inside `rounded_once`, of all matrices of the model; None outside.
     """
 
     def __init__(self, weight: nn.Parameter, spec: MatrixSpec, scales: nn.Parameter | None = None) -> None:
@@ -61,11 +66,20 @@ class FakeQuantWeight(nn.Module):
         self.master: FrozenMaster | None = None
         self.decoded_cache: Tensor | None = None
         self.digest = ""
+        self.rounded: Rounded | None = None
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """`decode(encode(weight))` [rows, columns] without gradient, computed in float32 and converted to a dtype."""
         if self.decoded_cache is not None:
             return self.decoded_cache.to(dtype)
+        if self.rounded is None:
+            return self._decoded(dtype)
+        key = id(self.weight), dtype  # a tied head shares its embedding's weight
+        if key not in self.rounded:
+            self.rounded[key] = self._decoded(dtype)
+        return self.rounded[key]
+
+    def _decoded(self, dtype: torch.dtype) -> Tensor:
         if self.scales is not None:
             return formats.learned_weight(self.weight.detach(), self.scales, self.spec, dtype)
         return formats.quantize_dequantize(self.weight.detach(), self.spec, dtype)
@@ -83,11 +97,11 @@ class FakeQuantWeight(nn.Module):
         """The codes and scales that this module computes with."""
         return encode_trained(self.weight.detach(), self.scales, self.spec)
 
-    def encode_once(self) -> None:
-        """Fill `decoded_cache` and `digest` for the forward passes to come."""
+    def encode_once(self, keep: bool = True) -> None:
+        """Fill `digest` and, where `keep` says so, `decoded_cache` for the forward passes to come."""
         encoded = self.encoded()
         self.digest = formats.digest(encoded, self.spec)
-        self.decoded_cache = formats.decode_matrix(encoded, self.spec)
+        self.decoded_cache = formats.decode_matrix(encoded, self.spec) if keep else None
 
 
 def encode_trained(weight: Tensor, scales: Tensor | None, spec: MatrixSpec) -> Encoded:
@@ -111,7 +125,7 @@ def encode_trained(weight: Tensor, scales: Tensor | None, spec: MatrixSpec) -> E
 class _FakeQuantMatmul(torch.autograd.Function):
     """`x Ŵᵀ + b` with `Ŵ = decode(encode(W))`. Backward saves the master weight instead of Ŵ, and decodes again.
 
-    A copy of all decoded weights would be as large as the model; encoding twice costs a few percent of a step.
+    Inside `rounded_once` that is one and the same tensor; outside, no copy of the whole model's weights is kept.
     """
 
     @staticmethod
@@ -292,8 +306,13 @@ def fake_quant_weights(model: nn.Module) -> dict[str, FakeQuantWeight]:
 
 
 @contextlib.contextmanager
-def encoded_once(model: nn.Module) -> Iterator[dict[str, str]]:
+def encoded_once(model: nn.Module, keep: bool = True) -> Iterator[dict[str, str]]:
     """Encode every matrix once for all forward passes inside the block.
+
+    Args:
+        model: with fake-quantized modules.
+        keep: keep all decoded weights, in float32; else each pass encodes again, to the same codes, and the digests are
+            what this is for.
 
     Yields:
         module path -> digest of the codes and scales that these passes use.
@@ -303,7 +322,7 @@ def encoded_once(model: nn.Module) -> Iterator[dict[str, str]]:
     everywhere = _fake_quant_modules(model)
     try:
         for module in matrices.values():
-            module.encode_once()
+            module.encode_once(keep)
         for module in everywhere:
             module.decoded_cache = by_weight[id(module.weight)].decoded_cache
         yield {name: module.digest for name, module in matrices.items()}
@@ -312,3 +331,21 @@ def encoded_once(model: nn.Module) -> Iterator[dict[str, str]]:
             module.decoded_cache = None
             if isinstance(module, FakeQuantLinear):
                 module.activations.forget()
+
+
+@contextlib.contextmanager
+def rounded_once(model: nn.Module) -> Iterator[None]:
+    """Round every matrix at most once for all forward and backward passes inside the block, and keep the result.
+
+    Codes change only when master weights or scales do, so these must not change inside. It takes the memory of all
+    rounded weights in the dtype of the products.
+    """
+    rounded: Rounded = {}
+    everywhere = _fake_quant_modules(model)
+    try:
+        for module in everywhere:
+            module.rounded = rounded
+        yield
+    finally:
+        for module in everywhere:
+            module.rounded = None

@@ -473,7 +473,18 @@ class Distill(Strict):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of matrix products; auto: bf16 if fast"
     )
+    memory: int | Literal["auto"] | None = Field(
+        None,
+        description="most memory to use (16GB), or auto: what is free; cached rounding, whole activations, large "
+        "batches and a teacher in memory are given up for it, in this order; absent: none is",
+    )
+    optimizer: Literal["adamw", "adafactor"] = Field(
+        "adamw",
+        description="adafactor: factored second moments, and weights change within the backward pass, so that neither "
+        "moments nor all gradients are in memory; one process, one forward pass a step",
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, slower")
+    cache_rounding: bool = Field(True, description="keep rounded weights for a whole step: faster, more memory")
     initialise: Literal["teacher", "random"] = Field("teacher", description="random is the control experiment")
     track: Literal["none", "tensorboard", "wandb"] = Field(
         "none", description="also show every step in TensorBoard (files under WORK/distill) or Weights & Biases"
@@ -497,6 +508,11 @@ class Distill(Strict):
         if value not in ("resident", "streamed") and not value.startswith(("http://", "https://")):
             raise ValueError("it is resident, streamed, or an address that begins with http:// or https://")
         return value
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _memory_in_bytes(cls, value: Any) -> Any:
+        return size_in_bytes(value) if isinstance(value, str) and value != "auto" else value
 
     @field_validator("tokens", mode="before")
     @classmethod

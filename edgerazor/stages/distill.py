@@ -21,10 +21,11 @@ import numpy as np
 from rich.console import RenderableType
 
 from edgerazor import data, devices, models, recording, student_plan
+from edgerazor.allocate import Plan
 from edgerazor.console import Console
 from edgerazor.errors import UserError, usage_error
-from edgerazor.job import JobContext
-from edgerazor.recipe import Recipe
+from edgerazor.job import JobContext, ModelOutline
+from edgerazor.recipe import Distill, Recipe
 from edgerazor.stage import Stage
 from edgerazor.student_plan import CALIBRATED_INITS
 from edgerazor.training import (
@@ -41,6 +42,8 @@ from edgerazor.training import (
     is_limited,
     make_budget,
     make_phases,
+    memory_bytes,
+    memory_choice,
     needs_teacher,
     objective,
     phase_schedule,
@@ -70,10 +73,11 @@ def inputs(context: JobContext) -> dict[str, str]:
     skip = (
         *("max_time", "checkpoint_every", "track", "gradient_checkpointing", "batch_size", "accumulation", "phases"),
         "recording",  # what it is counts, and not where it lies
-        *("teacher", "teacher_source", "served_model"),
+        *("teacher", "teacher_source", "served_model", "memory", "cache_rounding"),
     )
-    without_teachers = () if settings.teachers else ("teacher_average",)
-    training_settings = context.section_inputs("distill", skip + without_teachers)
+    unused = () if settings.teachers else ("teacher_average",)
+    unused += () if settings.optimizer != "adamw" else ("optimizer",)
+    training_settings = context.section_inputs("distill", skip + unused)
     bits = context.nominal_bits(context.plan() if manifest else None)
     training_settings |= {"distill.phases": phase_schedule.describe(settings, bits)} if settings.phases else {}
     training_settings["distill.losses"] = objective.describe(settings.losses, bits)
@@ -114,6 +118,8 @@ def run(context: JobContext) -> DistillResult:
     recipe, work, console = context.recipe, context.work, context.console
     check(recipe)
     check_recording(context)
+    context = fitting(context)
+    recipe = context.recipe
     trainer, plan = prepare(context, inputs(context))
     accelerator, settings = trainer.accelerator, recipe.distill
     if accelerator.is_main_process:
@@ -138,14 +144,29 @@ def dry_run(context: JobContext) -> DistillDryRun:
 
     Weights are read only by a plan that looks at them, text only where its length decides how long the training is.
     """
-    recipe, settings = context.recipe, context.recipe.distill
-    check(recipe)
+    check(context.recipe)
     check_recording(context)
+    context = fitting(context)
     outline = context.planning_teacher()
-    model, structure = outline.model, outline.structure
-    student_plan.check_attention(model, recipe.calibrate)
+    student_plan.check_attention(outline.model, context.recipe.calibrate)
     planned = context.is_planned()
     plan = context.plan() if planned else context.new_plan(outline)
+    training = planned_training(context, outline, plan)
+    packed_bytes = context.packed_size(outline, measured=planned)(plan).bytes
+    estimate = estimate_training(training, speed_of(context), packed_bytes)
+    return estimate.model_copy(update={"chosen": context.chosen})
+
+
+def planned_training(context: JobContext, outline: ModelOutline, plan: Plan) -> PlannedTraining:
+    """The training of a recipe, of shapes alone.
+
+    Args:
+        context: of the job.
+        outline: of the teacher.
+        plan: of the student.
+    """
+    recipe, settings = context.recipe, context.recipe.distill
+    model, structure = outline.model, outline.structure
     layer_metrics = objective.placeholder_metrics(structure.layer_count)
     phases = make_phases(settings, recipe.model, structure.layer_count, layer_metrics, context.nominal_bits(plan))
     terms = [term for phase in phases for term in phase.terms]
@@ -161,7 +182,7 @@ def dry_run(context: JobContext) -> DistillDryRun:
     budget = make_budget(settings, rows, rows_per_step, rows_per_step * length)
     phase_schedule.check_steps(phases, budget.steps)
     dtype = training_dtype(settings, context.device)
-    training = PlannedTraining(
+    return PlannedTraining(
         settings=settings,
         outline=outline,
         plan=plan,
@@ -175,9 +196,29 @@ def dry_run(context: JobContext) -> DistillDryRun:
         device=context.device,
         teacher_bytes=resident_bytes(context, outline, dtype) if needs_teacher(settings, phases) else 0,
     )
-    packed_bytes = context.packed_size(outline, measured=planned)(plan).bytes
-    estimate = estimate_training(training, speed_of(context), packed_bytes)
-    return estimate.model_copy(update={"chosen": context.chosen})
+
+
+def fitting(context: JobContext) -> JobContext:
+    """The job with as little given up as `distill.memory` asks for.
+
+    Raises:
+        UserError: it takes more in any case.
+    """
+    if context.recipe.distill.memory is None:
+        return context
+
+    def with_settings(settings: Distill) -> JobContext:
+        return context.resolved(context.recipe.model_copy(update={"distill": settings}), context.chosen)
+
+    outline = context.planning_teacher()
+    plan = context.plan() if context.is_planned() else context.new_plan(outline)
+
+    def estimate(settings: Distill) -> int:
+        return memory_bytes(planned_training(with_settings(settings), outline, plan))
+
+    devices.join_processes(context.device)
+    fitted = memory_choice.fit(context.recipe.distill, context.device, estimate, context.console)
+    return with_settings(devices.of_main_process(fitted))
 
 
 def dry_text(context: JobContext, length: int) -> data.TokenRows:
@@ -209,6 +250,11 @@ def check(recipe: Recipe) -> None:
         raise usage_error(
             f"A random student cannot begin with the teacher's {recipe.calibrate.init} initialization.",
             "Leave out `calibrate.init`, or leave out `distill.initialise`.",
+        )
+    if recipe.distill.optimizer == "adafactor" and devices.process_count() > 1:
+        raise usage_error(
+            "With `distill.optimizer: adafactor` weights change before processes could add up their gradients.",
+            "Use adamw, or a single process.",
         )
     reconstruction.check(recipe)
     phase_schedule.check(recipe)

@@ -263,6 +263,8 @@ INDECISIVE = (
     "distill.checkpoint_every",
     "distill.track",
     "distill.gradient_checkpointing",
+    "distill.memory",
+    "distill.cache_rounding",
     *(f"pack.{field}" for field in EXPORTING),
 )
 

@@ -4,7 +4,7 @@ from edgerazor.training.budget import Budget, is_limited, make_budget, report_pa
 from edgerazor.training.budget_choice import BudgetChoice
 from edgerazor.training.captured_states import CapturedStates, Captures, capture, captures
 from edgerazor.training.checkpoint import Progress
-from edgerazor.training.estimate import PlannedTraining, estimate_training
+from edgerazor.training.estimate import PlannedTraining, estimate_training, memory_bytes
 from edgerazor.training.evaluation import held_out_losses
 from edgerazor.training.objective import make_terms
 from edgerazor.training.phase_schedule import ScheduledPhase, make_phases
@@ -87,6 +87,7 @@ __all__ = [
     "make_student",
     "make_terms",
     "measure_machine",
+    "memory_bytes",
     "needs_teacher",
     "open_teacher",
     "prepare",

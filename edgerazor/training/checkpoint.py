@@ -24,7 +24,8 @@ from edgerazor.training import sharding
 from edgerazor.training.results import PhaseResult
 from edgerazor.workdir import replace_folder, write_atomically
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+#: Tensors of the optimizers' states: of AdamW and of Adafactor.
+MOMENTS = ("exp_avg", "exp_avg_sq", "row_var", "col_var", "variance")
 
 
 class Progress(BaseModel):
@@ -160,9 +161,10 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
                 tensor.copy_(tensors[name])
             for name, parameter in model.named_parameters():
                 parameter.copy_(sharding.like(tensors[f"weight/{name}"], parameter))
-                if f"{MOMENTS[0]}/{name}" not in tensors:  # it has had no gradient yet
+                stored = {key: tensors[f"{key}/{name}"] for key in MOMENTS if f"{key}/{name}" in tensors}
+                if not stored:  # it has had no gradient yet
                     continue
-                moments = {key: sharding.like(tensors[f"{key}/{name}"], parameter) for key in MOMENTS}
+                moments = {key: sharding.like(tensor, parameter) for key, tensor in stored.items()}
                 step = torch.tensor(float(progress.step - progress.phase_step), device=parameter.device)
                 optimizer.state[parameter] = {"step": step, **moments}
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:

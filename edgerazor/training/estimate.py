@@ -72,13 +72,7 @@ def estimate_training(training: PlannedTraining, speed: Speed, packed_bytes: int
         packed_bytes: that `pack` would write.
     """
     settings, steps = training.settings, training.budget.steps
-    weights = sum(weight.numel() for weight in training.outline.model.parameters()) + training.scales()
-    trained = max(trained_weights(training, phase.settings) for phase in training.phases)
-    frozen_copies = any(phase.settings.train == "scales" for phase in training.phases)
-    weight_bytes = 4 * weights * (2 if frozen_copies else 1)
-    memory = step_memory(trained_shape(training, weight_bytes // 4, trained), settings, training.device)
-    blocks, width = settings.reconstruct, training.outline.model.config.get_text_config().hidden_size
-    block_bytes = 2 * blocks.sequences * training.length * width * 4 if blocks else 0
+    weight_bytes, trained = student_sizes(training)
     seconds_of_steps = [phase_step_seconds(training, phase, speed) for phase in training.phases]
     phases = phase_estimates(training, seconds_of_steps)
     seconds = [phase.seconds for phase in phases.values() if phase.seconds is not None] if steps else []
@@ -86,7 +80,7 @@ def estimate_training(training: PlannedTraining, speed: Speed, packed_bytes: int
         notation=training.plan.notation(),
         steps=steps,
         tokens_per_step=training.tokens_per_step,
-        memory_bytes=memory.peak + block_bytes,
+        memory_bytes=memory_bytes(training),
         # the checkpoint and the next one; the students best, last and the one being written
         disk_bytes=2 * (weight_bytes + 8 * trained) + 3 * weight_bytes,
         result_bytes=packed_bytes,
@@ -96,6 +90,22 @@ def estimate_training(training: PlannedTraining, speed: Speed, packed_bytes: int
         speed=speed.source,
         phases=phases if settings.phases else {},
     )
+
+
+def student_sizes(training: PlannedTraining) -> tuple[int, int]:
+    """Bytes of all that the student holds in float32, and how many weights have a gradient and moments."""
+    weights = sum(weight.numel() for weight in training.outline.model.parameters()) + training.scales()
+    trained = max(trained_weights(training, phase.settings) for phase in training.phases)
+    frozen_copies = any(phase.settings.train == "scales" for phase in training.phases)
+    return 4 * weights * (2 if frozen_copies else 1), trained
+
+
+def memory_bytes(training: PlannedTraining) -> int:
+    """Bytes of memory that a training takes at its fullest, on one process."""
+    weight_bytes, trained = student_sizes(training)
+    memory = step_memory(trained_shape(training, weight_bytes // 4, trained), training.settings, training.device)
+    blocks, width = training.settings.reconstruct, training.outline.model.config.get_text_config().hidden_size
+    return memory.peak + (2 * blocks.sequences * training.length * width * 4 if blocks else 0)
 
 
 def trained_shape(training: PlannedTraining, weights: int, trained: int) -> TrainedShape:

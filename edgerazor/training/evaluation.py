@@ -25,7 +25,7 @@ def selection_metric(teachers: TeacherSource) -> str:
 
 @torch.no_grad()
 def held_out_losses(
-    student: Student, teachers: TeacherSource, batches: Iterable[data.Batch]
+    student: Student, teachers: TeacherSource, batches: Iterable[data.Batch], keep: bool = True
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Evaluate the student on held-out text.
 
@@ -33,6 +33,7 @@ def held_out_losses(
         student: computes with frozen codes, in evaluation mode; is in training mode afterwards.
         teachers: compared with; may be empty.
         batches: `input_ids [B, T]` and `labels [B, T]`, int64.
+        keep: keep all decoded weights meanwhile, in float32; else they are decoded in each forward pass.
 
     Returns:
         `cross_entropy` and, where there is a teacher, `kl`, in nats per token; module path -> digest of the codes and
@@ -41,7 +42,7 @@ def held_out_losses(
     student.model.eval()
     sums = {"cross_entropy": 0.0, "kl": 0.0, "tokens": 0.0}
     device, remaining = student.accelerator.device, iter(batches)
-    with sharding.gathered(student.model), modules.encoded_once(student.model) as digests:
+    with sharding.gathered(student.model), modules.encoded_once(student.model, keep) as digests:
         while some := list(islice(remaining, BATCHES_AT_ONCE)):
             some = [{key: value.to(device) for key, value in batch.items()} for batch in some]
             for batch, target in zip(some, teachers.outputs_of(some, Captures(), held_out=True), strict=True):

@@ -30,6 +30,9 @@ CHUNKS = 4
 HEAP = {torch.float32: 1.36, torch.bfloat16: 1.55}
 #: On a CPU, bytes for each weight that loading and saving leave between blocks in use; measured likewise.
 FRAGMENTS = 2
+#: Tensors of the size of the largest weight at the end of a backward pass whose weights change within it: gradients of
+#: head and embedding, which are one weight in many models, and their sum.
+IN_PLACE = 3
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,12 @@ class StepMemory:
     Attributes:
         program: of the process before anything of a model is there, and fragments; nothing on an accelerator.
         weights: float32 master weights.
-        moments: AdamW's two.
-        gradients: of all trained weights.
+        moments: AdamW's two; of Adafactor means of rows and columns.
+        gradients: of all trained weights; with Adafactor of one at a time.
         teacher: weights of the teachers.
         activations: that autograd keeps of the student between forward and backward pass, and what the C library adds.
         logits: chunks of logits, the teachers' cached ones, the decoded head and its gradient.
+        rounded: all rounded weights, which a step keeps.
         decoded: all matrices decoded at once, in an evaluation.
         accumulates: whether gradients of earlier micro-batches are there while activations are.
     """
@@ -80,6 +84,7 @@ class StepMemory:
     teacher: int
     activations: int
     logits: int
+    rounded: int
     decoded: int
     accumulates: bool
 
@@ -92,7 +97,7 @@ class StepMemory:
         always = self.program + self.weights + self.moments + self.teacher
         forward = self.activations + self.logits
         step = forward + self.gradients if self.accumulates else max(forward, self.gradients)
-        return always + max(step, self.decoded + self.logits)
+        return always + max(step + self.rounded, self.decoded + self.logits)
 
 
 def step_memory(shape: TrainedShape, settings: Distill, device: torch.device) -> StepMemory:
@@ -109,15 +114,20 @@ def step_memory(shape: TrainedShape, settings: Distill, device: torch.device) ->
     chunk = 4 * min(CHUNK_ELEMENTS, tokens * vocabulary)
     cached = 4 * tokens * vocabulary * settings.accumulation
     head = vocabulary * width * (shape.dtype.itemsize + 4)
+    in_place, sizes = settings.optimizer == "adafactor", [weight.shape for weight in shape.model.parameters()]
+    largest = max(size.numel() for size in sizes)
+    factored = sum(size.numel() * (size[0] + size[-1]) // (size[0] * size[-1]) for size in sizes if len(size) > 1)
+    keeps = settings.cache_rounding
     return StepMemory(
         program=devices.resident_memory() + FRAGMENTS * shape.weights if on_cpu else 0,
         weights=4 * shape.weights,
-        moments=8 * shape.trained,
-        gradients=4 * shape.trained,
+        moments=4 * factored if in_place else 8 * shape.trained,
+        gradients=4 * IN_PLACE * largest if in_place and settings.accumulation == 1 else 4 * shape.trained,
         teacher=shape.teacher_bytes,
         activations=round(counted * settings.batch_size * (HEAP.get(shape.dtype, 1.0) if on_cpu else 1.0)),
         logits=CHUNKS * chunk + (cached if cached <= 4 * CACHED_LOGITS else 0) + head,
-        decoded=4 * shape.weights,
+        rounded=shape.dtype.itemsize * shape.weights if keeps else 0,
+        decoded=4 * (shape.weights if keeps else largest),
         accumulates=settings.accumulation > 1,
     )
 

@@ -17,8 +17,8 @@ from edgerazor.training.captured_states import Captures, captures
 
 Terms = list[tuple[LossTerm, Loss]]
 
-#: Most logits of the teachers that a step may keep in memory, in elements of 4 bytes: 256 MB.
-CACHED_LOGITS = 1 << 26
+#: Most logits of the teachers that a step may keep in memory, in elements of 4 bytes: 512 MB.
+CACHED_LOGITS = 1 << 27
 
 
 # --- the losses --------------------------------------------------------------------------------

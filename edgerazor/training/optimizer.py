@@ -1,4 +1,4 @@
-"""AdamW as every part of a training uses it, and the schedule of its learning rate."""
+"""AdamW as every part of a training uses it, Adafactor where memory is little; and the learning rate's schedule."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from torch import nn
 
 from edgerazor import modules
 from edgerazor.recipe import Distill
+from edgerazor.training.in_place import InPlaceAdafactor
 
 
 def make_optimizer(module: nn.Module, settings: Distill, learning_rate: float | None = None) -> torch.optim.Optimizer:
-    """AdamW for the trainable parameters of a module; weight decay on matrices only, not on their scales.
+    """The optimizer of the trainable parameters of a module; weight decay on matrices only, not on their scales.
 
     Args:
         module: a student, or one of its layers.
         settings: of the training.
-        learning_rate: in the place of the training's own.
+        learning_rate: in the place of the training's own; then it is AdamW.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     scales = {id(matrix.scales) for matrix in modules.fake_quant_weights(module).values()}
@@ -27,18 +28,23 @@ def make_optimizer(module: nn.Module, settings: Distill, learning_rate: float | 
         {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
     ]
     rate = settings.learning_rate if learning_rate is None else learning_rate
+    if settings.optimizer == "adafactor" and learning_rate is None:
+        return InPlaceAdafactor(parameters, rate, settings.weight_decay, decayed)
     return torch.optim.AdamW(groups, lr=rate, betas=settings.betas, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Set the learning rate of the next step, for all parameters."""
+    if isinstance(optimizer, InPlaceAdafactor):
+        optimizer.rate = rate
+        return
     for group in optimizer.param_groups:
         group["lr"] = rate
 
 
 def current_rate(optimizer: torch.optim.Optimizer) -> float:
     """The learning rate of the latest step."""
-    return float(optimizer.param_groups[0]["lr"])
+    return optimizer.rate if isinstance(optimizer, InPlaceAdafactor) else float(optimizer.param_groups[0]["lr"])
 
 
 def learning_rate_factor(settings: Distill, share: float) -> float:

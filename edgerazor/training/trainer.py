@@ -12,14 +12,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from edgerazor import data, losses, modules
+from edgerazor import data, losses, models, modules
 from edgerazor.console import Console, Tracker
 from edgerazor.data import Batch
 from edgerazor.errors import INTERRUPTED, UserError
@@ -30,6 +30,7 @@ from edgerazor.training.budget import Budget, make_budget
 from edgerazor.training.captured_states import Captures, captures
 from edgerazor.training.checkpoint import Progress
 from edgerazor.training.evaluation import held_out_losses, selection_metric
+from edgerazor.training.in_place import InPlaceAdafactor
 from edgerazor.training.objective import Terms
 from edgerazor.training.optimizer import current_rate, learning_rate_factor, make_optimizer, set_learning_rate
 from edgerazor.training.pace import Pace
@@ -117,6 +118,11 @@ class Trainer:
         self.tokens_per_row = self.rows.tokens_per_row  # once: the mean length of a stream changes as it is read
         self.budget = make_budget(self.settings, self.rows, self.rows_per_step, self.tokens_per_step)
 
+    def allocation(self) -> AbstractContextManager[None]:
+        """How the C library gets memory for the steps inside: quickly on a CPU, unless the teacher is streamed."""
+        quick = self.accelerator.device.type == "cpu" and self.settings.teacher_source != "streamed"
+        return models.freed_blocks_kept() if quick else nullcontext()
+
     # --- counters and limits -------------------------------------------------------------------
 
     @property
@@ -192,6 +198,7 @@ class Trainer:
         """
         with (
             watch_signals() as self.signals,
+            self.allocation(),
             ended_with_others(self.accelerator.num_processes),
             tracking.tracked(self.accelerator),
         ):
@@ -318,9 +325,14 @@ class Trainer:
         batches = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
         targets, totals = self.teacher_targets(batches)
         phase_share = self.phase.share_used(self.budget_share(), self.progress.phase_share)
-        loss = self.backward(batches, targets, totals, phase_share)
+        factor = learning_rate_factor(self.settings, phase_share) * self.progress.rate_factor
+        set_learning_rate(self.optimizer, self.settings.learning_rate * factor)
+        # whole rounded weights of all layers would be what sharding is to save
+        caches = self.settings.cache_rounding and not self.student.sharded
+        with modules.rounded_once(self.student.model) if caches else nullcontext():
+            loss = self.backward(batches, targets, totals, phase_share)
         step_loss = float(self.accelerator.reduce(loss, "sum"))
-        self.skipped_because = self.optimize(phase_share, step_loss)
+        self.skipped_because = self.optimize(step_loss)
         return step_loss
 
     def teacher_targets(self, batches: Sequence[Batch]) -> tuple[list[Outputs | None], StepTotals]:
@@ -390,24 +402,27 @@ class Trainer:
             with nullcontext() if last or self.student.sharded else accelerator.no_sync(self.student.wrapped):
                 outputs = self.student.outputs(batch["input_ids"], self.student_captures)
                 loss = losses.total_loss(terms, outputs, target, batch["labels"], totals)
+                step_loss += loss.detach()
+                if isinstance(self.optimizer, InPlaceAdafactor):
+                    self.optimizer.before_backward(active=last)
+                    if last and stability.problem(float(step_loss), 0.0, self.progress.recent_losses):
+                        break  # before a weight changes
                 # Gradients are averaged over processes, but contributions to the loss of the step add up.
                 accelerator.backward(loss * accelerator.num_processes)
-                step_loss += loss.detach()
         return step_loss
 
-    def optimize(self, phase_share: float, loss: float) -> str:
-        """Clip the gradient and let the optimizer take its step, at the learning rate of this share of the phase.
+    def optimize(self, loss: float) -> str:
+        """Clip the gradient and let the optimizer take its step.
 
         Args:
-            phase_share: how much of the phase is done, 0 to 1.
             loss: of the step, over all processes.
 
         Returns:
             why the step was skipped instead; empty where it was taken.
         """
-        factor = learning_rate_factor(self.settings, phase_share) * self.progress.rate_factor
-        set_learning_rate(self.optimizer, self.settings.learning_rate * factor)
-        if self.student.sharded:
+        if isinstance(self.optimizer, InPlaceAdafactor):
+            norm: Tensor | float = math.nan if self.optimizer.not_finite else 0.0
+        elif self.student.sharded:
             norm = sharding.clip_gradients(self.student.model, self.settings.clip)
         else:
             norm = self.accelerator.clip_grad_norm_(self.student.model.parameters(), self.settings.clip)
@@ -454,7 +469,7 @@ class Trainer:
             return self.all_reduce_max(-math.inf)
         progress, settings = self.progress, self.settings
         batches = data.sample_batches(self.held_out, settings.evaluate_sequences, settings.batch_size)
-        held_out, digests = held_out_losses(self.student, self.teachers, batches)
+        held_out, digests = held_out_losses(self.student, self.teachers, batches, self.settings.cache_rounding)
         metric = selection_metric(self.teachers)
         value = held_out[metric]
         if not math.isfinite(value):
@@ -593,6 +608,8 @@ class Trainer:
         else:
             modules.unfreeze_codes(self.student.model)
         self.student.rewrap()
+        if isinstance(self.optimizer, InPlaceAdafactor):
+            self.optimizer.remove_hooks()
         self.optimizer = make_optimizer(self.student.model, phase.settings)
 
     def end_phase(self, held_out: float, finished: bool) -> None:

@@ -27,6 +27,14 @@ CASES = (
     {"batch_size": 2, "precision": "bfloat16"},
     {"batch_size": 6, "precision": "bfloat16"},
     {"batch_size": 2, "precision": "float32", "gradient_checkpointing": True},
+    {
+        "batch_size": 2,
+        "precision": "bfloat16",
+        "gradient_checkpointing": True,
+        "cache_rounding": False,
+        "optimizer": "adafactor",
+        "losses": [{"name": "forward_kl"}],
+    },
 )
 
 

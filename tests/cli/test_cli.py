@@ -67,6 +67,8 @@ WORDS: dict[str, tuple[list[str], Any]] = {
     "distill.accumulation": (["4"], 4),
     "distill.learning_rate": (["1e-4"], 1e-4),
     "distill.checkpoint_every": (["9"], 9),
+    "distill.memory": (["16GB"], 16_000_000_000),
+    "distill.optimizer": (["adafactor"], "adafactor"),
     "distill.track": (["wandb"], "wandb"),
     "distill.train": (["scales"], "scales"),
     "distill.recording": (["/recording"], "/recording"),

@@ -418,3 +418,29 @@ def test_replace_puts_a_module_where_the_old_one_was(llama: Path) -> None:
     modules.replace_module(model, "model.layers.1.mlp.up_proj", new)
     assert model.model.layers[1].mlp.up_proj is new
     assert "model.layers.1.mlp.up_proj.weight" in dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_rounded_once_give_the_same_gradients(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = prepared(tie_word_embeddings=tied).train()
+    rounded: list[torch.Size] = []
+    product = formats.quantize_dequantize
+
+    def counted(w: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        rounded.append(w.shape)
+        return product(w, *args, **kwargs)
+
+    monkeypatch.setattr(formats, "quantize_dequantize", counted)
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        for ids in (IDS, IDS.flip(0)):  # two micro-batches
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+    anew, count = gradients(), len(rounded)
+    with modules.rounded_once(model):
+        once = gradients()
+    assert all(torch.equal(one, other) for one, other in zip(anew, once, strict=True))
+    assert len(rounded) - count <= count / 4 + 1  # two passes of two micro-batches round each matrix once
+    assert all(module.rounded is None for module in modules.fake_quant_weights(model).values())

@@ -279,17 +279,31 @@ class _TotalLogitLoss(GradientsInForward):
             for chunk in logit_chunks(student, teacher, labels, totals):
                 student_logits = chunk.logits.student
                 assert student_logits is not None
-                logits_grad = torch.zeros_like(student_logits) if gradients.needed else None  # [n, V]
+                logits_grad = gradients.buffer(student_logits) if gradients.needed else None  # [n, V]
                 for block, logits in chunk.blocks():
+                    block_grad = None
                     for weight, loss in terms:
                         value, grad = loss.value_and_grad(logits, totals.statistics)
                         total.add_(value, alpha=weight)
                         if logits_grad is not None:
-                            logits_grad[block, : grad.shape[1]].add_(grad, alpha=weight)
+                            block_grad = _add_weighted(block_grad, grad, weight, student_logits.shape[1])
+                    if logits_grad is not None:
+                        assert logits.student is not None
+                        logits_grad[block] = gradients.through_head_(block_grad, logits.student)
                 if logits_grad is not None:
                     gradients.add(chunk, logits_grad)
         ctx.save_for_backward(gradients.states, gradients.weight, gradients.bias)
         return total
+
+
+def _add_weighted(total: Tensor | None, grad: Tensor, weight: float, entries: int) -> Tensor:
+    """`total + weight·grad`, `[n, entries]`; both may be overwritten. Beyond the columns of `grad` it is zero."""
+    if total is not None:
+        total[:, : grad.shape[1]].add_(grad, alpha=weight)
+        return total
+    if grad.shape[1] == entries:
+        return grad.mul_(weight)
+    return torch.nn.functional.pad(grad.mul_(weight), (0, entries - grad.shape[1]))
 
 
 class _Gradients:
@@ -313,15 +327,29 @@ class _Gradients:
         if head is not None and head.bias is not None and needed[2]:
             self.bias = torch.zeros(head.bias.shape, dtype=dtype, device=states.device)
 
+    def buffer(self, logits: Tensor) -> Tensor:
+        """Where the gradient of a chunk's logits `[n, V]` is put together, in the dtype of the products with the head.
+
+        Where that is the logits' own, it takes their place: a block of them is not needed once its gradient is known.
+        """
+        head = self.student.head
+        dtype = logits.dtype if head is None else head.weight.dtype
+        return logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
+
+    def through_head_(self, grad: Tensor, logits: Tensor) -> Tensor:
+        """The gradient of the product with the head for that of a block's logits, both `[n, V]`; overwrites it."""
+        head = self.student.head
+        if head is None:
+            return grad
+        grad = head.through_(grad, logits)
+        if self.bias is not None:
+            self.bias += grad.sum(0)
+        return grad
+
     def add(self, chunk: LogitChunk, grad: Tensor) -> None:
-        """Propagate the gradient of a chunk's logits, `[n, V]`, back through the head; overwrites it."""
+        """Propagate the gradient of a chunk's products with the head, `[n, V]`, to the head and the states."""
         head = self.student.head
         if head is not None:
-            assert chunk.logits.student is not None
-            grad = head.through_(grad, chunk.logits.student)
-            if self.bias is not None:
-                self.bias += grad.sum(0)
-            grad = grad.to(head.weight.dtype)
             if self.weight is not None:
                 states = self.student.states_at(chunk.positions).to(head.weight.dtype)  # [n, H]
                 for start in range(0, grad.shape[1], HEAD_ROWS):  # products in low precision, sums in high precision

@@ -1,0 +1,98 @@
+"""Adafactor that changes weights within the backward pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from edgerazor.console import Console
+from edgerazor.errors import INTERRUPTED, UserError
+from edgerazor.recipe import Distill
+from edgerazor.training import memory_choice
+from edgerazor.training.in_place import InPlaceAdafactor
+from edgerazor.training.optimizer import make_optimizer, set_learning_rate
+from helpers.tiny_job import Run, sha256, write_recipe
+from helpers.trainings import WEIGHTS, interrupt_at
+
+CPU = torch.device("cpu")
+
+
+def model_of() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def test_weights_change_within_the_backward_pass_by_about_the_learning_rate() -> None:
+    model = model_of()
+    optimizer = make_optimizer(model, Distill(optimizer="adafactor", learning_rate=1e-3))
+    assert isinstance(optimizer, InPlaceAdafactor)
+    set_learning_rate(optimizer, 1e-3)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer.before_backward(active=True)
+    model(torch.randn(5, 8)).square().mean().backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for parameter, old in zip(model.parameters(), before, strict=True):
+        change = (parameter - old).square().mean().sqrt()
+        assert 1e-4 < change < 2e-3
+    states = optimizer.state[model[0].weight]
+    assert states["row_var"].numel() == 16
+    assert states["col_var"].numel() == 8
+
+
+def test_gradients_add_up_until_the_last_micro_batch_and_one_that_is_not_finite_changes_nothing() -> None:
+    model = model_of()
+    optimizer = InPlaceAdafactor(list(model.parameters()), 1e-3, 0.0, set())
+    optimizer.before_backward(active=False)
+    model(torch.randn(5, 8)).mean().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer.before_backward(active=True)
+    (model(torch.randn(5, 8)).mean() * float("nan")).backward()
+    assert optimizer.not_finite
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+def test_memory_gives_up_what_costs_least_first() -> None:
+    settings = Distill(memory=100, batch_size=4)
+    given = [values for _, values in memory_choice.candidates(settings)]
+    assert given[0] == {}
+    assert given[1] == {"cache_rounding": False}
+    assert given[2] == {"cache_rounding": False, "gradient_checkpointing": True}
+    assert given[4]["batch_size"] * given[4]["accumulation"] == 4
+    assert given[-1]["teacher_source"] == "streamed"
+    fitted = memory_choice.fit(
+        settings, CPU, lambda one: 90 if one.gradient_checkpointing else 120, Console(quiet=True)
+    )
+    assert fitted.gradient_checkpointing
+    assert fitted.batch_size == 4
+    with pytest.raises(UserError, match=r"may take 0\.00 MB") as refused:
+        memory_choice.fit(settings, CPU, lambda _: 101, Console(quiet=True))
+    assert "--optimizer adafactor" in str(refused.value.hint)
+
+
+def test_a_training_in_place_goes_on_from_its_checkpoint(
+    run: Run, llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"optimizer": "adafactor", "steps": 4, "evaluate_every": 4, "gradient_checkpointing": True}
+    recipe = write_recipe(tmp_path / "r.yaml", llama, text_file, distill=settings)
+    assert run("distill", "--recipe", recipe, "--work", tmp_path / "whole").code == 0
+    with monkeypatch.context() as patch:
+        interrupt_at(2, patch)
+        assert run("distill", "--recipe", recipe, "--work", tmp_path / "job").code == INTERRUPTED
+    resumed = run("distill", "--recipe", recipe, "--work", tmp_path / "job")
+    assert "distill goes on from step 2" in resumed.err
+    assert sha256(tmp_path / "job" / WEIGHTS) == sha256(tmp_path / "whole" / WEIGHTS)
+
+
+def test_a_limit_of_memory_is_kept_or_refused(run: Run, llama: Path, text_file: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", llama, text_file)
+    words = ("distill", "--recipe", recipe, "--work", tmp_path / "job", "--dry-run", "--memory")
+    assert run(*words, "64GB").code == 0
+    refused = run(*words, "1MB")
+    assert refused.code == 1
+    assert "Traceback" not in refused.err
+    assert "and may take 1.00 MB." in refused.err
+    assert "edgerazor record" in refused.err
