@@ -26,6 +26,9 @@ from edgerazor import formats
 from edgerazor.formats import Encoded, MatrixSpec
 from edgerazor.modules.shared_activations import DYNAMIC, InputScales, SharedActivations, TokenMask
 
+#: Tokens of a forward pass below which backward takes the decoded weights of forward.
+FEW_TOKENS = 1024
+
 
 class FrozenMaster(NamedTuple):
     """Saved master weight and scales of a matrix whose codes are frozen; `unfreeze_codes` restores them.
@@ -109,17 +112,21 @@ def encode_trained(weight: Tensor, scales: Tensor | None, spec: MatrixSpec) -> E
 
 
 class _FakeQuantMatmul(torch.autograd.Function):
-    """`x Ŵᵀ + b` with `Ŵ = decode(encode(W))`. Backward saves the master weight instead of Ŵ, and decodes again.
+    """`x Ŵᵀ + b` with `Ŵ = decode(encode(W))`.
 
-    A copy of all decoded weights would be as large as the model; encoding twice costs a few percent of a step.
+    Of large inputs backward decodes Ŵ again: a copy of all decoded weights would be an eighth of what a training keeps
+    of them, and encoding twice costs a few percent of the step. Of small inputs it would be a quarter of the step, and
+    the copy stays.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, matrix: FakeQuantWeight) -> Tensor:
+        decoded = matrix.decoded(x.dtype)
         ctx.matrix = matrix
+        ctx.decoded = decoded if x.shape[:-1].numel() < FEW_TOKENS else None
         ctx.save_for_backward(x, weight)
         with torch.autocast(x.device.type, enabled=False):
-            return functional.linear(x, matrix.decoded(x.dtype), None if bias is None else bias.to(x.dtype))
+            return functional.linear(x, decoded, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @once_differentiable
@@ -127,8 +134,9 @@ class _FakeQuantMatmul(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         flat = gradient.flatten(0, -2)  # [n, out]
+        decoded = (ctx.decoded if ctx.decoded is not None else ctx.matrix.decoded(x.dtype)) if needs_x else None
         return (
-            gradient @ ctx.matrix.decoded(x.dtype) if needs_x else None,
+            None if decoded is None else gradient @ decoded,
             (flat.T @ x.flatten(0, -2)).to(weight.dtype) if needs_weight else None,
             flat.sum(0, dtype=weight.dtype) if needs_bias else None,
             None,
