@@ -88,7 +88,6 @@ PUBLISHED: Values = {"calibrate": {"init": "rtn"}}
 GPTQ_ALIKE: Values = {"calibrate": {"init": "gptq", "plan": "interleave"}}
 #: Small steps at a higher rate than the rule's, and a measurement every 40 of them.
 SMALL_STEPS: Values = {
-    "calibrate": {"sensitivity": "fisher", "sensitivity_tokens": 5098},
     "distill": {
         "batch_size": 1,
         "learning_rate": 2e-4,
@@ -101,8 +100,11 @@ SMALL_STEPS: Values = {
 TWO_BITS: Values = recipes.merge(SMALL_STEPS, {"calibrate": {"bits": 2.0}})
 #: What ours are asked for beyond bits, time and seed where they train: model and bits -> values.
 SETTINGS: dict[tuple[str, float], Values] = {("smollm2-135m", 2.4): SMALL_STEPS}
-#: Held-out sequences of 256 tokens for perplexity, KL and agreement.
-TEXT_SEQUENCES = 16
+#: Of all rows: one cheap analysis serves all plans, and so many held-out sequences of 256 tokens are read.
+MEASURING: Values = {
+    "calibrate": {"sensitivity": "fisher", "sensitivity_tokens": 5098},
+    "eval": {"text_sequences": 16},
+}
 #: Of each task.
 ITEMS = 200
 #: Tokens that llama-imatrix reads at once.
@@ -155,8 +157,6 @@ class RealMethod(Method):
             values["distill"] = {"max_time": 60 * self.minutes / (setting.threads or 1), "clock": "cpu"}
         if self.nominal:
             return recipes.merge({"seed": self.seed, "distill": values["distill"]}, TWO_BITS)
-        if self.calibrated:
-            values["calibrate"] |= SMALL_STEPS["calibrate"]  # so that one analysis serves all rows
         return recipes.merge(values, SETTINGS.get((teacher.name, bits), {}) if self.minutes is not None else {})
 
     def steps_of(self, teacher: Teacher, setting: Setting) -> int:
@@ -195,12 +195,8 @@ class RealMethod(Method):
         return {**named, **row}
 
     def measure(self, folder: Path, recipe: Recipe, setting: Setting) -> EvalResult:
-        """Measure a model in the engine that computes packed ones; the teacher's scores are known from its row."""
-        against = {"against": recipe.model, "activation_bits": 16, "kv_bits": 16}  # packed ones say themselves
-        asked = recipe.model_copy(update={"eval": recipe.eval.model_copy(update=against)})
-        known = known_scores(setting, Path(recipe.model))
-        with packed_folder(folder, setting) as packed:
-            return evaluation.evaluate_model(str(packed), asked, setting.console, known)
+        """Measure a model; the teacher's own scores are known from its row."""
+        return measured(folder, recipe, setting, known_scores(setting, Path(recipe.model)))
 
 
 def all_methods(minutes: Sequence[float] = MINUTES) -> dict[str, RealMethod]:
@@ -229,6 +225,23 @@ def all_methods(minutes: Sequence[float] = MINUTES) -> dict[str, RealMethod]:
     for kind, bits in TYPES.items():
         made[f"llamacpp-{kind}"] = RealMethod(f"llama.cpp {kind}", bits=(bits,), family="llamacpp", quantize=kind)
     return made
+
+
+def measured(
+    folder: Path, recipe: Recipe, setting: Setting, teacher_scores: Mapping[str, TaskScore] | None
+) -> EvalResult:
+    """Measure a model beside the teacher, in the engine that computes packed ones.
+
+    Args:
+        folder: the model, packed or not.
+        recipe: of the row; its model is the teacher.
+        setting: of the table.
+        teacher_scores: task -> the teacher's; nothing is compared of tasks that are not there.
+    """
+    against = {"against": recipe.model, "activation_bits": 16, "kv_bits": 16}  # packed ones say themselves
+    asked = recipe.model_copy(update={"eval": recipe.eval.model_copy(update=against)})
+    with packed_folder(folder, setting) as packed:
+        return evaluation.evaluate_model(str(packed), asked, setting.console, teacher_scores)
 
 
 @contextmanager
@@ -334,17 +347,15 @@ def split_texts(folder: Path, target: Path) -> Values:
 def teacher_row(teacher: Teacher, method: RealMethod, setting: Setting) -> Row:
     """The teacher's own scores, which all others are compared with: of its 8-bit copy, whose KL to it is the row's."""
     recipe = methods.recipe_of(teacher, method, 16.0, setting)
-    measured = method.measure(teacher.model, recipe, setting)
-    known = {
-        name: asdict(TaskScore(task.score, task.stderr, task.metric, True)) for name, task in measured.tasks.items()
-    }
+    result = measured(teacher.model, recipe, setting, {})
+    known = {name: asdict(TaskScore(task.score, task.stderr, task.metric, True)) for name, task in result.tasks.items()}
     size = sum(file.stat().st_size for file in teacher.model.glob("*.safetensors"))
     facts = {"bytes": size, "origin": models.gguf_origin(teacher.model), "model": model_name(teacher.model)}
-    chances = {name: task.chance for name, task in measured.tasks.items()}
+    chances = {name: task.chance for name, task in result.tasks.items()}
     bits = round(8 * size / weights_of(teacher.model), 4)
     row = {**facts, "real_bits": bits, "cpu_seconds": 0.0, "scores": known, "chances": chances}
-    row["items"] = {name: task.items for name, task in measured.tasks.items()}
-    of_eight_bits = methods.scores(measured)
+    row["items"] = {name: task.items for name, task in result.tasks.items()}
+    of_eight_bits = methods.scores(result)
     return {**row, **of_eight_bits, "perplexity": of_eight_bits["teacher_perplexity"]}
 
 
@@ -357,7 +368,15 @@ def our_row(teacher: Teacher, method: RealMethod, bits: float, setting: Setting,
     seconds = cpu_time.stored(work.path)
     used = sum(seconds.values()) + seconds_of_lent(measurements, work, seconds.get("calibrate", 0.0))
     measured = method.measure(work.folder("pack"), recipe, setting)
-    return {**facts, "cpu_seconds": round(used, 3), **methods.scores(measured)}
+    return {**facts, "cpu_seconds": round(used, 3), **curve(work), **methods.scores(measured)}
+
+
+def curve(work: WorkDir) -> Row:
+    """Held-out KL over tokens while a row was trained; nothing where it was not."""
+    if not work.metrics_file.exists():
+        return {}
+    lines = [json.loads(line) for line in work.metrics_file.read_text(encoding="utf-8").splitlines()]
+    return {"curve": [[line["tokens"], round(line["kl"], 4)] for line in lines if "kl" in line]}
 
 
 def lend(measurements: Path, recipe: Recipe, work: WorkDir) -> None:
@@ -484,7 +503,6 @@ def find_teachers(options: argparse.Namespace) -> list[Teacher]:
     for folder in sorted(path for path in made.glob("*") if (path / "config.json").exists()):
         folders.setdefault(folder.name, (folder, {"calibrate": {"group_size": 64}}))
     texts = split_texts(options.real_data / "text", options.build / "text")
-    measuring = {"eval": {"text_sequences": TEXT_SEQUENCES}}
     teachers = []
     for name in names:
         if name not in folders:
@@ -492,7 +510,9 @@ def find_teachers(options: argparse.Namespace) -> list[Teacher]:
         folder, values = folders[name]
         file = options.folder / f"{name}.gguf"
         gguf = file if file.exists() else None
-        teachers.append(Teacher(name, folder.absolute(), {"data": texts, **measuring, **values}, TASKS, gguf=gguf))
+        teachers.append(
+            Teacher(name, folder.absolute(), recipes.merge(MEASURING, {"data": texts}, values), TASKS, gguf=gguf)
+        )
     return teachers
 
 

@@ -127,6 +127,7 @@ def test_what_calibrate_measured_serves_other_rows(teacher: Any, setting: Any, m
     rows = rows_of(setting)
     assert all("failed" not in row for row in rows.values()), rows
     assert rows["gptq-12"]["cpu_seconds"] > first["seconds"]
+    assert all(tokens > 0 and kl > 0 for tokens, kl in rows["distill-0.001m-seed0-12"]["curve"])
     assert rows["gptq-12"]["kl"] != rows["planned-12"]["kl"]
 
 
@@ -249,7 +250,7 @@ def test_page_and_plot_are_made_of_the_rows_that_are_there(tmp_path: Path) -> No
     assert not page.with_suffix(".png").exists()
     page.write_text(page.read_text().replace("# Real language models\n", "# Real language models\n\nWhat won.\n"))
     rows = [
-        row("distilled, 10 CPU minutes", "distill", 2.4, 0.60, seed=0),
+        {**row("distilled, 10 CPU minutes", "distill", 2.4, 0.60, seed=0), "curve": [[256, 2.5], [20480, 0.8276]]},
         row("distilled, 10 CPU minutes", "distill", 2.4, 0.70, seed=1),
         row("HQQ", "peer-hqq", 2.3, 0.1),
         {**row("AutoRound", "peer-auto-round", 2.0, None), "failed": "no | such layer"},
@@ -263,6 +264,7 @@ def test_page_and_plot_are_made_of_the_rows_that_are_there(tmp_path: Path) -> No
     assert (
         text.index("| 2.30 | HQQ") < text.index("| 2.40 | distilled") < text.index("|  | AutoRound | 2 | does not run")
     )
+    assert "| distilled, 10 CPU minutes (2 seeds) | 2.4 | 256: 2.5, 20,480: 0.828 |" in text
     assert "no / such layer" in text
     assert "The teacher is dequantized from Q4_1" in text
     assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
