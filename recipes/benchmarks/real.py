@@ -239,9 +239,9 @@ def measured(
         teacher_scores: task -> the teacher's; nothing is compared of tasks that are not there.
     """
     against = {"against": recipe.model, "activation_bits": 16, "kv_bits": 16}  # packed ones say themselves
-    asked = recipe.model_copy(update={"eval": recipe.eval.model_copy(update=against)})
+    beside_teacher = recipe.model_copy(update={"eval": recipe.eval.model_copy(update=against)})
     with packed_folder(folder, setting) as packed:
-        return evaluation.evaluate_model(str(packed), asked, setting.console, teacher_scores)
+        return evaluation.evaluate_model(str(packed), beside_teacher, setting.console, teacher_scores)
 
 
 @contextmanager
