@@ -420,6 +420,11 @@ class Distill(Strict):
     max_time: float | None = Field(
         None, gt=0, description="time of training (90s, 30m, 1h30m, or seconds), counted across resumes"
     )
+    clock: Literal["wall", "cpu"] = Field(
+        "wall",
+        description="of max_time; cpu: CPU seconds of the process divided by its threads, which other programs on the "
+        "machine do not use up",
+    )
     train: Literal["all", "scales"] = Field(
         "all", description="scales: codes stay as they begin; scales, norm gains and biases are trained, in minutes"
     )

@@ -71,7 +71,8 @@ def inputs(context: JobContext) -> dict[str, str]:
     recipe, manifest = context.recipe, context.work.manifest("calibrate")
     settings = recipe.distill
     skip = (
-        *("max_time", "checkpoint_every", "track", "gradient_checkpointing", "batch_size", "accumulation", "phases"),
+        *("max_time", "clock", "checkpoint_every", "track", "phases"),
+        *("gradient_checkpointing", "batch_size", "accumulation"),
         "recording",  # what it is counts, and not where it lies
         *("teacher", "teacher_source", "served_model", "memory", "cache_rounding"),
     )

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
+from typing import Literal
+
+import torch
 
 from edgerazor import data
 from edgerazor.console import Console
@@ -61,6 +65,11 @@ def make_budget(settings: Distill, rows: data.TokenRows | None, rows_per_step: i
         assert rows is not None
         limits.append(default_steps(rows, rows_per_step))
     return Budget(min(limits) if limits else None, settings.max_time)
+
+
+def clock(kind: Literal["wall", "cpu"]) -> float:
+    """Seconds of a clock that only goes forward: real time, or CPU time of this process divided by its threads."""
+    return time.monotonic() if kind == "wall" else time.process_time() / torch.get_num_threads()
 
 
 def is_limited(settings: Distill) -> bool:

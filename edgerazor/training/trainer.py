@@ -10,7 +10,6 @@ The state of a training is its checkpoint. An interrupted training goes on from 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from edgerazor.errors import INTERRUPTED, UserError
 from edgerazor.losses import Outputs, StepTotals
 from edgerazor.recipe import Distill
 from edgerazor.training import objective, reconstruction, sharding, stability, tracking
-from edgerazor.training.budget import Budget, make_budget
+from edgerazor.training.budget import Budget, clock, make_budget
 from edgerazor.training.captured_states import Captures, captures
 from edgerazor.training.checkpoint import Progress
 from edgerazor.training.evaluation import held_out_losses, selection_metric
@@ -88,7 +87,7 @@ class Trainer:
         terms: the objective of the current phase.
         compared_layers: layers whose hidden states the last step compared.
         skipped_because: why the last step was not taken; empty where it was.
-        clock_start: `time.monotonic` when the seconds in `progress` were last updated.
+        clock_start: of the clock when the seconds in `progress` were last updated.
         pace: what people read while it runs.
         signals: whether somebody asked the process to end.
     """
@@ -152,7 +151,7 @@ class Trainer:
 
     def seconds(self) -> float:
         """Training time so far, resumes included."""
-        return self.progress.seconds + time.monotonic() - self.clock_start
+        return self.progress.seconds + clock(self.settings.clock) - self.clock_start
 
     def budget_share(self) -> float:
         """How much of the budget is used, 0 to 1, all phases together; the largest value of all processes."""
@@ -537,7 +536,7 @@ class Trainer:
         is_main = self.accelerator.is_main_process
         if not (is_main or self.student.sharded):
             return
-        self.progress.seconds, self.clock_start = self.seconds(), time.monotonic()
+        self.progress.seconds, self.clock_start = self.seconds(), clock(self.settings.clock)
         self.progress.streams = self.rows.state(self.progress.step, self.rows_per_step)
         self.store.save_checkpoint(self.student.model, self.optimizer, self.progress, is_main)
 
@@ -563,7 +562,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.store.trim_metrics(self.progress.metrics_lines)
         tracking.start(self.accelerator, self.settings, digest_json(self.store.inputs)[:16], self.progress.step)
-        self.clock_start = time.monotonic()
+        self.clock_start = clock(self.settings.clock)
 
     def result(self, notation: str) -> DistillResult:
         """What the training reached.

@@ -46,6 +46,7 @@ from edgerazor.recipe import Recipe
 from edgerazor.stages import eval as evaluation
 from edgerazor.workdir import WorkDir, digest_json, machine, versions, write_json, write_text
 from recipes.benchmarks import numerics, results
+from recipes.benchmarks.cpu_time import counted
 from recipes.benchmarks.folders import BENCHMARKS, BUILD, RESULTS, WORLD
 from recipes.benchmarks.results import commit, markdown, number, percent
 
@@ -283,8 +284,9 @@ def fingerprint(teacher: Teacher, method: Method, bits: float, setting: Setting)
     # a field that is as it always is, as one that a later version adds, decides nothing
     left_out = {"model", "data", "bench", "compare", "threads"}
     settings = recipe.model_dump(mode="json", exclude=left_out, exclude_defaults=True)
-    for section, place_or_time in (("eval", "against"), ("eval", "task_data"), ("distill", "max_time")):
-        settings.get(section, {}).pop(place_or_time, None)
+    for section, *places_or_times in (("eval", "against", "task_data"), ("distill", "max_time", "clock")):
+        for name in places_or_times:
+            settings.get(section, {}).pop(name, None)
     settings["distill"] = settings.get("distill") if method.trains else None
     request = request_of(recipe.eval, recipe.seed)
     measured = data.fingerprint(recipe.data.held_out) if recipe.data.held_out else str(recipe.data.held_out_fraction)
@@ -386,10 +388,11 @@ def our_row(teacher: Teacher, method: Method, bits: float, setting: Setting, fol
 
 
 def made_by_us(recipe: Recipe, stages: Sequence[str], work: WorkDir, console: Console) -> Row:
-    """Run stages, the last of them pack: sizes of the packed model, and seconds of all."""
+    """Run stages, the last of them pack: sizes of the packed model, and seconds of all; those of CPU are recorded."""
     seconds = 0.0
     for stage in stages:
-        result = pipeline.run(stage, recipe, work, console)
+        with counted(work.path, stage):
+            result = pipeline.run(stage, recipe, work, console)
         manifest = work.manifest(stage)
         assert manifest is not None
         seconds += getattr(result, "seconds", None) or manifest.seconds  # distill counts across resumes

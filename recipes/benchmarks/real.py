@@ -19,7 +19,10 @@ row that says why. The models are those of `make real-models`.
 *Above chance* is the sum over five tasks of score minus chance, relative to the teacher's; its standard error is that
 of the model's own scores, of one row. *KL* (in nats), *perplexity* and *top-1* agreement with the teacher are on
 held-out text of two kinds. *Real bits* count everything that is stored but the tokenizer. *Minutes* are of CPU, those
-of making the model: of ours seconds times threads, what was measured once for several rows counted in each.
+of making the model, whatever else the machine does (`distill.clock: cpu`): steps that an interruption lost count, what
+was measured once for several rows counts in each.
+
+All rows are measured in the native engine: packed models as they are, all others in a copy of 8 bits.
 """
 
 from __future__ import annotations
@@ -31,27 +34,29 @@ import json
 import math
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgerazor import models
+from edgerazor import models, pipeline, transformers_plugin
 from edgerazor import recipe as recipes
 from edgerazor.console import Console
 from edgerazor.errors import INTERRUPTED, UserError, usage_error
 from edgerazor.evaluation.eval_result import EvalResult
 from edgerazor.models.gguf_teacher import folder_of_gguf
+from edgerazor.packaging.native_teacher import EIGHT_BITS
 from edgerazor.recipe import Recipe
 from edgerazor.registry import unknown
 from edgerazor.stages import eval as evaluation
 from edgerazor.tasks import TaskScore
 from edgerazor.workdir import WorkDir, share, write_json, write_text
-from recipes.benchmarks import methods, real_models, real_tables
+from recipes.benchmarks import cpu_time, methods, real_models, real_tables
 from recipes.benchmarks.folders import BENCHMARKS, BUILD, CHECKOUT, RESULTS
 from recipes.benchmarks.methods import Method, Row, Setting, Teacher, Values
 from recipes.benchmarks.sizes import File, theirs
@@ -77,15 +82,12 @@ TYPES = {
     "IQ4_XS": 4.25,
     "Q4_K_M": 4.5,
 }
-#: What ours are asked for beyond bits, time and seed: model and bits -> values.
-SETTINGS: dict[tuple[str, float], Values] = {}
 LAYERS: Values = {"distill": {"steps": 1, "reconstruct": {}}}
 #: Scales by the published rule, and no rotation; GPTQ in a plan that measures nothing.
 PUBLISHED: Values = {"calibrate": {"init": "rtn"}}
 GPTQ_ALIKE: Values = {"calibrate": {"init": "gptq", "plan": "interleave"}}
-#: Of the row at two nominal bits: small steps at a higher rate than the rule's, for a machine that is shared.
-TWO_BITS: Values = {
-    "calibrate": {"bits": 2.0, "sensitivity_tokens": 5098},
+#: Small steps at a higher rate than the rule's, and a measurement every 40 of them.
+SMALL_STEPS: Values = {
     "distill": {
         "batch_size": 1,
         "learning_rate": 2e-4,
@@ -94,6 +96,17 @@ TWO_BITS: Values = {
         "checkpoint_every": 20,
     },
 }
+#: Of the row at two nominal bits.
+TWO_BITS: Values = recipes.merge(SMALL_STEPS, {"calibrate": {"bits": 2.0}})
+#: What ours are asked for beyond bits, time and seed where they train: model and bits -> values.
+SETTINGS: dict[tuple[str, float], Values] = {("smollm2-135m", 2.4): SMALL_STEPS}
+#: Of all rows: one cheap analysis serves all plans, and so many held-out sequences of 256 tokens are read.
+MEASURING: Values = {
+    "calibrate": {"sensitivity": "fisher", "sensitivity_tokens": 5098},
+    "eval": {"text_sequences": 16},
+}
+#: Of each task.
+ITEMS = 200
 #: Tokens that llama-imatrix reads at once.
 IMATRIX_CONTEXT = 256
 
@@ -141,10 +154,10 @@ class RealMethod(Method):
         if not self.trains and not self.calibrated:
             values["calibrate"]["plan"] = "interleave"
         if self.minutes is not None:
-            values["distill"] = {"max_time": 60 * self.minutes / (setting.threads or 1)}
+            values["distill"] = {"max_time": 60 * self.minutes / (setting.threads or 1), "clock": "cpu"}
         if self.nominal:
             return recipes.merge({"seed": self.seed, "distill": values["distill"]}, TWO_BITS)
-        return recipes.merge(values, SETTINGS.get((teacher.name, bits), {}))
+        return recipes.merge(values, SETTINGS.get((teacher.name, bits), {}) if self.minutes is not None else {})
 
     def steps_of(self, teacher: Teacher, setting: Setting) -> int:
         """None are asked for: time is."""
@@ -163,7 +176,7 @@ class RealMethod(Method):
     def make(self, teacher: Teacher, bits: float, setting: Setting, folder: Path) -> Row:
         """As all methods, but what cannot be made is a row that says why."""
         named = {"title": self.title, "family": self.family, "seed": self.seed}
-        began = cpu_seconds_of_programs()
+        began = cpu_time.of_programs()
         try:
             if self.quantize is not None:
                 row = type_row(teacher, self, setting, folder)
@@ -178,14 +191,12 @@ class RealMethod(Method):
                 raise
             return {**named, "failed": error.message}
         if "cpu_seconds" not in row:
-            row["cpu_seconds"] = cpu_seconds_of_programs() - began
+            row["cpu_seconds"] = cpu_time.of_programs() - began
         return {**named, **row}
 
     def measure(self, folder: Path, recipe: Recipe, setting: Setting) -> EvalResult:
         """Measure a model; the teacher's own scores are known from its row."""
-        against = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"against": recipe.model})})
-        known = known_scores(setting, Path(recipe.model))
-        return evaluation.evaluate_model(str(folder), against, setting.console, known)
+        return measured(folder, recipe, setting, known_scores(setting, Path(recipe.model)))
 
 
 def all_methods(minutes: Sequence[float] = MINUTES) -> dict[str, RealMethod]:
@@ -216,13 +227,43 @@ def all_methods(minutes: Sequence[float] = MINUTES) -> dict[str, RealMethod]:
     return made
 
 
+def measured(
+    folder: Path, recipe: Recipe, setting: Setting, teacher_scores: Mapping[str, TaskScore] | None
+) -> EvalResult:
+    """Measure a model beside the teacher, in the engine that computes packed ones.
+
+    Args:
+        folder: the model, packed or not.
+        recipe: of the row; its model is the teacher.
+        setting: of the table.
+        teacher_scores: task -> the teacher's; nothing is compared of tasks that are not there.
+    """
+    against = {"against": recipe.model, "activation_bits": 16, "kv_bits": 16}  # packed ones say themselves
+    beside_teacher = recipe.model_copy(update={"eval": recipe.eval.model_copy(update=against)})
+    with packed_folder(folder, setting) as packed:
+        return evaluation.evaluate_model(str(packed), beside_teacher, setting.console, teacher_scores)
+
+
+@contextmanager
+def packed_folder(folder: Path, setting: Setting) -> Iterator[Path]:
+    """A packed model as it is; any other rounded to 8 bits, with which the native engine is as fast, and deleted after.
+
+    All rows are measured by one engine then, with 8-bit activations and cache. The rounding leaves a KL of some
+    thousandths (`recipes/results/writing.md`); the teacher's own row says how much.
+    """
+    if transformers_plugin.is_packed(folder):
+        yield folder
+        return
+    setting.build.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=setting.build) as place:
+        values = {"model": str(folder), "calibrate": EIGHT_BITS.model_dump(mode="json", exclude_unset=True)}
+        values |= {"pack": {"source": "teacher"}, "threads": setting.threads}
+        work = WorkDir(Path(place) / "eight-bits")
+        pipeline.run("pack", recipes.build(values), work, setting.console)
+        yield work.folder("pack")
+
+
 # --- what a row is made from ---------------------------------------------------------------------
-
-
-def cpu_seconds_of_programs() -> float:
-    """CPU seconds of the programs that were started and have ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 @functools.cache
@@ -304,19 +345,18 @@ def split_texts(folder: Path, target: Path) -> Values:
 
 
 def teacher_row(teacher: Teacher, method: RealMethod, setting: Setting) -> Row:
-    """The teacher's own scores, which all other rows are compared with."""
+    """The teacher's own scores, which all others are compared with: of its 8-bit copy, whose KL to it is the row's."""
     recipe = methods.recipe_of(teacher, method, 16.0, setting)
-    measured = evaluation.evaluate_model(str(teacher.model), recipe, setting.console)
-    known = {
-        name: asdict(TaskScore(task.score, task.stderr, task.metric, True)) for name, task in measured.tasks.items()
-    }
+    result = measured(teacher.model, recipe, setting, {})
+    known = {name: asdict(TaskScore(task.score, task.stderr, task.metric, True)) for name, task in result.tasks.items()}
     size = sum(file.stat().st_size for file in teacher.model.glob("*.safetensors"))
     facts = {"bytes": size, "origin": models.gguf_origin(teacher.model), "model": model_name(teacher.model)}
-    chances = {name: task.chance for name, task in measured.tasks.items()}
+    chances = {name: task.chance for name, task in result.tasks.items()}
     bits = round(8 * size / weights_of(teacher.model), 4)
     row = {**facts, "real_bits": bits, "cpu_seconds": 0.0, "scores": known, "chances": chances}
-    row["items"] = {name: task.items for name, task in measured.tasks.items()}
-    return {**row, **methods.scores(measured)}
+    row["items"] = {name: task.items for name, task in result.tasks.items()}
+    of_eight_bits = methods.scores(result)
+    return {**row, **of_eight_bits, "perplexity": of_eight_bits["teacher_perplexity"]}
 
 
 def our_row(teacher: Teacher, method: RealMethod, bits: float, setting: Setting, folder: Path) -> Row:
@@ -325,10 +365,18 @@ def our_row(teacher: Teacher, method: RealMethod, bits: float, setting: Setting,
     measurements = setting.build / teacher.name / f"measured-{recipe.seed}"
     lend(measurements, recipe, work)
     facts = methods.made_by_us(recipe, method.stages, work, setting.console)
-    facts["seconds"] += seconds_of_lent(measurements, work)
+    seconds = cpu_time.stored(work.path)
+    used = sum(seconds.values()) + seconds_of_lent(measurements, work, seconds.get("calibrate", 0.0))
     measured = method.measure(work.folder("pack"), recipe, setting)
-    threads = setting.threads or os.cpu_count() or 1
-    return {**facts, "cpu_seconds": threads * facts["seconds"], **methods.scores(measured)}
+    return {**facts, "cpu_seconds": round(used, 3), **curve(work), **methods.scores(measured)}
+
+
+def curve(work: WorkDir) -> Row:
+    """Held-out KL over tokens while a row was trained; nothing where it was not."""
+    if not work.metrics_file.exists():
+        return {}
+    lines = [json.loads(line) for line in work.metrics_file.read_text(encoding="utf-8").splitlines()]
+    return {"curve": [[line["tokens"], round(line["kl"], 4)] for line in lines if "kl" in line]}
 
 
 def lend(measurements: Path, recipe: Recipe, work: WorkDir) -> None:
@@ -340,10 +388,10 @@ def lend(measurements: Path, recipe: Recipe, work: WorkDir) -> None:
         share(measurements / statistics.name, statistics)
 
 
-def seconds_of_lent(measurements: Path, work: WorkDir) -> float:
-    """Seconds that an earlier row's calibrate took for what this one used; keeps what was measured now."""
-    manifest, statistics = work.manifest("calibrate"), work.statistics_file
-    if manifest is None or not statistics.exists():
+def seconds_of_lent(measurements: Path, work: WorkDir, seconds: float) -> float:
+    """CPU seconds of an earlier row's calibrate for what this one used; keeps what was measured now, in `seconds`."""
+    statistics = work.statistics_file
+    if not statistics.exists():
         return 0.0
     stored, record = measurements / statistics.name, measurements / "seconds.json"
     if stored.exists() and filecmp.cmp(stored, statistics, shallow=False):
@@ -352,7 +400,7 @@ def seconds_of_lent(measurements: Path, work: WorkDir) -> float:
     measurements.mkdir(parents=True, exist_ok=True)
     stored.unlink(missing_ok=True)
     share(statistics, stored)
-    write_json(record, {"seconds": manifest.seconds, "row": work.path.name})
+    write_json(record, {"seconds": seconds, "row": work.path.name})
     return 0.0
 
 
@@ -462,7 +510,9 @@ def find_teachers(options: argparse.Namespace) -> list[Teacher]:
         folder, values = folders[name]
         file = options.folder / f"{name}.gguf"
         gguf = file if file.exists() else None
-        teachers.append(Teacher(name, folder.absolute(), {"data": texts, **values}, TASKS, gguf=gguf))
+        teachers.append(
+            Teacher(name, folder.absolute(), recipes.merge(MEASURING, {"data": texts}, values), TASKS, gguf=gguf)
+        )
     return teachers
 
 
@@ -508,7 +558,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--methods", help=f"comma-separated names or families, of {', '.join(all_methods())}")
     made.add_argument("--bits", help="comma-separated real bits of ours; default: 2.1, 2.4, 3.1, 4.1")
     made.add_argument("--minutes", help="comma-separated CPU minutes of distilled rows; default: 10, 30, 100")
-    made.add_argument("--limit", type=int, default=500, help="items per task; 0 for all")
+    made.add_argument("--limit", type=int, default=ITEMS, help="items per task; 0 for all; default: 200")
     made.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     made.add_argument("--real-data", type=Path, default=shared if shared.is_dir() else None)
     made.add_argument("--folder", type=Path, default=real_models.FOLDER, help="of the models")

@@ -148,7 +148,19 @@ def model_table(name: str, rows: Sequence[Row], order: Sequence[str]) -> str:
     sizes = markdown(
         ["real bits", "method", *tasks, "bytes", "types, groups"], [size_cells(line, tasks) for line in made]
     )
-    return f"## {name}\n\n{'; '.join(facts)}.\n\n{quality}\n\nScores and sizes:\n\n{sizes}"
+    return f"## {name}\n\n{'; '.join(facts)}.\n\n{quality}\n\nScores and sizes:\n\n{sizes}{curves(made)}"
+
+
+def curves(lines: Sequence[Line]) -> str:
+    """A table of held-out KL over tokens of the rows that were trained; empty where none was."""
+    cells = [
+        [title_of(line), f"{line.first['bits']:g}", ", ".join(f"{tokens:,}: {kl:.3g}" for tokens, kl in row["curve"])]
+        for line in lines
+        for row in line.made()
+        if row.get("curve")
+    ]
+    table = markdown(["method", "asked", "tokens: KL on the held-out sequences of the training"], cells)
+    return f"\n\nWhile they were trained:\n\n{table}" if cells else ""
 
 
 def stored_rows(folder: Path) -> dict[str, list[Row]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from edgerazor import models
 from edgerazor.console import Console
 from edgerazor.errors import INTERRUPTED, UserError
 from helpers.tiny_models import GROUP_SIZE, ModelMaker, sentences
-from recipes.benchmarks import methods, real, real_tables
+from recipes.benchmarks import cpu_time, methods, real, real_tables
 
 TASK = {"query": "Question: Who took it?", "choices": ["Nora", "Ben"], "gold": 0}
 
@@ -81,6 +82,7 @@ def test_rows_are_kept_until_what_decides_them_changes(
     assert made["tasks"].keys() == {"arc_easy"}
     assert made["teacher_perplexity"] == pytest.approx(rows["teacher-16"]["perplexity"])
     assert made["cpu_seconds"] > 0
+    assert 0 < rows["teacher-16"]["kl"] < 0.02  # of the copy in 8 bits that answers the tasks
     assert rows["teacher-16"]["items"] == {"arc_easy": 4}
     assert "cannot be smaller than" in rows["rtn-1"]["failed"]
     assert "does not run: The packed model cannot be smaller" in real_tables.model_table(
@@ -124,8 +126,27 @@ def test_what_calibrate_measured_serves_other_rows(teacher: Any, setting: Any, m
     real.make_rows([teacher], [("gptq", 12.0), ("distill-0.001m-seed0", 12.0)], setting)
     rows = rows_of(setting)
     assert all("failed" not in row for row in rows.values()), rows
-    assert rows["gptq-12"]["seconds"] > first["seconds"]
+    assert rows["gptq-12"]["cpu_seconds"] > first["seconds"]
+    assert all(tokens > 0 and kl > 0 for tokens, kl in rows["distill-0.001m-seed0-12"]["curve"])
     assert rows["gptq-12"]["kl"] != rows["planned-12"]["kl"]
+
+
+def test_seconds_of_cpu_are_added_up_over_interruptions(tmp_path: Path) -> None:
+    def work_until_interrupted() -> None:
+        with cpu_time.counted(tmp_path, "distill"):
+            began = time.process_time()
+            while time.process_time() < began + 0.05:
+                pass
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            work_until_interrupted()
+    with cpu_time.counted(tmp_path, "pack"):
+        time.sleep(0.2)  # which takes no CPU
+    seconds = cpu_time.stored(tmp_path)
+    assert seconds["distill"] >= 0.1
+    assert seconds["pack"] < 0.1
 
 
 def test_a_row_that_fails_says_why_and_interruptions_do_not(
@@ -200,7 +221,8 @@ def test_llamacpp_is_called_as_its_tools_want(
     assert words.endswith("Q2_K 1")
     rows = rows_of(setting)
     assert rows["llamacpp-Q2_K-2.625"]["bytes"] == 4000
-    assert rows["llamacpp-Q2_K-2.625"]["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert rows["llamacpp-Q2_K-2.625"]["kl"] == pytest.approx(rows["teacher-16"]["kl"])  # the stand-in changes nothing
+    assert rows["teacher-16"]["kl"] < 0.02  # of a copy in 8 bits
     assert "Q2_K; embedding Q6_K" in real_tables.model_table("tiny", list(rows.values()), [])
     assert rows["llamacpp-IQ2_M-2.5"]["failed"] == "llama-quantize fails: the type is not for us"
     assert not (tmp_path / "decoded").exists()
@@ -228,7 +250,7 @@ def test_page_and_plot_are_made_of_the_rows_that_are_there(tmp_path: Path) -> No
     assert not page.with_suffix(".png").exists()
     page.write_text(page.read_text().replace("# Real language models\n", "# Real language models\n\nWhat won.\n"))
     rows = [
-        row("distilled, 10 CPU minutes", "distill", 2.4, 0.60, seed=0),
+        {**row("distilled, 10 CPU minutes", "distill", 2.4, 0.60, seed=0), "curve": [[256, 2.5], [20480, 0.8276]]},
         row("distilled, 10 CPU minutes", "distill", 2.4, 0.70, seed=1),
         row("HQQ", "peer-hqq", 2.3, 0.1),
         {**row("AutoRound", "peer-auto-round", 2.0, None), "failed": "no | such layer"},
@@ -242,6 +264,7 @@ def test_page_and_plot_are_made_of_the_rows_that_are_there(tmp_path: Path) -> No
     assert (
         text.index("| 2.30 | HQQ") < text.index("| 2.40 | distilled") < text.index("|  | AutoRound | 2 | does not run")
     )
+    assert "| distilled, 10 CPU minutes (2 seeds) | 2.4 | 256: 2.5, 20,480: 0.828 |" in text
     assert "no / such layer" in text
     assert "The teacher is dequantized from Q4_1" in text
     assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

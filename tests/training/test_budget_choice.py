@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from edgerazor import recipe as recipes
 from edgerazor.console import Console
 from edgerazor.job import JobContext
 from edgerazor.recipe import CHOSEN_BY_BUDGET, Recipe, build
-from edgerazor.training import budget_choice, budget_defaults, speed
+from edgerazor.training import budget, budget_choice, budget_defaults, speed
 from edgerazor.training.speed import MachineSpeed
 from edgerazor.workdir import WorkDir
 from helpers.places import ROOT
@@ -184,3 +185,10 @@ def test_a_damaged_choice_is_made_again(run: Run, tmp_path: Path, llama: Path, t
 def test_every_chosen_field_is_a_field() -> None:
     for section, names in CHOSEN_BY_BUDGET.items():
         assert set(names) <= set(type(getattr(Recipe(), section)).model_fields)
+
+
+def test_time_of_cpu_passes_only_while_the_process_computes() -> None:
+    wall, cpu = budget.clock("wall"), budget.clock("cpu")
+    time.sleep(0.2)
+    assert budget.clock("wall") - wall >= 0.2
+    assert budget.clock("cpu") - cpu < 0.1
