@@ -76,7 +76,7 @@ def inputs(context: JobContext) -> dict[str, str]:
         "recording",  # what it is counts, and not where it lies
         *("teacher", "teacher_source", "served_model", "memory", "cache_rounding"),
     )
-    unused = () if settings.teachers else ("teacher_average",)
+    unused: tuple[str, ...] = () if settings.teachers else ("teacher_average",)
     unused += () if settings.optimizer != "adamw" else ("optimizer",)
     training_settings = context.section_inputs("distill", skip + unused)
     bits = context.nominal_bits(context.plan() if manifest else None)

@@ -66,7 +66,7 @@ class InPlaceAdafactor(torch.optim.Adafactor):
                 self.param_groups = whole
         parameter.grad = None
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Nothing is left to do behind the backward pass."""
 
     def remove_hooks(self) -> None:

@@ -32,6 +32,8 @@ def fit(settings: Distill, device: torch.device, estimate: Callable[[Distill], i
     if settings.memory is None:
         return settings
     limit = devices.free_memory(device) if settings.memory == "auto" else settings.memory
+    if not limit:
+        raise UserError("This system does not say how much memory is free.", "Give --memory a size, such as 16GB.")
     least, given_up, values = 0, "", dict[str, Any]()
     for given_up, values in candidates(settings):
         changed = settings.model_copy(update=values)

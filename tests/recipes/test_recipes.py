@@ -371,7 +371,7 @@ def test_a_file_of_that_name_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for path in ("elsewhere/phases", "nowhere.yaml", str(tmp_path / "phases")):
         assert recipes.find(Path(path)) == Path(path)
     for name, hint in (
-        ("phasse", "Did you mean phases?"),
+        ("phasse", "Did you mean phases"),
         ("recipes", "Known: "),
         ("qwen3-0.6", "Did you mean qwen3-0.6b"),
     ):

@@ -66,7 +66,7 @@ def test_a_few_steps_in_the_real_widths(name: str, tmp_path: Path) -> None:
             "model": str(tmp_path / "teacher"),
             "data": {"train": [{"file": str(tmp_path / "talks.jsonl")}], "sequence_length": 64},
             "calibrate": {"sequences": 2, "sensitivity_tokens": 32},
-            "distill": {"tokens": None, "steps": 2, "accumulation": 1, "evaluate_sequences": 2, "evaluate_every": 2},
+            "distill": {"steps": 2, "accumulation": 1, "evaluate_sequences": 2, "evaluate_every": 2},
             "eval": {"pictures": [str(tmp_path / "colors.jsonl")], "text_sequences": 2},
             "bench": {"rounds": 1, "prefill_tokens": 8, "decode_tokens": 2, "contexts": [0]},
         },

@@ -464,17 +464,21 @@ def test_who_comes_and_who_goes_ends_the_loop(
     assert scheduler._interrupt.tolist() == [0]
     first, second = Text(), Text()
     first.gate.clear()
-    handle = scheduler.submit(Wish(ids(3, 1), None, 400).request(model), first)
+    scheduler.submit(Wish(ids(3, 1), None, 400).request(model), first)
     assert first.begun.wait(SECONDS)
     scheduler.submit(Wish(ids(3, 2), None, 5).request(model), second)
     assert scheduler._interrupt.tolist() == [1]
     first.gate.set()
     assert second.whole == Wish(ids(3, 2), None, 5).alone(model)
-    first.gate.clear()
+    assert first.reason == "length"
+    third = Text()
+    third.gate.clear()
+    handle = scheduler.submit(Wish(ids(3, 3), None, 400).request(model), third)
+    assert third.begun.wait(SECONDS)
     handle.cancel()
     assert scheduler._interrupt.tolist() == [1]
-    first.gate.set()
-    assert first.reason == "cancelled"
+    third.gate.set()
+    assert third.reason == "cancelled"
     assert idle(scheduler)
 
 

@@ -77,6 +77,7 @@ def job(
 ) -> tuple[dict[str, Any], WorkDir, dict[str, Any]]:
     """A recipe's values, a working directory, and the models that its folders stand for (the teacher's by default)."""
     teacher = make_model()
+    teacher.config.save_pretrained(tmp_path / "teacher")  # read to know whether it sees
     write_rows(tmp_path / "world_recall.jsonl", items(teacher))
     (tmp_path / "held.txt").write_text(f"{TEXT}\n" * 40, encoding="utf-8")
     work = WorkDir(tmp_path / "work")

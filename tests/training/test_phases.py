@@ -317,7 +317,7 @@ def test_the_clock_ends_phases(run: Run, tmp_path: Path, llama: Path, text_file:
         seconds[0] += 1.0
         return train_step(trainer, batches)
 
-    monkeypatch.setattr(trainer_module.time, "monotonic", lambda: seconds[0])
+    monkeypatch.setattr(trainer_module, "clock", lambda _: seconds[0])
     monkeypatch.setattr(Trainer, "step", step)
     recipe = write_phased(tmp_path / "r.yaml", llama, text_file, steps=None, max_time=12.0)
     done = run("distill", "--recipe", recipe, "--work", tmp_path / "job", "--json")
@@ -336,7 +336,7 @@ def test_a_phase_that_has_no_time_left_is_reported_as_such(
         seconds[0] += 8.0 if trainer.progress.step == 0 else 1.0
         return train_step(trainer, batches)
 
-    monkeypatch.setattr(trainer_module.time, "monotonic", lambda: seconds[0])
+    monkeypatch.setattr(trainer_module, "clock", lambda _: seconds[0])
     monkeypatch.setattr(Trainer, "step", step)
     phases = [{"train": "scales"}, {"train": "all", "learning_rate": 1e-5}, {"train": "all"}]
     recipe = write_phased(tmp_path / "r.yaml", llama, text_file, steps=None, max_time=10.0, phases=phases)

@@ -289,6 +289,7 @@ class _TotalLogitLoss(GradientsInForward):
                             block_grad = _add_weighted(block_grad, grad, weight, student_logits.shape[1])
                     if logits_grad is not None:
                         assert logits.student is not None
+                        assert block_grad is not None
                         logits_grad[block] = gradients.through_head_(block_grad, logits.student)
                 if logits_grad is not None:
                     gradients.add(chunk, logits_grad)
