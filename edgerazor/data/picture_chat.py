@@ -130,7 +130,7 @@ def answer_tokens(conversation: chat.Conversation, text: str, processor: Process
 def _pictures_of(conversation: chat.Conversation, folder: Path | None) -> list[Image]:
     """The pictures of a conversation in their order."""
     return [
-        picture_of_part(f"message {number} of {conversation.where}", part, folder or conversation.folder)
+        picture_of_part(f"{conversation.where}, message {number},", part, folder or conversation.folder)
         for number, message in enumerate(conversation.messages, 1)
         if isinstance(message["content"], list)
         for part in message["content"]

@@ -84,7 +84,7 @@ def picture_of_part(where: str, part: dict[str, object], folder: Path) -> Image:
     file = folder / path
     try:
         if not file.is_file():
-            raise UserError(f"{where} names the picture {plain(path, 100)}, which is no file in {folder}.")
+            raise UserError(f"{where} names the picture {plain(path, 100)}, but there is no file {file}.")
         if file.stat().st_size > MOST_PICTURE_BYTES:
             raise UserError(f"{file} is a picture of more than {MOST_PICTURE_BYTES:,} bytes.")
         return read_picture(str(file), file.read_bytes())

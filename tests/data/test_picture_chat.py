@@ -161,7 +161,7 @@ def test_nothing_is_fetched(tmp_path):
     for part in ({"type": "image", "path": "https://a.b/c.png"}, {"type": "image", "url": "https://a.b/c.png"}):
         with pytest.raises(UserError, match="nothing is fetched"):
             encode_with_pictures(talk(part, PAIR[1]), idefics3(), tmp_path)
-    with pytest.raises(UserError, match="which is no file"):
+    with pytest.raises(UserError, match="there is no file"):
         encode_with_pictures(talk({"type": "image", "path": "none.png"}, PAIR[1]), idefics3(), tmp_path)
 
 

@@ -16,6 +16,7 @@ import yaml
 import edgerazor
 from edgerazor import models
 from edgerazor.errors import UserError
+from edgerazor.packaging import pack_weights
 from edgerazor.training.trainer import Trainer
 from edgerazor.workdir import WorkDir
 from helpers.places import ROOT
@@ -101,7 +102,17 @@ def test_the_tower_is_packed_as_it_was(job: Path, place: Path) -> None:
     towers = [name for name in teacher if name.startswith(("model.vision_model", "model.connector"))]
     assert towers
     assert all(torch.equal(teacher[name].float(), packed[name].float()) for name in towers)
+    assert all(teacher[name].dtype == packed[name].dtype for name in towers)  # and takes no more bytes
     assert (WorkDir(job).folder("pack") / "processor_config.json").exists()
+
+
+def test_a_tower_of_16_bits_stays_one() -> None:
+    half = {"a": torch.randn(5, generator=torch.Generator().manual_seed(0)).bfloat16(), "b": torch.ones(3).bfloat16()}
+    whole = {name: tensor.float() for name, tensor in half.items()}
+    assert all(torch.equal(tensor, half[name]) for name, tensor in pack_weights.in_sixteen_bits(whole).items())
+    assert all(tensor.dtype == torch.bfloat16 for tensor in pack_weights.in_sixteen_bits(whole).values())
+    whole["b"] = whole["b"] / 3
+    assert pack_weights.in_sixteen_bits(whole) == whole
 
 
 def test_a_packed_tower_makes_the_features_of_the_teachers(job: Path, place: Path) -> None:
