@@ -25,7 +25,8 @@ class StateStore {
     }
 
     void copy(int64_t from, int64_t to) {
-        if (from != to) memcpy(memory_[to].as<float>(), memory_[from].as<float>(), sizeof(float) * floats_);
+        if (from == to || floats_ == 0) return; // slots of nothing have no memory
+        memcpy(memory_[to].as<float>(), memory_[from].as<float>(), sizeof(float) * floats_);
     }
 
     // A part of a slot; null for slot -1.
