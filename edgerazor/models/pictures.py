@@ -11,6 +11,7 @@ knows, and their features are handed to it in the place of pixels, so that it co
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import functools
 import hashlib
@@ -166,7 +167,7 @@ class PictureTable:
         place = token - FIRST
         if not 0 <= place < self._size:
             raise UserError(f"There is no picture token {token} in this process.")
-        return int(np.searchsorted(np.array(self._begins), place, side="right")) - 1
+        return bisect.bisect_right(self._begins, place) - 1
 
 
 #: The pictures of this process.

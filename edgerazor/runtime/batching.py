@@ -15,8 +15,8 @@ prompts are computed, all in one call of the decoder:
   sequence (`Rotary.varies`), its tokens are computed in calls of their own, as a session would, and are not shared.
 
 Greedy sequences, while nobody waits who could join them, are decoded by the loop in C++ that a session uses, some steps
-at a time, so that a batch of one is as fast, and larger ones do not wait for Python between two steps, much of which
-has left the caches when a step ends. Whoever comes, and whoever goes, interrupts the loop after the current step.
+at a time, so that a batch of one is as fast, and those who listen hear of several tokens at once. Whoever comes, and
+whoever goes, interrupts the loop after the current step.
 """
 
 from __future__ import annotations

@@ -137,13 +137,13 @@ class NativeModel(Model):
 
     def _logits(self, tokens: Tensor, last: int) -> Tensor:
         count, length = tokens.shape
-        at_once = 1 if self.positions.differ(tokens.flatten().tolist()) else max(1, CALL_TOKENS // length)
+        at_once = 1 if self.positions.differ(tokens) else max(1, CALL_TOKENS // length)
         with self._shared_decoder() as decoder:
             logits = torch.empty(count, last, self.vocabulary)
             prepare(decoder, self.rotary, 0, length, at_once * align_slot(length))
             for start in range(0, count, at_once):
                 batch = tokens[start : start + at_once]
-                if self.positions.differ(batch.flatten().tolist()):
+                if self.positions.differ(batch):
                     decoder.set_rope(*self.positions.tables(batch[0].tolist(), length))
                 batch = with_features(decoder, batch, self.tower)
                 spans = [SequenceSpan(0, 0, row * align_slot(length), 0, length) for row in range(len(batch))]
@@ -246,8 +246,10 @@ class NativeSession(Session):
     def _prepare(self, start: int, tokens: list[int], length: int) -> None:
         """Make the decoder ready for tokens from `start` on, and text behind them, of a sequence of this length."""
         prepare(self._decoder, self.model.rotary, start, length, length)
+        if not self.model.positions.depend_on_pictures:
+            return
         ids = [*self.ids[:start], *tokens]
-        if not self.model.positions.differ(ids):
+        if not self.model.positions.differ(torch.tensor(ids)):
             return
         if self._rope is None or not _begins(ids, self._rope[0]) or length > len(self._rope[1][0]):
             self._rope = ids, self.model.positions.tables(ids, length + AHEAD)

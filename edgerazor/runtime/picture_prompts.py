@@ -56,9 +56,14 @@ class PicturePositions:
         self._placeholder = models.placeholder_of(config) if models.sees(config) else 0
         self._rotary = rotary
 
-    def differ(self, ids: Sequence[int]) -> bool:
-        """Whether the positions of a sequence are others than its numbers."""
-        return self._index is not None and any(token >= models.FIRST for token in ids)
+    @property
+    def depend_on_pictures(self) -> bool:
+        """Whether a picture makes positions others than numbers; else nobody need look for one in a sequence."""
+        return self._index is not None
+
+    def differ(self, ids: Tensor) -> bool:
+        """Whether positions of these tokens, of any shape, are others than their numbers in a sequence."""
+        return self.depend_on_pictures and models.has_pictures(ids)
 
     def tables(self, ids: Sequence[int], length: int) -> tuple[Tensor, ...]:
         """As `Rotary.tables`, for a sequence that begins with these tokens and goes on as text to a length."""
