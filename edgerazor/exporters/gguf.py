@@ -321,7 +321,11 @@ def _sources(gguf_model: GgufModel) -> list[SourceTensor]:
 
 def _tower_sources(tower: GgufTower) -> list[SourceTensor]:
     """All tensors of a tower's file, in its order."""
-    return [SourceTensor(name, tower.target(name), None) for name in tower.others]
+    matrices = [name for name, entry in tower.model.header.matrices.items() if entry.kind == "tower"]
+    return [
+        *(SourceTensor(name, tower.target(name), None) for name in tower.others),
+        *(SourceTensor(f"{name}.weight", tower.target(f"{name}.weight"), name) for name in matrices),
+    ]
 
 
 def expert_stacks(model: PackedModel) -> dict[str, tuple[str, ...]]:
@@ -364,8 +368,8 @@ def _tensor_bytes(contents: Contents, source: SourceTensor, planned: PlannedTens
 
 def _begin(path: Path, contents: Contents, tensors: Sequence[PlannedTensor]) -> gguf.GGUFWriter:
     """A new file with everything but the data of the tensors."""
-    name = "clip" if isinstance(contents, GgufTower) else contents.architecture.name
-    writer = gguf.GGUFWriter(path, name)
+    architecture = "clip" if isinstance(contents, GgufTower) else contents.architecture.name
+    writer = gguf.GGUFWriter(path, architecture)
     teacher = contents.model.header.provenance.get("teacher")
     name = teacher.get("name") if isinstance(teacher, dict) else None
     writer.add_name(str(name or "model").rstrip("/").split("/")[-1])
