@@ -16,7 +16,7 @@ from torch import Tensor
 
 from edgerazor import allocate, devices, models, student_plan
 from edgerazor.allocate import Plan, measures, passes_of, shortfall
-from edgerazor.calibration import experts, initialization, own_text, planning, statistics
+from edgerazor.calibration import experts, initialization, own_text, planning, statistics, towers
 from edgerazor.calibration import measurement as measuring
 from edgerazor.calibration.calibrate_result import CalibrateDryRun, CalibrateResult
 from edgerazor.calibration.measurement import Measurement
@@ -106,6 +106,7 @@ class CalibrateStage(Stage):
         if settings.init in student_plan.CALIBRATED_INITS:
             initialization.write(context, plan, rows)
         result = result_of(measurement, plan, sensitivity, tensors, text)
+        result.towers = towers.measure(context, teacher)
         write_json(work.result_file(self.name), result.model_dump(mode="json"))
         return result
 
