@@ -219,9 +219,12 @@ def packed_size(
         shard_bytes: size of shards.
         towers: matrices of towers that are rounded.
     """
-    of_towers = ((path, "tower", spec, shape) for path, (spec, shape) in (towers or {}).items())
+    matrices: list[tuple[str, packed.Kind, MatrixSpec, tuple[int, int]]] = [
+        (matrix.name, matrix.kind, matrix.spec(), matrix.shape) for matrix in plan.matrices
+    ]
+    matrices += [(path, "tower", spec, shape) for path, (spec, shape) in (towers or {}).items()]
     return packed.predict(
-        [*((matrix.name, matrix.kind, matrix.spec(), matrix.shape) for matrix in plan.matrices), *of_towers],
+        matrices,
         others | dict.fromkeys(_input_tensors(plan, model, structure), ("F32", ())),
         tied=tied_modules(structure),
         settings=dict(settings),
