@@ -8,17 +8,16 @@ pixel or two off the middle of its cell. A talk asks a few questions about one p
 * ``count``     how many there are of a shape or a color;
 * ``relation``  on which side of one thing another stands
 
-(the tasks), and what is in the picture, which is answered with a list in reading order.
+(the tasks), and, for training alone, where something is, what is at a place, and what is in the picture, which is
+answered with a list in reading order.
 
-A *combination* is what a picture puts together: a shape, a color and a cell; something counted, its number and how many
-objects there are in all; two shapes and the cells of a row or column in which they stand. A hash of its words alone
-decides whether it is held out (1 in 16). A picture that shows a held-out combination, asked about or not, never enters
-training or distillation.
+A *combination* is what a picture puts together: a shape, a color and a cell; something counted and the cells where it
+is; two shapes and the cells of a row or column in which they stand. A hash of its words alone decides whether it is
+held out (1 in 16). A picture that shows a held-out combination, asked about or not, never enters training or
+distillation.
 
 The evaluation tasks are of two kinds. Those in `tasks/` show whole pictures that training never had: two objects or
-more, put together anew of parts that were seen. Those in `new-parts/` ask about held-out combinations alone, which is
-harder: a teacher that has seen 192,000 talks has learned that red circles are never in the third cell, and that of five
-objects never two are crosses, for so it was in all of them.
+more, put together anew of parts that were seen. Those in `new-parts/` ask about held-out combinations alone.
 
 Pictures are drawn by arithmetic, not by a drawing library, so that they are the same everywhere.
 
@@ -49,11 +48,14 @@ TASK_FOLDER, NEW_PARTS_FOLDER = HERE / "tasks", HERE / "new-parts"
 TASKS = ("color", "shape", "count", "relation")
 ITEMS_PER_TASK, NEW_PARTS = 100, 50
 SEEDS = {"train": 0, "distill": 1, "heldout": 2, "tasks": 3, "pictures": 4}
-TRAIN_TALKS = 384_000  # that the teacher was trained on
-#: Of these, the ones behind the first half ask more about one thing among others: full pictures and lists of all that
-#: is in them had taught the teacher to read pictures, but hardly to look for something.
-READING_TALKS = 192_000
-LOOKING = {"color": 2, "shape": 1, "count": 2, "relation": 3}  # how often there each task is asked
+TRAIN_TALKS = 32_000  # that the teacher was trained on
+#: Talks of training up to which pictures hold at most so many objects: looking for one is learned first among few.
+EASY = ((1_200, 2), (2_400, 3))
+#: How often something is asked, tasks and what only trains; and from which talk of training on something else, when
+#: things are found by shape and color: then more about several things at once.
+OFTEN = {"color": 2, "shape": 2, "count": 4, "relation": 4, "place": 2, "cell": 1, "caption": 1}
+SEVERAL = 4_800
+OFTEN_THEN = {"color": 1, "shape": 1, "count": 5, "relation": 7, "place": 1, "cell": 0.5, "caption": 0.5}
 DISTILL_TALKS = 3_000
 HELDOUT_TALKS = 200
 
@@ -62,7 +64,7 @@ CELL = 16  # pixels of a cell
 SIZE = SIDE * CELL
 JITTER = 2  # most pixels by which an object stands beside the middle of its cell
 MOST_OBJECTS = 5
-QUESTIONS = 3
+QUESTIONS = 3  # of a talk that is distilled or measured
 
 Combination = tuple[str, ...]
 
@@ -81,6 +83,7 @@ COLORS = {
 BACKGROUNDS = [(255, 255, 255), (225, 225, 225), (195, 195, 195)]
 NUMBERS = ["zero", "one", "two", "three", "four", "five"]
 SIDES = ["left", "right", "above", "below"]
+ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ class Thing:
 class Question:
     """A question about a picture with its answer and, where it is one of a task, the words it chooses from."""
 
-    task: str
+    task: str  # or what else is asked
     text: str
     answer: str
     choices: tuple[str, ...] = ()
@@ -135,11 +138,8 @@ class Picture:
 
     def combinations(self) -> set[Combination]:
         """Everything the picture puts together that may be held out."""
-        found: set[Combination] = {("look", thing.shape, thing.color, str(thing.cell)) for thing in self.things}
-        total = str(len(self.things))
-        for kind, number in self.counts().items():
-            if number > 1:
-                found.add(("count", kind, NUMBERS[number], total))
+        found = {look(thing) for thing in self.things}
+        found |= {group(self, kind) for kind, number in self.counts().items() if number > 1}
         for first, second in permutations(self.things, 2):
             if first.cell < second.cell and side(first, second):
                 found.add(pair(first, second))
@@ -225,10 +225,19 @@ def look(thing: Thing) -> Combination:
     return ("look", thing.shape, thing.color, str(thing.cell))
 
 
+def group(picture: Picture, kind: str) -> Combination:
+    """What is counted, and its cells."""
+    return ("count", kind, *(str(thing.cell) for thing in picture.things if kind in (thing.shape, thing.color)))
+
+
+def place(cell: int) -> str:
+    return f"{ROWS[cell // SIDE]} {COLUMNS[cell % SIDE]}"
+
+
 def questions(picture: Picture, rng: random.Random) -> dict[str, list[Question]]:
     """Everything that can be asked about a picture, by task, in one wording of several."""
     counts = picture.counts()
-    asked: dict[str, list[Question]] = {task: [] for task in TASKS}
+    asked: dict[str, list[Question]] = {task: [] for task in OFTEN}
     for thing in picture.things:
         shape, color = thing.shape, thing.color
         if counts[shape] == 1:
@@ -236,6 +245,7 @@ def questions(picture: Picture, rng: random.Random) -> dict[str, list[Question]]
                 [f"What color is the {shape}?", f"Tell me the color of the {shape}.", f"The {shape} has which color?"]
             )
             asked["color"].append(Question("color", text, color, tuple(COLORS), look(thing)))
+            asked["place"].append(Question("place", f"Where is the {shape}?", place(thing.cell)))
         if counts[color] == 1:
             text = rng.choice(
                 [f"What shape is {color}?", f"Which shape has the color {color}?", f"Tell me what is {color}."]
@@ -244,7 +254,7 @@ def questions(picture: Picture, rng: random.Random) -> dict[str, list[Question]]
     for kind in [*SHAPES, *COLORS]:
         number = NUMBERS[counts[kind]]
         text = rng.choice([f"How many {plural(kind)} are there?", f"Count the {plural(kind)}."])
-        combination = ("count", kind, number, str(len(picture.things))) if counts[kind] > 1 else ()
+        combination = group(picture, kind) if counts[kind] > 1 else ()
         asked["count"].append(Question("count", text, number, tuple(NUMBERS), combination))
     for first, second in permutations(picture.things, 2):
         where = side(first, second)
@@ -252,31 +262,60 @@ def questions(picture: Picture, rng: random.Random) -> dict[str, list[Question]]
             text = rng.choice(
                 [
                     f"Where is the {first.shape}, seen from the {second.shape}?",
-                    f"On which side of the {second.shape} is the {first.shape}?",
+                    f"Is the {first.shape} left, right, above or below, seen from the {second.shape}?",
                 ]
             )
             asked["relation"].append(Question("relation", text, where, tuple(SIDES), pair(first, second)))
+    there = {thing.cell: named(thing) for thing in picture.things}
+    for cell in range(SIDE * SIDE):
+        asked["cell"].append(Question("cell", f"What is at the {place(cell)}?", there.get(cell, "nothing")))
+    asked["caption"].append(caption(picture, rng))
     return asked
+
+
+def named(thing: Thing) -> str:
+    return f"{'an' if thing.color == 'orange' else 'a'} {thing.color} {thing.shape}"
+
+
+def told_by(picture: Picture, question: Question, word: str) -> list[str]:
+    """What a picture tells of something that a question names: how many there are of it, or what else is said of it.
+
+    Args:
+        picture: that is asked about.
+        question: with that word in it.
+        word: a shape, a color, or the plural of a shape.
+
+    Returns:
+        words; none where there is no such thing, or there are several.
+    """
+    kind = next((shape for shape in SHAPES if plural(shape) == word), word)
+    if question.task == "count":
+        return [NUMBERS[picture.counts()[kind]]]
+    things = [thing for thing in picture.things if kind in (thing.shape, thing.color)]
+    if len(things) != 1:
+        return []
+    [thing] = things
+    return [thing.color if kind == thing.shape else thing.shape, *place(thing.cell).split()]
 
 
 def caption(picture: Picture, rng: random.Random) -> Question:
     """What is in the picture, in reading order."""
     text = rng.choice(["What is in the picture?", "Describe the picture.", "What do you see?"])
-    named = [f"{'an' if thing.color == 'orange' else 'a'} {thing.color} {thing.shape}" for thing in picture.things]
-    listed = named[0] if len(named) == 1 else f"{', '.join(named[:-1])} and {named[-1]}"
+    names = [named(thing) for thing in picture.things]
+    listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
     return Question("caption", text, listed)
 
 
 # --- pictures and talks ------------------------------------------------------------------------
 
 
-def picture_of(rng: random.Random, few: bool = False) -> Picture:
+def picture_of(rng: random.Random, most: int = MOST_OBJECTS) -> Picture:
     """A picture: of things that all look different, or, half of the time, of some that share shape or color.
 
-    `few`: two or three things.
+    `most`: objects in it.
     """
     # Fuller pictures more often: they put more together, and are refused more often for something held out.
-    number = rng.choice((2, 3)) if few else rng.choices(range(1, MOST_OBJECTS + 1), range(1, MOST_OBJECTS + 1))[0]
+    number = rng.choices(range(1, most + 1), range(1, most + 1))[0]
     cells = sorted(rng.sample(range(SIDE * SIDE), number))
     shapes, colors = rng.sample(SHAPES, number), rng.sample(list(COLORS), number)
     if number > 1 and rng.random() < 0.5:
@@ -289,28 +328,36 @@ def picture_of(rng: random.Random, few: bool = False) -> Picture:
     return Picture(things, rng.choice(BACKGROUNDS))
 
 
-def talks(split: str, count: int, start: int = 0) -> Iterator[Talk]:
-    """Talks of a split without any held-out combination, each a function of its number alone."""
+def talks(split: str, count: int, start: int = 0, length: int = QUESTIONS) -> Iterator[Talk]:
+    """Talks of a split without any held-out combination, each a function of its number and length alone.
+
+    Args:
+        split: one of `SEEDS`.
+        count: how many.
+        start: number of the first one.
+        length: questions of each.
+    """
     for number in range(start, start + count):
         rng = random.Random(f"{SEEDS[split]} {number}")
-        looking = split == "train" and number >= READING_TALKS
-        few = looking and rng.random() < 0.6
+        most = next((most for end, most in EASY if split == "train" and number < end), MOST_OBJECTS)
+        then = split == "train" and number >= SEVERAL
+        often = OFTEN_THEN if then else OFTEN
         while True:
-            picture = picture_of(rng, few)
+            picture = picture_of(rng, most)
             if not any(map(held_out, picture.combinations())):
                 break
         asked = questions(picture, rng)
         chosen: list[Question] = []
-        while len(chosen) < QUESTIONS:
-            possible = [task for task in TASKS if asked[task]]
-            task = rng.choices(possible, [LOOKING[task] for task in possible])[0] if looking else rng.choice(possible)
-            options = [question for question in asked[task] if question not in chosen]
+        while len(chosen) < length:
+            possible = [task for task in often if asked[task]]
+            task = rng.choices(possible, [often[task] for task in possible])[0]
+            options = asked[task]
             if task == "count" and rng.random() < 0.8:  # most kinds of things are not there at all
                 options = [question for question in options if question.answer != "zero"] or options
-            if options:
-                chosen.append(rng.choice(options))
-        if rng.random() < (0.15 if looking else 0.5):
-            chosen[rng.randrange(QUESTIONS)] = caption(picture, rng)
+                if then and rng.random() < 0.7:
+                    options = [question for question in options if question.combination] or options
+            chosen.append(rng.choice(options))
+            asked[task].remove(chosen[-1])
         yield Talk(picture, tuple(chosen))
 
 

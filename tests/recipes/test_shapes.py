@@ -98,7 +98,7 @@ def test_training_reads_what_the_processor_makes_of_a_record(monkeypatch, tmp_pa
     training = load_script(SHAPES / "train_teacher.py")
     processor = training.make_processor()
     talks = list(corpus.talks("train", 6))
-    batch = training.encoded(processor.tokenizer.backend_tokenizer, talks)
+    batch = training.turns(processor.tokenizer.backend_tokenizer, talks)
     for row, talk in enumerate(talks):
         conversation = Conversation(tuple(talk.record()["messages"]), where="The talk")
         general = encode_with_pictures(conversation, processor, tmp_path)
@@ -108,3 +108,37 @@ def test_training_reads_what_the_processor_makes_of_a_record(monkeypatch, tmp_pa
         learned = (batch["labels"][row] != training.MASKED)[:size]
         assert learned.tolist() == general.learn.tolist()
         assert torch.equal(batch["pixel_values"][row], general.inputs["pixel_values"][0])
+
+
+def test_each_question_behind_a_picture_is_alone(monkeypatch):
+    """Many questions behind one picture: the model computes for each what it computes for that question alone."""
+    monkeypatch.syspath_prepend(SHAPES)
+    monkeypatch.setitem(sys.modules, "corpus", corpus)
+    training = load_script(SHAPES / "train_teacher.py")
+    tokenizer = training.make_processor().tokenizer.backend_tokenizer
+    tokenizer.no_padding()
+    torch.manual_seed(0)
+    model = training.Idefics3ForConditionalGeneration(training.config()).eval()
+    talks = list(corpus.talks("train", 2, length=5))
+    together = training.branches(tokenizer, talks)
+    labels = together.pop("labels")
+    with torch.no_grad():
+        logits = model(**together).logits[:, :-1][labels[:, 1:] != training.MASKED]
+        expected = []
+        for talk in talks:
+            for question in talk.questions:
+                alone = training.turns(tokenizer, [corpus.Talk(talk.picture, (question,))])
+                learned = alone.pop("labels")[:, 1:] != training.MASKED
+                expected.append(model(**alone).logits[:, :-1][learned])
+    torch.testing.assert_close(logits, torch.cat(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_picture_tells_of_a_word():
+    things = (corpus.Thing("circle", "red", 0, (0, 0)), corpus.Thing("cross", "red", 5, (0, 0)))
+    picture = corpus.Picture(things, (255, 255, 255))
+    where = corpus.Question("relation", "", "left")
+    assert corpus.told_by(picture, where, "circle") == ["red", "top", "left"]
+    assert corpus.told_by(picture, where, "red") == []  # of which there are two
+    count = corpus.Question("count", "", "one")
+    assert corpus.told_by(picture, count, "crosses") == ["one"]
+    assert corpus.told_by(picture, count, "red") == ["two"]
