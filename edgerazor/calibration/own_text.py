@@ -7,12 +7,13 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from pydantic import BaseModel
 
-from edgerazor import devices, untrusted
+from edgerazor import data, devices, untrusted
 from edgerazor.calibration.generated_text import Writer, written_with
 from edgerazor.console import duration
 from edgerazor.errors import UserError
@@ -22,6 +23,11 @@ from edgerazor.runtime.native_model import NativeModel
 from edgerazor.training import MachineSpeed, cost_of, writing_seconds
 from edgerazor.training.budget_defaults import FEWEST_WRITTEN, WRITING_SHARE
 from edgerazor.workdir import digest_json, versions, write_json, write_text
+
+#: Most tokens of a question or an answer of its own; what is longer is not taken.
+ANSWER_TOKENS = 512
+#: Share of a batch of conversations that has to come to an end, for there to be more of them.
+LEAST_ANSWERED = 0.25
 
 #: Opens the native engine's version of a teacher; it gives None where transformers computes the teacher.
 OpenNative = Callable[[LoadedModel, JobContext], AbstractContextManager[NativeModel | None]]
@@ -37,6 +43,7 @@ class Progress(BaseModel):
         tokens: that were written.
         seconds: that it took.
         finished: whether it is all.
+        converses: whether enough of its latest conversations came to an end for there to be more.
     """
 
     asked: str
@@ -45,6 +52,7 @@ class Progress(BaseModel):
     tokens: int = 0
     seconds: float = 0.0
     finished: bool = False
+    converses: bool = True
 
 
 def provide(context: JobContext, length: int, open_native: OpenNative) -> None:
@@ -85,7 +93,8 @@ def write(context: JobContext, writer: Writer, length: int, progress: Progress) 
     """Let the teacher write about `data.generated_tokens` tokens, in documents of at most `length`.
 
     Plain sampling at temperature 1 keeps the teacher's own distribution (data-free distillation as in LLM-QAT, arXiv
-    2305.17888, section 2). A document ends where the teacher ends it, or where the time that it may take is over.
+    2305.17888, section 2). A document ends where the teacher ends it, or where the time that it may take is over. Where
+    the teacher was tuned to answer, every other batch is one of conversations.
 
     Args:
         context: of the job.
@@ -99,6 +108,8 @@ def write(context: JobContext, writer: Writer, length: int, progress: Progress) 
     total, limit = context.recipe.data.generated_tokens, time_limit(context)
     file = context.work.progress("calibrate", "generated.json")
     size = writer.sampling.batch_size
+    can_ask = data.question_opening(writer.tokenizer) is not None
+    talker = replace(writer, sampling=writer.sampling.model_copy(update={"answer_tokens": ANSWER_TOKENS}))
     began, before, at_first = time.monotonic(), progress.seconds, progress.tokens
 
     def is_over(tokens: int) -> bool:
@@ -109,13 +120,18 @@ def write(context: JobContext, writer: Writer, length: int, progress: Progress) 
     with context.console.track("the teacher writes", total, min(progress.tokens, total)) as tracker:
         while progress.tokens < total and not is_over(0):
             texts = min(size, math.ceil((total - progress.tokens) / mean_tokens(progress, length)))
-            batch = writer.write([None] * texts, progress.batches, None if limit is None else is_over)
+            asks = can_ask and progress.converses and progress.batches % 2 == 1
+            if asks:
+                batch = talker.ask_and_answer(texts, progress.batches)
+                progress.converses = sum(row.record is not None for row in batch) >= LEAST_ANSWERED * texts
+            else:
+                batch = writer.write([None] * texts, progress.batches, None if limit is None else is_over)
             progress.lines += [json.dumps(row.record) for row in batch if row.record]
             tokens = sum(row.tokens for row in batch)
             progress.batches += 1
             progress.tokens += tokens
             is_over(0)
-            if tokens < 2 * texts:
+            if tokens < 2 * texts and not asks:
                 raise UserError(
                     f"{context.recipe.model} writes no text by itself.", "Give text to learn from: --data FILE."
                 )
