@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -92,6 +93,11 @@ def process_count() -> int:
     return launched("WORLD_SIZE", 1)
 
 
+def process_index() -> int:
+    """The number of this process among them, from 0."""
+    return launched("RANK", 0)
+
+
 def join_processes(device: torch.device) -> None:
     """Meet the other processes of a launcher, if there are any; they may wait for each other for hours."""
     if process_count() > 1:
@@ -106,6 +112,21 @@ def wait_for_everyone() -> None:
         from accelerate import PartialState  # only training needs it
 
         PartialState().wait_for_everyone()
+
+
+def share_of(items: Sequence[_T]) -> Sequence[_T]:
+    """The part of some items that this process does: each has a run of them, in the order of the processes."""
+    count, index = process_count(), process_index()
+    return items[len(items) * index // count : len(items) * (index + 1) // count]
+
+
+def all_values(value: _T) -> list[_T]:
+    """The values that all processes give, in their order, on each of them; all have to have joined, and to ask."""
+    if process_count() == 1:
+        return [value]
+    from accelerate.utils import gather_object  # only training needs it
+
+    return list(gather_object([value]))
 
 
 def of_main_process(value: _T) -> _T:

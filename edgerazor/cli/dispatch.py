@@ -172,7 +172,7 @@ def record(values: dict[str, Any], run: RunOptions, out: Path) -> None:
     from edgerazor.workdir import DEFAULT, WorkDir
 
     console = run.open_console()
-    if not console.is_main:
+    if run.dry_run and not console.is_main:
         return
     context = JobContext(recipe, WorkDir(run.work or DEFAULT), console)
     if run.dry_run:
@@ -180,7 +180,8 @@ def record(values: dict[str, Any], run: RunOptions, out: Path) -> None:
         console.result(plan, *describe(plan))
         return
     result = stage.run(context, out, run.force)
-    console.result(result, *stage.show(result))
+    if console.is_main:
+        console.result(result, *stage.show(result))
 
 
 # Publishing ---------------------------------------------------------------------------------------------------------
