@@ -2,7 +2,8 @@
 
 Gains of norms that a model stores less one are whole in files; the kernels of convolutions over single features are
 matrices [features, kernel] instead of [features, 1, kernel]; the logarithm of a state's decay is the decay itself,
-negated; some vectors are matrices of one column. The family's file in `edgerazor/families` says which tensors these are.
+negated; some vectors are matrices of one column. The family's file in `edgerazor/families` says which tensors these
+are.
 
 Source: `conversion/*.py` of llama.cpp.
 """
