@@ -203,6 +203,11 @@ interop: install llamacpp $(WORLD)/distill.txt
 	$(BIN)/python -m recipes.benchmarks.interop $(if $(REAL_DATA),--real-data $(REAL_DATA))
 	$(BIN)/python -m recipes.benchmarks.interop_folders $(if $(REAL_DATA),--real-data $(REAL_DATA))
 
+# The same for a model that sees, with llama.cpp's libmtmd and llama-mtmd-cli.
+.PHONY: interop-pictures
+interop-pictures: install llamacpp
+	$(BIN)/python -m recipes.benchmarks.picture_interop
+
 # Whether both engines write the same, for the student of the quickstart or other packed folders (MODELS='...').
 .PHONY: results-engines
 results-engines: install

@@ -1,6 +1,7 @@
 """The teacher writes: text of its own, continuations of texts, and the assistant's turns of conversations.
 
 The native engine computes it where there is one of the teacher (`packaging/native_teacher.py`), else transformers.
+Conversations with pictures are answered one after the other, by transformers and the model's own processor.
 
 What a batch becomes depends on its prompts, its number, the seed and the engine, and on nothing that was written before
 it. So a run that was interrupted between two batches goes on to the same result.
@@ -19,7 +20,7 @@ import torch
 
 from edgerazor import data
 from edgerazor.calibration.batched_writing import Enough, NativeWriter, WritingRequest
-from edgerazor.data import Conversation
+from edgerazor.data import Conversation, PictureTokens
 from edgerazor.errors import UserError
 from edgerazor.models import PreTrainedModel, PreTrainedTokenizerBase
 from edgerazor.recipe import Sampling
@@ -69,6 +70,7 @@ class Writer:
         seed: of the drawing.
         context: most tokens that the model takes.
         options: what the chat template is given beside the messages.
+        processor: of pictures; None where no conversation has any.
         native: writes in the teacher's place; None: transformers computes the teacher.
     """
 
@@ -78,6 +80,7 @@ class Writer:
     seed: int
     context: int
     options: Mapping[str, Any] = field(default_factory=dict)
+    processor: Any = None
     native: NativeWriter | None = None
 
     def batches(self, prompts: Iterator[Prompt], first: int = 0) -> Iterator[list[Row]]:
@@ -171,18 +174,37 @@ class Writer:
             active = [talk for talk in talks if talk.next_question()]
             if not active:
                 return
-            questions = [(talk, ids) for talk in active if len(ids := self._question(talk)) + room <= self.context]
+            questions = [(talk, self._question(talk)) for talk in active]
+            questions = [(talk, prompt) for talk, prompt in questions if _length(prompt) + room <= self.context]
             fitting = [talk for talk, _ in questions]
             for talk in active:
                 talk.closed = talk not in fitting
             if fitting:
-                answers = self.draw(
-                    [ids for _, ids in questions], (number, turn), data.turn_ends(talks[0].original, self.tokenizer)
-                )
+                stops = data.turn_ends(talks[0].original, self.tokenizer)
+                answers = self._answers([prompt for _, prompt in questions], (number, turn), stops)
                 for talk, answer in zip(fitting, answers, strict=True):
                     talk.answer(answer, self.tokenizer.decode(answer.ids, skip_special_tokens=True))
 
-    def _question(self, talk: Talk) -> list[int]:
+    def _answers(
+        self, prompts: Sequence[list[int] | PictureTokens], key: tuple[int, ...], stops: set[int]
+    ) -> list[Answer]:
+        """As `draw`; prompts with pictures one after the other."""
+        places = [place for place, prompt in enumerate(prompts) if isinstance(prompt, list)]
+        drawn = self.draw([prompt for prompt in prompts if isinstance(prompt, list)], key, stops) if places else []
+        answers = dict(zip(places, drawn, strict=True))
+        for place, prompt in enumerate(prompts):
+            if not isinstance(prompt, list):
+                ids, ends = prompt.ids.tolist(), self._text_ends() | stops
+                row = self._generate([ids], [[1] * len(ids)], (*key, place), ends, None, pictures=prompt.inputs)[0]
+                answers[place] = _until_end(row[len(ids) :].tolist(), ends)
+        return [answers[place] for place in range(len(prompts))]
+
+    def _question(self, talk: Talk) -> list[int] | PictureTokens:
+        """The tokens of a conversation up to the teacher's next turn; with its pictures, where it has some."""
+        if talk.original.pictures:
+            if self.processor is None:
+                raise UserError(f"{talk.original.where} has pictures, and the teacher sees none.", "Leave them out.")
+            return data.prompt_with_pictures(replace(talk.original, messages=tuple(talk.messages)), self.processor)
         text = data.render(talk.original, self.tokenizer, talk.messages, prompt=True)
         with reading("the conversation that is written anew"):
             return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -223,11 +245,11 @@ class Writer:
         continuations = self._generate(filled, mask, key, ends, exactly, enough)[:, longest:].tolist()
         answers = []
         for ids in continuations:
-            stop = next((place for place, token in enumerate(ids) if token in ends), len(ids))
-            answers.append(Answer(ids if exactly else ids[:stop], stop < len(ids)))
+            answer = _until_end(ids, ends)
+            answers.append(replace(answer, ids=ids) if exactly else answer)
         return answers
 
-    # Seven parameters: what is computed, how it is drawn, and when it ends.
+    # Eight parameters: what is computed, how it is drawn, and when it ends.
     @torch.no_grad()
     def _generate(
         self,
@@ -237,6 +259,7 @@ class Writer:
         ends: set[int],
         exactly: int | None,
         enough: Enough | None = None,
+        pictures: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
         device, sampling = self.teacher.device, self.sampling
         drawing: dict[str, Any] = {"do_sample": False}
@@ -250,6 +273,7 @@ class Writer:
             return self.teacher.generate(
                 input_ids=torch.tensor(ids, device=device),
                 attention_mask=torch.tensor(mask, device=device),
+                **{name: value.to(device) for name, value in (pictures or {}).items()},
                 max_new_tokens=exactly or self._most(len(ids[0])),
                 min_new_tokens=exactly,
                 repetition_penalty=1.0,  # the model's own distribution, whatever its generation_config.json says
@@ -273,6 +297,17 @@ class Writer:
         own = self.teacher.generation_config.eos_token_id
         ids = own if isinstance(own, list) else [own]
         return {token for token in (*ids, self.tokenizer.eos_token_id) if token is not None}
+
+
+def _length(prompt: list[int] | PictureTokens) -> int:
+    """Tokens of a prompt."""
+    return len(prompt if isinstance(prompt, list) else prompt.ids)
+
+
+def _until_end(ids: list[int], ends: set[int]) -> Answer:
+    """What was written, up to the first token that ends a text."""
+    stop = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+    return Answer(ids[:stop], stop < len(ids))
 
 
 @contextmanager
@@ -335,7 +370,8 @@ class Talk:
         """Take an answer; one that was cut off or is blank ends the conversation before its question."""
         self.tokens += len(answer.ids)
         if answer.finished and text.strip():
-            self.messages.append({"role": "assistant", "content": text})
+            parts = [{"type": "text", "text": text}]  # as all content is, where there are pictures
+            self.messages.append({"role": "assistant", "content": parts if self.original.pictures else text})
         else:
             self.closed = True
 

@@ -166,12 +166,16 @@ def serve(
 
 
 @command("data")
-def data(values: Values, run: RunOptions, out: Path, prompts: Path | None, tokens: int | None) -> None:
+def data(
+    values: Values, run: RunOptions, out: Path, prompts: Path | None, images: Path | None, tokens: int | None
+) -> None:
     """Let the teacher write distilled data; goes on where it was interrupted.
 
     Example: edgerazor data Qwen/Qwen3-0.6B --prompts chat.jsonl --out own.jsonl
+
+    Example: edgerazor data HuggingFaceTB/SmolVLM-256M-Instruct --images pictures --out own.jsonl
     """
-    dispatch.write_data(values, run, out, prompts, tokens)
+    dispatch.write_data(values, run, out, prompts, images, tokens)
 
 
 @command("run")

@@ -151,14 +151,16 @@ def serve(values: dict[str, Any], run: RunOptions, model: Path | None, api_key: 
     stage.run(folder, recipe, api_key, run.open_console(), mmap)
 
 
-def write_data(values: dict[str, Any], run: RunOptions, out: Path, prompts: Path | None, tokens: int | None) -> None:
+def write_data(
+    values: dict[str, Any], run: RunOptions, out: Path, prompts: Path | None, images: Path | None, tokens: int | None
+) -> None:
     """Let the teacher write distilled data into a file."""
     recipe = assemble(values, None, run.recipe)
     from edgerazor.stages import write_data as stage
 
     console = run.open_console()
     if console.is_main:
-        result = stage.run(recipe, out, prompts, tokens, console, run.force)
+        result = stage.run(recipe, out, prompts, tokens, console, run.force, images)
         console.result(result, *stage.show(result))
 
 

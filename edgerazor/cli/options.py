@@ -385,6 +385,8 @@ OPTIONS = (
            "The JSON lines file to write.", metavar="FILE", default=REQUIRED),
     Option("--prompts", "", Path, "data",
            "Conversations to answer anew, or texts to go on from.", metavar="FILE"),
+    Option("--images", "", Path, "data",
+           "Pictures to describe, or to ask the texts of --prompts about.", metavar="FOLDER"),
     Option("--tokens", "", int, "data",
            "Stop after so many; default: all prompts.", minimum=1),
     Option("--temperature", "sampling.temperature", float, "data",

@@ -458,8 +458,12 @@ def turn_ends(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) ->
         UserError: there is no template, or it refuses the shortest of conversations.
     """
     question = next(message for message in conversation.messages if message["role"] == "user")
+    answer: str | list[dict[str, str]] = "yes"
+    if conversation.pictures:  # whose templates take parts alone
+        answer = [{"type": "text", "text": "yes"}]
+        question = {**question, "content": answer}
     short = Conversation(
-        (question, {"role": ASSISTANT, "content": "yes"}), None, conversation.where, conversation.options
+        (question, {"role": ASSISTANT, "content": answer}), None, conversation.where, conversation.options
     )
     ids, learn = encode(short, tokenizer)
     return set(ids[learn][-1:].tolist()) & ending_tokens(tokenizer)

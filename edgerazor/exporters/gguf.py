@@ -10,6 +10,9 @@ for comparison: fp16 rounds what has more than 11 bits, int4 times an fp16 scale
 float32 never rounds.
 
 Activation and cache bits are no part of a GGUF file: llama.cpp rounds inputs to 8 bits in a way of its own.
+
+A model that sees becomes two files, as llama.cpp wants it: its decoder, and its tower with what its processor does
+(`core/gguf_tower.py`).
 """
 
 from __future__ import annotations
@@ -36,11 +39,13 @@ from edgerazor.exporters.core.gguf_blocks import GgmlType, InexactError, NewType
 from edgerazor.exporters.core.gguf_metadata import add_metadata, context_length, gguf_architecture, rope_factors
 from edgerazor.exporters.core.gguf_names import FLOAT32, expert_stack, file_order, gguf_name, half_names
 from edgerazor.exporters.core.gguf_size_causes import size_causes
+from edgerazor.exporters.core.gguf_tower import FLOAT32 as TOWER_FLOAT32
+from edgerazor.exporters.core.gguf_tower import PREFIX, GgufTower, check_tower
 from edgerazor.exporters.core.gguf_vocabulary import Vocabulary, build_vocabulary
 from edgerazor.families import GgufArchitecture
 from edgerazor.formats import INPUT_SCALE, OF_INPUTS, Encoded
 from edgerazor.models.gguf_values import column_order, row_order, to_gguf
-from edgerazor.packed import PackedModel, TensorClass, has_zero_points
+from edgerazor.packed import PackedModel, TensorClass, decoder_of, has_zero_points
 
 FILE = "model.gguf"
 LARGEST_FLOAT32 = float(torch.finfo(torch.float32).max)
@@ -58,12 +63,13 @@ class GgufModel:
     """A packed model and what llama.cpp must know about it.
 
     Attributes:
-        model: the packed model.
+        model: the packed model; of one that sees, its decoder.
         config: its whole configuration.
         architecture: what llama.cpp makes of it.
         vocabulary: its tokenizer.
         others: tensors that are not quantized.
         rope_factors: what divides the frequencies of its rotary positions, under llama.cpp's names.
+        tower: what makes features of pictures; None of a model of text.
     """
 
     model: PackedModel
@@ -72,6 +78,7 @@ class GgufModel:
     vocabulary: Vocabulary
     others: dict[str, Tensor]
     rope_factors: dict[str, Tensor]
+    tower: GgufTower | None
 
     @classmethod
     def of(cls, model: PackedModel) -> GgufModel:
@@ -80,16 +87,17 @@ class GgufModel:
         Raises:
             UserError: llama.cpp does not know such a model.
         """
-        config = models.complete_config(model.folder)
+        config = models.decoder_config(model.folder)
         architecture = gguf_architecture(config)
-        others = {name: to_gguf(architecture, name, tensor) for name, tensor in model.others().items()}
+        decoder, tower = decoder_of(model), GgufTower.of(model)
+        others = {name: to_gguf(architecture, name, tensor) for name, tensor in decoder.others().items()}
         factors = rope_factors(architecture, config)
-        return cls(model, config, architecture, _vocabulary(model.folder, config), others, factors)
+        return cls(decoder, config, architecture, _vocabulary(model.folder, config), others, factors, tower)
 
-    def values(self, source: SourceTensor) -> Tensor:
-        """A tensor that is not quantized, by its name, or by llama.cpp's alone where it has no other."""
-        values = self.others[source.name] if source.name else self.rope_factors[source.target]
-        return values if source.half is None else values.chunk(2)[source.half]
+    def values(self, name: str, target: str, half: int | None = None) -> Tensor:
+        """A tensor that is not quantized, by its name, or by llama.cpp's alone where it has no other; or half of it."""
+        values = self.others[name] if name else self.rope_factors[target]
+        return values if half is None else values.chunk(2)[half]
 
     def matrices(self, source: SourceTensor) -> Iterator[blocks.BlockMatrix]:
         """The quantized matrices of a tensor."""
@@ -130,6 +138,10 @@ class SourceTensor:
         return self.experts or (() if self.matrix is None else (self.matrix,))
 
 
+#: What a file is made of.
+Contents: TypeAlias = GgufModel | GgufTower
+
+
 class Gguf(Exporter):
     """An exporter of GGUF files.
 
@@ -149,8 +161,9 @@ class Gguf(Exporter):
 
     def check(self, folder: Path) -> None:
         """Check family and tokenizer."""
-        config = models.complete_config(folder)
+        config = models.decoder_config(folder)
         gguf_architecture(config)
+        check_tower(folder)
         _vocabulary(folder, config)
 
     def plan(self, model: PackedModel) -> ExportPlan:
@@ -158,6 +171,10 @@ class Gguf(Exporter):
         gguf_model = GgufModel.of(model)
         tensors = tuple(self._planned(gguf_model, source) for source in _sources(gguf_model))
         metadata = _metadata_bytes(gguf_model, tensors)
+        if gguf_model.tower is not None:
+            planned = tuple(self._planned(gguf_model.tower, source) for source in _tower_sources(gguf_model.tower))
+            metadata += _metadata_bytes(gguf_model.tower, planned)
+            tensors += planned
         return ExportPlan(
             export=self.name,
             tensors=tensors,
@@ -173,33 +190,42 @@ class Gguf(Exporter):
         return self.write_file(model, folder / FILE, plan)
 
     def write_file(self, model: PackedModel, file: Path, plan: ExportPlan) -> ExportResult:
-        """Write the export as one file of that name."""
-        workdir.write_atomically(file, functools.partial(self._fill, model, plan))
-        return ExportResult.of(plan, file, file.stat().st_size)
-
-    def _fill(self, model: PackedModel, plan: ExportPlan, path: Path) -> None:
+        """Write the export as one file of that name, and the tower of a model that sees beside it."""
         gguf_model = GgufModel.of(model)
-        sources = {source.target: source for source in _sources(gguf_model)}
-        writer = _begin(path, gguf_model, plan.tensors)
+        sources = _sources(gguf_model)
+        workdir.write_atomically(file, functools.partial(self._fill, gguf_model, sources, plan))
+        size = file.stat().st_size
+        if gguf_model.tower is not None:
+            beside = file.with_name(f"{PREFIX}{file.name}")
+            of_tower = _tower_sources(gguf_model.tower)
+            workdir.write_atomically(beside, functools.partial(self._fill, gguf_model.tower, of_tower, plan))
+            size += beside.stat().st_size
+        return ExportResult.of(plan, file, size)
+
+    def _fill(self, contents: Contents, sources: Sequence[SourceTensor], plan: ExportPlan, path: Path) -> None:
+        by_target = {source.target: source for source in sources}
+        tensors = [tensor for tensor in plan.tensors if tensor.target in by_target]
+        writer = _begin(path, contents, tensors)
         try:
             assert writer.fout is not None
             [output] = writer.fout
             writer.write_padding(output, output.tell())
-            for tensor in plan.tensors:
+            for tensor in tensors:
                 # Not by `write_tensor_data`: numpy does not say why the system refused to write.
-                octets = np.ascontiguousarray(_tensor_bytes(gguf_model, sources[tensor.target], tensor))
+                octets = np.ascontiguousarray(_tensor_bytes(contents, by_target[tensor.target], tensor))
                 output.write(octets.data)
                 writer.write_padding(output, octets.nbytes)
         finally:
             writer.close()
 
-    def _planned(self, gguf_model: GgufModel, source: SourceTensor) -> PlannedTensor:
+    def _planned(self, contents: Contents, source: SourceTensor) -> PlannedTensor:
         """The type of one tensor."""
         kind: TensorClass = "other"
         bits = 0.0
         if source.matrices:
-            kind = gguf_model.model.matrix(source.matrices[0]).kind
-            matrices = list(gguf_model.matrices(source))
+            assert isinstance(contents, GgufModel)
+            kind = contents.model.matrix(source.matrices[0]).kind
+            matrices = list(contents.matrices(source))
             count = sum(math.prod(matrix.shape) for matrix in matrices)
             for matrix in matrices:
                 own = math.prod(matrix.shape)
@@ -213,10 +239,10 @@ class Gguf(Exporter):
                 for type_ in self.floats
             ]
         else:
-            values = gguf_model.values(source)
+            values = contents.values(source.name, source.target, source.half)
             count = values.numel()
             # llama.cpp wants norms and biases so, and some others
-            in_float32 = values.dim() < 2 or source.target.removesuffix(".weight").endswith(FLOAT32)
+            in_float32 = values.dim() < 2 or source.target.removesuffix(".weight").endswith((*FLOAT32, *TOWER_FLOAT32))
             floats = (_T.F32,) if in_float32 else self.floats
             tests = [(type_, functools.partial(blocks.float_bytes, type_, values)) for type_ in floats]
         chosen, reason = _smallest(tests)
@@ -309,6 +335,16 @@ def _sources(gguf_model: GgufModel) -> list[SourceTensor]:
     return sorted(sources, key=lambda source: file_order(source.target))
 
 
+def _sources_of(contents: Contents) -> list[SourceTensor]:
+    """All tensors of a file, in its order."""
+    return _tower_sources(contents) if isinstance(contents, GgufTower) else _sources(contents)
+
+
+def _tower_sources(tower: GgufTower) -> list[SourceTensor]:
+    """All tensors of a tower's file, in its order."""
+    return [SourceTensor(name, tower.target(name), None) for name in tower.others]
+
+
 def expert_stacks(model: PackedModel) -> dict[str, tuple[str, ...]]:
     """Name of each tensor of all experts of a layer -> the paths of their matrices, in the order of the experts.
 
@@ -325,19 +361,20 @@ def expert_stacks(model: PackedModel) -> dict[str, tuple[str, ...]]:
     return {name: tuple(experts[number] for number in sorted(experts)) for name, experts in numbered.items()}
 
 
-def _tensor_bytes(gguf_model: GgufModel, source: SourceTensor, planned: PlannedTensor) -> blocks.Bytes:
+def _tensor_bytes(contents: Contents, source: SourceTensor, planned: PlannedTensor) -> blocks.Bytes:
     """The data of one tensor, as planned."""
     chosen, lossy = blocks.ggml_type(planned.type), not planned.exact
     if source.matrices:
         parts = []
-        for matrix in gguf_model.matrices(source):
+        assert isinstance(contents, GgufModel)
+        for matrix in contents.matrices(source):
             if chosen in blocks.FLOATS:
                 parts.append(blocks.write_floats(chosen, matrix, lossy))
             else:
                 block = next(block for block in blocks.BLOCKS if block.type == chosen)
                 parts.append(blocks.write_blocks(block, matrix))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
-    values = gguf_model.values(source)
+    values = contents.values(source.name, source.target, source.half)
     if source.order is not None:
         values = values[source.order]
     if source.columns is not None:
@@ -345,23 +382,27 @@ def _tensor_bytes(gguf_model: GgufModel, source: SourceTensor, planned: PlannedT
     return blocks.float_bytes(chosen, values, lossy)
 
 
-def _begin(path: Path, gguf_model: GgufModel, tensors: Sequence[PlannedTensor]) -> gguf.GGUFWriter:
+def _begin(path: Path, contents: Contents, tensors: Sequence[PlannedTensor]) -> gguf.GGUFWriter:
     """A new file with everything but the data of the tensors."""
-    writer = gguf.GGUFWriter(path, gguf_model.architecture.name)
-    teacher = gguf_model.model.header.provenance.get("teacher")
+    name = "clip" if isinstance(contents, GgufTower) else contents.architecture.name
+    writer = gguf.GGUFWriter(path, name)
+    teacher = contents.model.header.provenance.get("teacher")
     name = teacher.get("name") if isinstance(teacher, dict) else None
     writer.add_name(str(name or "model").rstrip("/").split("/")[-1])
     writer.add_description(f"written by edgerazor {__version__} from codes and scales")
     writer.add_file_type(_file_type(tensors))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    add_metadata(writer, gguf_model.architecture, gguf_model.config)
-    gguf_model.vocabulary.add_to(writer)
+    if isinstance(contents, GgufTower):
+        contents.add_metadata(writer)
+    else:
+        add_metadata(writer, contents.architecture, contents.config)
+        contents.vocabulary.add_to(writer)
     _check_metadata(writer)
-    sources = {source.target: source for source in _sources(gguf_model)}
+    sources = {source.target: source for source in _sources_of(contents)}
     for tensor in tensors:
         # Told the numbers of weights, the writer looks up no size of a type, which it may not know.
         type_ = cast(gguf.GGMLQuantizationType, blocks.ggml_type(tensor.type))
-        shape = _shape(gguf_model, sources[tensor.target])
+        shape = _shape(contents, sources[tensor.target])
         writer.add_tensor_info(tensor.target, shape, _FLOAT32, tensor.bytes, type_)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -372,21 +413,20 @@ def _begin(path: Path, gguf_model: GgufModel, tensors: Sequence[PlannedTensor]) 
 _FLOAT32 = torch.empty(0).numpy().dtype
 
 
-def _shape(gguf_model: GgufModel, source: SourceTensor) -> tuple[int, ...]:
+def _shape(contents: Contents, source: SourceTensor) -> tuple[int, ...]:
     """Shape of a tensor, rows first."""
     if not source.matrices:
-        return tuple(gguf_model.values(source).shape)
-    rows, columns = gguf_model.model.header.matrices[source.matrices[0]].shape
+        return tuple(contents.values(source.name, source.target, source.half).shape)
+    rows, columns = contents.model.header.matrices[source.matrices[0]].shape
     rows = rows if source.half is None else rows // 2
     return (len(source.experts), rows, columns) if source.experts else (rows, columns)
 
 
 def _file_type(tensors: Sequence[PlannedTensor]) -> int:
-    """The file type, named after the type that most weights of linear layers have."""
+    """The file type, named after the type that most weights of linear layers have, or all weights of a tower."""
     counts: dict[str, int] = {}
-    for tensor in tensors:
-        if tensor.kind == "linear":
-            counts[tensor.type] = counts.get(tensor.type, 0) + tensor.weights
+    for tensor in [tensor for tensor in tensors if tensor.kind == "linear"] or tensors:
+        counts[tensor.type] = counts.get(tensor.type, 0) + tensor.weights
     name = max(counts, key=lambda type_: counts[type_])
     if name in NEW_FILE_TYPES:
         return NEW_FILE_TYPES[name]
@@ -427,11 +467,11 @@ def _check_metadata(writer: gguf.GGUFWriter) -> None:
             raise UserError(f"The model gives {plain(value, 40)} as {name}, which GGUF cannot hold.")
 
 
-def _metadata_bytes(gguf_model: GgufModel, tensors: Sequence[PlannedTensor]) -> int:
+def _metadata_bytes(contents: Contents, tensors: Sequence[PlannedTensor]) -> int:
     """Bytes before the data of the first tensor."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / FILE
-        _begin(path, gguf_model, tensors).close()
+        _begin(path, contents, tensors).close()
         return _padded(path.stat().st_size)
 
 
@@ -453,6 +493,8 @@ def _notes(gguf_model: GgufModel) -> Iterator[str]:
         yield f"Stored {what} of inputs are left out: llama.cpp finds a scale for each block of inputs itself."
     architecture, config = gguf_model.architecture, gguf_model.config
     yield from filter(None, [context_length(architecture, config)[1], architecture.note(config)])
+    if gguf_model.tower is not None:
+        yield f"Pictures are read with the file beside it, whose name begins with {PREFIX} (llama.cpp's --mmproj)."
     yield from gguf_model.vocabulary.notes
 
 

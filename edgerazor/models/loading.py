@@ -233,6 +233,17 @@ def complete_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def decoder_config(folder: Path) -> dict[str, Any]:
+    """The same of the decoder alone, where the model sees.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    config = auto_config(folder)
+    text: dict[str, Any] = config.get_text_config().to_dict()
+    return {**text, "tie_word_embeddings": config.tie_word_embeddings} if sees(config) else config.to_dict()
+
+
 def stored_shapes(folder: Path) -> list[tuple[int, ...]]:
     """Shapes of all tensors in the weight files of a folder; none where a file is missing or damaged."""
     try:

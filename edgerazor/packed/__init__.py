@@ -9,6 +9,7 @@ from edgerazor.packed.container import (
     TensorSpec,
     tensor_spec,
 )
+from edgerazor.packed.decoder_view import decoder_of, tower_tensors
 from edgerazor.packed.entropy import ClassBits, bits_table, matrix_entropy_bytes
 from edgerazor.packed.header import (
     ANY_SHA256,
@@ -56,6 +57,7 @@ __all__ = [
     "TensorSpec",
     "bits_table",
     "cores",
+    "decoder_of",
     "has_zero_points",
     "in_parallel",
     "matrix_entropy_bytes",
@@ -65,6 +67,7 @@ __all__ = [
     "size_table",
     "specification",
     "tensor_spec",
+    "tower_tensors",
     "verify_digests",
     "working_memory",
     "write",

@@ -25,12 +25,11 @@ from edgerazor.kernels.decoder import (
     align_slot,
 )
 from edgerazor.models import load_tokenizer
-from edgerazor.packed import PackedModel
+from edgerazor.packed import PackedModel, decoder_of
 from edgerazor.runtime.chosen_experts import unchosen_bytes
-from edgerazor.runtime.decoder_view import decoder_of
 from edgerazor.runtime.engine import Model, Session
 from edgerazor.runtime.network import NotNativeError, build_network, matrix_names, native_architecture, tables
-from edgerazor.runtime.picture_prompts import AHEAD, PicturePositions
+from edgerazor.runtime.picture_prompts import AHEAD, PicturePositions, PicturePrefix
 from edgerazor.runtime.rope import Rotary, max_positions
 from edgerazor.runtime.scoring import Score, ScoreRequest, score_whole
 from edgerazor.runtime.weight_memory import load_matrices, matrix_bytes
@@ -206,7 +205,8 @@ class NativeSession(Session):
     def __init__(self, model: NativeModel) -> None:
         super().__init__(model)
         self._decoder = model.decoder()
-        self._rope: tuple[list[int], tuple[Tensor, ...]] | None = None  # of a sequence whose positions differ
+        self._pictures = PicturePrefix()
+        self._rope: tuple[Tensor, ...] = ()  # of a sequence whose positions differ
         self._states = _SessionStates(self._decoder) if model.has_states else None
 
     def _compute(self, start: int, tokens: list[int]) -> Tensor:
@@ -220,7 +220,7 @@ class NativeSession(Session):
         if len(tokens) > 1 or (self._states and self._states.position(last) < last):
             self._feed(start, tokens[:-1], [])
         with self.model.errors_for_people():
-            self._prepare(last, tokens, last + count)
+            self._prepare(last, tokens[-1:], last + count)
             span = self._span(last, 1)
             written = self._decoder.greedy(span, tokens[-1], count, sorted(stops))
         if self._states:
@@ -248,12 +248,13 @@ class NativeSession(Session):
         prepare(self._decoder, self.model.rotary, start, length, length)
         if not self.model.positions.depend_on_pictures:
             return
-        ids = [*self.ids[:start], *tokens]
-        if not self.model.positions.differ(torch.tensor(ids)):
+        if self._pictures.follow(self.ids, start, tokens):
+            self._rope = ()
+        if not self._pictures.ids:
             return
-        if self._rope is None or not _begins(ids, self._rope[0]) or length > len(self._rope[1][0]):
-            self._rope = ids, self.model.positions.tables(ids, length + AHEAD)
-        self._decoder.set_rope(*self._rope[1])
+        if not self._rope or length > len(self._rope[0]):
+            self._rope = self.model.positions.tables(self._pictures.ids, length + AHEAD)
+        self._decoder.set_rope(*self._rope)
 
     def _span(self, start: int, count: int) -> SequenceSpan:
         """New tokens, from a position on whose state is known where there are states."""
@@ -319,12 +320,6 @@ def with_features(decoder: Decoder, tokens: Tensor, tower: str = "") -> Tensor:
     decoder.set_features(gathered.rows, gathered.deep)
     first = decoder.network.vocab_size
     return tokens.masked_scatter(mask, torch.arange(first, first + len(gathered.rows), dtype=tokens.dtype))
-
-
-def _begins(ids: list[int], known: list[int]) -> bool:
-    """Whether a sequence begins with what is known, and goes on as text."""
-    more = ids[len(known) :]
-    return ids[: len(known)] == known and all(token < models.FIRST for token in more)
 
 
 # Scores -------------------------------------------------------------------------------------------------------------

@@ -76,3 +76,37 @@ class PicturePositions:
         last = int(positions.max())
         more = torch.arange(last + 1, last + 1 + max(0, length - len(ids)))
         return self._rotary.tables_at(torch.cat([positions, more.expand(3, 1, -1)], dim=-1))
+
+
+class PicturePrefix:
+    """What a sequence begins with, up to the last token of a picture: all that decides its positions.
+
+    A sequence grows by a token at a time, or goes back and on; its old tokens are not looked at again.
+
+    Attributes:
+        ids: token ids; none where there is no picture.
+    """
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+
+    def follow(self, before: Sequence[int], start: int, tokens: Sequence[int]) -> bool:
+        """Note tokens from a place on, which forgets what was there; whether `ids` are others now.
+
+        Args:
+            before: a sequence whose first `start` tokens are those before them.
+            start: place of the first one.
+            tokens: that follow.
+        """
+        known = self.ids
+        if start < len(known):
+            self.ids = _until_picture(known[:start])
+        if newest := _until_picture(tokens):
+            self.ids = [*before[:start], *newest]
+        return self.ids is not known
+
+
+def _until_picture(ids: Sequence[int]) -> list[int]:
+    """Token ids up to the last one of a picture; none where there is none."""
+    end = next((place for place in range(len(ids), 0, -1) if ids[place - 1] >= models.FIRST), 0)
+    return list(ids[:end])

@@ -1,8 +1,9 @@
 """Distilled data: let the teacher write what the student is to learn from.
 
 The assistant's turns of conversations are written anew, texts are continued, and without prompts the teacher begins
-by itself. What comes out is a JSON lines file, a source of a recipe like any other. EdgeRazor trains on such data
-(arXiv 2605.04062): what the teacher says itself is what the student can learn from it most surely.
+by itself. Pictures of a folder are described, or asked about with the texts of a file. What comes out is a JSON lines
+file, a source of a recipe like any other. EdgeRazor trains on such data (arXiv 2605.04062): what the teacher says
+itself is what the student can learn from it most surely.
 
 Rows are appended a batch at a time. A run that was interrupted goes on: the last batch in the file is written again,
 since it may be torn, and becomes the same; those before it are kept. The file `OUT.json` beside it says how it was
@@ -11,9 +12,12 @@ made.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -21,14 +25,19 @@ from typing import Any
 from pydantic import BaseModel
 from rich.console import RenderableType
 
-from edgerazor import data, devices, untrusted
+from edgerazor import data, devices, models, untrusted
 from edgerazor.calibration import generated_text
 from edgerazor.console import Console
+from edgerazor.data import Conversation
 from edgerazor.errors import UserError, usage_error
 from edgerazor.job import LoadedModel, RecipeContext, context_length
 from edgerazor.packaging.native_teacher import native_teacher
 from edgerazor.recipe import Recipe, Source
 from edgerazor.workdir import alone, record_of, sweep, sync, sync_open, versions, write_json
+
+#: What a picture is asked where no question is given.
+DESCRIBE = "Describe the picture."
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
 
 class DataResult(BaseModel):
@@ -55,8 +64,84 @@ class Written(BaseModel):
     bytes: int = 0
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """What the teacher writes from.
+
+    Attributes:
+        source: conversations or texts; None for none.
+        images: a folder of pictures, each of which is asked about with every text of the source, or described.
+        out: the file that is written; paths of pictures in it start from its folder.
+    """
+
+    source: Source | None
+    images: Path | None
+    out: Path
+
+    def __iter__(self) -> Iterator[generated_text.Prompt]:
+        """In order; without anything to begin from, as many empty ones as are taken."""
+        if self.images is not None:
+            return self._about_pictures(pictures_of(self.images))
+        if self.source is None:
+            return repeat(None)
+        return (self._beside(prompt) for prompt in data.documents(self.source))
+
+    def fingerprint(self) -> dict[str, str]:
+        """Identity of all that is in it."""
+        inputs = {"prompts": data.fingerprint([self.source]) if self.source else "none"}
+        if self.images is not None:
+            files = [[file.name, hashlib.sha256(file.read_bytes()).hexdigest()] for file in pictures_of(self.images)]
+            inputs["images"] = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+        return inputs
+
+    def _about_pictures(self, files: Sequence[Path]) -> Iterator[Conversation]:
+        questions = [DESCRIBE] if self.source is None else [*data.documents(self.source)]
+        if not questions or not all(isinstance(question, str) for question in questions):
+            raise UserError(f"{self.source and self.source.file} must hold texts: questions about the pictures.")
+        for file in files:
+            for question in questions:
+                picture = {"type": "image", "path": os.path.relpath(file, self.out.parent)}
+                content = [picture, {"type": "text", "text": question}]
+                yield data.parse_conversation(
+                    f"The picture {file.name}", [{"role": "user", "content": content}], None, self.out.parent
+                )
+
+    def _beside(self, prompt: generated_text.Prompt) -> generated_text.Prompt:
+        """A prompt whose paths of pictures start from the folder of what is written."""
+        if not isinstance(prompt, Conversation) or not prompt.pictures:
+            return prompt
+        messages = []
+        for message in prompt.messages:
+            parts = [
+                {**part, "path": os.path.relpath(prompt.folder / part["path"], self.out.parent)}
+                if part.get("type") == "image" and "path" in part
+                else part
+                for part in message["content"]
+            ]
+            messages.append({**message, "content": parts})
+        return replace(prompt, messages=tuple(messages), folder=self.out.parent)
+
+
+def pictures_of(folder: Path) -> list[Path]:
+    """The pictures of a folder, by name.
+
+    Raises:
+        UserError: there are none.
+    """
+    files = sorted(file for file in folder.glob("*") if file.suffix.lower() in SUFFIXES) if folder.is_dir() else []
+    if not files:
+        raise usage_error(f"There are no pictures in {folder}.", f"Give a folder of files {', '.join(SUFFIXES)}.")
+    return files
+
+
 def run(
-    recipe: Recipe, out: Path, prompts: Path | None, tokens: int | None, console: Console, force: bool = False
+    recipe: Recipe,
+    out: Path,
+    prompts: Path | None,
+    tokens: int | None,
+    console: Console,
+    force: bool = False,
+    images: Path | None = None,
 ) -> DataResult:
     """Let the teacher write into a file, from where an earlier run left it.
 
@@ -68,30 +153,32 @@ def run(
             recipe's `generated_tokens`.
         console: shows the progress.
         force: write again what another command wrote to this file.
+        images: a folder of pictures to describe, or to ask the texts of `prompts` about.
 
     Raises:
         UserError: the file holds something else, there is nothing to write from, or another process is writing it.
     """
     context = RecipeContext(recipe, console)
-    source = None if prompts is None else Source(file=str(prompts))
-    inputs = inputs_of(context, source)
-    limit = tokens if source or tokens else recipe.data.generated_tokens
+    begun = Prompts(None if prompts is None else Source(file=str(prompts)), images, out.absolute())
+    inputs = inputs_of(context, begun)
+    limit = tokens if prompts or images or tokens else recipe.data.generated_tokens
     with alone(out):
         sweep(record_of(out))
-        return _run(context, out, source, inputs, limit, force)
+        return _run(context, out, begun, inputs, limit, force)
 
 
 def _run(
-    context: RecipeContext, out: Path, source: Source | None, inputs: dict[str, str], limit: int | None, force: bool
+    context: RecipeContext, out: Path, begun: Prompts, inputs: dict[str, str], limit: int | None, force: bool
 ) -> DataResult:
     """As `run`, by the only writer of the file; `inputs` and `limit` are what its record will say."""
     recipe, console, device = context.recipe, context.console, context.device
     if not force and (finished := check_record(out, inputs, limit)):
         console.say(f"{out} is up to date, skipping (--force to write it again)")
         return finished
-    first = next(begin_from(source), "") if source else None
-    if first == "":
-        raise UserError(f"There are no prompts in {source and source.file}; expected texts or conversations.")
+    if next(iter(begun), "") == "":
+        raise UserError(
+            f"There are no prompts in {begun.source and begun.source.file}; expected texts or conversations."
+        )
     began = time.monotonic()
     teacher = context.load_teacher(device, devices.inference_dtype(device))
     writer = writer_of(context, teacher)
@@ -103,7 +190,7 @@ def _run(
     with native_teacher(teacher, context) as native, generated_text.written_with(writer, native) as fastest:
         engine = check_engine(out, written, "transformers" if native is None else "native, int8")
         write_json(record_of(out), {"settings": inputs, "engine": engine, "versions": versions()})
-        prompts = append(fastest, out, source, written, limit, console)
+        prompts = append(fastest, out, begun, written, limit, console)
     result = DataResult(
         out=str(out),
         model=recipe.model,
@@ -137,18 +224,16 @@ def writer_of(context: RecipeContext, teacher: LoadedModel) -> generated_text.Wr
     data.check_options(tokenizer, recipe.data.template_kwargs)
     options = {**data.thinking_options(tokenizer, recipe.sampling.thinking), **recipe.data.template_kwargs}
     length = context_length(teacher.model)
-    return generated_text.Writer(teacher.model, tokenizer, recipe.sampling, recipe.seed, length, options)
-
-
-def begin_from(source: Source | None) -> Iterator[generated_text.Prompt]:
-    """The prompts in order; without a source, as many empty ones as are asked for."""
-    return repeat(None) if source is None else iter(data.documents(source))
+    processor = None
+    if models.sees(teacher.model.config) and models.has_processor(context.teacher_folder):
+        processor = models.load_processor(context.teacher_folder)
+    return generated_text.Writer(teacher.model, tokenizer, recipe.sampling, recipe.seed, length, options, processor)
 
 
 def append(
     writer: generated_text.Writer,
     out: Path,
-    source: Source | None,
+    begun: Prompts,
     written: Written,
     limit: int | None,
     console: Console,
@@ -160,7 +245,7 @@ def append(
         file.truncate(written.bytes)
         if limit is not None and written.tokens >= limit:
             return number
-        for batch in writer.batches(begin_from(source), written.batches):
+        for batch in writer.batches(iter(begun), written.batches):
             for row in batch:
                 if row.record is not None:
                     line = {**row.record, "prompt": number, "tokens": row.tokens}
@@ -174,7 +259,7 @@ def append(
             tracker.advance(sum(row.tokens for row in batch if row.record is not None))
             if limit is not None and written.tokens >= limit:
                 break
-            if source is None and written.tokens < 2 * number:
+            if begun.source is None and begun.images is None and written.tokens < 2 * number:
                 raise UserError(f"{writer.teacher.name_or_path} writes no text by itself.", "Give it --prompts FILE.")
     sync(out)
     return number
@@ -203,11 +288,11 @@ def whole_batches(out: Path, size: int) -> Written:
 # --- how it was made ---------------------------------------------------------------------------
 
 
-def inputs_of(context: RecipeContext, source: Source | None) -> dict[str, str]:
+def inputs_of(context: RecipeContext, begun: Prompts) -> dict[str, str]:
     """What the rows depend on."""
     return {
         "model": context.teacher_fingerprint,
-        "prompts": data.fingerprint([source]) if source else "none",
+        **begun.fingerprint(),
         "seed": str(context.recipe.seed),
         **context.section_inputs("sampling"),
         **context.text_inputs,

@@ -375,7 +375,7 @@ def dequantized(folder: Path) -> PreTrainedModel:
         matrix = opened.matrix(name)
         state[f"{name}.weight"] = matrix.spec.rotate_back(formats.decode_matrix(matrix.encoded, matrix.spec))
     state |= {f"{name}.weight": state[f"{other}.weight"] for name, other in opened.header.tied.items()}
-    model = models.separate_experts(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    model = models.separate_experts(models.auto_class(config).from_config(config, dtype=torch.float32))
     model.load_state_dict(state)
     for module in model.modules():
         if isinstance(getattr(module, "act_fn", None), GELUTanh):

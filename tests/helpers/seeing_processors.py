@@ -9,13 +9,14 @@ from transformers import (
     Idefics3ImageProcessorPil,
     Idefics3Processor,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessorPil,
 )
 
 WORDS = "User Assistant : what is this and that ? a red circle blue square yes no".split()
 SPECIAL = "<pad> <bos> <end> <image> <fake_token_around_image> <global-img> <end_of_utterance> <vs> <ve>".split()
-SPECIAL += ["<boi>", "<eoi>", "<video>"]
+SPECIAL += ["<boi>", "<eoi>", "<video>", "<|image_start|>", "<|image_end|>", "<|img_thumbnail|>"]
 
 
 def template(mark: str) -> str:
@@ -62,3 +63,14 @@ def gemma3(tokens: int = 2) -> Gemma3Processor:
     names = tokenizer(image_token="<image>", boi_token="<boi>", eoi_token="<eoi>")
     pictures = Gemma3ImageProcessorPil(size={"height": 16, "width": 16})
     return Gemma3Processor(pictures, names, chat_template=template("<boi>"), image_seq_length=tokens)
+
+
+def lfm2_vl(tokens: int = 4) -> ProcessorMixin:
+    """Needs torchvision, as the family's pictures do."""
+    from transformers import Lfm2VlImageProcessor, Lfm2VlProcessor
+
+    pictures = Lfm2VlImageProcessor(
+        **{"encoder_patch_size": 4, "tile_size": 16, "min_image_tokens": tokens, "max_image_tokens": tokens},
+        **{"do_image_splitting": False, "size": {"height": 16, "width": 16}},
+    )
+    return Lfm2VlProcessor(pictures, tokenizer(image_token="<image>"), chat_template=template("<image>"))

@@ -14,10 +14,10 @@ from transformers import AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from helpers.seeing_models import SEEING
-from helpers.seeing_processors import SPECIAL, gemma3, idefics3, qwen
+from helpers.seeing_processors import SPECIAL, gemma3, idefics3, lfm2_vl, qwen
 
 TOKENS = 4  # of a picture of 16 x 16 pixels, in all of these families
-PROCESSORS = {"idefics3": idefics3, "qwen2_5_vl": qwen, "qwen3_vl": qwen, "gemma3": gemma3}
+PROCESSORS = {"idefics3": idefics3, "qwen2_5_vl": qwen, "qwen3_vl": qwen, "gemma3": gemma3, "lfm2_vl": lfm2_vl}
 COLORS = ("red", "blue")
 
 

@@ -34,7 +34,25 @@ SHAPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         },
         {"hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "out_hidden_size": 2048},
     ),
+    "gemma-3-4b": (
+        "gemma3",
+        {
+            **{"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 2, "num_attention_heads": 8},
+            **{"num_key_value_heads": 4, "head_dim": 256, "query_pre_attn_scalar": 256},
+        },
+        {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16},
+    ),
+    "lfm2-vl-450m": (
+        "lfm2_vl",
+        {
+            **{"hidden_size": 1024, "intermediate_size": 4608, "num_hidden_layers": 2, "num_attention_heads": 16},
+            **{"num_key_value_heads": 8, "head_dim": 64},
+        },
+        {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
+    ),
 }
+#: Families of `SHAPES` without a recipe of their own -> the one that they run.
+RECIPES = {"gemma-3-4b": "smolvlm-256m", "lfm2-vl-450m": "smolvlm-256m"}
 
 
 def load(name: str) -> recipes.Recipe:
@@ -58,10 +76,12 @@ def test_the_published_settings() -> None:
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_few_steps_in_the_real_widths(name: str, tmp_path: Path) -> None:
     family, text, vision = SHAPES[name]
+    if family == "lfm2_vl":
+        pytest.importorskip("torchvision", reason="its processor needs torchvision", exc_type=ImportError)
     write_seeing_teacher(tmp_path / "teacher", family, text, vision)
     write_seeing_data(tmp_path)
     values = recipes.merge(
-        recipes.load(FOLDER / f"{name}.yaml"),
+        recipes.load(FOLDER / f"{RECIPES.get(name, name)}.yaml"),
         {
             "model": str(tmp_path / "teacher"),
             "data": {"train": [{"file": str(tmp_path / "talks.jsonl")}], "sequence_length": 64},

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
 from edgerazor import models, runtime
 from edgerazor.kernels import native as native_kernels
 from edgerazor.models import PictureFeatures
+from edgerazor.runtime.picture_prompts import PicturePrefix
 from helpers.packed_folders import SETTINGS, all_of, write_packed
 from helpers.seeing_models import SEEING, seeing_model
 from helpers.tiny_models import mostly_slow, tiny_tokenizer
@@ -91,3 +94,33 @@ def test_pictures_that_see_one_another_are_for_transformers(folder):
     assert model.engine == "transformers"
     assert "the tokens of a picture see one another" in model.note
     assert model.logits([0, *picture("gemma3", 0), 5]).isfinite().all()
+
+
+def test_what_a_sequence_begins_with() -> None:
+    """Growing, going back into a picture, and another one in its place: always what a look at the whole finds."""
+    draw = random.Random(0)
+    for _ in range(200):
+        prefix, ids = PicturePrefix(), []
+        for _ in range(12):
+            start = draw.randint(0, len(ids)) if draw.random() < 0.3 else len(ids)
+            tokens = [draw.choice((5, 6, models.FIRST, models.FIRST + 1)) for _ in range(draw.randint(1, 3))]
+            changed, known = prefix.follow(ids, start, tokens), prefix.ids
+            ids = [*ids[:start], *tokens]
+            shown = [place for place, token in enumerate(ids) if token >= models.FIRST]
+            assert known == ids[: max(shown, default=-1) + 1]
+            assert changed or start >= len(known)
+
+
+@needs_native
+def test_old_tokens_are_not_looked_at_again(folder, monkeypatch) -> None:
+    model = runtime.load(folder("qwen3_vl"), threads=1, engine="native")
+    made = []
+    tables = model.positions.tables
+    monkeypatch.setattr(model.positions, "tables", lambda *given: made.append(given) or tables(*given))
+    session = model.session()
+    session.feed([0, 3, *picture("qwen3_vl", 0), 10])
+    for token in range(11, 30):
+        session.feed([token])
+    session.greedy(20)
+    assert len(made) == 1
+    assert len(made[0][0]) == 6  # up to the picture's last token

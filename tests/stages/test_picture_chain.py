@@ -193,3 +193,34 @@ def test_a_model_of_text_sees_nothing(tmp_path: Path, llama: Path, place: Path, 
     failed = run("calibrate", "--recipe", tmp_path / "r.yaml", "--work", tmp_path / "job")
     assert failed.code == 1
     assert "holds pictures" in failed.err
+
+
+def test_the_teacher_writes_about_pictures(tmp_path: Path, run: Run) -> None:
+    """Descriptions, answers to questions, and conversations with pictures answered anew, all to be read again."""
+    (tmp_path / "pictures").mkdir()
+    for number, talk in enumerate(corpus.talks("heldout", 3)):
+        (tmp_path / "pictures" / f"{number}.png").write_bytes(talk.picture.png())
+    words = ("data", SHAPES / "teacher", "--images", tmp_path / "pictures", "--temperature", 0)
+    told = run(*words, "--out", tmp_path / "own.jsonl")
+    assert told.code == 0, told.err
+    rows = [json.loads(line) for line in (tmp_path / "own.jsonl").read_text().splitlines()]
+    assert [row["messages"][0]["content"][0]["path"] for row in rows] == [f"pictures/{n}.png" for n in range(3)]
+    assert len({row["messages"][1]["content"][0]["text"] for row in rows}) > 1  # it looks at them
+    assert "up to date" in run(*words, "--out", tmp_path / "own.jsonl").err
+    questions = [json.dumps({"text": f"Count the {shape}s."}) for shape in ("circle", "square")]
+    (tmp_path / "questions.jsonl").write_text("\n".join(questions))
+    words = (*words, "--prompts", tmp_path / "questions.jsonl", "--out", tmp_path / "answers.jsonl")
+    assert run(*words).code == 0
+    answers = (tmp_path / "answers.jsonl").read_text().splitlines()
+    assert len(answers) == 6
+    again = run(
+        *("data", SHAPES / "teacher", "--prompts", tmp_path / "own.jsonl", "--temperature", 0),
+        *("--out", tmp_path / "pictures" / "again.jsonl"),
+    )
+    assert again.code == 0, again.err
+    written = [json.loads(line) for line in (tmp_path / "pictures" / "again.jsonl").read_text().splitlines()]
+    assert [row["messages"][1] for row in written] == [row["messages"][1] for row in rows]
+    assert written[0]["messages"][0]["content"][0]["path"] == "0.png"
+    none = run("data", SHAPES / "teacher", "--images", tmp_path, "--out", tmp_path / "none.jsonl")
+    assert none.code == 2
+    assert "There are no pictures in" in none.err

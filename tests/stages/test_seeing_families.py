@@ -19,6 +19,8 @@ from helpers.tiny_models import mostly_slow
 
 @pytest.mark.parametrize("family", mostly_slow(PROCESSORS, "qwen3_vl"))
 def test_the_chain_sees(family: str, tmp_path: Path) -> None:
+    if family == "lfm2_vl":
+        pytest.importorskip("torchvision", reason="its processor needs torchvision", exc_type=ImportError)
     write_seeing_teacher(tmp_path / "teacher", family)
     write_seeing_data(tmp_path)
     talks = [{"file": str(tmp_path / "talks.jsonl")}]

@@ -1,7 +1,7 @@
 """The decoder inside a packed model that sees, under the names that it has in a model of text.
 
 A model that sees keeps its decoder as `model.text_model` or `model.language_model`, beside its tower. The native engine
-knows a decoder by the names of a model that is nothing else.
+and GGUF know a decoder by the names of a model that is nothing else.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from edgerazor.families import EMBEDDING
 from edgerazor.formats import MatrixSpec
-from edgerazor.packed import PackedModel
+from edgerazor.packed.reading import PackedModel
 
 _Value = TypeVar("_Value")
 _INSIDE, _TABLE = EMBEDDING.rsplit(".", 1)
@@ -48,6 +48,10 @@ class DecoderView(PackedModel):
             return f"{_INSIDE}.{name.removeprefix(self._path)}"
         return name if not name.startswith(f"{_INSIDE}.") else ""
 
+    def is_beside(self, name: str) -> bool:
+        """Whether a tensor of the whole model is no part of the decoder."""
+        return not self._short(name)
+
     def _long(self, name: str) -> str:
         prefix = f"{_INSIDE}."
         return self._path + name.removeprefix(prefix) if name.startswith(prefix) else name
@@ -72,6 +76,18 @@ class DecoderView(PackedModel):
 
     def input_scales(self) -> dict[str, float]:
         return self._named(self._whole.input_scales())
+
+
+def tower_tensors(packed: PackedModel) -> dict[str, Tensor]:
+    """The tensors of a packed model that are beside its decoder; none in a model of text.
+
+    Raises:
+        UserError: one of them is damaged.
+    """
+    view = decoder_of(packed)
+    if not isinstance(view, DecoderView):
+        return {}
+    return {name: tensor for name, tensor in packed.others().items() if view.is_beside(name)}
 
 
 def decoder_of(packed: PackedModel) -> PackedModel:
