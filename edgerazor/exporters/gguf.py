@@ -384,8 +384,8 @@ def _tensor_bytes(contents: Contents, source: SourceTensor, planned: PlannedTens
 
 def _begin(path: Path, contents: Contents, tensors: Sequence[PlannedTensor]) -> gguf.GGUFWriter:
     """A new file with everything but the data of the tensors."""
-    name = "clip" if isinstance(contents, GgufTower) else contents.architecture.name
-    writer = gguf.GGUFWriter(path, name)
+    kind = "clip" if isinstance(contents, GgufTower) else contents.architecture.name
+    writer = gguf.GGUFWriter(path, kind)
     teacher = contents.model.header.provenance.get("teacher")
     name = teacher.get("name") if isinstance(teacher, dict) else None
     writer.add_name(str(name or "model").rstrip("/").split("/")[-1])
