@@ -142,7 +142,20 @@ class RecipeContext:
                 teacher.model.get_submodule(path).float()
             return teacher.model
 
-        return PictureReader(folder, tower, self.teacher_fingerprint, self.picture_store, self.console)
+        def rounded_tower() -> PreTrainedModel:
+            model = tower()
+            student_plan.round_towers(model, self.tower_matrices(ModelOutline(model)))
+            return model
+
+        reader = PictureReader(folder, tower, self.teacher_fingerprint, self.picture_store, self.console)
+        if towers := self.recipe.calibrate.towers:
+            identity = f"{self.teacher_fingerprint}, towers {towers}"
+            reader.others[towers] = PictureReader(folder, rounded_tower, identity, self.picture_store, self.console)
+        return reader
+
+    def tower_matrices(self, teacher: ModelOutline) -> student_plan.TowerMatrices:
+        """The matrices of a teacher's towers that are rounded, as the recipe says."""
+        return student_plan.tower_matrices(teacher.model, teacher.structure, self.recipe.calibrate.towers)
 
     def read_pictures_of(self, folder: Path, model: Any) -> None:
         """Read pictures for a model that is measured alone.
@@ -509,7 +522,8 @@ class JobContext(RecipeContext):
             training: inputs of the student's training; None before it.
         """
         model, structure = teacher.model, teacher.structure
-        others = student_plan.other_specs(model, structure, as_float32=source == "student")
+        towers = self.tower_matrices(teacher)
+        others = student_plan.other_specs(model, structure, source == "student", towers)
         if source == "student" and not training:
             # The fingerprint of text has always the same length; large files need not be read for it.
             training = {"data": packed.ANY_SHA256 if self.recipe.data.train else self.data_fingerprint}
@@ -520,7 +534,7 @@ class JobContext(RecipeContext):
                 settings["thresholds"] = [student_plan.LONGEST_NUMBER] * len(settings["thresholds"])
             provenance = self.provenance(source, plan, training)
             return student_plan.packed_size(
-                plan, model, structure, others, settings, provenance, self.recipe.pack.shard_bytes
+                plan, model, structure, others, settings, provenance, self.recipe.pack.shard_bytes, towers
             )
 
         return size

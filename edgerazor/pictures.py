@@ -31,6 +31,8 @@ from edgerazor.workdir import make_folder, versions, write_atomically
 #: Most values of pixels that go through a tower together.
 BATCH_PIXELS = 1 << 22
 Pieces = list[tuple[np.ndarray, np.ndarray]]
+#: A conversation with the features of its pictures.
+Looked = tuple[PictureTokens, list[PictureFeatures]]
 
 
 class PictureReader:
@@ -42,6 +44,10 @@ class PictureReader:
         identity: of processor and tower.
         store: folder for what was made; None keeps nothing.
         console: shows the progress.
+
+    Attributes:
+        others: name of another tower of the same model -> its reader. What it makes of a picture is noted beside
+            (`models.PictureTable.view`), for models that are let see by that name.
     """
 
     def __init__(
@@ -55,6 +61,7 @@ class PictureReader:
         self.folder, self.identity, self.store = folder, identity, store
         self._tower = tower
         self.console = console or Console(quiet=True)
+        self.others: dict[str, PictureReader] = {}
 
     @functools.cached_property
     def processor(self) -> Any:
@@ -76,8 +83,20 @@ class PictureReader:
         Raises:
             UserError: as `data.encode_with_pictures`.
         """
+        made, name = self._kept(conversations, length)
+        pieces = [
+            self._place(tokens, parts, None if name is None else f"{name} {number}")
+            for number, (tokens, parts) in enumerate(made)
+        ]
+        for tower, reader in self.others.items():
+            for (ids, _), (_, parts) in zip(pieces, reader._kept(conversations, length)[0], strict=True):
+                _note(tower, ids, parts)
+        return pieces
+
+    def _kept(self, conversations: Sequence[Conversation], length: int) -> tuple[list[Looked], str | None]:
+        """What processor and tower make of conversations, from the disk where it was made before; and its identity."""
         if self.store is None:
-            return [self._place(made, parts, None) for made, parts in self._read(conversations, length)]
+            return self._read(conversations, length), None
         file = self.store / f"{self._digest(conversations, length)}.safetensors"
         stored = _stored(file)
         if stored is None:
@@ -86,7 +105,7 @@ class PictureReader:
             tensors = _tensors(made)
             write_atomically(file, lambda path: save_file(tensors, path))
             stored = _stored(file) or made
-        return [self._place(tokens, parts, f"{file.stem} {number}") for number, (tokens, parts) in enumerate(stored)]
+        return stored, file.stem
 
     def prompt(self, conversation: Conversation) -> list[int]:
         """Token ids of a prompt with pictures.
@@ -99,7 +118,10 @@ class PictureReader:
     def tokens(self, made: PictureTokens) -> list[int]:
         """Token ids of what the processor made, its pictures looked at."""
         [(tokens, parts)] = self._look([made])
-        return [int(token) for token in self._place(tokens, parts, None)[0]]
+        ids = self._place(tokens, parts, None)[0]
+        for tower, reader in self.others.items():
+            _note(tower, ids, reader._look([made])[0][1])
+        return [int(token) for token in ids]
 
     def answer(self, conversation: Conversation, text: str) -> list[int]:
         """Tokens of an answer to a prompt, with those that end the turn.
@@ -111,11 +133,9 @@ class PictureReader:
 
     # --- one after the other ---
 
-    def _read(
-        self, conversations: Sequence[Conversation], length: int
-    ) -> list[tuple[PictureTokens, list[PictureFeatures]]]:
+    def _read(self, conversations: Sequence[Conversation], length: int) -> list[Looked]:
         """What processor and tower make of conversations."""
-        read: list[tuple[PictureTokens, list[PictureFeatures]]] = []
+        read: list[Looked] = []
         waiting: list[PictureTokens] = []
         pixels = 0
         with self.console.track("pictures", len(conversations)) as tracker:
@@ -130,7 +150,7 @@ class PictureReader:
             read += self._look(waiting)
         return read
 
-    def _look(self, made: Sequence[PictureTokens]) -> list[tuple[PictureTokens, list[PictureFeatures]]]:
+    def _look(self, made: Sequence[PictureTokens]) -> list[Looked]:
         """Each conversation with the features of its pictures; of several at once where their pictures are alike."""
         if not made:
             return []
@@ -179,6 +199,14 @@ class PictureReader:
                 if isinstance(path := part.get("path"), str) and (one.folder / path).is_file():
                     made.update(hashlib.sha256((one.folder / path).read_bytes()).digest())
         return made.hexdigest()
+
+
+def _note(tower: str, ids: np.ndarray, parts: Sequence[PictureFeatures]) -> None:
+    """Note what another tower makes of the pictures among some tokens, in their order."""
+    shown, begin = ids[ids >= models.FIRST], 0
+    for part in parts:
+        models.PICTURES.add_view(tower, shown[begin : begin + len(part.rows)], part)
+        begin += len(part.rows)
 
 
 def _other_number(made: int, places: int) -> UserError:
@@ -236,7 +264,7 @@ def _tensors(made: Sequence[tuple[PictureTokens, list[PictureFeatures]]]) -> dic
     return tensors
 
 
-def _stored(file: Path) -> list[tuple[PictureTokens, list[PictureFeatures]]] | None:
+def _stored(file: Path) -> list[Looked] | None:
     """Conversations of a file, whose features are read when they are used; None where it is missing or damaged."""
     try:
         with safe_open(file, framework="pt") as opened:

@@ -5,13 +5,15 @@ Nothing here reads a recipe or a file: plan, structure and measured numbers come
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from edgerazor import formats, modules, packed
 from edgerazor.allocate import Plan
+from edgerazor.formats import MatrixSpec
 from edgerazor.models import PreTrainedModel, Structure
 from edgerazor.modules import attention
 from edgerazor.packed import FolderSize
@@ -24,6 +26,10 @@ ROTATED_WIDTH = 512
 #: A number below 1 that JSON needs most characters for.
 LONGEST_NUMBER = 1.2345678901234567e-05
 
+#: Groups of weights that share a scale in a tower's matrices: the largest that divides their columns.
+TOWER_GROUPS = (64, 32)
+#: Path of a tower's matrix -> its format, and rows and columns.
+TowerMatrices = dict[str, tuple[MatrixSpec, tuple[int, int]]]
 #: Name of a tensor -> its dtype in safetensors and its shape.
 TensorSpecs = dict[str, tuple[str, tuple[int, ...]]]
 
@@ -104,16 +110,50 @@ def matrix_tensors(structure: Structure) -> set[str]:
     return {f"{path}.{part}" for path in paths for part in ("weight", "scales")}
 
 
-def other_tensors(model: PreTrainedModel, structure: Structure) -> dict[str, torch.Tensor]:
-    """The tensors of a model that are not quantized, by name."""
-    quantized = matrix_tensors(structure)
+def tower_matrices(model: PreTrainedModel, structure: Structure, format_name: str | None) -> TowerMatrices:
+    """The linear layers of towers that are rounded; none without a format.
+
+    Those whose columns are no multiple of the smallest group stay in 16 bits, as does whatever is no linear layer.
+    """
+    matrices: TowerMatrices = {}
+    for tower in structure.towers if format_name else ():
+        for name, module in model.get_submodule(tower).named_modules():
+            if isinstance(module, nn.Linear):
+                group = next((group for group in TOWER_GROUPS if module.in_features % group == 0), None)
+                if group is not None:
+                    path = f"{tower}.{name}" if name else tower
+                    shape = module.out_features, module.in_features
+                    matrices[path] = MatrixSpec((str(format_name),), group), shape
+    return matrices
+
+
+def rounded(weight: torch.Tensor, spec: MatrixSpec) -> torch.Tensor:
+    """A matrix of a tower as it is packed, decoded: float32 [rows, columns]."""
+    return formats.decode_matrix(formats.encode_matrix(weight.float(), spec), spec)
+
+
+@torch.no_grad()
+def round_towers(model: PreTrainedModel, matrices: TowerMatrices) -> None:
+    """Round matrices of towers in place."""
+    for path, (spec, _) in matrices.items():
+        weight = model.get_submodule(path).weight
+        weight.copy_(rounded(weight, spec))
+
+
+def other_tensors(
+    model: PreTrainedModel, structure: Structure, towers: Collection[str] = ()
+) -> dict[str, torch.Tensor]:
+    """The tensors of a model that are not quantized, by name; `towers`: paths of matrices of towers that are."""
+    quantized = matrix_tensors(structure) | {f"{path}.weight" for path in towers}
     return {name: tensor for name, tensor in model.state_dict().items() if name not in quantized}
 
 
-def other_specs(model: PreTrainedModel, structure: Structure, as_float32: bool) -> TensorSpecs:
+def other_specs(
+    model: PreTrainedModel, structure: Structure, as_float32: bool, towers: Collection[str] = ()
+) -> TensorSpecs:
     """The tensors that are not quantized as they will be stored: a student's, which is trained in float32, as that."""
     specs: TensorSpecs = {
-        name: packed.tensor_spec(name, tensor) for name, tensor in other_tensors(model, structure).items()
+        name: packed.tensor_spec(name, tensor) for name, tensor in other_tensors(model, structure, towers).items()
     }
     if not as_float32:
         return specs
@@ -166,6 +206,7 @@ def packed_size(
     settings: Mapping[str, Any],
     provenance: Mapping[str, Any],
     shard_bytes: int,
+    towers: TowerMatrices | None = None,
 ) -> FolderSize:
     """What `pack` would write of a plan, to the byte.
 
@@ -176,9 +217,14 @@ def packed_size(
         others: as `other_specs`.
         settings, provenance: of the header.
         shard_bytes: size of shards.
+        towers: matrices of towers that are rounded.
     """
+    matrices: list[tuple[str, packed.Kind, MatrixSpec, tuple[int, int]]] = [
+        (matrix.name, matrix.kind, matrix.spec(), matrix.shape) for matrix in plan.matrices
+    ]
+    matrices += [(path, "tower", spec, shape) for path, (spec, shape) in (towers or {}).items()]
     return packed.predict(
-        ((matrix.name, matrix.kind, matrix.spec(), matrix.shape) for matrix in plan.matrices),
+        matrices,
         others | dict.fromkeys(_input_tensors(plan, model, structure), ("F32", ())),
         tied=tied_modules(structure),
         settings=dict(settings),

@@ -21,7 +21,7 @@ from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from edgerazor import modules, untrusted
+from edgerazor import formats, modules, untrusted
 from edgerazor.errors import UserError, plain
 from edgerazor.formats import OF_INPUTS
 from edgerazor.kernels import StoredMatrix
@@ -96,7 +96,8 @@ class EdgeRazorQuantizer(HfQuantizer):
     def _replace_modules(self, model: PreTrainedModel, packed: PackedModel) -> None:
         """Replace the quantized modules of a model without weights by packed ones."""
         separate_experts(model)
-        matrices = packed.header.matrices
+        matrices = {name: entry for name, entry in packed.header.matrices.items() if entry.kind != "tower"}
+        self._packed = packed
         config = self.quantization_config
         check_settings(config, packed)
 
@@ -116,11 +117,20 @@ class EdgeRazorQuantizer(HfQuantizer):
             packed.rotation,
         )
         check_unquantized(model, packed)
-        packed_names = "|".join(re.escape(name) for name in matrices)
+        packed_names = "|".join(re.escape(name) for name in packed.header.matrices)
         unexpected = {rf"^({packed_names})\.weight\.", rf"\.({'|'.join(OF_INPUTS)})$", f"^{re.escape(CHECKSUMS)}$"}
         unexpected.add(f"^{re.escape(SIGNS)}")
         model._keys_to_ignore_on_load_unexpected = unexpected
         model._tied_weights_keys = model.all_tied_weights_keys = {}  # there is no weight left to tie
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        """Give towers their decoded matrices: they look at a picture once, and compute with floating weights."""
+        with torch.no_grad():
+            for name in towers_of(self._packed):
+                matrix = self._packed.matrix(name)
+                weight = model.get_submodule(name).weight
+                weight.copy_(formats.decode_matrix(matrix.encoded, matrix.spec))
+        return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
         """None that makes one tensor of several: files hold the model's own tensors, and each expert's by itself."""
@@ -195,6 +205,11 @@ def check_layers(config: Any, packed: PackedModel) -> None:
         )
 
 
+def towers_of(packed: PackedModel) -> list[str]:
+    """Paths of the matrices of towers that are quantized."""
+    return [name for name, entry in packed.header.matrices.items() if entry.kind == "tower"]
+
+
 def check_unquantized(model: PreTrainedModel, packed: PackedModel) -> None:
     """Check the tensors that transformers loads itself, where it would fill in random numbers for missing ones.
 
@@ -202,7 +217,7 @@ def check_unquantized(model: PreTrainedModel, packed: PackedModel) -> None:
     Raises:
         UserError: a tensor is missing or damaged.
     """
-    missing = model.state_dict().keys() - packed.others().keys()
+    missing = model.state_dict().keys() - packed.others().keys() - {f"{name}.weight" for name in towers_of(packed)}
     if missing:
         raise UserError(f"{packed.folder} lacks the tensor {min(missing)}.", "Pack the model again.")
 

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
+
+
+class TowersResult(BaseModel):
+    """What rounding does to a tower that makes features of pictures."""
+
+    format: str
+    groups: dict[str, int] = Field(description="matrix -> weights that share a scale")
+    moved: dict[str, float] = Field(
+        description="matrix -> squared distance of features where it alone is rounded, relative to their square"
+    )
+    together: float = Field(description="the same where all of them are")
+    pictures: int = Field(description="that were looked at")
 
 
 class CalibrateResult(BaseModel):
@@ -20,6 +32,7 @@ class CalibrateResult(BaseModel):
     estimate: str | None = None
     predicted_kl: float | None = None
     measured_kl: float | None = None
+    towers: TowersResult | None = None
 
 
 class CalibrateDryRun(BaseModel):

@@ -52,19 +52,19 @@ class EvaluatedModel:
     @contextlib.contextmanager
     def seeing(self, tower: str) -> Iterator[None]:
         """Let it read a tower's features of pictures (`models.PictureTable.view`) inside."""
-        if isinstance(self.model, runtime.NativeModel):
-            before, self.model.tower = self.model.tower, tower
-            try:
-                yield
-            finally:
-                self.model.tower = before
-            return
-        before = models.tower_of(self.model)
-        models.let_see(self.model, tower=tower)
+        own = self.model.tower if isinstance(self.model, runtime.NativeModel) else models.tower_of(self.model)
+        self.look_with(tower)
         try:
             yield
         finally:
-            models.let_see(self.model, tower=before)
+            self.look_with(own)
+
+    def look_with(self, tower: str) -> None:
+        """Let it read a tower's features of pictures from now on."""
+        if isinstance(self.model, runtime.NativeModel):
+            self.model.tower = tower
+        else:
+            models.let_see(self.model, tower=tower)
 
     @property
     def context_length(self) -> int:

@@ -99,16 +99,6 @@ class GgufModel:
         values = self.others[name] if name else self.rope_factors[target]
         return values if half is None else values.chunk(2)[half]
 
-    def matrices(self, source: SourceTensor) -> Iterator[blocks.BlockMatrix]:
-        """The quantized matrices of a tensor."""
-        for name in source.matrices:
-            packed = self.model.matrix(name)
-            encoded, spec = packed.encoded, packed.spec
-            if source.half is not None:
-                rows = torch.arange(len(encoded.codes)).chunk(2)[source.half]
-                encoded, spec = Encoded(encoded.codes[rows], encoded.scales[rows]), spec.take(rows)
-            yield blocks.BlockMatrix(encoded, spec, source.order, source.columns)
-
 
 @dataclass(frozen=True)
 class SourceTensor:
@@ -223,9 +213,8 @@ class Gguf(Exporter):
         kind: TensorClass = "other"
         bits = 0.0
         if source.matrices:
-            assert isinstance(contents, GgufModel)
             kind = contents.model.matrix(source.matrices[0]).kind
-            matrices = list(contents.matrices(source))
+            matrices = list(_matrices(contents, source))
             count = sum(math.prod(matrix.shape) for matrix in matrices)
             for matrix in matrices:
                 own = math.prod(matrix.shape)
@@ -335,6 +324,17 @@ def _sources(gguf_model: GgufModel) -> list[SourceTensor]:
     return sorted(sources, key=lambda source: file_order(source.target))
 
 
+def _matrices(contents: Contents, source: SourceTensor) -> Iterator[blocks.BlockMatrix]:
+    """The quantized matrices of a tensor."""
+    for name in source.matrices:
+        packed = contents.model.matrix(name)
+        encoded, spec = packed.encoded, packed.spec
+        if source.half is not None:
+            rows = torch.arange(len(encoded.codes)).chunk(2)[source.half]
+            encoded, spec = Encoded(encoded.codes[rows], encoded.scales[rows]), spec.take(rows)
+        yield blocks.BlockMatrix(encoded, spec, source.order, source.columns)
+
+
 def _sources_of(contents: Contents) -> list[SourceTensor]:
     """All tensors of a file, in its order."""
     return _tower_sources(contents) if isinstance(contents, GgufTower) else _sources(contents)
@@ -342,7 +342,11 @@ def _sources_of(contents: Contents) -> list[SourceTensor]:
 
 def _tower_sources(tower: GgufTower) -> list[SourceTensor]:
     """All tensors of a tower's file, in its order."""
-    return [SourceTensor(name, tower.target(name), None) for name in tower.others]
+    matrices = [name for name, entry in tower.model.header.matrices.items() if entry.kind == "tower"]
+    return [
+        *(SourceTensor(name, tower.target(name), None) for name in tower.others),
+        *(SourceTensor(f"{name}.weight", tower.target(f"{name}.weight"), name) for name in matrices),
+    ]
 
 
 def expert_stacks(model: PackedModel) -> dict[str, tuple[str, ...]]:
@@ -366,8 +370,7 @@ def _tensor_bytes(contents: Contents, source: SourceTensor, planned: PlannedTens
     chosen, lossy = blocks.ggml_type(planned.type), not planned.exact
     if source.matrices:
         parts = []
-        assert isinstance(contents, GgufModel)
-        for matrix in contents.matrices(source):
+        for matrix in _matrices(contents, source):
             if chosen in blocks.FLOATS:
                 parts.append(blocks.write_floats(chosen, matrix, lossy))
             else:
@@ -384,8 +387,8 @@ def _tensor_bytes(contents: Contents, source: SourceTensor, planned: PlannedTens
 
 def _begin(path: Path, contents: Contents, tensors: Sequence[PlannedTensor]) -> gguf.GGUFWriter:
     """A new file with everything but the data of the tensors."""
-    kind = "clip" if isinstance(contents, GgufTower) else contents.architecture.name
-    writer = gguf.GGUFWriter(path, kind)
+    architecture = "clip" if isinstance(contents, GgufTower) else contents.architecture.name
+    writer = gguf.GGUFWriter(path, architecture)
     teacher = contents.model.header.provenance.get("teacher")
     name = teacher.get("name") if isinstance(teacher, dict) else None
     writer.add_name(str(name or "model").rstrip("/").split("/")[-1])

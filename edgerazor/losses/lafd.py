@@ -36,6 +36,9 @@ from edgerazor.losses.core.layer_selection import (
     resolve_layers,
 )
 
+#: Name of the number of pictures' tokens among a step's statistics.
+PICTURE_TOKENS = "picture_tokens"
+
 
 def least_similar(similarities: Sequence[float], k: int) -> tuple[int, ...]:
     """The `k` layers that change their input most.
@@ -61,7 +64,8 @@ def least_similar(similarities: Sequence[float], k: int) -> tuple[int, ...]:
 class LayerAdaptiveFeatureDistillation(Loss):
     """Mean squared error of hidden states, averaged over the step's tokens, the chosen layers and the features.
 
-    A token's hidden state counts where the token predicts something, as in every other loss.
+    A token's hidden state counts where the token predicts something, as in every other loss. Tokens of pictures predict
+    nothing; with `pictures` their states count, too, because later tokens read them.
 
     Args:
         layers: "all", or a list of layers, counted from 1 or called low (1), mid, high. With `select="calibrated"` all
@@ -71,6 +75,7 @@ class LayerAdaptiveFeatureDistillation(Loss):
         count: how many layers are chosen.
         metric: that layers are ranked by: "cosine" (lowest similarity of a layer's output and input, as published),
             "l2" (largest norm) or "variance" (largest variance over positions).
+        pictures: match the states of pictures' tokens, too.
     """
 
     from_recording = "approximate"
@@ -81,6 +86,7 @@ class LayerAdaptiveFeatureDistillation(Loss):
         select: str = "calibrated",
         count: int = 3,
         metric: str = "cosine",
+        pictures: bool = False,
     ) -> None:
         if select not in ("calibrated", "batch"):
             raise usage_error(f"The loss option select is {select!r}; it must be 'calibrated' or 'batch'.")
@@ -93,6 +99,9 @@ class LayerAdaptiveFeatureDistillation(Loss):
         self.select = select
         self.count = count
         self.metric = metric
+        if type(pictures) is not bool:
+            raise usage_error(f"The loss option pictures is {pictures!r}; it must be true or false.")
+        self.pictures = pictures
 
     def choose_layers(self, layer_count: int, layer_metrics: Mapping[str, Sequence[float]]) -> None:
         """See `Loss`; of all layers, "calibrated" takes those that rank first by the metric."""
@@ -111,10 +120,13 @@ class LayerAdaptiveFeatureDistillation(Loss):
         return tuple(sorted({*self.layers, *(layer - 1 for layer in self.layers)}))
 
     def teacher_statistics(self, teacher: Outputs, labels: Tensor) -> dict[str, Tensor]:
-        """For "batch": sum over samples of the mean of each candidate layer's metric."""
+        """For "batch": sum over samples of the mean of each candidate layer's metric. How many tokens pictures take."""
+        sums: dict[str, Tensor] = {}
+        if self.pictures and teacher.pictures is not None:
+            sums[PICTURE_TOKENS] = (teacher.pictures & ~prediction_mask(labels)).sum()
         if self.select == "calibrated":
-            return {}
-        sums, mask = {}, prediction_mask(labels)
+            return sums
+        mask = prediction_mask(labels)
         for layer in self.layers:
             state = _state(teacher, layer)
             previous = _state(teacher, layer - 1) if self.metric == "cosine" else state
@@ -147,7 +159,10 @@ class LayerAdaptiveFeatureDistillation(Loss):
     def __call__(self, student: Outputs, teacher: Outputs | None, labels: Tensor, totals: StepTotals) -> Tensor:
         """The micro-batch's contribution (see `Loss`); raises ValueError for missing or different hidden states."""
         teacher = require_teacher(teacher, self)
-        mask = prediction_mask(labels)
+        mask, tokens = prediction_mask(labels), totals.tokens
+        if self.pictures:
+            tokens += round(totals.statistics.get(PICTURE_TOKENS, 0.0) * totals.samples)
+            mask = mask if teacher.pictures is None else mask | teacher.pictures
         layers = self.compared_layers(totals)
         last = student.last_hidden_state
         total = last.new_zeros((), dtype=compute_dtype(last.dtype))
@@ -158,7 +173,7 @@ class LayerAdaptiveFeatureDistillation(Loss):
             dtype = compute_dtype(state.dtype)
             difference = state[mask].to(dtype) - target.detach()[mask].to(dtype)  # [tokens, H]
             total = total + difference.square().sum() / state.shape[-1]
-        return total / (len(layers) * max(totals.tokens, 1))
+        return total / (len(layers) * max(tokens, 1))
 
 
 def _state(outputs: Outputs, layer: int) -> Tensor:

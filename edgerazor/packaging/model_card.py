@@ -27,7 +27,10 @@ from edgerazor.workdir import CARD, write_text
 Section = Literal["size", "results"]
 
 #: Classes of tensors in words.
-CLASSES = {"linear": "decoder linear layers", "embedding": "embeddings", "head": "head", "other": "norms and others"}
+CLASSES = {
+    **{"linear": "decoder linear layers", "embedding": "embeddings", "head": "head"},
+    **{"tower": "towers", "other": "norms and others"},
+}
 #: What stands for results before there are any.
 NOT_MEASURED = (
     "Nothing of it has been measured yet: `edgerazor eval --tasks arc,hellaswag` in its working directory writes what "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor
 from edgerazor import formats, modules, student_plan, untrusted
 from edgerazor.allocate import MatrixPlan, Plan
 from edgerazor.errors import UserError
+from edgerazor.formats import Encoded, MatrixSpec
 from edgerazor.job import LoadedModel
 from edgerazor.models import Structure
 from edgerazor.modules.attention import UNIMPORTANT_BITS
@@ -108,6 +110,18 @@ def matrix_source(matrix: MatrixPlan, weights: Weights) -> MatrixSource:
     return MatrixSource(
         matrix.name, matrix.kind, spec, matrix.shape, lambda: modules.encode_trained(*weights.read(matrix.name), spec)
     )
+
+
+def tower_sources(towers: student_plan.TowerMatrices, weights: Weights) -> list[MatrixSource]:
+    """The matrices of towers, each encoded when it is its turn."""
+    return [
+        MatrixSource(path, "tower", spec, shape, functools.partial(_encode, weights.others[f"{path}.weight"], spec))
+        for path, (spec, shape) in towers.items()
+    ]
+
+
+def _encode(weight: Tensor, spec: MatrixSpec) -> Encoded:
+    return formats.encode_matrix(weight.float(), spec)
 
 
 def whole_zero_points(tensors: dict[str, Tensor], plan: Plan) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from edgerazor.packed.compression import LARGEST_RATIO, NARROWEST
 from edgerazor.packed.container import DTYPES, TensorSpec, spec_bytes
 
 #: The latest version that this program reads and writes.
-VERSION = 3
+VERSION = 4
 
 
 def _is_number(value: Any) -> bool:
@@ -40,7 +40,7 @@ FRAME = ".zst"
 #: Stands for a digest or checksum where only its length matters.
 ANY_SHA256 = "0" * 2 * SHA256_BYTES
 
-Kind = Literal["linear", "embedding", "head"]
+Kind = Literal["linear", "embedding", "head", "tower"]
 
 
 class Strict(BaseModel):
@@ -98,7 +98,7 @@ class Compression(Strict):
 class ModelFields(Strict):
     """The fields of a header that hold for the whole model."""
 
-    version: Literal[1, 2, 3] = 1
+    version: Literal[1, 2, 3, 4] = 1
     tied: dict[str, str]
     settings: dict[str, JsonValue]
     provenance: dict[str, JsonValue]
@@ -119,6 +119,11 @@ class Header(ModelFields):
     matrices: dict[str, MatrixEntry]
     others: dict[str, TensorEntry]
     signs: dict[str, str] = Field({}, description="columns of rotated matrices, ascending -> SHA-256 of their signs")
+
+
+def has_towers(matrices: Mapping[str, MatrixEntry]) -> bool:
+    """Whether one of these matrices is a tower's, which a program for version 3 would not know."""
+    return any(entry.kind == "tower" for entry in matrices.values())
 
 
 def has_zero_points(others: Iterable[str]) -> bool:
@@ -176,7 +181,7 @@ def make_header(
         ValueError: it contradicts itself.
     """
     header = Header(
-        version=3 if rotations else 2 if has_zero_points(others) else 1,
+        version=4 if has_towers(matrices) else 3 if rotations else 2 if has_zero_points(others) else 1,
         matrices=dict(sorted(matrices.items())),
         others=dict(sorted(others.items())),
         tied=dict(sorted(tied.items())),
@@ -262,6 +267,8 @@ def header_problem(header: Header) -> str:
     parts = {header.tensor_name(name, part) for name, entry in header.matrices.items() for part in entry.sha256}
     if header.version == 1 and has_zero_points(header.others):
         return "it has zero points of inputs, which version 1 does not know"
+    if has_towers(header.matrices) and header.version < 4:
+        return f"it has matrices of a tower, which version {header.version} does not know"
     if header.rotations and header.version < 3:
         return f"it has rotations, which version {header.version} does not know"
     if problem := _rotations_problem(header.rotations, {entry.shape[1] for entry in header.matrices.values()}):

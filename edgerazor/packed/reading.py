@@ -214,7 +214,8 @@ class PackedModel:
         return self._with_rotation(name, spec)
 
     def _with_rotation(self, name: str, spec: MatrixSpec) -> MatrixSpec:
-        return replace(spec, rotation=self.rotation(self._entry(name).shape[1]))
+        entry = self._entry(name)
+        return spec if entry.kind == "tower" else replace(spec, rotation=self.rotation(entry.shape[1]))
 
     def rotation(self, columns: int) -> Rotation | None:
         """The rotation of matrices of so many columns, its signs checked; None where they are not rotated.

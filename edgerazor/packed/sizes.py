@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from edgerazor.packed.container import DTYPES, INDEX_FILE, spec_bytes
 from edgerazor.packed.reading import PackedModel
 
-TensorClass = Literal["linear", "embedding", "head", "other"]
+TensorClass = Literal["linear", "embedding", "head", "tower", "other"]
 
 
 class ClassSize(BaseModel):

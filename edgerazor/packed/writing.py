@@ -106,7 +106,7 @@ def write(
         OSError: the disk is full or cannot be written; nothing is left behind.
         UserError: another process is writing there.
     """
-    rotations = _rotations((matrix.spec, matrix.shape) for matrix in matrices)
+    rotations = _rotations((matrix.spec, matrix.shape) for matrix in matrices if matrix.kind != "tower")
     specs, entries = _tensors(
         [(matrix.name, matrix.kind, matrix.spec, matrix.shape) for matrix in matrices],
         {name: tensor_spec(name, tensor) for name, tensor in others.items()},
@@ -162,7 +162,7 @@ def predict(
         ValueError: as `write`.
     """
     matrices = list(matrices)
-    rotations = _rotations((spec, shape) for _, _, spec, shape in matrices)
+    rotations = _rotations((spec, shape) for _, kind, spec, shape in matrices if kind != "tower")
     specs, entries = _tensors(matrices, others, rotations)
     tensors = {name: TensorEntry(dtype=spec[0], shape=spec[1], sha256=ANY_SHA256) for name, spec in others.items()}
     signs = dict.fromkeys(rotations, ANY_SHA256)

@@ -249,8 +249,18 @@ class Calibrate(Strict):
     adaptive_tokens: Literal["off", "causal", "ranked"] = Field(
         "off", description="4-bit activations for the half of the tokens that attends least to the first (EdgeQAT)"
     )
+    towers: Literal["int8", "int4"] | None = Field(
+        None,
+        description="16: as they are; int8, int4: format of the linear layers that make features of pictures, in "
+        "groups of 64 or 32 weights, the largest that divides their columns",
+    )
     sequences: int = Field(16, ge=1, description="calibration sequences run through the teacher")
     batch_size: int = Field(4, ge=1, description="sequences in one forward pass")
+
+    @field_validator("towers", mode="before")
+    @classmethod
+    def _sixteen(cls, value: Any) -> Any:
+        return None if value in (16, "16") else value
 
     @field_validator("rotation", mode="before")
     @classmethod

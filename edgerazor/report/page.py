@@ -343,7 +343,7 @@ def curve(job: JobReport) -> Chart | None:
 
 
 #: Order and colours of the classes of tensors.
-ORDER = {"linear": 0, "embedding": 1, "head": 2, "other": 3}
+ORDER = {"linear": 0, "embedding": 1, "head": 2, "tower": 3, "other": 4}
 
 
 def size(job: JobReport) -> Chart | None:
@@ -352,7 +352,7 @@ def size(job: JobReport) -> Chart | None:
         return None
     parts = [Part(CLASSES[size.kind], float(size.bytes), ORDER[size.kind]) for size in job.pack.classes]
     rest = job.pack.bytes - sum(size.bytes for size in job.pack.classes)
-    parts += [Part("file headers", float(rest), 4)] if rest > 0 else []
+    parts += [Part("file headers", float(rest), 5)] if rest > 0 else []
     return charts.stacked("Bytes by class of tensors", [(job.name, parts)], "bytes")
 
 

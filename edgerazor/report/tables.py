@@ -17,6 +17,7 @@ CLASSES = {
     "linear": "decoder linear layers",
     "embedding": "embeddings",
     "head": "head",
+    "tower": "towers",
     "other": "norms and others",
     None: "all tensors",
 }
@@ -34,6 +35,12 @@ def calibrate_tables(result: CalibrateResult) -> list[RenderableType]:
         caption += (
             f"; planned by {result.estimate}: KL {result.measured_kl:.3g}{predicted} before training, of the rounded "
             "linear layers; draw it with `edgerazor show plan`"
+        )
+    if (towers := result.towers) is not None:
+        worst = max(towers.moved, key=lambda path: towers.moved[path])
+        caption += (
+            f"; towers in {towers.format} move the features of {towers.pictures} pictures by {towers.together:.2g} of "
+            f"their square ({worst} alone by {towers.moved[worst]:.2g})"
         )
     return [
         table(

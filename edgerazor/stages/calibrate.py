@@ -18,7 +18,7 @@ from torch import Tensor
 
 from edgerazor import allocate, devices, models, student_plan
 from edgerazor.allocate import Plan, measures, passes_of, shortfall
-from edgerazor.calibration import experts, initialization, own_text, planning, statistics
+from edgerazor.calibration import experts, initialization, own_text, planning, statistics, towers
 from edgerazor.calibration import measurement as measuring
 from edgerazor.calibration.calibrate_result import CalibrateDryRun, CalibrateResult
 from edgerazor.calibration.measurement import Measurement
@@ -126,6 +126,7 @@ class CalibrateStage(Stage):
             assert measurement.rows is not None
             initialization.write(context, plan, measurement.rows)
         result = result_of(measurement, plan, sensitivity, tensors, text)
+        result.towers = towers.measure(context, teacher)
         write_json(work.result_file(self.name), result.model_dump(mode="json"))
         return result
 

@@ -27,6 +27,8 @@ from edgerazor.evaluation.measuring import Evaluation, held_out_rows, load_tasks
 from edgerazor.evaluation.sample import add_sample
 from edgerazor.evaluation.scores import retention_failure
 from edgerazor.job import JobContext, RecipeContext
+from edgerazor.packed import PackedModel
+from edgerazor.pictures import PictureReader
 from edgerazor.recipe import Recipe
 from edgerazor.report import card_results
 from edgerazor.report.tables import eval_tables
@@ -103,6 +105,7 @@ class EvalStage(Stage):
         about_pictures = picture_tasks.load(recipe.eval.pictures, recipe.eval.limit)
         loaded = load_tasks(request, sources, about_pictures)
         teacher = load_16_bit("teacher", recipe.model, context)
+        own_towers = {name: read_with_own_tower(context, folder) for name, folder in folders.items()}
         text = held_out_rows(context, sources, teacher)
         length = recipe.data.sequence_length
         evaluation = Evaluation(
@@ -116,6 +119,8 @@ class EvalStage(Stage):
         result.notes += evaluation.score_teacher()
         for name, folder in folders.items():
             evaluated, notes = load_packed(name, folder, context.device, recipe.threads, loaded)
+            if own_towers[name]:
+                evaluated.look_with(own_towers[name])
             result.notes += [f"{name}: {note}" for note in notes] if name != "packed" else notes
             measured = result if name == "packed" else Measured()
             result.notes += evaluation.measure(evaluated, measured)
@@ -210,6 +215,8 @@ def evaluate_model(
     if models.sees((teacher or evaluated).model.config):
         folder = models.resolve(settings.against or model, recipe.revision)
         context.read_pictures_of(folder, (teacher or evaluated).model)
+        if teacher is not None and is_packed and (own_tower := read_with_own_tower(context, Path(model))):
+            evaluated.look_with(own_tower)
     text = held_out_rows(context, sources, teacher or evaluated)
     evaluation = Evaluation(
         *(settings, request, loaded, text, recipe.data.sequence_length, console, teacher),
@@ -227,6 +234,20 @@ def evaluate_model(
     add_sample(result, evaluated, teacher, text, gate=is_packed)
     check_retention(result, settings.min_retention)
     return result
+
+
+def read_with_own_tower(context: RecipeContext, folder: Path) -> str:
+    """Let pictures be read for a packed model whose tower is quantized, too.
+
+    Returns:
+        the name of its features among those of other towers; empty where its tower is the teacher's.
+    """
+    if context.pictures is None or not transformers_plugin.towers_of(PackedModel.open(folder)):
+        return ""
+    context.pictures.others[str(folder)] = PictureReader(
+        folder, lambda: transformers_plugin.load(folder)[0], str(folder), None, context.console
+    )
+    return str(folder)
 
 
 def show(result: EvalResult) -> list[RenderableType]:

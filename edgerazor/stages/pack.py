@@ -28,7 +28,14 @@ from edgerazor.packaging.foreign import read_foreign
 from edgerazor.packaging.model_card import Making, write_card
 from edgerazor.packaging.pack_result import ExportDryRun, ExportsResult, PackDryRun, PackResult
 from edgerazor.packaging.pack_time import estimated_seconds
-from edgerazor.packaging.pack_weights import Weights, matrix_source, student_weights, teacher_weights, whole_zero_points
+from edgerazor.packaging.pack_weights import (
+    Weights,
+    matrix_source,
+    student_weights,
+    teacher_weights,
+    tower_sources,
+    whole_zero_points,
+)
 from edgerazor.packaging.recompression import recompress
 from edgerazor.packaging.teacher_card import read_teacher_card
 from edgerazor.recipe import Recipe
@@ -100,7 +107,7 @@ class PackStage(Stage):
         structure = teacher.structure
         plan = plan_of(context, teacher)
         student_plan.check_attention(teacher.model, plan)
-        scales = context.input_scales(plan, teacher) or {}
+        scales, towers = context.input_scales(plan, teacher) or {}, context.tower_matrices(teacher)
         weights_to_pack = weights_of(context, source, teacher, plan)
         if source == "teacher" and measures(recipe.calibrate) and plan.strategy != "sensitivity":
             context.console.say(
@@ -112,12 +119,13 @@ class PackStage(Stage):
         with (
             weights_to_pack as weights,
             replace_folder(work.folder(self.name)) as folder,
-            context.console.track("pack", len(plan.matrices)) as tracker,
+            context.console.track("pack", len(plan.matrices) + len(towers)) as tracker,
         ):
+            kept = {name: value for name, value in weights.others.items() if name.removesuffix(".weight") not in towers}
             header = packed.write(
                 folder,
-                [matrix_source(matrix, weights) for matrix in plan.matrices],
-                {name: torch.tensor(scale) for name, scale in scales.items()} | whole_zero_points(weights.others, plan),
+                [*(matrix_source(matrix, weights) for matrix in plan.matrices), *tower_sources(towers, weights)],
+                {name: torch.tensor(scale) for name, scale in scales.items()} | whole_zero_points(kept, plan),
                 tied=student_plan.tied_modules(structure),
                 settings=settings,
                 provenance=context.provenance(source, plan, training_inputs(work, source)),
@@ -125,7 +133,9 @@ class PackStage(Stage):
                 done=tracker.advance,
                 compress=recipe.pack.compress,
             )
-            digests = weights.digests or {name: entry.digest for name, entry in header.matrices.items()}
+            digests = {name: entry.digest for name, entry in header.matrices.items()}
+            if weights.digests:  # of what was trained; towers were not
+                digests = {**weights.digests, **{path: digests[path] for path in towers}}
             packed.verify_digests(folder, digests)
             write_companions(folder, context.teacher_folder, teacher.model, {"version": header.version, **settings})
             card = read_teacher_card(recipe.model, context.teacher_folder)

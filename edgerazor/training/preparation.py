@@ -113,7 +113,8 @@ def prepare_student(
     computing = context.student_settings(plan, structure)
     input_scales = context.input_scales(plan, teacher)
     initial = context.initial_weights(plan)
-    return make_student(student, structure, plan, computing, context.recipe.distill, input_scales, initial)
+    made = make_student(student, structure, plan, computing, context.recipe.distill, input_scales, initial)
+    return models.let_see(made, tower=context.recipe.calibrate.towers or "")
 
 
 def make_accelerator(device: torch.device, dtype: torch.dtype, trackers: dict[str, Any]) -> Accelerator:

@@ -87,6 +87,7 @@ class Teacher:
             Head(head.weight, head.bias, scale, cap),
             captured.attention,
             captured.routing,
+            pictures=models.picture_mask(input_ids) if models.has_pictures(input_ids) else None,
         )
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import gguf
 import pytest
+import yaml
 from PIL import Image
 
-from edgerazor import exporters, models
+from edgerazor import exporters, formats, models
 from edgerazor.errors import UserError
 from edgerazor.exporters.core.gguf_tower import PREFIX
 from edgerazor.packed import PackedModel, decoder_of, tower_tensors
@@ -101,3 +102,23 @@ def test_other_families_are_refused_by_name(tmp_path: Path) -> None:
         write_seeing_teacher(tmp_path / family, family, text)
         with pytest.raises(UserError, match=reason):
             exporters.find("gguf").check(tmp_path / family)
+
+
+def test_a_quantized_tower_keeps_its_codes(packed: Path, tmp_path: Path) -> None:
+    """In blocks of the smallest type that holds them, as the decoder's matrices do."""
+    values = {"calibrate": {"bits": 4, "plan": "interleave", "towers": "int8"}, "pack": {"source": "teacher"}}
+    values |= {"model": str(packed.parent.parent / "model")}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
+    done = call("pack", "--recipe", tmp_path / "r.yaml", "--work", tmp_path / "job", "--export", "gguf")
+    assert done.code == 0, done.err
+    model = PackedModel.open(tmp_path / "job" / "packed")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, 4)
+    _, tensors = read(tmp_path / "job" / "exports" / "gguf" / f"{PREFIX}model.gguf")
+    matrices = [name for name, entry in model.header.matrices.items() if entry.kind == "tower"]
+    assert len(tensors) == len(matrices) + len(tower_tensors(model))
+    for name in matrices:
+        matrix = model.matrix(name)
+        expected = formats.decode_matrix(matrix.encoded, matrix.spec).numpy()
+        assert (tensors[f"{names.get_name(name)}.weight"] == expected).all()
+    plan = exporters.find("gguf").plan(model)
+    assert {tensor.type for tensor in plan.tensors if tensor.kind == "tower"} == {"Q8_0"}

@@ -811,6 +811,27 @@ def test_lafd_by_hand() -> None:
         loss(Outputs(logits, {1: states}), teacher, torch.ones(2, 4, dtype=torch.int64), StepTotals(2, 6))
 
 
+def test_lafd_matches_what_pictures_take() -> None:
+    """By an option: the mean over words and pictures together, however the step is divided."""
+    labels = labels_for(3, 6)
+    pictures = torch.zeros(3, 6, dtype=torch.bool)
+    pictures[0, 1:4] = pictures[1, 2] = True
+    student, teacher = outputs(3, 6, 1), dataclasses.replace(outputs(3, 6, 2), pictures=pictures)
+    squares = (student.hidden_states[2] - teacher.hidden_states[2]).square().mean(-1)
+    for option in (False, True):
+        loss = make("lafd", {"layers": (2,), "pictures": option})
+        mask = losses.prediction_mask(labels) | (pictures if option else False)
+        totals = totals_of(loss, [(teacher, labels)])
+        torch.testing.assert_close(loss(student, teacher, labels, totals), squares[mask].mean())
+        parts = []
+        for rows in (slice(0, 2), slice(2, 3)):
+            halves = [each_tensor(lambda _, tensor, rows=rows: tensor[rows], side) for side in (student, teacher)]
+            halves[1].pictures = pictures[rows] if pictures[rows].any() else None
+            parts.append((*halves, labels[rows]))
+        totals = totals_of(loss, [(part[1], part[2]) for part in parts])
+        torch.testing.assert_close(sum(loss(*part, totals) for part in parts), squares[mask].mean())
+
+
 def test_lafd_chooses_by_the_samples_of_the_whole_step() -> None:
     loss = LayerAdaptiveFeatureDistillation(layers=(1, 2, 3, 4), select="batch", count=2)
     teacher, labels = outputs(4, 9, 1), torch.ones(4, 9, dtype=torch.int64)
@@ -837,6 +858,7 @@ def test_lafd_chooses_by_the_samples_of_the_whole_step() -> None:
         ("attention_cosine", {"temperature": 1.0}, "no option called 'temperature'; its options are layers"),
         ("qk_entropy", {"beta": 0}, "beta is 0"),
         ("lafd", {"layers": (1,), "count": 0}, "count is 0"),
+        ("lafd", {"pictures": 1}, "pictures is 1; it must be true or false"),
         ("lafd", {"layers": (1,), "select": "best"}, "'calibrated' or 'batch'"),
     ],
 )

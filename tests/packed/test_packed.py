@@ -471,7 +471,7 @@ def choice_apart(header: Any) -> Any:
 M, B, C = (("matrices", f"layers.0.{name}") for name in ("mixed", "blocks", "columns"))
 NORM = ("others", "norm.weight")
 LIES: dict[str, Callable[[Any], Any]] = {
-    "has version 4 of the packed format, but this program reads versions 1 to 3": put("version", 4),
+    "has version 5 of the packed format, but this program reads versions 1 to 4": put("version", 5),
     "has version 0 of the packed format": put("version", 0),
     "which is no whole number": put("version", "0"),
     "wrong at surprise": put("surprise", 1),

@@ -14,9 +14,10 @@ import torch
 import yaml
 
 import edgerazor
-from edgerazor import models
+from edgerazor import formats, models, student_plan
 from edgerazor.errors import UserError
 from edgerazor.packaging import pack_weights
+from edgerazor.packed import PackedModel
 from edgerazor.training.trainer import Trainer
 from edgerazor.workdir import WorkDir
 from helpers.places import ROOT
@@ -122,6 +123,56 @@ def test_a_packed_tower_makes_the_features_of_the_teachers(job: Path, place: Pat
     packed, teacher = edgerazor.load(WorkDir(job).folder("pack"), threads=1), models.load(place / "teacher")[0]
     expected = models.features_of(teacher, {"pixel_values": pixels}).rows
     assert torch.allclose(models.features_of(packed.pictures.model, {"pixel_values": pixels}).rows, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("towers", ["int8", "int4"])
+def test_a_tower_in_fewer_bits(towers: str, place: Path, job: Path, tmp_path: Path) -> None:
+    """Its matrices are measured, rounded, packed and counted; the student learns and is measured with its features."""
+    recipe = yaml.safe_load((place / "recipe.yaml").read_text())
+    recipe["calibrate"] |= {"towers": towers, "plan": "interleave"}
+    recipe["distill"]["steps"] = 2
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    for stage in ("calibrate", "distill", "pack", "eval"):
+        done = call(stage, "--recipe", tmp_path / "r.yaml", "--work", tmp_path / "job")
+        assert done.code in (0, 3), done.err
+    moved = result(tmp_path / "job", "calibrate")["towers"]
+    assert moved["format"] == towers
+    assert moved["pictures"] == 8
+    assert 0 < max(moved["moved"].values()) < moved["together"] * 2 < 0.2
+    folder = WorkDir(tmp_path / "job").folder("pack")
+    packed = PackedModel.open(folder)
+    assert packed.header.version == 4
+    teacher, _ = models.load(place / "teacher")
+    linears = {
+        name: module
+        for name, module in teacher.named_modules()
+        if name.startswith(("model.vision_model", "model.connector")) and isinstance(module, torch.nn.Linear)
+    }
+    assert set(moved["moved"]) == set(linears)
+    for name, module in linears.items():
+        entry, matrix = packed.header.matrices[name], packed.matrix(name)
+        assert (entry.kind, entry.formats, entry.group_size) == ("tower", (towers,), 64)
+        decoded = formats.decode_matrix(matrix.encoded, matrix.spec)
+        assert torch.equal(decoded, student_plan.rounded(module.weight, matrix.spec))
+    sizes = {one["kind"]: one for one in result(tmp_path / "job", "pack")["classes"]}
+    assert sizes["tower"]["weights"] == sum(module.weight.numel() for module in linears.values())
+    assert sizes["tower"]["nominal_bits"] == int(towers.removeprefix("int"))
+    assert sizes["tower"]["real_bits"] == pytest.approx(sizes["tower"]["nominal_bits"] + 16 / 64, abs=0.1)
+    size = result(tmp_path / "job", "pack")["bytes"]
+    assert size < 0.8 * result(job, "pack")["bytes"]
+    # What the packed model sees is what a rounded tower makes of a picture; both engines see the same.
+    pixels = training.pixel_values([next(corpus.talks("heldout", 1)).picture])
+    loaded = edgerazor.load(folder, threads=1)
+    exact = models.features_of(teacher, {"pixel_values": pixels}).rows
+    student_plan.round_towers(teacher, {name: (packed.spec(name), (0, 0)) for name in linears})
+    expected = models.features_of(teacher, {"pixel_values": pixels}).rows
+    given = models.features_of(loaded.pictures.model, {"pixel_values": pixels}).rows
+    assert torch.allclose(given, expected, atol=1e-5)
+    assert not torch.allclose(given, exact, atol=1e-3)
+    text = loaded.generate("What is in the picture?", images=[place / "picture.png"], max_tokens=4).text
+    other = edgerazor.load(folder, threads=1, engine="transformers")
+    assert other.generate("What is in the picture?", images=[place / "picture.png"], max_tokens=4).text == text
+    assert len(list((tmp_path / "job" / "pictures").iterdir())) == 4  # two sources, both towers
 
 
 def test_an_interrupted_training_goes_on(place: Path, job: Path, tmp_path: Path, monkeypatch, run: Run) -> None:

@@ -229,7 +229,7 @@ def test_the_specification_is_printed(run: Run) -> None:
     assert done.code == 0
     text = " ".join(done.out.split())
     for words in (
-        "The packed model folder, format versions 1 to 3",
+        "The packed model folder, format versions 1 to 4",
         "A quantized weight matrix [rows, cols] of the module P is stored as several tensors of dtype U8",
         "The tensor edgerazor.sha256, U8 [n, 32]",
         "one zstd frame (RFC 8878)",

@@ -150,6 +150,7 @@ class Outputs:
         averaging: what is averaged: "probabilities", or, as in EdgeQAT, "logits".
         recorded: of a teacher that was recorded, what is known of its next-token distributions at all positions that
             count, in their order; then there are no last hidden states (`[B, T, 0]`) and no logits.
+        pictures: `[B, T]` bool, positions that pictures take; None where there are none, or it is not known.
     """
 
     last_hidden_state: Tensor
@@ -160,6 +161,7 @@ class Outputs:
     others: tuple[Outputs, ...] = ()
     averaging: str = "probabilities"
     recorded: RecordedTokens | None = None
+    pictures: Tensor | None = None
     # index of each position among the cached ones, [B·T]; the cached logits, [n, V]
     _logits_cache: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
 
