@@ -126,7 +126,7 @@ class CalibrateStage(Stage):
             assert measurement.rows is not None
             initialization.write(context, plan, measurement.rows)
         result = result_of(measurement, plan, sensitivity, tensors, text)
-        result.towers = towers.measure(context, teacher)
+        result.towers = towers.measure(context, measurement.teacher)
         write_json(work.result_file(self.name), result.model_dump(mode="json"))
         return result
 
