@@ -20,7 +20,7 @@ from edgerazor import allocate, devices, models, student_plan
 from edgerazor.allocate import Plan, measures, passes_of, shortfall
 from edgerazor.calibration import experts, initialization, own_text, planning, statistics, towers
 from edgerazor.calibration import measurement as measuring
-from edgerazor.calibration.calibrate_result import CalibrateDryRun, CalibrateResult
+from edgerazor.calibration.calibrate_result import CalibrateDryRun, CalibrateResult, TowersResult
 from edgerazor.calibration.measurement import Measurement
 from edgerazor.console import is_main_process
 from edgerazor.errors import INTERRUPTED, UserError
@@ -104,13 +104,20 @@ class CalibrateStage(Stage):
             ) from None
         wrote = None
         if is_main_process():
-            wrote = self.write(measurement, plan, sensitivity, tensors, text)
+            of_towers = towers.measure(context, teacher)
+            wrote = self.write(measurement, plan, sensitivity, tensors, text, of_towers)
         result = devices.of_main_process(wrote)
         assert result is not None
         return result
 
     def write(
-        self, measurement: Measurement, plan: Plan, sensitivity: dict[str, Any], tensors: dict[str, Tensor], text: str
+        self,
+        measurement: Measurement,
+        plan: Plan,
+        sensitivity: dict[str, Any],
+        tensors: dict[str, Tensor],
+        text: str,
+        of_towers: TowersResult | None,
     ) -> CalibrateResult:
         """Write the plan, where the student begins, and the result, into the stage's folder."""
         context = measurement.context
@@ -126,7 +133,7 @@ class CalibrateStage(Stage):
             assert measurement.rows is not None
             initialization.write(context, plan, measurement.rows)
         result = result_of(measurement, plan, sensitivity, tensors, text)
-        result.towers = towers.measure(context, measurement.teacher)
+        result.towers = of_towers
         write_json(work.result_file(self.name), result.model_dump(mode="json"))
         return result
 
