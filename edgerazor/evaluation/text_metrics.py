@@ -71,7 +71,7 @@ def text_metrics(
                 of_pictures += _sums(places, torch.zeros(len(places[0]), dtype=torch.int64))
             tracker.advance()
     totals = devices.all_values((sums, of_pictures, tokens, picture_tokens))
-    sums, of_pictures, tokens, picture_tokens = map(sum, zip(*totals, strict=True))  # type: ignore[assignment, arg-type]
+    sums, of_pictures, tokens, picture_tokens = map(sum, zip(*totals, strict=True))  # type: ignore[assignment]
     mean = [_finite(value / max(tokens, 1)) for value in sums.tolist()]
     compared = teacher is not None
     return TextResult(

@@ -30,6 +30,8 @@ LOOPBACK = 1e9
 ACCELERATOR = MachineSpeed(operations=330e12, elements=4e11, calls=2e5)
 #: Bytes that CUDA, its libraries and NCCL take of an accelerator. Assumed.
 CONTEXT = 1_500_000_000
+#: Bytes that torch.distributed with gloo, and accelerate, take of a process on a CPU (recipes/results/training.md).
+JOINED = 110_000_000
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def sharded_memory(shape: TrainedShape, settings: Distill, device: torch.device,
     gathered = 4 * (parts.rest + 2 * parts.largest) + 4 * parts.largest + item * parts.largest
     gathered += item * parts.rest if has_teacher else 0
     return {
-        "program": alone.program if device.type == "cpu" else CONTEXT,
+        "program": alone.program + JOINED if device.type == "cpu" else CONTEXT,
         "weights": alone.weights // processes,
         "moments": alone.moments // processes,
         "gradients": alone.gradients // processes,

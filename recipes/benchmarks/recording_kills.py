@@ -76,16 +76,16 @@ def main() -> None:
     recorded(model, text, whole)
     duration = time.monotonic() - began
     draw, kills, runs = random.Random(0), 0, 0
-    while kills < KILLS:
+    same = True
+    while kills < KILLS and same:
         shutil.rmtree(broken, ignore_errors=True)
         runs += 1
-        while kills < KILLS and not recorded(model, text, broken, draw.uniform(0.0, 0.7 * duration)):
+        while not recorded(model, text, broken, draw.uniform(0.0, 0.7 * duration) if kills < KILLS else None):
             kills += 1
-    recorded(model, text, broken)
-    same = hashes(whole) == hashes(broken)
+        same = hashes(whole) == hashes(broken)
     print(
         f"commit {commit()}: a recording of {TOKENS:,} tokens in {len(hashes(whole))} files, {duration:.1f} s; {kills} "
-        f"processes of {runs} recordings were killed at random moments; the files of the last one are "
+        f"processes of {runs} recordings were killed at random moments; the files of these are "
         f"{'the same' if same else 'OTHERS'}, byte for byte"
     )
     shutil.rmtree(options.build)

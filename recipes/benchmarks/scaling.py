@@ -4,9 +4,8 @@
 
 The embedded teacher of `recipes/world`, or MODEL, teaches a 2-bit student of itself with FSDP2 on CPUs (gloo). Of each
 process: the peak of resident memory, and the bytes that it receives in a step, counted at the calls of PyTorch's
-collectives (`all_gather_into_tensor`, `reduce_scatter_tensor`: of ring collectives, all parts but its own). Both, and
-tokens a second, stand beside `edgerazor distill --dry-run --world-size N`. Last come the plans of models of 8 and 32
-billion weights by the same formulas, with `--plans`.
+collectives (of ring collectives, all parts but its own). Both, and tokens a second, stand beside `edgerazor distill
+--dry-run --world-size N`. With `--plans`, the plans of models of 8 and 32 billion weights by the same formulas follow.
 """
 
 from __future__ import annotations
@@ -26,23 +25,27 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from recipes.benchmarks.folders import WORLD
 from recipes.benchmarks.results import commit, markdown
 
-STEPS = 4
+STEPS = 2
 SETTINGS = {"batch_size": 1, "precision": "float32", "evaluate_sequences": 2, "steps": STEPS, "evaluate_every": STEPS}
 
 #: Counts what a process receives, and writes it down beside its peak of memory.
 COUNTING = """
 import atexit, json, os, resource, sys, time
+import torch
 import torch.distributed as distributed
 from edgerazor.training import Trainer
-counted, steps = [0], []
-def counting(name, received):
+NAMES, counted, steps = ("all_gather_into_tensor", "reduce_scatter_tensor"), [0], []
+def counting(name):
     plain = getattr(distributed, name)
-    def call(output, source, *arguments, **options):
-        counted[0] += received(output, source)
-        return plain(output, source, *arguments, **options)
+    def call(*arguments, **options):
+        # a whole tensor and this process's part of it, in one order or the other
+        sizes = [value.nbytes for value in (*arguments, *options.values()) if isinstance(value, torch.Tensor)]
+        counted[0] += max(sizes) - min(sizes)
+        return plain(*arguments, **options)
     setattr(distributed, name, call)
-counting("all_gather_into_tensor", lambda output, source: output.nbytes - source.nbytes)
-counting("reduce_scatter_tensor", lambda output, source: source.nbytes - output.nbytes)
+new = hasattr(distributed, "all_gather_single")  # since torch 2.13
+for name in ("all_gather_single", "reduce_scatter_single") if new else NAMES:
+    counting(name)
 step = Trainer.step
 def timed(trainer, batches):
     before, began = counted[0], time.monotonic()
