@@ -207,13 +207,29 @@ def recipe_to_keep(stage: Stage, context: JobContext) -> Recipe:
 # --- dry runs ----------------------------------------------------------------------------------
 
 
-def dry_run(name: str, recipe: Recipe, work: WorkDir, console: Console, force: bool = False) -> BaseModel:
+def dry_run(
+    name: str,
+    recipe: Recipe,
+    work: WorkDir,
+    console: Console,
+    force: bool = False,
+    machines: devices.Machines | None = None,
+) -> BaseModel:
     """What a stage would do and cost; the working directory stays as it is.
+
+    Args:
+        name: of the stage.
+        recipe: of the whole job.
+        work: the job's folder.
+        console: where to talk.
+        force: as of `run`.
+        machines: that are planned for; None: those that are here.
 
     Raises:
         UserError: the stage would be refused.
     """
     stage, unresolved = STAGES[name], JobContext(recipe, work, console)
+    unresolved.machines = machines
     work.claim()
     work.find()
     context, _ = resolve(stage, unresolved, force)

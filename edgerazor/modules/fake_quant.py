@@ -15,7 +15,8 @@ an optimizer step: weights change only behind it, so each matrix is rounded once
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -354,13 +355,16 @@ def fake_quant_weights(model: nn.Module) -> dict[str, FakeQuantWeight]:
 
 
 @contextlib.contextmanager
-def encoded_once(model: nn.Module, keep: bool = True) -> Iterator[dict[str, str]]:
+def encoded_once(
+    model: nn.Module, keep: bool = True, whole: Callable[[nn.Module], AbstractContextManager[None]] | None = None
+) -> Iterator[dict[str, str]]:
     """Encode every matrix once for all forward passes inside the block.
 
     Args:
         model: with fake-quantized modules.
         keep: keep all decoded weights, in float32; else each pass encodes again, to the same codes, and the digests are
             what this is for.
+        whole: of a model that is sharded: gives a matrix's module its whole weight inside a block.
 
     Yields:
         module path -> digest of the codes and scales that these passes use.
@@ -370,7 +374,8 @@ def encoded_once(model: nn.Module, keep: bool = True) -> Iterator[dict[str, str]
     everywhere = _fake_quant_modules(model)
     try:
         for module in matrices.values():
-            module.encode_once(keep)
+            with whole(module) if whole else contextlib.nullcontext():
+                module.encode_once(keep)
         for module in everywhere:
             module.decoded_cache = by_weight[id(module.weight)].decoded_cache
         yield {name: module.digest for name, module in matrices.items()}

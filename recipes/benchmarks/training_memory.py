@@ -68,9 +68,9 @@ def compare(model: str, settings: dict[str, object], folder: Path, length: int =
     edgerazor = [sys.executable, "-m", "edgerazor"]
     common = ["--recipe", str(recipe), "--work", str(folder / "work"), "--quiet"]
     subprocess.run([*edgerazor, "calibrate", *common], check=True, stdout=subprocess.DEVNULL)
+    measured = peak([*edgerazor, "distill", *common, "--force"])
     said = subprocess.run([*edgerazor, "distill", *common, "--dry-run", "--json"], check=True, capture_output=True)
     estimated = json.loads(said.stdout)["memory_bytes"]
-    measured = peak([*edgerazor, "distill", *common])
     words = ", ".join(f"{name} {value}" for name, value in settings.items())
     error = f"{100 * (estimated / measured - 1):+.1f} %"
     return [
@@ -96,9 +96,8 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 rows.append(compare(model, CASES[case], Path(folder)))
     if options.frugal:
-        model = wide(Place(BUILD / "training-memory"), "Qwen3-0.6B")
-        with tempfile.TemporaryDirectory() as folder:
-            rows.append(compare(str(model), FRUGAL, Path(folder), length=1024))
+        build = BUILD / "training-memory"
+        rows.append(compare(str(wide(Place(build), "Qwen3-0.6B")), FRUGAL, build, length=1024))
     print(markdown(["model", "settings", "estimated, GB", "peak, GB", "error"], rows))
 
 

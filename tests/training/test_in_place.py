@@ -119,7 +119,13 @@ def test_memory_gives_up_what_costs_least_first() -> None:
     assert fitted.batch_size == 4
     with pytest.raises(UserError, match=r"may take 0\.00 MB") as refused:
         memory_choice.fit(settings, CPU, lambda _: 101, Console(quiet=True))
-    assert "--optimizer adafactor" in str(refused.value.hint)
+    assert "Even with --optimizer adafactor --batch-size 1 --accumulation 1 and a recording" in str(refused.value.hint)
+    with pytest.raises(UserError) as fitting:
+        memory_choice.fit(settings, CPU, lambda one: 90 if one.recording else 101, Console(quiet=True))
+    assert str(fitting.value.hint) == (
+        "It fits with a recording of the teacher (`edgerazor record`) (0.00 MB) or "
+        "--optimizer adafactor --batch-size 1 --accumulation 1 and a recording (0.00 MB)."
+    )
 
 
 def test_a_training_in_place_goes_on_from_its_checkpoint(
@@ -144,4 +150,4 @@ def test_a_limit_of_memory_is_kept_or_refused(run: Run, llama: Path, text_file: 
     assert refused.code == 1
     assert "Traceback" not in refused.err
     assert "and may take 1.00 MB." in refused.err
-    assert "edgerazor record" in refused.err
+    assert "and a recording it takes" in refused.err
