@@ -2,10 +2,10 @@
 
     python -m recipes.benchmarks.families [--models NAME,NAME] [--results none]
 
-Each family, tied and untied, has two to six layers, heads as wide as those of its published models, and the tokenizer of
-the embedded teacher. It is packed twice, to int4: with 16-bit activations, keys and values, where the engines may differ
-by the order of sums alone, and with 8 bits, where a number between two codes may go either way. Both engines get the same
-held-out tokens.
+Each family, tied and untied, has two to six layers, heads as wide as those of its published models, and the tokenizer
+of the embedded teacher. It is packed twice, to int4: with 16-bit activations, keys and values, where the engines may
+differ by the order of sums alone, and with 8 bits, where a number between two codes may go either way. Both engines get
+the same held-out tokens.
 
     logits       distance of the logits in units of their length, 16 bits; bound 1e-4
     KL           mean, in nats; bounds 1e-9 at 16 bits (the distance squared and no more), 1e-3 at 8 bits
@@ -45,7 +45,8 @@ PAGE = RESULTS / "mixers.md"
 ROW, ROWS, GREEDY = 96, 2, 32
 PIECES = ((0, 1), (1, 34), (34, 35), (35, 80), (80, 96))
 BOUNDS = {"logits": 1e-4, "kl": 1e-9, "kl_8": 1e-3, "pieces": 1e-5, "one_by_one": 1e-5, "prefix": 1e-4, "rewound": 1e-5}
-#: Heads of Gemma are 256 wide, of LFM 64 or 128, of Qwen 3.5 256 with states of 128 x 128, of Granite 4 64 with 32 x 128.
+#: Heads of Gemma are 256 wide, of LFM 64 or 128, of Qwen 3.5 256 with states of 128 x 128, of Granite 4 64 with states
+#: of 32 x 128.
 WIDE: Values = {"head_dim": 256, "num_key_value_heads": 1}
 BROAD: Values = {"head_dim": 128}
 SLIDING = ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"]
@@ -76,7 +77,7 @@ FAMILIES: dict[str, tuple[str, Values]] = {
     "lfm3": ("lfm3", LFM3),
     "qwen3.5": ("qwen3_5_text", DELTA),
     "granitemoe": interop.FAMILIES["granitemoe"],
-    "olmoe": ("olmoe", {**interop.FAMILIES["olmoe"][1], "hidden_size": 512}),
+    "olmoe": ("olmoe", {**interop.FAMILIES["olmoe"][1], "hidden_size": 512, **BROAD}),
     "qwen3-moe": interop.FAMILIES["qwen3-moe"],
     "lfm2-moe": interop.FAMILIES["lfm2-moe"],
 }
@@ -84,7 +85,7 @@ FAMILIES: dict[str, tuple[str, Values]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """What was found of a model; distances as in the table, and how many of its greedy tokens are those of the other."""
+    """What was found of a model; distances as in the table, and how many of its greedy tokens are the other's."""
 
     logits: float
     kl: float
