@@ -326,6 +326,8 @@ def write_random(folder: Path, kind: str, special: Values, tokenizer: Path) -> N
         parameter.add_(torch.randn_like(parameter) * (0.05 if parameter.ndim > 1 else 0.3))
         if name.endswith(ROUTERS):  # spread, so that the last chosen expert of a token weighs little
             parameter.mul_(4)
+        if kind == "gemma4_text" and name.endswith(("q_norm.weight", "k_norm.weight")):
+            parameter.mul_(parameter.shape[0] ** -0.25)  # it divides scores by nothing else
     for name, buffer in model.named_buffers():
         if name.endswith("expert_bias"):
             buffer.add_(torch.randn_like(buffer) * 0.1)

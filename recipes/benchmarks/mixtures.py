@@ -1,7 +1,7 @@
 """A mixture of experts through the whole chain: 8 of 64 experts in two layers of a random OLMoE.
 
     python -m recipes.benchmarks.mixtures [--hidden N] [--steps N] [--results none]
-    python -m recipes.benchmarks.mixtures --touched    bytes a token touches, at OLMoE-1B-7B's shapes; 5 GB of memory
+    python -m recipes.benchmarks.mixtures --touched      which bytes a token touches, at OLMoE-1B-7B's shapes; 5 GB
 
 The random teacher, whose routers are spread and one of whose experts is never chosen, has the tokenizer of the embedded
 one and is calibrated, distilled, packed, written as GGUF and benchmarked by the commands that everybody uses. What came
