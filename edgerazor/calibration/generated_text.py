@@ -190,8 +190,8 @@ class Writer:
     ) -> list[Answer]:
         """As `draw`; prompts with pictures one after the other."""
         places = [place for place, prompt in enumerate(prompts) if isinstance(prompt, list)]
-        of_text = self.draw([prompt for prompt in prompts if isinstance(prompt, list)], key, stops) if places else []
-        answers = dict(zip(places, of_text, strict=True))
+        texts = self.draw([prompt for prompt in prompts if isinstance(prompt, list)], key, stops) if places else []
+        answers = dict(zip(places, texts, strict=True))
         for place, prompt in enumerate(prompts):
             if not isinstance(prompt, list):
                 ids, ends = prompt.ids.tolist(), self._text_ends() | stops
