@@ -50,7 +50,7 @@ def run(name: str, recipe: Recipe, work: WorkDir, console: Console, force: bool 
         UserError: it cannot be done as asked; then nothing has changed, unless it failed on the way.
     """
     stage, unresolved = STAGES[name], JobContext(recipe, work, console)
-    if not (stage.on_all_processes or is_main_process()):
+    if not (is_main_process() or (stage.on_all_processes and devices.process_count() > 1)):
         return None
     _ = unresolved.teacher_fingerprint  # a model that is not there is refused before a folder is made
     with work.lock() if is_main_process() else nullcontext():

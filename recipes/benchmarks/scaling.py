@@ -96,8 +96,8 @@ def measured(folder: Path, recipe: Path, work: Path, processes: int) -> dict[str
     environment = {**os.environ, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "OMP_NUM_THREADS": "1"}
     words = ["distill", "--recipe", str(recipe), "--work", str(work), "--quiet"]
     subprocess.run([*torchrun, str(script), *words], check=True, env=environment, stdout=subprocess.DEVNULL)
-    found = [json.loads(Path(f"{script}.{rank}").read_text()) for rank in range(processes)]
-    return max(found, key=lambda one: float(one["peak"]))
+    by_rank = [json.loads(Path(f"{script}.{rank}").read_text()) for rank in range(processes)]
+    return max(by_rank, key=lambda one: float(one["peak"]))
 
 
 def compare(model: Path, processes: int) -> list[str]:
