@@ -59,6 +59,7 @@ FAMILY = Family(
     gguf=GgufArchitecture(
         "olmoe",
         interleaved_rope=False,
+        head="always",
         configure=_configure,
         qk_norms=True,
         experts=True,

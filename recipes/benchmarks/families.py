@@ -125,7 +125,7 @@ def measure(build: Path, name: str, folder: Path, ids: Tensor) -> Row:
     """Both engines on the same tokens [ROWS, ROW]."""
     place = packed(build, name, folder, 16)
     ours, theirs = (runtime.load(place, threads=1, engine=engine) for engine in ("native", "transformers"))
-    found, expected = ours.logits(ids), theirs.logits(ids)
+    computed, expected = ours.logits(ids), theirs.logits(ids)
     row = ids[0].tolist()
     texts = []
     for model in (ours, theirs):
@@ -133,8 +133,8 @@ def measure(build: Path, name: str, folder: Path, ids: Tensor) -> Row:
         session.feed(row[:16])
         texts.append(session.greedy(GREEDY))
     pieces, single, ahead = ours.session(), ours.session(), ours.session()
-    of_pieces = max(distance(pieces.feed(row[start:end]), found[0, end - 1]) for start, end in PIECES)
-    one_by_one = max(distance(single.feed([token]), found[0, place]) for place, token in enumerate(row))
+    of_pieces = max(distance(pieces.feed(row[start:end]), computed[0, end - 1]) for start, end in PIECES)
+    one_by_one = max(distance(single.feed([token]), computed[0, place]) for place, token in enumerate(row))
     ahead.feed(row[:60])
     ahead.greedy(10)
     rewound = []
@@ -148,8 +148,8 @@ def measure(build: Path, name: str, folder: Path, ids: Tensor) -> Row:
     eight = packed(build, name, folder, 8)
     of_eight = [runtime.load(eight, threads=1, engine=engine).logits(ids) for engine in ("native", "transformers")]
     return Row(
-        logits=distance(found, expected),
-        kl=divergence(found, expected),
+        logits=distance(computed, expected),
+        kl=divergence(computed, expected),
         kl_8=divergence(*of_eight),
         greedy=interop.common(*texts),
         pieces=of_pieces,

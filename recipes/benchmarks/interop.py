@@ -182,7 +182,7 @@ MIXTURES = {name for name, (_, special) in FAMILIES.items() if "num_experts_per_
 #: Ends of the names of matrices that choose experts.
 ROUTERS = ("gate.weight", "router.weight")
 #: Families that llama.cpp computes only with the embedding as their head, or only with a head of their own.
-TIED, UNTIED = ("gemma", "gemma2"), ("olmo2", "olmo3")
+TIED, UNTIED = ("gemma", "gemma2"), ("olmo2", "olmo3", "olmoe")
 
 
 @dataclass(frozen=True)
