@@ -124,10 +124,28 @@ results-budget: install $(WORLD)/distill.txt
 results-recording: install
 	$(BIN)/python -m recipes.benchmarks.recording --real-data $(REAL_DATA)
 
-# Every figure of recipes/results/training.md: what recordings are worth, one of which serves three budgets, then a
-# teacher of 4 GB that teaches inside 3 GB of address space, which prints its figures; 5 GB of disk.
+# Every figure of recipes/results/training.md, part by part: what recordings are worth, one of which serves three budgets
+# (hours; it goes on where it was stopped), kills, memory, processes, a teacher of 4 GB inside 3 GB of address space, and
+# speed, which wants the machine for itself. A part that is done is in build/results-training; remove it to do it again.
 .PHONY: results-training
-results-training: results-recording results-training-speed
+TRAINING_PARTS := recording recording-kills memory processes streaming training-speed
+results-training: $(TRAINING_PARTS:%=build/results-training/%.txt)
+
+build/results-training/%.txt:
+	mkdir -p build/results-training
+	$(MAKE) results-$* > $@.new && mv $@.new $@ && cat $@
+
+.PHONY: results-recording-kills results-processes results-streaming
+results-recording-kills: install
+	$(BIN)/python -m recipes.benchmarks.recording_kills --real-data $(REAL_DATA)
+
+# Trainings on 2 and 4 processes that come to what one does, also after one was killed, and what they take beside the plan.
+results-processes: install $(KERNELS) $(WORLD)/distill.txt
+	$(BIN)/python -m pytest -q tests/training/test_sharding.py tests/stages/test_processes.py --durations 5
+	$(BIN)/python -m recipes.benchmarks.scaling --plans
+
+# 5 GB of disk.
+results-streaming: install
 	$(BIN)/python -m recipes.benchmarks.streaming
 
 # Distillation beside transformers' own fine-tuning, and where a step's time goes; alone on the machine. MODEL='FOLDER'.
@@ -140,7 +158,7 @@ results-training-speed: install
 # What dry runs say of a training's memory beside the peak of the process; for `make real-models`, or MODELS='FOLDER ...'.
 .PHONY: results-memory
 results-memory: install
-	$(BIN)/python -m recipes.benchmarks.training_memory $(or $(MODELS),build/real-models/smollm2-135m)
+	$(BIN)/python -m recipes.benchmarks.training_memory $(or $(MODELS),build/real-models/smollm2-135m) --frugal
 
 # Layers with states, other norms and activations, and mixtures of experts beside plain ones: recipes/results/mixers.md;
 # alone on the machine.
@@ -239,7 +257,7 @@ LLAMACPP_OPTIONS := -DCMAKE_BUILD_TYPE=Release -DLLAMA_BUILD_TOOLS=ON -DLLAMA_BU
 	-DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF \
 	'-DCMAKE_C_FLAGS=$(LLAMACPP_FLAGS)' '-DCMAKE_CXX_FLAGS=$(LLAMACPP_FLAGS)' \
 	-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON '-DCMAKE_INSTALL_RPATH=$$ORIGIN'
-LLAMACPP_TOOLS := llama-quantize llama-imatrix llama-bench llama-perplexity llama-completion llama-tokenize llama-server
+LLAMACPP_TOOLS := llama-quantize llama-imatrix llama-bench llama-perplexity llama-completion llama-tokenize llama-server llama-mtmd-cli
 LLAMACPP_AVX2 := -DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_AVX512=OFF
 
 # Its programs in FOLDER/tools: $(call build-llamacpp,FOLDER,OPTIONS,PROGRAMS), with cmake and ninja of $(LLAMACPP)/bin.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -13,6 +15,16 @@ from edgerazor.console import launched
 from edgerazor.errors import UserError, usage_error
 
 _T = TypeVar("_T")
+#: What `accelerate launch` puts into the environment of a configuration for DeepSpeed.
+USE_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
+
+
+class Machines(NamedTuple):
+    """Processes of a training that is planned: how many, and bytes of memory of the GPU of each; None: they share this
+    machine."""
+
+    world_size: int
+    gpu_memory: int | None
 
 
 def choose(name: str, threads: int | None) -> torch.device:
@@ -92,8 +104,24 @@ def process_count() -> int:
     return launched("WORLD_SIZE", 1)
 
 
+def process_index() -> int:
+    """The number of this process among them, from 0."""
+    return launched("RANK", 0)
+
+
 def join_processes(device: torch.device) -> None:
-    """Meet the other processes of a launcher, if there are any; they may wait for each other for hours."""
+    """Meet the other processes of a launcher, if there are any; they may wait for each other for hours.
+
+    Raises:
+        UserError: the launcher asks for DeepSpeed.
+    """
+    if os.environ.get(USE_DEEPSPEED, "false").lower() == "true":
+        installed = importlib.util.find_spec("deepspeed") is not None
+        reason = "has an engine of its own, which nothing here computes with" if installed else "is not installed"
+        raise usage_error(
+            f"The launcher asks for DeepSpeed, which {reason}.",
+            "Launch with recipes/launch/fsdp2.yaml: FSDP2 spreads weights, gradients and moments as ZeRO-3 does.",
+        )
     if process_count() > 1:
         from accelerate import PartialState  # only training needs it
 
@@ -106,6 +134,21 @@ def wait_for_everyone() -> None:
         from accelerate import PartialState  # only training needs it
 
         PartialState().wait_for_everyone()
+
+
+def share_of(items: Sequence[_T]) -> Sequence[_T]:
+    """The part of some items that this process does: each has a run of them, in the order of the processes."""
+    count, index = process_count(), process_index()
+    return items[len(items) * index // count : len(items) * (index + 1) // count]
+
+
+def all_values(value: _T) -> list[_T]:
+    """The values that all processes give, in their order, on each of them; all have to have joined, and to ask."""
+    if process_count() == 1:
+        return [value]
+    from accelerate.utils import gather_object  # only training needs it
+
+    return list(gather_object([value]))
 
 
 def of_main_process(value: _T) -> _T:

@@ -310,6 +310,8 @@ class JobContext(RecipeContext):
         self.work, self.fresh = work, fresh
         #: Section -> field -> value of the settings that the budget chose.
         self.chosen: dict[str, dict[str, Any]] = {}
+        #: The machines that a dry run plans for; None: those that are here.
+        self.machines: devices.Machines | None = None
 
     def resolved(self, recipe: Recipe, chosen: dict[str, dict[str, Any]]) -> JobContext:
         """This job with the settings that its budget chose in the recipe; what was resolved is shared."""

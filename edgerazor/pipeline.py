@@ -4,15 +4,15 @@ Redoing a stage that costs minutes is nothing to ask about. Training is: whateve
 with its checkpoint under other settings, is refused with the two values unless `--force` is given. What is refused
 is refused before anything is written.
 
-Where a launcher (torchrun, accelerate launch) started several processes, all of them train; the other stages are the
-main process's alone.
+Where a launcher (torchrun, accelerate launch) started several processes, all of them calibrate, train and evaluate; the
+other stages are the main process's alone.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from pydantic import BaseModel, ValidationError
 
@@ -50,7 +50,7 @@ def run(name: str, recipe: Recipe, work: WorkDir, console: Console, force: bool 
         UserError: it cannot be done as asked; then nothing has changed, unless it failed on the way.
     """
     stage, unresolved = STAGES[name], JobContext(recipe, work, console)
-    if not (stage.on_all_processes or is_main_process()):
+    if not (is_main_process() or (stage.on_all_processes and devices.process_count() > 1)):
         return None
     _ = unresolved.teacher_fingerprint  # a model that is not there is refused before a folder is made
     with work.lock() if is_main_process() else nullcontext():
@@ -59,6 +59,9 @@ def run(name: str, recipe: Recipe, work: WorkDir, console: Console, force: bool 
             work.recover()
         context, choice = resolve(stage, unresolved, force)
         refuse(stage, context, force)
+        if stage.on_all_processes:
+            devices.join_processes(context.device)
+            devices.wait_for_everyone()  # all of them have looked at what is there
         if is_main_process():
             work.write_recipe(recipes.dump(recipe_to_keep(stage, unresolved)))
             if choice is not None:
@@ -127,21 +130,20 @@ def needed_by(stage: Stage, context: JobContext) -> Iterator[Stage]:
 
 
 def run_before(stage: Stage, needed: Stage, context: JobContext) -> None:
-    """Run a stage that another one needs, on the main process; other processes that will take part wait for it."""
-    if not stage.on_all_processes:
+    """Run a stage that another one needs, on the processes that it takes; the others that take part wait for it."""
+    if is_main_process() or needed.on_all_processes:
         run_one(needed, context, force=False)
-        return
-    if devices.process_count() > 1:
-        devices.join_processes(context.device)
-    if is_main_process():
-        run_one(needed, context, force=False)
-    devices.wait_for_everyone()
+    if stage.on_all_processes:
+        devices.wait_for_everyone()
 
 
 def run_one(stage: Stage, context: JobContext, force: bool) -> BaseModel:
-    """One stage, unless it is up to date."""
+    """One stage, unless it is up to date, on all processes that take part in it."""
     inputs, work, console = stage.inputs(context), context.work, context.console
-    if not force and (finished := earlier_result(stage, inputs, work)):
+    finished = None if force else earlier_result(stage, inputs, work)
+    if stage.on_all_processes:
+        finished = devices.of_main_process(finished)
+    if finished:
         console.say(f"{stage.name} is up to date, skipping (--force to redo)")
         return finished
     if work.has_damaged_manifest(stage.name):
@@ -150,12 +152,26 @@ def run_one(stage: Stage, context: JobContext, force: bool) -> BaseModel:
     console.say(f"{stage.name}: {stage.describe(context)}")
     if not force:
         stage.check_continuation(context, inputs)
-    with new_folder(stage, work, force) as place:
+    with common_folder(stage, work, force) as place:
         result = stage.run(context.at(place, fresh=force))
         if is_main_process():
             section = getattr(context.recipe, stage.name).model_dump(mode="json")
             place.finish(stage.name, inputs, section, result, time.monotonic() - began)
+    if stage.on_all_processes:
+        devices.wait_for_everyone()
     return result
+
+
+@contextmanager
+def common_folder(stage: Stage, work: WorkDir, force: bool) -> Iterator[WorkDir]:
+    """`new_folder` of the main process, for all processes that take part."""
+    if stage.manages_folder or not stage.on_all_processes or devices.process_count() == 1:
+        with new_folder(stage, work, force) as place:
+            yield place
+        return
+    with new_folder(stage, work, force) if is_main_process() else nullcontext(work) as place:
+        folder = devices.of_main_process(place.folder(stage.name))
+        yield WorkDir(work.path, {stage.name: folder})
 
 
 def new_folder(stage: Stage, work: WorkDir, force: bool) -> AbstractContextManager[WorkDir]:
@@ -191,13 +207,29 @@ def recipe_to_keep(stage: Stage, context: JobContext) -> Recipe:
 # --- dry runs ----------------------------------------------------------------------------------
 
 
-def dry_run(name: str, recipe: Recipe, work: WorkDir, console: Console, force: bool = False) -> BaseModel:
+def dry_run(
+    name: str,
+    recipe: Recipe,
+    work: WorkDir,
+    console: Console,
+    force: bool = False,
+    machines: devices.Machines | None = None,
+) -> BaseModel:
     """What a stage would do and cost; the working directory stays as it is.
+
+    Args:
+        name: of the stage.
+        recipe: of the whole job.
+        work: the job's folder.
+        console: where to talk.
+        force: as of `run`.
+        machines: that are planned for; None: those that are here.
 
     Raises:
         UserError: the stage would be refused.
     """
     stage, unresolved = STAGES[name], JobContext(recipe, work, console)
+    unresolved.machines = machines
     work.claim()
     work.find()
     context, _ = resolve(stage, unresolved, force)

@@ -32,6 +32,10 @@ from edgerazor.untrusted.tokenizer import reading
 Prompt = str | Conversation | None
 #: Share of the model's context that a prompt leaves for the answer, at least.
 ROOM = 4
+#: With the number of a batch, what decides how its own questions are drawn; turns of conversations count from 0.
+OWN_QUESTIONS = 1 << 16
+#: Temperature of answers to its own questions, relative to that of the questions.
+ANSWER_TEMPERATURE = 0.7
 
 
 @dataclass
@@ -115,6 +119,35 @@ class Writer:
         rows |= {place: talk.row() for place, talk in talks.items()}
         return [rows[place] for place in range(len(prompts))]
 
+    def ask_and_answer(self, conversations: int, number: int) -> list[Row]:
+        """So many conversations of one question and one answer, both of the teacher's own, as a batch of this number.
+
+        From what its template writes before a user's words, a model that was tuned to answer goes on with a question
+        (Magpie, Xu et al., arXiv 2406.08464). Answers are drawn at a lower temperature than questions, as people let a
+        model answer. Where it comes to no end, or there is no template, there is no row.
+        """
+        opening = data.question_opening(self.tokenizer)
+        if opening is None:
+            return [Row(None, 0)] * conversations
+        shortest = Conversation(({"role": "user", "content": "yes"},), options=self.options)
+        begin = list(self.tokenizer(opening, add_special_tokens=False, verbose=False)["input_ids"])
+        ends = data.turn_ends(shortest, self.tokenizer)
+        questions = self.draw([begin] * conversations, (number, OWN_QUESTIONS), ends)
+        texts = [self.tokenizer.decode(question.ids, skip_special_tokens=True).strip() for question in questions]
+        talks = {
+            place: Talk(Conversation(({"role": "user", "content": text},), options=self.options))
+            for place, (question, text) in enumerate(zip(questions, texts, strict=True))
+            if question.finished and text
+        }
+        cooler = self.sampling.model_copy(update={"temperature": self.sampling.temperature * ANSWER_TEMPERATURE})
+        replace(self, sampling=cooler)._converse(list(talks.values()), number)
+        answered = {place: talk.row() for place, talk in talks.items()}
+        return [
+            Row(row.record, len(question.ids) + row.tokens)
+            for place, question in enumerate(questions)
+            for row in [answered.get(place, Row(None, 0))]
+        ]
+
     def _begin(self, text: str | None) -> list[int]:
         """The tokens that a text begins with."""
         if text is None:
@@ -157,8 +190,8 @@ class Writer:
     ) -> list[Answer]:
         """As `draw`; prompts with pictures one after the other."""
         places = [place for place, prompt in enumerate(prompts) if isinstance(prompt, list)]
-        drawn = self.draw([prompt for prompt in prompts if isinstance(prompt, list)], key, stops) if places else []
-        answers = dict(zip(places, drawn, strict=True))
+        texts = self.draw([prompt for prompt in prompts if isinstance(prompt, list)], key, stops) if places else []
+        answers = dict(zip(places, texts, strict=True))
         for place, prompt in enumerate(prompts):
             if not isinstance(prompt, list):
                 ids, ends = prompt.ids.tolist(), self._text_ends() | stops

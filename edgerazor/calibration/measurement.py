@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -45,7 +47,7 @@ class Measurement:
         return self.context.recipe.calibrate
 
     def batches(self, sequences: int | None = None) -> Batches:
-        """Some sequences of the text, by default all that calibration reads."""
+        """Some sequences of the text, by default all that calibration reads, on all processes together."""
         assert self.rows is not None
         count = sequences or self.settings.sequences
         batches = data.sample_batches(self.rows, count, self.settings.batch_size)
@@ -59,7 +61,7 @@ class Measurement:
         return sequences_of(tokens, self.length)
 
     def layerwise_pass(
-        self, name: str, batches: Batches, change: models.WeightTransform | None = None
+        self, name: str, batches: Sequence[tuple[Tensor, Tensor]], change: models.WeightTransform | None = None
     ) -> models.LayerwisePass:
         """A pass of batches through the teacher, which goes on where one of the same name was killed.
 
@@ -73,13 +75,19 @@ class Measurement:
             model,
             self.teacher.structure,
             batches,
-            context.work.progress("calibrate", name),
+            self.progress(name),
             devices.gradient_dtype(model.dtype, context.device),
             context.device,
             f"{context.teacher_fingerprint} {name}",
             context.console,
             change,
         )
+
+    def progress(self, name: str) -> Path:
+        """The folder of what this process computes in parts."""
+        count = devices.process_count()
+        own = name if count == 1 else f"{name}-{devices.process_index() + 1}-of-{count}"
+        return self.context.work.progress("calibrate", own)
 
     @functools.cached_property
     def analysis(self) -> SensitivityAnalysis:
@@ -90,7 +98,7 @@ class Measurement:
         batches = self.batches(min(most, len(self.rows) or most))
 
         def layerwise_pass(name: str, change: models.WeightTransform | None) -> models.LayerwisePass:
-            return self.layerwise_pass(f"sensitivity/{name}", batches, change)
+            return self.layerwise_pass(f"sensitivity/{name}", devices.share_of(batches), change)
 
         return SensitivityAnalysis(
             model=self.teacher.model,
@@ -113,7 +121,7 @@ class Measurement:
 def measure(measurement: Measurement) -> dict[str, Tensor]:
     """Everything in the file of statistics, by the names it has there."""
     settings, batches = measurement.settings, measurement.batches()
-    tensors = observe(measurement.layerwise_pass("walk", batches), settings)
+    tensors = observe(measurement.layerwise_pass("walk", devices.share_of(batches)), settings)
     if measures(settings):
         analysis = measurement.analysis
         for estimate in estimates_of(settings):
@@ -127,15 +135,24 @@ def measure(measurement: Measurement) -> dict[str, Tensor]:
     return tensors
 
 
+def pass_forward(layerwise: models.LayerwisePass, observers: Sequence[models.Observer], title: str) -> None:
+    """A pass whose observers have seen the batches of all processes then."""
+    layerwise.forward(*observers, keep_inputs=False, title=title)
+    if devices.process_count() > 1:
+        for observer in observers:
+            observer.restore(observer.combined(devices.all_values(observer.state())))
+
+
 def observe(layerwise: models.LayerwisePass, settings: Calibrate) -> dict[str, Tensor]:
-    """Second moments of linear inputs, metrics of layers, and stored scales of inputs, as the file names them."""
+    """Second moments of linear inputs, metrics of layers, and stored scales of inputs, as the file names them; of the
+    batches of all processes, each of which has a pass of its own."""
     structure = layerwise.structure
     moments = observers.SecondMoments(settings.rotation)
     metrics = observers.LayerMetrics(structure.layer_count, layerwise.final)
     ranges = observers.InputRanges(structure.head_path, settings.rotation)
     scales = student_plan.input_scale_names(settings, layerwise.model, structure)
-    layerwise.forward(moments, metrics, *([ranges] if scales else []), keep_inputs=False, title="calibrate")
-    tokens = sum(int(counts.sum()) for _, counts in layerwise.batches)
+    pass_forward(layerwise, [moments, metrics, *([ranges] if scales else [])], "calibrate")
+    tokens = sum(devices.all_values(sum(int(counts.sum()) for _, counts in layerwise.batches)))
     means = moments.means(tokens)
     tensors = {
         f"input_second_moment/{target.name}": means.get(target.name, torch.zeros(target.columns))
@@ -160,6 +177,6 @@ def importance_thresholds(measurement: Measurement, batches: Batches) -> Tensor:
     attention.attach_important_tokens(model, tokens)
     attention.quantize_attention(model, 16)
     importance = observers.Importance(tokens)
-    layerwise = measurement.layerwise_pass("importance", batches)
-    layerwise.forward(importance, keep_inputs=False, title="importance of tokens")
+    layerwise = measurement.layerwise_pass("importance", devices.share_of(batches))
+    pass_forward(layerwise, [importance], "importance of tokens")
     return importance.thresholds(attention.UNIMPORTANT_SHARE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -142,6 +142,9 @@ class Importance(Observer):
 
     def state(self) -> dict[str, Tensor]:
         return {str(index): torch.cat(values) for index, values in self.seen.items()}
+
+    def combined(self, states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: torch.cat([state[name] for state in states if name in state]) for name in states[0]}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         self.seen = {int(index): [values] for index, values in state.items()}

@@ -7,12 +7,13 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from pydantic import BaseModel
 
-from edgerazor import devices, untrusted
+from edgerazor import data, devices, untrusted
 from edgerazor.calibration.generated_text import Writer, written_with
 from edgerazor.console import duration
 from edgerazor.errors import UserError
@@ -22,6 +23,11 @@ from edgerazor.runtime.native_model import NativeModel
 from edgerazor.training import MachineSpeed, cost_of, writing_seconds
 from edgerazor.training.budget_defaults import FEWEST_WRITTEN, WRITING_SHARE
 from edgerazor.workdir import digest_json, versions, write_json, write_text
+
+#: Most tokens of a question or an answer of its own; what is longer is not taken.
+ANSWER_TOKENS = 512
+#: Share of a batch of conversations that has to come to an end, for there to be more of them.
+LEAST_ANSWERED = 0.25
 
 #: Opens the native engine's version of a teacher; it gives None where transformers computes the teacher.
 OpenNative = Callable[[LoadedModel, JobContext], AbstractContextManager[NativeModel | None]]
@@ -34,17 +40,21 @@ class Progress(BaseModel):
         asked: digest of what decides it.
         lines: of the JSON lines file.
         batches: that were written.
-        tokens: that were written.
+        tokens: that were written, without what came to nothing.
+        talked: those of them that are in conversations.
         seconds: that it took.
         finished: whether it is all.
+        converses: whether enough of its latest conversations came to an end for there to be more.
     """
 
     asked: str
     lines: list[str] = []
     batches: int = 0
     tokens: int = 0
+    talked: int = 0
     seconds: float = 0.0
     finished: bool = False
+    converses: bool = True
 
 
 def provide(context: JobContext, length: int, open_native: OpenNative) -> None:
@@ -85,7 +95,8 @@ def write(context: JobContext, writer: Writer, length: int, progress: Progress) 
     """Let the teacher write about `data.generated_tokens` tokens, in documents of at most `length`.
 
     Plain sampling at temperature 1 keeps the teacher's own distribution (data-free distillation as in LLM-QAT, arXiv
-    2305.17888, section 2). A document ends where the teacher ends it, or where the time that it may take is over.
+    2305.17888, section 2). A document ends where the teacher ends it, or where the time that it may take is over. Where
+    the teacher was tuned to answer, half of it is conversations.
 
     Args:
         context: of the job.
@@ -99,7 +110,9 @@ def write(context: JobContext, writer: Writer, length: int, progress: Progress) 
     total, limit = context.recipe.data.generated_tokens, time_limit(context)
     file = context.work.progress("calibrate", "generated.json")
     size = writer.sampling.batch_size
-    began, before, at_first = time.monotonic(), progress.seconds, progress.tokens
+    can_ask = data.question_opening(writer.tokenizer) is not None
+    talker = replace(writer, sampling=writer.sampling.model_copy(update={"answer_tokens": ANSWER_TOKENS}))
+    began, before = time.monotonic(), progress.seconds
 
     def is_over(tokens: int) -> bool:
         """Whether the time is over, by so many tokens of the batch being written; a least number is written anyway."""
@@ -109,21 +122,28 @@ def write(context: JobContext, writer: Writer, length: int, progress: Progress) 
     with context.console.track("the teacher writes", total, min(progress.tokens, total)) as tracker:
         while progress.tokens < total and not is_over(0):
             texts = min(size, math.ceil((total - progress.tokens) / mean_tokens(progress, length)))
-            batch = writer.write([None] * texts, progress.batches, None if limit is None else is_over)
+            asks = can_ask and progress.converses and 2 * progress.talked < progress.tokens
+            if asks:
+                batch = talker.ask_and_answer(texts, progress.batches)
+                progress.converses = sum(row.record is not None for row in batch) >= LEAST_ANSWERED * texts
+            else:
+                batch = writer.write([None] * texts, progress.batches, None if limit is None else is_over)
             progress.lines += [json.dumps(row.record) for row in batch if row.record]
-            tokens = sum(row.tokens for row in batch)
+            tokens = sum(row.tokens for row in batch if row.record)
             progress.batches += 1
             progress.tokens += tokens
+            progress.talked += asks * tokens
             is_over(0)
-            if tokens < 2 * texts:
+            if tokens < 2 * texts and not asks:
                 raise UserError(
                     f"{context.recipe.model} writes no text by itself.", "Give text to learn from: --data FILE."
                 )
             tracker.advance(tokens)
-            left = (progress.seconds - before) * (total - progress.tokens) / (progress.tokens - at_first)
-            if progress.batches == 1 and min(left, limit or left) > 60:
-                said = duration(min(left, limit or left))
-                context.console.say(f"That will take about {said}; with --data FILE it would not be needed.")
+            if progress.batches == 1:  # of texts
+                left = progress.seconds * (total - progress.tokens) / progress.tokens
+                if min(left, limit or left) > 60:
+                    said = duration(min(left, limit or left))
+                    context.console.say(f"That will take about {said}; with --data FILE it would not be needed.")
             write_json(file, progress.model_dump(mode="json"))
     progress.finished = True
     write_json(file, progress.model_dump(mode="json"))

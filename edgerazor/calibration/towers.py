@@ -39,16 +39,16 @@ def measure(context: JobContext, teacher: LoadedModel) -> TowersResult | None:
     ]
     before = [models.features_of(model, one).rows for one in inputs]
     weights = {path: model.get_submodule(path).weight for path in matrices}
-    kept = {path: weight.clone() for path, weight in weights.items()}
+    originals = {path: weight.clone() for path, weight in weights.items()}
     moved = {}
     for path, matrix in matrices.items():
         student_plan.round_towers(model, {path: matrix})
         moved[path] = _distance(model, inputs, before)
-        weights[path].copy_(kept[path])
+        weights[path].copy_(originals[path])
     student_plan.round_towers(model, matrices)
     together = _distance(model, inputs, before)
     for path, weight in weights.items():
-        weight.copy_(kept[path])
+        weight.copy_(originals[path])
     return TowersResult(
         format=str(context.recipe.calibrate.towers),
         groups={path: spec.group_size for path, (spec, _) in matrices.items()},

@@ -13,6 +13,7 @@ from edgerazor.cli.options import RunOptions, flags_by_command, flags_by_field
 from edgerazor.errors import QUALITY, UserError, usage_error
 
 if TYPE_CHECKING:
+    from edgerazor.devices import Machines
     from edgerazor.recipe import Recipe
 
 
@@ -74,14 +75,39 @@ def run_stage(name: str, values: dict[str, Any], run: RunOptions) -> None:
     from edgerazor.workdir import DEFAULT, WorkDir
 
     work = WorkDir(run.work or DEFAULT)
+    machines = planned_machines(run)
     if run.dry_run:
-        plan = pipeline.dry_run(name, recipe, work, console, run.force)
+        plan = pipeline.dry_run(name, recipe, work, console, run.force, machines)
         console.result(plan, *describe(plan))
         return
     result = pipeline.run(name, recipe, work, console, run.force)
     if result is not None and console.is_main:
         console.result(result, *pipeline.STAGES[name].show(result))
         check_gates(result)
+
+
+def planned_machines(run: RunOptions) -> Machines | None:
+    """The machines that a dry run is asked about; None for those that are here.
+
+    Raises:
+        UserError: one of the options without another that it belongs to, or no number or size.
+    """
+    if run.world_size is None and run.gpu_memory is None:
+        return None
+    if run.world_size is None or not run.dry_run:
+        raise usage_error(
+            "--world-size and --gpu-memory plan a training on other machines.",
+            "Use them together with --dry-run: `--dry-run --world-size 8 --gpu-memory 80GB`.",
+        )
+    if run.world_size < 1:
+        raise usage_error(f"--world-size is a number of processes, and was {run.world_size}.")
+    from edgerazor.devices import Machines
+    from edgerazor.recipe import size_in_bytes
+
+    try:
+        return Machines(run.world_size, None if run.gpu_memory is None else size_in_bytes(run.gpu_memory))
+    except ValueError as error:
+        raise usage_error(f"--gpu-memory: {error}.") from None
 
 
 def run_all_stages(values: dict[str, Any], run: RunOptions) -> None:
@@ -174,7 +200,7 @@ def record(values: dict[str, Any], run: RunOptions, out: Path) -> None:
     from edgerazor.workdir import DEFAULT, WorkDir
 
     console = run.open_console()
-    if not console.is_main:
+    if run.dry_run and not console.is_main:
         return
     context = JobContext(recipe, WorkDir(run.work or DEFAULT), console)
     if run.dry_run:
@@ -182,7 +208,8 @@ def record(values: dict[str, Any], run: RunOptions, out: Path) -> None:
         console.result(plan, *describe(plan))
         return
     result = stage.run(context, out, run.force)
-    console.result(result, *stage.show(result))
+    if console.is_main:
+        console.result(result, *stage.show(result))
 
 
 # Publishing ---------------------------------------------------------------------------------------------------------

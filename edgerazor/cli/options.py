@@ -42,6 +42,8 @@ class RunOptions:
     quiet: bool = False
     force: bool = False
     dry_run: bool = False
+    world_size: int | None = None
+    gpu_memory: str | None = None
 
     def open_console(self) -> Console:
         """Where the command writes."""
@@ -452,6 +454,10 @@ OPTIONS = (
            "Do it again; throws away what is in the way.", default=False),
     Option("--dry-run", "", bool, f"{PLANNING} record eval bench push",
            "Say what would be done, how large and how long, and stop.", default=False),
+    Option("--world-size", "", int, "distill",
+           "With --dry-run: what each of so many processes would take.", metavar="N"),
+    Option("--gpu-memory", "", str, "distill",
+           "With --world-size: on GPUs with this memory, and not here.", metavar="80GB"),
 )
 # fmt: on
 

@@ -433,6 +433,20 @@ def ending_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return ids if tokenizer.bos_token_id == tokenizer.eos_token_id else ids - {tokenizer.bos_token_id}
 
 
+def question_opening(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What the template writes before the words of a conversation's first user turn, from which a model asks by itself.
+
+    None where there is no template, it refuses the shortest of conversations, or it writes nothing there.
+    """
+    if not tokenizer.chat_template:
+        return None
+    try:
+        text = render(Conversation(({"role": "user", "content": PLACEHOLDER},)), tokenizer)
+    except UserError:
+        return None
+    return text.partition(PLACEHOLDER)[0] or None
+
+
 def turn_ends(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The tokens with which the template ends an assistant turn: at most one.
 

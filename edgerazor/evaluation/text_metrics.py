@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from edgerazor import data, models, runtime
+from edgerazor import data, devices, models, runtime
 from edgerazor.console import Console
 from edgerazor.evaluation.eval_result import TextResult
 from edgerazor.evaluation.evaluated_model import EvaluatedModel
@@ -43,6 +43,8 @@ def text_metrics(
 ) -> TextResult:
     """Perplexity, and KL divergence and agreement with the teacher, over the tokens that are predicted.
 
+    Several processes of a launcher read a part of the batches each.
+
     Args:
         evaluated: the model that is measured.
         teacher: the reference, or None.
@@ -52,7 +54,7 @@ def text_metrics(
     sums = torch.zeros(4, dtype=torch.float64)  # model's and teacher's negative log-likelihood, KL, agreements
     of_pictures = torch.zeros(4, dtype=torch.float64)
     tokens = picture_tokens = 0
-    listed = list(batches)
+    listed = devices.share_of(list(batches))
     with console.track(f"Held-out text, {evaluated.title}", len(listed)) as tracker, torch.inference_mode():
         for batch in listed:
             labels = batch["labels"][:, 1:]  # [B, T - 1]: position t predicts token t + 1
@@ -68,6 +70,8 @@ def text_metrics(
                 places = [part[~words] for part in logits]
                 of_pictures += _sums(places, torch.zeros(len(places[0]), dtype=torch.int64))
             tracker.advance()
+    totals = devices.all_values((sums, of_pictures, tokens, picture_tokens))
+    sums, of_pictures, tokens, picture_tokens = map(sum, zip(*totals, strict=True))  # type: ignore[assignment]
     mean = [_finite(value / max(tokens, 1)) for value in sums.tolist()]
     compared = teacher is not None
     return TextResult(

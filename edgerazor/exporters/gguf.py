@@ -37,13 +37,13 @@ from edgerazor.exporters.core import gguf_blocks as blocks
 from edgerazor.exporters.core.base import Exporter, ExportPlan, ExportResult, PlannedTensor, refuse_lossy
 from edgerazor.exporters.core.gguf_blocks import GgmlType, InexactError, NewType
 from edgerazor.exporters.core.gguf_metadata import add_metadata, context_length, gguf_architecture, rope_factors
-from edgerazor.exporters.core.gguf_names import FLOAT32, expert_stack, file_order, gguf_name
+from edgerazor.exporters.core.gguf_names import FLOAT32, expert_stack, file_order, gguf_name, half_names
 from edgerazor.exporters.core.gguf_size_causes import size_causes
 from edgerazor.exporters.core.gguf_tower import FLOAT32 as TOWER_FLOAT32
 from edgerazor.exporters.core.gguf_tower import PREFIX, GgufTower, check_tower
 from edgerazor.exporters.core.gguf_vocabulary import Vocabulary, build_vocabulary
 from edgerazor.families import GgufArchitecture
-from edgerazor.formats import INPUT_SCALE, OF_INPUTS
+from edgerazor.formats import INPUT_SCALE, OF_INPUTS, Encoded
 from edgerazor.models.gguf_values import column_order, row_order, to_gguf
 from edgerazor.packed import PackedModel, TensorClass, decoder_of, has_zero_points
 
@@ -94,9 +94,10 @@ class GgufModel:
         factors = rope_factors(architecture, config)
         return cls(decoder, config, architecture, _vocabulary(model.folder, config), others, factors, tower)
 
-    def values(self, name: str, target: str) -> Tensor:
-        """A tensor that is not quantized, by its name, or by llama.cpp's alone where it has no other."""
-        return self.others[name] if name else self.rope_factors[target]
+    def values(self, name: str, target: str, half: int | None = None) -> Tensor:
+        """A tensor that is not quantized, by its name, or by llama.cpp's alone where it has no other; or half of it."""
+        values = self.others[name] if name else self.rope_factors[target]
+        return values if half is None else values.chunk(2)[half]
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ class SourceTensor:
         target: llama.cpp's name.
         matrix: path of the quantized matrix, or None for other tensors.
         order, columns: which row, and which column, stands at each place, or None.
+        half: 0 or 1 where the upper or the lower rows of the tensor are one of their own.
         experts: paths of the matrices of all experts of a layer, whose blocks lie one after the other in it; none of
             other tensors.
     """
@@ -117,6 +119,7 @@ class SourceTensor:
     matrix: str | None
     order: Tensor | None = None
     columns: Tensor | None = None
+    half: int | None = None
     experts: tuple[str, ...] = ()
 
     @property
@@ -210,13 +213,12 @@ class Gguf(Exporter):
         kind: TensorClass = "other"
         bits = 0.0
         if source.matrices:
-            stack = [contents.model.matrix(name) for name in source.matrices]
-            kind = stack[0].kind
-            matrices = [blocks.BlockMatrix(packed.encoded, packed.spec, None, source.columns) for packed in stack]
+            kind = contents.model.matrix(source.matrices[0]).kind
+            matrices = list(_matrices(contents, source))
             count = sum(math.prod(matrix.shape) for matrix in matrices)
-            for packed, matrix in zip(stack, matrices, strict=True):
+            for matrix in matrices:
                 own = math.prod(matrix.shape)
-                bits += (packed.spec.nominal_bits(matrix.shape) * own + 16 * packed.encoded.scales.numel()) / count
+                bits += (matrix.spec.nominal_bits(matrix.shape) * own + 16 * matrix.encoded.scales.numel()) / count
             tests: Tests = [
                 (block.type, functools.partial(_check_all, functools.partial(blocks.check_blocks, block), matrices))
                 for block in self.blocks
@@ -226,7 +228,7 @@ class Gguf(Exporter):
                 for type_ in self.floats
             ]
         else:
-            values = contents.values(source.name, source.target)
+            values = contents.values(source.name, source.target, source.half)
             count = values.numel()
             # llama.cpp wants norms and biases so, and some others
             in_float32 = values.dim() < 2 or source.target.removesuffix(".weight").endswith((*FLOAT32, *TOWER_FLOAT32))
@@ -312,11 +314,30 @@ def _sources(gguf_model: GgufModel) -> list[SourceTensor]:
     ]
     others = [name for name in gguf_model.others if name.rpartition(".")[2] not in OF_INPUTS]
     for name in (*matrices, *others):
+        if halves := half_names(gguf_model.architecture, name):
+            sources += [SourceTensor(name, target, matrices.get(name), half=half) for half, target in enumerate(halves)]
+            continue
         target = gguf_name(gguf_model.architecture, name)
         of = gguf_model.architecture, gguf_model.config, target
         sources.append(SourceTensor(name, target, matrices.get(name), row_order(*of), column_order(*of)))
     sources += [SourceTensor("", target, None) for target in gguf_model.rope_factors]
     return sorted(sources, key=lambda source: file_order(source.target))
+
+
+def _matrices(contents: Contents, source: SourceTensor) -> Iterator[blocks.BlockMatrix]:
+    """The quantized matrices of a tensor."""
+    for name in source.matrices:
+        packed = contents.model.matrix(name)
+        encoded, spec = packed.encoded, packed.spec
+        if source.half is not None:
+            rows = torch.arange(len(encoded.codes)).chunk(2)[source.half]
+            encoded, spec = Encoded(encoded.codes[rows], encoded.scales[rows]), spec.take(rows)
+        yield blocks.BlockMatrix(encoded, spec, source.order, source.columns)
+
+
+def _sources_of(contents: Contents) -> list[SourceTensor]:
+    """All tensors of a file, in its order."""
+    return _tower_sources(contents) if isinstance(contents, GgufTower) else _sources(contents)
 
 
 def _tower_sources(tower: GgufTower) -> list[SourceTensor]:
@@ -349,16 +370,14 @@ def _tensor_bytes(contents: Contents, source: SourceTensor, planned: PlannedTens
     chosen, lossy = blocks.ggml_type(planned.type), not planned.exact
     if source.matrices:
         parts = []
-        for name in source.matrices:
-            packed = contents.model.matrix(name)
-            matrix = blocks.BlockMatrix(packed.encoded, packed.spec, source.order, source.columns)
+        for matrix in _matrices(contents, source):
             if chosen in blocks.FLOATS:
                 parts.append(blocks.write_floats(chosen, matrix, lossy))
             else:
                 block = next(block for block in blocks.BLOCKS if block.type == chosen)
                 parts.append(blocks.write_blocks(block, matrix))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
-    values = contents.values(source.name, source.target)
+    values = contents.values(source.name, source.target, source.half)
     if source.order is not None:
         values = values[source.order]
     if source.columns is not None:
@@ -382,10 +401,12 @@ def _begin(path: Path, contents: Contents, tensors: Sequence[PlannedTensor]) -> 
         add_metadata(writer, contents.architecture, contents.config)
         contents.vocabulary.add_to(writer)
     _check_metadata(writer)
+    sources = {source.target: source for source in _sources_of(contents)}
     for tensor in tensors:
         # Told the numbers of weights, the writer looks up no size of a type, which it may not know.
         type_ = cast(gguf.GGMLQuantizationType, blocks.ggml_type(tensor.type))
-        writer.add_tensor_info(tensor.target, _shape(contents, tensor), _FLOAT32, tensor.bytes, type_)
+        shape = _shape(contents, sources[tensor.target])
+        writer.add_tensor_info(tensor.target, shape, _FLOAT32, tensor.bytes, type_)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -395,14 +416,13 @@ def _begin(path: Path, contents: Contents, tensors: Sequence[PlannedTensor]) -> 
 _FLOAT32 = torch.empty(0).numpy().dtype
 
 
-def _shape(contents: Contents, tensor: PlannedTensor) -> tuple[int, ...]:
+def _shape(contents: Contents, source: SourceTensor) -> tuple[int, ...]:
     """Shape of a tensor, rows first."""
-    entries = contents.model.header.matrices
-    if entry := entries.get(tensor.name.removesuffix(".weight")):
-        return entry.shape
-    if experts := expert_stacks(contents.model).get(tensor.name):
-        return len(experts), *entries[experts[0]].shape
-    return tuple(contents.values(tensor.name, tensor.target).shape)
+    if not source.matrices:
+        return tuple(contents.values(source.name, source.target, source.half).shape)
+    rows, columns = contents.model.header.matrices[source.matrices[0]].shape
+    rows = rows if source.half is None else rows // 2
+    return (len(source.experts), rows, columns) if source.experts else (rows, columns)
 
 
 def _file_type(tensors: Sequence[PlannedTensor]) -> int:

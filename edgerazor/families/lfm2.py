@@ -3,6 +3,7 @@
 from typing import Any
 
 from edgerazor.families.core.base import (
+    LFM2_GGUF,
     LFM2_LINEARS,
     LFM2_NORMS,
     SHORT_CONVOLUTION,
@@ -13,6 +14,7 @@ from edgerazor.families.core.base import (
     NativeArchitecture,
     convolution_or_attention,
     heads_are_narrow,
+    lfm2_metadata,
 )
 
 
@@ -48,14 +50,7 @@ def _configure(get: GgufMetadata) -> dict[str, Any]:
 
 
 def _metadata(config: dict[str, Any]) -> dict[str, GgufValue]:
-    """Layers of convolutions have no heads of keys."""
-    heads = config["num_key_value_heads"]
-    return {
-        "attention.head_count_kv": [0 if kind == "conv" else heads for kind in config["layer_types"]],
-        "attention.layer_norm_rms_epsilon": float(config["norm_eps"]),
-        "feed_forward_length": _features(config),
-        "shortconv.l_cache": config["conv_L_cache"],
-    }
+    return {**lfm2_metadata(config), "feed_forward_length": _features(config)}
 
 
 def _gguf_unsupported(config: dict[str, Any]) -> str:
@@ -78,13 +73,7 @@ FAMILY = Family(
         "lfm2",
         interleaved_rope=False,
         configure=_configure,
-        parts={
-            **{"operator_norm": "attn_norm", "ffn_norm": "ffn_norm", "model.embedding_norm": "token_embd_norm"},
-            **{"self_attn.q_layernorm": "attn_q_norm", "self_attn.k_layernorm": "attn_k_norm"},
-            **{"self_attn.out_proj": "attn_output", "feed_forward.w1": "ffn_gate"},
-            **{"feed_forward.w3": "ffn_up", "feed_forward.w2": "ffn_down", "conv.conv": "shortconv.conv"},
-            **{"conv.in_proj": "shortconv.in_proj", "conv.out_proj": "shortconv.out_proj"},
-        },
+        parts=LFM2_GGUF,
         metadata=_metadata,
         qk_norms=True,
         unsupported=_gguf_unsupported,

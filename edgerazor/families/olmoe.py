@@ -41,6 +41,8 @@ def _unsupported(config: dict[str, Any]) -> str:
         return "llama.cpp's olmoe does not clip queries, keys and values (clip_qkv)"
     if config.get("norm_topk_prob"):
         return "llama.cpp's olmoe does not normalize the weights of a token's experts (norm_topk_prob)"
+    if config["num_key_value_heads"] != config["num_attention_heads"]:
+        return "llama.cpp's olmoe has as many heads of keys as of queries"
     return ""
 
 
@@ -57,6 +59,7 @@ FAMILY = Family(
     gguf=GgufArchitecture(
         "olmoe",
         interleaved_rope=False,
+        head="always",
         configure=_configure,
         qk_norms=True,
         experts=True,

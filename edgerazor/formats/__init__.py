@@ -17,7 +17,14 @@ from edgerazor.formats.core.gptq import gptq_quantize
 from edgerazor.formats.core.indices import index_row_bytes
 from edgerazor.formats.core.layout import ROWS
 from edgerazor.formats.core.least_error import ScaleGrid, absmax_units, use_scale_search
-from edgerazor.formats.core.lsq import initial_scales, learned_weight, rebase_weight, ste_target, stored_scales
+from edgerazor.formats.core.lsq import (
+    initial_scales,
+    learned_weight,
+    rebase_weight,
+    ste_target,
+    stored_scales,
+    use_learned_kernels,
+)
 from edgerazor.formats.core.matrix import (
     BLOCK_FORMATS,
     ROW_FORMATS,
@@ -133,6 +140,7 @@ __all__ = [
     "unpack_matrix",
     "unpack_signs",
     "unpack_spec",
+    "use_learned_kernels",
     "use_rotation_product",
     "use_scale_search",
     "whole_zero_point",

@@ -34,6 +34,7 @@ from edgerazor.formats import (
     MatrixSpec,
     Rotation,
     decode_matrix,
+    use_learned_kernels,
     use_rotation_product,
     use_scale_search,
 )
@@ -72,6 +73,8 @@ EXPANDED = ("avx2", "avx2vnni")
 _MULTIPLICATIONS_PER_THREAD = 1 << 21
 #: Weights that each thread should have in a search for scales.
 _WEIGHTS_PER_THREAD = 1 << 15
+#: Weights that each thread should have to round with trained scales.
+_ROUNDED_PER_THREAD = 1 << 18
 #: Numbers that each thread should have to rotate.
 _ROTATED_PER_THREAD = 1 << 18
 
@@ -187,6 +190,34 @@ def _rotated(x: Tensor, rotation: Rotation, back: bool) -> Tensor | None:
 
 
 use_rotation_product(_rotated)
+
+
+def _rounded(w: Tensor, scales: Tensor, spec: MatrixSpec, dtype: torch.dtype) -> Tensor | None:
+    """A weight rounded with trained scales by the native library; None where it is not in use or cannot."""
+    if dtype not in (torch.float32, torch.bfloat16) or not _learned_natively(w, spec):
+        return None
+    return native.round_weights(w, scales, spec, dtype, native.isas().index(name()), _threads_for(w))
+
+
+def _gradients(gradient: Tensor, w: Tensor, scales: Tensor, spec: MatrixSpec) -> tuple[Tensor, Tensor] | None:
+    """LSQ's gradients by the native library; None where it is not in use or cannot."""
+    if gradient.dtype != torch.float32 or not _learned_natively(w, spec):
+        return None
+    return native.learned_gradients(gradient, w, scales, spec, native.isas().index(name()), _threads_for(w))
+
+
+def _learned_natively(w: Tensor, spec: MatrixSpec) -> bool:
+    """Whether the native library is in use and rounds such a weight with trained scales."""
+    known = w.device.type == "cpu" and w.dtype == torch.float32 and w.is_contiguous() and spec.block_formats is None
+    return known and is_native() and all(number_format.rounding for number_format, _ in spec.format_rows)
+
+
+def _threads_for(w: Tensor) -> int:
+    """Among how many threads a weight is shared out."""
+    return max(1, min(torch.get_num_threads(), w.numel() // _ROUNDED_PER_THREAD))
+
+
+use_learned_kernels(_rounded, _gradients)
 
 
 def _for_encoded() -> _Implementation:

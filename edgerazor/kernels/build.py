@@ -69,7 +69,7 @@ _COMMON = (
 )
 #: Compiled once for each instruction set, with these options beside its own. The results of `float_kernels` need not be
 #: equal on all machines, so the compiler may fuse products and sums there.
-_FOR_EACH_ISA = {"float_kernels": "-O3 -ffp-contract=fast", "scale_search": "-O3"}
+_FOR_EACH_ISA = {"float_kernels": "-O3 -ffp-contract=fast", "scale_search": "-O3", "fake_quantize": "-O3"}
 
 _AVX2 = "-O3 -mavx2 -mfma -mf16c"
 _ISAS = {

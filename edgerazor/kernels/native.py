@@ -50,6 +50,25 @@ class FormatRowsStructure(ctypes.Structure):
     )
 
 
+class CodeRangeStructure(ctypes.Structure):
+    """`edgerazor_code_range` of `cpp/library.h`."""
+
+    _fields_ = (("min_code", c_float), ("max_code", c_float), ("mid_rise", c_int32))
+
+
+class WeightRowsStructure(ctypes.Structure):
+    """`edgerazor_weight_rows` of `cpp/library.h`."""
+
+    _fields_ = (
+        ("weights", c_void_p),
+        ("scales", c_void_p),
+        ("rows", c_void_p),
+        ("count", c_int64),
+        ("columns", c_int64),
+        ("group", c_int64),
+    )
+
+
 class ScaleSearchStructure(ctypes.Structure):
     """`edgerazor_scale_search` of `cpp/library.h`."""
 
@@ -88,6 +107,14 @@ _SIGNATURES = {
     "edgerazor_least_error": (
         c_int64,
         [c_int, POINTER(ScaleSearchStructure), c_void_p, c_int64, c_int64, *[c_void_p] * 2],
+    ),
+    "edgerazor_round_weights": (
+        c_int64,
+        [c_int, POINTER(CodeRangeStructure), POINTER(WeightRowsStructure), c_int32, c_void_p],
+    ),
+    "edgerazor_learned_gradients": (
+        None,
+        [c_int, POINTER(CodeRangeStructure), POINTER(WeightRowsStructure), *[c_void_p] * 3],
     ),
     "edgerazor_read": (c_uint64, [c_int, c_void_p, c_int64]),
 }
@@ -456,6 +483,82 @@ def _scale_search(number_format: Format) -> ScaleSearchStructure:
         number_format.max_code,
         number_format.rounding == "middle",
     )
+
+
+def round_weights(
+    w: Tensor, scales: Tensor, spec: MatrixSpec, dtype: torch.dtype, isa: int = -1, threads: int = 1
+) -> Tensor:
+    """The dequantized weight [rows, columns] with given scales, as `formats.quantize_dequantize` to the bit.
+
+    Args:
+        w: contiguous float32 [rows, columns] on the CPU.
+        scales: float32 [rows, groups] that fp16 holds, none of them negative.
+        spec: formats of the rows, whose `rounding` is not None.
+        dtype: float32 or bfloat16.
+        isa: number of the instruction set.
+        threads: among which the rows are shared out.
+
+    Raises:
+        ValueError: a weight is not finite.
+    """
+    out, scales = torch.empty(w.shape, dtype=dtype), scales.contiguous()
+    results: list[int] = []
+
+    def rounded(number_format: Format, rows: WeightRowsStructure) -> None:
+        arguments = (ctypes.byref(_code_range(number_format)), ctypes.byref(rows), dtype == torch.bfloat16)
+        results.append(loaded().edgerazor_round_weights(isa % len(isas()), *arguments, out.data_ptr()))
+
+    _for_format_rows(rounded, w, scales, spec, threads)
+    if max(results, default=-1) >= 0:
+        raise ValueError("a weight is not finite")
+    return out
+
+
+def learned_gradients(
+    gradient: Tensor, w: Tensor, scales: Tensor, spec: MatrixSpec, isa: int = -1, threads: int = 1
+) -> tuple[Tensor, Tensor]:
+    """LSQ's gradients of the weight [rows, columns] and of its scales [rows, groups], both float32.
+
+    They are those of `formats/core/lsq.py`, up to the order in which a group's products are added up.
+
+    Args:
+        gradient: of the rounded weight, float32 [rows, columns].
+        w, scales, spec, isa, threads: as `round_weights` has them; scales are positive.
+    """
+    gradient, scales = gradient.contiguous(), scales.contiguous()
+    to_w, to_scales = torch.empty_like(w), torch.empty_like(scales)
+
+    def through(number_format: Format, rows: WeightRowsStructure) -> None:
+        arguments = (ctypes.byref(_code_range(number_format)), ctypes.byref(rows), gradient.data_ptr())
+        loaded().edgerazor_learned_gradients(isa % len(isas()), *arguments, to_w.data_ptr(), to_scales.data_ptr())
+
+    _for_format_rows(through, w, scales, spec, threads)
+    return to_w, to_scales
+
+
+def _for_format_rows(
+    function: Callable[[Format, WeightRowsStructure], None], w: Tensor, scales: Tensor, spec: MatrixSpec, threads: int
+) -> None:
+    """Call a function for the rows of each format, in shares that threads take."""
+    group_size = min(spec.group_size, w.shape[1])
+    numbers_by_format = [
+        (number_format, torch.arange(len(w)) if rows is None else rows.cpu())
+        for number_format, rows in spec.format_rows
+    ]
+    calls = []
+    for number_format, numbers in numbers_by_format:
+        for first, last in _shares(len(numbers), threads):
+            selected = (numbers[first:].data_ptr(), last - first)
+            rows = WeightRowsStructure(w.data_ptr(), scales.data_ptr(), *selected, w.shape[1], group_size)
+            calls.append(functools.partial(function, number_format, rows))
+    _share_out(calls, threads)
+
+
+@cache
+def _code_range(number_format: Format) -> CodeRangeStructure:
+    """The codes of a format for the library."""
+    middle = number_format.rounding == "middle"
+    return CodeRangeStructure(number_format.min_code, number_format.max_code, middle)
 
 
 def read(memory: Tensor) -> int:

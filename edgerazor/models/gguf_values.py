@@ -2,7 +2,8 @@
 
 Gains of norms that a model stores less one are whole in files; the kernels of convolutions over single features are
 matrices [features, kernel] instead of [features, 1, kernel]; the logarithm of a state's decay is the decay itself,
-negated. The family's file in `edgerazor/families` says which tensors these are.
+negated; some vectors are matrices of one column. The family's file in `edgerazor/families` says which tensors these
+are.
 
 Source: `conversion/*.py` of llama.cpp.
 """
@@ -26,7 +27,9 @@ def to_gguf(architecture: GgufArchitecture, name: str, tensor: Tensor) -> Tensor
         tensor: of any shape.
     """
     if _in_layer(name) in architecture.decays:
-        return -tensor.float().exp()
+        tensor = -tensor.float().exp()
+    if _in_layer(name) in architecture.upright:
+        return tensor.unsqueeze(1)
     if offset := _offset(architecture, name):
         return tensor.float() + offset
     return tensor.squeeze(1) if tensor.dim() == 3 and tensor.shape[1] == 1 else tensor
@@ -34,6 +37,8 @@ def to_gguf(architecture: GgufArchitecture, name: str, tensor: Tensor) -> Tensor
 
 def from_gguf(architecture: GgufArchitecture, name: str, tensor: Tensor) -> Tensor:
     """The same backwards, but for the shape of the kernels of convolutions."""
+    if _in_layer(name) in architecture.upright:
+        tensor = tensor.flatten()
     if _in_layer(name) in architecture.decays:
         return (-tensor.float()).log()
     if offset := _offset(architecture, name):

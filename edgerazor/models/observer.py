@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 
@@ -35,6 +38,12 @@ class Observer:
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from a `state`, in a new process."""
+
+    def combined(self, states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The state that one process would have gathered, of those of several, each of which had a part of the batches,
+        in their order. Here all that is gathered are sums."""
+        names = {name: None for state in states for name in state}
+        return {name: torch.stack([state[name] for state in states if name in state]).sum(0) for name in names}
 
     def identity(self) -> str:
         """What decides the statistics besides the pass and the class; a `state` of another identity is not restored."""

@@ -15,7 +15,8 @@ an optimizer step: weights change only behind it, so each matrix is rounded once
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -29,6 +30,8 @@ from edgerazor.modules.shared_activations import DYNAMIC, InputScales, SharedAct
 
 #: Identity of a master weight and a dtype -> the rounded weight in it.
 Rounded: TypeAlias = dict[tuple[int, torch.dtype], Tensor]
+#: Ids int64 [n] and gradients [n, columns] of rows of a table.
+RowGradients: TypeAlias = list[tuple[Tensor, Tensor]]
 
 
 class FrozenMaster(NamedTuple):
@@ -211,6 +214,10 @@ class FakeQuantEmbedding(FakeQuantWeight):
         spec: formats of the rows.
         scale: factor of the rows that some families apply inside the embedding module; None: 1.
         scales: see `FakeQuantWeight`.
+
+    Attributes:
+        row_gradients: where the ids [n] of the rows that were looked up and the gradients [n, columns] of these go, in
+            the place of a gradient of the whole weight; None: there is such a gradient.
     """
 
     def __init__(
@@ -218,6 +225,7 @@ class FakeQuantEmbedding(FakeQuantWeight):
     ) -> None:
         super().__init__(weight, spec, scales)
         self.scale = scale
+        self.row_gradients: RowGradients | None = None
         self.num_embeddings, self.embedding_dim = weight.shape
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -231,12 +239,33 @@ class FakeQuantEmbedding(FakeQuantWeight):
             return self.decoded_cache[ids]
         spec = self.spec.take(ids)
         if self.scales is None:
-            return formats.fake_quantize_matrix(functional.embedding(ids, self.weight), spec)
+            return formats.fake_quantize_matrix(self._rows(ids), spec)
         scales = functional.embedding(ids, self.scales)
         are_codes = self.weight.dtype == torch.int8
-        weight = self.weight[ids] if are_codes else functional.embedding(ids, self.weight)
+        weight = self.weight[ids] if are_codes else self._rows(ids)
         ste_target = formats.ste_target(weight, scales, spec) if self.scales.requires_grad else weight
         return formats.straight_through(ste_target, lambda _: formats.learned_weight(weight.detach(), scales, spec))
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        if self.row_gradients is None:
+            return functional.embedding(ids, self.weight)
+        return _LookedUp.apply(self.weight, ids, self.row_gradients)
+
+
+class _LookedUp(torch.autograd.Function):
+    """Rows of a weight, whose gradients go into a list."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor, gradients: RowGradients) -> Tensor:
+        ctx.gradients = gradients
+        ctx.save_for_backward(ids)
+        return functional.embedding(ids, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
+        ctx.gradients.append((ctx.saved_tensors[0], gradient))
+        return None, None, None
 
 
 def freeze_codes(model: nn.Module) -> None:
@@ -294,6 +323,26 @@ def _fake_quant_modules(model: nn.Module) -> list[FakeQuantWeight]:
     return [module for module in model.modules() if isinstance(module, FakeQuantWeight)]
 
 
+def gather_row_gradients(model: nn.Module, wanted: bool = True) -> dict[int, RowGradients]:
+    """Let embeddings whose weight is the head's, too, give gradients of the rows that were looked up alone.
+
+    The head's gradient is that of the whole weight: of a large vocabulary, another one beside it is 600 MB.
+
+    Args:
+        model: with fake-quantized modules.
+        wanted: else all embeddings give gradients of whole weights again.
+
+    Returns:
+        identity of the weight -> where the gradients of rows go, which are to be added to the weight's own.
+    """
+    everywhere, gathered = _fake_quant_modules(model), dict[int, RowGradients]()
+    for module in everywhere:
+        if isinstance(module, FakeQuantEmbedding):
+            tied = any(other is not module and other.weight is module.weight for other in everywhere)
+            module.row_gradients = gathered.setdefault(id(module.weight), []) if wanted and tied else None
+    return gathered
+
+
 def fake_quant_weights(model: nn.Module) -> dict[str, FakeQuantWeight]:
     """Module path -> fake-quantized module, one per matrix: a head that is tied to the embedding is left out."""
     matrices: dict[str, FakeQuantWeight] = {}
@@ -306,13 +355,16 @@ def fake_quant_weights(model: nn.Module) -> dict[str, FakeQuantWeight]:
 
 
 @contextlib.contextmanager
-def encoded_once(model: nn.Module, keep: bool = True) -> Iterator[dict[str, str]]:
+def encoded_once(
+    model: nn.Module, keep: bool = True, whole: Callable[[nn.Module], AbstractContextManager[None]] | None = None
+) -> Iterator[dict[str, str]]:
     """Encode every matrix once for all forward passes inside the block.
 
     Args:
         model: with fake-quantized modules.
         keep: keep all decoded weights, in float32; else each pass encodes again, to the same codes, and the digests are
             what this is for.
+        whole: of a model that is sharded: gives a matrix's module its whole weight inside a block.
 
     Yields:
         module path -> digest of the codes and scales that these passes use.
@@ -322,7 +374,8 @@ def encoded_once(model: nn.Module, keep: bool = True) -> Iterator[dict[str, str]
     everywhere = _fake_quant_modules(model)
     try:
         for module in matrices.values():
-            module.encode_once(keep)
+            with whole(module) if whole else contextlib.nullcontext():
+                module.encode_once(keep)
         for module in everywhere:
             module.decoded_cache = by_weight[id(module.weight)].decoded_cache
         yield {name: module.digest for name, module in matrices.items()}

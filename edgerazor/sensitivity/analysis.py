@@ -41,8 +41,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from edgerazor import formats, models
-from edgerazor.console import Console
+from edgerazor import devices, formats, models
+from edgerazor.console import Console, is_main_process
 from edgerazor.formats import MatrixSpec
 from edgerazor.models import LayerwisePass, PreTrainedModel, Structure, WeightTransform
 from edgerazor.modules import quantize_attention
@@ -71,8 +71,8 @@ class SensitivityAnalysis:
         model: the teacher; its KV cache may be rounded in between.
         structure: where its matrices are.
         logit_shape: what its family does to logits (see `models.logit_shape`).
-        batches: token ids and the positions that count.
-        make_pass: gives a new pass of a name, with transformed weights.
+        batches: token ids and the positions that count, of all processes.
+        make_pass: gives a new pass of a name, with transformed weights, for this process's batches.
         folder: for finished parts of this analysis only.
         names: the candidate formats.
         group_size: number of weights of a row that share a scale.
@@ -101,6 +101,7 @@ class SensitivityAnalysis:
     rotation: str | None = None
 
     def __post_init__(self) -> None:
+        self.own = devices.share_of(range(len(self.batches)))
         self.head = OutputHead(self.model, self.structure, self.logit_shape)
         self.teacher_pass = self.make_pass("teacher", None)
         self.teacher_pass.forward(title="sensitivity: the teacher")
@@ -113,7 +114,10 @@ class SensitivityAnalysis:
         return MatrixSpec((name,), self.group_size, published=self.published, rotation=rotation)
 
     def stored_or_computed(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Tensors that were stored under this name before an interruption, or else are computed and stored now."""
+        """Tensors that were stored under this name before an interruption, or else are computed and stored now.
+
+        What is computed are sums over batches, so those of several processes are added up.
+        """
         path = self.folder / f"{name}.safetensors"
         try:
             with safe_open(path, framework="pt") as file:
@@ -121,8 +125,10 @@ class SensitivityAnalysis:
                     return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         except (OSError, SafetensorError):
             pass
-        tensors = compute()
-        write_atomically(path, lambda path: save_file(tensors, path, {"identity": self.identity}))
+        tensors = summed(compute())
+        if is_main_process():
+            write_atomically(path, lambda path: save_file(tensors, path, {"identity": self.identity}))
+        devices.wait_for_everyone()
         return tensors
 
     # --- estimates: module path -> float64 [formats, rows] ([formats, 1] of embedding and head) ---
@@ -153,7 +159,7 @@ class SensitivityAnalysis:
         observer = FisherSensitivity(self.structure, specs, self.rotation)
 
         def upstream(number: int, states: Tensor) -> Tensor:
-            generator = torch.Generator().manual_seed(self.seed + number)
+            generator = torch.Generator().manual_seed(self.seed + self.own[number])
             return self._through_final_norm(
                 self.teacher_pass, number, states, lambda x: self.head.fisher_gradient(x, generator)
             )
@@ -175,7 +181,7 @@ class SensitivityAnalysis:
         self, layer_pass: LayerwisePass, number: int, states: Tensor, head_gradient: Callable[[Tensor], Tensor]
     ) -> Tensor:
         """Gradient with respect to the outputs of the last layer, [B, T, H], from one with respect to head inputs."""
-        counts = self.batches[number][1].to(states.device)
+        counts = layer_pass.batches[number][1].to(states.device)
         with torch.enable_grad():
             outputs = states.detach().requires_grad_()
             final = layer_pass.final(outputs)
@@ -211,13 +217,13 @@ class SensitivityAnalysis:
     def _head(self) -> Tensor:
         """Second-order KL of the head alone, float64 [formats, 1]."""
         specs = [self.spec(name, self.head.weight.shape[1]) for name in self.names]
-        total = sum((self.head.second_order(x, specs) for x in self.head_inputs), torch.zeros(()))
+        total = sum((self.head.second_order(x, specs) for x in self.head_inputs), torch.zeros(len(specs)))
         return total[:, None] / self.tokens
 
     @torch.no_grad()
     def _head_inputs(self, outputs: Iterable[Tensor], layer_pass: LayerwisePass) -> list[Tensor]:
         """Inputs of the head, [n, H] of the positions that count, from the last layer's outputs, for each batch."""
-        pairs = zip(self.batches, outputs, strict=True)
+        pairs = zip(layer_pass.batches, outputs, strict=True)
         return [layer_pass.final(states)[counts.to(states.device)] for (_, counts), states in pairs]
 
     def integrated_gradients(self) -> dict[str, Tensor]:
@@ -304,7 +310,8 @@ class SensitivityAnalysis:
         layer_pass = self.make_pass("measure", RoundedWeights(self.structure, specs))
         outputs = layer_pass.forward_from(first, self.teacher_pass.layer_inputs(first))
         pairs = zip(self._head_inputs(outputs, layer_pass), self.head_inputs, strict=True)
-        return sum(self.head.divergence(ours, theirs) for ours, theirs in pairs) / self.tokens
+        own = sum(self.head.divergence(ours, theirs) for ours, theirs in pairs)
+        return sum(devices.all_values(own)) / self.tokens
 
     def measure_kv_caches(self) -> dict[str, float] | None:
         """KL per token, in nats, of rounded keys and values alone, `int8` and `int4`; None where the model's attention
@@ -317,6 +324,14 @@ class SensitivityAnalysis:
             divergences[f"int{bits}"] = self.measure({})
             models.set_attention(self.model, implementation)
         return divergences
+
+
+def summed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The sums of all processes' tensors, by name."""
+    if devices.process_count() == 1:
+        return tensors
+    parts = devices.all_values({name: tensor.cpu() for name, tensor in tensors.items()})
+    return {name: torch.stack([part[name] for part in parts]).sum(0) for name in tensors}
 
 
 def combined(fisher: Mapping[str, Tensor], integrated: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -4,6 +4,8 @@ Calibration text passes through the teacher, one decoder layer at a time (`calib
 measured serves every budget (`calibration/statistics.py`). From that comes the plan: a format for every row, tensor or
 block of every matrix (`allocate/`), with a summary of what was measured in `sensitivity.json`. Where training is to
 start from scales or codes that take text to find, they are found then (`calibration/initialization.py`).
+
+Several processes of a launcher measure with a part of the text each; the main process does the rest alone.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ from edgerazor import allocate, devices, models, student_plan
 from edgerazor.allocate import Plan, measures, passes_of, shortfall
 from edgerazor.calibration import experts, initialization, own_text, planning, statistics, towers
 from edgerazor.calibration import measurement as measuring
-from edgerazor.calibration.calibrate_result import CalibrateDryRun, CalibrateResult
+from edgerazor.calibration.calibrate_result import CalibrateDryRun, CalibrateResult, TowersResult
 from edgerazor.calibration.measurement import Measurement
+from edgerazor.console import is_main_process
 from edgerazor.errors import INTERRUPTED, UserError
 from edgerazor.job import JobContext
 from edgerazor.packaging.native_teacher import native_teacher
@@ -36,6 +39,7 @@ class CalibrateStage(Stage):
     name = "calibrate"
     result_model = CalibrateResult
     decides_student = True
+    on_all_processes = True
     #: Statistics and text may serve another plan.
     carried = ("stats.safetensors", "generated.jsonl")
 
@@ -66,25 +70,27 @@ class CalibrateStage(Stage):
         Raises:
             UserError: interrupted; the same command goes on from there.
         """
-        settings, work, console = context.recipe.calibrate, context.work, context.console
+        work, console = context.work, context.console
         teacher = context.load_teacher(torch.device("cpu"))
         structure = teacher.structure
-        student_plan.check_attention(teacher.model, settings)
+        student_plan.check_attention(teacher.model, context.recipe.calibrate)
         length = context.sequence_length(teacher.model)
         make_folder(work.folder(self.name))
-        tensors = statistics.stored(context)
+        tensors = devices.of_main_process(statistics.stored(context) if is_main_process() else None)
         text = "the recipe's data"
         if not context.recipe.data.train:
             text = "written by the teacher, since no --data was given"
-            if tensors is None or not work.generated_text.exists():
+            if is_main_process() and (tensors is None or not work.generated_text.exists()):
                 own_text.provide(context, length, native_teacher)
+            devices.wait_for_everyone()
         rows, _ = context.open_text(teacher.tokenizer, length)
         shape = models.logit_shape(teacher.model, structure.head_path)
         measurement = Measurement(context, teacher, length, rows, shape)
         try:
             if tensors is None:
                 tensors = measuring.measure(measurement)
-                statistics.write(context, tensors)
+                if is_main_process():
+                    statistics.write(context, tensors)
             else:
                 console.say("What was measured of the teacher for another plan serves this one too.")
             if unreached := experts.unreached(tensors):
@@ -96,6 +102,26 @@ class CalibrateStage(Stage):
                 "The same command goes on from there.",
                 code=INTERRUPTED,
             ) from None
+        wrote = None
+        if is_main_process():
+            of_towers = towers.measure(context, teacher)
+            wrote = self.write(measurement, plan, sensitivity, tensors, text, of_towers)
+        result = devices.of_main_process(wrote)
+        assert result is not None
+        return result
+
+    def write(
+        self,
+        measurement: Measurement,
+        plan: Plan,
+        sensitivity: dict[str, Any],
+        tensors: dict[str, Tensor],
+        text: str,
+        of_towers: TowersResult | None,
+    ) -> CalibrateResult:
+        """Write the plan, where the student begins, and the result, into the stage's folder."""
+        context = measurement.context
+        settings, work, console = context.recipe.calibrate, context.work, context.console
         if below := shortfall(plan, settings):
             console.say(below)
         write_text(work.plan_file, plan.model_dump_json(indent=1) + "\n")
@@ -104,9 +130,10 @@ class CalibrateStage(Stage):
         else:  # of an earlier plan
             work.sensitivity_file.unlink(missing_ok=True)
         if settings.init in student_plan.CALIBRATED_INITS:
-            initialization.write(context, plan, rows)
+            assert measurement.rows is not None
+            initialization.write(context, plan, measurement.rows)
         result = result_of(measurement, plan, sensitivity, tensors, text)
-        result.towers = towers.measure(context, teacher)
+        result.towers = of_towers
         write_json(work.result_file(self.name), result.model_dump(mode="json"))
         return result
 

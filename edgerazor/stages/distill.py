@@ -15,9 +15,11 @@ schedule of its own; the data go on from phase to phase. How a step is taken, ev
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
+import torch
 from rich.console import RenderableType
 
 from edgerazor import data, devices, models, recording, student_plan
@@ -32,6 +34,7 @@ from edgerazor.training import (
     DistillDryRun,
     DistillResult,
     PlannedTraining,
+    ScaleDryRun,
     TeacherEnsemble,
     TrainingStore,
     check_recording,
@@ -42,19 +45,24 @@ from edgerazor.training import (
     is_limited,
     make_budget,
     make_phases,
+    measure_machine,
     memory_bytes,
     memory_choice,
     needs_teacher,
     objective,
     phase_schedule,
+    plan_at_scale,
     prepare,
     reconstruction,
     report_passes,
     report_teachers,
     resident_bytes,
     result_tables,
+    sharding,
     speed_of,
+    student_sizes,
     tracking,
+    trained_shape,
     training_dtype,
 )
 from edgerazor.workdir import WorkDir, make_folder, write_json
@@ -140,7 +148,7 @@ def run(context: JobContext) -> DistillResult:
     return result
 
 
-def dry_run(context: JobContext) -> DistillDryRun:
+def dry_run(context: JobContext) -> DistillDryRun | ScaleDryRun:
     """What would be trained, and about how long it would take: from shapes and the speed of the machine.
 
     Weights are read only by a plan that looks at them, text only where its length decides how long the training is.
@@ -153,9 +161,30 @@ def dry_run(context: JobContext) -> DistillDryRun:
     planned = context.is_planned()
     plan = context.plan() if planned else context.new_plan(outline)
     training = planned_training(context, outline, plan)
+    if context.machines is not None:
+        return dry_run_at_scale(context, training, context.machines)
     packed_bytes = context.packed_size(outline, measured=planned)(plan).bytes
     estimate = estimate_training(training, speed_of(context), packed_bytes)
     return estimate.model_copy(update={"chosen": context.chosen})
+
+
+def dry_run_at_scale(context: JobContext, training: PlannedTraining, machines: devices.Machines) -> ScaleDryRun:
+    """What the training would take of each of many processes, by shapes; on GPUs in the dtype that they are fast at.
+
+    Raises:
+        UserError: it cannot be spread over processes.
+    """
+    settings = context.recipe.distill
+    check(context.recipe, machines.world_size)
+    sharding.check(settings)
+    if machines.gpu_memory is not None and settings.precision != "float32":
+        before = training.dtype.itemsize
+        scaled = training.teacher_bytes * torch.bfloat16.itemsize // before
+        training = dataclasses.replace(training, dtype=torch.bfloat16, teacher_bytes=scaled)
+    weight_bytes, trained = student_sizes(training)
+    shape = trained_shape(training, weight_bytes // 4, trained)
+    machine = measure_machine(context.device, training.dtype) if machines.gpu_memory is None else None
+    return plan_at_scale(shape, settings, machines, machine, training.plan.notation())
 
 
 def planned_training(context: JobContext, outline: ModelOutline, plan: Plan) -> PlannedTraining:
@@ -241,8 +270,12 @@ def placeholder_rows(context: JobContext, length: int) -> data.TokenRows:
     return data.TokenRows([token_ids], [1.0], length)
 
 
-def check(recipe: Recipe) -> None:
+def check(recipe: Recipe, processes: int | None = None) -> None:
     """Refuse losses, layers and initializations that cannot be, before anything that takes time.
+
+    Args:
+        recipe: of the job.
+        processes: that would train together; None: those of the launcher.
 
     Raises:
         UserError: as `phase_schedule.check` and `reconstruction.check`.
@@ -252,7 +285,7 @@ def check(recipe: Recipe) -> None:
             f"A random student cannot begin with the teacher's {recipe.calibrate.init} initialization.",
             "Leave out `calibrate.init`, or leave out `distill.initialise`.",
         )
-    if recipe.distill.optimizer == "adafactor" and devices.process_count() > 1:
+    if recipe.distill.optimizer == "adafactor" and (processes or devices.process_count()) > 1:
         raise usage_error(
             "With `distill.optimizer: adafactor` weights change before processes could add up their gradients.",
             "Use adamw, or a single process.",
@@ -325,7 +358,7 @@ class DistillStage(Stage):
     def run(self, context: JobContext) -> DistillResult:
         return run(context)
 
-    def dry_run(self, context: JobContext) -> DistillDryRun:
+    def dry_run(self, context: JobContext) -> DistillDryRun | ScaleDryRun:
         return dry_run(context)
 
     def show(self, result: DistillResult) -> list[RenderableType]:

@@ -1,7 +1,7 @@
 """What razoring cost: the packed model against its 16-bit teacher.
 
 The packed model is loaded from its folder, as a user would load it, and asked the same as the teacher
-(`evaluation/evaluated_model.py`):
+(`evaluation/evaluated_model.py`). Several processes of a launcher load the models each, and share text and items.
 
 * *tasks*: the score of each, and how much of the teacher's score is left (`evaluation/scores.py`);
 * *text*: on held-out text, perplexity, KL divergence and agreement (`evaluation/text_metrics.py`);
@@ -18,7 +18,7 @@ import torch
 from rich.console import RenderableType
 
 from edgerazor import data, kernels, models, tasks, transformers_plugin
-from edgerazor.console import Console
+from edgerazor.console import Console, is_main_process
 from edgerazor.errors import UserError, usage_error
 from edgerazor.evaluation import picture_tasks
 from edgerazor.evaluation.eval_result import DryRun, DryTask, EvalResult, Measured
@@ -47,6 +47,7 @@ class EvalStage(Stage):
     name = "eval"
     result_model = EvalResult
     needs = ("pack",)
+    on_all_processes = True
 
     def describe(self, context: JobContext) -> str:
         settings = context.recipe.eval
@@ -125,17 +126,19 @@ class EvalStage(Stage):
             result.notes += evaluation.measure(evaluated, measured)
             if name == "packed":
                 note_kernels(result, evaluated)
-                add_sample(result, evaluated, teacher, text)
+                if is_main_process():
+                    add_sample(result, evaluated, teacher, text)
             else:
                 result.compared[name] = measured
             del evaluated  # its memory, before the next one is loaded
         check_retention(result, recipe.eval.min_retention)
-        write_json(context.work.result_file(self.name), result.model_dump(mode="json"))
+        if is_main_process():
+            write_json(context.work.result_file(self.name), result.model_dump(mode="json"))
         return result
 
     def deliver(self, context: JobContext, result: EvalResult) -> EvalResult:
         """The results in the card of the packed model, too."""
-        if not card_results.refresh(context.work, result):
+        if is_main_process() and not card_results.refresh(context.work, result):
             context.console.say(
                 f"{context.work.folder('pack')} has no README.md with a place for results, so none are written there."
             )

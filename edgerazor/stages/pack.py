@@ -121,11 +121,13 @@ class PackStage(Stage):
             replace_folder(work.folder(self.name)) as folder,
             context.console.track("pack", len(plan.matrices) + len(towers)) as tracker,
         ):
-            kept = {name: value for name, value in weights.others.items() if name.removesuffix(".weight") not in towers}
+            others = {
+                name: value for name, value in weights.others.items() if name.removesuffix(".weight") not in towers
+            }
             header = packed.write(
                 folder,
                 [*(matrix_source(matrix, weights) for matrix in plan.matrices), *tower_sources(towers, weights)],
-                {name: torch.tensor(scale) for name, scale in scales.items()} | whole_zero_points(kept, plan),
+                {name: torch.tensor(scale) for name, scale in scales.items()} | whole_zero_points(others, plan),
                 tied=student_plan.tied_modules(structure),
                 settings=settings,
                 provenance=context.provenance(source, plan, training_inputs(work, source)),

@@ -6,7 +6,7 @@ are recorded first, with so many tokens that the KL divergence of a student is k
 
 What is written depends on teacher, text, settings and seed alone: chance is a function of the seed and the sequence. A
 shard is written when it is complete, so a run that was killed goes on with the first one that is not there and comes to
-the same bytes; one that is damaged is made again.
+the same bytes; one that is damaged is made again. Several processes of a launcher make a shard each at a time.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,8 +27,8 @@ from pydantic import BaseModel
 from rich.console import RenderableType
 from torch import Tensor
 
-from edgerazor import models, recording
-from edgerazor.console import megabytes, table
+from edgerazor import devices, models, recording
+from edgerazor.console import is_main_process, megabytes, table
 from edgerazor.data import Batch, TokenRows
 from edgerazor.errors import INTERRUPTED, UserError, usage_error
 from edgerazor.job import JobContext
@@ -106,15 +107,12 @@ def run(context: JobContext, out: Path, force: bool = False) -> RecordResult:
     began = time.monotonic()
     description = description_of(context)
     refuse_other(out, description, force)
-    with alone(out):
-        if force:
-            discard(out)
-        make_folder(out)
-        for file in out.iterdir():
-            if TEMPORARY.fullmatch(file.name):  # of a run that was killed
-                file.unlink(missing_ok=True)
-        if not (out / recording.FILE).exists():
-            write_json(out / recording.FILE, description.model_dump(mode="json"))
+    devices.join_processes(context.device)
+    devices.wait_for_everyone()  # all of them have looked
+    with alone(out) if is_main_process() else nullcontext():
+        if is_main_process():
+            prepare_folder(out, description, force)
+        devices.wait_for_everyone()
         try:
             done = Recorder(context, out, description).record()
         except KeyboardInterrupt:
@@ -123,7 +121,8 @@ def run(context: JobContext, out: Path, force: bool = False) -> RecordResult:
                 "The same command goes on from there.",
                 INTERRUPTED,
             ) from None
-        write_json(out / recording.FILE, done.model_dump(mode="json"))
+        if is_main_process():
+            write_json(out / recording.FILE, done.model_dump(mode="json"))
     return result_of(done, out, context.recipe.model, time.monotonic() - began)
 
 
@@ -210,6 +209,18 @@ def refuse_other(out: Path, description: Description, force: bool) -> None:
         )
 
 
+def prepare_folder(out: Path, description: Description, force: bool) -> None:
+    """Make the folder, without what a run that was killed left half done."""
+    if force:
+        discard(out)
+    make_folder(out)
+    for file in out.iterdir():
+        if TEMPORARY.fullmatch(file.name):
+            file.unlink(missing_ok=True)
+    if not (out / recording.FILE).exists():
+        write_json(out / recording.FILE, description.model_dump(mode="json"))
+
+
 def differences(stored: Description, wanted: Description) -> Iterator[tuple[str, str, str]]:
     """Name, value before and value now of what is not the same."""
     for name in sorted(stored.inputs.keys() | wanted.inputs.keys()):
@@ -238,6 +249,17 @@ def discard(out: Path) -> None:
 
 
 # --- recording ---------------------------------------------------------------------------------
+
+
+class ShardOfRows(NamedTuple):
+    """What is said of a shard, and the keys of its sequences."""
+
+    record: ShardRecord
+    keys: list[bytes]
+
+    @classmethod
+    def of(cls, shard: Shard) -> ShardOfRows:
+        return cls(record_of(shard), [shard.key(row) for row in range(len(shard))])
 
 
 @dataclass
@@ -284,7 +306,7 @@ class Recorder:
         return self.description.model_copy(update={"complete": True, **parts})
 
     def record_part(self, name: str, rows: Iterator[Batch], total: int) -> Part:
-        """Record some rows, shard by shard.
+        """Record some rows, shard by shard; of several processes, each makes every so manieth shard.
 
         Args:
             name: of the part.
@@ -293,30 +315,48 @@ class Recorder:
         """
         layout, size = self.description.layout(name), self.rows[0].length
         per_shard = max(1, self.context.recipe.record.shard_bytes // (layout.position_bytes * size))
-        shards: list[ShardRecord] = []
-        keys: list[bytes] = []
+        count, made = 0, dict[int, ShardOfRows]()
         with self.context.console.track(f"record {name}", total) as tracker:
             while some := list(islice(rows, per_shard)):
-                wanted = [recording.sequence_key(row["input_ids"], row["labels"]) for row in some]
-                path = self.out / f"{name}-{len(shards):05d}.safetensors"
-                shard = self.stored(path, name, wanted)
-                if shard is None:
-                    sequences = list(zip(wanted, self.outputs(name, wanted, some), strict=True))
-                    recording.write_shard(path, sequences, layout, self.description.identity(name))
-                    shard = Shard(path, layout, self.description.identity(name))
-                shards.append(record_of(shard))
-                keys += [shard.key(row) for row in range(len(shard))]
-                tracker.note(f"{sum(record.bytes for record in shards) / 1e6:,.0f} MB")
+                if count % devices.process_count() == devices.process_index():
+                    made[count] = ShardOfRows.of(self.shard(name, count, some))
+                    tracker.note(f"{sum(shard.record.bytes for shard in made.values()) / 1e6:,.0f} MB")
+                count += 1
                 tracker.advance(len(some))
-        while (path := self.out / f"{name}-{len(shards):05d}.safetensors").exists():  # of a larger --tokens before
+        for others in devices.all_values(made):
+            made |= others
+        shards = [made[number] for number in range(count)]
+        if is_main_process():
+            shards += self.further_shards(name, count)
+        keys = [key for shard in shards for key in shard.keys]
+        records = tuple(shard.record for shard in shards)
+        update = {"order": recording.order_digest(keys), "shards": records}
+        return devices.of_main_process(self.description.part(name).model_copy(update=update))
+
+    def path(self, name: str, number: int) -> Path:
+        """Of a shard of a part."""
+        return self.out / f"{name}-{number:05d}.safetensors"
+
+    def shard(self, name: str, number: int, rows: Sequence[Batch]) -> Shard:
+        """A shard of a part, as it is there, or made of its rows."""
+        path, layout, identity = self.path(name, number), self.description.layout(name), self.description.identity(name)
+        wanted = [recording.sequence_key(row["input_ids"], row["labels"]) for row in rows]
+        shard = self.stored(path, name, wanted)
+        if shard is None:
+            sequences = list(zip(wanted, self.outputs(name, wanted, rows), strict=True))
+            recording.write_shard(path, sequences, layout, identity)
+            shard = Shard(path, layout, identity)
+        return shard
+
+    def further_shards(self, name: str, number: int) -> Iterator[ShardOfRows]:
+        """Shards of a larger --tokens before, from this number on."""
+        while (path := self.path(name, number)).exists():
             shard = self.stored(path, name, [])
             if shard is None:
                 path.unlink()
-                break
-            shards.append(record_of(shard))
-            keys += [shard.key(row) for row in range(len(shard))]
-        part = self.description.part(name)
-        return part.model_copy(update={"order": recording.order_digest(keys), "shards": tuple(shards)})
+                return
+            yield ShardOfRows.of(shard)
+            number += 1
 
     def stored(self, path: Path, name: str, keys: Sequence[bytes]) -> Shard | None:
         """A shard that is there, whole, and begins with these sequences."""

@@ -18,9 +18,10 @@ long texts, stop strings), and compute less:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lm_eval.models.huggingface import HFLM
@@ -28,6 +29,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
+from edgerazor import devices
 from edgerazor.console import Console, Tracker
 from edgerazor.tasks.shared_prefixes import PrefixGroup, group_by_prefix
 from edgerazor.untrusted import vocabulary
@@ -39,10 +41,11 @@ TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 CALL_TOKENS, CALL_PREFIXES = 4096, 16
 #: Greedy tokens that are generated before looking for a stop string among them.
 GREEDY_TOKENS = 16
+_T = TypeVar("_T")
 
 
 class _LM(HFLM):
-    """What both classes do: the tokens that a model is given.
+    """What both classes do: the tokens that a model is given, and the parts of several processes.
 
     Args:
         model: has `device` and `config`, as transformers' have.
@@ -56,7 +59,25 @@ class _LM(HFLM):
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
         self.console, self.title, self.truncated = console, title, 0
 
-    def _by_input(self, requests: list[TokenRequest]) -> dict[tuple[int, ...], list[int]]:
+    def _loglikelihood_tokens(
+        self, requests: list[TokenRequest], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """Log-probability of each continuation, and whether it is what greedy decoding would write.
+
+        Several processes of a launcher score a part each.
+        """
+        return _of_all_processes(self.scores(devices.share_of(requests), override_bs or self.batch_size))
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """The text that is written behind each prompt, likewise."""
+        part = devices.share_of(requests)
+        return _of_all_processes(super().generate_until(part, disable_tqdm) if part else [])
+
+    @abstractmethod
+    def scores(self, requests: Sequence[TokenRequest], batch_size: int) -> list[tuple[float, bool]]:
+        """Log-probability of each continuation, and whether it is what greedy decoding would write."""
+
+    def _by_input(self, requests: Sequence[TokenRequest]) -> dict[tuple[int, ...], list[int]]:
         """Input tokens, all but the last and no more than the model has positions for -> requests with these."""
         groups: dict[tuple[int, ...], list[int]] = {}
         for index, (_, context, continuation) in enumerate(requests):
@@ -79,24 +100,21 @@ class TransformersLM(_LM):
             del model.tie_weights
         self.keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
 
-    def _loglikelihood_tokens(
-        self, requests: list[TokenRequest], disable_tqdm: bool = False, override_bs: int | None = None
-    ) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation, and whether it is what greedy decoding would write."""
+    def scores(self, requests: Sequence[TokenRequest], batch_size: int) -> list[tuple[float, bool]]:
+        """See `_LM`."""
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         groups = self._by_input(requests)
         inputs = sorted(groups, key=lambda tokens: (-len(tokens), tokens))
-        size = override_bs or self.batch_size
         with self.console.track(f"Tasks of {self.title}", len(requests)) as tracker:
-            for start in range(0, len(inputs), size):
-                self._score_batch(inputs[start : start + size], groups, requests, answers, tracker)
+            for start in range(0, len(inputs), batch_size):
+                self._score_batch(inputs[start : start + batch_size], groups, requests, answers, tracker)
         return answers
 
     def _score_batch(
         self,
         inputs: list[tuple[int, ...]],
         groups: dict[tuple[int, ...], list[int]],
-        requests: list[TokenRequest],
+        requests: Sequence[TokenRequest],
         answers: list[tuple[float, bool]],
         tracker: Tracker,
     ) -> None:
@@ -138,10 +156,8 @@ class EngineLM(_LM):
         super().__init__(stand_in, tokenizer, batch_size, console, title)
         self.engine = model
 
-    def _loglikelihood_tokens(
-        self, requests: list[TokenRequest], disable_tqdm: bool = False, override_bs: int | None = None
-    ) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation, and whether it is what greedy decoding would write."""
+    def scores(self, requests: Sequence[TokenRequest], batch_size: int) -> list[tuple[float, bool]]:
+        """See `_LM`."""
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         by_input = self._by_input(requests)
         counts = {tokens: max(len(requests[index][2]) for index in same) for tokens, same in by_input.items()}
@@ -191,6 +207,11 @@ class EngineLM(_LM):
         return any(string in text for string in stop)
 
 
+def _of_all_processes(answers: list[_T]) -> list[_T]:
+    """The answers of all processes, in the order of the requests."""
+    return [answer for part in devices.all_values(answers) for answer in part]
+
+
 def _calls(groups: list[PrefixGroup], inputs: list[tuple[int, ...]]) -> Iterator[list[PrefixGroup]]:
     """Groups that an engine is given in one call, those with very many members in pieces."""
     call: list[PrefixGroup] = []
@@ -216,7 +237,7 @@ def _score_input(
     group: PrefixGroup,
     inputs: list[tuple[int, ...]],
     by_input: dict[tuple[int, ...], list[int]],
-    requests: list[TokenRequest],
+    requests: Sequence[TokenRequest],
 ) -> tuple[tuple[list[int], list[list[int]], list[int]], list[int]]:
     """What an engine scores for a group, and for which requests.
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from edgerazor import devices
 from edgerazor.console import Console
 from edgerazor.errors import UserError, usage_error
 from edgerazor.tasks.catalog import LoadedTask, TaskRequest
@@ -77,10 +78,8 @@ def evaluate(
             reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
             raise UserError(f"lm-eval could not run {', '.join(e.name for e in loaded)}: {reason}.") from error
     notes = []
-    if scored.truncated:
-        notes.append(
-            f"{title}: {scored.truncated} prompts were longer than the model's context and lost their beginning."
-        )
+    if truncated := sum(devices.all_values(scored.truncated)):
+        notes.append(f"{title}: {truncated} prompts were longer than the model's context and lost their beginning.")
     return {entry.name: _main_score(report["results"][entry.name], entry.task) for entry in loaded}, notes
 
 

@@ -4,7 +4,13 @@ from edgerazor.training.budget import Budget, is_limited, make_budget, report_pa
 from edgerazor.training.budget_choice import BudgetChoice
 from edgerazor.training.captured_states import CapturedStates, Captures, capture, captures
 from edgerazor.training.checkpoint import Progress
-from edgerazor.training.estimate import PlannedTraining, estimate_training, memory_bytes
+from edgerazor.training.estimate import (
+    PlannedTraining,
+    estimate_training,
+    memory_bytes,
+    student_sizes,
+    trained_shape,
+)
 from edgerazor.training.evaluation import held_out_losses
 from edgerazor.training.objective import make_terms
 from edgerazor.training.phase_schedule import ScheduledPhase, make_phases
@@ -18,7 +24,15 @@ from edgerazor.training.recorded_teacher import (
     recorded_tokens,
     teacher_outlines,
 )
-from edgerazor.training.results import DistillDryRun, DistillResult, PhaseEstimate, PhaseResult, result_tables
+from edgerazor.training.results import (
+    DistillDryRun,
+    DistillResult,
+    PhaseEstimate,
+    PhaseResult,
+    ScaleDryRun,
+    result_tables,
+)
+from edgerazor.training.scale import plan_at_scale
 from edgerazor.training.served_teacher import ServedTeacher, Server, TeacherGoneError, check_served_losses
 from edgerazor.training.speed import (
     MachineSpeed,
@@ -57,6 +71,7 @@ __all__ = [
     "PreparedTeacher",
     "Progress",
     "RecordedTeacher",
+    "ScaleDryRun",
     "ScheduledPhase",
     "ServedTeacher",
     "Server",
@@ -90,6 +105,7 @@ __all__ = [
     "memory_bytes",
     "needs_teacher",
     "open_teacher",
+    "plan_at_scale",
     "prepare",
     "recorded_tokens",
     "report_passes",
@@ -98,7 +114,9 @@ __all__ = [
     "result_tables",
     "save_student",
     "speed_of",
+    "student_sizes",
     "teacher_outlines",
+    "trained_shape",
     "training_dtype",
     "writing_seconds",
 ]

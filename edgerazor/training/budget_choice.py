@@ -7,6 +7,8 @@ is measured again would choose others.
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,16 +24,18 @@ from edgerazor.training import budget_defaults
 from edgerazor.training.budget_defaults import TrainingFacts
 from edgerazor.training.speed import (
     PASSES,
+    Speed,
     cost_of,
     forward_seconds,
     measure_machine,
     speed_of,
     step_seconds,
+    weight_passes,
     writing_seconds,
 )
 from edgerazor.workdir import WorkDir, digest_json, write_json
 
-#: Tokens of a step whose speed stands for all, where the step is still to be chosen.
+#: Tokens of a step whose speed is estimated first, where the step is still to be chosen.
 TYPICAL_STEP_TOKENS = 1024
 
 
@@ -144,17 +148,17 @@ def facts_of(context: JobContext) -> TrainingFacts:
     """What the choice depends on: from the model's configuration, and a second of measuring."""
     outline, settings = context.teacher_outline, context.recipe.distill
     length = context.sequence_length(outline.model)
-    speed, measured = tokens_per_second(context)
+    speed = speed_of(context)
     weights = sum(weight.numel() for weight in outline.model.parameters())
     head = outline.structure.head or outline.structure.embedding
-    return TrainingFacts(
+    facts = TrainingFacts(
         width=outline.structure.embedding.columns,
         vocabulary=head.rows,
         sequence_length=length,
         tokens=settings.tokens,
         seconds=settings.max_time,
-        tokens_per_second=speed,
-        measured=measured,
+        tokens_per_second=speed.tokens_per_second or tokens_per_second(context, speed, TYPICAL_STEP_TOKENS),
+        measured=speed.machine is None,
         evaluate_sequences=settings.evaluate_sequences,
         given_batch=settings.batch_size * settings.accumulation if has_batch(settings) else None,
         processes=devices.process_count(),
@@ -163,6 +167,11 @@ def facts_of(context: JobContext) -> TrainingFacts:
         sensitivity_tokens=affordable_tokens(weights, context.device),
         writing_seconds=0.0 if context.recipe.data.train else seconds_to_write(context),
     )
+    if facts.measured:
+        return facts
+    # small steps take longer for a token, so fewer tokens fit into the time, which may ask for smaller steps still
+    rows = facts.given_batch or math.prod(budget_defaults.batch(facts))
+    return replace(facts, tokens_per_second=tokens_per_second(context, speed, rows * length))
 
 
 def seconds_to_write(context: JobContext) -> float:
@@ -180,15 +189,16 @@ def sensitivity_seconds(context: JobContext, length: int) -> float:
     return forward_seconds(cost_of(structure, length), machine, passes_of(settings, len(structure.linears)))
 
 
-def tokens_per_second(context: JobContext) -> tuple[float, bool]:
-    """Speed of a training over all processes, and whether an earlier training in the working directory measured it."""
-    speed = speed_of(context)
-    if speed.machine is None:
-        assert speed.tokens_per_second is not None
-        return speed.tokens_per_second, True
+def tokens_per_second(context: JobContext, speed: Speed, step_tokens: int) -> float:
+    """Estimated speed of a training over all processes, in steps of so many tokens on each of them."""
+    assert speed.machine is not None
     outline = context.teacher_outline
     length = context.sequence_length(outline.model)
-    tokens = max(length, TYPICAL_STEP_TOKENS)
+    tokens = max(length, step_tokens)
     passes = float(PASSES - (context.recipe.distill.recording is not None))
-    seconds = step_seconds(cost_of(outline.structure, length), speed.machine, tokens, passes=passes)
-    return devices.process_count() * tokens / seconds, False
+    calibrate = context.recipe.calibrate
+    learned = calibrate.scales == "learned" or "scales" not in calibrate.model_fields_set  # which the budget chooses
+    over_weights = weight_passes(learned, context.device)
+    cost = cost_of(outline.structure, length)
+    seconds = step_seconds(cost, speed.machine, tokens, passes=passes, over_weights=over_weights)
+    return devices.process_count() * tokens / seconds

@@ -15,7 +15,7 @@ from edgerazor.training.budget import Budget
 from edgerazor.training.memory import TrainedShape, step_memory
 from edgerazor.training.phase_schedule import ScheduledPhase, steps_per_phase
 from edgerazor.training.results import DistillDryRun, PhaseEstimate
-from edgerazor.training.speed import PASSES, Speed, cost_of, step_seconds
+from edgerazor.training.speed import PASSES, Speed, cost_of, step_seconds, weight_passes
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,8 @@ def phase_step_seconds(training: PlannedTraining, phase: ScheduledPhase, speed: 
     passes -= settings.train == "scales"  # no gradient of a matrix
     passes -= elsewhere or not any(loss.needs_teacher for _, loss in phase.terms)
     tokens = round(training.tokens_per_step / training.processes)
-    return step_seconds(cost, speed.machine, tokens, settings.accumulation, passes)
+    over_weights = weight_passes(training.plan.scales == "learned", training.device)
+    return step_seconds(cost, speed.machine, tokens, settings.accumulation, passes, over_weights)
 
 
 def phase_estimates(training: PlannedTraining, seconds_of_steps: Sequence[float]) -> dict[str, PhaseEstimate]:

@@ -33,7 +33,8 @@ def held_out_losses(
         student: computes with frozen codes, in evaluation mode; is in training mode afterwards.
         teachers: compared with; may be empty.
         batches: `input_ids [B, T]` and `labels [B, T]`, int64.
-        keep: keep all decoded weights meanwhile, in float32; else they are decoded in each forward pass.
+        keep: keep all decoded weights meanwhile, in float32; else they are decoded in each forward pass, as those of a
+            sharded student always are.
 
     Returns:
         `cross_entropy` and, where there is a teacher, `kl`, in nats per token; module path -> digest of the codes and
@@ -42,7 +43,8 @@ def held_out_losses(
     student.model.eval()
     sums = {"cross_entropy": 0.0, "kl": 0.0, "tokens": 0.0}
     device, remaining = student.accelerator.device, iter(batches)
-    with sharding.gathered(student.model), modules.encoded_once(student.model, keep) as digests:
+    keep = keep and not student.sharded
+    with sharding.gathering(student.model) as whole, modules.encoded_once(student.model, keep, whole) as digests:
         while some := list(islice(remaining, BATCHES_AT_ONCE)):
             some = [{key: value.to(device) for key, value in batch.items()} for batch in some]
             for batch, target in zip(some, teachers.outputs_of(some, Captures(), held_out=True), strict=True):

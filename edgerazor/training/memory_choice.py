@@ -42,13 +42,32 @@ def fit(settings: Distill, device: torch.device, estimate: Callable[[Distill], i
             if values:
                 console.say(f"memory: about {megabytes(least)} of {megabytes(limit)}, {given_up}")
             return changed
-    smaller = settings.model_copy(update={**values, "optimizer": "adafactor", "batch_size": 1, "accumulation": 1})
-    ways = [] if settings.optimizer == "adafactor" else [f"--optimizer adafactor ({megabytes(estimate(smaller))})"]
-    ways += [] if settings.recording is not None else ["a recording of the teacher (`edgerazor record`)"]
-    raise UserError(
-        f"The training takes about {megabytes(least)}, {given_up}, and may take {megabytes(limit)}.",
-        f"Less takes {' or '.join([*ways, 'a shorter --sequence-length'])}.",
-    )
+    words = f"The training takes about {megabytes(least)}, {given_up}, and may take {megabytes(limit)}."
+    raise UserError(words, proposal(settings.model_copy(update=values), estimate, limit))
+
+
+def proposal(settings: Distill, estimate: Callable[[Distill], int], limit: int) -> str:
+    """What would fit, and changes the result or has to be made first; where nothing of that does, what takes less.
+
+    Args:
+        settings: with all given up that leaves the result as it is.
+        estimate: the peak of a training's memory in bytes.
+        limit: bytes that there are.
+    """
+    in_place = {"optimizer": "adafactor", "accumulation": 1, "batch_size": 1}
+    recorded = {"recording": "recording", "teacher": None, "teacher_source": "resident", "teachers": ()}
+    ways: list[tuple[str, dict[str, Any]]] = []
+    if settings.optimizer != "adafactor":
+        ways.append(("--optimizer adafactor --batch-size 1 --accumulation 1", in_place))
+    if settings.recording is None:
+        ways.append(("a recording of the teacher (`edgerazor record`)", recorded))
+    if len(ways) > 1:
+        ways.append((f"{ways[0][0]} and a recording", {**in_place, **recorded}))
+    sizes = {way: estimate(settings.model_copy(update=update)) for way, update in ways}
+    if fitting := [f"{way} ({megabytes(size)})" for way, size in sizes.items() if size <= limit][:2]:
+        return f"It fits with {' or '.join(fitting)}."
+    shorter = "Less takes a shorter --sequence-length or a smaller model."
+    return f"{shorter} Even with {ways[-1][0]} it takes {megabytes(sizes[ways[-1][0]])}." if ways else shorter
 
 
 def candidates(settings: Distill) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -29,7 +29,9 @@ def make_optimizer(module: nn.Module, settings: Distill, learning_rate: float | 
     ]
     rate = settings.learning_rate if learning_rate is None else learning_rate
     if settings.optimizer == "adafactor" and learning_rate is None:
-        return InPlaceAdafactor(parameters, rate, settings.weight_decay, decayed)
+        rows = modules.gather_row_gradients(module)
+        return InPlaceAdafactor(parameters, rate, settings.weight_decay, decayed, rows)
+    modules.gather_row_gradients(module, wanted=False)
     return torch.optim.AdamW(groups, lr=rate, betas=settings.betas, fused=True)
 
 

@@ -76,6 +76,25 @@ class DistillDryRun(BaseModel):
     chosen: dict[str, dict[str, Any]] = {}
 
 
+class ScaleDryRun(BaseModel):
+    """What distill would take of each of many processes, student and teacher spread over them; `memory_bytes` and
+    `received_bytes` are those of one process, `received_bytes` of a step. `fits` is null where no memory was named."""
+
+    notation: str
+    processes: int
+    tokens_per_step: int
+    memory_bytes: int
+    gpu_memory_bytes: int | None
+    fits: bool | None
+    memory_parts: dict[str, str]
+    received_bytes: int
+    seconds_computing: float
+    seconds_receiving: float
+    seconds_per_step: float
+    tokens_per_second: float
+    speed: str
+
+
 def result_tables(result: DistillResult) -> list[RenderableType]:
     """The training as tables for a terminal; its phases first, where it has any."""
     tables: list[RenderableType] = [_summary(result)]

@@ -5,7 +5,7 @@ compute with it. Embedding, final norm and head are gathered for the whole of a 
 from the head a chunk of positions at a time. The gradients of a micro-batch are reduced and divided at once.
 
 Rounding needs whole groups of a row, and a layer that is gathered has whole weights, so codes are those of one process.
-For an evaluation every process encodes all matrices, so it needs memory for the whole decoded student.
+For an evaluation every process encodes all matrices, too, with one layer gathered at a time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -97,13 +98,25 @@ def shard(model: nn.Module, layers_path: str, device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
-    """Whole parameters on every process inside the block; does nothing to a model that is not sharded."""
+def gathering(model: nn.Module) -> Iterator[Callable[[nn.Module], AbstractContextManager[None]]]:
+    """Gives what gathers the parameters of a part of a model, with the layer that it is in, inside a block; outside of
+    this one nothing is gathered any more. Does nothing to a model that is not sharded."""
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for module in sharded:
-        module.unshard()
+    owners = {id(part): module for module in sharded for part in module.modules()}  # the whole first, then its layers
+
+    @contextlib.contextmanager
+    def whole(part: nn.Module) -> Iterator[None]:
+        owner = owners.get(id(part))
+        if owner is not None:
+            owner.unshard()
+        try:
+            yield
+        finally:
+            if owner is not None:
+                owner.reshard()
+
     try:
-        yield
+        yield whole
     finally:
         for module in sharded:
             module.reshard()

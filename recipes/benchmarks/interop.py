@@ -2,6 +2,7 @@
 
     make interop                                 all models, then the table in recipes/results/interop.md
     python -m recipes.benchmarks.interop --models world --formats ternary,int4
+    python -m recipes.benchmarks.interop --resume       go on where a run was stopped: rows that it made are kept
 
 Each model is packed (where rounding alone would destroy it, distilled before) and exported three times. Both sides then
 get the same token ids of held-out text, and perplexity is computed here, from the logits of both:
@@ -16,6 +17,8 @@ get the same token ids of held-out text, and perplexity is computed here, from t
 * *quantized*: the file with the codes as they are, in llama.cpp, against our packed model with its own 8-bit
   activations, keys and values. llama.cpp rounds activations to 8 bits in blocks of its own and keeps keys and values
   in 16 bits, so perplexities differ by at most 1 %, and greedy texts may part.
+* *mixtures of experts*: where two experts have nearly the same score, float16 sends a token to the other one. The bound
+  of KL of their 16-bit files is 1e-3 therefore, and their texts may part; that of 32-bit files is as of all others.
 * *token ids*: llama.cpp cuts the held-out text and some awkward lines into the same ids as the Hugging Face tokenizer.
 
 Exit code 3 when one of these is not so. Float16 (to which llama.cpp also rounds the activations that it multiplies with
@@ -33,7 +36,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -52,13 +55,14 @@ from edgerazor.exporters import ExportResult
 from edgerazor.formats import OF_INPUTS
 from edgerazor.packed import PackedModel
 from edgerazor.recipe import Recipe
-from edgerazor.workdir import WorkDir, machine
+from edgerazor.workdir import WorkDir, machine, write_json
 from recipes.benchmarks.folders import BENCHMARKS, BUILD, RESULTS, WORLD
 from recipes.benchmarks.methods import Values, real_teachers, world
 from recipes.benchmarks.results import commit, markdown, number, publish
 
 EXACT, ROUNDED = 0.001, 0.01  # how far perplexities may differ
 EXACT_KL, FULL_KL, TIE = 1e-4, 1e-9, 0.01  # in nats
+MIXTURE_KL = 1e-3  # instead of EXACT_KL, where rounding sends some tokens to other experts
 TABLE_KL = 1e-7  # instead of FULL_KL, where a table of float16 makes steps of the last bits of sums
 ROW, ROWS = 256, 8
 #: Most numbers in the logits of one side.
@@ -119,6 +123,14 @@ GEMMA4: Values = {
     "layer_types": [f"{kind}_attention" for kind in ("sliding", "full") * 3],
     **{"global_head_dim": 128, "hidden_size_per_layer_input": 64, "final_logit_softcapping": 30.0},
 }
+#: Mamba-2 layers, and one of attention without positions.
+GRANITE4: Values = {
+    **{**GRANITE, "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"]},
+    **{"shared_intermediate_size": 512, "num_local_experts": 0},
+    **{"mamba_n_heads": 16, "mamba_d_head": 32, "mamba_d_state": 64},
+}
+MIXTURE: Values = {"num_experts": 8, "num_experts_per_tok": 2}
+LFM2: Values = {"layer_types": ["conv", "conv", "full_attention", "conv"], "intermediate_size": 768}
 DELTA: Values = {
     **{"linear_num_key_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64},
     "rope_parameters": {**PLAIN, "partial_rotary_factor": 0.25},
@@ -147,12 +159,30 @@ FAMILIES: dict[str, tuple[str, Values]] = {
     "hunyuan": ("hunyuan_v1_dense", {}),
     "hunyuan-alpha": ("hunyuan_v1_dense", {"rope_parameters": ALPHA}),
     "ministral3": ("ministral3", {"rope_parameters": {**YARN, "llama_4_scaling_beta": 0.1, **MSCALE}}),
-    "lfm2": ("lfm2", {"layer_types": ["conv", "conv", "full_attention", "conv"], "intermediate_size": 768}),
+    "lfm2": ("lfm2", LFM2),
     "qwen3.5": ("qwen3_5_text", {**DELTA, "linear_num_value_heads": 4}),
     "qwen3.5-values": ("qwen3_5_text", {**DELTA, "linear_num_value_heads": 8}),
+    "granite4": (
+        "granitemoehybrid",
+        {**GRANITE4, "layer_types": ["full_attention"] * 4, "position_embedding_type": "rope"},
+    ),
+    "granite4-experts": (
+        "granitemoehybrid",
+        {**GRANITE4, "layer_types": ["full_attention"] * 4, "num_local_experts": 8, "num_experts_per_tok": 2}
+        | {"position_embedding_type": "rope"},
+    ),
+    "granite4-hybrid": ("granitemoehybrid", GRANITE4),
+    "granite4-hybrid-experts": ("granitemoehybrid", {**GRANITE4, "num_local_experts": 8, "num_experts_per_tok": 2}),
+    "granitemoe": ("granitemoe", {**GRANITE, "num_local_experts": 8, "num_experts_per_tok": 2}),
+    "olmoe": ("olmoe", {**MIXTURE, "num_key_value_heads": 4}),
+    "qwen3-moe": ("qwen3_moe", {**MIXTURE, "moe_intermediate_size": 256, "norm_topk_prob": True, "head_dim": 128}),
+    "lfm2-moe": ("lfm2_moe", {**LFM2, **MIXTURE, "moe_intermediate_size": 256, "num_dense_layers": 1}),
 }
+MIXTURES = {name for name, (_, special) in FAMILIES.items() if "num_experts_per_tok" in special}
+#: Ends of the names of matrices that choose experts.
+ROUTERS = ("gate.weight", "router.weight")
 #: Families that llama.cpp computes only with the embedding as their head, or only with a head of their own.
-TIED, UNTIED = ("gemma", "gemma2"), ("olmo2", "olmo3")
+TIED, UNTIED = ("gemma", "gemma2"), ("olmo2", "olmo3", "olmoe")
 
 
 @dataclass(frozen=True)
@@ -220,9 +250,10 @@ class Row:
         for what, pair, bound in (("16-bit", self.exact, EXACT), ("quantized", self.rounded, ROUNDED)):
             if not abs(apart(pair)) <= bound:
                 failed.append(f"{who}: perplexity of the {what} file is {percent(apart(pair))} from ours")
-        if not self.exact_kl <= EXACT_KL:
+        mixture = self.case.model.rpartition("-")[0] in MIXTURES
+        if not self.exact_kl <= (MIXTURE_KL if mixture else EXACT_KL):
             failed.append(f"{who}: the distributions of the 16-bit file are {self.exact_kl:.1e} nats from ours")
-        if self.exact_greedy < WRITTEN and not self.tie:
+        if self.exact_greedy < WRITTEN and not (self.tie or mixture):
             failed.append(f"{who}: the greedy text of the 16-bit file parts after {self.exact_greedy} tokens")
         if not self.full_kl <= (TABLE_KL if self.case.model.startswith("gemma") else FULL_KL):
             failed.append(f"{who}: the distributions of the 32-bit file are {self.full_kl:.1e} nats from ours")
@@ -291,8 +322,15 @@ def write_random(folder: Path, kind: str, special: Values, tokenizer: Path) -> N
     torch.manual_seed(0)
     tables = {"vocab_size_per_layer_input": rows} if kind == "gemma4_text" else {}
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**{**SHAPE, "vocab_size": rows, **tables, **special}))
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         parameter.add_(torch.randn_like(parameter) * (0.05 if parameter.ndim > 1 else 0.3))
+        if name.endswith(ROUTERS):  # spread, so that the last chosen expert of a token weighs little
+            parameter.mul_(4)
+        if kind == "gemma4_text" and name.endswith(("q_norm.weight", "k_norm.weight")):
+            parameter.mul_(parameter.shape[0] ** -0.25)  # it divides scores by nothing else
+    for name, buffer in model.named_buffers():
+        if name.endswith("expert_bias"):
+            buffer.add_(torch.randn_like(buffer) * 0.1)
     words.save_pretrained(folder)
     with models.quiet_transformers():
         model.save_pretrained(folder)
@@ -339,7 +377,7 @@ def dequantized(folder: Path) -> PreTrainedModel:
         matrix = opened.matrix(name)
         state[f"{name}.weight"] = matrix.spec.rotate_back(formats.decode_matrix(matrix.encoded, matrix.spec))
     state |= {f"{name}.weight": state[f"{other}.weight"] for name, other in opened.header.tied.items()}
-    model = models.auto_class(config).from_config(config, dtype=torch.float32)
+    model = models.separate_experts(models.auto_class(config).from_config(config, dtype=torch.float32))
     model.load_state_dict(state)
     for module in model.modules():
         if isinstance(getattr(module, "act_fn", None), GELUTanh):
@@ -420,6 +458,22 @@ def measure(case: Case, setting: Setting) -> Row:
         full_greedy=common(exact.greedy, full_side.greedy),
         tokens=sum(len(row) - 1 for row in rows),
     )
+
+
+def stored_file(case: Case, setting: Setting) -> Path:
+    """Where the row of a case is kept for a run that goes on."""
+    return setting.build / case.model / case.format / f"{case.export}.row.json"
+
+
+def measured(case: Case, setting: Setting, resume: bool) -> Row:
+    """The row of a case, from an earlier run where it was asked to go on."""
+    file = stored_file(case, setting)
+    if resume and file.exists():
+        values = json.loads(file.read_text(encoding="utf-8"))
+        return Row(case, **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    row = measure(case, setting)
+    write_json(file, {name: value for name, value in asdict(row).items() if name != "case"})
+    return row
 
 
 def perplexity(side: Side, rows: list[list[int]]) -> float:
@@ -562,6 +616,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--build", type=Path, default=BUILD / "interop", help="folder of packed models")
     parser.add_argument("--llamacpp", type=Path, default=BUILD / "llamacpp" / "bin" / "python")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--resume", action="store_true", help="keep the rows of an earlier run that was stopped")
     parser.add_argument("--results", type=Path, help="where the table goes; default: nowhere, or interop.md for all")
     parser.add_argument("--marks", default="interop", help="name of the marks in that page; default: %(default)s")
     options = parser.parse_args(arguments)
@@ -572,7 +627,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows = []
         for case in chosen(options):
             console.say(f"{case.model}, {case.format}")
-            rows.append(measure(case, setting))
+            rows.append(measured(case, setting, options.resume))
     except UserError as error:
         console.error(error)
         return error.code

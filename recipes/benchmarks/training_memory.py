@@ -1,8 +1,11 @@
 """What the dry run says of a training's memory, beside the peak of the process that then trains.
 
     python -m recipes.benchmarks.training_memory MODEL...          model folders, such as those of `make real-models`
+    python -m recipes.benchmarks.training_memory --frugal          random weights in the shape of Qwen3-0.6B
 
-Two steps of 512 tokens a sequence at two bits on a CPU, each training in a process of its own (Linux).
+Two steps of 512 tokens a sequence at two bits on a CPU, each training in a process of its own (Linux). The frugal
+training is one step of 2 x 1,024 tokens with all that takes less memory: a teacher streamed from disk, activations
+recomputed, weights rounded anew in each pass, factored moments, and weights that change within the backward pass.
 """
 
 from __future__ import annotations
@@ -17,9 +20,18 @@ from pathlib import Path
 
 import yaml
 
-from recipes.benchmarks.folders import WORLD
+from recipes.benchmarks.bench_models import Place, wide
+from recipes.benchmarks.folders import BUILD, WORLD
 from recipes.benchmarks.results import markdown
 
+#: Settings of `distill` that take little memory.
+LITTLE = {
+    "batch_size": 2,
+    "precision": "bfloat16",
+    "gradient_checkpointing": True,
+    "cache_rounding": False,
+    "optimizer": "adafactor",
+}
 #: What is trained: settings of `distill`.
 CASES = (
     {"batch_size": 2, "precision": "float32"},
@@ -27,15 +39,10 @@ CASES = (
     {"batch_size": 2, "precision": "bfloat16"},
     {"batch_size": 6, "precision": "bfloat16"},
     {"batch_size": 2, "precision": "float32", "gradient_checkpointing": True},
-    {
-        "batch_size": 2,
-        "precision": "bfloat16",
-        "gradient_checkpointing": True,
-        "cache_rounding": False,
-        "optimizer": "adafactor",
-        "losses": [{"name": "forward_kl"}],
-    },
+    {**LITTLE, "losses": [{"name": "forward_kl"}]},
 )
+#: EdgeRazor's default losses, for a vocabulary of 151,936.
+FRUGAL = {**LITTLE, "teacher_source": "streamed", "steps": 1, "evaluate_every": 1}
 
 
 def peak(words: list[str]) -> int:
@@ -47,13 +54,13 @@ def peak(words: list[str]) -> int:
     return usage.ru_maxrss * 1024
 
 
-def compare(model: str, settings: dict[str, object], folder: Path) -> list[str]:
+def compare(model: str, settings: dict[str, object], folder: Path, length: int = 512) -> list[str]:
     """A row: the model, the settings, both figures in GB, and the estimate's error."""
     recipe = folder / "recipe.yaml"
     distill = {"steps": 2, "evaluate_every": 2, "evaluate_sequences": 2, **settings}
     values = {
         "model": model,
-        "data": {"train": [{"file": str(WORLD / "heldout.txt")}], "sequence_length": 512},
+        "data": {"train": [{"file": str(WORLD / "heldout.txt")}], "sequence_length": length},
         "calibrate": {"bits": 2, "plan": "interleave", "sequences": 1, "batch_size": 1},
         "distill": distill,
     }
@@ -61,17 +68,24 @@ def compare(model: str, settings: dict[str, object], folder: Path) -> list[str]:
     edgerazor = [sys.executable, "-m", "edgerazor"]
     common = ["--recipe", str(recipe), "--work", str(folder / "work"), "--quiet"]
     subprocess.run([*edgerazor, "calibrate", *common], check=True, stdout=subprocess.DEVNULL)
+    measured = peak([*edgerazor, "distill", *common, "--force"])
     said = subprocess.run([*edgerazor, "distill", *common, "--dry-run", "--json"], check=True, capture_output=True)
     estimated = json.loads(said.stdout)["memory_bytes"]
-    measured = peak([*edgerazor, "distill", *common])
     words = ", ".join(f"{name} {value}" for name, value in settings.items())
     error = f"{100 * (estimated / measured - 1):+.1f} %"
-    return [Path(model).name, words, f"{estimated / 1e9:.2f}", f"{measured / 1e9:.2f}", error]
+    return [
+        Path(model).name if Path(model).name != "bfloat16" else Path(model).parent.name,
+        words,
+        f"{estimated / 1e9:.2f}",
+        f"{measured / 1e9:.2f}",
+        error,
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+")
+    parser.add_argument("models", nargs="*")
+    parser.add_argument("--frugal", action="store_true", help="also the frugal training of Qwen3-0.6B's shape")
     parser.add_argument(
         "--cases", type=int, nargs="+", default=range(len(CASES)), help="numbers of the settings, from 0"
     )
@@ -81,6 +95,9 @@ def main() -> None:
         for case in options.cases:
             with tempfile.TemporaryDirectory() as folder:
                 rows.append(compare(model, CASES[case], Path(folder)))
+    if options.frugal:
+        build = BUILD / "training-memory"
+        rows.append(compare(str(wide(Place(build), "Qwen3-0.6B")), FRUGAL, build, length=1024))
     print(markdown(["model", "settings", "estimated, GB", "peak, GB", "error"], rows))
 
 

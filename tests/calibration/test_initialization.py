@@ -143,7 +143,8 @@ def test_each_layer_was_compensated_for_what_it_sees_when_packed(
     """What the packed model's layers see gives, up to a few ties, the codes that the packed model has."""
     make_model(tmp_path / "model", family)
     # Of fewer tokens than a layer has columns (Mamba-2's 192), second moments are singular, and the last bits decide.
-    sequences = 12 if family == "granite-hybrid" else 6
+    # So have the wide MLPs of Gemma 4's last layers, to which the ties of five layers add up.
+    sequences = {"granite-hybrid": 12, "gemma4": 40}.get(family, 6)
     file = write_start(tmp_path / "r.yaml", tmp_path / "model", text_file, "gptq", calibrate={"sequences": sequences})
     assert run("calibrate", "--recipe", file, "--work", tmp_path / "job").code == 0
     done = run("pack", tmp_path / "model", "--work", tmp_path / "job")
@@ -155,8 +156,7 @@ def test_each_layer_was_compensated_for_what_it_sees_when_packed(
     for name, hessian in hessians(recipe, work, linears).items():
         master, scales = formats.gptq_quantize(teacher.get_submodule(name).weight, specs[name], hessian)
         expected, found = formats.encode_matrix(master, specs[name], scales), folder.matrix(name).encoded
-        ties = 0.1 if family == "gemma4" else 0.02  # more tokens do not help it
-        assert float((expected.codes != found.codes).float().mean()) < ties, name
+        assert float((expected.codes != found.codes).float().mean()) < 0.02, name
 
 
 def test_what_the_file_holds(run: Run, llama: Path, text_file: Path, tmp_path: Path) -> None:

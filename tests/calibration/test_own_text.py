@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from edgerazor.calibration import own_text
 from edgerazor.calibration.batched_writing import NativeWriter, WritingRequest
-from edgerazor.calibration.generated_text import Writer, written_with
+from edgerazor.calibration.generated_text import Answer, Row, Writer, written_with
 from edgerazor.console import Console
 from edgerazor.errors import INTERRUPTED
 from edgerazor.job import JobContext, RecipeContext
@@ -22,9 +23,13 @@ from edgerazor.packaging.native_teacher import native_teacher
 from edgerazor.recipe import Sampling, build
 from edgerazor.training.budget_defaults import FEWEST_WRITTEN, WRITING_SHARE
 from edgerazor.workdir import WorkDir
-from helpers.tiny_job import Run, write_recipe
+from helpers.tiny_job import Run, with_template, write_recipe
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="the native library is not built")
+TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
 PLAIN = Sampling(temperature=1.0, top_p=1.0, top_k=0, answer_tokens=40)
 
 
@@ -145,3 +150,58 @@ def test_transformers_writes_what_the_native_engine_does_not_know(make_model: An
     with native_teacher(context.load_teacher(torch.device("cpu")), context) as model:
         assert model is None
     assert "there is no native code for models of type phi" in said[0]
+
+
+class ScriptedWriter(Writer):
+    """A writer whose words are given; what begins with a dash comes to no end."""
+
+    script: list[list[str]]
+    drawn: list[tuple[list[str], float]]
+
+    def draw(self, prompts: list[list[int]], *_arguments: Any, **_options: Any) -> list[Answer]:
+        self.drawn.append((self.tokenizer.batch_decode(prompts), self.sampling.temperature))
+        texts = self.script.pop(0)
+        return [Answer(self.tokenizer.encode(text), not text.startswith("-")) for text in texts]
+
+
+def scripted(writer: Writer, *script: list[str]) -> ScriptedWriter:
+    ScriptedWriter.script, ScriptedWriter.drawn = list(script), []
+    return ScriptedWriter(writer.teacher, writer.tokenizer, writer.sampling, writer.seed, writer.context)
+
+
+def test_a_teacher_asks_itself_and_answers(llama: Path) -> None:
+    own = own_writer(llama)
+    own.tokenizer.chat_template = TEMPLATE
+    writer = scripted(own, ["who sings", "- nobody ends", "where to"], ["nora", "- far"])
+    rows = writer.ask_and_answer(3, 1)
+    opening, temperature = writer.drawn[0]
+    assert opening == ["<user> "] * 3
+    assert writer.drawn[1] == (["<user> who sings</s><assistant> ", "<user> where to</s><assistant> "], 0.7)
+    assert temperature == 1.0
+    user, assistant = {"role": "user", "content": "who sings"}, {"role": "assistant", "content": "nora"}
+    assert [row.record for row in rows] == [{"messages": [user, assistant]}, None, None]
+    assert all(row.tokens > 0 for row in rows)
+
+
+@pytest.mark.parametrize("template", [None, "{{ raise_exception('no') }}", "{{ messages[0]['content'] }}"])
+def test_without_an_opening_of_questions_there_are_none(llama: Path, template: str | None) -> None:
+    own = own_writer(llama)
+    own.tokenizer.chat_template = template
+    assert [row.record for row in own.ask_and_answer(2, 1)] == [None, None]
+
+
+def test_own_text_has_conversations_where_the_teacher_is_tuned(
+    run: Run, tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every other batch, unless most of them come to no end; a base model writes texts alone."""
+    question = {"role": "user", "content": "who sings"}
+    talk = Row({"messages": [question, {"role": "assistant", "content": "nora sings"}]}, 40)
+    kinds = {}
+    for name, row in (("tuned", talk), ("endless", Row(None, 40))):
+        folder = with_template(llama, tmp_path / name, TEMPLATE)
+        monkeypatch.setattr(Writer, "ask_and_answer", lambda self, count, number, row=row: [row] * count)
+        recipe = write_recipe(tmp_path / f"{name}.yaml", folder, None, data={"generated_tokens": 4000})
+        assert run("calibrate", "--recipe", recipe, "--work", tmp_path / f"{name}-job").code == 0
+        lines = WorkDir(tmp_path / f"{name}-job").generated_text.read_text(encoding="utf-8").splitlines()
+        kinds[name] = {"messages" if "messages" in json.loads(line) else "text" for line in lines}
+    assert kinds == {"tuned": {"messages", "text"}, "endless": {"text"}}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,11 +24,23 @@ from helpers.tiny_models import mostly_slow
 pytestmark = pytest.mark.job
 
 #: Rows that GGML's blocks divide.
-SHAPE: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+SHAPE: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
 WIDTHS = {
     "olmoe": {"intermediate_size": 32},
     "qwen3_moe": {"moe_intermediate_size": 32, "intermediate_size": 96},
     "granitemoe": {"intermediate_size": 32, "attention_multiplier": 0.3},
+    "granitemoehybrid": {
+        **{"intermediate_size": 32, "shared_intermediate_size": 96, "mamba_n_heads": 8, "mamba_d_head": 16},
+        "attention_multiplier": 0.3,
+    },
+    "lfm2_moe": {"intermediate_size": 96, "moe_intermediate_size": 32, "num_dense_layers": 0},
+}
+#: Those that are read as teachers.
+READ = ("olmoe", "qwen3_moe")
+#: Where the experts of a layer are; elsewhere in `mlp`.
+BLOCKS = {
+    **{"granitemoe": "block_sparse_moe", "granitehybrid": "block_sparse_moe"},
+    "lfm2moe": "feed_forward",
 }
 PARTS = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps"}
 
@@ -56,7 +69,7 @@ def test_experts_are_stacked_and_exact(packed: Path, tmp_path: Path) -> None:
     by_name = {tensor.name: tensor for tensor in reader.tensors}
     for layer in range(2):
         for part, name in PARTS.items():
-            block = "block_sparse_moe" if architecture.name == "granitemoe" else "mlp"
+            block = BLOCKS.get(architecture.name, "mlp")
             stack = by_name[f"blk.{layer}.{name}.weight"]
             values = gguf.quants.dequantize(stack.data, stack.tensor_type)
             assert values.shape[0] == EXPERTS
@@ -72,19 +85,32 @@ def test_experts_are_stacked_and_exact(packed: Path, tmp_path: Path) -> None:
     metadata = {name: field.contents() for name, field in reader.fields.items()}
     assert metadata[f"{architecture.name}.expert_count"] == EXPERTS
     assert metadata[f"{architecture.name}.expert_used_count"] == CHOSEN
-    if architecture.name == "granitemoe":
-        assert metadata["granitemoe.attention.scale"] == pytest.approx(0.3)
-        assert metadata["granitemoe.logit_scale"] == pytest.approx(2.0)
+    if architecture.name.startswith("granite"):
+        assert metadata[f"{architecture.name}.attention.scale"] == pytest.approx(0.3)
+        assert metadata[f"{architecture.name}.logit_scale"] == pytest.approx(2.0)
+    halves = 0
+    if architecture.name == "granitehybrid":  # the MLP beside the experts: gate above up
+        halves = 2
+        for layer in range(halves):
+            matrix = model.matrix(f"model.layers.{layer}.shared_mlp.input_linear")
+            both = [by_name[f"blk.{layer}.ffn_{part}_shexp.weight"] for part in ("gate", "up")]
+            values = np.concatenate([gguf.quants.dequantize(half.data, half.tensor_type) for half in both])
+            assert (values == formats.decode_matrix(matrix.encoded, matrix.spec).numpy()).all()
+        assert metadata["granitehybrid.expert_shared_feed_forward_length"] == 96
+    if architecture.name == "lfm2moe":
+        bias = model.others()["model.layers.1.feed_forward.expert_bias"]
+        assert (by_name["blk.1.exp_probs_b.bias"].data == bias.numpy()).all()
+        assert metadata["lfm2moe.expert_gating_func"] == 2
     expected = set(model.header.matrices) | set(model.others())
-    assert len(by_name) == len(expected) - 2 * 3 * (EXPERTS - 1)
+    assert len(by_name) == len(expected) - 2 * 3 * (EXPERTS - 1) + halves
 
 
 def test_a_file_of_ours_is_a_teacher(packed: Path, tmp_path: Path) -> None:
     model = PackedModel.open(packed)
     export = exporters.find("gguf-f32")
     result = export.write(model, tmp_path, export.plan(model))
-    if models.complete_config(packed)["model_type"] == "granitemoe":
-        with pytest.raises(UserError, match="is of the architecture granitemoe"):
+    if models.complete_config(packed)["model_type"] not in READ:
+        with pytest.raises(UserError, match="is of the architecture "):
             models.load(result.file)
         return
     teacher, _ = models.load(result.file)
@@ -99,6 +125,14 @@ def test_a_file_of_ours_is_a_teacher(packed: Path, tmp_path: Path) -> None:
     [
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv"),
         ("olmoe", {"norm_topk_prob": True}, "norm_topk_prob"),
+        ("olmoe", {"num_key_value_heads": 2}, "as many heads of keys as of queries"),
+        ("lfm2_moe", {"use_expert_bias": False}, "without a bias"),
+        ("lfm2_moe", {"routed_scaling_factor": 2.0}, "gives them no factor"),
+        ("granitemoehybrid", {"layer_types": ["full_attention"] * 32}, "has no positions"),
+        ("granitemoehybrid", {"mamba_n_groups": 2}, "in groups"),
+        ("granitemoehybrid", {"mamba_conv_bias": False}, "or none of convolutions"),
+        ("granitemoehybrid", {"time_step_limit": [0.1, 2.0]}, "time steps have bounds"),
+        ("granitemoehybrid", {"mamba_expand": 3, "mamba_n_heads": 96, "mamba_d_head": 128}, "not twice as wide"),
         ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob"),
         ("qwen3_moe", {"norm_topk_prob": True, "mlp_only_layers": [0]}, "have no experts"),
     ],

@@ -185,6 +185,10 @@ def write_tiny_model(
         for name, buffer in model.named_buffers():
             if name.endswith("layer_scalar"):
                 buffer.add_(torch.randn_like(buffer) * 0.3)
+        for name, parameter in model.named_parameters():
+            # Gemma 4 divides scores by nothing, so that gains keep attention from choosing one token alone.
+            if config.model_type == "gemma4_text" and name.endswith(("q_norm.weight", "k_norm.weight")):
+                parameter.mul_(parameter.shape[0] ** -0.25)
     model = model.to(dtype).eval()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -453,6 +453,56 @@ void check_scales(int size) {
         if (edgerazor_least_error(isa, searches, w.get(), kGroups, size, scales.get(), nullptr) != 5) wrong++;
 }
 
+// Weights rounded with given scales, and the gradients of both, by the definition in `formats`; groups of 64 and a rest.
+void check_fake_quantize(int columns) {
+    constexpr int kRows = 5, kGroup = 64;
+    const int groups = (columns + kGroup - 1) / kGroup;
+    const int64_t numbers[] = {4, 0, 2};
+    const edgerazor_code_range ranges[] = {{-1, 1, 0}, {-2, 1, 1}, {-8, 7, 0}, {-128, 127, 0}};
+    auto w = memory<float>((int64_t)kRows * columns), gradient = memory<float>((int64_t)kRows * columns);
+    auto rounded = memory<float>((int64_t)kRows * columns), to_w = memory<float>((int64_t)kRows * columns);
+    auto half = memory<uint16_t>((int64_t)kRows * columns);
+    auto scales = memory<float>((int64_t)kRows * groups), to_scales = memory<float>((int64_t)kRows * groups);
+    for (int i = 0; i < kRows * columns; i++) {
+        w[i] = (float)(int32_t)draw() * 1e-9f;
+        gradient[i] = (float)(int32_t)draw() * 1e-9f;
+    }
+    for (int i = 0; i < kRows * groups; i++) scales[i] = (float)nearest_half((float)(1 + draw() % 1000) * 1e-3f);
+    const edgerazor_weight_rows rows = {w.get(), scales.get(), numbers, 3, columns, kGroup};
+    for (const edgerazor_code_range& range : ranges)
+        for (int isa = 0; isa < edgerazor_isa_count(); isa++) {
+            if (edgerazor_round_weights(isa, &range, &rows, 0, rounded.get()) != -1) wrong++;
+            if (edgerazor_round_weights(isa, &range, &rows, 1, half.get()) != -1) wrong++;
+            edgerazor_learned_gradients(isa, &range, &rows, gradient.get(), to_w.get(), to_scales.get());
+            const float top = range.max_code + (range.mid_rise ? 0.5f : 0.0f);
+            for (int64_t row : numbers)
+                for (int group = 0; group < groups; group++) {
+                    const int size = columns - group * kGroup < kGroup ? columns - group * kGroup : kGroup;
+                    double sum = 0, magnitudes = 0;
+                    for (int k = 0; k < size; k++, checks++) {
+                        const int64_t i = row * columns + group * kGroup + k;
+                        const float scale = scales[row * groups + group], ratio = w[i] / scale;
+                        const float bounded = fminf(fmaxf(ratio, range.min_code), range.max_code);
+                        const float level = range.mid_rise ? floorf(bounded) + 0.5f : nearbyintf(bounded);
+                        const bool inside = ratio > range.min_code && ratio < 2 * top - range.max_code;
+                        sum += (double)gradient[i] * (double)(level - (inside ? ratio : 0.0f));
+                        magnitudes += fabs((double)gradient[i] * (double)(level - (inside ? ratio : 0.0f)));
+                        const double expected = (double)(level * scale);
+                        const uint32_t bits = (uint32_t)half[i] << 16;
+                        float widened;
+                        memcpy(&widened, &bits, 4);
+                        if (rounded[i] != level * scale || to_w[i] != (inside ? gradient[i] : 0.0f)) wrong++;
+                        if (fabs((double)widened - expected) > fabs(expected) / 256) wrong++;
+                    }
+                    const double factor = sqrt((double)size * top);
+                    if (fabs(to_scales[row * groups + group] * factor - sum) > 1e-5 * magnitudes) wrong++;
+                }
+        }
+    w[2 * columns + columns - 1] = NAN;
+    for (int isa = 0; isa < edgerazor_isa_count(); isa++)
+        if (edgerazor_round_weights(isa, ranges, &rows, 0, rounded.get()) != 2) wrong++;
+}
+
 } // namespace
 
 int main() {
@@ -470,6 +520,7 @@ int main() {
     for (int block = 2; block <= 512; block *= 2)
         for (int blocks : {1, 2, 3, 9}) check_rotation(blocks * block, block);
     for (int size : {1, 3, 16, 31, 33, 127, 256, 257, 960, 5000}) check_scales(size);
+    for (int columns : {1, 16, 33, 64, 100, 576}) check_fake_quantize(columns);
     for (int bits : {4, 8, 16})
         for (int head_dim : {1, 5, 31, 64, 80, 128}) {
             check_attention({bits, head_dim, 1, 1, {0, 0}, {0, 1}, 0});

@@ -192,3 +192,15 @@ def test_time_of_cpu_passes_only_while_the_process_computes() -> None:
     time.sleep(0.2)
     assert budget.clock("wall") - wall >= 0.2
     assert budget.clock("cpu") - cpu < 0.1
+
+
+def test_the_speed_is_that_of_the_step(run: Run, tmp_path: Path, llama: Path, text_file: Path) -> None:
+    """A step has costs of its own, so that small steps train fewer tokens in the same time."""
+    promised = {}
+    for rows in (1, 64):
+        recipe = write_short(tmp_path / f"{rows}.yaml", llama, text_file, batch_size=rows)
+        done = run("distill", "--recipe", recipe, "--work", tmp_path / f"job{rows}", "--max-time", "60s", "--dry-run")
+        assert done.code == 0, done.err
+        line = next(line for line in done.err.splitlines() if line.startswith("Budget:"))
+        promised[rows] = int(line.split()[1].replace(",", ""))
+    assert promised[64] > 2 * promised[1]

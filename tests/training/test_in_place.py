@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from edgerazor import modules
 from edgerazor.console import Console
 from edgerazor.errors import INTERRUPTED, UserError
+from edgerazor.formats import MatrixSpec
 from edgerazor.recipe import Distill
-from edgerazor.training import memory_choice
+from edgerazor.training import in_place, memory_choice
 from edgerazor.training.in_place import InPlaceAdafactor
 from edgerazor.training.optimizer import make_optimizer, set_learning_rate
 from helpers.tiny_job import Run, sha256, write_recipe
@@ -42,6 +44,53 @@ def test_weights_change_within_the_backward_pass_by_about_the_learning_rate() ->
     assert states["col_var"].numel() == 8
 
 
+@pytest.mark.parametrize("shape", [(24, 16), (7,), (3, 5, 8)])
+def test_steps_are_those_of_torch(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(in_place, "BLOCK_ELEMENTS", 64)  # several blocks of rows
+    torch.manual_seed(0)
+    ours, theirs = (nn.Parameter(torch.ones(shape)) for _ in range(2))
+    optimizer = InPlaceAdafactor([ours], 1e-2, 0.1, {id(ours)})
+    optimizer.before_backward(active=True)
+    reference = torch.optim.Adafactor([theirs])
+    for _ in range(4):
+        gradient = torch.randn(shape)
+        size = float(theirs.detach().square().mean().sqrt())
+        # torch multiplies the rate with the weight's size, but not where it decays
+        reference.param_groups[0].update(lr=1e-2 / size, weight_decay=0.1 * size)
+        theirs.grad = gradient.clone()
+        reference.step()
+        (ours * gradient).sum().backward()
+        assert ours.detach() == pytest.approx(theirs.detach(), abs=1e-6)
+
+
+def test_a_tied_embedding_gives_the_rows_that_were_looked_up() -> None:
+    """The gradient of a weight that is the head's, too, has both parts."""
+    weight, ids = nn.Parameter(torch.randn(50, 8)), torch.tensor([[3, 7, 3]])
+    spec = MatrixSpec(("int4",), 8)
+    embedding = modules.FakeQuantEmbedding(weight, spec, scale=None)
+    head = modules.FakeQuantLinear(weight, None, spec, modules.SharedActivations(16, 8))
+    model = nn.ModuleList([embedding, head])
+
+    def gradient() -> torch.Tensor:
+        (embedding(ids).sum() + head(torch.ones(2, 8)).square().sum()).backward()
+        assert weight.grad is not None
+        taken, weight.grad = weight.grad, None
+        return taken
+
+    whole = gradient()
+    optimizer = make_optimizer(model, Distill(optimizer="adafactor"))
+    assert isinstance(optimizer, InPlaceAdafactor)
+    of_head = gradient()
+    assert embedding.row_gradients is not None
+    ((found_ids, rows),) = embedding.row_gradients
+    assert torch.equal(of_head.index_add(0, found_ids, rows), whole)
+    optimizer.zero_grad()
+    assert not embedding.row_gradients
+    optimizer.remove_hooks()
+    make_optimizer(model, Distill())
+    assert torch.equal(gradient(), whole)
+
+
 def test_gradients_add_up_until_the_last_micro_batch_and_one_that_is_not_finite_changes_nothing() -> None:
     model = model_of()
     optimizer = InPlaceAdafactor(list(model.parameters()), 1e-3, 0.0, set())
@@ -70,7 +119,13 @@ def test_memory_gives_up_what_costs_least_first() -> None:
     assert fitted.batch_size == 4
     with pytest.raises(UserError, match=r"may take 0\.00 MB") as refused:
         memory_choice.fit(settings, CPU, lambda _: 101, Console(quiet=True))
-    assert "--optimizer adafactor" in str(refused.value.hint)
+    assert "Even with --optimizer adafactor --batch-size 1 --accumulation 1 and a recording" in str(refused.value.hint)
+    with pytest.raises(UserError) as fitting:
+        memory_choice.fit(settings, CPU, lambda one: 90 if one.recording else 101, Console(quiet=True))
+    assert str(fitting.value.hint) == (
+        "It fits with a recording of the teacher (`edgerazor record`) (0.00 MB) or "
+        "--optimizer adafactor --batch-size 1 --accumulation 1 and a recording (0.00 MB)."
+    )
 
 
 def test_a_training_in_place_goes_on_from_its_checkpoint(
@@ -95,4 +150,4 @@ def test_a_limit_of_memory_is_kept_or_refused(run: Run, llama: Path, text_file: 
     assert refused.code == 1
     assert "Traceback" not in refused.err
     assert "and may take 1.00 MB." in refused.err
-    assert "edgerazor record" in refused.err
+    assert "and a recording it takes" in refused.err

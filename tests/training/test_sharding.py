@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
+from edgerazor import devices
 from edgerazor.errors import UserError
 from edgerazor.recipe import Distill
 from edgerazor.training import sharding
 from helpers.places import ROOT
-from helpers.tiny_job import Outcome, Run, metrics, write_recipe
+from helpers.processes import launch
+from helpers.tiny_job import Run, metrics, write_recipe
 from helpers.tiny_models import ModelMaker
 
 #: Kills the last process in the middle of a step.
@@ -34,21 +37,6 @@ main()
 """
 
 
-def launch(script: Path, processes: int, *words: Any) -> Outcome:
-    """A command in several processes, as `accelerate launch` starts them with FSDP2."""
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), str(script))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", sharding.USE_FSDP: "true", sharding.FSDP_VERSION: "2"}
-    done = subprocess.run(
-        [sys.executable, *torchrun, *map(str, words)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=600,
-        check=False,
-    )
-    return Outcome(done.returncode, done.stdout, done.stderr)
-
-
 @pytest.mark.slow
 def test_four_processes_then_two_then_one(run: Run, make_model: ModelMaker, text_file: Path, tmp_path: Path) -> None:
     """One of four processes is killed, then one of two; one process ends the training as if it had been alone."""
@@ -63,7 +51,7 @@ def test_four_processes_then_two_then_one(run: Run, make_model: ModelMaker, text
         script = tmp_path / f"{processes}.py"
         script.write_text(KILLING.format(step=step))
         words = ("distill", "--work", job, "--batch-size", 1, "--accumulation", accumulation)
-        killed = launch(script, processes, *words)
+        killed = launch(script, processes, *words, sharded=True)
         assert killed.code != 0
         assert "Another process of this training has ended, so this one ends, too." in killed.err
         assert "edgerazor/" not in killed.err  # the launcher has a traceback of its own, and no process of ours
@@ -104,6 +92,15 @@ def test_a_launcher_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sharding.is_wanted()
 
 
+@pytest.mark.parametrize(("is_installed", "sentence"), [(False, "which is not installed"), (True, "of its own")])
+def test_deepspeed_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch, is_installed: bool, sentence: str) -> None:
+    monkeypatch.setenv(devices.USE_DEEPSPEED, "true")
+    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda _: object() if is_installed else None)
+    with pytest.raises(UserError, match=sentence) as refused:
+        devices.join_processes(torch.device("cpu"))
+    assert "fsdp2.yaml" in str(refused.value.hint)
+
+
 @pytest.mark.parametrize(("name", "machines"), [("fsdp2", 1), ("fsdp2-2x8", 2)])
 def test_launch_configurations(name: str, machines: int) -> None:
     """accelerate reads them, and asks for FSDP2 on so many processes."""
@@ -115,3 +112,25 @@ def test_launch_configurations(name: str, machines: int) -> None:
     assert (config.num_machines, config.num_processes) == (machines, 8 * machines)
     assert config.fsdp_config["fsdp_version"] == 2
     assert values["distributed_type"] == "FSDP"
+
+
+@pytest.mark.slow
+def test_accelerate_launches_it(run: Run, llama: Path, text_file: Path, tmp_path: Path) -> None:
+    """The command of the configuration for machines without GPUs, beside one process."""
+    settings = {"steps": 2, "batch_size": 2, "evaluate_every": 1, "learning_rate": 2e-4}
+    recipe = write_recipe(tmp_path / "r.yaml", llama, text_file, distill=settings)
+    assert run("distill", "--recipe", recipe, "--work", tmp_path / "one").code == 0
+    configuration = ROOT / "recipes" / "launch" / "fsdp2-cpu.yaml"
+    words = ("-m", "edgerazor", "distill", "--recipe", recipe, "--work", tmp_path / "two", "--batch-size", 1)
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(configuration)]
+    done = subprocess.run(
+        [*accelerate, *map(str, words)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for ours, theirs in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)

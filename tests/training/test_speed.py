@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from edgerazor import models
+from edgerazor import kernels, models
 from edgerazor.training import speed
 from edgerazor.training.speed import MachineSpeed, cost_of, measure_machine, step_seconds
 from helpers.tiny_job import Run, write_recipe
@@ -43,6 +43,16 @@ def test_a_step_takes_longer_with_more_to_do(llama: Path) -> None:
     assert step_seconds(cost, MachineSpeed(1e8, 1e8, 1e5), 1000) > 1.1 * one
     assert step_seconds(cost, machine, 1000, micro_batches=4) > one
     assert step_seconds(cost, machine, 1000, passes=3.0) < one
+    assert step_seconds(cost, machine, 1000, over_weights=9) < one
+
+
+def test_weights_take_fewer_passes_natively(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(kernels, "is_native", lambda: True)
+    assert speed.weight_passes(True, cpu) < speed.weight_passes(False, cpu)
+    assert speed.weight_passes(True, torch.device("cuda")) == speed.WEIGHT_PASSES
+    monkeypatch.setattr(kernels, "is_native", lambda: False)
+    assert speed.weight_passes(True, cpu) == speed.WEIGHT_PASSES
 
 
 def test_a_dry_run_loads_no_weight(

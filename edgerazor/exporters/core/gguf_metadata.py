@@ -34,7 +34,7 @@ def gguf_architecture(config: dict[str, Any]) -> GgufArchitecture:
     family = families.find(str(model_type))
     if family is None or family.gguf is None or not family.gguf.exported:
         raise refused(f"its family {model_type!r} is not among {', '.join(families.with_gguf())}")
-    architecture = family.gguf
+    architecture = family.gguf.instead(config) or family.gguf
     activation = config.get("hidden_activation") or config.get("hidden_act") or architecture.activation
     if activation != architecture.activation and (activation, architecture.activation) != ("swish", "silu"):
         raise refused(f"its activation {activation!r} is not {architecture.activation}")
@@ -131,6 +131,8 @@ def add_metadata(writer: gguf.GGUFWriter, architecture: GgufArchitecture, config
             writer.add_array(name, value)
         elif isinstance(value, str):
             writer.add_string(name, value)
+        elif isinstance(value, bool):
+            writer.add_bool(name, value)
         elif isinstance(value, float) or key in DECIMALS:
             writer.add_float32(name, value)
         else:

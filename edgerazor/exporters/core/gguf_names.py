@@ -23,12 +23,13 @@ LAYER_PARTS = {
 }
 #: llama.cpp's name of a router.
 ROUTER = "ffn_gate_inp"
-#: Tensors that llama.cpp wants in float32 although they are matrices: routers, and the kernels of convolutions.
-FLOAT32 = (ROUTER, "shortconv.conv", "ssm_conv1d")
+#: Tensors that llama.cpp wants in float32 although they are matrices: routers, the kernels of convolutions, and what
+#: Mamba-2 has a number of for each head.
+FLOAT32 = (ROUTER, "shortconv.conv", "ssm_conv1d", "ssm_a", "ssm_d")
 #: Parts of a mixture of experts: its router, and what `expert_stack` makes of the matrices of its experts.
 EXPERT_PARTS = {
     f"{block}.{name}": part
-    for block in ("mlp", "block_sparse_moe")
+    for block in ("mlp", "block_sparse_moe", "feed_forward")
     for name, part in (
         ("gate", ROUTER),
         ("router", ROUTER),
@@ -64,6 +65,17 @@ def gguf_name(architecture: GgufArchitecture, name: str) -> str:
     if not is_read:
         raise refused(f"llama.cpp's {architecture.name} reads no tensor {name}")
     return f"blk.{in_layer[1]}.{part}.{parameter}" if in_layer else f"{part}.{parameter}"
+
+
+def half_names(architecture: GgufArchitecture, name: str) -> tuple[str, str] | None:
+    """llama.cpp's names of the upper and the lower rows of a tensor that are two there; None for all others."""
+    module, _, parameter = name.rpartition(".")
+    in_layer = IN_LAYER.fullmatch(module)
+    halves = architecture.halves.get(in_layer[2]) if in_layer and parameter == "weight" else None
+    if halves is None or in_layer is None:
+        return None
+    upper, lower = (f"blk.{in_layer[1]}.{part}.weight" for part in halves)
+    return upper, lower
 
 
 def expert_stack(matrix: str) -> tuple[str, int] | None:

@@ -58,7 +58,7 @@ class GgufTower:
             return None
         return cls(model, models.auto_config(model.folder), check_tower(model.folder), tensors)
 
-    def values(self, name: str, target: str) -> Tensor:
+    def values(self, name: str, target: str, half: int | None = None) -> Tensor:
         """A tensor by its name."""
         return self.others[name]
 

@@ -43,6 +43,14 @@ LFM2_NORMS = {
     **{"before_attention": "operator_norm", "before_mlp": "ffn_norm"},
     **{"q_norm": "self_attn.q_layernorm", "k_norm": "self_attn.k_layernorm"},
 }
+#: Their names in GGUF files.
+LFM2_GGUF = {
+    **{"operator_norm": "attn_norm", "ffn_norm": "ffn_norm", "model.embedding_norm": "token_embd_norm"},
+    **{"self_attn.q_layernorm": "attn_q_norm", "self_attn.k_layernorm": "attn_k_norm"},
+    **{"self_attn.out_proj": "attn_output", "feed_forward.w1": "ffn_gate"},
+    **{"feed_forward.w3": "ffn_up", "feed_forward.w2": "ffn_down", "conv.conv": "shortconv.conv"},
+    **{"conv.in_proj": "shortconv.in_proj", "conv.out_proj": "shortconv.out_proj"},
+}
 #: Places of linear layers of keys and values.
 KEY_PLACES = frozenset({"k", "v"})
 #: All places of linear layers of an MLP.
@@ -75,7 +83,7 @@ GRANITE_FACTORS = {
     **{"residual_scale": "residual_multiplier", "logit_scale": "logits_scaling"},
 }
 #: A number, or one for each layer, in the metadata of a GGUF file.
-GgufValue = int | float | str | list[int] | list[bool]
+GgufValue = bool | int | float | str | list[int] | list[bool]
 #: Tensors that divide the frequencies of rotary positions in Phi 3: beyond the original context, and within it.
 GGUF_LONG_FACTORS, GGUF_SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
 #: Ways to scale rotary positions (`rope_type`) that every architecture of llama.cpp knows.
@@ -312,6 +320,10 @@ def nothing_more(config: dict[str, Any]) -> dict[str, GgufValue]:
     return {}
 
 
+def nothing_instead(config: dict[str, Any]) -> None:
+    """Files call all configurations of the family alike."""
+
+
 def no_factors(config: dict[str, Any]) -> dict[str, list[float]]:
     """No tensor divides the frequencies of rotary positions."""
     return {}
@@ -346,6 +358,16 @@ def looks_ahead_in_gguf(config: dict[str, Any]) -> str:
 def convolution_or_attention(config: Any, layer: int) -> Mixer:
     """The mixer of a layer of LFM 2 or 3."""
     return "short_convolution" if config.layer_types[layer] == "conv" else "attention"
+
+
+def lfm2_metadata(config: dict[str, Any]) -> dict[str, GgufValue]:
+    """What GGUF files say of LFM 2: layers of convolutions have no heads of keys."""
+    heads = config["num_key_value_heads"]
+    return {
+        "attention.head_count_kv": [0 if kind == "conv" else heads for kind in config["layer_types"]],
+        "attention.layer_norm_rms_epsilon": float(config["norm_eps"]),
+        "shortconv.l_cache": config["conv_L_cache"],
+    }
 
 
 def heads_are_narrow(config: dict[str, Any]) -> str:
@@ -569,11 +591,15 @@ class GgufArchitecture:
         whole_norms: norms of a decoder layer whose gains were whole before.
         parameters: llama.cpp's whole names of parameters of a decoder layer that are neither weight nor bias.
         decays: those parameters x that files have as -exp(x).
+        upright: those parameters [n] that files have as matrices [n, 1].
+        halves: linear layers of a decoder layer whose upper and lower rows are two tensors of files, by llama.cpp's
+            names of these (gate and up in one matrix).
         row_orders, column_orders: llama.cpp's name of a part of a decoder layer -> which row, or column, of the model
             stands at each place of the file, beside the rows of q and k.
         partial_rope: a part of each head may be rotated, so that the rotated width is not that of a head.
         float16: the model's states stay in the range of float16.
         exported: whether we write files of it; what follows is for that alone.
+        instead: what files call some configurations of the family; None for those that are as said here.
         head: whether there is a tensor of the head: never (the embedding is the head), always, or where it is its own.
         parts: llama.cpp's names of parts of a decoder layer, and of the final norm, where
             `exporters/core/gguf_names.py` has others.
@@ -600,11 +626,14 @@ class GgufArchitecture:
     whole_norms: frozenset[str] = frozenset()
     parameters: Mapping[str, str] = field(default_factory=dict)
     decays: frozenset[str] = frozenset()
+    upright: frozenset[str] = frozenset()
+    halves: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     row_orders: Callable[[dict[str, Any]], dict[str, list[int]]] = no_orders
     column_orders: Callable[[dict[str, Any]], dict[str, list[int]]] = no_orders
     partial_rope: bool = False
     float16: bool = True
     exported: bool = True
+    instead: Callable[[dict[str, Any]], GgufArchitecture | None] = nothing_instead
     head: Literal["never", "always", "own"] = "own"
     parts: Mapping[str, str] = field(default_factory=dict)
     metadata: Callable[[dict[str, Any]], dict[str, GgufValue]] = nothing_more

@@ -17,6 +17,7 @@ gradient: `d w' / d s = level`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,6 +39,21 @@ from edgerazor.formats.core.matrix import (
 SMALLEST = 2.0**-24
 #: Most floats that rounding may leave between a weight and the interval of its code, with room to spare.
 NUDGES = 4
+
+#: w float32 [rows, cols], scales float32 [rows, groups] that fp16 holds, the formats, and the dtype of the result ->
+#: the dequantized weight, or None where it cannot.
+Rounding = Callable[[Tensor, Tensor, MatrixSpec, torch.dtype], Tensor | None]
+#: The gradient of that weight, w, scales, formats -> gradients of w and scales, float32, or None where it cannot.
+Gradients = Callable[[Tensor, Tensor, Tensor, MatrixSpec], tuple[Tensor, Tensor] | None]
+_accelerated: list[tuple[Rounding, Gradients]] = []
+
+
+def use_learned_kernels(rounding: Rounding, gradients: Gradients) -> None:
+    """Ask these functions first from now on.
+
+    What the first returns must equal what PyTorch computes here to the bit; the second may add up in another order.
+    """
+    _accelerated[:] = [(rounding, gradients)]
 
 
 def initial_scales(w: Tensor, spec: MatrixSpec) -> Tensor:
@@ -81,7 +97,9 @@ def learned_weight(w: Tensor, scales: Tensor, spec: MatrixSpec, dtype: torch.dty
     stored = stored_scales(scales)
     if w.dtype == torch.int8:
         return decode_matrix(Encoded(w, stored), spec).to(dtype)
-    return quantize_dequantize(w, spec, dtype, stored)
+    spec.check_shape(w.shape)
+    rounded = next((rounding(w, stored.float(), spec, dtype) for rounding, _ in _accelerated), None)
+    return quantize_dequantize(w, spec, dtype, stored) if rounded is None else rounded
 
 
 def rebase_weight(w: Tensor, codes: Tensor, before: Tensor, after: Tensor, spec: MatrixSpec) -> Tensor:
@@ -147,6 +165,10 @@ class _SteTarget(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None]:
         w, scales = ctx.saved_tensors
+        learned = (gradient, w, stored_scales(scales).float(), ctx.spec)
+        accelerated = next((gradients(*learned) for _, gradients in _accelerated), None)
+        if accelerated is not None:
+            return accelerated[0], accelerated[1].to(scales.dtype), None
         to_w, to_scales = [], []
         for number_format, rows in ctx.spec.format_rows:
             upstream, selected = select_rows(gradient, rows), select_rows(w, rows)

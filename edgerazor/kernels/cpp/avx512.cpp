@@ -122,7 +122,7 @@ struct TernaryDot {
 
 EDGERAZOR_INLINE RowFloats zero_floats() { return _mm512_setzero_ps(); }
 EDGERAZOR_INLINE RowFloats load_floats(const float* p) { return _mm512_load_ps(p); }
-EDGERAZOR_INLINE void store_floats(float* p, RowFloats floats) { _mm512_store_ps(p, floats); }
+EDGERAZOR_INLINE void store_floats(float* p, RowFloats floats) { _mm512_storeu_ps(p, floats); }
 
 EDGERAZOR_INLINE RowFloats load_f16(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));

@@ -46,21 +46,26 @@ bool has_i8mm() { return has_feature("hw.optional.arm.FEAT_I8MM"); }
 
 // build.py defines EDGERAZOR_HAVE_<NAME> for each instruction set that the compiler knows.
 std::vector<IsaKernels> detect() {
-    std::vector<IsaKernels> isas = {{&portable_matmul, &portable_float_kernels, portable_scale_search}};
+    std::vector<IsaKernels> isas = {{&portable_matmul, &portable_float_kernels, portable_scale_search, &portable_fake_quantize}};
 #ifdef EDGERAZOR_HAVE_AVX2
-    if (has_avx2()) isas.push_back({&avx2_matmul, &avx2_float_kernels, avx2_scale_search});
+    if (has_avx2())
+        isas.push_back({&avx2_matmul, &avx2_float_kernels, avx2_scale_search, &avx2_fake_quantize});
 #endif
 #ifdef EDGERAZOR_HAVE_AVX2VNNI
-    if (has_avx2vnni()) isas.push_back({&avx2vnni_matmul, &avx2vnni_float_kernels, avx2vnni_scale_search});
+    if (has_avx2vnni())
+        isas.push_back({&avx2vnni_matmul, &avx2vnni_float_kernels, avx2vnni_scale_search, &avx2vnni_fake_quantize});
 #endif
 #ifdef EDGERAZOR_HAVE_AVX512
-    if (has_avx512()) isas.push_back({&avx512_matmul, &avx512_float_kernels, avx512_scale_search});
+    if (has_avx512())
+        isas.push_back({&avx512_matmul, &avx512_float_kernels, avx512_scale_search, &avx512_fake_quantize});
 #endif
 #ifdef EDGERAZOR_HAVE_NEON
-    if (has_dot_product()) isas.push_back({&neon_matmul, &neon_float_kernels, neon_scale_search});
+    if (has_dot_product())
+        isas.push_back({&neon_matmul, &neon_float_kernels, neon_scale_search, &neon_fake_quantize});
 #endif
 #ifdef EDGERAZOR_HAVE_I8MM
-    if (has_i8mm()) isas.push_back({&i8mm_matmul, &i8mm_float_kernels, i8mm_scale_search});
+    if (has_i8mm())
+        isas.push_back({&i8mm_matmul, &i8mm_float_kernels, i8mm_scale_search, &i8mm_fake_quantize});
 #endif
     return isas;
 }

@@ -2,6 +2,7 @@
 #pragma once
 #include <vector>
 
+#include "fake_quantize.hpp"
 #include "float_kernels.hpp"
 #include "matmul_kernels.hpp"
 #include "scale_search.hpp"
@@ -13,6 +14,7 @@ struct IsaKernels {
     const MatmulKernels* matmul;
     const FloatKernels* floats;
     ScaleSearch scale_search;
+    const FakeQuantizeKernels* fake_quantize;
 };
 
 // Plain C++ first, the best one last. The number of an instruction set is its index.

@@ -12,6 +12,7 @@
 #endif
 
 #include "compiler.hpp"
+#include "rounding.hpp"
 
 namespace {
 
@@ -114,6 +115,9 @@ EDGERAZOR_INLINE float reduce_max(f32x16 x) {
     return largest;
 #endif
 }
+
+// The nearest integers of small numbers, ties to even; 0 is never negative.
+EDGERAZOR_INLINE Lanes round_lanes(Lanes x) { return (x + kRoundShift) - kRoundShift; }
 
 // Register by register, because gcc copies a whole struct through memory in smaller pieces.
 EDGERAZOR_INLINE f32x16 load(const float* p) {

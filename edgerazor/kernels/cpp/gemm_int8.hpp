@@ -1,5 +1,7 @@
 // The product of packed rows with the int8 activations of many tokens (a GEMM), included by `matmul.hpp`: codes are
-// unpacked once for up to kTokenBlock tokens, slab by slab, and multiplied in tiles whose sums stay in registers.
+// unpacked once for up to kTokenBlock tokens, slab by slab, and multiplied in tiles whose sums stay in registers. The
+// last segment of whole tiles goes to the output from the registers: rows of the output lie kilobytes apart, so that each
+// line misses the first cache, which the products of the next tile hide.
 #pragma once
 #include <stdlib.h>
 #include <string.h>
@@ -18,6 +20,8 @@ struct GemmPanel {
     const uint16_t* w_scales[kTileBlocks];
     int min_level_x2;
     bool begins_segment, ends_segment; // whether the panel holds the first and the last quad of its segment
+    float* out;                        // of the first token, for the results of the last segment; null: they stay in y
+    int64_t out_stride;
 };
 
 template <int max_code, int tokens>
@@ -51,7 +55,9 @@ __attribute__((noinline)) void gemm_tile(const GemmPanel& panel, float* y, int32
             if (panel.ends_segment) {
                 RowFloats results = load_floats(y + at);
                 add_scaled(results, add_min_level(dot, panel.min_level_x2, x_sum), w_scales[b.value], x_scale);
-                store_floats(y + at, results);
+                float* to = y + at;
+                if (panel.out) to = panel.out + t.value * panel.out_stride + b.value * kBlockRows;
+                store_floats(to, results);
             } else {
                 store_sums(totals + at, dot);
             }
@@ -71,6 +77,7 @@ void gemm_tiles(GemmPanel panel, int tokens, float* y, int32_t* totals) {
         panel.x += count * panel.x_stride;
         panel.x_scales += count * panel.scale_stride;
         panel.x_sums += count * panel.scale_stride;
+        if (panel.out) panel.out += count * panel.out_stride;
         y += count * width;
         totals += count * width;
     }
@@ -90,10 +97,11 @@ void unpack_slab(const uint8_t* codes, int64_t block_bytes, int blocks, int begi
         unpack<bits>(codes + b * block_bytes, begin, end, slab + b * kVectorBytes, kTileBlocks * kVectorBytes);
 }
 
-// Up to kTileBlocks row blocks times up to kTokenBlock tokens, from `token` on, into work.y.
+// Up to kTileBlocks row blocks times up to kTokenBlock tokens, from `token` on, into `out`, or where that is null into
+// work.y.
 template <int bits>
 void gemm_row_blocks(const RowLayout& layout, const FormatRows& rows, const QuantizedActivations& x, int64_t block,
-                     int blocks, int64_t token, int tokens, GemmWorkspace& work) {
+                     int blocks, int64_t token, int tokens, GemmWorkspace& work, float* out, int64_t out_stride) {
     const int64_t block_bytes = codes_bytes(bits, layout.quads), block_scales = (int64_t)layout.groups * kBlockRows;
     const uint16_t* scales = rows.scales + block * block_scales;
     memset(work.y, 0, sizeof(float) * tokens * kTileBlocks * kBlockRows);
@@ -120,6 +128,8 @@ void gemm_row_blocks(const RowLayout& layout, const FormatRows& rows, const Quan
             panel.min_level_x2 = rows.min_level_x2;
             panel.begins_segment = first == segment.first_quad;
             panel.ends_segment = last == segment.first_quad + segment.quads;
+            panel.out = next + 1 == layout.segment_count ? out : nullptr;
+            panel.out_stride = out_stride;
             gemm_tiles<max_code_of(bits)>(panel, tokens, work.y, work.totals);
             if (!panel.ends_segment) break;
         }
@@ -141,9 +151,12 @@ void gemm(const RowLayout& layout, const FormatRows& rows, const QuantizedActiva
         const int tokens = x.tokens - token < block_tokens ? (int)(x.tokens - token) : (int)block_tokens;
         for (int64_t block = first; block < last; block += kTileBlocks) {
             const int blocks = last - block < kTileBlocks ? (int)(last - block) : kTileBlocks;
-            gemm_row_blocks<bits>(layout, rows, x, block, blocks, token, tokens, *work);
             int64_t count = rows.count - block * kBlockRows;
             if (count > blocks * kBlockRows) count = blocks * kBlockRows;
+            const bool whole = count == kTileBlocks * kBlockRows && !rows.rows && !output.bias;
+            float* const out = whole ? output.y + token * output.stride + block * kBlockRows : nullptr;
+            gemm_row_blocks<bits>(layout, rows, x, block, blocks, token, tokens, *work, out, output.stride);
+            if (whole) continue;
             for (int t = 0; t < tokens; t++)
                 store_rows(work->y + t * kTileBlocks * kBlockRows, (int)count, block * kBlockRows, rows, output,
                            token + t);

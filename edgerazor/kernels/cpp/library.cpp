@@ -68,6 +68,16 @@ int64_t edgerazor_least_error(int isa, const edgerazor_scale_search* settings, c
     return result;
 }
 
+int64_t edgerazor_round_weights(int isa, const edgerazor_code_range* range, const edgerazor_weight_rows* rows,
+                                int32_t to_bfloat16, void* out) {
+    return runnable_isas()[isa].fake_quantize->round(*range, *rows, out, to_bfloat16 != 0);
+}
+
+void edgerazor_learned_gradients(int isa, const edgerazor_code_range* range, const edgerazor_weight_rows* rows,
+                                 const float* gradient, float* to_weights, float* to_scales) {
+    runnable_isas()[isa].fake_quantize->gradients(*range, *rows, gradient, to_weights, to_scales);
+}
+
 const void* edgerazor_float_kernels(int isa) { return &float_kernels(isa); }
 
 uint64_t edgerazor_read(int isa, const uint64_t* words, int64_t count) {

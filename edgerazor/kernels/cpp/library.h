@@ -41,6 +41,20 @@ typedef struct {
                                  middle of the interval from the code to the next one, in which the weight lies */
 } edgerazor_scale_search;
 
+/* The codes of a format, and what they stand for. */
+typedef struct {
+    float min_code, max_code; /* from -128 to 127 */
+    int32_t mid_rise;         /* as above */
+} edgerazor_code_range;
+
+/* Rows of a matrix of weights [all rows, columns], of which each group has a scale. */
+typedef struct {
+    const float* weights;
+    const float* scales; /* [all rows, groups] */
+    const int64_t* rows; /* [count] numbers of the rows */
+    int64_t count, columns, group;
+} edgerazor_weight_rows;
+
 /* SHA-256 of the sources that the library was built from, like `build.fingerprint`. */
 EDGERAZOR_API const char* edgerazor_sources(void);
 
@@ -97,6 +111,18 @@ EDGERAZOR_API void edgerazor_expand_ternary(const edgerazor_row_layout* layout, 
    that is not finite, or -2 where there is no memory for `size` floats. */
 EDGERAZOR_API int64_t edgerazor_least_error(int isa, const edgerazor_scale_search* settings, const float* weights,
                                             int64_t groups, int64_t size, uint16_t* scales, int8_t* codes);
+
+/* What these weights are worth once they are rounded, into the same rows of `out` [all rows, columns], float32 or
+   bfloat16: the level of each code times its scale, 0 where the scale is 0. Returns -1, or the first row with a weight
+   that is not finite. */
+EDGERAZOR_API int64_t edgerazor_round_weights(int isa, const edgerazor_code_range* range,
+                                              const edgerazor_weight_rows* rows, int32_t to_bfloat16, void* out);
+
+/* The gradients of the weights [all rows, columns] and of their scales [all rows, groups], which are positive, by LSQ
+   (`formats/core/lsq.py`), from that of the rounded weights [all rows, columns]; only these rows are written. */
+EDGERAZOR_API void edgerazor_learned_gradients(int isa, const edgerazor_code_range* range,
+                                               const edgerazor_weight_rows* rows, const float* gradient,
+                                               float* to_weights, float* to_scales);
 
 /* The `FloatKernels` of an instruction set (float_kernels.hpp), for tests. */
 EDGERAZOR_API const void* edgerazor_float_kernels(int isa);

@@ -50,8 +50,6 @@ EDGERAZOR_INLINE void integer_sums(const f32x16 (&x)[count], int32_t* sums) {
 #endif
 }
 
-EDGERAZOR_INLINE Lanes round_lanes(Lanes x) { return (x + kRoundShift) - kRoundShift; }
-
 // The levels that quantize ratios: the nearest integer from low to high or, of a mid-rise quantizer, the middle of the
 // interval between two integers, doubled.
 template <bool mid_rise>

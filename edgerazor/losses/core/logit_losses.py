@@ -233,7 +233,10 @@ def logit_chunks(
             None if recorded is None else recorded.part(slice(begin, begin + len(chunk_positions))),
         )
         begin += len(chunk_positions)
-        yield LogitChunk(chunk_positions, logits)
+        chunk = LogitChunk(chunk_positions, logits)
+        del logits
+        yield chunk
+        del chunk  # whoever does likewise holds the logits of one chunk at a time
 
 
 def total_logit_loss(
@@ -277,24 +280,34 @@ class _TotalLogitLoss(GradientsInForward):
         gradients = _Gradients(student, ctx.needs_input_grad[:3])
         with torch.autocast(states.device.type, enabled=False):
             for chunk in logit_chunks(student, teacher, labels, totals):
-                student_logits = chunk.logits.student
-                assert student_logits is not None
-                logits_grad = gradients.buffer(student_logits) if gradients.needed else None  # [n, V]
-                for block, logits in chunk.blocks():
-                    block_grad = None
-                    for weight, loss in terms:
-                        value, grad = loss.value_and_grad(logits, totals.statistics)
-                        total.add_(value, alpha=weight)
-                        if logits_grad is not None:
-                            block_grad = _add_weighted(block_grad, grad, weight, student_logits.shape[1])
-                    if logits_grad is not None:
-                        assert logits.student is not None
-                        assert block_grad is not None
-                        logits_grad[block] = gradients.through_head_(block_grad, logits.student)
-                if logits_grad is not None:
-                    gradients.add(chunk, logits_grad)
+                total.add_(_chunk_loss(chunk, terms, totals, gradients))
+                del chunk  # before the next one is computed
         ctx.save_for_backward(gradients.states, gradients.weight, gradients.bias)
         return total
+
+
+def _chunk_loss(
+    chunk: LogitChunk, terms: Sequence[tuple[float, LogitLoss]], totals: StepTotals, gradients: _Gradients
+) -> Tensor:
+    """The contribution of a chunk of positions to `Σ weight·loss`, a scalar; its gradient is added to `gradients`."""
+    student_logits = chunk.logits.student
+    assert student_logits is not None
+    total = student_logits.new_zeros(())
+    logits_grad = gradients.buffer(student_logits) if gradients.needed else None  # [n, V]
+    for block, logits in chunk.blocks():
+        block_grad = None
+        for weight, loss in terms:
+            value, grad = loss.value_and_grad(logits, totals.statistics)
+            total.add_(value, alpha=weight)
+            if logits_grad is not None:
+                block_grad = _add_weighted(block_grad, grad, weight, student_logits.shape[1])
+        if logits_grad is not None:
+            assert logits.student is not None
+            assert block_grad is not None
+            logits_grad[block] = gradients.through_head_(block_grad, logits.student)
+    if logits_grad is not None:
+        gradients.add(chunk, logits_grad)
+    return total
 
 
 def _add_weighted(total: Tensor | None, grad: Tensor, weight: float, entries: int) -> Tensor:
