@@ -82,7 +82,7 @@ $(WORLD)/distill.txt: $(WORLD)/corpus.py | install
 SHAPES := recipes/shapes
 shapes: install $(KERNELS) $(SHAPES)/distill.jsonl
 	$(BIN)/edgerazor run recipes/shapes.yaml --work build/shapes/4bit --bits 4
-	$(BIN)/edgerazor pack --recipe recipes/shapes.yaml --bits 1.58 $(SHAPES)/teacher --work build/shapes/rounded
+	$(BIN)/edgerazor pack $(SHAPES)/teacher --bits 1.58 --work build/shapes/rounded
 	$(BIN)/edgerazor eval build/shapes/rounded/packed --against $(SHAPES)/teacher --pictures $(SHAPES)/tasks
 	$(BIN)/edgerazor run recipes/shapes.yaml --work build/shapes/distilled
 
