@@ -140,10 +140,7 @@ def write(context: JobContext, writer: Writer, length: int, progress: Progress) 
                 )
             tracker.advance(tokens)
             if progress.batches == 1:  # of texts
-                left = progress.seconds * (total - progress.tokens) / progress.tokens
-                if min(left, limit or left) > 60:
-                    said = duration(min(left, limit or left))
-                    context.console.say(f"That will take about {said}; with --data FILE it would not be needed.")
+                say_how_long(context, progress, total, limit)
             write_json(file, progress.model_dump(mode="json"))
     progress.finished = True
     write_json(file, progress.model_dump(mode="json"))
@@ -152,6 +149,14 @@ def write(context: JobContext, writer: Writer, length: int, progress: Progress) 
     context.console.say(said)
     if progress.tokens < total:
         context.console.say(f"These are fewer than {total:,}, because writing may take {duration(limit or 0.0)}.")
+
+
+def say_how_long(context: JobContext, progress: Progress, total: int, limit: float | None) -> None:
+    """After the first batch: how long the rest will take, where that is more than a minute."""
+    left = progress.seconds * (total - progress.tokens) / progress.tokens
+    if min(left, limit or left) > 60:
+        said = duration(min(left, limit or left))
+        context.console.say(f"That will take about {said}; with --data FILE it would not be needed.")
 
 
 def mean_tokens(progress: Progress, length: int) -> float:

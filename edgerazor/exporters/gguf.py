@@ -94,6 +94,11 @@ class GgufModel:
         factors = rope_factors(architecture, config)
         return cls(decoder, config, architecture, _vocabulary(model.folder, config), others, factors, tower)
 
+    @property
+    def files(self) -> tuple[Contents, ...]:
+        """What becomes a file each: the model and, where it sees, its tower."""
+        return (self,) if self.tower is None else (self, self.tower)
+
     def values(self, name: str, target: str, half: int | None = None) -> Tensor:
         """A tensor that is not quantized, by its name, or by llama.cpp's alone where it has no other; or half of it."""
         values = self.others[name] if name else self.rope_factors[target]
@@ -159,11 +164,11 @@ class Gguf(Exporter):
     def plan(self, model: PackedModel) -> ExportPlan:
         """Choose types by the codes themselves: every matrix is read once."""
         gguf_model = GgufModel.of(model)
-        tensors = tuple(self._planned(gguf_model, source) for source in _sources(gguf_model))
-        metadata = _metadata_bytes(gguf_model, tensors)
-        if gguf_model.tower is not None:
-            planned = tuple(self._planned(gguf_model.tower, source) for source in _tower_sources(gguf_model.tower))
-            metadata += _metadata_bytes(gguf_model.tower, planned)
+        tensors: tuple[PlannedTensor, ...] = ()
+        metadata = 0
+        for contents in gguf_model.files:
+            planned = tuple(self._planned(contents, source) for source in _sources_of(contents))
+            metadata += _metadata_bytes(contents, planned)
             tensors += planned
         return ExportPlan(
             export=self.name,
@@ -181,19 +186,15 @@ class Gguf(Exporter):
 
     def write_file(self, model: PackedModel, file: Path, plan: ExportPlan) -> ExportResult:
         """Write the export as one file of that name, and the tower of a model that sees beside it."""
-        gguf_model = GgufModel.of(model)
-        sources = _sources(gguf_model)
-        workdir.write_atomically(file, functools.partial(self._fill, gguf_model, sources, plan))
-        size = file.stat().st_size
-        if gguf_model.tower is not None:
-            beside = file.with_name(f"{PREFIX}{file.name}")
-            of_tower = _tower_sources(gguf_model.tower)
-            workdir.write_atomically(beside, functools.partial(self._fill, gguf_model.tower, of_tower, plan))
-            size += beside.stat().st_size
+        size = 0
+        for contents in GgufModel.of(model).files:
+            written = file.with_name(f"{PREFIX}{file.name}") if isinstance(contents, GgufTower) else file
+            workdir.write_atomically(written, functools.partial(self._fill, contents, plan))
+            size += written.stat().st_size
         return ExportResult.of(plan, file, size)
 
-    def _fill(self, contents: Contents, sources: Sequence[SourceTensor], plan: ExportPlan, path: Path) -> None:
-        by_target = {source.target: source for source in sources}
+    def _fill(self, contents: Contents, plan: ExportPlan, path: Path) -> None:
+        by_target = {source.target: source for source in _sources_of(contents)}
         tensors = [tensor for tensor in plan.tensors if tensor.target in by_target]
         writer = _begin(path, contents, tensors)
         try:

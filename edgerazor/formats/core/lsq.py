@@ -165,8 +165,8 @@ class _SteTarget(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None]:
         w, scales = ctx.saved_tensors
-        learned = (gradient, w, stored_scales(scales).float(), ctx.spec)
-        accelerated = next((gradients(*learned) for _, gradients in _accelerated), None)
+        steps = stored_scales(scales).to(scales.dtype)
+        accelerated = next((gradients(gradient, w, steps.float(), ctx.spec) for _, gradients in _accelerated), None)
         if accelerated is not None:
             return accelerated[0], accelerated[1].to(scales.dtype), None
         to_w, to_scales = [], []
@@ -175,7 +175,7 @@ class _SteTarget(torch.autograd.Function):
             if w.dtype == torch.int8:
                 to_scales.append((_frozen_codes_gradient(number_format, upstream, selected, ctx.spec.group_size), rows))
                 continue
-            step = stored_scales(select_rows(scales, rows)).to(scales.dtype)
+            step = select_rows(steps, rows)
             row_gradient, step_gradient = _lsq_gradients(number_format, upstream, selected, step, ctx.spec.group_size)
             to_w.append((row_gradient, rows))
             to_scales.append((step_gradient, rows))
