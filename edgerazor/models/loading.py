@@ -78,6 +78,8 @@ def resolve(source: str, revision: str | None = None, console: Console | None = 
         return path
     if is_gguf(source):
         return folder_of_gguf(path, console)
+    if path.is_file() and not path.stat().st_size:
+        raise UserError(f"{source} is an empty file; a model is a folder or a GGUF file.", "Download it again.")
     if path.exists():
         raise UserError(
             f"{source} is a file; a model is a folder with config.json and safetensors weights, or a GGUF file."

@@ -342,9 +342,11 @@ def test_what_cannot_be_a_teacher_is_refused(quantized: Path, cache: Path, tmp_p
     """In one sentence, and nothing is left behind."""
     content = quantized.read_bytes()
     file = tmp_path / "bad.gguf"
-    for size in (3, 100, len(content) // 2, len(content) - 500):
+    for size in (0, 3, 100, len(content) // 2, len(content) - 500):
         file.write_bytes(content[:size])
-        if size < 4:
+        if not size:
+            assert "is an empty file" in refusal(file).message
+        elif size < 4:
             assert "is a file; a model is a folder" in refusal(file).message
         else:
             assert "is damaged or no GGUF file" in refusal(file).message
