@@ -59,6 +59,9 @@ def test_numbers_by_hand() -> None:
     one, other = interop.Side(torch.tensor([[math.log(3), 0.0]]), []), interop.Side(torch.zeros(1, 2), [])
     assert interop.divergence(one, one) == 0
     assert interop.divergence(one, other) == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+    two = interop.Side(torch.cat([one.logits, other.logits]), []), interop.Side(torch.zeros(2, 2), [])
+    assert interop.divergence(*two) == pytest.approx(interop.divergence(one, other) / 2)
+    assert interop.divergence(*two, share=0.5) == 0  # the token that has least
     assert interop.apart((4.0, 5.0)) == 0.25
     assert interop.common([1, 2, 3], [1, 2, 4]) == 2
     assert interop.common([1, 2], [1, 2]) == 2
@@ -74,7 +77,7 @@ def test_a_tie_is_two_tokens_as_good(theirs: list[int], tie: bool) -> None:
 def test_every_bound_is_a_failure_of_its_own() -> None:
     case = interop.Case("m", "int4", recipes.Recipe())
     perfect = interop.Row(
-        case, "Q4_0", (4.1, 4.5), True, (9.0, 9.0), 0.0, 64, False, (9.0, 9.08), 0.1, 3, 1e-10, 64, 100
+        case, "Q4_0", (4.1, 4.5), True, (9.0, 9.0), 0.0, 0.0, 64, False, (9.0, 9.08), 0.1, 3, 1e-10, 64, 100
     )
     assert perfect.failures() == []
     broken: list[tuple[dict[str, Any], str]] = [
@@ -91,6 +94,15 @@ def test_every_bound_is_a_failure_of_its_own() -> None:
         (line,) = replace(perfect, **change).failures()
         assert line.startswith("m, int4: ")
         assert words in line
+    mixture = replace(
+        perfect, case=replace(case, model="olmoe-untied"), exact_kl=9e-4, exact_nearest=9e-5, exact_greedy=3
+    )
+    assert mixture.failures() == []
+    for change in ({"exact_kl": 1.1e-3}, {"exact_nearest": 1.1e-4}):
+        (line,) = replace(mixture, **change).failures()
+        assert "16-bit file" in line
+    all_experts = replace(mixture, case=replace(case, model="lfm2-moe-all-tied"), exact_greedy=64)
+    assert len(all_experts.failures()) == 1
     tie = replace(perfect, exact_greedy=63, tie=True)
     assert tie.failures() == []
     assert len(interop.cells(tie)) == len(interop.HEAD)
