@@ -231,6 +231,14 @@ interop-pictures: install llamacpp
 results-engines: install
 	$(BIN)/python -m recipes.benchmarks.engines $(or $(MODELS),$(JOB)/distilled/packed)
 
+# The same for the real Gemma-3-270M, with 16 and with 8 bits of activations and cache, on real text where there is some.
+.PHONY: results-gemma
+results-gemma: install $(KERNELS) real-models
+	for bits in 16 8; do $(BIN)/edgerazor pack build/real-models/gemma-3-270m --bits 4 --plan interleave \
+		--activation-bits $$bits --kv-bits $$bits --work build/gemma/$$bits || exit 1; done
+	$(BIN)/python -m recipes.benchmarks.engines build/gemma/16/packed build/gemma/8/packed --texts 6 --words 32 --tokens 8 \
+		$(if $(REAL_DATA),--text $(REAL_DATA)/text/wiki.txt) --mark gemma
+
 # How long lm-eval takes on a CPU, in our runtime and in transformers; alone on the machine.
 .PHONY: results-eval
 results-eval: install

@@ -2,12 +2,16 @@
 
     make results-engines                  the table in recipes/results/engines.md, for the student of `make quickstart`
     python -m recipes.benchmarks.engines FOLDER... --results none
+    make results-gemma                    of the real Gemma-3-270M, with 16 and with 8 bits of activations and cache
 
 Both engines take the same packed folder, with its own 8-bit activations and cache, and go on from the beginnings of
 held-out texts. Whatever differs in the last bit of a float32 becomes a step of 8 bits now and then, so each engine is
 also compared with itself in another order: the beginning token by token, then the whole text anew for every token. And
 transformers is compared with itself where what its norms give is changed by one part in ten million, which is about
 what rounding to float32 changes: a difference of the engines that is no larger than that one is no fault of either.
+
+Bounds: with activations and cache of 16 bits logits 1e-4 and KL 1e-9; with fewer bits a KL of 1e-3, or one and a half
+times of what parts transformers from itself, where that is more. Exit code 3 where they are broken.
 
 *Logits*: the largest relative L2 distance at any position of a beginning, ||a - b|| / ||b||. *KL*: the mean of
 KL(b || a) over positions, in nats. *Same text*: how many of the texts are the same, token by token, when both continue
@@ -28,7 +32,8 @@ from torch import Tensor
 from edgerazor import runtime
 from edgerazor.console import Console
 from edgerazor.console import table as rich_table
-from edgerazor.errors import UserError
+from edgerazor.errors import QUALITY, UserError, usage_error
+from edgerazor.packed import PackedModel
 from edgerazor.runtime.transformers_model import TransformersModel
 from edgerazor.workdir import machine
 from recipes.benchmarks.folders import RESULTS, WORLD
@@ -37,6 +42,9 @@ from recipes.benchmarks.results import commit, markdown, packages, publish
 HEAD = ("model", "a", "b", "logits, at most", "KL, mean", "same text", "apart by, at most")
 #: Words of a held-out text that are gone on from.
 BEGINNING = 12
+#: Of logits and of KL, where activations and cache have 16 bits; of KL, where they have fewer, and how much further the
+#: engines may be from each other than transformers is from itself.
+EXACT_LOGITS, EXACT_KL, ROUNDED_KL, FURTHER = 1e-4, 1e-9, 1e-3, 1.5
 #: Standard deviation of the relative noise behind norms: 2^-24, the largest error of rounding to float32, is 0.6e-7.
 NOISE = 1e-7
 
@@ -112,8 +120,21 @@ def with_noise(model: TransformersModel, prompt: list[int], tokens: int) -> Resu
             hook.remove()
 
 
-def compare(folder: Path, beginnings: list[str], tokens: int, threads: int) -> list[list[str]]:
-    """Rows under `HEAD`."""
+def failure(folder: Path, engines: Agreement, itself: list[Agreement]) -> str | None:
+    """The bound that is broken, if one is; `itself` is transformers beside transformers."""
+    settings = PackedModel.open(folder).header.settings
+    kl, of_itself = engines.kl / engines.positions, max(one.kl / one.positions for one in itself)
+    if settings["activation_bits"] == settings["kv_bits"] == 16:
+        if engines.furthest <= EXACT_LOGITS and kl <= EXACT_KL:
+            return None
+        return f"{folder}: logits are {engines.furthest:.1e} apart, at KL {kl:.1e}, with activations of 16 bits"
+    if kl <= max(ROUNDED_KL, FURTHER * of_itself):
+        return None
+    return f"{folder}: KL {kl:.1e} between the engines, where transformers is {of_itself:.1e} from itself"
+
+
+def compare(folder: Path, beginnings: list[str], tokens: int, threads: int) -> tuple[list[list[str]], str | None]:
+    """Rows under `HEAD`, and what is not as it must be."""
     native, transformers = (runtime.load(folder, threads=threads, engine=engine) for engine in runtime.ENGINES)
     engines, native_itself, transformers_itself, noisy = Agreement(), Agreement(), Agreement(), Agreement()
     assert isinstance(transformers, TransformersModel)
@@ -124,25 +145,28 @@ def compare(folder: Path, beginnings: list[str], tokens: int, threads: int) -> l
         native_itself.add(in_other_order(native, prompt, tokens), ours, native, prompt)
         transformers_itself.add(in_other_order(transformers, prompt, tokens), theirs, transformers, prompt)
         noisy.add(with_noise(transformers, prompt, tokens), theirs, transformers, prompt)
-    return [
+    rows = [
         [str(folder), "native", "transformers", *engines.row()],
         ["", "native, other order", "native", *native_itself.row()],
         ["", "transformers, other order", "transformers", *transformers_itself.row()],
         ["", "transformers, noise of 1e-7", "transformers", *noisy.row()],
     ]
+    return rows, failure(folder, engines, [transformers_itself, noisy])
 
 
-def beginnings(count: int) -> list[str]:
-    """The first words of held-out texts of the embedded world."""
-    text = (WORLD / "heldout.txt").read_text(encoding="utf-8")
-    lines = [line.split() for line in text.splitlines() if not line.startswith("<|")]
-    return [" ".join(words[:BEGINNING]) for words in lines if len(words) > BEGINNING][:count]
+def beginnings(file: Path, count: int, length: int) -> list[str]:
+    """The first words of a text's lines that are longer, spread over the whole text."""
+    lines = [line.split() for line in file.read_text(encoding="utf-8").splitlines() if not line.startswith("<")]
+    texts = [" ".join(words[:length]) for words in lines if len(words) > length]
+    return texts[:: max(1, len(texts) // count)][:count]
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, help="packed models")
+    parser.add_argument("--text", type=Path, default=WORLD / "heldout.txt", help="that is gone on from")
     parser.add_argument("--texts", type=int, default=30)
+    parser.add_argument("--words", type=int, default=BEGINNING, help="of a beginning; default: %(default)s")
     parser.add_argument("--tokens", type=int, default=64, help="of a continuation")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--mark", default="engines", help="of the table's place in the page")
@@ -153,20 +177,30 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     console = Console()
-    texts = beginnings(options.texts)
     rows: list[list[str]] = []
+    failures: list[str] = []
     try:
+        texts = beginnings(options.text, options.texts, options.words)
+        if not texts:
+            raise usage_error(f"{options.text} has no line of more than {options.words} words.")
         for folder in options.folders:
-            rows += compare(folder, texts, options.tokens, options.threads)
+            more, failed = compare(folder, texts, options.tokens, options.threads)
+            rows += more
+            failures += [failed] if failed else []
+    except OSError as error:
+        console.error(usage_error(f"{options.text} cannot be read: {error.strerror}."))
+        return 2
     except UserError as error:
         console.error(error)
         return error.code
-    what = f"{len(texts)} texts, {options.tokens} tokens each"
+    what = f"{len(texts)} texts of {options.words} words and {options.tokens} tokens behind each"
     console.out.print(rich_table(what, list(HEAD), rows))
     if options.results != "none":
         facts = f"{what}; {machine()}; {packages()}; commit {commit()}."
         publish(options.mark, f"{facts}\n\n{markdown(HEAD, rows)}", Path(options.results))
-    return 0
+    for line in failures:
+        console.error(UserError(line))
+    return QUALITY if failures else 0
 
 
 if __name__ == "__main__":

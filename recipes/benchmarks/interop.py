@@ -19,8 +19,8 @@ get the same token ids of held-out text, and perplexity is computed here, from t
   in 16 bits, so perplexities differ by at most 1 %, and greedy texts may part.
 * *mixtures of experts*: where two experts have nearly the same score, float16 sends a token to the other one. So the
   bound of KL of their 16-bit files holds for the 98 % of tokens that are nearest, all may reach 1e-3, and texts may
-  part. That of 32-bit files, where the choice is the same, is as of all others. Two mixtures whose tokens go to all experts,
-  so that nothing is chosen, show that the choice is the cause: they have the bounds of models without experts.
+  part. That of 32-bit files, where the choice is the same, is as of all others. Two mixtures whose tokens go to all
+  experts, so that nothing is chosen, show that the choice is the cause: they have the bounds of models without experts.
 * *token ids*: llama.cpp cuts the held-out text and some awkward lines into the same ids as the Hugging Face tokenizer.
 
 Exit code 3 when one of these is not so. Float16 (to which llama.cpp also rounds the activations that it multiplies with
@@ -155,6 +155,7 @@ FAMILIES: dict[str, tuple[str, Values]] = {
     "gemma4": ("gemma4_text", GEMMA4),
     "granite": ("granite", GRANITE),
     "olmo2": ("olmo2", {}),
+    "exaone4": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 4}),
     "olmo3": ("olmo3", {"sliding_window": 48, "rope_parameters": {"full_attention": YARN, "sliding_attention": PLAIN}}),
     # of models that are called phi3, llama.cpp takes tokens for granted that the vocabulary here does not have
     "phi4": ("phi3", {}),

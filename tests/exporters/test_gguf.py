@@ -237,7 +237,7 @@ def test_large_matrices_are_written_in_pieces(monkeypatch: pytest.MonkeyPatch) -
 
 FAMILIES = (
     *("llama", "qwen2", "qwen3", "mistral", "smollm2", "smollm3", "gemma", "gemma2", "gemma3", "granite", "olmo2"),
-    *("olmo3", "phi3", "hunyuan", "ministral3", "lfm2", "qwen3.5", "gemma4", "granite-hybrid"),
+    *("olmo3", "phi3", "hunyuan", "ministral3", "lfm2", "qwen3.5", "gemma4", "granite-hybrid", "exaone4"),
 )
 #: Of these, those that are read as teachers, too.
 READ = tuple(family for family in FAMILIES if family != "granite-hybrid")
@@ -250,6 +250,7 @@ GRANTED: dict[str, dict[str, Any]] = {
         **{"hidden_size_per_layer_input": 64, "global_head_dim": 64},
         "layer_types": [f"{kind}_attention" for kind in ("sliding", "sliding", "full", "sliding", "full")],
     },
+    "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
     "olmo3": {"layer_types": ["sliding_attention"] * 2},
     "granite-hybrid": {"mamba_n_groups": 1, "mamba_n_heads": 8, "mamba_d_head": 32, "shared_intermediate_size": 256},
     "lfm2": {"num_key_value_heads": 2, "intermediate_size": 384, "block_multiple_of": 128},
@@ -568,6 +569,11 @@ REFUSED: dict[tuple[str, str], dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
             "full_attention": {"rope_type": "default", "rope_theta": 1e6},
         }
+    },
+    ("exaone4", "windows where it has 64 layers"): {"sliding_window": 6, "layer_types": ["sliding_attention"] * 2},
+    ("exaone4", "windows where it has 64 layers, and"): {"num_hidden_layers": 64},
+    ("exaone4", "every fourth"): {
+        **{"num_hidden_layers": 64, "sliding_window": 6, "layer_types": ["sliding_attention"] * 64}
     },
     ("phi3", "not as wide as the model"): {"head_dim": 64},
     ("phi3", "in the way 'linear'"): {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},

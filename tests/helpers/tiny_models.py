@@ -103,6 +103,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite-hybrid": ("granitemoehybrid", GRANITE_HYBRID),
     "hunyuan": ("hunyuan_v1_dense", {}),  # norms of q and k behind RoPE
     "olmo3": ("olmo3", OLMO3),  # windows, and positions by kind of layer
+    "exaone4": ("exaone4", {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}),
     "ministral3": ("ministral3", MINISTRAL3),  # queries that grow with their position
     "starcoder2": ("starcoder2", {"sliding_window": 6, "use_bias": True, "hidden_act": "gelu_pytorch_tanh"}),
     "lfm2": ("lfm2", LFM2),  # short convolutions beside attention

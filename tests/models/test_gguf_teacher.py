@@ -48,6 +48,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "smollm3": ({"num_hidden_layers": 4}, {}),
     "olmo": ({"clip_qkv": 3.0}, {"attention__clamp_kqv": 3.0}),
     "olmo2": ({}, {}),
+    "exaone4": ({"sliding_window": None, "layer_types": ["full_attention"] * 2}, {}),
     "stablelm": ({"use_qkv_bias": True, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}}, {}),
     "phi3": ({}, {}),
     "granite": (

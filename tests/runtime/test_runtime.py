@@ -133,7 +133,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "granite 4, no positions": ("granitemoehybrid", {**GRANITE_HYBRID, **NANO, "attention_bias": True}),
-    **{name: FAMILIES[name] for name in ("hunyuan", "olmo3", "ministral3", "starcoder2", "lfm2", "lfm3", "qwen3.5")},
+    "exaone4, no windows": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
+    **{
+        name: FAMILIES[name]
+        for name in ("exaone4", "hunyuan", "olmo3", "ministral3", "starcoder2", "lfm2", "lfm3", "qwen3.5")
+    },
     "hunyuan, alpha": (
         "hunyuan_v1_dense",
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 1.0, "alpha": 1000.0}},
