@@ -72,6 +72,7 @@ FAMILIES: dict[str, tuple[str, Values]] = {
     "granite4-hybrid-experts": ("granitemoehybrid", {**MAMBA, **EXPERTS}),
     "hunyuan": ("hunyuan_v1_dense", BROAD),
     "olmo3": ("olmo3", {**BROAD, "sliding_window": 48, "layer_types": SLIDING}),
+    "exaone4": ("exaone4", {**BROAD, "sliding_window": 48, "layer_types": SLIDING}),
     "ministral3": ("ministral3", {**interop.FAMILIES["ministral3"][1], **BROAD}),
     "lfm2": ("lfm2", interop.LFM2),
     "lfm3": ("lfm3", LFM3),
