@@ -46,6 +46,7 @@ from edgerazor.models.loading import (
     sees,
     skeleton,
     stored_shapes,
+    weight_size,
 )
 from edgerazor.models.observer import Observer
 from edgerazor.models.onloading import drop_pages, freed_blocks_kept
@@ -142,5 +143,6 @@ __all__ = [
     "stored_shapes",
     "structure",
     "tower_of",
+    "weight_size",
     "with_cache",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -33,6 +34,8 @@ from edgerazor.untrusted.tokenizer import open_tokenizer
 from edgerazor.untrusted.weight_places import all_places
 from edgerazor.workdir import digest_json, hash_file
 
+#: Most rows of a matrix that its size is taken from.
+SAMPLED_ROWS = 4096
 #: Files that make up a model: what is fetched from the hub, and what identifies a teacher.
 FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 #: Files beside config.json and weights that make a folder usable on its own: tokenizer, chat template, generation,
@@ -252,6 +255,20 @@ def stored_shapes(folder: Path) -> list[tuple[int, ...]]:
         return [place.shape for place in all_places(folder)]
     except UserError:
         return []
+
+
+def weight_size(folder: Path) -> float | None:
+    """Root mean square of the largest matrix in the weight files of a folder, from some rows all over it.
+
+    None where no matrix is in 16- or 32-bit numbers, or a file is missing or damaged.
+    """
+    try:
+        matrices = [place for place in all_places(folder) if len(place.shape) == 2 and place.dtype is not None]
+        largest = max(matrices, key=lambda place: math.prod(place.shape)).read()
+    except (UserError, ValueError):  # ValueError: there is none
+        return None
+    size = float(largest[:: 1 + len(largest) // SAMPLED_ROWS].float().square().mean().sqrt())
+    return size if size > 0 and math.isfinite(size) else None
 
 
 def sees(config: Any) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from edgerazor import devices, untrusted
+from edgerazor import devices, models, untrusted
 from edgerazor import recipe as recipes
 from edgerazor.allocate import affordable_tokens, measures, passes_of
 from edgerazor.console import is_main_process
@@ -166,12 +166,20 @@ def facts_of(context: JobContext) -> TrainingFacts:
         sensitivity_seconds=sensitivity_seconds(context, length),
         sensitivity_tokens=affordable_tokens(weights, context.device),
         writing_seconds=0.0 if context.recipe.data.train else seconds_to_write(context),
+        weight_size=models.weight_size(context.teacher_folder),
+        bits=asked_bits(context.recipe, weights),
     )
     if facts.measured:
         return facts
     # small steps take longer for a token, so fewer tokens fit into the time, which may ask for smaller steps still
     rows = facts.given_batch or math.prod(budget_defaults.batch(facts))
     return replace(facts, tokens_per_second=tokens_per_second(context, speed, rows * length))
+
+
+def asked_bits(recipe: Recipe, weights: int) -> float:
+    """Bits of a weight that a recipe asks for; those of a target size are real ones."""
+    name, value = recipe.calibrate.budget()
+    return 8 * value / weights if name == "target_size" else value
 
 
 def seconds_to_write(context: JobContext) -> float:

@@ -12,6 +12,10 @@ The rule was fitted to the sweep in `recipes/results/budget.md` (2 bits, held-ou
   3e-4, 1e-3, 3e-3) and 3e-4 at 256 (realtext-4m: 0.139, 0.117, 0.135 at 1e-4, 3e-4, 1e-3; the embedded teacher: 0.011
   at 3e-4, 0.044 at 1e-3): inversely proportional to the width. From 300,000 tokens on it falls slowly, so that a budget
   of a billion tokens has the published 2e-5 to 6e-5; that part is set by those and not by our sweep.
+- *Small weights.* A step of AdamW moves every weight by about the rate, whatever its size. Gemma-3-270M, whose weights
+  are smaller than those of the teachers above, has KL 0.44 at 4 bits before training, 1.01 after 50 steps of 256 tokens
+  at the 1.2e-4 of its width, and 0.286 after 30 at 2e-5. So the rate also has a bound in units of the weights, which
+  those teachers do not reach at 2 bits, and which is lower from 4 bits on, where little is to be moved.
 - *Schedule and objective.* A cosine to zero leaves 2 % less KL than a constant rate, forward KL alone 5 % less than
   CE + EAKLD + LAFD (stories260K, 30,000 tokens).
 - *Start.* GPTQ's codes (KL 0.911), computed scales (0.905) and trained scales from those of least error (0.918) are one
@@ -35,6 +39,9 @@ ROOT_FACTOR, LEAST_STEP_TOKENS, MOST_STEP_TOKENS = 1.0, 256, 8192
 LEAST_GPU_STEP_TOKENS = 4096
 #: Peak learning rate of a model of this width, at a budget up to so many tokens, and how it falls with larger ones.
 RATE, RATE_WIDTH, RATE_TOKENS, RATE_EXPONENT = 3e-4, 256, 300_000, 0.15
+#: Most of the peak learning rate, times the width, in units of the weights' root mean square: up to so many bits, and
+#: the share of it that is left for each more bit, of one.
+MOST_OF_WEIGHTS, FULL_BITS, SHARE_FOR_A_BIT = 1.3, 3.0, 0.35
 #: Bounds of the peak learning rate.
 LEAST_RATE, MOST_RATE = 2e-5, 2e-3
 #: Share of the training's time that the analysis of sensitivity may take on top, within the bounds of its tokens.
@@ -68,6 +75,8 @@ class TrainingFacts:
         sensitivity_seconds: of the analysis of sensitivity for a token of its text; 0 where the plan measures nothing.
         sensitivity_tokens: that it reads where neither user nor budget says how many.
         writing_seconds: of the teacher for a token of the text that it writes; 0 where there is text.
+        weight_size: root mean square of the model's largest matrix; None where it is not known.
+        bits: of a weight, nominal or real, as they are asked for.
     """
 
     width: int
@@ -84,6 +93,8 @@ class TrainingFacts:
     sensitivity_seconds: float = 0.0
     sensitivity_tokens: int = FEWEST_TOKENS
     writing_seconds: float = 0.0
+    weight_size: float | None = None
+    bits: float = 2.0
 
     @property
     def budget_tokens(self) -> int:
@@ -128,7 +139,7 @@ def choose(facts: TrainingFacts, fields: Mapping[str, Collection[str]] = CHOSEN_
         "distill": {
             "batch_size": batch_size,
             "accumulation": accumulation,
-            "learning_rate": learning_rate(facts.width, tokens),
+            "learning_rate": learning_rate(facts.width, tokens, facts.weight_size, facts.bits),
             "schedule": "cosine",
             "warmup": WARMUP,
             "losses": [{"name": "forward_kl"}],
@@ -156,8 +167,8 @@ def reasons(facts: TrainingFacts, values: Mapping[str, Mapping[str, Any]], steps
         f"{steps:,} steps of about {step_tokens:,} tokens, since {why}."
     )
     training = [
-        f"learning rate {chosen['learning_rate']:g}, lower for wider models (here {facts.width} features) and budgets "
-        f"above {RATE_TOKENS:,} tokens"
+        f"learning rate {chosen['learning_rate']:g}, lower for wider models (here {facts.width} features), small "
+        f"weights and budgets above {RATE_TOKENS:,} tokens"
         if "learning_rate" in chosen
         else "",
         f"warm-up {100 * WARMUP:g} %" if "warmup" in chosen else "",
@@ -202,9 +213,13 @@ def batch(facts: TrainingFacts) -> tuple[int, int]:
     return math.ceil(rows / accumulation), accumulation
 
 
-def learning_rate(width: int, tokens: int) -> float:
-    """Peak learning rate, to two digits."""
-    rate = RATE * RATE_WIDTH / width * min(1.0, (RATE_TOKENS / tokens) ** RATE_EXPONENT)
+def learning_rate(width: int, tokens: int, weight_size: float | None = None, bits: float = 2.0) -> float:
+    """Peak learning rate, to two digits; arguments as in `TrainingFacts`."""
+    rate = RATE * RATE_WIDTH / width
+    if weight_size:
+        share = SHARE_FOR_A_BIT ** min(max(bits - FULL_BITS, 0.0), 1.0)
+        rate = min(rate, share * MOST_OF_WEIGHTS * weight_size / width)
+    rate *= min(1.0, (RATE_TOKENS / tokens) ** RATE_EXPONENT)
     return float(f"{min(max(rate, LEAST_RATE), MOST_RATE):.2g}")
 
 
