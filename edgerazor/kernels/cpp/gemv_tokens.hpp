@@ -2,6 +2,7 @@
 // from memory to registers and into sums at once, but into those of up to kGemvTokens tokens. A row block that more
 // tokens need is read again from the first cache. A GEMM's detour through a slab of unpacked codes only pays off for
 // many tokens. The activations are copied once, so that those which a quad of weights is multiplied by lie side by side.
+// Ternary segments of 16 or 32 quads (groups of 64 or 128), of which a chunk holds several, have functions of their own.
 #pragma once
 
 namespace {
@@ -20,11 +21,14 @@ struct GemvTokens {
     bool doubled;             // whether the unit is a half, and dot products are doubled
 };
 
-// Whether the functions below serve the layout: every segment consists of whole chunks.
+// Tokens of a group where ternary segments are short: their code is unrolled for each number. And the most tokens for
+// which that is faster than a GEMM.
+constexpr int kShortTokens = smaller(kGemvTokens, 8), kFewShortTokens = smaller(kFewTokens, 16);
+
+// Whether every segment begins with a chunk.
 template <int bits>
-bool has_whole_chunks(const RowLayout& layout) {
-    constexpr int chunk = chunk_quads(bits);
-    return layout.uniform_quads != 0 && layout.uniform_quads % chunk == 0 && layout.quads % chunk == 0;
+bool has_aligned_segments(const RowLayout& layout) {
+    return layout.uniform_quads != 0 && layout.uniform_quads % chunk_quads(bits) == 0;
 }
 
 // The dot products of a segment with one token.
@@ -37,6 +41,8 @@ struct TokenSums : DotAccumulator<max_code_of(bits)> {
 
     template <int f>
     EDGERAZOR_INLINE void add_2bit(u8x64 fields, const int8_t* x) { add(extract_bits<2 * f, 2>(fields), broadcast(x)); }
+
+    EDGERAZOR_INLINE void add_quad(u8x64 u, const int8_t* x) { add(u, broadcast(x)); }
 };
 
 template <>
@@ -45,6 +51,7 @@ struct TokenSums<kTernary, true> : TernaryDot {
     EDGERAZOR_INLINE void reset() {}
     EDGERAZOR_INLINE void widen() {}
     EDGERAZOR_INLINE RowSums total() { return take(); }
+    EDGERAZOR_INLINE void add_quad(u8x64 u, const int8_t* x) { add_2bit<0>(u, x); }
 };
 
 // Adds the dot products of a whole ternary chunk. `next` are the digits of its first vector, and then of the chunk's at
@@ -109,6 +116,44 @@ EDGERAZOR_INLINE Trits first_vector(const uint8_t* w, Constant<kTernary>) { retu
 template <int bits>
 EDGERAZOR_INLINE u8x64 first_vector(const uint8_t* w, Constant<bits>) { return load(w); }
 
+// The last chunk of a row block, which has fewer quads than the others, in single quads.
+template <int bits>
+struct LastChunk {
+    alignas(kVectorBytes) uint8_t quads[chunk_quads(bits) * kVectorBytes];
+    int first; // number of its first quad in the row
+
+    explicit LastChunk(const GemvTokens& product) {
+        first = product.layout.quads / chunk_quads(bits) * chunk_quads(bits);
+        if (first < product.layout.quads)
+            unpack<bits>(product.w, first, product.layout.quads, quads, kVectorBytes);
+    }
+
+    // Adds the dot products of quads [begin, end) of the row.
+    template <int tokens, class Sums>
+    EDGERAZOR_INLINE void add(Sums* sums, const int8_t* x, int begin, int end) const {
+        for (int q = begin; q < end; q++) {
+            const u8x64 u = load(quads + (q - first) * kVectorBytes);
+            unroll<0, tokens>(UNROLL(t) { sums[t.value].add_quad(u, x + (q * tokens + t.value) * 4); });
+        }
+    }
+};
+
+// Adds the dot products of segment number i with all tokens to the results [tokens, 16].
+template <int tokens, class Sums>
+EDGERAZOR_INLINE void end_segment(const GemvTokens& product, int i, Sums* sums, float* results) {
+    const RowFloats scales = load_f16(product.w_scales + (int64_t)product.layout.segments[i].group * kBlockRows);
+    const float* const x_scales = product.x_scales + i * tokens;
+    const int32_t* const x_offsets = product.x_offsets + i * tokens;
+    unroll<0, tokens>(UNROLL(t) {
+        RowFloats y = i == 0 ? zero_floats() : load_floats(results + t.value * kBlockRows);
+        sums[t.value].widen();
+        RowSums dot = sums[t.value].total();
+        if (product.doubled) dot = add_sums(dot, dot);
+        add_scaled(y, add_sums(dot, splat_sums(x_offsets[t.value])), scales, x_scales[t.value]);
+        store_floats(results + t.value * kBlockRows, y);
+    });
+}
+
 // A row block times `tokens` tokens, into results [tokens, 16].
 template <int bits, int tokens>
 __attribute__((noinline)) void gemv_tokens_block(const GemvTokens& product, float* results) {
@@ -121,10 +166,12 @@ __attribute__((noinline)) void gemv_tokens_block(const GemvTokens& product, floa
     const uint8_t* const last = w + (int64_t)(layout.quads / chunk - 1) * bytes;
     const int8_t* x = product.x;
     auto next = first_vector(w, Constant<bits>{});
+    const LastChunk<bits> last_chunk(product);
     for (int i = 0; i < layout.segment_count; i++) {
+        const Segment& segment = layout.segments[i];
         Sums sums[tokens];
         unroll<0, tokens>(UNROLL(t) { sums[t.value].reset(); });
-        for (int left = layout.segments[i].quads / chunk; left > 0;) {
+        for (int left = segment.quads / chunk; left > 0;) {
             int count = smaller(left, chunks_together);
             left -= count;
             EDGERAZOR_ROLLED for (; count > 0; count--, w += bytes, x += chunk * tokens * 4) {
@@ -139,16 +186,54 @@ __attribute__((noinline)) void gemv_tokens_block(const GemvTokens& product, floa
             }
             unroll<0, tokens>(UNROLL(t) { sums[t.value].widen(); });
         }
-        const RowFloats scales = load_f16(product.w_scales + (int64_t)layout.segments[i].group * kBlockRows);
-        const float* const x_scales = product.x_scales + i * tokens;
-        const int32_t* const x_offsets = product.x_offsets + i * tokens;
-        unroll<0, tokens>(UNROLL(t) {
-            RowFloats y = i == 0 ? zero_floats() : load_floats(results + t.value * kBlockRows);
-            RowSums dot = sums[t.value].total();
-            if (product.doubled) dot = add_sums(dot, dot);
-            add_scaled(y, add_sums(dot, splat_sums(x_offsets[t.value])), scales, x_scales[t.value]);
-            store_floats(results + t.value * kBlockRows, y);
+        if (segment.quads % chunk != 0)
+            last_chunk.template add<tokens>(sums, product.x, last_chunk.first, layout.quads);
+        end_segment<tokens>(product, i, sums, results);
+    }
+}
+
+// The dot products of a whole ternary chunk, whose segments have `span` quads.
+template <int span, int tokens, class Sums, class AtEnd>
+EDGERAZOR_INLINE void add_short_segments(Sums* sums, const uint8_t* w, const int8_t* x, AtEnd&& at_end) {
+    const uint8_t* const end = w + 12 * kVectorBytes;
+    EDGERAZOR_ROLLED for (const uint8_t* v = w; v <= end; v += kVectorBytes) prefetch_ahead(v);
+    unroll<0, 12>(UNROLL(v) {
+        const Trits five = unpack_trits(load(w + v.value * kVectorBytes));
+        unroll<0, 5>(UNROLL(f) {
+            constexpr int q = v.value * 5 + f.value;
+            unroll<0, tokens>(UNROLL(t) { sums[t.value].template add<f.value>(five, x + (q * tokens + t.value) * 4); });
+            if constexpr ((q + 1) % span == 0) at_end(q / span);
         });
+    });
+    const u8x64 fields = load(end);
+    unroll<0, 4>(UNROLL(f) {
+        unroll<0, tokens>(UNROLL(t) {
+            sums[t.value].template add_2bit<f.value>(fields, x + ((60 + f.value) * tokens + t.value) * 4);
+        });
+    });
+    at_end(63 / span);
+}
+
+// As `gemv_tokens_block`, of ternary codes with segments of `span` quads; the last one may have fewer.
+template <int span, int tokens>
+__attribute__((noinline)) void short_ternary_block(const GemvTokens& product, float* results) {
+    constexpr int chunk = kTernaryChunkQuads, bytes = chunk_vectors(kTernary, chunk) * kVectorBytes;
+    const RowLayout& layout = product.layout;
+    const LastChunk<kTernary> last_chunk(product);
+    TokenSums<kTernary, tokens <= kDotTokens> sums[tokens];
+    unroll<0, tokens>(UNROLL(t) { sums[t.value].reset(); });
+    const auto end = [&](int i) __attribute__((always_inline)) {
+        end_segment<tokens>(product, i, sums, results);
+        unroll<0, tokens>(UNROLL(t) { sums[t.value].reset(); });
+    };
+    for (int c = 0; c < last_chunk.first / chunk; c++)
+        add_short_segments<span, tokens>(
+            sums, product.w + (int64_t)c * bytes, product.x + c * chunk * tokens * 4,
+            [&](int i) __attribute__((always_inline)) { end(c * (chunk / span) + i); });
+    for (int i = last_chunk.first / span; i < layout.segment_count; i++) {
+        const Segment& segment = layout.segments[i];
+        last_chunk.template add<tokens>(sums, product.x, segment.first_quad, segment.first_quad + segment.quads);
+        end(i);
     }
 }
 
@@ -198,11 +283,12 @@ struct TokenGroup {
     }
 };
 
-// Row blocks [first, last) times 2 to kFewTokens tokens, in groups of about equally many, never of a single one.
-template <int bits>
+// Row blocks [first, last) times 2 to kFewTokens tokens, in groups of about equally many, never of a single one. `span`
+// is that of short segments, or 0.
+template <int bits, int span>
 void gemv_tokens(const RowLayout& layout, const FormatRows& rows, const QuantizedActivations& x,
                  const MatmulOutput& output, int64_t first, int64_t last) {
-    constexpr int most = group_tokens(bits);
+    constexpr int most = span ? kShortTokens : group_tokens(bits);
     const int64_t block_bytes = codes_bytes(bits, layout.quads), block_scales = (int64_t)layout.groups * kBlockRows;
     const int tokens = (int)x.tokens, groups = (tokens + most - 1) / most;
     const int64_t numbers = tokens * (int64_t)layout.segment_count, quads = tokens * (int64_t)layout.x_quads;
@@ -225,13 +311,35 @@ void gemv_tokens(const RowLayout& layout, const FormatRows& rows, const Quantize
                                         group->x, group->x_scales, group->x_offsets, rows.min_level_x2 % 2 != 0};
             alignas(kVectorBytes) float results[most * kBlockRows];
             unroll<2, most + 1>(UNROLL(n) {
-                if (group->count == n.value) gemv_tokens_block<bits, n.value>(product, results);
+                if (group->count != n.value) return;
+                if constexpr (span == 0) {
+                    gemv_tokens_block<bits, n.value>(product, results);
+                } else {
+                    short_ternary_block<span, n.value>(product, results);
+                }
             });
             for (int t = 0; t < group->count; t++)
                 store_rows(results + t * kBlockRows, count, block * kBlockRows, rows, output, group->first + t);
         }
     }
     free(memory);
+}
+
+// The same, where there is a function for the layout and so many tokens; says whether there is.
+template <int bits>
+bool few_tokens(const RowLayout& layout, const FormatRows& rows, const QuantizedActivations& x,
+                const MatmulOutput& output, int64_t first, int64_t last) {
+    if (x.tokens <= kFewTokens && has_aligned_segments<bits>(layout)) {
+        gemv_tokens<bits, 0>(layout, rows, x, output, first, last);
+        return true;
+    }
+    if constexpr (bits == kTernary) {
+        const int span = x.tokens <= kFewShortTokens ? layout.uniform_quads : 0;
+        if (span == 16) gemv_tokens<bits, 16>(layout, rows, x, output, first, last);
+        if (span == 32) gemv_tokens<bits, 32>(layout, rows, x, output, first, last);
+        return span == 16 || span == 32;
+    }
+    return false;
 }
 
 } // namespace

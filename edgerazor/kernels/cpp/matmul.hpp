@@ -76,9 +76,7 @@ void linear_bits(const RowLayout& layout, const FormatRows& rows, const Quantize
                  const MatmulOutput& output, int64_t first, int64_t last) {
     if (x.tokens == 1) {
         gemv<bits>(layout, rows, x, output, first, last);
-    } else if (x.tokens <= kFewTokens && has_whole_chunks<bits>(layout)) {
-        gemv_tokens<bits>(layout, rows, x, output, first, last);
-    } else {
+    } else if (!few_tokens<bits>(layout, rows, x, output, first, last)) {
         gemm<bits>(layout, rows, x, output, first, last);
     }
 }
