@@ -1,6 +1,7 @@
 """Serving: tokens a second of many sequences at a time, beside those of one.
 
     make results-serve                everything, into serving.md of recipes/results
+    python -m recipes.benchmarks.serving --parts process --shape SmolLM2-360M       another model, in this process alone
     python -m recipes.benchmarks.serving --layers 2 --vocabulary 4096 --rounds 1 --results none      to try it
 
 *In this process*: a model of the shape of Qwen3-0.6B with random weights, in the batch scheduler of
@@ -38,7 +39,7 @@ from edgerazor.runtime.batching import BatchScheduler, BatchSettings, SequenceEv
 from edgerazor.runtime.native_model import NativeModel
 from edgerazor.runtime.sampling import Sampler
 from edgerazor.workdir import machine
-from recipes.benchmarks.bench_models import Place, packed
+from recipes.benchmarks.bench_models import SHAPES, Place, packed
 from recipes.benchmarks.folders import BUILD, RESULTS
 from recipes.benchmarks.results import commit, markdown, packages, publish
 from recipes.benchmarks.serving_http import LLAMA_SERVER, http_table
@@ -156,15 +157,15 @@ def measure(model: NativeModel, rounds: int, tokens: int, console: Console) -> T
     return turns
 
 
-def table(turns: Turns) -> tuple[str, list[str]]:
-    """The table, and sentences about promises that are not kept."""
+def table(turns: Turns, promised: dict[int, float]) -> tuple[str, list[str]]:
+    """The table, and sentences about promises that are not kept: sequences -> times the tokens of one."""
     rows, wrong = [], []
     for (kind, count), of_batch in turns.items():
         base = turns["greedy" if kind == SESSION else kind, 1]
         ratio = statistics.median(one.rate / other.rate for one, other in zip(of_batch, base, strict=True))
         first = statistics.median(turn.first_token for turn in of_batch)
         rate = statistics.median(turn.rate for turn in of_batch)
-        least = PROMISED.get(count) if kind == "greedy" else None
+        least = promised.get(count) if kind == "greedy" else None
         rows.append((kind, str(count), f"{rate:.1f}", f"{ratio:.2f}", f"{least or ''}", f"{1000 * first:,.0f}"))
         if least and ratio < least:
             wrong.append(f"{count} sequences get {ratio:.2f} times the tokens of one, not {least}.")
@@ -177,11 +178,11 @@ def table(turns: Turns) -> tuple[str, list[str]]:
 def in_process(options: argparse.Namespace, console: Console) -> tuple[str, list[str]]:
     """The section of what is measured in this process, and sentences about promises that are not kept."""
     place = Place(options.build / "models", options.layers, options.vocabulary)
-    model = runtime.load(packed(place, SHAPE, KIND), threads=options.threads, engine="native")
+    model = runtime.load(packed(place, options.shape, KIND), threads=options.threads, engine="native")
     assert isinstance(model, NativeModel)
     load = os.getloadavg()[0]
     turns = measure(model, options.rounds, options.tokens, console)
-    text, wrong = table(turns)
+    text, wrong = table(turns, PROMISED if options.shape == SHAPE else {})
     facts = (
         f"{machine()}, kernels {model.kernel}, {model.threads} threads; {packages()}; commit {commit()}; prompts of "
         f"{PROMPT} tokens, {options.tokens} tokens written; medians of {options.rounds} rounds; load average before "
@@ -213,6 +214,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="most layers of the model, to try it")
     parser.add_argument("--vocabulary", type=int, help="most entries of its vocabulary, to try it")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
+    parser.add_argument("--shape", choices=SHAPES, default=SHAPE, help="of the model in this process")
     parser.add_argument("--build", type=Path, default=BUILD / "serving", help="of models")
     parser.add_argument("--results", default=str(RESULTS), help="folder of serving.md, or `none`")
     return parser.parse_args(arguments)
@@ -225,7 +227,8 @@ def main(arguments: list[str] | None = None) -> int:
     wrong: list[str] = []
     try:
         if "process" in options.parts:
-            sections["in this process"], wrong = in_process(options, console)
+            of_shape = "" if options.shape == SHAPE else f", {options.shape}"
+            sections[f"in this process{of_shape}"], wrong = in_process(options, console)
         if "http" in options.parts:
             sections["through HTTP"] = through_http(options, console)
     except UserError as error:

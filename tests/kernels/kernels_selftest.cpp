@@ -513,6 +513,9 @@ int main() {
             for (int g : groups)
                 check({c, g, draw() % 2 ? g : groups[draw() % 8], (int)(1 + draw() % 70), (int)(1 + draw() % 9), bits,
                        min_level_x2[bits], (int)(2 + draw() % 7)});
+    for (int tokens = 2; tokens <= 33; tokens++) // as many as are multiplied together, and one more
+        for (int c : {320, 576, 960})
+            for (int g : {64, 128, 256}) check({c, g, g, 35, tokens, 0, -2, 8});
     for (int bits : {0, 2, 3, 4})
         for (int c : columns)
             for (int g : groups) check_any_bytes(c, g, bits, min_level_x2[bits]);

@@ -116,6 +116,26 @@ EDGERAZOR_INLINE Trits first_vector(const uint8_t* w, Constant<kTernary>) { retu
 template <int bits>
 EDGERAZOR_INLINE u8x64 first_vector(const uint8_t* w, Constant<bits>) { return load(w); }
 
+// Adds the dot products of the last ternary chunk of a row, which has fewer quads than the others.
+template <int tokens, class Sums>
+EDGERAZOR_INLINE void add_last_ternary_chunk(Sums* sums, const uint8_t* w, const int8_t* x, int quads) {
+    constexpr int quad = tokens * 4; // bytes
+    EDGERAZOR_ROLLED for (; quads >= 5; quads -= 5, w += kVectorBytes, x += 5 * quad) {
+        const Trits five = unpack_trits(load(prefetch_ahead(w)));
+        unroll<0, 5>(UNROLL(f) {
+            unroll<0, tokens>(UNROLL(t) { sums[t.value].template add<f.value>(five, x + f.value * quad + t.value * 4); });
+        });
+    }
+    if (quads == 0) return;
+    const u8x64 fields = load(w);
+    unroll<0, 4>(UNROLL(f) {
+        if (f.value >= quads) return;
+        unroll<0, tokens>(UNROLL(t) {
+            sums[t.value].template add_2bit<f.value>(fields, x + f.value * quad + t.value * 4);
+        });
+    });
+}
+
 // The last chunk of a row block, which has fewer quads than the others, in single quads.
 template <int bits>
 struct LastChunk {
@@ -166,7 +186,6 @@ __attribute__((noinline)) void gemv_tokens_block(const GemvTokens& product, floa
     const uint8_t* const last = w + (int64_t)(layout.quads / chunk - 1) * bytes;
     const int8_t* x = product.x;
     auto next = first_vector(w, Constant<bits>{});
-    const LastChunk<bits> last_chunk(product);
     for (int i = 0; i < layout.segment_count; i++) {
         const Segment& segment = layout.segments[i];
         Sums sums[tokens];
@@ -186,8 +205,13 @@ __attribute__((noinline)) void gemv_tokens_block(const GemvTokens& product, floa
             }
             unroll<0, tokens>(UNROLL(t) { sums[t.value].widen(); });
         }
-        if (segment.quads % chunk != 0)
-            last_chunk.template add<tokens>(sums, product.x, last_chunk.first, layout.quads);
+        if (segment.quads % chunk != 0) { // of the last segment
+            if constexpr (bits == kTernary)
+                add_last_ternary_chunk<tokens>(sums, w, x, segment.quads % chunk);
+            else
+                LastChunk<bits>(product).template add<tokens>(sums, product.x, layout.quads / chunk * chunk,
+                                                              layout.quads);
+        }
         end_segment<tokens>(product, i, sums, results);
     }
 }
