@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from edgerazor import devices
 from edgerazor.errors import UserError, plain, usage_error
@@ -122,17 +122,14 @@ def gathering(model: nn.Module) -> Iterator[Callable[[nn.Module], AbstractContex
             module.reshard()
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the model is spread over processes."""
+    return isinstance(next(model.parameters(), None), DTensor)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be sharded; all processes have to ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def like(tensor: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor as another one is: sharded in the same way, or on the same device."""
-    if isinstance(other, DTensor):
-        local = tensor.to(other.device, other.dtype)
-        return distribute_tensor(local, other.device_mesh, other.placements, src_data_rank=None)
-    return tensor.to(other.device)
 
 
 def clip_gradients(model: nn.Module, most: float) -> Tensor:
