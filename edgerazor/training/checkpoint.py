@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from edgerazor import devices, modules, untrusted
 from edgerazor.errors import UserError, plain
-from edgerazor.training import sharded_checkpoint, sharding
+from edgerazor.training import sharded_checkpoint, sharding, zero3
 from edgerazor.training.results import PhaseResult
 from edgerazor.training.sharded_checkpoint import UnreadableError
 from edgerazor.workdir import replace_folder, write_atomically
@@ -99,15 +99,19 @@ def save(
     """
     tensors = _frozen_masters(model)
     for name, parameter in model.named_parameters():
-        tensors[f"weight/{name}"] = parameter.detach()
-        moments = optimizer.state[parameter].items()
-        tensors |= {f"{key}/{name}": value for key, value in moments if key in MOMENTS}
+        if zero3.is_part(parameter):
+            state_tensors = {"weight": zero3.whole(parameter), **zero3.moments(parameter)}
+            state_tensors = {key: tensor.cpu() for key, tensor in state_tensors.items() if writes}
+        else:
+            state_tensors = {"weight": parameter.detach()}
+            state_tensors |= {key: value for key, value in optimizer.state[parameter].items() if key in MOMENTS}
+        tensors |= {f"{key}/{name}": tensor for key, tensor in state_tensors.items()}
     state = {"progress": progress.model_dump(), "inputs": inputs, "random": _random_state()}
     with replace_folder(folder) if writes else nullcontext(folder) as new:
         if sharding.is_sharded(model):
             common = Path(devices.of_main_process(str(new)))
             state["files"] = sharded_checkpoint.write(common, tensors)
-        else:
+        elif writes:
             stored = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
             write_atomically(new / "state.safetensors", lambda path: save_file(stored, path))
         if writes:
@@ -160,18 +164,8 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
         progress = Progress.model_validate(state["progress"])
         if state["files"]:
             sharded_checkpoint.verify(folder, state["files"])
-        with sharded_checkpoint.opened(folder) as reader:
-            tensors = _frozen_masters(model)
-            for name, parameter in model.named_parameters():
-                tensors[f"weight/{name}"] = parameter.detach()
-                stored = [key for key in MOMENTS if f"{key}/{name}" in reader.shapes]
-                if not stored:  # it has had no gradient yet
-                    continue
-                moments = {key: _empty(reader.shapes[f"{key}/{name}"], parameter) for key in stored}
-                tensors |= {f"{key}/{name}": tensor for key, tensor in moments.items()}
-                step = torch.tensor(float(progress.step - progress.phase_step), device=parameter.device)
-                optimizer.state[parameter] = {"step": step, **moments}
-            reader.read(tensors)
+        with sharding.ended_with_others(devices.process_count()):
+            _read(folder, model, optimizer, progress.step - progress.phase_step)
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError, UnreadableError) as error:
         raise _damaged(folder, error) from None
     try:
@@ -179,6 +173,27 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
     except (TypeError, ValueError, RuntimeError, KeyError) as error:
         raise _damaged(folder, error) from None
     return progress
+
+
+def _read(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Read all tensors of a checkpoint into model and optimizer, which has taken so many steps."""
+    with sharded_checkpoint.opened(folder) as reader:
+        tensors = _frozen_masters(model)
+        for name, parameter in model.named_parameters():
+            weight = parameter.detach()
+            if zero3.is_part(parameter):
+                weight = torch.empty(reader.shapes[f"weight/{name}"], dtype=weight.dtype, device=weight.device)
+            stored = [key for key in MOMENTS if f"{key}/{name}" in reader.shapes]  # none before its first gradient
+            moments = {key: _empty(reader.shapes[f"{key}/{name}"], weight) for key in stored}
+            if moments and not zero3.is_part(parameter):
+                count = torch.tensor(float(step), device=parameter.device)
+                optimizer.state[parameter] = {"step": count, **moments}
+            tensors |= {f"{key}/{name}": tensor for key, tensor in {"weight": weight, **moments}.items()}
+        reader.read(tensors)
+    for name, parameter in model.named_parameters():
+        if zero3.is_part(parameter):
+            moments = {key: tensors[f"{key}/{name}"] for key in MOMENTS if f"{key}/{name}" in tensors}
+            zero3.overwrite(parameter, tensors[f"weight/{name}"], moments, step)
 
 
 def _empty(shape: torch.Size, parameter: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +96,20 @@ def _end(server: subprocess.Popen[str]) -> None:
         server.wait()
 
 
-def launch(processes: int, *commands: tuple[Any, ...], sharded: bool = False, code: str = "") -> list[Outcome]:
+def launch(
+    processes: int,
+    *commands: tuple[Any, ...],
+    sharded: bool = False,
+    environment: Mapping[str, str] | None = None,
+    code: str = "",
+) -> list[Outcome]:
     """Commands one after the other, all in the same processes.
 
     Args:
         processes: how many.
         commands: the words of each.
         sharded: with the environment that `accelerate launch` gives for FSDP2.
+        environment: more of it.
         code: Python that each process runs before the first of them.
 
     Returns:
@@ -110,11 +118,12 @@ def launch(processes: int, *commands: tuple[Any, ...], sharded: bool = False, co
     server = _server()
     assert server.stdin is not None
     assert server.stdout is not None
-    environment = {sharding.USE_FSDP: "true", sharding.FSDP_VERSION: "2"} if sharded else {}
-    environment |= {name: value for name, value in os.environ.items() if name.startswith("EDGERAZOR_")}
+    given = {sharding.USE_FSDP: "true", sharding.FSDP_VERSION: "2"} if sharded else {}
+    given |= {name: value for name, value in os.environ.items() if name.startswith("EDGERAZOR_")}
+    given |= environment or {}
     with tempfile.TemporaryDirectory() as said:
         job = {"processes": processes, "commands": [[str(word) for word in words] for words in commands]}
-        server.stdin.write(json.dumps({**job, "environment": environment, "code": code, "said": said}) + "\n")
+        server.stdin.write(json.dumps({**job, "environment": given, "code": code, "said": said}) + "\n")
         server.stdin.flush()
         if not select.select([server.stdout], [], [], LIMIT)[0]:
             _end(server)

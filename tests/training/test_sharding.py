@@ -16,7 +16,6 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from edgerazor import devices
 from edgerazor.errors import UserError
 from edgerazor.recipe import Distill
 from edgerazor.training import sharding
@@ -126,15 +125,6 @@ def test_a_launcher_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
         sharding.is_wanted()
     monkeypatch.setenv(sharding.FSDP_VERSION, "2")
     assert sharding.is_wanted()
-
-
-@pytest.mark.parametrize(("is_installed", "sentence"), [(False, "which is not installed"), (True, "of its own")])
-def test_deepspeed_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch, is_installed: bool, sentence: str) -> None:
-    monkeypatch.setenv(devices.USE_DEEPSPEED, "true")
-    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda _: object() if is_installed else None)
-    with pytest.raises(UserError, match=sentence) as refused:
-        devices.join_processes(torch.device("cpu"))
-    assert "fsdp2.yaml" in str(refused.value.hint)
 
 
 @pytest.mark.parametrize(("name", "machines"), [("fsdp2", 1), ("fsdp2-2x8", 2)])
