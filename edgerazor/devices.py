@@ -116,8 +116,8 @@ def join_processes(device: torch.device) -> None:
     Raises:
         UserError: the launcher asks for DeepSpeed, which is not installed.
     """
-    asked = os.environ.get(USE_DEEPSPEED, "false").lower() == "true"
-    if asked and importlib.util.find_spec("deepspeed") is None:
+    wanted = os.environ.get(USE_DEEPSPEED, "false").lower() == "true"
+    if wanted and importlib.util.find_spec("deepspeed") is None:
         raise usage_error(
             "The launcher asks for DeepSpeed, which is not installed.",
             "Install it (`pip install 'edgerazor-toolchain[deepspeed]'`), or launch with recipes/launch/fsdp2.yaml, "
