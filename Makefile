@@ -43,7 +43,7 @@ update-constraints:
 	rm -rf build/update
 	$(PYTHON) -m venv build/update
 	build/update/bin/pip install --quiet --upgrade setuptools $(TORCH)
-	build/update/bin/pip install --quiet --upgrade --upgrade-strategy eager '.[dev]' $(TORCH)
+	build/update/bin/pip install --quiet --upgrade --upgrade-strategy eager '.[dev,deepspeed]' $(TORCH)
 	build/update/bin/python .ci/freeze.py > build/constraints.txt
 	mv build/constraints.txt $(CONSTRAINTS)
 	rm -rf build/update

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -15,8 +16,8 @@ from edgerazor.console import launched
 from edgerazor.errors import UserError, usage_error
 
 _T = TypeVar("_T")
-#: What `accelerate launch` puts into the environment of a configuration for DeepSpeed.
-USE_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
+#: What `accelerate launch` puts into the environment of a configuration for FSDP, and of one for DeepSpeed.
+USE_FSDP, USE_DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"
 
 
 class Machines(NamedTuple):
@@ -113,19 +114,30 @@ def join_processes(device: torch.device) -> None:
     """Meet the other processes of a launcher, if there are any; they may wait for each other for hours.
 
     Raises:
-        UserError: the launcher asks for DeepSpeed.
+        UserError: the launcher asks for DeepSpeed, which is not installed.
     """
-    if os.environ.get(USE_DEEPSPEED, "false").lower() == "true":
-        installed = importlib.util.find_spec("deepspeed") is not None
-        reason = "has an engine of its own, which nothing here computes with" if installed else "is not installed"
+    wanted = os.environ.get(USE_DEEPSPEED, "false").lower() == "true"
+    if wanted and importlib.util.find_spec("deepspeed") is None:
         raise usage_error(
-            f"The launcher asks for DeepSpeed, which {reason}.",
-            "Launch with recipes/launch/fsdp2.yaml: FSDP2 spreads weights, gradients and moments as ZeRO-3 does.",
+            "The launcher asks for DeepSpeed, which is not installed.",
+            "Install it (`pip install 'edgerazor-toolchain[deepspeed]'`), or launch with recipes/launch/fsdp2.yaml, "
+            "which spreads weights, gradients and moments, too.",
         )
     if process_count() > 1:
         from accelerate import PartialState  # only training needs it
 
-        PartialState(cpu=device.type == "cpu", timeout=timedelta(days=7))
+        with hidden_from_accelerate():
+            PartialState(cpu=device.type == "cpu", timeout=timedelta(days=7))
+
+
+@contextlib.contextmanager
+def hidden_from_accelerate() -> Iterator[None]:
+    """Let accelerate make what spreads no weights over processes by itself."""
+    hidden = {name: os.environ.pop(name) for name in (USE_FSDP, USE_DEEPSPEED) if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def wait_for_everyone() -> None:

@@ -56,14 +56,16 @@ def final_states(model: nn.Module, head_path: str) -> Iterator[list[Tensor]]:
     head = model.get_submodule(head_path)
     states: list[Tensor] = []
 
-    def capture(x: Tensor) -> Tensor:
-        states.append(x)
-        return x[..., :1]  # what follows (caps, scales, casts) gets something small to work on
+    def capture(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        states.append(inputs[0])
 
-    head.forward = capture
+    # before what DeepSpeed does to the inputs of a module, whose outputs it then waits for in the backward pass
+    hook = head.register_forward_pre_hook(capture, prepend=True)
+    head.forward = lambda x: x[..., :1]  # what follows (caps, scales, casts) gets something small to work on
     try:
         yield states
     finally:
+        hook.remove()
         del head.forward
 
 

@@ -550,8 +550,8 @@ class Record(Strict):
         None,
         ge=1,
         le=32768,
-        description="how many tokens of each distribution are kept; absent: as many as 150 bytes hold, 32, or 21 of "
-        "vocabularies above 65,536",
+        description="how many tokens of each distribution are kept; absent: as many as 150 bytes hold, 39 of a "
+        "vocabulary of 49,152, 36 of one of 151,936",
     )
     power: float = Field(1.0, gt=0, le=4, description="t of a sample's proposal, p^t; 1: as often as they are likely")
     temperature: float = Field(1.0, gt=0, description="of the distributions, and of the losses that will read them")

@@ -87,7 +87,7 @@ class Description(BaseModel):
     """A whole recording; equal for equal teachers, texts and settings.
 
     Attributes:
-        format: of the files.
+        format: of the files; since the second version those of training sequences are compact.
         complete: everything that was asked for is there.
         covers: "everything", each sequence of the text once; or "seed N", the first tokens in the training order of
             that seed.
@@ -100,7 +100,7 @@ class Description(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    format: Literal[1] = 1
+    format: Literal[1, 2] = 2
     complete: bool
     covers: str
     inputs: dict[str, str]
@@ -117,7 +117,8 @@ class Description(BaseModel):
     def layout(self, name: str) -> Layout:
         """What the files of a part keep of a position."""
         part = self.part(name)
-        return Layout(self.vocab_size, part.tokens, part.hidden_layers, self.hidden_size)
+        compact = self.format > 1 and name == TRAINING
+        return Layout(self.vocab_size, part.tokens, part.hidden_layers, self.hidden_size, compact)
 
     def identity(self, name: str) -> str:
         """What a file of a part has to agree with: all that decides its bytes."""

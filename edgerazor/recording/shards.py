@@ -3,8 +3,8 @@
 A shard is a safetensors file that is written at once and never changed. Its tensors, for `P` positions of `R`
 sequences:
 
-    ids             uint16 or uint32 [P, n]   the kept tokens, those that are kept for certain first
-    log_probs       uint16 [P, n]             their log-probabilities, in steps of 1/2048 nat below 0
+    ids             uint8 [P, ⌈n·b/8⌉]        the kept tokens, in `b` bits each, those that are kept for certain first
+    log_probs       uint8 [P, ⌈10·n/8⌉]       their log-probabilities, as levels (below) in 10 bits each
     certain         uint16 [P]                how many of them are kept for certain
     tail            float32 [P]               probability of all tokens but these
     scale           float32 [P]               `c`: `c·p^t` of another kept token is its `π` (`sampling.py`)
@@ -15,6 +15,12 @@ sequences:
     keys            uint8 [R, 16]             which sequences they are (`keys.py`)
     ends            int64 [R]                 positions up to the end of each sequence
     checks          uint8 [R, 8]              BLAKE2b of the bytes of each sequence in all tensors above, by name
+
+A token takes as many bits as the vocabulary needs. The level `l` of 0 to 1023 stands for the log-probability
+`-32·(l/1023)²`: from one to the next a probability changes by 1 % where it is 1/e, and by 3 % where it is `e⁻⁹`. Which
+of the two next to it a probability becomes is left to chance, so that it is what it was on average. Held-out sequences,
+whose KL divergence is to be exact, have ids of uint16 or uint32 and log-probabilities of uint16, in steps of 1/2048 nat
+below 0; so had training sequences in the first version of the format.
 """
 
 from __future__ import annotations
@@ -34,6 +40,8 @@ from edgerazor.workdir import write_atomically
 
 #: Steps of a nat in which log-probabilities are stored: half a step is 0.024 % of a probability.
 STEPS = 2048
+#: Bits of a level, the last level, and the nats below 0 that it stands for.
+LEVEL_BITS, LAST_LEVEL, LOWEST = 10, 1023, 32.0
 #: Features of a hidden state that share one scale.
 GROUP = 64
 CHECK_BYTES = 8
@@ -51,12 +59,19 @@ class Layout:
         tokens: `n`, kept of each distribution.
         hidden_layers: whose hidden states are kept.
         hidden_size: `H`.
+        compact: ids in as many bits as they need, and levels of log-probabilities.
     """
 
     vocab_size: int
     tokens: int
     hidden_layers: tuple[int, ...] = ()
     hidden_size: int = 0
+    compact: bool = False
+
+    @property
+    def id_bits(self) -> int:
+        """Bits of a token, where they are as few as the vocabulary needs."""
+        return max(1, (self.vocab_size - 1).bit_length())
 
     def columns(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
         """Name -> dtype and shape behind the axis of positions."""
@@ -67,6 +82,9 @@ class Layout:
             "certain": (np.uint16, ()),
             **dict.fromkeys(("tail", "scale", "entropy", "target"), (np.float32, ())),
         }
+        if self.compact:
+            widths = {"ids": self.id_bits, "log_probs": LEVEL_BITS}
+            columns |= {name: (np.uint8, (-(-self.tokens * bits // 8),)) for name, bits in widths.items()}
         for layer in self.hidden_layers:
             columns[f"hidden.{layer}"] = (np.int8, (self.hidden_size,))
             columns[f"hidden.{layer}.scale"] = (np.float32, (-(-self.hidden_size // GROUP),))
@@ -77,11 +95,71 @@ class Layout:
         """Bytes of a position."""
         return sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in self.columns().values())
 
+    def encode(self, ids: np.ndarray, log_probs: np.ndarray, chance: np.ndarray) -> Fields:
+        """The tokens of some positions as they are stored.
+
+        Args:
+            ids: integers `[P, n]`.
+            log_probs: float `[P, n]`, theirs.
+            chance: float64 `[P]`, from 0 to below 1, by which probabilities are rounded up or down.
+        """
+        if not self.compact:
+            return {"ids": ids.astype(self.columns()["ids"][0]), "log_probs": encode_log_probs(log_probs)}
+        levels = encode_levels(log_probs, chance)
+        return {"ids": pack_bits(ids, self.id_bits), "log_probs": pack_bits(levels, LEVEL_BITS)}
+
+    def ids(self, fields: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The tokens of some positions, unsigned `[P, n]`, of what is stored."""
+        return unpack_bits(fields["ids"], self.id_bits, self.tokens) if self.compact else fields["ids"]
+
+    def log_probs(self, fields: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Their log-probabilities, float32 `[P, n]`, of what is stored."""
+        stored = fields["log_probs"]
+        if self.compact:
+            return decode_levels(unpack_bits(stored, LEVEL_BITS, self.tokens))
+        return decode_log_probs(stored)
+
 
 def tokens_within(vocab_size: int, position_bytes: int) -> int:
-    """How many tokens of each distribution a position of at most so many bytes holds, at least 1."""
-    fixed, one = (Layout(vocab_size, tokens).position_bytes for tokens in (0, 1))
-    return max(1, (position_bytes - fixed) // (one - fixed))
+    """How many tokens of each distribution a compact position of at most so many bytes holds, at least 1."""
+    layout = Layout(vocab_size, 0, compact=True)
+    # the bits of either may end in the middle of a byte
+    tokens = (8 * (position_bytes - layout.position_bytes) - 14) // (layout.id_bits + LEVEL_BITS)
+    return max(1, tokens)
+
+
+def pack_bits(numbers: np.ndarray, bits: int) -> np.ndarray:
+    """Integers `[P, n]` below `2^bits` as uint8 `[P, ⌈n·bits/8⌉]`, the highest bit first."""
+    wide = numbers.astype(">u4").view(np.uint8).reshape(*numbers.shape, 4)
+    return np.packbits(np.unpackbits(wide, axis=2)[:, :, 32 - bits :].reshape(len(numbers), -1), axis=1)
+
+
+def unpack_bits(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """The same as uint32 `[P, count]`."""
+    wide = np.zeros((len(packed), count, 32), dtype=np.uint8)
+    wide[:, :, 32 - bits :] = np.unpackbits(packed, axis=1, count=count * bits).reshape(-1, count, bits)
+    return np.packbits(wide, axis=2).view(">u4")[:, :, 0].astype(np.uint32)
+
+
+def encode_levels(log_probs: np.ndarray, chance: np.ndarray) -> np.ndarray:
+    """Log-probabilities `[P, n]` as levels, uint16 `[P, n]`, so that the mean of a probability is what it was.
+
+    Args:
+        log_probs: float, never above 0 but for the last digit.
+        chance: float64 `[P]`, from 0 to below 1; the tokens of a position get numbers of their own from its own.
+    """
+    nats = np.clip(-log_probs.astype(np.float64), 0, LOWEST)
+    above = np.minimum(np.floor(LAST_LEVEL * np.sqrt(nats / LOWEST)), LAST_LEVEL - 1)
+    high, low = (np.exp(-LOWEST * np.square(level / LAST_LEVEL)) for level in (above, above + 1))
+    # multiples of the golden ratio lie as evenly as numbers can
+    golden = np.arange(1, log_probs.shape[1] + 1) * ((1 + np.sqrt(5)) / 2)
+    falls = (high - np.exp(-nats)) / (high - low) > (chance[:, None] + golden) % 1
+    return (above + falls).astype(np.uint16)
+
+
+def decode_levels(levels: np.ndarray) -> np.ndarray:
+    """The same as float32 log-probabilities."""
+    return np.float32(-LOWEST) * np.square(levels.astype(np.float32) / np.float32(LAST_LEVEL))
 
 
 def encode_log_probs(log_probs: np.ndarray) -> np.ndarray:
@@ -198,7 +276,7 @@ class Shard:
             raise damaged(self.path, "its numbers are of other types")
         if check_of(fields) != self._checks[row].tobytes():
             raise damaged(self.path, f"the checksum of its sequence {row} does not match")
-        if int(fields["ids"].max(initial=0)) >= self.layout.vocab_size:
+        if int(self.layout.ids(fields).max(initial=0)) >= self.layout.vocab_size:
             raise damaged(self.path, "it names tokens that the vocabulary does not have")
         return fields
 

@@ -33,7 +33,7 @@ from edgerazor.data import Batch, TokenRows
 from edgerazor.errors import INTERRUPTED, UserError, usage_error
 from edgerazor.job import JobContext
 from edgerazor.losses import prediction_mask
-from edgerazor.recording import EVERYTHING, HELD_OUT, TRAINING, Description, Fields, Part, Shard, ShardRecord
+from edgerazor.recording import EVERYTHING, HELD_OUT, TRAINING, Description, Fields, Layout, Part, Shard, ShardRecord
 from edgerazor.report.recording_summary import table_of_parts
 from edgerazor.training import (
     Captures,
@@ -235,6 +235,8 @@ def differences(stored: Description, wanted: Description) -> Iterator[tuple[str,
             before, now = (str(getattr(one, name)) for one in (part, other))
             if before != now:
                 yield prefix + ("draws" if name == "tokens" else name), before, now
+    if stored.format != wanted.format:
+        yield "the format of its files", str(stored.format), str(wanted.format)
     if stored.covers != wanted.covers:
         yield "what it covers", stored.covers, wanted.covers
     if (stored.vocab_size, stored.hidden_size) != (wanted.vocab_size, wanted.hidden_size):
@@ -395,14 +397,15 @@ class Recorder:
         seed = self.context.recipe.seed
         chances = [recording.random_numbers(key, seed, count) for key, count in zip(keys, counts, strict=True)]
         uniform = torch.from_numpy(np.concatenate(chances)).to(device)
-        vocab_size, pieces, begin = self.description.vocab_size, [], 0
+        layout, pieces, begin = self.description.layout(name), [], 0
+        vocab_size = layout.vocab_size
         for chunk in positions.split(max(1, CHUNK_ELEMENTS // vocab_size)):
             logits = target.logits(chunk)[:, :vocab_size].float()
             for block in torch.arange(len(chunk), device=device).split(max(1, BLOCK_ELEMENTS // vocab_size)):
                 at = slice(begin + int(block[0]), begin + int(block[-1]) + 1)
-                pieces.append(token_fields(logits[block], next_tokens[at], uniform[at], part))
+                pieces.append(token_fields(logits[block], next_tokens[at], uniform[at], part, layout))
             begin += len(chunk)
-        columns = self.description.layout(name).columns()
+        columns = layout.columns()
         whole = {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]}
         for layer in part.hidden_layers:
             levels, scales = recording.encode_states(target.hidden_states[layer][mask].float().cpu().numpy())
@@ -413,7 +416,7 @@ class Recorder:
         return [{key: values[number] for key, values in split.items()} for number in range(len(counts))]
 
 
-def token_fields(logits: Tensor, next_tokens: Tensor, uniform: Tensor, part: Part) -> dict[str, np.ndarray]:
+def token_fields(logits: Tensor, next_tokens: Tensor, uniform: Tensor, part: Part, layout: Layout) -> Fields:
     """What is kept of the distributions of some positions, but for their hidden states.
 
     Args:
@@ -421,6 +424,7 @@ def token_fields(logits: Tensor, next_tokens: Tensor, uniform: Tensor, part: Par
         next_tokens: int64 `[n]`, the tokens of the text.
         uniform: float64 `[n]`, from 0 to below 1.
         part: says which tokens are kept.
+        layout: says how.
 
     Raises:
         UserError: the teacher's output is not finite.
@@ -436,9 +440,10 @@ def token_fields(logits: Tensor, next_tokens: Tensor, uniform: Tensor, part: Par
         sample = recording.sample_tokens(log_probs, part.tokens, part.power, uniform)
     else:
         sample = recording.top_tokens(log_probs, part.tokens)
+    # the last digits of what chose the tokens are as random as all of it
+    chance = uniform.cpu().numpy() * 2**24 % 1
     return {
-        "ids": sample.ids.cpu().numpy(),
-        "log_probs": recording.encode_log_probs(sample.log_probs.cpu().numpy()),
+        **layout.encode(sample.ids.cpu().numpy(), sample.log_probs.cpu().numpy(), chance),
         "certain": sample.certain.cpu().numpy(),
         "tail": sample.tail.cpu().numpy(),
         "scale": sample.scale.cpu().numpy(),

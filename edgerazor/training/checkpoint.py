@@ -1,27 +1,30 @@
 """The resumable state of a distillation, without pickle.
 
 One folder: `state.safetensors` (master weights and AdamW's moments; where codes are frozen, also the master weights and
-scales that they were made from), `state.json` (counters, the inputs of the training, random state). A new checkpoint
-replaces the previous one only when it is complete on the disk.
+scales that they were made from), `state.json` (counters, the inputs of the training, random state). Each process of a
+sharded training writes a file of its own parts instead (`sharded_checkpoint.py`); any number of processes goes on with
+either. A new checkpoint replaces the previous one only when it is complete on the disk.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from edgerazor import modules, untrusted
+from edgerazor import devices, modules, untrusted
 from edgerazor.errors import UserError, plain
-from edgerazor.training import sharding
+from edgerazor.training import sharded_checkpoint, sharding, zero3
 from edgerazor.training.results import PhaseResult
+from edgerazor.training.sharded_checkpoint import UnreadableError
 from edgerazor.workdir import replace_folder, write_atomically
 
 #: Tensors of the optimizers' states: of AdamW and of Adafactor.
@@ -81,10 +84,7 @@ def save(
     inputs: dict[str, str],
     writes: bool = True,
 ) -> None:
-    """Replace the checkpoint.
-
-    It holds whole tensors, so that any number of processes can go on with it. Of a sharded model, all processes have to
-    call, and one of them gathers and writes.
+    """Replace the checkpoint. Of a sharded model, all processes have to call, and each writes what it has.
 
     Args:
         folder: of the checkpoint.
@@ -92,23 +92,30 @@ def save(
         optimizer: AdamW over its trainable parameters.
         progress: counters.
         inputs: everything that the training depends on, by name.
-        writes: whether this is the process that writes.
+        writes: whether this is the process that writes what is no part of a tensor.
+
+    Raises:
+        UserError: a process could not write.
     """
     tensors = _frozen_masters(model)
     for name, parameter in model.named_parameters():
-        state_tensors = {"weight": parameter.detach()}
-        state_tensors |= {key: value for key, value in optimizer.state[parameter].items() if key in MOMENTS}
-        for key, tensor in state_tensors.items():
-            gathered = sharding.whole(tensor)
-            if writes:
-                tensors[f"{key}/{name}"] = gathered.cpu() if gathered is not tensor else gathered
-    if not writes:
-        return
+        if zero3.is_part(parameter):
+            state_tensors = {"weight": zero3.whole(parameter), **zero3.moments(parameter)}
+            state_tensors = {key: tensor.cpu() for key, tensor in state_tensors.items() if writes}
+        else:
+            state_tensors = {"weight": parameter.detach()}
+            state_tensors |= {key: value for key, value in optimizer.state[parameter].items() if key in MOMENTS}
+        tensors |= {f"{key}/{name}": tensor for key, tensor in state_tensors.items()}
     state = {"progress": progress.model_dump(), "inputs": inputs, "random": _random_state()}
-    with replace_folder(folder) as new:
-        stored = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-        write_atomically(new / "state.safetensors", lambda path: save_file(stored, path))
-        (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    with replace_folder(folder) if writes else nullcontext(folder) as new:
+        if sharding.is_sharded(model):
+            common = Path(devices.of_main_process(str(new)))
+            state["files"] = sharded_checkpoint.write(common, tensors)
+        elif writes:
+            stored = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+            write_atomically(new / "state.safetensors", lambda path: save_file(stored, path))
+        if writes:
+            (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
 
 def _frozen_masters(model: nn.Module) -> dict[str, Tensor]:
@@ -154,26 +161,46 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
         return None
     state = _state(folder)
     try:
-        tensors = load_file(folder / "state.safetensors")
         progress = Progress.model_validate(state["progress"])
-        with torch.no_grad():
-            for name, tensor in _frozen_masters(model).items():
-                tensor.copy_(tensors[name])
-            for name, parameter in model.named_parameters():
-                parameter.copy_(sharding.like(tensors[f"weight/{name}"], parameter))
-                stored = {key: tensors[f"{key}/{name}"] for key in MOMENTS if f"{key}/{name}" in tensors}
-                if not stored:  # it has had no gradient yet
-                    continue
-                moments = {key: sharding.like(tensor, parameter) for key, tensor in stored.items()}
-                step = torch.tensor(float(progress.step - progress.phase_step), device=parameter.device)
-                optimizer.state[parameter] = {"step": step, **moments}
-    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        if state["files"]:
+            sharded_checkpoint.verify(folder, state["files"])
+        with sharding.ended_with_others(devices.process_count()):
+            _read(folder, model, optimizer, progress.step - progress.phase_step)
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError, UnreadableError) as error:
         raise _damaged(folder, error) from None
     try:
         _set_random_state(state["random"])
     except (TypeError, ValueError, RuntimeError, KeyError) as error:
         raise _damaged(folder, error) from None
     return progress
+
+
+def _read(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Read all tensors of a checkpoint into model and optimizer, which has taken so many steps."""
+    with sharded_checkpoint.opened(folder) as reader:
+        tensors = _frozen_masters(model)
+        for name, parameter in model.named_parameters():
+            weight = parameter.detach()
+            if zero3.is_part(parameter):
+                weight = torch.empty(reader.shapes[f"weight/{name}"], dtype=weight.dtype, device=weight.device)
+            stored = [key for key in MOMENTS if f"{key}/{name}" in reader.shapes]  # none before its first gradient
+            moments = {key: _empty(reader.shapes[f"{key}/{name}"], weight) for key in stored}
+            if moments and not zero3.is_part(parameter):
+                count = torch.tensor(float(step), device=parameter.device)
+                optimizer.state[parameter] = {"step": count, **moments}
+            tensors |= {f"{key}/{name}": tensor for key, tensor in {"weight": weight, **moments}.items()}
+        reader.read(tensors)
+    for name, parameter in model.named_parameters():
+        if zero3.is_part(parameter):
+            moments = {key: tensors[f"{key}/{name}"] for key in MOMENTS if f"{key}/{name}" in tensors}
+            zero3.overwrite(parameter, tensors[f"weight/{name}"], moments, step)
+
+
+def _empty(shape: torch.Size, parameter: Tensor) -> Tensor:
+    """A moment of a parameter, to be read: like the parameter, or of a shape of its own."""
+    if shape == parameter.shape:
+        return torch.empty_like(parameter, requires_grad=False)
+    return torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
 
 
 def _set_random_state(state: dict[str, Any]) -> None:
@@ -199,6 +226,7 @@ def _state(folder: Path) -> dict[str, Any]:
     try:
         state = untrusted.load_json(folder / "state.json", most_bytes=untrusted.MOST_BYTES_OF_OURS)
         parts = {key: state[key] for key in ("progress", "inputs", "random")}
+        parts["files"] = state.get("files", {})  # of several processes
     except (OSError, ValueError, KeyError) as error:
         raise _damaged(folder, error) from None
     for key, value in parts.items():

@@ -12,7 +12,7 @@ from edgerazor.allocate import Plan
 from edgerazor.job import JobContext, ModelOutline
 from edgerazor.models import PreTrainedModel
 from edgerazor.recipe import Distill, Recipe
-from edgerazor.training import objective, phase_schedule, sharding, tracking
+from edgerazor.training import objective, phase_schedule, sharding, tracking, zero3
 from edgerazor.training.phase_schedule import ScheduledPhase, make_phases
 from edgerazor.training.recorded_teacher import RecordedTeacher, check_losses, check_sequences
 from edgerazor.training.served_teacher import check_served_losses
@@ -55,8 +55,8 @@ def prepare(context: JobContext, inputs: dict[str, str]) -> Preparation:
     dtype = training_dtype(settings, device)
     devices.join_processes(device)
     accelerator = make_accelerator(device, dtype, tracking.destination(settings, context.work.folder("distill")))
-    sharded = sharding.is_wanted()
-    if sharded:
+    sharded, by_deepspeed = sharding.is_wanted(), zero3.is_wanted()
+    if sharded or by_deepspeed:
         sharding.check(settings)
     is_resident = settings.recording is None and not settings.is_served and settings.teacher_source == "resident"
     # what will be sharded moves to the device layer by layer
@@ -83,7 +83,7 @@ def prepare(context: JobContext, inputs: dict[str, str]) -> Preparation:
     trainer = Trainer(
         settings=settings,
         accelerator=accelerator,
-        student=Student(student, structure, logit_shape, accelerator, sharded),
+        student=Student(student, structure, logit_shape, accelerator, sharded, by_deepspeed),
         teachers=teacher.source if needs_teacher(settings, phases) else TeacherEnsemble(()),
         rows=rows,
         held_out=held_out,
@@ -123,7 +123,7 @@ def make_accelerator(device: torch.device, dtype: torch.dtype, trackers: dict[st
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state()  # one process may train more than once, and not always in the same precision
-    with sharding.hidden_from_accelerate():
+    with devices.hidden_from_accelerate():
         precision = "bf16" if dtype == torch.bfloat16 else "no"
         return Accelerator(mixed_precision=precision, cpu=device.type == "cpu", **trackers)
 

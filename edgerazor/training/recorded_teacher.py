@@ -15,7 +15,7 @@ from edgerazor.errors import UserError, usage_error
 from edgerazor.job import JobContext
 from edgerazor.losses import LogitLoss, Outputs, RecordedTokens, prediction_mask
 from edgerazor.models import PreTrainedModel
-from edgerazor.recording import EVERYTHING, Fields, Part, RecordedPart, Recording
+from edgerazor.recording import EVERYTHING, Fields, Layout, Part, RecordedPart, Recording
 from edgerazor.training import objective
 from edgerazor.training.captured_states import Captures
 from edgerazor.training.objective import Terms
@@ -56,7 +56,7 @@ class RecordedTeacher(TeacherSource):
         part = self.recording.held_out if held_out else self.recording.training
         sequences = self._sequences(part, batch)
         shape = batch["labels"].shape
-        tokens = recorded_tokens(part.settings, part.layout.vocab_size, sequences, self.device)
+        tokens = recorded_tokens(part.settings, part.layout, sequences, self.device)
         states = {layer: self._states(sequences, batch, layer) for layer in needed.hidden_layers}
         return Outputs(torch.empty(*shape, 0, device=self.device), states, recorded=tokens)
 
@@ -83,12 +83,12 @@ class RecordedTeacher(TeacherSource):
         return states
 
 
-def recorded_tokens(part: Part, vocab_size: int, sequences: Sequence[Fields], device: torch.device) -> RecordedTokens:
+def recorded_tokens(part: Part, layout: Layout, sequences: Sequence[Fields], device: torch.device) -> RecordedTokens:
     """What the losses are given of some sequences, one behind the other.
 
     Args:
         part: says how they were recorded.
-        vocab_size: entries of the teacher's distributions.
+        layout: of what was kept of a position.
         sequences: what was kept of them.
         device: of the tensors.
     """
@@ -96,21 +96,23 @@ def recorded_tokens(part: Part, vocab_size: int, sequences: Sequence[Fields], de
     def tensor(name: str, dtype: type) -> Tensor:
         return torch.from_numpy(np.concatenate([fields[name] for fields in sequences]).astype(dtype)).to(device)
 
-    stored = np.concatenate([fields["log_probs"] for fields in sequences])
-    log_probs = torch.from_numpy(recording.decode_log_probs(stored)).to(device)
+    ids, log_probs = (
+        torch.from_numpy(np.concatenate([read(fields) for fields in sequences]).astype(dtype)).to(device)
+        for read, dtype in ((layout.ids, np.int64), (layout.log_probs, np.float32))
+    )
     places = torch.arange(part.tokens, device=device)
     by_chance = places >= tensor("certain", np.int64)[:, None]
     inclusion = tensor("scale", np.float32)[:, None] * (part.power * log_probs).exp()
     weights = torch.where(by_chance, 1 / inclusion.clamp(min=torch.finfo(torch.float32).tiny, max=1.0), 1.0)
     return RecordedTokens(
-        ids=tensor("ids", np.int64),
+        ids=ids,
         log_probs=log_probs,
         weights=weights,
         by_chance=by_chance,
         tail=tensor("tail", np.float32),
         entropy=tensor("entropy", np.float32),
         target_log_probs=tensor("target", np.float32),
-        vocab_size=vocab_size,
+        vocab_size=layout.vocab_size,
         temperature=part.temperature,
     )
 

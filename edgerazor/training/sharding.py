@@ -20,14 +20,17 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from edgerazor import devices
 from edgerazor.errors import UserError, plain, usage_error
 from edgerazor.recipe import Distill
+from edgerazor.training import zero3
 
 #: What `accelerate launch` puts into the environment.
-USE_FSDP, FSDP_VERSION = "ACCELERATE_USE_FSDP", "FSDP_VERSION"
+USE_FSDP, FSDP_VERSION = devices.USE_FSDP, "FSDP_VERSION"
+#: What libraries of communication say of a process that has gone away.
+LOST_CONNECTION = ("connection closed by peer", "connection reset", "broken pipe", "nccl", "gloo", "timed out")
 
 
 def is_wanted() -> bool:
@@ -41,17 +44,6 @@ def is_wanted() -> bool:
     if os.environ.get(FSDP_VERSION, "1") != "2":
         raise usage_error("FSDP of version 1 is not supported.", "Set `fsdp_version: 2` in accelerate's configuration.")
     return True
-
-
-@contextlib.contextmanager
-def hidden_from_accelerate() -> Iterator[None]:
-    """Let accelerate make an accelerator that shards nothing by itself."""
-    value = os.environ.pop(USE_FSDP, None)
-    try:
-        yield
-    finally:
-        if value is not None:
-            os.environ[USE_FSDP] = value
 
 
 def check(settings: Distill) -> None:
@@ -110,7 +102,8 @@ def gathering(model: nn.Module) -> Iterator[Callable[[nn.Module], AbstractContex
         if owner is not None:
             owner.unshard()
         try:
-            yield
+            with zero3.gathered(part.parameters()):
+                yield
         finally:
             if owner is not None:
                 owner.reshard()
@@ -122,17 +115,16 @@ def gathering(model: nn.Module) -> Iterator[Callable[[nn.Module], AbstractContex
             module.reshard()
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 has spread the model over processes."""
+    return isinstance(next(model.parameters(), None), DTensor)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be sharded; all processes have to ask for it."""
+    if zero3.is_part(tensor):
+        return zero3.whole(tensor)
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def like(tensor: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor as another one is: sharded in the same way, or on the same device."""
-    if isinstance(other, DTensor):
-        local = tensor.to(other.device, other.dtype)
-        return distribute_tensor(local, other.device_mesh, other.placements, src_data_rank=None)
-    return tensor.to(other.device)
 
 
 def clip_gradients(model: nn.Module, most: float) -> Tensor:
@@ -141,3 +133,21 @@ def clip_gradients(model: nn.Module, most: float) -> Tensor:
     norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
     return norm
+
+
+@contextlib.contextmanager
+def ended_with_others(processes: int) -> Iterator[None]:
+    """Say in one sentence that this process could not go on because another one has gone away.
+
+    Raises:
+        UserError: instead of what the library of communication raises.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if processes == 1 or not any(word in str(error).lower() for word in LOST_CONNECTION):
+            raise
+        raise UserError(
+            "Another process of this training has ended, so this one ends, too.",
+            "The same command goes on from the last checkpoint.",
+        ) from None

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from edgerazor import untrusted
 from edgerazor.errors import UserError
 from edgerazor.models import PreTrainedModel
-from edgerazor.training import checkpoint, sharding
+from edgerazor.training import checkpoint, sharding, zero3
 from edgerazor.training.checkpoint import Progress
 from edgerazor.workdir import replace_folder, write_atomically, write_text
 
@@ -111,10 +111,11 @@ def student_tensors(model: PreTrainedModel, keeps: bool = True) -> dict[str, Ten
     stored: set[int] = set()
     tensors = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        identity = id(tensor) if isinstance(tensor, DTensor) else tensor.data_ptr()
+        is_part = isinstance(tensor, DTensor) or zero3.is_part(tensor)
+        identity = id(tensor) if is_part else tensor.data_ptr()
         if identity not in stored:
             stored.add(identity)
-            whole = sharding.whole(tensor.detach())
+            whole = sharding.whole(tensor).detach()
             if keeps:
                 tensors[name] = whole.contiguous().cpu()
     return tensors

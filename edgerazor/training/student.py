@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from edgerazor import models, modules
@@ -13,7 +14,7 @@ from edgerazor.allocate import Plan
 from edgerazor.losses import Head, Outputs
 from edgerazor.models import PreTrainedModel, Structure
 from edgerazor.recipe import Distill
-from edgerazor.training import sharding
+from edgerazor.training import sharding, zero3
 from edgerazor.training.captured_states import Captures, capture
 
 if TYPE_CHECKING:
@@ -29,21 +30,37 @@ class Student:
         structure: where its layers are.
         logit_shape: factor and cap of its logits (see `models.logit_shape`).
         accelerator: knows the other processes and the precision of products.
-        sharded: whether it is spread over the processes (`sharding.py`).
+        by_fsdp: whether it is spread over the processes (`sharding.py`).
+        by_deepspeed: likewise (`zero3.py`), from when the training has an optimizer.
         wrapped: the model as accelerate wraps it where several processes have it whole, else the model itself.
+        engine: of DeepSpeed.
     """
 
     model: PreTrainedModel
     structure: Structure
     logit_shape: tuple[float, float | None]
     accelerator: Accelerator
-    sharded: bool = False
+    by_fsdp: bool = False
+    by_deepspeed: bool = False
     wrapped: nn.Module = field(init=False)
+    engine: zero3.Engine | None = field(init=False, default=None)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether no process has it whole."""
+        return self.by_fsdp or self.by_deepspeed
 
     def __post_init__(self) -> None:
-        if self.sharded:
+        if self.by_fsdp:
             sharding.shard(self.model, self.structure.layers_path, self.accelerator.device)
         self.wrapped = self.model if self.sharded else self.accelerator.prepare_model(self.model)
+
+    def start_engine(self, optimizer: torch.optim.Optimizer, settings: Distill) -> None:
+        """Let DeepSpeed spread the model, where it is to."""
+        if self.by_deepspeed:
+            head = self.model.get_submodule(self.structure.head_path)
+            self.engine = zero3.Engine(self.model, head, optimizer, settings)
+            self.wrapped = self.engine.engine
 
     def rewrap(self) -> None:
         """Wrap the model again after other parameters have become trainable: a wrapper keeps those of its beginning."""
@@ -64,6 +81,8 @@ class Student:
         capturing = capture(self.model, self.structure, head_path, needed)
         with capturing as captured, self.accelerator.autocast():
             module(input_ids=input_ids, use_cache=False)
+            if self.engine is not None:
+                self.engine.hold_head()
             head = self.model.get_submodule(head_path)
             assert isinstance(head, modules.FakeQuantLinear)
             states, matrix = head.as_head(captured.last_hidden_state)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -44,9 +44,6 @@ from edgerazor.workdir import digest_json
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-#: What libraries of communication say of a process that has gone away.
-LOST_CONNECTION = ("connection closed by peer", "connection reset", "broken pipe", "nccl", "gloo", "timed out")
 
 
 class StepLeftError(Exception):
@@ -113,6 +110,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.optimizer = make_optimizer(self.student.model, self.settings)
+        self.student.start_engine(self.optimizer, self.settings)
         self.terms = self.phases[0].terms
         self.tokens_per_row = self.rows.tokens_per_row  # once: the mean length of a stream changes as it is read
         self.budget = make_budget(self.settings, self.rows, self.rows_per_step, self.tokens_per_step)
@@ -198,7 +196,7 @@ class Trainer:
         with (
             watch_signals() as self.signals,
             self.allocation(),
-            ended_with_others(self.accelerator.num_processes),
+            sharding.ended_with_others(self.accelerator.num_processes),
             tracking.tracked(self.accelerator),
         ):
             self.evaluate_baseline("initialise", 0)
@@ -407,7 +405,10 @@ class Trainer:
                     if last and stability.problem(float(step_loss), 0.0, self.progress.recent_losses):
                         break  # before a weight changes
                 # Gradients are averaged over processes, but contributions to the loss of the step add up.
-                accelerator.backward(loss * accelerator.num_processes)
+                if self.student.engine is not None:
+                    self.student.engine.backward(loss * accelerator.num_processes, last)
+                else:
+                    accelerator.backward(loss * accelerator.num_processes)
         return step_loss
 
     def optimize(self, loss: float) -> str:
@@ -419,6 +420,8 @@ class Trainer:
         Returns:
             why the step was skipped instead; empty where it was taken.
         """
+        if self.student.engine is not None:
+            return self.student.engine.step(stability.problem(loss, 0.0, self.progress.recent_losses))
         if isinstance(self.optimizer, InPlaceAdafactor):
             norm: Tensor | float = math.nan if self.optimizer.not_finite else 0.0
         elif self.student.sharded:
@@ -664,24 +667,6 @@ class Trainer:
                 self.save()
                 tracker.note(f"relative error {errors[0]:.4f}, then {errors[1]:.4f}")
                 tracker.advance()
-
-
-@contextmanager
-def ended_with_others(processes: int) -> Iterator[None]:
-    """Say in one sentence that this process could not go on because another one has gone away.
-
-    Raises:
-        UserError: instead of what the library of communication raises.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if processes == 1 or not any(word in str(error).lower() for word in LOST_CONNECTION):
-            raise
-        raise UserError(
-            "Another process of this training has ended, so this one ends, too.",
-            "The same command goes on from the last checkpoint.",
-        ) from None
 
 
 def _interrupted(where: str) -> UserError:

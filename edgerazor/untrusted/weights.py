@@ -18,6 +18,7 @@ INDEX = "model.safetensors.index.json"
 #: Most bytes of an index; those of the largest models have about ten million.
 MOST_INDEX_BYTES = 1 << 26
 AGAIN = "Download the model again."
+LESS_MEMORY = "Of a teacher, `--teacher-source streamed` has one layer in memory at a time."
 #: What a safetensors file calls the dtypes that weights may have where nothing says how they were quantized.
 FLOATING = ("F64", "F32", "F16", "BF16")
 #: Numbers that are looked at together: a few megabytes.
@@ -78,7 +79,7 @@ def open_files(files: Iterable[Path]) -> dict[Path, Any]:
     """Open safetensors files, mapped.
 
     Raises:
-        UserError: one of them is damaged.
+        UserError: one of them is damaged, or there is no memory to map it.
     """
     opened = {}
     for file in files:
@@ -86,6 +87,8 @@ def open_files(files: Iterable[Path]) -> dict[Path, Any]:
             opened[file] = safe_open(file, framework="pt")
         except Exception as error:  # the library raises its own, the system's and decoding errors
             reason = plain(" ".join(str(error).split()).rstrip("."))
+            if "Cannot allocate memory" in reason:
+                raise UserError(f"There is not enough memory for the weight file {file}.", LESS_MEMORY) from None
             raise UserError(f"The weight file {file} is damaged: {reason}.", AGAIN) from None
     return opened
 

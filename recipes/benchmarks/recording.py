@@ -1,7 +1,8 @@
 """What a recording is worth: the bias and the noise of each loss's gradient, and students beside those of the teacher.
 
     python -m recipes.benchmarks.recording --real-data ../shared/data     all rows that are not there yet, then tables
-    python -m recipes.benchmarks.recording --rows-of train --sources resident,sample-20
+    python -m recipes.benchmarks.recording --rows-of train --sources resident,sample-46
+    python -m recipes.benchmarks.recording --teachers smollm2-135m --rows-of train     of `make real-models`
     python -m recipes.benchmarks.recording --table                        only the tables, from the stored rows
 
 *Bias* rows compare gradients at one student (rounded to 2 bits, or trained from there): of the teacher in memory, and
@@ -9,6 +10,7 @@ of many recordings of it with different random numbers. A gradient is that of th
 sequences; *bias* is how far the mean of the recordings' is from the teacher's, *noise* how far a single one is from
 their mean, both as a share of its length. *Train* rows are whole trainings of a 2-bit student, equal but for where the
 teacher comes from; held-out KL is exact in all of them, because of held-out text the whole distribution is recorded.
+For each seed the teacher is recorded once, and all budgets are trained from that.
 Sources are `resident`, `sample-N` and `top_k-N` for N tokens of each distribution, and, of bias, `rskd-N`: N draws with
 replacement (Random Sampling Knowledge Distillation, arXiv 2503.16870). A finished row is a JSON file.
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -32,7 +35,7 @@ from edgerazor.console import Console
 from edgerazor.job import JobContext
 from edgerazor.losses import Head, Outputs, RecordedTokens, StepTotals, prediction_mask, step_counts
 from edgerazor.recipe import Recipe
-from edgerazor.recording import Part
+from edgerazor.recording import Layout, Part
 from edgerazor.stages import record
 from edgerazor.training import Captures, DistillResult, Trainer, recorded_tokens
 from edgerazor.workdir import WorkDir, digest_json, machine, versions, write_json
@@ -43,18 +46,21 @@ from recipes.benchmarks.results import commit, markdown, publish
 BITS = 2.0
 #: Tokens that the trainings of one recording are given, and those of the other comparisons.
 BUDGETS, BUDGET = (15_000, 30_000, 60_000), 30_000
+#: The same of teachers whose trainings take too long for that.
+SMALLER = {"smollm2-135m": (2_000, 4_000)}
+SEEDS = (0, 1, 2)
 OBJECTIVES = ("forward_kl", "eakld")
-SOURCES = ("resident", "sample-32", "top_k-32", "sample-20", "sample-50")
-#: The recording that serves several budgets.
-SERVING = "sample-20"
+SOURCES = ("resident", "sample", "sample-32", "top_k-32", "sample-20")
+#: The recording that serves several budgets: of as many tokens as `edgerazor record` keeps where nobody says.
+SERVING = "sample"
+#: Held-out sequences, and tokens of each of their distributions.
+HELD_OUT, HELD_OUT_TOKENS = 32, 32768
 BIAS_SOURCES = ("rskd-50", "sample-12", "sample-32", "top_k-32")
 LOSSES = ("forward_kl", "reverse_kl", "cakld", "js")
 #: Students whose gradients are compared: as rounding leaves them, and after a training.
 STUDENTS = ("rounded", "trained")
 #: Recordings that are compared, and sequences of the step.
 REPEATS, SEQUENCES = 6, 8
-#: KL after a training from a recording is at most so many times that beside the resident teacher.
-BOUND = 1.02
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ def recipe_of(case: Case, recording: Path | None) -> Recipe:
         "tokens": case.tokens,
         "losses": [{"name": case.objective}],
         "evaluate_every": 1_000_000,
-        "evaluate_sequences": 32,
+        "evaluate_sequences": held_out(case),
         "checkpoint_every": 1_000_000,
         "recording": None if recording is None else str(recording),
     }
@@ -106,14 +112,34 @@ def record_settings(case: Case) -> dict[str, object]:
     """What is recorded for a training: enough for the largest budget, and all of the held-out distributions."""
     if case.source == "resident":
         return {}
-    method, draws = case.source.split("-")
+    method, _, draws = case.source.partition("-")
     return {
         "method": method,
-        "draws": int(draws),
-        "tokens": (max(BUDGETS) if case.source == SERVING else BUDGET) + 1000,
-        "held_out_sequences": 32,
-        "held_out_draws": 32768,
+        **({"draws": int(draws)} if draws else {}),
+        "tokens": (max(budgets(case.teacher)) if case.source == SERVING else BUDGET) + 1000,
+        "held_out_sequences": held_out(case),
+        "held_out_draws": HELD_OUT_TOKENS,
     }
+
+
+def budgets(teacher: Teacher) -> tuple[int, ...]:
+    """Tokens of the trainings that one recording serves."""
+    return SMALLER.get(teacher.name, BUDGETS)
+
+
+def held_out(case: Case) -> int:
+    """Sequences that a training is evaluated on."""
+    return HELD_OUT if case.teacher.name not in SMALLER else HELD_OUT // 4
+
+
+def known_teachers(real_data: Path) -> list[Teacher]:
+    """The teachers of real data, and of those of `make real-models` the first, if it is there."""
+    teachers = real_teachers(real_data)
+    model = BUILD / "real-models" / "smollm2-135m"
+    if model.exists():
+        text = {**teachers[0].recipe["data"], "train": [{"file": str(real_data / "text" / "wiki.txt")}]}
+        teachers.append(Teacher(model.name, model, {"data": text}))
+    return teachers
 
 
 def identity_of(case: Case) -> str:
@@ -132,7 +158,8 @@ def train(case: Case, setting: Setting) -> Row:
     recorded: Row = {}
     if folder is not None:
         made = record.run(JobContext(recipe, work, setting.console), folder)
-        recorded = {"bytes_per_token": made.bytes_per_token, "recording": made.fingerprint[:12]}
+        recorded = {"draws": made.draws, "bytes_per_token": made.bytes_per_token}
+        recorded["recording"] = made.fingerprint[:12]
     result = pipeline.run("distill", recipe, work, setting.console)
     assert isinstance(result, DistillResult)
     if not (case.source == "resident" and case.tokens == BUDGET):  # bias rows go on from this one
@@ -221,8 +248,9 @@ class Compared:
         else:
             part = Part(tokens=int(draws), temperature=1.0, power=1.0, method=method)  # type: ignore[arg-type]
             uniform = torch.rand(len(self.log_probs), generator=generator, dtype=torch.float64)
-            fields = record.token_fields(self.log_probs, self.targets, uniform, part)
-            tokens = recorded_tokens(part, self.log_probs.shape[1], [fields], self.log_probs.device)
+            layout = Layout(self.log_probs.shape[1], part.tokens, compact=True)
+            fields = record.token_fields(self.log_probs, self.targets, uniform, part, layout)
+            tokens = recorded_tokens(part, layout, [fields], self.log_probs.device)
         return Outputs(torch.empty(*self.labels.shape, 0), recorded=tokens)
 
 
@@ -269,14 +297,17 @@ def compare(compared: Compared, name: str, source: str, value: float, reference:
 def train_cases(teacher: Teacher, sources: Iterable[str], objectives: Iterable[str]) -> list[Case]:
     """All trainings, in the order in which they are made."""
     wanted_sources, wanted_objectives = set(sources), set(objectives)
-    made = [Case(teacher, objective, source, BUDGET) for objective in OBJECTIVES for source in SOURCES]
-    made += [
-        Case(teacher, "forward_kl", source, tokens)
-        for tokens in BUDGETS
+    made = [
+        Case(teacher, "forward_kl", source, tokens, seed)
+        for seed in SEEDS
+        for tokens in budgets(teacher)
         for source in ("resident", SERVING)
-        if tokens != BUDGET
     ]
-    made += [Case(teacher, "forward_kl", source, BUDGET, seed=1) for source in ("resident", SERVING)]
+    if teacher.name not in SMALLER:
+        made += [Case(teacher, "eakld", source, BUDGET) for source in ("resident", SERVING)]
+        made += [
+            Case(teacher, "forward_kl", source, BUDGET) for source in SOURCES if source not in ("resident", SERVING)
+        ]
     return [case for case in made if case.source in wanted_sources and case.objective in wanted_objectives]
 
 
@@ -300,6 +331,7 @@ def tables(folder: Path) -> str:
     for teacher in sorted(path for path in folder.iterdir() if path.is_dir()) if folder.exists() else []:
         rows = {path.stem: row for path in sorted(teacher.glob("*.json")) if (row := stored(path))}
         parts.append(f"### {teacher.name}\n\n{train_table(rows)}")
+        parts += [spread_table(rows)] if any(f"-{SERVING}-" in name and "seed" in name for name in rows) else []
         parts += [bias_table(student, rows[f"bias-{student}"]) for student in STUDENTS if f"bias-{student}" in rows]
     return "\n\n".join(parts)
 
@@ -311,13 +343,32 @@ def train_table(rows: dict[str, Row]) -> str:
         if not name.startswith("train-"):
             continue
         objective, source, tokens, seed = parts_of(name)
-        other = rows.get(name.replace(source, "resident"))
+        other = rows.get(name.replace(f"-{source}-", "-resident-"))
         against = f"{100 * (row['kl'] / other['kl'] - 1):+.1f} %" if other and source != "resident" else ""
         size = f"{row['bytes_per_token']:.0f}" if "bytes_per_token" in row else ""
-        line = [objective, f"{tokens:,}", str(seed), source, f"{row['kl']:.4f}", against, size]
+        shown = f"sample-{row['draws']}" if source == SERVING else source
+        which = row.get("recording", "") if source == SERVING else ""
+        line = [objective, f"{tokens:,}", str(seed), shown, f"{row['kl']:.4f}", against, size, which]
         lines.append((OBJECTIVES.index(objective), tokens, seed, SOURCES.index(source), line))
-    head = ["loss", "tokens", "seed", "teacher", "held-out KL", "against resident", "bytes a token"]
+    head = ["loss", "tokens", "seed", "teacher", "held-out KL", "against resident", "bytes a token", "recording"]
     return markdown(head, [line for *_, line in sorted(lines)])
+
+
+def spread_table(rows: dict[str, Row]) -> str:
+    """KL of all seeds at each budget: means, and how much more a recording leaves, with its standard error."""
+    by_budget: dict[int, list[tuple[float, float]]] = {}
+    for name, row in rows.items():
+        if name.startswith(f"train-forward_kl-{SERVING}-") and (other := rows.get(name.replace(SERVING, "resident"))):
+            tokens = parts_of(name)[2]
+            by_budget.setdefault(tokens, []).append((other["kl"], row["kl"]))
+    lines = []
+    for tokens, pairs in sorted(by_budget.items()):
+        more = [100 * (recorded / resident - 1) for resident, recorded in pairs]
+        error = f" ± {statistics.stdev(more) / len(more) ** 0.5:.1f}" if len(more) > 1 else ""
+        means = [f"{statistics.mean(values):.4f}" for values in zip(*pairs, strict=True)]
+        lines.append([f"{tokens:,}", str(len(pairs)), *means, f"{statistics.mean(more):+.1f}{error} %"])
+    head = ["tokens", "seeds", "resident", "recorded", "against resident, with its standard error"]
+    return f"Forward KL, mean of the seeds:\n\n{markdown(head, lines)}"
 
 
 def parts_of(name: str) -> tuple[str, str, int, int]:
@@ -352,7 +403,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only the tables")
     options = parser.parse_args()
     setting = Setting(options.rows, options.build, Console())
-    teachers = [] if options.table else real_teachers(options.real_data)
+    teachers = [] if options.table else known_teachers(options.real_data)
     for teacher in teachers:
         if teacher.name not in options.teachers.split(","):
             continue

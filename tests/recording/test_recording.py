@@ -193,15 +193,15 @@ def test_every_loss_says_whether_a_recording_serves_it() -> None:
 
 # --- files -------------------------------------------------------------------------------------
 
-LAYOUT = Layout(vocab_size=VOCABULARY, tokens=3, hidden_layers=(2,), hidden_size=70)
+LAYOUT = Layout(vocab_size=VOCABULARY, tokens=3, hidden_layers=(2,), hidden_size=70, compact=True)
 
 
 def some_fields(count: int, seed: int) -> recording.Fields:
     random = np.random.default_rng(seed)
     levels, scales = recording.encode_states(random.normal(size=(count, 70)).astype(np.float32))
+    ids = random.integers(0, VOCABULARY, (count, 3))
     values = {
-        "ids": random.integers(0, VOCABULARY, (count, 3)),
-        "log_probs": recording.encode_log_probs(-random.random((count, 3)) * 20),
+        **LAYOUT.encode(ids, -20 * random.random((count, 3)), random.random(count)),
         "certain": random.integers(0, 4, count),
         "hidden.2": levels,
         "hidden.2.scale": scales,
@@ -228,8 +228,35 @@ def test_a_shard_gives_back_what_was_written(shard: Path) -> None:
     states = np.random.default_rng(5).normal(size=(9, 70)).astype(np.float32)
     error = np.abs(recording.decode_states(*recording.encode_states(states)) - states)
     assert error.max() <= np.abs(states).max() / 254 + 1e-6
-    log_probs = -np.random.default_rng(6).random(50) * 30
-    assert np.abs(recording.decode_log_probs(recording.encode_log_probs(log_probs)) - log_probs).max() < 1 / 4000
+
+
+@pytest.mark.parametrize("vocab_size", [2, 512, VOCABULARY, 4096, 49152, 151_936])
+@pytest.mark.parametrize("compact", [False, True])
+def test_tokens_come_back_from_what_is_stored(vocab_size: int, compact: bool) -> None:
+    random = np.random.default_rng(vocab_size)
+    ids, log_probs = random.integers(0, vocab_size, (50, 7)), -30 * random.random((50, 7)) ** 3
+    layout = Layout(vocab_size, 7, compact=compact)
+    stored = layout.encode(ids, log_probs, random.random(50))
+    types = layout.columns()
+    assert all((values.dtype, values.shape[1:]) == types[name] for name, values in stored.items())
+    assert np.array_equal(layout.ids(stored), ids)
+    error = np.abs(layout.log_probs(stored) - log_probs)
+    assert (error <= (2 * np.sqrt(32 * -log_probs) / 1023 + 1e-4 if compact else 1 / 4000)).all()
+
+
+def test_rounded_probabilities_have_no_bias() -> None:
+    """Over all values of the random number each is what it was, whatever its place among the kept tokens is."""
+    log_probs = np.array([[0.0, -1e-4, -0.02, -0.7, -1.0, -5.3, -15.0, -31.9, -32.0, -80.0]])
+    layout, chance = Layout(VOCABULARY, 10, compact=True), (np.arange(4000) + 0.5) / 4000
+    stored = layout.encode(np.zeros((4000, 10)), np.repeat(log_probs, 4000, 0), chance)
+    means = np.exp(layout.log_probs(stored).astype(np.float64)).mean(0)
+    assert means == pytest.approx(np.exp(np.maximum(log_probs[0], -32.0)), rel=1e-4)
+
+
+def test_a_position_takes_at_most_its_bytes() -> None:
+    for vocab_size, tokens in ((4096, 46), (49152, 39), (151_936, 36)):
+        assert recording.tokens_within(vocab_size, 148) == tokens
+        assert Layout(vocab_size, tokens, compact=True).position_bytes <= 148
 
 
 def test_any_damage_is_one_sentence(shard: Path) -> None:
@@ -276,7 +303,8 @@ def test_sequences_are_found_in_any_order(shard: Path) -> None:
     )
     opened = RecordedPart(shard.parent, description, recording.TRAINING)
     for row in (1, 2, 0):
-        assert np.array_equal(opened.sequence(bytes([row]) * 16)["ids"], some_fields(4 + row, row)["ids"])
+        fields = opened.sequence(bytes([row]) * 16)
+        assert np.array_equal(opened.layout.ids(fields), LAYOUT.ids(some_fields(4 + row, row)))
     assert b"\x07" * 16 not in opened
     assert opened.missing([b"\x01" * 16, b"\x07" * 16]) == 1
     with pytest.raises(UserError, match="lacks a sequence"):

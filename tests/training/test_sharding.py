@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,33 +16,38 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from edgerazor import devices
 from edgerazor.errors import UserError
 from edgerazor.recipe import Distill
 from edgerazor.training import sharding
+from edgerazor.training.checkpoint import restore
 from helpers.places import ROOT
 from helpers.processes import launch
 from helpers.tiny_job import Run, metrics, write_recipe
 from helpers.tiny_models import ModelMaker
 
-#: Kills the last process in the middle of a step.
+#: Kills the last process in the middle of a step, or when it has written its part of the checkpoint after it.
 KILLING = """
 import os, signal
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from edgerazor.training import Trainer
-step = Trainer.step
+last, count = os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1), [0]
+step, write_data = Trainer.step, HuggingFaceStorageWriter.write_data
 def dying(trainer, batches):
-    if trainer.progress.step + 1 == {step} and os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
+    count[0] = trainer.progress.step + 1
+    if last and count[0] == {step} and not {writing}:
         os.kill(os.getpid(), signal.SIGKILL)
     return step(trainer, batches)
-Trainer.step = dying
-from edgerazor.cli import main
-main()
+def dying_writer(writer, plan, planner):
+    written = write_data(writer, plan, planner)
+    if last and count[0] == {step}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return written
+Trainer.step, HuggingFaceStorageWriter.write_data = dying, dying_writer
 """
 
 
-@pytest.mark.slow
 def test_four_processes_then_two_then_one(run: Run, make_model: ModelMaker, text_file: Path, tmp_path: Path) -> None:
-    """One of four processes is killed, then one of two; one process ends the training as if it had been alone."""
+    """One process is killed, one of four, and one of two while it writes; one ends as if nothing had happened."""
     make_model(tmp_path / "model", "smollm2")  # whose head is its embedding
     settings = {"steps": 4, "batch_size": 4, "checkpoint_every": 1, "evaluate_every": 1, "learning_rate": 2e-4}
     calibrate = {"scales": "learned", "init": "least_error"}
@@ -47,14 +55,19 @@ def test_four_processes_then_two_then_one(run: Run, make_model: ModelMaker, text
     assert run("distill", "--recipe", recipe, "--work", tmp_path / "one").code == 0
     job = tmp_path / "job"
     assert run("calibrate", "--recipe", recipe, "--work", job).code == 0
-    for processes, accumulation, step in ((4, 1, 2), (2, 2, 4)):
-        script = tmp_path / f"{processes}.py"
-        script.write_text(KILLING.format(step=step))
+    checkpoint = job / "distill" / "checkpoints" / "current"
+    for processes, accumulation, step, writing in ((1, 4, 2, False), (4, 1, 3, False), (2, 2, 4, True)):
         words = ("distill", "--work", job, "--batch-size", 1, "--accumulation", accumulation)
-        killed = launch(script, processes, *words, sharded=True)
-        assert killed.code != 0
-        assert "Another process of this training has ended, so this one ends, too." in killed.err
-        assert "edgerazor/" not in killed.err  # the launcher has a traceback of its own, and no process of ours
+        *others, killed = launch(processes, words, sharded=True, code=KILLING.format(step=step, writing=writing))
+        assert killed.code == -signal.SIGKILL
+        sizes = [path.stat().st_size for path in checkpoint.glob("*.safetensors")]
+        assert len(sizes) == processes
+        assert max(sizes) < 1.2 * sum(sizes) / processes  # none of them has the whole
+        for other in others:
+            assert other.code == 1
+            assert "Another process of this training has ended, so this one ends, too." in other.err
+            assert "Traceback" not in other.err
+    assert_damage_is_named(checkpoint, tmp_path / "damaged")
     resumed = run("distill", "--work", job, "--batch-size", 2, "--accumulation", 2)
     assert resumed.code == 0
     assert "distill goes on from step 3" in resumed.err
@@ -71,6 +84,28 @@ def test_four_processes_then_two_then_one(run: Run, make_model: ModelMaker, text
     # a weight that lies on the border of two codes may fall to either side
     different = sum(int((ours[name] != theirs[name]).sum()) for name in ours)
     assert different <= 1e-4 * sum(tensor.numel() for tensor in ours.values())
+
+
+def assert_damage_is_named(checkpoint: Path, copy: Path) -> None:
+    """A part of a checkpoint that is missing, cut off, changed or of something else."""
+    files = json.loads((checkpoint / "state.json").read_text())["files"]
+    first, last = sorted(files)
+    whole = (checkpoint / last).read_bytes()
+    for name, content, message in (
+        (last, None, "is missing"),
+        (last, whole[:-1], "checksum"),
+        (last, whole[:-1] + bytes([whole[-1] ^ 1]), "checksum"),
+        (first, whole, "checksum"),
+        ("other.safetensors", whole, "something else"),
+    ):
+        shutil.copytree(checkpoint, copy)
+        (copy / name).unlink(missing_ok=True)
+        if content is not None:
+            (copy / name).write_bytes(content)
+        model = torch.nn.Linear(2, 2)
+        with pytest.raises(UserError, match=f"is damaged and cannot be resumed .*{message}"):
+            restore(copy, model, torch.optim.AdamW(model.parameters()))
+        shutil.rmtree(copy)
 
 
 @pytest.mark.parametrize(
@@ -92,15 +127,6 @@ def test_a_launcher_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sharding.is_wanted()
 
 
-@pytest.mark.parametrize(("is_installed", "sentence"), [(False, "which is not installed"), (True, "of its own")])
-def test_deepspeed_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch, is_installed: bool, sentence: str) -> None:
-    monkeypatch.setenv(devices.USE_DEEPSPEED, "true")
-    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda _: object() if is_installed else None)
-    with pytest.raises(UserError, match=sentence) as refused:
-        devices.join_processes(torch.device("cpu"))
-    assert "fsdp2.yaml" in str(refused.value.hint)
-
-
 @pytest.mark.parametrize(("name", "machines"), [("fsdp2", 1), ("fsdp2-2x8", 2)])
 def test_launch_configurations(name: str, machines: int) -> None:
     """accelerate reads them, and asks for FSDP2 on so many processes."""
@@ -114,7 +140,6 @@ def test_launch_configurations(name: str, machines: int) -> None:
     assert values["distributed_type"] == "FSDP"
 
 
-@pytest.mark.slow
 def test_accelerate_launches_it(run: Run, llama: Path, text_file: Path, tmp_path: Path) -> None:
     """The command of the configuration for machines without GPUs, beside one process."""
     settings = {"steps": 2, "batch_size": 2, "evaluate_every": 1, "learning_rate": 2e-4}

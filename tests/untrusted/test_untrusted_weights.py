@@ -215,3 +215,12 @@ def test_links_inside_and_of_the_hubs_cache_are_read(llama: Path, tmp_path: Path
     models.copy_companions(snapshot, tmp_path / "copy")
     assert not (tmp_path / "copy" / "tokenizer.json").is_symlink()
     assert models.load(snapshot)[1].get_vocab() == models.load(llama)[1].get_vocab()
+
+
+def test_memory_that_is_not_there_is_no_damage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("unable to mmap 90186768 bytes from file: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(weights, "safe_open", refuse)
+    with pytest.raises(UserError, match="There is not enough memory for the weight file"):
+        weights.open_files([tmp_path / "model.safetensors"])
