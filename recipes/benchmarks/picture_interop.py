@@ -62,6 +62,7 @@ from recipes.benchmarks.interop import EXACT, EXACT_KL, ROUNDED, TIE, TableGelu,
 from recipes.benchmarks.results import commit, markdown, number, publish
 
 WRITTEN = 64
+TRIES = 5
 TILE, EDGE, PATCH, SHUFFLE = 32, 64, 8, 2
 VOCABULARY = 640
 MARK = "<__media__>"
@@ -288,15 +289,22 @@ def theirs(
 
 
 def told(file: Path, prompt: Prompt, question: str, python: Path) -> str:
-    """What `llama-mtmd-cli` prints."""
+    """What `llama-mtmd-cli` prints.
+
+    Its answers end with two ends of lines. On a busy machine the last tokens are lost now and then, which a thread of
+    its own prints while the program ends; it is asked again then.
+    """
     tool = python.parents[1] / "tools" / "llama-mtmd-cli"
     words = [str(tool), "-m", str(file), "--mmproj", str(file.with_name(f"{PREFIX}{file.name}")), "--jinja"]
     words += ["--image", str(prompt.picture), "-p", question, "--temp", "0", "-n", str(WRITTEN), "-t", "1"]
     words += ["-ctk", "f32", "-ctv", "f32", "-c", "1024", "--no-warmup"]
     settings = {"stdin": subprocess.DEVNULL, "errors": "replace"}  # bytes that are no text may be written, too
-    done = subprocess.run(words, capture_output=True, check=False, **settings)
-    if done.returncode:
-        raise UserError(f"{tool.name} does not answer: {' '.join(done.stderr.splitlines()[-1:])}")
+    for _ in range(TRIES):
+        done = subprocess.run(words, capture_output=True, check=False, **settings)
+        if done.returncode:
+            raise UserError(f"{tool.name} does not answer: {' '.join(done.stderr.splitlines()[-1:])}")
+        if done.stdout.endswith("\n\n"):
+            break
     return done.stdout
 
 
