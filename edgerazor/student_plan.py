@@ -175,8 +175,8 @@ def other_specs(
     stored: TensorSpecs = {name: ("F32", shape) for name, shape in floating.items()}
     of_towers = {name: others[name] for name in floating if is_of_tower(name, structure)}
     has_values = not any(tensor.is_meta for tensor in of_towers.values())
-    kept = in_sixteen_bits(of_towers) if has_values else of_towers
-    if all(tensor.dtype == torch.bfloat16 for tensor in kept.values()):
+    held = in_sixteen_bits(of_towers) if has_values else of_towers
+    if all(tensor.dtype == torch.bfloat16 for tensor in held.values()):
         stored |= {name: ("BF16", floating[name]) for name in of_towers}
     return specs | stored
 
