@@ -115,6 +115,14 @@ class PictureReader:
         """
         return self.tokens(data.prompt_with_pictures(conversation, self.processor))
 
+    def read_text(self, where: str, text: str, pictures: list[Any], special: bool = False) -> PictureTokens:
+        """What the processor makes of a text with placeholders and its pictures, of Pillow.
+
+        Raises:
+            UserError: as `data.text_with_pictures`.
+        """
+        return data.text_with_pictures(where, text, pictures, self.processor, special)
+
     def tokens(self, made: PictureTokens) -> list[int]:
         """Token ids of what the processor made, its pictures looked at."""
         [(tokens, parts)] = self._look([made])

@@ -148,17 +148,37 @@ def other_tensors(
     return {name: tensor for name, tensor in model.state_dict().items() if name not in quantized}
 
 
+def is_of_tower(name: str, structure: Structure) -> bool:
+    """Whether a tensor belongs to a tower, which no training changes."""
+    return any(name.startswith(f"{path}.") for path in structure.towers)
+
+
+def in_sixteen_bits(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors that were not trained in bfloat16, if that holds all of their numbers, as where the teacher had it."""
+    halves = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+    return halves if all(torch.equal(halves[name].to(one.dtype), one) for name, one in tensors.items()) else tensors
+
+
 def other_specs(
     model: PreTrainedModel, structure: Structure, as_float32: bool, towers: Collection[str] = ()
 ) -> TensorSpecs:
-    """The tensors that are not quantized as they will be stored: a student's, which is trained in float32, as that."""
-    specs: TensorSpecs = {
-        name: packed.tensor_spec(name, tensor) for name, tensor in other_tensors(model, structure, towers).items()
-    }
+    """The tensors that are not quantized as they will be stored: a student's, which is trained in float32, as that.
+
+    Those of a tower, which is not trained, are stored in 16 bits where these hold them (`in_sixteen_bits`); of a tower
+    without values, as of a dry run, the dtype tells.
+    """
+    others = other_tensors(model, structure, towers)
+    specs: TensorSpecs = {name: packed.tensor_spec(name, tensor) for name, tensor in others.items()}
     if not as_float32:
         return specs
     floating = {name: shape for name, (dtype, shape) in specs.items() if packed.DTYPES[dtype].is_floating_point}
-    return specs | {name: ("F32", shape) for name, shape in floating.items()}
+    stored: TensorSpecs = {name: ("F32", shape) for name, shape in floating.items()}
+    of_towers = {name: others[name] for name in floating if is_of_tower(name, structure)}
+    has_values = not any(tensor.is_meta for tensor in of_towers.values())
+    held = in_sixteen_bits(of_towers) if has_values else of_towers
+    if all(tensor.dtype == torch.bfloat16 for tensor in held.values()):
+        stored |= {name: ("BF16", floating[name]) for name in of_towers}
+    return specs | stored
 
 
 def input_scale_names(

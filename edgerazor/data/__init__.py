@@ -18,7 +18,16 @@ from edgerazor.data.chat import (
 from edgerazor.data.held_out import split_held_out
 from edgerazor.data.opening import RowSettings, open_rows
 from edgerazor.data.packing import Packing
-from edgerazor.data.picture_chat import PictureTokens, answer_tokens, encode_with_pictures, prompt_with_pictures, runs
+from edgerazor.data.picture_chat import (
+    PictureTokens,
+    answer_tokens,
+    encode_with_pictures,
+    placeholder_in_text,
+    prompt_with_pictures,
+    runs,
+    text_with_pictures,
+    tokenizer_of,
+)
 from edgerazor.data.rows import Batch, Mixture, TokenRows, sample_batches
 from edgerazor.data.sources import END_OF_TEXT, documents, fingerprint
 from edgerazor.data.tokens import MASKED, Tokens, around_text, prefix_of, tokenize
@@ -42,6 +51,7 @@ __all__ = [
     "fingerprint",
     "open_rows",
     "parse_conversation",
+    "placeholder_in_text",
     "prefix_of",
     "prompt_with_pictures",
     "question_opening",
@@ -50,7 +60,9 @@ __all__ = [
     "sample_batches",
     "split_held_out",
     "template_variables",
+    "text_with_pictures",
     "thinking_options",
     "tokenize",
+    "tokenizer_of",
     "turn_ends",
 ]

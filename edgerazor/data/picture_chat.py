@@ -58,10 +58,10 @@ def encode_with_pictures(
             something else than their placeholders; nothing to learn is left within `length`.
     """
     pictures = _pictures_of(conversation, folder)
-    tokenizer, bare = _with_template(processor), _without_pictures(conversation)
+    tokenizer, bare = tokenizer_of(processor), _without_pictures(conversation)
     written, learn, ends, text = chat.encode_places(bare, tokenizer)
-    marks = _marks(conversation, processor, written, len(pictures))
-    ids, inputs = _expanded(conversation, processor, text, pictures)
+    marks = _marks(conversation.where, processor, written, len(pictures))
+    ids, inputs = _expanded(conversation.where, processor, text, pictures)
     origin = _aligned(conversation, tokenizer, written, marks, ids)
     carried = np.where(origin >= 0, learn[origin], False)
     expansions = runs(origin < 0)
@@ -76,7 +76,7 @@ def encode_with_pictures(
     # The pictures that are left are given to the processor anew, with the text up to the cut.
     template_end = int(origin[end - 1]) + 1 if origin[end - 1] >= 0 else int(origin[end])
     count = int((marks < template_end).sum())
-    shorter, inputs = _expanded(conversation, processor, text[: int(ends[template_end - 1])], pictures[:count])
+    shorter, inputs = _expanded(conversation.where, processor, text[: int(ends[template_end - 1])], pictures[:count])
     if not np.array_equal(shorter, ids[:end]):
         raise UserError(
             f"{conversation.where} cannot be cut to {length} tokens: the processor makes others of its beginning.",
@@ -95,13 +95,40 @@ def prompt_with_pictures(conversation: chat.Conversation, processor: ProcessorMi
     Raises:
         UserError: as `encode_with_pictures`.
     """
-    pictures, tokenizer = _pictures_of(conversation, None), _with_template(processor)
+    pictures, tokenizer = _pictures_of(conversation, None), tokenizer_of(processor)
     text = chat.render(_without_pictures(conversation), tokenizer, prompt=True)
     with reading("the prompt"):
         written = np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int32)
-    _marks(conversation, processor, written, len(pictures))
-    ids, inputs = _expanded(conversation, processor, text, pictures)
+    _marks(conversation.where, processor, written, len(pictures))
+    ids, inputs = _expanded(conversation.where, processor, text, pictures)
     return PictureTokens(ids, np.zeros(len(ids), dtype=bool), (), inputs)
+
+
+def text_with_pictures(
+    where: str, text: str, pictures: list[Image], processor: ProcessorMixin, special: bool = False
+) -> PictureTokens:
+    """Tokens and pixels of a text that holds the processor's placeholder for each picture; nothing of it is learned.
+
+    Args:
+        where: it comes from, for error messages.
+        text: as a chat template or `placeholder_in_text` wrote it.
+        pictures: in the order of their placeholders.
+        processor: of the model.
+        special: add the tokens that the tokenizer begins texts with.
+
+    Raises:
+        UserError: there are more or fewer placeholders than pictures, or the processor refuses them.
+    """
+    with reading("the prompt"):
+        written = np.array(processor.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    _marks(where, processor, written, len(pictures))
+    ids, inputs = _expanded(where, processor, text, pictures, special)
+    return PictureTokens(ids, np.zeros(len(ids), dtype=bool), (), inputs)
+
+
+def placeholder_in_text(processor: Any) -> str:
+    """What stands for a picture in the texts that a processor reads."""
+    return str(getattr(processor, "boi_token", None) or processor.image_token)
 
 
 def answer_tokens(conversation: chat.Conversation, text: str, processor: ProcessorMixin) -> list[int]:
@@ -115,7 +142,7 @@ def answer_tokens(conversation: chat.Conversation, text: str, processor: Process
     Raises:
         UserError: as `chat.encode`.
     """
-    tokenizer, bare = _with_template(processor), _without_pictures(conversation)
+    tokenizer, bare = tokenizer_of(processor), _without_pictures(conversation)
     said = {"role": chat.ASSISTANT, "content": [{"type": "text", "text": text}]}
     written, learn, _, _ = chat.encode_places(replace(bare, messages=(*bare.messages, said)), tokenizer)
     with reading("the prompt"):
@@ -138,7 +165,7 @@ def _pictures_of(conversation: chat.Conversation, folder: Path | None) -> list[I
     ]
 
 
-def _with_template(processor: Any) -> PreTrainedTokenizerBase:
+def tokenizer_of(processor: Any) -> PreTrainedTokenizerBase:
     """The processor's tokenizer, with the chat template that only the processor may have."""
     tokenizer: PreTrainedTokenizerBase = processor.tokenizer
     if not tokenizer.chat_template:
@@ -157,32 +184,31 @@ def _without_pictures(conversation: chat.Conversation) -> chat.Conversation:
     return replace(conversation, messages=tuple(messages))
 
 
-def _marks(conversation: chat.Conversation, processor: Any, written: np.ndarray, count: int) -> np.ndarray:
+def _marks(where: str, processor: Any, written: np.ndarray, count: int) -> np.ndarray:
     """Places of the placeholders in the template's tokens, one for each picture."""
     names = [getattr(processor, name, None) for name in ("image_token", "boi_token")]
     ids = {processor.tokenizer.convert_tokens_to_ids(name) for name in names if isinstance(name, str)}
     marks = np.flatnonzero(np.isin(written, sorted(identity for identity in ids if isinstance(identity, int))))
     if len(marks) != count:
         raise UserError(
-            f"{conversation.where} has {count} pictures, but {len(marks)} placeholders in what the chat template makes "
-            "of it.",
+            f"{where} has {count} pictures, but {len(marks)} placeholders for them.",
             "Text must not hold the placeholder of a picture.",
         )
     return marks
 
 
 def _expanded(
-    conversation: chat.Conversation, processor: Any, text: str, pictures: list[Image]
+    where: str, processor: Any, text: str, pictures: list[Image], special: bool = False
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """The processor's ids `[N]` int32, and what else it gives the model."""
     if not getattr(processor.image_processor, "do_convert_rgb", False):
         pictures = [picture.convert("RGB") for picture in pictures]
     given = {"images": pictures} if pictures else {}
     try:
-        made = dict(processor(text=[text], add_special_tokens=False, return_tensors="pt", **given))
+        made = dict(processor(text=[text], add_special_tokens=special, return_tensors="pt", **given))
     except Exception as error:  # processors are other people's programs; they fail in ways of their own
         reason = plain((str(error).strip().splitlines() or [type(error).__name__])[0].rstrip("."), 200)
-        raise UserError(f"{conversation.where} is refused by the model's processor: {reason}.") from error
+        raise UserError(f"{where} is refused by the model's processor: {reason}.") from error
     ids = made.pop("input_ids")[0].numpy().astype(np.int32)
     made.pop("attention_mask", None)
     return ids, made

@@ -85,7 +85,9 @@ class Evaluation:
             return about_pictures, []
         model, tokenizer, title = evaluated.model, evaluated.tokenizer, evaluated.title
         size = self.settings.batch_size
-        scores, notes = tasks.evaluate(model, tokenizer, self.loaded, self.request, size, self.console, title)
+        scores, notes = tasks.evaluate(
+            model, tokenizer, self.loaded, self.request, size, self.console, title, self.reader
+        )
         return {**scores, **about_pictures}, notes
 
     def _of_pictures(self, evaluated: EvaluatedModel, blind: bool = False) -> dict[str, tasks.TaskScore]:

@@ -499,6 +499,7 @@ def _notes(gguf_model: GgufModel) -> Iterator[str]:
     yield from filter(None, [context_length(architecture, config)[1], architecture.note(config)])
     if gguf_model.tower is not None:
         yield f"Pictures are read with the file beside it, whose name begins with {PREFIX} (llama.cpp's --mmproj)."
+        yield from filter(None, [gguf_model.tower.note])
     yield from gguf_model.vocabulary.notes
 
 

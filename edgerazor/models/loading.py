@@ -397,7 +397,7 @@ def outline(source: str | Path, revision: str | None = None, trust_remote_code: 
         UserError: as `load`, about the configuration.
     """
     config = load_config(resolve(str(source), revision), trust_remote_code)
-    dtype = config.get_text_config().dtype or torch.float32
+    dtype = config.get_text_config().dtype or config.dtype or torch.float32
     try:
         with torch.device("meta"), quiet_transformers():
             model = auto_class(config).from_config(

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -53,7 +52,8 @@ def student_weights(folder: Path, structure: Structure) -> Iterator[Weights]:
             raise ValueError("digests.json holds something else than digests")
         names = set(file.keys())
         others = {name: file.get_tensor(name) for name in sorted(names - student_plan.matrix_tensors(structure))}
-        others |= in_sixteen_bits({name: tensor for name, tensor in others.items() if is_of_tower(name, structure)})
+        of_towers = {name: tensor for name, tensor in others.items() if student_plan.is_of_tower(name, structure)}
+        others |= student_plan.in_sixteen_bits(of_towers)
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(
             f"The student {folder} cannot be read: {str(error).rstrip('.')}.", "Run `edgerazor distill --force`."
@@ -67,17 +67,6 @@ def student_weights(folder: Path, structure: Structure) -> Iterator[Weights]:
         yield Weights(read, others, digests)
     finally:
         file.__exit__(None, None, None)
-
-
-def is_of_tower(name: str, structure: Structure) -> bool:
-    """Whether a tensor belongs to a tower, which no training changes."""
-    return any(name.startswith(f"{path}.") for path in structure.towers)
-
-
-def in_sixteen_bits(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that were not trained in bfloat16, if that holds all of their numbers, as where the teacher had it."""
-    halves = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
-    return halves if all(torch.equal(halves[name].to(one.dtype), one) for name, one in tensors.items()) else tensors
 
 
 @contextmanager

@@ -208,7 +208,7 @@ def _load_local(manager: Any, name: str, path: Path) -> tuple[Any, str]:
     entry = manager.task_index[name]
     if entry.kind.name != "TASK":
         raise usage_error(f"{name} fetches its items with code of its own, so it cannot take them from {path}.")
-    items = local_items.read(path, name)
+    items = local_items.with_pictures(local_items.read(path, name), path)
     if lacking := sorted(_fields({**entry.cfg, **items.overrides}) - set(items.rows[0])):
         raise UserError(
             f"{path} does not fit {name}: it has {', '.join(items.rows[0])} and needs {', '.join(lacking)}.",
@@ -244,6 +244,8 @@ def _fields(config: dict[str, Any]) -> set[str]:
     fields: set[str] = set()
     if config.get("process_docs"):
         return fields
+    if isinstance(shown := config.get("doc_to_image"), list):
+        fields |= set(shown)
     for key in ("doc_to_text", "doc_to_target", "doc_to_choice"):
         template = config.get(key)
         if isinstance(template, str):
@@ -295,6 +297,7 @@ def _check_item(task: Any, document: Any, misfit: str) -> None:
     """
     try:
         question, answer = task.doc_to_text(document), task.doc_to_target(document)
+        task.doc_to_image(document)
         chosen = task.OUTPUT_TYPE == "multiple_choice"
         choices = task.doc_to_choice(document) if chosen else None
     except Exception as error:  # a task's templates and functions fail in ways of their own

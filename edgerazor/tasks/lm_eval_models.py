@@ -44,7 +44,7 @@ GREEDY_TOKENS = 16
 _T = TypeVar("_T")
 
 
-class _LM(HFLM):
+class BaseLM(HFLM):
     """What both classes do: the tokens that a model is given, and the parts of several processes.
 
     Args:
@@ -66,12 +66,12 @@ class _LM(HFLM):
 
         Several processes of a launcher score a part each.
         """
-        return _of_all_processes(self.scores(devices.share_of(requests), override_bs or self.batch_size))
+        return of_all_processes(self.scores(devices.share_of(requests), override_bs or self.batch_size))
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """The text that is written behind each prompt, likewise."""
         part = devices.share_of(requests)
-        return _of_all_processes(super().generate_until(part, disable_tqdm) if part else [])
+        return of_all_processes(super().generate_until(part, disable_tqdm) if part else [])
 
     @abstractmethod
     def scores(self, requests: Sequence[TokenRequest], batch_size: int) -> list[tuple[float, bool]]:
@@ -88,7 +88,7 @@ class _LM(HFLM):
         return groups
 
 
-class TransformersLM(_LM):
+class TransformersLM(BaseLM):
     """Scores a causal language model of transformers, on its device, in evaluation mode."""
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int, console: Console, title: str) -> None:
@@ -101,7 +101,7 @@ class TransformersLM(_LM):
         self.keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def scores(self, requests: Sequence[TokenRequest], batch_size: int) -> list[tuple[float, bool]]:
-        """See `_LM`."""
+        """See `BaseLM`."""
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         groups = self._by_input(requests)
         inputs = sorted(groups, key=lambda tokens: (-len(tokens), tokens))
@@ -143,7 +143,7 @@ class TransformersLM(_LM):
             return self.model(tokens, use_cache=False).logits[:, -count:]
 
 
-class EngineLM(_LM):
+class EngineLM(BaseLM):
     """Scores a model that computes a prefix once for many continuations; it generates greedily.
 
     Args:
@@ -157,7 +157,7 @@ class EngineLM(_LM):
         self.engine = model
 
     def scores(self, requests: Sequence[TokenRequest], batch_size: int) -> list[tuple[float, bool]]:
-        """See `_LM`."""
+        """See `BaseLM`."""
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         by_input = self._by_input(requests)
         counts = {tokens: max(len(requests[index][2]) for index in same) for tokens, same in by_input.items()}
@@ -176,8 +176,7 @@ class EngineLM(_LM):
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
         """Tokens [B, at most max_length]: the contexts, padded on the left, and greedy text behind each."""
         padding = options.pop("attention_mask") == 0  # [B, T]
-        if not is_greedy(options):
-            raise ValueError("answers that are not plain greedy text are for models of transformers")
+        self.check_greedy(options)
         count = max_length - context.shape[1]
         rows = [
             self._generate_greedily(row[~padded].tolist(), count, stop)
@@ -186,6 +185,11 @@ class EngineLM(_LM):
         longest = max(map(len, rows))
         filled = [[*row, *[self.tokenizer.pad_token_id] * (longest - len(row))] for row in rows]
         return torch.cat([context, torch.tensor(filled, dtype=context.dtype)], dim=1)
+
+    def check_greedy(self, options: dict[str, Any]) -> None:
+        """Raises ValueError where options of generation ask for more than greedy text."""
+        if not is_greedy(options):
+            raise ValueError("answers that are not plain greedy text are for models of transformers")
 
     def _generate_greedily(self, prompt: list[int], count: int, stop: list[str]) -> list[int]:
         """Greedy tokens: up to `count`, or to one that ends texts or completes one of the strings `stop`."""
@@ -207,7 +211,7 @@ class EngineLM(_LM):
         return any(string in text for string in stop)
 
 
-def _of_all_processes(answers: list[_T]) -> list[_T]:
+def of_all_processes(answers: list[_T]) -> list[_T]:
     """The answers of all processes, in the order of the requests."""
     return [answer for part in devices.all_values(answers) for answer in part]
 

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from edgerazor import devices
+from edgerazor import data, devices
 from edgerazor.console import Console
 from edgerazor.errors import UserError, usage_error
+from edgerazor.pictures import PictureReader
 from edgerazor.tasks.catalog import LoadedTask, TaskRequest
 from edgerazor.tasks.quiet import quiet_lm_eval
 
@@ -35,6 +36,7 @@ def evaluate(
     batch_size: int,
     console: Console,
     title: str,
+    reader: PictureReader | None = None,
 ) -> tuple[dict[str, TaskScore], list[str]]:
     """Score a model.
 
@@ -47,21 +49,38 @@ def evaluate(
         batch_size: sequences in one forward pass.
         console: shows the progress.
         title: what the model is called in the progress and in messages.
+        reader: reads pictures for the model; None where it sees none.
 
     Returns:
         task name -> score, and notes.
 
     Raises:
-        UserError: a chat template is asked for that the tokenizer lacks, or lm-eval fails on a task.
+        UserError: a chat template is asked for that the tokenizer lacks, a task shows pictures that the model cannot
+            see, or lm-eval fails on a task.
     """
+    seeing = [entry.name for entry in loaded if getattr(entry.task, "MULTIMODAL", False)]
+    if seeing and reader is None:
+        raise UserError(
+            f"The questions of {', '.join(seeing)} are about pictures, and {title} sees none.", "Leave them out."
+        )
+    if chosen := [entry.name for entry in loaded if entry.name in seeing and not is_generative(entry)]:
+        raise UserError(f"{chosen[0]} lets choose among answers about pictures, which lm-eval cannot score.")
+    if seeing and reader is not None:
+        tokenizer = data.tokenizer_of(reader.processor)
     if request.chat and not tokenizer.chat_template:
         raise usage_error(f"The tokenizer of {title} has no chat template.", "Leave --apply-chat-template out.")
     from lm_eval.evaluator import evaluate as run
 
-    from edgerazor.tasks.lm_eval_models import EngineLM, TransformersLM
+    from edgerazor.tasks import lm_eval_models, lm_eval_pictures
 
     with quiet_lm_eval():
-        scored = (EngineLM if hasattr(model, "score") else TransformersLM)(model, tokenizer, batch_size, console, title)
+        is_engine = hasattr(model, "score")
+        if seeing and reader is not None:
+            kind = lm_eval_pictures.SeeingEngineLM if is_engine else lm_eval_pictures.SeeingTransformersLM
+            scored = kind(model, reader, batch_size, console, title)
+        else:
+            plain = lm_eval_models.EngineLM if is_engine else lm_eval_models.TransformersLM
+            scored = plain(model, tokenizer, batch_size, console, title)
         for entry in loaded:
             entry.task.set_fewshot_seed(seed=request.seed)  # every model sees the same examples
         try:

@@ -13,12 +13,13 @@ into the query (ARC, PIQA) or break the line after it (PIQA) do not have it twic
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from edgerazor import untrusted
 from edgerazor.errors import UserError
+from edgerazor.untrusted.pictures import picture_of_part
 
 SIMPLE = ("query", "choices", "gold")
 Row = dict[str, Any]
@@ -103,6 +104,25 @@ def read(path: Path, task: str) -> Items:
     convert, count, overrides, note = CONVERSIONS[task]
     converted = [convert(*_checked(row, count, path, number)) for number, row in enumerate(rows, 1)]
     return Items(converted, overrides, note)
+
+
+def with_pictures(items: Items, path: Path) -> Items:
+    """Items whose pictures, parts `{type: image, path | base64}` as in chats, are read.
+
+    Args:
+        items: of a file.
+        path: of that file, beside which the pictures lie.
+
+    Raises:
+        UserError: as `untrusted.pictures.picture_of_part`.
+    """
+    rows = []
+    for number, row in enumerate(items.rows, 1):
+        shown = {name: value for name, value in row.items() if isinstance(value, dict) and value.get("type") == "image"}
+        where = f"item {number} of {path}, {{}},"
+        read = {name: picture_of_part(where.format(name), part, path.parent) for name, part in shown.items()}
+        rows.append({**row, **read})
+    return replace(items, rows=rows)
 
 
 def read_rows(path: Path) -> list[Row]:

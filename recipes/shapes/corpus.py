@@ -48,14 +48,20 @@ TASK_FOLDER, NEW_PARTS_FOLDER = HERE / "tasks", HERE / "new-parts"
 TASKS = ("color", "shape", "count", "relation")
 ITEMS_PER_TASK, NEW_PARTS = 100, 50
 SEEDS = {"train": 0, "distill": 1, "heldout": 2, "tasks": 3, "pictures": 4}
-TRAIN_TALKS = 32_000  # that the teacher was trained on
+TRAIN_TALKS = 35_200  # that the teacher was trained on
 #: Talks of training up to which pictures hold at most so many objects: looking for one is learned first among few.
 EASY = ((1_200, 2), (2_400, 3))
-#: How often something is asked, tasks and what only trains; and from which talk of training on something else, when
-#: things are found by shape and color: then more about several things at once.
+#: How often something is asked, tasks and what only trains; from which talk of training on something else, when things
+#: are found by shape and color: then more about several things at once; and from which mostly how many there are, which
+#: is learned last.
 OFTEN = {"color": 2, "shape": 2, "count": 4, "relation": 4, "place": 2, "cell": 1, "caption": 1}
 SEVERAL = 4_800
 OFTEN_THEN = {"color": 1, "shape": 1, "count": 5, "relation": 7, "place": 1, "cell": 0.5, "caption": 0.5}
+LAST = 9_600
+OFTEN_LAST = {"color": 1, "shape": 1, "count": 10, "relation": 3, "place": 0.5, "cell": 0.5, "caption": 0.5}
+#: From which talk of training on, and in all talks of distillation, pictures are mostly of things that share shape or
+#: color, and these are counted: else nine in ten things that can be counted are there once.
+GROUPED = {"train": 16_400, "distill": 0}
 DISTILL_TALKS = 3_000
 HELDOUT_TALKS = 200
 
@@ -309,17 +315,20 @@ def caption(picture: Picture, rng: random.Random) -> Question:
 # --- pictures and talks ------------------------------------------------------------------------
 
 
-def picture_of(rng: random.Random, most: int = MOST_OBJECTS) -> Picture:
+def picture_of(rng: random.Random, most: int = MOST_OBJECTS, grouped: bool = False) -> Picture:
     """A picture: of things that all look different, or, half of the time, of some that share shape or color.
 
-    `most`: objects in it.
+    `most`: objects in it; `grouped`: some share a shape, and some a color.
     """
     # Fuller pictures more often: they put more together, and are refused more often for something held out.
-    number = rng.choices(range(1, most + 1), range(1, most + 1))[0]
+    least = 2 if grouped else 1
+    number = rng.choices(range(least, most + 1), range(least, most + 1))[0]
     cells = sorted(rng.sample(range(SIDE * SIDE), number))
     shapes, colors = rng.sample(SHAPES, number), rng.sample(list(COLORS), number)
-    if number > 1 and rng.random() < 0.5:
-        words = rng.choice([shapes, colors])
+    alike = [shapes, colors] if grouped else []
+    if not grouped and number > 1 and rng.random() < 0.5:
+        alike = [rng.choice([shapes, colors])]
+    for words in alike:
         same = rng.randint(2, number)
         words[:same] = [words[0]] * same
         rng.shuffle(words)
@@ -341,9 +350,10 @@ def talks(split: str, count: int, start: int = 0, length: int = QUESTIONS) -> It
         rng = random.Random(f"{SEEDS[split]} {number}")
         most = next((most for end, most in EASY if split == "train" and number < end), MOST_OBJECTS)
         then = split == "train" and number >= SEVERAL
-        often = OFTEN_THEN if then else OFTEN
+        grouped = number >= GROUPED.get(split, number + 1)
+        often = OFTEN_LAST if grouped or (then and number >= LAST) else OFTEN_THEN if then else OFTEN
         while True:
-            picture = picture_of(rng, most)
+            picture = picture_of(rng, most, grouped and rng.random() < 0.7)
             if not any(map(held_out, picture.combinations())):
                 break
         asked = questions(picture, rng)
@@ -352,6 +362,10 @@ def talks(split: str, count: int, start: int = 0, length: int = QUESTIONS) -> It
             possible = [task for task in often if asked[task]]
             task = rng.choices(possible, [often[task] for task in possible])[0]
             options = asked[task]
+            groups = [question for question in options if question.combination] if task == "count" else []
+            if grouped and groups and rng.random() < 0.8:
+                chosen.append(rng.choice(groups))  # more than once: a picture has few of them
+                continue
             if task == "count" and rng.random() < 0.8:  # most kinds of things are not there at all
                 options = [question for question in options if question.answer != "zero"] or options
                 if then and rng.random() < 0.7:

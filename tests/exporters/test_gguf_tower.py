@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
@@ -41,6 +42,67 @@ def read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         for each in reader.tensors
     }
     return {name: value.contents() for name, value in reader.fields.items()}, tensors
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of Qwen 2.5 VL's architecture."""
+    folder = tmp_path_factory.mktemp("qwen")
+    interop.write_qwen(folder / "model")
+    words = ("--bits", 4, "--plan", "interleave", "--work", folder / "job", "--export", "gguf-f32")
+    done = call("pack", folder / "model", *words)
+    assert done.code == 0, done.err
+    assert "another bicubic filter" in done.err + done.out
+    return folder / "job" / "packed"
+
+
+def test_both_files_of_qwen(qwen: Path) -> None:
+    """Queries, keys and values apart; a kernel of patches for each frame; dimensions of positions."""
+    fields, tensors = read(qwen.parent / "exports" / "gguf-f32" / f"{PREFIX}model.gguf")
+    assert fields["clip.projector_type"] == "qwen2.5vl_merger"
+    assert fields["clip.vision.n_wa_pattern"] == 2
+    assert fields["clip.use_silu"]
+    tower = {
+        name.removeprefix("model.visual."): value.float()
+        for name, value in tower_tensors(PackedModel.open(qwen)).items()
+    }
+    parts = [tensors[f"v.blk.1.attn_{part}.weight"] for part in "qkv"]
+    assert (np.concatenate(parts) == tower["blocks.1.attn.qkv.weight"].numpy()).all()
+    kernel = tower["patch_embed.proj.weight"].numpy()
+    assert (tensors["v.patch_embd.weight"] == kernel[:, :, 0]).all()
+    assert (tensors["v.patch_embd.weight.1"] == kernel[:, :, 1]).all()
+    assert (tensors["mm.2.bias"] == tower["merger.mlp.2.bias"].numpy()).all()
+    divided = sum(".qkv." in name for name in tower)
+    assert len(tensors) == len(tower) + 2 * divided + 1
+    fields, _ = read(qwen.parent / "exports" / "gguf-f32" / "model.gguf")
+    assert fields["general.architecture"] == "qwen2vl"
+    assert fields["qwen2vl.rope.dimension_sections"] == [8, 12, 12, 0]
+
+
+def test_what_llama_cpp_would_do_otherwise_with_qwen(qwen: Path, tmp_path: Path) -> None:
+    export = exporters.find("gguf")
+    for name, value, reason in (
+        ("window_size", 56, "windows are 56 pixels"),
+        ("fullatt_block_indexes", [1, 2], "not every so many layers"),
+        ("spatial_merge_size", 4, "merges 4 x 4"),
+        ("hidden_act", "gelu", "activation 'gelu'"),
+    ):
+        folder = tmp_path / name
+        shutil.copytree(qwen, folder)
+        config = json.loads((folder / "config.json").read_text())
+        config["vision_config"][name] = value
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match=reason):
+            export.check(folder)
+
+
+def test_a_quantized_tower_of_qwen_is_refused(qwen: Path, tmp_path: Path) -> None:
+    values = {"calibrate": {"bits": 4, "plan": "interleave", "towers": "int8"}, "pack": {"source": "teacher"}}
+    values |= {"model": str(qwen.parent.parent / "model")}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
+    failed = call("pack", "--recipe", tmp_path / "r.yaml", "--work", tmp_path / "job", "--export", "gguf")
+    assert failed.code == 1
+    assert "written in floating types alone" in failed.err
 
 
 @pytest.mark.parametrize("export", ["gguf", "gguf-f32"])

@@ -78,6 +78,16 @@ class FirstThree:
         return len(self.asked) <= 3
 
 
+def test_some_talks_count_what_is_there_more_than_once():
+    """The late ones of training, and those of distillation."""
+    for split, start, least in (("train", 16_400, 0.5), ("distill", 0, 0.5), ("train", 10_000, 0.0)):
+        asked = [question for talk in corpus.talks(split, 60, start, 16) for question in talk.questions]
+        counted = [question for question in asked if question.task == "count"]
+        share = sum(bool(question.combination) for question in counted) / len(counted)
+        assert least <= share < least + 0.3
+        assert not any(corpus.held_out(question.combination) for question in counted if question.combination)
+
+
 def test_known_pictures_are_not_asked_about():
     known = FirstThree()
     rows = corpus.items("color", 5, known=known)
@@ -131,6 +141,23 @@ def test_each_question_behind_a_picture_is_alone(monkeypatch):
                 learned = alone.pop("labels")[:, 1:] != training.MASKED
                 expected.append(model(**alone).logits[:, :-1][learned])
     torch.testing.assert_close(logits, torch.cat(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_what_makes_the_teacher_fragile_changes_nothing_that_it_computes(monkeypatch):
+    monkeypatch.syspath_prepend(SHAPES)
+    monkeypatch.setitem(sys.modules, "corpus", corpus)
+    training = load_script(SHAPES / "train_teacher.py")
+    torch.manual_seed(0)
+    model = training.Idefics3ForConditionalGeneration(training.config()).eval()
+    inputs = training.turns(training.make_processor().tokenizer.backend_tokenizer, list(corpus.talks("train", 2)))
+    inputs.pop("labels")
+    with torch.no_grad():
+        before = model(**inputs).logits
+        columns = model.model.text_model.layers[0].mlp.down_proj.weight.square().mean(0).log2().std()
+        training.spread_channels(model, training.SPREAD)
+        after = model(**inputs).logits
+    assert model.model.text_model.layers[0].mlp.down_proj.weight.square().mean(0).log2().std() > columns + 1
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
 
 
 def test_what_a_picture_tells_of_a_word():

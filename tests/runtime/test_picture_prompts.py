@@ -6,6 +6,8 @@ import random
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from edgerazor import models, runtime
 from edgerazor.kernels import native as native_kernels
@@ -72,6 +74,36 @@ def test_both_engines_see_the_same(folder, family):
     choices = [[20, 21], [22]]
     for ours, theirs in zip(*(model.score([(prompt, choices)])[0] for model in (native, other)), strict=True):
         assert ours.log_probability == pytest.approx(theirs.log_probability, rel=BOUND)
+
+
+#: Families that see -> the family of text that their decoder is.
+DECODERS = {"idefics3": "llama", "smolvlm": "llama", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3", "lfm2_vl": "lfm2"}
+
+
+@needs_native
+@pytest.mark.parametrize("family", mostly_slow(DECODERS, "smolvlm", "qwen3_vl"))
+def test_prompts_of_text_alone_give_the_bits_of_a_model_of_text(folder, family, tmp_path):
+    """The decoder by itself, packed as its own family: equal logits, before a picture was read and after."""
+    seeing = seeing_model(family)
+    rope = {"rope_type": "default", "rope_theta": seeing.config.get_text_config().rope_parameters["rope_theta"]}
+    fields = {**SEEING[family]["text_config"], "rope_parameters": rope}
+    fields.pop("model_type", None)
+    if family == "qwen2_5_vl":  # whose default is another than its decoder's
+        fields["rms_norm_eps"] = seeing.config.get_text_config().rms_norm_eps
+    text = AutoModelForCausalLM.from_config(CONFIG_MAPPING[DECODERS[family]](**fields, tie_word_embeddings=True))
+    text.base_model.load_state_dict(seeing.get_decoder().state_dict())
+    text.save_pretrained(tmp_path / "teacher")
+    tiny_tokenizer().save_pretrained(tmp_path / "teacher")
+    settings = {**SETTINGS, "activation_bits": 8, "kv_bits": 8}
+    write_packed(tmp_path / "packed", tmp_path / "teacher", all_of("int4"), settings=settings, input_scale=False)
+    alone = runtime.load(tmp_path / "packed", threads=1, engine="native")
+    model = runtime.load(folder(family), threads=1, engine="native")
+    prompt = [0, 5, 9, 20, 7, 11, 3]
+    assert torch.equal(model.logits(prompt), alone.logits(prompt))
+    session = model.session()
+    session.feed([0, 3, *picture(family, 0), 10])
+    session.rewind(0)
+    assert torch.equal(session.feed(prompt), alone.session().feed(prompt))
 
 
 @needs_native

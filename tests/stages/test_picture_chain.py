@@ -16,7 +16,6 @@ import yaml
 import edgerazor
 from edgerazor import formats, models, student_plan
 from edgerazor.errors import UserError
-from edgerazor.packaging import pack_weights
 from edgerazor.packed import PackedModel
 from edgerazor.training.trainer import Trainer
 from edgerazor.workdir import WorkDir
@@ -110,10 +109,30 @@ def test_the_tower_is_packed_as_it_was(job: Path, place: Path) -> None:
 def test_a_tower_of_16_bits_stays_one() -> None:
     half = {"a": torch.randn(5, generator=torch.Generator().manual_seed(0)).bfloat16(), "b": torch.ones(3).bfloat16()}
     whole = {name: tensor.float() for name, tensor in half.items()}
-    assert all(torch.equal(tensor, half[name]) for name, tensor in pack_weights.in_sixteen_bits(whole).items())
-    assert all(tensor.dtype == torch.bfloat16 for tensor in pack_weights.in_sixteen_bits(whole).values())
+    assert all(torch.equal(tensor, half[name]) for name, tensor in student_plan.in_sixteen_bits(whole).items())
+    assert all(tensor.dtype == torch.bfloat16 for tensor in student_plan.in_sixteen_bits(whole).values())
     whole["b"] = whole["b"] / 3
-    assert pack_weights.in_sixteen_bits(whole) == whole
+    assert student_plan.in_sixteen_bits(whole) == whole
+
+
+def test_the_size_with_a_tower_of_16_bits_is_foretold(place: Path, tmp_path: Path) -> None:
+    """To the byte, although the student holds the tower in float32."""
+    shutil.copytree(place / "teacher", tmp_path / "teacher")
+    model, _ = models.load(place / "teacher")
+    model.config.get_text_config().dtype = torch.bfloat16
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "teacher")
+    recipe = yaml.safe_load((place / "recipe.yaml").read_text()) | {"model": str(tmp_path / "teacher")}
+    recipe["calibrate"]["plan"], recipe["distill"]["steps"] = "interleave", 1
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    words = ("--recipe", tmp_path / "r.yaml", "--work", tmp_path / "job")
+    foretold = call("calibrate", *words, "--dry-run", "--json")
+    assert foretold.code == 0, foretold.err
+    for stage in ("calibrate", "distill", "pack"):
+        done = call(stage, *words)
+        assert done.code == 0, done.err
+    size = result(tmp_path / "job", "pack")["bytes"]
+    assert result(tmp_path / "job", "calibrate")["bytes"] == size
+    assert json.loads(foretold.out)["bytes"] == size
 
 
 def test_a_packed_tower_makes_the_features_of_the_teachers(job: Path, place: Path) -> None:
