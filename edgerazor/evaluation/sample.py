@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,13 @@ PROMPT_TOKENS, SAMPLE_TOKENS = 16, 48
 PROMPTS = 3
 #: Share of one token in a greedy text from which it has collapsed.
 COLLAPSED = 0.8
+
+
+class Prompt(NamedTuple):
+    """What is gone on from: token ids, and whether an answer begins behind them, which may end after any token."""
+
+    ids: list[int]
+    asks: bool
 
 
 def add_sample(
@@ -43,7 +50,7 @@ def add_sample(
     except UserError as error:  # logits that are no numbers
         result.failures.append(error.message)
         return
-    words = [token for token in prompt + written if token < models.FIRST]
+    words = [token for token in prompt.ids + written if token < models.FIRST]
     result.sample = evaluated.tokenizer.decode(words, skip_special_tokens=True)
     if sound:
         return
@@ -57,39 +64,43 @@ def add_sample(
         result.notes.append(f"{sentence}.")
 
 
-def _prompts(evaluated: EvaluatedModel, text: data.TokenRows | None) -> list[list[int]]:
+def _prompts(evaluated: EvaluatedModel, text: data.TokenRows | None) -> list[Prompt]:
     """The first tokens of held-out rows, else the token that texts begin with."""
     if text is not None:
         rows = data.sample_batches(text, PROMPTS, 1)
-        return [_prompt(batch["input_ids"][0].tolist(), batch["labels"][0].tolist()) for batch in rows]
+        return [beginning(batch["input_ids"][0].tolist(), batch["labels"][0].tolist()) for batch in rows]
     first = evaluated.tokenizer.bos_token_id
     if first is None:
         first = evaluated.tokenizer.eos_token_id
-    return [[first or 0]]
+    return [Prompt([first or 0], False)]
 
 
-def _prompt(ids: list[int], labels: list[int]) -> list[int]:
-    """The first tokens of a row; where it shows a picture, all up to the first answer, since none is cut apart."""
+def beginning(ids: list[int], labels: list[int], start: int = 0) -> Prompt:
+    """`PROMPT_TOKENS` tokens of a row, from `start` on; where it shows a picture, all up to the first answer, since no
+    picture is cut apart."""
     if all(token < models.FIRST for token in ids):
-        return ids[:PROMPT_TOKENS]
-    return ids[: next(place for place, label in enumerate(labels) if label != data.MASKED)]
+        return Prompt(ids[start : start + PROMPT_TOKENS], False)
+    return Prompt(ids[: next(place for place, label in enumerate(labels) if label != data.MASKED)], True)
 
 
-def greedy(evaluated: EvaluatedModel, prompt: list[int]) -> list[int]:
+def greedy(evaluated: EvaluatedModel, prompt: Prompt) -> list[int]:
     """The most probable continuation of a prompt, token by token.
 
-    It does not end early: end-of-text tokens are passed over, so that a model that ends at once can be told from one
-    that has nothing else to say.
+    It does not end at once: end-of-text tokens are passed over, so that a model that ends at once can be told from one
+    that has nothing else to say. An answer ends where the model ends it after a word or more; what a model that learned
+    answers of a word is made to say behind its end tells nothing.
     """
     ends = {evaluated.tokenizer.eos_token_id}
     configured = getattr(evaluated.model.generation_config, "eos_token_id", None)
     ends |= set(configured) if isinstance(configured, list) else {configured}
     forbidden = sorted(end for end in ends if end is not None and end < evaluated.vocab_size)
     feed = evaluated.model.session().feed if evaluated.is_native else _TransformersSession(evaluated.model)
-    tokens = prompt
+    tokens = prompt.ids
     written: list[int] = []
-    while len(written) < min(SAMPLE_TOKENS, evaluated.context_length - len(prompt)):
+    while len(written) < min(SAMPLE_TOKENS, evaluated.context_length - len(prompt.ids)):
         logits = feed(tokens).clone()  # [V]
+        if prompt.asks and written and int(logits.argmax()) in ends:
+            break
         logits[forbidden] = -torch.inf
         tokens = [int(logits.argmax())]
         written += tokens

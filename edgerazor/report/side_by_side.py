@@ -14,12 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from edgerazor import data, models, untrusted
 from edgerazor.errors import UserError
 from edgerazor.evaluation.evaluated_model import EvaluatedModel, load_16_bit, load_packed
-from edgerazor.evaluation.sample import SAMPLE_TOKENS, greedy
+from edgerazor.evaluation.sample import PROMPT_TOKENS, SAMPLE_TOKENS, Prompt, beginning, greedy
 from edgerazor.job import JobContext
 from edgerazor.models import PreTrainedTokenizerBase
 from edgerazor.workdir import alone, digest_json, write_json
 
-PROMPTS, PROMPT_TOKENS = 10, 16
+PROMPTS = 10
 #: Tokens at the end of a text that must repeat themselves, with a period of at most so many, to be a loop.
 LOOP_TOKENS, LONGEST_PERIOD = 24, 12
 
@@ -121,21 +121,18 @@ def write_samples(context: JobContext, fingerprint: str) -> Samples:
         if student.tokenizer.get_vocab() != vocabulary:
             raise UserError("Teacher and student have different tokenizers.", "Pack the student again.")
         let_write(student)
-    pairs = [side_by_side(student.tokenizer, prompt, *both) for prompt, *both in zip(prompts, *written, strict=True)]
+    texts = zip(prompts, *written, strict=True)
+    pairs = [side_by_side(student.tokenizer, prompt.ids, *both) for prompt, *both in texts]
     return Samples(fingerprint=fingerprint, engine="native" if student.is_native else "transformers", texts=pairs)
 
 
-def prompts_of(rows: data.TokenRows, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+def prompts_of(rows: data.TokenRows, tokenizer: PreTrainedTokenizerBase) -> Iterator[Prompt]:
     """Beginnings of rows in their training order, which mixes the text; of each from its first new line on."""
     count = min(PROMPTS, len(rows)) if len(rows) else 0
     chosen = (rows.row(index) for index in range(count)) if count else itertools.islice(rows.in_order(PROMPTS), PROMPTS)
     for row in chosen:
         ids = row["input_ids"].tolist()
-        if max(ids) >= models.FIRST:  # a picture is not cut apart: up to the first answer
-            yield ids[: next(place for place, label in enumerate(row["labels"].tolist()) if label != data.MASKED)]
-            continue
-        begin = first_line(ids, tokenizer)
-        yield ids[begin : begin + PROMPT_TOKENS]
+        yield beginning(ids, row["labels"].tolist(), first_line(ids, tokenizer))
 
 
 def first_line(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> int:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from edgerazor import formats, kernels, models, runtime, tasks, transformers_plugin
+from edgerazor import data, formats, kernels, models, runtime, tasks, transformers_plugin
 from edgerazor import job as jobs
 from edgerazor.console import Console
 from edgerazor.errors import UserError
@@ -288,7 +288,7 @@ def test_collapse_is_more_than_four_fifths_of_one_token() -> None:
 
 def test_greedy_text_is_the_most_probable_and_does_not_end() -> None:
     model, tokenizer = make_model(), make_tokenizer()
-    written = sample.greedy(EvaluatedModel("m", model, tokenizer), [0, 20, 30])
+    written = sample.greedy(EvaluatedModel("m", model, tokenizer), sample.Prompt([0, 20, 30], asks=False))
     tokens = [0, 20, 30]
     with torch.no_grad():
         for token in written:
@@ -298,8 +298,24 @@ def test_greedy_text_is_the_most_probable_and_does_not_end() -> None:
             tokens.append(token)
     assert len(written) == sample.SAMPLE_TOKENS
     assert (
-        len(sample.greedy(EvaluatedModel("m", model, tokenizer), list(range(2, 92)))) == 96 - 90
+        len(sample.greedy(EvaluatedModel("m", model, tokenizer), sample.Prompt(list(range(2, 92)), asks=False)))
+        == 96 - 90
     )  # the model's context
+
+
+def test_an_answer_ends_where_the_model_ends_it_but_not_at_once() -> None:
+    model, tokenizer = make_model(), make_tokenizer()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # every token is as likely as the first one, which ends nothing
+        model.lm_head.weight[1] = 1.0  # </s>, or its opposite
+        evaluated = EvaluatedModel("m", model, tokenizer)
+        state = model.model(torch.tensor([[0, 20, 30]])).last_hidden_state[0, -1].sum()
+        model.lm_head.weight[1] *= state.sign()
+    assert len(sample.greedy(evaluated, sample.Prompt([0, 20, 30], asks=False))) == sample.SAMPLE_TOKENS
+    assert 1 <= len(sample.greedy(evaluated, sample.Prompt([0, 20, 30], asks=True))) < sample.SAMPLE_TOKENS
+    assert sample.beginning(list(range(90)), [0] * 90, start=3) == (list(range(3, 19)), False)
+    seen = [5, models.FIRST, models.FIRST + 1, 6, 7, 8]
+    assert sample.beginning(seen, [*[data.MASKED] * 4, 7, 8]) == (seen[:4], True)
 
 
 def test_collapsed_text_fails_unless_the_teacher_writes_the_same(job: Any) -> None:
