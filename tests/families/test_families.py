@@ -511,7 +511,7 @@ def test_hidden_states_are_those_between_the_layers(llama: Path) -> None:
 def loaded(family: str, make_model: Any, folder: Path, implementation: str) -> Any:
     """A family's tiny model, four layers deep, with one of transformers' attention implementations."""
     windows = {"layer_types": ["sliding_attention", "full_attention"] * 2}
-    layers = windows if family in ("gemma3", "gemma4", "olmo3") else {}
+    layers = windows if family in ("exaone4", "gemma3", "gemma4", "olmo3") else {}
     rotations = {"no_rope_layers": [1, 0, 1, 0]} if family == "smollm3" else {}
     make_model(folder, family, num_hidden_layers=4, **layers, **rotations)
     return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation=implementation).eval()

@@ -29,6 +29,7 @@ FAMILY = Family(
 
 #: What all released models of a type set, where the default of transformers is another.
 USUAL: dict[str, dict[str, Any]] = {
+    "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 32},
     "qwen3_moe": {"norm_topk_prob": True},
 }
 
@@ -60,7 +61,7 @@ def test_what_is_read_of_gguf_is_written_by_one_model_type() -> None:
     """Mistral's files are Llama's for llama.cpp, and are read as such."""
     assert families.from_gguf().items() >= {"llama": "llama", "gemma3": "gemma3_text", "qwen3": "qwen3"}.items()
     readable = [family.gguf.name for family in families.available().values() if family.gguf and family.gguf.configure]
-    assert len(readable) == len(set(readable)) == len(families.from_gguf()) == 19
+    assert len(readable) == len(set(readable)) == len(families.from_gguf()) == 20
 
 
 def test_a_family_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

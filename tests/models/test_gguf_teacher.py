@@ -353,7 +353,7 @@ def test_what_cannot_be_a_teacher_is_refused(quantized: Path, cache: Path, tmp_p
             assert "is damaged or no GGUF file" in refusal(file).message
     name = struct.pack("<Q", 5)
     file.write_bytes(content.replace(name + b"llama", name + b"mamba"))
-    assert "is of the architecture mamba, and only gemma, " in refusal(file).message
+    assert "is of the architecture mamba, and only exaone4, gemma, " in refusal(file).message
     file.write_bytes(content.replace(b"blk.1.attn_q.weight", b"blk.1.attn_x.weight"))
     assert "lacks blk.1.attn_q.weight" in refusal(file).message
     file.write_bytes(content.replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_pu.weight"))
