@@ -552,7 +552,7 @@ def finish(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=4_400)
+    parser.add_argument("--steps", type=int, default=7_800)
     parser.add_argument("--rows", type=int, default=8, help="talks in a batch")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--save-every", type=int, default=50, help="steps between saved states")
