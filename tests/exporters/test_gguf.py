@@ -724,7 +724,9 @@ def test_a_number_that_gguf_cannot_hold(run: Run, packed: Any, tmp_path: Path) -
 
 
 def test_what_llama_cpp_would_leave_out_is_refused() -> None:
-    assert "its family 'lfm3' is not among exaone4, gemma, gemma2, gemma3_text, gemma4_text" in refusal(model_type="lfm3")
+    assert "its family 'lfm3' is not among exaone4, gemma, gemma2, gemma3_text, gemma4_text" in refusal(
+        model_type="lfm3"
+    )
     assert "activation 'gelu'" in refusal(hidden_act="gelu")
     assert "every fourth" in refusal(model_type="smollm3", no_rope_layers=[1, 0])
     assert "as wide as the model" in refusal(model_type="qwen2", head_dim=64)
