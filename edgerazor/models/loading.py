@@ -264,10 +264,10 @@ def weight_size(folder: Path) -> float | None:
     """
     try:
         matrices = [place for place in all_places(folder) if len(place.shape) == 2 and place.dtype is not None]
-        largest = max(matrices, key=lambda place: math.prod(place.shape)).read()
+        rows = max(matrices, key=lambda place: math.prod(place.shape)).some_rows(SAMPLED_ROWS)
     except (UserError, ValueError):  # ValueError: there is none
         return None
-    size = float(largest[:: 1 + len(largest) // SAMPLED_ROWS].float().square().mean().sqrt())
+    size = float(rows.float().square().mean().sqrt())
     return size if size > 0 and math.isfinite(size) else None
 
 
