@@ -169,6 +169,7 @@ results-mixers: install $(KERNELS)
 # Tokens a second of many sequences at a time, beside one; alone on the machine, 3 GB of disk.
 .PHONY: results-serve
 results-serve: install $(KERNELS)
+	$(BIN)/python -m recipes.benchmarks.serving --parts process --format int4
 	$(BIN)/python -m recipes.benchmarks.serving
 
 # What the estimates of sensitivity are worth, and what they cost; alone on the machine.

@@ -2,6 +2,7 @@
 
     make results-serve                everything, into serving.md of recipes/results
     python -m recipes.benchmarks.serving --parts process --shape SmolLM2-360M       another model, in this process alone
+    python -m recipes.benchmarks.serving --parts process --format int4      other weights
     python -m recipes.benchmarks.serving --layers 2 --vocabulary 4096 --rounds 1 --results none      to try it
 
 *In this process*: a model of the shape of Qwen3-0.6B with random weights, in the batch scheduler of
@@ -39,19 +40,20 @@ from edgerazor.runtime.batching import BatchScheduler, BatchSettings, SequenceEv
 from edgerazor.runtime.native_model import NativeModel
 from edgerazor.runtime.sampling import Sampler
 from edgerazor.workdir import machine
-from recipes.benchmarks.bench_models import SHAPES, Place, packed
+from recipes.benchmarks.bench_models import PACKED, SHAPES, Place, packed
 from recipes.benchmarks.folders import BUILD, RESULTS
 from recipes.benchmarks.results import commit, markdown, packages, publish
 from recipes.benchmarks.serving_http import LLAMA_SERVER, http_table
 
-SHAPE, KIND = "Qwen3-0.6B", "base 3"
+SHAPE, FORMAT = "Qwen3-0.6B", "base 3"
 #: Sequences at a time, by how their tokens are chosen.
 BATCHES = {"greedy": (1, 2, 4, 8, 16), "sampled": (1, 4, 16), "sampled from all": (1, 4, 16)}
 #: A session of its own: what one sequence gets without a scheduler.
 SESSION = "session"
 PROMPT, TOKENS, WARM_TOKENS = 32, 64, 16
-#: Sequences -> how many times the tokens of one sequence they are to get together.
-PROMISED = {4: 2.5, 16: 4.0}
+#: Format -> sequences -> how many times the tokens of one sequence they are to get together. Weights of 4 bits keep the
+#: memory busy for long enough that the products of more tokens find time; ternary ones leave it sooner (serving.md).
+PROMISED = {"int4": {4: 2.5, 16: 4.0}, FORMAT: {4: 1.8, 16: 2.3}}
 #: The least ratio of one sequence in the scheduler to a session.
 PROMISED_ALONE = 0.98
 WAIT_SECONDS = 600.0
@@ -178,11 +180,11 @@ def table(turns: Turns, promised: dict[int, float]) -> tuple[str, list[str]]:
 def in_process(options: argparse.Namespace, console: Console) -> tuple[str, list[str]]:
     """The section of what is measured in this process, and sentences about promises that are not kept."""
     place = Place(options.build / "models", options.layers, options.vocabulary)
-    model = runtime.load(packed(place, options.shape, KIND), threads=options.threads, engine="native")
+    model = runtime.load(packed(place, options.shape, options.format), threads=options.threads, engine="native")
     assert isinstance(model, NativeModel)
     load = os.getloadavg()[0]
     turns = measure(model, options.rounds, options.tokens, console)
-    text, wrong = table(turns, PROMISED if options.shape == SHAPE else {})
+    text, wrong = table(turns, PROMISED.get(options.format, {}) if options.shape == SHAPE else {})
     facts = (
         f"{machine()}, kernels {model.kernel}, {model.threads} threads; {packages()}; commit {commit()}; prompts of "
         f"{PROMPT} tokens, {options.tokens} tokens written; medians of {options.rounds} rounds; load average before "
@@ -197,7 +199,7 @@ def through_http(options: argparse.Namespace, console: Console) -> str:
     threads = options.threads or os.cpu_count() or 1
     load = os.getloadavg()[0]
     rounds = min(options.rounds, HTTP_ROUNDS)
-    table_of_servers = http_table(packed(place, SHAPE, KIND), options.build, threads, rounds, options.tokens, console)
+    table_of_servers = http_table(packed(place, SHAPE, FORMAT), options.build, threads, rounds, options.tokens, console)
     there = "" if LLAMA_SERVER.exists() else " No llama-server was built (`make llamacpp`)."
     facts = (
         f"{machine()}, {threads} threads; {packages()}; commit {commit()}; prompts of {PROMPT} tokens, "
@@ -215,6 +217,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, help="most entries of its vocabulary, to try it")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
     parser.add_argument("--shape", choices=SHAPES, default=SHAPE, help="of the model in this process")
+    parser.add_argument("--format", choices=PACKED, default=FORMAT, help="of its weights, in this process")
     parser.add_argument("--build", type=Path, default=BUILD / "serving", help="of models")
     parser.add_argument("--results", default=str(RESULTS), help="folder of serving.md, or `none`")
     return parser.parse_args(arguments)
@@ -227,8 +230,8 @@ def main(arguments: list[str] | None = None) -> int:
     wrong: list[str] = []
     try:
         if "process" in options.parts:
-            of_shape = "" if options.shape == SHAPE else f", {options.shape}"
-            sections[f"in this process{of_shape}"], wrong = in_process(options, console)
+            other = [given for given in (options.shape, options.format) if given not in (SHAPE, FORMAT)]
+            sections[", ".join(("in this process", *other))], wrong = in_process(options, console)
         if "http" in options.parts:
             sections["through HTTP"] = through_http(options, console)
     except UserError as error:
