@@ -46,7 +46,7 @@ from PIL import Image
 HERE = Path(__file__).resolve().parent
 TASK_FOLDER, NEW_PARTS_FOLDER = HERE / "tasks", HERE / "new-parts"
 TASKS = ("color", "shape", "count", "relation")
-ITEMS_PER_TASK, NEW_PARTS = 100, 50
+ITEMS_PER_TASK, NEW_PARTS = 250, 50
 SEEDS = {"train": 0, "distill": 1, "heldout": 2, "tasks": 3, "pictures": 4}
 TRAIN_TALKS = 62_400  # that the teacher was trained on
 #: Talks of training up to which pictures hold at most so many objects: looking for one is learned first among few.
@@ -62,7 +62,7 @@ OFTEN_LAST = {"color": 1, "shape": 1, "count": 10, "relation": 3, "place": 0.5, 
 #: From which talk of training on, and in all talks of distillation, pictures are mostly of things that share shape or
 #: color, and these are counted: else nine in ten things that can be counted are there once.
 GROUPED = {"train": 16_400, "distill": 0}
-DISTILL_TALKS = 10_000
+DISTILL_TALKS = 20_000
 HELDOUT_TALKS = 200
 
 SIDE = 3  # cells in a row, rows
