@@ -6,7 +6,7 @@
 Two steps of 512 tokens a sequence at two bits on a CPU, each training in a process of its own (Linux). The frugal
 training is one step of 2 x 1,024 tokens with all that takes less memory: a teacher streamed from disk, activations
 recomputed, weights rounded anew in each pass, factored moments, and weights that change within the backward pass. With
-all cases, the table goes into recipes/results/training.md, too.
+models, all cases and the frugal one, the table goes into recipes/results/training.md, too.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def main() -> None:
     table = markdown(["model", "settings", "estimated, GB", "peak, GB", "error"], rows)
     text = f"{machine()}, {packages()}, commit {commit()}.\n\n{table}"
     print(text)
-    if list(options.cases) == list(range(len(CASES))):
+    if options.models and options.frugal and list(options.cases) == list(range(len(CASES))):
         publish("memory", text, RESULTS / "training.md")
 
 
