@@ -128,7 +128,7 @@ def is_native() -> bool:
 
 @contextmanager
 def shapes_only() -> Iterator[None]:
-    """Inside, tensors may have no data (PyTorch's fake tensors), so none of them is handed to the native library."""
+    """Inside, tensors have no data (PyTorch's fake tensors): none is handed to the native library, none rotated."""
     token = _only_shapes.set(True)
     try:
         yield
@@ -182,7 +182,9 @@ use_scale_search(_least_error)
 
 
 def _rotated(x: Tensor, rotation: Rotation, back: bool) -> Tensor | None:
-    """x rotated, or rotated back, by the native library; None where it is not in use."""
+    """x rotated, or rotated back, by the native library, or a shape for a shape; None where neither is asked for."""
+    if _only_shapes.get():
+        return torch.empty(x.shape, device=x.device)  # dozens of sums of a shape take a minute in a large model
     if x.device.type != "cpu" or not is_native():
         return None
     threads = max(1, min(torch.get_num_threads(), x.numel() // _ROTATED_PER_THREAD))

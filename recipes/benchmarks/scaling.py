@@ -6,6 +6,7 @@ The embedded teacher of `recipes/world`, or MODEL, teaches a 2-bit student of it
 process: the peak of resident memory, and the bytes that it receives in a step, counted at the calls of PyTorch's
 collectives (of ring collectives, all parts but its own). Both, and tokens a second, stand beside `edgerazor distill
 --dry-run --world-size N`. With `--plans`, the plans of models of 8 and 32 billion weights by the same formulas follow.
+Both tables go into recipes/results/training.md, too.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from typing import Any
 import yaml
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from recipes.benchmarks.folders import WORLD
-from recipes.benchmarks.results import commit, markdown
+from edgerazor.workdir import machine
+from recipes.benchmarks.folders import RESULTS, WORLD
+from recipes.benchmarks.results import commit, markdown, packages, publish
 
 STEPS = 2
 SETTINGS = {"batch_size": 1, "precision": "float32", "evaluate_sequences": 2, "steps": STEPS, "evaluate_every": STEPS}
@@ -152,14 +154,21 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="*", default=[2, 4])
     parser.add_argument("--plans", action="store_true", help="also the plans of large models")
     options = parser.parse_args()
-    print(f"commit {commit()}, {options.model.name}")
-    head = ["processes", "GB, planned", "measured", "error", "MB received a step, planned", "measured"]
-    rows = [compare(options.model, processes) for processes in options.processes]
-    print(markdown([*head, "tokens/s, planned", "measured"], rows), flush=True)
+    where = f"{machine()}, {packages()}, commit {commit()}"
+    if options.processes:
+        head = ["processes", "GB each, planned", "measured", "error", "MB each receives a step, planned", "measured"]
+        rows = [compare(options.model, processes) for processes in options.processes]
+        show("scaling", f"{where}.\n\n{markdown([*head, 'tokens/s, planned', 'measured'], rows)}")
     if options.plans:
         head = ["model", "GPUs", "GB on each", "fits 80 GB", "GB received a step", "seconds computing", "receiving"]
         plans = [large_plan(name, processes) for name in LARGE for processes in (8, 16)]
-        print(markdown([*head, "tokens/s", "what the memory holds, GB"], plans))
+        show("plans", markdown([*head, "tokens/s", "what the memory holds, GB"], plans))
+
+
+def show(section: str, text: str) -> None:
+    """Print a table, and put it into its section of the results."""
+    publish(section, text, RESULTS / "training.md")
+    print(text, flush=True)
 
 
 if __name__ == "__main__":

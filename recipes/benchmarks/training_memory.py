@@ -5,7 +5,8 @@
 
 Two steps of 512 tokens a sequence at two bits on a CPU, each training in a process of its own (Linux). The frugal
 training is one step of 2 x 1,024 tokens with all that takes less memory: a teacher streamed from disk, activations
-recomputed, weights rounded anew in each pass, factored moments, and weights that change within the backward pass.
+recomputed, weights rounded anew in each pass, factored moments, and weights that change within the backward pass. With
+models, all cases and the frugal one, the table goes into recipes/results/training.md, too.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from pathlib import Path
 
 import yaml
 
+from edgerazor.workdir import machine
 from recipes.benchmarks.bench_models import Place, wide
-from recipes.benchmarks.folders import BUILD, WORLD
-from recipes.benchmarks.results import markdown
+from recipes.benchmarks.folders import BUILD, RESULTS, WORLD
+from recipes.benchmarks.results import commit, markdown, packages, publish
 
 #: Settings of `distill` that take little memory.
 LITTLE = {
@@ -98,7 +100,11 @@ def main() -> None:
     if options.frugal:
         build = BUILD / "training-memory"
         rows.append(compare(str(wide(Place(build), "Qwen3-0.6B")), FRUGAL, build, length=1024))
-    print(markdown(["model", "settings", "estimated, GB", "peak, GB", "error"], rows))
+    table = markdown(["model", "settings", "estimated, GB", "peak, GB", "error"], rows)
+    text = f"{machine()}, {packages()}, commit {commit()}.\n\n{table}"
+    print(text)
+    if options.models and options.frugal and list(options.cases) == list(range(len(CASES))):
+        publish("memory", text, RESULTS / "training.md")
 
 
 if __name__ == "__main__":

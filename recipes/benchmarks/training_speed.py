@@ -3,16 +3,19 @@
     python -m recipes.benchmarks.training_speed MODEL --prepare              calibrates and records once, untimed
     python -m recipes.benchmarks.training_speed MODEL --precision bfloat16   then measures; alone on the machine
     python -m recipes.benchmarks.training_speed MODEL --profile              then also says what each part takes
+    python -m recipes.benchmarks.training_speed MODEL --compile              of parts alone: what `torch.compile` gains
 
 All take turns, a step each: fine-tuning (the model's own loss, the same autocast, clipping and fused AdamW), the same
 with the C library's memory as `distill` sets it, `distill` with a recorded teacher and with a resident one, EdgeRazor's
 default losses at two bits. Fine-tuning and `distill` are processes of their own, one of which waits for the other; the
-two distillations share one student.
+two distillations share one student. `--compile` instead measures what a compiler can see of a step, since rounding
+leaves PyTorch for the native library: a resident teacher's layers and the student's norms, compiled and not in turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import subprocess
@@ -43,6 +46,8 @@ from recipes.benchmarks.results import commit, markdown, packages
 BITS = 2.0
 #: Sequences that are recorded: as many steps as a measurement can last.
 STEPS = 12
+#: Layers of a teacher that are compiled for `--compile`, and timed turns of each.
+COMPILED_LAYERS, COMPARED_TURNS = 4, 15
 KEPT = "fine-tuning, freed memory kept"
 PLAIN = ("fine-tuning", KEPT)
 SOURCES = (*PLAIN, "recorded teacher", "resident teacher")
@@ -190,6 +195,48 @@ def distill_worker(options: argparse.Namespace) -> None:
             trainer.progress.step += 1
 
 
+def compare_compiled(options: argparse.Namespace) -> None:
+    """Print CPU seconds of a teacher's first layers and of a norm with its backward pass, as they are and compiled."""
+    dtype = getattr(torch, options.precision)
+    model, _ = models.load(str(options.model), None, "cpu", dtype, False)
+    model.requires_grad_(False)
+    layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+    del layers[COMPILED_LAYERS:]
+    ids = torch.randint(1000, (options.sequences, options.length), generator=torch.Generator().manual_seed(0))
+    states = torch.randn(*ids.shape, model.config.get_text_config().hidden_size, requires_grad=True)
+    norm = next(module for name, module in layers[0].named_modules() if name.endswith("layernorm"))
+    norm = copy.deepcopy(norm).float()
+
+    def of_teacher() -> None:
+        with torch.no_grad():
+            model.get_decoder()(input_ids=ids, use_cache=False)
+
+    def of_norm() -> None:
+        norm(states).sum().backward()
+
+    rows = []
+    for what, parts, run in (
+        (f"teacher, {len(layers)} layers", list(layers), of_teacher),
+        ("student, a norm with its backward pass", [norm], of_norm),
+    ):
+        began = time.process_time()
+        compiled = [torch.compile(part._call_impl) for part in parts]
+        seconds: dict[bool, list[float]] = {False: [], True: []}
+        for turn in range(2 * COMPARED_TURNS + 2):
+            is_compiled = turn % 2 == 1
+            for part, call in zip(parts, compiled, strict=True):
+                part._compiled_call_impl = call if is_compiled else None
+            start = time.process_time()
+            run()
+            seconds[is_compiled].append(time.process_time() - start)
+            if turn == 1:
+                rows.append([what, f"{time.process_time() - began:.1f}"])
+        plain, fast = (statistics.median(values[1:]) for values in seconds.values())
+        rows[-1] += [f"{plain:.4f}", f"{fast:.4f}", f"{fast / plain:.2f}"]
+    print(f"{machine()}, {packages()}, commit {commit()}, {torch.get_num_threads()} threads, {options.precision}")
+    print(markdown(["part", "first calls, CPU seconds", "eager", "compiled", "compiled of eager"], rows))
+
+
 def answer(measured: dict[str, Any]) -> None:
     """Say what was measured, as a line."""
     print(json.dumps(measured), flush=True)
@@ -248,12 +295,15 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of each")
+    parser.add_argument("--compile", action="store_true", help="what `torch.compile` gains, and nothing else")
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES))
     parser.add_argument("--worker", choices=("plain", "distill"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     devices.choose("auto", None)
     if options.prepare:
         prepare(options, WorkDir(options.work / "job"), Console())
+    elif options.compile:
+        compare_compiled(options)
     elif options.worker:
         {"plain": plain_worker, "distill": distill_worker}[options.worker](options)
     else:

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from edgerazor import formats, kernels
 from edgerazor.formats import Rotation
@@ -92,3 +93,13 @@ def test_it_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(kernels.VARIABLE, "reference")
     assert equal(rotation.rotate(x.detach()), defined(x.detach(), rotation, False))
     assert len(calls) == used
+
+
+def test_of_a_shape_there_is_a_shape() -> None:
+    rotation = formats.find_rotation("hadamard", 96)
+    assert rotation is not None
+    with FakeTensorMode(), kernels.shapes_only():
+        for back in (False, True):
+            product = rotation.rotate_back if back else rotation.rotate
+            rotated = product(torch.empty(2, 5, 96, dtype=torch.bfloat16))
+            assert (rotated.shape, rotated.dtype) == ((2, 5, 96), torch.float32)
