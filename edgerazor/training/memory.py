@@ -28,6 +28,9 @@ CHUNKS = 4
 #: On a CPU, memory of activations over their bytes, since glibc keeps freed blocks between those in use (measured:
 #: recipes/results/training.md). With `MALLOC_MMAP_THRESHOLD_=1048576` it is about 1, and a step takes a fifth longer.
 HEAP = {torch.float32: 1.36, torch.bfloat16: 1.55}
+#: The same of chunks of logits, which are float32, where activations are computed again; where they are kept, `HEAP` of
+#: these, which are more, has it in it.
+HEAP_LOGITS = HEAP[torch.float32]
 #: On a CPU, bytes for each weight that loading and saving leave between blocks in use; measured likewise. Beside a
 #: streamed teacher there is neither, since each large block is mapped by itself then (`models.map_large_blocks`).
 FRAGMENTS = 2
@@ -117,6 +120,7 @@ def step_memory(shape: TrainedShape, settings: Distill, device: torch.device) ->
     factored = sum(size.numel() * (size[0] + size[-1]) // (size[0] * size[-1]) for size in sizes if len(size) > 1)
     keeps = settings.cache_rounding
     in_heap = on_cpu and settings.teacher_source != "streamed"
+    of_logits = HEAP_LOGITS if in_heap and settings.gradient_checkpointing else 1.0
     return StepMemory(
         program=(devices.resident_memory() + FRAGMENTS * shape.weights * in_heap) if on_cpu else 0,
         weights=4 * shape.weights,
@@ -124,7 +128,7 @@ def step_memory(shape: TrainedShape, settings: Distill, device: torch.device) ->
         gradients=4 * largest if in_place and settings.accumulation == 1 else 4 * shape.trained,
         teacher=shape.teacher_bytes,
         activations=round(counted * settings.batch_size * (HEAP.get(shape.dtype, 1.0) if in_heap else 1.0)),
-        logits=CHUNKS * chunk + (cached if cached <= 4 * CACHED_LOGITS else 0) + head,
+        logits=round((CHUNKS * chunk + (cached if cached <= 4 * CACHED_LOGITS else 0) + head) * of_logits),
         rounded=shape.dtype.itemsize * shape.weights if keeps else 0,
         decoded=4 * (shape.weights if keeps else largest),
         accumulates=settings.accumulation > 1,
