@@ -155,10 +155,11 @@ results-streaming: install
 .PHONY: results-training-speed
 results-training-speed: install
 	$(BIN)/python -m recipes.benchmarks.training_speed $(or $(MODEL),build/real-models/smollm2-135m) --prepare
-	for precision in float32 bfloat16; do $(BIN)/python -m recipes.benchmarks.training_speed \
-		$(or $(MODEL),build/real-models/smollm2-135m) --profile --precision $$precision || exit 1; done
-	for precision in float32 bfloat16; do OMP_NUM_THREADS=1 $(BIN)/python -m recipes.benchmarks.training_speed \
-		$(or $(MODEL),build/real-models/smollm2-135m) --compile --precision $$precision || exit 1; done
+	for precision in float32 bfloat16; do \
+		$(BIN)/python -m recipes.benchmarks.training_speed $(or $(MODEL),build/real-models/smollm2-135m) \
+			--profile --precision $$precision || exit 1; \
+		OMP_NUM_THREADS=1 $(BIN)/python -m recipes.benchmarks.training_speed \
+			$(or $(MODEL),build/real-models/smollm2-135m) --compile --precision $$precision || exit 1; done
 
 # What dry runs say of a training's memory beside the peak of the process; for `make real-models`, or MODELS='FOLDER ...'.
 .PHONY: results-memory

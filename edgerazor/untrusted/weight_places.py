@@ -64,7 +64,7 @@ class TensorPlace:
         return values
 
     def some_rows(self, most: int) -> Tensor:
-        """At most so many rows of a matrix, evenly spread; nothing else is read.
+        """At most so many rows of a matrix, evenly spread, and no others are read; of what is no matrix, everything.
 
         Raises:
             UserError: as `read`.
