@@ -41,9 +41,6 @@ from edgerazor.models import Blocks, PreTrainedModel, Structure
 from edgerazor.modules import FakeQuantLinear, InitialWeight
 from edgerazor.workdir import write_atomically
 
-#: About how many forward passes over the calibration text an initialization takes.
-PASSES = {"least_error": 0, "rtn": 0, "clip": 1, "gptq": 5}
-
 
 @dataclass
 class Sequences:

@@ -29,7 +29,7 @@ from edgerazor.packaging.native_teacher import native_teacher
 from edgerazor.recipe import Recipe
 from edgerazor.report.tables import calibrate_tables
 from edgerazor.stage import Stage
-from edgerazor.training import cost_of, forward_seconds, measure_machine
+from edgerazor.training import cost_of, forward_seconds, init_seconds, measure_machine
 from edgerazor.workdir import make_folder, write_json, write_text
 
 
@@ -152,9 +152,9 @@ class CalibrateStage(Stage):
         layerwise = measurement.layerwise_pass("walk", [(ids, torch.ones_like(ids, dtype=torch.bool))])
         machine = measure_machine(device, layerwise.dtype)
         passed = sequences_passed(measurement) * length
-        seconds = forward_seconds(cost_of(outline.structure, length), machine, passed)
+        cost, tokens = cost_of(outline.structure, length), settings.sequences * length
+        seconds = forward_seconds(cost, machine, passed) + init_seconds(settings.init, cost, machine, tokens)
         memory = layerwise.memory(whole_attention=settings.adaptive_tokens == "causal")
-        tokens = settings.sequences * length
         own_tokens = 0 if recipe.data.train else recipe.data.generated_tokens
         if own_tokens:
             dtype = devices.inference_dtype(device)
@@ -207,10 +207,10 @@ def result_of(
 
 
 def sequences_passed(measurement: Measurement) -> int:
-    """About how many sequences pass through the whole teacher, all passes together."""
+    """About how many sequences pass through the whole teacher to be measured, all passes together."""
     settings = measurement.settings
     sequences = (1 + (settings.adaptive_tokens == "causal")) * settings.sequences
     if measures(settings):
         passes = passes_of(settings, len(measurement.teacher.structure.linears))
         sequences += passes * measurement.sensitivity_sequences
-    return sequences + settings.sequences * initialization.PASSES[settings.init]
+    return sequences

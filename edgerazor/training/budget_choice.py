@@ -27,6 +27,7 @@ from edgerazor.training.speed import (
     Speed,
     cost_of,
     forward_seconds,
+    init_seconds,
     measure_machine,
     speed_of,
     step_seconds,
@@ -165,6 +166,7 @@ def facts_of(context: JobContext) -> TrainingFacts:
         device=context.device.type,
         sensitivity_seconds=sensitivity_seconds(context, length),
         sensitivity_tokens=affordable_tokens(weights, context.device),
+        gptq_seconds=gptq_seconds(context, length),
         writing_seconds=0.0 if context.recipe.data.train else seconds_to_write(context),
         weight_size=models.weight_size(context.teacher_folder),
         bits=asked_bits(context.recipe, weights),
@@ -195,6 +197,17 @@ def sensitivity_seconds(context: JobContext, length: int) -> float:
         return 0.0
     machine = measure_machine(context.device, devices.inference_dtype(context.device) or torch.bfloat16)
     return forward_seconds(cost_of(structure, length), machine, passes_of(settings, len(structure.linears)))
+
+
+def gptq_seconds(context: JobContext, length: int) -> float | None:
+    """Estimated seconds of finding GPTQ's codes; None where the student cannot begin with them, or memory is little."""
+    calibrate, distill = context.recipe.calibrate, context.recipe.distill
+    is_at_hand = distill.teacher_source == "resident" and distill.memory is None and distill.initialise == "teacher"
+    if not is_at_hand or calibrate.adaptive_tokens != "off":
+        return None
+    machine = measure_machine(context.device, torch.float32)
+    cost = cost_of(context.teacher_outline.structure, length)
+    return init_seconds("gptq", cost, machine, calibrate.sequences * length)
 
 
 def tokens_per_second(context: JobContext, speed: Speed, step_tokens: int) -> float:

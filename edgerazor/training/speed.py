@@ -28,6 +28,10 @@ WEIGHT_PASSES, NATIVE_WEIGHT_PASSES = 40, 9
 ACTIVATION_PASSES = 30
 #: Calls of PyTorch in a step, for each linear layer: forward, backward, optimizer, of both models.
 CALLS = 600
+#: About how many forward passes over the calibration text a start takes that calibrate finds with text.
+INIT_PASSES = {"clip": 1, "gptq": 5}
+#: GPTQ rounds one column after the other: calls of PyTorch for each, and element-wise passes over the weights.
+GPTQ_CALLS, GPTQ_WEIGHT_PASSES = 600, 80
 #: How much longer a token takes when it is written, a few texts at a time, than when many are read at once.
 DECODE_FACTOR = 3.0
 #: Rows and columns of the measured product, and elements of the measured rounding: more than a cache holds.
@@ -61,6 +65,7 @@ class ModelCost:
         activations: elements that enter and leave the matrices, for a token.
         weights: of all matrices.
         linears: linear layers.
+        columns: of the linear layers, added up.
     """
 
     multiplied: int
@@ -68,6 +73,7 @@ class ModelCost:
     activations: int
     weights: int
     linears: int
+    columns: int
 
     def forward_operations(self) -> int:
         """Multiplications and additions of one token in a forward pass of one model."""
@@ -142,6 +148,7 @@ def cost_of(structure: Structure, sequence_length: int) -> ModelCost:
         activations=round(sum(target.token_share * (target.rows + target.columns) for target in matrices)),
         weights=weights,
         linears=len(structure.linears),
+        columns=sum(target.columns for target in structure.linears),
     )
 
 
@@ -171,6 +178,21 @@ def step_seconds(
 def forward_seconds(cost: ModelCost, machine: MachineSpeed, tokens: int) -> float:
     """Estimated seconds of forward passes of so many tokens in large batches, without gradients."""
     return _product_seconds(cost, machine, tokens) + 2 * cost.activations * tokens / machine.elements
+
+
+def init_seconds(init: str, cost: ModelCost, machine: MachineSpeed, tokens: int) -> float:
+    """Estimated seconds in which calibrate finds where the student begins.
+
+    Args:
+        init: its name in a recipe.
+        cost: of the model.
+        machine: its speed.
+        tokens: of calibration text.
+    """
+    seconds = forward_seconds(cost, machine, INIT_PASSES.get(init, 0) * tokens)
+    if init == "gptq":
+        seconds += GPTQ_CALLS * cost.columns / machine.calls + GPTQ_WEIGHT_PASSES * cost.weights / machine.elements
+    return seconds
 
 
 def writing_seconds(cost: ModelCost, machine: MachineSpeed, tokens: int) -> float:

@@ -29,7 +29,8 @@ def constant_speed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def machine_of_speed(monkeypatch: pytest.MonkeyPatch, operations: float) -> None:
     """Every machine does so many operations a second."""
-    monkeypatch.setattr(speed, "measure_machine", lambda *_: MachineSpeed(operations, operations / 10, 1e5))
+    for module in (speed, budget_choice):
+        monkeypatch.setattr(module, "measure_machine", lambda *_: MachineSpeed(operations, operations / 10, 1e5))
 
 
 def write_short(path: Path, model: Path, text: Path, **distill: Any) -> Path:
@@ -204,3 +205,25 @@ def test_the_speed_is_that_of_the_step(run: Run, tmp_path: Path, llama: Path, te
         line = next(line for line in done.err.splitlines() if line.startswith("Budget:"))
         promised[rows] = int(line.split()[1].replace(",", ""))
     assert promised[64] > 2 * promised[1]
+
+
+def test_gptqs_codes_are_no_choice_where_memory_is_little_or_there_is_no_teacher(
+    tmp_path: Path, llama: Path, text_file: Path
+) -> None:
+    """Nor where activations have bits of their tokens, which one layer alone does not know."""
+
+    def seconds(**changes: Any) -> float | None:
+        values = {"model": str(llama), "data": {"train": [{"file": str(text_file)}]}, **changes}
+        context = JobContext(build(values), WorkDir(tmp_path / "job"), Console(quiet=True))
+        return budget_choice.gptq_seconds(context, 32)
+
+    plenty = seconds(distill={"max_time": 60})
+    assert plenty is not None
+    assert plenty > 0
+    assert seconds(distill={"max_time": 60, "memory": "16GB"}) is None
+    assert seconds(distill={"max_time": 60, "teacher_source": "streamed"}) is None
+    assert seconds(distill={"max_time": 60, "initialise": "random"}) is None
+    assert seconds(calibrate={"adaptive_tokens": "causal"}) is None
+    more = seconds(calibrate={"sequences": 64})
+    assert more is not None
+    assert more > plenty

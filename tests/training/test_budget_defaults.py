@@ -170,3 +170,17 @@ def test_a_plan_that_measures_nothing_costs_nothing() -> None:
     chosen = choose(dataclasses.replace(SMOLLM2, sensitivity_seconds=0.0))
     assert "sensitivity_tokens" not in chosen.values["calibrate"]
     assert "sensitivity" not in chosen.reasons[2]
+
+
+def test_the_student_begins_with_gptqs_codes_where_they_take_a_quarter_of_the_training() -> None:
+    def start(facts: TrainingFacts) -> tuple[str, str]:
+        chosen = choose(facts)
+        return chosen.values["calibrate"]["init"], chosen.reasons[2]
+
+    assert start(SMOLLM2)[0] == "least_error"  # nobody knows what they take
+    init, why = start(dataclasses.replace(SMOLLM2, gptq_seconds=200.0))
+    assert init == "gptq"
+    assert "from those of GPTQ with its codes, about 3.3 min beforehand" in why
+    init, why = start(dataclasses.replace(SMOLLM2, gptq_seconds=901.0))
+    assert init == "least_error"
+    assert "from those of least error" in why

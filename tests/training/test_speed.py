@@ -46,6 +46,15 @@ def test_a_step_takes_longer_with_more_to_do(llama: Path) -> None:
     assert step_seconds(cost, machine, 1000, over_weights=9) < one
 
 
+def test_a_start_takes_longer_with_more_text_and_by_the_columns_of_gptq(llama: Path) -> None:
+    cost, machine = cost_of(models.structure(models.outline(llama)), 32), MachineSpeed(1e9, 1e8, 1e5)
+    assert speed.init_seconds("least_error", cost, machine, 1000) == 0
+    assert 0 < speed.init_seconds("clip", cost, machine, 1000) < speed.init_seconds("gptq", cost, machine, 1000)
+    rounding = speed.init_seconds("gptq", cost, machine, 0)
+    assert rounding > cost.columns * speed.GPTQ_CALLS / machine.calls
+    assert speed.init_seconds("gptq", cost, machine, 1000) > rounding
+
+
 def test_weights_take_fewer_passes_natively(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     monkeypatch.setattr(kernels, "is_native", lambda: True)
