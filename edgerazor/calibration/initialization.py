@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from edgerazor import data, formats, models, modules
+from edgerazor import data, devices, formats, models, modules
 from edgerazor.allocate import Plan
 from edgerazor.calibrated import SCALES, WEIGHT
 from edgerazor.console import Console
@@ -100,7 +100,7 @@ def write(context: JobContext, plan: Plan, rows: data.TokenRows) -> None:
     settings, work, console = context.recipe.calibrate, context.work, context.console
     teacher = context.load_teacher(context.device, torch.float32)
     model, structure, specs = teacher.model, teacher.structure, plan.specs()
-    batches = list(data.sample_batches(rows, settings.sequences, settings.batch_size))
+    batches = list(data.sample_batches(rows, settings.init_sequences(rows.length), settings.batch_size))
     starts = clip_ends(model, structure, specs, batches)
     if settings.init == "clip":
         starts |= clip_linears(model, structure, specs, load_file(work.statistics_file), console)
@@ -229,7 +229,7 @@ def in_order_of_use(blocks: Blocks, index: int, flow: Sequence[Sequences]) -> li
     lists = {target.name: target.experts for target in blocks.structure.linears}
     with hooked(linears, note):
         for sequences in flow:  # the first of them, but where it leaves experts without tokens
-            blocks.forward_layer(index, sequences.states.to(blocks.model.device), sequences.input_ids)
+            layer_output(blocks, index, sequences)
             if len(seen) == len(linears):
                 break
     unused = [module for module in linears if module not in seen]
@@ -266,14 +266,15 @@ def input_hessians(
         if expert is not None and expert.routed is not None:
             x = x * expert.routed.weights[:, None]
         x = x[counts] if x.shape[:-1] == counts.shape else x.flatten(0, -2)  # [valid tokens, in]
-        totals[module].add_(x.T @ x)
+        with torch.autocast(device.type, enabled=False):
+            totals[module].add_(x.float().T @ x.float())
         if len(linears) == 1:
             raise _InputSeenError
 
     with hooked(linears, add), modules.encoded_once(blocks.layers[index]):
         for current in flow:
             with contextlib.suppress(_InputSeenError):
-                blocks.forward_layer(index, current.states.to(device), current.input_ids)
+                layer_output(blocks, index, current)
     tokens = sum(int(sequences.counts.sum()) for sequences in flow)
     return [totals[module].div_(tokens) for module in linears]
 
@@ -304,8 +305,14 @@ def move_on(blocks: Blocks, index: int, flow: Iterable[Sequences]) -> None:
     """Replace the states that enter a decoder layer by those that leave it."""
     with modules.encoded_once(blocks.layers[index]):
         for sequences in flow:
-            states = sequences.states.to(blocks.model.device)
-            sequences.states = blocks.forward_layer(index, states, sequences.input_ids).cpu()
+            sequences.states = layer_output(blocks, index, sequences).float().cpu()
+
+
+def layer_output(blocks: Blocks, index: int, sequences: Sequences) -> Tensor:
+    """What leaves a decoder layer, [B, T, H], with products in bfloat16 where the hardware is fast at it."""
+    device = blocks.model.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=devices.fast_bfloat16(device)):
+        return blocks.forward_layer(index, sequences.states.to(device), sequences.input_ids)
 
 
 @contextlib.contextmanager

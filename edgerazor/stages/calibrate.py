@@ -153,7 +153,8 @@ class CalibrateStage(Stage):
         machine = measure_machine(device, layerwise.dtype)
         passed = sequences_passed(measurement) * length
         cost, tokens = cost_of(outline.structure, length), settings.sequences * length
-        seconds = forward_seconds(cost, machine, passed) + init_seconds(settings.init, cost, machine, tokens)
+        init_tokens = settings.init_sequences(length) * length
+        seconds = forward_seconds(cost, machine, passed) + init_seconds(settings.init, cost, machine, init_tokens)
         memory = layerwise.memory(whole_attention=settings.adaptive_tokens == "causal")
         own_tokens = 0 if recipe.data.train else recipe.data.generated_tokens
         if own_tokens:
@@ -167,7 +168,7 @@ class CalibrateStage(Stage):
             bytes=packed.bytes,
             tokens=tokens,
             generated_tokens=own_tokens,
-            memory_bytes=max(memory, initialization.memory_bytes(settings.init, outline.model, tokens)),
+            memory_bytes=max(memory, initialization.memory_bytes(settings.init, outline.model, init_tokens)),
             mapped_bytes=mapped,
             disk_bytes=sum(matrix.columns * 4 for matrix in plan.matrices)
             + 2 * sum(matrix.rows for matrix in plan.matrices)

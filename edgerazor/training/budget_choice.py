@@ -8,6 +8,7 @@ is measured again would choose others.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -80,7 +81,10 @@ def choose(context: JobContext, stored_choice: BudgetChoice | None) -> BudgetCho
         fields.pop("data", None)
     made = None
     if is_main_process():
-        fitting = budget_defaults.choose(facts_of(context), fields)
+        facts = facts_of(context, fields)
+        if "data" in written:
+            facts = replace(facts, sequence_length=written["data"].get("sequence_length", facts.sequence_length))
+        fitting = budget_defaults.choose(facts, fields)
         made = BudgetChoice(request=request, values={**fitting.values, **written}, reasons=list(fitting.reasons))
     devices.join_processes(context.device)
     return devices.of_main_process(made)  # each process would measure another speed
@@ -95,7 +99,9 @@ def open_fields(recipe: Recipe) -> dict[str, set[str]]:
     }
     if not measures(recipe.calibrate):
         fields["calibrate"] -= {"sensitivity_tokens"}
-    if recipe.data.train or recipe.distill.recording is not None:  # there is text
+    if recipe.data.train:  # there is text
+        fields["data"] -= {"generated_tokens"}
+    if recipe.distill.recording is not None:  # with sequences of its own
         fields["data"] = set()
     if has_batch(recipe.distill):
         fields["distill"] -= {"batch_size", "accumulation"}
@@ -145,8 +151,8 @@ def store(choice: BudgetChoice, work: WorkDir) -> None:
         write_json(work.budget_file, choice.model_dump(mode="json"))
 
 
-def facts_of(context: JobContext) -> TrainingFacts:
-    """What the choice depends on: from the model's configuration, and a second of measuring."""
+def facts_of(context: JobContext, fields: Mapping[str, Collection[str]]) -> TrainingFacts:
+    """What the choice of fields depends on: from the model's configuration, and a second of measuring."""
     outline, settings = context.teacher_outline, context.recipe.distill
     length = context.sequence_length(outline.model)
     speed = speed_of(context)
@@ -158,12 +164,13 @@ def facts_of(context: JobContext) -> TrainingFacts:
         sequence_length=length,
         tokens=settings.tokens,
         seconds=settings.max_time,
-        tokens_per_second=speed.tokens_per_second or tokens_per_second(context, speed, TYPICAL_STEP_TOKENS),
+        tokens_per_second=speed.tokens_per_second or tokens_per_second(context, speed, length, TYPICAL_STEP_TOKENS),
         measured=speed.machine is None,
         evaluate_sequences=settings.evaluate_sequences,
         given_batch=settings.batch_size * settings.accumulation if has_batch(settings) else None,
         processes=devices.process_count(),
         device=context.device.type,
+        long_sequences=bool(outline.structure.towers),
         sensitivity_seconds=sensitivity_seconds(context, length),
         sensitivity_tokens=affordable_tokens(weights, context.device),
         gptq_seconds=gptq_seconds(context, length),
@@ -174,8 +181,10 @@ def facts_of(context: JobContext) -> TrainingFacts:
     if facts.measured:
         return facts
     # small steps take longer for a token, so fewer tokens fit into the time, which may ask for smaller steps still
-    rows = facts.given_batch or math.prod(budget_defaults.batch(facts))
-    return replace(facts, tokens_per_second=tokens_per_second(context, speed, rows * length))
+    if "sequence_length" in fields.get("data", ()):
+        length = budget_defaults.sequence_length(facts)
+    rows = facts.given_batch or math.prod(budget_defaults.batch(replace(facts, sequence_length=length)))
+    return replace(facts, tokens_per_second=tokens_per_second(context, speed, length, rows * length))
 
 
 def asked_bits(recipe: Recipe, weights: int) -> float:
@@ -205,16 +214,16 @@ def gptq_seconds(context: JobContext, length: int) -> float | None:
     is_at_hand = distill.teacher_source == "resident" and distill.memory is None and distill.initialise == "teacher"
     if not is_at_hand or calibrate.adaptive_tokens != "off":
         return None
-    machine = measure_machine(context.device, torch.float32)
+    machine = measure_machine(context.device, devices.inference_dtype(context.device) or torch.bfloat16)
     cost = cost_of(context.teacher_outline.structure, length)
-    return init_seconds("gptq", cost, machine, calibrate.sequences * length)
+    sequences = calibrate.model_copy(update={"init": "gptq"}).init_sequences(length)
+    return init_seconds("gptq", cost, machine, sequences * length)
 
 
-def tokens_per_second(context: JobContext, speed: Speed, step_tokens: int) -> float:
-    """Estimated speed of a training over all processes, in steps of so many tokens on each of them."""
+def tokens_per_second(context: JobContext, speed: Speed, length: int, step_tokens: int) -> float:
+    """Estimated speed of a training over all processes, in sequences and in steps on each of so many tokens."""
     assert speed.machine is not None
     outline = context.teacher_outline
-    length = context.sequence_length(outline.model)
     tokens = max(length, step_tokens)
     passes = float(PASSES - (context.recipe.distill.recording is not None))
     calibrate = context.recipe.calibrate

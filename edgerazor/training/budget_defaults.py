@@ -7,7 +7,7 @@ The rule was fitted to the sweep in `recipes/results/budget.md` (2 bits, held-ou
 
 - *Tokens of a step.* With few tokens, many small steps learn more: 30,000 tokens of stories260K leave KL 1.48, 1.06,
   0.92 and 0.84 in steps of 4,096, 1,024, 512 and 256 tokens. So a step is the square root of the budget, which reaches
-  the published batches of 8,192 tokens at 67 million.
+  the published batches of 8,192 tokens at 67 million. Sequences are no longer than a step, down to 256 tokens.
 - *Learning rate.* The best peak at 30,000 tokens is about 1.3e-3 at a width of 64 (stories260K: KL 1.18, 0.92, 1.02 at
   3e-4, 1e-3, 3e-3) and 3e-4 at 256 (realtext-4m: 0.139, 0.117, 0.135 at 1e-4, 3e-4, 1e-3; the embedded teacher: 0.011
   at 3e-4, 0.044 at 1e-3): inversely proportional to the width. From 300,000 tokens on it falls slowly, so that a budget
@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edgerazor.allocate import FEWEST_TOKENS
@@ -77,6 +77,7 @@ class TrainingFacts:
         given_batch: sequences of a step on each process, where the user says it.
         processes: that train together.
         device: `cpu` or `cuda`.
+        long_sequences: they stay as long as they are, whatever a step has (pictures take many tokens).
         sensitivity_seconds: of the analysis of sensitivity for a token of its text; 0 where the plan measures nothing.
         sensitivity_tokens: that it reads where neither user nor budget says how many.
         gptq_seconds: of finding GPTQ's codes to begin with; None where they are no choice.
@@ -96,6 +97,7 @@ class TrainingFacts:
     given_batch: int | None = None
     processes: int = 1
     device: str = "cpu"
+    long_sequences: bool = False
     sensitivity_seconds: float = 0.0
     sensitivity_tokens: int = FEWEST_TOKENS
     gptq_seconds: float | None = None
@@ -132,12 +134,17 @@ def choose(facts: TrainingFacts, fields: Mapping[str, Collection[str]] = CHOSEN_
         facts: what they depend on.
         fields: section -> its fields that are to be chosen; the user has set the others.
     """
+    if "sequence_length" in fields.get("data", ()):
+        facts = replace(facts, sequence_length=sequence_length(facts))
     tokens = facts.budget_tokens
     batch_size, accumulation = batch(facts)
     rows = (facts.given_batch or batch_size * accumulation) * facts.processes
     steps = max(1, math.ceil(tokens / (rows * facts.sequence_length)))
     fitting: dict[str, dict[str, Any]] = {
-        "data": {"generated_tokens": written_tokens(facts)} if facts.writing_seconds else {},
+        "data": {
+            "sequence_length": facts.sequence_length,
+            **({"generated_tokens": written_tokens(facts)} if facts.writing_seconds else {}),
+        },
         "calibrate": {
             "scales": "learned",
             "init": "gptq" if affords_gptq(facts) else "least_error",
@@ -174,6 +181,7 @@ def reasons(facts: TrainingFacts, values: Mapping[str, Mapping[str, Any]], steps
         f"{steps:,} steps of about {step_tokens:,} tokens, since {why}."
     )
     training = [
+        f"sequences of {facts.sequence_length:,} tokens" if "sequence_length" in chosen else "",
         f"learning rate {chosen['learning_rate']:g}, lower for wider models (here {facts.width} features), small "
         f"weights and budgets above {RATE_TOKENS:,} tokens"
         if "learning_rate" in chosen
@@ -216,12 +224,24 @@ def writing(facts: TrainingFacts, chosen: Mapping[str, Any]) -> str:
     return f"{tokens:,} tokens of text that the teacher writes, about {duration(tokens * facts.writing_seconds)}"
 
 
-def batch(facts: TrainingFacts) -> tuple[int, int]:
-    """Sequences of a forward pass, and forward passes of a step on each process."""
+def step_tokens(facts: TrainingFacts) -> float:
+    """Tokens that a step should have, of all processes together."""
     by_time_on_gpu = facts.device == "cuda" and facts.tokens is None
     least = LEAST_GPU_STEP_TOKENS if by_time_on_gpu else LEAST_STEP_TOKENS
-    wanted = min(max(ROOT_FACTOR * math.sqrt(facts.budget_tokens), least), MOST_STEP_TOKENS)
-    rows = max(1, round(wanted / facts.sequence_length / facts.processes))
+    return min(max(ROOT_FACTOR * math.sqrt(facts.budget_tokens), least), MOST_STEP_TOKENS)
+
+
+def sequence_length(facts: TrainingFacts) -> int:
+    """Tokens of a sequence: the power of two that is nearest to a step, and no more than it is."""
+    if facts.long_sequences:
+        return facts.sequence_length
+    nearest = 2 ** round(math.log2(step_tokens(facts) / facts.processes))
+    return min(facts.sequence_length, max(nearest, LEAST_STEP_TOKENS))
+
+
+def batch(facts: TrainingFacts) -> tuple[int, int]:
+    """Sequences of a forward pass, and forward passes of a step on each process."""
+    rows = max(1, round(step_tokens(facts) / facts.sequence_length / facts.processes))
     at_once = max(1, LOGIT_BYTES[facts.device] // (4 * facts.vocabulary * facts.sequence_length))
     accumulation = math.ceil(rows / at_once)
     return math.ceil(rows / accumulation), accumulation

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from edgerazor import data, formats, models, modules, packed, pipeline, transformers_plugin
+from edgerazor import data, devices, formats, models, modules, packed, pipeline, transformers_plugin
 from edgerazor import recipe as recipes
 from edgerazor.allocate import make_plan
 from edgerazor.calibrated import read_plan
@@ -138,9 +138,10 @@ def hessians(recipe: recipes.Recipe, work: WorkDir, linears: set[str]) -> dict[s
 
 @pytest.mark.parametrize("family", mostly_slow(FAMILIES, "gemma2"))
 def test_each_layer_was_compensated_for_what_it_sees_when_packed(
-    run: Run, make_model: ModelMaker, text_file: Path, tmp_path: Path, family: str
+    run: Run, make_model: ModelMaker, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
     """What the packed model's layers see gives, up to a few ties, the codes that the packed model has."""
+    monkeypatch.setattr(devices, "fast_bfloat16", lambda _: False)  # whose products move more codes than ties do
     make_model(tmp_path / "model", family)
     # Of fewer tokens than a layer has columns (Mamba-2's 192), second moments are singular, and the last bits decide.
     # So have the wide MLPs of Gemma 4's last layers, to which the ties of five layers add up.
