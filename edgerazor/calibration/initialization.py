@@ -7,9 +7,11 @@ moment of its input.
 
 *gptq* goes through the decoder layer by layer and quantizes each linear layer with GPTQ (`formats.gptq_quantize`; arXiv
 2210.17323). The Hessian `E[x x^T]` of its inputs is measured in the student whose earlier layers are quantized already,
-with activations, keys and values rounded as the packed model rounds them. Within a decoder layer the linear layers are
-quantized in the order in which they are used; those that share an input (q, k and v) share its Hessian. The experts of
-a layer are quantized together, each with the Hessian of its own tokens, whose inputs count as much as its output does.
+with activations, keys and values rounded as the packed model rounds them. What the layer should give is the teacher's
+output of the teacher's own input, so that it makes up for the errors of those before it, too (arXiv 2504.02692). Within
+a decoder layer the linear layers are quantized in the order in which they are used; those that share an input (q, k and
+v) share its moments. The experts of a layer are quantized together, each with the Hessian of its own tokens, whose
+inputs count as much as its output does; the teacher sends other tokens to them, so they make up for their own errors.
 
 An expert that calibration never reached has scales of least squared error in both.
 
@@ -47,12 +49,14 @@ class Sequences:
     """A micro-batch on its way through the layers.
 
     Attributes:
-        states: what enters the next layer, float32 [B, T, H], on the CPU.
+        states: what enters the student's next layer, float32 [B, T, H], on the CPU.
+        original: what enters the teacher's.
         counts: bool [B, T], the positions that count.
         input_ids: int64 [B, T].
     """
 
     states: Tensor
+    original: Tensor
     counts: Tensor
     input_ids: Tensor
 
@@ -70,7 +74,7 @@ def file_bytes(init: str, plan: Plan) -> int:
 
 
 def memory_bytes(init: str, model: PreTrainedModel, tokens: int) -> int:
-    """Memory that an initialization needs: float32 weights, and for GPTQ what enters one layer.
+    """Memory that an initialization needs: float32 weights, for GPTQ twice, and what enters a layer of both models.
 
     Args:
         init: its name.
@@ -78,8 +82,8 @@ def memory_bytes(init: str, model: PreTrainedModel, tokens: int) -> int:
         tokens: of calibration text.
     """
     weights = sum(4 * parameter.numel() for parameter in model.parameters())
-    states = 4 * tokens * model.config.get_text_config().hidden_size
-    return {"clip": weights, "gptq": weights + states}.get(init, 0)
+    states = 2 * 4 * tokens * model.config.get_text_config().hidden_size
+    return {"clip": weights, "gptq": 2 * weights + states}.get(init, 0)
 
 
 # --- making ------------------------------------------------------------------------------------
@@ -110,7 +114,9 @@ def write(context: JobContext, plan: Plan, rows: data.TokenRows) -> None:
         modules.prepare_for_training(
             model, structure, specs, computing, input_scales=input_scales, initial_weight=starts.get
         )
-        starts |= gptq_linears(Blocks(model, structure), batches, console)
+        original = context.load_teacher(context.device, devices.inference_dtype(context.device))
+        blocks = Blocks(model, structure), Blocks(original.model, original.structure)
+        starts |= gptq_linears(*blocks, batches, console)
     tensors = {path + SCALES: start.scales.cpu() for path, start in starts.items()}
     tensors |= {path + WEIGHT: start.weight.cpu() for path, start in starts.items() if start.weight is not None}
     metadata = {"start": settings.init}
@@ -166,11 +172,14 @@ def clip_linears(
     return starts
 
 
-def gptq_linears(blocks: Blocks, batches: Iterable[data.Batch], console: Console) -> dict[str, InitialWeight]:
+def gptq_linears(
+    blocks: Blocks, original: Blocks, batches: Iterable[data.Batch], console: Console
+) -> dict[str, InitialWeight]:
     """Quantize the linear layers with GPTQ one after the other, in place.
 
     Args:
         blocks: of a student with training modules.
+        original: of the teacher.
         batches: calibration text.
         console: shows the progress.
 
@@ -180,20 +189,19 @@ def gptq_linears(blocks: Blocks, batches: Iterable[data.Batch], console: Console
     device = blocks.model.device
     names = {module: name for name, module in blocks.model.named_modules()}
     starts = {}
-    flow = [
-        Sequences(
-            blocks.inputs(batch["input_ids"].to(device)).cpu(), batch["labels"] != data.MASKED, batch["input_ids"]
-        )
-        for batch in batches
-    ]
+    flow = []
+    for batch in batches:
+        ids = batch["input_ids"]
+        inputs = (model.inputs(ids.to(device)).float().cpu() for model in (blocks, original))
+        flow.append(Sequences(*inputs, batch["labels"] != data.MASKED, ids))
     with console.track("compensated start", len(blocks.layers)) as tracker:
         for index in range(len(blocks.layers)):
             for together in in_order_of_use(blocks, index, flow):
-                hessians = input_hessians(blocks, index, [sharing[0] for sharing in together], flow)
-                for sharing, hessian in zip(together, hessians, strict=True):
+                moments = input_moments(blocks, original, index, [sharing[0] for sharing in together], flow)
+                for sharing, of_input in zip(together, moments, strict=True):
                     for module in sharing:
-                        starts[names[module]] = gptq_linear(module, hessian, names[module])
-            move_on(blocks, index, flow)
+                        starts[names[module]] = gptq_linear(module, of_input, names[module])
+            move_on(blocks, original, index, flow)
             tracker.advance()
     return starts
 
@@ -229,7 +237,7 @@ def in_order_of_use(blocks: Blocks, index: int, flow: Sequence[Sequences]) -> li
     lists = {target.name: target.experts for target in blocks.structure.linears}
     with hooked(linears, note):
         for sequences in flow:  # the first of them, but where it leaves experts without tokens
-            layer_output(blocks, index, sequences)
+            layer_output(blocks, index, sequences.states, sequences)
             if len(seen) == len(linears):
                 break
     unused = [module for module in linears if module not in seen]
@@ -247,17 +255,37 @@ def in_order_of_use(blocks: Blocks, index: int, flow: Sequence[Sequences]) -> li
     return list(together.values())
 
 
-def input_hessians(
-    blocks: Blocks, index: int, linears: Sequence[FakeQuantLinear], flow: Sequence[Sequences]
-) -> list[Tensor]:
-    """The mean of `x x^T` over what each linear layer multiplies its weight with, float64 [in, in]: of all positions
-    that count, of which an expert gets its own, and 0 for the others."""
+@dataclass
+class InputMoments:
+    """Second moments of what a linear layer multiplies its weight with, float64 [in, in].
+
+    Attributes:
+        hessian: the mean of `x x^T` over inputs x, all positions that count; of an expert its own, 0 for the others.
+        drift: the mean of `(x_T - x) x^T`, where x_T is the same input in the teacher; None of an expert, which has
+            other tokens there.
+    """
+
+    hessian: Tensor
+    drift: Tensor | None
+
+
+def input_moments(
+    blocks: Blocks, original: Blocks, index: int, linears: Sequence[FakeQuantLinear], flow: Sequence[Sequences]
+) -> list[InputMoments]:
+    """The moments of the inputs of linear layers that are quantized together."""
     device, current = blocks.model.device, flow[0]
     names = {module: name for name, module in blocks.model.named_modules()}
     totals = {
         module: torch.zeros(module.in_features, module.in_features, dtype=torch.float64, device=device)
         for module in linears
     }
+    alone = linears[0] if len(linears) == 1 and models.expert_of(blocks.model, names[linears[0]]) is None else None
+    drift = None if alone is None else torch.zeros_like(totals[alone])
+    teachers: list[Tensor] = []
+
+    def keep(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        teachers.append(args[0])
+        raise _InputSeenError
 
     def add(module: nn.Module, args: tuple[Any, ...]) -> None:
         assert isinstance(module, FakeQuantLinear)
@@ -265,32 +293,43 @@ def input_hessians(
         counts, x = models.at_tokens(expert, current.counts.to(device)), module.quantized_input(args[0])
         if expert is not None and expert.routed is not None:
             x = x * expert.routed.weights[:, None]
-        x = x[counts] if x.shape[:-1] == counts.shape else x.flatten(0, -2)  # [valid tokens, in]
+
+        def counted(x: Tensor) -> Tensor:
+            return (x[counts] if x.shape[:-1] == counts.shape else x.flatten(0, -2)).float()  # [valid tokens, in]
+
         with torch.autocast(device.type, enabled=False):
-            totals[module].add_(x.float().T @ x.float())
+            x = counted(x)
+            totals[module].add_(x.T @ x)
+            if drift is not None:
+                drift.add_((module.spec.rotate(counted(teachers.pop())) - x).T @ x)
         if len(linears) == 1:
             raise _InputSeenError
 
-    with hooked(linears, add), modules.encoded_once(blocks.layers[index]):
+    teacher_linear = [] if alone is None else [original.model.get_submodule(names[alone])]
+    with hooked(linears, add), hooked(teacher_linear, keep), modules.encoded_once(blocks.layers[index]):
         for current in flow:
-            with contextlib.suppress(_InputSeenError):
-                layer_output(blocks, index, current)
+            for model, states in ((original, current.original), (blocks, current.states)):
+                if model is blocks or alone is not None:
+                    with contextlib.suppress(_InputSeenError):
+                        layer_output(model, index, states, current)
     tokens = sum(int(sequences.counts.sum()) for sequences in flow)
-    return [totals[module].div_(tokens) for module in linears]
+    return [
+        InputMoments(totals[module].div_(tokens), None if drift is None else drift.div_(tokens)) for module in linears
+    ]
 
 
-def gptq_linear(module: FakeQuantLinear, hessian: Tensor, name: str) -> InitialWeight:
+def gptq_linear(module: FakeQuantLinear, moments: InputMoments, name: str) -> InitialWeight:
     """Quantize one linear layer with GPTQ, in place; without any input, with the scales of least squared error.
 
     Raises:
         UserError: the Hessian cannot be factorized.
     """
-    if not bool(hessian.any()):
+    if not bool(moments.hessian.any()):
         scales = formats.search_scales(module.weight, module.spec)
         module.scales = nn.Parameter(scales.float(), requires_grad=False)
         return InitialWeight(None, scales)
     try:
-        weight, scales = formats.gptq_quantize(module.weight, module.spec, hessian)
+        weight, scales = formats.gptq_quantize(module.weight, module.spec, moments.hessian, moments.drift)
     except ValueError as error:
         raise UserError(
             f"{name} cannot be compensated: {error}.",
@@ -301,18 +340,19 @@ def gptq_linear(module: FakeQuantLinear, hessian: Tensor, name: str) -> InitialW
     return InitialWeight(weight, scales)
 
 
-def move_on(blocks: Blocks, index: int, flow: Iterable[Sequences]) -> None:
-    """Replace the states that enter a decoder layer by those that leave it."""
+def move_on(blocks: Blocks, original: Blocks, index: int, flow: Iterable[Sequences]) -> None:
+    """Replace the states that enter a decoder layer by those that leave it, of student and teacher."""
     with modules.encoded_once(blocks.layers[index]):
         for sequences in flow:
-            sequences.states = layer_output(blocks, index, sequences).float().cpu()
+            sequences.states = layer_output(blocks, index, sequences.states, sequences).float().cpu()
+            sequences.original = layer_output(original, index, sequences.original, sequences).float().cpu()
 
 
-def layer_output(blocks: Blocks, index: int, sequences: Sequences) -> Tensor:
+def layer_output(blocks: Blocks, index: int, states: Tensor, sequences: Sequences) -> Tensor:
     """What leaves a decoder layer, [B, T, H], with products in bfloat16 where the hardware is fast at it."""
     device = blocks.model.device
     with torch.autocast(device.type, torch.bfloat16, enabled=devices.fast_bfloat16(device)):
-        return blocks.forward_layer(index, sequences.states.to(device), sequences.input_ids)
+        return blocks.forward_layer(index, states.to(device), sequences.input_ids)
 
 
 @contextlib.contextmanager

@@ -86,20 +86,6 @@ LAYERS: Values = {"distill": {"steps": 1, "reconstruct": {}}}
 #: Scales by the published rule, and no rotation; GPTQ in a plan that measures nothing.
 PUBLISHED: Values = {"calibrate": {"init": "rtn"}}
 GPTQ_ALIKE: Values = {"calibrate": {"init": "gptq", "plan": "interleave"}}
-#: Small steps at a higher rate than the rule's, and a measurement every 40 of them.
-SMALL_STEPS: Values = {
-    "distill": {
-        "batch_size": 1,
-        "learning_rate": 2e-4,
-        "evaluate_sequences": 8,
-        "evaluate_every": 40,
-        "checkpoint_every": 20,
-    },
-}
-#: Of the row at two nominal bits.
-TWO_BITS: Values = recipes.merge(SMALL_STEPS, {"calibrate": {"bits": 2.0}})
-#: What ours are asked for beyond bits, time and seed where they train: model and bits -> values.
-SETTINGS: dict[tuple[str, float], Values] = {("smollm2-135m", 2.4): SMALL_STEPS}
 #: Of all rows: one cheap analysis serves all plans, and so many held-out sequences of 256 tokens are read.
 MEASURING: Values = {
     "calibrate": {"sensitivity": "fisher", "sensitivity_tokens": 5098},
@@ -156,8 +142,8 @@ class RealMethod(Method):
         if self.minutes is not None:
             values["distill"] = {"max_time": 60 * self.minutes / (setting.threads or 1), "clock": "cpu"}
         if self.nominal:
-            return recipes.merge({"seed": self.seed, "distill": values["distill"]}, TWO_BITS)
-        return recipes.merge(values, SETTINGS.get((teacher.name, bits), {}) if self.minutes is not None else {})
+            values["calibrate"] = {"bits": bits}
+        return values
 
     def steps_of(self, teacher: Teacher, setting: Setting) -> int:
         """None are asked for: time is."""

@@ -111,29 +111,39 @@ def job_of(folder: Path) -> tuple[recipes.Recipe, WorkDir]:
     return recipes.build(recipes.load(work.recipe_file)), work
 
 
-def hessians(recipe: recipes.Recipe, work: WorkDir, linears: set[str]) -> dict[str, Tensor]:
-    """What linear layers of the packed model multiply their weights with, `x^T x / n` in float64."""
+def input_moments(
+    recipe: recipes.Recipe, work: WorkDir, teacher: Any, linears: set[str]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """What linear layers of the packed model multiply their weights with, `x^T x / n`, and `(x_T - x)^T x / n`, where
+    x_T are the teacher's; float64."""
     model, tokenizer = transformers_plugin.load(work.folder("pack"))
     rows, _ = JobContext(recipe, work, Console(quiet=True)).open_text(tokenizer, recipe.data.sequence_length)
-    sums = dict.fromkeys(linears, torch.zeros((), dtype=torch.float64))
+    seen: dict[str, Tensor] = {}
+    sums = {name: [torch.zeros((), dtype=torch.float64) for _ in range(2)] for name in linears}
     counts = torch.empty(0)
 
-    def watching(name: str) -> Any:
+    def watching(name: str, is_teacher: bool) -> Any:
         def hook(module: Any, args: tuple) -> None:
-            x = formats.fake_quantize_activations(args[0][counts], module.activation_bits, module.group_size)
-            sums[name] = sums[name] + x.double().T @ x.double()
+            if is_teacher:
+                seen[name] = args[0][counts].double()
+                return
+            x = formats.fake_quantize_activations(args[0][counts], module.activation_bits, module.group_size).double()
+            sums[name][0] = sums[name][0] + x.T @ x
+            sums[name][1] = sums[name][1] + (seen[name] - x).T @ x
 
         return hook
 
     for name in linears:
-        model.get_submodule(name).register_forward_pre_hook(watching(name))
+        teacher.get_submodule(name).register_forward_pre_hook(watching(name, True))
+        model.get_submodule(name).register_forward_pre_hook(watching(name, False))
     tokens = 0
     for batch in data.sample_batches(rows, recipe.calibrate.sequences, 4):
         counts = batch["labels"] != data.MASKED
         tokens += int(counts.sum())
         with torch.no_grad():
+            teacher(input_ids=batch["input_ids"], use_cache=False)
             model(input_ids=batch["input_ids"], use_cache=False)
-    return {name: total / tokens for name, total in sums.items()}
+    return {name: (hessian / tokens, drift / tokens) for name, (hessian, drift) in sums.items()}
 
 
 @pytest.mark.parametrize("family", mostly_slow(FAMILIES, "gemma2"))
@@ -154,8 +164,8 @@ def test_each_layer_was_compensated_for_what_it_sees_when_packed(
     teacher, _ = models.load(tmp_path / "model", dtype=torch.float32)
     linears = {site.name for site in models.structure(teacher).linears}
     specs, folder = read_plan(work).specs(), packed.PackedModel.open(work.folder("pack"))
-    for name, hessian in hessians(recipe, work, linears).items():
-        master, scales = formats.gptq_quantize(teacher.get_submodule(name).weight, specs[name], hessian)
+    for name, (hessian, drift) in input_moments(recipe, work, teacher, linears).items():
+        master, scales = formats.gptq_quantize(teacher.get_submodule(name).weight, specs[name], hessian, drift)
         expected, found = formats.encode_matrix(master, specs[name], scales), folder.matrix(name).encoded
         assert float((expected.codes != found.codes).float().mean()) < 0.02, name
 

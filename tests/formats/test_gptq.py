@@ -215,6 +215,34 @@ def test_compensation_lowers_the_error_of_correlated_inputs() -> None:
         assert ours < 0.5 * output_error(w, formats.quantize_dequantize(w, spec), hessian), name
 
 
+def test_a_layer_makes_up_for_what_earlier_ones_did_to_its_input() -> None:
+    """The goal is the output of the unrounded input: without rounding, the least squares of numpy."""
+    w, hessian = weights(ROWS, 64), correlated(64)
+    unrounded = weights(512, 64, seed=5).double() @ torch.linalg.cholesky(hessian).T
+    x = 0.8 * unrounded + 0.1 * weights(512, 64, seed=6).double() * unrounded.std(0)
+    second, drift = x.T @ x / len(x), (unrounded - x).T @ x / len(x)
+    wanted = unrounded @ w.double().T
+
+    def error(chosen: Tensor) -> float:
+        return float((x @ chosen.double().T - wanted).square().mean())
+
+    moved = gptq_module._moved(w, second, drift)
+    damped = second + gptq_module.DAMPING * second.diagonal().mean() * torch.eye(64)
+    expected = w.double() @ (unrounded.T @ x / len(x) + damped - second) @ torch.linalg.inv(damped)
+    torch.testing.assert_close(moved, expected.float())
+    assert error(moved) < 0.5 * error(w)
+    for name, spec in specs(64, 32).items():
+        found = []
+        for known in (drift, None):
+            master, scales = formats.gptq_quantize(w, spec, second, known)
+            found.append(error(formats.quantize_dequantize(master, spec, scales=scales)))
+        assert found[0] < found[1], name
+    master, scales = formats.gptq_quantize(w, specs(64, 32)["rows"], second, torch.zeros(64, 64))
+    plain, same = formats.gptq_quantize(w, specs(64, 32)["rows"], second)
+    assert torch.equal(master, plain)
+    assert torch.equal(scales, same)
+
+
 def test_independent_inputs_leave_clipped_rounding() -> None:
     """Powers of four, so that the damped diagonal is found again exactly."""
     w, diagonal = weights(ROWS, 101), 4.0 ** (torch.arange(101) % 5)

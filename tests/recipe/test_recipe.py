@@ -401,3 +401,13 @@ def test_further_teachers_are_folders_beside_the_recipe_or_ids(tmp_path: Path) -
     (tmp_path / "big").mkdir()
     values = recipes.anchor({"distill": {"teachers": ["big", "someone/bigger"], "steps": 3}}, tmp_path)
     assert values["distill"] == {"teachers": [str(tmp_path / "big"), "someone/bigger"], "steps": 3}
+
+
+def test_gptq_reads_more_text_than_statistics_do_where_nobody_says_how_much() -> None:
+    def sequences(**settings: Any) -> int:
+        return recipes.build({"calibrate": settings}).calibrate.init_sequences(256)
+
+    assert sequences() == sequences(init="clip") == 16
+    assert sequences(init="gptq") == 64
+    assert sequences(init="gptq", sequences=16) == 16
+    assert recipes.build({"calibrate": {"init": "gptq"}}).calibrate.init_sequences(2048) == 16

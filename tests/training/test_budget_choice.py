@@ -152,7 +152,24 @@ def test_text_that_the_teacher_has_written_stays(tmp_path: Path, llama: Path) ->
     assert "data" not in choice(tokens=6000).values  # calibrate had it written without a budget
     budget_choice.store(budget_choice.BudgetChoice(request="", values=text, reasons=[]), work)
     assert choice(tokens=50_000).values["data"] == text["data"]
-    assert "data" not in budget_choice.open_fields(build({"data": {"generated_tokens": 600}, "distill": {"tokens": 5}}))
+    given = {"data": {"generated_tokens": 600}, "distill": {"tokens": 5}}
+    assert budget_choice.open_fields(build(given))["data"] == {"sequence_length"}
+
+
+def test_sequences_are_no_longer_than_a_step_where_nobody_says_how_long(tmp_path: Path, llama: Path) -> None:
+    """A recording has sequences of its own."""
+
+    def fields(**distill: Any) -> dict[str, set[str]]:
+        return budget_choice.open_fields(build({"model": str(llama), "distill": {"tokens": 50_000, **distill}}))
+
+    assert fields()["data"] == {"generated_tokens", "sequence_length"}
+    assert "data" not in fields(recording=str(tmp_path))
+    recipe = build({"model": str(llama), "distill": {"tokens": 50_000}})
+    context = JobContext(recipe, WorkDir(tmp_path / "job"), Console(quiet=True))
+    longest = context.sequence_length(context.teacher_outline.model)
+    chosen = budget_choice.choose(context, None)
+    assert chosen is not None
+    assert chosen.values["data"]["sequence_length"] == min(256, longest)
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda file: file.stem)
@@ -224,6 +241,6 @@ def test_gptqs_codes_are_no_choice_where_memory_is_little_or_there_is_no_teacher
     assert seconds(distill={"max_time": 60, "teacher_source": "streamed"}) is None
     assert seconds(distill={"max_time": 60, "initialise": "random"}) is None
     assert seconds(calibrate={"adaptive_tokens": "causal"}) is None
-    more = seconds(calibrate={"sequences": 64})
+    more = seconds(calibrate={"sequences": 1024})
     assert more is not None
     assert more > plenty

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -96,7 +97,21 @@ def test_the_teacher_writes_for_a_share_of_the_training() -> None:
     assert written(dataclasses.replace(SMOLLM2, seconds=60.0)) == budget_defaults.FEWEST_WRITTEN
     assert written(dataclasses.replace(SMOLLM2, seconds=1e6)) == budget_defaults.MOST_WRITTEN
     assert written(dataclasses.replace(STORIES, writing_seconds=1e-9)) == STORIES.tokens  # nothing is read but once
-    assert "data" not in choose(dataclasses.replace(SMOLLM2, writing_seconds=0.0)).values
+    assert choose(dataclasses.replace(SMOLLM2, writing_seconds=0.0)).values["data"] == {"sequence_length": 512}
+
+
+def test_sequences_are_no_longer_than_a_step() -> None:
+    def length(**changes: Any) -> int:
+        return int(choose(dataclasses.replace(SMOLLM2, **changes)).values["data"]["sequence_length"])
+
+    assert length() == 512  # of 457,200 tokens
+    assert [length(tokens=tokens, seconds=None) for tokens in (1000, 100_000, 10_000_000)] == [256, 256, 1024]
+    assert length(sequence_length=128) == 128  # no longer than the model takes, or as long as was said
+    assert length(long_sequences=True) == length(device="cuda") == 1024
+    assert "sequences of 512 tokens" in choose(SMOLLM2).reasons[1]
+    given = choose(SMOLLM2, {"distill": {"batch_size"}})
+    assert given.values == {"distill": {"batch_size": 1}}
+    assert "sequences" not in given.reasons[1]
 
 
 def test_a_step_grows_with_the_budget_up_to_the_published_batch() -> None:

@@ -5,6 +5,11 @@ al., arXiv 2210.17323). With `H` the mean of `x x^T` over the inputs `x`, the ou
 Columns are rounded in order, and each time the later ones move to where this error is least. What is kept of a column
 is its compensated weight, as it was just before it was rounded: rounding all of them at once, at the scales that
 `clip.py` found on the way, gives exactly the codes that GPTQ chose.
+
+Where earlier layers are rounded, too, their errors have reached the input already. Then the goal is what the unrounded
+model gives of its own input, `|w x_T - w' x|^2`, as in GPTAQ (Li et al., arXiv 2504.02692) and Qronos (Zhang et al.,
+arXiv 2505.11695). Its minimum without rounding is `w E[x_T x^T] H^-1`, and the excess of any other w' over it is
+`(w' - that) H (w' - that)^T`: so the weights move there first, and GPTQ rounds what they are then.
 """
 
 from __future__ import annotations
@@ -25,13 +30,15 @@ DAMPING = 0.01
 LAZY = 128
 
 
-def gptq_quantize(w: Tensor, spec: MatrixSpec, hessian: Tensor) -> tuple[Tensor, Tensor]:
+def gptq_quantize(w: Tensor, spec: MatrixSpec, hessian: Tensor, drift: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """GPTQ: weights that `encode_matrix` turns, at the scales given with them, into error-compensated codes.
 
     Args:
         w: any floating dtype [rows, cols].
         spec: formats of the rows or blocks; rows of all formats are rounded side by side.
         hessian: symmetric [cols, cols], the mean of `x x^T` over inputs x; 1 % of its mean diagonal is added to it.
+        drift: [cols, cols], the mean of `(x_T - x) x^T`, where x_T is what x would be without any rounding: then
+            the weights first move to where they give of x, in the least squares, what they gave of x_T.
 
     Returns:
         The compensated weights, float32 [rows, cols], each as it was just before it was rounded, and the scales,
@@ -46,6 +53,8 @@ def gptq_quantize(w: Tensor, spec: MatrixSpec, hessian: Tensor) -> tuple[Tensor,
         raise ValueError(f"the Hessian must be {[cols, cols]} for {cols} columns, got {list(hessian.shape)}")
     factor = _inverse_factor(hessian.detach().to(w.device)).float()
     importance = factor.diagonal().double().pow(-2).float()
+    if drift is not None:
+        w = _moved(w.detach(), hessian, drift)
     columns = w.detach().t().to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # [cols, rows]
     group = min(spec.group_size, cols)
     scales = torch.empty(rows, group_count(cols, group), dtype=torch.float16, device=w.device)
@@ -64,6 +73,13 @@ def gptq_quantize(w: Tensor, spec: MatrixSpec, hessian: Tensor) -> tuple[Tensor,
             columns[j + 1 : stop].addr_(factor[j, j + 1 : stop], errors[j - start], alpha=-1)
         columns[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
     return columns.t().contiguous(), scales
+
+
+def _moved(w: Tensor, hessian: Tensor, drift: Tensor) -> Tensor:
+    """What gives of `x`, with least squared error, what `w` gives of `x_T`: `w + w D (H + damping)^-1`, float32."""
+    factor = _inverse_factor(hessian.to(w.device))
+    wide = w.double()
+    return (wide + wide @ drift.double().to(w.device) @ factor.T @ factor).float()
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor:
