@@ -192,8 +192,8 @@ def gptq_linears(
     flow = []
     for batch in batches:
         ids = batch["input_ids"]
-        inputs = (model.inputs(ids.to(device)).float().cpu() for model in (blocks, original))
-        flow.append(Sequences(*inputs, batch["labels"] != data.MASKED, ids))
+        states, teachers = (model.inputs(ids.to(device)).float().cpu() for model in (blocks, original))
+        flow.append(Sequences(states, teachers, batch["labels"] != data.MASKED, ids))
     with console.track("compensated start", len(blocks.layers)) as tracker:
         for index in range(len(blocks.layers)):
             for together in in_order_of_use(blocks, index, flow):

@@ -34,7 +34,7 @@ from typing import Any
 
 from edgerazor.allocate import FEWEST_TOKENS
 from edgerazor.console import duration
-from edgerazor.recipe import CHOSEN_BY_BUDGET, Data
+from edgerazor.recipe import CHOSEN_BY_BUDGET
 
 #: Tokens of a step: so many times the square root of the budget, within these bounds.
 ROOT_FACTOR, LEAST_STEP_TOKENS, MOST_STEP_TOKENS = 1.0, 256, 8192
@@ -52,7 +52,8 @@ SENSITIVITY_SHARE = 0.25
 #: Share of the training's time that GPTQ may take on top, for a better start.
 GPTQ_SHARE = 0.25
 #: Share of the training's time that the teacher may write text for on top, and fewest and most tokens of that text.
-WRITING_SHARE, FEWEST_WRITTEN, MOST_WRITTEN = 0.25, 4096, Data().generated_tokens
+#: SmolLM2-135M trained over 67,698 of its tokens 3.6 times has KL 0.27 on them and 0.51 on others (2.56 real bits).
+WRITING_SHARE, FEWEST_WRITTEN, MOST_WRITTEN = 0.25, 4096, 1 << 20
 #: Share of the steps with a rising learning rate.
 WARMUP = 0.05
 #: Share of the budget that evaluations may take, and most evaluations.
