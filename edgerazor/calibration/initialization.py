@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -51,6 +51,7 @@ class Sequences:
     Attributes:
         states: what enters the student's next layer, float32 [B, T, H], on the CPU.
         original: what enters the teacher's.
+        taught: linear layers of the teacher's latest layer, by their paths -> their inputs [B, T, in].
         counts: bool [B, T], the positions that count.
         input_ids: int64 [B, T].
     """
@@ -59,6 +60,7 @@ class Sequences:
     original: Tensor
     counts: Tensor
     input_ids: Tensor
+    taught: dict[str, Tensor] = field(default_factory=dict)
 
 
 class _InputSeenError(Exception):
@@ -196,12 +198,14 @@ def gptq_linears(
         flow.append(Sequences(states, teachers, batch["labels"] != data.MASKED, ids))
     with console.track("compensated start", len(blocks.layers)) as tracker:
         for index in range(len(blocks.layers)):
-            for together in in_order_of_use(blocks, index, flow):
-                moments = input_moments(blocks, original, index, [sharing[0] for sharing in together], flow)
+            groups = in_order_of_use(blocks, index, flow)
+            teach(original, index, [names[sharing[0]] for together in groups for sharing in together], flow)
+            for together in groups:
+                moments = input_moments(blocks, index, [sharing[0] for sharing in together], flow)
                 for sharing, of_input in zip(together, moments, strict=True):
                     for module in sharing:
                         starts[names[module]] = gptq_linear(module, of_input, names[module])
-            move_on(blocks, original, index, flow)
+            move_on(blocks, index, flow)
             tracker.advance()
     return starts
 
@@ -270,7 +274,7 @@ class InputMoments:
 
 
 def input_moments(
-    blocks: Blocks, original: Blocks, index: int, linears: Sequence[FakeQuantLinear], flow: Sequence[Sequences]
+    blocks: Blocks, index: int, linears: Sequence[FakeQuantLinear], flow: Sequence[Sequences]
 ) -> list[InputMoments]:
     """The moments of the inputs of linear layers that are quantized together."""
     device, current = blocks.model.device, flow[0]
@@ -279,13 +283,8 @@ def input_moments(
         module: torch.zeros(module.in_features, module.in_features, dtype=torch.float64, device=device)
         for module in linears
     }
-    alone = linears[0] if len(linears) == 1 and models.expert_of(blocks.model, names[linears[0]]) is None else None
-    drift = None if alone is None else torch.zeros_like(totals[alone])
-    teachers: list[Tensor] = []
-
-    def keep(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        teachers.append(args[0])
-        raise _InputSeenError
+    first = names[linears[0]]
+    drift = torch.zeros_like(totals[linears[0]]) if first in current.taught else None
 
     def add(module: nn.Module, args: tuple[Any, ...]) -> None:
         assert isinstance(module, FakeQuantLinear)
@@ -301,17 +300,14 @@ def input_moments(
             x = counted(x)
             totals[module].add_(x.T @ x)
             if drift is not None:
-                drift.add_((module.spec.rotate(counted(teachers.pop())) - x).T @ x)
+                drift.add_((module.spec.rotate(counted(current.taught[first].to(device))) - x).T @ x)
         if len(linears) == 1:
             raise _InputSeenError
 
-    teacher_linear = [] if alone is None else [original.model.get_submodule(names[alone])]
-    with hooked(linears, add), hooked(teacher_linear, keep), modules.encoded_once(blocks.layers[index]):
+    with hooked(linears, add), modules.encoded_once(blocks.layers[index]):
         for current in flow:
-            for model, states in ((original, current.original), (blocks, current.states)):
-                if model is blocks or alone is not None:
-                    with contextlib.suppress(_InputSeenError):
-                        layer_output(model, index, states, current)
+            with contextlib.suppress(_InputSeenError):
+                layer_output(blocks, index, current.states, current)
     tokens = sum(int(sequences.counts.sum()) for sequences in flow)
     return [
         InputMoments(totals[module].div_(tokens), None if drift is None else drift.div_(tokens)) for module in linears
@@ -340,12 +336,25 @@ def gptq_linear(module: FakeQuantLinear, moments: InputMoments, name: str) -> In
     return InitialWeight(weight, scales)
 
 
-def move_on(blocks: Blocks, original: Blocks, index: int, flow: Iterable[Sequences]) -> None:
-    """Replace the states that enter a decoder layer by those that leave it, of student and teacher."""
+def teach(original: Blocks, index: int, paths: Iterable[str], flow: Iterable[Sequences]) -> None:
+    """Let the teacher compute a decoder layer: keep the inputs of linear layers that are no experts, and move on."""
+    names = {original.model.get_submodule(p): p for p in paths if models.expert_of(original.model, p) is None}
+    taught: dict[str, Tensor] = {}
+
+    def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+        taught[names[module]] = args[0].cpu()
+
+    with hooked(names, keep):
+        for sequences in flow:
+            taught = sequences.taught = {}
+            sequences.original = layer_output(original, index, sequences.original, sequences).float().cpu()
+
+
+def move_on(blocks: Blocks, index: int, flow: Iterable[Sequences]) -> None:
+    """Replace the states that enter a decoder layer of the student by those that leave it."""
     with modules.encoded_once(blocks.layers[index]):
         for sequences in flow:
             sequences.states = layer_output(blocks, index, sequences.states, sequences).float().cpu()
-            sequences.original = layer_output(original, index, sequences.original, sequences).float().cpu()
 
 
 def layer_output(blocks: Blocks, index: int, states: Tensor, sequences: Sequences) -> Tensor:

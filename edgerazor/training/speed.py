@@ -29,7 +29,7 @@ ACTIVATION_PASSES = 30
 #: Calls of PyTorch in a step, for each linear layer: forward, backward, optimizer, of both models.
 CALLS = 600
 #: About how many forward passes over the calibration text a start takes that calibrate finds with text.
-INIT_PASSES = {"clip": 1, "gptq": 9}
+INIT_PASSES = {"clip": 1, "gptq": 6}
 #: GPTQ rounds one column after the other: calls of PyTorch for each, and element-wise passes over the weights.
 GPTQ_CALLS, GPTQ_WEIGHT_PASSES = 600, 80
 #: How much longer a token takes when it is written, a few texts at a time, than when many are read at once.
