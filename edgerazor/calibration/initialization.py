@@ -8,10 +8,11 @@ moment of its input.
 *gptq* goes through the decoder layer by layer and quantizes each linear layer with GPTQ (`formats.gptq_quantize`; arXiv
 2210.17323). The Hessian `E[x x^T]` of its inputs is measured in the student whose earlier layers are quantized already,
 with activations, keys and values rounded as the packed model rounds them. What the layer should give is the teacher's
-output of the teacher's own input, so that it makes up for the errors of those before it, too (arXiv 2504.02692). Within
-a decoder layer the linear layers are quantized in the order in which they are used; those that share an input (q, k and
-v) share its moments. The experts of a layer are quantized together, each with the Hessian of its own tokens, whose
-inputs count as much as its output does; the teacher sends other tokens to them, so they make up for their own errors.
+output of the teacher's own input, so that it makes up for the errors of those before it, too (arXiv 2504.02692), but
+where a training of scales follows. Within a decoder layer the linear layers are quantized in the order in which they
+are used; those that share an input (q, k and v) share its moments. The experts of a layer are quantized together, each
+with the Hessian of its own tokens, whose inputs count as much as its output does; the teacher sends other tokens to
+them, so they make up for their own errors.
 
 An expert that calibration never reached has scales of least squared error in both.
 
@@ -116,9 +117,11 @@ def write(context: JobContext, plan: Plan, rows: data.TokenRows) -> None:
         modules.prepare_for_training(
             model, structure, specs, computing, input_scales=input_scales, initial_weight=starts.get
         )
-        original = context.load_teacher(context.device, devices.inference_dtype(context.device))
-        blocks = Blocks(model, structure), Blocks(original.model, original.structure)
-        starts |= gptq_linears(*blocks, batches, console)
+        original = None
+        if settings.scales == "computed":  # where scales are learned a training follows, see `formats/core/gptq.py`
+            loaded = context.load_teacher(context.device, devices.inference_dtype(context.device))
+            original = Blocks(loaded.model, loaded.structure)
+        starts |= gptq_linears(Blocks(model, structure), original, batches, console)
     tensors = {path + SCALES: start.scales.cpu() for path, start in starts.items()}
     tensors |= {path + WEIGHT: start.weight.cpu() for path, start in starts.items() if start.weight is not None}
     metadata = {"start": settings.init}
@@ -175,13 +178,13 @@ def clip_linears(
 
 
 def gptq_linears(
-    blocks: Blocks, original: Blocks, batches: Iterable[data.Batch], console: Console
+    blocks: Blocks, original: Blocks | None, batches: Iterable[data.Batch], console: Console
 ) -> dict[str, InitialWeight]:
     """Quantize the linear layers with GPTQ one after the other, in place.
 
     Args:
         blocks: of a student with training modules.
-        original: of the teacher.
+        original: of the teacher, towards whose outputs weights move; None: they stay.
         batches: calibration text.
         console: shows the progress.
 
@@ -194,12 +197,13 @@ def gptq_linears(
     flow = []
     for batch in batches:
         ids = batch["input_ids"]
-        states, teachers = (model.inputs(ids.to(device)).float().cpu() for model in (blocks, original))
+        states, teachers = (model.inputs(ids.to(device)).float().cpu() for model in (blocks, original or blocks))
         flow.append(Sequences(states, teachers, batch["labels"] != data.MASKED, ids))
     with console.track("compensated start", len(blocks.layers)) as tracker:
         for index in range(len(blocks.layers)):
             groups = in_order_of_use(blocks, index, flow)
-            teach(original, index, [names[sharing[0]] for together in groups for sharing in together], flow)
+            if original is not None:
+                teach(original, index, [names[sharing[0]] for together in groups for sharing in together], flow)
             for together in groups:
                 moments = input_moments(blocks, index, [sharing[0] for sharing in together], flow)
                 for sharing, of_input in zip(together, moments, strict=True):
