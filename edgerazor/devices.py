@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
+import platform
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -77,11 +79,22 @@ def free_memory(device: torch.device) -> int:
 
 
 def fast_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16 matrices faster than float32 ones."""
+    """Whether the hardware multiplies bfloat16 matrices faster than float32 ones.
+
+    Of CPUs those with AMX do, and AMD's with AVX512_BF16; Intel's take twice as long with the latter as for float32
+    (measured by `recipes.benchmarks.training_speed --products`, see `recipes/results/training.md`).
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(getattr(torch.cpu, check, bool)() for check in checks)
+    amx, avx512 = (getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("amx_tile", "avx512_bf16"))
+    return amx or (avx512 and not is_made_by_intel())
+
+
+@functools.cache
+def is_made_by_intel() -> bool:
+    """Whether the CPU is one of Intel's, as far as the system says."""
+    facts = Path("/proc/cpuinfo")
+    return "GenuineIntel" in (facts.read_text(encoding="utf-8") if facts.exists() else platform.processor())
 
 
 def inference_dtype(device: torch.device) -> torch.dtype | None:

@@ -4,6 +4,7 @@
     python -m recipes.benchmarks.training_speed MODEL --precision bfloat16   then measures; alone on the machine
     python -m recipes.benchmarks.training_speed MODEL --profile              then also says what each part takes
     python -m recipes.benchmarks.training_speed MODEL --compile              of parts alone: what `torch.compile` gains
+    python -m recipes.benchmarks.training_speed MODEL --products             of the model's matrices alone, on one thread
 
 All take turns, a step each: fine-tuning (the model's own loss, the same autocast, clipping and fused AdamW), the same
 with the C library's memory as `distill` sets it, `distill` with a recorded teacher and with a resident one, EdgeRazor's
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -48,6 +50,8 @@ BITS = 2.0
 STEPS = 12
 #: Layers of a teacher that are compiled for `--compile`, and timed turns of each.
 COMPILED_LAYERS, COMPARED_TURNS = 4, 15
+#: Of one timing, for `--products`.
+REPEATED_PRODUCTS = 10
 KEPT = "fine-tuning, freed memory kept"
 PLAIN = ("fine-tuning", KEPT)
 SOURCES = (*PLAIN, "recorded teacher", "resident teacher")
@@ -237,6 +241,29 @@ def compare_compiled(options: argparse.Namespace) -> None:
     print(markdown(["part", "first calls, CPU seconds", "eager", "compiled", "compiled of eager"], rows))
 
 
+def compare_products(options: argparse.Namespace) -> None:
+    """Print how fast a micro-batch is multiplied with matrices of each shape of the model, in both number types."""
+    torch.set_num_threads(1)
+    structure = models.structure(models.load(options.model)[0])
+    shapes = sorted({(target.columns, target.rows) for target in structure.targets if target.kind == "linear"})
+    rows = []
+    for width, out in shapes:
+        least = dict.fromkeys((torch.float32, torch.bfloat16), math.inf)
+        for _ in range(COMPARED_TURNS):
+            for dtype in least:
+                left, right = (torch.ones(size, dtype=dtype) for size in ((options.length, width), (width, out)))
+                began = time.process_time()
+                for _ in range(REPEATED_PRODUCTS):
+                    left @ right
+                least[dtype] = min(least[dtype], (time.process_time() - began) / REPEATED_PRODUCTS)
+        speeds = [2e-9 * options.length * width * out / seconds for seconds in least.values()]
+        rows.append([f"{width} x {out}", *(f"{speed:.0f}" for speed in speeds), f"{speeds[1] / speeds[0]:.2f}"])
+    fast = devices.fast_bfloat16(torch.device("cpu"))
+    print(f"{machine()}, {packages()}, commit {commit()}, one thread; training computes in bfloat16: {fast}")
+    print(f"{options.length} rows times a matrix, 10^9 operations a second, best of {COMPARED_TURNS} in turns")
+    print(markdown(["matrix", "float32", "bfloat16", "bfloat16 of float32"], rows))
+
+
 def answer(measured: dict[str, Any]) -> None:
     """Say what was measured, as a line."""
     print(json.dumps(measured), flush=True)
@@ -296,6 +323,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of each")
     parser.add_argument("--compile", action="store_true", help="what `torch.compile` gains, and nothing else")
+    parser.add_argument("--products", action="store_true", help="products in both number types, and nothing else")
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES))
     parser.add_argument("--worker", choices=("plain", "distill"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -304,6 +332,8 @@ def main() -> None:
         prepare(options, WorkDir(options.work / "job"), Console())
     elif options.compile:
         compare_compiled(options)
+    elif options.products:
+        compare_products(options)
     elif options.worker:
         {"plain": plain_worker, "distill": distill_worker}[options.worker](options)
     else:
