@@ -36,6 +36,7 @@ CHOSEN_BY_BUDGET = {
         "batch_size",
         "accumulation",
         "learning_rate",
+        "scale_rate",
         "schedule",
         "warmup",
         "losses",
@@ -492,6 +493,9 @@ class Distill(Strict):
         "probabilities", description="of several teachers: what of next tokens is averaged (EdgeQAT: logits)"
     )
     learning_rate: float = Field(2e-5, gt=0, description="peak learning rate of AdamW")
+    scale_rate: float = Field(
+        1.0, gt=0, le=100, description="learning rate of weights' scales, as a share of that of the weights beside them"
+    )
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after warm-up")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps with a rising learning rate")
     final_learning_rate: float = Field(0.0, ge=0, le=1, description="end of linear and cosine, as a share of the peak")

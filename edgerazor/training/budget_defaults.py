@@ -47,6 +47,8 @@ RATE, RATE_WIDTH, RATE_TOKENS, RATE_EXPONENT = 3e-4, 256, 300_000, 0.15
 MOST_OF_WEIGHTS, FULL_BITS, SHARE_FOR_A_BIT = 1.3, 3.0, 0.35
 #: Bounds of the peak learning rate.
 LEAST_RATE, MOST_RATE = 2e-5, 2e-3
+#: Learning rate of scales, as a share of that of the weights.
+SCALE_RATE = 0.25
 #: Share of the training's time that the analysis of sensitivity may take on top, within the bounds of its tokens.
 SENSITIVITY_SHARE = 0.25
 #: Share of the training's time that GPTQ may take on top, for a better start.
@@ -155,6 +157,7 @@ def choose(facts: TrainingFacts, fields: Mapping[str, Collection[str]] = CHOSEN_
             "batch_size": batch_size,
             "accumulation": accumulation,
             "learning_rate": learning_rate(facts.width, tokens, facts.weight_size, facts.bits),
+            "scale_rate": SCALE_RATE,
             "schedule": "cosine",
             "warmup": WARMUP,
             "losses": [{"name": "forward_kl"}],
@@ -187,6 +190,7 @@ def reasons(facts: TrainingFacts, values: Mapping[str, Mapping[str, Any]], steps
         f"weights and budgets above {RATE_TOKENS:,} tokens"
         if "learning_rate" in chosen
         else "",
+        f"scales at {chosen['scale_rate']:g} of it" if "scale_rate" in chosen else "",
         f"warm-up {100 * WARMUP:g} %" if "warmup" in chosen else "",
         "cosine to zero" if "schedule" in chosen else "",
         "forward KL, which learns most from few tokens" if "losses" in chosen else "",

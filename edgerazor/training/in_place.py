@@ -39,6 +39,7 @@ class InPlaceAdafactor(torch.optim.Optimizer):
         weight_decay: of those in `decayed`.
         decayed: ids of parameters.
         rows: id of a parameter -> gradients of some of its rows, to be added to its own (`gather_row_gradients`).
+        relative: id of a parameter -> its learning rate as a share of that of the others.
     """
 
     def __init__(
@@ -48,12 +49,13 @@ class InPlaceAdafactor(torch.optim.Optimizer):
         weight_decay: float,
         decayed: set[int],
         rows: Mapping[int, modules.RowGradients] | None = None,
+        relative: Mapping[int, float] | None = None,
     ) -> None:
         self.rate, self.decay = learning_rate, weight_decay
         super().__init__([{"params": list(parameters)}], {"lr": learning_rate})
         self.active = False
         self.not_finite = False
-        self._decayed, self._rows = decayed, rows or {}
+        self._decayed, self._rows, self._relative = decayed, rows or {}, relative or {}
         self._hooks = [parameter.register_post_accumulate_grad_hook(self._update) for parameter in parameters]
 
     def before_backward(self, active: bool) -> None:
@@ -75,7 +77,7 @@ class InPlaceAdafactor(torch.optim.Optimizer):
         moments = self._moments(parameter)
         moments["step"] += 1
         step = float(moments["step"])
-        rate = min(self.rate, size / step**0.5)
+        rate = min(self.rate * self._relative.get(id(parameter), 1.0), size / step**0.5)
         if id(parameter) in self._decayed and self.decay:
             parameter.mul_(1 - self.rate * self.decay)
         direction_(gradient, moments, step**BETA2_DECAY)

@@ -11,9 +11,15 @@ from edgerazor import modules
 from edgerazor.recipe import Distill
 from edgerazor.training.in_place import InPlaceAdafactor
 
+#: In a group of parameters: its learning rate, as a share of that of the others.
+RELATIVE = "relative_rate"
+
 
 def make_optimizer(module: nn.Module, settings: Distill, learning_rate: float | None = None) -> torch.optim.Optimizer:
     """The optimizer of the trainable parameters of a module; weight decay on matrices only, not on their scales.
+
+    Beside the weights that they belong to, scales learn at `scale_rate` of the learning rate: where one moves, all
+    weights of its group that lie near the edge of a code change it at once.
 
     Args:
         module: a student, or one of its layers.
@@ -23,16 +29,20 @@ def make_optimizer(module: nn.Module, settings: Distill, learning_rate: float | 
     parameters = [p for p in module.parameters() if p.requires_grad]
     scales = {id(matrix.scales) for matrix in modules.fake_quant_weights(module).values()}
     decayed = {id(p) for p in parameters if p.ndim > 1} - scales
-    groups = [
-        {"params": [p for p in parameters if id(p) in decayed], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
-    ]
+    slower = scales if decayed and settings.scale_rate != 1 else set()
     rate = settings.learning_rate if learning_rate is None else learning_rate
     if settings.optimizer == "adafactor" and learning_rate is None:
         rows = modules.gather_row_gradients(module)
-        return InPlaceAdafactor(parameters, rate, settings.weight_decay, decayed, rows)
+        relative = dict.fromkeys(slower, settings.scale_rate)
+        return InPlaceAdafactor(parameters, rate, settings.weight_decay, decayed, rows, relative)
     modules.gather_row_gradients(module, wanted=False)
-    return torch.optim.AdamW(groups, lr=rate, betas=settings.betas, fused=True)
+    others = [p for p in parameters if id(p) not in decayed]
+    groups = [
+        {"params": [p for p in parameters if id(p) in decayed], "weight_decay": settings.weight_decay},
+        {"params": [p for p in others if id(p) not in slower], "weight_decay": 0.0},
+        {"params": [p for p in others if id(p) in slower], "weight_decay": 0.0, RELATIVE: settings.scale_rate},
+    ]
+    return torch.optim.AdamW(groups[: 3 if slower else 2], lr=rate, betas=settings.betas, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -41,7 +51,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         optimizer.rate = rate
         return
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get(RELATIVE, 1.0)
 
 
 def current_rate(optimizer: torch.optim.Optimizer) -> float:

@@ -67,6 +67,7 @@ def test_the_reasons_are_three_lines_with_the_numbers() -> None:
     rate = choose(SMOLLM2).values["distill"]["learning_rate"]
     assert "457,200 tokens, about 60.0 min at 127 tokens/s, an estimate" in reasons[0]
     assert f"learning rate {rate:g}" in reasons[1]
+    assert "scales at 0.25 of it" in reasons[1]
     assert "scales are trained" in reasons[2]
     assert ", measured" in choose(dataclasses.replace(SMOLLM2, measured=True)).reasons[0]
 

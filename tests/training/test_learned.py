@@ -21,7 +21,8 @@ from edgerazor.formats import MatrixSpec
 from edgerazor.losses import Head, Outputs, StepTotals, step_counts
 from edgerazor.modules import FakeQuantEmbedding, FakeQuantLinear, Settings, SharedActivations
 from edgerazor.recipe import Calibrate, Distill
-from edgerazor.training.optimizer import make_optimizer
+from edgerazor.training.in_place import InPlaceAdafactor
+from edgerazor.training.optimizer import make_optimizer, set_learning_rate
 from helpers.tiny_job import Run, metrics, sha256, spawn, write_recipe
 from helpers.tiny_models import GROUP_SIZE, VOCABULARY, ModelMaker, family_config, mostly_slow
 from helpers.trainings import interrupt_at, largest_difference
@@ -295,6 +296,31 @@ def test_scales_do_not_decay() -> None:
         scales = name.endswith(".scales")
         assert (id(parameter) in others) == (scales or parameter.ndim == 1), name
         assert (id(parameter) in decaying) != (id(parameter) in others)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_scales_learn_at_their_share_of_the_learning_rate(optimizer: str) -> None:
+    settings = Distill(optimizer=optimizer, scale_rate=0.25, weight_decay=0.0, learning_rate=1e-3)
+    moved = {}
+    for share in (1.0, 0.25):
+        model = student()
+        made = make_optimizer(model, settings.model_copy(update={"scale_rate": share}))
+        set_learning_rate(made, 1e-3)
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        if isinstance(made, InPlaceAdafactor):
+            made.before_backward(active=True)
+        model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        made.step()
+        moved[share] = {name: (p.detach() - before[name]).norm() for name, p in model.named_parameters()}
+    for name, distance in moved[1.0].items():
+        factor = 0.25 if name.endswith(".scales") else 1.0
+        assert float(moved[0.25][name]) == pytest.approx(factor * float(distance), rel=2e-2), name
+
+
+def test_scales_that_learn_alone_learn_at_the_whole_rate() -> None:
+    optimizer = make_optimizer(student(scales_only=True), Distill(scale_rate=0.25))
+    set_learning_rate(optimizer, 1e-3)
+    assert {group["lr"] for group in optimizer.param_groups if group["params"]} == {1e-3}
 
 
 # From distill to the packed model ---------------------------------------------------------------------------------
