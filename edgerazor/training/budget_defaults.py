@@ -226,7 +226,10 @@ def writing(facts: TrainingFacts, chosen: Mapping[str, Any]) -> str:
     tokens = chosen.get("generated_tokens")
     if tokens is None:
         return ""
-    return f"{tokens:,} tokens of text that the teacher writes, about {duration(tokens * facts.writing_seconds)}"
+    said = f"{tokens:,} tokens of text that the teacher writes"
+    if facts.seconds is not None:
+        return f"up to {said} in at most {duration(writing_limit(facts))}"
+    return f"{said}, about {duration(tokens * facts.writing_seconds)}"
 
 
 def step_tokens(facts: TrainingFacts) -> float:
@@ -276,10 +279,20 @@ def sensitivity_tokens(facts: TrainingFacts) -> int:
 
 
 def written_tokens(facts: TrainingFacts) -> int:
-    """Tokens that the teacher writes, so that this takes a share of the training's time; no more than are trained."""
-    seconds = facts.budget_tokens / facts.tokens_per_second
-    affordable = int(min(WRITING_SHARE * seconds / facts.writing_seconds, facts.budget_tokens))
-    return min(max(affordable, FEWEST_WRITTEN), MOST_WRITTEN)
+    """Tokens that the teacher writes, no more than are trained.
+
+    Without a time for the training they are as many as it writes, by the estimate, in a share of it; with one, writing
+    ends when that share is over (`calibration/own_text.py`), so no estimate makes it less.
+    """
+    most = facts.budget_tokens
+    if facts.seconds is None:
+        most = min(most, int(writing_limit(facts) / facts.writing_seconds))
+    return min(max(most, FEWEST_WRITTEN), MOST_WRITTEN)
+
+
+def writing_limit(facts: TrainingFacts) -> float:
+    """Seconds that the teacher may write for."""
+    return WRITING_SHARE * (facts.seconds or facts.budget_tokens / facts.tokens_per_second)
 
 
 def evaluation_count(facts: TrainingFacts) -> int:

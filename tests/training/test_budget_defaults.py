@@ -93,10 +93,13 @@ def test_the_teacher_writes_for_a_share_of_the_training() -> None:
     def written(facts: TrainingFacts) -> int:
         return int(choose(facts).values["data"]["generated_tokens"])
 
-    assert written(SMOLLM2) == 30_000  # a quarter of an hour
-    assert "30,000 tokens of text that the teacher writes, about 15.0 min" in choose(SMOLLM2).reasons[2]
-    assert written(dataclasses.replace(SMOLLM2, seconds=60.0)) == budget_defaults.FEWEST_WRITTEN
+    assert written(SMOLLM2) == 457_200  # all that is trained: writing ends after its time
+    assert "up to 457,200 tokens of text that the teacher writes in at most 15.0 min" in choose(SMOLLM2).reasons[2]
+    assert written(dataclasses.replace(SMOLLM2, seconds=1.0)) == budget_defaults.FEWEST_WRITTEN
     assert written(dataclasses.replace(SMOLLM2, seconds=1e6)) == budget_defaults.MOST_WRITTEN
+    by_tokens = dataclasses.replace(SMOLLM2, seconds=None, tokens=457_200)
+    assert written(by_tokens) == 30_000  # of which 15 minutes are a quarter of the training
+    assert "30,000 tokens of text that the teacher writes, about 15.0 min" in choose(by_tokens).reasons[2]
     assert written(dataclasses.replace(STORIES, writing_seconds=1e-9)) == STORIES.tokens  # nothing is read but once
     assert choose(dataclasses.replace(SMOLLM2, writing_seconds=0.0)).values["data"] == {"sequence_length": 512}
 
