@@ -49,6 +49,7 @@ from edgerazor import recipe as recipes
 from edgerazor.console import Console
 from edgerazor.errors import INTERRUPTED, UserError, usage_error
 from edgerazor.evaluation.eval_result import EvalResult
+from edgerazor.locks import HeldError
 from edgerazor.models.gguf_teacher import folder_of_gguf
 from edgerazor.packaging.native_teacher import EIGHT_BITS
 from edgerazor.recipe import Recipe
@@ -160,7 +161,7 @@ class RealMethod(Method):
         return [*super().identity(setting), self.minutes]
 
     def make(self, teacher: Teacher, bits: float, setting: Setting, folder: Path) -> Row:
-        """As all methods, but what cannot be made is a row that says why."""
+        """As all methods, but what cannot be made is a row that says why; what another process makes is none."""
         named = {"title": self.title, "family": self.family, "seed": self.seed}
         began = cpu_time.of_programs()
         try:
@@ -173,7 +174,7 @@ class RealMethod(Method):
             else:
                 row = teacher_row(teacher, self, setting)
         except UserError as error:
-            if error.code == INTERRUPTED:
+            if error.code == INTERRUPTED or isinstance(error, HeldError):
                 raise
             return {**named, "failed": error.message}
         if "cpu_seconds" not in row:

@@ -4,7 +4,7 @@
     python -m recipes.benchmarks.training_speed MODEL --precision bfloat16   then measures; alone on the machine
     python -m recipes.benchmarks.training_speed MODEL --profile              then also says what each part takes
     python -m recipes.benchmarks.training_speed MODEL --compile              of parts alone: what `torch.compile` gains
-    python -m recipes.benchmarks.training_speed MODEL --products             of the model's matrices alone, on one thread
+    python -m recipes.benchmarks.training_speed MODEL --products             of its matrices alone, on one thread
 
 All take turns, a step each: fine-tuning (the model's own loss, the same autocast, clipping and fused AdamW), the same
 with the C library's memory as `distill` sets it, `distill` with a recorded teacher and with a resident one, EdgeRazor's

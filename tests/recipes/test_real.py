@@ -8,12 +8,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from edgerazor import models
 from edgerazor.console import Console
 from edgerazor.errors import INTERRUPTED, UserError
+from edgerazor.locks import HeldError
 from helpers.tiny_models import GROUP_SIZE, ModelMaker, sentences
 from recipes.benchmarks import cpu_time, methods, real, real_tables
 
@@ -161,13 +163,11 @@ def test_a_row_that_fails_says_why_and_interruptions_do_not(
     assert sorted(rows_of(setting)) == ["peer-gptq-2", "teacher-16"]
     assert rows_of(setting)["peer-gptq-2"]["failed"] == "The package gave up."
 
-    def interrupt(*_: Any) -> Any:
-        raise UserError("Interrupted.", code=INTERRUPTED)
-
-    monkeypatch.setattr(real, "our_row", interrupt)
-    with pytest.raises(UserError, match="Interrupted"):
-        real.make_rows([teacher], [("rtn", 12.0)], setting)
-    assert "rtn-12" not in rows_of(setting)
+    for error in (UserError("Interrupted.", code=INTERRUPTED), HeldError("Another process is making it.")):
+        monkeypatch.setattr(real, "our_row", Mock(side_effect=error))
+        with pytest.raises(UserError, match=error.message):
+            real.make_rows([teacher], [("rtn", 12.0)], setting)
+        assert "rtn-12" not in rows_of(setting)
 
 
 #: Stands in for llama.cpp's tools: writes the words it was called with where the result is expected.
