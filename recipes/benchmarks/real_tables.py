@@ -44,6 +44,8 @@ STYLES = {
 }
 #: Real bits that the plot shows.
 MOST_BITS = 8.0
+#: Of the axis of KL.
+TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10)
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,9 @@ def publish(folder: Path, order: Sequence[str], page: Path) -> str:
     picture = page.with_suffix(".png")
     picture.parent.mkdir(parents=True, exist_ok=True)
     if plot({name: lines_of(rows, order) for name, rows in models.items()}, picture):
-        parts.insert(0, f"![How much of the score above chance is left, over real bits]({picture.name})")
+        parts.insert(
+            0, f"![How much of the score above chance is left, and KL to the teacher, over real bits]({picture.name})"
+        )
     text = "\n\n".join(parts) or "There are no rows yet."
     if not page.exists():
         write_text(page, PAGE)
@@ -213,7 +217,7 @@ def points(lines: Sequence[Line]) -> dict[str, list[Line]]:
 
 
 def plot(models: dict[str, list[Line]], path: Path) -> bool:
-    """Retention above chance over real bits, a panel for each model, as PNG.
+    """Retention above chance, and KL, over real bits, a column of panels for each model, as PNG.
 
     Args:
         models: name -> its lines.
@@ -229,42 +233,62 @@ def plot(models: dict[str, list[Line]], path: Path) -> bool:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
+    looks = appearances(list(panels.values()))
     with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 9, "text.color": INK}):
-        figure = Figure(figsize=(6.5 * len(panels), 5.5), layout="constrained")
-        axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-        for axis, (name, curves) in zip(axes, panels.items(), strict=True):
-            draw(axis, curves)
-            axis.set_title(name, loc="left", fontsize=10, fontweight="bold")
-        axes[0].set_ylabel("score above chance that is left, % of the teacher's")
+        figure = Figure(figsize=(max(6.0 * len(panels), 8.0), 8.5), layout="constrained")
+        rows = figure.subplots(2, len(panels), squeeze=False, sharex="all", sharey="row")
+        for (scores, divergences), (name, curves) in zip(rows.T, panels.items(), strict=True):
+            draw(scores, curves, looks, "above_chance", 100.0)
+            draw(divergences, curves, looks, "kl", 1.0)
+            scores.axhline(100, color=GRID, linewidth=1)
+            scores.set_title(name, loc="left", fontsize=10, fontweight="bold")
+            divergences.set_yscale("log")
+            divergences.set_yticks(TICKS, [f"{tick:g}" for tick in TICKS])
+            divergences.minorticks_off()
+            divergences.set_xlabel("real bits: 8 x bytes / weights, everything counted")
+        rows[0, 0].set_ylabel("score above chance that is left, % of the teacher's")
+        rows[1, 0].set_ylabel("KL to the teacher, nats a token (less is better)")
+        handles = {
+            label: line for axis in rows[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
+        }
+        named = {title: handles[title] for title in looks}
+        figure.legend(named.values(), named, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
         figure.savefig(path, dpi=150, metadata={"Software": None}, bbox_inches="tight")
     return True
 
 
-def draw(axis: Any, curves: dict[str, list[Line]]) -> None:
-    """The curves of a model, with error bars of one standard error."""
-    shades: dict[str, int] = {}
-    for title, lines in curves.items():
-        family = lines[0].first["family"]
+def appearances(models: Sequence[dict[str, list[Line]]]) -> dict[str, dict[str, Any]]:
+    """How the curve of each title is drawn, alike for all models; those of one family differ in line and fill."""
+    families = {title: lines[0].first["family"] for curves in models for title, lines in curves.items()}
+    looks: dict[str, dict[str, Any]] = {}
+    for title, family in families.items():
         colour, marker = STYLES.get(family, (INK, "x"))
-        again = shades[family] = shades.get(family, -1) + 1
+        again = sum(families[before] == family for before in looks)
+        looks[title] = {
+            "color": colour,
+            "marker": marker,
+            "markerfacecolor": colour if again % 2 == 0 else "white",
+            "markersize": 5 + 1.5 * (again // 2),
+            "linestyle": "" if family == "llamacpp" else ("-", "--", ":", "-.")[again % 4],  # types are no one method
+        }
+    return looks
+
+
+def draw(axis: Any, curves: dict[str, list[Line]], looks: dict[str, dict[str, Any]], value: str, factor: float) -> None:
+    """The curves of a model, with error bars of one standard error where there is one."""
+    for title, lines in curves.items():
         ordered = sorted(lines, key=lambda line: line.mean("real_bits") or 0.0)
         axis.errorbar(
             [line.mean("real_bits") for line in ordered],
-            [100 * (line.mean("above_chance") or 0.0) for line in ordered],
-            [100 * (line.mean("above_chance_stderr") or 0.0) for line in ordered],
+            [factor * (line.mean(value) or 0.0) for line in ordered],
+            [factor * (line.mean(f"{value}_stderr") or 0.0) for line in ordered],
             label=title,
-            color=colour,
-            marker=marker,
-            linestyle=("-", "--", ":", "-.")[again % 4],
             linewidth=1.4,
-            markersize=5,
             capsize=2,
+            **looks[title],
         )
-    axis.axhline(100, color=GRID, linewidth=1)
-    axis.set_xlabel("real bits: 8 x bytes / weights, everything counted")
     axis.grid(True, color=GRID, linewidth=0.7)
     axis.set_axisbelow(True)
     axis.tick_params(length=0, colors=INK)
-    axis.legend(fontsize=7, frameon=False, loc="lower right")
     for side in axis.spines.values():
         side.set_visible(False)

@@ -268,7 +268,7 @@ def test_page_and_plot_are_made_of_the_rows_that_are_there(tmp_path: Path) -> No
     assert "no / such layer" in text
     assert "The teacher is dequantized from Q4_1" in text
     assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    assert "![How much of the score above chance is left, over real bits](real.png)" in text
+    assert "![How much of the score above chance is left, and KL to the teacher, over real bits](real.png)" in text
     said = page.read_text()
     assert said.startswith("# Real language models\n\nWhat won.\n")
     assert text in said
