@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -174,22 +175,20 @@ def gptq(w: Tensor, spec: MatrixSpec, hessian: Tensor, scales: Tensor) -> Tensor
 def test_rounding_the_master_gives_gptqs_codes(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit those that were chosen column by column on the way."""
     cols, group_size = shape
-    w, hessian = weights(ROWS, cols), correlated(cols)
+    w, hessian, rounded = weights(ROWS, cols), correlated(cols), gptq_module._rounded
     for name, spec in specs(cols, group_size).items():
         chosen: list[Tensor] = []
 
-        def noting(column: Tensor, of_column: MatrixSpec, scales: Tensor, chosen: list[Tensor] = chosen) -> Tensor:
-            encoded = formats.encode_matrix(column, of_column, scales)
-            chosen.append(encoded.codes)
-            return formats.decode_matrix(encoded, of_column)
+        def noting(column: Tensor, parts: Any, chosen: list[Tensor] = chosen) -> Tensor:
+            chosen.append(rounded(column, parts))
+            return chosen[-1].clone()
 
         with monkeypatch.context() as patch:
-            patch.setattr(gptq_module, "quantize_dequantize", noting)
+            patch.setattr(gptq_module, "_rounded", noting)
             master, scales = formats.gptq_quantize(w, spec, hessian)
         assert (master.dtype, scales.dtype) == (torch.float32, torch.float16)
-        again = formats.encode_matrix(master, spec, scales)
-        assert torch.equal(again.codes, torch.cat(chosen, dim=1)), name
-        assert torch.equal(again.scales, scales), name
+        again = formats.quantize_dequantize(master, spec, scales=scales)
+        assert torch.equal(again, torch.stack(chosen, dim=1)), name
         plain, same = formats.gptq_quantize(w, spec, hessian)
         assert torch.equal(plain, master), name
         assert torch.equal(same, scales), name

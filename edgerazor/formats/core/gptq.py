@@ -15,15 +15,16 @@ of the way, since moments of few tokens are not those of others (`DRIFT_SHARE`; 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from edgerazor.formats.core.base import group_count
+from edgerazor.formats.core.base import Format, group_count
 from edgerazor.formats.core.clip import search_scales
-from edgerazor.formats.core.matrix import MatrixSpec, quantize_dequantize
+from edgerazor.formats.core.matrix import MatrixSpec
 
 #: Added to the diagonal of the Hessian, as a share of its mean, so that it can be inverted.
 DAMPING = 0.01
@@ -63,21 +64,56 @@ def gptq_quantize(w: Tensor, spec: MatrixSpec, hessian: Tensor, drift: Tensor | 
     columns = w.detach().t().to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # [cols, rows]
     group = min(spec.group_size, cols)
     scales = torch.empty(rows, group_count(cols, group), dtype=torch.float16, device=w.device)
-    group_spec = spec
+    pivots = factor.diagonal().tolist()
+    parts: list[_Part] = []
     for start, stop in _lazy_blocks(cols, group):
         errors = torch.empty(stop - start, rows, device=w.device)
         for j in range(start, stop):
-            index = j // group
             if j % group == 0:
-                group_spec = _group_spec(spec, index, rows)
-                weights = columns[j : j + group].t()
-                scales[:, index] = search_scales(weights, group_spec, importance[j : j + group])[:, 0]
-            column = columns[j].unsqueeze(1)
-            rounded = quantize_dequantize(column, group_spec, scales=scales[:, index : index + 1]).squeeze(1)
-            errors[j - start] = (columns[j] - rounded) / factor[j, j]
-            columns[j + 1 : stop].addr_(factor[j, j + 1 : stop], errors[j - start], alpha=-1)
+                group_spec = _group_spec(spec, j // group, rows)
+                found = search_scales(columns[j : j + group].t(), group_spec, importance[j : j + group])
+                scales[:, j // group] = found[:, 0]
+                parts = _parts(group_spec, found[:, 0].float())
+            column, error = columns[j], errors[j - start]
+            torch.sub(column, _rounded(column, parts), out=error).div_(pivots[j])
+            columns[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
         columns[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
+    if not torch.isfinite(columns).all():
+        raise ValueError("a weight is not finite")
     return columns.t().contiguous(), scales
+
+
+class _Part(NamedTuple):
+    """Rows of one format in a group of columns: their numbers (None for all) and scales, float32 [rows]."""
+
+    number_format: Format
+    rows: Tensor | None
+    scales: Tensor
+
+
+def _parts(spec: MatrixSpec, scales: Tensor) -> list[_Part]:
+    """The rows of each format, and of the scales [rows] of one group theirs."""
+    parts = []
+    for number_format, numbers in spec.format_rows:
+        rows = None if numbers is None else numbers.to(scales.device)
+        parts.append(_Part(number_format, rows, scales if rows is None else scales[rows]))
+    return parts
+
+
+def _rounded(column: Tensor, parts: Sequence[_Part]) -> Tensor:
+    """A column [rows], rounded at the scales of its group, as `quantize_dequantize` does it; float32.
+
+    A matrix has thousands of columns, and each waits for the one before it: calls are what this takes.
+    """
+    rounded = torch.empty_like(column)
+    for number_format, rows, scales in parts:
+        part = column if rows is None else column[rows]
+        codes = number_format.round_to_code_(part / scales, number_format.min_code)
+        values = number_format.level_(codes).mul_(scales)
+        if rows is None:
+            return values
+        rounded[rows] = values
+    return rounded
 
 
 def _moved(w: Tensor, hessian: Tensor, drift: Tensor) -> Tensor:
