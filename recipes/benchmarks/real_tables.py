@@ -233,13 +233,13 @@ def plot(models: dict[str, list[Line]], path: Path) -> bool:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    looks = appearances(list(panels.values()))
+    styles = appearances(list(panels.values()))
     with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 9, "text.color": INK}):
         figure = Figure(figsize=(max(6.0 * len(panels), 8.0), 8.5), layout="constrained")
         rows = figure.subplots(2, len(panels), squeeze=False, sharex="all", sharey="row")
         for (scores, divergences), (name, curves) in zip(rows.T, panels.items(), strict=True):
-            draw(scores, curves, looks, "above_chance", 100.0)
-            draw(divergences, curves, looks, "kl", 1.0)
+            draw(scores, curves, styles, "above_chance", 100.0)
+            draw(divergences, curves, styles, "kl", 1.0)
             scores.axhline(100, color=GRID, linewidth=1)
             scores.set_title(name, loc="left", fontsize=10, fontweight="bold")
             divergences.set_yscale("log")
@@ -251,7 +251,7 @@ def plot(models: dict[str, list[Line]], path: Path) -> bool:
         handles = {
             label: line for axis in rows[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
         }
-        named = {title: handles[title] for title in looks}
+        named = {title: handles[title] for title in styles}
         figure.legend(named.values(), named, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
         figure.savefig(path, dpi=150, metadata={"Software": None}, bbox_inches="tight")
     return True
@@ -260,21 +260,23 @@ def plot(models: dict[str, list[Line]], path: Path) -> bool:
 def appearances(models: Sequence[dict[str, list[Line]]]) -> dict[str, dict[str, Any]]:
     """How the curve of each title is drawn, alike for all models; those of one family differ in line and fill."""
     families = {title: lines[0].first["family"] for curves in models for title, lines in curves.items()}
-    looks: dict[str, dict[str, Any]] = {}
+    styles: dict[str, dict[str, Any]] = {}
     for title, family in families.items():
         colour, marker = STYLES.get(family, (INK, "x"))
-        again = sum(families[before] == family for before in looks)
-        looks[title] = {
+        again = sum(families[before] == family for before in styles)
+        styles[title] = {
             "color": colour,
             "marker": marker,
             "markerfacecolor": colour if again % 2 == 0 else "white",
             "markersize": 5 + 1.5 * (again // 2),
             "linestyle": "" if family == "llamacpp" else ("-", "--", ":", "-.")[again % 4],  # types are no one method
         }
-    return looks
+    return styles
 
 
-def draw(axis: Any, curves: dict[str, list[Line]], looks: dict[str, dict[str, Any]], value: str, factor: float) -> None:
+def draw(
+    axis: Any, curves: dict[str, list[Line]], styles: dict[str, dict[str, Any]], value: str, factor: float
+) -> None:
     """The curves of a model, with error bars of one standard error where there is one."""
     for title, lines in curves.items():
         ordered = sorted(lines, key=lambda line: line.mean("real_bits") or 0.0)
@@ -285,7 +287,7 @@ def draw(axis: Any, curves: dict[str, list[Line]], looks: dict[str, dict[str, An
             label=title,
             linewidth=1.4,
             capsize=2,
-            **looks[title],
+            **styles[title],
         )
     axis.grid(True, color=GRID, linewidth=0.7)
     axis.set_axisbelow(True)

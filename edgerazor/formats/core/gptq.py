@@ -71,9 +71,9 @@ def gptq_quantize(w: Tensor, spec: MatrixSpec, hessian: Tensor, drift: Tensor | 
         for j in range(start, stop):
             if j % group == 0:
                 group_spec = _group_spec(spec, j // group, rows)
-                found = search_scales(columns[j : j + group].t(), group_spec, importance[j : j + group])
-                scales[:, j // group] = found[:, 0]
-                parts = _parts(group_spec, found[:, 0].float())
+                searched = search_scales(columns[j : j + group].t(), group_spec, importance[j : j + group])[:, 0]
+                scales[:, j // group] = searched
+                parts = _parts(group_spec, searched.float())
             column, error = columns[j], errors[j - start]
             torch.sub(column, _rounded(column, parts), out=error).div_(pivots[j])
             columns[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
