@@ -105,9 +105,7 @@ def open_fields(recipe: Recipe) -> dict[str, set[str]]:
         fields["data"] = set()
     if has_batch(recipe.distill):
         fields["distill"] -= {"batch_size", "accumulation"}
-    if (
-        "learning_rate" in recipe.distill.model_fields_set
-    ):  # which is that of scales, too, as published settings have it
+    if "learning_rate" in recipe.distill.model_fields_set:  # that of scales, too, as published settings have it
         fields["distill"] -= {"scale_rate"}
     return {section: names for section, names in fields.items() if names}
 

@@ -29,14 +29,14 @@ def make_optimizer(module: nn.Module, settings: Distill, learning_rate: float | 
     parameters = [p for p in module.parameters() if p.requires_grad]
     scales = {id(matrix.scales) for matrix in modules.fake_quant_weights(module).values()}
     decayed = {id(p) for p in parameters if p.ndim > 1} - scales
-    slower = scales if decayed and settings.scale_rate != 1 else set()
+    others = [p for p in parameters if id(p) not in decayed]
+    slower = {id(p) for p in others} & scales if decayed and settings.scale_rate != 1 else set()
     rate = settings.learning_rate if learning_rate is None else learning_rate
     if settings.optimizer == "adafactor" and learning_rate is None:
         rows = modules.gather_row_gradients(module)
         relative = dict.fromkeys(slower, settings.scale_rate)
         return InPlaceAdafactor(parameters, rate, settings.weight_decay, decayed, rows, relative)
     modules.gather_row_gradients(module, wanted=False)
-    others = [p for p in parameters if id(p) not in decayed]
     groups = [
         {"params": [p for p in parameters if id(p) in decayed], "weight_decay": settings.weight_decay},
         {"params": [p for p in others if id(p) not in slower], "weight_decay": 0.0},

@@ -31,7 +31,7 @@ CALLS = 600
 #: About how many forward passes over the calibration text a start takes that calibrate finds with text.
 INIT_PASSES = {"clip": 1, "gptq": 6}
 #: GPTQ rounds one column after the other: calls of PyTorch for each, and element-wise passes over the weights.
-GPTQ_CALLS, GPTQ_WEIGHT_PASSES = 600, 80
+GPTQ_CALLS, GPTQ_WEIGHT_PASSES = 120, 80
 #: How much longer a token takes when it is written, a few texts at a time, than when many are read at once.
 DECODE_FACTOR = 3.0
 #: Rows and columns of the measured product, and elements of the measured rounding: more than a cache holds.
