@@ -191,7 +191,7 @@ def test_a_plan_that_measures_nothing_costs_nothing() -> None:
     assert "sensitivity" not in chosen.reasons[2]
 
 
-def test_the_student_begins_with_gptqs_codes_where_they_take_half_of_the_training() -> None:
+def test_the_student_begins_with_gptqs_codes_where_they_take_a_quarter_of_the_training() -> None:
     def start(facts: TrainingFacts) -> tuple[str, str]:
         chosen = choose(facts)
         return chosen.values["calibrate"]["init"], chosen.reasons[2]
@@ -200,6 +200,6 @@ def test_the_student_begins_with_gptqs_codes_where_they_take_half_of_the_trainin
     init, why = start(dataclasses.replace(SMOLLM2, gptq_seconds=200.0))
     assert init == "gptq"
     assert "from those of GPTQ with its codes, about 3.3 min beforehand" in why
-    init, why = start(dataclasses.replace(SMOLLM2, gptq_seconds=1801.0))
+    init, why = start(dataclasses.replace(SMOLLM2, gptq_seconds=901.0))
     assert init == "least_error"
     assert "from those of least error" in why
