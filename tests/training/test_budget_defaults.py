@@ -200,6 +200,8 @@ def test_the_student_begins_with_gptqs_codes_where_they_take_a_quarter_of_the_tr
     init, why = start(dataclasses.replace(SMOLLM2, gptq_seconds=200.0))
     assert init == "gptq"
     assert "from those of GPTQ with its codes, about 3.3 min beforehand" in why
+    narrow = dataclasses.replace(SMOLLM2, gptq_seconds=200.0, width=256)  # the embedded teacher's: it would lose
+    assert start(narrow)[0] == "least_error"
     init, why = start(dataclasses.replace(SMOLLM2, gptq_seconds=901.0))
     assert init == "least_error"
     assert "from those of least error" in why
