@@ -189,6 +189,7 @@ def test_rounding_the_master_gives_gptqs_codes(shape: tuple[int, int], monkeypat
         assert (master.dtype, scales.dtype) == (torch.float32, torch.float16)
         again = formats.quantize_dequantize(master, spec, scales=scales)
         assert torch.equal(again, torch.stack(chosen, dim=1)), name
+        assert torch.equal(formats.encode_matrix(master, spec, scales).scales, scales), name
         plain, same = formats.gptq_quantize(w, spec, hessian)
         assert torch.equal(plain, master), name
         assert torch.equal(same, scales), name
